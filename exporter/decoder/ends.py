@@ -1,0 +1,119 @@
+"""What comes before the layers and after them: embeddings and call state, final norm and head.
+
+Letters as in `layer.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from exporter.config import ModelConfig
+from exporter.decoder.layer import DecoderOptions, Linear
+from exporter.decoder.norm import RmsNorm
+from exporter.decoder.rotary import RotaryTables
+
+
+class Entry(nn.Module):
+    """Token ids -> embeddings and all that every layer reads.
+
+    Returns, in order: hidden [B, S, H]; cos and sin [B, S, D/2]; one mask [B, 1, S, T] bool per distinct
+    window of the model (`windows`); and with gates: forced [N] bool, forced_score [N] float32; with rank
+    selection: k [1] int64.
+    """
+
+    def __init__(self, hf_config: Any, config: ModelConfig, options: DecoderOptions) -> None:
+        super().__init__()
+        self.config, self.options = config, options
+        self.embed_tokens = nn.Parameter(
+            torch.empty(config.vocab_size, config.hidden_size, dtype=options.dtype), requires_grad=False
+        )
+        self.rotary = RotaryTables(hf_config, config.head_dim, options.dtype)
+        self.windows = distinct_windows(config)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, budget: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """input_ids and position_ids [B, S] int64, attention_mask [B, T] int64 (1 = token), budget [] float32."""
+        hidden = torch.nn.functional.embedding(input_ids, self.embed_tokens)
+        cos, sin = self.rotary(position_ids)
+        length = input_ids.shape[1]
+        masks = [attention_mask_of(attention_mask, length, window) for window in self.windows]
+        state = [hidden, cos, sin, *masks]
+        if self.config.gate is None:
+            return tuple(state)
+        # The valid tokens of the call are the last S columns of the mask.
+        valid = attention_mask[:, attention_mask.shape[1] - length :].reshape(-1) != 0
+        ends = self._end_of_text(input_ids.reshape(-1))
+        infinity = torch.tensor(float("inf"))
+        state += [ends | ~valid, torch.where(valid, infinity, -infinity)]
+        if self.options.selection == "rank":
+            assert budget is not None
+            state.append(rank_count(valid, ends, budget))
+        return tuple(state)
+
+    def _end_of_text(self, ids: Tensor) -> Tensor:
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        for eos in self.config.eos_ids:
+            found = found | (ids == eos)
+        return found
+
+
+class Exit(nn.Module):
+    """States -> logits: final norm and LM head. After layer E-1 it is the early exit (design.md, section 3)."""
+
+    def __init__(self, config: ModelConfig, options: DecoderOptions) -> None:
+        super().__init__()
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, options.dtype)
+        self.tied = config.tied_head
+        if self.tied:  # under the name that Entry gives it, so that the weight is stored once
+            shape = (config.vocab_size, config.hidden_size)
+            self.embed_tokens = nn.Parameter(torch.empty(shape, dtype=options.dtype), requires_grad=False)
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, False, options.dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[B, S, H] -> [B, S, V]."""
+        normed = self.norm(hidden)
+        logits: Tensor = torch.matmul(normed, self.embed_tokens.t()) if self.tied else self.lm_head(normed)
+        return logits
+
+
+def distinct_windows(config: ModelConfig) -> tuple[int | None, ...]:
+    """The attention windows that the model's layers use, each once, in order of first use."""
+    return tuple(dict.fromkeys(config.windows))
+
+
+def attention_mask_of(attention_mask: Tensor, length: int, window: int | None) -> Tensor:
+    """Where the last `length` tokens may look: [B, T] int64 -> [B, 1, S, T] bool.
+
+    A token sees itself and the tokens before it that are not padding, at most `window` positions counting
+    itself. A padding token sees itself alone, so that no row is empty (an empty row would be NaN).
+    """
+    total = attention_mask.shape[1]
+    columns = torch.arange(total)
+    rows = torch.arange(length).unsqueeze(1) + (total - length)
+    causal = columns <= rows
+    if window is not None:
+        causal = causal & (columns > rows - window)
+    seen = causal & (attention_mask != 0).unsqueeze(1)
+    return (seen | (columns == rows)).unsqueeze(1)
+
+
+def rank_count(valid: Tensor, ends: Tensor, budget: Tensor) -> Tensor:
+    """Rows that rank selection keeps in this call: [1] int64.
+
+    The formula of design.md, section 3, in millionths and so in whole numbers: the budget arrives as a float32
+    and would be off by a token now and then (research/methods.md, 3.4). End-of-text comes on top.
+
+    Args: valid [N] bool, not padding; ends [N] bool, end-of-text; budget [] float32.
+    """
+    n = (valid & ~ends).sum()
+    on_top = (valid & ends).sum()
+    skip_millionths = 1_000_000 - torch.round(budget * 1e6).to(torch.int64).clamp(max=1_000_000)
+    others = (n - 1).clamp(min=0)
+    skipped = torch.div(skip_millionths * others, 1_000_000, rounding_mode="floor")
+    ranked = n - torch.where((skip_millionths > 0) & (n > 1), skipped + 1, torch.zeros_like(n))
+    return (ranked + on_top).reshape(1)

@@ -1,0 +1,274 @@
+"""One decoder layer, written for tracing: the projections of skipped tokens are not there to be paid for.
+
+A layer sees all tokens once, in its norms, gates and K/V projections. Everything else (Q and output projection,
+attention rows, MLP) runs over the kept rows, which the ops of `plugins/` gather and scatter. The calibration
+drives the same methods eagerly, one branch at a time.
+
+Letters: B batch, S tokens of the call, N = B x S, T = past + S, K kept rows, H hidden, D head, F MLP width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from exporter.config import BRANCHES, Branch, GateConfig, ModelConfig
+from exporter.decoder.norm import RmsNorm
+from plugins.gated_scatter_add.op import gated_scatter_add
+from plugins.gathered_attention.op import gathered_attention
+from plugins.threshold_gather.op import threshold_gather
+from plugins.topk_gather.op import topk_gather
+
+Selection = Literal["threshold", "rank"]
+KvPolicy = Literal["compute", "copy"]
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """How a model is to be traced.
+
+    Args:
+        selection: how kept tokens are chosen; ignored without gates.
+        kv_policy: K and V of skipped tokens: their own, or those of the layer below.
+        dtype: type of weights and activations. Gates are float32 whatever it is (design.md, section 3).
+    """
+
+    selection: Selection = "threshold"
+    kv_policy: KvPolicy = "compute"
+    dtype: torch.dtype = torch.float32
+
+
+class CallState(NamedTuple):
+    """What is computed once in a call and read by every layer.
+
+    Args:
+        cos, sin: [B, S, D/2], the rotary tables.
+        mask: [B, 1, S, T] bool, true where a token may look.
+        forced: [N] bool, tokens whose keeping is not the gate's to decide (end-of-text, padding).
+        forced_score: [N] float32, their score: +inf for end-of-text, -inf for padding.
+        select: threshold selection: [2] float32, this layer's thresholds (attn, mlp); rank: [1] int64, K.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+    forced: Tensor
+    forced_score: Tensor
+    select: Tensor
+
+
+class KeyValue(NamedTuple):
+    """Keys and values, [B, kv heads, tokens, D], RoPE applied to the keys."""
+
+    key: Tensor
+    value: Tensor
+
+
+class Kept(NamedTuple):
+    """Rows that a branch runs on: rows [K, H] of its input, index [K] int64, gate [K, H] or [K, 1]."""
+
+    rows: Tensor
+    index: Tensor
+    gate: Tensor
+
+
+class Linear(nn.Module):
+    """A linear layer with its weight as [in, out]."""
+
+    def __init__(self, width: int, out: int, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, out, dtype=dtype), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out, dtype=dtype), requires_grad=False) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in] -> [.., out]."""
+        y = torch.matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class Gate(nn.Module):
+    """A branch's gate: how much of its output a token takes, and how much the token needs it."""
+
+    def __init__(self, config: ModelConfig, gate: GateConfig) -> None:
+        super().__init__()
+        self.linear = Linear(
+            config.hidden_size, config.hidden_size if gate.kind == "vector" else 1, True, torch.float32
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, H] -> gate [N, H] or [N, 1] float32, score [N] float32."""
+        gate = torch.sigmoid(self.linear(x.to(torch.float32)))
+        return gate, gate.mean(dim=-1)
+
+
+class Attention(nn.Module):
+    """Attention's projections and norms; the layer decides which rows go through which."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, q, config.qkv_bias, dtype)
+        self.k_proj = Linear(config.hidden_size, kv, config.qkv_bias, dtype)
+        self.v_proj = Linear(config.hidden_size, kv, config.qkv_bias, dtype)
+        self.o_proj = Linear(q, config.hidden_size, config.o_bias, dtype)
+        norm = config.qk_norm
+        self.q_norm = RmsNorm(config.head_dim, config.rms_norm_eps, dtype) if norm else None
+        self.k_norm = RmsNorm(config.head_dim, config.rms_norm_eps, dtype) if norm else None
+
+    def queries(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """rows [B, K, H], cos and sin [B, K, D/2] -> [B, K, heads x D], RoPE applied."""
+        return self._rotated(self.q_proj(rows), self.q_norm, cos, sin, self.num_heads)
+
+    def keys(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The same for keys: [B, K, kv heads x D]."""
+        return self._rotated(self.k_proj(rows), self.k_norm, cos, sin, self.num_kv_heads)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """K or V [B, S, kv heads x D] -> [B, kv heads, S, D], as the cache holds it."""
+        return x.view(x.shape[0], x.shape[1], self.num_kv_heads, self.head_dim).transpose(1, 2)
+
+    def _rotated(self, x: Tensor, norm: RmsNorm | None, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+        if norm is not None:
+            x = norm(x.view(x.shape[0], x.shape[1], heads, self.head_dim)).view(x.shape)
+        return torch.onnx.ops.rotary_embedding(x, cos, sin, num_heads=heads)
+
+
+class Mlp(nn.Module):
+    """The gated linear unit: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        H, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.gate_proj = Linear(H, width, bias, dtype)
+        self.up_proj = Linear(H, width, bias, dtype)
+        self.down_proj = Linear(width, H, bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[K, H] -> [K, H]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """A decoder layer that leaves skipped work out.
+
+    Args:
+        config: the model.
+        options: selection, K/V policy and type.
+        has_below: under the K/V policy `copy`, whether there is a layer below to copy from.
+    """
+
+    def __init__(self, config: ModelConfig, options: DecoderOptions, *, has_below: bool) -> None:
+        super().__init__()
+        self.config, self.options = config, options
+        dtype = options.dtype
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Attention(config, dtype)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = Mlp(config, dtype)
+        for branch in config.gated_branches:
+            assert config.gate is not None
+            setattr(self, f"{branch}_gate", Gate(config, config.gate))
+        self.copies_below = has_below and options.kv_policy == "copy" and "attn" in config.gated_branches
+
+    def forward(
+        self, hidden: Tensor, call: CallState, past: KeyValue, below: KeyValue | None = None
+    ) -> tuple[Tensor, KeyValue, KeyValue]:
+        """hidden [B, S, H] -> the same, the cache with this call's K/V appended, this call's K/V alone."""
+        hidden, present, new = self.attention_branch(hidden, call, past, below)
+        return self.mlp_branch(hidden, call), present, new
+
+    def attention_branch(
+        self, hidden: Tensor, call: CallState, past: KeyValue, below: KeyValue | None, kept: Kept | None = None
+    ) -> tuple[Tensor, KeyValue, KeyValue]:
+        """The attention branch; `kept` overrides the choice (calibration makes it itself)."""
+        normed = self.input_layernorm(hidden)
+        attn = self.self_attn
+        if "attn" not in self.config.gated_branches:
+            new = KeyValue(attn.heads(attn.keys(normed, call.cos, call.sin)), attn.heads(attn.v_proj(normed)))
+            present = _append(past, new)
+            query = attn.queries(normed, call.cos, call.sin)
+            batch, length, _ = query.shape
+            attended = torch.onnx.ops.attention(
+                query.view(batch, length, attn.num_heads, attn.head_dim).transpose(1, 2),
+                present.key,
+                present.value,
+                call.mask,
+            )[0]
+            rows = attended.transpose(1, 2).reshape(batch, length, attn.num_heads * attn.head_dim)
+            return hidden + attn.o_proj(rows), present, new
+
+        kept = kept or self.choose("attn", hidden, normed, call)
+        cos, sin = (_flat(table).index_select(0, kept.index).unsqueeze(0) for table in (call.cos, call.sin))
+        if self.copies_below:
+            assert below is not None
+            rows = kept.rows.unsqueeze(0)
+            new = KeyValue(
+                _replace(below.key, attn.keys(rows, cos, sin)[0], kept.index),
+                _replace(below.value, attn.v_proj(kept.rows), kept.index),
+            )
+        else:
+            new = KeyValue(attn.heads(attn.keys(normed, call.cos, call.sin)), attn.heads(attn.v_proj(normed)))
+        present = _append(past, new)
+        query = attn.queries(kept.rows.unsqueeze(0), cos, sin)[0]
+        attended = gathered_attention(
+            query, kept.index, present.key, present.value, call.mask, attn.num_heads
+        )
+        return self._add(hidden, attn.o_proj(attended), kept), present, new
+
+    def mlp_branch(self, hidden: Tensor, call: CallState, kept: Kept | None = None) -> Tensor:
+        """The MLP branch; `kept` overrides the choice."""
+        normed = self.post_attention_layernorm(hidden)
+        if "mlp" not in self.config.gated_branches:
+            return hidden + self.mlp(normed)
+        kept = kept or self.choose("mlp", hidden, normed, call)
+        return self._add(hidden, self.mlp(kept.rows), kept)
+
+    def gate(self, branch: Branch, hidden: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate [N, H] or [N, 1] and score [N] of all tokens, float32, before any forcing."""
+        assert self.config.gate is not None
+        source = normed if self.config.gate.input == "post_norm" else hidden
+        gate: tuple[Tensor, Tensor] = getattr(self, f"{branch}_gate")(_flat(source))
+        return gate
+
+    def normed(self, branch: Branch, hidden: Tensor) -> Tensor:
+        """The branch's normalized input, [B, S, H]."""
+        norm = self.input_layernorm if branch == "attn" else self.post_attention_layernorm
+        out: Tensor = norm(hidden)
+        return out
+
+    def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> Kept:
+        """The rows that the branch runs on, by the selection that the options name."""
+        gate, score = self.gate(branch, hidden, normed)
+        score = torch.where(call.forced, call.forced_score, score)
+        if self.options.selection == "threshold":
+            tau = call.select[BRANCHES.index(branch)]
+            rows, index, _ = threshold_gather(_flat(normed), score, tau)
+        else:
+            rows, index, _ = topk_gather(_flat(normed), score, call.select)
+        return Kept(rows, index, gate.index_select(0, index).to(rows.dtype))
+
+    def _add(self, hidden: Tensor, rows: Tensor, kept: Kept) -> Tensor:
+        return gated_scatter_add(_flat(hidden), rows, kept.gate, kept.index).view(hidden.shape)
+
+
+def _append(past: KeyValue, new: KeyValue) -> KeyValue:
+    return KeyValue(torch.cat((past.key, new.key), dim=2), torch.cat((past.value, new.value), dim=2))
+
+
+def _flat(x: Tensor) -> Tensor:
+    """[B, S, W] -> [N, W]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _replace(below: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """K or V of the layer below [B, kv heads, S, D], with the kept tokens' own rows [K, kv heads x D] put in."""
+    batch, heads, length, width = below.shape
+    flat = below.transpose(1, 2).reshape(batch * length, heads * width)
+    return flat.index_copy(0, index, rows).view(batch, length, heads, width).transpose(1, 2)
+
+

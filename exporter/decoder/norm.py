@@ -1,0 +1,35 @@
+"""Root-mean-square norm, as one op that tracing keeps whole.
+
+`torch.nn.functional.rms_norm` cannot be traced over rows whose number depends on the data (its implementation
+asks whether there are any), so the call is wrapped in an op of our own, which becomes ONNX's RMSNormalization.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@torch.library.custom_op("gsx::rms_norm", mutates_args=())
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [.., W] over the root of its mean square, times weight [W]; computed in float32."""
+    return F.rms_norm(x.to(torch.float32), weight.shape, None, eps).to(x.dtype) * weight
+
+
+@rms_norm.register_fake
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square norm over the last axis."""
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, dtype=dtype), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., width] -> the same shape."""
+        return rms_norm(x, self.weight, self.eps)

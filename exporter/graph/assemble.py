@@ -1,0 +1,281 @@
+"""Stitching traced parts into the graphs of a bundle.
+
+Names: layer i's values begin with `layers.{i}.`; the ones that people and reports look for are
+`layers.{i}.output` (its state), `layers.{i}.{branch}.score` and `layers.{i}.{branch}.index` (the kept rows).
+Inputs and outputs are those of design.md, section 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from exporter.checkpoint import Checkpoint
+from exporter.config import ModelConfig
+from exporter.decoder.ends import Entry, Exit, distinct_windows
+from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
+from exporter.graph.trace import Input, Part, trace
+from exporter.graph.weights import ONNX_TYPES, Weight
+from plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION
+from plugins.registry import OPS
+
+IR_VERSION = 11  # the one that opset 23 came with
+# Sizes of the examples that are traced: distinct, so that no two axes are taken for one.
+_B, _S, _P = 2, 3, 5
+_LINEAR = ("_proj.weight", "_gate.linear.weight", "lm_head.weight")
+
+
+@dataclass
+class Graph:
+    """An ONNX model without its weights, and the weights that it needs."""
+
+    model: onnx.ModelProto
+    weights: list[Weight]
+
+
+class LayerPart(nn.Module):
+    """A decoder layer with flat inputs and outputs, as the tracer takes them."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """hidden, key and value of the past, cos, sin, mask; with gates: forced, forced_score, select; with the
+        K/V policy copy: key and value of the layer below."""
+        past_key, past_value, cos, sin, mask, *more = rest
+        if self.layer.config.gate is None:
+            call = CallState(cos, sin, mask, mask, cos, cos)  # the last three are never read
+        else:
+            call = CallState(cos, sin, mask, *more[:3])
+        below = KeyValue(*more[3:]) if self.layer.copies_below else None
+        hidden, present, new = self.layer(hidden, call, KeyValue(past_key, past_value), below)
+        return (hidden, *present, *new)
+
+
+def build_model(checkpoint: Checkpoint, options: DecoderOptions, default_select: np.ndarray | None) -> Graph:
+    """The whole decoder as `model.onnx`.
+
+    Args:
+        checkpoint: its configuration is read, no weight is.
+        options: selection, K/V policy, type.
+        default_select: exported value of `thresholds` [L, 2] or `budget` [], float32; None without gates.
+    """
+    return _Builder(checkpoint, options).model(default_select)
+
+
+class _Builder:
+    """Traces each part once and lays out graphs from them."""
+
+    def __init__(self, checkpoint: Checkpoint, options: DecoderOptions) -> None:
+        self.checkpoint, self.options = checkpoint, options
+        self.config = config = checkpoint.config
+        with torch.device("meta"):
+            entry = Entry(checkpoint.hf_config, config, options)
+            first = DecoderLayer(config, options, has_below=False)
+            later = DecoderLayer(config, options, has_below=True)
+            leave = Exit(config, options)
+        self.entry = trace(entry, self._entry_inputs(), self._entry_outputs())
+        self.first = self._trace_layer(first)
+        self.later = self._trace_layer(later) if later.copies_below else self.first
+        self.exit = trace(leave, {"hidden": self._hidden()}, ["logits"])
+
+    def model(self, default_select: np.ndarray | None) -> Graph:
+        config = self.config
+        graph = _Layout()
+        graph.add(self.entry, "", {}, {name: name for name in self.entry.outputs})
+        hidden, below = "hidden", ("", "")
+        inputs = [
+            _value("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            _value("attention_mask", TensorProto.INT64, ["batch", "total"]),
+            _value("position_ids", TensorProto.INT64, ["batch", "sequence"]),
+        ]
+        outputs = [self._float("logits", ["batch", "sequence", config.vocab_size])]
+        windows = distinct_windows(config)
+        for i in range(config.num_layers):
+            prefix = f"layers.{i}."
+            past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
+            present = (f"present.{i}.key", f"present.{i}.value")
+            part = self.first if i == 0 else self.later
+            reads = {
+                "hidden": hidden,
+                "past_key": past[0],
+                "past_value": past[1],
+                "cos": "cos",
+                "sin": "sin",
+                "mask": f"mask.{windows.index(config.windows[i])}",
+                "forced": "forced",
+                "forced_score": "forced_score",
+                "select": self._select(graph, i),
+                "below_key": below[0],
+                "below_value": below[1],
+            }
+            writes = {
+                "output": prefix + "output",
+                "present_key": present[0],
+                "present_value": present[1],
+                "new_key": prefix + "new_key",
+                "new_value": prefix + "new_value",
+            }
+            graph.add(part, prefix, reads, writes)
+            hidden, below = writes["output"], (writes["new_key"], writes["new_value"])
+            heads, width = config.num_kv_heads, config.head_dim
+            inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
+            outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
+        graph.add(self.exit, "", {"hidden": hidden}, {"logits": "logits"})
+        if config.gate is not None:
+            assert default_select is not None
+            if self.options.selection == "threshold":
+                name, shape = "thresholds", [config.num_layers, 2]
+            else:
+                name, shape = "budget", []
+            inputs.append(_value(name, TensorProto.FLOAT, shape))
+            graph.constants.append(numpy_helper.from_array(np.asarray(default_select, np.float32), name))
+        return Graph(graph.model_proto("gsx_model", inputs, outputs), self._weights(graph.parameters))
+
+    def _select(self, graph: _Layout, layer: int) -> str:
+        if self.options.selection == "rank" or self.config.gate is None:
+            return "k"
+        name, index = f"layers.{layer}.thresholds", f"layers.{layer}.number"
+        graph.constants.append(numpy_helper.from_array(np.array(layer, np.int64), index))
+        graph.nodes.append(helper.make_node("Gather", ["thresholds", index], [name], name=name, axis=0))
+        return name
+
+    def _trace_layer(self, layer: DecoderLayer) -> Part:
+        outputs = ["output", "present_key", "present_value", "new_key", "new_value"]
+        part = trace(LayerPart(layer), self._layer_inputs(layer), outputs)
+        return _name_choices(part, self.config)
+
+    def _entry_inputs(self) -> dict[str, Input]:
+        int64 = torch.int64
+        inputs = {
+            "input_ids": Input((_B, _S), int64, (0, 1)),
+            "attention_mask": Input((_B, _P + _S), int64, (0, 1)),
+            "position_ids": Input((_B, _S), int64, (0, 1)),
+        }
+        if self.config.gate is not None and self.options.selection == "rank":
+            inputs["budget"] = Input((), torch.float32)
+        return inputs
+
+    def _entry_outputs(self) -> list[str]:
+        masks = [f"mask.{n}" for n in range(len(distinct_windows(self.config)))]
+        names = ["hidden", "cos", "sin", *masks]
+        if self.config.gate is not None:
+            names += ["forced", "forced_score"] + (["k"] if self.options.selection == "rank" else [])
+        return names
+
+    def _layer_inputs(self, layer: DecoderLayer) -> dict[str, Input]:
+        config, dtype = self.config, self.options.dtype
+        heads, width = config.num_kv_heads, config.head_dim
+        table = Input((_B, _S, width // 2), dtype, (0, 1))
+        cache = Input((_B, heads, _P, width), dtype, (0, 2))
+        inputs = {
+            "hidden": self._hidden(),
+            "past_key": cache,
+            "past_value": cache,
+            "cos": table,
+            "sin": table,
+            "mask": Input((_B, 1, _S, _P + _S), torch.bool, (0, 2, 3)),
+        }
+        if config.gate is not None:
+            rank = self.options.selection == "rank"
+            inputs["forced"] = Input((_B * _S,), torch.bool, (0,))
+            inputs["forced_score"] = Input((_B * _S,), torch.float32, (0,))
+            inputs["select"] = Input((1,), torch.int64) if rank else Input((2,), torch.float32)
+        if layer.copies_below:
+            below = Input((_B, heads, _S, width), dtype, (0, 2))
+            inputs |= {"below_key": below, "below_value": below}
+        return inputs
+
+    def _hidden(self) -> Input:
+        return Input((_B, _S, self.config.hidden_size), self.options.dtype, (0, 1))
+
+    def _float(self, name: str, shape: list[str | int]) -> onnx.ValueInfoProto:
+        return _value(name, ONNX_TYPES[self.options.dtype], shape)
+
+    def _weights(self, parameters: Iterable[str]) -> list[Weight]:
+        """Where each parameter of the graph lies in the checkpoint."""
+        weights = []
+        for name in parameters:
+            gate = "_gate.linear." in name
+            source = name.replace("_gate.linear.", "_gate.")
+            if name == "embed_tokens":
+                source = "model.embed_tokens.weight"
+            elif not name.startswith("lm_head."):
+                source = "model." + source
+            dtype = torch.float32 if gate else self.options.dtype
+            weights.append(Weight(name, source, name.endswith(_LINEAR), dtype))
+        return weights
+
+
+@dataclass
+class _Layout:
+    """Nodes and constants of a graph under construction, and the parameters that it reads."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: list[onnx.TensorProto] = field(default_factory=list)
+    parameters: dict[str, None] = field(default_factory=dict)
+    shared: dict[int, str] = field(default_factory=dict)
+
+    def add(self, part: Part, prefix: str, reads: Mapping[str, str], writes: Mapping[str, str]) -> None:
+        """Add a part's nodes; values that are neither read nor written outside get the prefix."""
+        names = {name: reads.get(name, name) for name in part.inputs}
+        names |= {name: writes[name] for name in part.outputs}
+        for parameter, value in part.weights.items():
+            name = prefix + parameter.removeprefix("layer.")
+            names[value] = name
+            self.parameters[name] = None
+        scope = prefix or f"{part.outputs[0]}."
+        shared = self.shared.setdefault(id(part), scope)  # layers of one kind share their constants
+        for constant in part.constants:
+            names[constant.name] = shared + constant.name
+            if shared == scope:
+                copy = onnx.TensorProto()
+                copy.CopyFrom(constant)
+                copy.name = names[constant.name]
+                self.constants.append(copy)
+        for node in part.nodes:
+            copy_node = onnx.NodeProto()
+            copy_node.CopyFrom(node)
+            copy_node.name = scope + node.name
+            copy_node.input[:] = [n and names.get(n, scope + n) for n in node.input]
+            copy_node.output[:] = [n and names.get(n, scope + n) for n in node.output]
+            self.nodes.append(copy_node)
+
+    def model_proto(
+        self, name: str, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]
+    ) -> onnx.ModelProto:
+        """The model, with function bodies for the custom ops in use and without weights."""
+        used = {node.op_type for node in self.nodes if node.domain == DOMAIN}
+        graph = helper.make_graph(self.nodes, name, inputs, outputs, initializer=self.constants)
+        return helper.make_model(
+            graph,
+            producer_name="gsx",
+            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, OPSET_VERSION)],
+            functions=[op.function() for op_name, op in OPS.items() if op_name in used],
+        )
+
+
+def _name_choices(part: Part, config: ModelConfig) -> Part:
+    """Give the scores and kept rows of each branch their names."""
+    choices = [node for node in part.nodes if node.op_type in ("ThresholdGather", "TopKGather")]
+    assert len(choices) == len(config.gated_branches)
+    names: dict[str, str] = {}
+    for branch, node in zip(config.gated_branches, choices, strict=True):
+        names[node.input[1]] = f"{branch}.score"
+        names |= dict(zip(node.output, (f"{branch}.rows", f"{branch}.index", f"{branch}.count"), strict=True))
+    for node in part.nodes:
+        node.input[:] = [names.get(n, n) for n in node.input]
+        node.output[:] = [names.get(n, n) for n in node.output]
+    return part
+
+
+def _value(name: str, onnx_type: int, shape: Sequence[str | int]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, onnx_type, list(shape))

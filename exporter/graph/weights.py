@@ -1,0 +1,105 @@
+"""The weights file of a bundle: every tensor once, streamed from the checkpoint.
+
+One tensor is in memory at a time. Linear weights are stored [in, out], as MatMul reads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx
+import torch
+from torch import Tensor
+
+# ONNX Runtime maps external data into memory when it starts at a page; small tensors need no page of their own.
+PAGE_BYTES = 4096
+SMALL_BYTES = 1 << 20
+SMALL_ALIGNMENT_BYTES = 64
+
+ONNX_TYPES = {
+    torch.float32: onnx.TensorProto.FLOAT,
+    torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16,
+}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the graphs and where it comes from.
+
+    Args:
+        name: initializer name.
+        source: name in the checkpoint.
+        transpose: whether it is a linear weight, [out, in] there and [in, out] here.
+        dtype: type to store it in.
+    """
+
+    name: str
+    source: str
+    transpose: bool
+    dtype: torch.dtype
+
+
+@dataclass
+class WeightsFile:
+    """Initializers that refer to the file, by name, and the file's hash."""
+
+    initializers: dict[str, onnx.TensorProto]
+    sha256: str
+    size_bytes: int
+
+
+def write_weights(
+    path: Path,
+    weights: Iterable[Weight],
+    read: Callable[[str], Tensor],
+    on_tensor: Callable[[str], None] = lambda name: None,
+) -> WeightsFile:
+    """Write all weights to one file.
+
+    Args:
+        path: file to create; its name is what the graphs refer to.
+        weights: each once.
+        read: checkpoint name -> tensor.
+        on_tensor: called with each name after it is written (progress).
+    """
+    initializers: dict[str, onnx.TensorProto] = {}
+    digest = hashlib.sha256()
+    with path.open("wb") as stream:
+        for weight in weights:
+            tensor = read(weight.source).to(weight.dtype)
+            if weight.transpose:
+                tensor = tensor.t()
+            data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            offset = _pad(stream, digest, data.nbytes)
+            stream.write(data)
+            digest.update(data)
+            initializers[weight.name] = _external(
+                weight.name, ONNX_TYPES[weight.dtype], tuple(tensor.shape), path.name, offset, data.nbytes
+            )
+            on_tensor(weight.name)
+        size = stream.tell()
+    return WeightsFile(initializers, digest.hexdigest(), size)
+
+
+def _pad(stream: BinaryIO, digest: hashlib._Hash, size: int) -> int:
+    """Fill up to where a tensor of this size may start; returns the offset."""
+    alignment = PAGE_BYTES if size >= SMALL_BYTES else SMALL_ALIGNMENT_BYTES
+    padding = bytes(-stream.tell() % alignment)
+    stream.write(padding)
+    digest.update(padding)
+    return stream.tell()
+
+
+def _external(
+    name: str, onnx_type: int, shape: tuple[int, ...], location: str, offset: int, length: int
+) -> onnx.TensorProto:
+    tensor = onnx.TensorProto(name=name, data_type=onnx_type, dims=shape)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor

@@ -1,0 +1,40 @@
+"""`gsx::gathered_attention` for torch: eager and fake (inference only, so no autograd)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.library.custom_op("gsx::gathered_attention", mutates_args=())
+def gathered_attention(
+    query: Tensor, index: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int
+) -> Tensor:
+    """Attention of the query rows that index names, among the keys and values of all tokens.
+
+    Args: query [K, heads x D], RoPE applied; index [K] int64, ascending, places in the flattened B x S tokens;
+        key, value [B, kv heads, T, D], the whole cache; mask [B, 1, S, T] bool, true where a token may look (every
+        token sees at least itself); num_heads: query heads. K may be 0.
+    Returns: [K, heads x D], type of query. Scores are scaled by 1/sqrt(D).
+    Rule: research/methods.md 3.6: keys and values of every position, queries of kept tokens.
+    """
+    rows = torch.zeros_like(query)
+    batch, _, length, _ = mask.shape
+    for b in range(batch):  # each sequence attends for its own kept rows alone
+        mine = (index >= b * length) & (index < (b + 1) * length)
+        count = int(mine.sum())
+        if not count:
+            continue
+        q = query[mine].view(count, num_heads, -1).transpose(0, 1).unsqueeze(0)
+        seen = mask[b, 0].index_select(0, index[mine] - b * length)
+        out = F.scaled_dot_product_attention(
+            q, key[b : b + 1], value[b : b + 1], attn_mask=seen[None, None], enable_gqa=True
+        )
+        rows[mine] = out[0].transpose(0, 1).reshape(count, -1)
+    return rows
+
+
+@gathered_attention.register_fake
+def _(query: Tensor, index: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int) -> Tensor:
+    return torch.empty_like(query)

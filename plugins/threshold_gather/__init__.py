@@ -1,0 +1,1 @@
+"""`ThresholdGather`: the rows whose score exceeds a threshold, in token order (README.md beside this file)."""

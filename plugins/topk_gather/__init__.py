@@ -1,0 +1,1 @@
+"""`TopKGather`: the rows of the K best scores, in token order (README.md beside this file)."""

@@ -1,0 +1,132 @@
+"""Tiny random checkpoints of every family, gated or dense, for tests that need a model but no knowledge.
+
+The weights are random but scaled like a working model's: states stay of order 1, logits are of order 1 to 10,
+and gate scores spread around 0.5, so that thresholds and ranks have something to choose between.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig
+
+from exporter.checkpoint import expected_tensors, is_gate
+from exporter.config import GateConfig, ModelConfig
+
+PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
+SPECIALS = ("<|pad|>", "<|begin|>", "<|endoftext|>")
+TOKENIZER_VOCAB = 256 + len(SPECIALS)
+FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def tiny_checkpoint(
+    path: Path,
+    family: str = "llama",
+    *,
+    gate: GateConfig | None = None,
+    layers: int = 3,
+    hidden: int = 48,
+    heads: int = 4,
+    kv_heads: int = 2,
+    vocab: int = 97,
+    tied: bool = False,
+    seed: int = 0,
+    tokenizer: bool = False,
+    exits: tuple[int, ...] = (),
+    dtype: torch.dtype = torch.float32,
+    **hf_overrides: Any,
+) -> Path:
+    """Write a Hugging Face model directory with random weights.
+
+    Args:
+        path: the directory; made if it is not there.
+        gate: the gates to add; None for a dense model.
+        tokenizer: add a byte-level tokenizer without merges; the vocabulary then has at least 259 tokens.
+        exits: the depths to name in `gsx.exits`.
+        hf_overrides: further keys of the family's transformers configuration, e.g. `sliding_window=8`.
+    Returns: path.
+    """
+    if tokenizer:
+        vocab = max(vocab, TOKENIZER_VOCAB)
+    keys: dict[str, Any] = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden + 16,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": tied,
+        "pad_token_id": PAD_ID,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        **hf_overrides,
+    }
+    hf = AutoConfig.for_model(family, **keys)
+    hf.architectures = [{"llama": "Llama", "mistral": "Mistral"}.get(family, family.title()) + "ForCausalLM"]
+    section: dict[str, Any] = {}
+    if gate is not None:
+        section |= {"method": "gateskip", "gate": gate.to_dict()}
+    if exits:
+        section["exits"] = list(exits)
+    if section:
+        hf.gsx = section
+    path.mkdir(parents=True, exist_ok=True)
+    hf.save_pretrained(path)
+    config = ModelConfig.from_hf(hf)
+    rng = torch.Generator().manual_seed(seed)
+    tensors = {
+        name: _random(name, shape, rng).to(dtype).contiguous()
+        for name, shape in expected_tensors(config).items()
+    }
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "generation_config.json").write_text(
+        json.dumps({"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID})
+    )
+    if tokenizer:
+        write_byte_tokenizer(path)
+    return path
+
+
+def write_byte_tokenizer(path: Path) -> None:
+    """A byte-level tokenizer without merges: ids 0 to 2 are the special tokens, then the 256 bytes."""
+    vocab = {token: i for i, token in enumerate([*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIALS))
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "pad_token": SPECIALS[PAD_ID],
+                "bos_token": SPECIALS[BOS_ID],
+                "eos_token": SPECIALS[EOS_ID],
+                "clean_up_tokenization_spaces": False,
+            }
+        )
+    )
+
+
+def _random(name: str, shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:
+    noise = torch.randn(shape, generator=rng)
+    if is_gate(name):
+        if name.endswith("bias"):
+            return 0.3 * noise
+        # One common direction for all rows: independent rows would average to the same score for every token.
+        common = torch.randn(shape[-1], generator=rng)
+        return (1.5 * common + noise) / shape[-1] ** 0.5
+    if name.endswith("norm.weight"):
+        return 1 + 0.1 * noise
+    if name.endswith("bias"):
+        return 0.2 * noise
+    if name in ("model.embed_tokens.weight", "lm_head.weight"):
+        return 3 * noise / shape[-1] ** 0.5
+    return noise / shape[-1] ** 0.5
