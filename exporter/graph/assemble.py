@@ -20,6 +20,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.config import ModelConfig
 from exporter.decoder.ends import Entry, Exit, distinct_windows
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
+from exporter.decoder.loading import source_of
 from exporter.graph.trace import Input, Part, trace
 from exporter.graph.weights import ONNX_TYPES, Weight
 from plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION
@@ -28,7 +29,6 @@ from plugins.registry import OPS
 IR_VERSION = 11  # the one that opset 23 came with
 # Sizes of the examples that are traced: distinct, so that no two axes are taken for one.
 _B, _S, _P = 2, 3, 5
-_LINEAR = ("_proj.weight", "_gate.linear.weight", "lm_head.weight")
 
 
 @dataclass
@@ -203,14 +203,9 @@ class _Builder:
         """Where each parameter of the graph lies in the checkpoint."""
         weights = []
         for name in parameters:
-            gate = "_gate.linear." in name
-            source = name.replace("_gate.linear.", "_gate.")
-            if name == "embed_tokens":
-                source = "model.embed_tokens.weight"
-            elif not name.startswith("lm_head."):
-                source = "model." + source
-            dtype = torch.float32 if gate else self.options.dtype
-            weights.append(Weight(name, source, name.endswith(_LINEAR), dtype))
+            source = source_of(name)
+            dtype = torch.float32 if source.is_gate else self.options.dtype
+            weights.append(Weight(name, source.name, source.transpose, dtype))
         return weights
 
 

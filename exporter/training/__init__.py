@@ -1,4 +1,4 @@
-"""Training gated checkpoints: GateSkip's and LayerSkip's recipes together, as a library (`gsx train` is its face)."""
+"""Training gated checkpoints: the recipes of GateSkip and LayerSkip together, as a library."""
 
 from exporter.training.config import ModelShape, TrainConfig
 from exporter.training.loop import StepReport, TrainResult, export_snapshot, train

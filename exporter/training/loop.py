@@ -229,7 +229,7 @@ def _prepare(config: TrainConfig, work: Path, *, model: str | Path | None, text:
         hf = _new_config(config)
         tokenizer = train_tokenizer(documents, vocab_size=config.model.vocab_size)
         write_tokenizer(tokenizer, base, max_positions=config.model.max_positions)
-        generation = {key: END_OF_TEXT_ID for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
         (base / "generation_config.json").write_text(
             json.dumps(generation, indent=2) + "\n", encoding="utf-8"
         )

@@ -1,0 +1,196 @@
+"""`gsx.json`: all that a loader must know and check.
+
+Unknown keys and wrong types are refused, so that an edited or foreign file is found at the door. A threshold of
+null means minus infinity (keep everything): JSON has no infinities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+from engines.errors import UsageError
+
+SCHEMA_VERSION = 1
+
+Threshold = Annotated[
+    float,
+    BeforeValidator(lambda value: -math.inf if value is None else value),
+    PlainSerializer(lambda value: None if value == -math.inf else value, return_type=float | None),
+]
+Table = Sequence[tuple[Threshold, Threshold]]
+Budget = Annotated[float, Field(gt=0, le=1)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# A file of the bundle itself: a bare name, so that nothing outside the bundle can be meant.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+
+class SourceModel(_Model):
+    """Where the weights come from."""
+
+    model: str
+    weights_sha256: Sha256
+
+
+class DecoderShape(_Model):
+    """Shape of the decoder; sizes are counts of elements, `windows` in positions (null: unlimited)."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    windows: tuple[int | None, ...]
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    pad_id: int | None
+
+
+class Gates(_Model):
+    """The gates of the checkpoint."""
+
+    kind: Literal["vector", "scalar"]
+    input: Literal["post_norm", "pre_norm"]
+    branches: tuple[Literal["attn", "mlp"], ...]
+
+
+class CalibrationText(_Model):
+    """The text that thresholds were found on."""
+
+    name: str
+    sha256: Sha256
+    tokens: int
+
+
+class GridPoint(_Model):
+    """One budget of the calibrated grid: thresholds [L][attn, mlp] and the shares that they keep."""
+
+    budget: Budget
+    thresholds: tuple[tuple[Threshold, Threshold], ...]
+    kept_share: float
+    kept: tuple[tuple[float, float], ...]
+
+
+class Selection(_Model):
+    """How kept tokens are chosen, and the exported default.
+
+    Args:
+        mode: `threshold` or `rank`.
+        budget: the exported default.
+        grid: with threshold selection, calibrated budgets in falling order; the first is 1.
+        calibration: with threshold selection, the text.
+    """
+
+    mode: Literal["threshold", "rank"]
+    budget: Budget
+    grid: tuple[GridPoint, ...] = ()
+    calibration: CalibrationText | None = None
+
+    @model_validator(mode="after")
+    def _grid_is_ordered(self) -> Selection:
+        budgets = [point.budget for point in self.grid]
+        if self.mode == "threshold" and (not budgets or budgets != sorted(set(budgets), reverse=True)):
+            raise ValueError("threshold selection needs a grid of distinct budgets in falling order")
+        return self
+
+    def thresholds_for(self, budget: float) -> np.ndarray:
+        """Thresholds [L, 2] float32 for a budget: calibrated ones, or between two calibrated neighbours.
+
+        Between two budgets the thresholds are interpolated linearly, each branch for itself. Next to budget 1,
+        whose thresholds are -inf, the neighbour's are taken (the share kept is then a little low).
+
+        Raises:
+            UsageError: a budget below the grid or not in (0, 1].
+        """
+        check_budget(budget)
+        lowest = self.grid[-1]
+        if budget < lowest.budget:
+            raise UsageError(
+                f"budget {budget:g} lies below the calibrated grid",
+                expected=f"{lowest.budget:g} to 1",
+                found=f"{budget:g}",
+                todo=f"export again with --budget {budget:g}: the grid then reaches it",
+            )
+        for upper, lower in zip(self.grid, self.grid[1:], strict=False):
+            if lower.budget < budget < upper.budget:
+                high, low = _array(upper.thresholds), _array(lower.thresholds)
+                share = (upper.budget - budget) / (upper.budget - lower.budget)
+                with np.errstate(invalid="ignore"):
+                    between = high + np.float32(share) * (low - high)
+                return np.where(np.isneginf(high), low, between).astype(np.float32)
+        point = next(p for p in self.grid if p.budget == budget)
+        return _array(point.thresholds)
+
+
+class TensorInfo(_Model):
+    """An input or output of a graph; a dynamic axis has a name in place of a size."""
+
+    name: str
+    type: str
+    shape: tuple[int | str, ...]
+
+
+class GraphEntry(_Model):
+    """One ONNX file."""
+
+    file: FileName
+    sha256: Sha256
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    ops: tuple[str, ...]
+
+
+class WeightsEntry(_Model):
+    """The file with the weights of all graphs."""
+
+    file: FileName
+    sha256: Sha256
+    size_bytes: int
+
+
+class Manifest(_Model):
+    """The whole of `gsx.json`."""
+
+    schema_version: Literal[1]
+    gsx_version: str
+    tools: Mapping[str, str]
+    source: SourceModel
+    decoder: DecoderShape
+    gates: Gates | None
+    selection: Selection | None
+    kv_policy: Literal["compute", "copy"]
+    precision: Literal["fp32", "fp16", "bf16"]
+    graphs: Mapping[str, GraphEntry]
+    weights: WeightsEntry
+
+    @model_validator(mode="after")
+    def _selection_fits_gates(self) -> Manifest:
+        if (self.gates is None) != (self.selection is None):
+            raise ValueError("gates and selection go together")
+        rows = {len(point.thresholds) for point in self.selection.grid} if self.selection else set()
+        if rows - {self.decoder.num_layers}:
+            raise ValueError(f"thresholds are for {sorted(rows)} layers, the model has {self.decoder.num_layers}")
+        if "model" not in self.graphs:
+            raise ValueError("graphs lacks 'model'")
+        return self
+
+
+def check_budget(budget: float) -> None:
+    """Refuse what is not a share above 0 and up to 1."""
+    if not (isinstance(budget, int | float) and math.isfinite(budget) and 0 < budget <= 1):
+        raise UsageError("budget is not a share", expected="a number above 0 and at most 1", found=repr(budget))
+
+
+def _array(table: Table) -> np.ndarray:
+    return np.asarray(table, dtype=np.float32)

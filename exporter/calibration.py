@@ -1,0 +1,121 @@
+"""Thresholds for a grid of budgets, in one walk through the model.
+
+Skipping changes what later layers see, and so their scores. The calibration therefore goes layer by layer: a
+branch's threshold is the (1 - budget) quantile of the scores of the states that the branches before it, already
+skipping, have produced. The share kept on the calibration text is then the budget by construction (up to ties),
+and it is counted, not assumed. Rule: design.md, section 3, GateSkip `threshold`.
+
+One layer's weights are in memory at a time; every budget has its own states, and all go through a layer together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from exporter.checkpoint import Checkpoint
+from exporter.config import BRANCHES, Branch
+from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
+from exporter.decoder.loading import load_entry, load_layer
+from exporter.decoder.ends import distinct_windows
+
+DEFAULT_GRID = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
+DEFAULT_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """One budget's thresholds and what they keep.
+
+    Args:
+        budget: the share asked for.
+        thresholds: [L, 2] float32 (attn, mlp); -inf where everything is kept, also at a branch without gate.
+        kept: [L, 2] float64, the share of valid tokens kept on the calibration text; 1 without gate.
+        kept_share: mean of `kept` over the gated branches.
+    """
+
+    budget: float
+    thresholds: np.ndarray
+    kept: np.ndarray
+    kept_share: float
+
+
+@dataclass
+class _Run:
+    """The states of one budget on their way through the layers."""
+
+    budget: float
+    hidden: Tensor
+    below: KeyValue | None
+    thresholds: np.ndarray
+    kept: np.ndarray
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    budgets: Sequence[float],
+    options: DecoderOptions,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> list[GridPoint]:
+    """Thresholds for each budget.
+
+    Args:
+        checkpoint: a gated checkpoint.
+        ids: [M, S] int64, calibration text.
+        budgets: shares in (0, 1].
+        options: the K/V policy matters; the type of the computation is float32.
+        on_layer: called with (layers done, layers) as it goes.
+    Returns: one point a budget, in their order.
+    """
+    config = checkpoint.config
+    assert config.gate is not None, "calibration is for gated models"
+    options = DecoderOptions("threshold", options.kv_policy, torch.float32)
+    tokens = torch.from_numpy(ids)
+    with torch.inference_mode():
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        hidden, cos, sin, *rest = load_entry(checkpoint, options)(tokens, torch.ones_like(tokens), positions)
+        *masks, forced, forced_score = rest
+        shape = (config.num_layers, 2)
+        runs = [
+            _Run(b, hidden, None, np.full(shape, -np.inf, np.float32), np.ones(shape)) for b in budgets
+        ]
+        windows = distinct_windows(config)
+        for i in range(config.num_layers):
+            layer = load_layer(checkpoint, i, options)
+            mask = masks[windows.index(config.windows[i])]
+            call = CallState(cos, sin, mask, forced, forced_score, forced_score)
+            for run in runs:
+                _through(layer, i, run, call)
+            on_layer(i + 1, config.num_layers)
+    columns = [BRANCHES.index(branch) for branch in config.gated_branches]
+    return [GridPoint(r.budget, r.thresholds, r.kept, float(r.kept[:, columns].mean())) for r in runs]
+
+
+def _through(layer: DecoderLayer, number: int, run: _Run, call: CallState) -> None:
+    """Take one budget's states through one layer, choosing its thresholds on the way."""
+    gated = layer.config.gated_branches
+    empty = run.hidden.new_zeros((run.hidden.shape[0], layer.config.num_kv_heads, 0, layer.config.head_dim))
+    kept = _choose(layer, "attn", number, run, call) if "attn" in gated else None
+    run.hidden, _, run.below = layer.attention_branch(run.hidden, call, KeyValue(empty, empty), run.below, kept)
+    kept = _choose(layer, "mlp", number, run, call) if "mlp" in gated else None
+    run.hidden = layer.mlp_branch(run.hidden, call, kept)
+
+
+def _choose(layer: DecoderLayer, branch: Branch, number: int, run: _Run, call: CallState) -> Kept:
+    normed = layer.normed(branch, run.hidden)
+    gate, score = layer.gate(branch, run.hidden, normed)
+    valid = score[~call.forced]
+    place = (number, BRANCHES.index(branch))
+    if run.budget < 1.0:
+        run.thresholds[place] = np.quantile(valid.numpy().astype(np.float64), 1.0 - run.budget)
+    tau = float(run.thresholds[place])
+    run.kept[place] = float((valid > tau).float().mean())
+    score = torch.where(call.forced, call.forced_score, score)
+    index = torch.nonzero(score > tau).reshape(-1)
+    flat = normed.reshape(-1, normed.shape[-1])
+    return Kept(flat.index_select(0, index), index, gate.index_select(0, index))

@@ -1,0 +1,310 @@
+"""The reference: what a gated model means, said with Hugging Face's own modules and masks.
+
+It computes every branch for every token and then leaves out what is skipped, so it is never fast. Parity compares
+the exported graphs with it; for that to mean something it shares no code with the traceable decoder (`decoder/`)
+beyond `ModelConfig` and the count of rank selection. Semantics: design.md section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from engines.errors import UsageError
+from exporter.checkpoint import Checkpoint, is_gate
+from exporter.config import BRANCHES, Branch, GateConfig, ModelConfig
+from exporter.selection import KeepAll, KvPolicy, Rank, Selection, Threshold, kept_count
+
+
+@dataclass
+class ReferenceOutput:
+    """What one call gave. B: batch, S: tokens of this call, T: past and these, H: hidden, V: vocabulary.
+
+    Args:
+        logits: [B, S, V].
+        states: L + 1 tensors [B, S, H]: the input of layer 0, then the output of every layer, before the final norm.
+        scores: [L][2] -> [B, S] float32, columns as `BRANCHES`; padding has -inf. None where there is no gate.
+        keep: [L][2] -> [B, S] bool: who ran the branch. Padding is False; True without a gate.
+        cache: keys and values of every layer, [B, kv heads, T, head_dim], RoPE applied.
+    """
+
+    logits: torch.Tensor
+    states: list[torch.Tensor]
+    scores: list[list[torch.Tensor | None]]
+    keep: list[list[torch.Tensor]]
+    cache: DynamicCache
+
+
+@dataclass
+class _Call:
+    """What the gates need to know of the call in progress, and what they note down. Masks are [B, S]."""
+
+    selection: Selection
+    valid: torch.Tensor
+    ended: torch.Tensor
+    scores: list[list[torch.Tensor | None]]
+    keep: list[list[torch.Tensor]]
+
+
+class Reference:
+    """A model with gates applied by masks. Make one with `Reference.load`."""
+
+    def __init__(self, model: Any, config: ModelConfig) -> None:
+        self.model = model
+        self.config = config
+        self._gates: dict[tuple[int, Branch], nn.Linear] = {}
+        self._call: _Call | None = None
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Reference:
+        """Read the model. Weights are in dtype; gates in float32, as scores are."""
+        config = checkpoint.config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(checkpoint.hf_config, attn_implementation="eager")
+        model.to_empty(device="cpu")
+        model = model.to(dtype)
+        _load_weights(model, checkpoint)
+        # Inverse frequencies are no weights: they are computed anew, and in float32.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=checkpoint.hf_config)
+        model.eval()
+        model.requires_grad_(False)
+        reference = cls(model, config)
+        if config.gate is not None:
+            reference._add_gates(checkpoint, config.gate)
+        return reference
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: DynamicCache | None = None,
+        selection: Selection | None = None,
+        kv_policy: KvPolicy = "compute",
+    ) -> ReferenceOutput:
+        """Run the model on S tokens a row.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, past + S], 0 for padding; None where there is none.
+            position_ids: [B, S]; None counts the valid tokens, as generation does with padding on the left.
+            cache: of the earlier call with the same policy; it is extended in place.
+            selection: None keeps all.
+        """
+        B, S = input_ids.shape
+        cache = cache if cache is not None else DynamicCache()
+        past = cache.get_seq_length()
+        if attention_mask is None:
+            attention_mask = torch.ones(B, past + S, dtype=torch.int64)
+        if attention_mask.shape != (B, past + S):
+            raise UsageError(
+                "reference: attention_mask has the wrong shape",
+                expected=f"[{B}, {past} past + {S}]",
+                found=str(list(attention_mask.shape)),
+            )
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        selection = selection if selection is not None else KeepAll()
+        if isinstance(selection, Threshold) and len(selection.thresholds) != self.config.num_layers:
+            raise UsageError(
+                "reference: thresholds are of another model",
+                expected=f"{self.config.num_layers} rows",
+                found=str(len(selection.thresholds)),
+            )
+        layers = self.config.num_layers
+        valid = attention_mask[:, past:].bool()
+        self._call = call = _Call(
+            selection=selection,
+            valid=valid,
+            ended=torch.isin(input_ids, torch.tensor(self.config.eos_ids, dtype=input_ids.dtype)) & valid,
+            scores=[[None, None] for _ in range(layers)],
+            keep=[[valid, valid] for _ in range(layers)],
+        )
+        states: list[torch.Tensor] = []
+        hooks = [self.model.model.layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
+        hooks += [layer.register_forward_hook(_note_output(states)) for layer in self.model.model.layers]
+        through = _CopyingCache(cache, call) if kv_policy == "copy" else cache
+        try:
+            logits = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=through,
+                use_cache=True,
+            ).logits
+        finally:
+            self._call = None
+            for hook in hooks:
+                hook.remove()
+        return ReferenceOutput(logits, states, call.scores, call.keep, cache)
+
+    @torch.no_grad()
+    def exit_logits(self, output: ReferenceOutput, depth: int) -> torch.Tensor:
+        """Logits [B, S, V] after the first `depth` layers: the final norm and the head on that state."""
+        logits: torch.Tensor = self.model.lm_head(self.model.model.norm(output.states[depth]))
+        return logits
+
+    def greedy(
+        self,
+        prompt_ids: torch.Tensor,
+        max_new_tokens: int,
+        *,
+        selection: Selection | None = None,
+        kv_policy: KvPolicy = "compute",
+        attention_mask: torch.Tensor | None = None,
+        stop_at_end: bool = True,
+    ) -> torch.Tensor:
+        """The most likely continuation of each row, with a cache.
+
+        Args: prompt_ids [B, S]; attention_mask [B, S] where rows are padded on the left.
+        Returns: [B, N], N <= max_new_tokens: shorter when every row has ended. A row that ended repeats its
+            end-of-text token. Of equal logits the lowest id wins.
+        """
+        B = len(prompt_ids)
+        mask = torch.ones_like(prompt_ids) if attention_mask is None else attention_mask
+        ends = torch.tensor(self.config.eos_ids, dtype=prompt_ids.dtype)
+        cache = DynamicCache()
+        ids, made = prompt_ids, []
+        done = torch.zeros(B, dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            output = self(ids, mask, cache=cache, selection=selection, kv_policy=kv_policy)
+            token = output.logits[:, -1].argmax(-1)
+            if stop_at_end and made:
+                token = torch.where(done, made[-1], token)
+            made.append(token)
+            done |= torch.isin(token, ends)
+            if stop_at_end and bool(done.all()):
+                break
+            ids = token[:, None]
+            mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
+        return torch.stack(made, dim=1) if made else prompt_ids[:, :0]
+
+    def _add_gates(self, checkpoint: Checkpoint, gate: GateConfig) -> None:
+        for i, layer in enumerate(self.model.model.layers):
+            for branch in gate.branches:
+                prefix = f"model.layers.{i}.{branch}_gate"
+                weight = checkpoint.tensor(prefix + ".weight").float()
+                linear = nn.Linear(weight.shape[1], weight.shape[0])
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+                bias = checkpoint.tensor(prefix + ".bias").float()
+                linear.bias = nn.Parameter(bias, requires_grad=False)
+                self._gates[i, branch] = linear
+            # What each branch reads before its norm is the norm's input.
+            if "attn" in gate.branches:
+                layer.self_attn = _GatedBranch(self, layer.self_attn, layer.input_layernorm, i, "attn", gate)
+            if "mlp" in gate.branches:
+                layer.mlp = _GatedBranch(self, layer.mlp, layer.post_attention_layernorm, i, "mlp", gate)
+
+    def gate(self, layer: int, branch: Branch, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose, and note the choice down. Returns: keep [B, S, 1] bool; g [B, S, H or 1]."""
+        call = self._call
+        assert call is not None, "a gated branch ran outside a call of the reference"
+        g = torch.sigmoid(self._gates[layer, branch](x.float()))
+        score = g.mean(-1).masked_fill(~call.valid, float("-inf"))
+        keep = _choose(score, call, layer, branch)
+        column = BRANCHES.index(branch)
+        call.scores[layer][column] = score
+        call.keep[layer][column] = keep
+        return keep[..., None], g
+
+
+class _GatedBranch(nn.Module):
+    """A branch of a decoder layer, in its place: the gate multiplies what it gives, and skipped tokens get 0."""
+
+    def __init__(
+        self, reference: Reference, branch: nn.Module, norm: nn.Module, layer: int, name: Branch, gate: GateConfig
+    ) -> None:
+        super().__init__()
+        self.branch = branch
+        self._reference = (reference,)  # in a tuple, so that it is no submodule
+        self._layer, self._name = layer, name
+        self._pre_norm = gate.input == "pre_norm"
+        self._residual: torch.Tensor | None = None
+        if self._pre_norm:
+            norm.register_forward_pre_hook(self._note_residual)
+
+    def _note_residual(self, _norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._residual = args[0]
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        x = self._residual if self._pre_norm else hidden_states
+        assert x is not None
+        # The choice comes first: a cache that copies K and V asks for it inside the branch.
+        keep, g = self._reference[0].gate(self._layer, self._name, x)
+        output = self.branch(hidden_states, **kwargs)
+        if isinstance(output, tuple):
+            return (_gated(keep, g, output[0]), *output[1:])
+        return _gated(keep, g, output)
+
+
+class _CopyingCache(DynamicCache):
+    """K/V policy `copy`: where attention is skipped, K and V are those of the layer below (layer 0 computes).
+
+    It shares the layers of the caller's cache, which so receives what is blended here.
+    """
+
+    def __init__(self, target: DynamicCache, call: _Call) -> None:
+        super().__init__()
+        self.layers = target.layers
+        self._call = call
+        self._below: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if layer_idx > 0:
+            assert self._below is not None
+            keep = self._call.keep[layer_idx][BRANCHES.index("attn")] | ~self._call.valid
+            key_states = torch.where(keep[:, None, :, None], key_states, self._below[0])
+            value_states = torch.where(keep[:, None, :, None], value_states, self._below[1])
+        self._below = (key_states, value_states)
+        updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx)
+        return updated
+
+
+def _choose(score: torch.Tensor, call: _Call, layer: int, branch: Branch) -> torch.Tensor:
+    """Who is kept: [B, S] bool. NaN counts as the lowest score."""
+    selection = call.selection
+    if isinstance(selection, KeepAll):
+        return call.valid
+    score = score.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    if isinstance(selection, Threshold):
+        tau = float(selection.thresholds[layer, BRANCHES.index(branch)])
+        return ((score > tau) | call.ended) & call.valid
+    assert isinstance(selection, Rank)
+    ranked = (call.valid & ~call.ended).flatten()
+    place = ranked.nonzero().flatten()
+    # A stable sort of the ascending token order lets the earlier of equals win.
+    order = score.flatten()[place].sort(descending=True, stable=True).indices
+    keep = call.ended.flatten().clone()
+    keep[place[order[: kept_count(len(place), selection.budget)]]] = True
+    return keep.view_as(call.valid)
+
+
+def _gated(keep: torch.Tensor, g: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+    return torch.where(keep, g.to(output.dtype) * output, 0.0)
+
+
+def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+    def note(_layer: nn.Module, _args: Any, output: torch.Tensor) -> None:
+        states.append(output)
+
+    return note
+
+
+def _load_weights(model: Any, checkpoint: Checkpoint) -> None:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name == "lm_head.weight" and checkpoint.config.tied_head:
+                continue
+            parameter.copy_(checkpoint.tensor(name))
+    if checkpoint.config.tied_head:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    assert not any(is_gate(name) for name in parameters)
