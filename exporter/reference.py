@@ -1,8 +1,8 @@
 """The reference: what a gated model means, said with Hugging Face's own modules and masks.
 
-It computes every branch for every token and then leaves out what is skipped, so it is never fast. Parity compares
-the exported graphs with it; for that to mean something it shares no code with the traceable decoder (`decoder/`)
-beyond `ModelConfig` and the count of rank selection. Semantics: design.md section 3.
+It computes every branch for every token and then leaves out what is skipped, so it is never fast. Parity
+compares the exported graphs with it; for that to mean something it shares no code with the traceable decoder
+(`decoder/`) beyond `ModelConfig` and the count of rank selection. Semantics: design.md section 3.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ class ReferenceOutput:
 
     Args:
         logits: [B, S, V].
-        states: L + 1 tensors [B, S, H]: the input of layer 0, then the output of every layer, before the final norm.
-        scores: [L][2] -> [B, S] float32, columns as `BRANCHES`; padding has -inf. None where there is no gate.
+        states: L + 1 tensors [B, S, H]: the input of layer 0, then the output of every layer (the last one
+            before the final norm).
+        scores: [L][2] -> [B, S] float32, columns as `BRANCHES`; padding has -inf. None without a gate.
         keep: [L][2] -> [B, S] bool: who ran the branch. Padding is False; True without a gate.
         cache: keys and values of every layer, [B, kv heads, T, head_dim], RoPE applied.
     """
@@ -170,7 +171,8 @@ class Reference:
         mask = torch.ones_like(prompt_ids) if attention_mask is None else attention_mask
         ends = torch.tensor(self.config.eos_ids, dtype=prompt_ids.dtype)
         cache = DynamicCache()
-        ids, made = prompt_ids, []
+        ids = prompt_ids
+        made: list[torch.Tensor] = []
         done = torch.zeros(B, dtype=torch.bool)
         for _ in range(max_new_tokens):
             output = self(ids, mask, cache=cache, selection=selection, kv_policy=kv_policy)
@@ -215,10 +217,16 @@ class Reference:
 
 
 class _GatedBranch(nn.Module):
-    """A branch of a decoder layer, in its place: the gate multiplies what it gives, and skipped tokens get 0."""
+    """A branch of a decoder layer, in its place: the gate multiplies its output, and skipped tokens get 0."""
 
     def __init__(
-        self, reference: Reference, branch: nn.Module, norm: nn.Module, layer: int, name: Branch, gate: GateConfig
+        self,
+        reference: Reference,
+        branch: nn.Module,
+        norm: nn.Module,
+        layer: int,
+        name: Branch,
+        gate: GateConfig,
     ) -> None:
         super().__init__()
         self.branch = branch

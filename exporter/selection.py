@@ -39,7 +39,9 @@ class Threshold:
         found = self.thresholds
         if found.ndim != 2 or found.shape[1] != 2 or found.dtype != np.float32:
             raise UsageError(
-                "thresholds: wrong shape or type", expected="[L, 2] float32", found=f"{found.shape} {found.dtype}"
+                "thresholds: wrong shape or type",
+                expected="[L, 2] float32",
+                found=f"{found.shape} {found.dtype}",
             )
         if np.isnan(found).any():
             raise UsageError("thresholds: hold NaN", expected="numbers, or -inf to keep every token")

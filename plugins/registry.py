@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from plugins.domain import OnnxOp
+from plugins.full_attention.onnx_op import FULL_ATTENTION
 from plugins.gated_scatter_add.onnx_op import GATED_SCATTER_ADD
 from plugins.gathered_attention.onnx_op import GATHERED_ATTENTION
 from plugins.threshold_gather.onnx_op import THRESHOLD_GATHER
 from plugins.topk_gather.onnx_op import TOPK_GATHER
 
-OPS: Mapping[str, OnnxOp] = {op.name: op for op in (TOPK_GATHER, THRESHOLD_GATHER, GATED_SCATTER_ADD, GATHERED_ATTENTION)}
+OPS: Mapping[str, OnnxOp] = {op.name: op for op in (TOPK_GATHER, THRESHOLD_GATHER, GATED_SCATTER_ADD, GATHERED_ATTENTION, FULL_ATTENTION)}
 
 
 def register_all() -> None:

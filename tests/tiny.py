@@ -30,7 +30,7 @@ def tiny_checkpoint(
     *,
     gate: GateConfig | None = None,
     layers: int = 3,
-    hidden: int = 48,
+    hidden: int = 64,
     heads: int = 4,
     kv_heads: int = 2,
     vocab: int = 97,

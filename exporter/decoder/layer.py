@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from exporter.config import BRANCHES, Branch, GateConfig, ModelConfig
 from exporter.decoder.norm import RmsNorm
+from plugins.full_attention.op import full_attention
 from plugins.gated_scatter_add.op import gated_scatter_add
 from plugins.gathered_attention.op import gathered_attention
 from plugins.threshold_gather.op import threshold_gather
@@ -192,14 +193,7 @@ class DecoderLayer(nn.Module):
             new = KeyValue(attn.heads(attn.keys(normed, call.cos, call.sin)), attn.heads(attn.v_proj(normed)))
             present = _append(past, new)
             query = attn.queries(normed, call.cos, call.sin)
-            batch, length, _ = query.shape
-            attended = torch.onnx.ops.attention(
-                query.view(batch, length, attn.num_heads, attn.head_dim).transpose(1, 2),
-                present.key,
-                present.value,
-                call.mask,
-            )[0]
-            rows = attended.transpose(1, 2).reshape(batch, length, attn.num_heads * attn.head_dim)
+            rows = full_attention(query, present.key, present.value, call.mask, attn.num_heads)
             return hidden + attn.o_proj(rows), present, new
 
         kept = kept or self.choose("attn", hidden, normed, call)

@@ -1,4 +1,4 @@
-"""What a training run is: every option that decides its result, in one value that reads from and writes to JSON.
+"""What a training run is: every option that decides its result, in one value that can be JSON.
 
 The same configuration, text and thread count repeat the same run. The published recipes and what is known of
 their constants stand in research/methods.md, 3.2 (GateSkip) and 4.1 (LayerSkip).
@@ -22,7 +22,7 @@ OptimizerName = Literal["adamw", "muon"]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The shape of a new Llama model. Sizes are counts of elements; the vocabulary is trained to vocab_size."""
+    """The shape of a new Llama model. Sizes are counts of elements."""
 
     vocab_size: int = 2048
     hidden_size: int = 128
@@ -68,17 +68,17 @@ class TrainConfig:
         steps: optimizer steps in all.
         batch_size: sequences a step.
         sequence_length: tokens a sequence.
-        learning_rate: the peak, after a linear warm-up. It stays there until decay_steps before the end and then
-            falls linearly to zero, so that a running training may be made longer or shorter.
-        optimizer: "adamw" for all, or "muon" for the branches' matrices and AdamW for the rest; Muon's updates are
-            scaled to the size of AdamW's, so that one learning rate serves both.
+        learning_rate: the peak, after a linear warm-up. It stays there until decay_steps before the end and
+            then falls linearly to zero, so that a running training may be made longer or shorter.
+        optimizer: "adamw" for all, or "muon" for the branches' matrices and AdamW for the rest; the updates
+            of Muon are scaled to the size of AdamW's, so that one learning rate serves both.
         sparsity: lambda, the weight of the mean of g^2 (methods.md 3.2).
         gate_bias: initial bias of every gate; 5.0 means sigmoid 0.993.
         gate_std: initial standard deviation of the gates' weights.
         budget_end: where the floor of the budget ends.
         budget_steps: steps over which the floor falls from 1.0 to budget_end.
-        budget_rule: "falling" trains each step at the floor (the published recipe); "uniform" draws each step's
-            budget between the floor and 1.0, so that the higher budgets are not forgotten.
+        budget_rule: "falling" trains each step at the floor (the published recipe); "uniform" draws each
+            step's budget between the floor and 1.0, so that the higher budgets are not forgotten.
         layer_dropout: p_max, the chance that the last layer is dropped for a sequence.
         exit_scale: factor on the weights of the exits below the last layer.
         bf16: autocast to bfloat16; weights, scores and losses stay float32.
@@ -183,7 +183,12 @@ class TrainConfig:
         return values
 
 
-_NUMBERS = {"int": int, "float": (int, float), "bool": bool, "str": str}
+_SIMPLE_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "int": int,
+    "float": (int, float),
+    "bool": bool,
+    "str": str,
+}
 
 
 def _checked(cls: type, what: str, raw: Any) -> dict[str, Any]:
@@ -196,7 +201,7 @@ def _checked(cls: type, what: str, raw: Any) -> dict[str, Any]:
             raise UsageError(
                 f"{what} has an unknown key", expected="one of " + ", ".join(known), found=repr(key)
             )
-        kind = _NUMBERS.get(str(known[key]))
+        kind = _SIMPLE_TYPES.get(str(known[key]))
         wrong_bool = isinstance(value, bool) and known[key] != "bool"
         if kind is not None and (wrong_bool or not isinstance(value, kind)):
             raise UsageError(f"{what}: {key} has the wrong type", expected=str(known[key]), found=repr(value))

@@ -1,7 +1,8 @@
 """Text to train, calibrate and measure on: files of a directory, or the running Python's standard library.
 
-Which part a file belongs to depends on its name alone, so the split does not change with the machine or with the
-files around it. A file of the standard library's own tests is training text only: what is held out is library code.
+Which part a file belongs to depends on its name alone, so the split does not change with the machine or with
+the files around it. A file of the standard library's own tests is training text only: what is held out is
+library code.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Training a gated checkpoint, from nothing or from a dense model, with the recipes of GateSkip and LayerSkip.
+"""Training a gated checkpoint, from nothing or from a dense model, by GateSkip's and LayerSkip's recipes.
 
-`train` is the whole run: it reads text, trains, keeps snapshots to continue from, and writes an ordinary Hugging
-Face checkpoint at the end. The working directory of a run holds
+`train` is the whole run: it reads text, trains, keeps snapshots to continue from, and writes an ordinary
+Hugging Face checkpoint at the end. The working directory of a run holds
 
     base/                config.json and tokenizer of the result
     tokens.npy           the training text as one row of token ids
@@ -123,7 +123,6 @@ def train(
     snapshot = _newest(work, config) if resume else None
     if snapshot is None:
         _check_free(work, overwrite=False, option="resume=True (--resume)")
-        work.mkdir(parents=True, exist_ok=True)
         _prepare(config, work, model=model, text=text)
     tokens = np.load(work / _TOKENS)
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
@@ -221,10 +220,23 @@ def _one_step(
 
 
 def _prepare(config: TrainConfig, work: Path, *, model: str | Path | None, text: Path | None) -> None:
-    """Write base/ and tokens.npy: after this the run no longer needs the text."""
+    """Make the working directory: after this the run no longer needs the text."""
+    work = work.absolute()
+    work.parent.mkdir(parents=True, exist_ok=True)
+    partial = work.parent / f".{work.name}.{os.getpid()}.partial"
+    (partial / _BASE).mkdir(parents=True)
+    try:
+        np.save(partial / _TOKENS, _write_base(config, partial / _BASE, model=model, text=text))
+        partial.rename(work)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_base(
+    config: TrainConfig, base: Path, *, model: str | Path | None, text: Path | None
+) -> np.ndarray:
+    """Write configuration and tokenizer of the result. Returns: the training text, token ids [N] int32."""
     documents = split(read_corpus(text))["train"]
-    base = work / _BASE
-    base.mkdir()
     if model is None:
         hf = _new_config(config)
         tokenizer = train_tokenizer(documents, vocab_size=config.model.vocab_size)
@@ -265,7 +277,7 @@ def _prepare(config: TrainConfig, work: Path, *, model: str | Path | None, text:
             found=f"{len(tokens)} tokens in {len(documents)} files",
             todo="give more text, or a smaller sequence_length",
         )
-    np.save(work / _TOKENS, tokens)
+    return tokens
 
 
 def _new_config(config: TrainConfig) -> Any:
@@ -318,7 +330,8 @@ def _load(gated: GatedModel, weights: dict[str, torch.Tensor]) -> None:
 
 def _optimizers(gated: GatedModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Weight decay is for matrices alone: not for embeddings, norms, biases and gates."""
-    matrices, others = [], []
+    matrices: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
     for name, parameter in gated.tensors().items():
         is_matrix = parameter.ndim == 2 and ".layers." in name and not is_gate(name)
         (matrices if is_matrix else others).append(parameter)

@@ -1,8 +1,8 @@
-"""The model under training: Hugging Face's layers with gates that skip for real, and losses at several depths.
+"""The model under training: Hugging Face's layers with gates that skip, and losses at several depths.
 
-The gates follow GateSkip as its authors train it (methods.md 3.1, 3.2): a gate reads a detached input, its output
-multiplies the branch, and the tokens with the lowest scores of the batch are left out by the (1 - budget) quantile.
-Left out means masked: the result is that of real skipping, without its saving.
+The gates follow GateSkip as its authors train it (methods.md 3.1, 3.2): a gate reads a detached input, its
+output multiplies the branch, and the tokens with the lowest scores of the batch are left out, by the
+(1 - budget) quantile. Left out means masked: the result is that of real skipping, without its saving.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from exporter.config import BRANCHES, Branch, GateConfig, ModelConfig
+from exporter.selection import kept_count
 from exporter.training.config import TrainConfig
 from exporter.training.schedule import exit_weight
 
@@ -67,18 +67,24 @@ class GatedModel(nn.Module):
     def reset_gates(self, *, bias: float, std: float, generator: torch.Generator) -> None:
         """Initialize the gates: nearly open, and all alike."""
         with torch.no_grad():
-            for gate in self.gates.values():
+            for key in self.gates:
+                gate = self._gate(key)
                 gate.weight.normal_(0.0, std, generator=generator)
                 gate.bias.fill_(bias)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All parameters under their names in a gated checkpoint (design.md section 5); a tied head is left out."""
+        """All parameters by their names in a gated checkpoint (design.md section 5), without a tied head."""
         named = {name: p for name, p in self.hf.named_parameters() if not _is_tied_head(name, self.config)}
-        for key, gate in self.gates.items():
+        for key in self.gates:
             prefix = _gate_prefix(key)
-            named[prefix + ".weight"] = gate.weight
-            named[prefix + ".bias"] = gate.bias
+            named[prefix + ".weight"] = self._gate(key).weight
+            named[prefix + ".bias"] = self._gate(key).bias
         return dict(sorted(named.items()))
+
+    def _gate(self, key: str) -> nn.Linear:
+        gate = self.gates[key]
+        assert isinstance(gate, nn.Linear)
+        return gate
 
     def losses(
         self,
@@ -169,14 +175,12 @@ def _gate_factor(
 
 def _cross_entropy(norm: nn.Module, head: nn.Module, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = head(norm(h)).float()
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def _last_skipped(tokens: int, budget: float) -> int:
     """Place of the threshold among the ascending scores (`<=` is skipped); -1 to skip none."""
-    if budget >= 1 or tokens <= 1:
-        return -1
-    return int((1 - budget) * (tokens - 1))
+    return tokens - 1 - kept_count(tokens, budget)
 
 
 def _window_mask(length: int, window: int | None) -> torch.Tensor | None:

@@ -1,7 +1,7 @@
-"""What a step does, as plain functions of its number: learning rate, budget, exit, dropped layers, text blocks.
+"""What a step does, as plain functions of its number: learning rate, budget, exit, dropped layers, text.
 
-Nothing here has a state: whatever is random comes from a generator seeded with the run's seed and the step, so a
-run that was stopped continues exactly as if it had not been. Steps count from 0.
+Nothing here has a state: whatever is random comes from a generator seeded with the run's seed and the step.
+A run that was stopped therefore continues exactly as if it had not been. Steps count from 0.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def exit_of_step(config: TrainConfig, step: int) -> int | None:
 
 
 def exit_weight(depth: int) -> float:
-    """Weight of the loss at a depth, before all weights are scaled to a sum of 1: grows about quadratically."""
+    """Weight of the loss at a depth, before the weights are scaled to a sum of 1: about quadratic."""
     return depth * (depth + 1) / 2
 
 
@@ -58,7 +58,7 @@ def dropout_chances(layers: int, p_max: float) -> list[float]:
 
 
 def live_sequences(config: TrainConfig, layers: int, step: int) -> torch.Tensor:
-    """Which sequence runs which layer at a step: bool [L, batch]. A dropped layer leaves the states as they are."""
+    """Which sequence runs which layer at a step: bool [L, batch]. A dropped layer adds nothing."""
     chances = np.array(dropout_chances(layers, config.layer_dropout))[:, None]
     drawn = _rng(config, _DROPOUT_STREAM, step).random((layers, config.batch_size))
     return torch.from_numpy(drawn >= chances)

@@ -1,6 +1,6 @@
 """Snapshots of a training run: everything that is needed to continue it exactly, without pickle.
 
-A snapshot is a directory `step-00001200` with weights and optimizer tensors (safetensors) and the rest as JSON. It
+A snapshot is a directory `step-00001200`: weights and optimizer tensors as safetensors, the rest as JSON. It
 appears whole or not at all. There is no state of random generators to keep: see `schedule.py`.
 """
 

@@ -1,0 +1,120 @@
+"""Branch regions: the nodes that run over kept rows alone, moved into an `If` that asks whether there are any.
+
+At batch-1 decode a branch keeps one row or none. Nodes over no rows are cheap but not free, and attention refuses
+an empty query; an `If` leaves the whole branch out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import onnx
+from onnx import helper
+
+CHOICES = ("ThresholdGather", "TopKGather")
+
+
+@dataclass(frozen=True)
+class Region:
+    """One branch: the choice of rows, the nodes over them, and the node that adds them to the residual."""
+
+    choice: onnx.NodeProto
+    nodes: Sequence[onnx.NodeProto]
+    add: onnx.NodeProto
+
+
+def find_regions(graph: onnx.GraphProto, internal_outputs: Iterable[str] = ()) -> list[Region]:
+    """All branch regions of a graph, in order.
+
+    A region holds the nodes between a choice and its GatedScatterAdd that no value outside depends on. Nodes whose
+    results leave the branch (K and V of kept rows under the K/V policy `copy`) stay outside.
+
+    Args:
+        internal_outputs: graph outputs that may be produced inside a region.
+    """
+    consumers: dict[str, list[int]] = {}
+    producer: dict[str, int] = {}
+    nodes = list(graph.node)
+    for number, node in enumerate(nodes):
+        for name in node.input:
+            consumers.setdefault(name, []).append(number)
+        for name in node.output:
+            producer[name] = number
+    outputs = {value.name for value in graph.output} - set(internal_outputs)
+    choices = {node.output[1]: node for node in nodes if node.op_type in CHOICES}
+    regions = []
+    for end, add in enumerate(nodes):
+        if add.op_type != "GatedScatterAdd":
+            continue
+        choice = choices[add.input[3]]
+        members = _reach(choice.output[:2], lambda name: consumers.get(name, []), nodes, "output")
+        members &= _reach(add.input[1:], lambda name: [producer[name]] if name in producer else [], nodes, "input")
+        members |= {end}
+        while True:
+            leaving = {
+                number
+                for number in members - {end}
+                if any(
+                    name in outputs or any(c not in members for c in consumers.get(name, []))
+                    for name in nodes[number].output
+                )
+            }
+            if not leaving:
+                break
+            members -= leaving
+        regions.append(Region(choice, [nodes[n] for n in sorted(members - {end})], add))
+    return regions
+
+
+def wrap(region: Region, carried: Sequence[tuple[str, str]], name: str) -> list[onnx.NodeProto]:
+    """The nodes that replace a region: whether any row is kept, and an `If` around the region.
+
+    Args:
+        carried: (value, fallback) of further values that the region gives: what they are when nothing is kept.
+        name: prefix of new values.
+    """
+    residual, out = region.add.input[0], region.add.output[0]
+    results = [(out, residual), *carried]
+    then_names = {result: f"{name}then.{result}" for result, _ in results}
+    then_nodes = []
+    for node in [*region.nodes, region.add]:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.output[:] = [then_names.get(n, n) for n in node.output]
+        then_nodes.append(copy)
+    else_nodes = [
+        helper.make_node("Identity", [fallback], [f"{name}else.{result}"], name=f"{name}else.{result}")
+        for result, fallback in results
+    ]
+
+    def branch(side: str, nodes: Sequence[onnx.NodeProto]) -> onnx.GraphProto:
+        values = [onnx.ValueInfoProto(name=f"{name}{side}.{result}") for result, _ in results]
+        for value in values:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        return helper.make_graph(nodes, f"{name}{side}", [], values)
+
+    any_kept = f"{name}any"
+    return [
+        helper.make_node("Cast", [region.choice.output[2]], [any_kept], name=any_kept, to=onnx.TensorProto.BOOL),
+        helper.make_node(
+            "If",
+            [any_kept],
+            [result for result, _ in results],
+            name=f"{name}if",
+            then_branch=branch("then", then_nodes),
+            else_branch=branch("else", else_nodes),
+        ),
+    ]
+
+
+def _reach(start: Iterable[str], step, nodes: Sequence[onnx.NodeProto], side: str) -> set[int]:  # type: ignore[no-untyped-def]
+    """Numbers of all nodes that can be reached from some values."""
+    found: set[int] = set()
+    pending = list(start)
+    while pending:
+        for number in step(pending.pop()):
+            if number not in found:
+                found.add(number)
+                pending += [name for name in getattr(nodes[number], side) if name]
+    return found

@@ -1,0 +1,140 @@
+"""The `gsx` command: its entry point, and what every command shares when something goes wrong.
+
+Nothing heavy is imported here. Signals are turned into exceptions before anything else is loaded, so that
+Ctrl-C ends in one line at any moment; the workflows clean up behind themselves.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import NoReturn
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
+EXIT_SIGNAL = 128  # plus the signal's number, as shells count
+# An impatient second Ctrl-C must not interrupt the clean-up of the first.
+_DEAF_SECONDS = 3.0
+
+
+class _Signals:
+    """SIGINT and SIGTERM as KeyboardInterrupt, and which of them came."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._at = 0.0
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is not None and now - self._at < _DEAF_SECONDS:
+            return
+        self.received, self._at = number, now
+        raise KeyboardInterrupt
+
+
+def main() -> NoReturn:
+    """Run the command line of this process and exit."""
+    signals = _Signals()
+    signals.install()
+    code = run(sys.argv[1:], signals)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        _silence_output()
+        code = code or EXIT_SIGNAL + 13  # SIGPIPE
+    sys.exit(code)
+
+
+def run(arguments: Sequence[str], signals: _Signals | None = None) -> int:
+    """Run one command line; returns the exit code. Errors are printed to stderr, never raised."""
+    signals = signals or _Signals()
+    try:
+        from gsx.cli.app import command
+
+        return _exit_code(command().main(args=list(arguments), prog_name="gsx", standalone_mode=False), signals)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else EXIT_FAILED
+    except BaseException as error:
+        return _report(error, signals)
+
+
+def _exit_code(value: object, signals: _Signals) -> int:
+    """The exit code of a command that returned; Typer gives 130 back for a KeyboardInterrupt."""
+    code = value if isinstance(value, int) else 0
+    if signals.received is not None and code == EXIT_SIGNAL + signal.SIGINT:
+        return _report(KeyboardInterrupt(), signals)
+    return code
+
+
+def _report(error: BaseException, signals: _Signals) -> int:
+    """Print an error as its kind deserves; returns the exit code."""
+    from engines.errors import GsxError
+
+    if os.environ.get("GSX_DEBUG") == "1":
+        import traceback
+
+        traceback.print_exception(error)
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        _say("interrupted: nothing was left half-written")
+        return EXIT_SIGNAL + (signals.received or signal.SIGINT)
+    if isinstance(error, GsxError):
+        _say(error.message)
+        return error.exit_code
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's, which Typer may vendor
+        return _usage(error)
+    if isinstance(error, OSError):
+        if error.errno == errno.EPIPE:
+            _silence_output()
+            return EXIT_SIGNAL + 13
+        place = f"{error.filename}: " if error.filename else ""
+        _say(f"{place}{error.strerror or error}")
+        return EXIT_FAILED
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        _say("out of memory\n  use a smaller model, fewer --calibration-tokens, or a machine with more memory")
+        return EXIT_FAILED
+    _say(
+        f"gsx has a bug: {type(error).__name__}: {_first_line(error)}\n"
+        "  run it again with GSX_DEBUG=1 for the traceback, and report both with the output of `gsx doctor`"
+    )
+    return EXIT_BUG
+
+
+def _usage(error: BaseException) -> int:
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "gsx"
+    message = error.format_message()  # type: ignore[attr-defined]
+    _say(f"{path}: {message}\n  `{path} --help` shows what there is")
+    return EXIT_USAGE
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "(no message)"
+
+
+def _say(text: str) -> None:
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:  # nobody is there to read it
+        _silence_output()
+
+
+def _silence_output() -> None:
+    """The reader has gone: let the flush at exit write to nothing."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(null, stream.fileno())

@@ -1,0 +1,137 @@
+"""What commands print: results to stdout, progress and remarks to stderr.
+
+Progress is a moving bar when a person watches and plain lines otherwise. Rich is imported when it is first
+needed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+# In a log file, a line this often is enough to see that a step goes on.
+_PLAIN_SECONDS = 10.0
+
+
+def quiet_libraries() -> None:
+    """Keep the chatter of torch, transformers and ONNX off the terminal, unless debugging."""
+    if os.environ.get("GSX_DEBUG") == "1":
+        return
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("torch.onnx", "torch.export", "transformers", "onnxscript", "onnx_ir", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def print_json(value: Any) -> None:
+    """A value as JSON to stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def out() -> Console:
+    """The console for results."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+
+
+def remark(text: str) -> None:
+    """A dim line to stderr."""
+    if sys.stderr.isatty():
+        print(f"\033[2m{text}\033[0m", file=sys.stderr, flush=True)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
+def table(
+    title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: int = 99
+) -> Table:
+    """A table; columns from number `right` on are aligned to the right."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number >= right else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return made
+
+
+def size(count: int) -> str:
+    """Bytes for people."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    raise AssertionError
+
+
+class ProgressLine:
+    """Progress of one long piece of work, on stderr; a context manager.
+
+    Args:
+        plain_every: seconds between plain lines of one stage, where no person watches.
+    """
+
+    def __init__(self, *, plain_every: float = _PLAIN_SECONDS) -> None:
+        self._bar: Any = None
+        self._task: Any = None
+        self._stage: str | None = None
+        self._last = 0.0
+        self._plain_every = plain_every
+
+    def __enter__(self) -> ProgressLine:
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
+            from rich.progress import TextColumn, TimeElapsedColumn
+
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=30),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[note]}", style="dim"),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, stage: str, done: int = 0, total: int = 0, note: str = "") -> None:
+        """Where the work stands: `done` of `total` (0: not known) in a stage, with a remark."""
+        if self._bar is not None:
+            if stage != self._stage:
+                if self._task is not None:
+                    self._bar.remove_task(self._task)
+                self._task = self._bar.add_task(stage, total=total or None, note=note)
+            self._bar.update(self._task, completed=done, total=total or None, note=note)
+        else:
+            now = time.monotonic()
+            new = stage != self._stage
+            if new or now - self._last >= self._plain_every or (total and done == total and note):
+                count = f" {done}/{total}" if total and (done or not new) else ""
+                print(f"{stage}{count}{'  ' + note if note else ''}", file=sys.stderr, flush=True)
+                self._last = now
+        self._stage = stage

@@ -1,0 +1,129 @@
+"""`gsx export`."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, size, table
+
+if TYPE_CHECKING:
+    from engines.bundle.bundle import Bundle
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(export)
+
+
+def export(
+    model: Annotated[str, typer.Argument(help="A model directory or a hub id.", show_default=False)],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The bundle's directory.", show_default="MODEL's name + -gsx"),
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Share of (token, branch) pairs to keep, above 0 and up to 1.", show_default="1.0"),
+    ] = None,
+    select: Annotated[
+        Literal["threshold", "rank"], typer.Option(help="How kept tokens are chosen.")
+    ] = "threshold",
+    kv_policy: Annotated[
+        Literal["compute", "copy"],
+        typer.Option(help="K and V of skipped tokens: their own, or the layer below's."),
+    ] = "compute",
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"], typer.Option(help="Type of weights and activations.")
+    ] = "fp32",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text to find the thresholds on.", show_default="a text that ships with gsx"),
+    ] = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="How much of it to use.", show_default="8192")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Export a checkpoint to a bundle: calibrated thresholds, ONNX with custom ops, one weights file.
+
+    Example: gsx export examples/model --budget 0.7 -o out/demo
+    """
+    quiet_libraries()
+    started = time.monotonic()
+    target = output if output is not None else default_output(model)
+    if calibration_tokens is not None and calibration_tokens < 1:
+        raise typer.BadParameter(f"{calibration_tokens} is not a positive number", param_hint="--calibration-tokens")
+    with ProgressLine() as line:
+        line.update("starting")
+        from exporter.calibration import DEFAULT_TOKENS
+        from gsx.export import export as export_bundle
+
+        bundle = export_bundle(
+            model,
+            target,
+            budget=budget,
+            select=select,
+            kv_policy=kv_policy,
+            precision=precision,
+            calibration=calibration,
+            calibration_tokens=calibration_tokens if calibration_tokens is not None else DEFAULT_TOKENS,
+            overwrite=overwrite,
+            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
+        )
+    summary = summary_of(bundle, time.monotonic() - started)
+    if as_json:
+        print_json(summary)
+        return
+    _print(summary)
+
+
+def default_output(model: str) -> Path:
+    """`./<model's name>-gsx`."""
+    return Path(f"{Path(model).expanduser().resolve().name or 'model'}-gsx")
+
+
+def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
+    """What an export made, as plain values."""
+    manifest = bundle.manifest
+    selection = manifest.selection
+    kept = None
+    if selection is not None and selection.mode == "threshold":
+        kept = next(p.kept_share for p in selection.grid if p.budget == selection.budget)
+    return {
+        "bundle": str(bundle.directory),
+        "source": manifest.source.model,
+        "family": manifest.decoder.family,
+        "layers": manifest.decoder.num_layers,
+        "precision": manifest.precision,
+        "select": selection.mode if selection else None,
+        "kv_policy": manifest.kv_policy,
+        "budget": selection.budget if selection else None,
+        "kept_share": kept,
+        "files": {path.name: path.stat().st_size for path in sorted(bundle.directory.iterdir())},
+        "seconds": round(seconds, 2),
+    }
+
+
+def _print(summary: dict[str, Any]) -> None:
+    console = out()
+    console.print(
+        f"{summary['bundle']}: {summary['family']}, {summary['layers']} layers, {summary['precision']}, "
+        f"in {summary['seconds']:.1f} s"
+    )
+    if summary["budget"] is None:
+        console.print("a dense model: no gates, nothing is skipped")
+    elif summary["kept_share"] is None:
+        console.print(f"{summary['select']} selection, budget {summary['budget']:g}")
+    else:
+        console.print(
+            f"{summary['select']} selection, budget {summary['budget']:g}: "
+            f"{summary['kept_share']:.3f} of (token, branch) pairs kept on the calibration text"
+        )
+    rows = [(name, size(count)) for name, count in summary["files"].items()]
+    console.print(table(None, ("file", "size"), rows, right=1))
+    console.print(f"next: gsx verify {summary['bundle']}")

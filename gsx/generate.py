@@ -1,0 +1,183 @@
+"""`gsx generate`: a bundle continues a text.
+
+Joins the tokenizer, the runner and the decoding loop; text streams out as it becomes whole characters. Needs
+no torch and no transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines import generation
+from engines.bundle.bundle import Bundle, open_bundle
+from engines.errors import UsageError
+from engines.generation import FinishReason, GenerationStats
+from engines.runners.select import open_runner
+from engines.sampling import Sampling
+from engines.tokens import BundleTokenizer, TextStream
+
+DEFAULT_NEW_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What a bundle wrote.
+
+    Args:
+        text: the new text, up to a stop text; None where the bundle has no tokenizer (ids in, ids out).
+        ids: the new tokens.
+        prompt_ids: the prompt as tokens.
+        finish: why it ended; "stopped" for a stop text.
+        budget: the budget in use; None for a model without gates.
+        stats: counters and times.
+    """
+
+    text: str | None
+    ids: list[int]
+    prompt_ids: list[int]
+    finish: FinishReason
+    budget: float | None
+    stats: GenerationStats
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        stats = self.stats
+        return {
+            "text": self.text,
+            "ids": self.ids,
+            "prompt_ids": self.prompt_ids,
+            "finish": self.finish,
+            "budget": self.budget,
+            "stats": {
+                "prompt_tokens": stats.prompt_tokens,
+                "new_tokens": stats.new_tokens,
+                "prefill_seconds": stats.prefill_seconds,
+                "decode_seconds": stats.decode_seconds,
+                "decode_steps": stats.decode_steps,
+                "decode_tokens_per_second": stats.decode_tokens_per_second,
+                "kept_share": stats.kept_share,
+            },
+        }
+
+
+def generate(
+    bundle: Bundle | str | Path,
+    prompt: str | None = None,
+    *,
+    ids: Sequence[int] | None = None,
+    budget: float | None = None,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    threads: int | None = None,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> GenerateResult:
+    """Continue a text.
+
+    Args:
+        bundle: an opened bundle or its directory.
+        prompt: the text to continue; exactly one of prompt and ids is given.
+        ids: the prompt as token ids.
+        budget: share of (token, branch) pairs kept; None for the exported one.
+        max_new_tokens: at most so many.
+        temperature: 0 is greedy.
+        top_k: only the k likeliest tokens; 0 for all.
+        top_p: only the likeliest tokens that together reach this probability.
+        seed: of the random numbers; None for a fresh one each time.
+        stop: texts that end the generation; they are left out of the result.
+        threads: of the runtime; None for its own choice.
+        on_text: called with each piece of new text as it comes.
+    Raises:
+        GsxError: an option, a bundle or a prompt that cannot be used.
+    """
+    if (prompt is None) == (ids is None):
+        raise UsageError("the prompt is not clear", expected="a text or --ids", found="both" if ids else "neither")
+    if threads is not None and threads < 1:
+        raise UsageError("threads", expected="at least 1", found=str(threads))
+    if "" in stop:
+        raise UsageError("a stop text is empty", expected="at least one character")
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    if not isinstance(bundle, Bundle):
+        bundle = open_bundle(bundle)
+    generation.select_for(bundle.manifest, budget)  # an unusable budget is refused before anything is loaded
+    tokenizer = None
+    if prompt is not None or stop or (bundle.directory / "tokenizer.json").is_file():
+        tokenizer = BundleTokenizer(bundle)
+    prompt_ids = list(ids) if ids is not None else _encode(tokenizer, prompt or "", bundle)
+    writer = _Writer(tokenizer.stream(), stop, on_text) if tokenizer else None
+    result = generation.generate(
+        open_runner(bundle, threads),
+        [prompt_ids],
+        max_new_tokens=max_new_tokens,
+        budget=budget,
+        sampling=sampling,
+        on_token=lambda _, token: writer.push(token) if writer else False,
+    )
+    sequence = result.sequences[0]
+    selection = bundle.manifest.selection
+    return GenerateResult(
+        text=writer.finish() if writer else None,
+        ids=sequence.tokens,
+        prompt_ids=prompt_ids,
+        finish=sequence.finish,
+        budget=(selection.budget if budget is None else budget) if selection else None,
+        stats=result.stats,
+    )
+
+
+def _encode(tokenizer: BundleTokenizer | None, prompt: str, bundle: Bundle) -> list[int]:
+    """The prompt's ids; a model that begins its texts with a token continues even the empty text."""
+    assert tokenizer is not None
+    ids = tokenizer.encode(prompt)
+    if ids:
+        return ids
+    begin = bundle.manifest.decoder.bos_id
+    if begin is None:
+        raise UsageError("the prompt is empty", expected="some text: this model has no token to begin with")
+    return [begin]
+
+
+class _Writer:
+    """Text that comes piece by piece, held back where it may be the beginning of a stop text."""
+
+    def __init__(self, stream: TextStream, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
+        self._stream, self._stops, self._on_text = stream, stops, on_text
+        self._written: list[str] = []
+        self._held = ""
+        self._stopped = False
+
+    def push(self, token: int) -> bool:
+        """Take a token; returns whether a stop text is complete."""
+        self._held += self._stream.push(token)
+        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if places:
+            self._emit(min(places))
+            self._stopped = True
+            return True
+        self._emit(len(self._held) - self._possible_stop())
+        return False
+
+    def finish(self) -> str:
+        """Let go of what was held back; returns the whole text."""
+        if not self._stopped:
+            self._emit(len(self._held))
+        return "".join(self._written)
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the held text that begins a stop text."""
+        lengths = (
+            n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])
+        )
+        return max(lengths, default=0)
+
+    def _emit(self, count: int) -> None:
+        if count:
+            piece, self._held = self._held[:count], self._held[count:]
+            self._written.append(piece)
+            self._on_text(piece)

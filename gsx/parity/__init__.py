@@ -1,0 +1,1 @@
+"""Parity: the measurements and the report of `gsx verify`."""

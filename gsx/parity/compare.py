@@ -1,0 +1,364 @@
+"""Comparing what an engine computed with what the reference computed: numbers, and keep/skip decisions.
+
+A comparison is an object with all its statistics; whether it is good enough is decided in `report.py`. NaN and
+infinity count as failures, and so does comparing nothing at all.
+
+A decision that the two sides take differently changes all that follows from it. Decisions are therefore walked in
+the order in which the model takes them, and what sees an earlier difference (the later positions of that sequence,
+from that branch on) is left out of the numbers and counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from exporter.config import BRANCHES
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one side computed for one sequence of S tokens, padding left out. L: layers, W: some width.
+
+    Args:
+        logits: [S, V].
+        states: L arrays [S, H], the output of every layer.
+        keys, values: L arrays [S, kv heads x head_dim], RoPE applied to keys.
+        scores: [L, 2, S] float32; NaN where a branch has no gate.
+        keep: [L, 2, S] bool; true where a branch has no gate.
+        margins: of the reference, [L, 2, S]: how far a score is from where its decision would turn; inf where
+            nothing can turn it (end-of-text, no gate, budget 1).
+    """
+
+    logits: np.ndarray
+    states: list[np.ndarray]
+    keys: list[np.ndarray]
+    values: list[np.ndarray]
+    scores: np.ndarray
+    keep: np.ndarray
+    margins: np.ndarray | None = None
+
+    @property
+    def tokens(self) -> int:
+        """S."""
+        return len(self.logits)
+
+    def head(self, count: int) -> Observation:
+        """The first tokens alone."""
+        return Observation(
+            self.logits[:count],
+            [x[:count] for x in self.states],
+            [x[:count] for x in self.keys],
+            [x[:count] for x in self.values],
+            self.scores[..., :count],
+            self.keep[..., :count],
+            None if self.margins is None else self.margins[..., :count],
+        )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something was seen: number of the window (or sequence), token, and layer and branch if there is one."""
+
+    window: int
+    position: int
+    layer: int | None = None
+    branch: str | None = None
+
+    def __str__(self) -> str:
+        parts = [] if self.layer is None else [f"layer {self.layer}"]
+        parts += [] if self.branch is None else [self.branch]
+        return ", ".join([*parts, f"token {self.position} of window {self.window}"])
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Statistics of the difference between two sides.
+
+    Args:
+        values: numbers compared; 0 is a failure.
+        not_finite: numbers of the engine that are NaN or infinite; any is a failure.
+        max_abs, mean_abs, rms: of the difference.
+        reference_rms, reference_max: of the reference.
+        max_relative: largest difference over its own scale, which is the greater of two root mean squares of
+            the reference: of the token's vector, and of the whole tensor. So neither a token with huge states
+            (attention sinks have them) nor one whose values cancel to nearly nothing is judged by another's size.
+        worst: where max_relative was.
+    """
+
+    values: int
+    not_finite: int
+    max_abs: float
+    mean_abs: float
+    rms: float
+    reference_rms: float
+    reference_max: float
+    max_relative: float
+    worst: Place | None
+
+    @property
+    def usable(self) -> bool:
+        """Whether anything was compared, and all of it was numbers."""
+        return self.values > 0 and self.not_finite == 0
+
+
+@dataclass
+class Accumulator:
+    """Adds differences up, call by call."""
+
+    layer: int | None = None
+    values: int = 0
+    not_finite: int = 0
+    max_abs: float = 0.0
+    max_relative: float = 0.0
+    reference_max: float = 0.0
+    sum_abs: float = 0.0
+    sum_squares: float = 0.0
+    reference_squares: float = 0.0
+    worst: Place | None = None
+
+    def add(self, reference: np.ndarray, found: np.ndarray, clean: np.ndarray, window: int) -> None:
+        """Compare the tokens that are clean.
+
+        Args: reference, found [S, W]; clean [S] bool.
+        Raises: ValueError where the two have different shapes: that is no numerical difference.
+        """
+        if reference.shape != found.shape:
+            raise ValueError(f"shapes differ: the reference has {reference.shape}, the engine {found.shape}")
+        if not clean.any():
+            return
+        want, have = reference[clean].astype(np.float64), found[clean].astype(np.float64)
+        bad = int((~np.isfinite(have)).sum())
+        self.values += want.size
+        self.not_finite += bad
+        error = np.abs(have - want)
+        if bad:
+            error = np.where(np.isfinite(error), error, np.inf)
+        squares = (want**2).mean(axis=1)
+        scale = np.sqrt(np.maximum(squares, squares.mean()))
+        relative = error.max(axis=1) / np.maximum(scale, np.finfo(np.float32).tiny)
+        place = int(relative.argmax())
+        if self.worst is None or relative[place] > self.max_relative:
+            self.max_relative = float(relative[place])
+            self.worst = Place(window, int(np.flatnonzero(clean)[place]), self.layer)
+        self.max_abs = max(self.max_abs, float(error.max()))
+        self.reference_max = max(self.reference_max, float(np.abs(want).max()))
+        self.sum_abs += float(error.sum())
+        self.sum_squares += float((error**2).sum())
+        self.reference_squares += float((want**2).sum())
+
+    def result(self) -> Comparison:
+        """All that was added."""
+        count = max(self.values, 1)
+        return Comparison(
+            values=self.values,
+            not_finite=self.not_finite,
+            max_abs=self.max_abs,
+            mean_abs=self.sum_abs / count,
+            rms=math.sqrt(self.sum_squares / count),
+            reference_rms=math.sqrt(self.reference_squares / count),
+            reference_max=self.reference_max,
+            max_relative=self.max_relative,
+            worst=self.worst,
+        )
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A decision that the two sides took differently, nothing before it having differed.
+
+    Args:
+        margin: distance of the reference's score from where the decision turns.
+        near_tie: whether that is within the near-tie limit.
+    """
+
+    place: Place
+    reference_keeps: bool
+    margin: float
+    near_tie: bool
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Keep/skip decisions of both sides.
+
+    Args:
+        total: (token, gated branch) pairs.
+        compared: those that saw no earlier difference.
+        differ: of all, also those that only follow from an earlier difference.
+        near_ties: pairs whose margin in the reference is within the near-tie limit, flipped or not.
+        flips: differences among those compared.
+        tokens: tokens of all windows; tokens_left_out: those that saw a difference before the last layer's end.
+        reference_kept, engine_kept: pairs kept.
+    """
+
+    total: int
+    compared: int
+    differ: int
+    near_ties: int
+    flips: tuple[Flip, ...]
+    tokens: int
+    tokens_left_out: int
+    reference_kept: int
+    engine_kept: int
+
+    @property
+    def wrong(self) -> tuple[Flip, ...]:
+        """Flips that no near-tie excuses."""
+        return tuple(flip for flip in self.flips if not flip.near_tie)
+
+    @property
+    def differing_share(self) -> float:
+        """Share of all pairs that differ."""
+        return self.differ / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One way of running the engine against the reference: numbers per layer, and decisions.
+
+    Args:
+        states, keys, values: a comparison for each layer.
+        scores: the same for each layer (both branches), None without gates.
+        decisions: None without gates.
+    """
+
+    logits: Comparison
+    states: tuple[Comparison, ...]
+    keys: tuple[Comparison, ...]
+    values: tuple[Comparison, ...]
+    scores: tuple[Comparison, ...] | None
+    decisions: Decisions | None
+
+
+@dataclass
+class _Walk:
+    """Counts of decisions on the way."""
+
+    total: int = 0
+    compared: int = 0
+    differ: int = 0
+    near_ties: int = 0
+    flips: list[Flip] = field(default_factory=list)
+    tokens: int = 0
+    left_out: int = 0
+    reference_kept: int = 0
+    engine_kept: int = 0
+
+
+class Comparer:
+    """Compares observations, call by call.
+
+    Args:
+        layers: L.
+        branches: those with gates; empty for a dense model.
+        causal: whether a decision depends on a token's past alone (threshold selection). If not (rank), one
+            difference concerns every token of the call from there on.
+        near_tie: how far from turning a decision may be and still come out differently.
+        copies: whether K and V follow from the decision of their own layer (K/V policy `copy`).
+    """
+
+    def __init__(
+        self, layers: int, branches: Sequence[str], *, causal: bool, near_tie: float, copies: bool
+    ) -> None:
+        self._branches = [BRANCHES.index(branch) for branch in BRANCHES if branch in branches]
+        self._causal, self._near_tie, self._copies = causal, near_tie, copies
+        self._logits = Accumulator()
+        self._states, self._keys, self._values, self._scores = (
+            [Accumulator(layer) for layer in range(layers)] for _ in range(4)
+        )
+        self._walk = _Walk()
+        self._windows = 0
+
+    def add(self, reference: Sequence[Observation], found: Sequence[Observation]) -> None:
+        """Compare the sequences of one call."""
+        assert len(reference) == len(found) > 0
+        first = self._windows
+        self._windows += len(reference)
+        clean = [np.ones(one.tokens, bool) for one in reference]
+        pairs = list(zip(reference, found, strict=True))
+        for layer in range(len(self._states)):
+            for column in (0, 1):
+                if column == 0 and not self._copies:
+                    self._add_kv(layer, pairs, clean, first)
+                if column in self._branches:
+                    self._decide(layer, column, pairs, clean, first)
+                if column == 0 and self._copies:
+                    self._add_kv(layer, pairs, clean, first)
+            for i, (want, have) in enumerate(pairs):
+                self._states[layer].add(want.states[layer], have.states[layer], clean[i], first + i)
+        for i, (want, have) in enumerate(pairs):
+            self._logits.add(want.logits, have.logits, clean[i], first + i)
+            self._walk.tokens += want.tokens
+            self._walk.left_out += int((~clean[i]).sum())
+
+    def result(self) -> Compared:
+        """All that was added."""
+        walk = self._walk
+        decisions = Decisions(
+            total=walk.total,
+            compared=walk.compared,
+            differ=walk.differ,
+            near_ties=walk.near_ties,
+            flips=tuple(walk.flips),
+            tokens=walk.tokens,
+            tokens_left_out=walk.left_out,
+            reference_kept=walk.reference_kept,
+            engine_kept=walk.engine_kept,
+        )
+        gated = bool(self._branches)
+        return Compared(
+            logits=self._logits.result(),
+            states=tuple(one.result() for one in self._states),
+            keys=tuple(one.result() for one in self._keys),
+            values=tuple(one.result() for one in self._values),
+            scores=tuple(one.result() for one in self._scores) if gated else None,
+            decisions=decisions if gated else None,
+        )
+
+    def _add_kv(
+        self, layer: int, pairs: list[tuple[Observation, Observation]], clean: list[np.ndarray], first: int
+    ) -> None:
+        for i, (want, have) in enumerate(pairs):
+            self._keys[layer].add(want.keys[layer], have.keys[layer], clean[i], first + i)
+            self._values[layer].add(want.values[layer], have.values[layer], clean[i], first + i)
+
+    def _decide(
+        self,
+        layer: int,
+        column: int,
+        pairs: list[tuple[Observation, Observation]],
+        clean: list[np.ndarray],
+        first: int,
+    ) -> None:
+        """Compare one branch's decisions, and mark what sees a difference."""
+        flipped = False
+        for i, (want, have) in enumerate(pairs):
+            keeps, found = want.keep[layer, column], have.keep[layer, column]
+            assert want.margins is not None
+            margins = want.margins[layer, column]
+            walk = self._walk
+            walk.total += keeps.size
+            walk.differ += int((keeps != found).sum())
+            walk.compared += int(clean[i].sum())
+            walk.near_ties += int((margins <= self._near_tie).sum())
+            walk.reference_kept += int(keeps.sum())
+            walk.engine_kept += int(found.sum())
+            score, other = want.scores[layer, column][:, None], have.scores[layer, column][:, None]
+            # The engine's score of end-of-text is infinite: it says "always".
+            decided_by_score = clean[i] & np.isfinite(score[:, 0]) & ~np.isposinf(other[:, 0])
+            self._scores[layer].add(score, other, decided_by_score, first + i)
+            turned = np.flatnonzero((keeps != found) & clean[i])
+            for position in turned:
+                margin = float(margins[position])
+                place = Place(first + i, int(position), layer, BRANCHES[column])
+                walk.flips.append(Flip(place, bool(keeps[position]), margin, margin <= self._near_tie))
+            if len(turned):
+                flipped = True
+                clean[i][turned[0] :] = False
+        if flipped and not self._causal:
+            for mask in clean:
+                mask[:] = False

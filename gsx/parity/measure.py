@@ -1,0 +1,302 @@
+"""Running both sides: the reference, and the engine's graph with its insides showing.
+
+Everything is teacher-forced: both sides read the same tokens, whatever they would have said themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from engines.bundle.bundle import Bundle
+from engines.runners.base import Runner
+from engines.runners.portable import PortableRunner, gated_places
+from exporter.reference import Reference, ReferenceOutput
+from exporter.selection import KvPolicy, Rank, Selection, Threshold
+from gsx.parity.compare import Observation
+
+
+class ReferenceSide:
+    """The reference under one selection.
+
+    Args:
+        reference: the model.
+        selection: None for a dense model.
+        kv_policy: as exported.
+    """
+
+    def __init__(self, reference: Reference, selection: Selection | None, kv_policy: KvPolicy) -> None:
+        self._reference, self._selection, self._kv_policy = reference, selection, kv_policy
+
+    def observe(self, ids: np.ndarray, mask: np.ndarray) -> list[Observation]:
+        """Run ids [B, S] in one call; mask [B, S] is 0 for padding. Returns one observation a sequence."""
+        output = self.step(ids, mask, DynamicCache())
+        margins = self.margins(output, ids)
+        found = []
+        for row, valid in enumerate(mask.astype(bool)):
+            found.append(
+                Observation(
+                    logits=_rows(output.logits, row, valid),
+                    states=[_rows(state, row, valid) for state in output.states[1:]],
+                    keys=[_heads(layer.keys[row].numpy(), valid) for layer in output.cache.layers],
+                    values=[_heads(layer.values[row].numpy(), valid) for layer in output.cache.layers],
+                    scores=_scores(output)[:, :, row, valid],
+                    keep=_keep(output)[:, :, row, valid],
+                    margins=margins[:, :, row, valid],
+                )
+            )
+        return found
+
+    def step(self, ids: np.ndarray, mask: np.ndarray, cache: DynamicCache) -> ReferenceOutput:
+        """One call with a cache: ids [B, S], mask [B, past + S]."""
+        return self._reference(
+            torch.from_numpy(ids),
+            torch.from_numpy(mask),
+            cache=cache,
+            selection=self._selection,
+            kv_policy=self._kv_policy,
+        )
+
+    def margins(self, output: ReferenceOutput, ids: np.ndarray) -> np.ndarray:
+        """How far each score is from where its decision would turn, [L, 2, B, S]; inf where nothing turns it."""
+        scores, keep = _scores(output), _keep(output)
+        ranked = np.isfinite(scores) & ~np.isin(ids, self._reference.config.eos_ids)
+        margins = np.full(scores.shape, np.inf, np.float64)
+        if isinstance(self._selection, Threshold):
+            tau = self._selection.thresholds.astype(np.float64)[:, :, None, None]
+            margins = np.abs(scores.astype(np.float64) - tau)
+        elif isinstance(self._selection, Rank):
+            for place in np.ndindex(*scores.shape[:2]):
+                kept = scores[place][ranked[place] & keep[place]].astype(np.float64)
+                skipped = scores[place][ranked[place] & ~keep[place]].astype(np.float64)
+                if kept.size and skipped.size:
+                    edge = np.where(keep[place], skipped.max(), kept.min())
+                    margins[place] = np.abs(scores[place] - edge)
+        margins[~ranked] = np.inf
+        return margins
+
+
+class EngineSide:
+    """ONNX Runtime on the unchanged `model.onnx`, with states, scores and kept rows brought out."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        manifest = bundle.manifest
+        self._manifest = manifest
+        self._places = [(layer, branch, _column(branch)) for layer, branch in gated_places(manifest)]
+        capture = [f"layers.{i}.output" for i in range(manifest.decoder.num_layers)]
+        for layer, branch, _ in self._places:
+            capture += [f"layers.{layer}.{branch}.score", f"layers.{layer}.{branch}.index"]
+        self._runner = PortableRunner(bundle, capture=capture)
+
+    def observe(
+        self, ids: np.ndarray, mask: np.ndarray, select: np.ndarray | None, chunks: Sequence[int] | None = None
+    ) -> list[Observation]:
+        """Run ids [B, S], in one call or in chunks of so many tokens over the cache.
+
+        Args: mask [B, S], 0 for padding; select as a runner takes it.
+        Returns: one observation a sequence, padding left out.
+        """
+        B, S = ids.shape
+        L = self._manifest.decoder.num_layers
+        positions = positions_of(mask)
+        cache = self._runner.new_cache(B, S)
+        logits: list[np.ndarray] = []
+        states: list[list[np.ndarray]] = [[] for _ in range(L)]
+        scores = np.full((L, 2, B, S), np.nan, np.float32)
+        keep = np.ones((L, 2, B, S), bool)
+        at = 0
+        for size in chunks or [S]:
+            part = slice(at, at + size)
+            output = self._runner.step(
+                cache, ids[:, part], mask[:, : at + size], positions[:, part], select, logits="all"
+            )
+            logits.append(output.logits)
+            captured = self._runner.captured
+            for layer in range(L):
+                states[layer].append(captured[f"layers.{layer}.output"])
+            for layer, branch, column in self._places:
+                scores[layer, column, :, part] = captured[f"layers.{layer}.{branch}.score"].reshape(B, size)
+                kept = np.zeros(B * size, bool)
+                kept[captured[f"layers.{layer}.{branch}.index"]] = True
+                keep[layer, column, :, part] = kept.reshape(B, size)
+            at += size
+        assert at == S, "the chunks do not add up to the sequence"
+        whole = [np.concatenate(parts, axis=1) for parts in states]
+        all_logits = np.concatenate(logits, axis=1)
+        return [
+            Observation(
+                logits=all_logits[row, valid],
+                states=[state[row, valid] for state in whole],
+                keys=[_heads(cache.memory[f"{i}.key"][row], valid) for i in range(L)],
+                values=[_heads(cache.memory[f"{i}.value"][row], valid) for i in range(L)],
+                scores=scores[:, :, row, valid],
+                keep=keep[:, :, row, valid],
+            )
+            for row, valid in enumerate(mask.astype(bool))
+        ]
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """A token of the greedy continuation that came out differently.
+
+    Args:
+        position: number of the new token, from 0.
+        reference_token, engine_token: ids.
+        margin: difference of the reference's two best logits.
+        excused: why it is no fault, or None.
+    """
+
+    position: int
+    reference_token: int
+    engine_token: int
+    margin: float
+    excused: str | None
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """A greedy continuation, token by token: the reference's tokens are fed to both sides.
+
+    As long as all tokens agree this is what both would have written alone; after a difference the comparison
+    still goes on at the next token.
+
+    Args:
+        tokens: new tokens compared.
+        mismatches: tokens that differ.
+        flips: decisions (of the steps after the prompt) that differ, near ties or not; wrong_flips: those that
+            are not near ties and follow from none.
+        max_abs_logits: largest difference of the logits, before any flip.
+    """
+
+    tokens: int
+    mismatches: tuple[Mismatch, ...]
+    flips: int
+    wrong_flips: int
+    max_abs_logits: float
+
+    @property
+    def wrong(self) -> tuple[Mismatch, ...]:
+        """Mismatches that nothing excuses."""
+        return tuple(one for one in self.mismatches if one.excused is None)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What the reference did in one step of its greedy continuation."""
+
+    ids: np.ndarray
+    logits: np.ndarray
+    keep: np.ndarray
+    margins: np.ndarray
+
+
+def reference_continuation(side: ReferenceSide, prompt: np.ndarray, new_tokens: int) -> list[_Step]:
+    """The reference's own greedy continuation of prompt [1, S], with its cache, past any end-of-text."""
+    steps = []
+    cache = DynamicCache()
+    ids, length = prompt, 0
+    for _ in range(new_tokens):
+        length += ids.shape[1]
+        output = side.step(ids, np.ones((1, length), np.int64), cache)
+        logits = output.logits[0, -1].numpy().astype(np.float32)
+        keep, margins = _keep(output)[:, :, 0], side.margins(output, ids)[:, :, 0]
+        steps.append(_Step(ids, logits, keep, margins))
+        ids = np.array([[int(logits.argmax())]], np.int64)
+    return steps
+
+
+def follow(
+    runner: Runner,
+    steps: Sequence[_Step],
+    select: np.ndarray | None,
+    *,
+    logit_tolerance: Callable[[np.ndarray], float],
+    near_tie: float,
+) -> Greedy:
+    """Feed a runner the reference's continuation and compare what it would have said.
+
+    Args:
+        logit_tolerance: from the reference's logits [V]: below which lead of the best token another may win.
+        near_tie: how far from turning a decision may be and still come out differently.
+    """
+    places = gated_places(runner.manifest)
+    cache = runner.new_cache(1, sum(step.ids.shape[1] for step in steps))
+    mismatches: list[Mismatch] = []
+    flips = wrong_flips = 0
+    max_abs = 0.0
+    near_tie_flip: int | None = None
+    for number, step in enumerate(steps):
+        past, size = cache.length, step.ids.shape[1]
+        positions = np.arange(past, past + size, dtype=np.int64)[None]
+        output = runner.step(cache, step.ids, np.ones((1, past + size), np.int64), positions, select)
+        logits = output.logits[0, -1]
+        if output.kept is not None:
+            differ = [
+                (layer, _column(branch))
+                for layer, branch in places
+                if output.kept[layer, _column(branch)] != step.keep[layer, _column(branch)].sum()
+            ]
+            flips += len(differ)
+            if differ and near_tie_flip is None:
+                if step.margins[differ[0]].min() <= near_tie:
+                    near_tie_flip = number
+                else:
+                    wrong_flips += 1
+        if near_tie_flip is None:
+            error = float(np.abs(logits.astype(np.float64) - step.logits).max())
+            max_abs = max(max_abs, error if np.isfinite(error) else np.inf)
+        token, wanted = int(logits.argmax()), int(step.logits.argmax())
+        if token != wanted:
+            best = np.partition(step.logits, -2)[-2:]
+            margin = float(best[1] - best[0])
+            excused = None
+            if near_tie_flip is not None:
+                excused = f"a near-tie decision turned at token {near_tie_flip}"
+            elif margin <= logit_tolerance(step.logits):
+                excused = "the reference's two best logits are nearer than the logit tolerance"
+            mismatches.append(Mismatch(number, wanted, token, margin, excused))
+    return Greedy(len(steps), tuple(mismatches), flips, wrong_flips, max_abs)
+
+
+def runner_logits(runner: Runner, ids: np.ndarray, select: np.ndarray | None) -> np.ndarray:
+    """Logits [B, S, V] of a runner for windows [B, S] without padding, in one call."""
+    mask = np.ones_like(ids)
+    cache = runner.new_cache(*ids.shape)
+    return runner.step(cache, ids, mask, positions_of(mask), select, logits="all").logits
+
+
+def positions_of(mask: np.ndarray) -> np.ndarray:
+    """Positions [B, S] int64: valid tokens counted from 0, as generation does with padding on the left."""
+    return np.maximum(mask.cumsum(axis=1) - 1, 0).astype(np.int64)
+
+
+def _column(branch: str) -> int:
+    return ("attn", "mlp").index(branch)
+
+
+def _scores(output: ReferenceOutput) -> np.ndarray:
+    """[L, 2, B, S] float32, NaN where there is no gate."""
+    B, S = output.keep[0][0].shape
+    none = np.full((B, S), np.nan, np.float32)
+    return np.stack([np.stack([none if s is None else s.numpy() for s in row]) for row in output.scores])
+
+
+def _keep(output: ReferenceOutput) -> np.ndarray:
+    """[L, 2, B, S] bool."""
+    return np.stack([np.stack([keep.numpy() for keep in row]) for row in output.keep])
+
+
+def _rows(x: torch.Tensor, row: int, valid: np.ndarray) -> np.ndarray:
+    rows: np.ndarray = x[row].float().numpy()[valid]
+    return rows
+
+
+def _heads(x: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """[heads, T, D] -> [S, heads x D], valid tokens alone."""
+    rows = x.transpose(1, 0, 2)[valid]
+    return rows.reshape(len(rows), -1)

@@ -1,0 +1,1 @@
+"""`FullAttention`: attention of every token (README.md beside this file)."""

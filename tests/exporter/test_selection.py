@@ -1,0 +1,83 @@
+"""Counting and checking selections: design.md section 3, research/methods.md 3.4."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.errors import UsageError
+from exporter.selection import KeepAll, Rank, Threshold, kept_count
+
+
+def _decimal_count(n: int, millionths: int) -> int:
+    """The formula of design.md in exact arithmetic."""
+    budget = Fraction(millionths, 10**6)
+    if budget >= 1 or n <= 1:
+        return n
+    return n - 1 - math.floor((1 - budget) * (n - 1))
+
+
+@given(n=st.integers(0, 200_000), millionths=st.integers(1, 1_000_000))
+def test_count_is_the_decimal_answer(n: int, millionths: int) -> None:
+    budget = millionths / 10**6
+    assert kept_count(n, budget) == _decimal_count(n, millionths)
+    # At run time the budget is a float32.
+    assert kept_count(n, float(np.float32(budget))) == _decimal_count(n, millionths)
+
+
+@given(n=st.integers(0, 3000), millionths=st.integers(1, 1_000_000))
+def test_count_is_the_formula_of_the_design(n: int, millionths: int) -> None:
+    budget = millionths / 10**6
+    # Doubles err by less than the sixth place as long as n is in the thousands.
+    expected = n if budget >= 1 or n <= 1 else n - 1 - math.floor(round((1 - budget) * (n - 1), 6))
+    close = abs((1 - budget) * (n - 1) - round((1 - budget) * (n - 1))) < 1e-5
+    if not close or millionths % 1000 == 0:
+        assert kept_count(n, budget) == expected
+
+
+@pytest.mark.parametrize(
+    ("n", "budget", "kept"),
+    [
+        (0, 0.5, 0),
+        (1, 0.1, 1),
+        (2, 0.5, 1),
+        (11, 0.9, 9),  # the rounding trap of methods.md 3.4
+        (101, 0.71, 71),
+        (101, 0.47, 47),
+        (512, 1.0, 512),
+        (512, 0.5, 256),
+        (2, 0.000001, 1),
+    ],
+)
+def test_count_of_known_cases(n: int, budget: float, kept: int) -> None:
+    assert kept_count(n, budget) == kept
+
+
+@pytest.mark.parametrize("budget", [0, 0.0, -0.1, 1.01, float("nan"), float("inf"), "0.5", None])
+def test_budget_that_is_none(budget: object) -> None:
+    with pytest.raises(UsageError, match=r"budget: cannot be used\n  expected a number over 0 and up to 1"):
+        Rank(budget)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "thresholds",
+    [
+        np.zeros(4, np.float32),
+        np.zeros((4, 3), np.float32),
+        np.zeros((4, 2)),
+        np.full((1, 2), np.nan, np.float32),
+    ],
+)
+def test_thresholds_that_are_none(thresholds: np.ndarray) -> None:
+    with pytest.raises(UsageError, match="thresholds"):
+        Threshold(thresholds)
+
+
+def test_selections_are_values() -> None:
+    assert KeepAll() == KeepAll()
+    assert Rank(0.5) == Rank(0.5)
