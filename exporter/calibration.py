@@ -2,14 +2,16 @@
 
 Skipping changes what later layers see, and so their scores. The calibration therefore goes layer by layer: a
 branch's threshold is the (1 - budget) quantile of the scores of the states that the branches before it, already
-skipping, have produced. The share kept on the calibration text is then the budget by construction (up to ties),
-and it is counted, not assumed. Rule: design.md, section 3, GateSkip `threshold`.
+skipping, have produced. Equal scores (the first branch knows a token by its id alone, and texts repeat tokens) can make
+a share impossible to meet at one branch; what it misses is made up for by the branches after it, so that the share
+kept over all branches meets the budget. It is counted, not assumed. Rule: design.md, section 3, GateSkip `threshold`.
 
 One layer's weights are in memory at a time; every budget has its own states, and all go through a layer together.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,8 +25,9 @@ from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept
 from exporter.decoder.loading import load_entry, load_layer
 from exporter.decoder.ends import distinct_windows
 
-DEFAULT_GRID = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3)
-DEFAULT_TOKENS = 8192
+# Close where quality is: budgets between two points are interpolated (engines/bundle/manifest.py).
+DEFAULT_GRID = (1.0, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
+DEFAULT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class _Run:
     below: KeyValue | None
     thresholds: np.ndarray
     kept: np.ndarray
+    owed: float = 0.0
+    """Share that the branches so far have kept too little, summed over them."""
 
 
 def calibrate(
@@ -96,6 +101,19 @@ def calibrate(
     return [GridPoint(r.budget, r.thresholds, r.kept, float(r.kept[:, columns].mean())) for r in runs]
 
 
+def threshold_for(scores: np.ndarray, share: float) -> np.float32:
+    """The threshold that keeps a share of the scores: their (1 - share) quantile, linearly interpolated.
+
+    Where the quantile falls among equal scores, all of them are kept or none, whichever is closer to the share.
+
+    Args: scores [n] float32; share: wanted share of scores above the threshold.
+    """
+    share = min(max(share, 0.0), 1.0)
+    tau = np.float32(np.quantile(scores.astype(np.float64), 1.0 - share))
+    below = np.nextafter(tau, np.float32(-np.inf))
+    return min((tau, below), key=lambda candidate: abs(float((scores > candidate).mean()) - share))
+
+
 def _through(layer: DecoderLayer, number: int, run: _Run, call: CallState) -> None:
     """Take one budget's states through one layer, choosing its thresholds on the way."""
     gated = layer.config.gated_branches
@@ -109,12 +127,14 @@ def _through(layer: DecoderLayer, number: int, run: _Run, call: CallState) -> No
 def _choose(layer: DecoderLayer, branch: Branch, number: int, run: _Run, call: CallState) -> Kept:
     normed = layer.normed(branch, run.hidden)
     gate, score = layer.gate(branch, run.hidden, normed)
-    valid = score[~call.forced]
+    valid = score[~call.forced].numpy()
     place = (number, BRANCHES.index(branch))
-    if run.budget < 1.0:
-        run.thresholds[place] = np.quantile(valid.numpy().astype(np.float64), 1.0 - run.budget)
-    tau = float(run.thresholds[place])
-    run.kept[place] = float((valid > tau).float().mean())
+    gated = len(layer.config.gated_branches)
+    left = layer.config.num_layers * gated - (number * gated + layer.config.gated_branches.index(branch))
+    tau = threshold_for(valid, run.budget + run.owed / left) if run.budget < 1.0 else -math.inf
+    run.thresholds[place] = tau
+    run.kept[place] = float((valid > tau).mean())
+    run.owed += run.budget - run.kept[place]
     score = torch.where(call.forced, call.forced_score, score)
     index = torch.nonzero(score > tau).reshape(-1)
     flat = normed.reshape(-1, normed.shape[-1])

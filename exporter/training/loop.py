@@ -99,6 +99,7 @@ def train(
     overwrite: bool = False,
     snapshot_every: int = 200,
     on_step: Callable[[StepReport], None] | None = None,
+    on_phase: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train a gated model and write it as a checkpoint.
 
@@ -112,6 +113,7 @@ def train(
         overwrite: replace what is in out.
         snapshot_every: steps between snapshots.
         on_step: called after every step.
+        on_phase: called with a few words before each longer piece of work ahead of the first step.
     Returns: what was done.
     Raises:
         UsageError: out or work is in use, or the configuration does not fit the snapshot or the model.
@@ -123,7 +125,7 @@ def train(
     snapshot = _newest(work, config) if resume else None
     if snapshot is None:
         _check_free(work, overwrite=False, option="resume=True (--resume)")
-        _prepare(config, work, model=model, text=text)
+        _prepare(config, work, model=model, text=text, on_phase=on_phase or _say_nothing)
     tokens = np.load(work / _TOKENS)
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     if snapshot is not None and snapshot.text_sha256 != digest:
@@ -219,26 +221,45 @@ def _one_step(
     )
 
 
-def _prepare(config: TrainConfig, work: Path, *, model: str | Path | None, text: Path | None) -> None:
+def _say_nothing(_phase: str) -> None:
+    return
+
+
+def _prepare(
+    config: TrainConfig,
+    work: Path,
+    *,
+    model: str | Path | None,
+    text: Path | None,
+    on_phase: Callable[[str], None],
+) -> None:
     """Make the working directory: after this the run no longer needs the text."""
     work = work.absolute()
     work.parent.mkdir(parents=True, exist_ok=True)
     partial = work.parent / f".{work.name}.{os.getpid()}.partial"
     (partial / _BASE).mkdir(parents=True)
     try:
-        np.save(partial / _TOKENS, _write_base(config, partial / _BASE, model=model, text=text))
+        tokens = _write_base(config, partial / _BASE, model=model, text=text, on_phase=on_phase)
+        np.save(partial / _TOKENS, tokens)
         partial.rename(work)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def _write_base(
-    config: TrainConfig, base: Path, *, model: str | Path | None, text: Path | None
+    config: TrainConfig,
+    base: Path,
+    *,
+    model: str | Path | None,
+    text: Path | None,
+    on_phase: Callable[[str], None],
 ) -> np.ndarray:
     """Write configuration and tokenizer of the result. Returns: the training text, token ids [N] int32."""
+    on_phase("reading the text")
     documents = split(read_corpus(text))["train"]
     if model is None:
         hf = _new_config(config)
+        on_phase("training the tokenizer")
         tokenizer = train_tokenizer(documents, vocab_size=config.model.vocab_size)
         write_tokenizer(tokenizer, base, max_positions=config.model.max_positions)
         generation = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
@@ -269,6 +290,7 @@ def _write_base(
     hf.gsx = {"method": "gateskip", "gate": gate.to_dict(), "exits": list(config.exits)}
     hf.dtype = config.save_dtype
     hf.save_pretrained(base)
+    on_phase("encoding the text")
     tokens = encode_documents(tokenizer, documents, end_of_text=end_of_text)
     if len(tokens) < 2 * config.sequence_length + 1:
         raise TextError(

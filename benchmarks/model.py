@@ -1,0 +1,97 @@
+"""The benchmark model: Llama-shaped, random weights, in a dense and a gated form with the same backbone.
+
+12 layers, hidden 768, 12 heads, 4 K/V heads, MLP 2,048, vocabulary 4,096, fp32 (81.8 M parameters). Scalar gates cost
+next to nothing, so that they show what skipping saves; vector gates show what a vector gate costs. Its tokenizer knows
+one word a token, so that the project's own export command runs on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig
+
+from exporter.checkpoint import expected_tensors, is_gate
+from exporter.config import ModelConfig
+
+SHAPES = {
+    "small": dict(
+        num_hidden_layers=12,
+        hidden_size=768,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        intermediate_size=2048,
+        vocab_size=4096,
+    ),
+    # The shape of TinyLlama 1.1B.
+    "1b": dict(
+        num_hidden_layers=22,
+        hidden_size=2048,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        intermediate_size=5632,
+        vocab_size=32000,
+    ),
+}
+WORDS_OF_TEXT = 6000
+
+
+def make_model(path: Path, shape: str, gate: str | None, seed: int = 0) -> Path:
+    """Write a checkpoint directory with random weights; the backbone depends on the seed alone.
+
+    Args:
+        shape: a key of `SHAPES`.
+        gate: `scalar`, `vector` or None for the dense form.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    section = {"method": "gateskip", "gate": {"kind": gate, "branches": ["attn", "mlp"]}} if gate else {}
+    hf = LlamaConfig(
+        **SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False, eos_token_id=None, gsx=section
+    )
+    hf.architectures = ["LlamaForCausalLM"]
+    config = ModelConfig.from_hf(hf)
+    backbone, gates = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
+    tensors = {}
+    for name, size in expected_tensors(config).items():
+        if "norm" in name:
+            tensors[name] = torch.ones(size)
+        elif is_gate(name):
+            # Scores spread around 0.5: a gate that has learnt to tell tokens apart.
+            std = 0.0 if name.endswith("bias") else 1.0 / config.hidden_size**0.5
+            tensors[name] = torch.randn(size, generator=gates) * std
+        else:
+            tensors[name] = torch.randn(size, generator=backbone) * 0.02
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    (path / "config.json").write_text(json.dumps(hf.to_dict(), indent=2))
+    vocabulary = {f"w{n}": n for n in range(config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+def random_text(path: Path, vocab_size: int, words: int = WORDS_OF_TEXT, seed: int = 7) -> Path:
+    """A text of random words of that tokenizer, to calibrate on."""
+    ids = np.random.default_rng(seed).integers(0, vocab_size, words)
+    path.write_text(" ".join(f"w{n}" for n in ids))
+    return path
+
+
+def main() -> None:
+    """Write one form of the model."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--gate", choices=["scalar", "vector"])
+    args = parser.parse_args()
+    make_model(args.output, args.shape, args.gate)
+
+
+if __name__ == "__main__":
+    main()
