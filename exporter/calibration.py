@@ -1,12 +1,14 @@
 """Thresholds for a grid of budgets, in one walk through the model.
 
 Skipping changes what later layers see, and so their scores. The calibration therefore goes layer by layer: a
-branch's threshold is the (1 - budget) quantile of the scores of the states that the branches before it, already
-skipping, have produced. Equal scores (the first branch knows a token by its id alone, and texts repeat tokens) can make
-a share impossible to meet at one branch; what it misses is made up for by the branches after it, so that the share
-kept over all branches meets the budget. It is counted, not assumed. Rule: design.md, section 3, GateSkip `threshold`.
+branch's threshold is the (1 - budget) quantile of the scores of the states that the branches before it,
+already skipping, have produced. Equal scores (the first branch knows a token by its id alone, and texts
+repeat tokens) can make a share impossible to meet at one branch; what it misses is made up for by the branches after
+it, so that the share kept over all branches meets the budget. It is counted, not assumed. Rule: design.md,
+section 3, GateSkip `threshold`.
 
-One layer's weights are in memory at a time; every budget has its own states, and all go through a layer together.
+One layer's weights are in memory at a time; every budget has its own states, and all go through a layer
+together.
 """
 
 from __future__ import annotations
@@ -21,13 +23,17 @@ from torch import Tensor
 
 from exporter.checkpoint import Checkpoint
 from exporter.config import BRANCHES, Branch
+from exporter.decoder.ends import distinct_windows
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
 from exporter.decoder.loading import load_entry, load_layer
-from exporter.decoder.ends import distinct_windows
 
 # Close where quality is: budgets between two points are interpolated (engines/bundle/manifest.py).
 DEFAULT_GRID = (1.0, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 DEFAULT_TOKENS = 4096
+# Scores nearer than this may be one score, rounded differently: they are kept or skipped together.
+_TIE = 4e-6
+# How far from the share a threshold may move for the sake of a wider gap (the budget allows 0.01).
+_NEAR_SHARE = 0.002
 
 
 @dataclass(frozen=True)
@@ -102,16 +108,31 @@ def calibrate(
 
 
 def threshold_for(scores: np.ndarray, share: float) -> np.float32:
-    """The threshold that keeps a share of the scores: their (1 - share) quantile, linearly interpolated.
+    """The threshold that keeps a share of the scores: their (1 - share) quantile, away from any score.
 
-    Where the quantile falls among equal scores, all of them are kept or none, whichever is closer to the share.
+    A threshold on a score would leave that token's choice to rounding, and with it the choice of every token
+    with the same id at the first branch. So the threshold stands in the middle of the widest gap near the
+    quantile; where that falls among equal scores, all of them are kept or none, whichever is closer to the
+    share.
 
     Args: scores [n] float32; share: wanted share of scores above the threshold.
     """
-    share = min(max(share, 0.0), 1.0)
-    tau = np.float32(np.quantile(scores.astype(np.float64), 1.0 - share))
-    below = np.nextafter(tau, np.float32(-np.inf))
-    return min((tau, below), key=lambda candidate: abs(float((scores > candidate).mean()) - share))
+    ordered = np.sort(scores.astype(np.float64))
+    n = len(ordered)
+    # gaps[k] is the room for a threshold that skips k scores.
+    gaps = np.diff(ordered, prepend=-np.inf, append=np.inf)
+    wanted = (1.0 - min(max(share, 0.0), 1.0)) * n
+    distance = np.abs(np.arange(n + 1) - wanted)
+    near = np.flatnonzero(distance <= max(_NEAR_SHARE * n, distance.min()))
+    cut = near[gaps[near].argmax()]
+    if gaps[cut] < _TIE:
+        clear = np.flatnonzero(gaps >= _TIE)
+        cut = clear[distance[clear].argmin()]
+    if cut == 0:
+        return np.float32(ordered[0] - _TIE)
+    if cut == n:
+        return np.float32(ordered[-1] + _TIE)
+    return np.float32((ordered[cut - 1] + ordered[cut]) / 2)
 
 
 def _through(layer: DecoderLayer, number: int, run: _Run, call: CallState) -> None:
@@ -119,7 +140,8 @@ def _through(layer: DecoderLayer, number: int, run: _Run, call: CallState) -> No
     gated = layer.config.gated_branches
     empty = run.hidden.new_zeros((run.hidden.shape[0], layer.config.num_kv_heads, 0, layer.config.head_dim))
     kept = _choose(layer, "attn", number, run, call) if "attn" in gated else None
-    run.hidden, _, run.below = layer.attention_branch(run.hidden, call, KeyValue(empty, empty), run.below, kept)
+    past = KeyValue(empty, empty)
+    run.hidden, _, run.below = layer.attention_branch(run.hidden, call, past, run.below, kept)
     kept = _choose(layer, "mlp", number, run, call) if "mlp" in gated else None
     run.hidden = layer.mlp_branch(run.hidden, call, kept)
 
@@ -131,7 +153,7 @@ def _choose(layer: DecoderLayer, branch: Branch, number: int, run: _Run, call: C
     place = (number, BRANCHES.index(branch))
     gated = len(layer.config.gated_branches)
     left = layer.config.num_layers * gated - (number * gated + layer.config.gated_branches.index(branch))
-    tau = threshold_for(valid, run.budget + run.owed / left) if run.budget < 1.0 else -math.inf
+    tau = float(threshold_for(valid, run.budget + run.owed / left)) if run.budget < 1.0 else -math.inf
     run.thresholds[place] = tau
     run.kept[place] = float((valid > tau).mean())
     run.owed += run.budget - run.kept[place]

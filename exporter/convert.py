@@ -1,9 +1,9 @@
 """Taking over checkpoints that the official GateSkip training code wrote (`.pt`) as gated checkpoints.
 
-Two kinds of file: a full state dict (plain, or under the key `state_dict`; DeepSpeed runs converted to fp32 have
-the same keys), and the gates alone (`attn_{i}` / `mlp_{i}` -> state dict), whose other weights come from the base
-model. Layout: research/methods.md, 3.7. Keys are read as parts between dots, never as substrings, since
-`mlp.gate_proj` is a weight. The file is opened with `weights_only=True`: nothing in it is executed.
+Two kinds of file: a full state dict (plain, or under the key `state_dict`; DeepSpeed runs converted to fp32
+have the same keys), and the gates alone (`attn_{i}` / `mlp_{i}` -> state dict), whose other weights come from
+the base model. Layout: research/methods.md, 3.7. Keys are read as parts between dots, never as substrings,
+since `mlp.gate_proj` is a weight. The file is opened with `weights_only=True`: nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ def convert(
     model = open_checkpoint(base)
     if model.config.gate is not None:
         raise UsageError(f"--base {base}: has gates already", expected="the plain model that was trained")
+    left_out: list[str] = []
     if _is_gates_only(raw):
-        layout, tensors, left_out = "gates only", _gates_only(file, raw), []
+        layout, tensors = "gates only", _gates_only(file, raw)
         names = [*tensors, *model.names]
     else:
         layout = "full state dict"
@@ -125,7 +126,9 @@ def convert(
             shutil.copyfile(path, work / path.name)
         types = {read(name).dtype for name in expected if not is_gate(name)}
         _write_config(model, gate, types, work / CONFIG)
-        write_safetensors(work, sizes, read, on_tensor=lambda n: on_progress("writing weights", n, len(sizes)))
+        write_safetensors(
+            work, sizes, read, on_tensor=lambda n: on_progress("writing weights", n, len(sizes))
+        )
         on_progress("checking", 0, 0)
         open_checkpoint(work)
     return ConvertResult(output, layout, gate, len(expected), tuple(sorted(left_out)))
@@ -157,7 +160,7 @@ def write_safetensors(
         shards[-1].append(name)
         filled += size
     done = 0
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # Tensors of a .pt may share memory (one gate for all layers), which the format has no words for.
@@ -193,11 +196,15 @@ def _load(file: Path) -> Mapping[str, Any]:
     try:
         raw = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:GLOBAL|Unsupported (?:global|class|operand))[^\w]*:?\s*`?([\w.]+)", str(error))
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if refused is None:
+            raise CheckpointError(
+                f"{file}: is not a whole torch file, or one of another kind", found=_unsupported(error)
+            ) from error
         raise CheckpointError(
             f"{file}: holds more than tensors, and unpickling it would run code",
             expected="a state dict (torch.load with weights_only=True)",
-            found=refused.group(1) if refused else _first_line(error),
+            found=refused.group(1),
             todo="save it again where it was trained: torch.save(model.state_dict(), FILE)",
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
@@ -215,6 +222,12 @@ def _load(file: Path) -> Mapping[str, Any]:
     return raw
 
 
+def _unsupported(error: Exception) -> str:
+    """What torch's unpickler stumbled over, without its advice to switch the check off."""
+    found = re.search(r"Unsupported \w+:? \S+", str(error))
+    return found.group(0) if found else "no readable pickle"
+
+
 def _is_gates_only(raw: Mapping[str, Any]) -> bool:
     return all(_GATE_KEY.fullmatch(key) for key in raw)
 
@@ -225,7 +238,9 @@ def _gates_only(file: Path, raw: Mapping[str, Any]) -> dict[str, Tensor]:
     for key, state in raw.items():
         branch, layer = key.split("_")
         if not isinstance(state, Mapping):
-            raise CheckpointError(f"{file}: {key} is not a gate", expected="a state dict", found=type(state).__name__)
+            raise CheckpointError(
+                f"{file}: {key} is not a gate", expected="a state dict", found=type(state).__name__
+            )
         for inner, value in state.items():
             name = _gate_name(file, f"{key}.{inner}", int(layer), branch, inner.split("."))
             tensors[name] = _tensor(file, f"{key}.{inner}", value)
@@ -287,7 +302,9 @@ def _gate_name(file: Path, key: str, layer: int, branch: str, inner: list[str]) 
 def _tensor(file: Path, key: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise CheckpointError(
-            f"{file}: {key} is not a tensor", expected="a state dict: tensors by name", found=type(value).__name__
+            f"{file}: {key} is not a tensor",
+            expected="a state dict: tensors by name",
+            found=type(value).__name__,
         )
     if not value.is_floating_point():
         raise CheckpointError(f"{file}: {key} has the wrong type", expected="floats", found=str(value.dtype))
@@ -341,8 +358,8 @@ def _check(
     unknown = sorted(set(tensors) - set(expected))
     if unknown:
         raise CheckpointError(
-            f"{file}: has {len(unknown)} tensors that a {base.config.family} model of {base.config.num_layers} "
-            "layers does not have",
+            f"{file}: has {len(unknown)} tensors that a {base.config.family} model of "
+            f"{base.config.num_layers} layers does not have",
             found=", ".join(unknown[:3]),
             todo="is --base the model that was trained?",
         )
@@ -370,12 +387,11 @@ def _check(
 
 
 def _write_config(base: Checkpoint, gate: GateConfig, types: set[torch.dtype], path: Path) -> None:
-    """The base's `config.json` with the gates' section, and the type of the weights where it is one."""
+    """The base's `config.json` with the gates' section and the type of the weights, if they have but one."""
     raw = json.loads((base.directory / CONFIG).read_text(encoding="utf-8"))
     if len(types) == 1:
-        for key in ("dtype", "torch_dtype"):
-            if key in raw:
-                raw[key] = str(next(iter(types))).removeprefix("torch.")
+        key = "torch_dtype" if "torch_dtype" in raw else "dtype"
+        raw[key] = str(next(iter(types))).removeprefix("torch.")
     raw["gsx"] = {**(raw.get("gsx") or {}), "method": "gateskip", "gate": gate.to_dict()}
     path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""How well a model predicts text: mean loss per token, of the reference or of anything else that gives logits."""
+"""How well a model predicts text: mean loss per token, of the reference or of anything that gives logits."""
 
 from __future__ import annotations
 

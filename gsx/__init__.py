@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from importlib.metadata import version
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +53,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version
+
         return version("gsx")
     if name not in _HOMES:
         raise AttributeError(f"module 'gsx' has no attribute {name!r}")
@@ -67,7 +68,7 @@ def __dir__() -> list[str]:
 
 
 class _Face(ModuleType):
-    """Keeps `gsx.export` the function: importing the module `gsx.export` would put the module in its place."""
+    """Keeps `gsx.export` the function: importing the module of that name would take its place."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, ModuleType) and _HOMES.get(name) == value.__name__:

@@ -97,11 +97,15 @@ def generate(
         GsxError: an option, a bundle or a prompt that cannot be used.
     """
     if (prompt is None) == (ids is None):
-        raise UsageError("the prompt is not clear", expected="a text or --ids", found="both" if ids else "neither")
+        raise UsageError(
+            "the prompt is not clear", expected="a text or --ids", found="both" if ids else "neither"
+        )
     if threads is not None and threads < 1:
         raise UsageError("threads", expected="at least 1", found=str(threads))
     if "" in stop:
         raise UsageError("a stop text is empty", expected="at least one character")
+    for given in (prompt or "", *stop):
+        _check_text(given)
     sampling = Sampling(temperature, top_k, top_p, seed)
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
@@ -129,6 +133,16 @@ def generate(
         budget=(selection.budget if budget is None else budget) if selection else None,
         stats=result.stats,
     )
+
+
+def _check_text(text: str) -> None:
+    """Refuse what cannot be written as UTF-8 (bytes of another encoding on the command line)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            "the prompt or a stop text is not UTF-8 text", found=f"a stray byte at {error.start}"
+        ) from error
 
 
 def _encode(tokenizer: BundleTokenizer | None, prompt: str, bundle: Bundle) -> list[int]:
@@ -171,9 +185,7 @@ class _Writer:
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the held text that begins a stop text."""
-        lengths = (
-            n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])
-        )
+        lengths = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
         return max(lengths, default=0)
 
     def _emit(self, count: int) -> None:

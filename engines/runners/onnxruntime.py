@@ -6,9 +6,6 @@ of ONNX Runtime without the kernels run the portable graph.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -20,12 +17,42 @@ from engines.runners.base import Cache, Logits, StepOutput
 from engines.runners.portable import PortableRunner, gated_places, open_session
 
 
-@dataclass
 class _Memory:
-    """Arrays that a session's inputs and outputs are bound to: K/V buffers of one sequence, and results."""
+    """Arrays that a session's inputs and outputs are bound to: K/V buffers of one sequence, feeds and results.
 
-    binding: ort.IOBinding
-    buffers: dict[str, np.ndarray]
+    Binding costs more than a small copy, so an array stays bound until another shape is needed.
+    """
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.binding = session.io_binding()
+        self.arrays: dict[str, np.ndarray] = {}
+
+    def bind_cache(self, past: str, outputs: tuple[str, ...], array: np.ndarray) -> None:
+        """One buffer as input and as every output that continues it."""
+        self.arrays[past] = array
+        self.binding.bind_input(past, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name in outputs:
+            self._bind_output(name, array)
+
+    def feed(self, name: str, value: np.ndarray) -> None:
+        """Give an input its value for the next run."""
+        bound = self.arrays.get(name)
+        if bound is not None and bound.shape == value.shape:
+            np.copyto(bound, value)
+            return
+        array = self.arrays[name] = np.array(value, order="C")
+        self.binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def result(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        """The array that the next run writes an output to."""
+        bound = self.arrays.get(name)
+        if bound is None or bound.shape != shape:
+            bound = self.arrays[name] = np.empty(shape, dtype)
+            self._bind_output(name, bound)
+        return bound
+
+    def _bind_output(self, name: str, array: np.ndarray) -> None:
+        self.binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
 class OnnxRuntimeRunner:
@@ -55,17 +82,11 @@ class OnnxRuntimeRunner:
         session = self._lowered_session()
         shape = self.manifest.decoder
         size = (1, shape.num_kv_heads, capacity, shape.head_dim)
-        memory = _Memory(session.io_binding(), {})
+        memory = _Memory(session)
         for layer in range(shape.num_layers):
             for kv in ("key", "value"):
-                buffer = memory.buffers[f"{layer}.{kv}"] = np.zeros(size, np.float32)
-                past = f"past_key_values.{layer}.{kv}"
-                memory.binding.bind_input(past, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
-                for name in (lowering.appended_name(layer, kv), f"present.{layer}.{kv}"):
-                    _bind_output(memory.binding, name, buffer)
-        if self._places:
-            kept = memory.buffers[lowering.KEPT] = np.zeros(len(self._places), np.int64)
-            _bind_output(memory.binding, lowering.KEPT, kept)
+                outputs = (lowering.appended_name(layer, kv), f"present.{layer}.{kv}")
+                memory.bind_cache(f"past_key_values.{layer}.{kv}", outputs, np.zeros(size, np.float32))
         return Cache(1, capacity, 0, memory)
 
     def step(
@@ -87,29 +108,26 @@ class OnnxRuntimeRunner:
             raise ValueError(f"the cache holds {cache.capacity} columns, {total} are needed")
         if not attention_mask.all():
             raise ValueError("a single sequence must not be padded")
-        session, binding = self._lowered_session(), cache.memory.binding
-        feeds: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            lowering.WRITE_AT: np.array([cache.length], np.int64),
-            lowering.LAST_COLUMN: np.array([total - 1], np.int32),
-            lowering.TOTAL: np.array(total, np.int32),
-            lowering.LOGITS_FROM: np.array([0 if logits == "all" else length - 1], np.int64),
-        }
+        memory = cache.memory
+        memory.feed("input_ids", input_ids)
+        memory.feed("attention_mask", attention_mask)
+        memory.feed("position_ids", position_ids)
+        memory.feed(lowering.WRITE_AT, np.array([cache.length], np.int64))
+        memory.feed(lowering.LAST_COLUMN, np.array([total - 1], np.int32))
+        memory.feed(lowering.TOTAL, np.array(total, np.int32))
+        memory.feed(lowering.LOGITS_FROM, np.array([0 if logits == "all" else length - 1], np.int64))
         if select is not None and self.manifest.selection is not None:
-            feeds["thresholds" if self.manifest.selection.mode == "threshold" else "budget"] = select
-        for name, value in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(value))
-        scores = np.empty((1, length if logits == "all" else 1, self.manifest.decoder.vocab_size), np.float32)
-        _bind_output(binding, "logits", scores)
-        session.run_with_iobinding(binding)
+            memory.feed("thresholds" if self.manifest.selection.mode == "threshold" else "budget", select)
+        columns = length if logits == "all" else 1
+        scores = memory.result("logits", (1, columns, self.manifest.decoder.vocab_size), np.float32)
+        counts = memory.result(lowering.KEPT, (len(self._places),), np.int64) if self._places else None
+        self._lowered_session().run_with_iobinding(memory.binding)
         cache.length = total
         kept = None
-        if self._places:
+        if counts is not None:
             kept = np.zeros((self.manifest.decoder.num_layers, 2), np.int64)
-            kept[tuple(zip(*self._places, strict=True))] = cache.memory.buffers[lowering.KEPT]
-        return StepOutput(scores, kept)
+            kept[tuple(zip(*self._places, strict=True))] = counts
+        return StepOutput(scores.copy(), kept)
 
     def _lowered_session(self) -> ort.InferenceSession:
         if self._lowered is None:
@@ -117,7 +135,3 @@ class OnnxRuntimeRunner:
             model = lowering.lower(portable, self.manifest)
             self._lowered = open_session(model.SerializeToString(), self._bundle.directory, self._threads)
         return self._lowered
-
-
-def _bind_output(binding: ort.IOBinding, name: str, array: np.ndarray) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

@@ -7,6 +7,7 @@ Ctrl-C ends in one line at any moment; the workflows clean up behind themselves.
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -46,6 +47,11 @@ def main() -> NoReturn:
     """Run the command line of this process and exit."""
     signals = _Signals()
     signals.install()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(
+            stream, io.TextIOWrapper
+        ):  # a terminal that cannot show a character still shows the rest
+            stream.reconfigure(errors="replace")
     code = run(sys.argv[1:], signals)
     try:
         sys.stdout.flush()
@@ -62,7 +68,9 @@ def run(arguments: Sequence[str], signals: _Signals | None = None) -> int:
     try:
         from gsx.cli.app import command
 
-        return _exit_code(command().main(args=list(arguments), prog_name="gsx", standalone_mode=False), signals)
+        return _exit_code(
+            command().main(args=list(arguments), prog_name="gsx", standalone_mode=False), signals
+        )
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else EXIT_FAILED
     except BaseException as error:
@@ -101,7 +109,9 @@ def _report(error: BaseException, signals: _Signals) -> int:
         _say(f"{place}{error.strerror or error}")
         return EXIT_FAILED
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        _say("out of memory\n  use a smaller model, fewer --calibration-tokens, or a machine with more memory")
+        _say(
+            "out of memory\n  use a smaller model, fewer --calibration-tokens, or a machine with more memory"
+        )
         return EXIT_FAILED
     _say(
         f"gsx has a bug: {type(error).__name__}: {_first_line(error)}\n"

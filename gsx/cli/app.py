@@ -12,7 +12,7 @@ from gsx.cli import convert, doctor, export, generate, inspect, train, verify
 app = typer.Typer(
     name="gsx",
     add_completion=False,
-    rich_markup_mode="markdown",
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

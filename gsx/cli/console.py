@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # In a log file, a line this often is enough to see that a step goes on.
 _PLAIN_SECONDS = 10.0
+_PIPE_COLUMNS = 400
 
 
 def quiet_libraries() -> None:
@@ -45,7 +46,8 @@ def out() -> Console:
     """The console for results."""
     from rich.console import Console
 
-    return Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    # Into a file or a pipe, a line is as long as it needs to be.
+    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
 
 def remark(text: str) -> None:
@@ -99,8 +101,14 @@ class ProgressLine:
     def __enter__(self) -> ProgressLine:
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
-            from rich.progress import TextColumn, TimeElapsedColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                SpinnerColumn,
+                TextColumn,
+                TimeElapsedColumn,
+            )
 
             self._bar = Progress(
                 SpinnerColumn(),

@@ -57,7 +57,9 @@ def export(
     started = time.monotonic()
     target = output if output is not None else default_output(model)
     if calibration_tokens is not None and calibration_tokens < 1:
-        raise typer.BadParameter(f"{calibration_tokens} is not a positive number", param_hint="--calibration-tokens")
+        raise typer.BadParameter(
+            f"{calibration_tokens} is not a positive number", param_hint="--calibration-tokens"
+        )
     with ProgressLine() as line:
         line.update("starting")
         from exporter.calibration import DEFAULT_TOKENS

@@ -33,11 +33,14 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Only the likeliest that together reach this.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers.", show_default="a new one")] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given several times.", show_default=False)
+        list[str] | None,
+        typer.Option(help="End before this text; may be given several times.", show_default=False),
     ] = None,
     ids: Annotated[
         str | None,
-        typer.Option(help="Token ids in place of a text, e.g. 1,2,3; new ids are printed.", show_default=False),
+        typer.Option(
+            help="Token ids in place of a text, e.g. 1,2,3; new ids are printed.", show_default=False
+        ),
     ] = None,
     stream: Annotated[bool, typer.Option(help="Print text as it comes.")] = True,
     threads: Annotated[
@@ -102,7 +105,8 @@ def _stdin() -> str:
         return sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            "the prompt on stdin is not UTF-8 text", found=f"byte 0x{error.object[error.start]:02x} at {error.start}"
+            "the prompt on stdin is not UTF-8 text",
+            found=f"byte 0x{error.object[error.start]:02x} at {error.start}",
         ) from error
 
 
@@ -112,4 +116,6 @@ def _parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UsageError("--ids", expected="whole numbers between commas, e.g. 1,2,3", found=repr(text)) from error
+        raise UsageError(
+            "--ids", expected="whole numbers between commas, e.g. 1,2,3", found=repr(text)
+        ) from error

@@ -1,11 +1,11 @@
 """Comparing what an engine computed with what the reference computed: numbers, and keep/skip decisions.
 
-A comparison is an object with all its statistics; whether it is good enough is decided in `report.py`. NaN and
-infinity count as failures, and so does comparing nothing at all.
+A comparison is an object with all its statistics; whether it is good enough is decided in `report.py`. NaN
+and infinity count as failures, and so does comparing nothing at all.
 
-A decision that the two sides take differently changes all that follows from it. Decisions are therefore walked in
-the order in which the model takes them, and what sees an earlier difference (the later positions of that sequence,
-from that branch on) is left out of the numbers and counted.
+A decision that the two sides take differently changes all that follows from it. Decisions are therefore
+walked in the order in which the model takes them, and what sees an earlier difference (the later positions of
+that sequence, from that branch on) is left out of the numbers and counted.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was seen: number of the window (or sequence), token, and layer and branch if there is one."""
+    """Where something was seen: number of the window (or sequence), token; layer and branch if any."""
 
     window: int
     position: int
@@ -85,7 +85,7 @@ class Comparison:
         reference_rms, reference_max: of the reference.
         max_relative: largest difference over its own scale, which is the greater of two root mean squares of
             the reference: of the token's vector, and of the whole tensor. So neither a token with huge states
-            (attention sinks have them) nor one whose values cancel to nearly nothing is judged by another's size.
+            (attention sinks have them) nor one whose values nearly cancel is judged by a wrong size.
         worst: where max_relative was.
     """
 
@@ -191,7 +191,7 @@ class Decisions:
         differ: of all, also those that only follow from an earlier difference.
         near_ties: pairs whose margin in the reference is within the near-tie limit, flipped or not.
         flips: differences among those compared.
-        tokens: tokens of all windows; tokens_left_out: those that saw a difference before the last layer's end.
+        tokens: tokens of all windows; tokens_left_out: those that saw a difference somewhere.
         reference_kept, engine_kept: pairs kept.
     """
 
@@ -261,9 +261,7 @@ class Comparer:
         copies: whether K and V follow from the decision of their own layer (K/V policy `copy`).
     """
 
-    def __init__(
-        self, layers: int, branches: Sequence[str], *, causal: bool, near_tie: float, copies: bool
-    ) -> None:
+    def __init__(self, layers: int, branches: Sequence[str], *, causal: bool, near_tie: float, copies: bool) -> None:
         self._branches = [BRANCHES.index(branch) for branch in BRANCHES if branch in branches]
         self._causal, self._near_tie, self._copies = causal, near_tie, copies
         self._logits = Accumulator()

@@ -62,7 +62,7 @@ class ReferenceSide:
         )
 
     def margins(self, output: ReferenceOutput, ids: np.ndarray) -> np.ndarray:
-        """How far each score is from where its decision would turn, [L, 2, B, S]; inf where nothing turns it."""
+        """Distance of each score from where its decision turns, [L, 2, B, S]; inf where nothing turns it."""
         scores, keep = _scores(output), _keep(output)
         ranked = np.isfinite(scores) & ~np.isin(ids, self._reference.config.eos_ids)
         margins = np.full(scores.shape, np.inf, np.float64)
@@ -93,7 +93,11 @@ class EngineSide:
         self._runner = PortableRunner(bundle, capture=capture)
 
     def observe(
-        self, ids: np.ndarray, mask: np.ndarray, select: np.ndarray | None, chunks: Sequence[int] | None = None
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        select: np.ndarray | None,
+        chunks: Sequence[int] | None = None,
     ) -> list[Observation]:
         """Run ids [B, S], in one call or in chunks of so many tokens over the cache.
 
@@ -168,8 +172,8 @@ class Greedy:
     Args:
         tokens: new tokens compared.
         mismatches: tokens that differ.
-        flips: decisions (of the steps after the prompt) that differ, near ties or not; wrong_flips: those that
-            are not near ties and follow from none.
+        flips: branches of a step that kept another number of rows, near ties or not; wrong_flips: steps in
+            which the first of them was no near tie and followed from none.
         max_abs_logits: largest difference of the logits, before any flip.
     """
 
@@ -263,11 +267,12 @@ def follow(
     return Greedy(len(steps), tuple(mismatches), flips, wrong_flips, max_abs)
 
 
-def runner_logits(runner: Runner, ids: np.ndarray, select: np.ndarray | None) -> np.ndarray:
-    """Logits [B, S, V] of a runner for windows [B, S] without padding, in one call."""
+def runner_logits(runner: Runner, ids: np.ndarray, select: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Logits [B, S, V] of a runner for windows [B, S] without padding, in one call, and rows kept [L, 2]."""
     mask = np.ones_like(ids)
     cache = runner.new_cache(*ids.shape)
-    return runner.step(cache, ids, mask, positions_of(mask), select, logits="all").logits
+    output = runner.step(cache, ids, mask, positions_of(mask), select, logits="all")
+    return output.logits, output.kept
 
 
 def positions_of(mask: np.ndarray) -> np.ndarray:

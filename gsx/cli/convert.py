@@ -1,0 +1,55 @@
+"""`gsx convert`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(convert)
+
+
+def convert(
+    file: Annotated[
+        Path, typer.Argument(help="A .pt that the GateSkip training code wrote.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The new model directory.", show_default=False)
+    ],
+    base: Annotated[
+        str,
+        typer.Option(help="The plain model that was trained: a directory or a hub id.", show_default=False),
+    ],
+    gate_input: Annotated[
+        Literal["post_norm", "pre_norm"], typer.Option(help="What the gates read.")
+    ] = "post_norm",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Take over an official GateSkip checkpoint as a gated checkpoint.
+
+    Example: gsx convert gateskip_42.pt -o my-model --base meta-llama/Llama-3.2-1B
+    """
+    quiet_libraries()
+    with ProgressLine() as line:
+        line.update("starting")
+        from exporter.convert import convert as convert_file
+
+        result = convert_file(file, output, base=base, gate_input=gate_input, on_progress=line.update)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    console = out()
+    gate = result.gate
+    console.print(
+        f"{result.directory}: {result.tensors} tensors from a {result.layout}, {gate.kind} gates on "
+        f"{' and '.join(gate.branches)}, reading {gate.input}"
+    )
+    if result.left_out:
+        console.print(f"left out: {', '.join(result.left_out)}")
+    console.print(f"next: gsx export {result.directory} --budget 0.7")

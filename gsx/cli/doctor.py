@@ -1,0 +1,45 @@
+"""`gsx doctor`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from gsx.cli.console import ProgressLine, out, print_json, table
+
+_STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(doctor)
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    """Try what works on this machine, and say how to get the rest.
+
+    Exit code 1 only where exporting and running on a CPU cannot work.
+
+    Example: gsx doctor
+    """
+    from gsx.doctor import doctor as look
+
+    with ProgressLine() as line:
+        report = look(on_progress=lambda name: line.update(f"trying {name}"))
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        from rich.text import Text
+
+        rows = [
+            (row.name, Text(row.status, _STYLES[row.status]), row.detail, row.todo or "")
+            for row in report.rows
+        ]
+        console = out()
+        console.print(table(None, ("what", "status", "found", "how to get it"), rows))
+        console.print("the CPU chain works" if report.passed else "the CPU chain does not work: see above")
+    if not report.passed:
+        raise typer.Exit(1)

@@ -1,0 +1,72 @@
+"""`gsx inspect`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from gsx.cli.console import out, print_json, quiet_libraries, size, table
+
+if TYPE_CHECKING:
+    from gsx.inspect import InspectReport
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(inspect)
+
+
+def inspect(
+    path: Annotated[
+        str, typer.Argument(metavar="MODEL|BUNDLE", help="A model, a hub id or a bundle.", show_default=False)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Show what a model or a bundle is: shape, gates, exits, calibrated budgets, files.
+
+    Example: gsx inspect examples/model
+    """
+    quiet_libraries()
+    from gsx.inspect import inspect as look
+
+    report = look(path)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        _print(report)
+
+
+def _print(report: InspectReport) -> None:
+    console = out()
+    gates = report.gates
+    facts = [
+        ("kind", f"{report.kind}, {report.family}"),
+        ("shape", ", ".join(f"{name} {count}" for name, count in report.shape.items())),
+        (
+            "gates",
+            f"{gates['kind']} on {' and '.join(gates['branches'])}, reading {gates['input']}"
+            if gates
+            else "none",
+        ),
+        ("exits", ", ".join(map(str, report.exits)) or "none"),
+        ("parameters", f"{report.parameters['dense']:,} and {report.parameters['gates']:,} of gates"),
+        ("type", ", ".join(report.types)),
+    ]
+    bundle = report.bundle
+    if bundle:
+        parity = {True: "passed", False: "failed", None: "not verified yet (gsx verify)"}[bundle["parity"]]
+        facts += [
+            ("source", bundle["source"]),
+            ("selection", f"{bundle['select']}, budget {bundle['budget']:g}" if bundle["select"] else "none"),
+            ("K/V policy", bundle["kv_policy"]),
+            ("parity", parity),
+        ]
+    console.print(report.path)
+    width = max(len(name) for name, _ in facts)
+    for name, value in facts:
+        console.print(f"  {name.ljust(width)}  {value}")
+    if bundle and bundle["grid"]:
+        rows = [(f"{point['budget']:g}", f"{point['kept_share']:.4f}") for point in bundle["grid"]]
+        console.print(table(None, ("budget", "kept"), rows, right=0))
+    console.print(table(None, ("file", "size"), [(n, size(s)) for n, s in report.files.items()], right=1))

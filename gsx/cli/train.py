@@ -1,0 +1,149 @@
+"""`gsx train`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries
+
+if TYPE_CHECKING:
+    from exporter.training import StepReport
+
+# Where nobody watches, a line this often.
+_PLAIN_SECONDS = 30.0
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(train)
+
+
+def train(
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The finished checkpoint's directory.", show_default=False)
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Training configuration (JSON, see docs/training.md).", show_default="the recipe's values"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint to start from: a directory or a hub id.", show_default="a new model"),
+    ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="A directory of text files.", show_default="Python's standard library"),
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where snapshots are kept.", show_default="OUTPUT + -work")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest snapshot.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")
+    ] = False,
+    snapshot_every: Annotated[int, typer.Option(help="Steps between snapshots.")] = 200,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="as configured")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences a step.", show_default="as configured")
+    ] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(help="Tokens a sequence.", show_default="as configured")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Its peak.", show_default="as configured")
+    ] = None,
+    budget_end: Annotated[
+        float | None, typer.Option(help="Where the budget ends.", show_default="as configured")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of everything random.", show_default="as configured")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Train gates (GateSkip) and early exits (LayerSkip), from a plain checkpoint or from nothing.
+
+    Ctrl-C finishes the step and writes a snapshot; --resume goes on from there.
+
+    Example: gsx train --config examples/train_example.json -o my-model
+    """
+    quiet_libraries()
+    if snapshot_every < 1:
+        raise typer.BadParameter(f"{snapshot_every} is not a positive number", param_hint="--snapshot-every")
+    with ProgressLine(plain_every=_PLAIN_SECONDS) as line:
+        line.update("starting")
+        from exporter.training import TrainConfig
+        from exporter.training import train as run
+
+        given = {
+            "steps": steps,
+            "batch_size": batch_size,
+            "sequence_length": sequence_length,
+            "learning_rate": learning_rate,
+            "budget_end": budget_end,
+            "seed": seed,
+        }
+        values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        settings = TrainConfig.from_json(config) if config is not None else TrainConfig()
+        speed = _Speed()
+        result = run(
+            replace(settings, **values),
+            output,
+            work=work if work is not None else output.parent / f"{output.name}-work",
+            model=model,
+            text=text,
+            resume=resume,
+            overwrite=overwrite,
+            snapshot_every=snapshot_every,
+            on_step=lambda report: line.update("training", report.step, report.steps, speed.note(report)),
+        )
+    if as_json:
+        summary = {
+            "directory": str(result.directory),
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "resumed_at": result.resumed_at,
+            "seconds": round(result.seconds, 2),
+        }
+        print_json(summary)
+        return
+    console = out()
+    console.print(
+        f"{result.directory}: {result.steps} steps, {result.tokens:,} tokens, "
+        f"{result.seconds:.0f} s in this call"
+    )
+    console.print(f"next: gsx export {result.directory} --budget 0.7")
+
+
+class _Speed:
+    """Smooths the time of a step, for tokens/s and the time left."""
+
+    def __init__(self) -> None:
+        self._seconds: float | None = None
+
+    def note(self, report: StepReport) -> str:
+        """A step's figures in one line."""
+        old = self._seconds
+        self._seconds = report.seconds if old is None else 0.9 * old + 0.1 * report.seconds
+        left = (report.steps - report.step) * self._seconds
+        parts = [f"loss {report.cross_entropy:.3f}"]
+        if report.exit_cross_entropy is not None:
+            parts.append(f"exit {report.exit_depth} {report.exit_cross_entropy:.3f}")
+        parts += [
+            f"budget {report.budget:.2f}",
+            f"gate^2 {report.gate_square:.3f}",
+            f"{report.tokens / self._seconds:.0f} tokens/s",
+            f"{_clock(left)} left",
+        ]
+        return ", ".join(parts)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,281 @@
+"""The pictures of a parity report.
+
+Each is a function of the report that draws on axes it is given, so that the page (SVG, in the page's own
+colours, light or dark) and the one combined picture (PNG) show the same.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from exporter.config import BRANCHES
+from gsx.parity.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Stand-ins that become the page's own colours: `currentColor` follows its light or dark scheme.
+_INK, _FAINT = "#010203", "#040506"
+_BLUE, _ORANGE, _GREEN, _GREY = "#3b82c4", "#e0803a", "#3d9970", "#8a94a0"
+_BRANCH_WORDS = {"attn": "attention", "mlp": "MLP"}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture for the page: a heading, what it says, and the SVG element."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+def page_plots(report: Report) -> list[Plot]:
+    """All pictures that this report has data for, for the HTML page."""
+    plots = [
+        Plot(
+            "Error by layer",
+            "Largest difference over its own scale, on a logarithmic axis; the dashed line is the limit.",
+            _svg((10.2, 2.9), 3, lambda axes: errors_by_layer(report, axes)),
+        )
+    ]
+    if len(report.results) > 1:
+        plots.append(
+            Plot(
+                "Perplexity against budget",
+                "Of the verification text, reference and engine; they must lie on each other.",
+                _svg((5.2, 2.9), 1, lambda axes: perplexity(report, axes[0])),
+            )
+        )
+    if report.branches and len(report.results) > 1:
+        height = 1.3 + 0.34 * len(report.results)
+        plots.append(
+            Plot(
+                "Kept share by layer and branch",
+                "Share of tokens that run each branch, in percent, at each budget.",
+                _svg((10.2, height), len(report.branches), lambda axes: kept_share(report, axes)),
+            )
+        )
+    if report.keep_map is not None:
+        layers = len(report.keep_map.keep)
+        height = 0.9 + len(report.branches) * (0.3 + 0.17 * layers)
+        plots.append(
+            Plot(
+                "Which token keeps which layer",
+                f"The beginning of the text at budget {report.keep_map.budget:g}: filled cells ran, faint "
+                "ones were skipped. Layer 0 is at the bottom.",
+                _svg(
+                    (10.2, height),
+                    len(report.branches),
+                    lambda axes: token_map(report, axes),
+                    rows=True,
+                ),
+            )
+        )
+    return plots
+
+
+def combined(report: Report, path: Path) -> None:
+    """One PNG with all pictures, for a README."""
+    layers = len(report.results[0].kept)
+    gated = bool(report.branches)
+    from matplotlib.figure import Figure
+
+    rows = 0.9 + len(report.branches) * (0.3 + 0.17 * layers)
+    with _style("#22272e", "#d5dae0"):
+        figure = Figure(figsize=(12.5, 6.3 + rows if gated else 3.2), layout="constrained", facecolor="white")
+        if not gated:
+            errors_by_layer(report, list(figure.subplots(1, 3, sharey=True)))
+        else:
+            parts: Any = figure.subfigures(3, 1, height_ratios=[3.0, 0.9 + 0.36 * len(report.results), rows])
+            top, middle, bottom = parts
+            errors_by_layer(report, list(top.subplots(1, 4, width_ratios=[1, 1, 1, 1.2])[:3]))
+            perplexity(report, top.axes[3])
+            top.axes[3].set_title("perplexity against budget")
+            kept_share(report, list(np.atleast_1d(middle.subplots(1, len(report.branches), sharey=True))))
+            if report.keep_map is not None:
+                token_map(report, list(np.atleast_1d(bottom.subplots(len(report.branches), 1, sharex=True))))
+        figure.savefig(path, dpi=130)
+
+
+def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
+    """Three panels: states, keys, values; a line a budget."""
+    limit = report.tolerances.relative
+    shades = _shades(report)
+    floor = limit
+    for axis, name in zip(axes, ("states", "keys", "values"), strict=True):
+        for result, colour in zip(report.results, shades, strict=True):
+            values = [max(one.max_relative, 1e-9) if one.usable else np.nan for one in getattr(result.windows, name)]
+            floor = min([floor, *(v for v in values if np.isfinite(v))])
+            axis.plot(
+                range(len(values)),
+                values,
+                marker="o",
+                markersize=3,
+                linewidth=1,
+                color=colour,
+                label=f"{result.budget:g}",
+            )
+        axis.axhline(limit, color=_ORANGE, linewidth=1, linestyle="--")
+        axis.set_yscale("log")
+        axis.set_title(name)
+        axis.set_xlabel("layer")
+        _whole_numbers(axis, len(report.results[0].kept))
+    for axis in axes:
+        axis.set_ylim(10 ** np.floor(np.log10(floor)), limit * 4)
+    axes[0].set_ylabel("error over scale")
+    axes[0].text(0, limit * 1.25, "limit", color=_ORANGE, fontsize=8)
+    if len(report.results) > 1:
+        axes[-1].legend(title="budget", fontsize=7, title_fontsize=7, loc="lower right", ncols=2)
+
+
+def perplexity(report: Report, axis: Axes) -> None:
+    """Reference and engine against budget."""
+    budgets = [result.budget for result in report.results]
+    reference = np.exp([result.reference_nats for result in report.results])
+    engine = np.exp([result.engine_nats for result in report.results])
+    axis.plot(budgets, reference, color=_GREY, linewidth=3, label="reference")
+    axis.plot(budgets, engine, color=_BLUE, marker="o", markersize=4, linewidth=1, label="engine")
+    for budget, value in zip(budgets, engine, strict=True):
+        axis.annotate(
+            f"{value:,.0f}" if value >= 1000 else f"{value:.2f}",
+            (budget, value),
+            textcoords="offset points",
+            xytext=(0, 7),
+            ha="center",
+            fontsize=7,
+        )
+    axis.margins(x=0.08, y=0.2)
+    axis.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    axis.invert_xaxis()
+    axis.set_xlabel("budget (less is skipped on the left)")
+    axis.set_ylabel("perplexity")
+    axis.legend(loc="best")
+
+
+def kept_share(report: Report, axes: Sequence[Axes]) -> None:
+    """A heat map a branch: layers across, budgets down, shares as numbers."""
+    results = report.results
+    for axis, branch in zip(axes, report.branches, strict=True):
+        shares = np.array([[row[BRANCHES.index(branch)] for row in result.kept] for result in results])
+        axis.imshow(shares, cmap=_ramp(), vmin=0, vmax=1, aspect="auto")
+        if shares.shape[1] <= 24:
+            for (row, column), share in np.ndenumerate(shares):
+                colour = "white" if share > 0.45 else "#1c2833"
+                axis.text(column, row, f"{share * 100:.0f}", ha="center", va="center", fontsize=7, color=colour)
+        axis.set_title(_BRANCH_WORDS[branch])
+        axis.set_xlabel("layer")
+        axis.set_yticks(range(len(results)), [f"{result.budget:g}" for result in results])
+        _whole_numbers(axis, shares.shape[1])
+        _bare(axis)
+    axes[0].set_ylabel("budget")
+
+
+def token_map(report: Report, axes: Sequence[Axes]) -> None:
+    """A panel a branch: tokens across, layers up; a filled cell ran."""
+    assert report.keep_map is not None
+    layers = len(report.keep_map.keep)
+    for axis, branch in zip(axes, report.branches, strict=True):
+        column = BRANCHES.index(branch)
+        keep = np.array([layer[column] for layer in report.keep_map.keep])
+        _cells(axis, keep, _BLUE if branch == "attn" else _GREEN)
+        axis.set_ylabel(_BRANCH_WORDS[branch])
+        step = max(1, layers // 4)
+        axis.set_yticks(range(0, layers, step))
+        axis.set_xticks([])
+        _bare(axis)
+    labels = [_label(token) for token in report.keep_map.tokens]
+    axes[-1].set_xticks(range(len(labels)), labels, rotation=90, fontsize=7, family="monospace")
+
+
+def _cells(axis: Axes, keep: np.ndarray, colour: str) -> None:
+    """Draw kept cells as filled squares with a gap, skipped ones as faint outlines."""
+    from matplotlib.collections import PatchCollection
+    from matplotlib.patches import Rectangle
+
+    def squares(where: np.ndarray) -> list[Any]:
+        return [Rectangle((x - 0.44, y - 0.42), 0.88, 0.84) for y, x in zip(*np.nonzero(where), strict=True)]
+
+    axis.add_collection(PatchCollection(squares(keep), facecolor=colour, edgecolor="none"))
+    axis.add_collection(PatchCollection(squares(~keep), facecolor=_GREY, alpha=0.16, edgecolor="none"))
+    axis.set_xlim(-0.6, keep.shape[1] - 0.4)
+    axis.set_ylim(-0.6, keep.shape[0] - 0.4)
+
+
+def _label(token: str) -> str:
+    shown = token.replace("\n", "⏎").replace("\t", "→").replace(" ", "·").replace("$", r"\$")
+    return shown if len(shown) <= 10 else shown[:9] + "…"
+
+
+def _shades(report: Report) -> list[Any]:
+    ramp = _ramp()
+    return [ramp(share) for share in np.linspace(1.0, 0.35, len(report.results))]
+
+
+def _ramp() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    return LinearSegmentedColormap.from_list("gsx", ["#eef3f8", "#7fb2dc", "#2a6aa8", "#173f6b"])
+
+
+def _whole_numbers(axis: Axes, count: int) -> None:
+    axis.set_xticks(range(0, count, max(1, count // 8)))
+
+
+def _bare(axis: Axes) -> None:
+    axis.tick_params(length=0)
+    axis.grid(False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _style(ink: str, faint: str) -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context(
+        {
+            "font.family": "sans-serif",
+            "font.size": 8.5,
+            "svg.fonttype": "none",
+            "text.color": ink,
+            "axes.labelcolor": ink,
+            "axes.titlecolor": ink,
+            "axes.titlesize": 9.5,
+            "axes.edgecolor": faint,
+            "axes.facecolor": "none",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": faint,
+            "grid.linewidth": 0.5,
+            "xtick.color": ink,
+            "ytick.color": ink,
+            "legend.frameon": False,
+            "legend.fontsize": 8,
+        }
+    )
+
+
+def _svg(size: tuple[float, float], panels: int, draw: Callable[[list[Axes]], None], *, rows: bool = False) -> str:
+    """Draw panels beside (or below) each other and return an SVG element in the page's colours."""
+    from matplotlib.figure import Figure
+
+    with _style(_INK, _FAINT):
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        shape = (panels, 1) if rows else (1, panels)
+        axes = figure.subplots(*shape, sharex=rows, sharey=not rows and panels > 1, squeeze=False)
+        draw(list(axes.flat))
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor").replace(_FAINT, "var(--rule)")
+    # Its natural size at most, so that the letters of all pictures are alike; less on a narrow screen.
+    style = f'style="width:100%;height:auto;max-width:{size[0] * 96:.0f}px"'
+    return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', rf"<svg \1\2{style}", text, count=1)

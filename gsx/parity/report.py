@@ -1,0 +1,401 @@
+"""The parity report: what was measured, which checks must hold and why, and the verdict.
+
+Every check has a limit with a reason. What has none is reported only. The tolerances are those of one
+precision; `TOLERANCES` is the one place where they stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from gsx.parity.compare import Compared, Comparison
+from gsx.parity.measure import Greedy
+
+Verdict = Literal["pass", "fail", "reported"]
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Limits of one precision.
+
+    Args:
+        logits: largest absolute error where logits are of order 1 to 10; in proportion where they are larger.
+        relative: largest error of states, K and V over their own scale (`Comparison.max_relative`).
+        near_tie: a decision may turn when the reference's score is this near to where it turns.
+        differing_share: share of decisions that may differ; None: none but near ties.
+        nats: difference of the mean loss per token.
+        tokens_must_agree: whether greedy tokens are a check, or reported only.
+        reason: of the numeric limits.
+    """
+
+    logits: float
+    relative: float
+    near_tie: float
+    differing_share: float | None
+    nats: float
+    tokens_must_agree: bool
+    reason: str
+
+    def logit_limit(self, reference_max: float) -> float:
+        """Limit for logits whose largest is this one: a float's error grows with the float."""
+        return self.logits * max(1.0, reference_max / 10)
+
+    def for_logits(self, logits: np.ndarray) -> float:
+        """Limit for these logits."""
+        return self.logit_limit(float(np.abs(logits).max()))
+
+
+TOLERANCES: Mapping[str, Tolerances] = {
+    # Sums of some thousand products in another order differ by about 1e-6 of their scale, and some ten layers
+    # add up: 1e-4 leaves a factor of ten, and a wrong weight, mask or position shows at 1e-2 and above.
+    "fp32": Tolerances(
+        logits=1e-4,
+        relative=1e-4,
+        near_tie=1e-6,
+        differing_share=None,
+        nats=2e-4,
+        tokens_must_agree=True,
+        reason="float32 sums in another order: about 1e-6 of the scale a layer; real faults show above 1e-2",
+    ),
+    # The reference stays in float32, so weights and activations are each rounded once to 11 significant bits
+    # (2^-11 = 5e-4 of their scale) a layer; errors of the largest of many values are some ten times that.
+    "fp16": Tolerances(
+        logits=0.1,
+        relative=0.05,
+        near_tie=1e-6,
+        differing_share=0.01,
+        nats=0.01,
+        tokens_must_agree=False,
+        reason="half precision: weights and activations rounded to 11 bits, against a float32 reference",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at, at one budget.
+
+    Args:
+        name: what, the same at every budget.
+        value: the statistic; limit: what it may be at most, None where it is reported only.
+        detail: numbers beside it, in words; reason: why the limit is what it is.
+    """
+
+    name: str
+    budget: float
+    value: float
+    limit: float | None
+    verdict: Verdict
+    detail: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: a check at the budget where it came out worst. All are words but the verdict."""
+
+    name: str
+    value: str
+    limit: str
+    verdict: Verdict
+    reason: str
+    budget: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class BudgetRow:
+    """A line of the second table: one budget, in words."""
+
+    budget: str
+    kept: str
+    reference_perplexity: str
+    engine_perplexity: str
+    decisions: str
+    tokens: str
+
+
+@dataclass(frozen=True)
+class BudgetResult:
+    """All that was measured at one budget.
+
+    Args:
+        kept: [L][attn, mlp] shares that the reference keeps; 1 where there is no gate.
+        kept_share: over all gated branches; None for a dense model.
+        windows: whole windows in one call.
+        single_steps, one_chunk: half a stretch, then the rest over the cache; None with rank selection.
+        padded: two sequences of different lengths in one batch.
+        fast_logits: logits of the runner that generates, over whole windows; fast_wrong_counts: how often it
+            kept another number of rows than the reference, no decision being a near tie.
+        greedy: by runner, "fast" and "portable".
+        reference_nats, engine_nats: mean loss per token, over `scored_tokens` tokens.
+    """
+
+    budget: float
+    kept: tuple[tuple[float, float], ...]
+    kept_share: float | None
+    windows: Compared
+    single_steps: Compared | None
+    one_chunk: Compared | None
+    padded: Compared
+    fast_logits: Comparison
+    fast_wrong_counts: int
+    greedy: Mapping[str, Greedy]
+    reference_nats: float
+    engine_nats: float
+    scored_tokens: int
+
+
+@dataclass(frozen=True)
+class KeepMap:
+    """Which tokens of the beginning of a text keep which layer: keep[layer][attn, mlp][token]."""
+
+    budget: float
+    tokens: tuple[str, ...]
+    keep: tuple[tuple[tuple[bool, ...], tuple[bool, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `gsx verify` found.
+
+    Args:
+        bundle: its directory's name; model: the reference, as it was asked for.
+        precision, select, kv_policy: of the bundle; select is None for a dense model.
+        branches: those with gates.
+        text: name of the text; text_sha256: its hash; tokens: how many were read.
+        results: one a budget, in falling order.
+        notes: what was left out and why.
+        tools: versions.
+    """
+
+    bundle: str
+    model: str
+    weights_sha256: str
+    family: str
+    precision: str
+    select: str | None
+    kv_policy: str
+    branches: tuple[str, ...]
+    text: str
+    text_sha256: str
+    tokens: int
+    results: tuple[BudgetResult, ...]
+    notes: tuple[str, ...]
+    keep_map: KeepMap | None
+    tools: Mapping[str, str]
+    seconds: float
+
+    @property
+    def tolerances(self) -> Tolerances:
+        """Limits of the bundle's precision."""
+        return TOLERANCES[self.precision]
+
+    @property
+    def checks(self) -> tuple[Check, ...]:
+        """Every check at every budget."""
+        return tuple(check for result in self.results for check in _checks(result, self.tolerances))
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check that has a limit holds, and there was something to check."""
+        verdicts = [check.verdict for check in self.checks]
+        return "fail" not in verdicts and "pass" in verdicts
+
+    def rows(self) -> list[Row]:
+        """The table: each check once, at the budget where it came out worst."""
+        worst: dict[str, Check] = {}
+        for check in self.checks:
+            seen = worst.get(check.name)
+            if seen is None or _badness(check) > _badness(seen):
+                worst[check.name] = check
+        return [
+            Row(
+                name=check.name,
+                value=_number(check.value),
+                limit="" if check.limit is None else _number(check.limit),
+                verdict=check.verdict,
+                reason=check.reason,
+                budget=f"{check.budget:g}",
+                detail=check.detail,
+            )
+            for check in worst.values()
+        ]
+
+    def budget_rows(self) -> list[BudgetRow]:
+        """The second table: what each budget keeps and what it costs in quality."""
+        return [_budget_row(result) for result in self.results]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON takes it; numbers that JSON lacks are null."""
+        values: dict[str, Any] = _plain(self)
+        return {
+            "passed": self.passed,
+            **values,
+            "tolerances": _plain(self.tolerances),
+            "checks": [_plain(check) for check in self.checks],
+        }
+
+
+def _checks(result: BudgetResult, limits: Tolerances) -> list[Check]:
+    checks = _Checks(result.budget, limits)
+    checks.compared("", result.windows)
+    difference = abs(result.engine_nats - result.reference_nats)
+    decisions = result.windows.decisions
+    left_out = decisions is not None and decisions.tokens_left_out > 0
+    checks.add(
+        "perplexity, nats per token",
+        difference,
+        # A near-tie decision that turned changes the loss of what follows it, by right.
+        None if left_out and limits.differing_share is None else limits.nats,
+        detail=f"{math.exp(result.reference_nats):.4f} and {math.exp(result.engine_nats):.4f}",
+        reason="a loss moves by at most twice the error of its logits",
+    )
+    for name, compared in (
+        ("cache, single steps", result.single_steps),
+        ("cache, one chunk", result.one_chunk),
+        ("left padding", result.padded),
+    ):
+        if compared is not None:
+            checks.compared(name + ": ", compared)
+    fast = result.fast_logits
+    checks.numbers("fast runner: logits", fast, fast.max_abs, limits.logit_limit(fast.reference_max))
+    if decisions is not None and limits.differing_share is None:
+        checks.add(
+            "fast runner: branches with wrong counts",
+            result.fast_wrong_counts,
+            0,
+            detail="rows kept by each branch in each window",
+            reason="it must skip what the reference skips",
+        )
+    for runner, greedy in result.greedy.items():
+        checks.greedy(f"greedy tokens, {runner} runner", greedy)
+    return checks.made
+
+
+class _Checks:
+    """Turns measurements of one budget into checks."""
+
+    def __init__(self, budget: float, limits: Tolerances) -> None:
+        self.budget, self.limits = budget, limits
+        self.made: list[Check] = []
+
+    def add(self, name: str, value: float, limit: float | None, *, detail: str, reason: str) -> None:
+        verdict: Verdict = "reported" if limit is None else "pass" if value <= limit else "fail"
+        self.made.append(Check(name, self.budget, value, limit, verdict, detail, reason))
+
+    def numbers(self, name: str, found: Comparison, value: float, limit: float) -> None:
+        """A numeric check; NaN, and nothing to compare, fail."""
+        if found.values == 0:
+            value, detail = math.inf, "nothing was compared"
+        elif found.not_finite:
+            value, detail = math.inf, f"{found.not_finite} values are not numbers"
+        else:
+            detail = f"{found.worst}"
+        self.add(name, value, limit, detail=detail, reason=self.limits.reason)
+
+    def compared(self, prefix: str, found: Compared) -> None:
+        limits = self.limits
+        logits = found.logits
+        limit = limits.logit_limit(logits.reference_max)
+        self.numbers(prefix + "logits, largest error", logits, logits.max_abs, limit)
+        if prefix:
+            groups = {"states, K and V": (*found.states, *found.keys, *found.values)}
+        else:
+            groups = {"states": found.states, "keys": found.keys, "values": found.values}
+        for name, layers in groups.items():
+            worst = _worst_layer(layers)
+            self.numbers(f"{prefix}{name}, error over scale", worst, worst.max_relative, limits.relative)
+        if found.decisions is None:
+            return
+        one = found.decisions
+        detail = f"of {one.total:,}; {one.near_ties} near ties"
+        if one.flips:
+            detail += (
+                f"; {len(one.flips)} turned, first {one.flips[0].place} at {one.flips[0].margin:.1e} "
+                f"from its threshold; {one.tokens_left_out} of {one.tokens} tokens saw one and are left out"
+            )
+        if limits.differing_share is None:
+            reason = f"float32 scores on both sides: only one within {limits.near_tie:g} of its threshold may turn"
+            self.add(prefix + "decisions, wrong", len(one.wrong), 0, detail=detail, reason=reason)
+        else:
+            reason = "scores are compared in float32, but of rounded states: few may turn"
+            self.add(
+                prefix + "decisions, share that differs",
+                one.differing_share,
+                limits.differing_share,
+                detail=detail,
+                reason=reason,
+            )
+
+    def greedy(self, name: str, found: Greedy) -> None:
+        detail = f"of {found.tokens}"
+        if found.mismatches:
+            first = found.mismatches[0]
+            detail += (
+                f"; {len(found.mismatches)} differ, first token {first.position}: "
+                f"{first.reference_token} became {first.engine_token}, the best two {first.margin:.1e} apart"
+            )
+            detail += f" ({first.excused})" if first.excused else ""
+        if found.flips:
+            detail += f"; {found.flips} decisions differ"
+        if self.limits.tokens_must_agree:
+            wrong = len(found.wrong) + found.wrong_flips
+            if found.tokens == 0:
+                wrong, detail = 1, "nothing was compared"
+            reason = "the same tokens, unless the reference's two best are nearer than the logits' limit"
+            self.add(name, wrong, 0, detail=detail, reason=reason)
+        else:
+            self.add(name, len(found.mismatches), None, detail=detail, reason=self.limits.reason)
+
+
+def _worst_layer(layers: Sequence[Comparison]) -> Comparison:
+    """The layer that is furthest off; one that cannot be used before all others."""
+    return max(layers, key=lambda one: (not one.usable, one.max_relative))
+
+
+def _badness(check: Check) -> tuple[bool, float]:
+    if check.limit is None:
+        return (False, check.value)
+    # A limit of 0 counts faults.
+    return (check.verdict == "fail", check.value / check.limit if check.limit else check.value)
+
+
+def _budget_row(result: BudgetResult) -> BudgetRow:
+    decisions = result.windows.decisions
+    wrong = sum(len(one.wrong) for one in result.greedy.values())
+    tokens = min((one.tokens for one in result.greedy.values()), default=0)
+    differ = max((len(one.mismatches) for one in result.greedy.values()), default=0)
+    return BudgetRow(
+        budget=f"{result.budget:g}",
+        kept="all" if result.kept_share is None else f"{result.kept_share:.3f}",
+        reference_perplexity=f"{math.exp(result.reference_nats):.4f}",
+        engine_perplexity=f"{math.exp(result.engine_nats):.4f}",
+        decisions="no gates" if decisions is None else f"{decisions.differ} of {decisions.total:,} differ",
+        tokens=f"{tokens} equal" if not differ else f"{differ} of {tokens} differ, {wrong} wrong",
+    )
+
+
+def _number(value: float) -> str:
+    if value == int(value) if math.isfinite(value) else False:
+        return f"{int(value)}"
+    return f"{value:.2e}" if abs(value) < 0.01 else f"{value:.4g}"
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, tuples and mappings as JSON's own types; NaN and infinity as None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,395 @@
+"""`gsx verify`: prove that a bundle computes what the reference computes, and write the report into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.manifest import Manifest, check_budget
+from engines.errors import BundleError, CheckpointError, GsxError, UsageError
+from engines.generation import select_for
+from engines.runners.base import Runner
+from engines.runners.portable import PortableRunner, gated_places, host_type
+from engines.runners.select import open_runner
+from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.config import BRANCHES
+from exporter.evaluation import losses
+from exporter.reference import Reference
+from exporter.selection import Rank, Selection, Threshold
+from exporter.text import MIN_TOKENS, load_tokenizer, tokenize
+from gsx.export import Progress
+from gsx.parity.compare import Accumulator, Compared, Comparer, Observation
+from gsx.parity.measure import (
+    EngineSide,
+    ReferenceSide,
+    follow,
+    reference_continuation,
+    runner_logits,
+)
+from gsx.parity.page import page
+from gsx.parity.report import TOLERANCES, BudgetResult, KeepMap, Report, Tolerances
+
+DEFAULT_BUDGETS = (1.0, 0.85, 0.7, 0.5)
+DEFAULT_TOKENS = 1024
+DEFAULT_GREEDY_TOKENS = 256
+# A stretch with a cache: half in one call, the rest in single steps or in one chunk.
+_STRETCH_TOKENS = 64
+# Two sequences of one batch, of different lengths, so that one is padded.
+_PADDED_TOKENS = (48, 29)
+_PROMPT_TOKENS = 32
+# Up to this width a layer's matrix fits in a core's cache.
+_SMALL_HIDDEN = 512
+# As many tokens as have room for a label.
+_MAP_TOKENS = 60
+
+
+def verify(
+    bundle: str | Path,
+    *,
+    reference: str | None = None,
+    text: str | Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    budgets: Sequence[float] | None = None,
+    greedy_tokens: int = DEFAULT_GREEDY_TOKENS,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Report:
+    """Compare a bundle with the reference, and write `parity.json` and `parity.html` into it.
+
+    Args:
+        bundle: its directory.
+        reference: the checkpoint that it was exported from; None for the one that the manifest names.
+        text: UTF-8 text file to read; None for the text that ships with gsx.
+        tokens: how much of it.
+        budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
+        greedy_tokens: length of the greedy continuation.
+        on_progress: called as it goes.
+    Returns: the report; `report.passed` is the verdict.
+    Raises:
+        GsxError: the bundle or the reference cannot be used, or is not the one that the bundle was made of.
+    """
+    started = time.perf_counter()
+    if tokens < MIN_TOKENS:
+        raise UsageError("tokens to verify on", expected=f"at least {MIN_TOKENS}", found=str(tokens))
+    if greedy_tokens < 1:
+        raise UsageError("greedy tokens", expected="at least 1", found=str(greedy_tokens))
+    on_progress(Progress("checking the bundle", 0, 0))
+    opened = open_bundle(bundle, check_weights=True)
+    manifest = opened.manifest
+    host_type(manifest)
+    notes: list[str] = []
+    chosen = _budgets(manifest, budgets, notes)
+    checkpoint = _reference_checkpoint(opened, reference)
+    windows = tokenize(checkpoint, Path(text) if text else None, max_tokens=tokens)
+    on_progress(Progress("loading the reference and the engine", 0, 0))
+    run = _Run(opened, checkpoint, windows.ids, greedy_tokens, notes, on_progress)
+    results = []
+    for number, budget in enumerate(chosen):
+        run.stage = f"budget {budget:g} ({number + 1} of {len(chosen)})"
+        results.append(run.at(budget))
+    report = Report(
+        bundle=opened.directory.resolve().name,
+        model=checkpoint.source,
+        weights_sha256=manifest.source.weights_sha256,
+        family=manifest.decoder.family,
+        precision=manifest.precision,
+        select=manifest.selection.mode if manifest.selection else None,
+        kv_policy=manifest.kv_policy,
+        branches=manifest.gates.branches if manifest.gates else (),
+        text=windows.name,
+        text_sha256=windows.sha256,
+        tokens=windows.tokens,
+        results=tuple(results),
+        notes=tuple(notes),
+        keep_map=_keep_map(run.first_window, manifest, windows.ids[0], load_tokenizer(checkpoint)),
+        tools={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("gsx", "torch", "transformers", "onnxruntime")},
+        },
+        seconds=time.perf_counter() - started,
+    )
+    on_progress(Progress("writing the report", 0, 0))
+    _write(opened.directory / "parity.json", json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
+    _write(opened.directory / "parity.html", page(report))
+    return report
+
+
+class _Run:
+    """Both sides, opened once, and what is measured at one budget."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        checkpoint: Checkpoint,
+        windows: np.ndarray,
+        greedy_tokens: int,
+        notes: list[str],
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self.manifest = bundle.manifest
+        self.limits: Tolerances = TOLERANCES[self.manifest.precision]
+        self.windows = windows
+        self.reference = Reference.load(checkpoint)
+        self.engine = EngineSide(bundle)
+        self.runners: dict[str, Runner] = {"fast": open_runner(bundle), "portable": PortableRunner(bundle)}
+        self.stage = ""
+        self.on_progress = on_progress
+        # By budget, what the reference did with the first window.
+        self.first_window: dict[float, Observation] = {}
+        room = self.manifest.decoder.max_positions - _PROMPT_TOKENS
+        self.greedy_tokens = min(greedy_tokens, room)
+        if self.greedy_tokens < greedy_tokens:
+            notes.append(f"The model's context leaves room for {self.greedy_tokens} greedy tokens.")
+        selection = self.manifest.selection
+        self.causal = selection is None or selection.mode == "threshold"
+        if not self.causal:
+            notes.append(
+                "With rank selection the choice sees the whole call, so a run over the cache is another "
+                "computation: whole calls are compared, and greedy steps, which keep their one token."
+            )
+
+    def at(self, budget: float) -> BudgetResult:
+        """Measure everything at one budget."""
+        select = select_for(self.manifest, budget)
+        side = ReferenceSide(self.reference, self._selection(budget), self.manifest.kv_policy)
+        full = self._comparer()
+        fast, wrong_counts = Accumulator(), 0
+        kept: list[np.ndarray] = []
+        reference_loss: list[np.ndarray] = []
+        engine_loss: list[np.ndarray] = []
+        first: Observation | None = None
+        for number, window in enumerate(self.windows):
+            self._tell("whole windows", number, len(self.windows))
+            ids, mask = window[None], np.ones((1, len(window)), np.int64)
+            want, have = side.observe(ids, mask), self.engine.observe(ids, mask, select)
+            full.add(want, have)
+            first = first or want[0]
+            kept.append(want[0].keep)
+            reference_loss.append(losses(want[0].logits, window))
+            engine_loss.append(losses(have[0].logits, window))
+            wrong_counts += self._fast(want[0], ids, select, fast, number)
+        assert first is not None, "a text has at least one window"
+        self.first_window[budget] = first
+        single_steps = one_chunk = None
+        if self.causal:
+            self._tell("with the cache", 0, 0)
+            single_steps, one_chunk = self._cached(first, select)
+        self._tell("with padding", 0, 0)
+        padded = self._padded(side, select)
+        self._tell("greedy continuation", 0, 0)
+        with _torch_threads_for(self.manifest):
+            steps = reference_continuation(side, self.windows[:1, :_PROMPT_TOKENS], self.greedy_tokens)
+        greedy = {
+            name: follow(
+                runner, steps, select, logit_tolerance=self.limits.for_logits, near_tie=self.limits.near_tie
+            )
+            for name, runner in self.runners.items()
+        }
+        shares = np.concatenate(kept, axis=-1).mean(axis=-1)
+        branches = [BRANCHES.index(branch) for branch in self._branches]
+        return BudgetResult(
+            budget=budget,
+            kept=tuple((float(attn), float(mlp)) for attn, mlp in shares),
+            kept_share=float(shares[:, branches].mean()) if branches else None,
+            windows=full.result(),
+            single_steps=single_steps,
+            one_chunk=one_chunk,
+            padded=padded,
+            fast_logits=fast.result(),
+            fast_wrong_counts=wrong_counts,
+            greedy=greedy,
+            reference_nats=float(np.concatenate(reference_loss).mean()),
+            engine_nats=float(np.concatenate(engine_loss).mean()),
+            scored_tokens=sum(loss.size for loss in reference_loss),
+        )
+
+    def _cached(self, want: Observation, select: np.ndarray | None) -> tuple[Compared, Compared]:
+        """Half of a stretch, then the rest over the cache: it must be what one call gives."""
+        count = min(_STRETCH_TOKENS, want.tokens)
+        half = count // 2
+        ids = self.windows[:1, :count]
+        found = []
+        for chunks in ([half, *[1] * (count - half)], [half, count - half]):
+            comparer = self._comparer()
+            comparer.add([want.head(count)], self.engine.observe(ids, np.ones_like(ids), select, chunks))
+            found.append(comparer.result())
+        return found[0], found[1]
+
+    def _padded(self, side: ReferenceSide, select: np.ndarray | None) -> Compared:
+        """Two sequences of different lengths, padded on the left, in one call.
+
+        With threshold selection each must come out as it does alone; rank selection counts the whole call, so
+        there the reference sees the same batch.
+        """
+        long, short = (min(count, self.windows.shape[1]) for count in _PADDED_TOKENS)
+        ids, mask = np.zeros((2, long), np.int64), np.zeros((2, long), np.int64)
+        ids[0], mask[0] = self.windows[0, :long], 1
+        ids[1, long - short :], mask[1, long - short :] = self.windows[-1, -short:], 1
+        if self.causal:
+            want = []
+            for row in range(2):
+                alone = ids[row : row + 1, mask[row] == 1]
+                want += side.observe(alone, np.ones_like(alone))
+        else:
+            want = side.observe(ids, mask)
+        comparer = self._comparer()
+        have = self.engine.observe(ids, mask, select)
+        if self.causal:
+            for one, other in zip(want, have, strict=True):
+                comparer.add([one], [other])
+        else:
+            comparer.add(want, have)
+        return comparer.result()
+
+    def _fast(
+        self, want: Observation, ids: np.ndarray, select: np.ndarray | None, found: Accumulator, window: int
+    ) -> int:
+        """Compare the fast runner's logits over a window. Returns: branches that kept a wrong count."""
+        assert want.margins is not None
+        logits, counts = runner_logits(self.runners["fast"], ids, select)
+        clean = np.ones(want.tokens, bool)
+        wrong = 0
+        if counts is not None:
+            for layer, branch in gated_places(self.manifest):
+                place = (layer, ("attn", "mlp").index(branch))
+                if counts[place] == want.keep[place].sum():
+                    continue
+                undecided = np.flatnonzero((want.margins <= self.limits.near_tie).any(axis=(0, 1)))
+                wrong += not len(undecided)
+                if len(undecided):
+                    clean[undecided[0] if self.causal else 0 :] = False
+                    break
+        found.add(want.logits, logits[0], clean, window)
+        return wrong
+
+    def _comparer(self) -> Comparer:
+        return Comparer(
+            self.manifest.decoder.num_layers,
+            self._branches,
+            causal=self.causal,
+            near_tie=self.limits.near_tie,
+            copies=self.manifest.kv_policy == "copy",
+        )
+
+    @property
+    def _branches(self) -> tuple[str, ...]:
+        return self.manifest.gates.branches if self.manifest.gates else ()
+
+    def _selection(self, budget: float) -> Selection | None:
+        selection = self.manifest.selection
+        if selection is None:
+            return None
+        if selection.mode == "rank":
+            return Rank(budget)
+        return Threshold(selection.thresholds_for(budget))
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        self.on_progress(Progress(f"{self.stage}: {what}", done, total))
+
+
+@contextmanager
+def _torch_threads_for(manifest: Manifest) -> Iterator[None]:
+    """One thread for single tokens of a small model: waiting for others would take longer than the work."""
+    before = torch.get_num_threads()
+    small = manifest.decoder.hidden_size <= _SMALL_HIDDEN
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _budgets(manifest: Manifest, asked: Sequence[float] | None, notes: list[str]) -> list[float]:
+    """The budgets to verify at, falling; what cannot be is noted."""
+    for budget in asked or ():
+        check_budget(budget)
+    selection = manifest.selection
+    if selection is None:
+        if asked and set(asked) != {1.0}:
+            notes.append("The bundle has no gates: everything is kept, and there is one budget, 1.")
+        return [1.0]
+    wanted = sorted({float(b) for b in (asked or (*DEFAULT_BUDGETS, selection.budget))}, reverse=True)
+    if selection.mode == "rank":
+        return wanted
+    lowest = selection.grid[-1].budget
+    chosen = [budget for budget in wanted if budget >= lowest]
+    for budget in wanted:
+        if budget < lowest:
+            notes.append(f"Budget {budget:g} lies below the calibrated grid ({lowest:g} to 1): left out.")
+    if not chosen:
+        raise UsageError(
+            "no budget to verify at",
+            expected=f"one from {lowest:g} to 1",
+            found=", ".join(f"{b:g}" for b in wanted),
+        )
+    return chosen
+
+
+def _reference_checkpoint(bundle: Bundle, reference: str | None) -> Checkpoint:
+    """Open the reference and make sure that the bundle was made of it."""
+    source = bundle.manifest.source
+    name = reference or source.model
+    try:
+        checkpoint = open_checkpoint(name)
+    except CheckpointError as error:
+        if reference is not None:
+            raise
+        raise CheckpointError(
+            f"bundle {bundle.directory}: its reference, {name}, cannot be opened",
+            found=error.what + (f" (found {error.found})" if error.found else ""),
+            todo="if the model lies elsewhere now: gsx verify BUNDLE --reference MODEL",
+        ) from error
+    found = checkpoint.weights_sha256()
+    if found != source.weights_sha256:
+        raise BundleError(
+            f"bundle {bundle.directory} was not exported from these weights of {name}",
+            expected=f"weights with sha256 {source.weights_sha256[:12]}..., exported from {source.model}",
+            found=f"{found[:12]}... in {checkpoint.directory}",
+            todo="give the checkpoint that it was exported from with --reference, or export again",
+        )
+    return checkpoint
+
+
+def _keep_map(
+    first_window: dict[float, Observation], manifest: Manifest, ids: np.ndarray, tokenizer: Tokenizer
+) -> KeepMap | None:
+    """The beginning of the first window, at the exported budget, or at one that skips something."""
+    if manifest.selection is None:
+        return None
+    skipping = [budget for budget in first_window if budget < 1] or list(first_window)
+    exported = manifest.selection.budget
+    budget = exported if exported in skipping else 0.7 if 0.7 in skipping else skipping[0]
+    keep = first_window[budget].keep[..., :_MAP_TOKENS]
+    labels = [tokenizer.decode([int(i)], skip_special_tokens=False) for i in ids[: keep.shape[-1]]]
+    return KeepMap(
+        budget=budget,
+        tokens=tuple(labels),
+        keep=tuple((tuple(map(bool, attn)), tuple(map(bool, mlp))) for attn, mlp in keep),
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        try:
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise GsxError(
+            f"{path}: could not be written",
+            found=error.strerror or str(error),
+            todo="free some space, or make the bundle's directory writable",
+        ) from error

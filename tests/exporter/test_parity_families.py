@@ -1,0 +1,184 @@
+"""The family matrix: every family, gate and option goes through export, and `verify` must pass.
+
+A row is a checkpoint and an export. Every family has a dense row, one with vector gates on both branches, and
+one with scalar gates on a single branch; the options that families share are spread over these.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from exporter.config import GateConfig
+from gsx.export import export
+from gsx.verify import verify
+from tests.tiny import tiny_checkpoint
+
+pytestmark = pytest.mark.slow
+
+BUDGETS = (1.0, 0.85, 0.7, 0.5)
+GREEDY_TOKENS = 256
+TOKENS = 512
+
+BOTH_VECTOR = GateConfig("vector", "post_norm")
+BOTH_SCALAR = GateConfig("scalar", "pre_norm")
+ATTN_SCALAR = GateConfig("scalar", "pre_norm", ("attn",))
+MLP_SCALAR = GateConfig("scalar", "pre_norm", ("mlp",))
+ATTN_VECTOR = GateConfig("vector", "post_norm", ("attn",))
+MLP_VECTOR = GateConfig("vector", "pre_norm", ("mlp",))
+
+THETA = {"rope_theta": 10000.0}
+LINEAR = {"rope_parameters": {**THETA, "rope_type": "linear", "factor": 4.0}}
+DYNAMIC = {"rope_parameters": {**THETA, "rope_type": "dynamic", "factor": 4.0}}
+YARN = {
+    "rope_parameters": {
+        **THETA,
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+    }
+}
+LLAMA3 = {
+    "rope_parameters": {
+        **THETA,
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A checkpoint (family, gates, configuration keys) and how it is exported."""
+
+    family: str
+    gate: GateConfig | None
+    select: Literal["threshold", "rank"] = "threshold"
+    kv_policy: Literal["compute", "copy"] = "compute"
+    tied: bool = False
+    hidden: int = 64
+    sharded: bool = False
+    keys: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        gate = self.gate
+        parts = [self.family]
+        parts += ["dense"] if gate is None else [gate.kind, gate.input, "+".join(gate.branches), self.select]
+        parts += [self.kv_policy] if self.kv_policy == "copy" else []
+        parts += [self.keys["rope_parameters"]["rope_type"]] if "rope_parameters" in self.keys else []
+        parts += [key for key in self.keys if key != "rope_parameters"]
+        parts += ["tied"] if self.tied else []
+        return "-".join(parts)
+
+
+BIASES = {"attention_bias": True, "mlp_bias": True}
+# A window shorter than any text here, so that it matters; Qwen2 slides from one layer on.
+SLIDING = {"sliding_window": 8}
+QWEN_SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+
+ROWS = [
+    Row("llama", None, tied=True, hidden=48, keys=LINEAR),
+    Row("llama", BOTH_VECTOR, kv_policy="copy", keys={**LLAMA3, **BIASES}),
+    Row("llama", ATTN_SCALAR, "rank", tied=True, sharded=True),
+    Row("mistral", None, keys=YARN),
+    Row("mistral", BOTH_VECTOR, kv_policy="copy", tied=True, keys=SLIDING),
+    Row("mistral", MLP_SCALAR, "rank", keys={"head_dim": 32}),
+    Row("qwen2", None, tied=True),
+    Row("qwen2", BOTH_VECTOR, kv_policy="copy", keys={**QWEN_SLIDING, **DYNAMIC}),
+    Row("qwen2", ATTN_SCALAR, "rank", tied=True, hidden=48),
+    Row("qwen3", None, keys={"attention_bias": True}),
+    Row("qwen3", BOTH_VECTOR, kv_policy="copy", keys={**YARN, "head_dim": 32}),
+    Row("qwen3", MLP_SCALAR, tied=True),
+    Row("llama", MLP_VECTOR, keys={"head_dim": 24}),
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are too small to be worth a second thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def shard(directory: Path) -> None:
+    """Split the weights file of a checkpoint in two, with an index."""
+    single = directory / "model.safetensors"
+    tensors = load_file(single)
+    single.unlink()
+    names = sorted(tensors)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2]), start=1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_family_is_exported_with_parity(row: Row, tmp_path: Path, tiny_text: Path) -> None:
+    model = tiny_checkpoint(
+        tmp_path / "model",
+        row.family,
+        gate=row.gate,
+        hidden=row.hidden,
+        tied=row.tied,
+        tokenizer=True,
+        **row.keys,
+    )
+    if row.sharded:
+        shard(model)
+    gated: dict[str, Any] = {}
+    if row.gate is not None:
+        gated = {"budget": 0.7, "select": row.select, "kv_policy": row.kv_policy}
+        if row.select == "threshold":
+            gated |= {"calibration": tiny_text, "calibration_tokens": 2048}
+    export(model, tmp_path / "bundle", **gated)
+    report = verify(tmp_path / "bundle", text=tiny_text, tokens=TOKENS, budgets=BUDGETS, greedy_tokens=GREEDY_TOKENS)
+    for line in report.rows():
+        print(f"{line.verdict:8} {line.name:55} {line.value:>9} {line.limit:>9} {line.detail}")
+    assert report.passed, [check for check in report.checks if check.verdict == "fail"]
+    assert [result.budget for result in report.results] == list(BUDGETS if row.gate else (1.0,))
+    for result in report.results:
+        assert result.windows.logits.values > 0
+        for greedy in result.greedy.values():
+            assert greedy.tokens == GREEDY_TOKENS
+            assert greedy.mismatches == ()
+        if result.kept_share is not None:
+            # Of other text than the thresholds were found on; bytes alone decide here.
+            assert abs(result.kept_share - result.budget) < 0.1
+        # The logits must be of the order that the limit is meant for.
+        assert 1 < result.windows.logits.reference_max < 30
+
+
+def test_dynamic_rope_beyond_the_trained_length(tmp_path: Path) -> None:
+    """Within the trained length dynamic RoPE is the plain one: what it adds shows only beyond it."""
+    from engines.bundle.bundle import open_bundle
+    from exporter.checkpoint import open_checkpoint
+    from exporter.reference import Reference
+    from gsx.parity.compare import Comparer
+    from gsx.parity.measure import EngineSide, ReferenceSide
+
+    model = tiny_checkpoint(tmp_path / "model", "qwen2", max_position_embeddings=32, **DYNAMIC)
+    export(model, tmp_path / "bundle")
+    ids = np.random.default_rng(0).integers(3, 97, (1, 80))
+    side = ReferenceSide(Reference.load(open_checkpoint(model)), None, "compute")
+    comparer = Comparer(3, (), causal=True, near_tie=0, copies=False)
+    engine = EngineSide(open_bundle(tmp_path / "bundle"))
+    comparer.add(side.observe(ids, np.ones_like(ids)), engine.observe(ids, np.ones_like(ids), None))
+    found = comparer.result()
+    assert found.logits.max_abs < 1e-4
+    assert max(one.max_relative for one in found.keys) < 1e-4

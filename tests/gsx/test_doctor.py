@@ -1,0 +1,82 @@
+"""`gsx doctor`: real checks, and what counts as a failure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from gsx import doctor as look
+from gsx.cli import run
+from gsx.doctor import _OP_CALLS, DoctorReport, Row, _module, _op, _try
+from plugins.registry import OPS
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor", "--json"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert report["passed"] is True
+    rows = {row["name"]: row for row in report["rows"]}
+    for name in ("python", "onnxruntime", "torch", "transformers", *(f"op {op}" for op in OPS)):
+        assert rows[name]["status"] == "ok", rows[name]
+    assert "CPUExecutionProvider" in rows["onnxruntime"]["detail"]
+    for row in rows.values():
+        assert row["detail"]
+        assert row["status"] == "ok" or row["todo"] or row["name"] == "memory"
+    assert "trying torch" in captured.err
+
+
+def test_every_op_has_a_call() -> None:
+    assert set(_OP_CALLS) == set(OPS)
+
+
+def test_op_with_wrong_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_OP_CALLS, "TopKGather", (_OP_CALLS["TopKGather"][0], [7.0]))  # type: ignore[arg-type]
+    row = _op("TopKGather")
+    assert row.status == "broken"
+    assert "expected [7.0]" in row.detail
+
+
+@pytest.mark.parametrize(
+    ("status", "need", "passed"),
+    [
+        ("ok", "run", True),
+        ("missing", "run", False),
+        ("broken", "run", False),
+        ("missing", "export", True),
+        ("broken", "export", False),
+        ("missing", "more", True),
+        ("broken", "more", True),
+    ],
+)
+def test_verdict(status: str, need: str, passed: bool) -> None:
+    row = Row("thing", status, "found", "get it", need)  # type: ignore[arg-type]
+    assert DoctorReport((row,)).passed is passed
+
+
+def test_modules() -> None:
+    missing = _module("no-such-module", "pass", "pip install it", "more")
+    assert (missing.status, missing.todo) == ("missing", "pip install it")
+    broken = _module("json", "import json; json.loads('{')", "mend it", "run")
+    assert broken.status == "broken"
+    assert "JSONDecodeError" in broken.detail
+
+
+def test_what_crashes_is_contained() -> None:
+    worked, answer = _try([sys.executable, "-c", "import os; os.kill(os.getpid(), 11)"])
+    assert not worked
+    assert "signal 11" in answer
+    assert _try([str(Path("/no/such/program"))])[0] is False
+
+
+def test_broken_machine_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert callable(look)
+    rows = (Row("onnxruntime", "broken", "no kernels", "pip install gsx", "run"),)
+    monkeypatch.setattr(sys.modules["gsx.doctor"], "doctor", lambda on_progress: DoctorReport(rows))
+    assert run(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "no kernels" in out
+    assert "does not work" in out
