@@ -126,9 +126,7 @@ def convert(
             shutil.copyfile(path, work / path.name)
         types = {read(name).dtype for name in expected if not is_gate(name)}
         _write_config(model, gate, types, work / CONFIG)
-        write_safetensors(
-            work, sizes, read, on_tensor=lambda n: on_progress("writing weights", n, len(sizes))
-        )
+        write_safetensors(work, sizes, read, on_tensor=lambda n: on_progress("writing weights", n, len(sizes)))
         on_progress("checking", 0, 0)
         open_checkpoint(work)
     return ConvertResult(output, layout, gate, len(expected), tuple(sorted(left_out)))
@@ -238,9 +236,7 @@ def _gates_only(file: Path, raw: Mapping[str, Any]) -> dict[str, Tensor]:
     for key, state in raw.items():
         branch, layer = key.split("_")
         if not isinstance(state, Mapping):
-            raise CheckpointError(
-                f"{file}: {key} is not a gate", expected="a state dict", found=type(state).__name__
-            )
+            raise CheckpointError(f"{file}: {key} is not a gate", expected="a state dict", found=type(state).__name__)
         for inner, value in state.items():
             name = _gate_name(file, f"{key}.{inner}", int(layer), branch, inner.split("."))
             tensors[name] = _tensor(file, f"{key}.{inner}", value)
@@ -311,9 +307,7 @@ def _tensor(file: Path, key: str, value: Any) -> Tensor:
     return value.detach()
 
 
-def _gate_config(
-    file: Path, tensors: Mapping[str, Tensor], config: ModelConfig, gate_input: GateInput
-) -> GateConfig:
+def _gate_config(file: Path, tensors: Mapping[str, Tensor], config: ModelConfig, gate_input: GateInput) -> GateConfig:
     """What the gates are, from their names and shapes."""
     weights = [name for name in tensors if is_gate(name) and name.endswith(".weight")]
     if not weights:

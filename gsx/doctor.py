@@ -106,8 +106,7 @@ _MODULES: tuple[tuple[str, str, str, Need], ...] = (
     ),
     (
         "matplotlib",
-        "import matplotlib as m; m.use('Agg'); from matplotlib.figure import Figure as F; F(); "
-        "print(m.__version__)",
+        "import matplotlib as m; m.use('Agg'); from matplotlib.figure import Figure as F; F(); print(m.__version__)",
         'pip install "gsx[export]" (plots of the parity report)',
         "export",
     ),
@@ -119,8 +118,7 @@ _MODULES: tuple[tuple[str, str, str, Need], ...] = (
     ),
     (
         "tensorrt-rtx",
-        "import tensorrt_rtx as m; assert m.Builder(m.Logger(m.Logger.ERROR)); "
-        "print(m.__version__, 'builder')",
+        "import tensorrt_rtx as m; assert m.Builder(m.Logger(m.Logger.ERROR)); print(m.__version__, 'builder')",
         "pip install tensorrt-rtx (engines for RTX GPUs; builds without a GPU)",
         "more",
     ),
@@ -278,19 +276,12 @@ def _run_op(name: str, inputs: Mapping[str, Any]) -> list[float]:
     numpy_types = {"T": np.float32, "float": np.float32, "int64": np.int64, "bool": np.bool_}
     op = OPS[name]
     feeds: dict[str, Any] = {n: np.asarray(inputs[n], numpy_types[kind]) for n, kind in op.inputs}
-    call = node(
-        op, [n for n, _ in op.inputs], [n for n, _ in op.outputs], "call", **dict.fromkeys(op.attributes, 1)
-    )
+    call = node(op, [n for n, _ in op.inputs], [n for n, _ in op.outputs], "call", **dict.fromkeys(op.attributes, 1))
     graph = helper.make_graph(
         [call],
         "doctor",
-        [
-            helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
-            for n, v in feeds.items()
-        ],
-        [
-            helper.make_tensor_value_info(op.outputs[0][0], TensorProto.FLOAT, None)
-        ],  # its shape depends on data
+        [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in feeds.items()],
+        [helper.make_tensor_value_info(op.outputs[0][0], TensorProto.FLOAT, None)],  # its shape depends on data
     )
     model = helper.make_model(
         graph,
@@ -310,9 +301,7 @@ def _disk() -> Row:
     free = shutil.disk_usage(place).free
     found = f"{free / 1e9:.1f} GB free in the working directory"
     if not os.access(place, os.W_OK):
-        return Row(
-            "disk", "broken", f"the working directory is not writable, {found}", "give -o elsewhere", "more"
-        )
+        return Row("disk", "broken", f"the working directory is not writable, {found}", "give -o elsewhere", "more")
     if free < _MIN_FREE_BYTES:
         return Row("disk", "broken", found, "free some space: a bundle is as large as its model", "more")
     return Row("disk", "ok", found, None, "more")

@@ -97,9 +97,7 @@ def generate(
         GsxError: an option, a bundle or a prompt that cannot be used.
     """
     if (prompt is None) == (ids is None):
-        raise UsageError(
-            "the prompt is not clear", expected="a text or --ids", found="both" if ids else "neither"
-        )
+        raise UsageError("the prompt is not clear", expected="a text or --ids", found="both" if ids else "neither")
     if threads is not None and threads < 1:
         raise UsageError("threads", expected="at least 1", found=str(threads))
     if "" in stop:

@@ -86,9 +86,7 @@ def _checkpoint(path: str) -> InspectReport:
         gates=config.gate.to_dict() if config.gate else None,
         exits=config.exits,
         parameters=counts,
-        types=tuple(
-            sorted({kind for file in set(checkpoint.files.values()) for kind in _stored_types(file)})
-        ),
+        types=tuple(sorted({kind for file in set(checkpoint.files.values()) for kind in _stored_types(file)})),
         bundle=None,
         files=_files(checkpoint.directory),
     )
@@ -134,9 +132,7 @@ def _bundle_facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
         "select": selection.mode if selection else None,
         "budget": selection.budget if selection else None,
         "kv_policy": manifest.kv_policy,
-        "grid": [{"budget": p.budget, "kept_share": p.kept_share} for p in selection.grid]
-        if selection
-        else [],
+        "grid": [{"budget": p.budget, "kept_share": p.kept_share} for p in selection.grid] if selection else [],
         "calibration": selection.calibration.model_dump() if selection and selection.calibration else None,
         "graphs": {name: list(entry.ops) for name, entry in manifest.graphs.items()},
         "parity": _parity(directory),
@@ -178,8 +174,4 @@ def _parameters(directory: Path, manifest: Manifest) -> dict[str, int]:
 
 
 def _files(directory: Path) -> dict[str, int]:
-    return {
-        p.relative_to(directory).as_posix(): p.stat().st_size
-        for p in sorted(directory.rglob("*"))
-        if p.is_file()
-    }
+    return {p.relative_to(directory).as_posix(): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}

@@ -30,9 +30,7 @@ def tiny_gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with vector gates on both branches, and a tokenizer."""
     from tests.tiny import tiny_checkpoint
 
-    return tiny_checkpoint(
-        tmp_path_factory.mktemp("tiny") / "gated", gate=GateConfig(), tokenizer=True, exits=(1, 2)
-    )
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "gated", gate=GateConfig(), tokenizer=True, exits=(1, 2))
 
 
 @pytest.fixture(scope="session")

@@ -30,12 +30,13 @@ class RotaryTables(nn.Module):
         self.head_dim = head_dim
         self.base = float(rope["rope_theta"])
         self.scaling = 1.0
-        cpu = torch.device("cpu")  # the modules around this one may be built on the meta device
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=cpu) / head_dim
-        if self.kind in ("default", "dynamic"):
-            frequencies = 1.0 / (self.base**exponents)
-        else:
-            frequencies, self.scaling = ROPE_INIT_FUNCTIONS[self.kind](hf_config, cpu)
+        cpu = torch.device("cpu")
+        with cpu:  # the modules around this one may be built on the meta device
+            exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+            if self.kind in ("default", "dynamic"):
+                frequencies = 1.0 / (self.base**exponents)
+            else:
+                frequencies, self.scaling = ROPE_INIT_FUNCTIONS[self.kind](hf_config, cpu)
         self.frequencies: list[float] = frequencies.tolist()
         self.exponents: list[float] = exponents.tolist()
         if self.kind == "dynamic":
@@ -54,7 +55,7 @@ class RotaryTables(nn.Module):
         if self.kind != "dynamic":
             return torch.tensor(self.frequencies, dtype=torch.float32)
         # NTK: the base grows with the length seen once that exceeds the original one.
-        seen = (position_ids.amax() + 1).to(torch.float32).clamp(min=float(self.original))
+        seen = (position_ids.amax(dim=(0, 1)) + 1).to(torch.float32).clamp(min=float(self.original))
         growth = self.factor * seen / self.original - (self.factor - 1.0)
         base = self.base * growth ** (self.head_dim / (self.head_dim - 2))
         return 1.0 / base ** torch.tensor(self.exponents, dtype=torch.float32)

@@ -48,9 +48,7 @@ def main() -> NoReturn:
     signals = _Signals()
     signals.install()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(
-            stream, io.TextIOWrapper
-        ):  # a terminal that cannot show a character still shows the rest
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character still shows the rest
             stream.reconfigure(errors="replace")
     code = run(sys.argv[1:], signals)
     try:
@@ -68,9 +66,7 @@ def run(arguments: Sequence[str], signals: _Signals | None = None) -> int:
     try:
         from gsx.cli.app import command
 
-        return _exit_code(
-            command().main(args=list(arguments), prog_name="gsx", standalone_mode=False), signals
-        )
+        return _exit_code(command().main(args=list(arguments), prog_name="gsx", standalone_mode=False), signals)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else EXIT_FAILED
     except BaseException as error:
@@ -109,12 +105,10 @@ def _report(error: BaseException, signals: _Signals) -> int:
         _say(f"{place}{error.strerror or error}")
         return EXIT_FAILED
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        _say(
-            "out of memory\n  use a smaller model, fewer --calibration-tokens, or a machine with more memory"
-        )
+        _say("out of memory\n  use a smaller model, fewer --calibration-tokens, or a machine with more memory")
         return EXIT_FAILED
     _say(
-        f"gsx has a bug: {type(error).__name__}: {_first_line(error)}\n"
+        f"this is a bug in gsx: {type(error).__name__}: {_first_line(error)}\n"
         "  run it again with GSX_DEBUG=1 for the traceback, and report both with the output of `gsx doctor`"
     )
     return EXIT_BUG

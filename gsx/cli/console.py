@@ -58,9 +58,7 @@ def remark(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def table(
-    title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: int = 99
-) -> Table:
+def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: int = 99) -> Table:
     """A table; columns from number `right` on are aligned to the right."""
     from rich import box
     from rich.table import Table

@@ -16,19 +16,13 @@ def add_to(app: typer.Typer) -> None:
 
 
 def convert(
-    file: Annotated[
-        Path, typer.Argument(help="A .pt that the GateSkip training code wrote.", show_default=False)
-    ],
-    output: Annotated[
-        Path, typer.Option("-o", "--output", help="The new model directory.", show_default=False)
-    ],
+    file: Annotated[Path, typer.Argument(help="A .pt that the GateSkip training code wrote.", show_default=False)],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The new model directory.", show_default=False)],
     base: Annotated[
         str,
         typer.Option(help="The plain model that was trained: a directory or a hub id.", show_default=False),
     ],
-    gate_input: Annotated[
-        Literal["post_norm", "pre_norm"], typer.Option(help="What the gates read.")
-    ] = "post_norm",
+    gate_input: Annotated[Literal["post_norm", "pre_norm"], typer.Option(help="What the gates read.")] = "post_norm",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Take over an official GateSkip checkpoint as a gated checkpoint.

@@ -34,10 +34,7 @@ def doctor(
     else:
         from rich.text import Text
 
-        rows = [
-            (row.name, Text(row.status, _STYLES[row.status]), row.detail, row.todo or "")
-            for row in report.rows
-        ]
+        rows = [(row.name, Text(row.status, _STYLES[row.status]), row.detail, row.todo or "") for row in report.rows]
         console = out()
         console.print(table(None, ("what", "status", "found", "how to get it"), rows))
         console.print("the CPU chain works" if report.passed else "the CPU chain does not work: see above")

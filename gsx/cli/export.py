@@ -29,9 +29,7 @@ def export(
         float | None,
         typer.Option(help="Share of (token, branch) pairs to keep, above 0 and up to 1.", show_default="1.0"),
     ] = None,
-    select: Annotated[
-        Literal["threshold", "rank"], typer.Option(help="How kept tokens are chosen.")
-    ] = "threshold",
+    select: Annotated[Literal["threshold", "rank"], typer.Option(help="How kept tokens are chosen.")] = "threshold",
     kv_policy: Annotated[
         Literal["compute", "copy"],
         typer.Option(help="K and V of skipped tokens: their own, or the layer below's."),
@@ -43,9 +41,7 @@ def export(
         Path | None,
         typer.Option(help="UTF-8 text to find the thresholds on.", show_default="a text that ships with gsx"),
     ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(help="How much of it to use.", show_default="8192")
-    ] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="How much of it to use.", show_default="8192")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -57,9 +53,7 @@ def export(
     started = time.monotonic()
     target = output if output is not None else default_output(model)
     if calibration_tokens is not None and calibration_tokens < 1:
-        raise typer.BadParameter(
-            f"{calibration_tokens} is not a positive number", param_hint="--calibration-tokens"
-        )
+        raise typer.BadParameter(f"{calibration_tokens} is not a positive number", param_hint="--calibration-tokens")
     with ProgressLine() as line:
         line.update("starting")
         from exporter.calibration import DEFAULT_TOKENS

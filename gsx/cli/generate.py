@@ -38,14 +38,10 @@ def generate(
     ] = None,
     ids: Annotated[
         str | None,
-        typer.Option(
-            help="Token ids in place of a text, e.g. 1,2,3; new ids are printed.", show_default=False
-        ),
+        typer.Option(help="Token ids in place of a text, e.g. 1,2,3; new ids are printed.", show_default=False),
     ] = None,
     stream: Annotated[bool, typer.Option(help="Print text as it comes.")] = True,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads of the runtime.", show_default="its own choice")
-    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", show_default="its own choice")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print text, ids and statistics as JSON.")] = False,
 ) -> None:
     """Continue a text. New text goes to stdout, a line of statistics to stderr.
@@ -116,6 +112,4 @@ def _parse_ids(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UsageError(
-            "--ids", expected="whole numbers between commas, e.g. 1,2,3", found=repr(text)
-        ) from error
+        raise UsageError("--ids", expected="whole numbers between commas, e.g. 1,2,3", found=repr(text)) from error

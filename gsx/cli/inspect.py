@@ -45,9 +45,7 @@ def _print(report: InspectReport) -> None:
         ("shape", ", ".join(f"{name} {count}" for name, count in report.shape.items())),
         (
             "gates",
-            f"{gates['kind']} on {' and '.join(gates['branches'])}, reading {gates['input']}"
-            if gates
-            else "none",
+            f"{gates['kind']} on {' and '.join(gates['branches'])}, reading {gates['input']}" if gates else "none",
         ),
         ("exits", ", ".join(map(str, report.exits)) or "none"),
         ("parameters", f"{report.parameters['dense']:,} and {report.parameters['gates']:,} of gates"),

@@ -28,9 +28,7 @@ def train(
     ],
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="Training configuration (JSON, see docs/training.md).", show_default="the recipe's values"
-        ),
+        typer.Option(help="Training configuration (JSON, see docs/training.md).", show_default="the recipe's values"),
     ] = None,
     model: Annotated[
         str | None,
@@ -40,30 +38,20 @@ def train(
         Path | None,
         typer.Option(help="A directory of text files.", show_default="Python's standard library"),
     ] = None,
-    work: Annotated[
-        Path | None, typer.Option(help="Where snapshots are kept.", show_default="OUTPUT + -work")
-    ] = None,
+    work: Annotated[Path | None, typer.Option(help="Where snapshots are kept.", show_default="OUTPUT + -work")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest snapshot.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
     snapshot_every: Annotated[int, typer.Option(help="Steps between snapshots.")] = 200,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="as configured")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Sequences a step.", show_default="as configured")
-    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step.", show_default="as configured")] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens a sequence.", show_default="as configured")
     ] = None,
-    learning_rate: Annotated[
-        float | None, typer.Option(help="Its peak.", show_default="as configured")
-    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak.", show_default="as configured")] = None,
     budget_end: Annotated[
         float | None, typer.Option(help="Where the budget ends.", show_default="as configured")
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of everything random.", show_default="as configured")
-    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.", show_default="as configured")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Train gates (GateSkip) and early exits (LayerSkip), from a plain checkpoint or from nothing.
@@ -114,8 +102,7 @@ def train(
         return
     console = out()
     console.print(
-        f"{result.directory}: {result.steps} steps, {result.tokens:,} tokens, "
-        f"{result.seconds:.0f} s in this call"
+        f"{result.directory}: {result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s in this call"
     )
     console.print(f"next: gsx export {result.directory} --budget 0.7")
 

@@ -86,9 +86,7 @@ def _print(report: Report, bundle: Path) -> None:
         (row.budget, row.kept, row.reference_perplexity, row.engine_perplexity, row.decisions, row.tokens)
         for row in report.budget_rows()
     ]
-    console.print(
-        table(None, ("budget", "kept", "perplexity", "engine's", "decisions", "greedy tokens"), budgets)
-    )
+    console.print(table(None, ("budget", "kept", "perplexity", "engine's", "decisions", "greedy tokens"), budgets))
     for note in report.notes:
         console.print(note)
     console.print(f"{'passed' if report.passed else 'FAILED'}: {bundle / 'parity.html'} shows it")

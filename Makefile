@@ -1,0 +1,36 @@
+# Set-up happens by itself, in a virtual environment below .venv; PYTHON= names another interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+DEMO := out/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMP) ## export the example model, prove it equal to PyTorch, generate with it
+	$(BIN)/gsx export examples/model --budget 0.7 -o $(DEMO) --overwrite
+	$(BIN)/gsx verify $(DEMO)
+	$(BIN)/gsx generate $(DEMO) "def " --max-new-tokens 64
+	@echo
+	@echo "The report with its plots: $(DEMO)/parity.html"
+
+test: $(STAMP) ## run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## check style (ruff) and types (mypy)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## remove the environment, caches and what the demo made
+	rm -rf .venv out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"gsx needs Python 3.11 or later, found {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@

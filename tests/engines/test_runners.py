@@ -1,0 +1,187 @@
+"""The lowered runner against the portable one, and the decoding loop over both, on real exported bundles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from engines.bundle.bundle import open_bundle
+from engines.errors import UsageError
+from engines.generation import Generation, generate, select_for
+from engines.lowering import onnxruntime as lowering
+from engines.lowering.regions import find_regions
+from engines.runners.onnxruntime import OnnxRuntimeRunner
+from engines.runners.portable import PortableRunner
+from engines.sampling import Sampling
+from exporter.config import GateConfig
+from gsx.export import export
+from tests.tiny import tiny_checkpoint
+
+# Two orders of summation of float32 products at logits of order 10.
+LOGITS_ATOL = 5e-5
+PROMPT = [5, 60, 61, 7, 8, 9, 200, 11]
+
+BUNDLES = {
+    "vector, both branches": ({"gate": GateConfig()}, {"budget": 0.6}),
+    "dense": ({}, {}),
+    "sliding window, copy": (
+        {"family": "mistral", "gate": GateConfig("scalar", "pre_norm"), "sliding_window": 6},
+        {"budget": 0.5, "kv_policy": "copy"},
+    ),
+    "attention alone": ({"family": "qwen3", "gate": GateConfig(branches=("attn",))}, {"budget": 0.5}),
+    "rank": ({"gate": GateConfig()}, {"budget": 0.5, "select": "rank"}),
+}
+
+
+@pytest.fixture(scope="module", params=BUNDLES)
+def bundle_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Path:
+    model, options = BUNDLES[request.param]
+    directory = tmp_path_factory.mktemp("runners")
+    checkpoint = tiny_checkpoint(directory / "model", tokenizer=True, **model)
+    if "gate" in model and "select" not in options:
+        options = options | {"calibration": tiny_text}
+    export(checkpoint, directory / "out", **options)
+    return directory / "out"
+
+
+def both(path: Path) -> tuple[PortableRunner, OnnxRuntimeRunner]:
+    bundle = open_bundle(path)
+    return PortableRunner(bundle), OnnxRuntimeRunner(bundle)
+
+
+def test_this_onnxruntime_is_lowered_for() -> None:
+    assert lowering.is_supported(16)
+    assert not lowering.is_supported(12), "ONNX Runtime wants head sizes that are multiples of 8"
+
+
+def test_lowered_logits_and_choices_equal_portable_ones(bundle_path: Path) -> None:
+    """One prefill, then chunks of several sizes on the cache, then a step after the cache was shortened."""
+    runners = both(bundle_path)
+    caches = [runner.new_cache(1, 40) for runner in runners]
+    select = select_for(runners[0].manifest, None)
+    ids = np.random.default_rng(0).integers(3, 250, (1, 32))
+    for start, stop in ((0, 9), (9, 10), (10, 17), (17, 18), (12, 15), (15, 32)):
+        outputs = []
+        for runner, cache in zip(runners, caches, strict=True):
+            cache.length = start
+            chunk = ids[:, start:stop]
+            mask, positions = np.ones((1, stop), np.int64), np.arange(start, stop)[None]
+            outputs.append(runner.step(cache, chunk, mask, positions, select, logits="all"))
+        np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=LOGITS_ATOL)
+        if outputs[0].kept is not None:
+            np.testing.assert_array_equal(outputs[0].kept, outputs[1].kept)
+
+
+def test_last_logits_are_the_last_of_all(bundle_path: Path) -> None:
+    _, runner = both(bundle_path)
+    select = select_for(runner.manifest, None)
+    ids, mask, positions = np.array([PROMPT]), np.ones((1, len(PROMPT)), np.int64), np.arange(len(PROMPT))[None]
+    every = runner.step(runner.new_cache(1, 16), ids, mask, positions, select, logits="all").logits
+    last = runner.step(runner.new_cache(1, 16), ids, mask, positions, select).logits
+    assert last.shape[1] == 1
+    np.testing.assert_allclose(last[:, 0], every[:, -1], atol=LOGITS_ATOL)
+
+
+def test_greedy_tokens_are_equal(bundle_path: Path) -> None:
+    portable, lowered = both(bundle_path)
+    found = [generate(r, [PROMPT], max_new_tokens=80) for r in (portable, lowered)]
+    assert found[0].sequences == found[1].sequences
+    assert found[0].stats.kept_rows == found[1].stats.kept_rows
+
+
+def test_a_batch_equals_its_members(bundle_path: Path) -> None:
+    """Left padding and neighbours change nothing (threshold selection; rank looks at the whole call)."""
+    _, runner = both(bundle_path)
+    if runner.manifest.selection and runner.manifest.selection.mode == "rank":
+        pytest.skip("rank selection chooses among all tokens of a call: a batch is not its members")
+    prompts = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]]
+    alone = [generate(runner, [prompt], max_new_tokens=30).sequences[0] for prompt in prompts]
+    assert generate(runner, prompts, max_new_tokens=30).sequences == alone
+
+
+def test_every_branch_is_left_out_when_nothing_is_kept(tiny_bundle: Path) -> None:
+    """At a threshold above every score no branch runs, and the logits are those of the embeddings alone."""
+    bundle = open_bundle(tiny_bundle)
+    above = np.full((3, 2), 2.0, np.float32)
+    outputs = []
+    for runner in (PortableRunner(bundle), OnnxRuntimeRunner(bundle)):
+        cache = runner.new_cache(1, 8)
+        outputs.append(runner.step(cache, np.array([[5]]), np.ones((1, 1), np.int64), np.array([[0]]), above))
+        assert outputs[-1].kept is not None
+        assert outputs[-1].kept.sum() == 0
+    np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=LOGITS_ATOL)
+
+
+def test_regions_hold_the_projections(tiny_bundle: Path) -> None:
+    graph = onnx.load(str(tiny_bundle / "model.onnx"), load_external_data=False).graph
+    regions = find_regions(graph)
+    assert len(regions) == 6
+    for attention, mlp in zip(regions[::2], regions[1::2], strict=True):
+        assert sum(node.op_type == "MatMul" for node in attention.nodes) == 2  # q and o; K and V are for all tokens
+        assert sum(node.op_type == "MatMul" for node in mlp.nodes) == 3
+
+
+def test_copy_policy_computes_k_and_v_of_kept_rows_alone(tmp_path: Path, tiny_gated: Path, tiny_text: Path) -> None:
+    export(tiny_gated, tmp_path / "out", budget=0.5, kv_policy="copy", calibration=tiny_text)
+    graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
+    rows = {name for node in graph.node if node.op_type == "ThresholdGather" for name in node.output[:1]}
+    for layer in (1, 2):
+        reads = {n.input[0]: n for n in graph.node if n.op_type == "MatMul" and f"layers.{layer}." in n.input[1]}
+        values = next(n for n in graph.node if n.op_type == "MatMul" and f"layers.{layer}.self_attn.v" in n.input[1])
+        assert values.input[0] in rows, "V of skipped rows is copied from below, not computed"
+        assert reads
+
+
+def run(path: Path, **options: object) -> Generation:
+    return generate(OnnxRuntimeRunner(open_bundle(path)), [PROMPT], **{"max_new_tokens": 12, **options})
+
+
+def test_generation_ends(tiny_bundle: Path) -> None:
+    free = run(tiny_bundle)
+    tokens = free.sequences[0].tokens
+    assert len(tokens) == 12
+    assert free.sequences[0].finish == "length"
+    stopped = run(tiny_bundle, stop_ids=[tokens[4]]).sequences[0]
+    assert stopped.tokens == tokens[: tokens.index(tokens[4]) + 1]
+    assert stopped.finish == "end-of-text"
+    seen: list[int] = []
+    called = run(tiny_bundle, on_token=lambda row, token: bool(seen.append(token)) or len(seen) == 3).sequences[0]
+    assert (called.tokens, called.finish) == (tokens[:3], "stopped")
+
+
+def test_budget_changes_at_run_time(tiny_bundle: Path) -> None:
+    shares = [run(tiny_bundle, max_new_tokens=60, budget=b).stats.kept_share for b in (1.0, 0.85, 0.5)]
+    assert shares[0] == 1.0
+    assert shares[0] > shares[1] > shares[2]
+
+
+def test_sampling_repeats_with_its_seed(tiny_bundle: Path) -> None:
+    draws = [run(tiny_bundle, sampling=Sampling(1.5, seed=seed)).sequences[0].tokens for seed in (1, 1, 2)]
+    assert draws[0] == draws[1]
+    assert draws[0] != draws[2]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max new tokens"),
+        ({"budget": 0}, "budget"),
+        ({"budget": 1.5}, "budget"),
+        ({"budget": 0.01}, "below the calibrated grid"),
+    ],
+)
+def test_bad_options_are_refused(tiny_bundle: Path, options: dict[str, float], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(tiny_bundle, **options)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "empty"), ([-1], "outside the vocabulary"), ([10**6], "outside the vocabulary"), ([5] * 10**5, "context")],
+)
+def test_bad_prompts_are_refused(tiny_bundle: Path, prompt: list[int], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        generate(OnnxRuntimeRunner(open_bundle(tiny_bundle)), [prompt], max_new_tokens=1)
