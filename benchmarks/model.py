@@ -52,7 +52,7 @@ def make_model(path: Path, shape: str, gate: str | None, seed: int = 0) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     section = {"method": "gateskip", "gate": {"kind": gate, "branches": ["attn", "mlp"]}} if gate else {}
     hf = LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False, eos_token_id=None, gsx=section
+        **SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False, eos_token_id=0, gsx=section
     )
     hf.architectures = ["LlamaForCausalLM"]
     config = ModelConfig.from_hf(hf)

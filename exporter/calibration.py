@@ -138,7 +138,7 @@ def threshold_for(scores: np.ndarray, share: float) -> np.float32:
 def _through(layer: DecoderLayer, number: int, run: _Run, call: CallState) -> None:
     """Take one budget's states through one layer, choosing its thresholds on the way."""
     gated = layer.config.gated_branches
-    empty = run.hidden.new_zeros((run.hidden.shape[0], layer.config.num_kv_heads, 0, layer.config.head_dim))
+    empty = run.hidden.new_zeros((call.mask.shape[0], layer.config.num_kv_heads, 0, layer.config.head_dim))
     kept = _choose(layer, "attn", number, run, call) if "attn" in gated else None
     past = KeyValue(empty, empty)
     run.hidden, _, run.below = layer.attention_branch(run.hidden, call, past, run.below, kept)
@@ -159,5 +159,4 @@ def _choose(layer: DecoderLayer, branch: Branch, number: int, run: _Run, call: C
     run.owed += run.budget - run.kept[place]
     score = torch.where(call.forced, call.forced_score, score)
     index = torch.nonzero(score > tau).reshape(-1)
-    flat = normed.reshape(-1, normed.shape[-1])
-    return Kept(flat.index_select(0, index), index, gate.index_select(0, index))
+    return Kept(normed.index_select(0, index), index, gate.index_select(0, index))

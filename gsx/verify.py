@@ -12,7 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
+from onnx import numpy_helper
 from tokenizers import Tokenizer
 
 from engines.bundle.bundle import Bundle, open_bundle
@@ -104,12 +106,14 @@ def verify(
         family=manifest.decoder.family,
         precision=manifest.precision,
         select=manifest.selection.mode if manifest.selection else None,
+        exported_budget=manifest.selection.budget if manifest.selection else 1.0,
         kv_policy=manifest.kv_policy,
         branches=manifest.gates.branches if manifest.gates else (),
         text=windows.name,
         text_sha256=windows.sha256,
         tokens=windows.tokens,
         results=tuple(results),
+        default_is_exported=_default_is_exported(opened),
         notes=tuple(notes),
         keep_map=_keep_map(run.first_window, manifest, windows.ids[0], load_tokenizer(checkpoint)),
         tools={
@@ -119,8 +123,12 @@ def verify(
         seconds=time.perf_counter() - started,
     )
     on_progress(Progress("writing the report", 0, 0))
-    _write(opened.directory / "parity.json", json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n")
-    _write(opened.directory / "parity.html", page(report))
+    texts = {
+        "parity.json": json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n",
+        "parity.html": page(report),
+    }
+    for name, content in texts.items():
+        _write(opened.directory / name, content)
     return report
 
 
@@ -190,9 +198,7 @@ class _Run:
         with _torch_threads_for(self.manifest):
             steps = reference_continuation(side, self.windows[:1, :_PROMPT_TOKENS], self.greedy_tokens)
         greedy = {
-            name: follow(
-                runner, steps, select, logit_tolerance=self.limits.for_logits, near_tie=self.limits.near_tie
-            )
+            name: follow(runner, steps, select, logit_tolerance=self.limits.for_logits, near_tie=self.limits.near_tie)
             for name, runner in self.runners.items()
         }
         shares = np.concatenate(kept, axis=-1).mean(axis=-1)
@@ -228,6 +234,7 @@ class _Run:
     def _padded(self, side: ReferenceSide, select: np.ndarray | None) -> Compared:
         """Two sequences of different lengths, padded on the left, in one call.
 
+        Both carry an end-of-text token, which running text has not, and which is always kept.
         With threshold selection each must come out as it does alone; rank selection counts the whole call, so
         there the reference sees the same batch.
         """
@@ -235,6 +242,8 @@ class _Run:
         ids, mask = np.zeros((2, long), np.int64), np.zeros((2, long), np.int64)
         ids[0], mask[0] = self.windows[0, :long], 1
         ids[1, long - short :], mask[1, long - short :] = self.windows[-1, -short:], 1
+        if self.manifest.decoder.eos_ids:
+            ids[:, long - short // 2] = self.manifest.decoder.eos_ids[0]
         if self.causal:
             want = []
             for row in range(2):
@@ -358,6 +367,16 @@ def _reference_checkpoint(bundle: Bundle, reference: str | None) -> Checkpoint:
             todo="give the checkpoint that it was exported from with --reference, or export again",
         )
     return checkpoint
+
+
+def _default_is_exported(bundle: Bundle) -> bool | None:
+    """Whether a client that gives no thresholds or budget gets the exported ones; None without gates."""
+    if bundle.manifest.selection is None:
+        return None
+    model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
+    name = "thresholds" if bundle.manifest.selection.mode == "threshold" else "budget"
+    found = [numpy_helper.to_array(one) for one in model.graph.initializer if one.name == name]
+    return len(found) == 1 and np.array_equal(found[0], np.asarray(select_for(bundle.manifest, None)))
 
 
 def _keep_map(

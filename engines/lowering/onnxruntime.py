@@ -23,7 +23,7 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.manifest import Manifest
-from engines.lowering.regions import find_regions, wrap
+from engines.lowering.regions import CHOICES, find_regions, size_name, wrap
 
 CONTRIB = "com.microsoft"
 OPSET = 24  # TensorScatter
@@ -252,28 +252,22 @@ def _last_logits(graph: onnx.GraphProto, layers: int) -> None:
     state, wanted = f"layers.{layers - 1}.output", "lowered.wanted"
     for name, values in (("lowered.ends", [np.iinfo(np.int64).max]), ("lowered.axis", [1])):
         graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
-    for place, node in enumerate(graph.node):
-        if state in node.input and node.name.startswith("logits."):
-            node.input[:] = [wanted if name == state else name for name in node.input]
-            first = min(place, len(graph.node))
-            slice_node = helper.make_node(
-                "Slice", [state, LOGITS_FROM, "lowered.ends", "lowered.axis"], [wanted], name=wanted
-            )
-            graph.node.insert(first, slice_node)
-            return
-    raise AssertionError("the portable graph has no head that reads the last state")
+    place, shaped = next(
+        (n, node.output[0]) for n, node in enumerate(graph.node) if node.op_type == "Reshape" and node.input[0] == state
+    )
+    for node in graph.node:
+        node.input[:] = [wanted if name == shaped else name for name in node.input]
+    inputs = [shaped, LOGITS_FROM, "lowered.ends", "lowered.axis"]
+    graph.node.insert(place + 1, helper.make_node("Slice", inputs, [wanted], name=wanted))
 
 
 def _kept_output(graph: onnx.GraphProto) -> None:
     """One output with the kept rows of every branch, in order."""
-    counts = [node.output[2] for node in graph.node if node.op_type in ("ThresholdGather", "TopKGather")]
-    if not counts:
+    choices = [node for node in graph.node if node.op_type in CHOICES]
+    if not choices:
         return
-    flat = [f"{name}.flat" for name in counts]
-    for name, out in zip(counts, flat, strict=True):
-        graph.node.append(helper.make_node("Unsqueeze", [name, "lowered.first"], [out], name=out))
-    graph.node.append(helper.make_node("Concat", flat, [KEPT], name=KEPT, axis=0))
-    graph.output.append(helper.make_tensor_value_info(KEPT, TensorProto.INT64, [len(counts)]))
+    graph.node.append(helper.make_node("Concat", [size_name(c) for c in choices], [KEPT], name=KEPT, axis=0))
+    graph.output.append(helper.make_tensor_value_info(KEPT, TensorProto.INT64, [len(choices)]))
 
 
 def _drop_defaults(graph: onnx.GraphProto) -> None:

@@ -94,9 +94,10 @@ def wrap(region: Region, carried: Sequence[tuple[str, str]], name: str) -> list[
             value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
         return helper.make_graph(nodes, f"{name}{side}", [], values)
 
-    any_kept = f"{name}any"
+    size, any_kept = size_name(region.choice), f"{name}any"
     return [
-        helper.make_node("Cast", [region.choice.output[2]], [any_kept], name=any_kept, to=onnx.TensorProto.BOOL),
+        helper.make_node("Shape", [region.choice.output[1]], [size], name=size),
+        helper.make_node("Cast", [size], [any_kept], name=any_kept, to=onnx.TensorProto.BOOL),
         helper.make_node(
             "If",
             [any_kept],
@@ -106,6 +107,11 @@ def wrap(region: Region, carried: Sequence[tuple[str, str]], name: str) -> list[
             else_branch=branch("else", else_nodes),
         ),
     ]
+
+
+def size_name(choice: onnx.NodeProto) -> str:
+    """The value that holds a choice's number of rows, [1] int64, in a graph whose regions are wrapped."""
+    return f"{choice.output[2]}.size"
 
 
 def _reach(start: Iterable[str], step, nodes: Sequence[onnx.NodeProto], side: str) -> set[int]:  # type: ignore[no-untyped-def]

@@ -19,7 +19,7 @@ from exporter.decoder.rotary import RotaryTables
 class Entry(nn.Module):
     """Token ids -> embeddings and all that every layer reads.
 
-    Returns, in order: hidden [B, S, H]; cos and sin [B, S, D/2]; one mask [B, 1, S, T] bool per distinct
+    Returns, in order: hidden [N, H]; cos and sin [1, N, D/2]; one mask [B, 1, S, T] bool per distinct
     window of the model (`windows`); and with gates: forced [N] bool, forced_score [N] float32; with rank
     selection: k [1] int64.
     """
@@ -37,8 +37,8 @@ class Entry(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, budget: Tensor | None = None
     ) -> tuple[Tensor, ...]:
         """input_ids and position_ids [B, S] int64, attention_mask [B, T] int64 (1 = token), budget [] float32."""
-        hidden = torch.nn.functional.embedding(input_ids, self.embed_tokens)
-        cos, sin = self.rotary(position_ids)
+        hidden = torch.nn.functional.embedding(input_ids.reshape(-1), self.embed_tokens)
+        cos, sin = self.rotary(position_ids.reshape(1, -1))
         length = input_ids.shape[1]
         masks = [attention_mask_of(attention_mask, length, window) for window in self.windows]
         state = [hidden, cos, sin, *masks]
@@ -74,9 +74,9 @@ class Exit(nn.Module):
         else:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, False, options.dtype)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """[B, S, H] -> [B, S, V]."""
-        normed = self.norm(hidden)
+    def forward(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """hidden [N, H], input_ids [B, S] (for its shape alone) -> [B, S, V]."""
+        normed = self.norm(hidden.view(*input_ids.shape, hidden.shape[1]))
         logits: Tensor = torch.matmul(normed, self.embed_tokens.t()) if self.tied else self.lm_head(normed)
         return logits
 

@@ -4,6 +4,8 @@ A layer sees all tokens once, in its norms, gates and K/V projections. Everythin
 attention rows, MLP) runs over the kept rows, which the ops of `plugins/` gather and scatter. The calibration
 drives the same methods eagerly, one branch at a time.
 
+States are flat, [N, H]: only K, V and attention know sequences.
+
 Letters: B batch, S tokens of the call, N = B x S, T = past + S, K kept rows, H hidden, D head, F MLP width.
 """
 
@@ -47,7 +49,7 @@ class CallState(NamedTuple):
     """What is computed once in a call and read by every layer.
 
     Args:
-        cos, sin: [B, S, D/2], the rotary tables.
+        cos, sin: [1, N, D/2], the rotary tables.
         mask: [B, 1, S, T] bool, true where a token may look.
         forced: [N] bool, tokens whose keeping is not the gate's to decide (end-of-text, padding).
         forced_score: [N] float32, their score: +inf for end-of-text, -inf for padding.
@@ -99,11 +101,12 @@ class Gate(nn.Module):
         self.linear = Linear(
             config.hidden_size, config.hidden_size if gate.kind == "vector" else 1, True, torch.float32
         )
+        self.scalar = gate.kind == "scalar"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, H] -> gate [N, H] or [N, 1] float32, score [N] float32."""
         gate = torch.sigmoid(self.linear(x.to(torch.float32)))
-        return gate, gate.mean(dim=-1)
+        return gate, gate.reshape(-1) if self.scalar else gate.mean(dim=-1)
 
 
 class Attention(nn.Module):
@@ -122,21 +125,21 @@ class Attention(nn.Module):
         self.k_norm = RmsNorm(config.head_dim, config.rms_norm_eps, dtype) if norm else None
 
     def queries(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """rows [B, K, H], cos and sin [B, K, D/2] -> [B, K, heads x D], RoPE applied."""
+        """rows [K, H], cos and sin [1, K, D/2] -> [1, K, heads x D], RoPE applied."""
         return self._rotated(self.q_proj(rows), self.q_norm, cos, sin, self.num_heads)
 
     def keys(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The same for keys: [B, K, kv heads x D]."""
+        """The same for keys: [1, K, kv heads x D]."""
         return self._rotated(self.k_proj(rows), self.k_norm, cos, sin, self.num_kv_heads)
 
-    def heads(self, x: Tensor) -> Tensor:
-        """K or V [B, S, kv heads x D] -> [B, kv heads, S, D], as the cache holds it."""
-        return x.view(x.shape[0], x.shape[1], self.num_kv_heads, self.head_dim).transpose(1, 2)
+    def heads(self, x: Tensor, mask: Tensor) -> Tensor:
+        """K or V of all tokens, N x kv heads x D elements, as the cache holds it: [B, kv heads, S, D]."""
+        return x.view(mask.shape[0], mask.shape[2], self.num_kv_heads, self.head_dim).transpose(1, 2)
 
     def _rotated(self, x: Tensor, norm: RmsNorm | None, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         if norm is not None:
-            x = norm(x.view(x.shape[0], x.shape[1], heads, self.head_dim)).view(x.shape)
-        return torch.onnx.ops.rotary_embedding(x, cos, sin, num_heads=heads)
+            x = norm(x.view(x.shape[0], heads, self.head_dim)).view(x.shape)
+        return torch.onnx.ops.rotary_embedding(x.unsqueeze(0), cos, sin, num_heads=heads)
 
 
 class Mlp(nn.Module):
@@ -179,7 +182,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: Tensor, call: CallState, past: KeyValue, below: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue, KeyValue]:
-        """hidden [B, S, H] -> the same, the cache with this call's K/V appended, this call's K/V alone."""
+        """hidden [N, H] -> the same, the cache with this call's K/V appended, this call's K/V alone."""
         hidden, present, new = self.attention_branch(hidden, call, past, below)
         return self.mlp_branch(hidden, call), present, new
 
@@ -190,29 +193,32 @@ class DecoderLayer(nn.Module):
         normed = self.input_layernorm(hidden)
         attn = self.self_attn
         if "attn" not in self.config.gated_branches:
-            new = KeyValue(attn.heads(attn.keys(normed, call.cos, call.sin)), attn.heads(attn.v_proj(normed)))
+            new = self._keys_and_values(normed, call)
             present = _append(past, new)
-            query = attn.queries(normed, call.cos, call.sin)
+            batch, _, length, _ = call.mask.shape
+            query = attn.queries(normed, call.cos, call.sin).view(batch, length, attn.num_heads * attn.head_dim)
             rows = full_attention(query, present.key, present.value, call.mask, attn.num_heads)
-            return hidden + attn.o_proj(rows), present, new
+            return hidden + attn.o_proj(rows.view(hidden.shape[0], query.shape[2])), present, new
 
         kept = kept or self.choose("attn", hidden, normed, call)
-        cos, sin = (_flat(table).index_select(0, kept.index).unsqueeze(0) for table in (call.cos, call.sin))
+        cos, sin = call.cos.index_select(1, kept.index), call.sin.index_select(1, kept.index)
         if self.copies_below:
             assert below is not None
-            rows = kept.rows.unsqueeze(0)
             new = KeyValue(
-                _replace(below.key, attn.keys(rows, cos, sin)[0], kept.index),
+                _replace(below.key, attn.keys(kept.rows, cos, sin)[0], kept.index),
                 _replace(below.value, attn.v_proj(kept.rows), kept.index),
             )
         else:
-            new = KeyValue(attn.heads(attn.keys(normed, call.cos, call.sin)), attn.heads(attn.v_proj(normed)))
+            new = self._keys_and_values(normed, call)
         present = _append(past, new)
-        query = attn.queries(kept.rows.unsqueeze(0), cos, sin)[0]
-        attended = gathered_attention(
-            query, kept.index, present.key, present.value, call.mask, attn.num_heads
-        )
+        query = attn.queries(kept.rows, cos, sin)[0]
+        attended = gathered_attention(query, kept.index, present.key, present.value, call.mask, attn.num_heads)
         return self._add(hidden, attn.o_proj(attended), kept), present, new
+
+    def _keys_and_values(self, normed: Tensor, call: CallState) -> KeyValue:
+        attn = self.self_attn
+        key = attn.heads(attn.keys(normed, call.cos, call.sin), call.mask)
+        return KeyValue(key, attn.heads(attn.v_proj(normed), call.mask))
 
     def mlp_branch(self, hidden: Tensor, call: CallState, kept: Kept | None = None) -> Tensor:
         """The MLP branch; `kept` overrides the choice."""
@@ -226,11 +232,11 @@ class DecoderLayer(nn.Module):
         """Gate [N, H] or [N, 1] and score [N] of all tokens, float32, before any forcing."""
         assert self.config.gate is not None
         source = normed if self.config.gate.input == "post_norm" else hidden
-        gate: tuple[Tensor, Tensor] = getattr(self, f"{branch}_gate")(_flat(source))
+        gate: tuple[Tensor, Tensor] = getattr(self, f"{branch}_gate")(source)
         return gate
 
     def normed(self, branch: Branch, hidden: Tensor) -> Tensor:
-        """The branch's normalized input, [B, S, H]."""
+        """The branch's normalized input, [N, H]."""
         norm = self.input_layernorm if branch == "attn" else self.post_attention_layernorm
         out: Tensor = norm(hidden)
         return out
@@ -241,22 +247,17 @@ class DecoderLayer(nn.Module):
         score = torch.where(call.forced, call.forced_score, score)
         if self.options.selection == "threshold":
             tau = call.select[BRANCHES.index(branch)]
-            rows, index, _ = threshold_gather(_flat(normed), score, tau)
+            rows, index, _ = threshold_gather(normed, score, tau)
         else:
-            rows, index, _ = topk_gather(_flat(normed), score, call.select)
+            rows, index, _ = topk_gather(normed, score, call.select)
         return Kept(rows, index, gate.index_select(0, index).to(rows.dtype))
 
     def _add(self, hidden: Tensor, rows: Tensor, kept: Kept) -> Tensor:
-        return gated_scatter_add(_flat(hidden), rows, kept.gate, kept.index).view(hidden.shape)
+        return gated_scatter_add(hidden, rows, kept.gate, kept.index)
 
 
 def _append(past: KeyValue, new: KeyValue) -> KeyValue:
     return KeyValue(torch.cat((past.key, new.key), dim=2), torch.cat((past.value, new.value), dim=2))
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[B, S, W] -> [N, W]."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def _replace(below: Tensor, rows: Tensor, index: Tensor) -> Tensor:

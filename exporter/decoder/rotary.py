@@ -44,7 +44,7 @@ class RotaryTables(nn.Module):
             self.original = int(hf_config.max_position_embeddings)  # as transformers does
 
     def forward(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """position_ids [B, S] int64 -> cos, sin [B, S, D/2]."""
+        """position_ids [1, N] int64 -> cos, sin [1, N, D/2]."""
         angles = position_ids.to(torch.float32).unsqueeze(-1) * self._frequencies(position_ids)
         cos, sin = angles.cos(), angles.sin()
         if self.scaling != 1.0:

@@ -84,7 +84,8 @@ class _Builder:
         self.entry = trace(entry, self._entry_inputs(), self._entry_outputs())
         self.first = self._trace_layer(first)
         self.later = self._trace_layer(later) if later.copies_below else self.first
-        self.exit = trace(leave, {"hidden": self._hidden()}, ["logits"])
+        ids = Input((_B, _S), torch.int64, (0, 1))
+        self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
 
     def model(self, default_select: np.ndarray | None) -> Graph:
         config = self.config
@@ -173,7 +174,7 @@ class _Builder:
     def _layer_inputs(self, layer: DecoderLayer) -> dict[str, Input]:
         config, dtype = self.config, self.options.dtype
         heads, width = config.num_kv_heads, config.head_dim
-        table = Input((_B, _S, width // 2), dtype, (0, 1))
+        table = Input((1, _B * _S, width // 2), dtype, (1,))
         cache = Input((_B, heads, _P, width), dtype, (0, 2))
         inputs = {
             "hidden": self._hidden(),
@@ -194,7 +195,7 @@ class _Builder:
         return inputs
 
     def _hidden(self) -> Input:
-        return Input((_B, _S, self.config.hidden_size), self.options.dtype, (0, 1))
+        return Input((_B * _S, self.config.hidden_size), self.options.dtype, (0,))
 
     def _float(self, name: str, shape: list[str | int]) -> onnx.ValueInfoProto:
         return _value(name, ONNX_TYPES[self.options.dtype], shape)

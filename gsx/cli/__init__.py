@@ -11,77 +11,52 @@ import io
 import os
 import signal
 import sys
-import time
 from collections.abc import Sequence
-from types import FrameType
 from typing import NoReturn
+
+from gsx.cli import signals
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_BUG = 70  # EX_SOFTWARE of sysexits.h
-EXIT_SIGNAL = 128  # plus the signal's number, as shells count
-# An impatient second Ctrl-C must not interrupt the clean-up of the first.
-_DEAF_SECONDS = 3.0
-
-
-class _Signals:
-    """SIGINT and SIGTERM as KeyboardInterrupt, and which of them came."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self._at = 0.0
-
-    def install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.received is not None and now - self._at < _DEAF_SECONDS:
-            return
-        self.received, self._at = number, now
-        raise KeyboardInterrupt
+EXIT_PIPE = signals.EXIT_SIGNAL + 13  # SIGPIPE
 
 
 def main() -> NoReturn:
     """Run the command line of this process and exit."""
-    signals = _Signals()
     signals.install()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that cannot show a character still shows the rest
             stream.reconfigure(errors="replace")
-    code = run(sys.argv[1:], signals)
+    code = run(sys.argv[1:])
+    signals.ignore()
     try:
         sys.stdout.flush()
         sys.stderr.flush()
     except OSError:
         _silence_output()
-        code = code or EXIT_SIGNAL + 13  # SIGPIPE
+        code = code or EXIT_PIPE
     sys.exit(code)
 
 
-def run(arguments: Sequence[str], signals: _Signals | None = None) -> int:
+def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit code. Errors are printed to stderr, never raised."""
-    signals = signals or _Signals()
     try:
-        from gsx.cli.app import command
+        with signals.loading():
+            from gsx.cli.app import command
 
-        return _exit_code(command().main(args=list(arguments), prog_name="gsx", standalone_mode=False), signals)
+            app = command()
+        code = app.main(args=list(arguments), prog_name="gsx", standalone_mode=False)
     except SystemExit as error:
         return error.code if isinstance(error.code, int) else EXIT_FAILED
     except BaseException as error:
-        return _report(error, signals)
+        return _report(error)
+    if code == signals.EXIT_SIGNAL + signal.SIGINT:  # what Typer makes of a KeyboardInterrupt
+        return _report(KeyboardInterrupt())
+    return code if isinstance(code, int) else 0
 
 
-def _exit_code(value: object, signals: _Signals) -> int:
-    """The exit code of a command that returned; Typer gives 130 back for a KeyboardInterrupt."""
-    code = value if isinstance(value, int) else 0
-    if signals.received is not None and code == EXIT_SIGNAL + signal.SIGINT:
-        return _report(KeyboardInterrupt(), signals)
-    return code
-
-
-def _report(error: BaseException, signals: _Signals) -> int:
+def _report(error: BaseException) -> int:
     """Print an error as its kind deserves; returns the exit code."""
     from engines.errors import GsxError
 
@@ -90,8 +65,8 @@ def _report(error: BaseException, signals: _Signals) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-        _say("interrupted: nothing was left half-written")
-        return EXIT_SIGNAL + (signals.received or signal.SIGINT)
+        _say(signals.INTERRUPTED)
+        return signals.exit_code()
     if isinstance(error, GsxError):
         _say(error.message)
         return error.exit_code
@@ -100,7 +75,7 @@ def _report(error: BaseException, signals: _Signals) -> int:
     if isinstance(error, OSError):
         if error.errno == errno.EPIPE:
             _silence_output()
-            return EXIT_SIGNAL + 13
+            return EXIT_PIPE
         place = f"{error.filename}: " if error.filename else ""
         _say(f"{place}{error.strerror or error}")
         return EXIT_FAILED

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries
+from gsx.cli.signals import loading
 
 
 def add_to(app: typer.Typer) -> None:
@@ -32,7 +33,8 @@ def convert(
     quiet_libraries()
     with ProgressLine() as line:
         line.update("starting")
-        from exporter.convert import convert as convert_file
+        with loading():
+            from exporter.convert import convert as convert_file
 
         result = convert_file(file, output, base=base, gate_input=gate_input, on_progress=line.update)
     if as_json:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, size, table
+from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
     from engines.bundle.bundle import Bundle
@@ -56,8 +57,9 @@ def export(
         raise typer.BadParameter(f"{calibration_tokens} is not a positive number", param_hint="--calibration-tokens")
     with ProgressLine() as line:
         line.update("starting")
-        from exporter.calibration import DEFAULT_TOKENS
-        from gsx.export import export as export_bundle
+        with loading():
+            from exporter.calibration import DEFAULT_TOKENS
+            from gsx.export import export as export_bundle
 
         bundle = export_bundle(
             model,

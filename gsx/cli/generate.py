@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gsx.cli.console import print_json, remark
+from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
     from gsx.generate import GenerateResult
@@ -50,7 +51,8 @@ def generate(
     """
     if prompt == "-":
         prompt = _stdin()
-    from gsx.generate import generate as generate_text
+    with loading():
+        from gsx.generate import generate as generate_text
 
     live = stream and not as_json and ids is None
     result = generate_text(

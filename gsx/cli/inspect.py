@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gsx.cli.console import out, print_json, quiet_libraries, size, table
+from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
     from gsx.inspect import InspectReport
@@ -28,7 +29,8 @@ def inspect(
     Example: gsx inspect examples/model
     """
     quiet_libraries()
-    from gsx.inspect import inspect as look
+    with loading():
+        from gsx.inspect import inspect as look
 
     report = look(path)
     if as_json:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries
+from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
     from exporter.training import StepReport
@@ -28,7 +29,9 @@ def train(
     ],
     config: Annotated[
         Path | None,
-        typer.Option(help="Training configuration (JSON, see docs/training.md).", show_default="the recipe's values"),
+        typer.Option(
+            help="Training configuration (JSON, see docs/checkpoints.md).", show_default="the recipe's values"
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -65,8 +68,9 @@ def train(
         raise typer.BadParameter(f"{snapshot_every} is not a positive number", param_hint="--snapshot-every")
     with ProgressLine(plain_every=_PLAIN_SECONDS) as line:
         line.update("starting")
-        from exporter.training import TrainConfig
-        from exporter.training import train as run
+        with loading():
+            from exporter.training import TrainConfig
+            from exporter.training import train as run
 
         given = {
             "steps": steps,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, table
+from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
     from gsx.parity.report import Report
@@ -44,8 +45,9 @@ def verify(
     quiet_libraries()
     with ProgressLine() as line:
         line.update("starting")
-        from gsx.verify import DEFAULT_GREEDY_TOKENS, DEFAULT_TOKENS
-        from gsx.verify import verify as verify_bundle
+        with loading():
+            from gsx.verify import DEFAULT_GREEDY_TOKENS, DEFAULT_TOKENS
+            from gsx.verify import verify as verify_bundle
 
         report = verify_bundle(
             bundle,

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # Stand-ins that become the page's own colours: `currentColor` follows its light or dark scheme.
 _INK, _FAINT = "#010203", "#040506"
 _BLUE, _ORANGE, _GREEN, _GREY = "#3b82c4", "#e0803a", "#3d9970", "#8a94a0"
+# Of middling lightness, so that they show on a light page and on a dark one.
+_BUDGET_COLOURS = (_BLUE, _GREEN, "#b8860b", "#c9566b", "#8b6fc0", _GREY)
 _BRANCH_WORDS = {"attn": "attention", "mlp": "MLP"}
 
 
@@ -124,15 +126,17 @@ def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
             )
         axis.axhline(limit, color=_ORANGE, linewidth=1, linestyle="--")
         axis.set_yscale("log")
-        axis.set_title(name)
+        axis.set_title(f"{name}: error by layer")
         axis.set_xlabel("layer")
         _whole_numbers(axis, len(report.results[0].kept))
     for axis in axes:
-        axis.set_ylim(10 ** np.floor(np.log10(floor)), limit * 4)
+        axis.set_ylim(10 ** (np.floor(np.log10(floor)) - 1), limit * 4)
     axes[0].set_ylabel("error over scale")
     axes[0].text(0, limit * 1.25, "limit", color=_ORANGE, fontsize=8)
     if len(report.results) > 1:
-        axes[-1].legend(title="budget", fontsize=7, title_fontsize=7, loc="lower right", ncols=2)
+        axes[-1].legend(
+            title="budget", fontsize=7, title_fontsize=7, columnspacing=1, handlelength=1.2, loc="lower center", ncols=5
+        )
 
 
 def perplexity(report: Report, axis: Axes) -> None:
@@ -169,7 +173,7 @@ def kept_share(report: Report, axes: Sequence[Axes]) -> None:
             for (row, column), share in np.ndenumerate(shares):
                 colour = "white" if share > 0.45 else "#1c2833"
                 axis.text(column, row, f"{share * 100:.0f}", ha="center", va="center", fontsize=7, color=colour)
-        axis.set_title(_BRANCH_WORDS[branch])
+        axis.set_title(f"{_BRANCH_WORDS[branch]}: tokens kept, percent")
         axis.set_xlabel("layer")
         axis.set_yticks(range(len(results)), [f"{result.budget:g}" for result in results])
         _whole_numbers(axis, shares.shape[1])
@@ -213,9 +217,8 @@ def _label(token: str) -> str:
     return shown if len(shown) <= 10 else shown[:9] + "…"
 
 
-def _shades(report: Report) -> list[Any]:
-    ramp = _ramp()
-    return [ramp(share) for share in np.linspace(1.0, 0.35, len(report.results))]
+def _shades(report: Report) -> list[str]:
+    return [_BUDGET_COLOURS[i % len(_BUDGET_COLOURS)] for i in range(len(report.results))]
 
 
 def _ramp() -> Any:

@@ -167,10 +167,11 @@ class Report:
 
     Args:
         bundle: its directory's name; model: the reference, as it was asked for.
-        precision, select, kv_policy: of the bundle; select is None for a dense model.
+        precision, select, exported_budget, kv_policy: of the bundle; select is None for a dense model.
         branches: those with gates.
         text: name of the text; text_sha256: its hash; tokens: how many were read.
         results: one a budget, in falling order.
+        default_is_exported: whether the graph's own default selection is the exported one; None: no gates.
         notes: what was left out and why.
         tools: versions.
     """
@@ -181,12 +182,14 @@ class Report:
     family: str
     precision: str
     select: str | None
+    exported_budget: float
     kv_policy: str
     branches: tuple[str, ...]
     text: str
     text_sha256: str
     tokens: int
     results: tuple[BudgetResult, ...]
+    default_is_exported: bool | None
     notes: tuple[str, ...]
     keep_map: KeepMap | None
     tools: Mapping[str, str]
@@ -200,7 +203,18 @@ class Report:
     @property
     def checks(self) -> tuple[Check, ...]:
         """Every check at every budget."""
-        return tuple(check for result in self.results for check in _checks(result, self.tolerances))
+        checks = [check for result in self.results for check in _checks(result, self.tolerances)]
+        if self.default_is_exported is not None:
+            once = _Checks(self.exported_budget, self.tolerances)
+            once.add(
+                "default selection, wrong",
+                float(not self.default_is_exported),
+                0,
+                detail="the graph's own thresholds or budget, and the manifest's",
+                reason="a client that gives none must get the exported budget",
+            )
+            checks += once.made
+        return tuple(checks)
 
     @property
     def passed(self) -> bool:

@@ -1,0 +1,78 @@
+"""One peer in a process of its own: reads commands on standard input, answers in JSON lines.
+
+A process a peer keeps thread pools and memory apart, so that peers can be timed in turn without disturbing each other.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# prompt ids, new tokens -> (seconds to the first token, seconds for the rest, tokens, share kept or None)
+Call = Callable[[list[int], int], tuple[float, float, list[int], float | None]]
+
+
+def gsx_call(path: Path, threads: int, budget: float | None) -> Call:
+    """gsx's own runner and loop."""
+    from engines.bundle.bundle import open_bundle
+    from engines.generation import generate
+    from engines.runners.onnxruntime import OnnxRuntimeRunner
+
+    runner = OnnxRuntimeRunner(open_bundle(path), threads=threads)
+
+    def call(prompt: list[int], new_tokens: int) -> tuple[float, float, list[int], float | None]:
+        found = generate(runner, [prompt], max_new_tokens=new_tokens, budget=budget, stop_ids=[])
+        stats = found.stats
+        return stats.prefill_seconds, stats.decode_seconds, found.sequences[0].tokens, stats.kept_share
+
+    return call
+
+
+def genai_call(path: Path, threads: int) -> Call:
+    """ONNX Runtime GenAI on a model that its own builder made."""
+    import onnxruntime_genai as og
+
+    config = og.Config(str(path))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+    model = og.Model(config)
+
+    def call(prompt: list[int], new_tokens: int) -> tuple[float, float, list[int], float | None]:
+        parameters = og.GeneratorParams(model)
+        parameters.set_search_options(max_length=len(prompt) + new_tokens, do_sample=False)
+        started = time.perf_counter()
+        generator = og.Generator(model, parameters)
+        generator.append_tokens(np.array([prompt], np.int32))
+        generator.generate_next_token()
+        first = time.perf_counter()
+        tokens = [int(generator.get_next_tokens()[0])]
+        for _ in range(new_tokens - 1):
+            generator.generate_next_token()
+            tokens.append(int(generator.get_next_tokens()[0]))
+        return first - started, time.perf_counter() - first, tokens, None
+
+    return call
+
+
+def main() -> None:
+    """Serve calls until standard input ends."""
+    spec: dict[str, Any] = json.loads(sys.argv[1])
+    path, threads = Path(spec["path"]), spec["threads"]
+    call = genai_call(path, threads) if spec["kind"] == "genai" else gsx_call(path, threads, spec.get("budget"))
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        prefill, decode, tokens, kept = call(request["prompt"], request["new_tokens"])
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        answer = {"prefill": prefill, "decode": decode, "tokens": tokens, "kept": kept, "peak_mb": peak / 1024}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM: as KeyboardInterrupt while there is something to clean up, as an immediate end otherwise."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+EXIT_SIGNAL = 128  # plus the signal's number, as shells count
+INTERRUPTED = "interrupted: nothing was left half-written"
+# An impatient second Ctrl-C must not interrupt the clean-up of the first.
+_DEAF_SECONDS = 3.0
+_SHOW_CURSOR = "\033[?25h"  # a progress bar hides it
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _State:
+    received: int | None = None
+    at = 0.0
+    nothing_begun = False
+
+
+def install() -> None:
+    """Take over both signals; called before anything else is loaded."""
+    for number in _SIGNALS:
+        signal.signal(number, _on_signal)
+
+
+def ignore() -> None:
+    """Let no signal disturb an exit that has begun: what the command made is complete."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def exit_code() -> int:
+    """The exit code of an interrupted command."""
+    return EXIT_SIGNAL + (_State.received or signal.SIGINT)
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """While libraries are imported: a signal ends the process at once.
+
+    Nothing has been written yet, and an exception in the middle of torch's start makes it abort with a dump.
+    """
+    _State.nothing_begun = True
+    try:
+        yield
+    finally:
+        _State.nothing_begun = False
+
+
+def _on_signal(number: int, _frame: FrameType | None) -> None:
+    if _State.nothing_begun:
+        cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
+        os.write(2, f"{cursor}{INTERRUPTED}\n".encode())
+        os._exit(EXIT_SIGNAL + number)
+    now = time.monotonic()
+    if _State.received is not None and now - _State.at < _DEAF_SECONDS:
+        return
+    _State.received, _State.at = number, now
+    raise KeyboardInterrupt
