@@ -28,8 +28,8 @@ from exporter.training.corpus import Document, read_corpus, split
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = (1.0, 0.85, 0.7, 0.5)
-HELD_OUT_TOKENS = 64 * 1024
-CALIBRATION_TOKENS = 16 * 1024
+HELD_OUT_TOKENS = 32 * 1024
+CALIBRATION_TOKENS = 8 * 1024
 BEGIN, END = "<!-- figures: examples/make_card.py -->", "<!-- /figures -->"
 
 
@@ -100,7 +100,7 @@ def at_exits(checkpoint: Checkpoint, reference: Reference, held_out: np.ndarray)
 def table(budgets: Sequence[Budget], exits: Sequence[Exit], windows: np.ndarray) -> str:
     """The section of the card."""
     lines = [
-        f"Perplexity on held-out files of the corpus ({windows.size:,} tokens in windows of {windows.shape[1]}), "
+        f"Perplexity on held-out files of the corpus ({windows.size:,} tokens in windows of {windows.shape[1]}),",
         "with thresholds from its calibration files:",
         "",
         "| budget | kept on this text | perplexity | nats per token |",
@@ -110,7 +110,7 @@ def table(budgets: Sequence[Budget], exits: Sequence[Exit], windows: np.ndarray)
             for one in budgets
         ),
         "",
-        "After the first layers alone, nothing skipped; *accepted* is the share of positions where the exit's first "
+        "After the first layers alone, nothing skipped; *accepted* is the share of positions where the exit's first",
         "choice is the whole model's, which is what greedy self-speculation accepts:",
         "",
         "| exit after | perplexity | nats per token | accepted |",

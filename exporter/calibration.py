@@ -4,7 +4,7 @@ Skipping changes what later layers see, and so their scores. The calibration the
 branch's threshold is the (1 - budget) quantile of the scores of the states that the branches before it,
 already skipping, have produced. Equal scores (the first branch knows a token by its id alone, and texts
 repeat tokens) can make a share impossible to meet at one branch; what it misses is made up for by the branches after
-it, so that the share kept over all branches meets the budget. It is counted, not assumed. Rule: design.md,
+it, so that the share kept over all branches meets the budget. It is counted, not assumed. Rule: docs/design.md,
 section 3, GateSkip `threshold`.
 
 One layer's weights are in memory at a time; every budget has its own states, and all go through a layer
@@ -92,9 +92,7 @@ def calibrate(
         hidden, cos, sin, *rest = load_entry(checkpoint, options)(tokens, torch.ones_like(tokens), positions)
         *masks, forced, forced_score = rest
         shape = (config.num_layers, 2)
-        runs = [
-            _Run(b, hidden, None, np.full(shape, -np.inf, np.float32), np.ones(shape)) for b in budgets
-        ]
+        runs = [_Run(b, hidden, None, np.full(shape, -np.inf, np.float32), np.ones(shape)) for b in budgets]
         windows = distinct_windows(config)
         for i in range(config.num_layers):
             layer = load_layer(checkpoint, i, options)

@@ -2,7 +2,7 @@
 
 Weights come from safetensors alone: no pickle, no remote code. Tensors are read one at a time from the mapped
 file, so that a model larger than memory can still be exported. Gate tensors and the `"gsx"` section are those
-of design.md, section 5.
+of docs/design.md, section 5.
 """
 
 from __future__ import annotations

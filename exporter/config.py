@@ -2,7 +2,7 @@
 
 `ModelConfig` is read once from a checkpoint's `config.json` (through transformers' own configuration classes,
 so that their defaults and legacy spellings hold) and passed on as plain values. The `"gsx"` section is that of
-design.md, section 5. The families are rows of one table: what differs between them is data, not classes.
+docs/design.md, section 5. The families are rows of one table: what differs between them is data, not classes.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class ModelConfig:
         family: a key of `FAMILIES`.
         rope: `rope_parameters` of the Hugging Face configuration: `rope_type`, `rope_theta` and the kind's own.
         windows: per layer, how many positions a token sees (itself included), or None for all.
-        eos_ids: end-of-text tokens, which are always kept (design.md, section 3).
+        eos_ids: end-of-text tokens, which are always kept (docs/design.md, section 3).
         gate: the gates, or None for a dense model.
         exits: exit depths that the checkpoint was trained for (LayerSkip, Sorted LLaMA); may be empty.
     """

@@ -2,7 +2,7 @@
 
 Two kinds of file: a full state dict (plain, or under the key `state_dict`; DeepSpeed runs converted to fp32
 have the same keys), and the gates alone (`attn_{i}` / `mlp_{i}` -> state dict), whose other weights come from
-the base model. Layout: research/methods.md, 3.7. Keys are read as parts between dots, never as substrings,
+the base model. Layout: docs/methods.md, 3.7. Keys are read as parts between dots, never as substrings,
 since `mlp.gate_proj` is a weight. The file is opened with `weights_only=True`: nothing in it is executed.
 """
 

@@ -36,10 +36,10 @@ class Quality:
 
 def losses(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """Loss of every token but the first: logits [.., S, V], ids [.., S] -> [.., S - 1] float64, in nats."""
-    scores = logits[..., :-1, :].astype(np.float64)
+    scores = logits[..., :-1, :].astype(np.float32)
     scores -= scores.max(axis=-1, keepdims=True)
     targets = np.take_along_axis(scores, ids[..., 1:, None], axis=-1)[..., 0]
-    found: np.ndarray = np.log(np.exp(scores).sum(axis=-1)) - targets
+    found: np.ndarray = np.log(np.exp(scores).sum(axis=-1, dtype=np.float64)) - targets
     return found
 
 
@@ -54,9 +54,7 @@ def evaluate(logits_of: LogitsOf, windows: np.ndarray, *, batch: int = 4) -> Qua
     return Quality(total / tokens, tokens)
 
 
-def reference_logits(
-    reference: Reference, selection: Selection | None, kv_policy: KvPolicy = "compute"
-) -> LogitsOf:
+def reference_logits(reference: Reference, selection: Selection | None, kv_policy: KvPolicy = "compute") -> LogitsOf:
     """The reference under one selection, as `evaluate` takes it."""
 
     def run(ids: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 It computes every branch for every token and then leaves out what is skipped, so it is never fast. Parity
 compares the exported graphs with it; for that to mean something it shares no code with the traceable decoder
-(`decoder/`) beyond `ModelConfig` and the count of rank selection. Semantics: design.md section 3.
+(`decoder/`) beyond `ModelConfig` and the count of rank selection. Semantics: docs/design.md section 3.
 """
 
 from __future__ import annotations

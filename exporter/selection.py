@@ -1,4 +1,4 @@
-"""How tokens are chosen: the selections of design.md section 3, and the one function that counts them.
+"""How tokens are chosen: the selections of docs/design.md section 3, and the one function that counts them.
 
 `kept_count` is the count that every part of gsx shares: the reference, the graphs and the reports.
 """
@@ -80,7 +80,7 @@ def kept_count(n: int, budget: float) -> int:
     Args:
         n: valid tokens of the call: neither padding nor end-of-text.
         budget: read as a decimal of six places, since at run time it arrives as a float32.
-    Rule: design.md section 3: K = n when budget >= 1 or n <= 1, else n - 1 - floor((1 - budget) * (n - 1)),
+    Rule: docs/design.md section 3: K = n when budget >= 1 or n <= 1, else n - 1 - floor((1 - budget) * (n - 1)),
         where floor must not fall for a product that floating point made a little too small.
     """
     millionths = round(budget * _MILLION)

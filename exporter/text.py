@@ -74,9 +74,7 @@ def read_text(path: Path | None) -> tuple[str, str]:
         raise TextError(f"{path}: is not UTF-8 text", found=str(error)) from error
 
 
-def tokenize(
-    checkpoint: Checkpoint, path: Path | None, *, max_tokens: int, window: int = WINDOW_TOKENS
-) -> TokenText:
+def tokenize(checkpoint: Checkpoint, path: Path | None, *, max_tokens: int, window: int = WINDOW_TOKENS) -> TokenText:
     """A text file as windows of tokens, each beginning as the tokenizer begins a text.
 
     Args:

@@ -66,7 +66,7 @@ def export(
         output: the bundle's directory; appears whole or not at all.
         budget: share of (token, branch) pairs kept by default, in (0, 1]; 1 if not given. It can be changed at
             run time without a new export.
-        select: how kept tokens are chosen (design.md, section 3).
+        select: how kept tokens are chosen (docs/design.md, section 3).
         kv_policy: K and V of skipped tokens: their own (`compute`) or the layer below's (`copy`).
         precision: type of weights and activations.
         calibration: UTF-8 text for the thresholds; None for the text that ships with gsx.
@@ -90,9 +90,7 @@ def export(
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
         selection = None
         if config.gate is not None:
-            selection = _selection(
-                checkpoint, options, budget or 1.0, calibration, calibration_tokens, on_progress
-            )
+            selection = _selection(checkpoint, options, budget or 1.0, calibration, calibration_tokens, on_progress)
         on_progress(Progress("tracing", 0, 0))
         graph = build_model(checkpoint, options, _default_select(selection))
         weights = _write(work, checkpoint, graph, on_progress)
@@ -178,9 +176,7 @@ def _default_select(selection: schema.Selection | None) -> np.ndarray | None:
     return selection.thresholds_for(selection.budget)
 
 
-def _write(
-    work: Path, checkpoint: Checkpoint, graph: Graph, on_progress: Callable[[Progress], None]
-) -> WeightsFile:
+def _write(work: Path, checkpoint: Checkpoint, graph: Graph, on_progress: Callable[[Progress], None]) -> WeightsFile:
     """The graph and the weights file; the graph's initializers refer to the latter."""
     total = len(graph.weights)
     done = 0

@@ -17,7 +17,7 @@ DOMAIN = "gsx"
 OPSET_VERSION = 1
 PLUGIN_NAMESPACE = "gsx"
 PLUGIN_VERSION = "1"
-# Opset of the standard ops that bodies and graphs are written in (design.md, section 6).
+# Opset of the standard ops that bodies and graphs are written in (docs/design.md, section 6).
 ONNX_OPSET = 23
 
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]

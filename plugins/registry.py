@@ -11,7 +11,9 @@ from plugins.gathered_attention.onnx_op import GATHERED_ATTENTION
 from plugins.threshold_gather.onnx_op import THRESHOLD_GATHER
 from plugins.topk_gather.onnx_op import TOPK_GATHER
 
-OPS: Mapping[str, OnnxOp] = {op.name: op for op in (TOPK_GATHER, THRESHOLD_GATHER, GATED_SCATTER_ADD, GATHERED_ATTENTION, FULL_ATTENTION)}
+OPS: Mapping[str, OnnxOp] = {
+    op.name: op for op in (TOPK_GATHER, THRESHOLD_GATHER, GATED_SCATTER_ADD, GATHERED_ATTENTION, FULL_ATTENTION)
+}
 
 
 def register_all() -> None:

@@ -43,7 +43,7 @@ def options_of(name: str) -> set[str]:
     return {option for parameter in command().commands[name].params for option in parameter.opts}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "design.md"], ids=name_of)  # a plan, too
 def test_commands_exist(page: Path) -> None:
     for words in commands(page.read_text(encoding="utf-8")):
         assert words[1] in command().commands, " ".join(words)

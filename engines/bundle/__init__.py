@@ -1,1 +1,1 @@
-"""The bundle: the directory that an export writes (design.md, section 7)."""
+"""The bundle: the directory that an export writes (docs/design.md, section 7)."""

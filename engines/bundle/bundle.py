@@ -197,13 +197,16 @@ def _put_in_place(work: Path, target: Path) -> None:
         work.rename(target)
         return
     old = work.with_suffix(".old")
-    target.rename(old)
     try:
+        target.rename(old)
         work.rename(target)
     except BaseException:
-        old.rename(target)
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _disk_error(target: Path, error: OSError) -> GsxError:

@@ -2,11 +2,12 @@
 
 What changes against the portable graph (all measured, benchmarks/RESULTS.md):
 
-- the cache is a buffer of fixed capacity per layer; TensorScatter writes this call's K and V into it, and nothing
-  is copied, since input and outputs are bound to the same memory;
-- attention is the contrib op GroupQueryAttention with an empty new key: it reads the buffer up to the current
-  length, where ONNX's Attention costs the whole capacity. Kept rows attend with their rows of the mask, as a bias:
-  the op's own mask is causal from the end, which allows at least what a kept row may see;
+- the cache is a buffer of fixed capacity per layer; this call's K and V are written into it, and nothing is copied,
+  since input and outputs are bound to the same memory;
+- attention is the contrib op GroupQueryAttention, which reads the buffer up to the current length, where ONNX's
+  Attention costs the whole capacity. Attention of all rows appends K and V itself. Under a gate TensorScatter does
+  that for all tokens, and the kept rows attend with an empty new key and their rows of the mask, as a bias: the op's
+  own mask is causal from the end, which allows at least what a kept row may see;
 - the nodes of a branch stand inside `If`, which is not entered when no row is kept;
 - the head runs on the columns that are asked for, in generation the last one.
 
@@ -22,7 +23,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.bundle.manifest import Manifest
+from engines.bundle.manifest import DecoderShape, Manifest
 from engines.lowering.regions import CHOICES, find_regions, size_name, wrap
 
 CONTRIB = "com.microsoft"
@@ -30,34 +31,44 @@ OPSET = 24  # TensorScatter
 # Added to the attention score of what a row may not see; exp() of it is 0 in float32.
 MASKED = -1e9
 # Further inputs of the lowered graph, and its output of kept rows by branch.
+_EMPTY, _FIRST = "lowered.empty", "lowered.first"  # no new K or V; axis 0
 WRITE_AT, LAST_COLUMN, TOTAL, LOGITS_FROM, KEPT = "write_at", "last_column", "total_length", "logits_from", "kept"
 
 
-def appended_name(layer: int, kv: str) -> str:
-    """The output that is the cache with this call's K or V written in."""
-    return f"appended.{layer}.{kv}"
+def cache_outputs(manifest: Manifest, layer: int, kv: str) -> tuple[str, ...]:
+    """Outputs of the lowered graph that must be bound to the memory of a layer's K or V input."""
+    present = f"present.{layer}.{kv}"
+    return (_appended(layer, kv), present) if gates_attention(manifest) else (present,)
+
+
+def gates_attention(manifest: Manifest) -> bool:
+    """Whether attention runs over kept rows."""
+    return manifest.gates is not None and "attn" in manifest.gates.branches
 
 
 def lower(portable: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
     """The lowered form of a portable `model.onnx` (its weights stay external).
 
-    Inputs besides those of the portable graph: `write_at` [1] int64, the length before the call; `last_column` [1]
-    int32, the length after it minus 1; `total_length` [] int32, the length after it; `logits_from` [1] int64, the
-    first column of the call whose logits are wanted. Cache inputs and outputs have the axis `capacity`. For each
-    of them the output `appended...` must be bound to the same memory.
+    Inputs besides those of the portable graph: `last_column` [1] int32, the length after the call minus 1;
+    `total_length` [] int32, the length after it; `logits_from` [1] int64, the first column of the call whose logits
+    are wanted; where attention has gates also `write_at` [1] int64, the length before the call. Cache inputs and
+    outputs have the axis `capacity`; `cache_outputs` tells which outputs share the memory of an input.
     """
     model = onnx.ModelProto()
     model.CopyFrom(portable)
     graph = model.graph
     layers = manifest.decoder.num_layers
-    caches = [(i, kv) for i in range(layers) for kv in ("key", "value")]
-    _cache_in_place(graph, caches)
-    _attention(graph, manifest)
+    if gates_attention(manifest):
+        _write_in_place(graph, layers)
+        _attend_kept_rows(graph, manifest)
+    else:
+        _attend_and_append(graph, manifest)
+    _name_capacity(graph, layers)
     _regions(graph, layers)
     _last_logits(graph, layers)
     _kept_output(graph)
     _drop_defaults(graph)
-    graph.input.append(helper.make_tensor_value_info(WRITE_AT, TensorProto.INT64, [1]))
+    _drop_unread(graph)
     graph.input.append(helper.make_tensor_value_info(LAST_COLUMN, TensorProto.INT32, [1]))
     graph.input.append(helper.make_tensor_value_info(TOTAL, TensorProto.INT32, []))
     graph.input.append(helper.make_tensor_value_info(LOGITS_FROM, TensorProto.INT64, [1]))
@@ -81,13 +92,14 @@ def is_supported(head_dim: int) -> bool:
     query = rng.standard_normal((1, 2, 2 * head_dim), np.float32)
     bias = np.where(np.array([[1, 0, 0], [1, 1, 0]], bool), 0, MASKED).astype(np.float32)[None, None]
     names = {"query": query, "key": key, "value": value, "bias": bias}
-    empty = numpy_helper.from_array(np.zeros((1, 0, head_dim), np.float32), "empty")
     constants = [
-        empty,
-        numpy_helper.from_array(np.array([2], np.int32), "last"),
-        numpy_helper.from_array(np.array(3, np.int32), "total"),
+        numpy_helper.from_array(np.zeros((1, 0, head_dim), np.float32), _EMPTY),
+        numpy_helper.from_array(np.array([2], np.int32), LAST_COLUMN),
+        numpy_helper.from_array(np.array(3, np.int32), TOTAL),
     ]
-    node = _gqa("query", "empty", "key", "value", "last", "total", "bias", ["out", "k", "v"], 2, 1, "probe")
+    inputs = ["query", _EMPTY, _EMPTY, "key", "value", LAST_COLUMN, TOTAL, "", "", "", "bias"]
+    heads = {"num_heads": 2, "kv_num_heads": 1}
+    node = helper.make_node("GroupQueryAttention", inputs, ["out", "k", "v"], domain=CONTRIB, **heads)
     values = {n: helper.make_tensor_value_info(n, TensorProto.FLOAT, a.shape) for n, a in names.items()}
     outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in ("out", "k", "v")]
     model = helper.make_model(
@@ -109,116 +121,134 @@ def is_supported(head_dim: int) -> bool:
     return bool(np.abs(found.reshape(2, 2, head_dim) - expected.transpose(1, 0, 2)).max() < 1e-5)
 
 
-def _cache_in_place(graph: onnx.GraphProto, caches: list[tuple[int, str]]) -> None:
+def _appended(layer: int, kv: str) -> str:
+    """Under a gate, the cache with this call's K or V written in."""
+    return f"appended.{layer}.{kv}"
+
+
+def _write_in_place(graph: onnx.GraphProto, layers: int) -> None:
     """present = Concat(past, new) -> appended = TensorScatter(past, new) at the current length."""
     producers = {node.output[0]: node for node in graph.node}
-    for layer, kv in caches:
-        node = producers[f"present.{layer}.{kv}"]
-        assert node.op_type == "Concat", "the cache is appended to by Concat in the portable graph"
-        node.op_type = "TensorScatter"
-        del node.attribute[:]
-        node.attribute.append(helper.make_attribute("axis", 2))
-        node.input.append(WRITE_AT)
-        node.output[0] = appended_name(layer, kv)
-    values = {value.name: value for value in [*graph.input, *graph.output]}
-    for layer, kv in caches:
-        past, present = values[f"past_key_values.{layer}.{kv}"], values[f"present.{layer}.{kv}"]
-        for value in (past, present):
-            value.type.tensor_type.shape.dim[2].dim_param = "capacity"
-        appended = graph.output.add()
-        appended.CopyFrom(present)
-        appended.name = appended_name(layer, kv)
+    outputs = {value.name: value for value in graph.output}
+    for layer in range(layers):
+        for kv in ("key", "value"):
+            node = producers[f"present.{layer}.{kv}"]
+            assert node.op_type == "Concat", "the cache is appended to by Concat in the portable graph"
+            node.op_type = "TensorScatter"
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("axis", 2))
+            node.input.append(WRITE_AT)
+            node.output[0] = _appended(layer, kv)
+            appended = graph.output.add()
+            appended.CopyFrom(outputs[f"present.{layer}.{kv}"])
+            appended.name = _appended(layer, kv)
+    graph.input.append(helper.make_tensor_value_info(WRITE_AT, TensorProto.INT64, [1]))
 
 
-def _attention(graph: onnx.GraphProto, manifest: Manifest) -> None:
-    """Attention ops -> GroupQueryAttention over the buffer."""
+def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest) -> None:
+    """GatheredAttention -> GroupQueryAttention with an empty new key over the written cache."""
     shape = manifest.decoder
     empty = np.zeros((1, 0, shape.num_kv_heads * shape.head_dim), np.float32)
-    graph.initializer.append(numpy_helper.from_array(empty, "lowered.empty"))
-    graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), "lowered.first"))
+    graph.initializer.append(numpy_helper.from_array(empty, _EMPTY))
     nodes: list[onnx.NodeProto] = []
-    biases: dict[str, str] = {}
-    layer = 0
     for node in graph.node:
-        if node.op_type not in ("GatheredAttention", "FullAttention"):
+        if node.op_type != "GatheredAttention":
             nodes.append(node)
             continue
-        gathered = node.op_type == "GatheredAttention"
-        name, window = f"layers.{layer}.lowered.", shape.windows[layer]
-        mask = node.input[-1]
-        if mask not in biases:
-            biases[mask] = f"lowered.bias.{mask}"
-            bias_nodes = _bias(graph, mask, biases[mask])
-            place = max(n for n, other in enumerate(nodes) if mask in other.output) + 1
-            nodes[place:place] = bias_nodes
-        query, bias = node.input[0], biases[mask]
-        if gathered:
-            query, bias = name + "query", name + "bias"
-            nodes.append(helper.make_node("Unsqueeze", [node.input[0], "lowered.first"], [query], name=query))
-            nodes.append(
-                helper.make_node("Gather", [biases[mask], node.input[1]], [bias], name=bias, axis=2)
-            )
-        elif window is None:
-            bias = ""  # the op's own causal mask is the whole mask
-        out = name + "attended" if gathered else node.output[0]
-        nodes.append(
-            _gqa(
-                query,
-                "lowered.empty",
-                appended_name(layer, "key"),
-                appended_name(layer, "value"),
-                LAST_COLUMN,
-                TOTAL,
-                bias,
-                [out, f"present.{layer}.key", f"present.{layer}.value"],
-                shape.num_heads,
-                shape.num_kv_heads,
-                name + "attention",
-            )
-        )
-        if gathered:
-            nodes.append(
-                helper.make_node("Squeeze", [out, "lowered.first"], [node.output[0]], name=name + "rows")
-            )
-        layer += 1
-    assert layer == shape.num_layers
+        layer = int(node.name.split(".")[1])
+        name = f"layers.{layer}.lowered."
+        query, bias, out = name + "query", name + "bias", name + "attended"
+        cache = (_appended(layer, "key"), _appended(layer, "value"))
+        outputs = [out, f"present.{layer}.key", f"present.{layer}.value"]
+        nodes += [
+            helper.make_node("Unsqueeze", [node.input[0], _FIRST], [query], name=query),
+            helper.make_node("Gather", [_bias_of(node.input[4]), node.input[1]], [bias], name=bias, axis=2),
+            _gqa(query, (_EMPTY, _EMPTY), cache, bias, outputs, manifest.decoder, name + "attention"),
+            helper.make_node("Squeeze", [out, _FIRST], [node.output[0]], name=name + "rows"),
+        ]
+    _replace_nodes(graph, nodes)
+    _add_biases(graph)
+
+
+def _attend_and_append(graph: onnx.GraphProto, manifest: Manifest) -> None:
+    """FullAttention over Concat(past, new) -> GroupQueryAttention that appends the new K and V itself."""
+    producers = {name: node for node in graph.node for name in node.output}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type == "Concat" and node.output[0].startswith("present."):
+            continue
+        if node.op_type != "FullAttention":
+            nodes.append(node)
+            continue
+        layer = int(node.name.split(".")[1])
+        name = f"layers.{layer}.lowered."
+        new = []
+        for kv in ("key", "value"):
+            # Concat <- Transpose <- Reshape <- all tokens' rows, [1, N, width] or [N, width]
+            split = producers[producers[producers[f"present.{layer}.{kv}"].input[1]].input[0]]
+            assert split.op_type == "Reshape", "K and V are split into heads by Reshape in the portable graph"
+            new.append(split.input[0])
+        value = name + "value"
+        nodes.append(helper.make_node("Unsqueeze", [new[1], _FIRST], [value], name=value))
+        past = (f"past_key_values.{layer}.key", f"past_key_values.{layer}.value")
+        outputs = [node.output[0], f"present.{layer}.key", f"present.{layer}.value"]
+        # The op's own causal mask is the whole mask, unless there is a window.
+        bias = "" if manifest.decoder.windows[layer] is None else _bias_of(node.input[3])
+        nodes.append(_gqa(node.input[0], (new[0], value), past, bias, outputs, manifest.decoder, name + "attention"))
+    _replace_nodes(graph, nodes)
+    _add_biases(graph)
+
+
+def _bias_of(mask: str) -> str:
+    return f"lowered.bias.{mask}"
+
+
+def _add_biases(graph: onnx.GraphProto) -> None:
+    """For every mask [B, 1, S, T] that some attention wants as a float bias, the node that makes it."""
+    wanted = {name for node in graph.node for name in node.input if name.startswith(_bias_of(""))}
+    graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), _FIRST))
+    for name, number in (("lowered.seen", 0.0), ("lowered.masked", MASKED)):
+        graph.initializer.append(numpy_helper.from_array(np.array(number, np.float32), name))
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        for mask in node.output:
+            bias = _bias_of(mask)
+            if bias in wanted:
+                inputs = [mask, "lowered.seen", "lowered.masked"]
+                nodes.append(helper.make_node("Where", inputs, [bias], name=bias))
+    _replace_nodes(graph, nodes)
+
+
+def _name_capacity(graph: onnx.GraphProto, layers: int) -> None:
+    """The axis of tokens of a cache is its capacity, before the call and after it."""
+    caches = ("past_key_values.", "present.", "appended.")
+    for value in [*graph.input, *graph.output]:
+        if value.name.startswith(caches):
+            value.type.tensor_type.shape.dim[2].dim_param = "capacity"
+
+
+def _replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    copies = [_copy(node) for node in nodes]
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(copies)
 
 
 def _gqa(
     query: str,
-    empty: str,
-    key: str,
-    value: str,
-    last: str,
-    total: str,
+    new: tuple[str, str],
+    cache: tuple[str, str],
     bias: str,
     outputs: list[str],
-    heads: int,
-    kv_heads: int,
+    shape: DecoderShape,
     name: str,
 ) -> onnx.NodeProto:
-    inputs = [query, empty, empty, key, value, last, total, "", "", "", bias]
+    """GroupQueryAttention of queries [1, K, heads x D] over a cache, to which new K and V are appended."""
+    inputs = [query, *new, *cache, LAST_COLUMN, TOTAL, "", "", "", bias]
     while not inputs[-1]:
         inputs.pop()
-    return helper.make_node(
-        "GroupQueryAttention",
-        inputs,
-        outputs,
-        name=name,
-        domain=CONTRIB,
-        num_heads=heads,
-        kv_num_heads=kv_heads,
-    )
-
-
-def _bias(graph: onnx.GraphProto, mask: str, name: str) -> list[onnx.NodeProto]:
-    """The mask [B, 1, S, T] as a float bias of the same shape."""
-    for constant, number in (("lowered.seen", 0.0), ("lowered.masked", MASKED)):
-        if constant not in {tensor.name for tensor in graph.initializer}:
-            graph.initializer.append(numpy_helper.from_array(np.array(number, np.float32), constant))
-    return [helper.make_node("Where", [mask, "lowered.seen", "lowered.masked"], [name], name=name)]
+    heads = {"num_heads": shape.num_heads, "kv_num_heads": shape.num_kv_heads}
+    return helper.make_node("GroupQueryAttention", inputs, outputs, name=name, domain=CONTRIB, **heads)
 
 
 def _regions(graph: onnx.GraphProto, layers: int) -> None:
@@ -242,9 +272,7 @@ def _regions(graph: onnx.GraphProto, layers: int) -> None:
             if name in presents
         ]
         nodes += wrap(region, carried, f"{region.choice.output[2]}.")
-    copies = [_copy(node) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
+    _replace_nodes(graph, nodes)
 
 
 def _last_logits(graph: onnx.GraphProto, layers: int) -> None:
@@ -276,6 +304,21 @@ def _drop_defaults(graph: onnx.GraphProto) -> None:
     kept = [tensor for tensor in graph.initializer if tensor.name not in inputs]
     del graph.initializer[:]
     graph.initializer.extend(kept)
+
+
+def _drop_unread(graph: onnx.GraphProto) -> None:
+    """Nodes whose results nobody reads any more go."""
+    read = {value.name for value in graph.output}
+    nodes = []
+    for node in reversed(graph.node):
+        if not read.intersection(node.output):
+            continue
+        nodes.append(_copy(node))
+        read.update(node.input)
+        for attribute in node.attribute:
+            read.update(name for inner in attribute.g.node for name in inner.input)
+    del graph.node[:]
+    graph.node.extend(reversed(nodes))
 
 
 def _copy(node: onnx.NodeProto) -> onnx.NodeProto:

@@ -66,9 +66,7 @@ class OnnxRuntimeRunner:
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         self.manifest: Manifest = bundle.manifest
         self._bundle, self._threads = bundle, threads
-        self._places = [
-            (layer, ("attn", "mlp").index(branch)) for layer, branch in gated_places(bundle.manifest)
-        ]
+        self._places = [(layer, ("attn", "mlp").index(branch)) for layer, branch in gated_places(bundle.manifest)]
         self._lowered: ort.InferenceSession | None = None
         self._portable: PortableRunner | None = None
 
@@ -85,7 +83,7 @@ class OnnxRuntimeRunner:
         memory = _Memory(session)
         for layer in range(shape.num_layers):
             for kv in ("key", "value"):
-                outputs = (lowering.appended_name(layer, kv), f"present.{layer}.{kv}")
+                outputs = lowering.cache_outputs(self.manifest, layer, kv)
                 memory.bind_cache(f"past_key_values.{layer}.{kv}", outputs, np.zeros(size, np.float32))
         return Cache(1, capacity, 0, memory)
 
@@ -112,7 +110,8 @@ class OnnxRuntimeRunner:
         memory.feed("input_ids", input_ids)
         memory.feed("attention_mask", attention_mask)
         memory.feed("position_ids", position_ids)
-        memory.feed(lowering.WRITE_AT, np.array([cache.length], np.int64))
+        if lowering.gates_attention(self.manifest):
+            memory.feed(lowering.WRITE_AT, np.array([cache.length], np.int64))
         memory.feed(lowering.LAST_COLUMN, np.array([total - 1], np.int32))
         memory.feed(lowering.TOTAL, np.array(total, np.int32))
         memory.feed(lowering.LOGITS_FROM, np.array([0 if logits == "all" else length - 1], np.int64))

@@ -19,7 +19,7 @@ from engines.bundle.manifest import Manifest
 from engines.errors import BundleError, GsxError
 from engines.runners.base import Cache, Logits, StepOutput
 
-NUMPY_TYPES = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+NUMPY_TYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
 
 class PortableRunner:

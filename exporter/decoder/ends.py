@@ -62,7 +62,7 @@ class Entry(nn.Module):
 
 
 class Exit(nn.Module):
-    """States -> logits: final norm and LM head. After layer E-1 it is the early exit (design.md, section 3)."""
+    """States -> logits: final norm and LM head. After layer E-1 it is the early exit (docs/design.md, section 3)."""
 
     def __init__(self, config: ModelConfig, options: DecoderOptions) -> None:
         super().__init__()
@@ -105,8 +105,8 @@ def attention_mask_of(attention_mask: Tensor, length: int, window: int | None) -
 def rank_count(valid: Tensor, ends: Tensor, budget: Tensor) -> Tensor:
     """Rows that rank selection keeps in this call: [1] int64.
 
-    The formula of design.md, section 3, in millionths and so in whole numbers: the budget arrives as a float32
-    and would be off by a token now and then (research/methods.md, 3.4). End-of-text comes on top.
+    The formula of docs/design.md, section 3, in millionths and so in whole numbers: the budget arrives as a float32
+    and would be off by a token now and then (docs/methods.md, 3.4). End-of-text comes on top.
 
     Args: valid [N] bool, not padding; ends [N] bool, end-of-text; budget [] float32.
     """

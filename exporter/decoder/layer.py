@@ -37,7 +37,7 @@ class DecoderOptions:
     Args:
         selection: how kept tokens are chosen; ignored without gates.
         kv_policy: K and V of skipped tokens: their own, or those of the layer below.
-        dtype: type of weights and activations. Gates are float32 whatever it is (design.md, section 3).
+        dtype: type of weights and activations. Gates are float32 whatever it is (docs/design.md, section 3).
     """
 
     selection: Selection = "threshold"
@@ -71,7 +71,8 @@ class KeyValue(NamedTuple):
     value: Tensor
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True)
+class Kept:
     """Rows that a branch runs on: rows [K, H] of its input, index [K] int64, gate [K, H] or [K, 1]."""
 
     rows: Tensor
@@ -265,5 +266,3 @@ def _replace(below: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     batch, heads, length, width = below.shape
     flat = below.transpose(1, 2).reshape(batch * length, heads * width)
     return flat.index_copy(0, index, rows).view(batch, length, heads, width).transpose(1, 2)
-
-

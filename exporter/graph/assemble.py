@@ -2,7 +2,7 @@
 
 Names: layer i's values begin with `layers.{i}.`; the ones that people and reports look for are
 `layers.{i}.output` (its state), `layers.{i}.{branch}.score` and `layers.{i}.{branch}.index` (the kept rows).
-Inputs and outputs are those of design.md, section 6.
+Inputs and outputs are those of docs/design.md, section 6.
 """
 
 from __future__ import annotations

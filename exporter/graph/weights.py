@@ -74,7 +74,7 @@ def write_weights(
             tensor = read(weight.source).to(weight.dtype)
             if weight.transpose:
                 tensor = tensor.t()
-            data = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
             offset = _pad(stream, digest, data.nbytes)
             stream.write(data)
             digest.update(data)

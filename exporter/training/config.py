@@ -1,7 +1,7 @@
 """What a training run is: every option that decides its result, in one value that can be JSON.
 
 The same configuration, text and thread count repeat the same run. The published recipes and what is known of
-their constants stand in research/methods.md, 3.2 (GateSkip) and 4.1 (LayerSkip).
+their constants stand in docs/methods.md, 3.2 (GateSkip) and 4.1 (LayerSkip).
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ class GatedModel(nn.Module):
                 gate.bias.fill_(bias)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All parameters by their names in a gated checkpoint (design.md section 5), without a tied head."""
+        """All parameters by their names in a gated checkpoint (docs/design.md section 5), without a tied head."""
         named = {name: p for name, p in self.hf.named_parameters() if not _is_tied_head(name, self.config)}
         for key in self.gates:
             prefix = _gate_prefix(key)

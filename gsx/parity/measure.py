@@ -121,7 +121,7 @@ class EngineSide:
             logits.append(output.logits)
             captured = self._runner.captured
             for layer in range(L):
-                states[layer].append(captured[f"layers.{layer}.output"])
+                states[layer].append(captured[f"layers.{layer}.output"].reshape(B, size, -1))
             for layer, branch, column in self._places:
                 scores[layer, column, :, part] = captured[f"layers.{layer}.{branch}.score"].reshape(B, size)
                 kept = np.zeros(B * size, bool)

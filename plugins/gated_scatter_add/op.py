@@ -14,7 +14,7 @@ def gated_scatter_add(residual: Tensor, rows: Tensor, gate: Tensor, index: Tenso
 
     Args: residual [N, H]; rows [K, H]; gate [K, H] or [K, 1]; index [K] int64, distinct. K may be 0.
     Returns: [N, H], a new tensor of residual's type.
-    Rule: design.md section 3: kept h + g * f(x), skipped h.
+    Rule: docs/design.md section 3: kept h + g * f(x), skipped h.
     """
     return residual.index_add(0, index, gate * rows)
 

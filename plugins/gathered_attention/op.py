@@ -17,7 +17,7 @@ def gathered_attention(
         key, value [B, kv heads, T, D], the whole cache; mask [B, 1, S, T] bool, true where a token may look (every
         token sees at least itself); num_heads: query heads. K may be 0.
     Returns: [K, heads x D], type of query. Scores are scaled by 1/sqrt(D).
-    Rule: research/methods.md 3.6: keys and values of every position, queries of kept tokens.
+    Rule: docs/methods.md 3.6: keys and values of every position, queries of kept tokens.
     """
     rows = torch.zeros_like(query)
     batch, _, length, _ = mask.shape

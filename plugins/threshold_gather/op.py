@@ -15,7 +15,7 @@ def threshold_gather(x: Tensor, score: Tensor, threshold: Tensor) -> tuple[Tenso
     Args: x [N, H]; score [N] float32; threshold [] float32, in the unit of score. N: tokens, batch x sequence.
     Returns: rows [K, H], type of x; index [K] int64, ascending; count [] int64, equal to K. K may be 0.
     A NaN score is not kept.
-    Rule: design.md section 3, GateSkip `threshold`.
+    Rule: docs/design.md section 3, GateSkip `threshold`.
     """
     index = torch.nonzero(score > threshold).reshape(-1)
     return x.index_select(0, index), index, torch.tensor(index.numel(), dtype=torch.int64)

@@ -15,7 +15,7 @@ def topk_gather(x: Tensor, score: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Te
     Args: x [N, H]; score [N] float32; k [1] int64, 0 <= k <= N. N: tokens, batch x sequence.
     Returns: rows [K, H], type of x; index [K] int64, ascending; count [] int64, equal to K = k.
     NaN counts as the lowest finite score.
-    Rule: design.md section 3, GateSkip `rank`.
+    Rule: docs/design.md section 3, GateSkip `rank`.
     """
     ranked = score.nan_to_num(nan=torch.finfo(score.dtype).min, posinf=float("inf"), neginf=float("-inf"))
     order = torch.sort(ranked, descending=True, stable=True).indices

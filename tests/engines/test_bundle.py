@@ -72,7 +72,7 @@ def test_changed_weights_are_found_when_asked(bundle: Path) -> None:
 
 def test_writing_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), writing(target, overwrite=False) as work:
+    with pytest.raises(KeyboardInterrupt), writing(target, overwrite=False) as work:  # noqa: PT012
         (work / "half").write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
@@ -100,7 +100,8 @@ def test_only_bundles_are_replaced(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_refused_beforehand(tmp_path: Path) -> None:
-    with pytest.raises(GsxError, match="not enough room"), writing(tmp_path / "o", overwrite=False, needed_bytes=1 << 60):
+    target, exabyte = tmp_path / "out", 1 << 60
+    with pytest.raises(GsxError, match="not enough room"), writing(target, overwrite=False, needed_bytes=exabyte):
         pass
 
 

@@ -27,6 +27,7 @@ PROMPT = [5, 60, 61, 7, 8, 9, 200, 11]
 BUNDLES = {
     "vector, both branches": ({"gate": GateConfig()}, {"budget": 0.6}),
     "dense": ({}, {}),
+    "dense, sliding window": ({"family": "mistral", "sliding_window": 6}, {}),
     "sliding window, copy": (
         {"family": "mistral", "gate": GateConfig("scalar", "pre_norm"), "sliding_window": 6},
         {"budget": 0.5, "kv_policy": "copy"},

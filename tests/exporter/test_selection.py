@@ -1,4 +1,4 @@
-"""Counting and checking selections: design.md section 3, research/methods.md 3.4."""
+"""Counting and checking selections: docs/design.md section 3, docs/methods.md 3.4."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from exporter.selection import KeepAll, Rank, Threshold, kept_count
 
 
 def _decimal_count(n: int, millionths: int) -> int:
-    """The formula of design.md in exact arithmetic."""
+    """The formula of docs/design.md in exact arithmetic."""
     budget = Fraction(millionths, 10**6)
     if budget >= 1 or n <= 1:
         return n

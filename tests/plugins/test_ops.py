@@ -175,9 +175,7 @@ def test_attention_of_kept_and_of_all_rows(kept: list[int], past: int) -> None:
     batch, length, heads, kv_heads, width = 2, 3, 4, 2, 8
     rng = np.random.default_rng(3)
     query = rng.standard_normal((batch, length, heads * width)).astype(np.float32)
-    key, value = (
-        rng.standard_normal((batch, kv_heads, past + length, width)).astype(np.float32) for _ in range(2)
-    )
+    key, value = (rng.standard_normal((batch, kv_heads, past + length, width)).astype(np.float32) for _ in range(2))
     mask = np.tril(np.ones((length, past + length), bool), past)[None, None].repeat(batch, 0)
     mask[1, :, :, : past // 2] = False  # left padding in the second sequence
     split = query.reshape(batch, length, heads, width).swapaxes(1, 2)
