@@ -21,23 +21,23 @@ from exporter.checkpoint import expected_tensors, is_gate
 from exporter.config import ModelConfig
 
 SHAPES = {
-    "small": dict(
-        num_hidden_layers=12,
-        hidden_size=768,
-        num_attention_heads=12,
-        num_key_value_heads=4,
-        intermediate_size=2048,
-        vocab_size=4096,
-    ),
+    "small": {
+        "num_hidden_layers": 12,
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "intermediate_size": 2048,
+        "vocab_size": 4096,
+    },
     # The shape of TinyLlama 1.1B.
-    "1b": dict(
-        num_hidden_layers=22,
-        hidden_size=2048,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        intermediate_size=5632,
-        vocab_size=32000,
-    ),
+    "1b": {
+        "num_hidden_layers": 22,
+        "hidden_size": 2048,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "intermediate_size": 5632,
+        "vocab_size": 32000,
+    },
 }
 WORDS_OF_TEXT = 6000
 

@@ -16,7 +16,7 @@ import numpy as np
 from engines.bundle.manifest import Manifest, check_budget
 from engines.errors import UsageError
 from engines.runners.base import Runner, StepOutput
-from engines.sampling import Sampling, pick
+from engines.sampling import GREEDY, Sampling, pick
 
 FinishReason = Literal["end-of-text", "length", "context", "stopped"]
 # Called with (sequence, token); returns whether the sequence is to end here.
@@ -82,7 +82,7 @@ def generate(
     *,
     max_new_tokens: int,
     budget: float | None = None,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] | None = None,
     on_token: OnToken = lambda sequence, token: False,
 ) -> Generation:

@@ -40,6 +40,9 @@ class Sampling:
         return self.temperature == 0
 
 
+GREEDY = Sampling()
+
+
 def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
     """Probabilities [V] float64 of the next token, after temperature, then top-k, then top-p; logits [V].
 

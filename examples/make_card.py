@@ -3,12 +3,15 @@
 Perplexity on held-out files at several budgets (thresholds from the calibration files) and at each exit depth, and how
 often an exit's first choice is the whole model's: the share of draft tokens that greedy speculation accepts.
 
-    python examples/make_card.py            # examples/model/README.md and docs/images/quality.png
+The picture of a parity report comes from an export of the same model, verified on a held-out file.
+
+    python examples/make_card.py     # examples/model/README.md, docs/images/quality.png and parity.png
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,9 @@ from exporter.reference import Reference
 from exporter.selection import KeepAll, Threshold
 from exporter.text import WINDOW_TOKENS, load_tokenizer
 from exporter.training.corpus import Document, read_corpus, split
+from gsx.export import export
+from gsx.parity.plots import combined
+from gsx.verify import verify
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = (1.0, 0.85, 0.7, 0.5)
@@ -152,14 +158,25 @@ def picture(budgets: Sequence[Budget], exits: Sequence[Exit], path: Path) -> Non
         left.set_title("What skipping costs")
         middle.set_title("What an early exit costs")
         right.set_title("Draft tokens accepted")
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)
+
+
+def parity_picture(model: Path, text: str, path: Path) -> None:
+    """Export at budget 0.7, verify on a text, and draw the report."""
+    with tempfile.TemporaryDirectory() as place:
+        held_out = Path(place) / "held-out.txt"
+        held_out.write_text(text, encoding="utf-8")
+        export(model, Path(place) / "bundle", budget=0.7)
+        report = verify(Path(place) / "bundle", text=held_out)
+    if not report.passed:
+        raise SystemExit("parity fails: the picture was not drawn")
+    combined(report, path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=ROOT / "examples" / "model")
-    parser.add_argument("--picture", type=Path, default=ROOT / "docs" / "images" / "quality.png")
+    parser.add_argument("--pictures", type=Path, default=ROOT / "docs" / "images", help="where pictures go")
     options = parser.parse_args()
     checkpoint = open_checkpoint(options.model)
     reference = Reference.load(checkpoint)
@@ -178,7 +195,9 @@ def main() -> None:
     if not (begin and end):
         raise SystemExit(f"{card}: has no place for the figures; put these two lines in it: {BEGIN} {END}")
     card.write_text(f"{before}{BEGIN}\n{section}\n{END}{after}", encoding="utf-8")
-    picture(budgets, exits, options.picture)
+    options.pictures.mkdir(parents=True, exist_ok=True)
+    picture(budgets, exits, options.pictures / "quality.png")
+    parity_picture(options.model, max((one.text for one in parts["heldout"]), key=len), options.pictures / "parity.png")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import onnxruntime as ort
 from engines.bundle.bundle import Bundle
 from engines.bundle.manifest import Manifest
 from engines.lowering import onnxruntime as lowering
+from engines.lowering.probe import is_supported
 from engines.runners.base import Cache, Logits, StepOutput
 from engines.runners.portable import PortableRunner, gated_places, open_session
 
@@ -73,7 +74,7 @@ class OnnxRuntimeRunner:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """See `Runner`."""
         lowered = batch == 1 and self.manifest.precision == "fp32"
-        if not (lowered and lowering.is_supported(self.manifest.decoder.head_dim)):
+        if not (lowered and is_supported(self.manifest.decoder.head_dim)):
             if self._portable is None:
                 self._portable = PortableRunner(self._bundle, threads=self._threads)
             return self._portable.new_cache(batch, capacity)

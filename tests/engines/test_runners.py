@@ -11,7 +11,7 @@ import pytest
 from engines.bundle.bundle import open_bundle
 from engines.errors import UsageError
 from engines.generation import Generation, generate, select_for
-from engines.lowering import onnxruntime as lowering
+from engines.lowering.probe import is_supported
 from engines.lowering.regions import find_regions
 from engines.runners.onnxruntime import OnnxRuntimeRunner
 from engines.runners.portable import PortableRunner
@@ -54,8 +54,8 @@ def both(path: Path) -> tuple[PortableRunner, OnnxRuntimeRunner]:
 
 
 def test_this_onnxruntime_is_lowered_for() -> None:
-    assert lowering.is_supported(16)
-    assert not lowering.is_supported(12), "ONNX Runtime wants head sizes that are multiples of 8"
+    assert is_supported(16)
+    assert not is_supported(12), "ONNX Runtime wants head sizes that are multiples of 8"
 
 
 def test_lowered_logits_and_choices_equal_portable_ones(bundle_path: Path) -> None:
