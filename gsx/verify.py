@@ -185,7 +185,7 @@ class _Run:
             kept.append(want[0].keep)
             reference_loss.append(losses(want[0].logits, window))
             engine_loss.append(losses(have[0].logits, window))
-            wrong_counts += self._fast(want[0], ids, select, fast, number)
+            wrong_counts += self._fast(want[0], have[0], ids, select, fast, number)
         assert first is not None, "a text has at least one window"
         self.first_window[budget] = first
         single_steps = one_chunk = None
@@ -261,25 +261,33 @@ class _Run:
         return comparer.result()
 
     def _fast(
-        self, want: Observation, ids: np.ndarray, select: np.ndarray | None, found: Accumulator, window: int
+        self,
+        want: Observation,
+        portable: Observation,
+        ids: np.ndarray,
+        select: np.ndarray | None,
+        found: Accumulator,
+        window: int,
     ) -> int:
-        """Compare the fast runner's logits over a window. Returns: branches that kept a wrong count."""
+        """Compare the fast runner's logits over a window. Returns: branches that kept a wrong count.
+
+        It does not say which rows it kept, only how many. Where decisions may turn, what follows the first one
+        that did (in half precision: for the portable runner) or could have (in single) is left out.
+        """
         assert want.margins is not None
         logits, counts = runner_logits(self.runners["fast"], ids, select)
         clean = np.ones(want.tokens, bool)
-        wrong = 0
-        if counts is not None:
-            for layer, branch in gated_places(self.manifest):
-                place = (layer, ("attn", "mlp").index(branch))
-                if counts[place] == want.keep[place].sum():
-                    continue
-                undecided = np.flatnonzero((want.margins <= self.limits.near_tie).any(axis=(0, 1)))
-                wrong += not len(undecided)
-                if len(undecided):
-                    clean[undecided[0] if self.causal else 0 :] = False
-                    break
+        places = [(layer, ("attn", "mlp").index(branch)) for layer, branch in gated_places(self.manifest)]
+        differ = [] if counts is None else [p for p in places if counts[p] != want.keep[p].sum()]
+        if self.limits.differing_share is None:
+            turned = (want.margins <= self.limits.near_tie) if differ else np.zeros_like(want.keep)
+        else:
+            turned = portable.keep != want.keep
+        turned_at = np.flatnonzero(turned.any(axis=(0, 1)))
+        if len(turned_at):
+            clean[turned_at[0] if self.causal else 0 :] = False
         found.add(want.logits, logits[0], clean, window)
-        return wrong
+        return 0 if len(turned_at) else len(differ)
 
     def _comparer(self) -> Comparer:
         return Comparer(

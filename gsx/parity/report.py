@@ -266,8 +266,8 @@ def _checks(result: BudgetResult, limits: Tolerances) -> list[Check]:
     checks.add(
         "perplexity, nats per token",
         difference,
-        # A near-tie decision that turned changes the loss of what follows it, by right.
-        None if left_out and limits.differing_share is None else limits.nats,
+        # A decision that turned changes the loss of what follows it, by right; whether it may turn is another check.
+        None if left_out else limits.nats,
         detail=f"{math.exp(result.reference_nats):.4f} and {math.exp(result.engine_nats):.4f}",
         reason="a loss moves by at most twice the error of its logits",
     )
