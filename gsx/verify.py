@@ -22,7 +22,7 @@ from engines.bundle.manifest import Manifest, check_budget
 from engines.errors import BundleError, CheckpointError, GsxError, UsageError
 from engines.generation import select_for
 from engines.runners.base import Runner
-from engines.runners.portable import PortableRunner, gated_places, host_type
+from engines.runners.portable import gated_places, host_type
 from engines.runners.select import open_runner
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import BRANCHES
@@ -105,6 +105,7 @@ def verify(
         weights_sha256=manifest.source.weights_sha256,
         family=manifest.decoder.family,
         precision=manifest.precision,
+        reference_precision=str(run.reference_type).removeprefix("torch."),
         select=manifest.selection.mode if manifest.selection else None,
         exported_budget=manifest.selection.budget if manifest.selection else 1.0,
         kv_policy=manifest.kv_policy,
@@ -147,9 +148,10 @@ class _Run:
         self.manifest = bundle.manifest
         self.limits: Tolerances = TOLERANCES[self.manifest.precision]
         self.windows = windows
-        self.reference = Reference.load(checkpoint)
+        self.reference_type = _reference_type(checkpoint, self.manifest.precision)
+        self.reference = Reference.load(checkpoint, dtype=self.reference_type)
         self.engine = EngineSide(bundle)
-        self.runners: dict[str, Runner] = {"fast": open_runner(bundle), "portable": PortableRunner(bundle)}
+        self.runners: dict[str, Runner] = {"fast": open_runner(bundle), "portable": self.engine.runner}
         self.stage = ""
         self.on_progress = on_progress
         # By budget, what the reference did with the first window.
@@ -312,6 +314,18 @@ class _Run:
 
     def _tell(self, what: str, done: int, total: int) -> None:
         self.on_progress(Progress(f"{self.stage}: {what}", done, total))
+
+
+def _reference_type(checkpoint: Checkpoint, precision: str) -> torch.dtype:
+    """Type of the reference's weights and activations.
+
+    Double precision beside a float32 engine, where there is memory for it: what is measured is then the engine's
+    rounding alone. In float32 the reference's own is as large, and the two add up.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if precision == "fp32" and 2 * checkpoint.weight_bytes() <= memory / 3:
+        return torch.float64
+    return torch.float32
 
 
 @contextmanager

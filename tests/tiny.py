@@ -82,8 +82,7 @@ def tiny_checkpoint(
     config = ModelConfig.from_hf(hf)
     rng = torch.Generator().manual_seed(seed)
     tensors = {
-        name: _random(name, shape, rng).to(dtype).contiguous()
-        for name, shape in expected_tensors(config).items()
+        name: _random(name, shape, rng).to(dtype).contiguous() for name, shape in expected_tensors(config).items()
     }
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (path / "generation_config.json").write_text(

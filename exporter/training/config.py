@@ -159,9 +159,7 @@ class TrainConfig:
         """From the object that `to_dict` gives; keys may be left out, unknown ones are refused."""
         values = _checked(cls, "training configuration", raw)
         if "model" in values:
-            values["model"] = ModelShape(
-                **_checked(ModelShape, "training configuration: model", values["model"])
-            )
+            values["model"] = ModelShape(**_checked(ModelShape, "training configuration: model", values["model"]))
         if "gate" in values:
             try:
                 values["gate"] = GateConfig.from_dict(values["gate"])
@@ -198,9 +196,7 @@ def _checked(cls: type, what: str, raw: Any) -> dict[str, Any]:
     known = {item.name: item.type for item in fields(cls)}
     for key, value in raw.items():
         if key not in known:
-            raise UsageError(
-                f"{what} has an unknown key", expected="one of " + ", ".join(known), found=repr(key)
-            )
+            raise UsageError(f"{what} has an unknown key", expected="one of " + ", ".join(known), found=repr(key))
         kind = _SIMPLE_TYPES.get(str(known[key]))
         wrong_bool = isinstance(value, bool) and known[key] != "bool"
         if kind is not None and (wrong_bool or not isinstance(value, kind)):
@@ -212,9 +208,7 @@ def _checked(cls: type, what: str, raw: Any) -> dict[str, Any]:
 
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
-        raise UsageError(
-            f"training configuration: {name} is too small", expected=f">= {least}", found=str(value)
-        )
+        raise UsageError(f"training configuration: {name} is too small", expected=f">= {least}", found=str(value))
 
 
 def _between(name: str, value: float, low: float, high: float) -> None:

@@ -135,9 +135,7 @@ def train(
             found=f"{digest[:12]}…",
             todo="begin the run anew in an empty directory",
         )
-    gated = _build(
-        config, work, source=open_checkpoint(model) if model is not None and not snapshot else None
-    )
+    gated = _build(config, work, source=open_checkpoint(model) if model is not None and not snapshot else None)
     optimizers = _optimizers(gated, config)
     first = 0
     if snapshot is not None:
@@ -263,9 +261,7 @@ def _write_base(
         tokenizer = train_tokenizer(documents, vocab_size=config.model.vocab_size)
         write_tokenizer(tokenizer, base, max_positions=config.model.max_positions)
         generation = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
-        (base / "generation_config.json").write_text(
-            json.dumps(generation, indent=2) + "\n", encoding="utf-8"
-        )
+        (base / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         end_of_text: int | None = END_OF_TEXT_ID
         gate = config.gate
     else:
@@ -274,9 +270,7 @@ def _write_base(
         for path in checkpoint.companions():
             shutil.copyfile(path, base / path.name)
         if not (base / TOKENIZER).is_file():
-            raise CheckpointError(
-                f"{model}: has no {TOKENIZER}", todo="add the model's tokenizer to the directory"
-            )
+            raise CheckpointError(f"{model}: has no {TOKENIZER}", todo="add the model's tokenizer to the directory")
         tokenizer = Tokenizer.from_file(str(base / TOKENIZER))
         end_of_text = next(iter(checkpoint.config.eos_ids), None)
         gate = checkpoint.config.gate or config.gate
@@ -333,9 +327,7 @@ def _build(config: TrainConfig, work: Path, *, source: Checkpoint | None) -> Gat
     # End-of-text may be the padding token too, and it must learn like any other.
     hf.model.embed_tokens.padding_idx = None
     gated = GatedModel(hf, model_config, compile_layers=config.compile)
-    gated.reset_gates(
-        bias=config.gate_bias, std=config.gate_std, generator=torch.Generator().manual_seed(config.seed)
-    )
+    gated.reset_gates(bias=config.gate_bias, std=config.gate_std, generator=torch.Generator().manual_seed(config.seed))
     if source is not None:
         has_gates = source.config.gate is not None
         _load(gated, {n: source.tensor(n) for n in gated.tensors() if has_gates or not is_gate(n)})
@@ -360,9 +352,7 @@ def _optimizers(gated: GatedModel, config: TrainConfig) -> list[torch.optim.Opti
     rate = config.learning_rate
     rest = {"params": others, "weight_decay": 0.0}
     if config.optimizer == "muon":
-        muon = torch.optim.Muon(
-            matrices, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = torch.optim.Muon(matrices, lr=rate, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         return [muon, torch.optim.AdamW([rest], lr=rate, betas=config.betas)]
     decayed = {"params": matrices, "weight_decay": config.weight_decay}
     return [torch.optim.AdamW([decayed, rest], lr=rate, betas=config.betas)]

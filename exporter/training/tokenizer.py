@@ -60,17 +60,13 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, *, max_positions: int
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def encode_documents(
-    tokenizer: Tokenizer, documents: Iterable[Document], *, end_of_text: int | None
-) -> np.ndarray:
+def encode_documents(tokenizer: Tokenizer, documents: Iterable[Document], *, end_of_text: int | None) -> np.ndarray:
     """All documents in one row, each followed by the end-of-text token where there is one.
 
     Returns: token ids [N] int32.
     """
     pieces = []
-    for encoding in tokenizer.encode_batch(
-        [document.text for document in documents], add_special_tokens=False
-    ):
+    for encoding in tokenizer.encode_batch([document.text for document in documents], add_special_tokens=False):
         pieces.append(np.asarray(encoding.ids, dtype=np.int32))
         if end_of_text is not None:
             pieces.append(np.array([end_of_text], dtype=np.int32))

@@ -90,7 +90,7 @@ class EngineSide:
         capture = [f"layers.{i}.output" for i in range(manifest.decoder.num_layers)]
         for layer, branch, _ in self._places:
             capture += [f"layers.{layer}.{branch}.score", f"layers.{layer}.{branch}.index"]
-        self._runner = PortableRunner(bundle, capture=capture)
+        self.runner = PortableRunner(bundle, capture=capture)
 
     def observe(
         self,
@@ -107,7 +107,7 @@ class EngineSide:
         B, S = ids.shape
         L = self._manifest.decoder.num_layers
         positions = positions_of(mask)
-        cache = self._runner.new_cache(B, S)
+        cache = self.runner.new_cache(B, S)
         logits: list[np.ndarray] = []
         states: list[list[np.ndarray]] = [[] for _ in range(L)]
         scores = np.full((L, 2, B, S), np.nan, np.float32)
@@ -115,11 +115,11 @@ class EngineSide:
         at = 0
         for size in chunks or [S]:
             part = slice(at, at + size)
-            output = self._runner.step(
+            output = self.runner.step(
                 cache, ids[:, part], mask[:, : at + size], positions[:, part], select, logits="all"
             )
             logits.append(output.logits)
-            captured = self._runner.captured
+            captured = self.runner.captured
             for layer in range(L):
                 states[layer].append(captured[f"layers.{layer}.output"].reshape(B, size, -1))
             for layer, branch, column in self._places:

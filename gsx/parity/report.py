@@ -52,16 +52,17 @@ class Tolerances:
 
 
 TOLERANCES: Mapping[str, Tolerances] = {
-    # Sums of some thousand products in another order differ by about 1e-6 of their scale, and some ten layers
-    # add up: 1e-4 leaves a factor of ten, and a wrong weight, mask or position shows at 1e-2 and above.
+    # A rounding is 6e-8 of its number. Sums of thousands, tens of layers, and attention that hangs on small
+    # differences of large products make it 1e-6 to 1e-5 of the scale, and the largest of 10^5 values is some ten
+    # times the usual one. A wrong weight, mask or position shows at 1e-2 and above.
     "fp32": Tolerances(
         logits=1e-4,
-        relative=1e-4,
+        relative=3e-4,
         near_tie=1e-6,
         differing_share=None,
         nats=2e-4,
         tokens_must_agree=True,
-        reason="float32 sums in another order: about 1e-6 of the scale a layer; real faults show above 1e-2",
+        reason="float32 rounding, up to 1e-5 of the scale; the largest of many values. Faults show at 1e-2",
     ),
     # The reference stays in float32, so weights and activations are each rounded once to 11 significant bits
     # (2^-11 = 5e-4 of their scale) a layer; errors of the largest of many values are some ten times that.
@@ -168,6 +169,7 @@ class Report:
     Args:
         bundle: its directory's name; model: the reference, as it was asked for.
         precision, select, exported_budget, kv_policy: of the bundle; select is None for a dense model.
+        reference_precision: of the reference's weights and activations.
         branches: those with gates.
         text: name of the text; text_sha256: its hash; tokens: how many were read.
         results: one a budget, in falling order.
@@ -181,6 +183,7 @@ class Report:
     weights_sha256: str
     family: str
     precision: str
+    reference_precision: str
     select: str | None
     exported_budget: float
     kv_policy: str

@@ -359,9 +359,7 @@ def test_half_weights_keep_float32_scores(tmp_path: Path) -> None:
 def test_refused_input(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, gate=GateConfig())
     reference, ids = _load(tmp_path), _ids(1, 6)
-    with pytest.raises(
-        UsageError, match=r"attention_mask has the wrong shape\n  expected \[1, 0 past \+ 6\]"
-    ):
+    with pytest.raises(UsageError, match=r"attention_mask has the wrong shape\n  expected \[1, 0 past \+ 6\]"):
         reference(ids, torch.ones(1, 5))
     with pytest.raises(UsageError, match=r"thresholds are of another model\n  expected 3 rows, found 4"):
         reference(ids, selection=Threshold(np.zeros((4, 2), np.float32)))

@@ -188,9 +188,7 @@ def test_losses_are_those_of_the_reference(
     tmp_path: Path, text: Path, kind: str, gate_input: str, budget: float
 ) -> None:
     gate = GateConfig(kind=kind, input=gate_input)  # type: ignore[arg-type]
-    model = tiny_checkpoint(
-        tmp_path / "model", "mistral", gate=gate, tokenizer=True, exits=(2,), sliding_window=9
-    )
+    model = tiny_checkpoint(tmp_path / "model", "mistral", gate=gate, tokenizer=True, exits=(2,), sliding_window=9)
     shutil.copytree(model, tmp_path / "work" / "base")
     checkpoint = open_checkpoint(model)
     config = replace(TINY, gate=gate, exits=(2,), sparsity=0.0)
@@ -257,9 +255,7 @@ def test_one_pass_reads_every_block_once() -> None:
 def test_corpus_of_the_standard_library() -> None:
     parts = corpus.split(corpus.read_corpus())
     names = {part: [document.name for document in documents] for part, documents in parts.items()}
-    assert not any(
-        "site-packages" in name or "encodings/" in name for part in names.values() for name in part
-    )
+    assert not any("site-packages" in name or "encodings/" in name for part in names.values() for name in part)
     assert not any("test" in name.split("/")[:-1] for name in names["heldout"] + names["calibration"])
     assert min(len(names["heldout"]), len(names["calibration"])) >= 10
     assert len(names["train"]) > 20 * len(names["heldout"])
