@@ -106,34 +106,40 @@ def generate(
     steps = min(max_new_tokens, manifest.decoder.max_positions - longest)
     sequences = [_Sequence() for _ in prompts]
 
-    ids, mask = _left_padded(prompts, longest)
-    cache = runner.new_cache(len(prompts), longest + max(steps, 1))
+    capacity = longest + max(steps, 1)
+    ids, mask = _left_padded(prompts, longest, capacity)
+    alive = np.ones((len(prompts), 1), np.int64)
+    lengths = np.array([[len(prompt)] for prompt in prompts])
+    cache = runner.new_cache(len(prompts), capacity)
     started = time.perf_counter()
     counters = _Counters(manifest)
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    prefill_seconds = 0.0
+    positions = np.maximum(mask[:, :longest].cumsum(axis=1) - 1, 0)
+    filled, new_rows, prefill_seconds = longest, int(lengths.sum()), 0.0
     for step in range(steps):
-        output = runner.step(cache, ids, mask, positions, select)
-        counters.add(output, mask[:, -ids.shape[1] :])
+        output = runner.step(cache, ids, mask[:, :filled], positions, select)
+        counters.add(output, new_rows)
         ids = np.zeros((len(prompts), 1), np.int64)
         for row, sequence in enumerate(sequences):
             if sequence.finish is not None:
                 continue
             token = pick(output.logits[row, -1], sampling, rngs[row])
             sequence.tokens.append(token)
-            ids[row] = token
+            ids[row, 0] = token
             stopped = on_token(row, token)
             if token in stops:
                 sequence.finish = "end-of-text"
             elif stopped:
                 sequence.finish = "stopped"
+            alive[row, 0] = sequence.finish is None
         if step == 0:
             prefill_seconds = time.perf_counter() - started
-        alive = np.array([[sequence.finish is None] for sequence in sequences], dtype=np.int64)
-        if not alive.any():
+        new_rows = int(alive.sum())
+        if not new_rows:
             break
-        mask = np.concatenate([mask, alive], axis=1)
-        positions = np.maximum(mask.sum(axis=1, keepdims=True) - 1, 0)
+        mask[:, filled : filled + 1] = alive
+        filled += 1
+        positions = lengths
+        lengths = lengths + alive
     else:
         for sequence in sequences:
             sequence.finish = sequence.finish or ("length" if steps == max_new_tokens else "context")
@@ -171,21 +177,22 @@ class _Counters:
     kept: int = 0
     gated: int = 0
 
-    def add(self, output: StepOutput, mask: np.ndarray) -> None:
+    def add(self, output: StepOutput, tokens: int) -> None:
+        """Count a call; `tokens` are its tokens, padding left out."""
         self.calls += 1
         if output.kept is not None and self.manifest.gates is not None:
-            columns = [("attn", "mlp").index(branch) for branch in self.manifest.gates.branches]
-            self.kept += int(output.kept[:, columns].sum())
-            self.gated += int(mask.sum()) * self.manifest.decoder.num_layers * len(columns)
+            branches = self.manifest.gates.branches
+            self.kept += int(output.kept.sum())
+            self.gated += tokens * self.manifest.decoder.num_layers * len(branches)
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], longest: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask, [B, longest] int64; padding has id 0 and mask 0."""
+def _left_padded(prompts: Sequence[Sequence[int]], longest: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [B, longest] and mask [B, capacity], int64; padding has id 0 and mask 0, as have columns to come."""
     ids = np.zeros((len(prompts), longest), np.int64)
-    mask = np.zeros_like(ids)
+    mask = np.zeros((len(prompts), capacity), np.int64)
     for row, prompt in enumerate(prompts):
         ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
+        mask[row, longest - len(prompt) : longest] = 1
     return ids, mask
 
 

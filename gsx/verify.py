@@ -49,6 +49,7 @@ DEFAULT_GREEDY_TOKENS = 256
 _STRETCH_TOKENS = 64
 # Two sequences of one batch, of different lengths, so that one is padded.
 _PADDED_TOKENS = (48, 29)
+_ATTEMPTS = 4
 _PROMPT_TOKENS = 32
 # Up to this width a layer's matrix fits in a core's cache.
 _SMALL_HIDDEN = 512
@@ -150,6 +151,7 @@ class _Run:
         self.windows = windows
         self.reference_type = _reference_type(checkpoint, self.manifest.precision)
         self.reference = Reference.load(checkpoint, dtype=self.reference_type)
+        self.single = Reference.load(checkpoint) if self.reference_type == torch.float64 else None
         self.engine = EngineSide(bundle)
         self.runners: dict[str, Runner] = {"fast": open_runner(bundle), "portable": self.engine.runner}
         self.stage = ""
@@ -172,7 +174,10 @@ class _Run:
         """Measure everything at one budget."""
         select = select_for(self.manifest, budget)
         side = ReferenceSide(self.reference, self._selection(budget), self.manifest.kv_policy)
-        full = self._comparer()
+        single = None
+        if self.single is not None:
+            single = ReferenceSide(self.single, self._selection(budget), self.manifest.kv_policy)
+        full, rounding = self._comparer(), self._comparer()
         fast, wrong_counts = Accumulator(), 0
         kept: list[np.ndarray] = []
         reference_loss: list[np.ndarray] = []
@@ -183,12 +188,15 @@ class _Run:
             ids, mask = window[None], np.ones((1, len(window)), np.int64)
             want, have = side.observe(ids, mask), self.engine.observe(ids, mask, select)
             full.add(want, have)
+            if single is not None:
+                rounding.add(want, single.observe(ids, mask))
             first = first or want[0]
             kept.append(want[0].keep)
             reference_loss.append(losses(want[0].logits, window))
             engine_loss.append(losses(have[0].logits, window))
             wrong_counts += self._fast(want[0], have[0], ids, select, fast, number)
         assert first is not None, "a text has at least one window"
+        own = rounding.result() if single is not None else None
         self.first_window[budget] = first
         single_steps = one_chunk = None
         if self.causal:
@@ -199,8 +207,12 @@ class _Run:
         self._tell("greedy continuation", 0, 0)
         with _torch_threads_for(self.manifest):
             steps = reference_continuation(side, self.windows[:1, :_PROMPT_TOKENS], self.greedy_tokens)
+
+        def tolerance(logits: np.ndarray) -> float:
+            return self.limits.logit_limit(float(np.abs(logits).max()), own)
+
         greedy = {
-            name: follow(runner, steps, select, logit_tolerance=self.limits.for_logits, near_tie=self.limits.near_tie)
+            name: follow(runner, steps, select, logit_tolerance=tolerance, near_tie=self.limits.near_tie)
             for name, runner in self.runners.items()
         }
         shares = np.concatenate(kept, axis=-1).mean(axis=-1)
@@ -210,6 +222,7 @@ class _Run:
             kept=tuple((float(attn), float(mlp)) for attn, mlp in shares),
             kept_share=float(shares[:, branches].mean()) if branches else None,
             windows=full.result(),
+            rounding=own,
             single_steps=single_steps,
             one_chunk=one_chunk,
             padded=padded,
@@ -238,29 +251,37 @@ class _Run:
 
         Both carry an end-of-text token, which running text has not, and which is always kept.
         With threshold selection each must come out as it does alone; rank selection counts the whole call, so
-        there the reference sees the same batch.
+        there the reference sees the same batch. There, too, one near tie that turns concerns all tokens: then
+        another stretch of text is tried.
         """
-        long, short = (min(count, self.windows.shape[1]) for count in _PADDED_TOKENS)
+        for attempt in range(_ATTEMPTS):
+            ids, mask = self._padded_batch(attempt)
+            have = self.engine.observe(ids, mask, select)
+            comparer = self._comparer()
+            if self.causal:
+                for row, one in enumerate(have):
+                    alone = ids[row : row + 1, mask[row] == 1]
+                    comparer.add(side.observe(alone, np.ones_like(alone)), [one])
+            else:
+                comparer.add(side.observe(ids, mask), have)
+            result = comparer.result()
+            if result.decisions is None or result.decisions.wrong or result.logits.values:
+                break
+        return result
+
+    def _padded_batch(self, attempt: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask of two stretches; they begin differently, since equal beginnings have equal scores."""
+        long, short = _PADDED_TOKENS
         ids, mask = np.zeros((2, long), np.int64), np.zeros((2, long), np.int64)
-        ids[0], mask[0] = self.windows[0, :long], 1
-        ids[1, long - short :], mask[1, long - short :] = self.windows[-1, -short:], 1
+        first, last = self.windows[0], self.windows[-1]
+        start = long * attempt % (len(first) - long)
+        ids[0], mask[0] = first[start : start + long], 1
+        differing = np.flatnonzero(last[: len(last) - short] != ids[0, 0])
+        start = int(differing[-1 - attempt]) if len(differing) > attempt else len(last) - short
+        ids[1, long - short :], mask[1, long - short :] = last[start : start + short], 1
         if self.manifest.decoder.eos_ids:
             ids[:, long - short // 2] = self.manifest.decoder.eos_ids[0]
-        if self.causal:
-            want = []
-            for row in range(2):
-                alone = ids[row : row + 1, mask[row] == 1]
-                want += side.observe(alone, np.ones_like(alone))
-        else:
-            want = side.observe(ids, mask)
-        comparer = self._comparer()
-        have = self.engine.observe(ids, mask, select)
-        if self.causal:
-            for one, other in zip(want, have, strict=True):
-                comparer.add([one], [other])
-        else:
-            comparer.add(want, have)
-        return comparer.result()
+        return ids, mask
 
     def _fast(
         self,

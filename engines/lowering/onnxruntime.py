@@ -28,8 +28,10 @@ OPSET = 24  # TensorScatter
 # Added to the attention score of what a row may not see; exp() of it is 0 in float32.
 MASKED = -1e9
 # Further inputs of the lowered graph, and its output of kept rows by branch.
-_EMPTY, _FIRST = "lowered.empty", "lowered.first"  # no new K or V; axis 0
-WRITE_AT, LAST_COLUMN, TOTAL, LOGITS_FROM, KEPT = "write_at", "last_column", "total_length", "logits_from", "kept"
+TOTAL_LENGTH, LOGITS_FROM, KEPT = "total_length", "logits_from", "kept"
+# Values inside: where K and V are written, the cache's last column, its length; no new K or V; axis 0.
+_WRITE_AT, _LAST, _TOTAL = "lowered.write_at", "lowered.last_column", "lowered.total"
+_EMPTY, _FIRST = "lowered.empty", "lowered.first"
 
 
 def cache_outputs(manifest: Manifest, layer: int, kv: str) -> tuple[str, ...]:
@@ -46,15 +48,15 @@ def gates_attention(manifest: Manifest) -> bool:
 def lower(portable: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
     """The lowered form of a portable `model.onnx` (its weights stay external).
 
-    Inputs besides those of the portable graph: `last_column` [1] int32, the length after the call minus 1;
-    `total_length` [] int32, the length after it; `logits_from` [1] int64, the first column of the call whose logits
-    are wanted; where attention has gates also `write_at` [1] int64, the length before the call. Cache inputs and
-    outputs have the axis `capacity`; `cache_outputs` tells which outputs share the memory of an input.
+    `attention_mask` is no input any more: nothing is padded. In its place come `total_length` [1] int64, the columns
+    filled after the call, and `logits_from` [1] int64, the first column of the call whose logits are wanted. Cache
+    inputs and outputs have the axis `capacity`; `cache_outputs` tells which outputs share the memory of an input.
     """
     model = onnx.ModelProto()
     model.CopyFrom(portable)
     graph = model.graph
     layers = manifest.decoder.num_layers
+    _lengths(graph)
     if gates_attention(manifest):
         _write_in_place(graph, layers)
         _attend_kept_rows(graph, manifest)
@@ -66,8 +68,6 @@ def lower(portable: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
     _kept_output(graph)
     _drop_defaults(graph)
     _drop_unread(graph)
-    graph.input.append(helper.make_tensor_value_info(LAST_COLUMN, TensorProto.INT32, [1]))
-    graph.input.append(helper.make_tensor_value_info(TOTAL, TensorProto.INT32, []))
     graph.input.append(helper.make_tensor_value_info(LOGITS_FROM, TensorProto.INT64, [1]))
     del model.opset_import[:]
     model.opset_import.extend(
@@ -83,6 +83,29 @@ def _appended(layer: int, kv: str) -> str:
     return f"appended.{layer}.{kv}"
 
 
+def _lengths(graph: onnx.GraphProto) -> None:
+    """The mask of ones, and the lengths that the kernels ask for, from `total_length`."""
+    inputs = [value for value in graph.input if value.name != "attention_mask"]
+    del graph.input[:]
+    graph.input.extend(inputs)
+    graph.input.append(helper.make_tensor_value_info(TOTAL_LENGTH, TensorProto.INT64, [1]))
+    one = "lowered.one"
+    graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), one))
+    graph.initializer.append(numpy_helper.from_array(np.array([1], np.int32), f"{one}.int32"))
+    ones = numpy_helper.from_array(np.array([1], np.int64))
+    nodes = [
+        helper.make_node("Concat", [one, TOTAL_LENGTH], ["lowered.mask_shape"], axis=0),
+        helper.make_node("ConstantOfShape", ["lowered.mask_shape"], ["attention_mask"], value=ones),
+        helper.make_node("Cast", [TOTAL_LENGTH], [_TOTAL], to=TensorProto.INT32),
+        helper.make_node("Sub", [_TOTAL, f"{one}.int32"], [_LAST]),
+        helper.make_node("Shape", ["input_ids"], ["lowered.new_length"], start=1, end=2),
+        helper.make_node("Sub", [TOTAL_LENGTH, "lowered.new_length"], [_WRITE_AT]),
+    ]
+    for node in nodes:
+        node.name = node.output[0]
+    _replace_nodes(graph, [*nodes, *graph.node])
+
+
 def _write_in_place(graph: onnx.GraphProto, layers: int) -> None:
     """present = Concat(past, new) -> appended = TensorScatter(past, new) at the current length."""
     producers = {node.output[0]: node for node in graph.node}
@@ -94,12 +117,11 @@ def _write_in_place(graph: onnx.GraphProto, layers: int) -> None:
             node.op_type = "TensorScatter"
             del node.attribute[:]
             node.attribute.append(helper.make_attribute("axis", 2))
-            node.input.append(WRITE_AT)
+            node.input.append(_WRITE_AT)
             node.output[0] = _appended(layer, kv)
             appended = graph.output.add()
             appended.CopyFrom(outputs[f"present.{layer}.{kv}"])
             appended.name = _appended(layer, kv)
-    graph.input.append(helper.make_tensor_value_info(WRITE_AT, TensorProto.INT64, [1]))
 
 
 def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest) -> None:
@@ -201,7 +223,7 @@ def _gqa(
     name: str,
 ) -> onnx.NodeProto:
     """GroupQueryAttention of queries [1, K, heads x D] over a cache, to which new K and V are appended."""
-    inputs = [query, *new, *cache, LAST_COLUMN, TOTAL, "", "", "", bias]
+    inputs = [query, *new, *cache, _LAST, _TOTAL, "", "", "", bias]
     while not inputs[-1]:
         inputs.pop()
     heads = {"num_heads": shape.num_heads, "kv_num_heads": shape.num_kv_heads}

@@ -44,6 +44,13 @@ class _Memory:
         array = self.arrays[name] = np.array(value, order="C")
         self.binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
+    def feed_number(self, name: str, value: int) -> None:
+        """The same for an input of one int64."""
+        if name in self.arrays:
+            self.arrays[name][0] = value
+        else:
+            self.feed(name, np.array([value], np.int64))
+
     def result(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         """The array that the next run writes an output to."""
         bound = self.arrays.get(name)
@@ -67,7 +74,8 @@ class OnnxRuntimeRunner:
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
         self.manifest: Manifest = bundle.manifest
         self._bundle, self._threads = bundle, threads
-        self._places = [(layer, ("attn", "mlp").index(branch)) for layer, branch in gated_places(bundle.manifest)]
+        places = [(layer, ("attn", "mlp").index(branch)) for layer, branch in gated_places(bundle.manifest)]
+        self._rows, self._columns = np.array(places, np.int64).reshape(-1, 2).T
         self._lowered: ort.InferenceSession | None = None
         self._portable: PortableRunner | None = None
 
@@ -101,32 +109,27 @@ class OnnxRuntimeRunner:
         if not isinstance(cache.memory, _Memory):
             assert self._portable is not None
             return self._portable.step(cache, input_ids, attention_mask, position_ids, select, logits)
-        length = input_ids.shape[1]
+        memory, length = cache.memory, input_ids.shape[1]
         total = cache.length + length
         if total > cache.capacity:
             raise ValueError(f"the cache holds {cache.capacity} columns, {total} are needed")
-        if not attention_mask.all():
+        if length > 1 and not attention_mask.all():
             raise ValueError("a single sequence must not be padded")
-        memory = cache.memory
         memory.feed("input_ids", input_ids)
-        memory.feed("attention_mask", attention_mask)
         memory.feed("position_ids", position_ids)
-        if lowering.gates_attention(self.manifest):
-            memory.feed(lowering.WRITE_AT, np.array([cache.length], np.int64))
-        memory.feed(lowering.LAST_COLUMN, np.array([total - 1], np.int32))
-        memory.feed(lowering.TOTAL, np.array(total, np.int32))
-        memory.feed(lowering.LOGITS_FROM, np.array([0 if logits == "all" else length - 1], np.int64))
+        memory.feed_number(lowering.TOTAL_LENGTH, total)
+        memory.feed_number(lowering.LOGITS_FROM, 0 if logits == "all" else length - 1)
         if select is not None and self.manifest.selection is not None:
             memory.feed("thresholds" if self.manifest.selection.mode == "threshold" else "budget", select)
         columns = length if logits == "all" else 1
         scores = memory.result("logits", (1, columns, self.manifest.decoder.vocab_size), np.float32)
-        counts = memory.result(lowering.KEPT, (len(self._places),), np.int64) if self._places else None
+        counts = memory.result(lowering.KEPT, (len(self._rows),), np.int64) if len(self._rows) else None
         self._lowered_session().run_with_iobinding(memory.binding)
         cache.length = total
         kept = None
         if counts is not None:
             kept = np.zeros((self.manifest.decoder.num_layers, 2), np.int64)
-            kept[tuple(zip(*self._places, strict=True))] = counts
+            kept[self._rows, self._columns] = counts
         return StepOutput(scores.copy(), kept)
 
     def _lowered_session(self) -> ort.InferenceSession:

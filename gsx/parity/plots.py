@@ -108,7 +108,7 @@ def combined(report: Report, path: Path) -> None:
 
 def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
     """Three panels: states, keys, values; a line a budget."""
-    limit = report.tolerances.relative
+    limit = min(report.tolerances.relative_limit(result.rounding) for result in report.results)
     shades = _shades(report)
     floor = limit
     for axis, name in zip(axes, ("states", "keys", "values"), strict=True):

@@ -12,8 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
 from gsx.parity.compare import Compared, Comparison
 from gsx.parity.measure import Greedy
 
@@ -42,13 +40,29 @@ class Tolerances:
     tokens_must_agree: bool
     reason: str
 
-    def logit_limit(self, reference_max: float) -> float:
-        """Limit for logits whose largest is this one: a float's error grows with the float."""
-        return self.logits * max(1.0, reference_max / 10)
+    def logit_limit(self, reference_max: float, rounding: Compared | None = None) -> float:
+        """Limit for logits whose largest is this one: a float's error grows with the float.
 
-    def for_logits(self, logits: np.ndarray) -> float:
-        """Limit for these logits."""
-        return self.logit_limit(float(np.abs(logits).max()))
+        Args: rounding: what the reference itself loses in float32, if that was measured.
+        """
+        base = self.logits * max(1.0, reference_max / 10)
+        return _allowed(base, [] if rounding is None else [rounding.logits.max_abs])
+
+    def relative_limit(self, rounding: Compared | None = None) -> float:
+        """Limit for states, K and V."""
+        layers = [] if rounding is None else [*rounding.states, *rounding.keys, *rounding.values]
+        return _allowed(self.relative, [one.max_relative for one in layers])
+
+
+# Largest errors of two computations that are equally good differ by this much: tails are heavy.
+_TAIL = 4
+# Beyond this the limit does not move, whatever the reference's own error: a fault must show.
+_MOST = 10
+
+
+def _allowed(base: float, own: Sequence[float]) -> float:
+    """A limit, or where PyTorch's own float32 does no better on this model, a multiple of its error."""
+    return min(max(base, _TAIL * max(own, default=0.0)), _MOST * base)
 
 
 TOLERANCES: Mapping[str, Tolerances] = {
@@ -130,6 +144,7 @@ class BudgetResult:
         kept: [L][attn, mlp] shares that the reference keeps; 1 where there is no gate.
         kept_share: over all gated branches; None for a dense model.
         windows: whole windows in one call.
+        rounding: the reference in float32 beside itself in float64, over the same; None where it is in float32.
         single_steps, one_chunk: half a stretch, then the rest over the cache; None with rank selection.
         padded: two sequences of different lengths in one batch.
         fast_logits: logits of the runner that generates, over whole windows; fast_wrong_counts: how often it
@@ -142,6 +157,7 @@ class BudgetResult:
     kept: tuple[tuple[float, float], ...]
     kept_share: float | None
     windows: Compared
+    rounding: Compared | None
     single_steps: Compared | None
     one_chunk: Compared | None
     padded: Compared
@@ -208,7 +224,7 @@ class Report:
         """Every check at every budget."""
         checks = [check for result in self.results for check in _checks(result, self.tolerances)]
         if self.default_is_exported is not None:
-            once = _Checks(self.exported_budget, self.tolerances)
+            once = _Checks(self.exported_budget, self.tolerances, None)
             once.add(
                 "default selection, wrong",
                 float(not self.default_is_exported),
@@ -261,7 +277,7 @@ class Report:
 
 
 def _checks(result: BudgetResult, limits: Tolerances) -> list[Check]:
-    checks = _Checks(result.budget, limits)
+    checks = _Checks(result.budget, limits, result.rounding)
     checks.compared("", result.windows)
     difference = abs(result.engine_nats - result.reference_nats)
     decisions = result.windows.decisions
@@ -274,6 +290,15 @@ def _checks(result: BudgetResult, limits: Tolerances) -> list[Check]:
         detail=f"{math.exp(result.reference_nats):.4f} and {math.exp(result.engine_nats):.4f}",
         reason="a loss moves by at most twice the error of its logits",
     )
+    if result.rounding is not None:
+        own = result.rounding.logits
+        checks.add(
+            "PyTorch's own float32: logits, largest error",
+            own.max_abs,
+            None,
+            detail=f"{own.worst}",
+            reason=f"limits of logits and states are never below {_TAIL} times what PyTorch itself loses",
+        )
     for name, compared in (
         ("cache, single steps", result.single_steps),
         ("cache, one chunk", result.one_chunk),
@@ -282,7 +307,7 @@ def _checks(result: BudgetResult, limits: Tolerances) -> list[Check]:
         if compared is not None:
             checks.compared(name + ": ", compared)
     fast = result.fast_logits
-    checks.numbers("fast runner: logits", fast, fast.max_abs, limits.logit_limit(fast.reference_max))
+    checks.numbers("fast runner: logits", fast, fast.max_abs, limits.logit_limit(fast.reference_max, result.rounding))
     if decisions is not None and limits.differing_share is None:
         checks.add(
             "fast runner: branches with wrong counts",
@@ -299,8 +324,8 @@ def _checks(result: BudgetResult, limits: Tolerances) -> list[Check]:
 class _Checks:
     """Turns measurements of one budget into checks."""
 
-    def __init__(self, budget: float, limits: Tolerances) -> None:
-        self.budget, self.limits = budget, limits
+    def __init__(self, budget: float, limits: Tolerances, rounding: Compared | None) -> None:
+        self.budget, self.limits, self.rounding = budget, limits, rounding
         self.made: list[Check] = []
 
     def add(self, name: str, value: float, limit: float | None, *, detail: str, reason: str) -> None:
@@ -320,7 +345,7 @@ class _Checks:
     def compared(self, prefix: str, found: Compared) -> None:
         limits = self.limits
         logits = found.logits
-        limit = limits.logit_limit(logits.reference_max)
+        limit = limits.logit_limit(logits.reference_max, self.rounding)
         self.numbers(prefix + "logits, largest error", logits, logits.max_abs, limit)
         if prefix:
             groups = {"states, K and V": (*found.states, *found.keys, *found.values)}
@@ -328,7 +353,9 @@ class _Checks:
             groups = {"states": found.states, "keys": found.keys, "values": found.values}
         for name, layers in groups.items():
             worst = _worst_layer(layers)
-            self.numbers(f"{prefix}{name}, error over scale", worst, worst.max_relative, limits.relative)
+            self.numbers(
+                f"{prefix}{name}, error over scale", worst, worst.max_relative, limits.relative_limit(self.rounding)
+            )
         if found.decisions is None:
             return
         one = found.decisions

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from gsx.parity.compare import Accumulator, Comparer, Observation, Place
+from gsx.parity.compare import Accumulator, Compared, Comparer, Observation, Place
 from gsx.parity.report import TOLERANCES, Check, _number
 
 L, S, H, V = 3, 6, 4, 5
@@ -44,7 +44,7 @@ def comparer(*, causal: bool = True, copies: bool = False) -> Comparer:
     return Comparer(L, ("attn", "mlp"), causal=causal, near_tie=NEAR_TIE, copies=copies)
 
 
-def compare(want: Observation, have: Observation, **options: bool):  # type: ignore[no-untyped-def]
+def compare(want: Observation, have: Observation, **options: bool) -> Compared:
     made = comparer(**options)
     made.add([want], [have])
     return made.result()
@@ -183,6 +183,22 @@ def test_logit_limit_grows_with_the_logits() -> None:
     assert limits.logit_limit(5.0) == 1e-4
     assert limits.logit_limit(10.0) == 1e-4
     assert limits.logit_limit(25.0) == pytest.approx(2.5e-4)
+
+
+def test_limits_follow_what_the_reference_itself_loses_but_not_far() -> None:
+    limits = TOLERANCES["fp32"]
+
+    def rounding(error: float) -> Compared:
+        want, have = observation(), observation()
+        have.logits[0, 0] += error
+        have.states[0][0, 0] += error
+        return compare(want, have)
+
+    assert limits.logit_limit(5.0, rounding(1e-5)) == 1e-4
+    assert limits.logit_limit(5.0, rounding(1e-4)) == pytest.approx(4e-4, rel=0.01)
+    assert limits.logit_limit(5.0, rounding(1.0)) == pytest.approx(1e-3)
+    assert limits.relative_limit(rounding(1e-6)) == limits.relative
+    assert limits.relative_limit(rounding(1.0)) == 10 * limits.relative
 
 
 @pytest.mark.parametrize(

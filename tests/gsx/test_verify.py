@@ -132,7 +132,7 @@ def test_a_wrong_weight_fails_from_its_layer_on(copied: Path, tiny_text: Path, p
     report = check(copied, tiny_text, budgets=(1.0,))
     assert not report.passed
     assert "states, error over scale" in failed(report)
-    limit = report.tolerances.relative
+    limit = report.tolerances.relative_limit(report.results[0].rounding)
     states = report.results[0].windows.states
     assert states[0].max_relative < limit < states[1].max_relative
     assert "Parity fails" in (copied / "parity.html").read_text()
