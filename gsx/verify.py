@@ -203,7 +203,7 @@ class _Run:
             self._tell("with the cache", 0, 0)
             single_steps, one_chunk = self._cached(first, select)
         self._tell("with padding", 0, 0)
-        padded = self._padded(side, select)
+        padded = self._padded(side, single or side, select)
         self._tell("greedy continuation", 0, 0)
         with _torch_threads_for(self.manifest):
             steps = reference_continuation(side, self.windows[:1, :_PROMPT_TOKENS], self.greedy_tokens)
@@ -246,13 +246,14 @@ class _Run:
             found.append(comparer.result())
         return found[0], found[1]
 
-    def _padded(self, side: ReferenceSide, select: np.ndarray | None) -> Compared:
+    def _padded(self, side: ReferenceSide, single: ReferenceSide, select: np.ndarray | None) -> Compared:
         """Two sequences of different lengths, padded on the left, in one call.
 
         Both carry an end-of-text token, which running text has not, and which is always kept.
         With threshold selection each must come out as it does alone; rank selection counts the whole call, so
-        there the reference sees the same batch. There, too, one near tie that turns concerns all tokens: then
-        another stretch of text is tried.
+        there the reference sees the same batch (in float32: transformers masks padding in float64 by a number
+        that its softmax, always in float32, takes for infinite, and gives NaN). There, too, one near tie that
+        turns concerns all tokens: then another stretch of text is tried.
         """
         for attempt in range(_ATTEMPTS):
             ids, mask = self._padded_batch(attempt)
@@ -263,7 +264,7 @@ class _Run:
                     alone = ids[row : row + 1, mask[row] == 1]
                     comparer.add(side.observe(alone, np.ones_like(alone)), [one])
             else:
-                comparer.add(side.observe(ids, mask), have)
+                comparer.add(single.observe(ids, mask), have)
             result = comparer.result()
             if result.decisions is None or result.decisions.wrong or result.logits.values:
                 break
@@ -271,9 +272,10 @@ class _Run:
 
     def _padded_batch(self, attempt: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask of two stretches; they begin differently, since equal beginnings have equal scores."""
-        long, short = _PADDED_TOKENS
-        ids, mask = np.zeros((2, long), np.int64), np.zeros((2, long), np.int64)
         first, last = self.windows[0], self.windows[-1]
+        # Room to begin at another place.
+        long, short = (min(count, len(first) - 1) for count in _PADDED_TOKENS)
+        ids, mask = np.zeros((2, long), np.int64), np.zeros((2, long), np.int64)
         start = long * attempt % (len(first) - long)
         ids[0], mask[0] = first[start : start + long], 1
         differing = np.flatnonzero(last[: len(last) - short] != ids[0, 0])

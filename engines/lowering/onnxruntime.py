@@ -66,6 +66,7 @@ def lower(portable: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
     _regions(graph, layers)
     _last_logits(graph, layers)
     _kept_output(graph)
+    _thresholds_inside(graph)
     _drop_defaults(graph)
     _drop_unread(graph)
     graph.input.append(helper.make_tensor_value_info(LOGITS_FROM, TensorProto.INT64, [1]))
@@ -275,6 +276,37 @@ def _kept_output(graph: onnx.GraphProto) -> None:
         return
     graph.node.append(helper.make_node("Concat", [size_name(c) for c in choices], [KEPT], name=KEPT, axis=0))
     graph.output.append(helper.make_tensor_value_info(KEPT, TensorProto.INT64, [len(choices)]))
+
+
+def _thresholds_inside(graph: onnx.GraphProto) -> None:
+    """ThresholdGather's body, spelled out: its rows are gathered inside the `If` alone, where no one else reads them."""
+    read = {name for node in graph.node for name in node.input}
+    heads = {}  # rows -> the node that gathers them
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "ThresholdGather":
+            nodes.append(node)
+            continue
+        x, score, threshold = node.input
+        rows, index, _ = node.output
+        kept, found = f"{index}.kept", f"{index}.found"
+        gather = helper.make_node("Gather", [x, index], [rows], name=rows, axis=0)
+        nodes += [
+            helper.make_node("Greater", [score, threshold], [kept], name=kept),
+            helper.make_node("NonZero", [kept], [found], name=found),
+            helper.make_node("Squeeze", [found, _FIRST], [index], name=index),
+        ]
+        if rows in read:
+            nodes.append(gather)
+        else:
+            heads[rows] = gather
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.name == "then_branch":
+                inside = {name for inner in attribute.g.node for name in inner.input}
+                for rows in inside & heads.keys():
+                    attribute.g.node.insert(0, heads[rows])
+    _replace_nodes(graph, nodes)
 
 
 def _drop_defaults(graph: onnx.GraphProto) -> None:
