@@ -279,7 +279,7 @@ def _kept_output(graph: onnx.GraphProto) -> None:
 
 
 def _thresholds_inside(graph: onnx.GraphProto) -> None:
-    """ThresholdGather's body, spelled out: its rows are gathered inside the `If` alone, where no one else reads them."""
+    """ThresholdGather's body, spelled out: unless others read its rows, they are gathered inside the `If` alone."""
     read = {name for node in graph.node for name in node.input}
     heads = {}  # rows -> the node that gathers them
     nodes: list[onnx.NodeProto] = []

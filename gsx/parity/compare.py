@@ -80,7 +80,7 @@ class Comparison:
 
     Args:
         values: numbers compared; 0 is a failure.
-        not_finite: numbers of the engine that are NaN or infinite; any is a failure.
+        not_finite: pairs of which one is NaN or infinite; any is a failure.
         max_abs, mean_abs, rms: of the difference.
         reference_rms, reference_max: of the reference.
         max_relative: largest difference over its own scale, which is the greater of two root mean squares of
@@ -131,12 +131,13 @@ class Accumulator:
         if not clean.any():
             return
         want, have = reference[clean].astype(np.float64), found[clean].astype(np.float64)
-        bad = int((~np.isfinite(have)).sum())
+        bad = int((~np.isfinite(have) | ~np.isfinite(want)).sum())
         self.values += want.size
         self.not_finite += bad
         error = np.abs(have - want)
         if bad:
             error = np.where(np.isfinite(error), error, np.inf)
+            want = np.where(np.isfinite(want), want, 0.0)
         squares = (want**2).mean(axis=1)
         scale = np.sqrt(np.maximum(squares, squares.mean()))
         relative = error.max(axis=1) / np.maximum(scale, np.finfo(np.float32).tiny)

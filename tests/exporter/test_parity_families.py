@@ -134,6 +134,7 @@ def test_family_is_exported_with_parity(row: Row, tmp_path: Path, tiny_text: Pat
         tmp_path / "model",
         row.family,
         gate=row.gate,
+        layers=3 if row.kv_policy == "copy" else 2,
         hidden=row.hidden,
         tied=row.tied,
         tokenizer=True,

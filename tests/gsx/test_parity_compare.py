@@ -92,12 +92,14 @@ def test_a_huge_token_does_not_hide_a_small_one() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_a_number_is_counted_and_unusable(value: float) -> None:
-    want, have = observation(), observation()
-    have.logits[2, 1] = value
-    found = compare(want, have)
-    assert found.logits.not_finite == 1
-    assert not found.logits.usable
-    assert found.states[0].usable
+    for side in (0, 1):  # of the engine, or of the reference
+        both = observation(), observation()
+        both[side].logits[2, 1] = value
+        found = compare(*both)
+        assert found.logits.not_finite == 1
+        assert found.logits.max_abs == math.inf
+        assert not found.logits.usable
+        assert found.states[0].usable
 
 
 def test_comparing_nothing_is_unusable() -> None:
