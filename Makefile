@@ -13,7 +13,7 @@ help: ## show this
 demo: $(STAMP) ## export the example model, prove it equal to PyTorch, generate with it
 	$(BIN)/gsx export examples/model --budget 0.7 -o $(DEMO) --overwrite
 	$(BIN)/gsx verify $(DEMO)
-	$(BIN)/gsx generate $(DEMO) "def " --max-new-tokens 64
+	$(BIN)/gsx generate $(DEMO) "class Reader:" --max-new-tokens 64 --temperature 0.8 --top-k 40 --seed 2
 	@echo
 	@echo "The report with its plots: $(DEMO)/parity.html"
 
