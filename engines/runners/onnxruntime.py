@@ -6,12 +6,15 @@ of ONNX Runtime without the kernels run the portable graph.
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import numpy as np
 import onnx
 import onnxruntime as ort
 
 from engines.bundle.bundle import Bundle
 from engines.bundle.manifest import Manifest
+from engines.errors import BundleError
 from engines.lowering import onnxruntime as lowering
 from engines.lowering.probe import is_supported
 from engines.runners.base import Cache, Logits, StepOutput
@@ -134,7 +137,16 @@ class OnnxRuntimeRunner:
 
     def _lowered_session(self) -> ort.InferenceSession:
         if self._lowered is None:
-            portable = onnx.load(str(self._bundle.graph_path("model")), load_external_data=False)
-            model = lowering.lower(portable, self.manifest)
+            path = self._bundle.graph_path("model")
+            portable = onnx.load(str(path), load_external_data=False)
+            try:
+                model = lowering.lower(portable, self.manifest)
+            except (AssertionError, IndexError, KeyError, StopIteration) as error:
+                raise BundleError(
+                    f"{path}: is not laid out as this version of gsx lays graphs out",
+                    expected=f"a graph of gsx {version('gsx')}",
+                    found=f"one of gsx {self.manifest.gsx_version}",
+                    todo="run `gsx export` again",
+                ) from error
             self._lowered = open_session(model.SerializeToString(), self._bundle.directory, self._threads)
         return self._lowered

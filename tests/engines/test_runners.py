@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from engines.bundle.bundle import open_bundle
-from engines.errors import UsageError
+from engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
+from engines.errors import BundleError, UsageError
 from engines.generation import Generation, generate, select_for
 from engines.lowering.probe import is_supported
 from engines.lowering.regions import find_regions
@@ -186,3 +188,17 @@ def test_bad_options_are_refused(tiny_bundle: Path, options: dict[str, float], m
 def test_bad_prompts_are_refused(tiny_bundle: Path, prompt: list[int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         generate(OnnxRuntimeRunner(open_bundle(tiny_bundle)), [prompt], max_new_tokens=1)
+
+
+def test_a_graph_of_another_layout_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A graph that the lowering does not know (here without its head) gives a message, not a traceback."""
+    directory = shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    model = onnx.load(str(directory / "model.onnx"), load_external_data=False)
+    for node in model.graph.node:
+        node.op_type = node.op_type.replace("Reshape", "Identity")
+    (directory / "model.onnx").write_bytes(model.SerializeToString())
+    manifest = json.loads((directory / MANIFEST).read_text())
+    manifest["graphs"]["model"]["sha256"] = sha256_of(directory / "model.onnx")
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="run `gsx export` again"):
+        OnnxRuntimeRunner(open_bundle(directory)).new_cache(1, 8)
