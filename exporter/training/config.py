@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,6 +138,16 @@ class TrainConfig:
                 expected="whole numbers from 1 up",
                 found=str(list(self.exits)),
             )
+
+    def with_steps(self, steps: int, *, resumed: bool = False) -> TrainConfig:
+        """The same recipe over another number of steps: warm-up, decay and fall of the budget keep their shares.
+
+        Args:
+            resumed: for a run that has begun: only what is still to come, the decay, follows.
+        """
+        names = ("decay_steps",) if resumed else ("decay_steps", "warmup_steps", "budget_steps")
+        scaled = {name: getattr(self, name) * steps // self.steps for name in names}
+        return replace(self, steps=steps, **scaled)
 
     @classmethod
     def from_json(cls, path: Path) -> TrainConfig:

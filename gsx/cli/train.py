@@ -45,7 +45,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest snapshot.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
     snapshot_every: Annotated[int, typer.Option(help="Steps between snapshots.")] = 200,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="as configured")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; schedules keep their shares.", show_default="as configured")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a step.", show_default="as configured")] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens a sequence.", show_default="as configured")
@@ -73,7 +75,6 @@ def train(
             from exporter.training import train as run
 
         given = {
-            "steps": steps,
             "batch_size": batch_size,
             "sequence_length": sequence_length,
             "learning_rate": learning_rate,
@@ -82,6 +83,10 @@ def train(
         }
         values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         settings = TrainConfig.from_json(config) if config is not None else TrainConfig()
+        if steps is not None and steps > 0:
+            settings = settings.with_steps(steps, resumed=resume)
+        elif steps is not None:
+            raise typer.BadParameter(f"{steps} is not a positive number", param_hint="--steps")
         speed = _Speed()
         result = run(
             replace(settings, **values),
@@ -92,6 +97,7 @@ def train(
             resume=resume,
             overwrite=overwrite,
             snapshot_every=snapshot_every,
+            on_phase=line.update,
             on_step=lambda report: line.update("training", report.step, report.steps, speed.note(report)),
         )
     if as_json:

@@ -96,13 +96,13 @@ def test_greedy_tokens_are_equal(bundle_path: Path) -> None:
 
 
 def test_a_batch_equals_its_members(bundle_path: Path) -> None:
-    """Left padding and neighbours change nothing (threshold selection; rank looks at the whole call)."""
+    """Left padding and neighbours change nothing; under rank selection, which looks at the whole call, at budget 1."""
     _, runner = both(bundle_path)
-    if runner.manifest.selection and runner.manifest.selection.mode == "rank":
-        pytest.skip("rank selection chooses among all tokens of a call: a batch is not its members")
+    ranks = runner.manifest.selection is not None and runner.manifest.selection.mode == "rank"
+    budget = 1.0 if ranks else None
     prompts = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]]
-    alone = [generate(runner, [prompt], max_new_tokens=30).sequences[0] for prompt in prompts]
-    assert generate(runner, prompts, max_new_tokens=30).sequences == alone
+    alone = [generate(runner, [prompt], max_new_tokens=30, budget=budget).sequences[0] for prompt in prompts]
+    assert generate(runner, prompts, max_new_tokens=30, budget=budget).sequences == alone
 
 
 def test_every_branch_is_left_out_when_nothing_is_kept(tiny_bundle: Path) -> None:

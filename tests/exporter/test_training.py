@@ -359,3 +359,11 @@ def test_changed_text_is_noticed(tmp_path: Path, text: Path) -> None:
 def test_divergence_is_said(tmp_path: Path, text: Path) -> None:
     with pytest.raises(GsxError, match="has a gradient that is not finite"):
         _run(replace(TINY, learning_rate=1e30, optimizer="adamw"), tmp_path, text)
+
+
+def test_another_number_of_steps_keeps_the_shares() -> None:
+    recipe = TrainConfig(steps=1000, warmup_steps=100, decay_steps=200, budget_steps=500)
+    short = recipe.with_steps(30)
+    assert (short.steps, short.warmup_steps, short.decay_steps, short.budget_steps) == (30, 3, 6, 15)
+    longer = recipe.with_steps(2000, resumed=True)
+    assert (longer.warmup_steps, longer.decay_steps, longer.budget_steps) == (100, 400, 500)
