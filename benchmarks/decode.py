@@ -3,8 +3,9 @@
     python -m benchmarks.decode --work DIR
 
 Makes the benchmark model dense and gated (`model.py`), exports it, lets GenAI's builder export the dense one, and times
-all peers in turn: one process each, 512 random tokens of prompt, 64 more tokens, greedy. Ratios are medians of the
-ratios within a round, so that a machine that speeds up or slows down moves both sides.
+all peers in turn: one process each, 512 random tokens of prompt, 64 more tokens, greedy, each timed call right after an
+untimed prefill. Ratios are medians of the ratios within a round, so that a machine that speeds up or slows down moves
+both sides.
 """
 
 from __future__ import annotations
