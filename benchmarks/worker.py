@@ -68,7 +68,7 @@ def main() -> None:
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        call(request["prompt"], 2)  # while others were timed, this process was idle and its memory went cold
+        call(request["prompt"], 2)  # the first call after a pause is slower, whatever the model
         prefill, decode, tokens, kept = call(request["prompt"], request["new_tokens"])
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         answer = {"prefill": prefill, "decode": decode, "tokens": tokens, "kept": kept, "peak_mb": peak / 1024}
