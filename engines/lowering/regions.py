@@ -6,8 +6,9 @@ an empty query; an `If` leaves the whole branch out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import onnx
 from onnx import helper
@@ -114,7 +115,12 @@ def size_name(choice: onnx.NodeProto) -> str:
     return f"{choice.output[2]}.size"
 
 
-def _reach(start: Iterable[str], step, nodes: Sequence[onnx.NodeProto], side: str) -> set[int]:  # type: ignore[no-untyped-def]
+def _reach(
+    start: Iterable[str],
+    step: Callable[[str], Sequence[int]],
+    nodes: Sequence[onnx.NodeProto],
+    side: Literal["input", "output"],
+) -> set[int]:
     """Numbers of all nodes that can be reached from some values."""
     found: set[int] = set()
     pending = list(start)
