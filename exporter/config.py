@@ -16,6 +16,9 @@ from engines.errors import CheckpointError
 Branch = Literal["attn", "mlp"]
 BRANCHES: tuple[Branch, Branch] = ("attn", "mlp")
 
+# K and V of skipped tokens: their own, or those of the layer below (docs/design.md, section 3).
+KvPolicy = Literal["compute", "copy"]
+
 GateKind = Literal["vector", "scalar"]
 GateInput = Literal["post_norm", "pre_norm"]
 
@@ -111,7 +114,6 @@ class ModelConfig:
     head_dim: int
     max_positions: int
     rms_norm_eps: float
-    activation: str
     tied_head: bool
     qkv_bias: bool
     o_bias: bool
@@ -189,7 +191,6 @@ class ModelConfig:
             head_dim=head_dim,
             max_positions=hf.max_position_embeddings,
             rms_norm_eps=hf.rms_norm_eps,
-            activation=hf.hidden_act,
             tied_head=bool(hf.tie_word_embeddings),
             qkv_bias=trait(family.qkv_bias),
             o_bias=trait(family.o_bias),

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from exporter.config import KvPolicy
 from exporter.reference import Reference
-from exporter.selection import KvPolicy, Selection
+from exporter.selection import Selection
 
 # Windows [B, S] int64 -> logits [B, S, V].
 LogitsOf = Callable[[np.ndarray], np.ndarray]

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from engines.errors import UsageError
 from exporter.checkpoint import Checkpoint, is_gate
-from exporter.config import BRANCHES, Branch, GateConfig, ModelConfig
-from exporter.selection import KeepAll, KvPolicy, Rank, Selection, Threshold, kept_count
+from exporter.config import BRANCHES, Branch, GateConfig, KvPolicy, ModelConfig
+from exporter.selection import KeepAll, Rank, Selection, Threshold, kept_count
 
 
 @dataclass

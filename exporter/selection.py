@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from engines.bundle.manifest import check_budget
 from engines.errors import UsageError
-
-KvPolicy = Literal["compute", "copy"]
 
 # A budget is a decimal of at most six places, so that counting is a matter of whole numbers.
 BUDGET_PLACES = 6
@@ -62,16 +59,6 @@ class Rank:
 
 
 Selection = KeepAll | Threshold | Rank
-
-
-def check_budget(budget: float) -> None:
-    """Refuse what is not a budget.
-
-    Raises:
-        UsageError: not a number in (0, 1].
-    """
-    if not (isinstance(budget, (int, float)) and math.isfinite(budget) and 0 < budget <= 1):
-        raise UsageError("budget: cannot be used", expected="a number over 0 and up to 1", found=repr(budget))
 
 
 def kept_count(n: int, budget: float) -> int:

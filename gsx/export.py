@@ -19,8 +19,8 @@ from engines.bundle.bundle import Bundle, open_bundle, sha256_of, write_manifest
 from engines.errors import UsageError
 from exporter.calibration import DEFAULT_GRID, DEFAULT_TOKENS, calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.config import ModelConfig
-from exporter.decoder.layer import DecoderOptions, KvPolicy, Selection
+from exporter.config import KvPolicy, ModelConfig
+from exporter.decoder.layer import DecoderOptions, Selection
 from exporter.graph.assemble import Graph, build_model
 from exporter.graph.weights import WeightsFile, write_weights
 from exporter.text import TokenText, tokenize

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.config import BRANCHES, Branch, GateConfig, ModelConfig
+from exporter.config import BRANCHES, Branch, GateConfig, KvPolicy, ModelConfig
 from exporter.decoder.norm import RmsNorm
 from plugins.full_attention.op import full_attention
 from plugins.gated_scatter_add.op import gated_scatter_add
@@ -27,7 +27,6 @@ from plugins.threshold_gather.op import threshold_gather
 from plugins.topk_gather.op import topk_gather
 
 Selection = Literal["threshold", "rank"]
-KvPolicy = Literal["compute", "copy"]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from transformers import DynamicCache
 from engines.bundle.bundle import Bundle
 from engines.runners.base import Runner
 from engines.runners.portable import PortableRunner, gated_places
+from exporter.config import KvPolicy
 from exporter.reference import Reference, ReferenceOutput
-from exporter.selection import KvPolicy, Rank, Selection, Threshold
+from exporter.selection import Rank, Selection, Threshold
 from gsx.parity.compare import Observation
 
 

@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from engines.errors import UsageError
 from exporter.checkpoint import open_checkpoint
-from exporter.config import BRANCHES, GateConfig
+from exporter.config import BRANCHES, GateConfig, KvPolicy
 from exporter.reference import Reference, ReferenceOutput
-from exporter.selection import KeepAll, KvPolicy, Rank, Selection, Threshold, kept_count
+from exporter.selection import KeepAll, Rank, Selection, Threshold, kept_count
 from tests.tiny import EOS_ID, FAMILY_NAMES, PAD_ID, tiny_checkpoint
 
 # Two orders of summation of the same fp32 terms; logits here are of order 1 to 10.
