@@ -31,9 +31,9 @@ from exporter.decoder.loading import load_entry, load_layer
 DEFAULT_GRID = (1.0, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 DEFAULT_TOKENS = 4096
 # Scores nearer than this may be one score, rounded differently: they are kept or skipped together.
-_TIE = 4e-6
+TIE = 4e-6
 # How far from the share a threshold may move for the sake of a wider gap (the budget allows 0.01).
-_NEAR_SHARE = 0.002
+NEAR_SHARE = 0.002
 
 
 @dataclass(frozen=True)
@@ -121,15 +121,15 @@ def threshold_for(scores: np.ndarray, share: float) -> np.float32:
     gaps = np.diff(ordered, prepend=-np.inf, append=np.inf)
     wanted = (1.0 - min(max(share, 0.0), 1.0)) * n
     distance = np.abs(np.arange(n + 1) - wanted)
-    near = np.flatnonzero(distance <= max(_NEAR_SHARE * n, distance.min()))
+    near = np.flatnonzero(distance <= max(NEAR_SHARE * n, distance.min()))
     cut = near[gaps[near].argmax()]
-    if gaps[cut] < _TIE:
-        clear = np.flatnonzero(gaps >= _TIE)
+    if gaps[cut] < TIE:
+        clear = np.flatnonzero(gaps >= TIE)
         cut = clear[distance[clear].argmin()]
     if cut == 0:
-        return np.float32(ordered[0] - _TIE)
+        return np.float32(ordered[0] - TIE)
     if cut == n:
-        return np.float32(ordered[-1] + _TIE)
+        return np.float32(ordered[-1] + TIE)
     return np.float32((ordered[cut - 1] + ordered[cut]) / 2)
 
 
