@@ -17,11 +17,12 @@ import torch
 from engines.bundle import manifest as schema
 from engines.bundle.bundle import Bundle, open_bundle, sha256_of, write_manifest, writing
 from engines.errors import UsageError
+from engines.speculation.spec import check_draft, check_exit, parse_draft, refuse_rank, refuse_ungated
 from exporter.calibration import DEFAULT_GRID, DEFAULT_TOKENS, calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import KvPolicy, ModelConfig
 from exporter.decoder.layer import DecoderOptions, Selection
-from exporter.graph.assemble import Graph, build_model
+from exporter.graph.assemble import GraphBuilder, Graphs
 from exporter.graph.weights import WeightsFile, write_weights
 from exporter.text import TokenText, tokenize
 
@@ -31,7 +32,6 @@ _DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "weights.bin"
 # Room for graphs, tokenizer and manifest beside the weights.
 _SLACK_BYTES = 64 << 20
@@ -56,6 +56,7 @@ def export(
     precision: Precision = "fp32",
     calibration: str | Path | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
+    draft: str | None = None,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Bundle:
@@ -71,6 +72,8 @@ def export(
         precision: type of weights and activations.
         calibration: UTF-8 text for the thresholds; None for the text that ships with gsx.
         calibration_tokens: how much of it to use.
+        draft: how to draft for self-speculative decoding: `exit:E`, `budget:B` or `layers:SET` (see
+            `engines.speculation.spec.parse_draft`); None for no draft.
         overwrite: replace a bundle that is already at `output`.
         on_progress: called as it goes.
     Raises:
@@ -85,6 +88,7 @@ def export(
     config = checkpoint.config
     options = DecoderOptions(select, kv_policy, _DTYPES[precision])
     _check_choices(config, budget, kv_policy, calibration)
+    drafting = _draft(draft, config, select)
     bytes_each = 4 if precision == "fp32" else 2
     needed = checkpoint.weight_bytes() * bytes_each // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
@@ -92,12 +96,17 @@ def export(
         if config.gate is not None:
             selection = _selection(checkpoint, options, budget or 1.0, calibration, calibration_tokens, on_progress)
         on_progress(Progress("tracing", 0, 0))
-        graph = build_model(checkpoint, options, _default_select(selection))
-        weights = _write(work, checkpoint, graph, on_progress)
+        builder = GraphBuilder(checkpoint, options, _default_select(selection))
+        exit_layer = drafting.draft.layer if drafting and drafting.draft.kind == "exit" else None
+        graphs = builder.graphs(exit_layer)
+        weights = _write(work, checkpoint, graphs, on_progress)
         for path in checkpoint.companions():
             shutil.copyfile(path, work / path.name)
         on_progress(Progress("hashing the source weights", 0, 0))
-        write_manifest(work, _manifest(checkpoint, options, precision, selection, graph, weights, work))
+        manifest = _manifest(checkpoint, options, precision, selection, graphs, weights, drafting, work)
+        if drafting is not None:
+            check_draft(drafting.draft, manifest)
+        write_manifest(work, manifest)
     return open_bundle(output)
 
 
@@ -122,6 +131,20 @@ def _check_choices(
             "--kv-policy copy needs gates on the attention branch",
             found="gates on " + ", ".join(config.gated_branches),
         )
+
+
+def _draft(draft: str | None, config: ModelConfig, select: Selection) -> schema.DraftEntry | None:
+    """The draft that was asked for, as far as it can be checked before any work."""
+    if draft is None:
+        return None
+    parsed = parse_draft(draft)
+    if select == "rank" and config.gate is not None:
+        refuse_rank()
+    if parsed.kind == "exit":
+        check_exit(parsed.layer, config.num_layers)
+    elif config.gate is None:
+        refuse_ungated(parsed)
+    return schema.DraftEntry(draft=parsed)
 
 
 def _selection(
@@ -176,9 +199,9 @@ def _default_select(selection: schema.Selection | None) -> np.ndarray | None:
     return selection.thresholds_for(selection.budget)
 
 
-def _write(work: Path, checkpoint: Checkpoint, graph: Graph, on_progress: Callable[[Progress], None]) -> WeightsFile:
-    """The graph and the weights file; the graph's initializers refer to the latter."""
-    total = len(graph.weights)
+def _write(work: Path, checkpoint: Checkpoint, graphs: Graphs, on_progress: Callable[[Progress], None]) -> WeightsFile:
+    """The graphs and the weights file, to which the graphs' initializers refer."""
+    total = len(graphs.weights)
     done = 0
 
     def count(name: str) -> None:
@@ -186,10 +209,17 @@ def _write(work: Path, checkpoint: Checkpoint, graph: Graph, on_progress: Callab
         done += 1
         on_progress(Progress("writing weights", done, total))
 
-    weights = write_weights(work / WEIGHTS_FILE, graph.weights, checkpoint.tensor, count)
-    graph.model.graph.initializer.extend(weights.initializers.values())
-    (work / GRAPH_FILE).write_bytes(graph.model.SerializeToString())
+    weights = write_weights(work / WEIGHTS_FILE, graphs.weights, checkpoint.tensor, count)
+    for name, model in graphs.models.items():
+        read = {value for node in model.graph.node for value in node.input}
+        model.graph.initializer.extend(tensor for key, tensor in weights.initializers.items() if key in read)
+        (work / graph_file(name)).write_bytes(model.SerializeToString())
     return weights
+
+
+def graph_file(name: str) -> str:
+    """File of a graph of the bundle."""
+    return f"{name}.onnx"
 
 
 def _manifest(
@@ -197,8 +227,9 @@ def _manifest(
     options: DecoderOptions,
     precision: Precision,
     selection: schema.Selection | None,
-    graph: Graph,
+    graphs: Graphs,
     weights: WeightsFile,
+    draft: schema.DraftEntry | None,
     work: Path,
 ) -> schema.Manifest:
     config = checkpoint.config
@@ -229,8 +260,9 @@ def _manifest(
         selection=selection,
         kv_policy=options.kv_policy,
         precision=precision,
-        graphs={"model": _graph_entry(graph.model, work / GRAPH_FILE)},
+        graphs={name: _graph_entry(model, work / graph_file(name)) for name, model in graphs.models.items()},
         weights=schema.WeightsEntry(file=WEIGHTS_FILE, sha256=weights.sha256, size_bytes=weights.size_bytes),
+        draft=draft,
     )
 
 
