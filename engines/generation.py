@@ -20,7 +20,7 @@ from engines.errors import UsageError
 from engines.runners.base import Cache, Runner, StepOutput
 from engines.sampling import GREEDY, Picker, Sampling
 from engines.speculation.draft import Draft
-from engines.speculation.length import AdaptiveLength, DraftLength, FixedLength, Round
+from engines.speculation.length import FIRST_LENGTH, AdaptiveLength, DraftLength, FixedLength, Round
 
 FinishReason = Literal["end-of-text", "length", "context", "stopped"]
 # Called with (sequence, token); returns whether the sequence is to end here.
@@ -39,8 +39,8 @@ class GenerationStats:
         decode_steps: number of those; each has one verification, or one plain step.
         draft_seconds, verify_seconds: parts of decode_seconds: in draft steps; in verifications and plain steps. What
             is left is the loop's own.
-        drafted, accepted: by place in the draft (the first drafted token first): how often a token was drafted there,
-            and how often it was right.
+        drafted, accepted: by place in the draft (its first token first): how often a token stood there with none
+            but right ones before it, and how often it was right.
         kept_rows, gated_rows: rows that branches ran on, and rows that came before their gates, in all layers that the
             model itself ran; 0 without gates.
     """
@@ -75,7 +75,7 @@ class GenerationStats:
 
     @property
     def acceptance(self) -> float | None:
-        """Share of drafted tokens that were right; None where nothing was drafted."""
+        """Chance of a drafted token to be right, if the ones before it are; None where nothing was drafted."""
         return sum(self.accepted) / sum(self.drafted) if sum(self.drafted) else None
 
 
@@ -126,7 +126,7 @@ def generate(
     assert draft is None or draft.runner is runner, "a draft reads the cache of its own runner"
     length: DraftLength = FixedLength(draft_length or 0)
     if draft is not None and draft_length is None:
-        length = AdaptiveLength()
+        length = AdaptiveLength(manifest.draft.length or FIRST_LENGTH) if manifest.draft else AdaptiveLength()
     loop = _Loop(
         runner,
         draft,

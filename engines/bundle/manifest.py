@@ -196,16 +196,38 @@ class LayersDraft(_Model):
 DraftKind = Annotated[ExitDraft | BudgetDraft | LayersDraft, Field(discriminator="kind")]
 
 
+DraftTokens = Annotated[int, Field(ge=1)]
+
+
+class DraftMeasurement(_Model):
+    """What one exit gave when `--draft auto` tried it.
+
+    Args:
+        layer: the exit.
+        length: tokens drafted before a verification: the best one found.
+        acceptance: share of drafted tokens that were right, those behind a wrong one not counted.
+        tokens_per_second, plain_tokens_per_second: with this draft and without one, taking turns.
+    """
+
+    layer: int
+    length: DraftTokens
+    acceptance: float
+    tokens_per_second: float
+    plain_tokens_per_second: float
+
+
 class DraftEntry(_Model):
     """How this bundle drafts, unless another way is asked for.
 
     Args:
         draft: what is left out.
-        length: tokens drafted before a verification; null where the decoding loop finds it by itself.
+        length: tokens drafted before the first verifications, until the loop knows better; null: its own choice.
+        measured: where the draft was chosen by measuring (`--draft auto`), what was seen of each candidate.
     """
 
     draft: DraftKind
-    length: Annotated[int, Field(ge=1)] | None = None
+    length: DraftTokens | None = None
+    measured: tuple[DraftMeasurement, ...] = ()
 
 
 class Manifest(_Model):

@@ -41,7 +41,7 @@ class PortableStage:
         self, bundle: Bundle, graph: str = "model", *, capture: Sequence[str] = (), threads: int | None = None
     ) -> None:
         self.manifest: Manifest = bundle.manifest
-        self.dtype = host_type(self.manifest)
+        self.dtype = host_type(self.manifest.precision)
         self.layers = layers_of(self.manifest, graph)
         self.captured: dict[str, np.ndarray] = {}
         self._capture = list(capture)
@@ -166,18 +166,18 @@ def gated_places(manifest: Manifest, layers: range | None = None) -> list[tuple[
     return [(layer, branch) for layer in layers or range(manifest.decoder.num_layers) for branch in branches]
 
 
-def host_type(manifest: Manifest) -> np.dtype[Any]:
-    """NumPy type of the graph's activations.
+def host_type(precision: str) -> np.dtype[Any]:
+    """NumPy type of the activations of a graph of this precision.
 
     Raises:
         GsxError: bfloat16, which ONNX Runtime has no CPU kernels for.
     """
-    dtype = NUMPY_TYPES.get(manifest.precision)
+    dtype = NUMPY_TYPES.get(precision)
     if dtype is None:
         raise GsxError(
-            f"ONNX Runtime cannot run {manifest.precision} graphs on a CPU (no MatMul kernel)",
+            f"ONNX Runtime cannot run {precision} graphs on a CPU (no MatMul kernel)",
             expected="fp32 or fp16",
-            found=manifest.precision,
+            found=precision,
             todo="export with --precision fp32 to run here; the bf16 graph is for TensorRT",
         )
     return dtype

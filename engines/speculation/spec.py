@@ -50,8 +50,7 @@ def check_draft(draft: DraftKind, manifest: Manifest) -> None:
     Raises:
         UsageError: selection by rank, another split than the bundle's, a budget outside its grid, unknown branches.
     """
-    if manifest.selection is not None and manifest.selection.mode == "rank":
-        refuse_rank()
+    check_speculation(manifest)
     if isinstance(draft, ExitDraft):
         check_exit(draft.layer, manifest.decoder.num_layers)
         own = manifest.draft.draft if manifest.draft is not None else None
@@ -76,6 +75,12 @@ def check_draft(draft: DraftKind, manifest: Manifest) -> None:
                 + ", ".join(manifest.gates.branches),
                 found=", ".join(f"{layer}.{branch}" for layer, branch in unknown) or "all of them",
             )
+
+
+def check_speculation(manifest: Manifest) -> None:
+    """Refuse a bundle that cannot speculate at all."""
+    if manifest.selection is not None and manifest.selection.mode == "rank":
+        refuse_rank()
 
 
 def refuse_rank() -> NoReturn:

@@ -22,8 +22,9 @@ from engines.runners.base import Cache, StepOutput
 from engines.runners.onnxruntime import OnnxRuntimeStage
 from engines.runners.whole import WholeRunner
 from exporter.config import GateConfig
-from gsx.export import Progress, export
+from gsx.export import export
 from gsx.parity.report import Report
+from gsx.progress import Progress
 from gsx.verify import verify
 from tests.tiny import tiny_checkpoint
 
