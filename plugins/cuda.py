@@ -1,8 +1,8 @@
 """The CUDA kernels for PyTorch: their C interface through ctypes, and as the CUDA side of the torch ops.
 
-`bind()` makes `gsx::topk_gather`, `gsx::threshold_gather` and `gsx::gated_scatter_add` run the kernels for CUDA tensors.
-What an op returns is the same to the bit; autograd is that of the ops. Kernels run on torch's current stream and never
-synchronise, but two of the ops return as many rows as the data say, and so wait for that count.
+`bind()` makes `gsx::topk_gather`, `gsx::threshold_gather` and `gsx::gated_scatter_add` run the kernels for CUDA
+tensors. What an op returns is the same to the bit; autograd is that of the ops. Kernels run on torch's current stream
+and never synchronise, but two of the ops return as many rows as the data say, and so wait for that count.
 """
 
 from __future__ import annotations
@@ -129,7 +129,9 @@ class Kernels:
             status = getattr(self._library, name)(*arguments, None)
         if status:
             text = self._library.gsx_error_string(status).decode()
-            raise PluginError(f"{name}: {text} (status {status})", todo="check shapes, types and devices of the tensors")
+            raise PluginError(
+                f"{name}: {text} (status {status})", todo="check shapes, types and devices of the tensors"
+            )
 
 
 @cache

@@ -1,5 +1,5 @@
 """What the kernels must give, as functions over a library and a device: on a CPU they run the emulated kernels
-(`test_kernels.py`), on a GPU the real ones (`tests/gpu`). The reference is plain PyTorch on the CPU: the eager torch ops.
+(`test_kernels.py`), on a GPU the real ones (`tests/gpu`). The reference is plain PyTorch on the CPU: the eager ops.
 
 Every buffer that the kernels write lies between guards, and begins as garbage: a write beyond the end, a result that is
 not written, and scratch memory that is taken for cleared all show.
