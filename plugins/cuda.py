@@ -2,7 +2,9 @@
 
 `bind()` makes `gsx::topk_gather`, `gsx::threshold_gather` and `gsx::gated_scatter_add` run the kernels for CUDA
 tensors. What an op returns is the same to the bit; autograd is that of the ops. Kernels run on torch's current stream
-and never synchronise, but two of the ops return as many rows as the data say, and so wait for that count.
+and never synchronise; an op that returns as many rows as the data say waits for that count, unless it knows it (K of
+`topk_gather` as a CPU tensor). Attention has no kernel here: `bind()` gives it the form that PyTorch's fused attention
+takes, which wants as many K/V heads as queries where there is a mask.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from plugins.errors import PluginError
+from plugins.full_attention.op import full_attention
 from plugins.gated_scatter_add.op import gated_scatter_add
+from plugins.gathered_attention.op import gathered_attention
 from plugins.library import find_kernels
 from plugins.threshold_gather.op import threshold_gather
 from plugins.topk_gather.op import topk_gather
@@ -154,6 +159,8 @@ def bind() -> Kernels:
         topk_gather.register_kernel("cuda")(lambda *tensors: run_topk_gather(kernels, *tensors))
         threshold_gather.register_kernel("cuda")(lambda *tensors: run_threshold_gather(kernels, *tensors))
         gated_scatter_add.register_kernel("cuda")(lambda *tensors: run_gated_scatter_add(kernels, *tensors))
+        full_attention.register_kernel("cuda")(run_full_attention)
+        gathered_attention.register_kernel("cuda")(run_gathered_attention)
     return kernels
 
 
@@ -161,9 +168,9 @@ _bound: list[Kernels] = []
 
 
 def run_topk_gather(kernels: Kernels, x: Tensor, score: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `topk_gather` by the kernels."""
+    """The op `topk_gather` by the kernels. With k on the CPU nothing waits for the GPU."""
     index, count = kernels.topk_select(score.contiguous(), k.to(x.device))
-    return _gathered(kernels, x, index, count)
+    return _gathered(kernels, x, index, count, known=None if k.is_cuda else min(max(int(k), 0), len(score)))
 
 
 def run_threshold_gather(
@@ -179,6 +186,42 @@ def run_gated_scatter_add(kernels: Kernels, residual: Tensor, rows: Tensor, gate
     return kernels.gated_scatter_add(*(tensor.contiguous() for tensor in (residual, rows, gate, index)))
 
 
-def _gathered(kernels: Kernels, x: Tensor, index: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    kept = index[: int(count)]
+def run_full_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int) -> Tensor:
+    """The op `full_attention`, one call of PyTorch's fused attention."""
+    batch, length, width = query.shape
+    split = query.view(batch, length, num_heads, width // num_heads).transpose(1, 2)
+    rows = F.scaled_dot_product_attention(split, _repeated(key, num_heads), _repeated(value, num_heads), attn_mask=mask)
+    return rows.transpose(1, 2).reshape(batch, length, width)
+
+
+def run_gathered_attention(
+    query: Tensor, index: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int
+) -> Tensor:
+    """The op `gathered_attention`, one call of fused attention a sequence; a single sequence waits for nothing."""
+    batch, _, length, _ = mask.shape
+    ends = [len(index)]
+    if batch > 1:
+        limits = torch.arange(1, batch + 1, device=index.device) * length
+        ends = torch.searchsorted(index.contiguous(), limits).tolist()
+    parts, first = [], 0
+    for b, end in enumerate(ends):
+        if end > first:
+            split = query[first:end].view(end - first, num_heads, -1).transpose(0, 1).unsqueeze(0)
+            seen = mask[b, 0].index_select(0, index[first:end] - b * length)[None, None]
+            keys, values = _repeated(key[b : b + 1], num_heads), _repeated(value[b : b + 1], num_heads)
+            rows = F.scaled_dot_product_attention(split, keys, values, attn_mask=seen)
+            parts.append(rows[0].transpose(0, 1).reshape(end - first, -1))
+        first = end
+    return torch.cat(parts) if parts else torch.zeros_like(query)
+
+
+def _repeated(heads: Tensor, num_heads: int) -> Tensor:
+    """K or V with a head for every query head."""
+    return heads.repeat_interleave(num_heads // heads.shape[1], dim=1)
+
+
+def _gathered(
+    kernels: Kernels, x: Tensor, index: Tensor, count: Tensor, known: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = index[: int(count) if known is None else known]
     return kernels.gather_rows(x.contiguous(), kept), kept, count

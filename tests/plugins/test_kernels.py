@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from plugins import cuda
 from plugins.cuda import Kernels
 from plugins.errors import PluginError
+from plugins.full_attention.op import full_attention
 from plugins.gated_scatter_add.op import gated_scatter_add
+from plugins.gathered_attention.op import gathered_attention
 from plugins.threshold_gather.op import threshold_gather
 from plugins.topk_gather.op import topk_gather
 from tests.plugins import kernel_cases as cases
@@ -22,6 +24,7 @@ from tests.plugins.emulation import emulated_library
 # The order in which threads get their turn: a missing barrier shows in one of them.
 ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
 CPU = "cpu"
+FP32_ATOL = 2e-6  # a few roundings of float32 at values of order 1
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,22 @@ def test_torch_ops_by_kernels(emulated: cases.GuardedKernels) -> None:
         gate = cases.matrix(len(index), 1, torch.bfloat16, CPU, 2)
         found = cuda.run_gated_scatter_add(emulated, x, rows, gate, index)
         cases.assert_same_bits(found, gated_scatter_add(x, rows, gate, index), "scatter")
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("kept", [[], [1], [0, 2, 4], [3, 4, 5]])
+def test_attention_as_cuda_runs_it(kept: list[int], batch: int) -> None:
+    """Grouped K/V heads, sequences without a kept row, no kept row at all."""
+    length, heads, width = 6 // batch, 4, 8
+    query = cases.matrix(6, heads * width, torch.float32, CPU, 1)
+    key, value = (torch.randn(batch, 2, length + 3, width, generator=cases.seeded(seed)) for seed in (2, 3))
+    mask = torch.ones(length, length + 3, dtype=torch.bool).tril(3).expand(batch, 1, -1, -1)
+    index = torch.tensor(kept, dtype=torch.int64)
+    arguments = (query[kept], index, key, value, mask, heads)
+    found = cuda.run_gathered_attention(*arguments)
+    torch.testing.assert_close(found, gathered_attention(*arguments), atol=FP32_ATOL, rtol=0)
+    dense = (query.view(batch, length, -1), key, value, mask, heads)
+    torch.testing.assert_close(cuda.run_full_attention(*dense), full_attention(*dense), atol=FP32_ATOL, rtol=0)
 
 
 # Status codes of native/status.h, by what is wrong.
