@@ -18,7 +18,7 @@ import numpy as np
 
 from engines.bundle.bundle import open_bundle
 from engines.generation import select_for
-from engines.runners.onnxruntime import OnnxRuntimeRunner
+from engines.runners.select import open_runner
 
 PROMPT_TOKENS, STEPS = 512, 24
 # Scores lie between 0 and 1: nothing is above 2, everything is above minus infinity.
@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    dense = OnnxRuntimeRunner(open_bundle(args.work / "gsx-dense"), threads=args.threads)
-    gated = OnnxRuntimeRunner(open_bundle(args.work / "gsx-scalar"), threads=args.threads)
+    dense = open_runner(open_bundle(args.work / "gsx-dense"), threads=args.threads)
+    gated = open_runner(open_bundle(args.work / "gsx-scalar"), threads=args.threads)
     shape = (gated.manifest.decoder.num_layers, 2)
     forms = {
         "dense": (dense, None),
@@ -46,10 +46,10 @@ def main() -> None:
 
     def call(form: str, tokens: np.ndarray, past: int) -> float:
         runner, select = forms[form]
-        cache, total = caches[id(runner)], past + tokens.shape[1]
-        cache.length = past
+        cache = caches[id(runner)]
+        cache.roll_back(np.array([past]))
         started = time.perf_counter()
-        runner.step(cache, tokens, np.ones((1, total), np.int64), np.arange(past, total)[None], select)
+        runner.step(cache, tokens, select)
         return time.perf_counter() - started
 
     seconds: dict[tuple[str, str], list[float]] = {}

@@ -23,9 +23,9 @@ def gsx_call(path: Path, threads: int, budget: float | None) -> Call:
     """gsx's own runner and loop."""
     from engines.bundle.bundle import open_bundle
     from engines.generation import generate
-    from engines.runners.onnxruntime import OnnxRuntimeRunner
+    from engines.runners.select import open_runner
 
-    runner = OnnxRuntimeRunner(open_bundle(path), threads=threads)
+    runner = open_runner(open_bundle(path), threads=threads)
 
     def call(prompt: list[int], new_tokens: int) -> tuple[float, float, list[int], float | None]:
         found = generate(runner, [prompt], max_new_tokens=new_tokens, budget=budget, stop_ids=[])

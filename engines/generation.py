@@ -1,7 +1,9 @@
-"""The decoding loop, once, over the runner interface.
+"""The decoding loop, once, over the runner interface: plain, or with a draft that the model verifies.
 
-A batch is padded on the left, so that the newest token of every sequence stands in the last column. A sequence
-that has ended goes on as padding, which no branch computes, until all have ended.
+A round reads the newest token of every sequence, drafts some more, and lets the whole model say what it would have
+written after each: what agrees stays, the first that does not is replaced by the model's own, and the rest is
+forgotten. Without a draft a round is a plain step. The model's picks decide alone, so the text is the same either
+way (`engines/sampling.py`); a draft only saves time.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ import numpy as np
 
 from engines.bundle.manifest import Manifest, check_budget
 from engines.errors import UsageError
-from engines.runners.base import Runner, StepOutput
-from engines.sampling import GREEDY, Sampling, pick
+from engines.runners.base import Cache, Runner, StepOutput
+from engines.sampling import GREEDY, Picker, Sampling
+from engines.speculation.draft import Draft
+from engines.speculation.length import FIRST_LENGTH, AdaptiveLength, DraftLength, FixedLength, Round
 
 FinishReason = Literal["end-of-text", "length", "context", "stopped"]
 # Called with (sequence, token); returns whether the sequence is to end here.
@@ -28,18 +32,29 @@ class GenerationStats:
     """Counters of one `generate` call.
 
     Args:
-        prompt_tokens, new_tokens: over all sequences, padding left out.
+        prompt_tokens, new_tokens: over all sequences.
+        sequences: how many there are.
         prefill_seconds: time of the first call, until the first tokens are chosen.
-        decode_seconds: time of all later calls.
-        decode_steps: number of those.
-        kept_rows, gated_rows: rows that branches ran on, and rows that came before their gates; 0 without gates.
+        decode_seconds: time of all later rounds.
+        decode_steps: number of those; each has one verification, or one plain step.
+        draft_seconds, verify_seconds: parts of decode_seconds: in draft steps; in verifications and plain steps. What
+            is left is the loop's own.
+        drafted, accepted: by place in the draft (its first token first): how often a token stood there with none
+            but right ones before it, and how often it was right.
+        kept_rows, gated_rows: rows that branches ran on, and rows that came before their gates, in all layers that the
+            model itself ran; 0 without gates.
     """
 
     prompt_tokens: int = 0
     new_tokens: int = 0
+    sequences: int = 1
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_steps: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
     kept_rows: int = 0
     gated_rows: int = 0
 
@@ -51,7 +66,17 @@ class GenerationStats:
     @property
     def decode_tokens_per_second(self) -> float | None:
         """New tokens after the first of each sequence, by the time that they took."""
-        return self.decode_steps / self.decode_seconds if self.decode_seconds else None
+        return (self.new_tokens - self.sequences) / self.decode_seconds if self.decode_seconds else None
+
+    @property
+    def tokens_per_verification(self) -> float | None:
+        """New tokens of a sequence for each round; above 1 where a draft was right."""
+        return (self.new_tokens - self.sequences) / self.sequences / self.decode_steps if self.decode_steps else None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Chance of a drafted token to be right, if the ones before it are; None where nothing was drafted."""
+        return sum(self.accepted) / sum(self.drafted) if sum(self.drafted) else None
 
 
 @dataclass(frozen=True)
@@ -70,12 +95,6 @@ class Generation:
     stats: GenerationStats
 
 
-@dataclass
-class _Sequence:
-    tokens: list[int] = field(default_factory=list)
-    finish: FinishReason | None = None
-
-
 def generate(
     runner: Runner,
     prompts: Sequence[Sequence[int]],
@@ -84,76 +103,41 @@ def generate(
     budget: float | None = None,
     sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] | None = None,
+    draft: Draft | None = None,
+    draft_length: int | None = None,
     on_token: OnToken = lambda sequence, token: False,
 ) -> Generation:
     """Continue prompts.
 
     Args:
+        runner: the model; with a draft, the draft's own runner.
         prompts: token ids, one list a sequence.
         max_new_tokens: per sequence; the model's context may end it earlier (finish "context").
         budget: share kept; None for the exported default.
         stop_ids: tokens that end a sequence (kept in its tokens); None for the model's end-of-text.
+        draft: what guesses tokens ahead; None for plain decoding.
+        draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
         on_token: called with every new token; returning True ends that sequence (finish "stopped").
     Raises:
         UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, a budget that is not one.
     """
     manifest = runner.manifest
-    _check(prompts, max_new_tokens, manifest)
-    select = select_for(manifest, budget)
-    stops = set(manifest.decoder.eos_ids if stop_ids is None else stop_ids)
-    rngs = [np.random.default_rng(s) for s in np.random.SeedSequence(sampling.seed).spawn(len(prompts))]
-    longest = max(len(prompt) for prompt in prompts)
-    steps = min(max_new_tokens, manifest.decoder.max_positions - longest)
-    sequences = [_Sequence() for _ in prompts]
-
-    capacity = longest + max(steps, 1)
-    ids, mask = _left_padded(prompts, longest, capacity)
-    alive = np.ones((len(prompts), 1), np.int64)
-    lengths = np.array([[len(prompt)] for prompt in prompts])
-    cache = runner.new_cache(len(prompts), capacity)
-    started = time.perf_counter()
-    counters = _Counters(manifest)
-    positions = np.maximum(mask[:, :longest].cumsum(axis=1) - 1, 0)
-    filled, new_rows, prefill_seconds = longest, int(lengths.sum()), 0.0
-    for step in range(steps):
-        output = runner.step(cache, ids, mask[:, :filled], positions, select)
-        counters.add(output, new_rows)
-        ids = np.zeros((len(prompts), 1), np.int64)
-        for row, sequence in enumerate(sequences):
-            if sequence.finish is not None:
-                continue
-            token = pick(output.logits[row, -1], sampling, rngs[row])
-            sequence.tokens.append(token)
-            ids[row, 0] = token
-            stopped = on_token(row, token)
-            if token in stops:
-                sequence.finish = "end-of-text"
-            elif stopped:
-                sequence.finish = "stopped"
-            alive[row, 0] = sequence.finish is None
-        if step == 0:
-            prefill_seconds = time.perf_counter() - started
-        new_rows = int(alive.sum())
-        if not new_rows:
-            break
-        mask[:, filled : filled + 1] = alive
-        filled += 1
-        positions = lengths
-        lengths = lengths + alive
-    else:
-        for sequence in sequences:
-            sequence.finish = sequence.finish or ("length" if steps == max_new_tokens else "context")
-    total = time.perf_counter() - started
-    stats = GenerationStats(
-        prompt_tokens=sum(len(prompt) for prompt in prompts),
-        new_tokens=sum(len(sequence.tokens) for sequence in sequences),
-        prefill_seconds=prefill_seconds,
-        decode_seconds=total - prefill_seconds if counters.calls > 1 else 0.0,
-        decode_steps=max(counters.calls - 1, 0),
-        kept_rows=counters.kept,
-        gated_rows=counters.gated,
+    _check(prompts, max_new_tokens, draft_length, manifest)
+    assert draft is None or draft.runner is runner, "a draft reads the cache of its own runner"
+    length: DraftLength = FixedLength(draft_length or 0)
+    if draft is not None and draft_length is None:
+        length = AdaptiveLength(manifest.draft.length or FIRST_LENGTH) if manifest.draft else AdaptiveLength()
+    loop = _Loop(
+        runner,
+        draft,
+        length,
+        Picker(sampling),
+        select_for(manifest, budget),
+        frozenset(manifest.decoder.eos_ids if stop_ids is None else stop_ids),
+        on_token,
+        [_Sequence(row, prompt, max_new_tokens, manifest) for row, prompt in enumerate(prompts)],
     )
-    return Generation([Generated(s.tokens, s.finish or "length") for s in sequences], stats)
+    return loop.run()
 
 
 def select_for(manifest: Manifest, budget: float | None) -> np.ndarray | None:
@@ -170,37 +154,192 @@ def select_for(manifest: Manifest, budget: float | None) -> np.ndarray | None:
     return selection.thresholds_for(wanted)
 
 
+class _Sequence:
+    """One sequence as it grows."""
+
+    def __init__(self, row: int, prompt: Sequence[int], max_new_tokens: int, manifest: Manifest) -> None:
+        self.row, self.prompt = row, prompt
+        room = manifest.decoder.max_positions - len(prompt)
+        self.limit = min(max_new_tokens, room)
+        self.tokens: list[int] = []
+        self.finish: FinishReason | None = None
+        self._at_limit: FinishReason = "length" if max_new_tokens <= room else "context"
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+        return 0 if self.finish else self.limit - len(self.tokens)
+
+    @property
+    def place(self) -> int:
+        """Position of the next new token."""
+        return len(self.prompt) + len(self.tokens)
+
+    def add(self, token: int, stops: frozenset[int], on_token: OnToken) -> None:
+        """Take the next token."""
+        self.tokens.append(token)
+        stopped = on_token(self.row, token)
+        if token in stops:
+            self.finish = "end-of-text"
+        elif stopped:
+            self.finish = "stopped"
+        elif len(self.tokens) == self.limit:
+            self.finish = self._at_limit
+
+
 @dataclass
 class _Counters:
-    manifest: Manifest
-    calls: int = 0
     kept: int = 0
     gated: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
 
-    def add(self, output: StepOutput, tokens: int) -> None:
-        """Count a call; `tokens` are its tokens, padding left out."""
-        self.calls += 1
-        if output.kept is not None and self.manifest.gates is not None:
-            branches = self.manifest.gates.branches
+    def add(self, output: StepOutput) -> None:
+        """Count kept rows of a call that the model itself would have made."""
+        if output.kept is not None:
             self.kept += int(output.kept.sum())
-            self.gated += tokens * self.manifest.decoder.num_layers * len(branches)
+            self.gated += output.gated_rows
+
+    def count_draft(self, drafted: int, accepted: int) -> None:
+        """Count one sequence's draft of a round."""
+        for counts, number in ((self.drafted, drafted), (self.accepted, accepted)):
+            counts += [0] * (number - len(counts))
+            for place in range(number):
+                counts[place] += 1
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], longest: int, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids [B, longest] and mask [B, capacity], int64; padding has id 0 and mask 0, as have columns to come."""
-    ids = np.zeros((len(prompts), longest), np.int64)
-    mask = np.zeros((len(prompts), capacity), np.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) : longest] = 1
-    return ids, mask
+@dataclass
+class _Loop:
+    runner: Runner
+    draft: Draft | None
+    length: DraftLength
+    picker: Picker
+    select: np.ndarray | None
+    stops: frozenset[int]
+    on_token: OnToken
+    sequences: list[_Sequence]
+    counters: _Counters = field(default_factory=_Counters)
+
+    def run(self) -> Generation:
+        sequences = self.sequences
+        cache = self.runner.new_cache(len(sequences), max(len(s.prompt) + s.limit for s in sequences))
+        started = time.perf_counter()
+        self._prefill(cache)
+        prefilled = time.perf_counter()
+        counters, rounds = self.counters, 0
+        while any(s.left for s in sequences):
+            wanted = self.length.next() if self.draft is not None else 0
+            # As many as one sequence can still take, beside the token that a verification gives anyway.
+            size = min(wanted, max(s.left for s in sequences) - 1)
+            if size and self.draft is not None:
+                self._speculate(cache, self.draft, size)
+            else:
+                self._plain_step(cache)
+            rounds += 1
+        ended = time.perf_counter()
+        stats = GenerationStats(
+            prompt_tokens=sum(len(s.prompt) for s in sequences),
+            new_tokens=sum(len(s.tokens) for s in sequences),
+            sequences=len(sequences),
+            prefill_seconds=prefilled - started,
+            decode_seconds=ended - prefilled if rounds else 0.0,
+            decode_steps=rounds,
+            draft_seconds=counters.draft_seconds,
+            verify_seconds=counters.verify_seconds,
+            drafted=tuple(counters.drafted),
+            accepted=tuple(counters.accepted + [0] * (len(counters.drafted) - len(counters.accepted))),
+            kept_rows=counters.kept,
+            gated_rows=counters.gated,
+        )
+        return Generation([Generated(s.tokens, s.finish or "length") for s in sequences], stats)
+
+    def _prefill(self, cache: Cache) -> None:
+        counts = np.array([len(s.prompt) for s in self.sequences])
+        ids = np.zeros((len(counts), int(counts.max())), np.int64)
+        for row, sequence in enumerate(self.sequences):
+            ids[row, : counts[row]] = sequence.prompt
+        output = self.runner.step(cache, ids, self.select, counts=counts)
+        self.counters.add(output)
+        for row, sequence in enumerate(self.sequences):
+            self._pick(sequence, output.logits[row, 0])
+
+    def _plain_step(self, cache: Cache) -> None:
+        started = time.perf_counter()
+        output = self.runner.step(cache, self._newest(), self.select, counts=self._alive())
+        seconds = time.perf_counter() - started
+        self.counters.verify_seconds += seconds
+        self.counters.add(output)
+        self.length.learn(Round(0, 0, 0, 0.0, seconds))
+        for row, sequence in enumerate(self.sequences):
+            if sequence.left:
+                self._pick(sequence, output.logits[row, 0])
+
+    def _speculate(self, cache: Cache, draft: Draft, size: int) -> None:
+        """One round: draft up to `size` tokens of every sequence, verify, keep what is right."""
+        start = cache.lengths
+        # Sequences near their end draft less: each row of `ids` holds its newest token and its draft.
+        drafts = np.array([min(size, s.left - 1) if s.left else 0 for s in self.sequences])
+        ids = np.concatenate([self._newest(), np.zeros((len(drafts), size), np.int64)], axis=1)
+        draft_seconds = 0.0
+        for step in range(size):
+            began = time.perf_counter()
+            going = drafts > step
+            guess = draft.step(cache, ids[:, step : step + 1], self.select, going.astype(np.int64))
+            draft_seconds += time.perf_counter() - began
+            self.counters.add(guess)
+            for row, sequence in enumerate(self.sequences):
+                if going[row]:
+                    ids[row, step + 1] = self.picker.pick(guess.logits[row, 0], row, sequence.place + step)
+        began = time.perf_counter()
+        output = draft.verify(cache, start, ids, self.select, np.where(self._alive(), drafts + 1, 0))
+        verify_seconds = time.perf_counter() - began
+        self.counters.add(output)
+        right = wrong = 0
+        stays = start.copy()
+        for row, sequence in enumerate(self.sequences):
+            if not sequence.left:
+                continue
+            count, proposed = 0, int(drafts[row])
+            while True:
+                token = self._pick(sequence, output.logits[row, count])
+                if not sequence.left or count == proposed or token != ids[row, count + 1]:
+                    break
+                count += 1
+            # A draft that the end of the sequence cut short was right as far as anybody knows.
+            hit = count + (count < proposed and token == ids[row, count + 1])
+            right, wrong = right + hit, wrong + (hit < proposed and bool(sequence.left))
+            self.counters.count_draft(min(proposed, hit + 1) if sequence.left else hit, hit)
+            stays[row] += count + 1
+        cache.roll_back(stays)
+        self.counters.draft_seconds += draft_seconds
+        self.counters.verify_seconds += verify_seconds
+        self.length.learn(Round(size, right, wrong, draft_seconds, verify_seconds))
+
+    def _pick(self, sequence: _Sequence, logits: np.ndarray) -> int:
+        token = self.picker.pick(logits, sequence.row, sequence.place)
+        sequence.add(token, self.stops, self.on_token)
+        return token
+
+    def _newest(self) -> np.ndarray:
+        """The newest token of each sequence, [B, 1]."""
+        return np.array([[s.tokens[-1]] for s in self.sequences], np.int64)
+
+    def _alive(self) -> np.ndarray:
+        """1 for a sequence that goes on, else 0: [B]."""
+        return np.array([1 if s.left else 0 for s in self.sequences], np.int64)
 
 
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, manifest: Manifest) -> None:
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, draft_length: int | None, manifest: Manifest) -> None:
     if not prompts:
         raise UsageError("no prompt was given")
     if max_new_tokens < 1:
         raise UsageError("max new tokens", expected="at least 1", found=str(max_new_tokens))
+    if draft_length is not None and not 0 <= draft_length <= manifest.decoder.max_positions:
+        raise UsageError(
+            "draft length", expected=f"0 (plain decoding) to {manifest.decoder.max_positions}", found=str(draft_length)
+        )
     shape = manifest.decoder
     for prompt in prompts:
         if not prompt:

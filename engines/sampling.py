@@ -1,4 +1,11 @@
-"""Choosing the next token from logits: greedy, or sampled after temperature, top-k and top-p."""
+"""Choosing the next token from logits: greedy, or sampled after temperature, top-k and top-p.
+
+A sampled token is the winner of an exponential race (the Gumbel-max trick): token v of probability p_v arrives at the
+time -log(u_v) / p_v, and the first one is taken. The noise u depends on the seed, the place in the text and the token
+alone, so the same seed gives the same text however it is computed: alone or in a batch, and with any draft. A draft
+that picks with the same noise is then right wherever its distribution is near the model's, and the model's own pick
+decides (drafter-invariant speculative decoding, arXiv:2408.07978).
+"""
 
 from __future__ import annotations
 
@@ -8,6 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.errors import UsageError
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -43,29 +53,69 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Probabilities [V] float64 of the next token, after temperature, then top-k, then top-p; logits [V].
+class Picker:
+    """Picks tokens of the sequences of one generation.
 
-    Top-p keeps the shortest run of tokens, likeliest first, whose probabilities reach `top_p`.
+    Args:
+        sampling: how; without a seed, the operating system gives one.
+    """
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+        seed = sampling.seed
+        self._seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if seed is None else seed
+
+    def pick(self, logits: np.ndarray, sequence: int, place: int) -> int:
+        """The token at a place of a sequence.
+
+        Args:
+            logits: [V].
+            sequence: its number in the batch.
+            place: the new token's position in the text, prompt included.
+        """
+        if self._sampling.greedy:
+            return int(logits.argmax())
+        ids, weights = candidates(logits, self._sampling)
+        key = _mix(_mix(_mix(self._seed & _MASK) + sequence) + place)
+        return int(ids[np.argmin(-np.log(noise(key, ids)) / weights)])
+
+
+def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [n] int64 of the tokens that may come next, and their probabilities [n] float64; logits [V].
+
+    Temperature comes first, then top-k, then top-p, which keeps the shortest run of tokens, likeliest first, whose
+    probabilities reach it. Of equal tokens the earlier one counts as the likelier.
     """
     scaled = logits.astype(np.float64) / sampling.temperature
-    order = np.argsort(-scaled, kind="stable")
+    ids = np.arange(len(scaled))
+    if 0 < sampling.top_k < len(scaled):
+        least = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
+        ids = np.flatnonzero(scaled >= least)
+    if sampling.top_k or sampling.top_p < 1:
+        ids = ids[np.argsort(-scaled[ids], kind="stable")]
     if sampling.top_k:
-        order = order[: sampling.top_k]
-    weights = np.exp(scaled[order] - scaled[order[0]])
+        ids = ids[: sampling.top_k]
+    weights = np.exp(scaled[ids] - scaled[ids].max())
     weights /= weights.sum()
     if sampling.top_p < 1:
-        reached = np.cumsum(weights)
-        count = int(np.searchsorted(reached, sampling.top_p)) + 1
-        order, weights = order[:count], weights[:count] / weights[:count].sum()
-    full = np.zeros(len(logits))
-    full[order] = weights
-    return full
+        count = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
+        ids, weights = ids[:count], weights[:count] / weights[:count].sum()
+    likely = weights > 0  # what underflowed can never win
+    return ids[likely], weights[likely]
 
 
-def pick(logits: np.ndarray, sampling: Sampling, rng: np.random.Generator) -> int:
-    """The next token, from logits [V]."""
-    if sampling.greedy:
-        return int(logits.argmax())
-    probabilities = distribution(logits, sampling)
-    return int(rng.choice(len(probabilities), p=probabilities))
+def noise(key: int, ids: np.ndarray) -> np.ndarray:
+    """Uniform numbers in (0, 1), one for each token id [n]: SplitMix64 of key + id x golden ratio, upper 53 bits."""
+    z = np.uint64(key) + (ids.astype(np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    return ((z >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+
+
+def _mix(value: int) -> int:
+    """SplitMix64 of a whole number."""
+    z = (value + _GOLDEN) & _MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)

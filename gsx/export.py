@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import onnx
 import torch
 
 from engines.bundle import manifest as schema
-from engines.bundle.bundle import Bundle, open_bundle, sha256_of, write_manifest, writing
+from engines.bundle.bundle import Bundle, open_bundle, write_manifest, writing
 from engines.errors import UsageError
+from engines.runners.portable import host_type
+from engines.speculation.search import candidate_exits
+from engines.speculation.spec import check_draft, check_exit, parse_draft, refuse_rank, refuse_ungated
 from exporter.calibration import DEFAULT_GRID, DEFAULT_TOKENS, calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import KvPolicy, ModelConfig
 from exporter.decoder.layer import DecoderOptions, Selection
-from exporter.graph.assemble import Graph, build_model
+from exporter.graph.assemble import GraphBuilder, Graphs
 from exporter.graph.weights import WeightsFile, write_weights
 from exporter.text import TokenText, tokenize
+from gsx.draft_search import DraftSearch
+from gsx.graph_files import write_graphs
+from gsx.progress import Progress
 
 Precision = Literal["fp32", "fp16", "bf16"]
 _DTYPES: dict[Precision, torch.dtype] = {
@@ -31,19 +35,9 @@ _DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-GRAPH_FILE = "model.onnx"
 WEIGHTS_FILE = "weights.bin"
 # Room for graphs, tokenizer and manifest beside the weights.
 _SLACK_BYTES = 64 << 20
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A step of an export: what is going on, and how far it is (done of total; total 0: not known)."""
-
-    stage: str
-    done: int
-    total: int
 
 
 def export(
@@ -56,6 +50,7 @@ def export(
     precision: Precision = "fp32",
     calibration: str | Path | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
+    draft: str | None = None,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Bundle:
@@ -71,6 +66,9 @@ def export(
         precision: type of weights and activations.
         calibration: UTF-8 text for the thresholds; None for the text that ships with gsx.
         calibration_tokens: how much of it to use.
+        draft: how to draft for self-speculative decoding: `exit:E`, `budget:B` or `layers:SET` (see
+            `engines.speculation.spec.parse_draft`), or `auto` for the exit with the most tokens a second on this
+            machine, on the calibration text; None for no draft.
         overwrite: replace a bundle that is already at `output`.
         on_progress: called as it goes.
     Raises:
@@ -85,6 +83,8 @@ def export(
     config = checkpoint.config
     options = DecoderOptions(select, kv_policy, _DTYPES[precision])
     _check_choices(config, budget, kv_policy, calibration)
+    exits = _exits(draft, config, options, precision)
+    parsed = parse_draft(draft) if draft is not None and draft != "auto" else None
     bytes_each = 4 if precision == "fp32" else 2
     needed = checkpoint.weight_bytes() * bytes_each // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
@@ -92,12 +92,22 @@ def export(
         if config.gate is not None:
             selection = _selection(checkpoint, options, budget or 1.0, calibration, calibration_tokens, on_progress)
         on_progress(Progress("tracing", 0, 0))
-        graph = build_model(checkpoint, options, _default_select(selection))
-        weights = _write(work, checkpoint, graph, on_progress)
+        builder = GraphBuilder(checkpoint, options, _default_select(selection))
+        graphs = builder.graphs(exits[0] if exits else None)
+        weights = write_weights(work / WEIGHTS_FILE, graphs.weights, checkpoint.tensor, _counter(graphs, on_progress))
+        entries = write_graphs(work, graphs, weights)
         for path in checkpoint.companions():
             shutil.copyfile(path, work / path.name)
         on_progress(Progress("hashing the source weights", 0, 0))
-        write_manifest(work, _manifest(checkpoint, options, precision, selection, graph, weights, work))
+        manifest = _manifest(checkpoint, options, precision, selection, entries, weights)
+        if draft == "auto":
+            text = tokenize(checkpoint, Path(calibration) if calibration else None, max_tokens=calibration_tokens)
+            search = DraftSearch(work, manifest, builder, weights, text.ids, on_progress)
+            manifest = search.best(exits)
+        elif parsed is not None:
+            manifest = manifest.model_copy(update={"draft": schema.DraftEntry(draft=parsed)})
+            check_draft(parsed, manifest)
+        write_manifest(work, manifest)
     return open_bundle(output)
 
 
@@ -122,6 +132,24 @@ def _check_choices(
             "--kv-policy copy needs gates on the attention branch",
             found="gates on " + ", ".join(config.gated_branches),
         )
+
+
+def _exits(draft: str | None, config: ModelConfig, options: DecoderOptions, precision: Precision) -> Sequence[int]:
+    """The exits to split at: several are candidates; none for other drafts. What cannot be is refused at once."""
+    if draft is None:
+        return ()
+    parsed = None if draft == "auto" else parse_draft(draft)
+    if options.selection == "rank" and config.gate is not None:
+        refuse_rank()
+    if parsed is None:
+        host_type(precision)
+        return candidate_exits(config.exits, config.num_layers)
+    if parsed.kind == "exit":
+        check_exit(parsed.layer, config.num_layers)
+        return (parsed.layer,)
+    if config.gate is None:
+        refuse_ungated(parsed)
+    return ()
 
 
 def _selection(
@@ -176,20 +204,16 @@ def _default_select(selection: schema.Selection | None) -> np.ndarray | None:
     return selection.thresholds_for(selection.budget)
 
 
-def _write(work: Path, checkpoint: Checkpoint, graph: Graph, on_progress: Callable[[Progress], None]) -> WeightsFile:
-    """The graph and the weights file; the graph's initializers refer to the latter."""
-    total = len(graph.weights)
+def _counter(graphs: Graphs, on_progress: Callable[[Progress], None]) -> Callable[[str], None]:
+    """Progress of writing the weights."""
     done = 0
 
     def count(name: str) -> None:
         nonlocal done
         done += 1
-        on_progress(Progress("writing weights", done, total))
+        on_progress(Progress("writing weights", done, len(graphs.weights)))
 
-    weights = write_weights(work / WEIGHTS_FILE, graph.weights, checkpoint.tensor, count)
-    graph.model.graph.initializer.extend(weights.initializers.values())
-    (work / GRAPH_FILE).write_bytes(graph.model.SerializeToString())
-    return weights
+    return count
 
 
 def _manifest(
@@ -197,9 +221,8 @@ def _manifest(
     options: DecoderOptions,
     precision: Precision,
     selection: schema.Selection | None,
-    graph: Graph,
+    graphs: Mapping[str, schema.GraphEntry],
     weights: WeightsFile,
-    work: Path,
 ) -> schema.Manifest:
     config = checkpoint.config
     gate = config.gate
@@ -229,25 +252,6 @@ def _manifest(
         selection=selection,
         kv_policy=options.kv_policy,
         precision=precision,
-        graphs={"model": _graph_entry(graph.model, work / GRAPH_FILE)},
+        graphs=graphs,
         weights=schema.WeightsEntry(file=WEIGHTS_FILE, sha256=weights.sha256, size_bytes=weights.size_bytes),
-    )
-
-
-def _graph_entry(model: onnx.ModelProto, path: Path) -> schema.GraphEntry:
-    def info(value: onnx.ValueInfoProto) -> schema.TensorInfo:
-        tensor = value.type.tensor_type
-        return schema.TensorInfo(
-            name=value.name,
-            type=onnx.TensorProto.DataType.Name(tensor.elem_type).lower(),
-            shape=tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim),
-        )
-
-    ops = {f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node}
-    return schema.GraphEntry(
-        file=path.name,
-        sha256=sha256_of(path),
-        inputs=tuple(info(value) for value in model.graph.input),
-        outputs=tuple(info(value) for value in model.graph.output),
-        ops=tuple(sorted(ops)),
     )

@@ -13,10 +13,13 @@ from typing import Any
 
 from engines import generation
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.manifest import DraftKind, Manifest
 from engines.errors import UsageError
 from engines.generation import FinishReason, GenerationStats
 from engines.runners.select import open_runner
 from engines.sampling import Sampling
+from engines.speculation.draft import open_draft
+from engines.speculation.spec import check_draft, check_speculation, parse_draft
 from engines.tokens import BundleTokenizer, TextStream
 
 DEFAULT_NEW_TOKENS = 128
@@ -32,6 +35,7 @@ class GenerateResult:
         prompt_ids: the prompt as tokens.
         finish: why it ended; "stopped" for a stop text.
         budget: the budget in use; None for a model without gates.
+        draft: what drafted, e.g. "exit:2"; None for plain decoding.
         stats: counters and times.
     """
 
@@ -40,6 +44,7 @@ class GenerateResult:
     prompt_ids: list[int]
     finish: FinishReason
     budget: float | None
+    draft: str | None
     stats: GenerationStats
 
     def to_dict(self) -> dict[str, Any]:
@@ -51,6 +56,7 @@ class GenerateResult:
             "prompt_ids": self.prompt_ids,
             "finish": self.finish,
             "budget": self.budget,
+            "draft": self.draft,
             "stats": {
                 "prompt_tokens": stats.prompt_tokens,
                 "new_tokens": stats.new_tokens,
@@ -58,6 +64,12 @@ class GenerateResult:
                 "decode_seconds": stats.decode_seconds,
                 "decode_steps": stats.decode_steps,
                 "decode_tokens_per_second": stats.decode_tokens_per_second,
+                "draft_seconds": stats.draft_seconds,
+                "verify_seconds": stats.verify_seconds,
+                "drafted_by_place": list(stats.drafted),
+                "accepted_by_place": list(stats.accepted),
+                "acceptance": stats.acceptance,
+                "tokens_per_verification": stats.tokens_per_verification,
                 "kept_share": stats.kept_share,
             },
         }
@@ -75,6 +87,9 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    speculative: bool | None = None,
+    draft: str | None = None,
+    draft_length: int | None = None,
     threads: int | None = None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> GenerateResult:
@@ -91,6 +106,10 @@ def generate(
         top_p: only the likeliest tokens that together reach this probability.
         seed: of the random numbers; None for a fresh one each time.
         stop: texts that end the generation; they are left out of the result.
+        speculative: whether to draft and verify, which changes the speed and not the text; None: if the bundle has
+            a draft.
+        draft: draft in another way than the bundle's: `exit:E`, `budget:B` or `layers:SET`.
+        draft_length: tokens drafted before a verification; 0 for plain decoding; None to find it while generating.
         threads: of the runtime; None for its own choice.
         on_text: called with each piece of new text as it comes.
     Raises:
@@ -108,17 +127,21 @@ def generate(
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
     generation.select_for(bundle.manifest, budget)  # an unusable budget is refused before anything is loaded
+    drafting = _drafting(bundle.manifest, speculative, draft, draft_length)
     tokenizer = None
     if prompt is not None or stop or (bundle.directory / "tokenizer.json").is_file():
         tokenizer = BundleTokenizer(bundle)
     prompt_ids = list(ids) if ids is not None else _encode(tokenizer, prompt or "", bundle)
     writer = _Writer(tokenizer.stream(), stop, on_text) if tokenizer else None
+    opened = open_draft(bundle, drafting, threads, budget) if drafting else None
     result = generation.generate(
-        open_runner(bundle, threads),
+        opened.runner if opened else open_runner(bundle, threads),
         [prompt_ids],
         max_new_tokens=max_new_tokens,
         budget=budget,
         sampling=sampling,
+        draft=opened,
+        draft_length=draft_length,
         on_token=lambda _, token: writer.push(token) if writer else False,
     )
     sequence = result.sequences[0]
@@ -129,8 +152,34 @@ def generate(
         prompt_ids=prompt_ids,
         finish=sequence.finish,
         budget=(selection.budget if budget is None else budget) if selection else None,
+        draft=str(drafting) if drafting else None,
         stats=result.stats,
     )
+
+
+def _drafting(
+    manifest: Manifest, speculative: bool | None, draft: str | None, draft_length: int | None
+) -> DraftKind | None:
+    """What drafts; None for plain decoding."""
+    own = manifest.draft.draft if manifest.draft else None
+    if speculative is False or draft_length == 0:
+        if draft is not None:
+            raise UsageError(
+                "a draft was given, and plain decoding asked for", found=f"{draft}, and no speculation or length 0"
+            )
+        return None
+    if draft is not None:
+        chosen = parse_draft(draft)
+        check_draft(chosen, manifest)
+        return chosen
+    if own is None and (speculative or draft_length is not None):
+        check_speculation(manifest)
+        raise UsageError(
+            "this bundle has no draft",
+            expected="one that was exported with --draft",
+            todo="gsx export MODEL --draft auto, or on a gated bundle --draft budget:B here",
+        )
+    return own
 
 
 def _check_text(text: str) -> None:

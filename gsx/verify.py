@@ -16,6 +16,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 from tokenizers import Tokenizer
+from transformers import DynamicCache
 
 from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.manifest import Manifest, check_budget
@@ -30,7 +31,6 @@ from exporter.evaluation import losses
 from exporter.reference import Reference
 from exporter.selection import Rank, Selection, Threshold
 from exporter.text import MIN_TOKENS, load_tokenizer, tokenize
-from gsx.export import Progress
 from gsx.parity.compare import Accumulator, Compared, Comparer, Observation
 from gsx.parity.measure import (
     EngineSide,
@@ -41,6 +41,8 @@ from gsx.parity.measure import (
 )
 from gsx.parity.page import page
 from gsx.parity.report import TOLERANCES, BudgetResult, KeepMap, Report, Tolerances
+from gsx.parity.speculation import SpeculationSide
+from gsx.progress import Progress
 
 DEFAULT_BUDGETS = (1.0, 0.85, 0.7, 0.5)
 DEFAULT_TOKENS = 1024
@@ -89,7 +91,7 @@ def verify(
     on_progress(Progress("checking the bundle", 0, 0))
     opened = open_bundle(bundle, check_weights=True)
     manifest = opened.manifest
-    host_type(manifest)
+    host_type(manifest.precision)
     notes: list[str] = []
     chosen = _budgets(manifest, budgets, notes)
     checkpoint = _reference_checkpoint(opened, reference)
@@ -154,6 +156,7 @@ class _Run:
         self.single = Reference.load(checkpoint) if self.reference_type == torch.float64 else None
         self.engine = EngineSide(bundle)
         self.runners: dict[str, Runner] = {"fast": open_runner(bundle), "portable": self.engine.runner}
+        self.speculation = SpeculationSide(bundle) if self.manifest.draft else None
         self.stage = ""
         self.on_progress = on_progress
         # By budget, what the reference did with the first window.
@@ -177,6 +180,8 @@ class _Run:
         single = None
         if self.single is not None:
             single = ReferenceSide(self.single, self._selection(budget), self.manifest.kv_policy)
+        if self.speculation is not None:
+            self.speculation.start()
         full, rounding = self._comparer(), self._comparer()
         fast, wrong_counts = Accumulator(), 0
         kept: list[np.ndarray] = []
@@ -194,7 +199,10 @@ class _Run:
             kept.append(want[0].keep)
             reference_loss.append(losses(want[0].logits, window))
             engine_loss.append(losses(have[0].logits, window))
-            wrong_counts += self._fast(want[0], have[0], ids, select, fast, number)
+            clean, wrong = self._fast(want[0], have[0], ids, select, fast, number)
+            wrong_counts += wrong
+            if self.speculation is not None:
+                self._halves(self.speculation, side, ids, select, clean, number)
         assert first is not None, "a text has at least one window"
         own = rounding.result() if single is not None else None
         self.first_window[budget] = first
@@ -215,6 +223,10 @@ class _Run:
             name: follow(runner, steps, select, logit_tolerance=tolerance, near_tie=self.limits.near_tie)
             for name, runner in self.runners.items()
         }
+        speculation = None
+        if self.speculation is not None:
+            self._tell("draft and verify", 0, 0)
+            speculation = self.speculation.result(self.windows, budget, first.logits)
         shares = np.concatenate(kept, axis=-1).mean(axis=-1)
         branches = [BRANCHES.index(branch) for branch in self._branches]
         return BudgetResult(
@@ -229,6 +241,7 @@ class _Run:
             fast_logits=fast.result(),
             fast_wrong_counts=wrong_counts,
             greedy=greedy,
+            speculation=speculation,
             reference_nats=float(np.concatenate(reference_loss).mean()),
             engine_nats=float(np.concatenate(engine_loss).mean()),
             scored_tokens=sum(loss.size for loss in reference_loss),
@@ -293,11 +306,13 @@ class _Run:
         select: np.ndarray | None,
         found: Accumulator,
         window: int,
-    ) -> int:
-        """Compare the fast runner's logits over a window. Returns: branches that kept a wrong count.
+    ) -> tuple[np.ndarray, int]:
+        """Compare the fast runner's logits over a window.
 
         It does not say which rows it kept, only how many. Where decisions may turn, what follows the first one
         that did (in half precision: for the portable runner) or could have (in single) is left out.
+
+        Returns: the tokens [S] bool that were compared, and the branches that kept a wrong count.
         """
         assert want.margins is not None
         logits, counts = runner_logits(self.runners["fast"], ids, select)
@@ -312,7 +327,23 @@ class _Run:
         if len(turned_at):
             clean[turned_at[0] if self.causal else 0 :] = False
         found.add(want.logits, logits[0], clean, window)
-        return 0 if len(turned_at) else len(differ)
+        return clean, 0 if len(turned_at) else len(differ)
+
+    def _halves(
+        self,
+        speculation: SpeculationSide,
+        side: ReferenceSide,
+        ids: np.ndarray,
+        select: np.ndarray | None,
+        clean: np.ndarray,
+        window: int,
+    ) -> None:
+        """Compare draft and verify with the reference's exit and full logits over a window."""
+        if speculation.exit_layer is None:
+            return
+        output = side.step(ids, np.ones_like(ids), DynamicCache())
+        at_exit = self.reference.exit_logits(output, speculation.exit_layer)
+        speculation.compare(ids, select, at_exit[0].float().numpy(), output.logits[0].float().numpy(), clean, window)
 
     def _comparer(self) -> Comparer:
         return Comparer(

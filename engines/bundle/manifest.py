@@ -17,6 +17,10 @@ from engines.errors import UsageError
 
 SCHEMA_VERSION: Literal[1] = 1
 
+Branch = Literal["attn", "mlp"]
+# The column of a branch wherever a table has one for each.
+BRANCHES: tuple[Branch, ...] = ("attn", "mlp")
+
 Threshold = Annotated[
     float,
     BeforeValidator(lambda value: -math.inf if value is None else value),
@@ -62,7 +66,7 @@ class Gates(_Model):
 
     kind: Literal["vector", "scalar"]
     input: Literal["post_norm", "pre_norm"]
-    branches: tuple[Literal["attn", "mlp"], ...]
+    branches: tuple[Branch, ...]
 
 
 class CalibrationText(_Model):
@@ -159,6 +163,73 @@ class WeightsEntry(_Model):
     size_bytes: int
 
 
+class ExitDraft(_Model):
+    """Draft with the first `layer` layers, final norm and head; the graphs `draft` and `verify` are split there."""
+
+    kind: Literal["exit"] = "exit"
+    layer: int
+
+    def __str__(self) -> str:
+        return f"exit:{self.layer}"
+
+
+class BudgetDraft(_Model):
+    """Draft with the whole depth at a lower budget."""
+
+    kind: Literal["budget"] = "budget"
+    budget: Budget
+
+    def __str__(self) -> str:
+        return f"budget:{self.budget:g}"
+
+
+class LayersDraft(_Model):
+    """Draft without some gated branches (layer, branch)."""
+
+    kind: Literal["layers"] = "layers"
+    skip: tuple[tuple[int, Branch], ...]
+
+    def __str__(self) -> str:
+        return "layers:" + ",".join(f"{layer}.{branch}" for layer, branch in self.skip)
+
+
+DraftKind = Annotated[ExitDraft | BudgetDraft | LayersDraft, Field(discriminator="kind")]
+
+
+DraftTokens = Annotated[int, Field(ge=1)]
+
+
+class DraftMeasurement(_Model):
+    """What one exit gave when `--draft auto` tried it.
+
+    Args:
+        layer: the exit.
+        length: tokens drafted before a verification: the best one found.
+        acceptance: share of drafted tokens that were right, those behind a wrong one not counted.
+        tokens_per_second, plain_tokens_per_second: with this draft and without one, taking turns.
+    """
+
+    layer: int
+    length: DraftTokens
+    acceptance: float
+    tokens_per_second: float
+    plain_tokens_per_second: float
+
+
+class DraftEntry(_Model):
+    """How this bundle drafts, unless another way is asked for.
+
+    Args:
+        draft: what is left out.
+        length: tokens drafted before the first verifications, until the loop knows better; null: its own choice.
+        measured: where the draft was chosen by measuring (`--draft auto`), what was seen of each candidate.
+    """
+
+    draft: DraftKind
+    length: DraftTokens | None = None
+    measured: tuple[DraftMeasurement, ...] = ()
+
+
 class Manifest(_Model):
     """The whole of `gsx.json`."""
 
@@ -173,6 +244,7 @@ class Manifest(_Model):
     precision: Literal["fp32", "fp16", "bf16"]
     graphs: Mapping[str, GraphEntry]
     weights: WeightsEntry
+    draft: DraftEntry | None = None
 
     @model_validator(mode="after")
     def _selection_fits_gates(self) -> Manifest:
@@ -181,8 +253,13 @@ class Manifest(_Model):
         rows = {len(point.thresholds) for point in self.selection.grid} if self.selection else set()
         if rows - {self.decoder.num_layers}:
             raise ValueError(f"thresholds are for {sorted(rows)} layers, the model has {self.decoder.num_layers}")
-        if "model" not in self.graphs:
-            raise ValueError("graphs lacks 'model'")
+        wanted = {"model"}
+        if self.draft is not None and self.draft.draft.kind == "exit":
+            wanted |= {"draft", "verify"}
+            if not 0 < self.draft.draft.layer < self.decoder.num_layers:
+                raise ValueError(f"the draft exits after {self.draft.draft.layer} of {self.decoder.num_layers} layers")
+        if wanted - set(self.graphs):
+            raise ValueError("graphs lacks " + ", ".join(sorted(wanted - set(self.graphs))))
         return self
 
 

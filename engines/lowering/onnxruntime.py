@@ -9,12 +9,17 @@ What changes against the portable graph (all measured, benchmarks/RESULTS.md):
   that for all tokens, and the kept rows attend with an empty new key and their rows of the mask, as a bias: the op's
   own mask is causal from the end, which allows at least what a kept row may see;
 - the nodes of a branch stand inside `If`, which is not entered when no row is kept;
-- the head runs on the columns that are asked for, in generation the last one.
+- final norm and head are a model of their own, which runs on the columns that are asked for, in generation the last
+  one, and which the two halves of a split decoder share, so that its weights are in memory once.
 
 Limits: batch 1 without padding, float32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -27,8 +32,8 @@ CONTRIB = "com.microsoft"
 OPSET = 24  # TensorScatter
 # Added to the attention score of what a row may not see; exp() of it is 0 in float32.
 MASKED = -1e9
-# Further inputs of the lowered graph, and its output of kept rows by branch.
-TOTAL_LENGTH, LOGITS_FROM, KEPT = "total_length", "logits_from", "kept"
+# A further input of the lowered graph, and its outputs: kept rows by branch, and the last state.
+TOTAL_LENGTH, KEPT, STATE = "total_length", "kept", "state"
 # Values inside: where K and V are written, the cache's last column, its length; no new K or V; axis 0.
 _WRITE_AT, _LAST, _TOTAL = "lowered.write_at", "lowered.last_column", "lowered.total"
 _EMPTY, _FIRST = "lowered.empty", "lowered.first"
@@ -45,38 +50,52 @@ def gates_attention(manifest: Manifest) -> bool:
     return manifest.gates is not None and "attn" in manifest.gates.branches
 
 
-def lower(portable: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
-    """The lowered form of a portable `model.onnx` (its weights stay external).
+@dataclass(frozen=True)
+class Lowered:
+    """A graph in two models: the layers, and what comes after them.
 
-    `attention_mask` is no input any more: nothing is padded. In its place come `total_length` [1] int64, the columns
-    filled after the call, and `logits_from` [1] int64, the first column of the call whose logits are wanted. Cache
-    inputs and outputs have the axis `capacity`; `cache_outputs` tells which outputs share the memory of an input.
+    Args:
+        body: inputs of the portable graph, but `total_length` [1] int64, the tokens in the cache after the call, in
+            place of `attention_mask`: nothing is padded. Cache inputs and outputs have the axis `capacity`;
+            `cache_outputs` tells which outputs share the memory of an input. In place of logits it gives `state`
+            [1, S, H], of the last layer that it holds.
+        head: `state` [1, any, H] -> `logits` [1, any, V].
+    """
+
+    body: onnx.ModelProto
+    head: onnx.ModelProto
+
+
+def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range) -> Lowered:
+    """The lowered form of a portable graph (its weights stay external).
+
+    Args:
+        layers: the ones that the graph holds.
     """
     model = onnx.ModelProto()
     model.CopyFrom(portable)
     graph = model.graph
-    layers = manifest.decoder.num_layers
+    head = _cut_head(model, manifest)
     _lengths(graph)
     if gates_attention(manifest):
         _write_in_place(graph, layers)
         _attend_kept_rows(graph, manifest)
     else:
         _attend_and_append(graph, manifest)
-    _name_capacity(graph, layers)
+    _name_capacity(graph)
     _regions(graph, layers)
-    _last_logits(graph, layers)
     _kept_output(graph)
     _thresholds_inside(graph)
     _drop_defaults(graph)
     _drop_unread(graph)
-    graph.input.append(helper.make_tensor_value_info(LOGITS_FROM, TensorProto.INT64, [1]))
-    del model.opset_import[:]
-    model.opset_import.extend(
-        [helper.make_opsetid("", OPSET), helper.make_opsetid("gsx", 1), helper.make_opsetid(CONTRIB, 1)]
-    )
-    for function in model.functions:
-        function.opset_import[0].version = OPSET
-    return model
+    for part in (model, head):
+        del part.opset_import[:]
+        part.opset_import.extend(
+            [helper.make_opsetid("", OPSET), helper.make_opsetid("gsx", 1), helper.make_opsetid(CONTRIB, 1)]
+        )
+        for function in part.functions:
+            function.opset_import[0].version = OPSET
+    return Lowered(model, head)
 
 
 def _appended(layer: int, kv: str) -> str:
@@ -107,11 +126,11 @@ def _lengths(graph: onnx.GraphProto) -> None:
     _replace_nodes(graph, [*nodes, *graph.node])
 
 
-def _write_in_place(graph: onnx.GraphProto, layers: int) -> None:
+def _write_in_place(graph: onnx.GraphProto, layers: range) -> None:
     """present = Concat(past, new) -> appended = TensorScatter(past, new) at the current length."""
     producers = {node.output[0]: node for node in graph.node}
     outputs = {value.name: value for value in graph.output}
-    for layer in range(layers):
+    for layer in layers:
         for kv in ("key", "value"):
             node = producers[f"present.{layer}.{kv}"]
             assert node.op_type == "Concat", "the cache is appended to by Concat in the portable graph"
@@ -200,7 +219,7 @@ def _add_biases(graph: onnx.GraphProto) -> None:
     _replace_nodes(graph, nodes)
 
 
-def _name_capacity(graph: onnx.GraphProto, layers: int) -> None:
+def _name_capacity(graph: onnx.GraphProto) -> None:
     """The axis of tokens of a cache is its capacity, before the call and after it."""
     caches = ("past_key_values.", "present.", "appended.")
     for value in [*graph.input, *graph.output]:
@@ -231,9 +250,9 @@ def _gqa(
     return helper.make_node("GroupQueryAttention", inputs, outputs, name=name, domain=CONTRIB, **heads)
 
 
-def _regions(graph: onnx.GraphProto, layers: int) -> None:
+def _regions(graph: onnx.GraphProto, layers: range) -> None:
     """Each branch's nodes into an `If`."""
-    presents = [f"present.{i}.{kv}" for i in range(layers) for kv in ("key", "value")]
+    presents = [f"present.{i}.{kv}" for i in layers for kv in ("key", "value")]
     regions = find_regions(graph, presents)
     nodes: list[onnx.NodeProto] = []
     ends = {region.add.output[0]: region for region in regions}
@@ -255,18 +274,46 @@ def _regions(graph: onnx.GraphProto, layers: int) -> None:
     _replace_nodes(graph, nodes)
 
 
-def _last_logits(graph: onnx.GraphProto, layers: int) -> None:
-    """Only the wanted columns of the last state go through the final norm and the head."""
-    state, wanted = f"layers.{layers - 1}.output", "lowered.wanted"
-    for name, values in (("lowered.ends", [np.iinfo(np.int64).max]), ("lowered.axis", [1])):
-        graph.initializer.append(numpy_helper.from_array(np.array(values, np.int64), name))
-    place, shaped = next(
-        (n, node.output[0]) for n, node in enumerate(graph.node) if node.op_type == "Reshape" and node.input[0] == state
+def _cut_head(model: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
+    """Take final norm and head out of a graph, which then gives the state that they read. Returns: their model."""
+    graph = model.graph
+    outputs = {value.name: value for value in graph.output}
+    reads = {name for node in graph.node for name in node.input}
+    # The states that are given: the one that leaves the last layer, [N, H], is shaped [1, S, H] for the head.
+    last = next(
+        node.output[0]
+        for node in graph.node
+        if node.output[0].endswith(".output")
+        and all(n.op_type == "Reshape" for n in graph.node if node.output[0] in n.input)
     )
-    for node in graph.node:
-        node.input[:] = [wanted if name == shaped else name for name in node.input]
-    inputs = [shaped, LOGITS_FROM, "lowered.ends", "lowered.axis"]
-    graph.node.insert(place + 1, helper.make_node("Slice", inputs, [wanted], name=wanted))
+    shaped = next(
+        n.output[0] for n in graph.node if n.input[:1] == [last] and n.op_type == "Reshape" and n.output[0] in reads
+    )
+    head = onnx.ModelProto()
+    head.CopyFrom(model)
+    logits = outputs["logits"]
+    state = helper.make_tensor_value_info(STATE, TensorProto.FLOAT, [1, "columns", manifest.decoder.hidden_size])
+    for value, axis in ((logits, "columns"), (state, "columns")):
+        value.type.tensor_type.shape.dim[1].dim_param = axis
+    for node in head.graph.node:
+        node.input[:] = [STATE if name == shaped else name for name in node.input]
+    _set_values(head.graph.input, [state])
+    _set_values(head.graph.output, [logits])
+    _drop_unread(head.graph)
+    kept = [value for name, value in outputs.items() if name not in ("logits", "exit_hidden")]
+    _set_values(graph.output, [*kept, helper.make_tensor_value_info(STATE, TensorProto.FLOAT, [1, "sequence", None])])
+    graph.node.append(helper.make_node("Identity", [shaped], [STATE], name=STATE))
+    return head
+
+
+def _set_values(field: Any, values: Sequence[onnx.ValueInfoProto]) -> None:
+    copies = []
+    for value in values:
+        copy = onnx.ValueInfoProto()
+        copy.CopyFrom(value)
+        copies.append(copy)
+    del field[:]
+    field.extend(copies)
 
 
 def _kept_output(graph: onnx.GraphProto) -> None:
@@ -318,7 +365,7 @@ def _drop_defaults(graph: onnx.GraphProto) -> None:
 
 
 def _drop_unread(graph: onnx.GraphProto) -> None:
-    """Nodes whose results nobody reads any more go."""
+    """Nodes and constants that nobody reads any more go."""
     read = {value.name for value in graph.output}
     nodes = []
     for node in reversed(graph.node):
@@ -330,6 +377,9 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
             read.update(name for inner in attribute.g.node for name in inner.input)
     del graph.node[:]
     graph.node.extend(reversed(nodes))
+    constants = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(constants)
 
 
 def _copy(node: onnx.NodeProto) -> onnx.NodeProto:

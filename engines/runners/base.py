@@ -1,7 +1,11 @@
 """The interface between decoding loops and runtimes.
 
-A runner executes one graph of a bundle. It owns the K/V memory, which a loop sees as a `Cache`: so many sequences,
-so many columns filled. All arrays that cross the interface are NumPy arrays on the host.
+A `Stage` is one graph of a bundle on one runtime: all layers, or the ones below or above an exit. A `Runner` makes
+whole steps of stages: one stage, or two with the exit between them (`split.py`). Loops see runners and the `Cache`
+alone. All arrays that cross the interface are NumPy arrays on the host.
+
+Sequences of a batch have lengths of their own: a call takes up to S tokens of each, counted in `counts`, and a cache
+is shortened sequence by sequence.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ import numpy as np
 
 from engines.bundle.manifest import Manifest
 
-Logits = Literal["last", "all"]
+Logits = Literal["none", "last", "all"]
 
 
 @dataclass
@@ -22,15 +26,23 @@ class Cache:
 
     Args:
         batch: B, sequences.
-        capacity: columns that fit.
-        length: columns filled. A loop may lower it: what lies behind is then forgotten.
-        memory: the runtime's own.
+        capacity: tokens of each that fit.
+        lengths: [B] int64, tokens that the cache holds.
+        verified: [B] int64, those that have been through all layers; fewer than `lengths` between a draft of a
+            split runner and its verification.
+        memory: the runner's own.
     """
 
     batch: int
     capacity: int
-    length: int
+    lengths: np.ndarray
+    verified: np.ndarray
     memory: Any
+
+    def roll_back(self, lengths: np.ndarray) -> None:
+        """Forget what lies behind these lengths [B]."""
+        self.lengths = np.minimum(self.lengths, lengths)
+        self.verified = np.minimum(self.verified, lengths)
 
 
 @dataclass(frozen=True)
@@ -38,39 +50,120 @@ class StepOutput:
     """What one call gives.
 
     Args:
-        logits: [B, 1 or S, V] float32.
+        logits: float32; "last": [B, 1, V], of each sequence's last token in the call; "all": [B, S, V], of no
+            meaning behind a sequence's count; "none": [B, 0, V].
         kept: [L, 2] int64, rows kept by each (layer, branch) in this call; None for a model without gates.
+        gated_rows: rows that came before the gates in this call, one a token and gated branch.
     """
 
     logits: np.ndarray
     kept: np.ndarray | None
+    gated_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Call:
+    """The tokens of one call.
+
+    Args:
+        ids: [B, S] int64; behind a sequence's count, whatever.
+        counts: [B] int64, tokens of each sequence, up to S.
+        lengths: [B] int64, tokens of each sequence before this call.
+        select: `thresholds` [L, 2] or `budget` [], float32; None for a model without gates.
+    """
+
+    ids: np.ndarray
+    counts: np.ndarray
+    lengths: np.ndarray
+    select: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class ExitState:
+    """What leaves an exit layer and enters the next one, for the tokens of one call.
+
+    Args:
+        hidden: [B, S, H] in the runtime's type.
+        below: K and V [B, kv heads, S, D] of the exit's last layer; under the K/V policy `copy` alone.
+    """
+
+    hidden: np.ndarray
+    below: tuple[np.ndarray, np.ndarray] | None = None
+
+
+@dataclass(frozen=True)
+class StageOutput:
+    """What a stage gives: logits as in `StepOutput`, the exit state if it has one, kept rows [L, 2]."""
+
+    logits: np.ndarray
+    state: ExitState | None
+    kept: np.ndarray | None
+
+
+class Stage(Protocol):
+    """One graph of a bundle on one runtime."""
+
+    manifest: Manifest
+    layers: range
+
+    def new_memory(self, batch: int, capacity: int) -> Any:
+        """Room for the K/V of these layers."""
+        ...
+
+    def run(self, memory: Any, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
+        """Run a call's tokens and append their K/V at `call.lengths`; state: what enters, in a second stage."""
+        ...
 
 
 class Runner(Protocol):
-    """Executes `model.onnx`, or an engine made of it."""
+    """Makes whole steps: every layer runs on every token, or is left out by its gate."""
 
     manifest: Manifest
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Room for `batch` sequences of up to `capacity` columns, empty."""
+        """Room for `batch` sequences of up to `capacity` tokens, empty."""
         ...
 
     def step(
         self,
         cache: Cache,
         input_ids: np.ndarray,
-        attention_mask: np.ndarray,
-        position_ids: np.ndarray,
         select: np.ndarray | None,
+        *,
+        counts: np.ndarray | None = None,
         logits: Logits = "last",
     ) -> StepOutput:
-        """Run S tokens of every sequence and append their K/V to the cache.
+        """Run tokens of every sequence and append their K/V to the cache.
 
         Args:
-            cache: its length grows by S.
-            input_ids, position_ids: [B, S] int64.
-            attention_mask: [B, length + S] int64: 1 for a token, 0 for padding.
-            select: `thresholds` [L, 2] or `budget` [], float32; None for a model without gates.
-            logits: of the last column or of all.
+            cache: its lengths grow by `counts`.
+            input_ids: [B, S] int64.
+            select: as in `Call`.
+            counts: [B] int64, tokens of each sequence; None for S of all.
+            logits: of each sequence's last token, of all, or none.
         """
         ...
+
+
+def new_cache(batch: int, capacity: int, memory: Any) -> Cache:
+    """An empty cache."""
+    return Cache(batch, capacity, np.zeros(batch, np.int64), np.zeros(batch, np.int64), memory)
+
+
+def call_of(cache: Cache, input_ids: np.ndarray, counts: np.ndarray | None, select: np.ndarray | None) -> Call:
+    """The call that appends tokens to a cache.
+
+    Raises:
+        ValueError: they do not fit.
+    """
+    if counts is None:
+        counts = np.full(cache.batch, input_ids.shape[1], np.int64)
+    if int((cache.lengths + counts).max()) > cache.capacity:
+        raise ValueError(f"the cache holds {cache.capacity} tokens, {(cache.lengths + counts).max()} are needed")
+    return Call(input_ids, counts, cache.lengths, select)
+
+
+def step_output(stage: Stage, call: Call, output: StageOutput) -> StepOutput:
+    """What a loop sees of a stage's output."""
+    branches = len(stage.manifest.gates.branches) if stage.manifest.gates else 0
+    return StepOutput(output.logits, output.kept, int(call.counts.sum()) * len(stage.layers) * branches)

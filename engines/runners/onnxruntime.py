@@ -6,7 +6,9 @@ of ONNX Runtime without the kernels run the portable graph.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,17 +19,18 @@ from engines.bundle.manifest import Manifest
 from engines.errors import BundleError
 from engines.lowering import onnxruntime as lowering
 from engines.lowering.probe import is_supported
-from engines.runners.base import Cache, Logits, StepOutput
-from engines.runners.portable import PortableRunner, gated_places, open_session
+from engines.runners.base import Call, ExitState, Logits, StageOutput
+from engines.runners.portable import EXIT_STATE, PortableStage, gated_places, kept_table, layers_of, open_session
 
 
-class _Memory:
+class _Bound:
     """Arrays that a session's inputs and outputs are bound to: K/V buffers of one sequence, feeds and results.
 
     Binding costs more than a small copy, so an array stays bound until another shape is needed.
     """
 
     def __init__(self, session: ort.InferenceSession) -> None:
+        self._session = session
         self.binding = session.io_binding()
         self.arrays: dict[str, np.ndarray] = {}
 
@@ -47,13 +50,6 @@ class _Memory:
         array = self.arrays[name] = np.array(value, order="C")
         self.binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
-    def feed_number(self, name: str, value: int) -> None:
-        """The same for an input of one int64."""
-        if name in self.arrays:
-            self.arrays[name][0] = value
-        else:
-            self.feed(name, np.array([value], np.int64))
-
     def result(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         """The array that the next run writes an output to."""
         bound = self.arrays.get(name)
@@ -62,85 +58,108 @@ class _Memory:
             self._bind_output(name, bound)
         return bound
 
+    def run(self) -> None:
+        """Run the session on what is bound."""
+        self._session.run_with_iobinding(self.binding)
+
     def _bind_output(self, name: str, array: np.ndarray) -> None:
         self.binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
 
-class OnnxRuntimeRunner:
-    """Runs a bundle on ONNX Runtime; see `Runner` for the interface.
+@dataclass(frozen=True)
+class _Memory:
+    """What one sequence is bound to: the layers with their K/V, and final norm and head."""
+
+    body: _Bound
+    head: _Bound
+
+
+class OnnxRuntimeStage:
+    """Runs a graph of a bundle on ONNX Runtime; see `Stage`.
 
     Args:
         bundle: an opened bundle.
+        graph: `model`, `draft` or `verify`.
         threads: of ONNX Runtime within an op; None for its own choice.
+        shares_head: another stage of the same bundle, whose final norm and head this one then uses.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        graph: str = "model",
+        *,
+        threads: int | None = None,
+        shares_head: OnnxRuntimeStage | None = None,
+    ) -> None:
         self.manifest: Manifest = bundle.manifest
-        self._bundle, self._threads = bundle, threads
-        places = [(layer, ("attn", "mlp").index(branch)) for layer, branch in gated_places(bundle.manifest)]
-        self._rows, self._columns = np.array(places, np.int64).reshape(-1, 2).T
-        self._lowered: ort.InferenceSession | None = None
-        self._portable: PortableRunner | None = None
+        self.layers = layers_of(bundle.manifest, graph)
+        self._bundle, self._graph, self._threads = bundle, graph, threads
+        self._places = gated_places(bundle.manifest, self.layers)
+        self._shares_head = shares_head
+        self._body: ort.InferenceSession | None = None
+        self._head: ort.InferenceSession | None = None
+        self._portable: PortableStage | None = None
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """See `Runner`."""
+    def new_memory(self, batch: int, capacity: int) -> Any:
+        """See `Stage`: one sequence in float32 runs lowered, with its K/V in place."""
         lowered = batch == 1 and self.manifest.precision == "fp32"
         if not (lowered and is_supported(self.manifest.decoder.head_dim)):
             if self._portable is None:
-                self._portable = PortableRunner(self._bundle, threads=self._threads)
-            return self._portable.new_cache(batch, capacity)
-        session = self._lowered_session()
+                self._portable = PortableStage(self._bundle, self._graph, threads=self._threads)
+            return self._portable.new_memory(batch, capacity)
+        body, head = self._sessions()
         shape = self.manifest.decoder
         size = (1, shape.num_kv_heads, capacity, shape.head_dim)
-        memory = _Memory(session)
-        for layer in range(shape.num_layers):
+        memory = _Memory(_Bound(body), _Bound(head))
+        for layer in self.layers:
             for kv in ("key", "value"):
                 outputs = lowering.cache_outputs(self.manifest, layer, kv)
-                memory.bind_cache(f"past_key_values.{layer}.{kv}", outputs, np.zeros(size, np.float32))
-        return Cache(1, capacity, 0, memory)
+                memory.body.bind_cache(f"past_key_values.{layer}.{kv}", outputs, np.zeros(size, np.float32))
+        return memory
 
-    def step(
-        self,
-        cache: Cache,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray,
-        position_ids: np.ndarray,
-        select: np.ndarray | None,
-        logits: Logits = "last",
-    ) -> StepOutput:
-        """See `Runner`. Padding in a batch of one is refused: there is never a need for it."""
-        if not isinstance(cache.memory, _Memory):
+    def run(self, memory: Any, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
+        """See `Stage`."""
+        if not isinstance(memory, _Memory):
             assert self._portable is not None
-            return self._portable.step(cache, input_ids, attention_mask, position_ids, select, logits)
-        memory, length = cache.memory, input_ids.shape[1]
-        total = cache.length + length
-        if total > cache.capacity:
-            raise ValueError(f"the cache holds {cache.capacity} columns, {total} are needed")
-        if length > 1 and not attention_mask.all():
-            raise ValueError("a single sequence must not be padded")
-        memory.feed("input_ids", input_ids)
-        memory.feed("position_ids", position_ids)
-        memory.feed_number(lowering.TOTAL_LENGTH, total)
-        memory.feed_number(lowering.LOGITS_FROM, 0 if logits == "all" else length - 1)
-        if select is not None and self.manifest.selection is not None:
-            memory.feed("thresholds" if self.manifest.selection.mode == "threshold" else "budget", select)
-        columns = length if logits == "all" else 1
-        scores = memory.result("logits", (1, columns, self.manifest.decoder.vocab_size), np.float32)
-        counts = memory.result(lowering.KEPT, (len(self._rows),), np.int64) if len(self._rows) else None
-        self._lowered_session().run_with_iobinding(memory.binding)
-        cache.length = total
-        kept = None
-        if counts is not None:
-            kept = np.zeros((self.manifest.decoder.num_layers, 2), np.int64)
-            kept[self._rows, self._columns] = counts
-        return StepOutput(scores.copy(), kept)
+            return self._portable.run(memory, call, state, logits)
+        shape = self.manifest.decoder
+        count, past = int(call.counts[0]), int(call.lengths[0])
+        assert count, "a call of one sequence has tokens"
+        body = memory.body
+        body.feed("input_ids", call.ids[:, :count])
+        body.feed("position_ids", np.arange(past, past + count)[None])
+        body.feed("total_length", np.array([past + count]))
+        if call.select is not None and self.manifest.selection is not None:
+            body.feed("thresholds" if self.manifest.selection.mode == "threshold" else "budget", call.select)
+        if state is not None:
+            for name, value in zip(EXIT_STATE, (state.hidden, *(state.below or ())), strict=False):
+                body.feed(name, value)
+        hidden = body.result(lowering.STATE, (1, count, shape.hidden_size), np.float32)
+        counts = body.result(lowering.KEPT, (len(self._places),), np.int64) if self._places else None
+        below = None
+        if self.layers.stop < shape.num_layers and self.manifest.kv_policy == "copy":
+            size = (1, shape.num_kv_heads, count, shape.head_dim)
+            below = (body.result(EXIT_STATE[1], size, np.float32), body.result(EXIT_STATE[2], size, np.float32))
+        body.run()
+        scores = np.zeros((1, 0, shape.vocab_size), np.float32)
+        if logits != "none":
+            wanted = hidden if logits == "all" else hidden[:, -1:]
+            memory.head.feed(lowering.STATE, wanted)
+            scores = memory.head.result("logits", (1, wanted.shape[1], shape.vocab_size), np.float32)
+            memory.head.run()
+        leaving = None
+        if self.layers.stop < shape.num_layers:
+            leaving = ExitState(hidden.copy(), (below[0].copy(), below[1].copy()) if below else None)
+        return StageOutput(scores.copy(), leaving, kept_table(self.manifest, self._places, counts))
 
-    def _lowered_session(self) -> ort.InferenceSession:
-        if self._lowered is None:
-            path = self._bundle.graph_path("model")
+    def _sessions(self) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+        """The layers, and final norm and head: lowered and loaded once."""
+        if self._body is None or self._head is None:
+            path = self._bundle.graph_path(self._graph)
             portable = onnx.load(str(path), load_external_data=False)
             try:
-                model = lowering.lower(portable, self.manifest)
+                lowered = lowering.lower(portable, self.manifest, self.layers)
             except (AssertionError, IndexError, KeyError, StopIteration) as error:
                 raise BundleError(
                     f"{path}: is not laid out as this version of gsx lays graphs out",
@@ -148,5 +167,9 @@ class OnnxRuntimeRunner:
                     found=f"one of gsx {self.manifest.gsx_version}",
                     todo="run `gsx export` again",
                 ) from error
-            self._lowered = open_session(model.SerializeToString(), self._bundle.directory, self._threads)
-        return self._lowered
+            self._body = self._open(lowered.body)
+            self._head = self._shares_head._sessions()[1] if self._shares_head else self._open(lowered.head)
+        return self._body, self._head
+
+    def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
+        return open_session(model.SerializeToString(), self._bundle.directory, self._threads)

@@ -15,92 +15,169 @@ import onnx
 import onnxruntime as ort
 
 from engines.bundle.bundle import Bundle
-from engines.bundle.manifest import Manifest
+from engines.bundle.manifest import BRANCHES, Branch, Manifest
 from engines.errors import BundleError, GsxError
-from engines.runners.base import Cache, Logits, StepOutput
+from engines.runners.base import Call, ExitState, Logits, StageOutput
 
+# What passes from `draft` to `verify`; K and V under the K/V policy `copy` alone.
+EXIT_STATE = ("exit_hidden", "exit_key", "exit_value")
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
 
-class PortableRunner:
-    """Runs `model.onnx` as it is.
+class PortableStage:
+    """Runs a graph of a bundle as it is.
 
     Args:
         bundle: an opened bundle.
+        graph: `model`, `draft` or `verify`.
         capture: names of values inside the graph to keep of every call (`captured`).
         threads: of ONNX Runtime within an op; None for its own choice.
     Raises:
         GsxError: a precision that ONNX Runtime has no CPU kernels for.
-        BundleError: ONNX Runtime does not load the graph.
+        BundleError: no such graph, or ONNX Runtime does not load it.
     """
 
-    def __init__(self, bundle: Bundle, *, capture: Sequence[str] = (), threads: int | None = None) -> None:
+    def __init__(
+        self, bundle: Bundle, graph: str = "model", *, capture: Sequence[str] = (), threads: int | None = None
+    ) -> None:
         self.manifest: Manifest = bundle.manifest
-        self.dtype = host_type(self.manifest)
+        self.dtype = host_type(self.manifest.precision)
+        self.layers = layers_of(self.manifest, graph)
         self.captured: dict[str, np.ndarray] = {}
         self._capture = list(capture)
-        model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
-        kept = [f"layers.{layer}.{branch}.count" for layer, branch in gated_places(self.manifest)]
-        for name in dict.fromkeys([*kept, *capture]):
+        model = onnx.load(str(bundle.graph_path(graph)), load_external_data=False)
+        self._inputs = {value.name for value in model.graph.input}
+        outputs = {value.name for value in model.graph.output}
+        self._exits = [name for name in EXIT_STATE if name in outputs]
+        self._places = gated_places(self.manifest, self.layers)
+        self._kept = [f"layers.{layer}.{branch}.count" for layer, branch in self._places]
+        for name in dict.fromkeys([*self._kept, *capture]):
             model.graph.output.append(onnx.ValueInfoProto(name=name))
-        self._kept = kept
         self._session = open_session(model.SerializeToString(), bundle.directory, threads)
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """See `Runner`."""
+    def new_memory(self, batch: int, capacity: int) -> dict[str, np.ndarray]:
+        """K and V by name, [B, kv heads, T, D]: as long as they must be, and new after every call."""
         shape = self.manifest.decoder
         empty = np.zeros((batch, shape.num_kv_heads, 0, shape.head_dim), self.dtype)
-        memory = {f"{i}.{kv}": empty for i in range(shape.num_layers) for kv in ("key", "value")}
-        return Cache(batch, capacity, 0, memory)
+        return {f"{i}.{kv}": empty for i in self.layers for kv in ("key", "value")}
 
-    def step(
+    def run(self, memory: dict[str, np.ndarray], call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
+        """See `Stage`."""
+        past = int(call.lengths.max())
+        steps = np.arange(call.ids.shape[1])
+        # Columns behind a sequence's own length, old and new, are padding.
+        mask = np.concatenate([np.arange(past) < call.lengths[:, None], steps < call.counts[:, None]], axis=1)
+        positions = call.lengths[:, None] + steps
+        for name, value in memory.items():
+            memory[name] = value[:, :, :past]
+        results = self.execute(
+            memory, call.ids, mask.astype(np.int64), positions, call.select, state, logits=logits != "none"
+        )
+        for name, value in memory.items():
+            memory[name] = _closed_up(value, call, past)
+        leaving = None
+        if self._exits:
+            hidden, *below = (results[name] for name in self._exits)
+            leaving = ExitState(hidden, (below[0], below[1]) if below else None)
+        return StageOutput(
+            logits=self._logits(results.get("logits"), call, logits),
+            state=leaving,
+            kept=kept_table(self.manifest, self._places, [int(results[name]) for name in self._kept]),
+        )
+
+    def execute(
         self,
-        cache: Cache,
+        memory: dict[str, np.ndarray],
         input_ids: np.ndarray,
         attention_mask: np.ndarray,
         position_ids: np.ndarray,
         select: np.ndarray | None,
-        logits: Logits = "last",
-    ) -> StepOutput:
-        """See `Runner`."""
-        feeds = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+        state: ExitState | None = None,
+        *,
+        logits: bool = True,
+    ) -> dict[str, np.ndarray]:
+        """Run the graph on inputs as any client gives them, padded wherever it likes.
+
+        Args:
+            memory: past K and V; this call's are appended for all columns, padding too.
+            input_ids, position_ids: [B, S] int64.
+            attention_mask: [B, past + S] int64: 1 for a token, 0 for padding.
+            select: as in `Call`.
+        Returns: the outputs and captured values by name, but K and V.
+        """
+        feeds = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
+        if state is not None:
+            feeds |= dict(zip(EXIT_STATE, (state.hidden, *(state.below or ())), strict=False))
         if select is not None and self.manifest.selection is not None:
             feeds["thresholds" if self.manifest.selection.mode == "threshold" else "budget"] = select
-        for name, value in cache.memory.items():
-            feeds[f"past_key_values.{name}"] = value[:, :, : cache.length]
-        presents = [f"present.{name}" for name in cache.memory]
-        names = ["logits", *presents, *self._kept, *self._capture]
+        feeds |= {f"past_key_values.{name}": value for name, value in memory.items()}
+        feeds = {name: value for name, value in feeds.items() if name in self._inputs}
+        presents = [f"present.{name}" for name in memory]
+        names = [*(["logits"] if logits else []), *self._exits, *presents, *self._kept, *self._capture]
         results = dict(zip(names, self._session.run(names, feeds), strict=True))
-        cache.memory = {name: results[f"present.{name}"] for name in cache.memory}
-        cache.length += input_ids.shape[1]
+        for name in memory:
+            memory[name] = results.pop(f"present.{name}")
         self.captured = {name: results[name] for name in self._capture}
-        kept = None
-        if self._kept:
-            kept = np.zeros((self.manifest.decoder.num_layers, 2), np.int64)
-            for (layer, branch), name in zip(gated_places(self.manifest), self._kept, strict=True):
-                kept[layer, ("attn", "mlp").index(branch)] = results[name]
-        scores = results["logits"].astype(np.float32, copy=False)
-        return StepOutput(scores if logits == "all" else scores[:, -1:], kept)
+        return results
+
+    def _logits(self, scores: np.ndarray | None, call: Call, logits: Logits) -> np.ndarray:
+        if scores is None:
+            return np.zeros((len(call.ids), 0, self.manifest.decoder.vocab_size), np.float32)
+        scores = scores.astype(np.float32, copy=False)
+        if logits == "all":
+            return scores
+        return scores[np.arange(len(scores)), np.maximum(call.counts - 1, 0)][:, None]
 
 
-def gated_places(manifest: Manifest) -> list[tuple[int, str]]:
-    """(layer, branch) of every gated branch, in order."""
+def _closed_up(present: np.ndarray, call: Call, past: int) -> np.ndarray:
+    """K or V with every sequence's new tokens next to its old ones: [B, heads, past + S, D]."""
+    for row in np.flatnonzero((call.lengths < past) & (call.counts > 0)):
+        start, count = int(call.lengths[row]), int(call.counts[row])
+        present[row, :, start : start + count] = present[row, :, past : past + count].copy()
+    return present[:, :, : int((call.lengths + call.counts).max())]
+
+
+def layers_of(manifest: Manifest, graph: str) -> range:
+    """The layers that a graph of the bundle holds."""
+    depth = manifest.decoder.num_layers
+    if graph == "model":
+        return range(depth)
+    assert manifest.draft is not None
+    assert manifest.draft.draft.kind == "exit"
+    split = manifest.draft.draft.layer
+    return range(split) if graph == "draft" else range(split, depth)
+
+
+def kept_table(
+    manifest: Manifest, places: Sequence[tuple[int, Branch]], counts: Sequence[int] | np.ndarray | None
+) -> np.ndarray | None:
+    """Kept rows as a table [L, 2] int64, from counts by place; None for a model without gates."""
+    if counts is None or manifest.gates is None:
+        return None
+    kept = np.zeros((manifest.decoder.num_layers, len(BRANCHES)), np.int64)
+    for (layer, branch), count in zip(places, counts, strict=True):
+        kept[layer, BRANCHES.index(branch)] = count
+    return kept
+
+
+def gated_places(manifest: Manifest, layers: range | None = None) -> list[tuple[int, Branch]]:
+    """(layer, branch) of every gated branch, of all layers or of some, in order."""
     branches = manifest.gates.branches if manifest.gates else ()
-    return [(layer, branch) for layer in range(manifest.decoder.num_layers) for branch in branches]
+    return [(layer, branch) for layer in layers or range(manifest.decoder.num_layers) for branch in branches]
 
 
-def host_type(manifest: Manifest) -> np.dtype[Any]:
-    """NumPy type of the graph's activations.
+def host_type(precision: str) -> np.dtype[Any]:
+    """NumPy type of the activations of a graph of this precision.
 
     Raises:
         GsxError: bfloat16, which ONNX Runtime has no CPU kernels for.
     """
-    dtype = NUMPY_TYPES.get(manifest.precision)
+    dtype = NUMPY_TYPES.get(precision)
     if dtype is None:
         raise GsxError(
-            f"ONNX Runtime cannot run {manifest.precision} graphs on a CPU (no MatMul kernel)",
+            f"ONNX Runtime cannot run {precision} graphs on a CPU (no MatMul kernel)",
             expected="fp32 or fp16",
-            found=manifest.precision,
+            found=precision,
             todo="export with --precision fp32 to run here; the bf16 graph is for TensorRT",
         )
     return dtype

@@ -90,15 +90,16 @@ def attention_mask_of(attention_mask: Tensor, length: int, window: int | None) -
     """Where the last `length` tokens may look: [B, T] int64 -> [B, 1, S, T] bool.
 
     A token sees itself and the tokens before it that are not padding, at most `window` positions counting
-    itself. A padding token sees itself alone, so that no row is empty (an empty row would be NaN).
+    itself; padding takes no position, wherever it stands. A padding token sees itself alone, so that no row is
+    empty (an empty row would be NaN).
     """
     total = attention_mask.shape[1]
     columns = torch.arange(total)
     rows = torch.arange(length).unsqueeze(1) + (total - length)
-    causal = columns <= rows
+    seen = (columns <= rows) & (attention_mask != 0).unsqueeze(1)
     if window is not None:
-        causal = causal & (columns > rows - window)
-    seen = causal & (attention_mask != 0).unsqueeze(1)
+        positions = attention_mask.cumsum(dim=1)
+        seen = seen & (positions.unsqueeze(1) > positions[:, total - length :].unsqueeze(2) - window)
     return (seen | (columns == rows)).unsqueeze(1)
 
 

@@ -31,14 +31,6 @@ IR_VERSION = 11  # the one that opset 23 came with
 _B, _S, _P = 2, 3, 5
 
 
-@dataclass
-class Graph:
-    """An ONNX model without its weights, and the weights that it needs."""
-
-    model: onnx.ModelProto
-    weights: list[Weight]
-
-
 class LayerPart(nn.Module):
     """A decoder layer with flat inputs and outputs, as the tracer takes them."""
 
@@ -59,22 +51,25 @@ class LayerPart(nn.Module):
         return (hidden, *present, *new)
 
 
-def build_model(checkpoint: Checkpoint, options: DecoderOptions, default_select: np.ndarray | None) -> Graph:
-    """The whole decoder as `model.onnx`.
+@dataclass(frozen=True)
+class Graphs:
+    """The graphs of a bundle, by name, and the weights that they share, each once."""
+
+    models: Mapping[str, onnx.ModelProto]
+    weights: list[Weight]
+
+
+class GraphBuilder:
+    """Traces each part of the decoder once and lays out graphs from them.
 
     Args:
         checkpoint: its configuration is read, no weight is.
         options: selection, K/V policy, type.
         default_select: exported value of `thresholds` [L, 2] or `budget` [], float32; None without gates.
     """
-    return _Builder(checkpoint, options).model(default_select)
 
-
-class _Builder:
-    """Traces each part once and lays out graphs from them."""
-
-    def __init__(self, checkpoint: Checkpoint, options: DecoderOptions) -> None:
-        self.checkpoint, self.options = checkpoint, options
+    def __init__(self, checkpoint: Checkpoint, options: DecoderOptions, default_select: np.ndarray | None) -> None:
+        self.checkpoint, self.options, self.default_select = checkpoint, options, default_select
         self.config = config = checkpoint.config
         with torch.device("meta"):
             entry = Entry(checkpoint.hf_config, config, options)
@@ -83,62 +78,112 @@ class _Builder:
             leave = Exit(config, options)
         self.entry = trace(entry, self._entry_inputs(), self._entry_outputs())
         self.first = self._trace_layer(first)
+        self.copies_below = later.copies_below
         self.later = self._trace_layer(later) if later.copies_below else self.first
         ids = Input((_B, _S), torch.int64, (0, 1))
         self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
 
-    def model(self, default_select: np.ndarray | None) -> Graph:
+    def graphs(self, exit_layer: int | None) -> Graphs:
+        """The decoder as `model`, and split at an exit layer as `draft` and `verify` (docs/design.md, section 6).
+
+        Args:
+            exit_layer: number of layers that the draft runs, in 1 to L - 1; None for `model` alone.
+        """
+        depth = self.config.num_layers
+        spans = {"model": range(depth)}
+        if exit_layer is not None:
+            spans |= {"draft": range(exit_layer), "verify": range(exit_layer, depth)}
+        layouts = {name: self._decoder(f"gsx_{name}", layers) for name, layers in spans.items()}
+        parameters = dict.fromkeys(name for _, used in layouts.values() for name in used)
+        return Graphs({name: model for name, (model, _) in layouts.items()}, self._weights(parameters))
+
+    def _decoder(self, name: str, layers: range) -> tuple[onnx.ModelProto, list[str]]:
+        """A graph of some consecutive layers with final norm and head, and the parameters that it reads.
+
+        One that begins at layer 0 reads embeddings, another the state `exit_hidden`; one that ends below the last
+        layer gives that state beside the logits. Under the K/V policy `copy` the next layer also needs K and V
+        of the layer below, of this call's tokens: `exit_key` and `exit_value`.
+        """
         config = self.config
         graph = _Layout()
         graph.add(self.entry, "", {}, {name: name for name in self.entry.outputs})
-        hidden, below = "hidden", ("", "")
         inputs = [
             _value("input_ids", TensorProto.INT64, ["batch", "sequence"]),
             _value("attention_mask", TensorProto.INT64, ["batch", "total"]),
             _value("position_ids", TensorProto.INT64, ["batch", "sequence"]),
         ]
         outputs = [self._float("logits", ["batch", "sequence", config.vocab_size])]
-        windows = distinct_windows(config)
-        for i in range(config.num_layers):
-            prefix = f"layers.{i}."
+        state = self._float("exit_hidden", ["batch", "sequence", config.hidden_size])
+        heads, width = config.num_kv_heads, config.head_dim
+        below_values = [self._float(n, ["batch", heads, "sequence", width]) for n in ("exit_key", "exit_value")]
+        if not self.copies_below:
+            below_values = []
+        hidden, below = "hidden", ("", "")
+        if layers.start:
+            hidden, below = "entering", ("exit_key", "exit_value")
+            graph.reshape("exit_hidden", [-1, config.hidden_size], hidden)
+            inputs = [state, *below_values, *inputs]
+        for i in layers:
             past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
             present = (f"present.{i}.key", f"present.{i}.value")
-            part = self.first if i == 0 else self.later
-            reads = {
-                "hidden": hidden,
-                "past_key": past[0],
-                "past_value": past[1],
-                "cos": "cos",
-                "sin": "sin",
-                "mask": f"mask.{windows.index(config.windows[i])}",
-                "forced": "forced",
-                "forced_score": "forced_score",
-                "select": self._select(graph, i),
-                "below_key": below[0],
-                "below_value": below[1],
-            }
-            writes = {
-                "output": prefix + "output",
-                "present_key": present[0],
-                "present_value": present[1],
-                "new_key": prefix + "new_key",
-                "new_value": prefix + "new_value",
-            }
-            graph.add(part, prefix, reads, writes)
-            hidden, below = writes["output"], (writes["new_key"], writes["new_value"])
-            heads, width = config.num_kv_heads, config.head_dim
+            hidden, below = self._layer(graph, i, hidden, below, past, present)
             inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
             outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
         graph.add(self.exit, "", {"hidden": hidden}, {"logits": "logits"})
+        if layers.stop < config.num_layers:
+            outputs.insert(1, state)
+            graph.shaped_like_ids(hidden, config.hidden_size, "exit_hidden")
+            for source, value in zip(below, below_values, strict=False):
+                outputs.append(value)
+                graph.rename(source, value.name)
         if config.gate is not None:
-            assert default_select is not None
-            if self.options.selection == "threshold":
-                name, shape = "thresholds", [config.num_layers, 2]
-            else:
-                name, shape = "budget", []
-            inputs.append(_value(name, TensorProto.FLOAT, shape))
-            graph.constants.append(numpy_helper.from_array(np.asarray(default_select, np.float32), name))
-        return Graph(graph.model_proto("gsx_model", inputs, outputs), self._weights(graph.parameters))
+            inputs.append(self._select_input(graph))
+        graph.drop_unread({value.name for value in outputs})
+        return graph.model_proto(name, inputs, outputs), list(graph.parameters)
+
+    def _layer(
+        self,
+        graph: _Layout,
+        i: int,
+        hidden: str,
+        below: tuple[str, str],
+        past: tuple[str, str],
+        present: tuple[str, str],
+    ) -> tuple[str, tuple[str, str]]:
+        """Add layer i. Returns: the values of its state, and of the K and V that it computed."""
+        prefix = f"layers.{i}."
+        window = distinct_windows(self.config).index(self.config.windows[i])
+        reads = {
+            "hidden": hidden,
+            "past_key": past[0],
+            "past_value": past[1],
+            "cos": "cos",
+            "sin": "sin",
+            "mask": f"mask.{window}",
+            "forced": "forced",
+            "forced_score": "forced_score",
+            "select": self._select(graph, i),
+            "below_key": below[0],
+            "below_value": below[1],
+        }
+        writes = {
+            "output": prefix + "output",
+            "present_key": present[0],
+            "present_value": present[1],
+            "new_key": prefix + "new_key",
+            "new_value": prefix + "new_value",
+        }
+        graph.add(self.first if i == 0 else self.later, prefix, reads, writes)
+        return writes["output"], (writes["new_key"], writes["new_value"])
+
+    def _select_input(self, graph: _Layout) -> onnx.ValueInfoProto:
+        """The input that selects kept rows, with the exported value as its default."""
+        assert self.default_select is not None
+        name, shape = (
+            ("budget", []) if self.options.selection == "rank" else ("thresholds", [self.config.num_layers, 2])
+        )
+        graph.constants.append(numpy_helper.from_array(np.asarray(self.default_select, np.float32), name))
+        return _value(name, TensorProto.FLOAT, shape)
 
     def _select(self, graph: _Layout, layer: int) -> str:
         if self.options.selection == "rank" or self.config.gate is None:
@@ -243,6 +288,37 @@ class _Layout:
             copy_node.input[:] = [n and names.get(n, scope + n) for n in node.input]
             copy_node.output[:] = [n and names.get(n, scope + n) for n in node.output]
             self.nodes.append(copy_node)
+
+    def reshape(self, source: str, shape: Sequence[int], out: str) -> None:
+        """Add a Reshape to a fixed shape (one axis may be -1)."""
+        self.constants.append(numpy_helper.from_array(np.array(shape, np.int64), f"{out}.shape"))
+        self.nodes.append(helper.make_node("Reshape", [source, f"{out}.shape"], [out], name=out))
+
+    def shaped_like_ids(self, source: str, width: int, out: str) -> None:
+        """[N, width] -> [B, S, width], as `input_ids` are."""
+        size, shape, last = f"{out}.ids", f"{out}.shape", f"{out}.width"
+        self.constants.append(numpy_helper.from_array(np.array([width], np.int64), last))
+        self.nodes += [
+            helper.make_node("Shape", ["input_ids"], [size], name=size),
+            helper.make_node("Concat", [size, last], [shape], name=shape, axis=0),
+            helper.make_node("Reshape", [source, shape], [out], name=out),
+        ]
+
+    def rename(self, source: str, out: str) -> None:
+        """Give a value of the graph the name of an output."""
+        self.nodes.append(helper.make_node("Identity", [source], [out], name=out))
+
+    def drop_unread(self, outputs: Iterable[str]) -> None:
+        """Leave out what no output depends on: a graph that reads states needs no embedding, for one."""
+        read = set(outputs)
+        nodes = []
+        for node in reversed(self.nodes):
+            if read.intersection(node.output):
+                nodes.append(node)
+                read.update(node.input)
+        self.nodes = nodes[::-1]
+        self.constants = [constant for constant in self.constants if constant.name in read]
+        self.parameters = {name: None for name in self.parameters if name in read}
 
     def model_proto(
         self, name: str, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]

@@ -18,6 +18,7 @@ from exporter.config import GateConfig
 BudgetRule = Literal["falling", "uniform"]
 SaveType = Literal["float32", "bfloat16"]
 OptimizerName = Literal["adamw", "muon"]
+ExitTarget = Literal["text", "model"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,13 @@ class TrainConfig:
         budget_rule: "falling" trains each step at the floor (the published recipe); "uniform" draws each
             step's budget between the floor and 1.0, so that the higher budgets are not forgotten.
         layer_dropout: p_max, the chance that the last layer is dropped for a sequence.
+        exit_target: what an exit learns to predict: the "text", with LayerSkip's weights, or what the whole "model"
+            predicts (its last layer's distribution, as in self-distillation, arXiv:1905.08094), each exit with the
+            last layer's weight: a draft is to agree with the model, right or wrong.
         exit_scale: factor on the weights of the exits below the last layer.
+        qk_clip: bound on the attention logits, kept by scaling down a head's queries (QK-Clip, arXiv:2507.20534,
+            2.1; here on the product of the largest query and key norms); 0 for none. Muon lets them grow without
+            end, and logits in the thousands lose every low precision.
         bf16: autocast to bfloat16; weights, scores and losses stay float32.
         save_dtype: type of the weights in the finished checkpoint.
         compile: run the layers through torch.compile (needs a C++ compiler).
@@ -107,7 +114,9 @@ class TrainConfig:
     budget_steps: int = 500
     budget_rule: BudgetRule = "falling"
     layer_dropout: float = 0.1
+    exit_target: ExitTarget = "text"
     exit_scale: float = 1.0
+    qk_clip: float = 0.0
     bf16: bool = False
     compile: bool = False
     save_dtype: SaveType = "bfloat16"
@@ -127,10 +136,11 @@ class TrainConfig:
         _between("layer_dropout", self.layer_dropout, 0.0, 0.9)
         for name in ("learning_rate", "clip_norm"):
             _positive(name, getattr(self, name))
-        for name in ("sparsity", "weight_decay", "gate_std", "exit_scale"):
+        for name in ("sparsity", "weight_decay", "gate_std", "exit_scale", "qk_clip"):
             _between(name, getattr(self, name), 0.0, float("inf"))
         _one_of("budget_rule", self.budget_rule, ("falling", "uniform"))
         _one_of("save_dtype", self.save_dtype, ("float32", "bfloat16"))
+        _one_of("exit_target", self.exit_target, ("text", "model"))
         _one_of("optimizer", self.optimizer, ("adamw", "muon"))
         if len(set(self.exits)) != len(self.exits) or any(depth < 1 for depth in self.exits):
             raise UsageError(

@@ -45,6 +45,8 @@ from exporter.training.tokenizer import (
 )
 
 _BASE, _TOKENS = "base", "tokens.npy"
+# Attention logits grow slowly: a look at one sequence now and then is enough to bound them.
+_CLIP_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,8 @@ def _one_step(
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
+    if config.qk_clip and (step + 1) % _CLIP_EVERY == 0:
+        gated.clip_attention(ids[:1, :-1], config.qk_clip)
     return StepReport(
         step=step + 1,
         steps=config.steps,

@@ -26,7 +26,7 @@ class Losses:
 
     Args:
         cross_entropy: at the last layer, in nats a token.
-        exit_cross_entropy: at this step's exit, or None.
+        exit_cross_entropy: at this step's exit, against the configuration's exit_target, or None.
         gate_square: the mean of g^2 over all gates.
     """
 
@@ -60,9 +60,11 @@ class GatedModel(nn.Module):
         )
         self._layer: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _layer
         self._cross_entropy: Callable[..., torch.Tensor] = _cross_entropy
+        self._distillation: Callable[..., torch.Tensor] = _distillation
         if compile_layers:
             self._layer = torch.compile(_layer)
             self._cross_entropy = torch.compile(_cross_entropy)
+            self._distillation = torch.compile(_distillation)
 
     def reset_gates(self, *, bias: float, std: float, generator: torch.Generator) -> None:
         """Initialize the gates: nearly open, and all alike."""
@@ -101,18 +103,12 @@ class GatedModel(nn.Module):
         """
         inputs, targets = ids[:, :-1], ids[:, 1:]
         decoder = self.hf.model
-        h = decoder.embed_tokens(inputs)
-        positions = torch.arange(inputs.shape[1])[None]
-        rope = decoder.rotary_emb(h, positions)
-        ended = torch.isin(inputs, torch.tensor(self.config.eos_ids, dtype=inputs.dtype))
-        last_skipped = torch.tensor(_last_skipped(int((~ended).sum()), budget))
+        call = self._begin(inputs, budget)
+        h = call.hidden
         squares = []
         exit_state = None
-        for i, layer in enumerate(decoder.layers):
-            gates = [self.gates[key] if (key := _gate_key(b, i)) in self.gates else None for b in BRANCHES]
-            mask = _window_mask(inputs.shape[1], self.config.windows[i])
-            pre_norm = self.config.gate is not None and self.config.gate.input == "pre_norm"
-            h, square = self._layer(layer, *gates, h, rope, mask, ended, last_skipped, live[i], pre_norm)
+        for i in range(len(decoder.layers)):
+            h, square = self._run(self._layer, i, h, call, live[i])
             squares.append(square)
             if exit_depth == i + 1:
                 exit_state = h
@@ -120,9 +116,13 @@ class GatedModel(nn.Module):
         final = self._cross_entropy(decoder.norm, self.hf.lm_head, h, targets)
         total = weight * final
         at_exit = None
-        if exit_state is not None:
-            at_exit = self._cross_entropy(decoder.norm, self.hf.lm_head, exit_state, targets)
-            exit_share = train.exit_scale * exit_weight(exit_depth or 0)
+        if exit_state is not None and exit_depth is not None:
+            if train.exit_target == "model":
+                at_exit = self._distillation(decoder.norm, self.hf.lm_head, exit_state, h.detach())
+                exit_share = train.exit_scale * weight
+            else:
+                at_exit = self._cross_entropy(decoder.norm, self.hf.lm_head, exit_state, targets)
+                exit_share = train.exit_scale * exit_weight(exit_depth)
             total = total + exit_share * at_exit
             weight += exit_share
         gate_square = torch.stack(squares).sum() / max(1, len(self.gates))
@@ -132,6 +132,64 @@ class GatedModel(nn.Module):
             exit_cross_entropy=None if at_exit is None else at_exit.detach(),
             gate_square=gate_square.detach(),
         )
+
+    @torch.no_grad()
+    def clip_attention(self, ids: torch.Tensor, limit: float) -> None:
+        """Scale down the queries of every head whose attention logits may pass a limit (TrainConfig.qk_clip).
+
+        A family that normalizes q and k bounds its logits by itself and is left alone.
+
+        Args: ids [B, S]: the sample that norms are taken on, at budget 1.
+        """
+        call = self._begin(ids, budget=1.0)
+        h = call.hidden
+        every = torch.ones(len(ids), dtype=torch.bool)
+        for i, layer in enumerate(self.hf.model.layers):
+            attention = layer.self_attn
+            if not hasattr(attention, "q_norm"):
+                x = layer.input_layernorm(h)
+                # RoPE, which follows, keeps the norms.
+                q, k = (_head_norms(project(x), attention.head_dim) for project in (attention.q_proj, attention.k_proj))
+                bound = q * k.repeat_interleave(len(q) // len(k)) * attention.scaling
+                factor = (limit / bound).clamp(max=1.0).repeat_interleave(attention.head_dim)
+                attention.q_proj.weight.mul_(factor[:, None])
+                if attention.q_proj.bias is not None:
+                    attention.q_proj.bias.mul_(factor)
+            h, _ = self._run(_layer, i, h, call, every)
+
+    def _begin(self, inputs: torch.Tensor, budget: float) -> _Call:
+        h = self.hf.model.embed_tokens(inputs)
+        rope = self.hf.model.rotary_emb(h, torch.arange(inputs.shape[1])[None])
+        ended = torch.isin(inputs, torch.tensor(self.config.eos_ids, dtype=inputs.dtype))
+        return _Call(h, rope, ended, torch.tensor(_last_skipped(int((~ended).sum()), budget)))
+
+    def _run(
+        self,
+        layer: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+        i: int,
+        h: torch.Tensor,
+        call: _Call,
+        live: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        gates = [self.gates[key] if (key := _gate_key(b, i)) in self.gates else None for b in BRANCHES]
+        mask = _window_mask(h.shape[1], self.config.windows[i])
+        pre_norm = self.config.gate is not None and self.config.gate.input == "pre_norm"
+        return layer(self.hf.model.layers[i], *gates, h, call.rope, mask, call.ended, call.last_skipped, live, pre_norm)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What all layers of one call read."""
+
+    hidden: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor]
+    ended: torch.Tensor
+    last_skipped: torch.Tensor
+
+
+def _head_norms(x: torch.Tensor, width: int) -> torch.Tensor:
+    """The largest 2-norm of each head over all tokens: x [B, S, heads * width] -> [heads]."""
+    return x.float().reshape(-1, x.shape[-1] // width, width).norm(dim=-1).amax(0)
 
 
 def _layer(
@@ -176,6 +234,14 @@ def _gate_factor(
 def _cross_entropy(norm: nn.Module, head: nn.Module, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     logits = head(norm(h)).float()
     return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def _distillation(norm: nn.Module, head: nn.Module, h: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of an exit's prediction from state h against the last layer's, both [B, S, H]."""
+    with torch.no_grad():
+        wanted = head(norm(last)).float().softmax(-1)
+    logits = head(norm(h)).float()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
 
 
 def _last_skipped(tokens: int, budget: float) -> int:

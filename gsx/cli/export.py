@@ -13,6 +13,7 @@ from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
     from engines.bundle.bundle import Bundle
+    from engines.bundle.manifest import DraftEntry
 
 
 def add_to(app: typer.Typer) -> None:
@@ -43,6 +44,13 @@ def export(
         typer.Option(help="UTF-8 text to find the thresholds on.", show_default="a text that ships with gsx"),
     ] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="How much of it to use.", show_default="8192")] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="For self-speculative decoding: exit:E, auto (the fastest exit here), budget:B or layers:SET.",
+            show_default="none",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -70,6 +78,7 @@ def export(
             precision=precision,
             calibration=calibration,
             calibration_tokens=calibration_tokens if calibration_tokens is not None else DEFAULT_TOKENS,
+            draft=draft,
             overwrite=overwrite,
             on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
         )
@@ -102,6 +111,7 @@ def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "kv_policy": manifest.kv_policy,
         "budget": selection.budget if selection else None,
         "kept_share": kept,
+        "draft": _draft_of(manifest.draft) if manifest.draft else None,
         "files": {path.name: path.stat().st_size for path in sorted(bundle.directory.iterdir())},
         "seconds": round(seconds, 2),
     }
@@ -122,6 +132,31 @@ def _print(summary: dict[str, Any]) -> None:
             f"{summary['select']} selection, budget {summary['budget']:g}: "
             f"{summary['kept_share']:.3f} of (token, branch) pairs kept on the calibration text"
         )
+    if summary["draft"] is not None:
+        _print_draft(summary["draft"])
     rows = [(name, size(count)) for name, count in summary["files"].items()]
     console.print(table(None, ("file", "size"), rows, right=1))
     console.print(f"next: gsx verify {summary['bundle']}")
+
+
+def _draft_of(entry: DraftEntry) -> dict[str, Any]:
+    values = entry.model_dump(mode="json")
+    return {"draft": str(entry.draft), "length": values["length"], "measured": values["measured"]}
+
+
+def _print_draft(entry: dict[str, Any]) -> None:
+    """The draft, and where it was measured, the table that it was chosen from."""
+    console = out()
+    if not entry["measured"]:
+        console.print(f"draft: {entry['draft']}")
+        return
+    rows = []
+    for one in entry["measured"]:
+        speeds = one["tokens_per_second"], one["plain_tokens_per_second"]
+        cells = (f"exit:{one['layer']}", str(one["length"]), f"{one['acceptance']:.1%}", *(f"{s:.1f}" for s in speeds))
+        rows.append((*cells, f"{speeds[0] / speeds[1]:.2f}"))
+    heads = ("draft", "length", "right", "tokens/s", "plain", "ratio")
+    console.print(table("drafts, measured on the calibration text", heads, rows, right=1))
+    best = max(one["tokens_per_second"] / one["plain_tokens_per_second"] for one in entry["measured"])
+    note = "" if best > 1 else ": none was faster than plain decoding on this machine"
+    console.print(f"draft: {entry['draft']}{note}")

@@ -41,6 +41,22 @@ def generate(
         str | None,
         typer.Option(help="Token ids in place of a text, e.g. 1,2,3; new ids are printed.", show_default=False),
     ] = None,
+    speculative: Annotated[
+        bool | None,
+        typer.Option(
+            "--speculative/--no-speculative",
+            help="Draft and verify: faster, the same text.",
+            show_default="if the bundle has a draft",
+        ),
+    ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(help="Draft in another way: exit:E, budget:B or layers:SET.", show_default="the bundle's"),
+    ] = None,
+    draft_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens drafted before a verification; 0: plain.", show_default="found while generating"),
+    ] = None,
     stream: Annotated[bool, typer.Option(help="Print text as it comes.")] = True,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", show_default="its own choice")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print text, ids and statistics as JSON.")] = False,
@@ -66,6 +82,9 @@ def generate(
         top_p=top_p,
         seed=seed,
         stop=stop or (),
+        speculative=speculative,
+        draft=draft,
+        draft_length=draft_length,
         threads=threads,
         on_text=_write if live else lambda text: None,
     )
@@ -88,6 +107,9 @@ def statistics(result: GenerateResult) -> str:
     parts.append(f"first token after {stats.prefill_seconds * 1000:.0f} ms")
     if stats.kept_share is not None and result.budget is not None:
         parts.append(f"kept {stats.kept_share:.1%} at budget {result.budget:g}")
+    if result.draft is not None and stats.tokens_per_verification is not None:
+        accepted = "" if stats.acceptance is None else f", {stats.acceptance:.0%} of drafted tokens right"
+        parts.append(f"draft {result.draft}: {stats.tokens_per_verification:.2f} tokens a verification{accepted}")
     return ", ".join(parts)
 
 

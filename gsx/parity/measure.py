@@ -14,7 +14,8 @@ from transformers import DynamicCache
 
 from engines.bundle.bundle import Bundle
 from engines.runners.base import Runner
-from engines.runners.portable import PortableRunner, gated_places
+from engines.runners.portable import PortableStage, gated_places
+from engines.runners.whole import WholeRunner
 from exporter.config import KvPolicy
 from exporter.reference import Reference, ReferenceOutput
 from exporter.selection import Rank, Selection, Threshold
@@ -91,7 +92,8 @@ class EngineSide:
         capture = [f"layers.{i}.output" for i in range(manifest.decoder.num_layers)]
         for layer, branch, _ in self._places:
             capture += [f"layers.{layer}.{branch}.score", f"layers.{layer}.{branch}.index"]
-        self.runner = PortableRunner(bundle, capture=capture)
+        self.stage = PortableStage(bundle, capture=capture)
+        self.runner: Runner = WholeRunner(self.stage)
 
     def observe(
         self,
@@ -108,7 +110,7 @@ class EngineSide:
         B, S = ids.shape
         L = self._manifest.decoder.num_layers
         positions = positions_of(mask)
-        cache = self.runner.new_cache(B, S)
+        memory = self.stage.new_memory(B, S)
         logits: list[np.ndarray] = []
         states: list[list[np.ndarray]] = [[] for _ in range(L)]
         scores = np.full((L, 2, B, S), np.nan, np.float32)
@@ -116,11 +118,9 @@ class EngineSide:
         at = 0
         for size in chunks or [S]:
             part = slice(at, at + size)
-            output = self.runner.step(
-                cache, ids[:, part], mask[:, : at + size], positions[:, part], select, logits="all"
-            )
-            logits.append(output.logits)
-            captured = self.runner.captured
+            results = self.stage.execute(memory, ids[:, part], mask[:, : at + size], positions[:, part], select)
+            logits.append(results["logits"].astype(np.float32, copy=False))
+            captured = self.stage.captured
             for layer in range(L):
                 states[layer].append(captured[f"layers.{layer}.output"].reshape(B, size, -1))
             for layer, branch, column in self._places:
@@ -136,8 +136,8 @@ class EngineSide:
             Observation(
                 logits=all_logits[row, valid],
                 states=[state[row, valid] for state in whole],
-                keys=[_heads(cache.memory[f"{i}.key"][row], valid) for i in range(L)],
-                values=[_heads(cache.memory[f"{i}.value"][row], valid) for i in range(L)],
+                keys=[_heads(memory[f"{i}.key"][row], valid) for i in range(L)],
+                values=[_heads(memory[f"{i}.value"][row], valid) for i in range(L)],
                 scores=scores[:, :, row, valid],
                 keep=keep[:, :, row, valid],
             )
@@ -236,9 +236,7 @@ def follow(
     max_abs = 0.0
     near_tie_flip: int | None = None
     for number, step in enumerate(steps):
-        past, size = cache.length, step.ids.shape[1]
-        positions = np.arange(past, past + size, dtype=np.int64)[None]
-        output = runner.step(cache, step.ids, np.ones((1, past + size), np.int64), positions, select)
+        output = runner.step(cache, step.ids, select)
         logits = output.logits[0, -1]
         if output.kept is not None:
             differ = [
@@ -270,14 +268,12 @@ def follow(
 
 def runner_logits(runner: Runner, ids: np.ndarray, select: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
     """Logits [B, S, V] of a runner for windows [B, S] without padding, in one call, and rows kept [L, 2]."""
-    mask = np.ones_like(ids)
-    cache = runner.new_cache(*ids.shape)
-    output = runner.step(cache, ids, mask, positions_of(mask), select, logits="all")
+    output = runner.step(runner.new_cache(*ids.shape), ids, select, logits="all")
     return output.logits, output.kept
 
 
 def positions_of(mask: np.ndarray) -> np.ndarray:
-    """Positions [B, S] int64: valid tokens counted from 0, as generation does with padding on the left."""
+    """Positions [B, S] int64: valid tokens counted from 0, as other people's clients do with padding on the left."""
     return np.maximum(mask.cumsum(axis=1) - 1, 0).astype(np.int64)
 
 

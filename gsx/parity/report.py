@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from gsx.parity.compare import Compared, Comparison
 from gsx.parity.measure import Greedy
+from gsx.parity.speculation import SpeculationResult
 
 Verdict = Literal["pass", "fail", "reported"]
 
@@ -54,6 +55,8 @@ class Tolerances:
         return _allowed(self.relative, [one.max_relative for one in layers])
 
 
+# The least p-value of a test that is no sign of a bias.
+P_LEAST = 1e-6
 # Largest errors of two computations that are equally good differ by this much: tails are heavy.
 _TAIL = 4
 # Beyond this the limit does not move, whatever the reference's own error: a fault must show.
@@ -150,6 +153,7 @@ class BudgetResult:
         fast_logits: logits of the runner that generates, over whole windows; fast_wrong_counts: how often it
             kept another number of rows than the reference, no decision being a near tie.
         greedy: by runner, "fast" and "portable".
+        speculation: of the bundle's draft; None where it has none.
         reference_nats, engine_nats: mean loss per token, over `scored_tokens` tokens.
     """
 
@@ -164,6 +168,7 @@ class BudgetResult:
     fast_logits: Comparison
     fast_wrong_counts: int
     greedy: Mapping[str, Greedy]
+    speculation: SpeculationResult | None
     reference_nats: float
     engine_nats: float
     scored_tokens: int
@@ -318,6 +323,8 @@ def _checks(result: BudgetResult, limits: Tolerances) -> list[Check]:
         )
     for runner, greedy in result.greedy.items():
         checks.greedy(f"greedy tokens, {runner} runner", greedy)
+    if result.speculation is not None:
+        checks.speculation(result.speculation)
     return checks.made
 
 
@@ -397,6 +404,43 @@ class _Checks:
             self.add(name, wrong, 0, detail=detail, reason=reason)
         else:
             self.add(name, len(found.mismatches), None, detail=detail, reason=self.limits.reason)
+
+    def speculation(self, found: SpeculationResult) -> None:
+        """A draft must change the speed and nothing else."""
+        reference_max = 0.0
+        for name, logits in found.logits.items():
+            reference_max = max(reference_max, logits.reference_max)
+            limit = self.limits.logit_limit(logits.reference_max, self.rounding)
+            self.numbers(f"{name}: logits", logits, logits.max_abs, limit)
+        near = self.limits.logit_limit(reference_max, self.rounding)
+        for name, texts in (("greedy", found.greedy), ("sampled", found.sampled)):
+            wrong = [one for one in texts.mismatches if one.lead > near]
+            detail = f"{texts.continuations} continuations, {texts.tokens:,} tokens, draft {found.draft}"
+            if found.acceptance is not None and name == "greedy":
+                detail += f", {found.acceptance:.0%} of drafted tokens right"
+            if texts.mismatches:
+                first = texts.mismatches[0]
+                detail += (
+                    f"; {len(texts.mismatches)} part, the first at token {first.position} of prompt {first.prompt}, "
+                    f"{first.plain_token} and {first.speculative_token} being {first.lead:.1e} apart"
+                )
+            self.add(
+                f"speculative {name} text, continuations that differ",
+                float(len(wrong)),
+                0,
+                detail=detail,
+                reason="the model's own picks decide; only logits nearer than their limit may come out either way",
+            )
+        if found.sampling is not None:
+            fit = found.sampling
+            self.add(
+                "sampling, 1 - p against the reference's probabilities",
+                1 - fit.least_p,
+                1 - P_LEAST,
+                detail=f"chi-square at {fit.places} places, {fit.draws} seeded draws at each, p {fit.least_p:.2g}"
+                + (f"; {fit.outside} draws of tokens that the reference leaves out" if fit.outside else ""),
+                reason=f"a true sampler falls below {P_LEAST:g} once in a million runs, and the seeds are fixed",
+            )
 
 
 def _worst_layer(layers: Sequence[Comparison]) -> Comparison:

@@ -15,8 +15,10 @@ from engines.errors import BundleError, UsageError
 from engines.generation import Generation, generate, select_for
 from engines.lowering.probe import is_supported
 from engines.lowering.regions import find_regions
-from engines.runners.onnxruntime import OnnxRuntimeRunner
-from engines.runners.portable import PortableRunner
+from engines.runners.onnxruntime import OnnxRuntimeStage
+from engines.runners.portable import PortableStage
+from engines.runners.select import open_runner
+from engines.runners.whole import WholeRunner
 from engines.sampling import Sampling
 from exporter.config import GateConfig
 from gsx.export import export
@@ -50,9 +52,9 @@ def bundle_path(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPat
     return directory / "out"
 
 
-def both(path: Path) -> tuple[PortableRunner, OnnxRuntimeRunner]:
+def both(path: Path) -> tuple[WholeRunner, WholeRunner]:
     bundle = open_bundle(path)
-    return PortableRunner(bundle), OnnxRuntimeRunner(bundle)
+    return WholeRunner(PortableStage(bundle)), WholeRunner(OnnxRuntimeStage(bundle))
 
 
 def test_this_onnxruntime_is_lowered_for() -> None:
@@ -69,10 +71,8 @@ def test_lowered_logits_and_choices_equal_portable_ones(bundle_path: Path) -> No
     for start, stop in ((0, 9), (9, 10), (10, 17), (17, 18), (12, 15), (15, 32)):
         outputs = []
         for runner, cache in zip(runners, caches, strict=True):
-            cache.length = start
-            chunk = ids[:, start:stop]
-            mask, positions = np.ones((1, stop), np.int64), np.arange(start, stop)[None]
-            outputs.append(runner.step(cache, chunk, mask, positions, select, logits="all"))
+            cache.roll_back(np.array([start]))
+            outputs.append(runner.step(cache, ids[:, start:stop], select, logits="all"))
         np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=LOGITS_ATOL)
         if outputs[0].kept is not None:
             np.testing.assert_array_equal(outputs[0].kept, outputs[1].kept)
@@ -81,9 +81,9 @@ def test_lowered_logits_and_choices_equal_portable_ones(bundle_path: Path) -> No
 def test_last_logits_are_the_last_of_all(bundle_path: Path) -> None:
     _, runner = both(bundle_path)
     select = select_for(runner.manifest, None)
-    ids, mask, positions = np.array([PROMPT]), np.ones((1, len(PROMPT)), np.int64), np.arange(len(PROMPT))[None]
-    every = runner.step(runner.new_cache(1, 16), ids, mask, positions, select, logits="all").logits
-    last = runner.step(runner.new_cache(1, 16), ids, mask, positions, select).logits
+    ids = np.array([PROMPT])
+    every = runner.step(runner.new_cache(1, 16), ids, select, logits="all").logits
+    last = runner.step(runner.new_cache(1, 16), ids, select).logits
     assert last.shape[1] == 1
     np.testing.assert_allclose(last[:, 0], every[:, -1], atol=LOGITS_ATOL)
 
@@ -96,7 +96,7 @@ def test_greedy_tokens_are_equal(bundle_path: Path) -> None:
 
 
 def test_a_batch_equals_its_members(bundle_path: Path) -> None:
-    """Left padding and neighbours change nothing; under rank selection, which looks at the whole call, at budget 1."""
+    """Padding and neighbours change nothing; under rank selection, which looks at the whole call, at budget 1."""
     _, runner = both(bundle_path)
     ranks = runner.manifest.selection is not None and runner.manifest.selection.mode == "rank"
     budget = 1.0 if ranks else None
@@ -110,9 +110,9 @@ def test_every_branch_is_left_out_when_nothing_is_kept(tiny_bundle: Path) -> Non
     bundle = open_bundle(tiny_bundle)
     above = np.full((3, 2), 2.0, np.float32)
     outputs = []
-    for runner in (PortableRunner(bundle), OnnxRuntimeRunner(bundle)):
-        cache = runner.new_cache(1, 8)
-        outputs.append(runner.step(cache, np.array([[5]]), np.ones((1, 1), np.int64), np.array([[0]]), above))
+    for stage in (PortableStage(bundle), OnnxRuntimeStage(bundle)):
+        runner = WholeRunner(stage)
+        outputs.append(runner.step(runner.new_cache(1, 8), np.array([[5]]), above))
         assert outputs[-1].kept is not None
         assert outputs[-1].kept.sum() == 0
     np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=LOGITS_ATOL)
@@ -139,7 +139,7 @@ def test_copy_policy_computes_k_and_v_of_kept_rows_alone(tmp_path: Path, tiny_ga
 
 
 def run(path: Path, **options: object) -> Generation:
-    return generate(OnnxRuntimeRunner(open_bundle(path)), [PROMPT], **{"max_new_tokens": 12, **options})
+    return generate(open_runner(open_bundle(path)), [PROMPT], **{"max_new_tokens": 12, **options})
 
 
 def test_generation_ends(tiny_bundle: Path) -> None:
@@ -187,7 +187,7 @@ def test_bad_options_are_refused(tiny_bundle: Path, options: dict[str, float], m
 )
 def test_bad_prompts_are_refused(tiny_bundle: Path, prompt: list[int], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        generate(OnnxRuntimeRunner(open_bundle(tiny_bundle)), [prompt], max_new_tokens=1)
+        generate(open_runner(open_bundle(tiny_bundle)), [prompt], max_new_tokens=1)
 
 
 def test_a_graph_of_another_layout_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -201,4 +201,4 @@ def test_a_graph_of_another_layout_is_refused(tiny_bundle: Path, tmp_path: Path)
     manifest["graphs"]["model"]["sha256"] = sha256_of(directory / "model.onnx")
     (directory / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="run `gsx export` again"):
-        OnnxRuntimeRunner(open_bundle(directory)).new_cache(1, 8)
+        open_runner(open_bundle(directory)).new_cache(1, 8)

@@ -1,4 +1,4 @@
-"""Choosing a token: the distribution after temperature, top-k and top-p, and greedy choice."""
+"""Choosing a token: who may come next after temperature, top-k and top-p, and the race between them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from engines.errors import UsageError
-from engines.sampling import Sampling, distribution, pick
+from engines.sampling import Picker, Sampling, candidates, noise
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
+# A fixed seed makes every draw below the same each time. A true sampler would fail one such test in a million.
+P_LEAST = 1e-6
+
+
+def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Probabilities [V]."""
+    ids, weights = candidates(logits, sampling)
+    full = np.zeros(len(logits))
+    full[ids] = weights
+    return full
 
 
 @pytest.mark.parametrize(
@@ -29,7 +40,7 @@ def test_distribution(sampling: Sampling, expected: list[float]) -> None:
 
 
 def test_greedy_takes_the_first_of_the_likeliest() -> None:
-    assert pick(np.array([0.0, 2.0, 2.0]), Sampling(), np.random.default_rng(0)) == 1
+    assert Picker(Sampling()).pick(np.array([0.0, 2.0, 2.0]), 0, 0) == 1
 
 
 @given(
@@ -47,12 +58,48 @@ def test_distribution_is_one(logits: list[float], temperature: float, top_k: int
         assert np.count_nonzero(found) <= top_k
 
 
-def test_seeds_repeat() -> None:
-    draws = [
-        [pick(LOGITS, Sampling(1.0, seed=5), rng) for _ in range(20)]
-        for rng in (np.random.default_rng(5), np.random.default_rng(5))
-    ]
-    assert draws[0] == draws[1]
+def test_the_seed_the_sequence_and_the_place_alone_decide() -> None:
+    def draws(seed: int, sequence: int) -> list[int]:
+        picker = Picker(Sampling(1.0, seed=seed))
+        return [picker.pick(LOGITS, sequence, place) for place in range(40)]
+
+    assert draws(5, 0) == draws(5, 0)
+    assert draws(5, 0) != draws(6, 0)
+    assert draws(5, 0) != draws(5, 1)
+    assert Picker(Sampling(1.0, seed=5)).pick(LOGITS, 0, 17) == draws(5, 0)[17], "earlier draws leave no trace"
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(1.0), Sampling(0.6), Sampling(1.3, top_k=3), Sampling(1.0, top_p=0.9)], ids=str
+)
+def test_tokens_come_as_often_as_they_should(sampling: Sampling) -> None:
+    """Chi-square over 20,000 places, and over 20,000 seeds at one place."""
+    wanted = distribution(LOGITS, sampling)
+    over_places = Picker(Sampling(sampling.temperature, sampling.top_k, sampling.top_p, seed=1))
+    draws = [[over_places.pick(LOGITS, 0, place) for place in range(20_000)]]
+    seeded = (Picker(Sampling(sampling.temperature, sampling.top_k, sampling.top_p, seed=n)) for n in range(20_000))
+    draws.append([picker.pick(LOGITS, 3, 7) for picker in seeded])
+    for found in draws:
+        counts = np.bincount(found, minlength=4)
+        assert not counts[wanted == 0].any()
+        possible = wanted > 0
+        assert stats.chisquare(counts[possible], 20_000 * wanted[possible]).pvalue > P_LEAST
+
+
+def test_noise_is_uniform_and_neighbours_are_independent() -> None:
+    rows = np.stack([noise(key, np.arange(2000)) for key in range(50)])
+    assert rows.min() > 0
+    assert rows.max() < 1
+    assert stats.kstest(rows.ravel(), "uniform").pvalue > P_LEAST
+    for one, other in ((rows[:, 1:], rows[:, :-1]), (rows[1:], rows[:-1])):  # next token, next key
+        assert stats.pearsonr(one.ravel(), other.ravel()).pvalue > P_LEAST
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0]), min_size=1, max_size=30), st.integers(1, 30))
+def test_of_equal_tokens_the_earlier_ones_stay(logits: list[float], top_k: int) -> None:
+    ids, _ = candidates(np.array(logits), Sampling(1.0, top_k=top_k))
+    order = np.argsort(-np.array(logits), kind="stable")[:top_k]
+    np.testing.assert_array_equal(ids, order)
 
 
 @pytest.mark.parametrize(

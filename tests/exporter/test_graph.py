@@ -15,7 +15,7 @@ from exporter.checkpoint import open_checkpoint
 from exporter.config import GateConfig
 from exporter.decoder.layer import DecoderOptions
 from exporter.decoder.loading import source_of
-from exporter.graph.assemble import build_model
+from exporter.graph.assemble import GraphBuilder
 from exporter.graph.weights import Weight, write_weights
 from gsx.export import export
 from tests.tiny import tiny_checkpoint
@@ -62,11 +62,11 @@ def test_every_custom_node_has_a_body_and_names_its_plugin(tiny_bundle: Path) ->
         assert attributes["plugin_version"] == b"1"
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_weights_are_stored_once(tmp_path: Path, tied: bool) -> None:
+@pytest.mark.parametrize(("tied", "exit_layer"), [(False, None), (True, None), (True, 1)])
+def test_weights_are_stored_once(tmp_path: Path, tied: bool, exit_layer: int | None) -> None:
     path = tiny_checkpoint(tmp_path / "m", gate=GateConfig(), tied=tied)
-    graph = build_model(open_checkpoint(path), DecoderOptions(), np.zeros((3, 2), np.float32))
-    sources = [weight.source for weight in graph.weights]
+    graphs = GraphBuilder(open_checkpoint(path), DecoderOptions(), np.zeros((3, 2), np.float32)).graphs(exit_layer)
+    sources = [weight.source for weight in graphs.weights]
     assert len(sources) == len(set(sources))
     assert set(sources) == set(load_file(path / "model.safetensors"))
 

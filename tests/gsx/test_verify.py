@@ -18,11 +18,13 @@ from onnx import TensorProto, numpy_helper
 
 from engines.bundle.bundle import Bundle
 from engines.errors import BundleError, CheckpointError, GsxError, TextError, UsageError
-from engines.runners.base import Cache, Logits, StepOutput
-from engines.runners.onnxruntime import OnnxRuntimeRunner
+from engines.runners.base import Cache, StepOutput
+from engines.runners.onnxruntime import OnnxRuntimeStage
+from engines.runners.whole import WholeRunner
 from exporter.config import GateConfig
-from gsx.export import Progress, export
+from gsx.export import export
 from gsx.parity.report import Report
+from gsx.progress import Progress
 from gsx.verify import verify
 from tests.tiny import tiny_checkpoint
 
@@ -196,21 +198,13 @@ def test_a_mask_that_ignores_padding_fails_with_padding_alone(copied: Path, tiny
     assert all(name.startswith("left padding") for name in names)
 
 
-class _Babbler(OnnxRuntimeRunner):
+class _Babbler(WholeRunner):
     """A runner whose seventh decode step goes wrong."""
 
     steps = 0
 
-    def step(
-        self,
-        cache: Cache,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray,
-        position_ids: np.ndarray,
-        select: np.ndarray | None,
-        logits: Logits = "last",
-    ) -> StepOutput:
-        output = super().step(cache, input_ids, attention_mask, position_ids, select, logits)
+    def step(self, cache: Cache, input_ids: np.ndarray, select: np.ndarray | None, **options: Any) -> StepOutput:
+        output = super().step(cache, input_ids, select, **options)
         if input_ids.shape[1] == 1:
             self.steps += 1
             if self.steps == 7:
@@ -220,7 +214,7 @@ class _Babbler(OnnxRuntimeRunner):
 
 def test_a_wrong_token_of_the_fast_runner_fails(copied: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_babbler(bundle: Bundle, threads: int | None = None) -> _Babbler:
-        return _Babbler(bundle, threads=threads)
+        return _Babbler(OnnxRuntimeStage(bundle, threads=threads))
 
     monkeypatch.setattr(MODULE, "open_runner", open_babbler)
     report = check(copied, tiny_text, budgets=(1.0,))

@@ -1,0 +1,126 @@
+"""A runner of two stages with an exit between them: the layers that draft, and the ones that verify.
+
+Both halves share one cache: the exit states of drafted tokens wait in it until the later layers run on them, so that
+no layer runs twice on a token that stays, and a rejected token is forgotten by its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from engines.runners.base import Cache, Call, ExitState, Logits, Stage, StepOutput, call_of, new_cache, step_output
+
+
+@dataclass
+class _Memory:
+    """K/V of both stages, and the calls whose exit states the later layers have not seen."""
+
+    early: Any
+    late: Any
+    waiting: list[tuple[Call, ExitState]] = field(default_factory=list)
+
+
+class SplitRunner:
+    """Runs `draft.onnx` and `verify.onnx`, or engines made of them; see `Runner` for whole steps.
+
+    Args:
+        early: the layers below the exit.
+        late: the others.
+    """
+
+    def __init__(self, early: Stage, late: Stage) -> None:
+        self.early, self.late = early, late
+        self.manifest = early.manifest
+
+    @property
+    def exit_layer(self) -> int:
+        """Number of layers that the draft runs."""
+        return self.early.layers.stop
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """See `Runner`."""
+        memory = _Memory(self.early.new_memory(batch, capacity), self.late.new_memory(batch, capacity))
+        return new_cache(batch, capacity, memory)
+
+    def step(
+        self,
+        cache: Cache,
+        input_ids: np.ndarray,
+        select: np.ndarray | None,
+        *,
+        counts: np.ndarray | None = None,
+        logits: Logits = "last",
+    ) -> StepOutput:
+        """See `Runner`: a draft without logits, and its verification."""
+        first = self.draft(cache, input_ids, select, counts=counts, logits="none")
+        second = self.verify(cache, logits=logits)
+        return joined_output(first, second)
+
+    def draft(
+        self,
+        cache: Cache,
+        input_ids: np.ndarray,
+        select: np.ndarray | None,
+        *,
+        counts: np.ndarray | None = None,
+        logits: Logits = "last",
+    ) -> StepOutput:
+        """Run the early layers alone: arguments as of `step`; the logits are the exit's."""
+        memory: _Memory = cache.memory
+        call = call_of(cache, input_ids, counts, select)
+        output = self.early.run(memory.early, call, None, logits)
+        assert output.state is not None
+        memory.waiting.append((call, output.state))
+        cache.lengths = cache.lengths + call.counts
+        return step_output(self.early, call, output)
+
+    def verify(self, cache: Cache, *, logits: Logits = "all") -> StepOutput:
+        """Run the later layers on all tokens that were drafted since the last verification and not rolled back.
+
+        Returns: logits as in `StepOutput`, S being the largest number of such tokens of a sequence.
+        """
+        memory: _Memory = cache.memory
+        call, state = _joined(memory.waiting, cache)
+        memory.waiting.clear()
+        output = self.late.run(memory.late, call, state, logits)
+        cache.verified = cache.lengths.copy()
+        return step_output(self.late, call, output)
+
+
+def joined_output(early: StepOutput, late: StepOutput) -> StepOutput:
+    """The output of both halves on the same tokens."""
+    kept = None if early.kept is None or late.kept is None else early.kept + late.kept
+    return StepOutput(late.logits, kept, early.gated_rows + late.gated_rows)
+
+
+def _joined(waiting: list[tuple[Call, ExitState]], cache: Cache) -> tuple[Call, ExitState]:
+    """All waiting tokens as one call, each sequence's at the front of its row."""
+    counts = cache.lengths - cache.verified
+    select = waiting[-1][0].select
+    size = int(counts.max())
+    whole = sum(call.ids.shape[1] for call, _ in waiting) == size and int(counts.min()) == size
+    if whole:  # every sequence has all of them: they only have to be put side by side
+        ids = np.concatenate([call.ids for call, _ in waiting], axis=1) if len(waiting) > 1 else waiting[0][0].ids
+        arrays = [_parts(state) for _, state in waiting]
+        joined = [np.concatenate(part, axis=-2) if len(waiting) > 1 else part[0] for part in zip(*arrays, strict=True)]
+    else:
+        ids = np.zeros((cache.batch, size), np.int64)
+        joined = [np.zeros((*part.shape[:-2], size, part.shape[-1]), part.dtype) for part in _parts(waiting[0][1])]
+        for call, state in waiting:
+            for row in range(cache.batch):
+                start = int(call.lengths[row] - cache.verified[row])
+                stop = min(start + int(call.counts[row]), int(counts[row]))
+                if stop > start:
+                    ids[row, start:stop] = call.ids[row, : stop - start]
+                    for target, part in zip(joined, _parts(state), strict=True):
+                        target[row, ..., start:stop, :] = part[row, ..., : stop - start, :]
+    hidden, *below = joined
+    return Call(ids, counts, cache.verified, select), ExitState(hidden, (below[0], below[1]) if below else None)
+
+
+def _parts(state: ExitState) -> list[np.ndarray]:
+    """Arrays whose last axis but one is the tokens."""
+    return [state.hidden, *(state.below or ())]

@@ -1,0 +1,1 @@
+"""Self-speculative decoding: what drafts, how it is written, how far it goes before the model looks."""

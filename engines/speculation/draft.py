@@ -1,0 +1,111 @@
+"""Drafts: cheap ways to guess the next tokens with the model's own weights, each verified by the whole model.
+
+The loop (`engines/generation.py`) knows the `Draft` interface alone; a separate draft head would be another one.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from engines.bundle.bundle import Bundle
+from engines.bundle.manifest import BRANCHES, BudgetDraft, DraftKind, ExitDraft, LayersDraft, Manifest
+from engines.runners.base import Cache, Runner, StepOutput
+from engines.runners.select import open_runner, open_split_runner
+from engines.runners.split import SplitRunner, joined_output
+from engines.speculation.spec import check_draft
+
+
+class Draft(Protocol):
+    """Guesses tokens, and lets the whole model look at them."""
+
+    runner: Runner
+
+    def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: np.ndarray) -> StepOutput:
+        """Read one more token (or none) of each sequence.
+
+        Args: ids [B, 1]; select, counts [B] as in `Call`.
+        Returns: logits [B, 1, V] of the guess; kept rows where the model itself would have kept them.
+        """
+        ...
+
+    def verify(
+        self, cache: Cache, start: np.ndarray, ids: np.ndarray, select: np.ndarray | None, counts: np.ndarray
+    ) -> StepOutput:
+        """Run the whole model on tokens, of which `step` has read all but each sequence's last.
+
+        Args: start [B], the cache's lengths before them; ids [B, S]; counts [B].
+        Returns: logits [B, S, V]; the cache then holds the tokens.
+        """
+        ...
+
+
+class EarlyExit:
+    """The layers below an exit draft; verification runs the others, on the states that the draft left."""
+
+    def __init__(self, runner: SplitRunner) -> None:
+        self.runner: Runner = runner
+        self._split = runner
+
+    def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: np.ndarray) -> StepOutput:
+        """See `Draft`."""
+        return self._split.draft(cache, ids, select, counts=counts)
+
+    def verify(
+        self, cache: Cache, start: np.ndarray, ids: np.ndarray, select: np.ndarray | None, counts: np.ndarray
+    ) -> StepOutput:
+        """See `Draft`: the last token has to pass the early layers first."""
+        last = ids[np.arange(len(ids)), np.maximum(counts - 1, 0)][:, None]
+        early = self._split.draft(cache, last, select, counts=np.minimum(counts, 1), logits="none")
+        return joined_output(early, self._split.verify(cache))
+
+
+class OtherThresholds:
+    """The whole depth at other thresholds drafts: fewer tokens pass the gates, or none passes some of them.
+
+    The K/V of drafted tokens are the draft's; verification computes them anew.
+    """
+
+    def __init__(self, runner: Runner, thresholds: np.ndarray) -> None:
+        self.runner = runner
+        self._thresholds = thresholds
+
+    def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: np.ndarray) -> StepOutput:
+        """See `Draft`."""
+        output = self.runner.step(cache, ids, self._thresholds, counts=counts)
+        return StepOutput(output.logits, None)
+
+    def verify(
+        self, cache: Cache, start: np.ndarray, ids: np.ndarray, select: np.ndarray | None, counts: np.ndarray
+    ) -> StepOutput:
+        """See `Draft`."""
+        cache.roll_back(start)
+        return self.runner.step(cache, ids, select, counts=counts, logits="all")
+
+
+def open_draft(bundle: Bundle, draft: DraftKind, threads: int | None = None, budget: float | None = None) -> Draft:
+    """What drafts for a bundle, with the runner that it drafts on.
+
+    Args:
+        threads: within an op; None for the runtime's own choice.
+        budget: the budget in use; None for the exported one.
+    Raises:
+        UsageError: the bundle cannot draft in this way.
+    """
+    check_draft(draft, bundle.manifest)
+    if isinstance(draft, ExitDraft):
+        return EarlyExit(open_split_runner(bundle, threads))
+    return OtherThresholds(open_runner(bundle, threads), draft_thresholds(draft, bundle.manifest, budget))
+
+
+def draft_thresholds(draft: BudgetDraft | LayersDraft, manifest: Manifest, budget: float | None) -> np.ndarray:
+    """Thresholds [L, 2] float32 of a draft that changes nothing else: a branch left out has +inf."""
+    selection = manifest.selection
+    assert selection is not None
+    if isinstance(draft, BudgetDraft):
+        return selection.thresholds_for(draft.budget)
+    thresholds = selection.thresholds_for(selection.budget if budget is None else budget).copy()
+    for layer, branch in draft.skip:
+        thresholds[layer, BRANCHES.index(branch)] = np.inf
+    return thresholds

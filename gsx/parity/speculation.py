@@ -1,0 +1,266 @@
+"""Draft and verify: the two halves of a split decoder against the reference, and speculative text against plain text.
+
+Speculation must change nothing. Its text is compared with plain decoding's token by token, greedy and sampled with the
+same seeds, alone and in a batch; and how tokens are sampled is compared with the distribution that the reference's
+logits give, computed here by PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import stats
+
+from engines.bundle.bundle import Bundle
+from engines.generation import Generated, generate, select_for
+from engines.runners.base import Runner
+from engines.runners.portable import PortableStage
+from engines.runners.select import open_runner, open_split_runner
+from engines.runners.split import SplitRunner
+from engines.sampling import GREEDY, Picker, Sampling, candidates
+from engines.speculation.draft import Draft, open_draft
+from gsx.parity.compare import Accumulator, Comparison
+
+SAMPLED = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=7)
+# Draft lengths that are tried; None finds its own.
+_LENGTHS = (None, 3)
+_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS, _BATCH = 8, 24, 48, 3
+_PLACES, _DRAWS = 6, 2000
+# Cells of a chi-square test with fewer expected draws are put together.
+_LEAST_EXPECTED = 8
+# A place whose shortest run of likely tokens might as well end one earlier or later is passed over.
+_TOP_P_MARGIN = 1e-3
+
+
+@dataclass(frozen=True)
+class TextMismatch:
+    """Where speculative text parts from plain text.
+
+    Args:
+        prompt: number of the prompt; position: of the new token, from 0.
+        plain_token, speculative_token: ids.
+        lead: what the plain token's logit is ahead of the other's; within the logits' tolerance, either may come out.
+    """
+
+    prompt: int
+    position: int
+    plain_token: int
+    speculative_token: int
+    lead: float
+
+
+@dataclass(frozen=True)
+class TextsCompared:
+    """Speculative against plain text: continuations and tokens compared, and where the first token differs."""
+
+    continuations: int
+    tokens: int
+    mismatches: tuple[TextMismatch, ...]
+
+
+@dataclass(frozen=True)
+class SamplingFit:
+    """Draws at several places against the reference's probabilities.
+
+    Args:
+        places, draws: how many places, and draws at each.
+        least_p: the smallest p-value of a chi-square test, times the number of places (Bonferroni).
+        outside: draws of tokens that the reference leaves out.
+    """
+
+    places: int
+    draws: int
+    least_p: float
+    outside: int
+
+
+@dataclass(frozen=True)
+class SpeculationResult:
+    """All that was measured of a draft at one budget.
+
+    Args:
+        draft: e.g. "exit:2".
+        acceptance: share of drafted tokens that were right, in greedy text.
+        logits: by name, e.g. "draft, fast runner": the halves' logits against the reference's; empty where the
+            draft is no exit.
+        greedy, sampled: texts.
+        sampling: None where no place was fit for the test.
+    """
+
+    draft: str
+    acceptance: float | None
+    logits: dict[str, Comparison]
+    greedy: TextsCompared
+    sampled: TextsCompared
+    sampling: SamplingFit | None
+
+
+class SpeculationSide:
+    """A bundle's draft, opened once."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        assert bundle.manifest.draft is not None
+        self.kind = bundle.manifest.draft.draft
+        self._bundle = bundle
+        self._splits: dict[str, SplitRunner] = {}
+        if self.kind.kind == "exit":
+            portable = SplitRunner(PortableStage(bundle, "draft"), PortableStage(bundle, "verify"))
+            self._splits = {"fast": open_split_runner(bundle), "portable": portable}
+        self._found = {f"{half}, {name} runner": Accumulator() for name in self._splits for half in ("draft", "verify")}
+
+    @property
+    def exit_layer(self) -> int | None:
+        """Number of layers that the draft runs; None where it is no exit."""
+        return self.kind.layer if self.kind.kind == "exit" else None
+
+    def start(self) -> None:
+        """Forget what was compared at another budget."""
+        self._found = {name: Accumulator() for name in self._found}
+
+    def compare(
+        self,
+        ids: np.ndarray,
+        select: np.ndarray | None,
+        exit_logits: np.ndarray,
+        logits: np.ndarray,
+        clean: np.ndarray,
+        window: int,
+    ) -> None:
+        """Compare both halves' logits over a window.
+
+        Args: ids [1, S]; exit_logits, logits [S, V] of the reference; clean [S] bool: tokens no near tie touched.
+        """
+        for name, runner in self._splits.items():
+            cache = runner.new_cache(*ids.shape)
+            draft = runner.draft(cache, ids, select, logits="all").logits[0]
+            self._found[f"draft, {name} runner"].add(exit_logits, draft, clean, window)
+            self._found[f"verify, {name} runner"].add(logits, runner.verify(cache).logits[0], clean, window)
+
+    def result(self, windows: np.ndarray, budget: float, reference_logits: np.ndarray) -> SpeculationResult:
+        """Compare texts at a budget.
+
+        Args: windows [M, S]: prompts are taken from them; reference_logits [S, V] of the first one.
+        """
+        manifest = self._bundle.manifest
+        asked = budget if manifest.selection else None
+        plain, draft = open_runner(self._bundle), open_draft(self._bundle, self.kind, budget=asked)
+        prompts = _prompts(windows)
+        greedy, acceptance = _texts(plain, draft, prompts, GREEDY, asked)
+        sampled, _ = _texts(plain, draft, prompts, SAMPLED, asked)
+        first = windows[:1]
+        select = select_for(manifest, asked)
+        engine = plain.step(plain.new_cache(*first.shape), first, select, logits="all").logits[0]
+        return SpeculationResult(
+            draft=str(self.kind),
+            acceptance=acceptance,
+            logits={name: found.result() for name, found in self._found.items()},
+            greedy=greedy,
+            sampled=sampled,
+            sampling=sampling_fit(reference_logits, engine),
+        )
+
+
+def _prompts(windows: np.ndarray) -> list[list[int]]:
+    flat = windows.ravel()
+    starts = np.linspace(0, max(len(flat) - _PROMPT_TOKENS, 0), _PROMPTS).astype(int)
+    size = min(_PROMPT_TOKENS, len(flat))
+    # Different lengths, so that a batch is ragged.
+    return [[int(token) for token in flat[start : start + size - number % 4]] for number, start in enumerate(starts)]
+
+
+def _texts(
+    plain: Runner, draft: Draft, prompts: Sequence[list[int]], sampling: Sampling, budget: float | None
+) -> tuple[TextsCompared, float | None]:
+    """Plain and speculative continuations of each prompt alone and of some in a batch. Returns: them, acceptance."""
+    room = plain.manifest.decoder.max_positions - max(len(prompt) for prompt in prompts)
+    limit = min(_NEW_TOKENS, room)
+    continuations = tokens = drafted = accepted = 0
+    mismatches: list[TextMismatch] = []
+    groups = [[number] for number in range(len(prompts))] + [list(range(min(_BATCH, len(prompts))))]
+    for group in groups:
+        batch = [prompts[number] for number in group]
+        want = generate(plain, batch, max_new_tokens=limit, budget=budget, sampling=sampling, stop_ids=[]).sequences
+        for length in _LENGTHS:
+            have = generate(
+                draft.runner,
+                batch,
+                max_new_tokens=limit,
+                budget=budget,
+                sampling=sampling,
+                stop_ids=[],
+                draft=draft,
+                draft_length=length,
+            )
+            drafted, accepted = drafted + sum(have.stats.drafted), accepted + sum(have.stats.accepted)
+            for number, one, other in zip(group, want, have.sequences, strict=True):
+                continuations += 1
+                tokens += len(one.tokens)
+                if one.tokens != other.tokens:
+                    mismatches.append(_mismatch(plain, number, prompts[number], one, other, budget))
+    return TextsCompared(continuations, tokens, tuple(mismatches)), accepted / drafted if drafted else None
+
+
+def _mismatch(
+    plain: Runner, number: int, prompt: list[int], want: Generated, have: Generated, budget: float | None
+) -> TextMismatch:
+    """The first token that differs, and how near the two were."""
+    position = next(i for i, (a, b) in enumerate(zip(want.tokens, have.tokens, strict=True)) if a != b)
+    ids = np.array([[*prompt, *want.tokens[:position]]])
+    select = select_for(plain.manifest, budget)
+    logits = plain.step(plain.new_cache(*ids.shape), ids, select).logits[0, 0]
+    one, other = want.tokens[position], have.tokens[position]
+    return TextMismatch(number, position, one, other, float(abs(logits[one] - logits[other])))
+
+
+def sampling_fit(reference: np.ndarray, engine: np.ndarray) -> SamplingFit | None:
+    """Draw from the engine's logits with fixed seeds, and test against the reference's probabilities.
+
+    Args: reference, engine [S, V]: logits at the same places.
+    Returns: None where the reference's shortest run of likely tokens is too close a matter at every place.
+    """
+    least, outside, places = 1.0, 0, 0
+    for place in np.linspace(0, len(reference) - 1, _PLACES).astype(int):
+        wanted = reference_probabilities(reference[place])
+        if wanted is None:
+            continue
+        ids, weights = candidates(engine[place], SAMPLED)
+        if set(ids) != set(np.flatnonzero(wanted)):
+            outside += round(_DRAWS * float(weights[wanted[ids] == 0].sum()))
+        sampler = (Picker(Sampling(SAMPLED.temperature, SAMPLED.top_k, SAMPLED.top_p, seed)) for seed in range(_DRAWS))
+        counts = np.bincount([one.pick(engine[place], 0, int(place)) for one in sampler], minlength=len(wanted))
+        places += 1
+        least = min(least, _p_value(counts, _DRAWS * wanted))
+    return SamplingFit(places, _DRAWS, min(1.0, least * places), outside) if places else None
+
+
+def reference_probabilities(logits: np.ndarray) -> np.ndarray | None:
+    """Next-token probabilities [V] float64 as PyTorch gives them; None where top-p is too close a matter.
+
+    Written without the engine's sampler, as transformers defines its warpers: temperature, top-k, top-p.
+    """
+    scores = torch.from_numpy(logits).double() / SAMPLED.temperature
+    top = torch.topk(scores, min(SAMPLED.top_k, len(scores)))
+    probabilities = torch.softmax(top.values, dim=0)
+    before = probabilities.cumsum(0) - probabilities
+    if bool(((before - SAMPLED.top_p).abs() < _TOP_P_MARGIN).any()):
+        return None
+    kept = before < SAMPLED.top_p
+    full = torch.zeros_like(scores)
+    full[top.indices[kept]] = probabilities[kept] / probabilities[kept].sum()
+    return full.numpy()
+
+
+def _p_value(counts: np.ndarray, expected: np.ndarray) -> float:
+    """Chi-square of counts against expected counts; what is rare goes into one cell."""
+    common = expected >= _LEAST_EXPECTED
+    rest = [counts[~common].sum()], [expected[~common].sum()]
+    found, wanted = np.append(counts[common], rest[0]), np.append(expected[common], rest[1])
+    cells = wanted > 0
+    if found[~cells].any():
+        return 0.0
+    if cells.sum() < 2:
+        return 1.0
+    return float(stats.chisquare(found[cells], wanted[cells] * found.sum() / wanted.sum()).pvalue)

@@ -1,0 +1,315 @@
+"""Speculative decoding on real exported bundles: the same text as plain decoding, whatever drafts, and less work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from scipy import stats
+
+from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.manifest import BudgetDraft, ExitDraft, LayersDraft
+from engines.errors import UsageError
+from engines.generation import generate, select_for
+from engines.runners.portable import PortableStage
+from engines.runners.select import open_runner, open_split_runner
+from engines.runners.split import SplitRunner
+from engines.sampling import GREEDY, Sampling
+from engines.speculation.draft import open_draft
+from engines.speculation.length import LONGEST, PROBE_EVERY, AdaptiveLength, Round
+from engines.speculation.spec import check_draft, parse_draft
+from exporter.checkpoint import open_checkpoint
+from exporter.config import GateConfig
+from exporter.reference import Reference
+from exporter.selection import KeepAll
+from gsx.export import export
+from tests.tiny import EOS_ID, tiny_checkpoint
+
+# Two orders of summation of float32 products at logits of order 10.
+LOGITS_ATOL = 5e-5
+PROMPTS = [[5, 60, 61, 7, 8, 9, 200, 11], [61, 7], [1, 30, 31, 32, 33]]
+SAMPLED = Sampling(temperature=0.9, top_k=50, top_p=0.97, seed=3)
+
+# name -> (checkpoint, export options)
+MODELS = {
+    "gated": ({"gate": GateConfig(), "layers": 4}, {"budget": 0.6, "draft": "exit:2"}),
+    "dense": ({"layers": 3, "tied": True}, {"draft": "exit:1"}),
+    "window, copy": (
+        {"family": "mistral", "gate": GateConfig("scalar", "pre_norm"), "sliding_window": 6},
+        {"budget": 0.5, "kv_policy": "copy", "draft": "exit:2"},
+    ),
+    "half": ({"gate": GateConfig()}, {"budget": 0.7, "draft": "exit:1", "precision": "fp16"}),
+    "odd heads": ({"family": "qwen3", "hidden": 48, "heads": 4, "layers": 3}, {"draft": "exit:1"}),
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Bundle:
+    model, options = MODELS[request.param]
+    directory = tmp_path_factory.mktemp("split")
+    checkpoint = tiny_checkpoint(directory / "model", tokenizer=True, **model)
+    if "gate" in model:
+        options = options | {"calibration": tiny_text}
+    return export(checkpoint, directory / "out", **options)
+
+
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Bundle:
+    directory = tmp_path_factory.mktemp("gated")
+    checkpoint = tiny_checkpoint(directory / "model", gate=GateConfig(), layers=4, tokenizer=True)
+    return export(checkpoint, directory / "out", budget=0.8, calibration=tiny_text, draft="exit:2")
+
+
+def test_the_halves_are_the_whole(split: Bundle) -> None:
+    """Prefill, single steps, chunks, and a cache that was rolled back: halves in a row give the whole's logits."""
+    atol = LOGITS_ATOL if split.manifest.precision == "fp32" else 2e-2
+    select = select_for(split.manifest, None)
+    whole, halves = open_runner(split), open_split_runner(split)
+    portable = SplitRunner(PortableStage(split, "draft"), PortableStage(split, "verify"))
+    caches = [runner.new_cache(1, 40) for runner in (whole, halves, portable)]
+    ids = np.random.default_rng(0).integers(3, 250, (1, 32))
+    for start, stop in ((0, 9), (9, 10), (10, 17), (12, 15), (15, 32)):
+        outputs = []
+        for runner, cache in zip((whole, halves, portable), caches, strict=True):
+            cache.roll_back(np.array([start]))
+            outputs.append(runner.step(cache, ids[:, start:stop], select, logits="all"))
+        for other in outputs[1:]:
+            np.testing.assert_allclose(other.logits, outputs[0].logits, atol=atol)
+            if other.kept is not None and split.manifest.precision == "fp32":
+                np.testing.assert_array_equal(other.kept, outputs[0].kept)
+            assert other.gated_rows == outputs[0].gated_rows
+
+
+def test_the_draft_is_the_references_exit(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model", layers=4, tokenizer=True)
+    bundle = export(checkpoint, tmp_path / "out", draft="exit:3")
+    ids = np.array([PROMPTS[0]])
+    runner = open_split_runner(bundle)
+    found = runner.draft(runner.new_cache(1, 16), ids, None, logits="all").logits
+    reference = Reference.load(open_checkpoint(checkpoint))
+    wanted = reference.exit_logits(reference(torch.from_numpy(ids), selection=KeepAll()), 3)
+    np.testing.assert_allclose(found, wanted.numpy(), atol=LOGITS_ATOL)
+
+
+@pytest.mark.parametrize("length", [None, 1, 5])
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_text_is_that_of_plain_decoding(split: Bundle, sampling: Sampling, length: int | None) -> None:
+    """Each prompt alone, and all in one ragged batch."""
+    draft = open_draft(split, ExitDraft(layer=split.manifest.draft.draft.layer))  # type: ignore[union-attr]
+    plain = open_runner(split)
+    for batch in ([PROMPTS[0]], PROMPTS):
+        options = {"max_new_tokens": 24, "sampling": sampling, "stop_ids": []}
+        want = generate(plain, batch, **options)  # type: ignore[arg-type]
+        have = generate(draft.runner, batch, draft=draft, draft_length=length, **options)  # type: ignore[arg-type]
+        assert have.sequences == want.sequences
+
+
+@pytest.mark.parametrize("spec", ["budget:0.55", "layers:1,3.mlp", "exit:2"])
+@pytest.mark.parametrize("budget", [1.0, 0.8, 0.6])
+def test_every_kind_of_draft(gated: Bundle, spec: str, budget: float) -> None:
+    draft = open_draft(gated, parse_draft(spec), budget=budget)
+    for sampling in (GREEDY, SAMPLED):
+        options = {"max_new_tokens": 30, "budget": budget, "sampling": sampling, "stop_ids": []}
+        want = generate(open_runner(gated), PROMPTS, **options)  # type: ignore[arg-type]
+        have = generate(draft.runner, PROMPTS, draft=draft, draft_length=4, **options)  # type: ignore[arg-type]
+        assert have.sequences == want.sequences
+        assert have.stats.drafted
+        assert have.stats.decode_steps <= want.stats.decode_steps
+
+
+def test_sequences_end_on_their_own(gated: Bundle) -> None:
+    """Stop ids, a callback and the limit end members of a batch at different places, drafts or not."""
+    draft = open_draft(gated, ExitDraft(layer=2))
+    free = generate(open_runner(gated), PROMPTS, max_new_tokens=30, stop_ids=[]).sequences
+    stop = free[0].tokens[7]
+
+    def enough(sequence: int, token: int) -> bool:
+        counts[sequence] += 1
+        return sequence == 1 and counts[1] == 4
+
+    found = []
+    for options in ({}, {"draft": draft, "draft_length": 6}):
+        counts = [0, 0, 0]
+        runner = draft.runner if options else open_runner(gated)
+        found.append(
+            generate(runner, PROMPTS, max_new_tokens=30, stop_ids=[stop], on_token=enough, **options).sequences
+        )
+    assert found[0] == found[1]
+    first = free[0].tokens
+    assert found[1][0].tokens == first[: first.index(stop) + 1]
+    assert [one.finish for one in found[1]][:2] == ["end-of-text", "stopped"]
+    assert len(found[1][1].tokens) == 4
+
+
+def test_the_context_ends_each_sequence_at_its_own_length(tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model", tokenizer=True, max_position_embeddings=40)
+    bundle = export(checkpoint, tmp_path / "out", draft="exit:1")
+    draft = open_draft(bundle, ExitDraft(layer=1))
+    options = {"max_new_tokens": 35, "stop_ids": []}
+    want = generate(open_runner(bundle), PROMPTS, **options)  # type: ignore[arg-type]
+    have = generate(draft.runner, PROMPTS, draft=draft, draft_length=7, **options)  # type: ignore[arg-type]
+    assert have.sequences == want.sequences
+    assert [len(one.tokens) for one in have.sequences] == [32, 35, 35]
+    assert [one.finish for one in have.sequences] == ["context", "length", "length"]
+
+
+def test_end_of_text_inside_a_draft_is_kept_by_the_gates(gated: Bundle) -> None:
+    """End-of-text passes every gate, in the later half too, which reads ids for that alone."""
+    nothing = np.full((4, 2), 2.0, np.float32)
+    whole, halves = open_runner(gated), open_split_runner(gated)
+    outputs = [r.step(r.new_cache(1, 8), np.array([[5, EOS_ID, 7]]), nothing) for r in (whole, halves)]
+    for output in outputs:
+        np.testing.assert_array_equal(output.kept, np.ones((4, 2), np.int64))
+
+
+def test_sampled_tokens_follow_the_models_distribution(gated: Bundle) -> None:
+    """Pairs of tokens over 1,500 seeds, through draft and verification, against the exact joint distribution."""
+    runner, draft = open_runner(gated), open_draft(gated, ExitDraft(layer=2))
+    sampling = Sampling(temperature=0.7, top_k=3)
+    prompt = PROMPTS[2]
+    select = select_for(gated.manifest, None)
+
+    def probabilities(ids: list[int]) -> dict[int, float]:
+        logits = runner.step(runner.new_cache(1, 16), np.array([ids]), select).logits[0, 0].astype(np.float64)
+        top = np.argsort(-logits)[:3]
+        weights = np.exp((logits[top] - logits[top].max()) / 0.7)
+        return dict(zip(top.tolist(), weights / weights.sum(), strict=True))
+
+    first = probabilities(prompt)
+    joint = {(a, b): p * q for a, p in first.items() for b, q in probabilities([*prompt, a]).items()}
+    counts = dict.fromkeys(joint, 0)
+    for seed in range(1500):
+        seeded = Sampling(sampling.temperature, sampling.top_k, seed=seed)
+        found = generate(
+            draft.runner, [prompt], max_new_tokens=3, sampling=seeded, stop_ids=[], draft=draft, draft_length=1
+        )
+        counts[tuple(found.sequences[0].tokens[:2])] += 1  # type: ignore[index]
+    expected = np.array(list(joint.values())) * 1500
+    common = expected >= 5
+    found_counts = np.append(np.array(list(counts.values()))[common], np.array(list(counts.values()))[~common].sum())
+    wanted = np.append(expected[common], expected[~common].sum())
+    # The seeds are fixed: this is the same number in each run. A true sampler is below it once in a million.
+    assert stats.chisquare(found_counts[wanted > 0], wanted[wanted > 0]).pvalue > 1e-6
+
+
+def test_statistics_add_up(gated: Bundle) -> None:
+    draft = open_draft(gated, BudgetDraft(budget=0.55))
+    found = generate(draft.runner, [PROMPTS[0]], max_new_tokens=40, stop_ids=[], draft=draft, draft_length=3).stats
+    assert found.new_tokens == 40
+    assert found.decode_steps + sum(found.accepted) == 39, "each round gives its right tokens and one more"
+    assert len(found.drafted) == len(found.accepted) <= 3
+    assert all(right <= tried for right, tried in zip(found.accepted, found.drafted, strict=True))
+    assert found.draft_seconds + found.verify_seconds < found.decode_seconds
+    assert found.tokens_per_verification == pytest.approx(39 / found.decode_steps)
+    assert 0 < found.kept_share < 1  # type: ignore[operator]
+
+
+def test_no_weight_of_the_layers_is_in_both_halves(gated: Bundle) -> None:
+    """And both read the one weights file."""
+    names = {}
+    for graph in ("model", "draft", "verify"):
+        model = onnx.load(str(gated.graph_path(graph)), load_external_data=False)
+        places = {e.value for t in model.graph.initializer for e in t.external_data if e.key == "location"}
+        assert places == {"weights.bin"}
+        names[graph] = {t.name for t in model.graph.initializer if t.external_data}
+    assert names["draft"] | names["verify"] == names["model"]
+    assert {name.split(".")[0] for name in names["draft"] & names["verify"]} <= {"norm", "lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("text", "draft"),
+    [
+        ("exit:3", ExitDraft(layer=3)),
+        ("budget:0.5", BudgetDraft(budget=0.5)),
+        ("layers:2.mlp", LayersDraft(skip=((2, "mlp"),))),
+        ("layers:1,3-4.attn", LayersDraft(skip=((1, "attn"), (1, "mlp"), (3, "attn"), (4, "attn")))),
+    ],
+)
+def test_drafts_are_read(text: str, draft: object) -> None:
+    assert parse_draft(text) == draft
+    assert parse_draft(str(draft)) == draft
+
+
+@pytest.mark.parametrize(
+    "text", ["", "exit", "exit:", "exit:two", "half", "budget:0", "budget:1.5", "layers:4-2", "layers:x"]
+)
+def test_what_is_no_draft_is_refused(text: str) -> None:
+    with pytest.raises(UsageError):
+        parse_draft(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("exit:0", "exit layer"),
+        ("exit:-1", "exit layer"),
+        ("exit:4", "exit layer"),
+        ("exit:1", "cannot draft with exit:1"),
+        ("budget:0.1", "below the calibrated grid"),
+        ("layers:4", "cannot be left out"),
+        ("layers:0-3", "cannot be left out"),
+    ],
+)
+def test_a_bundle_refuses_what_it_has_not(gated: Bundle, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        check_draft(parse_draft(text), gated.manifest)
+
+
+def test_drafts_that_a_model_cannot_have_are_refused(tmp_path: Path, tiny_gated: Path, tiny_bundle: Path) -> None:
+    dense = tiny_checkpoint(tmp_path / "dense", tokenizer=True)
+    for model, options, message in (
+        (dense, {"draft": "budget:0.5"}, "needs gates"),
+        (dense, {"draft": "exit:3"}, "exit layer"),
+        (tiny_gated, {"draft": "exit:1", "select": "rank"}, "selection by threshold"),
+        (tiny_gated, {"draft": "budget:0.01", "budget": 0.7}, "below the calibrated grid"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            export(model, tmp_path / "out", **options)  # type: ignore[arg-type]
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match="graphs that are split"):
+        open_draft(open_bundle(tiny_bundle), ExitDraft(layer=1))
+
+
+def test_bad_draft_lengths_are_refused(gated: Bundle) -> None:
+    draft = open_draft(gated, ExitDraft(layer=2))
+    for length in (-1, 10**6):
+        with pytest.raises(UsageError, match="draft length"):
+            generate(draft.runner, [PROMPTS[0]], max_new_tokens=4, draft=draft, draft_length=length)
+
+
+def rounds(length: AdaptiveLength, acceptance: float, draft: float, verify: float, count: int = 400) -> list[int]:
+    """Draft lengths chosen against a machine with these costs (seconds) and tokens that are right this often."""
+    rng = np.random.default_rng(0)
+    chosen = []
+    for _ in range(count):
+        size = length.next()
+        chosen.append(size)
+        wrong = np.flatnonzero(rng.random(size) >= acceptance)
+        right = int(wrong[0]) if len(wrong) else size
+        length.learn(Round(size, right, int(right < size), draft * size, verify * (1 + 0.05 * size)))
+    return chosen
+
+
+@pytest.mark.parametrize(
+    ("acceptance", "draft", "verify"), [(0.9, 0.1, 1.0), (0.7, 0.2, 1.0), (0.5, 0.15, 1.0), (0.97, 0.1, 1.0)]
+)
+def test_the_length_settles_near_the_best(acceptance: float, draft: float, verify: float) -> None:
+    def speed(size: int) -> float:
+        tokens = (1 - acceptance ** (size + 1)) / (1 - acceptance)
+        return tokens / (size * draft + verify * (1 + 0.05 * size))
+
+    best = max(range(LONGEST + 1), key=speed)
+    settled = rounds(AdaptiveLength(), acceptance, draft, verify)[200:]
+    # Acceptance is known from some twenty rounds: the choice wavers, at little cost.
+    assert np.mean([speed(size) for size in settled]) > 0.93 * speed(best)
+
+
+def test_a_draft_that_loses_turns_itself_off_and_looks_again() -> None:
+    length = AdaptiveLength()
+    chosen = rounds(length, acceptance=0.05, draft=0.8, verify=1.0)
+    assert np.mean(np.array(chosen[50:]) == 0) > 1 - 2 / PROBE_EVERY
+    assert any(chosen[100:]), "a probe now and then"
+    assert np.mean(rounds(length, acceptance=0.95, draft=0.05, verify=1.0, count=800)[600:]) > 3
