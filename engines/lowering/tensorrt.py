@@ -7,7 +7,7 @@ What changes against the portable graph:
 - the axis `total` becomes `window`: how many columns of the cache attention reads, at least those that are filled;
   columns behind are 0 in `attention_mask`. Where the call's tokens stand is an input of its own, `write_at [1]`. So a
   step of decoding keeps its shapes while the cache grows, and one CUDA graph serves many steps;
-- the head runs on the columns of the call that `logits_at [M]` names;
+- the head runs on the columns of the call that `logits_at [M]` names, and `logits` are float32;
 - `kept [n]` tells how many rows each gated branch ran on;
 - `thresholds` and `budget` lose their default value, so that they stay inputs;
 - attention is written out for TensorRT's `Attention` (one output, explicit mask);
@@ -177,6 +177,12 @@ class _Rewriter:
         for value in self.graph.output:
             if value.name == "logits":
                 value.type.tensor_type.shape.dim[1].dim_param = LOGITS_COLUMNS
+                value.type.tensor_type.elem_type = TensorProto.FLOAT
+        if self.float_type != TensorProto.FLOAT:
+            head = producers["logits"]
+            place = next(n for n, node in enumerate(self.graph.node) if "logits" in node.output)
+            self.graph.node[place].output[list(head.output).index("logits")] = "lowered.logits"
+            self.graph.node.append(_node("Cast", ["lowered.logits"], "logits", to=TensorProto.FLOAT))
 
     def report_kept(self) -> None:
         """One output with the number of rows of every gated branch, in order."""

@@ -1,0 +1,256 @@
+"""The lowering for TensorRT and the runner over it, executed on a CPU (`cpu_engine.py`) against the portable runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from engines.building.profiles import default_profiles, parse_profile
+from engines.bundle.bundle import Bundle, open_bundle
+from engines.errors import EngineError
+from engines.generation import generate, select_for
+from engines.lowering.tensorrt import MAX_TOPK, lower
+from engines.runners.portable import PortableRunner
+from engines.runners.tensorrt import WINDOW_STEP, TensorRTRunner, window_of
+from exporter.config import GateConfig
+from gsx.export import export
+from tests.engines.cpu_engine import CpuEngine, cpu_entry
+from tests.tiny import tiny_checkpoint
+
+# Two orders of summation of float32 products at logits of order 10.
+LOGITS_ATOL = 5e-5
+PROMPT = [5, 60, 61, 7, 8, 9, 200, 11]
+CAPACITY = 160
+PLUGINS = ("ThresholdGather", "TopKGather", "GatedScatterAdd")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, how it is exported, and how its engine is made.
+
+    Args:
+        rows: the most tokens of a call; None for what the profiles say.
+        forms: what the ops become.
+    """
+
+    forms: dict[str, str]
+    model: dict[str, Any] = field(default_factory=lambda: {"gate": GateConfig()})
+    options: dict[str, Any] = field(default_factory=lambda: {"budget": 0.6})
+    plugins: Collection[str] = ()
+    batch: int = 1
+    rows: int | None = None
+
+
+MASKS = {"ThresholdGather": "mask", "GatheredAttention": "all", "GatedScatterAdd": "mask"}
+COPY = {
+    "model": {"family": "mistral", "gate": GateConfig("scalar", "pre_norm"), "sliding_window": 6},
+    "options": {"budget": 0.5, "kv_policy": "copy"},
+}
+RANK: dict[str, Any] = {"options": {"budget": 0.5, "select": "rank"}}
+CASES = {
+    "masks": Case(MASKS),
+    "masks, batch": Case(MASKS, batch=3),
+    "plugins": Case(
+        {"ThresholdGather": "plugin", "GatheredAttention": "rows", "GatedScatterAdd": "plugin"}, plugins=PLUGINS
+    ),
+    "plugins, batch": Case(
+        {"ThresholdGather": "plugin", "GatheredAttention": "all", "GatedScatterAdd": "plugin"},
+        plugins=PLUGINS,
+        batch=3,
+    ),
+    "only one plugin": Case(
+        {"ThresholdGather": "plugin", "GatheredAttention": "rows", "GatedScatterAdd": "body"},
+        plugins=["ThresholdGather"],
+    ),
+    "rank, k from the host": Case(
+        {"TopKGather": "body", "GatheredAttention": "rows", "GatedScatterAdd": "body"}, **RANK
+    ),
+    "rank, plugins": Case(
+        {"TopKGather": "plugin", "GatheredAttention": "rows", "GatedScatterAdd": "plugin"}, plugins=PLUGINS, **RANK
+    ),
+    "rank, more rows than TopK takes": Case(
+        {"TopKGather": "mask", "GatheredAttention": "all", "GatedScatterAdd": "mask"}, rows=MAX_TOPK + 1, **RANK
+    ),
+    "dense": Case({"FullAttention": "all"}, {}, {}),
+    "dense, sliding window, batch": Case(
+        {"FullAttention": "all"}, {"family": "mistral", "sliding_window": 6}, {}, batch=3
+    ),
+    "copy, masks": Case(MASKS, **COPY),
+    "copy, plugins": Case(
+        {"ThresholdGather": "plugin", "GatheredAttention": "rows", "GatedScatterAdd": "plugin"},
+        plugins=PLUGINS,
+        **COPY,
+    ),
+    "mlp alone": Case(
+        {"ThresholdGather": "mask", "FullAttention": "all", "GatedScatterAdd": "mask"},
+        {"family": "qwen3", "gate": GateConfig(branches=("mlp",))},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both runners of one case."""
+
+    case: Case
+    bundle: Bundle
+    portable: PortableRunner
+    runner: TensorRTRunner
+    engine: CpuEngine
+
+    @property
+    def ranks(self) -> bool:
+        selection = self.bundle.manifest.selection
+        return selection is not None and selection.mode == "rank"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Callable[[Case], Bundle]:
+    """Exports a case's model; cases of one model share it."""
+    made: dict[str, Bundle] = {}
+
+    def make(case: Case) -> Bundle:
+        key = repr((case.model, case.options))
+        if key not in made:
+            directory = tmp_path_factory.mktemp("tensorrt")
+            checkpoint = tiny_checkpoint(directory / "model", tokenizer=True, **case.model)
+            options = dict(case.options)
+            if "gate" in case.model and "select" not in options:
+                options |= {"calibration": tiny_text, "calibration_tokens": 1024}
+            export(checkpoint, directory / "out", **options)
+            made[key] = open_bundle(directory / "out")
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="module", params=CASES)
+def pair(request: pytest.FixtureRequest, exported: Callable[[Case], Bundle]) -> Pair:
+    case = CASES[request.param]
+    bundle = exported(case)
+    profiles = default_profiles(CAPACITY, case.batch)
+    entry, engine = cpu_entry(bundle, profiles, capacity=CAPACITY, plugins=case.plugins, rows=case.rows)
+    return Pair(
+        case, bundle, PortableRunner(bundle), TensorRTRunner(bundle.manifest, entry, lambda graph: engine), engine
+    )
+
+
+def test_ops_take_the_form_that_is_reported(pair: Pair) -> None:
+    graph = onnx.load(str(pair.bundle.graph_path("model")), load_external_data=False)
+    profiles = default_profiles(CAPACITY, pair.case.batch)
+    rows = pair.case.rows or max(p.batch.most * p.tokens.most for p in profiles)
+    lowered = lower(
+        graph,
+        pair.bundle.manifest,
+        capacity=CAPACITY,
+        rows=rows,
+        plugins=pair.case.plugins,
+        one_sequence=pair.case.batch == 1,
+    )
+    assert lowered.forms == pair.case.forms
+    left = {node.op_type for node in lowered.model.graph.node if node.domain == "gsx"}
+    assert left == {op for op, form in lowered.forms.items() if form in ("plugin", "body")}
+    assert {function.name for function in lowered.model.functions} == left
+    inputs = {value.name for value in lowered.model.graph.input}
+    assert not inputs & {tensor.name for tensor in lowered.model.graph.initializer}, "an input has a default"
+
+
+def test_logits_choices_and_cache_equal_portable_ones(pair: Pair) -> None:
+    """Prefill, chunks and single tokens on the cache, and a step after the cache was shortened."""
+    batch = pair.case.batch
+    caches = [runner.new_cache(batch, CAPACITY) for runner in (pair.portable, pair.runner)]
+    select = select_for(pair.bundle.manifest, None)
+    ids = np.random.default_rng(0).integers(3, 250, (batch, 80))
+    mask = np.ones((batch, 80), np.int64)
+    mask[1:, :3] = 0
+    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
+    for start, stop in ((0, 9), (9, 10), (10, 17), (17, 18), (12, 15), (15, 70), (70, 71)):
+        outputs = []
+        for runner, cache in zip((pair.portable, pair.runner), caches, strict=True):
+            cache.length = start
+            outputs.append(
+                runner.step(cache, ids[:, start:stop], mask[:, :stop], positions[:, start:stop], select, logits="all")
+            )
+        real = mask[:, start:stop] == 1
+        np.testing.assert_allclose(outputs[1].logits[real], outputs[0].logits[real], atol=LOGITS_ATOL)
+        assert outputs[1].logits.dtype == np.float32
+        if outputs[0].kept is not None:
+            np.testing.assert_array_equal(outputs[1].kept, outputs[0].kept)
+
+
+def test_greedy_text_equals_the_portable_runner(pair: Pair) -> None:
+    prompts = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]][: pair.case.batch]
+    found = [generate(runner, prompts, max_new_tokens=80) for runner in (pair.portable, pair.runner)]
+    assert found[0].sequences == found[1].sequences
+    assert found[0].stats.kept_rows == found[1].stats.kept_rows
+
+
+def test_a_decoding_step_keeps_its_shapes_while_the_cache_grows(pair: Pair) -> None:
+    """One set of shapes for every `WINDOW_STEP` columns: what CUDA graphs and compiled kernels live from."""
+    pair.engine.calls.clear()
+    generate(pair.runner, [PROMPT] * pair.case.batch, max_new_tokens=WINDOW_STEP)
+    decode = [shapes for profile, shapes in pair.engine.calls if profile == 1]
+    assert len(decode) >= 8
+    windows = {shapes["attention_mask"] for shapes in decode}
+    assert len({tuple(sorted(shapes.items())) for shapes in decode}) == len(windows) <= 2
+
+
+def test_a_long_prompt_goes_through_in_pieces(pair: Pair) -> None:
+    """With rank selection, which chooses among a whole call, it is refused."""
+    profiles = [parse_profile(text, capacity=CAPACITY, batch=pair.case.batch) for text in ("prefill:2-5-7", "decode:1")]
+    entry, engine = cpu_entry(pair.bundle, profiles, capacity=CAPACITY, plugins=pair.case.plugins, rows=pair.case.rows)
+    runner = TensorRTRunner(pair.bundle.manifest, entry, lambda graph: engine)
+    batch, length = pair.case.batch, 22
+    ids = np.random.default_rng(1).integers(3, 250, (batch, length))
+    mask, positions = np.ones((batch, length), np.int64), np.tile(np.arange(length), (batch, 1))
+    select = select_for(pair.bundle.manifest, None)
+    call = (ids, mask, positions, select, "all")
+    if pair.ranks:
+        with pytest.raises(EngineError, match=r"expected at most 7 tokens, found 22\n.*prefill:2-22"):
+            runner.step(runner.new_cache(batch, CAPACITY), *call)
+        return
+    expected = pair.portable.step(pair.portable.new_cache(batch, CAPACITY), *call)
+    found = runner.step(runner.new_cache(batch, CAPACITY), *call)
+    assert [shapes["input_ids"][1] for _, shapes in engine.calls] == [7, 7, 7, 1]
+    np.testing.assert_allclose(found.logits, expected.logits, atol=LOGITS_ATOL)
+    if expected.kept is not None:
+        np.testing.assert_array_equal(found.kept, expected.kept)
+
+
+def test_nothing_kept_leaves_the_state_alone(pair: Pair) -> None:
+    """A threshold above every score: no row goes through a branch, in prefill and in decode."""
+    manifest = pair.bundle.manifest
+    if manifest.selection is None or pair.ranks:
+        pytest.skip("needs threshold selection")
+    above = np.full((manifest.decoder.num_layers, 2), 2.0, np.float32)
+    batch = pair.case.batch
+    caches = [runner.new_cache(batch, CAPACITY) for runner in (pair.portable, pair.runner)]
+    for start, stop in ((0, 4), (4, 5)):
+        outputs = []
+        for runner, cache in zip((pair.portable, pair.runner), caches, strict=True):
+            ids = np.full((batch, stop - start), 7)
+            positions = np.tile(np.arange(start, stop), (batch, 1))
+            outputs.append(runner.step(cache, ids, np.ones((batch, stop), np.int64), positions, above, "all"))
+            assert outputs[-1].kept is not None
+            assert outputs[-1].kept.sum() == 0
+        np.testing.assert_allclose(outputs[1].logits, outputs[0].logits, atol=LOGITS_ATOL)
+
+
+def test_more_than_the_engine_holds_is_refused(pair: Pair) -> None:
+    with pytest.raises(EngineError, match=rf"at most {CAPACITY} columns, found 200.*\n.*--context 200"):
+        pair.runner.new_cache(1, 200)
+    with pytest.raises(EngineError, match=r"expected batch .* found 9\n.*--batch 9"):
+        pair.runner.new_cache(9, 8)
+
+
+@pytest.mark.parametrize(
+    ("filled", "window"), [(1, 64), (64, 64), (65, 128), (129, 160), (160, 160)], ids=lambda value: str(value)
+)
+def test_window(filled: int, window: int) -> None:
+    assert window_of(filled, CAPACITY) == window
