@@ -1,0 +1,305 @@
+// The one plugin class, made from an op's description, and what TensorRT looks for in the library.
+
+#include "native/plugin.h"
+
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <new>
+
+using namespace nvinfer1;
+
+namespace gsx {
+namespace {
+
+constexpr int32_t kFailed = -1;
+
+ILoggerFinder* gLoggerFinder = nullptr;
+
+__attribute__((format(printf, 1, 2))) void logError(char const* format, ...) noexcept {
+    char text[512];
+    va_list arguments;
+    va_start(arguments, format);
+    std::vsnprintf(text, sizeof(text), format, arguments);
+    va_end(arguments);
+    ILogger* logger = gLoggerFinder != nullptr ? gLoggerFinder->findLogger() : nullptr;
+    if (logger != nullptr) {
+        logger->log(ILogger::Severity::kERROR, text);
+    } else {
+        std::fprintf(stderr, "gsx: %s\n", text);
+    }
+}
+
+char const* nameOf(DataType type) noexcept {
+    switch (type) {
+    case DataType::kFLOAT: return "float32";
+    case DataType::kHALF: return "float16";
+    case DataType::kBF16: return "bfloat16";
+    case DataType::kINT8: return "int8";
+    case DataType::kINT32: return "int32";
+    case DataType::kINT64: return "int64";
+    case DataType::kBOOL: return "bool";
+    default: return "a type that no tensor of the op has";
+    }
+}
+
+bool isRowType(DataType type) noexcept {
+    return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
+}
+
+// Whether a tensor may have this type, where the rows have type `rows`.
+bool allowed(Element element, DataType type, DataType rows) noexcept {
+    switch (element) {
+    case Element::kRow: return isRowType(type) && type == rows;
+    case Element::kScore: return type == DataType::kFLOAT;
+    case Element::kPlace: return type == DataType::kINT64;
+    }
+    return false;
+}
+
+// Sizes by letter.
+class Sizes {
+public:
+    static constexpr int64_t kUnknown = -1;
+
+    int64_t& of(char letter) noexcept { return mSizes[static_cast<unsigned char>(letter) % kLetters]; }
+    Sizes() noexcept {
+        for (int64_t& size : mSizes) size = kUnknown;
+    }
+
+private:
+    static constexpr int kLetters = 128;
+    int64_t mSizes[kLetters];
+};
+
+// Check sizes that are known against each other; unknown ones are negative. `sizeAt(input, axis)` gives a size.
+template <typename SizeAt>
+bool sizesFit(Op const& op, SizeAt sizeAt) noexcept {
+    Sizes sizes;
+    for (int32_t input = 0; input < op.inputs; ++input) {
+        Tensor const& tensor = op.tensors[input];
+        for (int32_t axis = 0; tensor.shape[axis] != '\0'; ++axis) {
+            int64_t const found = sizeAt(input, axis);
+            if (found < 0) continue;
+            char const letter = tensor.shape[axis];
+            if (letter == 'G') {
+                if (found != 1 && sizes.of('H') >= 0 && found != sizes.of('H')) {
+                    logError("%s: input %s: axis %d has size %lld, expected 1 or %lld", op.name, tensor.name, axis,
+                             static_cast<long long>(found), static_cast<long long>(sizes.of('H')));
+                    return false;
+                }
+                continue;
+            }
+            int64_t& known = sizes.of(letter);
+            if (known == Sizes::kUnknown) known = letter == '1' ? 1 : found;
+            if (known != found) {
+                logError("%s: input %s: axis %d has size %lld, expected %lld", op.name, tensor.name, axis,
+                         static_cast<long long>(found), static_cast<long long>(known));
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+bool ranksFit(Op const& op, int32_t input, int32_t found) noexcept {
+    auto const expected = static_cast<int32_t>(std::strlen(op.tensors[input].shape));
+    if (found == expected) return true;
+    logError("%s: input %s has %d dimensions, expected %d", op.name, op.tensors[input].name, found, expected);
+    return false;
+}
+
+bool countsFit(Op const& op, int32_t inputs, int32_t outputs) noexcept {
+    if (inputs == op.inputs && outputs == op.outputs) return true;
+    logError("%s: has %d inputs and %d outputs, expected %d and %d", op.name, inputs, outputs, op.inputs, op.outputs);
+    return false;
+}
+
+class Plugin final : public IPluginV3,
+                     public IPluginV3OneCore,
+                     public IPluginV3OneBuild,
+                     public IPluginV3OneRuntime {
+public:
+    explicit Plugin(Op const& op) noexcept : mOp(op) {}
+
+    // IPluginV3
+    IPluginCapability* getCapabilityInterface(PluginCapabilityType type) noexcept override {
+        switch (type) {
+        case PluginCapabilityType::kCORE: return static_cast<IPluginV3OneCore*>(this);
+        case PluginCapabilityType::kBUILD: return static_cast<IPluginV3OneBuild*>(this);
+        case PluginCapabilityType::kRUNTIME: return static_cast<IPluginV3OneRuntime*>(this);
+        }
+        return nullptr;
+    }
+    IPluginV3* clone() noexcept override { return new (std::nothrow) Plugin(mOp); }
+
+    // IPluginV3OneCore
+    AsciiChar const* getPluginName() const noexcept override { return mOp.name; }
+    AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
+    AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
+
+    // IPluginV3OneBuild
+    int32_t getNbOutputs() const noexcept override { return mOp.outputs; }
+
+    int32_t getOutputDataTypes(DataType* outputTypes, int32_t nbOutputs, DataType const* inputTypes,
+                               int32_t nbInputs) const noexcept override {
+        if (!countsFit(mOp, nbInputs, nbOutputs)) return kFailed;
+        DataType const rows = inputTypes[0];
+        for (int32_t input = 0; input < nbInputs; ++input) {
+            Tensor const& tensor = mOp.tensors[input];
+            if (allowed(tensor.element, inputTypes[input], rows)) continue;
+            char const* expected = tensor.element == Element::kScore   ? "float32"
+                                   : tensor.element == Element::kPlace ? "int64"
+                                   : input > 0 && isRowType(rows)      ? nameOf(rows)
+                                                                       : "float32, float16 or bfloat16";
+            logError("%s: input %s is %s, expected %s", mOp.name, tensor.name, nameOf(inputTypes[input]), expected);
+            return kFailed;
+        }
+        for (int32_t output = 0; output < nbOutputs; ++output) {
+            Element const element = mOp.tensors[nbInputs + output].element;
+            outputTypes[output] = element == Element::kRow     ? rows
+                                  : element == Element::kScore ? DataType::kFLOAT
+                                                               : DataType::kINT64;
+        }
+        return 0;
+    }
+
+    int32_t getOutputShapes(DimsExprs const* inputs, int32_t nbInputs, DimsExprs const*, int32_t, DimsExprs* outputs,
+                            int32_t nbOutputs, IExprBuilder& builder) noexcept override {
+        if (!countsFit(mOp, nbInputs, nbOutputs)) return kFailed;
+        for (int32_t input = 0; input < nbInputs; ++input) {
+            if (!ranksFit(mOp, input, inputs[input].nbDims)) return kFailed;
+        }
+        auto const constant = [&](int32_t input, int32_t axis) {
+            IDimensionExpr const* size = inputs[input].d[axis];
+            return size->isConstant() ? size->getConstantValue() : Sizes::kUnknown;
+        };
+        if (!sizesFit(mOp, constant)) return kFailed;
+        IDimensionExpr const* kept = nullptr;  // the number of rows kept, where it depends on the data
+        for (int32_t output = 0; output < nbOutputs; ++output) {
+            char const* shape = mOp.tensors[nbInputs + output].shape;
+            outputs[output].nbDims = static_cast<int32_t>(std::strlen(shape));
+            for (int32_t axis = 0; shape[axis] != '\0'; ++axis) {
+                IDimensionExpr const* size = find(inputs, shape[axis]);
+                if (size == nullptr) {
+                    if (kept == nullptr) kept = declareKept(inputs, builder);
+                    size = kept;
+                }
+                if (size == nullptr) {
+                    logError("%s: TensorRT made no size tensor", mOp.name);
+                    return kFailed;
+                }
+                outputs[output].d[axis] = size;
+            }
+        }
+        return 0;
+    }
+
+    bool supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* tensors, int32_t nbInputs,
+                                   int32_t nbOutputs) noexcept override {
+        if (nbInputs != mOp.inputs || nbOutputs != mOp.outputs || position >= nbInputs + nbOutputs) return false;
+        PluginTensorDesc const& asked = tensors[position].desc;
+        return asked.format == TensorFormat::kLINEAR &&
+               allowed(mOp.tensors[position].element, asked.type, tensors[0].desc.type);
+    }
+
+    int32_t configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t nbInputs, DynamicPluginTensorDesc const*,
+                            int32_t nbOutputs) noexcept override {
+        if (!countsFit(mOp, nbInputs, nbOutputs)) return kFailed;
+        for (int32_t input = 0; input < nbInputs; ++input) {
+            if (!ranksFit(mOp, input, inputs[input].desc.dims.nbDims)) return kFailed;
+        }
+        auto const size = [&](int32_t input, int32_t axis) { return inputs[input].desc.dims.d[axis]; };
+        return sizesFit(mOp, size) ? 0 : kFailed;
+    }
+
+    size_t getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t, DynamicPluginTensorDesc const*,
+                            int32_t) const noexcept override {
+        return mOp.workspace(inputs[0].max.d[0]);
+    }
+
+    char const* getTimingCacheID() noexcept override { return kVersion; }
+
+    // IPluginV3OneRuntime
+    int32_t onShapeChange(PluginTensorDesc const* inputs, int32_t nbInputs, PluginTensorDesc const*,
+                          int32_t nbOutputs) noexcept override {
+        if (!countsFit(mOp, nbInputs, nbOutputs)) return kFailed;
+        for (int32_t input = 0; input < nbInputs; ++input) {
+            if (!ranksFit(mOp, input, inputs[input].dims.nbDims)) return kFailed;
+        }
+        auto const size = [&](int32_t input, int32_t axis) { return inputs[input].dims.d[axis]; };
+        return sizesFit(mOp, size) ? 0 : kFailed;
+    }
+
+    int32_t enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,
+                    void* const* outputs, void* workspace, cudaStream_t stream) noexcept override {
+        gsx_status const status = mOp.run({inputDesc, inputs, outputs, workspace, stream});
+        if (status == GSX_OK) return 0;
+        logError("%s: %s (status %d)", mOp.name, gsx_error_string(status), status);
+        return kFailed;
+    }
+
+    IPluginV3* attachToContext(IPluginResourceContext*) noexcept override { return clone(); }
+    PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &mNoFields; }
+
+private:
+    // The input dimension that a letter stands for, or null.
+    IDimensionExpr const* find(DimsExprs const* inputs, char letter) const noexcept {
+        for (int32_t input = 0; input < mOp.inputs; ++input) {
+            char const* shape = mOp.tensors[input].shape;
+            char const* at = std::strchr(shape, letter);
+            if (at != nullptr) return inputs[input].d[at - shape];
+        }
+        return nullptr;
+    }
+
+    // The number of rows kept: written by the last output, at most the number of tokens, tuned for half of them.
+    IDimensionExpr const* declareKept(DimsExprs const* inputs, IExprBuilder& builder) const noexcept {
+        IDimensionExpr const* tokens = inputs[0].d[0];
+        IDimensionExpr const* two = builder.constant(2);
+        if (two == nullptr) return nullptr;
+        IDimensionExpr const* half = builder.operation(DimensionOperation::kCEIL_DIV, *tokens, *two);
+        return half == nullptr ? nullptr : builder.declareSizeTensor(mOp.outputs - 1, *half, *tokens);
+    }
+
+    Op const& mOp;
+    PluginFieldCollection mNoFields{};
+};
+
+Creator gTopKGather(kTopKGather);
+Creator gThresholdGather(kThresholdGather);
+Creator gGatedScatterAdd(kGatedScatterAdd);
+
+}  // namespace
+
+gsx_type rowType(DataType type) noexcept {
+    return type == DataType::kHALF ? GSX_FLOAT16 : type == DataType::kBF16 ? GSX_BFLOAT16 : GSX_FLOAT32;
+}
+
+IPluginV3* Creator::createPlugin(AsciiChar const* name, PluginFieldCollection const* fields, TensorRTPhase) noexcept {
+    for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i) {
+        char const* field = fields->fields[i].name;
+        if (field == nullptr) continue;
+        // By these the node names its plugin.
+        if (std::strcmp(field, "plugin_namespace") == 0 || std::strcmp(field, "plugin_version") == 0) continue;
+        logError("%s: node %s has a field '%s', expected none", mOp.name, name != nullptr ? name : "(without a name)",
+                 field);
+        return nullptr;
+    }
+    IPluginV3* plugin = new (std::nothrow) Plugin(mOp);
+    if (plugin == nullptr) logError("%s: out of memory", mOp.name);
+    return plugin;
+}
+
+}  // namespace gsx
+
+extern "C" GSX_API void setLoggerFinder(ILoggerFinder* finder) {
+    if (finder != nullptr) gsx::gLoggerFinder = finder;
+}
+
+extern "C" GSX_API IPluginCreatorInterface* const* getCreators(int32_t& count) {
+    static IPluginCreatorInterface* const creators[] = {&gsx::gTopKGather, &gsx::gThresholdGather,
+                                                        &gsx::gGatedScatterAdd};
+    count = static_cast<int32_t>(sizeof(creators) / sizeof(creators[0]));
+    return creators;
+}

@@ -1,0 +1,77 @@
+// The TensorRT side that all ops share. An op says what its tensors are and which kernels to launch; everything that
+// TensorRT asks of a plugin follows from that: types, shapes, formats, checks with their messages, creation.
+//
+// Nothing throws, nothing ends the process: what is wrong is logged through TensorRT's logger, and the call fails.
+
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include "native/status.h"
+
+namespace gsx {
+
+constexpr char const* kNamespace = "gsx";
+constexpr char const* kVersion = "1";
+
+enum class Element {
+    kRow,    // float32, float16 or bfloat16: that of the op's first input
+    kScore,  // float32
+    kPlace,  // int64
+};
+
+// One tensor of an op. `shape` has a letter for each dimension: the same letter means the same size in all tensors of a
+// call; 1 is one; G (a gate's width) is one or H. A letter that no input has is the number of rows that the op keeps: it
+// depends on the data, and the op's last output tells it.
+struct Tensor {
+    char const* name;
+    Element element;
+    char const* shape;
+};
+
+// What TensorRT hands over when an op is to run.
+struct Call {
+    nvinfer1::PluginTensorDesc const* shapes;  // of the inputs
+    void const* const* inputs;
+    void* const* outputs;
+    void* workspace;
+    cudaStream_t stream;
+
+    int64_t size(int32_t input, int32_t axis) const noexcept { return shapes[input].dims.d[axis]; }
+};
+
+constexpr int32_t kMaxTensors = 8;
+
+struct Op {
+    char const* name;
+    int32_t inputs, outputs;
+    Tensor tensors[kMaxTensors];  // inputs, then outputs
+    size_t (*workspace)(int64_t tokens);
+    gsx_status (*run)(Call const& call);
+};
+
+// The element type of the rows; `type` is one that the op's checks let through.
+gsx_type rowType(nvinfer1::DataType type) noexcept;
+
+// A creator for an op that lives as long as the library.
+class Creator final : public nvinfer1::IPluginCreatorV3One {
+public:
+    explicit Creator(Op const& op) noexcept : mOp(op) {}
+
+    nvinfer1::IPluginV3* createPlugin(nvinfer1::AsciiChar const* name, nvinfer1::PluginFieldCollection const* fields,
+                                      nvinfer1::TensorRTPhase phase) noexcept override;
+    nvinfer1::PluginFieldCollection const* getFieldNames() noexcept override { return &mNoFields; }
+    nvinfer1::AsciiChar const* getPluginName() const noexcept override { return mOp.name; }
+    nvinfer1::AsciiChar const* getPluginVersion() const noexcept override { return kVersion; }
+    nvinfer1::AsciiChar const* getPluginNamespace() const noexcept override { return kNamespace; }
+
+private:
+    Op const& mOp;
+    nvinfer1::PluginFieldCollection mNoFields{};
+};
+
+extern Op const kTopKGather;
+extern Op const kThresholdGather;
+extern Op const kGatedScatterAdd;
+
+}  // namespace gsx

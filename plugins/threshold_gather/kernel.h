@@ -1,0 +1,27 @@
+/* Places of the scores above a threshold. See native/status.h for what holds for every function. */
+#ifndef GSX_THRESHOLD_GATHER_KERNEL_H
+#define GSX_THRESHOLD_GATHER_KERNEL_H
+
+#include "native/status.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Bytes of scratch memory for N tokens; 0 up to 8,192 tokens. */
+GSX_API size_t gsx_threshold_select_workspace(int64_t tokens);
+
+/* The tokens whose score exceeds the threshold, in token order.
+ *
+ * score [N] float32; threshold [] float32, on the device; index [K] int64, written, with room for N; count [] int64,
+ * written: K. Equal is not above; NaN, as score or as threshold, is never kept. Deterministic.
+ * Nothing may overlap. N may be 0: count is then 0.
+ */
+GSX_API gsx_status gsx_threshold_select(const float* score, const float* threshold, int64_t tokens, int64_t* index,
+                                        int64_t* count, void* workspace, size_t workspace_bytes, cudaStream_t stream);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

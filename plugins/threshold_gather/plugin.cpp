@@ -1,0 +1,43 @@
+// ThresholdGather for TensorRT: selection, then the gather of as many rows as it found.
+
+#include "native/gather_rows.h"
+#include "native/plugin.h"
+#include "threshold_gather/kernel.h"
+
+namespace gsx {
+namespace {
+
+enum Input { kX, kScore, kThreshold };
+enum Output { kRows, kIndex, kCount };
+
+gsx_status run(Call const& call) {
+    int64_t const tokens = call.size(kX, 0);
+    auto* index = static_cast<int64_t*>(call.outputs[kIndex]);
+    auto* count = static_cast<int64_t*>(call.outputs[kCount]);
+    gsx_status const failed = gsx_threshold_select(
+        static_cast<float const*>(call.inputs[kScore]), static_cast<float const*>(call.inputs[kThreshold]), tokens,
+        index, count, call.workspace, gsx_threshold_select_workspace(tokens), call.stream);
+    if (failed != GSX_OK) return failed;
+    return gsx_gather_rows(call.inputs[kX], tokens, call.size(kX, 1), rowType(call.shapes[kX].type), index, count,
+                           tokens, call.outputs[kRows], call.stream);
+}
+
+}  // namespace
+
+Op const kThresholdGather{
+    "ThresholdGather",
+    3,
+    3,
+    {
+        {"x", Element::kRow, "NH"},
+        {"score", Element::kScore, "N"},
+        {"threshold", Element::kScore, ""},
+        {"rows", Element::kRow, "KH"},
+        {"index", Element::kPlace, "K"},
+        {"count", Element::kPlace, ""},
+    },
+    gsx_threshold_select_workspace,
+    run,
+};
+
+}  // namespace gsx

@@ -1,0 +1,258 @@
+// Selection of the K best scores. Both ways find the key of the K-th best score (the pivot); what is above it is kept,
+// and of what equals it the first that are still needed.
+//
+// Up to kOneBlock tokens: one block holds all keys in registers and settles two bits of the pivot a step, by counting
+// how many keys reach each of three candidates. It takes no atomics, so its time does not depend on the scores (gate
+// scores share their leading bits, which makes a histogram's atomics collide), skips the bits that all keys share, and
+// stops when exactly K keys reach a candidate.
+//
+// Above: three kernels count digits of 11, 11 and 10 bits, each among the keys that share the digits found so far; the
+// last block of each picks the digit. A fourth writes the list (compact.cuh).
+
+#include "topk_gather/kernel.h"
+
+#include "native/check.h"
+#include "native/compact.cuh"
+#include "native/scores.cuh"
+#include "topk_gather/ordered_key.h"
+
+namespace gsx {
+namespace {
+
+constexpr int64_t kFewTokens = 512;
+constexpr int64_t kManyTokens = 8192;
+constexpr int64_t kOneBlock = 16384;
+constexpr int kTileThreads = 256;
+constexpr int kTileItems = 8;
+constexpr int64_t kTile = kTileThreads * kTileItems;
+
+int64_t tilesOf(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
+
+// Keys of a thread's items, kBelowAll behind the end.
+template <int ITEMS>
+__device__ void loadKeys(const float* score, int64_t first, int64_t tokens, uint32_t (&keys)[ITEMS]) {
+    float scores[ITEMS];
+    loadScores<ITEMS>(score, first, tokens, 0.f, scores);
+    for (int item = 0; item < ITEMS; ++item) {
+        keys[item] = first + item < tokens ? orderedKey(__float_as_uint(scores[item])) : kBelowAll;
+    }
+}
+
+// The smallest and the greatest key of the block's tokens. Every thread calls it.
+template <int THREADS, int ITEMS>
+__device__ uint2 keyRange(const uint32_t (&keys)[ITEMS]) {
+    constexpr int kWarps = THREADS / kWarp;
+    __shared__ uint32_t least[kWarps], greatest[kWarps];
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    uint32_t low = kAboveAll, high = kBelowAll;
+    for (const uint32_t key : keys) {
+        if (key != kBelowAll && key < low) low = key;
+        if (key > high) high = key;
+    }
+    low = __reduce_min_sync(kWholeWarp, low);
+    high = __reduce_max_sync(kWholeWarp, high);
+    if (lane == 0) {
+        least[threadIdx.x / kWarp] = low;
+        greatest[threadIdx.x / kWarp] = high;
+    }
+    __syncthreads();
+    low = __reduce_min_sync(kWholeWarp, lane < kWarps ? least[lane] : kAboveAll);
+    high = __reduce_max_sync(kWholeWarp, lane < kWarps ? greatest[lane] : kBelowAll);
+    return {low, high};
+}
+
+// What is kept: keys above `pivot`, and the first keys equal to it until there are enough.
+// Every thread calls it, with wanted >= 1.
+template <int THREADS, int ITEMS>
+__device__ uint32_t findPivot(const uint32_t (&keys)[ITEMS], uint32_t wanted) {
+    constexpr int kWarps = THREADS / kWarp;
+    constexpr int kField = 10;  // bits for a warp's count; three of them share a word
+    constexpr uint32_t kFieldMask = (1u << kField) - 1;
+    static_assert(kWarp * ITEMS <= kFieldMask, "a warp's count fits its field");
+    __shared__ uint32_t reached[2][kWarps];  // in turn, so that one barrier a step is enough
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+
+    const uint2 range = keyRange<THREADS, ITEMS>(keys);
+    if (range.x == range.y) return range.x;
+    int shift = (31 - __clz(static_cast<int>(range.x ^ range.y))) & ~1;
+    uint32_t pivot = range.y & ~((4u << shift) - 1);  // the bits that all keys share
+    for (int step = 0; shift >= 0; shift -= 2, ++step) {
+        const uint32_t one = pivot | 1u << shift, two = pivot | 2u << shift, three = pivot | 3u << shift;
+        uint32_t mine = 0;
+        for (const uint32_t key : keys) {
+            mine += static_cast<uint32_t>(key >= one) + (static_cast<uint32_t>(key >= two) << kField) +
+                    (static_cast<uint32_t>(key >= three) << 2 * kField);
+        }
+        mine = __reduce_add_sync(kWholeWarp, mine);
+        if (lane == 0) reached[step & 1][threadIdx.x / kWarp] = mine;
+        __syncthreads();
+        const uint32_t ofWarp = lane < kWarps ? reached[step & 1][lane] : 0;
+        const uint32_t reachOne = __reduce_add_sync(kWholeWarp, ofWarp & kFieldMask);
+        const uint32_t reachTwo = __reduce_add_sync(kWholeWarp, ofWarp >> kField & kFieldMask);
+        const uint32_t reachThree = __reduce_add_sync(kWholeWarp, ofWarp >> 2 * kField);
+        if (reachThree >= wanted) {
+            pivot = three;
+        } else if (reachTwo >= wanted) {
+            pivot = two;
+        } else if (reachOne >= wanted) {
+            pivot = one;
+        }
+        // Exactly the wanted keys reach it: those above its predecessor, and no tie is needed.
+        if (reachOne == wanted || reachTwo == wanted || reachThree == wanted) return pivot - 1;
+    }
+    return pivot;
+}
+
+template <int ITEMS>
+__device__ Choice chooseBest(const uint32_t (&keys)[ITEMS], uint32_t pivot) {
+    Choice choice{0, 0};
+    for (int item = 0; item < ITEMS; ++item) {
+        choice.sure |= static_cast<uint32_t>(keys[item] > pivot) << item;
+        choice.ties |= static_cast<uint32_t>(keys[item] == pivot) << item;
+    }
+    return choice;
+}
+
+template <int THREADS, int ITEMS>
+__global__ void __launch_bounds__(THREADS)
+    selectInOneBlock(const float* score, const int64_t* k, int64_t tokens, int64_t* index, int64_t* count) {
+    uint32_t keys[ITEMS];
+    loadKeys<ITEMS>(score, int64_t{threadIdx.x} * ITEMS, tokens, keys);
+    const uint32_t wanted = wantedCount(*k, tokens);
+    const uint32_t pivot = wanted == 0 ? kAboveAll : findPivot<THREADS, ITEMS>(keys, wanted);
+    const Choice choice = chooseBest<ITEMS>(keys, pivot);
+    uint32_t word = 0;
+    const Counts before = unpacked(exclusiveSum<THREADS>(packed(choice), word));
+    const Counts total = unpacked(word);
+    writeKept<THREADS, ITEMS>(choice, before, total, {0, 0}, wanted - total.sure, 0, index);
+    if (threadIdx.x == 0) *count = wanted;
+}
+
+constexpr int kPasses = 3;
+constexpr int kBins = 2048;
+__host__ __device__ constexpr int digitBits(int pass) { return pass < 2 ? 11 : 10; }
+__host__ __device__ constexpr int digitShift(int pass) { return pass == 0 ? 21 : pass == 1 ? 10 : 0; }
+
+// Scratch memory of the way above kOneBlock; all 0 at the start. The words of the tiles come behind it.
+struct SearchState {
+    uint32_t prefix;             // the pivot's digits found so far; in the end the pivot
+    uint32_t wanted;             // how many keys are still to be found among those that share them
+    uint32_t nextTile;
+    uint32_t finished[kPasses];  // blocks of a pass that have counted
+    uint32_t padding[2];
+    uint32_t bins[kPasses][kBins];
+};
+static_assert(sizeof(SearchState) % kWorkspaceAlignment == 0, "the words behind it are aligned");
+
+// Pick the digit of the bin that holds the last wanted key, counted from the greatest. Every thread of one block.
+template <int PASS>
+__device__ void pickDigit(SearchState* state, uint32_t prefix, uint32_t wanted) {
+    constexpr int kEach = kBins / kTileThreads;
+    uint32_t counts[kEach];
+    uint32_t mine = 0;
+    const int greatest = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;
+    for (int i = 0; i < kEach; ++i) {
+        counts[i] = __ldcg(&state->bins[PASS][greatest - i]);
+        mine += counts[i];
+    }
+    uint32_t total = 0;
+    uint32_t above = exclusiveSum<kTileThreads>(mine, total);
+    for (int i = 0; i < kEach; ++i) {
+        if (above < wanted && wanted <= above + counts[i]) {
+            state->prefix = prefix << digitBits(PASS) | static_cast<uint32_t>(greatest - i);
+            state->wanted = wanted - above;
+        }
+        above += counts[i];
+    }
+    if (wanted == 0 && threadIdx.x == 0) {  // nothing is above the greatest key
+        state->prefix = prefix << digitBits(PASS) | ((1u << digitBits(PASS)) - 1);
+        state->wanted = 0;
+    }
+}
+
+template <int PASS>
+__global__ void __launch_bounds__(kTileThreads)
+    countDigits(const float* score, const int64_t* k, int64_t tokens, SearchState* state) {
+    __shared__ uint32_t bins[kBins];
+    __shared__ bool last;
+    for (int bin = threadIdx.x; bin < kBins; bin += kTileThreads) bins[bin] = 0;
+    __syncthreads();
+    const uint32_t prefix = PASS == 0 ? 0 : state->prefix;
+    uint32_t keys[kTileItems];
+    loadKeys<kTileItems>(score, blockIdx.x * kTile + int64_t{threadIdx.x} * kTileItems, tokens, keys);
+    for (const uint32_t key : keys) {
+        // In the first pass no digits are found yet (and a shift by 32 bits is not defined).
+        const bool shares = PASS == 0 || key >> (digitShift(PASS) + digitBits(PASS)) % 32 == prefix;
+        if (shares && key != kBelowAll) atomicAdd(&bins[key >> digitShift(PASS) & ((1u << digitBits(PASS)) - 1)], 1u);
+    }
+    __syncthreads();
+    for (int bin = threadIdx.x; bin < kBins; bin += kTileThreads) {
+        if (bins[bin] != 0) atomicAdd(&state->bins[PASS][bin], bins[bin]);
+    }
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) last = atomicAdd(&state->finished[PASS], 1u) == gridDim.x - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    pickDigit<PASS>(state, prefix, PASS == 0 ? wantedCount(*k, tokens) : state->wanted);
+}
+
+__global__ void __launch_bounds__(kTileThreads)
+    writeBest(const float* score, const int64_t* k, int64_t tokens, SearchState* state, unsigned long long* words,
+              int64_t* index, int64_t* count) {
+    const TileState tiles{&state->nextTile, words};
+    const uint32_t tile = drawTile(tiles);
+    const int64_t firstToken = tile * kTile;
+    uint32_t keys[kTileItems];
+    loadKeys<kTileItems>(score, firstToken + int64_t{threadIdx.x} * kTileItems, tokens, keys);
+    const Choice choice = chooseBest<kTileItems>(keys, state->prefix);
+    uint32_t word = 0;
+    const Counts before = unpacked(exclusiveSum<kTileThreads>(packed(choice), word));
+    const Counts total = unpacked(word);
+    const Counts earlier = sumEarlierTiles<kTileThreads>(tiles, tile, total);
+    writeKept<kTileThreads, kTileItems>(choice, before, total, earlier, state->wanted, firstToken, index);
+    if (threadIdx.x == 0 && tile == 0) *count = wantedCount(*k, tokens);
+}
+
+}  // namespace
+}  // namespace gsx
+
+size_t gsx_topk_select_workspace(int64_t tokens) {
+    using namespace gsx;
+    if (tokens <= kOneBlock) return 0;
+    return sizeof(SearchState) + static_cast<size_t>(tilesOf(tokens)) * sizeof(unsigned long long);
+}
+
+gsx_status gsx_topk_select(const float* score, const int64_t* k, int64_t tokens, int64_t* index, int64_t* count,
+                           void* workspace, size_t workspace_bytes, cudaStream_t stream) {
+    using namespace gsx;
+    const gsx_status refused = firstFailure({
+        checkTokens(tokens),
+        checkBuffer(score, tokens, sizeof(float)),
+        checkBuffer(k, 1, sizeof(int64_t)),
+        checkBuffer(index, tokens, sizeof(int64_t)),
+        checkBuffer(count, 1, sizeof(int64_t)),
+    });
+    if (refused != GSX_OK) return refused;
+    if (tokens <= kFewTokens) {
+        return launch(selectInOneBlock<128, 4>, 1, 128, stream, score, k, tokens, index, count);
+    }
+    if (tokens <= kManyTokens) {
+        return launch(selectInOneBlock<1024, 8>, 1, 1024, stream, score, k, tokens, index, count);
+    }
+    if (tokens <= kOneBlock) {
+        return launch(selectInOneBlock<1024, 16>, 1, 1024, stream, score, k, tokens, index, count);
+    }
+    const size_t needed = gsx_topk_select_workspace(tokens);
+    if (const gsx_status bad = checkWorkspace(workspace, workspace_bytes, needed)) return bad;
+    if (const cudaError_t error = cudaMemsetAsync(workspace, 0, needed, stream)) return error;
+    auto* state = static_cast<SearchState*>(workspace);
+    auto* words = reinterpret_cast<unsigned long long*>(state + 1);
+    const auto tiles = static_cast<unsigned>(tilesOf(tokens));
+    for (auto* count_digits : {countDigits<0>, countDigits<1>, countDigits<2>}) {
+        const gsx_status failed = launch(count_digits, tiles, kTileThreads, stream, score, k, tokens, state);
+        if (failed != GSX_OK) return failed;
+    }
+    return launch(writeBest, tiles, kTileThreads, stream, score, k, tokens, state, words, index, count);
+}
