@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import engines
 from engines.errors import EngineError
-from engines.tensorrt.backend import Backend, library_folder
+from engines.tensorrt.backend import Backend
 
 # An input's least, usual and most shape, or values where the host gives it.
 Ranges = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -79,7 +79,7 @@ def run_job(job: Job, name: str, on_phase: OnPhase = lambda phase, done, total: 
     Raises:
         EngineError: TensorRT refuses the graph (names op and node), fails, or takes its process down.
     """
-    with tempfile.TemporaryDirectory(prefix="gsx-build-") as folder, tempfile.TemporaryFile() as noise:
+    with tempfile.TemporaryFile() as noise:
         reading, writing = os.pipe()
         try:
             process = subprocess.Popen(
@@ -87,7 +87,7 @@ def run_job(job: Job, name: str, on_phase: OnPhase = lambda phase, done, total: 
                 stdin=subprocess.PIPE,
                 stdout=noise,
                 stderr=noise,
-                env=_environment(job.backend, Path(folder)),
+                env=_environment(job.backend),
                 pass_fds=(writing,),
                 start_new_session=True,  # a Ctrl-C reaches us, and we end it
             )
@@ -127,17 +127,14 @@ def _follow(events: IO[str], on_phase: OnPhase) -> dict[str, Any] | None:
     return answer
 
 
-def _environment(backend: Backend, folder: Path) -> dict[str, str]:
-    environment = {**os.environ, "POLYGRAPHY_AUTOINSTALL_DEPS": "0"}
-    environment.pop("POLYGRAPHY_USE_TENSORRT_RTX", None)
+def _environment(backend: Backend) -> dict[str, str]:
     home = str(Path(engines.__file__).parent.parent)
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")]))
-    if backend == "tensorrt-rtx":
-        environment["POLYGRAPHY_USE_TENSORRT_RTX"] = "1"
-        if libraries := library_folder(folder / "libraries"):
-            found = os.environ.get("LD_LIBRARY_PATH")
-            environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(libraries), found]))
-    return environment
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [home, os.environ.get("PYTHONPATH")])),
+        "POLYGRAPHY_AUTOINSTALL_DEPS": "0",
+        "POLYGRAPHY_USE_TENSORRT_RTX": "1" if backend == "tensorrt-rtx" else "0",
+    }
 
 
 def _failure(job: Job, name: str, code: int, answer: dict[str, Any] | None, noise: IO[bytes]) -> EngineError:

@@ -49,14 +49,14 @@ def main() -> int:
 
 
 def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
+    from engines.tensorrt.backend import load_module
+
+    trt = load_module(job["backend"])  # before Polygraphy does: it must be loaded in a way that plugins work with
     from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
 
-    from engines.tensorrt.backend import load_module
-
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
-    trt = load_module(job["backend"])
     logger = _logger(trt)
     builder = trt.Builder(logger)
     if job["plugins"] and builder.get_plugin_registry().load_library(job["plugins"]) is None:

@@ -6,20 +6,18 @@ Nothing here imports TensorRT before it is asked to.
 from __future__ import annotations
 
 import importlib
-import os
 import platform
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
 from engines.errors import EngineError
+from engines.tensorrt.preload import preload_tensorrt_rtx
 
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 
 _MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-_RTX_LIBRARY = "libtensorrt_rtx.so"
 # Compute capabilities that a TensorRT-RTX engine is built for when no GPU is there to ask. Turing (75) is left out: it
 # has no FP32 matrix product there, which gates need, and no bfloat16.
 _RTX_TARGETS = ("80", "86", "89", "120", "121")
@@ -36,6 +34,8 @@ def load_module(backend: Backend) -> Any:
     if find_spec(name) is None:
         raise EngineError(f"backend {backend}: is not installed", expected=f"the package {backend}", todo=todo)
     try:
+        if backend == "tensorrt-rtx":
+            preload_tensorrt_rtx()
         return importlib.import_module(name)
     except Exception as error:  # a missing driver or library shows in many ways
         raise EngineError(
@@ -57,21 +57,3 @@ def known_targets(module: ModuleType) -> tuple[str, ...]:
 def platform_name() -> str:
     """Operating system and processor, which an engine is tied to, e.g. "linux-x86_64"."""
     return f"{sys.platform}-{platform.machine().lower()}"
-
-
-def library_folder(folder: Path) -> Path | None:
-    """Make a folder in which TensorRT-RTX finds itself by its bare name; None where there is nothing to mend.
-
-    When a plugin is used, the ONNX parser of TensorRT-RTX 1.7 opens `libtensorrt_rtx.so`; its wheel ships the file with
-    the version in its name only, and the process ends. A process whose LD_LIBRARY_PATH begins with this folder is safe.
-    """
-    spec = find_spec("tensorrt_rtx_libs")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    place = Path(next(iter(spec.submodule_search_locations)))
-    versioned = sorted(place.glob(f"{_RTX_LIBRARY}.*"))
-    if (place / _RTX_LIBRARY).exists() or not versioned:
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    os.symlink(versioned[-1], folder / _RTX_LIBRARY)
-    return folder
