@@ -22,7 +22,7 @@ from engines.bundle.tensors import tensor_info
 from engines.errors import BundleError, EngineError, GsxError, UsageError
 from engines.lowering import tensorrt as lowering
 from engines.tensorrt import cuda
-from engines.tensorrt.backend import Backend, default_targets, known_targets, load_module, platform_name
+from engines.tensorrt.backend import Backend, default_targets, dotted, known_targets, load_module, platform_name
 from engines.tensorrt.plugins import plugin_library
 from plugins.library import PLUGIN_OPS, library_hash, source_hash
 
@@ -243,8 +243,8 @@ def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tupl
     if unknown := [target for target in wanted if target not in known]:
         raise UsageError(
             "--target: this TensorRT-RTX does not build for that compute capability",
-            expected=", ".join(f"{target[:-1]}.{target[-1]}" for target in known),
-            found=", ".join(unknown),
+            expected=", ".join(map(dotted, known)),
+            found=", ".join(map(dotted, unknown)),
         )
     name = device.name if device else None
     if wanted:

@@ -54,6 +54,11 @@ def known_targets(module: ModuleType) -> tuple[str, ...]:
     return tuple(sorted((name[2:] for name in names if name.startswith("SM")), key=int))
 
 
+def dotted(target: str) -> str:
+    """A compute capability as people write it: "89" -> "8.9"."""
+    return f"{target[:-1]}.{target[-1]}" if len(target) > 1 else target
+
+
 def platform_name() -> str:
     """Operating system and processor, which an engine is tied to, e.g. "linux-x86_64"."""
     return f"{sys.platform}-{platform.machine().lower()}"

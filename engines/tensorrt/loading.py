@@ -16,7 +16,7 @@ from engines.bundle.bundle import Bundle, sha256_of
 from engines.bundle.manifest import EngineEntry
 from engines.errors import EngineError
 from engines.tensorrt import cuda
-from engines.tensorrt.backend import Backend, load_module, platform_name
+from engines.tensorrt.backend import Backend, dotted, load_module, platform_name
 from engines.tensorrt.plugins import plugin_library
 from plugins.library import library_hash
 
@@ -127,9 +127,9 @@ def difference(bundle: Bundle, name: str, entry: EngineEntry, machine: Machine, 
     if machine.capability not in entry.targets:
         return EngineError(
             f"{what}: targets do not include this GPU ({machine.gpu})",
-            expected=_dotted(machine.capability),
-            found=", ".join(_dotted(target) for target in entry.targets),
-            todo=f"{command} --target {_dotted(machine.capability)}" if entry.backend == "tensorrt-rtx" else command,
+            expected=dotted(machine.capability),
+            found=", ".join(dotted(target) for target in entry.targets),
+            todo=f"{command} --target {dotted(machine.capability)}" if entry.backend == "tensorrt-rtx" else command,
         )
     if entry.plugins is not None and entry.plugins.sha256 != machine.plugins_sha256:
         found = machine.plugins_sha256
@@ -180,7 +180,3 @@ def _recorded(directory: Path) -> EngineEntry | None:
         return EngineEntry.model_validate(json.loads((directory / ENGINE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError):
         return None
-
-
-def _dotted(target: str) -> str:
-    return f"{target[:-1]}.{target[-1]}"

@@ -86,9 +86,11 @@ def warnings_of(entry: EngineEntry) -> list[str]:
 
 
 def _print(bundle: Path, name: str, entry: EngineEntry) -> None:
+    from engines.tensorrt.backend import dotted
+
     console = out()
     console.print(
-        f"{bundle}: {entry.backend} {entry.tensorrt_version}, for {', '.join(_dotted(t) for t in entry.targets)}, "
+        f"{bundle}: {entry.backend} {entry.tensorrt_version}, for {', '.join(map(dotted, entry.targets))}, "
         f"{entry.precision}, {entry.capacity} columns of K/V"
     )
     rows = [
@@ -108,7 +110,3 @@ def _print(bundle: Path, name: str, entry: EngineEntry) -> None:
     ]
     console.print(table(None, ("profile", "batch", "tokens", "window"), ranges))
     console.print(f"next: gsx generate {bundle} PROMPT --backend {entry.backend}")
-
-
-def _dotted(target: str) -> str:
-    return f"{target[:-1]}.{target[-1]}"
