@@ -162,6 +162,7 @@ def _build_graph(
         graph_sha256=manifest.graphs[name].sha256,
         weights_sha256=manifest.weights.sha256,
         forms=dict(lowered.forms),
+        layers=dict(built.layers),
         inputs=tuple(tensor_info(value) for value in lowered.model.graph.input),
         outputs=tuple(tensor_info(value) for value in lowered.model.graph.output),
         build_seconds=round(built.seconds, 2),

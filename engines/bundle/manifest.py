@@ -268,6 +268,7 @@ class EngineGraph(_Model):
         file, sha256, size_bytes: of the engine.
         graph_sha256, weights_sha256: of what it was built from.
         forms: op of domain gsx -> what became of it: `plugin`, `body`, `rows`, `mask` or `all` (docs/engines.md).
+        layers: type of TensorRT layer -> how many there were before TensorRT fused them.
         inputs, outputs: of the engine, which differ from the graph's.
         peak_bytes: most memory that building took.
     """
@@ -278,6 +279,7 @@ class EngineGraph(_Model):
     graph_sha256: Sha256
     weights_sha256: Sha256
     forms: Mapping[str, Literal["plugin", "body", "rows", "mask", "all"]]
+    layers: Mapping[str, int]
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     build_seconds: float

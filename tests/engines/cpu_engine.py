@@ -140,6 +140,7 @@ def cpu_entry(
         graph_sha256=manifest.graphs["model"].sha256,
         weights_sha256=manifest.weights.sha256,
         forms=dict(lowered.forms),
+        layers={},
         inputs=tuple(tensor_info(value) for value in lowered.model.graph.input),
         outputs=tuple(tensor_info(value) for value in lowered.model.graph.output),
         build_seconds=0.0,

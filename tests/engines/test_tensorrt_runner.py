@@ -51,7 +51,7 @@ class Case:
 
 MASKS = {"ThresholdGather": "mask", "GatheredAttention": "all", "GatedScatterAdd": "mask"}
 THRESHOLD_PLUGINS = {"ThresholdGather": "plugin", "GatheredAttention": "rows", "GatedScatterAdd": "plugin"}
-COPY, RANK = {"kv_policy": "copy", "budget": 0.5}, {"select": "rank"}
+COPY, RANK = {"kv_policy": "copy", "budget": 0.5}, {"select": "rank", "calibration": None}
 WINDOW = {"family": "mistral", "sliding_window": 6}
 CASES = {
     "masks": Case(MASKS),
