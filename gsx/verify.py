@@ -159,7 +159,7 @@ class _Run:
         self.single = Reference.load(checkpoint) if self.reference_type == torch.float64 else None
         self.engine = EngineSide(bundle)
         self.runners: dict[str, Runner] = {"fast": open_runner(bundle, backend=backend), "portable": self.engine.runner}
-        self.speculation = SpeculationSide(bundle) if self.manifest.draft else None
+        self.speculation = SpeculationSide(bundle, backend) if self.manifest.draft else None
         self.stage = ""
         self.on_progress = on_progress
         # By budget, what the reference did with the first window.

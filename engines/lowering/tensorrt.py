@@ -5,9 +5,11 @@ What changes against the portable graph:
 - the cache is a buffer of fixed capacity per layer. `TensorScatter` writes this call's K and V into it, which TensorRT
   imports as its in-place cache update: `present.*` shares the memory of `past_key_values.*`, and nothing is copied;
 - the axis `total` becomes `window`: how many columns of the cache attention reads, at least those that are filled;
-  columns behind are 0 in `attention_mask`. Where the call's tokens stand is an input of its own, `write_at [1]`. So a
-  step of decoding keeps its shapes while the cache grows, and one CUDA graph serves many steps;
-- the head runs on the columns of the call that `logits_at [M]` names, and `logits` are float32;
+  columns behind are 0 in `attention_mask`. Where the call's tokens stand is an input of its own, `write_at [B]`, for
+  each sequence. So sequences have lengths of their own without padding, a step of decoding keeps its shapes while the
+  cache grows, and one CUDA graph serves many steps;
+- the head runs on the tokens that `logits_at [B, M]` names, numbered over the flattened batch;
+- `logits` and what passes an exit (`exit_hidden`, `exit_key`, `exit_value`) are float32 outside in every precision;
 - `kept [n]` tells how many rows each gated branch ran on;
 - `thresholds` and `budget` lose their default value, so that they stay inputs;
 - attention is written out for TensorRT's `Attention` (one output, explicit mask);
@@ -30,6 +32,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.manifest import Manifest
 from engines.lowering.regions import CHOICES
+from engines.runners.portable import EXIT_STATE
 from plugins.domain import DOMAIN
 
 OPSET = 24  # TensorScatter
@@ -85,6 +88,7 @@ def lower(
     rewriter.ask_for_columns()
     rewriter.report_kept()
     rewriter.rewrite_ops()
+    rewriter.speak_float32()
     rewriter.finish()
     return Lowered(model, rewriter.forms)
 
@@ -119,16 +123,17 @@ class _Rewriter:
         for node in self.graph.node:
             if node.op_type == "Sub" and node.input[0] in total and node.input[1] in length:
                 offsets[node.output[0]] = node.input[1]
-                node = _node("Squeeze", [WRITE_AT], node.output[0])
+                by_sequence = self._constant("lowered.by_sequence", [-1, 1, 1])  # meets rows [S, 1], columns [W]
+                node = _node("Reshape", [WRITE_AT, by_sequence], node.output[0])
             elif node.op_type == "Slice" and node.input[0] == "attention_mask":
                 offset = self._behind_reshapes(node.input[1])
                 assert offset in offsets, "the call's part of the mask begins at the offset of the call"
-                nodes += self._columns_of_call(node, offset, offsets[offset])
+                nodes += self._columns_of_call(node, offsets[offset])
                 continue
             nodes.append(node)
         assert offsets, "the place of the call is the mask's length less the call's"
         self._replace(nodes)
-        self._input(WRITE_AT, TensorProto.INT64, [1])
+        self._input(WRITE_AT, TensorProto.INT64, ["batch"])
         for value in self.graph.input:
             if value.name == "attention_mask":
                 value.type.tensor_type.shape.dim[1].dim_param = WINDOW
@@ -140,12 +145,8 @@ class _Rewriter:
             if value.name.startswith(("past_key_values.", "present.")):
                 value.type.tensor_type.shape.dim[2].ClearField("dim_param")
                 value.type.tensor_type.shape.dim[2].dim_value = capacity
-        batch, places, window = "lowered.batch", "lowered.write_at", "lowered.window"
-        nodes = [
-            _node("Shape", ["input_ids"], batch, start=0, end=1),
-            _node("Expand", [WRITE_AT, batch], places),
-            _node("Shape", ["attention_mask"], window, start=1, end=2),
-        ]
+        window = "lowered.window"
+        nodes = [_node("Shape", ["attention_mask"], window, start=1, end=2)]
         live: dict[str, str] = {}
         for node in self.graph.node:
             if node.op_type == "Concat" and node.input[0] in caches:
@@ -153,7 +154,7 @@ class _Rewriter:
                 live[present] = f"lowered.live.{present}"
                 first, axis = self._constant("lowered.first", [0]), self._constant("lowered.axis_2", [2])
                 nodes += [
-                    _node("TensorScatter", [*node.input, places], present, axis=2),
+                    _node("TensorScatter", [*node.input, WRITE_AT], present, axis=2),
                     _node("Slice", [present, first, window, axis], live[present]),
                 ]
                 continue
@@ -169,20 +170,31 @@ class _Rewriter:
         while norm.op_type != "RMSNormalization":
             norm = producers[norm.input[0]]
         wanted = "lowered.wanted"
-        gather = _node("Gather", [norm.input[0], LOGITS_AT], wanted, axis=1)
+        flat = self._constant("lowered.flat_states", [-1, self.shape.hidden_size])
         place = next(n for n, node in enumerate(self.graph.node) if node.output[0] == norm.output[0])
         self.graph.node[place].input[0] = wanted
-        self.graph.node.insert(place, gather)
-        self._input(LOGITS_AT, TensorProto.INT64, [LOGITS_COLUMNS])
+        self.graph.node.insert(place, _node("Gather", ["lowered.states", LOGITS_AT], wanted, axis=0))
+        self.graph.node.insert(place, _node("Reshape", [norm.input[0], flat], "lowered.states"))
+        self._input(LOGITS_AT, TensorProto.INT64, ["batch", LOGITS_COLUMNS])
         for value in self.graph.output:
             if value.name == "logits":
                 value.type.tensor_type.shape.dim[1].dim_param = LOGITS_COLUMNS
-                value.type.tensor_type.elem_type = TensorProto.FLOAT
-        if self.float_type != TensorProto.FLOAT:
-            head = producers["logits"]
-            place = next(n for n, node in enumerate(self.graph.node) if "logits" in node.output)
-            self.graph.node[place].output[list(head.output).index("logits")] = "lowered.logits"
-            self.graph.node.append(_node("Cast", ["lowered.logits"], "logits", to=TensorProto.FLOAT))
+
+    def speak_float32(self) -> None:
+        """Logits and what passes an exit go to and come from the host, which knows no bfloat16."""
+        if self.float_type == TensorProto.FLOAT:
+            return
+        entering = [value for value in self.graph.input if value.name in EXIT_STATE]
+        leaving = [value for value in self.graph.output if value.name in ("logits", *EXIT_STATE)]
+        inside = {value.name: f"lowered.{value.name}" for value in (*entering, *leaving)}
+        for node in self.graph.node:
+            node.input[:] = [inside.get(name, name) for name in node.input]
+            node.output[:] = [inside.get(name, name) for name in node.output]
+        for value in (*entering, *leaving):
+            value.type.tensor_type.elem_type = TensorProto.FLOAT
+        before = [_node("Cast", [value.name], inside[value.name], to=self.float_type) for value in entering]
+        after = [_node("Cast", [inside[value.name]], value.name, to=TensorProto.FLOAT) for value in leaving]
+        self._replace([*before, *self.graph.node, *after])
 
     def report_kept(self) -> None:
         """One output with the number of rows of every gated branch, in order."""
@@ -419,14 +431,15 @@ class _Rewriter:
                 found.update(node.output)
         return found
 
-    def _columns_of_call(self, node: onnx.NodeProto, offset: str, length: str) -> list[onnx.NodeProto]:
-        """attention_mask[:, -S:] -> attention_mask[:, write_at : write_at + S]."""
+    def _columns_of_call(self, node: onnx.NodeProto, length: str) -> list[onnx.NodeProto]:
+        """attention_mask[:, -S:] -> of each sequence its columns write_at to write_at + S."""
         name = f"{node.output[0]}."
         zero, one = self._constant("lowered.zero", 0), self._constant("lowered.one", 1)
         return [
             _node("Range", [zero, length, one], f"{name}range"),
-            _node("Add", [f"{name}range", offset], f"{name}columns"),
-            _node("Gather", ["attention_mask", f"{name}columns"], node.output[0], axis=1),
+            _node("Unsqueeze", [WRITE_AT, self._constant("lowered.axis_1", [1])], f"{name}starts"),
+            _node("Add", [f"{name}starts", f"{name}range"], f"{name}columns"),
+            _node("GatherElements", ["attention_mask", f"{name}columns"], node.output[0], axis=1),
         ]
 
     def _behind_reshapes(self, name: str) -> str:

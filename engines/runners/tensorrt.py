@@ -7,7 +7,7 @@ is tested without a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,15 +18,14 @@ from engines.bundle.bundle import Bundle
 from engines.bundle.counting import kept_count
 from engines.bundle.manifest import EngineEntry, Manifest
 from engines.errors import EngineError
-from engines.lowering import tensorrt as lowering
-from engines.runners.base import Cache, Logits, StepOutput
-from engines.runners.portable import gated_places
+from engines.lowering.tensorrt import KEPT, LOGITS_AT, WRITE_AT, K
+from engines.runners.base import Call, ExitState, Logits, StageOutput
+from engines.runners.portable import EXIT_STATE, gated_places, kept_table, layers_of
 from engines.tensorrt.backend import Backend
 
 # The window is a multiple of this many columns, so that a call's shapes change seldom while the cache grows: TensorRT
 # compiles or tunes for shapes, and a CUDA graph is for one set of them.
 WINDOW_STEP = 64
-_GRAPH = "model"
 
 
 class Engine(Protocol):
@@ -47,10 +46,6 @@ class Engine(Protocol):
         ...
 
 
-# Opens the engine of a graph, by the graph's name.
-OpenEngine = Callable[[str], Engine]
-
-
 @dataclass(frozen=True)
 class _Memory:
     """K/V buffers by input name, each [B, kv heads, capacity, D]."""
@@ -59,71 +54,63 @@ class _Memory:
     shapes: Mapping[str, tuple[int, ...]]
 
 
-class TensorRTRunner:
-    """Runs a bundle's engines; see `Runner` for the interface.
+class TensorRTStage:
+    """Runs the engine of a graph; see `Stage`.
 
     Args:
         manifest: of the bundle.
-        entry: the engines.
-        open_engine: gives the engine of a graph.
+        entry: the engines, of which this is one.
+        graph: `model`, `draft` or `verify`.
+        engine: the engine.
     """
 
-    def __init__(self, manifest: Manifest, entry: EngineEntry, open_engine: OpenEngine) -> None:
+    def __init__(self, manifest: Manifest, entry: EngineEntry, graph: str, engine: Engine) -> None:
         self.manifest = manifest
-        self._entry, self._engine = entry, open_engine(_GRAPH)
-        self._graph = entry.graphs[_GRAPH]
-        self._inputs = {value.name: value for value in self._graph.inputs}
-        places = [(layer, ("attn", "mlp").index(branch)) for layer, branch in gated_places(manifest)]
-        self._rows, self._columns = np.array(places, np.int64).reshape(-1, 2).T
+        self.layers = layers_of(manifest, graph)
+        self._entry, self._engine = entry, engine
+        self._inputs = {value.name: value for value in entry.graphs[graph].inputs}
+        self._outputs = {value.name: value for value in entry.graphs[graph].outputs}
+        self._places = gated_places(manifest, self.layers)
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """See `Runner`. The buffers have the engine's own capacity, whatever is asked for.
+    def new_memory(self, batch: int, capacity: int) -> _Memory:
+        """See `Stage`. The buffers have the engine's own capacity, whatever is asked for.
 
         Raises:
-            EngineError: the engine has no room for so many columns or sequences.
+            EngineError: the engine has no room for so many tokens or sequences.
         """
+        build = f"gsx build --backend {self._entry.backend}"
         if capacity > self._entry.capacity:
             raise EngineError(
                 "the engine's K/V buffers are too short for this request",
-                expected=f"at most {self._entry.capacity} columns",
+                expected=f"at most {self._entry.capacity} tokens",
                 found=f"{capacity}, prompt and new tokens together",
-                todo=f"ask for fewer new tokens, or gsx build --backend {self._entry.backend} --context {capacity}",
+                todo=f"ask for fewer new tokens, or {build} --context {capacity}",
             )
         if not most_tokens(self._entry.profiles, batch):
             raise EngineError(
                 "no profile of the engine takes so many sequences",
                 expected="batch " + ", ".join(f"{p.batch.least} to {p.batch.most}" for p in self._entry.profiles),
                 found=str(batch),
-                todo=f"gsx build --backend {self._entry.backend} --batch {batch}",
+                todo=f"{build} --batch {batch}",
             )
         shapes = {
             name: tuple(batch if axis == "batch" else int(axis) for axis in value.shape)
             for name, value in self._inputs.items()
             if name.startswith("past_key_values.")
         }
-        buffers = {name: self._engine.buffer(shape, name) for name, shape in shapes.items()}
-        return Cache(batch, self._entry.capacity, 0, _Memory(buffers, shapes))
+        return _Memory({name: self._engine.buffer(shape, name) for name, shape in shapes.items()}, shapes)
 
-    def step(
-        self,
-        cache: Cache,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray,
-        position_ids: np.ndarray,
-        select: np.ndarray | None,
-        logits: Logits = "last",
-    ) -> StepOutput:
-        """See `Runner`. More tokens than a profile takes go through in several calls.
+    def run(self, memory: _Memory, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
+        """See `Stage`. More tokens than a profile takes go through in several calls.
 
         Raises:
             EngineError: a call beyond the engine's profiles, or, with rank selection, one that had to be split.
         """
-        batch, length = input_ids.shape
-        if cache.length + length > cache.capacity:
-            raise ValueError(f"the cache holds {cache.capacity} columns, {cache.length + length} are needed")
-        most = most_tokens(self._entry.profiles, batch)
-        ranks = self.manifest.selection is not None and self.manifest.selection.mode == "rank"
-        if length > most and ranks:
+        length = call.ids.shape[1]
+        most = most_tokens(self._entry.profiles, len(call.ids))
+        if length <= most:
+            return self._run(memory, call, state, logits)
+        if self.manifest.selection is not None and self.manifest.selection.mode == "rank":
             raise EngineError(
                 "the prompt is longer than a call of the engine, and rank selection chooses among a whole call",
                 expected=f"at most {most} tokens",
@@ -132,61 +119,55 @@ class TensorRTRunner:
             )
         outputs = []
         for start in range(0, length, most):
-            stop = min(start + most, length)
-            columns = cache.length + stop - start
-            call = input_ids[:, start:stop], attention_mask[:, :columns], position_ids[:, start:stop]
-            outputs.append(self._call(cache, *call, select, logits))
-        scores = outputs[-1].logits
-        if logits == "all" and len(outputs) > 1:
-            scores = np.concatenate([output.logits for output in outputs], axis=1)
-        counts = [output.kept for output in outputs if output.kept is not None]
-        return StepOutput(scores, np.sum(counts, axis=0) if counts else None)
+            part = slice(start, start + most)
+            counts = np.clip(call.counts - start, 0, most)
+            piece = Call(call.ids[:, part], counts, call.lengths + np.minimum(call.counts, start), call.select)
+            outputs.append(self._run(memory, piece, _tokens_of(state, part), logits))
+        return _joined(outputs, call, most, logits)
 
-    def _call(
-        self,
-        cache: Cache,
-        input_ids: np.ndarray,
-        attention_mask: np.ndarray,
-        position_ids: np.ndarray,
-        select: np.ndarray | None,
-        logits: Logits,
-    ) -> StepOutput:
-        batch, length = input_ids.shape
-        filled = cache.length + length
-        window = window_of(filled, cache.capacity)
-        mask = np.zeros((batch, window), np.int64)
-        mask[:, :filled] = attention_mask
-        wanted = np.arange(length) if logits == "all" else np.array([length - 1])
-        given = {
-            "input_ids": input_ids,
-            "attention_mask": mask,
-            "position_ids": position_ids,
-            lowering.WRITE_AT: np.array([cache.length]),
-            lowering.LOGITS_AT: wanted,
+    def _run(self, memory: _Memory, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
+        batch, length = call.ids.shape
+        steps = np.arange(length)
+        filled = call.lengths + call.counts
+        # Rows behind a sequence's count see themselves at least: no row is without a column while there is room.
+        window = window_of(int((call.lengths + length).max()), self._entry.capacity)
+        last = np.maximum(call.counts - 1, 0)[:, None]
+        rows = np.arange(batch)[:, None] * length
+        given: dict[str, np.ndarray] = {
+            "input_ids": call.ids,
+            "attention_mask": np.arange(window) < filled[:, None],
+            "position_ids": call.lengths[:, None] + steps,
+            WRITE_AT: call.lengths,
+            LOGITS_AT: rows + (steps if logits == "all" else last),
         }
-        if select is not None and lowering.K in self._inputs:
-            valid = mask[:, cache.length : filled] != 0
-            given[lowering.K] = np.array([self._count(input_ids[valid], float(select))])
+        if call.select is not None and K in self._inputs:
+            valid = call.ids[steps < call.counts[:, None]]
+            given[K] = np.array([self._count(valid, float(call.select))])
         feeds = {name: np.asarray(value, np.int64) for name, value in given.items() if name in self._inputs}
         for name in ("thresholds", "budget"):
-            if select is not None and name in self._inputs:
-                feeds[name] = np.asarray(select, np.float32)
-        memory: _Memory = cache.memory
+            if call.select is not None and name in self._inputs:
+                feeds[name] = np.asarray(call.select, np.float32)
+        if state is not None:
+            feeds |= dict(zip(EXIT_STATE, (state.hidden, *(state.below or ())), strict=False))
         buffers = {}
         for name, buffer in memory.buffers.items():
             for shared in (name, name.replace("past_key_values.", "present.")):
                 buffers[shared] = (buffer, memory.shapes[name])
-        results: dict[str, tuple[int, ...]] = {"logits": (batch, len(wanted), self.manifest.decoder.vocab_size)}
-        if len(self._rows):
-            results[lowering.KEPT] = (len(self._rows),)
+        sizes = {"batch": batch, "sequence": length, "logits_columns": feeds[LOGITS_AT].shape[1]}
+        results = {
+            name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in value.shape)
+            for name, value in self._outputs.items()
+            if name not in buffers
+        }
         profile = choose_profile(self._entry.profiles, batch, length, window)
         found = self._engine.run(profile, feeds, buffers, results)
-        cache.length = filled
-        kept = None
-        if len(self._rows):
-            kept = np.zeros((self.manifest.decoder.num_layers, 2), np.int64)
-            kept[self._rows, self._columns] = found[lowering.KEPT]
-        return StepOutput(found["logits"], kept)
+        scores = found["logits"]
+        leaving = [found[name] for name in EXIT_STATE if name in found]
+        return StageOutput(
+            logits=scores[:, :0] if logits == "none" else scores,
+            state=_state(leaving) if leaving else None,
+            kept=kept_table(self.manifest, self._places, found.get(KEPT)),
+        )
 
     def _count(self, ids: np.ndarray, budget: float) -> int:
         """K of rank selection for the valid tokens of a call: the best of them, and end-of-text on top."""
@@ -199,9 +180,39 @@ def window_of(filled: int, capacity: int) -> int:
     return min(-(-filled // WINDOW_STEP) * WINDOW_STEP, capacity)
 
 
-def open_tensorrt(bundle: Bundle, backend: Backend, *, cuda_graphs: bool = True) -> TensorRTRunner:
-    """The runner of a bundle's engines on this machine's GPU.
+def _state(parts: list[np.ndarray]) -> ExitState:
+    hidden, *below = parts
+    return ExitState(hidden, (below[0], below[1]) if below else None)
 
+
+def _tokens_of(state: ExitState | None, part: slice) -> ExitState | None:
+    """Some tokens' part of an exit state."""
+    if state is None:
+        return None
+    return _state([array[..., part, :] for array in (state.hidden, *(state.below or ()))])
+
+
+def _joined(outputs: list[StageOutput], call: Call, most: int, logits: Logits) -> StageOutput:
+    """One output of the pieces of a call, each of `most` tokens but the last."""
+    scores = np.concatenate([output.logits for output in outputs], axis=1)
+    if logits == "last":  # of each sequence, from the piece that its last token is in
+        piece = np.maximum(call.counts - 1, 0) // most
+        scores = scores[np.arange(len(scores)), piece][:, None]
+    states = [output.state for output in outputs if output.state is not None]
+    parts = [(state.hidden, *(state.below or ())) for state in states]
+    kept = [output.kept for output in outputs if output.kept is not None]
+    return StageOutput(
+        logits=scores,
+        state=_state([np.concatenate(arrays, axis=-2) for arrays in zip(*parts, strict=True)]) if parts else None,
+        kept=np.sum(kept, axis=0) if kept else None,
+    )
+
+
+def open_stage(bundle: Bundle, backend: Backend, graph: str = "model", *, cuda_graphs: bool = True) -> TensorRTStage:
+    """The engine of a bundle's graph on this machine's GPU.
+
+    Args:
+        cuda_graphs: record calls of the same shapes, and replay them.
     Raises:
         EngineError: no engines, no GPU, or engines that do not fit this machine; says what differs and what mends it.
     """
@@ -209,10 +220,6 @@ def open_tensorrt(bundle: Bundle, backend: Backend, *, cuda_graphs: bool = True)
     from engines.tensorrt.loading import find_engines, read_engine
 
     found = find_engines(bundle, backend)
-    command = f"gsx build {bundle.directory} --backend {backend}"
-
-    def open_engine(graph: str) -> CudaEngine:
-        plan = read_engine(found, graph, command)
-        return CudaEngine(backend, plan, library=found.library, cuda_graphs=cuda_graphs)
-
-    return TensorRTRunner(bundle.manifest, found.entry, open_engine)
+    plan = read_engine(found, graph, f"gsx build {bundle.directory} --backend {backend}")
+    engine = CudaEngine(backend, plan, library=found.library, cuda_graphs=cuda_graphs)
+    return TensorRTStage(bundle.manifest, found.entry, graph, engine)

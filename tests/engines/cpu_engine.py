@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import parser
+from onnx import helper, parser
 
 from engines.building.build import input_ranges
 from engines.building.profiles import most_rows
@@ -21,6 +21,7 @@ from engines.bundle.manifest import EngineEntry, EngineGraph, EngineProfile
 from engines.bundle.tensors import tensor_info
 from engines.lowering.tensorrt import OPSET, Lowered, lower
 from engines.runners.portable import open_session
+from engines.runners.tensorrt import TensorRTStage
 from engines.tensorrt.backend import platform_name
 
 _ATTENTION = f"""
@@ -65,9 +66,9 @@ def cpu_model(lowered: Lowered, kv_heads: int) -> onnx.ModelProto:
         if node.op_type == "Attention":
             node.domain = "test"
             del node.attribute[:]
-            node.attribute.append(onnx.helper.make_attribute("kv_heads", kv_heads))
+            node.attribute.append(helper.make_attribute("kv_heads", kv_heads))
     model.functions.append(parser.parse_function(_ATTENTION))
-    model.opset_import.append(onnx.helper.make_opsetid("test", 1))
+    model.opset_import.append(helper.make_opsetid("test", 1))
     return model
 
 
@@ -83,12 +84,16 @@ class CpuEngine:
     def __init__(self, bundle: Bundle, lowered: Lowered, profiles: Sequence[EngineProfile]) -> None:
         model = cpu_model(lowered, bundle.manifest.decoder.num_kv_heads)
         self.session = open_session(model.SerializeToString(), bundle.directory, 1)
+        self.types = {
+            value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            for value in lowered.model.graph.input
+        }
         self.ranges = [input_ranges(lowered.model, profile) for profile in profiles]
         self.calls: list[tuple[int, dict[str, tuple[int, ...]]]] = []
 
     def buffer(self, shape: tuple[int, ...], name: str) -> np.ndarray:
         """Zeros."""
-        return np.zeros(shape, np.float32)
+        return np.zeros(shape, self.types[name])
 
     def run(
         self,
@@ -114,38 +119,47 @@ class CpuEngine:
         return found_all
 
 
-def cpu_entry(
+def cpu_stages(
     bundle: Bundle,
     profiles: Sequence[EngineProfile],
     *,
     capacity: int,
     plugins: Collection[str] = (),
     rows: int | None = None,
-) -> tuple[EngineEntry, CpuEngine]:
-    """What `gsx build` would make of a bundle's `model.onnx`, to be run on a CPU."""
+) -> dict[str, tuple[TensorRTStage, CpuEngine]]:
+    """What `gsx build` would make of every graph of a bundle, to be run on a CPU.
+
+    Args:
+        rows: the most tokens of a call; None for what the profiles say.
+    """
     manifest = bundle.manifest
-    portable = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
-    lowered = lower(
-        portable,
-        manifest,
-        capacity=capacity,
-        rows=most_rows(profiles) if rows is None else rows,
-        plugins=plugins,
-        one_sequence=max(profile.batch.most for profile in profiles) == 1,
-    )
-    graph = EngineGraph(
-        file="model.engine",
-        sha256="0" * 64,
-        size_bytes=0,
-        graph_sha256=manifest.graphs["model"].sha256,
-        weights_sha256=manifest.weights.sha256,
-        forms=dict(lowered.forms),
-        layers={},
-        inputs=tuple(tensor_info(value) for value in lowered.model.graph.input),
-        outputs=tuple(tensor_info(value) for value in lowered.model.graph.output),
-        build_seconds=0.0,
-        peak_bytes=0,
-    )
+    lowered = {
+        name: lower(
+            onnx.load(str(bundle.graph_path(name)), load_external_data=False),
+            manifest,
+            capacity=capacity,
+            rows=most_rows(profiles) if rows is None else rows,
+            plugins=plugins,
+            one_sequence=max(profile.batch.most for profile in profiles) == 1,
+        )
+        for name in manifest.graphs
+    }
+    graphs = {
+        name: EngineGraph(
+            file=f"{name}.engine",
+            sha256="0" * 64,
+            size_bytes=0,
+            graph_sha256=manifest.graphs[name].sha256,
+            weights_sha256=manifest.weights.sha256,
+            forms=dict(made.forms),
+            layers={},
+            inputs=tuple(tensor_info(value) for value in made.model.graph.input),
+            outputs=tuple(tensor_info(value) for value in made.model.graph.output),
+            build_seconds=0.0,
+            peak_bytes=0,
+        )
+        for name, made in lowered.items()
+    }
     entry = EngineEntry(
         schema_version=1,
         backend="tensorrt-rtx",
@@ -157,6 +171,7 @@ def cpu_entry(
         capacity=capacity,
         profiles=tuple(profiles),
         plugins=None,
-        graphs={"model": graph},
+        graphs=graphs,
     )
-    return entry, CpuEngine(bundle, lowered, profiles)
+    engines = {name: CpuEngine(bundle, made, profiles) for name, made in lowered.items()}
+    return {name: (TensorRTStage(manifest, entry, name, engine), engine) for name, engine in engines.items()}

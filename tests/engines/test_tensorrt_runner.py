@@ -16,11 +16,15 @@ from engines.bundle.bundle import Bundle, open_bundle
 from engines.errors import EngineError
 from engines.generation import generate, select_for
 from engines.lowering.tensorrt import MAX_TOPK, lower
-from engines.runners.portable import PortableRunner
-from engines.runners.tensorrt import WINDOW_STEP, TensorRTRunner, window_of
+from engines.runners.base import Runner
+from engines.runners.portable import PortableStage
+from engines.runners.split import SplitRunner
+from engines.runners.tensorrt import WINDOW_STEP, window_of
+from engines.runners.whole import WholeRunner
+from engines.speculation.draft import EarlyExit
 from exporter.config import GateConfig
 from gsx.export import export
-from tests.engines.cpu_engine import CpuEngine, cpu_entry
+from tests.engines.cpu_engine import CpuEngine, cpu_stages
 from tests.tiny import tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10.
@@ -51,7 +55,7 @@ class Case:
 
 MASKS = {"ThresholdGather": "mask", "GatheredAttention": "all", "GatedScatterAdd": "mask"}
 THRESHOLD_PLUGINS = {"ThresholdGather": "plugin", "GatheredAttention": "rows", "GatedScatterAdd": "plugin"}
-COPY, RANK = {"kv_policy": "copy", "budget": 0.5}, {"select": "rank", "calibration": None}
+COPY, RANK = {"kv_policy": "copy", "budget": 0.5, "draft": "exit:1"}, {"select": "rank", "calibration": None}
 WINDOW = {"family": "mistral", "sliding_window": 6}
 CASES = {
     "masks": Case(MASKS),
@@ -83,8 +87,8 @@ class Pair:
 
     case: Case
     bundle: Bundle
-    portable: PortableRunner
-    runner: TensorRTRunner
+    portable: Runner
+    runner: Runner
     engine: CpuEngine
 
     @property
@@ -114,22 +118,21 @@ def exported(
 def pair(request: pytest.FixtureRequest, exported: Callable[[Case], Bundle]) -> Pair:
     case = CASES[request.param]
     bundle = exported(case)
-    profiles = default_profiles(CAPACITY, case.batch)
-    entry, engine = cpu_entry(bundle, profiles, capacity=CAPACITY, plugins=case.plugins, rows=case.rows)
-    return Pair(
-        case, bundle, PortableRunner(bundle), TensorRTRunner(bundle.manifest, entry, lambda graph: engine), engine
+    stages = cpu_stages(
+        bundle, default_profiles(CAPACITY, case.batch), capacity=CAPACITY, plugins=case.plugins, rows=case.rows
     )
+    stage, engine = stages["model"]
+    return Pair(case, bundle, WholeRunner(PortableStage(bundle)), WholeRunner(stage), engine)
 
 
 def test_ops_take_the_form_that_is_reported(pair: Pair) -> None:
     graph = onnx.load(str(pair.bundle.graph_path("model")), load_external_data=False)
     profiles = default_profiles(CAPACITY, pair.case.batch)
-    rows = pair.case.rows or max(p.batch.most * p.tokens.most for p in profiles)
     lowered = lower(
         graph,
         pair.bundle.manifest,
         capacity=CAPACITY,
-        rows=rows,
+        rows=pair.case.rows or max(p.batch.most * p.tokens.most for p in profiles),
         plugins=pair.case.plugins,
         one_sequence=pair.case.batch == 1,
     )
@@ -141,27 +144,27 @@ def test_ops_take_the_form_that_is_reported(pair: Pair) -> None:
     assert not inputs & {tensor.name for tensor in lowered.model.graph.initializer}, "an input has a default"
 
 
-def test_logits_choices_and_cache_equal_portable_ones(pair: Pair) -> None:
-    """Prefill, chunks and single tokens on the cache, and a step after the cache was shortened."""
+def test_logits_and_choices_equal_portable_ones(pair: Pair) -> None:
+    """Prefill, chunks and single tokens, of each sequence as many as it likes; and steps after a roll-back."""
     batch = pair.case.batch
     caches = [runner.new_cache(batch, CAPACITY) for runner in (pair.portable, pair.runner)]
     select = select_for(pair.bundle.manifest, None)
-    ids = np.random.default_rng(0).integers(3, 250, (batch, 80))
-    mask = np.ones((batch, 80), np.int64)
-    mask[1:, :3] = 0
-    positions = np.maximum(mask.cumsum(axis=1) - 1, 0)
-    for start, stop in ((0, 9), (9, 10), (10, 17), (17, 18), (12, 15), (15, 70), (70, 71)):
+    rng = np.random.default_rng(0)
+    for size, back in ((9, None), (1, None), (7, None), (1, 12), (3, None), (60, None), (1, None)):
+        ids = rng.integers(3, 250, (batch, size))
+        counts = np.maximum(size - np.arange(batch), 0)  # the last ones have less to do, or nothing
+        counts[0] = size
         outputs = []
         for runner, cache in zip((pair.portable, pair.runner), caches, strict=True):
-            cache.length = start
-            outputs.append(
-                runner.step(cache, ids[:, start:stop], mask[:, :stop], positions[:, start:stop], select, logits="all")
-            )
-        real = mask[:, start:stop] == 1
-        np.testing.assert_allclose(outputs[1].logits[real], outputs[0].logits[real], atol=LOGITS_ATOL)
+            outputs.append(runner.step(cache, ids, select, counts=counts, logits="all"))
+            if back is not None:
+                cache.roll_back(np.full(batch, back))
+        for row, count in enumerate(counts):
+            np.testing.assert_allclose(outputs[1].logits[row, :count], outputs[0].logits[row, :count], atol=LOGITS_ATOL)
         assert outputs[1].logits.dtype == np.float32
-        if outputs[0].kept is not None:
-            np.testing.assert_array_equal(outputs[1].kept, outputs[0].kept)
+        np.testing.assert_array_equal(outputs[1].kept, outputs[0].kept)
+        assert outputs[1].gated_rows == outputs[0].gated_rows
+        np.testing.assert_array_equal(caches[1].lengths, caches[0].lengths)
 
 
 def test_greedy_text_equals_the_portable_runner(pair: Pair) -> None:
@@ -170,7 +173,7 @@ def test_greedy_text_equals_the_portable_runner(pair: Pair) -> None:
     pair.engine.calls.clear()
     found = [generate(runner, prompts, max_new_tokens=WINDOW_STEP) for runner in (pair.portable, pair.runner)]
     assert found[0].sequences == found[1].sequences
-    assert found[0].stats.kept_rows == found[1].stats.kept_rows
+    assert found[0].stats.kept_share == found[1].stats.kept_share
     decode = [shapes for profile, shapes in pair.engine.calls if profile == 1]
     windows = {shapes["attention_mask"] for shapes in decode}
     assert len({tuple(sorted(shapes.items())) for shapes in decode}) == len(windows) <= 2
@@ -179,23 +182,29 @@ def test_greedy_text_equals_the_portable_runner(pair: Pair) -> None:
 def test_a_long_prompt_goes_through_in_pieces(pair: Pair) -> None:
     """With rank selection, which chooses among a whole call, it is refused."""
     profiles = [parse_profile(text, capacity=CAPACITY, batch=pair.case.batch) for text in ("prefill:2-5-7", "decode:1")]
-    entry, engine = cpu_entry(pair.bundle, profiles, capacity=CAPACITY, plugins=pair.case.plugins, rows=pair.case.rows)
-    runner = TensorRTRunner(pair.bundle.manifest, entry, lambda graph: engine)
+    stage, engine = cpu_stages(
+        pair.bundle, profiles, capacity=CAPACITY, plugins=pair.case.plugins, rows=pair.case.rows
+    )["model"]
+    runner = WholeRunner(stage)
     batch, length = pair.case.batch, 22
     ids = np.random.default_rng(1).integers(3, 250, (batch, length))
-    mask, positions = np.ones((batch, length), np.int64), np.tile(np.arange(length), (batch, 1))
+    counts = np.array([22, 15, 3])[:batch]
     select = select_for(pair.bundle.manifest, None)
-    call = (ids, mask, positions, select, "all")
     if pair.ranks:
         with pytest.raises(EngineError, match=r"expected at most 7 tokens, found 22\n.*prefill:2-22"):
-            runner.step(runner.new_cache(batch, CAPACITY), *call)
+            runner.step(runner.new_cache(batch, CAPACITY), ids, select)
         return
-    expected = pair.portable.step(pair.portable.new_cache(batch, CAPACITY), *call)
-    found = runner.step(runner.new_cache(batch, CAPACITY), *call)
-    assert [shapes["input_ids"][1] for _, shapes in engine.calls] == [7, 7, 7, 1]
-    np.testing.assert_allclose(found.logits, expected.logits, atol=LOGITS_ATOL)
-    if expected.kept is not None:
-        np.testing.assert_array_equal(found.kept, expected.kept)
+    for logits in ("all", "last"):
+        engine.calls.clear()
+        want, found = (
+            one.step(one.new_cache(batch, CAPACITY), ids, select, counts=counts, logits=logits)  # type: ignore[arg-type]
+            for one in (pair.portable, runner)
+        )
+        assert [shapes["input_ids"][1] for _, shapes in engine.calls] == [7, 7, 7, 1]
+        assert found.logits.shape == want.logits.shape
+        for row, count in enumerate(counts if logits == "all" else np.ones_like(counts)):
+            np.testing.assert_allclose(found.logits[row, :count], want.logits[row, :count], atol=LOGITS_ATOL)
+        np.testing.assert_array_equal(found.kept, want.kept)
 
 
 def test_nothing_kept_leaves_the_state_alone(pair: Pair) -> None:
@@ -206,22 +215,39 @@ def test_nothing_kept_leaves_the_state_alone(pair: Pair) -> None:
     above = np.full((manifest.decoder.num_layers, 2), 2.0, np.float32)
     batch = pair.case.batch
     caches = [runner.new_cache(batch, CAPACITY) for runner in (pair.portable, pair.runner)]
-    for start, stop in ((0, 4), (4, 5)):
-        outputs = []
-        for runner, cache in zip((pair.portable, pair.runner), caches, strict=True):
-            ids = np.full((batch, stop - start), 7)
-            positions = np.tile(np.arange(start, stop), (batch, 1))
-            outputs.append(runner.step(cache, ids, np.ones((batch, stop), np.int64), positions, above, "all"))
-            assert outputs[-1].kept is not None
-            assert outputs[-1].kept.sum() == 0
+    for size in (4, 1):
+        ids = np.full((batch, size), 7)
+        outputs = [
+            runner.step(cache, ids, above, logits="all")
+            for runner, cache in zip((pair.portable, pair.runner), caches, strict=True)
+        ]
+        for output in outputs:
+            assert output.kept is not None
+            assert output.kept.sum() == 0
         np.testing.assert_allclose(outputs[1].logits, outputs[0].logits, atol=LOGITS_ATOL)
 
 
 def test_more_than_the_engine_holds_is_refused(pair: Pair) -> None:
-    with pytest.raises(EngineError, match=rf"at most {CAPACITY} columns, found 200.*\n.*--context 200"):
+    with pytest.raises(EngineError, match=rf"at most {CAPACITY} tokens, found 200.*\n.*--context 200"):
         pair.runner.new_cache(1, 200)
     with pytest.raises(EngineError, match=r"expected batch .* found 9\n.*--batch 9"):
         pair.runner.new_cache(9, 8)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("plugins", [(), PLUGINS], ids=["masks", "plugins"])
+def test_draft_and_verify_write_the_same_text(
+    make_tiny_bundle: Callable[..., Path], plugins: Collection[str], batch: int
+) -> None:
+    """Both halves of a split decoder as engines, with K and V of the exit's layer passing over (policy `copy`)."""
+    bundle = open_bundle(make_tiny_bundle(**COPY))
+    stages = cpu_stages(bundle, default_profiles(CAPACITY, batch), capacity=CAPACITY, plugins=plugins)
+    draft = EarlyExit(SplitRunner(stages["draft"][0], stages["verify"][0]))
+    prompts = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]][:batch]
+    plain = generate(WholeRunner(PortableStage(bundle)), prompts, max_new_tokens=40)
+    found = generate(draft.runner, prompts, max_new_tokens=40, draft=draft, draft_length=3)
+    assert found.sequences == plain.sequences
+    assert found.stats.tokens_per_verification is not None
 
 
 @pytest.mark.parametrize(
