@@ -54,6 +54,10 @@ class CheckpointError(GsxError):
     """A model directory that is missing, damaged, or of a kind that gsx does not support."""
 
 
+class PluginLibraryError(GsxError):
+    """The native library of kernels and plugins cannot be built, found or loaded."""
+
+
 class BundleError(GsxError):
     """A bundle that is missing, damaged, changed after export, or written by another version."""
 

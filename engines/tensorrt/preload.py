@@ -1,10 +1,10 @@
 """Loading TensorRT-RTX so that plugins work with it.
 
-When a plugin is used, the ONNX parser of TensorRT-RTX 1.7 opens `libtensorrt_rtx.so` by that bare name. Its wheel ships
-the file under a versioned name only, so nothing is found and the process ends ("terminate called without an active
-exception"). The parser looks beside itself (its RPATH is $ORIGIN), and "beside" is where it was first loaded from. So it
-is loaded here, before anything else loads it, from a folder of links that holds both names. The links lead to the wheel's
-own files: every later load finds the libraries in memory. Can go when the wheel ships the bare name.
+When a plugin is used, the ONNX parser of TensorRT-RTX 1.7 opens `libtensorrt_rtx.so` by that bare name. Its wheel
+ships the file under a versioned name only, so nothing is found and the process ends ("terminate called without an
+active exception"). The parser looks beside itself (its RPATH is $ORIGIN), and "beside" is where it was first loaded
+from. So it is loaded here, before anything else loads it, from a folder of links that holds both names. The links lead
+to the wheel's own files: every later load finds the libraries in memory. Can go when the wheel ships the bare name.
 """
 
 from __future__ import annotations

@@ -49,9 +49,9 @@ template <typename T, typename Vector>
 __device__ Vector addGated(Vector residual, Vector row, Vector gate) {
     constexpr int kElements = sizeof(Vector) / sizeof(T);
     T sums[kElements], rows[kElements], gates[kElements];
-    memcpy(sums, &residual, sizeof(Vector));
-    memcpy(rows, &row, sizeof(Vector));
-    memcpy(gates, &gate, sizeof(Vector));
+    memcpy(static_cast<void*>(sums), &residual, sizeof(Vector));
+    memcpy(static_cast<void*>(rows), &row, sizeof(Vector));
+    memcpy(static_cast<void*>(gates), &gate, sizeof(Vector));
 #pragma unroll
     for (int i = 0; i < kElements; ++i) sums[i] = addGated(sums[i], rows[i], gates[i]);
     Vector out;

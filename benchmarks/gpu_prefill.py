@@ -1,0 +1,205 @@
+"""Prefill on a GPU: does leaving work out save the time that the FLOPs say?
+
+    python -m benchmarks.gpu_prefill                        Llama-3-8B's shape, bf16, 4,096 tokens
+    python -m benchmarks.gpu_prefill --device cpu --small   the same code on a CPU, with a tiny shape
+
+The traced decoder's own layers run in PyTorch with the CUDA kernels bound to the ops (`plugins.cuda.bind`): random
+weights, scalar gates, rank selection, so that exactly the budget's share of the tokens is kept. The dense model is the
+same without gates. What the FLOPs say: every product of the dense model, with those of skipped rows left out; K, V and the
+gates are computed for all tokens, and attention reads a mask, so a kept row pays for every column.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from exporter.config import GateConfig, ModelConfig
+from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
+from plugins.errors import PluginError
+
+MAX_APART = 0.08
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder, in elements."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    mlp: int
+
+    @property
+    def head(self) -> int:
+        return self.hidden // self.heads
+
+
+LLAMA_3_8B = Shape(layers=32, hidden=4096, heads=32, kv_heads=8, mlp=14_336)
+SMALL = Shape(layers=2, hidden=64, heads=4, kv_heads=2, mlp=160)
+
+
+def flops(shape: Shape, tokens: int, kept: int, *, gated: bool) -> float:
+    """Multiplications and additions of all layers, where `kept` of `tokens` run every branch."""
+    rows = 2 * kept * shape.hidden * (2 * shape.hidden + 3 * shape.mlp) + 4 * kept * tokens * shape.hidden
+    everyone = 2 * tokens * shape.hidden * 2 * shape.kv_heads * shape.head
+    gates = 2 * (2 * tokens * shape.hidden) if gated else 0
+    return float(shape.layers * (rows + everyone + gates))
+
+
+def config_of(shape: Shape, gate: GateConfig | None) -> ModelConfig:
+    return ModelConfig(
+        family="llama",
+        vocab_size=1,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.mlp,
+        num_layers=shape.layers,
+        num_heads=shape.heads,
+        num_kv_heads=shape.kv_heads,
+        head_dim=shape.head,
+        max_positions=1 << 20,
+        rms_norm_eps=1e-5,
+        tied_head=False,
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        rope={"rope_type": "default", "rope_theta": 500_000.0},
+        windows=(None,) * shape.layers,
+        bos_id=None,
+        eos_ids=(),
+        pad_id=None,
+        gate=gate,
+        exits=(),
+    )
+
+
+def make_layers(shape: Shape, gate: GateConfig | None, dtype: torch.dtype, device: str) -> list[DecoderLayer]:
+    """Random layers whose states stay of order 1."""
+    torch.manual_seed(0)
+    layers = []
+    for _ in range(shape.layers):
+        with torch.device("meta"):
+            layer = DecoderLayer(config_of(shape, gate), DecoderOptions("rank", "compute", dtype), has_below=False)
+        layer = layer.to_empty(device=device)
+        for name, weight in layer.named_parameters():
+            if name.endswith("norm.weight"):
+                weight.data.fill_(1)
+            else:
+                weight.data.normal_(std=weight.shape[0] ** -0.5)
+        layers.append(layer)
+    return layers
+
+
+def call_state(shape: Shape, tokens: int, kept: int, dtype: torch.dtype, device: str) -> CallState:
+    frequency = 500_000.0 ** -(torch.arange(0, shape.head, 2, device=device) / shape.head)
+    angle = torch.arange(tokens, device=device)[:, None] * frequency
+    return CallState(
+        cos=angle.cos().to(dtype)[None],
+        sin=angle.sin().to(dtype)[None],
+        mask=torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()[None, None],
+        forced=torch.zeros(tokens, dtype=torch.bool, device=device),
+        forced_score=torch.zeros(tokens, device=device),
+        select=torch.tensor([kept]),  # on the CPU: nobody waits for the GPU to tell K
+    )
+
+
+@torch.no_grad()
+def prefill(layers: Sequence[DecoderLayer], hidden: Tensor, call: CallState) -> Tensor:
+    """[N, H] through all layers, from an empty cache."""
+    attention = layers[0].self_attn
+    nothing = hidden.new_empty(1, attention.num_kv_heads, 0, attention.head_dim)
+    for layer in layers:
+        hidden, _, _ = layer(hidden, call, KeyValue(nothing, nothing))
+    return hidden
+
+
+def seconds_of(work: Callable[[], object], device: str) -> float:
+    """One call: by CUDA events on a GPU, by the clock on a CPU."""
+    if device == "cpu":
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000
+
+
+def measure(shape: Shape, tokens: int, budgets: Sequence[float], rounds: int, device: str) -> bool:
+    """Print the table; returns whether every budget's time is within MAX_APART of what its FLOPs say."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    hidden = torch.randn(tokens, shape.hidden, device=device).to(dtype)
+    forms = {"dense": (make_layers(shape, None, dtype, device), tokens)}
+    gated = make_layers(shape, GateConfig(kind="scalar"), dtype, device)
+    forms |= {f"budget {budget:g}": (gated, round(budget * tokens)) for budget in budgets}
+    works = {}
+    for name, (layers, kept) in forms.items():
+        call = call_state(shape, tokens, kept, dtype, device)
+        works[name] = lambda layers=layers, call=call: prefill(layers, hidden, call)
+        out = works[name]()
+        if not bool(torch.isfinite(out).all()):
+            raise SystemExit(f"benchmarks.gpu_prefill: {name}: the states are not finite")
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):  # in turn, so that a clock that changes changes for all
+        for name, work in works.items():
+            times[name].append(seconds_of(work, device))
+    dense = statistics.median(times["dense"])
+    dense_flops = flops(shape, tokens, tokens, gated=False)
+    print(f"{tokens} tokens, {shape}, {dtype}, medians of {rounds} rounds")
+    print("| form | ms | TFLOP/s | time /dense | FLOPs /dense | apart |")
+    print("|---|---|---|---|---|---|")
+    near = True
+    for name, (_, kept) in forms.items():
+        left = flops(shape, tokens, kept, gated=name != "dense")
+        seconds = statistics.median(times[name])
+        apart = (seconds / dense) / (left / dense_flops) - 1
+        if kept < tokens:  # with everything kept there is nothing to save: that row shows what the ops cost
+            near = near and abs(apart) <= MAX_APART
+        cells = (f"{seconds * 1e3:.2f}", f"{left / seconds / 1e12:.0f}", f"{seconds / dense:.3f}")
+        print(f"| {name} | {' | '.join(cells)} | {left / dense_flops:.3f} | {apart:+.1%} |")
+    print(f"goal: at most {MAX_APART:.0%} apart: {'reached' if near else 'missed'}")
+    return near
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_prefill", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--small", action="store_true", help="a tiny shape, to try the script")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--budgets", type=float, nargs="+", default=(1.0, 0.7, 0.5))
+    parser.add_argument("--rounds", type=int, default=20)
+    options = parser.parse_args(arguments)
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            print(
+                "benchmarks.gpu_prefill: PyTorch sees no GPU here; --device cpu --small tries the script",
+                file=sys.stderr,
+            )
+            return 1
+        from plugins.cuda import bind
+
+        try:
+            bind()
+        except PluginError as error:
+            print(error, file=sys.stderr)
+            return 1
+    shape = SMALL if options.small else LLAMA_3_8B
+    reached = measure(shape, options.tokens, options.budgets, options.rounds, options.device)
+    return 0 if reached or options.device == "cpu" else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Everything that needs a GPU. `python -m tests.gpu` builds, checks and times the kernels in one call."""
