@@ -1,4 +1,4 @@
-"""What building TensorRT-RTX engines takes: seconds, peak memory and size, for the example model and for 1.1 B parameters.
+"""What building TensorRT-RTX engines takes, in time, memory and size: the example model, and 1.1 B parameters.
 
     python -m benchmarks.engines --work DIR        (needs 12 GB of disk and 8 GB of memory; --shape small needs little)
 

@@ -23,10 +23,10 @@ from engines.errors import BundleError, EngineError, GsxError, UsageError
 from engines.lowering import tensorrt as lowering
 from engines.tensorrt import cuda
 from engines.tensorrt.backend import Backend, default_targets, dotted, known_targets, load_module, platform_name
+from engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from engines.tensorrt.plugins import plugin_library
 from plugins.library import PLUGIN_OPS, library_hash, source_hash
 
-ENGINES, ENGINE_FILE = "engines", "engine.json"
 # TensorRT holds the weights, its own copy of them and the engine at once, and works beside them.
 _MEMORY_FACTOR, _MEMORY_SLACK = 3, 1 << 30
 # An engine is its graph's weights and its kernels.

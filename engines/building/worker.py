@@ -52,7 +52,7 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
     from engines.tensorrt.backend import load_module
 
     trt = load_module(job["backend"])  # before Polygraphy does: it must be loaded in a way that plugins work with
-    from polygraphy.backend.trt import CreateConfig, Profile, engine_bytes_from_network
+    from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile, engine_bytes_from_network
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
 
@@ -82,6 +82,8 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
 
         capabilities = [(int(target[:-1]), int(target[-1])) for target in job["targets"]]
         config = CreateConfigRTX(compute_capabilities=capabilities or None, use_gpu=not capabilities, **options)
+        # float32 means float32. (CreateConfig takes TensorFloat-32 off by itself.)
+        config = PostprocessConfig(config, lambda builder, network, made: made.clear_flag(trt.BuilderFlag.TF32))
         cache = None
     else:
         cache = job["timing_cache"]

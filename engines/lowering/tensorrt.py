@@ -169,12 +169,12 @@ class _Rewriter:
         norm = producers["logits"]
         while norm.op_type != "RMSNormalization":
             norm = producers[norm.input[0]]
-        wanted = "lowered.wanted"
+        state, wanted = norm.input[0], "lowered.wanted"
         flat = self._constant("lowered.flat_states", [-1, self.shape.hidden_size])
         place = next(n for n, node in enumerate(self.graph.node) if node.output[0] == norm.output[0])
         self.graph.node[place].input[0] = wanted
         self.graph.node.insert(place, _node("Gather", ["lowered.states", LOGITS_AT], wanted, axis=0))
-        self.graph.node.insert(place, _node("Reshape", [norm.input[0], flat], "lowered.states"))
+        self.graph.node.insert(place, _node("Reshape", [state, flat], "lowered.states"))
         self._input(LOGITS_AT, TensorProto.INT64, ["batch", LOGITS_COLUMNS])
         for value in self.graph.output:
             if value.name == "logits":

@@ -18,6 +18,7 @@ from engines.bundle.bundle import Bundle
 from engines.bundle.counting import kept_count
 from engines.bundle.manifest import EngineEntry, Manifest
 from engines.errors import EngineError
+from engines.lowering.regions import CHOICES
 from engines.lowering.tensorrt import KEPT, LOGITS_AT, WRITE_AT, K
 from engines.runners.base import Call, ExitState, Logits, StageOutput
 from engines.runners.portable import EXIT_STATE, gated_places, kept_table, layers_of
@@ -212,7 +213,8 @@ def open_stage(bundle: Bundle, backend: Backend, graph: str = "model", *, cuda_g
     """The engine of a bundle's graph on this machine's GPU.
 
     Args:
-        cuda_graphs: record calls of the same shapes, and replay them.
+        cuda_graphs: record calls of the same shapes, and replay them. Engines in which the GPU alone knows how many
+            rows a plugin keeps cannot be recorded, and run as they are.
     Raises:
         EngineError: no engines, no GPU, or engines that do not fit this machine; says what differs and what mends it.
     """
@@ -221,5 +223,7 @@ def open_stage(bundle: Bundle, backend: Backend, graph: str = "model", *, cuda_g
 
     found = find_engines(bundle, backend)
     plan = read_engine(found, graph, f"gsx build {bundle.directory} --backend {backend}")
-    engine = CudaEngine(backend, plan, library=found.library, cuda_graphs=cuda_graphs)
+    forms = found.entry.graphs[graph].forms
+    recordable = not any(forms.get(choice) == "plugin" for choice in CHOICES)
+    engine = CudaEngine(backend, plan, library=found.library, cuda_graphs=cuda_graphs and recordable)
     return TensorRTStage(bundle.manifest, found.entry, graph, engine)

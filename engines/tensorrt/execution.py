@@ -47,8 +47,7 @@ class CudaEngine:
         backend: which TensorRT.
         plan: the engine's bytes.
         library: the plugin library that it needs.
-        cuda_graphs: replay calls whose shapes were seen before. Engines in which the number of kept rows is known to
-            the device alone cannot be recorded, and run as they are.
+        cuda_graphs: record calls whose shapes were seen before, and replay them.
     Raises:
         EngineError: no GPU, or TensorRT does not take the engine.
     """
@@ -181,7 +180,8 @@ class _Context:
     def _enqueue(self) -> None:
         """Run, or replay what was recorded for the same shapes and addresses."""
         runtime, stream = self._runtime, self._stream
-        if self._calls_alike == 0:
+        if self._calls_alike == 0 and self._graph is not None:
+            cuda.check(runtime.cudaGraphExecDestroy(self._graph), "dropping a CUDA graph")
             self._graph = None
         if self._graph is None and self._wants_graph():
             self._graph = self._record()
@@ -209,4 +209,6 @@ class _Context:
             self._owner._cuda_graphs = False
             runtime.cudaGetLastError()  # a failed recording leaves an error behind, and the call is yet to be made
             return None
-        return cuda.check(runtime.cudaGraphInstantiate(graph, 0), "making a CUDA graph")
+        made = cuda.check(runtime.cudaGraphInstantiate(graph, 0), "making a CUDA graph")
+        cuda.check(runtime.cudaGraphDestroy(graph), "dropping a recording")
+        return made

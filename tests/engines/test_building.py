@@ -13,11 +13,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines.building import build as building
-from engines.building.build import ENGINE_FILE, ENGINES, build
+from engines.building.build import build
 from engines.building.job import Job, run_job
 from engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
 from engines.bundle.manifest import EngineEntry
 from engines.errors import BundleError, EngineError, GsxError, UsageError
+from engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from engines.tensorrt.plugins import plugin_library
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
