@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from plugins.library import PLUGIN_OPS
+
 # Between two messages about one phase.
 _QUIET_SECONDS = 0.1
 _MAX_TEXT = 600
@@ -111,7 +113,8 @@ def _parse(trt: Any, builder: Any, logger: Any, job: Mapping[str, Any]) -> Any:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(Path(job["graph"]).read_bytes(), job["beside"]):
         first = parser.get_error(0)
-        raise _BuildError(refused=first.desc()[:_MAX_TEXT], op=first.node_operator(), node=first.node_name())
+        refused = logger.of_plugin() or first.desc()[:_MAX_TEXT]
+        raise _BuildError(refused=refused, op=first.node_operator(), node=first.node_name())
     return network
 
 
@@ -128,10 +131,18 @@ def _logger(trt: Any) -> Any:
                 self.errors.append(text)
 
         def last(self) -> str:
-            """The last error, in one line."""
-            return " ".join(self.errors[-1].split())[:_MAX_TEXT] if self.errors else ""
+            """What went wrong, in one line: what a plugin said, else TensorRT's last error."""
+            return self.of_plugin() or (_line(self.errors[-1]) if self.errors else "")
+
+        def of_plugin(self) -> str:
+            """What a plugin said first; its messages begin with its name."""
+            return next((_line(text) for text in self.errors if text.partition(":")[0] in PLUGIN_OPS), "")
 
     return Logger()
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:_MAX_TEXT]
 
 
 def _monitor(trt: Any, events: _Events) -> Any:

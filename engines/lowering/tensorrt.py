@@ -122,13 +122,11 @@ class _Rewriter:
         nodes, offsets = [], {}
         for node in self.graph.node:
             if node.op_type == "Sub" and node.input[0] in total and node.input[1] in length:
-                offsets[node.output[0]] = node.input[1]
+                offsets[node.output[0]] = (node.input[0], node.input[1])
                 by_sequence = self._constant("lowered.by_sequence", [-1, 1, 1])  # meets rows [S, 1], columns [W]
                 node = _node("Reshape", [WRITE_AT, by_sequence], node.output[0])
-            elif node.op_type == "Slice" and node.input[0] == "attention_mask":
-                offset = self._behind_reshapes(node.input[1])
-                assert offset in offsets, "the call's part of the mask begins at the offset of the call"
-                nodes += self._columns_of_call(node, offsets[offset])
+            elif node.op_type == "Slice" and (offset := self._behind_reshapes(node.input[1])) in offsets:
+                nodes += self._columns_of_call(node, *offsets[offset])
                 continue
             nodes.append(node)
         assert offsets, "the place of the call is the mask's length less the call's"
@@ -431,15 +429,22 @@ class _Rewriter:
                 found.update(node.output)
         return found
 
-    def _columns_of_call(self, node: onnx.NodeProto, length: str) -> list[onnx.NodeProto]:
-        """attention_mask[:, -S:] -> of each sequence its columns write_at to write_at + S."""
+    def _columns_of_call(self, node: onnx.NodeProto, window: str, length: str) -> list[onnx.NodeProto]:
+        """x[:, -S:] -> of each sequence its columns write_at to write_at + S.
+
+        Tokens behind a sequence's count may stand behind the window, when the buffers are full; they read 0.
+        """
         name = f"{node.output[0]}."
         zero, one = self._constant("lowered.zero", 0), self._constant("lowered.one", 1)
         return [
             _node("Range", [zero, length, one], f"{name}range"),
             _node("Unsqueeze", [WRITE_AT, self._constant("lowered.axis_1", [1])], f"{name}starts"),
-            _node("Add", [f"{name}starts", f"{name}range"], f"{name}columns"),
-            _node("GatherElements", ["attention_mask", f"{name}columns"], node.output[0], axis=1),
+            _node("Add", [f"{name}starts", f"{name}range"], f"{name}wanted"),
+            _node("Sub", [window, one], f"{name}last"),
+            _node("Min", [f"{name}wanted", f"{name}last"], f"{name}columns"),
+            _node("GatherElements", [node.input[0], f"{name}columns"], f"{name}found", axis=1),
+            _node("Less", [f"{name}wanted", window], f"{name}inside"),
+            _node("Where", [f"{name}inside", f"{name}found", zero], node.output[0]),
         ]
 
     def _behind_reshapes(self, name: str) -> str:

@@ -20,6 +20,8 @@ from engines.bundle.manifest import EngineEntry
 from engines.errors import BundleError, EngineError, GsxError, UsageError
 from engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from engines.tensorrt.plugins import plugin_library
+from plugins.domain import DOMAIN, OPSET_VERSION, node
+from plugins.registry import OPS
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
 pytest.importorskip("polygraphy", reason='polygraphy is not installed: pip install "gsx[tensorrt]"')
@@ -149,12 +151,12 @@ def job_of(model: onnx.ModelProto, folder: Path) -> Job:
 
 
 def test_a_refused_op_is_named_with_its_node(tmp_path: Path) -> None:
-    node = helper.make_node("NonZero", ["x"], ["y"], name="layers.7.nonzero")
+    refused = helper.make_node("NonZero", ["x"], ["y"], name="layers.7.nonzero")
     values = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, [4]),
         helper.make_tensor_value_info("y", TensorProto.INT64, [1, None]),
     ]
-    graph = helper.make_graph([node], "refused", values[:1], values[1:])
+    graph = helper.make_graph([refused], "refused", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
     with pytest.raises(EngineError, match=r"refuses the op NonZero of node 'layers.7.nonzero'\n.*plugin"):
         run_job(job_of(model, tmp_path), "model")
@@ -173,9 +175,9 @@ def test_a_parser_that_crashes_takes_only_its_own_process_down(
 
 def test_fewer_plugin_layers_than_meant_is_an_error(bundle: Path, tmp_path: Path) -> None:
     """A plugin that TensorRT passes over would leave an engine that is not what its record says."""
-    node = helper.make_node("Neg", ["x"], ["y"], name="neg")
+    plain = helper.make_node("Neg", ["x"], ["y"], name="neg")
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
-    graph = helper.make_graph([node], "plain", values[:1], values[1:])
+    graph = helper.make_graph([plain], "plain", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
     job = job_of(model, tmp_path)
     with pytest.raises(EngineError, match="0 layers became plugins where 2 were meant to"):
@@ -240,9 +242,9 @@ def test_options_that_cannot_be(
 def test_a_graph_of_another_layout_is_refused(bundle: Path) -> None:
     path = bundle / "model.onnx"
     model = onnx.load(str(path), load_external_data=False)
-    for node in model.graph.node:
-        if node.op_type == "Concat" and node.output[0].startswith("present."):
-            node.input[:] = node.input[::-1]
+    for concat in model.graph.node:
+        if concat.op_type == "Concat" and concat.output[0].startswith("present."):
+            concat.input[:] = concat.input[::-1]
     path.write_bytes(model.SerializeToString())
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["graphs"]["model"]["sha256"] = sha256_of(path)
@@ -257,3 +259,23 @@ def test_a_plugin_library_that_is_none(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"the plugin library .*libnothing.so does not load"):
         build(bundle, plugins=library, **SMALL)  # type: ignore[arg-type]
     assert not (bundle / ENGINES).exists()
+
+
+def test_what_a_plugin_refuses_is_told_in_its_words(tmp_path: Path) -> None:
+    """Scores must be float32 whatever the graph's precision: the plugin says so, and its words reach the user."""
+    needs_plugins()
+    op = OPS["ThresholdGather"]
+    types = {"x": TensorProto.FLOAT16, "score": TensorProto.FLOAT16, "threshold": TensorProto.FLOAT}
+    shapes: dict[str, list[int]] = {"x": [8, 16], "score": [8], "threshold": []}
+    call = node(op, list(types), ["rows", "index", "count"], "layers.0.choice")
+    graph = helper.make_graph(
+        [call],
+        "half scores",
+        [helper.make_tensor_value_info(name, kind, shapes[name]) for name, kind in types.items()],
+        [helper.make_tensor_value_info("rows", TensorProto.FLOAT16, ["k", 16])],
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=11, functions=[op.function()])
+    job = Job(**{**job_of(model, tmp_path).__dict__, "plugins": str(plugin_library()), "plugin_nodes": 1})
+    with pytest.raises(EngineError, match=r"ThresholdGather: input score is .*, expected float"):
+        run_job(job, "model")
