@@ -5,8 +5,8 @@
 
 The traced decoder's own layers run in PyTorch with the CUDA kernels bound to the ops (`plugins.cuda.bind`): random
 weights, scalar gates, rank selection, so that exactly the budget's share of the tokens is kept. The dense model is the
-same without gates. What the FLOPs say: every product of the dense model, with those of skipped rows left out; K, V and the
-gates are computed for all tokens, and attention reads a mask, so a kept row pays for every column.
+same without gates. What the FLOPs say: every product of the dense model, with those of skipped rows left out. K, V and
+the gates are computed for all tokens, and attention reads a mask, so a kept row pays for every column.
 """
 
 from __future__ import annotations

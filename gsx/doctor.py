@@ -183,6 +183,8 @@ def doctor(*, on_progress: Callable[[str], None] = lambda name: None) -> DoctorR
         add(f"op {op}", lambda o=op: _op(o))  # type: ignore[misc]
     for program, arguments, todo in _PROGRAMS:
         add(program, lambda p=program, a=arguments, t=todo: _program(p, a, t))  # type: ignore[misc]
+    add("TensorRT headers", _headers)
+    add("plugin library", _library)
     add("disk", _disk)
     add("memory", _memory)
     return DoctorReport(tuple(rows))
@@ -310,6 +312,45 @@ def _run_op(name: str, inputs: Mapping[str, Any]) -> list[float]:
     options.log_severity_level = 4
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return [float(value) for value in session.run([op.outputs[0][0]], feeds)[0].ravel()]
+
+
+def _headers() -> Row:
+    """TensorRT's headers, of a version that the plugins build with."""
+    from plugins.build import find_headers
+    from plugins.errors import PluginError
+
+    try:
+        found = find_headers()
+    except PluginError as error:
+        status: Status = "broken" if error.found else "missing"
+        return Row("TensorRT headers", status, error.what, f"{error.todo} (to build the plugins)", "more")
+    version = ".".join(map(str, found.version))
+    return Row("TensorRT headers", "ok", f"{version} in {found.folder}", None, "more")
+
+
+def _library() -> Row:
+    """The kernels and plugins: loaded in a process of its own, and called."""
+    from plugins.errors import PluginError
+    from plugins.library import find_kernels, record_of
+
+    todo = "gsx plugins build"
+    try:
+        path = find_kernels()
+    except PluginError as error:
+        return Row("plugin library", "broken", f"{error.what}: {error.found}", error.todo, "more")
+    if path is None:
+        return Row(
+            "plugin library", "missing", "not built for these sources", f"{todo} (for TensorRT and GPUs)", "more"
+        )
+    code = (
+        "import ctypes, sys; f = ctypes.CDLL(sys.argv[1]).gsx_error_string; f.restype = ctypes.c_char_p; "
+        "assert f(0) == b'success'; print('loads and answers')"
+    )
+    worked, answer = _try([sys.executable, "-c", code, str(path)])
+    record = record_of(path)
+    built = f", for {', '.join(record.architectures)}" if record else ""
+    detail = f"{path.name}: {answer}{built}"
+    return Row("plugin library", "ok" if worked else "broken", detail, None if worked else f"{todo} --force", "more")
 
 
 def _disk() -> Row:

@@ -59,10 +59,8 @@ def main(arguments: list[str] | None = None) -> int:
     if "sanitizer" in options.parts:
         rows += [_sanitize(tool, finds) for tool, finds in SANITIZERS.items()]
     if "timing" in options.parts:
-        rows += [
-            Row("build for this GPU", f"{built.record.seconds:g} s, nvcc {built.record.nvcc}"),
-            *measure(Kernels(built.path)),
-        ]
+        rows.append(Row("build for this GPU", f"{built.record.seconds:g} s, nvcc {built.record.nvcc}"))
+        rows += measure(Kernels(built.path))
     return _finish(rows)
 
 

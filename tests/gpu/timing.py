@@ -62,9 +62,9 @@ def median_us(calls: Sequence[Call]) -> float:
 def measure(kernels: Kernels) -> list[Row]:
     """All figures of the issue that concern kernels."""
     properties = torch.cuda.get_device_properties(0)
-    rows = [
-        Row("GPU", f"{properties.name}, {properties.multi_processor_count} SMs, L2 {properties.L2_cache_size >> 20} MB")
-    ]
+    megabytes = properties.L2_cache_size >> 20
+    found = f"{properties.name}, {properties.multi_processor_count} SMs, L2 {megabytes} MB"
+    rows = [Row("GPU", found)]
     for n in ROWS:
         rows += _bandwidth_rows(kernels, n, properties.L2_cache_size)
     for n in (8192, 131_072):
@@ -83,7 +83,8 @@ def _places(n: int) -> Tensor:
 def _copy_gbs(size: int, l2_bytes: int) -> float:
     """Bandwidth of a device copy that moves `size` bytes (read and written together), GB/s."""
     count = sets_for(size, l2_bytes)
-    pairs = [(torch.empty(size // 2, dtype=torch.uint8, device="cuda").random_(), torch.empty(size // 2, dtype=torch.uint8, device="cuda")) for _ in range(count)]  # fmt: skip
+    buffers = torch.empty(count, 2, size // 2, dtype=torch.uint8, device="cuda").random_()
+    pairs = [(buffers[i, 0], buffers[i, 1]) for i in range(count)]
     return size / median_us([lambda a=a, b=b: b.copy_(a) for a, b in pairs]) / 1000
 
 
@@ -99,7 +100,8 @@ def _bandwidth_rows(kernels: Kernels, n: int, l2_bytes: int) -> list[Row]:
         del calls
         speed, copy = size / us / 1000, _copy_gbs(size, l2_bytes)
         found = f"{us:.1f} us, {speed:.0f} GB/s, {speed / copy:.1%} of a copy's {copy:.0f}"
-        rows.append(goal_row(f"{what}, {n} x {WIDTH} {_spell(DTYPE)}, budget {BUDGET}", found, f"{MIN_COPY_SHARE:.0%}", speed >= MIN_COPY_SHARE * copy))  # fmt: skip
+        what = f"{what}, {n} x {WIDTH} {_spell(DTYPE)}, budget {BUDGET}"
+        rows.append(goal_row(what, found, f"{MIN_COPY_SHARE:.0%}", speed >= MIN_COPY_SHARE * copy))
 
     def gather() -> Call:
         x, index = _random(n, WIDTH), _places(n)
@@ -129,10 +131,11 @@ def _selection_rows(kernels: Kernels, n: int) -> list[Row]:
     above = median_us([lambda s=s: kernels.threshold_select(s, tau) for s in scores])
     theirs = median_us([lambda s=s: torch.topk(s, round(BUDGET * n)) for s in scores])
     limit = MAX_SELECT_US[n]
+    found = f"{best:.1f} us (torch.topk {theirs:.1f})"
     return [
-        goal_row(f"selection of the K best, N {n}", f"{best:.1f} us (torch.topk {theirs:.1f})", f"{limit:g} us", best <= limit),
+        goal_row(f"selection of the K best, N {n}", found, f"{limit:g} us", best <= limit),
         goal_row(f"selection by threshold, N {n}", f"{above:.1f} us", f"{limit:g} us", above <= limit),
-    ]  # fmt: skip
+    ]
 
 
 def _chain_row(kernels: Kernels, n: int, l2_bytes: int) -> Row:
@@ -153,7 +156,8 @@ def _chain_row(kernels: Kernels, n: int, l2_bytes: int) -> Row:
     fast = median_us([lambda s=s: ours(*s) for s in sets])
     slow = median_us([lambda s=s: theirs(*s) for s in sets])
     found = f"{fast:.1f} us, torch {slow:.1f} us: {slow / fast:.2f} times as fast"
-    return goal_row(f"select, gather, scatter, {n} x {WIDTH}", found, f"{MIN_CHAIN_SPEEDUP:g} times", slow >= MIN_CHAIN_SPEEDUP * fast)  # fmt: skip
+    what = f"select, gather, scatter, {n} x {WIDTH}"
+    return goal_row(what, found, f"{MIN_CHAIN_SPEEDUP:g} times", slow >= MIN_CHAIN_SPEEDUP * fast)
 
 
 def _spell(dtype: torch.dtype) -> str:

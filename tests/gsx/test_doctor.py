@@ -10,7 +10,7 @@ import pytest
 
 from gsx import doctor as look
 from gsx.cli import run
-from gsx.doctor import _OP_CALLS, DoctorReport, Row, _module, _op, _try
+from gsx.doctor import _OP_CALLS, DoctorReport, Row, _headers, _library, _module, _op, _try
 from plugins.registry import OPS
 
 
@@ -80,3 +80,29 @@ def test_broken_machine_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: py
     out = capsys.readouterr().out
     assert "no kernels" in out
     assert "does not work" in out
+
+
+def test_plugin_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("GSX_PLUGIN_LIBRARY", raising=False)
+    row = _library()
+    assert (row.status, row.todo) == ("missing", "gsx plugins build (for TensorRT and GPUs)")
+    named = tmp_path / "libgsx_plugins.so"
+    monkeypatch.setenv("GSX_PLUGIN_LIBRARY", str(named))
+    assert _library().status == "broken"
+    named.write_bytes(b"not a library")
+    row = _library()
+    assert row.status == "broken"
+    assert row.todo == "gsx plugins build --force"
+
+
+def test_tensorrt_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path))
+    row = _headers()
+    assert row.status == "missing"
+    assert "git clone" in str(row.todo)
+    for version, status in ((8, "broken"), (10, "broken"), (11, "ok"), (12, "broken")):
+        (tmp_path / "NvInferRuntime.h").touch()
+        lines = f"#define NV_TENSORRT_MAJOR {version} // major\n#define NV_TENSORRT_MINOR 1 // minor\n"
+        (tmp_path / "NvInferVersion.h").write_text(lines)
+        assert _headers().status == status, version

@@ -48,8 +48,11 @@ def test_topk_at_every_border(kernels: cases.GuardedKernels, n: int) -> None:
 
 @pytest.mark.parametrize("kind", cases.SCORES)
 def test_topk_of_every_kind_of_score(emulated: cases.GuardedKernels, kind: str) -> None:
-    for n in (1, 200, 3000, 9000, 20_011):
+    for n in (1, 200, 3000):
         for k in cases.wanted_counts(n):
+            cases.check_topk(emulated, CPU, n, kind, k)
+    for n in (9000, 20_011):  # the ways for more tokens
+        for k in (0, n // 3, n):
             cases.check_topk(emulated, CPU, n, kind, k)
 
 

@@ -1,0 +1,75 @@
+"""The GPU scripts: what of them can run without a GPU does, and on a GPU the checks run as tests too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import gpu_prefill
+from exporter.config import GateConfig
+from tests.gpu.__main__ import main
+from tests.gpu.rows import Row, goal_row, table
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the scripts would use it")
+
+
+@no_gpu
+@pytest.mark.parametrize("script", [main, gpu_prefill.main])
+def test_no_gpu(script: object, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script([]) == 1  # type: ignore[operator]
+    assert "PyTorch sees no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--parts", "speed"], ["--device", "tpu"]])
+def test_wrong_arguments(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+
+
+@pytest.mark.slow
+def test_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """The checks that a GPU runs, with the emulated kernels."""
+    assert main(["--emulated", "--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 4
+    assert all("| pass" in line for line in lines[2:])
+
+
+def test_table_and_verdicts() -> None:
+    rows = [Row("a", "1"), goal_row("b", "2", "3", False), goal_row("c", "4", "3", True)]
+    assert [row.verdict for row in rows] == ["-", "fail", "pass"]
+    assert table(rows).splitlines()[3].split("|")[1:5] == [" b    ", " 2     ", " 3    ", " fail    "]
+
+
+def test_prefill_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole script with a tiny shape; a CPU's times decide nothing."""
+    assert gpu_prefill.main(["--device", "cpu", "--small", "--tokens", "16", "--rounds", "1"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in lines] == [
+        "| form",
+        "| dense",
+        "| budget 1",
+        "| budget 0.7",
+        "| budget 0.5",
+    ]
+
+
+@pytest.mark.parametrize("kept", [24, 12])
+def test_flops_are_those_that_torch_counts(kept: int) -> None:
+    """Every matrix product of the layers. torch does not look into our attention ops, so that term is taken off."""
+    shape, tokens = gpu_prefill.SMALL, 24
+    gate = GateConfig(kind="scalar")
+    layers = gpu_prefill.make_layers(shape, gate, torch.float32, "cpu")
+    call = gpu_prefill.call_state(shape, tokens, kept, torch.float32, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        gpu_prefill.prefill(layers, torch.randn(tokens, shape.hidden), call)
+    attention = shape.layers * 4 * kept * tokens * shape.hidden
+    assert counter.get_total_flops() == gpu_prefill.flops(shape, tokens, kept, gated=True) - attention
+
+
+@pytest.mark.gpu
+def test_kernels_on_this_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU: run this on a machine with an NVIDIA GPU, nvcc and PyTorch with CUDA")
+    assert main(["--parts", "checks"]) == 0
