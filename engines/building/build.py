@@ -15,7 +15,7 @@ from typing import Literal
 import onnx
 
 from engines.building.job import Job, Ranges, run_job
-from engines.building.profiles import DEFAULT_CONTEXT, default_profiles, most_rows, parse_profile
+from engines.building.profiles import DEFAULT_CONTEXT, default_profiles, most_rows, one_profile, parse_profile
 from engines.bundle.bundle import Bundle, disk_error, open_bundle, put_in_place, sha256_of, write_manifest
 from engines.bundle.manifest import EngineEntry, EngineGraph, EngineProfile, PluginLibrary, Sizes
 from engines.bundle.tensors import tensor_info
@@ -27,9 +27,10 @@ from engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from engines.tensorrt.plugins import plugin_library
 from plugins.library import PLUGIN_OPS, library_hash, source_hash
 
-# TensorRT holds the weights, its own copy of them and the engine at once, and works beside them.
-_MEMORY_FACTOR, _MEMORY_SLACK = 3, 1 << 30
-# An engine is its graph's weights and its kernels.
+# Most memory of a build, in weights, seen with TensorRT-RTX 1.7.1 (benchmarks/RESULTS.md): so much in any case, and so
+# much for every profile, whose weights it copies; and what it works with beside them.
+_MEMORY_BASE, _MEMORY_PROFILE, _MEMORY_SLACK = 1.5, 2, 1 << 30
+# An engine is the weights, for every profile, and the kernels.
 _DISK_SLACK = 128 << 20
 
 
@@ -64,7 +65,7 @@ def build(
             where there is none for all from 8.0 on.
         context: columns of the K/V buffers; None for the model's context, at most 4,096.
         batch: the most sequences of a call.
-        profiles: as `parse_profile` reads them; none for prefill and decode.
+        profiles: as `parse_profile` reads them; none for prefill and decode, with TensorRT-RTX one for both.
         plugins: `auto` takes the library that was built on this machine, if there is one; `none` does without.
         timing_cache: file for TensorRT's timings; None for a place in the user's cache. TensorRT-RTX takes none.
         on_progress: called as it goes.
@@ -75,13 +76,13 @@ def build(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     module = load_module(backend)
     chosen, gpu = _targets(module, backend, targets)
-    capacity, shapes = _shapes(opened, context, batch, profiles)
+    capacity, shapes = _shapes(opened, backend, context, batch, profiles)
     library = _library(plugins)
     portable = {name: _load(opened, name) for name in opened.manifest.graphs}
     sizes = {name: _weight_bytes(model) for name, model in portable.items()}
-    _check_memory(max(sizes.values()))
+    _check_memory(max(sizes.values()), len(shapes))
     name = f"{backend}-sm{'-'.join(chosen)}"
-    with _writing(opened, name, sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
+    with _writing(opened, name, len(shapes) * sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
         graphs, used = {}, False
         version = module.__version__
         for graph, model in portable.items():
@@ -256,7 +257,7 @@ def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tupl
 
 
 def _shapes(
-    bundle: Bundle, context: int | None, batch: int, profiles: Sequence[str]
+    bundle: Bundle, backend: Backend, context: int | None, batch: int, profiles: Sequence[str]
 ) -> tuple[int, tuple[EngineProfile, ...]]:
     longest = bundle.manifest.decoder.max_positions
     if context is not None and not 2 <= context <= longest:
@@ -265,7 +266,7 @@ def _shapes(
         raise UsageError("--batch", expected="at least 1", found=str(batch))
     capacity = context or min(longest, DEFAULT_CONTEXT)
     if not profiles:
-        return capacity, default_profiles(capacity, batch)
+        return capacity, (default_profiles if backend == "tensorrt" else one_profile)(capacity, batch)
     made = tuple(parse_profile(text, capacity=capacity, batch=batch) for text in profiles)
     names = [profile.name for profile in made]
     if len(set(names)) < len(names):
@@ -287,15 +288,15 @@ def _weight_bytes(model: onnx.ModelProto) -> int:
     )
 
 
-def _check_memory(weights: int) -> None:
-    needed = _MEMORY_FACTOR * weights + _MEMORY_SLACK
+def _check_memory(weights: int, profiles: int) -> None:
+    needed = int((_MEMORY_BASE + _MEMORY_PROFILE * profiles) * weights) + _MEMORY_SLACK
     free = available_memory()
     if free is not None and free < needed:
         raise EngineError(
             "not enough memory to build an engine",
-            expected=f"{needed / 1e9:.1f} GB available, about {_MEMORY_FACTOR} times the weights",
+            expected=f"{needed / 1e9:.1f} GB available, for {weights / 1e9:.1f} GB of weights and {profiles} profiles",
             found=f"{free / 1e9:.1f} GB",
-            todo="close other programs, or build on a machine with more memory",
+            todo="close other programs, give fewer --profile, or build on a machine with more memory",
         )
 
 

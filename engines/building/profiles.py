@@ -1,7 +1,9 @@
 """Optimization profiles: which calls an engine is to take, and which profile takes a call.
 
-A call has B sequences, S tokens of each, and reads a window of W columns of the cache. TensorRT compiles an engine for
-ranges of these; prefill and decode differ so much that each gets a profile of its own.
+A call has B sequences, S tokens of each, and reads a window of W columns of the cache. TensorRT tunes an engine for
+ranges of these, and prefill and decode differ so much that each gets a profile of its own. TensorRT-RTX compiles for
+the shapes that it meets, on the GPU, and its engines hold the weights once for every profile (seen in 1.7.1): one is
+enough.
 """
 
 from __future__ import annotations
@@ -31,6 +33,12 @@ def default_profiles(capacity: int, batch: int) -> tuple[EngineProfile, ...]:
     most = min(DEFAULT_PREFILL_TOKENS, capacity)
     prefill = _profile("prefill", Sizes(min(2, most), max(min(2, most), most // 4), most), _batch(batch), capacity)
     return prefill, _profile("decode", Sizes(1, 1, 1), _batch(batch), capacity)
+
+
+def one_profile(capacity: int, batch: int) -> tuple[EngineProfile]:
+    """One profile for every call; arguments as of `default_profiles`."""
+    most = min(DEFAULT_PREFILL_TOKENS, capacity)
+    return (_profile("any", Sizes(1, max(1, most // 4), most), _batch(batch), capacity),)
 
 
 def parse_profile(text: str, *, capacity: int, batch: int) -> EngineProfile:

@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from plugins.library import PLUGIN_OPS
 
@@ -86,18 +86,22 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
         config = CreateConfigRTX(compute_capabilities=capabilities or None, use_gpu=not capabilities, **options)
         # float32 means float32. (CreateConfig takes TensorFloat-32 off by itself.)
         config = PostprocessConfig(config, lambda builder, network, made: made.clear_flag(trt.BuilderFlag.TF32))
-        cache = None
     else:
-        cache = job["timing_cache"]
-        config = CreateConfig(load_timing_cache=cache, **options)
+        config = CreateConfig(load_timing_cache=job["timing_cache"], **options)
     started = time.monotonic()
     try:
-        plan = engine_bytes_from_network((builder, network), config=config, save_timing_cache=cache)
+        with Path(job["engine"]).open("wb") as file:
+            if job["backend"] == "tensorrt-rtx":  # into the file, so that the engine is never whole in memory
+                made = builder.build_serialized_network_to_stream(network, config(builder, network), _writer(trt, file))
+            else:
+                cache = job["timing_cache"]
+                plan = engine_bytes_from_network((builder, network), config=config, save_timing_cache=cache)
+                made = file.write(memoryview(plan))
     except PolygraphyException as error:
         raise _BuildError(failed=logger.last() or str(error)[:_MAX_TEXT]) from error
+    if not made:
+        raise _BuildError(failed=logger.last())
     seconds = time.monotonic() - started
-    with Path(job["engine"]).open("wb") as stream:
-        stream.write(memoryview(plan))
     return {
         "tensorrt_version": trt.__version__,
         "layers": dict(layers),
@@ -139,6 +143,19 @@ def _logger(trt: Any) -> Any:
             return next((_line(text) for text in self.errors if text.partition(":")[0] in PLUGIN_OPS), "")
 
     return Logger()
+
+
+def _writer(trt: Any, file: IO[bytes]) -> Any:
+    class Writer(trt.IStreamWriter):
+        """Takes an engine piece by piece."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return file.write(data)
+
+    return Writer()
 
 
 def _line(text: str) -> str:

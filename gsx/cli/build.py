@@ -39,7 +39,7 @@ def build(
         list[str] | None,
         typer.Option(
             help="NAME:TOKENS[:BATCH], each LEAST-USUAL-MOST; may be given several times.",
-            show_default="prefill and decode",
+            show_default="prefill and decode; RTX: one for both",
         ),
     ] = None,
     plugins: Annotated[str, typer.Option(help="auto, none, or a plugin library.", metavar="auto|none|FILE")] = "auto",

@@ -12,6 +12,7 @@ from engines.building.profiles import (
     default_profiles,
     most_rows,
     most_tokens,
+    one_profile,
     parse_profile,
 )
 from engines.errors import EngineError, UsageError
@@ -28,6 +29,9 @@ def test_defaults_take_every_call_that_fits_the_cache(capacity: int, batch: int)
             chosen = profiles[choose_profile(profiles, batch, tokens, window)]
             assert chosen.name == ("decode" if tokens == 1 else "prefill")
     assert most_tokens(profiles, batch + 1) == 0
+    (single,) = one_profile(capacity, batch)
+    assert single.tokens.most == most
+    assert [choose_profile([single], batch, tokens, capacity) for tokens in (1, 2, most)] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
