@@ -20,7 +20,7 @@ from engines.errors import BundleError
 from engines.lowering import onnxruntime as lowering
 from engines.lowering.probe import is_supported
 from engines.runners.base import Call, ExitState, Logits, StageOutput
-from engines.runners.portable import EXIT_STATE, PortableStage, gated_places, kept_table, layers_of, open_session
+from engines.runners.portable import EXIT_STATE, KeptTable, PortableStage, gated_places, layers_of, open_session
 
 
 class _Bound:
@@ -95,7 +95,9 @@ class OnnxRuntimeStage:
         self.manifest: Manifest = bundle.manifest
         self.layers = layers_of(bundle.manifest, graph)
         self._bundle, self._graph, self._threads = bundle, graph, threads
-        self._places = gated_places(bundle.manifest, self.layers)
+        places = gated_places(bundle.manifest, self.layers)
+        self._gated = len(places)
+        self._table = KeptTable(bundle.manifest, places)
         self._shares_head = shares_head
         self._body: ort.InferenceSession | None = None
         self._head: ort.InferenceSession | None = None
@@ -136,7 +138,7 @@ class OnnxRuntimeStage:
             for name, value in zip(EXIT_STATE, (state.hidden, *(state.below or ())), strict=False):
                 body.feed(name, value)
         hidden = body.result(lowering.STATE, (1, count, shape.hidden_size), np.float32)
-        counts = body.result(lowering.KEPT, (len(self._places),), np.int64) if self._places else None
+        counts = body.result(lowering.KEPT, (self._gated,), np.int64) if self._gated else None
         below = None
         if self.layers.stop < shape.num_layers and self.manifest.kv_policy == "copy":
             size = (1, shape.num_kv_heads, count, shape.head_dim)
@@ -151,7 +153,7 @@ class OnnxRuntimeStage:
         leaving = None
         if self.layers.stop < shape.num_layers:
             leaving = ExitState(hidden.copy(), (below[0].copy(), below[1].copy()) if below else None)
-        return StageOutput(scores.copy(), leaving, kept_table(self.manifest, self._places, counts))
+        return StageOutput(scores.copy(), leaving, self._table.of(counts))
 
     def _sessions(self) -> tuple[ort.InferenceSession, ort.InferenceSession]:
         """The layers, and final norm and head: lowered and loaded once."""

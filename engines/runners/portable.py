@@ -49,8 +49,9 @@ class PortableStage:
         self._inputs = {value.name for value in model.graph.input}
         outputs = {value.name for value in model.graph.output}
         self._exits = [name for name in EXIT_STATE if name in outputs]
-        self._places = gated_places(self.manifest, self.layers)
-        self._kept = [f"layers.{layer}.{branch}.count" for layer, branch in self._places]
+        places = gated_places(self.manifest, self.layers)
+        self._table = KeptTable(self.manifest, places)
+        self._kept = [f"layers.{layer}.{branch}.count" for layer, branch in places]
         for name in dict.fromkeys([*self._kept, *capture]):
             model.graph.output.append(onnx.ValueInfoProto(name=name))
         self._session = open_session(model.SerializeToString(), bundle.directory, threads)
@@ -82,7 +83,7 @@ class PortableStage:
         return StageOutput(
             logits=self._logits(results.get("logits"), call, logits),
             state=leaving,
-            kept=kept_table(self.manifest, self._places, [int(results[name]) for name in self._kept]),
+            kept=self._table.of([int(results[name]) for name in self._kept]),
         )
 
     def execute(
@@ -148,16 +149,26 @@ def layers_of(manifest: Manifest, graph: str) -> range:
     return range(split) if graph == "draft" else range(split, depth)
 
 
-def kept_table(
-    manifest: Manifest, places: Sequence[tuple[int, Branch]], counts: Sequence[int] | np.ndarray | None
-) -> np.ndarray | None:
-    """Kept rows as a table [L, 2] int64, from counts by place; None for a model without gates."""
-    if counts is None or manifest.gates is None:
-        return None
-    kept = np.zeros((manifest.decoder.num_layers, len(BRANCHES)), np.int64)
-    for (layer, branch), count in zip(places, counts, strict=True):
-        kept[layer, BRANCHES.index(branch)] = count
-    return kept
+class KeptTable:
+    """Puts kept rows, counted branch by branch, into a table.
+
+    Args:
+        manifest: of the bundle.
+        places: the gated branches, in the order of the counts.
+    """
+
+    def __init__(self, manifest: Manifest, places: Sequence[tuple[int, Branch]]) -> None:
+        self._gated = manifest.gates is not None
+        self._shape = (manifest.decoder.num_layers, len(BRANCHES))
+        self._flat = np.array([layer * len(BRANCHES) + BRANCHES.index(branch) for layer, branch in places], np.int64)
+
+    def of(self, counts: Sequence[int] | np.ndarray | None) -> np.ndarray | None:
+        """The table [L, 2] int64; None for a model without gates."""
+        if counts is None or not self._gated:
+            return None
+        kept = np.zeros(self._shape, np.int64)
+        kept.put(self._flat, counts)
+        return kept
 
 
 def gated_places(manifest: Manifest, layers: range | None = None) -> list[tuple[int, Branch]]:
@@ -191,6 +202,9 @@ def open_session(model: bytes, directory: Path, threads: int | None) -> ort.Infe
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3  # its warnings are about our run-time defaults, which are wanted
+    # Sessions take turns within a step: threads of one that still wait for work would slow down the next (seen: 1.9
+    # times the time of a step on two cores).
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))

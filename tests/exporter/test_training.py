@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from engines.errors import CheckpointError, GsxError, TextError, UsageError
 from exporter.checkpoint import open_checkpoint
@@ -24,6 +25,7 @@ from exporter.reference import Reference
 from exporter.selection import KeepAll, Rank
 from exporter.training import ModelShape, StepReport, TrainConfig, corpus, export_snapshot, schedule, train
 from exporter.training.loop import _build
+from exporter.training.model import GatedModel
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 TINY = TrainConfig(
@@ -269,7 +271,7 @@ def test_configuration_file(tmp_path: Path) -> None:
     path.write_text(json.dumps(TINY.to_dict()))
     assert TrainConfig.from_json(path) == TINY
     example = TrainConfig.from_json(Path(__file__).parents[2] / "examples" / "train_example.json")
-    assert example.model.num_layers == 8
+    assert example.model.num_layers == 16
 
 
 @pytest.mark.parametrize(
@@ -367,3 +369,65 @@ def test_another_number_of_steps_keeps_the_shares() -> None:
     assert (short.steps, short.warmup_steps, short.decay_steps, short.budget_steps) == (30, 3, 6, 15)
     longer = recipe.with_steps(2000, resumed=True)
     assert (longer.warmup_steps, longer.decay_steps, longer.budget_steps) == (100, 400, 500)
+
+
+def test_exits_learn_from_the_model(tmp_path: Path, text: Path) -> None:
+    """With exit_target "model" an exit at full depth has the entropy of the model's own prediction as its loss."""
+    config = replace(TINY, exit_target="model", steps=3, warmup_steps=1, decay_steps=1)
+    train(config, tmp_path / "out", work=tmp_path / "work", text=text)
+    gated = _build(config, tmp_path / "work", source=None)
+    ids = torch.randint(3, 200, (2, 17), generator=torch.Generator().manual_seed(0))
+    live = torch.ones(3, 2, dtype=torch.bool)
+    options = {"budget": 1.0, "exit_depth": 3, "live": live}
+    with torch.no_grad():
+        own = gated.losses(ids, train=config, **options)  # type: ignore[arg-type]
+        other = gated.losses(ids, train=replace(config, exit_target="text"), **options)  # type: ignore[arg-type]
+        logits = _logits_at_full_budget(gated, ids[:, :-1])
+    assert own.exit_cross_entropy is not None
+    assert other.exit_cross_entropy is not None
+    assert float(other.exit_cross_entropy) == pytest.approx(float(other.cross_entropy))
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    assert float(own.exit_cross_entropy) == pytest.approx(float(entropy), rel=1e-4)
+
+
+def test_clipping_bounds_attention_and_touches_nothing_else(tmp_path: Path, text: Path) -> None:
+    """Layer 0's attention logits, from its weights by hand, after queries were blown up."""
+    train(replace(TINY, steps=5), tmp_path / "out", work=tmp_path / "work", text=text)
+    gated = _build(TINY, tmp_path / "work", source=None)
+    ids = torch.randint(3, 200, (1, 32), generator=torch.Generator().manual_seed(0))
+    layer = gated.hf.model.layers[0]
+
+    def largest_logit() -> float:
+        with torch.no_grad():
+            x = layer.input_layernorm(gated.hf.model.embed_tokens(ids))
+            cos, sin = gated.hf.model.rotary_emb(x, torch.arange(32)[None])
+            heads = (layer.self_attn.q_proj(x).view(1, 32, 2, 16), layer.self_attn.k_proj(x).view(1, 32, 1, 16))
+            q, k = apply_rotary_pos_emb(*(one.transpose(1, 2) for one in heads), cos, sin)
+            return float((q @ k.transpose(2, 3)).abs().max() / 4)
+
+    with torch.no_grad():
+        layer.self_attn.q_proj.weight.mul_(10_000)
+    before = {name: tensor.clone() for name, tensor in gated.tensors().items()}
+    assert largest_logit() > 5
+    gated.clip_attention(ids, 5.0)
+    assert largest_logit() <= 5.0 * (1 + 1e-5)
+    changed = {name for name, tensor in gated.tensors().items() if not torch.equal(tensor, before[name])}
+    assert changed == {"model.layers.0.self_attn.q_proj.weight"}
+
+
+def _logits_at_full_budget(gated: GatedModel, ids: torch.Tensor) -> torch.Tensor:
+    """By Hugging Face's model, its branches multiplied by their gates through hooks. [B, S, V]."""
+    handles = []
+    for number, layer in enumerate(gated.hf.model.layers):
+        for name, module in (("attn", layer.self_attn), ("mlp", layer.mlp)):
+            gate = gated.gates[f"{name}_{number}"]
+
+            def times_gate(_m: Any, args: Any, kwargs: Any, out: Any, gate: Any = gate) -> Any:
+                factor = torch.sigmoid(gate(kwargs["hidden_states"] if kwargs else args[0]))
+                return (factor * out[0], *out[1:]) if isinstance(out, tuple) else factor * out
+
+            handles.append(module.register_forward_hook(times_gate, with_kwargs=True))
+    logits: torch.Tensor = gated.hf(ids).logits
+    for handle in handles:
+        handle.remove()
+    return logits
