@@ -169,7 +169,7 @@ _bound: list[Kernels] = []
 
 def run_topk_gather(kernels: Kernels, x: Tensor, score: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The op `topk_gather` by the kernels. With k on the CPU nothing waits for the GPU."""
-    index, count = kernels.topk_select(score.contiguous(), k.to(x.device))
+    index, count = kernels.topk_select(score.contiguous(), _beside(k, x))
     return _gathered(kernels, x, index, count, known=None if k.is_cuda else min(max(int(k), 0), len(score)))
 
 
@@ -177,7 +177,7 @@ def run_threshold_gather(
     kernels: Kernels, x: Tensor, score: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `threshold_gather` by the kernels."""
-    index, count = kernels.threshold_select(score.contiguous(), threshold.to(x.device))
+    index, count = kernels.threshold_select(score.contiguous(), _beside(threshold, x))
     return _gathered(kernels, x, index, count)
 
 
@@ -218,6 +218,13 @@ def run_gathered_attention(
 def _repeated(heads: Tensor, num_heads: int) -> Tensor:
     """K or V with a head for every query head."""
     return heads.repeat_interleave(num_heads // heads.shape[1], dim=1)
+
+
+def _beside(limit: Tensor, x: Tensor) -> Tensor:
+    """A tensor of one element on x's device. One from the CPU is filled in: copying it would wait for the GPU."""
+    if limit.device == x.device:
+        return limit
+    return torch.full(limit.shape, limit.item(), dtype=limit.dtype, device=x.device)
 
 
 def _gathered(
