@@ -64,3 +64,7 @@ class BundleError(GsxError):
 
 class TextError(GsxError):
     """A calibration or evaluation text that cannot be used."""
+
+
+class EngineError(GsxError):
+    """An engine that cannot be built, loaded or run here: its runtime, its GPU, its profiles or its plugins."""

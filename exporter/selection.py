@@ -1,7 +1,4 @@
-"""How tokens are chosen: the selections of docs/design.md section 3, and the one function that counts them.
-
-`kept_count` is the count that every part of gsx shares: the reference, the graphs and the reports.
-"""
+"""How tokens are chosen: the selections of docs/design.md section 3."""
 
 from __future__ import annotations
 
@@ -9,12 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engines.bundle.counting import kept_count as kept_count
 from engines.bundle.manifest import check_budget
 from engines.errors import UsageError
-
-# A budget is a decimal of at most six places, so that counting is a matter of whole numbers.
-BUDGET_PLACES = 6
-_MILLION = 10**BUDGET_PLACES
 
 
 @dataclass(frozen=True)
@@ -59,18 +53,3 @@ class Rank:
 
 
 Selection = KeepAll | Threshold | Rank
-
-
-def kept_count(n: int, budget: float) -> int:
-    """K, how many of n tokens `rank` selection keeps.
-
-    Args:
-        n: valid tokens of the call: neither padding nor end-of-text.
-        budget: read as a decimal of six places, since at run time it arrives as a float32.
-    Rule: docs/design.md section 3: K = n when budget >= 1 or n <= 1, else n - 1 - floor((1 - budget) * (n - 1)),
-        where floor must not fall for a product that floating point made a little too small.
-    """
-    millionths = round(budget * _MILLION)
-    if millionths >= _MILLION or n <= 1:
-        return n
-    return n - 1 - (_MILLION - millionths) * (n - 1) // _MILLION

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engines.building.build import build as build
     from engines.bundle.bundle import Bundle as Bundle
     from engines.bundle.bundle import open_bundle as open_bundle
     from engines.errors import GsxError as GsxError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bundle": "engines.bundle.bundle",
     "GsxError": "engines.errors",
+    "build": "engines.building.build",
     "convert": "exporter.convert",
     "doctor": "gsx.doctor",
     "export": "gsx.export",
@@ -41,6 +43,7 @@ __all__ = [
     "Bundle",
     "GsxError",
     "__version__",
+    "build",
     "convert",
     "doctor",
     "export",

@@ -128,8 +128,25 @@ _MODULES: tuple[tuple[str, str, str, Need], ...] = (
         "pip install tensorrt (needs an NVIDIA GPU)",
         "more",
     ),
+    (
+        "polygraphy",
+        "import polygraphy as m; from polygraphy.backend.trt import Profile; Profile(); print(m.__version__)",
+        'pip install "gsx[tensorrt]" (gsx build)',
+        "more",
+    ),
+    (
+        "cuda-bindings",
+        "from cuda.bindings import runtime as m, __version__ as v; code, count = m.cudaGetDeviceCount(); "
+        "print(v, 'CUDA devices', 0 if int(code) else count)",
+        'pip install "gsx[tensorrt]" (to run engines)',
+        "more",
+    ),
 )
-_IMPORT_NAMES = {"onnxruntime-genai": "onnxruntime_genai", "tensorrt-rtx": "tensorrt_rtx"}
+_IMPORT_NAMES = {
+    "onnxruntime-genai": "onnxruntime_genai",
+    "tensorrt-rtx": "tensorrt_rtx",
+    "cuda-bindings": "cuda",
+}
 
 # A program, its arguments, which lines of its answer to show, how to get it.
 _PROGRAMS: tuple[tuple[str, tuple[str, ...], str], ...] = (

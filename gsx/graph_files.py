@@ -8,6 +8,7 @@ import onnx
 
 from engines.bundle import manifest as schema
 from engines.bundle.bundle import sha256_of
+from engines.bundle.tensors import tensor_info
 from exporter.graph.assemble import Graphs
 from exporter.graph.weights import WeightsFile
 
@@ -25,19 +26,11 @@ def write_graphs(work: Path, graphs: Graphs, weights: WeightsFile) -> dict[str, 
 
 
 def _entry(model: onnx.ModelProto, path: Path) -> schema.GraphEntry:
-    def info(value: onnx.ValueInfoProto) -> schema.TensorInfo:
-        tensor = value.type.tensor_type
-        return schema.TensorInfo(
-            name=value.name,
-            type=onnx.TensorProto.DataType.Name(tensor.elem_type).lower(),
-            shape=tuple(axis.dim_param or axis.dim_value for axis in tensor.shape.dim),
-        )
-
     ops = {f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node}
     return schema.GraphEntry(
         file=path.name,
         sha256=sha256_of(path),
-        inputs=tuple(info(value) for value in model.graph.input),
-        outputs=tuple(info(value) for value in model.graph.output),
+        inputs=tuple(tensor_info(value) for value in model.graph.input),
+        outputs=tuple(tensor_info(value) for value in model.graph.output),
         ops=tuple(sorted(ops)),
     )

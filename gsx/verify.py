@@ -24,7 +24,7 @@ from engines.errors import BundleError, CheckpointError, GsxError, UsageError
 from engines.generation import select_for
 from engines.runners.base import Runner
 from engines.runners.portable import gated_places, host_type
-from engines.runners.select import open_runner
+from engines.runners.select import Backend, open_runner
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import BRANCHES
 from exporter.evaluation import losses
@@ -67,6 +67,7 @@ def verify(
     tokens: int = DEFAULT_TOKENS,
     budgets: Sequence[float] | None = None,
     greedy_tokens: int = DEFAULT_GREEDY_TOKENS,
+    backend: Backend = "onnxruntime",
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Report:
     """Compare a bundle with the reference, and write `parity.json` and `parity.html` into it.
@@ -78,6 +79,7 @@ def verify(
         tokens: how much of it.
         budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
         greedy_tokens: length of the greedy continuation.
+        backend: the runtime whose runner is compared beside the portable one of ONNX Runtime.
         on_progress: called as it goes.
     Returns: the report; `report.passed` is the verdict.
     Raises:
@@ -97,7 +99,7 @@ def verify(
     checkpoint = _reference_checkpoint(opened, reference)
     windows = tokenize(checkpoint, Path(text) if text else None, max_tokens=tokens)
     on_progress(Progress("loading the reference and the engine", 0, 0))
-    run = _Run(opened, checkpoint, windows.ids, greedy_tokens, notes, on_progress)
+    run = _Run(opened, checkpoint, windows.ids, greedy_tokens, backend, notes, on_progress)
     results = []
     for number, budget in enumerate(chosen):
         run.stage = f"budget {budget:g} ({number + 1} of {len(chosen)})"
@@ -145,6 +147,7 @@ class _Run:
         checkpoint: Checkpoint,
         windows: np.ndarray,
         greedy_tokens: int,
+        backend: Backend,
         notes: list[str],
         on_progress: Callable[[Progress], None],
     ) -> None:
@@ -155,8 +158,8 @@ class _Run:
         self.reference = Reference.load(checkpoint, dtype=self.reference_type)
         self.single = Reference.load(checkpoint) if self.reference_type == torch.float64 else None
         self.engine = EngineSide(bundle)
-        self.runners: dict[str, Runner] = {"fast": open_runner(bundle), "portable": self.engine.runner}
-        self.speculation = SpeculationSide(bundle) if self.manifest.draft else None
+        self.runners: dict[str, Runner] = {"fast": open_runner(bundle, backend=backend), "portable": self.engine.runner}
+        self.speculation = SpeculationSide(bundle, backend) if self.manifest.draft else None
         self.stage = ""
         self.on_progress = on_progress
         # By budget, what the reference did with the first window.

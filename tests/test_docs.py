@@ -67,6 +67,12 @@ def test_export_page_shows_every_option() -> None:
         assert f"`{option}`" in text, option
 
 
+def test_engines_page_shows_every_option() -> None:
+    text = (ROOT / "docs" / "engines.md").read_text(encoding="utf-8")
+    for option in options_of("build") - {"--help", "-h", "bundle"}:
+        assert f"`{option}`" in text, option
+
+
 def test_every_op_has_its_page() -> None:
     for op in OPS:
         folder = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", op.replace("TopK", "Topk")).lower()

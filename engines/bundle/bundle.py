@@ -111,21 +111,26 @@ def writing(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iterator
             )
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except OSError as error:
-        raise _disk_error(target, error) from error
+        raise disk_error(target, error) from error
     try:
         os.chmod(work, 0o755)
         yield work
-        _put_in_place(work, target)
+        put_in_place(work, target)
     except OSError as error:
-        raise _disk_error(target, error) from error
+        raise disk_error(target, error) from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `gsx.json`."""
+    """Write `gsx.json`; where there was one, it stays until the new one is complete."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
-    (directory / MANIFEST).write_text(text, encoding="utf-8")
+    work = directory / f".{MANIFEST}.partial"
+    try:
+        work.write_text(text, encoding="utf-8")
+        work.replace(directory / MANIFEST)
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:
@@ -191,7 +196,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise UsageError(f"{target}: exists and is not a directory", todo="give another place with -o")
 
 
-def _put_in_place(work: Path, target: Path) -> None:
+def put_in_place(work: Path, target: Path) -> None:
     """Rename the finished directory to the target, keeping what was there until that has happened."""
     if not target.exists():
         work.rename(target)
@@ -209,7 +214,8 @@ def _put_in_place(work: Path, target: Path) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def _disk_error(target: Path, error: OSError) -> GsxError:
+def disk_error(target: Path, error: OSError) -> GsxError:
+    """What the system said about writing to a place, in words."""
     reasons = {
         errno.ENOSPC: ("the disk is full", "free some space, or give another place with -o"),
         errno.EROFS: ("the disk is read-only", "give another place with -o"),

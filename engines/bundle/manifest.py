@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
@@ -230,6 +230,87 @@ class DraftEntry(_Model):
     measured: tuple[DraftMeasurement, ...] = ()
 
 
+class Sizes(NamedTuple):
+    """A dynamic axis of an engine: the least, what it is fastest at, the most."""
+
+    least: int
+    usual: int
+    most: int
+
+
+class EngineProfile(_Model):
+    """Calls that an engine takes: sequences, tokens of each in the call, columns of the cache that are read."""
+
+    name: str
+    batch: Sizes
+    tokens: Sizes
+    window: Sizes
+
+    @model_validator(mode="after")
+    def _in_order(self) -> EngineProfile:
+        for axis in (self.batch, self.tokens, self.window):
+            if not 1 <= axis.least <= axis.usual <= axis.most:
+                raise ValueError(f"profile {self.name}: {tuple(axis)} is not least <= usual <= most")
+        return self
+
+
+class PluginLibrary(_Model):
+    """The plugin library that an engine was built with and must be run with."""
+
+    sha256: Sha256
+    source_hash: str
+
+
+class EngineGraph(_Model):
+    """An engine of one graph.
+
+    Args:
+        file, sha256, size_bytes: of the engine.
+        graph_sha256, weights_sha256: of what it was built from.
+        forms: op of domain gsx -> what became of it: `plugin`, `body`, `rows`, `mask` or `all` (docs/engines.md).
+        layers: type of TensorRT layer -> how many there were before TensorRT fused them.
+        inputs, outputs: of the engine, which differ from the graph's.
+        peak_bytes: most memory that building took.
+    """
+
+    file: FileName
+    sha256: Sha256
+    size_bytes: int
+    graph_sha256: Sha256
+    weights_sha256: Sha256
+    forms: Mapping[str, Literal["plugin", "body", "rows", "mask", "all"]]
+    layers: Mapping[str, int]
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    build_seconds: float
+    peak_bytes: int
+
+
+class EngineEntry(_Model):
+    """One set of engines, as in `gsx.json` and in `engines/<name>/engine.json`.
+
+    Args:
+        tensorrt_version: of the builder; the runtime must have the same.
+        targets: compute capabilities, e.g. "89".
+        platform: operating system and processor.
+        gpu: the GPU that it was built on, where the backend ties an engine to one.
+        capacity: columns of the K/V buffers.
+        plugins: None where no plugin is used.
+    """
+
+    schema_version: Literal[1]
+    backend: Literal["tensorrt", "tensorrt-rtx"]
+    tensorrt_version: str
+    targets: tuple[str, ...]
+    platform: str
+    gpu: str | None
+    precision: Literal["fp32", "fp16", "bf16"]
+    capacity: int
+    profiles: tuple[EngineProfile, ...]
+    plugins: PluginLibrary | None
+    graphs: Mapping[str, EngineGraph]
+
+
 class Manifest(_Model):
     """The whole of `gsx.json`."""
 
@@ -245,6 +326,8 @@ class Manifest(_Model):
     graphs: Mapping[str, GraphEntry]
     weights: WeightsEntry
     draft: DraftEntry | None = None
+
+    engines: Mapping[str, EngineEntry] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _selection_fits_gates(self) -> Manifest:

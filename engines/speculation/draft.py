@@ -12,7 +12,7 @@ import numpy as np
 from engines.bundle.bundle import Bundle
 from engines.bundle.manifest import BRANCHES, BudgetDraft, DraftKind, ExitDraft, LayersDraft, Manifest
 from engines.runners.base import Cache, Runner, StepOutput
-from engines.runners.select import open_runner, open_split_runner
+from engines.runners.select import Backend, open_runner, open_split_runner
 from engines.runners.split import SplitRunner, joined_output
 from engines.speculation.spec import check_draft
 
@@ -84,19 +84,26 @@ class OtherThresholds:
         return self.runner.step(cache, ids, select, counts=counts, logits="all")
 
 
-def open_draft(bundle: Bundle, draft: DraftKind, threads: int | None = None, budget: float | None = None) -> Draft:
+def open_draft(
+    bundle: Bundle,
+    draft: DraftKind,
+    threads: int | None = None,
+    budget: float | None = None,
+    backend: Backend = "onnxruntime",
+) -> Draft:
     """What drafts for a bundle, with the runner that it drafts on.
 
     Args:
         threads: within an op; None for the runtime's own choice.
         budget: the budget in use; None for the exported one.
+        backend: the runtime.
     Raises:
         UsageError: the bundle cannot draft in this way.
     """
     check_draft(draft, bundle.manifest)
     if isinstance(draft, ExitDraft):
-        return EarlyExit(open_split_runner(bundle, threads))
-    return OtherThresholds(open_runner(bundle, threads), draft_thresholds(draft, bundle.manifest, budget))
+        return EarlyExit(open_split_runner(bundle, threads, backend))
+    return OtherThresholds(open_runner(bundle, threads, backend), draft_thresholds(draft, bundle.manifest, budget))
 
 
 def draft_thresholds(draft: BudgetDraft | LayersDraft, manifest: Manifest, budget: float | None) -> np.ndarray:

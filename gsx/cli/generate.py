@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -59,6 +59,10 @@ def generate(
     ] = None,
     stream: Annotated[bool, typer.Option(help="Print text as it comes.")] = True,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", show_default="its own choice")] = None,
+    backend: Annotated[
+        Literal["onnxruntime", "tensorrt", "tensorrt-rtx"],
+        typer.Option(help="The runtime; TensorRT runs what gsx build made, on a GPU."),
+    ] = "onnxruntime",
     as_json: Annotated[bool, typer.Option("--json", help="Print text, ids and statistics as JSON.")] = False,
 ) -> None:
     """Continue a text. New text goes to stdout, a line of statistics to stderr.
@@ -86,6 +90,7 @@ def generate(
         draft=draft,
         draft_length=draft_length,
         threads=threads,
+        backend=backend,
         on_text=_write if live else lambda text: None,
     )
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -34,6 +34,10 @@ def verify(
     greedy_tokens: Annotated[
         int | None, typer.Option(help="Length of the greedy continuation.", show_default="256")
     ] = None,
+    backend: Annotated[
+        Literal["onnxruntime", "tensorrt", "tensorrt-rtx"],
+        typer.Option(help="The runtime to prove; TensorRT runs what gsx build made, on a GPU."),
+    ] = "onnxruntime",
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Prove that a bundle computes what PyTorch computes; exit code 1 where a check fails.
@@ -55,6 +59,7 @@ def verify(
             text=text,
             tokens=DEFAULT_TOKENS if tokens is None else tokens,
             greedy_tokens=DEFAULT_GREEDY_TOKENS if greedy_tokens is None else greedy_tokens,
+            backend=backend,
             on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
         )
     if as_json:

@@ -18,7 +18,7 @@ from engines.bundle.bundle import Bundle
 from engines.generation import Generated, generate, select_for
 from engines.runners.base import Runner
 from engines.runners.portable import PortableStage
-from engines.runners.select import open_runner, open_split_runner
+from engines.runners.select import Backend, open_runner, open_split_runner
 from engines.runners.split import SplitRunner
 from engines.sampling import GREEDY, Picker, Sampling, candidates
 from engines.speculation.draft import Draft, open_draft
@@ -101,14 +101,14 @@ class SpeculationResult:
 class SpeculationSide:
     """A bundle's draft, opened once."""
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend = "onnxruntime") -> None:
         assert bundle.manifest.draft is not None
         self.kind = bundle.manifest.draft.draft
-        self._bundle = bundle
+        self._bundle, self._backend = bundle, backend
         self._splits: dict[str, SplitRunner] = {}
         if self.kind.kind == "exit":
             portable = SplitRunner(PortableStage(bundle, "draft"), PortableStage(bundle, "verify"))
-            self._splits = {"fast": open_split_runner(bundle), "portable": portable}
+            self._splits = {"fast": open_split_runner(bundle, backend=backend), "portable": portable}
         self._found = {f"{half}, {name} runner": Accumulator() for name in self._splits for half in ("draft", "verify")}
 
     @property
@@ -146,7 +146,8 @@ class SpeculationSide:
         """
         manifest = self._bundle.manifest
         asked = budget if manifest.selection else None
-        plain, draft = open_runner(self._bundle), open_draft(self._bundle, self.kind, budget=asked)
+        plain = open_runner(self._bundle, backend=self._backend)
+        draft = open_draft(self._bundle, self.kind, budget=asked, backend=self._backend)
         prompts = _prompts(windows)
         greedy, acceptance = _texts(plain, draft, prompts, GREEDY, asked)
         sampled, _ = _texts(plain, draft, prompts, SAMPLED, asked)

@@ -1,0 +1,1 @@
+"""Building TensorRT engines from the graphs of a bundle; see docs/engines.md."""

@@ -1,0 +1,371 @@
+"""`gsx build`: engines of every graph of a bundle, written whole or not at all, and named in its manifest."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Literal
+
+import onnx
+
+from engines.building.job import Job, Ranges, run_job
+from engines.building.profiles import DEFAULT_CONTEXT, default_profiles, most_rows, one_profile, parse_profile
+from engines.bundle.bundle import Bundle, disk_error, open_bundle, put_in_place, sha256_of, write_manifest
+from engines.bundle.manifest import EngineEntry, EngineGraph, EngineProfile, PluginLibrary, Sizes
+from engines.bundle.tensors import tensor_info
+from engines.errors import BundleError, EngineError, GsxError, UsageError
+from engines.lowering import tensorrt as lowering
+from engines.tensorrt import cuda
+from engines.tensorrt.backend import Backend, default_targets, dotted, known_targets, load_module, platform_name
+from engines.tensorrt.loading import ENGINE_FILE, ENGINES
+from engines.tensorrt.plugins import plugin_library
+from plugins.library import PLUGIN_OPS, library_hash, source_hash
+
+# Most memory of a build, in weights, seen with TensorRT-RTX 1.7.1 (benchmarks/RESULTS.md): so much in any case, and so
+# much for every profile, whose weights it copies; and what it works with beside them.
+_MEMORY_BASE, _MEMORY_PROFILE, _MEMORY_SLACK = 1.5, 2, 1 << 30
+# An engine is the weights, for every profile, and the kernels.
+_DISK_SLACK = 128 << 20
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """A step of a build: the graph in work, how far TensorRT's phase is (total 0: not known), and the phase."""
+
+    stage: str
+    done: int = 0
+    total: int = 0
+    note: str = ""
+
+
+def build(
+    bundle: str | Path | Bundle,
+    *,
+    backend: Backend = "tensorrt-rtx",
+    targets: Sequence[str] = (),
+    context: int | None = None,
+    batch: int = 1,
+    profiles: Sequence[str] = (),
+    plugins: Literal["auto", "none"] | Path = "auto",
+    timing_cache: Path | None = None,
+    on_progress: Callable[[BuildProgress], None] = lambda progress: None,
+) -> tuple[str, EngineEntry]:
+    """Build an engine of every graph of a bundle and put them into it.
+
+    Args:
+        bundle: an opened bundle or its directory.
+        backend: `tensorrt-rtx` builds without a GPU; `tensorrt` builds on the GPU that it is for.
+        targets: compute capabilities as in "89" or "8.9", TensorRT-RTX alone; none for the GPU of this machine, or
+            where there is none for all from 8.0 on.
+        context: columns of the K/V buffers; None for the model's context, at most 4,096.
+        batch: the most sequences of a call.
+        profiles: as `parse_profile` reads them; none for prefill and decode, with TensorRT-RTX one for both.
+        plugins: `auto` takes the library that was built on this machine, if there is one; `none` does without.
+        timing_cache: file for TensorRT's timings; None for a place in the user's cache. TensorRT-RTX takes none.
+        on_progress: called as it goes.
+    Returns: the name of the engines in the bundle, and their entry in its manifest.
+    Raises:
+        GsxError: an option, a bundle, a machine or a graph that cannot be used.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    module = load_module(backend)
+    chosen, gpu = _targets(module, backend, targets)
+    capacity, shapes = _shapes(opened, backend, context, batch, profiles)
+    library = _library(plugins)
+    portable = {name: _load(opened, name) for name in opened.manifest.graphs}
+    sizes = {name: _weight_bytes(model) for name, model in portable.items()}
+    _check_memory(max(sizes.values()), len(shapes))
+    name = f"{backend}-sm{'-'.join(chosen)}"
+    with _writing(opened, name, len(shapes) * sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
+        graphs, used = {}, False
+        version = module.__version__
+        for graph, model in portable.items():
+            stage = f"building {graph}"
+            on_progress(BuildProgress(stage))
+            entry, with_plugins = _build_graph(
+                opened,
+                graph,
+                model,
+                work,
+                backend=backend,
+                targets=() if backend == "tensorrt" else chosen,
+                capacity=capacity,
+                profiles=shapes,
+                library=library,
+                timing_cache=timing_cache or _timing_cache(version, gpu),
+                on_phase=lambda phase, done, total, stage=stage: on_progress(  # type: ignore[misc]
+                    BuildProgress(stage, done, total, phase)
+                ),
+            )
+            graphs[graph] = entry
+            used = used or with_plugins
+        made = EngineEntry(
+            schema_version=1,
+            backend=backend,
+            tensorrt_version=version,
+            targets=chosen,
+            platform=platform_name(),
+            gpu=gpu if backend == "tensorrt" else None,
+            precision=opened.manifest.precision,
+            capacity=capacity,
+            profiles=shapes,
+            plugins=_plugin_entry(library) if library is not None and used else None,
+            graphs=graphs,
+        )
+        finish(made)
+    return name, made
+
+
+def _build_graph(
+    bundle: Bundle,
+    name: str,
+    portable: onnx.ModelProto,
+    work: Path,
+    *,
+    backend: Backend,
+    targets: tuple[str, ...],
+    capacity: int,
+    profiles: Sequence[EngineProfile],
+    library: Path | None,
+    timing_cache: Path,
+    on_phase: Callable[[str, int, int], None],
+) -> tuple[EngineGraph, bool]:
+    """One engine, and whether it has plugins."""
+    manifest = bundle.manifest
+    lowered = _lower(bundle, name, portable, capacity, profiles, library)
+    with tempfile.TemporaryDirectory(prefix="gsx-graph-") as folder:
+        graph = Path(folder) / "lowered.onnx"
+        graph.write_bytes(lowered.model.SerializeToString())
+        engine = work / f"{name}.engine"
+        plugin_ops = {op for op, form in lowered.forms.items() if form == "plugin"}
+        job = Job(
+            backend=backend,
+            graph=str(graph),
+            beside=str(bundle.graph_path(name)),
+            engine=str(engine),
+            targets=targets,
+            profiles=tuple(input_ranges(lowered.model, profile) for profile in profiles),
+            plugins=str(library) if plugin_ops and library else None,
+            plugin_nodes=sum(node.op_type in plugin_ops for node in lowered.model.graph.node),
+            timing_cache=str(timing_cache) if backend == "tensorrt" else None,
+        )
+        built = run_job(job, name, on_phase)
+    entry = EngineGraph(
+        file=engine.name,
+        sha256=sha256_of(engine),
+        size_bytes=engine.stat().st_size,
+        graph_sha256=manifest.graphs[name].sha256,
+        weights_sha256=manifest.weights.sha256,
+        forms=dict(lowered.forms),
+        layers=dict(built.layers),
+        inputs=tuple(tensor_info(value) for value in lowered.model.graph.input),
+        outputs=tuple(tensor_info(value) for value in lowered.model.graph.output),
+        build_seconds=round(built.seconds, 2),
+        peak_bytes=built.peak_bytes,
+    )
+    return entry, bool(plugin_ops)
+
+
+def _lower(
+    bundle: Bundle,
+    name: str,
+    portable: onnx.ModelProto,
+    capacity: int,
+    profiles: Sequence[EngineProfile],
+    library: Path | None,
+) -> lowering.Lowered:
+    try:
+        return lowering.lower(
+            portable,
+            bundle.manifest,
+            capacity=capacity,
+            rows=most_rows(profiles),
+            plugins=PLUGIN_OPS if library is not None else (),
+            one_sequence=max(profile.batch.most for profile in profiles) == 1,
+        )
+    except (AssertionError, IndexError, KeyError, StopIteration) as error:
+        raise BundleError(
+            f"{bundle.graph_path(name)}: is not laid out as this version of gsx lays graphs out",
+            found=f"a graph of gsx {bundle.manifest.gsx_version}",
+            todo="run `gsx export` again",
+        ) from error
+
+
+def input_ranges(model: onnx.ModelProto, profile: EngineProfile) -> Ranges:
+    """Least, usual and most shape of every input of a lowered graph; for `k`, which the host gives, its values."""
+    named = {
+        "batch": profile.batch,
+        "sequence": profile.tokens,
+        lowering.WINDOW: profile.window,
+        # the last column in generation, all of them in verification
+        lowering.LOGITS_COLUMNS: Sizes(1, 1, profile.tokens.most),
+    }
+    ranges: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {}
+    for value in model.graph.input:
+        axes = value.type.tensor_type.shape.dim
+        if value.name == lowering.K:
+            most = profile.batch.most * profile.tokens.most
+            ranges[value.name] = ((0,), (profile.batch.usual * profile.tokens.usual,), (most,))
+        elif any(axis.dim_param for axis in axes):
+            least, usual, most_shape = (
+                tuple(named[axis.dim_param][end] if axis.dim_param else axis.dim_value for axis in axes)
+                for end in range(3)
+            )
+            ranges[value.name] = (least, usual, most_shape)
+    return ranges
+
+
+def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
+    """Compute capabilities to build for, and the name of the GPU of this machine (None: there is none)."""
+    device = cuda.device()
+    if backend == "tensorrt":
+        if device is None:
+            raise EngineError(
+                "backend tensorrt: builds on the GPU that an engine is for, and there is none here",
+                expected="an NVIDIA GPU with its driver",
+                found=cuda.why_not(),
+                todo="gsx build --backend tensorrt-rtx needs none",
+            )
+        if asked and {target.replace(".", "") for target in asked} != {device.capability}:
+            raise UsageError(
+                "--target: backend tensorrt builds for the GPU of this machine alone",
+                expected=device.capability,
+                found=", ".join(asked),
+                todo="gsx build --backend tensorrt-rtx builds for others",
+            )
+        return (device.capability,), device.name
+    known = known_targets(module)
+    wanted = [target.replace(".", "").removeprefix("sm") for target in asked]
+    if unknown := [target for target in wanted if target not in known]:
+        raise UsageError(
+            "--target: this TensorRT-RTX does not build for that compute capability",
+            expected=", ".join(map(dotted, known)),
+            found=", ".join(map(dotted, unknown)),
+        )
+    name = device.name if device else None
+    if wanted:
+        return tuple(sorted(set(wanted), key=int)), name
+    if device is not None and device.capability in known:
+        return (device.capability,), name
+    return default_targets(module), name
+
+
+def _shapes(
+    bundle: Bundle, backend: Backend, context: int | None, batch: int, profiles: Sequence[str]
+) -> tuple[int, tuple[EngineProfile, ...]]:
+    longest = bundle.manifest.decoder.max_positions
+    if context is not None and not 2 <= context <= longest:
+        raise UsageError("--context", expected=f"2 to {longest}, the model's context", found=str(context))
+    if batch < 1:
+        raise UsageError("--batch", expected="at least 1", found=str(batch))
+    capacity = context or min(longest, DEFAULT_CONTEXT)
+    if not profiles:
+        return capacity, (default_profiles if backend == "tensorrt" else one_profile)(capacity, batch)
+    made = tuple(parse_profile(text, capacity=capacity, batch=batch) for text in profiles)
+    names = [profile.name for profile in made]
+    if len(set(names)) < len(names):
+        raise UsageError("--profile: two profiles have one name", found=", ".join(names))
+    return capacity, made
+
+
+def _load(bundle: Bundle, name: str) -> onnx.ModelProto:
+    return onnx.load(str(bundle.graph_path(name)), load_external_data=False)
+
+
+def _weight_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of the external weights that a graph reads."""
+    return sum(
+        int(entry.value)
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "length"
+    )
+
+
+def _check_memory(weights: int, profiles: int) -> None:
+    needed = int((_MEMORY_BASE + _MEMORY_PROFILE * profiles) * weights) + _MEMORY_SLACK
+    free = available_memory()
+    if free is not None and free < needed:
+        raise EngineError(
+            "not enough memory to build an engine",
+            expected=f"{needed / 1e9:.1f} GB available, for {weights / 1e9:.1f} GB of weights and {profiles} profiles",
+            found=f"{free / 1e9:.1f} GB",
+            todo="close other programs, give fewer --profile, or build on a machine with more memory",
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that can be had, caches included; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _timing_cache(version: str, gpu: str | None) -> Path:
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    place = home / "gsx" / "timing"
+    place.mkdir(parents=True, exist_ok=True)
+    return place / f"{version}-{(gpu or 'none').replace(' ', '_')}.cache"
+
+
+@contextmanager
+def _writing(bundle: Bundle, name: str, needed_bytes: int) -> Iterator[tuple[Path, Callable[[EngineEntry], None]]]:
+    """A folder for engines, and what puts it into the bundle: the folder, then the manifest that names it.
+
+    If the block fails or is interrupted, the bundle is as it was.
+    """
+    home = bundle.directory / ENGINES
+    target = home / name
+    new_home = not home.exists()
+    try:
+        free = shutil.disk_usage(bundle.directory).free
+        if free < needed_bytes:
+            raise GsxError(
+                f"{bundle.directory}: not enough room on the disk for engines",
+                expected=f"{needed_bytes / 1e9:.2f} GB free",
+                found=f"{free / 1e9:.2f} GB",
+                todo="free some space; an engine is about as large as its weights",
+            )
+        home.mkdir(exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=home))
+    except OSError as error:
+        raise disk_error(home, error) from error
+
+    def finish(entry: EngineEntry) -> None:
+        (work / ENGINE_FILE).write_text(entry.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        put_in_place(work, target)
+        # Opened again: another build may have added its engines in the meantime.
+        manifest = open_bundle(bundle.directory).manifest
+        write_manifest(bundle.directory, manifest.model_copy(update={"engines": {**manifest.engines, name: entry}}))
+
+    try:
+        os.chmod(work, 0o755)
+        yield work, finish
+    except OSError as error:
+        raise disk_error(home, error) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        if new_home and not any(home.iterdir()):
+            home.rmdir()
+
+
+def _library(asked: Literal["auto", "none"] | Path) -> Path | None:
+    if asked == "none":
+        return None
+    if isinstance(asked, Path):
+        if not asked.is_file():
+            raise UsageError(f"{asked}: there is no such plugin library", todo="gsx plugins build makes one")
+        return asked.resolve()
+    return plugin_library()
+
+
+def _plugin_entry(library: Path) -> PluginLibrary:
+    return PluginLibrary(sha256=library_hash(library), source_hash=source_hash())

@@ -1,0 +1,195 @@
+"""The process that builds one engine: `python -m engines.building.worker FD`, a job on stdin, events to FD.
+
+An event is a line of JSON: `{"phase", "done", "total"}` while it goes on, and as the last one `{"built": ...}`,
+`{"refused", "op", "node"}` or `{"failed"}`. `job.py` is the other end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from plugins.library import PLUGIN_OPS
+
+# Between two messages about one phase.
+_QUIET_SECONDS = 0.1
+_MAX_TEXT = 600
+
+
+class _BuildError(Exception):
+    """Ends the process with an event."""
+
+    def __init__(self, **event: str) -> None:
+        self.event = event
+
+
+class _Events:
+    def __init__(self, descriptor: int) -> None:
+        self._stream = os.fdopen(descriptor, "w", encoding="utf-8")
+
+    def send(self, event: Mapping[str, Any]) -> None:
+        self._stream.write(json.dumps(event) + "\n")  # one write: threads must not mix their lines
+        self._stream.flush()
+
+
+def main() -> int:
+    """Build the engine of the job on stdin; returns the exit code."""
+    events = _Events(int(sys.argv[1]))
+    try:
+        events.send({"built": _build(json.load(sys.stdin), events)})
+    except _BuildError as failure:
+        events.send(failure.event)
+        return 1
+    return 0
+
+
+def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
+    from engines.tensorrt.backend import load_module
+
+    trt = load_module(job["backend"])  # before Polygraphy does: it must be loaded in a way that plugins work with
+    from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile, engine_bytes_from_network
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL
+    logger = _logger(trt)
+    builder = trt.Builder(logger)
+    if job["plugins"] and builder.get_plugin_registry().load_library(job["plugins"]) is None:
+        raise _BuildError(failed=f"the plugin library {job['plugins']} does not load: {logger.last()}")
+    network = _parse(trt, builder, logger, job)
+    layers = Counter(str(network.get_layer(n).type).rpartition(".")[2] for n in range(network.num_layers))
+    plugins = sum(count for layer, count in layers.items() if layer.startswith("PLUGIN"))
+    if plugins != job["plugin_nodes"]:
+        raise _BuildError(failed=f"{plugins} layers became plugins where {job['plugin_nodes']} were meant to")
+    profiles = []
+    for ranges in job["profiles"]:
+        profile = Profile()
+        for name, (least, usual, most) in ranges.items():
+            profile.add(name, min=least, opt=usual, max=most)
+        profiles.append(profile)
+    options = {
+        "profiles": profiles,
+        "progress_monitor": _monitor(trt, events),
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
+    }
+    if job["backend"] == "tensorrt-rtx":
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        capabilities = [(int(target[:-1]), int(target[-1])) for target in job["targets"]]
+        config = CreateConfigRTX(compute_capabilities=capabilities or None, use_gpu=not capabilities, **options)
+        # float32 means float32. (CreateConfig takes TensorFloat-32 off by itself.)
+        config = PostprocessConfig(config, lambda builder, network, made: made.clear_flag(trt.BuilderFlag.TF32))
+    else:
+        config = CreateConfig(load_timing_cache=job["timing_cache"], **options)
+    started = time.monotonic()
+    try:
+        with Path(job["engine"]).open("wb") as file:
+            if job["backend"] == "tensorrt-rtx":  # into the file, so that the engine is never whole in memory
+                made = builder.build_serialized_network_to_stream(network, config(builder, network), _writer(trt, file))
+            else:
+                cache = job["timing_cache"]
+                plan = engine_bytes_from_network((builder, network), config=config, save_timing_cache=cache)
+                made = file.write(memoryview(plan))
+    except PolygraphyException as error:
+        raise _BuildError(failed=logger.last() or str(error)[:_MAX_TEXT]) from error
+    if not made:
+        raise _BuildError(failed=logger.last())
+    seconds = time.monotonic() - started
+    return {
+        "tensorrt_version": trt.__version__,
+        "layers": dict(layers),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": seconds,
+    }
+
+
+def _parse(trt: Any, builder: Any, logger: Any, job: Mapping[str, Any]) -> Any:
+    """The graph as a TensorRT network, strongly typed: every precision is in the graph."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, logger)
+    if not parser.parse(Path(job["graph"]).read_bytes(), job["beside"]):
+        first = parser.get_error(0)
+        refused = logger.of_plugin() or first.desc()[:_MAX_TEXT]
+        raise _BuildError(refused=refused, op=first.node_operator(), node=first.node_name())
+    return network
+
+
+def _logger(trt: Any) -> Any:
+    class Logger(trt.ILogger):
+        """Keeps the errors; everything else is TensorRT's own business."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, text: str) -> None:
+            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                self.errors.append(text)
+
+        def last(self) -> str:
+            """What went wrong, in one line: what a plugin said, else TensorRT's last error."""
+            return self.of_plugin() or (_line(self.errors[-1]) if self.errors else "")
+
+        def of_plugin(self) -> str:
+            """What a plugin said first; its messages begin with its name."""
+            return next((_line(text) for text in self.errors if text.partition(":")[0] in PLUGIN_OPS), "")
+
+    return Logger()
+
+
+def _writer(trt: Any, file: IO[bytes]) -> Any:
+    class Writer(trt.IStreamWriter):
+        """Takes an engine piece by piece."""
+
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data: bytes) -> int:
+            return file.write(data)
+
+    return Writer()
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())[:_MAX_TEXT]
+
+
+def _monitor(trt: Any, events: _Events) -> Any:
+    class Monitor(trt.IProgressMonitor):
+        """Tells of the phase that TensorRT is in. It may be called from several threads: a lost line is no loss."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+            self.told = 0.0
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.totals[phase_name] = num_steps
+            self._tell(phase_name, 0, force=True)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            self._tell(phase_name, step + 1)
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.totals.pop(phase_name, None)
+
+        def _tell(self, phase: str, done: int, *, force: bool = False) -> None:
+            now = time.monotonic()
+            if force or now - self.told >= _QUIET_SECONDS:
+                self.told = now
+                events.send({"phase": phase, "done": done, "total": self.totals.get(phase, 0)})
+
+    return Monitor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

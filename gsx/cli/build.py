@@ -1,0 +1,112 @@
+"""`gsx build`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from gsx.cli.console import ProgressLine, out, print_json, remark, size, table
+from gsx.cli.signals import loading
+
+if TYPE_CHECKING:
+    from engines.bundle.manifest import EngineEntry
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(build)
+
+
+def build(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's directory.", show_default=False)],
+    backend: Annotated[
+        Literal["tensorrt", "tensorrt-rtx"],
+        typer.Option(help="tensorrt-rtx builds anywhere; tensorrt builds on the GPU that it is for."),
+    ] = "tensorrt-rtx",
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Compute capability, e.g. 8.9; may be given several times.", show_default="this GPU, or 8.0 and later"
+        ),
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(help="Columns of the K/V buffers.", show_default="the model's, at most 4096")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="The most sequences of a call.")] = 1,
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME:TOKENS[:BATCH], each LEAST-USUAL-MOST; may be given several times.",
+            show_default="prefill and decode; RTX: one for both",
+        ),
+    ] = None,
+    plugins: Annotated[str, typer.Option(help="auto, none, or a plugin library.", metavar="auto|none|FILE")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Build TensorRT engines of a bundle's graphs and put them into the bundle.
+
+    Example: gsx build out/demo --backend tensorrt-rtx --target 8.9
+    """
+    with ProgressLine() as line:
+        line.update("starting")
+        with loading():
+            from engines.building.build import build as build_engines
+
+        name, entry = build_engines(
+            bundle,
+            backend=backend,
+            targets=target or (),
+            context=context,
+            batch=batch,
+            profiles=profile or (),
+            plugins=plugins if plugins in ("auto", "none") else Path(plugins),  # type: ignore[arg-type]
+            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total, progress.note),
+        )
+    for warning in warnings_of(entry):
+        remark(warning)
+    if as_json:
+        print_json({"name": name, **entry.model_dump(mode="json")})
+    else:
+        _print(bundle, name, entry)
+
+
+def warnings_of(entry: EngineEntry) -> list[str]:
+    """What a user must not overlook: engines in which skipping saves nothing, or less than it could."""
+    forms = {form for graph in entry.graphs.values() for form in graph.forms.values()}
+    if "mask" in forms:
+        return [
+            "WARNING: without the plugins, selection became a mask: the results are right, and NOTHING IS SAVED.\n"
+            "  gsx plugins build makes the plugin library; then run gsx build again"
+        ]
+    if {"rows", "all"} <= forms or (forms & {"plugin", "body"} and "all" in forms):
+        return ["note: with more than one sequence, attention itself runs over all rows (its projections do not)"]
+    return []
+
+
+def _print(bundle: Path, name: str, entry: EngineEntry) -> None:
+    from engines.tensorrt.backend import dotted
+
+    console = out()
+    console.print(
+        f"{bundle}: {entry.backend} {entry.tensorrt_version}, for {', '.join(map(dotted, entry.targets))}, "
+        f"{entry.precision}, {entry.capacity} columns of K/V"
+    )
+    rows = [
+        (
+            graph,
+            size(made.size_bytes),
+            f"{made.build_seconds:.1f} s",
+            size(made.peak_bytes),
+            ", ".join(f"{op} {form}" for op, form in made.forms.items()) or "none",
+        )
+        for graph, made in entry.graphs.items()
+    ]
+    console.print(table(None, ("engine", "size", "built in", "peak memory", "ops"), rows))
+    ranges: list[tuple[str, ...]] = [
+        (profile.name, *("-".join(map(str, axis)) for axis in (profile.batch, profile.tokens, profile.window)))
+        for profile in entry.profiles
+    ]
+    console.print(table(None, ("profile", "batch", "tokens", "window"), ranges))
+    console.print(f"next: gsx generate {bundle} PROMPT --backend {entry.backend}")

@@ -1,0 +1,177 @@
+"""A TensorRT engine's stand-in on a CPU: the same lowered graph, run by ONNX Runtime.
+
+It takes and gives what `CudaEngine` does, so the runner's logic and the lowering are executed without a GPU. Two things
+differ from TensorRT: ops that would be plugins run their function bodies, and Attention is written out, since ONNX
+Runtime's refuses a query of no rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, parser
+
+from engines.building.build import input_ranges
+from engines.building.profiles import most_rows
+from engines.bundle.bundle import Bundle
+from engines.bundle.manifest import EngineEntry, EngineGraph, EngineProfile
+from engines.bundle.tensors import tensor_info
+from engines.lowering.tensorrt import OPSET, Lowered, lower
+from engines.runners.portable import open_session
+from engines.runners.tensorrt import TensorRTStage
+from engines.tensorrt.backend import platform_name
+
+_ATTENTION = f"""
+<domain: "test", opset_import: ["" : {OPSET}]>
+Attention <kv_heads> (query, key, value, mask) => (out)
+{{
+    outer = Shape <start = 0, end = 1> (query)
+    rows = Shape <start = 2, end = 4> (query)
+    heads = Constant <value_int: int = @kv_heads> ()
+    zero = Constant <value_ints = [0]> ()
+    two = Constant <value_ints = [2]> ()
+    heads_1d = Unsqueeze (heads, zero)
+    all_heads = Shape <start = 1, end = 2> (query)
+    shared = Div (all_heads, heads_1d)
+    grouped_shape = Concat <axis = 0> (outer, heads_1d, shared, rows)
+    grouped = Reshape <allowzero = 1> (query, grouped_shape)
+    key_5d = Unsqueeze (key, two)
+    value_5d = Unsqueeze (value, two)
+    key_turned = Transpose <perm = [0, 1, 2, 4, 3]> (key_5d)
+    width = Shape <start = 3, end = 4> (query)
+    width_float = CastLike (width, query)
+    root = Sqrt (width_float)
+    products = MatMul (grouped, key_turned)
+    scores = Div (products, root)
+    mask_5d = Unsqueeze (mask, two)
+    lowest_float = Constant <value_float = -1e9> ()
+    lowest = CastLike (lowest_float, query)
+    seen = Where (mask_5d, scores, lowest)
+    weights = Softmax <axis = -1> (seen)
+    attended = MatMul (weights, value_5d)
+    shape = Shape (query)
+    out = Reshape <allowzero = 1> (attended, shape)
+}}
+"""
+
+
+def cpu_model(lowered: Lowered, kv_heads: int) -> onnx.ModelProto:
+    """A lowered graph in the form that ONNX Runtime executes."""
+    model = onnx.ModelProto()
+    model.CopyFrom(lowered.model)
+    for node in model.graph.node:
+        if node.op_type == "Attention":
+            node.domain = "test"
+            del node.attribute[:]
+            node.attribute.append(helper.make_attribute("kv_heads", kv_heads))
+    model.functions.append(parser.parse_function(_ATTENTION))
+    model.opset_import.append(helper.make_opsetid("test", 1))
+    return model
+
+
+class CpuEngine:
+    """See `engines.runners.tensorrt.Engine`. Calls outside of the profile that is named are refused, as TensorRT does.
+
+    Args:
+        bundle: the graph's bundle, for its weights.
+        lowered: the graph.
+        profiles: of the engine.
+    """
+
+    def __init__(self, bundle: Bundle, lowered: Lowered, profiles: Sequence[EngineProfile]) -> None:
+        model = cpu_model(lowered, bundle.manifest.decoder.num_kv_heads)
+        self.session = open_session(model.SerializeToString(), bundle.directory, 1)
+        self.types = {
+            value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+            for value in lowered.model.graph.input
+        }
+        self.ranges = [input_ranges(lowered.model, profile) for profile in profiles]
+        self.calls: list[tuple[int, dict[str, tuple[int, ...]]]] = []
+
+    def buffer(self, shape: tuple[int, ...], name: str) -> np.ndarray:
+        """Zeros."""
+        return np.zeros(shape, self.types[name])
+
+    def run(
+        self,
+        profile: int,
+        feeds: Mapping[str, np.ndarray],
+        buffers: Mapping[str, tuple[Any, tuple[int, ...]]],
+        results: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, np.ndarray]:
+        """One call; outputs that share memory with an input are written there."""
+        inputs = {value.name for value in self.session.get_inputs()}
+        given = {**feeds, **{name: array for name, (array, _) in buffers.items() if name in inputs}}
+        assert given.keys() == inputs
+        for name, (least, _, most) in self.ranges[profile].items():
+            found = tuple(given[name]) if name == "k" else given[name].shape
+            assert all(a <= size <= b for a, size, b in zip(least, found, most, strict=True)), (name, found)
+        self.calls.append((profile, {name: array.shape for name, array in feeds.items()}))
+        names = [value.name for value in self.session.get_outputs()]
+        found_all = dict(zip(names, self.session.run(names, given), strict=True))
+        for name, (array, _) in buffers.items():
+            if name in found_all:
+                array[...] = found_all.pop(name)
+        assert {name: array.shape for name, array in found_all.items()} == dict(results)
+        return found_all
+
+
+def cpu_stages(
+    bundle: Bundle,
+    profiles: Sequence[EngineProfile],
+    *,
+    capacity: int,
+    plugins: Collection[str] = (),
+    rows: int | None = None,
+) -> dict[str, tuple[TensorRTStage, CpuEngine]]:
+    """What `gsx build` would make of every graph of a bundle, to be run on a CPU.
+
+    Args:
+        rows: the most tokens of a call; None for what the profiles say.
+    """
+    manifest = bundle.manifest
+    lowered = {
+        name: lower(
+            onnx.load(str(bundle.graph_path(name)), load_external_data=False),
+            manifest,
+            capacity=capacity,
+            rows=most_rows(profiles) if rows is None else rows,
+            plugins=plugins,
+            one_sequence=max(profile.batch.most for profile in profiles) == 1,
+        )
+        for name in manifest.graphs
+    }
+    graphs = {
+        name: EngineGraph(
+            file=f"{name}.engine",
+            sha256="0" * 64,
+            size_bytes=0,
+            graph_sha256=manifest.graphs[name].sha256,
+            weights_sha256=manifest.weights.sha256,
+            forms=dict(made.forms),
+            layers={},
+            inputs=tuple(tensor_info(value) for value in made.model.graph.input),
+            outputs=tuple(tensor_info(value) for value in made.model.graph.output),
+            build_seconds=0.0,
+            peak_bytes=0,
+        )
+        for name, made in lowered.items()
+    }
+    entry = EngineEntry(
+        schema_version=1,
+        backend="tensorrt-rtx",
+        tensorrt_version="0",
+        targets=("89",),
+        platform=platform_name(),
+        gpu=None,
+        precision=manifest.precision,
+        capacity=capacity,
+        profiles=tuple(profiles),
+        plugins=None,
+        graphs=graphs,
+    )
+    engines = {name: CpuEngine(bundle, made, profiles) for name, made in lowered.items()}
+    return {name: (TensorRTStage(manifest, entry, name, engine), engine) for name, engine in engines.items()}

@@ -1,0 +1,281 @@
+"""Engines are really built, by TensorRT-RTX and without a GPU; and what a build must never do to a bundle."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from engines.building import build as building
+from engines.building.build import build
+from engines.building.job import Job, run_job
+from engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
+from engines.bundle.manifest import EngineEntry
+from engines.errors import BundleError, EngineError, GsxError, UsageError
+from engines.tensorrt.loading import ENGINE_FILE, ENGINES
+from engines.tensorrt.plugins import plugin_library
+from plugins.domain import DOMAIN, OPSET_VERSION, node
+from plugins.registry import OPS
+
+pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
+pytest.importorskip("polygraphy", reason='polygraphy is not installed: pip install "gsx[tensorrt]"')
+
+LAYERS = 3  # of the tiny model
+BRANCHES = 2 * LAYERS
+SMALL = {"context": 64, "targets": ["8.9"]}
+
+
+def needs_plugins() -> None:
+    if plugin_library() is None:
+        pytest.skip("no plugin library was built: gsx plugins build")
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle of one's own."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def state(directory: Path) -> dict[str, str]:
+    """Every file of a directory and its hash."""
+    return {str(path.relative_to(directory)): sha256_of(path) for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("plugins", ["none", "auto"])
+def test_threshold_selection_with_and_without_plugins(
+    make_tiny_bundle: Callable[..., Path], tmp_path: Path, precision: str, plugins: str
+) -> None:
+    if plugins == "auto":
+        needs_plugins()
+    options = {} if precision == "fp32" else {"precision": precision}
+    directory = Path(shutil.copytree(make_tiny_bundle(**options), tmp_path / "bundle"))
+    phases: list[str] = []
+    name, entry = build(directory, plugins=plugins, on_progress=lambda p: phases.append(p.note), **SMALL)  # type: ignore[arg-type]
+    assert name == "tensorrt-rtx-sm89"
+    check(directory, name, entry)
+    graph = entry.graphs["model"]
+    assert graph.layers["KV_CACHE_UPDATE"] == 2 * LAYERS
+    assert graph.layers["ATTENTION_INPUT"] == LAYERS
+    if plugins == "none":
+        assert graph.forms == {"ThresholdGather": "mask", "GatheredAttention": "all", "GatedScatterAdd": "mask"}
+        assert not any(layer.startswith("PLUGIN") for layer in graph.layers)
+        assert entry.plugins is None
+    else:
+        assert graph.forms == {"ThresholdGather": "plugin", "GatheredAttention": "rows", "GatedScatterAdd": "plugin"}
+        assert graph.layers["PLUGIN_V3"] == 2 * BRANCHES  # a choice and an addition each
+        assert entry.plugins is not None
+    assert {value.type for value in graph.inputs if value.name.startswith("past")} == {
+        {"fp32": "float", "fp16": "float16", "bf16": "bfloat16"}[precision]
+    }
+    assert next(value for value in graph.outputs if value.name == "logits").type == "float"
+    assert graph.peak_bytes > graph.size_bytes
+    assert any("Building" in phase for phase in phases)
+
+
+@pytest.mark.parametrize("plugins", ["none", "auto"])
+def test_rank_selection_saves_without_plugins_too(
+    make_tiny_bundle: Callable[..., Path], tmp_path: Path, plugins: str
+) -> None:
+    """TopKGather's body is imported, with k as an input on the host; with plugins the budget is the input."""
+    if plugins == "auto":
+        needs_plugins()
+    directory = Path(shutil.copytree(make_tiny_bundle(select="rank", calibration=None), tmp_path / "bundle"))
+    name, entry = build(directory, plugins=plugins, profiles=["prefill:2-16-48", "chunk:2-4-8", "decode:1"], **SMALL)  # type: ignore[arg-type]
+    check(directory, name, entry)
+    graph = entry.graphs["model"]
+    inputs = {value.name for value in graph.inputs}
+    if plugins == "none":
+        assert graph.forms["TopKGather"] == "body"
+        assert graph.layers["TOPK"] == 2 * BRANCHES
+        assert "k" in inputs
+        assert "budget" not in inputs
+    else:
+        assert graph.forms["TopKGather"] == "plugin"
+        assert "budget" in inputs
+    assert [profile.name for profile in entry.profiles] == ["prefill", "chunk", "decode"]
+
+
+def test_a_batch_and_targets_side_by_side(bundle: Path) -> None:
+    """Engines for other targets stay; the same ones are replaced."""
+    first, _ = build(bundle, plugins="none", batch=2, **SMALL)  # type: ignore[arg-type]
+    second, entry = build(bundle, plugins="none", context=64, targets=["sm80", "12.0"])
+    assert (first, second) == ("tensorrt-rtx-sm89", "tensorrt-rtx-sm80-120")
+    assert entry.targets == ("80", "120")
+    before = open_bundle(bundle).manifest.engines
+    assert set(before) == {first, second}
+    assert before[first].profiles[0].batch.most == 2
+    build(bundle, plugins="none", **SMALL)  # type: ignore[arg-type]
+    after = open_bundle(bundle).manifest.engines
+    assert after[first].profiles[0].batch.most == 1
+    assert after[second] == before[second]
+    assert sorted(path.name for path in (bundle / ENGINES).iterdir()) == sorted([first, second])
+
+
+def check(directory: Path, name: str, entry: EngineEntry) -> None:
+    """What every build leaves: the files, and two equal records of them."""
+    manifest = open_bundle(directory).manifest
+    assert manifest.engines[name] == entry
+    folder = directory / ENGINES / name
+    assert EngineEntry.model_validate(json.loads((folder / ENGINE_FILE).read_text())) == entry
+    assert {path.name for path in folder.iterdir()} == {ENGINE_FILE, *(f"{graph}.engine" for graph in manifest.graphs)}
+    for key, graph in entry.graphs.items():
+        assert sha256_of(folder / graph.file) == graph.sha256
+        assert graph.graph_sha256 == manifest.graphs[key].sha256
+    assert [path.name for path in (directory / ENGINES).iterdir()] == [name]
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------
+
+
+def job_of(model: onnx.ModelProto, folder: Path) -> Job:
+    graph = folder / "graph.onnx"
+    graph.write_bytes(model.SerializeToString())
+    return Job(
+        backend="tensorrt-rtx",
+        graph=str(graph),
+        beside=str(graph),
+        engine=str(folder / "out.engine"),
+        targets=("89",),
+        profiles=(),
+        plugins=None,
+        plugin_nodes=0,
+        timing_cache=None,
+    )
+
+
+def test_a_refused_op_is_named_with_its_node(tmp_path: Path) -> None:
+    refused = helper.make_node("NonZero", ["x"], ["y"], name="layers.7.nonzero")
+    values = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, [4]),
+        helper.make_tensor_value_info("y", TensorProto.INT64, [1, None]),
+    ]
+    graph = helper.make_graph([refused], "refused", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    with pytest.raises(EngineError, match=r"refuses the op NonZero of node 'layers.7.nonzero'\n.*plugin"):
+        run_job(job_of(model, tmp_path), "model")
+    assert not (tmp_path / "out.engine").exists()
+
+
+def test_a_parser_that_crashes_takes_only_its_own_process_down(
+    make_tiny_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """TensorRT-RTX 1.7.1 segfaults on TopK whose k the device alone knows, as in the portable graph."""
+    directory = make_tiny_bundle(select="rank", calibration=None)
+    model = onnx.load(str(directory / "model.onnx"))
+    with pytest.raises(EngineError, match=r"took its own process down|refuses the op|could not build"):
+        run_job(job_of(model, tmp_path), "model")
+
+
+def test_fewer_plugin_layers_than_meant_is_an_error(bundle: Path, tmp_path: Path) -> None:
+    """A plugin that TensorRT passes over would leave an engine that is not what its record says."""
+    plain = helper.make_node("Neg", ["x"], ["y"], name="neg")
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
+    graph = helper.make_graph([plain], "plain", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    job = job_of(model, tmp_path)
+    with pytest.raises(EngineError, match="0 layers became plugins where 2 were meant to"):
+        run_job(Job(**{**job.__dict__, "plugin_nodes": 2}), "model")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), EngineError("refused"), OSError(28, "no space")])
+def test_a_build_that_fails_leaves_the_bundle_as_it_was(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    before = state(bundle)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(building, "run_job", fail)
+    with pytest.raises((KeyboardInterrupt, GsxError)):
+        build(bundle, plugins="none", **SMALL)  # type: ignore[arg-type]
+    assert state(bundle) == before
+    assert not (bundle / ENGINES).exists()
+
+
+def test_memory_and_disk_are_asked_first(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = state(bundle)
+    monkeypatch.setattr(building, "run_job", lambda *args: pytest.fail("a build was begun"))
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "available_memory", lambda: 1 << 20)
+        with pytest.raises(EngineError, match=r"not enough memory.*\n.*expected 1.1 GB available.*found 0.0 GB"):
+            build(bundle, **SMALL)  # type: ignore[arg-type]
+    usage = shutil.disk_usage(bundle)
+    monkeypatch.setattr(building.shutil, "disk_usage", lambda place: usage._replace(free=1000))
+    with pytest.raises(GsxError, match=r"not enough room on the disk.*\n.*expected 0.13 GB free, found 0.00 GB"):
+        build(bundle, **SMALL)  # type: ignore[arg-type]
+    assert state(bundle) == before
+
+
+def test_what_the_system_says_about_memory_is_read() -> None:
+    found = building.available_memory()
+    assert found is None or found > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"context": 1}, UsageError, r"--context\n.*2 to 512, the model's context, found 1"),
+        ({"context": 1000}, UsageError, "found 1000"),
+        ({"batch": 0}, UsageError, r"--batch\n.*at least 1"),
+        ({"targets": ["9.0"]}, UsageError, r"--target.*\n.*8\.9.*found 9\.0"),
+        ({"targets": ["many"]}, UsageError, "--target"),
+        ({"profiles": ["decode:1", "decode:1"]}, UsageError, "two profiles have one name"),
+        ({"plugins": Path("nowhere.so")}, UsageError, r"nowhere.so: there is no such plugin library\n.*plugins build"),
+        ({"backend": "tensorrt"}, EngineError, "backend tensorrt"),
+    ],
+)
+def test_options_that_cannot_be(
+    tiny_bundle: Path, options: dict[str, object], error: type[GsxError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build(tiny_bundle, **options)  # type: ignore[arg-type]
+
+
+def test_a_graph_of_another_layout_is_refused(bundle: Path) -> None:
+    path = bundle / "model.onnx"
+    model = onnx.load(str(path), load_external_data=False)
+    for concat in model.graph.node:
+        if concat.op_type == "Concat" and concat.output[0].startswith("present."):
+            concat.input[:] = concat.input[::-1]
+    path.write_bytes(model.SerializeToString())
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["graphs"]["model"]["sha256"] = sha256_of(path)
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"not laid out as this version of gsx.*\n.*\n.*gsx export"):
+        build(bundle, **SMALL)  # type: ignore[arg-type]
+
+
+def test_a_plugin_library_that_is_none(bundle: Path, tmp_path: Path) -> None:
+    library = tmp_path / "libnothing.so"
+    library.write_bytes(b"\x7fELF" + bytes(np.zeros(64, np.uint8)))
+    with pytest.raises(EngineError, match=r"the plugin library .*libnothing.so does not load"):
+        build(bundle, plugins=library, **SMALL)  # type: ignore[arg-type]
+    assert not (bundle / ENGINES).exists()
+
+
+def test_what_a_plugin_refuses_is_told_in_its_words(tmp_path: Path) -> None:
+    """Scores must be float32 whatever the graph's precision: the plugin says so, and its words reach the user."""
+    needs_plugins()
+    op = OPS["ThresholdGather"]
+    types = {"x": TensorProto.FLOAT16, "score": TensorProto.FLOAT16, "threshold": TensorProto.FLOAT}
+    shapes: dict[str, list[int]] = {"x": [8, 16], "score": [8], "threshold": []}
+    call = node(op, list(types), ["rows", "index", "count"], "layers.0.choice")
+    graph = helper.make_graph(
+        [call],
+        "half scores",
+        [helper.make_tensor_value_info(name, kind, shapes[name]) for name, kind in types.items()],
+        [helper.make_tensor_value_info("rows", TensorProto.FLOAT16, ["k", 16])],
+    )
+    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=11, functions=[op.function()])
+    job = Job(**{**job_of(model, tmp_path).__dict__, "plugins": str(plugin_library()), "plugin_nodes": 1})
+    with pytest.raises(EngineError, match=r"ThresholdGather: input score is .*, expected float"):
+        run_job(job, "model")

@@ -1,0 +1,169 @@
+"""Engines that do not fit the machine, the bundle or their own record: each difference is named, and what mends it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.building.profiles import default_profiles
+from engines.bundle.bundle import Bundle, open_bundle, write_manifest
+from engines.bundle.manifest import EngineEntry, EngineGraph, PluginLibrary
+from engines.errors import EngineError
+from engines.runners.select import open_runner
+from engines.tensorrt import cuda
+from engines.tensorrt.backend import platform_name
+from engines.tensorrt.loading import ENGINE_FILE, ENGINES, EngineSet, Machine, difference, read_engine
+
+NAME = "tensorrt-rtx-sm89"
+COMMAND = "gsx build OUT --backend tensorrt-rtx"
+HASH = "ab" * 32
+MACHINE = Machine("1.7.1", platform_name(), "GeForce", "89", HASH)
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
+    """A bundle with engines on record (their bytes are no engine's, and are never given to TensorRT)."""
+    directory = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    opened = open_bundle(directory)
+    manifest = opened.manifest
+    folder = directory / ENGINES / NAME
+    folder.mkdir(parents=True)
+    (folder / "model.engine").write_bytes(b"engine")
+    graph = EngineGraph(
+        file="model.engine",
+        sha256="4ea5d5c3b5c2ccb3bcaee2aa4f4e9f1e2c1ab2b2d5a5d5c3b5c2ccb3bcaee2aa",
+        size_bytes=6,
+        graph_sha256=manifest.graphs["model"].sha256,
+        weights_sha256=manifest.weights.sha256,
+        forms={},
+        layers={},
+        inputs=(),
+        outputs=(),
+        build_seconds=1.0,
+        peak_bytes=1,
+    )
+    entry = EngineEntry(
+        schema_version=1,
+        backend="tensorrt-rtx",
+        tensorrt_version="1.7.1",
+        targets=("86", "89"),
+        platform=platform_name(),
+        gpu=None,
+        precision="fp32",
+        capacity=64,
+        profiles=default_profiles(64, 1),
+        plugins=PluginLibrary(sha256=HASH, source_hash="0"),
+        graphs={"model": graph},
+    )
+    return record(Bundle(directory, manifest), entry)
+
+
+def record(bundle: Bundle, entry: EngineEntry) -> Bundle:
+    """Write an entry in both places."""
+    (bundle.directory / ENGINES / NAME / ENGINE_FILE).write_text(entry.model_dump_json())
+    write_manifest(bundle.directory, bundle.manifest.model_copy(update={"engines": {NAME: entry}}))
+    return open_bundle(bundle.directory)
+
+
+def changed(bundle: Bundle, **fields: Any) -> tuple[Bundle, EngineEntry]:
+    entry = bundle.manifest.engines[NAME].model_copy(update=fields)
+    return record(bundle, entry), entry
+
+
+def test_no_difference(bundle: Bundle) -> None:
+    assert difference(bundle, NAME, bundle.manifest.engines[NAME], MACHINE, COMMAND) is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "message"),
+    [
+        ({"tensorrt_version": "1.8.0"}, r"tensorrt_version differs\n  expected 1.7.1, found 1.8.0\n  gsx build OUT"),
+        (
+            {"platform": "win32-amd64"},
+            rf"platform differs\n  expected {platform_name()}, found win32-amd64\n  gsx build",
+        ),
+        (
+            {"gpu": "H200", "capability": "90"},
+            r"do not include this GPU \(H200\)\n  expected 9.0, found 8.6, 8.9\n  gsx build OUT .* --target 9.0",
+        ),
+        (
+            {"plugins_sha256": "cd" * 32},
+            r"the plugin library differs\n  expected sha256 abababababab..., found cdcdcdcdcdcd...\n  gsx build OUT",
+        ),
+        (
+            {"plugins_sha256": None},
+            r"the plugin library differs\n  expected sha256 abababababab..., found no plugin library\n  gsx plugins",
+        ),
+    ],
+)
+def test_another_machine(bundle: Bundle, machine: dict[str, Any], message: str) -> None:
+    problem = difference(bundle, NAME, bundle.manifest.engines[NAME], replace(MACHINE, **machine), COMMAND)
+    with pytest.raises(EngineError, match=message):
+        raise problem if problem else AssertionError("no difference was found")
+
+
+def test_an_engine_of_one_gpu_model(bundle: Bundle) -> None:
+    opened, entry = changed(bundle, gpu="GeForce RTX 4090")
+    problem = difference(opened, NAME, entry, MACHINE, COMMAND)
+    assert "gpu differs\n  expected GeForce RTX 4090, found GeForce\n" in str(problem)
+
+
+def test_engines_of_a_bundle_that_was_exported_again(bundle: Bundle) -> None:
+    graph = bundle.manifest.engines[NAME].graphs["model"]
+    for field, what in (("graph_sha256", "model.onnx sha256"), ("weights_sha256", "weights of model")):
+        opened, entry = changed(bundle, graphs={"model": graph.model_copy(update={field: "1" * 64})})
+        problem = difference(opened, NAME, entry, MACHINE, COMMAND)
+        assert f"{what} differs" in str(problem)
+        assert "found 111111111111" in str(problem)
+        assert COMMAND in str(problem)
+
+
+@pytest.mark.parametrize("text", [None, "{", json.dumps({"backend": "tensorrt"})])
+def test_a_record_that_was_edited(bundle: Bundle, text: str | None) -> None:
+    path = bundle.directory / ENGINES / NAME / ENGINE_FILE
+    if text is None:
+        path.unlink()
+    else:
+        path.write_text(text)
+    problem = difference(bundle, NAME, bundle.manifest.engines[NAME], MACHINE, COMMAND)
+    assert "engine.json does not match gsx.json" in str(problem)
+    assert COMMAND in str(problem)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"engin", r"is not whole\n  expected 6 bytes, found 5 bytes\n"),
+        (None, r"is not whole\n  expected 6 bytes, found no such file\n"),
+        (b"ENGINE", r"sha256 differs\n  expected 4ea5d5c3b5c2..., found [0-9a-f]{12}\.\.\.\n  .*gsx build OUT"),
+    ],
+)
+def test_a_file_that_is_not_the_engine(bundle: Bundle, content: bytes | None, message: str) -> None:
+    engines = EngineSet(bundle.directory / ENGINES / NAME, bundle.manifest.engines[NAME], None)
+    path = engines.directory / "model.engine"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(EngineError, match=message):
+        read_engine(engines, "model", COMMAND)
+
+
+def test_an_engine_for_a_graph_that_has_none(bundle: Bundle) -> None:
+    engines = EngineSet(bundle.directory / ENGINES / NAME, bundle.manifest.engines[NAME], None)
+    with pytest.raises(EngineError, match=r"have no draft\n  found model\n  gsx build OUT"):
+        read_engine(engines, "draft", COMMAND)
+
+
+def test_a_bundle_without_engines(tiny_bundle: Path) -> None:
+    with pytest.raises(EngineError, match=r"has no engines for tensorrt-rtx\n  found none\n  gsx build .*tensorrt-rtx"):
+        open_runner(open_bundle(tiny_bundle), backend="tensorrt-rtx")
+
+
+@pytest.mark.skipif(cuda.device() is not None, reason="there is a GPU here")
+def test_a_machine_without_a_gpu(bundle: Bundle) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
+    with pytest.raises(EngineError, match=r"no NVIDIA GPU can be used\n.*\n.*ONNX Runtime runs the bundle"):
+        open_runner(bundle, backend="tensorrt-rtx")
