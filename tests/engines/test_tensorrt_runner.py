@@ -158,7 +158,7 @@ def test_logits_and_choices_equal_portable_ones(pair: Pair) -> None:
         for runner, cache in zip((pair.portable, pair.runner), caches, strict=True):
             outputs.append(runner.step(cache, ids, select, counts=counts, logits="all"))
             if back is not None:
-                cache.roll_back(np.full(batch, back))
+                cache.roll_back([back] * batch)
         for row, count in enumerate(counts):
             np.testing.assert_allclose(outputs[1].logits[row, :count], outputs[0].logits[row, :count], atol=LOGITS_ATOL)
         assert outputs[1].logits.dtype == np.float32
