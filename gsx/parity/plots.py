@@ -108,9 +108,10 @@ def combined(report: Report, path: Path) -> None:
 
 def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
     """Three panels: states, keys, values; a line a budget."""
-    limit = min(report.tolerances.relative_limit(result.rounding) for result in report.results)
+    limits = [report.tolerances.relative_limit(result.rounding) for result in report.results]
+    limit = min((one for one in limits if one is not None), default=None)
     shades = _shades(report)
-    floor = limit
+    floor, top = (1.0, 1.0) if limit is None else (limit, limit)
     for axis, name in zip(axes, ("states", "keys", "values"), strict=True):
         for result, colour in zip(report.results, shades, strict=True):
             values = [max(one.max_relative, 1e-9) if one.usable else np.nan for one in getattr(result.windows, name)]
@@ -124,15 +125,17 @@ def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
                 color=colour,
                 label=f"{result.budget:g}",
             )
-        axis.axhline(limit, color=_ORANGE, linewidth=1, linestyle="--")
+        if limit is not None:
+            axis.axhline(limit, color=_ORANGE, linewidth=1, linestyle="--")
         axis.set_yscale("log")
         axis.set_title(f"{name}: error by layer")
         axis.set_xlabel("layer")
         _whole_numbers(axis, len(report.results[0].kept))
     for axis in axes:
-        axis.set_ylim(10 ** (np.floor(np.log10(floor)) - 1), limit * 4)
+        axis.set_ylim(10 ** (np.floor(np.log10(floor)) - 1), top * 4)
     axes[0].set_ylabel("error over scale")
-    axes[0].text(0, limit * 1.25, "limit", color=_ORANGE, fontsize=8)
+    if limit is not None:
+        axes[0].text(0, limit * 1.25, "limit", color=_ORANGE, fontsize=8)
     if len(report.results) > 1:
         axes[-1].legend(
             title="budget", fontsize=7, title_fontsize=7, columnspacing=1, handlelength=1.2, loc="lower center", ncols=5
