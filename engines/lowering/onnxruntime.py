@@ -27,7 +27,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.manifest import DecoderShape, Manifest
-from engines.lowering.quantized import fuse_products
+from engines.lowering.quantized import fuse_products, weights_inside
 from engines.lowering.regions import CHOICES, find_regions, size_name, wrap
 
 CONTRIB = "com.microsoft"
@@ -88,6 +88,7 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range) -> Lower
         _attend_and_append(graph, manifest)
     _name_capacity(graph)
     _regions(graph, layers)
+    weights_inside(graph)
     _kept_output(graph)
     _thresholds_inside(graph)
     _drop_defaults(graph)

@@ -47,5 +47,26 @@ def fuse_products(graph: onnx.GraphProto) -> int:
     return count
 
 
+def weights_inside(graph: onnx.GraphProto) -> int:
+    """Weights that are dequantized inside a branch move into it, in place: there ONNX Runtime makes MatMulNBits of them.
+
+    Returns: how many tensors moved.
+    """
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    moved: set[str] = set()
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type != onnx.AttributeProto.GRAPH:
+                continue
+            inside = [one for one in attribute.g.node if one.op_type == "DequantizeLinear"]
+            names = [name for one in inside for name in one.input if name in constants]
+            attribute.g.initializer.extend(constants[name] for name in names)
+            moved.update(names)
+    kept = [tensor for name, tensor in constants.items() if name not in moved]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    return len(moved)
+
+
 def _is_dequantize(node: onnx.NodeProto | None) -> bool:
     return node is not None and node.op_type == "DequantizeLinear"

@@ -202,7 +202,7 @@ def test_layers_have_names(model: Checkpoint, pattern: str, count: int) -> None:
 
 
 def test_a_name_that_names_nothing_is_refused(model: Checkpoint) -> None:
-    with pytest.raises(UsageError, match="no layer is named 'layers.7'") as error:
+    with pytest.raises(UsageError, match=r"no layer is named .layers\.7.") as error:
         named(model.config, ["layers.7"])
     assert "layers.0 to layers.1, each with self_attn.qkv" in error.value.message
 
