@@ -77,6 +77,8 @@ def export(
     """Export a checkpoint to a bundle: calibrated thresholds, ONNX with custom ops, one weights file.
 
     Example: gsx export examples/model --budget 0.7 -o out/demo
+
+    Example: gsx export examples/model --budget 0.7 --int8 --keep-precision auto -o out/int8
     """
     quiet_libraries()
     started = time.monotonic()

@@ -55,6 +55,14 @@ def page_plots(report: Report) -> list[Plot]:
                 _svg((5.2, 2.9), 1, lambda axes: perplexity(report, axes[0])),
             )
         )
+    if report.branches and report.quantization is not None:
+        plots.append(
+            Plot(
+                "Flipped decisions by layer",
+                "Share of tokens that are kept in 8 bits and skipped in full precision, or the reverse, in percent.",
+                _svg((10.2, 2.9), len(report.branches), lambda axes: flips_by_layer(report, axes)),
+            )
+        )
     if report.branches and len(report.results) > 1:
         height = 1.3 + 0.34 * len(report.results)
         plots.append(
@@ -164,6 +172,26 @@ def perplexity(report: Report, axis: Axes) -> None:
     axis.set_xlabel("budget (less is skipped on the left)")
     axis.set_ylabel("perplexity")
     axis.legend(loc="best")
+
+
+def flips_by_layer(report: Report, axes: Sequence[Axes]) -> None:
+    """A panel a branch; a line a budget."""
+    for axis, branch in zip(axes, report.branches, strict=True):
+        for result, colour in zip(report.results, _shades(report), strict=True):
+            shares = [100 * row[BRANCHES.index(branch)] for row in result.quality.flipped]
+            axis.plot(
+                range(len(shares)),
+                shares,
+                marker="o",
+                markersize=3,
+                linewidth=1,
+                color=colour,
+                label=f"{result.budget:g}",
+            )
+        axis.set_title(f"{_BRANCH_WORDS[branch]}: decisions flipped, percent")
+        axis.set_xlabel("layer")
+        _whole_numbers(axis, len(report.results[0].kept))
+    axes[-1].legend(title="budget", fontsize=7, title_fontsize=7)
 
 
 def kept_share(report: Report, axes: Sequence[Axes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -227,11 +228,22 @@ def test_sensitivity_leaves_out_as_few_as_hold(model: Checkpoint, plan: Plan, te
     all_high = choose(simulation, plan, Limits(-1.0, 1.0))  # below what any plan gives
     assert len(all_high.kept) == len(groups)
     assert not all_high.plan.input_scales
-    limits = Limits(10.0, everything.flipped / 2) if everything.flipped else Limits(everything.perplexity_increase / 2)
-    some = choose(simulation, plan, limits)
-    assert 0 < len(some.kept) <= len(groups)
-    assert limits.hold(simulation.cost(some.plan)), "what it gives was measured"
-    assert [name for name, _ in some.ranking[: len(some.kept)]] == list(some.kept), "the dearest first"
+
+
+def test_sensitivity_finds_the_layer_that_spoils_it(model: Checkpoint, plan: Plan, text: TokenText) -> None:
+    """One range is set far too narrow: that layer, and what else the limit needs, is left in full precision."""
+    bad = "layers.0.mlp.down_proj"
+    scale = plan.input_scales[bad]
+    assert scale is not None
+    spoilt = dataclasses.replace(plan, input_scales={**plan.input_scales, bad: scale / 100})
+    simulation = Simulation(model, text, thresholds(0.5), OPTIONS)
+    everything = simulation.cost(spoilt)
+    assert everything.flipped > 0.01
+    limits = Limits(10.0, everything.flipped / 2)
+    found = choose(simulation, spoilt, limits)
+    assert found.kept == ("layers.0.mlp.down",)
+    assert bad not in found.plan.input_scales
+    assert limits.hold(simulation.cost(found.plan)), "what it gives was measured"
 
 
 def test_a_limit_that_does_not_hold_tells_the_nearest_setting(
