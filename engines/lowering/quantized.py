@@ -48,7 +48,7 @@ def fuse_products(graph: onnx.GraphProto) -> int:
 
 
 def weights_inside(graph: onnx.GraphProto) -> int:
-    """Weights that are dequantized inside a branch move into it, in place: there ONNX Runtime makes one product of both.
+    """Weights that are dequantized inside a branch move into it, in place: there ORT makes one product of both.
 
     Returns: how many tensors moved.
     """

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
+from engines.bundle import manifest as schema
 from engines.errors import CheckpointError, GsxError, UsageError
+from exporter.calibration import calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import GateConfig
 from exporter.decoder.layer import DecoderOptions
@@ -28,6 +30,7 @@ from exporter.quantization.smoothing import smooth
 from exporter.quantization.walk import Walk
 from exporter.quantization.watch import statistics
 from exporter.text import TokenText
+from gsx.quantize import Quantize, plan_for
 from tests.tiny import tiny_checkpoint
 
 LAYERS, HIDDEN = 2, 32
@@ -246,21 +249,20 @@ def test_sensitivity_finds_the_layer_that_spoils_it(model: Checkpoint, plan: Pla
     assert limits.hold(simulation.cost(found.plan)), "what it gives was measured"
 
 
-def test_a_limit_that_does_not_hold_tells_the_nearest_setting(
-    model: Checkpoint, text: TokenText, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gsx.quantize import Quantize, plan_for
-
-    wanted = Quantize("int8", max_perplexity_increase=1e-9, max_flipped=1e-9)
-    from engines.bundle import manifest as schema
-
-    table = tuple((0.5, 0.5) for _ in range(LAYERS))
-    grid = (
-        schema.GridPoint(budget=1.0, thresholds=((-np.inf, -np.inf),) * LAYERS, kept_share=1.0, kept=table),
-        schema.GridPoint(budget=0.7, thresholds=table, kept_share=0.7, kept=table),
+def test_a_limit_that_does_not_hold_tells_the_nearest_setting(model: Checkpoint) -> None:
+    text = TokenText(np.random.default_rng(1).integers(3, 97, (6, 96)), "0" * 64, "random ids")
+    points = calibrate(model, text.ids, [1.0, 0.7], OPTIONS)
+    grid = tuple(
+        schema.GridPoint(
+            budget=point.budget,
+            thresholds=tuple((float(a), float(b)) for a, b in point.thresholds),
+            kept_share=point.kept_share,
+            kept=tuple((float(a), float(b)) for a, b in point.kept),
+        )
+        for point in points
     )
     selection = schema.Selection(mode="threshold", budget=0.7, grid=grid)
     with pytest.raises(GsxError) as error:
-        plan_for(model, OPTIONS, wanted, selection, text, lambda *step: None)
+        plan_for(model, OPTIONS, Quantize("fp8", max_flipped=1e-9), selection, text, lambda *step: None)
     assert "most costly: layers." in error.value.message
     assert "--keep-precision layers." in error.value.message
