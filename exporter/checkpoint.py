@@ -68,6 +68,10 @@ class Checkpoint:
         """Shape of a tensor, read from the header alone."""
         return tuple(self._handle(name).get_slice(name).get_shape())
 
+    def stored_type(self, name: str) -> str:
+        """Type of a tensor as safetensors writes it ("F32", "BF16"), read from the header alone."""
+        return str(self._handle(name).get_slice(name).get_dtype())
+
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in the type it is stored in.
 

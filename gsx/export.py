@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +25,12 @@ from exporter.config import KvPolicy, ModelConfig
 from exporter.decoder.layer import DecoderOptions, Selection
 from exporter.graph.assemble import GraphBuilder, Graphs
 from exporter.graph.weights import WeightsFile, write_weights
+from exporter.quantization.qdq import quantize_graphs
 from exporter.text import TokenText, tokenize
 from gsx.draft_search import DraftSearch
 from gsx.graph_files import write_graphs
 from gsx.progress import Progress
+from gsx.quantize import Quantize, plan_for
 
 Precision = Literal["fp32", "fp16", "bf16"]
 _DTYPES: dict[Precision, torch.dtype] = {
@@ -51,6 +54,7 @@ def export(
     calibration: str | Path | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
     draft: str | None = None,
+    quantize: Quantize | None = None,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Bundle:
@@ -69,6 +73,7 @@ def export(
         draft: how to draft for self-speculative decoding: `exit:E`, `budget:B` or `layers:SET` (see
             `engines.speculation.spec.parse_draft`), or `auto` for the exit with the most tokens a second on this
             machine, on the calibration text; None for no draft.
+        quantize: what to run in 8 bits; None for nothing.
         overwrite: replace a bundle that is already at `output`.
         on_progress: called as it goes.
     Raises:
@@ -82,26 +87,37 @@ def export(
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
     options = DecoderOptions(select, kv_policy, _DTYPES[precision])
-    _check_choices(config, budget, kv_policy, calibration)
     exits = _exits(draft, config, options, precision)
     parsed = parse_draft(draft) if draft is not None and draft != "auto" else None
+    reads_text = (config.gate is not None and select == "threshold") or (quantize is not None and quantize.reads_text)
+    _check_choices(config, budget, kv_policy, calibration, reads_text)
+    text = None
+    if reads_text or draft == "auto":
+        text = tokenize(checkpoint, Path(calibration) if calibration else None, max_tokens=calibration_tokens)
     bytes_each = 4 if precision == "fp32" else 2
     needed = checkpoint.weight_bytes() * bytes_each // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
         selection = None
         if config.gate is not None:
-            selection = _selection(checkpoint, options, budget or 1.0, calibration, calibration_tokens, on_progress)
+            selection = _selection(checkpoint, options, budget or 1.0, text, on_progress)
+        plan = quantization = None
+        if quantize is not None:
+            plan, quantization = plan_for(
+                checkpoint, options, quantize, selection, text, lambda *step: on_progress(Progress(*step))
+            )
         on_progress(Progress("tracing", 0, 0))
-        builder = GraphBuilder(checkpoint, options, _default_select(selection))
+        rewrite = None if plan is None else functools.partial(quantize_graphs, plan=plan, dtype=options.dtype)
+        builder = GraphBuilder(checkpoint, options, _default_select(selection), rewrite)
         graphs = builder.graphs(exits[0] if exits else None)
-        weights = write_weights(work / WEIGHTS_FILE, graphs.weights, checkpoint.tensor, _counter(graphs, on_progress))
+        read = plan.checkpoint.tensor if plan is not None else checkpoint.tensor
+        weights = write_weights(work / WEIGHTS_FILE, graphs.weights, read, _counter(graphs, on_progress))
         entries = write_graphs(work, graphs, weights)
         for path in checkpoint.companions():
             shutil.copyfile(path, work / path.name)
         on_progress(Progress("hashing the source weights", 0, 0))
-        manifest = _manifest(checkpoint, options, precision, selection, entries, weights)
+        manifest = _manifest(checkpoint, options, precision, selection, quantization, entries, weights)
         if draft == "auto":
-            text = tokenize(checkpoint, Path(calibration) if calibration else None, max_tokens=calibration_tokens)
+            assert text is not None
             search = DraftSearch(work, manifest, builder, weights, text.ids, on_progress)
             manifest = search.best(exits)
         elif parsed is not None:
@@ -112,13 +128,13 @@ def export(
 
 
 def _check_choices(
-    config: ModelConfig, budget: float | None, kv_policy: KvPolicy, calibration: str | Path | None
+    config: ModelConfig, budget: float | None, kv_policy: KvPolicy, calibration: str | Path | None, reads_text: bool
 ) -> None:
     if config.gate is None:
         for name, given in (
             ("--budget", budget is not None and budget != 1),
             ("--kv-policy copy", kv_policy == "copy"),
-            ("--calibration", calibration is not None),
+            ("--calibration", calibration is not None and not reads_text),
         ):
             if given:
                 raise UsageError(
@@ -156,13 +172,12 @@ def _selection(
     checkpoint: Checkpoint,
     options: DecoderOptions,
     budget: float,
-    calibration: str | Path | None,
-    calibration_tokens: int,
+    text: TokenText | None,
     on_progress: Callable[[Progress], None],
 ) -> schema.Selection:
     if options.selection == "rank":
         return schema.Selection(mode="rank", budget=budget)
-    text = tokenize(checkpoint, Path(calibration) if calibration else None, max_tokens=calibration_tokens)
+    assert text is not None
     grid = grid_with(budget)
     points = calibrate(
         checkpoint,
@@ -221,6 +236,7 @@ def _manifest(
     options: DecoderOptions,
     precision: Precision,
     selection: schema.Selection | None,
+    quantization: schema.Quantization | None,
     graphs: Mapping[str, schema.GraphEntry],
     weights: WeightsFile,
 ) -> schema.Manifest:
@@ -252,6 +268,7 @@ def _manifest(
         selection=selection,
         kv_policy=options.kv_policy,
         precision=precision,
+        quantization=quantization,
         graphs=graphs,
         weights=schema.WeightsEntry(file=WEIGHTS_FILE, sha256=weights.sha256, size_bytes=weights.size_bytes),
     )

@@ -40,6 +40,7 @@ from gsx.parity.measure import (
     runner_logits,
 )
 from gsx.parity.page import page
+from gsx.parity.quality import QUANTIZED, QualityCounter, QualityLimits
 from gsx.parity.report import TOLERANCES, BudgetResult, KeepMap, Report, Tolerances
 from gsx.parity.speculation import SpeculationSide
 from gsx.progress import Progress
@@ -68,6 +69,7 @@ def verify(
     budgets: Sequence[float] | None = None,
     greedy_tokens: int = DEFAULT_GREEDY_TOKENS,
     backend: Backend = "onnxruntime",
+    quality: QualityLimits | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Report:
     """Compare a bundle with the reference, and write `parity.json` and `parity.html` into it.
@@ -80,6 +82,8 @@ def verify(
         budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
         greedy_tokens: length of the greedy continuation.
         backend: the runtime whose runner is compared beside the portable one of ONNX Runtime.
+        quality: limits against full precision; what it leaves open is 0.01 for perplexity and decisions of a quantized
+            bundle, and only reported otherwise.
         on_progress: called as it goes.
     Returns: the report; `report.passed` is the verdict.
     Raises:
@@ -110,6 +114,8 @@ def verify(
         weights_sha256=manifest.source.weights_sha256,
         family=manifest.decoder.family,
         precision=manifest.precision,
+        quantization=manifest.quantization.scheme if manifest.quantization else None,
+        quality_limits=(quality or QualityLimits()).over(QUANTIZED if manifest.quantization else QualityLimits()),
         reference_precision=str(run.reference_type).removeprefix("torch."),
         select=manifest.selection.mode if manifest.selection else None,
         exported_budget=manifest.selection.budget if manifest.selection else 1.0,
@@ -152,7 +158,7 @@ class _Run:
         on_progress: Callable[[Progress], None],
     ) -> None:
         self.manifest = bundle.manifest
-        self.limits: Tolerances = TOLERANCES[self.manifest.precision]
+        self.limits: Tolerances = TOLERANCES["quantized" if self.manifest.quantization else self.manifest.precision]
         self.windows = windows
         self.reference_type = _reference_type(checkpoint, self.manifest.precision)
         self.reference = Reference.load(checkpoint, dtype=self.reference_type)
@@ -188,6 +194,8 @@ class _Run:
         full, rounding = self._comparer(), self._comparer()
         fast, wrong_counts = Accumulator(), 0
         kept: list[np.ndarray] = []
+        branches = [BRANCHES.index(branch) for branch in self._branches]
+        quality = QualityCounter(branches)
         reference_loss: list[np.ndarray] = []
         engine_loss: list[np.ndarray] = []
         first: Observation | None = None
@@ -202,6 +210,7 @@ class _Run:
             kept.append(want[0].keep)
             reference_loss.append(losses(want[0].logits, window))
             engine_loss.append(losses(have[0].logits, window))
+            quality.add(want[0], have[0])
             clean, wrong = self._fast(want[0], have[0], ids, select, fast, number)
             wrong_counts += wrong
             if self.speculation is not None:
@@ -220,7 +229,7 @@ class _Run:
             steps = reference_continuation(side, self.windows[:1, :_PROMPT_TOKENS], self.greedy_tokens)
 
         def tolerance(logits: np.ndarray) -> float:
-            return self.limits.logit_limit(float(np.abs(logits).max()), own)
+            return self.limits.logit_limit(float(np.abs(logits).max()), own) or 0.0
 
         greedy = {
             name: follow(runner, steps, select, logit_tolerance=tolerance, near_tie=self.limits.near_tie)
@@ -231,7 +240,6 @@ class _Run:
             self._tell("draft and verify", 0, 0)
             speculation = self.speculation.result(self.windows, budget, first.logits)
         shares = np.concatenate(kept, axis=-1).mean(axis=-1)
-        branches = [BRANCHES.index(branch) for branch in self._branches]
         return BudgetResult(
             budget=budget,
             kept=tuple((float(attn), float(mlp)) for attn, mlp in shares),
@@ -248,6 +256,7 @@ class _Run:
             reference_nats=float(np.concatenate(reference_loss).mean()),
             engine_nats=float(np.concatenate(engine_loss).mean()),
             scored_tokens=sum(loss.size for loss in reference_loss),
+            quality=quality.result(),
         )
 
     def _cached(self, want: Observation, select: np.ndarray | None) -> tuple[Compared, Compared]:
@@ -310,7 +319,7 @@ class _Run:
         found: Accumulator,
         window: int,
     ) -> tuple[np.ndarray, int]:
-        """Compare the fast runner's logits over a window.
+        """Compare the fast runner's logits over a window, of a quantized bundle with the portable runner's.
 
         It does not say which rows it kept, only how many. Where decisions may turn, what follows the first one
         that did (in half precision: for the portable runner) or could have (in single) is left out.
@@ -320,16 +329,17 @@ class _Run:
         assert want.margins is not None
         logits, counts = runner_logits(self.runners["fast"], ids, select)
         clean = np.ones(want.tokens, bool)
+        base = want if self.limits.runners is None else portable
         places = [(layer, BRANCHES.index(branch)) for layer, branch in gated_places(self.manifest)]
-        differ = [] if counts is None else [p for p in places if counts[p] != want.keep[p].sum()]
+        differ = [] if counts is None else [p for p in places if counts[p] != base.keep[p].sum()]
         if self.limits.differing_share is None:
             turned = (want.margins <= self.limits.near_tie) if differ else np.zeros_like(want.keep)
         else:
-            turned = portable.keep != want.keep
+            turned = portable.keep != base.keep
         turned_at = np.flatnonzero(turned.any(axis=(0, 1)))
         if len(turned_at):
             clean[turned_at[0] if self.causal else 0 :] = False
-        found.add(want.logits, logits[0], clean, window)
+        found.add(base.logits, logits[0], clean, window)
         return clean, 0 if len(turned_at) else len(differ)
 
     def _halves(

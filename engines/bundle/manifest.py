@@ -137,6 +137,27 @@ class Selection(_Model):
         return _array(point.thresholds)
 
 
+class Quantization(_Model):
+    """What runs in 8 bits.
+
+    Args:
+        scheme: `int8` and `fp8` (E4M3) for weights and activations, `int8-weights` for weights alone. Weights have a
+            scale for each output channel, activations one for the tensor; zero-points are 0.
+        smoothing: SmoothQuant's alpha; 0: none.
+        products: quantized matrix products of the graph `model`.
+        kept_high: linear layers that were left in full precision, besides gates, embedding and head.
+        budget: at which the ranges of activations were found; null for weights alone and without gates.
+        calibration: the text that they were found on; null for weights alone.
+    """
+
+    scheme: Literal["int8", "int8-weights", "fp8"]
+    smoothing: float
+    products: int
+    kept_high: tuple[str, ...]
+    budget: Budget | None
+    calibration: CalibrationText | None
+
+
 class TensorInfo(_Model):
     """An input or output of a graph; a dynamic axis has a name in place of a size."""
 
@@ -323,6 +344,7 @@ class Manifest(_Model):
     selection: Selection | None
     kv_policy: Literal["compute", "copy"]
     precision: Literal["fp32", "fp16", "bf16"]
+    quantization: Quantization | None = None
     graphs: Mapping[str, GraphEntry]
     weights: WeightsEntry
     draft: DraftEntry | None = None

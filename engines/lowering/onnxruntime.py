@@ -8,6 +8,7 @@ What changes against the portable graph (all measured, benchmarks/RESULTS.md):
   Attention costs the whole capacity. Attention of all rows appends K and V itself. Under a gate TensorScatter does
   that for all tokens, and the kept rows attend with an empty new key and their rows of the mask, as a bias: the op's
   own mask is causal from the end, which allows at least what a kept row may see;
+- products in 8 bits are the contrib ops that have fast kernels (`quantized.py`);
 - the nodes of a branch stand inside `If`, which is not entered when no row is kept;
 - final norm and head are a model of their own, which runs on the columns that are asked for, in generation the last
   one, and which the two halves of a split decoder share, so that its weights are in memory once.
@@ -26,6 +27,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.manifest import DecoderShape, Manifest
+from engines.lowering.quantized import fuse_products, weights_inside
 from engines.lowering.regions import CHOICES, find_regions, size_name, wrap
 
 CONTRIB = "com.microsoft"
@@ -75,6 +77,8 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range) -> Lower
     model = onnx.ModelProto()
     model.CopyFrom(portable)
     graph = model.graph
+    if fuse_products(graph):
+        _drop_unread(graph)  # or what was replaced would hold its inputs outside of a branch
     head = _cut_head(model, manifest)
     _lengths(graph)
     if gates_attention(manifest):
@@ -84,6 +88,7 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range) -> Lower
         _attend_and_append(graph, manifest)
     _name_capacity(graph)
     _regions(graph, layers)
+    weights_inside(graph)
     _kept_output(graph)
     _thresholds_inside(graph)
     _drop_defaults(graph)

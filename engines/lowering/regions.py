@@ -64,6 +64,15 @@ def find_regions(graph: onnx.GraphProto, internal_outputs: Iterable[str] = ()) -
             if not leaving:
                 break
             members -= leaving
+        # Weights that are dequantized for this branch alone: ONNX Runtime makes one product of the two where they stand
+        # in one graph.
+        members |= {
+            number
+            for number in {producer[name] for m in members for name in nodes[m].input if name in producer}
+            if nodes[number].op_type == "DequantizeLinear"
+            and nodes[number].input[0] not in producer
+            and all(c in members for name in nodes[number].output for c in consumers.get(name, []))
+        }
         regions.append(Region(choice, [nodes[n] for n in sorted(members - {end})], add))
     return regions
 

@@ -1,7 +1,7 @@
 """ONNX Runtime at its best: the lowered graph, with the K/V cache in place.
 
-One sequence without padding runs lowered (`engines/lowering/onnxruntime.py`). Batches, half precision, and versions
-of ONNX Runtime without the kernels run the portable graph.
+One sequence without padding runs lowered (`engines/lowering/onnxruntime.py`). Batches, half precision, FP8 (which a CPU
+has no products for), and versions of ONNX Runtime without the kernels run the portable graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,15 @@ from engines.errors import BundleError
 from engines.lowering import onnxruntime as lowering
 from engines.lowering.probe import is_supported
 from engines.runners.base import Call, ExitState, Logits, StageOutput
-from engines.runners.portable import EXIT_STATE, KeptTable, PortableStage, gated_places, layers_of, open_session
+from engines.runners.portable import (
+    EXIT_STATE,
+    KeptTable,
+    PortableStage,
+    gated_places,
+    layers_of,
+    open_session,
+    session_config,
+)
 
 
 class _Bound:
@@ -129,7 +137,8 @@ class OnnxRuntimeStage:
 
     def new_memory(self, batch: int, capacity: int) -> Any:
         """See `Stage`: one sequence in float32 runs lowered, with its K/V in place."""
-        lowered = batch == 1 and self.manifest.precision == "fp32"
+        fp8 = self.manifest.quantization is not None and self.manifest.quantization.scheme == "fp8"
+        lowered = batch == 1 and self.manifest.precision == "fp32" and not fp8
         if not (lowered and is_supported(self.manifest.decoder.head_dim)):
             if self._portable is None:
                 self._portable = PortableStage(self._bundle, self._graph, threads=self._threads)
@@ -198,4 +207,5 @@ class OnnxRuntimeStage:
         return self._body, self._head
 
     def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
-        return open_session(model.SerializeToString(), self._bundle.directory, self._threads)
+        config = session_config(self.manifest)
+        return open_session(model.SerializeToString(), self._bundle.directory, self._threads, config)

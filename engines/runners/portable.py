@@ -6,7 +6,7 @@ inside the graph. It copies the K/V cache at every call: `onnxruntime.py` is the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class PortableStage:
         self._kept = [f"layers.{layer}.{branch}.count" for layer, branch in places]
         for name in dict.fromkeys([*self._kept, *capture]):
             model.graph.output.append(onnx.ValueInfoProto(name=name))
-        self._session = open_session(model.SerializeToString(), bundle.directory, threads)
+        config = session_config(self.manifest)
+        self._session = open_session(model.SerializeToString(), bundle.directory, threads, config)
 
     def new_memory(self, batch: int, capacity: int) -> dict[str, np.ndarray]:
         """K and V by name, [B, kv heads, T, D]: as long as they must be, and new after every call."""
@@ -195,9 +196,26 @@ def host_type(precision: str) -> np.dtype[Any]:
     return dtype
 
 
-def open_session(model: bytes, directory: Path, threads: int | None) -> ort.InferenceSession:
+def session_config(manifest: Manifest) -> Mapping[str, str]:
+    """Session configuration that a graph needs on ONNX Runtime, or runs faster with.
+
+    FP8: its rewriting of Q/DQ picks kernels that have no FP8, and the session does not load. INT8 weights alone become
+    MatMulNBits; blocks of 128 were the fastest of those tried in decoding and in prefill (docs/quantization.md).
+    """
+    scheme = manifest.quantization.scheme if manifest.quantization else None
+    if scheme == "fp8":
+        return {"session.disable_quant_qdq": "1"}
+    if scheme == "int8-weights":
+        return {"session.qdq_matmulnbits_block_size": "128"}
+    return {}
+
+
+def open_session(
+    model: bytes, directory: Path, threads: int | None, config: Mapping[str, str] | None = None
+) -> ort.InferenceSession:
     """An ONNX Runtime session of a model whose external data lies in a directory.
 
+    Args: config: entries of the session's configuration (`session_config`).
     Raises:
         BundleError: ONNX Runtime refuses the model.
     """
@@ -209,6 +227,8 @@ def open_session(model: bytes, directory: Path, threads: int | None) -> ort.Infe
     if threads is not None:
         options.intra_op_num_threads = threads
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
+    for name, value in (config or {}).items():
+        options.add_session_config_entry(name, value)
     try:
         return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the bindings raise many kinds, all about this model

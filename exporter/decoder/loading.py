@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from exporter.checkpoint import Checkpoint
-from exporter.decoder.ends import Entry
+from exporter.decoder.ends import Entry, Exit
 from exporter.decoder.layer import DecoderLayer, DecoderOptions
 
 _LINEAR = ("_proj.weight", "_gate.weight", "lm_head.weight")
@@ -58,6 +58,14 @@ def load_entry(checkpoint: Checkpoint, options: DecoderOptions) -> Entry:
         entry = Entry(checkpoint.hf_config, checkpoint.config, options)
     _fill(entry, checkpoint, "")
     return entry
+
+
+def load_exit(checkpoint: Checkpoint, options: DecoderOptions) -> Exit:
+    """The final norm and the head."""
+    with torch.device("meta"):
+        leave = Exit(checkpoint.config, options)
+    _fill(leave, checkpoint, "")
+    return leave
 
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:

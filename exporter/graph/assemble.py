@@ -7,7 +7,7 @@ Inputs and outputs are those of docs/design.md, section 6.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,10 +66,18 @@ class GraphBuilder:
         checkpoint: its configuration is read, no weight is.
         options: selection, K/V policy, type.
         default_select: exported value of `thresholds` [L, 2] or `budget` [], float32; None without gates.
+        rewrite: what is made of the graphs before they are handed out (quantization).
     """
 
-    def __init__(self, checkpoint: Checkpoint, options: DecoderOptions, default_select: np.ndarray | None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: DecoderOptions,
+        default_select: np.ndarray | None,
+        rewrite: Callable[[Graphs], Graphs] | None = None,
+    ) -> None:
         self.checkpoint, self.options, self.default_select = checkpoint, options, default_select
+        self.rewrite = rewrite
         self.config = config = checkpoint.config
         with torch.device("meta"):
             entry = Entry(checkpoint.hf_config, config, options)
@@ -95,7 +103,8 @@ class GraphBuilder:
             spans |= {"draft": range(exit_layer), "verify": range(exit_layer, depth)}
         layouts = {name: self._decoder(f"gsx_{name}", layers) for name, layers in spans.items()}
         parameters = dict.fromkeys(name for _, used in layouts.values() for name in used)
-        return Graphs({name: model for name, (model, _) in layouts.items()}, self._weights(parameters))
+        graphs = Graphs({name: model for name, (model, _) in layouts.items()}, self._weights(parameters))
+        return graphs if self.rewrite is None else self.rewrite(graphs)
 
     def _decoder(self, name: str, layers: range) -> tuple[onnx.ModelProto, list[str]]:
         """A graph of some consecutive layers with final norm and head, and the parameters that it reads.

@@ -24,6 +24,8 @@ ONNX_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
+    torch.int8: onnx.TensorProto.INT8,
+    torch.float8_e4m3fn: onnx.TensorProto.FLOAT8E4M3FN,
 }
 
 
@@ -36,12 +38,14 @@ class Weight:
         source: name in the checkpoint.
         transpose: whether it is a linear weight, [out, in] there and [in, out] here.
         dtype: type to store it in.
+        encode: what is made of it before it is stored (float32, laid out as here); None: nothing.
     """
 
     name: str
     source: str
     transpose: bool
     dtype: torch.dtype
+    encode: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass
@@ -71,9 +75,12 @@ def write_weights(
     digest = hashlib.sha256()
     with path.open("wb") as stream:
         for weight in weights:
-            tensor = read(weight.source).to(weight.dtype)
+            tensor = read(weight.source)
             if weight.transpose:
                 tensor = tensor.t()
+            if weight.encode is not None:
+                tensor = weight.encode(tensor.to(torch.float32))
+            tensor = tensor.to(weight.dtype)
             data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
             offset = _pad(stream, digest, data.nbytes)
             stream.write(data)

@@ -51,24 +51,68 @@ def export(
             show_default="none",
         ),
     ] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Run the large products in INT8.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Run the large products in FP8 (E4M3), for GPUs.")] = False,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="With --int8: weights alone; activations stay as they are.")
+    ] = False,
+    keep_precision: Annotated[
+        str | None,
+        typer.Option(help="Layers to leave out of INT8 or FP8: auto (by measurement), or names with commas."),
+    ] = None,
+    max_perplexity_increase: Annotated[
+        float | None,
+        typer.Option(help="Quality limit of INT8 or FP8, relative.", show_default="0.01 with --keep-precision auto"),
+    ] = None,
+    max_flipped: Annotated[
+        float | None,
+        typer.Option(
+            help="Limit of the share of decisions that INT8 or FP8 turns.",
+            show_default="0.01 with --keep-precision auto",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Export a checkpoint to a bundle: calibrated thresholds, ONNX with custom ops, one weights file.
 
     Example: gsx export examples/model --budget 0.7 -o out/demo
+
+    Example: gsx export examples/model --budget 0.7 --int8 --keep-precision auto -o out/int8
     """
     quiet_libraries()
     started = time.monotonic()
     target = output if output is not None else default_output(model)
     if calibration_tokens is not None and calibration_tokens < 1:
         raise typer.BadParameter(f"{calibration_tokens} is not a positive number", param_hint="--calibration-tokens")
+    if int8 and fp8:
+        raise typer.BadParameter("a graph has one of the two", param_hint="--int8 --fp8")
+    if weights_only and not int8:
+        raise typer.BadParameter("belongs to --int8", param_hint="--weights-only")
+    for name, given in (
+        ("--keep-precision", keep_precision),
+        ("--max-perplexity-increase", max_perplexity_increase),
+        ("--max-flipped", max_flipped),
+    ):
+        if given is not None and not (int8 or fp8):
+            raise typer.BadParameter("belongs to --int8 or --fp8", param_hint=name)
     with ProgressLine() as line:
         line.update("starting")
         with loading():
             from exporter.calibration import DEFAULT_TOKENS
+            from exporter.quantization.statistics import default_cache
             from gsx.export import export as export_bundle
+            from gsx.quantize import Quantize
 
+        quantize = None
+        if int8 or fp8:
+            quantize = Quantize(
+                "fp8" if fp8 else "int8-weights" if weights_only else "int8",
+                keep_precision=tuple(filter(None, (keep_precision or "").split(","))),
+                max_perplexity_increase=max_perplexity_increase,
+                max_flipped=max_flipped,
+                cache=default_cache(),
+            )
         bundle = export_bundle(
             model,
             target,
@@ -79,6 +123,7 @@ def export(
             calibration=calibration,
             calibration_tokens=calibration_tokens if calibration_tokens is not None else DEFAULT_TOKENS,
             draft=draft,
+            quantize=quantize,
             overwrite=overwrite,
             on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
         )
@@ -109,6 +154,8 @@ def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "precision": manifest.precision,
         "select": selection.mode if selection else None,
         "kv_policy": manifest.kv_policy,
+        "quantization": manifest.quantization.scheme if manifest.quantization else None,
+        "kept_high": list(manifest.quantization.kept_high) if manifest.quantization else None,
         "budget": selection.budget if selection else None,
         "kept_share": kept,
         "draft": _draft_of(manifest.draft) if manifest.draft else None,
@@ -134,6 +181,13 @@ def _print(summary: dict[str, Any]) -> None:
         )
     if summary["draft"] is not None:
         _print_draft(summary["draft"])
+    if summary["quantization"] is not None:
+        kept = (
+            f", {len(summary['kept_high'])} linear layers left in {summary['precision']}"
+            if summary["kept_high"]
+            else ""
+        )
+        console.print(f"{summary['quantization']} products{kept}")
     rows = [(name, size(count)) for name, count in summary["files"].items()]
     console.print(table(None, ("file", "size"), rows, right=1))
     console.print(f"next: gsx verify {summary['bundle']}")

@@ -38,6 +38,20 @@ def verify(
         Literal["onnxruntime", "tensorrt", "tensorrt-rtx"],
         typer.Option(help="The runtime to prove; TensorRT runs what gsx build made, on a GPU."),
     ] = "onnxruntime",
+    max_perplexity_increase: Annotated[
+        float | None,
+        typer.Option(help="Relative limit against full precision.", show_default="0.01 for INT8 and FP8"),
+    ] = None,
+    max_flipped: Annotated[
+        float | None,
+        typer.Option(help="Share of decisions that may differ from full precision.", show_default="the same"),
+    ] = None,
+    max_divergence: Annotated[
+        float | None, typer.Option(help="Limit of the next-token distribution's KL divergence, in nats.")
+    ] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(help="Share of tokens whose most likely next token must be the same.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Prove that a bundle computes what PyTorch computes; exit code 1 where a check fails.
@@ -50,6 +64,7 @@ def verify(
     with ProgressLine() as line:
         line.update("starting")
         with loading():
+            from gsx.parity.quality import QualityLimits
             from gsx.verify import DEFAULT_GREEDY_TOKENS, DEFAULT_TOKENS
             from gsx.verify import verify as verify_bundle
 
@@ -60,6 +75,7 @@ def verify(
             tokens=DEFAULT_TOKENS if tokens is None else tokens,
             greedy_tokens=DEFAULT_GREEDY_TOKENS if greedy_tokens is None else greedy_tokens,
             backend=backend,
+            quality=QualityLimits(max_perplexity_increase, max_flipped, max_divergence, min_top1),
             on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
         )
     if as_json:
@@ -90,10 +106,12 @@ def _print(report: Report, bundle: Path) -> None:
         columns, checks = columns[:-1], [row[:-1] for row in checks]  # type: ignore[misc]
     console.print(table("engine against PyTorch", columns, checks))
     budgets = [
-        (row.budget, row.kept, row.reference_perplexity, row.engine_perplexity, row.decisions, row.tokens)
+        (row.budget, row.kept, row.reference_perplexity, row.engine_perplexity, row.decisions, row.quality, row.tokens)
         for row in report.budget_rows()
     ]
-    console.print(table(None, ("budget", "kept", "perplexity", "engine's", "decisions", "greedy tokens"), budgets))
+    console.print(
+        table(None, ("budget", "kept", "perplexity", "engine's", "decisions", "quality", "greedy tokens"), budgets)
+    )
     for note in report.notes:
         console.print(note)
     console.print(f"{'passed' if report.passed else 'FAILED'}: {bundle / 'parity.html'} shows it")

@@ -55,6 +55,14 @@ def page_plots(report: Report) -> list[Plot]:
                 _svg((5.2, 2.9), 1, lambda axes: perplexity(report, axes[0])),
             )
         )
+    if report.branches and report.quantization is not None:
+        plots.append(
+            Plot(
+                "Flipped decisions by layer",
+                "Share of tokens that are kept in 8 bits and skipped in full precision, or the reverse, in percent.",
+                _svg((10.2, 2.9), len(report.branches), lambda axes: flips_by_layer(report, axes)),
+            )
+        )
     if report.branches and len(report.results) > 1:
         height = 1.3 + 0.34 * len(report.results)
         plots.append(
@@ -108,9 +116,10 @@ def combined(report: Report, path: Path) -> None:
 
 def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
     """Three panels: states, keys, values; a line a budget."""
-    limit = min(report.tolerances.relative_limit(result.rounding) for result in report.results)
+    limits = [report.tolerances.relative_limit(result.rounding) for result in report.results]
+    limit = min((one for one in limits if one is not None), default=None)
     shades = _shades(report)
-    floor = limit
+    floor, top = (1.0, 1.0) if limit is None else (limit, limit)
     for axis, name in zip(axes, ("states", "keys", "values"), strict=True):
         for result, colour in zip(report.results, shades, strict=True):
             values = [max(one.max_relative, 1e-9) if one.usable else np.nan for one in getattr(result.windows, name)]
@@ -124,15 +133,17 @@ def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
                 color=colour,
                 label=f"{result.budget:g}",
             )
-        axis.axhline(limit, color=_ORANGE, linewidth=1, linestyle="--")
+        if limit is not None:
+            axis.axhline(limit, color=_ORANGE, linewidth=1, linestyle="--")
         axis.set_yscale("log")
         axis.set_title(f"{name}: error by layer")
         axis.set_xlabel("layer")
         _whole_numbers(axis, len(report.results[0].kept))
     for axis in axes:
-        axis.set_ylim(10 ** (np.floor(np.log10(floor)) - 1), limit * 4)
+        axis.set_ylim(10 ** (np.floor(np.log10(floor)) - 1), top * 4)
     axes[0].set_ylabel("error over scale")
-    axes[0].text(0, limit * 1.25, "limit", color=_ORANGE, fontsize=8)
+    if limit is not None:
+        axes[0].text(0, limit * 1.25, "limit", color=_ORANGE, fontsize=8)
     if len(report.results) > 1:
         axes[-1].legend(
             title="budget", fontsize=7, title_fontsize=7, columnspacing=1, handlelength=1.2, loc="lower center", ncols=5
@@ -161,6 +172,26 @@ def perplexity(report: Report, axis: Axes) -> None:
     axis.set_xlabel("budget (less is skipped on the left)")
     axis.set_ylabel("perplexity")
     axis.legend(loc="best")
+
+
+def flips_by_layer(report: Report, axes: Sequence[Axes]) -> None:
+    """A panel a branch; a line a budget."""
+    for axis, branch in zip(axes, report.branches, strict=True):
+        for result, colour in zip(report.results, _shades(report), strict=True):
+            shares = [100 * row[BRANCHES.index(branch)] for row in result.quality.flipped]
+            axis.plot(
+                range(len(shares)),
+                shares,
+                marker="o",
+                markersize=3,
+                linewidth=1,
+                color=colour,
+                label=f"{result.budget:g}",
+            )
+        axis.set_title(f"{_BRANCH_WORDS[branch]}: decisions flipped, percent")
+        axis.set_xlabel("layer")
+        _whole_numbers(axis, len(report.results[0].kept))
+    axes[-1].legend(title="budget", fontsize=7, title_fontsize=7)
 
 
 def kept_share(report: Report, axes: Sequence[Axes]) -> None:

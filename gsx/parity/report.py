@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from gsx.parity.compare import Compared, Comparison
 from gsx.parity.measure import Greedy
+from gsx.parity.quality import Quality, QualityLimits
 from gsx.parity.speculation import SpeculationResult
 
 Verdict = Literal["pass", "fail", "reported"]
@@ -24,33 +25,41 @@ class Tolerances:
     """Limits of one precision.
 
     Args:
-        logits: largest absolute error where logits are of order 1 to 10; in proportion where they are larger.
-        relative: largest error of states, K and V over their own scale (`Comparison.max_relative`).
+        logits: largest absolute error where logits are of order 1 to 10; in proportion where they are larger. None:
+            reported only.
+        relative: largest error of states, K and V over their own scale (`Comparison.max_relative`). None: as well.
         near_tie: a decision may turn when the reference's score is this near to where it turns.
         differing_share: share of decisions that may differ; None: none but near ties.
-        nats: difference of the mean loss per token.
+        nats: difference of the mean loss per token; None: reported only.
+        runners: root mean square of what lies between the two runners' logits, over that of the logits. None: the
+            fast runner is compared with the reference, within `logits`.
         tokens_must_agree: whether greedy tokens are a check, or reported only.
         reason: of the numeric limits.
     """
 
-    logits: float
-    relative: float
+    logits: float | None
+    relative: float | None
     near_tie: float
     differing_share: float | None
-    nats: float
+    nats: float | None
     tokens_must_agree: bool
     reason: str
+    runners: float | None = None
 
-    def logit_limit(self, reference_max: float, rounding: Compared | None = None) -> float:
+    def logit_limit(self, reference_max: float, rounding: Compared | None = None) -> float | None:
         """Limit for logits whose largest is this one: a float's error grows with the float.
 
         Args: rounding: what the reference itself loses in float32, if that was measured.
         """
+        if self.logits is None:
+            return None
         base = self.logits * max(1.0, reference_max / 10)
         return _allowed(base, [] if rounding is None else [rounding.logits.max_abs])
 
-    def relative_limit(self, rounding: Compared | None = None) -> float:
+    def relative_limit(self, rounding: Compared | None = None) -> float | None:
         """Limit for states, K and V."""
+        if self.relative is None:
+            return None
         layers = [] if rounding is None else [*rounding.states, *rounding.keys, *rounding.values]
         return _allowed(self.relative, [one.max_relative for one in layers])
 
@@ -91,6 +100,19 @@ TOLERANCES: Mapping[str, Tolerances] = {
         nats=0.01,
         tokens_must_agree=False,
         reason="half precision: weights and activations rounded to 11 bits, against a float32 reference",
+    ),
+    # Rounding to 8 bits moves everything, so the reference's numbers are no measure: quality is (`quality.py`). The two
+    # runners compute the same integers, but a value that stands between two codes may go either way (a float32 rounding
+    # decides), which is a step of 1/127 of a tensor's range.
+    "quantized": Tolerances(
+        logits=None,
+        relative=None,
+        near_tie=1e-6,
+        differing_share=1.0,
+        nats=None,
+        tokens_must_agree=False,
+        reason="8 bits: what counts is the quality, which has checks of its own",
+        runners=0.05,
     ),
 }
 
@@ -136,6 +158,7 @@ class BudgetRow:
     reference_perplexity: str
     engine_perplexity: str
     decisions: str
+    quality: str
     tokens: str
 
 
@@ -150,11 +173,13 @@ class BudgetResult:
         rounding: the reference in float32 beside itself in float64, over the same; None where it is in float32.
         single_steps, one_chunk: half a stretch, then the rest over the cache; None with rank selection.
         padded: two sequences of different lengths in one batch.
-        fast_logits: logits of the runner that generates, over whole windows; fast_wrong_counts: how often it
-            kept another number of rows than the reference, no decision being a near tie.
+        fast_logits: logits of the runner that generates, over whole windows, against the reference's (quantized:
+            the portable runner's); fast_wrong_counts: how often it kept another number of rows, no decision being
+            a near tie.
         greedy: by runner, "fast" and "portable".
         speculation: of the bundle's draft; None where it has none.
         reference_nats, engine_nats: mean loss per token, over `scored_tokens` tokens.
+        quality: what the engine's arithmetic costs.
     """
 
     budget: float
@@ -172,6 +197,12 @@ class BudgetResult:
     reference_nats: float
     engine_nats: float
     scored_tokens: int
+    quality: Quality
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Of the engine over the reference, relative; below 0 where it fell."""
+        return math.expm1(self.engine_nats - self.reference_nats)
 
 
 @dataclass(frozen=True)
@@ -189,7 +220,9 @@ class Report:
 
     Args:
         bundle: its directory's name; model: the reference, as it was asked for.
-        precision, select, exported_budget, kv_policy: of the bundle; select is None for a dense model.
+        precision, quantization, select, exported_budget, kv_policy: of the bundle; quantization is None in full
+            precision, select for a dense model.
+        quality_limits: hold at budgets from 1 down to the exported one.
         reference_precision: of the reference's weights and activations.
         branches: those with gates.
         text: name of the text; text_sha256: its hash; tokens: how many were read.
@@ -204,6 +237,8 @@ class Report:
     weights_sha256: str
     family: str
     precision: str
+    quantization: str | None
+    quality_limits: QualityLimits
     reference_precision: str
     select: str | None
     exported_budget: float
@@ -222,12 +257,14 @@ class Report:
     @property
     def tolerances(self) -> Tolerances:
         """Limits of the bundle's precision."""
-        return TOLERANCES[self.precision]
+        return TOLERANCES["quantized" if self.quantization else self.precision]
 
     @property
     def checks(self) -> tuple[Check, ...]:
         """Every check at every budget."""
-        checks = [check for result in self.results for check in _checks(result, self.tolerances)]
+        checks = [
+            check for result in self.results for check in _checks(result, self.tolerances, self._quality_limits(result))
+        ]
         if self.default_is_exported is not None:
             once = _Checks(self.exported_budget, self.tolerances, None)
             once.add(
@@ -239,6 +276,10 @@ class Report:
             )
             checks += once.made
         return tuple(checks)
+
+    def _quality_limits(self, result: BudgetResult) -> QualityLimits:
+        """Limits at a budget: below the exported one, which the bundle was not made for, quality is reported only."""
+        return self.quality_limits if result.budget >= self.exported_budget else QualityLimits()
 
     @property
     def passed(self) -> bool:
@@ -281,8 +322,9 @@ class Report:
         }
 
 
-def _checks(result: BudgetResult, limits: Tolerances) -> list[Check]:
+def _checks(result: BudgetResult, limits: Tolerances, quality: QualityLimits) -> list[Check]:
     checks = _Checks(result.budget, limits, result.rounding)
+    checks.quality(result, quality)
     checks.compared("", result.windows)
     difference = abs(result.engine_nats - result.reference_nats)
     decisions = result.windows.decisions
@@ -312,7 +354,14 @@ def _checks(result: BudgetResult, limits: Tolerances) -> list[Check]:
         if compared is not None:
             checks.compared(name + ": ", compared)
     fast = result.fast_logits
-    checks.numbers("fast runner: logits", fast, fast.max_abs, limits.logit_limit(fast.reference_max, result.rounding))
+    if limits.runners is None:
+        checks.numbers(
+            "fast runner: logits", fast, fast.max_abs, limits.logit_limit(fast.reference_max, result.rounding)
+        )
+    else:
+        checks.numbers(
+            "fast runner: logits, off the portable runner's", fast, fast.rms / fast.reference_rms, limits.runners
+        )
     if decisions is not None and limits.differing_share is None:
         checks.add(
             "fast runner: branches with wrong counts",
@@ -339,12 +388,14 @@ class _Checks:
         verdict: Verdict = "reported" if limit is None else "pass" if value <= limit else "fail"
         self.made.append(Check(name, self.budget, value, limit, verdict, detail, reason))
 
-    def numbers(self, name: str, found: Comparison, value: float, limit: float) -> None:
-        """A numeric check; NaN, and nothing to compare, fail."""
+    def numbers(self, name: str, found: Comparison, value: float, limit: float | None) -> None:
+        """A numeric check; NaN, and nothing to compare, fail, also where there is no limit."""
+        if not found.usable:
+            value, limit = math.inf, limit or 0.0
         if found.values == 0:
-            value, detail = math.inf, "nothing was compared"
+            detail = "nothing was compared"
         elif found.not_finite:
-            value, detail = math.inf, f"{found.not_finite} values are not numbers"
+            detail = f"{found.not_finite} values are not numbers"
         else:
             detail = f"{found.worst}"
         self.add(name, value, limit, detail=detail, reason=self.limits.reason)
@@ -375,7 +426,7 @@ class _Checks:
         if limits.differing_share is None:
             reason = f"float32 scores on both sides: only one within {limits.near_tie:g} of its threshold may turn"
             self.add(prefix + "decisions, wrong", len(one.wrong), 0, detail=detail, reason=reason)
-        else:
+        elif limits.runners is None:
             reason = "scores are compared in float32, but of rounded states: few may turn"
             self.add(
                 prefix + "decisions, share that differs",
@@ -384,6 +435,25 @@ class _Checks:
                 detail=detail,
                 reason=reason,
             )
+
+    def quality(self, result: BudgetResult, limits: QualityLimits) -> None:
+        """What the arithmetic costs; reported only where there is no limit."""
+        found = result.quality
+        rows = [
+            ("perplexity, relative increase", result.perplexity_increase, limits.perplexity_increase),
+            ("next-token distribution, KL divergence in nats", found.divergence, limits.divergence),
+            ("next token, share that differs", 1 - found.top1, None if limits.top1 is None else 1 - limits.top1),
+        ]
+        if found.flipped_share is not None:
+            rows.append(("decisions, share that flipped", found.flipped_share, limits.flipped))
+        for name, value, limit in rows:
+            detail = f"{math.exp(result.reference_nats):.4f} and {math.exp(result.engine_nats):.4f}"
+            if name.startswith("decisions"):
+                layer, branch, share = found.most_flipped
+                detail = f"most in layer {layer}, {branch}: {share:.2%}"
+            elif not name.startswith("perplexity"):
+                detail = f"over {result.scored_tokens} tokens"
+            self.add(name, value, limit, detail=detail, reason="the quality that was asked for, against full precision")
 
     def greedy(self, name: str, found: Greedy) -> None:
         detail = f"of {found.tokens}"
@@ -412,7 +482,8 @@ class _Checks:
             reference_max = max(reference_max, logits.reference_max)
             limit = self.limits.logit_limit(logits.reference_max, self.rounding)
             self.numbers(f"{name}: logits", logits, logits.max_abs, limit)
-        near = self.limits.logit_limit(reference_max, self.rounding)
+        # Two runs of one quantized engine differ as its two runners do.
+        near = self.limits.logit_limit(reference_max, self.rounding) or (self.limits.runners or 0.0) * reference_max
         for name, texts in (("greedy", found.greedy), ("sampled", found.sampled)):
             wrong = [one for one in texts.mismatches if one.lead > near]
             detail = f"{texts.continuations} continuations, {texts.tokens:,} tokens, draft {found.draft}"
@@ -466,6 +537,8 @@ def _budget_row(result: BudgetResult) -> BudgetRow:
         reference_perplexity=f"{math.exp(result.reference_nats):.4f}",
         engine_perplexity=f"{math.exp(result.engine_nats):.4f}",
         decisions="no gates" if decisions is None else f"{decisions.differ} of {decisions.total:,} differ",
+        quality=f"{result.perplexity_increase:+.2%}, KL {result.quality.divergence:.1e}, "
+        f"{result.quality.top1:.1%} same",
         tokens=f"{tokens} equal" if not differ else f"{differ} of {tokens} differ, {wrong} wrong",
     )
 

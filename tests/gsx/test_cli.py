@@ -164,6 +164,24 @@ def test_wrong_use(
 # Export
 
 
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--int8", "--fp8"), "one of the two"),
+        (("--fp8", "--weights-only"), "belongs to --int8"),
+        (("--keep-precision", "auto"), "belongs to --int8 or --fp8"),
+        (("--max-flipped", "0.1"), "belongs to --int8 or --fp8"),
+    ],
+)
+def test_export_options_that_exclude_each_other(
+    gsx: Gsx, model: Path, tmp_path: Path, options: tuple[str, ...], part: str
+) -> None:
+    found = gsx("export", model, "-o", tmp_path / "out", *options)
+    assert found.code == 2
+    assert part in " ".join(found.err.split())
+    assert not (tmp_path / "out").exists()
+
+
 def test_export(gsx: Gsx, model: Path, tmp_path: Path, tiny_text: Path) -> None:
     out = tmp_path / "new" / "bundle"
     arguments = ("export", model, "-o", out, "--budget", "0.7", "--calibration", tiny_text)

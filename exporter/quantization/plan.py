@@ -1,0 +1,112 @@
+"""What is quantized, and with which scales.
+
+A plan holds the scales of activations; those of weights follow from the weights when they are written
+(`quantize_weight`), so that no plan needs the whole model in memory.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.errors import UsageError
+from exporter.checkpoint import Checkpoint
+from exporter.config import ModelConfig
+from exporter.quantization.scheme import GROUPS, LINEARS, Scheme
+from exporter.quantization.smoothing import smooth
+from exporter.quantization.statistics import Statistics
+
+# A scale must be above 0: that of a channel or tensor in which nothing was ever seen.
+_SMALLEST = 2.0**-24  # the smallest number above 0 in half precision
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A quantized model.
+
+    Args:
+        scheme: how.
+        checkpoint: the tensors to write: smoothed where the scheme smooths.
+        input_scales: linear layer ("layers.0.mlp.up_proj") -> scale of its input; None: of weights alone.
+        kept_high: linear layers that stay as they are.
+    """
+
+    scheme: Scheme
+    checkpoint: Checkpoint
+    input_scales: Mapping[str, float | None]
+    kept_high: tuple[str, ...]
+
+    def without(self, names: Collection[str]) -> Plan:
+        """The same plan with these linear layers kept high too."""
+        scales = {name: scale for name, scale in self.input_scales.items() if name not in names}
+        kept = [name for name in linears_of(self.checkpoint.config) if name not in scales]
+        return Plan(self.scheme, self.checkpoint, scales, tuple(kept))
+
+
+def make_plan(checkpoint: Checkpoint, scheme: Scheme, found: Statistics | None) -> Plan:
+    """A plan that quantizes every linear layer of every decoder layer. Gates, norms and head are never in it.
+
+    Args: found: statistics at the exported selection; None where the scheme quantizes weights alone.
+    """
+    names = linears_of(checkpoint.config)
+    if not scheme.activations:
+        return Plan(scheme, checkpoint, dict.fromkeys(names), ())
+    assert found is not None
+    smoothed, inputs = smooth(checkpoint, found, scheme.smoothing)
+    return Plan(scheme, smoothed, {name: float(inputs[name].max()) / scheme.largest for name in names}, ())
+
+
+def linears_of(config: ModelConfig) -> list[str]:
+    """All linear layers of the decoder layers, in order."""
+    return [f"layers.{layer}.{name}" for layer in range(config.num_layers) for name in LINEARS]
+
+
+def groups_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Linear layers that read the same values, by the group's name ("layers.0.mlp.gate_up")."""
+    return {
+        f"layers.{layer}.{group}": tuple(f"layers.{layer}.{name}" for name in linears)
+        for layer in range(config.num_layers)
+        for group, linears in GROUPS.items()
+    }
+
+
+def named(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
+    """The linear layers that patterns name: "layers.0", "layers.*.mlp.down", "layers.3.self_attn.o_proj".
+
+    Raises:
+        UsageError: a pattern that names none.
+    """
+    groups = groups_of(config)
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        hits = [n for n in linears_of(config) if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n, f"{pattern}.*")]
+        hits += [n for group, linears in groups.items() if fnmatch.fnmatch(group, pattern) for n in linears]
+        if not hits:
+            raise UsageError(
+                f"no layer is named {pattern!r}",
+                expected="e.g. layers.0, layers.*.mlp.down, layers.3.self_attn.o_proj; or auto",
+                todo=f"the model has layers.0 to layers.{config.num_layers - 1}, each with {', '.join(GROUPS)}",
+            )
+        found |= dict.fromkeys(hits)
+    return [name for name in linears_of(config) if name in found]
+
+
+def scale_value(scale: float, dtype: torch.dtype) -> np.float32:
+    """A scale as the graph holds it: rounded to the type of the activations, never 0."""
+    return np.float32(torch.tensor(max(scale, _SMALLEST)).to(dtype).item())
+
+
+def weight_scales(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """Scale of each output channel: weight [in, out] float32 -> [out], in the type of the activations."""
+    return (weight.abs().amax(dim=0) / scheme.largest).clamp(min=_SMALLEST).to(dtype)
+
+
+def quantize_weight(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """Codes of a weight: [in, out] float32 -> the same shape in the scheme's type, by the scales of `weight_scales`."""
+    codes = (weight / weight_scales(weight, scheme, dtype).float()).clamp(-scheme.largest, scheme.largest)
+    return codes.round().to(scheme.dtype) if scheme.dtype == torch.int8 else codes.to(scheme.dtype)

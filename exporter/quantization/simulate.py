@@ -1,0 +1,135 @@
+"""What a plan does to the model, measured without a graph: the eager decoder with rounded weights and inputs.
+
+Weights are the very codes that would be written, times their scales; ModelOpt's quantizer rounds inputs. Layers below
+the first one that is quantized are not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import Tensor, nn
+
+from exporter.checkpoint import Checkpoint
+from exporter.config import Branch
+from exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue, Linear
+from exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
+from exporter.quantization.walk import Select, Stream, Walk
+from exporter.text import TokenText
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What 8 bits cost on a text, against the same model in float32.
+
+    Args:
+        nats: increase of the mean loss per token; below 0 where it fell.
+        divergence: mean KL divergence of the next-token distribution, in nats.
+        flipped: share of keep/skip decisions that came out differently; 0 without gates.
+    """
+
+    nats: float
+    divergence: float
+    flipped: float
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Relative: 0.01 is one percent."""
+        return float(torch.expm1(torch.tensor(self.nats, dtype=torch.float64)))
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer as the graph runs it in 8 bits, in float32 arithmetic."""
+
+    def __init__(self, linear: Linear, plan: Plan, input_scale: float | None) -> None:
+        super().__init__()
+        scheme = plan.scheme
+        codes = quantize_weight(linear.weight, scheme, torch.float32)
+        self.weight = codes.float() * weight_scales(linear.weight, scheme, torch.float32)
+        self.bias = linear.bias
+        self.quantizer: nn.Module = nn.Identity()
+        if input_scale is not None:
+            self.quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=scheme.num_bits, axis=None))
+            self.quantizer.amax = torch.tensor(scale_value(input_scale, torch.float32) * scheme.largest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in] -> [.., out]."""
+        y = torch.matmul(self.quantizer(x) if len(x) else x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class Simulation:
+    """A text at one selection: the model in float32, once, and plans against it.
+
+    Args:
+        checkpoint: the model as it is.
+        text: what to measure on.
+        select: as `statistics` takes it.
+        options: selection and K/V policy.
+        on_layer: called with (layers done, layers) as the float32 model goes.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        text: TokenText,
+        select: Select,
+        options: DecoderOptions,
+        on_layer: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self._options, self._ids = options, text.ids
+        self._layers = checkpoint.config.num_layers
+        self._select = select
+        self._states: list[tuple[Tensor, KeyValue | None]] = []
+        self._keep: list[dict[Branch, Tensor]] = []
+        with torch.inference_mode():
+            walk = Walk(checkpoint, text.ids, options)
+            stream = walk.stream(select)
+            for number, layer in walk.layers():
+                self._states.append((stream.hidden, stream.below))
+                self._keep.append(walk.through(number, layer, stream))
+                on_layer(number + 1, self._layers)
+            # Half precision is exact enough for what 8 bits are compared with, and half as large.
+            self._logits = [F.log_softmax(logits, dim=-1).half() for _, logits in walk.logits(stream)]
+
+    def cost(self, plan: Plan, only: Collection[str] | None = None) -> Cost:
+        """What the plan costs; `only` quantizes these of its linear layers alone."""
+        chosen = set(plan.input_scales) if only is None else set(only)
+        first = min((int(name.split(".")[1]) for name in chosen), default=self._layers)
+        different = decisions = 0
+        with torch.inference_mode():
+            walk = Walk(plan.checkpoint, self._ids, self._options)
+            stream = walk.stream(self._select)
+            for number, layer in walk.layers(first):
+                if number == first:
+                    stream = Stream(stream.select, *self._states[first])
+                _quantize_layer(layer, number, plan, chosen)
+                for branch, keep in walk.through(number, layer, stream).items():
+                    different += int((keep != self._keep[number][branch]).sum())
+            decisions = sum(keep.numel() for row in self._keep for keep in row.values())
+            nats = divergence = 0.0
+            if first == self._layers:
+                return Cost(0.0, 0.0, 0.0)
+            tokens = 0
+            for (ids, logits), stored in zip(walk.logits(stream), self._logits, strict=True):
+                found, wanted = F.log_softmax(logits, dim=-1), stored.float()
+                divergence += float((wanted.exp() * (wanted - found)).sum())
+                targets = ids[:, 1:, None]
+                nats += float((wanted - found)[:, :-1].gather(-1, targets).sum())
+                tokens += targets.numel()
+        return Cost(nats / tokens, divergence / self._ids.size, different / decisions if decisions else 0.0)
+
+
+def _quantize_layer(layer: DecoderLayer, number: int, plan: Plan, chosen: Collection[str]) -> None:
+    prefix = f"layers.{number}."
+    for name in [name for name in chosen if name.startswith(prefix)]:
+        path = name.removeprefix(prefix)
+        owner, _, attribute = path.rpartition(".")
+        linear = layer.get_submodule(path)
+        assert isinstance(linear, Linear)
+        setattr(layer.get_submodule(owner), attribute, QuantizedLinear(linear, plan, plan.input_scales[name]))

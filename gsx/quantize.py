@@ -1,0 +1,196 @@
+"""The quantizing step of `gsx export`: statistics, plan, and what stays in full precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engines.bundle import manifest as schema
+from engines.errors import GsxError, UsageError
+from exporter.checkpoint import Checkpoint
+from exporter.decoder.layer import DecoderOptions
+from exporter.quantization.plan import Plan, linears_of, make_plan, named
+from exporter.quantization.scheme import SCHEMES, SchemeName
+from exporter.text import TokenText
+
+if TYPE_CHECKING:  # they load ModelOpt, which takes seconds
+    from exporter.quantization.sensitivity import Chosen, Limits
+
+AUTO = "auto"
+# A sensitivity pass runs the model once for every group of linear layers.
+_MEASURED_WINDOWS = 4
+# Dearest groups that an error names.
+_NAMED_GROUPS = 3
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """What `gsx export` is to run in 8 bits.
+
+    Args:
+        scheme: `int8`, `fp8`: weights and activations; `int8-weights`: weights alone.
+        keep_precision: linear layers to leave alone, by name or pattern ("layers.0", "layers.*.mlp.down"); "auto"
+            leaves alone what the limits need.
+        max_perplexity_increase, max_flipped: limits at the exported budget on calibration text, against full precision
+            (0.01 is one percent). None: 0.01 with "auto", else not measured.
+        cache: where statistics are kept between exports; None: nowhere.
+    Raises:
+        UsageError: a limit that is no share, or "auto" together with names.
+    """
+
+    scheme: SchemeName
+    keep_precision: tuple[str, ...] = ()
+    max_perplexity_increase: float | None = None
+    max_flipped: float | None = None
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_perplexity_increase", "max_flipped"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UsageError(name.replace("_", " "), expected="a share above 0, e.g. 0.01", found=f"{value:g}")
+        if self.auto and len(self.keep_precision) > 1:
+            raise UsageError("keep precision: auto and names together", expected="auto, or names")
+
+    @property
+    def auto(self) -> bool:
+        """Whether layers are left alone by measurement."""
+        return AUTO in self.keep_precision
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether calibration text is needed."""
+        return SCHEMES[self.scheme].activations or self.measured
+
+    @property
+    def measured(self) -> bool:
+        """Whether the cost is to be measured before anything is written."""
+        return self.auto or self.max_perplexity_increase is not None or self.max_flipped is not None
+
+
+def plan_for(
+    checkpoint: Checkpoint,
+    options: DecoderOptions,
+    wanted: Quantize,
+    selection: schema.Selection | None,
+    text: TokenText | None,
+    on_progress: Callable[[str, int, int], None],
+) -> tuple[Plan, schema.Quantization]:
+    """What to quantize and with which scales, and its entry in the manifest.
+
+    Args:
+        selection: the exported one; None without gates.
+        text: calibration text; None where weights alone are quantized and nothing is measured.
+        on_progress: called with (stage, done, total).
+    Raises:
+        GsxError: ModelOpt is not installed; a limit does not hold.
+    """
+    scheme = SCHEMES[wanted.scheme]
+    if scheme.activations or wanted.measured:
+        _need_modelopt()
+    budget = selection.budget if selection else None
+    select = None if selection is None else selects_of(selection, budget)
+    found = None
+    if scheme.activations:
+        from exporter.quantization.watch import statistics
+
+        assert text is not None
+        # A grid at once costs little more than one budget, and the next export finds it.
+        budgets = [budget]
+        if selection is not None:
+            budgets += [point.budget for point in selection.grid if point.budget != budget]
+        selects = [None if selection is None else selects_of(selection, one) for one in budgets]
+        found = statistics(
+            checkpoint,
+            text.ids,
+            selects,
+            options,
+            text_sha256=text.sha256,
+            cache=wanted.cache,
+            on_layer=lambda done, total: on_progress("watching activations", done, total),
+        )[0]
+    plan = make_plan(checkpoint, scheme, found)
+    if not wanted.auto and wanted.keep_precision:
+        plan = plan.without(named(checkpoint.config, wanted.keep_precision))
+        if not plan.input_scales:
+            raise UsageError("nothing is left to quantize", found=f"--keep-precision {','.join(wanted.keep_precision)}")
+    if wanted.measured:
+        assert text is not None
+        plan = _measured(checkpoint, options, wanted, plan, select, text, on_progress)
+    kept = tuple(name for name in linears_of(checkpoint.config) if name not in plan.input_scales)
+    entry = schema.Quantization(
+        scheme=wanted.scheme,
+        smoothing=scheme.smoothing,
+        products=len(plan.input_scales),
+        kept_high=kept,
+        budget=budget if scheme.activations else None,
+        calibration=schema.CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
+        if text is not None and scheme.activations
+        else None,
+    )
+    return plan, entry
+
+
+def selects_of(selection: schema.Selection, budget: float | None) -> np.ndarray | float:
+    """A budget as the walk takes it: thresholds [L, 2], or the budget itself with rank selection."""
+    assert budget is not None
+    return budget if selection.mode == "rank" else selection.thresholds_for(budget)
+
+
+def _measured(
+    checkpoint: Checkpoint,
+    options: DecoderOptions,
+    wanted: Quantize,
+    plan: Plan,
+    select: np.ndarray | float | None,
+    text: TokenText,
+    on_progress: Callable[[str, int, int], None],
+) -> Plan:
+    """The plan, or with auto a part of it, once its limits are seen to hold."""
+    from exporter.quantization.sensitivity import Limits, choose
+    from exporter.quantization.simulate import Simulation
+
+    default = 0.01 if wanted.auto else math.inf
+    limits = Limits(wanted.max_perplexity_increase or default, wanted.max_flipped or default)
+    # The end of the text: ranges come from all of it, and the last windows are as good as any.
+    sample = TokenText(text.ids[-_MEASURED_WINDOWS:], text.sha256, text.name)
+    simulation = Simulation(
+        checkpoint, sample, select, options, lambda done, total: on_progress("measuring in full precision", done, total)
+    )
+    chosen = choose(
+        simulation, plan, limits, lambda done, total: on_progress("measuring each group in 8 bits", done, total)
+    )
+    if wanted.auto or not chosen.kept:
+        return chosen.plan
+    raise _not_met(wanted, limits, chosen)
+
+
+def _not_met(wanted: Quantize, limits: Limits, chosen: Chosen) -> GsxError:
+    cost, held = chosen.everything, chosen.cost
+    dearest = ", ".join(
+        f"{name} (divergence {one.divergence:.4f}, {one.flipped:.2%} flipped)"
+        for name, one in chosen.ranking[:_NAMED_GROUPS]
+    )
+    return GsxError(
+        f"--{wanted.scheme}: the quality that was asked for does not hold; most costly: {dearest}",
+        expected=f"perplexity up at most {limits.perplexity_increase:.2%}, at most {limits.flipped:.2%} flipped",
+        found=f"{cost.perplexity_increase:+.2%} and {cost.flipped:.2%}",
+        todo=f"it holds ({held.perplexity_increase:+.2%}, {held.flipped:.2%}) with "
+        f"--keep-precision {','.join(chosen.kept)}",
+    )
+
+
+def _need_modelopt() -> None:
+    try:
+        import modelopt.torch.quantization  # noqa: F401
+    except ImportError as error:
+        raise GsxError(
+            "quantizing needs NVIDIA ModelOpt, which is not installed",
+            found=str(error),
+            todo='pip install "gsx[quantize]"',
+        ) from error

@@ -1,0 +1,80 @@
+"""Running quantized bundles: the fast form computes what the portable one does, and really in 8 bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from engines.bundle.bundle import open_bundle
+from engines.lowering.onnxruntime import lower
+from engines.lowering.quantized import fuse_products
+from engines.runners.portable import session_config
+from engines.runners.select import open_runner
+from gsx.parity.measure import EngineSide, runner_logits
+from gsx.quantize import Quantize
+
+# A value between two codes may go either way, by a float32 rounding: one step is 1/127 of a tensor's range.
+RUNNER_TOLERANCE = 0.05
+
+
+@pytest.fixture(scope="module", params=["int8", "int8-weights", "fp8"])
+def bundle(request: pytest.FixtureRequest, make_tiny_bundle: Callable[..., Path]) -> Path:
+    return make_tiny_bundle(quantize=Quantize(request.param))
+
+
+def test_both_runners_agree_and_differ_from_full_precision(bundle: Path, tiny_bundle: Path) -> None:
+    quantized, full = open_bundle(bundle), open_bundle(tiny_bundle)
+    ids = np.random.default_rng(0).integers(3, 259, (1, 24))
+    assert full.manifest.selection is not None
+    select = full.manifest.selection.thresholds_for(1.0)  # all kept: nothing can flip
+    portable = EngineSide(quantized).observe(ids, np.ones_like(ids), select)[0].logits
+    fast, kept = runner_logits(open_runner(quantized), ids, select)
+    exact, _ = runner_logits(open_runner(full), ids, select)
+    assert kept is not None
+    assert (kept == ids.size).all()
+    scale = np.abs(exact).max()
+    assert np.abs(fast[0] - portable).max() < RUNNER_TOLERANCE * scale
+    error = np.abs(portable - exact[0]).max() / scale
+    assert 1e-3 < error < 0.5, "8 bits round, and do not ruin"
+
+
+def test_int8_products_stand_inside_the_branches(make_tiny_bundle: Callable[..., Path]) -> None:
+    """Lowered: one uint8 by int8 product each, those of kept rows behind the `If`, with their quantization."""
+    bundle = open_bundle(make_tiny_bundle(quantize=Quantize("int8")))
+    portable = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
+    layers = bundle.manifest.decoder.num_layers
+    body = lower(portable, bundle.manifest, range(layers)).body.graph
+    inside: Counter[str] = Counter()
+    for node in body.node:
+        for attribute in node.attribute:
+            if attribute.name == "then_branch":
+                inside.update(one.op_type for one in attribute.g.node)
+    outside = Counter(node.op_type for node in body.node)
+    assert inside["MatMulIntegerToFloat"] == 5 * layers, "Q, output and the three of the MLP"
+    assert inside["QuantizeLinear"] == 4 * layers, "gate and up share one"
+    assert outside["MatMulIntegerToFloat"] == 2 * layers, "K and V are computed for all"
+    assert outside["QuantizeLinear"] == layers
+    assert inside["DequantizeLinear"] + outside["DequantizeLinear"] == 0
+
+
+def test_other_products_are_left_alone(tiny_bundle: Path, make_tiny_bundle: Callable[..., Path]) -> None:
+    for path in (tiny_bundle, make_tiny_bundle(quantize=Quantize("int8-weights"))):
+        graph = onnx.load(str(path / "model.onnx"), load_external_data=False).graph
+        before = graph.SerializeToString()
+        assert fuse_products(graph) == 0
+        assert graph.SerializeToString() == before
+
+
+def test_the_manifest_says_what_is_quantized(bundle: Path) -> None:
+    manifest = open_bundle(bundle).manifest
+    entry = manifest.quantization
+    assert entry is not None
+    assert entry.products == 7 * manifest.decoder.num_layers
+    assert (entry.calibration is None) == (entry.scheme == "int8-weights")
+    assert entry.budget == (None if entry.scheme == "int8-weights" else 0.7)
+    assert bool(session_config(manifest)) == (entry.scheme != "int8")

@@ -1,0 +1,268 @@
+"""Quantized graphs: scales, rounding, what is left alone, and that the graph computes what the simulation says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto
+from safetensors.torch import load_file, save_file
+
+from engines.bundle import manifest as schema
+from engines.errors import CheckpointError, GsxError, UsageError
+from exporter.calibration import calibrate
+from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.config import GateConfig
+from exporter.decoder.layer import DecoderOptions
+from exporter.graph.assemble import GraphBuilder, Graphs
+from exporter.quantization.plan import Plan, groups_of, make_plan, named, quantize_weight, weight_scales
+from exporter.quantization.qdq import quantize_graphs
+from exporter.quantization.scheme import LINEARS, SCHEMES
+from exporter.quantization.sensitivity import Limits, choose
+from exporter.quantization.simulate import Simulation
+from exporter.quantization.smoothing import smooth
+from exporter.quantization.walk import Walk
+from exporter.quantization.watch import statistics
+from exporter.text import TokenText
+from gsx.quantize import Quantize, plan_for
+from tests.tiny import tiny_checkpoint
+
+LAYERS, HIDDEN = 2, 32
+OPTIONS = DecoderOptions()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    path = tmp_path_factory.mktemp("m") / "tiny"
+    return open_checkpoint(tiny_checkpoint(path, gate=GateConfig(), layers=LAYERS, hidden=HIDDEN, dtype=torch.bfloat16))
+
+
+@pytest.fixture(scope="module")
+def text() -> TokenText:
+    return TokenText(np.random.default_rng(0).integers(3, 97, (2, 48)), "0" * 64, "random ids")
+
+
+def thresholds(value: float) -> np.ndarray:
+    return np.full((LAYERS, 2), value, np.float32)
+
+
+@pytest.fixture(scope="module")
+def plan(model: Checkpoint, text: TokenText) -> Plan:
+    found = statistics(model, text.ids, [thresholds(0.5)], OPTIONS, text_sha256=text.sha256)
+    return make_plan(model, SCHEMES["int8"], found[0])
+
+
+def graph_of(plan: Plan, dtype: torch.dtype = torch.float32) -> Graphs:
+    options = DecoderOptions(dtype=dtype)
+    graphs = GraphBuilder(plan.checkpoint, options, thresholds(0.5)).graphs(None)
+    return quantize_graphs(graphs, plan, dtype)
+
+
+# Rounding to a code is off by half a step at most; half precision's scale is itself rounded, and codes follow it.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@given(seed=st.integers(0, 10_000), spread=st.floats(1e-3, 1e3))
+def test_int8_weights_are_off_by_half_a_step(dtype: torch.dtype, seed: int, spread: float) -> None:
+    weight = torch.randn(17, 5, generator=torch.Generator().manual_seed(seed)) * spread
+    weight[:, 2] = 0
+    scales = weight_scales(weight, SCHEMES["int8"], dtype).float()
+    codes = quantize_weight(weight, SCHEMES["int8"], dtype)
+    assert codes.dtype == torch.int8
+    assert int(codes.abs().max()) == 127, "the largest weight takes the largest code"
+    slack = 127 * 2.0**-11 if dtype == torch.float16 else 1e-4  # the clipped end, where the scale was rounded down
+    assert bool(((codes.float() * scales - weight).abs() <= scales * (0.5 + slack)).all())
+    assert not codes[:, 2].any()
+
+
+@given(seed=st.integers(0, 10_000))
+def test_fp8_weights_keep_three_bits_of_mantissa(seed: int) -> None:
+    weight = torch.randn(17, 5, generator=torch.Generator().manual_seed(seed))
+    scales = weight_scales(weight, SCHEMES["fp8"], torch.float32)
+    codes = quantize_weight(weight, SCHEMES["fp8"], torch.float32)
+    assert codes.dtype == torch.float8_e4m3fn
+    error = (codes.float() * scales - weight).abs()
+    # 2^-4 relative; below the smallest normal code, 2^-6, half the spacing of 2^-9.
+    assert bool((error <= torch.maximum(weight.abs() * 2.0**-4, scales * 2.0**-10) * 1.001).all())
+
+
+def test_ranges_are_of_the_rows_that_ran(model: Checkpoint, text: TokenText) -> None:
+    """Nothing is kept: Q, output and MLP see no row, K and V see all; and what is kept is a part of all."""
+    none, some, every = statistics(
+        model,
+        text.ids,
+        [thresholds(2.0), thresholds(0.5), thresholds(-np.inf)],
+        OPTIONS,
+        text_sha256=text.sha256,
+    )
+    for name in LINEARS:
+        seen = none.inputs[f"layers.0.{name}"]
+        assert seen.any() == (name in ("self_attn.k_proj", "self_attn.v_proj")), name
+    q = "layers.0.self_attn.q_proj"
+    np.testing.assert_array_equal(every.inputs[q], every.inputs["layers.0.self_attn.k_proj"])
+    assert (some.inputs[q] <= every.inputs[q]).all()
+    assert (some.inputs[q] < every.inputs[q]).any()
+
+
+def test_statistics_are_found_again(model: Checkpoint, text: TokenText, tmp_path: Path) -> None:
+    def ask(values: list[float]) -> tuple[list[float], int]:
+        layers = []
+        found = statistics(
+            model,
+            text.ids,
+            [thresholds(v) for v in values],
+            OPTIONS,
+            text_sha256=text.sha256,
+            cache=tmp_path,
+            on_layer=lambda done, total: layers.append(done),
+        )
+        return [float(one.inputs["layers.1.mlp.down_proj"].sum()) for one in found], len(layers)
+
+    first, walked = ask([0.5, 0.4])
+    assert walked == LAYERS
+    again, walked = ask([0.4, 0.5])
+    assert (again, walked) == (first[::-1], 0), "nothing new: nothing is run"
+    _, walked = ask([0.4, 0.45])
+    assert walked == LAYERS, "another selection is counted"
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"broken off")
+    assert ask([0.5, 0.4]) == (first, LAYERS), "a damaged file is counted anew"
+
+
+def test_smoothing_changes_no_bit(model: Checkpoint, text: TokenText) -> None:
+    """Powers of two: logits and every decision are the same numbers as before."""
+    found = statistics(model, text.ids, [thresholds(0.5)], OPTIONS, text_sha256=text.sha256)[0]
+    smoothed, inputs = smooth(model, found, 0.8)
+    norm = "model.layers.0.input_layernorm.weight"
+    assert not torch.equal(smoothed.tensor(norm), model.tensor(norm)), "something was smoothed"
+    results = []
+    with torch.inference_mode():
+        for checkpoint in (model, smoothed):
+            walk = Walk(checkpoint, text.ids, OPTIONS)
+            stream = walk.stream(thresholds(0.5))
+            keep = [walk.through(number, layer, stream) for number, layer in walk.layers()]
+            results.append((keep, torch.cat([logits for _, logits in walk.logits(stream)])))
+    (keep, logits), (smoothed_keep, smoothed_logits) = results
+    assert torch.equal(logits, smoothed_logits)
+    assert all(torch.equal(a[b], s[b]) for a, s in zip(keep, smoothed_keep, strict=True) for b in a)
+    again = statistics(smoothed, text.ids, [thresholds(0.5)], OPTIONS, text_sha256=text.sha256)[0]
+    for name, sizes in inputs.items():
+        np.testing.assert_array_equal(again.inputs[name], sizes, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_graph_follows_the_rules_of_fusing(plan: Plan, dtype: torch.dtype) -> None:
+    graphs = graph_of(plan, dtype)
+    graph = graphs.models["model"].graph
+    producer = {name: node for node in graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    weights = {weight.name: weight for weight in graphs.weights}
+    products = [node for node in graph.node if node.op_type == "MatMul" and node.input[1].endswith(".dequantized")]
+    assert len(products) == LAYERS * len(LINEARS)
+    onnx_type = TensorProto.FLOAT if dtype == torch.float32 else TensorProto.FLOAT16
+    for node in products:
+        left, right = (producer[name] for name in node.input)
+        assert (left.op_type, right.op_type) == ("DequantizeLinear", "DequantizeLinear")
+        codes, scale = right.input[:2]
+        assert weights[codes].dtype == torch.int8, "codes feed their DequantizeLinear directly"
+        assert weights[scale].dtype == dtype
+        quantize = producer[left.input[0]]
+        assert list(quantize.input[1:]) == list(left.input[1:])
+        assert constants[quantize.input[1]].data_type == onnx_type
+        assert onnx.numpy_helper.to_array(constants[quantize.input[2]]) == 0
+    q = next(node for node in products if "q_proj" in node.input[1])
+    rows = producer[producer[q.input[0]].input[0]].input[0]
+    assert producer[rows].op_type == "ThresholdGather", "rows are quantized behind the gather"
+
+
+def test_gates_and_tables_are_not_quantized(plan: Plan) -> None:
+    kinds = {weight.name: weight.dtype for weight in graph_of(plan).weights}
+    # The checkpoint's own 16 bits: nothing is rounded.
+    assert kinds["layers.0.attn_gate.linear.weight.stored"] == torch.bfloat16
+    assert kinds["embed_tokens.stored"] == torch.bfloat16
+    assert kinds["lm_head.weight.stored"] == torch.bfloat16
+    assert kinds["layers.0.attn_gate.linear.bias"] == torch.float32
+    assert {kind for name, kind in kinds.items() if name.endswith("_proj.weight")} == {torch.int8}
+
+
+def test_float32_gates_stay_float32(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path / "m", gate=GateConfig(), layers=LAYERS, hidden=HIDDEN)
+    weights_alone = make_plan(open_checkpoint(path), SCHEMES["int8-weights"], None)
+    kinds = {weight.name: weight.dtype for weight in graph_of(weights_alone).weights}
+    assert kinds["layers.0.attn_gate.linear.weight"] == torch.float32
+    assert kinds["embed_tokens.stored"] == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("pattern", "count"),
+    [("layers.0", 7), ("layers.*.mlp.down", 2), ("layers.1.self_attn", 4), ("layers.1.self_attn.qkv", 3), ("*", 14)],
+)
+def test_layers_have_names(model: Checkpoint, pattern: str, count: int) -> None:
+    assert len(named(model.config, [pattern])) == count
+
+
+def test_a_name_that_names_nothing_is_refused(model: Checkpoint) -> None:
+    with pytest.raises(UsageError, match=r"no layer is named .layers\.7.") as error:
+        named(model.config, ["layers.7"])
+    assert "layers.0 to layers.1, each with self_attn.qkv" in error.value.message
+
+
+def test_activations_that_are_not_finite_are_named(tmp_path: Path, text: TokenText) -> None:
+    path = tiny_checkpoint(tmp_path / "m", gate=GateConfig(), layers=LAYERS, hidden=HIDDEN)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.inf
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.down_proj is not finite"):
+        statistics(open_checkpoint(path), text.ids, [thresholds(-np.inf)], OPTIONS, text_sha256=text.sha256)
+
+
+def test_sensitivity_leaves_out_as_few_as_hold(model: Checkpoint, plan: Plan, text: TokenText) -> None:
+    simulation = Simulation(model, text, thresholds(0.5), OPTIONS)
+    groups = groups_of(model.config)
+    nothing = simulation.cost(plan, [])
+    assert (nothing.nats, nothing.divergence, nothing.flipped) == (0.0, 0.0, 0.0)
+    everything = simulation.cost(plan)
+    assert everything.divergence > 0
+    assert choose(simulation, plan, Limits(10.0, 1.0)).kept == ()
+    all_high = choose(simulation, plan, Limits(-1.0, 1.0))  # below what any plan gives
+    assert len(all_high.kept) == len(groups)
+    assert not all_high.plan.input_scales
+
+
+def test_sensitivity_finds_the_layer_that_spoils_it(model: Checkpoint, plan: Plan, text: TokenText) -> None:
+    """One range is set far too narrow: that layer, and what else the limit needs, is left in full precision."""
+    bad = "layers.0.mlp.down_proj"
+    scale = plan.input_scales[bad]
+    assert scale is not None
+    spoilt = dataclasses.replace(plan, input_scales={**plan.input_scales, bad: scale / 100})
+    simulation = Simulation(model, text, thresholds(0.5), OPTIONS)
+    everything = simulation.cost(spoilt)
+    assert everything.flipped > 0.01
+    limits = Limits(10.0, everything.flipped / 2)
+    found = choose(simulation, spoilt, limits)
+    assert found.kept == ("layers.0.mlp.down",)
+    assert bad not in found.plan.input_scales
+    assert limits.hold(simulation.cost(found.plan)), "what it gives was measured"
+
+
+def test_a_limit_that_does_not_hold_tells_the_nearest_setting(model: Checkpoint) -> None:
+    text = TokenText(np.random.default_rng(1).integers(3, 97, (6, 96)), "0" * 64, "random ids")
+    points = calibrate(model, text.ids, [1.0, 0.7], OPTIONS)
+    grid = tuple(
+        schema.GridPoint(
+            budget=point.budget,
+            thresholds=tuple((float(a), float(b)) for a, b in point.thresholds),
+            kept_share=point.kept_share,
+            kept=tuple((float(a), float(b)) for a, b in point.kept),
+        )
+        for point in points
+    )
+    selection = schema.Selection(mode="threshold", budget=0.7, grid=grid)
+    with pytest.raises(GsxError) as error:
+        plan_for(model, OPTIONS, Quantize("fp8", max_flipped=1e-9), selection, text, lambda *step: None)
+    assert "most costly: layers." in error.value.message
+    assert "--keep-precision layers." in error.value.message
