@@ -55,11 +55,12 @@ def messages(logger: Messages) -> Messages:
 def registry(plugin_library: Path, logger: Messages) -> Iterator[Any]:
     """TensorRT-RTX's registry with the library in it; taken out again, since other tests want the bodies."""
     assert usable, "tensorrt_rtx was imported before preload_tensorrt_rtx(): using a plugin would end the process"
-    rtx.Builder(logger)  # TensorRT's logger is the first one that it is given
+    builder = rtx.Builder(logger)  # a plugin finds TensorRT's logger as long as somebody holds one
     found = rtx.get_plugin_registry()
     handle = found.load_library(str(plugin_library))
     yield found
     found.deregister_library(handle)
+    del builder
 
 
 def model_of(
