@@ -21,7 +21,7 @@ from engines.errors import EngineError
 from engines.lowering.regions import CHOICES
 from engines.lowering.tensorrt import KEPT, LOGITS_AT, WRITE_AT, K
 from engines.runners.base import Call, ExitState, Logits, StageOutput
-from engines.runners.portable import EXIT_STATE, gated_places, kept_table, layers_of
+from engines.runners.portable import EXIT_STATE, KeptTable, gated_places, layers_of
 from engines.tensorrt.backend import Backend
 
 # The window is a multiple of this many columns, so that a call's shapes change seldom while the cache grows: TensorRT
@@ -71,7 +71,7 @@ class TensorRTStage:
         self._entry, self._engine = entry, engine
         self._inputs = {value.name: value for value in entry.graphs[graph].inputs}
         self._outputs = {value.name: value for value in entry.graphs[graph].outputs}
-        self._places = gated_places(manifest, self.layers)
+        self._table = KeptTable(manifest, gated_places(manifest, self.layers))
 
     def new_memory(self, batch: int, capacity: int) -> _Memory:
         """See `Stage`. The buffers have the engine's own capacity, whatever is asked for.
@@ -121,28 +121,30 @@ class TensorRTStage:
         outputs = []
         for start in range(0, length, most):
             part = slice(start, start + most)
-            counts = np.clip(call.counts - start, 0, most)
-            piece = Call(call.ids[:, part], counts, call.lengths + np.minimum(call.counts, start), call.select)
+            counts = [min(max(count - start, 0), most) for count in call.counts]
+            lengths = [length + min(count, start) for length, count in zip(call.lengths, call.counts, strict=True)]
+            piece = Call(call.ids[:, part], counts, lengths, call.select)
             outputs.append(self._run(memory, piece, _tokens_of(state, part), logits))
         return _joined(outputs, call, most, logits)
 
     def _run(self, memory: _Memory, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         batch, length = call.ids.shape
+        lengths, counts = np.array(call.lengths), np.array(call.counts)
         steps = np.arange(length)
-        filled = call.lengths + call.counts
+        filled = lengths + counts
         # Rows behind a sequence's count see themselves at least: no row is without a column while there is room.
-        window = window_of(int((call.lengths + length).max()), self._entry.capacity)
-        last = np.maximum(call.counts - 1, 0)[:, None]
+        window = window_of(int(lengths.max()) + length, self._entry.capacity)
+        last = np.maximum(counts - 1, 0)[:, None]
         rows = np.arange(batch)[:, None] * length
         given: dict[str, np.ndarray] = {
             "input_ids": call.ids,
             "attention_mask": np.arange(window) < filled[:, None],
-            "position_ids": call.lengths[:, None] + steps,
-            WRITE_AT: call.lengths,
+            "position_ids": lengths[:, None] + steps,
+            WRITE_AT: lengths,
             LOGITS_AT: rows + (steps if logits == "all" else last),
         }
         if call.select is not None and K in self._inputs:
-            valid = call.ids[steps < call.counts[:, None]]
+            valid = call.ids[steps < counts[:, None]]
             given[K] = np.array([self._count(valid, float(call.select))])
         feeds = {name: np.asarray(value, np.int64) for name, value in given.items() if name in self._inputs}
         for name in ("thresholds", "budget"):
@@ -167,7 +169,7 @@ class TensorRTStage:
         return StageOutput(
             logits=scores[:, :0] if logits == "none" else scores,
             state=_state(leaving) if leaving else None,
-            kept=kept_table(self.manifest, self._places, found.get(KEPT)),
+            kept=self._table.of(found.get(KEPT)),
         )
 
     def _count(self, ids: np.ndarray, budget: float) -> int:
@@ -197,7 +199,7 @@ def _joined(outputs: list[StageOutput], call: Call, most: int, logits: Logits) -
     """One output of the pieces of a call, each of `most` tokens but the last."""
     scores = np.concatenate([output.logits for output in outputs], axis=1)
     if logits == "last":  # of each sequence, from the piece that its last token is in
-        piece = np.maximum(call.counts - 1, 0) // most
+        piece = np.maximum(np.array(call.counts) - 1, 0) // most
         scores = scores[np.arange(len(scores)), piece][:, None]
     states = [output.state for output in outputs if output.state is not None]
     parts = [(state.hidden, *(state.below or ())) for state in states]
