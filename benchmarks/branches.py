@@ -47,7 +47,7 @@ def main() -> None:
     def call(form: str, tokens: np.ndarray, past: int) -> float:
         runner, select = forms[form]
         cache = caches[id(runner)]
-        cache.roll_back(np.array([past]))
+        cache.roll_back([past])
         started = time.perf_counter()
         runner.step(cache, tokens, select)
         return time.perf_counter() - started

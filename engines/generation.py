@@ -256,8 +256,8 @@ class _Loop:
         return Generation([Generated(s.tokens, s.finish or "length") for s in sequences], stats)
 
     def _prefill(self, cache: Cache) -> None:
-        counts = np.array([len(s.prompt) for s in self.sequences])
-        ids = np.zeros((len(counts), int(counts.max())), np.int64)
+        counts = [len(s.prompt) for s in self.sequences]
+        ids = np.zeros((len(counts), max(counts)), np.int64)
         for row, sequence in enumerate(self.sequences):
             ids[row, : counts[row]] = sequence.prompt
         output = self.runner.step(cache, ids, self.select, counts=counts)
@@ -280,28 +280,30 @@ class _Loop:
         """One round: draft up to `size` tokens of every sequence, verify, keep what is right."""
         start = cache.lengths
         # Sequences near their end draft less: each row of `ids` holds its newest token and its draft.
-        drafts = np.array([min(size, s.left - 1) if s.left else 0 for s in self.sequences])
-        ids = np.concatenate([self._newest(), np.zeros((len(drafts), size), np.int64)], axis=1)
+        drafts = [min(size, s.left - 1) if s.left else 0 for s in self.sequences]
+        ids = np.zeros((len(drafts), size + 1), np.int64)
+        ids[:, :1] = self._newest()
         draft_seconds = 0.0
         for step in range(size):
             began = time.perf_counter()
-            going = drafts > step
-            guess = draft.step(cache, ids[:, step : step + 1], self.select, going.astype(np.int64))
+            going = [int(count > step) for count in drafts]
+            guess = draft.step(cache, ids[:, step : step + 1], self.select, going)
             draft_seconds += time.perf_counter() - began
             self.counters.add(guess)
             for row, sequence in enumerate(self.sequences):
                 if going[row]:
                     ids[row, step + 1] = self.picker.pick(guess.logits[row, 0], row, sequence.place + step)
         began = time.perf_counter()
-        output = draft.verify(cache, start, ids, self.select, np.where(self._alive(), drafts + 1, 0))
+        counts = [count + 1 if s.left else 0 for count, s in zip(drafts, self.sequences, strict=True)]
+        output = draft.verify(cache, start, ids, self.select, counts)
         verify_seconds = time.perf_counter() - began
         self.counters.add(output)
         right = wrong = 0
-        stays = start.copy()
+        stays = list(start)
         for row, sequence in enumerate(self.sequences):
             if not sequence.left:
                 continue
-            count, proposed = 0, int(drafts[row])
+            count, proposed = 0, drafts[row]
             while True:
                 token = self._pick(sequence, output.logits[row, count])
                 if not sequence.left or count == proposed or token != ids[row, count + 1]:
@@ -326,9 +328,9 @@ class _Loop:
         """The newest token of each sequence, [B, 1]."""
         return np.array([[s.tokens[-1]] for s in self.sequences], np.int64)
 
-    def _alive(self) -> np.ndarray:
-        """1 for a sequence that goes on, else 0: [B]."""
-        return np.array([1 if s.left else 0 for s in self.sequences], np.int64)
+    def _alive(self) -> list[int]:
+        """1 for a sequence that goes on, else 0."""
+        return [int(s.left > 0) for s in self.sequences]
 
 
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, draft_length: int | None, manifest: Manifest) -> None:

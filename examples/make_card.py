@@ -22,6 +22,7 @@ from tokenizers import Tokenizer
 
 from exporter.calibration import calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.config import BRANCHES
 from exporter.decoder.layer import DecoderOptions
 from exporter.evaluation import Quality, evaluate, losses, reference_logits
 from exporter.reference import Reference
@@ -74,7 +75,7 @@ def at_budgets(
 ) -> list[Budget]:
     """Quality at each budget."""
     points = calibrate(checkpoint, calibration, BUDGETS, DecoderOptions())
-    columns = [("attn", "mlp").index(branch) for branch in checkpoint.config.gated_branches]
+    columns = [BRANCHES.index(branch) for branch in checkpoint.config.gated_branches]
     found = []
     for point in points:
         selection = Threshold(point.thresholds)

@@ -320,7 +320,7 @@ class _Run:
         assert want.margins is not None
         logits, counts = runner_logits(self.runners["fast"], ids, select)
         clean = np.ones(want.tokens, bool)
-        places = [(layer, ("attn", "mlp").index(branch)) for layer, branch in gated_places(self.manifest)]
+        places = [(layer, BRANCHES.index(branch)) for layer, branch in gated_places(self.manifest)]
         differ = [] if counts is None else [p for p in places if counts[p] != want.keep[p].sum()]
         if self.limits.differing_share is None:
             turned = (want.margins <= self.limits.near_tie) if differ else np.zeros_like(want.keep)

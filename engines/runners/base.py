@@ -10,6 +10,7 @@ is shortened sequence by sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -27,22 +28,22 @@ class Cache:
     Args:
         batch: B, sequences.
         capacity: tokens of each that fit.
-        lengths: [B] int64, tokens that the cache holds.
-        verified: [B] int64, those that have been through all layers; fewer than `lengths` between a draft of a
-            split runner and its verification.
+        lengths: tokens of each sequence that the cache holds.
+        verified: those that have been through all layers; fewer than `lengths` between a draft of a split runner and
+            its verification.
         memory: the runner's own.
     """
 
     batch: int
     capacity: int
-    lengths: np.ndarray
-    verified: np.ndarray
+    lengths: list[int]
+    verified: list[int]
     memory: Any
 
-    def roll_back(self, lengths: np.ndarray) -> None:
-        """Forget what lies behind these lengths [B]."""
-        self.lengths = np.minimum(self.lengths, lengths)
-        self.verified = np.minimum(self.verified, lengths)
+    def roll_back(self, lengths: Sequence[int]) -> None:
+        """Forget what lies behind these lengths, one a sequence."""
+        self.lengths = list(map(min, self.lengths, lengths))
+        self.verified = list(map(min, self.verified, lengths))
 
 
 @dataclass(frozen=True)
@@ -63,18 +64,18 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class Call:
-    """The tokens of one call.
+    """The tokens of one call. Counts are lists: for a few numbers a NumPy call costs more than the work.
 
     Args:
         ids: [B, S] int64; behind a sequence's count, whatever.
-        counts: [B] int64, tokens of each sequence, up to S.
-        lengths: [B] int64, tokens of each sequence before this call.
+        counts: tokens of each sequence, up to S.
+        lengths: tokens of each sequence before this call.
         select: `thresholds` [L, 2] or `budget` [], float32; None for a model without gates.
     """
 
     ids: np.ndarray
-    counts: np.ndarray
-    lengths: np.ndarray
+    counts: list[int]
+    lengths: list[int]
     select: np.ndarray | None
 
 
@@ -130,7 +131,7 @@ class Runner(Protocol):
         input_ids: np.ndarray,
         select: np.ndarray | None,
         *,
-        counts: np.ndarray | None = None,
+        counts: list[int] | None = None,
         logits: Logits = "last",
     ) -> StepOutput:
         """Run tokens of every sequence and append their K/V to the cache.
@@ -139,7 +140,7 @@ class Runner(Protocol):
             cache: its lengths grow by `counts`.
             input_ids: [B, S] int64.
             select: as in `Call`.
-            counts: [B] int64, tokens of each sequence; None for S of all.
+            counts: tokens of each sequence; None for S of all.
             logits: of each sequence's last token, of all, or none.
         """
         ...
@@ -147,23 +148,29 @@ class Runner(Protocol):
 
 def new_cache(batch: int, capacity: int, memory: Any) -> Cache:
     """An empty cache."""
-    return Cache(batch, capacity, np.zeros(batch, np.int64), np.zeros(batch, np.int64), memory)
+    return Cache(batch, capacity, [0] * batch, [0] * batch, memory)
 
 
-def call_of(cache: Cache, input_ids: np.ndarray, counts: np.ndarray | None, select: np.ndarray | None) -> Call:
+def call_of(cache: Cache, input_ids: np.ndarray, counts: list[int] | None, select: np.ndarray | None) -> Call:
     """The call that appends tokens to a cache.
 
     Raises:
         ValueError: they do not fit.
     """
     if counts is None:
-        counts = np.full(cache.batch, input_ids.shape[1], np.int64)
-    if int((cache.lengths + counts).max()) > cache.capacity:
-        raise ValueError(f"the cache holds {cache.capacity} tokens, {(cache.lengths + counts).max()} are needed")
+        counts = [input_ids.shape[1]] * cache.batch
+    needed = max(grown(cache.lengths, counts))
+    if needed > cache.capacity:
+        raise ValueError(f"the cache holds {cache.capacity} tokens, {needed} are needed")
     return Call(input_ids, counts, cache.lengths, select)
+
+
+def grown(lengths: list[int], counts: list[int]) -> list[int]:
+    """Lengths after a call."""
+    return list(map(int.__add__, lengths, counts))
 
 
 def step_output(stage: Stage, call: Call, output: StageOutput) -> StepOutput:
     """What a loop sees of a stage's output."""
     branches = len(stage.manifest.gates.branches) if stage.manifest.gates else 0
-    return StepOutput(output.logits, output.kept, int(call.counts.sum()) * len(stage.layers) * branches)
+    return StepOutput(output.logits, output.kept, sum(call.counts) * len(stage.layers) * branches)

@@ -33,6 +33,7 @@ class _Bound:
         self._session = session
         self.binding = session.io_binding()
         self.arrays: dict[str, np.ndarray] = {}
+        self._fed: dict[str, np.ndarray] = {}
 
     def bind_cache(self, past: str, outputs: tuple[str, ...], array: np.ndarray) -> None:
         """One buffer as input and as every output that continues it."""
@@ -49,6 +50,28 @@ class _Bound:
             return
         array = self.arrays[name] = np.array(value, order="C")
         self.binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def feed_once(self, name: str, value: np.ndarray) -> None:
+        """The same for a value that seldom changes: nothing is copied as long as it is the same array."""
+        if self._fed.get(name) is not value:
+            self.feed(name, value)
+            self._fed[name] = value
+
+    def feed_range(self, name: str, start: int, count: int) -> None:
+        """Give an input [1, count] int64 the numbers from start on."""
+        bound = self.arrays.get(name)
+        if count == 1 and bound is not None and bound.shape == (1, 1):
+            bound[0, 0] = start
+        else:
+            self.feed(name, np.arange(start, start + count)[None])
+
+    def feed_number(self, name: str, value: int) -> None:
+        """Give an input [1] int64 a number."""
+        bound = self.arrays.get(name)
+        if bound is None:
+            self.feed(name, np.array([value]))
+        else:
+            bound[0] = value
 
     def result(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
         """The array that the next run writes an output to."""
@@ -99,6 +122,7 @@ class OnnxRuntimeStage:
         self._gated = len(places)
         self._table = KeptTable(bundle.manifest, places)
         self._shares_head = shares_head
+        self._no_logits = np.zeros((1, 0, bundle.manifest.decoder.vocab_size), np.float32)
         self._body: ort.InferenceSession | None = None
         self._head: ort.InferenceSession | None = None
         self._portable: PortableStage | None = None
@@ -126,14 +150,14 @@ class OnnxRuntimeStage:
             assert self._portable is not None
             return self._portable.run(memory, call, state, logits)
         shape = self.manifest.decoder
-        count, past = int(call.counts[0]), int(call.lengths[0])
+        count, past = call.counts[0], call.lengths[0]
         assert count, "a call of one sequence has tokens"
         body = memory.body
         body.feed("input_ids", call.ids[:, :count])
-        body.feed("position_ids", np.arange(past, past + count)[None])
-        body.feed("total_length", np.array([past + count]))
+        body.feed_range("position_ids", past, count)
+        body.feed_number(lowering.TOTAL_LENGTH, past + count)
         if call.select is not None and self.manifest.selection is not None:
-            body.feed("thresholds" if self.manifest.selection.mode == "threshold" else "budget", call.select)
+            body.feed_once("thresholds" if self.manifest.selection.mode == "threshold" else "budget", call.select)
         if state is not None:
             for name, value in zip(EXIT_STATE, (state.hidden, *(state.below or ())), strict=False):
                 body.feed(name, value)
@@ -144,9 +168,9 @@ class OnnxRuntimeStage:
             size = (1, shape.num_kv_heads, count, shape.head_dim)
             below = (body.result(EXIT_STATE[1], size, np.float32), body.result(EXIT_STATE[2], size, np.float32))
         body.run()
-        scores = np.zeros((1, 0, shape.vocab_size), np.float32)
+        scores = self._no_logits
         if logits != "none":
-            wanted = hidden if logits == "all" else hidden[:, -1:]
+            wanted = hidden if logits == "all" or count == 1 else hidden[:, -1:]
             memory.head.feed(lowering.STATE, wanted)
             scores = memory.head.result("logits", (1, wanted.shape[1], shape.vocab_size), np.float32)
             memory.head.run()

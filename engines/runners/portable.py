@@ -17,7 +17,7 @@ import onnxruntime as ort
 from engines.bundle.bundle import Bundle
 from engines.bundle.manifest import BRANCHES, Branch, Manifest
 from engines.errors import BundleError, GsxError
-from engines.runners.base import Call, ExitState, Logits, StageOutput
+from engines.runners.base import Call, ExitState, Logits, StageOutput, grown
 
 # What passes from `draft` to `verify`; K and V under the K/V policy `copy` alone.
 EXIT_STATE = ("exit_hidden", "exit_key", "exit_value")
@@ -64,11 +64,12 @@ class PortableStage:
 
     def run(self, memory: dict[str, np.ndarray], call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """See `Stage`."""
-        past = int(call.lengths.max())
+        past = max(call.lengths)
         steps = np.arange(call.ids.shape[1])
+        lengths, counts = np.array(call.lengths)[:, None], np.array(call.counts)[:, None]
         # Columns behind a sequence's own length, old and new, are padding.
-        mask = np.concatenate([np.arange(past) < call.lengths[:, None], steps < call.counts[:, None]], axis=1)
-        positions = call.lengths[:, None] + steps
+        mask = np.concatenate([np.arange(past) < lengths, steps < counts], axis=1)
+        positions = lengths + steps
         for name, value in memory.items():
             memory[name] = value[:, :, :past]
         results = self.execute(
@@ -127,15 +128,15 @@ class PortableStage:
         scores = scores.astype(np.float32, copy=False)
         if logits == "all":
             return scores
-        return scores[np.arange(len(scores)), np.maximum(call.counts - 1, 0)][:, None]
+        return scores[np.arange(len(scores)), [max(count - 1, 0) for count in call.counts]][:, None]
 
 
 def _closed_up(present: np.ndarray, call: Call, past: int) -> np.ndarray:
     """K or V with every sequence's new tokens next to its old ones: [B, heads, past + S, D]."""
-    for row in np.flatnonzero((call.lengths < past) & (call.counts > 0)):
-        start, count = int(call.lengths[row]), int(call.counts[row])
-        present[row, :, start : start + count] = present[row, :, past : past + count].copy()
-    return present[:, :, : int((call.lengths + call.counts).max())]
+    for row, (start, count) in enumerate(zip(call.lengths, call.counts, strict=True)):
+        if start < past and count:
+            present[row, :, start : start + count] = present[row, :, past : past + count].copy()
+    return present[:, :, : max(grown(call.lengths, call.counts))]
 
 
 def layers_of(manifest: Manifest, graph: str) -> range:

@@ -11,7 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from engines.runners.base import Cache, Call, ExitState, Logits, Stage, StepOutput, call_of, new_cache, step_output
+from engines.runners.base import (
+    Cache,
+    Call,
+    ExitState,
+    Logits,
+    Stage,
+    StepOutput,
+    call_of,
+    grown,
+    new_cache,
+    step_output,
+)
 
 
 @dataclass
@@ -51,7 +62,7 @@ class SplitRunner:
         input_ids: np.ndarray,
         select: np.ndarray | None,
         *,
-        counts: np.ndarray | None = None,
+        counts: list[int] | None = None,
         logits: Logits = "last",
     ) -> StepOutput:
         """See `Runner`: a draft without logits, and its verification."""
@@ -65,7 +76,7 @@ class SplitRunner:
         input_ids: np.ndarray,
         select: np.ndarray | None,
         *,
-        counts: np.ndarray | None = None,
+        counts: list[int] | None = None,
         logits: Logits = "last",
     ) -> StepOutput:
         """Run the early layers alone: arguments as of `step`; the logits are the exit's."""
@@ -74,7 +85,7 @@ class SplitRunner:
         output = self.early.run(memory.early, call, None, logits)
         assert output.state is not None
         memory.waiting.append((call, output.state))
-        cache.lengths = cache.lengths + call.counts
+        cache.lengths = grown(call.lengths, call.counts)
         return step_output(self.early, call, output)
 
     def verify(self, cache: Cache, *, logits: Logits = "all") -> StepOutput:
@@ -86,7 +97,7 @@ class SplitRunner:
         call, state = _joined(memory.waiting, cache)
         memory.waiting.clear()
         output = self.late.run(memory.late, call, state, logits)
-        cache.verified = cache.lengths.copy()
+        cache.verified = list(cache.lengths)
         return step_output(self.late, call, output)
 
 
@@ -98,21 +109,23 @@ def joined_output(early: StepOutput, late: StepOutput) -> StepOutput:
 
 def _joined(waiting: list[tuple[Call, ExitState]], cache: Cache) -> tuple[Call, ExitState]:
     """All waiting tokens as one call, each sequence's at the front of its row."""
-    counts = cache.lengths - cache.verified
+    counts = [length - verified for length, verified in zip(cache.lengths, cache.verified, strict=True)]
     select = waiting[-1][0].select
-    size = int(counts.max())
-    whole = sum(call.ids.shape[1] for call, _ in waiting) == size and int(counts.min()) == size
-    if whole:  # every sequence has all of them: they only have to be put side by side
-        ids = np.concatenate([call.ids for call, _ in waiting], axis=1) if len(waiting) > 1 else waiting[0][0].ids
-        arrays = [_parts(state) for _, state in waiting]
-        joined = [np.concatenate(part, axis=-2) if len(waiting) > 1 else part[0] for part in zip(*arrays, strict=True)]
+    size = max(counts)
+    if min(counts) == size == sum(call.ids.shape[1] for call, _ in waiting):
+        # Every sequence has all of them: they only have to be put side by side.
+        if len(waiting) == 1:
+            return Call(waiting[0][0].ids, counts, cache.verified, select), waiting[0][1]
+        ids = np.concatenate([call.ids for call, _ in waiting], axis=1)
+        columns = zip(*(_parts(state) for _, state in waiting), strict=True)
+        joined = [np.concatenate(column, axis=-2) for column in columns]
     else:
         ids = np.zeros((cache.batch, size), np.int64)
         joined = [np.zeros((*part.shape[:-2], size, part.shape[-1]), part.dtype) for part in _parts(waiting[0][1])]
         for call, state in waiting:
             for row in range(cache.batch):
-                start = int(call.lengths[row] - cache.verified[row])
-                stop = min(start + int(call.counts[row]), int(counts[row]))
+                start = call.lengths[row] - cache.verified[row]
+                stop = min(start + call.counts[row], counts[row])
                 if stop > start:
                     ids[row, start:stop] = call.ids[row, : stop - start]
                     for target, part in zip(joined, _parts(state), strict=True):

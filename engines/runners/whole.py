@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engines.runners.base import Cache, Logits, Stage, StepOutput, call_of, new_cache, step_output
+from engines.runners.base import Cache, Logits, Stage, StepOutput, call_of, grown, new_cache, step_output
 
 
 class WholeRunner:
@@ -24,11 +24,11 @@ class WholeRunner:
         input_ids: np.ndarray,
         select: np.ndarray | None,
         *,
-        counts: np.ndarray | None = None,
+        counts: list[int] | None = None,
         logits: Logits = "last",
     ) -> StepOutput:
         """See `Runner`."""
         call = call_of(cache, input_ids, counts, select)
         output = self.stage.run(cache.memory, call, None, logits)
-        cache.lengths = cache.verified = cache.lengths + call.counts
+        cache.lengths = cache.verified = grown(call.lengths, call.counts)
         return step_output(self.stage, call, output)

@@ -22,20 +22,20 @@ class Draft(Protocol):
 
     runner: Runner
 
-    def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: np.ndarray) -> StepOutput:
+    def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: list[int]) -> StepOutput:
         """Read one more token (or none) of each sequence.
 
-        Args: ids [B, 1]; select, counts [B] as in `Call`.
+        Args: ids [B, 1]; select, counts as in `Call`.
         Returns: logits [B, 1, V] of the guess; kept rows where the model itself would have kept them.
         """
         ...
 
     def verify(
-        self, cache: Cache, start: np.ndarray, ids: np.ndarray, select: np.ndarray | None, counts: np.ndarray
+        self, cache: Cache, start: list[int], ids: np.ndarray, select: np.ndarray | None, counts: list[int]
     ) -> StepOutput:
         """Run the whole model on tokens, of which `step` has read all but each sequence's last.
 
-        Args: start [B], the cache's lengths before them; ids [B, S]; counts [B].
+        Args: start: the cache's lengths before them; ids [B, S]; counts: of each sequence.
         Returns: logits [B, S, V]; the cache then holds the tokens.
         """
         ...
@@ -48,16 +48,16 @@ class EarlyExit:
         self.runner: Runner = runner
         self._split = runner
 
-    def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: np.ndarray) -> StepOutput:
+    def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: list[int]) -> StepOutput:
         """See `Draft`."""
         return self._split.draft(cache, ids, select, counts=counts)
 
     def verify(
-        self, cache: Cache, start: np.ndarray, ids: np.ndarray, select: np.ndarray | None, counts: np.ndarray
+        self, cache: Cache, start: list[int], ids: np.ndarray, select: np.ndarray | None, counts: list[int]
     ) -> StepOutput:
         """See `Draft`: the last token has to pass the early layers first."""
-        last = ids[np.arange(len(ids)), np.maximum(counts - 1, 0)][:, None]
-        early = self._split.draft(cache, last, select, counts=np.minimum(counts, 1), logits="none")
+        last = np.array([[row[max(count - 1, 0)]] for row, count in zip(ids, counts, strict=True)])
+        early = self._split.draft(cache, last, select, counts=[min(count, 1) for count in counts], logits="none")
         return joined_output(early, self._split.verify(cache))
 
 
@@ -71,13 +71,13 @@ class OtherThresholds:
         self.runner = runner
         self._thresholds = thresholds
 
-    def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: np.ndarray) -> StepOutput:
+    def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: list[int]) -> StepOutput:
         """See `Draft`."""
         output = self.runner.step(cache, ids, self._thresholds, counts=counts)
         return StepOutput(output.logits, None)
 
     def verify(
-        self, cache: Cache, start: np.ndarray, ids: np.ndarray, select: np.ndarray | None, counts: np.ndarray
+        self, cache: Cache, start: list[int], ids: np.ndarray, select: np.ndarray | None, counts: list[int]
     ) -> StepOutput:
         """See `Draft`."""
         cache.roll_back(start)

@@ -16,7 +16,7 @@ from engines.bundle.bundle import Bundle
 from engines.runners.base import Runner
 from engines.runners.portable import PortableStage, gated_places
 from engines.runners.whole import WholeRunner
-from exporter.config import KvPolicy
+from exporter.config import BRANCHES, KvPolicy
 from exporter.reference import Reference, ReferenceOutput
 from exporter.selection import Rank, Selection, Threshold
 from gsx.parity.compare import Observation
@@ -278,7 +278,7 @@ def positions_of(mask: np.ndarray) -> np.ndarray:
 
 
 def _column(branch: str) -> int:
-    return ("attn", "mlp").index(branch)
+    return BRANCHES.index(branch)
 
 
 def _scores(output: ReferenceOutput) -> np.ndarray:

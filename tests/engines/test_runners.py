@@ -71,7 +71,7 @@ def test_lowered_logits_and_choices_equal_portable_ones(bundle_path: Path) -> No
     for start, stop in ((0, 9), (9, 10), (10, 17), (17, 18), (12, 15), (15, 32)):
         outputs = []
         for runner, cache in zip(runners, caches, strict=True):
-            cache.roll_back(np.array([start]))
+            cache.roll_back([start])
             outputs.append(runner.step(cache, ids[:, start:stop], select, logits="all"))
         np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=LOGITS_ATOL)
         if outputs[0].kept is not None:

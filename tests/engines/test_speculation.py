@@ -74,7 +74,7 @@ def test_the_halves_are_the_whole(split: Bundle) -> None:
     for start, stop in ((0, 9), (9, 10), (10, 17), (12, 15), (15, 32)):
         outputs = []
         for runner, cache in zip((whole, halves, portable), caches, strict=True):
-            cache.roll_back(np.array([start]))
+            cache.roll_back([start])
             outputs.append(runner.step(cache, ids[:, start:stop], select, logits="all"))
         for other in outputs[1:]:
             np.testing.assert_allclose(other.logits, outputs[0].logits, atol=atol)
