@@ -20,7 +20,7 @@ from engines.bundle.manifest import EngineEntry, Manifest
 from engines.errors import EngineError
 from engines.lowering.regions import CHOICES
 from engines.lowering.tensorrt import KEPT, LOGITS_AT, WRITE_AT, K
-from engines.runners.base import Call, ExitState, Logits, StageOutput, grown
+from engines.runners.base import Call, ExitState, Logits, StageOutput
 from engines.runners.portable import EXIT_STATE, KeptTable, gated_places, layers_of
 from engines.tensorrt.backend import Backend
 
@@ -122,22 +122,23 @@ class TensorRTStage:
         for start in range(0, length, most):
             part = slice(start, start + most)
             counts = [min(max(count - start, 0), most) for count in call.counts]
-            lengths = grown(call.lengths, [min(count, start) for count in call.counts])
+            lengths = [length + min(count, start) for length, count in zip(call.lengths, call.counts, strict=True)]
             piece = Call(call.ids[:, part], counts, lengths, call.select)
             outputs.append(self._run(memory, piece, _tokens_of(state, part), logits))
         return _joined(outputs, call, most, logits)
 
     def _run(self, memory: _Memory, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         batch, length = call.ids.shape
-        steps = np.arange(length)
         lengths, counts = np.array(call.lengths), np.array(call.counts)
+        steps = np.arange(length)
+        filled = lengths + counts
         # Rows behind a sequence's count see themselves at least: no row is without a column while there is room.
-        window = window_of(max(call.lengths) + length, self._entry.capacity)
+        window = window_of(int(lengths.max()) + length, self._entry.capacity)
         last = np.maximum(counts - 1, 0)[:, None]
         rows = np.arange(batch)[:, None] * length
         given: dict[str, np.ndarray] = {
             "input_ids": call.ids,
-            "attention_mask": np.arange(window) < (lengths + counts)[:, None],
+            "attention_mask": np.arange(window) < filled[:, None],
             "position_ids": lengths[:, None] + steps,
             WRITE_AT: lengths,
             LOGITS_AT: rows + (steps if logits == "all" else last),
@@ -198,7 +199,7 @@ def _joined(outputs: list[StageOutput], call: Call, most: int, logits: Logits) -
     """One output of the pieces of a call, each of `most` tokens but the last."""
     scores = np.concatenate([output.logits for output in outputs], axis=1)
     if logits == "last":  # of each sequence, from the piece that its last token is in
-        piece = [max(count - 1, 0) // most for count in call.counts]
+        piece = np.maximum(np.array(call.counts) - 1, 0) // most
         scores = scores[np.arange(len(scores)), piece][:, None]
     states = [output.state for output in outputs if output.state is not None]
     parts = [(state.hidden, *(state.below or ())) for state in states]

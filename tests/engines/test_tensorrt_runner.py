@@ -152,8 +152,7 @@ def test_logits_and_choices_equal_portable_ones(pair: Pair) -> None:
     rng = np.random.default_rng(0)
     for size, back in ((9, None), (1, None), (7, None), (1, 12), (3, None), (60, None), (1, None)):
         ids = rng.integers(3, 250, (batch, size))
-        counts = np.maximum(size - np.arange(batch), 0)  # the last ones have less to do, or nothing
-        counts[0] = size
+        counts = [max(size - row, 0) for row in range(batch)]  # the last ones have less to do, or nothing
         outputs = []
         for runner, cache in zip((pair.portable, pair.runner), caches, strict=True):
             outputs.append(runner.step(cache, ids, select, counts=counts, logits="all"))
@@ -188,7 +187,7 @@ def test_a_long_prompt_goes_through_in_pieces(pair: Pair) -> None:
     runner = WholeRunner(stage)
     batch, length = pair.case.batch, 22
     ids = np.random.default_rng(1).integers(3, 250, (batch, length))
-    counts = np.array([22, 15, 3])[:batch]
+    counts = [22, 15, 3][:batch]
     select = select_for(pair.bundle.manifest, None)
     if pair.ranks:
         with pytest.raises(EngineError, match=r"expected at most 7 tokens, found 22\n.*prefill:2-22"):
@@ -202,7 +201,7 @@ def test_a_long_prompt_goes_through_in_pieces(pair: Pair) -> None:
         )
         assert [shapes["input_ids"][1] for _, shapes in engine.calls] == [7, 7, 7, 1]
         assert found.logits.shape == want.logits.shape
-        for row, count in enumerate(counts if logits == "all" else np.ones_like(counts)):
+        for row, count in enumerate(counts if logits == "all" else [1] * batch):
             np.testing.assert_allclose(found.logits[row, :count], want.logits[row, :count], atol=LOGITS_ATOL)
         np.testing.assert_array_equal(found.kept, want.kept)
 
