@@ -271,7 +271,7 @@ class _Loop:
         seconds = time.perf_counter() - started
         self.counters.verify_seconds += seconds
         self.counters.add(output)
-        self.length.learn(Round(0, 0, 0, 0.0, seconds))
+        self.length.learn(Round(0, 1.0, 0, 0, 0.0, 0.0, seconds))
         for row, sequence in enumerate(self.sequences):
             if sequence.left:
                 self._pick(sequence, output.logits[row, 0])
@@ -279,26 +279,19 @@ class _Loop:
     def _speculate(self, cache: Cache, draft: Draft, size: int) -> None:
         """One round: draft up to `size` tokens of every sequence, verify, keep what is right."""
         start = cache.lengths
-        # Sequences near their end draft less: each row of `ids` holds its newest token and its draft.
-        drafts = [min(size, s.left - 1) if s.left else 0 for s in self.sequences]
-        ids = np.zeros((len(drafts), size + 1), np.int64)
+        ids = np.zeros((len(self.sequences), size + 1), np.int64)
         ids[:, :1] = self._newest()
-        draft_seconds = 0.0
-        for step in range(size):
-            began = time.perf_counter()
-            going = [int(count > step) for count in drafts]
-            guess = draft.step(cache, ids[:, step : step + 1], self.select, going)
-            draft_seconds += time.perf_counter() - began
-            self.counters.add(guess)
-            for row, sequence in enumerate(self.sequences):
-                if going[row]:
-                    ids[row, step + 1] = self.picker.pick(guess.logits[row, 0], row, sequence.place + step)
+        confidences, draft_seconds = self._draft(cache, draft, ids)
+        drafts = [len(row) for row in confidences]
+        longest = max(drafts)
         began = time.perf_counter()
         counts = [count + 1 if s.left else 0 for count, s in zip(drafts, self.sequences, strict=True)]
-        output = draft.verify(cache, start, ids, self.select, counts)
+        output = draft.verify(cache, start, ids[:, : longest + 1], self.select, counts)
         verify_seconds = time.perf_counter() - began
         self.counters.add(output)
-        right = wrong = 0
+        alive = sum(count > 0 for count in counts)
+        tokens = right = wrong = 0
+        confidence = 0.0
         stays = list(start)
         for row, sequence in enumerate(self.sequences):
             if not sequence.left:
@@ -309,15 +302,45 @@ class _Loop:
                 if not sequence.left or count == proposed or token != ids[row, count + 1]:
                     break
                 count += 1
-            # A draft that the end of the sequence cut short was right as far as anybody knows.
+            # What was drafted behind the end of a sequence is not judged.
             hit = count + (count < proposed and token == ids[row, count + 1])
-            right, wrong = right + hit, wrong + (hit < proposed and bool(sequence.left))
-            self.counters.count_draft(min(proposed, hit + 1) if sequence.left else hit, hit)
+            judged = min(proposed, hit + 1) if sequence.left else hit
+            right, wrong = right + hit, wrong + (judged > hit)
+            confidence += sum(confidences[row][:judged])
+            self.counters.count_draft(judged, hit)
+            tokens += count + 1
             stays[row] += count + 1
         cache.roll_back(stays)
         self.counters.draft_seconds += draft_seconds
         self.counters.verify_seconds += verify_seconds
-        self.length.learn(Round(size, right, wrong, draft_seconds, verify_seconds))
+        self.length.learn(Round(longest, tokens / alive, right, wrong, confidence, draft_seconds, verify_seconds))
+
+    def _draft(self, cache: Cache, draft: Draft, ids: np.ndarray) -> tuple[list[list[float]], float]:
+        """Fill ids [B, 1 + size], which hold the newest tokens, with drafted ones.
+
+        Returns: the confidence in each drafted token, by sequence, and the seconds of the draft steps.
+        """
+        confidences: list[list[float]] = [[] for _ in self.sequences]
+        # Sequences near their end draft less: a verification gives one token on top.
+        going = [s.left > 1 for s in self.sequences]
+        together = [1.0] * len(going)
+        seconds = 0.0
+        for step in range(ids.shape[1] - 1):
+            began = time.perf_counter()
+            guess = draft.step(cache, ids[:, step : step + 1], self.select, list(map(int, going)))
+            seconds += time.perf_counter() - began
+            self.counters.add(guess)
+            for row, sequence in enumerate(self.sequences):
+                if not going[row]:
+                    continue
+                logits = guess.logits[row, 0]
+                ids[row, step + 1] = self.picker.pick(logits, row, sequence.place + step)
+                confidences[row].append(self.picker.confidence(logits))
+                together[row] *= confidences[row][-1]
+                going[row] = step + 2 < sequence.left and self.length.goes_on(step + 1, together[row])
+            if not any(going):
+                break
+        return confidences, seconds
 
     def _pick(self, sequence: _Sequence, logits: np.ndarray) -> int:
         token = self.picker.pick(logits, sequence.row, sequence.place)

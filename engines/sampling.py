@@ -79,6 +79,16 @@ class Picker:
         key = _mix(_mix(_mix(self._seed & _MASK) + sequence) + place)
         return int(ids[np.argmin(-np.log(noise(key, ids)) / weights)])
 
+    def confidence(self, logits: np.ndarray) -> float:
+        """A draft's own chance that the model picks the same token; logits [V] of the draft.
+
+        Greedy: the probability of its choice. Sampled: 1, since two equal distributions always pick alike, so how
+        likely the token was says nothing; what the draft is worth is then known from acceptance alone.
+        """
+        if not self._sampling.greedy:
+            return 1.0
+        return float(1.0 / np.exp(logits - logits.max()).sum())
+
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """Ids [n] int64 of the tokens that may come next, and their probabilities [n] float64; logits [V].

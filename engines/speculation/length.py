@@ -1,4 +1,4 @@
-"""How many tokens to draft: fixed, or found while generating from measured acceptance and measured cost."""
+"""How far to draft: always as far, or as far as it pays by measured acceptance and measured cost."""
 
 from __future__ import annotations
 
@@ -7,38 +7,52 @@ from typing import Protocol
 
 # The most tokens that are ever drafted at once.
 LONGEST = 16
-# Until something is measured: a draft of this length, of tokens that are right this often.
+# Until something is measured: drafts of this length, of tokens that are right this often.
 FIRST_LENGTH, FIRST_ACCEPTANCE, PRIOR_TRIALS = 4, 0.7, 4.0
 # What was measured n rounds ago counts DECAY ** n.
 DECAY = 0.95
-# With drafting off, a short draft now and then shows whether that is still right.
-PROBE_EVERY, PROBE_LENGTH = 32, 2
+# Now and then a round of the other kind, plain or drafting, shows whether the choice is still right; at the beginning
+# plain steps come in every other round, until so many were seen.
+PROBE_EVERY, FIRST_PLAIN = 32, 3
 # Guess for what another row costs in a verification, as a share of the first, until two sizes were measured.
 ROW_COST = 0.05
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of drafting and verifying gave.
+    """What one round of drafting and verifying gave, over all sequences.
 
     Args:
         length: tokens drafted, of the sequence with the most.
+        tokens: new tokens of a sequence, on average.
         accepted, rejected: drafted tokens that were right; sequences of which one was wrong.
+        confidence: of the drafted tokens that were judged, summed up.
         draft_seconds, verify_seconds: time of the two parts.
     """
 
     length: int
+    tokens: float
     accepted: int
     rejected: int
+    confidence: float
     draft_seconds: float
     verify_seconds: float
 
 
 class DraftLength(Protocol):
-    """Decides the draft length of each round."""
+    """Decides how far each round drafts."""
 
     def next(self) -> int:
-        """Tokens to draft in the next round; 0 for a plain step."""
+        """The most tokens to draft in the next round; 0 for a plain step."""
+        ...
+
+    def goes_on(self, drafted: int, confidence: float) -> bool:
+        """Whether a sequence drafts another token.
+
+        Args:
+            drafted: tokens that it has drafted in this round, 1 or more.
+            confidence: the draft's own chance that all of them are right.
+        """
         ...
 
     def learn(self, one: Round) -> None:
@@ -56,53 +70,79 @@ class FixedLength:
         """See `DraftLength`."""
         return self.length
 
+    def goes_on(self, drafted: int, confidence: float) -> bool:
+        """See `DraftLength`."""
+        return True
+
     def learn(self, one: Round) -> None:
         """See `DraftLength`: nothing to learn."""
 
 
 @dataclass
 class AdaptiveLength:
-    """The length with the most tokens a second, by what the last rounds showed.
+    """Drafts on as long as another token is likely to save more time than it takes.
 
-    With acceptance a, a draft of length d gives (1 - a^(d+1)) / (1 - a) tokens on average and takes d draft steps and
-    a verification of d + 1 rows, whose time is taken as linear in the rows. Length 0 wins where drafting loses.
+    Another drafted token takes a draft step and a row of the verification. It saves the time that a token takes now, if
+    it and all before it are right. The chance of those before is the draft's own confidence, corrected by how much of
+    it came true so far; the chance of the next one is the measured acceptance. Verification is taken as linear in
+    its rows. Where rounds with a draft give fewer tokens a second than plain steps, drafting is off.
 
     Args:
         first: length of the first rounds.
     """
 
     first: int = FIRST_LENGTH
-    _accepted: float = FIRST_ACCEPTANCE * PRIOR_TRIALS
-    _trials: float = PRIOR_TRIALS
     _draft: _Mean = field(default_factory=lambda: _Mean())
     _verify: _Line = field(default_factory=lambda: _Line())
-    _off: int = 0
+    _seconds: _Mean = field(default_factory=lambda: _Mean())
+    _tokens: _Mean = field(default_factory=lambda: _Mean())
+    _accepted: float = FIRST_ACCEPTANCE * PRIOR_TRIALS
+    _trials: float = PRIOR_TRIALS
+    _confidence: float = FIRST_ACCEPTANCE * PRIOR_TRIALS
+    _plain: _Mean = field(default_factory=lambda: _Mean())
+    _rounds: int = 0
 
     def next(self) -> int:
         """See `DraftLength`."""
-        if self._draft.weight == 0 or self._verify.weight == 0:
+        self._rounds += 1
+        if not self._draft.weight:
             return self.first
-        best = max(range(LONGEST + 1), key=self._speed)
-        self._off = 0 if best else self._off + 1
-        return PROBE_LENGTH if self._off and self._off % PROBE_EVERY == 0 else best
+        if self._plain.weight < FIRST_PLAIN - 0.5:  # weights decay a little
+            return 0 if self._rounds % 2 == 0 else LONGEST
+        wins = self._token_seconds <= self._plain.mean
+        probes = self._rounds % PROBE_EVERY == 0
+        return LONGEST if wins != probes else 0
+
+    def goes_on(self, drafted: int, confidence: float) -> bool:
+        """See `DraftLength`."""
+        if not self._draft.weight:
+            return drafted < self.first
+        # Each token's confidence is corrected, so the product of several of them by a power.
+        chance = min(1.0, confidence * (self._accepted / max(self._confidence, 1e-9)) ** drafted)
+        return chance * self.acceptance * self._token_seconds > self._draft.mean + self._verify.slope
 
     def learn(self, one: Round) -> None:
         """See `DraftLength`."""
         self._verify.add(one.length + 1, one.verify_seconds)
-        if one.length:
-            self._draft.add(one.draft_seconds / one.length)
-            self._accepted = DECAY * self._accepted + one.accepted
-            self._trials = DECAY * self._trials + one.accepted + one.rejected
+        if not one.length:
+            self._plain.add(one.verify_seconds)
+            return
+        self._draft.add(one.draft_seconds / one.length)
+        self._seconds.add(one.draft_seconds + one.verify_seconds)
+        self._tokens.add(one.tokens)
+        self._accepted = DECAY * self._accepted + one.accepted
+        self._trials = DECAY * self._trials + one.accepted + one.rejected
+        self._confidence = DECAY * self._confidence + one.confidence
 
     @property
     def acceptance(self) -> float:
         """The measured chance that a drafted token is right, if the ones before it are."""
         return self._accepted / self._trials
 
-    def _speed(self, length: int) -> float:
-        a = min(self.acceptance, 0.999)
-        tokens = (1 - a ** (length + 1)) / (1 - a)
-        return tokens / (length * self._draft.mean + self._verify.at(length + 1))
+    @property
+    def _token_seconds(self) -> float:
+        """What a token takes in rounds with a draft."""
+        return self._seconds.total / self._tokens.total
 
 
 @dataclass
@@ -130,14 +170,17 @@ class _Line:
     xy: float = 0.0
 
     def add(self, x: float, y: float) -> None:
-        for name, value in (("weight", 1.0), ("x", x), ("y", y), ("xx", x * x), ("xy", x * y)):
-            setattr(self, name, DECAY * getattr(self, name) + value)
+        self.weight = DECAY * self.weight + 1
+        self.x = DECAY * self.x + x
+        self.y = DECAY * self.y + y
+        self.xx = DECAY * self.xx + x * x
+        self.xy = DECAY * self.xy + x * y
 
-    def at(self, x: float) -> float:
+    @property
+    def slope(self) -> float:
+        """Change of y with x; never below 0, nor so steep that y(0) is below 0: that is noise."""
         mean_x, mean_y = self.x / self.weight, self.y / self.weight
         spread = self.xx / self.weight - mean_x**2
         guess = ROW_COST * mean_y / (1 + ROW_COST * (mean_x - 1))
         slope = (self.xy / self.weight - mean_x * mean_y) / spread if spread > 0.05 else guess
-        # A slope below 0, or a verification without a fixed cost, is noise.
-        slope = min(max(slope, 0.0), mean_y / mean_x)
-        return mean_y + slope * (x - mean_x)
+        return min(max(slope, 0.0), mean_y / mean_x)

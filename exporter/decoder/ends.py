@@ -115,6 +115,7 @@ def rank_count(valid: Tensor, ends: Tensor, budget: Tensor) -> Tensor:
     on_top = (valid & ends).sum()
     skip_millionths = 1_000_000 - torch.round(budget * 1e6).to(torch.int64).clamp(max=1_000_000)
     others = (n - 1).clamp(min=0)
-    skipped = torch.div(skip_millionths * others, 1_000_000, rounding_mode="floor")
+    # As an operator: torch.div with a rounding mode becomes a float32 division in ONNX, one off for some n.
+    skipped = (skip_millionths * others) // 1_000_000
     ranked = n - torch.where((skip_millionths > 0) & (n > 1), skipped + 1, torch.zeros_like(n))
     return (ranked + on_top).reshape(1)

@@ -280,36 +280,51 @@ def test_bad_draft_lengths_are_refused(gated: Bundle) -> None:
             generate(draft.runner, [PROMPTS[0]], max_new_tokens=4, draft=draft, draft_length=length)
 
 
-def rounds(length: AdaptiveLength, acceptance: float, draft: float, verify: float, count: int = 400) -> list[int]:
-    """Draft lengths chosen against a machine with these costs (seconds) and tokens that are right this often."""
+def rounds(
+    length: AdaptiveLength, easy: float, draft: float, verify: float, count: int = 400
+) -> tuple[float, list[int]]:
+    """Tokens a second against a machine with these costs (seconds), and the draft lengths.
+
+    A share `easy` of tokens is right nine times in ten and the rest one time in ten, and the draft knows which.
+    """
     rng = np.random.default_rng(0)
-    chosen = []
-    for _ in range(count):
-        size = length.next()
-        chosen.append(size)
-        wrong = np.flatnonzero(rng.random(size) >= acceptance)
+    chosen, tokens, seconds = [], 0.0, 0.0
+    for number in range(count):
+        confidences: list[float] = []
+        most = length.next()
+        while len(confidences) < most:
+            confidences.append(0.9 if rng.random() < easy else 0.1)
+            if not length.goes_on(len(confidences), float(np.prod(confidences))):
+                break
+        size = len(confidences)
+        wrong = np.flatnonzero(rng.random(size) >= np.array(confidences))
         right = int(wrong[0]) if len(wrong) else size
-        length.learn(Round(size, right, int(right < size), draft * size, verify * (1 + 0.05 * size)))
-    return chosen
+        judged = min(size, right + 1)
+        times = draft * size, verify * (1 + 0.05 * size)
+        length.learn(Round(size, right + 1, right, int(right < size), sum(confidences[:judged]), *times))
+        chosen.append(size)
+        if number >= count // 2:
+            tokens, seconds = tokens + right + 1, seconds + sum(times)
+    return tokens / seconds, chosen
 
 
-@pytest.mark.parametrize(
-    ("acceptance", "draft", "verify"), [(0.9, 0.1, 1.0), (0.7, 0.2, 1.0), (0.5, 0.15, 1.0), (0.97, 0.1, 1.0)]
-)
-def test_the_length_settles_near_the_best(acceptance: float, draft: float, verify: float) -> None:
+@pytest.mark.parametrize(("easy", "draft"), [(0.95, 0.1), (0.7, 0.15), (0.5, 0.1), (0.8, 0.3)])
+def test_the_length_beats_or_equals_every_fixed_one(easy: float, draft: float) -> None:
+    """With a draft that knows what it knows, stopping in time is at least as good as the best fixed length."""
+    acceptance = 0.9 * easy + 0.1 * (1 - easy)
+
     def speed(size: int) -> float:
-        tokens = (1 - acceptance ** (size + 1)) / (1 - acceptance)
-        return tokens / (size * draft + verify * (1 + 0.05 * size))
+        return (1 - acceptance ** (size + 1)) / (1 - acceptance) / (size * draft + 1 + 0.05 * size)
 
-    best = max(range(LONGEST + 1), key=speed)
-    settled = rounds(AdaptiveLength(), acceptance, draft, verify)[200:]
-    # Acceptance is known from some twenty rounds: the choice wavers, at little cost.
-    assert np.mean([speed(size) for size in settled]) > 0.93 * speed(best)
+    found, _ = rounds(AdaptiveLength(), easy, draft, 1.0)
+    # Costs and acceptance are known from some twenty rounds, and 200 rounds are counted: a few percent of noise.
+    assert found > 0.95 * max(map(speed, range(LONGEST + 1)))
 
 
 def test_a_draft_that_loses_turns_itself_off_and_looks_again() -> None:
     length = AdaptiveLength()
-    chosen = rounds(length, acceptance=0.05, draft=0.8, verify=1.0)
+    _, chosen = rounds(length, easy=0.0, draft=0.8, verify=1.0)
     assert np.mean(np.array(chosen[50:]) == 0) > 1 - 2 / PROBE_EVERY
     assert any(chosen[100:]), "a probe now and then"
-    assert np.mean(rounds(length, acceptance=0.95, draft=0.05, verify=1.0, count=800)[600:]) > 3
+    _, chosen = rounds(length, easy=1.0, draft=0.05, verify=1.0, count=1200)
+    assert np.mean(chosen[1000:]) > 3

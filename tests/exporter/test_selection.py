@@ -6,11 +6,14 @@ import math
 from fractions import Fraction
 
 import numpy as np
+import onnxruntime as ort
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.errors import UsageError
+from exporter.decoder.ends import rank_count
 from exporter.selection import KeepAll, Rank, Threshold, kept_count
 
 
@@ -81,3 +84,23 @@ def test_thresholds_that_are_none(thresholds: np.ndarray) -> None:
 def test_selections_are_values() -> None:
     assert KeepAll() == KeepAll()
     assert Rank(0.5) == Rank(0.5)
+
+
+def test_the_graph_counts_as_the_formula_does() -> None:
+    """In ONNX Runtime, for lengths at which a division in float32 is off by one."""
+
+    class Count(torch.nn.Module):
+        def forward(self, valid: torch.Tensor, ends: torch.Tensor, budget: torch.Tensor) -> torch.Tensor:
+            return rank_count(valid, ends, budget)
+
+    example = (torch.ones(5, dtype=torch.bool), torch.zeros(5, dtype=torch.bool), torch.tensor(0.5))
+    axis = {0: torch.export.Dim.AUTO}
+    program = torch.onnx.export(Count(), example, dynamo=True, dynamic_shapes=(axis, axis, None), verbose=False)
+    assert program is not None
+    session = ort.InferenceSession(program.model_proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    for n in (*range(1, 300), *range(1000, 8192, 67)):
+        for budget in (0.3, 0.55, 0.7, 0.85, 0.9, 0.95):
+            feeds = dict(zip(names, (np.ones(n, bool), np.zeros(n, bool), np.float32(budget)), strict=True))
+            found = int(session.run(None, {k: np.asarray(v) for k, v in feeds.items()})[0][0])
+            assert found == kept_count(n, budget), (n, budget)
