@@ -67,7 +67,8 @@ def exported(work: Path, model: Path, **options: object) -> Bundle:
     """A bundle of the model with these options; made once."""
     from gsx.export import export
 
-    name = "-".join(f"{key}={value}" for key, value in options.items()).replace(":", "_") or "plain"
+    words = [f"{key}={getattr(value, 'scheme', value)}" for key, value in options.items()]
+    name = "-".join(words).replace(":", "_") or "plain"
     path = work / name
     if not (path / "gsx.json").exists():
         export(model, path, **options)  # type: ignore[arg-type]
@@ -83,7 +84,7 @@ def equal(args: argparse.Namespace) -> None:
     cases += [(f"exit:{args.exits[0]}", "fp16")]
     for spec, precision in cases:
         bundle = exported(args.work, args.model, budget=0.7, draft=spec, precision=precision)
-        for budget in (1.0, 0.7):
+        for budget in args.budgets:
             draft = open_draft(bundle, parse_draft(spec), args.threads, budget)
             plain = open_runner(bundle, args.threads)
             # The portable graph, which runs batches and half precision, is slow: fewer prompts there.
@@ -92,7 +93,12 @@ def equal(args: argparse.Namespace) -> None:
                     tokens = differ = 0
                     for at in range(0, len(chosen), batch):
                         rows = [row[: PROMPT_TOKENS - 8 * n] for n, row in enumerate(chosen[at : at + batch])]
-                        options = {"max_new_tokens": NEW_TOKENS, "budget": budget, "sampling": sampling, "stop_ids": []}
+                        options = {
+                            "max_new_tokens": args.new_tokens,
+                            "budget": budget,
+                            "sampling": sampling,
+                            "stop_ids": [],
+                        }
                         want = generate(plain, rows, **options).sequences
                         have = generate(draft.runner, rows, draft=draft, **options).sequences
                         for one, other in zip(want, have, strict=True):
@@ -188,17 +194,20 @@ def speed(args: argparse.Namespace) -> None:
 
 
 def gates(args: argparse.Namespace) -> None:
-    """Plain and speculative decoding at several budgets."""
+    """Plain and speculative decoding at several budgets, in float32 and INT8."""
+    from gsx.quantize import Quantize
+
     prompts = held_out_prompts(args.model, args.prompts)
     draft = f"exit:{args.exits[0]}"
-    bundle = exported(args.work, args.model, budget=0.7, draft=draft)
-    heading("budget", "plain tok/s", "speculative", "ratio", "against plain at budget 1")
+    heading("products", "budget", "plain tok/s", "speculative", "ratio", "against plain float32 at budget 1")
     base = None
-    for budget in (1.0, 0.85, 0.7, 0.5):
-        plain, found = measure(bundle, draft, None, prompts, budget, args.threads, GREEDY)
-        base = base or plain.speed
-        ratios = (f"{found.speed / plain.speed:.2f}", f"{found.speed / base:.2f}")
-        line(f"{budget:g}", f"{plain.speed:.0f}", f"{found.speed:.0f}", *ratios)
+    for name, options in (("float32", {}), ("INT8", {"quantize": Quantize("int8")})):
+        bundle = exported(args.work, args.model, budget=0.7, draft=draft, **options)
+        for budget in (1.0, 0.85, 0.7, 0.5):
+            plain, found = measure(bundle, draft, args.lengths[0], prompts, budget, args.threads, GREEDY)
+            base = base or plain.speed
+            ratios = (f"{found.speed / plain.speed:.2f}", f"{found.speed / base:.2f}")
+            line(name, f"{budget:g}", f"{plain.speed:.0f}", f"{found.speed:.0f}", *ratios)
 
 
 def resident_mb() -> tuple[float, float]:
@@ -310,6 +319,8 @@ def main() -> None:
     parser.add_argument("--exits", type=int, nargs="*", default=[1, 2, 4])
     parser.add_argument("--lengths", type=int, nargs="*", default=[2, 4, 6])
     parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--budgets", type=float, nargs="*", default=[1.0, 0.7], help="of `equal`")
+    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="of `equal`")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--spec", help=argparse.SUPPRESS)
     args = parser.parse_args()
