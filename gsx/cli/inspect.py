@@ -60,6 +60,9 @@ def _print(report: InspectReport) -> None:
             ("source", bundle["source"]),
             ("selection", f"{bundle['select']}, budget {bundle['budget']:g}" if bundle["select"] else "none"),
             ("K/V policy", bundle["kv_policy"]),
+            ("8 bits", bundle["quantization"] or "none"),
+            ("draft", bundle["draft"] or "none"),
+            ("engines", ", ".join(bundle["engines"]) or "none (gsx build)"),
             ("parity", parity),
         ]
     console.print(report.path)

@@ -141,7 +141,7 @@ def test_running_a_bundle_needs_no_torch(tiny_bundle: Path) -> None:
         (["export", "x", "--budget", "many"], ["--budget", "number"]),
         (["export", "x", "--select", "best"], ["--select", "threshold", "rank"]),
         (["export", "x", "--precision", "fp8"], ["--precision", "fp32"]),
-        (["export", "x", "--fp8"], ["--fp8"]),
+        (["export", "x", "--fp4"], ["--fp4"]),
         (["export", "x", "--calibration-tokens", "0"], ["calibration"]),
         (["generate", "x", "--max-new-tokens", "few"], ["--max-new-tokens"]),
         (["convert", "x.pt", "-o", "out"], ["--base"]),
