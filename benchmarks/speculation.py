@@ -117,17 +117,15 @@ class Account:
     draft: float = 0.0
     verify: float = 0.0
     rounds: int = 0
-    drafted: int = 0
     tried: int = 0
     right: int = 0
 
-    def add(self, stats: GenerationStats, length: int) -> None:
+    def add(self, stats: GenerationStats) -> None:
         self.tokens += stats.new_tokens - 1
         self.seconds += stats.decode_seconds
         self.draft += stats.draft_seconds
         self.verify += stats.verify_seconds
         self.rounds += stats.decode_steps
-        self.drafted += length * stats.decode_steps
         self.tried += sum(stats.drafted)
         self.right += sum(stats.accepted)
 
@@ -154,8 +152,8 @@ def measure(
         other = generate(draft.runner, [prompt], max_new_tokens=NEW_TOKENS, draft=draft, draft_length=length, **options)
         assert one.sequences == other.sequences, "speculation changed the text"
         if number:  # the first one warms up
-            accounts[0].add(one.stats, 0)
-            accounts[1].add(other.stats, length or 0)
+            accounts[0].add(one.stats)
+            accounts[1].add(other.stats)
     return accounts
 
 
@@ -210,13 +208,13 @@ def gates(args: argparse.Namespace) -> None:
             line(name, f"{budget:g}", f"{plain.speed:.0f}", f"{found.speed:.0f}", *ratios)
 
 
-def resident_mb() -> tuple[float, float]:
-    """Memory of this process in MB: its own and its part of what is shared, and the private part."""
+def resident_mb() -> float:
+    """Memory of this process in MB: its own, and its part of what is shared."""
     found = {}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, value, *_ = line.split()
         found[name] = float(value) / 1024
-    return found["Pss:"], found["Private_Clean:"] + found["Private_Dirty:"]
+    return found["Pss:"]
 
 
 def memory(args: argparse.Namespace) -> None:
@@ -274,8 +272,7 @@ def run_child(args: argparse.Namespace) -> None:
         assert bundle.manifest.draft is not None
         draft = open_draft(bundle, bundle.manifest.draft.draft, spec["threads"])
         generate(draft.runner, [prompt], max_new_tokens=NEW_TOKENS, stop_ids=[], draft=draft, draft_length=4)
-    pss, private = resident_mb()
-    print(json.dumps({"pss": pss, "private": private}))
+    print(json.dumps({"pss": resident_mb()}))
 
 
 def huggingface(spec: dict[str, object]) -> dict[str, float]:

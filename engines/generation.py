@@ -126,7 +126,8 @@ def generate(
     assert draft is None or draft.runner is runner, "a draft reads the cache of its own runner"
     length: DraftLength = FixedLength(draft_length or 0)
     if draft is not None and draft_length is None:
-        length = AdaptiveLength(manifest.draft.length or FIRST_LENGTH) if manifest.draft else AdaptiveLength()
+        own = manifest.draft
+        length = AdaptiveLength((own.length if own and own.draft == draft.kind else None) or FIRST_LENGTH)
     loop = _Loop(
         runner,
         draft,
@@ -302,10 +303,11 @@ class _Loop:
                 if not sequence.left or count == proposed or token != ids[row, count + 1]:
                     break
                 count += 1
-            # What was drafted behind the end of a sequence is not judged.
-            hit = count + (count < proposed and token == ids[row, count + 1])
-            judged = min(proposed, hit + 1) if sequence.left else hit
-            right, wrong = right + hit, wrong + (judged > hit)
+            # What was drafted behind a wrong token, or behind the end of a sequence, is not judged.
+            missed = count < proposed and token != ids[row, count + 1]
+            hit = count + (count < proposed and not missed)
+            judged = hit + missed
+            right, wrong = right + hit, wrong + missed
             confidence += sum(confidences[row][:judged])
             self.counters.count_draft(judged, hit)
             tokens += count + 1

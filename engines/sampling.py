@@ -76,8 +76,20 @@ class Picker:
         if self._sampling.greedy:
             return int(logits.argmax())
         ids, weights = candidates(logits, self._sampling)
-        key = _mix(_mix(_mix(self._seed & _MASK) + sequence) + place)
-        return int(ids[np.argmin(-np.log(noise(key, ids)) / weights)])
+        return int(ids[np.argmin(-np.log(noise(self._key(sequence, place), ids)) / weights)])
+
+    def scores(self, logits: np.ndarray, sequence: int, place: int) -> np.ndarray:
+        """What `pick` takes the largest of, [V] in units of logits: two tokens this near may change places by rounding.
+
+        Sampled, top-k and top-p left aside: the logits with the race's noise.
+        """
+        if self._sampling.greedy:
+            return logits.astype(np.float64)
+        arrival = -np.log(noise(self._key(sequence, place), np.arange(len(logits))))
+        return logits - self._sampling.temperature * np.log(arrival)
+
+    def _key(self, sequence: int, place: int) -> int:
+        return _mix(_mix(_mix(self._seed & _MASK) + sequence) + place)
 
     def confidence(self, logits: np.ndarray) -> float:
         """A draft's own chance that the model picks the same token; logits [V] of the draft.
@@ -96,7 +108,8 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     Temperature comes first, then top-k, then top-p, which keeps the shortest run of tokens, likeliest first, whose
     probabilities reach it. Of equal tokens the earlier one counts as the likelier.
     """
-    scaled = logits.astype(np.float64) / sampling.temperature
+    with np.errstate(over="ignore"):  # at a temperature of next to nothing all but the best are minus infinity
+        scaled = (logits.astype(np.float64) - float(logits.max())) / sampling.temperature
     ids = np.arange(len(scaled))
     if 0 < sampling.top_k < len(scaled):
         least = np.partition(scaled, -sampling.top_k)[-sampling.top_k]

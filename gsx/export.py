@@ -17,8 +17,8 @@ from engines.bundle import manifest as schema
 from engines.bundle.bundle import Bundle, open_bundle, write_manifest, writing
 from engines.errors import UsageError
 from engines.runners.portable import host_type
-from engines.speculation.search import candidate_exits
-from engines.speculation.spec import check_draft, check_exit, parse_draft, refuse_rank, refuse_ungated
+from engines.speculation.search import SHORTEST_CONTEXT, candidate_exits
+from engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_rank, refuse_ungated
 from exporter.calibration import DEFAULT_GRID, DEFAULT_TOKENS, calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import KvPolicy, ModelConfig
@@ -87,12 +87,13 @@ def export(
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
     options = DecoderOptions(select, kv_policy, _DTYPES[precision])
-    exits = _exits(draft, config, options, precision)
+    exits = _exits(draft, config, options, precision, budget or 1.0)
     parsed = parse_draft(draft) if draft is not None and draft != "auto" else None
-    reads_text = (config.gate is not None and select == "threshold") or (quantize is not None and quantize.reads_text)
+    thresholds = config.gate is not None and select == "threshold"
+    reads_text = thresholds or draft == "auto" or (quantize is not None and quantize.reads_text)
     _check_choices(config, budget, kv_policy, calibration, reads_text)
     text = None
-    if reads_text or draft == "auto":
+    if reads_text:
         text = tokenize(checkpoint, Path(calibration) if calibration else None, max_tokens=calibration_tokens)
     bytes_each = 4 if precision == "fp32" else 2
     needed = checkpoint.weight_bytes() * bytes_each // 4 + _SLACK_BYTES
@@ -150,7 +151,9 @@ def _check_choices(
         )
 
 
-def _exits(draft: str | None, config: ModelConfig, options: DecoderOptions, precision: Precision) -> Sequence[int]:
+def _exits(
+    draft: str | None, config: ModelConfig, options: DecoderOptions, precision: Precision, budget: float
+) -> Sequence[int]:
     """The exits to split at: several are candidates; none for other drafts. What cannot be is refused at once."""
     if draft is None:
         return ()
@@ -159,12 +162,27 @@ def _exits(draft: str | None, config: ModelConfig, options: DecoderOptions, prec
         refuse_rank()
     if parsed is None:
         host_type(precision)
+        if config.max_positions < SHORTEST_CONTEXT:
+            raise UsageError(
+                "--draft auto needs room to generate",
+                expected=f"a model with {SHORTEST_CONTEXT} positions or more",
+                found=str(config.max_positions),
+                todo="name the exit: --draft exit:E",
+            )
         return candidate_exits(config.exits, config.num_layers)
     if parsed.kind == "exit":
         check_exit(parsed.layer, config.num_layers)
         return (parsed.layer,)
     if config.gate is None:
         refuse_ungated(parsed)
+    if parsed.kind == "layers":
+        check_layers(parsed, config.num_layers, config.gate.branches)
+    elif parsed.budget < min(grid_with(budget)):
+        raise UsageError(
+            f"the draft's budget lies below the calibrated grid: {parsed}",
+            expected=f"{min(grid_with(budget)):g} to 1",
+            found=f"{parsed.budget:g}",
+        )
     return ()
 
 

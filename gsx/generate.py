@@ -164,16 +164,18 @@ def _drafting(
 ) -> DraftKind | None:
     """What drafts; None for plain decoding."""
     own = manifest.draft.draft if manifest.draft else None
-    if speculative is False or draft_length == 0:
-        if draft is not None:
-            raise UsageError(
-                "a draft was given, and plain decoding asked for", found=f"{draft}, and no speculation or length 0"
-            )
-        return None
+    if (speculative is False and (draft is not None or draft_length)) or (speculative and draft_length == 0):
+        raise UsageError(
+            "plain decoding and a draft were asked for",
+            expected="one of them",
+            found="--no-speculative with a draft, or --speculative with length 0",
+        )
     if draft is not None:
         chosen = parse_draft(draft)
         check_draft(chosen, manifest)
-        return chosen
+        return chosen if draft_length != 0 else None
+    if speculative is False or draft_length == 0:
+        return None
     if own is None and (speculative or draft_length is not None):
         check_speculation(manifest)
         raise UsageError(

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from engines.tensorrt.preload import preload_tensorrt_rtx
 from exporter.config import GateConfig
+
+# Before any test imports it: plugins then work in whatever test comes first.
+preload_tensorrt_rtx()
 
 # Enough for a calibration window of the tiny model, whose tokenizer makes a token of every byte.
 TEXT_BYTES = 6000

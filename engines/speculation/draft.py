@@ -21,6 +21,7 @@ class Draft(Protocol):
     """Guesses tokens, and lets the whole model look at them."""
 
     runner: Runner
+    kind: DraftKind
 
     def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: list[int]) -> StepOutput:
         """Read one more token (or none) of each sequence.
@@ -46,6 +47,7 @@ class EarlyExit:
 
     def __init__(self, runner: SplitRunner) -> None:
         self.runner: Runner = runner
+        self.kind: DraftKind = ExitDraft(layer=runner.exit_layer)
         self._split = runner
 
     def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: list[int]) -> StepOutput:
@@ -67,8 +69,9 @@ class OtherThresholds:
     The K/V of drafted tokens are the draft's; verification computes them anew.
     """
 
-    def __init__(self, runner: Runner, thresholds: np.ndarray) -> None:
+    def __init__(self, runner: Runner, kind: BudgetDraft | LayersDraft, thresholds: np.ndarray) -> None:
         self.runner = runner
+        self.kind: DraftKind = kind
         self._thresholds = thresholds
 
     def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: list[int]) -> StepOutput:
@@ -103,7 +106,8 @@ def open_draft(
     check_draft(draft, bundle.manifest)
     if isinstance(draft, ExitDraft):
         return EarlyExit(open_split_runner(bundle, threads, backend))
-    return OtherThresholds(open_runner(bundle, threads, backend), draft_thresholds(draft, bundle.manifest, budget))
+    thresholds = draft_thresholds(draft, bundle.manifest, budget)
+    return OtherThresholds(open_runner(bundle, threads, backend), draft, thresholds)
 
 
 def draft_thresholds(draft: BudgetDraft | LayersDraft, manifest: Manifest, budget: float | None) -> np.ndarray:

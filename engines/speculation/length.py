@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-# The most tokens that are ever drafted at once.
+# The most tokens that AdaptiveLength drafts at once, after its first rounds.
 LONGEST = 16
 # Until something is measured: drafts of this length, of tokens that are right this often.
 FIRST_LENGTH, FIRST_ACCEPTANCE, PRIOR_TRIALS = 4, 0.7, 4.0

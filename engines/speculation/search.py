@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engines.bundle.manifest import DraftMeasurement
+from engines.errors import UsageError
 from engines.generation import Generation, GenerationStats, generate
 from engines.runners.base import Runner
 from engines.speculation.draft import Draft
 from engines.speculation.length import LONGEST
 
+# Room for a prompt and some new tokens.
+SHORTEST_CONTEXT = 64
 # A first run this long for each prompt shows acceptance by place, and what draft steps and verifications cost.
 _PROBE_LENGTHS = (8, 2)
 # What one run over all prompts should take, in seconds; between these numbers of new tokens a prompt.
@@ -104,9 +107,16 @@ def best_length(long: Sequence[GenerationStats], short: Sequence[GenerationStats
 
 
 def candidate_exits(named: Sequence[int], layers: int) -> list[int]:
-    """Exits to try: those that the model was trained for, else some up to the middle."""
-    shares = {max(1, math.ceil(layers * share)) for share in (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2)}
-    return sorted(set(named) or {layer for layer in shares if layer < layers})
+    """Exits to try: those that the model was trained for, else some up to the middle.
+
+    Raises:
+        UsageError: a model of one layer has none.
+    """
+    if layers < 2:
+        raise UsageError("--draft auto needs an exit inside the model", expected="2 layers or more", found=str(layers))
+    shares = {math.ceil(layers * share) for share in (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2)}
+    inside = {layer for layer in named if 0 < layer < layers}
+    return sorted(inside or {layer for layer in shares if 0 < layer < layers})
 
 
 def _speculate(draft: Draft, plain: Plain, prompt: Sequence[int], length: int) -> Generation:

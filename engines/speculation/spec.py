@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import NoReturn
 
 from engines.bundle.manifest import (
@@ -17,6 +18,7 @@ from engines.bundle.manifest import (
 )
 from engines.errors import UsageError
 
+_MOST_LAYERS = 10_000
 _EXPECTED = "exit:E (layers), budget:B (a share), or layers:SET (e.g. 3.attn,5-7)"
 
 
@@ -66,15 +68,19 @@ def check_draft(draft: DraftKind, manifest: Manifest) -> None:
     elif isinstance(draft, BudgetDraft):
         manifest.selection.thresholds_for(draft.budget)
     else:
-        gated = {(layer, b) for layer in range(manifest.decoder.num_layers) for b in manifest.gates.branches}
-        unknown = sorted(set(draft.skip) - gated)
-        if unknown or not gated - set(draft.skip):
-            raise UsageError(
-                f"{draft} cannot be left out",
-                expected=f"some, not all, of the gated branches of layers 0 to {manifest.decoder.num_layers - 1}: "
-                + ", ".join(manifest.gates.branches),
-                found=", ".join(f"{layer}.{branch}" for layer, branch in unknown) or "all of them",
-            )
+        check_layers(draft, manifest.decoder.num_layers, manifest.gates.branches)
+
+
+def check_layers(draft: LayersDraft, layers: int, branches: Sequence[Branch]) -> None:
+    """Refuse branches that a model does not have, and all of them."""
+    gated = {(layer, branch) for layer in range(layers) for branch in branches}
+    unknown = sorted(set(draft.skip) - gated)
+    if unknown or not gated - set(draft.skip):
+        raise UsageError(
+            f"{draft} cannot be left out",
+            expected=f"some, not all, of the gated branches of layers 0 to {layers - 1}: " + ", ".join(branches),
+            found=", ".join(f"{layer}.{branch}" for layer, branch in unknown) or "all of them",
+        )
 
 
 def check_speculation(manifest: Manifest) -> None:
@@ -112,7 +118,7 @@ def _places(part: str) -> list[tuple[int, Branch]]:
     if found is None:
         raise ValueError(part)
     first, last, branch = int(found[1]), int(found[2] or found[1]), found[3]
-    if last < first:
+    if last < first or last > _MOST_LAYERS:
         raise ValueError(part)
     return [(layer, b) for layer in range(first, last + 1) for b in BRANCHES if branch in (None, b)]
 

@@ -42,7 +42,7 @@ class TextMismatch:
     Args:
         prompt: number of the prompt; position: of the new token, from 0.
         plain_token, speculative_token: ids.
-        lead: what the plain token's logit is ahead of the other's; within the logits' tolerance, either may come out.
+        lead: how far the two are apart in what decides, in units of logits; within the logits' tolerance either is right.
     """
 
     prompt: int
@@ -166,10 +166,11 @@ class SpeculationSide:
 
 def _prompts(windows: np.ndarray) -> list[list[int]]:
     flat = windows.ravel()
-    starts = np.linspace(0, max(len(flat) - _PROMPT_TOKENS, 0), _PROMPTS).astype(int)
-    size = min(_PROMPT_TOKENS, len(flat))
+    size = min(_PROMPT_TOKENS, max(1, windows.shape[1] // 2))
+    starts = np.linspace(0, len(flat) - size, _PROMPTS).astype(int)
     # Different lengths, so that a batch is ragged.
-    return [[int(token) for token in flat[start : start + size - number % 4]] for number, start in enumerate(starts)]
+    stops = [start + max(1, size - number % 4) for number, start in enumerate(starts)]
+    return [[int(token) for token in flat[start:stop]] for start, stop in zip(starts, stops, strict=True)]
 
 
 def _texts(
@@ -200,20 +201,30 @@ def _texts(
                 continuations += 1
                 tokens += len(one.tokens)
                 if one.tokens != other.tokens:
-                    mismatches.append(_mismatch(plain, number, prompts[number], one, other, budget))
+                    picker = Picker(sampling)
+                    mismatches.append(
+                        _mismatch(plain, picker, group.index(number), number, prompts[number], one, other, budget)
+                    )
     return TextsCompared(continuations, tokens, tuple(mismatches)), accepted / drafted if drafted else None
 
 
 def _mismatch(
-    plain: Runner, number: int, prompt: list[int], want: Generated, have: Generated, budget: float | None
+    plain: Runner,
+    picker: Picker,
+    row: int,
+    prompt: list[int],
+    want: Generated,
+    have: Generated,
+    budget: float | None,
 ) -> TextMismatch:
-    """The first token that differs, and how near the two were."""
+    """The first token that differs, and how near the two were; row: of the prompt in its batch."""
     position = next(i for i, (a, b) in enumerate(zip(want.tokens, have.tokens, strict=True)) if a != b)
     ids = np.array([[*prompt, *want.tokens[:position]]])
     select = select_for(plain.manifest, budget)
     logits = plain.step(plain.new_cache(*ids.shape), ids, select).logits[0, 0]
+    scores = picker.scores(logits, row, ids.shape[1])
     one, other = want.tokens[position], have.tokens[position]
-    return TextMismatch(number, position, one, other, float(abs(logits[one] - logits[other])))
+    return TextMismatch(row, position, one, other, float(abs(scores[one] - scores[other])))
 
 
 def sampling_fit(reference: np.ndarray, engine: np.ndarray) -> SamplingFit | None:

@@ -95,6 +95,20 @@ def test_noise_is_uniform_and_neighbours_are_independent() -> None:
         assert stats.pearsonr(one.ravel(), other.ravel()).pvalue > P_LEAST
 
 
+def test_picks_are_the_largest_scores() -> None:
+    """What two picks are compared by (`gsx verify`) is what decides, sampled and greedy."""
+    for sampling in (Sampling(0.7, seed=3), Sampling()):
+        picker = Picker(sampling)
+        for place in range(200):
+            logits = np.random.default_rng(place).standard_normal(50)
+            assert picker.pick(logits, 2, place) == int(picker.scores(logits, 2, place).argmax())
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-30])
+def test_next_to_no_temperature_is_greedy(temperature: float) -> None:
+    assert Picker(Sampling(temperature, seed=1)).pick(np.array([1.0, 3.0, 2.0]), 0, 0) == 1
+
+
 @given(st.lists(st.sampled_from([0.0, 1.0, 2.0, 3.0]), min_size=1, max_size=30), st.integers(1, 30))
 def test_of_equal_tokens_the_earlier_ones_stay(logits: list[float], top_k: int) -> None:
     ids, _ = candidates(np.array(logits), Sampling(1.0, top_k=top_k))

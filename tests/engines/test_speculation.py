@@ -234,7 +234,19 @@ def test_drafts_are_read(text: str, draft: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "exit", "exit:", "exit:two", "half", "budget:0", "budget:1.5", "layers:4-2", "layers:x"]
+    "text",
+    [
+        "",
+        "exit",
+        "exit:",
+        "exit:two",
+        "half",
+        "budget:0",
+        "budget:1.5",
+        "layers:4-2",
+        "layers:x",
+        "layers:0-9999999999",
+    ],
 )
 def test_what_is_no_draft_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
@@ -265,6 +277,9 @@ def test_drafts_that_a_model_cannot_have_are_refused(tmp_path: Path, tiny_gated:
         (dense, {"draft": "exit:3"}, "exit layer"),
         (tiny_gated, {"draft": "exit:1", "select": "rank"}, "selection by threshold"),
         (tiny_gated, {"draft": "budget:0.01", "budget": 0.7}, "below the calibrated grid"),
+        (tiny_gated, {"draft": "layers:3"}, "cannot be left out"),
+        (tiny_checkpoint(tmp_path / "one", layers=1, tokenizer=True), {"draft": "auto"}, "2 layers or more"),
+        (tiny_checkpoint(tmp_path / "short", tokenizer=True, max_position_embeddings=32), {"draft": "auto"}, "room"),
     ):
         with pytest.raises(UsageError, match=message):
             export(model, tmp_path / "out", **options)  # type: ignore[arg-type]

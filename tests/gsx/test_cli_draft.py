@@ -56,7 +56,8 @@ def test_statistics_name_the_draft(gsx: Gsx, split: Path) -> None:
 
 def test_auto_shows_what_it_chose_from(gsx: Gsx, tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", layers=4, tokenizer=True, exits=(1, 3))
-    code, out, err = gsx("export", model, "--draft", "auto", "-o", tmp_path / "out")
+    text = Path(__file__).parents[2] / "docs" / "design.md"
+    code, out, err = gsx("export", model, "--draft", "auto", "--calibration", text, "-o", tmp_path / "out")
     assert code == 0
     assert "measuring drafts (exit:3)" in err
     assert "exit:1" in out
@@ -96,7 +97,9 @@ def test_export_refuses(gsx: Gsx, tiny_gated: Path, tmp_path: Path, arguments: t
         (("--draft-length", "4"), "has no draft"),
         (("--draft", "exit:1"), "cannot draft with exit:1"),
         (("--draft", "layers:9"), "cannot be left out"),
-        (("--draft", "budget:0.6", "--no-speculative"), "plain decoding asked for"),
+        (("--draft", "budget:0.6", "--no-speculative"), "plain decoding and a draft"),
+        (("--no-speculative", "--draft-length", "4"), "plain decoding and a draft"),
+        (("--speculative", "--draft-length", "0"), "plain decoding and a draft"),
         (("--draft", "budget:0.6", "--draft-length", "-2"), "draft length"),
     ],
 )

@@ -213,7 +213,7 @@ class _Babbler(WholeRunner):
 
 
 def test_a_wrong_token_of_the_fast_runner_fails(copied: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def open_babbler(bundle: Bundle, threads: int | None = None) -> _Babbler:
+    def open_babbler(bundle: Bundle, threads: int | None = None, **_options: Any) -> _Babbler:
         return _Babbler(OnnxRuntimeStage(bundle, threads=threads))
 
     monkeypatch.setattr(MODULE, "open_runner", open_babbler)

@@ -7,11 +7,9 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from engines.tensorrt.preload import preload_tensorrt_rtx
 from plugins.registry import OPS
 from tests.plugins.test_ops import one_node_model
 
-preload_tensorrt_rtx()  # before the import: tests of plugins run in the same process
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
 
 ATTRIBUTES = {"GatheredAttention": {"num_heads": 4}, "FullAttention": {"num_heads": 4}}
