@@ -8,7 +8,7 @@ logits give, computed here by PyTorch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class TextMismatch:
     Args:
         prompt: number of the prompt; position: of the new token, from 0.
         plain_token, speculative_token: ids.
-        lead: how far the two are apart in what decides, in units of logits; within the logits' tolerance either is right.
+        lead: how far the two are apart in what decides, in units of logits; within their tolerance either is right.
     """
 
     prompt: int
@@ -197,14 +197,12 @@ def _texts(
                 draft_length=length,
             )
             drafted, accepted = drafted + sum(have.stats.drafted), accepted + sum(have.stats.accepted)
-            for number, one, other in zip(group, want, have.sequences, strict=True):
+            for row, (number, one, other) in enumerate(zip(group, want, have.sequences, strict=True)):
                 continuations += 1
                 tokens += len(one.tokens)
                 if one.tokens != other.tokens:
-                    picker = Picker(sampling)
-                    mismatches.append(
-                        _mismatch(plain, picker, group.index(number), number, prompts[number], one, other, budget)
-                    )
+                    found = _mismatch(plain, Picker(sampling), row, prompts[number], one, other, budget)
+                    mismatches.append(replace(found, prompt=number))
     return TextsCompared(continuations, tokens, tuple(mismatches)), accepted / drafted if drafted else None
 
 
