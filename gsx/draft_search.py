@@ -1,4 +1,4 @@
-"""`gsx export --draft auto`: each exit's graphs are tried in the bundle as it is made, and the fastest one's stay."""
+"""`gsx export --draft auto`: each exit's graphs are tried in the bundle as it is made, and the best one's stay."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PROMPTS, _PROMPT_TOKENS = 4, 64
 
 
 class DraftSearch:
-    """Looks for the exit with the most tokens a second.
+    """Looks for the exit that gains most over plain decoding beside it.
 
     Args:
         work: the bundle's directory, with `model.onnx` and the weights.

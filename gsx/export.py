@@ -71,8 +71,8 @@ def export(
         calibration: UTF-8 text for the thresholds; None for the text that ships with gsx.
         calibration_tokens: how much of it to use.
         draft: how to draft for self-speculative decoding: `exit:E`, `budget:B` or `layers:SET` (see
-            `engines.speculation.spec.parse_draft`), or `auto` for the exit with the most tokens a second on this
-            machine, on the calibration text; None for no draft.
+            `engines.speculation.spec.parse_draft`), or `auto` for the exit that gains most over plain decoding on
+            this machine, on the calibration text; None for no draft.
         quantize: what to run in 8 bits; None for nothing.
         overwrite: replace a bundle that is already at `output`.
         on_progress: called as it goes.

@@ -16,10 +16,10 @@ import onnx
 
 from engines.building.job import Job, Ranges, run_job
 from engines.building.profiles import DEFAULT_CONTEXT, default_profiles, most_rows, one_profile, parse_profile
-from engines.bundle.bundle import Bundle, disk_error, open_bundle, put_in_place, sha256_of, write_manifest
+from engines.bundle.bundle import Bundle, check_room, disk_error, open_bundle, put_in_place, sha256_of, write_manifest
 from engines.bundle.manifest import EngineEntry, EngineGraph, EngineProfile, PluginLibrary, Sizes
 from engines.bundle.tensors import tensor_info
-from engines.errors import BundleError, EngineError, GsxError, UsageError
+from engines.errors import BundleError, EngineError, UsageError
 from engines.lowering import tensorrt as lowering
 from engines.tensorrt import cuda
 from engines.tensorrt.backend import Backend, default_targets, dotted, known_targets, load_module, platform_name
@@ -326,14 +326,7 @@ def _writing(bundle: Bundle, name: str, needed_bytes: int) -> Iterator[tuple[Pat
     target = home / name
     new_home = not home.exists()
     try:
-        free = shutil.disk_usage(bundle.directory).free
-        if free < needed_bytes:
-            raise GsxError(
-                f"{bundle.directory}: not enough room on the disk for engines",
-                expected=f"{needed_bytes / 1e9:.2f} GB free",
-                found=f"{free / 1e9:.2f} GB",
-                todo="free some space; an engine is about as large as its weights",
-            )
+        check_room(bundle.directory, needed_bytes, todo="free some space; an engine is about as large as its weights")
         home.mkdir(exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=home))
     except OSError as error:

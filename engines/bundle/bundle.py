@@ -83,6 +83,22 @@ def open_bundle(directory: str | Path, *, check_weights: bool = False) -> Bundle
     return bundle
 
 
+def check_room(directory: Path, needed_bytes: int, *, todo: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        GsxError: fewer bytes are free where the directory lies; todo: what to do then.
+    """
+    free = shutil.disk_usage(directory).free
+    if free < needed_bytes:
+        raise GsxError(
+            f"{directory}: not enough room on the disk",
+            expected=f"{needed_bytes / 1e9:.2f} GB free",
+            found=f"{free / 1e9:.2f} GB",
+            todo=todo,
+        )
+
+
 @contextmanager
 def writing(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iterator[Path]:
     """A directory to build a bundle in; it takes the target's place when the block ends well.
@@ -101,14 +117,7 @@ def writing(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iterator
     _check_target(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
-        if free < needed_bytes:
-            raise GsxError(
-                f"{target.parent}: not enough room on the disk",
-                expected=f"{needed_bytes / 1e9:.2f} GB free",
-                found=f"{free / 1e9:.2f} GB",
-                todo="free some space, or give another place with -o",
-            )
+        check_room(target.parent, needed_bytes, todo="free some space, or give another place with -o")
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except OSError as error:
         raise disk_error(target, error) from error
