@@ -41,8 +41,9 @@ from gsx.parity.measure import (
 )
 from gsx.parity.page import page
 from gsx.parity.quality import QUANTIZED, QualityCounter, QualityLimits
-from gsx.parity.report import TOLERANCES, BudgetResult, KeepMap, Report, Tolerances
+from gsx.parity.report import BudgetResult, KeepMap, Report
 from gsx.parity.speculation import SpeculationSide
+from gsx.parity.tolerances import TOLERANCES, Tolerances
 from gsx.progress import Progress
 
 DEFAULT_BUDGETS = (1.0, 0.85, 0.7, 0.5)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gsx.parity.compare import Accumulator, Compared, Comparer, Observation, Place
-from gsx.parity.report import TOLERANCES, Check, _number
+from gsx.parity.report import Check, _number
+from gsx.parity.tolerances import TOLERANCES
 
 L, S, H, V = 3, 6, 4, 5
 NEAR_TIE = 1e-6

@@ -1,0 +1,105 @@
+"""How far two computations of the same thing may differ, by precision, and why: the one place where limits stand."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gsx.parity.compare import Compared
+
+
+@dataclass(frozen=True)
+class Tolerances:
+    """Limits of one precision.
+
+    Args:
+        logits: largest absolute error where logits are of order 1 to 10; in proportion where they are larger. None:
+            reported only.
+        relative: largest error of states, K and V over their own scale (`Comparison.max_relative`). None: as well.
+        near_tie: a decision may turn when the reference's score is this near to where it turns.
+        differing_share: share of decisions that may differ; None: none but near ties.
+        nats: difference of the mean loss per token; None: reported only.
+        runners: root mean square of what lies between the two runners' logits, over that of the logits. None: the
+            fast runner is compared with the reference, within `logits`.
+        tokens_must_agree: whether greedy tokens are a check, or reported only.
+        reason: of the numeric limits.
+    """
+
+    logits: float | None
+    relative: float | None
+    near_tie: float
+    differing_share: float | None
+    nats: float | None
+    tokens_must_agree: bool
+    reason: str
+    runners: float | None = None
+
+    def logit_limit(self, reference_max: float, rounding: Compared | None = None) -> float | None:
+        """Limit for logits whose largest is this one: a float's error grows with the float.
+
+        Args: rounding: what the reference itself loses in float32, if that was measured.
+        """
+        if self.logits is None:
+            return None
+        base = self.logits * max(1.0, reference_max / 10)
+        return _allowed(base, [] if rounding is None else [rounding.logits.max_abs])
+
+    def relative_limit(self, rounding: Compared | None = None) -> float | None:
+        """Limit for states, K and V."""
+        if self.relative is None:
+            return None
+        layers = [] if rounding is None else [*rounding.states, *rounding.keys, *rounding.values]
+        return _allowed(self.relative, [one.max_relative for one in layers])
+
+
+# The least p-value of a test that is no sign of a bias.
+P_LEAST = 1e-6
+# Largest errors of two computations that are equally good differ by this much: tails are heavy.
+TAIL = 4
+# Beyond this the limit does not move, whatever the reference's own error: a fault must show.
+_MOST = 10
+
+
+def _allowed(base: float, own: Sequence[float]) -> float:
+    """A limit, or where PyTorch's own float32 does no better on this model, a multiple of its error."""
+    return min(max(base, TAIL * max(own, default=0.0)), _MOST * base)
+
+
+TOLERANCES: Mapping[str, Tolerances] = {
+    # A rounding is 6e-8 of its number. Sums of thousands, tens of layers, and attention that hangs on small
+    # differences of large products make it 1e-6 to 1e-5 of the scale, and the largest of 10^5 values is some ten
+    # times the usual one. A wrong weight, mask or position shows at 1e-2 and above.
+    "fp32": Tolerances(
+        logits=1e-4,
+        relative=3e-4,
+        near_tie=1e-6,
+        differing_share=None,
+        nats=2e-4,
+        tokens_must_agree=True,
+        reason="float32 rounding, up to 1e-5 of the scale; the largest of many values. Faults show at 1e-2",
+    ),
+    # The reference stays in float32, so weights and activations are each rounded once to 11 significant bits
+    # (2^-11 = 5e-4 of their scale) a layer; errors of the largest of many values are some ten times that.
+    "fp16": Tolerances(
+        logits=0.1,
+        relative=0.05,
+        near_tie=1e-6,
+        differing_share=0.01,
+        nats=0.01,
+        tokens_must_agree=False,
+        reason="half precision: weights and activations rounded to 11 bits, against a float32 reference",
+    ),
+    # Rounding to 8 bits moves everything, so the reference's numbers are no measure: quality is (`quality.py`). The two
+    # runners compute the same integers, but a value that stands between two codes may go either way (a float32 rounding
+    # decides), which is a step of 1/127 of a tensor's range.
+    "quantized": Tolerances(
+        logits=None,
+        relative=None,
+        near_tie=1e-6,
+        differing_share=1.0,
+        nats=None,
+        tokens_must_agree=False,
+        reason="8 bits: what counts is the quality, which has checks of its own",
+        runners=0.05,
+    ),
+}
