@@ -1,17 +1,18 @@
 """Choosing a threshold with a guarantee: fixed-sequence testing of Learn then Test, as CALM calibrates its exits.
 
-A risk is a number in [0, 1] that each prompt has at each threshold: how far leaving work out moves the model from what it
-would have done (`agreement_risk`, `loss_risk`). Wanted is the boldest threshold whose mean risk, over all prompts of the
-kind that was calibrated on, is at most a tolerance delta, and a promise that this is so with probability 1 - epsilon over
-the draw of the prompts.
+A risk is a number in [0, 1] that each prompt has at each threshold: how far leaving work out moves the model from
+what it would have done (`agreement_risk`, `loss_risk`). Wanted is the boldest threshold whose mean risk, over all
+prompts of the kind that was calibrated on, is at most a tolerance delta, and a promise that this is so with
+probability 1 - epsilon over the draw of the prompts.
 
-Thresholds are walked from the most careful to the boldest. At each one the hypothesis "the mean risk is above delta" is
-tested at level epsilon; the walk ends where it is not rejected, and the last rejected one is taken. Because the order is
-fixed before the risks are seen, the chance to take any threshold whose mean risk is above delta is at most epsilon,
-however many are tried.
+Thresholds are walked from the most careful to the boldest. At each one the hypothesis "the mean risk is above delta"
+is tested at level epsilon; the walk ends where it is not rejected, and the last rejected one is taken. Because the
+order is fixed before the risks are seen, the chance to take any threshold whose mean risk is above delta is at most
+epsilon, however many are tried.
 
-Rule: CALM (2207.07061), calibration by fixed-sequence testing; Learn then Test (2110.01052), the Hoeffding-Bentkus p-value,
-which is never above CALM's exp(-2 n (delta - mean)^2): both hold for any risk in [0, 1], this one needs fewer prompts.
+Rule: CALM (2207.07061), calibration by fixed-sequence testing; Learn then Test (2110.01052), the Hoeffding-Bentkus
+p-value, which is never above CALM's exp(-2 n (delta - mean)^2): both hold for any risk in [0, 1], this one needs
+fewer prompts.
 """
 
 from __future__ import annotations
