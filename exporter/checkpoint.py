@@ -168,15 +168,30 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             for branch in config.gate.branches:
                 shapes[f"{p}{branch}_gate.weight"] = (rows, H)
                 shapes[f"{p}{branch}_gate.bias"] = (rows,)
+        if config.router and i in config.router.routed(config.num_layers):
+            shapes |= {p + name: shape for name, shape in config.router.shapes(H).items()}
     shapes["model.norm.weight"] = (H,)
     if not config.tied_head:
         shapes["lm_head.weight"] = (config.vocab_size, H)
     return shapes
 
 
+# Modules of a layer that a plain model has not, and the key of the section `gsx` that speaks of them.
+_CHOOSERS = {
+    **dict.fromkeys(("attn_gate", "mlp_gate"), "gate"),
+    **{f"{prefix}router{suffix}": "router" for prefix in ("", "attn_", "mlp_") for suffix in ("", "_predictor")},
+    "mlp_adapter": "router",
+}
+
+
 def is_gate(name: str) -> bool:
     """Whether a tensor name is that of a gate."""
-    return name.rsplit(".", 2)[-2] in ("attn_gate", "mlp_gate") if name.count(".") >= 2 else False
+    return chooser(name) == "gate"
+
+
+def chooser(name: str) -> str | None:
+    """The key of the section `gsx` that a tensor belongs to, `gate` or `router`; None for one of the model itself."""
+    return next((_CHOOSERS[part] for part in name.split(".") if part in _CHOOSERS), None)
 
 
 def _locate(model: str) -> Path:
@@ -303,16 +318,21 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     """Every expected tensor is there and has its shape; gates are complete and finite."""
     config = checkpoint.config
     expected = expected_tensors(config)
-    stray_gates = [n for n in checkpoint.names if is_gate(n) and n not in expected]
-    if stray_gates:
-        raise CheckpointError(
-            f"{checkpoint.source}: has gates that config.json does not speak of",
-            found=f"{len(stray_gates)} such tensors, {stray_gates[0]} first",
-            todo='add {"gsx": {"gate": {"kind": ..., "branches": [...]}}} to config.json (docs/checkpoints.md)',
-        )
+    for kind, todo in (
+        ("gate", '{"gsx": {"gate": {"kind": ..., "branches": [...]}}}'),
+        ("router", '{"gsx": {"router": {...}}}, as docs/routers.md has it for the method,'),
+    ):
+        stray = [n for n in checkpoint.names if chooser(n) == kind and n not in expected]
+        if stray:
+            raise CheckpointError(
+                f"{checkpoint.source}: has {kind}s that config.json does not speak of",
+                found=f"{len(stray)} such tensors, {stray[0]} first",
+                todo=f"add {todo} to config.json (docs/checkpoints.md)",
+            )
     for name, shape in expected.items():
+        part = chooser(name)
         if name not in checkpoint.files:
-            what = "gates are incomplete" if is_gate(name) else "a tensor is missing"
+            what = f"{part}s are incomplete" if part else "a tensor is missing"
             raise CheckpointError(f"{checkpoint.source}: {what}", expected=name, found="no such tensor")
         found = checkpoint.shape(name)
         if found != shape:
@@ -320,12 +340,24 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
                 f"{checkpoint.source}: {name} has the wrong shape", expected=str(list(shape)), found=str(list(found))
             )
     for name in expected:
-        if is_gate(name) and not bool(checkpoint.tensor(name).isfinite().all()):
+        part = chooser(name)
+        if part and not bool(checkpoint.tensor(name).isfinite().all()):
             raise CheckpointError(
                 f"{checkpoint.source}: {name} holds NaN or infinity",
-                expected="finite gates",
+                expected=f"finite {part}s",
                 todo="the training run diverged: use an earlier checkpoint",
             )
+
+
+def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, or of a directory of them, whatever the model is.
+
+    Raises:
+        CheckpointError: none, or damaged.
+    """
+    files = _index(path) if path.is_dir() else dict.fromkeys(_open_safetensors(path).keys(), path)
+    handles = {file: _open_safetensors(file) for file in set(files.values())}
+    return {name: handles[file].get_tensor(name) for name, file in files.items()}
 
 
 def _listing(directory: Path) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engines.errors import CheckpointError
+from exporter.router_config import RouterConfig
+from exporter.section import known_keys, one_of
 
 Branch = Literal["attn", "mlp"]
 BRANCHES: tuple[Branch, Branch] = ("attn", "mlp")
@@ -66,8 +68,8 @@ class GateConfig:
     branches: tuple[Branch, ...] = BRANCHES
 
     def __post_init__(self) -> None:
-        _one_of("gsx.gate.kind", self.kind, ("vector", "scalar"))
-        _one_of("gsx.gate.input", self.input, ("post_norm", "pre_norm"))
+        one_of("gsx.gate.kind", self.kind, ("vector", "scalar"))
+        one_of("gsx.gate.input", self.input, ("post_norm", "pre_norm"))
         if not self.branches or len(set(self.branches)) != len(self.branches):
             raise CheckpointError(
                 "config.json: gsx.gate.branches is not a list of distinct branches",
@@ -75,12 +77,12 @@ class GateConfig:
                 found=repr(list(self.branches)),
             )
         for branch in self.branches:
-            _one_of("gsx.gate.branches", branch, BRANCHES)
+            one_of("gsx.gate.branches", branch, BRANCHES)
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> GateConfig:
         """Read the section, refusing keys that are not known."""
-        _known_keys("gsx.gate", section, ("kind", "input", "branches"))
+        known_keys("gsx.gate", section, ("kind", "input", "branches"))
         values = dict(section)
         if "branches" in values:
             values["branches"] = tuple(values["branches"])
@@ -100,7 +102,8 @@ class ModelConfig:
         rope: `rope_parameters` of the Hugging Face configuration: `rope_type`, `rope_theta` and the kind's own.
         windows: per layer, how many positions a token sees (itself included), or None for all.
         eos_ids: end-of-text tokens, which are always kept (docs/design.md, section 3).
-        gate: the gates, or None for a dense model.
+        gate: the gates; None without.
+        router: the routers; None without. A checkpoint has gates, routers or neither.
         exits: exit depths that the checkpoint was trained for (LayerSkip, Sorted LLaMA); may be empty.
     """
 
@@ -125,6 +128,7 @@ class ModelConfig:
     eos_ids: tuple[int, ...]
     pad_id: int | None
     gate: GateConfig | None
+    router: RouterConfig | None
     exits: tuple[int, ...]
 
     @property
@@ -169,8 +173,12 @@ class ModelConfig:
                 found=str(rope["partial_rotary_factor"]),
             )
         section = getattr(hf, "gsx", None) or {}
-        _known_keys("gsx", section, ("method", "gate", "exits"))
+        known_keys("gsx", section, ("method", "gate", "router", "exits"))
         num_layers = hf.num_hidden_layers
+        if section.get("gate") and section.get("router"):
+            raise CheckpointError(
+                "config.json: gsx has gates and routers", expected='one of "gate" and "router": each is a keep rule'
+            )
         exits = tuple(section.get("exits", ()))
         for depth in exits:
             if not isinstance(depth, int) or not 1 <= depth <= num_layers:
@@ -202,6 +210,7 @@ class ModelConfig:
             eos_ids=_id_list(hf.eos_token_id),
             pad_id=hf.pad_token_id,
             gate=GateConfig.from_dict(section["gate"]) if section.get("gate") else None,
+            router=RouterConfig.from_dict(section["router"], num_layers) if "router" in section else None,
             exits=exits,
         )
 
@@ -219,22 +228,3 @@ def _id_list(ids: int | list[int] | None) -> tuple[int, ...]:
     if ids is None:
         return ()
     return tuple(ids) if isinstance(ids, list) else (ids,)
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise CheckpointError(
-            f"config.json: {name} has an unknown value", expected="one of " + ", ".join(allowed), found=repr(value)
-        )
-
-
-def _known_keys(name: str, section: Mapping[str, Any], allowed: tuple[str, ...]) -> None:
-    if not isinstance(section, Mapping):
-        raise CheckpointError(f"config.json: {name} is not a section", expected="an object", found=repr(section))
-    for key in section:
-        if key not in allowed:
-            raise CheckpointError(
-                f"config.json: section {name!r} has an unknown key",
-                expected="only " + ", ".join(allowed),
-                found=repr(key),
-            )

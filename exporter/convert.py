@@ -1,9 +1,10 @@
-"""Taking over checkpoints that the official GateSkip training code wrote (`.pt`) as gated checkpoints.
+"""Taking over checkpoints that other people's training code wrote, as gated or routed checkpoints.
 
-Two kinds of file: a full state dict (plain, or under the key `state_dict`; DeepSpeed runs converted to fp32
+GateSkip's are of two kinds: a full state dict (plain, or under the key `state_dict`; DeepSpeed runs converted to fp32
 have the same keys), and the gates alone (`attn_{i}` / `mlp_{i}` -> state dict), whose other weights come from
-the base model. Layout: docs/methods.md, 3.7. Keys are read as parts between dots, never as substrings,
-since `mlp.gate_proj` is a weight. The file is opened with `weights_only=True`: nothing in it is executed.
+the base model. Layout: docs/methods.md, 3.7. Routers are in `router_layouts.py`. Keys are read as parts between dots,
+never as substrings, since `mlp.gate_proj` is a weight. A `.pt` is opened with `weights_only=True`: nothing in it is
+executed.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ from exporter.checkpoint import (
     WEIGHTS,
     WEIGHTS_INDEX,
     Checkpoint,
+    chooser,
     expected_tensors,
     is_gate,
     open_checkpoint,
+    stored_tensors,
 )
 from exporter.config import BRANCHES, Branch, GateConfig, GateInput, ModelConfig
+from exporter.router_config import RouterConfig
+from exporter.router_layouts import take_over
 
 # As `save_pretrained` splits by default.
 SHARD_BYTES = 5_000_000_000
@@ -52,15 +57,16 @@ class ConvertResult:
 
     Args:
         directory: where it lies.
-        layout: what the file was: the whole model, or its gates alone.
-        gate: the gates that it holds.
+        layout: what the file was: whose, and whether it held the whole model.
+        gate, router: the gates or routers that it holds.
         tensors: number of tensors written.
         left_out: keys of the file that a checkpoint does not hold (tied heads, RoPE tables).
     """
 
     directory: Path
     layout: str
-    gate: GateConfig
+    gate: GateConfig | None
+    router: RouterConfig | None
     tensors: int
     left_out: tuple[str, ...]
 
@@ -69,10 +75,28 @@ class ConvertResult:
         return {
             "directory": str(self.directory),
             "layout": self.layout,
-            "gate": self.gate.to_dict(),
+            "gate": self.gate.to_dict() if self.gate else None,
+            "router": self.router.to_dict() if self.router else None,
             "tensors": self.tensors,
             "left_out": list(self.left_out),
         }
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What a file held, in a checkpoint's names.
+
+    Args:
+        whole: whether nothing is to come from the base.
+        section: of config.json, what the gates or routers are.
+    """
+
+    layout: str
+    tensors: dict[str, Tensor]
+    whole: bool
+    config: ModelConfig
+    section: dict[str, Any]
+    left_out: list[str]
 
 
 def convert(
@@ -83,14 +107,14 @@ def convert(
     gate_input: GateInput = "post_norm",
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> ConvertResult:
-    """Write an official GateSkip `.pt` as a gated checkpoint.
+    """Write what a method's training code saved as a gated or routed checkpoint.
 
     Args:
-        file: the `.pt`.
+        file: a `.pt` of GateSkip, SkipGPT or D-LLM, or safetensors (a file, or a directory of them) of FlexiDepth.
         output: the new model directory; appears whole or not at all, and must not be in use.
         base: the model that was trained, a directory or a hub id: gives configuration, tokenizer and, for a
-            file with gates alone, the weights.
-        gate_input: what the gates read; the released code's wrapper reads the normalized input.
+            file with gates or routers alone, the weights.
+        gate_input: what GateSkip's gates read; the released code's wrapper reads the normalized input.
         on_progress: called with stage, done and total.
     Raises:
         CheckpointError: the file, or the base, is not what it should be.
@@ -100,36 +124,57 @@ def convert(
     on_progress("opening", 0, 0)
     raw = _load(file)
     model = open_checkpoint(base)
-    if model.config.gate is not None:
-        raise UsageError(f"--base {base}: has gates already", expected="the plain model that was trained")
-    left_out: list[str] = []
-    if _is_gates_only(raw):
-        layout, tensors = "gates only", _gates_only(file, raw)
-        names = [*tensors, *model.names]
-    else:
-        layout = "full state dict"
-        tensors, left_out = _full(file, raw)
-        names = list(tensors)
-    gate = _gate_config(file, tensors, model.config, gate_input)
-    config = replace(model.config, gate=gate)
+    if model.config.gate is not None or model.config.router is not None:
+        kind = "gates" if model.config.gate is not None else "routers"
+        raise UsageError(f"--base {base}: has {kind} already", expected="the plain model that was trained")
+    taken = _routed(file, raw, model) or _gated(file, raw, model, gate_input)
+    tensors, config = taken.tensors, taken.config
     if config.tied_head and _TIED_HEAD in tensors:
         _check_tie(file, tensors)
-        left_out.append(_TIED_HEAD)
+        taken.left_out.append(_TIED_HEAD)
         del tensors[_TIED_HEAD]
-        names.remove(_TIED_HEAD)
     expected = expected_tensors(config)
-    _check(file, tensors, expected, model, whole=layout != "gates only")
+    _check(file, tensors, expected, model, whole=taken.whole)
     read: Read = lambda name: tensors[name] if name in tensors else model.tensor(name)  # noqa: E731
     sizes = {name: _bytes(read(name)) for name in expected}
     with writing(output, overwrite=False, needed_bytes=sum(sizes.values()) + _SLACK_BYTES) as work:
         for path in model.companions():
             shutil.copyfile(path, work / path.name)
-        types = {read(name).dtype for name in expected if not is_gate(name)}
-        _write_config(model, gate, types, work / CONFIG)
+        types = {read(name).dtype for name in expected if chooser(name) is None}
+        _write_config(model, taken.section, types, work / CONFIG)
         write_safetensors(work, sizes, read, on_tensor=lambda n: on_progress("writing weights", n, len(sizes)))
         on_progress("checking", 0, 0)
         open_checkpoint(work)
-    return ConvertResult(output, layout, gate, len(expected), tuple(sorted(left_out)))
+    left_out = tuple(sorted(taken.left_out))
+    return ConvertResult(output, taken.layout, config.gate, config.router, len(expected), left_out)
+
+
+def _gated(file: Path, raw: Mapping[str, Any], model: Checkpoint, gate_input: GateInput) -> _Taken:
+    """A file of the official GateSkip code."""
+    left_out: list[str] = []
+    whole = not _is_gates_only(raw)
+    if whole:
+        tensors, left_out = _full(file, raw)
+    else:
+        tensors = _gates_only(file, raw)
+    gate = _gate_config(file, tensors, model.config, gate_input)
+    section = {"method": "gateskip", "gate": gate.to_dict()}
+    layout = "full state dict" if whole else "gates only"
+    return _Taken(layout, tensors, whole, replace(model.config, gate=gate), section, left_out)
+
+
+def _routed(file: Path, raw: Mapping[str, Any], model: Checkpoint) -> _Taken | None:
+    """A file with routers; None where it has none."""
+    _refuse_lora(file, raw)
+    routed = take_over(str(file), raw, model)
+    if routed is None:
+        return None
+    tables = [name for name in routed.tensors if name.endswith("rotary_emb.inv_freq")]
+    tensors = {name: tensor for name, tensor in routed.tensors.items() if name not in tables}
+    section = {"method": routed.method.lower(), "router": routed.router.to_dict()}
+    layout = f"{routed.method} {'state dict' if routed.whole else 'file of routers'}"
+    config = replace(model.config, router=routed.router)
+    return _Taken(layout, tensors, routed.whole, config, section, [*routed.left_out, *tables])
 
 
 def write_safetensors(
@@ -172,7 +217,9 @@ def write_safetensors(
 
 
 def _load(file: Path) -> Mapping[str, Any]:
-    """The file's state dict, or its dict of gates."""
+    """The file's state dict, or its dict of gates; of safetensors, the tensors."""
+    if file.is_dir() or file.suffix == ".safetensors":
+        return stored_tensors(file)
     if not file.is_file():
         raise CheckpointError(
             f"{file}: no such file" if not file.exists() else f"{file}: is not a file",
@@ -249,12 +296,6 @@ def _full(file: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[s
     left_out = []
     strip = any(key.startswith("model.model.") for key in raw)
     for key, value in raw.items():
-        if {"base_model", "lora_A", "lora_B"} & set(key.split(".")):
-            raise CheckpointError(
-                f"{file}: is a LoRA checkpoint, whose weights are not merged",
-                found=key,
-                todo="merge the adapters first (PEFT: merge_and_unload), then save the state dict again",
-            )
         tensor = _tensor(file, key, value)
         name = _full_name(file, key, key.removeprefix("model.") if strip else key)
         if name is None:
@@ -264,6 +305,16 @@ def _full(file: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[s
         else:
             tensors[name] = tensor
     return tensors, left_out
+
+
+def _refuse_lora(file: Path, raw: Mapping[str, Any]) -> None:
+    for key in raw:
+        if {"base_model", "lora_A", "lora_B"} & set(key.split(".")):
+            raise CheckpointError(
+                f"{file}: is a LoRA checkpoint, whose weights are not merged",
+                found=key,
+                todo="merge the adapters first (PEFT: merge_and_unload), then save the state dict again",
+            )
 
 
 def _full_name(file: Path, key: str, stripped: str) -> str | None:
@@ -357,14 +408,14 @@ def _check(
             found=", ".join(unknown[:3]),
             todo="is --base the model that was trained?",
         )
-    missing = [name for name in expected if name not in tensors and (whole or is_gate(name))]
+    missing = [name for name in expected if name not in tensors and (whole or chooser(name))]
     if missing:
-        gates = all(is_gate(name) for name in missing)
+        gates = all(chooser(name) for name in missing)
         raise CheckpointError(
-            f"{file}: {'gates are' if gates else 'the model is'} incomplete",
+            f"{file}: {f'{chooser(missing[0])}s are' if gates else 'the model is'} incomplete",
             expected=", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
             found="no such tensors",
-            todo="gates on some layers alone have no place in a gated checkpoint" if gates else None,
+            todo="gates on some layers alone have no place in a gated checkpoint" if is_gate(missing[0]) else None,
         )
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:
@@ -380,13 +431,13 @@ def _check(
             )
 
 
-def _write_config(base: Checkpoint, gate: GateConfig, types: set[torch.dtype], path: Path) -> None:
-    """The base's `config.json` with the gates' section and the type of the weights, if they have but one."""
+def _write_config(base: Checkpoint, section: Mapping[str, Any], types: set[torch.dtype], path: Path) -> None:
+    """The base's `config.json` with the section of gates or routers, and the weights' type if they have but one."""
     raw = json.loads((base.directory / CONFIG).read_text(encoding="utf-8"))
     if len(types) == 1:
         key = "torch_dtype" if "torch_dtype" in raw else "dtype"
         raw[key] = str(next(iter(types))).removeprefix("torch.")
-    raw["gsx"] = {**(raw.get("gsx") or {}), "method": "gateskip", "gate": gate.to_dict()}
+    raw["gsx"] = {**(raw.get("gsx") or {}), **section}
     path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 

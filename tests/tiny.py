@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
 
-from exporter.checkpoint import expected_tensors, is_gate
+from exporter.checkpoint import chooser, expected_tensors, is_gate
 from exporter.config import GateConfig, ModelConfig
+from exporter.router_config import RouterConfig
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIALS = ("<|pad|>", "<|begin|>", "<|endoftext|>")
@@ -29,6 +30,7 @@ def tiny_checkpoint(
     family: str = "llama",
     *,
     gate: GateConfig | None = None,
+    router: RouterConfig | None = None,
     layers: int = 3,
     hidden: int = 64,
     heads: int = 4,
@@ -45,7 +47,7 @@ def tiny_checkpoint(
 
     Args:
         path: the directory; made if it is not there.
-        gate: the gates to add; None for a dense model.
+        gate, router: the gates or routers to add; None for a dense model.
         tokenizer: add a byte-level tokenizer without merges; the vocabulary then has at least 259 tokens.
         exits: the depths to name in `gsx.exits`.
         hf_overrides: further keys of the family's transformers configuration, e.g. `sliding_window=8`.
@@ -73,6 +75,8 @@ def tiny_checkpoint(
     section: dict[str, Any] = {}
     if gate is not None:
         section |= {"method": "gateskip", "gate": gate.to_dict()}
+    if router is not None:
+        section["router"] = router.to_dict()
     if exits:
         section["exits"] = list(exits)
     if section:
@@ -122,6 +126,8 @@ def _random(name: str, shape: tuple[int, ...], rng: torch.Generator) -> torch.Te
         # One common direction for all rows: independent rows would average to the same score for every token.
         common = torch.randn(shape[-1], generator=rng)
         return (1.5 * common + noise) / shape[-1] ** 0.5
+    if chooser(name) == "router" and name.endswith("bias"):
+        return 0.1 * noise
     if name.endswith("norm.weight"):
         return 1 + 0.1 * noise
     if name.endswith("bias"):

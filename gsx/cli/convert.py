@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries
 from gsx.cli.signals import loading
+
+if TYPE_CHECKING:
+    from exporter.convert import ConvertResult
 
 
 def add_to(app: typer.Typer) -> None:
@@ -17,16 +20,20 @@ def add_to(app: typer.Typer) -> None:
 
 
 def convert(
-    file: Annotated[Path, typer.Argument(help="A .pt that the GateSkip training code wrote.", show_default=False)],
+    file: Annotated[
+        Path, typer.Argument(help="What was saved in training: a .pt, or safetensors.", show_default=False)
+    ],
     output: Annotated[Path, typer.Option("-o", "--output", help="The new model directory.", show_default=False)],
     base: Annotated[
         str,
         typer.Option(help="The plain model that was trained: a directory or a hub id.", show_default=False),
     ],
-    gate_input: Annotated[Literal["post_norm", "pre_norm"], typer.Option(help="What the gates read.")] = "post_norm",
+    gate_input: Annotated[
+        Literal["post_norm", "pre_norm"], typer.Option(help="What GateSkip's gates read.")
+    ] = "post_norm",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Take over an official GateSkip checkpoint as a gated checkpoint.
+    """Take over a checkpoint of GateSkip, SkipGPT, D-LLM or FlexiDepth.
 
     Example: gsx convert gateskip_42.pt -o my-model --base meta-llama/Llama-3.2-1B
     """
@@ -41,11 +48,16 @@ def convert(
         print_json(result.to_dict())
         return
     console = out()
-    gate = result.gate
-    console.print(
-        f"{result.directory}: {result.tensors} tensors from a {result.layout}, {gate.kind} gates on "
-        f"{' and '.join(gate.branches)}, reading {gate.input}"
-    )
+    console.print(f"{result.directory}: {result.tensors} tensors from a {result.layout}, {_kind(result)}")
     if result.left_out:
         console.print(f"left out: {', '.join(result.left_out)}")
     console.print(f"next: gsx export {result.directory} --budget 0.7")
+
+
+def _kind(result: ConvertResult) -> str:
+    gate, router = result.gate, result.router
+    if gate is not None:
+        return f"{gate.kind} gates on {' and '.join(gate.branches)}, reading {gate.input}"
+    assert router is not None
+    layers = "all layers" if router.layers is None else f"{len(router.layers)} layers"
+    return f"routers on {layers}, one for each {router.decides}"

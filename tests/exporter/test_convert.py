@@ -259,8 +259,9 @@ def test_files_that_are_not_torch_files(tmp_path: Path, pair: Pair) -> None:
             (tmp_path / name).write_bytes(content)
         with pytest.raises(CheckpointError, match=message):
             convert(tmp_path / name, tmp_path / "out", base=pair.base)
-    with pytest.raises(CheckpointError, match="is not a file"):
-        convert(tmp_path, tmp_path / "out", base=pair.base)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="has no weights"):
+        convert(tmp_path / "empty", tmp_path / "out", base=pair.base)
     assert not (tmp_path / "out").exists()
 
 
