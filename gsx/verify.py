@@ -23,7 +23,7 @@ from engines.bundle.manifest import Manifest, check_budget
 from engines.errors import BundleError, CheckpointError, GsxError, UsageError
 from engines.generation import select_for
 from engines.runners.base import Runner
-from engines.runners.portable import gated_places, host_type
+from engines.runners.portable import skippable_places, host_type
 from engines.runners.select import Backend, open_runner
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import BRANCHES
@@ -331,7 +331,7 @@ class _Run:
         logits, counts = runner_logits(self.runners["fast"], ids, select)
         clean = np.ones(want.tokens, bool)
         base = want if self.limits.runners is None else portable
-        places = [(layer, BRANCHES.index(branch)) for layer, branch in gated_places(self.manifest)]
+        places = [(layer, BRANCHES.index(branch)) for layer, branch in skippable_places(self.manifest)]
         differ = [] if counts is None else [p for p in places if counts[p] != base.keep[p].sum()]
         if self.limits.differing_share is None:
             turned = (want.margins <= self.limits.near_tie) if differ else np.zeros_like(want.keep)

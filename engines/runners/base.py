@@ -10,14 +10,14 @@ is shortened sequence by sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from engines.bundle.manifest import Manifest
-from engines.controls import Controls
+from engines.bundle.controls import Controls
 
 Logits = Literal["none", "last", "all"]
 
@@ -80,11 +80,10 @@ class Call:
     controls: Controls
 
 
-@dataclass(frozen=True)
-class ExitState:
-    """What leaves an exit layer and enters the next one, for the tokens of one call.
+# What leaves an exit layer and enters the next one, for the tokens of one call, by the graph's names (`exit_names`). The
+# last axis but one is the tokens.
+ExitState = Mapping[str, np.ndarray]
 
-XX
 
 @dataclass(frozen=True)
 class StageOutput:
@@ -157,6 +156,16 @@ def call_of(cache: Cache, input_ids: np.ndarray, counts: list[int] | None, contr
     if needed > cache.capacity:
         raise ValueError(f"the cache holds {cache.capacity} tokens, {needed} are needed")
     return Call(input_ids, counts, cache.lengths, controls)
+
+
+def exit_names(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
+    """What passes from `draft` to `verify`, with its axes; empty without an exit.
+
+    `exit_hidden` [B, S, H]; under the K/V policy `copy` `exit_key` and `exit_value` [B, kv heads, S, D]; and what the
+    keep rule carries from layer to layer, [B, S, 1] each.
+    """
+    verify = manifest.graphs.get("verify")
+    return {value.name: value.shape for value in verify.inputs if value.name.startswith("exit_")} if verify else {}
 
 
 def grown(lengths: list[int], counts: list[int]) -> list[int]:

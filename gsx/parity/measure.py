@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from engines.bundle.bundle import Bundle
 from engines.runners.base import Runner
-from engines.runners.portable import PortableStage, gated_places
+from engines.runners.portable import PortableStage, skippable_places
 from engines.runners.whole import WholeRunner
 from exporter.config import BRANCHES, KvPolicy
 from exporter.reference import Reference, ReferenceOutput
@@ -88,7 +88,7 @@ class EngineSide:
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
         self._manifest = manifest
-        self._places = [(layer, branch, _column(branch)) for layer, branch in gated_places(manifest)]
+        self._places = [(layer, branch, _column(branch)) for layer, branch in skippable_places(manifest)]
         capture = [f"layers.{i}.output" for i in range(manifest.decoder.num_layers)]
         for layer, branch, _ in self._places:
             capture += [f"layers.{layer}.{branch}.score", f"layers.{layer}.{branch}.index"]
@@ -229,7 +229,7 @@ def follow(
         logit_tolerance: from the reference's logits [V]: below which lead of the best token another may win.
         near_tie: how far from turning a decision may be and still come out differently.
     """
-    places = gated_places(runner.manifest)
+    places = skippable_places(runner.manifest)
     cache = runner.new_cache(1, sum(step.ids.shape[1] for step in steps))
     mismatches: list[Mismatch] = []
     flips = wrong_flips = 0

@@ -24,7 +24,7 @@ from engines.speculation.spec import check_draft, parse_draft
 from exporter.checkpoint import open_checkpoint
 from exporter.config import GateConfig
 from exporter.reference import Reference
-from exporter.selection import KeepAll
+from exporter.masks.base import KeepAll
 from gsx.export import export
 from tests.tiny import EOS_ID, tiny_checkpoint
 

@@ -16,7 +16,7 @@ from exporter.checkpoint import open_checkpoint
 from exporter.config import GateConfig
 from exporter.decoder.layer import DecoderOptions
 from exporter.reference import Reference
-from exporter.selection import Threshold
+from exporter.masks.gateskip import Threshold
 from exporter.text import MIN_TOKENS, tokenize
 from tests.tiny import tiny_checkpoint
 
@@ -43,7 +43,7 @@ def test_the_reference_keeps_what_the_calibration_says(tmp_path: Path, gate: Gat
     for budget, point in zip(BUDGETS, points, strict=True):
         assert point.kept_share == pytest.approx(budget, abs=KEPT_ATOL)
         with torch.inference_mode():
-            out = reference(torch.from_numpy(text.ids), selection=Threshold(point.thresholds), kv_policy=kv_policy)
+            out = reference(torch.from_numpy(text.ids), rule=Threshold(point.thresholds), kv_policy=kv_policy)
         kept = np.array([[float(k.float().mean()) for k in layer] for layer in out.keep])[:, columns]
         assert kept.mean() == pytest.approx(point.kept_share, abs=2e-3)  # near-ties of two float32 computations
 

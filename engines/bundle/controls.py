@@ -12,9 +12,9 @@ from typing import cast
 
 import numpy as np
 
-from engines.bundle.manifest import Manifest, check_budget
+from engines.bundle.manifest import Manifest, Selection, check_budget
 from engines.errors import UsageError
-from engines.layer_sets import check_mask, exit_places, mask_of, parse_places, unified_places
+from engines.bundle.layer_sets import check_mask, exit_places, mask_of, parse_places, unified_places
 
 # Name of a run-time input -> its value, as the manifest's `policy.inputs` lists them; empty for a dense model.
 Controls = Mapping[str, np.ndarray]
@@ -86,7 +86,8 @@ def controls_for(
         budgets = {one.budget for one in asked}
         if len(budgets) > 1:
             raise UsageError("one batch has one budget", found=", ".join(str(budget) for budget in budgets))
-        controls |= _selected(manifest, asked[0].budget)
+        budget = asked[0].budget
+        controls |= selected(manifest.selection, manifest.selection.budget if budget is None else budget)
     if policy.input("layer_mask"):
         controls["layer_mask"] = np.stack([layer_mask(manifest, one) for one in asked])
     if policy.input("full_until"):
@@ -145,14 +146,12 @@ def _check_read(manifest: Manifest, keep: Keep) -> None:
         )
 
 
-def _selected(manifest: Manifest, budget: float | None) -> Controls:
-    selection = manifest.selection
-    assert selection is not None
-    wanted = selection.budget if budget is None else budget
-    check_budget(wanted)
+def selected(selection: Selection, budget: float) -> Controls:
+    """The run-time input of a budget: `thresholds [L, 2]`, or `budget []` with selection by rank."""
+    check_budget(budget)
     if selection.mode == "rank":
-        return {"budget": np.array(wanted, np.float32)}
-    return {"thresholds": selection.thresholds_for(wanted)}
+        return {"budget": np.array(budget, np.float32)}
+    return {"thresholds": selection.thresholds_for(budget)}
 
 
 def _full_until(manifest: Manifest, keep: Keep, prompt_tokens: int | None) -> int:
