@@ -42,8 +42,8 @@ class GenerationStats:
             is left is the loop's own.
         drafted, accepted: by place in the draft (its first token first): how often a token stood there with none
             but right ones before it, and how often it was right.
-        kept_rows, gated_rows: rows that skippable branches ran on, and rows that the keep rule judged, in all layers that
-            the model itself ran; 0 for a dense model.
+        kept_rows, gated_rows: rows that skippable branches ran on, and rows that the keep rule judged, in all layers
+            that the model itself ran; 0 for a dense model.
     """
 
     prompt_tokens: int = 0
@@ -120,7 +120,8 @@ def generate(
         draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
         on_token: called with every new token; returning True ends that sequence (finish "stopped").
     Raises:
-        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, what the keep rule does not take.
+        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, what the keep rule does not
+            take.
     """
     manifest = runner.manifest
     _check(prompts, max_new_tokens, draft_length, manifest)

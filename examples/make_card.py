@@ -25,8 +25,8 @@ from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import BRANCHES
 from exporter.decoder.layer import DecoderOptions
 from exporter.evaluation import Quality, evaluate, losses, reference_logits
-from exporter.reference import Reference
 from exporter.masks.gateskip import Threshold
+from exporter.reference import Reference
 from exporter.text import WINDOW_TOKENS, load_tokenizer
 from exporter.training.corpus import Document, read_corpus, split
 from gsx.export import export

@@ -2,8 +2,8 @@
 
 It computes every branch for every token and then leaves out what is skipped, so it is never fast. Parity
 compares the exported graphs with it; for that to mean something it shares no code with the traceable decoder
-(`decoder/`, `rules/`) beyond `ModelConfig` and the count of rank selection. The rules' masks are in `masks/`. Semantics:
-docs/design.md section 3.
+(`decoder/`, `rules/`) beyond `ModelConfig` and the count of rank selection. The rules' masks are in `masks/`.
+Semantics: docs/design.md section 3.
 """
 
 from __future__ import annotations

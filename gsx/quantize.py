@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-
 from engines.bundle import manifest as schema
 from engines.bundle.controls import Controls, selected
 from engines.errors import GsxError, UsageError
@@ -102,10 +101,11 @@ def plan_for(
 
         assert text is not None
         # A grid at once costs little more than one budget, and the next export finds it.
-        budgets = [budget]
+        points = [defaults]
         if selection is not None:
-            budgets += [point.budget for point in selection.grid if point.budget != budget]
-        points = [defaults if one == budget else {**defaults, **selected(selection, one)} for one in budgets]
+            points += [
+                {**defaults, **selected(selection, point.budget)} for point in selection.grid if point.budget != budget
+            ]
         found = statistics(
             checkpoint,
             text.ids,
@@ -155,7 +155,11 @@ def _measured(
     # The end of the text: ranges come from all of it, and the last windows are as good as any.
     sample = TokenText(text.ids[-_MEASURED_WINDOWS:], text.sha256, text.name)
     simulation = Simulation(
-        checkpoint, sample, controls, options, lambda done, total: on_progress("measuring in full precision", done, total)
+        checkpoint,
+        sample,
+        controls,
+        options,
+        lambda done, total: on_progress("measuring in full precision", done, total),
     )
     chosen = choose(
         simulation, plan, limits, lambda done, total: on_progress("measuring each group in 8 bits", done, total)

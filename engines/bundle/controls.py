@@ -1,20 +1,19 @@
 """What a request asks of the keep rule, and the run-time inputs of the graph that say so.
 
-A bundle's manifest names the inputs that its rule reads (`policy.inputs`). They stay the same for a whole request: under
-the K/V policy `none`, K and V of a skipped layer are not there, so a set of layers cannot grow on the way.
+A bundle's manifest names the inputs that its rule reads (`policy.inputs`). They stay the same for a whole request:
+under the K/V policy `none`, K and V of a skipped layer are not there, so a set of layers cannot grow on the way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import cast
 
 import numpy as np
 
-from engines.bundle.manifest import Manifest, Selection, check_budget
-from engines.errors import UsageError
 from engines.bundle.layer_sets import check_mask, exit_places, mask_of, parse_places, unified_places
+from engines.bundle.manifest import Manifest, Policy, Selection, check_budget
+from engines.errors import UsageError
 
 # Name of a run-time input -> its value, as the manifest's `policy.inputs` lists them; empty for a dense model.
 Controls = Mapping[str, np.ndarray]
@@ -116,8 +115,7 @@ def layer_mask(manifest: Manifest, keep: Keep) -> np.ndarray:
             ) from None
         return mask_of(places, layers, manifest.kv_policy)
     if keep.exit is not None:
-        exits = cast(Sequence[int], policy.parameters.get("exits", ()))
-        return mask_of(exit_places(keep.exit, layers, exits), layers, manifest.kv_policy)
+        return mask_of(exit_places(keep.exit, layers, policy.exits), layers, manifest.kv_policy)
     if keep.speedup is not None:
         return mask_of(unified_places(layers, keep.speedup), layers, manifest.kv_policy)
     mask = np.asarray(read.default, np.float32)
@@ -144,6 +142,20 @@ def _check_read(manifest: Manifest, keep: Keep) -> None:
             found="a dense model" if policy is None else f"policy {policy.name}",
             todo="gsx export MODEL --policy layers",
         )
+
+
+def default_controls(policy: Policy | None, selection: Selection | None) -> Controls:
+    """The exported values of the run-time inputs, as graphs hold them; those by sequence have a first axis of 1."""
+    controls: dict[str, np.ndarray] = {}
+    for read in policy.inputs if policy else ():
+        if read.name == "layer_mask":
+            controls[read.name] = np.asarray([read.default], np.float32)
+        elif read.name == "full_until":
+            controls[read.name] = np.asarray([read.default], np.int64)
+        else:
+            assert selection is not None
+            controls |= selected(selection, selection.budget)
+    return controls
 
 
 def selected(selection: Selection, budget: float) -> Controls:

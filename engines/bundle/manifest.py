@@ -163,6 +163,7 @@ class Policy(_Model):
         parameters: its own, as they were given, measured or calibrated.
         warm_up: new tokens that run every branch, after a prompt that does too (`full_until`); null: the rule applies
             to every token, the prompt's among them.
+        exits: depths that the model was trained to leave at, where the rule is a set of layers.
         calibration: the text that they were found on; null where none was needed, or `selection` names it.
     """
 
@@ -171,6 +172,7 @@ class Policy(_Model):
     inputs: tuple[RuntimeInput, ...]
     parameters: Mapping[str, JsonValue] = Field(default_factory=dict)
     warm_up: Annotated[int, Field(ge=0)] | None = None
+    exits: tuple[int, ...] = ()
     calibration: CalibrationText | None = None
 
     def input(self, name: str) -> RuntimeInput | None:
@@ -400,7 +402,7 @@ class Manifest(_Model):
         if not isinstance(values, Mapping) or not values.get("selection") or values.get("policy"):
             return values
         gates, selection = values.get("gates"), values["selection"]
-        mode = selection.get("mode") if isinstance(selection, Mapping) else selection.mode
+        mode = str(selection.get("mode") if isinstance(selection, Mapping) else selection.mode)
         branches = gates.get("branches") if isinstance(gates, Mapping) else gates.branches if gates else ()
         return {**values, "policy": gateskip_policy(mode, branches or ())}
 

@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from engines.bundle.manifest import Manifest
 from engines.bundle.controls import Controls
+from engines.bundle.manifest import Manifest
 
 Logits = Literal["none", "last", "all"]
 
@@ -80,8 +80,8 @@ class Call:
     controls: Controls
 
 
-# What leaves an exit layer and enters the next one, for the tokens of one call, by the graph's names (`exit_names`). The
-# last axis but one is the tokens.
+# What leaves an exit layer and enters the next one, for the tokens of one call, by the graph's names (`exit_names`).
+# The last axis but one is the tokens.
 ExitState = Mapping[str, np.ndarray]
 
 

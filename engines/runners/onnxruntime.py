@@ -23,10 +23,10 @@ from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_name
 from engines.runners.portable import (
     KeptTable,
     PortableStage,
-    skippable_places,
     layers_of,
     open_session,
     session_config,
+    skippable_places,
 )
 
 
@@ -173,9 +173,9 @@ class OnnxRuntimeStage:
         hidden = body.result(lowering.STATE, (1, count, shape.hidden_size), np.float32)
         counts = body.result(lowering.KEPT, (self._gated,), np.int64) if self._gated else None
         leaves = self.layers.stop < shape.num_layers
-        sizes = {"batch": 1, "sequence": count}
+        sizes: dict[int | str, int] = {"batch": 1, "sequence": count}
         leaving = {
-            name: body.result(name, tuple(sizes.get(axis, axis) for axis in axes), np.float32)
+            name: body.result(name, tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes), np.float32)
             for name, axes in (self._exits.items() if leaves else ())
         }
         body.run()

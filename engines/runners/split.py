@@ -122,8 +122,7 @@ def _joined(waiting: list[tuple[Call, ExitState]], cache: Cache) -> tuple[Call, 
     else:
         ids = np.zeros((cache.batch, size), np.int64)
         joined = {
-            name: np.zeros((*part.shape[:-2], size, part.shape[-1]), part.dtype)
-            for name, part in waiting[0][1].items()
+            name: np.zeros((*part.shape[:-2], size, part.shape[-1]), part.dtype) for name, part in waiting[0][1].items()
         }
         for call, state in waiting:
             for row in range(cache.batch):

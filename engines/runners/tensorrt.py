@@ -21,7 +21,7 @@ from engines.errors import EngineError
 from engines.lowering.regions import CHOICES
 from engines.lowering.tensorrt import KEPT, LOGITS_AT, WRITE_AT, K
 from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names
-from engines.runners.portable import KeptTable, skippable_places, layers_of
+from engines.runners.portable import KeptTable, layers_of, skippable_places
 from engines.tensorrt.backend import Backend
 
 # The window is a multiple of this many columns, so that a call's shapes change seldom while the cache grows: TensorRT

@@ -27,6 +27,7 @@ from plugins.gathered_attention.op import gathered_attention
 from plugins.threshold_gather.op import threshold_gather
 from plugins.topk_gather.op import topk_gather
 
+
 @dataclass(frozen=True)
 class DecoderOptions:
     """How a model is to be traced.
@@ -281,9 +282,7 @@ class DecoderLayer(nn.Module):
             return hidden + out
         return hidden + self.gate(branch, hidden, normed)[0].to(out.dtype) * out
 
-    def _add(
-        self, branch: Branch, hidden: Tensor, rows: Tensor, kept: Kept, call: CallState
-    ) -> tuple[Tensor, Values]:
+    def _add(self, branch: Branch, hidden: Tensor, rows: Tensor, kept: Kept, call: CallState) -> tuple[Tensor, Values]:
         """Add what a branch gave for the kept rows. Returns: the states, and what the rule reads from here on."""
         assert self.rule is not None
         after = gated_scatter_add(kept.residual, rows, kept.gate, kept.index)

@@ -15,6 +15,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.decoder.ends import Entry, Exit
 from exporter.decoder.layer import DecoderLayer, DecoderOptions, Linear
 
+
 @dataclass(frozen=True)
 class Source:
     """Where a parameter of the assembled graph comes from.

@@ -41,8 +41,8 @@ class LayerPart(nn.Module):
         self.layer = layer
 
     def forward(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        """hidden, key and value of the past, cos, sin, mask; what the keep rule reads; with the K/V policy copy: key and
-        value of the layer below. Returns: hidden, present, new, and the states that the rule carries."""
+        """hidden, key and value of the past, cos, sin, mask; what the keep rule reads; with the K/V policy copy: key
+        and value of the layer below. Returns: hidden, present, new, and the states that the rule carries."""
         past_key, past_value, cos, sin, mask, *more = rest
         rule = self.layer.rule
         names = list(rule_inputs(rule))
@@ -183,7 +183,7 @@ class GraphBuilder:
         past: tuple[str, str],
         present: tuple[str, str],
     ) -> tuple[str, tuple[str, str], dict[str, str]]:
-        """Add layer i. Returns: the values of its state, of the K and V that it computed, and of what the rule carries."""
+        """Add layer i. Returns: the values of its state, of its K and V, and of what the rule carries."""
         prefix = f"layers.{i}."
         window = distinct_windows(self.config).index(self.config.windows[i])
         reads = {

@@ -39,4 +39,5 @@ class _ByMask(Stateless):
         call = self.call
         named = self.runs[:, x.layer, BRANCHES.index(x.branch)][:, None]
         keep = (named | (call.positions < self.full_until[:, None])) & call.valid
-        return Choice(keep, None, certain(keep))
+        score = named.float().expand_as(keep).masked_fill(~call.valid, float("-inf"))
+        return Choice(keep, score, certain(keep))

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from engines.bundle.controls import Controls
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.layer import DecoderOptions
-from engines.bundle.controls import Controls
 
 # Goes into the key of what is kept: another way of counting must not find the old numbers.
 _VERSION = 1

@@ -1,7 +1,8 @@
 """What a keep rule is to the decoder: a score for every token at a branch, and what it needs to find it.
 
-The layer (`exporter/decoder/layer.py`) asks its rule at each branch that the rule may skip, gathers the rows whose score
-exceeds the bound, runs the branch on them, and adds the result back. Nothing else differs between methods. A rule reads
+The layer (`exporter/decoder/layer.py`) asks its rule at each branch that the rule may skip, gathers the rows whose
+score exceeds the bound, runs the branch on them, and adds the result back. Nothing else differs between methods. A rule
+reads
 
 - run-time inputs of the graph (`inputs`): those with an axis L come to a layer as the layer's own part;
 - values that are computed once in a call (`call`), by `enter`, from the tokens and the run-time inputs;
@@ -88,9 +89,9 @@ class KeepRule(ABC):
     name: ClassVar[str]
     branches: tuple[Branch, ...]
     by_rank: bool = False
-    inputs: Mapping[str, Value] = {}  # noqa: RUF012 - a default that nobody changes
-    call: Mapping[str, Value] = {}  # noqa: RUF012
-    carried: Mapping[str, Value] = {}  # noqa: RUF012
+    inputs: Mapping[str, Value] = {}
+    call: Mapping[str, Value] = {}
+    carried: Mapping[str, Value] = {}
 
     def modules(self, config: ModelConfig, branch: Branch) -> Mapping[str, nn.Module]:
         """Parameters of a branch: name -> module, under which the checkpoint has them (`model.layers.{i}.{name}`)."""
@@ -133,7 +134,10 @@ class KeepRule(ABC):
         return {name: value for name, value in self.inputs.items() if value.by_layer}
 
     def values_of(self, layer: int, inputs: Values, entered: Values) -> Values:
-        """What one layer reads. Args: inputs: all run-time inputs; entered: what `enter` gave, carried states as of now."""
+        """What one layer reads.
+
+        Args: inputs: all run-time inputs; entered: what `enter` gave, the carried states as of now.
+        """
         own = {name: inputs[name].select(value.axes.index("L"), layer) for name, value in self.of_layer().items()}
         return {**entered, **own}
 

@@ -21,9 +21,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from engines.errors import CheckpointError, GsxError, TextError, UsageError
 from exporter.checkpoint import open_checkpoint
 from exporter.config import GateConfig
-from exporter.reference import Reference
 from exporter.masks.base import KeepAll
 from exporter.masks.gateskip import Rank
+from exporter.reference import Reference
 from exporter.training import ModelShape, StepReport, TrainConfig, corpus, export_snapshot, schedule, train
 from exporter.training.loop import _build
 from exporter.training.model import GatedModel
