@@ -30,7 +30,7 @@ from exporter.rules.gateskip import Selection
 from exporter.text import tokenize
 from gsx.draft_search import DraftSearch
 from gsx.graph_files import write_graphs
-from gsx.policies import Choice, Plan, grid_with, plan_policy, settle
+from gsx.policies import DRAFTS_LAYERS, Choice, Plan, grid_with, plan_policy, settle
 from gsx.progress import Progress
 from gsx.quantize import Quantize, plan_for
 
@@ -41,6 +41,8 @@ _DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 WEIGHTS_FILE = "weights.bin"
+# Drafts that an export looks for: the exit, or the set of branches left out, that gains most on this machine.
+SEARCHED_DRAFTS = ("auto", "layers:auto")
 # Room for graphs, tokenizer and manifest beside the weights.
 _SLACK_BYTES = 64 << 20
 
@@ -77,8 +79,8 @@ def export(
         calibration: UTF-8 text for the thresholds; None for the text that ships with gsx.
         calibration_tokens: how much of it to use.
         draft: how to draft for self-speculative decoding: `exit:E`, `budget:B` or `layers:SET` (see
-            `engines.speculation.spec.parse_draft`), or `auto` for the exit that gains most over plain decoding on
-            this machine, on the calibration text; None for no draft.
+            `engines.speculation.spec.parse_draft`), or `auto` for the exit, `layers:auto` for the set of layers left
+            out, that gains most over plain decoding on this machine, on the calibration text; None for no draft.
         quantize: what to run in 8 bits; None for nothing.
         overwrite: replace a bundle that is already at `output`.
         on_progress: called as it goes.
@@ -95,8 +97,8 @@ def export(
     keep = plan_policy(Choice(policy, select, budget, kv_policy), config)
     options = DecoderOptions(keep.rule, keep.kv_policy, _DTYPES[precision])
     exits = _exits(draft, config, keep, precision)
-    parsed = parse_draft(draft) if draft is not None and draft != "auto" else None
-    reads_text = keep.calibrates or draft == "auto" or (quantize is not None and quantize.reads_text)
+    parsed = parse_draft(draft) if draft is not None and draft not in SEARCHED_DRAFTS else None
+    reads_text = keep.calibrates or draft in SEARCHED_DRAFTS or (quantize is not None and quantize.reads_text)
     if calibration is not None and not reads_text:
         raise UsageError(
             "--calibration: this export reads no text",
@@ -127,10 +129,10 @@ def export(
             shutil.copyfile(path, work / path.name)
         on_progress(Progress("hashing the source weights", 0, 0))
         manifest = _manifest(checkpoint, options, precision, section, selection, quantization, entries, weights)
-        if draft == "auto":
+        if draft in SEARCHED_DRAFTS:
             assert text is not None
             search = DraftSearch(work, manifest, builder, weights, text.ids, on_progress)
-            manifest = search.best(exits)
+            manifest = search.best_exit(exits) if draft == "auto" else search.best_layers()
         elif parsed is not None:
             manifest = manifest.model_copy(update={"draft": schema.DraftEntry(draft=parsed)})
             check_draft(parsed, manifest)
@@ -142,26 +144,31 @@ def _exits(draft: str | None, config: ModelConfig, keep: Plan, precision: Precis
     """The exits to split at: several are candidates; none for other drafts. What cannot be is refused at once."""
     if draft is None:
         return ()
-    parsed = None if draft == "auto" else parse_draft(draft)
+    parsed = None if draft in SEARCHED_DRAFTS else parse_draft(draft)
     if keep.rule is not None and keep.rule.by_rank:
         refuse_rank()
     if parsed is None:
         host_type(precision)
         if config.max_positions < SHORTEST_CONTEXT:
             raise UsageError(
-                "--draft auto needs room to generate",
+                f"--draft {draft} needs room to generate",
                 expected=f"a model with {SHORTEST_CONTEXT} positions or more",
                 found=str(config.max_positions),
-                todo="name the exit: --draft exit:E",
+                todo="name the draft: --draft exit:E or layers:SET",
             )
-        return candidate_exits(config.exits, config.num_layers)
+        if draft == "auto":
+            return candidate_exits(config.exits, config.num_layers)
+        if keep.rule is None or keep.name not in DRAFTS_LAYERS:
+            refuse_other(draft)
+        if config.num_layers * len(keep.rule.branches) < 2:
+            raise UsageError(f"--draft {draft} needs two branches that may be skipped, or more", found="one")
+        return ()
     if parsed.kind == "exit":
         check_exit(parsed.layer, config.num_layers)
         return (parsed.layer,)
     if parsed.kind == "layers":
-        if keep.name not in ("gateskip", "layers", "unified"):
+        if keep.rule is None or keep.name not in DRAFTS_LAYERS:
             refuse_other(parsed)
-        assert keep.rule is not None
         check_layers(parsed, config.num_layers, keep.rule.branches)
     elif keep.budget is None:
         refuse_other(parsed)

@@ -9,7 +9,7 @@ from typing import NoReturn
 from pydantic import JsonValue
 
 from engines.bundle import manifest as schema
-from engines.bundle.layer_sets import Places, mask_of, parse_places, places_text, unified_places
+from engines.bundle.layer_sets import Places, mask_of, parse_places, unified_places
 from engines.errors import UsageError
 from exporter.calibration import DEFAULT_GRID, calibrate
 from exporter.checkpoint import Checkpoint
@@ -22,6 +22,8 @@ from exporter.text import TokenText
 from gsx.progress import Progress
 
 NAMES = ("gateskip", "layers", "unified", "dense")
+# Those whose bundles can leave any branch out, and so draft without some.
+DRAFTS_LAYERS = ("gateskip", "layers", "unified")
 OnProgress = Callable[[Progress], None]
 
 
@@ -108,7 +110,7 @@ def settle(
         return schema.gateskip_policy(selection.mode, plan.rule.branches), selection
     layers = checkpoint.config.num_layers
     mask = mask_of(plan.kept, layers, plan.kv_policy).tolist()
-    parameters: dict[str, JsonValue] = {"layers": places_text(plan.kept, layers)}
+    parameters: dict[str, JsonValue] = {"layers": schema.places_text(plan.kept)}
     if plan.speedup is not None:
         parameters["speedup"] = plan.speedup
     policy = schema.Policy(

@@ -7,7 +7,8 @@ null means minus infinity (keep everything): JSON has no infinities.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -254,7 +255,19 @@ class LayersDraft(_Model):
     skip: tuple[tuple[int, Branch], ...]
 
     def __str__(self) -> str:
-        return "layers:" + ",".join(f"{layer}.{branch}" for layer, branch in self.skip)
+        return "layers:" + places_text(self.skip)
+
+
+def places_text(places: Collection[tuple[int, Branch]]) -> str:
+    """A set of branches as `layer_sets.parse_places` reads it: neighbours that name the same are a range."""
+    named = {layer: tuple(b for b in BRANCHES if (layer, b) in places) for layer, _ in sorted(places)}
+    parts = []
+    # In a range, layer less place is the same.
+    for (branches, _), group in groupby(enumerate(named), lambda at: (named[at[1]], at[1] - at[0])):
+        layers = [layer for _, layer in group]
+        ends = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+        parts.append(ends if branches == BRANCHES else f"{ends}.{branches[0]}")
+    return ",".join(parts)
 
 
 DraftKind = Annotated[ExitDraft | BudgetDraft | LayersDraft, Field(discriminator="kind")]
@@ -264,16 +277,16 @@ DraftTokens = Annotated[int, Field(ge=1)]
 
 
 class DraftMeasurement(_Model):
-    """What one exit gave when `--draft auto` tried it.
+    """What one draft gave when it was tried (`--draft auto`, `--draft layers:auto`).
 
     Args:
-        layer: the exit.
+        draft: what was left out.
         length: tokens drafted before a verification: the best one found.
         acceptance: share of drafted tokens that were right, those behind a wrong one not counted.
         tokens_per_second, plain_tokens_per_second: with this draft and without one, taking turns.
     """
 
-    layer: int
+    draft: DraftKind
     length: DraftTokens
     acceptance: float
     tokens_per_second: float
@@ -286,7 +299,7 @@ class DraftEntry(_Model):
     Args:
         draft: what is left out.
         length: tokens drafted before the first verifications, until the loop knows better; null: its own choice.
-        measured: where the draft was chosen by measuring (`--draft auto`), what was seen of each candidate.
+        measured: where the draft was chosen by measuring (`auto`, `layers:auto`), what was seen of each candidate.
     """
 
     draft: DraftKind

@@ -99,7 +99,7 @@ def refuse_rank() -> NoReturn:
     )
 
 
-def refuse_other(draft: DraftKind) -> NoReturn:
+def refuse_other(draft: DraftKind | str) -> NoReturn:
     """A model whose keep rule has nothing that such a draft could change."""
     needs = "thresholds" if isinstance(draft, BudgetDraft) else "gates, or --policy layers"
     raise UsageError(
