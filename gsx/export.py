@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import platform
 import shutil
@@ -27,6 +28,7 @@ from exporter.graph.assemble import GraphBuilder, Graphs
 from exporter.graph.weights import WeightsFile, write_weights
 from exporter.quantization.qdq import quantize_graphs
 from exporter.rules.gateskip import Selection
+from exporter.rules.registry import rule_of
 from exporter.text import tokenize
 from gsx.draft_search import DraftSearch
 from gsx.graph_files import write_graphs
@@ -112,6 +114,7 @@ def export(
     needed = checkpoint.weight_bytes() * bytes_each // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
         section, selection = settle(keep, checkpoint, options, text, on_progress)
+        options = dataclasses.replace(options, rule=rule_of(section, selection, config))  # with what was calibrated
         defaults = default_controls(section, selection)
         plan = quantization = None
         if quantize is not None:

@@ -6,6 +6,7 @@ from engines.bundle.manifest import Policy, Selection
 from engines.errors import BundleError
 from exporter.config import ModelConfig
 from exporter.rules.base import KeepRule
+from exporter.rules.ffn_skip import FfnSkip
 from exporter.rules.gateskip import GateSkip
 from exporter.rules.layers import Layers
 
@@ -22,10 +23,12 @@ def rule_of(policy: Policy | None, selection: Selection | None, config: ModelCon
         assert config.gate is not None
         assert selection is not None
         return GateSkip(config.gate, config.eos_ids, selection.mode)
+    if policy.name == "ffn-skip":
+        return FfnSkip(int(str(policy.parameters["stride"])))
     if policy.name in ("layers", "unified"):
         return Layers()
     raise BundleError(
         f"gsx.json: the policy {policy.name!r} is not known",
-        expected="gateskip, layers or unified",
+        expected="gateskip, layers, unified or ffn-skip",
         todo="install the version of gsx that made the bundle, or export again",
     )
