@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ from exporter.config import BRANCHES, Branch
 from exporter.decoder.ends import distinct_windows
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
 from exporter.decoder.loading import load_entry, load_layer
-from exporter.rules.base import apply_forced
 from exporter.rules.gateskip import GateSkip
 
 # Close where quality is: budgets between two points are interpolated (engines/bundle/manifest.py).
@@ -57,13 +56,14 @@ class GridPoint:
 
 @dataclass
 class _Run:
-    """The states of one budget on their way through the layers."""
+    """The states of one budget, or of one constant threshold, on their way through the layers."""
 
-    budget: float
     hidden: Tensor
-    below: KeyValue | None
     thresholds: np.ndarray
     kept: np.ndarray
+    budget: float = 1.0
+    constant: float | None = None
+    below: KeyValue | None = None
     owed: float = 0.0
     """Share that the branches so far have kept too little, summed over them."""
 
@@ -78,33 +78,116 @@ def calibrate(
     """Thresholds for each budget.
 
     Args:
-        checkpoint: a gated checkpoint.
+        checkpoint: one with gates or routers.
         ids: [M, S] int64, calibration text.
         budgets: shares in (0, 1].
-        options: the K/V policy matters; the type of the computation is float32.
+        options: rule (None: the checkpoint's gates) and K/V policy; the type of the computation is float32.
         on_layer: called with (layers done, layers) as it goes.
     Returns: one point a budget, in their order.
     """
-    config = checkpoint.config
-    assert config.gate is not None, "calibration is for gated models"
-    options = DecoderOptions(GateSkip(config.gate, config.eos_ids), options.kv_policy, torch.float32)
-    tokens = torch.from_numpy(ids)
-    with torch.inference_mode():
-        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
-        hidden, cos, sin, *rest = load_entry(checkpoint, options)(tokens, torch.ones_like(tokens), positions)
-        *masks, forced, forced_score = rest
-        shape = (config.num_layers, 2)
-        runs = [_Run(b, hidden, None, np.full(shape, -np.inf, np.float32), np.ones(shape)) for b in budgets]
-        windows = distinct_windows(config)
-        for i in range(config.num_layers):
-            layer = load_layer(checkpoint, i, options)
-            mask = masks[windows.index(config.windows[i])]
-            call = CallState(cos, sin, mask, {"forced": forced, "forced_score": forced_score})
-            for run in runs:
-                _through(layer, i, run, call)
-            on_layer(i + 1, config.num_layers)
-    columns = [BRANCHES.index(branch) for branch in config.gated_branches]
-    return [GridPoint(r.budget, r.thresholds, r.kept, float(r.kept[:, columns].mean())) for r in runs]
+    walk = _Walk(checkpoint, ids, options)
+    runs = [walk.run(budget=budget) for budget in budgets]
+    walk.through(runs, on_layer)
+    return [walk.point(run, run.budget) for run in runs]
+
+
+def at_constant(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    threshold: float,
+    options: DecoderOptions,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> GridPoint:
+    """What one threshold keeps everywhere, as a method was trained with it: its budget is the share kept on the text.
+
+    Args: as for `calibrate`; threshold: in the unit of the score.
+    """
+    walk = _Walk(checkpoint, ids, options)
+    run = walk.run(constant=threshold)
+    walk.through([run], on_layer)
+    point = walk.point(run, 1.0)
+    return replace(point, budget=point.kept_share)
+
+
+class _Walk:
+    """A text on its way through the layers, once for each run."""
+
+    def __init__(self, checkpoint: Checkpoint, ids: np.ndarray, options: DecoderOptions) -> None:
+        self.checkpoint, self.config = checkpoint, checkpoint.config
+        rule = options.rule
+        if rule is None:
+            assert self.config.gate is not None, "calibration is for models with gates or routers"
+            rule = GateSkip(self.config.gate, self.config.eos_ids)
+        self.options = DecoderOptions(rule, options.kv_policy, torch.float32)
+        self.tokens = torch.from_numpy(ids)
+        layers = range(self.config.num_layers) if rule.layers is None else rule.layers
+        self.places = [(layer, branch) for layer in layers for branch in BRANCHES if branch in rule.branches]
+        with torch.inference_mode():
+            positions = torch.arange(ids.shape[1]).expand(self.tokens.shape)
+            entry = load_entry(checkpoint, self.options)
+            self.hidden, *state = entry(self.tokens, torch.ones_like(self.tokens), positions)
+        self.windows = distinct_windows(self.config)
+        self.state, entered = state[: 2 + len(self.windows)], state[2 + len(self.windows) :]
+        # The thresholds of a layer are what is looked for: the rule is given none.
+        self.values = {"thresholds": torch.zeros(2), **dict(zip(rule.entered(), entered, strict=True))}
+
+    def run(self, budget: float = 1.0, constant: float | None = None) -> _Run:
+        """A run at the first layer."""
+        shape = (self.config.num_layers, 2)
+        return _Run(self.hidden, np.full(shape, -np.inf, np.float32), np.ones(shape), budget, constant)
+
+    def through(self, runs: Sequence[_Run], on_layer: Callable[[int, int], None]) -> None:
+        """Take runs through all layers, one layer's weights in memory at a time."""
+        cos, sin, *masks = self.state
+        with torch.inference_mode():
+            for i in range(self.config.num_layers):
+                layer = load_layer(self.checkpoint, i, self.options)
+                call = CallState(cos, sin, masks[self.windows.index(self.config.windows[i])], self.values)
+                for run in runs:
+                    self._layer(layer, i, run, call)
+                on_layer(i + 1, self.config.num_layers)
+
+    def point(self, run: _Run, budget: float) -> GridPoint:
+        """What a run found."""
+        kept = [run.kept[layer, BRANCHES.index(branch)] for layer, branch in self.places]
+        return GridPoint(budget, run.thresholds, run.kept, float(np.mean(kept)))
+
+    def _layer(self, layer: DecoderLayer, number: int, run: _Run, call: CallState) -> None:
+        """Take one run's states through one layer, choosing its thresholds on the way."""
+        config = self.config
+        empty = run.hidden.new_zeros((len(self.tokens), config.num_kv_heads, 0, config.head_dim))
+        past = KeyValue(empty, empty)
+        kept = self._choose(layer, "attn", number, run, call)
+        run.hidden, _, run.below, values = layer.attention_branch(run.hidden, call, past, run.below, kept)
+        call = call._replace(values=values)
+        kept = self._choose(layer, "mlp", number, run, call)
+        run.hidden, _ = layer.mlp_branch(run.hidden, call, kept)
+
+    def _choose(self, layer: DecoderLayer, branch: Branch, number: int, run: _Run, call: CallState) -> Kept | None:
+        """The rows that a branch keeps, by the threshold found for it; None where nothing is skipped."""
+        if branch not in layer.skippable:
+            return None
+        assert layer.rule is not None
+        normed = layer.normed(branch, run.hidden)
+        verdict = layer.rule.judge(layer, branch, run.hidden, normed, call.values)
+        scores = verdict.score[~call.values["forced"]].numpy()
+        place = (number, BRANCHES.index(branch))
+        if branch in layer.rule.chosen:
+            left = len(self.places) - self.places.index((number, branch))
+            run.thresholds[place] = self._threshold(scores, run, left)
+        else:  # it does what the branch before it was told
+            run.thresholds[place] = run.thresholds[number, 0]
+        tau = float(run.thresholds[place])
+        run.kept[place] = float((scores > tau).mean())
+        run.owed += run.budget - run.kept[place]
+        verdict = replace(verdict, bound=torch.tensor(tau))
+        return layer.kept_by(verdict, branch, run.hidden, normed, call)
+
+    @staticmethod
+    def _threshold(scores: np.ndarray, run: _Run, left: int) -> float:
+        if run.constant is not None:
+            return run.constant
+        return float(threshold_for(scores, run.budget + run.owed / left)) if run.budget < 1.0 else -math.inf
 
 
 def threshold_for(scores: np.ndarray, share: float) -> np.float32:
@@ -133,29 +216,3 @@ def threshold_for(scores: np.ndarray, share: float) -> np.float32:
     if cut == n:
         return np.float32(ordered[-1] + TIE)
     return np.float32((ordered[cut - 1] + ordered[cut]) / 2)
-
-
-def _through(layer: DecoderLayer, number: int, run: _Run, call: CallState) -> None:
-    """Take one budget's states through one layer, choosing its thresholds on the way."""
-    gated = layer.config.gated_branches
-    empty = run.hidden.new_zeros((call.mask.shape[0], layer.config.num_kv_heads, 0, layer.config.head_dim))
-    kept = _choose(layer, "attn", number, run, call) if "attn" in gated else None
-    past = KeyValue(empty, empty)
-    run.hidden, _, run.below, _ = layer.attention_branch(run.hidden, call, past, run.below, kept)
-    kept = _choose(layer, "mlp", number, run, call) if "mlp" in gated else None
-    run.hidden, _ = layer.mlp_branch(run.hidden, call, kept)
-
-
-def _choose(layer: DecoderLayer, branch: Branch, number: int, run: _Run, call: CallState) -> Kept:
-    normed = layer.normed(branch, run.hidden)
-    gate, score = layer.gate(branch, run.hidden, normed)
-    valid = score[~call.values["forced"]].numpy()
-    place = (number, BRANCHES.index(branch))
-    gated = len(layer.config.gated_branches)
-    left = layer.config.num_layers * gated - (number * gated + layer.config.gated_branches.index(branch))
-    tau = float(threshold_for(valid, run.budget + run.owed / left)) if run.budget < 1.0 else -math.inf
-    run.thresholds[place] = tau
-    run.kept[place] = float((valid > tau).mean())
-    run.owed += run.budget - run.kept[place]
-    index = torch.nonzero(apply_forced(score, call.values) > tau).reshape(-1)
-    return Kept(normed.index_select(0, index), index, gate.index_select(0, index), run.hidden)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from engines.errors import UsageError
 from exporter.checkpoint import Checkpoint, is_gate
 from exporter.config import BRANCHES, Branch, GateConfig, KvPolicy, ModelConfig
 from exporter.masks.base import BranchInput, Choice, Chooser, KeepAll, MaskCall, MaskRule, certain
+from exporter.masks.router import Routers
 
 
 @dataclass
@@ -46,11 +48,15 @@ class ReferenceOutput:
 
 @dataclass
 class _Call:
-    """The call in progress: its keep rule at work, and what the branches note down. Masks are [B, S]."""
+    """The call in progress: its keep rule at work, and what the branches note down. Masks are [B, S].
+
+    Args: there: under the K/V policy `none`, [B, past] bool by layer: which tokens have K and V there.
+    """
 
     chooser: Chooser
     valid: torch.Tensor
     choices: list[list[Choice]]
+    there: dict[int, torch.Tensor] | None
 
 
 class Reference:
@@ -60,7 +66,10 @@ class Reference:
         self.model = model
         self.config = config
         self._gates: dict[tuple[int, Branch], nn.Linear] = {}
+        self._routers: Routers | None = None
         self._call: _Call | None = None
+        # Under the K/V policy `none`, which columns of a cache hold something, by layer.
+        self._there: WeakKeyDictionary[DynamicCache, dict[int, torch.Tensor]] = WeakKeyDictionary()
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Reference:
@@ -79,6 +88,8 @@ class Reference:
         reference._wrap_branches()
         if config.gate is not None:
             reference._add_gates(checkpoint, config.gate)
+        if config.router is not None:
+            reference._routers = Routers(checkpoint, config.router)
         return reference
 
     @torch.no_grad()
@@ -115,12 +126,13 @@ class Reference:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
         valid = attention_mask[:, past:].bool()
         ended = torch.isin(input_ids, torch.tensor(self.config.eos_ids, dtype=input_ids.dtype)) & valid
-        tokens = MaskCall(input_ids, valid, ended, position_ids, self.config.num_layers)
+        tokens = MaskCall(input_ids, valid, ended, position_ids, self.config.num_layers, self._routers)
         everyone = Choice(valid, None, certain(valid))
         self._call = call = _Call(
             chooser=(rule or KeepAll()).begin(tokens),
             valid=valid,
             choices=[[everyone, everyone] for _ in range(self.config.num_layers)],
+            there=self._there.setdefault(cache, {}) if kv_policy == "none" else None,
         )
         states: list[torch.Tensor] = []
         hooks = [self.model.model.layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
@@ -221,6 +233,19 @@ class Reference:
         call.choices[x.layer][BRANCHES.index(x.branch)] = choice
         return choice
 
+    def added(self, x: BranchInput, choice: Choice, output: torch.Tensor) -> torch.Tensor:
+        """What a branch adds to the residual stream."""
+        return self._current().chooser.added(x, choice, output)
+
+    def seen(self, layer: int, choice: Choice, mask: torch.Tensor) -> torch.Tensor:
+        """A layer's attention mask [B, 1, S, T], float: under the K/V policy `none`, nobody sees a skipped token."""
+        there = self._current().there
+        if there is None:
+            return mask
+        past = there.get(layer, choice.keep[:, :0])
+        there[layer] = torch.cat((past, choice.keep), dim=1)
+        return mask.masked_fill(~there[layer][:, None, None, :], torch.finfo(mask.dtype).min)
+
     def after(self, x: BranchInput, result: torch.Tensor, choice: Choice) -> None:
         """Tell the rule what came out."""
         self._current().chooser.after(x, result, choice)
@@ -254,13 +279,15 @@ class _Branch(nn.Module):
         assert residual is not None
         g = reference.gate(self._layer, self._name, residual, hidden_states)
         score = None if g is None else g.mean(-1).masked_fill(~reference.valid(), float("-inf"))
-        x = BranchInput(self._layer, self._name, residual, score)
+        x = BranchInput(self._layer, self._name, residual, hidden_states, score)
         # The choice comes first: a cache that leaves K and V out asks for it inside the branch.
         choice = reference.choose(x)
+        if self._name == "attn":
+            kwargs["attention_mask"] = reference.seen(self._layer, choice, kwargs["attention_mask"])
         output = self.branch(hidden_states, **kwargs)
         first = output[0] if isinstance(output, tuple) else output
         gated = first if g is None else g.to(first.dtype) * first
-        added = torch.where(choice.keep[..., None], gated, 0.0)
+        added = reference.added(x, choice, gated)
         reference.after(x, residual + added, choice)
         return (added, *output[1:]) if isinstance(output, tuple) else added
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+import numpy as np
 from pydantic import JsonValue
 
 from engines.bundle import manifest as schema
 from engines.bundle.layer_sets import Places, mask_of, parse_places, unified_places
 from engines.errors import UsageError
-from exporter.calibration import DEFAULT_GRID, GridPoint, calibrate
+from exporter.calibration import DEFAULT_GRID, GridPoint, at_constant, calibrate
 from exporter.checkpoint import Checkpoint
 from exporter.config import BRANCHES, KvPolicy, ModelConfig
 from exporter.decoder.layer import DecoderOptions
@@ -19,11 +20,12 @@ from exporter.rules.base import KeepRule
 from exporter.rules.ffn_skip import FfnSkip
 from exporter.rules.gateskip import GateSkip, Selection
 from exporter.rules.layers import Layers
+from exporter.rules.router import Router
 from exporter.similarity import Region, at_threshold, calibrate_ffn
 from exporter.text import TokenText
 from gsx.progress import Progress
 
-NAMES = ("gateskip", "layers", "unified", "ffn-skip", "dense")
+NAMES = ("gateskip", "router", "layers", "unified", "ffn-skip", "dense")
 # Those whose bundles can leave any branch out, and so draft without some.
 DRAFTS_LAYERS = ("gateskip", "layers", "unified")
 # FFN-SkipLLM: share of FFNs kept by default, as in the paper's abstract; and new tokens that run in full, of which the
@@ -99,13 +101,21 @@ def plan_policy(choice: Choice, config: ModelConfig) -> Plan:
     Raises:
         UsageError: an unknown policy, options that exclude each other, a checkpoint without what the rule needs.
     """
-    name, _, parameters = (choice.policy or ("gateskip" if config.gate else "dense")).partition(":")
+    name, _, parameters = (choice.policy or _default(config)).partition(":")
     if name not in NAMES:
         raise UsageError(f"policy {name!r} is not known", expected="one of " + ", ".join(NAMES), found=repr(name))
     if name == "dense":
         return _dense(choice, config, parameters)
     if name == "gateskip":
         return _gateskip(choice, config, parameters)
+    if name == "router":
+        return _router(choice, config, parameters)
+    if config.router is not None:
+        raise UsageError(
+            f"--policy {name}: the checkpoint has routers, which say what runs",
+            expected="a checkpoint without routers",
+            todo="export with router, the default; --budget 1 keeps everything",
+        )
     if name == "ffn-skip":
         return _ffn_skip(choice, config, parameters)
     _refuse(name, "--budget", choice.budget is not None, "a set of layers is chosen by --layers, --exit or --speedup")
@@ -134,6 +144,8 @@ def settle(
     if isinstance(plan.rule, GateSkip):
         selection = _selection(plan, checkpoint, options, text, on_progress)
         return schema.gateskip_policy(selection.mode, plan.rule.branches), selection
+    if isinstance(plan.rule, Router):
+        return _routed(plan, plan.rule, checkpoint, options, text, on_progress)
     if plan.ffn is not None:
         assert text is not None
         return _calibrated_ffn(plan, plan.ffn, checkpoint, text, on_progress)
@@ -214,6 +226,87 @@ def _gateskip(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
         )
     rule = GateSkip(gate, config.eos_ids, choice.select)
     return Plan("gateskip", rule, kv_policy, choice.budget or 1.0, calibrates=choice.select == "threshold")
+
+
+def _default(config: ModelConfig) -> str:
+    return "gateskip" if config.gate else "router" if config.router else "dense"
+
+
+def _router(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
+    if parameters:
+        _bad_parameters("router", "none: --budget and --select are its options", parameters)
+    router = config.router
+    if router is None:
+        raise UsageError(
+            "--policy router needs routers, and this checkpoint has none",
+            expected='"router" in the "gsx" section of config.json, and its tensors, e.g. model.layers.{i}.router.weight',
+            found="gates" if config.gate else "a dense model",
+            todo="docs/routers.md says which section a method has; gsx convert takes public checkpoints over",
+        )
+    if choice.kv_policy not in (None, router.kv_policy):
+        raise UsageError(
+            f"--kv-policy {choice.kv_policy}: the routers were trained with another",
+            expected=f"{router.kv_policy}, as gsx.router.kv_policy says",
+            found=str(choice.kv_policy),
+            todo="leave the option out",
+        )
+    if choice.select == "rank" and router.predictor is not None:
+        _refuse("router with a predictor", "--select rank", True, "the predictor decides in place of the rank")
+    if choice.select == "rank" and router.adapter is not None:
+        _refuse("router with an adapter", "--select rank", True, "an adapter runs where a score is below a threshold")
+    by_threshold = choice.select == "threshold"
+    # Without a budget, the method's own threshold holds where it has one.
+    budget = choice.budget if by_threshold and router.threshold is not None else choice.budget or 1.0
+    rule = Router(router, config, choice.select)
+    return Plan("router", rule, router.kv_policy, budget, calibrates=by_threshold)
+
+
+def _routed(
+    plan: Plan,
+    rule: Router,
+    checkpoint: Checkpoint,
+    options: DecoderOptions,
+    text: TokenText | None,
+    on_progress: OnProgress,
+) -> tuple[schema.Policy, schema.Selection]:
+    limits = rule.router.score_range or (None, None)
+    if plan.budget is not None:
+        selection = _selection(plan, checkpoint, options, text, on_progress)
+    else:
+        assert text is not None
+        assert rule.router.threshold is not None
+        point = at_constant(
+            checkpoint,
+            text.ids,
+            rule.router.threshold,
+            options,
+            on_layer=lambda done, total: on_progress(Progress("counting what the routers keep", done, total)),
+        )
+        if point.budget <= 0:
+            raise UsageError(
+                "the routers keep nothing of the calibration text at their own threshold",
+                expected="some tokens of some layers",
+                found=f"threshold {rule.router.threshold:g}",
+                todo="give --budget to calibrate thresholds, or text of the kind that the routers were trained on",
+            )
+        table = np.full_like(point.thresholds, -np.inf)
+        everything = GridPoint(1.0, table, np.ones_like(point.kept), 1.0)
+        points = [point] if point.budget == 1 else [everything, point]
+        selection = _threshold_selection(point.budget, points, text)
+    by_rank = selection.mode == "rank"
+    read = (
+        schema.RuntimeInput(name="budget", least=0, most=1)
+        if by_rank
+        else schema.RuntimeInput(name="thresholds", least=limits[0], most=limits[1])
+    )
+    policy = schema.Policy(
+        name="router",
+        branches=rule.branches,
+        layers=rule.router.layers,
+        inputs=(read,),
+        parameters={"router": rule.router.to_dict()},
+    )
+    return policy, selection
 
 
 def _ffn_skip(choice: Choice, config: ModelConfig, parameters: str) -> Plan:

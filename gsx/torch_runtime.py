@@ -99,7 +99,7 @@ class TorchStage:
         self._exits = exit_names(manifest)
         with torch.device("meta"):
             self._entry = Entry(hf_config, config, options)
-            self._layers = [_Layer(config, options, has_below=i > 0) for i in self.layers]
+            self._layers = [_Layer(config, options.of_layer(i), has_below=i > 0) for i in self.layers]
             self._exit = Exit(config, options)
         weights.fill(self._entry, "")
         for i, layer in zip(self.layers, self._layers, strict=True):

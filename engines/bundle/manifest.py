@@ -159,7 +159,8 @@ class Policy(_Model):
 
     Args:
         name: e.g. `gateskip`, `layers`.
-        branches: those that it may skip, in every layer.
+        branches: those that it may skip, in every layer that it reaches.
+        layers: those that it reaches; null: all.
         inputs: what it reads at run time.
         parameters: its own, as they were given, measured or calibrated.
         warm_up: new tokens that run every branch, after a prompt that does too (`full_until`); null: the rule applies
@@ -170,6 +171,7 @@ class Policy(_Model):
 
     name: str
     branches: tuple[Branch, ...]
+    layers: tuple[int, ...] | None = None
     inputs: tuple[RuntimeInput, ...]
     parameters: Mapping[str, JsonValue] = Field(default_factory=dict)
     warm_up: Annotated[int, Field(ge=0)] | None = None
@@ -424,6 +426,14 @@ class Manifest(_Model):
         """Branches that the keep rule may skip; empty for a dense bundle."""
         return self.policy.branches if self.policy else ()
 
+    @property
+    def skippable_places(self) -> list[tuple[int, Branch]]:
+        """(layer, branch) of every branch that the keep rule may skip, in the graph's order."""
+        if self.policy is None:
+            return []
+        layers = range(self.decoder.num_layers) if self.policy.layers is None else self.policy.layers
+        return [(layer, branch) for layer in layers for branch in BRANCHES if branch in self.policy.branches]
+
     @model_validator(mode="after")
     def _parts_fit(self) -> Manifest:
         reads = {one.name for one in self.policy.inputs} if self.policy else set()
@@ -431,6 +441,9 @@ class Manifest(_Model):
             raise ValueError("a selection and a policy that reads thresholds or a budget go together")
         if self.policy is not None and self.policy.name == "gateskip" and self.gates is None:
             raise ValueError("the policy gateskip needs gates")
+        for layer in (self.policy.layers or ()) if self.policy else ():
+            if not 0 <= layer < self.decoder.num_layers:
+                raise ValueError(f"the policy reaches layer {layer} of {self.decoder.num_layers}")
         rows = {len(point.thresholds) for point in self.selection.grid} if self.selection else set()
         if rows - {self.decoder.num_layers}:
             raise ValueError(f"thresholds are for {sorted(rows)} layers, the model has {self.decoder.num_layers}")

@@ -26,7 +26,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.bundle.manifest import DecoderShape, Manifest
+from engines.bundle.manifest import BRANCHES, DecoderShape, Manifest
 from engines.lowering.quantized import fuse_products, weights_inside
 from engines.lowering.regions import CHOICES, find_regions, size_name, wrap
 
@@ -170,8 +170,26 @@ def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest) -> None:
             _gqa(query, (_EMPTY, _EMPTY), cache, bias, outputs, manifest.decoder, name + "attention"),
             helper.make_node("Squeeze", [out, _FIRST], [node.output[0]], name=name + "rows"),
         ]
+    _read_live_keys(nodes)
     _replace_nodes(graph, nodes)
     _add_biases(graph)
+
+
+def _read_live_keys(nodes: list[onnx.NodeProto]) -> None:
+    """Whatever else looks at the keys, to see which tokens left some, reads the live part of the written buffer."""
+    slices: dict[str, onnx.NodeProto] = {}
+    for node in nodes:
+        for place, name in enumerate(node.input):
+            if not name.startswith("present.") or node.op_type == "GroupQueryAttention":
+                continue
+            live = f"lowered.live.{name}"
+            buffer = name.replace("present.", "appended.")
+            inputs = [buffer, _FIRST, TOTAL_LENGTH, "lowered.tokens_axis"]
+            slices[live] = helper.make_node("Slice", inputs, [live], name=live)
+            node.input[place] = live
+    for live in slices.values():
+        written = next(n for n, node in enumerate(nodes) if live.input[0] in node.output)
+        nodes.insert(written + 1, live)
 
 
 def _attend_and_append(graph: onnx.GraphProto, manifest: Manifest) -> None:
@@ -211,6 +229,7 @@ def _add_biases(graph: onnx.GraphProto) -> None:
     """For every mask [B, 1, S, T] that some attention wants as a float bias, the node that makes it."""
     wanted = {name for node in graph.node for name in node.input if name.startswith(_bias_of(""))}
     graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), _FIRST))
+    graph.initializer.append(numpy_helper.from_array(np.array([2], np.int64), "lowered.tokens_axis"))
     for name, number in (("lowered.seen", 0.0), ("lowered.masked", MASKED)):
         graph.initializer.append(numpy_helper.from_array(np.array(number, np.float32), name))
     nodes: list[onnx.NodeProto] = []
@@ -322,8 +341,9 @@ def _set_values(field: Any, values: Sequence[onnx.ValueInfoProto]) -> None:
 
 
 def _kept_output(graph: onnx.GraphProto) -> None:
-    """One output with the kept rows of every branch, in order."""
-    choices = [node for node in graph.node if node.op_type in CHOICES]
+    """One output with the kept rows of every branch, in order (of a stand-in for skipped rows, nobody asks)."""
+    counts = tuple(f".{branch}.count" for branch in BRANCHES)
+    choices = [node for node in graph.node if node.op_type in CHOICES and node.output[2].endswith(counts)]
     if not choices:
         return
     graph.node.append(helper.make_node("Concat", [size_name(c) for c in choices], [KEPT], name=KEPT, axis=0))

@@ -175,5 +175,5 @@ def grown(lengths: list[int], counts: list[int]) -> list[int]:
 
 def step_output(stage: Stage, call: Call, output: StageOutput) -> StepOutput:
     """What a loop sees of a stage's output."""
-    branches = len(stage.layers) * len(stage.manifest.skippable)
-    return StepOutput(output.logits, output.kept, sum(call.counts) * branches)
+    places = [place for place in stage.manifest.skippable_places if place[0] in stage.layers]
+    return StepOutput(output.logits, output.kept, sum(call.counts) * len(places))

@@ -170,8 +170,7 @@ class KeptTable:
 
 def skippable_places(manifest: Manifest, layers: range | None = None) -> list[tuple[int, Branch]]:
     """(layer, branch) of every branch that the keep rule may skip, of all layers or of some, in the graph's order."""
-    branches = [branch for branch in BRANCHES if branch in manifest.skippable]
-    return [(layer, branch) for layer in layers or range(manifest.decoder.num_layers) for branch in branches]
+    return [place for place in manifest.skippable_places if layers is None or place[0] in layers]
 
 
 def host_type(precision: str) -> np.dtype[Any]:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from exporter.config import ModelConfig
-from exporter.decoder.layer import DecoderOptions, Linear
+from exporter.decoder.layer import DecoderOptions
+from exporter.decoder.modules import Linear
 from exporter.decoder.norm import RmsNorm
 from exporter.decoder.rotary import RotaryTables
 from exporter.rules.base import Tokens

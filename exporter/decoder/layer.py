@@ -11,16 +11,16 @@ Letters: B batch, S tokens of the call, N = B x S, T = past + S, K kept rows, H 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from exporter.config import Branch, GateConfig, KvPolicy, ModelConfig
+from exporter.decoder.modules import Linear, Mlp
 from exporter.decoder.norm import RmsNorm
-from exporter.rules.base import KeepRule, Values
+from exporter.rules.base import KeepRule, Values, Verdict
 from plugins.full_attention.op import full_attention
 from plugins.gated_scatter_add.op import gated_scatter_add
 from plugins.gathered_attention.op import gathered_attention
@@ -41,6 +41,11 @@ class DecoderOptions:
     rule: KeepRule | None = None
     kv_policy: KvPolicy = "compute"
     dtype: torch.dtype = torch.float32
+
+    def of_layer(self, layer: int) -> DecoderOptions:
+        """The options of one layer: without the rule where it skips nothing."""
+        reaches = self.rule is None or self.rule.layers is None or layer in self.rule.layers
+        return self if reaches else replace(self, rule=None)
 
 
 class CallState(NamedTuple):
@@ -79,27 +84,14 @@ class Past(Protocol):
 
 @dataclass(frozen=True)
 class Kept:
-    """Rows that a branch runs on: rows [K, H] of its input, index [K] int64, gate [K, H] or [K, 1]; and the residual
-    [N, H] that their results are added to."""
+    """Rows that a branch runs on: rows [K, H] of its input, index [K] int64, gate [K, H] or [K, 1]; the residual
+    [N, H] that their results are added to; and what the rule tells the layer's next branch."""
 
     rows: Tensor
     index: Tensor
     gate: Tensor
     residual: Tensor
-
-
-class Linear(nn.Module):
-    """A linear layer with its weight as [in, out]."""
-
-    def __init__(self, width: int, out: int, bias: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, out, dtype=dtype), requires_grad=False)
-        self.bias = nn.Parameter(torch.empty(out, dtype=dtype), requires_grad=False) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., in] -> [.., out]."""
-        y = torch.matmul(x, self.weight)
-        return y if self.bias is None else y + self.bias
+    passes: Values = field(default_factory=dict)
 
 
 class Gate(nn.Module):
@@ -151,21 +143,6 @@ class Attention(nn.Module):
         return torch.onnx.ops.rotary_embedding(x.unsqueeze(0), cos, sin, num_heads=heads)
 
 
-class Mlp(nn.Module):
-    """The gated linear unit: down(silu(gate(x)) * up(x))."""
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
-        super().__init__()
-        H, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = Linear(H, width, bias, dtype)
-        self.up_proj = Linear(H, width, bias, dtype)
-        self.down_proj = Linear(width, H, bias, dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[K, H] -> [K, H]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderLayer(nn.Module):
     """A decoder layer that leaves skipped work out.
 
@@ -182,7 +159,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, dtype)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = Mlp(config, dtype)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype)
         for branch in config.gated_branches:
             assert config.gate is not None
             setattr(self, f"{branch}_gate", Gate(config, config.gate))
@@ -231,7 +208,12 @@ class DecoderLayer(nn.Module):
             new = self._keys_and_values(normed, call)
         present = past.append(new)
         query = attn.queries(kept.rows, cos, sin)[0]
-        attended = gathered_attention(query, kept.index, present.key, present.value, call.mask, attn.num_heads)
+        mask = call.mask
+        if self.drops_kv and self.rule is not None and self.rule.hides_skipped:
+            # A token that was skipped left zeros in the cache, which no computed key is.
+            there = (present.key[:, 0] != 0).any(dim=-1)
+            mask = mask & there[:, None, None, :]
+        attended = gathered_attention(query, kept.index, present.key, present.value, mask, attn.num_heads)
         hidden, values = self._add("attn", hidden, attn.o_proj(attended), kept, call)
         return hidden, present, new, values
 
@@ -265,16 +247,21 @@ class DecoderLayer(nn.Module):
         """The rows that the branch runs on, by the keep rule."""
         assert self.rule is not None
         verdict = self.rule.judge(self, branch, hidden, normed, call.values)
+        return self.kept_by(verdict, branch, hidden, normed, call)
+
+    def kept_by(self, verdict: Verdict, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> Kept:
+        """The rows that a verdict keeps."""
+        assert self.rule is not None
         gather = topk_gather if self.rule.by_rank else threshold_gather
         rows, index, _ = gather(normed, verdict.score, verdict.bound)
-        residual = self.rule.skipped(self, branch, hidden, normed, verdict)
+        residual = self.rule.skipped(self, branch, hidden, normed, verdict, call.values)
         if verdict.gate is not None:
             gate = verdict.gate.index_select(0, index)
         elif branch in self.config.gated_branches:
             gate, _ = self.gate(branch, hidden.index_select(0, index), rows)
         else:
             gate = rows.new_ones(rows.shape[0], 1)
-        return Kept(rows, index, gate.to(rows.dtype), residual)
+        return Kept(rows, index, gate.to(rows.dtype), residual, verdict.passes)
 
     def _add_all(self, branch: Branch, hidden: Tensor, normed: Tensor, out: Tensor) -> Tensor:
         """Add what a branch gave for every token, times the checkpoint's gate where there is one."""
@@ -286,7 +273,8 @@ class DecoderLayer(nn.Module):
         """Add what a branch gave for the kept rows. Returns: the states, and what the rule reads from here on."""
         assert self.rule is not None
         after = gated_scatter_add(kept.residual, rows, kept.gate, kept.index)
-        return after, {**call.values, **self.rule.after(branch, hidden, after, kept.index, call.values)}
+        values = {**call.values, **kept.passes}
+        return after, {**values, **self.rule.after(branch, hidden, after, kept.index, values)}
 
 
 def _no_kv(hidden: Tensor, call: CallState, attn: Attention) -> KeyValue:

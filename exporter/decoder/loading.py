@@ -13,7 +13,8 @@ from torch import nn
 
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.ends import Entry, Exit
-from exporter.decoder.layer import DecoderLayer, DecoderOptions, Linear
+from exporter.decoder.layer import DecoderLayer, DecoderOptions
+from exporter.decoder.modules import Linear
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def _checkpoint_name(parameter: str) -> str:
 def load_layer(checkpoint: Checkpoint, index: int, options: DecoderOptions) -> DecoderLayer:
     """Layer `index` with its weights."""
     with torch.device("meta"):
-        layer = DecoderLayer(checkpoint.config, options, has_below=index > 0)
+        layer = DecoderLayer(checkpoint.config, options.of_layer(index), has_below=index > 0)
     _fill(layer, checkpoint, f"layers.{index}.")
     return layer
 

@@ -28,6 +28,7 @@ from exporter.rules.base import KeepRule, Value
 from plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION
 from plugins.registry import OPS
 
+CHOICES = ("ThresholdGather", "TopKGather")
 IR_VERSION = 11  # the one that opset 23 came with
 # Sizes of the examples that are traced: distinct, so that no two axes are taken for one.
 _B, _S, _P = 2, 3, 5
@@ -91,16 +92,20 @@ class GraphBuilder:
         assert set(defaults) == set(self.rule.inputs if self.rule else ()), "one default for each run-time input"
         with torch.device("meta"):
             entry = Entry(checkpoint.hf_config, config, options)
-            first = DecoderLayer(config, options, has_below=False)
-            later = DecoderLayer(config, options, has_below=True)
+            layers = [DecoderLayer(config, options.of_layer(i), has_below=i > 0) for i in range(config.num_layers)]
             leave = Exit(config, options)
         self.entry = trace(entry, self._entry_inputs(), self._entry_outputs())
-        self.first = self._trace_layer(first)
-        self.copies_below = later.copies_below
-        self.later = self._trace_layer(later) if later.copies_below else self.first
+        self.copies_below = any(layer.copies_below for layer in layers)
+        # Layers of one kind share a trace.
+        kinds: dict[tuple[bool, bool], Part] = {}
+        for layer in layers:
+            kind = (layer.rule is not None, layer.copies_below)
+            if kind not in kinds:
+                kinds[kind] = self._trace_layer(layer)
+        self.parts = [kinds[layer.rule is not None, layer.copies_below] for layer in layers]
         ids = Input((_B, _S), torch.int64, (0, 1))
         self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
-        self._entry_module, self._layer_module, self._exit_module = entry, first, leave
+        self._entry_module, self._layer_modules, self._exit_module = entry, layers, leave
 
     def graphs(self, exit_layer: int | None) -> Graphs:
         """The decoder as `model`, and split at an exit layer as `draft` and `verify` (docs/design.md, section 6).
@@ -154,7 +159,7 @@ class GraphBuilder:
             past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
             present = (f"present.{i}.key", f"present.{i}.value")
             hidden, below, carried = self._layer(graph, i, hidden, below, carried, past, present)
-            found |= sources(self._layer_module, f"layers.{i}.")
+            found |= sources(self._layer_modules[i], f"layers.{i}.")
             inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
             outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
         graph.add(self.exit, "", {"hidden": hidden}, {"logits": "logits"})
@@ -206,8 +211,10 @@ class GraphBuilder:
             "new_value": prefix + "new_value",
             **{f"next_{name}": prefix + name for name in carried},
         }
-        graph.add(self.first if i == 0 else self.later, prefix, reads, writes)
-        leaving = {name: writes[f"next_{name}"] for name in carried}
+        part = self.parts[i]
+        graph.add(part, prefix, reads, writes)
+        passed = [name for name in carried if f"next_{name}" in part.outputs]
+        leaving = {**carried, **{name: writes[f"next_{name}"] for name in passed}}
         return writes["output"], (writes["new_key"], writes["new_value"]), leaving
 
     def _run_time_inputs(self, graph: _Layout) -> list[onnx.ValueInfoProto]:
@@ -233,7 +240,7 @@ class GraphBuilder:
 
     def _trace_layer(self, layer: DecoderLayer) -> Part:
         outputs = ["output", "present_key", "present_value", "new_key", "new_value"]
-        outputs += [f"next_{name}" for name in (self.rule.carried if self.rule else ())]
+        outputs += [f"next_{name}" for name in (layer.rule.carried if layer.rule else ())]
         part = trace(LayerPart(layer), self._layer_inputs(layer), outputs)
         return _name_choices(part, layer.skippable)
 
@@ -262,7 +269,7 @@ class GraphBuilder:
             "cos": table,
             "sin": table,
             "mask": Input((_B, 1, _S, _P + _S), torch.bool, (0, 2, 3)),
-            **{name: _example(value) for name, value in rule_inputs(self.rule).items()},
+            **{name: _example(value) for name, value in rule_inputs(layer.rule).items()},
         }
         if layer.copies_below:
             below = Input((_B, heads, _S, width), dtype, (0, 2))
@@ -361,8 +368,11 @@ class _Layout:
 
 
 def _name_choices(part: Part, branches: Sequence[Branch]) -> Part:
-    """Give the scores and kept rows of each branch their names."""
-    choices = [node for node in part.nodes if node.op_type in ("ThresholdGather", "TopKGather")]
+    """Give the scores and kept rows of each branch their names. What gathers the same rows again is a stand-in."""
+    choices: list[onnx.NodeProto] = []
+    for node in part.nodes:
+        if node.op_type in CHOICES and node.input[0] not in {choice.input[0] for choice in choices}:
+            choices.append(node)
     assert len(choices) == len(branches)
     names: dict[str, str] = {}
     for branch, node in zip([b for b in BRANCHES if b in branches], choices, strict=True):

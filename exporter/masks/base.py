@@ -6,11 +6,14 @@ Shapes are [B, S], the tokens of a call; padding is never kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from exporter.config import Branch
+
+if TYPE_CHECKING:
+    from exporter.masks.router import Routers
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class MaskCall:
     Args:
         ids: int64. valid: bool, not padding. ended: bool, end-of-text. positions: int64, padding not counted.
         layers: of the model.
+        routers: the checkpoint's; None without.
     """
 
     ids: torch.Tensor
@@ -27,6 +31,7 @@ class MaskCall:
     ended: torch.Tensor
     positions: torch.Tensor
     layers: int
+    routers: Routers | None = None
 
 
 @dataclass(frozen=True)
@@ -35,13 +40,14 @@ class BranchInput:
 
     Args:
         layer, branch: which.
-        residual: [B, S, H], before the branch's norm.
+        residual, normed: [B, S, H], before the branch's norm and after it.
         score: [B, S] float32, of the checkpoint's gate, padding minus infinity; None without one.
     """
 
     layer: int
     branch: Branch
     residual: torch.Tensor
+    normed: torch.Tensor
     score: torch.Tensor | None
 
 
@@ -67,6 +73,10 @@ class Chooser(Protocol):
         """Who runs the branch. Branches come in the model's order."""
         ...
 
+    def added(self, x: BranchInput, choice: Choice, output: torch.Tensor) -> torch.Tensor:
+        """What is added to the residual stream, [B, S, H]: output is the branch's, of all tokens."""
+        ...
+
     def after(self, x: BranchInput, result: torch.Tensor, choice: Choice) -> None:
         """What came out: result [B, S, H], the residual stream behind the branch."""
         ...
@@ -85,7 +95,15 @@ def certain(keep: torch.Tensor) -> torch.Tensor:
     return torch.full(keep.shape, float("inf"), dtype=torch.float64)
 
 
-class Stateless:
+class Plain:
+    """A chooser under which a kept token gets the branch's output, and a skipped one nothing."""
+
+    def added(self, x: BranchInput, choice: Choice, output: torch.Tensor) -> torch.Tensor:
+        """See `Chooser`."""
+        return torch.where(choice.keep[..., None], output, 0.0)
+
+
+class Stateless(Plain):
     """A chooser that does not look at what came out."""
 
     def after(self, x: BranchInput, result: torch.Tensor, choice: Choice) -> None:

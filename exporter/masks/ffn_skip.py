@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from exporter.config import BRANCHES
-from exporter.masks.base import BranchInput, Choice, Chooser, MaskCall, certain
+from exporter.masks.base import BranchInput, Choice, Chooser, MaskCall, Plain, certain
 from exporter.masks.gateskip import check_thresholds
 
 
@@ -36,7 +36,7 @@ class FfnStride:
         return _Striding(torch.from_numpy(self.thresholds[:, 1]), self.stride, full, call)
 
 
-class _Striding:
+class _Striding(Plain):
     def __init__(self, thresholds: torch.Tensor, stride: int, full: torch.Tensor, call: MaskCall) -> None:
         self._thresholds, self._stride, self._full, self._call = thresholds, stride, full, call
         # Layers that each token is still to skip, and by how much its last probe decided.

@@ -8,6 +8,7 @@ from exporter.masks.base import KeepAll, MaskRule
 from exporter.masks.ffn_skip import FfnStride
 from exporter.masks.gateskip import Rank, Threshold
 from exporter.masks.layers import LayerMask
+from exporter.masks.router import RoutedByRank, RoutedByThreshold
 
 
 def mask_of(manifest: Manifest, controls: Controls) -> MaskRule:
@@ -18,6 +19,11 @@ def mask_of(manifest: Manifest, controls: Controls) -> MaskRule:
     if policy.name == "gateskip":
         assert selection is not None
         return Rank(float(controls["budget"])) if selection.mode == "rank" else Threshold(controls["thresholds"])
+    if policy.name == "router":
+        assert selection is not None
+        if selection.mode == "rank":
+            return RoutedByRank(float(controls["budget"]))
+        return RoutedByThreshold(controls["thresholds"])
     if policy.name == "ffn-skip":
         stride = int(str(policy.parameters["stride"]))
         return FfnStride(controls["thresholds"], stride, controls["full_until"])

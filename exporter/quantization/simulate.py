@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from engines.bundle.controls import Controls
 from exporter.checkpoint import Checkpoint
 from exporter.config import Branch
-from exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue, Linear
+from exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue
+from exporter.decoder.modules import Linear
 from exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
 from exporter.quantization.walk import Stream, Walk
 from exporter.rules.base import Values

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from engines.bundle.controls import Controls
 from engines.errors import CheckpointError
 from exporter.checkpoint import Checkpoint
-from exporter.decoder.layer import DecoderLayer, DecoderOptions, Linear
+from exporter.decoder.layer import DecoderLayer, DecoderOptions
+from exporter.decoder.modules import Linear
 from exporter.quantization.scheme import LINEARS
 from exporter.quantization.statistics import Statistics, key, load, save
 from exporter.quantization.walk import Stream, Walk

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -67,11 +67,13 @@ class Verdict:
         bound: [] float32: rows with a higher score are kept; or, with selection by rank, [1] int64: so many are.
         gate: [N, H] or [N, 1] float32, what the branch's output is multiplied by; None: the checkpoint's own gate where
             it has one, else nothing.
+        passes: values for the later branch of the same layer, which finds them among what it reads.
     """
 
     score: Tensor
     bound: Tensor
     gate: Tensor | None = None
+    passes: Values = field(default_factory=dict)
 
 
 class KeepRule(ABC):
@@ -79,7 +81,10 @@ class KeepRule(ABC):
 
     Attributes:
         name: of the policy, as `gsx export --policy` takes it.
-        branches: those that it may skip, in every layer; the others always run.
+        branches: those that it may skip, the same in every layer that it reaches; the others always run.
+        layers: those that it reaches, ascending; None for all.
+        hides_skipped: under the K/V policy `none`, whether tokens may differ in a layer, so that a skipped one must not
+            be seen there; False where nobody looks at that layer any more.
         by_rank: whether a verdict's bound is a number of rows.
         inputs: the run-time inputs of the graph that it reads.
         call: what `enter` computes once in a call.
@@ -88,6 +93,8 @@ class KeepRule(ABC):
 
     name: ClassVar[str]
     branches: tuple[Branch, ...]
+    layers: tuple[int, ...] | None = None
+    hides_skipped: bool = False
     by_rank: bool = False
     inputs: Mapping[str, Value] = {}
     call: Mapping[str, Value] = {}
@@ -108,7 +115,14 @@ class KeepRule(ABC):
         Args: hidden [N, H], the residual stream; normed [N, H], the branch's input.
         """
 
-    def skipped(self, layer: DecoderLayer, branch: Branch, hidden: Tensor, normed: Tensor, verdict: Verdict) -> Tensor:
+    @property
+    def chosen(self) -> tuple[Branch, ...]:
+        """The branches that are judged by themselves; another one does what the one before it was told."""
+        return self.branches
+
+    def skipped(
+        self, layer: DecoderLayer, branch: Branch, hidden: Tensor, normed: Tensor, verdict: Verdict, values: Values
+    ) -> Tensor:
         """What the kept rows' results are added to, [N, H]: the residual stream, unless a skipped branch has a stand-in
         (an adapter, for one)."""
         return hidden

@@ -9,6 +9,7 @@ from exporter.rules.base import KeepRule
 from exporter.rules.ffn_skip import FfnSkip
 from exporter.rules.gateskip import GateSkip
 from exporter.rules.layers import Layers
+from exporter.rules.router import Router
 
 
 def rule_of(policy: Policy | None, selection: Selection | None, config: ModelConfig) -> KeepRule | None:
@@ -23,12 +24,16 @@ def rule_of(policy: Policy | None, selection: Selection | None, config: ModelCon
         assert config.gate is not None
         assert selection is not None
         return GateSkip(config.gate, config.eos_ids, selection.mode)
+    if policy.name == "router":
+        assert config.router is not None
+        assert selection is not None
+        return Router(config.router, config, selection.mode)
     if policy.name == "ffn-skip":
         return FfnSkip(int(str(policy.parameters["stride"])))
     if policy.name in ("layers", "unified"):
         return Layers()
     raise BundleError(
         f"gsx.json: the policy {policy.name!r} is not known",
-        expected="gateskip, layers, unified or ffn-skip",
+        expected="gateskip, router, layers, unified or ffn-skip",
         todo="install the version of gsx that made the bundle, or export again",
     )
