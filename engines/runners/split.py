@@ -104,7 +104,10 @@ class SplitRunner:
 def joined_output(early: StepOutput, late: StepOutput) -> StepOutput:
     """The output of both halves on the same tokens."""
     kept = None if early.kept is None or late.kept is None else early.kept + late.kept
-    return StepOutput(late.logits, kept, early.gated_rows + late.gated_rows)
+    each = None
+    if early.kept_by_sequence is not None and late.kept_by_sequence is not None:
+        each = early.kept_by_sequence + late.kept_by_sequence
+    return StepOutput(late.logits, kept, early.gated_rows + late.gated_rows, each)
 
 
 def _joined(waiting: list[tuple[Call, ExitState]], cache: Cache) -> tuple[Call, ExitState]:
