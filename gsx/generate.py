@@ -16,11 +16,12 @@ from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.manifest import DraftKind, Manifest
 from engines.errors import UsageError
 from engines.generation import FinishReason, GenerationStats
-from engines.runners.select import Backend, open_runner
+from engines.runners.select import open_runner
 from engines.sampling import Sampling
 from engines.speculation.draft import open_draft
 from engines.speculation.spec import check_draft, check_speculation, parse_draft
 from engines.tokens import BundleTokenizer, TextStream
+from gsx.backends import BackendName, Device, open_backend
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -91,7 +92,8 @@ def generate(
     draft: str | None = None,
     draft_length: int | None = None,
     threads: int | None = None,
-    backend: Backend = "onnxruntime",
+    backend: BackendName = "onnxruntime",
+    device: Device | None = None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> GenerateResult:
     """Continue a text.
@@ -111,8 +113,9 @@ def generate(
             a draft.
         draft: draft in another way than the bundle's: `exit:E`, `budget:B` or `layers:SET`.
         draft_length: tokens drafted before a verification; 0 for plain decoding; None to find it while generating.
-        threads: of ONNX Runtime; None for its own choice.
-        backend: the runtime; the TensorRT ones run what `gsx build` made.
+        threads: of the runtime; None for its own choice.
+        backend: the runtime; the TensorRT ones run what `gsx build` made, PyTorch runs the weights themselves.
+        device: where PyTorch runs; None for its GPU if it has one.
         on_text: called with each piece of new text as it comes.
     Raises:
         GsxError: an option, a bundle or a prompt that cannot be used.
@@ -135,9 +138,10 @@ def generate(
         tokenizer = BundleTokenizer(bundle)
     prompt_ids = list(ids) if ids is not None else _encode(tokenizer, prompt or "", bundle)
     writer = _Writer(tokenizer.stream(), stop, on_text) if tokenizer else None
-    opened = open_draft(bundle, drafting, threads, budget, backend) if drafting else None
+    runtime = open_backend(backend, device, threads)
+    opened = open_draft(bundle, drafting, threads, budget, runtime) if drafting else None
     result = generation.generate(
-        opened.runner if opened else open_runner(bundle, threads, backend),
+        opened.runner if opened else open_runner(bundle, threads, runtime),
         [prompt_ids],
         max_new_tokens=max_new_tokens,
         budget=budget,
