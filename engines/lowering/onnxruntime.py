@@ -335,9 +335,7 @@ class _Attention:
         window = self.shape.windows[self.layer]
         if windowed and window is not None:
             attributes["local_window_size"] = window
-        return helper.make_node(
-            "GroupQueryAttention", inputs, outputs, name=self.name, domain=CONTRIB, **attributes
-        )
+        return helper.make_node("GroupQueryAttention", inputs, outputs, name=self.name, domain=CONTRIB, **attributes)
 
 
 def _regions(graph: onnx.GraphProto, layers: range) -> None:

@@ -40,6 +40,13 @@ class Cache:
     verified: list[int]
     memory: Any
 
+    def move(self, source: int, target: int) -> None:
+        """The lengths of a sequence that moves to another row; its own row is then empty."""
+        for name in ("lengths", "verified"):
+            numbers = list(getattr(self, name))
+            numbers[target], numbers[source] = numbers[source], 0
+            setattr(self, name, numbers)
+
     def roll_back(self, lengths: Sequence[int]) -> None:
         """Forget what lies behind these lengths, one a sequence."""
         self.lengths = list(map(min, self.lengths, lengths))
@@ -151,6 +158,10 @@ class Runner(Protocol):
             counts: tokens of each sequence; None for S of all.
             logits: of each sequence's last token, of all, or none.
         """
+        ...
+
+    def move(self, cache: Cache, source: int, target: int) -> None:
+        """Put a sequence into another row, whose own is lost; its old row is then empty."""
         ...
 
 

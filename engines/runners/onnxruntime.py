@@ -1,9 +1,9 @@
 """ONNX Runtime at its best: the lowered graph, with the K/V cache in place.
 
 Float32 runs lowered (`engines/lowering/onnxruntime.py`): tokens of one sequence in one form, one token of each of
-several neighbouring sequences in another, on the same memory. Whatever a call asks of a batch is made of these: a prompt
-goes to its own rows of the K/V, a step goes to all that take one. Half precision, FP8 (which a CPU has no products for),
-batches under rank selection (which chooses among a whole call), and versions of ONNX Runtime without the kernels run the
+several neighbouring sequences in another, on the same memory. A call of a batch is made of these: a prompt goes to its
+own row of the K/V, a step to all rows that take one. Half precision, FP8 (which a CPU has no products for), batches
+under rank selection (which chooses among a whole call), and versions of ONNX Runtime without the kernels run the
 portable graph.
 """
 
@@ -323,6 +323,7 @@ def _joined(parts: list[tuple[slice, StageOutput]], call: Call, logits: Logits) 
     if first.kept_by_sequence is not None:
         kept_by_sequence = np.zeros(batch, np.int64)
         for rows, output in parts:
+            assert output.kept_by_sequence is not None
             kept_by_sequence[rows] = output.kept_by_sequence
     return StageOutput(
         logits=whole([output.logits for _, output in parts], columns),

@@ -70,6 +70,14 @@ class SplitRunner:
         second = self.verify(cache, logits=logits)
         return joined_output(first, second)
 
+    def move(self, cache: Cache, source: int, target: int) -> None:
+        """See `Runner`; not between a draft and its verification."""
+        memory: _Memory = cache.memory
+        assert not memory.waiting, "drafted tokens wait at their rows"
+        self.early.move(memory.early, source, target, cache.lengths[source])
+        self.late.move(memory.late, source, target, cache.lengths[source])
+        cache.move(source, target)
+
     def draft(
         self,
         cache: Cache,
