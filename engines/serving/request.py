@@ -56,7 +56,7 @@ class Finished:
 
 
 class Client(Protocol):
-    """Who asked. All calls come from the scheduler's thread, in order; the last is `finished` or `failed`."""
+    """Who asked. All calls come from the scheduler's thread; the last is `finished`, `failed` or `dropped`."""
 
     def tokens(self, ids: Sequence[int], text: str) -> None:
         """New tokens, and the text that is complete with them (which may be empty)."""
@@ -71,5 +71,9 @@ class Client(Protocol):
         ...
 
     def is_gone(self) -> bool:
-        """Whether nobody waits for the rest; the request is then dropped without another call."""
+        """Whether nobody waits for the rest."""
+        ...
+
+    def dropped(self) -> None:
+        """The request ends here, since nobody waits for it."""
         ...

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 
 from engines.bundle.manifest import DraftKind
@@ -182,14 +182,15 @@ class Scheduler:
             self._waiting.append(job)
             self._changed.notify()
 
-    def run(self) -> None:
-        """Work until `close`; for a thread of its own."""
+    def run(self, after_turn: Callable[[], None] = lambda: None) -> None:
+        """Work until `close`, for a thread of its own; after_turn is called after every turn."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._waiting or self.under_way)
                 if self._closed:
                     break
             self.work()
+            after_turn()
         for job in [*self._batch, *self._alone, *self._waiting]:
             _tell(job, partial(job.client.failed, OverloadedError("the server is shutting down")))
 
@@ -213,7 +214,10 @@ class Scheduler:
             gone = [job for job in self._waiting if job.client.is_gone()]
             for job in gone:
                 self._waiting.remove(job)
-        self._leave(job for job in [*self._batch, *self._alone] if job.client.is_gone())
+        leaving = [job for job in [*self._batch, *self._alone] if job.client.is_gone()]
+        self._leave(leaving)
+        for job in [*gone, *leaving]:
+            _tell(job, job.client.dropped)
 
     def _admit(self) -> None:
         """One request a turn: those under way wait for a prompt no longer than that."""
@@ -280,9 +284,9 @@ class Scheduler:
             return
         self._leave([job for job in jobs if _tell(job, job.tell)])
 
-    def _leave(self, jobs: Iterable[_Job]) -> None:
+    def _leave(self, jobs: list[_Job]) -> None:
         """Free the slots of jobs; the last row of the batch takes a free one's place."""
-        for job in list(jobs):
+        for job in jobs:
             if job in self._alone:
                 self._alone.remove(job)
                 continue
