@@ -13,6 +13,7 @@ import argparse
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -74,6 +75,7 @@ def running(
     home = find_server(environment)
     if home is None:
         raise RuntimeError(f"{environment}: no tritonserver there; `make triton` installs it")
+    _check_ports(port)
     python = environment / "bin" / "python"
     ask = "import sysconfig; print(sysconfig.get_python_version(), sysconfig.get_config_var('LIBDIR'))"
     version, libraries = subprocess.run([python, "-c", ask], check=True, capture_output=True, text=True).stdout.split()
@@ -124,6 +126,17 @@ def running(
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _check_ports(first: int) -> None:
+    """Refuse ports that somebody uses: his server would be taken for ours."""
+    for port in range(first, first + 3):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError as error:
+                raise RuntimeError(f"port {port} is in use: choose others with --port") from error
+
+
 def _wait(server: Server, seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -148,6 +161,7 @@ def main() -> None:
     parser.add_argument("--environment", type=Path, default=ENVIRONMENT)
     parser.add_argument("--port", type=int, default=8000, help="of HTTP; gRPC is the next one, metrics the one after")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the server ends too
     try:
         with running(arguments.repository, port=arguments.port, environment=arguments.environment) as server:
             print(f"{server.url} is ready; Ctrl-C ends it", flush=True)
