@@ -229,12 +229,17 @@ def open_stage(bundle: Bundle, backend: Backend, graph: str = "model", *, cuda_g
     Raises:
         EngineError: no engines, no GPU, or engines that do not fit this machine; says what differs and what mends it.
     """
+    from engines.tensorrt import cuda
     from engines.tensorrt.execution import CudaEngine
+    from engines.tensorrt.kernel_cache import kernel_cache_path
     from engines.tensorrt.loading import find_engines, read_engine
 
     found = find_engines(bundle, backend)
     plan = read_engine(found, graph, f"gsx build {bundle.directory} --backend {backend}")
     forms = found.entry.graphs[graph].forms
     recordable = not any(forms.get(choice) == "plugin" for choice in CHOICES)
-    engine = CudaEngine(backend, plan, library=found.library, cuda_graphs=cuda_graphs and recordable)
+    kernels = None
+    if (device := cuda.device()) is not None and backend == "tensorrt-rtx":
+        kernels = kernel_cache_path(found.entry.graphs[graph].sha256, device.capability)
+    engine = CudaEngine(backend, plan, library=found.library, cuda_graphs=cuda_graphs and recordable, kernels=kernels)
     return TensorRTStage(bundle.manifest, found.entry, graph, engine)
