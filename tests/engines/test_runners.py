@@ -149,7 +149,7 @@ def test_every_branch_is_left_out_when_nothing_is_kept(tiny_bundle: Path) -> Non
     outputs = []
     for stage in (PortableStage(bundle), OnnxRuntimeStage(bundle)):
         runner = WholeRunner(stage)
-        outputs.append(runner.step(runner.new_cache(1, 8), np.array([[5]]), above))
+        outputs.append(runner.step(runner.new_cache(1, 8), np.array([[5]]), {"thresholds": above}))
         assert outputs[-1].kept is not None
         assert outputs[-1].kept.sum() == 0
     np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=LOGITS_ATOL)
