@@ -239,7 +239,7 @@ def _router(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
     if router is None:
         raise UsageError(
             "--policy router needs routers, and this checkpoint has none",
-            expected='"router" in the "gsx" section of config.json, and its tensors, e.g. model.layers.{i}.router.weight',
+            expected='"router" in the "gsx" section of config.json, and its tensors, as model.layers.{i}.router.weight',
             found="gates" if config.gate else "a dense model",
             todo="docs/routers.md says which section a method has; gsx convert takes public checkpoints over",
         )

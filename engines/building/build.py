@@ -74,6 +74,13 @@ def build(
         GsxError: an option, a bundle, a machine or a graph that cannot be used.
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    if opened.manifest.hides_skipped:
+        raise UsageError(
+            "engines have one attention mask for all layers, and in this bundle each layer has its own",
+            expected="a bundle whose skipped tokens have K and V (policies compute and copy)",
+            found="K/V policy none with routers: a skipped token is not seen in its layer",
+            todo="run it on ONNX Runtime or with --backend torch",
+        )
     module = load_module(backend)
     chosen, gpu = _targets(module, backend, targets)
     capacity, shapes = _shapes(opened, backend, context, batch, profiles)

@@ -427,6 +427,11 @@ class Manifest(_Model):
         return self.policy.branches if self.policy else ()
 
     @property
+    def hides_skipped(self) -> bool:
+        """Whether a token that was skipped in a layer has no K and V there, and kept ones must not see it."""
+        return self.kv_policy == "none" and self.selection is not None
+
+    @property
     def skippable_places(self) -> list[tuple[int, Branch]]:
         """(layer, branch) of every branch that the keep rule may skip, in the graph's order."""
         if self.policy is None:

@@ -1,7 +1,7 @@
 """Routers: small trained networks that say for each token which layers or branches run (docs/routers.md).
 
-Mixture-of-Depths (arXiv:2404.02258), D-LLM, SkipGPT (arXiv:2506.04179) and FlexiDepth (arXiv:2503.23798) are settings of
-one entry of the checkpoint, `RouterConfig`. Facts: docs/methods.md section 10.
+Mixture-of-Depths (arXiv:2404.02258), D-LLM, SkipGPT (arXiv:2506.04179) and FlexiDepth (arXiv:2503.23798) are settings
+of one entry of the checkpoint, `RouterConfig`. Facts: docs/methods.md section 10.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ class RouterNet(nn.Module):
         """[N, H] -> [N, out] float32."""
         x = x.to(torch.float32)
         if self.hidden is None:
-            y: Tensor = self.linear(x)
-            return y
+            scores: Tensor = self.linear(x)
+            return scores
         x = self.hidden(x)
         if self.norm is not None:
             x = self.norm(x)
-        y = self.out(self.activation(x))
-        return y
+        scores: Tensor = self.out(self.activation(x))
+        return scores
 
 
 class Router(KeepRule):
@@ -86,7 +86,7 @@ class Router(KeepRule):
         return ("attn",) if self.router.decides == "layer" else self.branches
 
     def modules(self, config: ModelConfig, branch: Branch) -> Mapping[str, nn.Module]:
-        """A router at each branch that is judged by itself, its predictor, and the adapter in place of a skipped MLP."""
+        """Router and predictor of a branch that is judged by itself, and the adapter in place of a skipped MLP."""
         router, width = self.router, config.hidden_size
         found: dict[str, nn.Module] = {}
         if branch in self.chosen:
@@ -173,8 +173,8 @@ class Router(KeepRule):
 def capacity(valid: Tensor, first: Tensor, budget: Tensor) -> Tensor:
     """Rows that selection by rank keeps in a call: [1] int64, Mixture-of-Depths' capacity.
 
-    `max(1, floor(budget x n))` of n tokens (none of none), in millionths and so in whole numbers, and on top of them the
-    first ones, which always run. Args: valid [N] bool, not padding; first [N] bool; budget [] float32.
+    `max(1, floor(budget x n))` of n tokens (none of none), in millionths and so in whole numbers, and on top of them
+    the first ones, which always run. Args: valid [N] bool, not padding; first [N] bool; budget [] float32.
     """
     n = (valid & ~first).sum()
     millionths = torch.round(budget * 1e6).to(torch.int64).clamp(max=1_000_000)
