@@ -21,7 +21,8 @@ is not read.
 
 Where a skipped token leaves no K and V and must not be seen, the mask is a layer's own, found in the written buffer.
 
-Limits: no padding, float32; in steps no mask of a layer's own, and threshold selection, since rank selection chooses among a whole call.
+Limits: no padding, float32; in steps no mask of a layer's own, and threshold selection, since rank selection chooses
+among a whole call.
 """
 
 from __future__ import annotations
@@ -210,19 +211,18 @@ def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest, steps: bool) -
 
 def _read_live_keys(nodes: list[onnx.NodeProto]) -> None:
     """Whatever else looks at the keys, to see which tokens left some, reads the live part of the written buffer."""
+    written = {name for node in nodes for name in node.output if name.startswith("appended.")}
     slices: dict[str, onnx.NodeProto] = {}
     for node in nodes:
         for place, name in enumerate(node.input):
-            if not name.startswith("present.") or node.op_type == "GroupQueryAttention":
+            buffer = name.replace("present.", "appended.")
+            if name == buffer or buffer not in written:
                 continue
             live = f"lowered.live.{name}"
-            buffer = name.replace("present.", "appended.")
-            inputs = [buffer, _FIRST, TOTAL_LENGTH, _TOKENS_AXIS]
-            slices[live] = helper.make_node("Slice", inputs, [live], name=live)
+            slices[buffer] = helper.make_node("Slice", [buffer, _FIRST, TOTAL_LENGTH, _TOKENS_AXIS], [live], name=live)
             node.input[place] = live
-    for live in slices.values():
-        written = next(n for n, node in enumerate(nodes) if live.input[0] in node.output)
-        nodes.insert(written + 1, live)
+    for buffer, node in slices.items():
+        nodes.insert(1 + next(n for n, writer in enumerate(nodes) if buffer in writer.output), node)
 
 
 def _empty_key(graph: onnx.GraphProto, shape: DecoderShape, steps: bool) -> None:

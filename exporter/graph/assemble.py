@@ -8,7 +8,7 @@ Inputs and outputs are those of docs/design.md, section 6.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -375,13 +375,18 @@ def _name_choices(part: Part, branches: Sequence[Branch]) -> Part:
             choices.append(node)
     assert len(choices) == len(branches)
     names: dict[str, str] = {}
+    nodes = list(part.nodes)
     for branch, node in zip([b for b in BRANCHES if b in branches], choices, strict=True):
-        names[node.input[1]] = f"{branch}.score"
+        score = f"{branch}.score"
+        if node.input[1] in names:  # one score for both branches
+            nodes.insert(nodes.index(node), helper.make_node("Identity", [node.input[1]], [score], name=score))
+            node.input[1] = score
+        names[node.input[1]] = score
         names |= dict(zip(node.output, (f"{branch}.rows", f"{branch}.index", f"{branch}.count"), strict=True))
-    for node in part.nodes:
+    for node in nodes:
         node.input[:] = [names.get(n, n) for n in node.input]
         node.output[:] = [names.get(n, n) for n in node.output]
-    return part
+    return replace(part, nodes=nodes)
 
 
 def _example(value: Value) -> Input:
