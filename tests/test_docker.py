@@ -8,11 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
-import tomllib
 import yaml
 from dockerfile_parse import DockerfileParser
 from packaging.requirements import Requirement
@@ -117,10 +117,10 @@ def test_an_environment(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_gated: Path) -> Path:
+def bundle(tmp_path_factory: pytest.TempPathFactory, tiny_gated: Path, tiny_text: Path) -> Path:
     """What example.sh makes of a tiny model."""
     out = tmp_path_factory.mktemp("docker") / "bundle"
-    done = run(DOCKER / "example.sh", out, MODEL=str(tiny_gated))
+    done = run(DOCKER / "example.sh", out, "--calibration", tiny_text, MODEL=str(tiny_gated))
     assert done.returncode == 0, done.stderr
     return out
 
