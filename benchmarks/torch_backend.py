@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.model import SHAPES, make_large, random_text
 from engines.bundle.bundle import open_bundle
+from engines.bundle.controls import Keep
 from engines.errors import EngineError
 from engines.generation import generate
 from engines.runners.base import Runner
@@ -72,7 +73,7 @@ def measure(dense: Path, gated: Path, device: Device, tokens: int, new_tokens: i
     found: dict[str, list[tuple[float, float, float | None]]] = {name: [] for name in forms}
     for number in range(rounds + 1):
         for name, (runner, budget) in forms.items():
-            stats = generate(runner, [prompt], max_new_tokens=new_tokens, budget=budget, stop_ids=[]).stats
+            stats = generate(runner, [prompt], max_new_tokens=new_tokens, keep=Keep(budget=budget), stop_ids=[]).stats
             if number:  # the first round loads kernels and asks for memory
                 found[name].append((stats.prefill_seconds, stats.decode_seconds / (new_tokens - 1), stats.kept_share))
     return [

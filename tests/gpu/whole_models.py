@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import gpu_prefill, torch_backend
 from engines.building.build import build
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import Keep
 from engines.errors import GsxError
 from engines.generation import generate
 from engines.runners.base import Runner
@@ -100,7 +101,9 @@ def same_text(what: str, bundle: Bundle, open_other: Callable[[], Runner]) -> Ro
         runners = (open_runner(bundle), open_other())
         equal, speed = 0, 0.0
         for budget in BUDGETS:
-            texts = [generate(one, prompt, max_new_tokens=_TOKENS, budget=budget, stop_ids=[]) for one in runners]
+            texts = [
+                generate(one, prompt, max_new_tokens=_TOKENS, keep=Keep(budget=budget), stop_ids=[]) for one in runners
+            ]
             equal += texts[0].sequences == texts[1].sequences
             speed = texts[1].stats.decode_tokens_per_second or 0.0
     except GsxError as error:

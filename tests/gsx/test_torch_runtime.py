@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import controls_for
 from engines.bundle.manifest import Quantization
 from engines.errors import BundleError, EngineError, UsageError
-from engines.generation import generate, select_for
+from engines.generation import generate
 from engines.runners.base import Runner
 from engines.runners.portable import PortableStage
 from engines.runners.select import open_runner
@@ -56,6 +57,7 @@ CASES = {
     "copy, split": Case({"kv_policy": "copy", "budget": 0.5, "draft": "exit:1"}),
     "rank": Case({"select": "rank", "calibration": None}),
     "dense, sliding window": Case(model={"family": "mistral", "sliding_window": 6}),
+    "a set of layers": Case({"policy": "layers:0,2.mlp"}, {"family": "llama"}),
     "mlp alone, tied head": Case(
         {"budget": 0.6}, {"family": "qwen3", "tied": True, "gate": GateConfig("scalar", "pre_norm", ("mlp",))}
     ),
@@ -74,8 +76,8 @@ def bundle(
         return open_bundle(make_tiny_bundle(**case.options))
     directory = tmp_path_factory.mktemp("torch")
     checkpoint = tiny_checkpoint(directory / "model", tokenizer=True, **case.model)
-    options = {"calibration": tiny_text, **case.options} if case.options else {}
-    return export(checkpoint, directory / "out", **options)  # type: ignore[arg-type]
+    text = {"calibration": tiny_text} if "budget" in case.options else {}
+    return export(checkpoint, directory / "out", **text, **case.options)
 
 
 def both(bundle: Bundle) -> tuple[Runner, Runner]:
@@ -88,14 +90,14 @@ def test_logits_and_choices_equal_portable_ones(bundle: Bundle, batch: int) -> N
     """Prefill, chunks and single tokens, of each sequence as many as it likes; and steps after a roll-back."""
     runners = both(bundle)
     caches = [runner.new_cache(batch, CAPACITY) for runner in runners]
-    select = select_for(bundle.manifest, None)
+    controls = controls_for(bundle.manifest)
     rng = np.random.default_rng(0)
     for size, back in ((9, None), (1, None), (7, None), (1, 12), (3, None), (60, None), (1, None)):
         ids = rng.integers(3, 90, (batch, size))
         counts = [max(size - row, 0) for row in range(batch)]  # the last ones have less to do, or nothing
         outputs = []
         for runner, cache in zip(runners, caches, strict=True):
-            outputs.append(runner.step(cache, ids, select, counts=counts, logits="all" if size > 1 else "last"))
+            outputs.append(runner.step(cache, ids, controls, counts=counts, logits="all" if size > 1 else "last"))
             if back is not None:
                 cache.roll_back([back] * batch)
         assert outputs[1].logits.dtype == np.float32
@@ -138,7 +140,7 @@ def test_bfloat16_runs_on_a_cpu(make_tiny_bundle: Callable[..., Path]) -> None:
     outputs = []
     for options in ({}, {"precision": "bf16"}):
         runner = open_runner(open_bundle(make_tiny_bundle(**options)), backend=TorchRuntime("cpu"))
-        outputs.append(runner.step(runner.new_cache(1, 16), ids, keep_all, logits="all").logits)
+        outputs.append(runner.step(runner.new_cache(1, 16), ids, {"thresholds": keep_all}, logits="all").logits)
     np.testing.assert_allclose(outputs[1], outputs[0], atol=BF16_ATOL)
     assert not np.allclose(outputs[1], outputs[0], atol=LOGITS_ATOL["fp32"])
 
