@@ -169,7 +169,7 @@ def _changes(checkpoint: Checkpoint, ids: np.ndarray, on_layer: Callable[[int], 
         stream = walk.stream(_controls(table))
         for number, layer in walk.layers():
             walk.through(number, layer, stream)
-            found.append(stream.entered["verdict"].double().numpy() + float(_NEVER))
+            found.append(stream.entered["verdict"].squeeze(1).double().numpy() + float(_NEVER))
             on_layer(number + 1)
     return np.stack(found)
 
