@@ -28,6 +28,7 @@ from engines.runners.select import open_runner
 from gsx.export import export
 
 PROMPT_TOKENS, STEPS = 512, 16
+CALIBRATION_TOKENS = 1024
 BYTES = 4  # float32
 
 
@@ -61,7 +62,7 @@ def prepare(work: Path, rows: Mapping[str, Row]) -> None:
         if not model.exists():
             make_model(model, "small", row.gate)
         if not (work / f"rule-{row.bundle}").exists():
-            reads = {"calibration": text} if "budget" in row.options else {}
+            reads = {"calibration": text, "calibration_tokens": CALIBRATION_TOKENS} if "budget" in row.options else {}
             export(model, work / f"rule-{row.bundle}", **row.options, **reads)
 
 

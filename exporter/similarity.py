@@ -33,7 +33,7 @@ STRIDES = (1, 2, 3)
 # Longer than a region must be at least, so that the threshold has something to choose.
 ROOM = 1.5
 # Thresholds that are tried between keeping all and skipping all that the stride allows.
-_TRIED = 9
+_TRIED = 6
 # No FFN changes a state by less than nothing: below it, everything runs, and is still looked at.
 _NEVER = np.float32(-1.0)
 

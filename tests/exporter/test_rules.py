@@ -156,7 +156,7 @@ def test_policies_that_are_refused(
 
 def test_calibrated_shares_are_those_of_the_graph(tmp_path: Path, tiny_text: Path) -> None:
     checkpoint = open_checkpoint(tiny_checkpoint(tmp_path / "model", layers=8, tokenizer=True))
-    ids = tokenize(checkpoint, tiny_text, max_tokens=1024).ids
+    ids = tokenize(checkpoint, tiny_text, max_tokens=512).ids
     found = calibrate_ffn(checkpoint, ids, (0.9, 0.8), 0.75)
     assert [point.budget for point in found.points] == [1.0, 0.9, 0.8, 0.75]
     for point in found.points:
