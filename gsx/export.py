@@ -97,6 +97,13 @@ def export(
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
     keep = plan_policy(Choice(policy, select, budget, kv_policy), config)
+    if quantize is not None and config.router is not None:
+        raise UsageError(
+            "8 bits are not offered for checkpoints with routers",
+            expected="fp32, fp16 or bf16",
+            found="routers, whose inputs smoothing would change",
+            todo="export without --int8 and --fp8",
+        )
     options = DecoderOptions(keep.rule, keep.kv_policy, _DTYPES[precision])
     exits = _exits(draft, config, keep, precision)
     parsed = parse_draft(draft) if draft is not None and draft not in SEARCHED_DRAFTS else None

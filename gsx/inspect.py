@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from engines.bundle.manifest import Manifest
 from engines.errors import BundleError
 
 _PARITY = "parity.json"
+# Gates and routers among a graph's weights, e.g. layers.3.mlp_gate.linear.weight.
+_GATES = re.compile(r"\.(?:attn_|mlp_)?(?:gate|router|router_predictor|adapter)\.")
 
 
 @dataclass(frozen=True)
@@ -25,9 +28,10 @@ class InspectReport:
         path: as it was asked for.
         family: the model family.
         shape: sizes in elements: layers, hidden, heads, kv_heads, head_dim, vocabulary, positions.
-        gates: kind, input and branches; None for a dense model.
+        gates: kind, input and branches; None without.
+        router: the entry of the checkpoint; None without.
         exits: depths that the checkpoint was trained to leave at.
-        parameters: `dense` (a tied head counts once) and `gates`.
+        parameters: `dense` (a tied head counts once) and `gates`, routers among them.
         types: how the weights are stored, or a bundle's precision.
         bundle: of a bundle: source, selection, K/V policy, grid, graphs, parity; None for a checkpoint.
         files: file name -> bytes.
@@ -38,6 +42,7 @@ class InspectReport:
     family: str
     shape: Mapping[str, int]
     gates: Mapping[str, Any] | None
+    router: Mapping[str, Any] | None
     exits: tuple[int, ...]
     parameters: Mapping[str, int]
     types: tuple[str, ...]
@@ -62,13 +67,13 @@ def inspect(path: str | Path) -> InspectReport:
 
 
 def _checkpoint(path: str) -> InspectReport:
-    from exporter.checkpoint import is_gate, open_checkpoint
+    from exporter.checkpoint import chooser, open_checkpoint
 
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     counts = {"dense": 0, "gates": 0}
     for name in checkpoint.names:
-        counts["gates" if is_gate(name) else "dense"] += math.prod(checkpoint.shape(name))
+        counts["gates" if chooser(name) else "dense"] += math.prod(checkpoint.shape(name))
     return InspectReport(
         kind="checkpoint",
         path=path,
@@ -84,6 +89,7 @@ def _checkpoint(path: str) -> InspectReport:
             "positions": config.max_positions,
         },
         gates=config.gate.to_dict() if config.gate else None,
+        router=config.router.to_dict() if config.router else None,
         exits=config.exits,
         parameters=counts,
         types=tuple(sorted({kind for file in set(checkpoint.files.values()) for kind in _stored_types(file)})),
@@ -116,6 +122,7 @@ def _bundle(directory: Path, path: str) -> InspectReport:
             "positions": decoder.max_positions,
         },
         gates=manifest.gates.model_dump(mode="json") if manifest.gates else None,
+        router=_router(manifest),
         exits=_exits(directory),
         parameters=_parameters(directory, manifest),
         types=(manifest.precision,),
@@ -172,10 +179,14 @@ def _parameters(directory: Path, manifest: Manifest) -> dict[str, int]:
     counts = {"dense": 0, "gates": 0}
     for tensor in graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            is_gate = any(part in ("attn_gate", "mlp_gate") for part in tensor.name.split("."))
-            counts["gates" if is_gate else "dense"] += math.prod(tensor.dims)
+            counts["gates" if _GATES.search(tensor.name) else "dense"] += math.prod(tensor.dims)
     return counts
 
 
 def _files(directory: Path) -> dict[str, int]:
     return {p.relative_to(directory).as_posix(): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def _router(manifest: Manifest) -> Mapping[str, Any] | None:
+    found = manifest.policy.parameters.get("router") if manifest.policy else None
+    return found if isinstance(found, Mapping) else None

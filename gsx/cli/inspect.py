@@ -51,6 +51,7 @@ def _print(report: InspectReport) -> None:
             "gates",
             f"{gates['kind']} on {' and '.join(gates['branches'])}, reading {gates['input']}" if gates else "none",
         ),
+        ("routers", _routers(report.router)),
         ("exits", ", ".join(map(str, report.exits)) or "none"),
         ("parameters", f"{report.parameters['dense']:,} and {report.parameters['gates']:,} of gates"),
         ("type", ", ".join(report.types)),
@@ -85,3 +86,11 @@ def policy_line(policy: Mapping[str, Any] | None) -> str:
     reads = ", ".join(read["name"] for read in policy["inputs"])
     name = policy_name({"policy": policy["name"], "parameters": policy["parameters"]})
     return f"{name}, skips {' and '.join(policy['branches'])}, reads {reads}"
+
+
+def _routers(router: Mapping[str, Any] | None) -> str:
+    if router is None:
+        return "none"
+    layers = "all layers" if router["layers"] is None else "layers " + ", ".join(map(str, router["layers"]))
+    threshold = "calibrated" if router["threshold"] is None else f"{router['threshold']:g}"
+    return f"one for each {router['decides']} of {layers}, {router['output']}, threshold {threshold}"
