@@ -368,7 +368,8 @@ def _regions(graph: onnx.GraphProto, manifest: Manifest, layers: range) -> None:
     for layer in layers:
         for kv in ("key", "value"):
             before[f"present.{layer}.{kv}"] = _appended(layer, kv)
-            if manifest.kv_policy == "none":
+            # Where others look for a token's key, a skipped one writes zeros over what a draft may have left there.
+            if manifest.kv_policy == "none" and not manifest.hides_skipped:
                 before[_appended(layer, kv)] = f"past_key_values.{layer}.{kv}"
     regions = find_regions(graph, before)
     nodes: list[onnx.NodeProto] = []

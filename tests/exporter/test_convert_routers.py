@@ -68,7 +68,7 @@ def test_skipgpt(tmp_path: Path, base: Path) -> None:
 
 
 def as_dllm(tensors: dict[str, Tensor], rank: int = 2, heads: tuple[int, int] = (4, 2)) -> tuple[State, State]:
-    """D-LLM's file (routers and LoRA weights, beside the optimizer's state), and Q, K and V's additions in its order."""
+    """D-LLM's file (routers, LoRA weights, the optimizer's state), and what is added to Q, K and V in its order."""
     inner = {"hidden": "linear_1", "norm": "norm", "out": "linear_2"}
     state: State = {}
     for name, tensor in tensors.items():

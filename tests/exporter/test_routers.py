@@ -132,7 +132,7 @@ def test_layers_without_a_router_are_dense(bundle_of: Callable[[str], Path]) -> 
 
 
 def test_a_skipped_token_leaves_no_k_and_v(bundle_of: Callable[[str], Path]) -> None:
-    """D-LLM with a threshold that nothing reaches: the first two tokens run, as always, and the others leave nothing."""
+    """D-LLM with a threshold that nothing reaches: the first two tokens run as always, the others leave nothing."""
     bundle = open_bundle(bundle_of("d-llm"))
     nothing = {"thresholds": np.full((LAYERS, 2), np.inf, np.float32)}
     runner = WholeRunner(PortableStage(bundle))
@@ -253,7 +253,7 @@ def test_missing_and_stray_tensors(tmp_path: Path, model_of: Callable[[str], Pat
     config = json.loads((path / "config.json").read_text())
     section = config.pop("gsx")
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="has routers that config.json"):
+    with pytest.raises(CheckpointError, match="has routers that"):
         open_checkpoint(path)
     section["gate"] = GateConfig().to_dict()
     (path / "config.json").write_text(json.dumps({**config, "gsx": section}))
