@@ -142,11 +142,12 @@ class Run:
             self._tell("draft and verify", 0, 0)
             speculation = self.speculation.result(self.windows, setting.keep, first.logits)
         shares = np.concatenate(kept, axis=-1).mean(axis=-1)
+        reached = [shares[layer, BRANCHES.index(branch)] for layer, branch in skippable_places(self.manifest)]
         return BudgetResult(
             setting=setting.name,
             budget=setting.share,
             kept=tuple((float(attn), float(mlp)) for attn, mlp in shares),
-            kept_share=float(shares[:, branches].mean()) if branches else None,
+            kept_share=float(np.mean(reached)) if reached else None,
             windows=full.result(),
             rounding=own,
             single_steps=single_steps,
