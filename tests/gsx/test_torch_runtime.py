@@ -182,6 +182,7 @@ def test_a_gpu_that_is_not_there(tiny_bundle: Path) -> None:
             {"eos_token_id": 7},
             r"config.json does not match gsx.json\n  expected eos_ids \(2,\), found \(7,\)\n.*restore",
         ),
+        ({"gsx": {"gate": {"input": "pre_norm"}}}, r"does not match gsx.json\n  expected gates .*post_norm.*pre_norm"),
         (
             {"intermediate_size": 64},
             r"weight layers.0.mlp.gate_proj.weight does not fit.*\n  expected \[64, 64\] float32",
