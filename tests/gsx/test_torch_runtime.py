@@ -140,7 +140,7 @@ def test_bfloat16_runs_on_a_cpu(make_tiny_bundle: Callable[..., Path]) -> None:
     outputs = []
     for options in ({}, {"precision": "bf16"}):
         runner = open_runner(open_bundle(make_tiny_bundle(**options)), backend=TorchRuntime("cpu"))
-        outputs.append(runner.step(runner.new_cache(1, 16), ids, {"thresholds": keep_all}, logits="all").logits)
+        outputs.append(runner.step(runner.new_cache(1, 16), ids, keep_all, logits="all").logits)
     np.testing.assert_allclose(outputs[1], outputs[0], atol=BF16_ATOL)
     assert not np.allclose(outputs[1], outputs[0], atol=LOGITS_ATOL["fp32"])
 
