@@ -6,7 +6,7 @@ of one entry of the checkpoint, `RouterConfig`. Facts: docs/methods.md section 1
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +25,7 @@ from plugins.threshold_gather.op import threshold_gather
 if TYPE_CHECKING:
     from exporter.decoder.layer import DecoderLayer
 
-_ACTIVATIONS = {"relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu}
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu}
 
 
 class RouterNet(nn.Module):
@@ -146,7 +146,8 @@ class Router(KeepRule):
         away = torch.where((verdict.score > verdict.bound) | values["forced"], -1.0, 1.0)
         rows, index, _ = threshold_gather(normed, away, torch.tensor(0.0))
         share = (1 - weight if self._multiplied("mlp") else torch.ones_like(weight)).index_select(0, index)
-        out = layer.mlp_adapter(rows.to(torch.float32)).to(rows.dtype)
+        adapter = layer.get_submodule("mlp_adapter")
+        out = adapter(rows.to(torch.float32)).to(rows.dtype)
         return gated_scatter_add(hidden, out, share.to(rows.dtype), index)
 
     def _name(self, branch: Branch) -> str:
