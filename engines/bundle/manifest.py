@@ -145,7 +145,9 @@ class Quantization(_Model):
             scale for each output channel, activations one for the tensor; zero-points are 0.
         smoothing: SmoothQuant's alpha; 0: none.
         products: quantized matrix products of the graph `model`.
-        kept_high: linear layers that were left in full precision, besides gates, embedding and head.
+        kept_high: matrices that were left in high precision, besides gates: linear layers, and a table where embedding
+            and head have one each (`embed_tokens`, `lm_head`). A table that they share always is.
+        weights_alone: matrices whose weights are in 8 bits and whose input is not.
         budget: at which the ranges of activations were found; null for weights alone and without gates.
         calibration: the text that they were found on; null for weights alone.
     """
@@ -154,6 +156,7 @@ class Quantization(_Model):
     smoothing: float
     products: int
     kept_high: tuple[str, ...]
+    weights_alone: tuple[str, ...] = ()
     budget: Budget | None
     calibration: CalibrationText | None
 

@@ -22,9 +22,13 @@ from gsx.quantize import Quantize
 RUNNER_TOLERANCE = 0.05
 
 
-@pytest.fixture(scope="module", params=["int8", "int8-weights", "fp8"])
+@pytest.fixture(
+    scope="module",
+    params=[Quantize("int8"), Quantize("int8", ("none",)), Quantize("int8-weights"), Quantize("fp8", ("none",))],
+    ids=lambda quantize: "-".join((quantize.scheme, *quantize.keep_precision)),
+)
 def bundle(request: pytest.FixtureRequest, make_tiny_bundle: Callable[..., Path]) -> Path:
-    return make_tiny_bundle(quantize=Quantize(request.param))
+    return make_tiny_bundle(quantize=request.param)
 
 
 def test_both_runners_agree_and_differ_from_full_precision(bundle: Path, tiny_bundle: Path) -> None:
@@ -45,7 +49,7 @@ def test_both_runners_agree_and_differ_from_full_precision(bundle: Path, tiny_bu
 
 def test_int8_products_stand_inside_the_branches(make_tiny_bundle: Callable[..., Path]) -> None:
     """Lowered: one uint8 by int8 product each, those of kept rows behind the `If`, with their quantization."""
-    bundle = open_bundle(make_tiny_bundle(quantize=Quantize("int8")))
+    bundle = open_bundle(make_tiny_bundle(quantize=Quantize("int8", ("none",))))
     portable = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
     layers = bundle.manifest.decoder.num_layers
     body = lower(portable, bundle.manifest, range(layers)).body.graph
@@ -74,7 +78,9 @@ def test_the_manifest_says_what_is_quantized(bundle: Path) -> None:
     manifest = open_bundle(bundle).manifest
     entry = manifest.quantization
     assert entry is not None
-    assert entry.products == 7 * manifest.decoder.num_layers
+    products = 7 * manifest.decoder.num_layers + 1
+    assert entry.products == products
+    assert ("embed_tokens" in entry.kept_high) == (entry.smoothing)
     assert (entry.calibration is None) == (entry.scheme == "int8-weights")
     assert entry.budget == (None if entry.scheme == "int8-weights" else 0.7)
-    assert bool(session_config(manifest)) == (entry.scheme != "int8")
+    assert ("session.disable_quant_qdq" in session_config(manifest)) == (entry.scheme == "fp8")

@@ -21,7 +21,7 @@ from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import GateConfig
 from exporter.decoder.layer import DecoderOptions
 from exporter.graph.assemble import GraphBuilder, Graphs
-from exporter.quantization.plan import Plan, groups_of, make_plan, named, quantize_weight, weight_scales
+from exporter.quantization.plan import Plan, groups_of, make_plan, matrices_of, named, quantize_weight, weight_scales
 from exporter.quantization.qdq import quantize_graphs
 from exporter.quantization.scheme import LINEARS, SCHEMES
 from exporter.quantization.sensitivity import Limits, choose
@@ -162,6 +162,9 @@ def test_graph_follows_the_rules_of_fusing(plan: Plan, dtype: torch.dtype) -> No
     constants = {tensor.name: tensor for tensor in graph.initializer}
     weights = {weight.name: weight for weight in graphs.weights}
     products = [node for node in graph.node if node.op_type == "MatMul" and node.input[1].endswith(".dequantized")]
+    head = products.pop()
+    assert head.output[0] == "logits"
+    assert producer[head.input[0]].op_type == "RMSNormalization", "the head's input is not quantized"
     assert len(products) == LAYERS * len(LINEARS)
     onnx_type = TensorProto.FLOAT if dtype == torch.float32 else TensorProto.FLOAT16
     for node in products:
@@ -179,14 +182,46 @@ def test_graph_follows_the_rules_of_fusing(plan: Plan, dtype: torch.dtype) -> No
     assert producer[rows].op_type == "ThresholdGather", "rows are quantized behind the gather"
 
 
-def test_gates_and_tables_are_not_quantized(plan: Plan) -> None:
-    kinds = {weight.name: weight.dtype for weight in graph_of(plan).weights}
+def test_what_stays_high_is_stored_in_16_bits(plan: Plan) -> None:
+    everything, sparing = ({w.name: w.dtype for w in graph_of(one).weights} for one in (plan, plan.sparing()))
     # The checkpoint's own 16 bits: nothing is rounded.
-    assert kinds["layers.0.attn_gate.linear.weight.stored"] == torch.bfloat16
-    assert kinds["embed_tokens.stored"] == torch.bfloat16
-    assert kinds["lm_head.weight.stored"] == torch.bfloat16
-    assert kinds["layers.0.attn_gate.linear.bias"] == torch.float32
-    assert {kind for name, kind in kinds.items() if name.endswith("_proj.weight")} == {torch.int8}
+    assert everything["layers.0.attn_gate.linear.weight.stored"] == torch.bfloat16
+    assert everything["layers.0.attn_gate.linear.bias"] == torch.float32
+    assert {kind for name, kind in everything.items() if name.endswith("_proj.weight")} == {torch.int8}
+    assert (everything["embed_tokens"], everything["embed_tokens_scale"]) == (torch.int8, torch.float32)
+    assert everything["lm_head.weight"] == sparing["lm_head.weight"] == torch.int8
+    assert sparing["embed_tokens.stored"] == torch.bfloat16
+
+
+def test_what_comes_before_the_gates_is_spared(model: Checkpoint, plan: Plan, tmp_path: Path) -> None:
+    """INT8: the first layer's activations; FP8: two whole layers; the embedding. Nothing where nothing decides."""
+    first = {f"layers.0.{name}" for name in LINEARS}
+    spared = plan.sparing()
+    assert spared.kept_high == ("embed_tokens",)
+    assert set(spared.weights_alone) == {*first, "lm_head"}
+    assert all(spared.input_scales[n] == plan.input_scales[n] for n in spared.input_scales.keys() - first)
+    fp8 = dataclasses.replace(plan, scheme=SCHEMES["fp8"]).sparing()
+    assert fp8.kept_high == ("embed_tokens", *(n for n in matrices_of(model.config) if n.startswith("layers.")))
+    dense = open_checkpoint(tiny_checkpoint(tmp_path / "m", layers=LAYERS, hidden=HIDDEN))
+    weights_alone = make_plan(dense, SCHEMES["int8-weights"], None)
+    assert weights_alone.sparing() == weights_alone
+
+
+def test_a_shared_table_stays_as_it_is(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path / "m", layers=LAYERS, hidden=HIDDEN, tied=True)
+    weights_alone = make_plan(open_checkpoint(path), SCHEMES["int8-weights"], None)
+    assert set(weights_alone.input_scales) == {f"layers.{n}.{name}" for n in range(LAYERS) for name in LINEARS}
+
+
+def test_embedding_rows_have_scales_of_their_own(plan: Plan) -> None:
+    weights = {weight.name: weight for weight in graph_of(plan).weights}
+    table = plan.checkpoint.tensor("model.embed_tokens.weight").float()
+    codes, scales = (weights[name].encode for name in ("embed_tokens", "embed_tokens_scale"))
+    assert codes is not None
+    assert scales is not None
+    assert scales(table).shape == (len(table), 1)
+    error = (codes(table).float() * scales(table) - table).abs()
+    assert bool((error <= table.abs().amax(dim=1, keepdim=True) / 127 * 0.5001).all())
 
 
 def test_float32_gates_stay_float32(tmp_path: Path) -> None:
@@ -199,7 +234,7 @@ def test_float32_gates_stay_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "count"),
-    [("layers.0", 7), ("layers.*.mlp.down", 2), ("layers.1.self_attn", 4), ("layers.1.self_attn.qkv", 3), ("*", 14)],
+    [("layers.0", 7), ("layers.*.mlp.down", 2), ("layers.1.self_attn", 4), ("layers.1.self_attn.qkv", 3), ("lm_head", 1), ("*", 16)],
 )
 def test_layers_have_names(model: Checkpoint, pattern: str, count: int) -> None:
     assert len(named(model.config, [pattern])) == count
