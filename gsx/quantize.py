@@ -134,7 +134,6 @@ def plan_for(
         smoothing=scheme.smoothing,
         products=len(plan.input_scales.keys() - {EMBEDDING}),
         kept_high=plan.kept_high,
-        weights_alone=plan.weights_alone,
         budget=budget if scheme.activations else None,
         calibration=schema.CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
         if text is not None and scheme.activations

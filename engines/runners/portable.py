@@ -199,8 +199,8 @@ def host_type(precision: str) -> np.dtype[Any]:
 def session_config(manifest: Manifest) -> Mapping[str, str]:
     """Session configuration that a graph needs on ONNX Runtime, or runs faster with.
 
-    FP8: its rewriting of Q/DQ picks kernels that have no FP8, and the session does not load. INT8 weights alone (in an
-    INT8 bundle some are) become MatMulNBits; blocks of 128 were the fastest of those tried in decoding and in prefill
+    FP8: its rewriting of Q/DQ picks kernels that have no FP8, and the session does not load. INT8 weights alone (a
+    head's are always) become MatMulNBits; blocks of 128 were the fastest of those tried in decoding and in prefill
     (docs/quantization.md).
     """
     if manifest.quantization is None:

@@ -46,30 +46,21 @@ class Plan:
         """The matrices that stay as they are, in order."""
         return tuple(name for name in matrices_of(self.checkpoint.config) if name not in self.input_scales)
 
-    @property
-    def weights_alone(self) -> tuple[str, ...]:
-        """The matrices in 8 bits whose input is not, in order."""
-        return tuple(name for name, scale in self.input_scales.items() if scale is None)
-
     def without(self, names: Collection[str]) -> Plan:
         """The same plan with these matrices kept high too."""
         scales = {name: scale for name, scale in self.input_scales.items() if name not in names}
         return dataclasses.replace(self, input_scales=scales)
 
     def sparing(self) -> Plan:
-        """The same plan with what comes before most gates spared, as the scheme says; without gates nothing is.
+        """The same plan with what comes before most gates kept high: the embedding, and the first layers.
 
-        The embedding stays high, and the first layers in part or as a whole.
+        Without gates there is nothing to protect.
         """
         config = self.checkpoint.config
         if config.gate is None:
             return self
         first = {f"layers.{layer}.{name}" for layer in range(self.scheme.spared_layers) for name in LINEARS}
-        plan = self.without({EMBEDDING})
-        if self.scheme.spared_weights:
-            return plan.without(first)
-        scales = {name: None if name in first else scale for name, scale in plan.input_scales.items()}
-        return dataclasses.replace(plan, input_scales=scales)
+        return self.without({EMBEDDING, *first})
 
 
 def make_plan(checkpoint: Checkpoint, scheme: Scheme, found: Statistics | None) -> Plan:

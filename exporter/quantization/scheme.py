@@ -38,9 +38,8 @@ class Scheme:
         activations: whether activations are quantized too, or weights alone.
         smoothing: SmoothQuant's alpha, the share of a channel's size that moves from activations to weights; 0: none.
             FP8 needs none: its codes are dense near zero, so that a large channel does not cost the others their bits.
-        spared_layers: how many of a gated model's first layers are spared unless the user says otherwise. What is
+        spared_layers: how many of a gated model's first layers stay high unless the user says otherwise. What is
             rounded there passes every gate behind, and most flipped decisions come from it (benchmarks/RESULTS.md).
-        spared_weights: whether weights are spared in those too, or activations alone.
     """
 
     name: SchemeName
@@ -48,8 +47,7 @@ class Scheme:
     largest: float
     activations: bool
     smoothing: float
-    spared_layers: int = 0
-    spared_weights: bool = False
+    spared_layers: int
 
     @property
     def num_bits(self) -> int | tuple[int, int]:
@@ -58,9 +56,9 @@ class Scheme:
 
 
 SCHEMES: dict[SchemeName, Scheme] = {
-    "int8": Scheme("int8", torch.int8, 127.0, True, 0.8, spared_layers=1),
-    "int8-weights": Scheme("int8-weights", torch.int8, 127.0, False, 0.0),
-    "fp8": Scheme("fp8", torch.float8_e4m3fn, 448.0, True, 0.0, spared_layers=2, spared_weights=True),
+    "int8": Scheme("int8", torch.int8, 127.0, True, 0.8, 1),
+    "int8-weights": Scheme("int8-weights", torch.int8, 127.0, False, 0.0, 0),
+    "fp8": Scheme("fp8", torch.float8_e4m3fn, 448.0, True, 0.0, 2),
 }
 # Of the tables, whatever the rest is: a scale for each row of the embedding, and for each output channel of the head.
 # (E4M3 weights alone would round as coarsely as E4M3 products do, and save nothing more.)

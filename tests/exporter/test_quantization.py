@@ -23,7 +23,7 @@ from exporter.decoder.layer import DecoderOptions
 from exporter.graph.assemble import GraphBuilder, Graphs
 from exporter.quantization.plan import Plan, groups_of, make_plan, matrices_of, named, quantize_weight, weight_scales
 from exporter.quantization.qdq import quantize_graphs
-from exporter.quantization.scheme import LINEARS, SCHEMES
+from exporter.quantization.scheme import LINEARS, SCHEMES, SchemeName
 from exporter.quantization.sensitivity import Limits, choose
 from exporter.quantization.simulate import Simulation
 from exporter.quantization.smoothing import smooth
@@ -193,18 +193,15 @@ def test_what_stays_high_is_stored_in_16_bits(plan: Plan) -> None:
     assert sparing["embed_tokens.stored"] == torch.bfloat16
 
 
-def test_what_comes_before_the_gates_is_spared(model: Checkpoint, plan: Plan, tmp_path: Path) -> None:
-    """INT8: the first layer's activations; FP8: two whole layers; the embedding. Nothing where nothing decides."""
-    first = {f"layers.0.{name}" for name in LINEARS}
-    spared = plan.sparing()
-    assert spared.kept_high == ("embed_tokens",)
-    assert set(spared.weights_alone) == {*first, "lm_head"}
-    assert all(spared.input_scales[n] == plan.input_scales[n] for n in spared.input_scales.keys() - first)
-    fp8 = dataclasses.replace(plan, scheme=SCHEMES["fp8"]).sparing()
-    assert fp8.kept_high == ("embed_tokens", *(n for n in matrices_of(model.config) if n.startswith("layers.")))
+@pytest.mark.parametrize(("scheme", "layers"), [("int8", 1), ("int8-weights", 0), ("fp8", 2)])
+def test_what_comes_before_the_gates_is_spared(
+    model: Checkpoint, tmp_path: Path, scheme: SchemeName, layers: int
+) -> None:
+    first = {f"layers.{layer}.{name}" for layer in range(layers) for name in LINEARS}
+    everything = Plan(SCHEMES[scheme], model, dict.fromkeys(matrices_of(model.config), 1.0))
+    assert set(everything.sparing().kept_high) == {"embed_tokens", *first}
     dense = open_checkpoint(tiny_checkpoint(tmp_path / "m", layers=LAYERS, hidden=HIDDEN))
-    weights_alone = make_plan(dense, SCHEMES["int8-weights"], None)
-    assert weights_alone.sparing() == weights_alone
+    assert dataclasses.replace(everything, checkpoint=dense).sparing().kept_high == (), "no gate decides anything"
 
 
 def test_a_shared_table_stays_as_it_is(tmp_path: Path) -> None:
@@ -234,7 +231,14 @@ def test_float32_gates_stay_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "count"),
-    [("layers.0", 7), ("layers.*.mlp.down", 2), ("layers.1.self_attn", 4), ("layers.1.self_attn.qkv", 3), ("lm_head", 1), ("*", 16)],
+    [
+        ("layers.0", 7),
+        ("layers.*.mlp.down", 2),
+        ("layers.1.self_attn", 4),
+        ("layers.1.self_attn.qkv", 3),
+        ("lm_head", 1),
+        ("*", 16),
+    ],
 )
 def test_layers_have_names(model: Checkpoint, pattern: str, count: int) -> None:
     assert len(named(model.config, [pattern])) == count
