@@ -9,7 +9,7 @@ its MatMul stands, behind the gather, so that skipped rows are not quantized eit
 
 Rows of an embedding are dequantized once they are read, each with its own scale:
 
-    ids -> Gather <- codes -> DequantizeLinear (scale 1) -> Mul <- Gather <- scales
+    ids -> Gather <- codes -> DequantizeLinear (scale 1) -> Mul <- Unsqueeze <- Gather <- scales
 """
 
 from __future__ import annotations
@@ -84,15 +84,17 @@ def _quantize_embedding(graph: onnx.GraphProto, dtype: torch.dtype) -> None:
             nodes.append(node)
             continue
         out, ids = node.output[0], node.input[1]
-        codes, floats, scales = f"{out}.codes", f"{out}.unscaled", f"{out}.scales"
-        one, zero = f"{EMBEDDING}.one", f"{EMBEDDING}.zero"
+        codes, floats, scales, column = f"{out}.codes", f"{out}.unscaled", f"{out}.scales", f"{out}.column"
+        one, zero, last = f"{EMBEDDING}.one", f"{EMBEDDING}.zero", f"{EMBEDDING}.last"
+        graph.initializer.append(helper.make_tensor(last, onnx.TensorProto.INT64, [1], [-1]))
         graph.initializer.append(helper.make_tensor(one, ONNX_TYPES[dtype], [], [1.0]))
         graph.initializer.append(helper.make_tensor(zero, ONNX_TYPES[TABLE_SCHEME.dtype], [], [0]))
         nodes += [
             helper.make_node("Gather", [EMBEDDING, ids], [codes], name=codes),
             helper.make_node("DequantizeLinear", [codes, one, zero], [floats], name=floats),
             helper.make_node("Gather", [f"{EMBEDDING}_scale", ids], [scales], name=scales),
-            helper.make_node("Mul", [floats, scales], [out], name=out),
+            helper.make_node("Unsqueeze", [scales, last], [column], name=column),
+            helper.make_node("Mul", [floats, column], [out], name=out),
         ]
     _replace(graph, nodes)
 
@@ -129,14 +131,14 @@ def _cast(value: str, out: str) -> onnx.NodeProto:
 
 
 def _stored(weight: Weight, scheme: Scheme, dtype: torch.dtype) -> tuple[Weight, Weight]:
-    """A weight as codes, under its own name, and the scales of its channels; of an embedding [V, 1], of its rows."""
+    """A weight as codes, under its own name, and the scales of its channels; of an embedding, of its rows."""
     by_row = weight.name == EMBEDDING
 
     def codes(w: Tensor) -> Tensor:
         return quantize_weight(w.t(), scheme, dtype).t() if by_row else quantize_weight(w, scheme, dtype)
 
     def scales(w: Tensor) -> Tensor:
-        return weight_scales(w.t(), scheme, dtype)[:, None] if by_row else weight_scales(w, scheme, dtype)
+        return weight_scales(w.t() if by_row else w, scheme, dtype)
 
     return (
         Weight(weight.name, weight.source, weight.transpose, scheme.dtype, codes),

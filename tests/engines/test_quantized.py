@@ -24,7 +24,7 @@ RUNNER_TOLERANCE = 0.05
 
 @pytest.fixture(
     scope="module",
-    params=[Quantize("int8"), Quantize("int8", ("none",)), Quantize("int8-weights"), Quantize("fp8", ("none",))],
+    params=[Quantize("int8", ("none",)), Quantize("int8-weights"), Quantize("fp8", ("none",))],
     ids=lambda quantize: "-".join((quantize.scheme, *quantize.keep_precision)),
 )
 def bundle(request: pytest.FixtureRequest, make_tiny_bundle: Callable[..., Path]) -> Path:
@@ -48,16 +48,19 @@ def test_both_runners_agree_and_differ_from_full_precision(bundle: Path, tiny_bu
 
 
 def test_int8_with_half_precision_activations(make_tiny_bundle: Callable[..., Path]) -> None:
-    """The same codes but for scales rounded to 11 bits: as far from full precision as with float32 beside them."""
+    """Scales are rounded to 11 bits, and activations: as far from full precision as with float32 beside the codes."""
     ids = np.random.default_rng(0).integers(3, 259, (1, 24))
-    half, single = (
-        open_bundle(make_tiny_bundle(quantize=Quantize("int8", ("none",)), **options))
-        for options in ({"precision": "fp16"}, {})
+    eight = Quantize("int8", ("none",))
+    bundles = [make_tiny_bundle(**o) for o in ({}, {"quantize": eight}, {"quantize": eight, "precision": "fp16"})]
+    selection = open_bundle(bundles[0]).manifest.selection
+    assert selection is not None
+    select = selection.thresholds_for(1.0)
+    exact, single, half = (
+        EngineSide(open_bundle(one)).observe(ids, np.ones_like(ids), select)[0].logits.astype(np.float32)
+        for one in bundles
     )
-    assert single.manifest.selection is not None
-    select = single.manifest.selection.thresholds_for(1.0)
-    want, have = (EngineSide(one).observe(ids, np.ones_like(ids), select)[0].logits for one in (single, half))
-    assert np.abs(have.astype(np.float32) - want).max() < RUNNER_TOLERANCE * np.abs(want).max()
+    assert np.square(half - exact).mean() < 1.5 * np.square(single - exact).mean()  # 4,000 places, each off by chance
+    assert not np.array_equal(half, single)
 
 
 def test_int8_products_stand_inside_the_branches(make_tiny_bundle: Callable[..., Path]) -> None:
@@ -76,7 +79,7 @@ def test_int8_products_stand_inside_the_branches(make_tiny_bundle: Callable[...,
     assert inside["QuantizeLinear"] == 4 * layers, "gate and up share one"
     assert outside["MatMulIntegerToFloat"] == 2 * layers, "K and V are computed for all"
     assert outside["QuantizeLinear"] == layers
-    assert inside["DequantizeLinear"] + outside["DequantizeLinear"] == 0
+    assert (inside["DequantizeLinear"], outside["DequantizeLinear"]) == (0, 1), "rows of the embedding alone"
 
 
 def test_other_products_are_left_alone(tiny_bundle: Path, make_tiny_bundle: Callable[..., Path]) -> None:
