@@ -13,6 +13,7 @@ from typing import Any
 
 from engines import generation
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import Keep, controls_for
 from engines.bundle.manifest import DraftKind, Manifest
 from engines.errors import UsageError
 from engines.generation import FinishReason, GenerationStats
@@ -20,7 +21,7 @@ from engines.runners.select import open_runner
 from engines.sampling import Sampling
 from engines.speculation.draft import open_draft
 from engines.speculation.spec import check_draft, check_speculation, parse_draft
-from engines.tokens import BundleTokenizer, TextStream
+from engines.tokens import BundleTokenizer, TextWriter, check_text
 from gsx.backends import BackendName, Device, open_backend
 
 DEFAULT_NEW_TOKENS = 128
@@ -35,7 +36,8 @@ class GenerateResult:
         ids: the new tokens.
         prompt_ids: the prompt as tokens.
         finish: why it ended; "stopped" for a stop text.
-        budget: the budget in use; None for a model without gates.
+        budget: the budget in use; None where the keep rule has none.
+        keep: what the keep rule was asked for, in words.
         draft: what drafted, e.g. "exit:2"; None for plain decoding.
         stats: counters and times.
     """
@@ -45,6 +47,7 @@ class GenerateResult:
     prompt_ids: list[int]
     finish: FinishReason
     budget: float | None
+    keep: str
     draft: str | None
     stats: GenerationStats
 
@@ -57,6 +60,7 @@ class GenerateResult:
             "prompt_ids": self.prompt_ids,
             "finish": self.finish,
             "budget": self.budget,
+            "keep": self.keep,
             "draft": self.draft,
             "stats": {
                 "prompt_tokens": stats.prompt_tokens,
@@ -82,6 +86,9 @@ def generate(
     *,
     ids: Sequence[int] | None = None,
     budget: float | None = None,
+    layers: str | None = None,
+    exit_layer: int | None = None,
+    speedup: float | None = None,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -102,7 +109,10 @@ def generate(
         bundle: an opened bundle or its directory.
         prompt: the text to continue; exactly one of prompt and ids is given.
         ids: the prompt as token ids.
-        budget: share of (token, branch) pairs kept; None for the exported one.
+        budget: share of skippable work kept; None for the exported one.
+        layers: the layers that run, e.g. "0-5,8.attn", where the policy is a set of layers; None for the exported ones.
+        exit_layer: how many layers run, in their place.
+        speedup: target of Unified Layer Skipping, in their place.
         max_new_tokens: at most so many.
         temperature: 0 is greedy.
         top_k: only the k likeliest tokens; 0 for all.
@@ -127,24 +137,29 @@ def generate(
     if "" in stop:
         raise UsageError("a stop text is empty", expected="at least one character")
     for given in (prompt or "", *stop):
-        _check_text(given)
+        check_text(given)
     sampling = Sampling(temperature, top_k, top_p, seed)
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
-    generation.select_for(bundle.manifest, budget)  # an unusable budget is refused before anything is loaded
+    keep = Keep(budget, layers, exit_layer, speedup)
+    controls_for(bundle.manifest, keep)  # what cannot be asked for is refused before anything is loaded
     drafting = _drafting(bundle.manifest, speculative, draft, draft_length)
     tokenizer = None
     if prompt is not None or stop or (bundle.directory / "tokenizer.json").is_file():
         tokenizer = BundleTokenizer(bundle)
-    prompt_ids = list(ids) if ids is not None else _encode(tokenizer, prompt or "", bundle)
-    writer = _Writer(tokenizer.stream(), stop, on_text) if tokenizer else None
+    if ids is not None:
+        prompt_ids = list(ids)
+    else:
+        assert tokenizer is not None
+        prompt_ids = tokenizer.encode_prompt(prompt or "")
+    writer = TextWriter(tokenizer.stream(), stop, on_text) if tokenizer else None
     runtime = open_backend(backend, device, threads)
-    opened = open_draft(bundle, drafting, threads, budget, runtime) if drafting else None
+    opened = open_draft(bundle, drafting, threads, runtime) if drafting else None
     result = generation.generate(
         opened.runner if opened else open_runner(bundle, threads, runtime),
         [prompt_ids],
         max_new_tokens=max_new_tokens,
-        budget=budget,
+        keep=keep,
         sampling=sampling,
         draft=opened,
         draft_length=draft_length,
@@ -157,7 +172,8 @@ def generate(
         ids=sequence.tokens,
         prompt_ids=prompt_ids,
         finish=sequence.finish,
-        budget=(selection.budget if budget is None else budget) if selection else None,
+        budget=(selection.budget if keep.budget is None else keep.budget) if selection else None,
+        keep=str(keep),
         draft=str(drafting) if drafting else None,
         stats=result.stats,
     )
@@ -188,63 +204,3 @@ def _drafting(
             todo="gsx export MODEL --draft auto, or on a gated bundle --draft budget:B here",
         )
     return own
-
-
-def _check_text(text: str) -> None:
-    """Refuse what cannot be written as UTF-8 (bytes of another encoding on the command line)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            "the prompt or a stop text is not UTF-8 text", found=f"a stray byte at {error.start}"
-        ) from error
-
-
-def _encode(tokenizer: BundleTokenizer | None, prompt: str, bundle: Bundle) -> list[int]:
-    """The prompt's ids; a model that begins its texts with a token continues even the empty text."""
-    assert tokenizer is not None
-    ids = tokenizer.encode(prompt)
-    if ids:
-        return ids
-    begin = bundle.manifest.decoder.bos_id
-    if begin is None:
-        raise UsageError("the prompt is empty", expected="some text: this model has no token to begin with")
-    return [begin]
-
-
-class _Writer:
-    """Text that comes piece by piece, held back where it may be the beginning of a stop text."""
-
-    def __init__(self, stream: TextStream, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
-        self._stream, self._stops, self._on_text = stream, stops, on_text
-        self._written: list[str] = []
-        self._held = ""
-        self._stopped = False
-
-    def push(self, token: int) -> bool:
-        """Take a token; returns whether a stop text is complete."""
-        self._held += self._stream.push(token)
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self._emit(min(places))
-            self._stopped = True
-            return True
-        self._emit(len(self._held) - self._possible_stop())
-        return False
-
-    def finish(self) -> str:
-        """Let go of what was held back; returns the whole text."""
-        if not self._stopped:
-            self._emit(len(self._held))
-        return "".join(self._written)
-
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop text."""
-        lengths = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
-        return max(lengths, default=0)
-
-    def _emit(self, count: int) -> None:
-        if count:
-            piece, self._held = self._held[:count], self._held[count:]
-            self._written.append(piece)
-            self._on_text(piece)

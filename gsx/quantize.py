@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from engines.bundle import manifest as schema
+from engines.bundle.controls import Controls, selected
 from engines.errors import GsxError, UsageError
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.layer import DecoderOptions
@@ -83,13 +82,15 @@ def plan_for(
     options: DecoderOptions,
     wanted: Quantize,
     selection: schema.Selection | None,
+    defaults: Controls,
     text: TokenText | None,
     on_progress: Callable[[str, int, int], None],
 ) -> tuple[Plan, schema.Quantization]:
     """What to quantize and with which scales, and its entry in the manifest.
 
     Args:
-        selection: the exported one; None without gates.
+        selection: the exported one; None where the keep rule has no budget.
+        defaults: exported values of the keep rule's run-time inputs.
         text: calibration text; None where weights alone are quantized and nothing is measured.
         on_progress: called with (stage, done, total).
     Raises:
@@ -99,21 +100,21 @@ def plan_for(
     if scheme.activations or wanted.measured:
         _need_modelopt()
     budget = selection.budget if selection else None
-    select = None if selection is None else selects_of(selection, budget)
     found = None
     if scheme.activations:
         from exporter.quantization.watch import statistics
 
         assert text is not None
         # A grid at once costs little more than one budget, and the next export finds it.
-        budgets = [budget]
+        points = [defaults]
         if selection is not None:
-            budgets += [point.budget for point in selection.grid if point.budget != budget]
-        selects = [None if selection is None else selects_of(selection, one) for one in budgets]
+            points += [
+                {**defaults, **selected(selection, point.budget)} for point in selection.grid if point.budget != budget
+            ]
         found = statistics(
             checkpoint,
             text.ids,
-            selects,
+            points,
             options,
             text_sha256=text.sha256,
             cache=wanted.cache,
@@ -121,14 +122,15 @@ def plan_for(
         )[0]
     everything = make_plan(checkpoint, scheme, found)
     names = () if wanted.keep_precision in ((AUTO,), (NONE,)) else wanted.keep_precision
-    plan = everything if NONE in wanted.keep_precision else everything.sparing()
+    decides = options.rule is not None
+    plan = everything.sparing() if decides and NONE not in wanted.keep_precision else everything
     plan = plan.without(named(checkpoint.config, names))
     if not plan.input_scales:
         raise UsageError("nothing is left to quantize", found=f"--keep-precision {','.join(names)}")
     if wanted.measured:
         assert text is not None
         plans = [everything, plan] if wanted.auto else [plan]
-        plan = _measured(checkpoint, options, wanted, plans, select, text, on_progress)
+        plan = _measured(checkpoint, options, wanted, plans, defaults, text, on_progress)
     entry = schema.Quantization(
         scheme=wanted.scheme,
         smoothing=scheme.smoothing,
@@ -142,18 +144,12 @@ def plan_for(
     return plan, entry
 
 
-def selects_of(selection: schema.Selection, budget: float | None) -> np.ndarray | float:
-    """A budget as the walk takes it: thresholds [L, 2], or the budget itself with rank selection."""
-    assert budget is not None
-    return budget if selection.mode == "rank" else selection.thresholds_for(budget)
-
-
 def _measured(
     checkpoint: Checkpoint,
     options: DecoderOptions,
     wanted: Quantize,
     plans: Sequence[Plan],
-    select: np.ndarray | float | None,
+    controls: Controls,
     text: TokenText,
     on_progress: Callable[[str, int, int], None],
 ) -> Plan:
@@ -166,7 +162,11 @@ def _measured(
     # The end of the text: ranges come from all of it, and the last windows are as good as any.
     sample = TokenText(text.ids[-_MEASURED_WINDOWS:], text.sha256, text.name)
     simulation = Simulation(
-        checkpoint, sample, select, options, lambda done, total: on_progress("measuring in full precision", done, total)
+        checkpoint,
+        sample,
+        controls,
+        options,
+        lambda done, total: on_progress("measuring in full precision", done, total),
     )
     for plan in plans[:-1]:
         if limits.hold(simulation.cost(plan)):

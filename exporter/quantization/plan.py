@@ -52,13 +52,7 @@ class Plan:
         return dataclasses.replace(self, input_scales=scales)
 
     def sparing(self) -> Plan:
-        """The same plan with what comes before most gates kept high: the embedding, and the first layers.
-
-        Without gates there is nothing to protect.
-        """
-        config = self.checkpoint.config
-        if config.gate is None:
-            return self
+        """The same plan with what comes before most decisions kept high: the embedding, and the first layers."""
         first = {f"layers.{layer}.{name}" for layer in range(self.scheme.spared_layers) for name in LINEARS}
         return self.without({EMBEDDING, *first})
 
