@@ -3,8 +3,8 @@
     python -m benchmarks.quantization --work DIR
 
 The benchmark model of `decode.py`, exported in float32, in INT8 as it comes (of the gated model the first layer
-stays in float32), in INT8 throughout, and with INT8 weights alone; GenAI's builder makes its INT8 of the dense one. All in turn
-(`peers.py`).
+stays in float32), in INT8 throughout, and with INT8 weights alone; GenAI's builder makes its INT8 of the
+dense one. All in turn (`peers.py`).
 """
 
 from __future__ import annotations

@@ -38,8 +38,8 @@ class Scheme:
         activations: whether activations are quantized too, or weights alone.
         smoothing: SmoothQuant's alpha, the share of a channel's size that moves from activations to weights; 0: none.
             FP8 needs none: its codes are dense near zero, so that a large channel does not cost the others their bits.
-        spared_layers: how many of the first layers stay high where tokens skip branches, unless the user says otherwise.
-            What is rounded there reaches every decision behind, and most that flip do for it (benchmarks/RESULTS.md).
+        spared_layers: how many of the first layers stay high where tokens skip branches, unless the user says
+            otherwise. What is rounded there reaches every decision behind, and flips most (benchmarks/RESULTS.md).
     """
 
     name: SchemeName
