@@ -92,6 +92,7 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
+                _check_parameters(request)
                 given = {field.name: _value(request, field) for field in INPUTS}
                 client = _Client(sender, bool(given["stream"]), self._tokenizer is not None, self._metrics)
                 self._scheduler.submit(self._request(given), client)
@@ -246,6 +247,15 @@ class _Metrics:
         """Set the gauges."""
         self._metrics["under_way"].set(self._scheduler.under_way)
         self._metrics["waiting"].set(self._scheduler.waiting)
+
+
+def _check_parameters(request: Any) -> None:
+    """Refuse what Triton's HTTP front end takes for a parameter since no input has its name: a misspelt one."""
+    unknown = [name for name in json.loads(request.parameters() or "{}") if not name.startswith("triton_")]
+    if unknown:
+        raise UsageError(
+            "unknown fields", expected=", ".join(field.name for field in INPUTS), found=", ".join(sorted(unknown))
+        )
 
 
 def _value(request: Any, field: Field) -> Any:
