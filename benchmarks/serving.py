@@ -24,6 +24,7 @@ import psutil
 
 from benchmarks.speculation import heading, held_out_prompts, line
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import Keep
 from engines.generation import GenerationStats, generate
 from engines.runners.select import open_runner
 from engines.sampling import Sampling
@@ -79,7 +80,7 @@ class Here:
             self._runner,
             [request["input_ids"]],
             max_new_tokens=request["max_tokens"],
-            budget=request.get("budget"),
+            keep=Keep(budget=request.get("budget")),
             sampling=Sampling(**how),
             on_token=lambda _, token: writer.push(token),
         )

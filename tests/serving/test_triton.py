@@ -158,6 +158,8 @@ BAD = {
     "too large": ({"text_input": "a", "max_tokens": 2**64}, "Unable to parse"),
     "budget 0": ({"text_input": "a", "budget": 0.0}, "budget"),
     "budget 1.01": ({"text_input": "a", "budget": 1.01}, "budget"),
+    "no set of layers": ({"text_input": "a", "exit": 2}, "reads a set of layers"),
+    "two choices": ({"text_input": "a", "exit": 2, "budget": 0.5}, "exclude each other"),
     "temperature": ({"text_input": "a", "temperature": -1.0}, "temperature"),
     "top k": ({"text_input": "a", "top_k": -1}, "top-k"),
     "top p": ({"text_input": "a", "top_p": 0.0}, "top-p"),
