@@ -32,10 +32,11 @@ test: $(STAMP) ## run the tests
 
 triton: $(TRITON_STAMP) ## set up Triton Inference Server, which `make test` and `make serve` need
 
-lint: $(STAMP) ## check style (ruff) and types (mypy)
+lint: $(STAMP) ## check style (ruff, hadolint) and types (mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*.Dockerfile
 
 clean: ## remove the environment, caches and what the demo made
 	rm -rf .venv $(TRITON) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
