@@ -115,7 +115,7 @@ def test_parity(name: str, bundle_of: Callable[[str], Path], tiny_text: Path) ->
 def test_the_call_ranks(tmp_path: Path, model_of: Callable[[str], Path], tiny_text: Path) -> None:
     """Mixture-of-Depths as it is trained: the best tokens of the call."""
     export(model_of("mixture-of-depths"), tmp_path / "out", select="rank", budget=0.25)
-    report = verify(tmp_path / "out", text=tiny_text, tokens=128, greedy_tokens=8, budgets=[0.25])
+    report = verify(tmp_path / "out", text=tiny_text, tokens=256, greedy_tokens=8, budgets=[0.25])
     assert [check.name for check in report.checks if check.verdict == "fail"] == []
 
 

@@ -214,7 +214,7 @@ def test_the_reference_runs_the_published_loop(
     before = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
     found = []
     for layer, moved in enumerate(change):
-        x = BranchInput(layer, "mlp", before, None)
+        x = BranchInput(layer, "mlp", before, before, None)
         choice = chooser.choose(x)
         found.append(bool(choice.keep))
         cosine = 1 - moved
