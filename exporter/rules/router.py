@@ -25,7 +25,12 @@ from plugins.threshold_gather.op import threshold_gather
 if TYPE_CHECKING:
     from exporter.decoder.layer import DecoderLayer
 
-_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu}
+_ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "gelu": F.gelu,
+}
 
 
 class RouterNet(nn.Module):
