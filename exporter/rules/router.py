@@ -51,8 +51,8 @@ class RouterNet(nn.Module):
         """[N, H] -> [N, out] float32."""
         x = x.to(torch.float32)
         if self.hidden is None:
-            scores: Tensor = self.linear(x)
-            return scores
+            found: Tensor = self.linear(x)
+            return found
         x = self.hidden(x)
         if self.norm is not None:
             x = self.norm(x)
