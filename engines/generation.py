@@ -15,7 +15,8 @@ from typing import Literal
 
 import numpy as np
 
-from engines.bundle.manifest import Manifest, check_budget
+from engines.bundle.controls import AS_EXPORTED, Controls, Keep, controls_for
+from engines.bundle.manifest import Manifest
 from engines.errors import UsageError
 from engines.runners.base import Cache, Runner, StepOutput
 from engines.sampling import GREEDY, Picker, Sampling
@@ -41,8 +42,8 @@ class GenerationStats:
             is left is the loop's own.
         drafted, accepted: by place in the draft (its first token first): how often a token stood there with none
             but right ones before it, and how often it was right.
-        kept_rows, gated_rows: rows that branches ran on, and rows that came before their gates, in all layers that the
-            model itself ran; 0 without gates.
+        kept_rows, gated_rows: rows that skippable branches ran on, and rows that the keep rule judged, in all layers
+            that the model itself ran; 0 for a dense model.
     """
 
     prompt_tokens: int = 0
@@ -60,7 +61,7 @@ class GenerationStats:
 
     @property
     def kept_share(self) -> float | None:
-        """Share of (token, branch) pairs kept; None without gates."""
+        """Share of (token, branch) pairs kept; None for a dense model."""
         return self.kept_rows / self.gated_rows if self.gated_rows else None
 
     @property
@@ -100,7 +101,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    budget: float | None = None,
+    keep: Keep | Sequence[Keep] = AS_EXPORTED,
     sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] | None = None,
     draft: Draft | None = None,
@@ -113,13 +114,14 @@ def generate(
         runner: the model; with a draft, the draft's own runner.
         prompts: token ids, one list a sequence.
         max_new_tokens: per sequence; the model's context may end it earlier (finish "context").
-        budget: share kept; None for the exported default.
+        keep: what each request asks of the keep rule; one for all, or one a prompt.
         stop_ids: tokens that end a sequence (kept in its tokens); None for the model's end-of-text.
         draft: what guesses tokens ahead; None for plain decoding.
         draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
         on_token: called with every new token; returning True ends that sequence (finish "stopped").
     Raises:
-        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, a budget that is not one.
+        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, what the keep rule does not
+            take.
     """
     manifest = runner.manifest
     _check(prompts, max_new_tokens, draft_length, manifest)
@@ -133,26 +135,12 @@ def generate(
         draft,
         length,
         Picker(sampling),
-        select_for(manifest, budget),
+        controls_for(manifest, keep, [len(prompt) for prompt in prompts]),
         frozenset(manifest.decoder.eos_ids if stop_ids is None else stop_ids),
         on_token,
         [_Sequence(row, prompt, max_new_tokens, manifest) for row, prompt in enumerate(prompts)],
     )
     return loop.run()
-
-
-def select_for(manifest: Manifest, budget: float | None) -> np.ndarray | None:
-    """The graph's `thresholds` or `budget` input for a budget (None: the exported one); None without gates."""
-    selection = manifest.selection
-    if selection is None:
-        if budget not in (None, 1, 1.0):
-            raise UsageError("this bundle has no gates", expected="budget 1, or none", found=f"{budget:g}")
-        return None
-    wanted = selection.budget if budget is None else budget
-    check_budget(wanted)
-    if selection.mode == "rank":
-        return np.array(wanted, np.float32)
-    return selection.thresholds_for(wanted)
 
 
 class _Sequence:
@@ -217,7 +205,7 @@ class _Loop:
     draft: Draft | None
     length: DraftLength
     picker: Picker
-    select: np.ndarray | None
+    controls: Controls
     stops: frozenset[int]
     on_token: OnToken
     sequences: list[_Sequence]
@@ -261,14 +249,14 @@ class _Loop:
         ids = np.zeros((len(counts), max(counts)), np.int64)
         for row, sequence in enumerate(self.sequences):
             ids[row, : counts[row]] = sequence.prompt
-        output = self.runner.step(cache, ids, self.select, counts=counts)
+        output = self.runner.step(cache, ids, self.controls, counts=counts)
         self.counters.add(output)
         for row, sequence in enumerate(self.sequences):
             self._pick(sequence, output.logits[row, 0])
 
     def _plain_step(self, cache: Cache) -> None:
         started = time.perf_counter()
-        output = self.runner.step(cache, self._newest(), self.select, counts=self._alive())
+        output = self.runner.step(cache, self._newest(), self.controls, counts=self._alive())
         seconds = time.perf_counter() - started
         self.counters.verify_seconds += seconds
         self.counters.add(output)
@@ -287,7 +275,7 @@ class _Loop:
         longest = max(drafts)
         began = time.perf_counter()
         counts = [count + 1 if s.left else 0 for count, s in zip(drafts, self.sequences, strict=True)]
-        output = draft.verify(cache, start, ids[:, : longest + 1], self.select, counts)
+        output = draft.verify(cache, start, ids[:, : longest + 1], self.controls, counts)
         verify_seconds = time.perf_counter() - began
         self.counters.add(output)
         alive = sum(count > 0 for count in counts)
@@ -329,7 +317,7 @@ class _Loop:
         seconds = 0.0
         for step in range(ids.shape[1] - 1):
             began = time.perf_counter()
-            guess = draft.step(cache, ids[:, step : step + 1], self.select, list(map(int, going)))
+            guess = draft.step(cache, ids[:, step : step + 1], self.controls, list(map(int, going)))
             seconds += time.perf_counter() - began
             self.counters.add(guess)
             for row, sequence in enumerate(self.sequences):

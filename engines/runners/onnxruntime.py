@@ -19,15 +19,14 @@ from engines.bundle.manifest import Manifest
 from engines.errors import BundleError
 from engines.lowering import onnxruntime as lowering
 from engines.lowering.probe import is_supported
-from engines.runners.base import Call, ExitState, Logits, StageOutput
+from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names
 from engines.runners.portable import (
-    EXIT_STATE,
     KeptTable,
     PortableStage,
-    gated_places,
     layers_of,
     open_session,
     session_config,
+    skippable_places,
 )
 
 
@@ -126,8 +125,10 @@ class OnnxRuntimeStage:
         self.manifest: Manifest = bundle.manifest
         self.layers = layers_of(bundle.manifest, graph)
         self._bundle, self._graph, self._threads = bundle, graph, threads
-        places = gated_places(bundle.manifest, self.layers)
+        places = skippable_places(bundle.manifest, self.layers)
         self._gated = len(places)
+        # The lowered graph gives its state, of which `exit_hidden` is a copy.
+        self._exits = {name: axes for name, axes in exit_names(self.manifest).items() if name != "exit_hidden"}
         self._table = KeptTable(bundle.manifest, places)
         self._shares_head = shares_head
         self._no_logits = np.zeros((1, 0, bundle.manifest.decoder.vocab_size), np.float32)
@@ -165,17 +166,18 @@ class OnnxRuntimeStage:
         body.feed("input_ids", call.ids[:, :count])
         body.feed_range("position_ids", past, count)
         body.feed_number(lowering.TOTAL_LENGTH, past + count)
-        if call.select is not None and self.manifest.selection is not None:
-            body.feed_once("thresholds" if self.manifest.selection.mode == "threshold" else "budget", call.select)
-        if state is not None:
-            for name, value in zip(EXIT_STATE, (state.hidden, *(state.below or ())), strict=False):
-                body.feed(name, value)
+        for name, value in call.controls.items():
+            body.feed_once(name, value)
+        for name, value in (state or {}).items():
+            body.feed(name, value)
         hidden = body.result(lowering.STATE, (1, count, shape.hidden_size), np.float32)
         counts = body.result(lowering.KEPT, (self._gated,), np.int64) if self._gated else None
-        below = None
-        if self.layers.stop < shape.num_layers and self.manifest.kv_policy == "copy":
-            size = (1, shape.num_kv_heads, count, shape.head_dim)
-            below = (body.result(EXIT_STATE[1], size, np.float32), body.result(EXIT_STATE[2], size, np.float32))
+        leaves = self.layers.stop < shape.num_layers
+        sizes: dict[int | str, int] = {"batch": 1, "sequence": count}
+        leaving = {
+            name: body.result(name, tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes), np.float32)
+            for name, axes in (self._exits.items() if leaves else ())
+        }
         body.run()
         scores = self._no_logits
         if logits != "none":
@@ -183,10 +185,9 @@ class OnnxRuntimeStage:
             memory.head.feed(lowering.STATE, wanted)
             scores = memory.head.result("logits", (1, wanted.shape[1], shape.vocab_size), np.float32)
             memory.head.run()
-        leaving = None
-        if self.layers.stop < shape.num_layers:
-            leaving = ExitState(hidden.copy(), (below[0].copy(), below[1].copy()) if below else None)
-        return StageOutput(scores.copy(), leaving, self._table.of(counts))
+        passed = {"exit_hidden": hidden, **leaving} if leaves else {}
+        state = {name: value.copy() for name, value in passed.items()} or None
+        return StageOutput(scores.copy(), state, self._table.of(counts))
 
     def _sessions(self) -> tuple[ort.InferenceSession, ort.InferenceSession]:
         """The layers, and final norm and head: lowered and loaded once."""

@@ -11,8 +11,9 @@ import onnx
 import pytest
 
 from engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
+from engines.bundle.controls import Keep, controls_for
 from engines.errors import BundleError, UsageError
-from engines.generation import Generation, generate, select_for
+from engines.generation import Generation, generate
 from engines.lowering.probe import is_supported
 from engines.lowering.regions import find_regions
 from engines.runners.onnxruntime import OnnxRuntimeStage
@@ -66,13 +67,13 @@ def test_lowered_logits_and_choices_equal_portable_ones(bundle_path: Path) -> No
     """One prefill, then chunks of several sizes on the cache, then a step after the cache was shortened."""
     runners = both(bundle_path)
     caches = [runner.new_cache(1, 40) for runner in runners]
-    select = select_for(runners[0].manifest, None)
+    controls = controls_for(runners[0].manifest)
     ids = np.random.default_rng(0).integers(3, 250, (1, 32))
     for start, stop in ((0, 9), (9, 10), (10, 17), (17, 18), (12, 15), (15, 32)):
         outputs = []
         for runner, cache in zip(runners, caches, strict=True):
             cache.roll_back([start])
-            outputs.append(runner.step(cache, ids[:, start:stop], select, logits="all"))
+            outputs.append(runner.step(cache, ids[:, start:stop], controls, logits="all"))
         np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=LOGITS_ATOL)
         if outputs[0].kept is not None:
             np.testing.assert_array_equal(outputs[0].kept, outputs[1].kept)
@@ -80,10 +81,10 @@ def test_lowered_logits_and_choices_equal_portable_ones(bundle_path: Path) -> No
 
 def test_last_logits_are_the_last_of_all(bundle_path: Path) -> None:
     _, runner = both(bundle_path)
-    select = select_for(runner.manifest, None)
+    controls = controls_for(runner.manifest)
     ids = np.array([PROMPT])
-    every = runner.step(runner.new_cache(1, 16), ids, select, logits="all").logits
-    last = runner.step(runner.new_cache(1, 16), ids, select).logits
+    every = runner.step(runner.new_cache(1, 16), ids, controls, logits="all").logits
+    last = runner.step(runner.new_cache(1, 16), ids, controls).logits
     assert last.shape[1] == 1
     np.testing.assert_allclose(last[:, 0], every[:, -1], atol=LOGITS_ATOL)
 
@@ -101,8 +102,8 @@ def test_a_batch_equals_its_members(bundle_path: Path) -> None:
     ranks = runner.manifest.selection is not None and runner.manifest.selection.mode == "rank"
     budget = 1.0 if ranks else None
     prompts = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]]
-    alone = [generate(runner, [prompt], max_new_tokens=30, budget=budget).sequences[0] for prompt in prompts]
-    assert generate(runner, prompts, max_new_tokens=30, budget=budget).sequences == alone
+    alone = [generate(runner, [prompt], max_new_tokens=30, keep=Keep(budget=budget)).sequences[0] for prompt in prompts]
+    assert generate(runner, prompts, max_new_tokens=30, keep=Keep(budget=budget)).sequences == alone
 
 
 def test_every_branch_is_left_out_when_nothing_is_kept(tiny_bundle: Path) -> None:
