@@ -79,7 +79,7 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range) -> Lower
     graph = model.graph
     if fuse_products(graph):
         _drop_unread(graph)  # or what was replaced would hold its inputs outside of a branch
-    head = _cut_head(model, manifest)
+    head = _cut_head(model, manifest, layers)
     _lengths(graph)
     if gates_attention(manifest):
         _write_in_place(graph, layers)
@@ -279,18 +279,13 @@ def _regions(graph: onnx.GraphProto, layers: range) -> None:
     _replace_nodes(graph, nodes)
 
 
-def _cut_head(model: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
+def _cut_head(model: onnx.ModelProto, manifest: Manifest, layers: range) -> onnx.ModelProto:
     """Take final norm and head out of a graph, which then gives the state that they read. Returns: their model."""
     graph = model.graph
     outputs = {value.name: value for value in graph.output}
     reads = {name for node in graph.node for name in node.input}
     # The states that are given: the one that leaves the last layer, [N, H], is shaped [1, S, H] for the head.
-    last = next(
-        node.output[0]
-        for node in graph.node
-        if node.output[0].endswith(".output")
-        and all(n.op_type == "Reshape" for n in graph.node if node.output[0] in n.input)
-    )
+    last = f"layers.{layers.stop - 1}.output"
     shaped = next(
         n.output[0] for n in graph.node if n.input[:1] == [last] and n.op_type == "Reshape" and n.output[0] in reads
     )
@@ -323,7 +318,7 @@ def _set_values(field: Any, values: Sequence[onnx.ValueInfoProto]) -> None:
 
 def _kept_output(graph: onnx.GraphProto) -> None:
     """One output with the kept rows of every branch, in order."""
-    choices = [node for node in graph.node if node.op_type in CHOICES]
+    choices = [node for node in graph.node if node.op_type in CHOICES and node.output[1].startswith("layers.")]
     if not choices:
         return
     graph.node.append(helper.make_node("Concat", [size_name(c) for c in choices], [KEPT], name=KEPT, axis=0))

@@ -18,7 +18,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.config import Branch
 from exporter.decoder.ends import distinct_windows
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
-from exporter.decoder.loading import load_entry, load_exit, load_layer
+from exporter.decoder.loading import load_asker, load_entry, load_exit, load_layer
 from exporter.rules.base import Values
 
 # Windows that the head takes at a time: logits are the largest values of a walk.
@@ -58,6 +58,9 @@ class Walk:
         self._windows = distinct_windows(checkpoint.config)
         self._entry = load_entry(checkpoint, self.options)
         self._call: tuple[Tensor, ...] = ()
+        rule = self.options.rule
+        self._asked, self._carried = (rule.asked(), tuple(rule.carried)) if rule else ((), ())
+        self._asker = load_asker(checkpoint, self.options)
 
     def stream(self, controls: Controls) -> Stream:
         """The text at the first layer. Args: controls: the keep rule's run-time inputs."""
@@ -78,7 +81,7 @@ class Walk:
 
     def through(self, number: int, layer: DecoderLayer, stream: Stream) -> dict[Branch, Tensor]:
         """Take a stream through a layer. Returns: for each skippable branch, who was kept, [N] bool."""
-        call, config = self._call_state(number, stream), layer.config
+        call, config, entering = self._call_state(number, stream), layer.config, stream.hidden
         empty = stream.hidden.new_zeros((len(self.ids), config.num_kv_heads, 0, config.head_dim))
         attn = self._choose(layer, "attn", stream, call)
         past = KeyValue(empty, empty)
@@ -87,6 +90,9 @@ class Walk:
         mlp = self._choose(layer, "mlp", stream, call)
         stream.hidden, values = layer.mlp_branch(stream.hidden, call, mlp)
         stream.entered = {name: values[name] for name in stream.entered}
+        if self._asker is not None and number + 1 in self._asked:
+            changed = self._asker(stream.hidden, entering, *stream.entered.values())
+            stream.entered = {**stream.entered, **dict(zip(self._carried, changed, strict=True))}
         rows = torch.zeros(len(stream.hidden), dtype=torch.bool)
         chosen: dict[Branch, Kept | None] = {"attn": attn, "mlp": mlp}
         return {b: rows.index_fill(0, kept.index, True) for b, kept in chosen.items() if kept is not None}

@@ -6,6 +6,7 @@ from engines.bundle.manifest import Policy, Selection
 from engines.errors import BundleError
 from exporter.config import ModelConfig
 from exporter.rules.base import KeepRule
+from exporter.rules.calm import Calm
 from exporter.rules.gateskip import GateSkip
 from exporter.rules.layers import Layers
 
@@ -24,6 +25,10 @@ def rule_of(policy: Policy | None, selection: Selection | None, config: ModelCon
         return GateSkip(config.gate, config.eos_ids, selection.mode)
     if policy.name in ("layers", "unified"):
         return Layers()
+    if policy.name == "calm":
+        found = policy.confidence
+        assert found is not None
+        return Calm(policy.exits, found.measure, found.decay, found.decay_tokens)
     raise BundleError(
         f"gsx.json: the policy {policy.name!r} is not known",
         expected="gateskip, layers or unified",
