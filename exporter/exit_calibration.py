@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from engines.bundle.confidence import Measure
+from engines.bundle.controls import Controls
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.layer import DecoderOptions
 from exporter.evaluation import losses
@@ -69,7 +70,8 @@ def calibrate_exits(
     layers = [layer for _, layer in walk.layers()]
 
     def read(threshold: float) -> _Read:
-        controls = {"exit_threshold": np.array(threshold, np.float32), "full_until": np.zeros(1, np.int64)}
+        until = np.zeros(1, np.int64)
+        controls: Controls = {"exit_threshold": np.array(threshold, np.float32), "full_until": until}
         with torch.inference_mode():
             stream, kept = walk.stream(controls), []
             for number, layer in enumerate(layers):

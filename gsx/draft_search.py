@@ -72,11 +72,11 @@ class DraftSearch:
         """Search the set of branches to leave out, and measure the best ones. Returns: the manifest, with draft."""
         bundle = Bundle(self._work, self._manifest)
         runner = open_runner(bundle)
-        assert self._manifest.policy is not None
         self._on_progress(Progress("searching skip sets: the model writes", 0, 0))
         candidates = search_skip_sets(
             Replay(runner, self._others, _REPLAYED_TOKENS),
-            self._manifest.policy.branches,
+            self._manifest.decoder.num_layers,
+            self._manifest.skippable,
             step_bytes(bundle),
             lambda done, total: self._on_progress(Progress("searching skip sets", done, total)),
         )[:_FINALISTS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import platform
 import shutil
@@ -28,6 +29,7 @@ from exporter.graph.assemble import GraphBuilder, Graphs
 from exporter.graph.weights import WeightsFile, write_weights
 from exporter.quantization.qdq import quantize_graphs
 from exporter.rules.gateskip import Selection
+from exporter.rules.registry import rule_of
 from exporter.text import WINDOW_TOKENS, tokenize
 from gsx.draft_search import DraftSearch
 from gsx.graph_files import write_graphs
@@ -99,8 +101,7 @@ def export(
     options = DecoderOptions(keep.rule, keep.kv_policy, _DTYPES[precision])
     exits = _exits(draft, config, keep, precision)
     parsed = parse_draft(draft) if draft is not None and draft not in SEARCHED_DRAFTS else None
-    searched = draft in SEARCHED_DRAFTS
-    reads_text = keep.calibrates or searched or (quantize is not None and quantize.reads_text)
+    reads_text = keep.calibrates or draft in SEARCHED_DRAFTS or (quantize is not None and quantize.reads_text)
     if calibration is not None and not reads_text:
         raise UsageError(
             "--calibration: this export reads no text",
@@ -116,6 +117,7 @@ def export(
     needed = checkpoint.weight_bytes() * bytes_each // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
         section, selection = settle(keep, checkpoint, options, text, on_progress)
+        options = dataclasses.replace(options, rule=rule_of(section, selection, config))  # with what was calibrated
         defaults = default_controls(section, selection)
         plan = quantization = None
         if quantize is not None:
@@ -133,7 +135,7 @@ def export(
             shutil.copyfile(path, work / path.name)
         on_progress(Progress("hashing the source weights", 0, 0))
         manifest = _manifest(checkpoint, options, precision, section, selection, quantization, entries, weights)
-        if searched:
+        if draft in SEARCHED_DRAFTS:
             assert text is not None
             search = DraftSearch(work, manifest, builder, weights, text.ids, on_progress)
             manifest = search.best_exit(exits) if draft == "auto" else search.best_layers()
@@ -165,7 +167,7 @@ def _exits(draft: str | None, config: ModelConfig, keep: Plan, precision: Precis
         if keep.rule is None or keep.name not in DRAFTS_LAYERS:
             refuse_other(draft)
         if config.num_layers * len(keep.rule.branches) < 2:
-            raise UsageError(f"--draft {draft} needs two branches that can be left out, or more", found="one")
+            raise UsageError(f"--draft {draft} needs two branches that may be skipped, or more", found="one")
         return ()
     if parsed.kind == "exit":
         check_exit(parsed.layer, config.num_layers)

@@ -9,26 +9,31 @@ from typing import NoReturn
 from pydantic import JsonValue
 
 from engines.bundle import manifest as schema
-from engines.bundle.layer_sets import Places, mask_of, parse_places, places_text, unified_places
+from engines.bundle.layer_sets import Places, mask_of, parse_places, unified_places
 from engines.errors import UsageError
-from exporter.calibration import DEFAULT_GRID, calibrate
+from exporter.calibration import DEFAULT_GRID, GridPoint, calibrate
 from exporter.checkpoint import Checkpoint
 from exporter.config import BRANCHES, KvPolicy, ModelConfig
 from exporter.decoder.layer import DecoderOptions
 from exporter.rules.base import KeepRule
+from exporter.rules.ffn_skip import FfnSkip
 from exporter.rules.gateskip import GateSkip, Selection
 from exporter.rules.layers import Layers
+from exporter.similarity import Region, at_threshold, calibrate_ffn
 from exporter.text import TokenText
 from gsx.calm import CalmOptions, parse_calm, settle_calm
 from gsx.progress import Progress
 
-NAMES = ("gateskip", "layers", "unified", "calm", "dense")
+NAMES = ("gateskip", "layers", "unified", "ffn-skip", "calm", "dense")
+# Those whose bundles can leave any branch out, and so draft without some.
+DRAFTS_LAYERS = ("gateskip", "layers", "unified")
+# FFN-SkipLLM: share of FFNs kept by default, as in the paper's abstract; and new tokens that run in full, of which the
+# notes on it say 5 to 10 % of an answer (docs/methods.md section 5).
+FFN_BUDGET, WARM_UP = 0.75, 8
 _INSTEAD_OF_BUDGET = {
     **dict.fromkeys(("layers", "unified"), "a set of layers is chosen by --layers, --exit or --speedup"),
     "calm": "what is kept follows from the exit threshold: calm:threshold=T, or calm:tolerance=D",
 }
-# Those whose bundles can leave any branch out, and so draft without some.
-DRAFTS_LAYERS = ("gateskip", "layers", "unified")
 OnProgress = Callable[[Progress], None]
 
 
@@ -50,6 +55,23 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class FfnParameters:
+    """FFN-SkipLLM's parameters as they are given; None is calibrated.
+
+    Args:
+        stride: layers that skip on account of one.
+        layers: first and last layer that may skip; the others are cold.
+        threshold: cosine from which a state counts as unchanged; None for the one of the budget.
+        warm_up: new tokens that run in full, after the prompt.
+    """
+
+    stride: int | None = None
+    layers: tuple[int, int] | None = None
+    threshold: float | None = None
+    warm_up: int = WARM_UP
+
+
+@dataclass(frozen=True)
 class Plan:
     """A keep rule that fits a checkpoint.
 
@@ -63,6 +85,7 @@ class Plan:
         speedup: of Unified Layer Skipping.
         exits: depths that the checkpoint was trained to leave at.
         calm: what CALM is given.
+        ffn: parameters of FFN-SkipLLM.
     """
 
     name: str
@@ -74,6 +97,7 @@ class Plan:
     speedup: float | None = None
     exits: tuple[int, ...] = ()
     calm: CalmOptions | None = None
+    ffn: FfnParameters | None = None
 
 
 def plan_policy(choice: Choice, config: ModelConfig) -> Plan:
@@ -89,6 +113,8 @@ def plan_policy(choice: Choice, config: ModelConfig) -> Plan:
         return _dense(choice, config, parameters)
     if name == "gateskip":
         return _gateskip(choice, config, parameters)
+    if name == "ffn-skip":
+        return _ffn_skip(choice, config, parameters)
     _refuse(name, "--budget", choice.budget is not None, _INSTEAD_OF_BUDGET[name])
     _refuse(name, "--select rank", choice.select == "rank", "it belongs to gateskip")
     if name == "calm":
@@ -119,9 +145,12 @@ def settle(
         return schema.gateskip_policy(selection.mode, plan.rule.branches), selection
     if plan.calm is not None:
         return settle_calm(plan.calm, plan.rule, checkpoint, options, text, on_progress), None
+    if plan.ffn is not None:
+        assert text is not None
+        return _calibrated_ffn(plan, plan.ffn, checkpoint, text, on_progress)
     layers = checkpoint.config.num_layers
     mask = mask_of(plan.kept, layers, plan.kv_policy).tolist()
-    parameters: dict[str, JsonValue] = {"layers": places_text(plan.kept, layers)}
+    parameters: dict[str, JsonValue] = {"layers": schema.places_text(plan.kept)}
     if plan.speedup is not None:
         parameters["speedup"] = plan.speedup
     policy = schema.Policy(
@@ -212,6 +241,91 @@ def _gateskip(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
     return Plan("gateskip", rule, kv_policy, choice.budget or 1.0, calibrates=choice.select == "threshold")
 
 
+def _ffn_skip(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
+    _refuse("ffn-skip", "--select rank", choice.select == "rank", "it belongs to gateskip")
+    _refuse(
+        "ffn-skip",
+        f"--kv-policy {choice.kv_policy}",
+        choice.kv_policy not in (None, "compute"),
+        "attention always runs, and computes its K and V",
+    )
+    if config.num_layers < 3:
+        raise UsageError(
+            "--policy ffn-skip: the first and the last layer never skip",
+            expected="a model with 3 layers or more",
+            found=str(config.num_layers),
+        )
+    given = _ffn_parameters(parameters, config.num_layers)
+    if given.threshold is not None:
+        _refuse("ffn-skip:threshold", "--budget", choice.budget is not None, "the threshold says how much is kept")
+        if given.stride is None or given.layers is None:
+            _bad_parameters("ffn-skip", "stride and layers beside a threshold", parameters)
+    return Plan("ffn-skip", FfnSkip(given.stride or 1), "compute", choice.budget or FFN_BUDGET, True, ffn=given)
+
+
+def _ffn_parameters(text: str, layers: int) -> FfnParameters:
+    """`stride=K,layers=FIRST-LAST,threshold=COSINE,warm_up=TOKENS`, each of them optional."""
+    expected = f"stride=K, layers=FIRST-LAST (within 1 to {layers - 2}), threshold=COSINE (-1 to 1), warm_up=TOKENS"
+    values: dict[str, str] = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        if name not in ("stride", "layers", "threshold", "warm_up") or name in values:
+            _bad_parameters("ffn-skip", expected, part)
+        values[name] = value
+    try:
+        stride = int(values["stride"]) if "stride" in values else None
+        first, dash, last = values.get("layers", "").partition("-")
+        span = (int(first), int(last or first)) if first or dash else None
+        threshold = float(values["threshold"]) if "threshold" in values else None
+        warm_up = int(values.get("warm_up", WARM_UP))
+    except ValueError:
+        _bad_parameters("ffn-skip", expected, text)
+    if (
+        (stride is not None and not 1 <= stride < layers)
+        or (span is not None and not 1 <= span[0] <= span[1] <= layers - 2)
+        or (threshold is not None and not -1 <= threshold <= 1)
+        or warm_up < 0
+    ):
+        _bad_parameters("ffn-skip", expected, text)
+    return FfnParameters(stride, span, threshold, warm_up)
+
+
+def _calibrated_ffn(
+    plan: Plan, given: FfnParameters, checkpoint: Checkpoint, text: TokenText, on_progress: OnProgress
+) -> tuple[schema.Policy, schema.Selection]:
+    def tell(what: str, done: int, total: int) -> None:
+        on_progress(Progress(what, done, total))
+
+    assert plan.budget is not None
+    if given.threshold is not None:
+        assert given.stride is not None
+        assert given.layers is not None
+        region = Region(*given.layers, given.stride)
+        found = at_threshold(checkpoint, text.ids, region, given.threshold, tell)
+    else:
+        grid = grid_with(plan.budget)
+        found = calibrate_ffn(
+            checkpoint, text.ids, grid, plan.budget, stride=given.stride, skipping=given.layers, on_step=tell
+        )
+    budget = found.points[-1].budget if given.threshold is not None else plan.budget
+    region = found.region
+    policy = schema.Policy(
+        name="ffn-skip",
+        branches=FfnSkip.branches,
+        inputs=(
+            schema.RuntimeInput(name="thresholds", least=0, most=2),
+            schema.RuntimeInput(name="full_until", least=0, most=None, default=0),
+        ),
+        parameters={
+            "stride": region.stride,
+            "layers": f"{region.first}-{region.last}",
+            "similarity": [round(float(one), 6) for one in found.similarity],
+        },
+        warm_up=given.warm_up,
+    )
+    return policy, _threshold_selection(budget, found.points, text)
+
+
 def _selection(
     plan: Plan, checkpoint: Checkpoint, options: DecoderOptions, text: TokenText | None, on_progress: OnProgress
 ) -> schema.Selection:
@@ -226,9 +340,13 @@ def _selection(
         options,
         on_layer=lambda done, total: on_progress(Progress("calibrating", done, total)),
     )
+    return _threshold_selection(plan.budget, points, text)
+
+
+def _threshold_selection(budget: float, points: Sequence[GridPoint], text: TokenText) -> schema.Selection:
     return schema.Selection(
         mode="threshold",
-        budget=plan.budget,
+        budget=budget,
         grid=tuple(
             schema.GridPoint(
                 budget=point.budget,

@@ -160,6 +160,14 @@ class TorchStage:
             leaving |= {f"exit_{n}": _here(value.view(batch, length, 1)) for n, value in carried.items()}
         return StageOutput(self._scores(hidden, ids, call, logits), leaving, self._table.of(counts))
 
+    @torch.inference_mode()
+    def move(self, memory: list[_Buffers], source: int, target: int, length: int) -> None:
+        """See `Stage`."""
+        for buffers in memory:
+            start, end = source * buffers.capacity, target * buffers.capacity
+            for kv in (buffers.key, buffers.value):
+                kv[end : end + length] = kv[start : start + length]
+
     def _enter(
         self, ids: Tensor, valid: Tensor, positions: Tensor, columns: int, call: Call
     ) -> tuple[Tensor, list[CallState]]:

@@ -16,6 +16,9 @@ from engines.bundle.layer_sets import check_mask, exit_places, mask_of, parse_pl
 from engines.bundle.manifest import Manifest, Policy, Selection, check_budget
 from engines.errors import UsageError
 
+# Run-time inputs with one value a sequence, on their first axis.
+BY_SEQUENCE = ("layer_mask", "full_until")
+
 # Name of a run-time input -> its value, as the manifest's `policy.inputs` lists them; empty for a dense model.
 Controls = Mapping[str, np.ndarray]
 
@@ -178,6 +181,31 @@ def default_controls(policy: Policy | None, selection: Selection | None) -> Cont
             assert selection is not None
             controls |= selected(selection, selection.budget)
     return controls
+
+
+def stacked(rows: Sequence[Controls | None]) -> Controls:
+    """The run-time inputs of a batch, from those of its sequences, which share what has no axis of sequences.
+
+    Args: rows: of one sequence each, by row; None where a row is not in use (it gets those of another).
+    """
+    used = next(row for row in rows if row is not None)
+    if not any(name in used for name in BY_SEQUENCE):
+        return used
+    given = [used if row is None else row for row in rows]
+    return {
+        name: np.concatenate([row[name] for row in given]) if name in BY_SEQUENCE else value
+        for name, value in used.items()
+    }
+
+
+def rows_of(controls: Controls, rows: slice) -> Controls:
+    """The run-time inputs of some neighbouring sequences of a batch."""
+    return {name: value[rows] if name in BY_SEQUENCE else value for name, value in controls.items()}
+
+
+def shared_by_batch(controls: Controls) -> bytes:
+    """What the sequences of one batch must agree in, to compare."""
+    return b"".join(value.tobytes() for name, value in sorted(controls.items()) if name not in BY_SEQUENCE)
 
 
 def selected(selection: Selection, budget: float) -> Controls:

@@ -28,24 +28,6 @@ def parse_places(text: str) -> Places:
     return tuple(place for part in text.split(",") for place in _places(part))
 
 
-def places_text(places: Collection[tuple[int, Branch]], layers: int) -> str:
-    """A set as `parse_places` reads it, whole layers as ranges."""
-    kept = set(places)
-    whole = [all((layer, branch) in kept for branch in BRANCHES) for layer in range(layers)]
-    parts: list[str] = []
-    layer = 0
-    while layer < layers:
-        if whole[layer]:
-            first = layer
-            while layer + 1 < layers and whole[layer + 1]:
-                layer += 1
-            parts.append(f"{first}" if layer == first else f"{first}-{layer}")
-        else:
-            parts += [f"{layer}.{branch}" for branch in BRANCHES if (layer, branch) in kept]
-        layer += 1
-    return ",".join(parts)
-
-
 def mask_of(places: Iterable[tuple[int, Branch]], layers: int, kv_policy: str) -> np.ndarray:
     """The layer mask [L, 2] float32 of the branches that run: 1, and 0 for the others.
 

@@ -7,7 +7,7 @@ null means minus infinity (keep everything): JSON has no infinities.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -310,15 +310,19 @@ class LayersDraft(_Model):
     skip: tuple[tuple[int, Branch], ...]
 
     def __str__(self) -> str:
-        """As `parse_draft` reads it: neighbours that leave out the same are a range."""
-        left_out = {layer: tuple(b for b in BRANCHES if (layer, b) in self.skip) for layer, _ in sorted(self.skip)}
-        parts = []
-        # In a range, layer less place is the same.
-        for (branches, _), group in groupby(enumerate(left_out), lambda at: (left_out[at[1]], at[1] - at[0])):
-            layers = [layer for _, layer in group]
-            ends = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
-            parts.append(ends if branches == BRANCHES else f"{ends}.{branches[0]}")
-        return "layers:" + ",".join(parts)
+        return "layers:" + places_text(self.skip)
+
+
+def places_text(places: Collection[tuple[int, Branch]]) -> str:
+    """A set of branches as `layer_sets.parse_places` reads it: neighbours that name the same are a range."""
+    named = {layer: tuple(b for b in BRANCHES if (layer, b) in places) for layer, _ in sorted(places)}
+    parts = []
+    # In a range, layer less place is the same.
+    for (branches, _), group in groupby(enumerate(named), lambda at: (named[at[1]], at[1] - at[0])):
+        layers = [layer for _, layer in group]
+        ends = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+        parts.append(ends if branches == BRANCHES else f"{ends}.{branches[0]}")
+    return ",".join(parts)
 
 
 DraftKind = Annotated[ExitDraft | BudgetDraft | LayersDraft, Field(discriminator="kind")]

@@ -36,6 +36,10 @@ class Engine(Protocol):
         """Memory of the runtime's own, filled with zeros, for an input or output."""
         ...
 
+    def move(self, buffer: Any, shape: tuple[int, ...], source: int, target: int) -> None:
+        """Copy a row of a buffer [rows, ..] over another one."""
+        ...
+
     def run(
         self,
         profile: int,
@@ -126,6 +130,11 @@ class TensorRTStage:
             piece = Call(call.ids[:, part], counts, lengths, call.controls)
             outputs.append(self._run(memory, piece, _tokens_of(state, part), logits))
         return _joined(outputs, call, most, logits)
+
+    def move(self, memory: _Memory, source: int, target: int, length: int) -> None:
+        """See `Stage`. Whole rows: one copy each."""
+        for name, buffer in memory.buffers.items():
+            self._engine.move(buffer, memory.shapes[name], source, target)
 
     def _run(self, memory: _Memory, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         batch, length = call.ids.shape

@@ -107,9 +107,24 @@ def open_draft(
         UsageError: the bundle cannot draft in this way.
     """
     check_draft(draft, bundle.manifest)
+    return draft_on(open_draft_runner(bundle, draft, threads, backend), draft)
+
+
+def open_draft_runner(
+    bundle: Bundle, draft: DraftKind | None, threads: int | None = None, backend: Backend = "onnxruntime"
+) -> Runner:
+    """The runner that a draft needs, which decodes plainly too; without a draft the fastest one."""
     if isinstance(draft, ExitDraft):
-        return EarlyExit(open_split_runner(bundle, threads, backend))
-    return OtherControls(open_runner(bundle, threads, backend), draft)
+        return open_split_runner(bundle, threads, backend)
+    return open_runner(bundle, threads, backend)
+
+
+def draft_on(runner: Runner, draft: DraftKind) -> Draft:
+    """What drafts on a runner of its kind (`open_draft_runner`)."""
+    if isinstance(draft, ExitDraft):
+        assert isinstance(runner, SplitRunner)
+        return EarlyExit(runner)
+    return OtherControls(runner, draft)
 
 
 def draft_controls(draft: BudgetDraft | LayersDraft, manifest: Manifest, controls: Controls) -> Controls:

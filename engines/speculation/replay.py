@@ -24,7 +24,7 @@ CHUNK = 8
 
 
 class Replay:
-    """Greedy continuations of prompts, kept as exported, and the places in them that drafts are tried at.
+    """Greedy continuations of prompts at the exported budget, and the places in them that drafts are tried at.
 
     Args:
         runner: the model.
@@ -45,9 +45,11 @@ class Replay:
     def accepted(self, draft: LayersDraft) -> np.ndarray:
         """Tokens in a row that a draft gets right at each place.
 
+        Args: draft: the branches that it leaves out.
         Returns: [places] int64, 0 to CHUNK.
         """
-        controls, found = draft_controls(draft, self._runner.manifest, self._controls), []
+        found = []
+        controls = draft_controls(draft, self._runner.manifest, self._controls)
         for first, tokens, cache in self._texts:
             cache.roll_back([first])
             self._runner.step(cache, tokens[:, first:], self._controls, logits="none")

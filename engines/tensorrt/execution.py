@@ -81,6 +81,18 @@ class CudaEngine:
         memory.clear(self.stream)
         return memory
 
+    def move(self, buffer: DeviceArray, shape: tuple[int, ...], source: int, target: int) -> None:
+        """Copy a row of a buffer [rows, ..] over another one, in the order of the calls."""
+        runtime, size = self._runtime, buffer.size // shape[0]
+        copied = runtime.cudaMemcpyAsync(
+            buffer.address + target * size,
+            buffer.address + source * size,
+            size,
+            runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice,
+            self.stream,
+        )
+        cuda.check(copied, "moving a sequence")
+
     def run(
         self,
         profile: int,

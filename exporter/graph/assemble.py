@@ -393,7 +393,12 @@ def _name_choices(part: Part, branches: Sequence[Branch]) -> Part:
     assert len(choices) == len(branches)
     names: dict[str, str] = {}
     for branch, node in zip([b for b in BRANCHES if b in branches], choices, strict=True):
-        names[node.input[1]] = f"{branch}.score"
+        if node.input[1] in names:  # a score of both branches, computed once
+            again = helper.make_node("Identity", [node.input[1]], [f"{branch}.score"], name=f"{branch}.score")
+            part.nodes.insert(part.nodes.index(node), again)
+            node.input[1] = again.output[0]
+        else:
+            names[node.input[1]] = f"{branch}.score"
         names |= dict(zip(node.output, (f"{branch}.rows", f"{branch}.index", f"{branch}.count"), strict=True))
     return _renamed(part, names)
 

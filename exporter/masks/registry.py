@@ -6,6 +6,7 @@ from engines.bundle.controls import Controls
 from engines.bundle.manifest import Manifest
 from exporter.masks.base import KeepAll, MaskRule
 from exporter.masks.calm import Confident
+from exporter.masks.ffn_skip import FfnStride
 from exporter.masks.gateskip import Rank, Threshold
 from exporter.masks.layers import LayerMask
 
@@ -25,5 +26,8 @@ def mask_of(manifest: Manifest, controls: Controls) -> MaskRule:
         return Confident(
             policy.exits, found.measure, threshold, controls["full_until"], found.decay, found.decay_tokens
         )
+    if policy.name == "ffn-skip":
+        stride = int(str(policy.parameters["stride"]))
+        return FfnStride(controls["thresholds"], stride, controls["full_until"])
     assert policy.name in ("layers", "unified"), policy.name
     return LayerMask(controls["layer_mask"], controls["full_until"])

@@ -7,6 +7,7 @@ from engines.errors import BundleError
 from exporter.config import ModelConfig
 from exporter.rules.base import KeepRule
 from exporter.rules.calm import Calm
+from exporter.rules.ffn_skip import FfnSkip
 from exporter.rules.gateskip import GateSkip
 from exporter.rules.layers import Layers
 
@@ -23,6 +24,8 @@ def rule_of(policy: Policy | None, selection: Selection | None, config: ModelCon
         assert config.gate is not None
         assert selection is not None
         return GateSkip(config.gate, config.eos_ids, selection.mode)
+    if policy.name == "ffn-skip":
+        return FfnSkip(int(str(policy.parameters["stride"])))
     if policy.name in ("layers", "unified"):
         return Layers()
     if policy.name == "calm":
@@ -31,6 +34,6 @@ def rule_of(policy: Policy | None, selection: Selection | None, config: ModelCon
         return Calm(policy.exits, found.measure, found.decay, found.decay_tokens)
     raise BundleError(
         f"gsx.json: the policy {policy.name!r} is not known",
-        expected="gateskip, layers or unified",
+        expected="gateskip, layers, unified, ffn-skip or calm",
         todo="install the version of gsx that made the bundle, or export again",
     )

@@ -10,8 +10,8 @@ import numpy as np
 
 from engines.bundle.confidence import RANGES
 from engines.bundle.controls import Keep, layer_mask
-from engines.bundle.layer_sets import Places, places_text
-from engines.bundle.manifest import BRANCHES, Confidence, Manifest, check_budget
+from engines.bundle.layer_sets import Places
+from engines.bundle.manifest import BRANCHES, Confidence, Manifest, check_budget, places_text
 from engines.errors import UsageError
 
 DEFAULT_BUDGETS = (1.0, 0.85, 0.7, 0.5)
@@ -89,7 +89,7 @@ def _sets(manifest: Manifest) -> list[Setting]:
         (Keep(), "as exported"),
         (Keep(layers=f"0-{layers - 1}"), "all layers"),
         *((Keep(exit=depth), f"exit {depth}") for depth in depths if depth > 0),
-        (Keep(layers=places_text(_uneven(layers), layers)), "every second branch"),
+        (Keep(layers=places_text(_uneven(layers))), "every second branch"),
     ]
     if layers >= 2 * DEFAULT_SPEEDUP:
         wanted.append((Keep(speedup=DEFAULT_SPEEDUP), f"speed-up {DEFAULT_SPEEDUP:.2f}"))

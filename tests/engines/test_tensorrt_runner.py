@@ -13,7 +13,7 @@ import pytest
 
 from engines.building.profiles import default_profiles, parse_profile
 from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import controls_for
+from engines.bundle.controls import AS_EXPORTED, Keep, controls_for
 from engines.errors import EngineError
 from engines.generation import generate
 from engines.lowering.tensorrt import MAX_TOPK, lower
@@ -177,6 +177,21 @@ def test_greedy_text_equals_the_portable_runner(pair: Pair) -> None:
     decode = [shapes for profile, shapes in pair.engine.calls if profile == 1]
     windows = {shapes["attention_mask"] for shapes in decode}
     assert len({tuple(sorted(shapes.items())) for shapes in decode}) == len(windows) <= 2
+
+
+@pytest.mark.parametrize("pair", [name for name, case in CASES.items() if case.batch > 1], indirect=True)
+def test_a_sequence_moves_to_another_row(pair: Pair) -> None:
+    controls = controls_for(pair.bundle.manifest, Keep(budget=1.0) if pair.ranks else AS_EXPORTED)
+    ids = np.random.default_rng(2).integers(3, 250, (pair.case.batch, 6))
+    first, *_, last = range(pair.case.batch)
+    after = []
+    for runner in (pair.portable, pair.runner):
+        cache = runner.new_cache(pair.case.batch, CAPACITY)
+        runner.step(cache, ids, controls)
+        runner.move(cache, last, first)
+        counts = [int(row == first) for row in range(pair.case.batch)]
+        after.append(runner.step(cache, ids[:, :1], controls, counts=counts).logits[first])
+    np.testing.assert_allclose(*after, atol=LOGITS_ATOL)
 
 
 def test_a_long_prompt_goes_through_in_pieces(pair: Pair) -> None:
