@@ -6,7 +6,6 @@ The K/V cache is left out: it depends on the text's length, and at short ones it
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +15,9 @@ from onnx import helper
 from engines.bundle.bundle import Bundle
 from engines.bundle.manifest import BRANCHES
 
-_BRANCH_WEIGHTS = {"attn": ("self_attn.",), "mlp": ("mlp.",)}
-# Under the K/V policy `compute` every token's K and V are computed.
-_KV_WEIGHTS = ("self_attn.k_", "self_attn.v_")
+_BRANCH_WEIGHTS = {"attn": ("self_attn.q_proj.", "self_attn.o_proj."), "mlp": ("mlp.",)}
+# Read for every token under the K/V policy compute; under the others with the branch.
+_KV_WEIGHTS = ("self_attn.k_proj.", "self_attn.v_proj.")
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,7 @@ class StepBytes:
 
     Args:
         branches: [L, 2] float64, what a branch does not read when it is skipped.
-        rest: everything else: norms, gates, K and V under the K/V policy `compute`, the head (not the embedding, of
-            which a row is read).
+        rest: everything else: norms, gates, K and V, the head (not the embedding, of which a row is read).
     """
 
     branches: np.ndarray
@@ -50,16 +48,12 @@ def step_bytes(bundle: Bundle) -> StepBytes:
     branches = np.zeros((bundle.manifest.decoder.num_layers, len(BRANCHES)))
     for layer in range(len(branches)):
         for column, branch in enumerate(BRANCHES):
-            found = _named(sizes, layer, _BRANCH_WEIGHTS[branch])
-            if branch == "attn" and bundle.manifest.kv_policy == "compute":
-                found -= _named(sizes, layer, _KV_WEIGHTS)
-            branches[layer, column] = found
+            parts = _BRANCH_WEIGHTS[branch]
+            if branch == "attn" and bundle.manifest.kv_policy != "compute":
+                parts += _KV_WEIGHTS
+            prefixes = tuple(f"layers.{layer}.{part}" for part in parts)
+            branches[layer, column] = sum(size for name, size in sizes.items() if name.startswith(prefixes))
     return StepBytes(branches, float(total - branches.sum()))
-
-
-def _named(sizes: Mapping[str, int], layer: int, parts: tuple[str, ...]) -> int:
-    prefixes = tuple(f"layers.{layer}.{part}" for part in parts)
-    return sum(size for name, size in sizes.items() if name.startswith(prefixes))
 
 
 def _size(tensor: onnx.TensorProto) -> int:

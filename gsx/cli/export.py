@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,7 +35,7 @@ def export(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="The keep rule: gateskip, layers[:SET], unified:SPEEDUP, dense (docs/policies.md).",
+            help="The keep rule: gateskip, layers[:SET], unified:SPEEDUP, ffn-skip, dense (docs/policies.md).",
             show_default="gateskip with gates, else dense",
         ),
     ] = None,
@@ -173,7 +174,7 @@ def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "kept_high": list(manifest.quantization.kept_high) if manifest.quantization else None,
         "confidence": _confidence_of(manifest.policy) if manifest.policy else None,
         "exits": list(manifest.policy.exits) if manifest.policy else None,
-        "layers_kept": manifest.policy.parameters.get("layers") if manifest.policy else None,
+        "parameters": manifest.policy.parameters if manifest.policy else None,
         "budget": selection.budget if selection else None,
         "kept_share": kept,
         "draft": _draft_of(manifest.draft) if manifest.draft else None,
@@ -193,12 +194,13 @@ def _print(summary: dict[str, Any]) -> None:
     elif summary["confidence"] is not None:
         _print_confidence(summary["confidence"], summary["exits"])
     elif summary["budget"] is None:
-        console.print(f"policy {summary['policy']}: layers {summary['layers_kept']} run by default")
+        console.print(f"policy {summary['policy']}: layers {summary['parameters']['layers']} run by default")
     elif summary["kept_share"] is None:
         console.print(f"{summary['select']} selection, budget {summary['budget']:g}")
     else:
+        how = f"{summary['select']} selection" if summary["policy"] == "gateskip" else policy_name(summary)
         console.print(
-            f"{summary['select']} selection, budget {summary['budget']:g}: "
+            f"{how}, budget {summary['budget']:g}: "
             f"{summary['kept_share']:.3f} of (token, branch) pairs kept on the calibration text"
         )
     if summary["draft"] is not None:
@@ -246,6 +248,13 @@ def _print_confidence(values: dict[str, Any], exits: list[int]) -> None:
         f"with probability {found['confidence']:g} the mean {found['risk']} risk is at most {found['tolerance']:g} "
         f"on text like the calibration text ({found['prompts']} prompts of {found['prompt_tokens']} tokens)"
     )
+
+
+def policy_name(summary: Mapping[str, Any]) -> str:
+    """A policy with its parameters of one value, from an export's or a bundle's facts."""
+    single = {name: value for name, value in summary["parameters"].items() if not isinstance(value, list)}
+    parameters = ", ".join(f"{name} {value}" for name, value in single.items())
+    return f"{summary['policy']} ({parameters})" if parameters else str(summary["policy"])
 
 
 def _draft_of(entry: DraftEntry) -> dict[str, Any]:
