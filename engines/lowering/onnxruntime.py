@@ -34,7 +34,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.manifest import DecoderShape, Manifest
 from engines.lowering.quantized import fuse_products, weights_inside
-from engines.lowering.regions import CHOICES, find_regions, size_name, wrap
+from engines.lowering.regions import branch_choices, find_regions, size_name, wrap
 
 CONTRIB = "com.microsoft"
 OPSET = 24  # TensorScatter
@@ -403,7 +403,7 @@ def _set_values(field: Any, values: Sequence[onnx.ValueInfoProto]) -> None:
 
 def _kept_output(graph: onnx.GraphProto, steps: bool) -> None:
     """One output with the kept rows of every branch, in order: how many, or in steps which ones."""
-    choices = [node for node in graph.node if node.op_type in CHOICES and node.output[1].startswith("layers.")]
+    choices = branch_choices(graph)
     if not choices:
         return
     names = [_kept(choice.output[1]) if steps else size_name(choice) for choice in choices]
