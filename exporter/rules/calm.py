@@ -48,7 +48,7 @@ class Calm(KeepRule):
         "full_until": Value(torch.int64, ("B",)),
     }
     call = {"leaves_at": Value(torch.float32, ("N",))}  # noqa: RUF012
-    carried = {"confidence": Value(torch.float32, ("N",))}  # noqa: RUF012
+    carried = {"confidence": Value(torch.float32, ("N", 1))}  # noqa: RUF012
 
     def __init__(self, exits: tuple[int, ...], measure: Measure, decay: float = 0.0, decay_tokens: int = 1) -> None:
         self.exits, self.measure = exits, measure
@@ -65,12 +65,12 @@ class Calm(KeepRule):
         own = torch.where(number < 0, infinity, threshold).reshape(-1)
         return {
             "leaves_at": torch.where(tokens.valid, own, -infinity),
-            "confidence": torch.full_like(own, UNASKED),
+            "confidence": torch.full_like(own, UNASKED).unsqueeze(1),
         }
 
     def judge(self, layer: DecoderLayer, branch: Branch, hidden: Tensor, normed: Tensor, values: Values) -> Verdict:
         """What a token's confidence lacks is its score: positive while it runs."""
-        return Verdict(values["leaves_at"] - values["confidence"], torch.tensor(0.0))
+        return Verdict(values["leaves_at"] - values["confidence"].squeeze(1), torch.tensor(0.0))
 
     def asked(self) -> tuple[int, ...]:
         """See `KeepRule`: no state is like the one before at the first exit."""
@@ -85,20 +85,20 @@ class SoftmaxGap(Exit):
     """How sure the model would be of the next token here. Norm and head run for the tokens that are still running."""
 
     def forward(self, hidden: Tensor, entering: Tensor, leaves_at: Tensor, confidence: Tensor) -> tuple[Tensor]:  # type: ignore[override]
-        """hidden [N, H], the exit state -> confidence [N] float32, of those that left as it was."""
-        lacking = leaves_at - confidence
+        """hidden [N, H], the exit state -> confidence [N, 1] float32, of those that left as it was."""
+        lacking = leaves_at - confidence.squeeze(1)
         rows, index, _ = threshold_gather(hidden, lacking, torch.tensor(0.0))
         chances = torch.softmax(self.logits(rows).to(torch.float32), dim=-1)
         two = torch.topk(chances, 2, dim=-1).values
         gap = two[:, :1] - two[:, 1:]
-        left = torch.where(lacking > 0, torch.zeros_like(confidence), confidence).unsqueeze(1)
-        return (gated_scatter_add(left, gap, torch.ones_like(gap), index).reshape(-1),)
+        left = torch.where(lacking.unsqueeze(1) > 0, torch.zeros_like(confidence), confidence)
+        return (gated_scatter_add(left, gap, torch.ones_like(gap), index),)
 
 
 class Saturation(nn.Module):
     """How little the exit's layer changed a token's state."""
 
     def forward(self, hidden: Tensor, entering: Tensor, leaves_at: Tensor, confidence: Tensor) -> tuple[Tensor]:
-        """hidden, entering [N, H], the states behind and before the layer -> confidence [N] float32."""
+        """hidden, entering [N, H], the states behind and before the layer -> confidence [N, 1] float32."""
         cosine = torch.nn.functional.cosine_similarity(hidden.to(torch.float32), entering.to(torch.float32), dim=-1)
-        return (torch.where(leaves_at > confidence, cosine, confidence),)
+        return (torch.where(leaves_at.unsqueeze(1) > confidence, cosine.unsqueeze(1), confidence),)
