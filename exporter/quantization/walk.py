@@ -95,7 +95,8 @@ class Walk:
         call = call._replace(values=values)
         mlp = self._choose(layer, "mlp", stream, call)
         stream.hidden, values = layer.mlp_branch(stream.hidden, call, mlp)
-        stream.entered = {name: values[name] for name in stream.entered}
+        rule = self.options.rule
+        stream.entered = {**stream.entered, **{name: values[name] for name in (rule.carried if rule else ())}}
         rows = torch.zeros(len(stream.hidden), dtype=torch.bool)
         chosen: dict[Branch, Kept | None] = {"attn": attn, "mlp": mlp}
         return {b: rows.index_fill(0, kept.index, True) for b, kept in chosen.items() if kept is not None}
