@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from engines.errors import UsageError
 
@@ -25,6 +25,7 @@ Threshold = Annotated[
     float,
     BeforeValidator(lambda value: -math.inf if value is None else value),
     PlainSerializer(lambda value: None if value == -math.inf else value, return_type=float | None),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]}),
 ]
 Table = Sequence[tuple[Threshold, Threshold]]
 Budget = Annotated[float, Field(gt=0, le=1)]
@@ -349,7 +350,7 @@ class Manifest(_Model):
     weights: WeightsEntry
     draft: DraftEntry | None = None
 
-    engines: Mapping[str, EngineEntry] = Field(default_factory=dict)
+    engines: Mapping[FileName, EngineEntry] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _selection_fits_gates(self) -> Manifest:
