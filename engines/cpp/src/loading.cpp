@@ -126,8 +126,19 @@ std::string buildCommand(Bundle const& bundle, std::string const& backend) {
     return "gsx build " + bundle.directory.string() + " --backend " + backend;
 }
 
+void requireEngines(Bundle const& bundle, std::string const& backend) {
+    std::vector<std::string> others;
+    for (auto const& [name, entry] : bundle.manifest.engines) {
+        if (entry.backend == backend) return;
+        others.push_back(name);
+    }
+    throw EngineError("bundle " + bundle.directory.string() + ": has no engines for " + backend,
+                      {{}, others.empty() ? "none" : joinedBy(", ", others), buildCommand(bundle, backend)});
+}
+
 EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine const& machine,
                       std::optional<fs::path> const& plugins) {
+    requireEngines(bundle, backend);
     std::string const command = buildCommand(bundle, backend);
     std::optional<EngineError> nearest;
     bool isNear = false;
@@ -144,11 +155,7 @@ EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine 
             isNear = near;
         }
     }
-    if (nearest) throw *nearest;
-    std::vector<std::string> others;
-    for (auto const& [name, entry] : bundle.manifest.engines) others.push_back(name);
-    throw EngineError("bundle " + bundle.directory.string() + ": has no engines for " + backend,
-                      {{}, others.empty() ? "none" : joinedBy(", ", others), command});
+    throw *nearest;
 }
 
 std::string readEngine(EngineSet const& engines, std::string const& graph, std::string const& command) {

@@ -25,10 +25,13 @@ struct EngineSet {
     std::optional<std::filesystem::path> library;
 };
 
+// Refuse a bundle that has no engines for a backend. Throws EngineError that names those that are there.
+void requireEngines(Bundle const& bundle, std::string const& backend);
+
 // The engines of a bundle for a machine, checked except for the bytes of their files.
 // `plugins` names the plugin library; none for the one that GSX_PLUGIN_LIBRARY names, else the one that
 // `gsx plugins build` made of the sources that the engines were built with.
-// Throws EngineError: there are none, or none that runs here; it says what differs, both values, and what mends it.
+// Throws EngineError: there are none (`requireEngines`), or none that runs here; it says what differs, both values, and what mends it.
 EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine const& machine,
                       std::optional<std::filesystem::path> const& plugins);
 

@@ -182,7 +182,8 @@ StageMemory Stage::newMemory(int64_t batch, int64_t capacity) {
         Shape const shape = shapeOf(input, {{"batch", batch}});
         BoundBuffer const bound{mEngine->buffer(shape, input.name), shape};
         memory.buffers[input.name] = bound;
-        memory.buffers[kPresent + input.name.substr(std::string(kPast).size())] = bound;
+        std::string const present = kPresent + input.name.substr(std::string(kPast).size());
+        if (has(mGraph.outputs, present)) memory.buffers[present] = bound;
     }
     return memory;
 }
