@@ -99,9 +99,7 @@ class ToyEngine:
         assert all(found[name].shape == tuple(shape) for name, shape in results.items())
         return {name: found[name] for name in results}
 
-    def _take_in(
-        self, profile: int, feeds: Mapping[str, np.ndarray], results: Mapping[str, tuple[int, ...]]
-    ) -> None:
+    def _take_in(self, profile: int, feeds: Mapping[str, np.ndarray], results: Mapping[str, tuple[int, ...]]) -> None:
         self.digest.update(f"{self.graph} {profile}\n".encode())
         for name in sorted(feeds):
             value = feeds[name]
