@@ -4,6 +4,9 @@ A round reads the newest token of every sequence, drafts some more, and lets the
 written after each: what agrees stays, the first that does not is replaced by the model's own, and the rest is
 forgotten. Without a draft a round is a plain step. The model's picks decide alone, so the text is the same either
 way (`engines/sampling.py`); a draft only saves time.
+
+`Decoding` is the loop of sequences that begin together. Where they come and go (`engines/serving`), a scheduler puts
+`Continuation`s into the rows of one cache, and calls `read` and `take` itself.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -122,23 +126,23 @@ def generate(
         UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, a budget that is not one.
     """
     manifest = runner.manifest
-    _check(prompts, max_new_tokens, draft_length, manifest)
-    assert draft is None or draft.runner is runner, "a draft reads the cache of its own runner"
-    length: DraftLength = FixedLength(draft_length or 0)
-    if draft is not None and draft_length is None:
-        own = manifest.draft
-        length = AdaptiveLength((own.length if own and own.draft == draft.kind else None) or FIRST_LENGTH)
-    loop = _Loop(
-        runner,
-        draft,
-        length,
-        Picker(sampling),
-        select_for(manifest, budget),
-        frozenset(manifest.decoder.eos_ids if stop_ids is None else stop_ids),
-        on_token,
-        [_Sequence(row, prompt, max_new_tokens, manifest) for row, prompt in enumerate(prompts)],
-    )
-    return loop.run()
+    if not prompts:
+        raise UsageError("no prompt was given")
+    if draft_length is not None and not 0 <= draft_length <= manifest.decoder.max_positions:
+        raise UsageError(
+            "draft length", expected=f"0 (plain decoding) to {manifest.decoder.max_positions}", found=str(draft_length)
+        )
+    picker = Picker(sampling)
+    stops = None if stop_ids is None else frozenset(stop_ids)
+    sequences = [
+        Continuation(manifest, prompt, max_new_tokens, picker, number, partial(on_token, number), stops)
+        for number, prompt in enumerate(prompts)
+    ]
+    decoding = Decoding(runner, sequences, select_for(manifest, budget), draft, draft_length)
+    decoding.start()
+    while not decoding.ended:
+        decoding.round()
+    return Generation([Generated(s.tokens, s.finish or "length") for s in sequences], decoding.stats())
 
 
 def select_for(manifest: Manifest, budget: float | None) -> np.ndarray | None:
@@ -155,16 +159,40 @@ def select_for(manifest: Manifest, budget: float | None) -> np.ndarray | None:
     return selection.thresholds_for(wanted)
 
 
-class _Sequence:
-    """One sequence as it grows."""
+class Continuation:
+    """One prompt that is being continued.
 
-    def __init__(self, row: int, prompt: Sequence[int], max_new_tokens: int, manifest: Manifest) -> None:
-        self.row, self.prompt = row, prompt
+    Args:
+        manifest: of the model.
+        prompt: token ids.
+        max_new_tokens: at most so many; the model's context may end it earlier (finish "context").
+        picker: chooses the tokens.
+        number: of the sequence, which the picker's noise depends on.
+        on_token: called with every new token; returning True ends the sequence (finish "stopped").
+        stops: tokens that end it (kept in its tokens); None for the model's end-of-text.
+    Raises:
+        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, no room for a token.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        picker: Picker,
+        number: int,
+        on_token: Callable[[int], bool],
+        stops: frozenset[int] | None = None,
+    ) -> None:
+        _check(prompt, max_new_tokens, manifest)
+        self.prompt, self.picker, self.number = prompt, picker, number
         room = manifest.decoder.max_positions - len(prompt)
         self.limit = min(max_new_tokens, room)
         self.tokens: list[int] = []
         self.finish: FinishReason | None = None
         self._at_limit: FinishReason = "length" if max_new_tokens <= room else "context"
+        self._on_token = on_token
+        self._stops = frozenset(manifest.decoder.eos_ids) if stops is None else stops
 
     @property
     def left(self) -> int:
@@ -176,16 +204,53 @@ class _Sequence:
         """Position of the next new token."""
         return len(self.prompt) + len(self.tokens)
 
-    def add(self, token: int, stops: frozenset[int], on_token: OnToken) -> None:
-        """Take the next token."""
+    @property
+    def capacity(self) -> int:
+        """Tokens that its cache must hold."""
+        return len(self.prompt) + self.limit
+
+    @property
+    def unread(self) -> Sequence[int]:
+        """What the model has to read for the next token: the prompt, later the newest token."""
+        return self.tokens[-1:] or self.prompt
+
+    def take(self, logits: np.ndarray) -> int:
+        """Choose the next token by its logits [V], and add it."""
+        token = self.picker.pick(logits, self.number, self.place)
         self.tokens.append(token)
-        stopped = on_token(self.row, token)
-        if token in stops:
+        stopped = self._on_token(token)
+        if token in self._stops:
             self.finish = "end-of-text"
         elif stopped:
             self.finish = "stopped"
         elif len(self.tokens) == self.limit:
             self.finish = self._at_limit
+        return token
+
+
+Rows = Sequence[Continuation | None]
+
+
+def read(runner: Runner, cache: Cache, rows: Rows, select: np.ndarray | None) -> StepOutput:
+    """Let the model read what it has not of each sequence; their next tokens are then for `take`.
+
+    Args:
+        rows: the sequences by their rows in the cache; None, and what has ended, is left out.
+        select: as in `Call`, for all of them.
+    """
+    unread = [sequence.unread if sequence is not None and sequence.left else () for sequence in rows]
+    counts = list(map(len, unread))
+    ids = np.zeros((len(counts), max(counts)), np.int64)
+    for row, tokens in enumerate(unread):
+        ids[row, : len(tokens)] = tokens
+    return runner.step(cache, ids, select, counts=counts)
+
+
+def take(rows: Rows, output: StepOutput) -> None:
+    """Give every sequence that goes on its next token; output: of `read` with the same rows."""
+    for row, sequence in enumerate(rows):
+        if sequence is not None and sequence.left:
+            sequence.take(output.logits[row, 0])
 
 
 @dataclass
@@ -211,42 +276,72 @@ class _Counters:
                 counts[place] += 1
 
 
-@dataclass
-class _Loop:
-    runner: Runner
-    draft: Draft | None
-    length: DraftLength
-    picker: Picker
-    select: np.ndarray | None
-    stops: frozenset[int]
-    on_token: OnToken
-    sequences: list[_Sequence]
-    counters: _Counters = field(default_factory=_Counters)
+class Decoding:
+    """Sequences that are continued together, round by round.
 
-    def run(self) -> Generation:
-        sequences = self.sequences
-        cache = self.runner.new_cache(len(sequences), max(len(s.prompt) + s.limit for s in sequences))
-        started = time.perf_counter()
-        self._prefill(cache)
-        prefilled = time.perf_counter()
-        counters, rounds = self.counters, 0
-        while any(s.left for s in sequences):
-            wanted = self.length.next() if self.draft is not None else 0
-            # As many as one sequence can still take, beside the token that a verification gives anyway.
-            size = min(wanted, max(s.left for s in sequences) - 1)
-            if size and self.draft is not None:
-                self._speculate(cache, self.draft, size)
-            else:
-                self._plain_step(cache)
-            rounds += 1
-        ended = time.perf_counter()
-        stats = GenerationStats(
+    Args:
+        runner: the model; with a draft, the draft's own runner.
+        sequences: what to continue; number n has row n of the cache.
+        select: as in `Call`.
+        draft: what guesses tokens ahead; None for plain decoding.
+        draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        sequences: Sequence[Continuation],
+        select: np.ndarray | None,
+        draft: Draft | None = None,
+        draft_length: int | None = None,
+    ) -> None:
+        assert draft is None or draft.runner is runner, "a draft reads the cache of its own runner"
+        self.runner, self.sequences, self.select, self.draft = runner, sequences, select, draft
+        self.length: DraftLength = FixedLength(draft_length or 0)
+        if draft is not None and draft_length is None:
+            own = runner.manifest.draft
+            self.length = AdaptiveLength((own.length if own and own.draft == draft.kind else None) or FIRST_LENGTH)
+        self.counters = _Counters()
+        self._cache = runner.new_cache(len(sequences), max(sequence.capacity for sequence in sequences))
+        self._prefill_seconds = self._decode_seconds = 0.0
+        self._rounds = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether no sequence goes on."""
+        return not any(sequence.left for sequence in self.sequences)
+
+    def start(self) -> None:
+        """Read the prompts and take the first tokens."""
+        began = time.perf_counter()
+        output = read(self.runner, self._cache, self.sequences, self.select)
+        self.counters.add(output)
+        take(self.sequences, output)
+        self._prefill_seconds = time.perf_counter() - began
+
+    def round(self) -> None:
+        """Give every sequence that goes on at least one token."""
+        began = time.perf_counter()
+        wanted = self.length.next() if self.draft is not None else 0
+        # As many as one sequence can still take, beside the token that a verification gives anyway.
+        size = min(wanted, max(s.left for s in self.sequences) - 1)
+        if size and self.draft is not None:
+            self._speculate(self._cache, self.draft, size)
+        else:
+            self._plain_step(self._cache)
+        self._rounds += 1
+        self._decode_seconds += time.perf_counter() - began
+
+    def stats(self) -> GenerationStats:
+        """The counters up to now."""
+        counters, sequences = self.counters, self.sequences
+        return GenerationStats(
             prompt_tokens=sum(len(s.prompt) for s in sequences),
             new_tokens=sum(len(s.tokens) for s in sequences),
             sequences=len(sequences),
-            prefill_seconds=prefilled - started,
-            decode_seconds=ended - prefilled if rounds else 0.0,
-            decode_steps=rounds,
+            prefill_seconds=self._prefill_seconds,
+            decode_seconds=self._decode_seconds,
+            decode_steps=self._rounds,
             draft_seconds=counters.draft_seconds,
             verify_seconds=counters.verify_seconds,
             drafted=tuple(counters.drafted),
@@ -254,34 +349,21 @@ class _Loop:
             kept_rows=counters.kept,
             gated_rows=counters.gated,
         )
-        return Generation([Generated(s.tokens, s.finish or "length") for s in sequences], stats)
-
-    def _prefill(self, cache: Cache) -> None:
-        counts = [len(s.prompt) for s in self.sequences]
-        ids = np.zeros((len(counts), max(counts)), np.int64)
-        for row, sequence in enumerate(self.sequences):
-            ids[row, : counts[row]] = sequence.prompt
-        output = self.runner.step(cache, ids, self.select, counts=counts)
-        self.counters.add(output)
-        for row, sequence in enumerate(self.sequences):
-            self._pick(sequence, output.logits[row, 0])
 
     def _plain_step(self, cache: Cache) -> None:
-        started = time.perf_counter()
-        output = self.runner.step(cache, self._newest(), self.select, counts=self._alive())
-        seconds = time.perf_counter() - started
+        began = time.perf_counter()
+        output = read(self.runner, cache, self.sequences, self.select)
+        seconds = time.perf_counter() - began
         self.counters.verify_seconds += seconds
         self.counters.add(output)
         self.length.learn(Round(0, 1.0, 0, 0, 0.0, 0.0, seconds))
-        for row, sequence in enumerate(self.sequences):
-            if sequence.left:
-                self._pick(sequence, output.logits[row, 0])
+        take(self.sequences, output)
 
     def _speculate(self, cache: Cache, draft: Draft, size: int) -> None:
         """One round: draft up to `size` tokens of every sequence, verify, keep what is right."""
         start = cache.lengths
         ids = np.zeros((len(self.sequences), size + 1), np.int64)
-        ids[:, :1] = self._newest()
+        ids[:, 0] = [sequence.tokens[-1] for sequence in self.sequences]
         confidences, draft_seconds = self._draft(cache, draft, ids)
         drafts = [len(row) for row in confidences]
         longest = max(drafts)
@@ -299,7 +381,7 @@ class _Loop:
                 continue
             count, proposed = 0, drafts[row]
             while True:
-                token = self._pick(sequence, output.logits[row, count])
+                token = sequence.take(output.logits[row, count])
                 if not sequence.left or count == proposed or token != ids[row, count + 1]:
                     break
                 count += 1
@@ -336,50 +418,30 @@ class _Loop:
                 if not going[row]:
                     continue
                 logits = guess.logits[row, 0]
-                ids[row, step + 1] = self.picker.pick(logits, row, sequence.place + step)
-                confidences[row].append(self.picker.confidence(logits))
+                ids[row, step + 1] = sequence.picker.pick(logits, sequence.number, sequence.place + step)
+                confidences[row].append(sequence.picker.confidence(logits))
                 together[row] *= confidences[row][-1]
                 going[row] = step + 2 < sequence.left and self.length.goes_on(step + 1, together[row])
             if not any(going):
                 break
         return confidences, seconds
 
-    def _pick(self, sequence: _Sequence, logits: np.ndarray) -> int:
-        token = self.picker.pick(logits, sequence.row, sequence.place)
-        sequence.add(token, self.stops, self.on_token)
-        return token
 
-    def _newest(self) -> np.ndarray:
-        """The newest token of each sequence, [B, 1]."""
-        return np.array([[s.tokens[-1]] for s in self.sequences], np.int64)
-
-    def _alive(self) -> list[int]:
-        """1 for a sequence that goes on, else 0."""
-        return [int(s.left > 0) for s in self.sequences]
-
-
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, draft_length: int | None, manifest: Manifest) -> None:
-    if not prompts:
-        raise UsageError("no prompt was given")
+def _check(prompt: Sequence[int], max_new_tokens: int, manifest: Manifest) -> None:
+    shape = manifest.decoder
     if max_new_tokens < 1:
         raise UsageError("max new tokens", expected="at least 1", found=str(max_new_tokens))
-    if draft_length is not None and not 0 <= draft_length <= manifest.decoder.max_positions:
+    if not prompt:
+        raise UsageError("the prompt is empty", expected="at least one token")
+    if len(prompt) >= shape.max_positions:
         raise UsageError(
-            "draft length", expected=f"0 (plain decoding) to {manifest.decoder.max_positions}", found=str(draft_length)
+            "the prompt is longer than the model's context",
+            expected=f"fewer than {shape.max_positions} tokens",
+            found=f"{len(prompt)} tokens",
         )
-    shape = manifest.decoder
-    for prompt in prompts:
-        if not prompt:
-            raise UsageError("the prompt is empty", expected="at least one token")
-        if len(prompt) >= shape.max_positions:
-            raise UsageError(
-                "the prompt is longer than the model's context",
-                expected=f"fewer than {shape.max_positions} tokens",
-                found=f"{len(prompt)} tokens",
-            )
-        if min(prompt) < 0 or max(prompt) >= shape.vocab_size:
-            raise UsageError(
-                "the prompt has ids outside the vocabulary",
-                expected=f"0 to {shape.vocab_size - 1}",
-                found=f"{min(prompt)} to {max(prompt)}",
-            )
+    if min(prompt) < 0 or max(prompt) >= shape.vocab_size:
+        raise UsageError(
+            "the prompt has ids outside the vocabulary",
+            expected=f"0 to {shape.vocab_size - 1}",
+            found=f"{min(prompt)} to {max(prompt)}",
+        )

@@ -129,7 +129,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
             tensor that is missing or has the wrong shape; gates that are incomplete.
     """
     directory = _locate(str(model))
-    hf_config = _read_config(directory)
+    hf_config = read_config(directory)
     config = ModelConfig.from_hf(hf_config)
     checkpoint = Checkpoint(directory, str(model), hf_config, config, _index(directory))
     _check_tensors(checkpoint)
@@ -210,7 +210,12 @@ def _download(model: str) -> Path:
         ) from error
 
 
-def _read_config(directory: Path) -> Any:
+def read_config(directory: Path) -> Any:
+    """The transformers configuration of a model directory or a bundle.
+
+    Raises:
+        CheckpointError: none, an unreadable one, or one of an unsupported family.
+    """
     from transformers import AutoConfig
 
     path = directory / CONFIG

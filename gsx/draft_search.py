@@ -1,4 +1,4 @@
-"""`gsx export --draft auto`: each exit's graphs are tried in the bundle as it is made, and the best one's stay."""
+"""`gsx export --draft auto | layers:auto`: drafts are tried in the bundle as it is made, and the best one stays."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ import numpy as np
 
 from engines.bundle import manifest as schema
 from engines.bundle.bundle import Bundle
+from engines.bundle.cost import step_bytes
+from engines.generation import select_for
 from engines.runners.select import open_runner
 from engines.speculation.draft import open_draft
-from engines.speculation.search import measure_exit, plain_run
+from engines.speculation.replay import Replay
+from engines.speculation.search import measure_draft, plain_run
 from exporter.graph.assemble import GraphBuilder
 from exporter.graph.weights import WeightsFile
 from gsx.graph_files import write_graphs
 from gsx.progress import Progress
+from gsx.skip_set_search import search_skip_sets
 
+# Prompts that drafts are measured on; prompts that sets are searched on, and what the model writes after each.
 _PROMPTS, _PROMPT_TOKENS = 4, 64
+_REPLAYED, _REPLAYED_TOKENS = 8, 64
+# Of the sets that the search liked best, how many are measured.
+_FINALISTS = 3
 
 
 class DraftSearch:
-    """Looks for the exit that gains most over plain decoding beside it.
+    """Looks for the draft that gains most over plain decoding beside it.
 
     Args:
         work: the bundle's directory, with `model.onnx` and the weights.
@@ -41,12 +49,12 @@ class DraftSearch:
         on_progress: Callable[[Progress], None],
     ) -> None:
         self._work, self._manifest, self._builder, self._weights = work, manifest, builder, weights
-        size = min(_PROMPT_TOKENS, windows.shape[1] // 2)
-        rows = windows[:: max(1, len(windows) // _PROMPTS)][:_PROMPTS]
-        self._prompts = [[int(token) for token in row[:size]] for row in rows]
+        half = windows.shape[1] // 2
+        self._prompts = _beginnings(windows[:, :half], _PROMPTS)
+        self._others = _beginnings(windows[:, half:], _REPLAYED)
         self._on_progress = on_progress
 
-    def best(self, exits: Sequence[int]) -> schema.Manifest:
+    def best_exit(self, exits: Sequence[int]) -> schema.Manifest:
         """Measure every exit, and leave the graphs of the best. Returns: the manifest, with draft and measurements."""
         plain, found = None, []
         for number, layer in enumerate(exits):
@@ -58,13 +66,44 @@ class DraftSearch:
             draft = schema.ExitDraft(layer=layer)
             bundle = Bundle(self._work, self._with(schema.DraftEntry(draft=draft)))
             plain = plain or plain_run(open_runner(bundle), self._prompts)
-            found.append(measure_exit(layer, open_draft(bundle, draft), plain, tell))
-        best = max(found, key=lambda one: one.tokens_per_second / one.plain_tokens_per_second)
-        draft = schema.ExitDraft(layer=best.layer)
-        return self._with(schema.DraftEntry(draft=draft, length=best.length, measured=tuple(found)))
+            found.append(measure_draft(open_draft(bundle, draft), plain, tell))
+        return self._with(_best_of(found))
+
+    def best_layers(self) -> schema.Manifest:
+        """Search the set of branches to leave out, and measure the best ones. Returns: the manifest, with draft."""
+        bundle = Bundle(self._work, self._manifest)
+        runner = open_runner(bundle)
+        gates, thresholds = self._manifest.gates, select_for(self._manifest, None)
+        assert gates is not None
+        assert thresholds is not None
+        self._on_progress(Progress("searching skip sets: the model writes", 0, 0))
+        candidates = search_skip_sets(
+            Replay(runner, self._others, _REPLAYED_TOKENS),
+            thresholds,
+            gates.branches,
+            step_bytes(bundle),
+            lambda done, total: self._on_progress(Progress("searching skip sets", done, total)),
+        )[:_FINALISTS]
+        plain, found = plain_run(runner, self._prompts), []
+        for number, candidate in enumerate(candidates):
+            self._on_progress(Progress("measuring skip sets", number, len(candidates)))
+            found.append(measure_draft(open_draft(bundle, candidate.draft), plain))
+        return self._manifest.model_copy(update={"draft": _best_of(found)})
 
     def _with(self, entry: schema.DraftEntry) -> schema.Manifest:
         """Write the graphs of an exit. Returns: the manifest that names them."""
         assert isinstance(entry.draft, schema.ExitDraft)
         graphs = write_graphs(self._work, self._builder.graphs(entry.draft.layer), self._weights)
         return self._manifest.model_copy(update={"graphs": graphs, "draft": entry})
+
+
+def _best_of(found: Sequence[schema.DraftMeasurement]) -> schema.DraftEntry:
+    """The draft that gained most, with what was seen of all."""
+    best = max(found, key=lambda one: one.tokens_per_second / one.plain_tokens_per_second)
+    return schema.DraftEntry(draft=best.draft, length=best.length, measured=tuple(found))
+
+
+def _beginnings(windows: np.ndarray, count: int) -> list[list[int]]:
+    """Prompts from windows [M, S] that lie evenly in the text."""
+    rows = windows[:: max(1, len(windows) // count)][:count, :_PROMPT_TOKENS]
+    return [[int(token) for token in row] for row in rows]

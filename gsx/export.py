@@ -39,6 +39,8 @@ _DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 WEIGHTS_FILE = "weights.bin"
+# Drafts that an export looks for: the exit, or the set of branches left out, that gains most on this machine.
+SEARCHED_DRAFTS = ("auto", "layers:auto")
 # Room for graphs, tokenizer and manifest beside the weights.
 _SLACK_BYTES = 64 << 20
 
@@ -71,8 +73,8 @@ def export(
         calibration: UTF-8 text for the thresholds; None for the text that ships with gsx.
         calibration_tokens: how much of it to use.
         draft: how to draft for self-speculative decoding: `exit:E`, `budget:B` or `layers:SET` (see
-            `engines.speculation.spec.parse_draft`), or `auto` for the exit that gains most over plain decoding on
-            this machine, on the calibration text; None for no draft.
+            `engines.speculation.spec.parse_draft`), or `auto` for the exit, `layers:auto` for the set of layers left
+            out, that gains most over plain decoding on this machine, on the calibration text; None for no draft.
         quantize: what to run in 8 bits; None for nothing.
         overwrite: replace a bundle that is already at `output`.
         on_progress: called as it goes.
@@ -88,9 +90,9 @@ def export(
     config = checkpoint.config
     options = DecoderOptions(select, kv_policy, _DTYPES[precision])
     exits = _exits(draft, config, options, precision, budget or 1.0)
-    parsed = parse_draft(draft) if draft is not None and draft != "auto" else None
+    parsed = parse_draft(draft) if draft is not None and draft not in SEARCHED_DRAFTS else None
     thresholds = config.gate is not None and select == "threshold"
-    reads_text = thresholds or draft == "auto" or (quantize is not None and quantize.reads_text)
+    reads_text = thresholds or draft in SEARCHED_DRAFTS or (quantize is not None and quantize.reads_text)
     _check_choices(config, budget, kv_policy, calibration, reads_text)
     text = None
     if reads_text:
@@ -117,10 +119,10 @@ def export(
             shutil.copyfile(path, work / path.name)
         on_progress(Progress("hashing the source weights", 0, 0))
         manifest = _manifest(checkpoint, options, precision, selection, quantization, entries, weights)
-        if draft == "auto":
+        if draft in SEARCHED_DRAFTS:
             assert text is not None
             search = DraftSearch(work, manifest, builder, weights, text.ids, on_progress)
-            manifest = search.best(exits)
+            manifest = search.best_exit(exits) if draft == "auto" else search.best_layers()
         elif parsed is not None:
             manifest = manifest.model_copy(update={"draft": schema.DraftEntry(draft=parsed)})
             check_draft(parsed, manifest)
@@ -157,19 +159,25 @@ def _exits(
     """The exits to split at: several are candidates; none for other drafts. What cannot be is refused at once."""
     if draft is None:
         return ()
-    parsed = None if draft == "auto" else parse_draft(draft)
+    parsed = None if draft in SEARCHED_DRAFTS else parse_draft(draft)
     if options.selection == "rank" and config.gate is not None:
         refuse_rank()
     if parsed is None:
         host_type(precision)
         if config.max_positions < SHORTEST_CONTEXT:
             raise UsageError(
-                "--draft auto needs room to generate",
+                f"--draft {draft} needs room to generate",
                 expected=f"a model with {SHORTEST_CONTEXT} positions or more",
                 found=str(config.max_positions),
-                todo="name the exit: --draft exit:E",
+                todo="name the draft: --draft exit:E or layers:SET",
             )
-        return candidate_exits(config.exits, config.num_layers)
+        if draft == "auto":
+            return candidate_exits(config.exits, config.num_layers)
+        if config.gate is None:
+            refuse_ungated(draft)
+        if config.num_layers * len(config.gate.branches) < 2:
+            raise UsageError(f"--draft {draft} needs two branches with gates or more", found="one")
+        return ()
     if parsed.kind == "exit":
         check_exit(parsed.layer, config.num_layers)
         return (parsed.layer,)

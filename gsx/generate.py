@@ -16,11 +16,12 @@ from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.manifest import DraftKind, Manifest
 from engines.errors import UsageError
 from engines.generation import FinishReason, GenerationStats
-from engines.runners.select import Backend, open_runner
+from engines.runners.select import open_runner
 from engines.sampling import Sampling
 from engines.speculation.draft import open_draft
 from engines.speculation.spec import check_draft, check_speculation, parse_draft
-from engines.tokens import BundleTokenizer, TextStream
+from engines.tokens import BundleTokenizer, TextWriter, check_text
+from gsx.backends import BackendName, Device, open_backend
 
 DEFAULT_NEW_TOKENS = 128
 
@@ -91,7 +92,8 @@ def generate(
     draft: str | None = None,
     draft_length: int | None = None,
     threads: int | None = None,
-    backend: Backend = "onnxruntime",
+    backend: BackendName = "onnxruntime",
+    device: Device | None = None,
     on_text: Callable[[str], None] = lambda text: None,
 ) -> GenerateResult:
     """Continue a text.
@@ -111,8 +113,9 @@ def generate(
             a draft.
         draft: draft in another way than the bundle's: `exit:E`, `budget:B` or `layers:SET`.
         draft_length: tokens drafted before a verification; 0 for plain decoding; None to find it while generating.
-        threads: of ONNX Runtime; None for its own choice.
-        backend: the runtime; the TensorRT ones run what `gsx build` made.
+        threads: of the runtime; None for its own choice.
+        backend: the runtime; the TensorRT ones run what `gsx build` made, PyTorch runs the weights themselves.
+        device: where PyTorch runs; None for its GPU if it has one.
         on_text: called with each piece of new text as it comes.
     Raises:
         GsxError: an option, a bundle or a prompt that cannot be used.
@@ -124,7 +127,7 @@ def generate(
     if "" in stop:
         raise UsageError("a stop text is empty", expected="at least one character")
     for given in (prompt or "", *stop):
-        _check_text(given)
+        check_text(given)
     sampling = Sampling(temperature, top_k, top_p, seed)
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
@@ -133,11 +136,16 @@ def generate(
     tokenizer = None
     if prompt is not None or stop or (bundle.directory / "tokenizer.json").is_file():
         tokenizer = BundleTokenizer(bundle)
-    prompt_ids = list(ids) if ids is not None else _encode(tokenizer, prompt or "", bundle)
-    writer = _Writer(tokenizer.stream(), stop, on_text) if tokenizer else None
-    opened = open_draft(bundle, drafting, threads, budget, backend) if drafting else None
+    if ids is not None:
+        prompt_ids = list(ids)
+    else:
+        assert tokenizer is not None
+        prompt_ids = tokenizer.encode_prompt(prompt or "")
+    writer = TextWriter(tokenizer.stream(), stop, on_text) if tokenizer else None
+    runtime = open_backend(backend, device, threads)
+    opened = open_draft(bundle, drafting, threads, budget, runtime) if drafting else None
     result = generation.generate(
-        opened.runner if opened else open_runner(bundle, threads, backend),
+        opened.runner if opened else open_runner(bundle, threads, runtime),
         [prompt_ids],
         max_new_tokens=max_new_tokens,
         budget=budget,
@@ -184,63 +192,3 @@ def _drafting(
             todo="gsx export MODEL --draft auto, or on a gated bundle --draft budget:B here",
         )
     return own
-
-
-def _check_text(text: str) -> None:
-    """Refuse what cannot be written as UTF-8 (bytes of another encoding on the command line)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            "the prompt or a stop text is not UTF-8 text", found=f"a stray byte at {error.start}"
-        ) from error
-
-
-def _encode(tokenizer: BundleTokenizer | None, prompt: str, bundle: Bundle) -> list[int]:
-    """The prompt's ids; a model that begins its texts with a token continues even the empty text."""
-    assert tokenizer is not None
-    ids = tokenizer.encode(prompt)
-    if ids:
-        return ids
-    begin = bundle.manifest.decoder.bos_id
-    if begin is None:
-        raise UsageError("the prompt is empty", expected="some text: this model has no token to begin with")
-    return [begin]
-
-
-class _Writer:
-    """Text that comes piece by piece, held back where it may be the beginning of a stop text."""
-
-    def __init__(self, stream: TextStream, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
-        self._stream, self._stops, self._on_text = stream, stops, on_text
-        self._written: list[str] = []
-        self._held = ""
-        self._stopped = False
-
-    def push(self, token: int) -> bool:
-        """Take a token; returns whether a stop text is complete."""
-        self._held += self._stream.push(token)
-        places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
-        if places:
-            self._emit(min(places))
-            self._stopped = True
-            return True
-        self._emit(len(self._held) - self._possible_stop())
-        return False
-
-    def finish(self) -> str:
-        """Let go of what was held back; returns the whole text."""
-        if not self._stopped:
-            self._emit(len(self._held))
-        return "".join(self._written)
-
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop text."""
-        lengths = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
-        return max(lengths, default=0)
-
-    def _emit(self, count: int) -> None:
-        if count:
-            piece, self._held = self._held[:count], self._held[count:]
-            self._written.append(piece)
-            self._on_text(piece)

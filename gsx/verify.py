@@ -31,6 +31,7 @@ from exporter.evaluation import losses
 from exporter.reference import Reference
 from exporter.selection import Rank, Selection, Threshold
 from exporter.text import MIN_TOKENS, load_tokenizer, tokenize
+from gsx.backends import BackendName, Device, open_backend
 from gsx.parity.compare import Accumulator, Compared, Comparer, Observation
 from gsx.parity.measure import (
     EngineSide,
@@ -69,7 +70,8 @@ def verify(
     tokens: int = DEFAULT_TOKENS,
     budgets: Sequence[float] | None = None,
     greedy_tokens: int = DEFAULT_GREEDY_TOKENS,
-    backend: Backend = "onnxruntime",
+    backend: BackendName = "onnxruntime",
+    device: Device | None = None,
     quality: QualityLimits | None = None,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Report:
@@ -83,6 +85,7 @@ def verify(
         budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
         greedy_tokens: length of the greedy continuation.
         backend: the runtime whose runner is compared beside the portable one of ONNX Runtime.
+        device: where PyTorch runs, as a backend; None for its GPU if it has one.
         quality: limits against full precision; what it leaves open is 0.01 for perplexity and decisions of a quantized
             bundle, and only reported otherwise.
         on_progress: called as it goes.
@@ -104,7 +107,8 @@ def verify(
     checkpoint = _reference_checkpoint(opened, reference)
     windows = tokenize(checkpoint, Path(text) if text else None, max_tokens=tokens)
     on_progress(Progress("loading the reference and the engine", 0, 0))
-    run = _Run(opened, checkpoint, windows.ids, greedy_tokens, backend, notes, on_progress)
+    runtime = open_backend(backend, device)
+    run = _Run(opened, checkpoint, windows.ids, greedy_tokens, runtime, notes, on_progress)
     results = []
     for number, budget in enumerate(chosen):
         run.stage = f"budget {budget:g} ({number + 1} of {len(chosen)})"

@@ -25,7 +25,7 @@ from engines.tensorrt import cuda
 from engines.tensorrt.backend import Backend, default_targets, dotted, known_targets, load_module, platform_name
 from engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from engines.tensorrt.plugins import plugin_library
-from plugins.library import PLUGIN_OPS, library_hash, source_hash
+from plugins.library import PLUGIN_OPS, cache_folder, library_hash, source_hash
 
 # Most memory of a build, in weights, seen with TensorRT-RTX 1.7.1 (benchmarks/RESULTS.md): so much in any case, and so
 # much for every profile, whose weights it copies; and what it works with beside them.
@@ -310,8 +310,7 @@ def available_memory() -> int | None:
 
 
 def _timing_cache(version: str, gpu: str | None) -> Path:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    place = home / "gsx" / "timing"
+    place = cache_folder() / "timing"
     place.mkdir(parents=True, exist_ok=True)
     return place / f"{version}-{(gpu or 'none').replace(' ', '_')}.cache"
 

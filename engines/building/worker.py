@@ -21,6 +21,8 @@ from plugins.library import PLUGIN_OPS
 # Between two messages about one phase.
 _QUIET_SECONDS = 0.1
 _MAX_TEXT = 600
+# What TensorRT-RTX says last of every failure on a machine without a driver, where nothing needs one.
+_NO_DRIVER = "cudaError 35"
 
 
 class _BuildError(Exception):
@@ -51,7 +53,9 @@ def main() -> int:
 
 
 def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
+    from engines.errors import EngineError
     from engines.tensorrt.backend import load_module
+    from engines.tensorrt.plugins import load_plugins
 
     trt = load_module(job["backend"])  # before Polygraphy does: it must be loaded in a way that plugins work with
     from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile, engine_bytes_from_network
@@ -61,8 +65,11 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
     G_LOGGER.module_severity = G_LOGGER.CRITICAL
     logger = _logger(trt)
     builder = trt.Builder(logger)
-    if job["plugins"] and builder.get_plugin_registry().load_library(job["plugins"]) is None:
-        raise _BuildError(failed=f"the plugin library {job['plugins']} does not load: {logger.last()}")
+    if job["plugins"]:
+        try:
+            load_plugins(builder.get_plugin_registry(), Path(job["plugins"]))
+        except EngineError as error:
+            raise _BuildError(failed=f"{error.what}: {error.found}", todo=str(error.todo)) from error
     network = _parse(trt, builder, logger, job)
     layers = Counter(str(network.get_layer(n).type).rpartition(".")[2] for n in range(network.num_layers))
     plugins = sum(count for layer, count in layers.items() if layer.startswith("PLUGIN"))
@@ -136,7 +143,8 @@ def _logger(trt: Any) -> Any:
 
         def last(self) -> str:
             """What went wrong, in one line: what a plugin said, else TensorRT's last error."""
-            return self.of_plugin() or (_line(self.errors[-1]) if self.errors else "")
+            told = [text for text in self.errors if _NO_DRIVER not in text] or self.errors
+            return self.of_plugin() or (_line(told[-1]) if told else "")
 
         def of_plugin(self) -> str:
             """What a plugin said first; its messages begin with its name."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -212,7 +213,15 @@ class LayersDraft(_Model):
     skip: tuple[tuple[int, Branch], ...]
 
     def __str__(self) -> str:
-        return "layers:" + ",".join(f"{layer}.{branch}" for layer, branch in self.skip)
+        """As `parse_draft` reads it: neighbours that leave out the same are a range."""
+        left_out = {layer: tuple(b for b in BRANCHES if (layer, b) in self.skip) for layer, _ in sorted(self.skip)}
+        parts = []
+        # In a range, layer less place is the same.
+        for (branches, _), group in groupby(enumerate(left_out), lambda at: (left_out[at[1]], at[1] - at[0])):
+            layers = [layer for _, layer in group]
+            ends = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+            parts.append(ends if branches == BRANCHES else f"{ends}.{branches[0]}")
+        return "layers:" + ",".join(parts)
 
 
 DraftKind = Annotated[ExitDraft | BudgetDraft | LayersDraft, Field(discriminator="kind")]
@@ -222,16 +231,16 @@ DraftTokens = Annotated[int, Field(ge=1)]
 
 
 class DraftMeasurement(_Model):
-    """What one exit gave when `--draft auto` tried it.
+    """What one draft gave when it was tried (`--draft auto`, `--draft layers:auto`).
 
     Args:
-        layer: the exit.
+        draft: what was left out.
         length: tokens drafted before a verification: the best one found.
         acceptance: share of drafted tokens that were right, those behind a wrong one not counted.
         tokens_per_second, plain_tokens_per_second: with this draft and without one, taking turns.
     """
 
-    layer: int
+    draft: DraftKind
     length: DraftTokens
     acceptance: float
     tokens_per_second: float
@@ -244,7 +253,7 @@ class DraftEntry(_Model):
     Args:
         draft: what is left out.
         length: tokens drafted before the first verifications, until the loop knows better; null: its own choice.
-        measured: where the draft was chosen by measuring (`--draft auto`), what was seen of each candidate.
+        measured: where the draft was chosen by measuring (`auto`, `layers:auto`), what was seen of each candidate.
     """
 
     draft: DraftKind

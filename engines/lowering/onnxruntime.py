@@ -1,4 +1,6 @@
-"""The form that ONNX Runtime runs best on a CPU: one sequence, K/V in place, skipped branches not entered.
+"""The forms that ONNX Runtime runs best on a CPU: K/V in place, skipped branches not entered.
+
+There are two: some tokens of one sequence, and one token of each of several sequences (a step of a batch).
 
 What changes against the portable graph (all measured, benchmarks/RESULTS.md):
 
@@ -13,7 +15,11 @@ What changes against the portable graph (all measured, benchmarks/RESULTS.md):
 - final norm and head are a model of their own, which runs on the columns that are asked for, in generation the last
   one, and which the two halves of a split decoder share, so that its weights are in memory once.
 
-Limits: batch 1 without padding, float32.
+In a step every row is the last one of its sequence, so the op's own mask by length, and by window, is all there is to
+mask. The kept rows' queries stand at their sequences' places; the other sequences attend to one column, and the result
+is not read.
+
+Limits: no padding, float32; in steps threshold selection, since rank selection chooses among a whole call.
 """
 
 from __future__ import annotations
@@ -34,11 +40,14 @@ CONTRIB = "com.microsoft"
 OPSET = 24  # TensorScatter
 # Added to the attention score of what a row may not see; exp() of it is 0 in float32.
 MASKED = -1e9
-# A further input of the lowered graph, and its outputs: kept rows by branch, and the last state.
+# A further input of the lowered graph, and its outputs: kept rows by branch (in steps which ones), and the last state.
 TOTAL_LENGTH, KEPT, STATE = "total_length", "kept", "state"
 # Values inside: where K and V are written, the cache's last column, its length; no new K or V; axis 0.
 _WRITE_AT, _LAST, _TOTAL = "lowered.write_at", "lowered.last_column", "lowered.total"
 _EMPTY, _FIRST = "lowered.empty", "lowered.first"
+# In steps: axis 1; what stands for sequences whose row is not kept; K or V of one token a sequence.
+_SECOND, _NO_QUERIES, _NO_COLUMNS = "lowered.second", "lowered.no_queries", "lowered.no_columns"
+_EACH_ITS_OWN = "lowered.each_its_own"
 
 
 def cache_outputs(manifest: Manifest, layer: int, kv: str) -> tuple[str, ...]:
@@ -57,10 +66,11 @@ class Lowered:
     """A graph in two models: the layers, and what comes after them.
 
     Args:
-        body: inputs of the portable graph, but `total_length` [1] int64, the tokens in the cache after the call, in
+        body: inputs of the portable graph, but `total_length` [B] int64, the tokens in the cache after the call, in
             place of `attention_mask`: nothing is padded. Cache inputs and outputs have the axis `capacity`;
             `cache_outputs` tells which outputs share the memory of an input. In place of logits it gives `state`
-            [1, S, H], of the last layer that it holds.
+            [B, S, H], of the last layer that it holds, and with gates `kept`: [P] int64, rows by gated branch, or in
+            steps [P x B] bool, which ones.
         head: `state` [1, any, H] -> `logits` [1, any, V].
     """
 
@@ -68,11 +78,12 @@ class Lowered:
     head: onnx.ModelProto
 
 
-def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range) -> Lowered:
-    """The lowered form of a portable graph (its weights stay external).
+def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range, *, steps: bool = False) -> Lowered:
+    """A lowered form of a portable graph (its weights stay external).
 
     Args:
         layers: the ones that the graph holds.
+        steps: the form for one token of each of B sequences, in place of S tokens of one.
     """
     model = onnx.ModelProto()
     model.CopyFrom(portable)
@@ -83,13 +94,13 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range) -> Lower
     _lengths(graph)
     if gates_attention(manifest):
         _write_in_place(graph, layers)
-        _attend_kept_rows(graph, manifest)
+        _attend_kept_rows(graph, manifest, steps)
     else:
-        _attend_and_append(graph, manifest)
+        _attend_and_append(graph, manifest, steps)
     _name_capacity(graph)
     _regions(graph, layers)
     weights_inside(graph)
-    _kept_output(graph)
+    _kept_output(graph, steps)
     _thresholds_inside(graph)
     _drop_defaults(graph)
     _drop_unread(graph)
@@ -113,16 +124,18 @@ def _lengths(graph: onnx.GraphProto) -> None:
     inputs = [value for value in graph.input if value.name != "attention_mask"]
     del graph.input[:]
     graph.input.extend(inputs)
-    graph.input.append(helper.make_tensor_value_info(TOTAL_LENGTH, TensorProto.INT64, [1]))
-    one = "lowered.one"
-    graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), one))
-    graph.initializer.append(numpy_helper.from_array(np.array([1], np.int32), f"{one}.int32"))
+    graph.input.append(helper.make_tensor_value_info(TOTAL_LENGTH, TensorProto.INT64, ["batch"]))
+    constants = {"lowered.one.int32": np.array(1, np.int32), _FIRST: np.array([0], np.int64)}
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     ones = numpy_helper.from_array(np.array([1], np.int64))
     nodes = [
-        helper.make_node("Concat", [one, TOTAL_LENGTH], ["lowered.mask_shape"], axis=0),
+        helper.make_node("Shape", ["input_ids"], ["lowered.batch"], start=0, end=1),
+        helper.make_node("ReduceMax", [TOTAL_LENGTH], ["lowered.longest"], keepdims=1),
+        helper.make_node("Concat", ["lowered.batch", "lowered.longest"], ["lowered.mask_shape"], axis=0),
         helper.make_node("ConstantOfShape", ["lowered.mask_shape"], ["attention_mask"], value=ones),
-        helper.make_node("Cast", [TOTAL_LENGTH], [_TOTAL], to=TensorProto.INT32),
-        helper.make_node("Sub", [_TOTAL, f"{one}.int32"], [_LAST]),
+        helper.make_node("Cast", ["lowered.longest"], [_TOTAL], to=TensorProto.INT32),
+        helper.make_node("Cast", [TOTAL_LENGTH], ["lowered.lengths"], to=TensorProto.INT32),
+        helper.make_node("Sub", ["lowered.lengths", "lowered.one.int32"], [_LAST]),
         helper.make_node("Shape", ["input_ids"], ["lowered.new_length"], start=1, end=2),
         helper.make_node("Sub", [TOTAL_LENGTH, "lowered.new_length"], [_WRITE_AT]),
     ]
@@ -149,11 +162,10 @@ def _write_in_place(graph: onnx.GraphProto, layers: range) -> None:
             appended.name = _appended(layer, kv)
 
 
-def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest) -> None:
+def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest, steps: bool) -> None:
     """GatheredAttention -> GroupQueryAttention with an empty new key over the written cache."""
     shape = manifest.decoder
-    empty = np.zeros((1, 0, shape.num_kv_heads * shape.head_dim), np.float32)
-    graph.initializer.append(numpy_helper.from_array(empty, _EMPTY))
+    _empty_key(graph, shape, steps)
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.op_type != "GatheredAttention":
@@ -161,21 +173,67 @@ def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest) -> None:
             continue
         layer = int(node.name.split(".")[1])
         name = f"layers.{layer}.lowered."
+        rows, index = node.input[:2]
         query, bias, out = name + "query", name + "bias", name + "attended"
         cache = (_appended(layer, "key"), _appended(layer, "value"))
         outputs = [out, f"present.{layer}.key", f"present.{layer}.value"]
-        nodes += [
-            helper.make_node("Unsqueeze", [node.input[0], _FIRST], [query], name=query),
-            helper.make_node("Gather", [_bias_of(node.input[4]), node.input[1]], [bias], name=bias, axis=2),
-            _gqa(query, (_EMPTY, _EMPTY), cache, bias, outputs, manifest.decoder, name + "attention"),
-            helper.make_node("Squeeze", [out, _FIRST], [node.output[0]], name=name + "rows"),
-        ]
+        attention = _Attention(shape, layer, name + "attention")
+        if steps:
+            at, last, given = name + "at", name + "last_column", name + "given"
+            nodes += [
+                helper.make_node("Unsqueeze", [index, _SECOND], [at], name=at),
+                helper.make_node("Shape", [index], [name + "count"], name=name + "count"),
+                helper.make_node("Gather", [_LAST, index], [name + "lasts"], name=name + "lasts", axis=0),
+                helper.make_node("ScatterND", [_NO_COLUMNS, at, name + "lasts"], [last], name=last),
+                helper.make_node("ScatterND", [_NO_QUERIES, at, rows], [given], name=given),
+                helper.make_node("Unsqueeze", [given, _SECOND], [query], name=query),
+                attention.node(query, (_EMPTY, _EMPTY), cache, outputs, last=last, windowed=True),
+                helper.make_node("Squeeze", [out, _SECOND], [name + "rows"], name=name + "rows"),
+                helper.make_node("Gather", [name + "rows", index], [node.output[0]], name=name + "kept", axis=0),
+            ]
+        else:
+            nodes += [
+                helper.make_node("Unsqueeze", [rows, _FIRST], [query], name=query),
+                helper.make_node("Gather", [_bias_of(node.input[4]), index], [bias], name=bias, axis=2),
+                attention.node(query, (_EMPTY, _EMPTY), cache, outputs, bias=bias),
+                helper.make_node("Squeeze", [out, _FIRST], [node.output[0]], name=name + "rows"),
+            ]
     _replace_nodes(graph, nodes)
     _add_biases(graph)
 
 
-def _attend_and_append(graph: onnx.GraphProto, manifest: Manifest) -> None:
+def _empty_key(graph: onnx.GraphProto, shape: DecoderShape, steps: bool) -> None:
+    """The new key without tokens; in steps also queries and last columns of sequences that keep nothing."""
+    width = shape.num_kv_heads * shape.head_dim
+    if not steps:
+        graph.initializer.append(numpy_helper.from_array(np.zeros((1, 0, width), np.float32), _EMPTY))
+        return
+    tails = {
+        _EMPTY: (np.array([0, width]), np.float32),
+        _NO_QUERIES: (np.array([shape.num_heads * shape.head_dim]), np.float32),
+        _NO_COLUMNS: (np.array([], np.int64), np.int32),
+    }
+    nodes = []
+    for name, (tail, dtype) in tails.items():
+        graph.initializer.append(numpy_helper.from_array(tail, f"{name}.tail"))
+        zero = numpy_helper.from_array(np.zeros(1, dtype))
+        nodes += [
+            helper.make_node("Concat", ["lowered.batch", f"{name}.tail"], [f"{name}.shape"], axis=0),
+            helper.make_node("ConstantOfShape", [f"{name}.shape"], [name], value=zero),
+        ]
+    for node in nodes:
+        node.name = node.output[0]
+    graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), _SECOND))
+    first = next(number for number, node in enumerate(graph.node) if node.output[0] == "lowered.batch")
+    _replace_nodes(graph, [*graph.node[: first + 1], *nodes, *graph.node[first + 1 :]])
+
+
+def _attend_and_append(graph: onnx.GraphProto, manifest: Manifest, steps: bool) -> None:
     """FullAttention over Concat(past, new) -> GroupQueryAttention that appends the new K and V itself."""
+    shape = manifest.decoder
+    if steps:
+        width = np.array([-1, 1, shape.num_kv_heads * shape.head_dim])
+        graph.initializer.append(numpy_helper.from_array(width, _EACH_ITS_OWN))
     producers = {name: node for node in graph.node for name in node.output}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -193,12 +251,19 @@ def _attend_and_append(graph: onnx.GraphProto, manifest: Manifest) -> None:
             assert split.op_type == "Reshape", "K and V are split into heads by Reshape in the portable graph"
             new.append(split.input[0])
         value = name + "value"
-        nodes.append(helper.make_node("Unsqueeze", [new[1], _FIRST], [value], name=value))
+        if steps:
+            key = name + "key"
+            nodes.append(helper.make_node("Reshape", [new[0], _EACH_ITS_OWN], [key], name=key))
+            nodes.append(helper.make_node("Reshape", [new[1], _EACH_ITS_OWN], [value], name=value))
+        else:
+            key = new[0]
+            nodes.append(helper.make_node("Unsqueeze", [new[1], _FIRST], [value], name=value))
         past = (f"past_key_values.{layer}.key", f"past_key_values.{layer}.value")
         outputs = [node.output[0], f"present.{layer}.key", f"present.{layer}.value"]
         # The op's own causal mask is the whole mask, unless there is a window.
-        bias = "" if manifest.decoder.windows[layer] is None else _bias_of(node.input[3])
-        nodes.append(_gqa(node.input[0], (new[0], value), past, bias, outputs, manifest.decoder, name + "attention"))
+        bias = "" if steps or shape.windows[layer] is None else _bias_of(node.input[3])
+        attention = _Attention(shape, layer, name + "attention")
+        nodes.append(attention.node(node.input[0], (key, value), past, outputs, bias=bias, windowed=steps))
     _replace_nodes(graph, nodes)
     _add_biases(graph)
 
@@ -210,7 +275,6 @@ def _bias_of(mask: str) -> str:
 def _add_biases(graph: onnx.GraphProto) -> None:
     """For every mask [B, 1, S, T] that some attention wants as a float bias, the node that makes it."""
     wanted = {name for node in graph.node for name in node.input if name.startswith(_bias_of(""))}
-    graph.initializer.append(numpy_helper.from_array(np.array([0], np.int64), _FIRST))
     for name, number in (("lowered.seen", 0.0), ("lowered.masked", MASKED)):
         graph.initializer.append(numpy_helper.from_array(np.array(number, np.float32), name))
     nodes: list[onnx.NodeProto] = []
@@ -238,21 +302,40 @@ def _replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
     graph.node.extend(copies)
 
 
-def _gqa(
-    query: str,
-    new: tuple[str, str],
-    cache: tuple[str, str],
-    bias: str,
-    outputs: list[str],
-    shape: DecoderShape,
-    name: str,
-) -> onnx.NodeProto:
-    """GroupQueryAttention of queries [1, K, heads x D] over a cache, to which new K and V are appended."""
-    inputs = [query, *new, *cache, _LAST, _TOTAL, "", "", "", bias]
-    while not inputs[-1]:
-        inputs.pop()
-    heads = {"num_heads": shape.num_heads, "kv_num_heads": shape.num_kv_heads}
-    return helper.make_node("GroupQueryAttention", inputs, outputs, name=name, domain=CONTRIB, **heads)
+@dataclass(frozen=True)
+class _Attention:
+    """GroupQueryAttention of a layer."""
+
+    shape: DecoderShape
+    layer: int
+    name: str
+
+    def node(
+        self,
+        query: str,
+        new: tuple[str, str],
+        cache: tuple[str, str],
+        outputs: list[str],
+        *,
+        last: str = _LAST,
+        bias: str = "",
+        windowed: bool = False,
+    ) -> onnx.NodeProto:
+        """Of queries [B, K, heads x D] over a cache, to which new K and V are appended.
+
+        Args:
+            last: the last column that each sequence sees, [B] int32.
+            bias: added to the scores, where the op's own mask is not enough.
+            windowed: whether the op's own mask has the layer's window.
+        """
+        inputs = [query, *new, *cache, last, _TOTAL, "", "", "", bias]
+        while not inputs[-1]:
+            inputs.pop()
+        attributes = {"num_heads": self.shape.num_heads, "kv_num_heads": self.shape.num_kv_heads}
+        window = self.shape.windows[self.layer]
+        if windowed and window is not None:
+            attributes["local_window_size"] = window
+        return helper.make_node("GroupQueryAttention", inputs, outputs, name=self.name, domain=CONTRIB, **attributes)
 
 
 def _regions(graph: onnx.GraphProto, layers: range) -> None:
@@ -306,7 +389,8 @@ def _cut_head(model: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
     _set_values(head.graph.output, [logits])
     _drop_unread(head.graph)
     kept = [value for name, value in outputs.items() if name not in ("logits", "exit_hidden")]
-    _set_values(graph.output, [*kept, helper.make_tensor_value_info(STATE, TensorProto.FLOAT, [1, "sequence", None])])
+    leaving = helper.make_tensor_value_info(STATE, TensorProto.FLOAT, ["batch", "sequence", None])
+    _set_values(graph.output, [*kept, leaving])
     graph.node.append(helper.make_node("Identity", [shaped], [STATE], name=STATE))
     return head
 
@@ -321,13 +405,20 @@ def _set_values(field: Any, values: Sequence[onnx.ValueInfoProto]) -> None:
     field.extend(copies)
 
 
-def _kept_output(graph: onnx.GraphProto) -> None:
-    """One output with the kept rows of every branch, in order."""
+def _kept_output(graph: onnx.GraphProto, steps: bool) -> None:
+    """One output with the kept rows of every branch, in order: how many, or in steps which ones."""
     choices = [node for node in graph.node if node.op_type in CHOICES]
     if not choices:
         return
-    graph.node.append(helper.make_node("Concat", [size_name(c) for c in choices], [KEPT], name=KEPT, axis=0))
-    graph.output.append(helper.make_tensor_value_info(KEPT, TensorProto.INT64, [len(choices)]))
+    names = [_kept(choice.output[1]) if steps else size_name(choice) for choice in choices]
+    graph.node.append(helper.make_node("Concat", names, [KEPT], name=KEPT, axis=0))
+    dtype = TensorProto.BOOL if steps else TensorProto.INT64
+    graph.output.append(helper.make_tensor_value_info(KEPT, dtype, [None]))
+
+
+def _kept(index: str) -> str:
+    """Which rows a choice keeps, [N] bool, by its output of their numbers."""
+    return f"{index}.kept"
 
 
 def _thresholds_inside(graph: onnx.GraphProto) -> None:
@@ -341,7 +432,7 @@ def _thresholds_inside(graph: onnx.GraphProto) -> None:
             continue
         x, score, threshold = node.input
         rows, index, _ = node.output
-        kept, found = f"{index}.kept", f"{index}.found"
+        kept, found = _kept(index), f"{index}.found"
         gather = helper.make_node("Gather", [x, index], [rows], name=rows, axis=0)
         nodes += [
             helper.make_node("Greater", [score, threshold], [kept], name=kept),

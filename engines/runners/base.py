@@ -40,6 +40,13 @@ class Cache:
     verified: list[int]
     memory: Any
 
+    def move(self, source: int, target: int) -> None:
+        """The lengths of a sequence that moves to another row; its own row is then empty."""
+        for name in ("lengths", "verified"):
+            numbers = list(getattr(self, name))
+            numbers[target], numbers[source] = numbers[source], 0
+            setattr(self, name, numbers)
+
     def roll_back(self, lengths: Sequence[int]) -> None:
         """Forget what lies behind these lengths, one a sequence."""
         self.lengths = list(map(min, self.lengths, lengths))
@@ -55,11 +62,14 @@ class StepOutput:
             meaning behind a sequence's count; "none": [B, 0, V].
         kept: [L, 2] int64, rows kept by each (layer, branch) in this call; None for a model without gates.
         gated_rows: rows that came before the gates in this call, one a token and gated branch.
+        kept_by_sequence: [B] int64, the kept rows of each sequence in all branches; None without gates, and where the
+            runtime tells the sum alone.
     """
 
     logits: np.ndarray
     kept: np.ndarray | None
     gated_rows: int = 0
+    kept_by_sequence: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -94,11 +104,12 @@ class ExitState:
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What a stage gives: logits as in `StepOutput`, the exit state if it has one, kept rows [L, 2]."""
+    """What a stage gives: logits and kept rows as in `StepOutput`, the exit state if it has one."""
 
     logits: np.ndarray
     state: ExitState | None
     kept: np.ndarray | None
+    kept_by_sequence: np.ndarray | None = None
 
 
 class Stage(Protocol):
@@ -113,6 +124,10 @@ class Stage(Protocol):
 
     def run(self, memory: Any, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """Run a call's tokens and append their K/V at `call.lengths`; state: what enters, in a second stage."""
+        ...
+
+    def move(self, memory: Any, source: int, target: int, length: int) -> None:
+        """Put the K/V of a sequence's first tokens into another row, whose own are lost."""
         ...
 
 
@@ -145,6 +160,10 @@ class Runner(Protocol):
         """
         ...
 
+    def move(self, cache: Cache, source: int, target: int) -> None:
+        """Put a sequence into another row, whose own is lost; its old row is then empty."""
+        ...
+
 
 def new_cache(batch: int, capacity: int, memory: Any) -> Cache:
     """An empty cache."""
@@ -173,4 +192,5 @@ def grown(lengths: list[int], counts: list[int]) -> list[int]:
 def step_output(stage: Stage, call: Call, output: StageOutput) -> StepOutput:
     """What a loop sees of a stage's output."""
     branches = len(stage.manifest.gates.branches) if stage.manifest.gates else 0
-    return StepOutput(output.logits, output.kept, sum(call.counts) * len(stage.layers) * branches)
+    gated_rows = sum(call.counts) * len(stage.layers) * branches
+    return StepOutput(output.logits, output.kept, gated_rows, output.kept_by_sequence)

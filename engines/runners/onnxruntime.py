@@ -1,7 +1,10 @@
 """ONNX Runtime at its best: the lowered graph, with the K/V cache in place.
 
-One sequence without padding runs lowered (`engines/lowering/onnxruntime.py`). Batches, half precision, FP8 (which a CPU
-has no products for), and versions of ONNX Runtime without the kernels run the portable graph.
+Float32 runs lowered (`engines/lowering/onnxruntime.py`): tokens of one sequence in one form, one token of each of
+several neighbouring sequences in another, on the same memory. A call of a batch is made of these: a prompt goes to its
+own row of the K/V, a step to all rows that take one. Half precision, FP8 (which a CPU has no products for), batches
+under rank selection (which chooses among a whole call), and versions of ONNX Runtime without the kernels run the
+portable graph.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from engines.runners.portable import (
 
 
 class _Bound:
-    """Arrays that a session's inputs and outputs are bound to: K/V buffers of one sequence, feeds and results.
+    """Arrays that a session's inputs and outputs are bound to: K/V buffers, feeds and results.
 
     Binding costs more than a small copy, so an array stays bound until another shape is needed.
     """
@@ -98,11 +101,27 @@ class _Bound:
 
 
 @dataclass(frozen=True)
-class _Memory:
-    """What one sequence is bound to: the layers with their K/V, and final norm and head."""
+class _Sessions:
+    """The layers, and final norm and head."""
+
+    body: ort.InferenceSession
+    head: ort.InferenceSession
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What the rows of neighbouring sequences are bound to: the layers with their K/V, and final norm and head."""
 
     body: _Bound
     head: _Bound
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """K/V by input name, [B, kv heads, capacity, D], and what is bound to parts of it, by (first row, rows)."""
+
+    caches: dict[str, np.ndarray]
+    bound: dict[tuple[int, int], _Rows]
 
 
 class OnnxRuntimeStage:
@@ -130,82 +149,185 @@ class OnnxRuntimeStage:
         self._gated = len(places)
         self._table = KeptTable(bundle.manifest, places)
         self._shares_head = shares_head
-        self._no_logits = np.zeros((1, 0, bundle.manifest.decoder.vocab_size), np.float32)
-        self._body: ort.InferenceSession | None = None
-        self._head: ort.InferenceSession | None = None
+        self._sequence: _Sessions | None = None
+        self._steps: _Sessions | None = None
         self._portable: PortableStage | None = None
 
     def new_memory(self, batch: int, capacity: int) -> Any:
-        """See `Stage`: one sequence in float32 runs lowered, with its K/V in place."""
+        """See `Stage`."""
         fp8 = self.manifest.quantization is not None and self.manifest.quantization.scheme == "fp8"
-        lowered = batch == 1 and self.manifest.precision == "fp32" and not fp8
+        ranks = self.manifest.selection is not None and self.manifest.selection.mode == "rank"
+        lowered = self.manifest.precision == "fp32" and not fp8 and (batch == 1 or not ranks)
         if not (lowered and is_supported(self.manifest.decoder.head_dim)):
             if self._portable is None:
                 self._portable = PortableStage(self._bundle, self._graph, threads=self._threads)
             return self._portable.new_memory(batch, capacity)
-        body, head = self._sessions()
+        for steps in (False, True)[: 1 + (batch > 1)]:
+            self._sessions(steps=steps)  # now, so that no call waits for it
         shape = self.manifest.decoder
-        size = (1, shape.num_kv_heads, capacity, shape.head_dim)
-        memory = _Memory(_Bound(body), _Bound(head))
-        for layer in self.layers:
-            for kv in ("key", "value"):
-                outputs = lowering.cache_outputs(self.manifest, layer, kv)
-                memory.body.bind_cache(f"past_key_values.{layer}.{kv}", outputs, np.zeros(size, np.float32))
-        return memory
+        size = (batch, shape.num_kv_heads, capacity, shape.head_dim)
+        names = [f"past_key_values.{layer}.{kv}" for layer in self.layers for kv in ("key", "value")]
+        return _Memory({name: np.zeros(size, np.float32) for name in names}, {})
 
     def run(self, memory: Any, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """See `Stage`."""
         if not isinstance(memory, _Memory):
             assert self._portable is not None
             return self._portable.run(memory, call, state, logits)
+        if len(call.counts) == 1:
+            return self._run(memory, 0, call, state, logits)
+        parts = []
+        for start, stop in _parts(call.counts):
+            rows = slice(start, stop)
+            part = Call(call.ids[rows], call.counts[rows], call.lengths[rows], call.select)
+            entering = None
+            if state is not None:
+                below = (state.below[0][rows], state.below[1][rows]) if state.below else None
+                entering = ExitState(state.hidden[rows], below)
+            parts.append((rows, self._run(memory, start, part, entering, logits)))
+        if len(parts) == 1 and parts[0][0] == slice(0, len(call.counts)):
+            return parts[0][1]
+        return _joined(parts, call, logits)
+
+    def move(self, memory: Any, source: int, target: int, length: int) -> None:
+        """See `Stage`."""
+        if not isinstance(memory, _Memory):
+            assert self._portable is not None
+            return self._portable.move(memory, source, target, length)
+        for cache in memory.caches.values():
+            cache[target, :, :length] = cache[source, :, :length]
+        return None
+
+    def _run(self, memory: _Memory, start: int, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
+        """Some tokens of one sequence, or one of each of several; start: the row of the first sequence."""
         shape = self.manifest.decoder
-        count, past = call.counts[0], call.lengths[0]
-        assert count, "a call of one sequence has tokens"
-        body = memory.body
+        batch, count = len(call.counts), call.counts[0]
+        assert count, "a call has tokens"
+        bound = self._bound(memory, start, batch)
+        body = bound.body
         body.feed("input_ids", call.ids[:, :count])
-        body.feed_range("position_ids", past, count)
-        body.feed_number(lowering.TOTAL_LENGTH, past + count)
+        if batch == 1:
+            body.feed_range("position_ids", call.lengths[0], count)
+            body.feed_number(lowering.TOTAL_LENGTH, call.lengths[0] + count)
+        else:
+            lengths = np.array(call.lengths)
+            body.feed("position_ids", lengths[:, None])
+            body.feed(lowering.TOTAL_LENGTH, lengths + 1)
         if call.select is not None and self.manifest.selection is not None:
             body.feed_once("thresholds" if self.manifest.selection.mode == "threshold" else "budget", call.select)
         if state is not None:
             for name, value in zip(EXIT_STATE, (state.hidden, *(state.below or ())), strict=False):
-                body.feed(name, value)
-        hidden = body.result(lowering.STATE, (1, count, shape.hidden_size), np.float32)
-        counts = body.result(lowering.KEPT, (self._gated,), np.int64) if self._gated else None
+                body.feed(name, value[..., :count, :])
+        hidden = body.result(lowering.STATE, (batch, count, shape.hidden_size), np.float32)
+        kept = None
+        if self._gated and batch == 1:
+            kept = body.result(lowering.KEPT, (self._gated,), np.int64)
+        elif self._gated:
+            kept = body.result(lowering.KEPT, (self._gated * batch,), np.bool_)
         below = None
         if self.layers.stop < shape.num_layers and self.manifest.kv_policy == "copy":
-            size = (1, shape.num_kv_heads, count, shape.head_dim)
+            size = (batch, shape.num_kv_heads, count, shape.head_dim)
             below = (body.result(EXIT_STATE[1], size, np.float32), body.result(EXIT_STATE[2], size, np.float32))
         body.run()
-        scores = self._no_logits
+        scores = np.zeros((batch, 0, shape.vocab_size), np.float32)
         if logits != "none":
-            wanted = hidden if logits == "all" or count == 1 else hidden[:, -1:]
-            memory.head.feed(lowering.STATE, wanted)
-            scores = memory.head.result("logits", (1, wanted.shape[1], shape.vocab_size), np.float32)
-            memory.head.run()
+            # The head knows rows alone: [1, any, H].
+            wanted = (hidden if logits == "all" or count == 1 else hidden[:, -1:]).reshape(1, -1, shape.hidden_size)
+            bound.head.feed(lowering.STATE, wanted)
+            found = bound.head.result("logits", (1, wanted.shape[1], shape.vocab_size), np.float32)
+            bound.head.run()
+            scores = found.reshape(batch, -1, shape.vocab_size).copy()
         leaving = None
         if self.layers.stop < shape.num_layers:
             leaving = ExitState(hidden.copy(), (below[0].copy(), below[1].copy()) if below else None)
-        return StageOutput(scores.copy(), leaving, self._table.of(counts))
+        if kept is None:
+            return StageOutput(scores, leaving, self._table.of(None))
+        table = kept.reshape(self._gated, batch)
+        return StageOutput(scores, leaving, self._table.of(table.sum(axis=1)), table.sum(axis=0))
 
-    def _sessions(self) -> tuple[ort.InferenceSession, ort.InferenceSession]:
-        """The layers, and final norm and head: lowered and loaded once."""
-        if self._body is None or self._head is None:
-            path = self._bundle.graph_path(self._graph)
-            portable = onnx.load(str(path), load_external_data=False)
-            try:
-                lowered = lowering.lower(portable, self.manifest, self.layers)
-            except (AssertionError, IndexError, KeyError, StopIteration) as error:
-                raise BundleError(
-                    f"{path}: is not laid out as this version of gsx lays graphs out",
-                    expected=f"a graph of gsx {version('gsx')}",
-                    found=f"one of gsx {self.manifest.gsx_version}",
-                    todo="run `gsx export` again",
-                ) from error
-            self._body = self._open(lowered.body)
-            self._head = self._shares_head._sessions()[1] if self._shares_head else self._open(lowered.head)
-        return self._body, self._head
+    def _bound(self, memory: _Memory, start: int, rows: int) -> _Rows:
+        """What neighbouring rows of the memory are bound to."""
+        bound = memory.bound.get((start, rows))
+        if bound is None:
+            sessions = self._sessions(steps=rows > 1)
+            bound = _Rows(_Bound(sessions.body), _Bound(sessions.head))
+            for name, cache in memory.caches.items():
+                layer, kv = name.split(".")[1:]
+                outputs = lowering.cache_outputs(self.manifest, int(layer), kv)
+                bound.body.bind_cache(name, outputs, cache[start : start + rows])
+            memory.bound[start, rows] = bound
+        return bound
+
+    def _sessions(self, *, steps: bool) -> _Sessions:
+        """A form of the graph, lowered and loaded once."""
+        made = self._steps if steps else self._sequence
+        if made is not None:
+            return made
+        path = self._bundle.graph_path(self._graph)
+        portable = onnx.load(str(path), load_external_data=False)
+        try:
+            lowered = lowering.lower(portable, self.manifest, self.layers, steps=steps)
+        except (AssertionError, IndexError, KeyError, StopIteration) as error:
+            raise BundleError(
+                f"{path}: is not laid out as this version of gsx lays graphs out",
+                expected=f"a graph of gsx {version('gsx')}",
+                found=f"one of gsx {self.manifest.gsx_version}",
+                todo="run `gsx export` again",
+            ) from error
+        if steps:
+            self._steps = _Sessions(self._open(lowered.body), self._sessions(steps=False).head)
+            return self._steps
+        shared = self._shares_head
+        head = shared._sessions(steps=False).head if shared else self._open(lowered.head)
+        self._sequence = _Sessions(self._open(lowered.body), head)
+        return self._sequence
 
     def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
         config = session_config(self.manifest)
         return open_session(model.SerializeToString(), self._bundle.directory, self._threads, config)
+
+
+def _parts(counts: list[int]) -> list[tuple[int, int]]:
+    """Rows of a call that run together, as (first, behind the last): neighbours with one token, others alone."""
+    parts: list[tuple[int, int]] = []
+    for row, count in enumerate(counts):
+        if count == 1 and parts and parts[-1][1] == row and counts[row - 1] == 1:
+            parts[-1] = (parts[-1][0], row + 1)
+        elif count:
+            parts.append((row, row + 1))
+    return parts
+
+
+def _joined(parts: list[tuple[slice, StageOutput]], call: Call, logits: Logits) -> StageOutput:
+    """One output of calls on parts of a batch; what no part gives is zero."""
+    batch, length = call.ids.shape
+    columns = {"none": 0, "last": 1, "all": length}[logits]
+    first = parts[0][1]
+
+    def whole(arrays: list[np.ndarray], columns: int) -> np.ndarray:
+        """Arrays whose last axis but one is the tokens, at their sequences' rows."""
+        tail = arrays[0].shape
+        out = np.zeros((batch, *tail[1:-2], columns, tail[-1]), arrays[0].dtype)
+        for (rows, _), array in zip(parts, arrays, strict=True):
+            out[rows, ..., : array.shape[-2], :] = array
+        return out
+
+    leaving = None
+    states = [output.state for _, output in parts if output.state is not None]
+    if first.state is not None:
+        belows = [state.below for state in states if state.below is not None]
+        below = [whole([pair[side] for pair in belows], length) for side in (0, 1)] if belows else None
+        leaving = ExitState(whole([state.hidden for state in states], length), (below[0], below[1]) if below else None)
+    kept = [output.kept for _, output in parts if output.kept is not None]
+    kept_by_sequence = None
+    if first.kept_by_sequence is not None:
+        kept_by_sequence = np.zeros(batch, np.int64)
+        for rows, output in parts:
+            assert output.kept_by_sequence is not None
+            kept_by_sequence[rows] = output.kept_by_sequence
+    return StageOutput(
+        logits=whole([output.logits for _, output in parts], columns),
+        state=leaving,
+        kept=np.sum(kept, axis=0) if kept else None,
+        kept_by_sequence=kept_by_sequence,
+    )

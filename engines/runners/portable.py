@@ -88,6 +88,12 @@ class PortableStage:
             kept=self._table.of([int(results[name]) for name in self._kept]),
         )
 
+    def move(self, memory: dict[str, np.ndarray], source: int, target: int, length: int) -> None:
+        """See `Stage`."""
+        for name, value in memory.items():
+            moved = memory[name] = value.copy()  # what a session gave may be its own
+            moved[target, :, :length] = value[source, :, :length]
+
     def execute(
         self,
         memory: dict[str, np.ndarray],

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 from engines.bundle.bundle import Bundle
-from engines.runners.base import Runner
+from engines.runners.base import Runner, Stage
 from engines.runners.onnxruntime import OnnxRuntimeStage
 from engines.runners.split import SplitRunner
 from engines.runners.tensorrt import open_stage
 from engines.runners.whole import WholeRunner
 
-Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+
+class Runtime(Protocol):
+    """A runtime that lives above this floor (PyTorch: `gsx/torch_runtime.py`)."""
+
+    def stage(self, bundle: Bundle, graph: str) -> Stage:
+        """A graph of a bundle, ready to run."""
+        ...
+
+
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"] | Runtime
 
 
 def open_runner(bundle: Bundle, threads: int | None = None, backend: Backend = "onnxruntime") -> Runner:
@@ -23,9 +32,7 @@ def open_runner(bundle: Bundle, threads: int | None = None, backend: Backend = "
     Raises:
         EngineError: TensorRT was asked for, and its engines or a GPU are missing.
     """
-    if backend == "onnxruntime":
-        return WholeRunner(OnnxRuntimeStage(bundle, threads=threads))
-    return WholeRunner(open_stage(bundle, backend))
+    return WholeRunner(_stage(bundle, "model", threads, backend))
 
 
 def open_split_runner(bundle: Bundle, threads: int | None = None, backend: Backend = "onnxruntime") -> SplitRunner:
@@ -36,6 +43,12 @@ def open_split_runner(bundle: Bundle, threads: int | None = None, backend: Backe
         EngineError: as `open_runner`.
     """
     if backend != "onnxruntime":
-        return SplitRunner(open_stage(bundle, backend, "draft"), open_stage(bundle, backend, "verify"))
+        return SplitRunner(_stage(bundle, "draft", threads, backend), _stage(bundle, "verify", threads, backend))
     late = OnnxRuntimeStage(bundle, "verify", threads=threads)
     return SplitRunner(OnnxRuntimeStage(bundle, "draft", threads=threads, shares_head=late), late)
+
+
+def _stage(bundle: Bundle, graph: str, threads: int | None, backend: Backend) -> Stage:
+    if backend == "onnxruntime":
+        return OnnxRuntimeStage(bundle, graph, threads=threads)
+    return open_stage(bundle, backend, graph) if isinstance(backend, str) else backend.stage(bundle, graph)

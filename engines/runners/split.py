@@ -70,6 +70,14 @@ class SplitRunner:
         second = self.verify(cache, logits=logits)
         return joined_output(first, second)
 
+    def move(self, cache: Cache, source: int, target: int) -> None:
+        """See `Runner`; not between a draft and its verification."""
+        memory: _Memory = cache.memory
+        assert not memory.waiting, "drafted tokens wait at their rows"
+        self.early.move(memory.early, source, target, cache.lengths[source])
+        self.late.move(memory.late, source, target, cache.lengths[source])
+        cache.move(source, target)
+
     def draft(
         self,
         cache: Cache,
@@ -104,7 +112,10 @@ class SplitRunner:
 def joined_output(early: StepOutput, late: StepOutput) -> StepOutput:
     """The output of both halves on the same tokens."""
     kept = None if early.kept is None or late.kept is None else early.kept + late.kept
-    return StepOutput(late.logits, kept, early.gated_rows + late.gated_rows)
+    each = None
+    if early.kept_by_sequence is not None and late.kept_by_sequence is not None:
+        each = early.kept_by_sequence + late.kept_by_sequence
+    return StepOutput(late.logits, kept, early.gated_rows + late.gated_rows, each)
 
 
 def _joined(waiting: list[tuple[Call, ExitState]], cache: Cache) -> tuple[Call, ExitState]:

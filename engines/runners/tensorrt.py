@@ -36,6 +36,10 @@ class Engine(Protocol):
         """Memory of the runtime's own, filled with zeros, for an input or output."""
         ...
 
+    def move(self, buffer: Any, shape: tuple[int, ...], source: int, target: int) -> None:
+        """Copy a row of a buffer [rows, ..] over another one."""
+        ...
+
     def run(
         self,
         profile: int,
@@ -126,6 +130,11 @@ class TensorRTStage:
             piece = Call(call.ids[:, part], counts, lengths, call.select)
             outputs.append(self._run(memory, piece, _tokens_of(state, part), logits))
         return _joined(outputs, call, most, logits)
+
+    def move(self, memory: _Memory, source: int, target: int, length: int) -> None:
+        """See `Stage`. Whole rows: one copy each."""
+        for name, buffer in memory.buffers.items():
+            self._engine.move(buffer, memory.shapes[name], source, target)
 
     def _run(self, memory: _Memory, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         batch, length = call.ids.shape
@@ -220,12 +229,17 @@ def open_stage(bundle: Bundle, backend: Backend, graph: str = "model", *, cuda_g
     Raises:
         EngineError: no engines, no GPU, or engines that do not fit this machine; says what differs and what mends it.
     """
+    from engines.tensorrt import cuda
     from engines.tensorrt.execution import CudaEngine
+    from engines.tensorrt.kernel_cache import kernel_cache_path
     from engines.tensorrt.loading import find_engines, read_engine
 
     found = find_engines(bundle, backend)
     plan = read_engine(found, graph, f"gsx build {bundle.directory} --backend {backend}")
     forms = found.entry.graphs[graph].forms
     recordable = not any(forms.get(choice) == "plugin" for choice in CHOICES)
-    engine = CudaEngine(backend, plan, library=found.library, cuda_graphs=cuda_graphs and recordable)
+    kernels = None
+    if (device := cuda.device()) is not None and backend == "tensorrt-rtx":
+        kernels = kernel_cache_path(found.entry.graphs[graph].sha256, device.capability)
+    engine = CudaEngine(backend, plan, library=found.library, cuda_graphs=cuda_graphs and recordable, kernels=kernels)
     return TensorRTStage(bundle.manifest, found.entry, graph, engine)

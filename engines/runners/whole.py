@@ -32,3 +32,8 @@ class WholeRunner:
         output = self.stage.run(cache.memory, call, None, logits)
         cache.lengths = cache.verified = grown(call.lengths, call.counts)
         return step_output(self.stage, call, output)
+
+    def move(self, cache: Cache, source: int, target: int) -> None:
+        """See `Runner`."""
+        self.stage.move(cache.memory, source, target, cache.lengths[source])
+        cache.move(source, target)

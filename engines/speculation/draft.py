@@ -104,10 +104,24 @@ def open_draft(
         UsageError: the bundle cannot draft in this way.
     """
     check_draft(draft, bundle.manifest)
+    return draft_on(open_draft_runner(bundle, draft, threads, backend), draft, budget)
+
+
+def open_draft_runner(
+    bundle: Bundle, draft: DraftKind | None, threads: int | None = None, backend: Backend = "onnxruntime"
+) -> Runner:
+    """The runner that a draft needs, which decodes plainly too; without a draft the fastest one."""
     if isinstance(draft, ExitDraft):
-        return EarlyExit(open_split_runner(bundle, threads, backend))
-    thresholds = draft_thresholds(draft, bundle.manifest, budget)
-    return OtherThresholds(open_runner(bundle, threads, backend), draft, thresholds)
+        return open_split_runner(bundle, threads, backend)
+    return open_runner(bundle, threads, backend)
+
+
+def draft_on(runner: Runner, draft: DraftKind, budget: float | None = None) -> Draft:
+    """What drafts on a runner of its kind (`open_draft_runner`); budget: as of `open_draft`."""
+    if isinstance(draft, ExitDraft):
+        assert isinstance(runner, SplitRunner)
+        return EarlyExit(runner)
+    return OtherThresholds(runner, draft, draft_thresholds(draft, runner.manifest, budget))
 
 
 def draft_thresholds(draft: BudgetDraft | LayersDraft, manifest: Manifest, budget: float | None) -> np.ndarray:

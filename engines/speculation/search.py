@@ -1,4 +1,4 @@
-"""Measuring what an exit gains as a draft, and the best draft length for it."""
+"""Measuring what a draft gains, and the best draft length for it."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def plain_run(runner: Runner, prompts: Sequence[Sequence[int]]) -> Plain:
     return Plain(runner, prompts, min(room, max(_FEWEST, min(_MOST, int(_RUN_SECONDS / len(prompts) / each)))))
 
 
-def measure_exit(layer: int, draft: Draft, plain: Plain, on_run: Callable[[], None] = lambda: None) -> DraftMeasurement:
-    """Measure the draft of one exit: its best length by a first run, and its speed at that length.
+def measure_draft(draft: Draft, plain: Plain, on_run: Callable[[], None] = lambda: None) -> DraftMeasurement:
+    """Measure a draft: its best length by a first run, and its speed at that length.
 
     Speculative and plain runs take turns, prompt by prompt, so that both see the same machine.
 
     Args:
-        draft: of the exit.
+        draft: what is tried.
         plain: plain decoding, the prompts.
         on_run: called after every run over all prompts (progress).
     """
@@ -75,7 +75,7 @@ def measure_exit(layer: int, draft: Draft, plain: Plain, on_run: Callable[[], No
     on_run()
     drafted, accepted = (sum(counts) for counts in (_by_place(probes[0], "drafted"), _by_place(probes[0], "accepted")))
     return DraftMeasurement(
-        layer=layer,
+        draft=draft.kind,
         length=length,
         acceptance=accepted / max(drafted, 1),
         tokens_per_second=tokens / seconds,

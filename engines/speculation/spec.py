@@ -98,7 +98,7 @@ def refuse_rank() -> NoReturn:
     )
 
 
-def refuse_ungated(draft: DraftKind) -> NoReturn:
+def refuse_ungated(draft: DraftKind | str) -> NoReturn:
     """Without gates there is no threshold to change."""
     raise UsageError(
         f"the draft {draft} needs gates, and this model has none", expected="exit:E", todo="export with --draft exit:E"

@@ -16,6 +16,7 @@ import numpy as np
 from engines.errors import EngineError
 from engines.tensorrt import cuda
 from engines.tensorrt.backend import Backend, load_module
+from engines.tensorrt.kernel_cache import runtime_config
 from engines.tensorrt.plugins import load_plugins
 
 
@@ -48,11 +49,14 @@ class CudaEngine:
         plan: the engine's bytes.
         library: the plugin library that it needs.
         cuda_graphs: record calls whose shapes were seen before, and replay them.
+        kernels: file for the kernels that TensorRT-RTX compiles; None with TensorRT, whose engines hold theirs.
     Raises:
         EngineError: no GPU, or TensorRT does not take the engine.
     """
 
-    def __init__(self, backend: Backend, plan: bytes, *, library: Path | None, cuda_graphs: bool) -> None:
+    def __init__(
+        self, backend: Backend, plan: bytes, *, library: Path | None, cuda_graphs: bool, kernels: Path | None
+    ) -> None:
         self._runtime = cuda.runtime()
         self._trt = load_module(backend)
         self._logger = self._trt.Logger(self._trt.Logger.ERROR)
@@ -67,6 +71,7 @@ class CudaEngine:
                 todo="gsx build builds it anew for this machine",
             )
         self.stream = int(cuda.check(self._runtime.cudaStreamCreate(), "making a stream"))
+        self._config = None if kernels is None else runtime_config(self._engine, kernels, self)
         self._contexts: dict[int, _Context] = {}
         self._cuda_graphs = cuda_graphs
 
@@ -75,6 +80,18 @@ class CudaEngine:
         memory = DeviceArray(self._bytes(name, shape))
         memory.clear(self.stream)
         return memory
+
+    def move(self, buffer: DeviceArray, shape: tuple[int, ...], source: int, target: int) -> None:
+        """Copy a row of a buffer [rows, ..] over another one, in the order of the calls."""
+        runtime, size = self._runtime, buffer.size // shape[0]
+        copied = runtime.cudaMemcpyAsync(
+            buffer.address + target * size,
+            buffer.address + source * size,
+            size,
+            runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice,
+            self.stream,
+        )
+        cuda.check(copied, "moving a sequence")
 
     def run(
         self,
@@ -98,6 +115,12 @@ class CudaEngine:
             context = self._contexts[profile] = _Context(self, profile)
         return context.run(feeds, buffers, results)
 
+    def new_context(self) -> Any:
+        """An execution context; None where there is no memory for one."""
+        if self._config is None:
+            return self._engine.create_execution_context()
+        return self._engine.create_execution_context(runtime_config=self._config)
+
     def _bytes(self, name: str, shape: tuple[int, ...]) -> int:
         return math.prod(shape) * int(self._engine.get_tensor_dtype(name).itemsize)
 
@@ -108,7 +131,7 @@ class _Context:
     def __init__(self, owner: CudaEngine, profile: int) -> None:
         self._owner, self._engine, self._runtime = owner, owner._engine, owner._runtime
         self._trt, self._stream = owner._trt, owner.stream
-        self._context = self._engine.create_execution_context()
+        self._context = owner.new_context()
         if self._context is None:
             raise EngineError("TensorRT has no memory for an execution context", todo="gsx build with less --context")
         if not self._context.set_optimization_profile_async(profile, self._stream):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
 from engines.errors import EngineError
 from plugins.errors import PluginError
 from plugins.library import find_library
+
+# What TensorRT asks a library of plugins for.
+_ENTRY = "getCreators"
 
 
 def plugin_library() -> Path | None:
@@ -26,10 +30,15 @@ def load_plugins(registry: Any, library: Path) -> None:
     """Register the plugins of a library with a builder's or a runtime's registry.
 
     Raises:
-        EngineError: TensorRT does not load it.
+        EngineError: the file is no library, or not one of plugins, or TensorRT does not take it.
     """
-    if registry.load_library(str(library)) is None:
+    try:
+        reason = "" if hasattr(ctypes.CDLL(str(library)), _ENTRY) else f"no {_ENTRY}: it holds no TensorRT plugins"
+    except OSError as error:
+        reason = str(error)
+    if reason or registry.load_library(str(library)) is None:
         raise EngineError(
-            f"{library}: TensorRT does not load this plugin library",
+            f"the plugin library {library} does not load",
+            found=reason or "TensorRT refuses it, for a reason that stands above in its words",
             todo="gsx plugins build makes one for this machine",
         )

@@ -12,7 +12,7 @@ Letters: B batch, S tokens of the call, N = B x S, T = past + S, K kept rows, H 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,18 @@ class KeyValue(NamedTuple):
 
     key: Tensor
     value: Tensor
+
+    def append(self, new: KeyValue) -> KeyValue:
+        """These, and those of the tokens of a call behind them: as a graph does it."""
+        return KeyValue(torch.cat((self.key, new.key), dim=2), torch.cat((self.value, new.value), dim=2))
+
+
+class Past(Protocol):
+    """K/V of the tokens before a call: `KeyValue`, or a cache that is written in place."""
+
+    def append(self, new: KeyValue) -> KeyValue:
+        """Take those of the call's tokens. Returns: all that the call may look at, [B, kv heads, T, D]."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -180,21 +192,21 @@ class DecoderLayer(nn.Module):
         self.copies_below = has_below and options.kv_policy == "copy" and "attn" in config.gated_branches
 
     def forward(
-        self, hidden: Tensor, call: CallState, past: KeyValue, below: KeyValue | None = None
+        self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue, KeyValue]:
         """hidden [N, H] -> the same, the cache with this call's K/V appended, this call's K/V alone."""
         hidden, present, new = self.attention_branch(hidden, call, past, below)
         return self.mlp_branch(hidden, call), present, new
 
     def attention_branch(
-        self, hidden: Tensor, call: CallState, past: KeyValue, below: KeyValue | None, kept: Kept | None = None
+        self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None, kept: Kept | None = None
     ) -> tuple[Tensor, KeyValue, KeyValue]:
         """The attention branch; `kept` overrides the choice (calibration makes it itself)."""
         normed = self.input_layernorm(hidden)
         attn = self.self_attn
         if "attn" not in self.config.gated_branches:
             new = self._keys_and_values(normed, call)
-            present = _append(past, new)
+            present = past.append(new)
             batch, _, length, _ = call.mask.shape
             query = attn.queries(normed, call.cos, call.sin).view(batch, length, attn.num_heads * attn.head_dim)
             rows = full_attention(query, present.key, present.value, call.mask, attn.num_heads)
@@ -210,7 +222,7 @@ class DecoderLayer(nn.Module):
             )
         else:
             new = self._keys_and_values(normed, call)
-        present = _append(past, new)
+        present = past.append(new)
         query = attn.queries(kept.rows, cos, sin)[0]
         attended = gathered_attention(query, kept.index, present.key, present.value, call.mask, attn.num_heads)
         return self._add(hidden, attn.o_proj(attended), kept), present, new
@@ -254,10 +266,6 @@ class DecoderLayer(nn.Module):
 
     def _add(self, hidden: Tensor, rows: Tensor, kept: Kept) -> Tensor:
         return gated_scatter_add(hidden, rows, kept.gate, kept.index)
-
-
-def _append(past: KeyValue, new: KeyValue) -> KeyValue:
-    return KeyValue(torch.cat((past.key, new.key), dim=2), torch.cat((past.value, new.value), dim=2))
 
 
 def _replace(below: Tensor, rows: Tensor, index: Tensor) -> Tensor:

@@ -47,7 +47,8 @@ def export(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="For self-speculative decoding: exit:E, auto (the fastest exit here), budget:B or layers:SET.",
+            help="For self-speculative decoding: exit:E, auto (the fastest exit here), budget:B, layers:SET, "
+            "or layers:auto (a set that is searched).",
             show_default="none",
         ),
     ] = None,
@@ -195,7 +196,8 @@ def _print(summary: dict[str, Any]) -> None:
 
 def _draft_of(entry: DraftEntry) -> dict[str, Any]:
     values = entry.model_dump(mode="json")
-    return {"draft": str(entry.draft), "length": values["length"], "measured": values["measured"]}
+    measured = [row | {"draft": str(one.draft)} for row, one in zip(values["measured"], entry.measured, strict=True)]
+    return {"draft": str(entry.draft), "length": values["length"], "measured": measured}
 
 
 def _print_draft(entry: dict[str, Any]) -> None:
@@ -207,7 +209,7 @@ def _print_draft(entry: dict[str, Any]) -> None:
     rows = []
     for one in entry["measured"]:
         speeds = one["tokens_per_second"], one["plain_tokens_per_second"]
-        cells = (f"exit:{one['layer']}", str(one["length"]), f"{one['acceptance']:.1%}", *(f"{s:.1f}" for s in speeds))
+        cells = (one["draft"], str(one["length"]), f"{one['acceptance']:.1%}", *(f"{s:.1f}" for s in speeds))
         rows.append((*cells, f"{speeds[0] / speeds[1]:.2f}"))
     heads = ("draft", "length", "right", "tokens/s", "plain", "ratio")
     console.print(table("drafts, measured on the calibration text", heads, rows, right=1))

@@ -60,9 +60,13 @@ def generate(
     stream: Annotated[bool, typer.Option(help="Print text as it comes.")] = True,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", show_default="its own choice")] = None,
     backend: Annotated[
-        Literal["onnxruntime", "tensorrt", "tensorrt-rtx"],
+        Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch"],
         typer.Option(help="The runtime; TensorRT runs what gsx build made, on a GPU."),
     ] = "onnxruntime",
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="Where --backend torch runs.", show_default="a GPU if there is one"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print text, ids and statistics as JSON.")] = False,
 ) -> None:
     """Continue a text. New text goes to stdout, a line of statistics to stderr.
@@ -91,6 +95,7 @@ def generate(
         draft_length=draft_length,
         threads=threads,
         backend=backend,
+        device=device,
         on_text=_write if live else lambda text: None,
     )
     if as_json:

@@ -35,9 +35,13 @@ def verify(
         int | None, typer.Option(help="Length of the greedy continuation.", show_default="256")
     ] = None,
     backend: Annotated[
-        Literal["onnxruntime", "tensorrt", "tensorrt-rtx"],
+        Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch"],
         typer.Option(help="The runtime to prove; TensorRT runs what gsx build made, on a GPU."),
     ] = "onnxruntime",
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="Where --backend torch runs.", show_default="a GPU if there is one"),
+    ] = None,
     max_perplexity_increase: Annotated[
         float | None,
         typer.Option(help="Relative limit against full precision.", show_default="0.01 for INT8 and FP8"),
@@ -75,6 +79,7 @@ def verify(
             tokens=DEFAULT_TOKENS if tokens is None else tokens,
             greedy_tokens=DEFAULT_GREEDY_TOKENS if greedy_tokens is None else greedy_tokens,
             backend=backend,
+            device=device,
             quality=QualityLimits(max_perplexity_increase, max_flipped, max_divergence, min_top1),
             on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
         )

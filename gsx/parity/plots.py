@@ -6,36 +6,20 @@ colours, light or dark) and the one combined picture (PNG) show the same.
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from exporter.config import BRANCHES
+from gsx.pages.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, Plot, style, svg
 from gsx.parity.report import Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Stand-ins that become the page's own colours: `currentColor` follows its light or dark scheme.
-_INK, _FAINT = "#010203", "#040506"
-_BLUE, _ORANGE, _GREEN, _GREY = "#3b82c4", "#e0803a", "#3d9970", "#8a94a0"
-# Of middling lightness, so that they show on a light page and on a dark one.
-_BUDGET_COLOURS = (_BLUE, _GREEN, "#b8860b", "#c9566b", "#8b6fc0", _GREY)
 _BRANCH_WORDS = {"attn": "attention", "mlp": "MLP"}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A picture for the page: a heading, what it says, and the SVG element."""
-
-    title: str
-    caption: str
-    svg: str
 
 
 def page_plots(report: Report) -> list[Plot]:
@@ -44,7 +28,7 @@ def page_plots(report: Report) -> list[Plot]:
         Plot(
             "Error by layer",
             "Largest difference over its own scale, on a logarithmic axis; the dashed line is the limit.",
-            _svg((10.2, 2.9), 3, lambda axes: errors_by_layer(report, axes)),
+            svg((10.2, 2.9), 3, lambda axes: errors_by_layer(report, axes)),
         )
     ]
     if len(report.results) > 1:
@@ -52,7 +36,7 @@ def page_plots(report: Report) -> list[Plot]:
             Plot(
                 "Perplexity against budget",
                 "Of the verification text, reference and engine; they must lie on each other.",
-                _svg((5.2, 2.9), 1, lambda axes: perplexity(report, axes[0])),
+                svg((5.2, 2.9), 1, lambda axes: perplexity(report, axes[0])),
             )
         )
     if report.branches and report.quantization is not None:
@@ -60,7 +44,7 @@ def page_plots(report: Report) -> list[Plot]:
             Plot(
                 "Flipped decisions by layer",
                 "Share of tokens that are kept in 8 bits and skipped in full precision, or the reverse, in percent.",
-                _svg((10.2, 2.9), len(report.branches), lambda axes: flips_by_layer(report, axes)),
+                svg((10.2, 2.9), len(report.branches), lambda axes: flips_by_layer(report, axes)),
             )
         )
     if report.branches and len(report.results) > 1:
@@ -69,7 +53,7 @@ def page_plots(report: Report) -> list[Plot]:
             Plot(
                 "Kept share by layer and branch",
                 "Share of tokens that run each branch, in percent, at each budget.",
-                _svg((10.2, height), len(report.branches), lambda axes: kept_share(report, axes)),
+                svg((10.2, height), len(report.branches), lambda axes: kept_share(report, axes)),
             )
         )
     if report.keep_map is not None:
@@ -80,7 +64,7 @@ def page_plots(report: Report) -> list[Plot]:
                 "Which token keeps which layer",
                 f"The beginning of the text at budget {report.keep_map.budget:g}: filled cells ran, faint "
                 "ones were skipped. Layer 0 is at the bottom.",
-                _svg(
+                svg(
                     (10.2, height),
                     len(report.branches),
                     lambda axes: token_map(report, axes),
@@ -98,7 +82,7 @@ def combined(report: Report, path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = 0.9 + len(report.branches) * (0.3 + 0.17 * layers)
-    with _style("#22272e", "#d5dae0"):
+    with style("#22272e", "#d5dae0"):
         figure = Figure(figsize=(12.5, 6.3 + rows if gated else 3.2), layout="constrained", facecolor="white")
         if not gated:
             errors_by_layer(report, list(figure.subplots(1, 3, sharey=True)))
@@ -134,7 +118,7 @@ def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
                 label=f"{result.budget:g}",
             )
         if limit is not None:
-            axis.axhline(limit, color=_ORANGE, linewidth=1, linestyle="--")
+            axis.axhline(limit, color=ORANGE, linewidth=1, linestyle="--")
         axis.set_yscale("log")
         axis.set_title(f"{name}: error by layer")
         axis.set_xlabel("layer")
@@ -143,7 +127,7 @@ def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
         axis.set_ylim(10 ** (np.floor(np.log10(floor)) - 1), top * 4)
     axes[0].set_ylabel("error over scale")
     if limit is not None:
-        axes[0].text(0, limit * 1.25, "limit", color=_ORANGE, fontsize=8)
+        axes[0].text(0, limit * 1.25, "limit", color=ORANGE, fontsize=8)
     if len(report.results) > 1:
         axes[-1].legend(
             title="budget", fontsize=7, title_fontsize=7, columnspacing=1, handlelength=1.2, loc="lower center", ncols=5
@@ -155,8 +139,8 @@ def perplexity(report: Report, axis: Axes) -> None:
     budgets = [result.budget for result in report.results]
     reference = np.exp([result.reference_nats for result in report.results])
     engine = np.exp([result.engine_nats for result in report.results])
-    axis.plot(budgets, reference, color=_GREY, linewidth=3, label="reference")
-    axis.plot(budgets, engine, color=_BLUE, marker="o", markersize=4, linewidth=1, label="engine")
+    axis.plot(budgets, reference, color=GREY, linewidth=3, label="reference")
+    axis.plot(budgets, engine, color=BLUE, marker="o", markersize=4, linewidth=1, label="engine")
     for budget, value in zip(budgets, engine, strict=True):
         axis.annotate(
             f"{value:,.0f}" if value >= 1000 else f"{value:.2f}",
@@ -219,7 +203,7 @@ def token_map(report: Report, axes: Sequence[Axes]) -> None:
     for axis, branch in zip(axes, report.branches, strict=True):
         column = BRANCHES.index(branch)
         keep = np.array([layer[column] for layer in report.keep_map.keep])
-        _cells(axis, keep, _BLUE if branch == "attn" else _GREEN)
+        _cells(axis, keep, BLUE if branch == "attn" else GREEN)
         axis.set_ylabel(_BRANCH_WORDS[branch])
         step = max(1, layers // 4)
         axis.set_yticks(range(0, layers, step))
@@ -238,7 +222,7 @@ def _cells(axis: Axes, keep: np.ndarray, colour: str) -> None:
         return [Rectangle((x - 0.44, y - 0.42), 0.88, 0.84) for y, x in zip(*np.nonzero(where), strict=True)]
 
     axis.add_collection(PatchCollection(squares(keep), facecolor=colour, edgecolor="none"))
-    axis.add_collection(PatchCollection(squares(~keep), facecolor=_GREY, alpha=0.16, edgecolor="none"))
+    axis.add_collection(PatchCollection(squares(~keep), facecolor=GREY, alpha=0.16, edgecolor="none"))
     axis.set_xlim(-0.6, keep.shape[1] - 0.4)
     axis.set_ylim(-0.6, keep.shape[0] - 0.4)
 
@@ -249,7 +233,7 @@ def _label(token: str) -> str:
 
 
 def _shades(report: Report) -> list[str]:
-    return [_BUDGET_COLOURS[i % len(_BUDGET_COLOURS)] for i in range(len(report.results))]
+    return [COLOURS[i % len(COLOURS)] for i in range(len(report.results))]
 
 
 def _ramp() -> Any:
@@ -267,49 +251,3 @@ def _bare(axis: Axes) -> None:
     axis.grid(False)
     for spine in axis.spines.values():
         spine.set_visible(False)
-
-
-def _style(ink: str, faint: str) -> Any:
-    import matplotlib
-
-    return matplotlib.rc_context(
-        {
-            "font.family": "sans-serif",
-            "font.size": 8.5,
-            "svg.fonttype": "none",
-            "text.color": ink,
-            "axes.labelcolor": ink,
-            "axes.titlecolor": ink,
-            "axes.titlesize": 9.5,
-            "axes.edgecolor": faint,
-            "axes.facecolor": "none",
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "grid.color": faint,
-            "grid.linewidth": 0.5,
-            "xtick.color": ink,
-            "ytick.color": ink,
-            "legend.frameon": False,
-            "legend.fontsize": 8,
-        }
-    )
-
-
-def _svg(size: tuple[float, float], panels: int, draw: Callable[[list[Axes]], None], *, rows: bool = False) -> str:
-    """Draw panels beside (or below) each other and return an SVG element in the page's colours."""
-    from matplotlib.figure import Figure
-
-    with _style(_INK, _FAINT):
-        figure = Figure(figsize=size, layout="constrained", facecolor="none")
-        shape = (panels, 1) if rows else (1, panels)
-        axes = figure.subplots(*shape, sharex=rows, sharey=not rows and panels > 1, squeeze=False)
-        draw(list(axes.flat))
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor").replace(_FAINT, "var(--rule)")
-    # Its natural size at most, so that the letters of all pictures are alike; less on a narrow screen.
-    style = f'style="width:100%;height:auto;max-width:{size[0] * 96:.0f}px"'
-    return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', rf"<svg \1\2{style}", text, count=1)

@@ -95,6 +95,11 @@ class CpuEngine:
         """Zeros."""
         return np.zeros(shape, self.types[name])
 
+    def move(self, buffer: np.ndarray, shape: tuple[int, ...], source: int, target: int) -> None:
+        """A row over another one."""
+        assert buffer.shape == shape
+        buffer[target] = buffer[source]
+
     def run(
         self,
         profile: int,

@@ -254,10 +254,26 @@ def test_a_graph_of_another_layout_is_refused(bundle: Path) -> None:
 
 
 def test_a_plugin_library_that_is_none(bundle: Path, tmp_path: Path) -> None:
-    library = tmp_path / "libnothing.so"
-    library.write_bytes(b"\x7fELF" + bytes(np.zeros(64, np.uint8)))
-    with pytest.raises(EngineError, match=r"the plugin library .*libnothing.so does not load"):
-        build(bundle, plugins=library, **SMALL)  # type: ignore[arg-type]
+    """A file that is no library, and a library of something else: each in the words that say so."""
+    empty = tmp_path / "libnothing.so"
+    empty.write_bytes(b"\x7fELF" + bytes(np.zeros(64, np.uint8)))
+    for library, reason in ((empty, "wrong ELF class"), (Path(onnxruntime_library()), "no getCreators: it holds no")):
+        message = rf"the plugin library .*{library.name} does not load: .*{reason}.*\n  gsx plugins build"
+        with pytest.raises(EngineError, match=message):
+            build(bundle, plugins=library, **SMALL)  # type: ignore[arg-type]
+        assert not (bundle / ENGINES).exists()
+
+
+def onnxruntime_library() -> str:
+    """Some shared library that is installed wherever these tests run."""
+    from onnxruntime.capi import onnxruntime_pybind11_state
+
+    return str(onnxruntime_pybind11_state.__file__)
+
+
+def test_the_reason_of_a_failure_and_not_the_missing_driver(bundle: Path) -> None:
+    with pytest.raises(EngineError, match=r"could not build an engine\n.*Turing \(SM75\): FP32 GEMM is not supported"):
+        build(bundle, plugins="none", context=64, targets=["7.5"])
     assert not (bundle / ENGINES).exists()
 
 

@@ -98,11 +98,47 @@ def test_greedy_tokens_are_equal(bundle_path: Path) -> None:
 def test_a_batch_equals_its_members(bundle_path: Path) -> None:
     """Padding and neighbours change nothing; under rank selection, which looks at the whole call, at budget 1."""
     _, runner = both(bundle_path)
-    ranks = runner.manifest.selection is not None and runner.manifest.selection.mode == "rank"
-    budget = 1.0 if ranks else None
+    budget = 1.0 if ranks(runner) else None
     prompts = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]]
     alone = [generate(runner, [prompt], max_new_tokens=30, budget=budget).sequences[0] for prompt in prompts]
     assert generate(runner, prompts, max_new_tokens=30, budget=budget).sequences == alone
+
+
+def test_steps_of_a_batch_equal_portable_ones(bundle_path: Path) -> None:
+    """Prompts come one by one into their own rows, then rows step together: all, neighbours alone, rows apart.
+
+    Kept rows are told by sequence. In between a sequence moves over another one and goes on there.
+    """
+    portable, lowered = both(bundle_path)
+    select = select_for(lowered.manifest, 1.0 if ranks(lowered) else None)
+    rng = np.random.default_rng(3)
+    caches = [runner.new_cache(4, 40) for runner in (portable, lowered)]
+    calls = [[5, 0, 0, 0], [0, 0, 9, 0], [0, 2, 0, 0], [0, 0, 0, 7], [1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 1, 0]]
+    for counts in [*calls, None, [1, 1, 1, 0], [1, 0, 3, 0]]:
+        if counts is None:
+            portable.move(caches[0], 3, 1)
+            lowered.move(caches[1], 3, 1)
+            assert caches[0].lengths == caches[1].lengths
+            assert caches[1].lengths[3] == 0
+            continue
+        ids = rng.integers(3, 97, (4, max(counts)))
+        outputs = [
+            runner.step(cache, ids, select, counts=counts)
+            for runner, cache in zip((portable, lowered), caches, strict=True)
+        ]
+        rows = np.flatnonzero(counts)
+        np.testing.assert_allclose(outputs[0].logits[rows], outputs[1].logits[rows], atol=LOGITS_ATOL)
+        assert outputs[0].gated_rows == outputs[1].gated_rows
+        if outputs[0].kept is not None:
+            np.testing.assert_array_equal(outputs[0].kept, outputs[1].kept)
+            if not ranks(lowered):
+                assert outputs[1].kept_by_sequence is not None
+                assert outputs[1].kept_by_sequence.sum() == outputs[1].kept.sum()
+                assert not outputs[1].kept_by_sequence[np.equal(counts, 0)].any()
+
+
+def ranks(runner: WholeRunner) -> bool:
+    return runner.manifest.selection is not None and runner.manifest.selection.mode == "rank"
 
 
 def test_every_branch_is_left_out_when_nothing_is_kept(tiny_bundle: Path) -> None:

@@ -178,6 +178,21 @@ def test_greedy_text_equals_the_portable_runner(pair: Pair) -> None:
     assert len({tuple(sorted(shapes.items())) for shapes in decode}) == len(windows) <= 2
 
 
+@pytest.mark.parametrize("pair", [name for name, case in CASES.items() if case.batch > 1], indirect=True)
+def test_a_sequence_moves_to_another_row(pair: Pair) -> None:
+    select = select_for(pair.bundle.manifest, 1.0 if pair.ranks else None)
+    ids = np.random.default_rng(2).integers(3, 250, (pair.case.batch, 6))
+    first, *_, last = range(pair.case.batch)
+    after = []
+    for runner in (pair.portable, pair.runner):
+        cache = runner.new_cache(pair.case.batch, CAPACITY)
+        runner.step(cache, ids, select)
+        runner.move(cache, last, first)
+        counts = [int(row == first) for row in range(pair.case.batch)]
+        after.append(runner.step(cache, ids[:, :1], select, counts=counts).logits[first])
+    np.testing.assert_allclose(*after, atol=LOGITS_ATOL)
+
+
 def test_a_long_prompt_goes_through_in_pieces(pair: Pair) -> None:
     """With rank selection, which chooses among a whole call, it is refused."""
     profiles = [parse_profile(text, capacity=CAPACITY, batch=pair.case.batch) for text in ("prefill:2-5-7", "decode:1")]

@@ -570,7 +570,7 @@ def test_generate_from_stdin(tiny_bundle: Path) -> None:
 
 def test_stop_texts() -> None:
     """A stop text that comes in pieces is never shown, and what only looked like one is."""
-    from gsx.generate import _Writer
+    from engines.tokens import TextWriter
 
     class Pieces:
         def __init__(self, pieces: list[str]) -> None:
@@ -581,7 +581,7 @@ def test_stop_texts() -> None:
 
     def write(pieces: list[str], stops: list[str]) -> tuple[str, list[bool]]:
         shown: list[str] = []
-        writer = _Writer(Pieces(pieces), stops, shown.append)  # type: ignore[arg-type]
+        writer = TextWriter(Pieces(pieces), stops, shown.append)  # type: ignore[arg-type]
         stopped = [writer.push(token) for token in range(len(pieces))]
         assert writer.finish() == "".join(shown)
         return "".join(shown), stopped

@@ -63,12 +63,27 @@ def test_auto_shows_what_it_chose_from(gsx: Gsx, tmp_path: Path) -> None:
     assert "exit:1" in out
     assert "tokens/s" in out
     entry = json.loads((tmp_path / "out" / "gsx.json").read_text())["draft"]
-    assert [one["layer"] for one in entry["measured"]] == [1, 3]
+    assert [one["draft"]["layer"] for one in entry["measured"]] == [1, 3]
     best = max(entry["measured"], key=lambda one: one["tokens_per_second"] / one["plain_tokens_per_second"])
-    assert entry["draft"] == {"kind": "exit", "layer": best["layer"]}
+    assert entry["draft"] == best["draft"]
     assert entry["length"] == best["length"]
     code, _, err = gsx("generate", tmp_path / "out", "abc", "--max-new-tokens", 4)
-    assert (code, f"draft exit:{best['layer']}" in err) == (0, True)
+    assert (code, f"draft exit:{best['draft']['layer']}" in err) == (0, True)
+
+
+def test_a_set_is_searched_and_used(gsx: Gsx, tiny_gated: Path, tiny_text: Path, tmp_path: Path) -> None:
+    options = ("--budget", 0.9, "--calibration", tiny_text, "--calibration-tokens", 1024)
+    code, _, err = gsx("export", tiny_gated, *options, "--draft", "layers:auto", "-o", tmp_path / "out")
+    assert code == 0
+    assert "searching skip sets" in err
+    entry = json.loads((tmp_path / "out" / "gsx.json").read_text())["draft"]
+    assert entry["draft"] in [one["draft"] for one in entry["measured"]]
+    assert entry["draft"]["kind"] == "layers"
+    texts = [
+        json.loads(gsx("generate", tmp_path / "out", "abc", "--max-new-tokens", 16, "--json", *way)[1])["ids"]
+        for way in ((), ("--no-speculative",))
+    ]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize(
@@ -80,6 +95,7 @@ def test_auto_shows_what_it_chose_from(gsx: Gsx, tmp_path: Path) -> None:
         (("--draft", "quick"), "is not a draft"),
         (("--draft", "exit:1", "--select", "rank"), "selection by threshold"),
         (("--draft", "auto", "--select", "rank"), "selection by threshold"),
+        (("--draft", "layers:auto", "--select", "rank"), "selection by threshold"),
         (("--draft", "auto", "--precision", "bf16"), "bf16"),
     ],
 )

@@ -1,0 +1,69 @@
+"""Triton's model configuration, `config.pbtxt`: a checked description, and its text.
+
+Only what gsx writes is described. Values are checked when a description is made, so that nothing wrong is written; the
+text is protobuf's own format (names and structure: Triton's `model_config.proto`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
+Axis = Annotated[int, Field(ge=-1)]
+DataType = Literal[
+    "TYPE_BOOL", "TYPE_INT32", "TYPE_INT64", "TYPE_FP16", "TYPE_FP32", "TYPE_FP64", "TYPE_BF16", "TYPE_STRING"
+]
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tensor(_Checked):
+    """An input or output; dims as in Triton, -1 for any size."""
+
+    name: Name
+    data_type: DataType
+    dims: tuple[Axis, ...]
+    optional: bool = False
+
+
+class ModelConfig(_Checked):
+    """A model of a repository."""
+
+    name: Name
+    backend: Literal["python"]
+    inputs: Annotated[tuple[Tensor, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[Tensor, ...], Field(min_length=1)]
+    kind: Literal["KIND_CPU", "KIND_GPU"]
+    decoupled: bool
+    parameters: Mapping[Name, str]
+
+    def text(self) -> str:
+        """The configuration as protobuf text."""
+        lines = [f"name: {_quoted(self.name)}", f"backend: {_quoted(self.backend)}", "max_batch_size: 0"]
+        for field, tensors in (("input", self.inputs), ("output", self.outputs)):
+            for tensor in tensors:
+                lines += [
+                    f"{field} {{",
+                    f"  name: {_quoted(tensor.name)}",
+                    f"  data_type: {tensor.data_type}",
+                    f"  dims: [{', '.join(map(str, tensor.dims))}]",
+                    *(["  optional: true"] if tensor.optional else []),
+                    "}",
+                ]
+        lines += ["instance_group {", "  count: 1", f"  kind: {self.kind}", "}"]
+        if self.decoupled:
+            lines += ["model_transaction_policy {", "  decoupled: true", "}"]
+        for name, value in self.parameters.items():
+            lines += ["parameters {", f"  key: {_quoted(name)}", f"  value {{ string_value: {_quoted(value)} }}", "}"]
+        return "\n".join(lines) + "\n"
+
+
+def _quoted(text: str) -> str:
+    """A string of protobuf's text format: JSON's escapes of ASCII are among its own."""
+    return json.dumps(text)

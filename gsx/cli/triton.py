@@ -1,0 +1,67 @@
+"""`gsx triton`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from gsx.cli.console import print_json
+from gsx.cli.signals import loading
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(triton)
+
+
+def triton(
+    bundle: Annotated[Path, typer.Argument(help="A bundle's directory.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The model repository to write.", show_default=False)
+    ] = None,
+    check: Annotated[
+        str | None,
+        typer.Option(help="Ask a running server, and compare its tokens with the bundle's.", metavar="URL"),
+    ] = None,
+    name: Annotated[str, typer.Option(help="The model's name.")] = "gsx",
+    backend: Annotated[
+        Literal["onnxruntime", "tensorrt", "tensorrt-rtx"],
+        typer.Option(help="The runtime; TensorRT needs engines in the bundle (gsx build)."),
+    ] = "onnxruntime",
+    slots: Annotated[int, typer.Option(help="Requests under way at once, in steps of one batch.")] = 8,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.")] = 64,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens of a request, prompt and new ones.", show_default="the model's")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads of ONNX Runtime.", show_default="its own choice")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write a model repository for Triton Inference Server, or check a server that runs one.
+
+    Example: gsx triton out/demo -o out/models
+    """
+    from engines.errors import UsageError
+
+    if (out is None) == (check is None):
+        raise UsageError("what to do is not clear", expected="-o REPOSITORY or --check URL")
+    with loading():
+        from gsx.triton import check_server
+        from gsx.triton import triton as write
+    if check is not None:
+        count = check_server(bundle, check, name=name)
+        print_json({"url": check, "tokens_equal": count}) if as_json else typer.echo(
+            f"{check}: {count} tokens are equal"
+        )
+        return
+    assert out is not None
+    model = write(bundle, out, name=name, backend=backend, slots=slots, queue=queue, context=context, threads=threads)
+    if as_json:
+        print_json({"repository": str(out), "model": str(model)})
+        return
+    typer.echo(f"{model}: a decoupled model of the Python backend on {backend}")
+    typer.echo(f"its Python needs:  pip install -r {model / 'requirements.txt'}")
+    typer.echo(
+        f"next: tritonserver --model-repository={out.resolve()}   then   gsx triton {bundle} --check http://localhost:8000"
+    )

@@ -1,0 +1,1 @@
+"""HTML pages of reports: one file each, with everything in it."""

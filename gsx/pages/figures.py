@@ -1,0 +1,74 @@
+"""Pictures for a page, as SVG elements in the page's own colours, light or dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Stand-ins that become the page's own colours: `currentColor` follows its light or dark scheme.
+_INK, _FAINT = "#010203", "#040506"
+BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#e0803a", "#3d9970", "#8a94a0"
+# Of middling lightness, so that they show on a light page and on a dark one.
+COLOURS = (BLUE, GREEN, "#b8860b", "#c9566b", "#8b6fc0", GREY)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture for the page: a heading, what it says, and the SVG element."""
+
+    title: str
+    caption: str
+    svg: str
+
+
+def style(ink: str, faint: str) -> Any:
+    """Settings of Matplotlib for text and lines of these colours: a context manager."""
+    import matplotlib
+
+    return matplotlib.rc_context(
+        {
+            "font.family": "sans-serif",
+            "font.size": 8.5,
+            "svg.fonttype": "none",
+            "text.color": ink,
+            "axes.labelcolor": ink,
+            "axes.titlecolor": ink,
+            "axes.titlesize": 9.5,
+            "axes.edgecolor": faint,
+            "axes.facecolor": "none",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": faint,
+            "grid.linewidth": 0.5,
+            "xtick.color": ink,
+            "ytick.color": ink,
+            "legend.frameon": False,
+            "legend.fontsize": 8,
+        }
+    )
+
+
+def svg(size: tuple[float, float], panels: int, draw: Callable[[list[Axes]], None], *, rows: bool = False) -> str:
+    """Draw panels beside (or below) each other and return an SVG element in the page's colours."""
+    from matplotlib.figure import Figure
+
+    with style(_INK, _FAINT):
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        shape = (panels, 1) if rows else (1, panels)
+        axes = figure.subplots(*shape, sharex=rows, sharey=not rows and panels > 1, squeeze=False)
+        draw(list(axes.flat))
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(_INK, "currentColor").replace(_FAINT, "var(--rule)")
+    # Its natural size at most, so that the letters of all pictures are alike; less on a narrow screen.
+    natural = f'style="width:100%;height:auto;max-width:{size[0] * 96:.0f}px"'
+    return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', rf"<svg \1\2{natural}", text, count=1)

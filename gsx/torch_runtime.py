@@ -1,0 +1,341 @@
+"""The PyTorch runtime: the traced decoder itself, run eagerly on a bundle's weights.
+
+On a GPU the kernels of `plugins/` are bound to its ops (`plugins/cuda.py`), on a CPU the ops' own PyTorch code runs;
+every precision runs on both. It lives above `engines`, which never imports torch. Where a graph takes K/V in and gives
+them out, longer, this has buffers and writes into them.
+
+Letters as in `exporter/decoder/layer.py`; C capacity of the buffers, T columns of them that a call reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from engines.bundle.bundle import Bundle
+from engines.bundle.manifest import BRANCHES, Branch, DecoderShape
+from engines.errors import BundleError, EngineError
+from engines.runners.base import Call, ExitState, Logits, StageOutput, grown
+from engines.runners.portable import KeptTable, gated_places, layers_of
+from exporter.checkpoint import CONFIG, read_config
+from exporter.config import ModelConfig
+from exporter.decoder.ends import Entry, Exit, distinct_windows
+from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
+from gsx.backends import Device
+from plugins.errors import PluginError
+
+_TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_STORED_TYPES = {
+    onnx.TensorProto.FLOAT: torch.float32,
+    onnx.TensorProto.FLOAT16: torch.float16,
+    onnx.TensorProto.BFLOAT16: torch.bfloat16,
+}
+
+
+class TorchRuntime:
+    """Opens stages of bundles in PyTorch; stages of one bundle share their weights.
+
+    Args:
+        device: None for the GPU where PyTorch sees one, else the CPU.
+        threads: within an op on a CPU, in this whole process; None leaves them as they are.
+    Raises:
+        EngineError: a GPU was asked for and there is none, or the kernels for it are not built.
+    """
+
+    def __init__(self, device: Device | None = None, *, threads: int | None = None) -> None:
+        self.device = _device(device)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        self._weights: dict[Path, _Weights] = {}
+
+    def stage(self, bundle: Bundle, graph: str) -> TorchStage:
+        """A graph of a bundle, its weights on the device.
+
+        Raises:
+            EngineError: a bundle with 8-bit products.
+            BundleError: `config.json` or the weights do not fit the manifest, or there is no such graph.
+        """
+        if bundle.manifest.quantization is not None:
+            raise EngineError(
+                "the PyTorch runtime has no 8-bit products",
+                expected="a bundle in fp32, fp16 or bf16",
+                found=bundle.manifest.quantization.scheme,
+                todo="run it without --backend torch, or export without 8 bits",
+            )
+        bundle.graph_path(graph)
+        key = bundle.directory.resolve()
+        if key not in self._weights:
+            self._weights[key] = _Weights(bundle, self.device)
+        return TorchStage(bundle, graph, self._weights[key], self.device)
+
+
+class TorchStage:
+    """Runs some layers of the decoder; see `Stage`.
+
+    Args:
+        bundle: an opened bundle.
+        graph: `model`, `draft` or `verify`.
+        weights: of the bundle.
+        device: where they are.
+    """
+
+    def __init__(self, bundle: Bundle, graph: str, weights: _Weights, device: torch.device) -> None:
+        self.manifest = manifest = bundle.manifest
+        self.layers = layers_of(manifest, graph)
+        self._device = device
+        hf_config = read_config(bundle.directory)
+        self._config = config = _checked(ModelConfig.from_hf(hf_config), bundle)
+        options = DecoderOptions(
+            manifest.selection.mode if manifest.selection else "threshold",
+            manifest.kv_policy,
+            _TYPES[manifest.precision],
+        )
+        self._dtype = options.dtype
+        self._ranks = manifest.selection is not None and options.selection == "rank"
+        self._copies = manifest.kv_policy == "copy" and "attn" in config.gated_branches
+        with torch.device("meta"):
+            self._entry = Entry(hf_config, config, options)
+            self._layers = [_Layer(config, options, has_below=i > 0) for i in self.layers]
+            self._exit = Exit(config, options)
+        weights.fill(self._entry, "")
+        for i, layer in zip(self.layers, self._layers, strict=True):
+            weights.fill(layer, f"layers.{i}.")
+        weights.fill(self._exit, "")
+        self._table = KeptTable(manifest, gated_places(manifest, self.layers))
+
+    def new_memory(self, batch: int, capacity: int) -> list[_Buffers]:
+        """See `Stage`: buffers of every layer, for all the tokens that may come."""
+        size = (batch * capacity + 1, self._config.num_kv_heads, self._config.head_dim)
+
+        def zeros() -> Tensor:
+            return torch.zeros(size, dtype=self._dtype, device=self._device)
+
+        return [_Buffers(zeros(), zeros(), batch) for _ in self.layers]
+
+    @torch.inference_mode()
+    def run(self, memory: list[_Buffers], call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
+        """See `Stage`."""
+        batch, length = call.ids.shape
+        capacity = memory[0].capacity
+        steps = np.arange(length)
+        valid = steps < np.array(call.counts)[:, None]
+        positions = np.array(call.lengths)[:, None] + steps
+        # Where K and V of a token go; what stands behind a sequence's count goes to the row that nobody reads.
+        places = np.where(valid, np.arange(batch)[:, None] * capacity + positions, batch * capacity)
+        given = torch.from_numpy(np.stack([call.ids, positions, valid, places])).to(self._device)
+        ids, positions_there, valid_there, places_there = given
+        hidden, calls = self._enter(ids, valid_there, positions_there, max(grown(call.lengths, call.counts)), call)
+        below = None
+        if state is not None:
+            hidden = self._there(state.hidden).reshape(batch * length, -1)
+            below = KeyValue(*map(self._there, state.below)) if state.below else None
+        counts: list[int] = []
+        for layer, one, buffers in zip(self._layers, calls, memory, strict=True):
+            past = _Past(buffers, places_there.reshape(-1), one.mask.shape[3])
+            hidden, _, below = layer(hidden, one, past, below)
+            counts += [layer.kept[branch] for branch in BRANCHES if branch in self._config.gated_branches]
+        leaving = None
+        if self.layers.stop < self._config.num_layers:
+            parts = (below.key, below.value) if self._copies and below is not None else ()
+            whole = _here(hidden.view(batch, length, -1))
+            leaving = ExitState(whole, (_here(parts[0]), _here(parts[1])) if parts else None)
+        return StageOutput(self._scores(hidden, ids, call, logits), leaving, self._table.of(counts))
+
+    @torch.inference_mode()
+    def move(self, memory: list[_Buffers], source: int, target: int, length: int) -> None:
+        """See `Stage`."""
+        for buffers in memory:
+            start, end = source * buffers.capacity, target * buffers.capacity
+            for kv in (buffers.key, buffers.value):
+                kv[end : end + length] = kv[start : start + length]
+
+    def _enter(
+        self, ids: Tensor, valid: Tensor, positions: Tensor, columns: int, call: Call
+    ) -> tuple[Tensor, list[CallState]]:
+        """Embeddings [N, H] of a call, and what each layer reads."""
+        budget = self._there(call.select, torch.float32) if self._ranks and call.select is not None else None
+        with torch.device(self._device):  # the entry makes small tensors of its own
+            hidden, cos, sin, *rest = self._entry(ids, valid, positions, budget)
+        masks = {window: _mask(positions, columns, window) for window in distinct_windows(self._config)}
+        depth = self._config.num_layers
+        if self._config.gate is None:
+            return hidden, [CallState(cos, sin, masks[self._config.windows[i]], cos, cos, cos) for i in self.layers]
+        forced, forced_score, *k = rest[len(masks) :]
+        # K on the host: this waits for the GPU once, and no branch does.
+        selects = [k[0].cpu()] * depth if self._ranks else self._there(call.select, torch.float32).unbind()
+        return hidden, [
+            CallState(cos, sin, masks[self._config.windows[i]], forced, forced_score, selects[i]) for i in self.layers
+        ]
+
+    def _scores(self, hidden: Tensor, ids: Tensor, call: Call, logits: Logits) -> np.ndarray:
+        batch, length = call.ids.shape
+        if logits == "none":
+            return np.zeros((batch, 0, self._config.vocab_size), np.float32)
+        if logits == "last":
+            last = [row * length + max(count - 1, 0) for row, count in enumerate(call.counts)]
+            hidden, ids = hidden[last], ids[:, :1]
+        return _here(self._exit(hidden, ids))
+
+    def _there(self, array: np.ndarray | None, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.as_tensor(array).to(self._device, dtype or self._dtype)
+
+
+class _Layer(DecoderLayer):
+    """A layer that remembers how many rows each branch ran on in its last call."""
+
+    def __init__(self, config: ModelConfig, options: DecoderOptions, *, has_below: bool) -> None:
+        super().__init__(config, options, has_below=has_below)
+        self.kept: dict[Branch, int] = {}
+
+    def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> Kept:
+        """See `DecoderLayer`."""
+        kept = super().choose(branch, hidden, normed, call)
+        self.kept[branch] = len(kept.index)
+        return kept
+
+
+@dataclass(frozen=True)
+class _Buffers:
+    """K and V of one layer, [B x C + 1, kv heads, D]: the tokens of each sequence in turn, and a row nobody reads."""
+
+    key: Tensor
+    value: Tensor
+    batch: int
+
+    @property
+    def capacity(self) -> int:
+        """C."""
+        return (len(self.key) - 1) // self.batch
+
+
+@dataclass(frozen=True)
+class _Past:
+    """The buffers during a call; see `Past`.
+
+    Args:
+        places: [N] int64, rows of the call's tokens in the buffers.
+        columns: T.
+    """
+
+    buffers: _Buffers
+    places: Tensor
+    columns: int
+
+    def append(self, new: KeyValue) -> KeyValue:
+        """Write the call's K and V; returns views of the buffers."""
+        return KeyValue(self._written(self.buffers.key, new.key), self._written(self.buffers.value, new.value))
+
+    def _written(self, buffer: Tensor, new: Tensor) -> Tensor:
+        buffer.index_copy_(0, self.places, new.transpose(1, 2).flatten(0, 1))
+        sequences = buffer[:-1].view(self.buffers.batch, self.buffers.capacity, *buffer.shape[1:])
+        return sequences[:, : self.columns].transpose(1, 2)
+
+
+class _Weights:
+    """The weights file of a bundle, mapped; each tensor goes to the device once."""
+
+    def __init__(self, bundle: Bundle, device: torch.device) -> None:
+        self._bundle, self._device = bundle, device
+        graph = onnx.load(str(bundle.graph_path("model")), load_external_data=False).graph
+        self._stored = {tensor.name: tensor for tensor in graph.initializer if tensor.external_data}
+        # Copy on write: PyTorch wants memory that may be written, and nobody writes it.
+        self._file = np.memmap(bundle.directory / bundle.manifest.weights.file, np.uint8, mode="c")
+        self._tensors: dict[str, Tensor] = {}
+
+    def fill(self, module: nn.Module, prefix: str) -> None:
+        """Give a module on the meta device its parameters.
+
+        Raises:
+            BundleError: the bundle lacks one, or has it in another shape or type.
+        """
+        state = {}
+        for name, parameter in module.named_parameters():
+            tensor = state[name] = self._tensor(prefix + name)
+            if (tensor.shape, tensor.dtype) != (parameter.shape, parameter.dtype):
+                raise self._error(prefix + name, _spell(parameter), _spell(tensor))
+        module.load_state_dict(state, assign=True)
+
+    def _tensor(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            stored = self._stored.get(name)
+            if stored is None or stored.data_type not in _STORED_TYPES:
+                raise self._error(name, "a tensor of floats", "none" if stored is None else "another type")
+            place = {entry.key: entry.value for entry in stored.external_data}
+            start = int(place["offset"])
+            content = torch.from_numpy(self._file[start : start + int(place["length"])])
+            found = content.view(_STORED_TYPES[stored.data_type]).reshape(tuple(stored.dims))
+            self._tensors[name] = found.to(self._device)
+        return self._tensors[name]
+
+    def _error(self, name: str, expected: str, found: str) -> BundleError:
+        return BundleError(
+            f"bundle {self._bundle.directory}: the weight {name} does not fit {CONFIG}",
+            expected=expected,
+            found=found,
+            todo="restore both, or run `gsx export` again",
+        )
+
+
+def _mask(positions: Tensor, columns: int, window: int | None) -> Tensor:
+    """Where tokens may look, [B, 1, S, T] bool: a buffer's column is the position of the token in it.
+
+    Args: positions [B, S] int64.
+    """
+    column = torch.arange(columns, device=positions.device)
+    position = positions[:, None, :, None]
+    seen = column <= position
+    return seen if window is None else seen & (column > position - window)
+
+
+def _checked(config: ModelConfig, bundle: Bundle) -> ModelConfig:
+    """The configuration, if it is that of the bundle."""
+    facts: Mapping[str, tuple[Any, Any]] = {
+        name: (getattr(bundle.manifest.decoder, name), getattr(config, name)) for name in DecoderShape.model_fields
+    }
+    for name, (expected, found) in facts.items():
+        if expected != found:
+            raise BundleError(
+                f"bundle {bundle.directory}: {CONFIG} does not match gsx.json",
+                expected=f"{name} {expected}",
+                found=str(found),
+                todo="the file was edited: restore it, or run `gsx export` again",
+            )
+    return config
+
+
+def _device(asked: Device | None) -> torch.device:
+    """The device to run on; a GPU with the kernels bound to the ops."""
+    if asked == "cpu" or (asked is None and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise EngineError(
+            "PyTorch sees no GPU here",
+            expected="an NVIDIA GPU, its driver, and a PyTorch built for CUDA",
+            found=f"PyTorch {torch.__version__}, {built}",
+            todo="--device cpu runs it here; gsx doctor says what works on this machine",
+        )
+    from plugins.cuda import bind
+
+    try:
+        bind()
+    except PluginError as error:
+        raise EngineError(error.what, expected=error.expected, found=error.found, todo=error.todo) from error
+    return torch.device("cuda")
+
+
+def _here(tensor: Tensor) -> np.ndarray:
+    """A tensor on the host, float32."""
+    found: np.ndarray = tensor.float().cpu().numpy()
+    return found
+
+
+def _spell(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"

@@ -1,0 +1,114 @@
+"""Kernels of TensorRT-RTX across runs: the files. TensorRT's own cache needs a GPU (test_tensorrt_gpu.py)."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+
+from engines.tensorrt.kernel_cache import kernel_cache_path, load, runtime_config, save
+from engines.tensorrt.preload import preload_tensorrt_rtx
+
+SHA256 = "ab" * 32
+
+
+class Cache:
+    """What TensorRT-RTX's runtime cache does with bytes: it takes those of its own kind, and gives out all it has."""
+
+    def __init__(self, compiled: bytes = b"") -> None:
+        self.content = compiled
+
+    def deserialize(self, blob: bytes) -> bool:
+        if not blob.startswith(b"kernels"):
+            return False
+        self.content = blob
+        return True
+
+    def serialize(self) -> memoryview:
+        return memoryview(self.content)
+
+
+class Engine:
+    """An engine, its configuration and its cache in one."""
+
+    def __init__(self) -> None:
+        self.cache = Cache()
+        self.used: Cache | None = None
+
+    def create_runtime_config(self) -> Engine:
+        return self
+
+    def create_runtime_cache(self) -> Cache:
+        return self.cache
+
+    def set_runtime_cache(self, cache: Cache) -> None:
+        self.used = cache
+
+
+class Owner:
+    """What holds an engine."""
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return kernel_cache_path(SHA256, "89")
+
+
+def test_the_next_run_has_what_this_one_compiled(path: Path, tmp_path: Path) -> None:
+    first, owner = Engine(), Owner()
+    runtime_config(first, path, owner)
+    assert first.used is first.cache
+    first.cache.content = b"kernels of a first run"
+    assert not path.exists()
+    del owner
+    gc.collect()
+    assert path.is_relative_to(tmp_path)
+    second = Engine()
+    runtime_config(second, path, Owner())
+    assert second.cache.content == b"kernels of a first run"
+    assert [one.name for one in path.parent.iterdir()] == [path.name]
+
+
+def test_other_engines_and_gpus_have_files_of_their_own(path: Path) -> None:
+    assert len({path, kernel_cache_path(SHA256, "120"), kernel_cache_path("cd" * 32, "89")}) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"of another driver", None])
+def test_what_does_not_fit_is_written_anew(path: Path, content: bytes | None) -> None:
+    if content is not None:
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    cache = Cache()
+    known = load(cache, path)
+    assert (known, cache.content) == (b"", b"")
+    cache.content = b"kernels"
+    save(cache, path, known)
+    assert path.read_bytes() == b"kernels"
+
+
+def test_nothing_new_is_not_written(path: Path) -> None:
+    save(Cache(b"kernels"), path, b"kernels")
+    save(Cache(), path, b"")
+    assert not path.exists()
+
+
+def test_no_room_is_no_failure(path: Path) -> None:
+    path.parent.parent.mkdir(parents=True)
+    path.parent.write_text("a file where the folder should be")
+    save(Cache(b"kernels"), path, b"")
+
+
+def test_tensorrt_rtx_has_these_calls() -> None:
+    preload_tensorrt_rtx()
+    rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
+    for owner, name in (
+        (rtx.ICudaEngine, "create_runtime_config"),
+        (rtx.IRuntimeConfig, "create_runtime_cache"),
+        (rtx.IRuntimeConfig, "set_runtime_cache"),
+        (rtx.IRuntimeCache, "deserialize"),
+        (rtx.IRuntimeCache, "serialize"),
+    ):
+        assert callable(getattr(owner, name))
+    assert "runtime_config:" in rtx.ICudaEngine.create_execution_context.__doc__

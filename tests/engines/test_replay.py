@@ -1,0 +1,124 @@
+"""Trying skip sets on written text: the same counts as drafting for real, and the search on top."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.cost import step_bytes
+from engines.bundle.manifest import BRANCHES, Branch, LayersDraft
+from engines.generation import generate, select_for
+from engines.runners.select import open_runner
+from engines.speculation.draft import OtherThresholds, draft_thresholds
+from engines.speculation.length import ROW_COST
+from engines.speculation.replay import CHUNK, Replay, counted_speed
+from engines.speculation.spec import parse_draft
+from gsx.skip_set_search import search_skip_sets
+
+PROMPTS = [[5, 60, 61, 7, 8, 9, 200, 11], [61, 7, 33]]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_bundle: Path) -> Bundle:
+    return open_bundle(tiny_bundle)
+
+
+def drafted_right(bundle: Bundle, draft: LayersDraft, prompt: list[int]) -> int:
+    """Tokens in a row that a draft gets right behind the first one after a prompt, by drafting them."""
+    runner = open_runner(bundle)
+    select = select_for(bundle.manifest, None)
+    written = generate(runner, [prompt], max_new_tokens=CHUNK + 1, stop_ids=[]).sequences[0].tokens
+    drafts = OtherThresholds(runner, draft, draft_thresholds(draft, bundle.manifest, None))
+    cache = runner.new_cache(1, 64)
+    runner.step(cache, np.array([prompt]), select)
+    for count in range(CHUNK):
+        guess = drafts.step(cache, np.array([[written[count]]]), select, [1]).logits.argmax()
+        if guess != written[count + 1]:
+            return count
+    return CHUNK
+
+
+@pytest.mark.parametrize("draft", ["layers:1", "layers:0.mlp,2.attn", "layers:1.attn", "layers:2.mlp"])
+def test_a_place_counts_what_drafting_there_gets_right(bundle: Bundle, draft: str) -> None:
+    parsed = parse_draft(draft)
+    assert isinstance(parsed, LayersDraft)
+    thresholds = draft_thresholds(parsed, bundle.manifest, None)
+    for prompt in PROMPTS:
+        replay = Replay(open_runner(bundle), [prompt], CHUNK + 1)
+        assert replay.accepted(thresholds).tolist() == [drafted_right(bundle, parsed, prompt)]
+
+
+def test_the_model_agrees_with_itself_and_trying_leaves_no_trace(bundle: Bundle) -> None:
+    replay = Replay(open_runner(bundle), PROMPTS, 4 * CHUNK)
+    own = select_for(bundle.manifest, None)
+    assert own is not None
+    nothing = np.full_like(own, np.inf)
+    first = replay.accepted(nothing)
+    assert len(first) == 2 * 3  # the last token has none behind it to compare with
+    assert first.min() < CHUNK
+    assert (replay.accepted(own) == CHUNK).all()
+    assert replay.accepted(nothing).tolist() == first.tolist()
+
+
+@given(st.lists(st.integers(0, CHUNK), min_size=1), st.floats(0.01, 1))
+def test_counted_speed_is_that_of_the_best_length(accepted: list[int], share: float) -> None:
+    speed, length = counted_speed(np.array(accepted), share)
+    for other in range(1, CHUNK + 1):
+        tokens = 1 + sum(min(a, other) for a in accepted) / len(accepted)
+        assert tokens / (1 + other * (share + ROW_COST)) <= speed * (1 + 1e-12)
+    assert 1 <= length <= CHUNK
+
+
+def test_bytes_are_those_of_the_checkpoint(bundle: Bundle, tiny_gated: Path) -> None:
+    cost = step_bytes(bundle)
+    with safe_open(tiny_gated / "model.safetensors", "pt") as file:
+        sizes = {name: 4 * file.get_tensor(name).numel() for name in file.keys()}  # noqa: SIM118
+    attention = sum(sizes[f"model.layers.1.self_attn.{p}_proj.weight"] for p in "qo")
+    mlp = sum(size for name, size in sizes.items() if name.startswith("model.layers.1.mlp."))
+    assert cost.branches[1].tolist() == [attention, mlp]
+    read = sum(sizes.values()) - sizes["model.embed_tokens.weight"]
+    # Small constants of the graph come on top.
+    assert read <= cost.branches.sum() + cost.rest < read + 1000
+    none = np.zeros_like(cost.branches, bool)
+    assert cost.share(~none) == 1
+    assert cost.share(none) == pytest.approx(cost.rest / read, rel=0.01)
+
+
+def test_the_search_is_repeatable_and_ranks_by_what_it_counts(bundle: Bundle) -> None:
+    replay = Replay(open_runner(bundle), PROMPTS, 2 * CHUNK + 1)
+    thresholds, cost = select_for(bundle.manifest, None), step_bytes(bundle)
+    assert thresholds is not None
+    seen: list[tuple[int, int]] = []
+    first, second = (
+        search_skip_sets(replay, thresholds, BRANCHES, cost, lambda *at: seen.append(at), trials=15) for _ in range(2)
+    )
+    assert first == second
+    assert seen == [(n, 15) for n in range(1, 16)] * 2
+    assert [one.speed for one in first] == sorted((one.speed for one in first), reverse=True)
+    assert len({one.draft for one in first}) == len(first) > 3
+    for one in first:
+        run = np.isfinite(draft_thresholds(one.draft, bundle.manifest, None))
+        accepted = replay.accepted(draft_thresholds(one.draft, bundle.manifest, None))
+        assert (one.speed, one.length) == counted_speed(accepted, cost.share(run))
+
+
+places = st.tuples(st.integers(0, 12), st.sampled_from(BRANCHES))
+
+
+@given(st.sets(places, min_size=1))
+def test_a_set_reads_as_it_is_written(skip: set[tuple[int, Branch]]) -> None:
+    draft = LayersDraft(skip=tuple(sorted(skip)))
+    found = parse_draft(str(draft))
+    assert isinstance(found, LayersDraft)
+    assert set(found.skip) == skip
+
+
+def test_a_set_is_written_short() -> None:
+    text = "layers:0,2-4,5.attn,7-8.mlp"
+    assert str(parse_draft(text)) == text

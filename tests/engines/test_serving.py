@@ -1,0 +1,274 @@
+"""The scheduler, in this process: what it answers is what `gsx generate` writes, whoever else is served."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import gsx
+from engines.bundle.bundle import Bundle, open_bundle
+from engines.errors import GsxError, UsageError
+from engines.runners.base import Cache, Runner, StepOutput
+from engines.runners.portable import PortableStage
+from engines.runners.select import open_runner
+from engines.runners.whole import WholeRunner
+from engines.sampling import Sampling
+from engines.serving.request import Finished, OverloadedError, Request
+from engines.serving.scheduler import Scheduler
+from engines.speculation.draft import open_draft_runner
+from engines.tokens import BundleTokenizer
+
+
+class Recorder:
+    """A client that writes down what it hears."""
+
+    def __init__(self, leaves_after: int | None = None) -> None:
+        self.ids: list[int] = []
+        self.text = ""
+        self.result: Finished | None = None
+        self.error: Exception | None = None
+        self.was_dropped = False
+        self._leaves_after = leaves_after
+
+    def tokens(self, ids: Sequence[int], text: str) -> None:
+        assert self.result is None
+        self.ids += ids
+        self.text += text
+
+    def finished(self, result: Finished) -> None:
+        self.result = result
+
+    def failed(self, error: Exception) -> None:
+        self.error = error
+
+    def is_gone(self) -> bool:
+        return self._leaves_after is not None and len(self.ids) >= self._leaves_after
+
+    def dropped(self) -> None:
+        self.was_dropped = True
+
+
+@pytest.fixture(scope="module")
+def drafting(make_tiny_bundle: Callable[..., Path]) -> Bundle:
+    return open_bundle(make_tiny_bundle(draft="exit:2"))
+
+
+@pytest.fixture(scope="module")
+def scheduler(drafting: Bundle) -> Scheduler:
+    """Four slots and a queue of 64, idle between tests."""
+    assert drafting.manifest.draft is not None
+    runner = open_draft_runner(drafting, drafting.manifest.draft.draft, 1)
+    return Scheduler(runner, BundleTokenizer(drafting), slots=4)
+
+
+@pytest.fixture(scope="module")
+def alone(drafting: Bundle) -> Callable[[Request], gsx.generate]:
+    """What a request writes with nobody beside it, by `gsx generate`; each request once."""
+    made: dict[str, object] = {}
+
+    def generate(request: Request) -> object:
+        key = repr(request)
+        if key not in made:
+            how = request.sampling
+            made[key] = gsx.generate(
+                drafting,
+                ids=request.prompt,
+                budget=request.budget,
+                max_new_tokens=request.max_new_tokens,
+                temperature=how.temperature,
+                top_k=how.top_k,
+                seed=how.seed,
+                stop=request.stop,
+                speculative=False,
+                threads=1,
+            )
+        return made[key]
+
+    return generate
+
+
+def finish(scheduler: Scheduler) -> None:
+    while scheduler.waiting or scheduler.under_way:
+        scheduler.work()
+
+
+REQUESTS = [
+    Request(
+        prompt=[5 + n, 60, 61, 7 * n % 90 + 3][: 1 + n % 4],
+        max_new_tokens=3 + 5 * n,
+        budget=(None, 0.5, 1.0)[n % 3],
+        sampling=Sampling(1.2, 40, 1.0, n) if n % 2 else Sampling(),
+        stop=("a", "\n") if n % 4 == 2 else (),
+        speculative=n % 3 == 2,
+    )
+    for n in range(9)
+]
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(REQUESTS) - 1), st.integers(0, 3)), min_size=1, max_size=12))
+def test_every_request_writes_what_it_writes_alone(
+    scheduler: Scheduler, alone: Callable, arrivals: list[tuple[int, int]]
+) -> None:
+    """Any requests, in any order, with any number of turns between them: tokens, text, finish, kept rows."""
+    clients = []
+    for number, turns in arrivals:
+        clients.append((REQUESTS[number], Recorder()))
+        scheduler.submit(*clients[-1])
+        for _ in range(turns):
+            scheduler.work()
+    finish(scheduler)
+    for request, client in clients:
+        expected = alone(request)
+        assert client.error is None
+        assert client.result is not None
+        assert (client.ids, client.text) == (expected.ids, expected.text)
+        assert client.result.finish == expected.finish
+        stats = client.result.stats
+        assert (stats.prompt_tokens, stats.new_tokens) == (len(request.prompt), len(expected.ids))
+        if not request.speculative:
+            assert stats.kept_rows == expected.stats.kept_rows
+            assert stats.gated_rows == expected.stats.gated_rows
+            assert stats.decode_steps == len(expected.ids) - 1
+
+
+def test_a_request_that_leaves_is_dropped_and_changes_nobody(scheduler: Scheduler, alone: Callable) -> None:
+    stays, leaves = REQUESTS[4], REQUESTS[8]
+    clients = [Recorder(), Recorder(leaves_after=4), Recorder()]
+    for request, client in zip((stays, leaves, stays), clients, strict=True):
+        scheduler.submit(request, client)
+    waiting = [Recorder(), Recorder(leaves_after=0)]
+    scheduler.submit(REQUESTS[1], waiting[0])
+    scheduler.submit(REQUESTS[0], Recorder())
+    scheduler.submit(leaves, waiting[1])
+    finish(scheduler)
+    assert clients[1].was_dropped
+    assert clients[1].result is None
+    assert 4 <= len(clients[1].ids) < 10, "it was left within a round or two"
+    assert waiting[1].was_dropped
+    assert not waiting[1].ids
+    for client in (clients[0], clients[2]):
+        assert client.ids == alone(stays).ids
+    assert waiting[0].ids == alone(REQUESTS[1]).ids
+
+
+class Faulty:
+    """A runner whose call fails when some token comes."""
+
+    def __init__(self, runner: Runner, token: int) -> None:
+        self.manifest, self._runner, self._token = runner.manifest, runner, token
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        return self._runner.new_cache(batch, capacity)
+
+    def step(self, cache: Cache, input_ids: np.ndarray, select: np.ndarray | None, **options: object) -> StepOutput:
+        if (input_ids == self._token).any():
+            raise RuntimeError("no such luck")
+        return self._runner.step(cache, input_ids, select, **options)  # type: ignore[arg-type]
+
+    def move(self, cache: Cache, source: int, target: int) -> None:
+        self._runner.move(cache, source, target)
+
+
+def test_a_request_that_fails_fails_alone(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    scheduler = Scheduler(Faulty(open_runner(bundle, 1), 250), BundleTokenizer(bundle), slots=3)
+    clients = [Recorder() for _ in range(4)]
+    for prompt, client in zip(([5, 6], [5, 250], [7, 8], [5, 6]), clients, strict=True):
+        scheduler.submit(Request(prompt, 6), client)
+    finish(scheduler)
+    assert isinstance(clients[1].error, RuntimeError)
+    assert all(client.error is None for client in (clients[0], clients[2], clients[3]))
+    assert clients[0].ids == clients[3].ids == gsx.generate(bundle, ids=[5, 6], max_new_tokens=6).ids
+
+
+def test_a_client_that_cannot_be_told_is_dropped(tiny_bundle: Path) -> None:
+    class Broken(Recorder):
+        def tokens(self, ids: Sequence[int], text: str) -> None:
+            raise ConnectionError
+
+    bundle = open_bundle(tiny_bundle)
+    scheduler = Scheduler(open_runner(bundle, 1), slots=2)
+    good = Recorder()
+    scheduler.submit(Request([5, 6], 6), Broken())
+    scheduler.submit(Request([5, 6], 6), good)
+    finish(scheduler)
+    assert good.ids == gsx.generate(bundle, ids=[5, 6], max_new_tokens=6).ids
+
+
+def test_what_runs_portable_is_served_too(make_tiny_bundle: Callable[..., Path]) -> None:
+    """Rank selection chooses among a whole call, so each of its requests steps alone; others share steps."""
+    for options in ({"select": "rank", "calibration": None}, {}):
+        bundle = open_bundle(make_tiny_bundle(**options))
+        runner = WholeRunner(PortableStage(bundle, threads=1))
+        scheduler = Scheduler(runner, slots=3)
+        prompts = [[5, 60, 61], [7, 8], [9, 10, 11, 12], [13]]
+        clients = [Recorder() for _ in prompts]
+        for prompt, client in zip(prompts, clients, strict=True):
+            scheduler.submit(Request(prompt, 5 + len(prompt)), client)
+        finish(scheduler)
+        for prompt, client in zip(prompts, clients, strict=True):
+            assert client.ids == gsx.generate(bundle, ids=prompt, max_new_tokens=5 + len(prompt)).ids
+
+
+def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
+    scheduler = Scheduler(open_runner(open_bundle(tiny_bundle), 1), slots=1, queue=2)
+    for _ in range(2):
+        scheduler.submit(Request([5], 3), Recorder())
+    with pytest.raises(OverloadedError, match="more requests than it can take") as refusal:
+        scheduler.submit(Request([5], 3), Recorder())
+    assert "again later" in refusal.value.message
+    finish(scheduler)
+    scheduler.submit(Request([5], 3), Recorder())
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (Request([], 3), "empty"),
+        (Request([5] * 40, 3), "longer than a row"),
+        (Request([5], 40), "longer than a row"),
+        (Request([5], 0), "max new tokens"),
+        (Request([-5], 4), "outside the vocabulary"),
+        (Request([5], 4, budget=1.5), "budget"),
+        (Request([5], 4, budget=float("nan")), "budget"),
+        (Request([5], 4, stop=("a",)), "tokenizer"),
+        (Request([5], 4, speculative=True), "no draft"),
+    ],
+)
+def test_bad_requests_are_refused(tiny_bundle: Path, request_: Request, message: str) -> None:
+    scheduler = Scheduler(open_runner(open_bundle(tiny_bundle), 1), slots=1, context=32)
+    with pytest.raises(UsageError, match=message):
+        scheduler.submit(request_, Recorder())
+    assert not scheduler.waiting
+
+
+def test_the_thread_works_while_there_is_work_and_closes(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    scheduler = Scheduler(open_runner(bundle, 1), slots=2)
+    thread = threading.Thread(target=scheduler.run)
+    thread.start()
+    done = threading.Event()
+
+    class Waiting(Recorder):
+        def finished(self, result: Finished) -> None:
+            super().finished(result)
+            done.set()
+
+    client, cut = Waiting(), Recorder()
+    scheduler.submit(Request([5, 6], 6), client)
+    assert done.wait(60)
+    assert client.ids == gsx.generate(bundle, ids=[5, 6], max_new_tokens=6).ids
+    scheduler.submit(Request([5, 6], 400), cut)
+    scheduler.close()
+    thread.join(60)
+    assert not thread.is_alive()
+    assert cut.result is not None or isinstance(cut.error, GsxError)
+    with pytest.raises(OverloadedError, match="shutting down"):
+        scheduler.submit(Request([5], 3), Recorder())

@@ -1,0 +1,106 @@
+"""Learn then Test: p-values, the walk, and the promise itself in simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines.errors import UsageError
+from exporter.risk_control import Guarantee, agreement_risk, fixed_sequence_test, loss_risk, p_value
+
+shares = st.floats(0.01, 0.99)
+
+
+@given(mean=st.floats(0, 1), n=st.integers(1, 2000), delta=shares)
+def test_p_value_is_a_p_value_and_never_above_hoeffding(mean: float, n: int, delta: float) -> None:
+    p = p_value(mean, n, delta)
+    hoeffding = math.exp(-2 * n * max(0.0, delta - mean) ** 2)
+    assert 0 <= p <= min(1.0, hoeffding) * (1 + 1e-9)
+    if mean >= delta:
+        assert p == 1
+
+
+@given(n=st.integers(1, 500), delta=shares, low=st.floats(0, 1), high=st.floats(0, 1))
+def test_p_value_grows_with_the_risk(n: int, delta: float, low: float, high: float) -> None:
+    low, high = sorted((low, high))
+    assert p_value(low, n, delta) <= p_value(high, n, delta) * (1 + 1e-9)
+
+
+@given(delta=shares, confidence=shares)
+def test_prompts_needed_is_exact(delta: float, confidence: float) -> None:
+    needed = Guarantee(delta, confidence).prompts_needed
+    slack = 1e-6  # a p-value that equals epsilon but for rounding
+    assert p_value(0.0, needed, delta) <= (1 - confidence) * (1 + slack)
+    if needed > 1:
+        assert p_value(0.0, needed - 1, delta) > (1 - confidence) * (1 - slack)
+
+
+def test_known_values() -> None:
+    assert Guarantee(0.1, 0.95).prompts_needed == 29  # 0.9^29 = 0.0471
+    assert p_value(0.0, 29, 0.1) == pytest.approx(0.9**29)
+
+
+@given(
+    means=st.lists(st.floats(0, 1), min_size=1, max_size=12),
+    n=st.integers(30, 400),
+    delta=st.floats(0.1, 0.5),
+)
+def test_the_walk_ends_at_the_first_failure(means: list[float], n: int, delta: float) -> None:
+    asked: list[float] = []
+
+    def risks(threshold: float) -> np.ndarray:
+        asked.append(threshold)
+        return np.full(n, means[round(threshold)])
+
+    outcome = fixed_sequence_test(list(map(float, range(len(means)))), risks, n, Guarantee(delta, 0.95))
+    passes = [p_value(mean, n, delta) <= 0.05 for mean in means]
+    first_failure = passes.index(False) if False in passes else len(passes)
+    assert asked == list(map(float, range(min(first_failure + 1, len(means)))))
+    assert outcome.threshold == (None if first_failure == 0 else float(first_failure - 1))
+
+
+@pytest.mark.parametrize("correlated", [True, False])
+@settings(deadline=None)
+@given(seed=st.integers(0, 3))
+def test_the_promise_holds_in_simulation(correlated: bool, seed: int) -> None:
+    """Thresholds whose true mean risk is just above delta are taken in at most epsilon of many draws."""
+    rng = np.random.default_rng(seed)
+    delta, confidence, n, draws = 0.2, 0.9, 120, 400
+    true_risks = np.array([0.05, 0.12, 0.2001, 0.2001, 0.2001, 0.4])
+    wrong = 0
+    for _ in range(draws):
+        # One number a prompt for all thresholds, or one for each: the promise needs no independence between them.
+        luck = rng.random((n, 1)) if correlated else rng.random((n, len(true_risks)))
+        risks = (luck < true_risks).astype(float)
+        outcome = fixed_sequence_test(
+            range(len(true_risks)), lambda i, risks=risks: risks[:, int(i)], n, Guarantee(delta, confidence)
+        )
+        wrong += outcome.threshold is not None and true_risks[int(outcome.threshold)] > delta
+    # Four standard deviations of a share of 0.1 in 400 draws.
+    assert wrong / draws <= 0.1 + 4 * math.sqrt(0.1 * 0.9 / draws)
+
+
+def test_too_few_prompts_are_refused_with_the_number_needed() -> None:
+    with pytest.raises(UsageError, match="29 or more") as caught:
+        fixed_sequence_test([1.0], lambda _: np.zeros(12), 12, Guarantee(0.1, 0.95))
+    assert "12" in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.9), (1.0, 0.9), (0.1, 1.0), (0.1, math.nan), (-1.0, 0.5)])
+def test_a_guarantee_is_of_shares(values: tuple[float, float]) -> None:
+    with pytest.raises(UsageError, match="of a guarantee"):
+        Guarantee(*values)
+
+
+def test_risks() -> None:
+    full = np.log(np.array([[[0.6, 0.4], [0.2, 0.8], [0.5, 0.5]]]))
+    other = np.log(np.array([[[0.3, 0.7], [0.1, 0.9], [0.5, 0.5]]]))
+    ids = np.array([[0, 0, 1]])
+    assert agreement_risk(other, full) == pytest.approx([1 / 3])
+    # Losses of ids 0 and 1 after places 0 and 1: ln 2 and ln(8 / 9) more.
+    assert loss_risk(other, full, ids) == pytest.approx([(math.log(2) + math.log(8 / 9)) / 2])
+    assert loss_risk(full, other, ids) == pytest.approx([0.0])
