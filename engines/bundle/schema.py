@@ -1,4 +1,4 @@
-"""The schema of `gsx.json` as JSON Schema, for readers that are not Python: `python -m engines.bundle.schema` writes it.
+"""The schema of `gsx.json` as JSON Schema, for readers that are no Python: `python -m engines.bundle.schema` writes it.
 
 The C++ runtime compiles it in, so that both accept the same manifests. What no schema can say (sizes in order, graphs
 that must be there) stands in the validators of `manifest.py`, and once more in C++.

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from engines.bundle.manifest import EngineEntry, EngineProfile, Manifest, Selection, Sizes
-from engines.generation import generate
+from engines.errors import GsxError
+from engines.generation import Generation, generate
 from engines.runners.base import Runner
 from engines.runners.split import SplitRunner
 from engines.runners.tensorrt import TensorRTStage
@@ -144,6 +145,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {"branches": [], "profiles": "two"},
     "rank, counted by the host": {"mode": "rank", "draft": None, "count": "k"},
     "rank": {"mode": "rank", "draft": None},
+    "rank in pieces": {"mode": "rank", "draft": None, "profiles": "two"},
+    "short": {"capacity": 32},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"max_new_tokens": 24},
@@ -154,12 +157,45 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stop ids": {"max_new_tokens": 40, "stop_ids": list(range(0, VOCABULARY, 9))},
     "to the context's end": {"max_new_tokens": 1000, "stop_ids": [], "long": True},
 }
+# Models that generate; the others refuse.
+GENERATING = ("gated", "copy", "one branch", "dense", "rank, counted by the host", "rank")
 # What every model but the first is asked for.
 FEW = ("greedy", "hot", "stop ids")
 PROMPTS = {
     "one": [[5, 60, 61, 7, 8, 9]],
     "ragged": [[11], [5, 60, END, 61, 7, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23], [40, 41, 42]],
 }
+
+
+# What is asked wrongly: model, draft, prompts, options.
+REFUSED: list[tuple[str, str | None, list[list[int]], dict[str, Any]]] = [
+    ("gated", None, [], {}),
+    ("gated", None, [[5], []], {}),
+    ("gated", None, [list(range(CONTEXT))], {}),
+    ("gated", None, [[5, VOCABULARY]], {}),
+    ("gated", None, [[-1]], {}),
+    ("gated", None, [[5]], {"max_new_tokens": 0}),
+    ("gated", None, [[5]], {"budget": 0.1}),
+    ("gated", None, [[5]], {"budget": 1.5}),
+    ("gated", None, [[5]], {"budget": -1.0}),
+    ("dense", None, [[5]], {"budget": 0.5}),
+    ("gated", None, [[5]], {"sampling": {"temperature": -1.0}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 1.0, "top_k": -3}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 1.0, "top_p": 0.0}}),
+    ("gated", "exit:3", [[5]], {"draft_length": -1}),
+    ("gated", "exit:3", [[5]], {"draft_length": CONTEXT + 1}),
+    ("gated", "exit:2", [[5]], {}),
+    ("gated", "exit:9", [[5]], {}),
+    ("dense", "budget:0.5", [[5]], {}),
+    ("gated", "budget:0.1", [[5]], {}),
+    ("gated", "layers:0-5", [[5]], {}),
+    ("one branch", "layers:2.attn", [[5]], {}),
+    ("rank", "budget:0.5", [[5]], {}),
+    *(("gated", spec, [[5]], {}) for spec in ("exit", "exit:", "exit:x", "nothing:2", "layers:3-1", "layers:1.head")),
+    ("gated", None, [[5]] * 5, {}),  # more sequences than a profile takes
+    ("short", None, [[5]], {"max_new_tokens": 60}),  # than the engine's buffers hold
+    ("rank in pieces", None, [list(range(3, 40))], {}),
+]
 
 
 def toy_manifest(
@@ -170,6 +206,7 @@ def toy_manifest(
     draft: int | None = EXIT,
     count: str | None = None,
     profiles: str = "one",
+    capacity: int = CONTEXT,
 ) -> dict[str, Any]:
     """The manifest of a toy model, with its engine entry `toy`, as plain JSON."""
     branches = ["attn", "mlp"] if branches is None else branches
@@ -200,26 +237,42 @@ def toy_manifest(
             ("logits_at", ["batch", "logits_columns"]),
             *([("k", [1]) if count else chooses] if branches else []),
             *(passes if name == "verify" else []),
-            *((f"past_key_values.{one}", ["batch", 1, CONTEXT, 1]) for one in kv),
+            *((f"past_key_values.{one}", ["batch", 1, capacity, 1]) for one in kv),
         ]
         outputs: list[tuple[str, list[Any]]] = [
             ("logits", ["batch", "logits_columns", VOCABULARY]),
             *(passes if name == "draft" else []),
             *([("kept", [len(layers) * len(branches)])] if branches else []),
-            *((f"present.{one}", ["batch", 1, CONTEXT, 1]) for one in kv),
+            *((f"present.{one}", ["batch", 1, capacity, 1]) for one in kv),
         ]
         engines[name] = {
-            **{"file": f"{name}.engine", "sha256": HASH, "size_bytes": 0, "graph_sha256": HASH},
-            **{"weights_sha256": HASH, "forms": {}, "layers": {}, "build_seconds": 0.0, "peak_bytes": 0},
+            "file": f"{name}.engine",
+            "sha256": HASH,
+            "size_bytes": 0,
+            "graph_sha256": HASH,
+            "weights_sha256": HASH,
+            "forms": {},
+            "layers": {},
+            "build_seconds": 0.0,
+            "peak_bytes": 0,
             "inputs": [{"name": one, "type": "float", "shape": shape} for one, shape in inputs],
             "outputs": [{"name": one, "type": "float", "shape": shape} for one, shape in outputs],
         }
     entry = EngineEntry.model_validate(
         {
-            **{"schema_version": 1, "backend": "tensorrt-rtx", "tensorrt_version": "0", "targets": ["89"]},
-            **{"platform": "any", "gpu": None, "precision": "fp32", "capacity": CONTEXT, "plugins": None},
+            "schema_version": 1,
+            "backend": "tensorrt-rtx",
+            "tensorrt_version": "0",
+            "targets": ["89"],
+            "platform": "any",
+            "gpu": None,
+            "precision": "fp32",
+            "capacity": capacity,
+            "plugins": None,
             "profiles": [
-                EngineProfile(name=name, batch=Sizes(*batch), tokens=Sizes(*tokens), window=Sizes(1, 64, CONTEXT))
+                EngineProfile(
+                    name=name, batch=Sizes(*batch), tokens=Sizes(*tokens), window=Sizes(1, min(64, capacity), capacity)
+                )
                 for name, tokens, batch in PROFILES[profiles]
             ],
             "graphs": engines,
@@ -227,12 +280,25 @@ def toy_manifest(
     )
     manifest = Manifest.model_validate(
         {
-            **{"schema_version": 1, "gsx_version": "0", "tools": {}, "kv_policy": kv_policy, "precision": "fp32"},
+            "schema_version": 1,
+            "gsx_version": "0",
+            "tools": {},
+            "kv_policy": kv_policy,
+            "precision": "fp32",
             "source": {"model": "toy", "weights_sha256": HASH},
             "decoder": {
-                **{"family": "toy", "vocab_size": VOCABULARY, "hidden_size": 1, "num_layers": LAYERS, "num_heads": 1},
-                **{"num_kv_heads": 1, "head_dim": 1, "max_positions": CONTEXT, "windows": [None] * LAYERS},
-                **{"bos_id": None, "eos_ids": [END], "pad_id": None},
+                "family": "toy",
+                "vocab_size": VOCABULARY,
+                "hidden_size": 1,
+                "num_layers": LAYERS,
+                "num_heads": 1,
+                "num_kv_heads": 1,
+                "head_dim": 1,
+                "max_positions": CONTEXT,
+                "windows": [None] * LAYERS,
+                "bos_id": None,
+                "eos_ids": [END],
+                "pad_id": None,
             },
             "gates": {"kind": "scalar", "input": "post_norm", "branches": branches} if branches else None,
             "selection": selection if branches else None,
@@ -269,8 +335,8 @@ def generation_vectors() -> dict[str, Any]:
     """Generations of the toy models: plain, and with every kind of draft."""
     manifests = {name: toy_manifest(**options) for name, options in MODELS.items()}
     cases = []
-    for model, raw in manifests.items():
-        manifest = Manifest.model_validate(raw)
+    for model in GENERATING:
+        manifest = Manifest.model_validate(manifests[model])
         drafts: list[tuple[str | None, int | None]] = [(None, None)]
         if manifest.draft is not None:
             drafts += [(f"exit:{EXIT}", 3), (f"exit:{EXIT}", 0)]
@@ -282,7 +348,7 @@ def generation_vectors() -> dict[str, Any]:
                     if (model != "gated" and name not in FEW) or (kind == "ragged" and "long" in options):
                         continue
                     cases.append(_case(model, manifest, spec, length, name, options, prompts))
-    return {"manifests": manifests, "cases": cases}
+    return {"manifests": manifests, "cases": cases + [_refused(manifests, *asked) for asked in REFUSED]}
 
 
 def _case(
@@ -295,33 +361,15 @@ def _case(
     prompts: list[list[int]],
 ) -> dict[str, Any]:
     digest = new_digest()
-    budget = options.get("budget")
-    runner, draft = opened(manifest, spec, budget, digest)
-    sampling = options.get("sampling", {"temperature": 0.0})
-    stop_ids = options.get("stop_ids")
-    made = generate(
-        runner,
-        prompts,
-        max_new_tokens=options["max_new_tokens"],
-        budget=budget,
-        sampling=Sampling(**sampling),
-        stop_ids=stop_ids,
-        draft=draft,
-        draft_length=length,
-    )
+    asked = _asked(options | {"draft_length": length})
+    made = _generate(manifest, spec, prompts, asked, digest)
     stats = made.stats
     return {
         "name": f"{model}, {spec or 'plain'}, {name}",
         "model": model,
         "draft": spec,
         "prompts": prompts,
-        "options": {
-            "max_new_tokens": options["max_new_tokens"],
-            "budget": budget,
-            "sampling": sampling,
-            "stop_ids": stop_ids,
-            "draft_length": length,
-        },
+        "options": asked,
         "sequences": [{"tokens": one.tokens, "finish": one.finish} for one in made.sequences],
         "stats": {
             "prompt_tokens": stats.prompt_tokens,
@@ -335,6 +383,37 @@ def _case(
         },
         "calls_sha256": digest.hexdigest(),
     }
+
+
+def _refused(
+    manifests: dict[str, Any], model: str, spec: str | None, prompts: list[list[int]], options: dict[str, Any]
+) -> dict[str, Any]:
+    manifest = Manifest.model_validate(manifests[model])
+    asked = _asked(options)
+    try:
+        _generate(manifest, spec, prompts, asked, new_digest())
+    except GsxError as error:
+        return {"model": model, "draft": spec, "prompts": prompts, "options": asked, "error": str(error)}
+    raise AssertionError(f"{model}, {spec}, {options}: nobody refused")
+
+
+def _asked(options: dict[str, Any]) -> dict[str, Any]:
+    """Options in full."""
+    return {
+        "max_new_tokens": options.get("max_new_tokens", 8),
+        "budget": options.get("budget"),
+        "sampling": options.get("sampling", {"temperature": 0.0}),
+        "stop_ids": options.get("stop_ids"),
+        "draft_length": options.get("draft_length"),
+    }
+
+
+def _generate(
+    manifest: Manifest, spec: str | None, prompts: list[list[int]], asked: dict[str, Any], digest: Any
+) -> Generation:
+    sampling = Sampling(**asked["sampling"])
+    runner, draft = opened(manifest, spec, asked["budget"], digest)
+    return generate(runner, prompts, draft=draft, **{**asked, "sampling": sampling})
 
 
 def threshold_vectors() -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """A toy model in whole numbers, behind the interface of a TensorRT engine (`engines.runners.tensorrt.Engine`).
 
 It is the same arithmetic as engines/cpp/tests/toy_engine.cpp, so two languages must agree to the bit: states are whole
-numbers below 2**16, all randomness is a hash, logits are quarters, and many of them are equal. It keeps K and V, attends
-over what the mask shows, skips by thresholds or by rank, and has an exit that often agrees with the model. A call's
-inputs are hashed, so that vectors tell of every byte that a runtime would be given.
+numbers below 2**16, all randomness is a hash, logits are quarters, and many of them are equal. It keeps K and V,
+attends over what the mask shows, skips by thresholds or by rank, and has an exit that often agrees with the model. The
+inputs of a call are hashed, so that vectors tell of every byte that a runtime would be given.
 """
 
 from __future__ import annotations

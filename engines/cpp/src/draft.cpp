@@ -179,7 +179,7 @@ void checkDraft(DraftKind const& draft, Manifest const& manifest) {
         throw UsageError("speculation needs selection by threshold",
                          {{},
                           "rank: whether a token is kept depends on the other tokens of the call, drafted ones among them",
-                          "export with --select threshold, or decode plainly (--no-speculative)"});
+                          "export with --select threshold, or decode plainly (no --draft; --no-speculative)"});
     }
     if (auto const* exit = std::get_if<ExitDraft>(&draft)) {
         checkExit(*exit, manifest);

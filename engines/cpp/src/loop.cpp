@@ -49,8 +49,8 @@ void checkRequest(std::vector<Tokens> const& prompts, Options const& options, Ma
 class Sequence {
 public:
     Sequence(size_t row, Tokens const& prompt, int64_t maxNewTokens, Manifest const& manifest)
-        : mRow(row), mPrompt(static_cast<int64_t>(prompt.size())) {
-        int64_t const room = manifest.decoder.maxPositions - mPrompt;
+        : mRow(row), mPrompt(prompt) {
+        int64_t const room = manifest.decoder.maxPositions - promptSize();
         mLimit = std::min(maxNewTokens, room);
         mAtLimit = maxNewTokens <= room ? FinishReason::kLength : FinishReason::kContext;
     }
@@ -60,9 +60,12 @@ public:
     // Tokens that it may still get.
     int64_t left() const { return mFinish ? 0 : mLimit - count(); }
     // Position of the next new token.
-    int64_t place() const { return mPrompt + count(); }
+    int64_t place() const { return promptSize() + count(); }
+    int64_t promptSize() const { return static_cast<int64_t>(mPrompt.size()); }
     int64_t count() const { return static_cast<int64_t>(mTokens.size()); }
     int64_t newest() const { return mTokens.back(); }
+    // What the model has to read for the next token: the prompt, later the newest token.
+    Tokens unread() const { return mTokens.empty() ? mPrompt : Tokens{newest()}; }
 
     void add(int64_t token, std::set<int64_t> const& stops, OnToken const& onToken) {
         mTokens.push_back(token);
@@ -80,7 +83,7 @@ public:
 
 private:
     size_t mRow;
-    int64_t mPrompt;
+    Tokens const& mPrompt;
     int64_t mLimit;
     FinishReason mAtLimit;
     Tokens mTokens;
@@ -94,7 +97,6 @@ public:
         : mRunner(runner),
           mDraft(draft),
           mLength(std::move(length)),
-          mPrompts(prompts),
           mPicker(options.sampling),
           mInputs(inputsFor(runner.manifest(), options.budget)),
           mOnToken(options.onToken) {
@@ -140,7 +142,7 @@ private:
         mStats.sequences = static_cast<int64_t>(mSequences.size());
         Generation made;
         for (Sequence& sequence : mSequences) {
-            mStats.promptTokens += sequence.place() - sequence.count();
+            mStats.promptTokens += sequence.promptSize();
             mStats.newTokens += sequence.count();
             made.sequences.push_back(std::move(sequence).result());
         }
@@ -150,27 +152,39 @@ private:
     }
 
     void prefill(Cache& cache) {
-        Counts counts;
-        for (Tokens const& prompt : mPrompts) counts.push_back(static_cast<int64_t>(prompt.size()));
-        int64_t const size = *std::max_element(counts.begin(), counts.end());
-        Array<int64_t> ids({cache.batch, size});
-        for (size_t row = 0; row < mPrompts.size(); ++row) {
-            std::copy(mPrompts[row].begin(), mPrompts[row].end(), ids.data.begin() + static_cast<int64_t>(row) * size);
-        }
-        StepOutput const output = mRunner.step(cache, std::move(ids), std::move(counts), mInputs, Logits::kLast);
+        StepOutput const output = read(cache);
         count(output);
-        for (Sequence& sequence : mSequences) pick(sequence, logitsOf(output, sequence.row(), 0));
+        take(output);
     }
 
     void plainStep(Cache& cache) {
         auto const started = Clock::now();
-        Counts alive;
-        for (Sequence const& sequence : mSequences) alive.push_back(sequence.left() > 0 ? 1 : 0);
-        StepOutput const output = mRunner.step(cache, newest(), std::move(alive), mInputs, Logits::kLast);
+        StepOutput const output = read(cache);
         double const seconds = secondsSince(started);
         mStats.verifySeconds += seconds;
         count(output);
         mLength->learn({0, 1, 0, 0, 0, 0, seconds});
+        take(output);
+    }
+
+    // Let the model read what it has not of each sequence: its prompt, later its newest token; nothing of what has ended.
+    StepOutput read(Cache& cache) {
+        std::vector<Tokens> unread;
+        Counts counts;
+        for (Sequence const& sequence : mSequences) {
+            unread.push_back(sequence.left() > 0 ? sequence.unread() : Tokens());
+            counts.push_back(static_cast<int64_t>(unread.back().size()));
+        }
+        int64_t const size = *std::max_element(counts.begin(), counts.end());
+        Array<int64_t> ids({cache.batch, size});
+        for (size_t row = 0; row < unread.size(); ++row) {
+            std::copy(unread[row].begin(), unread[row].end(), ids.data.begin() + static_cast<int64_t>(row) * size);
+        }
+        return mRunner.step(cache, std::move(ids), std::move(counts), mInputs, Logits::kLast);
+    }
+
+    // Give every sequence that goes on its next token.
+    void take(StepOutput const& output) {
         for (Sequence& sequence : mSequences) {
             if (sequence.left() > 0) pick(sequence, logitsOf(output, sequence.row(), 0));
         }
@@ -309,7 +323,6 @@ private:
     Runner& mRunner;
     Draft* mDraft;
     std::unique_ptr<DraftLength> mLength;
-    std::vector<Tokens> const& mPrompts;
     Picker mPicker;
     std::shared_ptr<RunInputs const> mInputs;
     OnToken const& mOnToken;

@@ -1,11 +1,34 @@
 #include "gsx/manifest.h"
 
 #include <cmath>
+#include <iterator>
+#include <set>
 
 #include "gsx/error.h"
 #include "text.h"
 
 namespace gsx {
+namespace {
+
+// Branches as `parseDraft` reads them: neighbours that leave out the same are a range.
+std::string spelled(LayersDraft const& draft) {
+    std::map<int64_t, std::set<Branch>> leftOut;
+    for (auto const& [layer, branch] : draft.skip) leftOut[layer].insert(branch);
+    std::vector<std::string> parts;
+    for (auto first = leftOut.begin(); first != leftOut.end();) {
+        auto last = first;
+        auto next = std::next(last);
+        while (next != leftOut.end() && next->first == last->first + 1 && next->second == first->second) last = next++;
+        std::string part = std::to_string(first->first);
+        if (last != first) part += "-" + std::to_string(last->first);
+        if (first->second.size() < kBranches) part += std::string(".") + nameOf(*first->second.begin());
+        parts.push_back(part);
+        first = next;
+    }
+    return joinedBy(",", parts);
+}
+
+}  // namespace
 
 char const* nameOf(Branch branch) noexcept { return branch == Branch::kAttention ? "attn" : "mlp"; }
 
@@ -49,11 +72,7 @@ bool operator==(DraftKind const& one, DraftKind const& other) { return toString(
 std::string toString(DraftKind const& draft) {
     if (auto const* exit = std::get_if<ExitDraft>(&draft)) return "exit:" + std::to_string(exit->layer);
     if (auto const* budget = std::get_if<BudgetDraft>(&draft)) return "budget:" + shortNumber(budget->budget);
-    std::vector<std::string> places;
-    for (auto const& [layer, branch] : std::get<LayersDraft>(draft).skip) {
-        places.push_back(std::to_string(layer) + "." + nameOf(branch));
-    }
-    return "layers:" + joinedBy(",", places);
+    return "layers:" + spelled(std::get<LayersDraft>(draft));
 }
 
 }  // namespace gsx

@@ -142,17 +142,32 @@ std::string generateToy(json const& raw, json const& one, gsx::Options const& op
     return digest.finish();
 }
 
+void repeatRefusal(json const& raw, json const& one, gsx::Options const& options) {
+    std::string said = "nothing was refused";
+    try {
+        gsx::Generation made;
+        generateToy(raw, one, options, made);
+    } catch (gsx::Error const& error) {
+        said = error.what();
+    }
+    compare("refusal", said, one.at("error"));
+}
+
 void repeatGeneration(json const& file) {
     for (json const& one : file.at("cases")) {
-        std::string const name = one.at("name");
+        json const& raw = file.at("manifests").at(one.at("model").get<std::string>());
         gsx::Options options = optionsOf(one.at("options"));
+        if (one.contains("error")) {
+            repeatRefusal(raw, one, options);
+            continue;
+        }
+        std::string const name = one.at("name");
         std::vector<gsx::Tokens> streamed(one.at("prompts").size());
         options.onToken = [&](size_t sequence, int64_t token) {
             streamed[sequence].push_back(token);
             return false;
         };
         gsx::Generation made;
-        json const& raw = file.at("manifests").at(one.at("model").get<std::string>());
         std::string const calls = generateToy(raw, one, options, made);
         json sequences = json::array();
         for (size_t i = 0; i < made.sequences.size(); ++i) {

@@ -190,7 +190,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "unknown key": (lambda m: m.update(extra=1), "extra: is not known"),
     "missing key": (lambda m: m["decoder"].pop("vocab_size"), "decoder.vocab_size: is missing"),
     "wrong type": (lambda m: m["decoder"].update(num_layers="four"), "decoder.num_layers: must be of type integer"),
-    "not a whole number": (
+    "no whole number": (
         lambda m: m["weights"].update(size_bytes=1.5),
         "weights.size_bytes: must be of type integer",
     ),

@@ -114,7 +114,7 @@ TensorRT::TensorRT(std::optional<std::filesystem::path> const& plugins) {
                           {{}, mLogger.takeError(), {}});
     }
     if (plugins && mRuntime->getPluginRegistry().loadLibrary(plugins->c_str()) == nullptr) {
-        throw EngineError(plugins->string() + ": TensorRT does not load this plugin library",
+        throw EngineError("the plugin library " + plugins->string() + " does not load",
                           {{}, mLogger.takeError(), "gsx plugins build makes one for this machine"});
     }
 }
