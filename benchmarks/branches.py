@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.bundle.bundle import open_bundle
-from engines.generation import select_for
+from engines.bundle.controls import Keep, controls_for
 from engines.runners.select import open_runner
 
 PROMPT_TOKENS, STEPS = 512, 24
@@ -36,20 +36,20 @@ def main() -> None:
     gated = open_runner(open_bundle(args.work / "gsx-scalar"), threads=args.threads)
     shape = (gated.manifest.decoder.num_layers, 2)
     forms = {
-        "dense": (dense, None),
-        "half kept": (gated, select_for(gated.manifest, 0.5)),
-        "none kept": (gated, np.full(shape, NOTHING, np.float32)),
-        "all kept": (gated, np.full(shape, EVERYTHING, np.float32)),
+        "dense": (dense, {}),
+        "half kept": (gated, controls_for(gated.manifest, Keep(budget=0.5))),
+        "none kept": (gated, {"thresholds": np.full(shape, NOTHING, np.float32)}),
+        "all kept": (gated, {"thresholds": np.full(shape, EVERYTHING, np.float32)}),
     }
     caches = {id(runner): runner.new_cache(1, PROMPT_TOKENS + 1) for runner in (dense, gated)}
     ids = np.random.default_rng(0).integers(0, dense.manifest.decoder.vocab_size, (1, PROMPT_TOKENS))
 
     def call(form: str, tokens: np.ndarray, past: int) -> float:
-        runner, select = forms[form]
+        runner, controls = forms[form]
         cache = caches[id(runner)]
         cache.roll_back([past])
         started = time.perf_counter()
-        runner.step(cache, tokens, select)
+        runner.step(cache, tokens, controls)
         return time.perf_counter() - started
 
     seconds: dict[tuple[str, str], list[float]] = {}

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from exporter.config import GateConfig, ModelConfig
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
+from exporter.rules.gateskip import GateSkip
 from plugins.errors import PluginError
 
 MAX_APART = 0.08
@@ -86,9 +87,10 @@ def make_layers(shape: Shape, gate: GateConfig | None, dtype: torch.dtype, devic
     """Random layers whose states stay of order 1."""
     torch.manual_seed(0)
     layers = []
+    options = DecoderOptions(GateSkip(gate, (), "rank") if gate else None, "compute", dtype)
     for _ in range(shape.layers):
         with torch.device("meta"):
-            layer = DecoderLayer(config_of(shape, gate), DecoderOptions("rank", "compute", dtype), has_below=False)
+            layer = DecoderLayer(config_of(shape, gate), options, has_below=False)
         layer = layer.to_empty(device=device)
         for name, weight in layer.named_parameters():
             if name.endswith("norm.weight"):
@@ -106,9 +108,11 @@ def call_state(shape: Shape, tokens: int, kept: int, dtype: torch.dtype, device:
         cos=angle.cos().to(dtype)[None],
         sin=angle.sin().to(dtype)[None],
         mask=torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril()[None, None],
-        forced=torch.zeros(tokens, dtype=torch.bool, device=device),
-        forced_score=torch.zeros(tokens, device=device),
-        select=torch.tensor([kept]),  # on the CPU: nobody waits for the GPU to tell K
+        values={
+            "forced": torch.zeros(tokens, dtype=torch.bool, device=device),
+            "forced_score": torch.zeros(tokens, device=device),
+            "k": torch.tensor([kept]),  # on the CPU: nobody waits for the GPU to tell K
+        },
     )
 
 
@@ -118,7 +122,7 @@ def prefill(layers: Sequence[DecoderLayer], hidden: Tensor, call: CallState) -> 
     attention = layers[0].self_attn
     nothing = hidden.new_empty(1, attention.num_kv_heads, 0, attention.head_dim)
     for layer in layers:
-        hidden, _, _ = layer(hidden, call, KeyValue(nothing, nothing))
+        hidden, _, _, _ = layer(hidden, call, KeyValue(nothing, nothing))
     return hidden
 
 

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import Keep
 from engines.generation import GenerationStats, generate
 from engines.runners.select import open_runner
 from engines.sampling import GREEDY, Sampling
@@ -85,7 +86,7 @@ def equal(args: argparse.Namespace) -> None:
     for spec, precision in cases:
         bundle = exported(args.work, args.model, budget=0.7, draft=spec, precision=precision)
         for budget in args.budgets:
-            draft = open_draft(bundle, parse_draft(spec), args.threads, budget)
+            draft = open_draft(bundle, parse_draft(spec), args.threads)
             plain = open_runner(bundle, args.threads)
             # The portable graph, which runs batches and half precision, is slow: fewer prompts there.
             for batch, chosen in ((1, prompts), (4, prompts[::2])) if precision == "fp32" else ((1, prompts[::4]),):
@@ -95,7 +96,7 @@ def equal(args: argparse.Namespace) -> None:
                         rows = [row[: PROMPT_TOKENS - 8 * n] for n, row in enumerate(chosen[at : at + batch])]
                         options = {
                             "max_new_tokens": args.new_tokens,
-                            "budget": budget,
+                            "keep": Keep(budget=budget),
                             "sampling": sampling,
                             "stop_ids": [],
                         }
@@ -144,8 +145,8 @@ def measure(
     sampling: Sampling,
 ) -> tuple[Account, Account]:
     """Plain and speculative decoding in turn. Returns: both accounts."""
-    plain, draft = open_runner(bundle, threads), open_draft(bundle, parse_draft(spec), threads, budget)
-    options = {"budget": budget, "sampling": sampling, "stop_ids": []}
+    plain, draft = open_runner(bundle, threads), open_draft(bundle, parse_draft(spec), threads)
+    options = {"keep": Keep(budget=budget), "sampling": sampling, "stop_ids": []}
     accounts = Account(), Account()
     for number, prompt in enumerate([prompts[0], *prompts]):
         one = generate(plain, [prompt], max_new_tokens=NEW_TOKENS, **options)

@@ -22,13 +22,14 @@ Call = Callable[[list[int], int], tuple[float, float, list[int], float | None]]
 def gsx_call(path: Path, threads: int, budget: float | None) -> Call:
     """gsx's own runner and loop."""
     from engines.bundle.bundle import open_bundle
+    from engines.bundle.controls import Keep
     from engines.generation import generate
     from engines.runners.select import open_runner
 
     runner = open_runner(open_bundle(path), threads=threads)
 
     def call(prompt: list[int], new_tokens: int) -> tuple[float, float, list[int], float | None]:
-        found = generate(runner, [prompt], max_new_tokens=new_tokens, budget=budget, stop_ids=[])
+        found = generate(runner, [prompt], max_new_tokens=new_tokens, keep=Keep(budget=budget), stop_ids=[])
         stats = found.stats
         return stats.prefill_seconds, stats.decode_seconds, found.sequences[0].tokens, stats.kept_share
 

@@ -19,7 +19,8 @@ from typing import Literal
 
 import numpy as np
 
-from engines.bundle.manifest import Manifest, check_budget
+from engines.bundle.controls import AS_EXPORTED, Controls, Keep, controls_for
+from engines.bundle.manifest import Manifest
 from engines.errors import UsageError
 from engines.runners.base import Cache, Runner, StepOutput
 from engines.sampling import GREEDY, Picker, Sampling
@@ -45,8 +46,8 @@ class GenerationStats:
             is left is the loop's own.
         drafted, accepted: by place in the draft (its first token first): how often a token stood there with none
             but right ones before it, and how often it was right.
-        kept_rows, gated_rows: rows that branches ran on, and rows that came before their gates, in all layers that the
-            model itself ran; 0 without gates.
+        kept_rows, gated_rows: rows that skippable branches ran on, and rows that the keep rule judged, in all layers
+            that the model itself ran; 0 for a dense model.
     """
 
     prompt_tokens: int = 0
@@ -64,7 +65,7 @@ class GenerationStats:
 
     @property
     def kept_share(self) -> float | None:
-        """Share of (token, branch) pairs kept; None without gates."""
+        """Share of (token, branch) pairs kept; None for a dense model."""
         return self.kept_rows / self.gated_rows if self.gated_rows else None
 
     @property
@@ -104,7 +105,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    budget: float | None = None,
+    keep: Keep | Sequence[Keep] = AS_EXPORTED,
     sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] | None = None,
     draft: Draft | None = None,
@@ -117,13 +118,14 @@ def generate(
         runner: the model; with a draft, the draft's own runner.
         prompts: token ids, one list a sequence.
         max_new_tokens: per sequence; the model's context may end it earlier (finish "context").
-        budget: share kept; None for the exported default.
+        keep: what each request asks of the keep rule; one for all, or one a prompt.
         stop_ids: tokens that end a sequence (kept in its tokens); None for the model's end-of-text.
         draft: what guesses tokens ahead; None for plain decoding.
         draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
         on_token: called with every new token; returning True ends that sequence (finish "stopped").
     Raises:
-        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, a budget that is not one.
+        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, what the keep rule does not
+            take.
     """
     manifest = runner.manifest
     if not prompts:
@@ -138,25 +140,12 @@ def generate(
         Continuation(manifest, prompt, max_new_tokens, picker, number, partial(on_token, number), stops)
         for number, prompt in enumerate(prompts)
     ]
-    decoding = Decoding(runner, sequences, select_for(manifest, budget), draft, draft_length)
+    controls = controls_for(manifest, keep, [len(prompt) for prompt in prompts])
+    decoding = Decoding(runner, sequences, controls, draft, draft_length)
     decoding.start()
     while not decoding.ended:
         decoding.round()
     return Generation([Generated(s.tokens, s.finish or "length") for s in sequences], decoding.stats())
-
-
-def select_for(manifest: Manifest, budget: float | None) -> np.ndarray | None:
-    """The graph's `thresholds` or `budget` input for a budget (None: the exported one); None without gates."""
-    selection = manifest.selection
-    if selection is None:
-        if budget not in (None, 1, 1.0):
-            raise UsageError("this bundle has no gates", expected="budget 1, or none", found=f"{budget:g}")
-        return None
-    wanted = selection.budget if budget is None else budget
-    check_budget(wanted)
-    if selection.mode == "rank":
-        return np.array(wanted, np.float32)
-    return selection.thresholds_for(wanted)
 
 
 class Continuation:
@@ -231,19 +220,19 @@ class Continuation:
 Rows = Sequence[Continuation | None]
 
 
-def read(runner: Runner, cache: Cache, rows: Rows, select: np.ndarray | None) -> StepOutput:
+def read(runner: Runner, cache: Cache, rows: Rows, controls: Controls) -> StepOutput:
     """Let the model read what it has not of each sequence; their next tokens are then for `take`.
 
     Args:
         rows: the sequences by their rows in the cache; None, and what has ended, is left out.
-        select: as in `Call`, for all of them.
+        controls: as in `Call`, for all of them.
     """
     unread = [sequence.unread if sequence is not None and sequence.left else () for sequence in rows]
     counts = list(map(len, unread))
     ids = np.zeros((len(counts), max(counts)), np.int64)
     for row, tokens in enumerate(unread):
         ids[row, : len(tokens)] = tokens
-    return runner.step(cache, ids, select, counts=counts)
+    return runner.step(cache, ids, controls, counts=counts)
 
 
 def take(rows: Rows, output: StepOutput) -> None:
@@ -282,7 +271,7 @@ class Decoding:
     Args:
         runner: the model; with a draft, the draft's own runner.
         sequences: what to continue; number n has row n of the cache.
-        select: as in `Call`.
+        controls: as in `Call`.
         draft: what guesses tokens ahead; None for plain decoding.
         draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
     """
@@ -291,12 +280,12 @@ class Decoding:
         self,
         runner: Runner,
         sequences: Sequence[Continuation],
-        select: np.ndarray | None,
+        controls: Controls,
         draft: Draft | None = None,
         draft_length: int | None = None,
     ) -> None:
         assert draft is None or draft.runner is runner, "a draft reads the cache of its own runner"
-        self.runner, self.sequences, self.select, self.draft = runner, sequences, select, draft
+        self.runner, self.sequences, self.controls, self.draft = runner, sequences, controls, draft
         self.length: DraftLength = FixedLength(draft_length or 0)
         if draft is not None and draft_length is None:
             own = runner.manifest.draft
@@ -314,7 +303,7 @@ class Decoding:
     def start(self) -> None:
         """Read the prompts and take the first tokens."""
         began = time.perf_counter()
-        output = read(self.runner, self._cache, self.sequences, self.select)
+        output = read(self.runner, self._cache, self.sequences, self.controls)
         self.counters.add(output)
         take(self.sequences, output)
         self._prefill_seconds = time.perf_counter() - began
@@ -352,7 +341,7 @@ class Decoding:
 
     def _plain_step(self, cache: Cache) -> None:
         began = time.perf_counter()
-        output = read(self.runner, cache, self.sequences, self.select)
+        output = read(self.runner, cache, self.sequences, self.controls)
         seconds = time.perf_counter() - began
         self.counters.verify_seconds += seconds
         self.counters.add(output)
@@ -369,7 +358,7 @@ class Decoding:
         longest = max(drafts)
         began = time.perf_counter()
         counts = [count + 1 if s.left else 0 for count, s in zip(drafts, self.sequences, strict=True)]
-        output = draft.verify(cache, start, ids[:, : longest + 1], self.select, counts)
+        output = draft.verify(cache, start, ids[:, : longest + 1], self.controls, counts)
         verify_seconds = time.perf_counter() - began
         self.counters.add(output)
         alive = sum(count > 0 for count in counts)
@@ -411,7 +400,7 @@ class Decoding:
         seconds = 0.0
         for step in range(ids.shape[1] - 1):
             began = time.perf_counter()
-            guess = draft.step(cache, ids[:, step : step + 1], self.select, list(map(int, going)))
+            guess = draft.step(cache, ids[:, step : step + 1], self.controls, list(map(int, going)))
             seconds += time.perf_counter() - began
             self.counters.add(guess)
             for row, sequence in enumerate(self.sequences):

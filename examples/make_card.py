@@ -25,8 +25,8 @@ from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import BRANCHES
 from exporter.decoder.layer import DecoderOptions
 from exporter.evaluation import Quality, evaluate, losses, reference_logits
+from exporter.masks.gateskip import Threshold
 from exporter.reference import Reference
-from exporter.selection import KeepAll, Threshold
 from exporter.text import WINDOW_TOKENS, load_tokenizer
 from exporter.training.corpus import Document, read_corpus, split
 from gsx.export import export
@@ -78,9 +78,9 @@ def at_budgets(
     columns = [BRANCHES.index(branch) for branch in checkpoint.config.gated_branches]
     found = []
     for point in points:
-        selection = Threshold(point.thresholds)
-        quality = evaluate(reference_logits(reference, selection), held_out)
-        sample = reference(torch.from_numpy(held_out[:: max(1, len(held_out) // 16)]), selection=selection)
+        rule = Threshold(point.thresholds)
+        quality = evaluate(reference_logits(reference, rule), held_out)
+        sample = reference(torch.from_numpy(held_out[:: max(1, len(held_out) // 16)]), rule=rule)
         kept = [float(row[column].float().mean()) for row in sample.keep for column in columns]
         found.append(Budget(point.budget, float(np.mean(kept)), quality))
     return found
@@ -93,7 +93,7 @@ def at_exits(checkpoint: Checkpoint, reference: Reference, held_out: np.ndarray)
     predicted = 0
     for start in range(0, len(held_out), 4):
         ids = held_out[start : start + 4]
-        output = reference(torch.from_numpy(ids), selection=KeepAll())
+        output = reference(torch.from_numpy(ids))
         best = output.logits.argmax(-1)
         positions += best.numel()
         predicted += ids[:, 1:].size

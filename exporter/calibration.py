@@ -26,6 +26,8 @@ from exporter.config import BRANCHES, Branch
 from exporter.decoder.ends import distinct_windows
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
 from exporter.decoder.loading import load_entry, load_layer
+from exporter.rules.base import apply_forced
+from exporter.rules.gateskip import GateSkip
 
 # Close where quality is: budgets between two points are interpolated (engines/bundle/manifest.py).
 DEFAULT_GRID = (1.0, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
@@ -85,7 +87,7 @@ def calibrate(
     """
     config = checkpoint.config
     assert config.gate is not None, "calibration is for gated models"
-    options = DecoderOptions("threshold", options.kv_policy, torch.float32)
+    options = DecoderOptions(GateSkip(config.gate, config.eos_ids), options.kv_policy, torch.float32)
     tokens = torch.from_numpy(ids)
     with torch.inference_mode():
         positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
@@ -97,7 +99,7 @@ def calibrate(
         for i in range(config.num_layers):
             layer = load_layer(checkpoint, i, options)
             mask = masks[windows.index(config.windows[i])]
-            call = CallState(cos, sin, mask, forced, forced_score, forced_score)
+            call = CallState(cos, sin, mask, {"forced": forced, "forced_score": forced_score})
             for run in runs:
                 _through(layer, i, run, call)
             on_layer(i + 1, config.num_layers)
@@ -139,15 +141,15 @@ def _through(layer: DecoderLayer, number: int, run: _Run, call: CallState) -> No
     empty = run.hidden.new_zeros((call.mask.shape[0], layer.config.num_kv_heads, 0, layer.config.head_dim))
     kept = _choose(layer, "attn", number, run, call) if "attn" in gated else None
     past = KeyValue(empty, empty)
-    run.hidden, _, run.below = layer.attention_branch(run.hidden, call, past, run.below, kept)
+    run.hidden, _, run.below, _ = layer.attention_branch(run.hidden, call, past, run.below, kept)
     kept = _choose(layer, "mlp", number, run, call) if "mlp" in gated else None
-    run.hidden = layer.mlp_branch(run.hidden, call, kept)
+    run.hidden, _ = layer.mlp_branch(run.hidden, call, kept)
 
 
 def _choose(layer: DecoderLayer, branch: Branch, number: int, run: _Run, call: CallState) -> Kept:
     normed = layer.normed(branch, run.hidden)
     gate, score = layer.gate(branch, run.hidden, normed)
-    valid = score[~call.forced].numpy()
+    valid = score[~call.values["forced"]].numpy()
     place = (number, BRANCHES.index(branch))
     gated = len(layer.config.gated_branches)
     left = layer.config.num_layers * gated - (number * gated + layer.config.gated_branches.index(branch))
@@ -155,6 +157,5 @@ def _choose(layer: DecoderLayer, branch: Branch, number: int, run: _Run, call: C
     run.thresholds[place] = tau
     run.kept[place] = float((valid > tau).mean())
     run.owed += run.budget - run.kept[place]
-    score = torch.where(call.forced, call.forced_score, score)
-    index = torch.nonzero(score > tau).reshape(-1)
-    return Kept(normed.index_select(0, index), index, gate.index_select(0, index))
+    index = torch.nonzero(apply_forced(score, call.values) > tau).reshape(-1)
+    return Kept(normed.index_select(0, index), index, gate.index_select(0, index), run.hidden)

@@ -16,8 +16,8 @@ from engines.errors import CheckpointError
 Branch = Literal["attn", "mlp"]
 BRANCHES: tuple[Branch, Branch] = ("attn", "mlp")
 
-# K and V of skipped tokens: their own, or those of the layer below (docs/design.md, section 3).
-KvPolicy = Literal["compute", "copy"]
+# K and V of skipped tokens: their own, those of the layer below, or none (docs/design.md, section 3).
+KvPolicy = Literal["compute", "copy", "none"]
 
 GateKind = Literal["vector", "scalar"]
 GateInput = Literal["post_norm", "pre_norm"]

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from exporter.config import KvPolicy
+from exporter.masks.base import MaskRule
 from exporter.reference import Reference
-from exporter.selection import Selection
 
 # Windows [B, S] int64 -> logits [B, S, V].
 LogitsOf = Callable[[np.ndarray], np.ndarray]
@@ -55,11 +55,11 @@ def evaluate(logits_of: LogitsOf, windows: np.ndarray, *, batch: int = 4) -> Qua
     return Quality(total / tokens, tokens)
 
 
-def reference_logits(reference: Reference, selection: Selection | None, kv_policy: KvPolicy = "compute") -> LogitsOf:
-    """The reference under one selection, as `evaluate` takes it."""
+def reference_logits(reference: Reference, rule: MaskRule | None, kv_policy: KvPolicy = "compute") -> LogitsOf:
+    """The reference under a keep rule, as `evaluate` takes it."""
 
     def run(ids: np.ndarray) -> np.ndarray:
-        output = reference(torch.from_numpy(ids), selection=selection, kv_policy=kv_policy)
+        output = reference(torch.from_numpy(ids), rule=rule, kv_policy=kv_policy)
         logits: np.ndarray = output.logits.float().numpy()
         return logits
 

@@ -1,8 +1,9 @@
-"""The reference: what a gated model means, said with Hugging Face's own modules and masks.
+"""The reference: what a model under a keep rule means, said with Hugging Face's own modules and masks.
 
 It computes every branch for every token and then leaves out what is skipped, so it is never fast. Parity
 compares the exported graphs with it; for that to mean something it shares no code with the traceable decoder
-(`decoder/`) beyond `ModelConfig` and the count of rank selection. Semantics: docs/design.md section 3.
+(`decoder/`, `rules/`) beyond `ModelConfig` and the count of rank selection. The rules' masks are in `masks/`.
+Semantics: docs/design.md section 3.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from engines.errors import UsageError
 from exporter.checkpoint import Checkpoint, is_gate
 from exporter.config import BRANCHES, Branch, GateConfig, KvPolicy, ModelConfig
-from exporter.selection import KeepAll, Rank, Selection, Threshold, kept_count
+from exporter.masks.base import BranchInput, Choice, Chooser, KeepAll, MaskCall, MaskRule, certain
 
 
 @dataclass
@@ -29,8 +30,9 @@ class ReferenceOutput:
         logits: [B, S, V].
         states: L + 1 tensors [B, S, H]: the input of layer 0, then the output of every layer (the last one
             before the final norm).
-        scores: [L][2] -> [B, S] float32, columns as `BRANCHES`; padding has -inf. None without a gate.
-        keep: [L][2] -> [B, S] bool: who ran the branch. Padding is False; True without a gate.
+        scores: [L][2] -> [B, S] float32, columns as `BRANCHES`; padding has -inf. None where nothing is judged.
+        keep: [L][2] -> [B, S] bool: who ran the branch. Padding is False.
+        margins: [L][2] -> [B, S] float64: how far from turning each choice was (`Choice`).
         cache: keys and values of every layer, [B, kv heads, T, head_dim], RoPE applied.
     """
 
@@ -38,22 +40,21 @@ class ReferenceOutput:
     states: list[torch.Tensor]
     scores: list[list[torch.Tensor | None]]
     keep: list[list[torch.Tensor]]
+    margins: list[list[torch.Tensor]]
     cache: DynamicCache
 
 
 @dataclass
 class _Call:
-    """What the gates need to know of the call in progress, and what they note down. Masks are [B, S]."""
+    """The call in progress: its keep rule at work, and what the branches note down. Masks are [B, S]."""
 
-    selection: Selection
+    chooser: Chooser
     valid: torch.Tensor
-    ended: torch.Tensor
-    scores: list[list[torch.Tensor | None]]
-    keep: list[list[torch.Tensor]]
+    choices: list[list[Choice]]
 
 
 class Reference:
-    """A model with gates applied by masks. Make one with `Reference.load`."""
+    """A model with a keep rule applied by masks. Make one with `Reference.load`."""
 
     def __init__(self, model: Any, config: ModelConfig) -> None:
         self.model = model
@@ -75,6 +76,7 @@ class Reference:
         model.eval()
         model.requires_grad_(False)
         reference = cls(model, config)
+        reference._wrap_branches()
         if config.gate is not None:
             reference._add_gates(checkpoint, config.gate)
         return reference
@@ -86,7 +88,7 @@ class Reference:
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         cache: DynamicCache | None = None,
-        selection: Selection | None = None,
+        rule: MaskRule | None = None,
         kv_policy: KvPolicy = "compute",
     ) -> ReferenceOutput:
         """Run the model on S tokens a row.
@@ -96,7 +98,7 @@ class Reference:
             attention_mask: [B, past + S], 0 for padding; None where there is none.
             position_ids: [B, S]; None counts the valid tokens, as generation does with padding on the left.
             cache: of the earlier call with the same policy; it is extended in place.
-            selection: None keeps all.
+            rule: None keeps all.
         """
         B, S = input_ids.shape
         cache = cache if cache is not None else DynamicCache()
@@ -111,26 +113,19 @@ class Reference:
             )
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
-        selection = selection if selection is not None else KeepAll()
-        if isinstance(selection, Threshold) and len(selection.thresholds) != self.config.num_layers:
-            raise UsageError(
-                "reference: thresholds are of another model",
-                expected=f"{self.config.num_layers} rows",
-                found=str(len(selection.thresholds)),
-            )
-        layers = self.config.num_layers
         valid = attention_mask[:, past:].bool()
+        ended = torch.isin(input_ids, torch.tensor(self.config.eos_ids, dtype=input_ids.dtype)) & valid
+        tokens = MaskCall(input_ids, valid, ended, position_ids, self.config.num_layers)
+        everyone = Choice(valid, None, certain(valid))
         self._call = call = _Call(
-            selection=selection,
+            chooser=(rule or KeepAll()).begin(tokens),
             valid=valid,
-            ended=torch.isin(input_ids, torch.tensor(self.config.eos_ids, dtype=input_ids.dtype)) & valid,
-            scores=[[None, None] for _ in range(layers)],
-            keep=[[valid, valid] for _ in range(layers)],
+            choices=[[everyone, everyone] for _ in range(self.config.num_layers)],
         )
         states: list[torch.Tensor] = []
         hooks = [self.model.model.layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
         hooks += [layer.register_forward_hook(_note_output(states)) for layer in self.model.model.layers]
-        through = _CopyingCache(cache, call) if kv_policy == "copy" else cache
+        through = cache if kv_policy == "compute" else _SkippingCache(cache, call, copies=kv_policy == "copy")
         try:
             logits = self.model(
                 input_ids=input_ids,
@@ -143,7 +138,14 @@ class Reference:
             self._call = None
             for hook in hooks:
                 hook.remove()
-        return ReferenceOutput(logits, states, call.scores, call.keep, cache)
+        return ReferenceOutput(
+            logits=logits,
+            states=states,
+            scores=[[one.score for one in row] for row in call.choices],
+            keep=[[one.keep for one in row] for row in call.choices],
+            margins=[[one.margin for one in row] for row in call.choices],
+            cache=cache,
+        )
 
     @torch.no_grad()
     def exit_logits(self, output: ReferenceOutput, depth: int) -> torch.Tensor:
@@ -156,7 +158,7 @@ class Reference:
         prompt_ids: torch.Tensor,
         max_new_tokens: int,
         *,
-        selection: Selection | None = None,
+        rule: MaskRule | None = None,
         kv_policy: KvPolicy = "compute",
         attention_mask: torch.Tensor | None = None,
         stop_at_end: bool = True,
@@ -175,7 +177,7 @@ class Reference:
         made: list[torch.Tensor] = []
         done = torch.zeros(B, dtype=torch.bool)
         for _ in range(max_new_tokens):
-            output = self(ids, mask, cache=cache, selection=selection, kv_policy=kv_policy)
+            output = self(ids, mask, cache=cache, rule=rule, kv_policy=kv_policy)
             token = output.logits[:, -1].argmax(-1)
             if stop_at_end and made:
                 token = torch.where(done, made[-1], token)
@@ -187,8 +189,13 @@ class Reference:
             mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
         return torch.stack(made, dim=1) if made else prompt_ids[:, :0]
 
-    def _add_gates(self, checkpoint: Checkpoint, gate: GateConfig) -> None:
+    def _wrap_branches(self) -> None:
         for i, layer in enumerate(self.model.model.layers):
+            layer.self_attn = _Branch(self, layer.self_attn, layer.input_layernorm, i, "attn")
+            layer.mlp = _Branch(self, layer.mlp, layer.post_attention_layernorm, i, "mlp")
+
+    def _add_gates(self, checkpoint: Checkpoint, gate: GateConfig) -> None:
+        for i in range(self.config.num_layers):
             for branch in gate.branches:
                 prefix = f"model.layers.{i}.{branch}_gate"
                 weight = checkpoint.tensor(prefix + ".weight").float()
@@ -197,106 +204,93 @@ class Reference:
                 bias = checkpoint.tensor(prefix + ".bias").float()
                 linear.bias = nn.Parameter(bias, requires_grad=False)
                 self._gates[i, branch] = linear
-            # What each branch reads before its norm is the norm's input.
-            if "attn" in gate.branches:
-                layer.self_attn = _GatedBranch(self, layer.self_attn, layer.input_layernorm, i, "attn", gate)
-            if "mlp" in gate.branches:
-                layer.mlp = _GatedBranch(self, layer.mlp, layer.post_attention_layernorm, i, "mlp", gate)
 
-    def gate(self, layer: int, branch: Branch, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Choose, and note the choice down. Returns: keep [B, S, 1] bool; g [B, S, H or 1]."""
-        call = self._call
-        assert call is not None, "a gated branch ran outside a call of the reference"
-        g = torch.sigmoid(self._gates[layer, branch](x.float()))
-        score = g.mean(-1).masked_fill(~call.valid, float("-inf"))
-        keep = _choose(score, call, layer, branch)
-        column = BRANCHES.index(branch)
-        call.scores[layer][column] = score
-        call.keep[layer][column] = keep
-        return keep[..., None], g
+    def gate(self, layer: int, branch: Branch, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor | None:
+        """The checkpoint's gate on all tokens, [B, S, H or 1] float32; None where the branch has none."""
+        linear = self._gates.get((layer, branch))
+        if linear is None:
+            return None
+        assert self.config.gate is not None
+        x = residual if self.config.gate.input == "pre_norm" else normed
+        return torch.sigmoid(linear(x.float()))
+
+    def choose(self, x: BranchInput) -> Choice:
+        """Choose, and note the choice down."""
+        call = self._current()
+        choice = call.chooser.choose(x)
+        call.choices[x.layer][BRANCHES.index(x.branch)] = choice
+        return choice
+
+    def after(self, x: BranchInput, result: torch.Tensor, choice: Choice) -> None:
+        """Tell the rule what came out."""
+        self._current().chooser.after(x, result, choice)
+
+    def valid(self) -> torch.Tensor:
+        """Which tokens of the call are none of padding, [B, S] bool."""
+        return self._current().valid
+
+    def _current(self) -> _Call:
+        assert self._call is not None, "a branch ran outside a call of the reference"
+        return self._call
 
 
-class _GatedBranch(nn.Module):
-    """A branch of a decoder layer, in its place: the gate multiplies its output, and skipped tokens get 0."""
+class _Branch(nn.Module):
+    """A branch of a decoder layer, in its place: its gate multiplies its output, and skipped tokens get 0."""
 
-    def __init__(
-        self,
-        reference: Reference,
-        branch: nn.Module,
-        norm: nn.Module,
-        layer: int,
-        name: Branch,
-        gate: GateConfig,
-    ) -> None:
+    def __init__(self, reference: Reference, branch: nn.Module, norm: nn.Module, layer: int, name: Branch) -> None:
         super().__init__()
         self.branch = branch
         self._reference = (reference,)  # in a tuple, so that it is no submodule
         self._layer, self._name = layer, name
-        self._pre_norm = gate.input == "pre_norm"
         self._residual: torch.Tensor | None = None
-        if self._pre_norm:
-            norm.register_forward_pre_hook(self._note_residual)
+        # What a branch reads before its norm is the norm's input.
+        norm.register_forward_pre_hook(self._note_residual)
 
     def _note_residual(self, _norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self._residual = args[0]
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
-        x = self._residual if self._pre_norm else hidden_states
-        assert x is not None
-        # The choice comes first: a cache that copies K and V asks for it inside the branch.
-        keep, g = self._reference[0].gate(self._layer, self._name, x)
+        reference, residual = self._reference[0], self._residual
+        assert residual is not None
+        g = reference.gate(self._layer, self._name, residual, hidden_states)
+        score = None if g is None else g.mean(-1).masked_fill(~reference.valid(), float("-inf"))
+        x = BranchInput(self._layer, self._name, residual, score)
+        # The choice comes first: a cache that leaves K and V out asks for it inside the branch.
+        choice = reference.choose(x)
         output = self.branch(hidden_states, **kwargs)
-        if isinstance(output, tuple):
-            return (_gated(keep, g, output[0]), *output[1:])
-        return _gated(keep, g, output)
+        first = output[0] if isinstance(output, tuple) else output
+        gated = first if g is None else g.to(first.dtype) * first
+        added = torch.where(choice.keep[..., None], gated, 0.0)
+        reference.after(x, residual + added, choice)
+        return (added, *output[1:]) if isinstance(output, tuple) else added
 
 
-class _CopyingCache(DynamicCache):
-    """K/V policy `copy`: where attention is skipped, K and V are those of the layer below (layer 0 computes).
+class _SkippingCache(DynamicCache):
+    """K/V policies `copy` and `none`: where attention is skipped, K and V are those of the layer below (layer 0
+    computes), or zeros.
 
     It shares the layers of the caller's cache, which so receives what is blended here.
     """
 
-    def __init__(self, target: DynamicCache, call: _Call) -> None:
+    def __init__(self, target: DynamicCache, call: _Call, *, copies: bool) -> None:
         super().__init__()
         self.layers = target.layers
-        self._call = call
+        self._call, self._copies = call, copies
         self._below: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if layer_idx > 0:
-            assert self._below is not None
-            keep = self._call.keep[layer_idx][BRANCHES.index("attn")] | ~self._call.valid
+        if not self._copies:
+            self._below = (torch.zeros_like(key_states), torch.zeros_like(value_states))
+        if self._below is not None:
+            keep = self._call.choices[layer_idx][BRANCHES.index("attn")].keep | ~self._call.valid
             key_states = torch.where(keep[:, None, :, None], key_states, self._below[0])
             value_states = torch.where(keep[:, None, :, None], value_states, self._below[1])
-        self._below = (key_states, value_states)
+        if self._copies:
+            self._below = (key_states, value_states)
         updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx)
         return updated
-
-
-def _choose(score: torch.Tensor, call: _Call, layer: int, branch: Branch) -> torch.Tensor:
-    """Who is kept: [B, S] bool. NaN counts as the lowest score."""
-    selection = call.selection
-    if isinstance(selection, KeepAll):
-        return call.valid
-    score = score.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
-    if isinstance(selection, Threshold):
-        tau = float(selection.thresholds[layer, BRANCHES.index(branch)])
-        return ((score > tau) | call.ended) & call.valid
-    assert isinstance(selection, Rank)
-    ranked = (call.valid & ~call.ended).flatten()
-    place = ranked.nonzero().flatten()
-    # A stable sort of the ascending token order lets the earlier of equals win.
-    order = score.flatten()[place].sort(descending=True, stable=True).indices
-    keep = call.ended.flatten().clone()
-    keep[place[order[: kept_count(len(place), selection.budget)]]] = True
-    return keep.view_as(call.valid)
-
-
-def _gated(keep: torch.Tensor, g: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-    return torch.where(keep, g.to(output.dtype) * output, 0.0)
 
 
 def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.Tensor], None]:

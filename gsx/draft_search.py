@@ -10,7 +10,6 @@ import numpy as np
 from engines.bundle import manifest as schema
 from engines.bundle.bundle import Bundle
 from engines.bundle.cost import step_bytes
-from engines.generation import select_for
 from engines.runners.select import open_runner
 from engines.speculation.draft import open_draft
 from engines.speculation.replay import Replay
@@ -73,14 +72,11 @@ class DraftSearch:
         """Search the set of branches to leave out, and measure the best ones. Returns: the manifest, with draft."""
         bundle = Bundle(self._work, self._manifest)
         runner = open_runner(bundle)
-        gates, thresholds = self._manifest.gates, select_for(self._manifest, None)
-        assert gates is not None
-        assert thresholds is not None
         self._on_progress(Progress("searching skip sets: the model writes", 0, 0))
         candidates = search_skip_sets(
             Replay(runner, self._others, _REPLAYED_TOKENS),
-            thresholds,
-            gates.branches,
+            self._manifest.decoder.num_layers,
+            self._manifest.skippable,
             step_bytes(bundle),
             lambda done, total: self._on_progress(Progress("searching skip sets", done, total)),
         )[:_FINALISTS]

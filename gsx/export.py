@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import platform
 import shutil
@@ -10,25 +11,28 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 
 from engines.bundle import manifest as schema
 from engines.bundle.bundle import Bundle, open_bundle, write_manifest, writing
+from engines.bundle.controls import default_controls
 from engines.errors import UsageError
 from engines.runners.portable import host_type
 from engines.speculation.search import SHORTEST_CONTEXT, candidate_exits
-from engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_rank, refuse_ungated
-from exporter.calibration import DEFAULT_GRID, DEFAULT_TOKENS, calibrate
+from engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_other, refuse_rank
+from exporter.calibration import DEFAULT_TOKENS
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import KvPolicy, ModelConfig
-from exporter.decoder.layer import DecoderOptions, Selection
+from exporter.decoder.layer import DecoderOptions
 from exporter.graph.assemble import GraphBuilder, Graphs
 from exporter.graph.weights import WeightsFile, write_weights
 from exporter.quantization.qdq import quantize_graphs
-from exporter.text import TokenText, tokenize
+from exporter.rules.gateskip import Selection
+from exporter.rules.registry import rule_of
+from exporter.text import tokenize
 from gsx.draft_search import DraftSearch
 from gsx.graph_files import write_graphs
+from gsx.policies import DRAFTS_LAYERS, Choice, Plan, grid_with, plan_policy, settle
 from gsx.progress import Progress
 from gsx.quantize import Quantize, plan_for
 
@@ -49,9 +53,10 @@ def export(
     model: str | Path,
     output: str | Path,
     *,
+    policy: str | None = None,
     budget: float | None = None,
     select: Selection = "threshold",
-    kv_policy: KvPolicy = "compute",
+    kv_policy: KvPolicy | None = None,
     precision: Precision = "fp32",
     calibration: str | Path | None = None,
     calibration_tokens: int = DEFAULT_TOKENS,
@@ -65,10 +70,13 @@ def export(
     Args:
         model: a local model directory or a hub id.
         output: the bundle's directory; appears whole or not at all.
+        policy: the keep rule, `NAME` or `NAME:parameters` (docs/policies.md); None for GateSkip on a gated checkpoint,
+            for no skipping on a dense one.
         budget: share of (token, branch) pairs kept by default, in (0, 1]; 1 if not given. It can be changed at
             run time without a new export.
-        select: how kept tokens are chosen (docs/design.md, section 3).
-        kv_policy: K and V of skipped tokens: their own (`compute`) or the layer below's (`copy`).
+        select: how GateSkip chooses kept tokens (docs/design.md, section 3).
+        kv_policy: K and V of skipped tokens: their own (`compute`), the layer below's (`copy`), or none where the set
+            of layers stays the same for a request (`none`). None: `none` for sets of layers, else `compute`.
         precision: type of weights and activations.
         calibration: UTF-8 text for the thresholds; None for the text that ships with gsx.
         calibration_tokens: how much of it to use.
@@ -88,29 +96,34 @@ def export(
     on_progress(Progress("checking the checkpoint", 0, 0))
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
-    options = DecoderOptions(select, kv_policy, _DTYPES[precision])
-    exits = _exits(draft, config, options, precision, budget or 1.0)
+    keep = plan_policy(Choice(policy, select, budget, kv_policy), config)
+    options = DecoderOptions(keep.rule, keep.kv_policy, _DTYPES[precision])
+    exits = _exits(draft, config, keep, precision)
     parsed = parse_draft(draft) if draft is not None and draft not in SEARCHED_DRAFTS else None
-    thresholds = config.gate is not None and select == "threshold"
-    reads_text = thresholds or draft in SEARCHED_DRAFTS or (quantize is not None and quantize.reads_text)
-    _check_choices(config, budget, kv_policy, calibration, reads_text)
+    reads_text = keep.calibrates or draft in SEARCHED_DRAFTS or (quantize is not None and quantize.reads_text)
+    if calibration is not None and not reads_text:
+        raise UsageError(
+            "--calibration: this export reads no text",
+            found=f"policy {keep.name}",
+            todo="leave it out",
+        )
     text = None
     if reads_text:
         text = tokenize(checkpoint, Path(calibration) if calibration else None, max_tokens=calibration_tokens)
     bytes_each = 4 if precision == "fp32" else 2
     needed = checkpoint.weight_bytes() * bytes_each // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
-        selection = None
-        if config.gate is not None:
-            selection = _selection(checkpoint, options, budget or 1.0, text, on_progress)
+        section, selection = settle(keep, checkpoint, options, text, on_progress)
+        options = dataclasses.replace(options, rule=rule_of(section, selection, config))  # with what was calibrated
+        defaults = default_controls(section, selection)
         plan = quantization = None
         if quantize is not None:
             plan, quantization = plan_for(
-                checkpoint, options, quantize, selection, text, lambda *step: on_progress(Progress(*step))
+                checkpoint, options, quantize, selection, defaults, text, lambda *step: on_progress(Progress(*step))
             )
         on_progress(Progress("tracing", 0, 0))
         rewrite = None if plan is None else functools.partial(quantize_graphs, plan=plan, dtype=options.dtype)
-        builder = GraphBuilder(checkpoint, options, _default_select(selection), rewrite)
+        builder = GraphBuilder(checkpoint, options, defaults, rewrite)
         graphs = builder.graphs(exits[0] if exits else None)
         read = plan.checkpoint.tensor if plan is not None else checkpoint.tensor
         weights = write_weights(work / WEIGHTS_FILE, graphs.weights, read, _counter(graphs, on_progress))
@@ -118,7 +131,7 @@ def export(
         for path in checkpoint.companions():
             shutil.copyfile(path, work / path.name)
         on_progress(Progress("hashing the source weights", 0, 0))
-        manifest = _manifest(checkpoint, options, precision, selection, quantization, entries, weights)
+        manifest = _manifest(checkpoint, options, precision, section, selection, quantization, entries, weights)
         if draft in SEARCHED_DRAFTS:
             assert text is not None
             search = DraftSearch(work, manifest, builder, weights, text.ids, on_progress)
@@ -130,37 +143,12 @@ def export(
     return open_bundle(output)
 
 
-def _check_choices(
-    config: ModelConfig, budget: float | None, kv_policy: KvPolicy, calibration: str | Path | None, reads_text: bool
-) -> None:
-    if config.gate is None:
-        for name, given in (
-            ("--budget", budget is not None and budget != 1),
-            ("--kv-policy copy", kv_policy == "copy"),
-            ("--calibration", calibration is not None and not reads_text),
-        ):
-            if given:
-                raise UsageError(
-                    f"{name} needs gates, and this checkpoint has none",
-                    expected='a "gsx" section with "gate" in config.json, and gate tensors',
-                    found="a dense model",
-                    todo="train gates first (gsx train), or leave the option out for a dense export",
-                )
-    if kv_policy == "copy" and "attn" not in config.gated_branches:
-        raise UsageError(
-            "--kv-policy copy needs gates on the attention branch",
-            found="gates on " + ", ".join(config.gated_branches),
-        )
-
-
-def _exits(
-    draft: str | None, config: ModelConfig, options: DecoderOptions, precision: Precision, budget: float
-) -> Sequence[int]:
+def _exits(draft: str | None, config: ModelConfig, keep: Plan, precision: Precision) -> Sequence[int]:
     """The exits to split at: several are candidates; none for other drafts. What cannot be is refused at once."""
     if draft is None:
         return ()
     parsed = None if draft in SEARCHED_DRAFTS else parse_draft(draft)
-    if options.selection == "rank" and config.gate is not None:
+    if keep.rule is not None and keep.rule.by_rank:
         refuse_rank()
     if parsed is None:
         host_type(precision)
@@ -173,76 +161,27 @@ def _exits(
             )
         if draft == "auto":
             return candidate_exits(config.exits, config.num_layers)
-        if config.gate is None:
-            refuse_ungated(draft)
-        if config.num_layers * len(config.gate.branches) < 2:
-            raise UsageError(f"--draft {draft} needs two branches with gates or more", found="one")
+        if keep.rule is None or keep.name not in DRAFTS_LAYERS:
+            refuse_other(draft)
+        if config.num_layers * len(keep.rule.branches) < 2:
+            raise UsageError(f"--draft {draft} needs two branches that may be skipped, or more", found="one")
         return ()
     if parsed.kind == "exit":
         check_exit(parsed.layer, config.num_layers)
         return (parsed.layer,)
-    if config.gate is None:
-        refuse_ungated(parsed)
     if parsed.kind == "layers":
-        check_layers(parsed, config.num_layers, config.gate.branches)
-    elif parsed.budget < min(grid_with(budget)):
+        if keep.rule is None or keep.name not in DRAFTS_LAYERS:
+            refuse_other(parsed)
+        check_layers(parsed, config.num_layers, keep.rule.branches)
+    elif keep.budget is None:
+        refuse_other(parsed)
+    elif parsed.budget < min(grid_with(keep.budget)):
         raise UsageError(
             f"the draft's budget lies below the calibrated grid: {parsed}",
-            expected=f"{min(grid_with(budget)):g} to 1",
+            expected=f"{min(grid_with(keep.budget)):g} to 1",
             found=f"{parsed.budget:g}",
         )
     return ()
-
-
-def _selection(
-    checkpoint: Checkpoint,
-    options: DecoderOptions,
-    budget: float,
-    text: TokenText | None,
-    on_progress: Callable[[Progress], None],
-) -> schema.Selection:
-    if options.selection == "rank":
-        return schema.Selection(mode="rank", budget=budget)
-    assert text is not None
-    grid = grid_with(budget)
-    points = calibrate(
-        checkpoint,
-        text.ids,
-        grid,
-        options,
-        on_layer=lambda done, total: on_progress(Progress("calibrating", done, total)),
-    )
-    return schema.Selection(
-        mode="threshold",
-        budget=budget,
-        grid=tuple(
-            schema.GridPoint(
-                budget=point.budget,
-                thresholds=tuple((float(a), float(b)) for a, b in point.thresholds),
-                kept_share=point.kept_share,
-                kept=tuple((float(a), float(b)) for a, b in point.kept),
-            )
-            for point in points
-        ),
-        calibration=_text_entry(text),
-    )
-
-
-def grid_with(budget: float) -> Sequence[float]:
-    """The calibrated budgets: the default grid and the budget asked for, in falling order."""
-    return sorted({*DEFAULT_GRID, budget}, reverse=True)
-
-
-def _text_entry(text: TokenText) -> schema.CalibrationText:
-    return schema.CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
-
-
-def _default_select(selection: schema.Selection | None) -> np.ndarray | None:
-    if selection is None:
-        return None
-    if selection.mode == "rank":
-        return np.array(selection.budget, np.float32)
-    return selection.thresholds_for(selection.budget)
 
 
 def _counter(graphs: Graphs, on_progress: Callable[[Progress], None]) -> Callable[[str], None]:
@@ -261,6 +200,7 @@ def _manifest(
     checkpoint: Checkpoint,
     options: DecoderOptions,
     precision: Precision,
+    policy: schema.Policy | None,
     selection: schema.Selection | None,
     quantization: schema.Quantization | None,
     graphs: Mapping[str, schema.GraphEntry],
@@ -292,6 +232,7 @@ def _manifest(
         ),
         gates=schema.Gates(kind=gate.kind, input=gate.input, branches=gate.branches) if gate else None,
         selection=selection,
+        policy=policy,
         kv_policy=options.kv_policy,
         precision=precision,
         quantization=quantization,

@@ -13,6 +13,7 @@ from typing import Any
 
 from engines import generation
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import Keep, controls_for
 from engines.bundle.manifest import DraftKind, Manifest
 from engines.errors import UsageError
 from engines.generation import FinishReason, GenerationStats
@@ -35,7 +36,8 @@ class GenerateResult:
         ids: the new tokens.
         prompt_ids: the prompt as tokens.
         finish: why it ended; "stopped" for a stop text.
-        budget: the budget in use; None for a model without gates.
+        budget: the budget in use; None where the keep rule has none.
+        keep: what the keep rule was asked for, in words.
         draft: what drafted, e.g. "exit:2"; None for plain decoding.
         stats: counters and times.
     """
@@ -45,6 +47,7 @@ class GenerateResult:
     prompt_ids: list[int]
     finish: FinishReason
     budget: float | None
+    keep: str
     draft: str | None
     stats: GenerationStats
 
@@ -57,6 +60,7 @@ class GenerateResult:
             "prompt_ids": self.prompt_ids,
             "finish": self.finish,
             "budget": self.budget,
+            "keep": self.keep,
             "draft": self.draft,
             "stats": {
                 "prompt_tokens": stats.prompt_tokens,
@@ -82,6 +86,9 @@ def generate(
     *,
     ids: Sequence[int] | None = None,
     budget: float | None = None,
+    layers: str | None = None,
+    exit_layer: int | None = None,
+    speedup: float | None = None,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -102,7 +109,10 @@ def generate(
         bundle: an opened bundle or its directory.
         prompt: the text to continue; exactly one of prompt and ids is given.
         ids: the prompt as token ids.
-        budget: share of (token, branch) pairs kept; None for the exported one.
+        budget: share of skippable work kept; None for the exported one.
+        layers: the layers that run, e.g. "0-5,8.attn", where the policy is a set of layers; None for the exported ones.
+        exit_layer: how many layers run, in their place.
+        speedup: target of Unified Layer Skipping, in their place.
         max_new_tokens: at most so many.
         temperature: 0 is greedy.
         top_k: only the k likeliest tokens; 0 for all.
@@ -131,7 +141,8 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
-    generation.select_for(bundle.manifest, budget)  # an unusable budget is refused before anything is loaded
+    keep = Keep(budget, layers, exit_layer, speedup)
+    controls_for(bundle.manifest, keep)  # what cannot be asked for is refused before anything is loaded
     drafting = _drafting(bundle.manifest, speculative, draft, draft_length)
     tokenizer = None
     if prompt is not None or stop or (bundle.directory / "tokenizer.json").is_file():
@@ -143,12 +154,12 @@ def generate(
         prompt_ids = tokenizer.encode_prompt(prompt or "")
     writer = TextWriter(tokenizer.stream(), stop, on_text) if tokenizer else None
     runtime = open_backend(backend, device, threads)
-    opened = open_draft(bundle, drafting, threads, budget, runtime) if drafting else None
+    opened = open_draft(bundle, drafting, threads, runtime) if drafting else None
     result = generation.generate(
         opened.runner if opened else open_runner(bundle, threads, runtime),
         [prompt_ids],
         max_new_tokens=max_new_tokens,
-        budget=budget,
+        keep=keep,
         sampling=sampling,
         draft=opened,
         draft_length=draft_length,
@@ -161,7 +172,8 @@ def generate(
         ids=sequence.tokens,
         prompt_ids=prompt_ids,
         finish=sequence.finish,
-        budget=(selection.budget if budget is None else budget) if selection else None,
+        budget=(selection.budget if keep.budget is None else keep.budget) if selection else None,
+        keep=str(keep),
         draft=str(drafting) if drafting else None,
         stats=result.stats,
     )

@@ -129,6 +129,7 @@ def _bundle_facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
     return {
         "gsx_version": manifest.gsx_version,
         "source": manifest.source.model,
+        "policy": manifest.policy.model_dump(mode="json") if manifest.policy else None,
         "select": selection.mode if selection else None,
         "budget": selection.budget if selection else None,
         "kv_policy": manifest.kv_policy,

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from engines.bundle import manifest as schema
+from engines.bundle.controls import Controls, selected
 from engines.errors import GsxError, UsageError
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.layer import DecoderOptions
@@ -78,13 +77,15 @@ def plan_for(
     options: DecoderOptions,
     wanted: Quantize,
     selection: schema.Selection | None,
+    defaults: Controls,
     text: TokenText | None,
     on_progress: Callable[[str, int, int], None],
 ) -> tuple[Plan, schema.Quantization]:
     """What to quantize and with which scales, and its entry in the manifest.
 
     Args:
-        selection: the exported one; None without gates.
+        selection: the exported one; None where the keep rule has no budget.
+        defaults: exported values of the keep rule's run-time inputs.
         text: calibration text; None where weights alone are quantized and nothing is measured.
         on_progress: called with (stage, done, total).
     Raises:
@@ -94,21 +95,21 @@ def plan_for(
     if scheme.activations or wanted.measured:
         _need_modelopt()
     budget = selection.budget if selection else None
-    select = None if selection is None else selects_of(selection, budget)
     found = None
     if scheme.activations:
         from exporter.quantization.watch import statistics
 
         assert text is not None
         # A grid at once costs little more than one budget, and the next export finds it.
-        budgets = [budget]
+        points = [defaults]
         if selection is not None:
-            budgets += [point.budget for point in selection.grid if point.budget != budget]
-        selects = [None if selection is None else selects_of(selection, one) for one in budgets]
+            points += [
+                {**defaults, **selected(selection, point.budget)} for point in selection.grid if point.budget != budget
+            ]
         found = statistics(
             checkpoint,
             text.ids,
-            selects,
+            points,
             options,
             text_sha256=text.sha256,
             cache=wanted.cache,
@@ -121,7 +122,7 @@ def plan_for(
             raise UsageError("nothing is left to quantize", found=f"--keep-precision {','.join(wanted.keep_precision)}")
     if wanted.measured:
         assert text is not None
-        plan = _measured(checkpoint, options, wanted, plan, select, text, on_progress)
+        plan = _measured(checkpoint, options, wanted, plan, defaults, text, on_progress)
     kept = tuple(name for name in linears_of(checkpoint.config) if name not in plan.input_scales)
     entry = schema.Quantization(
         scheme=wanted.scheme,
@@ -136,18 +137,12 @@ def plan_for(
     return plan, entry
 
 
-def selects_of(selection: schema.Selection, budget: float | None) -> np.ndarray | float:
-    """A budget as the walk takes it: thresholds [L, 2], or the budget itself with rank selection."""
-    assert budget is not None
-    return budget if selection.mode == "rank" else selection.thresholds_for(budget)
-
-
 def _measured(
     checkpoint: Checkpoint,
     options: DecoderOptions,
     wanted: Quantize,
     plan: Plan,
-    select: np.ndarray | float | None,
+    controls: Controls,
     text: TokenText,
     on_progress: Callable[[str, int, int], None],
 ) -> Plan:
@@ -160,7 +155,11 @@ def _measured(
     # The end of the text: ranges come from all of it, and the last windows are as good as any.
     sample = TokenText(text.ids[-_MEASURED_WINDOWS:], text.sha256, text.name)
     simulation = Simulation(
-        checkpoint, sample, select, options, lambda done, total: on_progress("measuring in full precision", done, total)
+        checkpoint,
+        sample,
+        controls,
+        options,
+        lambda done, total: on_progress("measuring in full precision", done, total),
     )
     chosen = choose(
         simulation, plan, limits, lambda done, total: on_progress("measuring each group in 8 bits", done, total)

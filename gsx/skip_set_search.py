@@ -41,7 +41,7 @@ class Candidate:
 
 def search_skip_sets(
     replay: Replay,
-    thresholds: np.ndarray,
+    layers: int,
     branches: Sequence[Branch],
     cost: StepBytes,
     on_trial: Callable[[int, int], None] = lambda done, total: None,
@@ -52,8 +52,8 @@ def search_skip_sets(
 
     Args:
         replay: what candidates are tried on.
-        thresholds: the model's own, [L, 2] float32.
-        branches: those that have gates.
+        layers: L.
+        branches: those that may be skipped.
         cost: bytes of each branch.
         on_trial: called with (candidates tried, the most that are).
     Returns: distinct sets that leave something out, best first.
@@ -61,7 +61,7 @@ def search_skip_sets(
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    places = [(layer, branch) for layer in range(len(thresholds)) for branch in branches]
+    places = [(layer, branch) for layer in range(layers) for branch in branches]
     trials = min(trials, 2 ** len(places))  # there are no more sets
     names = [f"{layer}.{branch}" for layer, branch in places]
     found: dict[tuple[bool, ...], Candidate] = {}
@@ -69,11 +69,10 @@ def search_skip_sets(
     def judge(skip: tuple[bool, ...]) -> Candidate:
         if skip not in found:
             draft = LayersDraft(skip=tuple(place for place, left_out in zip(places, skip, strict=True) if left_out))
-            run = np.ones(thresholds.shape, bool)
+            run = np.ones((layers, len(BRANCHES)), bool)
             for layer, branch in draft.skip:
                 run[layer, BRANCHES.index(branch)] = False
-            accepted = replay.accepted(np.where(run, thresholds, np.float32(np.inf)))
-            found[skip] = Candidate(draft, *counted_speed(accepted, cost.share(run)))
+            found[skip] = Candidate(draft, *counted_speed(replay.accepted(draft), cost.share(run)))
         return found[skip]
 
     def objective(trial: optuna.Trial) -> float:

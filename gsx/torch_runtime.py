@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from engines.bundle.bundle import Bundle
 from engines.bundle.manifest import BRANCHES, Branch, DecoderShape
 from engines.errors import BundleError, EngineError
-from engines.runners.base import Call, ExitState, Logits, StageOutput, grown
-from engines.runners.portable import KeptTable, gated_places, layers_of
+from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names, grown
+from engines.runners.portable import KeptTable, layers_of, skippable_places
 from exporter.checkpoint import CONFIG, read_config
 from exporter.config import ModelConfig
 from exporter.decoder.ends import Entry, Exit, distinct_windows
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
+from exporter.rules.registry import rule_of
 from gsx.backends import Device
 from plugins.errors import PluginError
 
@@ -92,14 +93,10 @@ class TorchStage:
         self._device = device
         hf_config = read_config(bundle.directory)
         self._config = config = _checked(ModelConfig.from_hf(hf_config), bundle)
-        options = DecoderOptions(
-            manifest.selection.mode if manifest.selection else "threshold",
-            manifest.kv_policy,
-            _TYPES[manifest.precision],
-        )
+        self._rule = rule_of(manifest.policy, manifest.selection, config)
+        options = DecoderOptions(self._rule, manifest.kv_policy, _TYPES[manifest.precision])
         self._dtype = options.dtype
-        self._ranks = manifest.selection is not None and options.selection == "rank"
-        self._copies = manifest.kv_policy == "copy" and "attn" in config.gated_branches
+        self._exits = exit_names(manifest)
         with torch.device("meta"):
             self._entry = Entry(hf_config, config, options)
             self._layers = [_Layer(config, options, has_below=i > 0) for i in self.layers]
@@ -108,7 +105,7 @@ class TorchStage:
         for i, layer in zip(self.layers, self._layers, strict=True):
             weights.fill(layer, f"layers.{i}.")
         weights.fill(self._exit, "")
-        self._table = KeptTable(manifest, gated_places(manifest, self.layers))
+        self._table = KeptTable(manifest, skippable_places(manifest, self.layers))
 
     def new_memory(self, batch: int, capacity: int) -> list[_Buffers]:
         """See `Stage`: buffers of every layer, for all the tokens that may come."""
@@ -133,19 +130,25 @@ class TorchStage:
         ids, positions_there, valid_there, places_there = given
         hidden, calls = self._enter(ids, valid_there, positions_there, max(grown(call.lengths, call.counts)), call)
         below = None
+        carried = {name: calls[0].values[name] for name in (self._rule.carried if self._rule else ())}
         if state is not None:
-            hidden = self._there(state.hidden).reshape(batch * length, -1)
-            below = KeyValue(*map(self._there, state.below)) if state.below else None
+            hidden = self._there(state["exit_hidden"]).reshape(batch * length, -1)
+            if "exit_key" in state:
+                below = KeyValue(self._there(state["exit_key"]), self._there(state["exit_value"]))
+            carried = {n: self._there(state[f"exit_{n}"], torch.float32).reshape(-1) for n in carried}
         counts: list[int] = []
         for layer, one, buffers in zip(self._layers, calls, memory, strict=True):
             past = _Past(buffers, places_there.reshape(-1), one.mask.shape[3])
-            hidden, _, below = layer(hidden, one, past, below)
-            counts += [layer.kept[branch] for branch in BRANCHES if branch in self._config.gated_branches]
+            one = one._replace(values={**one.values, **carried})
+            hidden, _, below, values = layer(hidden, one, past, below)
+            carried = {name: values[name] for name in carried}
+            counts += [layer.kept[branch] for branch in BRANCHES if branch in layer.skippable]
         leaving = None
         if self.layers.stop < self._config.num_layers:
-            parts = (below.key, below.value) if self._copies and below is not None else ()
-            whole = _here(hidden.view(batch, length, -1))
-            leaving = ExitState(whole, (_here(parts[0]), _here(parts[1])) if parts else None)
+            leaving = {"exit_hidden": _here(hidden.view(batch, length, -1))}
+            if "exit_key" in self._exits and below is not None:
+                leaving |= {"exit_key": _here(below.key), "exit_value": _here(below.value)}
+            leaving |= {f"exit_{n}": _here(value.view(batch, length, 1)) for n, value in carried.items()}
         return StageOutput(self._scores(hidden, ids, call, logits), leaving, self._table.of(counts))
 
     @torch.inference_mode()
@@ -160,18 +163,19 @@ class TorchStage:
         self, ids: Tensor, valid: Tensor, positions: Tensor, columns: int, call: Call
     ) -> tuple[Tensor, list[CallState]]:
         """Embeddings [N, H] of a call, and what each layer reads."""
-        budget = self._there(call.select, torch.float32) if self._ranks and call.select is not None else None
+        rule = self._rule
+        types = {name: value.dtype for name, value in (rule.inputs if rule else {}).items()}
+        inputs = {name: self._there(call.controls[name], dtype) for name, dtype in types.items()}
         with torch.device(self._device):  # the entry makes small tensors of its own
-            hidden, cos, sin, *rest = self._entry(ids, valid, positions, budget)
+            once = [inputs[name] for name in (rule.of_call() if rule else ())]
+            hidden, cos, sin, *rest = self._entry(ids, valid, positions, *once)
         masks = {window: _mask(positions, columns, window) for window in distinct_windows(self._config)}
-        depth = self._config.num_layers
-        if self._config.gate is None:
-            return hidden, [CallState(cos, sin, masks[self._config.windows[i]], cos, cos, cos) for i in self.layers]
-        forced, forced_score, *k = rest[len(masks) :]
-        # K on the host: this waits for the GPU once, and no branch does.
-        selects = [k[0].cpu()] * depth if self._ranks else self._there(call.select, torch.float32).unbind()
+        entered = dict(zip(rule.entered() if rule else (), rest[len(masks) :], strict=True))
+        if rule is not None and rule.by_rank:
+            entered["k"] = entered["k"].cpu()  # K on the host: this waits for the GPU once, and no branch does
         return hidden, [
-            CallState(cos, sin, masks[self._config.windows[i]], forced, forced_score, selects[i]) for i in self.layers
+            CallState(cos, sin, masks[self._config.windows[i]], rule.values_of(i, inputs, entered) if rule else {})
+            for i in self.layers
         ]
 
     def _scores(self, hidden: Tensor, ids: Tensor, call: Call, logits: Logits) -> np.ndarray:

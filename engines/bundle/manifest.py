@@ -7,12 +7,21 @@ null means minus infinity (keep everything): JSON has no infinities.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import groupby
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
 
 from engines.errors import UsageError
 
@@ -139,6 +148,49 @@ class Selection(_Model):
         return _array(point.thresholds)
 
 
+class RuntimeInput(_Model):
+    """What the keep rule reads at run time, beside the tokens: an input of every graph that holds a rule's branches.
+
+    Args:
+        name: of the graph's input. `thresholds` [L, 2] and `budget` [] are float32, `layer_mask` [B, L, 2] float32
+            (1: run, 0: skip), `full_until` [B] int64 (tokens at a position below it run every branch).
+        least, most: of its values; null: no bound. A threshold may also be infinite.
+        default: the exported value, for a client that gives none; null where `selection` holds it.
+    """
+
+    name: Literal["thresholds", "budget", "layer_mask", "full_until"]
+    least: float | None
+    most: float | None
+    default: JsonValue = None
+
+
+class Policy(_Model):
+    """The keep rule: which tokens run which branch.
+
+    Args:
+        name: e.g. `gateskip`, `layers`.
+        branches: those that it may skip, in every layer.
+        inputs: what it reads at run time.
+        parameters: its own, as they were given, measured or calibrated.
+        warm_up: new tokens that run every branch, after a prompt that does too (`full_until`); null: the rule applies
+            to every token, the prompt's among them.
+        exits: depths that the model was trained to leave at, where the rule is a set of layers.
+        calibration: the text that they were found on; null where none was needed, or `selection` names it.
+    """
+
+    name: str
+    branches: tuple[Branch, ...]
+    inputs: tuple[RuntimeInput, ...]
+    parameters: Mapping[str, JsonValue] = Field(default_factory=dict)
+    warm_up: Annotated[int, Field(ge=0)] | None = None
+    exits: tuple[int, ...] = ()
+    calibration: CalibrationText | None = None
+
+    def input(self, name: str) -> RuntimeInput | None:
+        """A run-time input by its name; None if the rule does not read it."""
+        return next((one for one in self.inputs if one.name == name), None)
+
+
 class Quantization(_Model):
     """What runs in 8 bits.
 
@@ -213,15 +265,19 @@ class LayersDraft(_Model):
     skip: tuple[tuple[int, Branch], ...]
 
     def __str__(self) -> str:
-        """As `parse_draft` reads it: neighbours that leave out the same are a range."""
-        left_out = {layer: tuple(b for b in BRANCHES if (layer, b) in self.skip) for layer, _ in sorted(self.skip)}
-        parts = []
-        # In a range, layer less place is the same.
-        for (branches, _), group in groupby(enumerate(left_out), lambda at: (left_out[at[1]], at[1] - at[0])):
-            layers = [layer for _, layer in group]
-            ends = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
-            parts.append(ends if branches == BRANCHES else f"{ends}.{branches[0]}")
-        return "layers:" + ",".join(parts)
+        return "layers:" + places_text(self.skip)
+
+
+def places_text(places: Collection[tuple[int, Branch]]) -> str:
+    """A set of branches as `layer_sets.parse_places` reads it: neighbours that name the same are a range."""
+    named = {layer: tuple(b for b in BRANCHES if (layer, b) in places) for layer, _ in sorted(places)}
+    parts = []
+    # In a range, layer less place is the same.
+    for (branches, _), group in groupby(enumerate(named), lambda at: (named[at[1]], at[1] - at[0])):
+        layers = [layer for _, layer in group]
+        ends = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+        parts.append(ends if branches == BRANCHES else f"{ends}.{branches[0]}")
+    return ",".join(parts)
 
 
 DraftKind = Annotated[ExitDraft | BudgetDraft | LayersDraft, Field(discriminator="kind")]
@@ -352,7 +408,8 @@ class Manifest(_Model):
     decoder: DecoderShape
     gates: Gates | None
     selection: Selection | None
-    kv_policy: Literal["compute", "copy"]
+    policy: Policy | None = None
+    kv_policy: Literal["compute", "copy", "none"]
     precision: Literal["fp32", "fp16", "bf16"]
     quantization: Quantization | None = None
     graphs: Mapping[str, GraphEntry]
@@ -361,10 +418,29 @@ class Manifest(_Model):
 
     engines: Mapping[FileName, EngineEntry] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_gateskip(cls, values: Any) -> Any:
+        """A bundle with a selection and no policy is one of GateSkip, from before there were others."""
+        if not isinstance(values, Mapping) or not values.get("selection") or values.get("policy"):
+            return values
+        gates, selection = values.get("gates"), values["selection"]
+        mode = str(selection.get("mode") if isinstance(selection, Mapping) else selection.mode)
+        branches = gates.get("branches") if isinstance(gates, Mapping) else gates.branches if gates else ()
+        return {**values, "policy": gateskip_policy(mode, branches or ())}
+
+    @property
+    def skippable(self) -> tuple[Branch, ...]:
+        """Branches that the keep rule may skip; empty for a dense bundle."""
+        return self.policy.branches if self.policy else ()
+
     @model_validator(mode="after")
-    def _selection_fits_gates(self) -> Manifest:
-        if (self.gates is None) != (self.selection is None):
-            raise ValueError("gates and selection go together")
+    def _parts_fit(self) -> Manifest:
+        reads = {one.name for one in self.policy.inputs} if self.policy else set()
+        if (self.selection is not None) != bool(reads & {"thresholds", "budget"}):
+            raise ValueError("a selection and a policy that reads thresholds or a budget go together")
+        if self.policy is not None and self.policy.name == "gateskip" and self.gates is None:
+            raise ValueError("the policy gateskip needs gates")
         rows = {len(point.thresholds) for point in self.selection.grid} if self.selection else set()
         if rows - {self.decoder.num_layers}:
             raise ValueError(f"thresholds are for {sorted(rows)} layers, the model has {self.decoder.num_layers}")
@@ -376,6 +452,16 @@ class Manifest(_Model):
         if wanted - set(self.graphs):
             raise ValueError("graphs lacks " + ", ".join(sorted(wanted - set(self.graphs))))
         return self
+
+
+def gateskip_policy(mode: str, branches: Sequence[Branch]) -> Policy:
+    """GateSkip's section of the manifest; mode: of the selection."""
+    read = (
+        RuntimeInput(name="budget", least=0, most=1)
+        if mode == "rank"
+        else RuntimeInput(name="thresholds", least=0, most=1)
+    )
+    return Policy(name="gateskip", branches=tuple(branches), inputs=(read,))
 
 
 def check_budget(budget: float) -> None:

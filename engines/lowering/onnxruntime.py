@@ -58,7 +58,7 @@ def cache_outputs(manifest: Manifest, layer: int, kv: str) -> tuple[str, ...]:
 
 def gates_attention(manifest: Manifest) -> bool:
     """Whether attention runs over kept rows."""
-    return manifest.gates is not None and "attn" in manifest.gates.branches
+    return "attn" in manifest.skippable
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.manifest import Manifest
 from engines.lowering.regions import CHOICES
-from engines.runners.portable import EXIT_STATE
 from plugins.domain import DOMAIN
 
 OPSET = 24  # TensorScatter
@@ -182,8 +181,8 @@ class _Rewriter:
         """Logits and what passes an exit go to and come from the host, which knows no bfloat16."""
         if self.float_type == TensorProto.FLOAT:
             return
-        entering = [value for value in self.graph.input if value.name in EXIT_STATE]
-        leaving = [value for value in self.graph.output if value.name in ("logits", *EXIT_STATE)]
+        entering = [value for value in self.graph.input if _passes_exit(value)]
+        leaving = [value for value in self.graph.output if value.name == "logits" or _passes_exit(value)]
         inside = {value.name: f"lowered.{value.name}" for value in (*entering, *leaving)}
         for node in self.graph.node:
             node.input[:] = [inside.get(name, name) for name in node.input]
@@ -474,6 +473,11 @@ class _Rewriter:
 def _node(op: str, inputs: Sequence[str], out: str, **attributes: Any) -> onnx.NodeProto:
     """A node of a standard op, named like its only output."""
     return helper.make_node(op, list(inputs), [out], name=out, **attributes)
+
+
+def _passes_exit(value: onnx.ValueInfoProto) -> bool:
+    """Whether a value in the graph's own type passes from `draft` to `verify`."""
+    return value.name.startswith("exit_") and value.type.tensor_type.elem_type != TensorProto.FLOAT
 
 
 def _mask_name(index: str) -> str:

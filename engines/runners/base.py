@@ -10,12 +10,13 @@ is shortened sequence by sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from engines.bundle.controls import Controls
 from engines.bundle.manifest import Manifest
 
 Logits = Literal["none", "last", "all"]
@@ -60,10 +61,10 @@ class StepOutput:
     Args:
         logits: float32; "last": [B, 1, V], of each sequence's last token in the call; "all": [B, S, V], of no
             meaning behind a sequence's count; "none": [B, 0, V].
-        kept: [L, 2] int64, rows kept by each (layer, branch) in this call; None for a model without gates.
-        gated_rows: rows that came before the gates in this call, one a token and gated branch.
-        kept_by_sequence: [B] int64, the kept rows of each sequence in all branches; None without gates, and where the
-            runtime tells the sum alone.
+        kept: [L, 2] int64, rows kept by each (layer, branch) in this call; None for a dense model.
+        gated_rows: rows that the keep rule judged in this call, one a token and skippable branch.
+        kept_by_sequence: [B] int64, the kept rows of each sequence in all branches; None for a dense model, and where
+            the runtime tells the sum alone.
     """
 
     logits: np.ndarray
@@ -80,26 +81,18 @@ class Call:
         ids: [B, S] int64; behind a sequence's count, whatever.
         counts: tokens of each sequence, up to S.
         lengths: tokens of each sequence before this call.
-        select: `thresholds` [L, 2] or `budget` [], float32; None for a model without gates.
+        controls: the run-time inputs of the keep rule.
     """
 
     ids: np.ndarray
     counts: list[int]
     lengths: list[int]
-    select: np.ndarray | None
+    controls: Controls
 
 
-@dataclass(frozen=True)
-class ExitState:
-    """What leaves an exit layer and enters the next one, for the tokens of one call.
-
-    Args:
-        hidden: [B, S, H] in the runtime's type.
-        below: K and V [B, kv heads, S, D] of the exit's last layer; under the K/V policy `copy` alone.
-    """
-
-    hidden: np.ndarray
-    below: tuple[np.ndarray, np.ndarray] | None = None
+# What leaves an exit layer and enters the next one, for the tokens of one call, by the graph's names (`exit_names`).
+# The last axis but one is the tokens.
+ExitState = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -144,7 +137,7 @@ class Runner(Protocol):
         self,
         cache: Cache,
         input_ids: np.ndarray,
-        select: np.ndarray | None,
+        controls: Controls,
         *,
         counts: list[int] | None = None,
         logits: Logits = "last",
@@ -154,7 +147,7 @@ class Runner(Protocol):
         Args:
             cache: its lengths grow by `counts`.
             input_ids: [B, S] int64.
-            select: as in `Call`.
+            controls: as in `Call`; the same ones for as long as the cache is not rolled back to nothing.
             counts: tokens of each sequence; None for S of all.
             logits: of each sequence's last token, of all, or none.
         """
@@ -170,7 +163,7 @@ def new_cache(batch: int, capacity: int, memory: Any) -> Cache:
     return Cache(batch, capacity, [0] * batch, [0] * batch, memory)
 
 
-def call_of(cache: Cache, input_ids: np.ndarray, counts: list[int] | None, select: np.ndarray | None) -> Call:
+def call_of(cache: Cache, input_ids: np.ndarray, counts: list[int] | None, controls: Controls) -> Call:
     """The call that appends tokens to a cache.
 
     Raises:
@@ -181,7 +174,17 @@ def call_of(cache: Cache, input_ids: np.ndarray, counts: list[int] | None, selec
     needed = max(grown(cache.lengths, counts))
     if needed > cache.capacity:
         raise ValueError(f"the cache holds {cache.capacity} tokens, {needed} are needed")
-    return Call(input_ids, counts, cache.lengths, select)
+    return Call(input_ids, counts, cache.lengths, controls)
+
+
+def exit_names(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
+    """What passes from `draft` to `verify`, with its axes; empty without an exit.
+
+    `exit_hidden` [B, S, H]; under the K/V policy `copy` `exit_key` and `exit_value` [B, kv heads, S, D]; and what the
+    keep rule carries from layer to layer, [B, S, 1] each.
+    """
+    verify = manifest.graphs.get("verify")
+    return {value.name: value.shape for value in verify.inputs if value.name.startswith("exit_")} if verify else {}
 
 
 def grown(lengths: list[int], counts: list[int]) -> list[int]:
@@ -191,6 +194,5 @@ def grown(lengths: list[int], counts: list[int]) -> list[int]:
 
 def step_output(stage: Stage, call: Call, output: StageOutput) -> StepOutput:
     """What a loop sees of a stage's output."""
-    branches = len(stage.manifest.gates.branches) if stage.manifest.gates else 0
-    gated_rows = sum(call.counts) * len(stage.layers) * branches
+    gated_rows = sum(call.counts) * len(stage.layers) * len(stage.manifest.skippable)
     return StepOutput(output.logits, output.kept, gated_rows, output.kept_by_sequence)

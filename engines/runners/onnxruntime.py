@@ -18,19 +18,19 @@ import onnx
 import onnxruntime as ort
 
 from engines.bundle.bundle import Bundle
+from engines.bundle.controls import rows_of
 from engines.bundle.manifest import Manifest
 from engines.errors import BundleError
 from engines.lowering import onnxruntime as lowering
 from engines.lowering.probe import is_supported
-from engines.runners.base import Call, ExitState, Logits, StageOutput
+from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names
 from engines.runners.portable import (
-    EXIT_STATE,
     KeptTable,
     PortableStage,
-    gated_places,
     layers_of,
     open_session,
     session_config,
+    skippable_places,
 )
 
 
@@ -145,8 +145,10 @@ class OnnxRuntimeStage:
         self.manifest: Manifest = bundle.manifest
         self.layers = layers_of(bundle.manifest, graph)
         self._bundle, self._graph, self._threads = bundle, graph, threads
-        places = gated_places(bundle.manifest, self.layers)
+        places = skippable_places(bundle.manifest, self.layers)
         self._gated = len(places)
+        # The lowered graph gives its state, of which `exit_hidden` is a copy.
+        self._exits = {name: axes for name, axes in exit_names(self.manifest).items() if name != "exit_hidden"}
         self._table = KeptTable(bundle.manifest, places)
         self._shares_head = shares_head
         self._sequence: _Sessions | None = None
@@ -179,11 +181,8 @@ class OnnxRuntimeStage:
         parts = []
         for start, stop in _parts(call.counts):
             rows = slice(start, stop)
-            part = Call(call.ids[rows], call.counts[rows], call.lengths[rows], call.select)
-            entering = None
-            if state is not None:
-                below = (state.below[0][rows], state.below[1][rows]) if state.below else None
-                entering = ExitState(state.hidden[rows], below)
+            part = Call(call.ids[rows], call.counts[rows], call.lengths[rows], rows_of(call.controls, rows))
+            entering = {name: value[rows] for name, value in state.items()} if state is not None else None
             parts.append((rows, self._run(memory, start, part, entering, logits)))
         if len(parts) == 1 and parts[0][0] == slice(0, len(call.counts)):
             return parts[0][1]
@@ -213,21 +212,22 @@ class OnnxRuntimeStage:
             lengths = np.array(call.lengths)
             body.feed("position_ids", lengths[:, None])
             body.feed(lowering.TOTAL_LENGTH, lengths + 1)
-        if call.select is not None and self.manifest.selection is not None:
-            body.feed_once("thresholds" if self.manifest.selection.mode == "threshold" else "budget", call.select)
-        if state is not None:
-            for name, value in zip(EXIT_STATE, (state.hidden, *(state.below or ())), strict=False):
-                body.feed(name, value[..., :count, :])
+        for name, value in call.controls.items():
+            body.feed_once(name, value)
+        for name, value in (state or {}).items():
+            body.feed(name, value[..., :count, :])
         hidden = body.result(lowering.STATE, (batch, count, shape.hidden_size), np.float32)
         kept = None
         if self._gated and batch == 1:
             kept = body.result(lowering.KEPT, (self._gated,), np.int64)
         elif self._gated:
             kept = body.result(lowering.KEPT, (self._gated * batch,), np.bool_)
-        below = None
-        if self.layers.stop < shape.num_layers and self.manifest.kv_policy == "copy":
-            size = (batch, shape.num_kv_heads, count, shape.head_dim)
-            below = (body.result(EXIT_STATE[1], size, np.float32), body.result(EXIT_STATE[2], size, np.float32))
+        leaves = self.layers.stop < shape.num_layers
+        sizes: dict[int | str, int] = {"batch": batch, "sequence": count}
+        leaving = {
+            name: body.result(name, tuple(sizes[axis] if isinstance(axis, str) else axis for axis in axes), np.float32)
+            for name, axes in (self._exits.items() if leaves else ())
+        }
         body.run()
         scores = np.zeros((batch, 0, shape.vocab_size), np.float32)
         if logits != "none":
@@ -237,13 +237,12 @@ class OnnxRuntimeStage:
             found = bound.head.result("logits", (1, wanted.shape[1], shape.vocab_size), np.float32)
             bound.head.run()
             scores = found.reshape(batch, -1, shape.vocab_size).copy()
-        leaving = None
-        if self.layers.stop < shape.num_layers:
-            leaving = ExitState(hidden.copy(), (below[0].copy(), below[1].copy()) if below else None)
+        passed = {"exit_hidden": hidden, **leaving} if leaves else {}
+        state = {name: value.copy() for name, value in passed.items()} or None
         if kept is None:
-            return StageOutput(scores, leaving, self._table.of(None))
+            return StageOutput(scores, state, self._table.of(None))
         table = kept.reshape(self._gated, batch)
-        return StageOutput(scores, leaving, self._table.of(table.sum(axis=1)), table.sum(axis=0))
+        return StageOutput(scores, state, self._table.of(table.sum(axis=1)), table.sum(axis=0))
 
     def _bound(self, memory: _Memory, start: int, rows: int) -> _Rows:
         """What neighbouring rows of the memory are bound to."""
@@ -312,12 +311,8 @@ def _joined(parts: list[tuple[slice, StageOutput]], call: Call, logits: Logits) 
             out[rows, ..., : array.shape[-2], :] = array
         return out
 
-    leaving = None
     states = [output.state for _, output in parts if output.state is not None]
-    if first.state is not None:
-        belows = [state.below for state in states if state.below is not None]
-        below = [whole([pair[side] for pair in belows], length) for side in (0, 1)] if belows else None
-        leaving = ExitState(whole([state.hidden for state in states], length), (below[0], below[1]) if below else None)
+    leaving = {name: whole([state[name] for state in states], length) for name in first.state or ()}
     kept = [output.kept for _, output in parts if output.kept is not None]
     kept_by_sequence = None
     if first.kept_by_sequence is not None:
@@ -327,7 +322,7 @@ def _joined(parts: list[tuple[slice, StageOutput]], call: Call, logits: Logits) 
             kept_by_sequence[rows] = output.kept_by_sequence
     return StageOutput(
         logits=whole([output.logits for _, output in parts], columns),
-        state=leaving,
+        state=leaving or None,
         kept=np.sum(kept, axis=0) if kept else None,
         kept_by_sequence=kept_by_sequence,
     )

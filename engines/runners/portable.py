@@ -15,12 +15,11 @@ import onnx
 import onnxruntime as ort
 
 from engines.bundle.bundle import Bundle
+from engines.bundle.controls import Controls
 from engines.bundle.manifest import BRANCHES, Branch, Manifest
 from engines.errors import BundleError, GsxError
-from engines.runners.base import Call, ExitState, Logits, StageOutput, grown
+from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names, grown
 
-# What passes from `draft` to `verify`; K and V under the K/V policy `copy` alone.
-EXIT_STATE = ("exit_hidden", "exit_key", "exit_value")
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
 
@@ -48,8 +47,8 @@ class PortableStage:
         model = onnx.load(str(bundle.graph_path(graph)), load_external_data=False)
         self._inputs = {value.name for value in model.graph.input}
         outputs = {value.name for value in model.graph.output}
-        self._exits = [name for name in EXIT_STATE if name in outputs]
-        places = gated_places(self.manifest, self.layers)
+        self._exits = [name for name in exit_names(self.manifest) if name in outputs]
+        places = skippable_places(self.manifest, self.layers)
         self._table = KeptTable(self.manifest, places)
         self._kept = [f"layers.{layer}.{branch}.count" for layer, branch in places]
         for name in dict.fromkeys([*self._kept, *capture]):
@@ -74,14 +73,13 @@ class PortableStage:
         for name, value in memory.items():
             memory[name] = value[:, :, :past]
         results = self.execute(
-            memory, call.ids, mask.astype(np.int64), positions, call.select, state, logits=logits != "none"
+            memory, call.ids, mask.astype(np.int64), positions, call.controls, state, logits=logits != "none"
         )
         for name, value in memory.items():
             memory[name] = _closed_up(value, call, past)
         leaving = None
         if self._exits:
-            hidden, *below = (results[name] for name in self._exits)
-            leaving = ExitState(hidden, (below[0], below[1]) if below else None)
+            leaving = {name: results[name] for name in self._exits}
         return StageOutput(
             logits=self._logits(results.get("logits"), call, logits),
             state=leaving,
@@ -100,7 +98,7 @@ class PortableStage:
         input_ids: np.ndarray,
         attention_mask: np.ndarray,
         position_ids: np.ndarray,
-        select: np.ndarray | None,
+        controls: Controls,
         state: ExitState | None = None,
         *,
         logits: bool = True,
@@ -111,14 +109,11 @@ class PortableStage:
             memory: past K and V; this call's are appended for all columns, padding too.
             input_ids, position_ids: [B, S] int64.
             attention_mask: [B, past + S] int64: 1 for a token, 0 for padding.
-            select: as in `Call`.
+            controls: as in `Call`.
         Returns: the outputs and captured values by name, but K and V.
         """
         feeds = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
-        if state is not None:
-            feeds |= dict(zip(EXIT_STATE, (state.hidden, *(state.below or ())), strict=False))
-        if select is not None and self.manifest.selection is not None:
-            feeds["thresholds" if self.manifest.selection.mode == "threshold" else "budget"] = select
+        feeds |= {**controls, **(state or {})}
         feeds |= {f"past_key_values.{name}": value for name, value in memory.items()}
         feeds = {name: value for name, value in feeds.items() if name in self._inputs}
         presents = [f"present.{name}" for name in memory]
@@ -162,16 +157,16 @@ class KeptTable:
 
     Args:
         manifest: of the bundle.
-        places: the gated branches, in the order of the counts.
+        places: the skippable branches, in the order of the counts.
     """
 
     def __init__(self, manifest: Manifest, places: Sequence[tuple[int, Branch]]) -> None:
-        self._gated = manifest.gates is not None
+        self._gated = manifest.policy is not None
         self._shape = (manifest.decoder.num_layers, len(BRANCHES))
         self._flat = np.array([layer * len(BRANCHES) + BRANCHES.index(branch) for layer, branch in places], np.int64)
 
     def of(self, counts: Sequence[int] | np.ndarray | None) -> np.ndarray | None:
-        """The table [L, 2] int64; None for a model without gates."""
+        """The table [L, 2] int64; None for a dense model."""
         if counts is None or not self._gated:
             return None
         kept = np.zeros(self._shape, np.int64)
@@ -179,9 +174,9 @@ class KeptTable:
         return kept
 
 
-def gated_places(manifest: Manifest, layers: range | None = None) -> list[tuple[int, Branch]]:
-    """(layer, branch) of every gated branch, of all layers or of some, in order."""
-    branches = manifest.gates.branches if manifest.gates else ()
+def skippable_places(manifest: Manifest, layers: range | None = None) -> list[tuple[int, Branch]]:
+    """(layer, branch) of every branch that the keep rule may skip, of all layers or of some, in the graph's order."""
+    branches = [branch for branch in BRANCHES if branch in manifest.skippable]
     return [(layer, branch) for layer in layers or range(manifest.decoder.num_layers) for branch in branches]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from engines.bundle.controls import Controls
 from engines.runners.base import (
     Cache,
     Call,
@@ -60,13 +61,13 @@ class SplitRunner:
         self,
         cache: Cache,
         input_ids: np.ndarray,
-        select: np.ndarray | None,
+        controls: Controls,
         *,
         counts: list[int] | None = None,
         logits: Logits = "last",
     ) -> StepOutput:
         """See `Runner`: a draft without logits, and its verification."""
-        first = self.draft(cache, input_ids, select, counts=counts, logits="none")
+        first = self.draft(cache, input_ids, controls, counts=counts, logits="none")
         second = self.verify(cache, logits=logits)
         return joined_output(first, second)
 
@@ -82,14 +83,14 @@ class SplitRunner:
         self,
         cache: Cache,
         input_ids: np.ndarray,
-        select: np.ndarray | None,
+        controls: Controls,
         *,
         counts: list[int] | None = None,
         logits: Logits = "last",
     ) -> StepOutput:
         """Run the early layers alone: arguments as of `step`; the logits are the exit's."""
         memory: _Memory = cache.memory
-        call = call_of(cache, input_ids, counts, select)
+        call = call_of(cache, input_ids, counts, controls)
         output = self.early.run(memory.early, call, None, logits)
         assert output.state is not None
         memory.waiting.append((call, output.state))
@@ -121,30 +122,25 @@ def joined_output(early: StepOutput, late: StepOutput) -> StepOutput:
 def _joined(waiting: list[tuple[Call, ExitState]], cache: Cache) -> tuple[Call, ExitState]:
     """All waiting tokens as one call, each sequence's at the front of its row."""
     counts = [length - verified for length, verified in zip(cache.lengths, cache.verified, strict=True)]
-    select = waiting[-1][0].select
+    controls = waiting[-1][0].controls
     size = max(counts)
     if min(counts) == size == sum(call.ids.shape[1] for call, _ in waiting):
         # Every sequence has all of them: they only have to be put side by side.
         if len(waiting) == 1:
-            return Call(waiting[0][0].ids, counts, cache.verified, select), waiting[0][1]
+            return Call(waiting[0][0].ids, counts, cache.verified, controls), waiting[0][1]
         ids = np.concatenate([call.ids for call, _ in waiting], axis=1)
-        columns = zip(*(_parts(state) for _, state in waiting), strict=True)
-        joined = [np.concatenate(column, axis=-2) for column in columns]
+        joined = {n: np.concatenate([state[n] for _, state in waiting], axis=-2) for n in waiting[0][1]}
     else:
         ids = np.zeros((cache.batch, size), np.int64)
-        joined = [np.zeros((*part.shape[:-2], size, part.shape[-1]), part.dtype) for part in _parts(waiting[0][1])]
+        joined = {
+            name: np.zeros((*part.shape[:-2], size, part.shape[-1]), part.dtype) for name, part in waiting[0][1].items()
+        }
         for call, state in waiting:
             for row in range(cache.batch):
                 start = call.lengths[row] - cache.verified[row]
                 stop = min(start + call.counts[row], counts[row])
                 if stop > start:
                     ids[row, start:stop] = call.ids[row, : stop - start]
-                    for target, part in zip(joined, _parts(state), strict=True):
-                        target[row, ..., start:stop, :] = part[row, ..., : stop - start, :]
-    hidden, *below = joined
-    return Call(ids, counts, cache.verified, select), ExitState(hidden, (below[0], below[1]) if below else None)
-
-
-def _parts(state: ExitState) -> list[np.ndarray]:
-    """Arrays whose last axis but one is the tokens."""
-    return [state.hidden, *(state.below or ())]
+                    for name, part in state.items():
+                        joined[name][row, ..., start:stop, :] = part[row, ..., : stop - start, :]
+    return Call(ids, counts, cache.verified, controls), joined

@@ -20,8 +20,8 @@ from engines.bundle.manifest import EngineEntry, Manifest
 from engines.errors import EngineError
 from engines.lowering.regions import CHOICES
 from engines.lowering.tensorrt import KEPT, LOGITS_AT, WRITE_AT, K
-from engines.runners.base import Call, ExitState, Logits, StageOutput
-from engines.runners.portable import EXIT_STATE, KeptTable, gated_places, layers_of
+from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names
+from engines.runners.portable import KeptTable, layers_of, skippable_places
 from engines.tensorrt.backend import Backend
 
 # The window is a multiple of this many columns, so that a call's shapes change seldom while the cache grows: TensorRT
@@ -75,7 +75,7 @@ class TensorRTStage:
         self._entry, self._engine = entry, engine
         self._inputs = {value.name: value for value in entry.graphs[graph].inputs}
         self._outputs = {value.name: value for value in entry.graphs[graph].outputs}
-        self._table = KeptTable(manifest, gated_places(manifest, self.layers))
+        self._table = KeptTable(manifest, skippable_places(manifest, self.layers))
 
     def new_memory(self, batch: int, capacity: int) -> _Memory:
         """See `Stage`. The buffers have the engine's own capacity, whatever is asked for.
@@ -127,7 +127,7 @@ class TensorRTStage:
             part = slice(start, start + most)
             counts = [min(max(count - start, 0), most) for count in call.counts]
             lengths = [length + min(count, start) for length, count in zip(call.lengths, call.counts, strict=True)]
-            piece = Call(call.ids[:, part], counts, lengths, call.select)
+            piece = Call(call.ids[:, part], counts, lengths, call.controls)
             outputs.append(self._run(memory, piece, _tokens_of(state, part), logits))
         return _joined(outputs, call, most, logits)
 
@@ -152,15 +152,12 @@ class TensorRTStage:
             WRITE_AT: lengths,
             LOGITS_AT: rows + (steps if logits == "all" else last),
         }
-        if call.select is not None and K in self._inputs:
+        if K in self._inputs:
             valid = call.ids[steps < counts[:, None]]
-            given[K] = np.array([self._count(valid, float(call.select))])
+            given[K] = np.array([self._count(valid, float(call.controls["budget"]))])
         feeds = {name: np.asarray(value, np.int64) for name, value in given.items() if name in self._inputs}
-        for name in ("thresholds", "budget"):
-            if call.select is not None and name in self._inputs:
-                feeds[name] = np.asarray(call.select, np.float32)
-        if state is not None:
-            feeds |= dict(zip(EXIT_STATE, (state.hidden, *(state.below or ())), strict=False))
+        feeds |= {name: value for name, value in call.controls.items() if name in self._inputs}
+        feeds |= state or {}
         buffers = {}
         for name, buffer in memory.buffers.items():
             for shared in (name, name.replace("past_key_values.", "present.")):
@@ -174,10 +171,10 @@ class TensorRTStage:
         profile = choose_profile(self._entry.profiles, batch, length, window)
         found = self._engine.run(profile, feeds, buffers, results)
         scores = found["logits"]
-        leaving = [found[name] for name in EXIT_STATE if name in found]
+        leaving = {name: found[name] for name in exit_names(self.manifest) if name in found}
         return StageOutput(
             logits=scores[:, :0] if logits == "none" else scores,
-            state=_state(leaving) if leaving else None,
+            state=leaving or None,
             kept=self._table.of(found.get(KEPT)),
         )
 
@@ -192,16 +189,11 @@ def window_of(filled: int, capacity: int) -> int:
     return min(-(-filled // WINDOW_STEP) * WINDOW_STEP, capacity)
 
 
-def _state(parts: list[np.ndarray]) -> ExitState:
-    hidden, *below = parts
-    return ExitState(hidden, (below[0], below[1]) if below else None)
-
-
 def _tokens_of(state: ExitState | None, part: slice) -> ExitState | None:
     """Some tokens' part of an exit state."""
     if state is None:
         return None
-    return _state([array[..., part, :] for array in (state.hidden, *(state.below or ()))])
+    return {name: array[..., part, :] for name, array in state.items()}
 
 
 def _joined(outputs: list[StageOutput], call: Call, most: int, logits: Logits) -> StageOutput:
@@ -211,11 +203,11 @@ def _joined(outputs: list[StageOutput], call: Call, most: int, logits: Logits) -
         piece = np.maximum(np.array(call.counts) - 1, 0) // most
         scores = scores[np.arange(len(scores)), piece][:, None]
     states = [output.state for output in outputs if output.state is not None]
-    parts = [(state.hidden, *(state.below or ())) for state in states]
+    joined = {name: np.concatenate([state[name] for state in states], axis=-2) for name in (states or [{}])[0]}
     kept = [output.kept for output in outputs if output.kept is not None]
     return StageOutput(
         logits=scores,
-        state=_state([np.concatenate(arrays, axis=-2) for arrays in zip(*parts, strict=True)]) if parts else None,
+        state=joined or None,
         kept=np.sum(kept, axis=0) if kept else None,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from engines.bundle.controls import Controls
 from engines.runners.base import Cache, Logits, Stage, StepOutput, call_of, grown, new_cache, step_output
 
 
@@ -22,13 +23,13 @@ class WholeRunner:
         self,
         cache: Cache,
         input_ids: np.ndarray,
-        select: np.ndarray | None,
+        controls: Controls,
         *,
         counts: list[int] | None = None,
         logits: Logits = "last",
     ) -> StepOutput:
         """See `Runner`."""
-        call = call_of(cache, input_ids, counts, select)
+        call = call_of(cache, input_ids, counts, controls)
         output = self.stage.run(cache.memory, call, None, logits)
         cache.lengths = cache.verified = grown(call.lengths, call.counts)
         return step_output(self.stage, call, output)

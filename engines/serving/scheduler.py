@@ -18,9 +18,10 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+from engines.bundle.controls import Controls, Keep, controls_for, shared_by_batch, stacked
 from engines.bundle.manifest import DraftKind
 from engines.errors import UsageError
-from engines.generation import Continuation, Decoding, GenerationStats, read, select_for, take
+from engines.generation import Continuation, Decoding, GenerationStats, read, take
 from engines.runners.base import Runner, StepOutput
 from engines.sampling import Picker
 from engines.serving.request import Client, Finished, OverloadedError, Request
@@ -35,7 +36,7 @@ class _Job:
 
     def __init__(self, request: Request, client: Client, runner: Runner, tokenizer: BundleTokenizer | None) -> None:
         self.client, self.request = client, request
-        self.select = select_for(runner.manifest, request.budget)
+        self.controls = controls_for(runner.manifest, Keep(budget=request.budget), [len(request.prompt)])
         self._ids: list[int] = []
         self._text: list[str] = []
         self._writer = TextWriter(tokenizer.stream(), request.stop, self._text.append) if tokenizer else None
@@ -234,7 +235,7 @@ class Scheduler:
 
     def _prefill(self, job: _Job) -> None:
         rows = self._rows([job])
-        output = read(self._runner, self._cache, rows, job.select)
+        output = read(self._runner, self._cache, rows, self._controls([job]))
         job.count(output, rows.index(job.sequence), len(job.sequence.prompt), len(job.sequence.prompt))
         take(rows, output)
 
@@ -242,14 +243,14 @@ class Scheduler:
         """The jobs of the batch that may share a step: same run-time inputs, and no choice among a whole call."""
         groups: dict[object, list[_Job]] = {}
         for job in self._batch:
-            same = job.select.tobytes() if job.select is not None else None
+            same = shared_by_batch(job.controls)
             groups.setdefault(id(job) if self._chooses_by_call else same, []).append(job)
         return list(groups.values())
 
     def _step(self, jobs: list[_Job]) -> None:
         def step() -> None:
             rows = self._rows(jobs)
-            output = read(self._runner, self._cache, rows, jobs[0].select)
+            output = read(self._runner, self._cache, rows, self._controls(jobs))
             for row, sequence in enumerate(rows):
                 if sequence is not None:
                     self._batch[row].count(output, row, 1, len(jobs))
@@ -260,8 +261,8 @@ class Scheduler:
     def _round(self, job: _Job) -> None:
         if job.decoding is None:
             assert self._draft is not None
-            draft = draft_on(self._runner, self._draft, job.request.budget)
-            job.decoding = Decoding(self._runner, [job.sequence], job.select, draft)
+            draft = draft_on(self._runner, self._draft)
+            job.decoding = Decoding(self._runner, [job.sequence], job.controls, draft)
             job.decoding.start()
         else:
             job.decoding.round()
@@ -271,6 +272,11 @@ class Scheduler:
         return [job.sequence if job in jobs else None for job in self._batch] + [None] * (
             self._cache.batch - len(self._batch)
         )
+
+    def _controls(self, jobs: list[_Job]) -> Controls:
+        """The run-time inputs of a call of some jobs, those by sequence at the jobs' rows."""
+        rows = [job.controls if job in jobs else None for job in self._batch]
+        return stacked([*rows, *[None] * (self._cache.batch - len(rows))])
 
     def _attempt(self, jobs: list[_Job], work: Callable[[], None]) -> None:
         """Do some jobs' work and tell their clients. What fails, fails for these jobs alone."""

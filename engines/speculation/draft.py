@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from engines.bundle.bundle import Bundle
+from engines.bundle.controls import Controls, selected
 from engines.bundle.manifest import BRANCHES, BudgetDraft, DraftKind, ExitDraft, LayersDraft, Manifest
 from engines.runners.base import Cache, Runner, StepOutput
 from engines.runners.select import Backend, open_runner, open_split_runner
@@ -23,16 +24,16 @@ class Draft(Protocol):
     runner: Runner
     kind: DraftKind
 
-    def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: list[int]) -> StepOutput:
+    def step(self, cache: Cache, ids: np.ndarray, controls: Controls, counts: list[int]) -> StepOutput:
         """Read one more token (or none) of each sequence.
 
-        Args: ids [B, 1]; select, counts as in `Call`.
+        Args: ids [B, 1]; controls, counts as in `Call`.
         Returns: logits [B, 1, V] of the guess; kept rows where the model itself would have kept them.
         """
         ...
 
     def verify(
-        self, cache: Cache, start: list[int], ids: np.ndarray, select: np.ndarray | None, counts: list[int]
+        self, cache: Cache, start: list[int], ids: np.ndarray, controls: Controls, counts: list[int]
     ) -> StepOutput:
         """Run the whole model on tokens, of which `step` has read all but each sequence's last.
 
@@ -50,61 +51,63 @@ class EarlyExit:
         self.kind: DraftKind = ExitDraft(layer=runner.exit_layer)
         self._split = runner
 
-    def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: list[int]) -> StepOutput:
+    def step(self, cache: Cache, ids: np.ndarray, controls: Controls, counts: list[int]) -> StepOutput:
         """See `Draft`."""
-        return self._split.draft(cache, ids, select, counts=counts)
+        return self._split.draft(cache, ids, controls, counts=counts)
 
     def verify(
-        self, cache: Cache, start: list[int], ids: np.ndarray, select: np.ndarray | None, counts: list[int]
+        self, cache: Cache, start: list[int], ids: np.ndarray, controls: Controls, counts: list[int]
     ) -> StepOutput:
         """See `Draft`: the last token has to pass the early layers first."""
         last = np.array([[row[max(count - 1, 0)]] for row, count in zip(ids, counts, strict=True)])
-        early = self._split.draft(cache, last, select, counts=[min(count, 1) for count in counts], logits="none")
+        early = self._split.draft(cache, last, controls, counts=[min(count, 1) for count in counts], logits="none")
         return joined_output(early, self._split.verify(cache))
 
 
-class OtherThresholds:
-    """The whole depth at other thresholds drafts: fewer tokens pass the gates, or none passes some of them.
+class OtherControls:
+    """The whole depth with other run-time inputs drafts: fewer tokens pass the gates, or some branches do not run.
 
     The K/V of drafted tokens are the draft's; verification computes them anew.
     """
 
-    def __init__(self, runner: Runner, kind: BudgetDraft | LayersDraft, thresholds: np.ndarray) -> None:
+    def __init__(self, runner: Runner, kind: BudgetDraft | LayersDraft) -> None:
         self.runner = runner
         self.kind: DraftKind = kind
-        self._thresholds = thresholds
+        self._changes = kind
+        self._of: Controls = {}
+        self._controls: Controls = {}
 
-    def step(self, cache: Cache, ids: np.ndarray, select: np.ndarray | None, counts: list[int]) -> StepOutput:
+    def step(self, cache: Cache, ids: np.ndarray, controls: Controls, counts: list[int]) -> StepOutput:
         """See `Draft`."""
-        output = self.runner.step(cache, ids, self._thresholds, counts=counts)
+        if controls is not self._of:  # the same for a whole request, and a runner copies an input when it changes
+            self._of, self._controls = controls, draft_controls(self._changes, self.runner.manifest, controls)
+        output = self.runner.step(cache, ids, self._controls, counts=counts)
         return StepOutput(output.logits, None)
 
     def verify(
-        self, cache: Cache, start: list[int], ids: np.ndarray, select: np.ndarray | None, counts: list[int]
+        self, cache: Cache, start: list[int], ids: np.ndarray, controls: Controls, counts: list[int]
     ) -> StepOutput:
         """See `Draft`."""
         cache.roll_back(start)
-        return self.runner.step(cache, ids, select, counts=counts, logits="all")
+        return self.runner.step(cache, ids, controls, counts=counts, logits="all")
 
 
 def open_draft(
     bundle: Bundle,
     draft: DraftKind,
     threads: int | None = None,
-    budget: float | None = None,
     backend: Backend = "onnxruntime",
 ) -> Draft:
     """What drafts for a bundle, with the runner that it drafts on.
 
     Args:
         threads: within an op; None for the runtime's own choice.
-        budget: the budget in use; None for the exported one.
         backend: the runtime.
     Raises:
         UsageError: the bundle cannot draft in this way.
     """
     check_draft(draft, bundle.manifest)
-    return draft_on(open_draft_runner(bundle, draft, threads, backend), draft, budget)
+    return draft_on(open_draft_runner(bundle, draft, threads, backend), draft)
 
 
 def open_draft_runner(
@@ -116,21 +119,24 @@ def open_draft_runner(
     return open_runner(bundle, threads, backend)
 
 
-def draft_on(runner: Runner, draft: DraftKind, budget: float | None = None) -> Draft:
-    """What drafts on a runner of its kind (`open_draft_runner`); budget: as of `open_draft`."""
+def draft_on(runner: Runner, draft: DraftKind) -> Draft:
+    """What drafts on a runner of its kind (`open_draft_runner`)."""
     if isinstance(draft, ExitDraft):
         assert isinstance(runner, SplitRunner)
         return EarlyExit(runner)
-    return OtherThresholds(runner, draft, draft_thresholds(draft, runner.manifest, budget))
+    return OtherControls(runner, draft)
 
 
-def draft_thresholds(draft: BudgetDraft | LayersDraft, manifest: Manifest, budget: float | None) -> np.ndarray:
-    """Thresholds [L, 2] float32 of a draft that changes nothing else: a branch left out has +inf."""
-    selection = manifest.selection
-    assert selection is not None
+def draft_controls(draft: BudgetDraft | LayersDraft, manifest: Manifest, controls: Controls) -> Controls:
+    """The run-time inputs of a draft that changes nothing else of a request's.
+
+    A branch that is left out has 0 in the layer mask, or plus infinity as its threshold.
+    """
     if isinstance(draft, BudgetDraft):
-        return selection.thresholds_for(draft.budget)
-    thresholds = selection.thresholds_for(selection.budget if budget is None else budget).copy()
+        assert manifest.selection is not None
+        return {**controls, **selected(manifest.selection, draft.budget)}
+    name, out = ("layer_mask", 0.0) if "layer_mask" in controls else ("thresholds", np.inf)
+    changed = controls[name].copy()
     for layer, branch in draft.skip:
-        thresholds[layer, BRANCHES.index(branch)] = np.inf
-    return thresholds
+        changed[..., layer, BRANCHES.index(branch)] = out
+    return {**controls, name: changed}

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from engines.generation import generate, select_for
+from engines.bundle.controls import controls_for
+from engines.bundle.manifest import LayersDraft
+from engines.generation import generate
 from engines.runners.base import Runner
+from engines.speculation.draft import draft_controls
 from engines.speculation.length import ROW_COST
 
 # Tokens that a draft is tried on from each place, and so the longest draft that can be judged.
@@ -30,29 +33,30 @@ class Replay:
     """
 
     def __init__(self, runner: Runner, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
-        self._runner, self._select = runner, select_for(runner.manifest, None)
+        self._runner, self._controls = runner, controls_for(runner.manifest)
         self._texts = []
         for prompt in prompts:
             written = generate(runner, [prompt], max_new_tokens=new_tokens, stop_ids=[]).sequences[0].tokens
             tokens = np.array([[*prompt, *written]])
             cache = runner.new_cache(1, tokens.shape[1])
-            runner.step(cache, tokens[:, : len(prompt)], self._select, logits="none")
+            runner.step(cache, tokens[:, : len(prompt)], self._controls, logits="none")
             self._texts.append((len(prompt), tokens, cache))
 
-    def accepted(self, draft: np.ndarray) -> np.ndarray:
+    def accepted(self, draft: LayersDraft) -> np.ndarray:
         """Tokens in a row that a draft gets right at each place.
 
-        Args: draft: its thresholds, [L, 2] float32.
+        Args: draft: the branches that it leaves out.
         Returns: [places] int64, 0 to CHUNK.
         """
         found = []
+        controls = draft_controls(draft, self._runner.manifest, self._controls)
         for first, tokens, cache in self._texts:
             cache.roll_back([first])
-            self._runner.step(cache, tokens[:, first:], self._select, logits="none")
+            self._runner.step(cache, tokens[:, first:], self._controls, logits="none")
             # From the last place to the first: what a draft leaves in the cache lies behind all that is still read.
             for start in reversed(range(first, tokens.shape[1] - CHUNK, CHUNK)):
                 cache.roll_back([start])
-                output = self._runner.step(cache, tokens[:, start : start + CHUNK], draft, logits="all")
+                output = self._runner.step(cache, tokens[:, start : start + CHUNK], controls, logits="all")
                 right = output.logits[0].argmax(axis=-1) == tokens[0, start + 1 : start + CHUNK + 1]
                 found.append(int(np.logical_and.accumulate(right).sum()))
         return np.array(found, np.int64)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import NoReturn
 
+from engines.bundle.layer_sets import parse_places
 from engines.bundle.manifest import (
-    BRANCHES,
     Branch,
     BudgetDraft,
     DraftKind,
@@ -18,7 +17,6 @@ from engines.bundle.manifest import (
 )
 from engines.errors import UsageError
 
-_MOST_LAYERS = 10_000
 _EXPECTED = "exit:E (layers), budget:B (a share), or layers:SET (e.g. 3.attn,5-7)"
 
 
@@ -38,7 +36,7 @@ def parse_draft(text: str) -> DraftKind:
         if kind == "exit":
             return ExitDraft(layer=int(value))
         if kind == "layers":
-            return LayersDraft(skip=tuple(place for part in value.split(",") for place in _places(part)))
+            return LayersDraft(skip=parse_places(value))
         budget = float(value)
     except ValueError:
         _refuse(text)
@@ -63,12 +61,15 @@ def check_draft(draft: DraftKind, manifest: Manifest) -> None:
                 found="none" if own is None else str(own),
                 todo=f"export again with --draft {draft}",
             )
-    elif manifest.selection is None or manifest.gates is None:
-        refuse_ungated(draft)
     elif isinstance(draft, BudgetDraft):
+        if manifest.selection is None:
+            refuse_other(draft)
         manifest.selection.thresholds_for(draft.budget)
     else:
-        check_layers(draft, manifest.decoder.num_layers, manifest.gates.branches)
+        policy = manifest.policy
+        if policy is None or not (policy.name == "gateskip" or policy.input("layer_mask")):
+            refuse_other(draft)
+        check_layers(draft, manifest.decoder.num_layers, policy.branches)
 
 
 def check_layers(draft: LayersDraft, layers: int, branches: Sequence[Branch]) -> None:
@@ -78,7 +79,7 @@ def check_layers(draft: LayersDraft, layers: int, branches: Sequence[Branch]) ->
     if unknown or not gated - set(draft.skip):
         raise UsageError(
             f"{draft} cannot be left out",
-            expected=f"some, not all, of the gated branches of layers 0 to {layers - 1}: " + ", ".join(branches),
+            expected=f"some, not all, of the skippable branches of layers 0 to {layers - 1}: " + ", ".join(branches),
             found=", ".join(f"{layer}.{branch}" for layer, branch in unknown) or "all of them",
         )
 
@@ -98,10 +99,13 @@ def refuse_rank() -> NoReturn:
     )
 
 
-def refuse_ungated(draft: DraftKind | str) -> NoReturn:
-    """Without gates there is no threshold to change."""
+def refuse_other(draft: DraftKind | str) -> NoReturn:
+    """A model whose keep rule has nothing that such a draft could change."""
+    needs = "thresholds" if isinstance(draft, BudgetDraft) else "gates, or --policy layers"
     raise UsageError(
-        f"the draft {draft} needs gates, and this model has none", expected="exit:E", todo="export with --draft exit:E"
+        f"the draft {draft} needs {needs}, and this model has none",
+        expected="exit:E",
+        todo="export with --draft exit:E",
     )
 
 
@@ -111,16 +115,6 @@ def check_exit(layer: int, layers: int) -> None:
         raise UsageError(
             f"the exit layer is not inside the model's {layers}", expected=f"1 to {layers - 1}", found=str(layer)
         )
-
-
-def _places(part: str) -> list[tuple[int, Branch]]:
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?(?:\.(attn|mlp))?", part.strip())
-    if found is None:
-        raise ValueError(part)
-    first, last, branch = int(found[1]), int(found[2] or found[1]), found[3]
-    if last < first or last > _MOST_LAYERS:
-        raise ValueError(part)
-    return [(layer, b) for layer in range(first, last + 1) for b in BRANCHES if branch in (None, b)]
 
 
 def _refuse(text: str) -> NoReturn:

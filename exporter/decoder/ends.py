@@ -14,14 +14,14 @@ from exporter.config import ModelConfig
 from exporter.decoder.layer import DecoderOptions, Linear
 from exporter.decoder.norm import RmsNorm
 from exporter.decoder.rotary import RotaryTables
+from exporter.rules.base import Tokens
 
 
 class Entry(nn.Module):
     """Token ids -> embeddings and all that every layer reads.
 
     Returns, in order: hidden [N, H]; cos and sin [1, N, D/2]; one mask [B, 1, S, T] bool per distinct
-    window of the model (`windows`); and with gates: forced [N] bool, forced_score [N] float32; with rank
-    selection: k [1] int64.
+    window of the model (`windows`); and what the keep rule computes once in a call (`KeepRule.entered`).
     """
 
     def __init__(self, hf_config: Any, config: ModelConfig, options: DecoderOptions) -> None:
@@ -34,31 +34,23 @@ class Entry(nn.Module):
         self.windows = distinct_windows(config)
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, budget: Tensor | None = None
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        """input_ids and position_ids [B, S] int64, attention_mask [B, T] int64 (1 = token), budget [] float32."""
+        """input_ids and position_ids [B, S] int64, attention_mask [B, T] int64 (1 = token); inputs: the run-time inputs
+        that the keep rule reads once in a call (`KeepRule.of_call`), in order."""
         hidden = torch.nn.functional.embedding(input_ids.reshape(-1), self.embed_tokens)
         cos, sin = self.rotary(position_ids.reshape(1, -1))
         length = input_ids.shape[1]
         masks = [attention_mask_of(attention_mask, length, window) for window in self.windows]
         state = [hidden, cos, sin, *masks]
-        if self.config.gate is None:
+        rule = self.options.rule
+        if rule is None:
             return tuple(state)
         # The valid tokens of the call are the last S columns of the mask.
         valid = attention_mask[:, attention_mask.shape[1] - length :].reshape(-1) != 0
-        ends = self._end_of_text(input_ids.reshape(-1))
-        infinity = torch.tensor(float("inf"))
-        state += [ends | ~valid, torch.where(valid, infinity, -infinity)]
-        if self.options.selection == "rank":
-            assert budget is not None
-            state.append(rank_count(valid, ends, budget))
-        return tuple(state)
-
-    def _end_of_text(self, ids: Tensor) -> Tensor:
-        found = torch.zeros_like(ids, dtype=torch.bool)
-        for eos in self.config.eos_ids:
-            found = found | (ids == eos)
-        return found
+        tokens = Tokens(input_ids.reshape(-1), valid, position_ids)
+        values = rule.enter(tokens, dict(zip(rule.of_call(), inputs, strict=True)))
+        return (*state, *(values[name] for name in rule.entered()))
 
 
 class Exit(nn.Module):
@@ -101,21 +93,3 @@ def attention_mask_of(attention_mask: Tensor, length: int, window: int | None) -
         positions = attention_mask.cumsum(dim=1)
         seen = seen & (positions.unsqueeze(1) > positions[:, total - length :].unsqueeze(2) - window)
     return (seen | (columns == rows)).unsqueeze(1)
-
-
-def rank_count(valid: Tensor, ends: Tensor, budget: Tensor) -> Tensor:
-    """Rows that rank selection keeps in this call: [1] int64.
-
-    The formula of docs/design.md, section 3, in millionths and so in whole numbers: the budget arrives as a float32
-    and would be off by a token now and then (docs/methods.md, 3.4). End-of-text comes on top.
-
-    Args: valid [N] bool, not padding; ends [N] bool, end-of-text; budget [] float32.
-    """
-    n = (valid & ~ends).sum()
-    on_top = (valid & ends).sum()
-    skip_millionths = 1_000_000 - torch.round(budget * 1e6).to(torch.int64).clamp(max=1_000_000)
-    others = (n - 1).clamp(min=0)
-    # As an operator: torch.div with a rounding mode becomes a float32 division in ONNX, one off for some n.
-    skipped = (skip_millionths * others) // 1_000_000
-    ranked = n - torch.where((skip_millionths > 0) & (n > 1), skipped + 1, torch.zeros_like(n))
-    return (ranked + on_top).reshape(1)

@@ -12,21 +12,20 @@ Letters: B batch, S tokens of the call, N = B x S, T = past + S, K kept rows, H 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from exporter.config import BRANCHES, Branch, GateConfig, KvPolicy, ModelConfig
+from exporter.config import Branch, GateConfig, KvPolicy, ModelConfig
 from exporter.decoder.norm import RmsNorm
+from exporter.rules.base import KeepRule, Values
 from plugins.full_attention.op import full_attention
 from plugins.gated_scatter_add.op import gated_scatter_add
 from plugins.gathered_attention.op import gathered_attention
 from plugins.threshold_gather.op import threshold_gather
 from plugins.topk_gather.op import topk_gather
-
-Selection = Literal["threshold", "rank"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +33,12 @@ class DecoderOptions:
     """How a model is to be traced.
 
     Args:
-        selection: how kept tokens are chosen; ignored without gates.
-        kv_policy: K and V of skipped tokens: their own, or those of the layer below.
+        rule: which tokens run which branch; None for all.
+        kv_policy: K and V of skipped tokens: their own, those of the layer below, or none (zeros, never read).
         dtype: type of weights and activations. Gates are float32 whatever it is (docs/design.md, section 3).
     """
 
-    selection: Selection = "threshold"
+    rule: KeepRule | None = None
     kv_policy: KvPolicy = "compute"
     dtype: torch.dtype = torch.float32
 
@@ -50,17 +49,13 @@ class CallState(NamedTuple):
     Args:
         cos, sin: [1, N, D/2], the rotary tables.
         mask: [B, 1, S, T] bool, true where a token may look.
-        forced: [N] bool, tokens whose keeping is not the gate's to decide (end-of-text, padding).
-        forced_score: [N] float32, their score: +inf for end-of-text, -inf for padding.
-        select: threshold selection: [2] float32, this layer's thresholds (attn, mlp); rank: [1] int64, K.
+        values: what the keep rule reads at this layer (`KeepRule.values_of`); empty without a rule.
     """
 
     cos: Tensor
     sin: Tensor
     mask: Tensor
-    forced: Tensor
-    forced_score: Tensor
-    select: Tensor
+    values: Values
 
 
 class KeyValue(NamedTuple):
@@ -84,11 +79,13 @@ class Past(Protocol):
 
 @dataclass(frozen=True)
 class Kept:
-    """Rows that a branch runs on: rows [K, H] of its input, index [K] int64, gate [K, H] or [K, 1]."""
+    """Rows that a branch runs on: rows [K, H] of its input, index [K] int64, gate [K, H] or [K, 1]; and the residual
+    [N, H] that their results are added to."""
 
     rows: Tensor
     index: Tensor
     gate: Tensor
+    residual: Tensor
 
 
 class Linear(nn.Module):
@@ -174,13 +171,13 @@ class DecoderLayer(nn.Module):
 
     Args:
         config: the model.
-        options: selection, K/V policy and type.
+        options: keep rule, K/V policy and type.
         has_below: under the K/V policy `copy`, whether there is a layer below to copy from.
     """
 
     def __init__(self, config: ModelConfig, options: DecoderOptions, *, has_below: bool) -> None:
         super().__init__()
-        self.config, self.options = config, options
+        self.config, self.options, self.rule = config, options, options.rule
         dtype = options.dtype
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, dtype)
@@ -189,59 +186,70 @@ class DecoderLayer(nn.Module):
         for branch in config.gated_branches:
             assert config.gate is not None
             setattr(self, f"{branch}_gate", Gate(config, config.gate))
-        self.copies_below = has_below and options.kv_policy == "copy" and "attn" in config.gated_branches
+        self.skippable = options.rule.branches if options.rule is not None else ()
+        for branch in self.skippable:
+            assert options.rule is not None
+            for name, module in options.rule.modules(config, branch).items():
+                setattr(self, name, module)
+        skips_attention = "attn" in self.skippable
+        self.copies_below = has_below and options.kv_policy == "copy" and skips_attention
+        self.drops_kv = options.kv_policy == "none" and skips_attention
 
     def forward(
         self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None = None
-    ) -> tuple[Tensor, KeyValue, KeyValue]:
-        """hidden [N, H] -> the same, the cache with this call's K/V appended, this call's K/V alone."""
-        hidden, present, new = self.attention_branch(hidden, call, past, below)
-        return self.mlp_branch(hidden, call), present, new
+    ) -> tuple[Tensor, KeyValue, KeyValue, Values]:
+        """hidden [N, H] -> the same; the cache with this call's K/V appended; this call's K/V alone; what the keep rule
+        reads from here on: `call.values`, with the states that it carries."""
+        hidden, present, new, values = self.attention_branch(hidden, call, past, below)
+        hidden, values = self.mlp_branch(hidden, call._replace(values=values))
+        return hidden, present, new, values
 
     def attention_branch(
         self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None, kept: Kept | None = None
-    ) -> tuple[Tensor, KeyValue, KeyValue]:
+    ) -> tuple[Tensor, KeyValue, KeyValue, Values]:
         """The attention branch; `kept` overrides the choice (calibration makes it itself)."""
         normed = self.input_layernorm(hidden)
         attn = self.self_attn
-        if "attn" not in self.config.gated_branches:
+        if "attn" not in self.skippable:
             new = self._keys_and_values(normed, call)
             present = past.append(new)
             batch, _, length, _ = call.mask.shape
             query = attn.queries(normed, call.cos, call.sin).view(batch, length, attn.num_heads * attn.head_dim)
             rows = full_attention(query, present.key, present.value, call.mask, attn.num_heads)
-            return hidden + attn.o_proj(rows.view(hidden.shape[0], query.shape[2])), present, new
+            out = attn.o_proj(rows.view(hidden.shape[0], query.shape[2]))
+            return self._add_all("attn", hidden, normed, out), present, new, call.values
 
         kept = kept or self.choose("attn", hidden, normed, call)
         cos, sin = call.cos.index_select(1, kept.index), call.sin.index_select(1, kept.index)
-        if self.copies_below:
+        if self.copies_below or self.drops_kv:
+            own = KeyValue(attn.keys(kept.rows, cos, sin)[0], attn.v_proj(kept.rows))
+            if self.drops_kv:
+                below = _no_kv(hidden, call, attn)
             assert below is not None
-            new = KeyValue(
-                _replace(below.key, attn.keys(kept.rows, cos, sin)[0], kept.index),
-                _replace(below.value, attn.v_proj(kept.rows), kept.index),
-            )
+            new = KeyValue(_replace(below.key, own.key, kept.index), _replace(below.value, own.value, kept.index))
         else:
             new = self._keys_and_values(normed, call)
         present = past.append(new)
         query = attn.queries(kept.rows, cos, sin)[0]
         attended = gathered_attention(query, kept.index, present.key, present.value, call.mask, attn.num_heads)
-        return self._add(hidden, attn.o_proj(attended), kept), present, new
+        hidden, values = self._add("attn", hidden, attn.o_proj(attended), kept, call)
+        return hidden, present, new, values
 
     def _keys_and_values(self, normed: Tensor, call: CallState) -> KeyValue:
         attn = self.self_attn
         key = attn.heads(attn.keys(normed, call.cos, call.sin), call.mask)
         return KeyValue(key, attn.heads(attn.v_proj(normed), call.mask))
 
-    def mlp_branch(self, hidden: Tensor, call: CallState, kept: Kept | None = None) -> Tensor:
+    def mlp_branch(self, hidden: Tensor, call: CallState, kept: Kept | None = None) -> tuple[Tensor, Values]:
         """The MLP branch; `kept` overrides the choice."""
         normed = self.post_attention_layernorm(hidden)
-        if "mlp" not in self.config.gated_branches:
-            return hidden + self.mlp(normed)
+        if "mlp" not in self.skippable:
+            return self._add_all("mlp", hidden, normed, self.mlp(normed)), call.values
         kept = kept or self.choose("mlp", hidden, normed, call)
-        return self._add(hidden, self.mlp(kept.rows), kept)
+        return self._add("mlp", hidden, self.mlp(kept.rows), kept, call)
 
     def gate(self, branch: Branch, hidden: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate [N, H] or [N, 1] and score [N] of all tokens, float32, before any forcing."""
+        """Gate [.., H] or [.., 1] and score [..] of the checkpoint's gate, float32, for some tokens."""
         assert self.config.gate is not None
         source = normed if self.config.gate.input == "post_norm" else hidden
         gate: tuple[Tensor, Tensor] = getattr(self, f"{branch}_gate")(source)
@@ -254,18 +262,38 @@ class DecoderLayer(nn.Module):
         return out
 
     def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> Kept:
-        """The rows that the branch runs on, by the selection that the options name."""
-        gate, score = self.gate(branch, hidden, normed)
-        score = torch.where(call.forced, call.forced_score, score)
-        if self.options.selection == "threshold":
-            tau = call.select[BRANCHES.index(branch)]
-            rows, index, _ = threshold_gather(normed, score, tau)
+        """The rows that the branch runs on, by the keep rule."""
+        assert self.rule is not None
+        verdict = self.rule.judge(self, branch, hidden, normed, call.values)
+        gather = topk_gather if self.rule.by_rank else threshold_gather
+        rows, index, _ = gather(normed, verdict.score, verdict.bound)
+        residual = self.rule.skipped(self, branch, hidden, normed, verdict)
+        if verdict.gate is not None:
+            gate = verdict.gate.index_select(0, index)
+        elif branch in self.config.gated_branches:
+            gate, _ = self.gate(branch, hidden.index_select(0, index), rows)
         else:
-            rows, index, _ = topk_gather(normed, score, call.select)
-        return Kept(rows, index, gate.index_select(0, index).to(rows.dtype))
+            gate = rows.new_ones(rows.shape[0], 1)
+        return Kept(rows, index, gate.to(rows.dtype), residual)
 
-    def _add(self, hidden: Tensor, rows: Tensor, kept: Kept) -> Tensor:
-        return gated_scatter_add(hidden, rows, kept.gate, kept.index)
+    def _add_all(self, branch: Branch, hidden: Tensor, normed: Tensor, out: Tensor) -> Tensor:
+        """Add what a branch gave for every token, times the checkpoint's gate where there is one."""
+        if branch not in self.config.gated_branches:
+            return hidden + out
+        return hidden + self.gate(branch, hidden, normed)[0].to(out.dtype) * out
+
+    def _add(self, branch: Branch, hidden: Tensor, rows: Tensor, kept: Kept, call: CallState) -> tuple[Tensor, Values]:
+        """Add what a branch gave for the kept rows. Returns: the states, and what the rule reads from here on."""
+        assert self.rule is not None
+        after = gated_scatter_add(kept.residual, rows, kept.gate, kept.index)
+        return after, {**call.values, **self.rule.after(branch, hidden, after, kept.index, call.values)}
+
+
+def _no_kv(hidden: Tensor, call: CallState, attn: Attention) -> KeyValue:
+    """K and V that are not there: zeros, [B, kv heads, S, D]."""
+    batch, _, length, _ = call.mask.shape
+    zeros = hidden.new_zeros(batch, attn.num_kv_heads, length, attn.head_dim)
+    return KeyValue(zeros, zeros)
 
 
 def _replace(below: Tensor, rows: Tensor, index: Tensor) -> Tensor:

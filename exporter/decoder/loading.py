@@ -13,35 +13,40 @@ from torch import nn
 
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.ends import Entry, Exit
-from exporter.decoder.layer import DecoderLayer, DecoderOptions
-
-_LINEAR = ("_proj.weight", "_gate.weight", "lm_head.weight")
+from exporter.decoder.layer import DecoderLayer, DecoderOptions, Linear
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of the checkpoint.
+    """Where a parameter of the assembled graph comes from.
 
     Args:
-        name: its name there.
+        name: of the tensor in the checkpoint.
         transpose: whether it is a linear weight, [out, in] there and [in, out] here.
-        is_gate: whether it belongs to a gate, and so stays float32.
+        dtype: its type in the graph; what scores tokens is float32 whatever the graph's type.
     """
 
     name: str
     transpose: bool
-    is_gate: bool
+    dtype: torch.dtype
 
 
-def source_of(parameter: str) -> Source:
-    """Where a parameter of the assembled graph comes from."""
-    is_gate = "_gate.linear." in parameter
-    name = parameter.replace("_gate.linear.", "_gate.")
+def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
+    """The parameters of a part of the decoder by their names in the graph, which begin with the prefix."""
+    found = {}
+    for path, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(f"{prefix}{path}".rstrip("."), recurse=False):
+            transpose = isinstance(owner, Linear) and name.endswith("weight")
+            found[name] = Source(_checkpoint_name(name), transpose, parameter.dtype)
+    return found
+
+
+def _checkpoint_name(parameter: str) -> str:
+    """The checkpoint's name of a parameter of the graph: a gate's or router's own linear layer has no name there."""
+    name = parameter.replace(".linear.", ".")
     if name == "embed_tokens":
-        name = "model.embed_tokens.weight"
-    elif not name.startswith("lm_head."):
-        name = "model." + name
-    return Source(name, name.endswith(_LINEAR), is_gate)
+        return "model.embed_tokens.weight"
+    return name if name.startswith("lm_head.") else "model." + name
 
 
 def load_layer(checkpoint: Checkpoint, index: int, options: DecoderOptions) -> DecoderLayer:
@@ -70,8 +75,7 @@ def load_exit(checkpoint: Checkpoint, options: DecoderOptions) -> Exit:
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
     state = {}
-    for name, parameter in module.named_parameters():
-        source = source_of(prefix + name)
-        tensor = checkpoint.tensor(source.name).to(parameter.dtype)
-        state[name] = tensor.t() if source.transpose else tensor
+    for name, source in sources(module, prefix).items():
+        tensor = checkpoint.tensor(source.name).to(source.dtype)
+        state[name.removeprefix(prefix)] = tensor.t() if source.transpose else tensor
     module.load_state_dict(state, assign=True)

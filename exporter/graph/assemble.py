@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,12 +18,13 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from exporter.checkpoint import Checkpoint
-from exporter.config import ModelConfig
+from exporter.config import BRANCHES, Branch
 from exporter.decoder.ends import Entry, Exit, distinct_windows
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
-from exporter.decoder.loading import source_of
+from exporter.decoder.loading import Source, sources
 from exporter.graph.trace import Input, Part, trace
 from exporter.graph.weights import ONNX_TYPES, Weight
+from exporter.rules.base import KeepRule, Value
 from plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION
 from plugins.registry import OPS
 
@@ -39,16 +41,22 @@ class LayerPart(nn.Module):
         self.layer = layer
 
     def forward(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        """hidden, key and value of the past, cos, sin, mask; with gates: forced, forced_score, select; with the
-        K/V policy copy: key and value of the layer below."""
+        """hidden, key and value of the past, cos, sin, mask; what the keep rule reads; with the K/V policy copy: key
+        and value of the layer below. Returns: hidden, present, new, and the states that the rule carries."""
         past_key, past_value, cos, sin, mask, *more = rest
-        if self.layer.config.gate is None:
-            call = CallState(cos, sin, mask, mask, cos, cos)  # the last three are never read
-        else:
-            call = CallState(cos, sin, mask, *more[:3])
-        below = KeyValue(*more[3:]) if self.layer.copies_below else None
-        hidden, present, new = self.layer(hidden, call, KeyValue(past_key, past_value), below)
-        return (hidden, *present, *new)
+        rule = self.layer.rule
+        names = list(rule_inputs(rule))
+        call = CallState(cos, sin, mask, dict(zip(names, more, strict=False)))
+        below = KeyValue(*more[len(names) :]) if self.layer.copies_below else None
+        hidden, present, new, values = self.layer(hidden, call, KeyValue(past_key, past_value), below)
+        return (hidden, *present, *new, *(values[name] for name in (rule.carried if rule else ())))
+
+
+def rule_inputs(rule: KeepRule | None) -> Mapping[str, Value]:
+    """What a layer reads for its keep rule, in order: values of the call, carried states, its own run-time inputs."""
+    if rule is None:
+        return {}
+    return {**rule.entered(), **{name: value.of_layer for name, value in rule.of_layer().items()}}
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class GraphBuilder:
     Args:
         checkpoint: its configuration is read, no weight is.
         options: selection, K/V policy, type.
-        default_select: exported value of `thresholds` [L, 2] or `budget` [], float32; None without gates.
+        defaults: exported values of the keep rule's run-time inputs; those by sequence have a first axis of 1.
         rewrite: what is made of the graphs before they are handed out (quantization).
     """
 
@@ -73,12 +81,14 @@ class GraphBuilder:
         self,
         checkpoint: Checkpoint,
         options: DecoderOptions,
-        default_select: np.ndarray | None,
+        defaults: Mapping[str, np.ndarray],
         rewrite: Callable[[Graphs], Graphs] | None = None,
     ) -> None:
-        self.checkpoint, self.options, self.default_select = checkpoint, options, default_select
+        self.checkpoint, self.options, self.defaults = checkpoint, options, defaults
         self.rewrite = rewrite
         self.config = config = checkpoint.config
+        self.rule = options.rule
+        assert set(defaults) == set(self.rule.inputs if self.rule else ()), "one default for each run-time input"
         with torch.device("meta"):
             entry = Entry(checkpoint.hf_config, config, options)
             first = DecoderLayer(config, options, has_below=False)
@@ -90,6 +100,7 @@ class GraphBuilder:
         self.later = self._trace_layer(later) if later.copies_below else self.first
         ids = Input((_B, _S), torch.int64, (0, 1))
         self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
+        self._entry_module, self._layer_module, self._exit_module = entry, first, leave
 
     def graphs(self, exit_layer: int | None) -> Graphs:
         """The decoder as `model`, and split at an exit layer as `draft` and `verify` (docs/design.md, section 6).
@@ -102,19 +113,21 @@ class GraphBuilder:
         if exit_layer is not None:
             spans |= {"draft": range(exit_layer), "verify": range(exit_layer, depth)}
         layouts = {name: self._decoder(f"gsx_{name}", layers) for name, layers in spans.items()}
-        parameters = dict.fromkeys(name for _, used in layouts.values() for name in used)
+        parameters = {name: source for _, used in layouts.values() for name, source in used.items()}
         graphs = Graphs({name: model for name, (model, _) in layouts.items()}, self._weights(parameters))
         return graphs if self.rewrite is None else self.rewrite(graphs)
 
-    def _decoder(self, name: str, layers: range) -> tuple[onnx.ModelProto, list[str]]:
+    def _decoder(self, name: str, layers: range) -> tuple[onnx.ModelProto, dict[str, Source]]:
         """A graph of some consecutive layers with final norm and head, and the parameters that it reads.
 
         One that begins at layer 0 reads embeddings, another the state `exit_hidden`; one that ends below the last
-        layer gives that state beside the logits. Under the K/V policy `copy` the next layer also needs K and V
-        of the layer below, of this call's tokens: `exit_key` and `exit_value`.
+        layer gives that state beside the logits. What else goes from layer to layer passes the exit too: under the K/V
+        policy `copy` K and V of the layer below, of this call's tokens (`exit_key`, `exit_value`), and the states that
+        the keep rule carries (`exit_{name}` [B, S, 1]).
         """
         config = self.config
         graph = _Layout()
+        found = sources(self._entry_module, "")
         graph.add(self.entry, "", {}, {name: name for name in self.entry.outputs})
         inputs = [
             _value("input_ids", TensorProto.INT64, ["batch", "sequence"]),
@@ -127,28 +140,38 @@ class GraphBuilder:
         below_values = [self._float(n, ["batch", heads, "sequence", width]) for n in ("exit_key", "exit_value")]
         if not self.copies_below:
             below_values = []
+        carried = {n: n for n in (self.rule.carried if self.rule else ())}
+        carried_values = {n: _value(f"exit_{n}", TensorProto.FLOAT, ["batch", "sequence", 1]) for n in carried}
         hidden, below = "hidden", ("", "")
         if layers.start:
             hidden, below = "entering", ("exit_key", "exit_value")
             graph.reshape("exit_hidden", [-1, config.hidden_size], hidden)
-            inputs = [state, *below_values, *inputs]
+            for n, value in carried_values.items():
+                carried[n] = f"entering_{n}"
+                graph.reshape(value.name, [-1], carried[n])
+            inputs = [state, *below_values, *carried_values.values(), *inputs]
         for i in layers:
             past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
             present = (f"present.{i}.key", f"present.{i}.value")
-            hidden, below = self._layer(graph, i, hidden, below, past, present)
+            hidden, below, carried = self._layer(graph, i, hidden, below, carried, past, present)
+            found |= sources(self._layer_module, f"layers.{i}.")
             inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
             outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
         graph.add(self.exit, "", {"hidden": hidden}, {"logits": "logits"})
+        found |= sources(self._exit_module, "")
         if layers.stop < config.num_layers:
-            outputs.insert(1, state)
+            outputs[1:1] = [state]
             graph.shaped_like_ids(hidden, config.hidden_size, "exit_hidden")
             for source, value in zip(below, below_values, strict=False):
                 outputs.append(value)
                 graph.rename(source, value.name)
-        if config.gate is not None:
-            inputs.append(self._select_input(graph))
+            for n, value in carried_values.items():
+                outputs.append(value)
+                graph.shaped_like_ids(carried[n], 1, value.name)
+        inputs += self._run_time_inputs(graph)
         graph.drop_unread({value.name for value in outputs})
-        return graph.model_proto(name, inputs, outputs), list(graph.parameters)
+        model = graph.model_proto(name, inputs, outputs)
+        return model, {name: found[name] for name in graph.parameters}
 
     def _layer(
         self,
@@ -156,10 +179,11 @@ class GraphBuilder:
         i: int,
         hidden: str,
         below: tuple[str, str],
+        carried: dict[str, str],
         past: tuple[str, str],
         present: tuple[str, str],
-    ) -> tuple[str, tuple[str, str]]:
-        """Add layer i. Returns: the values of its state, and of the K and V that it computed."""
+    ) -> tuple[str, tuple[str, str], dict[str, str]]:
+        """Add layer i. Returns: the values of its state, of its K and V, and of what the rule carries."""
         prefix = f"layers.{i}."
         window = distinct_windows(self.config).index(self.config.windows[i])
         reads = {
@@ -169,11 +193,10 @@ class GraphBuilder:
             "cos": "cos",
             "sin": "sin",
             "mask": f"mask.{window}",
-            "forced": "forced",
-            "forced_score": "forced_score",
-            "select": self._select(graph, i),
             "below_key": below[0],
             "below_value": below[1],
+            **carried,
+            **self._own_parts(graph, i),
         }
         writes = {
             "output": prefix + "output",
@@ -181,49 +204,51 @@ class GraphBuilder:
             "present_value": present[1],
             "new_key": prefix + "new_key",
             "new_value": prefix + "new_value",
+            **{f"next_{name}": prefix + name for name in carried},
         }
         graph.add(self.first if i == 0 else self.later, prefix, reads, writes)
-        return writes["output"], (writes["new_key"], writes["new_value"])
+        leaving = {name: writes[f"next_{name}"] for name in carried}
+        return writes["output"], (writes["new_key"], writes["new_value"]), leaving
 
-    def _select_input(self, graph: _Layout) -> onnx.ValueInfoProto:
-        """The input that selects kept rows, with the exported value as its default."""
-        assert self.default_select is not None
-        name, shape = (
-            ("budget", []) if self.options.selection == "rank" else ("thresholds", [self.config.num_layers, 2])
-        )
-        graph.constants.append(numpy_helper.from_array(np.asarray(self.default_select, np.float32), name))
-        return _value(name, TensorProto.FLOAT, shape)
+    def _run_time_inputs(self, graph: _Layout) -> list[onnx.ValueInfoProto]:
+        """The keep rule's inputs, with the exported values as their defaults."""
+        values = []
+        axes: dict[int | str, int | str] = {"B": "batch", "L": self.config.num_layers}
+        for name, value in (self.rule.inputs if self.rule else {}).items():
+            default = np.asarray(self.defaults[name], _numpy_type(value.dtype))
+            graph.constants.append(numpy_helper.from_array(default, name))
+            shape = [axes.get(axis, axis) for axis in value.axes]
+            values.append(_value(name, helper.np_dtype_to_tensor_dtype(default.dtype), shape))
+        return values
 
-    def _select(self, graph: _Layout, layer: int) -> str:
-        if self.options.selection == "rank" or self.config.gate is None:
-            return "k"
-        name, index = f"layers.{layer}.thresholds", f"layers.{layer}.number"
-        graph.constants.append(numpy_helper.from_array(np.array(layer, np.int64), index))
-        graph.nodes.append(helper.make_node("Gather", ["thresholds", index], [name], name=name, axis=0))
-        return name
+    def _own_parts(self, graph: _Layout, layer: int) -> dict[str, str]:
+        """A layer's own part of each run-time input that has one."""
+        parts = {}
+        for name, value in (self.rule.of_layer() if self.rule else {}).items():
+            parts[name], index = f"layers.{layer}.{name}", f"layers.{layer}.number"
+            axis = value.axes.index("L")
+            graph.constants.append(numpy_helper.from_array(np.array(layer, np.int64), index))
+            graph.nodes.append(helper.make_node("Gather", [name, index], [parts[name]], name=parts[name], axis=axis))
+        return parts
 
     def _trace_layer(self, layer: DecoderLayer) -> Part:
         outputs = ["output", "present_key", "present_value", "new_key", "new_value"]
+        outputs += [f"next_{name}" for name in (self.rule.carried if self.rule else ())]
         part = trace(LayerPart(layer), self._layer_inputs(layer), outputs)
-        return _name_choices(part, self.config)
+        return _name_choices(part, layer.skippable)
 
     def _entry_inputs(self) -> dict[str, Input]:
         int64 = torch.int64
-        inputs = {
+        return {
             "input_ids": Input((_B, _S), int64, (0, 1)),
             "attention_mask": Input((_B, _P + _S), int64, (0, 1)),
             "position_ids": Input((_B, _S), int64, (0, 1)),
+            **{name: _example(value) for name, value in (self.rule.of_call() if self.rule else {}).items()},
         }
-        if self.config.gate is not None and self.options.selection == "rank":
-            inputs["budget"] = Input((), torch.float32)
-        return inputs
 
     def _entry_outputs(self) -> list[str]:
         masks = [f"mask.{n}" for n in range(len(distinct_windows(self.config)))]
-        names = ["hidden", "cos", "sin", *masks]
-        if self.config.gate is not None:
-            names += ["forced", "forced_score"] + (["k"] if self.options.selection == "rank" else [])
-        return names
+        return ["hidden", "cos", "sin", *masks, *(self.rule.entered() if self.rule else ())]
 
     def _layer_inputs(self, layer: DecoderLayer) -> dict[str, Input]:
         config, dtype = self.config, self.options.dtype
@@ -237,12 +262,8 @@ class GraphBuilder:
             "cos": table,
             "sin": table,
             "mask": Input((_B, 1, _S, _P + _S), torch.bool, (0, 2, 3)),
+            **{name: _example(value) for name, value in rule_inputs(self.rule).items()},
         }
-        if config.gate is not None:
-            rank = self.options.selection == "rank"
-            inputs["forced"] = Input((_B * _S,), torch.bool, (0,))
-            inputs["forced_score"] = Input((_B * _S,), torch.float32, (0,))
-            inputs["select"] = Input((1,), torch.int64) if rank else Input((2,), torch.float32)
         if layer.copies_below:
             below = Input((_B, heads, _S, width), dtype, (0, 2))
             inputs |= {"below_key": below, "below_value": below}
@@ -254,14 +275,9 @@ class GraphBuilder:
     def _float(self, name: str, shape: list[str | int]) -> onnx.ValueInfoProto:
         return _value(name, ONNX_TYPES[self.options.dtype], shape)
 
-    def _weights(self, parameters: Iterable[str]) -> list[Weight]:
+    def _weights(self, parameters: Mapping[str, Source]) -> list[Weight]:
         """Where each parameter of the graph lies in the checkpoint."""
-        weights = []
-        for name in parameters:
-            source = source_of(name)
-            dtype = torch.float32 if source.is_gate else self.options.dtype
-            weights.append(Weight(name, source.name, source.transpose, dtype))
-        return weights
+        return [Weight(name, one.name, one.transpose, one.dtype) for name, one in parameters.items()]
 
 
 @dataclass
@@ -344,18 +360,30 @@ class _Layout:
         )
 
 
-def _name_choices(part: Part, config: ModelConfig) -> Part:
+def _name_choices(part: Part, branches: Sequence[Branch]) -> Part:
     """Give the scores and kept rows of each branch their names."""
     choices = [node for node in part.nodes if node.op_type in ("ThresholdGather", "TopKGather")]
-    assert len(choices) == len(config.gated_branches)
+    assert len(choices) == len(branches)
     names: dict[str, str] = {}
-    for branch, node in zip(config.gated_branches, choices, strict=True):
+    for branch, node in zip([b for b in BRANCHES if b in branches], choices, strict=True):
         names[node.input[1]] = f"{branch}.score"
         names |= dict(zip(node.output, (f"{branch}.rows", f"{branch}.index", f"{branch}.count"), strict=True))
     for node in part.nodes:
         node.input[:] = [names.get(n, n) for n in node.input]
         node.output[:] = [names.get(n, n) for n in node.output]
     return part
+
+
+def _example(value: Value) -> Input:
+    """An example of a value that a keep rule reads."""
+    sizes = {"N": _B * _S, "B": _B}
+    shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in value.of_layer.axes)
+    dynamic = tuple(n for n, axis in enumerate(value.of_layer.axes) if isinstance(axis, str))
+    return Input(shape, value.dtype, dynamic)
+
+
+def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
+    return torch.empty(0, dtype=dtype).numpy().dtype
 
 
 def _value(name: str, onnx_type: int, shape: Sequence[str | int]) -> onnx.ValueInfoProto:

@@ -15,11 +15,13 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
+from engines.bundle.controls import Controls
 from exporter.checkpoint import Checkpoint
 from exporter.config import Branch
 from exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue, Linear
 from exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
-from exporter.quantization.walk import Select, Stream, Walk
+from exporter.quantization.walk import Stream, Walk
+from exporter.rules.base import Values
 from exporter.text import TokenText
 
 
@@ -69,8 +71,8 @@ class Simulation:
     Args:
         checkpoint: the model as it is.
         text: what to measure on.
-        select: as `statistics` takes it.
-        options: selection and K/V policy.
+        controls: run-time inputs of the keep rule.
+        options: keep rule and K/V policy.
         on_layer: called with (layers done, layers) as the float32 model goes.
     """
 
@@ -78,20 +80,20 @@ class Simulation:
         self,
         checkpoint: Checkpoint,
         text: TokenText,
-        select: Select,
+        controls: Controls,
         options: DecoderOptions,
         on_layer: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         self._options, self._ids = options, text.ids
         self._layers = checkpoint.config.num_layers
-        self._select = select
-        self._states: list[tuple[Tensor, KeyValue | None]] = []
+        self._controls = controls
+        self._states: list[tuple[Values, Tensor, KeyValue | None]] = []
         self._keep: list[dict[Branch, Tensor]] = []
         with torch.inference_mode():
             walk = Walk(checkpoint, text.ids, options)
-            stream = walk.stream(select)
+            stream = walk.stream(controls)
             for number, layer in walk.layers():
-                self._states.append((stream.hidden, stream.below))
+                self._states.append((stream.entered, stream.hidden, stream.below))
                 self._keep.append(walk.through(number, layer, stream))
                 on_layer(number + 1, self._layers)
             # Half precision is exact enough for what 8 bits are compared with, and half as large.
@@ -104,10 +106,10 @@ class Simulation:
         different = decisions = 0
         with torch.inference_mode():
             walk = Walk(plan.checkpoint, self._ids, self._options)
-            stream = walk.stream(self._select)
+            stream = walk.stream(self._controls)
             for number, layer in walk.layers(first):
                 if number == first:
-                    stream = Stream(stream.select, *self._states[first])
+                    stream = Stream(stream.inputs, *self._states[first])
                 _quantize_layer(layer, number, plan, chosen)
                 for branch, keep in walk.through(number, layer, stream).items():
                     different += int((keep != self._keep[number][branch]).sum())

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from engines.bundle.controls import Controls
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.layer import DecoderOptions
-from exporter.quantization.walk import Select
 
 # Goes into the key of what is kept: another way of counting must not find the old numbers.
 _VERSION = 1
@@ -43,12 +43,13 @@ def default_cache() -> Path:
     return Path(home) / "gsx" / "statistics"
 
 
-def key(checkpoint: Checkpoint, ids: np.ndarray, text_sha256: str, options: DecoderOptions, select: Select) -> str:
+def key(checkpoint: Checkpoint, ids: np.ndarray, text_sha256: str, options: DecoderOptions, controls: Controls) -> str:
     """What the numbers depend on, hashed."""
     digest = hashlib.sha256(f"{_VERSION} {checkpoint.weights_sha256()} {text_sha256} {ids.shape}".encode())
-    digest.update(f"{options.selection} {options.kv_policy}".encode())
+    digest.update(f"{options.rule.name if options.rule else None} {options.kv_policy}".encode())
     digest.update(ids.tobytes())
-    digest.update(b"" if select is None else np.asarray(select, np.float32).tobytes())
+    for name, value in sorted(controls.items()):
+        digest.update(name.encode() + np.asarray(value).tobytes())
     return digest.hexdigest()
 
 

@@ -13,16 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines.bundle.controls import Controls
 from exporter.checkpoint import Checkpoint
 from exporter.config import Branch
 from exporter.decoder.ends import distinct_windows
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
 from exporter.decoder.loading import load_entry, load_exit, load_layer
+from exporter.rules.base import Values
 
 # Windows that the head takes at a time: logits are the largest values of a walk.
 _HEAD_WINDOWS = 2
-# How a stream chooses: thresholds [L, 2] float32, a budget (rank selection), or None (no gates).
-Select = np.ndarray | float | None
 
 
 @dataclass
@@ -30,12 +30,14 @@ class Stream:
     """A text on its way through the layers.
 
     Args:
-        select: thresholds [L, 2], or K [1] (rank selection), or None.
+        inputs: the keep rule's run-time inputs.
+        entered: what it computed once in the call, and the states that it carries, as of now.
         hidden: [N, H], the state that the next layer reads.
         below: K and V of the layer before, for the K/V policy `copy`.
     """
 
-    select: Tensor | None
+    inputs: Values
+    entered: Values
     hidden: Tensor
     below: KeyValue | None = None
 
@@ -46,30 +48,28 @@ class Walk:
     Args:
         checkpoint: the model.
         ids: [M, S] int64, all of it tokens.
-        options: selection and K/V policy; the computation is in float32.
+        options: keep rule and K/V policy; the computation is in float32.
     """
 
     def __init__(self, checkpoint: Checkpoint, ids: np.ndarray, options: DecoderOptions) -> None:
         self.checkpoint = checkpoint
-        self.options = DecoderOptions(options.selection, options.kv_policy, torch.float32)
+        self.options = DecoderOptions(options.rule, options.kv_policy, torch.float32)
         self.ids = torch.from_numpy(ids)
         self._windows = distinct_windows(checkpoint.config)
-        self._gated = checkpoint.config.gate is not None
         self._entry = load_entry(checkpoint, self.options)
-        self._budgeted = self._gated and self.options.selection == "rank"
-        state = self._enter(1.0)
-        self._hidden, self._cos, self._sin, *rest = state
-        self._masks, self._call = rest[: len(self._windows)], rest[len(self._windows) :]
+        self._call: tuple[Tensor, ...] = ()
 
-    def stream(self, select: Select) -> Stream:
-        """The text at the first layer: select is thresholds [L, 2], a budget (rank selection), None without gates."""
-        if not self._gated:
-            return Stream(None, self._hidden)
-        assert select is not None
-        if self._budgeted:
-            assert isinstance(select, float)
-            return Stream(self._enter(select)[-1], self._hidden)
-        return Stream(torch.as_tensor(select), self._hidden)
+    def stream(self, controls: Controls) -> Stream:
+        """The text at the first layer. Args: controls: the keep rule's run-time inputs."""
+        rule = self.options.rule
+        inputs = {name: torch.from_numpy(np.asarray(controls[name])) for name in (rule.inputs if rule else ())}
+        positions = torch.arange(self.ids.shape[1]).expand(self.ids.shape)
+        once = [inputs[name] for name in (rule.of_call() if rule else ())]
+        hidden, *rest = self._entry(self.ids, torch.ones_like(self.ids), positions, *once)
+        shared = 2 + len(self._windows)
+        self._call = tuple(rest[:shared])  # the same for every stream: it depends on the text alone
+        entered = dict(zip(rule.entered() if rule else (), rest[shared:], strict=True))
+        return Stream(inputs, entered, hidden)
 
     def layers(self, first: int = 0) -> Iterator[tuple[int, DecoderLayer]]:
         """The model's layers from one on, each loaded when its turn comes."""
@@ -77,20 +77,22 @@ class Walk:
             yield number, load_layer(self.checkpoint, number, self.options)
 
     def through(self, number: int, layer: DecoderLayer, stream: Stream) -> dict[Branch, Tensor]:
-        """Take a stream through a layer. Returns: for each gated branch, who was kept, [N] bool."""
+        """Take a stream through a layer. Returns: for each skippable branch, who was kept, [N] bool."""
         call, config = self._call_state(number, stream), layer.config
         empty = stream.hidden.new_zeros((len(self.ids), config.num_kv_heads, 0, config.head_dim))
         attn = self._choose(layer, "attn", stream, call)
         past = KeyValue(empty, empty)
-        stream.hidden, _, stream.below = layer.attention_branch(stream.hidden, call, past, stream.below, attn)
+        stream.hidden, _, stream.below, values = layer.attention_branch(stream.hidden, call, past, stream.below, attn)
+        call = call._replace(values=values)
         mlp = self._choose(layer, "mlp", stream, call)
-        stream.hidden = layer.mlp_branch(stream.hidden, call, mlp)
+        stream.hidden, values = layer.mlp_branch(stream.hidden, call, mlp)
+        stream.entered = {name: values[name] for name in stream.entered}
         rows = torch.zeros(len(stream.hidden), dtype=torch.bool)
         chosen: dict[Branch, Kept | None] = {"attn": attn, "mlp": mlp}
         return {b: rows.index_fill(0, kept.index, True) for b, kept in chosen.items() if kept is not None}
 
     def _choose(self, layer: DecoderLayer, branch: Branch, stream: Stream, call: CallState) -> Kept | None:
-        if branch not in layer.config.gated_branches:
+        if branch not in layer.skippable:
             return None
         return layer.choose(branch, stream.hidden, layer.normed(branch, stream.hidden), call)
 
@@ -101,15 +103,9 @@ class Walk:
         for ids, hidden in zip(torch.split(self.ids, _HEAD_WINDOWS), torch.split(stream.hidden, rows), strict=True):
             yield ids, leave(hidden, ids)
 
-    def _enter(self, budget: float) -> tuple[Tensor, ...]:
-        positions = torch.arange(self.ids.shape[1]).expand(self.ids.shape)
-        rank = (torch.tensor(budget, dtype=torch.float32),) if self._budgeted else ()
-        state: tuple[Tensor, ...] = self._entry(self.ids, torch.ones_like(self.ids), positions, *rank)
-        return state
-
     def _call_state(self, number: int, stream: Stream) -> CallState:
-        mask = self._masks[self._windows.index(self.checkpoint.config.windows[number])]
-        if stream.select is None:
-            return CallState(self._cos, self._sin, mask, mask, self._cos, self._cos)  # the last three are not read
-        select = stream.select if self._budgeted else stream.select[number]
-        return CallState(self._cos, self._sin, mask, self._call[0], self._call[1], select)
+        cos, sin, *masks = self._call
+        mask = masks[self._windows.index(self.checkpoint.config.windows[number])]
+        rule = self.options.rule
+        values = rule.values_of(number, stream.inputs, stream.entered) if rule else {}
+        return CallState(cos, sin, mask, values)

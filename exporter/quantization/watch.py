@@ -15,18 +15,19 @@ import torch
 from modelopt.torch.quantization.calib import MaxCalibrator
 from torch import Tensor, nn
 
+from engines.bundle.controls import Controls
 from engines.errors import CheckpointError
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.layer import DecoderLayer, DecoderOptions, Linear
 from exporter.quantization.scheme import LINEARS
 from exporter.quantization.statistics import Statistics, key, load, save
-from exporter.quantization.walk import Select, Stream, Walk
+from exporter.quantization.walk import Stream, Walk
 
 
 def statistics(
     checkpoint: Checkpoint,
     ids: np.ndarray,
-    selects: Sequence[Select],
+    points: Sequence[Controls],
     options: DecoderOptions,
     *,
     text_sha256: str,
@@ -37,21 +38,21 @@ def statistics(
 
     Args:
         ids: [M, S] int64, calibration text; text_sha256: its hash.
-        selects: thresholds [L, 2] float32, or a budget (rank selection), or None (no gates).
+        points: run-time inputs of the keep rule, one set a selection; empty without a rule.
         cache: directory; None keeps nothing.
         on_layer: called with (layers done, layers) as it goes.
     Raises:
         CheckpointError: an input of some layer is not finite.
     """
-    found: list[Statistics | None] = [None] * len(selects)
-    paths: list[Path | None] = [None] * len(selects)
+    found: list[Statistics | None] = [None] * len(points)
+    paths: list[Path | None] = [None] * len(points)
     if cache is not None:
-        paths = [cache / f"{key(checkpoint, ids, text_sha256, options, select)}.npz" for select in selects]
+        paths = [cache / f"{key(checkpoint, ids, text_sha256, options, point)}.npz" for point in points]
         found = [load(path) for path in paths if path is not None]
     missing = [n for n, one in enumerate(found) if one is None]
     if missing:
         for n, one in zip(
-            missing, _watch(checkpoint, ids, [selects[n] for n in missing], options, on_layer), strict=True
+            missing, _watch(checkpoint, ids, [points[n] for n in missing], options, on_layer), strict=True
         ):
             found[n] = one
             path = paths[n]
@@ -63,15 +64,15 @@ def statistics(
 def _watch(
     checkpoint: Checkpoint,
     ids: np.ndarray,
-    selects: Sequence[Select],
+    points: Sequence[Controls],
     options: DecoderOptions,
     on_layer: Callable[[int, int], None],
 ) -> list[Statistics]:
-    inputs: list[dict[str, np.ndarray]] = [{} for _ in selects]
+    inputs: list[dict[str, np.ndarray]] = [{} for _ in points]
     weights: dict[str, np.ndarray] = {}
     with torch.inference_mode():
         walk = Walk(checkpoint, ids, options)
-        streams = [walk.stream(select) for select in selects]
+        streams = [walk.stream(point) for point in points]
         for number, layer in walk.layers():
             weights |= {f"layers.{number}.{name}": _weight_sizes(layer, name) for name in LINEARS}
             for stream, sizes in zip(streams, inputs, strict=True):

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from engines.bundle.counting import kept_count
 from exporter.config import BRANCHES, Branch, GateConfig, ModelConfig
-from exporter.selection import kept_count
 from exporter.training.config import TrainConfig
 from exporter.training.schedule import exit_weight
 

@@ -31,11 +31,23 @@ def export(
         float | None,
         typer.Option(help="Share of (token, branch) pairs to keep, above 0 and up to 1.", show_default="1.0"),
     ] = None,
-    select: Annotated[Literal["threshold", "rank"], typer.Option(help="How kept tokens are chosen.")] = "threshold",
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            help="The keep rule: gateskip, layers[:SET], unified:SPEEDUP, dense (docs/policies.md).",
+            show_default="gateskip with gates, else dense",
+        ),
+    ] = None,
+    select: Annotated[
+        Literal["threshold", "rank"], typer.Option(help="How GateSkip chooses kept tokens.")
+    ] = "threshold",
     kv_policy: Annotated[
-        Literal["compute", "copy"],
-        typer.Option(help="K and V of skipped tokens: their own, or the layer below's."),
-    ] = "compute",
+        Literal["compute", "copy", "none"] | None,
+        typer.Option(
+            help="K and V of skipped tokens: their own, the layer below's, or none.",
+            show_default="none for sets of layers, else compute",
+        ),
+    ] = None,
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"], typer.Option(help="Type of weights and activations.")
     ] = "fp32",
@@ -117,6 +129,7 @@ def export(
         bundle = export_bundle(
             model,
             target,
+            policy=policy,
             budget=budget,
             select=select,
             kv_policy=kv_policy,
@@ -153,10 +166,12 @@ def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "family": manifest.decoder.family,
         "layers": manifest.decoder.num_layers,
         "precision": manifest.precision,
+        "policy": manifest.policy.name if manifest.policy else None,
         "select": selection.mode if selection else None,
         "kv_policy": manifest.kv_policy,
         "quantization": manifest.quantization.scheme if manifest.quantization else None,
         "kept_high": list(manifest.quantization.kept_high) if manifest.quantization else None,
+        "layers_kept": manifest.policy.parameters.get("layers") if manifest.policy else None,
         "budget": selection.budget if selection else None,
         "kept_share": kept,
         "draft": _draft_of(manifest.draft) if manifest.draft else None,
@@ -171,8 +186,10 @@ def _print(summary: dict[str, Any]) -> None:
         f"{summary['bundle']}: {summary['family']}, {summary['layers']} layers, {summary['precision']}, "
         f"in {summary['seconds']:.1f} s"
     )
-    if summary["budget"] is None:
-        console.print("a dense model: no gates, nothing is skipped")
+    if summary["policy"] is None:
+        console.print("a dense model: nothing is skipped")
+    elif summary["budget"] is None:
+        console.print(f"policy {summary['policy']}: layers {summary['layers_kept']} run by default")
     elif summary["kept_share"] is None:
         console.print(f"{summary['select']} selection, budget {summary['budget']:g}")
     else:

@@ -26,7 +26,21 @@ def generate(
         str | None, typer.Argument(help='The text to continue; "-" reads it from stdin.', show_default=False)
     ] = None,
     budget: Annotated[
-        float | None, typer.Option(help="Share of (token, branch) pairs to keep.", show_default="as exported")
+        float | None, typer.Option(help="Share of skippable work to keep.", show_default="as exported")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="The layers that run, e.g. 0-5,8.attn (policy layers).", show_default="as exported"),
+    ] = None,
+    exit_layer: Annotated[
+        int | None,
+        typer.Option("--exit", help="Run the first so many layers (policy layers).", show_default="as exported"),
+    ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option(
+            help="Unified Layer Skipping for new tokens, at this target (policy layers).", show_default="as exported"
+        ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.0,
@@ -84,6 +98,9 @@ def generate(
         prompt,
         ids=_parse_ids(ids) if ids is not None else None,
         budget=budget,
+        layers=layers,
+        exit_layer=exit_layer,
+        speedup=speedup,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -115,8 +132,11 @@ def statistics(result: GenerateResult) -> str:
     if stats.decode_tokens_per_second is not None:
         parts.append(f"{stats.decode_tokens_per_second:.1f} tokens/s")
     parts.append(f"first token after {stats.prefill_seconds * 1000:.0f} ms")
-    if stats.kept_share is not None and result.budget is not None:
-        parts.append(f"kept {stats.kept_share:.1%} at budget {result.budget:g}")
+    if stats.kept_share is not None:
+        at = result.keep if result.budget is None else f"budget {result.budget:g}"
+        parts.append(
+            f"kept {stats.kept_share:.1%}, {at}" if result.budget is None else f"kept {stats.kept_share:.1%} at {at}"
+        )
     if result.draft is not None and stats.tokens_per_verification is not None:
         accepted = "" if stats.acceptance is None else f", {stats.acceptance:.0%} of drafted tokens right"
         parts.append(f"draft {result.draft}: {stats.tokens_per_verification:.2f} tokens a verification{accepted}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -58,6 +59,7 @@ def _print(report: InspectReport) -> None:
         parity = {True: "passed", False: "failed", None: "not verified yet (gsx verify)"}[bundle["parity"]]
         facts += [
             ("source", bundle["source"]),
+            ("policy", policy_line(bundle["policy"])),
             ("selection", f"{bundle['select']}, budget {bundle['budget']:g}" if bundle["select"] else "none"),
             ("K/V policy", bundle["kv_policy"]),
             ("8 bits", bundle["quantization"] or "none"),
@@ -73,3 +75,13 @@ def _print(report: InspectReport) -> None:
         rows = [(f"{point['budget']:g}", f"{point['kept_share']:.4f}") for point in bundle["grid"]]
         console.print(table(None, ("budget", "kept"), rows, right=0))
     console.print(table(None, ("file", "size"), [(n, size(s)) for n, s in report.files.items()], right=1))
+
+
+def policy_line(policy: Mapping[str, Any] | None) -> str:
+    """A bundle's keep rule in one line."""
+    if policy is None:
+        return "none: a dense model"
+    reads = ", ".join(read["name"] for read in policy["inputs"])
+    parameters = ", ".join(f"{name} {value}" for name, value in policy["parameters"].items())
+    name = f"{policy['name']}{f' ({parameters})' if parameters else ''}"
+    return f"{name}, skips {' and '.join(policy['branches'])}, reads {reads}"

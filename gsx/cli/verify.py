@@ -101,21 +101,21 @@ def _print(report: Report, bundle: Path) -> None:
             row.value,
             row.limit,
             Text(row.verdict, _STYLES[row.verdict]),
-            row.budget,
+            row.setting,
             row.detail if row.verdict == "fail" else "",
         )
         for row in report.rows()
     ]
-    columns = ["check", "worst", "limit", "verdict", "at budget", "where"]
+    columns = ["check", "worst", "limit", "verdict", "at", "where"]
     if not any(row[-1] for row in checks):
         columns, checks = columns[:-1], [row[:-1] for row in checks]  # type: ignore[misc]
     console.print(table("engine against PyTorch", columns, checks))
     budgets = [
-        (row.budget, row.kept, row.reference_perplexity, row.engine_perplexity, row.decisions, row.quality, row.tokens)
+        (row.setting, row.kept, row.reference_perplexity, row.engine_perplexity, row.decisions, row.quality, row.tokens)
         for row in report.budget_rows()
     ]
     console.print(
-        table(None, ("budget", "kept", "perplexity", "engine's", "decisions", "quality", "greedy tokens"), budgets)
+        table(None, ("setting", "kept", "perplexity", "engine's", "decisions", "quality", "greedy tokens"), budgets)
     )
     for note in report.notes:
         console.print(note)

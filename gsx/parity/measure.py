@@ -13,31 +13,32 @@ import torch
 from transformers import DynamicCache
 
 from engines.bundle.bundle import Bundle
+from engines.bundle.controls import Controls
 from engines.runners.base import Runner
-from engines.runners.portable import PortableStage, gated_places
+from engines.runners.portable import PortableStage, skippable_places
 from engines.runners.whole import WholeRunner
 from exporter.config import BRANCHES, KvPolicy
+from exporter.masks.base import MaskRule
 from exporter.reference import Reference, ReferenceOutput
-from exporter.selection import Rank, Selection, Threshold
 from gsx.parity.compare import Observation
 
 
 class ReferenceSide:
-    """The reference under one selection.
+    """The reference under a keep rule.
 
     Args:
         reference: the model.
-        selection: None for a dense model.
+        rule: with its parameters.
         kv_policy: as exported.
     """
 
-    def __init__(self, reference: Reference, selection: Selection | None, kv_policy: KvPolicy) -> None:
-        self._reference, self._selection, self._kv_policy = reference, selection, kv_policy
+    def __init__(self, reference: Reference, rule: MaskRule, kv_policy: KvPolicy) -> None:
+        self._reference, self._rule, self._kv_policy = reference, rule, kv_policy
 
     def observe(self, ids: np.ndarray, mask: np.ndarray) -> list[Observation]:
         """Run ids [B, S] in one call; mask [B, S] is 0 for padding. Returns one observation a sequence."""
         output = self.step(ids, mask, DynamicCache())
-        margins = self.margins(output, ids)
+        margins = margins_of(output)
         found = []
         for row, valid in enumerate(mask.astype(bool)):
             found.append(
@@ -59,27 +60,9 @@ class ReferenceSide:
             torch.from_numpy(ids),
             torch.from_numpy(mask),
             cache=cache,
-            selection=self._selection,
+            rule=self._rule,
             kv_policy=self._kv_policy,
         )
-
-    def margins(self, output: ReferenceOutput, ids: np.ndarray) -> np.ndarray:
-        """Distance of each score from where its decision turns, [L, 2, B, S]; inf where nothing turns it."""
-        scores, keep = _scores(output), _keep(output)
-        ranked = np.isfinite(scores) & ~np.isin(ids, self._reference.config.eos_ids)
-        margins = np.full(scores.shape, np.inf, np.float64)
-        if isinstance(self._selection, Threshold):
-            tau = self._selection.thresholds.astype(np.float64)[:, :, None, None]
-            margins = np.abs(scores.astype(np.float64) - tau)
-        elif isinstance(self._selection, Rank):
-            for place in np.ndindex(*scores.shape[:2]):
-                kept = scores[place][ranked[place] & keep[place]].astype(np.float64)
-                skipped = scores[place][ranked[place] & ~keep[place]].astype(np.float64)
-                if kept.size and skipped.size:
-                    edge = np.where(keep[place], skipped.max(), kept.min())
-                    margins[place] = np.abs(scores[place] - edge)
-        margins[~ranked] = np.inf
-        return margins
 
 
 class EngineSide:
@@ -88,7 +71,7 @@ class EngineSide:
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
         self._manifest = manifest
-        self._places = [(layer, branch, _column(branch)) for layer, branch in gated_places(manifest)]
+        self._places = [(layer, branch, _column(branch)) for layer, branch in skippable_places(manifest)]
         capture = [f"layers.{i}.output" for i in range(manifest.decoder.num_layers)]
         for layer, branch, _ in self._places:
             capture += [f"layers.{layer}.{branch}.score", f"layers.{layer}.{branch}.index"]
@@ -99,12 +82,12 @@ class EngineSide:
         self,
         ids: np.ndarray,
         mask: np.ndarray,
-        select: np.ndarray | None,
+        controls: Controls,
         chunks: Sequence[int] | None = None,
     ) -> list[Observation]:
         """Run ids [B, S], in one call or in chunks of so many tokens over the cache.
 
-        Args: mask [B, S], 0 for padding; select as a runner takes it.
+        Args: mask [B, S], 0 for padding; controls as a runner takes them.
         Returns: one observation a sequence, padding left out.
         """
         B, S = ids.shape
@@ -118,7 +101,7 @@ class EngineSide:
         at = 0
         for size in chunks or [S]:
             part = slice(at, at + size)
-            results = self.stage.execute(memory, ids[:, part], mask[:, : at + size], positions[:, part], select)
+            results = self.stage.execute(memory, ids[:, part], mask[:, : at + size], positions[:, part], controls)
             logits.append(results["logits"].astype(np.float32, copy=False))
             captured = self.stage.captured
             for layer in range(L):
@@ -209,7 +192,7 @@ def reference_continuation(side: ReferenceSide, prompt: np.ndarray, new_tokens: 
         length += ids.shape[1]
         output = side.step(ids, np.ones((1, length), np.int64), cache)
         logits = output.logits[0, -1].numpy().astype(np.float32)
-        keep, margins = _keep(output)[:, :, 0], side.margins(output, ids)[:, :, 0]
+        keep, margins = _keep(output)[:, :, 0], margins_of(output)[:, :, 0]
         steps.append(_Step(ids, logits, keep, margins))
         ids = np.array([[int(logits.argmax())]], np.int64)
     return steps
@@ -218,7 +201,7 @@ def reference_continuation(side: ReferenceSide, prompt: np.ndarray, new_tokens: 
 def follow(
     runner: Runner,
     steps: Sequence[_Step],
-    select: np.ndarray | None,
+    controls: Controls,
     *,
     logit_tolerance: Callable[[np.ndarray], float],
     near_tie: float,
@@ -229,14 +212,14 @@ def follow(
         logit_tolerance: from the reference's logits [V]: below which lead of the best token another may win.
         near_tie: how far from turning a decision may be and still come out differently.
     """
-    places = gated_places(runner.manifest)
+    places = skippable_places(runner.manifest)
     cache = runner.new_cache(1, sum(step.ids.shape[1] for step in steps))
     mismatches: list[Mismatch] = []
     flips = wrong_flips = 0
     max_abs = 0.0
     near_tie_flip: int | None = None
     for number, step in enumerate(steps):
-        output = runner.step(cache, step.ids, select)
+        output = runner.step(cache, step.ids, controls)
         logits = output.logits[0, -1]
         if output.kept is not None:
             differ = [
@@ -266,9 +249,9 @@ def follow(
     return Greedy(len(steps), tuple(mismatches), flips, wrong_flips, max_abs)
 
 
-def runner_logits(runner: Runner, ids: np.ndarray, select: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+def runner_logits(runner: Runner, ids: np.ndarray, controls: Controls) -> tuple[np.ndarray, np.ndarray | None]:
     """Logits [B, S, V] of a runner for windows [B, S] without padding, in one call, and rows kept [L, 2]."""
-    output = runner.step(runner.new_cache(*ids.shape), ids, select, logits="all")
+    output = runner.step(runner.new_cache(*ids.shape), ids, controls, logits="all")
     return output.logits, output.kept
 
 
@@ -282,10 +265,15 @@ def _column(branch: str) -> int:
 
 
 def _scores(output: ReferenceOutput) -> np.ndarray:
-    """[L, 2, B, S] float32, NaN where there is no gate."""
+    """[L, 2, B, S] float32, NaN where nothing is judged."""
     B, S = output.keep[0][0].shape
     none = np.full((B, S), np.nan, np.float32)
     return np.stack([np.stack([none if s is None else s.numpy() for s in row]) for row in output.scores])
+
+
+def margins_of(output: ReferenceOutput) -> np.ndarray:
+    """How far from turning each decision was, [L, 2, B, S] float64; inf where nothing turns it."""
+    return np.stack([np.stack([margin.numpy() for margin in row]) for row in output.margins])
 
 
 def _keep(output: ReferenceOutput) -> np.ndarray:

@@ -62,7 +62,7 @@ def page_plots(report: Report) -> list[Plot]:
         plots.append(
             Plot(
                 "Which token keeps which layer",
-                f"The beginning of the text at budget {report.keep_map.budget:g}: filled cells ran, faint "
+                f"The beginning of the text at budget {report.keep_map.setting}: filled cells ran, faint "
                 "ones were skipped. Layer 0 is at the bottom.",
                 svg(
                     (10.2, height),
@@ -115,7 +115,7 @@ def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
                 markersize=3,
                 linewidth=1,
                 color=colour,
-                label=f"{result.budget:g}",
+                label=result.setting,
             )
         if limit is not None:
             axis.axhline(limit, color=ORANGE, linewidth=1, linestyle="--")
@@ -151,7 +151,10 @@ def perplexity(report: Report, axis: Axes) -> None:
             fontsize=7,
         )
     axis.margins(x=0.08, y=0.2)
-    axis.set_xticks(budgets, [f"{budget:g}" for budget in budgets])
+    axis.set_xticks(
+        budgets,
+        [result.setting if result.setting[0].isdigit() else f"{result.budget:.2f}" for result in report.results],
+    )
     axis.invert_xaxis()
     axis.set_xlabel("budget (less is skipped on the left)")
     axis.set_ylabel("perplexity")
@@ -170,7 +173,7 @@ def flips_by_layer(report: Report, axes: Sequence[Axes]) -> None:
                 markersize=3,
                 linewidth=1,
                 color=colour,
-                label=f"{result.budget:g}",
+                label=result.setting,
             )
         axis.set_title(f"{_BRANCH_WORDS[branch]}: decisions flipped, percent")
         axis.set_xlabel("layer")
@@ -190,7 +193,7 @@ def kept_share(report: Report, axes: Sequence[Axes]) -> None:
                 axis.text(column, row, f"{share * 100:.0f}", ha="center", va="center", fontsize=7, color=colour)
         axis.set_title(f"{_BRANCH_WORDS[branch]}: tokens kept, percent")
         axis.set_xlabel("layer")
-        axis.set_yticks(range(len(results)), [f"{result.budget:g}" for result in results])
+        axis.set_yticks(range(len(results)), [result.setting for result in results])
         _whole_numbers(axis, shares.shape[1])
         _bare(axis)
     axes[0].set_ylabel("budget")

@@ -22,16 +22,17 @@ Verdict = Literal["pass", "fail", "reported"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at, at one budget.
+    """One thing that was looked at, at one setting of the keep rule.
 
     Args:
-        name: what, the same at every budget.
+        name: what, the same at every setting.
+        setting: its name.
         value: the statistic; limit: what it may be at most, None where it is reported only.
         detail: numbers beside it, in words; reason: why the limit is what it is.
     """
 
     name: str
-    budget: float
+    setting: str
     value: float
     limit: float | None
     verdict: Verdict
@@ -41,22 +42,22 @@ class Check:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a check at the budget where it came out worst. All are words but the verdict."""
+    """A line of the table: a check at the setting where it came out worst. All are words but the verdict."""
 
     name: str
     value: str
     limit: str
     verdict: Verdict
     reason: str
-    budget: str
+    setting: str
     detail: str
 
 
 @dataclass(frozen=True)
 class BudgetRow:
-    """A line of the second table: one budget, in words."""
+    """A line of the second table: one setting, in words."""
 
-    budget: str
+    setting: str
     kept: str
     reference_perplexity: str
     engine_perplexity: str
@@ -67,9 +68,10 @@ class BudgetRow:
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """All that was measured at one budget.
+    """All that was measured at one setting of the keep rule.
 
     Args:
+        setting: its name; budget: the share of skippable work that it asks to keep.
         kept: [L][attn, mlp] shares that the reference keeps; 1 where there is no gate.
         kept_share: over all gated branches; None for a dense model.
         windows: whole windows in one call.
@@ -85,6 +87,7 @@ class BudgetResult:
         quality: what the engine's arithmetic costs.
     """
 
+    setting: str
     budget: float
     kept: tuple[tuple[float, float], ...]
     kept_share: float | None
@@ -112,7 +115,7 @@ class BudgetResult:
 class KeepMap:
     """Which tokens of the beginning of a text keep which layer: keep[layer][attn, mlp][token]."""
 
-    budget: float
+    setting: str
     tokens: tuple[str, ...]
     keep: tuple[tuple[tuple[bool, ...], tuple[bool, ...]], ...]
 
@@ -123,14 +126,15 @@ class Report:
 
     Args:
         bundle: its directory's name; model: the reference, as it was asked for.
-        precision, quantization, select, exported_budget, kv_policy: of the bundle; quantization is None in full
-            precision, select for a dense model.
+        precision, quantization, policy, select, exported_budget, kv_policy: of the bundle; quantization is None in full
+            precision, policy for a dense model, select where the rule has no thresholds. The exported budget of a set
+            of layers is its share.
         quality_limits: hold at budgets from 1 down to the exported one.
         reference_precision: of the reference's weights and activations.
-        branches: those with gates.
+        branches: those that the keep rule may skip.
         text: name of the text; text_sha256: its hash; tokens: how many were read.
         results: one a budget, in falling order.
-        default_is_exported: whether the graph's own default selection is the exported one; None: no gates.
+        default_is_exported: whether the graph's own default selection is the exported one; None for a dense model.
         notes: what was left out and why.
         tools: versions.
     """
@@ -143,6 +147,7 @@ class Report:
     quantization: str | None
     quality_limits: QualityLimits
     reference_precision: str
+    policy: str | None
     select: str | None
     exported_budget: float
     kv_policy: str
@@ -169,13 +174,13 @@ class Report:
             check for result in self.results for check in _checks(result, self.tolerances, self._quality_limits(result))
         ]
         if self.default_is_exported is not None:
-            once = _Checks(self.exported_budget, self.tolerances, None)
+            once = _Checks("as exported", self.tolerances, None)
             once.add(
                 "default selection, wrong",
                 float(not self.default_is_exported),
                 0,
-                detail="the graph's own thresholds or budget, and the manifest's",
-                reason="a client that gives none must get the exported budget",
+                detail="the graph's own run-time inputs, and the manifest's",
+                reason="a client that gives none must get the exported ones",
             )
             checks += once.made
         return tuple(checks)
@@ -191,7 +196,7 @@ class Report:
         return "fail" not in verdicts and "pass" in verdicts
 
     def rows(self) -> list[Row]:
-        """The table: each check once, at the budget where it came out worst."""
+        """The table: each check once, at the setting where it came out worst."""
         worst: dict[str, Check] = {}
         for check in self.checks:
             seen = worst.get(check.name)
@@ -204,14 +209,14 @@ class Report:
                 limit="" if check.limit is None else _number(check.limit),
                 verdict=check.verdict,
                 reason=check.reason,
-                budget=f"{check.budget:g}",
+                setting=check.setting,
                 detail=check.detail,
             )
             for check in worst.values()
         ]
 
     def budget_rows(self) -> list[BudgetRow]:
-        """The second table: what each budget keeps and what it costs in quality."""
+        """The second table: what each setting keeps and what it costs in quality."""
         return [_budget_row(result) for result in self.results]
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,7 +231,7 @@ class Report:
 
 
 def _checks(result: BudgetResult, limits: Tolerances, quality: QualityLimits) -> list[Check]:
-    checks = _Checks(result.budget, limits, result.rounding)
+    checks = _Checks(result.setting, limits, result.rounding)
     checks.quality(result, quality)
     checks.compared("", result.windows)
     difference = abs(result.engine_nats - result.reference_nats)
@@ -281,15 +286,15 @@ def _checks(result: BudgetResult, limits: Tolerances, quality: QualityLimits) ->
 
 
 class _Checks:
-    """Turns measurements of one budget into checks."""
+    """Turns measurements of one setting into checks."""
 
-    def __init__(self, budget: float, limits: Tolerances, rounding: Compared | None) -> None:
-        self.budget, self.limits, self.rounding = budget, limits, rounding
+    def __init__(self, setting: str, limits: Tolerances, rounding: Compared | None) -> None:
+        self.setting, self.limits, self.rounding = setting, limits, rounding
         self.made: list[Check] = []
 
     def add(self, name: str, value: float, limit: float | None, *, detail: str, reason: str) -> None:
         verdict: Verdict = "reported" if limit is None else "pass" if value <= limit else "fail"
-        self.made.append(Check(name, self.budget, value, limit, verdict, detail, reason))
+        self.made.append(Check(name, self.setting, value, limit, verdict, detail, reason))
 
     def numbers(self, name: str, found: Comparison, value: float, limit: float | None) -> None:
         """A numeric check; NaN, and nothing to compare, fail, also where there is no limit."""
@@ -435,11 +440,11 @@ def _budget_row(result: BudgetResult) -> BudgetRow:
     tokens = min((one.tokens for one in result.greedy.values()), default=0)
     differ = max((len(one.mismatches) for one in result.greedy.values()), default=0)
     return BudgetRow(
-        budget=f"{result.budget:g}",
+        setting=result.setting,
         kept="all" if result.kept_share is None else f"{result.kept_share:.3f}",
         reference_perplexity=f"{math.exp(result.reference_nats):.4f}",
         engine_perplexity=f"{math.exp(result.engine_nats):.4f}",
-        decisions="no gates" if decisions is None else f"{decisions.differ} of {decisions.total:,} differ",
+        decisions="nothing skips" if decisions is None else f"{decisions.differ} of {decisions.total:,} differ",
         quality=f"{result.perplexity_increase:+.2%}, KL {result.quality.divergence:.1e}, "
         f"{result.quality.top1:.1%} same",
         tokens=f"{tokens} equal" if not differ else f"{differ} of {tokens} differ, {wrong} wrong",

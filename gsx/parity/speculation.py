@@ -15,7 +15,8 @@ import torch
 from scipy import stats
 
 from engines.bundle.bundle import Bundle
-from engines.generation import Generated, generate, select_for
+from engines.bundle.controls import Controls, Keep, controls_for
+from engines.generation import Generated, generate
 from engines.runners.base import Runner
 from engines.runners.portable import PortableStage
 from engines.runners.select import Backend, open_runner, open_split_runner
@@ -123,7 +124,7 @@ class SpeculationSide:
     def compare(
         self,
         ids: np.ndarray,
-        select: np.ndarray | None,
+        controls: Controls,
         exit_logits: np.ndarray,
         logits: np.ndarray,
         clean: np.ndarray,
@@ -135,25 +136,24 @@ class SpeculationSide:
         """
         for name, runner in self._splits.items():
             cache = runner.new_cache(*ids.shape)
-            draft = runner.draft(cache, ids, select, logits="all").logits[0]
+            draft = runner.draft(cache, ids, controls, logits="all").logits[0]
             self._found[f"draft, {name} runner"].add(exit_logits, draft, clean, window)
             self._found[f"verify, {name} runner"].add(logits, runner.verify(cache).logits[0], clean, window)
 
-    def result(self, windows: np.ndarray, budget: float, reference_logits: np.ndarray) -> SpeculationResult:
-        """Compare texts at a budget.
+    def result(self, windows: np.ndarray, keep: Keep, reference_logits: np.ndarray) -> SpeculationResult:
+        """Compare texts at one setting of the keep rule.
 
         Args: windows [M, S]: prompts are taken from them; reference_logits [S, V] of the first one.
         """
         manifest = self._bundle.manifest
-        asked = budget if manifest.selection else None
         plain = open_runner(self._bundle, backend=self._backend)
-        draft = open_draft(self._bundle, self.kind, budget=asked, backend=self._backend)
+        draft = open_draft(self._bundle, self.kind, backend=self._backend)
         prompts = _prompts(windows)
-        greedy, acceptance = _texts(plain, draft, prompts, GREEDY, asked)
-        sampled, _ = _texts(plain, draft, prompts, SAMPLED, asked)
+        greedy, acceptance = _texts(plain, draft, prompts, GREEDY, keep)
+        sampled, _ = _texts(plain, draft, prompts, SAMPLED, keep)
         first = windows[:1]
-        select = select_for(manifest, asked)
-        engine = plain.step(plain.new_cache(*first.shape), first, select, logits="all").logits[0]
+        controls = controls_for(manifest, keep)
+        engine = plain.step(plain.new_cache(*first.shape), first, controls, logits="all").logits[0]
         return SpeculationResult(
             draft=str(self.kind),
             acceptance=acceptance,
@@ -174,7 +174,7 @@ def _prompts(windows: np.ndarray) -> list[list[int]]:
 
 
 def _texts(
-    plain: Runner, draft: Draft, prompts: Sequence[list[int]], sampling: Sampling, budget: float | None
+    plain: Runner, draft: Draft, prompts: Sequence[list[int]], sampling: Sampling, keep: Keep
 ) -> tuple[TextsCompared, float | None]:
     """Plain and speculative continuations of each prompt alone and of some in a batch. Returns: them, acceptance."""
     room = plain.manifest.decoder.max_positions - max(len(prompt) for prompt in prompts)
@@ -184,13 +184,13 @@ def _texts(
     groups = [[number] for number in range(len(prompts))] + [list(range(min(_BATCH, len(prompts))))]
     for group in groups:
         batch = [prompts[number] for number in group]
-        want = generate(plain, batch, max_new_tokens=limit, budget=budget, sampling=sampling, stop_ids=[]).sequences
+        want = generate(plain, batch, max_new_tokens=limit, keep=keep, sampling=sampling, stop_ids=[]).sequences
         for length in _LENGTHS:
             have = generate(
                 draft.runner,
                 batch,
                 max_new_tokens=limit,
-                budget=budget,
+                keep=keep,
                 sampling=sampling,
                 stop_ids=[],
                 draft=draft,
@@ -201,7 +201,7 @@ def _texts(
                 continuations += 1
                 tokens += len(one.tokens)
                 if one.tokens != other.tokens:
-                    found = _mismatch(plain, Picker(sampling), row, prompts[number], one, other, budget)
+                    found = _mismatch(plain, Picker(sampling), row, prompts[number], one, other, keep)
                     mismatches.append(replace(found, prompt=number))
     return TextsCompared(continuations, tokens, tuple(mismatches)), accepted / drafted if drafted else None
 
@@ -213,13 +213,13 @@ def _mismatch(
     prompt: list[int],
     want: Generated,
     have: Generated,
-    budget: float | None,
+    keep: Keep,
 ) -> TextMismatch:
     """The first token that differs, and how near the two were; row: of the prompt in its batch."""
     position = next(i for i, (a, b) in enumerate(zip(want.tokens, have.tokens, strict=True)) if a != b)
     ids = np.array([[*prompt, *want.tokens[:position]]])
-    select = select_for(plain.manifest, budget)
-    logits = plain.step(plain.new_cache(*ids.shape), ids, select).logits[0, 0]
+    controls = controls_for(plain.manifest, keep, [len(prompt)])
+    logits = plain.step(plain.new_cache(*ids.shape), ids, controls).logits[0, 0]
     scores = picker.scores(logits, row, ids.shape[1])
     one, other = want.tokens[position], have.tokens[position]
     return TextMismatch(row, position, one, other, float(abs(scores[one] - scores[other])))

@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from engines.bundle.bundle import open_bundle
+from engines.bundle.controls import Keep, controls_for
 from engines.lowering.onnxruntime import lower
 from engines.lowering.quantized import fuse_products
 from engines.runners.portable import session_config
@@ -31,10 +32,10 @@ def test_both_runners_agree_and_differ_from_full_precision(bundle: Path, tiny_bu
     quantized, full = open_bundle(bundle), open_bundle(tiny_bundle)
     ids = np.random.default_rng(0).integers(3, 259, (1, 24))
     assert full.manifest.selection is not None
-    select = full.manifest.selection.thresholds_for(1.0)  # all kept: nothing can flip
-    portable = EngineSide(quantized).observe(ids, np.ones_like(ids), select)[0].logits
-    fast, kept = runner_logits(open_runner(quantized), ids, select)
-    exact, _ = runner_logits(open_runner(full), ids, select)
+    controls = controls_for(full.manifest, Keep(budget=1.0))  # all kept: nothing can flip
+    portable = EngineSide(quantized).observe(ids, np.ones_like(ids), controls)[0].logits
+    fast, kept = runner_logits(open_runner(quantized), ids, controls)
+    exact, _ = runner_logits(open_runner(full), ids, controls)
     assert kept is not None
     assert (kept == ids.size).all()
     scale = np.abs(exact).max()

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import controls_for
 from engines.bundle.cost import step_bytes
 from engines.bundle.manifest import BRANCHES, Branch, LayersDraft
-from engines.generation import generate, select_for
+from engines.generation import generate
 from engines.runners.select import open_runner
-from engines.speculation.draft import OtherThresholds, draft_thresholds
+from engines.speculation.draft import OtherControls
 from engines.speculation.length import ROW_COST
 from engines.speculation.replay import CHUNK, Replay, counted_speed
 from engines.speculation.spec import parse_draft
@@ -32,13 +33,13 @@ def bundle(tiny_bundle: Path) -> Bundle:
 def drafted_right(bundle: Bundle, draft: LayersDraft, prompt: list[int]) -> int:
     """Tokens in a row that a draft gets right behind the first one after a prompt, by drafting them."""
     runner = open_runner(bundle)
-    select = select_for(bundle.manifest, None)
+    controls = controls_for(bundle.manifest)
     written = generate(runner, [prompt], max_new_tokens=CHUNK + 1, stop_ids=[]).sequences[0].tokens
-    drafts = OtherThresholds(runner, draft, draft_thresholds(draft, bundle.manifest, None))
+    drafts = OtherControls(runner, draft)
     cache = runner.new_cache(1, 64)
-    runner.step(cache, np.array([prompt]), select)
+    runner.step(cache, np.array([prompt]), controls)
     for count in range(CHUNK):
-        guess = drafts.step(cache, np.array([[written[count]]]), select, [1]).logits.argmax()
+        guess = drafts.step(cache, np.array([[written[count]]]), controls, [1]).logits.argmax()
         if guess != written[count + 1]:
             return count
     return CHUNK
@@ -48,17 +49,15 @@ def drafted_right(bundle: Bundle, draft: LayersDraft, prompt: list[int]) -> int:
 def test_a_place_counts_what_drafting_there_gets_right(bundle: Bundle, draft: str) -> None:
     parsed = parse_draft(draft)
     assert isinstance(parsed, LayersDraft)
-    thresholds = draft_thresholds(parsed, bundle.manifest, None)
     for prompt in PROMPTS:
         replay = Replay(open_runner(bundle), [prompt], CHUNK + 1)
-        assert replay.accepted(thresholds).tolist() == [drafted_right(bundle, parsed, prompt)]
+        assert replay.accepted(parsed).tolist() == [drafted_right(bundle, parsed, prompt)]
 
 
 def test_the_model_agrees_with_itself_and_trying_leaves_no_trace(bundle: Bundle) -> None:
     replay = Replay(open_runner(bundle), PROMPTS, 4 * CHUNK)
-    own = select_for(bundle.manifest, None)
-    assert own is not None
-    nothing = np.full_like(own, np.inf)
+    own = LayersDraft(skip=())
+    nothing = LayersDraft(skip=tuple((layer, branch) for layer in range(3) for branch in BRANCHES))
     first = replay.accepted(nothing)
     assert len(first) == 2 * 3  # the last token has none behind it to compare with
     assert first.min() < CHUNK
@@ -92,19 +91,20 @@ def test_bytes_are_those_of_the_checkpoint(bundle: Bundle, tiny_gated: Path) -> 
 
 def test_the_search_is_repeatable_and_ranks_by_what_it_counts(bundle: Bundle) -> None:
     replay = Replay(open_runner(bundle), PROMPTS, 2 * CHUNK + 1)
-    thresholds, cost = select_for(bundle.manifest, None), step_bytes(bundle)
-    assert thresholds is not None
+    layers, cost = bundle.manifest.decoder.num_layers, step_bytes(bundle)
     seen: list[tuple[int, int]] = []
     first, second = (
-        search_skip_sets(replay, thresholds, BRANCHES, cost, lambda *at: seen.append(at), trials=15) for _ in range(2)
+        search_skip_sets(replay, layers, BRANCHES, cost, lambda *at: seen.append(at), trials=15) for _ in range(2)
     )
     assert first == second
     assert seen == [(n, 15) for n in range(1, 16)] * 2
     assert [one.speed for one in first] == sorted((one.speed for one in first), reverse=True)
     assert len({one.draft for one in first}) == len(first) > 3
     for one in first:
-        run = np.isfinite(draft_thresholds(one.draft, bundle.manifest, None))
-        accepted = replay.accepted(draft_thresholds(one.draft, bundle.manifest, None))
+        run = np.ones((layers, len(BRANCHES)), bool)
+        for layer, branch in one.draft.skip:
+            run[layer, BRANCHES.index(branch)] = False
+        accepted = replay.accepted(one.draft)
         assert (one.speed, one.length) == counted_speed(accepted, cost.share(run))
 
 

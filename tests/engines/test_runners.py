@@ -11,8 +11,9 @@ import onnx
 import pytest
 
 from engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
+from engines.bundle.controls import AS_EXPORTED, Keep, controls_for
 from engines.errors import BundleError, UsageError
-from engines.generation import Generation, generate, select_for
+from engines.generation import Generation, generate
 from engines.lowering.probe import is_supported
 from engines.lowering.regions import find_regions
 from engines.runners.onnxruntime import OnnxRuntimeStage
@@ -66,13 +67,13 @@ def test_lowered_logits_and_choices_equal_portable_ones(bundle_path: Path) -> No
     """One prefill, then chunks of several sizes on the cache, then a step after the cache was shortened."""
     runners = both(bundle_path)
     caches = [runner.new_cache(1, 40) for runner in runners]
-    select = select_for(runners[0].manifest, None)
+    controls = controls_for(runners[0].manifest)
     ids = np.random.default_rng(0).integers(3, 250, (1, 32))
     for start, stop in ((0, 9), (9, 10), (10, 17), (17, 18), (12, 15), (15, 32)):
         outputs = []
         for runner, cache in zip(runners, caches, strict=True):
             cache.roll_back([start])
-            outputs.append(runner.step(cache, ids[:, start:stop], select, logits="all"))
+            outputs.append(runner.step(cache, ids[:, start:stop], controls, logits="all"))
         np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=LOGITS_ATOL)
         if outputs[0].kept is not None:
             np.testing.assert_array_equal(outputs[0].kept, outputs[1].kept)
@@ -80,10 +81,10 @@ def test_lowered_logits_and_choices_equal_portable_ones(bundle_path: Path) -> No
 
 def test_last_logits_are_the_last_of_all(bundle_path: Path) -> None:
     _, runner = both(bundle_path)
-    select = select_for(runner.manifest, None)
+    controls = controls_for(runner.manifest)
     ids = np.array([PROMPT])
-    every = runner.step(runner.new_cache(1, 16), ids, select, logits="all").logits
-    last = runner.step(runner.new_cache(1, 16), ids, select).logits
+    every = runner.step(runner.new_cache(1, 16), ids, controls, logits="all").logits
+    last = runner.step(runner.new_cache(1, 16), ids, controls).logits
     assert last.shape[1] == 1
     np.testing.assert_allclose(last[:, 0], every[:, -1], atol=LOGITS_ATOL)
 
@@ -100,8 +101,8 @@ def test_a_batch_equals_its_members(bundle_path: Path) -> None:
     _, runner = both(bundle_path)
     budget = 1.0 if ranks(runner) else None
     prompts = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]]
-    alone = [generate(runner, [prompt], max_new_tokens=30, budget=budget).sequences[0] for prompt in prompts]
-    assert generate(runner, prompts, max_new_tokens=30, budget=budget).sequences == alone
+    alone = [generate(runner, [prompt], max_new_tokens=30, keep=Keep(budget=budget)).sequences[0] for prompt in prompts]
+    assert generate(runner, prompts, max_new_tokens=30, keep=Keep(budget=budget)).sequences == alone
 
 
 def test_steps_of_a_batch_equal_portable_ones(bundle_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_steps_of_a_batch_equal_portable_ones(bundle_path: Path) -> None:
     Kept rows are told by sequence. In between a sequence moves over another one and goes on there.
     """
     portable, lowered = both(bundle_path)
-    select = select_for(lowered.manifest, 1.0 if ranks(lowered) else None)
+    controls = controls_for(lowered.manifest, Keep(budget=1.0) if ranks(lowered) else AS_EXPORTED)
     rng = np.random.default_rng(3)
     caches = [runner.new_cache(4, 40) for runner in (portable, lowered)]
     calls = [[5, 0, 0, 0], [0, 0, 9, 0], [0, 2, 0, 0], [0, 0, 0, 7], [1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 1, 0]]
@@ -123,7 +124,7 @@ def test_steps_of_a_batch_equal_portable_ones(bundle_path: Path) -> None:
             continue
         ids = rng.integers(3, 97, (4, max(counts)))
         outputs = [
-            runner.step(cache, ids, select, counts=counts)
+            runner.step(cache, ids, controls, counts=counts)
             for runner, cache in zip((portable, lowered), caches, strict=True)
         ]
         rows = np.flatnonzero(counts)
@@ -148,7 +149,7 @@ def test_every_branch_is_left_out_when_nothing_is_kept(tiny_bundle: Path) -> Non
     outputs = []
     for stage in (PortableStage(bundle), OnnxRuntimeStage(bundle)):
         runner = WholeRunner(stage)
-        outputs.append(runner.step(runner.new_cache(1, 8), np.array([[5]]), above))
+        outputs.append(runner.step(runner.new_cache(1, 8), np.array([[5]]), {"thresholds": above}))
         assert outputs[-1].kept is not None
         assert outputs[-1].kept.sum() == 0
     np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=LOGITS_ATOL)

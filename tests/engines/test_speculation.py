@@ -11,9 +11,10 @@ import torch
 from scipy import stats
 
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import controls_for
 from engines.bundle.manifest import BudgetDraft, ExitDraft, LayersDraft
 from engines.errors import UsageError
-from engines.generation import generate, select_for
+from engines.generation import generate
 from engines.runners.portable import PortableStage
 from engines.runners.select import open_runner, open_split_runner
 from engines.runners.split import SplitRunner
@@ -23,8 +24,8 @@ from engines.speculation.length import LONGEST, PROBE_EVERY, AdaptiveLength, Rou
 from engines.speculation.spec import check_draft, parse_draft
 from exporter.checkpoint import open_checkpoint
 from exporter.config import GateConfig
+from exporter.masks.base import KeepAll
 from exporter.reference import Reference
-from exporter.selection import KeepAll
 from gsx.export import export
 from tests.tiny import EOS_ID, tiny_checkpoint
 
@@ -66,7 +67,7 @@ def gated(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Bundle:
 def test_the_halves_are_the_whole(split: Bundle) -> None:
     """Prefill, single steps, chunks, and a cache that was rolled back: halves in a row give the whole's logits."""
     atol = LOGITS_ATOL if split.manifest.precision == "fp32" else 2e-2
-    select = select_for(split.manifest, None)
+    controls = controls_for(split.manifest)
     whole, halves = open_runner(split), open_split_runner(split)
     portable = SplitRunner(PortableStage(split, "draft"), PortableStage(split, "verify"))
     caches = [runner.new_cache(1, 40) for runner in (whole, halves, portable)]
@@ -75,7 +76,7 @@ def test_the_halves_are_the_whole(split: Bundle) -> None:
         outputs = []
         for runner, cache in zip((whole, halves, portable), caches, strict=True):
             cache.roll_back([start])
-            outputs.append(runner.step(cache, ids[:, start:stop], select, logits="all"))
+            outputs.append(runner.step(cache, ids[:, start:stop], controls, logits="all"))
         for other in outputs[1:]:
             np.testing.assert_allclose(other.logits, outputs[0].logits, atol=atol)
             if other.kept is not None and split.manifest.precision == "fp32":
@@ -110,7 +111,7 @@ def test_text_is_that_of_plain_decoding(split: Bundle, sampling: Sampling, lengt
 @pytest.mark.parametrize("spec", ["budget:0.55", "layers:1,3.mlp", "exit:2"])
 @pytest.mark.parametrize("budget", [1.0, 0.8, 0.6])
 def test_every_kind_of_draft(gated: Bundle, spec: str, budget: float) -> None:
-    draft = open_draft(gated, parse_draft(spec), budget=budget)
+    draft = open_draft(gated, parse_draft(spec))
     for sampling in (GREEDY, SAMPLED):
         options = {"max_new_tokens": 30, "budget": budget, "sampling": sampling, "stop_ids": []}
         want = generate(open_runner(gated), PROMPTS, **options)  # type: ignore[arg-type]
@@ -170,10 +171,10 @@ def test_sampled_tokens_follow_the_models_distribution(gated: Bundle) -> None:
     runner, draft = open_runner(gated), open_draft(gated, ExitDraft(layer=2))
     sampling = Sampling(temperature=0.7, top_k=3)
     prompt = PROMPTS[2]
-    select = select_for(gated.manifest, None)
+    controls = controls_for(gated.manifest)
 
     def probabilities(ids: list[int]) -> dict[int, float]:
-        logits = runner.step(runner.new_cache(1, 16), np.array([ids]), select).logits[0, 0].astype(np.float64)
+        logits = runner.step(runner.new_cache(1, 16), np.array([ids]), controls).logits[0, 0].astype(np.float64)
         top = np.argsort(-logits)[:3]
         weights = np.exp((logits[top] - logits[top].max()) / 0.7)
         return dict(zip(top.tolist(), weights / weights.sum(), strict=True))

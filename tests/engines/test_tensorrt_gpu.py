@@ -12,7 +12,8 @@ import pytest
 
 from engines.building.build import build
 from engines.bundle.bundle import open_bundle
-from engines.generation import generate, select_for
+from engines.bundle.controls import controls_for
+from engines.generation import generate
 from engines.runners.portable import PortableStage
 from engines.runners.tensorrt import open_stage
 from engines.runners.whole import WholeRunner
@@ -64,11 +65,11 @@ def test_an_engine_computes_what_onnx_runtime_computes(
     for cuda_graphs in (False, True):
         runner = WholeRunner(open_stage(bundle, backend, cuda_graphs=cuda_graphs))
         caches = [one.new_cache(1, 160) for one in (portable, runner)]
-        select = select_for(bundle.manifest, None)
+        controls = controls_for(bundle.manifest)
         ids = np.random.default_rng(0).integers(3, 250, (1, 40))
         for start, stop in ((0, 30), *((n, n + 1) for n in range(30, 40))):
             want, found = (
-                one.step(cache, ids[:, start:stop], select, logits="all")
+                one.step(cache, ids[:, start:stop], controls, logits="all")
                 for one, cache in zip((portable, runner), caches, strict=True)
             )
             np.testing.assert_allclose(found.logits, want.logits, atol=LOGITS_ATOL)

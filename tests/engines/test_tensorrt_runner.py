@@ -13,8 +13,9 @@ import pytest
 
 from engines.building.profiles import default_profiles, parse_profile
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import AS_EXPORTED, Keep, controls_for
 from engines.errors import EngineError
-from engines.generation import generate, select_for
+from engines.generation import generate
 from engines.lowering.tensorrt import MAX_TOPK, lower
 from engines.runners.base import Runner
 from engines.runners.portable import PortableStage
@@ -148,14 +149,14 @@ def test_logits_and_choices_equal_portable_ones(pair: Pair) -> None:
     """Prefill, chunks and single tokens, of each sequence as many as it likes; and steps after a roll-back."""
     batch = pair.case.batch
     caches = [runner.new_cache(batch, CAPACITY) for runner in (pair.portable, pair.runner)]
-    select = select_for(pair.bundle.manifest, None)
+    controls = controls_for(pair.bundle.manifest)
     rng = np.random.default_rng(0)
     for size, back in ((9, None), (1, None), (7, None), (1, 12), (3, None), (60, None), (1, None)):
         ids = rng.integers(3, 250, (batch, size))
         counts = [max(size - row, 0) for row in range(batch)]  # the last ones have less to do, or nothing
         outputs = []
         for runner, cache in zip((pair.portable, pair.runner), caches, strict=True):
-            outputs.append(runner.step(cache, ids, select, counts=counts, logits="all"))
+            outputs.append(runner.step(cache, ids, controls, counts=counts, logits="all"))
             if back is not None:
                 cache.roll_back([back] * batch)
         for row, count in enumerate(counts):
@@ -180,16 +181,16 @@ def test_greedy_text_equals_the_portable_runner(pair: Pair) -> None:
 
 @pytest.mark.parametrize("pair", [name for name, case in CASES.items() if case.batch > 1], indirect=True)
 def test_a_sequence_moves_to_another_row(pair: Pair) -> None:
-    select = select_for(pair.bundle.manifest, 1.0 if pair.ranks else None)
+    controls = controls_for(pair.bundle.manifest, Keep(budget=1.0) if pair.ranks else AS_EXPORTED)
     ids = np.random.default_rng(2).integers(3, 250, (pair.case.batch, 6))
     first, *_, last = range(pair.case.batch)
     after = []
     for runner in (pair.portable, pair.runner):
         cache = runner.new_cache(pair.case.batch, CAPACITY)
-        runner.step(cache, ids, select)
+        runner.step(cache, ids, controls)
         runner.move(cache, last, first)
         counts = [int(row == first) for row in range(pair.case.batch)]
-        after.append(runner.step(cache, ids[:, :1], select, counts=counts).logits[first])
+        after.append(runner.step(cache, ids[:, :1], controls, counts=counts).logits[first])
     np.testing.assert_allclose(*after, atol=LOGITS_ATOL)
 
 
@@ -203,15 +204,15 @@ def test_a_long_prompt_goes_through_in_pieces(pair: Pair) -> None:
     batch, length = pair.case.batch, 22
     ids = np.random.default_rng(1).integers(3, 250, (batch, length))
     counts = [22, 15, 3][:batch]
-    select = select_for(pair.bundle.manifest, None)
+    controls = controls_for(pair.bundle.manifest)
     if pair.ranks:
         with pytest.raises(EngineError, match=r"expected at most 7 tokens, found 22\n.*prefill:2-22"):
-            runner.step(runner.new_cache(batch, CAPACITY), ids, select)
+            runner.step(runner.new_cache(batch, CAPACITY), ids, controls)
         return
     for logits in ("all", "last"):
         engine.calls.clear()
         want, found = (
-            one.step(one.new_cache(batch, CAPACITY), ids, select, counts=counts, logits=logits)  # type: ignore[arg-type]
+            one.step(one.new_cache(batch, CAPACITY), ids, controls, counts=counts, logits=logits)  # type: ignore[arg-type]
             for one in (pair.portable, runner)
         )
         assert [shapes["input_ids"][1] for _, shapes in engine.calls] == [7, 7, 7, 1]

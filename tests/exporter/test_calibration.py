@@ -15,8 +15,8 @@ from exporter.calibration import NEAR_SHARE, TIE, calibrate, threshold_for
 from exporter.checkpoint import open_checkpoint
 from exporter.config import GateConfig
 from exporter.decoder.layer import DecoderOptions
+from exporter.masks.gateskip import Threshold
 from exporter.reference import Reference
-from exporter.selection import Threshold
 from exporter.text import MIN_TOKENS, tokenize
 from tests.tiny import tiny_checkpoint
 
@@ -37,13 +37,13 @@ def test_the_reference_keeps_what_the_calibration_says(tmp_path: Path, gate: Gat
     """The reference, which shares no code with the calibration, counts the same shares with its thresholds."""
     checkpoint = open_checkpoint(tiny_checkpoint(tmp_path / "m", gate=gate, tokenizer=True))
     text = tokenize(checkpoint, None, max_tokens=2048, window=256)
-    points = calibrate(checkpoint, text.ids, BUDGETS, DecoderOptions("threshold", kv_policy))
+    points = calibrate(checkpoint, text.ids, BUDGETS, DecoderOptions(kv_policy=kv_policy))
     reference = Reference.load(checkpoint)
     columns = [("attn", "mlp").index(branch) for branch in gate.branches]
     for budget, point in zip(BUDGETS, points, strict=True):
         assert point.kept_share == pytest.approx(budget, abs=KEPT_ATOL)
         with torch.inference_mode():
-            out = reference(torch.from_numpy(text.ids), selection=Threshold(point.thresholds), kv_policy=kv_policy)
+            out = reference(torch.from_numpy(text.ids), rule=Threshold(point.thresholds), kv_policy=kv_policy)
         kept = np.array([[float(k.float().mean()) for k in layer] for layer in out.keep])[:, columns]
         assert kept.mean() == pytest.approx(point.kept_share, abs=2e-3)  # near-ties of two float32 computations
 

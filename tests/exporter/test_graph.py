@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 
 from exporter.checkpoint import open_checkpoint
 from exporter.config import GateConfig
-from exporter.decoder.layer import DecoderOptions
-from exporter.decoder.loading import source_of
+from exporter.decoder.ends import Entry, Exit
+from exporter.decoder.layer import DecoderLayer, DecoderOptions
+from exporter.decoder.loading import Source, sources
 from exporter.graph.assemble import GraphBuilder
 from exporter.graph.weights import Weight, write_weights
+from exporter.rules.gateskip import GateSkip
 from gsx.export import export
 from tests.tiny import tiny_checkpoint
 
@@ -65,7 +67,10 @@ def test_every_custom_node_has_a_body_and_names_its_plugin(tiny_bundle: Path) ->
 @pytest.mark.parametrize(("tied", "exit_layer"), [(False, None), (True, None), (True, 1)])
 def test_weights_are_stored_once(tmp_path: Path, tied: bool, exit_layer: int | None) -> None:
     path = tiny_checkpoint(tmp_path / "m", gate=GateConfig(), tied=tied)
-    graphs = GraphBuilder(open_checkpoint(path), DecoderOptions(), np.zeros((3, 2), np.float32)).graphs(exit_layer)
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.config.gate is not None
+    options = DecoderOptions(GateSkip(checkpoint.config.gate, checkpoint.config.eos_ids))
+    graphs = GraphBuilder(checkpoint, options, {"thresholds": np.zeros((3, 2), np.float32)}).graphs(exit_layer)
     sources = [weight.source for weight in graphs.weights]
     assert len(sources) == len(set(sources))
     assert set(sources) == set(load_file(path / "model.safetensors"))
@@ -107,17 +112,25 @@ def test_weights_file_round_trips(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("parameter", "name", "transposed", "gate"),
+    ("parameter", "name", "transposed", "dtype"),
     [
-        ("embed_tokens", "model.embed_tokens.weight", False, False),
-        ("norm.weight", "model.norm.weight", False, False),
-        ("lm_head.weight", "lm_head.weight", True, False),
-        ("layers.3.mlp.gate_proj.weight", "model.layers.3.mlp.gate_proj.weight", True, False),
-        ("layers.3.mlp_gate.linear.weight", "model.layers.3.mlp_gate.weight", True, True),
-        ("layers.0.attn_gate.linear.bias", "model.layers.0.attn_gate.bias", False, True),
-        ("layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.q_proj.bias", False, False),
+        ("embed_tokens", "model.embed_tokens.weight", False, torch.float16),
+        ("norm.weight", "model.norm.weight", False, torch.float16),
+        ("lm_head.weight", "lm_head.weight", True, torch.float16),
+        ("layers.3.mlp.gate_proj.weight", "model.layers.3.mlp.gate_proj.weight", True, torch.float16),
+        ("layers.3.mlp_gate.linear.weight", "model.layers.3.mlp_gate.weight", True, torch.float32),
+        ("layers.3.attn_gate.linear.bias", "model.layers.3.attn_gate.bias", False, torch.float32),
+        ("layers.3.self_attn.q_proj.bias", "model.layers.3.self_attn.q_proj.bias", False, torch.float16),
     ],
 )
-def test_where_parameters_come_from(parameter: str, name: str, transposed: bool, gate: bool) -> None:
-    source = source_of(parameter)
-    assert (source.name, source.transpose, source.is_gate) == (name, transposed, gate)
+def test_where_parameters_come_from(
+    tmp_path: Path, parameter: str, name: str, transposed: bool, dtype: torch.dtype
+) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(tmp_path / "m", "qwen2", gate=GateConfig()))
+    options = DecoderOptions(dtype=torch.float16)
+    with torch.device("meta"):
+        layer = DecoderLayer(checkpoint.config, options, has_below=False)
+        parts = {"layers.3.": layer, "": Exit(checkpoint.config, options)}
+        parts_found = {n: s for prefix, part in parts.items() for n, s in sources(part, prefix).items()}
+        parts_found |= sources(Entry(checkpoint.hf_config, checkpoint.config, options), "")
+    assert parts_found[parameter] == Source(name, transposed, dtype)

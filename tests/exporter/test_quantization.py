@@ -15,6 +15,7 @@ from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from engines.bundle import manifest as schema
+from engines.bundle.controls import Controls, selected
 from engines.errors import CheckpointError, GsxError, UsageError
 from exporter.calibration import calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
@@ -29,12 +30,13 @@ from exporter.quantization.simulate import Simulation
 from exporter.quantization.smoothing import smooth
 from exporter.quantization.walk import Walk
 from exporter.quantization.watch import statistics
+from exporter.rules.gateskip import GateSkip
 from exporter.text import TokenText
 from gsx.quantize import Quantize, plan_for
-from tests.tiny import tiny_checkpoint
+from tests.tiny import EOS_ID, tiny_checkpoint
 
 LAYERS, HIDDEN = 2, 32
-OPTIONS = DecoderOptions()
+OPTIONS = DecoderOptions(GateSkip(GateConfig(), (EOS_ID,)))
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +50,8 @@ def text() -> TokenText:
     return TokenText(np.random.default_rng(0).integers(3, 97, (2, 48)), "0" * 64, "random ids")
 
 
-def thresholds(value: float) -> np.ndarray:
-    return np.full((LAYERS, 2), value, np.float32)
+def thresholds(value: float) -> Controls:
+    return {"thresholds": np.full((LAYERS, 2), value, np.float32)}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def plan(model: Checkpoint, text: TokenText) -> Plan:
 
 
 def graph_of(plan: Plan, dtype: torch.dtype = torch.float32) -> Graphs:
-    options = DecoderOptions(dtype=dtype)
+    options = dataclasses.replace(OPTIONS, dtype=dtype)
     graphs = GraphBuilder(plan.checkpoint, options, thresholds(0.5)).graphs(None)
     return quantize_graphs(graphs, plan, dtype)
 
@@ -263,6 +265,14 @@ def test_a_limit_that_does_not_hold_tells_the_nearest_setting(model: Checkpoint)
     )
     selection = schema.Selection(mode="threshold", budget=0.7, grid=grid)
     with pytest.raises(GsxError) as error:
-        plan_for(model, OPTIONS, Quantize("fp8", max_flipped=1e-9), selection, text, lambda *step: None)
+        plan_for(
+            model,
+            OPTIONS,
+            Quantize("fp8", max_flipped=1e-9),
+            selection,
+            selected(selection, 0.7),
+            text,
+            lambda *step: None,
+        )
     assert "most costly: layers." in error.value.message
     assert "--keep-precision layers." in error.value.message

@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from engines.bundle.counting import kept_count
 from engines.errors import UsageError
 from exporter.checkpoint import open_checkpoint
 from exporter.config import BRANCHES, GateConfig, KvPolicy
+from exporter.masks.base import KeepAll, MaskRule
+from exporter.masks.gateskip import Rank, Threshold
 from exporter.reference import Reference, ReferenceOutput
-from exporter.selection import KeepAll, Rank, Selection, Threshold, kept_count
 from tests.tiny import EOS_ID, FAMILY_NAMES, PAD_ID, tiny_checkpoint
 
 # Two orders of summation of the same fp32 terms; logits here are of order 1 to 10.
@@ -115,7 +117,7 @@ def test_gate_is_the_formula(tmp_path: Path, kind: str, gate_input: str, branche
     tiny_checkpoint(tmp_path, gate=gate, num_key_value_heads=4)
     weights = load_file(tmp_path / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
-    output = _load(tmp_path)(_ids(2, 9), selection=_thresholds(0.5))
+    output = _load(tmp_path)(_ids(2, 9), rule=_thresholds(0.5))
     h = output.states[0]
     with torch.no_grad():
         rope = model.model.rotary_emb(h, torch.arange(9)[None])
@@ -160,16 +162,16 @@ def test_cache_changes_nothing(
     family: str,
     gate: GateConfig,
     overrides: dict[str, object],
-    selection: Selection,
+    selection: MaskRule,
     kv_policy: KvPolicy,
 ) -> None:
     tiny_checkpoint(tmp_path, family, gate=gate, **overrides)
     reference = _load(tmp_path)
     ids = _ids(2, 20)
-    whole = reference(ids, selection=selection, kv_policy=kv_policy)
+    whole = reference(ids, rule=selection, kv_policy=kv_policy)
     cache, logits, keep = None, [], []
     for start, stop in ((0, 11), (11, 12), (12, 13), (13, 20)):
-        part = reference(ids[:, start:stop], cache=cache, selection=selection, kv_policy=kv_policy)
+        part = reference(ids[:, start:stop], cache=cache, rule=selection, kv_policy=kv_policy)
         cache = part.cache
         logits.append(part.logits)
         keep.append(part.keep)
@@ -197,8 +199,8 @@ def test_left_padding_changes_nothing(
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     selection = _thresholds(0.5)
-    both = reference(ids, mask, selection=selection, kv_policy=kv_policy)
-    alone = reference(short, selection=selection, kv_policy=kv_policy)
+    both = reference(ids, mask, rule=selection, kv_policy=kv_policy)
+    alone = reference(short, rule=selection, kv_policy=kv_policy)
     torch.testing.assert_close(both.logits[:1, 5:], alone.logits, atol=ATOL, rtol=0)
     for i in range(LAYERS):
         for column in range(2):
@@ -209,8 +211,8 @@ def test_left_padding_changes_nothing(
             assert bool((score[0, :5] == float("-inf")).all())
     token = _ids(2, 1, seed=3)
     longer = torch.cat([mask, torch.ones(2, 1, dtype=mask.dtype)], 1)
-    next_both = reference(token, longer, cache=both.cache, selection=selection, kv_policy=kv_policy)
-    next_alone = reference(token[:1], cache=alone.cache, selection=selection, kv_policy=kv_policy)
+    next_both = reference(token, longer, cache=both.cache, rule=selection, kv_policy=kv_policy)
+    next_alone = reference(token[:1], cache=alone.cache, rule=selection, kv_policy=kv_policy)
     torch.testing.assert_close(next_both.logits[:1], next_alone.logits, atol=ATOL, rtol=0)
 
 
@@ -221,7 +223,7 @@ def test_rank_keeps_the_best_of_the_call(tmp_path: Path, budget: float) -> None:
     ids[0, 4] = EOS_ID
     mask = torch.ones_like(ids)
     mask[2, :6] = 0
-    output = _load(tmp_path)(ids, mask, selection=Rank(budget))
+    output = _load(tmp_path)(ids, mask, rule=Rank(budget))
     n = 33 - 6 - 1
     for i in range(LAYERS):
         for column in range(2):
@@ -238,7 +240,7 @@ def test_equal_scores_keep_the_earlier_token(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, gate=GateConfig())
     tensors = load_file(tmp_path / "model.safetensors")
     _edit(tmp_path, {name: torch.zeros_like(t) for name, t in tensors.items() if "_gate." in name})
-    output = _load(tmp_path)(_ids(2, 6), selection=Rank(0.5))
+    output = _load(tmp_path)(_ids(2, 6), rule=Rank(0.5))
     expected = (torch.arange(12) < kept_count(12, 0.5)).view(2, 6)
     assert all(torch.equal(keep, expected) for row in output.keep for keep in row)
 
@@ -248,16 +250,16 @@ def test_score_equal_to_the_threshold_skips(tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     _edit(tmp_path, {name: torch.zeros_like(t) for name, t in tensors.items() if "_gate." in name})
     reference, ids = _load(tmp_path), _ids(1, 6)
-    assert not any(bool(k.any()) for row in reference(ids, selection=_thresholds(0.5)).keep for k in row)
+    assert not any(bool(k.any()) for row in reference(ids, rule=_thresholds(0.5)).keep for k in row)
     below = float(np.nextafter(np.float32(0.5), np.float32(0)))
-    assert all(bool(k.all()) for row in reference(ids, selection=_thresholds(below)).keep for k in row)
+    assert all(bool(k.all()) for row in reference(ids, rule=_thresholds(below)).keep for k in row)
 
 
 def test_nothing_kept_passes_the_states_on(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, gate=GateConfig())
     ids = _ids(2, 8)
     ids[1, 3] = EOS_ID
-    output = _load(tmp_path)(ids, selection=_thresholds(float("inf")))
+    output = _load(tmp_path)(ids, rule=_thresholds(float("inf")))
     skipped = ids != EOS_ID
     for state in output.states:
         assert torch.equal(state[skipped], output.states[0][skipped])
@@ -276,16 +278,16 @@ def test_nan_counts_as_the_lowest_score(tmp_path: Path) -> None:
     ids = _ids(1, 8, vocab=50)
     ids[0, -1] = 50
     for selection in (Rank(0.9), _thresholds(-1.0)):
-        keep = reference(ids, selection=selection).keep
+        keep = reference(ids, rule=selection).keep
         assert all(not bool(k[0, -1]) for row in keep for k in row)
-    assert int(reference(ids, selection=Rank(0.9)).keep[0][0].sum()) == kept_count(8, 0.9)
+    assert int(reference(ids, rule=Rank(0.9)).keep[0][0].sum()) == kept_count(8, 0.9)
 
 
 def test_copy_takes_keys_and_values_of_the_layer_below(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, gate=GateConfig())
     reference, ids = _load(tmp_path), _ids(2, 12)
-    copied = reference(ids, selection=Rank(0.5), kv_policy="copy")
-    computed = reference(ids, selection=Rank(0.5))
+    copied = reference(ids, rule=Rank(0.5), kv_policy="copy")
+    computed = reference(ids, rule=Rank(0.5))
     _assert_copied(copied)
     assert torch.equal(copied.cache.layers[0].keys, computed.cache.layers[0].keys)
     assert not torch.equal(copied.cache.layers[1].keys, computed.cache.layers[1].keys)
@@ -305,7 +307,7 @@ def _assert_copied(output: ReferenceOutput) -> None:
 def test_exits_are_states_through_norm_and_head(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, gate=GateConfig(), tied=True)
     reference = _load(tmp_path)
-    output = reference(_ids(2, 7), selection=Rank(0.7))
+    output = reference(_ids(2, 7), rule=Rank(0.7))
     assert len(output.states) == LAYERS + 1
     torch.testing.assert_close(reference.exit_logits(output, LAYERS), output.logits, atol=0, rtol=0)
     assert not torch.allclose(reference.exit_logits(output, 1), output.logits)
@@ -317,9 +319,9 @@ def test_greedy_is_the_argmax_without_a_cache(tmp_path: Path, kv_policy: KvPolic
     reference, selection = _load(tmp_path), _thresholds(0.5)
     ids = prompt = _ids(1, 5)
     for _ in range(12):
-        logits = reference(ids, selection=selection, kv_policy=kv_policy).logits
+        logits = reference(ids, rule=selection, kv_policy=kv_policy).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
-    made = reference.greedy(prompt, 12, selection=selection, kv_policy=kv_policy, stop_at_end=False)
+    made = reference.greedy(prompt, 12, rule=selection, kv_policy=kv_policy, stop_at_end=False)
     assert torch.equal(made, ids[:, 5:])
 
 
@@ -330,9 +332,9 @@ def test_greedy_of_a_padded_batch_is_that_of_its_rows(tmp_path: Path) -> None:
     ids = torch.cat([torch.cat([torch.full((1, 5), PAD_ID), short], 1), long])
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    both = reference.greedy(ids, 10, selection=selection, attention_mask=mask, stop_at_end=False)
+    both = reference.greedy(ids, 10, rule=selection, attention_mask=mask, stop_at_end=False)
     for row, prompt in enumerate((short, long)):
-        alone = reference.greedy(prompt, 10, selection=selection, stop_at_end=False)
+        alone = reference.greedy(prompt, 10, rule=selection, stop_at_end=False)
         assert torch.equal(both[row : row + 1], alone)
 
 
@@ -350,7 +352,7 @@ def test_greedy_stops_at_end_of_text(tmp_path: Path) -> None:
 def test_half_weights_keep_float32_scores(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, gate=GateConfig())
     reference = Reference.load(open_checkpoint(tmp_path), dtype=torch.bfloat16)
-    output = reference(_ids(1, 6), selection=Rank(0.5))
+    output = reference(_ids(1, 6), rule=Rank(0.5))
     assert output.logits.dtype == torch.bfloat16
     assert output.scores[0][0] is not None
     assert output.scores[0][0].dtype == torch.float32
@@ -362,4 +364,4 @@ def test_refused_input(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"attention_mask has the wrong shape\n  expected \[1, 0 past \+ 6\]"):
         reference(ids, torch.ones(1, 5))
     with pytest.raises(UsageError, match=r"thresholds are of another model\n  expected 3 rows, found 4"):
-        reference(ids, selection=Threshold(np.zeros((4, 2), np.float32)))
+        reference(ids, rule=Threshold(np.zeros((4, 2), np.float32)))

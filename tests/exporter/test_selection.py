@@ -12,9 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engines.bundle.counting import kept_count
 from engines.errors import UsageError
-from exporter.decoder.ends import rank_count
-from exporter.selection import KeepAll, Rank, Threshold, kept_count
+from exporter.masks.base import KeepAll
+from exporter.masks.gateskip import Rank, Threshold
+from exporter.rules.gateskip import rank_count
 
 
 def _decimal_count(n: int, millionths: int) -> int:

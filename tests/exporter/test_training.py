@@ -21,8 +21,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from engines.errors import CheckpointError, GsxError, TextError, UsageError
 from exporter.checkpoint import open_checkpoint
 from exporter.config import GateConfig
+from exporter.masks.base import KeepAll
+from exporter.masks.gateskip import Rank
 from exporter.reference import Reference
-from exporter.selection import KeepAll, Rank
 from exporter.training import ModelShape, StepReport, TrainConfig, corpus, export_snapshot, schedule, train
 from exporter.training.loop import _build
 from exporter.training.model import GatedModel
@@ -202,7 +203,7 @@ def test_losses_are_those_of_the_reference(
     live = torch.ones(3, 3, dtype=torch.bool)
     losses = gated.losses(ids, train=config, budget=budget, exit_depth=2, live=live)
     reference = Reference.load(checkpoint)
-    output = reference(ids[:, :-1], selection=KeepAll() if budget == 1 else Rank(budget))
+    output = reference(ids[:, :-1], rule=KeepAll() if budget == 1 else Rank(budget))
 
     def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import controls_for
 from engines.bundle.manifest import Quantization
 from engines.errors import BundleError, EngineError, UsageError
-from engines.generation import generate, select_for
+from engines.generation import generate
 from engines.runners.base import Runner
 from engines.runners.portable import PortableStage
 from engines.runners.select import open_runner
@@ -88,14 +89,14 @@ def test_logits_and_choices_equal_portable_ones(bundle: Bundle, batch: int) -> N
     """Prefill, chunks and single tokens, of each sequence as many as it likes; and steps after a roll-back."""
     runners = both(bundle)
     caches = [runner.new_cache(batch, CAPACITY) for runner in runners]
-    select = select_for(bundle.manifest, None)
+    controls = controls_for(bundle.manifest)
     rng = np.random.default_rng(0)
     for size, back in ((9, None), (1, None), (7, None), (1, 12), (3, None), (60, None), (1, None)):
         ids = rng.integers(3, 90, (batch, size))
         counts = [max(size - row, 0) for row in range(batch)]  # the last ones have less to do, or nothing
         outputs = []
         for runner, cache in zip(runners, caches, strict=True):
-            outputs.append(runner.step(cache, ids, select, counts=counts, logits="all" if size > 1 else "last"))
+            outputs.append(runner.step(cache, ids, controls, counts=counts, logits="all" if size > 1 else "last"))
             if back is not None:
                 cache.roll_back([back] * batch)
         assert outputs[1].logits.dtype == np.float32

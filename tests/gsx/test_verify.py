@@ -17,6 +17,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from engines.bundle.bundle import Bundle
+from engines.bundle.controls import Controls
 from engines.errors import BundleError, CheckpointError, GsxError, TextError, UsageError
 from engines.runners.base import Cache, StepOutput
 from engines.runners.onnxruntime import OnnxRuntimeStage
@@ -203,8 +204,8 @@ class _Babbler(WholeRunner):
 
     steps = 0
 
-    def step(self, cache: Cache, input_ids: np.ndarray, select: np.ndarray | None, **options: Any) -> StepOutput:
-        output = super().step(cache, input_ids, select, **options)
+    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: Any) -> StepOutput:
+        output = super().step(cache, input_ids, controls, **options)
         if input_ids.shape[1] == 1:
             self.steps += 1
             if self.steps == 7:
@@ -216,7 +217,7 @@ def test_a_wrong_token_of_the_fast_runner_fails(copied: Path, tiny_text: Path, m
     def open_babbler(bundle: Bundle, threads: int | None = None, **_options: Any) -> _Babbler:
         return _Babbler(OnnxRuntimeStage(bundle, threads=threads))
 
-    monkeypatch.setattr(MODULE, "open_runner", open_babbler)
+    monkeypatch.setattr("gsx.parity.run.open_runner", open_babbler)
     report = check(copied, tiny_text, budgets=(1.0,))
     assert failed(report) == {"greedy tokens, fast runner"}
     (mismatch,) = report.results[0].greedy["fast"].mismatches

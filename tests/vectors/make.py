@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from engines.bundle.manifest import EngineEntry, EngineProfile, Manifest, Selection, Sizes
+from engines.bundle.controls import Keep
+from engines.bundle.manifest import EngineEntry, EngineProfile, Manifest, Selection, Sizes, gateskip_policy
 from engines.errors import GsxError
 from engines.generation import Generation, generate
 from engines.runners.base import Runner
@@ -23,7 +24,7 @@ from engines.runners.split import SplitRunner
 from engines.runners.tensorrt import TensorRTStage
 from engines.runners.whole import WholeRunner
 from engines.sampling import Picker, Sampling, candidates
-from engines.speculation.draft import Draft, EarlyExit, OtherThresholds, draft_thresholds
+from engines.speculation.draft import Draft, draft_on
 from engines.speculation.length import AdaptiveLength, Round
 from engines.speculation.spec import check_draft, parse_draft
 from tests.vectors.toy import ToyEngine, mix, new_digest
@@ -145,6 +146,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense": {"branches": [], "profiles": "two"},
     "rank, counted by the host": {"mode": "rank", "draft": None, "count": "k"},
     "rank": {"mode": "rank", "draft": None},
+    "layers": {"rule": "layers"},
+    "layers, copy": {"rule": "layers", "kv_policy": "copy", "profiles": "two"},
     "rank in pieces": {"mode": "rank", "draft": None, "profiles": "two"},
     "short": {"capacity": 32},
 }
@@ -152,15 +155,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"max_new_tokens": 24},
     "sampled": {"max_new_tokens": 24, "sampling": {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "seed": 7}},
     "hot": {"max_new_tokens": 24, "stop_ids": [], "sampling": {"temperature": 1.5, "seed": 2**64 - 1}},
-    "other budget": {"max_new_tokens": 20, "budget": 0.65, "stop_ids": []},
+    "other budget": {"max_new_tokens": 20, "keep": {"budget": 0.65}, "stop_ids": []},
     "one token": {"max_new_tokens": 1},
     "stop ids": {"max_new_tokens": 40, "stop_ids": list(range(0, VOCABULARY, 9))},
+    "a set of layers": {"max_new_tokens": 16, "keep": {"layers": "0-2,4.mlp"}},
+    "an exit": {"max_new_tokens": 16, "keep": {"exit": 4}},
+    "a speed-up": {"max_new_tokens": 16, "keep": {"speedup": 1.5}},
     "to the context's end": {"max_new_tokens": 1000, "stop_ids": [], "long": True},
 }
-# Models that generate; the others refuse.
-GENERATING = ("gated", "copy", "one branch", "dense", "rank, counted by the host", "rank")
-# What every model but the first is asked for.
-FEW = ("greedy", "hot", "stop ids")
+# Models that generate, and what they are asked for; the others refuse.
+_FEW = ("greedy", "hot", "stop ids")
+_SETS = ("greedy", "a set of layers", "an exit", "a speed-up")
+GENERATING = {
+    "gated": tuple(name for name in OPTIONS if name not in _SETS[1:]),
+    "copy": _FEW,
+    "one branch": _FEW,
+    "dense": _FEW,
+    "rank, counted by the host": _FEW,
+    "rank": _FEW,
+    "layers": _SETS,
+    "layers, copy": _SETS,
+}
 PROMPTS = {
     "one": [[5, 60, 61, 7, 8, 9]],
     "ragged": [[11], [5, 60, END, 61, 7, 8, 9, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23], [40, 41, 42]],
@@ -175,10 +190,10 @@ REFUSED: list[tuple[str, str | None, list[list[int]], dict[str, Any]]] = [
     ("gated", None, [[5, VOCABULARY]], {}),
     ("gated", None, [[-1]], {}),
     ("gated", None, [[5]], {"max_new_tokens": 0}),
-    ("gated", None, [[5]], {"budget": 0.1}),
-    ("gated", None, [[5]], {"budget": 1.5}),
-    ("gated", None, [[5]], {"budget": -1.0}),
-    ("dense", None, [[5]], {"budget": 0.5}),
+    ("gated", None, [[5]], {"keep": {"budget": 0.1}}),
+    ("gated", None, [[5]], {"keep": {"budget": 1.5}}),
+    ("gated", None, [[5]], {"keep": {"budget": -1.0}}),
+    ("dense", None, [[5]], {"keep": {"budget": 0.5}}),
     ("gated", None, [[5]], {"sampling": {"temperature": -1.0}}),
     ("gated", None, [[5]], {"sampling": {"temperature": 1.0, "top_k": -3}}),
     ("gated", None, [[5]], {"sampling": {"temperature": 1.0, "top_p": 0.0}}),
@@ -192,16 +207,31 @@ REFUSED: list[tuple[str, str | None, list[list[int]], dict[str, Any]]] = [
     ("one branch", "layers:2.attn", [[5]], {}),
     ("rank", "budget:0.5", [[5]], {}),
     *(("gated", spec, [[5]], {}) for spec in ("exit", "exit:", "exit:x", "nothing:2", "layers:3-1", "layers:1.head")),
+    ("gated", None, [[5]], {"keep": {"layers": "0-3"}}),
+    ("dense", None, [[5]], {"keep": {"exit": 3}}),
+    ("layers", None, [[5]], {"keep": {"budget": 0.5}}),
+    ("layers", None, [[5]], {"keep": {"layers": "4-9"}}),
+    ("layers", None, [[5]], {"keep": {"layers": "all"}}),
+    ("layers, copy", None, [[5]], {"keep": {"layers": "0.mlp,3"}}),
+    *(("layers", None, [[5]], {"keep": {"exit": depth}}) for depth in (0, 3, 7)),
+    *(("layers", None, [[5]], {"keep": {"speedup": target}}) for target in (0.5, 4.0)),
+    ("layers", "budget:0.5", [[5]], {}),
     ("gated", None, [[5]] * 5, {}),  # more sequences than a profile takes
     ("short", None, [[5]], {"max_new_tokens": 60}),  # than the engine's buffers hold
     ("rank in pieces", None, [list(range(3, 40))], {}),
 ]
 
 
+def tensors(shapes: list[tuple[str, list[Any]]]) -> list[dict[str, Any]]:
+    """Inputs or outputs, as a manifest lists them."""
+    return [{"name": name, "type": "float", "shape": shape} for name, shape in shapes]
+
+
 def toy_manifest(
     *,
     kv_policy: str = "compute",
     branches: list[str] | None = None,
+    rule: str = "gateskip",
     mode: str = "threshold",
     draft: int | None = EXIT,
     count: str | None = None,
@@ -222,12 +252,35 @@ def toy_manifest(
     graphs = {"model": range(LAYERS)}
     if draft is not None:
         graphs |= {"draft": range(draft), "verify": range(draft, LAYERS)}
-    chooses = {"threshold": ("thresholds", [LAYERS, 2]), "rank": ("budget", [])}[mode]
+    gated = bool(branches) and rule == "gateskip"
+    policy: dict[str, Any] | None = None
+    controls: list[tuple[str, list[Any]]] = []
+    if rule == "layers":
+        policy = {
+            "name": "layers",
+            "branches": branches,
+            "warm_up": 2,
+            "exits": [2, 4],
+            "inputs": [
+                {
+                    "name": "layer_mask",
+                    "least": 0,
+                    "most": 1,
+                    "default": [[1, layer % 3 > 0] for layer in range(LAYERS)],
+                },
+                {"name": "full_until", "least": 0, "most": None, "default": 0},
+            ],
+        }
+        controls = [("layer_mask", ["batch", LAYERS, 2]), ("full_until", ["batch"])]
+    elif branches:
+        policy = gateskip_policy(mode, branches).model_dump()  # type: ignore[arg-type]
+        chooses = {"threshold": ("thresholds", [LAYERS, 2]), "rank": ("budget", [])}[mode]
+        controls = [("k", [1]) if count else chooses]
+    passes: list[tuple[str, list[Any]]] = [("exit_hidden", ["batch", "sequence", 1])]
+    if kv_policy == "copy":
+        passes += [(f"exit_{kv}", ["batch", 1, "sequence", 1]) for kv in ("key", "value")]
     engines = {}
     for name, layers in graphs.items():
-        passes = [("exit_hidden", ["batch", "sequence", 1])]
-        if kv_policy == "copy":
-            passes += [(f"exit_{kv}", ["batch", 1, "sequence", 1]) for kv in ("key", "value")]
         kv = [f"{layer}.{kv}" for layer in layers for kv in ("key", "value")]
         inputs: list[tuple[str, list[Any]]] = [
             ("input_ids", ["batch", "sequence"]),
@@ -235,7 +288,7 @@ def toy_manifest(
             ("position_ids", ["batch", "sequence"]),
             ("write_at", ["batch"]),
             ("logits_at", ["batch", "logits_columns"]),
-            *([("k", [1]) if count else chooses] if branches else []),
+            *controls,
             *(passes if name == "verify" else []),
             *((f"past_key_values.{one}", ["batch", 1, capacity, 1]) for one in kv),
         ]
@@ -255,8 +308,8 @@ def toy_manifest(
             "layers": {},
             "build_seconds": 0.0,
             "peak_bytes": 0,
-            "inputs": [{"name": one, "type": "float", "shape": shape} for one, shape in inputs],
-            "outputs": [{"name": one, "type": "float", "shape": shape} for one, shape in outputs],
+            "inputs": tensors(inputs),
+            "outputs": tensors(outputs),
         }
     entry = EngineEntry.model_validate(
         {
@@ -300,10 +353,17 @@ def toy_manifest(
                 "eos_ids": [END],
                 "pad_id": None,
             },
-            "gates": {"kind": "scalar", "input": "post_norm", "branches": branches} if branches else None,
-            "selection": selection if branches else None,
+            "gates": {"kind": "scalar", "input": "post_norm", "branches": branches} if gated else None,
+            "selection": selection if gated else None,
+            "policy": policy,
             "graphs": {
-                name: {"file": f"{name}.onnx", "sha256": HASH, "inputs": [], "outputs": [], "ops": []}
+                name: {
+                    "file": f"{name}.onnx",
+                    "sha256": HASH,
+                    "inputs": tensors(passes if name == "verify" else []),
+                    "outputs": [],
+                    "ops": [],
+                }
                 for name in graphs
             },
             "weights": {"file": "weights.bin", "sha256": HASH, "size_bytes": 0},
@@ -314,7 +374,7 @@ def toy_manifest(
     return manifest.model_dump(mode="json")
 
 
-def opened(manifest: Manifest, spec: str | None, budget: float | None, digest: Any) -> tuple[Runner, Draft | None]:
+def opened(manifest: Manifest, spec: str | None, digest: Any) -> tuple[Runner, Draft | None]:
     """The toy's runner, and what drafts on it."""
 
     def stage(graph: str) -> TensorRTStage:
@@ -324,10 +384,8 @@ def opened(manifest: Manifest, spec: str | None, budget: float | None, digest: A
         return WholeRunner(stage("model")), None
     kind = parse_draft(spec)
     check_draft(kind, manifest)
-    if kind.kind == "exit":
-        draft: Draft = EarlyExit(SplitRunner(stage("draft"), stage("verify")))
-    else:
-        draft = OtherThresholds(WholeRunner(stage("model")), kind, draft_thresholds(kind, manifest, budget))
+    split = kind.kind == "exit"
+    draft = draft_on(SplitRunner(stage("draft"), stage("verify")) if split else WholeRunner(stage("model")), kind)
     return draft.runner, draft
 
 
@@ -335,17 +393,19 @@ def generation_vectors() -> dict[str, Any]:
     """Generations of the toy models: plain, and with every kind of draft."""
     manifests = {name: toy_manifest(**options) for name, options in MODELS.items()}
     cases = []
-    for model in GENERATING:
+    for model, names in GENERATING.items():
         manifest = Manifest.model_validate(manifests[model])
         drafts: list[tuple[str | None, int | None]] = [(None, None)]
         if manifest.draft is not None:
             drafts += [(f"exit:{EXIT}", 3), (f"exit:{EXIT}", 0)]
+        if manifest.draft is not None and manifest.policy is not None:
+            drafts += [("layers:1.mlp,4-5.mlp", 2)]
         if manifest.draft is not None and manifest.selection is not None:
-            drafts += [("budget:0.4", 4), ("layers:1.mlp,4-5.mlp", 2)]
+            drafts += [("budget:0.4", 4)]
         for spec, length in drafts:
             for name, options in OPTIONS.items():
                 for kind, prompts in PROMPTS.items():
-                    if (model != "gated" and name not in FEW) or (kind == "ragged" and "long" in options):
+                    if name not in names or (kind == "ragged" and "long" in options):
                         continue
                     cases.append(_case(model, manifest, spec, length, name, options, prompts))
     return {"manifests": manifests, "cases": cases + [_refused(manifests, *asked) for asked in REFUSED]}
@@ -401,7 +461,7 @@ def _asked(options: dict[str, Any]) -> dict[str, Any]:
     """Options in full."""
     return {
         "max_new_tokens": options.get("max_new_tokens", 8),
-        "budget": options.get("budget"),
+        "keep": options.get("keep", {}),
         "sampling": options.get("sampling", {"temperature": 0.0}),
         "stop_ids": options.get("stop_ids"),
         "draft_length": options.get("draft_length"),
@@ -412,8 +472,8 @@ def _generate(
     manifest: Manifest, spec: str | None, prompts: list[list[int]], asked: dict[str, Any], digest: Any
 ) -> Generation:
     sampling = Sampling(**asked["sampling"])
-    runner, draft = opened(manifest, spec, asked["budget"], digest)
-    return generate(runner, prompts, draft=draft, **{**asked, "sampling": sampling})
+    runner, draft = opened(manifest, spec, digest)
+    return generate(runner, prompts, draft=draft, **{**asked, "sampling": sampling, "keep": Keep(**asked["keep"])})
 
 
 def threshold_vectors() -> dict[str, Any]:

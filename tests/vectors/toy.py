@@ -2,8 +2,8 @@
 
 It is the same arithmetic as engines/cpp/tests/toy_engine.cpp, so two languages must agree to the bit: states are whole
 numbers below 2**16, all randomness is a hash, logits are quarters, and many of them are equal. It keeps K and V,
-attends over what the mask shows, skips by thresholds or by rank, and has an exit that often agrees with the model. The
-inputs of a call are hashed, so that vectors tell of every byte that a runtime would be given.
+attends over what the mask shows, skips by thresholds, by rank or by a set of layers, and has an exit that often agrees
+with the model. The inputs of a call are hashed, so that vectors tell of every byte that a runtime would be given.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from engines.bundle.counting import kept_count
 from engines.bundle.manifest import BRANCHES, Branch, Manifest
-from engines.runners.portable import gated_places, layers_of
+from engines.runners.portable import layers_of, skippable_places
 
 _MASK = 0xFFFFFFFF
 
@@ -45,7 +45,7 @@ class ToyEngine:
     def __init__(self, manifest: Manifest, graph: str, digest: Any) -> None:
         self.manifest, self.graph, self.digest = manifest, graph, digest
         self.layers = layers_of(manifest, graph)
-        self.places = gated_places(manifest, self.layers)
+        self.places = skippable_places(manifest, self.layers)
         self.ends = set(manifest.decoder.eos_ids)
 
     def buffer(self, shape: tuple[int, ...], name: str) -> np.ndarray:
@@ -124,6 +124,10 @@ class ToyEngine:
             else (mix(int(state[b, s]), layer, 10 + column) & 0xFF) / 256
             for b, s in tokens
         }
+        if "layer_mask" in feeds:
+            first, runs = feeds["full_until"], feeds["layer_mask"][:, layer, column]
+            place = feeds["write_at"]
+            return [(b, s) for b, s in tokens if runs[b] or place[b] + s < first[b] or scores[b, s] == 2.0]
         if "thresholds" in feeds:
             return [token for token in tokens if scores[token] > feeds["thresholds"][layer, column]]
         if "k" in feeds:

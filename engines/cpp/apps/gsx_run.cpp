@@ -21,7 +21,10 @@ Continue a prompt with the engines of a bundle. The prompt is token ids on stand
 new ids stream to standard output, one a line.
 
   --max-new-tokens N   at most so many (128)
-  --budget B           share of (token, branch) pairs kept; default: the exported one
+  --budget B           share of skippable work to keep; default: the exported one
+  --layers SET         branches that run, e.g. 0-3,6,8.attn (--policy layers)
+  --exit N             run the first N layers (--policy layers)
+  --speedup X          Unified Layer Skipping: new tokens run 1/X of the layers (--policy layers)
   --temperature T      0 is greedy (0)
   --top-k K            only the K likeliest tokens; 0 for all (0)
   --top-p P            only the likeliest tokens that together reach this probability (1)
@@ -64,7 +67,10 @@ Command parse(int count, char** arguments) {
     auto const real = [&] { return numberOf<double>(value, name, "a number"); };
     std::map<std::string, std::function<void()>> const valued = {
         {"--max-new-tokens", [&] { options.maxNewTokens = whole(); }},
-        {"--budget", [&] { options.budget = real(); }},
+        {"--budget", [&] { options.keep.budget = real(); }},
+        {"--layers", [&] { options.keep.layers = value; }},
+        {"--exit", [&] { options.keep.exit = whole(); }},
+        {"--speedup", [&] { options.keep.speedup = real(); }},
         {"--temperature", [&] { options.sampling.temperature = real(); }},
         {"--top-k", [&] { options.sampling.topK = whole(); }},
         {"--top-p", [&] { options.sampling.topP = real(); }},
@@ -112,7 +118,7 @@ nlohmann::json report(gsx::Model const& model, Command const& command, gsx::Toke
     gsx::GenerationStats const& stats = made.stats;
     std::optional<double> budget;
     if (auto const& selection = model.bundle().manifest.selection) {
-        budget = command.options.budget.value_or(selection->budget);
+        budget = command.options.keep.budget.value_or(selection->budget);
     }
     std::optional<gsx::DraftKind> const draft = model.draft();
     return {{"ids", made.sequences[0].tokens},

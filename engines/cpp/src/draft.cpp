@@ -2,30 +2,18 @@
 
 #include <algorithm>
 #include <charconv>
-#include <cmath>
 #include <limits>
 #include <set>
-#include <sstream>
 
+#include "controls.h"
 #include "gsx/error.h"
 #include "text.h"
 
 namespace gsx {
 namespace {
 
-constexpr int64_t kMostLayers = 10'000;
 constexpr char const* kThresholds = "thresholds";
-constexpr char const* kBudget = "budget";
-
-Array<float> arrayOf(Thresholds const& thresholds) {
-    Array<float> array({static_cast<int64_t>(thresholds.size()), kBranches});
-    for (size_t layer = 0; layer < thresholds.size(); ++layer) {
-        for (size_t branch = 0; branch < kBranches; ++branch) {
-            array.data[layer * kBranches + branch] = thresholds[layer][branch];
-        }
-    }
-    return array;
-}
+constexpr char const* kLayerMask = "layer_mask";
 
 [[noreturn]] void refuse(std::string const& text) {
     throw UsageError("'" + text + "' is not a draft",
@@ -39,22 +27,10 @@ std::optional<T> numberOf(std::string const& text) {
     return error == std::errc() && end == text.data() + text.size() && !text.empty() ? std::optional(number) : std::nullopt;
 }
 
-// `5` for both branches of layer 5, `5.mlp` for one, `5-7` for a range; false where it is none of these.
-bool addPlaces(std::string const& part, std::vector<Place>& places) {
-    size_t const dot = part.find('.');
-    std::string const branches = dot == std::string::npos ? "" : part.substr(dot + 1);
-    std::string const range = part.substr(0, dot);
-    size_t const dash = range.find('-');
-    std::optional<int64_t> const first = numberOf<int64_t>(range.substr(0, dash));
-    std::optional<int64_t> const last = dash == std::string::npos ? first : numberOf<int64_t>(range.substr(dash + 1));
-    if (!first || !last || *first < 0 || *last < *first || *last > kMostLayers) return false;
-    size_t const before = places.size();
-    for (int64_t layer = *first; layer <= *last; ++layer) {
-        for (Branch const branch : {Branch::kAttention, Branch::kMlp}) {
-            if (dot == std::string::npos || branches == nameOf(branch)) places.emplace_back(layer, branch);
-        }
-    }
-    return places.size() > before;
+// A model whose keep rule has nothing that such a draft could change.
+[[noreturn]] void refuseOther(DraftKind const& draft, std::string const& needs) {
+    throw UsageError("the draft " + toString(draft) + " needs " + needs + ", and this model has none",
+                     {"exit:E", {}, "export with --draft exit:E"});
 }
 
 void checkExit(ExitDraft const& draft, Manifest const& manifest) {
@@ -72,20 +48,18 @@ void checkExit(ExitDraft const& draft, Manifest const& manifest) {
 }
 
 void checkLayers(LayersDraft const& draft, Manifest const& manifest) {
-    std::set<Place> gated;
-    for (int64_t layer = 0; layer < manifest.decoder.numLayers; ++layer) {
-        for (Branch const branch : manifest.gatedBranches) gated.emplace(layer, branch);
-    }
+    std::vector<Place> const places = manifest.skippablePlaces(0, manifest.decoder.numLayers);
+    std::set<Place> const skippable(places.begin(), places.end());
     std::set<Place> const skipped(draft.skip.begin(), draft.skip.end());
     std::vector<std::string> unknown;
     for (auto const& [layer, branch] : skipped) {
-        if (gated.count({layer, branch}) == 0) unknown.push_back(std::to_string(layer) + "." + nameOf(branch));
+        if (skippable.count({layer, branch}) == 0) unknown.push_back(std::to_string(layer) + "." + nameOf(branch));
     }
-    if (unknown.empty() && skipped.size() < gated.size()) return;
+    if (unknown.empty() && skipped.size() < skippable.size()) return;
     std::vector<std::string> branches;
-    for (Branch const branch : manifest.gatedBranches) branches.emplace_back(nameOf(branch));
+    for (Branch const branch : manifest.policy->branches) branches.emplace_back(nameOf(branch));
     throw UsageError(toString(draft) + " cannot be left out",
-                     {"some, not all, of the gated branches of layers 0 to " +
+                     {"some, not all, of the skippable branches of layers 0 to " +
                           std::to_string(manifest.decoder.numLayers - 1) + ": " + joinedBy(", ", branches),
                       unknown.empty() ? "all of them" : joinedBy(", ", unknown), {}});
 }
@@ -93,7 +67,7 @@ void checkLayers(LayersDraft const& draft, Manifest const& manifest) {
 }  // namespace
 
 StepOutput EarlyExit::step(Cache& cache, Array<int64_t> ids, Counts counts) {
-    return mRunner.draft(cache, std::move(ids), std::move(counts), mInputs, Logits::kLast);
+    return mRunner.draft(cache, std::move(ids), std::move(counts), mControls, Logits::kLast);
 }
 
 StepOutput EarlyExit::verify(Cache& cache, Counts const&, Array<int64_t> ids, Counts counts) {
@@ -105,50 +79,38 @@ StepOutput EarlyExit::verify(Cache& cache, Counts const&, Array<int64_t> ids, Co
             ids.data[static_cast<size_t>(row * ids.shape[1] + std::max<int64_t>(count - 1, 0))];
         count = std::min<int64_t>(count, 1);
     }
-    StepOutput early = mRunner.draft(cache, std::move(last), std::move(counts), mInputs, Logits::kNone);
+    StepOutput early = mRunner.draft(cache, std::move(last), std::move(counts), mControls, Logits::kNone);
     return joinedOutput(std::move(early), mRunner.verify(cache, Logits::kAll));
 }
 
-void OtherThresholds::begin(std::shared_ptr<RunInputs const> inputs) {
-    Selection const& selection = *mRunner.manifest().selection;
-    mInputs = std::move(inputs);
-    auto made = std::make_shared<RunInputs>(*mInputs);
-    Array<float>& thresholds = made->at(kThresholds);
+void OtherControls::begin(std::shared_ptr<Controls const> controls) {
+    mControls = std::move(controls);
+    auto made = std::make_shared<Controls>(*mControls);
     if (auto const* budget = std::get_if<BudgetDraft>(&mKind)) {
-        thresholds = arrayOf(selection.thresholdsFor(budget->budget));
+        for (auto& [name, value] : selected(*mRunner.manifest().selection, budget->budget)) (*made)[name] = value;
     } else {
-        for (auto const& [layer, branch] : std::get<LayersDraft>(mKind).skip) {
-            thresholds.data[static_cast<size_t>(layer) * kBranches + static_cast<size_t>(branch)] =
-                std::numeric_limits<float>::infinity();
+        // A branch that is left out has 0 in the layer mask, or plus infinity as its threshold.
+        bool const masked = made->count(kLayerMask) != 0;
+        auto& array = std::get<Array<float>>(made->at(masked ? kLayerMask : kThresholds));
+        auto const table = static_cast<size_t>(mRunner.manifest().decoder.numLayers) * kBranches;
+        for (size_t row = 0; row < array.data.size(); row += table) {
+            for (auto const& [layer, branch] : std::get<LayersDraft>(mKind).skip) {
+                array.data[row + static_cast<size_t>(layer) * kBranches + static_cast<size_t>(branch)] =
+                    masked ? 0 : std::numeric_limits<float>::infinity();
+            }
         }
     }
-    mDraftInputs = std::move(made);
+    mDraftControls = std::move(made);
 }
 
-StepOutput OtherThresholds::step(Cache& cache, Array<int64_t> ids, Counts counts) {
-    StepOutput output = mRunner.step(cache, std::move(ids), std::move(counts), mDraftInputs, Logits::kLast);
+StepOutput OtherControls::step(Cache& cache, Array<int64_t> ids, Counts counts) {
+    StepOutput output = mRunner.step(cache, std::move(ids), std::move(counts), mDraftControls, Logits::kLast);
     return {std::move(output.logits), {}, 0};
 }
 
-StepOutput OtherThresholds::verify(Cache& cache, Counts const& start, Array<int64_t> ids, Counts counts) {
+StepOutput OtherControls::verify(Cache& cache, Counts const& start, Array<int64_t> ids, Counts counts) {
     cache.rollBack(start);
-    return mRunner.step(cache, std::move(ids), std::move(counts), mInputs, Logits::kAll);
-}
-
-std::shared_ptr<RunInputs const> inputsFor(Manifest const& manifest, std::optional<double> budget) {
-    if (!manifest.selection) {
-        if (budget && *budget != 1) {
-            throw UsageError("this bundle has no gates", {"budget 1, or none", shortNumber(*budget), {}});
-        }
-        return std::make_shared<RunInputs>();
-    }
-    Selection const& selection = *manifest.selection;
-    double const wanted = budget.value_or(selection.budget);
-    checkBudget(wanted);
-    if (selection.mode == SelectionMode::kRank) {
-        return std::make_shared<RunInputs>(RunInputs{{kBudget, Array<float>({}, {static_cast<float>(wanted)})}});
-    }
-    return std::make_shared<RunInputs>(RunInputs{{kThresholds, arrayOf(selection.thresholdsFor(wanted))}});
+    return mRunner.step(cache, std::move(ids), std::move(counts), mControls, Logits::kAll);
 }
 
 DraftKind parseDraft(std::string const& text) {
@@ -164,12 +126,7 @@ DraftKind parseDraft(std::string const& text) {
             return BudgetDraft{*budget};
         }
     } else if (kind == "layers") {
-        LayersDraft draft;
-        std::istringstream parts(value + ",");
-        for (std::string part; std::getline(parts, part, ',');) {
-            if (!addPlaces(part, draft.skip)) refuse(text);
-        }
-        return draft;
+        if (std::optional<std::vector<Place>> const places = parsePlaces(value)) return LayersDraft{*places};
     }
     refuse(text);
 }
@@ -183,12 +140,13 @@ void checkDraft(DraftKind const& draft, Manifest const& manifest) {
     }
     if (auto const* exit = std::get_if<ExitDraft>(&draft)) {
         checkExit(*exit, manifest);
-    } else if (!manifest.selection) {
-        throw UsageError("the draft " + toString(draft) + " needs gates, and this model has none",
-                         {"exit:E", {}, "export with --draft exit:E"});
     } else if (auto const* budget = std::get_if<BudgetDraft>(&draft)) {
+        if (!manifest.selection) refuseOther(draft, "thresholds");
         manifest.selection->thresholdsFor(budget->budget);
     } else {
+        bool const skips =
+            manifest.policy && (manifest.policy->name == "gateskip" || manifest.policy->input(kLayerMask) != nullptr);
+        if (!skips) refuseOther(draft, "gates, or --policy layers");
         checkLayers(std::get<LayersDraft>(draft), manifest);
     }
 }

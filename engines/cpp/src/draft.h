@@ -17,7 +17,7 @@ public:
     virtual ~Draft() = default;
 
     // What the graphs are given for this draft, where it differs from what the model is given.
-    virtual void begin(std::shared_ptr<RunInputs const> inputs) = 0;
+    virtual void begin(std::shared_ptr<Controls const> controls) = 0;
 
     // Read one more token (or none) of each sequence, ids [B, 1]; kept rows where the model itself would have kept them.
     virtual StepOutput step(Cache& cache, Array<int64_t> ids, Counts counts) = 0;
@@ -31,33 +31,30 @@ public:
 class EarlyExit final : public Draft {
 public:
     explicit EarlyExit(SplitRunner& runner) : mRunner(runner) {}
-    void begin(std::shared_ptr<RunInputs const> inputs) override { mInputs = std::move(inputs); }
+    void begin(std::shared_ptr<Controls const> controls) override { mControls = std::move(controls); }
     StepOutput step(Cache& cache, Array<int64_t> ids, Counts counts) override;
     StepOutput verify(Cache& cache, Counts const& start, Array<int64_t> ids, Counts counts) override;
 
 private:
     SplitRunner& mRunner;
-    std::shared_ptr<RunInputs const> mInputs;
+    std::shared_ptr<Controls const> mControls;
 };
 
-// The whole depth at other thresholds drafts: fewer tokens pass the gates, or none passes some of them. The K/V of drafted
-// tokens are the draft's; verification computes them anew.
-class OtherThresholds final : public Draft {
+// The whole depth with other run-time inputs drafts: fewer tokens pass the gates, or some branches do not run. The K/V of
+// drafted tokens are the draft's; verification computes them anew.
+class OtherControls final : public Draft {
 public:
-    OtherThresholds(Runner& runner, DraftKind kind) : mRunner(runner), mKind(std::move(kind)) {}
-    void begin(std::shared_ptr<RunInputs const> inputs) override;
+    OtherControls(Runner& runner, DraftKind kind) : mRunner(runner), mKind(std::move(kind)) {}
+    void begin(std::shared_ptr<Controls const> controls) override;
     StepOutput step(Cache& cache, Array<int64_t> ids, Counts counts) override;
     StepOutput verify(Cache& cache, Counts const& start, Array<int64_t> ids, Counts counts) override;
 
 private:
     Runner& mRunner;
     DraftKind mKind;
-    std::shared_ptr<RunInputs const> mInputs;
-    std::shared_ptr<RunInputs const> mDraftInputs;
+    std::shared_ptr<Controls const> mControls;
+    std::shared_ptr<Controls const> mDraftControls;
 };
-
-// What the graphs are given for a budget; none for the exported one. Throws UsageError for a budget that is none.
-std::shared_ptr<RunInputs const> inputsFor(Manifest const& manifest, std::optional<double> budget);
 
 // Read a draft: `exit:E`, `budget:B`, or `layers:SET` such as `layers:3.attn,5-7`. Throws UsageError.
 DraftKind parseDraft(std::string const& text);

@@ -7,6 +7,7 @@
 #include <string>
 #include <utility>
 
+#include "controls.h"
 #include "draft_length.h"
 #include "gsx/error.h"
 #include "picker.h"
@@ -43,6 +44,12 @@ void checkRequest(std::vector<Tokens> const& prompts, Options const& options, Ma
                               std::to_string(*least) + " to " + std::to_string(*largest), {}});
         }
     }
+}
+
+Counts promptSizes(std::vector<Tokens> const& prompts) {
+    Counts sizes;
+    for (Tokens const& prompt : prompts) sizes.push_back(static_cast<int64_t>(prompt.size()));
+    return sizes;
 }
 
 // One sequence as it grows.
@@ -98,14 +105,14 @@ public:
           mDraft(draft),
           mLength(std::move(length)),
           mPicker(options.sampling),
-          mInputs(inputsFor(runner.manifest(), options.budget)),
+          mControls(controlsFor(runner.manifest(), options.keep, promptSizes(prompts))),
           mOnToken(options.onToken) {
         Tokens const& stops = options.stopIds ? *options.stopIds : runner.manifest().decoder.eosIds;
         mStops.insert(stops.begin(), stops.end());
         for (size_t row = 0; row < prompts.size(); ++row) {
             mSequences.emplace_back(row, prompts[row], options.maxNewTokens, runner.manifest());
         }
-        if (mDraft != nullptr) mDraft->begin(mInputs);
+        if (mDraft != nullptr) mDraft->begin(mControls);
     }
 
     Generation run() {
@@ -180,7 +187,7 @@ private:
         for (size_t row = 0; row < unread.size(); ++row) {
             std::copy(unread[row].begin(), unread[row].end(), ids.data.begin() + static_cast<int64_t>(row) * size);
         }
-        return mRunner.step(cache, std::move(ids), std::move(counts), mInputs, Logits::kLast);
+        return mRunner.step(cache, std::move(ids), std::move(counts), mControls, Logits::kLast);
     }
 
     // Give every sequence that goes on its next token.
@@ -324,7 +331,7 @@ private:
     Draft* mDraft;
     std::unique_ptr<DraftLength> mLength;
     Picker mPicker;
-    std::shared_ptr<RunInputs const> mInputs;
+    std::shared_ptr<Controls const> mControls;
     OnToken const& mOnToken;
     std::set<int64_t> mStops;
     std::vector<Sequence> mSequences;

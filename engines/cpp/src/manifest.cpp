@@ -1,5 +1,6 @@
 #include "gsx/manifest.h"
 
+#include <algorithm>
 #include <cmath>
 #include <iterator>
 #include <set>
@@ -65,6 +66,24 @@ Thresholds Selection::thresholdsFor(double wanted) const {
     }
     // A budget above the grid's first one, which export never writes: keep as much as the grid does.
     return grid.front().thresholds;
+}
+
+RuntimeInput const* Policy::input(std::string const& wanted) const {
+    auto const found =
+        std::find_if(inputs.begin(), inputs.end(), [&](RuntimeInput const& one) { return one.name == wanted; });
+    return found == inputs.end() ? nullptr : &*found;
+}
+
+std::vector<Place> Manifest::skippablePlaces(int64_t first, int64_t last) const {
+    std::vector<Place> places;
+    if (!policy) return places;
+    for (int64_t layer = first; layer < last; ++layer) {
+        for (Branch const branch : {Branch::kAttention, Branch::kMlp}) {
+            bool const skips = std::find(policy->branches.begin(), policy->branches.end(), branch) != policy->branches.end();
+            if (skips) places.emplace_back(layer, branch);
+        }
+    }
+    return places;
 }
 
 bool operator==(DraftKind const& one, DraftKind const& other) { return toString(one) == toString(other); }

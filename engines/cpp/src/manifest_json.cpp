@@ -16,6 +16,8 @@ namespace {
 using nlohmann::json;
 
 constexpr int64_t kSchemaVersion = 1;
+constexpr char const* kGateSkip = "gateskip";
+constexpr char const* kLayerMask = "layer_mask";
 
 Branch branchOf(json const& name) { return name == nameOf(Branch::kAttention) ? Branch::kAttention : Branch::kMlp; }
 
@@ -47,6 +49,38 @@ Selection selectionOf(json const& entry) {
         selection.grid.push_back(std::move(made));
     }
     return selection;
+}
+
+std::vector<Branch> branchesOf(json const& list) {
+    std::vector<Branch> branches;
+    for (json const& branch : list) branches.push_back(branchOf(branch));
+    return branches;
+}
+
+Policy policyOf(json const& entry) {
+    Policy policy;
+    policy.name = entry.at("name");
+    policy.branches = branchesOf(entry.at("branches"));
+    for (json const& input : entry.at("inputs")) {
+        RuntimeInput& read = policy.inputs.emplace_back();
+        read.name = input.at("name");
+        if (read.name != kLayerMask) continue;
+        for (json const& row : input.at("default")) read.defaultMask.push_back({row.at(0), row.at(1)});
+    }
+    json const& warmUp = optionalMember(entry, "warm_up");
+    if (!warmUp.is_null()) policy.warmUp = warmUp.get<int64_t>();
+    json const& exits = optionalMember(entry, "exits");
+    if (!exits.is_null()) policy.exits = exits.get<std::vector<int64_t>>();
+    return policy;
+}
+
+// A bundle with a selection and no policy is one of GateSkip, from before there were others.
+Policy gateskipPolicy(Selection const& selection, json const& gates) {
+    Policy policy;
+    policy.name = kGateSkip;
+    policy.inputs.push_back({selection.mode == SelectionMode::kRank ? "budget" : "thresholds", {}});
+    if (!gates.is_null()) policy.branches = branchesOf(gates.at("branches"));
+    return policy;
 }
 
 DraftKind draftOf(json const& entry) {
@@ -106,10 +140,19 @@ Manifest manifestOf(json const& raw) {
     json const& decoder = raw.at("decoder");
     manifest.decoder = {decoder.at("vocab_size"), decoder.at("num_layers"), decoder.at("max_positions"),
                         decoder.at("eos_ids").get<std::vector<int64_t>>()};
-    if (!raw.at("gates").is_null()) {
-        for (json const& branch : raw["gates"].at("branches")) manifest.gatedBranches.push_back(branchOf(branch));
-    }
     if (!raw.at("selection").is_null()) manifest.selection = selectionOf(raw["selection"]);
+    json const& policy = optionalMember(raw, "policy");
+    if (!policy.is_null()) {
+        manifest.policy = policyOf(policy);
+    } else if (manifest.selection) {
+        manifest.policy = gateskipPolicy(*manifest.selection, raw.at("gates"));
+    }
+    manifest.kvPolicy = raw.at("kv_policy");
+    if (raw.at("graphs").contains("verify")) {
+        for (TensorInfo const& input : tensorsOf(raw["graphs"]["verify"].at("inputs"))) {
+            if (input.name.rfind("exit_", 0) == 0) manifest.exitNames.push_back(input.name);
+        }
+    }
     for (auto const& [name, graph] : raw.at("graphs").items()) manifest.graphs[name] = fileOf(graph);
     manifest.weights = fileOf(raw.at("weights"));
     json const& draft = optionalMember(raw, "draft");
@@ -131,7 +174,18 @@ Manifest manifestOf(json const& raw) {
 std::string brokenRule(json const& raw, Manifest const& manifest) {
     DecoderShape const& shape = manifest.decoder;
     if (shape.vocabSize < 1 || shape.numLayers < 1 || shape.maxPositions < 1) return "decoder: sizes must be above 0";
-    if (raw.at("gates").is_null() != !manifest.selection.has_value()) return "gates and selection go together";
+    Policy const* policy = manifest.policy ? &*manifest.policy : nullptr;
+    bool const selects = policy != nullptr && (policy->input("thresholds") != nullptr || policy->input("budget") != nullptr);
+    if (manifest.selection.has_value() != selects) {
+        return "a selection and a policy that reads thresholds or a budget go together";
+    }
+    if (policy != nullptr && policy->name == kGateSkip && raw.at("gates").is_null()) {
+        return "the policy gateskip needs gates";
+    }
+    RuntimeInput const* mask = policy != nullptr ? policy->input(kLayerMask) : nullptr;
+    if (mask != nullptr && static_cast<int64_t>(mask->defaultMask.size()) != shape.numLayers) {
+        return "policy: the layer mask is not one row a layer";
+    }
     if (manifest.selection) {
         std::vector<GridPoint> const& grid = manifest.selection->grid;
         bool ordered = manifest.selection->mode == SelectionMode::kRank || !grid.empty();
@@ -194,7 +248,12 @@ Manifest parseManifest(std::string const& text, std::filesystem::path const& pat
         throw BundleError(path.string() + ": is not a valid manifest (" + std::to_string(faults.size()) + " errors)",
                           {{}, faults[0].place + ": " + faults[0].reason, todo});
     }
-    Manifest manifest = manifestOf(raw);
+    Manifest manifest;
+    try {
+        manifest = manifestOf(raw);
+    } catch (json::exception const& error) {  // a default that has another form than its input
+        throw BundleError(path.string() + ": is not a valid manifest (1 errors)", {{}, error.what(), todo});
+    }
     std::string const broken = brokenRule(raw, manifest);
     if (!broken.empty()) throw BundleError(path.string() + ": is not a valid manifest (1 errors)", {{}, broken, todo});
     return manifest;

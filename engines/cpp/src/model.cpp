@@ -50,7 +50,7 @@ Model::Model(Bundle bundle, EngineEntry entry, MakeEngine const& makeEngine, Dra
         return;
     }
     parts.runner = std::make_unique<WholeRunner>(parts.stage("model", makeEngine));
-    if (parts.kind) parts.draft = std::make_unique<OtherThresholds>(*parts.runner, *parts.kind);
+    if (parts.kind) parts.draft = std::make_unique<OtherControls>(*parts.runner, *parts.kind);
 }
 
 Model::Model(Model&&) noexcept = default;

@@ -50,7 +50,7 @@ public:
     virtual Cache newCache(int64_t batch, int64_t capacity) = 0;
 
     // Run tokens of every sequence, ids [B, S], and append their K/V to the cache, whose lengths grow by `counts`.
-    virtual StepOutput step(Cache& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<RunInputs const> inputs,
+    virtual StepOutput step(Cache& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<Controls const> controls,
                             Logits logits) = 0;
 };
 
@@ -61,7 +61,7 @@ public:
 
     Manifest const& manifest() const override { return mStage->manifest(); }
     Cache newCache(int64_t batch, int64_t capacity) override;
-    StepOutput step(Cache& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<RunInputs const> inputs,
+    StepOutput step(Cache& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<Controls const> controls,
                     Logits logits) override;
 
 private:
@@ -81,11 +81,11 @@ public:
     Manifest const& manifest() const override { return mEarly->manifest(); }
     Cache newCache(int64_t batch, int64_t capacity) override;
     // A draft without logits, and its verification.
-    StepOutput step(Cache& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<RunInputs const> inputs,
+    StepOutput step(Cache& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<Controls const> controls,
                     Logits logits) override;
 
     // Run the early layers alone; the logits are the exit's.
-    StepOutput draft(Cache& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<RunInputs const> inputs,
+    StepOutput draft(Cache& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<Controls const> controls,
                      Logits logits);
 
     // Run the later layers on all tokens that were drafted since the last verification and not rolled back; S of the

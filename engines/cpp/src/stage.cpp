@@ -13,7 +13,6 @@ namespace {
 
 // The window is a multiple of this many columns (engines/runners/tensorrt.py).
 constexpr int64_t kWindowStep = 64;
-constexpr std::array<char const*, 3> kExitState = {"exit_hidden", "exit_key", "exit_value"};
 constexpr char const* kLogits = "logits";
 constexpr char const* kLogitsAt = "logits_at";
 constexpr char const* kKept = "kept";
@@ -33,14 +32,6 @@ Layers layersOf(Manifest const& manifest, std::string const& graph) {
     auto const* exit = manifest.draft ? std::get_if<ExitDraft>(&manifest.draft->draft) : nullptr;
     if (graph == "model" || exit == nullptr) return {0, depth};
     return graph == "draft" ? Layers{0, exit->layer} : Layers{exit->layer, depth};
-}
-
-std::vector<Place> gatedPlaces(Manifest const& manifest, Layers layers) {
-    std::vector<Place> places;
-    for (int64_t layer = layers.first; layer < layers.last; ++layer) {
-        for (Branch const branch : manifest.gatedBranches) places.emplace_back(layer, branch);
-    }
-    return places;
 }
 
 bool startsWith(std::string const& text, std::string const& start) { return text.compare(0, start.size(), start) == 0; }
@@ -86,10 +77,10 @@ StageOutput joinedPieces(std::vector<StageOutput> const& pieces, Call const& cal
         for (int64_t const count : call.counts) piece.push_back(std::max<int64_t>(count - 1, 0) / most);
         joined.logits = tokenOfEach(joined.logits, piece);
     }
-    for (size_t part = 0; part < pieces.front().state.size(); ++part) {
+    for (auto const& [name, first] : pieces.front().state) {
         std::vector<Array<float> const*> parts;
-        for (StageOutput const& piece : pieces) parts.push_back(&piece.state[part]);
-        joined.state.push_back(joinedTokens(parts));
+        for (StageOutput const& piece : pieces) parts.push_back(&piece.state.at(name));
+        joined.state[name] = joinedTokens(parts);
     }
     joined.kept = pieces.front().kept;
     for (size_t i = 1; i < pieces.size(); ++i) addKept(joined.kept, pieces[i].kept);
@@ -150,7 +141,7 @@ Stage::Stage(Manifest const& manifest, EngineEntry const& entry, std::string con
       mEntry(entry),
       mGraph(graphOf(entry, graph)),
       mLayers(layersOf(manifest, graph)),
-      mGated(gatedPlaces(manifest, mLayers)),
+      mSkippable(manifest.skippablePlaces(mLayers.first, mLayers.last)),
       mEngine(std::move(engine)) {
     if (!has(mGraph.inputs, kLogitsAt) || !has(mGraph.outputs, kLogits)) {
         throw EngineError("the engine of " + graph + " is not one of gsx",
@@ -201,13 +192,13 @@ StageOutput Stage::run(StageMemory& memory, Call const& call, ExitState const& s
     std::vector<StageOutput> pieces;
     for (int64_t start = 0; start < call.size(); start += most) {
         int64_t const stop = std::min(start + most, call.size());
-        Call piece{someTokens(call.ids, start, stop), {}, {}, call.inputs};
+        Call piece{someTokens(call.ids, start, stop), {}, {}, call.controls};
         for (size_t row = 0; row < call.counts.size(); ++row) {
             piece.counts.push_back(std::min(std::max<int64_t>(call.counts[row] - start, 0), most));
             piece.lengths.push_back(call.lengths[row] + std::min(call.counts[row], start));
         }
         ExitState part;
-        for (Array<float> const& array : state) part.push_back(someTokens(array, start, stop));
+        for (auto const& [name, array] : state) part[name] = someTokens(array, start, stop);
         pieces.push_back(runOnce(memory, piece, part, logits));
     }
     return joinedPieces(pieces, call, most, logits);
@@ -231,9 +222,9 @@ StageOutput Stage::runOnce(StageMemory& memory, Call const& call, ExitState cons
     StageOutput output;
     output.logits = std::get<Array<float>>(std::move(found.at(kLogits)));
     if (logits == Logits::kNone) output.logits = someTokens(output.logits, 0, 0);
-    for (char const* name : kExitState) {
+    for (std::string const& name : mManifest.exitNames) {
         auto const part = found.find(name);
-        if (part != found.end()) output.state.push_back(std::get<Array<float>>(std::move(part->second)));
+        if (part != found.end()) output.state[name] = std::get<Array<float>>(std::move(part->second));
     }
     output.kept = keptOf(found);
     return output;
@@ -263,8 +254,8 @@ Values Stage::feedsOf(Call const& call, ExitState const& state, Logits logits, i
                     {"position_ids", std::move(positions)},
                     {"write_at", Array<int64_t>({batch}, call.lengths)},
                     {kLogitsAt, std::move(wanted)}};
-    for (auto const& [name, value] : *call.inputs) given[name] = value;
-    for (size_t part = 0; part < state.size(); ++part) given[kExitState[part]] = state[part];
+    for (auto const& [name, value] : *call.controls) given[name] = value;
+    for (auto const& [name, value] : state) given[name] = value;
     Values feeds;
     for (TensorInfo const& input : mGraph.inputs) {
         auto const value = given.find(input.name);
@@ -272,9 +263,9 @@ Values Stage::feedsOf(Call const& call, ExitState const& state, Logits logits, i
             feeds.insert(given.extract(value));
         } else if (input.name == kCount) {
             // Rank selection whose K the host counts, in place of the budget.
-            auto const budget = call.inputs->find(kBudget);
-            if (budget == call.inputs->end()) throw EngineError("the engine wants k, and the bundle has no budget");
-            feeds[kCount] = Array<int64_t>({1}, {keptCountOf(call, static_cast<double>(budget->second.data[0]))});
+            auto const budget = call.controls->find(kBudget);
+            if (budget == call.controls->end()) throw EngineError("the engine wants k, and the bundle has no budget");
+            feeds[kCount] = Array<int64_t>({1}, {keptCountOf(call, static_cast<double>(std::get<Array<float>>(budget->second).data[0]))});
         } else if (!startsWith(input.name, kPast)) {
             throw EngineError("the engine wants an input that is not known",
                               {{}, input.name, "gsx build of this version builds it anew"});
@@ -301,15 +292,15 @@ int64_t Stage::keptCountOf(Call const& call, double budget) const {
 
 KeptTable Stage::keptOf(Values const& found) const {
     auto const counts = found.find(kKept);
-    if (counts == found.end() || mManifest.gatedBranches.empty()) return {};
+    if (counts == found.end() || mSkippable.empty()) return {};
     std::vector<int64_t> const& rows = std::get<Array<int64_t>>(counts->second).data;
-    if (rows.size() != mGated.size()) {
+    if (rows.size() != mSkippable.size()) {
         throw EngineError("the engine counts other branches than the manifest has",
-                          {std::to_string(mGated.size()), std::to_string(rows.size()), "gsx build builds it anew"});
+                          {std::to_string(mSkippable.size()), std::to_string(rows.size()), "gsx build builds it anew"});
     }
     KeptTable table(static_cast<size_t>(mManifest.decoder.numLayers));
-    for (size_t i = 0; i < mGated.size(); ++i) {
-        auto const& [layer, branch] = mGated[i];
+    for (size_t i = 0; i < mSkippable.size(); ++i) {
+        auto const& [layer, branch] = mSkippable[i];
         table[static_cast<size_t>(layer)][static_cast<size_t>(branch)] = rows[i];
     }
     return table;

@@ -20,8 +20,9 @@ using Counts = std::vector<int64_t>;
 // Which logits a call gives: none; of each sequence's last token; of all tokens.
 enum class Logits { kNone, kLast, kAll };
 
-// Inputs of the graph that say how it skips, by name: `thresholds` [L, 2] or `budget` [], float32. Empty without gates.
-using RunInputs = std::map<std::string, Array<float>>;
+// Run-time inputs of the keep rule, by name (docs/design.md): `thresholds` [L, 2] or `budget` [], `layer_mask` [B, L, 2]
+// float32, `full_until` [B] int64. Empty for a dense model.
+using Controls = Values;
 
 // The tokens of one call.
 struct Call {
@@ -31,15 +32,15 @@ struct Call {
     Counts counts;
     Counts lengths;
     // Shared, since calls of a split runner wait for their second half.
-    std::shared_ptr<RunInputs const> inputs;
+    std::shared_ptr<Controls const> controls;
 
     int64_t batch() const { return ids.shape[0]; }
     int64_t size() const { return ids.shape[1]; }
 };
 
-// What leaves an exit layer and enters the next one, for the tokens of one call: the state [B, S, H], and under the K/V
-// policy `copy` K and V [B, kv heads, S, D] of the exit's last layer. The axis before the last one is the tokens.
-using ExitState = std::vector<Array<float>>;
+// What leaves an exit layer and enters the next one, for the tokens of one call, by the graphs' names. The axis before the
+// last one is the tokens.
+using ExitState = std::map<std::string, Array<float>>;
 
 // Rows kept by each (layer, branch) of the model in a call; empty where nobody counts.
 using KeptTable = std::vector<std::array<int64_t, kBranches>>;
@@ -91,7 +92,7 @@ private:
     EngineEntry const& mEntry;
     EngineGraph const& mGraph;
     Layers mLayers;
-    std::vector<Place> mGated;
+    std::vector<Place> mSkippable;
     std::unique_ptr<Engine> mEngine;
 };
 

@@ -118,7 +118,8 @@ gsx::Values ToyEngine::run(size_t profile, Values const& feeds, Buffers const& b
             uint32_t const change = mix({state(token), number, 3});
             if (change % 6 == 0) state(token) = change >> 8 & 0xFFFF;
         }
-        for (gsx::Branch const branch : mManifest.gatedBranches) {
+        for (auto const& [skippable, branch] : mManifest.skippablePlaces(layer, layer + 1)) {
+            static_cast<void>(skippable);
             counts.data.push_back(static_cast<int64_t>((branch == gsx::Branch::kAttention ? attention : mlp).size()));
         }
     }
@@ -156,14 +157,14 @@ void ToyEngine::takeIn(size_t profile, Values const& feeds, std::map<std::string
     for (auto const& [name, shape] : results) add(name + " " + spelled(shape) + "\n");
 }
 
-bool ToyEngine::gated(int64_t, gsx::Branch branch) const {
-    auto const& branches = mManifest.gatedBranches;
-    return std::find(branches.begin(), branches.end(), branch) != branches.end();
+bool ToyEngine::skippable(int64_t layer, gsx::Branch branch) const {
+    std::vector<gsx::Place> const places = mManifest.skippablePlaces(layer, layer + 1);
+    return std::find(places.begin(), places.end(), gsx::Place(layer, branch)) != places.end();
 }
 
 std::vector<ToyEngine::Token> ToyEngine::kept(int64_t layer, gsx::Branch branch, std::vector<Token> const& tokens,
                                               Values const& feeds) const {
-    if (!gated(layer, branch)) return tokens;
+    if (!skippable(layer, branch)) return tokens;
     auto const column = static_cast<uint32_t>(branch);
     auto const& ends = mManifest.decoder.eosIds;
     std::map<Token, double> scores;
@@ -176,6 +177,17 @@ std::vector<ToyEngine::Token> ToyEngine::kept(int64_t layer, gsx::Branch branch,
         scores[token] = isEnd ? kEndScore : static_cast<double>(hash & 0xFF) / 256;
     }
     std::vector<Token> rows;
+    if (feeds.count("layer_mask") != 0) {
+        auto const table = static_cast<int64_t>(mManifest.decoder.numLayers) * gsx::kBranches;
+        std::copy_if(tokens.begin(), tokens.end(), std::back_inserter(rows), [&](Token token) {
+            auto const b = static_cast<size_t>(token.first);
+            int64_t const place = ints(feeds, "write_at").data[b] + token.second;
+            int64_t const at = token.first * table + layer * gsx::kBranches + column;
+            bool const runs = floats(feeds, "layer_mask").data[static_cast<size_t>(at)] != 0;
+            return runs || place < ints(feeds, "full_until").data[b] || scores[token] >= kEndScore;
+        });
+        return rows;
+    }
     if (feeds.count("thresholds") != 0) {
         double const threshold = static_cast<double>(
             floats(feeds, "thresholds").data[static_cast<size_t>(layer) * gsx::kBranches + column]);

@@ -34,7 +34,7 @@ private:
     };
 
     void takeIn(size_t profile, gsx::Values const& feeds, std::map<std::string, gsx::Shape> const& results);
-    bool gated(int64_t layer, gsx::Branch branch) const;
+    bool skippable(int64_t layer, gsx::Branch branch) const;
     std::vector<Token> kept(int64_t layer, gsx::Branch branch, std::vector<Token> const& tokens,
                             gsx::Values const& feeds) const;
     void write(int64_t layer, std::vector<Token> const& tokens, std::set<Token> const& kept, gsx::Values const& feeds,

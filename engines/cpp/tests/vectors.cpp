@@ -121,7 +121,11 @@ gsx::Options optionsOf(json const& raw) {
     gsx::Options options;
     options.maxNewTokens = raw.at("max_new_tokens");
     options.sampling = samplingOf(raw.at("sampling"));
-    if (!raw.at("budget").is_null()) options.budget = raw["budget"].get<double>();
+    json const& keep = raw.at("keep");
+    if (keep.contains("budget")) options.keep.budget = keep["budget"].get<double>();
+    if (keep.contains("layers")) options.keep.layers = keep["layers"].get<std::string>();
+    if (keep.contains("exit")) options.keep.exit = keep["exit"].get<int64_t>();
+    if (keep.contains("speedup")) options.keep.speedup = keep["speedup"].get<double>();
     if (!raw.at("stop_ids").is_null()) options.stopIds = raw["stop_ids"].get<gsx::Tokens>();
     if (!raw.at("draft_length").is_null()) options.draftLength = raw["draft_length"].get<int64_t>();
     return options;

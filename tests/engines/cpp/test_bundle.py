@@ -204,7 +204,8 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no grid": (lambda m: m["selection"].update(grid=[]), "needs a grid of distinct budgets in falling order"),
     "a row": (lambda m: m["selection"]["grid"][0]["thresholds"].pop(), "thresholds are for"),
     "a column": (lambda m: m["selection"]["grid"][0]["thresholds"][0].pop(), "has the wrong number of items"),
-    "gates alone": (lambda m: m.update(selection=None), "gates and selection go together"),
+    "gates alone": (lambda m: m.update(selection=None), "a policy that reads thresholds or a budget go together"),
+    "a policy without gates": (lambda m: m.update(gates=None), "the policy gateskip needs gates"),
     "no model": (lambda m: m["graphs"].update(other=m["graphs"].pop("model")), "graphs lacks model"),
     "a draft of no kind": (lambda m: m.update(draft={"draft": {"layer": 1}}), "draft.draft.kind: must name"),
     "an exit too deep": (

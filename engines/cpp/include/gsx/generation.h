@@ -22,11 +22,22 @@ char const* nameOf(FinishReason reason) noexcept;
 // here (finish "stopped").
 using OnToken = std::function<bool(size_t, int64_t)>;
 
+// What a request keeps; what it leaves open is as exported. At most one is given.
+struct Keep {
+    // Share of skippable work, with rules that have thresholds.
+    std::optional<double> budget;
+    // The branches that run, such as `0-3,6,8.attn`, with rules that read a layer mask. So do the others:
+    std::optional<std::string> layers;
+    // How many layers run.
+    std::optional<int64_t> exit;
+    // Target of Unified Layer Skipping: the prompt runs in full, new tokens through the kept layers.
+    std::optional<double> speedup;
+};
+
 struct Options {
     // Of each sequence; the model's context may end it earlier.
     int64_t maxNewTokens = 128;
-    // Share of (token, branch) pairs kept; none for the exported one.
-    std::optional<double> budget;
+    Keep keep;
     Sampling sampling;
     // Tokens that end a sequence, and are kept in it; none for the model's end-of-text.
     std::optional<Tokens> stopIds;

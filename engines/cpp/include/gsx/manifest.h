@@ -50,6 +50,28 @@ struct Selection {
     Thresholds thresholdsFor(double wanted) const;
 };
 
+// What a graph reads at run time beside the tokens, and the exported value of those that no selection holds.
+struct RuntimeInput {
+    std::string name;
+    // Of `layer_mask`: 1 for a branch that runs.
+    Thresholds defaultMask;
+};
+
+// The keep rule: which tokens run which branch.
+struct Policy {
+    std::string name;
+    // Those that it may skip, in every layer.
+    std::vector<Branch> branches;
+    std::vector<RuntimeInput> inputs;
+    // New tokens that run every branch, after a prompt that does too; none: the rule applies to every token.
+    std::optional<int64_t> warmUp;
+    // Depths that the model was trained to leave at; empty: any.
+    std::vector<int64_t> exits;
+
+    // An input by its name; null if the rule does not read it.
+    RuntimeInput const* input(std::string const& wanted) const;
+};
+
 struct ExitDraft {
     int64_t layer = 0;
 };
@@ -129,13 +151,19 @@ struct EngineEntry {
 
 struct Manifest {
     DecoderShape decoder;
-    // The gated branches of every layer; empty for a model without gates.
-    std::vector<Branch> gatedBranches;
     std::optional<Selection> selection;
+    std::optional<Policy> policy;
+    // `compute`, `copy` or `none`.
+    std::string kvPolicy;
     std::map<std::string, FileEntry> graphs;
     FileEntry weights;
+    // What passes from `draft` to `verify`, by the graphs' names; empty without an exit.
+    std::vector<std::string> exitNames;
     std::optional<DraftEntry> draft;
     std::map<std::string, EngineEntry> engines;
+
+    // (layer, branch) of every branch of layers [first, last) that the keep rule may skip, in the graphs' order.
+    std::vector<Place> skippablePlaces(int64_t first, int64_t last) const;
 };
 
 // Throws UsageError for what is not a share above 0 and up to 1.

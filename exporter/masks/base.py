@@ -1,0 +1,110 @@
+"""What a keep rule is to the reference: at each branch, who is kept, and how near the choice was.
+
+Shapes are [B, S], the tokens of a call; padding is never kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from exporter.config import Branch
+
+
+@dataclass(frozen=True)
+class MaskCall:
+    """The tokens of a call, [B, S] each.
+
+    Args:
+        ids: int64. valid: bool, not padding. ended: bool, end-of-text. positions: int64, padding not counted.
+        layers: of the model.
+    """
+
+    ids: torch.Tensor
+    valid: torch.Tensor
+    ended: torch.Tensor
+    positions: torch.Tensor
+    layers: int
+
+
+@dataclass(frozen=True)
+class BranchInput:
+    """A branch and what it reads.
+
+    Args:
+        layer, branch: which.
+        residual: [B, S, H], before the branch's norm.
+        score: [B, S] float32, of the checkpoint's gate, padding minus infinity; None without one.
+    """
+
+    layer: int
+    branch: Branch
+    residual: torch.Tensor
+    score: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who runs a branch.
+
+    Args:
+        keep: bool.
+        score: float32, what was judged; None where nothing was.
+        margin: float64, how far the score is from where the choice turns; infinite where nothing turns it.
+    """
+
+    keep: torch.Tensor
+    score: torch.Tensor | None
+    margin: torch.Tensor
+
+
+class Chooser(Protocol):
+    """A rule at work in one call."""
+
+    def choose(self, x: BranchInput) -> Choice:
+        """Who runs the branch. Branches come in the model's order."""
+        ...
+
+    def after(self, x: BranchInput, result: torch.Tensor, choice: Choice) -> None:
+        """What came out: result [B, S, H], the residual stream behind the branch."""
+        ...
+
+
+class MaskRule(Protocol):
+    """A keep rule with its parameters."""
+
+    def begin(self, call: MaskCall) -> Chooser:
+        """The rule on a call."""
+        ...
+
+
+def certain(keep: torch.Tensor) -> torch.Tensor:
+    """Margins of a choice that nothing turns."""
+    return torch.full(keep.shape, float("inf"), dtype=torch.float64)
+
+
+class Stateless:
+    """A chooser that does not look at what came out."""
+
+    def after(self, x: BranchInput, result: torch.Tensor, choice: Choice) -> None:
+        """Nothing is remembered."""
+
+
+@dataclass(frozen=True)
+class KeepAll:
+    """Every token runs every branch; gates still multiply what the branches give."""
+
+    def begin(self, call: MaskCall) -> Chooser:
+        """See `MaskRule`."""
+        return _All(call)
+
+
+@dataclass(frozen=True)
+class _All(Stateless):
+    call: MaskCall
+
+    def choose(self, x: BranchInput) -> Choice:
+        """See `Chooser`."""
+        return Choice(self.call.valid, x.score, certain(self.call.valid))

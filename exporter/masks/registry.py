@@ -1,0 +1,25 @@
+"""The mask rule that a bundle's manifest and a request's run-time inputs amount to."""
+
+from __future__ import annotations
+
+from engines.bundle.controls import Controls
+from engines.bundle.manifest import Manifest
+from exporter.masks.base import KeepAll, MaskRule
+from exporter.masks.ffn_skip import FfnStride
+from exporter.masks.gateskip import Rank, Threshold
+from exporter.masks.layers import LayerMask
+
+
+def mask_of(manifest: Manifest, controls: Controls) -> MaskRule:
+    """The rule as the reference takes it."""
+    policy, selection = manifest.policy, manifest.selection
+    if policy is None:
+        return KeepAll()
+    if policy.name == "gateskip":
+        assert selection is not None
+        return Rank(float(controls["budget"])) if selection.mode == "rank" else Threshold(controls["thresholds"])
+    if policy.name == "ffn-skip":
+        stride = int(str(policy.parameters["stride"]))
+        return FfnStride(controls["thresholds"], stride, controls["full_until"])
+    assert policy.name in ("layers", "unified"), policy.name
+    return LayerMask(controls["layer_mask"], controls["full_until"])

@@ -1,0 +1,34 @@
+"""The keep rule that a bundle's manifest names."""
+
+from __future__ import annotations
+
+from engines.bundle.manifest import Policy, Selection
+from engines.errors import BundleError
+from exporter.config import ModelConfig
+from exporter.rules.base import KeepRule
+from exporter.rules.ffn_skip import FfnSkip
+from exporter.rules.gateskip import GateSkip
+from exporter.rules.layers import Layers
+
+
+def rule_of(policy: Policy | None, selection: Selection | None, config: ModelConfig) -> KeepRule | None:
+    """The rule as the decoder takes it; None for a dense bundle.
+
+    Raises:
+        BundleError: a policy that this version does not know.
+    """
+    if policy is None:
+        return None
+    if policy.name == "gateskip":
+        assert config.gate is not None
+        assert selection is not None
+        return GateSkip(config.gate, config.eos_ids, selection.mode)
+    if policy.name == "ffn-skip":
+        return FfnSkip(int(str(policy.parameters["stride"])))
+    if policy.name in ("layers", "unified"):
+        return Layers()
+    raise BundleError(
+        f"gsx.json: the policy {policy.name!r} is not known",
+        expected="gateskip, layers, unified or ffn-skip",
+        todo="install the version of gsx that made the bundle, or export again",
+    )

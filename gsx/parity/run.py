@@ -1,0 +1,314 @@
+"""Both sides of a parity report at work: what is measured at one setting of the keep rule."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from engines.bundle.bundle import Bundle
+from engines.bundle.controls import Controls, controls_for
+from engines.bundle.manifest import Branch, Manifest
+from engines.runners.base import Runner
+from engines.runners.portable import skippable_places
+from engines.runners.select import Backend, open_runner
+from exporter.checkpoint import Checkpoint
+from exporter.config import BRANCHES
+from exporter.evaluation import losses
+from exporter.masks.registry import mask_of
+from exporter.reference import Reference
+from gsx.parity.compare import Accumulator, Compared, Comparer, Observation
+from gsx.parity.measure import EngineSide, ReferenceSide, follow, reference_continuation, runner_logits
+from gsx.parity.quality import QualityCounter
+from gsx.parity.report import BudgetResult
+from gsx.parity.settings import Setting
+from gsx.parity.speculation import SpeculationSide
+from gsx.parity.tolerances import TOLERANCES, Tolerances
+from gsx.progress import Progress
+
+# A stretch with a cache: half in one call, the rest in single steps or in one chunk.
+_STRETCH_TOKENS = 64
+# Two sequences of one batch, of different lengths, so that one is padded.
+_PADDED_TOKENS = (48, 29)
+_ATTEMPTS = 4
+_PROMPT_TOKENS = 32
+# Up to this width a layer's matrix fits in a core's cache.
+_SMALL_HIDDEN = 512
+
+
+class Run:
+    """Both sides, opened once, and what is measured at one setting.
+
+    Args:
+        settings: all that will be measured: in a batch, two of them stand beside each other.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        checkpoint: Checkpoint,
+        settings: Sequence[Setting],
+        windows: np.ndarray,
+        greedy_tokens: int,
+        backend: Backend,
+        notes: list[str],
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self.manifest, self.settings = bundle.manifest, settings
+        self.limits: Tolerances = TOLERANCES["quantized" if self.manifest.quantization else self.manifest.precision]
+        self.windows = windows
+        self.reference_type = _reference_type(checkpoint, self.manifest.precision)
+        self.reference = Reference.load(checkpoint, dtype=self.reference_type)
+        self.single = Reference.load(checkpoint) if self.reference_type == torch.float64 else None
+        self.engine = EngineSide(bundle)
+        self.runners: dict[str, Runner] = {"fast": open_runner(bundle, backend=backend), "portable": self.engine.runner}
+        self.speculation = SpeculationSide(bundle, backend) if self.manifest.draft else None
+        self.stage = ""
+        self.on_progress = on_progress
+        # By setting, what the reference did with the first window.
+        self.first_window: dict[Setting, Observation] = {}
+        room = self.manifest.decoder.max_positions - _PROMPT_TOKENS
+        self.greedy_tokens = min(greedy_tokens, room)
+        if self.greedy_tokens < greedy_tokens:
+            notes.append(f"The model's context leaves room for {self.greedy_tokens} greedy tokens.")
+        selection = self.manifest.selection
+        self.causal = selection is None or selection.mode == "threshold"
+        if not self.causal:
+            notes.append(
+                "With rank selection the choice sees the whole call, so a run over the cache is another "
+                "computation: whole calls are compared, and greedy steps, which keep their one token."
+            )
+
+    def at(self, setting: Setting) -> BudgetResult:
+        """Measure everything at one setting: by the rule for every token, but for greedy text, where a rule that runs
+        the prompt in full does so."""
+        controls = controls_for(self.manifest, setting.keep)
+        side, single = self._sides(controls)
+        if self.speculation is not None:
+            self.speculation.start()
+        full, rounding = self._comparer(), self._comparer()
+        fast, wrong_counts = Accumulator(), 0
+        kept: list[np.ndarray] = []
+        branches = [BRANCHES.index(branch) for branch in self._branches]
+        quality = QualityCounter(branches)
+        reference_loss: list[np.ndarray] = []
+        engine_loss: list[np.ndarray] = []
+        first: Observation | None = None
+        for number, window in enumerate(self.windows):
+            self._tell("whole windows", number, len(self.windows))
+            ids, mask = window[None], np.ones((1, len(window)), np.int64)
+            want, have = side.observe(ids, mask), self.engine.observe(ids, mask, controls)
+            full.add(want, have)
+            if single is not None:
+                rounding.add(want, single.observe(ids, mask))
+            first = first or want[0]
+            kept.append(want[0].keep)
+            reference_loss.append(losses(want[0].logits, window))
+            engine_loss.append(losses(have[0].logits, window))
+            quality.add(want[0], have[0])
+            clean, wrong = self._fast(want[0], have[0], ids, controls, fast, number)
+            wrong_counts += wrong
+            if self.speculation is not None:
+                self._halves(self.speculation, side, ids, controls, clean, number)
+        assert first is not None, "a text has at least one window"
+        own = rounding.result() if single is not None else None
+        self.first_window[setting] = first
+        single_steps = one_chunk = None
+        if self.causal:
+            self._tell("with the cache", 0, 0)
+            single_steps, one_chunk = self._cached(first, controls)
+        self._tell("with padding", 0, 0)
+        padded = self._padded(setting)
+        self._tell("greedy continuation", 0, 0)
+        serving = controls_for(self.manifest, setting.keep, [_PROMPT_TOKENS])
+        with _torch_threads_for(self.manifest):
+            steps = reference_continuation(
+                self._sides(serving)[0], self.windows[:1, :_PROMPT_TOKENS], self.greedy_tokens
+            )
+
+        def tolerance(logits: np.ndarray) -> float:
+            return self.limits.logit_limit(float(np.abs(logits).max()), own) or 0.0
+
+        greedy = {
+            name: follow(runner, steps, serving, logit_tolerance=tolerance, near_tie=self.limits.near_tie)
+            for name, runner in self.runners.items()
+        }
+        speculation = None
+        if self.speculation is not None:
+            self._tell("draft and verify", 0, 0)
+            speculation = self.speculation.result(self.windows, setting.keep, first.logits)
+        shares = np.concatenate(kept, axis=-1).mean(axis=-1)
+        return BudgetResult(
+            setting=setting.name,
+            budget=setting.share,
+            kept=tuple((float(attn), float(mlp)) for attn, mlp in shares),
+            kept_share=float(shares[:, branches].mean()) if branches else None,
+            windows=full.result(),
+            rounding=own,
+            single_steps=single_steps,
+            one_chunk=one_chunk,
+            padded=padded,
+            fast_logits=fast.result(),
+            fast_wrong_counts=wrong_counts,
+            greedy=greedy,
+            speculation=speculation,
+            reference_nats=float(np.concatenate(reference_loss).mean()),
+            engine_nats=float(np.concatenate(engine_loss).mean()),
+            scored_tokens=sum(loss.size for loss in reference_loss),
+            quality=quality.result(),
+        )
+
+    def _cached(self, want: Observation, controls: Controls) -> tuple[Compared, Compared]:
+        """Half of a stretch, then the rest over the cache: it must be what one call gives."""
+        count = min(_STRETCH_TOKENS, want.tokens)
+        half = count // 2
+        ids = self.windows[:1, :count]
+        found = []
+        for chunks in ([half, *[1] * (count - half)], [half, count - half]):
+            comparer = self._comparer()
+            comparer.add([want.head(count)], self.engine.observe(ids, np.ones_like(ids), controls, chunks))
+            found.append(comparer.result())
+        return found[0], found[1]
+
+    def _padded(self, setting: Setting) -> Compared:
+        """Two sequences of different lengths, padded on the left, in one call.
+
+        Both carry an end-of-text token, which running text has not, and which GateSkip always keeps. With sets of
+        layers the second sequence has the next setting's. Each must come out as it does alone. Rank selection counts
+        the whole call, so there the reference sees the same batch (in float32: transformers masks padding in float64
+        by a number that its softmax, always in float32, takes for infinite, and gives NaN). There, too, one near tie
+        that turns concerns all tokens: then another stretch of text is tried.
+        """
+        policy = self.manifest.policy
+        by_sequence = policy is not None and policy.input("layer_mask") is not None
+        other = self.settings[(self.settings.index(setting) + 1) % len(self.settings)] if by_sequence else setting
+        keeps = [setting.keep, other.keep]
+        sides = [self._sides(controls_for(self.manifest, keep)) for keep in keeps]
+        for attempt in range(_ATTEMPTS):
+            ids, mask = self._padded_batch(attempt)
+            have = self.engine.observe(ids, mask, controls_for(self.manifest, keeps))
+            comparer = self._comparer()
+            if self.causal:
+                for row, one in enumerate(have):
+                    alone = ids[row : row + 1, mask[row] == 1]
+                    comparer.add(sides[row][0].observe(alone, np.ones_like(alone)), [one])
+            else:
+                side, single = sides[0]
+                comparer.add((single or side).observe(ids, mask), have)
+            result = comparer.result()
+            if result.decisions is None or result.decisions.wrong or result.logits.values:
+                break
+        return result
+
+    def _padded_batch(self, attempt: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and mask of two stretches; they begin differently, since equal beginnings have equal scores."""
+        first, last = self.windows[0], self.windows[-1]
+        # Room to begin at another place.
+        long, short = (min(count, len(first) - 1) for count in _PADDED_TOKENS)
+        ids, mask = np.zeros((2, long), np.int64), np.zeros((2, long), np.int64)
+        start = long * attempt % (len(first) - long)
+        ids[0], mask[0] = first[start : start + long], 1
+        differing = np.flatnonzero(last[: len(last) - short] != ids[0, 0])
+        start = int(differing[-1 - attempt]) if len(differing) > attempt else len(last) - short
+        ids[1, long - short :], mask[1, long - short :] = last[start : start + short], 1
+        if self.manifest.decoder.eos_ids:
+            ids[:, long - short // 2] = self.manifest.decoder.eos_ids[0]
+        return ids, mask
+
+    def _fast(
+        self,
+        want: Observation,
+        portable: Observation,
+        ids: np.ndarray,
+        controls: Controls,
+        found: Accumulator,
+        window: int,
+    ) -> tuple[np.ndarray, int]:
+        """Compare the fast runner's logits over a window, of a quantized bundle with the portable runner's.
+
+        It does not say which rows it kept, only how many. Where decisions may turn, what follows the first one
+        that did (in half precision: for the portable runner) or could have (in single) is left out.
+
+        Returns: the tokens [S] bool that were compared, and the branches that kept a wrong count.
+        """
+        assert want.margins is not None
+        logits, counts = runner_logits(self.runners["fast"], ids, controls)
+        clean = np.ones(want.tokens, bool)
+        base = want if self.limits.runners is None else portable
+        places = [(layer, BRANCHES.index(branch)) for layer, branch in skippable_places(self.manifest)]
+        differ = [] if counts is None else [p for p in places if counts[p] != base.keep[p].sum()]
+        if self.limits.differing_share is None:
+            turned = (want.margins <= self.limits.near_tie) if differ else np.zeros_like(want.keep)
+        else:
+            turned = portable.keep != base.keep
+        turned_at = np.flatnonzero(turned.any(axis=(0, 1)))
+        if len(turned_at):
+            clean[turned_at[0] if self.causal else 0 :] = False
+        found.add(base.logits, logits[0], clean, window)
+        return clean, 0 if len(turned_at) else len(differ)
+
+    def _halves(
+        self,
+        speculation: SpeculationSide,
+        side: ReferenceSide,
+        ids: np.ndarray,
+        controls: Controls,
+        clean: np.ndarray,
+        window: int,
+    ) -> None:
+        """Compare draft and verify with the reference's exit and full logits over a window."""
+        if speculation.exit_layer is None:
+            return
+        output = side.step(ids, np.ones_like(ids), DynamicCache())
+        at_exit = self.reference.exit_logits(output, speculation.exit_layer)
+        speculation.compare(ids, controls, at_exit[0].float().numpy(), output.logits[0].float().numpy(), clean, window)
+
+    def _comparer(self) -> Comparer:
+        return Comparer(
+            self.manifest.decoder.num_layers,
+            self._branches,
+            causal=self.causal,
+            near_tie=self.limits.near_tie,
+            copies=self.manifest.kv_policy != "compute",
+        )
+
+    @property
+    def _branches(self) -> tuple[Branch, ...]:
+        return self.manifest.skippable
+
+    def _sides(self, controls: Controls) -> tuple[ReferenceSide, ReferenceSide | None]:
+        """The reference with some run-time inputs, and the one in float32 beside one in float64."""
+        rule = mask_of(self.manifest, controls)
+        side = ReferenceSide(self.reference, rule, self.manifest.kv_policy)
+        return side, ReferenceSide(self.single, rule, self.manifest.kv_policy) if self.single else None
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        self.on_progress(Progress(f"{self.stage}: {what}", done, total))
+
+
+def _reference_type(checkpoint: Checkpoint, precision: str) -> torch.dtype:
+    """Type of the reference's weights and activations.
+
+    Double precision beside a float32 engine, where there is memory for it: what is measured is then the engine's
+    rounding alone. In float32 the reference's own is as large, and the two add up.
+    """
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if precision == "fp32" and 2 * checkpoint.weight_bytes() <= memory / 3:
+        return torch.float64
+    return torch.float32
+
+
+@contextmanager
+def _torch_threads_for(manifest: Manifest) -> Iterator[None]:
+    """One thread for single tokens of a small model: waiting for others would take longer than the work."""
+    before = torch.get_num_threads()
+    small = manifest.decoder.hidden_size <= _SMALL_HIDDEN
+    torch.set_num_threads(1 if small else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,149 @@
+"""What a request may ask of a keep rule, and the run-time inputs that come of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engines.bundle.controls import AS_EXPORTED, Keep, controls_for, rows_of, shared_by_batch, stacked
+from engines.bundle.layer_sets import exit_places, mask_of, parse_places, unified_places
+from engines.bundle.manifest import BRANCHES, DecoderShape, Manifest, Policy, RuntimeInput, places_text
+from engines.errors import UsageError
+
+LAYERS = 6
+
+
+def manifest_of(policy: Policy | None, kv_policy: str = "none") -> Manifest:
+    """A manifest of which only shape and policy matter."""
+    shape = DecoderShape.model_construct(num_layers=LAYERS)
+    return Manifest.model_construct(decoder=shape, selection=None, gates=None, policy=policy, kv_policy=kv_policy)
+
+
+def sets_policy(name: str = "layers", exits: tuple[int, ...] = (), warm_up: int | None = None) -> Policy:
+    full = [[1.0, 1.0]] * LAYERS
+    reads = (
+        RuntimeInput(name="layer_mask", least=0, most=1, default=full),
+        RuntimeInput(name="full_until", least=0, most=None, default=0),
+    )
+    return Policy(name=name, branches=BRANCHES, inputs=reads, exits=exits, warm_up=warm_up)
+
+
+# From docs/methods.md section 7, which has them from the authors' code.
+UNIFIED = [
+    (30, 2, [*range(0, 27, 2), 29]),
+    (30, 3, [*range(0, 25, 3), 29]),
+    (30, 5, [0, 6, 12, 18, 24, 29]),
+    (30, 10, [0, 15, 29]),
+    (32, 4, [*range(0, 25, 4), 31]),
+    (16, 1, list(range(16))),
+    (2, 1, [0, 1]),
+]
+
+
+@pytest.mark.parametrize(("layers", "speedup", "kept"), UNIFIED)
+def test_unified_keeps_the_published_sets(layers: int, speedup: float, kept: list[int]) -> None:
+    assert unified_places(layers, speedup) == tuple((layer, branch) for layer in kept for branch in BRANCHES)
+
+
+@given(st.integers(2, 80), st.floats(1, 40))
+def test_unified_keeps_as_many_as_the_target_says(layers: int, speedup: float) -> None:
+    wanted = int(np.floor(layers / speedup + 1e-9))
+    if wanted < 2:
+        with pytest.raises(UsageError, match="fewer than two"):
+            unified_places(layers, speedup)
+        return
+    kept = sorted({layer for layer, _ in unified_places(layers, speedup)})
+    assert len(kept) == wanted
+    assert (kept[0], kept[-1]) == (0, layers - 1)
+
+
+@pytest.mark.parametrize("speedup", [0.5, 0.0, -1.0, float("nan"), float("inf")])
+def test_a_speedup_that_is_none(speedup: float) -> None:
+    with pytest.raises(UsageError, match="the speed-up is not one"):
+        unified_places(30, speedup)
+
+
+BAD_SETS = [
+    (
+        Keep(layers="0-7"),
+        "none",
+        r"layers that the model does not have\n  expected layers from 0 to 5, found 6, 7",
+    ),
+    (Keep(layers="x"), "none", "'x' is not a set of layers"),
+    (Keep(layers=""), "none", "is not a set of layers"),
+    (Keep(layers="1-5"), "copy", "drops the first layer's attention"),
+    (Keep(layers="0.mlp,1-5"), "copy", "drops the first layer's attention"),
+    (Keep(exit=0), "none", r"no exit after 0 layers\n  expected 1 to 6"),
+    (Keep(exit=7), "none", "no exit after 7 layers"),
+    (Keep(speedup=5.0), "none", "fewer than two of 6 layers"),
+    (Keep(budget=0.5), "none", "no budget to choose"),
+]
+
+
+@pytest.mark.parametrize(("keep", "kv_policy", "message"), BAD_SETS)
+def test_sets_that_are_refused(keep: Keep, kv_policy: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        controls_for(manifest_of(sets_policy(), kv_policy), keep)
+
+
+def test_a_set_that_keeps_nothing() -> None:
+    with pytest.raises(UsageError, match="keeps nothing"):
+        mask_of((), LAYERS, "none")
+
+
+def test_exits_are_the_ones_of_the_checkpoint() -> None:
+    manifest = manifest_of(sets_policy(exits=(2, 4)))
+    assert controls_for(manifest, Keep(exit=2))["layer_mask"][0, :, 0].tolist() == [1, 1, 0, 0, 0, 0]
+    with pytest.raises(UsageError, match=r"expected one of 2, 4, 6, found 3\n  --layers 0-2 runs any set"):
+        controls_for(manifest, Keep(exit=3))
+    assert len(exit_places(3, LAYERS)) == 3 * len(BRANCHES)
+
+
+def test_two_choices_exclude_each_other() -> None:
+    with pytest.raises(UsageError, match="exclude each other"):
+        Keep(budget=0.5, exit=2)
+
+
+@pytest.mark.parametrize("keep", [Keep(layers="0-2"), Keep(exit=1), Keep(speedup=2.0)])
+def test_a_dense_bundle_has_no_sets(keep: Keep) -> None:
+    with pytest.raises(UsageError, match="--policy layers"):
+        controls_for(manifest_of(None), keep)
+
+
+PROMPTS = [
+    (None, AS_EXPORTED, 0),
+    (0, AS_EXPORTED, 7),
+    (3, AS_EXPORTED, 10),
+    (0, Keep(layers="0-3"), 0),
+    (0, Keep(exit=2), 0),
+    (None, Keep(speedup=2.0), 7),
+]
+
+
+@pytest.mark.parametrize(("warm_up", "keep", "until"), PROMPTS)
+def test_where_the_rule_begins(warm_up: int | None, keep: Keep, until: int) -> None:
+    manifest = manifest_of(sets_policy(warm_up=warm_up))
+    assert controls_for(manifest, keep, [7])["full_until"].tolist() == [until]
+    assert controls_for(manifest, keep)["full_until"].tolist() == [0], "scoring applies the rule to every token"
+
+
+def test_every_sequence_has_its_own_set() -> None:
+    manifest = manifest_of(sets_policy())
+    both = controls_for(manifest, [Keep(layers="0"), Keep(exit=3)], [4, 5])
+    assert both["layer_mask"].sum(axis=(1, 2)).tolist() == [2, 6]
+    alone = [controls_for(manifest, keep, [n]) for keep, n in ((Keep(layers="0"), 4), (Keep(exit=3), 5))]
+    joined = stacked([*alone, None])
+    for name, value in both.items():
+        assert np.array_equal(joined[name][:2], value)
+        assert np.array_equal(rows_of(joined, slice(1, 2))[name], alone[1][name])
+    assert shared_by_batch(alone[0]) == shared_by_batch(alone[1])
+
+
+places = st.tuples(st.integers(0, 12), st.sampled_from(BRANCHES))
+
+
+@given(st.sets(places, min_size=1))
+def test_a_set_reads_as_it_is_written(kept: set[tuple[int, str]]) -> None:
+    assert set(parse_places(places_text(kept))) == kept  # type: ignore[arg-type]
