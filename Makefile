@@ -20,10 +20,11 @@ demo: $(STAMP) ## export the example model, prove it equal to PyTorch, generate 
 test: $(STAMP) ## run the tests
 	$(BIN)/python -m pytest
 
-lint: $(STAMP) ## check style (ruff) and types (mypy)
+lint: $(STAMP) ## check style (ruff, hadolint) and types (mypy)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint docker/*.Dockerfile
 
 clean: ## remove the environment, caches and what the demo made
 	rm -rf .venv out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

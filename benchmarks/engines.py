@@ -16,32 +16,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-from safetensors.numpy import save_file
-from transformers import LlamaConfig
-
-from benchmarks.model import SHAPES
-from exporter.checkpoint import expected_tensors
-from exporter.config import ModelConfig
+from benchmarks.model import make_large
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "model"
-
-
-def make_large(path: Path) -> None:
-    """A dense 1.1 B checkpoint in fp16: one block of random numbers, begun at another place for each tensor.
-
-    (`benchmarks.model` makes true random weights in fp32, at ten times the cost; TensorRT looks at sizes alone here.)
-    """
-    hf = LlamaConfig(**SHAPES["1b"], max_position_embeddings=2048, tie_word_embeddings=False, eos_token_id=0)
-    hf.architectures = ["LlamaForCausalLM"]
-    block = (np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02).astype(np.float16)
-    tensors = {
-        name: np.resize(np.roll(block, 1009 * number), size)
-        for number, (name, size) in enumerate(expected_tensors(ModelConfig.from_hf(hf)).items())
-    }
-    path.mkdir(parents=True)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    hf.save_pretrained(path)
 
 
 def command(*arguments: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig
@@ -21,6 +22,15 @@ from exporter.checkpoint import expected_tensors, is_gate
 from exporter.config import ModelConfig
 
 SHAPES = {
+    # To try a script.
+    "tiny": {
+        "num_hidden_layers": 2,
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 160,
+        "vocab_size": 256,
+    },
     "small": {
         "num_hidden_layers": 12,
         "hidden_size": 768,
@@ -50,11 +60,7 @@ def make_model(path: Path, shape: str, gate: str | None, seed: int = 0) -> Path:
         gate: `scalar`, `vector` or None for the dense form.
     """
     path.mkdir(parents=True, exist_ok=True)
-    section = {"method": "gateskip", "gate": {"kind": gate, "branches": ["attn", "mlp"]}} if gate else {}
-    hf = LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False, eos_token_id=0, gsx=section
-    )
-    hf.architectures = ["LlamaForCausalLM"]
+    hf = _configuration(shape, gate)
     config = ModelConfig.from_hf(hf)
     backbone, gates = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     tensors = {}
@@ -68,12 +74,45 @@ def make_model(path: Path, shape: str, gate: str | None, seed: int = 0) -> Path:
         else:
             tensors[name] = torch.randn(size, generator=backbone) * 0.02
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    _write_companions(path, hf)
+    return path
+
+
+def make_large(path: Path, shape: str = "1b", gate: str | None = None) -> Path:
+    """Write a checkpoint in fp16 of one block of random numbers, begun at another place for each tensor.
+
+    Ten times as fast as `make_model`, for what looks at sizes and times alone. The backbone is the same with gates.
+    """
+    hf = _configuration(shape, gate)
+    config = ModelConfig.from_hf(hf)
+    block = (np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02).astype(np.float16)
+    tensors: dict[str, np.ndarray] = {}
+    place = 0
+    for name, size in expected_tensors(config).items():
+        place += not is_gate(name)
+        tensors[name] = np.ones(size, np.float16) if "norm" in name else np.resize(np.roll(block, 1009 * place), size)
+    path.mkdir(parents=True, exist_ok=True)
+    save_arrays(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    _write_companions(path, hf)
+    return path
+
+
+def _configuration(shape: str, gate: str | None) -> LlamaConfig:
+    section = {"method": "gateskip", "gate": {"kind": gate, "branches": ["attn", "mlp"]}} if gate else {}
+    hf = LlamaConfig(
+        **SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False, eos_token_id=0, gsx=section
+    )
+    hf.architectures = ["LlamaForCausalLM"]
+    return hf
+
+
+def _write_companions(path: Path, hf: LlamaConfig) -> None:
+    """Configuration, and a tokenizer that knows one word a token."""
     (path / "config.json").write_text(json.dumps(hf.to_dict(), indent=2))
-    vocabulary = {f"w{n}": n for n in range(config.vocab_size)}
+    vocabulary = {f"w{n}": n for n in range(hf.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(path / "tokenizer.json"))
-    return path
 
 
 def random_text(path: Path, vocab_size: int, words: int = WORDS_OF_TEXT, seed: int = 7) -> Path:

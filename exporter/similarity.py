@@ -33,7 +33,7 @@ STRIDES = (1, 2, 3)
 # Longer than a region must be at least, so that the threshold has something to choose.
 ROOM = 1.5
 # Thresholds that are tried between keeping all and skipping all that the stride allows.
-_TRIED = 9
+_TRIED = 6
 # No FFN changes a state by less than nothing: below it, everything runs, and is still looked at.
 _NEVER = np.float32(-1.0)
 
@@ -169,7 +169,7 @@ def _changes(checkpoint: Checkpoint, ids: np.ndarray, on_layer: Callable[[int], 
         stream = walk.stream(_controls(table))
         for number, layer in walk.layers():
             walk.through(number, layer, stream)
-            found.append(stream.entered["verdict"].double().numpy() + float(_NEVER))
+            found.append(stream.entered["verdict"].squeeze(1).double().numpy() + float(_NEVER))
             on_layer(number + 1)
     return np.stack(found)
 

@@ -135,7 +135,7 @@ class TorchStage:
             hidden = self._there(state["exit_hidden"]).reshape(batch * length, -1)
             if "exit_key" in state:
                 below = KeyValue(self._there(state["exit_key"]), self._there(state["exit_value"]))
-            carried = {n: self._there(state[f"exit_{n}"], torch.float32).reshape(-1) for n in carried}
+            carried = {n: self._there(state[f"exit_{n}"], torch.float32).reshape(-1, 1) for n in carried}
         counts: list[int] = []
         for layer, one, buffers in zip(self._layers, calls, memory, strict=True):
             past = _Past(buffers, places_there.reshape(-1), one.mask.shape[3])

@@ -26,7 +26,7 @@ from gsx.backends import BackendName, Device, open_backend
 from gsx.parity.compare import Observation
 from gsx.parity.page import page
 from gsx.parity.quality import QUANTIZED, QualityLimits
-from gsx.parity.report import KeepMap, Report
+from gsx.parity.report import KeepMap, Report, Similarity
 from gsx.parity.run import Run
 from gsx.parity.settings import Setting, settings_of
 from gsx.progress import Progress
@@ -111,6 +111,7 @@ def verify(
         default_is_exported=_default_is_exported(opened),
         notes=tuple(notes),
         keep_map=_keep_map(run.first_window, manifest, windows.ids[0], load_tokenizer(checkpoint)),
+        similarity=_similarity(manifest),
         tools={
             "python": platform.python_version(),
             **{name: version(name) for name in ("gsx", "torch", "transformers", "onnxruntime")},
@@ -186,6 +187,18 @@ def _keep_map(
         tokens=tuple(labels),
         keep=tuple((tuple(map(bool, attn)), tuple(map(bool, mlp))) for attn, mlp in keep),
     )
+
+
+def _similarity(manifest: Manifest) -> Similarity | None:
+    """What FFN-SkipLLM was calibrated on; None with other rules."""
+    if manifest.policy is None or manifest.policy.name != "ffn-skip" or manifest.selection is None:
+        return None
+    parameters = manifest.policy.parameters
+    first, last = map(int, str(parameters["layers"]).split("-"))
+    mean = parameters["similarity"]
+    assert isinstance(mean, list)
+    change = float(manifest.selection.thresholds_for(manifest.selection.budget)[first, 1])
+    return Similarity(tuple(float(str(one)) for one in mean), first, last, 1 - change if change >= 0 else None)
 
 
 def _write(path: Path, text: str) -> None:

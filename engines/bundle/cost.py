@@ -15,8 +15,9 @@ from onnx import helper
 from engines.bundle.bundle import Bundle
 from engines.bundle.manifest import BRANCHES
 
-# Every token's K and V are computed, unless the K/V policy leaves them out.
 _BRANCH_WEIGHTS = {"attn": ("self_attn.q_proj.", "self_attn.o_proj."), "mlp": ("mlp.",)}
+# Read for every token under the K/V policy compute; under the others with the branch.
+_KV_WEIGHTS = ("self_attn.k_proj.", "self_attn.v_proj.")
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ def step_bytes(bundle: Bundle) -> StepBytes:
     branches = np.zeros((bundle.manifest.decoder.num_layers, len(BRANCHES)))
     for layer in range(len(branches)):
         for column, branch in enumerate(BRANCHES):
-            prefixes = tuple(f"layers.{layer}.{part}" for part in _BRANCH_WEIGHTS[branch])
+            parts = _BRANCH_WEIGHTS[branch]
+            if branch == "attn" and bundle.manifest.kv_policy != "compute":
+                parts += _KV_WEIGHTS
+            prefixes = tuple(f"layers.{layer}.{part}" for part in parts)
             branches[layer, column] = sum(size for name, size in sizes.items() if name.startswith(prefixes))
     return StepBytes(branches, float(total - branches.sum()))
 

@@ -98,7 +98,7 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range, *, steps
     else:
         _attend_and_append(graph, manifest, steps)
     _name_capacity(graph)
-    _regions(graph, layers)
+    _regions(graph, manifest, layers)
     weights_inside(graph)
     _kept_output(graph, steps)
     _thresholds_inside(graph)
@@ -338,27 +338,28 @@ class _Attention:
         return helper.make_node("GroupQueryAttention", inputs, outputs, name=self.name, domain=CONTRIB, **attributes)
 
 
-def _regions(graph: onnx.GraphProto, layers: range) -> None:
+def _regions(graph: onnx.GraphProto, manifest: Manifest, layers: range) -> None:
     """Each branch's nodes into an `If`."""
-    presents = [f"present.{i}.{kv}" for i in layers for kv in ("key", "value")]
-    regions = find_regions(graph, presents)
+    # What the cache was before. Under the K/V policy `none` what is written into it belongs to the branch.
+    before = {}
+    for layer in layers:
+        for kv in ("key", "value"):
+            before[f"present.{layer}.{kv}"] = _appended(layer, kv)
+            if manifest.kv_policy == "none":
+                before[_appended(layer, kv)] = f"past_key_values.{layer}.{kv}"
+    regions = find_regions(graph, before)
     nodes: list[onnx.NodeProto] = []
-    ends = {region.add.output[0]: region for region in regions}
-    member_names = {node.name for region in regions for node in region.nodes}
+    ends = {region.last.output[0]: region for region in regions}
+    member_names = {node.name for region in regions for node in (*region.nodes, region.add, *region.after)}
     for node in graph.node:
-        if node.name in member_names:
-            continue
         region = ends.get(node.output[0])
-        if region is None:
+        if region is not None:
+            written = [name for member in region.nodes for name in member.output if name in before]
+            inside = {name: before[name] for name in written}
+            carried = [(name, inside.get(fallback, fallback)) for name, fallback in inside.items()]
+            nodes += wrap(region, carried, f"{region.choice.output[2]}.")
+        elif node.name not in member_names:
             nodes.append(node)
-            continue
-        carried = [
-            (name, name.replace("present.", "appended."))
-            for member in region.nodes
-            for name in member.output
-            if name in presents
-        ]
-        nodes += wrap(region, carried, f"{region.choice.output[2]}.")
     _replace_nodes(graph, nodes)
 
 

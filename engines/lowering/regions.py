@@ -6,7 +6,7 @@ an empty query; an `If` leaves the whole branch out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,11 +18,25 @@ CHOICES = ("ThresholdGather", "TopKGather")
 
 @dataclass(frozen=True)
 class Region:
-    """One branch: the choice of rows, the nodes over them, and the node that adds them to the residual."""
+    """One branch.
+
+    Args:
+        choice: of the rows.
+        nodes: what runs over them; add: what adds the result to the residual.
+        after: what looks at the result, row by row, and puts what it finds into states that go on: their values, and
+            what they are without it, are `states`.
+    """
 
     choice: onnx.NodeProto
     nodes: Sequence[onnx.NodeProto]
     add: onnx.NodeProto
+    after: Sequence[onnx.NodeProto] = ()
+    states: Sequence[tuple[str, str]] = ()
+
+    @property
+    def last(self) -> onnx.NodeProto:
+        """The one that comes last in the graph."""
+        return self.after[-1] if self.after else self.add
 
 
 def find_regions(graph: onnx.GraphProto, internal_outputs: Iterable[str] = ()) -> list[Region]:
@@ -52,18 +66,21 @@ def find_regions(graph: onnx.GraphProto, internal_outputs: Iterable[str] = ()) -
         members = _reach(choice.output[:2], lambda name: consumers.get(name, []), nodes, "output")
         members &= _reach(add.input[1:], lambda name: [producer[name]] if name in producer else [], nodes, "input")
         members |= {end}
+        after, states = _states(choice, end, nodes, consumers, producer)
+        inside = members | after
         while True:
             leaving = {
                 number
                 for number in members - {end}
                 if any(
-                    name in outputs or any(c not in members for c in consumers.get(name, []))
+                    name in outputs or any(c not in inside for c in consumers.get(name, []))
                     for name in nodes[number].output
                 )
             }
             if not leaving:
                 break
             members -= leaving
+            inside -= leaving
         # Weights that are dequantized for this branch alone: ONNX Runtime makes one product of the two where they stand
         # in one graph.
         members |= {
@@ -73,8 +90,35 @@ def find_regions(graph: onnx.GraphProto, internal_outputs: Iterable[str] = ()) -
             and nodes[number].input[0] not in producer
             and all(c in members for name in nodes[number].output for c in consumers.get(name, []))
         }
-        regions.append(Region(choice, [nodes[n] for n in sorted(members - {end})], add))
+        parts = ([nodes[n] for n in sorted(part)] for part in (members - {end}, after))
+        before, behind = parts
+        regions.append(Region(choice, before, add, behind, states))
     return regions
+
+
+def _states(
+    choice: onnx.NodeProto,
+    add: int,
+    nodes: Sequence[onnx.NodeProto],
+    consumers: Mapping[str, list[int]],
+    producer: Mapping[str, int],
+) -> tuple[set[int], list[tuple[str, str]]]:
+    """Nodes behind a branch that scatter what they find of kept rows into states; the states, and what they were."""
+    downstream = _reach(nodes[add].output, lambda name: consumers.get(name, []), nodes, "output")
+    at = {choice.output[1]}
+    for node in nodes:
+        if node.op_type in ("Unsqueeze", "Reshape") and node.input[0] in at:
+            at.add(node.output[0])
+    found: set[int] = set()
+    states = []
+    for number in sorted(downstream):
+        node = nodes[number]
+        if node.op_type != "ScatterND" or node.input[1] not in at:
+            continue
+        behind = _reach(node.input[2:], lambda name: [producer[name]] if name in producer else [], nodes, "input")
+        found |= (behind & downstream) | {number}
+        states.append((node.output[0], node.input[0]))
+    return found, states
 
 
 def wrap(region: Region, carried: Sequence[tuple[str, str]], name: str) -> list[onnx.NodeProto]:
@@ -85,12 +129,13 @@ def wrap(region: Region, carried: Sequence[tuple[str, str]], name: str) -> list[
         name: prefix of new values.
     """
     residual, out = region.add.input[0], region.add.output[0]
-    results = [(out, residual), *carried]
+    results = [(out, residual), *region.states, *carried]
     then_names = {result: f"{name}then.{result}" for result, _ in results}
     then_nodes = []
-    for node in [*region.nodes, region.add]:
+    for node in [*region.nodes, region.add, *region.after]:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
+        copy.input[:] = [then_names.get(n, n) for n in node.input]
         copy.output[:] = [then_names.get(n, n) for n in node.output]
         then_nodes.append(copy)
     else_nodes = [

@@ -192,7 +192,7 @@ def host_type(precision: str) -> np.dtype[Any]:
             f"ONNX Runtime cannot run {precision} graphs on a CPU (no MatMul kernel)",
             expected="fp32 or fp16",
             found=precision,
-            todo="export with --precision fp32 to run here; the bf16 graph is for TensorRT",
+            todo="export with --precision fp32 to run here; the bf16 graph is for TensorRT, and --backend torch",
         )
     return dtype
 

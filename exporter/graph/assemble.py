@@ -148,7 +148,7 @@ class GraphBuilder:
             graph.reshape("exit_hidden", [-1, config.hidden_size], hidden)
             for n, value in carried_values.items():
                 carried[n] = f"entering_{n}"
-                graph.reshape(value.name, [-1], carried[n])
+                graph.reshape(value.name, [-1, 1], carried[n])
             inputs = [state, *below_values, *carried_values.values(), *inputs]
         for i in layers:
             past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")

@@ -83,7 +83,7 @@ class KeepRule(ABC):
         by_rank: whether a verdict's bound is a number of rows.
         inputs: the run-time inputs of the graph that it reads.
         call: what `enter` computes once in a call.
-        carried: what goes from branch to branch; [N] each.
+        carried: what goes from branch to branch; float32 [N, 1] each.
     """
 
     name: ClassVar[str]

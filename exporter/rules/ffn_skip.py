@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from exporter.config import BRANCHES, Branch
@@ -40,8 +39,8 @@ class FfnSkip(KeepRule):
     # What the last FFN that ran said (its change less its threshold: above 0, the next one runs), and for how many more
     # layers that holds.
     carried = {  # noqa: RUF012
-        "verdict": Value(torch.float32, ("N",)),
-        "left": Value(torch.float32, ("N",)),
+        "verdict": Value(torch.float32, ("N", 1)),
+        "left": Value(torch.float32, ("N", 1)),
     }
 
     def __init__(self, stride: int) -> None:
@@ -50,7 +49,7 @@ class FfnSkip(KeepRule):
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
         """Tokens below `full_until` run in full; no FFN has said anything yet."""
         values = dict(forced(tokens, before(tokens.positions, inputs["full_until"])))
-        nothing = torch.zeros_like(values["forced_score"])
+        nothing = torch.zeros_like(values["forced_score"]).unsqueeze(1)
         return {**values, "verdict": nothing, "left": nothing.clone()}
 
     def judge(self, layer: DecoderLayer, branch: Branch, hidden: Tensor, normed: Tensor, values: Values) -> Verdict:
@@ -58,14 +57,19 @@ class FfnSkip(KeepRule):
         warm = values["thresholds"][_MLP] > -torch.inf
         holds = (values["left"] > 0) & warm
         score = torch.where(holds, values["verdict"], torch.tensor(torch.inf))
-        return Verdict(apply_forced(score, values), torch.tensor(0.0))
+        return Verdict(apply_forced(score.squeeze(1), values), torch.tensor(0.0))
 
     def after(self, branch: Branch, before: Tensor, after: Tensor, index: Tensor, values: Values) -> Values:
         """Rows that ran give a new verdict; for the others the old one holds for one layer less."""
         was, now = (state.index_select(0, index).to(torch.float32) for state in (before, after))
-        found = 1 - F.cosine_similarity(was, now, dim=-1) - values["thresholds"][_MLP]
+        found = 1 - _dot(was, now) / (_dot(was, was) * _dot(now, now)).sqrt() - values["thresholds"][_MLP]
         left = torch.where(found > 0, 1.0, float(self.stride))
         return {
             "verdict": values["verdict"].index_copy(0, index, found),
             "left": (values["left"] - 1).index_copy(0, index, left),
         }
+
+
+def _dot(one: Tensor, other: Tensor) -> Tensor:
+    """Products of rows, [K, H] each -> [K, 1]: a matrix product, since ONNX Runtime sums no rows to a wrong shape."""
+    return torch.bmm(one.unsqueeze(1), other.unsqueeze(2)).squeeze(2)

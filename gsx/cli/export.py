@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,7 +35,7 @@ def export(
     policy: Annotated[
         str | None,
         typer.Option(
-            help="The keep rule: gateskip, layers[:SET], unified:SPEEDUP, dense (docs/policies.md).",
+            help="The keep rule: gateskip, layers[:SET], unified:SPEEDUP, ffn-skip, dense (docs/policies.md).",
             show_default="gateskip with gates, else dense",
         ),
     ] = None,
@@ -171,7 +172,7 @@ def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "kv_policy": manifest.kv_policy,
         "quantization": manifest.quantization.scheme if manifest.quantization else None,
         "kept_high": list(manifest.quantization.kept_high) if manifest.quantization else None,
-        "layers_kept": manifest.policy.parameters.get("layers") if manifest.policy else None,
+        "parameters": manifest.policy.parameters if manifest.policy else None,
         "budget": selection.budget if selection else None,
         "kept_share": kept,
         "draft": _draft_of(manifest.draft) if manifest.draft else None,
@@ -189,12 +190,13 @@ def _print(summary: dict[str, Any]) -> None:
     if summary["policy"] is None:
         console.print("a dense model: nothing is skipped")
     elif summary["budget"] is None:
-        console.print(f"policy {summary['policy']}: layers {summary['layers_kept']} run by default")
+        console.print(f"policy {summary['policy']}: layers {summary['parameters']['layers']} run by default")
     elif summary["kept_share"] is None:
         console.print(f"{summary['select']} selection, budget {summary['budget']:g}")
     else:
+        how = f"{summary['select']} selection" if summary["policy"] == "gateskip" else policy_name(summary)
         console.print(
-            f"{summary['select']} selection, budget {summary['budget']:g}: "
+            f"{how}, budget {summary['budget']:g}: "
             f"{summary['kept_share']:.3f} of (token, branch) pairs kept on the calibration text"
         )
     if summary["draft"] is not None:
@@ -209,6 +211,13 @@ def _print(summary: dict[str, Any]) -> None:
     rows = [(name, size(count)) for name, count in summary["files"].items()]
     console.print(table(None, ("file", "size"), rows, right=1))
     console.print(f"next: gsx verify {summary['bundle']}")
+
+
+def policy_name(summary: Mapping[str, Any]) -> str:
+    """A policy with its parameters of one value, from an export's or a bundle's facts."""
+    single = {name: value for name, value in summary["parameters"].items() if not isinstance(value, list)}
+    parameters = ", ".join(f"{name} {value}" for name, value in single.items())
+    return f"{summary['policy']} ({parameters})" if parameters else str(summary["policy"])
 
 
 def _draft_of(entry: DraftEntry) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gsx.cli.console import out, print_json, quiet_libraries, size, table
+from gsx.cli.export import policy_name
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
@@ -82,6 +83,5 @@ def policy_line(policy: Mapping[str, Any] | None) -> str:
     if policy is None:
         return "none: a dense model"
     reads = ", ".join(read["name"] for read in policy["inputs"])
-    parameters = ", ".join(f"{name} {value}" for name, value in policy["parameters"].items())
-    name = f"{policy['name']}{f' ({parameters})' if parameters else ''}"
+    name = policy_name({"policy": policy["name"], "parameters": policy["parameters"]})
     return f"{name}, skips {' and '.join(policy['branches'])}, reads {reads}"

@@ -34,7 +34,7 @@ def page_plots(report: Report) -> list[Plot]:
     if len(report.results) > 1:
         plots.append(
             Plot(
-                "Perplexity against budget",
+                "Perplexity against share kept",
                 "Of the verification text, reference and engine; they must lie on each other.",
                 svg((5.2, 2.9), 1, lambda axes: perplexity(report, axes[0])),
             )
@@ -52,8 +52,17 @@ def page_plots(report: Report) -> list[Plot]:
         plots.append(
             Plot(
                 "Kept share by layer and branch",
-                "Share of tokens that run each branch, in percent, at each budget.",
+                "Share of tokens that run each branch, in percent, at each setting.",
                 svg((10.2, height), len(report.branches), lambda axes: kept_share(report, axes)),
+            )
+        )
+    if report.similarity is not None:
+        plots.append(
+            Plot(
+                "Similarity by layer",
+                "Mean cosine of a token's state before and after each FFN on calibration text, nothing being skipped. "
+                "Layers on grey are cold; the dashed line is the threshold at the exported budget.",
+                svg((10.2, 2.6), 1, lambda axes: similarity(report, axes[0])),
             )
         )
     if report.keep_map is not None:
@@ -62,7 +71,7 @@ def page_plots(report: Report) -> list[Plot]:
         plots.append(
             Plot(
                 "Which token keeps which layer",
-                f"The beginning of the text at budget {report.keep_map.setting}: filled cells ran, faint "
+                f"The beginning of the text at {report.keep_map.setting}: filled cells ran, faint "
                 "ones were skipped. Layer 0 is at the bottom.",
                 svg(
                     (10.2, height),
@@ -91,7 +100,7 @@ def combined(report: Report, path: Path) -> None:
             top, middle, bottom = parts
             errors_by_layer(report, list(top.subplots(1, 4, width_ratios=[1, 1, 1, 1.2])[:3]))
             perplexity(report, top.axes[3])
-            top.axes[3].set_title("perplexity against budget")
+            top.axes[3].set_title("perplexity against share kept")
             kept_share(report, list(np.atleast_1d(middle.subplots(1, len(report.branches), sharey=True))))
             if report.keep_map is not None:
                 token_map(report, list(np.atleast_1d(bottom.subplots(len(report.branches), 1, sharex=True))))
@@ -130,7 +139,13 @@ def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
         axes[0].text(0, limit * 1.25, "limit", color=ORANGE, fontsize=8)
     if len(report.results) > 1:
         axes[-1].legend(
-            title="budget", fontsize=7, title_fontsize=7, columnspacing=1, handlelength=1.2, loc="lower center", ncols=5
+            title="setting",
+            fontsize=7,
+            title_fontsize=7,
+            columnspacing=1,
+            handlelength=1.2,
+            loc="lower center",
+            ncols=5,
         )
 
 
@@ -153,12 +168,28 @@ def perplexity(report: Report, axis: Axes) -> None:
     axis.margins(x=0.08, y=0.2)
     axis.set_xticks(
         budgets,
-        [result.setting if result.setting[0].isdigit() else f"{result.budget:.2f}" for result in report.results],
+        [f"{budget:.3g}" for budget in budgets],
     )
     axis.invert_xaxis()
-    axis.set_xlabel("budget (less is skipped on the left)")
+    axis.set_xlabel("share kept (less is skipped on the left)")
     axis.set_ylabel("perplexity")
     axis.legend(loc="best")
+
+
+def similarity(report: Report, axis: Axes) -> None:
+    """FFN-SkipLLM: how alike states are across each FFN."""
+    found = report.similarity
+    assert found is not None
+    layers = len(found.mean)
+    axis.plot(range(layers), found.mean, color=BLUE, marker="o", markersize=4, linewidth=1)
+    for first, last in ((0, found.first - 1), (found.last + 1, layers - 1)):
+        axis.axvspan(first - 0.5, last + 0.5, color=GREY, alpha=0.2)
+    if found.threshold is not None:
+        axis.axhline(found.threshold, color=ORANGE, linewidth=1, linestyle="--")
+    axis.set_xlim(-0.5, layers - 0.5)
+    axis.set_ylabel("cosine")
+    axis.set_xlabel("layer")
+    _whole_numbers(axis, layers)
 
 
 def flips_by_layer(report: Report, axes: Sequence[Axes]) -> None:
@@ -178,7 +209,7 @@ def flips_by_layer(report: Report, axes: Sequence[Axes]) -> None:
         axis.set_title(f"{_BRANCH_WORDS[branch]}: decisions flipped, percent")
         axis.set_xlabel("layer")
         _whole_numbers(axis, len(report.results[0].kept))
-    axes[-1].legend(title="budget", fontsize=7, title_fontsize=7)
+    axes[-1].legend(title="setting", fontsize=7, title_fontsize=7)
 
 
 def kept_share(report: Report, axes: Sequence[Axes]) -> None:
@@ -196,7 +227,7 @@ def kept_share(report: Report, axes: Sequence[Axes]) -> None:
         axis.set_yticks(range(len(results)), [result.setting for result in results])
         _whole_numbers(axis, shares.shape[1])
         _bare(axis)
-    axes[0].set_ylabel("budget")
+    axes[0].set_ylabel("setting")
 
 
 def token_map(report: Report, axes: Sequence[Axes]) -> None:

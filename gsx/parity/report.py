@@ -121,6 +121,22 @@ class KeepMap:
 
 
 @dataclass(frozen=True)
+class Similarity:
+    """How alike a token's state is before and after each FFN (FFN-SkipLLM), nothing being skipped.
+
+    Args:
+        mean: [L] cosine, mean over the calibration text.
+        first, last: the layers that may skip.
+        threshold: cosine from which the next FFNs are skipped at the exported budget; None where none are.
+    """
+
+    mean: tuple[float, ...]
+    first: int
+    last: int
+    threshold: float | None
+
+
+@dataclass(frozen=True)
 class Report:
     """What `gsx verify` found.
 
@@ -136,6 +152,7 @@ class Report:
         results: one a budget, in falling order.
         default_is_exported: whether the graph's own default selection is the exported one; None for a dense model.
         notes: what was left out and why.
+        similarity: with FFN-SkipLLM.
         tools: versions.
     """
 
@@ -159,6 +176,7 @@ class Report:
     default_is_exported: bool | None
     notes: tuple[str, ...]
     keep_map: KeepMap | None
+    similarity: Similarity | None
     tools: Mapping[str, str]
     seconds: float
 

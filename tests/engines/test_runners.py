@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -193,7 +194,7 @@ def test_generation_ends(tiny_bundle: Path) -> None:
 
 
 def test_budget_changes_at_run_time(tiny_bundle: Path) -> None:
-    shares = [run(tiny_bundle, max_new_tokens=60, budget=b).stats.kept_share for b in (1.0, 0.85, 0.5)]
+    shares = [run(tiny_bundle, max_new_tokens=60, keep=Keep(budget=b)).stats.kept_share for b in (1.0, 0.85, 0.5)]
     assert shares[0] == 1.0
     assert shares[0] > shares[1] > shares[2]
 
@@ -208,12 +209,12 @@ def test_sampling_repeats_with_its_seed(tiny_bundle: Path) -> None:
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "max new tokens"),
-        ({"budget": 0}, "budget"),
-        ({"budget": 1.5}, "budget"),
-        ({"budget": 0.01}, "below the calibrated grid"),
+        ({"keep": Keep(budget=0)}, "budget"),
+        ({"keep": Keep(budget=1.5)}, "budget"),
+        ({"keep": Keep(budget=0.01)}, "below the calibrated grid"),
     ],
 )
-def test_bad_options_are_refused(tiny_bundle: Path, options: dict[str, float], message: str) -> None:
+def test_bad_options_are_refused(tiny_bundle: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         run(tiny_bundle, **options)
 

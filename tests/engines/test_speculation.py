@@ -24,7 +24,6 @@ from engines.speculation.length import LONGEST, PROBE_EVERY, AdaptiveLength, Rou
 from engines.speculation.spec import check_draft, parse_draft
 from exporter.checkpoint import open_checkpoint
 from exporter.config import GateConfig
-from exporter.masks.base import KeepAll
 from exporter.reference import Reference
 from gsx.export import export
 from tests.tiny import EOS_ID, tiny_checkpoint
@@ -89,9 +88,9 @@ def test_the_draft_is_the_references_exit(tmp_path: Path) -> None:
     bundle = export(checkpoint, tmp_path / "out", draft="exit:3")
     ids = np.array([PROMPTS[0]])
     runner = open_split_runner(bundle)
-    found = runner.draft(runner.new_cache(1, 16), ids, None, logits="all").logits
+    found = runner.draft(runner.new_cache(1, 16), ids, {}, logits="all").logits
     reference = Reference.load(open_checkpoint(checkpoint))
-    wanted = reference.exit_logits(reference(torch.from_numpy(ids), selection=KeepAll()), 3)
+    wanted = reference.exit_logits(reference(torch.from_numpy(ids)), 3)
     np.testing.assert_allclose(found, wanted.numpy(), atol=LOGITS_ATOL)
 
 

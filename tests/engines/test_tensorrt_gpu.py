@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -11,14 +12,17 @@ import numpy as np
 import pytest
 
 from engines.building.build import build
-from engines.bundle.bundle import open_bundle
+from engines.bundle.bundle import Bundle, open_bundle, sha256_of, write_manifest
 from engines.bundle.controls import controls_for
+from engines.errors import EngineError
 from engines.generation import generate
 from engines.runners.portable import PortableStage
 from engines.runners.tensorrt import open_stage
 from engines.runners.whole import WholeRunner
 from engines.tensorrt import cuda
 from engines.tensorrt.backend import Backend, load_module
+from engines.tensorrt.kernel_cache import kernel_cache_path
+from engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from engines.tensorrt.plugins import plugin_library
 
 pytestmark = pytest.mark.gpu
@@ -76,3 +80,70 @@ def test_an_engine_computes_what_onnx_runtime_computes(
             np.testing.assert_array_equal(found.kept, want.kept)
         texts = [generate(one, [PROMPT], max_new_tokens=80).sequences for one in (portable, runner)]
         assert texts[0] == texts[1]
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
+def built(request: pytest.FixtureRequest, tiny_bundle: Path, tmp_path: Path) -> tuple[Bundle, Backend, str]:
+    """A bundle with engines for the GPU at hand, their backend and their name."""
+    backend: Backend = request.param
+    if backend not in backends():
+        pytest.skip(f"{backend} is not installed")
+    directory = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    name, entry = build(directory, backend=backend, context=64)
+    device = cuda.device()
+    assert device is not None
+    if device.capability not in entry.targets:
+        pytest.skip(f"{backend} does not build for this GPU ({device.name}): python -m tests.gpu --parts engines")
+    return open_bundle(directory), backend, name
+
+
+def test_an_engine_that_tensorrt_refuses_is_an_error_in_words(built: tuple[Bundle, Backend, str]) -> None:
+    """Bytes that our own checks pass and TensorRT does not: the process lives, and the message says what to do."""
+    bundle, backend, name = built
+    folder = bundle.directory / ENGINES / name
+    entry = bundle.manifest.engines[name]
+    path = folder / entry.graphs["model"].file
+    path.write_bytes(path.read_bytes()[: entry.graphs["model"].size_bytes // 2])
+    graph = entry.graphs["model"].model_copy(update={"size_bytes": path.stat().st_size, "sha256": sha256_of(path)})
+    entry = entry.model_copy(update={"graphs": {**entry.graphs, "model": graph}})
+    (folder / ENGINE_FILE).write_text(entry.model_dump_json())
+    write_manifest(bundle.directory, bundle.manifest.model_copy(update={"engines": {name: entry}}))
+    with pytest.raises(EngineError, match=r"does not take the engine\n.*\n.*gsx build"):
+        open_stage(open_bundle(bundle.directory), backend)
+
+
+def test_an_engine_without_its_plugins_is_not_loaded(
+    built: tuple[Bundle, Backend, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, backend, name = built
+    if bundle.manifest.engines[name].plugins is None:
+        pytest.skip("no plugin library was built: gsx plugins build")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    with pytest.raises(
+        EngineError, match=r"the plugin library differs\n.*found no plugin library\n.*gsx plugins build"
+    ):
+        open_stage(bundle, backend)
+
+
+def test_compiled_kernels_are_kept(
+    built: tuple[Bundle, Backend, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX compiles in the first run; the second reads what the first one left, and writes the same."""
+    bundle, backend, name = built
+    if backend != "tensorrt-rtx":
+        pytest.skip("engines of TensorRT hold their kernels")
+    if (library := plugin_library()) is not None:
+        monkeypatch.setenv("GSX_PLUGIN_LIBRARY", str(library))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    device = cuda.device()
+    assert device is not None
+    path = kernel_cache_path(bundle.manifest.engines[name].graphs["model"].sha256, device.capability)
+    texts = []
+    for there_before in (False, True):
+        assert path.exists() == there_before
+        runner = WholeRunner(open_stage(bundle, backend))
+        texts.append(generate(runner, [PROMPT], max_new_tokens=8).sequences)
+        del runner
+        gc.collect()
+    assert path.stat().st_size > 0
+    assert texts[0] == texts[1]

@@ -233,7 +233,7 @@ def test_nothing_kept_leaves_the_state_alone(pair: Pair) -> None:
     for size in (4, 1):
         ids = np.full((batch, size), 7)
         outputs = [
-            runner.step(cache, ids, above, logits="all")
+            runner.step(cache, ids, {"thresholds": above}, logits="all")
             for runner, cache in zip((pair.portable, pair.runner), caches, strict=True)
         ]
         for output in outputs:

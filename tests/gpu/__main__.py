@@ -1,9 +1,11 @@
-"""Build, check and time the kernels in one call; the output is one table.
+"""Build, check and time everything that needs a GPU, in one call; the output is one table.
 
     python -m tests.gpu                 all of it; exit code 1 where a check fails or a figure is missed
     python -m tests.gpu --emulated      the checks alone, on the CPU, with the emulated kernels
 
-Needs a GPU, nvcc, CMake and PyTorch; compute-sanitizer where it is there. Nothing of TensorRT.
+Needs a GPU, nvcc, CMake and PyTorch; compute-sanitizer, TensorRT and TensorRT-RTX where they are there, and rows that
+say so where not. A part that fails is a row, and the next part runs. Parts one by one, where a call may not take long:
+kernels (`checks`, `timing`), memory (`sanitizer`), PyTorch with the kernels (`prefill`, `torch`), `engines`.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ import argparse
 import shutil
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +23,7 @@ import torch
 from plugins.build import build
 from plugins.cuda import Kernels
 from plugins.errors import PluginError
+from tests.gpu import whole_models
 from tests.gpu.checks import check_graph, run_checks
 from tests.gpu.rows import Row, goal_row, table
 from tests.gpu.timing import measure
@@ -31,6 +36,7 @@ SANITIZERS = {
     "racecheck": "races in shared memory",
     "synccheck": "wrong barriers",
 }
+PARTS = ("checks", "timing", "prefill", "torch", "engines", "sanitizer")
 _SANITIZER_SECONDS = 150
 _SANITIZER_FAILED = 99
 
@@ -52,16 +58,35 @@ def main(arguments: list[str] | None = None) -> int:
     except PluginError as error:
         print(error, file=sys.stderr)
         return 1
-    rows = []
-    if "checks" in options.parts:
-        rows += run_checks(kernels, "cuda", quick=options.quick)
-        rows.append(check_graph(kernels))
-    if "sanitizer" in options.parts:
-        rows += [_sanitize(tool, finds) for tool, finds in SANITIZERS.items()]
-    if "timing" in options.parts:
-        rows.append(Row("build for this GPU", f"{built.record.seconds:g} s, nvcc {built.record.nvcc}"))
-        rows += measure(Kernels(built.path))
-    return _finish(rows)
+    build_row = Row("build for this GPU", f"{built.record.seconds:g} s, nvcc {built.record.nvcc}")
+    parts: dict[str, Callable[[], list[Row]]] = {
+        "checks": lambda: [*run_checks(kernels, "cuda", quick=options.quick), check_graph(kernels)],
+        "timing": lambda: [build_row, *measure(Kernels(built.path))],
+        "prefill": whole_models.prefill_rows,
+        "torch": whole_models.torch_rows,
+        "engines": lambda: [_plugins_row(f"{major}{minor}"), *whole_models.engine_rows()],
+        "sanitizer": lambda: [_sanitize(tool, finds) for tool, finds in SANITIZERS.items()],
+    }
+    return _finish([row for name in PARTS if name in options.parts for row in rows_of(name, parts[name])])
+
+
+def _plugins_row(architecture: str) -> Row:
+    """The plugin library, which needs TensorRT's headers; without it engines are built all the same, with masks."""
+    try:
+        return Row("plugins for engines", f"built in {build(architectures=(architecture,)).record.seconds:g} s")
+    except PluginError as error:
+        return Row("plugins for engines", f"none, engines have masks: {error.what}", verdict="missing")
+
+
+def rows_of(name: str, part: Callable[[], list[Row]]) -> list[Row]:
+    """The rows of a part; one row that says what happened where it fails as a whole, with the traceback on stderr."""
+    try:
+        return part()
+    except Exception as error:  # a call on a GPU is dear: the other parts are to run
+        traceback.print_exc()
+        return [Row(f"the part {name}", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "", "fail")]
+    finally:
+        torch.cuda.empty_cache()
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -71,8 +96,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--parts",
         nargs="+",
-        choices=("checks", "sanitizer", "timing"),
-        default=("checks", "sanitizer", "timing"),
+        choices=PARTS,
+        default=PARTS,
         help="what to do; all of it by default",
     )
     return parser.parse_args(arguments)

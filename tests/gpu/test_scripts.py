@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import gpu_prefill
+from benchmarks import gpu_prefill, torch_backend
+from engines.bundle.bundle import open_bundle
+from engines.runners.select import open_runner
 from exporter.config import GateConfig
-from tests.gpu.__main__ import main
+from gsx.torch_runtime import TorchRuntime
+from tests.gpu.__main__ import main, rows_of
 from tests.gpu.rows import Row, goal_row, table
+from tests.gpu.whole_models import same_text
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the scripts would use it")
 
 
 @no_gpu
-@pytest.mark.parametrize("script", [main, gpu_prefill.main])
-def test_no_gpu(script: object, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script([]) == 1  # type: ignore[operator]
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [(main, []), (gpu_prefill.main, []), (torch_backend.main, ["--work", "unused"])],
+    ids=["tests.gpu", "gpu_prefill", "torch_backend"],
+)
+def test_no_gpu(script: Callable[[list[str]], int], arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert script(arguments) == 1
     assert "PyTorch sees no GPU here" in capsys.readouterr().err
 
 
@@ -53,6 +64,35 @@ def test_prefill_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
         "| budget 0.7",
         "| budget 0.5",
     ]
+
+
+def test_text_rows(tiny_bundle: Path) -> None:
+    """A runtime that writes ONNX Runtime's text, and one that cannot be opened: a row that says why, no traceback."""
+    bundle = open_bundle(tiny_bundle)
+    row = same_text("torch", bundle, lambda: open_runner(bundle, backend=TorchRuntime("cpu")))
+    assert row.found.startswith("equal at 2 of 2 budgets")
+    assert row.verdict == "pass"
+    row = same_text("engine", bundle, lambda: open_runner(bundle, backend="tensorrt-rtx"))
+    assert "has no engines for tensorrt-rtx found none gsx build" in row.found
+    assert row.verdict == "fail"
+
+
+def test_torch_backend_on_a_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole script with a tiny shape; a CPU's times decide nothing."""
+    arguments = ["--shape", "tiny", "--device", "cpu", "--tokens", "16", "--new-tokens", "4", "--rounds", "1"]
+    assert torch_backend.main(["--work", str(tmp_path), *arguments]) == 0
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line[0] for line in lines] == ["| form", "| dense", "| budget 1", "| budget 0.5"]
+    assert [line[1] for line in lines[1:3]] == ["", "1.000"]
+    assert 0.2 < float(lines[3][1]) < 0.8
+
+
+def test_a_part_that_fails_is_a_row(capsys: pytest.CaptureFixture[str]) -> None:
+    def part() -> list[Row]:
+        raise RuntimeError("out of memory\nreally")
+
+    assert rows_of("torch", part) == [Row("the part torch", "RuntimeError: out of memory really", "", "fail")]
+    assert "Traceback" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kept", [24, 12])

@@ -57,6 +57,7 @@ CASES = {
     "copy, split": Case({"kv_policy": "copy", "budget": 0.5, "draft": "exit:1"}),
     "rank": Case({"select": "rank", "calibration": None}),
     "dense, sliding window": Case(model={"family": "mistral", "sliding_window": 6}),
+    "a set of layers": Case({"policy": "layers:0,2.mlp"}, {"family": "llama"}),
     "mlp alone, tied head": Case(
         {"budget": 0.6}, {"family": "qwen3", "tied": True, "gate": GateConfig("scalar", "pre_norm", ("mlp",))}
     ),
@@ -75,8 +76,8 @@ def bundle(
         return open_bundle(make_tiny_bundle(**case.options))
     directory = tmp_path_factory.mktemp("torch")
     checkpoint = tiny_checkpoint(directory / "model", tokenizer=True, **case.model)
-    options = {"calibration": tiny_text, **case.options} if case.options else {}
-    return export(checkpoint, directory / "out", **options)  # type: ignore[arg-type]
+    text = {"calibration": tiny_text} if "budget" in case.options else {}
+    return export(checkpoint, directory / "out", **text, **case.options)
 
 
 def both(bundle: Bundle) -> tuple[Runner, Runner]:
@@ -135,11 +136,11 @@ def test_draft_and_verify_write_the_same_text(make_tiny_bundle: Callable[..., Pa
 def test_bfloat16_runs_on_a_cpu(make_tiny_bundle: Callable[..., Path]) -> None:
     """ONNX Runtime has no such products; nothing is skipped here, so that no choice can fall to its other side."""
     ids = np.array([PROMPTS[0]])
-    keep_all = np.full((3, 2), -np.inf, np.float32)
+    keep_all = {"thresholds": np.full((3, 2), -np.inf, np.float32)}
     outputs = []
     for options in ({}, {"precision": "bf16"}):
         runner = open_runner(open_bundle(make_tiny_bundle(**options)), backend=TorchRuntime("cpu"))
-        outputs.append(runner.step(runner.new_cache(1, 16), ids, keep_all, logits="all").logits)
+        outputs.append(runner.step(runner.new_cache(1, 16), ids, {"thresholds": keep_all}, logits="all").logits)
     np.testing.assert_allclose(outputs[1], outputs[0], atol=BF16_ATOL)
     assert not np.allclose(outputs[1], outputs[0], atol=LOGITS_ATOL["fp32"])
 

@@ -1,5 +1,6 @@
 """The plugins in TensorRT-RTX, without a GPU: its parser makes plugin layers, its builder builds engines with them, and
-what a plugin refuses fails with the plugin's message. What needs a GPU (loading an engine, running it) is in tests/gpu.
+what a plugin refuses fails with the plugin's message. What needs a GPU (loading an
+engine, running it) is in tests/engines/test_tensorrt_gpu.py.
 """
 
 from __future__ import annotations

@@ -1,0 +1,163 @@
+"""Whole models on the GPU at hand: PyTorch with the kernels, and engines where TensorRT is there.
+
+Everything is made on the spot from the example model, or from random weights where time is what counts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gpu_prefill, torch_backend
+from engines.building.build import build
+from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import Keep
+from engines.errors import GsxError
+from engines.generation import generate
+from engines.runners.base import Runner
+from engines.runners.select import open_runner
+from engines.runners.tensorrt import TensorRTStage, open_stage
+from engines.runners.whole import WholeRunner
+from engines.tensorrt import cuda
+from engines.tensorrt.backend import Backend, dotted, load_module
+from engines.tensorrt.loading import ENGINES
+from engines.tensorrt.plugins import plugin_library
+from engines.tokens import BundleTokenizer
+from gsx.export import export
+from gsx.torch_runtime import TorchRuntime
+from plugins.cuda import bind
+from tests.gpu.rows import Row, goal_row
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "model"
+BUDGETS = (1.0, 0.5)
+_PROMPT = "import os\n\n\ndef read(path):\n    with open("
+_TOKENS = 64
+_CONTEXT = 256
+
+
+@contextmanager
+def example(**options: Any) -> Iterator[Bundle]:
+    """The example model as a bundle that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="gsx-gpu-") as folder:
+        yield export(EXAMPLE, Path(folder) / "bundle", calibration_tokens=2048, **options)
+
+
+def prefill_rows() -> list[Row]:
+    """Prefill of Llama-3-8B's shape: time against FLOPs."""
+    bind()
+    figures = gpu_prefill.measure(gpu_prefill.LLAMA_3_8B, 4096, (1.0, 0.7, 0.5), 20, "cuda")
+    what = "prefill, Llama-3-8B's shape, bf16, 4096 tokens"
+    rows = [Row(f"{what}, dense", f"{figures[0].seconds * 1e3:.1f} ms")]
+    for one in figures[1:]:
+        found = f"{one.seconds * 1e3:.1f} ms, {one.time:.3f} of dense, FLOPs {one.work:.3f}: {one.apart:+.1%}"
+        goal = f"{gpu_prefill.MAX_APART:.0%} apart"
+        rows.append(goal_row(f"{what}, {one.form}", found, goal, one.reached) if one.saves else Row(what, found))
+    return rows
+
+
+def torch_rows() -> list[Row]:
+    """`--backend torch`: the example model's text against ONNX Runtime's, and speed from prompt to text."""
+    with example(budget=0.5, draft="exit:4") as bundle:
+        rows = [
+            same_text("torch: the example model", bundle, lambda: open_runner(bundle, backend=TorchRuntime("cuda")))
+        ]
+    with tempfile.TemporaryDirectory(prefix="gsx-gpu-") as folder:
+        dense, gated = torch_backend.bundles(Path(folder), "1b", "bf16")
+        speeds = torch_backend.measure(dense, gated, "cuda", 1536, 64, 5)
+    first = speeds[0]
+    for one in speeds:
+        ratios = f"{one.prefill / first.prefill:.3f} and {one.step / first.step:.3f} of dense"
+        kept = "" if one.kept is None else f", kept {one.kept:.3f}"
+        found = f"prefill {one.prefill * 1e3:.1f} ms, a token {one.step * 1e3:.2f} ms; {ratios}{kept}"
+        rows.append(Row(f"torch, 1.1 B, bf16, 1536 tokens, {one.form}", found))
+    return rows
+
+
+def engine_rows() -> list[Row]:
+    """Engines of the example model on each TensorRT that is installed; FP8 beside bf16 where both can be had."""
+    rows = []
+    for backend in ("tensorrt", "tensorrt-rtx"):
+        what = f"{backend}: an engine of the example model"
+        try:
+            load_module(backend)  # type: ignore[arg-type]
+        except GsxError as error:
+            rows.append(Row(what, _line(error), "ONNX Runtime's text", "missing"))
+            continue
+        with example(budget=0.5) as bundle:
+            rows.append(same_text(what, bundle, lambda backend=backend, bundle=bundle: _built(bundle, backend)))
+        rows += _eight_bit_rows(backend)  # type: ignore[arg-type]
+    return rows
+
+
+def same_text(what: str, bundle: Bundle, open_other: Callable[[], Runner]) -> Row:
+    """Greedy tokens of another runtime against ONNX Runtime's, at each budget."""
+    prompt = [BundleTokenizer(bundle).encode(_PROMPT)]
+    goal = "ONNX Runtime's text"
+    try:
+        runners = (open_runner(bundle), open_other())
+        equal, speed = 0, 0.0
+        for budget in BUDGETS:
+            texts = [
+                generate(one, prompt, max_new_tokens=_TOKENS, keep=Keep(budget=budget), stop_ids=[]) for one in runners
+            ]
+            equal += texts[0].sequences == texts[1].sequences
+            speed = texts[1].stats.decode_tokens_per_second or 0.0
+    except GsxError as error:
+        return Row(what, _line(error), goal, "fail")
+    found = f"equal at {equal} of {len(BUDGETS)} budgets, {speed:.0f} tokens/s at budget {BUDGETS[-1]:g}"
+    return goal_row(what, found, goal, equal == len(BUDGETS))
+
+
+def _built(bundle: Bundle, backend: Backend) -> Runner:
+    """The engine of a bundle, built now and opened here.
+
+    TensorRT-RTX does not offer every GPU as a target (1.7 has no 9.0). What it builds by default is then given to it as
+    it is: whether it takes and runs that is the question.
+    """
+    name, entry = build(bundle, backend=backend, context=_CONTEXT)
+    opened = open_bundle(bundle.directory)
+    device = cuda.device()
+    assert device is not None
+    if device.capability in entry.targets:
+        return WholeRunner(open_stage(opened, backend))
+    from engines.tensorrt.execution import CudaEngine
+
+    print(f"{backend}: {dotted(device.capability)} is no target of its; trying {', '.join(map(dotted, entry.targets))}")
+    plan = (opened.directory / ENGINES / name / entry.graphs["model"].file).read_bytes()
+    library = plugin_library() if entry.plugins else None
+    engine = CudaEngine(backend, plan, library=library, cuda_graphs=False, kernels=None)
+    return WholeRunner(TensorRTStage(opened.manifest, entry, "model", engine))
+
+
+def _eight_bit_rows(backend: Backend) -> list[Row]:
+    """Prefill of 1.1 B parameters, dense, in FP8 and in bf16."""
+    what = f"{backend}: FP8 beside bf16, 1.1 B dense, prefill of 1024 tokens"
+    if find_spec("modelopt") is None:
+        return [Row(what, "NVIDIA ModelOpt is not installed", verdict="missing")]
+    from gsx.quantize import Quantize
+
+    with tempfile.TemporaryDirectory(prefix="gsx-gpu-") as folder:
+        work = Path(folder)
+        plain, _ = torch_backend.bundles(work, "1b", "bf16")
+        text = work / "1b.txt"
+        small = work / "fp8"
+        try:
+            export(work / "1b-dense", small, precision="bf16", quantize=Quantize("fp8"), calibration=text)
+            milliseconds = []
+            for path in (plain, small):
+                runner = _built(open_bundle(path), backend)
+                prompt = [list(range(1, 1025))]
+                times = [generate(runner, prompt, max_new_tokens=1).stats.prefill_seconds * 1e3 for _ in range(5)]
+                milliseconds.append(min(times))
+        except GsxError as error:
+            return [Row(what, _line(error), verdict="fail")]
+    found = f"{milliseconds[1]:.1f} ms, bf16 {milliseconds[0]:.1f} ms: {milliseconds[0] / milliseconds[1]:.2f} times"
+    return [Row(what, found)]
+
+
+def _line(error: GsxError) -> str:
+    return " ".join(error.message.split())
