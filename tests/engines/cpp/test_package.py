@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from engines.bundle.bundle import open_bundle
 from engines.tensorrt import cuda
 from tests.engines.cpp.conftest import SOURCES, compile_all, configure, json_include, run
 from tests.plugins.emulation import cuda_include
@@ -47,7 +48,8 @@ def test_another_project_finds_it(cpp_build: Path, tiny_bundle: Path, tmp_path: 
         (tmp_path / name).write_text(text)
     run(["cmake", "-S", str(tmp_path), "-B", str(build), f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-O0"])
     compile_all(build)
-    assert run([str(build / "consumer"), str(tiny_bundle)]) == "256 0.7\n"
+    vocabulary = open_bundle(tiny_bundle).manifest.decoder.vocab_size
+    assert run([str(build / "consumer"), str(tiny_bundle)]) == f"{vocabulary} 0.7\n"
 
 
 @pytest.mark.parametrize("root", ROOTS, ids=str)
