@@ -3,9 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEMO := out/demo
+# Triton wants NumPy 1, and so an environment of its own.
+TRITON := .venv-triton
+TRITON_STAMP := $(TRITON)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo serve test triton lint clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,8 +20,17 @@ demo: $(STAMP) ## export the example model, prove it equal to PyTorch, generate 
 	@echo
 	@echo "The report with its plots: $(DEMO)/parity.html"
 
+serve: $(STAMP) $(TRITON_STAMP) ## serve the example model with Triton on this machine's CPU
+	test -f $(DEMO)/gsx.json || $(BIN)/gsx export examples/model --budget 0.7 --draft exit:4 -o $(DEMO)
+	rm -rf out/models
+	$(BIN)/gsx triton $(DEMO) -o out/models
+	$(BIN)/python examples/triton_server.py out/models
+
 test: $(STAMP) ## run the tests
+	@$(MAKE) --no-print-directory triton || echo "WARNING: no Triton server here: its tests are left out"
 	$(BIN)/python -m pytest
+
+triton: $(TRITON_STAMP) ## set up Triton Inference Server, which `make test` and `make serve` need
 
 lint: $(STAMP) ## check style (ruff, hadolint) and types (mypy)
 	$(BIN)/ruff check .
@@ -27,11 +39,17 @@ lint: $(STAMP) ## check style (ruff, hadolint) and types (mypy)
 	$(BIN)/hadolint docker/*.Dockerfile
 
 clean: ## remove the environment, caches and what the demo made
-	rm -rf .venv out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(TRITON) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"gsx needs Python 3.11 or later, found {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+$(TRITON_STAMP): examples/triton_requirements.txt
+	$(PYTHON) -m venv $(TRITON)
+	$(TRITON)/bin/python -m pip install --quiet --requirement examples/triton_requirements.txt
+	$(TRITON)/bin/python -m pip install --quiet --no-deps nvidia-pytriton==0.7.0
 	@touch $@

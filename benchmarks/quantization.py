@@ -2,45 +2,44 @@
 
     python -m benchmarks.quantization --work DIR
 
-The benchmark model of `decode.py`, exported in float32, in INT8 (weights and activations), and with INT8 weights alone;
-GenAI's builder makes its INT8 of the dense one. One process a peer, in turn, as in `decode.py`; ratios are medians of
-the ratios within a round.
+The benchmark model of `decode.py`, exported in float32, in INT8 as it comes (of the gated model the first layer
+stays in float32), in INT8 throughout, and with INT8 weights alone; GenAI's builder makes its INT8 of the
+dense one. All in turn (`peers.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from benchmarks.peers import BUDGET, prepare, prepare_genai, ratio, start, time_in_turn
 
-from benchmarks.decode import PROMPT_TOKENS, Peer, prepare, start
-from benchmarks.model import SHAPES
+# What is written into a table -> scheme and layers to keep; nothing is spared of a dense model anyway.
+FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "int8": ("int8", ()),
+    "int8-throughout": ("int8", ("none",)),
+    "int8-weights": ("int8-weights", ()),
+}
 
-BUDGET = 0.5
 
-
-def prepare_int8(work: Path) -> None:
-    """INT8 exports of what `decode.prepare` made, and GenAI's, as far as they are not there yet."""
+def exports(work: Path, gate: str) -> dict[str, Path]:
+    """Bundles of the dense or gated model by form, made as far as they are not there yet."""
     from gsx.export import export
     from gsx.quantize import Quantize
 
-    for gate in ("dense", "scalar"):
-        for scheme in ("int8", "int8-weights"):
-            path = work / f"gsx-{gate}-{scheme}"
-            if not path.exists():
-                options: dict[str, Any] = {} if gate == "dense" else {"budget": BUDGET}
-                quantize = Quantize(scheme, cache=work / "statistics")  # type: ignore[arg-type]
-                text = None if gate == "dense" and scheme == "int8-weights" else work / "text.txt"
-                export(work / f"model-{gate}", path, calibration=text, quantize=quantize, **options)
-    if not (work / "genai-int8").exists():
-        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-        paths = ["-i", str(work / "model-dense"), "-o", str(work / "genai-int8"), "-c", str(work / "cache")]
-        subprocess.run([*builder, *paths, "-p", "int8", "-e", "cpu"], check=True, stdout=subprocess.DEVNULL)
+    found = {"fp32": work / f"gsx-{gate}"}
+    for form, (scheme, keep) in FORMS.items():
+        if gate == "dense" and keep:
+            continue
+        found[form] = path = work / f"gsx-{gate}-{form}"
+        if not path.exists():
+            options: dict[str, Any] = {} if gate == "dense" else {"budget": BUDGET}
+            quantize = Quantize(scheme, keep, cache=work / "statistics")
+            text = None if gate == "dense" and scheme == "int8-weights" else work / "text.txt"
+            export(work / f"model-{gate}", path, calibration=text, quantize=quantize, **options)
+    return found
 
 
 def main() -> None:
@@ -49,19 +48,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="directory for models and exports (2 GB)")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prepare", action="store_true", help="make models and exports, and time nothing")
     args = parser.parse_args()
     prepare(args.work, ["scalar"])
-    prepare_int8(args.work)
+    prepare_genai(args.work, args.work / "genai-int8", "int8")
+    bundles = {gate: exports(args.work, gate) for gate in ("dense", "scalar")}
+    if args.prepare:
+        return
     peers = {"GenAI int8, dense": start("GenAI", kind="genai", path=args.work / "genai-int8", threads=args.threads)}
     for gate, budget in (("dense", None), ("scalar", BUDGET)):
-        for scheme in ("fp32", "int8", "int8-weights"):
-            path = args.work / (f"gsx-{gate}" if scheme == "fp32" else f"gsx-{gate}-{scheme}")
-            name = f"gsx {scheme}, {'dense' if budget is None else f'budget {budget:g}'}"
+        for form, path in bundles[gate].items():
+            name = f"gsx {form}, {'dense' if budget is None else f'budget {budget:g}'}"
             peers[name] = start(name, kind="gsx", path=path, threads=args.threads, budget=budget)
-    prompt = np.random.default_rng(0).integers(0, SHAPES["small"]["vocab_size"], PROMPT_TOKENS).tolist()
-    for number in range(args.rounds + 1):
-        for peer in peers.values():
-            peer.call(prompt, keep=number > 0)  # the first round warms up
+    time_in_turn(peers.values(), args.rounds)
     print(f"{args.threads} threads, {args.rounds} rounds in turn, medians\n")
     print("| peer | prefill ms | speed /fp32 | speed /GenAI | decode tok/s | speed /fp32 | speed /GenAI | peak MB |")
     print("|---|---|---|---|---|---|---|---|")
@@ -71,27 +70,15 @@ def main() -> None:
         cells = [
             name,
             f"{1e3 * statistics.median(peer.prefill_s):.0f}",
-            "" if base is None else f"{speed(peer.prefill_s, base.prefill_s):.2f}",
-            f"{speed(peer.prefill_s, genai.prefill_s):.2f}",
+            "" if base is None else f"{1 / ratio(peer.prefill_s, base.prefill_s):.2f}",
+            f"{1 / ratio(peer.prefill_s, genai.prefill_s):.2f}",
             f"{1 / statistics.median(peer.decode_s):.0f}",
-            "" if base is None else f"{speed(peer.decode_s, base.decode_s):.2f}",
-            f"{speed(peer.decode_s, genai.decode_s):.2f}",
+            "" if base is None else f"{1 / ratio(peer.decode_s, base.decode_s):.2f}",
+            f"{1 / ratio(peer.decode_s, genai.decode_s):.2f}",
             f"{peer.last['peak_mb']:.0f}",
         ]
         print("| " + " | ".join(cells) + " |")
-        stop(peer)
-
-
-def speed(seconds: list[float], base: list[float]) -> float:
-    """How many times as fast as the base, median over rounds."""
-    return statistics.median(b / s for s, b in zip(seconds, base, strict=True))
-
-
-def stop(peer: Peer) -> None:
-    """End a worker."""
-    assert peer.process.stdin is not None
-    peer.process.stdin.close()
-    peer.process.wait()
+        peer.stop()
 
 
 if __name__ == "__main__":

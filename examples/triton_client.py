@@ -19,8 +19,8 @@ import queue
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from threading import local
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Thread, local
 from typing import Any
 
 import numpy as np
@@ -124,8 +124,18 @@ def main() -> None:
             return clients.one.generate(json.loads(line))
 
         with ThreadPoolExecutor(arguments.concurrency) as pool:
-            for answer in pool.map(ask, filter(str.strip, sys.stdin)):
-                print(json.dumps(answer), flush=True)
+            asked: queue.Queue[Future[dict[str, Any]] | None] = queue.Queue()
+
+            def show() -> None:
+                while (one := asked.get()) is not None:
+                    print(json.dumps(one.result()), flush=True)
+
+            printing = Thread(target=show)
+            printing.start()
+            for line in filter(str.strip, sys.stdin):
+                asked.put(pool.submit(ask, line))
+            asked.put(None)
+            printing.join()
         return
     if arguments.prompt is None:
         parser.error("a prompt, or --json")

@@ -102,7 +102,7 @@ def running(
         f"--metrics-port={port + 2}",
         "--allow-gpu-metrics=false",
         "--pinned-memory-pool-byte-size=0",
-        "--exit-timeout-secs=10",
+        "--exit-timeout-secs=5",
         # Servers of one machine must not share a name.
         f"--backend-config=python,shm-region-prefix-name=gsx-{os.getpid()}-{port}",
         *options,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gsx.export import export as export
     from gsx.generate import generate as generate
     from gsx.inspect import inspect as inspect
+    from gsx.triton import triton as triton
     from gsx.verify import verify as verify
 
     __version__: str
@@ -36,6 +37,7 @@ _HOMES = {
     "generate": "gsx.generate",
     "inspect": "gsx.inspect",
     "open_bundle": "engines.bundle.bundle",
+    "triton": "gsx.triton",
     "verify": "gsx.verify",
 }
 
@@ -50,6 +52,7 @@ __all__ = [
     "generate",
     "inspect",
     "open_bundle",
+    "triton",
     "verify",
 ]
 

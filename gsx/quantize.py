@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +13,14 @@ from engines.bundle.controls import Controls, selected
 from engines.errors import GsxError, UsageError
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.layer import DecoderOptions
-from exporter.quantization.plan import Plan, linears_of, make_plan, named
-from exporter.quantization.scheme import SCHEMES, SchemeName
+from exporter.quantization.plan import Plan, make_plan, named
+from exporter.quantization.scheme import EMBEDDING, SCHEMES, SchemeName
 from exporter.text import TokenText
 
 if TYPE_CHECKING:  # they load ModelOpt, which takes seconds
     from exporter.quantization.sensitivity import Chosen, Limits
 
-AUTO = "auto"
+AUTO, NONE = "auto", "none"
 # A sensitivity pass runs the model once for every group of linear layers.
 _MEASURED_WINDOWS = 4
 # Dearest groups that an error names.
@@ -33,13 +33,14 @@ class Quantize:
 
     Args:
         scheme: `int8`, `fp8`: weights and activations; `int8-weights`: weights alone.
-        keep_precision: linear layers to leave alone, by name or pattern ("layers.0", "layers.*.mlp.down"); "auto"
-            leaves alone what the limits need.
+        keep_precision: matrices to leave alone besides those that the scheme spares by itself (`Plan.sparing`), by
+            name or pattern ("layers.0", "layers.*.mlp.down", "lm_head"); "none" spares nothing; "auto" spares what the
+            limits need.
         max_perplexity_increase, max_flipped: limits at the exported budget on calibration text, against full precision
             (0.01 is one percent). None: 0.01 with "auto", else not measured.
         cache: where statistics are kept between exports; None: nowhere.
     Raises:
-        UsageError: a limit that is no share, or "auto" together with names.
+        UsageError: a limit that is no share, or "auto" or "none" together with names.
     """
 
     scheme: SchemeName
@@ -53,8 +54,12 @@ class Quantize:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(name.replace("_", " "), expected="a share above 0, e.g. 0.01", found=f"{value:g}")
-        if self.auto and len(self.keep_precision) > 1:
-            raise UsageError("keep precision: auto and names together", expected="auto, or names")
+        if {AUTO, NONE} & set(self.keep_precision) and len(self.keep_precision) > 1:
+            raise UsageError(
+                "keep precision: a word and names together",
+                expected="auto, none, or names",
+                found=",".join(self.keep_precision),
+            )
 
     @property
     def auto(self) -> bool:
@@ -115,20 +120,22 @@ def plan_for(
             cache=wanted.cache,
             on_layer=lambda done, total: on_progress("watching activations", done, total),
         )[0]
-    plan = make_plan(checkpoint, scheme, found)
-    if not wanted.auto and wanted.keep_precision:
-        plan = plan.without(named(checkpoint.config, wanted.keep_precision))
-        if not plan.input_scales:
-            raise UsageError("nothing is left to quantize", found=f"--keep-precision {','.join(wanted.keep_precision)}")
+    everything = make_plan(checkpoint, scheme, found)
+    names = () if wanted.keep_precision in ((AUTO,), (NONE,)) else wanted.keep_precision
+    decides = options.rule is not None
+    plan = everything.sparing() if decides and NONE not in wanted.keep_precision else everything
+    plan = plan.without(named(checkpoint.config, names))
+    if not plan.input_scales:
+        raise UsageError("nothing is left to quantize", found=f"--keep-precision {','.join(names)}")
     if wanted.measured:
         assert text is not None
-        plan = _measured(checkpoint, options, wanted, plan, defaults, text, on_progress)
-    kept = tuple(name for name in linears_of(checkpoint.config) if name not in plan.input_scales)
+        plans = [everything, plan] if wanted.auto else [plan]
+        plan = _measured(checkpoint, options, wanted, plans, defaults, text, on_progress)
     entry = schema.Quantization(
         scheme=wanted.scheme,
         smoothing=scheme.smoothing,
-        products=len(plan.input_scales),
-        kept_high=kept,
+        products=len(plan.input_scales.keys() - {EMBEDDING}),
+        kept_high=plan.kept_high,
         budget=budget if scheme.activations else None,
         calibration=schema.CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
         if text is not None and scheme.activations
@@ -141,12 +148,12 @@ def _measured(
     checkpoint: Checkpoint,
     options: DecoderOptions,
     wanted: Quantize,
-    plan: Plan,
+    plans: Sequence[Plan],
     controls: Controls,
     text: TokenText,
     on_progress: Callable[[str, int, int], None],
 ) -> Plan:
-    """The plan, or with auto a part of it, once its limits are seen to hold."""
+    """The first plan that is seen to hold its limits; with auto, where none does, a part of the last one."""
     from exporter.quantization.sensitivity import Limits, choose
     from exporter.quantization.simulate import Simulation
 
@@ -161,8 +168,11 @@ def _measured(
         options,
         lambda done, total: on_progress("measuring in full precision", done, total),
     )
+    for plan in plans[:-1]:
+        if limits.hold(simulation.cost(plan)):
+            return plan
     chosen = choose(
-        simulation, plan, limits, lambda done, total: on_progress("measuring each group in 8 bits", done, total)
+        simulation, plans[-1], limits, lambda done, total: on_progress("measuring each group in 8 bits", done, total)
     )
     if wanted.auto or not chosen.kept:
         return chosen.plan
@@ -171,6 +181,7 @@ def _measured(
 
 def _not_met(wanted: Quantize, limits: Limits, chosen: Chosen) -> GsxError:
     cost, held = chosen.everything, chosen.cost
+    names = [name for name in wanted.keep_precision if name != NONE]
     dearest = ", ".join(
         f"{name} (divergence {one.divergence:.4f}, {one.flipped:.2%} flipped)"
         for name, one in chosen.ranking[:_NAMED_GROUPS]
@@ -180,7 +191,7 @@ def _not_met(wanted: Quantize, limits: Limits, chosen: Chosen) -> GsxError:
         expected=f"perplexity up at most {limits.perplexity_increase:.2%}, at most {limits.flipped:.2%} flipped",
         found=f"{cost.perplexity_increase:+.2%} and {cost.flipped:.2%}",
         todo=f"it holds ({held.perplexity_increase:+.2%}, {held.flipped:.2%}) with "
-        f"--keep-precision {','.join(chosen.kept)}",
+        f"--keep-precision {','.join((*names, *chosen.kept))}",
     )
 
 

@@ -9,10 +9,8 @@ Letters as in `exporter/decoder/layer.py`; C capacity of the buffers, T columns 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.bundle.bundle import Bundle
-from engines.bundle.manifest import BRANCHES, Branch, DecoderShape
+from engines.bundle.manifest import BRANCHES, Branch, DecoderShape, Gates
 from engines.errors import BundleError, EngineError
 from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names, grown
 from engines.runners.portable import KeptTable, layers_of, skippable_places
@@ -300,9 +298,9 @@ def _mask(positions: Tensor, columns: int, window: int | None) -> Tensor:
 
 def _checked(config: ModelConfig, bundle: Bundle) -> ModelConfig:
     """The configuration, if it is that of the bundle."""
-    facts: Mapping[str, tuple[Any, Any]] = {
-        name: (getattr(bundle.manifest.decoder, name), getattr(config, name)) for name in DecoderShape.model_fields
-    }
+    manifest = bundle.manifest
+    facts = {name: (getattr(manifest.decoder, name), getattr(config, name)) for name in DecoderShape.model_fields}
+    facts["gates"] = (manifest.gates, Gates(**config.gate.to_dict()) if config.gate else None)
     for name, (expected, found) in facts.items():
         if expected != found:
             raise BundleError(

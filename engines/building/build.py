@@ -22,7 +22,15 @@ from engines.bundle.tensors import tensor_info
 from engines.errors import BundleError, EngineError, UsageError
 from engines.lowering import tensorrt as lowering
 from engines.tensorrt import cuda
-from engines.tensorrt.backend import Backend, default_targets, dotted, known_targets, load_module, platform_name
+from engines.tensorrt.backend import (
+    Backend,
+    default_targets,
+    dotted,
+    has_fp8,
+    known_targets,
+    load_module,
+    platform_name,
+)
 from engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from engines.tensorrt.plugins import plugin_library
 from plugins.library import PLUGIN_OPS, cache_folder, library_hash, source_hash
@@ -76,6 +84,8 @@ def build(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     module = load_module(backend)
     chosen, gpu = _targets(module, backend, targets)
+    if opened.manifest.quantization is not None and opened.manifest.quantization.scheme == "fp8":
+        chosen = _with_fp8(opened, module, backend, targets, chosen)
     capacity, shapes = _shapes(opened, backend, context, batch, profiles)
     library = _library(plugins)
     portable = {name: _load(opened, name) for name in opened.manifest.graphs}
@@ -254,6 +264,23 @@ def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tupl
     if device is not None and device.capability in known:
         return (device.capability,), name
     return default_targets(module), name
+
+
+def _with_fp8(
+    bundle: Bundle, module: ModuleType, backend: Backend, asked: Sequence[str], chosen: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The targets that have FP8 products; one that was asked for, or is this machine's GPU, must have them."""
+    having = tuple(target for target in chosen if has_fp8(target))
+    if having == chosen or (having and not asked):
+        return having
+    known = [dotted(target) for target in known_targets(module) if has_fp8(target)] if backend == "tensorrt-rtx" else []
+    raise EngineError(
+        f"bundle {bundle.directory}: has FP8 products, which a target has not",
+        expected="compute capability 8.9 (Ada), 9.0 (Hopper), 10.0 or above (Blackwell)"
+        + (f"; this TensorRT-RTX builds for {', '.join(known)}" if known else ""),
+        found=", ".join(dotted(target) for target in chosen if target not in having),
+        todo="gsx export MODEL --int8 makes a bundle for other GPUs",
+    )
 
 
 def _shapes(

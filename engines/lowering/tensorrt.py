@@ -13,6 +13,7 @@ What changes against the portable graph:
 - `kept [n]` tells how many rows each gated branch ran on;
 - `thresholds` and `budget` lose their default value, so that they stay inputs;
 - attention is written out for TensorRT's `Attention` (one output, explicit mask);
+- an embedding in 8 bits is dequantized before its rows are read: TensorRT takes 8-bit constants nowhere else;
 - an op without a plugin is rewritten; see `Form`.
 
 Without a plugin for `ThresholdGather` the selection becomes a mask: every row goes through every branch, and a skipped
@@ -87,6 +88,7 @@ def lower(
     rewriter.ask_for_columns()
     rewriter.report_kept()
     rewriter.rewrite_ops()
+    rewriter.dequantize_embedding()
     rewriter.speak_float32()
     rewriter.finish()
     return Lowered(model, rewriter.forms)
@@ -176,6 +178,25 @@ class _Rewriter:
         for value in self.graph.output:
             if value.name == "logits":
                 value.type.tensor_type.shape.dim[1].dim_param = LOGITS_COLUMNS
+
+    def dequantize_embedding(self) -> None:
+        """Gather(codes) x Gather(scales) -> Gather(DequantizeLinear(codes, scales))."""
+        producers = {name: node for node in self.graph.node for name in node.output}
+        nodes = []
+        for node in self.graph.node:
+            floats = producers.get(node.input[0]) if node.op_type == "Mul" else None
+            rows = producers.get(floats.input[0]) if floats and floats.op_type == "DequantizeLinear" else None
+            if rows is None or rows.op_type != "Gather":
+                nodes.append(node)
+                continue
+            table, ids = rows.input
+            scales = producers[producers[node.input[1]].input[0]].input[0]
+            whole = f"lowered.{table}"
+            nodes += [
+                _node("DequantizeLinear", [table, scales], whole, axis=0),
+                _node("Gather", [whole, ids], node.output[0], axis=0),
+            ]
+        self._replace(nodes)
 
     def speak_float32(self) -> None:
         """Logits and what passes an exit go to and come from the host, which knows no bfloat16."""

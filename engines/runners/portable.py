@@ -200,15 +200,15 @@ def host_type(precision: str) -> np.dtype[Any]:
 def session_config(manifest: Manifest) -> Mapping[str, str]:
     """Session configuration that a graph needs on ONNX Runtime, or runs faster with.
 
-    FP8: its rewriting of Q/DQ picks kernels that have no FP8, and the session does not load. INT8 weights alone become
-    MatMulNBits; blocks of 128 were the fastest of those tried in decoding and in prefill (docs/quantization.md).
+    FP8: its rewriting of Q/DQ picks kernels that have no FP8, and the session does not load. INT8 weights alone (a
+    head's are always) become MatMulNBits; blocks of 128 were the fastest of those tried in decoding and in prefill
+    (docs/quantization.md).
     """
-    scheme = manifest.quantization.scheme if manifest.quantization else None
-    if scheme == "fp8":
+    if manifest.quantization is None:
+        return {}
+    if manifest.quantization.scheme == "fp8":
         return {"session.disable_quant_qdq": "1"}
-    if scheme == "int8-weights":
-        return {"session.qdq_matmulnbits_block_size": "128"}
-    return {}
+    return {"session.qdq_matmulnbits_block_size": "128"}
 
 
 def open_session(

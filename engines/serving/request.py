@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from engines.bundle.controls import AS_EXPORTED, Keep
 from engines.errors import GsxError
 from engines.generation import FinishReason, GenerationStats
 from engines.sampling import GREEDY, Sampling
@@ -22,7 +23,7 @@ class Request:
     Args:
         prompt: token ids.
         max_new_tokens: at most so many.
-        budget: share of (token, branch) pairs kept; None for the exported one.
+        keep: what it asks of the keep rule.
         sampling: how tokens are chosen.
         stop: texts that end the generation; they are left out of the text.
         speculative: draft and verify, with the bundle's draft. The text is the same; alone it comes sooner, but the
@@ -31,7 +32,7 @@ class Request:
 
     prompt: Sequence[int]
     max_new_tokens: int = 128
-    budget: float | None = None
+    keep: Keep = AS_EXPORTED
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     speculative: bool = False

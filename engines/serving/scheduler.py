@@ -1,10 +1,10 @@
 """Continuous batching: requests come and go, and every step continues all that are under way.
 
 A request waits in a queue of fixed length, is prefilled alone into a free row of one K/V cache, and from then on takes
-part in every step of the batch, until it ends and leaves its row to the last one. Requests of one budget step together,
-since the budget is an input of the whole call. A speculative request has a cache of its own and makes its rounds
-between the steps. What a request writes depends on nobody else: thresholds decide token by token, and the noise of
-sampling knows the request's own seed and places alone (`engines/sampling.py`).
+part in every step of the batch, until it ends and leaves its row to the last one. Requests step together whose run-time
+inputs of the whole call (a budget) are equal; those by sequence (a set of layers) may differ. A speculative request has
+a cache of its own and makes its rounds between the steps. What a request writes depends on nobody else: the keep rule
+decides token by token, and the noise of sampling knows the request's own seed and places alone (`engines/sampling.py`).
 
 One thread makes all calls of the runner (`run`); `submit` may come from any.
 """
@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
-from engines.bundle.controls import Controls, Keep, controls_for, shared_by_batch, stacked
+from engines.bundle.controls import Controls, controls_for, shared_by_batch, stacked
 from engines.bundle.manifest import DraftKind
 from engines.errors import UsageError
 from engines.generation import Continuation, Decoding, GenerationStats, read, take
@@ -36,7 +36,7 @@ class _Job:
 
     def __init__(self, request: Request, client: Client, runner: Runner, tokenizer: BundleTokenizer | None) -> None:
         self.client, self.request = client, request
-        self.controls = controls_for(runner.manifest, Keep(budget=request.budget), [len(request.prompt)])
+        self.controls = controls_for(runner.manifest, request.keep, [len(request.prompt)])
         self._ids: list[int] = []
         self._text: list[str] = []
         self._writer = TextWriter(tokenizer.stream(), request.stop, self._text.append) if tokenizer else None

@@ -1,7 +1,8 @@
 """The model that Triton's Python backend loads: requests in, responses out; the work is the scheduler's.
 
 Triton starts a process for it (the stub), imports `1/model.py` of the repository, which imports this module, and calls
-`execute` with requests as they come. Responses go out from the scheduler's thread, as many as a request has steps.
+`execute` with requests as they come. Responses go out from a thread of their own: sending one waits for the server, and
+the next step need not.
 
 A request is data and nothing else: it names no file and no code, and one that cannot be carried out is answered with
 an error of its own.
@@ -10,8 +11,12 @@ an error of its own.
 from __future__ import annotations
 
 import json
+import logging
+import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +24,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from engines.bundle.bundle import open_bundle
+from engines.bundle.controls import Keep
 from engines.errors import GsxError, UsageError
 from engines.sampling import Sampling
 from engines.serving.fields import INPUTS, OUTPUTS, Field
@@ -27,11 +33,16 @@ from engines.serving.scheduler import Scheduler
 from engines.speculation.draft import open_draft_runner
 from engines.tokens import TOKENIZER, BundleTokenizer
 
+_LOG = logging.getLogger(__name__)
+
 # A token of this many bytes is longer than any that a vocabulary has; a text beyond it for every token of the context
 # is refused before a tokenizer spends its time on it.
 MAX_TOKEN_BYTES = 256
 # The text at hand is compared with the stop texts at every token.
 MAX_STOPS, MAX_STOP_BYTES = 16, 256
+# How often Triton is asked whether a request was cancelled, and told the gauges: each costs an exchange between the
+# processes, as much as a step of a small model.
+CANCEL_SECONDS = GAUGE_SECONDS = 0.05
 
 _TYPES: dict[str, Any] = {
     "TYPE_STRING": np.object_,
@@ -70,6 +81,7 @@ class TritonPythonModel:
         except GsxError as error:
             raise pb_utils.TritonModelException(error.message) from error
         self._metrics = _Metrics(config["name"], self._scheduler)
+        self._outbox = _Outbox()
         self._thread = threading.Thread(target=self._scheduler.run, args=(self._metrics.update,), daemon=True)
         self._thread.start()
 
@@ -92,8 +104,11 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
+                _check_parameters(request)
                 given = {field.name: _value(request, field) for field in INPUTS}
-                client = _Client(sender, bool(given["stream"]), self._tokenizer is not None, self._metrics)
+                client = _Client(
+                    sender, self._outbox, bool(given["stream"]), self._tokenizer is not None, self._metrics
+                )
                 self._scheduler.submit(self._request(given), client)
             except GsxError as error:
                 self._metrics.count("refused")
@@ -103,6 +118,7 @@ class TritonPythonModel:
         """End the thread; what is not finished fails."""
         self._scheduler.close()
         self._thread.join()
+        self._outbox.close()
 
     def _request(self, given: dict[str, Any]) -> Request:
         text, ids, stops = given["text_input"], given["input_ids"], given["stop"]
@@ -124,7 +140,12 @@ class TritonPythonModel:
         return Request(
             prompt=self._prompt(text) if text is not None else _ids(ids, self._scheduler.context),
             max_new_tokens=128 if given["max_tokens"] is None else given["max_tokens"],
-            budget=given["budget"],
+            keep=Keep(
+                budget=given["budget"],
+                layers=_text(given["layers"], "layers") if given["layers"] is not None else None,
+                exit=given["exit"],
+                speedup=given["speedup"],
+            ),
             sampling=Sampling(
                 0.0 if temperature is None else temperature,
                 0 if top_k is None else top_k,
@@ -144,20 +165,47 @@ class TritonPythonModel:
         return self._tokenizer.encode_prompt(_text(value, "text_input"))
 
 
+class _Outbox:
+    """Sends responses in their order, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, send: Callable[[], None]) -> None:
+        """Send after all that came before."""
+        self._waiting.put(send)
+
+    def close(self) -> None:
+        """Send what is left, and end."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (send := self._waiting.get()) is not None:
+            try:
+                send()
+            except Exception:
+                _LOG.warning("a response could not be sent", exc_info=True)
+
+
 class _Client:
     """Sends a request's responses."""
 
-    def __init__(self, sender: Any, streams: bool, with_text: bool, metrics: _Metrics) -> None:
-        self._sender, self._streams, self._with_text, self._metrics = sender, streams, with_text, metrics
+    def __init__(self, sender: Any, outbox: _Outbox, streams: bool, with_text: bool, metrics: _Metrics) -> None:
+        self._sender, self._outbox, self._metrics = sender, outbox, metrics
+        self._streams, self._with_text = streams, with_text
         self._ids: list[int] = []
         self._text = ""
+        self._asks_at = 0.0
 
     def tokens(self, ids: Sequence[int], text: str) -> None:
         """See `Client`."""
         self._ids += ids
         self._text += text
         if self._streams:
-            self._sender.send(pb_utils.InferenceResponse(self._news()))
+            self._outbox.put(partial(_send, self._sender, self._news()))
 
     def finished(self, result: Finished) -> None:
         """See `Client`."""
@@ -173,31 +221,34 @@ class _Client:
             "kept_share": stats.kept_share,
             "acceptance": stats.acceptance,
         }
-        outputs = [_tensor(name, [value]) for name, value in values.items() if value is not None]
-        self._metrics.count_finished(result)
-        self._sender.send(
-            pb_utils.InferenceResponse([*self._news(), *outputs]), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        )
+        outputs = [(name, [value]) for name, value in values.items() if value is not None]
+        self._outbox.put(partial(_send, self._sender, [*self._news(), *outputs], last=True))
+        self._outbox.put(partial(self._metrics.count_finished, result))
 
     def failed(self, error: Exception) -> None:
         """See `Client`."""
-        self._metrics.count("failed")
-        _fail(self._sender, error)
+        self._outbox.put(partial(_fail, self._sender, error))
+        self._outbox.put(partial(self._metrics.count, "failed"))
 
     def is_gone(self) -> bool:
         """See `Client`."""
+        now = time.perf_counter()
+        if now < self._asks_at:
+            return False
+        self._asks_at = now + CANCEL_SECONDS
         return bool(self._sender.is_cancelled())
 
     def dropped(self) -> None:
         """See `Client`."""
-        self._metrics.count("cancelled")
-        self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        end = partial(self._sender.send, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._outbox.put(end)
+        self._outbox.put(partial(self._metrics.count, "cancelled"))
 
-    def _news(self) -> list[Any]:
-        """What has not been sent yet."""
-        outputs = [_tensor("output_ids", self._ids)]
+    def _news(self) -> list[tuple[str, list[Any]]]:
+        """What has not been sent yet, by output."""
+        outputs: list[tuple[str, list[Any]]] = [("output_ids", self._ids)]
         if self._with_text:
-            outputs.insert(0, _tensor("text_output", [self._text]))
+            outputs.insert(0, ("text_output", [self._text]))
         self._ids, self._text = [], ""
         return outputs
 
@@ -219,6 +270,8 @@ class _Metrics:
         metrics = {**self._families, **self._gauges}
         self._metrics = {name: one.Metric(labels=labels) for name, one in metrics.items()}
         self._scheduler = scheduler
+        self._told: dict[str, int] = {}
+        self._tells_at = 0.0
 
     def count(self, name: str, number: float = 1) -> None:
         """Add to a counter."""
@@ -244,8 +297,22 @@ class _Metrics:
 
     def update(self) -> None:
         """Set the gauges."""
-        self._metrics["under_way"].set(self._scheduler.under_way)
-        self._metrics["waiting"].set(self._scheduler.waiting)
+        now = time.perf_counter()
+        values = {"under_way": self._scheduler.under_way, "waiting": self._scheduler.waiting}
+        if values == self._told or (any(values.values()) and now < self._tells_at):
+            return
+        for name, value in values.items():
+            self._metrics[name].set(value)
+        self._told, self._tells_at = values, now + GAUGE_SECONDS
+
+
+def _check_parameters(request: Any) -> None:
+    """Refuse what Triton's HTTP front end takes for a parameter since no input has its name: a misspelt one."""
+    unknown = [name for name in json.loads(request.parameters() or "{}") if not name.startswith("triton_")]
+    if unknown:
+        raise UsageError(
+            "unknown fields", expected=", ".join(field.name for field in INPUTS), found=", ".join(sorted(unknown))
+        )
 
 
 def _value(request: Any, field: Field) -> Any:
@@ -281,13 +348,17 @@ def _ids(array: np.ndarray, context: int) -> list[int]:
     return list(map(int, array))
 
 
-def _tensor(name: str, values: Sequence[Any]) -> Any:
-    return pb_utils.Tensor(name, np.array(values, dtype=_TYPES[_OUTPUTS[name].data_type]))
+def _send(sender: Any, outputs: Sequence[tuple[str, list[Any]]], *, last: bool = False) -> None:
+    """Send a response of outputs' values."""
+    tensors = [
+        pb_utils.Tensor(name, np.array(values, dtype=_TYPES[_OUTPUTS[name].data_type])) for name, values in outputs
+    ]
+    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+    sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
 
 
 def _fail(sender: Any, error: Exception) -> None:
     """Answer a request with an error, which ends it."""
-    kinds: Callable[..., Any] = pb_utils.TritonError
     if isinstance(error, OverloadedError):
         code = pb_utils.TritonError.UNAVAILABLE
     elif isinstance(error, UsageError):
@@ -296,5 +367,5 @@ def _fail(sender: Any, error: Exception) -> None:
         code = pb_utils.TritonError.INTERNAL
     # What is no error of a request is logged whole, and told without its inside.
     text = error.message if isinstance(error, GsxError) else f"an error inside the server ({type(error).__name__})"
-    response = pb_utils.InferenceResponse(output_tensors=[], error=kinds(text, code))
+    response = pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(text, code))
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

@@ -54,6 +54,11 @@ def known_targets(module: ModuleType) -> tuple[str, ...]:
     return tuple(sorted((name[2:] for name in names if name.startswith("SM")), key=int))
 
 
+def has_fp8(target: str) -> bool:
+    """Whether GPUs of a compute capability have FP8 products: Ada (8.9) and all that came after it."""
+    return int(target) >= 89
+
+
 def dotted(target: str) -> str:
     """A compute capability as people write it: "89" -> "8.9"."""
     return f"{target[:-1]}.{target[-1]}" if len(target) > 1 else target

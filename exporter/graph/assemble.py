@@ -56,7 +56,8 @@ def rule_inputs(rule: KeepRule | None) -> Mapping[str, Value]:
     """What a layer reads for its keep rule, in order: values of the call, carried states, its own run-time inputs."""
     if rule is None:
         return {}
-    return {**rule.entered(), **{name: value.of_layer for name, value in rule.of_layer().items()}}
+    parts = {name: value.of_layer for name, value in rule.of_layer().items()}
+    return {**rule.entered(), **parts}
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ class GraphBuilder:
         return values
 
     def _own_parts(self, graph: _Layout, layer: int) -> dict[str, str]:
-        """A layer's own part of each run-time input that has one."""
+        """A layer's own part of each value that has one."""
         parts = {}
         for name, value in (self.rule.of_layer() if self.rule else {}).items():
             parts[name], index = f"layers.{layer}.{name}", f"layers.{layer}.number"
@@ -243,7 +244,7 @@ class GraphBuilder:
             "input_ids": Input((_B, _S), int64, (0, 1)),
             "attention_mask": Input((_B, _P + _S), int64, (0, 1)),
             "position_ids": Input((_B, _S), int64, (0, 1)),
-            **{name: _example(value) for name, value in (self.rule.of_call() if self.rule else {}).items()},
+            **{name: self._example(value) for name, value in (self.rule.of_call() if self.rule else {}).items()},
         }
 
     def _entry_outputs(self) -> list[str]:
@@ -262,12 +263,18 @@ class GraphBuilder:
             "cos": table,
             "sin": table,
             "mask": Input((_B, 1, _S, _P + _S), torch.bool, (0, 2, 3)),
-            **{name: _example(value) for name, value in rule_inputs(self.rule).items()},
+            **{name: self._example(value) for name, value in rule_inputs(self.rule).items()},
         }
         if layer.copies_below:
             below = Input((_B, heads, _S, width), dtype, (0, 2))
             inputs |= {"below_key": below, "below_value": below}
         return inputs
+
+    def _example(self, value: Value) -> Input:
+        """An example of a value that a keep rule reads."""
+        sizes = {"N": _B * _S, "B": _B, "L": self.config.num_layers}
+        shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in value.axes)
+        return Input(shape, value.dtype, tuple(n for n, axis in enumerate(value.axes) if axis in ("N", "B")))
 
     def _hidden(self) -> Input:
         return Input((_B * _S, self.config.hidden_size), self.options.dtype, (0,))
@@ -372,14 +379,6 @@ def _name_choices(part: Part, branches: Sequence[Branch]) -> Part:
         node.input[:] = [names.get(n, n) for n in node.input]
         node.output[:] = [names.get(n, n) for n in node.output]
     return part
-
-
-def _example(value: Value) -> Input:
-    """An example of a value that a keep rule reads."""
-    sizes = {"N": _B * _S, "B": _B}
-    shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in value.of_layer.axes)
-    dynamic = tuple(n for n, axis in enumerate(value.of_layer.axes) if isinstance(axis, str))
-    return Input(shape, value.dtype, dynamic)
 
 
 def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:

@@ -6,6 +6,7 @@ A plan holds the scales of activations; those of weights follow from the weights
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor
 from engines.errors import UsageError
 from exporter.checkpoint import Checkpoint
 from exporter.config import ModelConfig
-from exporter.quantization.scheme import GROUPS, LINEARS, Scheme
+from exporter.quantization.scheme import EMBEDDING, GROUPS, HEAD, LINEARS, Scheme
 from exporter.quantization.smoothing import smooth
 from exporter.quantization.statistics import Statistics
 
@@ -32,51 +33,66 @@ class Plan:
     Args:
         scheme: how.
         checkpoint: the tensors to write: smoothed where the scheme smooths.
-        input_scales: linear layer ("layers.0.mlp.up_proj") -> scale of its input; None: of weights alone.
-        kept_high: linear layers that stay as they are.
+        input_scales: matrix in 8 bits ("layers.0.mlp.up_proj", "lm_head") -> scale of its input; None: of weights
+            alone. Those that are not in it stay as they are.
     """
 
     scheme: Scheme
     checkpoint: Checkpoint
     input_scales: Mapping[str, float | None]
-    kept_high: tuple[str, ...]
+
+    @property
+    def kept_high(self) -> tuple[str, ...]:
+        """The matrices that stay as they are, in order."""
+        return tuple(name for name in matrices_of(self.checkpoint.config) if name not in self.input_scales)
 
     def without(self, names: Collection[str]) -> Plan:
-        """The same plan with these linear layers kept high too."""
+        """The same plan with these matrices kept high too."""
         scales = {name: scale for name, scale in self.input_scales.items() if name not in names}
-        kept = [name for name in linears_of(self.checkpoint.config) if name not in scales]
-        return Plan(self.scheme, self.checkpoint, scales, tuple(kept))
+        return dataclasses.replace(self, input_scales=scales)
+
+    def sparing(self) -> Plan:
+        """The same plan with what comes before most decisions kept high: the embedding, and the first layers."""
+        first = {f"layers.{layer}.{name}" for layer in range(self.scheme.spared_layers) for name in LINEARS}
+        return self.without({EMBEDDING, *first})
 
 
 def make_plan(checkpoint: Checkpoint, scheme: Scheme, found: Statistics | None) -> Plan:
-    """A plan that quantizes every linear layer of every decoder layer. Gates, norms and head are never in it.
+    """A plan that quantizes every matrix there is. Gates and norms are never in it.
 
     Args: found: statistics at the exported selection; None where the scheme quantizes weights alone.
     """
-    names = linears_of(checkpoint.config)
+    names = matrices_of(checkpoint.config)
     if not scheme.activations:
-        return Plan(scheme, checkpoint, dict.fromkeys(names), ())
+        return Plan(scheme, checkpoint, dict.fromkeys(names))
     assert found is not None
     smoothed, inputs = smooth(checkpoint, found, scheme.smoothing)
-    return Plan(scheme, smoothed, {name: float(inputs[name].max()) / scheme.largest for name in names}, ())
+    scales = {name: float(inputs[name].max()) / scheme.largest if name in inputs else None for name in names}
+    return Plan(scheme, smoothed, scales)
 
 
-def linears_of(config: ModelConfig) -> list[str]:
-    """All linear layers of the decoder layers, in order."""
-    return [f"layers.{layer}.{name}" for layer in range(config.num_layers) for name in LINEARS]
+def matrices_of(config: ModelConfig) -> list[str]:
+    """All matrices that can run in 8 bits, in order: both tables and the linear layers.
+
+    A table that embedding and head share is none: one wants a scale for each row, the other reads it transposed, and
+    two copies in 8 bits take the room of one in 16.
+    """
+    linears = [f"layers.{layer}.{name}" for layer in range(config.num_layers) for name in LINEARS]
+    return linears if config.tied_head else [EMBEDDING, *linears, HEAD]
 
 
 def groups_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Linear layers that read the same values, by the group's name ("layers.0.mlp.gate_up")."""
-    return {
+    """Matrices that read the same values, by the group's name ("layers.0.mlp.gate_up"), in order."""
+    groups = {
         f"layers.{layer}.{group}": tuple(f"layers.{layer}.{name}" for name in linears)
         for layer in range(config.num_layers)
         for group, linears in GROUPS.items()
     }
+    return groups if config.tied_head else {EMBEDDING: (EMBEDDING,), **groups, HEAD: (HEAD,)}
 
 
 def named(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
-    """The linear layers that patterns name: "layers.0", "layers.*.mlp.down", "layers.3.self_attn.o_proj".
+    """The matrices that patterns name: "layers.0", "layers.*.mlp.down", "layers.3.self_attn.o_proj", "lm_head".
 
     Raises:
         UsageError: a pattern that names none.
@@ -84,16 +100,17 @@ def named(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
     groups = groups_of(config)
     found: dict[str, None] = {}
     for pattern in patterns:
-        hits = [n for n in linears_of(config) if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n, f"{pattern}.*")]
+        hits = [n for n in matrices_of(config) if fnmatch.fnmatch(n, pattern) or fnmatch.fnmatch(n, f"{pattern}.*")]
         hits += [n for group, linears in groups.items() if fnmatch.fnmatch(group, pattern) for n in linears]
         if not hits:
             raise UsageError(
                 f"no layer is named {pattern!r}",
-                expected="e.g. layers.0, layers.*.mlp.down, layers.3.self_attn.o_proj; or auto",
-                todo=f"the model has layers.0 to layers.{config.num_layers - 1}, each with {', '.join(GROUPS)}",
+                expected="e.g. layers.0, layers.*.mlp.down, layers.3.self_attn.o_proj, lm_head; or auto, or none",
+                todo=f"the model has layers.0 to layers.{config.num_layers - 1}, each with {', '.join(GROUPS)}"
+                + ("" if config.tied_head else f"; {EMBEDDING}; {HEAD}"),
             )
         found |= dict.fromkeys(hits)
-    return [name for name in linears_of(config) if name in found]
+    return [name for name in matrices_of(config) if name in found]
 
 
 def scale_value(scale: float, dtype: torch.dtype) -> np.float32:
@@ -102,7 +119,10 @@ def scale_value(scale: float, dtype: torch.dtype) -> np.float32:
 
 
 def weight_scales(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    """Scale of each output channel: weight [in, out] float32 -> [out], in the type of the activations."""
+    """Scale of each output channel: weight [in, out] float32 -> [out], in the type of the activations.
+
+    Of an embedding, [rows, width], the transpose gives that of each row.
+    """
     return (weight.abs().amax(dim=0) / scheme.largest).clamp(min=_SMALLEST).to(dtype)
 
 

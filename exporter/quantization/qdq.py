@@ -6,6 +6,10 @@ A runtime that knows the pattern makes one 8-bit product of it. For that (resear
 codes of weights feed their DequantizeLinear directly and lie [in, out] already, scales have the type of the
 activations, there is no Cast between, zero-points are 0, and products of one value share one pair. A pair stands where
 its MatMul stands, behind the gather, so that skipped rows are not quantized either.
+
+Rows of an embedding are dequantized once they are read, each with its own scale:
+
+    ids -> Gather <- codes -> DequantizeLinear (scale 1) -> Mul <- Unsqueeze <- Gather <- scales
 """
 
 from __future__ import annotations
@@ -15,10 +19,12 @@ from collections.abc import Iterable, Mapping
 import onnx
 import torch
 from onnx import helper
+from torch import Tensor
 
 from exporter.graph.assemble import Graphs
 from exporter.graph.weights import ONNX_TYPES, Weight
 from exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
+from exporter.quantization.scheme import EMBEDDING, TABLE_SCHEME, TABLES, Scheme, scheme_of
 
 _HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -32,8 +38,9 @@ def quantize_graphs(graphs: Graphs, plan: Plan, dtype: torch.dtype) -> Graphs:
     stored: dict[str, str] = {}  # a matrix that is stored in 16 bits -> its name in the file
     for weight in graphs.weights:
         narrow = _narrow_type(weight, plan)
-        if weight.name.removesuffix(".weight") in plan.input_scales:
-            weights |= {one.name: one for one in _stored(weight, plan, dtype)}
+        matrix = weight.name.removesuffix(".weight")
+        if matrix in plan.input_scales:
+            weights |= {one.name: one for one in _stored(weight, scheme_of(matrix, plan.scheme), dtype)}
         elif narrow is not None:
             stored[weight.name] = f"{weight.name}.stored"
             weights[stored[weight.name]] = Weight(stored[weight.name], weight.source, weight.transpose, narrow)
@@ -41,6 +48,8 @@ def quantize_graphs(graphs: Graphs, plan: Plan, dtype: torch.dtype) -> Graphs:
             weights[weight.name] = weight
     for model in graphs.models.values():
         _quantize_products(model.graph, plan, dtype)
+        if EMBEDDING in plan.input_scales:
+            _quantize_embedding(model.graph, dtype)
         _read_16_bits(model.graph, stored)
     return Graphs(graphs.models, list(weights.values()))
 
@@ -67,13 +76,36 @@ def _quantize_products(graph: onnx.GraphProto, plan: Plan, dtype: torch.dtype) -
     _replace(graph, nodes)
 
 
+def _quantize_embedding(graph: onnx.GraphProto, dtype: torch.dtype) -> None:
+    """Read the embedding's rows as codes and their scales."""
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "Gather" or node.input[0] != EMBEDDING:
+            nodes.append(node)
+            continue
+        out, ids = node.output[0], node.input[1]
+        codes, floats, scales, column = f"{out}.codes", f"{out}.unscaled", f"{out}.scales", f"{out}.column"
+        one, zero, last = f"{EMBEDDING}.one", f"{EMBEDDING}.zero", f"{EMBEDDING}.last"
+        graph.initializer.append(helper.make_tensor(last, onnx.TensorProto.INT64, [1], [-1]))
+        graph.initializer.append(helper.make_tensor(one, ONNX_TYPES[dtype], [], [1.0]))
+        graph.initializer.append(helper.make_tensor(zero, ONNX_TYPES[TABLE_SCHEME.dtype], [], [0]))
+        nodes += [
+            helper.make_node("Gather", [EMBEDDING, ids], [codes], name=codes),
+            helper.make_node("DequantizeLinear", [codes, one, zero], [floats], name=floats),
+            helper.make_node("Gather", [f"{EMBEDDING}_scale", ids], [scales], name=scales),
+            helper.make_node("Unsqueeze", [scales, last], [column], name=column),
+            helper.make_node("Mul", [floats, column], [out], name=out),
+        ]
+    _replace(graph, nodes)
+
+
 def _narrow_type(weight: Weight, plan: Plan) -> torch.dtype | None:
     """The 16-bit type that a float32 matrix is stored in, or None.
 
     Gates are stored so only where their values are 16-bit numbers already, so that no decision changes. Tables
     (embedding and head) of a float32 checkpoint are rounded to half precision, a sixteenth of what 8 bits round.
     """
-    is_table = weight.name in ("embed_tokens", "lm_head.weight")
+    is_table = weight.name.removesuffix(".weight") in TABLES
     if weight.dtype != torch.float32 or not (is_table or weight.transpose):
         return None
     return _HALF.get(plan.checkpoint.stored_type(weight.source), torch.float16 if is_table else None)
@@ -98,16 +130,20 @@ def _cast(value: str, out: str) -> onnx.NodeProto:
     return helper.make_node("Cast", [value], [out], name=out, to=onnx.TensorProto.FLOAT)
 
 
-def _stored(weight: Weight, plan: Plan, dtype: torch.dtype) -> tuple[Weight, Weight]:
-    """A weight as codes, under its own name, and the scales of its channels."""
-    scheme = plan.scheme
-    codes = Weight(
-        weight.name, weight.source, weight.transpose, scheme.dtype, lambda w: quantize_weight(w, scheme, dtype)
+def _stored(weight: Weight, scheme: Scheme, dtype: torch.dtype) -> tuple[Weight, Weight]:
+    """A weight as codes, under its own name, and the scales of its channels; of an embedding, of its rows."""
+    by_row = weight.name == EMBEDDING
+
+    def codes(w: Tensor) -> Tensor:
+        return quantize_weight(w.t(), scheme, dtype).t() if by_row else quantize_weight(w, scheme, dtype)
+
+    def scales(w: Tensor) -> Tensor:
+        return weight_scales(w.t() if by_row else w, scheme, dtype)
+
+    return (
+        Weight(weight.name, weight.source, weight.transpose, scheme.dtype, codes),
+        Weight(f"{weight.name}_scale", weight.source, weight.transpose, dtype, scales),
     )
-    scales = Weight(
-        f"{weight.name}_scale", weight.source, weight.transpose, dtype, lambda w: weight_scales(w, scheme, dtype)
-    )
-    return codes, scales
 
 
 def _pair(

@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from engines.bundle.controls import Controls
 from exporter.checkpoint import Checkpoint
 from exporter.config import Branch
+from exporter.decoder.ends import Entry, Exit
 from exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue, Linear
 from exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
+from exporter.quantization.scheme import EMBEDDING, HEAD, TABLE_SCHEME, TABLES, Scheme
 from exporter.quantization.walk import Stream, Walk
 from exporter.rules.base import Values
 from exporter.text import TokenText
@@ -45,14 +47,18 @@ class Cost:
         return float(torch.expm1(torch.tensor(self.nats, dtype=torch.float64)))
 
 
+def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
+    """A weight [in, out] as its codes give it back."""
+    codes = quantize_weight(weight, scheme, torch.float32)
+    return codes.float() * weight_scales(weight, scheme, torch.float32)
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer as the graph runs it in 8 bits, in float32 arithmetic."""
 
-    def __init__(self, linear: Linear, plan: Plan, input_scale: float | None) -> None:
+    def __init__(self, linear: Linear, scheme: Scheme, input_scale: float | None) -> None:
         super().__init__()
-        scheme = plan.scheme
-        codes = quantize_weight(linear.weight, scheme, torch.float32)
-        self.weight = codes.float() * weight_scales(linear.weight, scheme, torch.float32)
+        self.weight = rounded(linear.weight, scheme)
         self.bias = linear.bias
         self.quantizer: nn.Module = nn.Identity()
         if input_scale is not None:
@@ -96,27 +102,36 @@ class Simulation:
                 self._states.append((stream.entered, stream.hidden, stream.below))
                 self._keep.append(walk.through(number, layer, stream))
                 on_layer(number + 1, self._layers)
+            self._states.append((stream.entered, stream.hidden, stream.below))  # what the head alone reads
             # Half precision is exact enough for what 8 bits are compared with, and half as large.
             self._logits = [F.log_softmax(logits, dim=-1).half() for _, logits in walk.logits(stream)]
 
     def cost(self, plan: Plan, only: Collection[str] | None = None) -> Cost:
-        """What the plan costs; `only` quantizes these of its linear layers alone."""
+        """What the plan costs; `only` quantizes these of its matrices alone."""
         chosen = set(plan.input_scales) if only is None else set(only)
-        first = min((int(name.split(".")[1]) for name in chosen), default=self._layers)
+        if not chosen:
+            return Cost(0.0, 0.0, 0.0)
+        layers = [int(name.split(".")[1]) for name in chosen if name not in TABLES]
+        first = 0 if EMBEDDING in chosen else min(layers, default=self._layers)
+
+        def quantize_table(end: Entry | Exit) -> None:
+            if isinstance(end, Entry) and EMBEDDING in chosen:
+                end.embed_tokens.data = rounded(end.embed_tokens.t(), TABLE_SCHEME).t()
+            elif isinstance(end, Exit) and HEAD in chosen:
+                end.lm_head.weight.data = rounded(end.lm_head.weight, TABLE_SCHEME)
+
         different = decisions = 0
         with torch.inference_mode():
-            walk = Walk(plan.checkpoint, self._ids, self._options)
+            walk = Walk(plan.checkpoint, self._ids, self._options, quantize_table)
             stream = walk.stream(self._controls)
+            if first:
+                stream = Stream(stream.inputs, *self._states[first])
             for number, layer in walk.layers(first):
-                if number == first:
-                    stream = Stream(stream.inputs, *self._states[first])
                 _quantize_layer(layer, number, plan, chosen)
                 for branch, keep in walk.through(number, layer, stream).items():
                     different += int((keep != self._keep[number][branch]).sum())
             decisions = sum(keep.numel() for row in self._keep for keep in row.values())
             nats = divergence = 0.0
-            if first == self._layers:
-                return Cost(0.0, 0.0, 0.0)
             tokens = 0
             for (ids, logits), stored in zip(walk.logits(stream), self._logits, strict=True):
                 found, wanted = F.log_softmax(logits, dim=-1), stored.float()
@@ -134,4 +149,4 @@ def _quantize_layer(layer: DecoderLayer, number: int, plan: Plan, chosen: Collec
         owner, _, attribute = path.rpartition(".")
         linear = layer.get_submodule(path)
         assert isinstance(linear, Linear)
-        setattr(layer.get_submodule(owner), attribute, QuantizedLinear(linear, plan, plan.input_scales[name]))
+        setattr(layer.get_submodule(owner), attribute, QuantizedLinear(linear, plan.scheme, plan.input_scales[name]))

@@ -6,7 +6,7 @@ statistics and the sensitivity pass both walk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from engines.bundle.controls import Controls
 from exporter.checkpoint import Checkpoint
 from exporter.config import Branch
-from exporter.decoder.ends import distinct_windows
+from exporter.decoder.ends import Entry, Exit, distinct_windows
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
 from exporter.decoder.loading import load_entry, load_exit, load_layer
 from exporter.rules.base import Values
@@ -49,14 +49,23 @@ class Walk:
         checkpoint: the model.
         ids: [M, S] int64, all of it tokens.
         options: keep rule and K/V policy; the computation is in float32.
+        on_table: called with what holds the embedding, and with what holds the head, once their weights are there.
     """
 
-    def __init__(self, checkpoint: Checkpoint, ids: np.ndarray, options: DecoderOptions) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: np.ndarray,
+        options: DecoderOptions,
+        on_table: Callable[[Entry | Exit], None] = lambda end: None,
+    ) -> None:
         self.checkpoint = checkpoint
+        self._on_table = on_table
         self.options = DecoderOptions(options.rule, options.kv_policy, torch.float32)
         self.ids = torch.from_numpy(ids)
         self._windows = distinct_windows(checkpoint.config)
         self._entry = load_entry(checkpoint, self.options)
+        on_table(self._entry)
         self._call: tuple[Tensor, ...] = ()
 
     def stream(self, controls: Controls) -> Stream:
@@ -86,7 +95,8 @@ class Walk:
         call = call._replace(values=values)
         mlp = self._choose(layer, "mlp", stream, call)
         stream.hidden, values = layer.mlp_branch(stream.hidden, call, mlp)
-        stream.entered = {name: values[name] for name in stream.entered}
+        rule = self.options.rule
+        stream.entered = {**stream.entered, **{name: values[name] for name in (rule.carried if rule else ())}}
         rows = torch.zeros(len(stream.hidden), dtype=torch.bool)
         chosen: dict[Branch, Kept | None] = {"attn": attn, "mlp": mlp}
         return {b: rows.index_fill(0, kept.index, True) for b, kept in chosen.items() if kept is not None}
@@ -99,6 +109,7 @@ class Walk:
     def logits(self, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
         """What the head says at the end: ids [m, S] and logits [m, S, V], some windows at a time."""
         leave = load_exit(self.checkpoint, self.options)
+        self._on_table(leave)
         rows = self.ids.shape[1] * _HEAD_WINDOWS
         for ids, hidden in zip(torch.split(self.ids, _HEAD_WINDOWS), torch.split(stream.hidden, rows), strict=True):
             yield ids, leave(hidden, ids)

@@ -4,10 +4,12 @@ The layer (`exporter/decoder/layer.py`) asks its rule at each branch that the ru
 score exceeds the bound, runs the branch on them, and adds the result back. Nothing else differs between methods. A rule
 reads
 
-- run-time inputs of the graph (`inputs`): those with an axis L come to a layer as the layer's own part;
+- run-time inputs of the graph (`inputs`);
 - values that are computed once in a call (`call`), by `enter`, from the tokens and the run-time inputs;
 - states that it carries from branch to branch for every token (`carried`): `enter` begins them, `after` changes them;
 - parameters of its own (`modules`), which lie in the checkpoint under the layer's name.
+
+What has an axis L comes to a layer as the layer's own part.
 
 Letters as in `layer.py`. How to add a rule: docs/keep-rules.md.
 """
@@ -81,7 +83,8 @@ class KeepRule(ABC):
         name: of the policy, as `gsx export --policy` takes it.
         branches: those that it may skip, in every layer; the others always run.
         by_rank: whether a verdict's bound is a number of rows.
-        inputs: the run-time inputs of the graph that it reads.
+        inputs: the run-time inputs of the graph that it reads: `enter` those without an axis L, layers the others.
+        whole: of those with an axis L, the ones that `enter` reads instead.
         call: what `enter` computes once in a call.
         carried: what goes from branch to branch; float32 [N, 1] each.
     """
@@ -90,6 +93,7 @@ class KeepRule(ABC):
     branches: tuple[Branch, ...]
     by_rank: bool = False
     inputs: Mapping[str, Value] = {}
+    whole: frozenset[str] = frozenset()
     call: Mapping[str, Value] = {}
     carried: Mapping[str, Value] = {}
 
@@ -99,7 +103,7 @@ class KeepRule(ABC):
 
     @abstractmethod
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
-        """Values of a call: those of `call` and the first ones of `carried`. Args: inputs: those without an axis L."""
+        """Values of a call: those of `call` and the first ones of `carried`. Args: inputs: those of `of_call`."""
 
     @abstractmethod
     def judge(self, layer: DecoderLayer, branch: Branch, hidden: Tensor, normed: Tensor, values: Values) -> Verdict:
@@ -127,18 +131,20 @@ class KeepRule(ABC):
 
     def of_call(self) -> Mapping[str, Value]:
         """The run-time inputs that `enter` reads."""
-        return {name: value for name, value in self.inputs.items() if not value.by_layer}
+        return {name: value for name, value in self.inputs.items() if not value.by_layer or name in self.whole}
 
     def of_layer(self) -> Mapping[str, Value]:
-        """The run-time inputs that every layer has a part of."""
-        return {name: value for name, value in self.inputs.items() if value.by_layer}
+        """The values that every layer has a part of: of the run-time inputs, and of what `enter` gives."""
+        inputs = {name: value for name, value in self.inputs.items() if name not in self.of_call()}
+        return {name: value for name, value in {**inputs, **self.call}.items() if value.by_layer}
 
     def values_of(self, layer: int, inputs: Values, entered: Values) -> Values:
         """What one layer reads.
 
         Args: inputs: all run-time inputs; entered: what `enter` gave, the carried states as of now.
         """
-        own = {name: inputs[name].select(value.axes.index("L"), layer) for name, value in self.of_layer().items()}
+        given = {**inputs, **entered}
+        own = {name: given[name].select(value.axes.index("L"), layer) for name, value in self.of_layer().items()}
         return {**entered, **own}
 
 

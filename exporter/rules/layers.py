@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from exporter.config import BRANCHES, Branch
-from exporter.rules.base import FORCED, KeepRule, Tokens, Value, Values, Verdict, apply_forced, before, forced
+from exporter.rules.base import KeepRule, Tokens, Value, Values, Verdict, before
 
 if TYPE_CHECKING:
     from exporter.decoder.layer import DecoderLayer
@@ -32,16 +32,20 @@ class Layers(KeepRule):
         "layer_mask": Value(torch.float32, ("B", "L", 2)),
         "full_until": Value(torch.int64, ("B",)),
     }
-    call = FORCED
+    # The scores of all layers are made at once: single steps pay for every node.
+    whole = frozenset(("layer_mask",))
+    call = {"scores": Value(torch.float32, ("L", 2, "N"))}  # noqa: RUF012
 
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
-        """Tokens below `full_until` run in full."""
-        return forced(tokens, before(tokens.positions, inputs["full_until"]))
+        """The mask's entries are the scores; tokens below `full_until` run in full, padding never."""
+        sequences, length = tokens.positions.shape
+        mask = inputs["layer_mask"].permute(1, 2, 0).unsqueeze(3)
+        # A mask of one sequence serves all: the exported default has one.
+        scores = mask.expand(mask.shape[0], mask.shape[1], sequences, length).reshape(mask.shape[0], mask.shape[1], -1)
+        infinity = torch.tensor(float("inf"))
+        scores = torch.where(before(tokens.positions, inputs["full_until"]), infinity, scores)
+        return {"scores": torch.where(tokens.valid, scores, -infinity)}
 
     def judge(self, layer: DecoderLayer, branch: Branch, hidden: Tensor, normed: Tensor, values: Values) -> Verdict:
-        """The mask's entry for the token's sequence is the score."""
-        mask = values["layer_mask"][:, BRANCHES.index(branch)]
-        # A mask of one sequence serves all: the exported default has one.
-        sequences = values["forced"].view(mask.shape[0], -1)
-        score = mask.unsqueeze(1).expand_as(sequences).reshape(-1)
-        return Verdict(apply_forced(score, values), torch.tensor(_BOUND))
+        """The token's score."""
+        return Verdict(values["scores"][BRANCHES.index(branch)], torch.tensor(_BOUND))

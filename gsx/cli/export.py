@@ -72,7 +72,10 @@ def export(
     ] = False,
     keep_precision: Annotated[
         str | None,
-        typer.Option(help="Layers to leave out of INT8 or FP8: auto (by measurement), or names with commas."),
+        typer.Option(
+            help="Layers to leave out of INT8 or FP8: auto (by measurement), none, or names with commas.",
+            show_default="with gates the first",
+        ),
     ] = None,
     max_perplexity_increase: Annotated[
         float | None,
@@ -202,11 +205,7 @@ def _print(summary: dict[str, Any]) -> None:
     if summary["draft"] is not None:
         _print_draft(summary["draft"])
     if summary["quantization"] is not None:
-        kept = (
-            f", {len(summary['kept_high'])} linear layers left in {summary['precision']}"
-            if summary["kept_high"]
-            else ""
-        )
+        kept = f", {len(summary['kept_high'])} matrices left in high precision" if summary["kept_high"] else ""
         console.print(f"{summary['quantization']} products{kept}")
     rows = [(name, size(count)) for name, count in summary["files"].items()]
     console.print(table(None, ("file", "size"), rows, right=1))

@@ -18,8 +18,8 @@ def add_to(app: typer.Typer) -> None:
 
 def triton(
     bundle: Annotated[Path, typer.Argument(help="A bundle's directory.", show_default=False)],
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="The model repository to write.", show_default=False)
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The model repository to write.", show_default=False)
     ] = None,
     check: Annotated[
         str | None,
@@ -44,7 +44,7 @@ def triton(
     """
     from engines.errors import UsageError
 
-    if (out is None) == (check is None):
+    if (output is None) == (check is None):
         raise UsageError("what to do is not clear", expected="-o REPOSITORY or --check URL")
     with loading():
         from gsx.triton import check_server
@@ -55,13 +55,15 @@ def triton(
             f"{check}: {count} tokens are equal"
         )
         return
-    assert out is not None
-    model = write(bundle, out, name=name, backend=backend, slots=slots, queue=queue, context=context, threads=threads)
+    assert output is not None
+    model = write(
+        bundle, output, name=name, backend=backend, slots=slots, queue=queue, context=context, threads=threads
+    )
     if as_json:
-        print_json({"repository": str(out), "model": str(model)})
+        print_json({"repository": str(output), "model": str(model)})
         return
     typer.echo(f"{model}: a decoupled model of the Python backend on {backend}")
     typer.echo(f"its Python needs:  pip install -r {model / 'requirements.txt'}")
     typer.echo(
-        f"next: tritonserver --model-repository={out.resolve()}   then   gsx triton {bundle} --check http://localhost:8000"
+        f"next: tritonserver --model-repository={output.resolve()}   then   gsx triton {bundle} --check http://localhost:8000"
     )

@@ -20,6 +20,8 @@ from engines.bundle.manifest import EngineEntry
 from engines.errors import BundleError, EngineError, GsxError, UsageError
 from engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from engines.tensorrt.plugins import plugin_library
+from exporter.quantization.scheme import SchemeName
+from gsx.quantize import Quantize
 from plugins.domain import DOMAIN, OPSET_VERSION, node
 from plugins.registry import OPS
 
@@ -212,6 +214,23 @@ def test_memory_and_disk_are_asked_first(bundle: Path, monkeypatch: pytest.Monke
     with pytest.raises(GsxError, match=r"not enough room on the disk.*\n.*expected 0.13 GB free, found 0.00 GB"):
         build(bundle, **SMALL)  # type: ignore[arg-type]
     assert state(bundle) == before
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_8_bit_graphs_build(make_tiny_bundle: Callable[..., Path], tmp_path: Path, scheme: SchemeName) -> None:
+    """Products, head and embedding in 8 bits, half precision beside them; FP8 where the GPU has it."""
+    quantize = Quantize(scheme, ("none",))
+    directory = Path(shutil.copytree(make_tiny_bundle(precision="fp16", quantize=quantize), tmp_path / "bundle"))
+    _, entry = build(directory, plugins="none", context=64)
+    assert ("80" in entry.targets) == (scheme == "int8")
+    assert {"89", "120"} <= set(entry.targets)
+
+
+def test_a_target_without_fp8_is_refused(make_tiny_bundle: Callable[..., Path]) -> None:
+    directory = make_tiny_bundle(precision="fp16", quantize=Quantize("fp8", ("none",)))
+    with pytest.raises(EngineError, match=r"FP8 products.*\n.*8\.9 \(Ada\).*12\.0.*found 8\.6\n.*--int8"):
+        build(directory, targets=["8.6", "8.9"])
+    assert not (directory / ENGINES).exists()
 
 
 def test_what_the_system_says_about_memory_is_read() -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import gsx
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import Keep
 from engines.errors import GsxError, UsageError
 from engines.runners.base import Cache, Runner, StepOutput
 from engines.runners.portable import PortableStage
@@ -79,7 +80,7 @@ def alone(drafting: Bundle) -> Callable[[Request], gsx.generate]:
             made[key] = gsx.generate(
                 drafting,
                 ids=request.prompt,
-                budget=request.budget,
+                budget=request.keep.budget,
                 max_new_tokens=request.max_new_tokens,
                 temperature=how.temperature,
                 top_k=how.top_k,
@@ -102,7 +103,7 @@ REQUESTS = [
     Request(
         prompt=[5 + n, 60, 61, 7 * n % 90 + 3][: 1 + n % 4],
         max_new_tokens=3 + 5 * n,
-        budget=(None, 0.5, 1.0)[n % 3],
+        keep=Keep(budget=(None, 0.5, 1.0)[n % 3]),
         sampling=Sampling(1.2, 40, 1.0, n) if n % 2 else Sampling(),
         stop=("a", "\n") if n % 4 == 2 else (),
         speculative=n % 3 == 2,
@@ -236,8 +237,8 @@ def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
         (Request([5], 40), "longer than a row"),
         (Request([5], 0), "max new tokens"),
         (Request([-5], 4), "outside the vocabulary"),
-        (Request([5], 4, budget=1.5), "budget"),
-        (Request([5], 4, budget=float("nan")), "budget"),
+        (Request([5], 4, keep=Keep(budget=1.5)), "budget"),
+        (Request([5], 4, keep=Keep(budget=float("nan"))), "budget"),
         (Request([5], 4, stop=("a",)), "tokenizer"),
         (Request([5], 4, speculative=True), "no draft"),
     ],

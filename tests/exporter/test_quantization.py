@@ -22,9 +22,9 @@ from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import GateConfig
 from exporter.decoder.layer import DecoderOptions
 from exporter.graph.assemble import GraphBuilder, Graphs
-from exporter.quantization.plan import Plan, groups_of, make_plan, named, quantize_weight, weight_scales
+from exporter.quantization.plan import Plan, groups_of, make_plan, matrices_of, named, quantize_weight, weight_scales
 from exporter.quantization.qdq import quantize_graphs
-from exporter.quantization.scheme import LINEARS, SCHEMES
+from exporter.quantization.scheme import LINEARS, SCHEMES, SchemeName
 from exporter.quantization.sensitivity import Limits, choose
 from exporter.quantization.simulate import Simulation
 from exporter.quantization.smoothing import smooth
@@ -164,6 +164,9 @@ def test_graph_follows_the_rules_of_fusing(plan: Plan, dtype: torch.dtype) -> No
     constants = {tensor.name: tensor for tensor in graph.initializer}
     weights = {weight.name: weight for weight in graphs.weights}
     products = [node for node in graph.node if node.op_type == "MatMul" and node.input[1].endswith(".dequantized")]
+    head = products.pop()
+    assert head.output[0] == "logits"
+    assert producer[head.input[0]].op_type == "RMSNormalization", "the head's input is not quantized"
     assert len(products) == LAYERS * len(LINEARS)
     onnx_type = TensorProto.FLOAT if dtype == torch.float32 else TensorProto.FLOAT16
     for node in products:
@@ -181,27 +184,76 @@ def test_graph_follows_the_rules_of_fusing(plan: Plan, dtype: torch.dtype) -> No
     assert producer[rows].op_type == "ThresholdGather", "rows are quantized behind the gather"
 
 
-def test_gates_and_tables_are_not_quantized(plan: Plan) -> None:
-    kinds = {weight.name: weight.dtype for weight in graph_of(plan).weights}
+def test_what_stays_high_is_stored_in_16_bits(plan: Plan) -> None:
+    everything, sparing = ({w.name: w.dtype for w in graph_of(one).weights} for one in (plan, plan.sparing()))
     # The checkpoint's own 16 bits: nothing is rounded.
-    assert kinds["layers.0.attn_gate.linear.weight.stored"] == torch.bfloat16
-    assert kinds["embed_tokens.stored"] == torch.bfloat16
-    assert kinds["lm_head.weight.stored"] == torch.bfloat16
-    assert kinds["layers.0.attn_gate.linear.bias"] == torch.float32
-    assert {kind for name, kind in kinds.items() if name.endswith("_proj.weight")} == {torch.int8}
+    assert everything["layers.0.attn_gate.linear.weight.stored"] == torch.bfloat16
+    assert everything["layers.0.attn_gate.linear.bias"] == torch.float32
+    assert {kind for name, kind in everything.items() if name.endswith("_proj.weight")} == {torch.int8}
+    assert (everything["embed_tokens"], everything["embed_tokens_scale"]) == (torch.int8, torch.float32)
+    assert everything["lm_head.weight"] == sparing["lm_head.weight"] == torch.int8
+    assert sparing["embed_tokens.stored"] == torch.bfloat16
+
+
+@pytest.mark.parametrize(("scheme", "layers"), [("int8", 1), ("int8-weights", 0), ("fp8", 2)])
+def test_what_comes_before_the_decisions_is_spared(model: Checkpoint, scheme: SchemeName, layers: int) -> None:
+    first = {f"layers.{layer}.{name}" for layer in range(layers) for name in LINEARS}
+    everything = Plan(SCHEMES[scheme], model, dict.fromkeys(matrices_of(model.config), 1.0))
+    assert set(everything.sparing().kept_high) == {"embed_tokens", *first}
+
+
+@pytest.mark.parametrize(
+    ("keep", "options", "kept"),
+    [
+        ((), OPTIONS, ["embed_tokens"]),
+        (("none",), OPTIONS, []),
+        (("lm_head",), OPTIONS, ["embed_tokens", "lm_head"]),
+        ((), DecoderOptions(), []),
+    ],
+)
+def test_who_says_what_is_spared(
+    model: Checkpoint, keep: tuple[str, ...], options: DecoderOptions, kept: list[str]
+) -> None:
+    """Nothing is where nothing is decided; names come on top."""
+    plan, entry = plan_for(model, options, Quantize("int8-weights", keep), None, {}, None, lambda *step: None)
+    assert list(plan.kept_high) == list(entry.kept_high) == kept
+
+
+def test_a_shared_table_stays_as_it_is(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path / "m", layers=LAYERS, hidden=HIDDEN, tied=True)
+    weights_alone = make_plan(open_checkpoint(path), SCHEMES["int8-weights"], None)
+    assert set(weights_alone.input_scales) == {f"layers.{n}.{name}" for n in range(LAYERS) for name in LINEARS}
+
+
+def test_embedding_rows_have_scales_of_their_own(plan: Plan) -> None:
+    weights = {weight.name: weight for weight in graph_of(plan).weights}
+    table = plan.checkpoint.tensor("model.embed_tokens.weight").float()
+    codes, scales = (weights[name].encode for name in ("embed_tokens", "embed_tokens_scale"))
+    assert codes is not None
+    assert scales is not None
+    assert scales(table).shape == (len(table),)
+    error = (codes(table).float() * scales(table)[:, None] - table).abs()
+    assert bool((error <= table.abs().amax(dim=1, keepdim=True) / 127 * 0.5001).all())
 
 
 def test_float32_gates_stay_float32(tmp_path: Path) -> None:
     path = tiny_checkpoint(tmp_path / "m", gate=GateConfig(), layers=LAYERS, hidden=HIDDEN)
     weights_alone = make_plan(open_checkpoint(path), SCHEMES["int8-weights"], None)
-    kinds = {weight.name: weight.dtype for weight in graph_of(weights_alone).weights}
+    kinds = {weight.name: weight.dtype for weight in graph_of(weights_alone.sparing()).weights}
     assert kinds["layers.0.attn_gate.linear.weight"] == torch.float32
     assert kinds["embed_tokens.stored"] == torch.float16
 
 
 @pytest.mark.parametrize(
     ("pattern", "count"),
-    [("layers.0", 7), ("layers.*.mlp.down", 2), ("layers.1.self_attn", 4), ("layers.1.self_attn.qkv", 3), ("*", 14)],
+    [
+        ("layers.0", 7),
+        ("layers.*.mlp.down", 2),
+        ("layers.1.self_attn", 4),
+        ("layers.1.self_attn.qkv", 3),
+        ("lm_head", 1),
+        ("*", 16),
+    ],
 )
 def test_layers_have_names(model: Checkpoint, pattern: str, count: int) -> None:
     assert len(named(model.config, [pattern])) == count
@@ -268,11 +320,11 @@ def test_a_limit_that_does_not_hold_tells_the_nearest_setting(model: Checkpoint)
         plan_for(
             model,
             OPTIONS,
-            Quantize("fp8", max_flipped=1e-9),
+            Quantize("fp8", ("none",), max_flipped=1e-9),
             selection,
             selected(selection, 0.7),
             text,
             lambda *step: None,
         )
-    assert "most costly: layers." in error.value.message
-    assert "--keep-precision layers." in error.value.message
+    assert "most costly: embed_tokens (divergence" in error.value.message
+    assert "--keep-precision embed_tokens,layers." in error.value.message

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +18,7 @@ from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.controls import Keep, controls_for
 from engines.errors import UsageError
 from engines.generation import generate
+from engines.lowering.onnxruntime import lower
 from engines.runners.portable import PortableStage
 from engines.runners.select import open_runner
 from engines.runners.whole import WholeRunner
@@ -116,6 +118,21 @@ def test_skipped_layers_have_no_k_and_v(bundle_of: Callable[[str], Path]) -> Non
     assert kept_kv(bundle, Keep(layers="0,2,4.attn")).tolist() == [True, False, True, False, True]
     # Where the first half of a layer is skipped, the other one runs without K and V.
     assert kept_kv(bundle, Keep(layers="0,2-4.mlp")).tolist() == [True, False, False, False, False]
+
+
+@pytest.mark.parametrize(
+    ("name", "inside"),
+    [("layers", {"TensorScatter", "GroupQueryAttention", "MatMul"}), ("ffn-skip, split", {"ScatterND"})],
+)
+def test_a_skipped_branch_is_not_entered(name: str, inside: set[str], bundle_of: Callable[[str], Path]) -> None:
+    """In the graph that ONNX Runtime runs, K and V of skipped layers and what a rule finds are behind the `If` too."""
+    bundle = open_bundle(bundle_of(name))
+    portable = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
+    body = lower(portable, bundle.manifest, range(LAYERS)).body
+    assert not {node.op_type for node in body.graph.node} & inside
+    entered = [a.g for node in body.graph.node for a in node.attribute if a.name == "then_branch"]
+    assert len(entered) == LAYERS * len(bundle.manifest.skippable)
+    assert inside <= {node.op_type for graph in entered for node in graph.node}
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_quality_of_the_same_is_perfect() -> None:
 
 def test_limits_decide(make_tiny_bundle: Callable[..., Path], tiny_text: Path) -> None:
     """The same bundle passes within wide limits and fails beyond narrow ones, which name what failed and where."""
-    bundle = make_tiny_bundle(quantize=Quantize("int8"))
+    bundle = make_tiny_bundle(quantize=Quantize("int8", ("none",)))
 
     def run(limits: QualityLimits) -> tuple[bool, set[str]]:
         report = verify(bundle, text=tiny_text, tokens=256, greedy_tokens=4, budgets=(0.7, 0.5), quality=limits)
@@ -72,7 +72,8 @@ def test_limits_are_numbers(value: float) -> None:
     [
         ({"max_flipped": 0.0}, "max flipped"),
         ({"max_perplexity_increase": float("nan")}, "max perplexity increase"),
-        ({"keep_precision": ("auto", "layers.0")}, "auto and names together"),
+        ({"keep_precision": ("auto", "layers.0")}, "a word and names together"),
+        ({"keep_precision": ("layers.0", "none")}, "a word and names together"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, object], message: str) -> None:

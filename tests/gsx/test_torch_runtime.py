@@ -140,7 +140,7 @@ def test_bfloat16_runs_on_a_cpu(make_tiny_bundle: Callable[..., Path]) -> None:
     outputs = []
     for options in ({}, {"precision": "bf16"}):
         runner = open_runner(open_bundle(make_tiny_bundle(**options)), backend=TorchRuntime("cpu"))
-        outputs.append(runner.step(runner.new_cache(1, 16), ids, {"thresholds": keep_all}, logits="all").logits)
+        outputs.append(runner.step(runner.new_cache(1, 16), ids, keep_all, logits="all").logits)
     np.testing.assert_allclose(outputs[1], outputs[0], atol=BF16_ATOL)
     assert not np.allclose(outputs[1], outputs[0], atol=LOGITS_ATOL["fp32"])
 
@@ -182,6 +182,7 @@ def test_a_gpu_that_is_not_there(tiny_bundle: Path) -> None:
             {"eos_token_id": 7},
             r"config.json does not match gsx.json\n  expected eos_ids \(2,\), found \(7,\)\n.*restore",
         ),
+        ({"gsx": {"gate": {"input": "pre_norm"}}}, r"does not match gsx.json\n  expected gates .*post_norm.*pre_norm"),
         (
             {"intermediate_size": 64},
             r"weight layers.0.mlp.gate_proj.weight does not fit.*\n  expected \[64, 64\] float32",

@@ -1,0 +1,97 @@
+"""Runtimes that are timed against each other: their models and exports, and one process each.
+
+All peers answer in turn, so that a machine that speeds up or slows down moves them all; ratios are medians of the
+ratios within a round. Each timed call follows an untimed one, in the process that answers (`worker.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from benchmarks.model import SHAPES, make_model, random_text
+
+PROMPT_TOKENS, NEW_TOKENS = 512, 65
+BUDGET = 0.5
+
+
+@dataclass
+class Peer:
+    """A process under test and what it answered."""
+
+    name: str
+    process: subprocess.Popen[str]
+    prefill_s: list[float] = field(default_factory=list)
+    decode_s: list[float] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def call(self, prompt: list[int], keep: bool) -> None:
+        """Time the prompt and the tokens after it; `keep` notes the times."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps({"prompt": prompt, "new_tokens": NEW_TOKENS}) + "\n")
+        self.process.stdin.flush()
+        self.last = json.loads(self.process.stdout.readline())
+        if keep:
+            self.prefill_s.append(self.last["prefill"])
+            self.decode_s.append(self.last["decode"] / (NEW_TOKENS - 1))
+
+    def stop(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def start(name: str, **spec: Any) -> Peer:
+    """Start a worker and wait until it has loaded its model."""
+    command = [sys.executable, "-m", "benchmarks.worker", json.dumps(spec, default=str)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    if json.loads(process.stdout.readline() or "null") != "ready":
+        raise SystemExit(f"{name}: did not start")
+    return Peer(name, process)
+
+
+def time_in_turn(peers: Iterable[Peer], rounds: int) -> None:
+    """Rounds in which every peer answers the same random prompt; the first round warms up."""
+    prompt = np.random.default_rng(0).integers(0, SHAPES["small"]["vocab_size"], PROMPT_TOKENS).tolist()
+    everyone = list(peers)
+    for number in range(rounds + 1):
+        for peer in everyone:
+            peer.call(prompt, keep=number > 0)
+
+
+def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
+    """Time over the base's time: median over rounds."""
+    return statistics.median(s / b for s, b in zip(seconds, base, strict=True))
+
+
+def prepare(work: Path, gates: Iterable[str]) -> None:
+    """Models and float32 exports, dense and with gates at `BUDGET`, as far as they are not there yet."""
+    from gsx.export import export
+
+    work.mkdir(parents=True, exist_ok=True)
+    text = random_text(work / "text.txt", SHAPES["small"]["vocab_size"])
+    for gate in (None, *gates):
+        name = gate or "dense"
+        if not (work / f"gsx-{name}").exists():
+            model = make_model(work / f"model-{name}", "small", gate)
+            options: dict[str, Any] = {"budget": BUDGET, "calibration": text} if gate else {}
+            export(model, work / f"gsx-{name}", **options)
+
+
+def prepare_genai(work: Path, output: Path, precision: Literal["fp32", "int8"]) -> None:
+    """ONNX Runtime GenAI's own export of the dense model, if it is not there yet."""
+    if not output.exists():
+        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        paths = ["-i", str(work / "model-dense"), "-o", str(output), "-c", str(work / "cache")]
+        subprocess.run([*builder, *paths, "-p", precision, "-e", "cpu"], check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,95 @@
+"""What each keep rule costs in quality on a model: perplexity at equal shares, in one table.
+
+    python -m benchmarks.rule_quality examples/model
+
+Rules are calibrated on the first half of the text that ships with gsx and measured on the other half, by the reference.
+"every token" applies the rule to all of a window; "prompt in full" runs a window's first half in full, as Unified Layer
+Skipping and FFN-SkipLLM do with a prompt, and scores the second half. The full model's own perplexity stands in both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from engines.bundle.layer_sets import Places, exit_places, mask_of, unified_places
+from exporter.calibration import calibrate
+from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.decoder.layer import DecoderOptions
+from exporter.evaluation import losses
+from exporter.masks.base import KeepAll, MaskRule
+from exporter.masks.ffn_skip import FfnStride
+from exporter.masks.gateskip import Threshold
+from exporter.masks.layers import LayerMask
+from exporter.reference import Reference
+from exporter.similarity import calibrate_ffn
+from exporter.text import tokenize
+
+# A rule by the position from which it applies.
+RuleFrom = Callable[[np.ndarray], MaskRule]
+
+
+def rules_of(checkpoint: Checkpoint, ids: np.ndarray) -> dict[str, tuple[RuleFrom, bool]]:
+    """Name -> rule, and whether it can run a prompt in full. Args: ids: calibration text."""
+    layers = checkpoint.config.num_layers
+
+    def of_set(places: Places) -> RuleFrom:
+        mask = mask_of(places, layers, "none")[None]
+        return lambda until: LayerMask(mask, until)
+
+    found: dict[str, tuple[RuleFrom, bool]] = {"full model": (lambda until: KeepAll(), True)}
+    ffn = calibrate_ffn(checkpoint, ids, (0.75,), 0.75)
+    table, stride = ffn.points[-1].thresholds, ffn.region.stride
+    name = f"ffn-skip, 25 % of FFNs skipped (stride {stride}, layers {ffn.region.first}-{ffn.region.last})"
+    found[name] = (lambda until: FfnStride(table, stride, until), True)
+    found["unified 1.33"] = (of_set(unified_places(layers, 4 / 3)), True)
+    found["unified 2"] = (of_set(unified_places(layers, 2)), True)
+    for depth in sorted({*checkpoint.config.exits, round(layers * 0.75), layers // 2}, reverse=True):
+        trained = "" if depth in checkpoint.config.exits else " (not trained)"
+        found[f"exit {depth} of {layers}{trained}"] = (of_set(exit_places(depth, layers)), True)
+    if checkpoint.config.gate is not None:
+        for point in calibrate(checkpoint, ids, (0.75, 0.5), DecoderOptions()):
+            rule = Threshold(point.thresholds)
+            found[f"gateskip {point.budget:g}"] = ((lambda until, rule=rule: rule), False)
+    return found
+
+
+def perplexity(reference: Reference, rule: RuleFrom, windows: np.ndarray, *, prompt: int) -> tuple[float, float]:
+    """Perplexity behind the first `prompt` tokens of each window, which run in full; share of branches that ran."""
+    nats, tokens, kept = 0.0, 0, []
+    for window in windows:
+        output = reference(torch.from_numpy(window[None]), rule=rule(np.array([prompt])))
+        found = losses(output.logits[0].float().numpy(), window)[max(prompt - 1, 0) :]
+        nats, tokens = nats + float(found.sum()), tokens + found.size
+        kept.append([[float(keep[0, prompt:].float().mean()) for keep in row] for row in output.keep])
+    return math.exp(nats / tokens), float(np.mean(kept))
+
+
+def main() -> None:
+    """Run and print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--tokens", type=int, default=16384, help="of the text, half of them measured")
+    args = parser.parse_args()
+    checkpoint = open_checkpoint(args.model)
+    ids: np.ndarray[Any, Any] = tokenize(checkpoint, None, max_tokens=args.tokens).ids
+    half = len(ids) // 2
+    reference = Reference.load(checkpoint)
+    windows = ids[half:]
+    middle = windows.shape[1] // 2
+    print(f"{args.model}: {windows.size:,} tokens in windows of {windows.shape[1]}\n")
+    print("| rule | branches that run | perplexity, every token | prompt in full |")
+    print("|---|---|---|---|")
+    for name, (rule, runs_prompt) in rules_of(checkpoint, ids[:half]).items():
+        whole, share = perplexity(reference, rule, windows, prompt=0)
+        behind = f"{perplexity(reference, rule, windows, prompt=middle)[0]:.2f}" if runs_prompt else ""
+        print(f"| {name} | {share:.3f} | {whole:.2f} | {behind} |")
+
+
+if __name__ == "__main__":
+    main()

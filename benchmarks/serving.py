@@ -1,0 +1,225 @@
+"""Serving with Triton on a CPU: that no token changes, what batching gains, what the server costs, that it lasts.
+
+    python -m benchmarks.serving equal --work DIR    200 requests at 1, 4 and 16 at once: every token compared
+    python -m benchmarks.serving speed --work DIR    streams over one; first token, tokens against this process
+    python -m benchmarks.serving soak  --work DIR    minutes of mixed requests, cancelled ones too: tokens and memory
+
+The example model (or --model) is exported at budget 0.7 with a draft, and served by the Triton of `make triton`.
+Requests come from the example client over gRPC, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import psutil
+
+from benchmarks.speculation import heading, held_out_prompts, line
+from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import Keep
+from engines.generation import GenerationStats, generate
+from engines.runners.select import open_runner
+from engines.sampling import Sampling
+from engines.serving.repository import write_repository
+from engines.tokens import BundleTokenizer, TextWriter
+from examples.triton_server import ENVIRONMENT, Server, running
+
+CLIENT = Path(__file__).resolve().parents[1] / "examples" / "triton_client.py"
+BUDGETS = (None, 0.5, 0.85, 1.0)
+
+
+class Clients:
+    """Streams over gRPC, in a process of their own that stays.
+
+    Args:
+        server: whom they ask.
+        streams: how many.
+    """
+
+    def __init__(self, server: Server, streams: int) -> None:
+        command = [ENVIRONMENT / "bin" / "python", CLIENT, "--json", "--url", f"127.0.0.1:{server.port + 1}"]
+        self._process = subprocess.Popen(
+            [*command, "--concurrency", str(streams)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def ask(self, requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Answers in the order of the requests."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        for request in requests:
+            self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return [json.loads(self._process.stdout.readline()) for _ in requests]
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class Here:
+    """The same model in this process, as `gsx generate` runs it."""
+
+    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+        self._runner, self._tokenizer = open_runner(bundle, threads), BundleTokenizer(bundle)
+
+    def ask(self, request: dict[str, Any]) -> tuple[list[int], GenerationStats]:
+        """Tokens and statistics of a request in the server's words; its speculation changes no token."""
+        how = {key: request[key] for key in ("temperature", "top_k", "top_p", "seed") if key in request}
+        writer = TextWriter(self._tokenizer.stream(), request.get("stop", ()), lambda text: None)
+        found = generate(
+            self._runner,
+            [request["input_ids"]],
+            max_new_tokens=request["max_tokens"],
+            keep=Keep(budget=request.get("budget")),
+            sampling=Sampling(**how),
+            on_token=lambda _, token: writer.push(token),
+        )
+        return found.sequences[0].tokens, found.stats
+
+
+def mixed(prompts: Sequence[list[int]], count: int) -> list[dict[str, Any]]:
+    """Requests of all kinds: lengths, budgets, greedy and sampled, stop texts, speculative."""
+    requests: list[dict[str, Any]] = []
+    for n in range(count):
+        request: dict[str, Any] = {
+            "input_ids": prompts[n % len(prompts)][: 16 + 7 * n % 100],
+            "max_tokens": 8 + 11 * n % 57,
+            "speculative": n % 7 == 3,
+        }
+        budget = BUDGETS[n % len(BUDGETS)]
+        if budget is not None:
+            request["budget"] = budget
+        if n % 3 == 1:
+            request |= {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "seed": n}
+        if n % 5 == 2:
+            request["stop"] = ["\n\n", "return"]
+        requests.append(request)
+    return requests
+
+
+def equal(server: Server, here: Here, prompts: Sequence[list[int]], count: int) -> None:
+    """Every token of a set of requests, at several concurrencies."""
+    requests = mixed(prompts, count)
+    expected = [here.ask(request)[0] for request in requests]
+    heading("at once", "requests", "tokens", "tokens that differ", "errors")
+    for streams in (1, 4, 16):
+        clients = Clients(server, streams)
+        answers = clients.ask(requests)
+        clients.close()
+        differ = sum(differing(answer["ids"], alone) for answer, alone in zip(answers, expected, strict=True))
+        line(streams, count, sum(map(len, expected)), differ, sum(answer["error"] is not None for answer in answers))
+
+
+def differing(found: Sequence[int], expected: Sequence[int]) -> int:
+    """Places in which two sequences differ, missing and surplus ones too."""
+    return sum(a != b for a, b in zip(found, expected, strict=False)) + abs(len(found) - len(expected))
+
+
+def speed(server: Server, here: Here, prompts: Sequence[list[int]], rounds: int) -> None:
+    """Throughput by streams; first token and time a token at one stream, against this process, in turn."""
+    each = 2
+    counts = (1, 2, 4, 8)
+    groups = {streams: Clients(server, streams) for streams in counts}
+    requests = [{"input_ids": prompt[:64], "max_tokens": 64} for prompt in prompts[: max(counts) * each]]
+    rates: dict[int, list[float]] = {streams: [] for streams in counts}
+    first: list[float] = []
+    token: list[float] = []
+    for number in range(rounds + 1):  # the first one is to warm up
+        for streams in counts:
+            began = time.perf_counter()
+            answers = groups[streams].ask(requests[: streams * each])
+            seconds = time.perf_counter() - began
+            if number:
+                rates[streams].append(sum(len(answer["ids"]) for answer in answers) / seconds)
+            if number and streams == 1:
+                alone = [here.ask(request)[1] for request in requests[:each]]
+                first.append(
+                    sum(answer["first_seconds"] for answer in answers) / sum(stats.prefill_seconds for stats in alone)
+                )
+                served = sum(answer["seconds"] - answer["first_seconds"] for answer in answers)
+                token.append(served / sum(stats.decode_seconds for stats in alone))
+    for clients in groups.values():
+        clients.close()
+    heading("streams", "tokens/s", "/one stream (least, most of the rounds)")
+    for streams in counts:
+        ratios = [rate / one for rate, one in zip(rates[streams], rates[1], strict=True)]
+        line(streams, f"{median(rates[streams]):.0f}", f"{median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})")
+    print()
+    heading("at one stream, server / this process", "median", "least", "most")
+    for name, ratios in (("time to first token", first), ("time of a token after it", token)):
+        line(name, f"{median(ratios):.3f}", f"{min(ratios):.3f}", f"{max(ratios):.3f}")
+
+
+def soak(server: Server, here: Here, prompts: Sequence[list[int]], minutes: float) -> None:
+    """Mixed requests at 16 streams, every 9th cancelled: tokens, errors, memory of the server and its model process."""
+    requests = mixed(prompts, 90)
+    expected = [here.ask(request)[0] for request in requests]
+    for number in range(0, len(requests), 9):
+        requests[number] |= {"cancel_after": 3}
+    processes = [psutil.Process(server.process.pid)]
+    processes += processes[0].children(recursive=True)
+    clients = Clients(server, 16)
+    heading("minute", "requests", "tokens that differ", "errors", "server MB", "model MB")
+    ended = began = time.perf_counter()
+    sent = differ = errors = 0
+    next_line = 0.0
+    while ended - began < minutes * 60:
+        for number, answer in enumerate(clients.ask(requests)):
+            if number % 9:
+                differ += differing(answer["ids"], expected[number])
+                errors += answer["error"] is not None
+            else:
+                differ += differing(answer["ids"], expected[number][: len(answer["ids"])])
+        sent += len(requests)
+        ended = time.perf_counter()
+        if (ended - began) / 60 >= next_line:
+            sizes = [process.memory_info().rss / 1e6 for process in processes]
+            line(f"{(ended - began) / 60:.1f}", sent, differ, errors, f"{sizes[0]:.1f}", f"{sum(sizes[1:]):.1f}")
+            next_line += minutes / 10
+    clients.close()
+
+
+def main() -> None:
+    """Run as a script."""
+    parser = argparse.ArgumentParser(description="Measure a gsx model on Triton.")
+    parser.add_argument("what", choices=("equal", "speed", "soak"))
+    parser.add_argument("--work", type=Path, required=True, help="where the bundle is kept")
+    parser.add_argument("--model", type=Path, default=Path("examples/model"))
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--threads", type=int, help="of ONNX Runtime, in the server and here")
+    parser.add_argument("--port", type=int, default=18400)
+    arguments = parser.parse_args()
+    path = arguments.work / "bundle"
+    if not path.is_dir():
+        from gsx.export import export
+
+        export(arguments.model, path, budget=0.7, draft="exit:4")
+    bundle = open_bundle(path)
+    prompts = held_out_prompts(arguments.model, 24)
+    here = Here(bundle, arguments.threads)
+    with TemporaryDirectory(dir=arguments.work) as folder:
+        repository = Path(folder) / "models"
+        write_repository(bundle, repository, name="gsx", threads=arguments.threads)
+        with running(repository, port=arguments.port) as server:
+            if arguments.what == "equal":
+                equal(server, here, prompts, arguments.requests)
+            elif arguments.what == "speed":
+                speed(server, here, prompts, arguments.rounds)
+            else:
+                soak(server, here, prompts, arguments.minutes)
+
+
+if __name__ == "__main__":
+    main()

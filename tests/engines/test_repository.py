@@ -1,0 +1,100 @@
+"""What `gsx triton` writes and refuses; that it runs is shown by a real server in tests/serving."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from engines.bundle.bundle import Bundle, open_bundle
+from engines.errors import EngineError, UsageError
+from engines.serving.fields import INPUTS, OUTPUTS
+from engines.serving.model_config import ModelConfig, Tensor
+from engines.serving.repository import write_repository
+from gsx.cli import run
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path) -> Bundle:
+    return open_bundle(tiny_bundle)
+
+
+def test_a_repository_is_whole(bundle: Bundle, tmp_path: Path) -> None:
+    model = write_repository(bundle, tmp_path / "models", name="tiny", slots=3, threads=1)
+    assert sorted(path.name for path in model.iterdir()) == ["1", "config.pbtxt", "requirements.txt"]
+    config = (model / "config.pbtxt").read_text()
+    for field in (*INPUTS, *OUTPUTS):
+        assert f'name: "{field.name}"\n  data_type: {field.data_type}\n  dims: [{-1 if field.many else 1}]' in config
+    assert "kind: KIND_CPU" in config
+    assert "decoupled: true" in config
+    assert 'key: "slots"\n  value { string_value: "3" }' in config
+    assert open_bundle(model / "1" / "bundle", check_weights=True).manifest == bundle.manifest
+    assert "numpy>=1.26,<2" in (model / "requirements.txt").read_text().splitlines()
+    assert (model / "1" / "engines" / "serving" / "triton_model.py").is_file()
+    assert not list(model.rglob("__pycache__"))
+
+
+def test_the_docs_name_every_field() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "triton.md").read_text(encoding="utf-8")
+    for field in (*INPUTS, *OUTPUTS):
+        assert f"`{field.name}`" in page, field.name
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"name": "a/b"}, UsageError, "model's name"),
+        ({"name": ".."}, UsageError, "model's name"),
+        ({"slots": 0}, UsageError, "slots"),
+        ({"queue": -1}, UsageError, "queue"),
+        ({"threads": 0}, UsageError, "threads"),
+        ({"context": 1}, UsageError, "context"),
+        ({"context": 10**6}, UsageError, "context"),
+        ({"backend": "tensorrt"}, EngineError, "has no engines for tensorrt"),
+    ],
+)
+def test_what_cannot_be_written_is_refused(
+    bundle: Bundle, tmp_path: Path, options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        write_repository(bundle, tmp_path / "models", **{"name": "tiny", **options})  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_written_over(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "mine").write_text("mine")
+    with pytest.raises(UsageError, match="exists and is not empty"):
+        write_repository(bundle, tmp_path / "models", name="tiny")
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("change", [{"name": "a b"}, {"kind": "KIND_TPU"}, {"inputs": ()}, {"more": 1}])
+def test_a_configuration_is_checked_before_it_is_written(change: dict[str, object]) -> None:
+    tensor = Tensor(name="x", data_type="TYPE_INT64", dims=(-1,))
+    good = {
+        "name": "m",
+        "backend": "python",
+        "inputs": (tensor,),
+        "outputs": (tensor,),
+        "kind": "KIND_CPU",
+        "decoupled": True,
+        "parameters": {"note": 'a "quoted"\nline'},
+    }
+    assert r'string_value: "a \"quoted\"\nline"' in ModelConfig.model_validate(good).text()
+    with pytest.raises(ValidationError):
+        ModelConfig.model_validate({**good, **change})
+
+
+def test_the_command(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["triton", str(tiny_bundle), "-o", str(tmp_path / "models"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["model"] == str(tmp_path / "models" / "gsx")
+    assert run(["triton", str(tiny_bundle), "-o", str(tmp_path / "models")]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+    assert run(["triton", str(tiny_bundle)]) == 2
+    assert "-o REPOSITORY or --check URL" in capsys.readouterr().err
+    assert run(["triton", str(tiny_bundle), "--check", "localhost:8000"]) == 2
+    assert run(["triton", str(tiny_bundle), "-o", str(tmp_path / "other"), "--backend", "tensorrt-rtx"]) == 1
+    assert "gsx build" in capsys.readouterr().err

@@ -1,0 +1,84 @@
+"""A real Triton server for the session, with two models: one as `gsx triton` makes it, one with next to no room.
+
+`make triton` installs it; where it is not, these tests are skipped, and say so.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines.bundle.bundle import Bundle, open_bundle
+from engines.serving.repository import write_repository
+from examples.triton_server import ENVIRONMENT, Server, find_server, running
+
+CLIENT = Path(__file__).parents[2] / "examples" / "triton_client.py"
+
+
+@pytest.fixture(scope="session")
+def served(make_tiny_bundle: Callable[..., Path]) -> Bundle:
+    """The bundle that is served: gates, a tokenizer, a draft."""
+    return open_bundle(make_tiny_bundle(draft="exit:2"))
+
+
+@pytest.fixture(scope="session")
+def server(served: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Models `gsx`, with four slots, and `small`, with one slot and room for one more request."""
+    if find_server() is None:
+        pytest.skip(f"no Triton server in {ENVIRONMENT.name}: `make triton` installs it")
+    folder = tmp_path_factory.mktemp("triton")
+    write_repository(served, folder / "models", name="gsx", slots=4, threads=1)
+    write_repository(served, folder / "more", name="small", slots=1, queue=1, context=256, threads=1)
+    options = [f"--model-repository={folder / 'more'}", "--model-control-mode=explicit"]
+    with running(
+        folder / "models", port=free_ports(), options=[*options, "--load-model=gsx", "--load-model=small"]
+    ) as server:
+        yield server
+
+
+def free_ports() -> int:
+    """The first of three ports in a row that nobody uses."""
+    for first in range(18100, 18900, 3):
+        try:
+            for port in range(first, first + 3):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+        return first
+    raise AssertionError("no free ports")
+
+
+@dataclass(frozen=True)
+class Grpc:
+    """Clients that stream over gRPC, in the server's own environment."""
+
+    port: int
+
+    def __call__(
+        self, requests: Sequence[dict[str, Any]], concurrency: int = 1, model: str = "gsx"
+    ) -> list[dict[str, Any]]:
+        """Answers of the example client, in the order of the requests."""
+        command = [ENVIRONMENT / "bin" / "python", CLIENT, "--json", "--url", f"127.0.0.1:{self.port}"]
+        done = subprocess.run(
+            [*command, "--model", model, "--concurrency", str(concurrency)],
+            input="\n".join(map(json.dumps, requests)),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture
+def grpc(server: Server) -> Grpc:
+    return Grpc(server.port + 1)
