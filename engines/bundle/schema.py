@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from engines.bundle.manifest import Manifest
 
@@ -15,8 +16,18 @@ SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 
 
 def manifest_schema() -> str:
-    """The schema's text."""
-    return json.dumps(Manifest.model_json_schema(), indent=1) + "\n"
+    """The schema's text, without what is there for people: that stands in `manifest.py`."""
+    return json.dumps(_rules(Manifest.model_json_schema()), indent=1) + "\n"
+
+
+def _rules(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_rules(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # A property may have such a name; its value is then a schema, and no text.
+    texts = [key for key in ("title", "description") if isinstance(schema.get(key), str)]
+    return {key: _rules(value) for key, value in schema.items() if key not in texts}
 
 
 if __name__ == "__main__":
