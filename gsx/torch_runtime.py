@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
+import torch._dynamo  # PyTorch would import it in the first call of an op of ours, where seconds are a user's
 from torch import Tensor, nn
 
 from engines.bundle.bundle import Bundle
