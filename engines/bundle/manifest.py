@@ -12,7 +12,16 @@ from itertools import groupby
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
 
 from engines.bundle.confidence import Measure
 from engines.errors import UsageError
@@ -27,6 +36,7 @@ Threshold = Annotated[
     float,
     BeforeValidator(lambda value: -math.inf if value is None else value),
     PlainSerializer(lambda value: None if value == -math.inf else value, return_type=float | None),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]}),
 ]
 Table = Sequence[tuple[Threshold, Threshold]]
 Budget = Annotated[float, Field(gt=0, le=1)]
@@ -463,7 +473,7 @@ class Manifest(_Model):
     weights: WeightsEntry
     draft: DraftEntry | None = None
 
-    engines: Mapping[str, EngineEntry] = Field(default_factory=dict)
+    engines: Mapping[FileName, EngineEntry] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
