@@ -16,6 +16,11 @@ from onnx import helper
 CHOICES = ("ThresholdGather", "TopKGather")
 
 
+def branch_choices(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The choices of rows that branches run on, in order; a keep rule may choose rows to look at, too."""
+    return [node for node in graph.node if node.op_type in CHOICES and node.output[1].startswith("layers.")]
+
+
 @dataclass(frozen=True)
 class Region:
     """One branch.
