@@ -23,6 +23,7 @@ import numpy as np
 from benchmarks.model import SHAPES, make_model, random_text
 from engines.bundle.bundle import open_bundle
 from engines.bundle.controls import Controls, Keep, controls_for
+from engines.bundle.manifest import BRANCHES
 from engines.runners.base import Runner
 from engines.runners.select import open_runner
 from gsx.export import export
@@ -73,7 +74,7 @@ class Form:
     runner: Runner
     controls: Controls
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
-    kept: dict[str, np.ndarray | None] = field(default_factory=dict)
+    kept: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 def run(form: Form, cache: Any, ids: np.ndarray, keep: bool) -> None:
@@ -89,7 +90,12 @@ def run(form: Form, cache: Any, ids: np.ndarray, keep: bool) -> None:
             kept.append(output.kept)
         if keep:
             form.seconds[phase].append(statistics.mean(seconds))
-        form.kept[phase] = None if kept[0] is None else np.mean(kept, axis=0)
+        policy = form.runner.manifest.policy
+        if policy is not None:
+            rows = np.full((form.runner.manifest.decoder.num_layers, 2), call.shape[1], float)
+            columns = [BRANCHES.index(branch) for branch in policy.branches]
+            rows[:, columns] = np.mean(kept, axis=0)[:, columns]  # a branch that may not be skipped always runs
+            form.kept[phase] = rows
 
 
 def work_of(kept: np.ndarray | None, tokens: int, keys: int, kv_rows: bool) -> tuple[float, float]:
@@ -150,13 +156,15 @@ def main() -> None:
     dense = forms["dense"]
     for name, form in forms.items():
         policy = form.runner.manifest.policy
-        kept = form.kept["prefill"]
-        columns = [] if policy is None else [("attn", "mlp").index(branch) for branch in policy.branches]
+        kept = form.kept.get("prefill")
+        columns = [] if policy is None else [BRANCHES.index(branch) for branch in policy.branches]
         cells = [name, "" if kept is None else f"{kept[:, columns].mean() / PROMPT_TOKENS:.3f}"]
         for phase, tokens, keys in (("prefill", PROMPT_TOKENS, PROMPT_TOKENS), ("decode", 1, PROMPT_TOKENS + 1)):
             kv_rows = form.runner.manifest.kv_policy != "compute"
             which = 0 if phase == "prefill" else 1
-            share = work_of(form.kept[phase], tokens, keys, kv_rows)[which] / work_of(None, tokens, keys, False)[which]
+            share = (
+                work_of(form.kept.get(phase), tokens, keys, kv_rows)[which] / work_of(None, tokens, keys, False)[which]
+            )
             ratio = statistics.median(a / b for a, b in zip(form.seconds[phase], dense.seconds[phase], strict=True))
             milliseconds = 1e3 * statistics.median(form.seconds[phase])
             cells += [f"{milliseconds:.1f}", f"{ratio:.3f}", f"{share:.3f}", f"{ratio / share - 1:+.1%}"]

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import tritonclient.grpc as triton
+from tritonclient.utils import InferenceServerException
 
 TYPES = {"BYTES": np.object_, "INT64": np.int64, "FP64": np.float64, "BOOL": np.bool_}
 
@@ -142,7 +143,10 @@ def main() -> None:
     request = {"text_input": arguments.prompt, "max_tokens": arguments.max_tokens}
     if arguments.budget is not None:
         request["budget"] = arguments.budget
-    answer = Client(arguments.url, arguments.model).generate(request, lambda text: print(text, end="", flush=True))
+    try:
+        answer = Client(arguments.url, arguments.model).generate(request, lambda text: print(text, end="", flush=True))
+    except InferenceServerException as error:  # nobody there, or no such model
+        sys.exit(str(error))
     print()
     if answer["error"]:
         sys.exit(answer["error"])

@@ -126,7 +126,8 @@ class Reference:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
         valid = attention_mask[:, past:].bool()
         ended = torch.isin(input_ids, torch.tensor(self.config.eos_ids, dtype=input_ids.dtype)) & valid
-        tokens = MaskCall(input_ids, valid, ended, position_ids, self.config.num_layers, self._routers)
+        layers = self.config.num_layers
+        tokens = MaskCall(input_ids, valid, ended, position_ids, layers, self._logits_of, self._routers)
         everyone = Choice(valid, None, certain(valid))
         self._call = call = _Call(
             chooser=(rule or KeepAll()).begin(tokens),
@@ -162,7 +163,10 @@ class Reference:
     @torch.no_grad()
     def exit_logits(self, output: ReferenceOutput, depth: int) -> torch.Tensor:
         """Logits [B, S, V] after the first `depth` layers: the final norm and the head on that state."""
-        logits: torch.Tensor = self.model.lm_head(self.model.model.norm(output.states[depth]))
+        return self._logits_of(output.states[depth])
+
+    def _logits_of(self, state: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.lm_head(self.model.model.norm(state))
         return logits
 
     def greedy(

@@ -20,12 +20,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.stats import binom
 
 from engines.errors import UsageError
-from exporter.evaluation import losses
+
+# Of next tokens that differ from the whole model's, or of its loss.
+Risk = Literal["agreement", "loss"]
 
 
 @dataclass(frozen=True)
@@ -136,14 +139,11 @@ def fixed_sequence_test(
     return Outcome(guarantee, prompts, tuple(tested))
 
 
-def agreement_risk(logits: np.ndarray, full: np.ndarray) -> np.ndarray:
-    """Share of places where the most likely next token is not the full model's: logits [n, S, V] twice -> [n]."""
-    differs: np.ndarray = logits.argmax(axis=-1) != full.argmax(axis=-1)
-    return differs.mean(axis=-1)
+def agreement_risk(choices: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """Share of places where the most likely next token is not the full model's: [n, S] int64 twice -> [n]."""
+    return np.asarray((choices != full).mean(axis=-1))
 
 
-def loss_risk(logits: np.ndarray, full: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Mean loss above the full model's in nats, not below 0 nor above 1: logits [n, S, V] twice, ids [n, S] -> [n]."""
-    rise = (losses(logits, ids) - losses(full, ids)).mean(axis=-1)
-    clipped: np.ndarray = np.clip(rise, 0.0, 1.0)
-    return clipped
+def loss_risk(nats: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """Mean loss above the full model's, not below 0 nor above 1: nats of each token, [n, S] twice -> [n]."""
+    return np.clip((nats - full).mean(axis=-1), 0.0, 1.0)

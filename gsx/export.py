@@ -24,12 +24,13 @@ from exporter.calibration import DEFAULT_TOKENS
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import KvPolicy, ModelConfig
 from exporter.decoder.layer import DecoderOptions
+from exporter.exit_calibration import PROMPT_TOKENS
 from exporter.graph.assemble import GraphBuilder, Graphs
 from exporter.graph.weights import WeightsFile, write_weights
 from exporter.quantization.qdq import quantize_graphs
 from exporter.rules.gateskip import Selection
 from exporter.rules.registry import rule_of
-from exporter.text import tokenize
+from exporter.text import WINDOW_TOKENS, tokenize
 from gsx.draft_search import DraftSearch
 from gsx.graph_files import write_graphs
 from gsx.policies import DRAFTS_LAYERS, Choice, Plan, grid_with, plan_policy, settle
@@ -116,7 +117,9 @@ def export(
         )
     text = None
     if reads_text:
-        text = tokenize(checkpoint, Path(calibration) if calibration else None, max_tokens=calibration_tokens)
+        window = PROMPT_TOKENS if keep.name == "calm" else WINDOW_TOKENS
+        source = Path(calibration) if calibration else None
+        text = tokenize(checkpoint, source, max_tokens=calibration_tokens, window=window)
     bytes_each = 4 if precision == "fp32" else 2
     needed = checkpoint.weight_bytes() * bytes_each // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:

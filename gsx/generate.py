@@ -89,6 +89,7 @@ def generate(
     layers: str | None = None,
     exit_layer: int | None = None,
     speedup: float | None = None,
+    exit_threshold: float | None = None,
     max_new_tokens: int = DEFAULT_NEW_TOKENS,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -113,6 +114,7 @@ def generate(
         layers: the layers that run, e.g. "0-5,8.attn", where the policy is a set of layers; None for the exported ones.
         exit_layer: how many layers run, in their place.
         speedup: target of Unified Layer Skipping, in their place.
+        exit_threshold: confidence at which a token leaves, with policy calm; None for the exported one.
         max_new_tokens: at most so many.
         temperature: 0 is greedy.
         top_k: only the k likeliest tokens; 0 for all.
@@ -141,7 +143,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
-    keep = Keep(budget, layers, exit_layer, speedup)
+    keep = Keep(budget, layers, exit_layer, speedup, exit_threshold)
     controls_for(bundle.manifest, keep)  # what cannot be asked for is refused before anything is loaded
     drafting = _drafting(bundle.manifest, speculative, draft, draft_length)
     tokenizer = None

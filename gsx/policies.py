@@ -23,14 +23,19 @@ from exporter.rules.layers import Layers
 from exporter.rules.router import Router
 from exporter.similarity import Region, at_threshold, calibrate_ffn
 from exporter.text import TokenText
+from gsx.calm import CalmOptions, parse_calm, settle_calm
 from gsx.progress import Progress
 
-NAMES = ("gateskip", "router", "layers", "unified", "ffn-skip", "dense")
+NAMES = ("gateskip", "router", "layers", "unified", "ffn-skip", "calm", "dense")
 # Those whose bundles can leave any branch out, and so draft without some.
 DRAFTS_LAYERS = ("gateskip", "layers", "unified")
 # FFN-SkipLLM: share of FFNs kept by default, as in the paper's abstract; and new tokens that run in full, of which the
 # notes on it say 5 to 10 % of an answer (docs/methods.md section 5).
 FFN_BUDGET, WARM_UP = 0.75, 8
+_INSTEAD_OF_BUDGET = {
+    **dict.fromkeys(("layers", "unified"), "a set of layers is chosen by --layers, --exit or --speedup"),
+    "calm": "what is kept follows from the exit threshold: calm:threshold=T, or calm:tolerance=D",
+}
 OnProgress = Callable[[Progress], None]
 
 
@@ -81,6 +86,7 @@ class Plan:
         kept: the branches that run by default, with a rule that reads a layer mask.
         speedup: of Unified Layer Skipping.
         exits: depths that the checkpoint was trained to leave at.
+        calm: what CALM is given.
         ffn: parameters of FFN-SkipLLM.
     """
 
@@ -92,6 +98,7 @@ class Plan:
     kept: Places = ()
     speedup: float | None = None
     exits: tuple[int, ...] = ()
+    calm: CalmOptions | None = None
     ffn: FfnParameters | None = None
 
 
@@ -118,8 +125,10 @@ def plan_policy(choice: Choice, config: ModelConfig) -> Plan:
         )
     if name == "ffn-skip":
         return _ffn_skip(choice, config, parameters)
-    _refuse(name, "--budget", choice.budget is not None, "a set of layers is chosen by --layers, --exit or --speedup")
+    _refuse(name, "--budget", choice.budget is not None, _INSTEAD_OF_BUDGET[name])
     _refuse(name, "--select rank", choice.select == "rank", "it belongs to gateskip")
+    if name == "calm":
+        return _calm(choice, config, parameters)
     kv_policy = choice.kv_policy or "none"
     layers = config.num_layers
     speedup = None
@@ -146,6 +155,8 @@ def settle(
         return schema.gateskip_policy(selection.mode, plan.rule.branches), selection
     if isinstance(plan.rule, Router):
         return _routed(plan, plan.rule, checkpoint, options, text, on_progress)
+    if plan.calm is not None:
+        return settle_calm(plan.calm, plan.rule, checkpoint, options, text, on_progress), None
     if plan.ffn is not None:
         assert text is not None
         return _calibrated_ffn(plan, plan.ffn, checkpoint, text, on_progress)
@@ -199,6 +210,20 @@ def _dense(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
                 todo="train gates first (gsx train), give --policy, or leave the option out for a dense export",
             )
     return Plan("dense", None, "compute")
+
+
+def _calm(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
+    kv_policy = choice.kv_policy or "compute"
+    if kv_policy == "none":
+        raise UsageError(
+            "--kv-policy none is for sets of layers that stay the same for a request",
+            expected="compute (K and V of the layers above, from the exit state) or copy with calm",
+            found="none",
+        )
+    options = parse_calm(parameters, config)
+    return Plan(
+        "calm", options.rule(), kv_policy, calibrates=options.guarantee is not None, exits=options.exits, calm=options
+    )
 
 
 def _gateskip(choice: Choice, config: ModelConfig, parameters: str) -> Plan:

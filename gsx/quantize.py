@@ -188,7 +188,11 @@ def _not_met(wanted: Quantize, limits: Limits, chosen: Chosen) -> GsxError:
     )
     return GsxError(
         f"--{wanted.scheme}: the quality that was asked for does not hold; most costly: {dearest}",
-        expected=f"perplexity up at most {limits.perplexity_increase:.2%}, at most {limits.flipped:.2%} flipped",
+        expected=", ".join(
+            f"{what} at most {limit:.2%}"
+            for what, limit in (("perplexity up", limits.perplexity_increase), ("flipped", limits.flipped))
+            if limit < math.inf
+        ),
         found=f"{cost.perplexity_increase:+.2%} and {cost.flipped:.2%}",
         todo=f"it holds ({held.perplexity_increase:+.2%}, {held.flipped:.2%}) with "
         f"--keep-precision {','.join((*names, *chosen.kept))}",

@@ -100,10 +100,15 @@ class TorchStage:
             self._entry = Entry(hf_config, config, options)
             self._layers = [_Layer(config, options.of_layer(i), has_below=i > 0) for i in self.layers]
             self._exit = Exit(config, options)
+            self._asked = self._rule.asked() if self._rule else ()
+            self._asker = self._rule.asker(config, options) if self._rule and self._asked else None
+        self._entered = tuple(self._rule.entered()) if self._rule else ()
         weights.fill(self._entry, "")
         for i, layer in zip(self.layers, self._layers, strict=True):
             weights.fill(layer, f"layers.{i}.")
         weights.fill(self._exit, "")
+        if self._asker is not None:
+            weights.fill(self._asker, "")
         self._table = KeptTable(manifest, skippable_places(manifest, self.layers))
 
     def new_memory(self, batch: int, capacity: int) -> list[_Buffers]:
@@ -136,11 +141,15 @@ class TorchStage:
                 below = KeyValue(self._there(state["exit_key"]), self._there(state["exit_value"]))
             carried = {n: self._there(state[f"exit_{n}"], torch.float32).reshape(-1, 1) for n in carried}
         counts: list[int] = []
-        for layer, one, buffers in zip(self._layers, calls, memory, strict=True):
+        for number, layer, one, buffers in zip(self.layers, self._layers, calls, memory, strict=True):
             past = _Past(buffers, places_there.reshape(-1), one.mask.shape[3])
             one = one._replace(values={**one.values, **carried})
+            entering = hidden
             hidden, _, below, values = layer(hidden, one, past, below)
             carried = {name: values[name] for name in carried}
+            if self._asker is not None and number + 1 in self._asked:
+                entered = [{**values, **carried}[name] for name in self._entered]
+                carried = dict(zip(carried, self._asker(hidden, entering, *entered), strict=True))
             counts += [layer.kept[branch] for branch in BRANCHES if branch in layer.skippable]
         leaving = None
         if self.layers.stop < self._config.num_layers:

@@ -157,6 +157,9 @@ def _exported_share(manifest: Manifest) -> float:
     """The share of skippable work that is kept by default."""
     if manifest.selection is not None:
         return manifest.selection.budget
+    if manifest.policy is not None and manifest.policy.confidence is not None:
+        threshold = manifest.policy.confidence.threshold
+        return next(one.share for one in settings_of(manifest, None, []) if one.keep.exit_threshold == threshold)
     return 1.0 if manifest.policy is None else float(layer_mask(manifest, Keep()).mean())
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from engines.bundle.confidence import check_threshold
 from engines.bundle.layer_sets import check_mask, exit_places, mask_of, parse_places, unified_places
 from engines.bundle.manifest import Manifest, Policy, Selection, check_budget
 from engines.errors import UsageError
@@ -31,6 +32,7 @@ class Keep:
         layers: the branches that run, as `parse_places` reads them, with rules that read a layer mask.
         exit: how many layers run.
         speedup: target of Unified Layer Skipping: the prompt runs in full, new tokens through the kept layers.
+        exit_threshold: confidence at which a token leaves, with rules that measure it.
     Raises:
         UsageError: two are given.
     """
@@ -39,13 +41,14 @@ class Keep:
     layers: str | None = None
     exit: int | None = None
     speedup: float | None = None
+    exit_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.given) > 1:
             raise UsageError(
                 "two ways to choose what is kept exclude each other",
                 expected="one of them",
-                found=" and ".join(f"--{name}" for name in self.given),
+                found=" and ".join("--" + name.replace("_", "-") for name in self.given),
             )
 
     @property
@@ -55,7 +58,7 @@ class Keep:
 
     def __str__(self) -> str:
         """E.g. `budget 0.7`; `as exported` where nothing is given."""
-        return " ".join(f"{name} {getattr(self, name)}" for name in self.given) or "as exported"
+        return " ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in self.given) or "as exported"
 
 
 AS_EXPORTED = Keep()
@@ -92,6 +95,11 @@ def controls_for(
         controls |= selected(manifest.selection, manifest.selection.budget if budget is None else budget)
     if policy.input("layer_mask"):
         controls["layer_mask"] = np.stack([layer_mask(manifest, one) for one in asked])
+    if policy.input("exit_threshold"):
+        found = {one.exit_threshold for one in asked}
+        if len(found) > 1:
+            raise UsageError("one batch has one exit threshold", found=", ".join(map(str, found)))
+        controls["exit_threshold"] = _exit_threshold(policy, asked[0].exit_threshold)
     if policy.input("full_until"):
         prompts = [None] * sequences if prompt_tokens is None else prompt_tokens
         until = [_full_until(manifest, one, tokens) for one, tokens in zip(asked, prompts, strict=True)]
@@ -139,6 +147,17 @@ def _check_read(manifest: Manifest, keep: Keep) -> None:
                 found=f"a dense model, budget {keep.budget:g}" if policy is None else f"policy {policy.name}",
             )
         check_budget(keep.budget)
+    elif keep.exit_threshold is not None:
+        read = policy.input("exit_threshold") if policy else None
+        if read is None:
+            raise UsageError(
+                "--exit-threshold needs a bundle whose tokens leave when the model is confident",
+                found="a dense model" if policy is None else f"policy {policy.name}",
+                todo="gsx export MODEL --policy calm",
+            )
+        assert read.least is not None
+        assert read.most is not None
+        check_threshold(keep.exit_threshold, read.least, read.most)
     elif keep.given and (policy is None or policy.input("layer_mask") is None):
         raise UsageError(
             f"--{keep.given[0]} needs a bundle that reads a set of layers",
@@ -155,6 +174,9 @@ def default_controls(policy: Policy | None, selection: Selection | None) -> Cont
             controls[read.name] = np.asarray([read.default], np.float32)
         elif read.name == "full_until":
             controls[read.name] = np.asarray([read.default], np.int64)
+        elif read.name == "exit_threshold":
+            assert policy is not None
+            controls[read.name] = _exit_threshold(policy, None)
         else:
             assert selection is not None
             controls |= selected(selection, selection.budget)
@@ -194,9 +216,16 @@ def selected(selection: Selection, budget: float) -> Controls:
     return {"thresholds": selection.thresholds_for(budget)}
 
 
+def _exit_threshold(policy: Policy, asked: float | None) -> np.ndarray:
+    """The run-time input of an exit threshold, [] float32; None: the exported one."""
+    assert policy.confidence is not None
+    return np.array(policy.confidence.threshold if asked is None else asked, np.float32)
+
+
 def _full_until(manifest: Manifest, keep: Keep, prompt_tokens: int | None) -> int:
     """Position from which the rule applies to a sequence: behind its prompt and the warm-up, or 0."""
     policy = manifest.policy
     assert policy is not None
-    warm_up = 0 if keep.speedup is not None else None if keep.given and keep.budget is None else policy.warm_up
+    chooses_set = keep.layers is not None or keep.exit is not None
+    warm_up = 0 if keep.speedup is not None else None if chooses_set else policy.warm_up
     return 0 if warm_up is None or prompt_tokens is None else prompt_tokens + warm_up

@@ -12,8 +12,18 @@ from itertools import groupby
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    WithJsonSchema,
+    model_validator,
+)
 
+from engines.bundle.confidence import Measure
 from engines.errors import UsageError
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -26,6 +36,7 @@ Threshold = Annotated[
     float,
     BeforeValidator(lambda value: -math.inf if value is None else value),
     PlainSerializer(lambda value: None if value == -math.inf else value, return_type=float | None),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]}),
 ]
 Table = Sequence[tuple[Threshold, Threshold]]
 Budget = Annotated[float, Field(gt=0, le=1)]
@@ -143,15 +154,66 @@ class RuntimeInput(_Model):
 
     Args:
         name: of the graph's input. `thresholds` [L, 2] and `budget` [] are float32, `layer_mask` [B, L, 2] float32
-            (1: run, 0: skip), `full_until` [B] int64 (tokens at a position below it run every branch).
+            (1: run, 0: skip), `full_until` [B] int64 (tokens at a position below it run every branch), `exit_threshold`
+            [] float32 (confidence at which a token leaves).
         least, most: of its values; null: no bound. A threshold may also be infinite.
-        default: the exported value, for a client that gives none; null where `selection` holds it.
+        default: the exported value, for a client that gives none; null where another section holds it.
     """
 
-    name: Literal["thresholds", "budget", "layer_mask", "full_until"]
+    name: Literal["thresholds", "budget", "layer_mask", "full_until", "exit_threshold"]
     least: float | None
     most: float | None
     default: JsonValue = None
+
+
+class TestedThreshold(_Model):
+    """An exit threshold that was tried: mean risk, p-value of "above the tolerance", and share of branches that ran."""
+
+    threshold: float
+    mean_risk: float
+    p_value: float
+    accepted: bool
+    kept_share: float
+
+
+class Guarantee(_Model):
+    """What Learn then Test promises of the exported exit threshold (docs/calm.md).
+
+    Args:
+        risk: `agreement`, the share of next tokens that are not the whole model's; `loss`, nats above its loss.
+        tolerance: that the mean risk of a prompt is at most this ...
+        confidence: ... with this probability over the draw of the prompts.
+        prompts, prompt_tokens: how many there were, and how long.
+        tested: the walk, from the most careful threshold on.
+    """
+
+    risk: Literal["agreement", "loss"]
+    tolerance: float
+    confidence: float
+    prompts: int
+    prompt_tokens: int
+    tested: tuple[TestedThreshold, ...]
+
+
+class Confidence(_Model):
+    """When a token leaves at an exit (policy `calm`).
+
+    Args:
+        measure: of confidence.
+        threshold: the exported one.
+        decay, decay_tokens: tau and N of threshold x (0.9 + 0.1 exp(-tau t / N)), t the token's number; 0: none.
+        guarantee: null where the threshold was given.
+    """
+
+    measure: Measure
+    threshold: Annotated[
+        float,
+        BeforeValidator(lambda value: math.inf if value is None else value),
+        PlainSerializer(lambda value: None if value == math.inf else value, return_type=float | None),
+    ]
+    decay: Annotated[float, Field(ge=0)]
+    decay_tokens: Annotated[int, Field(ge=1)]
+    guarantee: Guarantee | None
 
 
 class Policy(_Model):
@@ -165,7 +227,9 @@ class Policy(_Model):
         parameters: its own, as they were given, measured or calibrated.
         warm_up: new tokens that run every branch, after a prompt that does too (`full_until`); null: the rule applies
             to every token, the prompt's among them.
-        exits: depths that the model was trained to leave at, where the rule is a set of layers.
+        exits: depths that the model was trained to leave at, where the rule is a set of layers; those at which `calm`
+            asks.
+        confidence: of `calm`.
         calibration: the text that they were found on; null where none was needed, or `selection` names it.
     """
 
@@ -176,6 +240,7 @@ class Policy(_Model):
     parameters: Mapping[str, JsonValue] = Field(default_factory=dict)
     warm_up: Annotated[int, Field(ge=0)] | None = None
     exits: tuple[int, ...] = ()
+    confidence: Confidence | None = None
     calibration: CalibrationText | None = None
 
     def input(self, name: str) -> RuntimeInput | None:
@@ -410,7 +475,7 @@ class Manifest(_Model):
     weights: WeightsEntry
     draft: DraftEntry | None = None
 
-    engines: Mapping[str, EngineEntry] = Field(default_factory=dict)
+    engines: Mapping[FileName, EngineEntry] = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod

@@ -35,9 +35,9 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.bundle.manifest import BRANCHES, DecoderShape, Manifest
+from engines.bundle.manifest import DecoderShape, Manifest
 from engines.lowering.quantized import fuse_products, weights_inside
-from engines.lowering.regions import CHOICES, find_regions, size_name, wrap
+from engines.lowering.regions import branch_choices, find_regions, size_name, wrap
 
 CONTRIB = "com.microsoft"
 OPSET = 24  # TensorScatter
@@ -95,7 +95,7 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range, *, steps
     graph = model.graph
     if fuse_products(graph):
         _drop_unread(graph)  # or what was replaced would hold its inputs outside of a branch
-    head = _cut_head(model, manifest)
+    head = _cut_head(model, manifest, layers)
     _lengths(graph)
     gated = [layer for layer in layers if gates_attention(manifest, layer)]
     if gated:
@@ -387,18 +387,13 @@ def _regions(graph: onnx.GraphProto, manifest: Manifest, layers: range) -> None:
     _replace_nodes(graph, nodes)
 
 
-def _cut_head(model: onnx.ModelProto, manifest: Manifest) -> onnx.ModelProto:
+def _cut_head(model: onnx.ModelProto, manifest: Manifest, layers: range) -> onnx.ModelProto:
     """Take final norm and head out of a graph, which then gives the state that they read. Returns: their model."""
     graph = model.graph
     outputs = {value.name: value for value in graph.output}
     reads = {name for node in graph.node for name in node.input}
     # The states that are given: the one that leaves the last layer, [N, H], is shaped [1, S, H] for the head.
-    last = next(
-        node.output[0]
-        for node in graph.node
-        if node.output[0].endswith(".output")
-        and all(n.op_type == "Reshape" for n in graph.node if node.output[0] in n.input)
-    )
+    last = f"layers.{layers.stop - 1}.output"
     shaped = next(
         n.output[0] for n in graph.node if n.input[:1] == [last] and n.op_type == "Reshape" and n.output[0] in reads
     )
@@ -431,12 +426,8 @@ def _set_values(field: Any, values: Sequence[onnx.ValueInfoProto]) -> None:
 
 
 def _kept_output(graph: onnx.GraphProto, steps: bool) -> None:
-    """One output with the kept rows of every branch, in order: how many, or in steps which ones.
-
-    Of a stand-in for skipped rows nobody asks.
-    """
-    counts = tuple(f".{branch}.count" for branch in BRANCHES)
-    choices = [node for node in graph.node if node.op_type in CHOICES and node.output[2].endswith(counts)]
+    """One output with the kept rows of every branch, in order: how many, or in steps which ones."""
+    choices = branch_choices(graph)
     if not choices:
         return
     names = [_kept(choice.output[1]) if steps else size_name(choice) for choice in choices]

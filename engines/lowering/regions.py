@@ -16,6 +16,12 @@ from onnx import helper
 CHOICES = ("ThresholdGather", "TopKGather")
 
 
+def branch_choices(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The choices of rows that branches run on, in order; a keep rule may choose rows to look at, or for a stand-in."""
+    ends = (".attn.index", ".mlp.index")
+    return [node for node in graph.node if node.op_type in CHOICES and node.output[1].endswith(ends)]
+
+
 @dataclass(frozen=True)
 class Region:
     """One branch.

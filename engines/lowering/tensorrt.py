@@ -32,7 +32,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.manifest import Manifest
-from engines.lowering.regions import CHOICES
+from engines.lowering.regions import CHOICES, branch_choices
 from plugins.domain import DOMAIN
 
 OPSET = 24  # TensorScatter
@@ -218,7 +218,7 @@ class _Rewriter:
         """One output with the number of rows of every gated branch, in order."""
         flat = self._constant("lowered.flat", [-1])
         sizes = []
-        for choice in [node for node in self.graph.node if node.op_type in CHOICES]:
+        for choice in branch_choices(self.graph):
             sizes.append(f"lowered.size.{choice.output[2]}")
             self.graph.node.append(_node("Reshape", [choice.output[2], flat], sizes[-1]))
         if sizes:

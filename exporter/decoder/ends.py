@@ -69,7 +69,11 @@ class Exit(nn.Module):
 
     def forward(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """hidden [N, H], input_ids [B, S] (for its shape alone) -> [B, S, V]."""
-        normed = self.norm(hidden.view(*input_ids.shape, hidden.shape[1]))
+        return self.logits(hidden.view(*input_ids.shape, hidden.shape[1]))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[.., H] -> [.., V]."""
+        normed = self.norm(states)
         logits: Tensor = torch.matmul(normed, self.embed_tokens.t()) if self.tied else self.lm_head(normed)
         return logits
 

@@ -74,6 +74,16 @@ def load_exit(checkpoint: Checkpoint, options: DecoderOptions) -> Exit:
     return leave
 
 
+def load_asker(checkpoint: Checkpoint, options: DecoderOptions) -> nn.Module | None:
+    """What the keep rule looks at the state with, behind the layers that it asks at; None where it does not."""
+    if options.rule is None or not options.rule.asked():
+        return None
+    with torch.device("meta"):
+        asker = options.rule.asker(checkpoint.config, options)
+    _fill(asker, checkpoint, "")
+    return asker
+
+
 def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
     state = {}
     for name, source in sources(module, prefix).items():

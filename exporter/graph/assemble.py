@@ -8,7 +8,7 @@ Inputs and outputs are those of docs/design.md, section 6.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -107,6 +107,14 @@ class GraphBuilder:
         ids = Input((_B, _S), torch.int64, (0, 1))
         self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
         self._entry_module, self._layer_modules, self._exit_module = entry, layers, leave
+        self._asked = self.rule.asked() if self.rule else ()
+        self.asker: Part | None = None
+        if self.rule is not None and self._asked:
+            with torch.device("meta"):
+                asker = self.rule.asker(config, options)
+            entered = {name: self._example(value) for name, value in self.rule.entered().items()}
+            reads = {"hidden": self._hidden(), "entering": self._hidden(), **entered}
+            self.asker = _name_asked(trace(asker, reads, [f"next_{name}" for name in self.rule.carried]))
 
     def graphs(self, exit_layer: int | None) -> Graphs:
         """The decoder as `model`, and split at an exit layer as `draft` and `verify` (docs/design.md, section 6).
@@ -159,7 +167,10 @@ class GraphBuilder:
         for i in layers:
             past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
             present = (f"present.{i}.key", f"present.{i}.value")
+            entering = hidden
             hidden, below, carried = self._layer(graph, i, hidden, below, carried, past, present)
+            if self.asker is not None and i + 1 in self._asked:
+                carried = self._ask(graph, self.asker, i + 1, {"hidden": hidden, "entering": entering, **carried})
             found |= sources(self._layer_modules[i], f"layers.{i}.")
             inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
             outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
@@ -217,6 +228,14 @@ class GraphBuilder:
         passed = [name for name in carried if f"next_{name}" in part.outputs]
         leaving = {**carried, **{name: writes[f"next_{name}"] for name in passed}}
         return writes["output"], (writes["new_key"], writes["new_value"]), leaving
+
+    def _ask(self, graph: _Layout, asker: Part, depth: int, reads: dict[str, str]) -> dict[str, str]:
+        """Let the rule look at the state behind a layer. Returns: the values of what it carries."""
+        assert self.rule is not None
+        prefix = f"exits.{depth}."
+        writes = {f"next_{name}": prefix + name for name in self.rule.carried}
+        graph.add(asker, "", reads, writes, scope=prefix)
+        return {name: prefix + name for name in self.rule.carried}
 
     def _run_time_inputs(self, graph: _Layout) -> list[onnx.ValueInfoProto]:
         """The keep rule's inputs, with the exported values as their defaults."""
@@ -303,15 +322,23 @@ class _Layout:
     parameters: dict[str, None] = field(default_factory=dict)
     shared: dict[int, str] = field(default_factory=dict)
 
-    def add(self, part: Part, prefix: str, reads: Mapping[str, str], writes: Mapping[str, str]) -> None:
-        """Add a part's nodes; values that are neither read nor written outside get the prefix."""
+    def add(
+        self, part: Part, prefix: str, reads: Mapping[str, str], writes: Mapping[str, str], scope: str | None = None
+    ) -> None:
+        """Add a part's nodes.
+
+        Args:
+            prefix: of its parameters.
+            reads, writes: values outside that it reads and gives.
+            scope: what all its other values begin with; None for the prefix, or its first output.
+        """
         names = {name: reads.get(name, name) for name in part.inputs}
         names |= {name: writes[name] for name in part.outputs}
         for parameter, value in part.weights.items():
             name = prefix + parameter.removeprefix("layer.")
             names[value] = name
             self.parameters[name] = None
-        scope = prefix or f"{part.outputs[0]}."
+        scope = scope or prefix or f"{part.outputs[0]}."
         shared = self.shared.setdefault(id(part), scope)  # layers of one kind share their constants
         for constant in part.constants:
             names[constant.name] = shared + constant.name
@@ -382,18 +409,32 @@ def _name_choices(part: Part, branches: Sequence[Branch]) -> Part:
             choices.append(node)
     assert len(choices) == len(branches)
     names: dict[str, str] = {}
-    nodes = list(part.nodes)
     for branch, node in zip([b for b in BRANCHES if b in branches], choices, strict=True):
-        score = f"{branch}.score"
-        if node.input[1] in names:  # one score for both branches
-            nodes.insert(nodes.index(node), helper.make_node("Identity", [node.input[1]], [score], name=score))
-            node.input[1] = score
-        names[node.input[1]] = score
+        if node.input[1] in names:  # a score of both branches, computed once
+            again = helper.make_node("Identity", [node.input[1]], [f"{branch}.score"], name=f"{branch}.score")
+            part.nodes.insert(part.nodes.index(node), again)
+            node.input[1] = again.output[0]
+        else:
+            names[node.input[1]] = f"{branch}.score"
         names |= dict(zip(node.output, (f"{branch}.rows", f"{branch}.index", f"{branch}.count"), strict=True))
-    for node in nodes:
+    return _renamed(part, names)
+
+
+def _renamed(part: Part, names: Mapping[str, str]) -> Part:
+    for node in part.nodes:
         node.input[:] = [names.get(n, n) for n in node.input]
         node.output[:] = [names.get(n, n) for n in node.output]
-    return replace(part, nodes=nodes)
+    return part
+
+
+def _name_asked(part: Part) -> Part:
+    """Give the tokens that an asker runs on their names, if it runs on some alone."""
+    names: dict[str, str] = {}
+    for node in part.nodes:
+        if node.op_type == "ThresholdGather":
+            names[node.input[1]] = "asked.score"
+            names |= dict(zip(node.output, ("asked.rows", "asked.index", "asked.count"), strict=True))
+    return _renamed(part, names)
 
 
 def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:

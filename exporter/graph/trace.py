@@ -48,7 +48,7 @@ class Part:
         inputs, outputs: value names, in the order of the traced function.
     """
 
-    nodes: Sequence[onnx.NodeProto]
+    nodes: list[onnx.NodeProto]
     constants: Sequence[onnx.TensorProto]
     weights: Mapping[str, str]
     inputs: Sequence[str]

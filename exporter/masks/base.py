@@ -5,6 +5,7 @@ Shapes are [B, S], the tokens of a call; padding is never kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +24,7 @@ class MaskCall:
     Args:
         ids: int64. valid: bool, not padding. ended: bool, end-of-text. positions: int64, padding not counted.
         layers: of the model.
+        logits_of: states [B, S, H] -> logits [B, S, V], by the model's norm and head.
         routers: the checkpoint's; None without.
     """
 
@@ -31,6 +33,7 @@ class MaskCall:
     ended: torch.Tensor
     positions: torch.Tensor
     layers: int
+    logits_of: Callable[[torch.Tensor], torch.Tensor]
     routers: Routers | None = None
 
 

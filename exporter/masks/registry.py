@@ -5,6 +5,7 @@ from __future__ import annotations
 from engines.bundle.controls import Controls
 from engines.bundle.manifest import Manifest
 from exporter.masks.base import KeepAll, MaskRule
+from exporter.masks.calm import Confident
 from exporter.masks.ffn_skip import FfnStride
 from exporter.masks.gateskip import Rank, Threshold
 from exporter.masks.layers import LayerMask
@@ -24,6 +25,13 @@ def mask_of(manifest: Manifest, controls: Controls) -> MaskRule:
         if selection.mode == "rank":
             return RoutedByRank(float(controls["budget"]))
         return RoutedByThreshold(controls["thresholds"])
+    if policy.name == "calm":
+        found = policy.confidence
+        assert found is not None
+        threshold = float(controls["exit_threshold"])
+        return Confident(
+            policy.exits, found.measure, threshold, controls["full_until"], found.decay, found.decay_tokens
+        )
     if policy.name == "ffn-skip":
         stride = int(str(policy.parameters["stride"]))
         return FfnStride(controls["thresholds"], stride, controls["full_until"])

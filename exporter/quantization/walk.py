@@ -18,7 +18,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.config import Branch
 from exporter.decoder.ends import Entry, Exit, distinct_windows
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
-from exporter.decoder.loading import load_entry, load_exit, load_layer
+from exporter.decoder.loading import load_asker, load_entry, load_exit, load_layer
 from exporter.rules.base import Values
 
 # Windows that the head takes at a time: logits are the largest values of a walk.
@@ -67,6 +67,9 @@ class Walk:
         self._entry = load_entry(checkpoint, self.options)
         on_table(self._entry)
         self._call: tuple[Tensor, ...] = ()
+        rule = self.options.rule
+        self._asked, self._carried = (rule.asked(), tuple(rule.carried)) if rule else ((), ())
+        self._asker = load_asker(checkpoint, self.options)
 
     def stream(self, controls: Controls) -> Stream:
         """The text at the first layer. Args: controls: the keep rule's run-time inputs."""
@@ -87,7 +90,7 @@ class Walk:
 
     def through(self, number: int, layer: DecoderLayer, stream: Stream) -> dict[Branch, Tensor]:
         """Take a stream through a layer. Returns: for each skippable branch, who was kept, [N] bool."""
-        call, config = self._call_state(number, stream), layer.config
+        call, config, entering = self._call_state(number, stream), layer.config, stream.hidden
         empty = stream.hidden.new_zeros((len(self.ids), config.num_kv_heads, 0, config.head_dim))
         attn = self._choose(layer, "attn", stream, call)
         past = KeyValue(empty, empty)
@@ -97,6 +100,9 @@ class Walk:
         stream.hidden, values = layer.mlp_branch(stream.hidden, call, mlp)
         rule = self.options.rule
         stream.entered = {**stream.entered, **{name: values[name] for name in (rule.carried if rule else ())}}
+        if self._asker is not None and number + 1 in self._asked:
+            changed = self._asker(stream.hidden, entering, *stream.entered.values())
+            stream.entered = {**stream.entered, **dict(zip(self._carried, changed, strict=True))}
         rows = torch.zeros(len(stream.hidden), dtype=torch.bool)
         chosen: dict[Branch, Kept | None] = {"attn": attn, "mlp": mlp}
         return {b: rows.index_fill(0, kept.index, True) for b, kept in chosen.items() if kept is not None}

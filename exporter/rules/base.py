@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from exporter.config import Branch, ModelConfig
 
 if TYPE_CHECKING:
-    from exporter.decoder.layer import DecoderLayer
+    from exporter.decoder.layer import DecoderLayer, DecoderOptions
 
 # What a rule reads at one layer: name -> tensor.
 Values = Mapping[str, Tensor]
@@ -138,6 +138,18 @@ class KeepRule(ABC):
         Returns: the states that changed.
         """
         return {}
+
+    def asked(self) -> tuple[int, ...]:
+        """Depths behind which the rule looks at the whole state (`asker`), ascending."""
+        return ()
+
+    def asker(self, config: ModelConfig, options: DecoderOptions) -> nn.Module:
+        """What looks at the state behind the layers that `asked` names, with the final norm's and head's parameters.
+
+        Returns: a module that takes hidden and entering [N, H], the states behind and before the layer, and the values
+            that `entered` names, in order; it gives the carried states, in order.
+        """
+        raise NotImplementedError("a rule that asks has an asker")
 
     def entered(self) -> Mapping[str, Value]:
         """All that `enter` gives, in order."""

@@ -6,6 +6,7 @@ from engines.bundle.manifest import Policy, Selection
 from engines.errors import BundleError
 from exporter.config import ModelConfig
 from exporter.rules.base import KeepRule
+from exporter.rules.calm import Calm
 from exporter.rules.ffn_skip import FfnSkip
 from exporter.rules.gateskip import GateSkip
 from exporter.rules.layers import Layers
@@ -32,8 +33,12 @@ def rule_of(policy: Policy | None, selection: Selection | None, config: ModelCon
         return FfnSkip(int(str(policy.parameters["stride"])))
     if policy.name in ("layers", "unified"):
         return Layers()
+    if policy.name == "calm":
+        found = policy.confidence
+        assert found is not None
+        return Calm(policy.exits, found.measure, found.decay, found.decay_tokens)
     raise BundleError(
         f"gsx.json: the policy {policy.name!r} is not known",
-        expected="gateskip, router, layers, unified or ffn-skip",
+        expected="gateskip, router, layers, unified, ffn-skip or calm",
         todo="install the version of gsx that made the bundle, or export again",
     )

@@ -14,7 +14,7 @@ from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
     from engines.bundle.bundle import Bundle
-    from engines.bundle.manifest import DraftEntry
+    from engines.bundle.manifest import DraftEntry, Policy
 
 
 def add_to(app: typer.Typer) -> None:
@@ -175,6 +175,8 @@ def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "kv_policy": manifest.kv_policy,
         "quantization": manifest.quantization.scheme if manifest.quantization else None,
         "kept_high": list(manifest.quantization.kept_high) if manifest.quantization else None,
+        "confidence": _confidence_of(manifest.policy) if manifest.policy else None,
+        "exits": list(manifest.policy.exits) if manifest.policy else None,
         "parameters": manifest.policy.parameters if manifest.policy else None,
         "budget": selection.budget if selection else None,
         "kept_share": kept,
@@ -192,6 +194,8 @@ def _print(summary: dict[str, Any]) -> None:
     )
     if summary["policy"] is None:
         console.print("a dense model: nothing is skipped")
+    elif summary["confidence"] is not None:
+        _print_confidence(summary["confidence"], summary["exits"])
     elif summary["budget"] is None:
         console.print(f"policy {summary['policy']}: layers {summary['parameters']['layers']} run by default")
     elif summary["kept_share"] is None:
@@ -210,6 +214,39 @@ def _print(summary: dict[str, Any]) -> None:
     rows = [(name, size(count)) for name, count in summary["files"].items()]
     console.print(table(None, ("file", "size"), rows, right=1))
     console.print(f"next: gsx verify {summary['bundle']}")
+
+
+def _confidence_of(policy: Policy) -> dict[str, Any] | None:
+    return policy.confidence.model_dump(mode="json") if policy.confidence else None
+
+
+def _print_confidence(values: dict[str, Any], exits: list[int]) -> None:
+    """When tokens leave, and what is promised of it: the walk as a table."""
+    console = out()
+    depths = ", ".join(map(str, exits))
+    at = "infinity (nothing leaves)" if values["threshold"] is None else f"{values['threshold']:g}"
+    console.print(
+        f"policy calm: a token leaves after {depths} layers where its {values['measure']} confidence reaches {at}"
+    )
+    found = values["guarantee"]
+    if found is None:
+        console.print("the threshold was given: nothing is promised about the risk")
+        return
+    rows = [
+        (
+            f"{one['threshold']:g}",
+            f"{one['mean_risk']:.4f}",
+            f"{one['p_value']:.2g}",
+            f"{one['kept_share']:.1%}",
+            "yes" if one["accepted"] else "no",
+        )
+        for one in found["tested"]
+    ]
+    console.print(table(None, ("threshold", f"{found['risk']} risk", "p-value", "kept", "holds"), rows, right=1))
+    console.print(
+        f"with probability {found['confidence']:g} the mean {found['risk']} risk is at most {found['tolerance']:g} "
+        f"on text like the calibration text ({found['prompts']} prompts of {found['prompt_tokens']} tokens)"
+    )
 
 
 def policy_name(summary: Mapping[str, Any]) -> str:

@@ -42,6 +42,10 @@ def generate(
             help="Unified Layer Skipping for new tokens, at this target (policy layers).", show_default="as exported"
         ),
     ] = None,
+    exit_threshold: Annotated[
+        float | None,
+        typer.Option(help="Confidence at which a token leaves (policy calm).", show_default="as exported"),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Only the K likeliest tokens; 0 for all.")] = 0,
@@ -101,6 +105,7 @@ def generate(
         layers=layers,
         exit_layer=exit_layer,
         speedup=speedup,
+        exit_threshold=exit_threshold,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from engines.bundle.confidence import RANGES
 from engines.bundle.controls import Keep, layer_mask
 from engines.bundle.layer_sets import Places
-from engines.bundle.manifest import BRANCHES, Manifest, check_budget, places_text
+from engines.bundle.manifest import BRANCHES, Confidence, Manifest, check_budget, places_text
 from engines.errors import UsageError
 
 DEFAULT_BUDGETS = (1.0, 0.85, 0.7, 0.5)
@@ -49,6 +53,8 @@ def settings_of(manifest: Manifest, asked: Sequence[float] | None, notes: list[s
         )
     if policy is None:
         return [Setting(Keep(), "1", 1.0)]
+    if policy.confidence is not None:
+        return _thresholds(policy.confidence)
     return _sets(manifest)
 
 
@@ -92,6 +98,20 @@ def _sets(manifest: Manifest) -> list[Setting]:
         mask = layer_mask(manifest, keep)
         found.setdefault(mask.tobytes(), Setting(keep, name, float(mask.mean())))
     return sorted(found.values(), key=lambda one: -one.share)
+
+
+def _thresholds(confidence: Confidence) -> list[Setting]:
+    """Nothing leaves, the exported threshold, and the lowest, where all that may leave does so at the first exit."""
+    wanted = {math.inf: "no exits", confidence.threshold: "as exported"}
+    for threshold in (0.5, RANGES[confidence.measure].least):
+        wanted.setdefault(threshold, f"threshold {threshold:g}")
+    # What is kept is not known beforehand: a lower threshold keeps less.
+    return [
+        Setting(Keep(exit_threshold=threshold), name, share)
+        for (threshold, name), share in zip(
+            sorted(wanted.items(), reverse=True), np.linspace(1, 0, len(wanted)), strict=True
+        )
+    ]
 
 
 def _uneven(layers: int) -> Places:

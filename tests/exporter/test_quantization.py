@@ -327,4 +327,5 @@ def test_a_limit_that_does_not_hold_tells_the_nearest_setting(model: Checkpoint)
             lambda *step: None,
         )
     assert "most costly: embed_tokens (divergence" in error.value.message
+    assert "expected flipped at most 0.00%, found" in error.value.message
     assert "--keep-precision embed_tokens,layers." in error.value.message

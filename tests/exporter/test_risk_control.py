@@ -97,10 +97,7 @@ def test_a_guarantee_is_of_shares(values: tuple[float, float]) -> None:
 
 
 def test_risks() -> None:
-    full = np.log(np.array([[[0.6, 0.4], [0.2, 0.8], [0.5, 0.5]]]))
-    other = np.log(np.array([[[0.3, 0.7], [0.1, 0.9], [0.5, 0.5]]]))
-    ids = np.array([[0, 0, 1]])
-    assert agreement_risk(other, full) == pytest.approx([1 / 3])
-    # Losses of ids 0 and 1 after places 0 and 1: ln 2 and ln(8 / 9) more.
-    assert loss_risk(other, full, ids) == pytest.approx([(math.log(2) + math.log(8 / 9)) / 2])
-    assert loss_risk(full, other, ids) == pytest.approx([0.0])
+    full, other = np.array([[1, 2, 3, 4], [5, 6, 7, 8]]), np.array([[1, 2, 0, 0], [5, 6, 7, 8]])
+    assert agreement_risk(other, full).tolist() == [0.5, 0.0]
+    nats, more = np.array([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0]]), np.array([[1.5, 1.9], [0.5, 1.0], [9.0, 2.0]])
+    assert loss_risk(more, nats).tolist() == pytest.approx([0.2, 0.0, 1.0])

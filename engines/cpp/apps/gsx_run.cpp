@@ -1,0 +1,176 @@
+// `gsx-run BUNDLE`: continues a prompt of token ids with a bundle's engines. See docs/cpp.md.
+
+#include <charconv>
+#include <functional>
+#include <iostream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <string_view>
+
+#include "gsx/tensorrt.h"
+
+namespace {
+
+constexpr int kUsedWrongly = 2;
+
+constexpr char const* kHelp = R"(Usage: gsx-run BUNDLE [OPTIONS] < IDS
+
+Continue a prompt with the engines of a bundle. The prompt is token ids on standard input, separated by white space; the
+new ids stream to standard output, one a line.
+
+  --max-new-tokens N   at most so many (128)
+  --budget B           share of skippable work to keep; default: the exported one
+  --layers SET         branches that run, e.g. 0-3,6,8.attn (--policy layers)
+  --exit N             run the first N layers (--policy layers)
+  --speedup X          Unified Layer Skipping: new tokens run 1/X of the layers (--policy layers)
+  --temperature T      0 is greedy (0)
+  --top-k K            only the K likeliest tokens; 0 for all (0)
+  --top-p P            only the likeliest tokens that together reach this probability (1)
+  --seed S             of the random numbers; default: a fresh one
+  --draft DRAFT        draft in another way than the bundle's: exit:E, budget:B or layers:SET
+  --draft-length N     tokens drafted before a verification; default: found while generating
+  --no-speculative     plain decoding, whatever the bundle has
+  --plugins FILE       the plugin library that the engines were built with
+  --json               print ids and statistics as one line of JSON at the end, as `gsx generate --json`
+  --help               show this
+
+  echo 1 15 20 | gsx-run out/my-model --temperature 0.8 --seed 1
+)";
+
+struct Command {
+    std::string bundle;
+    gsx::Options options;
+    gsx::Drafting drafting;
+    gsx::GpuOptions gpu;
+    bool json = false;
+    bool help = false;
+};
+
+template <typename T>
+T numberOf(std::string_view text, std::string const& name, char const* expected) {
+    T number{};
+    auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+    if (error != std::errc() || end != text.data() + text.size()) {
+        throw gsx::UsageError(name, {expected, "'" + std::string(text) + "'", {}});
+    }
+    return number;
+}
+
+Command parse(int count, char** arguments) {
+    Command command;
+    gsx::Options& options = command.options;
+    std::string name;
+    std::string value;
+    auto const whole = [&] { return numberOf<int64_t>(value, name, "a whole number"); };
+    auto const real = [&] { return numberOf<double>(value, name, "a number"); };
+    std::map<std::string, std::function<void()>> const valued = {
+        {"--max-new-tokens", [&] { options.maxNewTokens = whole(); }},
+        {"--budget", [&] { options.keep.budget = real(); }},
+        {"--layers", [&] { options.keep.layers = value; }},
+        {"--exit", [&] { options.keep.exit = whole(); }},
+        {"--speedup", [&] { options.keep.speedup = real(); }},
+        {"--temperature", [&] { options.sampling.temperature = real(); }},
+        {"--top-k", [&] { options.sampling.topK = whole(); }},
+        {"--top-p", [&] { options.sampling.topP = real(); }},
+        {"--seed", [&] { options.sampling.seed = numberOf<uint64_t>(value, name, "a whole number of at least 0"); }},
+        {"--draft", [&] { command.drafting.draft = value; }},
+        {"--draft-length", [&] { options.draftLength = whole(); }},
+        {"--plugins", [&] { command.gpu.pluginLibrary = value; }},
+    };
+    std::map<std::string, std::function<void()>> const alone = {
+        {"--no-speculative", [&] { command.drafting.speculative = false; }},
+        {"--json", [&] { command.json = true; }},
+        {"--help", [&] { command.help = true; }},
+    };
+    for (int i = 1; i < count; ++i) {
+        name = arguments[i];
+        if (auto const option = alone.find(name); option != alone.end()) {
+            option->second();
+        } else if (auto const setter = valued.find(name); setter != valued.end()) {
+            if (i + 1 == count) throw gsx::UsageError(name, {"a value", "none", "gsx-run --help"});
+            value = arguments[++i];
+            setter->second();
+        } else if (name.substr(0, 2) == "--" || !command.bundle.empty()) {
+            throw gsx::UsageError("'" + name + "' is not an option", {{}, {}, "gsx-run --help"});
+        } else {
+            command.bundle = name;
+        }
+    }
+    if (command.bundle.empty() && !command.help) {
+        throw gsx::UsageError("no bundle was named", {"gsx-run BUNDLE", {}, "gsx-run --help"});
+    }
+    return command;
+}
+
+gsx::Tokens readIds(std::istream& stream) {
+    gsx::Tokens ids;
+    for (std::string word; stream >> word;) ids.push_back(numberOf<int64_t>(word, "the prompt", "token ids"));
+    return ids;
+}
+
+nlohmann::json orNull(std::optional<double> value) { return value ? nlohmann::json(*value) : nlohmann::json(); }
+
+// As `gsx generate --json`, without the text.
+nlohmann::json report(gsx::Model const& model, Command const& command, gsx::Tokens const& prompt,
+                      gsx::Generation const& made) {
+    gsx::GenerationStats const& stats = made.stats;
+    std::optional<double> budget;
+    if (auto const& selection = model.bundle().manifest.selection) {
+        budget = command.options.keep.budget.value_or(selection->budget);
+    }
+    std::optional<gsx::DraftKind> const draft = model.draft();
+    return {{"ids", made.sequences[0].tokens},
+            {"prompt_ids", prompt},
+            {"finish", gsx::nameOf(made.sequences[0].finish)},
+            {"budget", orNull(budget)},
+            {"draft", draft ? nlohmann::json(gsx::toString(*draft)) : nlohmann::json()},
+            {"stats",
+             {{"prompt_tokens", stats.promptTokens},
+              {"new_tokens", stats.newTokens},
+              {"prefill_seconds", stats.prefillSeconds},
+              {"decode_seconds", stats.decodeSeconds},
+              {"decode_steps", stats.decodeSteps},
+              {"decode_tokens_per_second", orNull(stats.decodeTokensPerSecond())},
+              {"draft_seconds", stats.draftSeconds},
+              {"verify_seconds", stats.verifySeconds},
+              {"drafted_by_place", stats.drafted},
+              {"accepted_by_place", stats.accepted},
+              {"acceptance", orNull(stats.acceptance())},
+              {"tokens_per_verification", orNull(stats.tokensPerVerification())},
+              {"kept_share", orNull(stats.keptShare())}}}};
+}
+
+void run(Command command) {
+    gsx::Model model = gsx::openModel(command.bundle, command.drafting, command.gpu);
+    gsx::Tokens const prompt = readIds(std::cin);
+    if (!command.json) {
+        command.options.onToken = [](size_t, int64_t token) {
+            std::cout << token << std::endl;
+            return !std::cout;  // nobody reads any more
+        };
+    }
+    gsx::Generation const made = model.generate({prompt}, command.options);
+    if (command.json) std::cout << report(model, command, prompt, made).dump() << std::endl;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    try {
+        Command const command = parse(count, arguments);
+        if (command.help) {
+            std::cout << kHelp;
+        } else {
+            run(command);
+        }
+    } catch (gsx::UsageError const& error) {
+        std::cerr << "gsx-run: " << error.what() << "\n";
+        return kUsedWrongly;
+    } catch (std::exception const& error) {
+        std::cerr << "gsx-run: " << error.what() << "\n";
+        return 1;
+    }
+    return 0;
+}

@@ -1,0 +1,75 @@
+// The interface between decoding and a runtime: one engine of a bundle that can be called.
+//
+// The library's own implementation is TensorRT's (src/tensorrt); another one makes a generator of any runtime, and a test
+// of the decoding logic without a GPU. All arrays that cross it are on the host, but for the K/V buffers.
+
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace gsx {
+
+using Shape = std::vector<int64_t>;
+
+// Elements of an array of this shape.
+size_t countOf(Shape const& shape);
+
+// A dense array on the host, the last axis next to each other.
+template <typename T>
+struct Array {
+    Shape shape;
+    std::vector<T> data;
+
+    Array() = default;
+    Array(Shape ofShape, std::vector<T> ofData) : shape(std::move(ofShape)), data(std::move(ofData)) {}
+    explicit Array(Shape ofShape) : shape(std::move(ofShape)), data(countOf(shape)) {}
+};
+
+// An input or output of an engine on the host: float32 or int64.
+using Value = std::variant<Array<float>, Array<int64_t>>;
+using Values = std::map<std::string, Value>;
+
+// Memory of the runtime's own, for inputs and outputs that stay there.
+class Buffer {
+public:
+    Buffer() = default;
+    Buffer(Buffer const&) = delete;
+    Buffer& operator=(Buffer const&) = delete;
+    virtual ~Buffer() = default;
+};
+
+// A buffer and its shape, by the names of the inputs and outputs that have it. An output that continues an input
+// (`present.*`) shares the input's buffer.
+struct BoundBuffer {
+    std::shared_ptr<Buffer> buffer;
+    Shape shape;
+};
+using Buffers = std::map<std::string, BoundBuffer>;
+
+// An engine of one graph. Calls come one at a time.
+class Engine {
+public:
+    Engine() = default;
+    Engine(Engine const&) = delete;
+    Engine& operator=(Engine const&) = delete;
+    virtual ~Engine() = default;
+
+    // Memory, filled with zeros, for the input or output of this name.
+    virtual std::shared_ptr<Buffer> buffer(Shape const& shape, std::string const& name) = 0;
+
+    // One call.
+    //   profile: number of the optimization profile.
+    //   feeds: inputs from the host.
+    //   buffers: memory that stays.
+    //   results: the shapes of the outputs that are wanted on the host.
+    virtual Values run(size_t profile, Values const& feeds, Buffers const& buffers,
+                       std::map<std::string, Shape> const& results) = 0;
+};
+
+}  // namespace gsx

@@ -1,0 +1,50 @@
+// The errors that gsx shows to people, as engines/errors.py has them: every one carries four parts.
+
+#pragma once
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+namespace gsx {
+
+// What was expected and found, and the way out; each part may be missing.
+struct Facts {
+    std::optional<std::string> expected;
+    std::optional<std::string> found;
+    std::optional<std::string> todo;
+};
+
+// Something that the user can mend went wrong. `what()` is the whole message, over at most three lines.
+class Error : public std::runtime_error {
+public:
+    Error(std::string const& thing, Facts facts);
+
+    // The thing and what is wrong with it.
+    std::string const& thing() const noexcept { return mThing; }
+    Facts const& facts() const noexcept { return mFacts; }
+
+private:
+    std::string mThing;
+    Facts mFacts;
+};
+
+// An option or argument, or a combination of them, that cannot be used.
+class UsageError : public Error {
+public:
+    explicit UsageError(std::string const& thing, Facts facts = {}) : Error(thing, std::move(facts)) {}
+};
+
+// A bundle that is missing, damaged, changed after export, or written by another version.
+class BundleError : public Error {
+public:
+    explicit BundleError(std::string const& thing, Facts facts = {}) : Error(thing, std::move(facts)) {}
+};
+
+// An engine that cannot be loaded or run here: its runtime, its GPU, its profiles or its plugins.
+class EngineError : public Error {
+public:
+    explicit EngineError(std::string const& thing, Facts facts = {}) : Error(thing, std::move(facts)) {}
+};
+
+}  // namespace gsx

@@ -1,0 +1,172 @@
+// What the C++ runtime needs of `gsx.json`, read and checked by the rules of engines/bundle/manifest.py.
+
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace gsx {
+
+// The columns of a table that has one for each branch.
+enum class Branch { kAttention, kMlp };
+inline constexpr int kBranches = 2;
+// "attn" or "mlp".
+char const* nameOf(Branch branch) noexcept;
+
+// A gated branch: its layer, counted from 0, and which of the two.
+using Place = std::pair<int64_t, Branch>;
+
+struct DecoderShape {
+    int64_t vocabSize = 0;
+    int64_t numLayers = 0;
+    int64_t maxPositions = 0;
+    std::vector<int64_t> eosIds;
+};
+
+// Thresholds of all layers, [L][attn, mlp].
+using Thresholds = std::vector<std::array<float, kBranches>>;
+
+struct GridPoint {
+    double budget = 1;
+    Thresholds thresholds;
+};
+
+enum class SelectionMode { kThreshold, kRank };
+
+// How kept tokens are chosen. The grid is in falling order of budgets, and empty for rank selection.
+struct Selection {
+    SelectionMode mode = SelectionMode::kThreshold;
+    double budget = 1;
+    std::vector<GridPoint> grid;
+
+    // Thresholds for a budget: calibrated ones, or linearly between two calibrated neighbours (float32).
+    // Throws UsageError for a budget below the grid, or one that is no share.
+    Thresholds thresholdsFor(double wanted) const;
+};
+
+// What a graph reads at run time beside the tokens, and the exported value of those that no selection holds.
+struct RuntimeInput {
+    std::string name;
+    // Of `layer_mask`: 1 for a branch that runs.
+    Thresholds defaultMask;
+};
+
+// The keep rule: which tokens run which branch.
+struct Policy {
+    std::string name;
+    // Those that it may skip, in every layer.
+    std::vector<Branch> branches;
+    std::vector<RuntimeInput> inputs;
+    // New tokens that run every branch, after a prompt that does too; none: the rule applies to every token.
+    std::optional<int64_t> warmUp;
+    // Depths that the model was trained to leave at; empty: any.
+    std::vector<int64_t> exits;
+
+    // An input by its name; null if the rule does not read it.
+    RuntimeInput const* input(std::string const& wanted) const;
+};
+
+struct ExitDraft {
+    int64_t layer = 0;
+};
+struct BudgetDraft {
+    double budget = 1;
+};
+struct LayersDraft {
+    std::vector<Place> skip;
+};
+using DraftKind = std::variant<ExitDraft, BudgetDraft, LayersDraft>;
+bool operator==(DraftKind const& one, DraftKind const& other);
+// As people write it: `exit:2`, `budget:0.5`, `layers:3.attn,5.mlp`.
+std::string toString(DraftKind const& draft);
+
+struct DraftEntry {
+    DraftKind draft;
+    std::optional<int64_t> length;
+};
+
+// A file of the bundle: a bare name, so that nothing outside of the bundle can be meant.
+struct FileEntry {
+    std::string file;
+    std::string sha256;
+    std::optional<int64_t> sizeBytes;
+};
+
+// An input or output of an engine; a dynamic axis has a name in place of a size.
+struct TensorInfo {
+    std::string name;
+    std::vector<std::variant<int64_t, std::string>> shape;
+};
+
+// A dynamic axis of an engine.
+struct Sizes {
+    int64_t least = 1;
+    int64_t usual = 1;
+    int64_t most = 1;
+};
+
+// Calls that an engine takes: sequences, tokens of each in the call, columns of the cache that are read.
+struct EngineProfile {
+    std::string name;
+    Sizes batch;
+    Sizes tokens;
+    Sizes window;
+};
+
+struct EngineGraph {
+    FileEntry file;
+    std::string graphSha256;
+    std::string weightsSha256;
+    // Op of domain gsx -> what became of it.
+    std::map<std::string, std::string> forms;
+    std::vector<TensorInfo> inputs;
+    std::vector<TensorInfo> outputs;
+};
+
+struct PluginRecord {
+    std::string sha256;
+    std::string sourceHash;
+};
+
+// One set of engines, as in `gsx.json` and in `engines/<name>/engine.json`.
+struct EngineEntry {
+    std::string backend;
+    std::string tensorrtVersion;
+    std::vector<std::string> targets;
+    std::string platform;
+    std::optional<std::string> gpu;
+    int64_t capacity = 0;
+    std::vector<EngineProfile> profiles;
+    std::optional<PluginRecord> plugins;
+    std::map<std::string, EngineGraph> graphs;
+    // The entry as it was written, in one form, to compare it with engine.json.
+    std::string canonical;
+};
+
+struct Manifest {
+    DecoderShape decoder;
+    std::optional<Selection> selection;
+    std::optional<Policy> policy;
+    // `compute`, `copy` or `none`.
+    std::string kvPolicy;
+    std::map<std::string, FileEntry> graphs;
+    FileEntry weights;
+    // What passes from `draft` to `verify`, by the graphs' names; empty without an exit.
+    std::vector<std::string> exitNames;
+    std::optional<DraftEntry> draft;
+    std::map<std::string, EngineEntry> engines;
+
+    // (layer, branch) of every branch of layers [first, last) that the keep rule may skip, in the graphs' order.
+    std::vector<Place> skippablePlaces(int64_t first, int64_t last) const;
+};
+
+// Throws UsageError for what is not a share above 0 and up to 1.
+void checkBudget(double budget);
+
+}  // namespace gsx

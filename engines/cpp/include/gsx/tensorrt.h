@@ -1,0 +1,30 @@
+// Opening a bundle on this machine's GPU, with the TensorRT that the library was built for.
+
+#pragma once
+
+#include <filesystem>
+#include <optional>
+
+#include "gsx/model.h"
+
+namespace gsx {
+
+struct GpuOptions {
+    // The plugin library that the engines were built with; none for what GSX_PLUGIN_LIBRARY names, else the one that
+    // `gsx plugins build` made on this machine.
+    std::optional<std::filesystem::path> pluginLibrary;
+    // Record calls of the same shapes, and replay them. Engines in which the GPU alone knows how many rows a plugin keeps
+    // cannot be recorded, and run as they are.
+    bool cudaGraphs = true;
+};
+
+// "tensorrt" or "tensorrt-rtx": the backend whose engines this library runs (`gsx build --backend`).
+char const* backendName() noexcept;
+
+// A bundle's model on the first GPU that is visible.
+// Throws BundleError: as openBundle. Throws UsageError: the bundle cannot draft in this way.
+// Throws EngineError: no GPU, no engines, or engines that do not fit this machine; it says what differs, both values, and
+// what mends it.
+Model openModel(std::filesystem::path const& directory, Drafting const& drafting = {}, GpuOptions const& options = {});
+
+}  // namespace gsx

@@ -1,0 +1,240 @@
+#include "controls.h"
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <numeric>
+#include <set>
+#include <sstream>
+
+#include "gsx/error.h"
+#include "text.h"
+
+namespace gsx {
+namespace {
+
+constexpr int64_t kMostLayers = 10'000;
+constexpr char const* kLayerMask = "layer_mask";
+constexpr char const* kFullUntil = "full_until";
+
+// [L, 2], 1 for a branch that runs.
+using Mask = std::vector<float>;
+
+std::optional<int64_t> layerOf(std::string const& text) {
+    int64_t number = 0;
+    auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+    bool const whole = error == std::errc() && end == text.data() + text.size() && !text.empty();
+    return whole && number >= 0 && number <= kMostLayers ? std::optional(number) : std::nullopt;
+}
+
+std::string trimmed(std::string const& text) {
+    size_t const first = text.find_first_not_of(" \t");
+    return first == std::string::npos ? "" : text.substr(first, text.find_last_not_of(" \t") - first + 1);
+}
+
+// One part of a set; false where it is none.
+bool addPlaces(std::string const& part, std::vector<Place>& places) {
+    size_t const dot = part.find('.');
+    std::string const branches = dot == std::string::npos ? "" : part.substr(dot + 1);
+    std::string const range = part.substr(0, dot);
+    size_t const dash = range.find('-');
+    std::optional<int64_t> const first = layerOf(range.substr(0, dash));
+    std::optional<int64_t> const last = dash == std::string::npos ? first : layerOf(range.substr(dash + 1));
+    if (!first || !last || *last < *first) return false;
+    size_t const before = places.size();
+    for (int64_t layer = *first; layer <= *last; ++layer) {
+        for (Branch const branch : {Branch::kAttention, Branch::kMlp}) {
+            if (dot == std::string::npos || branches == nameOf(branch)) places.emplace_back(layer, branch);
+        }
+    }
+    return places.size() > before;
+}
+
+void checkMask(Mask const& mask, std::string const& kvPolicy) {
+    if (std::all_of(mask.begin(), mask.end(), [](float runs) { return runs == 0; })) {
+        throw UsageError("the set keeps nothing", {"at least one branch that runs", {}, {}});
+    }
+    if (kvPolicy == "copy" && mask[0] == 0) {
+        throw UsageError("the set drops the first layer's attention",
+                         {"a set with 0.attn: under the K/V policy copy the layers above copy its K and V",
+                          {},
+                          "keep layer 0, or export with --kv-policy none or compute"});
+    }
+}
+
+Mask maskOf(std::vector<Place> const& places, Manifest const& manifest) {
+    int64_t const layers = manifest.decoder.numLayers;
+    Mask mask(static_cast<size_t>(layers) * kBranches);
+    std::set<int64_t> unknown;
+    for (auto const& [layer, branch] : places) {
+        if (layer >= layers) {
+            unknown.insert(layer);
+        } else {
+            mask[static_cast<size_t>(layer) * kBranches + static_cast<size_t>(branch)] = 1;
+        }
+    }
+    if (!unknown.empty()) {
+        std::vector<std::string> names;
+        for (int64_t const layer : unknown) names.push_back(std::to_string(layer));
+        throw UsageError("the set names layers that the model does not have",
+                         {"layers from 0 to " + std::to_string(layers - 1), joinedBy(", ", names), {}});
+    }
+    checkMask(mask, manifest.kvPolicy);
+    return mask;
+}
+
+std::vector<Place> wholeLayers(std::vector<int64_t> const& layers) {
+    std::vector<Place> places;
+    for (int64_t const layer : layers) {
+        places.emplace_back(layer, Branch::kAttention);
+        places.emplace_back(layer, Branch::kMlp);
+    }
+    return places;
+}
+
+// The layers below an exit.
+std::vector<Place> exitPlaces(int64_t depth, Manifest const& manifest) {
+    int64_t const layers = manifest.decoder.numLayers;
+    std::set<int64_t> trained(manifest.policy->exits.begin(), manifest.policy->exits.end());
+    bool const any = trained.empty();
+    trained.insert(layers);
+    if (any ? depth < 1 || depth > layers : trained.count(depth) == 0) {
+        std::vector<std::string> names;
+        for (int64_t const one : trained) names.push_back(std::to_string(one));
+        bool const inside = 0 < depth && depth < layers;
+        throw UsageError("the model has no exit after " + std::to_string(depth) + " layers",
+                         {any ? "1 to " + std::to_string(layers) : "one of " + joinedBy(", ", names),
+                          std::to_string(depth),
+                          inside ? "--layers 0-" + std::to_string(depth - 1) + " runs any set of layers, trained for or not"
+                                 : ""});
+    }
+    std::vector<int64_t> kept(static_cast<size_t>(depth));
+    std::iota(kept.begin(), kept.end(), 0);
+    return wholeLayers(kept);
+}
+
+// The layers that Unified Layer Skipping keeps for a target speed-up (engines/bundle/layer_sets.py).
+std::vector<Place> unifiedPlaces(double speedup, int64_t layers) {
+    if (!(std::isfinite(speedup) && speedup >= 1)) {
+        throw UsageError("the speed-up is not one", {"a number from 1 up", shortNumber(speedup), {}});
+    }
+    constexpr double kRounding = 1e-9;  // 3 / 0.3 must not become 9
+    auto const count = static_cast<int64_t>(std::floor(static_cast<double>(layers) / speedup + kRounding));
+    if (count < 2) {
+        throw UsageError("a speed-up of " + shortNumber(speedup) + " leaves fewer than two of " + std::to_string(layers) +
+                             " layers",
+                         {"at most " + shortNumber(static_cast<double>(layers) / 2) +
+                              ": the first and the last layer always run",
+                          shortNumber(speedup),
+                          {}});
+    }
+    int64_t const step = layers / (count - 1);
+    std::vector<int64_t> kept = {0};
+    for (int64_t layer = step; layer < layers - 1 && static_cast<int64_t>(kept.size()) < count - 1; layer += step) {
+        kept.push_back(layer);
+    }
+    kept.push_back(layers - 1);
+    return wholeLayers(kept);
+}
+
+Mask layerMask(Manifest const& manifest, RuntimeInput const& read, Keep const& keep) {
+    if (keep.layers) {
+        std::optional<std::vector<Place>> const places = parsePlaces(*keep.layers);
+        if (!places) {
+            throw UsageError("'" + *keep.layers + "' is not a set of layers",
+                             {"e.g. 0-3,6,8.attn", "'" + *keep.layers + "'", {}});
+        }
+        return maskOf(*places, manifest);
+    }
+    if (keep.exit) return maskOf(exitPlaces(*keep.exit, manifest), manifest);
+    if (keep.speedup) return maskOf(unifiedPlaces(*keep.speedup, manifest.decoder.numLayers), manifest);
+    Mask mask;
+    for (auto const& layer : read.defaultMask) mask.insert(mask.end(), layer.begin(), layer.end());
+    checkMask(mask, manifest.kvPolicy);
+    return mask;
+}
+
+std::vector<std::string> givenOf(Keep const& keep) {
+    std::vector<std::string> given;
+    if (keep.budget) given.emplace_back("--budget");
+    if (keep.layers) given.emplace_back("--layers");
+    if (keep.exit) given.emplace_back("--exit");
+    if (keep.speedup) given.emplace_back("--speedup");
+    return given;
+}
+
+// Refuse what the bundle's rule does not read.
+void checkRead(Manifest const& manifest, Keep const& keep) {
+    std::vector<std::string> const given = givenOf(keep);
+    if (given.size() > 1) {
+        throw UsageError("two ways to choose what is kept exclude each other",
+                         {"one of them", joinedBy(" and ", given), {}});
+    }
+    bool const dense = !manifest.policy;
+    if (keep.budget) {
+        if (dense && *keep.budget == 1) return;
+        if (!manifest.selection) {
+            throw UsageError("this bundle has no budget to choose",
+                             {dense ? "budget 1, or none" : "a bundle whose keep rule has thresholds",
+                              dense ? "a dense model, budget " + shortNumber(*keep.budget) : "policy " + manifest.policy->name,
+                              {}});
+        }
+        checkBudget(*keep.budget);
+    } else if (!given.empty() && (dense || manifest.policy->input(kLayerMask) == nullptr)) {
+        throw UsageError(given[0] + " needs a bundle that reads a set of layers",
+                         {{}, dense ? "a dense model" : "policy " + manifest.policy->name,
+                          "gsx export MODEL --policy layers"});
+    }
+}
+
+// Position from which the rule applies to a sequence: behind its prompt and the warm-up, or 0.
+int64_t fullUntil(Manifest const& manifest, Keep const& keep, int64_t promptSize) {
+    if (keep.speedup) return promptSize;
+    if (keep.layers || keep.exit || !manifest.policy->warmUp) return 0;
+    return promptSize + *manifest.policy->warmUp;
+}
+
+}  // namespace
+
+std::optional<std::vector<Place>> parsePlaces(std::string const& text) {
+    std::vector<Place> places;
+    std::istringstream parts(text + ",");
+    for (std::string part; std::getline(parts, part, ',');) {
+        if (!addPlaces(trimmed(part), places)) return std::nullopt;
+    }
+    return places;
+}
+
+Controls selected(Selection const& selection, double budget) {
+    checkBudget(budget);
+    if (selection.mode == SelectionMode::kRank) return {{"budget", Array<float>({}, {static_cast<float>(budget)})}};
+    Thresholds const thresholds = selection.thresholdsFor(budget);
+    Array<float> array({static_cast<int64_t>(thresholds.size()), kBranches}, {});
+    for (auto const& layer : thresholds) array.data.insert(array.data.end(), layer.begin(), layer.end());
+    return {{"thresholds", std::move(array)}};
+}
+
+std::shared_ptr<Controls const> controlsFor(Manifest const& manifest, Keep const& keep, Counts const& promptSizes) {
+    checkRead(manifest, keep);
+    auto controls = std::make_shared<Controls>();
+    if (!manifest.policy) return controls;
+    Policy const& policy = *manifest.policy;
+    auto const sequences = static_cast<int64_t>(promptSizes.size());
+    if (manifest.selection) {
+        *controls = selected(*manifest.selection, keep.budget.value_or(manifest.selection->budget));
+    }
+    if (RuntimeInput const* read = policy.input(kLayerMask)) {
+        Mask const mask = layerMask(manifest, *read, keep);
+        Array<float> masks({sequences, manifest.decoder.numLayers, kBranches}, {});
+        for (int64_t i = 0; i < sequences; ++i) masks.data.insert(masks.data.end(), mask.begin(), mask.end());
+        (*controls)[kLayerMask] = std::move(masks);
+    }
+    if (policy.input(kFullUntil) != nullptr) {
+        Array<int64_t> until({sequences}, {});
+        for (int64_t const size : promptSizes) until.data.push_back(fullUntil(manifest, keep, size));
+        (*controls)[kFullUntil] = std::move(until);
+    }
+    return controls;
+}
+
+}  // namespace gsx

@@ -1,0 +1,197 @@
+#include "loading.h"
+
+#include <sys/utsname.h>
+
+#include <algorithm>
+#include <cctype>
+#include <cstdlib>
+#include <utility>
+#include <vector>
+
+#include "files.h"
+#include "manifest_json.h"
+#include "sha256.h"
+#include "text.h"
+
+namespace gsx {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr char const* kEngines = "engines";
+constexpr char const* kEngineFile = "engine.json";
+constexpr char const* kLibraryVariable = "GSX_PLUGIN_LIBRARY";
+constexpr char const* kLibraryName = "libgsx_plugins.so";
+// Of the hash of the plugins' sources, in a folder's name (plugins/library.py).
+constexpr size_t kNameDigits = 16;
+constexpr size_t kShownDigits = 12;
+
+std::string shown(std::string const& hash) { return hash.substr(0, kShownDigits); }
+
+// A compute capability as people write it: "89" -> "8.9".
+std::string dotted(std::string const& target) {
+    return target.size() > 1 ? target.substr(0, target.size() - 1) + "." + target.back() : target;
+}
+
+std::string variable(char const* name) {
+    char const* value = std::getenv(name);
+    return value != nullptr ? value : "";
+}
+
+// Where this user's programs keep what can be made again (XDG base directory specification).
+fs::path cacheFolder() {
+    fs::path const home = variable("XDG_CACHE_HOME");
+    return (home.is_absolute() ? home : fs::path(variable("HOME")) / ".cache") / "gsx";
+}
+
+std::optional<fs::path> findLibrary(std::optional<fs::path> const& named, PluginRecord const& record) {
+    if (named) {
+        if (!sizeOf(*named)) {
+            throw EngineError(named->string() + ": no such plugin library",
+                              {std::string("a ") + kLibraryName, {}, "gsx plugins build makes one"});
+        }
+        return named;
+    }
+    std::string const set = variable(kLibraryVariable);
+    if (!set.empty()) {
+        if (!sizeOf(set)) {
+            throw EngineError(std::string(kLibraryVariable) + " names no file",
+                              {std::string("a ") + kLibraryName, "nothing at " + set,
+                               "run `gsx plugins build` and unset it, or correct it"});
+        }
+        return set;
+    }
+    fs::path const built = cacheFolder() / "plugins" / record.sourceHash.substr(0, kNameDigits) / kLibraryName;
+    return sizeOf(built) ? std::optional(built) : std::nullopt;
+}
+
+struct Fact {
+    std::string field;
+    std::string expected;
+    std::string found;
+};
+
+// The first fact in which engines and machine differ; none where they fit.
+std::optional<EngineError> difference(Bundle const& bundle, std::string const& name, EngineEntry const& entry,
+                                      Machine const& machine, std::optional<fs::path> const& library,
+                                      std::string const& command) {
+    fs::path const directory = bundle.directory / kEngines / name;
+    std::string const what = "engines " + directory.string();
+    std::optional<std::string> const text = contentOf(directory / kEngineFile);
+    std::optional<std::string> const recorded = text ? canonicalEntry(*text) : std::nullopt;
+    if (recorded != entry.canonical) {
+        return EngineError(what + ": " + kEngineFile + " does not match gsx.json",
+                           {"the entry that `gsx build` wrote", recorded ? "another one" : "no readable file", command});
+    }
+    std::vector<Fact> facts = {{"platform", entry.platform, machine.platform},
+                               {"tensorrt_version", entry.tensorrtVersion, machine.tensorrtVersion}};
+    if (entry.gpu) facts.push_back({"gpu", *entry.gpu, machine.gpu});
+    for (auto const& [key, graph] : entry.graphs) {
+        auto const own = bundle.manifest.graphs.find(key);
+        if (own == bundle.manifest.graphs.end()) continue;
+        facts.push_back({key + ".onnx sha256", shown(own->second.sha256) + "...", shown(graph.graphSha256) + "..."});
+    }
+    for (auto const& [key, graph] : entry.graphs) {
+        facts.push_back({"weights of " + key, shown(bundle.manifest.weights.sha256), shown(graph.weightsSha256)});
+    }
+    for (auto const& [field, expected, found] : facts) {
+        if (expected != found) return EngineError(what + ": " + field + " differs", {expected, found, command});
+    }
+    if (std::find(entry.targets.begin(), entry.targets.end(), machine.capability) == entry.targets.end()) {
+        std::vector<std::string> targets;
+        for (std::string const& target : entry.targets) targets.push_back(dotted(target));
+        std::string const here = dotted(machine.capability);
+        return EngineError(
+            what + ": targets do not include this GPU (" + machine.gpu + ")",
+            {here, joinedBy(", ", targets), entry.backend == "tensorrt-rtx" ? command + " --target " + here : command});
+    }
+    if (entry.plugins) {
+        std::optional<std::string> found;
+        if (library) found = sha256Of(*library);
+        if (found != entry.plugins->sha256) {
+            return EngineError(
+                what + ": the plugin library differs",
+                {"sha256 " + shown(entry.plugins->sha256) + "...", found ? shown(*found) + "..." : "no plugin library",
+                 found ? command + " builds engines for this library; " + kLibraryVariable + " names another one"
+                       : std::string("gsx plugins build, or set ") + kLibraryVariable +
+                             " to the library that they were built with"});
+        }
+    }
+    return std::nullopt;
+}
+
+}  // namespace
+
+std::string buildCommand(Bundle const& bundle, std::string const& backend) {
+    return "gsx build " + bundle.directory.string() + " --backend " + backend;
+}
+
+void requireEngines(Bundle const& bundle, std::string const& backend) {
+    std::vector<std::string> others;
+    for (auto const& [name, entry] : bundle.manifest.engines) {
+        if (entry.backend == backend) return;
+        others.push_back(name);
+    }
+    throw EngineError("bundle " + bundle.directory.string() + ": has no engines for " + backend,
+                      {{}, others.empty() ? "none" : joinedBy(", ", others), buildCommand(bundle, backend)});
+}
+
+EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine const& machine,
+                      std::optional<fs::path> const& plugins) {
+    requireEngines(bundle, backend);
+    std::string const command = buildCommand(bundle, backend);
+    std::optional<EngineError> nearest;
+    bool isNear = false;
+    for (auto const& [name, entry] : bundle.manifest.engines) {
+        if (entry.backend != backend) continue;
+        std::optional<fs::path> const library =
+            entry.plugins ? findLibrary(plugins, *entry.plugins) : std::optional<fs::path>();
+        std::optional<EngineError> problem = difference(bundle, name, entry, machine, library, command);
+        if (!problem) return {bundle.directory / kEngines / name, &entry, library};
+        // The one that says most is the one for this GPU, if there is one.
+        bool const near = std::find(entry.targets.begin(), entry.targets.end(), machine.capability) != entry.targets.end();
+        if (!nearest || (near && !isNear)) {
+            nearest.emplace(*problem);
+            isNear = near;
+        }
+    }
+    throw *nearest;
+}
+
+std::string readEngine(EngineSet const& engines, std::string const& graph, std::string const& command) {
+    auto const made = engines.entry->graphs.find(graph);
+    if (made == engines.entry->graphs.end()) {
+        std::vector<std::string> others;
+        for (auto const& [name, other] : engines.entry->graphs) others.push_back(name);
+        throw EngineError("engines " + engines.directory.string() + ": have no " + graph,
+                          {{}, joinedBy(", ", others), command});
+    }
+    FileEntry const& file = made->second.file;
+    fs::path const path = engines.directory / file.file;
+    std::optional<int64_t> const size = sizeOf(path);
+    if (size != file.sizeBytes) {
+        throw EngineError(path.string() + ": is not whole",
+                          {std::to_string(file.sizeBytes.value_or(0)) + " bytes",
+                           size ? std::to_string(*size) + " bytes" : "no such file", "copy it again, or " + command});
+    }
+    std::optional<std::string> content = contentOf(path);
+    if (!content) throw EngineError(path.string() + ": cannot be read");
+    Sha256 hash;
+    hash.update(content->data(), content->size());
+    std::string const found = hash.finish();
+    if (found != file.sha256) {
+        throw EngineError(path.string() + ": sha256 differs", {shown(file.sha256) + "...", shown(found) + "...",
+                                                               "the file changed after it was built: " + command});
+    }
+    return std::move(*content);
+}
+
+std::string platformName() {
+    utsname system{};
+    uname(&system);
+    std::string name = std::string(system.sysname) + "-" + system.machine;
+    std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+    return name;
+}
+
+}  // namespace gsx

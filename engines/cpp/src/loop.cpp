@@ -1,0 +1,355 @@
+#include "loop.h"
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <set>
+#include <string>
+#include <utility>
+
+#include "controls.h"
+#include "draft_length.h"
+#include "gsx/error.h"
+#include "picker.h"
+
+namespace gsx {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double secondsSince(Clock::time_point began) { return std::chrono::duration<double>(Clock::now() - began).count(); }
+
+void checkRequest(std::vector<Tokens> const& prompts, Options const& options, Manifest const& manifest) {
+    check(options.sampling);
+    DecoderShape const& shape = manifest.decoder;
+    std::string const most = std::to_string(shape.maxPositions);
+    if (prompts.empty()) throw UsageError("no prompt was given");
+    if (options.maxNewTokens < 1) {
+        throw UsageError("max new tokens", {"at least 1", std::to_string(options.maxNewTokens), {}});
+    }
+    if (options.draftLength && (*options.draftLength < 0 || *options.draftLength > shape.maxPositions)) {
+        throw UsageError("draft length",
+                         {"0 (plain decoding) to " + most, std::to_string(*options.draftLength), {}});
+    }
+    for (Tokens const& prompt : prompts) {
+        if (prompt.empty()) throw UsageError("the prompt is empty", {"at least one token", {}, {}});
+        if (static_cast<int64_t>(prompt.size()) >= shape.maxPositions) {
+            throw UsageError("the prompt is longer than the model's context",
+                             {"fewer than " + most + " tokens", std::to_string(prompt.size()) + " tokens", {}});
+        }
+        auto const [least, largest] = std::minmax_element(prompt.begin(), prompt.end());
+        if (*least < 0 || *largest >= shape.vocabSize) {
+            throw UsageError("the prompt has ids outside the vocabulary",
+                             {"0 to " + std::to_string(shape.vocabSize - 1),
+                              std::to_string(*least) + " to " + std::to_string(*largest), {}});
+        }
+    }
+}
+
+Counts promptSizes(std::vector<Tokens> const& prompts) {
+    Counts sizes;
+    for (Tokens const& prompt : prompts) sizes.push_back(static_cast<int64_t>(prompt.size()));
+    return sizes;
+}
+
+// One sequence as it grows.
+class Sequence {
+public:
+    Sequence(size_t row, Tokens const& prompt, int64_t maxNewTokens, Manifest const& manifest)
+        : mRow(row), mPrompt(prompt) {
+        int64_t const room = manifest.decoder.maxPositions - promptSize();
+        mLimit = std::min(maxNewTokens, room);
+        mAtLimit = maxNewTokens <= room ? FinishReason::kLength : FinishReason::kContext;
+    }
+
+    size_t row() const { return mRow; }
+    int64_t limit() const { return mLimit; }
+    // Tokens that it may still get.
+    int64_t left() const { return mFinish ? 0 : mLimit - count(); }
+    // Position of the next new token.
+    int64_t place() const { return promptSize() + count(); }
+    int64_t promptSize() const { return static_cast<int64_t>(mPrompt.size()); }
+    int64_t count() const { return static_cast<int64_t>(mTokens.size()); }
+    int64_t newest() const { return mTokens.back(); }
+    // What the model has to read for the next token: the prompt, later the newest token.
+    Tokens unread() const { return mTokens.empty() ? mPrompt : Tokens{newest()}; }
+
+    void add(int64_t token, std::set<int64_t> const& stops, OnToken const& onToken) {
+        mTokens.push_back(token);
+        bool const stopped = onToken && onToken(mRow, token);
+        if (stops.count(token) != 0) {
+            mFinish = FinishReason::kEndOfText;
+        } else if (stopped) {
+            mFinish = FinishReason::kStopped;
+        } else if (count() == mLimit) {
+            mFinish = mAtLimit;
+        }
+    }
+
+    Generated result() && { return {std::move(mTokens), mFinish.value_or(FinishReason::kLength)}; }
+
+private:
+    size_t mRow;
+    Tokens const& mPrompt;
+    int64_t mLimit;
+    FinishReason mAtLimit;
+    Tokens mTokens;
+    std::optional<FinishReason> mFinish;
+};
+
+class Loop {
+public:
+    Loop(Runner& runner, Draft* draft, std::unique_ptr<DraftLength> length, std::vector<Tokens> const& prompts,
+         Options const& options)
+        : mRunner(runner),
+          mDraft(draft),
+          mLength(std::move(length)),
+          mPicker(options.sampling),
+          mControls(controlsFor(runner.manifest(), options.keep, promptSizes(prompts))),
+          mOnToken(options.onToken) {
+        Tokens const& stops = options.stopIds ? *options.stopIds : runner.manifest().decoder.eosIds;
+        mStops.insert(stops.begin(), stops.end());
+        for (size_t row = 0; row < prompts.size(); ++row) {
+            mSequences.emplace_back(row, prompts[row], options.maxNewTokens, runner.manifest());
+        }
+        if (mDraft != nullptr) mDraft->begin(mControls);
+    }
+
+    Generation run() {
+        int64_t capacity = 0;
+        for (Sequence const& sequence : mSequences) capacity = std::max(capacity, sequence.place() + sequence.limit());
+        Cache cache = mRunner.newCache(static_cast<int64_t>(mSequences.size()), capacity);
+        auto const started = Clock::now();
+        prefill(cache);
+        mStats.prefillSeconds = secondsSince(started);
+        auto const prefilled = Clock::now();
+        while (mostLeft() > 0) {
+            int64_t const wanted = mDraft != nullptr ? mLength->next() : 0;
+            // As many as one sequence can still take, beside the token that a verification gives anyway.
+            int64_t const size = std::min(wanted, mostLeft() - 1);
+            if (size > 0) {
+                speculate(cache, size);
+            } else {
+                plainStep(cache);
+            }
+            ++mStats.decodeSteps;
+        }
+        if (mStats.decodeSteps > 0) mStats.decodeSeconds = secondsSince(prefilled);
+        return finish();
+    }
+
+private:
+    int64_t mostLeft() const {
+        int64_t most = 0;
+        for (Sequence const& sequence : mSequences) most = std::max(most, sequence.left());
+        return most;
+    }
+
+    Generation finish() {
+        mStats.sequences = static_cast<int64_t>(mSequences.size());
+        Generation made;
+        for (Sequence& sequence : mSequences) {
+            mStats.promptTokens += sequence.promptSize();
+            mStats.newTokens += sequence.count();
+            made.sequences.push_back(std::move(sequence).result());
+        }
+        mStats.accepted.resize(mStats.drafted.size());
+        made.stats = std::move(mStats);
+        return made;
+    }
+
+    void prefill(Cache& cache) {
+        StepOutput const output = read(cache);
+        count(output);
+        take(output);
+    }
+
+    void plainStep(Cache& cache) {
+        auto const started = Clock::now();
+        StepOutput const output = read(cache);
+        double const seconds = secondsSince(started);
+        mStats.verifySeconds += seconds;
+        count(output);
+        mLength->learn({0, 1, 0, 0, 0, 0, seconds});
+        take(output);
+    }
+
+    // Let the model read what it has not of each sequence: its prompt, later its newest token; nothing of what has ended.
+    StepOutput read(Cache& cache) {
+        std::vector<Tokens> unread;
+        Counts counts;
+        for (Sequence const& sequence : mSequences) {
+            unread.push_back(sequence.left() > 0 ? sequence.unread() : Tokens());
+            counts.push_back(static_cast<int64_t>(unread.back().size()));
+        }
+        int64_t const size = *std::max_element(counts.begin(), counts.end());
+        Array<int64_t> ids({cache.batch, size});
+        for (size_t row = 0; row < unread.size(); ++row) {
+            std::copy(unread[row].begin(), unread[row].end(), ids.data.begin() + static_cast<int64_t>(row) * size);
+        }
+        return mRunner.step(cache, std::move(ids), std::move(counts), mControls, Logits::kLast);
+    }
+
+    // Give every sequence that goes on its next token.
+    void take(StepOutput const& output) {
+        for (Sequence& sequence : mSequences) {
+            if (sequence.left() > 0) pick(sequence, logitsOf(output, sequence.row(), 0));
+        }
+    }
+
+    // One round: draft up to `size` tokens of every sequence, verify, keep what is right.
+    void speculate(Cache& cache, int64_t size) {
+        Counts const start = cache.lengths;
+        size_t const batch = mSequences.size();
+        std::vector<Tokens> drafted(batch);
+        std::vector<std::vector<double>> confidences(batch);
+        double const draftSeconds = draftTokens(cache, size, drafted, confidences);
+        size_t longest = 0;
+        for (Tokens const& tokens : drafted) longest = std::max(longest, tokens.size());
+        auto const began = Clock::now();
+        Array<int64_t> ids({cache.batch, static_cast<int64_t>(longest) + 1});
+        Counts counts(batch);
+        int64_t alive = 0;
+        for (size_t row = 0; row < batch; ++row) {
+            auto const begin = ids.data.begin() + static_cast<int64_t>(row * (longest + 1));
+            *begin = mSequences[row].newest();
+            std::copy(drafted[row].begin(), drafted[row].end(), begin + 1);
+            if (mSequences[row].left() == 0) continue;
+            counts[row] = static_cast<int64_t>(drafted[row].size()) + 1;
+            ++alive;
+        }
+        StepOutput const output = mDraft->verify(cache, start, std::move(ids), std::move(counts));
+        double const verifySeconds = secondsSince(began);
+        count(output);
+        Round round{static_cast<int64_t>(longest), 0, 0, 0, 0, draftSeconds, verifySeconds};
+        Counts stays = start;
+        int64_t tokens = 0;
+        for (Sequence& sequence : mSequences) {
+            if (sequence.left() == 0) continue;
+            int64_t const taken = accept(sequence, output, drafted[sequence.row()], confidences[sequence.row()], round);
+            tokens += taken;
+            stays[sequence.row()] += taken;
+        }
+        cache.rollBack(stays);
+        mStats.draftSeconds += draftSeconds;
+        mStats.verifySeconds += verifySeconds;
+        round.tokens = static_cast<double>(tokens) / static_cast<double>(alive);
+        mLength->learn(round);
+    }
+
+    // Take the model's own tokens as far as the draft agrees, and the first one after. Returns how many.
+    int64_t accept(Sequence& sequence, StepOutput const& output, Tokens const& drafted,
+                   std::vector<double> const& confidences, Round& round) {
+        size_t right = 0;
+        int64_t token = 0;
+        while (true) {
+            token = pick(sequence, logitsOf(output, sequence.row(), right));
+            if (sequence.left() == 0 || right == drafted.size() || token != drafted[right]) break;
+            ++right;
+        }
+        // What was drafted behind a wrong token, or behind the end of a sequence, is not judged.
+        bool const missed = right < drafted.size() && token != drafted[right];
+        size_t const hits = right + (right < drafted.size() && !missed ? 1 : 0);
+        size_t const judged = hits + (missed ? 1 : 0);
+        round.accepted += static_cast<int64_t>(hits);
+        round.rejected += missed ? 1 : 0;
+        double sum = 0;
+        for (size_t place = 0; place < judged; ++place) sum += confidences[place];
+        round.confidence += sum;
+        countPlaces(mStats.drafted, judged);
+        countPlaces(mStats.accepted, hits);
+        return static_cast<int64_t>(right) + 1;
+    }
+
+    // Draft up to `size` tokens of every sequence, each with the draft's confidence. Returns the seconds of the draft steps.
+    double draftTokens(Cache& cache, int64_t size, std::vector<Tokens>& drafted,
+                       std::vector<std::vector<double>>& confidences) {
+        Array<int64_t> ids = newest();
+        Counts going;
+        // Sequences near their end draft less: a verification gives one token on top.
+        for (Sequence const& sequence : mSequences) going.push_back(sequence.left() > 1 ? 1 : 0);
+        std::vector<double> together(mSequences.size(), 1.0);
+        double seconds = 0;
+        for (int64_t step = 0; step < size; ++step) {
+            auto const began = Clock::now();
+            StepOutput const guess = mDraft->step(cache, ids, going);
+            seconds += secondsSince(began);
+            count(guess);
+            bool anyGoes = false;
+            for (Sequence const& sequence : mSequences) {
+                size_t const row = sequence.row();
+                ids.data[row] = 0;  // whatever: a sequence that does not go on has a count of 0
+                if (going[row] == 0) continue;
+                LogitsRow const logits = logitsOf(guess, row, 0);
+                ids.data[row] = mPicker.pick(logits, row, sequence.place() + step);
+                drafted[row].push_back(ids.data[row]);
+                confidences[row].push_back(mPicker.confidence(logits));
+                together[row] *= confidences[row].back();
+                bool const goes = step + 2 < sequence.left() && mLength->goesOn(step + 1, together[row]);
+                going[row] = goes ? 1 : 0;
+                anyGoes = anyGoes || goes;
+            }
+            if (!anyGoes) break;
+        }
+        return seconds;
+    }
+
+    static void countPlaces(std::vector<int64_t>& counts, size_t number) {
+        if (counts.size() < number) counts.resize(number);
+        for (size_t place = 0; place < number; ++place) ++counts[place];
+    }
+
+    // Count kept rows of a call that the model itself would have made.
+    void count(StepOutput const& output) {
+        if (output.kept.empty()) return;
+        for (auto const& layer : output.kept) {
+            for (int64_t const rows : layer) mStats.keptRows += rows;
+        }
+        mStats.gatedRows += output.gatedRows;
+    }
+
+    static LogitsRow logitsOf(StepOutput const& output, size_t row, size_t token) {
+        auto const tokens = static_cast<size_t>(output.logits.shape[1]);
+        auto const size = static_cast<size_t>(output.logits.shape[2]);
+        return {output.logits.data.data() + (row * tokens + token) * size, size};
+    }
+
+    int64_t pick(Sequence& sequence, LogitsRow logits) {
+        int64_t const token = mPicker.pick(logits, sequence.row(), sequence.place());
+        sequence.add(token, mStops, mOnToken);
+        return token;
+    }
+
+    // The newest token of each sequence, [B, 1].
+    Array<int64_t> newest() const {
+        Array<int64_t> ids({static_cast<int64_t>(mSequences.size()), 1});
+        for (Sequence const& sequence : mSequences) ids.data[sequence.row()] = sequence.newest();
+        return ids;
+    }
+
+    Runner& mRunner;
+    Draft* mDraft;
+    std::unique_ptr<DraftLength> mLength;
+    Picker mPicker;
+    std::shared_ptr<Controls const> mControls;
+    OnToken const& mOnToken;
+    std::set<int64_t> mStops;
+    std::vector<Sequence> mSequences;
+    GenerationStats mStats;
+};
+
+}  // namespace
+
+Generation generate(Runner& runner, Draft* draft, std::optional<int64_t> firstLength, std::vector<Tokens> const& prompts,
+                    Options const& options) {
+    checkRequest(prompts, options, runner.manifest());
+    std::unique_ptr<DraftLength> length;
+    if (draft != nullptr && !options.draftLength) {
+        length = std::make_unique<AdaptiveLength>(firstLength);
+    } else {
+        length = std::make_unique<FixedLength>(options.draftLength.value_or(0));
+    }
+    return Loop(runner, draft, std::move(length), prompts, options).run();
+}
+
+}  // namespace gsx

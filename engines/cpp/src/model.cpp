@@ -1,0 +1,71 @@
+#include "gsx/model.h"
+
+#include <utility>
+
+#include "draft.h"
+#include "loop.h"
+#include "runner.h"
+
+namespace gsx {
+namespace {
+
+// What drafts; none for plain decoding.
+std::optional<DraftKind> chosenDraft(Manifest const& manifest, Drafting const& drafting) {
+    if (!drafting.speculative) {
+        if (drafting.draft) throw UsageError("plain decoding and a draft were asked for", {"one of them", {}, {}});
+        return std::nullopt;
+    }
+    if (drafting.draft) {
+        DraftKind draft = parseDraft(*drafting.draft);
+        checkDraft(draft, manifest);
+        return draft;
+    }
+    if (manifest.draft) return manifest.draft->draft;
+    return std::nullopt;
+}
+
+}  // namespace
+
+// The stages refer to the bundle and the entry, so they lie beside them and never move.
+struct Model::Parts {
+    Bundle bundle;
+    EngineEntry entry;
+    std::optional<DraftKind> kind;
+    std::unique_ptr<Runner> runner;
+    std::unique_ptr<Draft> draft;
+
+    std::unique_ptr<Stage> stage(std::string const& graph, MakeEngine const& makeEngine) const {
+        return std::make_unique<Stage>(bundle.manifest, entry, graph, makeEngine(graph));
+    }
+};
+
+Model::Model(Bundle bundle, EngineEntry entry, MakeEngine const& makeEngine, Drafting const& drafting)
+    : mParts(std::make_unique<Parts>(Parts{std::move(bundle), std::move(entry), {}, {}, {}})) {
+    Parts& parts = *mParts;
+    parts.kind = chosenDraft(parts.bundle.manifest, drafting);
+    if (parts.kind && std::holds_alternative<ExitDraft>(*parts.kind)) {
+        auto runner = std::make_unique<SplitRunner>(parts.stage("draft", makeEngine), parts.stage("verify", makeEngine));
+        parts.draft = std::make_unique<EarlyExit>(*runner);
+        parts.runner = std::move(runner);
+        return;
+    }
+    parts.runner = std::make_unique<WholeRunner>(parts.stage("model", makeEngine));
+    if (parts.kind) parts.draft = std::make_unique<OtherControls>(*parts.runner, *parts.kind);
+}
+
+Model::Model(Model&&) noexcept = default;
+Model& Model::operator=(Model&&) noexcept = default;
+Model::~Model() = default;
+
+Bundle const& Model::bundle() const { return mParts->bundle; }
+
+std::optional<DraftKind> Model::draft() const { return mParts->kind; }
+
+Generation Model::generate(std::vector<Tokens> const& prompts, Options const& options) {
+    std::optional<DraftEntry> const& own = mParts->bundle.manifest.draft;
+    std::optional<int64_t> first;
+    if (own && mParts->kind && own->draft == *mParts->kind) first = own->length;
+    return gsx::generate(*mParts->runner, mParts->draft.get(), first, prompts, options);
+}
+
+}  // namespace gsx

@@ -1,0 +1,309 @@
+#include "stage.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "gsx/error.h"
+#include "text.h"
+#include "token_axis.h"
+
+namespace gsx {
+namespace {
+
+// The window is a multiple of this many columns (engines/runners/tensorrt.py).
+constexpr int64_t kWindowStep = 64;
+constexpr char const* kLogits = "logits";
+constexpr char const* kLogitsAt = "logits_at";
+constexpr char const* kKept = "kept";
+constexpr char const* kCount = "k";
+constexpr char const* kBudget = "budget";
+constexpr char const* kPast = "past_key_values.";
+constexpr char const* kPresent = "present.";
+
+EngineGraph const& graphOf(EngineEntry const& entry, std::string const& name) {
+    auto const found = entry.graphs.find(name);
+    if (found == entry.graphs.end()) throw EngineError("the engines have no " + name);
+    return found->second;
+}
+
+Layers layersOf(Manifest const& manifest, std::string const& graph) {
+    int64_t const depth = manifest.decoder.numLayers;
+    auto const* exit = manifest.draft ? std::get_if<ExitDraft>(&manifest.draft->draft) : nullptr;
+    if (graph == "model" || exit == nullptr) return {0, depth};
+    return graph == "draft" ? Layers{0, exit->layer} : Layers{exit->layer, depth};
+}
+
+bool startsWith(std::string const& text, std::string const& start) { return text.compare(0, start.size(), start) == 0; }
+
+bool has(std::vector<TensorInfo> const& tensors, std::string const& name) {
+    return std::any_of(tensors.begin(), tensors.end(), [&](TensorInfo const& tensor) { return tensor.name == name; });
+}
+
+// The shape of an input or output, its named axes filled in.
+Shape shapeOf(TensorInfo const& tensor, std::map<std::string, int64_t> const& sizes) {
+    Shape shape;
+    for (auto const& axis : tensor.shape) {
+        if (auto const* size = std::get_if<int64_t>(&axis)) {
+            shape.push_back(*size);
+            continue;
+        }
+        auto const named = sizes.find(std::get<std::string>(axis));
+        if (named == sizes.end()) {
+            throw EngineError("the engine's " + tensor.name + " has an axis that is not known",
+                              {"batch, sequence or logits_columns", std::get<std::string>(axis),
+                               "gsx build of this version builds it anew"});
+        }
+        shape.push_back(named->second);
+    }
+    return shape;
+}
+
+std::string spanOf(Sizes const& sizes) {
+    std::string const least = std::to_string(sizes.least);
+    return sizes.least == sizes.most ? least : least + " to " + std::to_string(sizes.most);
+}
+
+bool fits(Sizes const& sizes, int64_t size) { return sizes.least <= size && size <= sizes.most; }
+
+// One output of the pieces of a call, each of `most` tokens but the last.
+StageOutput joinedPieces(std::vector<StageOutput> const& pieces, Call const& call, int64_t most, Logits logits) {
+    StageOutput joined;
+    std::vector<Array<float> const*> scores;
+    for (StageOutput const& piece : pieces) scores.push_back(&piece.logits);
+    joined.logits = joinedTokens(scores);
+    if (logits == Logits::kLast) {  // of each sequence, from the piece that its last token is in
+        std::vector<int64_t> piece;
+        for (int64_t const count : call.counts) piece.push_back(std::max<int64_t>(count - 1, 0) / most);
+        joined.logits = tokenOfEach(joined.logits, piece);
+    }
+    for (auto const& [name, first] : pieces.front().state) {
+        std::vector<Array<float> const*> parts;
+        for (StageOutput const& piece : pieces) parts.push_back(&piece.state.at(name));
+        joined.state[name] = joinedTokens(parts);
+    }
+    joined.kept = pieces.front().kept;
+    for (size_t i = 1; i < pieces.size(); ++i) addKept(joined.kept, pieces[i].kept);
+    return joined;
+}
+
+}  // namespace
+
+size_t countOf(Shape const& shape) {
+    size_t count = 1;
+    for (int64_t const size : shape) count *= static_cast<size_t>(size);
+    return count;
+}
+
+int64_t windowOf(int64_t filled, int64_t capacity) {
+    return std::min((filled + kWindowStep - 1) / kWindowStep * kWindowStep, capacity);
+}
+
+int64_t keptCount(int64_t n, double budget) {
+    // A budget is a decimal of at most six places, so that counting is a matter of whole numbers.
+    constexpr int64_t kMillion = 1'000'000;
+    int64_t const millionths = std::llrint(budget * static_cast<double>(kMillion));
+    if (millionths >= kMillion || n <= 1) return n;
+    return n - 1 - (kMillion - millionths) * (n - 1) / kMillion;
+}
+
+size_t chooseProfile(std::vector<EngineProfile> const& profiles, int64_t batch, int64_t tokens, int64_t window) {
+    size_t chosen = profiles.size();
+    for (size_t i = 0; i < profiles.size(); ++i) {
+        EngineProfile const& profile = profiles[i];
+        if (!fits(profile.batch, batch) || !fits(profile.tokens, tokens) || !fits(profile.window, window)) continue;
+        if (chosen == profiles.size() || profile.tokens.most < profiles[chosen].tokens.most) chosen = i;
+    }
+    if (chosen < profiles.size()) return chosen;
+    std::vector<std::string> ranges;
+    for (EngineProfile const& profile : profiles) {
+        ranges.push_back(profile.name + ": batch " + spanOf(profile.batch) + ", tokens " + spanOf(profile.tokens) +
+                         ", window " + spanOf(profile.window));
+    }
+    throw EngineError("no profile of the engine takes this call",
+                      {joinedBy("; ", ranges),
+                       "batch " + std::to_string(batch) + ", tokens " + std::to_string(tokens) + ", window " +
+                           std::to_string(window),
+                       "build with wider ranges: gsx build --context, --batch or --profile"});
+}
+
+int64_t mostTokens(std::vector<EngineProfile> const& profiles, int64_t batch) {
+    int64_t most = 0;
+    for (EngineProfile const& profile : profiles) {
+        if (fits(profile.batch, batch)) most = std::max(most, profile.tokens.most);
+    }
+    return most;
+}
+
+Stage::Stage(Manifest const& manifest, EngineEntry const& entry, std::string const& graph,
+             std::unique_ptr<Engine> engine)
+    : mManifest(manifest),
+      mEntry(entry),
+      mGraph(graphOf(entry, graph)),
+      mLayers(layersOf(manifest, graph)),
+      mSkippable(manifest.skippablePlaces(mLayers.first, mLayers.last)),
+      mEngine(std::move(engine)) {
+    if (!has(mGraph.inputs, kLogitsAt) || !has(mGraph.outputs, kLogits)) {
+        throw EngineError("the engine of " + graph + " is not one of gsx",
+                          {std::string("an input ") + kLogitsAt + " and an output " + kLogits, {},
+                           "gsx build of this version builds it anew"});
+    }
+}
+
+StageMemory Stage::newMemory(int64_t batch, int64_t capacity) {
+    std::string const build = "gsx build --backend " + mEntry.backend;
+    if (capacity > mEntry.capacity) {
+        throw EngineError("the engine's K/V buffers are too short for this request",
+                          {"at most " + std::to_string(mEntry.capacity) + " tokens",
+                           std::to_string(capacity) + ", prompt and new tokens together",
+                           "ask for fewer new tokens, or " + build + " --context " + std::to_string(capacity)});
+    }
+    if (mostTokens(mEntry.profiles, batch) == 0) {
+        std::vector<std::string> ranges;
+        for (EngineProfile const& profile : mEntry.profiles) {
+            ranges.push_back(std::to_string(profile.batch.least) + " to " + std::to_string(profile.batch.most));
+        }
+        throw EngineError("no profile of the engine takes so many sequences",
+                          {"batch " + joinedBy(", ", ranges), std::to_string(batch),
+                           build + " --batch " + std::to_string(batch)});
+    }
+    StageMemory memory;
+    for (TensorInfo const& input : mGraph.inputs) {
+        if (!startsWith(input.name, kPast)) continue;
+        Shape const shape = shapeOf(input, {{"batch", batch}});
+        BoundBuffer const bound{mEngine->buffer(shape, input.name), shape};
+        memory.buffers[input.name] = bound;
+        std::string const present = kPresent + input.name.substr(std::string(kPast).size());
+        if (has(mGraph.outputs, present)) memory.buffers[present] = bound;
+    }
+    return memory;
+}
+
+StageOutput Stage::run(StageMemory& memory, Call const& call, ExitState const& state, Logits logits) {
+    int64_t const most = mostTokens(mEntry.profiles, call.batch());
+    if (call.size() <= most) return runOnce(memory, call, state, logits);
+    if (mManifest.selection && mManifest.selection->mode == SelectionMode::kRank) {
+        std::string const size = std::to_string(call.size());
+        throw EngineError(
+            "the prompt is longer than a call of the engine, and rank selection chooses among a whole call",
+            {"at most " + std::to_string(most) + " tokens", size,
+             "gsx build --profile prefill:2-" + size + " --profile decode:1, or export with --select threshold"});
+    }
+    std::vector<StageOutput> pieces;
+    for (int64_t start = 0; start < call.size(); start += most) {
+        int64_t const stop = std::min(start + most, call.size());
+        Call piece{someTokens(call.ids, start, stop), {}, {}, call.controls};
+        for (size_t row = 0; row < call.counts.size(); ++row) {
+            piece.counts.push_back(std::min(std::max<int64_t>(call.counts[row] - start, 0), most));
+            piece.lengths.push_back(call.lengths[row] + std::min(call.counts[row], start));
+        }
+        ExitState part;
+        for (auto const& [name, array] : state) part[name] = someTokens(array, start, stop);
+        pieces.push_back(runOnce(memory, piece, part, logits));
+    }
+    return joinedPieces(pieces, call, most, logits);
+}
+
+StageOutput Stage::runOnce(StageMemory& memory, Call const& call, ExitState const& state, Logits logits) {
+    // Rows behind a sequence's count see themselves at least: no row is without a column while there is room.
+    int64_t const longest = *std::max_element(call.lengths.begin(), call.lengths.end());
+    int64_t const window = windowOf(longest + call.size(), mEntry.capacity);
+    Values const feeds = feedsOf(call, state, logits, window);
+    std::map<std::string, int64_t> const sizes = {
+        {"batch", call.batch()},
+        {"sequence", call.size()},
+        {"logits_columns", std::get<Array<int64_t>>(feeds.at(kLogitsAt)).shape[1]}};
+    std::map<std::string, Shape> results;
+    for (TensorInfo const& output : mGraph.outputs) {
+        if (memory.buffers.count(output.name) == 0) results[output.name] = shapeOf(output, sizes);
+    }
+    size_t const profile = chooseProfile(mEntry.profiles, call.batch(), call.size(), window);
+    Values found = mEngine->run(profile, feeds, memory.buffers, results);
+    StageOutput output;
+    output.logits = std::get<Array<float>>(std::move(found.at(kLogits)));
+    if (logits == Logits::kNone) output.logits = someTokens(output.logits, 0, 0);
+    for (std::string const& name : mManifest.exitNames) {
+        auto const part = found.find(name);
+        if (part != found.end()) output.state[name] = std::get<Array<float>>(std::move(part->second));
+    }
+    output.kept = keptOf(found);
+    return output;
+}
+
+Values Stage::feedsOf(Call const& call, ExitState const& state, Logits logits, int64_t window) const {
+    int64_t const batch = call.batch();
+    int64_t const size = call.size();
+    Array<int64_t> mask({batch, window});
+    Array<int64_t> positions({batch, size});
+    Array<int64_t> wanted({batch, logits == Logits::kAll ? size : 1});
+    for (int64_t row = 0; row < batch; ++row) {
+        auto const at = static_cast<size_t>(row);
+        int64_t const filled = std::min(call.lengths[at] + call.counts[at], window);
+        auto const columns = mask.data.begin() + row * window;
+        std::fill(columns, columns + filled, 1);
+        for (int64_t token = 0; token < size; ++token) {
+            positions.data[static_cast<size_t>(row * size + token)] = call.lengths[at] + token;
+        }
+        for (int64_t column = 0; column < wanted.shape[1]; ++column) {
+            int64_t const token = logits == Logits::kAll ? column : std::max<int64_t>(call.counts[at] - 1, 0);
+            wanted.data[static_cast<size_t>(row * wanted.shape[1] + column)] = row * size + token;
+        }
+    }
+    Values given = {{"input_ids", call.ids},
+                    {"attention_mask", std::move(mask)},
+                    {"position_ids", std::move(positions)},
+                    {"write_at", Array<int64_t>({batch}, call.lengths)},
+                    {kLogitsAt, std::move(wanted)}};
+    for (auto const& [name, value] : *call.controls) given[name] = value;
+    for (auto const& [name, value] : state) given[name] = value;
+    Values feeds;
+    for (TensorInfo const& input : mGraph.inputs) {
+        auto const value = given.find(input.name);
+        if (value != given.end()) {
+            feeds.insert(given.extract(value));
+        } else if (input.name == kCount) {
+            // Rank selection whose K the host counts, in place of the budget.
+            auto const budget = call.controls->find(kBudget);
+            if (budget == call.controls->end()) throw EngineError("the engine wants k, and the bundle has no budget");
+            feeds[kCount] = Array<int64_t>({1}, {keptCountOf(call, static_cast<double>(std::get<Array<float>>(budget->second).data[0]))});
+        } else if (!startsWith(input.name, kPast)) {
+            throw EngineError("the engine wants an input that is not known",
+                              {{}, input.name, "gsx build of this version builds it anew"});
+        }
+    }
+    return feeds;
+}
+
+int64_t Stage::keptCountOf(Call const& call, double budget) const {
+    std::vector<int64_t> const& ends = mManifest.decoder.eosIds;
+    int64_t valid = 0;
+    int64_t kept = 0;
+    for (int64_t row = 0; row < call.batch(); ++row) {
+        int64_t const count = call.counts[static_cast<size_t>(row)];
+        for (int64_t token = 0; token < count; ++token) {
+            int64_t const id = call.ids.data[static_cast<size_t>(row * call.size() + token)];
+            // End-of-text is kept on top of the best ones.
+            if (std::find(ends.begin(), ends.end(), id) != ends.end()) ++kept;
+            ++valid;
+        }
+    }
+    return keptCount(valid - kept, budget) + kept;
+}
+
+KeptTable Stage::keptOf(Values const& found) const {
+    auto const counts = found.find(kKept);
+    if (counts == found.end() || mSkippable.empty()) return {};
+    std::vector<int64_t> const& rows = std::get<Array<int64_t>>(counts->second).data;
+    if (rows.size() != mSkippable.size()) {
+        throw EngineError("the engine counts other branches than the manifest has",
+                          {std::to_string(mSkippable.size()), std::to_string(rows.size()), "gsx build builds it anew"});
+    }
+    KeptTable table(static_cast<size_t>(mManifest.decoder.numLayers));
+    for (size_t i = 0; i < mSkippable.size(); ++i) {
+        auto const& [layer, branch] = mSkippable[i];
+        table[static_cast<size_t>(layer)][static_cast<size_t>(branch)] = rows[i];
+    }
+    return table;
+}
+
+}  // namespace gsx

@@ -1,0 +1,52 @@
+// The GPU and its memory: what an engine needs of the CUDA runtime, each thing freed with its object.
+
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <memory>
+#include <string>
+
+#include "gsx/engine.h"
+
+namespace gsx {
+
+// Throws EngineError with CUDA's words where a call failed; `doing` is what it was for.
+void checkCuda(cudaError_t code, std::string const& doing);
+
+struct Device {
+    std::string name;
+    // Compute capability, "89" for 8.9.
+    std::string capability;
+};
+
+// The GPU in use. Throws EngineError: there is none.
+Device firstDevice();
+
+// Device memory of a fixed size, at least one byte.
+class DeviceMemory final : public Buffer {
+public:
+    explicit DeviceMemory(size_t size);
+    ~DeviceMemory() override;
+
+    void* address() const noexcept { return mAddress; }
+    size_t size() const noexcept { return mSize; }
+
+private:
+    size_t mSize;
+    void* mAddress = nullptr;
+};
+
+struct FreeGraph {
+    void operator()(cudaGraphExec_t graph) const noexcept { cudaGraphExecDestroy(graph); }
+};
+using RecordedGraph = std::unique_ptr<CUgraphExec_st, FreeGraph>;
+
+struct FreeStream {
+    void operator()(cudaStream_t stream) const noexcept { cudaStreamDestroy(stream); }
+};
+using Stream = std::unique_ptr<CUstream_st, FreeStream>;
+
+Stream makeStream();
+
+}  // namespace gsx

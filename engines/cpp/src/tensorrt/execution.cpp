@@ -1,0 +1,297 @@
+#include "tensorrt/execution.h"
+
+#include <algorithm>
+#include <utility>
+#include <vector>
+
+#include "gsx/error.h"
+#include "gsx/tensorrt.h"
+
+namespace gsx {
+namespace {
+
+#ifdef TRT_MAJOR_RTX
+constexpr int32_t kHeadersMajor = TRT_MAJOR_RTX;
+#else
+constexpr int32_t kHeadersMajor = NV_TENSORRT_MAJOR;
+#endif
+// A CUDA graph is recorded once a call was made in the same way so often: TensorRT sets itself up in the first ones.
+constexpr int kCallsBeforeRecording = 2;
+constexpr size_t kLongestError = 600;
+
+bool isRtx() { return std::string(backendName()) == "tensorrt-rtx"; }
+
+// TensorRT's classes have no stable layout: an object of another major version is called at the wrong places.
+// TensorRT-RTX 1.7 has the layout of TensorRT 11's public headers (seen with 1.7.1 and 11.1; those of 10.16 crash).
+void checkHeaders() {
+    constexpr int32_t kRtxLayout = 11;
+    int32_t const library = getInferLibMajorVersion();
+    bool const fits = kHeadersMajor == library || (isRtx() && library == 1 && kHeadersMajor == kRtxLayout);
+    if (fits) return;
+    throw EngineError(std::string(backendName()) + ": the library is not the one that gsx was built for",
+                      {"major version " + std::to_string(kHeadersMajor) + ", as its headers", tensorrtVersion(),
+                       "build gsx with the headers of the TensorRT that is installed (TENSORRT_ROOT)"});
+}
+
+size_t bytesOf(nvinfer1::DataType type, std::string const& name) {
+    switch (type) {
+    case nvinfer1::DataType::kINT64: return 8;
+    case nvinfer1::DataType::kFLOAT:
+    case nvinfer1::DataType::kINT32: return 4;
+    case nvinfer1::DataType::kHALF:
+    case nvinfer1::DataType::kBF16: return 2;
+    case nvinfer1::DataType::kINT8:
+    case nvinfer1::DataType::kFP8: return 1;
+    default: throw EngineError("the engine's " + name + " has a type that gsx does not know");
+    }
+}
+
+nvinfer1::Dims dimsOf(Shape const& shape, std::string const& name) {
+    nvinfer1::Dims dims{};
+    if (shape.size() > nvinfer1::Dims::MAX_DIMS) throw EngineError("the engine's " + name + " has too many axes");
+    dims.nbDims = static_cast<int32_t>(shape.size());
+    std::copy(shape.begin(), shape.end(), dims.d);
+    return dims;
+}
+
+std::string spelled(Shape const& shape) {
+    std::string text;
+    for (int64_t const size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+    return "[" + text + "]";
+}
+
+size_t roundedUp(size_t size) {
+    size_t power = 1;
+    while (power < size) power *= 2;
+    return power;
+}
+
+// What an array is made of, whatever its type.
+struct HostView {
+    void const* data;
+    size_t bytes;
+    Shape const& shape;
+    nvinfer1::DataType type;
+};
+
+HostView viewOf(Value const& value) {
+    if (auto const* floats = std::get_if<Array<float>>(&value)) {
+        return {floats->data.data(), floats->data.size() * sizeof(float), floats->shape, nvinfer1::DataType::kFLOAT};
+    }
+    auto const& ints = std::get<Array<int64_t>>(value);
+    return {ints.data.data(), ints.data.size() * sizeof(int64_t), ints.shape, nvinfer1::DataType::kINT64};
+}
+
+}  // namespace
+
+std::string tensorrtVersion() {
+    return std::to_string(getInferLibMajorVersion()) + "." + std::to_string(getInferLibMinorVersion()) + "." +
+           std::to_string(getInferLibPatchVersion()) + "." + std::to_string(getInferLibBuildVersion());
+}
+
+void Logger::log(Severity severity, char const* text) noexcept {
+    if (severity != Severity::kERROR && severity != Severity::kINTERNAL_ERROR) return;
+    try {
+        std::lock_guard const lock(mMutex);
+        mError.assign(text);
+    } catch (std::exception const&) {
+        // Out of memory within TensorRT: the call that failed tells of it without words.
+    }
+}
+
+std::string Logger::takeError() {
+    std::lock_guard const lock(mMutex);
+    std::string text = std::exchange(mError, "").substr(0, kLongestError);
+    std::replace(text.begin(), text.end(), '\n', ' ');
+    return text.empty() ? "TensorRT gave no reason" : text;
+}
+
+TensorRT::TensorRT(std::optional<std::filesystem::path> const& plugins) {
+    checkHeaders();
+    mRuntime.reset(nvinfer1::createInferRuntime(mLogger));
+    if (!mRuntime) {
+        throw EngineError(std::string(backendName()) + " " + tensorrtVersion() + " does not start",
+                          {{}, mLogger.takeError(), {}});
+    }
+    if (plugins && mRuntime->getPluginRegistry().loadLibrary(plugins->c_str()) == nullptr) {
+        throw EngineError("the plugin library " + plugins->string() + " does not load",
+                          {{}, mLogger.takeError(), "gsx plugins build makes one for this machine"});
+    }
+}
+
+std::unique_ptr<nvinfer1::ICudaEngine> TensorRT::deserialize(std::string const& plan) {
+    std::unique_ptr<nvinfer1::ICudaEngine> engine(mRuntime->deserializeCudaEngine(plan.data(), plan.size()));
+    if (!engine) {
+        throw EngineError(std::string(backendName()) + " " + tensorrtVersion() + " does not take the engine",
+                          {{}, mLogger.takeError(), "gsx build builds it anew for this machine"});
+    }
+    return engine;
+}
+
+// An execution context on one profile, with the memory of its small inputs and its results.
+class CudaEngine::Context {
+public:
+    Context(CudaEngine& owner, size_t profile)
+        : mOwner(owner), mStream(owner.mStream.get()), mContext(owner.mEngine->createExecutionContext()) {
+        if (!mContext) {
+            throw EngineError("TensorRT has no memory for an execution context",
+                              {{}, logger().takeError(), "gsx build with less --context"});
+        }
+        if (!mContext->setOptimizationProfileAsync(static_cast<int32_t>(profile), mStream)) {
+            throw EngineError("the engine has no profile " + std::to_string(profile),
+                              {{}, logger().takeError(), "gsx build builds it anew"});
+        }
+        checkCuda(cudaStreamSynchronize(mStream), "choosing a profile");
+    }
+
+    Values run(Values const& feeds, Buffers const& buffers, std::map<std::string, Shape> const& results) {
+        mChanged = false;
+        bool onHost = false;
+        for (auto const& [name, value] : feeds) onHost = give(name, viewOf(value)) || onHost;
+        for (auto const& [name, bound] : buffers) {
+            bind(name, static_cast<DeviceMemory&>(*bound.buffer).address(), bound.shape);
+        }
+        Values found;
+        for (auto const& [name, shape] : results) {
+            Value& value = found[name];
+            if (typeOf(name) == nvinfer1::DataType::kFLOAT) {
+                value = Array<float>(shape);
+            } else {
+                value = Array<int64_t>(shape);
+            }
+            checkType(name, viewOf(value));
+            bind(name, room(name, viewOf(value).bytes).address(), shape);
+        }
+        mCallsAlike = mChanged || onHost ? 0 : mCallsAlike + 1;
+        enqueue();
+        for (auto& [name, value] : found) {
+            std::visit(
+                [&, &named = name](auto& array) {
+                    checkCuda(cudaMemcpyAsync(array.data.data(), room(named, 0).address(),
+                                              array.data.size() * sizeof(array.data[0]), cudaMemcpyDeviceToHost, mStream),
+                              "copying " + named + " from the GPU");
+                },
+                value);
+        }
+        checkCuda(cudaStreamSynchronize(mStream), "running the engine");
+        return found;
+    }
+
+private:
+    struct Binding {
+        void* address;
+        Shape shape;
+    };
+
+    Logger& logger() const { return mOwner.mTensorrt->logger(); }
+
+    nvinfer1::DataType typeOf(std::string const& name) const { return mOwner.mEngine->getTensorDataType(name.c_str()); }
+
+    void checkType(std::string const& name, HostView const& view) const {
+        if (typeOf(name) != view.type) {
+            throw EngineError("the engine's " + name + " has another type than its record says",
+                              {{}, {}, "gsx build builds it anew"});
+        }
+    }
+
+    // Hand an input over. Returns whether it stays on the host: it is read while the call is prepared, so a recording
+    // would keep its value.
+    bool give(std::string const& name, HostView const& view) {
+        checkType(name, view);
+        if (mOwner.mEngine->getTensorLocation(name.c_str()) == nvinfer1::TensorLocation::kHOST) {
+            if (!mContext->setInputTensorAddress(name.c_str(), view.data)) refuse(name, view.shape);
+            return true;
+        }
+        DeviceMemory& memory = room(name, view.bytes);
+        checkCuda(cudaMemcpyAsync(memory.address(), view.data, view.bytes, cudaMemcpyHostToDevice, mStream),
+                  "copying " + name + " to the GPU");
+        bind(name, memory.address(), view.shape);
+        return false;
+    }
+
+    // Memory of a name, kept across calls; it grows in steps, so that a growing window seldom moves it.
+    DeviceMemory& room(std::string const& name, size_t size) {
+        std::unique_ptr<DeviceMemory>& memory = mMemory[name];
+        if (!memory || memory->size() < size) memory = std::make_unique<DeviceMemory>(roundedUp(size));
+        return *memory;
+    }
+
+    void bind(std::string const& name, void* address, Shape const& shape) {
+        auto const bound = mBound.find(name);
+        if (bound != mBound.end() && bound->second.address == address && bound->second.shape == shape) return;
+        mChanged = true;
+        bool const isInput = mOwner.mEngine->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
+        if (isInput && !mContext->setInputShape(name.c_str(), dimsOf(shape, name))) refuse(name, shape);
+        if (!mContext->setTensorAddress(name.c_str(), address)) refuse(name, shape);
+        mBound[name] = {address, shape};
+    }
+
+    [[noreturn]] void refuse(std::string const& name, Shape const& shape) const {
+        throw EngineError("the engine does not take " + name + " of shape " + spelled(shape),
+                          {{}, logger().takeError(), "gsx build --profile"});
+    }
+
+    // Run, or replay what was recorded for the same shapes and addresses.
+    void enqueue() {
+        if (mCallsAlike == 0) mGraph.reset();
+        if (!mGraph && mOwner.mCudaGraphs && mCallsAlike >= kCallsBeforeRecording) record();
+        if (mGraph) {
+            checkCuda(cudaGraphLaunch(mGraph.get(), mStream), "replaying a CUDA graph");
+        } else if (!mContext->enqueueV3(mStream)) {
+            throw EngineError("TensorRT could not run the engine", {{}, logger().takeError(), {}});
+        }
+    }
+
+    // Record the call, which is not made by that. Where TensorRT cannot be recorded, nothing is, now and ever after.
+    void record() {
+        checkCuda(cudaStreamBeginCapture(mStream, cudaStreamCaptureModeThreadLocal), "recording a CUDA graph");
+        bool const enqueued = mContext->enqueueV3(mStream);
+        cudaGraph_t recording = nullptr;
+        cudaError_t const ended = cudaStreamEndCapture(mStream, &recording);
+        if (!enqueued || ended != cudaSuccess) {
+            if (recording != nullptr) cudaGraphDestroy(recording);
+            mOwner.mCudaGraphs = false;
+            cudaGetLastError();  // a failed recording leaves an error behind, and the call is yet to be made
+            logger().takeError();
+            return;
+        }
+        cudaGraphExec_t made = nullptr;
+        cudaError_t const instantiated = cudaGraphInstantiate(&made, recording, 0);
+        cudaGraphDestroy(recording);
+        checkCuda(instantiated, "making a CUDA graph");
+        mGraph.reset(made);
+    }
+
+    CudaEngine& mOwner;
+    cudaStream_t mStream;
+    std::unique_ptr<nvinfer1::IExecutionContext> mContext;
+    std::map<std::string, std::unique_ptr<DeviceMemory>> mMemory;
+    std::map<std::string, Binding> mBound;
+    RecordedGraph mGraph;
+    int mCallsAlike = 0;
+    bool mChanged = false;
+};
+
+CudaEngine::CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, bool cudaGraphs)
+    : mTensorrt(std::move(tensorrt)),
+      mEngine(mTensorrt->deserialize(plan)),
+      mStream(makeStream()),
+      mCudaGraphs(cudaGraphs) {}
+
+CudaEngine::~CudaEngine() = default;
+
+std::shared_ptr<Buffer> CudaEngine::buffer(Shape const& shape, std::string const& name) {
+    auto memory =
+        std::make_shared<DeviceMemory>(countOf(shape) * bytesOf(mEngine->getTensorDataType(name.c_str()), name));
+    checkCuda(cudaMemsetAsync(memory->address(), 0, memory->size(), mStream.get()), "clearing memory");
+    return memory;
+}
+
+Values CudaEngine::run(size_t profile, Values const& feeds, Buffers const& buffers,
+                       std::map<std::string, Shape> const& results) {
+    std::unique_ptr<Context>& context = mContexts[profile];
+    if (!context) context = std::make_unique<Context>(*this, profile);
+    return context->run(feeds, buffers, results);
+}
+
+}  // namespace gsx

@@ -1,0 +1,68 @@
+// TensorRT's engines on a GPU: as engines/tensorrt/execution.py. What an engine is for is the stage's business.
+
+#pragma once
+
+#include <NvInferRuntime.h>
+
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+
+#include "gsx/engine.h"
+#include "tensorrt/cuda.h"
+
+namespace gsx {
+
+// TensorRT's version as its Python package spells it, e.g. "10.16.0.72".
+std::string tensorrtVersion();
+
+// Keeps TensorRT's last error, for messages.
+class Logger final : public nvinfer1::ILogger {
+public:
+    void log(Severity severity, char const* text) noexcept override;
+    // Its last error, in one line, and forgets it; or that it said nothing.
+    std::string takeError();
+
+private:
+    std::mutex mMutex;
+    std::string mError;
+};
+
+// TensorRT's runtime, with the plugins of a library registered. The engines of a model share it.
+class TensorRT {
+public:
+    // Throws EngineError: another TensorRT than the library was built for, or one that does not load the plugins.
+    explicit TensorRT(std::optional<std::filesystem::path> const& plugins);
+
+    std::unique_ptr<nvinfer1::ICudaEngine> deserialize(std::string const& plan);
+    Logger& logger() noexcept { return mLogger; }
+
+private:
+    Logger mLogger;
+    std::unique_ptr<nvinfer1::IRuntime> mRuntime;
+};
+
+// A deserialised engine, with a stream, and a context for each profile that was used.
+class CudaEngine final : public Engine {
+public:
+    CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, bool cudaGraphs);
+    ~CudaEngine() override;
+
+    std::shared_ptr<Buffer> buffer(Shape const& shape, std::string const& name) override;
+    Values run(size_t profile, Values const& feeds, Buffers const& buffers,
+               std::map<std::string, Shape> const& results) override;
+
+private:
+    class Context;
+
+    std::shared_ptr<TensorRT> mTensorrt;
+    std::unique_ptr<nvinfer1::ICudaEngine> mEngine;
+    Stream mStream;
+    bool mCudaGraphs;
+    std::map<size_t, std::unique_ptr<Context>> mContexts;
+};
+
+}  // namespace gsx

@@ -1,0 +1,219 @@
+"""`--policy calm:...`: what CALM is given, and the exit threshold that it is exported with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn, get_args
+
+from engines.bundle import manifest as schema
+from engines.bundle.confidence import MEASURES, RANGES, Measure, check_threshold
+from engines.errors import UsageError
+from exporter.checkpoint import Checkpoint
+from exporter.config import ModelConfig
+from exporter.decoder.layer import DecoderOptions
+from exporter.exit_calibration import GRIDS, calibrate_exits
+from exporter.risk_control import Guarantee, Risk
+from exporter.rules.base import KeepRule
+from exporter.rules.calm import Calm
+from exporter.text import TokenText
+from gsx.progress import Progress
+
+_EXAMPLE = "e.g. calm:softmax,tolerance=0.1,confidence=0.95 or calm:state,threshold=0.98"
+DEFAULT_CONFIDENCE = 0.95
+# New tokens over which a decaying threshold falls, if not given.
+DEFAULT_DECAY_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class CalmOptions:
+    """What CALM is given.
+
+    Args:
+        exits: depths to ask at.
+        measure: of confidence.
+        threshold: None to find one under the guarantee.
+        guarantee: None with a threshold.
+        risk: what the guarantee is about.
+        decay, decay_tokens: tau and N of the decaying threshold; 0: none.
+    """
+
+    exits: tuple[int, ...]
+    measure: Measure
+    threshold: float | None
+    guarantee: Guarantee | None
+    risk: Risk
+    decay: float
+    decay_tokens: int
+
+    def rule(self) -> Calm:
+        """As the decoder takes it."""
+        return Calm(self.exits, self.measure, self.decay, self.decay_tokens)
+
+
+def parse_calm(text: str, config: ModelConfig) -> CalmOptions:
+    """Read `measure,name=value,...`; the names are those of `_PARAMETERS`, exits are joined by +.
+
+    Raises:
+        UsageError: unknown or contradictory parameters, a model without exits, exits that it does not have.
+    """
+    parts = [part.strip() for part in text.split(",")] if text else []
+    measure = next((one for one in MEASURES if parts and parts[0] == one), None)
+    if measure is not None:
+        parts = parts[1:]
+    given = {}
+    for part in parts:
+        name, equals, value = part.partition("=")
+        if not equals or name in given or name not in _PARAMETERS:
+            _refuse(part)
+        given[name] = value
+    exits = _exits(given.pop("exits", None), config)
+    risk = given.pop("risk", "agreement")
+    if risk not in get_args(Risk):
+        _refuse(f"risk={risk}", "risk=agreement or risk=loss")
+    numbers = {name: _number(name, value) for name, value in given.items()}
+    measure = measure or "softmax"
+    threshold, tolerance = numbers.get("threshold"), numbers.get("tolerance")
+    if (threshold is None) == (tolerance is None):
+        raise UsageError(
+            "--policy calm needs a threshold or a guarantee",
+            expected="one of threshold=T and tolerance=D",
+            found="both" if threshold is not None else "neither",
+            todo=_EXAMPLE,
+        )
+    if threshold is not None:
+        if "confidence" in numbers or "risk" in text:
+            _refuse("confidence and risk with a threshold", "tolerance=D with them")
+        check_threshold(threshold, *RANGES[measure])
+    guarantee = None
+    if tolerance is not None:
+        guarantee = Guarantee(tolerance, numbers.get("confidence", DEFAULT_CONFIDENCE))
+    decay, decay_tokens = numbers.get("decay", 0.0), numbers.get("tokens", float(DEFAULT_DECAY_TOKENS))
+    if not 0 <= decay < math.inf or decay_tokens != int(decay_tokens) or decay_tokens < 1:
+        _refuse(f"decay={decay:g},tokens={decay_tokens:g}", "decay of 0 or more, tokens a whole number from 1 up")
+    return CalmOptions(exits, measure, threshold, guarantee, _risk(risk), decay, int(decay_tokens))
+
+
+def settle_calm(
+    options: CalmOptions,
+    rule: KeepRule,
+    checkpoint: Checkpoint,
+    decoder: DecoderOptions,
+    text: TokenText | None,
+    on_progress: Callable[[Progress], None],
+) -> schema.Policy:
+    """The manifest's section, with the threshold found where a guarantee is asked for.
+
+    Args: text: calibration prompts; None where a threshold was given.
+    Raises:
+        UsageError: the guarantee cannot be met: too few prompts, or nothing can be skipped under it.
+    """
+    threshold, guarantee = options.threshold, None
+    if options.guarantee is not None:
+        assert text is not None
+        found = calibrate_exits(
+            checkpoint,
+            text.ids,
+            decoder,
+            options.guarantee,
+            options.risk,
+            GRIDS[options.measure],
+            lambda done, total: on_progress(Progress("calibrating exits", done, total)),
+        )
+        outcome = found.outcome
+        threshold = outcome.threshold
+        if threshold is None:
+            first = outcome.tested[0]
+            raise UsageError(
+                "nothing can be skipped under this guarantee",
+                expected=f"a mean {options.risk} risk of at most {outcome.guarantee.tolerance:g} "
+                f"with confidence {outcome.guarantee.confidence:g} at some threshold",
+                found=f"{first.mean_risk:.3g} on {outcome.prompts} prompts (p-value {first.p_value:.2g}) "
+                f"at the most careful, {first.threshold:g}",
+                todo="give a larger tolerance, a lower confidence, more text, or a model trained with exits",
+            )
+        guarantee = schema.Guarantee(
+            risk=options.risk,
+            tolerance=outcome.guarantee.tolerance,
+            confidence=outcome.guarantee.confidence,
+            prompts=outcome.prompts,
+            prompt_tokens=text.ids.shape[1],
+            tested=tuple(
+                schema.TestedThreshold(
+                    threshold=one.threshold,
+                    mean_risk=one.mean_risk,
+                    p_value=one.p_value,
+                    accepted=one.accepted,
+                    kept_share=kept,
+                )
+                for one, kept in zip(outcome.tested, found.kept, strict=True)
+            ),
+        )
+    assert threshold is not None
+    least, most = RANGES[options.measure]
+    return schema.Policy(
+        name="calm",
+        branches=rule.branches,
+        inputs=(
+            schema.RuntimeInput(name="exit_threshold", least=least, most=most),
+            schema.RuntimeInput(name="full_until", least=0, most=None, default=0),
+        ),
+        # A decaying threshold counts new tokens, so the prompt runs in full; else a prompt's tokens may leave too.
+        warm_up=0 if options.decay else None,
+        exits=options.exits,
+        confidence=schema.Confidence(
+            measure=options.measure,
+            threshold=threshold,
+            decay=options.decay,
+            decay_tokens=options.decay_tokens,
+            guarantee=guarantee,
+        ),
+        calibration=None
+        if text is None or guarantee is None
+        else schema.CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens),
+    )
+
+
+_PARAMETERS = ("exits", "threshold", "tolerance", "confidence", "risk", "decay", "tokens")
+
+
+def _exits(text: str | None, config: ModelConfig) -> tuple[int, ...]:
+    """The depths to ask at: given, or the checkpoint's, below the model's own."""
+    inside = range(1, config.num_layers)
+    if text is None:
+        exits = tuple(sorted({depth for depth in config.exits if depth in inside}))
+        if not exits:
+            raise UsageError(
+                "--policy calm needs exits, and this checkpoint names none",
+                expected='"exits": [E, ...] in the "gsx" section of config.json, as gsx train writes it',
+                found="no exit below the last layer",
+                todo="train exits (gsx train), or name depths to try: calm:exits=4+8",
+            )
+        return exits
+    try:
+        exits = tuple(sorted({int(part) for part in text.split("+")}))
+    except ValueError:
+        _refuse(f"exits={text}", "exits=4+8")
+    if not all(depth in inside for depth in exits):
+        raise UsageError(
+            "--policy calm: its exits lie outside the model",
+            expected=f"depths from 1 to {config.num_layers - 1}",
+            found=", ".join(map(str, exits)),
+        )
+    return exits
+
+
+def _number(name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        _refuse(f"{name}={value}", f"{name}=NUMBER")
+
+
+def _risk(text: str) -> Risk:
+    return "loss" if text == "loss" else "agreement"
+
+
+def _refuse(found: str, expected: str = "measure,name=value,...") -> NoReturn:
+    raise UsageError("--policy calm: its parameters", expected=expected, found=repr(found), todo=_EXAMPLE) from None

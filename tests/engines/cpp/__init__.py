@@ -1,0 +1,1 @@
+"""The C++ runtime: built here without TensorRT, and compared with Python."""

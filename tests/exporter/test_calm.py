@@ -1,0 +1,219 @@
+"""CALM: what leaves and when, the traced decoder against the reference's masks, the guarantee, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from engines.bundle.confidence import RANGES, Measure
+from engines.bundle.controls import Keep, controls_for
+from engines.bundle.manifest import Guarantee as GuaranteeEntry
+from engines.errors import UsageError
+from exporter.checkpoint import Checkpoint, open_checkpoint
+from exporter.config import GateConfig
+from exporter.decoder.layer import DecoderOptions
+from exporter.exit_calibration import GRIDS, calibrate_exits
+from exporter.masks.calm import Confident
+from exporter.quantization.walk import Walk
+from exporter.reference import Reference
+from exporter.risk_control import Guarantee
+from exporter.rules.base import Tokens
+from exporter.rules.calm import Calm
+from gsx.export import export
+from gsx.policies import Choice, plan_policy
+from gsx.verify import verify
+from tests.tiny import tiny_checkpoint
+
+EXITS = (1, 3)
+# Two orders of summation of float32 products at logits of order 10.
+LOGITS_ATOL = 5e-5
+NONE, FROM_THE_START = np.full(1, 10_000, np.int64), np.zeros(1, np.int64)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    path = tmp_path_factory.mktemp("calm") / "model"
+    return open_checkpoint(tiny_checkpoint(path, layers=4, exits=EXITS, tokenizer=True, gate=GateConfig("scalar")))
+
+
+@pytest.fixture(scope="module")
+def ids() -> np.ndarray:
+    return np.random.default_rng(0).integers(3, 250, (6, 24))
+
+
+def kept(checkpoint: Checkpoint, ids: np.ndarray, rule: Confident) -> tuple[np.ndarray, np.ndarray]:
+    """The reference: who runs each layer's attention, [L, M, S], and the logits."""
+    output = Reference.load(checkpoint)(torch.from_numpy(ids), rule=rule)
+    return np.stack([row[0].numpy() for row in output.keep]), output.logits.numpy()
+
+
+@pytest.mark.parametrize(
+    ("measure", "threshold", "decay"),
+    [("softmax", 0.1, 0.0), ("softmax", 0.3, 6.0), ("state", 0.9, 0.0), ("state", 0.99, 6.0), ("softmax", math.inf, 0)],
+)
+def test_the_traced_decoder_keeps_what_the_masks_keep(
+    checkpoint: Checkpoint, ids: np.ndarray, measure: Measure, threshold: float, decay: float
+) -> None:
+    want_keep, want = kept(checkpoint, ids, Confident(EXITS, measure, threshold, FROM_THE_START, decay, 16))
+    walk = Walk(checkpoint, ids, DecoderOptions(Calm(EXITS, measure, decay, 16)))
+    with torch.inference_mode():
+        stream = walk.stream({"exit_threshold": np.array(threshold, np.float32), "full_until": FROM_THE_START})
+        ran = [walk.through(number, layer, stream) for number, layer in walk.layers()]
+        logits = np.concatenate([found.numpy() for _, found in walk.logits(stream)])
+    for layer, found in enumerate(ran):
+        assert found["attn"].view(ids.shape).numpy().tolist() == want_keep[layer].tolist()
+        assert found["mlp"].tolist() == found["attn"].tolist()
+    np.testing.assert_allclose(logits, want, atol=LOGITS_ATOL)
+    if threshold == math.inf:
+        assert want_keep.all()
+
+
+def test_tokens_leave_at_exits_alone_and_never_come_back(checkpoint: Checkpoint, ids: np.ndarray) -> None:
+    keep, _ = kept(checkpoint, ids, Confident(EXITS, "softmax", 0.1, FROM_THE_START, 0.0, 1))
+    assert keep[0].all()
+    assert (keep[1] == keep[2]).all(), "there is no exit after layer 2"
+    assert (keep[1] >= keep[3]).all()
+    assert 0 < keep[3].mean() < keep[1].mean() < 1
+
+
+def test_saturation_never_leaves_at_the_first_exit(checkpoint: Checkpoint, ids: np.ndarray) -> None:
+    keep, _ = kept(checkpoint, ids, Confident(EXITS, "state", -1.0, FROM_THE_START, 0.0, 1))
+    assert keep[:3].all()
+    assert not keep[3].any()
+
+
+def test_tokens_below_full_until_run_in_full(checkpoint: Checkpoint, ids: np.ndarray) -> None:
+    until = np.array([10], np.int64)
+    keep, _ = kept(checkpoint, ids, Confident(EXITS, "softmax", 0.0, until, 0.0, 1))
+    assert keep[:, :, :10].all()
+    assert not keep[1:, :, 10:].any()
+    everywhere, _ = kept(checkpoint, ids, Confident(EXITS, "softmax", 0.0, NONE, 0.0, 1))
+    assert everywhere.all()
+
+
+def test_a_decaying_threshold_lets_more_leave_later(checkpoint: Checkpoint, ids: np.ndarray) -> None:
+    tokens = Calm(EXITS, "softmax", decay=4.0, decay_tokens=8)
+    positions = torch.arange(20)[None]
+    call = Tokens(torch.zeros(20, dtype=torch.int64), torch.ones(20, dtype=torch.bool), positions)
+    inputs = {"exit_threshold": torch.tensor(0.8), "full_until": torch.tensor([4])}
+    found = tokens.enter(call, inputs)["leaves_at"].numpy()
+    assert np.isinf(found[:4]).all()
+    # 0.9 lambda + 0.1 lambda exp(-tau t / N), t from 0 (docs/methods.md section 9).
+    want = 0.8 * (0.9 + 0.1 * np.exp(-4.0 * np.arange(16) / 8))
+    np.testing.assert_allclose(found[4:], want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("risk", ["agreement", "loss"])
+def test_the_calibrated_threshold_is_the_last_of_the_walk_that_holds(
+    checkpoint: Checkpoint, ids: np.ndarray, risk: str
+) -> None:
+    options = DecoderOptions(Calm(EXITS, "softmax"))
+    prompts = np.repeat(ids, 10, axis=0)
+    found = calibrate_exits(
+        checkpoint, prompts, options, Guarantee(0.5, 0.9), "loss" if risk == "loss" else "agreement", GRIDS["softmax"]
+    )
+    tested = found.outcome.tested
+    assert [one.threshold for one in tested] == list(GRIDS["softmax"][: len(tested)])
+    assert all(one.accepted for one in tested[:-1])
+    assert list(found.kept) == sorted(found.kept, reverse=True)
+    if risk == "agreement":
+        _, full = kept(checkpoint, ids, Confident(EXITS, "softmax", math.inf, FROM_THE_START, 0.0, 1))
+        last = tested[-1]
+        _, some = kept(checkpoint, ids, Confident(EXITS, "softmax", last.threshold, FROM_THE_START, 0.0, 1))
+        assert last.mean_risk == pytest.approx((some.argmax(-1) != full.argmax(-1)).mean(), abs=1 / ids.size)
+
+
+def test_a_bundle_holds_parity_and_its_guarantee(checkpoint: Checkpoint, tiny_text: Path, tmp_path: Path) -> None:
+    bundle = export(
+        checkpoint.directory,
+        tmp_path / "out",
+        policy="calm:softmax,tolerance=0.6,confidence=0.8",
+        calibration=tiny_text,
+        calibration_tokens=2048,
+    )
+    policy = bundle.manifest.policy
+    assert policy is not None
+    assert policy.confidence is not None
+    guarantee = policy.confidence.guarantee
+    assert isinstance(guarantee, GuaranteeEntry)
+    assert guarantee.prompts == 2048 // 64
+    held = [one.threshold for one in guarantee.tested if one.accepted]
+    assert policy.confidence.threshold == held[-1]
+    report = verify(tmp_path / "out", text=tiny_text, tokens=256, greedy_tokens=16)
+    assert report.passed
+    for keep in (Keep(exit_threshold=1.5), Keep(exit_threshold=-0.1), Keep(exit_threshold=math.nan), Keep(exit=1)):
+        with pytest.raises(UsageError):
+            controls_for(bundle.manifest, keep)
+
+
+@pytest.mark.parametrize(
+    ("policy", "part"),
+    [
+        ("calm", "a threshold or a guarantee"),
+        ("calm:softmax,threshold=0.5,tolerance=0.1", "a threshold or a guarantee"),
+        ("calm:threshold=1.2", "outside the measure's range"),
+        ("calm:softmax,threshold=-0.5", "outside the measure's range"),
+        ("calm:threshold=nan", "outside the measure's range"),
+        ("calm:tolerance=0", "of a guarantee"),
+        ("calm:tolerance=0.1,confidence=1", "of a guarantee"),
+        ("calm:tolerance=0.1,risk=none", "risk=agreement or risk=loss"),
+        ("calm:threshold=0.5,confidence=0.9", "with a threshold"),
+        ("calm:threshold=0.5,exits=4", "outside the model"),
+        ("calm:threshold=0.5,exits=0+1", "outside the model"),
+        ("calm:threshold=0.5,exits=x", "its parameters"),
+        ("calm:entropy,threshold=0.5", "its parameters"),
+        ("calm:threshold=0.5,decay=-1", "decay of 0 or more"),
+        ("calm:threshold=half", "threshold=NUMBER"),
+    ],
+)
+def test_bad_parameters_are_refused(checkpoint: Checkpoint, policy: str, part: str) -> None:
+    with pytest.raises(UsageError, match=part):
+        plan_policy(Choice(policy), checkpoint.config)
+
+
+def test_other_options_that_do_not_fit_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    for choice in (
+        Choice("calm:threshold=0.5", budget=0.7),
+        Choice("calm:threshold=0.5", select="rank"),
+        Choice("calm:threshold=0.5", kv_policy="none"),
+    ):
+        with pytest.raises(UsageError):
+            plan_policy(choice, checkpoint.config)
+    dense = open_checkpoint(tiny_checkpoint(tmp_path / "dense"))
+    with pytest.raises(UsageError, match='"exits"'):
+        plan_policy(Choice("calm:threshold=0.5"), dense.config)
+    named = plan_policy(Choice("calm:threshold=0.5,exits=1+2"), dense.config)
+    assert named.exits == (1, 2)
+
+
+def test_too_few_prompts_for_a_guarantee_are_refused_in_numbers(
+    checkpoint: Checkpoint, tiny_text: Path, tmp_path: Path
+) -> None:
+    policy = "calm:softmax,tolerance=0.01"
+    with pytest.raises(UsageError, match="299 or more"):
+        export(checkpoint.directory, tmp_path / "out", policy=policy, calibration=tiny_text, calibration_tokens=1024)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_guarantee_under_which_nothing_can_be_skipped_is_refused(tiny_text: Path, tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", exits=(1,), tokenizer=True)
+    # A head a thousand times larger is sure of everything, and an untrained exit is wrong nearly everywhere.
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] *= 1000
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UsageError, match="nothing can be skipped under this guarantee") as caught:
+        export(model, tmp_path / "out", policy="calm:tolerance=0.2", calibration=tiny_text, calibration_tokens=1024)
+    assert "16 prompts" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_ranges_hold_the_grids() -> None:
+    for measure, grid in GRIDS.items():
+        assert list(grid) == sorted(set(grid), reverse=True)
+        assert RANGES[measure].least == grid[-1]
+        assert grid[0] <= RANGES[measure].most
