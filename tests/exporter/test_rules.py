@@ -209,7 +209,9 @@ def test_the_reference_runs_the_published_loop(
     region = Region(first, data.draw(st.integers(first, layers - 2)), stride)
     table = region.thresholds(layers, threshold)
     one = torch.ones(1, 1, dtype=torch.bool)
-    call = MaskCall(torch.zeros(1, 1, dtype=torch.int64), one, ~one, torch.zeros(1, 1, dtype=torch.int64), layers)
+    call = MaskCall(
+        torch.zeros(1, 1, dtype=torch.int64), one, ~one, torch.zeros(1, 1, dtype=torch.int64), layers, torch.clone
+    )
     chooser = FfnStride(table, stride, np.zeros(1, np.int64)).begin(call)
     before = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
     found = []
