@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import gsx
 from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import Keep
+from engines.bundle.controls import Controls, Keep
 from engines.errors import GsxError, UsageError
 from engines.runners.base import Cache, Runner, StepOutput
 from engines.runners.portable import PortableStage
@@ -168,10 +168,10 @@ class Faulty:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return self._runner.new_cache(batch, capacity)
 
-    def step(self, cache: Cache, input_ids: np.ndarray, select: np.ndarray | None, **options: object) -> StepOutput:
+    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: object) -> StepOutput:
         if (input_ids == self._token).any():
             raise RuntimeError("no such luck")
-        return self._runner.step(cache, input_ids, select, **options)  # type: ignore[arg-type]
+        return self._runner.step(cache, input_ids, controls, **options)  # type: ignore[arg-type]
 
     def move(self, cache: Cache, source: int, target: int) -> None:
         self._runner.move(cache, source, target)
