@@ -17,6 +17,7 @@ from engines.bundle import manifest as schema
 from engines.bundle.bundle import Bundle, open_bundle, write_manifest, writing
 from engines.bundle.controls import default_controls
 from engines.errors import UsageError
+from engines.lowering.probe import is_supported
 from engines.runners.portable import host_type
 from engines.speculation.search import SHORTEST_CONTEXT, candidate_exits
 from engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_other, refuse_rank
@@ -27,6 +28,7 @@ from exporter.decoder.layer import DecoderOptions
 from exporter.exit_calibration import PROMPT_TOKENS
 from exporter.graph.assemble import GraphBuilder, Graphs
 from exporter.graph.weights import WeightsFile, write_weights
+from exporter.quantization.kv_cache import int8_kv_cache
 from exporter.quantization.qdq import quantize_graphs
 from exporter.rules.gateskip import Selection
 from exporter.rules.registry import rule_of
@@ -38,6 +40,7 @@ from gsx.progress import Progress
 from gsx.quantize import Quantize, plan_for
 
 Precision = Literal["fp32", "fp16", "bf16"]
+KvCacheType = Literal["int8"]
 _DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -63,6 +66,7 @@ def export(
     calibration_tokens: int = DEFAULT_TOKENS,
     draft: str | None = None,
     quantize: Quantize | None = None,
+    kv_cache: KvCacheType | None = None,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Bundle:
@@ -85,6 +89,7 @@ def export(
             `engines.speculation.spec.parse_draft`), or `auto` for the exit, `layers:auto` for the set of layers left
             out, that gains most over plain decoding on this machine, on the calibration text; None for no draft.
         quantize: what to run in 8 bits; None for nothing.
+        kv_cache: type in which K and V are kept on ONNX Runtime; None for that of the activations.
         overwrite: replace a bundle that is already at `output`.
         on_progress: called as it goes.
     Raises:
@@ -106,9 +111,12 @@ def export(
             todo="export without --int8 and --fp8",
         )
     options = DecoderOptions(keep.rule, keep.kv_policy, _DTYPES[precision])
+    if kv_cache is not None:
+        _check_kv_cache(config, keep, precision, quantize)
     exits = _exits(draft, config, keep, precision)
     parsed = parse_draft(draft) if draft is not None and draft not in SEARCHED_DRAFTS else None
     reads_text = keep.calibrates or draft in SEARCHED_DRAFTS or (quantize is not None and quantize.reads_text)
+    reads_text = reads_text or kv_cache is not None
     if calibration is not None and not reads_text:
         raise UsageError(
             "--calibration: this export reads no text",
@@ -131,6 +139,16 @@ def export(
             plan, quantization = plan_for(
                 checkpoint, options, quantize, selection, defaults, text, lambda *step: on_progress(Progress(*step))
             )
+        eight_bits = None
+        if kv_cache is not None:
+            assert text is not None
+            eight_bits = int8_kv_cache(
+                checkpoint,
+                text,
+                defaults,
+                options,
+                lambda done, total: on_progress(Progress("watching K and V", done, total)),
+            )
         on_progress(Progress("tracing", 0, 0))
         rewrite = None if plan is None else functools.partial(quantize_graphs, plan=plan, dtype=options.dtype)
         builder = GraphBuilder(checkpoint, options, defaults, rewrite)
@@ -141,7 +159,9 @@ def export(
         for path in checkpoint.companions():
             shutil.copyfile(path, work / path.name)
         on_progress(Progress("hashing the source weights", 0, 0))
-        manifest = _manifest(checkpoint, options, precision, section, selection, quantization, entries, weights)
+        manifest = _manifest(
+            checkpoint, options, precision, section, selection, quantization, eight_bits, entries, weights
+        )
         if draft in SEARCHED_DRAFTS:
             assert text is not None
             search = DraftSearch(work, manifest, builder, weights, text.ids, on_progress)
@@ -194,6 +214,28 @@ def _exits(draft: str | None, config: ModelConfig, keep: Plan, precision: Precis
     return ()
 
 
+def _check_kv_cache(config: ModelConfig, keep: Plan, precision: Precision, quantize: Quantize | None) -> None:
+    """Refuse 8-bit K and V where no runtime keeps them."""
+    reason: str | None = None
+    found = ""
+    if precision != "fp32" or (quantize is not None and quantize.scheme == "fp8"):
+        reason = "ONNX Runtime keeps codes beside float32 on a CPU, and TensorRT's K/V update takes floats alone"
+        found = precision if precision != "fp32" else "fp8"
+    elif keep.kv_policy == "none" and config.router is not None:
+        reason = "a token that was skipped is known by its zeros in the cache, and codes round to zeros"
+        found = "routers"
+    elif not is_supported(config.head_dim, eight_bits=True):
+        reason = "this ONNX Runtime has no attention over 8-bit codes for this head size"
+        found = f"head size {config.head_dim}"
+    if reason is not None:
+        raise UsageError(
+            f"--kv-cache int8: {reason}",
+            expected="fp32, with or without --int8; no routers; a head size that is a multiple of 8",
+            found=found,
+            todo="export without --kv-cache",
+        )
+
+
 def _counter(graphs: Graphs, on_progress: Callable[[Progress], None]) -> Callable[[str], None]:
     """Progress of writing the weights."""
     done = 0
@@ -213,6 +255,7 @@ def _manifest(
     policy: schema.Policy | None,
     selection: schema.Selection | None,
     quantization: schema.Quantization | None,
+    kv_cache: schema.KvCache | None,
     graphs: Mapping[str, schema.GraphEntry],
     weights: WeightsFile,
 ) -> schema.Manifest:
@@ -246,6 +289,7 @@ def _manifest(
         kv_policy=options.kv_policy,
         precision=precision,
         quantization=quantization,
+        kv_cache=kv_cache,
         graphs=graphs,
         weights=schema.WeightsEntry(file=WEIGHTS_FILE, sha256=weights.sha256, size_bytes=weights.size_bytes),
     )

@@ -142,6 +142,7 @@ def _bundle_facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
         "kv_policy": manifest.kv_policy,
         "draft": str(manifest.draft.draft) if manifest.draft else None,
         "quantization": manifest.quantization.scheme if manifest.quantization else None,
+        "kv_cache": manifest.kv_cache.type if manifest.kv_cache else None,
         "engines": list(manifest.engines),
         "grid": [{"budget": p.budget, "kept_share": p.kept_share} for p in selection.grid] if selection else [],
         "calibration": selection.calibration.model_dump() if selection and selection.calibration else None,

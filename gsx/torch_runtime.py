@@ -59,7 +59,7 @@ class TorchRuntime:
         """A graph of a bundle, its weights on the device.
 
         Raises:
-            EngineError: a bundle with 8-bit products.
+            EngineError: a bundle with 8-bit products, or K and V in 8 bits.
             BundleError: `config.json` or the weights do not fit the manifest, or there is no such graph.
         """
         if bundle.manifest.quantization is not None:
@@ -68,6 +68,12 @@ class TorchRuntime:
                 expected="a bundle in fp32, fp16 or bf16",
                 found=bundle.manifest.quantization.scheme,
                 todo="run it without --backend torch, or export without 8 bits",
+            )
+        if bundle.manifest.kv_cache is not None:
+            raise EngineError(
+                "the PyTorch runtime keeps K and V in the type of the activations",
+                expected=f"a bundle exported without --kv-cache {bundle.manifest.kv_cache.type}",
+                todo="run it without --backend torch, or export again",
             )
         bundle.graph_path(graph)
         key = bundle.directory.resolve()

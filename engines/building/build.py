@@ -89,6 +89,12 @@ def build(
             found="K/V policy none with routers: a skipped token is not seen in its layer",
             todo="run it on ONNX Runtime or with --backend torch",
         )
+    if opened.manifest.kv_cache is not None:
+        raise UsageError(
+            "TensorRT's K/V update takes 16- and 32-bit floats alone",
+            expected=f"a bundle exported without --kv-cache {opened.manifest.kv_cache.type}",
+            todo="run it on ONNX Runtime, or export again",
+        )
     module = load_module(backend)
     chosen, gpu = _targets(module, backend, targets)
     if opened.manifest.quantization is not None and opened.manifest.quantization.scheme == "fp8":

@@ -40,6 +40,7 @@ Threshold = Annotated[
 ]
 Table = Sequence[tuple[Threshold, Threshold]]
 Budget = Annotated[float, Field(gt=0, le=1)]
+Scale = Annotated[float, Field(gt=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 # A file of the bundle itself: a bare name, so that nothing outside the bundle can be meant.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
@@ -271,6 +272,20 @@ class Quantization(_Model):
     calibration: CalibrationText | None
 
 
+class KvCache(_Model):
+    """K and V in 8 bits, where the runtime keeps them so: value = scale x code.
+
+    Args:
+        type: of the codes.
+        scales: by layer, of keys and of values, one for each K/V head.
+        calibration: the text that the ranges were found on, with the exported selection.
+    """
+
+    type: Literal["int8"]
+    scales: tuple[tuple[tuple[Scale, ...], tuple[Scale, ...]], ...]
+    calibration: CalibrationText
+
+
 class TensorInfo(_Model):
     """An input or output of a graph; a dynamic axis has a name in place of a size."""
 
@@ -471,6 +486,7 @@ class Manifest(_Model):
     kv_policy: Literal["compute", "copy", "none"]
     precision: Literal["fp32", "fp16", "bf16"]
     quantization: Quantization | None = None
+    kv_cache: KvCache | None = None
     graphs: Mapping[str, GraphEntry]
     weights: WeightsEntry
     draft: DraftEntry | None = None
@@ -492,6 +508,11 @@ class Manifest(_Model):
     def skippable(self) -> tuple[Branch, ...]:
         """Branches that the keep rule may skip; empty for a dense bundle."""
         return self.policy.branches if self.policy else ()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether something is in 8 bits, so that quality is the measure, and not closeness of numbers."""
+        return self.quantization is not None or self.kv_cache is not None
 
     @property
     def hides_skipped(self) -> bool:
@@ -519,6 +540,10 @@ class Manifest(_Model):
         rows = {len(point.thresholds) for point in self.selection.grid} if self.selection else set()
         if rows - {self.decoder.num_layers}:
             raise ValueError(f"thresholds are for {sorted(rows)} layers, the model has {self.decoder.num_layers}")
+        if self.kv_cache is not None:
+            heads = [len(scales) for layer in self.kv_cache.scales for scales in layer]
+            if heads != [self.decoder.num_kv_heads] * (2 * self.decoder.num_layers):
+                raise ValueError("kv_cache has not a scale for each K/V head of each layer")
         wanted = {"model"}
         if self.draft is not None and self.draft.draft.kind == "exit":
             wanted |= {"draft", "verify"}

@@ -10,6 +10,7 @@ What changes against the portable graph (all measured, benchmarks/RESULTS.md):
   Attention costs the whole capacity. Attention of all rows appends K and V itself. Under a gate TensorScatter does
   that for all tokens, and the kept rows attend with an empty new key and their rows of the mask, as a bias: the op's
   own mask is causal from the end, which allows at least what a kept row may see;
+- K and V may be codes of 8 bits (`kv_cache.py`), which the op reads and writes itself, by a scale for each channel;
 - products in 8 bits are the contrib ops that have fast kernels (`quantized.py`);
 - the nodes of a branch stand inside `If`, which is not entered when no row is kept;
 - final norm and head are a model of their own, which runs on the columns that are asked for, in generation the last
@@ -36,6 +37,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.manifest import DecoderShape, Manifest
+from engines.lowering.kv_cache import add_channel_scales, add_head_scales, hold_codes, of_channels, quantize
 from engines.lowering.quantized import fuse_products, weights_inside
 from engines.lowering.regions import branch_choices, find_regions, size_name, wrap
 
@@ -43,6 +45,12 @@ CONTRIB = "com.microsoft"
 OPSET = 24  # TensorScatter
 # Added to the attention score of what a row may not see; exp() of it is 0 in float32.
 MASKED = -1e9
+# Attributes of GroupQueryAttention over codes.
+EIGHT_BITS: dict[str, int | str] = {
+    "k_quant_type": "PER_CHANNEL",
+    "v_quant_type": "PER_CHANNEL",
+    "kv_cache_bit_width": 8,
+}
 # A further input of the lowered graph, and its outputs: kept rows by branch (in steps which ones), and the last state.
 TOTAL_LENGTH, KEPT, STATE = "total_length", "kept", "state"
 # Values inside: where K and V are written, the cache's last column, its length; no new K or V; axis 0.
@@ -99,12 +107,15 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range, *, steps
     _lengths(graph)
     gated = [layer for layer in layers if gates_attention(manifest, layer)]
     if gated:
-        _write_in_place(graph, gated)
+        _write_in_place(graph, manifest, gated)
         _attend_kept_rows(graph, manifest, steps)
     if len(gated) < len(layers):
         _attend_and_append(graph, manifest, steps)
     _add_biases(graph)
     _name_capacity(graph)
+    if manifest.kv_cache is not None:
+        add_channel_scales(graph, manifest.kv_cache, layers, manifest.decoder.head_dim)
+        hold_codes(graph)
     _regions(graph, manifest, layers)
     weights_inside(graph)
     _kept_output(graph, steps)
@@ -151,8 +162,11 @@ def _lengths(graph: onnx.GraphProto) -> None:
     _replace_nodes(graph, [*nodes, *graph.node])
 
 
-def _write_in_place(graph: onnx.GraphProto, layers: Sequence[int]) -> None:
+def _write_in_place(graph: onnx.GraphProto, manifest: Manifest, layers: Sequence[int]) -> None:
     """present = Concat(past, new) -> appended = TensorScatter(past, new) at the current length."""
+    codes: dict[str, onnx.NodeProto] = {}
+    if manifest.kv_cache is not None:
+        add_head_scales(graph, manifest.kv_cache, layers)
     producers = {node.output[0]: node for node in graph.node}
     outputs = {value.name: value for value in graph.output}
     for layer in layers:
@@ -164,9 +178,14 @@ def _write_in_place(graph: onnx.GraphProto, layers: Sequence[int]) -> None:
             node.attribute.append(helper.make_attribute("axis", 2))
             node.input.append(_WRITE_AT)
             node.output[0] = _appended(layer, kv)
+            if manifest.kv_cache is not None:
+                codes[node.output[0]] = quantize(node.input[1], layer, kv)
+                node.input[1] = codes[node.output[0]].output[0]
             appended = graph.output.add()
             appended.CopyFrom(outputs[f"present.{layer}.{kv}"])
             appended.name = _appended(layer, kv)
+    nodes = [one for node in graph.node for one in (codes.get(node.output[0]), node) if one is not None]
+    _replace_nodes(graph, nodes)
 
 
 def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest, steps: bool) -> None:
@@ -184,7 +203,7 @@ def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest, steps: bool) -
         query, bias, out = name + "query", name + "bias", name + "attended"
         cache = (_appended(layer, "key"), _appended(layer, "value"))
         outputs = [out, f"present.{layer}.key", f"present.{layer}.value"]
-        attention = _Attention(shape, layer, name + "attention")
+        attention = _Attention(manifest, layer, name + "attention")
         if steps:
             at, last, given = name + "at", name + "last_column", name + "given"
             nodes += [
@@ -285,7 +304,7 @@ def _attend_and_append(graph: onnx.GraphProto, manifest: Manifest, steps: bool) 
         outputs = [node.output[0], f"present.{layer}.key", f"present.{layer}.value"]
         # The op's own causal mask is the whole mask, unless there is a window.
         bias = "" if steps or shape.windows[layer] is None else _bias_of(node.input[3])
-        attention = _Attention(shape, layer, name + "attention")
+        attention = _Attention(manifest, layer, name + "attention")
         nodes.append(attention.node(node.input[0], (key, value), past, outputs, bias=bias, windowed=steps))
     _replace_nodes(graph, nodes)
 
@@ -329,7 +348,7 @@ def _replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
 class _Attention:
     """GroupQueryAttention of a layer."""
 
-    shape: DecoderShape
+    manifest: Manifest
     layer: int
     name: str
 
@@ -351,11 +370,15 @@ class _Attention:
             bias: added to the scores, where the op's own mask is not enough.
             windowed: whether the op's own mask has the layer's window.
         """
+        shape = self.manifest.decoder
         inputs = [query, *new, *cache, last, _TOTAL, "", "", "", bias]
+        attributes: dict[str, int | str] = {"num_heads": shape.num_heads, "kv_num_heads": shape.num_kv_heads}
+        if self.manifest.kv_cache is not None:
+            inputs += ["", of_channels(self.layer, "key"), of_channels(self.layer, "value")]
+            attributes |= EIGHT_BITS
         while not inputs[-1]:
             inputs.pop()
-        attributes = {"num_heads": self.shape.num_heads, "kv_num_heads": self.shape.num_kv_heads}
-        window = self.shape.windows[self.layer]
+        window = shape.windows[self.layer]
         if windowed and window is not None:
             attributes["local_window_size"] = window
         return helper.make_node("GroupQueryAttention", inputs, outputs, name=self.name, domain=CONTRIB, **attributes)
@@ -372,6 +395,7 @@ def _regions(graph: onnx.GraphProto, manifest: Manifest, layers: range) -> None:
             if manifest.kv_policy == "none" and not manifest.hides_skipped:
                 before[_appended(layer, kv)] = f"past_key_values.{layer}.{kv}"
     regions = find_regions(graph, before)
+    cache_type = TensorProto.FLOAT if manifest.kv_cache is None else TensorProto.INT8
     nodes: list[onnx.NodeProto] = []
     ends = {region.last.output[0]: region for region in regions}
     member_names = {node.name for region in regions for node in (*region.nodes, region.add, *region.after)}
@@ -381,7 +405,7 @@ def _regions(graph: onnx.GraphProto, manifest: Manifest, layers: range) -> None:
             written = [name for member in region.nodes for name in member.output if name in before]
             inside = {name: before[name] for name in written}
             carried = [(name, inside.get(fallback, fallback)) for name, fallback in inside.items()]
-            nodes += wrap(region, carried, f"{region.choice.output[2]}.")
+            nodes += wrap(region, carried, f"{region.choice.output[2]}.", cache_type)
         elif node.name not in member_names:
             nodes.append(node)
     _replace_nodes(graph, nodes)

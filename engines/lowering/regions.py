@@ -127,12 +127,15 @@ def _states(
     return found, states
 
 
-def wrap(region: Region, carried: Sequence[tuple[str, str]], name: str) -> list[onnx.NodeProto]:
+def wrap(
+    region: Region, carried: Sequence[tuple[str, str]], name: str, carried_type: int = onnx.TensorProto.FLOAT
+) -> list[onnx.NodeProto]:
     """The nodes that replace a region: whether any row is kept, and an `If` around the region.
 
     Args:
         carried: (value, fallback) of further values that the region gives: what they are when nothing is kept.
         name: prefix of new values.
+        carried_type: of the carried values.
     """
     residual, out = region.add.input[0], region.add.output[0]
     results = [(out, residual), *region.states, *carried]
@@ -151,8 +154,8 @@ def wrap(region: Region, carried: Sequence[tuple[str, str]], name: str) -> list[
 
     def branch(side: str, nodes: Sequence[onnx.NodeProto]) -> onnx.GraphProto:
         values = [onnx.ValueInfoProto(name=f"{name}{side}.{result}") for result, _ in results]
-        for value in values:
-            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+        for value, pair in zip(values, results, strict=True):
+            value.type.tensor_type.elem_type = carried_type if pair in carried else onnx.TensorProto.FLOAT
         return helper.make_graph(nodes, f"{name}{side}", [], values)
 
     size, any_kept = size_name(region.choice), f"{name}any"

@@ -161,7 +161,8 @@ class OnnxRuntimeStage:
         ranks = self.manifest.selection is not None and self.manifest.selection.mode == "rank"
         alone = ranks or self.manifest.hides_skipped
         lowered = self.manifest.precision == "fp32" and not fp8 and (batch == 1 or not alone)
-        if not (lowered and is_supported(self.manifest.decoder.head_dim)):
+        eight_bits = self.manifest.kv_cache is not None
+        if not (lowered and is_supported(self.manifest.decoder.head_dim, eight_bits=eight_bits)):
             if self._portable is None:
                 self._portable = PortableStage(self._bundle, self._graph, threads=self._threads)
             return self._portable.new_memory(batch, capacity)
@@ -170,7 +171,7 @@ class OnnxRuntimeStage:
         shape = self.manifest.decoder
         size = (batch, shape.num_kv_heads, capacity, shape.head_dim)
         names = [f"past_key_values.{layer}.{kv}" for layer in self.layers for kv in ("key", "value")]
-        return _Memory({name: np.zeros(size, np.float32) for name in names}, {})
+        return _Memory({name: np.zeros(size, np.int8 if eight_bits else np.float32) for name in names}, {})
 
     def run(self, memory: Any, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """See `Stage`."""

@@ -1,6 +1,7 @@
 """The file as anybody's ONNX Runtime runs it: past in, present out, nothing lowered.
 
-Parity is measured on this runner, since it executes `model.onnx` unchanged; on request it also gives values from
+Parity is measured on this runner, since it executes `model.onnx` unchanged (but that a bundle's 8-bit K/V is rounded,
+`engines/lowering/kv_cache.py`, and kept in the graph's type); on request it also gives values from
 inside the graph. It copies the K/V cache at every call: `onnxruntime.py` is the fast one.
 """
 
@@ -18,6 +19,7 @@ from engines.bundle.bundle import Bundle
 from engines.bundle.controls import Controls
 from engines.bundle.manifest import BRANCHES, Branch, Manifest
 from engines.errors import BundleError, GsxError
+from engines.lowering.kv_cache import round_cache
 from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names, grown
 
 NUMPY_TYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
@@ -45,6 +47,8 @@ class PortableStage:
         self.captured: dict[str, np.ndarray] = {}
         self._capture = list(capture)
         model = onnx.load(str(bundle.graph_path(graph)), load_external_data=False)
+        if self.manifest.kv_cache is not None:
+            round_cache(model.graph, self.manifest.kv_cache, self.layers)
         self._inputs = {value.name for value in model.graph.input}
         outputs = {value.name for value in model.graph.output}
         self._exits = [name for name in exit_names(self.manifest) if name in outputs]

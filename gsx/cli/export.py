@@ -88,6 +88,10 @@ def export(
             show_default="0.01 with --keep-precision auto",
         ),
     ] = None,
+    kv_cache: Annotated[
+        Literal["int8"] | None,
+        typer.Option(help="Type that K and V are kept in, on ONNX Runtime.", show_default="that of the activations"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -142,6 +146,7 @@ def export(
             calibration_tokens=calibration_tokens if calibration_tokens is not None else DEFAULT_TOKENS,
             draft=draft,
             quantize=quantize,
+            kv_cache=kv_cache,
             overwrite=overwrite,
             on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
         )
@@ -174,6 +179,7 @@ def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "select": selection.mode if selection else None,
         "kv_policy": manifest.kv_policy,
         "quantization": manifest.quantization.scheme if manifest.quantization else None,
+        "kv_cache": manifest.kv_cache.type if manifest.kv_cache else None,
         "kept_high": list(manifest.quantization.kept_high) if manifest.quantization else None,
         "confidence": _confidence_of(manifest.policy) if manifest.policy else None,
         "exits": list(manifest.policy.exits) if manifest.policy else None,
@@ -211,6 +217,8 @@ def _print(summary: dict[str, Any]) -> None:
     if summary["quantization"] is not None:
         kept = f", {len(summary['kept_high'])} matrices left in high precision" if summary["kept_high"] else ""
         console.print(f"{summary['quantization']} products{kept}")
+    if summary["kv_cache"] is not None:
+        console.print(f"K and V are kept in {summary['kv_cache']} on ONNX Runtime")
     rows = [(name, size(count)) for name, count in summary["files"].items()]
     console.print(table(None, ("file", "size"), rows, right=1))
     console.print(f"next: gsx verify {summary['bundle']}")

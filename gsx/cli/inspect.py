@@ -65,6 +65,7 @@ def _print(report: InspectReport) -> None:
             ("selection", f"{bundle['select']}, budget {bundle['budget']:g}" if bundle["select"] else "none"),
             ("K/V policy", bundle["kv_policy"]),
             ("8 bits", bundle["quantization"] or "none"),
+            ("K/V cache", bundle["kv_cache"] or "as activations"),
             ("draft", bundle["draft"] or "none"),
             ("engines", ", ".join(bundle["engines"]) or "none (gsx build)"),
             ("parity", parity),

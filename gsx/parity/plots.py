@@ -39,7 +39,7 @@ def page_plots(report: Report) -> list[Plot]:
                 svg((5.2, 2.9), 1, lambda axes: perplexity(report, axes[0])),
             )
         )
-    if report.branches and report.quantization is not None:
+    if report.branches and report.rounds:
         plots.append(
             Plot(
                 "Flipped decisions by layer",

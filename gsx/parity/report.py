@@ -142,9 +142,9 @@ class Report:
 
     Args:
         bundle: its directory's name; model: the reference, as it was asked for.
-        precision, quantization, policy, select, exported_budget, kv_policy: of the bundle; quantization is None in full
-            precision, policy for a dense model, select where the rule has no thresholds. The exported budget of a set
-            of layers is its share.
+        precision, quantization, kv_cache, policy, select, exported_budget, kv_policy: of the bundle; quantization and
+            kv_cache are None in full precision, policy for a dense model, select where the rule has no thresholds. The
+            exported budget of a set of layers is its share.
         quality_limits: hold at budgets from 1 down to the exported one.
         reference_precision: of the reference's weights and activations.
         branches: those that the keep rule may skip.
@@ -162,6 +162,7 @@ class Report:
     family: str
     precision: str
     quantization: str | None
+    kv_cache: str | None
     quality_limits: QualityLimits
     reference_precision: str
     policy: str | None
@@ -181,9 +182,14 @@ class Report:
     seconds: float
 
     @property
+    def rounds(self) -> bool:
+        """Whether something is in 8 bits."""
+        return self.quantization is not None or self.kv_cache is not None
+
+    @property
     def tolerances(self) -> Tolerances:
         """Limits of the bundle's precision."""
-        return TOLERANCES["quantized" if self.quantization else self.precision]
+        return TOLERANCES["quantized" if self.rounds else self.precision]
 
     @property
     def checks(self) -> tuple[Check, ...]:

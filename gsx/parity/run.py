@@ -59,7 +59,7 @@ class Run:
         on_progress: Callable[[Progress], None],
     ) -> None:
         self.manifest, self.settings = bundle.manifest, settings
-        self.limits: Tolerances = TOLERANCES["quantized" if self.manifest.quantization else self.manifest.precision]
+        self.limits: Tolerances = TOLERANCES["quantized" if self.manifest.rounds else self.manifest.precision]
         self.windows = windows
         self.reference_type = _reference_type(checkpoint, self.manifest.precision)
         self.reference = Reference.load(checkpoint, dtype=self.reference_type)
