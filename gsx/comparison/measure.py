@@ -22,8 +22,9 @@ from exporter.evaluation import losses
 
 # Single tokens of a window that are timed.
 STEPS = 16
-# Rounds that count; one before them warms up.
-ROUNDS = 5
+# Rounds that count: the least, and the most, which are made while time is left. One before them warms up.
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 25
+SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,10 @@ class Form:
 
 
 def in_turn(timed: Sequence[tuple[Form, Keep]], on_round: Callable[[int, int], None]) -> np.ndarray:
-    """Time settings in turn. Returns: seconds [ROUNDS, settings, 2] of a prompt and of a single token."""
-    found = []
-    for number in range(ROUNDS + 1):
-        on_round(number, ROUNDS + 1)
-        found.append([form.seconds(keep, number) for form, keep in timed])
+    """Time settings in turn. Returns: seconds [rounds, settings, 2] of a prompt and of a single token."""
+    found: list[list[np.ndarray]] = []
+    began = time.perf_counter()
+    while len(found) <= FEWEST_ROUNDS or (len(found) <= MOST_ROUNDS and time.perf_counter() - began < SECONDS):
+        on_round(len(found), MOST_ROUNDS + 1)
+        found.append([form.seconds(keep, len(found)) for form, keep in timed])
     return np.array(found[1:])
