@@ -79,6 +79,7 @@ def config_of(shape: Shape, gate: GateConfig | None) -> ModelConfig:
         eos_ids=(),
         pad_id=None,
         gate=gate,
+        router=None,
         exits=(),
     )
 

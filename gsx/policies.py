@@ -111,10 +111,6 @@ def plan_policy(choice: Choice, config: ModelConfig) -> Plan:
     name, _, parameters = (choice.policy or _default(config)).partition(":")
     if name not in NAMES:
         raise UsageError(f"policy {name!r} is not known", expected="one of " + ", ".join(NAMES), found=repr(name))
-    if name == "dense":
-        return _dense(choice, config, parameters)
-    if name == "gateskip":
-        return _gateskip(choice, config, parameters)
     if name == "router":
         return _router(choice, config, parameters)
     if config.router is not None:
@@ -123,6 +119,10 @@ def plan_policy(choice: Choice, config: ModelConfig) -> Plan:
             expected="a checkpoint without routers",
             todo="export with router, the default; --budget 1 keeps everything",
         )
+    if name == "dense":
+        return _dense(choice, config, parameters)
+    if name == "gateskip":
+        return _gateskip(choice, config, parameters)
     if name == "ffn-skip":
         return _ffn_skip(choice, config, parameters)
     _refuse(name, "--budget", choice.budget is not None, _INSTEAD_OF_BUDGET[name])

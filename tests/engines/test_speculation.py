@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import controls_for
+from engines.bundle.controls import Keep, controls_for
 from engines.bundle.manifest import BudgetDraft, ExitDraft, LayersDraft
 from engines.errors import UsageError
 from engines.generation import generate
@@ -112,7 +112,7 @@ def test_text_is_that_of_plain_decoding(split: Bundle, sampling: Sampling, lengt
 def test_every_kind_of_draft(gated: Bundle, spec: str, budget: float) -> None:
     draft = open_draft(gated, parse_draft(spec))
     for sampling in (GREEDY, SAMPLED):
-        options = {"max_new_tokens": 30, "budget": budget, "sampling": sampling, "stop_ids": []}
+        options = {"max_new_tokens": 30, "keep": Keep(budget=budget), "sampling": sampling, "stop_ids": []}
         want = generate(open_runner(gated), PROMPTS, **options)  # type: ignore[arg-type]
         have = generate(draft.runner, PROMPTS, draft=draft, draft_length=4, **options)  # type: ignore[arg-type]
         assert have.sequences == want.sequences
@@ -158,7 +158,7 @@ def test_the_context_ends_each_sequence_at_its_own_length(tmp_path: Path) -> Non
 
 def test_end_of_text_inside_a_draft_is_kept_by_the_gates(gated: Bundle) -> None:
     """End-of-text passes every gate, in the later half too, which reads ids for that alone."""
-    nothing = np.full((4, 2), 2.0, np.float32)
+    nothing = {"thresholds": np.full((4, 2), 2.0, np.float32)}
     whole, halves = open_runner(gated), open_split_runner(gated)
     outputs = [r.step(r.new_cache(1, 8), np.array([[5, EOS_ID, 7]]), nothing) for r in (whole, halves)]
     for output in outputs:
@@ -273,7 +273,7 @@ def test_a_bundle_refuses_what_it_has_not(gated: Bundle, text: str, message: str
 def test_drafts_that_a_model_cannot_have_are_refused(tmp_path: Path, tiny_gated: Path, tiny_bundle: Path) -> None:
     dense = tiny_checkpoint(tmp_path / "dense", tokenizer=True)
     for model, options, message in (
-        (dense, {"draft": "budget:0.5"}, "needs gates"),
+        (dense, {"draft": "budget:0.5"}, "needs thresholds"),
         (dense, {"draft": "exit:3"}, "exit layer"),
         (tiny_gated, {"draft": "exit:1", "select": "rank"}, "selection by threshold"),
         (tiny_gated, {"draft": "budget:0.01", "budget": 0.7}, "below the calibrated grid"),

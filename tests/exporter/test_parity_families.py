@@ -179,7 +179,7 @@ def test_dynamic_rope_beyond_the_trained_length(tmp_path: Path) -> None:
     side = ReferenceSide(Reference.load(open_checkpoint(model)), None, "compute")
     comparer = Comparer(3, (), causal=True, near_tie=0, copies=False)
     engine = EngineSide(open_bundle(tmp_path / "bundle"))
-    comparer.add(side.observe(ids, np.ones_like(ids)), engine.observe(ids, np.ones_like(ids), None))
+    comparer.add(side.observe(ids, np.ones_like(ids)), engine.observe(ids, np.ones_like(ids), {}))
     found = comparer.result()
     assert found.logits.max_abs < 1e-4
     assert max(one.max_relative for one in found.keys) < 1e-4
