@@ -4,8 +4,9 @@
     python -m benchmarks.serving speed --work DIR    streams over one; first token, tokens against this process
     python -m benchmarks.serving soak  --work DIR    minutes of mixed requests, cancelled ones too: tokens and memory
 
-The example model (or --model) is exported at budget 0.7 with a draft, and served by the Triton of `make triton`.
-Requests come from the example client over gRPC, in a process of its own.
+The example model, or the benchmark model with `--shape`, is exported at budget 0.7 and served by the Triton of
+`make triton`. It has a draft where requests draft; without one, server and process run the same graph. Requests come
+from the example client over gRPC, in a process of its own.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import psutil
 
+from benchmarks.model import SHAPES, make_model, random_text
 from benchmarks.speculation import heading, held_out_prompts, line
 from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.controls import Keep
@@ -32,7 +35,8 @@ from engines.serving.repository import write_repository
 from engines.tokens import BundleTokenizer, TextWriter
 from examples.triton_server import ENVIRONMENT, Server, running
 
-CLIENT = Path(__file__).resolve().parents[1] / "examples" / "triton_client.py"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLE, CLIENT = EXAMPLES / "model", EXAMPLES / "triton_client.py"
 BUDGETS = (None, 0.5, 0.85, 1.0)
 
 
@@ -134,6 +138,8 @@ def speed(server: Server, here: Here, prompts: Sequence[list[int]], rounds: int)
     rates: dict[int, list[float]] = {streams: [] for streams in counts}
     first: list[float] = []
     token: list[float] = []
+    counted: list[float] = []
+    alone_ms: list[float] = []
     for number in range(rounds + 1):  # the first one is to warm up
         for streams in counts:
             began = time.perf_counter()
@@ -146,8 +152,11 @@ def speed(server: Server, here: Here, prompts: Sequence[list[int]], rounds: int)
                 first.append(
                     sum(answer["first_seconds"] for answer in answers) / sum(stats.prefill_seconds for stats in alone)
                 )
+                here_seconds = sum(stats.decode_seconds for stats in alone)
                 served = sum(answer["seconds"] - answer["first_seconds"] for answer in answers)
-                token.append(served / sum(stats.decode_seconds for stats in alone))
+                token.append(served / here_seconds)
+                counted.append(sum(answer["decode_seconds"] for answer in answers) / here_seconds)
+                alone_ms.append(1000 * here_seconds / sum(stats.decode_steps for stats in alone))
     for clients in groups.values():
         clients.close()
     heading("streams", "tokens/s", "/one stream (least, most of the rounds)")
@@ -156,8 +165,13 @@ def speed(server: Server, here: Here, prompts: Sequence[list[int]], rounds: int)
         line(streams, f"{median(rates[streams]):.0f}", f"{median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})")
     print()
     heading("at one stream, server / this process", "median", "least", "most")
-    for name, ratios in (("time to first token", first), ("time of a token after it", token)):
+    for name, ratios in (
+        ("time to first token", first),
+        ("time of a token after it", token),
+        ("the same by the scheduler's count", counted),
+    ):
         line(name, f"{median(ratios):.3f}", f"{min(ratios):.3f}", f"{max(ratios):.3f}")
+    print(f"\na token in this process: {median(alone_ms):.2f} ms")
 
 
 def soak(server: Server, here: Here, prompts: Sequence[list[int]], minutes: float) -> None:
@@ -189,25 +203,38 @@ def soak(server: Server, here: Here, prompts: Sequence[list[int]], minutes: floa
     clients.close()
 
 
+def served_bundle(work: Path, shape: str | None, draft: str | None) -> tuple[Bundle, list[list[int]]]:
+    """What is served, made once, and prompts for it: held-out text, or random tokens of the benchmark model."""
+    from gsx.export import export
+
+    path = work / f"{shape or 'example'}-{'draft' if draft else 'plain'}"
+    model, text = EXAMPLE if shape is None else work / shape, None
+    if shape is None:
+        prompts = held_out_prompts(model, 24)
+    else:
+        vocabulary = SHAPES[shape]["vocab_size"]
+        text = random_text(work / f"{shape}.txt", vocabulary)
+        prompts = np.random.default_rng(0).integers(1, vocabulary, (24, 128)).tolist()
+    if not (path / "gsx.json").exists():
+        if shape is not None:
+            make_model(model, shape, "scalar")
+        export(model, path, budget=0.7, draft=draft, calibration=text)
+    return open_bundle(path), prompts
+
+
 def main() -> None:
     """Run as a script."""
     parser = argparse.ArgumentParser(description="Measure a gsx model on Triton.")
     parser.add_argument("what", choices=("equal", "speed", "soak"))
     parser.add_argument("--work", type=Path, required=True, help="where the bundle is kept")
-    parser.add_argument("--model", type=Path, default=Path("examples/model"))
+    parser.add_argument("--shape", choices=SHAPES, help="the benchmark model of this shape, not the example model")
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--threads", type=int, help="of ONNX Runtime, in the server and here")
     parser.add_argument("--port", type=int, default=18400)
     arguments = parser.parse_args()
-    path = arguments.work / "bundle"
-    if not path.is_dir():
-        from gsx.export import export
-
-        export(arguments.model, path, budget=0.7, draft="exit:4")
-    bundle = open_bundle(path)
-    prompts = held_out_prompts(arguments.model, 24)
+    bundle, prompts = served_bundle(arguments.work, arguments.shape, "exit:4" if arguments.what != "speed" else None)
     here = Here(bundle, arguments.threads)
     with TemporaryDirectory(dir=arguments.work) as folder:
         repository = Path(folder) / "models"

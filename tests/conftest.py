@@ -60,7 +60,8 @@ def make_tiny_bundle(
         key = tuple(sorted(options.items()))
         if key not in made:
             out = tmp_path_factory.mktemp("bundle") / "tiny"
-            values = {"budget": 0.7, "calibration": tiny_text, "calibration_tokens": 1024, **options}
+            text = {} if options.get("select") == "rank" else {"calibration": tiny_text}  # ranks need none
+            values = {"budget": 0.7, "calibration_tokens": 1024, **text, **options}
             export(tiny_gated, out, **values)  # type: ignore[arg-type]
             made[key] = out
         return made[key]

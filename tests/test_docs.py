@@ -18,7 +18,7 @@ PAGES = sorted(
 )
 # Made by people, after the tests have passed.
 PICTURES = {"docs/images/parity.png"}
-LINK = re.compile(r"\]\(([^)#\s]+)")
+LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]+)")
 COMMAND = re.compile(r"^(?:    |```.*\n)?\s*(gsx [a-z].*)$|`(gsx [a-z][^`]*)`", re.MULTILINE)
 
 

@@ -37,6 +37,7 @@ INPUTS = (
     Field("layers", "TYPE_STRING", False, "branches that run, e.g. 0-3,6,8.attn; for rules that read a set of layers"),
     Field("exit", "TYPE_INT64", False, "how many layers run; for the same rules"),
     Field("speedup", "TYPE_FP64", False, "target of Unified Layer Skipping; for the same rules"),
+    Field("exit_threshold", "TYPE_FP64", False, "confidence at which a token leaves; for rules that measure it"),
     Field("temperature", "TYPE_FP64", False, "0 takes the likeliest token always; 0"),
     Field("top_k", "TYPE_INT64", False, "only the k likeliest tokens, 0 for all; 0"),
     Field("top_p", "TYPE_FP64", False, "only the likeliest tokens that together reach this; 1"),

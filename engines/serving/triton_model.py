@@ -145,6 +145,7 @@ class TritonPythonModel:
                 layers=_text(given["layers"], "layers") if given["layers"] is not None else None,
                 exit=given["exit"],
                 speedup=given["speedup"],
+                exit_threshold=given["exit_threshold"],
             ),
             sampling=Sampling(
                 0.0 if temperature is None else temperature,

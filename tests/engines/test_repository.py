@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import Keep
 from engines.errors import EngineError, UsageError
 from engines.serving.fields import INPUTS, OUTPUTS
 from engines.serving.model_config import ModelConfig, Tensor
@@ -40,6 +42,10 @@ def test_the_docs_name_every_field() -> None:
     page = (Path(__file__).parents[2] / "docs" / "triton.md").read_text(encoding="utf-8")
     for field in (*INPUTS, *OUTPUTS):
         assert f"`{field.name}`" in page, field.name
+
+
+def test_a_request_may_ask_what_a_rule_may_be_asked() -> None:
+    assert {field.name for field in fields(Keep)} <= {field.name for field in INPUTS}
 
 
 @pytest.mark.parametrize(

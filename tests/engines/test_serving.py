@@ -246,6 +246,39 @@ def test_what_runs_portable_is_served_too(make_tiny_bundle: Callable[..., Path])
             assert client.ids == gsx.generate(bundle, ids=prompt, max_new_tokens=5 + len(prompt)).ids
 
 
+OTHER_RULES = [
+    ("layers", [Keep(), Keep(layers="0,2"), Keep(layers="0.attn,1-2"), Keep(exit=2), Keep(speedup=1.5)]),
+    ("calm:threshold=0.02", [Keep(), Keep(exit_threshold=0.0), Keep(exit_threshold=1.0), Keep(exit_threshold=0.0)]),
+]
+
+
+@pytest.mark.parametrize(("policy", "keeps"), OTHER_RULES)
+def test_what_other_rules_read_is_each_request_s_own(
+    make_tiny_bundle: Callable[..., Path], policy: str, keeps: list[Keep]
+) -> None:
+    bundle = open_bundle(make_tiny_bundle(policy=policy, budget=None, calibration=None))
+    scheduler = Scheduler(open_runner(bundle, 1), slots=len(keeps))
+    clients = [Recorder() for _ in keeps]
+    for keep, client in zip(keeps, clients, strict=True):
+        scheduler.submit(Request([5, 60, 61], 12, keep=keep), client)
+    finish(scheduler)
+    for keep, client in zip(keeps, clients, strict=True):
+        alone = gsx.generate(
+            bundle,
+            ids=[5, 60, 61],
+            max_new_tokens=12,
+            layers=keep.layers,
+            exit_layer=keep.exit,
+            speedup=keep.speedup,
+            exit_threshold=keep.exit_threshold,
+            threads=1,
+        )
+        assert (client.error, client.ids) == (None, alone.ids)
+    assert len({tuple(client.ids) for client in clients}) > 1, "what is asked matters"
+    with pytest.raises(UsageError, match="no budget to choose"):
+        scheduler.submit(Request([5], 3, keep=Keep(budget=0.5)), Recorder())
+
+
 def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
     scheduler = Scheduler(open_runner(open_bundle(tiny_bundle), 1), slots=1, queue=2)
     for _ in range(2):
@@ -267,6 +300,8 @@ def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
         (Request([-5], 4), "outside the vocabulary"),
         (Request([5], 4, keep=Keep(budget=1.5)), "budget"),
         (Request([5], 4, keep=Keep(budget=float("nan"))), "budget"),
+        (Request([5], 4, keep=Keep(layers="0-1")), "reads a set of layers"),
+        (Request([5], 4, keep=Keep(exit_threshold=0.5)), "when the model is confident"),
         (Request([5], 4, stop=("a",)), "tokenizer"),
         (Request([5], 4, speculative=True), "no draft"),
     ],

@@ -1,4 +1,4 @@
-"""A real Triton server for the session, with two models: one as `gsx triton` makes it, one with next to no room.
+"""A real Triton server for the session: a model as `gsx triton` makes it, one with next to no room, two of other rules.
 
 `make triton` installs it; where it is not, these tests are skipped, and say so.
 """
@@ -29,17 +29,31 @@ def served(make_tiny_bundle: Callable[..., Path]) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def server(served: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Models `gsx`, with four slots, and `small`, with one slot and room for one more request."""
+def other_rules(make_tiny_bundle: Callable[..., Path]) -> dict[str, Bundle]:
+    """Bundles, by model name, whose requests choose otherwise than by a budget."""
+    policies = {"layers": "layers", "calm": "calm:threshold=0.02"}
+    return {
+        name: open_bundle(make_tiny_bundle(policy=policy, budget=None, calibration=None))
+        for name, policy in policies.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def server(
+    served: Bundle, other_rules: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Models `gsx`, with four slots, `small`, with one slot and room for one more request, and those of other rules."""
     if find_server() is None:
         pytest.skip(f"no Triton server in {ENVIRONMENT.name}: `make triton` installs it")
     folder = tmp_path_factory.mktemp("triton")
     write_repository(served, folder / "models", name="gsx", slots=4, threads=1)
     write_repository(served, folder / "more", name="small", slots=1, queue=1, context=256, threads=1)
-    options = [f"--model-repository={folder / 'more'}", "--model-control-mode=explicit"]
-    with running(
-        folder / "models", port=free_ports(), options=[*options, "--load-model=gsx", "--load-model=small"]
-    ) as server:
+    for name, bundle in other_rules.items():
+        write_repository(bundle, folder / name, name=name, slots=4, threads=1)
+    repositories = [f"--model-repository={folder / name}" for name in ("more", *other_rules)]
+    models = [f"--load-model={name}" for name in ("gsx", "small", *other_rules)]
+    options = [*repositories, "--model-control-mode=explicit", *models]
+    with running(folder / "models", port=free_ports(), options=options) as server:
         yield server
 
 

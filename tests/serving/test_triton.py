@@ -122,6 +122,26 @@ def test_ids_in_and_one_response(server: Server, served: Bundle) -> None:
     assert found["finish_reason"] == alone.finish
 
 
+KEEPS: dict[str, list[dict[str, Any]]] = {
+    "layers": [{}, {"layers": "0,2"}, {"exit": 2}, {"speedup": 1.5}],
+    "calm": [{}, {"exit_threshold": 0.0}, {"exit_threshold": 1.0}],
+}
+
+
+@pytest.mark.parametrize("model", KEEPS)
+def test_what_other_rules_read(grpc: Grpc, server: Server, other_rules: dict[str, Bundle], model: str) -> None:
+    request = {"text_input": "token 7 keeps", "max_tokens": 10}
+    answers = grpc([{**request, **keep} for keep in KEEPS[model]], 4, model=model)
+    for keep, answer in zip(KEEPS[model], answers, strict=True):
+        asked = {"exit_layer" if name == "exit" else name: value for name, value in keep.items()}
+        alone = gsx.generate(other_rules[model], request["text_input"], max_new_tokens=10, **asked)
+        assert (answer["error"], answer["ids"]) == (None, alone.ids)
+    assert len({tuple(answer["ids"]) for answer in answers}) > 1, "what is asked matters"
+    status, refusal = post(server, {**request, "budget": 0.5}, model=model)
+    assert status in (400, 500)
+    assert "no budget to choose" in json.loads(refusal)["error"]
+
+
 def test_server_sent_events(server: Server, expected: Callable[[int], GenerateResult]) -> None:
     status, answer = post(server, {**REQUESTS[5], "stream": True}, path="generate_stream")
     assert status == 200
@@ -169,6 +189,7 @@ BAD = {
     "budget 0": ({"text_input": "a", "budget": 0.0}, "budget"),
     "budget 1.01": ({"text_input": "a", "budget": 1.01}, "budget"),
     "no set of layers": ({"text_input": "a", "exit": 2}, "reads a set of layers"),
+    "no confidence": ({"text_input": "a", "exit_threshold": 0.5}, "when the model is confident"),
     "two choices": ({"text_input": "a", "exit": 2, "budget": 0.5}, "exclude each other"),
     "temperature": ({"text_input": "a", "temperature": -1.0}, "temperature"),
     "top k": ({"text_input": "a", "top_k": -1}, "top-k"),
