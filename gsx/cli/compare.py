@@ -1,0 +1,81 @@
+"""`gsx compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, table
+from gsx.cli.signals import loading
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command."""
+    app.command()(compare)
+
+
+def compare(
+    model: Annotated[str, typer.Argument(help="A model directory or a hub id.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="HTML page to write.", show_default="none")
+    ] = None,
+    work: Annotated[Path, typer.Option(help="Folder for a bundle of each policy; what is there is used again.")] = Path(
+        "gsx-compare"
+    ),
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 text: its first half calibrates, its second is measured.",
+            show_default="a text that ships with gsx",
+        ),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="How much of it to measure.", show_default="4096")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Every policy that a model can have, side by side: perplexity and measured time against what is kept.
+
+    Example: gsx compare examples/model -o out/compare.html
+    """
+    quiet_libraries()
+    with ProgressLine() as line:
+        line.update("starting")
+        with loading():
+            from gsx.compare import DEFAULT_TOKENS, compare_policies
+            from gsx.comparison.report import write_comparison
+
+        report = compare_policies(
+            model,
+            work,
+            text=text,
+            tokens=DEFAULT_TOKENS if tokens is None else tokens,
+            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
+        )
+    # Shown first: a page that cannot be written loses no figures.
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        console = out()
+        rows = [
+            (
+                point.policy,
+                point.setting,
+                f"{point.kept:.1%}",
+                f"{point.prompt_kept:.1%}",
+                f"{point.perplexity:.4g}",
+                f"{point.prefill_ms:.2f}",
+                f"{point.prefill_ratio:.2f}",
+                f"{point.token_ms:.2f}",
+                f"{point.token_ratio:.2f}",
+            )
+            for point in report.points
+        ]
+        heads = ("policy", "setting", "kept", "of prompts", "perplexity", "prefill ms", "ratio", "token ms", "ratio")
+        console.print(table(None, heads, rows, right=2))
+        for name, why in report.left_out.items():
+            console.print(f"left out: {name}. {why}")
+    if output is not None:
+        write_comparison(report, output)
+        if not as_json:
+            console.print(f"{output} shows it")

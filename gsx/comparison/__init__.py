@@ -1,0 +1,1 @@
+"""Policies of one model side by side: what they are set to, how they are measured, and the report."""

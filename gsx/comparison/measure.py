@@ -1,0 +1,100 @@
+"""Quality and time of a bundle's settings on ONNX Runtime, as a request meets them.
+
+The first half of a window of text is the prompt, and the rest follows with its K/V in the cache: so a rule that runs
+prompts in full does. What is timed is the prompt in one call, and single tokens at the window's end.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.bundle.bundle import Bundle
+from engines.bundle.controls import Keep, controls_for
+from engines.bundle.manifest import BRANCHES
+from engines.runners.base import StepOutput
+from engines.runners.select import open_runner
+from exporter.evaluation import losses
+
+# Single tokens of a window that are timed.
+STEPS = 16
+# Rounds that count: the least, and the most, which are made while time is left. One before them warms up.
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 25
+SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a text goes.
+
+    Args:
+        prompt_kept, kept: share of all (token, branch) pairs that ran, of prompts and of what follows them.
+        perplexity: of what follows them.
+    """
+
+    prompt_kept: float
+    kept: float
+    perplexity: float
+
+
+class Form:
+    """A bundle, loaded.
+
+    Args:
+        windows: [M, S] int64, the text.
+    """
+
+    def __init__(self, bundle: Bundle, windows: np.ndarray) -> None:
+        self.bundle = bundle
+        self._windows = windows
+        self.prompt_tokens = windows.shape[1] // 2
+        self._runner = open_runner(bundle)
+        # One for all calls: what it is bound to is made once.
+        self._cache = self._runner.new_cache(1, windows.shape[1])
+
+    def score(self, keep: Keep) -> Score:
+        """Run all windows under a setting."""
+        controls = controls_for(self.bundle.manifest, keep, [self.prompt_tokens])
+        prompts, rests, nats = [], [], []
+        for window in self._windows:
+            self._cache.roll_back([0])
+            prompt, rest = window[None, : self.prompt_tokens], window[None, self.prompt_tokens :]
+            prompts.append(self._kept(self._runner.step(self._cache, prompt, controls, logits="none"), prompt))
+            output = self._runner.step(self._cache, rest, controls, logits="all")
+            rests.append(self._kept(output, rest))
+            nats.append(losses(output.logits, rest))
+        return Score(float(np.mean(prompts)), float(np.mean(rests)), math.exp(float(np.mean(nats))))
+
+    def seconds(self, keep: Keep, number: int) -> np.ndarray:
+        """Time of a prompt and of a single token, [2]; number: of the window, counted round and round."""
+        controls = controls_for(self.bundle.manifest, keep, [self.prompt_tokens])
+        window = self._windows[number % len(self._windows)][None]
+        step, cache = self._runner.step, self._cache
+        cache.roll_back([0])
+        began = time.perf_counter()
+        step(cache, window[:, : self.prompt_tokens], controls)
+        prompt = time.perf_counter() - began
+        step(cache, window[:, self.prompt_tokens : -STEPS], controls, logits="none")
+        began = time.perf_counter()
+        for place in range(-STEPS, 0):
+            step(cache, window[:, window.shape[1] + place, None], controls)
+        return np.array([prompt, (time.perf_counter() - began) / STEPS])
+
+    def _kept(self, output: StepOutput, ids: np.ndarray) -> float:
+        """Share of all branches that the tokens of a call ran: those that no rule may skip always run."""
+        skipped = 0 if output.kept is None else output.gated_rows - int(output.kept.sum())
+        return 1 - skipped / (ids.size * self.bundle.manifest.decoder.num_layers * len(BRANCHES))
+
+
+def in_turn(timed: Sequence[tuple[Form, Keep]], on_round: Callable[[int, int], None]) -> np.ndarray:
+    """Time settings in turn. Returns: seconds [rounds, settings, 2] of a prompt and of a single token."""
+    found: list[list[np.ndarray]] = []
+    began = time.perf_counter()
+    while len(found) <= FEWEST_ROUNDS or (len(found) <= MOST_ROUNDS and time.perf_counter() - began < SECONDS):
+        on_round(len(found), MOST_ROUNDS + 1)
+        found.append([form.seconds(keep, len(found)) for form, keep in timed])
+    return np.array(found[1:])

@@ -1,0 +1,103 @@
+"""What `gsx compare` found: as JSON, and as one HTML page."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+from engines.errors import GsxError
+from gsx.pages.figures import COLOURS, GREY, Plot, svg
+from gsx.pages.render import render
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting of one policy.
+
+    Args:
+        policy, setting: names.
+        prompt_kept, kept: share of all (token, branch) pairs that ran, of prompts and of what follows them.
+        perplexity: of what follows the prompts.
+        prefill_ms: of a prompt, median of the rounds; prefill_ratio: over the whole model's, median of ratios within a
+            round.
+        token_ms, token_ratio: the same of a single token.
+    """
+
+    policy: str
+    setting: str
+    prompt_kept: float
+    kept: float
+    perplexity: float
+    prefill_ms: float
+    prefill_ratio: float
+    token_ms: float
+    token_ratio: float
+
+
+@dataclass(frozen=True)
+class CompareReport:
+    """All settings of all policies.
+
+    Args:
+        model: as it was given.
+        text: name of the text. tokens: of it, measured. prompt_tokens, window_tokens: of each window.
+        points: the first is the whole model.
+        left_out: policy -> why.
+    """
+
+    model: str
+    text: str
+    tokens: int
+    prompt_tokens: int
+    window_tokens: int
+    points: tuple[Point, ...]
+    left_out: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def write_comparison(report: CompareReport, path: Path) -> None:
+    """Write the report as one HTML page.
+
+    Raises:
+        GsxError: the place is not writable.
+    """
+    plot = Plot(
+        "Quality and time by share kept",
+        "Each point is a setting; dashed: the whole model. Some policies run prompts in full.",
+        svg((7.2, 8.4), 3, lambda axes: _draw(report, axes), rows=True),
+    )
+    try:
+        path.write_text(render("compare.html.j2", report=report, plot=plot), encoding="utf-8")
+    except OSError as error:
+        raise GsxError(f"{path}: could not be written", found=error.strerror or str(error)) from error
+
+
+def _draw(report: CompareReport, axes: list[Any]) -> None:
+    whole, *others = report.points
+    panels = (
+        ("perplexity", "kept", "perplexity"),
+        ("prefill time, of the whole model's", "prompt_kept", "prefill_ratio"),
+        ("time of a token, of the whole model's", "kept", "token_ratio"),
+    )
+    for axis, (title, share, value) in zip(axes, panels, strict=True):
+        axis.axhline(getattr(whole, value), color=GREY, linewidth=1, linestyle="--")
+        for policy, colour in zip(dict.fromkeys(point.policy for point in others), cycle(COLOURS)):
+            points = sorted((p for p in others if p.policy == policy), key=lambda point: getattr(point, share))
+            axis.plot(
+                [100 * getattr(point, share) for point in points],
+                [getattr(point, value) for point in points],
+                marker="o",
+                markersize=3,
+                linewidth=1,
+                color=colour,
+                label=policy,
+            )
+        axis.set_title(title)
+    axes[0].set_yscale("log")
+    axes[0].legend()
+    axes[-1].set_xlabel("(token, branch) pairs that run, percent")
