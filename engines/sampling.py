@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.errors import UsageError
+from engines.errors import EngineError, UsageError
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -72,9 +72,13 @@ class Picker:
             logits: [V].
             sequence: its number in the batch.
             place: the new token's position in the text, prompt included.
+        Raises:
+            EngineError: logits that no token can be chosen by: NaN, or the largest is infinite.
         """
         if self._sampling.greedy:
-            return int(logits.argmax())
+            best = int(logits.argmax())  # of the first NaN, where there is one
+            _check_largest(float(logits[best]))
+            return best
         ids, weights = candidates(logits, self._sampling)
         return int(ids[np.argmin(-np.log(noise(self._key(sequence, place), ids)) / weights)])
 
@@ -107,9 +111,14 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
 
     Temperature comes first, then top-k, then top-p, which keeps the shortest run of tokens, likeliest first, whose
     probabilities reach it. Of equal tokens the earlier one counts as the likelier.
+
+    Raises:
+        EngineError: as `Picker.pick`.
     """
+    largest = float(logits.max())  # NaN, where there is one
+    _check_largest(largest)
     with np.errstate(over="ignore"):  # at a temperature of next to nothing all but the best are minus infinity
-        scaled = (logits.astype(np.float64) - float(logits.max())) / sampling.temperature
+        scaled = (logits.astype(np.float64) - largest) / sampling.temperature
     ids = np.arange(len(scaled))
     if 0 < sampling.top_k < len(scaled):
         least = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
@@ -125,6 +134,17 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
         ids, weights = ids[:count], weights[:count] / weights[:count].sum()
     likely = weights > 0  # what underflowed can never win
     return ids[likely], weights[likely]
+
+
+def _check_largest(logit: float) -> None:
+    """Refuse logits by their largest one."""
+    if not math.isfinite(logit):
+        raise EngineError(
+            "the model gave logits that no token can be chosen by",
+            expected="numbers, of which the largest is finite",
+            found="NaN" if math.isnan(logit) else "an infinite one, or none",
+            todo="gsx verify compares the bundle with PyTorch; fp16 may be too narrow for this model",
+        )
 
 
 def noise(key: int, ids: np.ndarray) -> np.ndarray:

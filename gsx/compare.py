@@ -20,7 +20,7 @@ from engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from engines.errors import BundleError, TextError, UsageError
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.text import MIN_TOKENS, TokenText, load_tokenizer, tokenize
-from gsx.comparison.measure import Form, Score, in_turn
+from gsx.comparison.measure import STEPS, Form, Score, in_turn
 from gsx.comparison.report import CompareReport, Point
 from gsx.comparison.settings import POLICIES, WHOLE
 from gsx.export import export
@@ -30,6 +30,8 @@ from gsx.progress import Progress
 # Measured tokens; as many before them calibrate, which is then what an export takes by default.
 DEFAULT_TOKENS, LEAST_TOKENS = 4096, 512
 WINDOW_TOKENS = 256
+# Room for a prompt, and for single tokens behind it.
+_LEAST_POSITIONS = 4 * STEPS
 
 OnProgress = Callable[[Progress], None]
 
@@ -55,6 +57,13 @@ def compare_policies(
     if tokens < LEAST_TOKENS:
         raise UsageError("tokens to compare on", expected=f"at least {LEAST_TOKENS}", found=str(tokens))
     checkpoint = open_checkpoint(model)
+    positions = checkpoint.config.max_positions
+    if positions < _LEAST_POSITIONS:
+        raise UsageError(
+            "the model is too short to compare on",
+            expected=f"{_LEAST_POSITIONS} positions or more",
+            found=str(positions),
+        )
     calibration, windows = _halves(checkpoint, Path(text) if text else None, tokens)
     plans: dict[str, Plan] = {}
     left_out: dict[str, str] = {}

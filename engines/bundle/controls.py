@@ -74,13 +74,19 @@ def controls_for(
         prompt_tokens: length of each sequence's prompt, for rules that run it in full; None applies the rule to every
             token (scoring, parity) of one sequence, or of as many as `keep` has.
     Raises:
-        UsageError: what the bundle's rule does not read, or a value that it does not take.
+        UsageError: what the bundle's rule does not read, a value that it does not take, or a choice for another number
+            of sequences.
     """
     asked = [keep] if isinstance(keep, Keep) else list(keep)
     sequences = len(prompt_tokens) if prompt_tokens is not None else len(asked)
     if isinstance(keep, Keep):
         asked = asked * sequences
-    assert len(asked) == sequences, "one choice a sequence"
+    if len(asked) != sequences:
+        raise UsageError(
+            "what to keep is given for another number of prompts",
+            expected=f"one choice for all, or {sequences}",
+            found=str(len(asked)),
+        )
     for one in dict.fromkeys(asked):
         _check_read(manifest, one)
     policy = manifest.policy
@@ -88,23 +94,26 @@ def controls_for(
         return {}
     controls: dict[str, np.ndarray] = {}
     if manifest.selection is not None:
-        budgets = {one.budget for one in asked}
-        if len(budgets) > 1:
-            raise UsageError("one batch has one budget", found=", ".join(str(budget) for budget in budgets))
-        budget = asked[0].budget
+        budget = _shared("budget", [one.budget for one in asked])
         controls |= selected(manifest.selection, manifest.selection.budget if budget is None else budget)
     if policy.input("layer_mask"):
         controls["layer_mask"] = np.stack([layer_mask(manifest, one) for one in asked])
     if policy.input("exit_threshold"):
-        found = {one.exit_threshold for one in asked}
-        if len(found) > 1:
-            raise UsageError("one batch has one exit threshold", found=", ".join(map(str, found)))
-        controls["exit_threshold"] = _exit_threshold(policy, asked[0].exit_threshold)
+        threshold = _shared("exit threshold", [one.exit_threshold for one in asked])
+        controls["exit_threshold"] = _exit_threshold(policy, threshold)
     if policy.input("full_until"):
         prompts = [None] * sequences if prompt_tokens is None else prompt_tokens
         until = [_full_until(manifest, one, tokens) for one, tokens in zip(asked, prompts, strict=True)]
         controls["full_until"] = np.array(until, np.int64)
     return controls
+
+
+def _shared(name: str, asked: Sequence[float | None]) -> float | None:
+    """The value that all sequences of a batch must ask for, since it has no axis of sequences."""
+    found = dict.fromkeys("as exported" if value is None else str(float(value)) for value in asked)
+    if len(found) > 1:
+        raise UsageError(f"one batch has one {name}", found=", ".join(found))
+    return asked[0]
 
 
 def layer_mask(manifest: Manifest, keep: Keep) -> np.ndarray:

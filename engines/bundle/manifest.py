@@ -534,6 +534,11 @@ class Manifest(_Model):
             raise ValueError("a selection and a policy that reads thresholds or a budget go together")
         if self.policy is not None and self.policy.name == "gateskip" and self.gates is None:
             raise ValueError("the policy gateskip needs gates")
+        exit_threshold = self.policy.input("exit_threshold") if self.policy else None
+        if self.policy is not None and exit_threshold is not None:
+            bounds = (exit_threshold.least, exit_threshold.most)
+            if self.policy.confidence is None or None in bounds:
+                raise ValueError("a policy that reads an exit threshold needs its range and the exported one")
         for layer in (self.policy.layers or ()) if self.policy else ():
             if not 0 <= layer < self.decoder.num_layers:
                 raise ValueError(f"the policy reaches layer {layer} of {self.decoder.num_layers}")

@@ -44,7 +44,7 @@ INPUTS = (
     Field("seed", "TYPE_INT64", False, "of the random numbers; a new one"),
     Field("stop", "TYPE_STRING", True, "texts that end the generation, left out of the result; none"),
     Field("speculative", "TYPE_BOOL", False, "draft and verify with the bundle's draft; false"),
-    Field("stream", "TYPE_BOOL", False, "a response for every step, in place of one; false"),
+    Field("stream", "TYPE_BOOL", False, "responses as tokens come, in place of one; false"),
 )
 OUTPUTS = (
     Field("text_output", "TYPE_STRING", False, "new text of this response; not in a bundle without tokenizer"),

@@ -18,6 +18,8 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
+
 from engines.bundle.controls import Controls, controls_for, shared_by_batch, stacked
 from engines.bundle.manifest import DraftKind
 from engines.errors import UsageError
@@ -248,15 +250,20 @@ class Scheduler:
         return list(groups.values())
 
     def _step(self, jobs: list[_Job]) -> None:
+        logits: dict[_Job, np.ndarray] = {}
+
         def step() -> None:
             rows = self._rows(jobs)
             output = read(self._runner, self._cache, rows, self._controls(jobs))
             for row, sequence in enumerate(rows):
                 if sequence is not None:
                     self._batch[row].count(output, row, 1, len(jobs))
-            take(rows, output)
+                    logits[self._batch[row]] = output.logits[row, 0]
 
-        self._attempt(jobs, step)
+        if self._works(jobs, step):
+            # Each takes its token by itself: logits that no token can be chosen by are no other request's business.
+            for job, scores in logits.items():
+                self._attempt([job], partial(job.sequence.take, scores))
 
     def _round(self, job: _Job) -> None:
         if job.decoding is None:
@@ -278,8 +285,13 @@ class Scheduler:
         rows = [job.controls if job in jobs else None for job in self._batch]
         return stacked([*rows, *[None] * (self._cache.batch - len(rows))])
 
-    def _attempt(self, jobs: list[_Job], work: Callable[[], None]) -> None:
-        """Do some jobs' work and tell their clients. What fails, fails for these jobs alone."""
+    def _attempt(self, jobs: list[_Job], work: Callable[[], object]) -> None:
+        """Do some jobs' work and tell their clients."""
+        if self._works(jobs, work):
+            self._leave([job for job in jobs if _tell(job, job.tell)])
+
+    def _works(self, jobs: list[_Job], work: Callable[[], object]) -> bool:
+        """Do some jobs' work; returns whether it succeeded. What fails, fails for these jobs alone."""
         try:
             work()
         except Exception as error:
@@ -287,8 +299,8 @@ class Scheduler:
             for job in jobs:
                 _tell(job, partial(job.client.failed, error))
             self._leave(jobs)
-            return
-        self._leave([job for job in jobs if _tell(job, job.tell)])
+            return False
+        return True
 
     def _leave(self, jobs: list[_Job]) -> None:
         """Free the slots of jobs; the last row of the batch takes a free one's place."""

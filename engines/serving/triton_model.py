@@ -2,7 +2,7 @@
 
 Triton starts a process for it (the stub), imports `1/model.py` of the repository, which imports this module, and calls
 `execute` with requests as they come. Responses go out from a thread of their own: sending one waits for the server, and
-the next step need not.
+the next step need not. What comes meanwhile goes with a request's next response.
 
 A request is data and nothing else: it names no file and no code, and one that cannot be carried out is answered with
 an error of its own.
@@ -197,16 +197,21 @@ class _Client:
     def __init__(self, sender: Any, outbox: _Outbox, streams: bool, with_text: bool, metrics: _Metrics) -> None:
         self._sender, self._outbox, self._metrics = sender, outbox, metrics
         self._streams, self._with_text = streams, with_text
+        self._lock = threading.Lock()  # of what has not been sent
         self._ids: list[int] = []
         self._text = ""
+        self._is_waiting = False  # a response, in the outbox
         self._asks_at = 0.0
 
     def tokens(self, ids: Sequence[int], text: str) -> None:
         """See `Client`."""
-        self._ids += ids
-        self._text += text
-        if self._streams:
-            self._outbox.put(partial(_send, self._sender, self._news()))
+        with self._lock:
+            self._ids += ids
+            self._text += text
+            if not self._streams or self._is_waiting:
+                return
+            self._is_waiting = True
+        self._outbox.put(partial(self._send, []))
 
     def finished(self, result: Finished) -> None:
         """See `Client`."""
@@ -223,7 +228,7 @@ class _Client:
             "acceptance": stats.acceptance,
         }
         outputs = [(name, [value]) for name, value in values.items() if value is not None]
-        self._outbox.put(partial(_send, self._sender, [*self._news(), *outputs], last=True))
+        self._outbox.put(partial(self._send, outputs, last=True))
         self._outbox.put(partial(self._metrics.count_finished, result))
 
     def failed(self, error: Exception) -> None:
@@ -245,13 +250,13 @@ class _Client:
         self._outbox.put(end)
         self._outbox.put(partial(self._metrics.count, "cancelled"))
 
-    def _news(self) -> list[tuple[str, list[Any]]]:
-        """What has not been sent yet, by output."""
-        outputs: list[tuple[str, list[Any]]] = [("output_ids", self._ids)]
-        if self._with_text:
-            outputs.insert(0, ("text_output", [self._text]))
-        self._ids, self._text = [], ""
-        return outputs
+    def _send(self, outputs: Sequence[tuple[str, list[Any]]], *, last: bool = False) -> None:
+        """Send what has come since the last response: one step's tokens, or of several steps where sending lags."""
+        with self._lock:
+            ids, text = self._ids, self._text
+            self._ids, self._text, self._is_waiting = [], "", False
+        news: list[tuple[str, list[Any]]] = [("text_output", [text])] if self._with_text else []
+        _send(self._sender, [*news, ("output_ids", ids), *outputs], last=last)
 
 
 class _Metrics:

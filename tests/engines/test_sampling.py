@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from engines.errors import UsageError
+from engines.errors import EngineError, UsageError
 from engines.sampling import Picker, Sampling, candidates, noise
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
@@ -114,6 +116,22 @@ def test_of_equal_tokens_the_earlier_ones_stay(logits: list[float], top_k: int) 
     ids, _ = candidates(np.array(logits), Sampling(1.0, top_k=top_k))
     order = np.argsort(-np.array(logits), kind="stable")[:top_k]
     np.testing.assert_array_equal(ids, order)
+
+
+BAD = [([1.0, math.nan, 3.0], "NaN"), ([1.0, math.inf, 3.0], "an infinite one"), ([-math.inf] * 3, "an infinite one")]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 2, 0.9, 1)], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("logits", "found"), BAD)
+def test_no_token_is_chosen_by_such_logits(logits: list[float], found: str, sampling: Sampling) -> None:
+    with pytest.raises(EngineError, match=f"no token can be chosen by\n  expected numbers, .*, found {found}"):
+        Picker(sampling).pick(np.array(logits, np.float32), 0, 0)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, seed=1)], ids=["greedy", "sampled"])
+def test_a_token_may_be_ruled_out(sampling: Sampling) -> None:
+    """Minus infinity is no fault as long as another token is possible."""
+    assert Picker(sampling).pick(np.array([-np.inf, 2.0, -np.inf], np.float32), 0, 0) == 1
 
 
 @pytest.mark.parametrize(

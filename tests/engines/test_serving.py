@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 import gsx
 from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.controls import Controls, Keep
-from engines.errors import GsxError, UsageError
+from engines.errors import EngineError, GsxError, UsageError
 from engines.runners.base import Cache, Runner, StepOutput
 from engines.runners.portable import PortableStage
 from engines.runners.select import open_runner
@@ -187,6 +188,33 @@ def test_a_request_that_fails_fails_alone(tiny_bundle: Path) -> None:
     assert isinstance(clients[1].error, RuntimeError)
     assert all(client.error is None for client in (clients[0], clients[2], clients[3]))
     assert clients[0].ids == clients[3].ids == gsx.generate(bundle, ids=[5, 6], max_new_tokens=6).ids
+
+
+class Poisoned(Faulty):
+    """A runner that gives a sequence no numbers when some token comes."""
+
+    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: object) -> StepOutput:
+        output = self._runner.step(cache, input_ids, controls, **options)  # type: ignore[arg-type]
+        logits = output.logits.copy()
+        logits[(input_ids == self._token).any(axis=1)] = np.nan
+        return replace(output, logits=logits)
+
+
+def test_logits_that_are_no_numbers_fail_one_request(tiny_bundle: Path) -> None:
+    """Of those that share a step, the others go on."""
+    bundle = open_bundle(tiny_bundle)
+    prompts = [5, 6], [7, 8], [9, 10, 11]
+    wanted = [gsx.generate(bundle, ids=prompt, max_new_tokens=12).ids for prompt in prompts]
+    elsewhere = {token for ids in (*prompts, wanted[0], wanted[2]) for token in ids}
+    token = next(token for token in wanted[1] if token not in elsewhere)
+    scheduler = Scheduler(Poisoned(open_runner(bundle, 1), token), slots=3)
+    clients = [Recorder() for _ in prompts]
+    for prompt, client in zip(prompts, clients, strict=True):
+        scheduler.submit(Request(prompt, 12), client)
+    finish(scheduler)
+    assert isinstance(clients[1].error, EngineError)
+    assert clients[1].ids == wanted[1][: wanted[1].index(token) + 1]
+    assert [clients[0].ids, clients[2].ids] == [wanted[0], wanted[2]]
 
 
 def test_a_client_that_cannot_be_told_is_dropped(tiny_bundle: Path) -> None:

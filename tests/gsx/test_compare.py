@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from engines.bundle.layer_sets import exit_places, mask_of, unified_places
-from engines.errors import TextError
+from engines.errors import TextError, UsageError
 from exporter.checkpoint import open_checkpoint
 from exporter.config import GateConfig
 from exporter.evaluation import losses
@@ -159,3 +159,9 @@ def test_a_text_that_is_too_short_is_refused(model: Path, tmp_path: Path, capsys
     assert run(["compare", str(model), "--work", str(tmp_path / "work"), "--tokens", "8"]) == 2
     assert "tokens to compare on" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
+
+
+def test_a_model_without_room_for_a_prompt_is_refused(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", tokenizer=True, max_position_embeddings=32)
+    with pytest.raises(UsageError, match="expected 64 positions or more, found 32"):
+        compare_policies(model, tmp_path / "work")

@@ -101,7 +101,8 @@ def test_tokens_are_those_of_generate(grpc: Grpc, expected: Callable[[int], Gene
         assert (answer["prompt_tokens"], answer["new_tokens"]) == (len(alone.prompt_ids), len(alone.ids))
         if not REQUESTS[number]["speculative"]:
             assert answer["kept_share"] == alone.stats.kept_share
-            assert answer["responses"] == len(alone.ids) + 1, "one for each token, and the statistics"
+            # One for each token, fewer where sending lags, and the statistics.
+            assert 1 < answer["responses"] <= len(alone.ids) + 1
         assert 0 <= answer["waited_seconds"] <= answer["first_token_seconds"] <= answer["first_seconds"]
 
 
@@ -149,7 +150,8 @@ def test_server_sent_events(server: Server, expected: Callable[[int], GenerateRe
     ids = [event["output_ids"] for event in events]
     assert [one for part in ids for one in (part if isinstance(part, list) else [part])] == expected(5).ids
     assert "".join(event["text_output"] for event in events) == expected(5).text
-    assert len(events) == len(expected(5).ids) + 1
+    assert 2 < len(events) <= len(expected(5).ids) + 1
+    assert all(event["output_ids"] for event in events[:-1])
     assert events[-1]["finish_reason"] == expected(5).finish
 
 

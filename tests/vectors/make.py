@@ -8,6 +8,7 @@ hash of every call that a runtime would have got.
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ from tests.vectors.toy import ToyEngine, mix, new_digest
 
 FOLDER = Path(__file__).parent
 LAYERS, EXIT, VOCABULARY, CONTEXT, END = 6, 3, 97, 100, 2
+# What a rule that does not reach every layer may skip.
+ROUTED = (1, 3, 4)
 HASH = "0" * 64
 
 
@@ -59,12 +62,19 @@ KINDS: dict[str, tuple[int, Callable[[int], float]]] = {
     "all equal": (300, lambda bits: -3.5),
     "wide": (1000, lambda bits: (bits - 2**23) * 2.0**-17),
     "close": (1000, lambda bits: (bits - 2**23) * 2.0**-23),
+    "one ruled out": (20, lambda bits: -math.inf if bits % 3 == 0 else float(bits % 4)),
+}
+# By these no token can be chosen.
+REFUSED_KINDS: dict[str, tuple[int, Callable[[int], float]]] = {
+    "some are no numbers": (20, lambda bits: math.nan if bits % 3 == 0 else float(bits % 4)),
+    "some are infinite": (20, lambda bits: math.inf if bits % 3 == 0 else float(bits % 4)),
+    "all ruled out": (20, lambda bits: -math.inf),
 }
 
 
 def kind_logits(kind: str, seed: int) -> np.ndarray:
     """Logits [V] float32 of a kind: exact in every language."""
-    size, logit = KINDS[kind]
+    size, logit = (KINDS | REFUSED_KINDS)[kind]
     return np.array([logit(mix(seed, v) >> 8) for v in range(size)], np.float32)
 
 
@@ -85,6 +95,16 @@ def sampling_vectors() -> list[dict[str, Any]]:
                     "picks": [[*at, Picker(sampling).pick(logits, *at)] for at in places],
                 }
             )
+    for kind in REFUSED_KINDS:
+        for options in SAMPLINGS[:3]:
+            sampling = Sampling(**options, seed=1)  # type: ignore[arg-type]
+            try:
+                Picker(sampling).pick(kind_logits(kind, 0), 0, 0)
+            except GsxError as error:
+                asked = {**options, "seed": sampling.seed}
+                cases.append({"kind": kind, "logits_seed": 0, "sampling": asked, "error": str(error)})
+            else:
+                raise AssertionError(f"{kind}, {options}: nobody refused")
     return cases
 
 
@@ -148,6 +168,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "rank": {"mode": "rank", "draft": None},
     "layers": {"rule": "layers"},
     "layers, copy": {"rule": "layers", "kv_policy": "copy", "profiles": "two"},
+    "calm": {"rule": "calm", "kv_policy": "copy"},
+    "some layers": {"rule": "router", "profiles": "verify"},
     "rank in pieces": {"mode": "rank", "draft": None, "profiles": "two"},
     "short": {"capacity": 32},
 }
@@ -161,13 +183,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a set of layers": {"max_new_tokens": 16, "keep": {"layers": "0-2,4.mlp"}},
     "an exit": {"max_new_tokens": 16, "keep": {"exit": 4}},
     "a speed-up": {"max_new_tokens": 16, "keep": {"speedup": 1.5}},
+    "a set for each": {"max_new_tokens": 16, "keep": [{"layers": "0-2,4.mlp"}, {}, {"speedup": 1.5}]},
+    "an exit threshold": {"max_new_tokens": 16, "keep": {"exit_threshold": "0.4"}},
+    "nothing leaves": {"max_new_tokens": 16, "keep": {"exit_threshold": "inf"}},
     "to the context's end": {"max_new_tokens": 1000, "stop_ids": [], "long": True},
 }
 # Models that generate, and what they are asked for; the others refuse.
 _FEW = ("greedy", "hot", "stop ids")
-_SETS = ("greedy", "a set of layers", "an exit", "a speed-up")
+_SETS = ("greedy", "a set of layers", "an exit", "a speed-up", "a set for each")
+_CONFIDENT = ("greedy", "an exit threshold", "nothing leaves")
 GENERATING = {
-    "gated": tuple(name for name in OPTIONS if name not in _SETS[1:]),
+    "gated": tuple(name for name in OPTIONS if name not in {*_SETS[1:], *_CONFIDENT[1:]}),
     "copy": _FEW,
     "one branch": _FEW,
     "dense": _FEW,
@@ -175,6 +201,8 @@ GENERATING = {
     "rank": _FEW,
     "layers": _SETS,
     "layers, copy": _SETS,
+    "calm": _CONFIDENT,
+    "some layers": ("greedy", "sampled", "other budget"),
 }
 PROMPTS = {
     "one": [[5, 60, 61, 7, 8, 9]],
@@ -216,6 +244,17 @@ REFUSED: list[tuple[str, str | None, list[list[int]], dict[str, Any]]] = [
     *(("layers", None, [[5]], {"keep": {"exit": depth}}) for depth in (0, 3, 7)),
     *(("layers", None, [[5]], {"keep": {"speedup": target}}) for target in (0.5, 4.0)),
     ("layers", "budget:0.5", [[5]], {}),
+    ("calm", "layers:2.mlp", [[5]], {}),
+    ("some layers", "layers:2.mlp", [[5]], {}),
+    ("calm", None, [[5]], {"keep": {"budget": 0.5}}),
+    ("calm", None, [[5]], {"keep": {"exit": 3}}),
+    *(("calm", None, [[5]], {"keep": {"exit_threshold": one}}) for one in ("-0.1", "1.01", "-inf", "nan")),
+    *((model, None, [[5]], {"keep": {"exit_threshold": "0.5"}}) for model in ("gated", "dense", "layers")),
+    ("calm", None, [[5], [6]], {"keep": [{"exit_threshold": "0.5"}, {}]}),
+    ("gated", None, [[5], [6], [7]], {"keep": [{"budget": 0.5}, {}, {"budget": 0.5}]}),
+    ("gated", None, [[5], [6], [7]], {"keep": [{"budget": 0.5}, {}]}),
+    ("layers", None, [[5], [6]], {"keep": [{"exit": 2}, {"exit": 3}]}),
+    ("layers", None, [[5]], {"keep": {"exit": 2, "exit_threshold": "0.5"}}),
     ("gated", None, [[5]] * 5, {}),  # more sequences than a profile takes
     ("short", None, [[5]], {"max_new_tokens": 60}),  # than the engine's buffers hold
     ("rank in pieces", None, [list(range(3, 40))], {}),
@@ -253,6 +292,7 @@ def toy_manifest(
     if draft is not None:
         graphs |= {"draft": range(draft), "verify": range(draft, LAYERS)}
     gated = bool(branches) and rule == "gateskip"
+    selects = gated or rule == "router"
     policy: dict[str, Any] | None = None
     controls: list[tuple[str, list[Any]]] = []
     if rule == "layers":
@@ -272,14 +312,36 @@ def toy_manifest(
             ],
         }
         controls = [("layer_mask", ["batch", LAYERS, 2]), ("full_until", ["batch"])]
+    elif rule == "calm":
+        policy = {
+            "name": "calm",
+            "branches": branches,
+            "inputs": [
+                {"name": "exit_threshold", "least": 0, "most": 1},
+                {"name": "full_until", "least": 0, "most": None, "default": 0},
+            ],
+            "warm_up": 0,
+            "exits": [2, 4],
+            "confidence": {
+                "measure": "softmax",
+                "threshold": 0.7,
+                "decay": 4.0,
+                "decay_tokens": 64,
+                "guarantee": None,
+            },
+        }
+        controls = [("exit_threshold", []), ("full_until", ["batch"])]
     elif branches:
         policy = gateskip_policy(mode, branches).model_dump()  # type: ignore[arg-type]
+        if rule == "router":
+            policy |= {"name": "router", "layers": ROUTED}
         chooses = {"threshold": ("thresholds", [LAYERS, 2]), "rank": ("budget", [])}[mode]
         controls = [("k", [1]) if count else chooses]
     passes: list[tuple[str, list[Any]]] = [("exit_hidden", ["batch", "sequence", 1])]
     if kv_policy == "copy":
         passes += [(f"exit_{kv}", ["batch", 1, "sequence", 1]) for kv in ("key", "value")]
     engines = {}
+    reached = ROUTED if rule == "router" else range(LAYERS)
     for name, layers in graphs.items():
         kv = [f"{layer}.{kv}" for layer in layers for kv in ("key", "value")]
         inputs: list[tuple[str, list[Any]]] = [
@@ -295,7 +357,7 @@ def toy_manifest(
         outputs: list[tuple[str, list[Any]]] = [
             ("logits", ["batch", "logits_columns", VOCABULARY]),
             *(passes if name == "draft" else []),
-            *([("kept", [len(layers) * len(branches)])] if branches else []),
+            *([("kept", [sum(layer in reached for layer in layers) * len(branches)])] if branches else []),
             *((f"present.{one}", ["batch", 1, capacity, 1]) for one in kv),
         ]
         engines[name] = {
@@ -354,7 +416,7 @@ def toy_manifest(
                 "pad_id": None,
             },
             "gates": {"kind": "scalar", "input": "post_norm", "branches": branches} if gated else None,
-            "selection": selection if gated else None,
+            "selection": selection if selects else None,
             "policy": policy,
             "graphs": {
                 name: {
@@ -398,14 +460,16 @@ def generation_vectors() -> dict[str, Any]:
         drafts: list[tuple[str | None, int | None]] = [(None, None)]
         if manifest.draft is not None:
             drafts += [(f"exit:{EXIT}", 3), (f"exit:{EXIT}", 0)]
-        if manifest.draft is not None and manifest.policy is not None:
+        skips = manifest.policy is not None and manifest.policy.name in ("gateskip", "layers")
+        if manifest.draft is not None and skips:
             drafts += [("layers:1.mlp,4-5.mlp", 2)]
         if manifest.draft is not None and manifest.selection is not None:
             drafts += [("budget:0.4", 4)]
         for spec, length in drafts:
             for name, options in OPTIONS.items():
                 for kind, prompts in PROMPTS.items():
-                    if name not in names or (kind == "ragged" and "long" in options):
+                    needs = "one" if "long" in options else "ragged" if isinstance(options.get("keep"), list) else kind
+                    if name not in names or kind != needs:
                         continue
                     cases.append(_case(model, manifest, spec, length, name, options, prompts))
     return {"manifests": manifests, "cases": cases + [_refused(manifests, *asked) for asked in REFUSED]}
@@ -471,9 +535,15 @@ def _asked(options: dict[str, Any]) -> dict[str, Any]:
 def _generate(
     manifest: Manifest, spec: str | None, prompts: list[list[int]], asked: dict[str, Any], digest: Any
 ) -> Generation:
-    sampling = Sampling(**asked["sampling"])
+    sampling, raw = Sampling(**asked["sampling"]), asked["keep"]
+    keep = [_keep(one) for one in raw] if isinstance(raw, list) else _keep(raw)
     runner, draft = opened(manifest, spec, digest)
-    return generate(runner, prompts, draft=draft, **{**asked, "sampling": sampling, "keep": Keep(**asked["keep"])})
+    return generate(runner, prompts, draft=draft, **{**asked, "sampling": sampling, "keep": keep})
+
+
+def _keep(raw: dict[str, Any]) -> Keep:
+    """A choice as the vectors have it: an exit threshold is text, since JSON has no infinity."""
+    return Keep(**{name: float(value) if name == "exit_threshold" else value for name, value in raw.items()})
 
 
 def threshold_vectors() -> dict[str, Any]:

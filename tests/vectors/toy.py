@@ -2,8 +2,9 @@
 
 It is the same arithmetic as engines/cpp/tests/toy_engine.cpp, so two languages must agree to the bit: states are whole
 numbers below 2**16, all randomness is a hash, logits are quarters, and many of them are equal. It keeps K and V,
-attends over what the mask shows, skips by thresholds, by rank or by a set of layers, and has an exit that often agrees
-with the model. The inputs of a call are hashed, so that vectors tell of every byte that a runtime would be given.
+attends over what the mask shows, skips by thresholds, by rank, by a set of layers or by confidence, and has an exit
+that often agrees with the model. The inputs of a call are hashed, so that vectors tell of every byte that a runtime
+would be given.
 """
 
 from __future__ import annotations
@@ -124,10 +125,13 @@ class ToyEngine:
             else (mix(int(state[b, s]), layer, 10 + column) & 0xFF) / 256
             for b, s in tokens
         }
-        if "layer_mask" in feeds:
-            first, runs = feeds["full_until"], feeds["layer_mask"][:, layer, column]
-            place = feeds["write_at"]
-            return [(b, s) for b, s in tokens if runs[b] or place[b] + s < first[b] or scores[b, s] == 2.0]
+        if "full_until" in feeds:
+            first, place = feeds["full_until"], feeds["write_at"]
+            if "layer_mask" in feeds:
+                runs = {(b, s): feeds["layer_mask"][b, layer, column] for b, s in tokens}
+            else:
+                runs = {token: scores[token] < float(feeds["exit_threshold"]) for token in tokens}
+            return [(b, s) for b, s in tokens if runs[b, s] or place[b] + s < first[b] or scores[b, s] == 2.0]
         if "thresholds" in feeds:
             return [token for token in tokens if scores[token] > feeds["thresholds"][layer, column]]
         if "k" in feeds:

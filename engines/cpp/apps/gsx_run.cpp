@@ -25,6 +25,7 @@ new ids stream to standard output, one a line.
   --layers SET         branches that run, e.g. 0-3,6,8.attn (--policy layers)
   --exit N             run the first N layers (--policy layers)
   --speedup X          Unified Layer Skipping: new tokens run 1/X of the layers (--policy layers)
+  --exit-threshold C   confidence at which a token leaves; inf: nothing does (--policy calm)
   --temperature T      0 is greedy (0)
   --top-k K            only the K likeliest tokens; 0 for all (0)
   --top-p P            only the likeliest tokens that together reach this probability (1)
@@ -41,6 +42,7 @@ new ids stream to standard output, one a line.
 
 struct Command {
     std::string bundle;
+    gsx::Keep keep;
     gsx::Options options;
     gsx::Drafting drafting;
     gsx::GpuOptions gpu;
@@ -67,10 +69,11 @@ Command parse(int count, char** arguments) {
     auto const real = [&] { return numberOf<double>(value, name, "a number"); };
     std::map<std::string, std::function<void()>> const valued = {
         {"--max-new-tokens", [&] { options.maxNewTokens = whole(); }},
-        {"--budget", [&] { options.keep.budget = real(); }},
-        {"--layers", [&] { options.keep.layers = value; }},
-        {"--exit", [&] { options.keep.exit = whole(); }},
-        {"--speedup", [&] { options.keep.speedup = real(); }},
+        {"--budget", [&] { command.keep.budget = real(); }},
+        {"--layers", [&] { command.keep.layers = value; }},
+        {"--exit", [&] { command.keep.exit = whole(); }},
+        {"--speedup", [&] { command.keep.speedup = real(); }},
+        {"--exit-threshold", [&] { command.keep.exitThreshold = real(); }},
         {"--temperature", [&] { options.sampling.temperature = real(); }},
         {"--top-k", [&] { options.sampling.topK = whole(); }},
         {"--top-p", [&] { options.sampling.topP = real(); }},
@@ -118,7 +121,7 @@ nlohmann::json report(gsx::Model const& model, Command const& command, gsx::Toke
     gsx::GenerationStats const& stats = made.stats;
     std::optional<double> budget;
     if (auto const& selection = model.bundle().manifest.selection) {
-        budget = command.options.keep.budget.value_or(selection->budget);
+        budget = command.keep.budget.value_or(selection->budget);
     }
     std::optional<gsx::DraftKind> const draft = model.draft();
     return {{"ids", made.sequences[0].tokens},
@@ -145,6 +148,7 @@ nlohmann::json report(gsx::Model const& model, Command const& command, gsx::Toke
 void run(Command command) {
     gsx::Model model = gsx::openModel(command.bundle, command.drafting, command.gpu);
     gsx::Tokens const prompt = readIds(std::cin);
+    command.options.keep = {command.keep};
     if (!command.json) {
         command.options.onToken = [](size_t, int64_t token) {
             std::cout << token << std::endl;

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <set>
 #include <sstream>
@@ -16,6 +17,7 @@ namespace {
 constexpr int64_t kMostLayers = 10'000;
 constexpr char const* kLayerMask = "layer_mask";
 constexpr char const* kFullUntil = "full_until";
+constexpr char const* kExitThreshold = "exit_threshold";
 
 // [L, 2], 1 for a branch that runs.
 using Mask = std::vector<float>;
@@ -160,7 +162,17 @@ std::vector<std::string> givenOf(Keep const& keep) {
     if (keep.layers) given.emplace_back("--layers");
     if (keep.exit) given.emplace_back("--exit");
     if (keep.speedup) given.emplace_back("--speedup");
+    if (keep.exitThreshold) given.emplace_back("--exit-threshold");
     return given;
+}
+
+// Refuse a threshold outside the measure's range; infinity, at which nothing leaves, is allowed.
+void checkExitThreshold(double threshold, double least, double most) {
+    if (threshold == std::numeric_limits<double>::infinity() || (least <= threshold && threshold <= most)) return;
+    throw UsageError("the exit threshold lies outside the measure's range",
+                     {shortNumber(least) + " to " + shortNumber(most) + ", or inf to leave nothing out",
+                      shortNumber(threshold),
+                      {}});
 }
 
 // Refuse what the bundle's rule does not read.
@@ -180,11 +192,30 @@ void checkRead(Manifest const& manifest, Keep const& keep) {
                               {}});
         }
         checkBudget(*keep.budget);
+    } else if (keep.exitThreshold) {
+        RuntimeInput const* read = dense ? nullptr : manifest.policy->input(kExitThreshold);
+        if (read == nullptr) {
+            throw UsageError("--exit-threshold needs a bundle whose tokens leave when the model is confident",
+                             {{}, dense ? "a dense model" : "policy " + manifest.policy->name,
+                              "gsx export MODEL --policy calm"});
+        }
+        checkExitThreshold(*keep.exitThreshold, *read->least, *read->most);
     } else if (!given.empty() && (dense || manifest.policy->input(kLayerMask) == nullptr)) {
         throw UsageError(given[0] + " needs a bundle that reads a set of layers",
                          {{}, dense ? "a dense model" : "policy " + manifest.policy->name,
                           "gsx export MODEL --policy layers"});
     }
+}
+
+// The value that all sequences of a batch must ask for, since it has no axis of sequences. `name` is for the message.
+std::optional<double> sharedValue(std::vector<Keep> const& keep, std::optional<double> Keep::*value, std::string const& name) {
+    std::vector<std::string> found;
+    for (Keep const& one : keep) {
+        std::string const text = one.*value ? exactNumber(*(one.*value)) : "as exported";
+        if (std::find(found.begin(), found.end(), text) == found.end()) found.push_back(text);
+    }
+    if (found.size() > 1) throw UsageError("one batch has one " + name, {{}, joinedBy(", ", found), {}});
+    return keep.front().*value;
 }
 
 // Position from which the rule applies to a sequence: behind its prompt and the warm-up, or 0.
@@ -214,24 +245,37 @@ Controls selected(Selection const& selection, double budget) {
     return {{"thresholds", std::move(array)}};
 }
 
-std::shared_ptr<Controls const> controlsFor(Manifest const& manifest, Keep const& keep, Counts const& promptSizes) {
-    checkRead(manifest, keep);
+std::shared_ptr<Controls const> controlsFor(Manifest const& manifest, std::vector<Keep> keep, Counts const& promptSizes) {
+    size_t const sequences = promptSizes.size();
+    if (keep.size() < 2) keep.resize(sequences, keep.empty() ? Keep{} : keep.front());
+    if (keep.size() != sequences) {
+        throw UsageError("what to keep is given for another number of prompts",
+                         {"one choice for all, or " + std::to_string(sequences), std::to_string(keep.size()), {}});
+    }
+    for (Keep const& one : keep) checkRead(manifest, one);
     auto controls = std::make_shared<Controls>();
     if (!manifest.policy) return controls;
     Policy const& policy = *manifest.policy;
-    auto const sequences = static_cast<int64_t>(promptSizes.size());
+    auto const batch = static_cast<int64_t>(sequences);
     if (manifest.selection) {
-        *controls = selected(*manifest.selection, keep.budget.value_or(manifest.selection->budget));
+        std::optional<double> const budget = sharedValue(keep, &Keep::budget, "budget");
+        *controls = selected(*manifest.selection, budget.value_or(manifest.selection->budget));
     }
     if (RuntimeInput const* read = policy.input(kLayerMask)) {
-        Mask const mask = layerMask(manifest, *read, keep);
-        Array<float> masks({sequences, manifest.decoder.numLayers, kBranches}, {});
-        for (int64_t i = 0; i < sequences; ++i) masks.data.insert(masks.data.end(), mask.begin(), mask.end());
+        Array<float> masks({batch, manifest.decoder.numLayers, kBranches}, {});
+        for (Keep const& one : keep) {
+            Mask const mask = layerMask(manifest, *read, one);
+            masks.data.insert(masks.data.end(), mask.begin(), mask.end());
+        }
         (*controls)[kLayerMask] = std::move(masks);
     }
+    if (policy.input(kExitThreshold) != nullptr) {
+        double const threshold = sharedValue(keep, &Keep::exitThreshold, "exit threshold").value_or(*policy.exitThreshold);
+        (*controls)[kExitThreshold] = Array<float>({}, {static_cast<float>(threshold)});
+    }
     if (policy.input(kFullUntil) != nullptr) {
-        Array<int64_t> until({sequences}, {});
-        for (int64_t const size : promptSizes) until.data.push_back(fullUntil(manifest, keep, size));
+        Array<int64_t> until({batch}, {});
+        for (size_t i = 0; i < sequences; ++i) until.data.push_back(fullUntil(manifest, keep[i], promptSizes[i]));
         (*controls)[kFullUntil] = std::move(until);
     }
     return controls;

@@ -12,9 +12,9 @@
 
 namespace gsx {
 
-// The run-time inputs of a generation. `promptSizes` are the prompts' tokens, one a sequence.
+// The run-time inputs of a generation. `keep` is as in Options; `promptSizes` are the prompts' tokens, one a sequence.
 // Throws UsageError: what the bundle's rule does not read, or a value that it does not take.
-std::shared_ptr<Controls const> controlsFor(Manifest const& manifest, Keep const& keep, Counts const& promptSizes);
+std::shared_ptr<Controls const> controlsFor(Manifest const& manifest, std::vector<Keep> keep, Counts const& promptSizes);
 
 // The run-time input of a budget: `thresholds`, or `budget` with selection by rank.
 Controls selected(Selection const& selection, double budget);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <numeric>
 #include <set>
 
 #include "gsx/error.h"
@@ -77,7 +78,10 @@ RuntimeInput const* Policy::input(std::string const& wanted) const {
 std::vector<Place> Manifest::skippablePlaces(int64_t first, int64_t last) const {
     std::vector<Place> places;
     if (!policy) return places;
-    for (int64_t layer = first; layer < last; ++layer) {
+    std::vector<int64_t> layers(static_cast<size_t>(last - first));
+    std::iota(layers.begin(), layers.end(), first);
+    for (int64_t const layer : policy->layers.value_or(layers)) {
+        if (layer < first || layer >= last) continue;
         for (Branch const branch : {Branch::kAttention, Branch::kMlp}) {
             bool const skips = std::find(policy->branches.begin(), policy->branches.end(), branch) != policy->branches.end();
             if (skips) places.emplace_back(layer, branch);

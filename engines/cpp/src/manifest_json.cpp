@@ -18,6 +18,7 @@ using nlohmann::json;
 constexpr int64_t kSchemaVersion = 1;
 constexpr char const* kGateSkip = "gateskip";
 constexpr char const* kLayerMask = "layer_mask";
+constexpr char const* kExitThreshold = "exit_threshold";
 
 Branch branchOf(json const& name) { return name == nameOf(Branch::kAttention) ? Branch::kAttention : Branch::kMlp; }
 
@@ -32,6 +33,10 @@ FileEntry fileOf(json const& entry) {
     FileEntry file{entry.at("file"), entry.at("sha256"), std::nullopt};
     if (entry.contains("size_bytes")) file.sizeBytes = entry["size_bytes"].get<int64_t>();
     return file;
+}
+
+std::optional<double> numberOf(json const& value) {
+    return value.is_null() ? std::nullopt : std::optional(value.get<double>());
 }
 
 // null means minus infinity (keep everything): JSON has no infinities.
@@ -61,9 +66,13 @@ Policy policyOf(json const& entry) {
     Policy policy;
     policy.name = entry.at("name");
     policy.branches = branchesOf(entry.at("branches"));
+    json const& layers = optionalMember(entry, "layers");
+    if (!layers.is_null()) policy.layers = layers.get<std::vector<int64_t>>();
     for (json const& input : entry.at("inputs")) {
         RuntimeInput& read = policy.inputs.emplace_back();
         read.name = input.at("name");
+        read.least = numberOf(input.at("least"));
+        read.most = numberOf(input.at("most"));
         if (read.name != kLayerMask) continue;
         for (json const& row : input.at("default")) read.defaultMask.push_back({row.at(0), row.at(1)});
     }
@@ -71,6 +80,10 @@ Policy policyOf(json const& entry) {
     if (!warmUp.is_null()) policy.warmUp = warmUp.get<int64_t>();
     json const& exits = optionalMember(entry, "exits");
     if (!exits.is_null()) policy.exits = exits.get<std::vector<int64_t>>();
+    json const& confidence = optionalMember(entry, "confidence");
+    if (!confidence.is_null()) {  // null means infinity (nothing leaves)
+        policy.exitThreshold = numberOf(confidence.at("threshold")).value_or(std::numeric_limits<double>::infinity());
+    }
     return policy;
 }
 
@@ -78,7 +91,7 @@ Policy policyOf(json const& entry) {
 Policy gateskipPolicy(Selection const& selection, json const& gates) {
     Policy policy;
     policy.name = kGateSkip;
-    policy.inputs.push_back({selection.mode == SelectionMode::kRank ? "budget" : "thresholds", {}});
+    policy.inputs.push_back({selection.mode == SelectionMode::kRank ? "budget" : "thresholds", 0, 1, {}});
     if (!gates.is_null()) policy.branches = branchesOf(gates.at("branches"));
     return policy;
 }
@@ -181,6 +194,17 @@ std::string brokenRule(json const& raw, Manifest const& manifest) {
     }
     if (policy != nullptr && policy->name == kGateSkip && raw.at("gates").is_null()) {
         return "the policy gateskip needs gates";
+    }
+    RuntimeInput const* asked = policy != nullptr ? policy->input(kExitThreshold) : nullptr;
+    if (asked != nullptr && !(policy->exitThreshold && asked->least && asked->most)) {
+        return "a policy that reads an exit threshold needs its range and the exported one";
+    }
+    if (policy != nullptr && policy->layers) {
+        for (int64_t const layer : *policy->layers) {
+            if (layer < 0 || layer >= shape.numLayers) {
+                return "the policy reaches layer " + std::to_string(layer) + " of " + std::to_string(shape.numLayers);
+            }
+        }
     }
     RuntimeInput const* mask = policy != nullptr ? policy->input(kLayerMask) : nullptr;
     if (mask != nullptr && static_cast<int64_t>(mask->defaultMask.size()) != shape.numLayers) {

@@ -30,10 +30,9 @@ Call callOf(Cache const& cache, Array<int64_t> ids, Counts counts, std::shared_p
 }
 
 StepOutput stepOutput(Stage const& stage, Call const& call, StageOutput output) {
-    auto const& policy = stage.manifest().policy;
-    auto const branches = policy ? static_cast<int64_t>(policy->branches.size()) : 0;
+    auto const branches = static_cast<int64_t>(stage.skippable().size());
     int64_t const tokens = std::accumulate(call.counts.begin(), call.counts.end(), int64_t{0});
-    return {std::move(output.logits), std::move(output.kept), tokens * stage.layers().count() * branches};
+    return {std::move(output.logits), std::move(output.kept), tokens * branches};
 }
 
 // Waiting tokens that have not been rolled back, as one call: each sequence's at the front of its row.

@@ -33,7 +33,7 @@ struct Cache {
 struct StepOutput {
     Array<float> logits;
     KeptTable kept;
-    // Rows that came before the gates in this call, one a token and gated branch.
+    // Rows that the keep rule judged in this call, one a token and skippable branch.
     int64_t gatedRows = 0;
 };
 

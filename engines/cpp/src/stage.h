@@ -21,7 +21,7 @@ using Counts = std::vector<int64_t>;
 enum class Logits { kNone, kLast, kAll };
 
 // Run-time inputs of the keep rule, by name (docs/design.md): `thresholds` [L, 2] or `budget` [], `layer_mask` [B, L, 2]
-// float32, `full_until` [B] int64. Empty for a dense model.
+// and `exit_threshold` [] float32, `full_until` [B] int64. Empty for a dense model.
 using Controls = Values;
 
 // The tokens of one call.
@@ -72,6 +72,8 @@ public:
 
     Manifest const& manifest() const { return mManifest; }
     Layers layers() const { return mLayers; }
+    // Branches of its layers that the keep rule may skip.
+    std::vector<Place> const& skippable() const { return mSkippable; }
 
     // Room for sequences of up to `capacity` tokens; the buffers have the engine's own capacity, whatever is asked for.
     // Throws EngineError: the engine has no room for so many tokens or sequences.

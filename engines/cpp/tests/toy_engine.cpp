@@ -177,14 +177,16 @@ std::vector<ToyEngine::Token> ToyEngine::kept(int64_t layer, gsx::Branch branch,
         scores[token] = isEnd ? kEndScore : static_cast<double>(hash & 0xFF) / 256;
     }
     std::vector<Token> rows;
-    if (feeds.count("layer_mask") != 0) {
+    if (feeds.count("full_until") != 0) {
         auto const table = static_cast<int64_t>(mManifest.decoder.numLayers) * gsx::kBranches;
+        bool const masked = feeds.count("layer_mask") != 0;
         std::copy_if(tokens.begin(), tokens.end(), std::back_inserter(rows), [&](Token token) {
             auto const b = static_cast<size_t>(token.first);
             int64_t const place = ints(feeds, "write_at").data[b] + token.second;
+            if (place < ints(feeds, "full_until").data[b] || scores[token] >= kEndScore) return true;
+            if (!masked) return scores[token] < static_cast<double>(floats(feeds, "exit_threshold").data[0]);
             int64_t const at = token.first * table + layer * gsx::kBranches + column;
-            bool const runs = floats(feeds, "layer_mask").data[static_cast<size_t>(at)] != 0;
-            return runs || place < ints(feeds, "full_until").data[b] || scores[token] >= kEndScore;
+            return floats(feeds, "layer_mask").data[static_cast<size_t>(at)] != 0;
         });
         return rows;
     }

@@ -1,10 +1,13 @@
 // Repeats what Python wrote into a file of vectors (tests/vectors/make.py): `gsx_vectors FILE.json`.
 // Prints one line for each difference; exit code 1 where there is one, or where a file had nothing to compare.
 
+#include <cmath>
 #include <cstring>
 #include <fstream>
 #include <functional>
 #include <iostream>
+#include <limits>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -35,6 +38,16 @@ double number(json const& text) {
     return value;
 }
 
+// What an action is refused with.
+std::string refusalOf(std::function<void()> const& action) {
+    try {
+        action();
+    } catch (gsx::Error const& error) {
+        return error.what();
+    }
+    return "nothing was refused";
+}
+
 gsx::Sampling samplingOf(json const& options) {
     gsx::Sampling sampling;
     sampling.temperature = options.at("temperature");
@@ -44,12 +57,14 @@ gsx::Sampling samplingOf(json const& options) {
     return sampling;
 }
 
-// Logits of a kind: the table KINDS of make.py.
+// Logits of a kind: the tables KINDS and REFUSED_KINDS of make.py.
 std::vector<float> kindLogits(std::string const& kind, uint32_t seed) {
     struct Kind {
         uint32_t size;
         std::function<double(uint32_t)> logit;
     };
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    auto const otherwise = [](uint32_t bits, double third) { return bits % 3 == 0 ? third : bits % 4; };
     auto const centred = [](uint32_t bits) { return static_cast<double>(bits) - 0x1p23; };
     static std::map<std::string, Kind> const kinds = {
         {"one", {1, [](uint32_t bits) { return bits * 0x1p-20; }}},
@@ -57,6 +72,10 @@ std::vector<float> kindLogits(std::string const& kind, uint32_t seed) {
         {"all equal", {300, [](uint32_t) { return -3.5; }}},
         {"wide", {1000, [&](uint32_t bits) { return centred(bits) * 0x1p-17; }}},
         {"close", {1000, [&](uint32_t bits) { return centred(bits) * 0x1p-23; }}},
+        {"one ruled out", {20, [&](uint32_t bits) { return otherwise(bits, -infinity); }}},
+        {"some are no numbers", {20, [&](uint32_t bits) { return otherwise(bits, std::nan("")); }}},
+        {"some are infinite", {20, [&](uint32_t bits) { return otherwise(bits, infinity); }}},
+        {"all ruled out", {20, [](uint32_t) { return -infinity; }}},
     };
     std::vector<float> logits;
     Kind const& one = kinds.at(kind);
@@ -70,6 +89,10 @@ void repeatSampling(json const& cases) {
         std::vector<float> const logits = kindLogits(one.at("kind"), one.at("logits_seed"));
         gsx::LogitsRow const row{logits.data(), logits.size()};
         std::string const what = one.at("kind").get<std::string>() + " " + one.at("sampling").dump();
+        if (one.contains("error")) {
+            compare(what, refusalOf([&] { gsx::Picker(sampling).pick(row, 0, 0); }), one["error"]);
+            continue;
+        }
         if (!sampling.greedy()) {
             gsx::Candidates const found = gsx::candidatesOf(row, sampling);
             auto const likely = std::count_if(found.weights.begin(), found.weights.end(), [](double w) { return w > 0; });
@@ -117,15 +140,22 @@ void repeatThresholds(json const& file) {
     }
 }
 
+gsx::Keep keepOf(json const& raw) {
+    gsx::Keep keep;
+    if (raw.contains("budget")) keep.budget = raw["budget"].get<double>();
+    if (raw.contains("layers")) keep.layers = raw["layers"].get<std::string>();
+    if (raw.contains("exit")) keep.exit = raw["exit"].get<int64_t>();
+    if (raw.contains("speedup")) keep.speedup = raw["speedup"].get<double>();
+    if (raw.contains("exit_threshold")) keep.exitThreshold = std::stod(raw["exit_threshold"].get<std::string>());
+    return keep;
+}
+
 gsx::Options optionsOf(json const& raw) {
     gsx::Options options;
     options.maxNewTokens = raw.at("max_new_tokens");
     options.sampling = samplingOf(raw.at("sampling"));
     json const& keep = raw.at("keep");
-    if (keep.contains("budget")) options.keep.budget = keep["budget"].get<double>();
-    if (keep.contains("layers")) options.keep.layers = keep["layers"].get<std::string>();
-    if (keep.contains("exit")) options.keep.exit = keep["exit"].get<int64_t>();
-    if (keep.contains("speedup")) options.keep.speedup = keep["speedup"].get<double>();
+    for (json const& one : keep.is_array() ? keep : json::array({keep})) options.keep.push_back(keepOf(one));
     if (!raw.at("stop_ids").is_null()) options.stopIds = raw["stop_ids"].get<gsx::Tokens>();
     if (!raw.at("draft_length").is_null()) options.draftLength = raw["draft_length"].get<int64_t>();
     return options;
@@ -147,14 +177,8 @@ std::string generateToy(json const& raw, json const& one, gsx::Options const& op
 }
 
 void repeatRefusal(json const& raw, json const& one, gsx::Options const& options) {
-    std::string said = "nothing was refused";
-    try {
-        gsx::Generation made;
-        generateToy(raw, one, options, made);
-    } catch (gsx::Error const& error) {
-        said = error.what();
-    }
-    compare("refusal", said, one.at("error"));
+    gsx::Generation made;
+    compare("refusal", refusalOf([&] { generateToy(raw, one, options, made); }), one.at("error"));
 }
 
 void repeatGeneration(json const& file) {

@@ -206,6 +206,14 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a column": (lambda m: m["selection"]["grid"][0]["thresholds"][0].pop(), "has the wrong number of items"),
     "gates alone": (lambda m: m.update(selection=None), "a policy that reads thresholds or a budget go together"),
     "a policy without gates": (lambda m: m.update(gates=None), "the policy gateskip needs gates"),
+    "a layer that is not there": (
+        lambda m: m["policy"].update(layers=[0, 99]),
+        "the policy reaches layer 99 of",
+    ),
+    "a threshold without a measure": (
+        lambda m: m["policy"]["inputs"].append({"name": "exit_threshold", "least": 0, "most": 1}),
+        "a policy that reads an exit threshold needs its range and the exported one",
+    ),
     "no model": (lambda m: m["graphs"].update(other=m["graphs"].pop("model")), "graphs lacks model"),
     "a draft of no kind": (lambda m: m.update(draft={"draft": {"layer": 1}}), "draft.draft.kind: must name"),
     "an exit too deep": (

@@ -32,12 +32,15 @@ struct Keep {
     std::optional<int64_t> exit;
     // Target of Unified Layer Skipping: the prompt runs in full, new tokens through the kept layers.
     std::optional<double> speedup;
+    // Confidence at which a token leaves, with rules that measure it; infinity: none leaves.
+    std::optional<double> exitThreshold;
 };
 
 struct Options {
     // Of each sequence; the model's context may end it earlier.
     int64_t maxNewTokens = 128;
-    Keep keep;
+    // Of all prompts, or one for each; empty: all as exported. One batch has one budget, and one exit threshold.
+    std::vector<Keep> keep;
     Sampling sampling;
     // Tokens that end a sequence, and are kept in it; none for the model's end-of-text.
     std::optional<Tokens> stopIds;
@@ -63,11 +66,11 @@ struct GenerationStats {
     // and how often it was right.
     std::vector<int64_t> drafted;
     std::vector<int64_t> accepted;
-    // Rows that branches ran on, and rows that came before their gates, in all layers that the model itself ran.
+    // Rows that skippable branches ran on, and rows that the keep rule judged, in all layers that the model itself ran.
     int64_t keptRows = 0;
     int64_t gatedRows = 0;
 
-    // Share of (token, branch) pairs kept; none without gates.
+    // Share of (token, branch) pairs kept; none without a keep rule.
     std::optional<double> keptShare() const;
     // New tokens after the first of each sequence, by the time that they took.
     std::optional<double> decodeTokensPerSecond() const;

@@ -50,9 +50,12 @@ struct Selection {
     Thresholds thresholdsFor(double wanted) const;
 };
 
-// What a graph reads at run time beside the tokens, and the exported value of those that no selection holds.
+// What a graph reads at run time beside the tokens, and the exported value of those that no other section holds.
 struct RuntimeInput {
     std::string name;
+    // Of its values; none: no bound.
+    std::optional<double> least;
+    std::optional<double> most;
     // Of `layer_mask`: 1 for a branch that runs.
     Thresholds defaultMask;
 };
@@ -60,13 +63,17 @@ struct RuntimeInput {
 // The keep rule: which tokens run which branch.
 struct Policy {
     std::string name;
-    // Those that it may skip, in every layer.
+    // Those that it may skip, in every layer that it reaches.
     std::vector<Branch> branches;
+    // Those that it reaches; none: all.
+    std::optional<std::vector<int64_t>> layers;
     std::vector<RuntimeInput> inputs;
     // New tokens that run every branch, after a prompt that does too; none: the rule applies to every token.
     std::optional<int64_t> warmUp;
     // Depths that the model was trained to leave at; empty: any.
     std::vector<int64_t> exits;
+    // The exported confidence at which a token leaves, with rules that measure it; infinite: none leaves.
+    std::optional<double> exitThreshold;
 
     // An input by its name; null if the rule does not read it.
     RuntimeInput const* input(std::string const& wanted) const;
