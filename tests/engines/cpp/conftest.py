@@ -51,7 +51,8 @@ def run(command: list[str], **options: object) -> str:
 @pytest.fixture(scope="session")
 def cpp_build() -> Path:
     """The core and its tests, compiled without warnings; CXXFLAGS (sanitizers, say) make a build of their own."""
-    digest = hashlib.sha256(os.environ.get("CXXFLAGS", "").encode())
+    # CMake ties a build to the folder of its sources: two checkouts have two.
+    digest = hashlib.sha256(f"{SOURCES}\0{os.environ.get('CXXFLAGS', '')}".encode())
     for path in [*sorted(SOURCES.rglob("*")), SCHEMA_FILE]:
         if path.is_file():
             digest.update(f"{path.name}\0".encode() + path.read_bytes())
