@@ -212,14 +212,16 @@ def _dense(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
     return Plan("dense", None, "compute")
 
 
+def _refuse_none(expected: str) -> NoReturn:
+    raise UsageError(
+        "--kv-policy none is for sets of layers that stay the same for a request", expected=expected, found="none"
+    )
+
+
 def _calm(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
     kv_policy = choice.kv_policy or "compute"
     if kv_policy == "none":
-        raise UsageError(
-            "--kv-policy none is for sets of layers that stay the same for a request",
-            expected="compute (K and V of the layers above, from the exit state) or copy with calm",
-            found="none",
-        )
+        _refuse_none("compute (K and V of the layers above, from the exit state) or copy with calm")
     options = parse_calm(parameters, config)
     return Plan(
         "calm", options.rule(), kv_policy, calibrates=options.guarantee is not None, exits=options.exits, calm=options
@@ -240,11 +242,7 @@ def _gateskip(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
         )
     kv_policy = choice.kv_policy or "compute"
     if kv_policy == "none":
-        raise UsageError(
-            "--kv-policy none is for sets of layers that stay the same for a request",
-            expected="compute or copy with gateskip, where another token may need a skipped token's K and V",
-            found="none",
-        )
+        _refuse_none("compute or copy with gateskip, where another token may need a skipped token's K and V")
     if kv_policy == "copy" and "attn" not in gate.branches:
         raise UsageError(
             "--kv-policy copy needs gates on the attention branch", found="gates on " + ", ".join(gate.branches)

@@ -13,6 +13,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.manifest import KvCache
+from engines.lowering.nodes import replace_nodes
 
 KINDS = ("key", "value")
 _HEADS_AXIS = 1
@@ -64,13 +65,7 @@ def round_cache(graph: onnx.GraphProto, kv_cache: KvCache, layers: Iterable[int]
             nodes.append(helper.make_node("DequantizeLinear", inputs, [rounded], name=rounded, axis=_HEADS_AXIS))
             node.input[1] = rounded
         nodes.append(node)
-    copies = []
-    for node in nodes:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copies.append(copy)
-    del graph.node[:]
-    graph.node.extend(copies)
+    replace_nodes(graph, nodes)
 
 
 def hold_codes(graph: onnx.GraphProto) -> None:

@@ -38,6 +38,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.manifest import DecoderShape, Manifest
 from engines.lowering.kv_cache import add_channel_scales, add_head_scales, hold_codes, of_channels, quantize
+from engines.lowering.nodes import copy_of, replace_nodes
 from engines.lowering.quantized import fuse_products, weights_inside
 from engines.lowering.regions import branch_choices, find_regions, size_name, wrap
 
@@ -159,7 +160,7 @@ def _lengths(graph: onnx.GraphProto) -> None:
     ]
     for node in nodes:
         node.name = node.output[0]
-    _replace_nodes(graph, [*nodes, *graph.node])
+    replace_nodes(graph, [*nodes, *graph.node])
 
 
 def _write_in_place(graph: onnx.GraphProto, manifest: Manifest, layers: Sequence[int]) -> None:
@@ -185,7 +186,7 @@ def _write_in_place(graph: onnx.GraphProto, manifest: Manifest, layers: Sequence
             appended.CopyFrom(outputs[f"present.{layer}.{kv}"])
             appended.name = _appended(layer, kv)
     nodes = [one for node in graph.node for one in (codes.get(node.output[0]), node) if one is not None]
-    _replace_nodes(graph, nodes)
+    replace_nodes(graph, nodes)
 
 
 def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest, steps: bool) -> None:
@@ -225,7 +226,7 @@ def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest, steps: bool) -
                 helper.make_node("Squeeze", [out, _FIRST], [node.output[0]], name=name + "rows"),
             ]
     _read_live_keys(nodes)
-    _replace_nodes(graph, nodes)
+    replace_nodes(graph, nodes)
 
 
 def _read_live_keys(nodes: list[onnx.NodeProto]) -> None:
@@ -267,7 +268,7 @@ def _empty_key(graph: onnx.GraphProto, shape: DecoderShape, steps: bool) -> None
         node.name = node.output[0]
     graph.initializer.append(numpy_helper.from_array(np.array([1], np.int64), _SECOND))
     first = next(number for number, node in enumerate(graph.node) if node.output[0] == "lowered.batch")
-    _replace_nodes(graph, [*graph.node[: first + 1], *nodes, *graph.node[first + 1 :]])
+    replace_nodes(graph, [*graph.node[: first + 1], *nodes, *graph.node[first + 1 :]])
 
 
 def _attend_and_append(graph: onnx.GraphProto, manifest: Manifest, steps: bool) -> None:
@@ -306,7 +307,7 @@ def _attend_and_append(graph: onnx.GraphProto, manifest: Manifest, steps: bool) 
         bias = "" if steps or shape.windows[layer] is None else _bias_of(node.input[3])
         attention = _Attention(manifest, layer, name + "attention")
         nodes.append(attention.node(node.input[0], (key, value), past, outputs, bias=bias, windowed=steps))
-    _replace_nodes(graph, nodes)
+    replace_nodes(graph, nodes)
 
 
 def _bias_of(mask: str) -> str:
@@ -327,7 +328,7 @@ def _add_biases(graph: onnx.GraphProto) -> None:
             if bias in wanted:
                 inputs = [mask, "lowered.seen", "lowered.masked"]
                 nodes.append(helper.make_node("Where", inputs, [bias], name=bias))
-    _replace_nodes(graph, nodes)
+    replace_nodes(graph, nodes)
 
 
 def _name_capacity(graph: onnx.GraphProto) -> None:
@@ -336,12 +337,6 @@ def _name_capacity(graph: onnx.GraphProto) -> None:
     for value in [*graph.input, *graph.output]:
         if value.name.startswith(caches):
             value.type.tensor_type.shape.dim[2].dim_param = "capacity"
-
-
-def _replace_nodes(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    copies = [_copy(node) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(copies)
 
 
 @dataclass(frozen=True)
@@ -408,7 +403,7 @@ def _regions(graph: onnx.GraphProto, manifest: Manifest, layers: range) -> None:
             nodes += wrap(region, carried, f"{region.choice.output[2]}.", cache_type)
         elif node.name not in member_names:
             nodes.append(node)
-    _replace_nodes(graph, nodes)
+    replace_nodes(graph, nodes)
 
 
 def _cut_head(model: onnx.ModelProto, manifest: Manifest, layers: range) -> onnx.ModelProto:
@@ -493,7 +488,7 @@ def _thresholds_inside(graph: onnx.GraphProto) -> None:
                 inside = {name for inner in attribute.g.node for name in inner.input}
                 for rows in inside & heads.keys():
                     attribute.g.node.insert(0, heads[rows])
-    _replace_nodes(graph, nodes)
+    replace_nodes(graph, nodes)
 
 
 def _drop_defaults(graph: onnx.GraphProto) -> None:
@@ -511,7 +506,7 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
     for node in reversed(graph.node):
         if not read.intersection(node.output):
             continue
-        nodes.append(_copy(node))
+        nodes.append(copy_of(node))
         read.update(node.input)
         for attribute in node.attribute:
             read.update(name for inner in attribute.g.node for name in inner.input)
@@ -520,9 +515,3 @@ def _drop_unread(graph: onnx.GraphProto) -> None:
     constants = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend(constants)
-
-
-def _copy(node: onnx.NodeProto) -> onnx.NodeProto:
-    out = onnx.NodeProto()
-    out.CopyFrom(node)
-    return out

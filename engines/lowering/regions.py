@@ -13,6 +13,8 @@ from typing import Literal
 import onnx
 from onnx import helper
 
+from engines.lowering.nodes import copy_of
+
 CHOICES = ("ThresholdGather", "TopKGather")
 
 
@@ -142,8 +144,7 @@ def wrap(
     then_names = {result: f"{name}then.{result}" for result, _ in results}
     then_nodes = []
     for node in [*region.nodes, region.add, *region.after]:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
+        copy = copy_of(node)
         copy.input[:] = [then_names.get(n, n) for n in node.input]
         copy.output[:] = [then_names.get(n, n) for n in node.output]
         then_nodes.append(copy)

@@ -32,6 +32,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.manifest import Manifest
+from engines.lowering.nodes import replace_nodes
 from engines.lowering.regions import CHOICES, branch_choices
 from plugins.domain import DOMAIN
 
@@ -131,7 +132,7 @@ class _Rewriter:
                 continue
             nodes.append(node)
         assert offsets, "the place of the call is the mask's length less the call's"
-        self._replace(nodes)
+        replace_nodes(self.graph, nodes)
         self._input(WRITE_AT, TensorProto.INT64, ["batch"])
         for value in self.graph.input:
             if value.name == "attention_mask":
@@ -160,7 +161,7 @@ class _Rewriter:
             node.input[:] = [live.get(name, name) for name in node.input]
             nodes.append(node)
         assert len(live) == len(caches), "the cache is appended to by Concat in the portable graph"
-        self._replace(nodes)
+        replace_nodes(self.graph, nodes)
 
     def ask_for_columns(self) -> None:
         """Only the wanted columns of the last state go through the final norm and the head."""
@@ -196,7 +197,7 @@ class _Rewriter:
                 _node("DequantizeLinear", [table, scales], whole, axis=0),
                 _node("Gather", [whole, ids], node.output[0], axis=0),
             ]
-        self._replace(nodes)
+        replace_nodes(self.graph, nodes)
 
     def speak_float32(self) -> None:
         """Logits and what passes an exit go to and come from the host, which knows no bfloat16."""
@@ -212,7 +213,7 @@ class _Rewriter:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
         before = [_node("Cast", [value.name], inside[value.name], to=self.float_type) for value in entering]
         after = [_node("Cast", [inside[value.name]], value.name, to=TensorProto.FLOAT) for value in leaving]
-        self._replace([*before, *self.graph.node, *after])
+        replace_nodes(self.graph, [*before, *self.graph.node, *after])
 
     def report_kept(self) -> None:
         """One output with the number of rows of every gated branch, in order."""
@@ -261,7 +262,7 @@ class _Rewriter:
                 nodes += self._rotary(node)
             else:
                 nodes.append(node)
-        self._replace(nodes)
+        replace_nodes(self.graph, nodes)
         if self.forms.get("TopKGather") == "body":
             self._count_on_host()
 
@@ -272,7 +273,7 @@ class _Rewriter:
 
     def _count_on_host(self) -> None:
         """`k [1]` comes from the caller, in place of `budget`: TensorRT's TopK reads it before the call runs."""
-        self._replace([node for node in self.graph.node if K not in node.output])
+        replace_nodes(self.graph, [node for node in self.graph.node if K not in node.output])
         inputs = [value for value in self.graph.input if value.name != "budget"]
         del self.graph.input[:]
         self.graph.input.extend(inputs)
@@ -423,7 +424,7 @@ class _Rewriter:
             if read.intersection(node.output):
                 nodes.append(node)
                 read.update(node.input)
-        self._replace(nodes[::-1])
+        replace_nodes(self.graph, nodes[::-1])
         self.graph.initializer.extend(numpy_helper.from_array(v, name) for name, v in self.constants.items())
         kept = [tensor for tensor in self.graph.initializer if tensor.name in read]
         del self.graph.initializer[:]
@@ -481,14 +482,6 @@ class _Rewriter:
 
     def _input(self, name: str, onnx_type: int, shape: list[int | str]) -> None:
         self.graph.input.append(helper.make_tensor_value_info(name, onnx_type, shape))
-
-    def _replace(self, nodes: list[onnx.NodeProto]) -> None:
-        copies = []
-        for node in nodes:  # the list may hold nodes that live in the graph
-            copies.append(onnx.NodeProto())
-            copies[-1].CopyFrom(node)
-        del self.graph.node[:]
-        self.graph.node.extend(copies)
 
 
 def _node(op: str, inputs: Sequence[str], out: str, **attributes: Any) -> onnx.NodeProto:
