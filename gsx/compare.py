@@ -24,7 +24,8 @@ from gsx.comparison.measure import STEPS, Form, Score, in_turn
 from gsx.comparison.report import CompareReport, Point
 from gsx.comparison.settings import POLICIES, WHOLE
 from gsx.export import export
-from gsx.policies import Choice, Plan, plan_policy
+from gsx.policies.base import Choice, Plan
+from gsx.policies.registry import plan_policy
 from gsx.progress import Progress
 
 # Measured tokens; as many before them calibrate, which is then what an export takes by default.

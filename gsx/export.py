@@ -25,17 +25,18 @@ from exporter.calibration import DEFAULT_TOKENS
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import KvPolicy, ModelConfig
 from exporter.decoder.layer import DecoderOptions
-from exporter.exit_calibration import PROMPT_TOKENS
 from exporter.graph.assemble import GraphBuilder, Graphs
 from exporter.graph.weights import WeightsFile, write_weights
 from exporter.quantization.kv_cache import int8_kv_cache
 from exporter.quantization.qdq import quantize_graphs
 from exporter.rules.gateskip import Selection
 from exporter.rules.registry import rule_of
-from exporter.text import WINDOW_TOKENS, tokenize
+from exporter.text import tokenize
 from gsx.draft_search import DraftSearch
 from gsx.graph_files import write_graphs
-from gsx.policies import DRAFTS_LAYERS, Choice, Plan, grid_with, plan_policy, settle
+from gsx.policies.base import Choice, Plan
+from gsx.policies.registry import plan_policy
+from gsx.policies.thresholds import grid_with
 from gsx.progress import Progress
 from gsx.quantize import Quantize, plan_for
 
@@ -125,13 +126,12 @@ def export(
         )
     text = None
     if reads_text:
-        window = PROMPT_TOKENS if keep.name == "calm" else WINDOW_TOKENS
         source = Path(calibration) if calibration else None
-        text = tokenize(checkpoint, source, max_tokens=calibration_tokens, window=window)
+        text = tokenize(checkpoint, source, max_tokens=calibration_tokens, window=keep.window)
     bytes_each = 4 if precision == "fp32" else 2
     needed = checkpoint.weight_bytes() * bytes_each // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
-        section, selection = settle(keep, checkpoint, options, text, on_progress)
+        section, selection = keep.settle(checkpoint, options, text, on_progress)
         options = dataclasses.replace(options, rule=rule_of(section, selection, config))  # with what was calibrated
         defaults = default_controls(section, selection)
         plan = quantization = None
@@ -191,7 +191,7 @@ def _exits(draft: str | None, config: ModelConfig, keep: Plan, precision: Precis
             )
         if draft == "auto":
             return candidate_exits(config.exits, config.num_layers)
-        if keep.rule is None or keep.name not in DRAFTS_LAYERS:
+        if keep.rule is None or not keep.drafts_layers:
             refuse_other(draft)
         if config.num_layers * len(keep.rule.branches) < 2:
             raise UsageError(f"--draft {draft} needs two branches that may be skipped, or more", found="one")
@@ -200,7 +200,7 @@ def _exits(draft: str | None, config: ModelConfig, keep: Plan, precision: Precis
         check_exit(parsed.layer, config.num_layers)
         return (parsed.layer,)
     if parsed.kind == "layers":
-        if keep.rule is None or keep.name not in DRAFTS_LAYERS:
+        if keep.rule is None or not keep.drafts_layers:
             refuse_other(parsed)
         check_layers(parsed, config.num_layers, keep.rule.branches)
     elif keep.budget is None:

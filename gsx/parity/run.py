@@ -24,7 +24,7 @@ from exporter.reference import Reference
 from gsx.parity.compare import Accumulator, Compared, Comparer, Observation
 from gsx.parity.measure import EngineSide, ReferenceSide, follow, reference_continuation, runner_logits
 from gsx.parity.quality import QualityCounter
-from gsx.parity.report import BudgetResult
+from gsx.parity.result import BudgetResult
 from gsx.parity.settings import Setting
 from gsx.parity.speculation import SpeculationSide
 from gsx.parity.tolerances import TOLERANCES, Tolerances

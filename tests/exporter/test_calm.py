@@ -25,7 +25,9 @@ from exporter.risk_control import Guarantee
 from exporter.rules.base import Tokens
 from exporter.rules.calm import Calm
 from gsx.export import export
-from gsx.policies import Choice, plan_policy
+from gsx.policies.base import Choice
+from gsx.policies.calm import CalmPlan
+from gsx.policies.registry import plan_policy
 from gsx.verify import verify
 from tests.tiny import tiny_checkpoint
 
@@ -188,7 +190,8 @@ def test_other_options_that_do_not_fit_are_refused(checkpoint: Checkpoint, tmp_p
     with pytest.raises(UsageError, match='"exits"'):
         plan_policy(Choice("calm:threshold=0.5"), dense.config)
     named = plan_policy(Choice("calm:threshold=0.5,exits=1+2"), dense.config)
-    assert named.exits == (1, 2)
+    assert isinstance(named, CalmPlan)
+    assert named.given.exits == (1, 2)
 
 
 def test_too_few_prompts_for_a_guarantee_are_refused_in_numbers(

@@ -8,25 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gsx.cli import run
+from tests.gsx.command_line import Gsx
 from tests.tiny import tiny_checkpoint
-
-
-@pytest.fixture
-def gsx(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run a command: exit code, standard output, standard error."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return code, captured.out, captured.err
-
-    return call
-
-
-Gsx = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,9 @@ import math
 import numpy as np
 import pytest
 
+from gsx.parity.checks import Check
 from gsx.parity.compare import Accumulator, Compared, Comparer, Observation, Place
-from gsx.parity.report import Check, _number
+from gsx.parity.report import _number
 from gsx.parity.tolerances import TOLERANCES
 
 L, S, H, V = 3, 6, 4, 5

@@ -1,11 +1,10 @@
-"""`--policy calm:...`: what CALM is given, and the exit threshold that it is exported with."""
+"""`--policy calm:...` (CALM): a token leaves where the model is sure of it, by a threshold or under a guarantee."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NoReturn, get_args
+from dataclasses import dataclass, field
+from typing import ClassVar, NoReturn, get_args
 
 from engines.bundle import manifest as schema
 from engines.bundle.confidence import MEASURES, RANGES, Measure, check_threshold
@@ -13,11 +12,11 @@ from engines.errors import UsageError
 from exporter.checkpoint import Checkpoint
 from exporter.config import ModelConfig
 from exporter.decoder.layer import DecoderOptions
-from exporter.exit_calibration import GRIDS, calibrate_exits
+from exporter.exit_calibration import GRIDS, PROMPT_TOKENS, calibrate_exits
 from exporter.risk_control import Guarantee, Risk
-from exporter.rules.base import KeepRule
 from exporter.rules.calm import Calm
 from exporter.text import TokenText
+from gsx.policies.base import Choice, OnProgress, Plan, Sections, refuse_budget, refuse_none, refuse_rank, text_entry
 from gsx.progress import Progress
 
 _EXAMPLE = "e.g. calm:softmax,tolerance=0.1,confidence=0.95 or calm:state,threshold=0.98"
@@ -95,83 +94,106 @@ def parse_calm(text: str, config: ModelConfig) -> CalmOptions:
     return CalmOptions(exits, measure, threshold, guarantee, _risk(risk), decay, int(decay_tokens))
 
 
-def settle_calm(
-    options: CalmOptions,
-    rule: KeepRule,
-    checkpoint: Checkpoint,
-    decoder: DecoderOptions,
-    text: TokenText | None,
-    on_progress: Callable[[Progress], None],
-) -> schema.Policy:
-    """The manifest's section, with the threshold found where a guarantee is asked for.
+@dataclass(frozen=True)
+class CalmPlan(Plan):
+    """What is given; under a guarantee the threshold is found on prompts of text.
 
-    Args: text: calibration prompts; None where a threshold was given.
-    Raises:
-        UsageError: the guarantee cannot be met: too few prompts, or nothing can be skipped under it.
+    Args: given: measure, exits, threshold or guarantee.
     """
-    threshold, guarantee = options.threshold, None
-    if options.guarantee is not None:
-        assert text is not None
-        found = calibrate_exits(
-            checkpoint,
-            text.ids,
-            decoder,
-            options.guarantee,
-            options.risk,
-            GRIDS[options.measure],
-            lambda done, total: on_progress(Progress("calibrating exits", done, total)),
-        )
-        outcome = found.outcome
-        threshold = outcome.threshold
-        if threshold is None:
-            first = outcome.tested[0]
-            raise UsageError(
-                "nothing can be skipped under this guarantee",
-                expected=f"a mean {options.risk} risk of at most {outcome.guarantee.tolerance:g} "
-                f"with confidence {outcome.guarantee.confidence:g} at some threshold",
-                found=f"{first.mean_risk:.3g} on {outcome.prompts} prompts (p-value {first.p_value:.2g}) "
-                f"at the most careful, {first.threshold:g}",
-                todo="give a larger tolerance, a lower confidence, more text, or a model trained with exits",
-            )
-        guarantee = schema.Guarantee(
-            risk=options.risk,
-            tolerance=outcome.guarantee.tolerance,
-            confidence=outcome.guarantee.confidence,
-            prompts=outcome.prompts,
-            prompt_tokens=text.ids.shape[1],
-            tested=tuple(
-                schema.TestedThreshold(
-                    threshold=one.threshold,
-                    mean_risk=one.mean_risk,
-                    p_value=one.p_value,
-                    accepted=one.accepted,
-                    kept_share=kept,
-                )
-                for one, kept in zip(outcome.tested, found.kept, strict=True)
+
+    window: ClassVar[int] = PROMPT_TOKENS
+
+    given: CalmOptions = field(kw_only=True)
+
+    def settle(
+        self, checkpoint: Checkpoint, options: DecoderOptions, text: TokenText | None, on_progress: OnProgress
+    ) -> Sections:
+        """Raises: UsageError: the guarantee cannot be met: too few prompts, or nothing can be skipped under it."""
+        given = self.given
+        threshold, guarantee, entry = given.threshold, None, None
+        if given.guarantee is not None:
+            assert text is not None
+            threshold, guarantee = _guaranteed(given, given.guarantee, checkpoint, options, text, on_progress)
+            entry = text_entry(text)
+        assert threshold is not None
+        least, most = RANGES[given.measure]
+        policy = schema.Policy(
+            name="calm",
+            branches=Calm.branches,
+            inputs=(
+                schema.RuntimeInput(name="exit_threshold", least=least, most=most),
+                schema.RuntimeInput(name="full_until", least=0, most=None, default=0),
             ),
+            # A decaying threshold counts new tokens, so the prompt runs in full; else a prompt's tokens may leave too.
+            warm_up=0 if given.decay else None,
+            exits=given.exits,
+            confidence=schema.Confidence(
+                measure=given.measure,
+                threshold=threshold,
+                decay=given.decay,
+                decay_tokens=given.decay_tokens,
+                guarantee=guarantee,
+            ),
+            calibration=entry,
         )
-    assert threshold is not None
-    least, most = RANGES[options.measure]
-    return schema.Policy(
-        name="calm",
-        branches=rule.branches,
-        inputs=(
-            schema.RuntimeInput(name="exit_threshold", least=least, most=most),
-            schema.RuntimeInput(name="full_until", least=0, most=None, default=0),
+        return policy, None
+
+
+def plan_calm(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
+    """Raises: UsageError: as `parse_calm`, and options that it excludes."""
+    refuse_budget("calm", choice, "what is kept follows from the exit threshold: calm:threshold=T, or calm:tolerance=D")
+    refuse_rank("calm", choice)
+    kv_policy = choice.kv_policy or "compute"
+    refuse_none(kv_policy, "compute (K and V of the layers above, from the exit state) or copy with calm")
+    given = parse_calm(parameters, config)
+    return CalmPlan("calm", given.rule(), kv_policy, calibrates=given.guarantee is not None, given=given)
+
+
+def _guaranteed(
+    given: CalmOptions,
+    guarantee: Guarantee,
+    checkpoint: Checkpoint,
+    options: DecoderOptions,
+    text: TokenText,
+    on_progress: OnProgress,
+) -> tuple[float, schema.Guarantee]:
+    """The boldest threshold under a guarantee, and how it was found."""
+    found = calibrate_exits(
+        checkpoint,
+        text.ids,
+        options,
+        guarantee,
+        given.risk,
+        GRIDS[given.measure],
+        lambda done, total: on_progress(Progress("calibrating exits", done, total)),
+    )
+    outcome = found.outcome
+    if outcome.threshold is None:
+        first = outcome.tested[0]
+        raise UsageError(
+            "nothing can be skipped under this guarantee",
+            expected=f"a mean {given.risk} risk of at most {guarantee.tolerance:g} "
+            f"with confidence {guarantee.confidence:g} at some threshold",
+            found=f"{first.mean_risk:.3g} on {outcome.prompts} prompts (p-value {first.p_value:.2g}) "
+            f"at the most careful, {first.threshold:g}",
+            todo="give a larger tolerance, a lower confidence, more text, or a model trained with exits",
+        )
+    return outcome.threshold, schema.Guarantee(
+        risk=given.risk,
+        tolerance=guarantee.tolerance,
+        confidence=guarantee.confidence,
+        prompts=outcome.prompts,
+        prompt_tokens=text.ids.shape[1],
+        tested=tuple(
+            schema.TestedThreshold(
+                threshold=one.threshold,
+                mean_risk=one.mean_risk,
+                p_value=one.p_value,
+                accepted=one.accepted,
+                kept_share=kept,
+            )
+            for one, kept in zip(outcome.tested, found.kept, strict=True)
         ),
-        # A decaying threshold counts new tokens, so the prompt runs in full; else a prompt's tokens may leave too.
-        warm_up=0 if options.decay else None,
-        exits=options.exits,
-        confidence=schema.Confidence(
-            measure=options.measure,
-            threshold=threshold,
-            decay=options.decay,
-            decay_tokens=options.decay_tokens,
-            guarantee=guarantee,
-        ),
-        calibration=None
-        if text is None or guarantee is None
-        else schema.CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens),
     )
 
 

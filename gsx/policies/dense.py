@@ -1,0 +1,43 @@
+"""`--policy dense`: every token runs everything, as in the checkpoint. The default where nothing says what to skip."""
+
+from __future__ import annotations
+
+from engines.errors import UsageError
+from exporter.checkpoint import Checkpoint
+from exporter.config import ModelConfig
+from exporter.decoder.layer import DecoderOptions
+from exporter.text import TokenText
+from gsx.policies.base import Choice, OnProgress, Plan, Sections, bad_parameters
+
+
+class DensePlan(Plan):
+    """No rule, nothing to calibrate."""
+
+    def settle(
+        self, checkpoint: Checkpoint, options: DecoderOptions, text: TokenText | None, on_progress: OnProgress
+    ) -> Sections:
+        return None, None
+
+
+def plan_dense(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
+    """Raises: UsageError: a gated checkpoint, whose gates multiply what branches give, or options that need gates."""
+    if parameters:
+        bad_parameters("dense", "none", parameters)
+    if config.gate is not None:
+        raise UsageError(
+            "--policy dense: the checkpoint has gates, which multiply what branches give",
+            expected="a checkpoint without gates",
+            todo="export with gateskip, the default; --budget 1 keeps everything",
+        )
+    for name, given in (
+        ("--budget", choice.budget is not None and choice.budget != 1),
+        (f"--kv-policy {choice.kv_policy}", choice.kv_policy not in (None, "compute")),
+    ):
+        if given:
+            raise UsageError(
+                f"{name} needs gates, and this checkpoint has none",
+                expected='a "gsx" section with "gate" in config.json, and gate tensors; or a policy that needs none',
+                found="a dense model",
+                todo="train gates first (gsx train), give --policy, or leave the option out for a dense export",
+            )
+    return DensePlan("dense", None, "compute")

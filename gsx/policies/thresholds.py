@@ -1,0 +1,50 @@
+"""Thresholds for a grid of budgets, as the manifest holds them: what every rule with thresholds calibrates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engines.bundle import manifest as schema
+from exporter.calibration import DEFAULT_GRID, GridPoint, calibrate
+from exporter.checkpoint import Checkpoint
+from exporter.decoder.layer import DecoderOptions
+from exporter.text import TokenText
+from gsx.policies.base import OnProgress, text_entry
+from gsx.progress import Progress
+
+
+def grid_with(budget: float) -> Sequence[float]:
+    """The calibrated budgets: the default grid and the budget asked for, in falling order."""
+    return sorted({*DEFAULT_GRID, budget}, reverse=True)
+
+
+def calibrated(
+    budget: float, checkpoint: Checkpoint, options: DecoderOptions, text: TokenText, on_progress: OnProgress
+) -> schema.Selection:
+    """Thresholds that keep the grid's budgets of a text, each layer seeing what those below it left out."""
+    points = calibrate(
+        checkpoint,
+        text.ids,
+        grid_with(budget),
+        options,
+        on_layer=lambda done, total: on_progress(Progress("calibrating", done, total)),
+    )
+    return by_thresholds(budget, points, text)
+
+
+def by_thresholds(budget: float, points: Sequence[GridPoint], text: TokenText) -> schema.Selection:
+    """A calibrated grid in the manifest."""
+    return schema.Selection(
+        mode="threshold",
+        budget=budget,
+        grid=tuple(
+            schema.GridPoint(
+                budget=point.budget,
+                thresholds=tuple((float(a), float(b)) for a, b in point.thresholds),
+                kept_share=point.kept_share,
+                kept=tuple((float(a), float(b)) for a, b in point.kept),
+            )
+            for point in points
+        ),
+        calibration=text_entry(text),
+    )

@@ -1,0 +1,220 @@
+"""Commands that read a bundle or make a checkpoint: generate, verify, convert, train; and spoiled bundles."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gsx.command_line import GSX, Gsx, Spoil, edit_json, edit_weights, snapshot
+
+# Bundles
+
+
+BAD_BUNDLES: dict[str, tuple[Spoil, list[str]]] = {
+    "missing": (shutil.rmtree, ["is not a bundle", "no such directory"]),
+    "no manifest": (lambda b: (b / "gsx.json").unlink(), ["is not a bundle", "expected gsx.json"]),
+    "manifest not JSON": (lambda b: (b / "gsx.json").write_text("no"), ["gsx.json: is not readable JSON"]),
+    "manifest edited": (
+        lambda b: edit_json(b / "gsx.json", lambda v: v["decoder"].__setitem__("num_layers", "three")),
+        ["not a valid manifest", "decoder.num_layers", "run `gsx export` again"],
+    ),
+    "unknown key": (
+        lambda b: edit_json(b / "gsx.json", lambda v: v.__setitem__("colour", "red")),
+        ["not a valid manifest", "colour"],
+    ),
+    "later version": (
+        lambda b: edit_json(b / "gsx.json", lambda v: v.__setitem__("schema_version", 99)),
+        ["another format", "found schema_version 99"],
+    ),
+    "graph changed": (
+        lambda b: (b / "model.onnx").write_bytes((b / "model.onnx").read_bytes() + b"\0"),
+        ["model.onnx does not match gsx.json", "expected sha256", "the file changed after export"],
+    ),
+    "graph missing": (lambda b: (b / "model.onnx").unlink(), ["model.onnx is missing"]),
+    "weights cut": (
+        lambda b: (b / "weights.bin").write_bytes((b / "weights.bin").read_bytes()[:-1]),
+        ["weights.bin does not match gsx.json", "bytes"],
+    ),
+    "no tokenizer": (lambda b: (b / "tokenizer.json").unlink(), ["has no tokenizer", "token ids"]),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_BUNDLES))
+def test_bad_bundle(gsx: Gsx, bundle: Path, tmp_path: Path, case: str) -> None:
+    spoil, parts = BAD_BUNDLES[case]
+    spoil(bundle)
+    before = snapshot(tmp_path)
+    found = gsx("generate", bundle, "hello")
+    assert found.code == 1
+    assert found.out == ""
+    for part in parts:
+        assert part in found.err
+    assert snapshot(tmp_path) == before
+
+
+# Generate
+
+
+def test_generate(gsx: Gsx, tiny_bundle: Path) -> None:
+    found = gsx("generate", tiny_bundle, "token 1", "--max-new-tokens", "8", "--threads", "1", "--json")
+    assert found.code == 0, found.err
+    result = json.loads(found.out)
+    assert result["stats"]["new_tokens"] == len(result["ids"])
+    assert result["budget"] == 0.7
+    assert 0 < result["stats"]["kept_share"] <= 1
+    ids = ",".join(map(str, result["prompt_ids"]))
+    by_ids = gsx("generate", tiny_bundle, "--ids", ids, "--max-new-tokens", "8")
+    assert by_ids.out.strip() == ",".join(map(str, result["ids"]))
+    assert "tokens/s" in by_ids.err
+    streamed = gsx("generate", tiny_bundle, "token 1", "--max-new-tokens", "8")
+    whole = gsx("generate", tiny_bundle, "token 1", "--max-new-tokens", "8", "--no-stream")
+    assert streamed.out == whole.out == result["text"] + "\n"
+
+
+def test_generate_is_seeded(gsx: Gsx, tiny_bundle: Path) -> None:
+    def sample(seed: int) -> str:
+        options = ("--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--seed", seed)
+        return gsx("generate", tiny_bundle, "--ids", "5,6", "--max-new-tokens", "12", *options).out
+
+    assert sample(1) == sample(1)
+    assert len({sample(seed) for seed in range(4)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["the prompt is not clear", "neither"]),
+        (["hello", "--ids", "1"], ["the prompt is not clear", "both"]),
+        (["--ids", "one"], ["--ids", "1,2,3"]),
+        (["--ids", "999999"], ["outside the vocabulary"]),
+        (["hello", "--budget", "0.01"], ["below the calibrated grid", "--budget 0.01"]),
+        (["hello", "--budget", "2"], ["budget is not a share"]),
+        (["hello", "--max-new-tokens", "0"], ["max new tokens"]),
+        (["hello", "--temperature=-1"], ["temperature"]),
+        (["hello", "--top-p", "0"], ["top-p"]),
+        (["hello", "--threads", "0"], ["threads"]),
+        (["hello", "--stop", ""], ["stop text is empty"]),
+        (["bad \udcff byte"], ["not UTF-8"]),
+        (["x" * 600], ["longer than the model's context"]),
+    ],
+)
+def test_generate_wrong_use(gsx: Gsx, tiny_bundle: Path, arguments: list[str], parts: list[str]) -> None:
+    found = gsx("generate", tiny_bundle, *arguments)
+    assert found.code == 2
+    assert found.out == ""
+    for part in parts:
+        assert part in found.err
+
+
+def test_generate_from_stdin(tiny_bundle: Path) -> None:
+    command = [*GSX, "generate", str(tiny_bundle), "-", "--max-new-tokens", "3"]
+    good = subprocess.run(command, input="token ä".encode(), capture_output=True, check=False)
+    assert good.returncode == 0, good.stderr
+    bad = subprocess.run(command, input=b"token \xff", capture_output=True, check=False)
+    assert bad.returncode == 2
+    assert b"not UTF-8" in bad.stderr
+    assert b"0xff at 6" in bad.stderr
+    assert b"Traceback" not in bad.stderr
+
+
+def test_stop_texts() -> None:
+    """A stop text that comes in pieces is never shown, and what only looked like one is."""
+    from engines.tokens import TextWriter
+
+    class Pieces:
+        def __init__(self, pieces: list[str]) -> None:
+            self.pieces = pieces
+
+        def push(self, token: int) -> str:
+            return self.pieces[token]
+
+    def write(pieces: list[str], stops: list[str]) -> tuple[str, list[bool]]:
+        shown: list[str] = []
+        writer = TextWriter(Pieces(pieces), stops, shown.append)  # type: ignore[arg-type]
+        stopped = [writer.push(token) for token in range(len(pieces))]
+        assert writer.finish() == "".join(shown)
+        return "".join(shown), stopped
+
+    assert write(["ab", "c", "d"], []) == ("abcd", [False] * 3)
+    assert write(["a", "EN", "D!"], ["END"]) == ("a", [False, False, True])
+    assert write(["a", "EN", "C"], ["END"]) == ("aENC", [False] * 3)
+    assert write(["a", "EN"], ["END"]) == ("aEN", [False] * 2)
+    assert write(["x;y.z"], [".", ";"]) == ("x", [True])
+
+
+# Verify, inspect, convert, train
+
+
+def test_verify(gsx: Gsx, bundle: Path, tiny_gated: Path, tiny_text: Path) -> None:
+    options = ("--reference", tiny_gated, "--text", tiny_text, "--tokens", "300", "--greedy-tokens", "16")
+    found = gsx("verify", bundle, *options, "--json")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["passed"] is True
+    assert (bundle / "parity.json").is_file()
+    assert (bundle / "parity.html").is_file()
+    assert json.loads(gsx("inspect", bundle, "--json").out)["bundle"]["parity"] is True
+    table = gsx("verify", bundle, *options)
+    assert table.code == 0
+    assert "passed" in table.out
+
+
+def test_verify_fails_where_weights_differ(gsx: Gsx, bundle: Path, model: Path, tiny_text: Path) -> None:
+    edit_weights(model, lambda t: t["model.norm.weight"].mul_(1.5))
+    found = gsx("verify", bundle, "--reference", model, "--text", tiny_text, "--tokens", "300")
+    assert found.code == 1
+    assert found.err
+
+
+def test_convert(gsx: Gsx, tmp_path: Path) -> None:
+    from tests.tiny import tiny_checkpoint
+
+    base = tiny_checkpoint(tmp_path / "base", tokenizer=True, hidden=48, layers=2)
+    gates = {
+        f"{branch}_{layer}": {"gate.weight": torch.zeros(1, 48), "gate.bias": torch.zeros(1)}
+        for branch in ("attn", "mlp")
+        for layer in range(2)
+    }
+    torch.save(gates, tmp_path / "gates.pt")
+    found = gsx("convert", tmp_path / "gates.pt", "-o", tmp_path / "out", "--base", base, "--json")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["gate"]["kind"] == "scalar"
+    assert gsx("inspect", tmp_path / "out").code == 0
+    again = gsx("convert", tmp_path / "gates.pt", "-o", tmp_path / "out", "--base", base)
+    assert again.code == 2
+    assert "exists and is not empty" in again.err
+
+
+@pytest.mark.slow
+def test_train(gsx: Gsx, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.mkdir()
+    for number in range(40):
+        (text / f"{number}.txt").write_text("\n".join(f"line {n} of file {number}" for n in range(60)))
+    config = tmp_path / "train.json"
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2}
+    shape |= {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "max_positions": 64}
+    values = {"model": shape, "batch_size": 2, "sequence_length": 32}
+    config.write_text(json.dumps({**values, "warmup_steps": 1, "decay_steps": 0, "budget_steps": 2, "steps": 3}))
+    out = tmp_path / "out"
+    arguments = ("train", "--config", config, "--text", text, "-o", out)
+    found = gsx(*arguments, "--json")
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["steps"] == 3
+    assert "loss" in found.err
+    assert "left" in found.err
+    assert gsx("inspect", out).code == 0
+    again = gsx(*arguments)
+    assert again.code == 2
+    assert "not empty" in again.err
+    more = gsx(*arguments, "--resume", "--overwrite", "--steps", "4", "--json")
+    assert more.code == 0, more.err
+    assert json.loads(more.out)["resumed_at"] == 3
+    config.write_text(json.dumps({"stepz": 3}))
+    wrong = gsx("train", "--config", config, "-o", tmp_path / "other")
+    assert wrong.code == 2
+    assert "unknown key" in wrong.err
