@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -26,6 +26,9 @@ from engines.runners.base import Cache, Runner, StepOutput
 from engines.sampling import GREEDY, Picker, Sampling
 from engines.speculation.draft import Draft
 from engines.speculation.length import FIRST_LENGTH, AdaptiveLength, DraftLength, FixedLength, Round
+
+if TYPE_CHECKING:
+    from engines.speculation.adapt import SkipSetSearch
 
 FinishReason = Literal["end-of-text", "length", "context", "stopped"]
 # Called with (sequence, token); returns whether the sequence is to end here.
@@ -42,8 +45,8 @@ class GenerationStats:
         prefill_seconds: time of the first call, until the first tokens are chosen.
         decode_seconds: time of all later rounds.
         decode_steps: number of those; each has one verification, or one plain step.
-        draft_seconds, verify_seconds: parts of decode_seconds: in draft steps; in verifications and plain steps. What
-            is left is the loop's own.
+        draft_seconds, verify_seconds, search_seconds: parts of decode_seconds: in draft steps; in verifications and
+            plain steps; in looking for a better draft. What is left is the loop's own.
         drafted, accepted: by place in the draft (its first token first): how often a token stood there with none
             but right ones before it, and how often it was right.
         kept_rows, gated_rows: rows that skippable branches ran on, and rows that the keep rule judged, in all layers
@@ -58,6 +61,7 @@ class GenerationStats:
     decode_steps: int = 0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    search_seconds: float = 0.0
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
     kept_rows: int = 0
@@ -110,6 +114,7 @@ def generate(
     stop_ids: Sequence[int] | None = None,
     draft: Draft | None = None,
     draft_length: int | None = None,
+    search: SkipSetSearch | None = None,
     on_token: OnToken = lambda sequence, token: False,
 ) -> Generation:
     """Continue prompts.
@@ -122,6 +127,7 @@ def generate(
         stop_ids: tokens that end a sequence (kept in its tokens); None for the model's end-of-text.
         draft: what guesses tokens ahead; None for plain decoding.
         draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
+        search: betters the draft's set of branches while generating.
         on_token: called with every new token; returning True ends that sequence (finish "stopped").
     Raises:
         UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, what the keep rule does not
@@ -141,7 +147,7 @@ def generate(
         for number, prompt in enumerate(prompts)
     ]
     controls = controls_for(manifest, keep, [len(prompt) for prompt in prompts])
-    decoding = Decoding(runner, sequences, controls, draft, draft_length)
+    decoding = Decoding(runner, sequences, controls, draft, draft_length, search)
     decoding.start()
     while not decoding.ended:
         decoding.round()
@@ -248,6 +254,7 @@ class _Counters:
     gated: int = 0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
+    search_seconds: float = 0.0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
 
@@ -274,6 +281,7 @@ class Decoding:
         controls: as in `Call`.
         draft: what guesses tokens ahead; None for plain decoding.
         draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
+        search: betters the draft's set of branches, between rounds.
     """
 
     def __init__(
@@ -283,9 +291,11 @@ class Decoding:
         controls: Controls,
         draft: Draft | None = None,
         draft_length: int | None = None,
+        search: SkipSetSearch | None = None,
     ) -> None:
         assert draft is None or draft.runner is runner, "a draft reads the cache of its own runner"
         self.runner, self.sequences, self.controls, self.draft = runner, sequences, controls, draft
+        self.search = search
         self.length: DraftLength = FixedLength(draft_length or 0)
         if draft is not None and draft_length is None:
             own = runner.manifest.draft
@@ -319,6 +329,8 @@ class Decoding:
         else:
             self._plain_step(self._cache)
         self._rounds += 1
+        if self.search is not None:
+            self._search(self.search)
         self._decode_seconds += time.perf_counter() - began
 
     def stats(self) -> GenerationStats:
@@ -333,11 +345,18 @@ class Decoding:
             decode_steps=self._rounds,
             draft_seconds=counters.draft_seconds,
             verify_seconds=counters.verify_seconds,
+            search_seconds=counters.search_seconds,
             drafted=tuple(counters.drafted),
             accepted=tuple(counters.accepted + [0] * (len(counters.drafted) - len(counters.accepted))),
             kept_rows=counters.kept,
             gated_rows=counters.gated,
         )
+
+    def _search(self, search: SkipSetSearch) -> None:
+        began = time.perf_counter()
+        texts = [[*s.prompt, *s.tokens] if s.left else () for s in self.sequences]
+        search.after_round(self._cache, texts, self.controls)
+        self.counters.search_seconds += time.perf_counter() - began
 
     def _plain_step(self, cache: Cache) -> None:
         began = time.perf_counter()

@@ -168,6 +168,9 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             for branch in config.gate.branches:
                 shapes[f"{p}{branch}_gate.weight"] = (rows, H)
                 shapes[f"{p}{branch}_gate.bias"] = (rows,)
+        if i + 1 in config.exit_classifiers:
+            shapes[f"{p}{EXIT_CLASSIFIER}.weight"] = (1, H)
+            shapes[f"{p}{EXIT_CLASSIFIER}.bias"] = (1,)
         if config.router and i in config.router.routed(config.num_layers):
             shapes |= {p + name: shape for name, shape in config.router.shapes(H).items()}
     shapes["model.norm.weight"] = (H,)
@@ -176,8 +179,11 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-# Modules of a layer that a plain model has not, and the key of the section `gsx` that speaks of them.
+# Behind a layer, what says whether the model would still change its mind above (CALM).
+EXIT_CLASSIFIER = "exit_classifier"
+# Modules of a layer that a plain model has not, and what messages call them.
 _CHOOSERS = {
+    EXIT_CLASSIFIER: "exit classifier",
     **dict.fromkeys(("attn_gate", "mlp_gate"), "gate"),
     **{f"{prefix}router{suffix}": "router" for prefix in ("", "attn_", "mlp_") for suffix in ("", "_predictor")},
     "mlp_adapter": "router",
@@ -190,7 +196,7 @@ def is_gate(name: str) -> bool:
 
 
 def chooser(name: str) -> str | None:
-    """The key of the section `gsx` that a tensor belongs to, `gate` or `router`; None for one of the model itself."""
+    """What a tensor is part of: `gate`, `router`, `exit classifier`; None for one of the model itself."""
     return next((_CHOOSERS[part] for part in name.split(".") if part in _CHOOSERS), None)
 
 
@@ -321,6 +327,7 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     for kind, todo in (
         ("gate", '{"gsx": {"gate": {"kind": ..., "branches": [...]}}}'),
         ("router", '{"gsx": {"router": {...}}}, as docs/routers.md has it for the method,'),
+        ("exit classifier", '{"gsx": {"exit_classifiers": [...]}} with the depths'),
     ):
         stray = [n for n in checkpoint.names if chooser(n) == kind and n not in expected]
         if stray:

@@ -105,6 +105,8 @@ class ModelConfig:
         gate: the gates; None without.
         router: the routers; None without. A checkpoint has gates, routers or neither.
         exits: exit depths that the checkpoint was trained for (LayerSkip, Sorted LLaMA); may be empty.
+        exit_classifiers: depths, ascending, behind which a classifier says whether the model would still change its
+            mind (CALM); may be empty.
     """
 
     family: str
@@ -130,6 +132,7 @@ class ModelConfig:
     gate: GateConfig | None
     router: RouterConfig | None
     exits: tuple[int, ...]
+    exit_classifiers: tuple[int, ...]
 
     @property
     def gated_branches(self) -> tuple[Branch, ...]:
@@ -173,20 +176,12 @@ class ModelConfig:
                 found=str(rope["partial_rotary_factor"]),
             )
         section = getattr(hf, "gsx", None) or {}
-        known_keys("gsx", section, ("method", "gate", "router", "exits"))
+        known_keys("gsx", section, ("method", "gate", "router", "exits", "exit_classifiers"))
         num_layers = hf.num_hidden_layers
         if section.get("gate") and section.get("router"):
             raise CheckpointError(
                 "config.json: gsx has gates and routers", expected='one of "gate" and "router": each is a keep rule'
             )
-        exits = tuple(section.get("exits", ()))
-        for depth in exits:
-            if not isinstance(depth, int) or not 1 <= depth <= num_layers:
-                raise CheckpointError(
-                    "config.json: gsx.exits names a depth that the model does not have",
-                    expected=f"whole numbers from 1 to {num_layers}",
-                    found=repr(depth),
-                )
         head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
         return cls(
             family=hf.model_type,
@@ -211,8 +206,25 @@ class ModelConfig:
             pad_id=hf.pad_token_id,
             gate=GateConfig.from_dict(section["gate"]) if section.get("gate") else None,
             router=RouterConfig.from_dict(section["router"], num_layers) if "router" in section else None,
-            exits=exits,
+            exits=_depths("exits", section, num_layers),
+            # Behind the last layer there is nothing to leave out.
+            exit_classifiers=_depths("exit_classifiers", section, num_layers - 1),
         )
+
+
+def _depths(key: str, section: Mapping[str, Any], deepest: int) -> tuple[int, ...]:
+    """Depths of the section `gsx`, each once, ascending."""
+    depths = section.get(key, ())
+    if not isinstance(depths, list | tuple):
+        raise CheckpointError(f"config.json: gsx.{key} is no list of depths", found=repr(depths))
+    for depth in depths:
+        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= deepest:
+            raise CheckpointError(
+                f"config.json: gsx.{key} names a depth that the model does not have",
+                expected=f"whole numbers from 1 to {deepest}",
+                found=repr(depth),
+            )
+    return tuple(sorted(set(depths)))
 
 
 def _windows(hf: Any) -> tuple[int | None, ...]:

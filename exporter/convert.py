@@ -46,7 +46,7 @@ _MODULES: Mapping[str, Branch] = {"self_attn": "attn", "mlp": "mlp"}
 _GATE_KEY = re.compile(r"(attn|mlp)_(\d+)")
 _TIED_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 # Room for configuration and tokenizer beside the weights.
-_SLACK_BYTES = 64 << 20
+SLACK_BYTES = 64 << 20
 
 Read = Callable[[str], Tensor]
 
@@ -137,11 +137,11 @@ def convert(
     _check(file, tensors, expected, model, whole=taken.whole)
     read: Read = lambda name: tensors[name] if name in tensors else model.tensor(name)  # noqa: E731
     sizes = {name: _bytes(read(name)) for name in expected}
-    with writing(output, overwrite=False, needed_bytes=sum(sizes.values()) + _SLACK_BYTES) as work:
+    with writing(output, overwrite=False, needed_bytes=sum(sizes.values()) + SLACK_BYTES) as work:
         for path in model.companions():
             shutil.copyfile(path, work / path.name)
         types = {read(name).dtype for name in expected if chooser(name) is None}
-        _write_config(model, taken.section, types, work / CONFIG)
+        write_config(model, taken.section, types, work / CONFIG)
         write_safetensors(work, sizes, read, on_tensor=lambda n: on_progress("writing weights", n, len(sizes)))
         on_progress("checking", 0, 0)
         open_checkpoint(work)
@@ -431,7 +431,7 @@ def _check(
             )
 
 
-def _write_config(base: Checkpoint, section: Mapping[str, Any], types: set[torch.dtype], path: Path) -> None:
+def write_config(base: Checkpoint, section: Mapping[str, Any], types: set[torch.dtype], path: Path) -> None:
     """The base's `config.json` with the section of gates or routers, and the weights' type if they have but one."""
     raw = json.loads((base.directory / CONFIG).read_text(encoding="utf-8"))
     if len(types) == 1:

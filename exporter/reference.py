@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from engines.errors import UsageError
-from exporter.checkpoint import Checkpoint, is_gate
+from exporter.checkpoint import EXIT_CLASSIFIER, Checkpoint, is_gate
 from exporter.config import BRANCHES, Branch, GateConfig, KvPolicy, ModelConfig
 from exporter.masks.base import BranchInput, Choice, Chooser, KeepAll, MaskCall, MaskRule, certain
 from exporter.masks.router import Routers
@@ -67,6 +67,7 @@ class Reference:
         self.config = config
         self._gates: dict[tuple[int, Branch], nn.Linear] = {}
         self._routers: Routers | None = None
+        self._exit_classifiers: dict[int, nn.Linear] = {}
         self._call: _Call | None = None
         # Under the K/V policy `none`, which columns of a cache hold something, by layer.
         self._there: WeakKeyDictionary[DynamicCache, dict[int, torch.Tensor]] = WeakKeyDictionary()
@@ -88,6 +89,9 @@ class Reference:
         reference._wrap_branches()
         if config.gate is not None:
             reference._add_gates(checkpoint, config.gate)
+        for depth in config.exit_classifiers:
+            name = f"model.layers.{depth - 1}.{EXIT_CLASSIFIER}"
+            reference._exit_classifiers[depth] = _linear(checkpoint, name)
         if config.router is not None:
             reference._routers = Routers(checkpoint, config.router)
         return reference
@@ -127,7 +131,9 @@ class Reference:
         valid = attention_mask[:, past:].bool()
         ended = torch.isin(input_ids, torch.tensor(self.config.eos_ids, dtype=input_ids.dtype)) & valid
         layers = self.config.num_layers
-        tokens = MaskCall(input_ids, valid, ended, position_ids, layers, self._logits_of, self._routers)
+        tokens = MaskCall(
+            input_ids, valid, ended, position_ids, layers, self._logits_of, self._routers, self._exit_classifiers
+        )
         everyone = Choice(valid, None, certain(valid))
         self._call = call = _Call(
             chooser=(rule or KeepAll()).begin(tokens),
@@ -213,13 +219,7 @@ class Reference:
     def _add_gates(self, checkpoint: Checkpoint, gate: GateConfig) -> None:
         for i in range(self.config.num_layers):
             for branch in gate.branches:
-                prefix = f"model.layers.{i}.{branch}_gate"
-                weight = checkpoint.tensor(prefix + ".weight").float()
-                linear = nn.Linear(weight.shape[1], weight.shape[0])
-                linear.weight = nn.Parameter(weight, requires_grad=False)
-                bias = checkpoint.tensor(prefix + ".bias").float()
-                linear.bias = nn.Parameter(bias, requires_grad=False)
-                self._gates[i, branch] = linear
+                self._gates[i, branch] = _linear(checkpoint, f"model.layers.{i}.{branch}_gate")
 
     def gate(self, layer: int, branch: Branch, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor | None:
         """The checkpoint's gate on all tokens, [B, S, H or 1] float32; None where the branch has none."""
@@ -322,6 +322,14 @@ class _SkippingCache(DynamicCache):
             self._below = (key_states, value_states)
         updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx)
         return updated
+
+
+def _linear(checkpoint: Checkpoint, name: str) -> nn.Linear:
+    """A linear layer with a bias, in float32."""
+    weight, bias = (checkpoint.tensor(f"{name}.{part}").float() for part in ("weight", "bias"))
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight, linear.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+    return linear
 
 
 def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.Tensor], None]:

@@ -7,24 +7,28 @@ no torch and no transformers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from engines import generation
 from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.controls import Keep, controls_for
-from engines.bundle.manifest import DraftKind, Manifest
+from engines.bundle.cost import step_bytes
+from engines.bundle.manifest import DraftKind, LayersDraft, Manifest
 from engines.errors import UsageError
 from engines.generation import FinishReason, GenerationStats
 from engines.runners.select import open_runner
 from engines.sampling import Sampling
-from engines.speculation.draft import open_draft
-from engines.speculation.spec import check_draft, check_speculation, parse_draft
+from engines.speculation.adapt import Adaptation, SkipSetSearch, first_set
+from engines.speculation.draft import OtherControls, open_draft
+from engines.speculation.spec import check_draft, check_speculation, parse_draft, refuse_other
 from engines.tokens import BundleTokenizer, TextWriter, check_text
 from gsx.backends import BackendName, Device, open_backend
 
 DEFAULT_NEW_TOKENS = 128
+# A set of layers that is searched while generating.
+ADAPTIVE = "layers:auto"
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class GenerateResult:
         finish: why it ended; "stopped" for a stop text.
         budget: the budget in use; None where the keep rule has none.
         keep: what the keep rule was asked for, in words.
-        draft: what drafted, e.g. "exit:2"; None for plain decoding.
+        draft: what drafted, e.g. "exit:2", at the end; None for plain decoding.
+        adaptation: of a set of layers that was searched while generating, what the search did; else None.
         stats: counters and times.
     """
 
@@ -49,6 +54,7 @@ class GenerateResult:
     budget: float | None
     keep: str
     draft: str | None
+    adaptation: Adaptation | None
     stats: GenerationStats
 
     def to_dict(self) -> dict[str, Any]:
@@ -62,6 +68,7 @@ class GenerateResult:
             "budget": self.budget,
             "keep": self.keep,
             "draft": self.draft,
+            "adaptation": asdict(self.adaptation) if self.adaptation else None,
             "stats": {
                 "prompt_tokens": stats.prompt_tokens,
                 "new_tokens": stats.new_tokens,
@@ -71,6 +78,7 @@ class GenerateResult:
                 "decode_tokens_per_second": stats.decode_tokens_per_second,
                 "draft_seconds": stats.draft_seconds,
                 "verify_seconds": stats.verify_seconds,
+                "search_seconds": stats.search_seconds,
                 "drafted_by_place": list(stats.drafted),
                 "accepted_by_place": list(stats.accepted),
                 "acceptance": stats.acceptance,
@@ -123,7 +131,8 @@ def generate(
         stop: texts that end the generation; they are left out of the result.
         speculative: whether to draft and verify, which changes the speed and not the text; None: if the bundle has
             a draft.
-        draft: draft in another way than the bundle's: `exit:E`, `budget:B` or `layers:SET`.
+        draft: draft in another way than the bundle's: `exit:E`, `budget:B`, `layers:SET`, or `layers:auto` to begin
+            with the bundle's set, or an even one, and better it while generating.
         draft_length: tokens drafted before a verification; 0 for plain decoding; None to find it while generating.
         threads: of the runtime; None for its own choice.
         backend: the runtime; the TensorRT ones run what `gsx build` made, PyTorch runs the weights themselves.
@@ -157,6 +166,10 @@ def generate(
     writer = TextWriter(tokenizer.stream(), stop, on_text) if tokenizer else None
     runtime = open_backend(backend, device, threads)
     opened = open_draft(bundle, drafting, threads, runtime) if drafting else None
+    search = None
+    if draft == ADAPTIVE and opened is not None:
+        assert isinstance(opened, OtherControls)
+        search = SkipSetSearch(opened, step_bytes(bundle))
     result = generation.generate(
         opened.runner if opened else open_runner(bundle, threads, runtime),
         [prompt_ids],
@@ -165,6 +178,7 @@ def generate(
         sampling=sampling,
         draft=opened,
         draft_length=draft_length,
+        search=search,
         on_token=lambda _, token: writer.push(token) if writer else False,
     )
     sequence = result.sequences[0]
@@ -176,7 +190,8 @@ def generate(
         finish=sequence.finish,
         budget=(selection.budget if keep.budget is None else keep.budget) if selection else None,
         keep=str(keep),
-        draft=str(drafting) if drafting else None,
+        draft=str(opened.kind) if opened else None,
+        adaptation=search.found if search else None,
         stats=result.stats,
     )
 
@@ -193,7 +208,7 @@ def _drafting(
             found="--no-speculative with a draft, or --speculative with length 0",
         )
     if draft is not None:
-        chosen = parse_draft(draft)
+        chosen = _adaptive(manifest) if draft == ADAPTIVE else parse_draft(draft)
         check_draft(chosen, manifest)
         return chosen if draft_length != 0 else None
     if speculative is False or draft_length == 0:
@@ -206,3 +221,14 @@ def _drafting(
             todo="gsx export MODEL --draft auto, or on a gated bundle --draft budget:B here",
         )
     return own
+
+
+def _adaptive(manifest: Manifest) -> LayersDraft:
+    """The set that a search begins with."""
+    own = manifest.draft.draft if manifest.draft else None
+    if isinstance(own, LayersDraft):
+        return own
+    check_speculation(manifest)
+    if len(manifest.skippable_places) < 2:
+        refuse_other(ADAPTIVE)
+    return first_set(manifest)

@@ -15,6 +15,7 @@ import numpy as np
 
 from engines.bundle.cost import StepBytes
 from engines.bundle.manifest import BRANCHES, Branch, LayersDraft
+from engines.speculation.adapt import evenly
 from engines.speculation.replay import Replay, counted_speed
 
 # The search ends after so many candidates or seconds, whichever comes first.
@@ -85,9 +86,8 @@ def search_skip_sets(
     sampler = optuna.samplers.TPESampler(seed=_SEED, multivariate=True, n_startup_trials=max(10, trials // 10))
     study = optuna.create_study(direction="maximize", sampler=sampler)
     for share in _FIRST_SHARES:
-        # Branch i is left out where the running sum of shares passes a whole number.
-        steps = np.floor(np.arange(len(places) + 1) * share)
-        study.enqueue_trial(dict(zip(names, (np.diff(steps) > 0).tolist(), strict=True)))
+        left_out = set(evenly(places, share))
+        study.enqueue_trial({name: place in left_out for name, place in zip(names, places, strict=True)})
     study.optimize(objective, n_trials=trials, timeout=seconds, callbacks=[tell])
     ranked = sorted(found.values(), key=lambda one: one.speed, reverse=True)
     return [one for one in ranked if 0 < len(one.draft.skip) < len(places)]

@@ -27,6 +27,7 @@ from exporter.checkpoint import CONFIG, read_config
 from exporter.config import ModelConfig
 from exporter.decoder.ends import Entry, Exit, distinct_windows
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
+from exporter.decoder.loading import filled_askers
 from exporter.rules.registry import rule_of
 from gsx.backends import Device
 from plugins.errors import PluginError
@@ -106,15 +107,12 @@ class TorchStage:
             self._entry = Entry(hf_config, config, options)
             self._layers = [_Layer(config, options.of_layer(i), has_below=i > 0) for i in self.layers]
             self._exit = Exit(config, options)
-            self._asked = self._rule.asked() if self._rule else ()
-            self._asker = self._rule.asker(config, options) if self._rule and self._asked else None
         self._entered = tuple(self._rule.entered()) if self._rule else ()
         weights.fill(self._entry, "")
         for i, layer in zip(self.layers, self._layers, strict=True):
             weights.fill(layer, f"layers.{i}.")
         weights.fill(self._exit, "")
-        if self._asker is not None:
-            weights.fill(self._asker, "")
+        self._askers = filled_askers(config, options, weights.fill)
         self._table = KeptTable(manifest, skippable_places(manifest, self.layers))
 
     def new_memory(self, batch: int, capacity: int) -> list[_Buffers]:
@@ -153,9 +151,9 @@ class TorchStage:
             entering = hidden
             hidden, _, below, values = layer(hidden, one, past, below)
             carried = {name: values[name] for name in carried}
-            if self._asker is not None and number + 1 in self._asked:
+            if number + 1 in self._askers:
                 entered = [{**values, **carried}[name] for name in self._entered]
-                carried = dict(zip(carried, self._asker(hidden, entering, *entered), strict=True))
+                carried = dict(zip(carried, self._askers[number + 1](hidden, entering, *entered), strict=True))
             counts += [layer.kept[branch] for branch in BRANCHES if branch in layer.skippable]
         leaving = None
         if self.layers.stop < self._config.num_layers:

@@ -40,6 +40,7 @@ def tiny_checkpoint(
     seed: int = 0,
     tokenizer: bool = False,
     exits: tuple[int, ...] = (),
+    exit_classifiers: tuple[int, ...] = (),
     dtype: torch.dtype = torch.float32,
     **hf_overrides: Any,
 ) -> Path:
@@ -49,7 +50,7 @@ def tiny_checkpoint(
         path: the directory; made if it is not there.
         gate, router: the gates or routers to add; None for a dense model.
         tokenizer: add a byte-level tokenizer without merges; the vocabulary then has at least 259 tokens.
-        exits: the depths to name in `gsx.exits`.
+        exits, exit_classifiers: the depths to name in `gsx.exits`; those that get a classifier.
         hf_overrides: further keys of the family's transformers configuration, e.g. `sliding_window=8`.
     Returns: path.
     """
@@ -79,6 +80,8 @@ def tiny_checkpoint(
         section["router"] = router.to_dict()
     if exits:
         section["exits"] = list(exits)
+    if exit_classifiers:
+        section["exit_classifiers"] = list(exit_classifiers)
     if section:
         hf.gsx = section
     path.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, get_args
 
 from engines.errors import UsageError
 
-Measure = Literal["softmax", "state"]
+Measure = Literal["softmax", "state", "classifier"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
@@ -18,7 +18,11 @@ class Range(NamedTuple):
     most: float
 
 
-RANGES: dict[Measure, Range] = {"softmax": Range(0.0, 1.0), "state": Range(-1.0, 1.0)}
+RANGES: dict[Measure, Range] = {
+    "softmax": Range(0.0, 1.0),
+    "state": Range(-1.0, 1.0),
+    "classifier": Range(0.0, 1.0),
+}
 
 
 def check_threshold(threshold: float, least: float, most: float) -> None:

@@ -184,7 +184,9 @@ def exit_names(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
     keep rule carries from layer to layer, [B, S, 1] each.
     """
     verify = manifest.graphs.get("verify")
-    return {value.name: value.shape for value in verify.inputs if value.name.startswith("exit_")} if verify else {}
+    asked = {one.name for one in manifest.policy.inputs} if manifest.policy else set()  # a request's exit_threshold
+    states = [one for one in verify.inputs if one.name.startswith("exit_") and one.name not in asked] if verify else []
+    return {value.name: value.shape for value in states}
 
 
 def grown(lengths: list[int], counts: list[int]) -> list[int]:

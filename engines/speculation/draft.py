@@ -77,6 +77,11 @@ class OtherControls:
         self._of: Controls = {}
         self._controls: Controls = {}
 
+    def change(self, kind: BudgetDraft | LayersDraft) -> None:
+        """Draft with other run-time inputs from now on."""
+        self.kind = self._changes = kind
+        self._of = {}
+
     def step(self, cache: Cache, ids: np.ndarray, controls: Controls, counts: list[int]) -> StepOutput:
         """See `Draft`."""
         if controls is not self._of:  # the same for a whole request, and a runner copies an input when it changes

@@ -6,12 +6,14 @@ Parameter names are those of the assembled graph: `layers.{i}.mlp.up_proj.weight
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from exporter.checkpoint import Checkpoint
+from exporter.config import ModelConfig
 from exporter.decoder.ends import Entry, Exit
 from exporter.decoder.layer import DecoderLayer, DecoderOptions
 from exporter.decoder.modules import Linear
@@ -74,14 +76,28 @@ def load_exit(checkpoint: Checkpoint, options: DecoderOptions) -> Exit:
     return leave
 
 
-def load_asker(checkpoint: Checkpoint, options: DecoderOptions) -> nn.Module | None:
-    """What the keep rule looks at the state with, behind the layers that it asks at; None where it does not."""
-    if options.rule is None or not options.rule.asked():
-        return None
-    with torch.device("meta"):
-        asker = options.rule.asker(checkpoint.config, options)
-    _fill(asker, checkpoint, "")
-    return asker
+def load_askers(checkpoint: Checkpoint, options: DecoderOptions) -> dict[int, nn.Module]:
+    """What the keep rule looks at the state with, by the depths behind which it asks; empty where it does not."""
+    return filled_askers(checkpoint.config, options, lambda asker, prefix: _fill(asker, checkpoint, prefix))
+
+
+def filled_askers(
+    config: ModelConfig, options: DecoderOptions, fill: Callable[[nn.Module, str], None]
+) -> dict[int, nn.Module]:
+    """The same with parameters from elsewhere.
+
+    Args: fill: gives a module on the meta device its parameters, whose names begin with a prefix; called once for each
+        distinct prefix.
+    """
+    rule = options.rule
+    if rule is None:
+        return {}
+    found: dict[str, nn.Module] = {}
+    for prefix in dict.fromkeys(map(rule.asker_prefix, rule.asked())):
+        with torch.device("meta"):
+            found[prefix] = rule.asker(config, options)
+        fill(found[prefix], prefix)
+    return {depth: found[rule.asker_prefix(depth)] for depth in rule.asked()}
 
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:

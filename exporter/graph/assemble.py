@@ -111,7 +111,7 @@ class GraphBuilder:
         self.asker: Part | None = None
         if self.rule is not None and self._asked:
             with torch.device("meta"):
-                asker = self.rule.asker(config, options)
+                self._asker_module = asker = self.rule.asker(config, options)
             entered = {name: self._example(value) for name, value in self.rule.entered().items()}
             reads = {"hidden": self._hidden(), "entering": self._hidden(), **entered}
             self.asker = _name_asked(trace(asker, reads, [f"next_{name}" for name in self.rule.carried]))
@@ -169,8 +169,9 @@ class GraphBuilder:
             present = (f"present.{i}.key", f"present.{i}.value")
             entering = hidden
             hidden, below, carried = self._layer(graph, i, hidden, below, carried, past, present)
-            if self.asker is not None and i + 1 in self._asked:
+            if self.rule is not None and self.asker is not None and i + 1 in self._asked:
                 carried = self._ask(graph, self.asker, i + 1, {"hidden": hidden, "entering": entering, **carried})
+                found |= sources(self._asker_module, self.rule.asker_prefix(i + 1))
             found |= sources(self._layer_modules[i], f"layers.{i}.")
             inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
             outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
@@ -234,7 +235,7 @@ class GraphBuilder:
         assert self.rule is not None
         prefix = f"exits.{depth}."
         writes = {f"next_{name}": prefix + name for name in self.rule.carried}
-        graph.add(asker, "", reads, writes, scope=prefix)
+        graph.add(asker, self.rule.asker_prefix(depth), reads, writes, scope=prefix)
         return {name: prefix + name for name in self.rule.carried}
 
     def _run_time_inputs(self, graph: _Layout) -> list[onnx.ValueInfoProto]:

@@ -5,8 +5,8 @@ Shapes are [B, S], the tokens of a call; padding is never kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -26,6 +26,7 @@ class MaskCall:
         layers: of the model.
         logits_of: states [B, S, H] -> logits [B, S, V], by the model's norm and head.
         routers: the checkpoint's; None without.
+        exit_classifiers: the checkpoint's, by depth: states [B, S, H] float32 -> logits [B, S, 1].
     """
 
     ids: torch.Tensor
@@ -35,6 +36,7 @@ class MaskCall:
     layers: int
     logits_of: Callable[[torch.Tensor], torch.Tensor]
     routers: Routers | None = None
+    exit_classifiers: Mapping[int, torch.nn.Module] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Confident:
 
     Args:
         exits: depths, ascending.
-        measure: `softmax` or `state`.
+        measure: `softmax`, `state` or `classifier`.
         threshold: lambda; infinity lets nothing leave.
         full_until: [B or 1] int64: tokens at a position below it never leave, and token number 0 is the one there.
         decay: tau of 0.9 lambda + 0.1 lambda exp(-tau t / N), t the token's number; 0: no decay.
@@ -67,12 +67,14 @@ class _Leaving(Plain):
     def after(self, x: BranchInput, result: torch.Tensor, choice: Choice) -> None:
         """Ask at an exit, behind its layer."""
         depth = x.layer + 1
-        asks = self.rule.exits if self.rule.measure == "softmax" else self.rule.exits[1:]
+        asks = self.rule.exits[1:] if self.rule.measure == "state" else self.rule.exits
         if x.branch == "mlp" and depth in asks:
             running = (self.confidence < self.threshold) & self.call.valid
-            self.confidence = torch.where(running, self._measured(result), self.confidence)
+            self.confidence = torch.where(running, self._measured(depth, result), self.confidence)
 
-    def _measured(self, state: torch.Tensor) -> torch.Tensor:
+    def _measured(self, depth: int, state: torch.Tensor) -> torch.Tensor:
+        if self.rule.measure == "classifier":
+            return self.call.exit_classifiers[depth](state.float())[..., 0].sigmoid().double()
         if self.rule.measure == "state":
             assert self._entering is not None
             return torch.nn.functional.cosine_similarity(state, self._entering, dim=-1).double()

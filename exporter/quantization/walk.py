@@ -18,7 +18,7 @@ from exporter.checkpoint import Checkpoint
 from exporter.config import Branch
 from exporter.decoder.ends import Entry, Exit, distinct_windows
 from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
-from exporter.decoder.loading import load_asker, load_entry, load_exit, load_layer
+from exporter.decoder.loading import load_askers, load_entry, load_exit, load_layer
 from exporter.rules.base import Values
 
 # Windows that the head takes at a time: logits are the largest values of a walk.
@@ -68,8 +68,8 @@ class Walk:
         on_table(self._entry)
         self._call: tuple[Tensor, ...] = ()
         rule = self.options.rule
-        self._asked, self._carried = (rule.asked(), tuple(rule.carried)) if rule else ((), ())
-        self._asker = load_asker(checkpoint, self.options)
+        self._carried = tuple(rule.carried) if rule else ()
+        self._askers = load_askers(checkpoint, self.options)
 
     def stream(self, controls: Controls) -> Stream:
         """The text at the first layer. Args: controls: the keep rule's run-time inputs."""
@@ -100,8 +100,8 @@ class Walk:
         stream.hidden, values = layer.mlp_branch(stream.hidden, call, mlp)
         rule = self.options.rule
         stream.entered = {**stream.entered, **{name: values[name] for name in (rule.carried if rule else ())}}
-        if self._asker is not None and number + 1 in self._asked:
-            changed = self._asker(stream.hidden, entering, *stream.entered.values())
+        if number + 1 in self._askers:
+            changed = self._askers[number + 1](stream.hidden, entering, *stream.entered.values())
             stream.entered = {**stream.entered, **dict(zip(self._carried, changed, strict=True))}
         rows = torch.zeros(len(stream.hidden), dtype=torch.bool)
         chosen: dict[Branch, Kept | None] = {"attn": attn, "mlp": mlp}

@@ -151,6 +151,11 @@ class KeepRule(ABC):
         """
         raise NotImplementedError("a rule that asks has an asker")
 
+    def asker_prefix(self, depth: int) -> str:
+        """What the names of the asker's parameters begin with behind `depth` layers: the same asker is laid out behind
+        each, with the same parameters or with each layer's own (`layers.{depth - 1}.`)."""
+        return ""
+
     def entered(self) -> Mapping[str, Value]:
         """All that `enter` gives, in order."""
         return {**self.call, **self.carried}

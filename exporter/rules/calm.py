@@ -17,6 +17,7 @@ from engines.bundle.confidence import Measure
 from exporter.config import BRANCHES, Branch, ModelConfig
 from exporter.decoder.ends import Exit
 from exporter.decoder.layer import DecoderOptions
+from exporter.decoder.modules import Linear
 from exporter.rules.base import KeepRule, Tokens, Value, Values, Verdict
 from plugins.gated_scatter_add.op import gated_scatter_add
 from plugins.threshold_gather.op import threshold_gather
@@ -36,7 +37,8 @@ class Calm(KeepRule):
     Args:
         exits: depths behind which tokens may leave, below the model's.
         measure: `softmax`, the two likeliest next tokens' difference in probability, by the model's own norm and head;
-            `state`, the cosine of the states before and behind the exit's layer, which never leaves at the first exit.
+            `state`, the cosine of the states before and behind the exit's layer, which never leaves at the first exit;
+            `classifier`, the checkpoint's trained classifier behind the exit's layer.
         decay: tau; 0: the threshold does not decay.
         decay_tokens: N, tokens over which it does.
     """
@@ -74,11 +76,17 @@ class Calm(KeepRule):
 
     def asked(self) -> tuple[int, ...]:
         """See `KeepRule`: no state is like the one before at the first exit."""
-        return self.exits if self.measure == "softmax" else self.exits[1:]
+        return self.exits[1:] if self.measure == "state" else self.exits
 
     def asker(self, config: ModelConfig, options: DecoderOptions) -> nn.Module:
         """See `KeepRule`."""
-        return SoftmaxGap(config, options) if self.measure == "softmax" else Saturation()
+        if self.measure == "softmax":
+            return SoftmaxGap(config, options)
+        return Saturation() if self.measure == "state" else ExitClassifier(config)
+
+    def asker_prefix(self, depth: int) -> str:
+        """See `KeepRule`: a classifier belongs to its exit."""
+        return f"layers.{depth - 1}." if self.measure == "classifier" else ""
 
 
 class SoftmaxGap(Exit):
@@ -102,3 +110,19 @@ class Saturation(nn.Module):
         """hidden, entering [N, H], the states behind and before the layer -> confidence [N, 1] float32."""
         cosine = torch.nn.functional.cosine_similarity(hidden.to(torch.float32), entering.to(torch.float32), dim=-1)
         return (torch.where(leaves_at.unsqueeze(1) > confidence, cosine.unsqueeze(1), confidence),)
+
+
+class ExitClassifier(nn.Module):
+    """A trained chance that the model's next token would stay as it is here (arXiv:2207.07061 section 3.5).
+
+    One row for each token, in float32 as all that decides: too little work to gather rows for.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.exit_classifier = Linear(config.hidden_size, 1, True, torch.float32)
+
+    def forward(self, hidden: Tensor, entering: Tensor, leaves_at: Tensor, confidence: Tensor) -> tuple[Tensor]:
+        """hidden [N, H], the exit state -> confidence [N, 1] float32, of those that left as it was."""
+        chance = torch.sigmoid(self.exit_classifier(hidden.to(torch.float32)))
+        return (torch.where(leaves_at.unsqueeze(1) > confidence, chance, confidence),)

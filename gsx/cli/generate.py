@@ -12,6 +12,7 @@ from gsx.cli.console import print_json, remark
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
+    from engines.speculation.adapt import Adaptation
     from gsx.generate import GenerateResult
 
 
@@ -69,7 +70,10 @@ def generate(
     ] = None,
     draft: Annotated[
         str | None,
-        typer.Option(help="Draft in another way: exit:E, budget:B or layers:SET.", show_default="the bundle's"),
+        typer.Option(
+            help="Draft in another way: exit:E, budget:B, layers:SET, or layers:auto (a set, searched meanwhile).",
+            show_default="the bundle's",
+        ),
     ] = None,
     draft_length: Annotated[
         int | None,
@@ -144,8 +148,16 @@ def statistics(result: GenerateResult) -> str:
         )
     if result.draft is not None and stats.tokens_per_verification is not None:
         accepted = "" if stats.acceptance is None else f", {stats.acceptance:.0%} of drafted tokens right"
+        if result.adaptation is not None:
+            parts.append(searched(result.adaptation))
         parts.append(f"draft {result.draft}: {stats.tokens_per_verification:.2f} tokens a verification{accepted}")
     return ", ".join(parts)
+
+
+def searched(found: Adaptation) -> str:
+    """What a search for a better set did."""
+    state = "ended" if found.ended else "goes on"
+    return f"{found.tried} sets tried in {found.looks} looks, {found.changes} taken, the search {state}"
 
 
 def _write(text: str) -> None:

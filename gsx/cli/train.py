@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries
+from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, table
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
@@ -57,6 +57,17 @@ def train(
         float | None, typer.Option(help="Where the budget ends.", show_default="as configured")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.", show_default="as configured")] = None,
+    exit_classifiers: Annotated[
+        str | None,
+        typer.Option(
+            help="Train CALM's classifiers behind these depths of a finished MODEL, and nothing else: e.g. 4,8, or "
+            "auto for its exits.",
+            show_default="no",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="With --exit-classifiers: how much text.", show_default="32768")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Train gates (GateSkip) and early exits (LayerSkip), from a plain checkpoint or from nothing.
@@ -64,8 +75,30 @@ def train(
     Ctrl-C finishes the step and writes a snapshot; --resume goes on from there.
 
     Example: gsx train --config examples/train_example.json -o my-model
+
+    Example: gsx train --model my-model --exit-classifiers auto -o with-classifiers
     """
     quiet_libraries()
+    if exit_classifiers is not None:
+        others = {
+            "--config": config,
+            "--work": work,
+            "--resume": resume or None,
+            "--overwrite": overwrite or None,
+            "--steps": steps,
+            "--batch-size": batch_size,
+            "--sequence-length": sequence_length,
+            "--learning-rate": learning_rate,
+            "--budget-end": budget_end,
+            "--seed": seed,
+        }
+        for name, value in others.items():
+            if value is not None:
+                raise typer.BadParameter("does not go with --exit-classifiers", param_hint=name)
+        _exit_classifiers(output, model, exit_classifiers, text, tokens, as_json)
+        return
+    if tokens is not None:
+        raise typer.BadParameter("belongs to --exit-classifiers", param_hint="--tokens")
     if snapshot_every < 1:
         raise typer.BadParameter(f"{snapshot_every} is not a positive number", param_hint="--snapshot-every")
     with ProgressLine(plain_every=_PLAIN_SECONDS) as line:
@@ -115,6 +148,36 @@ def train(
         f"{result.directory}: {result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s in this call"
     )
     console.print(f"next: gsx export {result.directory} --budget 0.7")
+
+
+def _exit_classifiers(
+    output: Path, model: str | None, depths: str, text: Path | None, tokens: int | None, as_json: bool
+) -> None:
+    """`--exit-classifiers`."""
+    if model is None:
+        raise typer.BadParameter("needs the model whose exits they are for: --model", param_hint="--exit-classifiers")
+    if tokens is not None and tokens < 1:
+        raise typer.BadParameter(f"{tokens} is not a positive number", param_hint="--tokens")
+    try:
+        named = None if depths == "auto" else [int(part) for part in depths.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{depths!r}: depths with commas, or auto", param_hint="--exit-classifiers") from None
+    with ProgressLine() as line:
+        line.update("starting")
+        with loading():
+            from exporter.training.exit_classifiers import DEFAULT_TOKENS, train_exit_classifiers
+
+        wanted = DEFAULT_TOKENS if tokens is None else tokens
+        result = train_exit_classifiers(model, output, depths=named, text=text, tokens=wanted, on_progress=line.update)
+    exits = [{"exit": one.depth, "agreement": one.agreement, "ranking": one.ranking} for one in result.exits]
+    if as_json:
+        print_json({"directory": str(result.directory), "tokens": result.tokens, "exits": exits})
+        return
+    console = out()
+    rows = [(str(one.depth), f"{one.agreement:.1%}", f"{one.ranking:.3f}") for one in result.exits]
+    heads = ("exit", "agrees with the model", "ranking (0.5: a guess)")
+    console.print(table(f"exit classifiers, on held-out tokens of {result.tokens:,}", heads, rows, right=1))
+    console.print(f"next: gsx export {result.directory} --policy calm:classifier,tolerance=0.1")
 
 
 class _Speed:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NoReturn, get_args
 
 from engines.bundle import manifest as schema
 from engines.bundle.confidence import MEASURES, RANGES, Measure, check_threshold
 from engines.errors import UsageError
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import EXIT_CLASSIFIER, Checkpoint
 from exporter.config import ModelConfig
 from exporter.decoder.layer import DecoderOptions
 from exporter.exit_calibration import GRIDS, PROMPT_TOKENS, calibrate_exits
@@ -67,12 +68,12 @@ def parse_calm(text: str, config: ModelConfig) -> CalmOptions:
         if not equals or name in given or name not in _PARAMETERS:
             _refuse(part)
         given[name] = value
-    exits = _exits(given.pop("exits", None), config)
-    risk = given.pop("risk", "agreement")
+    given_exits, risk = given.pop("exits", None), given.pop("risk", "agreement")
     if risk not in get_args(Risk):
         _refuse(f"risk={risk}", "risk=agreement or risk=loss")
     numbers = {name: _number(name, value) for name, value in given.items()}
     measure = measure or "softmax"
+    exits = _exits(given_exits, config, measure)
     threshold, tolerance = numbers.get("threshold"), numbers.get("tolerance")
     if (threshold is None) == (tolerance is None):
         raise UsageError(
@@ -200,9 +201,14 @@ def _guaranteed(
 _PARAMETERS = ("exits", "threshold", "tolerance", "confidence", "risk", "decay", "tokens")
 
 
-def _exits(text: str | None, config: ModelConfig) -> tuple[int, ...]:
+def _exits(text: str | None, config: ModelConfig, measure: Measure) -> tuple[int, ...]:
     """The depths to ask at: given, or the checkpoint's, below the model's own."""
     inside = range(1, config.num_layers)
+    trained = config.exit_classifiers
+    if measure == "classifier" and not trained:
+        _refuse_classifiers(config.exits or inside[:1], "none")
+    if text is None and measure == "classifier":
+        return trained
     if text is None:
         exits = tuple(sorted({depth for depth in config.exits if depth in inside}))
         if not exits:
@@ -223,7 +229,21 @@ def _exits(text: str | None, config: ModelConfig) -> tuple[int, ...]:
             expected=f"depths from 1 to {config.num_layers - 1}",
             found=", ".join(map(str, exits)),
         )
+    untrained = [depth for depth in exits if depth not in trained]
+    if measure == "classifier" and untrained:
+        _refuse_classifiers(untrained, "classifiers behind " + ", ".join(map(str, trained)) + " layers")
     return exits
+
+
+def _refuse_classifiers(depths: Sequence[int], found: str) -> NoReturn:
+    names = ", ".join(f"model.layers.{depth - 1}.{EXIT_CLASSIFIER}" for depth in depths)
+    raise UsageError(
+        "--policy calm:classifier: the checkpoint lacks classifiers of its exits",
+        expected=f'"exit_classifiers" in the "gsx" section of config.json, and weight and bias of {names}',
+        found=found,
+        todo="train them: gsx train --model MODEL --exit-classifiers "
+        f"{','.join(map(str, depths))} -o DIR; or take another measure: softmax, state",
+    )
 
 
 def _number(name: str, value: str) -> float:

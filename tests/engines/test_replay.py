@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,9 +15,12 @@ from safetensors import safe_open
 from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.controls import controls_for
 from engines.bundle.cost import step_bytes
-from engines.bundle.manifest import BRANCHES, Branch, LayersDraft
+from engines.bundle.manifest import BRANCHES, Branch, LayersDraft, Manifest
 from engines.generation import generate
 from engines.runners.select import open_runner
+from engines.sampling import Sampling
+from engines.speculation import adapt
+from engines.speculation.adapt import WINDOW, SkipSetSearch, first_set, in_a_row
 from engines.speculation.draft import OtherControls
 from engines.speculation.length import ROW_COST
 from engines.speculation.replay import CHUNK, Replay, counted_speed
@@ -122,3 +127,46 @@ def test_a_set_reads_as_it_is_written(skip: set[tuple[int, Branch]]) -> None:
 def test_a_set_is_written_short() -> None:
     text = "layers:0,2-4,5.attn,7-8.mlp"
     assert str(parse_draft(text)) == text
+
+
+def test_tokens_in_a_row_are_counted_from_each_place() -> None:
+    right = np.ones((2, CHUNK + 2), bool)
+    right[1, [0, 3]] = False
+    assert in_a_row(right).tolist() == [[CHUNK] * 3, [0, 2, 1]]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=["greedy", "sampled"])
+def test_a_set_that_changes_meanwhile_leaves_the_text_alone(bundle: Bundle, sampling: Sampling) -> None:
+    """Looks at every other round, on batches too: the same tokens as plain decoding, and the cache as it was."""
+    plain = open_runner(bundle)
+    options: dict[str, Any] = {"max_new_tokens": 120, "stop_ids": [], "sampling": sampling}
+    prompts = [list(np.random.default_rng(0).integers(3, 250, length)) for length in (WINDOW + 4, 5)]
+    for some in (prompts[:1], prompts):
+        drafting = OtherControls(open_runner(bundle), first_set(bundle.manifest))
+        search = SkipSetSearch(drafting, step_bytes(bundle))
+        found = generate(drafting.runner, some, draft=drafting, draft_length=3, search=search, **options)
+        assert found.sequences == generate(plain, some, **options).sequences
+        assert 0 < search.found.looks <= search.found.tried
+        assert found.stats.search_seconds > 0
+        assert search.found.changes == 0 or drafting.kind != first_set(bundle.manifest)
+
+
+def test_a_search_finds_what_was_hidden_and_ends(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a branch is as good as any other, fewer bytes win; a search that finds nothing more costs nothing more."""
+    monkeypatch.setattr(adapt, "in_a_row", lambda right: np.full(4, CHUNK))
+    drafting = OtherControls(open_runner(bundle), parse_draft("layers:1.attn"))
+    search = SkipSetSearch(drafting, step_bytes(bundle))
+    prompt = list(np.random.default_rng(0).integers(3, 250, WINDOW + 4))
+    generate(drafting.runner, [prompt], max_new_tokens=400, stop_ids=[], draft=drafting, draft_length=1, search=search)
+    assert search.found.ended
+    assert isinstance(drafting.kind, LayersDraft)
+    assert len(drafting.kind.skip) == len(bundle.manifest.skippable_places) - 1, "one branch stays"
+    assert search.found.looks < 400 / 2 / adapt.EVERY
+
+
+def test_the_first_set_leaves_the_ends_in() -> None:
+    manifest = SimpleNamespace(skippable_places=[(n, b) for n in range(12) for b in BRANCHES])
+    manifest.decoder = SimpleNamespace(num_layers=12)
+    places = first_set(cast(Manifest, manifest)).skip
+    assert {layer for layer, _ in places}.isdisjoint({0, 11})
+    assert len(places) == int(0.45 * 20)

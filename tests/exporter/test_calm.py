@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from gsx.verify import verify
 from tests.tiny import tiny_checkpoint
 
 EXITS = (1, 3)
+TRAINED: dict[str, Any] = {"exit_classifiers": EXITS, "gate": GateConfig("scalar")}
 # Two orders of summation of float32 products at logits of order 10.
 LOGITS_ATOL = 5e-5
 NONE, FROM_THE_START = np.full(1, 10_000, np.int64), np.zeros(1, np.int64)
@@ -40,7 +42,7 @@ NONE, FROM_THE_START = np.full(1, 10_000, np.int64), np.zeros(1, np.int64)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     path = tmp_path_factory.mktemp("calm") / "model"
-    return open_checkpoint(tiny_checkpoint(path, layers=4, exits=EXITS, tokenizer=True, gate=GateConfig("scalar")))
+    return open_checkpoint(tiny_checkpoint(path, layers=4, exits=EXITS, tokenizer=True, **TRAINED))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,11 @@ def kept(checkpoint: Checkpoint, ids: np.ndarray, rule: Confident) -> tuple[np.n
 
 @pytest.mark.parametrize(
     ("measure", "threshold", "decay"),
-    [("softmax", 0.1, 0.0), ("softmax", 0.3, 6.0), ("state", 0.9, 0.0), ("state", 0.99, 6.0), ("softmax", math.inf, 0)],
+    [
+        *[("softmax", 0.1, 0.0), ("softmax", 0.3, 6.0), ("softmax", math.inf, 0.0)],
+        *[("state", 0.9, 0.0), ("state", 0.99, 6.0)],
+        *[("classifier", 0.5, 0.0), ("classifier", 0.7, 6.0)],
+    ],
 )
 def test_the_traced_decoder_keeps_what_the_masks_keep(
     checkpoint: Checkpoint, ids: np.ndarray, measure: Measure, threshold: float, decay: float
@@ -73,6 +79,8 @@ def test_the_traced_decoder_keeps_what_the_masks_keep(
     np.testing.assert_allclose(logits, want, atol=LOGITS_ATOL)
     if threshold == math.inf:
         assert want_keep.all()
+    else:
+        assert 0 < want_keep.mean() < 1
 
 
 def test_tokens_leave_at_exits_alone_and_never_come_back(checkpoint: Checkpoint, ids: np.ndarray) -> None:
@@ -192,6 +200,29 @@ def test_other_options_that_do_not_fit_are_refused(checkpoint: Checkpoint, tmp_p
     named = plan_policy(Choice("calm:threshold=0.5,exits=1+2"), dense.config)
     assert isinstance(named, CalmPlan)
     assert named.given.exits == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("classifiers", "policy", "parts"),
+    [
+        ((), "calm:classifier,threshold=0.5", ["model.layers.0.exit_classifier", "model.layers.2.exit_classifier"]),
+        ((1,), "calm:classifier,threshold=0.5,exits=1+3", ["model.layers.2.exit_classifier", "behind 1 layers"]),
+    ],
+)
+def test_a_checkpoint_without_classifiers_is_refused_by_their_names(
+    tmp_path: Path, classifiers: tuple[int, ...], policy: str, parts: list[str]
+) -> None:
+    model = open_checkpoint(tiny_checkpoint(tmp_path / "model", layers=4, exits=EXITS, exit_classifiers=classifiers))
+    with pytest.raises(UsageError) as caught:
+        plan_policy(Choice(policy), model.config)
+    message = str(caught.value)
+    assert all(part in message for part in [*parts, "--exit-classifiers"]), message
+    assert "model.layers.1." not in message
+
+
+def test_classifiers_ask_at_their_own_exits(checkpoint: Checkpoint) -> None:
+    assert plan_policy(Choice("calm:classifier,threshold=0.5"), checkpoint.config).exits == EXITS
+    assert plan_policy(Choice("calm:classifier,threshold=0.5,exits=3"), checkpoint.config).exits == (3,)
 
 
 def test_too_few_prompts_for_a_guarantee_are_refused_in_numbers(

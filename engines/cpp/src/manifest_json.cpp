@@ -163,7 +163,8 @@ Manifest manifestOf(json const& raw) {
     manifest.kvPolicy = raw.at("kv_policy");
     if (raw.at("graphs").contains("verify")) {
         for (TensorInfo const& input : tensorsOf(raw["graphs"]["verify"].at("inputs"))) {
-            if (input.name.rfind("exit_", 0) == 0) manifest.exitNames.push_back(input.name);
+            // exit_threshold is a request's.
+            if (input.name.rfind("exit_", 0) == 0 && input.name != kExitThreshold) manifest.exitNames.push_back(input.name);
         }
     }
     for (auto const& [name, graph] : raw.at("graphs").items()) manifest.graphs[name] = fileOf(graph);
