@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NoReturn, get_args
 
@@ -205,9 +204,7 @@ def _exits(text: str | None, config: ModelConfig, measure: Measure) -> tuple[int
     """The depths to ask at: given, or the checkpoint's, below the model's own."""
     inside = range(1, config.num_layers)
     trained = config.exit_classifiers
-    if measure == "classifier" and not trained:
-        _refuse_classifiers(config.exits or inside[:1], "none")
-    if text is None and measure == "classifier":
+    if text is None and measure == "classifier" and trained:
         return trained
     if text is None:
         exits = tuple(sorted({depth for depth in config.exits if depth in inside}))
@@ -218,11 +215,11 @@ def _exits(text: str | None, config: ModelConfig, measure: Measure) -> tuple[int
                 found="no exit below the last layer",
                 todo="train exits (gsx train), or name depths to try: calm:exits=4+8",
             )
-        return exits
-    try:
-        exits = tuple(sorted({int(part) for part in text.split("+")}))
-    except ValueError:
-        _refuse(f"exits={text}", "exits=4+8")
+    else:
+        try:
+            exits = tuple(sorted({int(part) for part in text.split("+")}))
+        except ValueError:
+            _refuse(f"exits={text}", "exits=4+8")
     if not all(depth in inside for depth in exits):
         raise UsageError(
             "--policy calm: its exits lie outside the model",
@@ -231,19 +228,15 @@ def _exits(text: str | None, config: ModelConfig, measure: Measure) -> tuple[int
         )
     untrained = [depth for depth in exits if depth not in trained]
     if measure == "classifier" and untrained:
-        _refuse_classifiers(untrained, "classifiers behind " + ", ".join(map(str, trained)) + " layers")
+        names = ", ".join(f"model.layers.{depth - 1}.{EXIT_CLASSIFIER}" for depth in untrained)
+        raise UsageError(
+            "--policy calm:classifier: the checkpoint lacks classifiers of its exits",
+            expected=f'"exit_classifiers" in the "gsx" section of config.json, and weight and bias of {names}',
+            found=f"classifiers behind {', '.join(map(str, trained))} layers" if trained else "none",
+            todo=f"train them: gsx train --model MODEL --exit-classifiers {','.join(map(str, exits))} -o DIR; "
+            "or take another measure: softmax, state",
+        )
     return exits
-
-
-def _refuse_classifiers(depths: Sequence[int], found: str) -> NoReturn:
-    names = ", ".join(f"model.layers.{depth - 1}.{EXIT_CLASSIFIER}" for depth in depths)
-    raise UsageError(
-        "--policy calm:classifier: the checkpoint lacks classifiers of its exits",
-        expected=f'"exit_classifiers" in the "gsx" section of config.json, and weight and bias of {names}',
-        found=found,
-        todo="train them: gsx train --model MODEL --exit-classifiers "
-        f"{','.join(map(str, depths))} -o DIR; or take another measure: softmax, state",
-    )
 
 
 def _number(name: str, value: str) -> float:

@@ -220,9 +220,11 @@ def test_a_checkpoint_without_classifiers_is_refused_by_their_names(
     assert "model.layers.1." not in message
 
 
-def test_classifiers_ask_at_their_own_exits(checkpoint: Checkpoint) -> None:
-    assert plan_policy(Choice("calm:classifier,threshold=0.5"), checkpoint.config).exits == EXITS
-    assert plan_policy(Choice("calm:classifier,threshold=0.5,exits=3"), checkpoint.config).exits == (3,)
+@pytest.mark.parametrize(("given", "exits"), [("", EXITS), (",exits=3", (3,))])
+def test_classifiers_ask_at_their_own_exits(checkpoint: Checkpoint, given: str, exits: tuple[int, ...]) -> None:
+    rule = plan_policy(Choice(f"calm:classifier,threshold=0.5{given}"), checkpoint.config).rule
+    assert rule is not None
+    assert rule.asked() == exits
 
 
 def test_too_few_prompts_for_a_guarantee_are_refused_in_numbers(
