@@ -51,9 +51,9 @@ class Peer:
         self.process.wait()
 
 
-def start(name: str, **spec: Any) -> Peer:
+def start(name: str, interpreter: str = sys.executable, **spec: Any) -> Peer:
     """Start a worker and wait until it has loaded its model."""
-    command = [sys.executable, "-m", "benchmarks.worker", json.dumps(spec, default=str)]
+    command = [interpreter, "-m", "benchmarks.worker", json.dumps(spec, default=str)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     if json.loads(process.stdout.readline() or "null") != "ready":
@@ -95,3 +95,19 @@ def prepare_genai(work: Path, output: Path, precision: Literal["fp32", "int8"]) 
         builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
         paths = ["-i", str(work / "model-dense"), "-o", str(output), "-c", str(work / "cache")]
         subprocess.run([*builder, *paths, "-p", precision, "-e", "cpu"], check=True, stdout=subprocess.DEVNULL)
+
+
+def prepare_llama(work: Path, interpreter: str) -> dict[str, Path]:
+    """The dense model as llama.cpp reads it, by type, as far as it is not there yet (`llama.py`)."""
+    paths = {kind: work / f"dense-{kind}.gguf" for kind in ("F32", "Q8_0")}
+    for kind, path in paths.items():
+        if not path.exists():
+            command = [interpreter, "-m", "benchmarks.llama", str(work / "model-dense"), str(path), "--type", kind]
+            subprocess.run(command, check=True)
+    return paths
+
+
+def start_llama(name: str, interpreter: str, path: Path, threads: int, *, exact: bool = False) -> Peer:
+    """llama.cpp on one of those files; `exact` computes in float32 throughout, to compare tokens."""
+    context = PROMPT_TOKENS + NEW_TOKENS
+    return start(name, interpreter, kind="llama", path=path, threads=threads, context=context, exact=exact)

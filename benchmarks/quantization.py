@@ -1,20 +1,36 @@
-"""INT8 on ONNX Runtime: against float32 at the same budget, and against ONNX Runtime GenAI's INT8.
+"""INT8 on ONNX Runtime: against float32 at the same budget, against ONNX Runtime GenAI's INT8 and llama.cpp's Q8_0.
 
-    python -m benchmarks.quantization --work DIR
+    python -m benchmarks.quantization --work DIR [--llama ENV/bin/python]
 
 The benchmark model of `decode.py`, exported in float32, in INT8 as it comes (of the gated model the first layer
 stays in float32), in INT8 throughout, and with INT8 weights alone; GenAI's builder makes its INT8 of the
 dense one. All in turn (`peers.py`).
+
+llama.cpp has to be compiled, in an environment of its own: `llama.py` says how. Its file of the dense model is checked
+first: in float32 it must write the tokens that gsx writes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers import BUDGET, prepare, prepare_genai, ratio, start, time_in_turn
+from benchmarks.peers import (
+    BUDGET,
+    Peer,
+    prepare,
+    prepare_genai,
+    prepare_llama,
+    ratio,
+    start,
+    start_llama,
+    time_in_turn,
+)
+
+GENAI, LLAMA, DENSE = "GenAI int8, dense", "llama.cpp Q8_0, dense", "gsx fp32, dense"
 
 # What is written into a table -> scheme and layers to keep; nothing is spared of a dense model anyway.
 FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -42,6 +58,14 @@ def exports(work: Path, gate: str) -> dict[str, Path]:
     return found
 
 
+def check_llama(exact: Peer, dense: Peer) -> None:
+    """Stop where llama.cpp reads another model in its file than gsx in its own."""
+    time_in_turn([exact, dense], rounds=0)
+    exact.stop()
+    if exact.last["tokens"] != dense.last["tokens"]:
+        raise SystemExit("llama.cpp in float32 does not write the tokens of gsx: the file is not the same model")
+
+
 def main() -> None:
     """Run and print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -49,24 +73,35 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prepare", action="store_true", help="make models and exports, and time nothing")
+    parser.add_argument(
+        "--llama",
+        default=os.environ.get("GSX_LLAMA_PYTHON"),
+        help="interpreter of an environment with llama-cpp-python (default: $GSX_LLAMA_PYTHON; none: left out)",
+    )
     args = parser.parse_args()
     prepare(args.work, ["scalar"])
     prepare_genai(args.work, args.work / "genai-int8", "int8")
     bundles = {gate: exports(args.work, gate) for gate in ("dense", "scalar")}
+    files = prepare_llama(args.work, args.llama) if args.llama else {}
     if args.prepare:
         return
-    peers = {"GenAI int8, dense": start("GenAI", kind="genai", path=args.work / "genai-int8", threads=args.threads)}
+    peers = {GENAI: start(GENAI, kind="genai", path=args.work / "genai-int8", threads=args.threads)}
+    if files:
+        peers[LLAMA] = start_llama(LLAMA, args.llama, files["Q8_0"], args.threads)
     for gate, budget in (("dense", None), ("scalar", BUDGET)):
         for form, path in bundles[gate].items():
             name = f"gsx {form}, {'dense' if budget is None else f'budget {budget:g}'}"
             peers[name] = start(name, kind="gsx", path=path, threads=args.threads, budget=budget)
+    if files:
+        check_llama(start_llama(LLAMA, args.llama, files["F32"], args.threads, exact=True), peers[DENSE])
     time_in_turn(peers.values(), args.rounds)
-    print(f"{args.threads} threads, {args.rounds} rounds in turn, medians\n")
+    print(f"{args.threads} threads, {args.rounds} rounds in turn, medians")
+    print("llama.cpp: in float32 it writes the tokens of gsx\n" if files else "llama.cpp: left out (--llama)\n")
     print("| peer | prefill ms | speed /fp32 | speed /GenAI | decode tok/s | speed /fp32 | speed /GenAI | peak MB |")
     print("|---|---|---|---|---|---|---|---|")
-    genai = peers["GenAI int8, dense"]
+    genai = peers[GENAI]
     for name, peer in peers.items():
-        base = None if name.startswith("GenAI") else peers[f"gsx fp32, {name.split(', ')[1]}"]
+        base = peers[f"gsx fp32, {name.split(', ')[1]}"] if name.startswith("gsx") else None
         cells = [
             name,
             f"{1e3 * statistics.median(peer.prefill_s):.0f}",

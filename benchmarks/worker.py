@@ -1,6 +1,7 @@
 """One peer in a process of its own: reads commands on standard input, answers in JSON lines.
 
 A process a peer keeps thread pools and memory apart, so that peers can be timed in turn without disturbing each other.
+A peer may be at home in another environment (`llama.py`), so nothing of the project is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -60,6 +61,33 @@ def genai_call(path: Path, threads: int) -> Call:
     return call
 
 
+def llama_call(path: Path, threads: int, context: int, exact: bool) -> Call:
+    """llama.cpp on a GGUF file (`llama.py`), with its flash attention and 16-bit K and V, or all in float32."""
+    import llama_cpp
+
+    options: dict[str, Any] = {"n_ctx": context, "n_batch": context, "n_ubatch": context}
+    options |= {"n_threads": threads, "n_threads_batch": threads, "flash_attn": not exact, "verbose": False}
+    if exact:
+        options |= {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+    model = llama_cpp.Llama(str(path), **options)
+
+    def after(tokens: list[int]) -> int:
+        model.eval(tokens)
+        logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+        return int(np.ctypeslib.as_array(logits, (model.n_vocab(),)).argmax())
+
+    def call(prompt: list[int], new_tokens: int) -> tuple[float, float, list[int], float | None]:
+        model.reset()
+        started = time.perf_counter()
+        tokens = [after(prompt)]
+        first = time.perf_counter()
+        for _ in range(new_tokens - 1):
+            tokens.append(after(tokens[-1:]))
+        return first - started, time.perf_counter() - first, tokens, None
+
+    return call
+
+
 def peak_mb() -> float:
     """Most memory that this process had. (`ru_maxrss` is at least that of the process that started it.)"""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -70,7 +98,10 @@ def main() -> None:
     """Serve calls until standard input ends."""
     spec: dict[str, Any] = json.loads(sys.argv[1])
     path, threads = Path(spec["path"]), spec["threads"]
-    call = genai_call(path, threads) if spec["kind"] == "genai" else gsx_call(path, threads, spec.get("budget"))
+    if spec["kind"] == "llama":
+        call = llama_call(path, threads, spec["context"], spec["exact"])
+    else:
+        call = genai_call(path, threads) if spec["kind"] == "genai" else gsx_call(path, threads, spec.get("budget"))
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
