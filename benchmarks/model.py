@@ -50,17 +50,19 @@ SHAPES = {
     },
 }
 WORDS_OF_TEXT = 6000
+POSITIONS = 2048
 
 
-def make_model(path: Path, shape: str, gate: str | None, seed: int = 0) -> Path:
+def make_model(path: Path, shape: str, gate: str | None, seed: int = 0, positions: int = POSITIONS) -> Path:
     """Write a checkpoint directory with random weights; the backbone depends on the seed alone.
 
     Args:
         shape: a key of `SHAPES`.
         gate: `scalar`, `vector` or None for the dense form.
+        positions: the longest context.
     """
     path.mkdir(parents=True, exist_ok=True)
-    hf = _configuration(shape, gate)
+    hf = configuration(shape, gate, positions)
     config = ModelConfig.from_hf(hf)
     backbone, gates = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     tensors = {}
@@ -83,7 +85,7 @@ def make_large(path: Path, shape: str = "1b", gate: str | None = None) -> Path:
 
     Ten times as fast as `make_model`, for what looks at sizes and times alone. The backbone is the same with gates.
     """
-    hf = _configuration(shape, gate)
+    hf = configuration(shape, gate)
     config = ModelConfig.from_hf(hf)
     block = (np.random.default_rng(0).standard_normal(1 << 22, np.float32) * 0.02).astype(np.float16)
     tensors: dict[str, np.ndarray] = {}
@@ -97,10 +99,11 @@ def make_large(path: Path, shape: str = "1b", gate: str | None = None) -> Path:
     return path
 
 
-def _configuration(shape: str, gate: str | None) -> LlamaConfig:
+def configuration(shape: str, gate: str | None, positions: int = POSITIONS) -> LlamaConfig:
+    """A shape as transformers writes it. Args: as `make_model`."""
     section = {"method": "gateskip", "gate": {"kind": gate, "branches": ["attn", "mlp"]}} if gate else {}
     hf = LlamaConfig(
-        **SHAPES[shape], max_position_embeddings=2048, tie_word_embeddings=False, eos_token_id=0, gsx=section
+        **SHAPES[shape], max_position_embeddings=positions, tie_word_embeddings=False, eos_token_id=0, gsx=section
     )
     hf.architectures = ["LlamaForCausalLM"]
     return hf
