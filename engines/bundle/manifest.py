@@ -255,10 +255,11 @@ class Quantization(_Model):
     Args:
         scheme: `int8` and `fp8` (E4M3) for weights and activations, `int8-weights` for weights alone. Weights have a
             scale for each output channel, activations one for the tensor; zero-points are 0. The head's weights are
-            INT8, its input is not quantized; an embedding is INT8 with a scale for each row.
+            INT8, its input is not quantized, nor are those of the layers behind the first one that stays high (FP8); an
+            embedding is INT8 with a scale for each row; the weights of vector gates are INT8, their products float32.
         smoothing: SmoothQuant's alpha; 0: none.
         products: quantized matrix products of the graph `model`.
-        kept_high: matrices that were left in high precision, besides gates: linear layers, and a table where embedding
+        kept_high: matrices that were left in high precision: linear layers, vector gates, and a table where embedding
             and head have one each (`embed_tokens`, `lm_head`). A table that they share always is.
         budget: at which the ranges of activations were found; null for weights alone and without gates.
         calibration: the text that they were found on; null for weights alone.

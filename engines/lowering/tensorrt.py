@@ -13,7 +13,8 @@ What changes against the portable graph:
 - `kept [n]` tells how many rows each gated branch ran on;
 - `thresholds` and `budget` lose their default value, so that they stay inputs;
 - attention is written out for TensorRT's `Attention` (one output, explicit mask);
-- an embedding in 8 bits is dequantized before its rows are read: TensorRT takes 8-bit constants nowhere else;
+- codes of an embedding or a gate go through a DequantizeLinear, that of an embedding before its rows are read:
+  TensorRT takes 8-bit constants nowhere else;
 - an op without a plugin is rewritten; see `Form`.
 
 Without a plugin for `ThresholdGather` the selection becomes a mask: every row goes through every branch, and a skipped
@@ -89,7 +90,7 @@ def lower(
     rewriter.ask_for_columns()
     rewriter.report_kept()
     rewriter.rewrite_ops()
-    rewriter.dequantize_embedding()
+    rewriter.dequantize_constants()
     rewriter.speak_float32()
     rewriter.finish()
     return Lowered(model, rewriter.forms)
@@ -180,12 +181,16 @@ class _Rewriter:
             if value.name == "logits":
                 value.type.tensor_type.shape.dim[1].dim_param = LOGITS_COLUMNS
 
-    def dequantize_embedding(self) -> None:
-        """Gather(codes) x Gather(scales) -> Gather(DequantizeLinear(codes, scales))."""
+    def dequantize_constants(self) -> None:
+        """Gather(codes) x Gather(scales) -> Gather(DequantizeLinear(codes, scales)); Cast(codes) x scales likewise."""
         producers = {name: node for node in self.graph.node for name in node.output}
+        codes = {tensor.name for tensor in self.graph.initializer if tensor.data_type == TensorProto.INT8}
         nodes = []
         for node in self.graph.node:
             floats = producers.get(node.input[0]) if node.op_type == "Mul" else None
+            if floats and floats.op_type == "Cast" and floats.input[0] in codes:
+                nodes.append(_node("DequantizeLinear", [floats.input[0], node.input[1]], node.output[0], axis=1))
+                continue
             rows = producers.get(floats.input[0]) if floats and floats.op_type == "DequantizeLinear" else None
             if rows is None or rows.op_type != "Gather":
                 nodes.append(node)

@@ -18,7 +18,7 @@ from torch import Tensor
 from engines.errors import UsageError
 from exporter.checkpoint import Checkpoint
 from exporter.config import ModelConfig
-from exporter.quantization.scheme import EMBEDDING, GROUPS, HEAD, LINEARS, Scheme
+from exporter.quantization.scheme import EMBEDDING, GATES, GROUPS, HEAD, LINEARS, WEIGHTS_ALONE, Scheme
 from exporter.quantization.smoothing import smooth
 from exporter.quantization.statistics import Statistics
 
@@ -33,8 +33,8 @@ class Plan:
     Args:
         scheme: how.
         checkpoint: the tensors to write: smoothed where the scheme smooths.
-        input_scales: matrix in 8 bits ("layers.0.mlp.up_proj", "lm_head") -> scale of its input; None: of weights
-            alone. Those that are not in it stay as they are.
+        input_scales: matrix in 8 bits ("layers.0.mlp.up_proj", "lm_head") -> scale of its input; None where its
+            weights alone are. Those that are not in it stay as they are.
     """
 
     scheme: Scheme
@@ -52,13 +52,21 @@ class Plan:
         return dataclasses.replace(self, input_scales=scales)
 
     def sparing(self) -> Plan:
-        """The same plan with what comes before most decisions kept high: the embedding, and the first layers."""
-        first = {f"layers.{layer}.{name}" for layer in range(self.scheme.spared_layers) for name in LINEARS}
-        return self.without({EMBEDDING, *first})
+        """The same plan with care for what comes before most decisions: the first layers, their gates included."""
+        high, careful = self.scheme.high_layers, self.scheme.careful_layers
+        scales = dict(self.input_scales)
+        for layer in range(high, high + careful):
+            scales |= {name: None for name in (f"layers.{layer}.{linear}" for linear in LINEARS) if name in scales}
+        first = {f"layers.{layer}.{name}" for layer in range(high) for name in (*LINEARS, *GATES.values())}
+        return dataclasses.replace(self, input_scales=scales).without(first)
+
+    def scheme_of(self, matrix: str) -> Scheme:
+        """What a matrix that is in 8 bits is quantized with."""
+        return WEIGHTS_ALONE if self.input_scales[matrix] is None else self.scheme
 
 
 def make_plan(checkpoint: Checkpoint, scheme: Scheme, found: Statistics | None) -> Plan:
-    """A plan that quantizes every matrix there is. Gates and norms are never in it.
+    """A plan that quantizes every matrix there is, of gates and tables the weights alone.
 
     Args: found: statistics at the exported selection; None where the scheme quantizes weights alone.
     """
@@ -72,21 +80,29 @@ def make_plan(checkpoint: Checkpoint, scheme: Scheme, found: Statistics | None) 
 
 
 def matrices_of(config: ModelConfig) -> list[str]:
-    """All matrices that can run in 8 bits, in order: both tables and the linear layers.
+    """All matrices that can be in 8 bits, in order: both tables, the linear layers and the gates.
 
-    A table that embedding and head share is none: one wants a scale for each row, the other reads it transposed, and
-    two copies in 8 bits take the room of one in 16.
+    A gate with one value a token is a vector, and none. A table that embedding and head share is none: one wants a
+    scale for each row, the other reads it transposed, and two copies in 8 bits take the room of one in 16.
     """
-    linears = [f"layers.{layer}.{name}" for layer in range(config.num_layers) for name in LINEARS]
+    names = (*_gates_of(config), *LINEARS)
+    linears = [f"layers.{layer}.{name}" for layer in range(config.num_layers) for name in names]
     return linears if config.tied_head else [EMBEDDING, *linears, HEAD]
+
+
+def _gates_of(config: ModelConfig) -> tuple[str, ...]:
+    if config.gate is None or config.gate.kind != "vector":
+        return ()
+    return tuple(GATES[branch] for branch in config.gated_branches)
 
 
 def groups_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Matrices that read the same values, by the group's name ("layers.0.mlp.gate_up"), in order."""
+    gates = {name.removesuffix(".linear"): (name,) for name in _gates_of(config)}
     groups = {
         f"layers.{layer}.{group}": tuple(f"layers.{layer}.{name}" for name in linears)
         for layer in range(config.num_layers)
-        for group, linears in GROUPS.items()
+        for group, linears in {**gates, **GROUPS}.items()
     }
     return groups if config.tied_head else {EMBEDDING: (EMBEDDING,), **groups, HEAD: (HEAD,)}
 
@@ -106,7 +122,8 @@ def named(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
             raise UsageError(
                 f"no layer is named {pattern!r}",
                 expected="e.g. layers.0, layers.*.mlp.down, layers.3.self_attn.o_proj, lm_head; or auto, or none",
-                todo=f"the model has layers.0 to layers.{config.num_layers - 1}, each with {', '.join(GROUPS)}"
+                todo=f"the model has layers.0 to layers.{config.num_layers - 1}, each with "
+                + ", ".join((*GROUPS, *(name.removesuffix(".linear") for name in _gates_of(config))))
                 + ("" if config.tied_head else f"; {EMBEDDING}; {HEAD}"),
             )
         found |= dict.fromkeys(hits)

@@ -10,6 +10,11 @@ its MatMul stands, behind the gather, so that skipped rows are not quantized eit
 Rows of an embedding are dequantized once they are read, each with its own scale:
 
     ids -> Gather <- codes -> DequantizeLinear (scale 1) -> Mul <- Unsqueeze <- Gather <- scales
+
+A gate's weights are codes too, but its product runs in float32, since it decides. So they are dequantized by nodes that
+no runtime takes for a product in 8 bits (of Q/DQ around weights alone ONNX Runtime makes one that rounds the input):
+
+    codes -> Cast -> Mul <- scales
 """
 
 from __future__ import annotations
@@ -24,9 +29,10 @@ from torch import Tensor
 from exporter.graph.assemble import Graphs
 from exporter.graph.weights import ONNX_TYPES, Weight
 from exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
-from exporter.quantization.scheme import EMBEDDING, TABLE_SCHEME, TABLES, Scheme, scheme_of
+from exporter.quantization.scheme import EMBEDDING, GATES, TABLES, WEIGHTS_ALONE, Scheme
 
 _HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
+_GATES = tuple(GATES.values())
 
 
 def quantize_graphs(graphs: Graphs, plan: Plan, dtype: torch.dtype) -> Graphs:
@@ -40,18 +46,39 @@ def quantize_graphs(graphs: Graphs, plan: Plan, dtype: torch.dtype) -> Graphs:
         narrow = _narrow_type(weight, plan)
         matrix = weight.name.removesuffix(".weight")
         if matrix in plan.input_scales:
-            weights |= {one.name: one for one in _stored(weight, scheme_of(matrix, plan.scheme), dtype)}
+            weights |= {one.name: one for one in _stored(weight, plan.scheme_of(matrix))}
         elif narrow is not None:
             stored[weight.name] = f"{weight.name}.stored"
             weights[stored[weight.name]] = Weight(stored[weight.name], weight.source, weight.transpose, narrow)
         else:
             weights[weight.name] = weight
     for model in graphs.models.values():
+        _dequantize_gates(model.graph, plan)
         _quantize_products(model.graph, plan, dtype)
         if EMBEDDING in plan.input_scales:
             _quantize_embedding(model.graph, dtype)
         _read_16_bits(model.graph, stored)
     return Graphs(graphs.models, list(weights.values()))
+
+
+def _dequantize_gates(graph: onnx.GraphProto, plan: Plan) -> None:
+    """Make float32 weights of a gate's codes."""
+    made: dict[str, str] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        for place, codes in enumerate(node.input):
+            gate = codes.removesuffix(".weight")
+            if not gate.endswith(_GATES) or gate not in plan.input_scales:
+                continue
+            if codes not in made:
+                made[codes], unscaled = f"{codes}.dequantized", f"{codes}.unscaled"
+                nodes += [
+                    _cast(codes, unscaled),
+                    helper.make_node("Mul", [unscaled, f"{codes}_scale"], [made[codes]], name=made[codes]),
+                ]
+            node.input[place] = made[codes]
+        nodes.append(node)
+    _replace(graph, nodes)
 
 
 def _quantize_products(graph: onnx.GraphProto, plan: Plan, dtype: torch.dtype) -> None:
@@ -60,7 +87,7 @@ def _quantize_products(graph: onnx.GraphProto, plan: Plan, dtype: torch.dtype) -
     pairs: dict[tuple[str, float], str] = {}  # (value, scale) -> the value quantized and dequantized
     for node in graph.node:
         linear = node.input[1].removesuffix(".weight") if node.op_type == "MatMul" else ""
-        if linear not in plan.input_scales:
+        if linear not in plan.input_scales or linear.endswith(_GATES):
             nodes.append(node)
             continue
         codes, floats = node.input[1], f"{linear}.weight.dequantized"
@@ -88,7 +115,7 @@ def _quantize_embedding(graph: onnx.GraphProto, dtype: torch.dtype) -> None:
         one, zero, last = f"{EMBEDDING}.one", f"{EMBEDDING}.zero", f"{EMBEDDING}.last"
         graph.initializer.append(helper.make_tensor(last, onnx.TensorProto.INT64, [1], [-1]))
         graph.initializer.append(helper.make_tensor(one, ONNX_TYPES[dtype], [], [1.0]))
-        graph.initializer.append(helper.make_tensor(zero, ONNX_TYPES[TABLE_SCHEME.dtype], [], [0]))
+        graph.initializer.append(helper.make_tensor(zero, ONNX_TYPES[WEIGHTS_ALONE.dtype], [], [0]))
         nodes += [
             helper.make_node("Gather", [EMBEDDING, ids], [codes], name=codes),
             helper.make_node("DequantizeLinear", [codes, one, zero], [floats], name=floats),
@@ -102,8 +129,8 @@ def _quantize_embedding(graph: onnx.GraphProto, dtype: torch.dtype) -> None:
 def _narrow_type(weight: Weight, plan: Plan) -> torch.dtype | None:
     """The 16-bit type that a float32 matrix is stored in, or None.
 
-    Gates are stored so only where their values are 16-bit numbers already, so that no decision changes. Tables
-    (embedding and head) of a float32 checkpoint are rounded to half precision, a sixteenth of what 8 bits round.
+    Gates that stay high are stored so only where their values are 16-bit numbers already, so that no decision changes.
+    Tables (embedding and head) of a float32 checkpoint are rounded to half precision, a sixteenth of what 8 bits round.
     """
     is_table = weight.name.removesuffix(".weight") in TABLES
     if weight.dtype != torch.float32 or not (is_table or weight.transpose):
@@ -130,9 +157,12 @@ def _cast(value: str, out: str) -> onnx.NodeProto:
     return helper.make_node("Cast", [value], [out], name=out, to=onnx.TensorProto.FLOAT)
 
 
-def _stored(weight: Weight, scheme: Scheme, dtype: torch.dtype) -> tuple[Weight, Weight]:
-    """A weight as codes, under its own name, and the scales of its channels; of an embedding, of its rows."""
-    by_row = weight.name == EMBEDDING
+def _stored(weight: Weight, scheme: Scheme) -> tuple[Weight, Weight]:
+    """A weight as codes, under its own name, and the scales of its channels; of an embedding, of its rows.
+
+    Scales have the type that the product runs in: the graph's, of a gate float32.
+    """
+    by_row, dtype = weight.name == EMBEDDING, weight.dtype
 
     def codes(w: Tensor) -> Tensor:
         return quantize_weight(w.t(), scheme, dtype).t() if by_row else quantize_weight(w, scheme, dtype)

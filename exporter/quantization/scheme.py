@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from exporter.config import BRANCHES, Branch
+
 SchemeName = Literal["int8", "int8-weights", "fp8"]
 
 # The linear layers of a decoder layer that read the same values, by the name of the group.
@@ -25,6 +27,8 @@ LINEARS = tuple(linear for linears in GROUPS.values() for linear in linears)
 # The tables before and after the layers: rows are read from one, the head multiplies with the other.
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 TABLES = (EMBEDDING, HEAD)
+# The product of a gate that has a value for each channel, by branch: as large as one of attention's.
+GATES: dict[Branch, str] = {branch: f"{branch}_gate.linear" for branch in BRANCHES}
 
 
 @dataclass(frozen=True)
@@ -38,8 +42,9 @@ class Scheme:
         activations: whether activations are quantized too, or weights alone.
         smoothing: SmoothQuant's alpha, the share of a channel's size that moves from activations to weights; 0: none.
             FP8 needs none: its codes are dense near zero, so that a large channel does not cost the others their bits.
-        spared_layers: how many of the first layers stay high where tokens skip branches, unless the user says
+        high_layers: how many of the first layers stay high where tokens skip branches, unless the user says
             otherwise. What is rounded there reaches every decision behind, and flips most (benchmarks/RESULTS.md).
+        careful_layers: how many behind them have their weights alone in 8 bits, for the same reason.
     """
 
     name: SchemeName
@@ -47,7 +52,8 @@ class Scheme:
     largest: float
     activations: bool
     smoothing: float
-    spared_layers: int
+    high_layers: int
+    careful_layers: int
 
     @property
     def num_bits(self) -> int | tuple[int, int]:
@@ -56,15 +62,9 @@ class Scheme:
 
 
 SCHEMES: dict[SchemeName, Scheme] = {
-    "int8": Scheme("int8", torch.int8, 127.0, True, 0.8, 1),
-    "int8-weights": Scheme("int8-weights", torch.int8, 127.0, False, 0.0, 0),
-    "fp8": Scheme("fp8", torch.float8_e4m3fn, 448.0, True, 0.0, 2),
+    "int8": Scheme("int8", torch.int8, 127.0, True, 0.8, 1, 0),
+    "int8-weights": Scheme("int8-weights", torch.int8, 127.0, False, 0.0, 0, 0),
+    "fp8": Scheme("fp8", torch.float8_e4m3fn, 448.0, True, 0.0, 1, 3),
 }
-# Of the tables, whatever the rest is: a scale for each row of the embedding, and for each output channel of the head.
-# (E4M3 weights alone would round as coarsely as E4M3 products do, and save nothing more.)
-TABLE_SCHEME = SCHEMES["int8-weights"]
-
-
-def scheme_of(matrix: str, scheme: Scheme) -> Scheme:
-    """What a matrix is quantized with in a model that a scheme is for."""
-    return TABLE_SCHEME if matrix in TABLES else scheme
+# Of weights alone, whatever the rest is: E4M3 would round them more coarsely, and save nothing more.
+WEIGHTS_ALONE = SCHEMES["int8-weights"]

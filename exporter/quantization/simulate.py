@@ -22,7 +22,7 @@ from exporter.decoder.ends import Entry, Exit
 from exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue
 from exporter.decoder.modules import Linear
 from exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
-from exporter.quantization.scheme import EMBEDDING, HEAD, TABLE_SCHEME, TABLES, Scheme
+from exporter.quantization.scheme import EMBEDDING, HEAD, TABLES, WEIGHTS_ALONE, Scheme
 from exporter.quantization.walk import Stream, Walk
 from exporter.rules.base import Values
 from exporter.text import TokenText
@@ -117,9 +117,9 @@ class Simulation:
 
         def quantize_table(end: Entry | Exit) -> None:
             if isinstance(end, Entry) and EMBEDDING in chosen:
-                end.embed_tokens.data = rounded(end.embed_tokens.t(), TABLE_SCHEME).t()
+                end.embed_tokens.data = rounded(end.embed_tokens.t(), WEIGHTS_ALONE).t()
             elif isinstance(end, Exit) and HEAD in chosen:
-                end.lm_head.weight.data = rounded(end.lm_head.weight, TABLE_SCHEME)
+                end.lm_head.weight.data = rounded(end.lm_head.weight, WEIGHTS_ALONE)
 
         different = decisions = 0
         with torch.inference_mode():
@@ -150,4 +150,5 @@ def _quantize_layer(layer: DecoderLayer, number: int, plan: Plan, chosen: Collec
         owner, _, attribute = path.rpartition(".")
         linear = layer.get_submodule(path)
         assert isinstance(linear, Linear)
-        setattr(layer.get_submodule(owner), attribute, QuantizedLinear(linear, plan.scheme, plan.input_scales[name]))
+        quantized = QuantizedLinear(linear, plan.scheme_of(name), plan.input_scales[name])
+        setattr(layer.get_submodule(owner), attribute, quantized)
