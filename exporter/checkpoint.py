@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from engines.bundle.bundle import MANIFEST
 from engines.errors import CheckpointError
 from exporter.config import ModelConfig
 
@@ -179,6 +180,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+# Types of weights, as safetensors writes them.
+_FLOATS = ("F16", "BF16", "F32", "F64")
 # Behind a layer, what says whether the model would still change its mind above (CALM).
 EXIT_CLASSIFIER = "exit_classifier"
 # Modules of a layer that a plain model has not, and what messages call them.
@@ -258,13 +261,10 @@ def read_config(directory: Path) -> Any:
             expected="one of " + ", ".join(FAMILIES),
             todo="docs/add-a-family.md says how to add one",
         )
-    if raw.get("quantization_config"):
-        raise CheckpointError(
-            f"{path}: the checkpoint is already quantized",
-            expected="float weights",
-            found=str(raw["quantization_config"].get("quant_method", "a quantization_config")),
-            todo="export the original checkpoint: gsx quantizes it itself",
-        )
+    quantization = raw.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise _already_quantized(path, method or "a quantization_config")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds here, all about this one file
@@ -296,6 +296,12 @@ def _index(directory: Path) -> dict[str, Path]:
         return files
     if single.is_file():
         return dict.fromkeys(_open_safetensors(single).keys(), single)
+    if (directory / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{directory}: is a bundle, exported already",
+            expected=f"a checkpoint, with {WEIGHTS} or {WEIGHTS_INDEX}",
+            todo="give the model that it was made of; gsx inspect names it",
+        )
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
@@ -318,6 +324,15 @@ def _open_safetensors(path: Path) -> Any:
             found=f"{path.stat().st_size} bytes, {error}",
             todo="copy or download it again",
         ) from error
+
+
+def _already_quantized(where: str | Path, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where}: the checkpoint is already quantized",
+        expected="float weights",
+        found=found,
+        todo="export the original checkpoint: gsx quantizes it itself",
+    )
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
@@ -346,6 +361,8 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
             raise CheckpointError(
                 f"{checkpoint.source}: {name} has the wrong shape", expected=str(list(shape)), found=str(list(found))
             )
+        if checkpoint.stored_type(name) not in _FLOATS:
+            raise _already_quantized(checkpoint.source, f"{name} in {checkpoint.stored_type(name)}")
     for name in expected:
         part = chooser(name)
         if part and not bool(checkpoint.tensor(name).isfinite().all()):

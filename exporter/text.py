@@ -19,6 +19,8 @@ from exporter.checkpoint import TOKENIZER, Checkpoint
 WINDOW_TOKENS = 512
 # Below this many tokens a quantile at a share of 0.01 means nothing.
 MIN_TOKENS = 256
+# No text repeats one token so often: these are blanks, or words that the tokenizer does not know.
+MOST_OF_ONE = 0.75
 
 
 @dataclass(frozen=True)
@@ -74,27 +76,39 @@ def read_text(path: Path | None) -> tuple[str, str]:
         raise TextError(f"{path}: is not UTF-8 text", found=str(error)) from error
 
 
-def tokenize(checkpoint: Checkpoint, path: Path | None, *, max_tokens: int, window: int = WINDOW_TOKENS) -> TokenText:
+def tokenize(
+    checkpoint: Checkpoint, path: Path | None, *, max_tokens: int, window: int = WINDOW_TOKENS, skip: int = 0
+) -> TokenText:
     """A text file as windows of tokens, each beginning as the tokenizer begins a text.
 
     Args:
         path: UTF-8 text; None for the default text.
         max_tokens: read no more than about this many (whole windows).
         window: tokens of a window; less where the text is shorter or the model's context is.
+        skip: leave out this many at the beginning.
     Raises:
-        TextError: the text is too short to say anything.
+        TextError: the text, or what is left of it, is too short to say anything, or nearly all one token.
     """
     tokenizer = load_tokenizer(checkpoint)
     text, name = read_text(path)
     window = min(window, checkpoint.config.max_positions)
     prefix = tokenizer.encode("").ids
     # A token is seldom above 16 bytes: more text than this would be thrown away.
-    ids = tokenizer.encode(text[: 16 * max_tokens], add_special_tokens=False).ids[:max_tokens]
+    upto = skip + max_tokens
+    ids = tokenizer.encode(text[: 16 * upto], add_special_tokens=False).ids[skip:upto]
     if len(ids) < MIN_TOKENS:
         raise TextError(
             f"{name}: the text is too short to calibrate on",
             expected=f"at least {MIN_TOKENS} tokens (tens of thousands are better)",
-            found=f"{len(ids)} tokens",
+            found=f"{len(ids)} tokens" + (f" behind the first {skip}" if skip else ""),
+        )
+    common = int(np.bincount(ids).argmax())
+    share = ids.count(common) / len(ids)
+    if share > MOST_OF_ONE:
+        raise TextError(
+            f"{name}: the tokenizer makes next to nothing of this text",
+            expected="running text of a kind that the model reads",
+            found=f"{share:.0%} of its tokens are {tokenizer.id_to_token(common)!r}",
         )
     highest = max(ids)
     if highest >= checkpoint.config.vocab_size:
@@ -108,3 +122,14 @@ def tokenize(checkpoint: Checkpoint, path: Path | None, *, max_tokens: int, wind
     rows = np.asarray(ids[: count * body], dtype=np.int64).reshape(count, body)
     start = np.tile(np.asarray(prefix, dtype=np.int64), (count, 1))
     return TokenText(np.concatenate([start, rows], axis=1), hashlib.sha256(text.encode()).hexdigest(), name)
+
+
+def behind(checkpoint: Checkpoint, path: Path | None, seen: int, max_tokens: int) -> TokenText | None:
+    """The part of a text behind its first tokens, which something was fitted to; None where too little is left.
+
+    Args: seen: tokens of the windows that were fitted to; path, max_tokens: as `tokenize`.
+    """
+    try:
+        return tokenize(checkpoint, path, max_tokens=max_tokens, skip=seen)
+    except TextError:
+        return None

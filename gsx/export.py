@@ -31,14 +31,14 @@ from exporter.quantization.kv_cache import int8_kv_cache
 from exporter.quantization.qdq import quantize_graphs
 from exporter.rules.gateskip import Selection
 from exporter.rules.registry import rule_of
-from exporter.text import tokenize
+from exporter.text import WINDOW_TOKENS, behind, tokenize
 from gsx.draft_search import DraftSearch
 from gsx.graph_files import write_graphs
 from gsx.policies.base import Choice, Plan
 from gsx.policies.registry import plan_policy
 from gsx.policies.thresholds import grid_with
 from gsx.progress import Progress
-from gsx.quantize import Quantize, plan_for
+from gsx.quantize import MEASURED_WINDOWS, Quantize, plan_for
 
 Precision = Literal["fp32", "fp16", "bf16"]
 KvCacheType = Literal["int8"]
@@ -124,10 +124,12 @@ def export(
             found=f"policy {keep.name}",
             todo="leave it out",
         )
-    text = None
+    text = unseen = None
     if reads_text:
         source = Path(calibration) if calibration else None
         text = tokenize(checkpoint, source, max_tokens=calibration_tokens, window=keep.window)
+        if quantize is not None and quantize.measured:
+            unseen = behind(checkpoint, source, text.tokens, MEASURED_WINDOWS * WINDOW_TOKENS)
     bytes_each = 4 if precision == "fp32" else 2
     needed = checkpoint.weight_bytes() * bytes_each // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
@@ -137,7 +139,14 @@ def export(
         plan = quantization = None
         if quantize is not None:
             plan, quantization = plan_for(
-                checkpoint, options, quantize, selection, defaults, text, lambda *step: on_progress(Progress(*step))
+                checkpoint,
+                options,
+                quantize,
+                selection,
+                defaults,
+                text,
+                lambda *step: on_progress(Progress(*step)),
+                unseen=unseen,
             )
         eight_bits = None
         if kv_cache is not None:

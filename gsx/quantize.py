@@ -14,15 +14,16 @@ from engines.errors import GsxError, UsageError
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.layer import DecoderOptions
 from exporter.quantization.plan import Plan, make_plan, named
-from exporter.quantization.scheme import EMBEDDING, SCHEMES, SchemeName
+from exporter.quantization.scheme import EMBEDDING, GATES, SCHEMES, SchemeName
 from exporter.text import TokenText
 
 if TYPE_CHECKING:  # they load ModelOpt, which takes seconds
     from exporter.quantization.sensitivity import Chosen, Limits
+    from exporter.quantization.simulate import Cost
 
 AUTO, NONE = "auto", "none"
 # A sensitivity pass runs the model once for every group of linear layers.
-_MEASURED_WINDOWS = 4
+MEASURED_WINDOWS = 4
 # Dearest groups that an error names.
 _NAMED_GROUPS = 3
 
@@ -85,6 +86,8 @@ def plan_for(
     defaults: Controls,
     text: TokenText | None,
     on_progress: Callable[[str, int, int], None],
+    *,
+    unseen: TokenText | None = None,
 ) -> tuple[Plan, schema.Quantization]:
     """What to quantize and with which scales, and its entry in the manifest.
 
@@ -93,6 +96,7 @@ def plan_for(
         defaults: exported values of the keep rule's run-time inputs.
         text: calibration text; None where weights alone are quantized and nothing is measured.
         on_progress: called with (stage, done, total).
+        unseen: what the cost is measured on; None for the end of the calibration text.
     Raises:
         GsxError: ModelOpt is not installed; a limit does not hold.
     """
@@ -130,11 +134,12 @@ def plan_for(
     if wanted.measured:
         assert text is not None
         plans = [everything, plan] if wanted.auto else [plan]
-        plan = _measured(checkpoint, options, wanted, plans, defaults, text, on_progress)
+        sample = unseen or TokenText(text.ids[-MEASURED_WINDOWS:], text.sha256, text.name)
+        plan = _measured(checkpoint, options, wanted, plans, defaults, sample, on_progress)
     entry = schema.Quantization(
         scheme=wanted.scheme,
         smoothing=scheme.smoothing,
-        products=len(plan.input_scales.keys() - {EMBEDDING}),
+        products=sum(not name.endswith((EMBEDDING, *GATES.values())) for name in plan.input_scales),
         kept_high=plan.kept_high,
         budget=budget if scheme.activations else None,
         calibration=schema.CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
@@ -150,7 +155,7 @@ def _measured(
     wanted: Quantize,
     plans: Sequence[Plan],
     controls: Controls,
-    text: TokenText,
+    sample: TokenText,
     on_progress: Callable[[str, int, int], None],
 ) -> Plan:
     """The first plan that is seen to hold its limits; with auto, where none does, a part of the last one."""
@@ -159,8 +164,6 @@ def _measured(
 
     default = 0.01 if wanted.auto else math.inf
     limits = Limits(wanted.max_perplexity_increase or default, wanted.max_flipped or default)
-    # The end of the text: ranges come from all of it, and the last windows are as good as any.
-    sample = TokenText(text.ids[-_MEASURED_WINDOWS:], text.sha256, text.name)
     simulation = Simulation(
         checkpoint,
         sample,
@@ -189,14 +192,17 @@ def _not_met(wanted: Quantize, limits: Limits, chosen: Chosen) -> GsxError:
     return GsxError(
         f"--{wanted.scheme}: the quality that was asked for does not hold; most costly: {dearest}",
         expected=", ".join(
-            f"{what} at most {limit:.2%}"
+            f"{what} at most {100 * limit:.3g}%"
             for what, limit in (("perplexity up", limits.perplexity_increase), ("flipped", limits.flipped))
             if limit < math.inf
         ),
-        found=f"{cost.perplexity_increase:+.2%} and {cost.flipped:.2%}",
-        todo=f"it holds ({held.perplexity_increase:+.2%}, {held.flipped:.2%}) with "
-        f"--keep-precision {','.join((*names, *chosen.kept))}",
+        found=_in_words(cost),
+        todo=f"it holds ({_in_words(held)}) with --keep-precision {','.join((*names, *chosen.kept))}",
     )
+
+
+def _in_words(cost: Cost) -> str:
+    return f"perplexity {cost.perplexity_increase:+.2%}, flipped {cost.flipped:.2%}"
 
 
 def _need_modelopt() -> None:

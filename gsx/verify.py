@@ -21,7 +21,7 @@ from engines.bundle.manifest import Manifest
 from engines.errors import BundleError, CheckpointError, GsxError, UsageError
 from engines.runners.portable import host_type
 from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.text import MIN_TOKENS, load_tokenizer, tokenize
+from exporter.text import MIN_TOKENS, TokenText, behind, load_tokenizer, tokenize
 from gsx.backends import BackendName, Device, open_backend
 from gsx.parity.compare import Observation
 from gsx.parity.page import page
@@ -57,7 +57,8 @@ def verify(
     Args:
         bundle: its directory.
         reference: the checkpoint that it was exported from; None for the one that the manifest names.
-        text: UTF-8 text file to read; None for the text that ships with gsx.
+        text: UTF-8 text file to read; None for the text that ships with gsx. Of a text that the export calibrated on,
+            what comes behind those tokens; where too little does, the report says that they are the same.
         tokens: how much of it.
         budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
         greedy_tokens: length of the greedy continuation.
@@ -82,7 +83,7 @@ def verify(
     notes: list[str] = []
     chosen = settings_of(manifest, budgets, notes)
     checkpoint = _reference_checkpoint(opened, reference)
-    windows = tokenize(checkpoint, Path(text) if text else None, max_tokens=tokens)
+    windows = _held_out(checkpoint, manifest, Path(text) if text else None, tokens, notes)
     on_progress(Progress("loading the reference and the engine", 0, 0))
     runtime = open_backend(backend, device)
     run = Run(opened, checkpoint, chosen, windows.ids, greedy_tokens, runtime, notes, on_progress)
@@ -127,6 +128,27 @@ def verify(
     for name, content in texts.items():
         _write(opened.directory / name, content)
     return report
+
+
+def _held_out(
+    checkpoint: Checkpoint, manifest: Manifest, path: Path | None, tokens: int, notes: list[str]
+) -> TokenText:
+    """Text that nothing was calibrated on: quality is not measured where thresholds and scales were fitted."""
+    entries = [one.calibration for one in (manifest.selection, manifest.policy, manifest.quantization) if one]
+    entries += [manifest.kv_cache.calibration] if manifest.kv_cache else []
+    text = tokenize(checkpoint, path, max_tokens=tokens)
+    seen = max((one.tokens for one in entries if one and one.sha256 == text.sha256), default=0)
+    if not seen:
+        return text
+    rest = behind(checkpoint, path, seen, tokens)
+    if rest is None:
+        notes.append(
+            f"The text is the one that the export calibrated on, and ends with those {seen:,} tokens: on other text, "
+            "quality may be worse. --text takes another."
+        )
+        return text
+    notes.append(f"The export calibrated on the first {seen:,} tokens of this text: those compared come behind them.")
+    return rest
 
 
 def _reference_checkpoint(bundle: Bundle, reference: str | None) -> Checkpoint:

@@ -24,10 +24,11 @@ _BRANCH_WORDS = {"attn": "attention", "mlp": "MLP"}
 
 def page_plots(report: Report) -> list[Plot]:
     """All pictures that this report has data for, for the HTML page."""
+    limited = "In 8 bits it has no limit: quality has." if report.rounds else "The dashed line is the limit."
     plots = [
         Plot(
             "Error by layer",
-            "Largest difference over its own scale, on a logarithmic axis; the dashed line is the limit.",
+            f"Largest difference over its own scale, on a logarithmic axis. {limited}",
             svg((10.2, 2.9), 3, lambda axes: errors_by_layer(report, axes)),
         )
     ]
@@ -35,7 +36,8 @@ def page_plots(report: Report) -> list[Plot]:
         plots.append(
             Plot(
                 "Perplexity against share kept",
-                "Of the verification text, reference and engine; they must lie on each other.",
+                "Of the verification text, reference and engine; "
+                + ("8 bits may part them by the limit." if report.rounds else "they must lie on each other."),
                 svg((5.2, 2.9), 1, lambda axes: perplexity(report, axes[0])),
             )
         )

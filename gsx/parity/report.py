@@ -152,8 +152,8 @@ class Report:
         return [
             Row(
                 name=check.name,
-                value=_number(check.value),
-                limit="" if check.limit is None else _number(check.limit),
+                value=_shown(check.name, check.value),
+                limit="" if check.limit is None else _shown(check.name, check.limit),
                 verdict=check.verdict,
                 reason=check.reason,
                 setting=check.setting,
@@ -164,7 +164,7 @@ class Report:
 
     def budget_rows(self) -> list[BudgetRow]:
         """The second table: what each setting keeps and what it costs in quality."""
-        return [_budget_row(result) for result in self.results]
+        return [_budget_row(result, self.tolerances.tokens_must_agree) for result in self.results]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON takes it; numbers that JSON lacks are null."""
@@ -184,9 +184,9 @@ def _badness(check: Check) -> tuple[bool, float]:
     return (check.verdict == "fail", check.value / check.limit if check.limit else check.value)
 
 
-def _budget_row(result: BudgetResult) -> BudgetRow:
+def _budget_row(result: BudgetResult, must_agree: bool) -> BudgetRow:
     decisions = result.windows.decisions
-    wrong = sum(len(one.wrong) for one in result.greedy.values())
+    wrong = max((len(one.wrong) for one in result.greedy.values()), default=0)
     tokens = min((one.tokens for one in result.greedy.values()), default=0)
     differ = max((len(one.mismatches) for one in result.greedy.values()), default=0)
     return BudgetRow(
@@ -194,11 +194,24 @@ def _budget_row(result: BudgetResult) -> BudgetRow:
         kept="all" if result.kept_share is None else f"{result.kept_share:.3f}",
         reference_perplexity=f"{math.exp(result.reference_nats):.4f}",
         engine_perplexity=f"{math.exp(result.engine_nats):.4f}",
-        decisions="nothing skips" if decisions is None else f"{decisions.differ} of {decisions.total:,} differ",
+        decisions="nothing skips" if decisions is None else _turned(decisions.differ, decisions.total),
         quality=f"{result.perplexity_increase:+.2%}, KL {result.quality.divergence:.1e}, "
         f"{result.quality.top1:.1%} same",
-        tokens=f"{tokens} equal" if not differ else f"{differ} of {tokens} differ, {wrong} wrong",
+        tokens=f"{tokens} equal"
+        if not differ
+        else f"{differ} of {tokens} differ" + (f", {wrong} wrong" if must_agree else ""),
     )
+
+
+def _turned(differ: int, total: int) -> str:
+    return f"{differ:,} of {total:,} differ" + (f", {differ / total:.2%}" if differ else "")
+
+
+def _shown(name: str, value: float) -> str:
+    """A value as people read it: shares in percent."""
+    if math.isfinite(value) and any(word in name for word in ("share", "relative")):
+        return f"{value:.2%}"
+    return _number(value)
 
 
 def _number(value: float) -> str:

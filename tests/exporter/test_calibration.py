@@ -17,7 +17,7 @@ from exporter.config import GateConfig
 from exporter.decoder.layer import DecoderOptions
 from exporter.masks.gateskip import Threshold
 from exporter.reference import Reference
-from exporter.text import MIN_TOKENS, tokenize
+from exporter.text import MIN_TOKENS, behind, load_tokenizer, tokenize
 from tests.tiny import tiny_checkpoint
 
 BUDGETS = (1.0, 0.9, 0.7, 0.5)
@@ -77,6 +77,14 @@ def test_short_texts_are_refused(tmp_path: Path, tiny_gated: Path, content: str)
         tokenize(open_checkpoint(tiny_gated), path, max_tokens=4096)
 
 
+def test_a_text_that_says_nothing_is_refused(tmp_path: Path, tiny_gated: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text(" " * 4000 + "a few words behind blanks", encoding="utf-8")
+    with pytest.raises(TextError, match="makes next to nothing of this text") as error:
+        tokenize(open_checkpoint(tiny_gated), path, max_tokens=4096)
+    assert "99% of its tokens are" in error.value.message
+
+
 def test_what_is_not_text_is_refused(tmp_path: Path, tiny_gated: Path) -> None:
     (tmp_path / "binary").write_bytes(bytes(range(128, 256)) * 10)
     with pytest.raises(TextError, match="not UTF-8"):
@@ -90,3 +98,15 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path: Path, tiny_text:
     (small / "tokenizer.json").write_bytes((tiny_gated / "tokenizer.json").read_bytes())
     with pytest.raises(CheckpointError, match="does not fit the model"):
         tokenize(open_checkpoint(small), tiny_text, max_tokens=4096)
+
+
+def test_what_stands_behind_the_text_that_was_seen(tiny_gated: Path, tiny_text: Path) -> None:
+    checkpoint = open_checkpoint(tiny_gated)
+    seen = tokenize(checkpoint, tiny_text, max_tokens=1024)
+    tokenizer = load_tokenizer(checkpoint)
+    every = tokenizer.encode(tiny_text.read_text(), add_special_tokens=False).ids
+    rest = behind(checkpoint, tiny_text, seen.tokens, 512)
+    assert rest is not None
+    ids = rest.ids[:, len(tokenizer.encode("").ids) :].flatten().tolist()
+    assert ids == every[seen.tokens :][: len(ids)]
+    assert behind(checkpoint, tiny_text, len(every) - 10, 512) is None, "ten tokens say nothing"

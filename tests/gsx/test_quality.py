@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from engines.errors import CheckpointError, UsageError
 from exporter.config import GateConfig
@@ -51,6 +53,7 @@ def test_limits_decide(make_tiny_bundle: Callable[..., Path], tiny_text: Path) -
 
     def run(limits: QualityLimits) -> tuple[bool, set[str]]:
         report = verify(bundle, text=tiny_text, tokens=256, greedy_tokens=4, budgets=(0.7, 0.5), quality=limits)
+        assert any("calibrated on the first 1,024 tokens" in note for note in report.notes), "quality is held out"
         failed = {(check.name, check.setting) for check in report.checks if check.verdict == "fail"}
         assert all(setting == "0.7" for _, setting in failed), "below the exported budget quality is reported only"
         return report.passed, {name for name, _ in failed}
@@ -81,9 +84,22 @@ def test_options_that_cannot_be(options: dict[str, object], message: str) -> Non
         Quantize("int8", **options)  # type: ignore[arg-type]
 
 
-def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_bundle_is_no_checkpoint(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a bundle, exported already"):
+        export(tiny_bundle, tmp_path / "out", quantize=Quantize("int8"))
+
+
+@pytest.mark.parametrize("section", ['{"quant_method": "awq"}', '"awq"', None])
+def test_a_quantized_checkpoint_is_refused(tmp_path: Path, section: str | None) -> None:
+    """By what its configuration says, or by the types of its weights."""
     path = tiny_checkpoint(tmp_path / "m", gate=GateConfig(), tokenizer=True)
-    config = path / "config.json"
-    config.write_text(config.read_text().replace("{", '{"quantization_config": {"quant_method": "awq"},', 1))
+    if section is not None:
+        config = path / "config.json"
+        config.write_text(config.read_text().replace("{", f'{{"quantization_config": {section},', 1))
+    else:
+        tensors = load_file(path / "model.safetensors")
+        name = "model.layers.1.mlp.up_proj.weight"
+        save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, path / "model.safetensors")
     with pytest.raises(CheckpointError, match="already quantized"):
         export(path, tmp_path / "out", quantize=Quantize("int8"))
+    assert not (tmp_path / "out").exists()
