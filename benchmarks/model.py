@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig
 
-from exporter.checkpoint import expected_tensors, is_gate
+from exporter.checkpoint import chooser, expected_tensors, is_gate
 from exporter.config import ModelConfig
+from exporter.router_config import NetConfig, RouterConfig
 
 SHAPES = {
     # To try a script.
@@ -51,25 +52,40 @@ SHAPES = {
 }
 WORDS_OF_TEXT = 6000
 POSITIONS = 2048
+# A router for each layer, as D-LLM's but for its K and V, and one for each branch, as SkipGPT's.
+ROUTERS = {
+    "layer-routers": RouterConfig(net=NetConfig(hidden=128, activation="silu", norm=True), output="softmax"),
+    "branch-routers": RouterConfig(decides="branch", net=NetConfig(hidden=192), output="difference"),
+}
 
 
-def make_model(path: Path, shape: str, gate: str | None, seed: int = 0, positions: int = POSITIONS) -> Path:
+def make_model(
+    path: Path,
+    shape: str,
+    gate: str | None,
+    seed: int = 0,
+    positions: int = POSITIONS,
+    router: RouterConfig | None = None,
+) -> Path:
     """Write a checkpoint directory with random weights; the backbone depends on the seed alone.
 
     Args:
         shape: a key of `SHAPES`.
         gate: `scalar`, `vector` or None for the dense form.
         positions: the longest context.
+        router: routers in place of gates.
     """
     path.mkdir(parents=True, exist_ok=True)
     hf = configuration(shape, gate, positions)
+    if router is not None:
+        hf.gsx = {"router": router.to_dict()}
     config = ModelConfig.from_hf(hf)
     backbone, gates = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     tensors = {}
     for name, size in expected_tensors(config).items():
         if "norm" in name:
             tensors[name] = torch.ones(size)
-        elif is_gate(name):
+        elif chooser(name):
             # Scores spread around 0.5: a gate that has learnt to tell tokens apart.
             std = 0.0 if name.endswith("bias") else 1.0 / config.hidden_size**0.5
             tensors[name] = torch.randn(size, generator=gates) * std

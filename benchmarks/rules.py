@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.model import SHAPES, make_model, random_text
+from benchmarks.model import ROUTERS, SHAPES, make_model, random_text
 from engines.bundle.bundle import open_bundle
 from engines.bundle.controls import Controls, Keep, controls_for
 from engines.bundle.manifest import BRANCHES
@@ -35,14 +35,22 @@ BYTES = 4  # float32
 
 @dataclass(frozen=True)
 class Row:
-    """A policy at work. Args: bundle: its export; keep: what a request asks for; options: of the export."""
+    """A policy at work.
+
+    Args:
+        bundle: its export; keep: what a request asks for; gate: gates or routers of the model; options: of the export.
+        head_at_exit: whether every token pays for norm and head at an exit too.
+    """
 
     bundle: str
     keep: Keep
     gate: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    head_at_exit: bool = False
 
 
+# CALM at its lowest threshold: every token leaves after half of the layers, by the measure there.
+_LOWEST = {"softmax": 0.0, "state": -1.0}
 # Half of the layers, in blocks and alternating; half of the FFNs; half of the branches of each token.
 ROWS = {
     "dense": Row("dense", Keep()),
@@ -51,6 +59,17 @@ ROWS = {
     "unified 2": Row("layers", Keep(speedup=2.0), options={"policy": "layers"}),
     "ffn-skip, half of the FFNs": Row("ffn-skip", Keep(budget=0.5), options={"policy": "ffn-skip", "budget": 0.5}),
     "gateskip, half": Row("scalar", Keep(budget=0.5), "scalar", {"budget": 0.5}),
+    "calm, softmax at 6": Row(
+        "calm-softmax",
+        Keep(exit_threshold=_LOWEST["softmax"]),
+        options={"policy": "calm:softmax,exits=6,threshold=0.5"},
+        head_at_exit=True,
+    ),
+    "calm, state at 6": Row(  # the first exit is never left at
+        "calm-state", Keep(exit_threshold=_LOWEST["state"]), options={"policy": "calm:state,exits=3+6,threshold=0.5"}
+    ),
+    "routers of layers, half": Row("layer-routers", Keep(budget=0.5), "layer-routers", {"budget": 0.5}),
+    "routers of branches, half": Row("branch-routers", Keep(budget=0.5), "branch-routers", {"budget": 0.5}),
 }
 
 
@@ -61,7 +80,8 @@ def prepare(work: Path, rows: Mapping[str, Row]) -> None:
     for row in rows.values():
         model = work / f"model-{row.gate or 'dense'}"
         if not model.exists():
-            make_model(model, "small", row.gate)
+            router = ROUTERS.get(row.gate or "")
+            make_model(model, "small", None if router else row.gate, router=router)
         if not (work / f"rule-{row.bundle}").exists():
             reads = {"calibration": text, "calibration_tokens": CALIBRATION_TOKENS} if "budget" in row.options else {}
             export(model, work / f"rule-{row.bundle}", **row.options, **reads)
@@ -73,6 +93,7 @@ class Form:
 
     runner: Runner
     controls: Controls
+    head_at_exit: bool = False
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"prefill": [], "decode": []})
     kept: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -98,13 +119,16 @@ def run(form: Form, cache: Any, ids: np.ndarray, keep: bool) -> None:
             form.kept[phase] = rows
 
 
-def work_of(kept: np.ndarray | None, tokens: int, keys: int, kv_rows: bool) -> tuple[float, float]:
+def work_of(
+    kept: np.ndarray | None, tokens: int, keys: int, kv_rows: bool, head_at_exit: bool = False
+) -> tuple[float, float]:
     """Floating-point operations of a call, and bytes that it reads.
 
     Args:
         kept: [L, 2], mean rows of each branch; None for all.
         tokens: of the call; keys: columns that its last token sees.
         kv_rows: whether K and V are computed for kept rows alone.
+        head_at_exit: whether all tokens pass the head once more.
     """
     s = SHAPES["small"]
     width, layers = s["hidden_size"], s["num_hidden_layers"]
@@ -115,11 +139,17 @@ def work_of(kept: np.ndarray | None, tokens: int, keys: int, kv_rows: bool) -> t
     head = width * s["vocab_size"]
     seen = keys - (tokens - 1) / 2  # on average: attention is causal
     kv_done = rows[:, 0] if kv_rows else np.full(layers, tokens)
-    flops = 2 * head + 2 * (
-        rows[:, 0].sum() * (query + 2 * width * seen) + kv_done.sum() * keyvalue + rows[:, 1].sum() * mlp
+    heads = 1 + head_at_exit
+    exit_flops = 2 * head * tokens * head_at_exit
+    flops = (
+        exit_flops
+        + 2 * head
+        + 2 * (rows[:, 0].sum() * (query + 2 * width * seen) + kv_done.sum() * keyvalue + rows[:, 1].sum() * mlp)
     )
     kv_entered = ran[:, 0] if kv_rows else np.ones(layers)
-    read = head + ran[:, 0].sum() * (query + 2 * kv * keys) + kv_entered.sum() * keyvalue + ran[:, 1].sum() * mlp
+    read = (
+        heads * head + ran[:, 0].sum() * (query + 2 * kv * keys) + kv_entered.sum() * keyvalue + ran[:, 1].sum() * mlp
+    )
     return float(flops), float(BYTES * read)
 
 
@@ -142,7 +172,7 @@ def main() -> None:
         if row.bundle not in runners:
             runners[row.bundle] = open_runner(open_bundle(args.work / f"rule-{row.bundle}"), threads=args.threads)
         runner = runners[row.bundle]
-        forms[name] = Form(runner, controls_for(runner.manifest, row.keep))
+        forms[name] = Form(runner, controls_for(runner.manifest, row.keep), row.head_at_exit)
     caches = {id(runner): runner.new_cache(1, PROMPT_TOKENS + 1) for runner in runners.values()}
     ids = np.random.default_rng(0).integers(0, SHAPES["small"]["vocab_size"], (1, PROMPT_TOKENS))
     for number in range(args.rounds + 1):
@@ -163,7 +193,8 @@ def main() -> None:
             kv_rows = form.runner.manifest.kv_policy != "compute"
             which = 0 if phase == "prefill" else 1
             share = (
-                work_of(form.kept.get(phase), tokens, keys, kv_rows)[which] / work_of(None, tokens, keys, False)[which]
+                work_of(form.kept.get(phase), tokens, keys, kv_rows, form.head_at_exit)[which]
+                / work_of(None, tokens, keys, False)[which]
             )
             ratio = statistics.median(a / b for a, b in zip(form.seconds[phase], dense.seconds[phase], strict=True))
             milliseconds = 1e3 * statistics.median(form.seconds[phase])

@@ -11,11 +11,14 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+import engines
+import exporter
+import gsx
+import plugins
 from engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from engines.errors import BundleError, TextError, UsageError
 from exporter.checkpoint import Checkpoint, open_checkpoint
@@ -153,11 +156,12 @@ class _Exports:
     ) -> None:
         self._checkpoint, self._folder, self._calibration = checkpoint, folder, calibration
         self._on_progress = on_progress
+        self._source = source_sha256()
         self._model = [checkpoint.weights_sha256(), *(sha256_of(path) for path in checkpoint.companions())]
 
     def bundle(self, policy: str, plan: Plan) -> Bundle:
         """The bundle of a policy: the one that is there, if it is whole, or a new one."""
-        made_of = [version("gsx"), policy, *self._model]
+        made_of = [self._source, policy, *self._model]
         calibration = self._calibration if plan.calibrates else None
         if calibration is not None:
             made_of += [calibration.text.sha256, str(calibration.tokens)]
@@ -176,6 +180,15 @@ class _Exports:
             overwrite=True,
             on_progress=lambda step: self._on_progress(Progress(f"{plan.name}: {step.stage}", step.done, step.total)),
         )
+
+
+def source_sha256() -> str:
+    """Hash of gsx's own Python source: a bundle that another state of it made may be another one."""
+    digest = hashlib.sha256()
+    for package in (gsx, exporter, engines, plugins):
+        for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _name(policy: str) -> str:

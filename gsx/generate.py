@@ -22,7 +22,7 @@ from engines.runners.select import open_runner
 from engines.sampling import Sampling
 from engines.speculation.adapt import Adaptation, SkipSetSearch, first_set
 from engines.speculation.draft import OtherControls, open_draft
-from engines.speculation.spec import check_draft, check_speculation, parse_draft, refuse_other
+from engines.speculation.spec import check_draft, check_leaves_out, check_speculation, parse_draft
 from engines.tokens import BundleTokenizer, TextWriter, check_text
 from gsx.backends import BackendName, Device, open_backend
 
@@ -229,6 +229,5 @@ def _adaptive(manifest: Manifest) -> LayersDraft:
     if isinstance(own, LayersDraft):
         return own
     check_speculation(manifest)
-    if len(manifest.skippable_places) < 2:
-        refuse_other(ADAPTIVE)
+    check_leaves_out(ADAPTIVE, manifest)
     return first_set(manifest)

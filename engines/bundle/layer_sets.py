@@ -41,7 +41,7 @@ def mask_of(places: Iterable[tuple[int, Branch]], layers: int, kv_policy: str) -
         raise UsageError(
             "the set names layers that the model does not have",
             expected=f"layers from 0 to {layers - 1}",
-            found=", ".join(map(str, unknown)),
+            found=", ".join(map(str, unknown[:4])) + (f" and {len(unknown) - 4} more" if len(unknown) > 4 else ""),
         )
     for layer, branch in places:
         mask[layer, BRANCHES.index(branch)] = 1

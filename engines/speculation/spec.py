@@ -66,10 +66,15 @@ def check_draft(draft: DraftKind, manifest: Manifest) -> None:
             refuse_other(draft)
         manifest.selection.thresholds_for(draft.budget)
     else:
-        policy = manifest.policy
-        if policy is None or not (policy.name == "gateskip" or policy.input("layer_mask")):
-            refuse_other(draft)
-        check_layers(draft, manifest.decoder.num_layers, policy.branches)
+        check_layers(draft, manifest.decoder.num_layers, check_leaves_out(draft, manifest))
+
+
+def check_leaves_out(draft: DraftKind | str, manifest: Manifest) -> tuple[Branch, ...]:
+    """Refuse a bundle whose rule cannot leave out any branch that it is told to. Returns: the branches that it can."""
+    policy = manifest.policy
+    if policy is None or not (policy.name == "gateskip" or policy.input("layer_mask")):
+        refuse_other(draft)
+    return policy.branches
 
 
 def check_layers(draft: LayersDraft, layers: int, branches: Sequence[Branch]) -> None:

@@ -5,6 +5,7 @@ Semantics: docs/design.md section 3; facts: docs/methods.md section 3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -33,12 +34,7 @@ class GateSkip(KeepRule):
     def __init__(self, gate: GateConfig, eos_ids: tuple[int, ...], selection: Selection = "threshold") -> None:
         self.branches, self.eos_ids = gate.branches, eos_ids
         self.by_rank = selection == "rank"
-        self.call = FORCED
-        if self.by_rank:
-            self.inputs = {"budget": Value(torch.float32, ())}
-            self.call = {**FORCED, "k": Value(torch.int64, (1,))}
-        else:
-            self.inputs = {"thresholds": Value(torch.float32, ("L", 2))}
+        self.inputs, self.call = selects_by(selection)
 
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
         """End-of-text is always kept; by rank, K comes with the call's valid tokens."""
@@ -51,7 +47,7 @@ class GateSkip(KeepRule):
     def judge(self, layer: DecoderLayer, branch: Branch, hidden: Tensor, normed: Tensor, values: Values) -> Verdict:
         """The gate's mean is the score, and the gate multiplies."""
         gate, score = layer.gate(branch, hidden, normed)
-        bound = values["k"] if self.by_rank else values["thresholds"][BRANCHES.index(branch)]
+        bound = bound_of(branch, values)
         return Verdict(apply_forced(score, values), bound, gate)
 
     def _end_of_text(self, ids: Tensor) -> Tensor:
@@ -59,6 +55,18 @@ class GateSkip(KeepRule):
         for eos in self.eos_ids:
             found = found | (ids == eos)
         return found
+
+
+def selects_by(selection: Selection) -> tuple[Mapping[str, Value], Mapping[str, Value]]:
+    """The run-time inputs of a rule with scores, and what it computes once in a call."""
+    if selection == "rank":
+        return {"budget": Value(torch.float32, ())}, {**FORCED, "k": Value(torch.int64, (1,))}
+    return {"thresholds": Value(torch.float32, ("L", 2))}, FORCED
+
+
+def bound_of(branch: Branch, values: Values) -> Tensor:
+    """What a score must exceed, or by rank the number of rows: of what `selects_by` names."""
+    return values["k"] if "k" in values else values["thresholds"][BRANCHES.index(branch)]
 
 
 def rank_count(valid: Tensor, ends: Tensor, budget: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ from exporter.config import BRANCHES, Branch, ModelConfig
 from exporter.decoder.modules import Linear, Mlp
 from exporter.decoder.norm import RmsNorm
 from exporter.router_config import NetConfig, RouterConfig
-from exporter.rules.base import FORCED, KeepRule, Tokens, Value, Values, Verdict, apply_forced, before, forced
-from exporter.rules.gateskip import Selection
+from exporter.rules.base import KeepRule, Tokens, Values, Verdict, apply_forced, before, forced
+from exporter.rules.gateskip import Selection, bound_of, selects_by
 from plugins.gated_scatter_add.op import gated_scatter_add
 from plugins.threshold_gather.op import threshold_gather
 
@@ -78,12 +78,7 @@ class Router(KeepRule):
         self.layers = router.routed(config.num_layers)
         self.hides_skipped = router.kv_policy == "none"
         self.by_rank = selection == "rank"
-        self.call = FORCED
-        if self.by_rank:
-            self.inputs = {"budget": Value(torch.float32, ())}
-            self.call = {**FORCED, "k": Value(torch.int64, (1,))}
-        else:
-            self.inputs = {"thresholds": Value(torch.float32, ("L", 2))}
+        self.inputs, self.call = selects_by(selection)
 
     @property
     def chosen(self) -> tuple[Branch, ...]:
@@ -131,7 +126,7 @@ class Router(KeepRule):
             passes["score"] = score = apply_forced(score, values)
         else:
             score, weight = known["score"], known["weight"]
-        bound = values["k"] if self.by_rank else values["thresholds"][BRANCHES.index(self._judge_of(branch))]
+        bound = bound_of(self._judge_of(branch), values)
         gate = weight.unsqueeze(1) if self._multiplied(branch) else None
         return Verdict(score, bound, gate, passes)
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, table
+from gsx.cli.console import ProgressLine, out, quiet_libraries, table
+from gsx.cli.reports import JsonOption, ModelArgument, PageOption, show
 from gsx.cli.signals import loading
+
+if TYPE_CHECKING:
+    from gsx.comparison.report import CompareReport
 
 
 def add_to(app: typer.Typer) -> None:
@@ -17,10 +21,8 @@ def add_to(app: typer.Typer) -> None:
 
 
 def compare(
-    model: Annotated[str, typer.Argument(help="A model directory or a hub id.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="HTML page to write.", show_default="none")
-    ] = None,
+    model: ModelArgument,
+    output: PageOption = None,
     work: Annotated[Path, typer.Option(help="Folder for a bundle of each policy; what is there is used again.")] = Path(
         "gsx-compare"
     ),
@@ -32,7 +34,7 @@ def compare(
         ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="How much of it to measure.", show_default="4096")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Every policy that a model can have, side by side: perplexity and measured time against what is kept.
 
@@ -52,30 +54,26 @@ def compare(
             tokens=DEFAULT_TOKENS if tokens is None else tokens,
             on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
         )
-    # Shown first: a page that cannot be written loses no figures.
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        console = out()
-        rows = [
-            (
-                point.policy,
-                point.setting,
-                f"{point.kept:.1%}",
-                f"{point.prompt_kept:.1%}",
-                f"{point.perplexity:.4g}",
-                f"{point.prefill_ms:.2f}",
-                f"{point.prefill_ratio:.2f}",
-                f"{point.token_ms:.2f}",
-                f"{point.token_ratio:.2f}",
-            )
-            for point in report.points
-        ]
-        heads = ("policy", "setting", "kept", "of prompts", "perplexity", "prefill ms", "ratio", "token ms", "ratio")
-        console.print(table(None, heads, rows, right=2))
-        for name, why in report.left_out.items():
-            console.print(f"left out: {name}. {why}")
-    if output is not None:
-        write_comparison(report, output)
-        if not as_json:
-            console.print(f"{output} shows it")
+    show(report, as_json, _tables, output, write_comparison)
+
+
+def _tables(report: CompareReport) -> None:
+    console = out()
+    rows = [
+        (
+            point.policy,
+            point.setting,
+            f"{point.kept:.1%}",
+            f"{point.prompt_kept:.1%}",
+            f"{point.perplexity:.4g}",
+            f"{point.prefill_ms:.2f}",
+            f"{point.prefill_ratio:.2f}",
+            f"{point.token_ms:.2f}",
+            f"{point.token_ratio:.2f}",
+        )
+        for point in report.points
+    ]
+    heads = ("policy", "setting", "kept", "of prompts", "perplexity", "prefill ms", "ratio", "token ms", "ratio")
+    console.print(table(None, heads, rows, right=2))
+    for name, why in report.left_out.items():
+        console.print(f"left out: {name}. {why}")

@@ -33,10 +33,11 @@ def export(
         typer.Option(help="Share of (token, branch) pairs to keep, above 0 and up to 1.", show_default="1.0"),
     ] = None,
     policy: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="The keep rule: gateskip, layers[:SET], unified:SPEEDUP, ffn-skip, dense (docs/policies.md).",
-            show_default="gateskip with gates, else dense",
+            help="The keep rule: gateskip, router, layers[:SET], unified:SPEEDUP, ffn-skip, calm:..., dense "
+            "(docs/policies.md).",
+            show_default="gateskip with gates, router with routers, else dense",
         ),
     ] = None,
     select: Annotated[
@@ -106,6 +107,8 @@ def export(
     target = output if output is not None else default_output(model)
     if calibration_tokens is not None and calibration_tokens < 1:
         raise typer.BadParameter(f"{calibration_tokens} is not a positive number", param_hint="--calibration-tokens")
+    if policy is not None and len(policy) > 1:
+        raise typer.BadParameter(f"{' and '.join(policy)} exclude each other: give one", param_hint="--policy")
     if int8 and fp8:
         raise typer.BadParameter("a graph has one of the two", param_hint="--int8 --fp8")
     if weights_only and not int8:
@@ -137,7 +140,7 @@ def export(
         bundle = export_bundle(
             model,
             target,
-            policy=policy,
+            policy=policy[0] if policy else None,
             budget=budget,
             select=select,
             kv_policy=kv_policy,

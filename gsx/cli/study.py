@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, table
+from gsx.cli.console import ProgressLine, out, quiet_libraries, table
+from gsx.cli.reports import JsonOption, ModelArgument, PageOption, show
 from gsx.cli.signals import loading
+
+if TYPE_CHECKING:
+    from gsx.study import StudyReport
 
 
 def add_to(app: typer.Typer) -> None:
@@ -17,15 +21,13 @@ def add_to(app: typer.Typer) -> None:
 
 
 def study(
-    model: Annotated[str, typer.Argument(help="A model directory or a hub id.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="HTML page to write.", show_default="none")
-    ] = None,
+    model: ModelArgument,
+    output: PageOption = None,
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to study on.", show_default="a text that ships with gsx")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="How much of it to use.", show_default="2048")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """How a model takes it when layers are left out: exits against skipped layers, and what each sequence would need.
 
@@ -35,7 +37,7 @@ def study(
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from gsx.study import DEFAULT_TOKENS, WORDS, study_model, write_study
+            from gsx.study import DEFAULT_TOKENS, study_model, write_study
 
         report = study_model(
             model,
@@ -43,11 +45,12 @@ def study(
             tokens=DEFAULT_TOKENS if tokens is None else tokens,
             on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
         )
-        if output is not None:
-            write_study(report, output)
-    if as_json:
-        print_json(report.to_dict())
-        return
+    show(report, as_json, _tables, output, write_study)
+
+
+def _tables(report: StudyReport) -> None:
+    from gsx.study import WORDS
+
     console = out()
     counts = sorted({point.layers for points in report.curves.values() for point in points}, reverse=True)
     found = {family: {point.layers: point.perplexity for point in points} for family, points in report.curves.items()}
@@ -59,5 +62,3 @@ def study(
     oracle = [(f"{row.tolerance:g}", *(f"{share:.1%}" for share in row.shares.values())) for row in report.oracle]
     heads = ("nats per token above", *report.oracle[0].shares)
     console.print(table("fewest layers that a sequence needs, mean share", heads, oracle, right=0))
-    if output is not None:
-        console.print(f"{output} shows it")

@@ -6,6 +6,7 @@ colours, light or dark) and the one combined picture (PNG) show the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,13 @@ import numpy as np
 from exporter.config import BRANCHES
 from gsx.pages.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, Plot, style, svg
 from gsx.parity.report import Report
+from gsx.parity.result import BudgetResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# Labels of points that are nearer than this would lie on each other.
+_LABEL_PERCENT = 6.0
 _BRANCH_WORDS = {"attn": "attention", "mlp": "MLP"}
 
 
@@ -152,30 +156,36 @@ def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
 
 
 def perplexity(report: Report, axis: Axes) -> None:
-    """Reference and engine against budget."""
-    budgets = [result.budget for result in report.results]
-    reference = np.exp([result.reference_nats for result in report.results])
-    engine = np.exp([result.engine_nats for result in report.results])
-    axis.plot(budgets, reference, color=GREY, linewidth=3, label="reference")
-    axis.plot(budgets, engine, color=BLUE, marker="o", markersize=4, linewidth=1, label="engine")
-    for budget, value in zip(budgets, engine, strict=True):
+    """Reference and engine against the share that the reference kept of this text."""
+    results = sorted(report.results, key=lambda one: -_kept(one))
+    shares = [100 * _kept(result) for result in results]
+    reference = np.exp([result.reference_nats for result in results])
+    engine = np.exp([result.engine_nats for result in results])
+    axis.plot(shares, reference, color=GREY, linewidth=3, label="reference")
+    axis.plot(shares, engine, color=BLUE, marker="o", markersize=4, linewidth=1, label="engine")
+    labelled = math.inf
+    for result, share, value in zip(results, shares, engine, strict=True):
+        if labelled - share < _LABEL_PERCENT:
+            continue  # the next label would lie on this one
+        labelled = share
+        number = f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
         axis.annotate(
-            f"{value:,.0f}" if value >= 1000 else f"{value:.2f}",
-            (budget, value),
+            f"{result.setting}\n{number}",
+            (share, value),
             textcoords="offset points",
             xytext=(0, 7),
             ha="center",
-            fontsize=7,
+            fontsize=6.5,
         )
-    axis.margins(x=0.08, y=0.2)
-    axis.set_xticks(
-        budgets,
-        [f"{budget:.3g}" for budget in budgets],
-    )
+    axis.margins(x=0.1, y=0.28)
     axis.invert_xaxis()
-    axis.set_xlabel("share kept (less is skipped on the left)")
+    axis.set_xlabel("share kept, percent (less is skipped on the left)")
     axis.set_ylabel("perplexity")
     axis.legend(loc="best")
+
+
+def _kept(result: BudgetResult) -> float:
+    return 1.0 if result.kept_share is None else result.kept_share
 
 
 def similarity(report: Report, axis: Axes) -> None:

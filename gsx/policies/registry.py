@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from engines.errors import UsageError
 from exporter.config import ModelConfig
-from gsx.policies.base import Choice, Plan
+from gsx.policies.base import Choice, Plan, bad_parameters
 from gsx.policies.calm import plan_calm
 from gsx.policies.dense import plan_dense
 from gsx.policies.ffn_skip import plan_ffn_skip
@@ -31,10 +31,12 @@ def plan_policy(choice: Choice, config: ModelConfig) -> Plan:
     Raises:
         UsageError: an unknown policy, options that exclude each other, a checkpoint without what the rule needs.
     """
-    name, _, parameters = (choice.policy or _default(config)).partition(":")
+    name, colon, parameters = (choice.policy or _default(config)).partition(":")
     plan = POLICIES.get(name)
     if plan is None:
         raise UsageError(f"policy {name!r} is not known", expected="one of " + ", ".join(POLICIES), found=repr(name))
+    if colon and not parameters:
+        bad_parameters(name, "some after the colon, or no colon", f"{name}:")
     if config.router is not None and name != "router":
         raise UsageError(
             f"--policy {name}: the checkpoint has routers, which say what runs",

@@ -72,6 +72,10 @@ def test_running_a_bundle_needs_no_torch(tiny_bundle: Path) -> None:
         (["convert", "x.pt", "-o", "out"], ["--base"]),
         (["train"], ["--output"]),
         (["train", "-o", "out", "--snapshot-every", "0"], ["--snapshot-every"]),
+        (["train", "-o", "out", "--exit-classifiers", "auto"], ["--exit-classifiers", "--model"]),
+        (["train", "-o", "out", "--model", "x", "--exit-classifiers", "soon"], ["'soon'", "or auto"]),
+        (["train", "-o", "out", "--model", "x", "--exit-classifiers", "1", "--steps", "5"], ["--steps"]),
+        (["train", "-o", "out", "--tokens", "5"], ["--tokens", "belongs to --exit-classifiers"]),
     ],
 )
 def test_wrong_use(

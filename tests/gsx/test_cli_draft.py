@@ -89,6 +89,18 @@ def test_export_refuses(gsx: Gsx, tiny_gated: Path, tmp_path: Path, arguments: t
     assert not (tmp_path / "out").exists()
 
 
+def test_generate_searches_a_set(gsx: Gsx, tiny_bundle: Path) -> None:
+    prompt = "a text of more than thirty-two bytes, one token each"
+    options = ("--max-new-tokens", 60, "--json")
+    plain, found = (
+        json.loads(gsx("generate", tiny_bundle, prompt, *way, *options)[1]) for way in ((), ("--draft", "layers:auto"))
+    )
+    assert found["ids"] == plain["ids"]
+    assert found["draft"].startswith("layers:")
+    assert found["adaptation"]["looks"] > 0
+    assert (plain["adaptation"], plain["stats"]["search_seconds"]) == (None, 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -100,6 +112,7 @@ def test_export_refuses(gsx: Gsx, tiny_gated: Path, tmp_path: Path, arguments: t
         (("--no-speculative", "--draft-length", "4"), "plain decoding and a draft"),
         (("--speculative", "--draft-length", "0"), "plain decoding and a draft"),
         (("--draft", "budget:0.6", "--draft-length", "-2"), "draft length"),
+        (("--draft", "layers:auto", "--no-speculative"), "plain decoding and a draft"),
     ],
 )
 def test_generate_refuses(gsx: Gsx, tiny_bundle: Path, arguments: tuple[str, ...], part: str) -> None:

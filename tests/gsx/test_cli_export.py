@@ -24,6 +24,9 @@ from tests.gsx.command_line import Gsx, Spoil, edit_json, edit_weights, snapshot
         (("--fp8", "--weights-only"), "belongs to --int8"),
         (("--keep-precision", "auto"), "belongs to --int8 or --fp8"),
         (("--max-flipped", "0.1"), "belongs to --int8 or --fp8"),
+        (("--policy", "layers", "--policy", "gateskip"), "layers and gateskip exclude each other"),
+        (("--policy", "layers:"), "some after the colon"),
+        (("--policy", "layers:0-99"), "found 3, 4, 5, 6 and 93 more"),
     ],
 )
 def test_export_options_that_exclude_each_other(

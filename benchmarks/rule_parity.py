@@ -1,0 +1,191 @@
+"""Does every rule decide and write what PyTorch does? `gsx verify` of each on the example model, in one table.
+
+    python -m benchmarks.rule_parity --work DIR
+
+Rules of trained methods get what they need added to the model's weights: classifiers are fitted, routers are random,
+their thresholds calibrated, so that they skip. A row is one verification over all of its usual settings: whole windows,
+single steps over the cache, padded batches, and greedy text by the runner that generates and by the portable one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from exporter.checkpoint import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
+from exporter.config import GateConfig
+from exporter.router_config import NetConfig, RouterConfig
+from exporter.training.exit_classifiers import train_exit_classifiers
+from gsx.export import export
+from gsx.parity.report import Report
+from gsx.verify import verify
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "model"
+CLASSIFIER_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rule. Args: model: which form of the example model; options: of its export."""
+
+    options: Mapping[str, Any]
+    model: str = "gated"
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Routers of a method, for a model of 16 layers and hidden size 96. Args: budget: calibrated; None: its own."""
+
+    router: RouterConfig
+    budget: float | None = 0.7
+
+
+ROUTED = {
+    "mixture-of-depths": Routed(RouterConfig(layers=tuple(range(1, 16, 2)), multiplies="layer", kv_policy="none"), 0.5),
+    "d-llm": Routed(
+        RouterConfig(
+            layers=tuple(range(2, 16)),
+            net=NetConfig(hidden=24, activation="silu", norm=True),
+            output="softmax",
+            keep_logit=1,
+            threshold=0.5,
+            kv_policy="none",
+            full_first=2,
+        )
+    ),
+    "skipgpt": Routed(
+        RouterConfig(decides="branch", net=NetConfig(hidden=24), output="difference", keep_logit=0, threshold=0.0)
+    ),
+    "flexidepth": Routed(
+        RouterConfig(
+            layers=tuple(range(8, 16)),
+            input="post_norm",
+            net=NetConfig(hidden=6, activation="tanh", norm=True, bias=False),
+            output="sigmoid",
+            threshold=0.5,
+            multiplies="mlp",
+            adapter=16,
+        )
+    ),
+}
+
+ROWS = {
+    "gateskip": Row({"budget": 0.7}),
+    "gateskip, rank": Row({"budget": 0.7, "select": "rank"}),
+    "layers and exits": Row({"policy": "layers:0-7,9-15"}),
+    "layers, dense model": Row({"policy": "layers:0-7,9-15"}, "dense"),
+    "unified 1.33": Row({"policy": "unified:1.33"}),
+    "ffn-skip": Row({"policy": "ffn-skip"}),
+    "ffn-skip, dense model": Row({"policy": "ffn-skip"}, "dense"),
+    "calm, softmax": Row({"policy": "calm:softmax,threshold=0.3"}),
+    "calm, state": Row({"policy": "calm:state,threshold=0.9"}),
+    "calm, classifier": Row({"policy": "calm:classifier,threshold=0.7"}, "classifiers"),
+    **{name: Row({"budget": one.budget}, name) for name, one in ROUTED.items()},
+}
+
+
+def make_form(name: str, work: Path) -> Path:
+    """The example model as it is, or a form of it; made once."""
+    if name == "gated":
+        return EXAMPLE
+    path = work / f"model-{name}"
+    if path.exists():
+        return path
+    if name == "classifiers":
+        train_exit_classifiers(EXAMPLE, path, tokens=CLASSIFIER_TOKENS)
+        return path
+    write_ungated(open_checkpoint(EXAMPLE), path, ROUTED[name].router if name in ROUTED else None)
+    return path
+
+
+def write_ungated(model: Checkpoint, path: Path, router: RouterConfig | None) -> None:
+    """The model without its gates, with random routers in their place."""
+    gate = model.config.gate or GateConfig()
+    left_out = tuple(f"{branch}_gate" for branch in gate.branches)
+    tensors = {n: model.tensor(n) for n in model.names if not any(f".{gate_name}." in n for gate_name in left_out)}
+    section: dict[str, Any] = {"exits": list(model.config.exits)}
+    if router is not None:
+        section["router"] = router.to_dict()
+        rng = torch.Generator().manual_seed(0)
+        for layer in router.routed(model.config.num_layers):
+            for name, shape in router.shapes(model.config.hidden_size).items():
+                # Scores of order 1, whatever a state's size: weights of a linear map from one, ones in a norm.
+                noise = torch.randn(shape, generator=rng) / shape[-1] ** 0.5
+                tensors[f"model.layers.{layer}.{name}"] = torch.ones(shape) if "norm" in name else noise
+    path.mkdir(parents=True)
+    for file in model.companions():
+        shutil.copyfile(file, path / file.name)
+    raw = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    (path / CONFIG).write_text(json.dumps({**raw, "gsx": section}, indent=2), encoding="utf-8")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / WEIGHTS)
+
+
+@dataclass
+class Line:
+    """A row of the table, from a report."""
+
+    report: Report
+    failed: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.failed = [check.name for check in self.report.checks if check.verdict == "fail"]
+
+    def cells(self) -> list[str]:
+        """Settings, least kept, decisions and those that differ, largest error of a logit, greedy tokens, verdict."""
+        results = self.report.results
+        passes = [(one.windows, one.single_steps, one.one_chunk, one.padded) for one in results]
+        decisions = [one.decisions for row in passes for one in row if one is not None and one.decisions is not None]
+        kept = min((result.kept_share for result in results if result.kept_share is not None), default=1.0)
+        greedy = [one for result in results for one in result.greedy.values()]
+        tokens = sum(one.tokens for one in greedy)
+        error = max(one.fast_logits.max_abs for one in results)
+        return [
+            str(len(results)),
+            f"{kept:.1%}",
+            f"{sum(one.compared for one in decisions):,}",
+            f"{sum(one.differ for one in decisions)} ({sum(one.near_ties for one in decisions)} near ties)",
+            f"{error:.1e}",
+            f"{tokens - sum(len(one.mismatches) for one in greedy):,} of {tokens:,}",
+            "passes" if not self.failed else "fails: " + "; ".join(self.failed),
+        ]
+
+
+def main() -> None:
+    """Run and print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="directory for models and exports")
+    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--tokens", type=int, default=512, help="of the text")
+    parser.add_argument("--backend", choices=["onnxruntime", "torch"], default="onnxruntime")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    heads = [
+        "rule",
+        "settings",
+        "least kept",
+        "decisions",
+        "differ",
+        "largest error of a logit",
+        "greedy tokens equal",
+        "",
+    ]
+    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
+    for name in args.rows:
+        row = ROWS[name]
+        bundle = args.work / f"parity-{name.replace(', ', '-').replace(' ', '-')}"
+        if not bundle.exists():
+            export(make_form(row.model, args.work), bundle, **row.options)
+        report = verify(bundle, tokens=args.tokens, backend=args.backend)
+        print("| " + " | ".join([name, *Line(report).cells()]) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
