@@ -12,7 +12,9 @@ What changes against the portable graph (all measured, benchmarks/RESULTS.md):
   own mask is causal from the end, which allows at least what a kept row may see;
 - K and V may be codes of 8 bits (`kv_cache.py`), which the op reads and writes itself, by a scale for each channel;
 - products in 8 bits are the contrib ops that have fast kernels (`quantized.py`);
-- the nodes of a branch stand inside `If`, which is not entered when no row is kept;
+- the nodes of a branch, and whatever it alone reads, stand inside `If`, which is not entered when no row is kept;
+- what is asked at every branch is decided for all branches together as far as it can be (`decisions.py`), and small
+  nodes are left out or made one (`trim.py`), since a single step pays for each;
 - final norm and head are a model of their own, which runs on the columns that are asked for, in generation the last
   one, and which the two halves of a split decoder share, so that its weights are in memory once.
 
@@ -28,7 +30,7 @@ among a whole call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,10 +39,19 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.bundle.manifest import DecoderShape, Manifest
+from engines.lowering.decisions import decide
 from engines.lowering.kv_cache import add_channel_scales, add_head_scales, hold_codes, of_channels, quantize
-from engines.lowering.nodes import copy_of, replace_nodes
+from engines.lowering.nodes import replace_nodes
 from engines.lowering.quantized import fuse_products, weights_inside
-from engines.lowering.regions import branch_choices, find_regions, size_name, wrap
+from engines.lowering.regions import branch_choices, find_regions, wrap
+from engines.lowering.trim import (
+    add_rows,
+    drop_flat_reshapes,
+    drop_unread,
+    keep_sequence_axis,
+    sink,
+    spread_columns,
+)
 
 CONTRIB = "com.microsoft"
 OPSET = 24  # TensorScatter
@@ -53,15 +64,17 @@ EIGHT_BITS: dict[str, int | str] = {
     "kv_cache_bit_width": 8,
 }
 # A further input of the lowered graph, and its outputs: kept rows by branch (in steps which ones), and the last state.
-TOTAL_LENGTH, KEPT, STATE = "total_length", "kept", "state"
+TOTAL_LENGTH, STATE = "total_length", "state"
 # Values inside: where K and V are written, the cache's last column, its length; no new K or V; axis 0.
 _WRITE_AT, _LAST, _TOTAL = "lowered.write_at", "lowered.last_column", "lowered.total"
 _EMPTY, _FIRST = "lowered.empty", "lowered.first"
 # The axis of a cache that counts tokens.
 _TOKENS_AXIS = "lowered.tokens_axis"
+# The shape of K or V of the call's tokens, split into heads.
+_HEADS = "lowered.heads"
 # In steps: axis 1; what stands for sequences whose row is not kept; K or V of one token a sequence.
 _SECOND, _NO_QUERIES, _NO_COLUMNS = "lowered.second", "lowered.no_queries", "lowered.no_columns"
-_EACH_ITS_OWN = "lowered.each_its_own"
+_EACH_ITS_OWN, _QUERY_OF_EACH = "lowered.each_its_own", "lowered.query_of_each"
 
 
 def cache_outputs(manifest: Manifest, layer: int, kv: str) -> tuple[str, ...]:
@@ -103,12 +116,12 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range, *, steps
     model.CopyFrom(portable)
     graph = model.graph
     if fuse_products(graph):
-        _drop_unread(graph)  # or what was replaced would hold its inputs outside of a branch
+        drop_unread(graph)  # or what was replaced would hold its inputs outside of a branch
     head = _cut_head(model, manifest, layers)
-    _lengths(graph)
+    _lengths(graph, manifest.decoder)
     gated = [layer for layer in layers if gates_attention(manifest, layer)]
     if gated:
-        _write_in_place(graph, manifest, gated)
+        _write_in_place(graph, manifest, gated, steps)
         _attend_kept_rows(graph, manifest, steps)
     if len(gated) < len(layers):
         _attend_and_append(graph, manifest, steps)
@@ -118,11 +131,18 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range, *, steps
         add_channel_scales(graph, manifest.kv_cache, layers, manifest.decoder.head_dim)
         hold_codes(graph)
     _regions(graph, manifest, layers)
-    weights_inside(graph)
-    _kept_output(graph, steps)
-    _thresholds_inside(graph)
+    indices = [choice.output[1] for choice in branch_choices(graph)]
+    decide(graph, manifest.decoder.num_layers, steps=steps)
+    add_rows(graph)
+    drop_flat_reshapes(graph, indices)
+    drop_unread(graph)
+    if not steps and not indices:
+        keep_sequence_axis(graph, _entering(graph, layers), f"layers.{layers.stop - 1}.output")
+    spread_columns(graph)
     _drop_defaults(graph)
-    _drop_unread(graph)
+    drop_unread(graph)
+    sink(graph)
+    weights_inside(graph)
     for part in (model, head):
         del part.opset_import[:]
         part.opset_import.extend(
@@ -138,42 +158,79 @@ def _appended(layer: int, kv: str) -> str:
     return f"appended.{layer}.{kv}"
 
 
-def _lengths(graph: onnx.GraphProto) -> None:
-    """The mask of ones, and the lengths that the kernels ask for, from `total_length`."""
+def _lengths(graph: onnx.GraphProto, shape: DecoderShape) -> None:
+    """The lengths that the kernels ask for, from `total_length`, and the masks, which padding has no part in."""
     inputs = [value for value in graph.input if value.name != "attention_mask"]
     del graph.input[:]
     graph.input.extend(inputs)
     graph.input.append(helper.make_tensor_value_info(TOTAL_LENGTH, TensorProto.INT64, ["batch"]))
-    constants = {"lowered.one.int32": np.array(1, np.int32), _FIRST: np.array([0], np.int64)}
+    constants = {
+        "lowered.one.int32": np.array(1, np.int32),
+        "lowered.zero": np.array(0, np.int64),
+        "lowered.one": np.array(1, np.int64),
+        "lowered.beside_rows": np.array([1, 3], np.int64),
+        _FIRST: np.array([0], np.int64),
+    }
     graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in constants.items())
     ones = numpy_helper.from_array(np.array([1], np.int64))
     nodes = [
+        # The new tokens' part of the mask, all that is read of it.
+        helper.make_node("Shape", ["input_ids"], ["lowered.new_shape"]),
+        helper.make_node("ConstantOfShape", ["lowered.new_shape"], ["attention_mask"], value=ones),
         helper.make_node("Shape", ["input_ids"], ["lowered.batch"], start=0, end=1),
-        helper.make_node("ReduceMax", [TOTAL_LENGTH], ["lowered.longest"], keepdims=1),
-        helper.make_node("Concat", ["lowered.batch", "lowered.longest"], ["lowered.mask_shape"], axis=0),
-        helper.make_node("ConstantOfShape", ["lowered.mask_shape"], ["attention_mask"], value=ones),
+        helper.make_node("ReduceMax", [TOTAL_LENGTH], ["lowered.longest"], keepdims=0),
         helper.make_node("Cast", ["lowered.longest"], [_TOTAL], to=TensorProto.INT32),
         helper.make_node("Cast", [TOTAL_LENGTH], ["lowered.lengths"], to=TensorProto.INT32),
         helper.make_node("Sub", ["lowered.lengths", "lowered.one.int32"], [_LAST]),
         helper.make_node("Shape", ["input_ids"], ["lowered.new_length"], start=1, end=2),
         helper.make_node("Sub", [TOTAL_LENGTH, "lowered.new_length"], [_WRITE_AT]),
+        helper.make_node("Range", ["lowered.zero", "lowered.longest", "lowered.one"], ["lowered.columns"]),
+        helper.make_node("Unsqueeze", ["position_ids", "lowered.beside_rows"], ["lowered.places"]),
     ]
+    for node in graph.node:
+        if node.op_type == "Slice" and node.input[0] == "attention_mask":
+            node.op_type, node.input[:] = "Identity", ["attention_mask"]  # the new tokens' part is all of it
+    masks = [f"mask.{number}" for number in range(len(dict.fromkeys(shape.windows)))]
+    for mask, window in zip(masks, dict.fromkeys(shape.windows), strict=True):
+        nodes += _mask_nodes(graph, mask, window)
     for node in nodes:
         node.name = node.output[0]
-    replace_nodes(graph, [*nodes, *graph.node])
+    replace_nodes(graph, [*nodes, *(node for node in graph.node if node.output[0] not in masks)])
 
 
-def _write_in_place(graph: onnx.GraphProto, manifest: Manifest, layers: Sequence[int]) -> None:
+def _mask_nodes(graph: onnx.GraphProto, mask: str, window: int | None) -> list[onnx.NodeProto]:
+    """Where each row may look, [B, 1, S, T] bool: at its own column and those before it, as far as a window reaches."""
+    if window is None:
+        return [helper.make_node("LessOrEqual", ["lowered.columns", "lowered.places"], [mask])]
+    before, after, outside, size = (f"lowered.{mask}.{name}" for name in ("before", "after", "outside", "window"))
+    graph.initializer.append(numpy_helper.from_array(np.array(window, np.int64), size))
+    return [
+        helper.make_node("LessOrEqual", ["lowered.columns", "lowered.places"], [before]),
+        helper.make_node("Sub", ["lowered.places", size], [outside]),
+        helper.make_node("Greater", ["lowered.columns", outside], [after]),
+        helper.make_node("And", [before, after], [mask]),
+    ]
+
+
+def _write_in_place(graph: onnx.GraphProto, manifest: Manifest, layers: Sequence[int], steps: bool) -> None:
     """present = Concat(past, new) -> appended = TensorScatter(past, new) at the current length."""
     codes: dict[str, onnx.NodeProto] = {}
     if manifest.kv_cache is not None:
         add_head_scales(graph, manifest.kv_cache, layers)
     producers = {node.output[0]: node for node in graph.node}
     outputs = {value.name: value for value in graph.output}
+    shape = manifest.decoder
+    heads = np.array(
+        [-1, 1, shape.num_kv_heads, shape.head_dim] if steps else [1, -1, shape.num_kv_heads, shape.head_dim]
+    )
+    graph.initializer.append(numpy_helper.from_array(heads, _HEADS))
     for layer in layers:
         for kv in ("key", "value"):
             node = producers[f"present.{layer}.{kv}"]
             assert node.op_type == "Concat", "the cache is appended to by Concat in the portable graph"
+            split = producers[producers[node.input[1]].input[0]]
+            assert split.op_type == "Reshape", "K and V are split into heads by Reshape in the portable graph"
+            split.input[1] = _HEADS
             node.op_type = "TensorScatter"
             del node.attribute[:]
             node.attribute.append(helper.make_attribute("axis", 2))
@@ -193,6 +250,8 @@ def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest, steps: bool) -
     """GatheredAttention -> GroupQueryAttention with an empty new key over the written cache."""
     shape = manifest.decoder
     _empty_key(graph, shape, steps)
+    producers = {name: node for node in graph.node for name in node.output}
+    constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         if node.op_type != "GatheredAttention":
@@ -219,14 +278,25 @@ def _attend_kept_rows(graph: onnx.GraphProto, manifest: Manifest, steps: bool) -
                 helper.make_node("Gather", [name + "rows", index], [node.output[0]], name=name + "kept", axis=0),
             ]
         else:
+            if _is_first_of(producers.get(rows), constants):
+                query = producers[rows].input[0]  # they had a first axis before
+            else:
+                nodes.append(helper.make_node("Unsqueeze", [rows, _FIRST], [query], name=query))
             nodes += [
-                helper.make_node("Unsqueeze", [rows, _FIRST], [query], name=query),
                 helper.make_node("Gather", [_bias_of(node.input[4]), index], [bias], name=bias, axis=2),
                 attention.node(query, (_EMPTY, _EMPTY), cache, outputs, bias=bias),
                 helper.make_node("Squeeze", [out, _FIRST], [node.output[0]], name=name + "rows"),
             ]
     _read_live_keys(nodes)
     replace_nodes(graph, nodes)
+
+
+def _is_first_of(node: onnx.NodeProto | None, constants: Mapping[str, TensorProto]) -> bool:
+    """Whether a node takes a first axis of one away: Gather(0)."""
+    if node is None or node.op_type != "Gather" or any(a.name == "axis" and a.i for a in node.attribute):
+        return False
+    place = constants.get(node.input[1])
+    return place is not None and not place.dims and not numpy_helper.to_array(place).any()
 
 
 def _read_live_keys(nodes: list[onnx.NodeProto]) -> None:
@@ -275,8 +345,8 @@ def _attend_and_append(graph: onnx.GraphProto, manifest: Manifest, steps: bool) 
     """FullAttention over Concat(past, new) -> GroupQueryAttention that appends the new K and V itself."""
     shape = manifest.decoder
     if steps:
-        width = np.array([-1, 1, shape.num_kv_heads * shape.head_dim])
-        graph.initializer.append(numpy_helper.from_array(width, _EACH_ITS_OWN))
+        for value, heads in ((_EACH_ITS_OWN, shape.num_kv_heads), (_QUERY_OF_EACH, shape.num_heads)):
+            graph.initializer.append(numpy_helper.from_array(np.array([-1, 1, heads * shape.head_dim]), value))
     producers = {name: node for node in graph.node for name in node.output}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -301,12 +371,18 @@ def _attend_and_append(graph: onnx.GraphProto, manifest: Manifest, steps: bool) 
         else:
             key = new[0]
             nodes.append(helper.make_node("Unsqueeze", [new[1], _FIRST], [value], name=value))
+        split = producers[node.input[0]]
+        assert split.op_type == "Reshape", "queries are split into sequences by Reshape in the portable graph"
+        query = split.input[0]
+        if steps:
+            query = name + "query"
+            nodes.append(helper.make_node("Reshape", [split.input[0], _QUERY_OF_EACH], [query], name=query))
         past = (f"past_key_values.{layer}.key", f"past_key_values.{layer}.value")
         outputs = [node.output[0], f"present.{layer}.key", f"present.{layer}.value"]
         # The op's own causal mask is the whole mask, unless there is a window.
         bias = "" if steps or shape.windows[layer] is None else _bias_of(node.input[3])
         attention = _Attention(manifest, layer, name + "attention")
-        nodes.append(attention.node(node.input[0], (key, value), past, outputs, bias=bias, windowed=steps))
+        nodes.append(attention.node(query, (key, value), past, outputs, bias=bias, windowed=steps))
     replace_nodes(graph, nodes)
 
 
@@ -329,6 +405,12 @@ def _add_biases(graph: onnx.GraphProto) -> None:
                 inputs = [mask, "lowered.seen", "lowered.masked"]
                 nodes.append(helper.make_node("Where", inputs, [bias], name=bias))
     replace_nodes(graph, nodes)
+
+
+def _entering(graph: onnx.GraphProto, layers: range) -> str:
+    """The state that enters the first layer."""
+    norm = f"layers.{layers.start}.input_layernorm.weight"
+    return next(node.input[0] for node in graph.node if node.op_type == "RMSNormalization" and norm in node.input)
 
 
 def _name_capacity(graph: onnx.GraphProto) -> None:
@@ -400,7 +482,7 @@ def _regions(graph: onnx.GraphProto, manifest: Manifest, layers: range) -> None:
             written = [name for member in region.nodes for name in member.output if name in before]
             inside = {name: before[name] for name in written}
             carried = [(name, inside.get(fallback, fallback)) for name, fallback in inside.items()]
-            nodes += wrap(region, carried, f"{region.choice.output[2]}.", cache_type)
+            nodes.append(wrap(region, carried, f"{region.choice.output[2]}.", cache_type))
         elif node.name not in member_names:
             nodes.append(node)
     replace_nodes(graph, nodes)
@@ -426,7 +508,7 @@ def _cut_head(model: onnx.ModelProto, manifest: Manifest, layers: range) -> onnx
         node.input[:] = [STATE if name == shaped else name for name in node.input]
     _set_values(head.graph.input, [state])
     _set_values(head.graph.output, [logits])
-    _drop_unread(head.graph)
+    drop_unread(head.graph)
     kept = [value for name, value in outputs.items() if name not in ("logits", "exit_hidden")]
     leaving = helper.make_tensor_value_info(STATE, TensorProto.FLOAT, ["batch", "sequence", None])
     _set_values(graph.output, [*kept, leaving])
@@ -444,74 +526,9 @@ def _set_values(field: Any, values: Sequence[onnx.ValueInfoProto]) -> None:
     field.extend(copies)
 
 
-def _kept_output(graph: onnx.GraphProto, steps: bool) -> None:
-    """One output with the kept rows of every branch, in order: how many, or in steps which ones."""
-    choices = branch_choices(graph)
-    if not choices:
-        return
-    names = [_kept(choice.output[1]) if steps else size_name(choice) for choice in choices]
-    graph.node.append(helper.make_node("Concat", names, [KEPT], name=KEPT, axis=0))
-    dtype = TensorProto.BOOL if steps else TensorProto.INT64
-    graph.output.append(helper.make_tensor_value_info(KEPT, dtype, [None]))
-
-
-def _kept(index: str) -> str:
-    """Which rows a choice keeps, [N] bool, by its output of their numbers."""
-    return f"{index}.kept"
-
-
-def _thresholds_inside(graph: onnx.GraphProto) -> None:
-    """ThresholdGather's body, spelled out: unless others read its rows, they are gathered inside the `If` alone."""
-    read = {name for node in graph.node for name in node.input}
-    heads = {}  # rows -> the node that gathers them
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        if node.op_type != "ThresholdGather":
-            nodes.append(node)
-            continue
-        x, score, threshold = node.input
-        rows, index, _ = node.output
-        kept, found = _kept(index), f"{index}.found"
-        gather = helper.make_node("Gather", [x, index], [rows], name=rows, axis=0)
-        nodes += [
-            helper.make_node("Greater", [score, threshold], [kept], name=kept),
-            helper.make_node("NonZero", [kept], [found], name=found),
-            helper.make_node("Squeeze", [found, _FIRST], [index], name=index),
-        ]
-        if rows in read:
-            nodes.append(gather)
-        else:
-            heads[rows] = gather
-    for node in nodes:
-        for attribute in node.attribute:
-            if attribute.name == "then_branch":
-                inside = {name for inner in attribute.g.node for name in inner.input}
-                for rows in inside & heads.keys():
-                    attribute.g.node.insert(0, heads[rows])
-    replace_nodes(graph, nodes)
-
-
 def _drop_defaults(graph: onnx.GraphProto) -> None:
     """Inputs with a default value become plain inputs: only those can be bound to memory."""
     inputs = {value.name for value in graph.input}
     kept = [tensor for tensor in graph.initializer if tensor.name not in inputs]
     del graph.initializer[:]
     graph.initializer.extend(kept)
-
-
-def _drop_unread(graph: onnx.GraphProto) -> None:
-    """Nodes and constants that nobody reads any more go."""
-    read = {value.name for value in graph.output}
-    nodes = []
-    for node in reversed(graph.node):
-        if not read.intersection(node.output):
-            continue
-        nodes.append(copy_of(node))
-        read.update(node.input)
-        for attribute in node.attribute:
-            read.update(name for inner in attribute.g.node for name in inner.input)
-    del graph.node[:]
-    graph.node.extend(reversed(nodes))
-    constants = [tensor for tensor in graph.initializer if tensor.name in read]
-    del graph.initializer[:]
-    graph.initializer.extend(constants)

@@ -21,7 +21,17 @@ CHOICES = ("ThresholdGather", "TopKGather")
 def branch_choices(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     """The choices of rows that branches run on, in order; a keep rule may choose rows to look at, or for a stand-in."""
     ends = (".attn.index", ".mlp.index")
-    return [node for node in graph.node if node.op_type in CHOICES and node.output[1].endswith(ends)]
+    return [node for node in graph.node if is_choice(node) and node.output[1].endswith(ends)]
+
+
+def is_choice(node: onnx.NodeProto) -> bool:
+    """Whether a node chooses rows."""
+    return node.op_type in CHOICES
+
+
+def any_name(choice: onnx.NodeProto) -> str:
+    """The value that says whether a choice keeps any row, which whoever wraps its region makes: one bool."""
+    return f"{choice.output[2]}.any"
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ def find_regions(graph: onnx.GraphProto, internal_outputs: Iterable[str] = ()) -
         for name in node.output:
             producer[name] = number
     outputs = {value.name for value in graph.output} - set(internal_outputs)
-    choices = {node.output[1]: node for node in nodes if node.op_type in CHOICES}
+    choices = {node.output[1]: node for node in nodes if is_choice(node)}
     regions = []
     for end, add in enumerate(nodes):
         if add.op_type != "GatedScatterAdd":
@@ -89,15 +99,6 @@ def find_regions(graph: onnx.GraphProto, internal_outputs: Iterable[str] = ()) -
                 break
             members -= leaving
             inside -= leaving
-        # Weights that are dequantized for this branch alone: ONNX Runtime makes one product of the two where they stand
-        # in one graph.
-        members |= {
-            number
-            for number in {producer[name] for m in members for name in nodes[m].input if name in producer}
-            if nodes[number].op_type == "DequantizeLinear"
-            and nodes[number].input[0] not in producer
-            and all(c in members for name in nodes[number].output for c in consumers.get(name, []))
-        }
         parts = ([nodes[n] for n in sorted(part)] for part in (members - {end}, after))
         before, behind = parts
         regions.append(Region(choice, before, add, behind, states))
@@ -131,8 +132,8 @@ def _states(
 
 def wrap(
     region: Region, carried: Sequence[tuple[str, str]], name: str, carried_type: int = onnx.TensorProto.FLOAT
-) -> list[onnx.NodeProto]:
-    """The nodes that replace a region: whether any row is kept, and an `If` around the region.
+) -> onnx.NodeProto:
+    """The `If` around a region that replaces it; it asks for `any_name`.
 
     Args:
         carried: (value, fallback) of further values that the region gives: what they are when nothing is kept.
@@ -159,24 +160,14 @@ def wrap(
             value.type.tensor_type.elem_type = carried_type if pair in carried else onnx.TensorProto.FLOAT
         return helper.make_graph(nodes, f"{name}{side}", [], values)
 
-    size, any_kept = size_name(region.choice), f"{name}any"
-    return [
-        helper.make_node("Shape", [region.choice.output[1]], [size], name=size),
-        helper.make_node("Cast", [size], [any_kept], name=any_kept, to=onnx.TensorProto.BOOL),
-        helper.make_node(
-            "If",
-            [any_kept],
-            [result for result, _ in results],
-            name=f"{name}if",
-            then_branch=branch("then", then_nodes),
-            else_branch=branch("else", else_nodes),
-        ),
-    ]
-
-
-def size_name(choice: onnx.NodeProto) -> str:
-    """The value that holds a choice's number of rows, [1] int64, in a graph whose regions are wrapped."""
-    return f"{choice.output[2]}.size"
+    return helper.make_node(
+        "If",
+        [any_name(region.choice)],
+        [result for result, _ in results],
+        name=f"{name}if",
+        then_branch=branch("then", then_nodes),
+        else_branch=branch("else", else_nodes),
+    )
 
 
 def _reach(

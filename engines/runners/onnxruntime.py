@@ -22,6 +22,7 @@ from engines.bundle.controls import rows_of
 from engines.bundle.manifest import Manifest
 from engines.errors import BundleError
 from engines.lowering import onnxruntime as lowering
+from engines.lowering.decisions import KEPT
 from engines.lowering.probe import is_supported
 from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names
 from engines.runners.portable import (
@@ -221,9 +222,9 @@ class OnnxRuntimeStage:
         hidden = body.result(lowering.STATE, (batch, count, shape.hidden_size), np.float32)
         kept = None
         if self._gated and batch == 1:
-            kept = body.result(lowering.KEPT, (self._gated,), np.int64)
+            kept = body.result(KEPT, (self._gated,), np.int64)
         elif self._gated:
-            kept = body.result(lowering.KEPT, (self._gated * batch,), np.bool_)
+            kept = body.result(KEPT, (self._gated * batch,), np.bool_)
         leaves = self.layers.stop < shape.num_layers
         sizes: dict[int | str, int] = {"batch": batch, "sequence": count}
         leaving = {

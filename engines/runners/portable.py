@@ -215,11 +215,18 @@ def session_config(manifest: Manifest) -> Mapping[str, str]:
 
 
 def open_session(
-    model: bytes, directory: Path, threads: int | None, config: Mapping[str, str] | None = None
+    model: bytes,
+    directory: Path,
+    threads: int | None,
+    config: Mapping[str, str] | None = None,
+    *,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session of a model whose external data lies in a directory.
 
-    Args: config: entries of the session's configuration (`session_config`).
+    Args:
+        config: entries of the session's configuration (`session_config`).
+        profile: what the names of its profiles begin with; None for no profile.
     Raises:
         BundleError: ONNX Runtime refuses the model.
     """
@@ -230,6 +237,8 @@ def open_session(
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
     for name, value in (config or {}).items():
         options.add_session_config_entry(name, value)

@@ -156,6 +156,22 @@ def test_every_branch_is_left_out_when_nothing_is_kept(tiny_bundle: Path) -> Non
     np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=LOGITS_ATOL)
 
 
+def test_thresholds_without_bounds_and_tokens_that_must_run(tiny_bundle: Path) -> None:
+    """End-of-text runs whatever its score, unless a threshold is infinite; decided alike by both runners."""
+    bundle = open_bundle(tiny_bundle)
+    end = bundle.manifest.decoder.eos_ids[0]
+    thresholds = np.array([[np.inf, -np.inf], [2.0, 0.5], [0.5, np.inf]], np.float32)
+    kept = []
+    for stage in (PortableStage(bundle), OnnxRuntimeStage(bundle)):
+        runner = WholeRunner(stage)
+        output = runner.step(runner.new_cache(1, 8), np.array([[5, end, 9, end]]), {"thresholds": thresholds})
+        assert output.kept is not None
+        kept.append(output.kept)
+    np.testing.assert_array_equal(kept[0], kept[1])
+    assert kept[1][:2].tolist()[0] == [0, 4]
+    assert kept[1][1, 0] == 2, "the two that end a text"
+
+
 def test_regions_hold_the_projections(tiny_bundle: Path) -> None:
     graph = onnx.load(str(tiny_bundle / "model.onnx"), load_external_data=False).graph
     regions = find_regions(graph)
