@@ -1,12 +1,15 @@
 """Runtimes that are timed against each other: their models and exports, and one process each.
 
 All peers answer in turn, so that a machine that speeds up or slows down moves them all; ratios are medians of the
-ratios within a round. Each timed call follows an untimed one, in the process that answers (`worker.py`).
+ratios within a round. Each timed call follows an untimed one, in the process that answers (`worker.py`). Who waits is
+stopped: idle threads of a runtime may spin (OpenMP's do under OMP_WAIT_POLICY=ACTIVE), which doubles the others' times.
 """
 
 from __future__ import annotations
 
+import atexit
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,9 +40,11 @@ class Peer:
         """Time the prompt and the tokens after it; `keep` notes the times."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.write(json.dumps({"prompt": prompt, "new_tokens": NEW_TOKENS}) + "\n")
         self.process.stdin.flush()
         self.last = json.loads(self.process.stdout.readline())
+        self.process.send_signal(signal.SIGSTOP)
         if keep:
             self.prefill_s.append(self.last["prefill"])
             self.decode_s.append(self.last["decode"] / (NEW_TOKENS - 1))
@@ -47,17 +52,20 @@ class Peer:
     def stop(self) -> None:
         """End the process."""
         assert self.process.stdin is not None
+        self.process.send_signal(signal.SIGCONT)
         self.process.stdin.close()
         self.process.wait()
 
 
 def start(name: str, interpreter: str = sys.executable, **spec: Any) -> Peer:
-    """Start a worker and wait until it has loaded its model."""
+    """Start a worker and wait until it has loaded its model; it is stopped until it is asked."""
     command = [interpreter, "-m", "benchmarks.worker", json.dumps(spec, default=str)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     if json.loads(process.stdout.readline() or "null") != "ready":
         raise SystemExit(f"{name}: did not start")
+    process.send_signal(signal.SIGSTOP)
+    atexit.register(process.kill)  # a stopped process does not see its input end
     return Peer(name, process)
 
 
