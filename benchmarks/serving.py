@@ -3,16 +3,20 @@
     python -m benchmarks.serving equal --work DIR    200 requests at 1, 4 and 16 at once: every token compared
     python -m benchmarks.serving speed --work DIR    streams over one; first token, tokens against this process
     python -m benchmarks.serving soak  --work DIR    minutes of mixed requests, cancelled ones too: tokens and memory
+    python -m benchmarks.serving load  --work DIR    perf_analyzer: first token, time between tokens, tokens a second
 
 The example model, or the benchmark model with `--shape`, is exported at budget 0.7 and served by the Triton of
 `make triton`. It has a draft where requests draft; without one, server and process run the same graph. Requests come
-from the example client over gRPC, in a process of its own.
+from the example client over gRPC, in a process of its own, or from Triton's perf_analyzer:
+
+    .venv-triton/bin/python -m pip install --no-deps --target .venv-triton/perf tritonclient==2.51.0
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import time
 from collections.abc import Sequence
@@ -38,6 +42,9 @@ from examples.triton_server import ENVIRONMENT, Server, running
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 EXAMPLE, CLIENT = EXAMPLES / "model", EXAMPLES / "triton_client.py"
 BUDGETS = (None, 0.5, 0.85, 1.0)
+ANALYZER = ENVIRONMENT / "perf" / "bin" / "perf_analyzer"
+# Libraries that perf_analyzer asks for, and their names in the server's wheel, which carry a hash.
+LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12.*"}
 
 
 class Clients:
@@ -139,6 +146,7 @@ def speed(server: Server, here: Here, prompts: Sequence[list[int]], rounds: int)
     first: list[float] = []
     token: list[float] = []
     counted: list[float] = []
+    unstreamed: list[float] = []
     alone_ms: list[float] = []
     for number in range(rounds + 1):  # the first one is to warm up
         for streams in counts:
@@ -156,6 +164,8 @@ def speed(server: Server, here: Here, prompts: Sequence[list[int]], rounds: int)
                 served = sum(answer["seconds"] - answer["first_seconds"] for answer in answers)
                 token.append(served / here_seconds)
                 counted.append(sum(answer["decode_seconds"] for answer in answers) / here_seconds)
+                answers = groups[1].ask([{**request, "stream": False} for request in requests[:each]])
+                unstreamed.append(sum(answer["decode_seconds"] for answer in answers) / here_seconds)
                 alone_ms.append(1000 * here_seconds / sum(stats.decode_steps for stats in alone))
     for clients in groups.values():
         clients.close()
@@ -164,13 +174,14 @@ def speed(server: Server, here: Here, prompts: Sequence[list[int]], rounds: int)
         ratios = [rate / one for rate, one in zip(rates[streams], rates[1], strict=True)]
         line(streams, f"{median(rates[streams]):.0f}", f"{median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})")
     print()
-    heading("at one stream, server / this process", "median", "least", "most")
-    for name, ratios in (
-        ("time to first token", first),
-        ("time of a token after it", token),
-        ("the same by the scheduler's count", counted),
-    ):
-        line(name, f"{median(ratios):.3f}", f"{min(ratios):.3f}", f"{max(ratios):.3f}")
+    ratios_of_rounds(
+        {
+            "time to first token": first,
+            "time of a token after it": token,
+            "the same by the scheduler's count": counted,
+            "the same where nothing is streamed": unstreamed,
+        }
+    )
     print(f"\na token in this process: {median(alone_ms):.2f} ms")
 
 
@@ -203,6 +214,85 @@ def soak(server: Server, here: Here, prompts: Sequence[list[int]], minutes: floa
     clients.close()
 
 
+def load(server: Server, here: Here, prompts: Sequence[list[int]], work: Path, rounds: int) -> None:
+    """perf_analyzer's streams: its client is C++, so little but the server stands between a token and its time."""
+    libraries = work / "libraries"
+    libraries.mkdir(exist_ok=True)
+    for name, pattern in LIBRARIES.items():
+        if not (libraries / name).exists():
+            (libraries / name).symlink_to(next(ENVIRONMENT.glob(f"lib/python3.*/site-packages/*.libs/{pattern}")))
+    requests = [{"input_ids": prompt[:64], "max_tokens": 64} for prompt in prompts]
+    data = [
+        {"input_ids": {"content": one["input_ids"], "shape": [64]}, "max_tokens": [64], "stream": [True]}
+        for one in requests
+    ]
+    (work / "load.json").write_text(json.dumps({"data": data}))
+    against: dict[str, list[float]] = {"time to first token": [], "time of a token after it": []}
+    heading("streams", "requests", "tokens/s", "first token ms, p50 (p99)", "then ms, p50 (p99)", "tokens a response")
+    for streams in (1, 2, 4, 8, 16):
+        count = 4 + 4 * streams
+        first: list[float] = []
+        between: list[float] = []
+        tokens, seconds = 0, 0.0
+        for _ in range(rounds):
+            found = _analyzed(server, work, streams, count)
+            # The last response has the statistics.
+            times = [np.array([one["timestamp"], *one["response_timestamps"][:-1]]) / 1e6 for one in found]
+            waits = [np.diff(one) for one in times]
+            first += [one[0] for one in waits]
+            between += np.concatenate([one[1:] for one in waits]).tolist()
+            tokens += sum(np.size(output["output_ids"]) for one in found for output in one["response_outputs"][:-1])
+            seconds += (max(one[-1] for one in times) - min(one[0] for one in times)) / 1e3
+            if streams == 1:
+                alone = [here.ask(request)[1] for request in requests[:count]]
+                served = {
+                    "time to first token": sum(one[0] for one in waits) / sum(one.prefill_seconds for one in alone),
+                    "time of a token after it": sum(one[1:].sum() for one in waits)
+                    / sum(one.decode_seconds for one in alone),
+                }
+                for name, value in served.items():
+                    against[name].append(value / 1e3)
+        line(
+            streams,
+            len(first),
+            f"{tokens / seconds:.0f}",
+            "{:.1f} ({:.1f})".format(*np.percentile(first, [50, 99])),
+            "{:.2f} ({:.2f})".format(*np.percentile(between, [50, 99])),
+            f"{tokens / (len(first) + len(between)):.2f}",
+        )
+    print()
+    ratios_of_rounds(against)
+
+
+def _analyzed(server: Server, work: Path, streams: int, requests: int) -> list[dict[str, Any]]:
+    """Requests as perf_analyzer writes them down: when they were sent, and every response with its time, in ns."""
+    profile = work / "profile.json"
+    profile.unlink(missing_ok=True)
+    command = [ANALYZER, "-m", "gsx", "-i", "grpc", "-u", f"127.0.0.1:{server.port + 1}", "--streaming"]
+    command += [
+        "--input-data",
+        work / "load.json",
+        "--concurrency-range",
+        str(streams),
+        "--request-count",
+        str(requests),
+    ]
+    command += ["--stability-percentage", "999", "--profile-export-file", profile]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(work / "libraries")}
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    if done.returncode or not profile.exists():
+        raise RuntimeError(f"perf_analyzer ended with code {done.returncode}\n{done.stdout}\n{done.stderr}")
+    found: list[dict[str, Any]] = json.loads(profile.read_text())["experiments"][0]["requests"]
+    return found
+
+
+def ratios_of_rounds(ratios: dict[str, list[float]]) -> None:
+    """A table of ratios, server over this process, one a round."""
+    heading("at one stream, server / this process", "median", "least", "most")
+    for name, rounds in ratios.items():
+        line(name, f"{median(rounds):.3f}", f"{min(rounds):.3f}", f"{max(rounds):.3f}")
+
+
 def served_bundle(work: Path, shape: str | None, draft: str | None) -> tuple[Bundle, list[list[int]]]:
     """What is served, made once, and prompts for it: held-out text, or random tokens of the benchmark model."""
     from gsx.export import export
@@ -225,7 +315,7 @@ def served_bundle(work: Path, shape: str | None, draft: str | None) -> tuple[Bun
 def main() -> None:
     """Run as a script."""
     parser = argparse.ArgumentParser(description="Measure a gsx model on Triton.")
-    parser.add_argument("what", choices=("equal", "speed", "soak"))
+    parser.add_argument("what", choices=("equal", "speed", "soak", "load"))
     parser.add_argument("--work", type=Path, required=True, help="where the bundle is kept")
     parser.add_argument("--shape", choices=SHAPES, help="the benchmark model of this shape, not the example model")
     parser.add_argument("--requests", type=int, default=200)
@@ -234,7 +324,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of ONNX Runtime, in the server and here")
     parser.add_argument("--port", type=int, default=18400)
     arguments = parser.parse_args()
-    bundle, prompts = served_bundle(arguments.work, arguments.shape, "exit:4" if arguments.what != "speed" else None)
+    bundle, prompts = served_bundle(
+        arguments.work, arguments.shape, "exit:4" if arguments.what in ("equal", "soak") else None
+    )
     here = Here(bundle, arguments.threads)
     with TemporaryDirectory(dir=arguments.work) as folder:
         repository = Path(folder) / "models"
@@ -244,6 +336,8 @@ def main() -> None:
                 equal(server, here, prompts, arguments.requests)
             elif arguments.what == "speed":
                 speed(server, here, prompts, arguments.rounds)
+            elif arguments.what == "load":
+                load(server, here, prompts, arguments.work, arguments.rounds)
             else:
                 soak(server, here, prompts, arguments.minutes)
 

@@ -8,7 +8,8 @@ stdin and answers go to stdout in the same order:
 
     echo '{"text_input": "def main(", "budget": 0.7}' | python examples/triton_client.py --json --concurrency 4
 
-A request's keys are the model's inputs (docs/triton.md), and `cancel_after`: cancel after so many tokens.
+A request's keys are the model's inputs (docs/triton.md), `outputs`: those wanted beside output_ids and finish_reason
+(all), and `cancel_after`: cancel after so many tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
+ALWAYS = ("output_ids", "finish_reason")
 TYPES = {"BYTES": np.object_, "INT64": np.int64, "FP64": np.float64, "BOOL": np.bool_}
 
 
@@ -55,11 +57,13 @@ class Client:
             `error`: the server's words, or None.
         """
         given = dict(request)
-        cancel_after = given.pop("cancel_after", None)
+        cancel_after, wanted = given.pop("cancel_after", None), given.pop("outputs", None)
         began = time.perf_counter()
         answer: dict[str, Any] = {"ids": [], "text": "", "responses": 0, "first_seconds": None, "error": None}
         self._client.async_stream_infer(
-            self._model, [self._input(name, value) for name, value in {"stream": True, **given}.items()]
+            self._model,
+            [self._input(name, value) for name, value in {"stream": True, **given}.items()],
+            outputs=None if wanted is None else [*map(triton.InferRequestedOutput, {*wanted, *ALWAYS})],
         )
         while True:
             result, error = self._answers.get()

@@ -69,7 +69,7 @@ def write_repository(
         slots: requests under way at once.
         queue: requests that may wait.
         context: tokens of a request, prompt and new ones; None for the model's context.
-        threads: of ONNX Runtime; None for its own choice.
+        threads: of ONNX Runtime; None for what leaves the server a processor (`threads.py`).
     Returns: the model's directory.
     Raises:
         UsageError: the target is occupied, or a number or name cannot be used.

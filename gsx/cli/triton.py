@@ -35,7 +35,9 @@ def triton(
     context: Annotated[
         int | None, typer.Option(help="Tokens of a request, prompt and new ones.", show_default="the model's")
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of ONNX Runtime.", show_default="its own choice")] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of ONNX Runtime.", show_default="what leaves the server a processor")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Write a model repository for Triton Inference Server, or check a server that runs one.

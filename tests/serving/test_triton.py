@@ -123,6 +123,14 @@ def test_ids_in_and_one_response(server: Server, served: Bundle) -> None:
     assert found["finish_reason"] == alone.finish
 
 
+def test_outputs_that_a_client_wants(grpc: Grpc, expected: Callable[[int], GenerateResult]) -> None:
+    answer = grpc([{**REQUESTS[0], "outputs": ["kept_share"]}])[0]
+    assert (answer["ids"], answer["finish_reason"]) == (expected(0).ids, expected(0).finish)
+    assert answer["kept_share"] == expected(0).stats.kept_share
+    assert answer["text"] == ""
+    assert "new_tokens" not in answer
+
+
 KEEPS: dict[str, list[dict[str, Any]]] = {
     "layers": [{}, {"layers": "0,2"}, {"exit": 2}, {"speedup": 1.5}],
     "calm": [{}, {"exit_threshold": 0.0}, {"exit_threshold": 1.0}],
