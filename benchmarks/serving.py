@@ -19,7 +19,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -230,21 +230,20 @@ def load(server: Server, here: Here, prompts: Sequence[list[int]], work: Path, r
     against: dict[str, list[float]] = {"time to first token": [], "time of a token after it": []}
     heading("streams", "requests", "tokens/s", "first token ms, p50 (p99)", "then ms, p50 (p99)", "tokens a response")
     for streams in (1, 2, 4, 8, 16):
-        count = 4 + 4 * streams
         first: list[float] = []
         between: list[float] = []
         tokens, seconds = 0, 0.0
         for _ in range(rounds):
-            found = _analyzed(server, work, streams, count)
+            found = _analyzed(server, work, streams, 4 + 4 * streams)
             # The last response has the statistics.
             times = [np.array([one["timestamp"], *one["response_timestamps"][:-1]]) / 1e6 for one in found]
             waits = [np.diff(one) for one in times]
             first += [one[0] for one in waits]
             between += np.concatenate([one[1:] for one in waits]).tolist()
             tokens += sum(np.size(output["output_ids"]) for one in found for output in one["response_outputs"][:-1])
-            seconds += (max(one[-1] for one in times) - min(one[0] for one in times)) / 1e3
+            seconds += sum(one[-1] - one[0] for one in times) / 1e3
             if streams == 1:
-                alone = [here.ask(request)[1] for request in requests[:count]]
+                alone = [here.ask(request)[1] for request in requests[: len(found)]]
                 served = {
                     "time to first token": sum(one[0] for one in waits) / sum(one.prefill_seconds for one in alone),
                     "time of a token after it": sum(one[1:].sum() for one in waits)
@@ -255,7 +254,7 @@ def load(server: Server, here: Here, prompts: Sequence[list[int]], work: Path, r
         line(
             streams,
             len(first),
-            f"{tokens / seconds:.0f}",
+            f"{streams * tokens / seconds:.0f}",
             "{:.1f} ({:.1f})".format(*np.percentile(first, [50, 99])),
             "{:.2f} ({:.2f})".format(*np.percentile(between, [50, 99])),
             f"{tokens / (len(first) + len(between)):.2f}",
@@ -282,8 +281,27 @@ def _analyzed(server: Server, work: Path, streams: int, requests: int) -> list[d
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     if done.returncode or not profile.exists():
         raise RuntimeError(f"perf_analyzer ended with code {done.returncode}\n{done.stdout}\n{done.stderr}")
-    found: list[dict[str, Any]] = json.loads(profile.read_text())["experiments"][0]["requests"]
+    found = list(_whole_requests(profile.read_text()))
+    if not found:
+        raise RuntimeError(f"perf_analyzer wrote no whole request\n{done.stdout}")
     return found
+
+
+def _whole_requests(profile: str) -> Iterator[dict[str, Any]]:
+    """The requests of a profile, up to where it breaks off.
+
+    perf_analyzer reads outputs that a response lacks from memory that is not theirs, and where that is no number, it
+    writes no further (seen with version 2.51).
+    """
+    key = '"requests":['
+    place, decoder = profile.index(key) + len(key), json.JSONDecoder()
+    while profile[place : place + 1] == "{":
+        try:
+            request, place = decoder.raw_decode(profile, place)
+        except json.JSONDecodeError:
+            return
+        yield request
+        place += profile[place : place + 1] == ","
 
 
 def ratios_of_rounds(ratios: dict[str, list[float]]) -> None:

@@ -23,9 +23,14 @@ def parse_places(text: str) -> Places:
     """Read a set, e.g. `0-3,5.attn`: (layer, branch) pairs in the order of the text.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is none, or names more branches than any model has (a text of a request may come from anybody).
     """
-    return tuple(place for part in text.split(",") for place in _places(part))
+    places: list[tuple[int, Branch]] = []
+    for part in text.split(","):
+        places += _places(part)
+        if len(places) > _MOST_LAYERS * len(BRANCHES):
+            raise ValueError(text)
+    return tuple(places)
 
 
 def mask_of(places: Iterable[tuple[int, Branch]], layers: int, kv_policy: str) -> np.ndarray:
@@ -76,7 +81,7 @@ def exit_places(depth: int, layers: int, exits: Collection[int] = ()) -> Places:
             f"the model has no exit after {depth} layers",
             expected="one of " + ", ".join(map(str, allowed)) if exits else f"1 to {layers}",
             found=str(depth),
-            todo=f"--layers 0-{depth - 1} runs any set of layers, trained for or not" if 0 < depth < layers else "",
+            todo=f"--layers 0-{depth - 1} runs any set of layers, trained for or not" if 0 < depth < layers else None,
         )
     return _whole(range(depth))
 

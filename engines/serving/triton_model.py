@@ -41,6 +41,8 @@ _LOG = logging.getLogger(__name__)
 MAX_TOKEN_BYTES = 256
 # The text at hand is compared with the stop texts at every token.
 MAX_STOPS, MAX_STOP_BYTES = 16, 256
+# Enough to name each branch of a model of 400 layers; a refusal repeats it.
+MAX_LAYERS_BYTES = 4096
 # How often Triton is asked whether a request was cancelled, and told the gauges: each costs an exchange between the
 # processes, as much as a step of a small model.
 CANCEL_SECONDS = GAUGE_SECONDS = 0.05
@@ -137,13 +139,18 @@ class TritonPythonModel:
                 expected=f"at most {MAX_STOPS}, each of 1 to {MAX_STOP_BYTES} bytes",
                 found="an empty one" if "" in stop else f"{len(stop)}, the longest of {longest} bytes",
             )
+        layers = given["layers"]
+        if layers is not None and len(layers) > MAX_LAYERS_BYTES:
+            raise UsageError(
+                "layers is too long", expected=f"at most {MAX_LAYERS_BYTES} bytes", found=f"{len(layers)} bytes"
+            )
         temperature, top_k, top_p = given["temperature"], given["top_k"], given["top_p"]
         return Request(
             prompt=self._prompt(text) if text is not None else _ids(ids, self._scheduler.context),
             max_new_tokens=128 if given["max_tokens"] is None else given["max_tokens"],
             keep=Keep(
                 budget=given["budget"],
-                layers=_text(given["layers"], "layers") if given["layers"] is not None else None,
+                layers=_text(layers, "layers") if layers is not None else None,
                 exit=given["exit"],
                 speedup=given["speedup"],
                 exit_threshold=given["exit_threshold"],

@@ -66,6 +66,5 @@ def triton(
         return
     typer.echo(f"{model}: a decoupled model of the Python backend on {backend}")
     typer.echo(f"its Python needs:  pip install -r {model / 'requirements.txt'}")
-    typer.echo(
-        f"next: tritonserver --model-repository={output.resolve()}   then   gsx triton {bundle} --check http://localhost:8000"
-    )
+    check_it = f"gsx triton {bundle} --check http://localhost:8000" + (f" --name {name}" if name != "gsx" else "")
+    typer.echo(f"next: tritonserver --model-repository={output.resolve()}   then   {check_it}")

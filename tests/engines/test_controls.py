@@ -147,3 +147,8 @@ places = st.tuples(st.integers(0, 12), st.sampled_from(BRANCHES))
 @given(st.sets(places, min_size=1))
 def test_a_set_reads_as_it_is_written(kept: set[tuple[int, str]]) -> None:
     assert set(parse_places(places_text(kept))) == kept  # type: ignore[arg-type]
+
+
+def test_a_text_without_end_is_no_set() -> None:
+    with pytest.raises(ValueError, match="0-999"):
+        parse_places(",".join(["0-999"] * 100_000))

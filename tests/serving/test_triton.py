@@ -201,6 +201,7 @@ BAD = {
     "too large": ({"text_input": "a", "max_tokens": 2**64}, "Unable to parse"),
     "budget 0": ({"text_input": "a", "budget": 0.0}, "budget"),
     "budget 1.01": ({"text_input": "a", "budget": 1.01}, "budget"),
+    "long set of layers": ({"text_input": "a", "layers": "0-999," * 20_000 + "0"}, "layers is too long"),
     "no set of layers": ({"text_input": "a", "exit": 2}, "reads a set of layers"),
     "no confidence": ({"text_input": "a", "exit_threshold": 0.5}, "when the model is confident"),
     "two choices": ({"text_input": "a", "exit": 2, "budget": 0.5}, "exclude each other"),
@@ -227,6 +228,12 @@ def test_bad_requests_are_refused_in_words(server: Server, name: str) -> None:
     assert status in (400, 500), answer
     assert words in json.loads(answer)["error"]
     assert "Traceback" not in answer
+
+
+def test_numbers_that_json_does_not_have_are_refused(grpc: Grpc) -> None:
+    bad = [{name: value} for name in ("budget", "temperature", "top_p") for value in (float("nan"), float("inf"))]
+    answers = grpc([{"text_input": "a", **one} for one in bad])
+    assert ["expected a number" in answer["error"] for answer in answers] == [True] * len(bad)
 
 
 def test_a_huge_limit_ends_at_the_context(server: Server) -> None:
