@@ -124,9 +124,13 @@ def main() -> None:
         clients = local()
 
         def ask(line: str) -> dict[str, Any]:
-            if not hasattr(clients, "one"):
-                clients.one = Client(arguments.url, arguments.model)
-            return clients.one.generate(json.loads(line))
+            try:
+                if not hasattr(clients, "one"):
+                    clients.one = Client(arguments.url, arguments.model)
+                answer: dict[str, Any] = clients.one.generate(json.loads(line))
+            except InferenceServerException as error:  # nobody there, or no such model
+                answer = {"error": str(error)}
+            return answer
 
         with ThreadPoolExecutor(arguments.concurrency) as pool:
             asked: queue.Queue[Future[dict[str, Any]] | None] = queue.Queue()

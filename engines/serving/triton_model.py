@@ -200,7 +200,7 @@ class _Outbox:
 
 
 class _Client:
-    """Sends a request's responses, with the outputs that it wants: to make a tensor of a text takes 50 us."""
+    """Sends a request's responses, with the outputs that it wants: tensors are most of what a response costs here."""
 
     def __init__(self, sender: Any, outbox: _Outbox, streams: bool, wanted: frozenset[str], metrics: _Metrics) -> None:
         self._sender, self._outbox, self._metrics = sender, outbox, metrics
