@@ -5,6 +5,7 @@
 Rules are calibrated on the first half of the text that ships with gsx and measured on the other half, by the reference.
 "every token" applies the rule to all of a window; "prompt in full" runs a window's first half in full, as Unified Layer
 Skipping and FFN-SkipLLM do with a prompt, and scores the second half. The full model's own perplexity stands in both.
+CALM's classifier is there with a checkpoint that has it (`gsx train --exit-classifiers`).
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from engines.bundle.confidence import Measure
 from engines.bundle.layer_sets import Places, exit_places, mask_of, unified_places
 from exporter.calibration import calibrate
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.decoder.layer import DecoderOptions
 from exporter.evaluation import losses
 from exporter.masks.base import KeepAll, MaskRule
+from exporter.masks.calm import Confident
 from exporter.masks.ffn_skip import FfnStride
 from exporter.masks.gateskip import Threshold
 from exporter.masks.layers import LayerMask
@@ -30,6 +34,12 @@ from exporter.reference import Reference
 from exporter.similarity import calibrate_ffn
 from exporter.text import tokenize
 
+# Of CALM, from careful to bold.
+CALM_THRESHOLDS: dict[Measure, tuple[float, ...]] = {
+    "softmax": (0.7, 0.5, 0.3),
+    "state": (0.95, 0.9, 0.8),
+    "classifier": (0.9, 0.8, 0.7),
+}
 # A rule by the position from which it applies.
 RuleFrom = Callable[[np.ndarray], MaskRule]
 
@@ -52,11 +62,20 @@ def rules_of(checkpoint: Checkpoint, ids: np.ndarray) -> dict[str, tuple[RuleFro
     for depth in sorted({*checkpoint.config.exits, round(layers * 0.75), layers // 2}, reverse=True):
         trained = "" if depth in checkpoint.config.exits else " (not trained)"
         found[f"exit {depth} of {layers}{trained}"] = (of_set(exit_places(depth, layers)), True)
+    for measure, thresholds in CALM_THRESHOLDS.items():
+        exits = checkpoint.config.exit_classifiers if measure == "classifier" else checkpoint.config.exits
+        for one in thresholds if exits else ():
+            leaving: RuleFrom = partial(_confident, exits, measure, one)
+            found[f"calm, {measure} {one:g} at {', '.join(map(str, exits))}"] = (leaving, True)
     if checkpoint.config.gate is not None:
         for point in calibrate(checkpoint, ids, (0.75, 0.5), DecoderOptions()):
             rule = Threshold(point.thresholds)
             found[f"gateskip {point.budget:g}"] = ((lambda until, rule=rule: rule), False)
     return found
+
+
+def _confident(exits: tuple[int, ...], measure: Measure, threshold: float, until: np.ndarray) -> MaskRule:
+    return Confident(exits, measure, threshold, until, 0.0, 1)
 
 
 def perplexity(reference: Reference, rule: RuleFrom, windows: np.ndarray, *, prompt: int) -> tuple[float, float]:

@@ -13,7 +13,7 @@ from engines.errors import GsxError, UsageError
 from exporter.checkpoint import open_checkpoint
 from exporter.layer_study import FAMILIES, Family, LayerSet, curves, oracle, study
 from exporter.text import MIN_TOKENS, tokenize
-from gsx.pages.figures import COLOURS, Plot, svg
+from gsx.pages.figures import COLOURS, Plot, logarithmic, svg
 from gsx.pages.render import render
 from gsx.progress import Progress
 
@@ -153,7 +153,7 @@ def _draw_curves(report: StudyReport, axis: Any) -> None:
             color=colour,
             label=WORDS[family],
         )
-    axis.set_yscale("log")
+    logarithmic(axis)
     axis.invert_xaxis()
     axis.set_xlabel("layers kept")
     axis.set_ylabel("perplexity")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import GsxError
-from gsx.pages.figures import COLOURS, GREY, Plot, svg
+from gsx.pages.figures import COLOURS, GREY, Plot, logarithmic, svg
 from gsx.pages.render import render
 
 
@@ -98,6 +98,7 @@ def _draw(report: CompareReport, axes: list[Any]) -> None:
                 label=policy,
             )
         axis.set_title(title)
-    axes[0].set_yscale("log")
+    logarithmic(axes[0])
+    axes[0].invert_xaxis()  # shared: as in the other reports, less is skipped on the left
     axes[0].legend()
-    axes[-1].set_xlabel("(token, branch) pairs that run, percent")
+    axes[-1].set_xlabel("(token, branch) pairs that run, percent (less is skipped on the left)")

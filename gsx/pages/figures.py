@@ -56,6 +56,15 @@ def style(ink: str, faint: str) -> Any:
     )
 
 
+def logarithmic(axis: Axes) -> None:
+    """A logarithmic y axis whose ticks are plain numbers, also where it spans less than a decade (40, not 4 x 10^1)."""
+    from matplotlib.ticker import LogFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(LogFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+
+
 def svg(size: tuple[float, float], panels: int, draw: Callable[[list[Axes]], None], *, rows: bool = False) -> str:
     """Draw panels beside (or below) each other and return an SVG element in the page's colours."""
     from matplotlib.figure import Figure
