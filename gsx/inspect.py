@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engines.bundle.bundle import MANIFEST, open_bundle
-from engines.bundle.manifest import Manifest
+from engines.bundle.manifest import EngineEntry, Manifest
 from engines.errors import BundleError
 
 _PARITY = "parity.json"
@@ -143,12 +143,17 @@ def _bundle_facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
         "draft": str(manifest.draft.draft) if manifest.draft else None,
         "quantization": manifest.quantization.scheme if manifest.quantization else None,
         "kv_cache": manifest.kv_cache.type if manifest.kv_cache else None,
-        "engines": list(manifest.engines),
+        "engines": {name: _engine_facts(entry) for name, entry in manifest.engines.items()},
         "grid": [{"budget": p.budget, "kept_share": p.kept_share} for p in selection.grid] if selection else [],
         "calibration": selection.calibration.model_dump() if selection and selection.calibration else None,
         "graphs": {name: list(entry.ops) for name, entry in manifest.graphs.items()},
         "parity": _parity(directory),
     }
+
+
+def _engine_facts(entry: EngineEntry) -> dict[str, Any]:
+    """Of each graph's engine: matrix products by the type that they are computed in, and quantized ones in a wider type."""
+    return {name: {"products": dict(made.products), "widened": list(made.widened)} for name, made in entry.graphs.items()}
 
 
 def _parity(directory: Path) -> bool | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +16,14 @@ from typing import Literal
 import onnx
 
 from engines.building.job import Job, Ranges, run_job
+from engines.building.layer_information import EIGHT_BITS
 from engines.building.profiles import DEFAULT_CONTEXT, default_profiles, most_rows, one_profile, parse_profile
 from engines.bundle.bundle import Bundle, check_room, disk_error, open_bundle, put_in_place, sha256_of, write_manifest
-from engines.bundle.manifest import EngineEntry, EngineGraph, EngineProfile, PluginLibrary, Sizes
+from engines.bundle.manifest import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
 from engines.bundle.tensors import tensor_info
 from engines.errors import BundleError, EngineError, UsageError
 from engines.lowering import tensorrt as lowering
+from engines.lowering.quantized import quantized_products
 from engines.tensorrt import cuda
 from engines.tensorrt.backend import (
     Backend,
@@ -61,6 +64,7 @@ def build(
     batch: int = 1,
     profiles: Sequence[str] = (),
     plugins: Literal["auto", "none"] | Path = "auto",
+    kv_layout: KvLayout = "in-place",
     timing_cache: Path | None = None,
     on_progress: Callable[[BuildProgress], None] = lambda progress: None,
 ) -> tuple[str, EngineEntry]:
@@ -71,10 +75,11 @@ def build(
         backend: `tensorrt-rtx` builds without a GPU; `tensorrt` builds on the GPU that it is for.
         targets: compute capabilities as in "89" or "8.9", TensorRT-RTX alone; none for the GPU of this machine, or
             where there is none for all from 8.0 on.
-        context: columns of the K/V buffers; None for the model's context, at most 4,096.
+        context: columns of the K/V buffers, or the most that K and V may grow to; None for the model's context, at most 4,096.
         batch: the most sequences of a call.
         profiles: as `parse_profile` reads them; none for prefill and decode, with TensorRT-RTX one for both.
         plugins: `auto` takes the library that was built on this machine, if there is one; `none` does without.
+        kv_layout: `in-place` for gsx; `growing` for programs that keep K and V themselves.
         timing_cache: file for TensorRT's timings; None for a place in the user's cache. TensorRT-RTX takes none.
         on_progress: called as it goes.
     Returns: the name of the engines in the bundle, and their entry in its manifest.
@@ -104,7 +109,7 @@ def build(
     portable = {name: _load(opened, name) for name in opened.manifest.graphs}
     sizes = {name: _weight_bytes(model) for name, model in portable.items()}
     _check_memory(max(sizes.values()), len(shapes))
-    name = f"{backend}-sm{'-'.join(chosen)}"
+    name = f"{backend}-sm{'-'.join(chosen)}" + ("-growing" if kv_layout == "growing" else "")
     with _writing(opened, name, len(shapes) * sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
         graphs, used = {}, False
         version = module.__version__
@@ -119,6 +124,7 @@ def build(
                 backend=backend,
                 targets=() if backend == "tensorrt" else chosen,
                 capacity=capacity,
+                kv_layout=kv_layout,
                 profiles=shapes,
                 library=library,
                 timing_cache=timing_cache or _timing_cache(version, gpu),
@@ -136,6 +142,7 @@ def build(
             platform=platform_name(),
             gpu=gpu if backend == "tensorrt" else None,
             precision=opened.manifest.precision,
+            kv_layout=kv_layout,
             capacity=capacity,
             profiles=shapes,
             plugins=_plugin_entry(library) if library is not None and used else None,
@@ -154,6 +161,7 @@ def _build_graph(
     backend: Backend,
     targets: tuple[str, ...],
     capacity: int,
+    kv_layout: KvLayout,
     profiles: Sequence[EngineProfile],
     library: Path | None,
     timing_cache: Path,
@@ -161,7 +169,7 @@ def _build_graph(
 ) -> tuple[EngineGraph, bool]:
     """One engine, and whether it has plugins."""
     manifest = bundle.manifest
-    lowered = _lower(bundle, name, portable, capacity, profiles, library)
+    lowered = _lower(bundle, name, portable, capacity, kv_layout, profiles, library)
     with tempfile.TemporaryDirectory(prefix="gsx-graph-") as folder:
         graph = Path(folder) / "lowered.onnx"
         graph.write_bytes(lowered.model.SerializeToString())
@@ -176,6 +184,7 @@ def _build_graph(
             profiles=tuple(input_ranges(lowered.model, profile) for profile in profiles),
             plugins=str(library) if plugin_ops and library else None,
             plugin_nodes=sum(node.op_type in plugin_ops for node in lowered.model.graph.node),
+            products=tuple(node.name for node in lowered.model.graph.node if node.op_type == "MatMul"),
             timing_cache=str(timing_cache) if backend == "tensorrt" else None,
         )
         built = run_job(job, name, on_phase)
@@ -187,6 +196,12 @@ def _build_graph(
         weights_sha256=manifest.weights.sha256,
         forms=dict(lowered.forms),
         layers=dict(built.layers),
+        products=dict(Counter(built.products.values())),
+        widened=tuple(
+            weights.input[0]
+            for product, _, weights in quantized_products(lowered.model.graph)
+            if built.products[product.name] not in EIGHT_BITS
+        ),
         inputs=tuple(tensor_info(value) for value in lowered.model.graph.input),
         outputs=tuple(tensor_info(value) for value in lowered.model.graph.output),
         build_seconds=round(built.seconds, 2),
@@ -200,6 +215,7 @@ def _lower(
     name: str,
     portable: onnx.ModelProto,
     capacity: int,
+    kv_layout: KvLayout,
     profiles: Sequence[EngineProfile],
     library: Path | None,
 ) -> lowering.Lowered:
@@ -211,6 +227,7 @@ def _lower(
             rows=most_rows(profiles),
             plugins=PLUGIN_OPS if library is not None else (),
             one_sequence=max(profile.batch.most for profile in profiles) == 1,
+            kv_layout=kv_layout,
         )
     except (AssertionError, IndexError, KeyError, StopIteration) as error:
         raise BundleError(
@@ -228,6 +245,7 @@ def input_ranges(model: onnx.ModelProto, profile: EngineProfile) -> Ranges:
         lowering.WINDOW: profile.window,
         # the last column in generation, all of them in verification
         lowering.LOGITS_COLUMNS: Sizes(1, 1, profile.tokens.most),
+        **_growing(profile),
     }
     ranges: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {}
     for value in model.graph.input:
@@ -242,6 +260,17 @@ def input_ranges(model: onnx.ModelProto, profile: EngineProfile) -> Ranges:
             )
             ranges[value.name] = (least, usual, most_shape)
     return ranges
+
+
+def _growing(profile: EngineProfile) -> dict[str, Sizes]:
+    """Columns of K and V that grow, before a call and after it.
+
+    TensorRT plans for the least of all axes together, and the usual, and the most, so these have to fit together: with
+    the most tokens behind the most columns, more columns come out than the profile's window is meant to have.
+    """
+    tokens, window = profile.tokens, profile.window
+    past = Sizes(window.least - tokens.least, window.usual - tokens.usual, window.most - tokens.least)
+    return {"past": past, "total": Sizes(window.least, window.usual, past.most + tokens.most)}
 
 
 def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tuple[tuple[str, ...], str | None]:

@@ -40,6 +40,7 @@ class Job:
         profiles: the ranges of every dynamic input, for each profile.
         plugins: the plugin library, or None.
         plugin_nodes: how many layers must become plugins.
+        products: names of the graph's matrix products.
         timing_cache: file to keep timings in, where the backend takes timings.
     """
 
@@ -51,6 +52,7 @@ class Job:
     profiles: tuple[Ranges, ...]
     plugins: str | None
     plugin_nodes: int
+    products: tuple[str, ...]
     timing_cache: str | None
 
 
@@ -61,12 +63,14 @@ class Built:
     Args:
         tensorrt_version: of the builder.
         layers: type of TensorRT layer -> how many, before TensorRT fuses them.
+        products: matrix product -> the type that it is computed in (`layer_information.product_types`).
         peak_bytes: most memory that the process held.
         seconds: of the build alone.
     """
 
     tensorrt_version: str
     layers: Mapping[str, int]
+    products: Mapping[str, str]
     peak_bytes: int
     seconds: float
 

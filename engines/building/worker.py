@@ -53,6 +53,7 @@ def main() -> int:
 
 
 def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
+    from engines.building.layer_information import product_types
     from engines.errors import EngineError
     from engines.tensorrt.backend import load_module
     from engines.tensorrt.plugins import load_plugins
@@ -112,6 +113,7 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
     return {
         "tensorrt_version": trt.__version__,
         "layers": dict(layers),
+        "products": product_types("\n".join(logger.layers), job["products"]),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "seconds": seconds,
     }
@@ -130,16 +132,21 @@ def _parse(trt: Any, builder: Any, logger: Any, job: Mapping[str, Any]) -> Any:
 
 
 def _logger(trt: Any) -> Any:
+    from engines.building.layer_information import is_information
+
     class Logger(trt.ILogger):
-        """Keeps the errors; everything else is TensorRT's own business."""
+        """Keeps the errors, and what is said of the engine's layers; everything else is TensorRT's own business."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.layers: list[str] = []
 
         def log(self, severity: Any, text: str) -> None:
             if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.errors.append(text)
+            elif is_information(text):
+                self.layers.append(text)
 
         def last(self) -> str:
             """What went wrong, in one line: what a plugin said, else TensorRT's last error."""

@@ -416,6 +416,9 @@ class EngineProfile(_Model):
         return self
 
 
+KvLayout = Literal["in-place", "growing"]
+
+
 class PluginLibrary(_Model):
     """The plugin library that an engine was built with and must be run with."""
 
@@ -431,6 +434,8 @@ class EngineGraph(_Model):
         graph_sha256, weights_sha256: of what it was built from.
         forms: op of domain gsx -> what became of it: `plugin`, `body`, `rows`, `mask` or `all` (docs/engines.md).
         layers: type of TensorRT layer -> how many there were before TensorRT fused them.
+        products: type that the engine computes a matrix product of the graph in -> how many.
+        widened: weights of the products that are quantized in the graph, and that the engine computes in a wider type.
         inputs, outputs: of the engine, which differ from the graph's.
         peak_bytes: most memory that building took.
     """
@@ -442,6 +447,8 @@ class EngineGraph(_Model):
     weights_sha256: Sha256
     forms: Mapping[str, Literal["plugin", "body", "rows", "mask", "all"]]
     layers: Mapping[str, int]
+    products: Mapping[str, int] = Field(default_factory=dict)
+    widened: tuple[str, ...] = ()
     inputs: tuple[TensorInfo, ...]
     outputs: tuple[TensorInfo, ...]
     build_seconds: float
@@ -456,7 +463,9 @@ class EngineEntry(_Model):
         targets: compute capabilities, e.g. "89".
         platform: operating system and processor.
         gpu: the GPU that it was built on, where the backend ties an engine to one.
-        capacity: columns of the K/V buffers.
+        kv_layout: `in-place`: K and V are written into buffers of a fixed length; `growing`: they come in as `past` and
+            go out as `present`, as in the graph. gsx runs the first; the second is for other people's programs.
+        capacity: columns of the K/V buffers; the most tokens that K and V may grow to.
         plugins: None where no plugin is used.
     """
 
@@ -467,6 +476,7 @@ class EngineEntry(_Model):
     platform: str
     gpu: str | None
     precision: Literal["fp32", "fp16", "bf16"]
+    kv_layout: KvLayout = "in-place"
     capacity: int
     profiles: tuple[EngineProfile, ...]
     plugins: PluginLibrary | None

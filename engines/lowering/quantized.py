@@ -8,6 +8,8 @@ its own rewriting gives up where several products read one quantized value. So t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
@@ -26,14 +28,7 @@ def fuse_products(graph: onnx.GraphProto) -> int:
     producer = {name: node for node in graph.node for name in node.output}
     constants = {tensor.name: tensor for tensor in graph.initializer}
     count = 0
-    for node in graph.node:
-        if node.op_type != "MatMul":
-            continue
-        left, right = (producer.get(name) for name in node.input)
-        if not (_is_dequantize(left) and _is_dequantize(right)):
-            continue
-        assert left is not None
-        assert right is not None
+    for node, left, right in quantized_products(graph):
         quantize = producer.get(left.input[0])
         codes = constants.get(right.input[0])
         if quantize is None or codes is None or codes.data_type != TensorProto.INT8:
@@ -45,6 +40,17 @@ def fuse_products(graph: onnx.GraphProto) -> int:
     if count:
         graph.initializer.append(numpy_helper.from_array(np.array(128, np.uint8), _MIDDLE))
     return count
+
+
+def quantized_products(graph: onnx.GraphProto) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto, onnx.NodeProto]]:
+    """Every MatMul of two dequantized values, with the nodes that dequantize rows and weights."""
+    producer = {name: node for node in graph.node for name in node.output}
+    for node in graph.node:
+        if node.op_type != "MatMul":
+            continue
+        left, right = (producer.get(name) for name in node.input)
+        if left is not None and right is not None and left.op_type == right.op_type == "DequantizeLinear":
+            yield node, left, right
 
 
 def weights_inside(graph: onnx.GraphProto) -> int:
@@ -67,6 +73,3 @@ def weights_inside(graph: onnx.GraphProto) -> int:
     graph.initializer.extend(kept)
     return len(moved)
 
-
-def _is_dequantize(node: onnx.NodeProto | None) -> bool:
-    return node is not None and node.op_type == "DequantizeLinear"

@@ -1,6 +1,6 @@
 """The form of a graph that TensorRT builds an engine from. The file in the bundle stays as it is.
 
-What changes against the portable graph:
+With K and V in place, which is what gsx runs, this changes against the portable graph:
 
 - the cache is a buffer of fixed capacity per layer. `TensorScatter` writes this call's K and V into it, which TensorRT
   imports as its in-place cache update: `present.*` shares the memory of `past_key_values.*`, and nothing is copied;
@@ -17,6 +17,9 @@ What changes against the portable graph:
   TensorRT takes 8-bit constants nowhere else;
 - an op without a plugin is rewritten; see `Form`.
 
+With K and V that grow, for other people's programs, only the last three and the lost default are done: the engine has the
+portable graph's inputs and outputs, `past_key_values.*` and `present.*` with the call's columns behind it.
+
 Without a plugin for `ThresholdGather` the selection becomes a mask: every row goes through every branch, and a skipped
 row takes the residual as it was. The results are the same and nothing is saved. `TopKGather` has a body that TensorRT
 imports when `k [1]` is known to the host: it becomes an input in place of `budget`, which the runner counts.
@@ -32,7 +35,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.bundle.manifest import Manifest
+from engines.bundle.manifest import KvLayout, Manifest
 from engines.lowering.nodes import replace_nodes
 from engines.lowering.regions import CHOICES, branch_choices
 from plugins.domain import DOMAIN
@@ -71,27 +74,31 @@ def lower(
     rows: int,
     plugins: Collection[str],
     one_sequence: bool,
+    kv_layout: KvLayout = "in-place",
 ) -> Lowered:
     """The form of a graph of a bundle that TensorRT builds an engine from.
 
     Args:
         portable: `model.onnx`, `draft.onnx` or `verify.onnx`, without its weights.
-        capacity: columns of the K/V buffers, fixed in the engine.
+        capacity: columns of the K/V buffers, fixed in the engine; nothing to K and V that grow.
         rows: the most tokens of a call, over all sequences.
         plugins: ops of domain gsx that a plugin stands for.
         one_sequence: the batch is 1 always, so that kept rows attend alone, without their neighbours' places.
+        kv_layout: whether K and V are written in place.
     """
     model = onnx.ModelProto()
     model.CopyFrom(portable)
     rewriter = _Rewriter(model, manifest, frozenset(plugins), rows, one_sequence)
     rewriter.drop_defaults()
-    rewriter.place_call()
-    rewriter.write_cache_in_place(capacity)
-    rewriter.ask_for_columns()
-    rewriter.report_kept()
+    if kv_layout == "in-place":
+        rewriter.place_call()
+        rewriter.write_cache_in_place(capacity)
+        rewriter.ask_for_columns()
+        rewriter.report_kept()
     rewriter.rewrite_ops()
     rewriter.dequantize_constants()
-    rewriter.speak_float32()
+    if kv_layout == "in-place":
+        rewriter.speak_float32()
     rewriter.finish()
     return Lowered(model, rewriter.forms)
 

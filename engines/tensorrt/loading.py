@@ -108,6 +108,7 @@ def difference(bundle: Bundle, name: str, entry: EngineEntry, machine: Machine, 
             todo=command,
         )
     facts: list[tuple[str, object, object, str]] = [
+        ("kv_layout", "in-place", entry.kv_layout, command),
         ("platform", entry.platform, machine.platform, command),
         ("tensorrt_version", entry.tensorrt_version, machine.tensorrt_version, command),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -12,6 +13,9 @@ from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
     from engines.bundle.manifest import EngineEntry
+
+# Products that a warning names; more are counted.
+_MOST_NAMED = 4
 
 
 def add_to(app: typer.Typer) -> None:
@@ -43,6 +47,10 @@ def build(
         ),
     ] = None,
     plugins: Annotated[str, typer.Option(help="auto, none, or a plugin library.", metavar="auto|none|FILE")] = "auto",
+    kv_layout: Annotated[
+        Literal["in-place", "growing"],
+        typer.Option(help="K/V written in place, for gsx; growing (past in, present out) for programs of others."),
+    ] = "in-place",
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Build TensorRT engines of a bundle's graphs and put them into the bundle.
@@ -62,6 +70,7 @@ def build(
             batch=batch,
             profiles=profile or (),
             plugins=plugins if plugins in ("auto", "none") else Path(plugins),  # type: ignore[arg-type]
+            kv_layout=kv_layout,
             on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total, progress.note),
         )
     for warning in warnings_of(entry):
@@ -75,14 +84,27 @@ def build(
 def warnings_of(entry: EngineEntry) -> list[str]:
     """What a user must not overlook: engines in which skipping saves nothing, or less than it could."""
     forms = {form for graph in entry.graphs.values() for form in graph.forms.values()}
+    warnings = []
+    if widened := [f"{name}: {weights}" for name, graph in entry.graphs.items() for weights in graph.widened]:
+        more = f" and {len(widened) - _MOST_NAMED} more" if len(widened) > _MOST_NAMED else ""
+        several = "products DO NOT RUN" if len(widened) > 1 else "product DOES NOT RUN"
+        warnings.append(
+            f"WARNING: {len(widened)} quantized {several} IN 8 BITS in this engine: the results are right, and it is "
+            f"slower than it could be.\n  {', '.join(widened[:_MOST_NAMED])}{more}"
+        )
     if "mask" in forms:
-        return [
+        warnings.append(
             "WARNING: without the plugins, selection became a mask: the results are right, and NOTHING IS SAVED.\n"
             "  gsx plugins build makes the plugin library; then run gsx build again"
-        ]
-    if {"rows", "all"} <= forms or (forms & {"plugin", "body"} and "all" in forms):
-        return ["note: with more than one sequence, attention itself runs over all rows (its projections do not)"]
-    return []
+        )
+    elif {"rows", "all"} <= forms or (forms & {"plugin", "body"} and "all" in forms):
+        warnings.append("note: with more than one sequence, attention itself runs over all rows (its projections do not)")
+    return warnings
+
+
+def products_line(products: Mapping[str, int]) -> str:
+    """An engine's matrix products by the type that they are computed in."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(products.items())) or "not known"
 
 
 def _print(bundle: Path, name: str, entry: EngineEntry) -> None:
@@ -91,7 +113,7 @@ def _print(bundle: Path, name: str, entry: EngineEntry) -> None:
     console = out()
     console.print(
         f"{bundle}: {entry.backend} {entry.tensorrt_version}, for {', '.join(map(dotted, entry.targets))}, "
-        f"{entry.precision}, {entry.capacity} columns of K/V"
+        f"{entry.precision}, {entry.capacity} columns of K/V, {entry.kv_layout}"
     )
     rows = [
         (
@@ -99,14 +121,20 @@ def _print(bundle: Path, name: str, entry: EngineEntry) -> None:
             size(made.size_bytes),
             f"{made.build_seconds:.1f} s",
             size(made.peak_bytes),
+            products_line(made.products),
             ", ".join(f"{op} {form}" for op, form in made.forms.items()) or "none",
         )
         for graph, made in entry.graphs.items()
     ]
-    console.print(table(None, ("engine", "size", "built in", "peak memory", "ops"), rows))
+    console.print(table(None, ("engine", "size", "built in", "peak memory", "products", "ops"), rows))
     ranges: list[tuple[str, ...]] = [
         (profile.name, *("-".join(map(str, axis)) for axis in (profile.batch, profile.tokens, profile.window)))
         for profile in entry.profiles
     ]
     console.print(table(None, ("profile", "batch", "tokens", "window"), ranges))
-    console.print(f"next: gsx generate {bundle} PROMPT --backend {entry.backend}")
+    if entry.kv_layout == "in-place":
+        console.print(f"next: gsx generate {bundle} PROMPT --backend {entry.backend}")
+    elif entry.backend == "tensorrt":
+        console.print(f"next: gsx triton {bundle} -o REPOSITORY --backend tensorrt-plan")
+    else:
+        console.print("inputs and outputs are those of the graphs; gsx itself runs engines with K/V in place")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gsx.cli.build import products_line
 from gsx.cli.console import out, print_json, quiet_libraries, size, table
 from gsx.cli.export import policy_name
 from gsx.cli.signals import loading
@@ -67,7 +68,7 @@ def _print(report: InspectReport) -> None:
             ("8 bits", bundle["quantization"] or "none"),
             ("K/V cache", bundle["kv_cache"] or "as activations"),
             ("draft", bundle["draft"] or "none"),
-            ("engines", ", ".join(bundle["engines"]) or "none (gsx build)"),
+            *(_engines(bundle["engines"]) or [("engines", "none (gsx build)")]),
             ("parity", parity),
         ]
     console.print(report.path)
@@ -78,6 +79,16 @@ def _print(report: InspectReport) -> None:
         rows = [(f"{point['budget']:g}", f"{point['kept_share']:.4f}") for point in bundle["grid"]]
         console.print(table(None, ("budget", "kept"), rows, right=0))
     console.print(table(None, ("file", "size"), [(n, size(s)) for n, s in report.files.items()], right=1))
+
+
+def _engines(engines: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """A line for each engine: its matrix products by type."""
+    lines = []
+    for name, graphs in engines.items():
+        for graph, made in graphs.items():
+            wide = f"; {len(made['widened'])} quantized ones are not in 8 bits" if made["widened"] else ""
+            lines.append(("engine", f"{name}, {graph}: products {products_line(made['products'])}{wide}"))
+    return lines
 
 
 def policy_line(policy: Mapping[str, Any] | None) -> str:

@@ -6,11 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from engines.building import build as building
 from engines.building.build import build
@@ -21,6 +22,8 @@ from engines.errors import BundleError, EngineError, GsxError, UsageError
 from engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from engines.tensorrt.plugins import plugin_library
 from exporter.quantization.scheme import SchemeName
+from gsx.cli import run
+from gsx.cli.build import warnings_of
 from gsx.quantize import Quantize
 from plugins.domain import DOMAIN, OPSET_VERSION, node
 from plugins.registry import OPS
@@ -30,6 +33,7 @@ pytest.importorskip("polygraphy", reason='polygraphy is not installed: pip insta
 
 LAYERS = 3  # of the tiny model
 BRANCHES = 2 * LAYERS
+INT8 = Quantize("int8", ("none",))
 SMALL = {"context": 64, "targets": ["8.9"]}
 
 
@@ -120,6 +124,37 @@ def test_a_batch_and_targets_side_by_side(bundle: Path) -> None:
     assert sorted(path.name for path in (bundle / ENGINES).iterdir()) == sorted([first, second])
 
 
+@pytest.mark.parametrize(
+    ("plugins", "options"),
+    [
+        ("none", {}),
+        ("auto", {}),
+        ("none", {"precision": "fp16", "quantize": INT8}),
+        ("auto", {"precision": "fp16"}),
+    ],
+    ids=["fp32, masks", "fp32, plugins", "int8, masks", "fp16, plugins"],
+)
+def test_k_and_v_that_grow(
+    make_tiny_bundle: Callable[..., Path], tmp_path: Path, plugins: str, options: dict[str, Any]
+) -> None:
+    """The engine has the graph's own inputs and outputs, and stands beside the one that gsx runs."""
+    if plugins == "auto":
+        needs_plugins()
+    directory = Path(shutil.copytree(make_tiny_bundle(**options), tmp_path / "bundle"))
+    profiles = ["prompt:2-8-32", "step:1:1-1-4"]
+    name, entry = build(directory, plugins=plugins, kv_layout="growing", profiles=profiles, **SMALL)  # type: ignore[arg-type]
+    check(directory, name, entry)
+    assert (name, entry.kv_layout) == ("tensorrt-rtx-sm89-growing", "growing")
+    graph, portable = entry.graphs["model"], open_bundle(directory).manifest.graphs["model"]
+    assert (set(graph.inputs), set(graph.outputs)) == (set(portable.inputs), set(portable.outputs))
+    assert "KV_CACHE_UPDATE" not in graph.layers
+    assert graph.layers["ATTENTION_INPUT"] == LAYERS
+    assert graph.forms["ThresholdGather"] == {"none": "mask", "auto": "plugin"}[plugins]
+    assert graph.products.get("int8", 0) == (7 * LAYERS if "quantize" in options else 0)
+    second, _ = build(directory, plugins="none", **SMALL)  # type: ignore[arg-type]
+    assert set(open_bundle(directory).manifest.engines) == {name, second}
+
+
 def check(directory: Path, name: str, entry: EngineEntry) -> None:
     """What every build leaves: the files, and two equal records of them."""
     manifest = open_bundle(directory).manifest
@@ -148,6 +183,7 @@ def job_of(model: onnx.ModelProto, folder: Path) -> Job:
         profiles=(),
         plugins=None,
         plugin_nodes=0,
+        products=tuple(node.name for node in model.graph.node if node.op_type == "MatMul"),
         timing_cache=None,
     )
 
@@ -216,14 +252,51 @@ def test_memory_and_disk_are_asked_first(bundle: Path, monkeypatch: pytest.Monke
     assert state(bundle) == before
 
 
+@pytest.mark.parametrize("plugins", ["none", "auto"])
 @pytest.mark.parametrize("scheme", ["int8", "fp8"])
-def test_8_bit_graphs_build(make_tiny_bundle: Callable[..., Path], tmp_path: Path, scheme: SchemeName) -> None:
-    """Products, head and embedding in 8 bits, half precision beside them; FP8 where the GPU has it."""
+def test_products_run_in_8_bits(
+    make_tiny_bundle: Callable[..., Path], tmp_path: Path, scheme: SchemeName, plugins: str
+) -> None:
+    """Every quantized product of the graph, by what the builder says of the engine; FP8 where the GPU has it."""
+    if plugins == "auto":
+        needs_plugins()
     quantize = Quantize(scheme, ("none",))
     directory = Path(shutil.copytree(make_tiny_bundle(precision="fp16", quantize=quantize), tmp_path / "bundle"))
-    _, entry = build(directory, plugins="none", context=64)
+    name, entry = build(directory, plugins=plugins, context=64)  # type: ignore[arg-type]
+    check(directory, name, entry)
     assert ("80" in entry.targets) == (scheme == "int8")
     assert {"89", "120"} <= set(entry.targets)
+    graph = entry.graphs["model"]
+    # Seven a layer; gates are in float32; embedding and head share a table, which stays in half precision.
+    assert graph.products == {{"int8": "int8", "fp8": "float8"}[scheme]: 7 * LAYERS, "float": BRANCHES, "float16": 1}
+    assert graph.widened == ()
+    assert not [warning for warning in warnings_of(entry) if "8 BITS" in warning]
+
+
+def test_a_product_that_does_not_run_in_8_bits_is_named(
+    make_tiny_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Codes by a scale for each channel have to be made numbers again before they are multiplied."""
+    directory = Path(shutil.copytree(make_tiny_bundle(precision="fp16", quantize=INT8), tmp_path / "bundle"))
+    name = "layers.1.self_attn.o_proj"
+
+    def scale_channels(model: onnx.ModelProto) -> None:
+        constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        width = constants[f"{name}.weight"].dims[0]
+        for tensor in (constants[f"{name}.input.scale"], constants[f"{name}.input.zero"]):
+            values = np.repeat(numpy_helper.to_array(tensor), width)
+            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+
+    edit_graph(directory, scale_channels)
+    _, entry = build(directory, plugins="none", **SMALL)  # type: ignore[arg-type]
+    graph = entry.graphs["model"]
+    assert graph.widened == (f"{name}.weight",)
+    assert graph.products["int8"] == 7 * LAYERS - 1
+    (loud, _) = warnings_of(entry)
+    assert loud.startswith("WARNING: 1 quantized product DOES NOT RUN IN 8 BITS")
+    assert f"model: {name}.weight" in loud
+    assert run(["inspect", str(directory)]) == 0
+    assert "20 int8; 1 quantized ones are not in 8 bits" in capsys.readouterr().out
 
 
 def test_a_target_without_fp8_is_refused(make_tiny_bundle: Callable[..., Path]) -> None:
@@ -258,16 +331,24 @@ def test_options_that_cannot_be(
         build(tiny_bundle, **options)  # type: ignore[arg-type]
 
 
-def test_a_graph_of_another_layout_is_refused(bundle: Path) -> None:
-    path = bundle / "model.onnx"
+def edit_graph(directory: Path, edit: Callable[[onnx.ModelProto], None]) -> None:
+    """Change a bundle's graph, and the hash that stands in its manifest."""
+    path = directory / "model.onnx"
     model = onnx.load(str(path), load_external_data=False)
-    for concat in model.graph.node:
-        if concat.op_type == "Concat" and concat.output[0].startswith("present."):
-            concat.input[:] = concat.input[::-1]
+    edit(model)
     path.write_bytes(model.SerializeToString())
-    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest = json.loads((directory / MANIFEST).read_text())
     manifest["graphs"]["model"]["sha256"] = sha256_of(path)
-    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_graph_of_another_layout_is_refused(bundle: Path) -> None:
+    def turn(model: onnx.ModelProto) -> None:
+        for concat in model.graph.node:
+            if concat.op_type == "Concat" and concat.output[0].startswith("present."):
+                concat.input[:] = concat.input[::-1]
+
+    edit_graph(bundle, turn)
     with pytest.raises(BundleError, match=r"not laid out as this version of gsx.*\n.*\n.*gsx export"):
         build(bundle, **SMALL)  # type: ignore[arg-type]
 

@@ -113,6 +113,12 @@ def test_an_engine_of_one_gpu_model(bundle: Bundle) -> None:
     assert "gpu differs\n  expected GeForce RTX 4090, found GeForce\n" in str(problem)
 
 
+def test_k_and_v_that_grow(bundle: Bundle) -> None:
+    opened, entry = changed(bundle, kv_layout="growing")
+    problem = difference(opened, NAME, entry, MACHINE, COMMAND)
+    assert f"kv_layout differs\n  expected in-place, found growing\n  {COMMAND}" in str(problem)
+
+
 def test_engines_of_a_bundle_that_was_exported_again(bundle: Bundle) -> None:
     graph = bundle.manifest.engines[NAME].graphs["model"]
     for field, what in (("graph_sha256", "model.onnx sha256"), ("weights_sha256", "weights of model")):

@@ -39,7 +39,7 @@ def test_bundle(tiny_bundle: Path, tiny_gated: Path) -> None:
     assert report.bundle is not None
     assert report.bundle["budget"] == 0.7
     assert report.bundle["parity"] is None
-    assert (report.bundle["draft"], report.bundle["quantization"], report.bundle["engines"]) == (None, None, [])
+    assert (report.bundle["draft"], report.bundle["quantization"], report.bundle["engines"]) == (None, None, {})
     for point in report.bundle["grid"]:
         assert abs(point["kept_share"] - point["budget"]) <= 0.02
     json.dumps(report.to_dict())

@@ -83,7 +83,8 @@ std::optional<EngineError> difference(Bundle const& bundle, std::string const& n
         return EngineError(what + ": " + kEngineFile + " does not match gsx.json",
                            {"the entry that `gsx build` wrote", recorded ? "another one" : "no readable file", command});
     }
-    std::vector<Fact> facts = {{"platform", entry.platform, machine.platform},
+    std::vector<Fact> facts = {{"kv_layout", "in-place", entry.kvLayout},
+                               {"platform", entry.platform, machine.platform},
                                {"tensorrt_version", entry.tensorrtVersion, machine.tensorrtVersion}};
     if (entry.gpu) facts.push_back({"gpu", *entry.gpu, machine.gpu});
     for (auto const& [key, graph] : entry.graphs) {

@@ -129,6 +129,7 @@ EngineEntry engineOf(json const& entry) {
     engine.targets = entry.at("targets").get<std::vector<std::string>>();
     engine.platform = entry.at("platform");
     if (!entry.at("gpu").is_null()) engine.gpu = entry["gpu"].get<std::string>();
+    engine.kvLayout = entry.value("kv_layout", engine.kvLayout);
     engine.capacity = entry.at("capacity");
     for (json const& profile : entry.at("profiles")) {
         engine.profiles.push_back(

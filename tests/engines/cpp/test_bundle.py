@@ -71,6 +71,7 @@ CASES = {
     "another plugin library": Case("expected sha256", Here(library=b"others")),
     "no plugin library": Case("found no plugin library", Here(library=None)),
     "no plugins needed": Case("tensorrt-rtx-sm89 6", Here(library=None), entry={"plugins": None}),
+    "K and V that grow": Case("kv_layout differs", entry={"kv_layout": "growing"}),
     "exported again": Case("model.onnx sha256 differs", graph={"graph_sha256": "1" * 64}),
     "other weights": Case("weights of model differs", graph={"weights_sha256": "1" * 64}),
     "a graph without engine": Case("have no draft", Here(graph="draft")),

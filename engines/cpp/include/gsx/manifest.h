@@ -148,6 +148,8 @@ struct EngineEntry {
     std::vector<std::string> targets;
     std::string platform;
     std::optional<std::string> gpu;
+    // `in-place`, or `growing`, which this library does not run.
+    std::string kvLayout = "in-place";
     int64_t capacity = 0;
     std::vector<EngineProfile> profiles;
     std::optional<PluginRecord> plugins;
