@@ -152,8 +152,9 @@ def _bundle_facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _engine_facts(entry: EngineEntry) -> dict[str, Any]:
-    """Of each graph's engine: matrix products by the type that they are computed in, and quantized ones in a wider type."""
-    return {name: {"products": dict(made.products), "widened": list(made.widened)} for name, made in entry.graphs.items()}
+    """Of each graph's engine: products by the type that they are computed in, and quantized ones in a wider type."""
+    graphs = entry.graphs.items()
+    return {name: {"products": dict(made.products), "widened": list(made.widened)} for name, made in graphs}
 
 
 def _parity(directory: Path) -> bool | None:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from engines.bundle.bundle import Bundle, open_bundle
 from engines.errors import GsxError, UsageError
+from engines.serving.plan_repository import write_plan_repository
 from engines.serving.repository import Backend, write_repository
 from gsx.generate import generate
 
@@ -44,6 +45,11 @@ def triton(
         context=context,
         threads=threads,
     )
+
+
+def triton_plans(bundle: Bundle | str | Path, out: str | Path, *, name: str = "gsx") -> list[Path]:
+    """Write the engines alone; arguments, result and errors as of `write_plan_repository`."""
+    return write_plan_repository(bundle if isinstance(bundle, Bundle) else open_bundle(bundle), Path(out), name=name)
 
 
 def check_server(bundle: Bundle | str | Path, url: str, *, name: str = "gsx", timeout_seconds: float = 60.0) -> int:

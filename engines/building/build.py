@@ -75,7 +75,8 @@ def build(
         backend: `tensorrt-rtx` builds without a GPU; `tensorrt` builds on the GPU that it is for.
         targets: compute capabilities as in "89" or "8.9", TensorRT-RTX alone; none for the GPU of this machine, or
             where there is none for all from 8.0 on.
-        context: columns of the K/V buffers, or the most that K and V may grow to; None for the model's context, at most 4,096.
+        context: columns of the K/V buffers, or the most that K and V may grow to; None for the model's context, at most
+            4,096.
         batch: the most sequences of a call.
         profiles: as `parse_profile` reads them; none for prefill and decode, with TensorRT-RTX one for both.
         plugins: `auto` takes the library that was built on this machine, if there is one; `none` does without.

@@ -20,7 +20,7 @@ _LAYER = re.compile(
     r"Inputs: (?P<operands>.*?), Outputs: (?P<results>.*?), Tactic.*?, Metadata: (?P<nodes>.*)$",
     re.MULTILINE,
 )
-# The name of a fused layer tells its steps in order, Fc being the product. Codes that are cast before it are no operands.
+# A fused layer's name tells its steps in order, Fc being the product. Codes that are cast before it are no operands.
 _CAST_FIRST = re.compile(r"__myl_\w*Cast\w*Fc")
 _TYPE = re.compile(r"Datatype: (\w+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")

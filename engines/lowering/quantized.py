@@ -72,4 +72,3 @@ def weights_inside(graph: onnx.GraphProto) -> int:
     del graph.initializer[:]
     graph.initializer.extend(kept)
     return len(moved)
-

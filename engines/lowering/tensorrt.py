@@ -17,8 +17,8 @@ With K and V in place, which is what gsx runs, this changes against the portable
   TensorRT takes 8-bit constants nowhere else;
 - an op without a plugin is rewritten; see `Form`.
 
-With K and V that grow, for other people's programs, only the last three and the lost default are done: the engine has the
-portable graph's inputs and outputs, `past_key_values.*` and `present.*` with the call's columns behind it.
+With K and V that grow, for other people's programs, only the last three and the lost default are done: the engine has
+the portable graph's inputs and outputs, `past_key_values.*` and `present.*` with the call's columns behind it.
 
 Without a plugin for `ThresholdGather` the selection becomes a mask: every row goes through every branch, and a skipped
 row takes the residual as it was. The results are the same and nothing is saved. `TopKGather` has a body that TensorRT

@@ -24,39 +24,56 @@ class _Checked(BaseModel):
 
 
 class Tensor(_Checked):
-    """An input or output; dims as in Triton, -1 for any size."""
+    """An input or output.
+
+    Args:
+        dims: as in Triton, -1 for any size; none for a scalar, which a client gives as an array of one.
+        optional: a request may leave it out.
+        shape_tensor: TensorRT reads its values on the host, before it runs.
+    """
 
     name: Name
     data_type: DataType
     dims: tuple[Axis, ...]
     optional: bool = False
+    shape_tensor: bool = False
 
 
 class ModelConfig(_Checked):
-    """A model of a repository."""
+    """A model of a repository.
+
+    Args:
+        profiles: numbers of the optimization profiles that an instance has, of a model on the backend `tensorrt`.
+    """
 
     name: Name
-    backend: Literal["python"]
+    backend: Literal["python", "tensorrt"]
     inputs: Annotated[tuple[Tensor, ...], Field(min_length=1)]
     outputs: Annotated[tuple[Tensor, ...], Field(min_length=1)]
     kind: Literal["KIND_CPU", "KIND_GPU"]
     decoupled: bool
     parameters: Mapping[Name, str]
+    profiles: tuple[int, ...] = ()
 
     def text(self) -> str:
         """The configuration as protobuf text."""
         lines = [f"name: {_quoted(self.name)}", f"backend: {_quoted(self.backend)}", "max_batch_size: 0"]
+        if self.backend == "tensorrt":
+            lines.insert(1, 'platform: "tensorrt_plan"')
         for field, tensors in (("input", self.inputs), ("output", self.outputs)):
             for tensor in tensors:
                 lines += [
                     f"{field} {{",
                     f"  name: {_quoted(tensor.name)}",
                     f"  data_type: {tensor.data_type}",
-                    f"  dims: [{', '.join(map(str, tensor.dims))}]",
+                    f"  dims: [{', '.join(map(str, tensor.dims or (1,)))}]",
+                    *(["  reshape { shape: [] }"] if not tensor.dims else []),
                     *(["  optional: true"] if tensor.optional else []),
+                    *(["  is_shape_tensor: true"] if tensor.shape_tensor else []),
                     "}",
                 ]
-        lines += ["instance_group {", "  count: 1", f"  kind: {self.kind}", "}"]
+        profiles = [f"  profile: {_quoted(str(number))}" for number in self.profiles]
+        lines += ["instance_group {", "  count: 1", f"  kind: {self.kind}", *profiles, "}"]
         if self.decoupled:
             lines += ["model_transaction_policy {", "  decoupled: true", "}"]
         for name, value in self.parameters.items():

@@ -133,11 +133,13 @@ def _engine_version(bundle: Bundle, backend: Backend, slots: int) -> str | None:
     """The TensorRT that the bundle's engines were built with; None for ONNX Runtime."""
     if backend == "onnxruntime":
         return None
-    entries = [entry for entry in bundle.manifest.engines.values() if entry.backend == backend]
+    own = {name: entry for name, entry in bundle.manifest.engines.items() if entry.backend == backend}
+    entries = [entry for entry in own.values() if entry.kv_layout == "in-place"]
     build = f"gsx build {bundle.directory} --backend {backend} --batch {slots}"
     if not entries:
         others = ", ".join(bundle.manifest.engines) or "none"
-        raise EngineError(f"bundle {bundle.directory}: has no engines for {backend}", found=others, todo=build)
+        kind = f"{backend} with K/V in place" if own else backend
+        raise EngineError(f"bundle {bundle.directory}: has no engines for {kind}", found=others, todo=build)
     most = max(profile.batch.most for entry in entries for profile in entry.profiles)
     if most < slots:
         raise EngineError(

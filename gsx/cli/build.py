@@ -98,7 +98,9 @@ def warnings_of(entry: EngineEntry) -> list[str]:
             "  gsx plugins build makes the plugin library; then run gsx build again"
         )
     elif {"rows", "all"} <= forms or (forms & {"plugin", "body"} and "all" in forms):
-        warnings.append("note: with more than one sequence, attention itself runs over all rows (its projections do not)")
+        warnings.append(
+            "note: with more than one sequence, attention itself runs over all rows (its projections do not)"
+        )
     return warnings
 
 

@@ -27,8 +27,11 @@ def triton(
     ] = None,
     name: Annotated[str, typer.Option(help="The model's name.")] = "gsx",
     backend: Annotated[
-        Literal["onnxruntime", "tensorrt", "tensorrt-rtx"],
-        typer.Option(help="The runtime; TensorRT needs engines in the bundle (gsx build)."),
+        Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-plan"],
+        typer.Option(
+            help="The runtime; TensorRT needs engines in the bundle (gsx build). tensorrt-plan: the engines alone, for "
+            "Triton's own TensorRT backend (gsx build --kv-layout growing)."
+        ),
     ] = "onnxruntime",
     slots: Annotated[int, typer.Option(help="Requests under way at once, in steps of one batch.")] = 8,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.")] = 64,
@@ -58,6 +61,15 @@ def triton(
         )
         return
     assert output is not None
+    if backend == "tensorrt-plan":
+        if (slots, queue, context, threads) != (8, 64, None, None):
+            raise UsageError(
+                "--backend tensorrt-plan: the engines alone are served as they were built",
+                expected="no --slots, --queue, --context and --threads",
+                todo="gsx build --batch and --context say what an engine takes",
+            )
+        _write_plans(bundle, output, name, as_json)
+        return
     model = write(
         bundle, output, name=name, backend=backend, slots=slots, queue=queue, context=context, threads=threads
     )
@@ -68,3 +80,17 @@ def triton(
     typer.echo(f"its Python needs:  pip install -r {model / 'requirements.txt'}")
     check_it = f"gsx triton {bundle} --check http://localhost:8000" + (f" --name {name}" if name != "gsx" else "")
     typer.echo(f"next: tritonserver --model-repository={output.resolve()}   then   {check_it}")
+
+
+def _write_plans(bundle: Path, output: Path, name: str, as_json: bool) -> None:
+    from engines.tensorrt.plugins import plugin_library
+    from gsx.triton import triton_plans
+
+    models = triton_plans(bundle, output, name=name)
+    if as_json:
+        print_json({"repository": str(output), "models": [str(model) for model in models]})
+        return
+    for model in models:
+        typer.echo(f"{model}: an engine for Triton's TensorRT backend, with K and V in and out")
+    library = plugin_library() or "/path/to/libgsx_plugins.so"
+    typer.echo(f"next: tritonserver --model-repository={output.resolve()} --backend-config=tensorrt,plugins={library}")
