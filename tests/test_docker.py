@@ -145,9 +145,12 @@ def test_commands_of_the_engines_image(bundle: Path, tmp_path: Path) -> None:
     assert f"GSX_PLUGIN_LIBRARY=/opt/gsx/lib/{copied.name}" in last("engines", "ENV")
     health = run(*words("engines", "HEALTHCHECK"), GSX_PLUGIN_LIBRARY=str(copied))
     assert (health.returncode, "kernels and TensorRT plugins" in health.stdout) == (0, True)
-    build = run("gsx", *(word.replace("/bundle", str(bundle)) for word in words("engines", "CMD")))
-    assert build.returncode == 1
-    assert "backend tensorrt: is not installed" in build.stderr
+    page = (ROOT / "docs" / "containers.md").read_text()
+    (growing,) = [line.split() for line in page.splitlines() if "--kv-layout growing" in line]
+    for command in (words("engines", "CMD"), growing):
+        build = run("gsx", *(word.replace("/bundle", str(bundle)) for word in command))
+        assert build.returncode == 1
+        assert "backend tensorrt: is not installed" in build.stderr
 
 
 def test_commands_of_the_triton_image(bundle: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 #include "files.h"
 
+#include <cstdlib>
 #include <fstream>
 #include <system_error>
 
@@ -21,6 +22,16 @@ std::optional<std::string> contentOf(std::filesystem::path const& path) {
     file.read(content.data(), static_cast<std::streamsize>(content.size()));
     if (!file) return std::nullopt;
     return content;
+}
+
+std::filesystem::path cacheFolder() {
+    std::filesystem::path const home = variable("XDG_CACHE_HOME");
+    return (home.is_absolute() ? home : std::filesystem::path(variable("HOME")) / ".cache") / "gsx";
+}
+
+std::string variable(char const* name) {
+    char const* value = std::getenv(name);
+    return value != nullptr ? value : "";
 }
 
 }  // namespace gsx

@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <cctype>
-#include <cstdlib>
 #include <utility>
 #include <vector>
 
@@ -31,17 +30,6 @@ std::string shown(std::string const& hash) { return hash.substr(0, kShownDigits)
 // A compute capability as people write it: "89" -> "8.9".
 std::string dotted(std::string const& target) {
     return target.size() > 1 ? target.substr(0, target.size() - 1) + "." + target.back() : target;
-}
-
-std::string variable(char const* name) {
-    char const* value = std::getenv(name);
-    return value != nullptr ? value : "";
-}
-
-// Where this user's programs keep what can be made again (XDG base directory specification).
-fs::path cacheFolder() {
-    fs::path const home = variable("XDG_CACHE_HOME");
-    return (home.is_absolute() ? home : fs::path(variable("HOME")) / ".cache") / "gsx";
 }
 
 std::optional<fs::path> findLibrary(std::optional<fs::path> const& named, PluginRecord const& record) {

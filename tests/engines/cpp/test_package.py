@@ -55,11 +55,19 @@ def test_another_project_finds_it(cpp_build: Path, tiny_bundle: Path, tmp_path: 
 @pytest.mark.parametrize("root", ROOTS, ids=str)
 def test_tensorrt_headers(root: Path) -> None:
     """The device part compiles without warnings against every set of headers that is named."""
+    compile_device_sources(root)
+
+
+def compile_device_sources(root: Path, backend: str = "tensorrt") -> None:
+    """Compile what needs TensorRT's headers, without warnings; skips where a tool is missing.
+
+    Args: root: folder of the headers, or of their `include`.
+    """
     compiler, cuda_headers, json = shutil.which("g++"), cuda_include(), json_include()
     if root == Path() or compiler is None or cuda_headers is None or json is None:
         pytest.skip(NEEDS)
     command = [compiler, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror"]
-    command += [f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'src'}", '-DGSX_BACKEND="tensorrt"']
+    command += [f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'src'}", f'-DGSX_BACKEND="{backend}"']
     for folder in (root / "include" if (root / "include").is_dir() else root, cuda_headers, json):
         command += ["-isystem", str(folder)]
     for source in [*sorted((SOURCES / "src/tensorrt").glob("*.cpp")), SOURCES / "apps/gsx_run.cpp"]:

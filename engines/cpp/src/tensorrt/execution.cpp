@@ -1,11 +1,13 @@
 #include "tensorrt/execution.h"
 
 #include <algorithm>
+#include <new>
 #include <utility>
 #include <vector>
 
 #include "gsx/error.h"
 #include "gsx/tensorrt.h"
+#include "kernel_cache.h"
 
 namespace gsx {
 namespace {
@@ -128,11 +130,64 @@ std::unique_ptr<nvinfer1::ICudaEngine> TensorRT::deserialize(std::string const& 
     return engine;
 }
 
+#ifdef TRT_MAJOR_RTX
+
+// The kernels that TensorRT-RTX compiles for an engine's contexts: they come from a file and go back to it.
+class CudaEngine::Kernels {
+public:
+    Kernels(nvinfer1::ICudaEngine& engine, std::filesystem::path path, Logger& logger)
+        : mPath(std::move(path)), mConfig(engine.createRuntimeConfig()) {
+        if (mConfig) mCache.reset(mConfig->createRuntimeCache());
+        if (!mCache) throw EngineError("TensorRT-RTX makes no cache for kernels", {{}, logger.takeError(), {}});
+        mKnown = loadKernels(
+            mPath, [&](std::string const& content) { return mCache->deserialize(content.data(), content.size()); });
+        if (!mConfig->setRuntimeCache(*mCache)) {
+            throw EngineError("TensorRT-RTX does not take its cache for kernels", {{}, logger.takeError(), {}});
+        }
+        logger.takeError();  // kernels of another driver, say, are refused in words, and compiled anew
+    }
+
+    ~Kernels() {
+        std::unique_ptr<nvinfer1::IHostMemory> const content(mCache->serialize());
+        if (!content) return;
+        try {
+            saveKernels(mPath, std::string(static_cast<char const*>(content->data()), content->size()), mKnown);
+        } catch (std::bad_alloc const&) {
+            // The next start compiles again.
+        }
+    }
+
+    Kernels(Kernels const&) = delete;
+    Kernels& operator=(Kernels const&) = delete;
+
+    nvinfer1::IExecutionContext* newContext(nvinfer1::ICudaEngine& engine) {
+        return engine.createExecutionContext(mConfig.get());
+    }
+
+private:
+    std::filesystem::path mPath;
+    std::unique_ptr<nvinfer1::IRuntimeConfig> mConfig;
+    std::unique_ptr<nvinfer1::IRuntimeCache> mCache;
+    std::string mKnown;
+};
+
+#else
+
+// TensorRT's engines hold their kernels, and TensorRT's headers know no cache for them.
+class CudaEngine::Kernels {
+public:
+    Kernels(nvinfer1::ICudaEngine&, std::filesystem::path const&, Logger&) {}
+
+    nvinfer1::IExecutionContext* newContext(nvinfer1::ICudaEngine& engine) { return engine.createExecutionContext(); }
+};
+
+#endif
+
 // An execution context on one profile, with the memory of its small inputs and its results.
 class CudaEngine::Context {
 public:
     Context(CudaEngine& owner, size_t profile)
-        : mOwner(owner), mStream(owner.mStream.get()), mContext(owner.mEngine->createExecutionContext()) {
+        : mOwner(owner), mStream(owner.mStream.get()), mContext(owner.newContext()) {
         if (!mContext) {
             throw EngineError("TensorRT has no memory for an execution context",
                               {{}, logger().takeError(), "gsx build with less --context"});
@@ -272,13 +327,19 @@ private:
     bool mChanged = false;
 };
 
-CudaEngine::CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, bool cudaGraphs)
+CudaEngine::CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, bool cudaGraphs,
+                       std::filesystem::path const& kernels)
     : mTensorrt(std::move(tensorrt)),
       mEngine(mTensorrt->deserialize(plan)),
+      mKernels(std::make_unique<Kernels>(*mEngine, kernels, mTensorrt->logger())),
       mStream(makeStream()),
       mCudaGraphs(cudaGraphs) {}
 
 CudaEngine::~CudaEngine() = default;
+
+std::unique_ptr<nvinfer1::IExecutionContext> CudaEngine::newContext() {
+    return std::unique_ptr<nvinfer1::IExecutionContext>(mKernels->newContext(*mEngine));
+}
 
 std::shared_ptr<Buffer> CudaEngine::buffer(Shape const& shape, std::string const& name) {
     auto memory =

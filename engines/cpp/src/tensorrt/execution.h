@@ -48,7 +48,10 @@ private:
 // A deserialised engine, with a stream, and a context for each profile that was used.
 class CudaEngine final : public Engine {
 public:
-    CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, bool cudaGraphs);
+    // `kernels`: file for the kernels that TensorRT-RTX compiles (kernel_cache.h); they are saved when the engine goes.
+    // Ignored with TensorRT, whose engines hold theirs, and without TensorRT-RTX's own headers, which alone can ask.
+    CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, bool cudaGraphs,
+               std::filesystem::path const& kernels);
     ~CudaEngine() override;
 
     std::shared_ptr<Buffer> buffer(Shape const& shape, std::string const& name) override;
@@ -57,9 +60,13 @@ public:
 
 private:
     class Context;
+    class Kernels;
+
+    std::unique_ptr<nvinfer1::IExecutionContext> newContext();
 
     std::shared_ptr<TensorRT> mTensorrt;
     std::unique_ptr<nvinfer1::ICudaEngine> mEngine;
+    std::unique_ptr<Kernels> mKernels;
     Stream mStream;
     bool mCudaGraphs;
     std::map<size_t, std::unique_ptr<Context>> mContexts;

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "gsx/tensorrt.h"
+#include "kernel_cache.h"
 #include "loading.h"
 #include "tensorrt/execution.h"
 
@@ -34,8 +35,9 @@ Model openModel(std::filesystem::path const& directory, Drafting const& drafting
     auto const tensorrt = std::make_shared<TensorRT>(engines.library);
     auto const makeEngine = [&](std::string const& graph) {
         std::string const plan = readEngine(engines, graph, command);
-        bool const graphs = options.cudaGraphs && recordable(engines.entry->graphs.at(graph));
-        return std::make_unique<CudaEngine>(tensorrt, plan, graphs);
+        EngineGraph const& record = engines.entry->graphs.at(graph);
+        return std::make_unique<CudaEngine>(tensorrt, plan, options.cudaGraphs && recordable(record),
+                                            kernelCachePath(record.file.sha256, device.capability));
     };
     return Model(bundle, *engines.entry, makeEngine, drafting);
 }
