@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -90,12 +89,9 @@ def test_calls_of_tensorrt_rtx(tmp_path: Path) -> None:
     shutil.copytree(root / "include", tmp_path / "include")
     header = tmp_path / "include" / "NvInferRuntime.h"
     text = header.read_text()
-    place = re.search(r"\n//!\n//! \\class IRuntimeConfig\n", text)
-    assert place is not None
-    text = text[: place.start()] + CACHE + text[place.start() :]
-    begin = "    virtual ~IRuntimeConfig() noexcept = 0;\n"
-    assert text.count(begin) == 1
-    header.write_text(text.replace(begin, begin + CONFIG))
+    config, begin = "//! \\class IRuntimeConfig\n", "    virtual ~IRuntimeConfig() noexcept = 0;\n"
+    assert text.count(config) == text.count(begin) == 1
+    header.write_text(text.replace(config, CACHE + config).replace(begin, begin + CONFIG))
     version = tmp_path / "include" / "NvInferVersion.h"
     version.write_text(version.read_text() + "\n#define TRT_MAJOR_RTX 1\n")
     assert "TRT_MAJOR_RTX" in (SOURCES / "src/tensorrt/execution.cpp").read_text()
