@@ -7,7 +7,7 @@ Needs a GPU, nvcc, CMake and PyTorch; compute-sanitizer, TensorRT and TensorRT-R
 say so where not. A part that fails is a row, and the next part runs. Parts one by one, where a call may not take long:
 kernels (`checks`, `timing`), memory (`sanitizer`), PyTorch with the kernels (`prefill`, `torch`), `engines`.
 
-On a machine that is lent for minutes, in this order, each a call of its own, so that one that hangs costs no other's result:
+On a machine that is lent for minutes, in this order, each a call of its own, so that one that hangs costs no other's:
 
     python -m tests.gpu --parts checks timing       kernels: the least that it needs
     python -m tests.gpu --parts engines             do engines run on this GPU
@@ -15,8 +15,8 @@ On a machine that is lent for minutes, in this order, each a call of its own, so
     GSX_GPU=1 pytest -m gpu
     python -m tests.gpu --parts sanitizer
 
-`engines` needs the packages of the extra `tensorrt` and TensorRT-RTX, whose libraries are some 95 MB: where files go over in
-small pieces, split that wheel. The other parts need no TensorRT.
+`engines` needs the packages of the extra `tensorrt` and TensorRT-RTX, whose libraries are some 95 MB: where files go
+over in small pieces, split that wheel. The other parts need no TensorRT.
 """
 
 from __future__ import annotations
