@@ -28,7 +28,7 @@ serve: $(STAMP) $(TRITON_STAMP) ## serve the example model with Triton on this m
 
 test: $(STAMP) ## run the tests
 	@$(MAKE) --no-print-directory triton || echo "WARNING: no Triton server here: its tests are left out"
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 triton: $(TRITON_STAMP) ## set up Triton Inference Server, which `make test` and `make serve` need
 
