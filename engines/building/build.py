@@ -294,16 +294,17 @@ def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tupl
             )
         return (device.capability,), device.name
     known = known_targets(module)
-    wanted = [target.replace(".", "").removeprefix("sm") for target in asked]
-    if unknown := [target for target in wanted if target not in known]:
+    wanted = {target: target.replace(".", "").removeprefix("sm") for target in asked}
+    if unknown := [target for target in asked if wanted[target] not in known]:
         raise UsageError(
             "--target: this TensorRT-RTX does not build for that compute capability",
             expected=", ".join(map(dotted, known)),
-            found=", ".join(map(dotted, unknown)),
+            found=" and ".join(map(repr, unknown)),
+            todo="give --target once for each",
         )
     name = device.name if device else None
     if wanted:
-        return tuple(sorted(set(wanted), key=int)), name
+        return tuple(sorted(set(wanted.values()), key=int)), name
     if device is not None and device.capability in known:
         return (device.capability,), name
     return default_targets(module), name

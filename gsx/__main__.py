@@ -1,0 +1,5 @@
+"""`python -m gsx` is `gsx`."""
+
+from gsx.cli import main
+
+main()
