@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <numeric>
+#include <optional>
 #include <set>
 #include <sstream>
 
@@ -14,6 +15,8 @@
 namespace gsx {
 namespace {
 
+// Layers that a message names; more are counted.
+constexpr size_t kMostNamed = 4;
 constexpr int64_t kMostLayers = 10'000;
 constexpr char const* kLayerMask = "layer_mask";
 constexpr char const* kFullUntil = "full_until";
@@ -78,8 +81,13 @@ Mask maskOf(std::vector<Place> const& places, Manifest const& manifest) {
     if (!unknown.empty()) {
         std::vector<std::string> names;
         for (int64_t const layer : unknown) names.push_back(std::to_string(layer));
+        std::string more;
+        if (names.size() > kMostNamed) {
+            more = " and " + std::to_string(names.size() - kMostNamed) + " more";
+            names.resize(kMostNamed);
+        }
         throw UsageError("the set names layers that the model does not have",
-                         {"layers from 0 to " + std::to_string(layers - 1), joinedBy(", ", names), {}});
+                         {"layers from 0 to " + std::to_string(layers - 1), joinedBy(", ", names) + more, {}});
     }
     checkMask(mask, manifest.kvPolicy);
     return mask;
@@ -103,12 +111,13 @@ std::vector<Place> exitPlaces(int64_t depth, Manifest const& manifest) {
     if (any ? depth < 1 || depth > layers : trained.count(depth) == 0) {
         std::vector<std::string> names;
         for (int64_t const one : trained) names.push_back(std::to_string(one));
-        bool const inside = 0 < depth && depth < layers;
+        std::optional<std::string> todo;
+        if (0 < depth && depth < layers) {
+            todo = "--layers 0-" + std::to_string(depth - 1) + " runs any set of layers, trained for or not";
+        }
         throw UsageError("the model has no exit after " + std::to_string(depth) + " layers",
                          {any ? "1 to " + std::to_string(layers) : "one of " + joinedBy(", ", names),
-                          std::to_string(depth),
-                          inside ? "--layers 0-" + std::to_string(depth - 1) + " runs any set of layers, trained for or not"
-                                 : ""});
+                          std::to_string(depth), todo});
     }
     std::vector<int64_t> kept(static_cast<size_t>(depth));
     std::iota(kept.begin(), kept.end(), 0);
