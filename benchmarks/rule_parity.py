@@ -42,14 +42,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Routed:
-    """Routers of a method, for a model of 16 layers and hidden size 96. Args: budget: calibrated; None: its own."""
+    """Routers of a method, for a model of 16 layers and hidden size 96.
+
+    Args:
+        budget: calibrated; None: its own.
+        scale: of the random weights. Scores that multiply what a layer gives must not be much above 1, or the model
+            blows rounding up from layer to layer, and PyTorch's own float32 says nothing.
+    """
 
     router: RouterConfig
     budget: float | None = 0.7
+    scale: float = 1.0
 
 
 ROUTED = {
-    "mixture-of-depths": Routed(RouterConfig(layers=tuple(range(1, 16, 2)), multiplies="layer", kv_policy="none"), 0.5),
+    "mixture-of-depths": Routed(
+        RouterConfig(layers=tuple(range(1, 16, 2)), multiplies="layer", kv_policy="none"), 0.5, scale=0.05
+    ),
     "d-llm": Routed(
         RouterConfig(
             layers=tuple(range(2, 16)),
@@ -102,23 +111,24 @@ def make_form(name: str, work: Path) -> Path:
     if name == "classifiers":
         train_exit_classifiers(EXAMPLE, path, tokens=CLASSIFIER_TOKENS)
         return path
-    write_ungated(open_checkpoint(EXAMPLE), path, ROUTED[name].router if name in ROUTED else None)
+    write_ungated(open_checkpoint(EXAMPLE), path, ROUTED.get(name))
     return path
 
 
-def write_ungated(model: Checkpoint, path: Path, router: RouterConfig | None) -> None:
+def write_ungated(model: Checkpoint, path: Path, routed: Routed | None) -> None:
     """The model without its gates, with random routers in their place."""
     gate = model.config.gate or GateConfig()
     left_out = tuple(f"{branch}_gate" for branch in gate.branches)
     tensors = {n: model.tensor(n) for n in model.names if not any(f".{gate_name}." in n for gate_name in left_out)}
     section: dict[str, Any] = {"exits": list(model.config.exits)}
-    if router is not None:
+    if routed is not None:
+        router = routed.router
         section["router"] = router.to_dict()
         rng = torch.Generator().manual_seed(0)
         for layer in router.routed(model.config.num_layers):
             for name, shape in router.shapes(model.config.hidden_size).items():
                 # Scores of order 1, whatever a state's size: weights of a linear map from one, ones in a norm.
-                noise = torch.randn(shape, generator=rng) / shape[-1] ** 0.5
+                noise = torch.randn(shape, generator=rng) * routed.scale / shape[-1] ** 0.5
                 tensors[f"model.layers.{layer}.{name}"] = torch.ones(shape) if "norm" in name else noise
     path.mkdir(parents=True)
     for file in model.companions():
