@@ -81,6 +81,7 @@ def config_of(shape: Shape, gate: GateConfig | None) -> ModelConfig:
         gate=gate,
         router=None,
         exits=(),
+        exit_classifiers=(),
     )
 
 

@@ -299,7 +299,7 @@ def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tupl
         raise UsageError(
             "--target: this TensorRT-RTX does not build for that compute capability",
             expected=", ".join(map(dotted, known)),
-            found=" and ".join(map(repr, unknown)),
+            found=" and ".join(unknown),
             todo="give --target once for each",
         )
     name = device.name if device else None
