@@ -153,7 +153,7 @@ def _bounds_at_once(graph: onnx.GraphProto, choices: Sequence[onnx.NodeProto], d
     """Make the bounds of all branches, if each is a part of `thresholds`; what must run is put into them.
 
     Where(forced, forced score, score) > threshold is score > Where(forced, -inf or inf, threshold): minus infinity
-    where the forced score is above the threshold.
+    where the forced score is above the threshold. The same for finite scores; those compared with thresholds are.
     """
     producer = {name: node for node in graph.node for name in node.output}
     if {_table_of(choice.input[2], producer) for choice in choices} != {_THRESHOLDS}:

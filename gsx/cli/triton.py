@@ -10,6 +10,9 @@ import typer
 from gsx.cli.console import print_json
 from gsx.cli.signals import loading
 
+# Requests under way, and waiting, if not given.
+_SLOTS, _QUEUE = 8, 64
+
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
@@ -33,8 +36,8 @@ def triton(
             "Triton's own TensorRT backend (gsx build --kv-layout growing)."
         ),
     ] = "onnxruntime",
-    slots: Annotated[int, typer.Option(help="Requests under way at once, in steps of one batch.")] = 8,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.")] = 64,
+    slots: Annotated[int, typer.Option(help="Requests under way at once, in steps of one batch.")] = _SLOTS,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.")] = _QUEUE,
     context: Annotated[
         int | None, typer.Option(help="Tokens of a request, prompt and new ones.", show_default="the model's")
     ] = None,
@@ -62,7 +65,7 @@ def triton(
         return
     assert output is not None
     if backend == "tensorrt-plan":
-        if (slots, queue, context, threads) != (8, 64, None, None):
+        if (slots, queue, context, threads) != (_SLOTS, _QUEUE, None, None):
             raise UsageError(
                 "--backend tensorrt-plan: the engines alone are served as they were built",
                 expected="no --slots, --queue, --context and --threads",

@@ -26,7 +26,7 @@ class Choice:
     """What is asked for.
 
     Args:
-        policy: `NAME` or `NAME:parameters`; None for gateskip on a gated checkpoint, else dense.
+        policy: `NAME` or `NAME:parameters`; None for gateskip with gates, router with routers, else dense.
         select: how GateSkip chooses.
         budget: share to keep, with rules that have thresholds; None for 1.
         kv_policy: None for the rule's own default.

@@ -13,7 +13,7 @@ from exporter.decoder.layer import DecoderOptions
 from exporter.rules.gateskip import GateSkip
 from exporter.text import TokenText
 from gsx.policies.base import Choice, OnProgress, Plan, Sections, bad_parameters, refuse_none
-from gsx.policies.thresholds import calibrated
+from gsx.policies.thresholds import at_budget
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,7 @@ class GateSkipPlan(Plan):
         self, checkpoint: Checkpoint, options: DecoderOptions, text: TokenText | None, on_progress: OnProgress
     ) -> Sections:
         assert self.rule is not None
-        assert self.budget is not None
-        if self.calibrates:
-            assert text is not None
-            selection = calibrated(self.budget, checkpoint, options, text, on_progress)
-        else:
-            selection = schema.Selection(mode="rank", budget=self.budget)
+        selection = at_budget(self, checkpoint, options, text, on_progress)
         return schema.gateskip_policy(selection.mode, self.rule.branches), selection
 
 

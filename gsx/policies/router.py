@@ -15,7 +15,7 @@ from exporter.decoder.layer import DecoderOptions
 from exporter.rules.router import Router
 from exporter.text import TokenText
 from gsx.policies.base import Choice, OnProgress, Plan, Sections, bad_parameters, refuse_both
-from gsx.policies.thresholds import by_thresholds, calibrated
+from gsx.policies.thresholds import at_budget, by_thresholds
 from gsx.progress import Progress
 
 
@@ -28,19 +28,18 @@ class RouterPlan(Plan):
     ) -> Sections:
         assert isinstance(self.rule, Router)
         router = self.rule.router
-        if not self.calibrates:
-            assert self.budget is not None
-            selection = schema.Selection(mode="rank", budget=self.budget)
-            read = schema.RuntimeInput(name="budget", least=0, most=1)
+        if self.budget is not None:
+            selection = at_budget(self, checkpoint, options, text, on_progress)
         else:
             assert text is not None
-            if self.budget is not None:
-                selection = calibrated(self.budget, checkpoint, options, text, on_progress)
-            else:
-                assert router.threshold is not None
-                selection = _own_threshold(router.threshold, checkpoint, options, text, on_progress)
-            least, most = router.score_range or (None, None)
-            read = schema.RuntimeInput(name="thresholds", least=least, most=most)
+            assert router.threshold is not None
+            selection = _own_threshold(router.threshold, checkpoint, options, text, on_progress)
+        least, most = router.score_range or (None, None)
+        read = (
+            schema.RuntimeInput(name="budget", least=0, most=1)
+            if selection.mode == "rank"
+            else schema.RuntimeInput(name="thresholds", least=least, most=most)
+        )
         policy = schema.Policy(
             name="router",
             branches=self.rule.branches,

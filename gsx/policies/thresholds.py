@@ -9,7 +9,7 @@ from exporter.calibration import DEFAULT_GRID, GridPoint, calibrate
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.layer import DecoderOptions
 from exporter.text import TokenText
-from gsx.policies.base import OnProgress, text_entry
+from gsx.policies.base import OnProgress, Plan, text_entry
 from gsx.progress import Progress
 
 
@@ -18,18 +18,22 @@ def grid_with(budget: float) -> Sequence[float]:
     return sorted({*DEFAULT_GRID, budget}, reverse=True)
 
 
-def calibrated(
-    budget: float, checkpoint: Checkpoint, options: DecoderOptions, text: TokenText, on_progress: OnProgress
+def at_budget(
+    plan: Plan, checkpoint: Checkpoint, options: DecoderOptions, text: TokenText | None, on_progress: OnProgress
 ) -> schema.Selection:
-    """Thresholds that keep the grid's budgets of a text, each layer seeing what those below it left out."""
+    """A plan's budget: by rank, or by thresholds on a text, each layer seeing what those below it left out."""
+    assert plan.budget is not None
+    if not plan.calibrates:
+        return schema.Selection(mode="rank", budget=plan.budget)
+    assert text is not None
     points = calibrate(
         checkpoint,
         text.ids,
-        grid_with(budget),
+        grid_with(plan.budget),
         options,
         on_layer=lambda done, total: on_progress(Progress("calibrating", done, total)),
     )
-    return by_thresholds(budget, points, text)
+    return by_thresholds(plan.budget, points, text)
 
 
 def by_thresholds(budget: float, points: Sequence[GridPoint], text: TokenText) -> schema.Selection:
