@@ -153,6 +153,15 @@ def build(
     return name, made
 
 
+def check_backend(backend: Backend) -> None:
+    """Whether engines of a backend can be built on this machine, asked before there is a bundle.
+
+    Raises:
+        GsxError: it is not installed, or has no GPU to build on.
+    """
+    _targets(load_module(backend), backend, ())
+
+
 def _build_graph(
     bundle: Bundle,
     name: str,

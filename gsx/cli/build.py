@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -57,28 +57,37 @@ def build(
 
     Example: gsx build out/demo --backend tensorrt-rtx --target 8.9
     """
-    with ProgressLine() as line:
-        line.update("starting")
-        with loading():
-            from engines.building.build import build as build_engines
-
-        name, entry = build_engines(
-            bundle,
-            backend=backend,
-            targets=target or (),
-            context=context,
-            batch=batch,
-            profiles=profile or (),
-            plugins=plugins if plugins in ("auto", "none") else Path(plugins),  # type: ignore[arg-type]
-            kv_layout=kv_layout,
-            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total, progress.note),
-        )
-    for warning in warnings_of(entry):
-        remark(warning)
+    name, entry = build_engines(
+        bundle,
+        backend=backend,
+        targets=target or (),
+        context=context,
+        batch=batch,
+        profiles=profile or (),
+        plugins=plugins if plugins in ("auto", "none") else Path(plugins),
+        kv_layout=kv_layout,
+    )
     if as_json:
         print_json({"name": name, **entry.model_dump(mode="json")})
     else:
-        _print(bundle, name, entry)
+        print_engines(bundle, entry)
+
+
+def build_engines(bundle: Path, **options: Any) -> tuple[str, EngineEntry]:
+    """`engines.building.build.build` for a person: with its progress, and its warnings on stderr."""
+    with ProgressLine() as line:
+        line.update("starting")
+        with loading():
+            from engines.building.build import build as build_in
+
+        name, entry = build_in(
+            bundle,
+            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total, progress.note),
+            **options,
+        )
+    for warning in warnings_of(entry):
+        remark(warning)
+    return name, entry
 
 
 def warnings_of(entry: EngineEntry) -> list[str]:
@@ -109,7 +118,8 @@ def products_line(products: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {kind}" for kind, count in sorted(products.items())) or "not known"
 
 
-def _print(bundle: Path, name: str, entry: EngineEntry) -> None:
+def print_engines(bundle: Path, entry: EngineEntry) -> None:
+    """What was built, as tables."""
     from engines.tensorrt.backend import dotted
 
     console = out()

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, size, table
+from gsx.cli.build import build_engines, print_engines
+from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, remark, size, table
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
     from engines.bundle.bundle import Bundle
     from engines.bundle.manifest import DraftEntry, Policy
+    from engines.tensorrt.backend import Backend
 
 
 def add_to(app: typer.Typer) -> None:
@@ -93,6 +95,10 @@ def export(
         Literal["int8"] | None,
         typer.Option(help="Type that K and V are kept in, on ONNX Runtime.", show_default="that of the activations"),
     ] = None,
+    build: Annotated[
+        Literal["tensorrt", "tensorrt-rtx"] | None,
+        typer.Option(help="Build engines too, with gsx build's defaults.", show_default="none"),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a bundle that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -101,6 +107,8 @@ def export(
     Example: gsx export examples/model --budget 0.7 -o out/demo
 
     Example: gsx export examples/model --budget 0.7 --int8 --keep-precision auto -o out/int8
+
+    Example: gsx export examples/model --budget 0.7 --precision fp16 --build tensorrt-rtx -o out/engines
     """
     quiet_libraries()
     started = time.monotonic()
@@ -120,14 +128,19 @@ def export(
     ):
         if given is not None and not (int8 or fp8):
             raise typer.BadParameter("belongs to --int8 or --fp8", param_hint=name)
+    if kv_cache is not None and build is not None:
+        raise typer.BadParameter("engines keep K and V in 16- and 32-bit floats alone", param_hint="--kv-cache --build")
     with ProgressLine() as line:
         line.update("starting")
         with loading():
+            from engines.building.build import check_backend
             from exporter.calibration import DEFAULT_TOKENS
             from exporter.quantization.statistics import default_cache
             from gsx.export import export as export_bundle
             from gsx.quantize import Quantize
 
+        if build is not None:
+            check_backend(build)  # before an export that may take long
         quantize = None
         if int8 or fp8:
             quantize = Quantize(
@@ -154,10 +167,26 @@ def export(
             on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
         )
     summary = summary_of(bundle, time.monotonic() - started)
+    if not as_json:
+        _print(summary)
+    if build is not None:
+        summary["engines"] = _build(target, build, as_json)
     if as_json:
         print_json(summary)
-        return
-    _print(summary)
+
+
+def _build(bundle: Path, backend: Backend, as_json: bool) -> dict[str, Any]:
+    """Engines for a bundle that was just exported, as plain values. Where they fail, the bundle stays."""
+    from engines.errors import GsxError
+
+    try:
+        name, entry = build_engines(bundle, backend=backend)
+    except (GsxError, KeyboardInterrupt):
+        remark(f"the bundle {bundle} is complete, without engines")
+        raise
+    if not as_json:
+        print_engines(bundle, entry)
+    return {name: entry.model_dump(mode="json")}
 
 
 def default_output(model: str) -> Path:

@@ -27,6 +27,7 @@ from tests.gsx.command_line import Gsx, Spoil, edit_json, edit_weights, snapshot
         (("--policy", "layers", "--policy", "gateskip"), "layers and gateskip exclude each other"),
         (("--policy", "layers:"), "some after the colon"),
         (("--policy", "layers:0-99"), "found 3, 4, 5, 6 and 93 more"),
+        (("--kv-cache", "int8", "--build", "tensorrt-rtx"), "16- and 32-bit floats alone"),
     ],
 )
 def test_export_options_that_exclude_each_other(
@@ -36,6 +37,39 @@ def test_export_options_that_exclude_each_other(
     assert found.code == 2
     assert part in " ".join(found.err.split())
     assert not (tmp_path / "out").exists()
+
+
+def test_export_builds_engines(gsx: Gsx, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    found = gsx("export", model, "-o", out, "--select", "rank", "--build", "tensorrt-rtx", "--json")
+    assert found.code == 0, found.err
+    [(name, entry)] = json.loads(found.out)["engines"].items()
+    assert (out / "engines" / name / entry["graphs"]["model"]["file"]).is_file()
+    assert json.loads((out / "gsx.json").read_text())["engines"] == {name: entry}
+    assert "building model" in found.err
+
+
+def test_a_backend_that_cannot_build_stops_an_export_at_once(
+    gsx: Gsx, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.tensorrt.backend.find_spec", lambda name: None)
+    found = gsx("export", model, "-o", tmp_path / "bundle", "--build", "tensorrt")
+    assert found.code == 1
+    assert "backend tensorrt: is not installed" in found.err
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_engines_that_fail_leave_the_bundle(
+    gsx: Gsx, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.building.build.available_memory", lambda: 1)
+    out = tmp_path / "bundle"
+    found = gsx("export", model, "-o", out, "--select", "rank", "--build", "tensorrt-rtx")
+    assert found.code == 1
+    assert f"the bundle {out} is complete, without engines" in found.err
+    assert "not enough memory" in found.err
+    assert gsx("inspect", out).code == 0
+    assert not (out / "engines").exists()
 
 
 def test_export(gsx: Gsx, model: Path, tmp_path: Path, tiny_text: Path) -> None:
