@@ -309,7 +309,7 @@ def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tupl
             "--target: this TensorRT-RTX does not build for that compute capability",
             expected=", ".join(map(dotted, known)),
             found=" and ".join(unknown),
-            todo="give --target once for each",
+            todo="give --target once for each; other GPUs need gsx build --backend tensorrt, on a machine that has one",
         )
     name = device.name if device else None
     if wanted:

@@ -130,7 +130,10 @@ def difference(bundle: Bundle, name: str, entry: EngineEntry, machine: Machine, 
             f"{what}: targets do not include this GPU ({machine.gpu})",
             expected=dotted(machine.capability),
             found=", ".join(dotted(target) for target in entry.targets),
-            todo=f"{command} --target {dotted(machine.capability)}" if entry.backend == "tensorrt-rtx" else command,
+            todo=f"{command} --target {dotted(machine.capability)}; where TensorRT-RTX knows no such target, "
+            f"gsx build {bundle.directory} --backend tensorrt"
+            if entry.backend == "tensorrt-rtx"
+            else command,
         )
     if entry.plugins is not None and entry.plugins.sha256 != machine.plugins_sha256:
         found = machine.plugins_sha256

@@ -13,6 +13,7 @@ from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
     from engines.bundle.manifest import EngineEntry
+    from engines.tensorrt.cuda import Device
 
 # Products that a warning names; more are counted.
 _MOST_NAMED = 4
@@ -85,15 +86,29 @@ def build_engines(bundle: Path, **options: Any) -> tuple[str, EngineEntry]:
             on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total, progress.note),
             **options,
         )
-    for warning in warnings_of(entry):
+    from engines.tensorrt import cuda
+
+    for warning in warnings_of(entry, None if options.get("targets") else cuda.device()):
         remark(warning)
     return name, entry
 
 
-def warnings_of(entry: EngineEntry) -> list[str]:
-    """What a user must not overlook: engines in which skipping saves nothing, or less than it could."""
+def warnings_of(entry: EngineEntry, device: Device | None = None) -> list[str]:
+    """What a user must not overlook: engines that save nothing, or less than they could, or do not run here.
+
+    Args:
+        device: the GPU that the engines are meant for; None where they are for others.
+    """
     forms = {form for graph in entry.graphs.values() for form in graph.forms.values()}
     warnings = []
+    if device is not None and device.capability not in entry.targets:
+        from engines.tensorrt.backend import dotted
+
+        warnings.append(
+            f"WARNING: these engines are NOT FOR THE GPU OF THIS MACHINE ({device.name}, {dotted(device.capability)}), "
+            f"which {entry.backend} {entry.tensorrt_version} does not build for.\n"
+            "  gsx build --backend tensorrt builds for it; gsx generate --backend torch runs the bundle without engines"
+        )
     if widened := [f"{name}: {weights}" for name, graph in entry.graphs.items() for weights in graph.widened]:
         more = f" and {len(widened) - _MOST_NAMED} more" if len(widened) > _MOST_NAMED else ""
         several = "products DO NOT RUN" if len(widened) > 1 else "product DOES NOT RUN"

@@ -19,6 +19,8 @@ from engines.building.job import Job, run_job
 from engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
 from engines.bundle.manifest import EngineEntry
 from engines.errors import BundleError, EngineError, GsxError, UsageError
+from engines.tensorrt import cuda
+from engines.tensorrt.cuda import Device
 from engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from engines.tensorrt.plugins import plugin_library
 from exporter.quantization.scheme import SchemeName
@@ -304,6 +306,21 @@ def test_a_target_without_fp8_is_refused(make_tiny_bundle: Callable[..., Path]) 
     with pytest.raises(EngineError, match=r"FP8 products.*\n.*8\.9 \(Ada\).*12\.0.*found 8\.6\n.*--int8"):
         build(directory, targets=["8.6", "8.9"])
     assert not (directory / ENGINES).exists()
+
+
+def test_a_gpu_that_tensorrt_rtx_does_not_know(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Engines for other GPUs are built all the same; that they do not run here is said, and what does."""
+    directory = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    monkeypatch.setattr(cuda, "device", lambda: Device("NVIDIA H200", "90", 141 << 30))
+    command = ["build", str(directory), "--context", "64"]
+    assert run(command) == 0
+    found = capsys.readouterr()
+    assert "NOT FOR THE GPU OF THIS MACHINE (NVIDIA H200, 9.0)" in found.err
+    assert "8.9" in found.out
+    assert run([*command, "--target", "8.9"]) == 0
+    assert "NOT FOR THE GPU" not in capsys.readouterr().err
 
 
 def test_what_the_system_says_about_memory_is_read() -> None:

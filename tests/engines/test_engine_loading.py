@@ -89,7 +89,8 @@ def test_no_difference(bundle: Bundle) -> None:
         ),
         (
             {"gpu": "H200", "capability": "90"},
-            r"do not include this GPU \(H200\)\n  expected 9.0, found 8.6, 8.9\n  gsx build OUT .* --target 9.0",
+            r"do not include this GPU \(H200\)\n  expected 9.0, found 8.6, 8.9\n"
+            r"  gsx build OUT .* --target 9.0; .*--backend tensorrt$",
         ),
         (
             {"plugins_sha256": "cd" * 32},

@@ -90,9 +90,10 @@ std::optional<EngineError> difference(Bundle const& bundle, std::string const& n
         std::vector<std::string> targets;
         for (std::string const& target : entry.targets) targets.push_back(dotted(target));
         std::string const here = dotted(machine.capability);
-        return EngineError(
-            what + ": targets do not include this GPU (" + machine.gpu + ")",
-            {here, joinedBy(", ", targets), entry.backend == "tensorrt-rtx" ? command + " --target " + here : command});
+        std::string const todo = command + " --target " + here + "; where TensorRT-RTX knows no such target, gsx build " +
+                                 bundle.directory.string() + " --backend tensorrt";
+        return EngineError(what + ": targets do not include this GPU (" + machine.gpu + ")",
+                           {here, joinedBy(", ", targets), entry.backend == "tensorrt-rtx" ? todo : command});
     }
     if (entry.plugins) {
         std::optional<std::string> found;
