@@ -69,9 +69,12 @@ def rules_of(checkpoint: Checkpoint, ids: np.ndarray) -> dict[str, tuple[RuleFro
             found[f"calm, {measure} {one:g} at {', '.join(map(str, exits))}"] = (leaving, True)
     if checkpoint.config.gate is not None:
         for point in calibrate(checkpoint, ids, (0.75, 0.5), DecoderOptions()):
-            rule = Threshold(point.thresholds)
-            found[f"gateskip {point.budget:g}"] = ((lambda until, rule=rule: rule), False)
+            found[f"gateskip {point.budget:g}"] = (partial(_the_same, Threshold(point.thresholds)), False)
     return found
+
+
+def _the_same(rule: Threshold, until: np.ndarray) -> Threshold:
+    return rule
 
 
 def _confident(exits: tuple[int, ...], measure: Measure, threshold: float, until: np.ndarray) -> MaskRule:

@@ -83,7 +83,9 @@ def prepare(work: Path, rows: Mapping[str, Row]) -> None:
             router = ROUTERS.get(row.gate or "")
             make_model(model, "small", None if router else row.gate, router=router)
         if not (work / f"rule-{row.bundle}").exists():
-            reads = {"calibration": text, "calibration_tokens": CALIBRATION_TOKENS} if "budget" in row.options else {}
+            reads: dict[str, Any] = {}
+            if "budget" in row.options:
+                reads = {"calibration": text, "calibration_tokens": CALIBRATION_TOKENS}
             export(model, work / f"rule-{row.bundle}", **row.options, **reads)
 
 
@@ -108,7 +110,8 @@ def run(form: Form, cache: Any, ids: np.ndarray, keep: bool) -> None:
             started = time.perf_counter()
             output = form.runner.step(cache, call, form.controls)
             seconds.append(time.perf_counter() - started)
-            kept.append(output.kept)
+            if output.kept is not None:
+                kept.append(output.kept)
         if keep:
             form.seconds[phase].append(statistics.mean(seconds))
         policy = form.runner.manifest.policy

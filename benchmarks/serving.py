@@ -56,7 +56,8 @@ class Clients:
     """
 
     def __init__(self, server: Server, streams: int) -> None:
-        command = [ENVIRONMENT / "bin" / "python", CLIENT, "--json", "--url", f"127.0.0.1:{server.port + 1}"]
+        command: list[str | Path] = [ENVIRONMENT / "bin" / "python", CLIENT, "--json"]
+        command += ["--url", f"127.0.0.1:{server.port + 1}"]
         self._process = subprocess.Popen(
             [*command, "--concurrency", str(streams)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -146,7 +147,7 @@ def measure(
 ) -> tuple[Account, Account]:
     """Plain and speculative decoding in turn. Returns: both accounts."""
     plain, draft = open_runner(bundle, threads), open_draft(bundle, parse_draft(spec), threads)
-    options = {"keep": Keep(budget=budget), "sampling": sampling, "stop_ids": []}
+    options: dict[str, Any] = {"keep": Keep(budget=budget), "sampling": sampling, "stop_ids": []}
     accounts = Account(), Account()
     for number, prompt in enumerate([prompts[0], *prompts]):
         one = generate(plain, [prompt], max_new_tokens=NEW_TOKENS, **options)

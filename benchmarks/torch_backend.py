@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,7 @@ from engines.generation import generate
 from engines.runners.base import Runner
 from engines.runners.select import open_runner
 from gsx.backends import Device
-from gsx.export import export
+from gsx.export import Precision, export
 from gsx.torch_runtime import TorchRuntime
 
 BUDGETS = (1.0, 0.5)
@@ -45,7 +46,7 @@ class Speed:
     kept: float | None
 
 
-def bundles(work: Path, shape: str, precision: str) -> tuple[Path, Path]:
+def bundles(work: Path, shape: str, precision: Precision) -> tuple[Path, Path]:
     """The dense and the gated bundle, made where they are not there yet."""
     made = []
     for name, gate in (("dense", None), ("gated", "scalar")):
@@ -53,11 +54,11 @@ def bundles(work: Path, shape: str, precision: str) -> tuple[Path, Path]:
         if not bundle.exists():
             if not model.exists():
                 make_large(model, shape, gate)
-            options: dict[str, object] = {}
+            options: dict[str, Any] = {}
             if gate is not None:
                 text = random_text(work / f"{shape}.txt", SHAPES[shape]["vocab_size"])
                 options = {"budget": 0.5, "calibration": text, "calibration_tokens": _CALIBRATION_TOKENS}
-            export(model, bundle, precision=precision, **options)  # type: ignore[arg-type]
+            export(model, bundle, precision=precision, **options)
         made.append(bundle)
     return made[0], made[1]
 
