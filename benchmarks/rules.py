@@ -23,7 +23,7 @@ import numpy as np
 from benchmarks.model import ROUTERS, SHAPES, make_model, random_text
 from engines.bundle.bundle import open_bundle
 from engines.bundle.controls import Controls, Keep, controls_for
-from engines.bundle.manifest import BRANCHES
+from engines.bundle.fields import BRANCHES
 from engines.runners.base import Runner
 from engines.runners.select import open_runner
 from gsx.export import export

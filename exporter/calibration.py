@@ -28,7 +28,7 @@ from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept
 from exporter.decoder.loading import load_entry, load_layer
 from exporter.rules.gateskip import GateSkip
 
-# Close where quality is: budgets between two points are interpolated (engines/bundle/manifest.py).
+# Close where quality is: budgets between two points are interpolated (engines/bundle/selection.py).
 DEFAULT_GRID = (1.0, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 DEFAULT_TOKENS = 4096
 # Scores nearer than this may be one score, rounded differently: they are kept or skipped together.

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.bundle import manifest as schema
 from engines.bundle.bundle import Bundle
 from engines.bundle.cost import step_bytes
+from engines.bundle.drafts import DraftEntry, DraftMeasurement, ExitDraft
+from engines.bundle.manifest import Manifest
 from engines.runners.select import open_runner
 from engines.speculation.draft import open_draft
 from engines.speculation.replay import Replay
@@ -41,7 +42,7 @@ class DraftSearch:
     def __init__(
         self,
         work: Path,
-        manifest: schema.Manifest,
+        manifest: Manifest,
         builder: GraphBuilder,
         weights: WeightsFile,
         windows: np.ndarray,
@@ -53,7 +54,7 @@ class DraftSearch:
         self._others = _beginnings(windows[:, half:], _REPLAYED)
         self._on_progress = on_progress
 
-    def best_exit(self, exits: Sequence[int]) -> schema.Manifest:
+    def best_exit(self, exits: Sequence[int]) -> Manifest:
         """Measure every exit, and leave the graphs of the best. Returns: the manifest, with draft and measurements."""
         plain, found = None, []
         for number, layer in enumerate(exits):
@@ -62,13 +63,13 @@ class DraftSearch:
                 self._on_progress(Progress(f"measuring drafts (exit:{layer})", number, len(exits)))
 
             tell()
-            draft = schema.ExitDraft(layer=layer)
-            bundle = Bundle(self._work, self._with(schema.DraftEntry(draft=draft)))
+            draft = ExitDraft(layer=layer)
+            bundle = Bundle(self._work, self._with(DraftEntry(draft=draft)))
             plain = plain or plain_run(open_runner(bundle), self._prompts)
             found.append(measure_draft(open_draft(bundle, draft), plain, tell))
         return self._with(_best_of(found))
 
-    def best_layers(self) -> schema.Manifest:
+    def best_layers(self) -> Manifest:
         """Search the set of branches to leave out, and measure the best ones. Returns: the manifest, with draft."""
         bundle = Bundle(self._work, self._manifest)
         runner = open_runner(bundle)
@@ -86,17 +87,17 @@ class DraftSearch:
             found.append(measure_draft(open_draft(bundle, candidate.draft), plain))
         return self._manifest.model_copy(update={"draft": _best_of(found)})
 
-    def _with(self, entry: schema.DraftEntry) -> schema.Manifest:
+    def _with(self, entry: DraftEntry) -> Manifest:
         """Write the graphs of an exit. Returns: the manifest that names them."""
-        assert isinstance(entry.draft, schema.ExitDraft)
+        assert isinstance(entry.draft, ExitDraft)
         graphs = write_graphs(self._work, self._builder.graphs(entry.draft.layer), self._weights)
         return self._manifest.model_copy(update={"graphs": graphs, "draft": entry})
 
 
-def _best_of(found: Sequence[schema.DraftMeasurement]) -> schema.DraftEntry:
+def _best_of(found: Sequence[DraftMeasurement]) -> DraftEntry:
     """The draft that gained most, with what was seen of all."""
     best = max(found, key=lambda one: one.tokens_per_second / one.plain_tokens_per_second)
-    return schema.DraftEntry(draft=best.draft, length=best.length, measured=tuple(found))
+    return DraftEntry(draft=best.draft, length=best.length, measured=tuple(found))
 
 
 def _beginnings(windows: np.ndarray, count: int) -> list[list[int]]:

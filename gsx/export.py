@@ -13,9 +13,23 @@ from typing import Literal
 
 import torch
 
-from engines.bundle import manifest as schema
 from engines.bundle.bundle import Bundle, open_bundle, write_manifest, writing
 from engines.bundle.controls import default_controls
+from engines.bundle.drafts import DraftEntry
+from engines.bundle.manifest import (
+    SCHEMA_VERSION,
+    DecoderShape,
+    Gates,
+    GraphEntry,
+    KvCache,
+    Manifest,
+    Quantization,
+    SourceModel,
+    WeightsEntry,
+)
+from engines.bundle.policy import Policy
+from engines.bundle.selection import Selection as SelectionSection
+from engines.bundle.selection import check_budget
 from engines.errors import UsageError
 from engines.lowering.probe import is_supported
 from engines.runners.portable import host_type
@@ -97,7 +111,7 @@ def export(
         GsxError: whatever is wrong with the input or the disk, in words.
     """
     if budget is not None:
-        schema.check_budget(budget)
+        check_budget(budget)
     if calibration_tokens < 1:
         raise UsageError("calibration tokens", expected="a positive number", found=str(calibration_tokens))
     on_progress(Progress("checking the checkpoint", 0, 0))
@@ -176,7 +190,7 @@ def export(
             search = DraftSearch(work, manifest, builder, weights, text.ids, on_progress)
             manifest = search.best_exit(exits) if draft == "auto" else search.best_layers()
         elif parsed is not None:
-            manifest = manifest.model_copy(update={"draft": schema.DraftEntry(draft=parsed)})
+            manifest = manifest.model_copy(update={"draft": DraftEntry(draft=parsed)})
             check_draft(parsed, manifest)
         write_manifest(work, manifest)
     return open_bundle(output)
@@ -261,24 +275,24 @@ def _manifest(
     checkpoint: Checkpoint,
     options: DecoderOptions,
     precision: Precision,
-    policy: schema.Policy | None,
-    selection: schema.Selection | None,
-    quantization: schema.Quantization | None,
-    kv_cache: schema.KvCache | None,
-    graphs: Mapping[str, schema.GraphEntry],
+    policy: Policy | None,
+    selection: SelectionSection | None,
+    quantization: Quantization | None,
+    kv_cache: KvCache | None,
+    graphs: Mapping[str, GraphEntry],
     weights: WeightsFile,
-) -> schema.Manifest:
+) -> Manifest:
     config = checkpoint.config
     gate = config.gate
-    return schema.Manifest(
-        schema_version=schema.SCHEMA_VERSION,
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
         gsx_version=version("gsx"),
         tools={
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
         },
-        source=schema.SourceModel(model=checkpoint.source, weights_sha256=checkpoint.weights_sha256()),
-        decoder=schema.DecoderShape(
+        source=SourceModel(model=checkpoint.source, weights_sha256=checkpoint.weights_sha256()),
+        decoder=DecoderShape(
             family=config.family,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -292,7 +306,7 @@ def _manifest(
             eos_ids=config.eos_ids,
             pad_id=config.pad_id,
         ),
-        gates=schema.Gates(kind=gate.kind, input=gate.input, branches=gate.branches) if gate else None,
+        gates=Gates(kind=gate.kind, input=gate.input, branches=gate.branches) if gate else None,
         selection=selection,
         policy=policy,
         kv_policy=options.kv_policy,
@@ -300,5 +314,5 @@ def _manifest(
         quantization=quantization,
         kv_cache=kv_cache,
         graphs=graphs,
-        weights=schema.WeightsEntry(file=WEIGHTS_FILE, sha256=weights.sha256, size_bytes=weights.size_bytes),
+        weights=WeightsEntry(file=WEIGHTS_FILE, sha256=weights.sha256, size_bytes=weights.size_bytes),
     )

@@ -15,7 +15,8 @@ from engines import generation
 from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.controls import Keep, controls_for
 from engines.bundle.cost import step_bytes
-from engines.bundle.manifest import DraftKind, LayersDraft, Manifest
+from engines.bundle.drafts import DraftKind, LayersDraft
+from engines.bundle.manifest import Manifest
 from engines.errors import UsageError
 from engines.generation import FinishReason, GenerationStats
 from engines.runners.select import open_runner

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import onnx
 
-from engines.bundle import manifest as schema
 from engines.bundle.bundle import sha256_of
+from engines.bundle.manifest import GraphEntry
 from engines.bundle.tensors import tensor_info
 from exporter.graph.assemble import Graphs
 from exporter.graph.weights import WeightsFile
 
 
-def write_graphs(work: Path, graphs: Graphs, weights: WeightsFile) -> dict[str, schema.GraphEntry]:
+def write_graphs(work: Path, graphs: Graphs, weights: WeightsFile) -> dict[str, GraphEntry]:
     """Write `{name}.onnx` for each graph, its initializers referring to the weights file. Returns: their entries."""
     entries = {}
     for name, model in graphs.models.items():
@@ -25,9 +25,9 @@ def write_graphs(work: Path, graphs: Graphs, weights: WeightsFile) -> dict[str, 
     return entries
 
 
-def _entry(model: onnx.ModelProto, path: Path) -> schema.GraphEntry:
+def _entry(model: onnx.ModelProto, path: Path) -> GraphEntry:
     ops = {f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in model.graph.node}
-    return schema.GraphEntry(
+    return GraphEntry(
         file=path.name,
         sha256=sha256_of(path),
         inputs=tuple(tensor_info(value) for value in model.graph.input),

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engines.bundle.bundle import MANIFEST, open_bundle
-from engines.bundle.manifest import EngineEntry, Manifest
+from engines.bundle.engine_entry import EngineEntry
+from engines.bundle.manifest import Manifest
 from engines.errors import BundleError
 
 _PARITY = "parity.json"

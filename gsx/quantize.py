@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.bundle import manifest as schema
 from engines.bundle.controls import Controls, selected
+from engines.bundle.manifest import Quantization
+from engines.bundle.selection import CalibrationText, Selection
 from engines.errors import GsxError, UsageError
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.layer import DecoderOptions
@@ -82,13 +83,13 @@ def plan_for(
     checkpoint: Checkpoint,
     options: DecoderOptions,
     wanted: Quantize,
-    selection: schema.Selection | None,
+    selection: Selection | None,
     defaults: Controls,
     text: TokenText | None,
     on_progress: Callable[[str, int, int], None],
     *,
     unseen: TokenText | None = None,
-) -> tuple[Plan, schema.Quantization]:
+) -> tuple[Plan, Quantization]:
     """What to quantize and with which scales, and its entry in the manifest.
 
     Args:
@@ -136,13 +137,13 @@ def plan_for(
         plans = [everything, plan] if wanted.auto else [plan]
         sample = unseen or TokenText(text.ids[-MEASURED_WINDOWS:], text.sha256, text.name)
         plan = _measured(checkpoint, options, wanted, plans, defaults, sample, on_progress)
-    entry = schema.Quantization(
+    entry = Quantization(
         scheme=wanted.scheme,
         smoothing=scheme.smoothing,
         products=sum(not name.endswith((EMBEDDING, *GATES.values())) for name in plan.input_scales),
         kept_high=plan.kept_high,
         budget=budget if scheme.activations else None,
-        calibration=schema.CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
+        calibration=CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
         if text is not None and scheme.activations
         else None,
     )

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.bundle.cost import StepBytes
-from engines.bundle.manifest import BRANCHES, Branch, LayersDraft
+from engines.bundle.drafts import LayersDraft
+from engines.bundle.fields import BRANCHES, Branch
 from engines.speculation.adapt import evenly
 from engines.speculation.replay import Replay, counted_speed
 

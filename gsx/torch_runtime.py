@@ -19,7 +19,8 @@ import torch._dynamo  # PyTorch would import it in the first call of an op of ou
 from torch import Tensor, nn
 
 from engines.bundle.bundle import Bundle
-from engines.bundle.manifest import BRANCHES, Branch, DecoderShape, Gates
+from engines.bundle.fields import BRANCHES, Branch
+from engines.bundle.manifest import DecoderShape, Gates
 from engines.errors import BundleError, EngineError
 from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names, grown
 from engines.runners.portable import KeptTable, layers_of, skippable_places

@@ -19,7 +19,7 @@ from engines.building.job import Job, Ranges, run_job
 from engines.building.layer_information import EIGHT_BITS
 from engines.building.profiles import DEFAULT_CONTEXT, default_profiles, most_rows, one_profile, parse_profile
 from engines.bundle.bundle import Bundle, check_room, disk_error, open_bundle, put_in_place, sha256_of, write_manifest
-from engines.bundle.manifest import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
+from engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
 from engines.bundle.tensors import tensor_info
 from engines.errors import BundleError, EngineError, UsageError
 from engines.lowering import tensorrt as lowering

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from engines.bundle.manifest import EngineProfile, Sizes
+from engines.bundle.engine_entry import EngineProfile, Sizes
 from engines.errors import EngineError, UsageError
 
 # Without --context: longer contexts are rare, and the K/V buffers of an engine are as long as its capacity.

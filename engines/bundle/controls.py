@@ -13,7 +13,9 @@ import numpy as np
 
 from engines.bundle.confidence import check_threshold
 from engines.bundle.layer_sets import check_mask, exit_places, mask_of, parse_places, unified_places
-from engines.bundle.manifest import Manifest, Policy, Selection, check_budget
+from engines.bundle.manifest import Manifest
+from engines.bundle.policy import Policy
+from engines.bundle.selection import Selection, check_budget
 from engines.errors import UsageError
 
 # Run-time inputs with one value a sequence, on their first axis.

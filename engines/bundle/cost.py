@@ -13,7 +13,7 @@ import onnx
 from onnx import helper
 
 from engines.bundle.bundle import Bundle
-from engines.bundle.manifest import BRANCHES
+from engines.bundle.fields import BRANCHES
 
 _BRANCH_WEIGHTS = {"attn": ("self_attn.q_proj.", "self_attn.o_proj."), "mlp": ("mlp.",)}
 # Read for every token under the K/V policy compute; under the others with the branch.

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
-from engines.bundle.manifest import BRANCHES, Branch
+from engines.bundle.fields import BRANCHES, Branch
 from engines.errors import UsageError
 
 Places = tuple[tuple[int, Branch], ...]

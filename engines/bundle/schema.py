@@ -1,7 +1,7 @@
 """The schema of `gsx.json` as JSON Schema, for readers that are no Python: `python -m engines.bundle.schema` writes it.
 
 The C++ runtime compiles it in, so that both accept the same manifests. What no schema can say (sizes in order, graphs
-that must be there) stands in the validators of `manifest.py`, and once more in C++.
+that must be there) stands in the validators of the sections, and once more in C++.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 
 
 def manifest_schema() -> str:
-    """The schema's text, without what is there for people: that stands in `manifest.py`."""
+    """The schema's text, without what is there for people: that stands in the sections."""
     return json.dumps(_rules(Manifest.model_json_schema()), indent=1) + "\n"
 
 

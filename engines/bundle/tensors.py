@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx
 
-from engines.bundle.manifest import TensorInfo
+from engines.bundle.fields import TensorInfo
 
 
 def tensor_info(value: onnx.ValueInfoProto) -> TensorInfo:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.bundle.manifest import BRANCHES
+from engines.bundle.fields import BRANCHES
 from engines.lowering.nodes import replace_nodes
 from engines.lowering.regions import any_name, branch_choices, is_choice
 

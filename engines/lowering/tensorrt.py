@@ -35,7 +35,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.bundle.manifest import KvLayout, Manifest
+from engines.bundle.engine_entry import KvLayout
+from engines.bundle.manifest import Manifest
 from engines.lowering.nodes import replace_nodes
 from engines.lowering.regions import CHOICES, branch_choices
 from plugins.domain import DOMAIN

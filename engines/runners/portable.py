@@ -17,7 +17,8 @@ import onnxruntime as ort
 
 from engines.bundle.bundle import Bundle
 from engines.bundle.controls import Controls
-from engines.bundle.manifest import BRANCHES, Branch, Manifest
+from engines.bundle.fields import BRANCHES, Branch
+from engines.bundle.manifest import Manifest
 from engines.errors import BundleError, GsxError
 from engines.lowering.kv_cache import round_cache
 from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names, grown

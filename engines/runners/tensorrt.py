@@ -16,7 +16,8 @@ import numpy as np
 from engines.building.profiles import choose_profile, most_tokens
 from engines.bundle.bundle import Bundle
 from engines.bundle.counting import kept_count
-from engines.bundle.manifest import EngineEntry, Manifest
+from engines.bundle.engine_entry import EngineEntry
+from engines.bundle.manifest import Manifest
 from engines.errors import EngineError
 from engines.lowering.regions import CHOICES
 from engines.lowering.tensorrt import KEPT, LOGITS_AT, WRITE_AT, K

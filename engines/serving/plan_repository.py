@@ -18,7 +18,8 @@ from typing import cast
 from pydantic import ValidationError
 
 from engines.bundle.bundle import Bundle, writing
-from engines.bundle.manifest import EngineEntry, EngineGraph, TensorInfo
+from engines.bundle.engine_entry import EngineEntry, EngineGraph
+from engines.bundle.fields import TensorInfo
 from engines.errors import EngineError, UsageError
 from engines.lowering.tensorrt import K
 from engines.serving.model_config import DataType, ModelConfig, Tensor

@@ -21,7 +21,7 @@ from functools import partial
 import numpy as np
 
 from engines.bundle.controls import Controls, controls_for, shared_by_batch, stacked
-from engines.bundle.manifest import DraftKind
+from engines.bundle.drafts import DraftKind
 from engines.errors import UsageError
 from engines.generation import Continuation, Decoding, GenerationStats, read, take
 from engines.runners.base import Runner, StepOutput

@@ -18,7 +18,9 @@ import numpy as np
 
 from engines.bundle.controls import Controls
 from engines.bundle.cost import StepBytes
-from engines.bundle.manifest import BRANCHES, Branch, LayersDraft, Manifest
+from engines.bundle.drafts import LayersDraft
+from engines.bundle.fields import BRANCHES, Branch
+from engines.bundle.manifest import Manifest
 from engines.runners.base import Cache
 from engines.speculation.draft import OtherControls, draft_controls
 from engines.speculation.replay import CHUNK, counted_speed

@@ -11,7 +11,9 @@ import numpy as np
 
 from engines.bundle.bundle import Bundle
 from engines.bundle.controls import Controls, selected
-from engines.bundle.manifest import BRANCHES, BudgetDraft, DraftKind, ExitDraft, LayersDraft, Manifest
+from engines.bundle.drafts import BudgetDraft, DraftKind, ExitDraft, LayersDraft
+from engines.bundle.fields import BRANCHES
+from engines.bundle.manifest import Manifest
 from engines.runners.base import Cache, Runner, StepOutput
 from engines.runners.select import Backend, open_runner, open_split_runner
 from engines.runners.split import SplitRunner, joined_output

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engines.bundle.controls import controls_for
-from engines.bundle.manifest import LayersDraft
+from engines.bundle.drafts import LayersDraft
 from engines.generation import generate
 from engines.runners.base import Runner
 from engines.speculation.draft import draft_controls

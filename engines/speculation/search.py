@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from engines.bundle.manifest import DraftMeasurement
+from engines.bundle.drafts import DraftMeasurement
 from engines.errors import UsageError
 from engines.generation import Generation, GenerationStats, generate
 from engines.runners.base import Runner

@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NoReturn
 
+from engines.bundle.drafts import BudgetDraft, DraftKind, ExitDraft, LayersDraft
+from engines.bundle.fields import Branch
 from engines.bundle.layer_sets import parse_places
-from engines.bundle.manifest import (
-    Branch,
-    BudgetDraft,
-    DraftKind,
-    ExitDraft,
-    LayersDraft,
-    Manifest,
-    check_budget,
-)
+from engines.bundle.manifest import Manifest
+from engines.bundle.selection import check_budget
 from engines.errors import UsageError
 
 _EXPECTED = "exit:E (layers), budget:B (a share), or layers:SET (e.g. 3.attn,5-7)"

@@ -13,7 +13,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from engines.bundle.bundle import Bundle, sha256_of
-from engines.bundle.manifest import EngineEntry
+from engines.bundle.engine_entry import EngineEntry
 from engines.errors import EngineError
 from engines.tensorrt import cuda
 from engines.tensorrt.backend import Backend, dotted, load_module, platform_name

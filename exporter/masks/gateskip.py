@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from engines.bundle.counting import kept_count
-from engines.bundle.manifest import check_budget
+from engines.bundle.selection import check_budget
 from engines.errors import UsageError
 from exporter.config import BRANCHES
 from exporter.masks.base import BranchInput, Choice, Chooser, MaskCall, Stateless, certain

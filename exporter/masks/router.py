@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from engines.bundle.manifest import check_budget
+from engines.bundle.selection import check_budget
 from exporter.checkpoint import Checkpoint
 from exporter.config import BRANCHES, Branch
 from exporter.masks.base import BranchInput, Choice, Chooser, MaskCall, Stateless, certain

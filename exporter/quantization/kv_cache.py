@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from engines.bundle.controls import Controls
-from engines.bundle.manifest import CalibrationText, KvCache
+from engines.bundle.manifest import KvCache
+from engines.bundle.selection import CalibrationText
 from engines.errors import CheckpointError
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.layer import DecoderOptions

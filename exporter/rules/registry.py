@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from engines.bundle.manifest import Policy, Selection
+from engines.bundle.policy import Policy
+from engines.bundle.selection import Selection
 from engines.errors import BundleError
 from exporter.config import ModelConfig
 from exporter.rules.base import KeepRule

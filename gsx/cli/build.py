@@ -12,7 +12,7 @@ from gsx.cli.console import ProgressLine, out, print_json, remark, size, table
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
-    from engines.bundle.manifest import EngineEntry
+    from engines.bundle.engine_entry import EngineEntry
     from engines.tensorrt.cuda import Device
 
 # Products that a warning names; more are counted.

@@ -15,7 +15,8 @@ from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
     from engines.bundle.bundle import Bundle
-    from engines.bundle.manifest import DraftEntry, Policy
+    from engines.bundle.drafts import DraftEntry
+    from engines.bundle.policy import Policy
     from engines.tensorrt.backend import Backend
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from engines.bundle.bundle import Bundle
 from engines.bundle.controls import Keep, controls_for
-from engines.bundle.manifest import BRANCHES
+from engines.bundle.fields import BRANCHES
 from engines.runners.base import StepOutput
 from engines.runners.select import open_runner
 from exporter.evaluation import losses

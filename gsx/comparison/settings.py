@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from engines.bundle.controls import Keep
+from engines.bundle.drafts import places_text
 from engines.bundle.layer_sets import exit_places, unified_places
-from engines.bundle.manifest import Manifest, places_text
+from engines.bundle.manifest import Manifest
 
 # Name of a setting -> what a request asks for.
 Settings = Mapping[str, Keep]

@@ -12,7 +12,8 @@ from transformers import DynamicCache
 
 from engines.bundle.bundle import Bundle
 from engines.bundle.controls import Controls, controls_for
-from engines.bundle.manifest import Branch, Manifest
+from engines.bundle.fields import Branch
+from engines.bundle.manifest import Manifest
 from engines.runners.base import Runner
 from engines.runners.portable import skippable_places
 from engines.runners.select import Backend, open_runner

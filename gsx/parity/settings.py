@@ -10,8 +10,12 @@ import numpy as np
 
 from engines.bundle.confidence import RANGES
 from engines.bundle.controls import Keep, layer_mask
+from engines.bundle.drafts import places_text
+from engines.bundle.fields import BRANCHES
 from engines.bundle.layer_sets import Places
-from engines.bundle.manifest import BRANCHES, Confidence, Manifest, check_budget, places_text
+from engines.bundle.manifest import Manifest
+from engines.bundle.policy import Confidence
+from engines.bundle.selection import check_budget
 from engines.errors import UsageError
 
 DEFAULT_BUDGETS = (1.0, 0.85, 0.7, 0.5)

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
-from engines.bundle import manifest as schema
+from engines.bundle.policy import Policy
+from engines.bundle.selection import CalibrationText
+from engines.bundle.selection import Selection as SelectionSection
 from engines.errors import UsageError
 from exporter.checkpoint import Checkpoint
 from exporter.config import KvPolicy
@@ -18,7 +20,7 @@ from exporter.text import WINDOW_TOKENS, TokenText
 from gsx.progress import Progress
 
 OnProgress = Callable[[Progress], None]
-Sections = tuple[schema.Policy | None, schema.Selection | None]
+Sections = tuple[Policy | None, SelectionSection | None]
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,9 @@ class Plan(ABC):
         """
 
 
-def text_entry(text: TokenText) -> schema.CalibrationText:
+def text_entry(text: TokenText) -> CalibrationText:
     """A text in the manifest."""
-    return schema.CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
+    return CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
 
 
 def refuse_both(name: str, option: str, why: str) -> NoReturn:

@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import ClassVar, NoReturn, get_args
 
-from engines.bundle import manifest as schema
 from engines.bundle.confidence import MEASURES, RANGES, Measure, check_threshold
+from engines.bundle.policy import Confidence, Policy, RuntimeInput, TestedThreshold
+from engines.bundle.policy import Guarantee as GuaranteeSection
 from engines.errors import UsageError
 from exporter.checkpoint import EXIT_CLASSIFIER, Checkpoint
 from exporter.config import ModelConfig
@@ -117,17 +118,17 @@ class CalmPlan(Plan):
             entry = text_entry(text)
         assert threshold is not None
         least, most = RANGES[given.measure]
-        policy = schema.Policy(
+        policy = Policy(
             name="calm",
             branches=Calm.branches,
             inputs=(
-                schema.RuntimeInput(name="exit_threshold", least=least, most=most),
-                schema.RuntimeInput(name="full_until", least=0, most=None, default=0),
+                RuntimeInput(name="exit_threshold", least=least, most=most),
+                RuntimeInput(name="full_until", least=0, most=None, default=0),
             ),
             # A decaying threshold counts new tokens, so the prompt runs in full; else a prompt's tokens may leave too.
             warm_up=0 if given.decay else None,
             exits=given.exits,
-            confidence=schema.Confidence(
+            confidence=Confidence(
                 measure=given.measure,
                 threshold=threshold,
                 decay=given.decay,
@@ -156,7 +157,7 @@ def _guaranteed(
     options: DecoderOptions,
     text: TokenText,
     on_progress: OnProgress,
-) -> tuple[float, schema.Guarantee]:
+) -> tuple[float, GuaranteeSection]:
     """The boldest threshold under a guarantee, and how it was found."""
     found = calibrate_exits(
         checkpoint,
@@ -178,14 +179,14 @@ def _guaranteed(
             f"at the most careful, {first.threshold:g}",
             todo="give a larger tolerance, a lower confidence, more text, or a model trained with exits",
         )
-    return outcome.threshold, schema.Guarantee(
+    return outcome.threshold, GuaranteeSection(
         risk=given.risk,
         tolerance=guarantee.tolerance,
         confidence=guarantee.confidence,
         prompts=outcome.prompts,
         prompt_tokens=text.ids.shape[1],
         tested=tuple(
-            schema.TestedThreshold(
+            TestedThreshold(
                 threshold=one.threshold,
                 mean_risk=one.mean_risk,
                 p_value=one.p_value,

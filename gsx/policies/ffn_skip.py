@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engines.bundle import manifest as schema
+from engines.bundle.policy import Policy, RuntimeInput
 from engines.errors import UsageError
 from exporter.checkpoint import Checkpoint
 from exporter.config import ModelConfig
@@ -75,12 +75,12 @@ class FfnSkipPlan(Plan):
                 checkpoint, text.ids, grid, budget, stride=given.stride, skipping=given.layers, on_step=tell
             )
         region = found.region
-        policy = schema.Policy(
+        policy = Policy(
             name="ffn-skip",
             branches=FfnSkip.branches,
             inputs=(
-                schema.RuntimeInput(name="thresholds", least=0, most=2),
-                schema.RuntimeInput(name="full_until", least=0, most=None, default=0),
+                RuntimeInput(name="thresholds", least=0, most=2),
+                RuntimeInput(name="full_until", least=0, most=None, default=0),
             ),
             parameters={
                 "stride": region.stride,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engines.bundle import manifest as schema
+from engines.bundle.policy import gateskip_policy
 from engines.errors import UsageError
 from exporter.checkpoint import Checkpoint
 from exporter.config import ModelConfig
@@ -27,7 +27,7 @@ class GateSkipPlan(Plan):
     ) -> Sections:
         assert self.rule is not None
         selection = at_budget(self, checkpoint, options, text, on_progress)
-        return schema.gateskip_policy(selection.mode, self.rule.branches), selection
+        return gateskip_policy(selection.mode, self.rule.branches), selection
 
 
 def plan_gateskip(choice: Choice, config: ModelConfig, parameters: str) -> Plan:

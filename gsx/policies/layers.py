@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from pydantic import JsonValue
 
-from engines.bundle import manifest as schema
+from engines.bundle.drafts import places_text
 from engines.bundle.layer_sets import Places, mask_of, parse_places, unified_places
+from engines.bundle.policy import Policy, RuntimeInput
 from exporter.checkpoint import Checkpoint
 from exporter.config import BRANCHES, ModelConfig
 from exporter.decoder.layer import DecoderOptions
@@ -38,15 +39,15 @@ class LayersPlan(Plan):
     ) -> Sections:
         assert self.rule is not None
         mask = mask_of(self.kept, checkpoint.config.num_layers, self.kv_policy).tolist()
-        parameters: dict[str, JsonValue] = {"layers": schema.places_text(self.kept)}
+        parameters: dict[str, JsonValue] = {"layers": places_text(self.kept)}
         if self.speedup is not None:
             parameters["speedup"] = self.speedup
-        policy = schema.Policy(
+        policy = Policy(
             name=self.name,
             branches=self.rule.branches,
             inputs=(
-                schema.RuntimeInput(name="layer_mask", least=0, most=1, default=mask),
-                schema.RuntimeInput(name="full_until", least=0, most=None, default=0),
+                RuntimeInput(name="layer_mask", least=0, most=1, default=mask),
+                RuntimeInput(name="full_until", least=0, most=None, default=0),
             ),
             parameters=parameters,
             exits=self.exits,

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.bundle import manifest as schema
+from engines.bundle.policy import Policy, RuntimeInput
+from engines.bundle.selection import Selection
 from engines.errors import UsageError
 from exporter.calibration import GridPoint, at_constant
 from exporter.checkpoint import Checkpoint
@@ -36,11 +37,11 @@ class RouterPlan(Plan):
             selection = _own_threshold(router.threshold, checkpoint, options, text, on_progress)
         least, most = router.score_range or (None, None)
         read = (
-            schema.RuntimeInput(name="budget", least=0, most=1)
+            RuntimeInput(name="budget", least=0, most=1)
             if selection.mode == "rank"
-            else schema.RuntimeInput(name="thresholds", least=least, most=most)
+            else RuntimeInput(name="thresholds", least=least, most=most)
         )
-        policy = schema.Policy(
+        policy = Policy(
             name="router",
             branches=self.rule.branches,
             layers=router.layers,
@@ -81,7 +82,7 @@ def plan_router(choice: Choice, config: ModelConfig, parameters: str) -> Plan:
 
 def _own_threshold(
     threshold: float, checkpoint: Checkpoint, options: DecoderOptions, text: TokenText, on_progress: OnProgress
-) -> schema.Selection:
+) -> Selection:
     """The method's own threshold everywhere, and what it keeps of a text."""
     point = at_constant(
         checkpoint,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engines.bundle import manifest as schema
+from engines.bundle.selection import GridPoint as GridPointSection
+from engines.bundle.selection import Selection
 from exporter.calibration import DEFAULT_GRID, GridPoint, calibrate
 from exporter.checkpoint import Checkpoint
 from exporter.decoder.layer import DecoderOptions
@@ -20,11 +21,11 @@ def grid_with(budget: float) -> Sequence[float]:
 
 def at_budget(
     plan: Plan, checkpoint: Checkpoint, options: DecoderOptions, text: TokenText | None, on_progress: OnProgress
-) -> schema.Selection:
+) -> Selection:
     """A plan's budget: by rank, or by thresholds on a text, each layer seeing what those below it left out."""
     assert plan.budget is not None
     if not plan.calibrates:
-        return schema.Selection(mode="rank", budget=plan.budget)
+        return Selection(mode="rank", budget=plan.budget)
     assert text is not None
     points = calibrate(
         checkpoint,
@@ -36,13 +37,13 @@ def at_budget(
     return by_thresholds(plan.budget, points, text)
 
 
-def by_thresholds(budget: float, points: Sequence[GridPoint], text: TokenText) -> schema.Selection:
+def by_thresholds(budget: float, points: Sequence[GridPoint], text: TokenText) -> Selection:
     """A calibrated grid in the manifest."""
-    return schema.Selection(
+    return Selection(
         mode="threshold",
         budget=budget,
         grid=tuple(
-            schema.GridPoint(
+            GridPointSection(
                 budget=point.budget,
                 thresholds=tuple((float(a), float(b)) for a, b in point.thresholds),
                 kept_share=point.kept_share,

@@ -17,7 +17,7 @@ from onnx import helper, parser
 from engines.building.build import input_ranges
 from engines.building.profiles import most_rows
 from engines.bundle.bundle import Bundle
-from engines.bundle.manifest import EngineEntry, EngineGraph, EngineProfile
+from engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile
 from engines.bundle.tensors import tensor_info
 from engines.lowering.tensorrt import OPSET, Lowered, lower
 from engines.runners.portable import open_session

@@ -17,7 +17,7 @@ from engines.building import build as building
 from engines.building.build import build
 from engines.building.job import Job, run_job
 from engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
-from engines.bundle.manifest import EngineEntry
+from engines.bundle.engine_entry import EngineEntry
 from engines.errors import BundleError, EngineError, GsxError, UsageError
 from engines.tensorrt import cuda
 from engines.tensorrt.cuda import Device

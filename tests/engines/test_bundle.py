@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from engines.bundle.bundle import MANIFEST, open_bundle, writing
-from engines.bundle.manifest import CalibrationText, GridPoint, Selection
+from engines.bundle.selection import CalibrationText, GridPoint, Selection
 from engines.errors import BundleError, GsxError, UsageError
 
 

@@ -8,8 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engines.bundle.controls import AS_EXPORTED, Keep, controls_for, rows_of, shared_by_batch, stacked
+from engines.bundle.drafts import places_text
+from engines.bundle.fields import BRANCHES
 from engines.bundle.layer_sets import exit_places, mask_of, parse_places, unified_places
-from engines.bundle.manifest import BRANCHES, DecoderShape, Manifest, Policy, RuntimeInput, places_text
+from engines.bundle.manifest import DecoderShape, Manifest
+from engines.bundle.policy import Policy, RuntimeInput
 from engines.errors import UsageError
 
 LAYERS = 6

@@ -12,7 +12,7 @@ import pytest
 
 from engines.building.profiles import default_profiles
 from engines.bundle.bundle import Bundle, open_bundle, write_manifest
-from engines.bundle.manifest import EngineEntry, EngineGraph, PluginLibrary
+from engines.bundle.engine_entry import EngineEntry, EngineGraph, PluginLibrary
 from engines.errors import EngineError
 from engines.runners.select import open_runner
 from engines.tensorrt import cuda

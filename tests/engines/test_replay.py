@@ -15,7 +15,9 @@ from safetensors import safe_open
 from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.controls import controls_for
 from engines.bundle.cost import step_bytes
-from engines.bundle.manifest import BRANCHES, Branch, LayersDraft, Manifest
+from engines.bundle.drafts import LayersDraft
+from engines.bundle.fields import BRANCHES, Branch
+from engines.bundle.manifest import Manifest
 from engines.generation import generate
 from engines.runners.select import open_runner
 from engines.sampling import Sampling

@@ -12,7 +12,7 @@ from scipy import stats
 
 from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.controls import Keep, controls_for
-from engines.bundle.manifest import BudgetDraft, ExitDraft, LayersDraft
+from engines.bundle.drafts import BudgetDraft, ExitDraft, LayersDraft
 from engines.errors import UsageError
 from engines.generation import generate
 from engines.runners.portable import PortableStage

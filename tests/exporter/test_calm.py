@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from engines.bundle.confidence import RANGES, Measure
 from engines.bundle.controls import Keep, controls_for
-from engines.bundle.manifest import Guarantee as GuaranteeEntry
+from engines.bundle.policy import Guarantee as GuaranteeEntry
 from engines.errors import UsageError
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.config import GateConfig

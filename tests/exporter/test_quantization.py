@@ -16,8 +16,8 @@ from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from benchmarks.model import configuration
-from engines.bundle import manifest as schema
 from engines.bundle.controls import Controls, selected
+from engines.bundle.selection import GridPoint, Selection
 from engines.errors import CheckpointError, GsxError, UsageError
 from exporter.calibration import calibrate
 from exporter.checkpoint import Checkpoint, expected_tensors, open_checkpoint
@@ -338,7 +338,7 @@ def test_a_limit_that_does_not_hold_tells_the_nearest_setting(model: Checkpoint)
     text = TokenText(np.random.default_rng(1).integers(3, 97, (6, 96)), "0" * 64, "random ids")
     points = calibrate(model, text.ids, [1.0, 0.7], OPTIONS)
     grid = tuple(
-        schema.GridPoint(
+        GridPoint(
             budget=point.budget,
             thresholds=tuple((float(a), float(b)) for a, b in point.thresholds),
             kept_share=point.kept_share,
@@ -346,7 +346,7 @@ def test_a_limit_that_does_not_hold_tells_the_nearest_setting(model: Checkpoint)
         )
         for point in points
     )
-    selection = schema.Selection(mode="threshold", budget=0.7, grid=grid)
+    selection = Selection(mode="threshold", budget=0.7, grid=grid)
     with pytest.raises(GsxError) as error:
         plan_for(
             model,

@@ -17,7 +17,10 @@ from typing import Any
 import numpy as np
 
 from engines.bundle.controls import Keep
-from engines.bundle.manifest import EngineEntry, EngineProfile, Manifest, Selection, Sizes, gateskip_policy
+from engines.bundle.engine_entry import EngineEntry, EngineProfile, Sizes
+from engines.bundle.manifest import Manifest
+from engines.bundle.policy import gateskip_policy
+from engines.bundle.selection import Selection
 from engines.errors import GsxError
 from engines.generation import Generation, generate
 from engines.runners.base import Runner

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from engines.bundle.counting import kept_count
-from engines.bundle.manifest import BRANCHES, Branch, Manifest
+from engines.bundle.fields import BRANCHES, Branch
+from engines.bundle.manifest import Manifest
 from engines.runners.portable import layers_of, skippable_places
 
 _MASK = 0xFFFFFFFF

@@ -15,7 +15,7 @@ import pytest
 
 from engines.building.profiles import default_profiles
 from engines.bundle.bundle import open_bundle, write_manifest
-from engines.bundle.manifest import EngineEntry, EngineGraph, PluginLibrary
+from engines.bundle.engine_entry import EngineEntry, EngineGraph, PluginLibrary
 from engines.errors import GsxError
 from engines.tensorrt.backend import platform_name
 from engines.tensorrt.loading import ENGINE_FILE, ENGINES, EngineSet, Machine, difference, read_engine

@@ -1,4 +1,4 @@
-// What the C++ runtime needs of `gsx.json`, read and checked by the rules of engines/bundle/manifest.py.
+// What the C++ runtime needs of `gsx.json`, read and checked by the rules of engines/bundle.
 
 #pragma once
 

@@ -1,0 +1,40 @@
+"""What the sections of `gsx.json` are made of: the base of a section, and types of fields."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+
+Branch = Literal["attn", "mlp"]
+# The column of a branch wherever a table has one for each.
+BRANCHES: tuple[Branch, ...] = ("attn", "mlp")
+
+Threshold = Annotated[
+    float,
+    BeforeValidator(lambda value: -math.inf if value is None else value),
+    PlainSerializer(lambda value: None if value == -math.inf else value, return_type=float | None),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]}),
+]
+Table = Sequence[tuple[Threshold, Threshold]]
+Budget = Annotated[float, Field(gt=0, le=1)]
+Scale = Annotated[float, Field(gt=0)]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+# A file of the bundle itself: a bare name, so that nothing outside the bundle can be meant.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+
+
+class Section(BaseModel):
+    """A part of the manifest. Unknown keys and wrong types are refused, and nothing changes once it is read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+
+class TensorInfo(Section):
+    """An input or output of a graph; a dynamic axis has a name in place of a size."""
+
+    name: str
+    type: str
+    shape: tuple[int | str, ...]
