@@ -1,7 +1,7 @@
 """One engine on a GPU: device memory that stays, a stream, and a context for each profile.
 
 What the engine is for is the runner's business (`engines/runners/tensorrt.py`). Calls of the same shapes may be
-recorded as a CUDA graph and replayed.
+recorded as a CUDA graph and replayed: with TensorRT here, while TensorRT-RTX does so by itself (`rtx.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from engines.errors import EngineError
 from engines.tensorrt import cuda
 from engines.tensorrt.backend import Backend, load_module
-from engines.tensorrt.kernel_cache import runtime_config
 from engines.tensorrt.plugins import load_plugins
+from engines.tensorrt.rtx import runtime_config, why_refused
 
 
 class DeviceArray:
@@ -49,7 +49,7 @@ class CudaEngine:
         plan: the engine's bytes.
         library: the plugin library that it needs.
         cuda_graphs: record calls whose shapes were seen before, and replay them.
-        kernels: file for the kernels that TensorRT-RTX compiles; None with TensorRT, whose engines hold theirs.
+        kernels: file for the kernels that TensorRT-RTX compiles, if they are kept; TensorRT's engines hold theirs.
     Raises:
         EngineError: no GPU, or TensorRT does not take the engine.
     """
@@ -64,16 +64,20 @@ class CudaEngine:
         if library is not None:
             load_plugins(self._trt_runtime.get_plugin_registry(), library)
         self._engine = self._trt_runtime.deserialize_cuda_engine(plan)
+        is_rtx = backend == "tensorrt-rtx"
         if self._engine is None:
+            reason = why_refused(self._trt, self._trt_runtime, plan) if is_rtx else ""
             raise EngineError(
                 f"{backend} {self._trt.__version__} does not take the engine",
-                found="the reason stands above, in TensorRT's words",
+                found=reason or "the reason stands above, in TensorRT's words",
                 todo="gsx build builds it anew for this machine",
             )
         self.stream = int(cuda.check(self._runtime.cudaStreamCreate(), "making a stream"))
-        self._config = None if kernels is None else runtime_config(self._engine, kernels, self)
+        self._config = None
+        if is_rtx:
+            self._config = runtime_config(self._trt, self._engine, kernels=kernels, cuda_graphs=cuda_graphs, owner=self)
         self._contexts: dict[int, _Context] = {}
-        self._cuda_graphs = cuda_graphs
+        self._records = cuda_graphs and not is_rtx
 
     def buffer(self, shape: tuple[int, ...], name: str) -> DeviceArray:
         """Zeroed device memory for an input or output."""
@@ -140,6 +144,10 @@ class _Context:
         self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._graph: Any = None
         self._calls_alike = 0
+
+    def __del__(self) -> None:
+        if getattr(self, "_graph", None) is not None:
+            self._runtime.cudaGraphExecDestroy(self._graph)
 
     def run(
         self,
@@ -215,11 +223,7 @@ class _Context:
 
     def _wants_graph(self) -> bool:
         """Two plain calls of these shapes come first: TensorRT sets itself up in them."""
-        return self._owner._cuda_graphs and self._calls_alike >= 2 and self._is_capturable()
-
-    def _is_capturable(self) -> bool:
-        ask = getattr(self._context, "is_stream_capturable", None)
-        return ask is None or bool(ask(self._stream))
+        return self._owner._records and self._calls_alike >= 2
 
     def _record(self) -> Any:
         """A CUDA graph of the call; None where TensorRT cannot be recorded, now or ever after."""
@@ -229,7 +233,9 @@ class _Context:
         enqueued = self._context.execute_async_v3(stream)
         error, graph = runtime.cudaStreamEndCapture(stream)
         if not enqueued or int(error) != 0:
-            self._owner._cuda_graphs = False
+            if int(error) == 0:
+                runtime.cudaGraphDestroy(graph)
+            self._owner._records = False
             runtime.cudaGetLastError()  # a failed recording leaves an error behind, and the call is yet to be made
             return None
         made = cuda.check(runtime.cudaGraphInstantiate(graph, 0), "making a CUDA graph")

@@ -23,20 +23,18 @@ def kernel_cache_path(engine_sha256: str, capability: str) -> Path:
     return cache_folder() / _FOLDER / f"{engine_sha256}-sm{capability}.bin"
 
 
-def runtime_config(engine: Any, path: Path, owner: object) -> Any:
-    """A runtime configuration, for execution contexts of an engine, whose kernels come from a file and go back to it.
+def attach(config: Any, path: Path, owner: object) -> None:
+    """Let the kernels of a runtime configuration come from a file and go back to it.
 
     Args:
-        engine: `ICudaEngine` of TensorRT-RTX.
+        config: `IRuntimeConfig` of TensorRT-RTX.
         path: the file; it need not be there.
         owner: the kernels are saved when it is let go of, or the process ends.
     """
-    config = engine.create_runtime_config()
     cache = config.create_runtime_cache()
     known = load(cache, path)
     config.set_runtime_cache(cache)
     weakref.finalize(owner, save, cache, path, known)
-    return config
 
 
 def load(cache: Any, path: Path) -> bytes:

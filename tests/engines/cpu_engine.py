@@ -86,7 +86,7 @@ class CpuEngine:
         self.session = open_session(model.SerializeToString(), bundle.directory, 1)
         self.types = {
             value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            for value in lowered.model.graph.input
+            for value in (*lowered.model.graph.input, *lowered.model.graph.output)
         }
         self.ranges = [input_ranges(lowered.model, profile) for profile in profiles]
         self.calls: list[tuple[int, dict[str, tuple[int, ...]]]] = []

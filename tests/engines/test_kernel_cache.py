@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engines.tensorrt.kernel_cache import kernel_cache_path, load, runtime_config, save
+from engines.tensorrt.kernel_cache import attach, kernel_cache_path, load, save
 from engines.tensorrt.preload import preload_tensorrt_rtx
+from engines.tensorrt.rtx import why_refused
 
 SHA256 = "ab" * 32
 
@@ -29,15 +30,12 @@ class Cache:
         return memoryview(self.content)
 
 
-class Engine:
-    """An engine, its configuration and its cache in one."""
+class Config:
+    """A runtime configuration and its cache."""
 
     def __init__(self) -> None:
         self.cache = Cache()
         self.used: Cache | None = None
-
-    def create_runtime_config(self) -> Engine:
-        return self
 
     def create_runtime_cache(self) -> Cache:
         return self.cache
@@ -57,16 +55,16 @@ def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_next_run_has_what_this_one_compiled(path: Path, tmp_path: Path) -> None:
-    first, owner = Engine(), Owner()
-    runtime_config(first, path, owner)
+    first, owner = Config(), Owner()
+    attach(first, path, owner)
     assert first.used is first.cache
     first.cache.content = b"kernels of a first run"
     assert not path.exists()
     del owner
     gc.collect()
     assert path.is_relative_to(tmp_path)
-    second = Engine()
-    runtime_config(second, path, Owner())
+    second = Config()
+    attach(second, path, Owner())
     assert second.cache.content == b"kernels of a first run"
     assert [one.name for one in path.parent.iterdir()] == [path.name]
 
@@ -112,3 +110,13 @@ def test_tensorrt_rtx_has_these_calls() -> None:
     ):
         assert callable(getattr(owner, name))
     assert "runtime_config:" in rtx.ICudaEngine.create_execution_context.__doc__
+    assert isinstance(rtx.IRuntimeConfig.cuda_graph_strategy, property)
+    assert rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+
+
+def test_tensorrt_rtx_says_why_it_refuses() -> None:
+    """What can be asked without a GPU: bytes that are no engine."""
+    preload_tensorrt_rtx()
+    rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
+    runtime = rtx.Runtime(rtx.Logger(rtx.Logger.INTERNAL_ERROR))
+    assert why_refused(rtx, runtime, b"no engine" * 100) == "malformed engine"

@@ -1,0 +1,170 @@
+"""`CudaEngine`: addresses, shapes, copies, streams and recordings, on a stand-in for the GPU (`standin_gpu.py`)."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engines.building.profiles import default_profiles
+from engines.bundle.bundle import Bundle, open_bundle
+from engines.bundle.controls import controls_for
+from engines.errors import EngineError
+from engines.generation import generate
+from engines.runners.portable import PortableStage
+from engines.runners.split import SplitRunner
+from engines.runners.tensorrt import TensorRTStage
+from engines.runners.whole import WholeRunner
+from engines.speculation.draft import EarlyExit
+from engines.tensorrt import cuda, execution
+from engines.tensorrt.backend import Backend
+from engines.tensorrt.execution import CudaEngine
+from tests.engines.cpu_engine import cpu_stages
+from tests.engines.standin_gpu import StandInCuda, StandInTensorRT
+
+CAPACITY = 160
+PROMPT = [5, 60, 61, 7, 8, 9, 200, 11]
+PROMPTS = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]]
+PLUGINS = ("ThresholdGather", "TopKGather", "GatedScatterAdd")
+# Two orders of summation of float32 products at logits of order 10.
+LOGITS_ATOL = 5e-5
+BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
+RANK = {"select": "rank", "calibration": None}
+
+
+@dataclass(frozen=True)
+class Made:
+    """A stage whose engine is a `CudaEngine`, and what lies under it."""
+
+    stage: TensorRTStage
+    trt: StandInTensorRT
+    gpu: StandInCuda
+
+    @property
+    def strategy(self) -> str:
+        return str(self.trt.config.cuda_graph_strategy)
+
+
+Make = Callable[..., dict[str, Made]]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Make:
+    """Stages of a bundle by graph, on one stand-in GPU."""
+    gpu = StandInCuda()
+    monkeypatch.setattr(cuda, "runtime", lambda: gpu)
+
+    def made(
+        bundle: Bundle, backend: Backend, *, plugins: Collection[str] = (), batch: int = 1, graphs: bool = True
+    ) -> dict[str, Made]:
+        profiles = default_profiles(CAPACITY, batch)
+        stages = {}
+        for name, (stage, engine) in cpu_stages(bundle, profiles, capacity=CAPACITY, plugins=plugins).items():
+            trt = StandInTensorRT(gpu, engine)
+            monkeypatch.setattr(execution, "load_module", lambda _, trt=trt: trt)
+            on_gpu = CudaEngine(backend, bytes(100), library=None, cuda_graphs=graphs, kernels=None)
+            stages[name] = Made(TensorRTStage(bundle.manifest, stage._entry, name, on_gpu), trt, gpu)
+        return stages
+
+    return made
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", [{}, RANK], ids=["threshold", "rank"])
+@pytest.mark.parametrize("plugins", [(), PLUGINS], ids=["masks", "plugins"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_text_equals_the_portable_runner(
+    make_tiny_bundle: Callable[..., Path],
+    make: Make,
+    backend: Backend,
+    options: dict[str, object],
+    plugins: Collection[str],
+    batch: int,
+) -> None:
+    """Past a change of the window, so that shapes, memory and recordings change on the way."""
+    bundle = open_bundle(make_tiny_bundle(**options))
+    made = make(bundle, backend, plugins=plugins, batch=batch)["model"]
+    found = generate(WholeRunner(made.stage), PROMPTS[:batch], max_new_tokens=70)
+    assert found.sequences == generate(WholeRunner(PortableStage(bundle)), PROMPTS[:batch], max_new_tokens=70).sequences
+    k_on_host = bool(options) and not plugins
+    if backend == "tensorrt":
+        assert (made.gpu.launches > 40) == (not k_on_host), "single steps are replayed"
+        assert made.trt.calls < 40 or k_on_host
+    else:
+        assert made.gpu.launches == 0, "TensorRT-RTX records by itself"
+        assert made.strategy == ("disabled" if k_on_host else "whole")
+
+
+def test_logits_of_calls_of_every_size(make_tiny_bundle: Callable[..., Path], make: Make) -> None:
+    bundle = open_bundle(make_tiny_bundle())
+    made = make(bundle, "tensorrt", batch=2)["model"]
+    portable, runner = WholeRunner(PortableStage(bundle)), WholeRunner(made.stage)
+    caches = [one.new_cache(2, CAPACITY) for one in (portable, runner)]
+    controls = controls_for(bundle.manifest)
+    rng = np.random.default_rng(0)
+    for size in (9, 1, 1, 1, 1, 7, 40, 1, 1, 1, 20, 1):
+        ids = rng.integers(3, 250, (2, size))
+        counts = [size, max(size - 1, 1)]
+        want, found = (
+            one.step(cache, ids, controls, counts=counts, logits="all")
+            for one, cache in zip((portable, runner), caches, strict=True)
+        )
+        for row, count in enumerate(counts):
+            np.testing.assert_allclose(found.logits[row, :count], want.logits[row, :count], atol=LOGITS_ATOL)
+        np.testing.assert_array_equal(found.kept, want.kept)
+    runner.move(caches[1], 1, 0)
+    portable.move(caches[0], 1, 0)
+    want, found = (
+        one.step(cache, ids, controls, counts=[1, 0]) for one, cache in zip((portable, runner), caches, strict=True)
+    )
+    np.testing.assert_allclose(found.logits[0], want.logits[0], atol=LOGITS_ATOL)
+
+
+def test_without_graphs_and_where_nothing_can_be_recorded(make_tiny_bundle: Callable[..., Path], make: Make) -> None:
+    bundle = open_bundle(make_tiny_bundle())
+    texts = []
+    for graphs, refuses in ((False, False), (True, True)):
+        made = make(bundle, "tensorrt", graphs=graphs)["model"]
+        made.gpu.refuses_recording = refuses
+        texts.append(generate(WholeRunner(made.stage), [PROMPT], max_new_tokens=30).sequences)
+        assert made.gpu.launches == 0
+    assert texts[0] == texts[1]
+    assert make(bundle, "tensorrt-rtx", graphs=False)["model"].trt.engine is not None
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_draft_and_verify(make_tiny_bundle: Callable[..., Path], make: Make, backend: Backend) -> None:
+    bundle = open_bundle(make_tiny_bundle(kv_policy="copy", budget=0.5, draft="exit:1"))
+    made = make(bundle, backend)
+    draft = EarlyExit(SplitRunner(made["draft"].stage, made["verify"].stage))
+    found = generate(draft.runner, PROMPTS[:1], max_new_tokens=60, draft=draft, draft_length=3)
+    plain = generate(WholeRunner(PortableStage(bundle)), PROMPTS[:1], max_new_tokens=60)
+    assert found.sequences == plain.sequences
+
+
+def test_everything_is_given_back(make_tiny_bundle: Callable[..., Path], make: Make) -> None:
+    made = make(open_bundle(make_tiny_bundle()), "tensorrt")
+    gpu = made["model"].gpu
+    generate(WholeRunner(made["model"].stage), [PROMPT], max_new_tokens=20)
+    assert gpu.held > 0
+    assert gpu.launches > 0
+    made.clear()
+    gc.collect()
+    assert gpu.held == 0
+
+
+@pytest.mark.parametrize(("backend", "reason"), [("tensorrt", "stands above"), ("tensorrt-rtx", "unsupported cc")])
+def test_an_engine_that_is_refused(
+    make_tiny_bundle: Callable[..., Path],
+    make: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: Backend,
+    reason: str,
+) -> None:
+    monkeypatch.setattr(StandInTensorRT, "takes", False)
+    with pytest.raises(EngineError, match=rf"does not take the engine\n  found .*{reason}.*\n  gsx build"):
+        make(open_bundle(make_tiny_bundle()), backend)
