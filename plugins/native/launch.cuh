@@ -49,4 +49,19 @@ __device__ uint32_t exclusiveSum(uint32_t value, uint32_t& total) {
     return before + inclusive - value;
 }
 
+// Whether this block is the last to come here; it then sees what the others did before. Every thread calls it.
+// The fences stand between barrier and atomic, in one thread: so they speak for its whole block, and cost the least.
+// Args: arrived: 0 at the start.
+__device__ inline bool isLastBlock(uint32_t* arrived) {
+    __shared__ bool last;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        last = atomicAdd(arrived, 1u) == gridDim.x - 1;
+        __threadfence();
+    }
+    __syncthreads();
+    return last;
+}
+
 }  // namespace gsx

@@ -174,7 +174,6 @@ template <int PASS>
 __global__ void __launch_bounds__(kTileThreads)
     countDigits(const float* score, const int64_t* k, int64_t tokens, SearchState* state) {
     __shared__ uint32_t bins[kBins];
-    __shared__ bool last;
     for (int bin = threadIdx.x; bin < kBins; bin += kTileThreads) bins[bin] = 0;
     __syncthreads();
     const uint32_t prefix = PASS == 0 ? 0 : state->prefix;
@@ -189,12 +188,7 @@ __global__ void __launch_bounds__(kTileThreads)
     for (int bin = threadIdx.x; bin < kBins; bin += kTileThreads) {
         if (bins[bin] != 0) atomicAdd(&state->bins[PASS][bin], bins[bin]);
     }
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) last = atomicAdd(&state->finished[PASS], 1u) == gridDim.x - 1;
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
+    if (!isLastBlock(&state->finished[PASS])) return;
     pickDigit<PASS>(state, prefix, PASS == 0 ? wantedCount(*k, tokens) : state->wanted);
 }
 

@@ -21,8 +21,8 @@ from plugins.topk_gather.op import topk_gather
 from tests.plugins import kernel_cases as cases
 from tests.plugins.emulation import emulated_library
 
-# The order in which threads get their turn: a missing barrier shows in one of them.
-ORDERS = {"forward": 0, "reverse": 1, "shuffled": 2}
+# The order in which threads get their turn; in the last one blocks run together, in an order that is drawn.
+ORDERS = {"forward": 0, "reverse": 1, "together": 2}
 CPU = "cpu"
 FP32_ATOL = 2e-6  # a few roundings of float32 at values of order 1
 
@@ -32,12 +32,13 @@ def emulated() -> cases.GuardedKernels:
     return cases.GuardedKernels(emulated_library())
 
 
-@pytest.fixture(params=ORDERS)
+@pytest.fixture(params=[(order, 1) for order in ORDERS], ids=ORDERS)
 def kernels(request: pytest.FixtureRequest, emulated: cases.GuardedKernels) -> Iterator[cases.GuardedKernels]:
-    library = ctypes.CDLL(str(emulated.path))
-    library.emulation_set_order(ORDERS[request.param])
+    """The kernels, run in an order, drawn from a seed."""
+    order, seed = request.param
+    emulated._library.emulation_set_order(ORDERS[order], seed)
     yield emulated
-    library.emulation_set_order(ORDERS["forward"])
+    emulated._library.emulation_set_order(ORDERS["forward"], 1)
 
 
 @pytest.mark.parametrize("n", cases.SIZES)
@@ -80,6 +81,15 @@ def test_topk_of_any_scores(bits: list[int], few: int, share: float) -> None:
     index, count = Kernels(emulated_library()).topk_select(score, k)
     expected = topk_gather(score[:, None], score, k)[1]
     assert index[: int(count)].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kernels", [("together", seed) for seed in range(2, 6)], indirect=True, ids=str)
+@pytest.mark.parametrize("kind", ["gate scores", "ties"])
+def test_blocks_at_the_same_time(kernels: cases.GuardedKernels, kind: str) -> None:
+    """The ways in which blocks talk to each other, with more blocks than run at a time."""
+    n = 24_001
+    cases.check_topk(kernels, CPU, n, kind, n // 3)
+    cases.check_threshold(kernels, CPU, n, kind)
 
 
 @pytest.mark.parametrize("case", cases.ROW_CASES, ids=str)
@@ -174,7 +184,7 @@ def test_every_status_has_a_text(library: ctypes.CDLL) -> None:
     assert texts[0] == "success"
     assert len(set(texts)) == 7
     assert library.gsx_error_string(-7) == b"not a status of gsx"
-    assert library.gsx_error_string(719) == b"the emulated launch failed"
+    assert library.gsx_error_string(1) == b"an error of CUDA"
 
 
 def test_workspace_grows_with_the_tokens(library: ctypes.CDLL) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import os
 import shutil
 import subprocess
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,12 @@ import pytest
 from plugins.library import SOURCE_FOLDER, cache_folder, source_hash
 
 _HERE = Path(__file__).parent
-_SOURCES = (
-    "native/status.cpp",
-    "native/gather_rows.cu",
-    "topk_gather/kernel.cu",
-    "threshold_gather/kernel.cu",
-    "gated_scatter_add/kernel.cu",
+KERNELS = (
+    SOURCE_FOLDER / "native/status.cpp",
+    SOURCE_FOLDER / "native/gather_rows.cu",
+    SOURCE_FOLDER / "topk_gather/kernel.cu",
+    SOURCE_FOLDER / "threshold_gather/kernel.cu",
+    SOURCE_FOLDER / "gated_scatter_add/kernel.cu",
 )
 
 
@@ -30,23 +32,43 @@ def cuda_include() -> Path | None:
     return next((folder for folder in found if (folder / "cuda_fp16.h").is_file()), None)
 
 
-def emulated_library() -> Path:
-    """The emulated kernels as a shared library; built once per state of the sources. Skips where that cannot be."""
+def emulated_library(name: str = "kernels", sources: Sequence[Path] = KERNELS) -> Path:
+    """The emulated kernels as a shared library; built once per state of the sources. Skips where that cannot be.
+
+    Args:
+        name: of the library.
+        sources: what is in it, besides the emulation.
+    """
     include, compiler = cuda_include(), shutil.which("g++")
     if include is None or compiler is None:
         pytest.skip("emulated kernels: need g++ and CUDA's headers (install the CUDA toolkit)")
-    own = b"".join((_HERE / name).read_bytes() for name in ("cuda_runtime.h", "emulation.cpp"))
-    name = hashlib.sha256(source_hash().encode() + own).hexdigest()[:16]
-    library = cache_folder() / "emulation" / f"{name}.so"
+    own = b"".join(path.read_bytes() for path in sorted(_HERE.iterdir()) if path.is_file())
+    digest = hashlib.sha256(source_hash().encode() + own).hexdigest()[:16]
+    library = cache_folder() / "emulation" / f"{name}-{digest}.so"
     if library.is_file():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
-    fresh = library.with_suffix(f".{os.getpid()}.so")
-    command = [compiler, "-std=c++17", "-O2", "-g", "-fPIC", "-shared", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    command += ["-ffp-contract=off", f"-I{_HERE}", f"-I{SOURCE_FOLDER}"]
-    command += ["-isystem", str(include), "-isystem", str(include / "cccl"), "-x", "c++"]
-    command += [str(SOURCE_FOLDER / source) for source in _SOURCES] + [str(_HERE / "emulation.cpp"), "-o", str(fresh)]
+    with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as work:
+        fresh = Path(work) / library.name
+        _compile(compiler, include, sources, fresh)
+        fresh.replace(library)
+    return library
+
+
+def _compile(compiler: str, include: Path, sources: Sequence[Path], library: Path) -> None:
+    """Compile for the emulation, into a folder that holds nothing else."""
+    flags = [compiler, "-std=c++17", "-O2", "-g", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    flags += ["-ffp-contract=off", f"-I{_HERE}", f"-I{SOURCE_FOLDER}"]
+    flags += ["-isystem", str(include), "-isystem", str(include / "cccl"), "-x", "c++"]
+    watched = ["-fsanitize=thread", "--param=tsan-distinguish-volatile=1"]
+    jobs = [(source, watched) for source in sources]
+    jobs += [(_HERE / name, []) for name in ("races.cpp", "emulation.cpp")]
+    objects = [library.with_name(f"{number}.o") for number in range(len(jobs))]
+    for (source, more), made in zip(jobs, objects, strict=True):
+        _run([*flags, *more, "-c", str(source), "-o", str(made)])
+    _run([compiler, "-shared", *map(str, objects), "-o", str(library)])
+
+
+def _run(command: Sequence[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    fresh.replace(library)
-    return library

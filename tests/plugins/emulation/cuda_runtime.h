@@ -1,9 +1,16 @@
 // Stands in for CUDA's header of this name, so that g++ compiles the kernels' own sources, launches included, and runs
-// them on the CPU: every thread of a block is a fiber, blocks run one after the other. What is not faked is the order of
-// things: a fiber runs until it needs another thread (a barrier, a warp operation), and the order in which fibers get
-// their turn can be turned round or shuffled, so that a missing barrier shows. Only what the kernels use is here.
+// them on the CPU: every thread of a block is a fiber, and blocks run one after the other or several together, started
+// in any order. All of it on one thread of the CPU, so that a run can be repeated. What is not faked:
 //
-// Not covered: blocks that run at the same time, memory ordering between them, alignment faults, speed.
+// - The order of things. A thread runs until it needs another one (a barrier, a warp operation) or, where blocks run
+//   together, is put off at some access to memory. The order of turns is emulation_set_order's.
+// - Memory between threads. The compiler tells of every access (-fsanitize=thread, with functions of our own behind it),
+//   and two accesses that no barrier, or fence and atomic, puts in order are reported as a race, in shared memory and
+//   between blocks (races.h), whether or not this run's order shows it.
+// - Waiting. A block that waits for one that cannot start is reported, and so are barriers and warp operations that not
+//   all threads reach. Shared memory is garbage at the start.
+//
+// Only what the kernels use is here. Not covered: alignment faults, speed.
 
 #pragma once
 
@@ -17,8 +24,9 @@
 
 #undef __launch_bounds__
 #define __launch_bounds__(...)
+// The thread-local variables of the library: their image is exchanged when another block gets its turn.
 #undef __shared__
-#define __shared__ static
+#define __shared__ static thread_local
 
 inline uint3 threadIdx;
 inline uint3 blockIdx;
@@ -27,12 +35,9 @@ inline dim3 gridDim;
 
 namespace emulation {
 
-// Run a kernel's body for every thread of every block. Returns cudaErrorLaunchFailure where threads wait for each other
-// in ways that a GPU would not survive either; the reason goes to stderr.
+// Run a kernel's body for every thread of every block. Returns cudaErrorLaunchFailure where threads do what a GPU would
+// not survive either, or what it would not do twice alike; cudaGetErrorString then tells what.
 cudaError_t run(dim3 grid, dim3 block, const std::function<void()>& body);
-
-// Wait for all threads of the block.
-void blockBarrier();
 
 // Every lane of the warp gives a value and gets all 32. `operation` must be the same in all lanes.
 void exchange(uint32_t value, const char* operation, uint32_t (&all)[32]);
@@ -45,8 +50,9 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     return emulation::run(config->gridDim, config->blockDim, [&] { std::apply(kernel, values); });
 }
 
-inline void __syncthreads() { emulation::blockBarrier(); }
-inline void __threadfence() {}
+void __syncthreads();
+void __threadfence();
+uint32_t atomicAdd(uint32_t* at, uint32_t value);
 
 inline uint32_t __shfl_up_sync(unsigned, uint32_t value, unsigned distance) {
     uint32_t all[32];
@@ -73,11 +79,6 @@ inline uint32_t __reduce_max_sync(unsigned, uint32_t value) {
     return value;
 }
 
-inline uint32_t atomicAdd(uint32_t* at, uint32_t value) {
-    const uint32_t old = *at;
-    *at += value;
-    return old;
-}
 template <typename T>
 T __ldcg(const T* at) {
     return *at;
