@@ -150,14 +150,13 @@ _IMPORT_NAMES = {
 
 # A program, its arguments, which lines of its answer to show, how to get it.
 _PROGRAMS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("nvcc", ("--version",), "install the CUDA toolkit (to build the TensorRT plugins)"),
     (
         "nvidia-smi",
         ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"),
         "a machine with an NVIDIA GPU and its driver (everything else works without)",
     ),
     ("tritonserver", ("--help",), "Triton Inference Server's container (to serve bundles)"),
-    ("c++", ("--version",), 'install a C++ compiler (gsx train with "compile": true)'),
+    ("c++", ("--version",), 'install a C++ compiler (to build the plugins; gsx train with "compile": true)'),
 )
 _PROGRAM_TITLES = {"nvidia-smi": "NVIDIA GPU", "tritonserver": "Triton server", "c++": "C++ compiler"}
 
@@ -183,6 +182,8 @@ def doctor(*, on_progress: Callable[[str], None] = lambda name: None) -> DoctorR
         add(f"op {op}", lambda o=op: _op(o))  # type: ignore[misc]
     for program, arguments, todo in _PROGRAMS:
         add(program, lambda p=program, a=arguments, t=todo: _program(p, a, t))  # type: ignore[misc]
+    add("nvcc", _nvcc)
+    add("cmake", _cmake)
     add("TensorRT headers", _headers)
     add("plugin library", _library)
     add("disk", _disk)
@@ -211,7 +212,7 @@ def _program(program: str, arguments: tuple[str, ...], todo: str) -> Row:
     path = shutil.which(program)
     if path is None:
         return Row(title, "missing", f"no {program} on the PATH", todo, "more")
-    worked, answer = _try([path, *arguments], first=program != "nvcc")
+    worked, answer = _try([path, *arguments], first=True)
     return Row(title, "ok" if worked else "broken", answer, None if worked else todo, "more")
 
 
@@ -314,18 +315,39 @@ def _run_op(name: str, inputs: Mapping[str, Any]) -> list[float]:
     return [float(value) for value in session.run([op.outputs[0][0]], feeds)[0].ravel()]
 
 
+def _nvcc() -> Row:
+    from plugins.build import find_nvcc
+
+    return _build_tool("nvcc", find_nvcc)
+
+
+def _cmake() -> Row:
+    from plugins.build import find_cmake
+
+    return _build_tool("cmake", find_cmake)
+
+
 def _headers() -> Row:
-    """TensorRT's headers, of a version that the plugins build with."""
     from plugins.build import find_headers
+
+    def find() -> tuple[Path, tuple[int, int]]:
+        found = find_headers()
+        return found.folder, found.version
+
+    return _build_tool("TensorRT headers", find)
+
+
+def _build_tool(name: str, find: Callable[[], tuple[Path, tuple[int, int]]]) -> Row:
+    """What `gsx plugins build` finds of a tool, and whether its version will do."""
     from plugins.errors import PluginError
 
     try:
-        found = find_headers()
+        place, version = find()
     except PluginError as error:
         status: Status = "broken" if error.found else "missing"
-        return Row("TensorRT headers", status, error.what, f"{error.todo} (to build the plugins)", "more")
-    version = ".".join(map(str, found.version))
-    return Row("TensorRT headers", "ok", f"{version} in {found.folder}", None, "more")
+        detail = f"{error.what}: {error.found}" if error.found else error.what
+        return Row(name, status, detail, f"{error.todo} (to build the plugins)", "more")
+    return Row(name, "ok", f"{'.'.join(map(str, version))}, {place}", None, "more")
 
 
 def _library() -> Row:

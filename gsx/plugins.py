@@ -13,9 +13,12 @@ from typing import Any
 
 from engines.errors import PluginLibraryError, UsageError
 from plugins.build import ARCHITECTURES, Built, build
-from plugins.errors import PluginError
-from plugins.library import PLUGIN_OPS, BuildRecord, find_kernels, library_hash, record_of
+from plugins.errors import ArchitectureError, PluginError
+from plugins.library import LIBRARY_VARIABLE, PLUGIN_OPS, BuildRecord, find_kernels, library_hash, record_of
 from plugins.registry import OPS
+
+# A function that every library of gsx has, with or without plugins.
+_ANSWER = b"gsx_error_string"
 
 
 @dataclass(frozen=True)
@@ -95,9 +98,20 @@ def list_plugins() -> PluginList:
 
 
 def library_facts(path: Path) -> LibraryFacts:
-    """What there is to know of a library file."""
+    """What there is to know of a library file.
+
+    Raises: PluginLibraryError where it is another kind of file.
+    """
     record = record_of(path)
-    has_plugins = record.tensorrt_headers is not None if record else b"getCreators" in path.read_bytes()
+    content = b"" if record else path.read_bytes()
+    if not record and _ANSWER not in content:
+        raise PluginLibraryError(
+            f"{path}: is not the library of gsx's kernels and plugins",
+            expected="a library that `gsx plugins build` made",
+            found=f"a file of {len(content)} bytes without {_ANSWER.decode()}",
+            todo=f"unset {LIBRARY_VARIABLE}, or let it name such a library",
+        )
+    has_plugins = record.tensorrt_headers is not None if record else b"getCreators" in content
     return LibraryFacts(path, library_hash(path), path.stat().st_size, has_plugins, record)
 
 
@@ -106,4 +120,5 @@ def _as_gsx_error() -> Iterator[None]:
     try:
         yield
     except PluginError as error:
-        raise PluginLibraryError(error.what, expected=error.expected, found=error.found, todo=error.todo) from error
+        kind = UsageError if isinstance(error, ArchitectureError) else PluginLibraryError
+        raise kind(error.what, expected=error.expected, found=error.found, todo=error.todo) from error

@@ -9,15 +9,17 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from plugins.errors import PluginError
+from plugins.errors import ArchitectureError, PluginError
 from plugins.library import (
     KERNEL_LIBRARY_NAME,
     PLUGIN_LIBRARY_NAME,
@@ -36,7 +38,9 @@ MIN_CMAKE = (3, 24)
 MIN_HEADERS, NEXT_HEADERS = (10, 8), (12, 0)
 HEADERS_VARIABLE = "TENSORRT_ROOT"
 
-_ARCHITECTURE = re.compile(r"\d{2,3}[af]?(-real|-virtual)?")
+_ARCHITECTURE = re.compile(r"(\d{2,3})[af]?(-real|-virtual)?")
+_MIN_ARCHITECTURE = 80  # the first with bfloat16 and the reductions over a warp that the kernels use
+_NVCC_ARCHITECTURE = re.compile(r"^compute_(\d+)", re.MULTILINE)
 _NVCC_PLACES = ("/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc")
 _HEADER_PLACES = (
     "/usr/include/x86_64-linux-gnu",
@@ -53,6 +57,8 @@ _GET_HEADERS = (
     f"set {HEADERS_VARIABLE} to a TensorRT folder; its headers alone will do: "
     "git clone --depth 1 --branch v11.1 https://github.com/NVIDIA/TensorRT"
 )
+# Far more than a build leaves behind it (6 MB) or works with.
+_ROOM_BYTES = 64 << 20
 _LOG_LINES = 12
 _STEP = re.compile(r"^\[\s*(\d+)/(\d+)\]\s*(.*)|^\[\s*(\d+)%\]\s*(.*)")
 
@@ -104,25 +110,21 @@ def build(
         force: build even if it is there.
         jobs: compilers at a time; None for one a processor.
         on_progress: called with a stage, steps done and steps in all (0: not known).
-    Raises: PluginError where a tool is missing or too old, or the build fails.
+    Raises:
+        ArchitectureError: an architecture that there is none of, or none of for these kernels or this nvcc.
+        PluginError: a tool is missing or too old, there is no room for the library, or the build fails.
     """
-    for name in architectures:
-        if not _ARCHITECTURE.fullmatch(name):
-            raise PluginError(
-                f"no such CUDA architecture: {name!r}",
-                expected="a compute capability without its dot, e.g. 90 or 89-real",
-                todo=f"the default is {','.join(ARCHITECTURES)}",
-            )
+    numbers = [_number_of(name) for name in architectures]
     folder = library_folder()
     path = folder / (KERNEL_LIBRARY_NAME if kernels_only else PLUGIN_LIBRARY_NAME)
     record = record_of(path) if path.is_file() else None
     if record is not None and not force and set(architectures) <= set(record.architectures):
         return Built(path, record, cached=True)
     tools = find_toolchain(kernels_only=kernels_only)
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_architectures(tools, architectures, numbers)
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="build-", dir=folder) as work:
-        made = _run_cmake(tools, Path(work), architectures, jobs, on_progress) / path.name
+    with _work_folder(folder) as work:
+        made = _run_cmake(tools, work, architectures, jobs, on_progress) / path.name
         record = BuildRecord(
             source_hash=source_hash(),
             architectures=tuple(architectures),
@@ -133,6 +135,63 @@ def build(
         os.replace(made, path)
         write_record(path, record)
     return Built(path, record, cached=False)
+
+
+def _number_of(architecture: str) -> int:
+    """Compute capability of an architecture as CMake spells it, e.g. 89 of `89-real`."""
+    match = _ARCHITECTURE.fullmatch(architecture)
+    if match is None:
+        raise ArchitectureError(
+            f"no such CUDA architecture: {architecture!r}",
+            expected="a compute capability without its dot, e.g. 90 or 89-real",
+            todo=f"the default is {','.join(ARCHITECTURES)}",
+        )
+    number = int(match[1])
+    if number < _MIN_ARCHITECTURE:
+        raise ArchitectureError(
+            f"the kernels do not run on CUDA architecture {architecture}",
+            expected=f"{_MIN_ARCHITECTURE} or later",
+            found=str(number),
+            todo=f"the default is {','.join(ARCHITECTURES)}",
+        )
+    return number
+
+
+def _check_architectures(tools: Toolchain, architectures: Sequence[str], numbers: Sequence[int]) -> None:
+    """Refuse what this nvcc does not know, which it would say in the middle of the build."""
+    known = [int(number) for number in _NVCC_ARCHITECTURE.findall(_answer_of(tools.nvcc, "--list-gpu-arch", _GET_NVCC))]
+    for name, number in zip(architectures, numbers, strict=True):
+        if known and number not in known:
+            raise ArchitectureError(
+                f"{tools.nvcc} does not know CUDA architecture {name}",
+                expected=", ".join(str(one) for one in sorted(known) if one >= _MIN_ARCHITECTURE),
+                found=str(number),
+                todo="another CUDA toolkit may know it",
+            )
+
+
+@contextmanager
+def _work_folder(home: Path) -> Iterator[Path]:
+    """A folder to build in, beside where the library is kept; it is gone afterwards.
+
+    Raises: PluginError where it cannot be made, or the library cannot be put beside it.
+    """
+    todo = "free some space, or let XDG_CACHE_HOME name a folder that can be written"
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(home).free
+        if free < _ROOM_BYTES:
+            raise PluginError(
+                f"{home}: not enough room on the disk",
+                expected=f"{_ROOM_BYTES / 1e6:.0f} MB free",
+                found=f"{free / 1e6:.0f} MB",
+                todo=todo,
+            )
+        # A compiler that was interrupted may still lay down a file while the folder goes: no reason to fail.
+        with tempfile.TemporaryDirectory(prefix="build-", dir=home, ignore_cleanup_errors=True) as work:
+            yield Path(work)
+    except OSError as error:
+        raise PluginError(f"{home}: could not be written", found=error.strerror or str(error), todo=todo) from error
 
 
 def find_toolchain(*, kernels_only: bool = False) -> Toolchain:
@@ -146,16 +205,21 @@ def find_toolchain(*, kernels_only: bool = False) -> Toolchain:
             faults.append(error)
             return None
 
-    nvcc, cmake, compiler = attempt(find_nvcc), attempt(_find_cmake), attempt(_find_compiler)
+    nvcc, cmake, compiler = attempt(find_nvcc), attempt(find_cmake), attempt(_find_compiler)
     headers = None if kernels_only else attempt(find_headers)
     if faults or nvcc is None or cmake is None or compiler is None:
         if len(faults) == 1:
             raise faults[0]
         raise PluginError(
-            "cannot build the plugins: " + "; ".join(fault.what for fault in faults),
+            "cannot build the plugins: " + "; ".join(_in_one_line(fault) for fault in faults),
             todo="\n  ".join(fault.todo for fault in faults if fault.todo),
         )
-    return Toolchain(nvcc[0], nvcc[1], cmake, compiler, headers)
+    return Toolchain(nvcc[0], nvcc[1], cmake[0], compiler, headers)
+
+
+def _in_one_line(fault: PluginError) -> str:
+    facts = [f"{word} {fact}" for word, fact in (("expected", fault.expected), ("found", fault.found)) if fact]
+    return fault.what + (f" ({', '.join(facts)})" if facts else "")
 
 
 def find_nvcc() -> tuple[Path, tuple[int, int]]:
@@ -195,7 +259,8 @@ def find_headers() -> Headers:
     raise PluginError(f"no TensorRT headers (NvInferRuntime.h) in {where}", todo=_GET_HEADERS)
 
 
-def _find_cmake() -> Path:
+def find_cmake() -> tuple[Path, tuple[int, int]]:
+    """CMake and its version. Raises: PluginError where there is none, or one too old."""
     found = shutil.which("cmake")
     if found is None:
         raise PluginError("no cmake was found", todo=_GET_CMAKE)
@@ -207,7 +272,7 @@ def _find_cmake() -> Path:
             found=_spell(version),
             todo=_GET_CMAKE,
         )
-    return Path(found)
+    return Path(found), version
 
 
 def _find_compiler() -> Path:
@@ -218,12 +283,16 @@ def _find_compiler() -> Path:
     raise PluginError("no C++ compiler was found", todo=_GET_COMPILER)
 
 
-def _version_of(program: Path, pattern: str, todo: str) -> tuple[int, int]:
+def _answer_of(program: Path, question: str, todo: str) -> str:
     try:
-        done = subprocess.run([program, "--version"], capture_output=True, text=True, errors="replace", check=False)
+        done = subprocess.run([program, question], capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
         raise PluginError(f"{program} does not run: {error.strerror}", todo=todo) from error
-    found = re.search(pattern, done.stdout)
+    return done.stdout
+
+
+def _version_of(program: Path, pattern: str, todo: str) -> tuple[int, int]:
+    found = re.search(pattern, _answer_of(program, "--version", todo))
     if found is None:
         raise PluginError(f"{program} does not tell its version", todo=todo)
     return int(found[1]), int(found[2])
@@ -261,7 +330,9 @@ def _run_cmake(
         f"-DGSX_ARCHITECTURES={';'.join(architectures)}",
         *([f"-DGSX_TENSORRT_INCLUDE={tools.headers.folder}"] if tools.headers else []),
     ]
-    _run(configure, lambda line: on_progress("configuring", 0, 0))
+    # The compilers' own temporary files, too, lie where room was asked for, and go with the folder.
+    environment = {**os.environ, "TMPDIR": str(work)}
+    _run(configure, environment, lambda line: on_progress("configuring", 0, 0))
     count = jobs or os.cpu_count() or 1
 
     def show(line: str) -> None:
@@ -271,22 +342,32 @@ def _run_cmake(
         elif step:
             on_progress("compiling", int(step[4]), 100)
 
-    _run([str(tools.cmake), "--build", str(work), "--parallel", str(count)], show)
+    _run([str(tools.cmake), "--build", str(work), "--parallel", str(count)], environment, show)
     return work
 
 
-def _run(command: Sequence[str], on_line: Callable[[str], None]) -> None:
+def _run(command: Sequence[str], environment: Mapping[str, str], on_line: Callable[[str], None]) -> None:
     lines: list[str] = []
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        env=environment,
+        start_new_session=True,  # so that it can be ended with all that it started
     ) as process:
+        assert process.stdout is not None
         try:
-            assert process.stdout is not None
             for line in process.stdout:
                 lines.append(line.rstrip())
                 on_line(lines[-1])
         except BaseException:
-            process.terminate()  # Ctrl-C: take the compilers along
+            # Ninja and Make take their compilers along, and then close the pipe; CMake, ended alone, leaves them all.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            for _ in process.stdout:
+                pass
             raise
     if process.returncode:
         told = [line for line in lines if re.search(r"\b(error|fatal|Error)\b", line)] or lines

@@ -20,3 +20,7 @@ class PluginError(Exception):
         facts += [f"found {self.found}"] if self.found else []
         lines = [self.what, *(["  " + ", ".join(facts)] if facts else []), *([f"  {self.todo}"] if self.todo else [])]
         return "\n".join(lines)
+
+
+class ArchitectureError(PluginError):
+    """A GPU architecture that the library cannot be built for."""

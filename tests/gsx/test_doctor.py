@@ -10,7 +10,7 @@ import pytest
 
 from gsx import doctor as look
 from gsx.cli import run
-from gsx.doctor import _OP_CALLS, DoctorReport, Row, _headers, _library, _module, _op, _try
+from gsx.doctor import _OP_CALLS, DoctorReport, Row, _headers, _library, _module, _nvcc, _op, _try
 from plugins.registry import OPS
 
 
@@ -106,3 +106,14 @@ def test_tensorrt_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         lines = f"#define NV_TENSORRT_MAJOR {version} // major\n#define NV_TENSORRT_MINOR 1 // minor\n"
         (tmp_path / "NvInferVersion.h").write_text(lines)
         assert _headers().status == status, version
+
+
+def test_an_old_compiler_is_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of the tools that build the plugins, the version counts."""
+    (tmp_path / "nvcc").write_text("#!/bin/sh\necho 'release 12.4'\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))
+    row = _nvcc()
+    assert (row.status, row.need) == ("broken", "more")
+    assert "12.4" in row.detail
+    assert "12.8 or later" in str(row.todo)

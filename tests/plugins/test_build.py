@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,22 @@ def program(folder: Path, name: str, answer: str) -> Path:
     return path
 
 
+@pytest.fixture
+def working(bare: Path) -> Path:
+    """All tools in versions that will do, which do nothing."""
+    program(bare, "nvcc", "release 13.0\n" + "\n".join(f"compute_{number}" for number in (75, 80, 86, 89, 90, 120)))
+    program(bare, "c++", "")
+    program(bare, "cmake", "cmake version 3.30.0")
+    return bare
+
+
+def cmake(folder: Path, work: str) -> None:
+    """A CMake that does this when it is to configure or build."""
+    path = folder / "cmake"
+    path.write_text(f'#!/bin/sh\ncase "$1" in --version) echo "cmake version 3.30.0";; *) {work};; esac\n')
+    path.chmod(0o755)
+
+
 def headers(folder: Path, major: int, minor: int) -> Path:
     folder.mkdir(parents=True)
     (folder / "NvInferRuntime.h").touch()
@@ -49,6 +66,14 @@ def headers(folder: Path, major: int, minor: int) -> Path:
     )
     (folder / "NvInferVersion.h").write_text(text)
     return folder
+
+
+def test_all_faults_stand_in_one_message(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TENSORRT_ROOT", str(headers(tmp_path / "trt" / "include", 9, 3).parent))
+    with pytest.raises(
+        PluginError, match=r"no nvcc.*; no cmake.*\(expected 10\.8 or later, before 12\.0, found 9\.3\)"
+    ):
+        find_toolchain()
 
 
 def test_everything_is_missing(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,20 +125,61 @@ def test_header_versions(
             find_headers()
 
 
-def test_no_such_architecture() -> None:
-    with pytest.raises(PluginError, match="no such CUDA architecture: 'sm_90'"):
-        build(architectures=("90", "sm_90"))
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ("sm_90", "no such CUDA architecture: 'sm_90'"),
+        ("75", "do not run on CUDA architecture 75\n  expected 80 or later, found 75"),
+        ("99-real", "does not know CUDA architecture 99-real\n  expected 80, 86, 89, 90, 120, found 99"),
+    ],
+)
+def test_no_such_architecture(
+    working: Path, capsys: pytest.CaptureFixture[str], architecture: str, message: str
+) -> None:
+    assert run(["plugins", "build", "--kernels-only", "--arch", f"80,{architecture}"]) == 2
+    assert message in capsys.readouterr().err
+    assert find_kernels() is None
 
 
-def test_failed_build_leaves_nothing(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_place_for_the_library(working: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "_ROOM_BYTES", 1 << 60)
+    with pytest.raises(PluginError, match=r"(?s)not enough room on the disk.*XDG_CACHE_HOME"):
+        build(kernels_only=True)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(PluginError, match=r"(?s)could not be written.*XDG_CACHE_HOME"):
+        build(kernels_only=True)
+
+
+def wait_for_the_end_of(process: int) -> None:
+    """Of one that is not ours to wait for, and that a zombie does not stand for."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        state = Path(f"/proc/{process}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.02)
+    pytest.fail(f"process {process} is still there")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux, as the library does")
+def test_an_interrupted_build_takes_its_compilers_along(working: Path, tmp_path: Path) -> None:
+    """CMake, when it is ended, leaves what it started."""
+    started = tmp_path / "compiler"
+    cmake(working, f"/bin/sleep 60 & echo $! > {started}; echo configuring; wait")
+
+    def interrupt(stage: str, done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(kernels_only=True, on_progress=interrupt)
+    wait_for_the_end_of(int(started.read_text()))
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_failed_build_leaves_nothing(working: Path, tmp_path: Path) -> None:
     """The compiler's own words are shown, and no library or half of one is left."""
-    program(bare, "nvcc", "release 13.0")
-    program(bare, "c++", "")
-    cmake = bare / "cmake"
-    cmake.write_text(
-        '#!/bin/sh\ncase "$1" in --version) echo "cmake version 3.30.0";; *) echo "fatal error: x.h"; exit 2;; esac\n'
-    )
-    cmake.chmod(0o755)
+    cmake(working, 'echo "fatal error: x.h"; exit 2')
     with pytest.raises(PluginError, match=r"(?s)building the plugins failed.*fatal error: x\.h"):
         build(kernels_only=True)
     assert find_kernels() is None
@@ -171,6 +237,15 @@ def test_plugins_list(
     assert found["library"]["plugins"] is True
     assert run(["plugins", "list"]) == 0
     assert library_hash(plugin_library) in capsys.readouterr().out
+
+
+def test_a_file_that_is_no_library(
+    bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.so").write_bytes(b"content")
+    monkeypatch.setenv("GSX_PLUGIN_LIBRARY", str(tmp_path / "mine.so"))
+    assert run(["plugins", "list"]) == 1
+    assert "mine.so: is not the library of gsx's kernels and plugins" in capsys.readouterr().err
 
 
 def test_nothing_is_built(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
