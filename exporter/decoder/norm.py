@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 @torch.library.custom_op("gsx::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [.., W] over the root of its mean square, times weight [W]; computed in float32."""
-    return F.rms_norm(x.to(torch.float32), weight.shape, None, eps).to(x.dtype) * weight
+    """x [.., W] over the root of its mean square, times weight [W]; computed in float32.
+
+    PyTorch computes half types in float32 by itself, in one kernel on a GPU, and rounds once. The weight comes behind
+    that rounding, as in transformers and in ONNX: handed to the function, it would come before.
+    """
+    return F.rms_norm(x, weight.shape, None, eps) * weight
 
 
 @rms_norm.register_fake
