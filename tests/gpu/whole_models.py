@@ -8,12 +8,17 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from benchmarks import gpu_prefill, torch_backend
+from engines.building import build as building
 from engines.building.build import build
+from engines.building.job import run_job
 from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.controls import Keep
 from engines.errors import GsxError
@@ -23,7 +28,7 @@ from engines.runners.select import open_runner
 from engines.runners.tensorrt import TensorRTStage, open_stage
 from engines.runners.whole import WholeRunner
 from engines.tensorrt import cuda
-from engines.tensorrt.backend import Backend, dotted, load_module
+from engines.tensorrt.backend import Backend, dotted, known_targets, load_module
 from engines.tensorrt.loading import ENGINES
 from engines.tensorrt.plugins import plugin_library
 from engines.tokens import BundleTokenizer
@@ -89,6 +94,10 @@ def engine_rows() -> list[Row]:
             continue
         with example(budget=0.5) as bundle:
             rows.append(same_text(what, bundle, lambda backend=backend, bundle=bundle: _built(bundle, backend)))
+            if not _is_target(backend):  # type: ignore[arg-type]
+                with _for_the_gpu_at_hand():
+                    built = partial(_built, bundle, backend)
+                    rows.append(same_text(f"{what}, built for the GPU at hand", bundle, built))
         rows += _eight_bit_rows(backend)  # type: ignore[arg-type]
     return rows
 
@@ -112,11 +121,24 @@ def same_text(what: str, bundle: Bundle, open_other: Callable[[], Runner]) -> Ro
     return goal_row(what, found, goal, equal == len(BUDGETS))
 
 
+def _is_target(backend: Backend) -> bool:
+    """Whether a backend builds for the GPU at hand by name: TensorRT-RTX does not for all (1.7 has no 9.0)."""
+    device = cuda.device()
+    return backend == "tensorrt" or device is None or device.capability in known_targets(load_module(backend))
+
+
+@contextmanager
+def _for_the_gpu_at_hand() -> Iterator[None]:
+    """Builds without named targets: TensorRT-RTX then takes the GPU that it finds (ComputeCapability.CURRENT)."""
+    with mock.patch.object(building, "run_job", lambda job, *rest: run_job(replace(job, targets=()), *rest)):
+        yield
+
+
 def _built(bundle: Bundle, backend: Backend) -> Runner:
     """The engine of a bundle, built now and opened here.
 
-    TensorRT-RTX does not offer every GPU as a target (1.7 has no 9.0). What it builds by default is then given to it as
-    it is: whether it takes and runs that is the question.
+    Where the GPU at hand is no target, the engine is given to TensorRT as it is: whether it takes and runs that is the
+    question.
     """
     name, entry = build(bundle, backend=backend, context=_CONTEXT)
     opened = open_bundle(bundle.directory)
