@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -17,8 +13,10 @@ import onnx
 
 from engines.building.job import Job, Ranges, run_job
 from engines.building.layer_information import EIGHT_BITS
+from engines.building.memory import check_memory
+from engines.building.placing import writing_engines
 from engines.building.profiles import DEFAULT_CONTEXT, default_profiles, most_rows, one_profile, parse_profile
-from engines.bundle.bundle import Bundle, check_room, disk_error, open_bundle, put_in_place, sha256_of, write_manifest
+from engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
 from engines.bundle.tensors import tensor_info
 from engines.errors import BundleError, EngineError, UsageError
@@ -34,13 +32,9 @@ from engines.tensorrt.backend import (
     load_module,
     platform_name,
 )
-from engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from engines.tensorrt.plugins import plugin_library
-from plugins.library import PLUGIN_OPS, cache_folder, library_hash, source_hash
+from plugins.library import PLUGIN_OPS, cache_folder, library_hash, record_of
 
-# Most memory of a build, in weights, seen with TensorRT-RTX 1.7.1 (benchmarks/RESULTS.md): so much in any case, and so
-# much for every profile, whose weights it copies; and what it works with beside them.
-_MEMORY_BASE, _MEMORY_PROFILE, _MEMORY_SLACK = 1.5, 2, 1 << 30
 # An engine is the weights, for every profile, and the kernels.
 _DISK_SLACK = 128 << 20
 
@@ -101,6 +95,8 @@ def build(
             expected=f"a bundle exported without --kv-cache {opened.manifest.kv_cache.type}",
             todo="run it on ONNX Runtime, or export again",
         )
+    if backend == "tensorrt":
+        _check_gpu()
     module = load_module(backend)
     chosen, gpu = _targets(module, backend, targets)
     if opened.manifest.quantization is not None and opened.manifest.quantization.scheme == "fp8":
@@ -109,9 +105,9 @@ def build(
     library = _library(plugins)
     portable = {name: _load(opened, name) for name in opened.manifest.graphs}
     sizes = {name: _weight_bytes(model) for name, model in portable.items()}
-    _check_memory(max(sizes.values()), len(shapes))
+    check_memory(max(sizes.values()), len(shapes))
     name = f"{backend}-sm{'-'.join(chosen)}" + ("-growing" if kv_layout == "growing" else "")
-    with _writing(opened, name, len(shapes) * sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
+    with writing_engines(opened, name, len(shapes) * sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
         graphs, used = {}, False
         version = module.__version__
         for graph, model in portable.items():
@@ -128,7 +124,7 @@ def build(
                 kv_layout=kv_layout,
                 profiles=shapes,
                 library=library,
-                timing_cache=timing_cache or _timing_cache(version, gpu),
+                timing_cache=timing_cache or _timing_cache(version, gpu) if backend == "tensorrt" else None,
                 on_phase=lambda phase, done, total, stage=stage: on_progress(  # type: ignore[misc]
                     BuildProgress(stage, done, total, phase)
                 ),
@@ -174,30 +170,29 @@ def _build_graph(
     kv_layout: KvLayout,
     profiles: Sequence[EngineProfile],
     library: Path | None,
-    timing_cache: Path,
+    timing_cache: Path | None,
     on_phase: Callable[[str, int, int], None],
 ) -> tuple[EngineGraph, bool]:
     """One engine, and whether it has plugins."""
     manifest = bundle.manifest
     lowered = _lower(bundle, name, portable, capacity, kv_layout, profiles, library)
-    with tempfile.TemporaryDirectory(prefix="gsx-graph-") as folder:
-        graph = Path(folder) / "lowered.onnx"
-        graph.write_bytes(lowered.model.SerializeToString())
-        engine = work / f"{name}.engine"
-        plugin_ops = {op for op, form in lowered.forms.items() if form == "plugin"}
-        job = Job(
-            backend=backend,
-            graph=str(graph),
-            beside=str(bundle.graph_path(name)),
-            engine=str(engine),
-            targets=targets,
-            profiles=tuple(input_ranges(lowered.model, profile) for profile in profiles),
-            plugins=str(library) if plugin_ops and library else None,
-            plugin_nodes=sum(node.op_type in plugin_ops for node in lowered.model.graph.node),
-            products=tuple(node.name for node in lowered.model.graph.node if node.op_type == "MatMul"),
-            timing_cache=str(timing_cache) if backend == "tensorrt" else None,
-        )
-        built = run_job(job, name, on_phase)
+    graph, engine = work / f"{name}.onnx", work / f"{name}.engine"
+    graph.write_bytes(lowered.model.SerializeToString())
+    plugin_ops = {op for op, form in lowered.forms.items() if form == "plugin"}
+    job = Job(
+        backend=backend,
+        graph=str(graph),
+        beside=str(bundle.graph_path(name)),
+        engine=str(engine),
+        targets=targets,
+        profiles=tuple(input_ranges(lowered.model, profile) for profile in profiles),
+        plugins=str(library) if plugin_ops and library else None,
+        plugin_nodes=tuple(node.name for node in lowered.model.graph.node if node.op_type in plugin_ops),
+        products=tuple(node.name for node in lowered.model.graph.node if node.op_type == "MatMul"),
+        timing_cache=str(timing_cache) if timing_cache else None,
+    )
+    built = run_job(job, name, on_phase)
+    graph.unlink()
     entry = EngineGraph(
         file=engine.name,
         sha256=sha256_of(engine),
@@ -283,17 +278,22 @@ def _growing(profile: EngineProfile) -> dict[str, Sizes]:
     return {"past": past, "total": Sizes(window.least, window.usual, past.most + tokens.most)}
 
 
+def _check_gpu() -> None:
+    """Asked before TensorRT is: without a GPU it would be installed in vain."""
+    if cuda.device() is None:
+        raise EngineError(
+            "backend tensorrt: builds on the GPU that an engine is for, and there is none here",
+            expected="an NVIDIA GPU with its driver",
+            found=cuda.why_not(),
+            todo="gsx build --backend tensorrt-rtx needs none",
+        )
+
+
 def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
     """Compute capabilities to build for, and the name of the GPU of this machine (None: there is none)."""
     device = cuda.device()
     if backend == "tensorrt":
-        if device is None:
-            raise EngineError(
-                "backend tensorrt: builds on the GPU that an engine is for, and there is none here",
-                expected="an NVIDIA GPU with its driver",
-                found=cuda.why_not(),
-                todo="gsx build --backend tensorrt-rtx needs none",
-            )
+        assert device is not None
         if asked and {target.replace(".", "") for target in asked} != {device.capability}:
             raise UsageError(
                 "--target: backend tensorrt builds for the GPU of this machine alone",
@@ -368,65 +368,14 @@ def _weight_bytes(model: onnx.ModelProto) -> int:
     )
 
 
-def _check_memory(weights: int, profiles: int) -> None:
-    needed = int((_MEMORY_BASE + _MEMORY_PROFILE * profiles) * weights) + _MEMORY_SLACK
-    free = available_memory()
-    if free is not None and free < needed:
-        raise EngineError(
-            "not enough memory to build an engine",
-            expected=f"{needed / 1e9:.1f} GB available, for {weights / 1e9:.1f} GB of weights and {profiles} profiles",
-            found=f"{free / 1e9:.1f} GB",
-            todo="close other programs, give fewer --profile, or build on a machine with more memory",
-        )
-
-
-def available_memory() -> int | None:
-    """Bytes of memory that can be had, caches included; None where the system does not tell."""
+def _timing_cache(version: str, gpu: str | None) -> Path | None:
+    """Where TensorRT's timings are kept; None where nothing can be."""
+    place = cache_folder() / "timing"
     try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        place.mkdir(parents=True, exist_ok=True)
     except OSError:
         return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _timing_cache(version: str, gpu: str | None) -> Path:
-    place = cache_folder() / "timing"
-    place.mkdir(parents=True, exist_ok=True)
     return place / f"{version}-{(gpu or 'none').replace(' ', '_')}.cache"
-
-
-@contextmanager
-def _writing(bundle: Bundle, name: str, needed_bytes: int) -> Iterator[tuple[Path, Callable[[EngineEntry], None]]]:
-    """A folder for engines, and what puts it into the bundle: the folder, then the manifest that names it.
-
-    If the block fails or is interrupted, the bundle is as it was.
-    """
-    home = bundle.directory / ENGINES
-    target = home / name
-    new_home = not home.exists()
-    try:
-        check_room(bundle.directory, needed_bytes, todo="free some space; an engine is about as large as its weights")
-        home.mkdir(exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=home))
-    except OSError as error:
-        raise disk_error(home, error) from error
-
-    def finish(entry: EngineEntry) -> None:
-        (work / ENGINE_FILE).write_text(entry.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        put_in_place(work, target)
-        # Opened again: another build may have added its engines in the meantime.
-        manifest = open_bundle(bundle.directory).manifest
-        write_manifest(bundle.directory, manifest.model_copy(update={"engines": {**manifest.engines, name: entry}}))
-
-    try:
-        os.chmod(work, 0o755)
-        yield work, finish
-    except OSError as error:
-        raise disk_error(home, error) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if new_home and not any(home.iterdir()):
-            home.rmdir()
 
 
 def _library(asked: Literal["auto", "none"] | Path) -> Path | None:
@@ -440,4 +389,5 @@ def _library(asked: Literal["auto", "none"] | Path) -> Path | None:
 
 
 def _plugin_entry(library: Path) -> PluginLibrary:
-    return PluginLibrary(sha256=library_hash(library), source_hash=source_hash())
+    record = record_of(library)
+    return PluginLibrary(sha256=library_hash(library), source_hash=record.source_hash if record else "unknown")

@@ -25,6 +25,11 @@ from engines.tensorrt.backend import Backend
 Ranges = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 # Called with the phase, steps done and steps in all (0: not known).
 OnPhase = Callable[[str, int, int], None]
+LOADING_PLUGINS = "loading the plugin library"
+
+_TURING = "75"
+_NO_TURING = "TensorRT-RTX has neither FP32 nor bf16 products on 7.5: give --target 8.0 or later"
+_REPORT = "report it with the output of `gsx doctor`"
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Job:
         targets: compute capabilities, e.g. "89"; none means the GPU of this machine.
         profiles: the ranges of every dynamic input, for each profile.
         plugins: the plugin library, or None.
-        plugin_nodes: how many layers must become plugins.
+        plugin_nodes: names of the nodes that must become plugins.
         products: names of the graph's matrix products.
         timing_cache: file to keep timings in, where the backend takes timings.
     """
@@ -51,7 +56,7 @@ class Job:
     targets: tuple[str, ...]
     profiles: tuple[Ranges, ...]
     plugins: str | None
-    plugin_nodes: int
+    plugin_nodes: tuple[str, ...]
     products: tuple[str, ...]
     timing_cache: str | None
 
@@ -100,14 +105,14 @@ def run_job(job: Job, name: str, on_phase: OnPhase = lambda phase, done, total: 
         with open(reading, encoding="utf-8") as events:
             try:
                 _ask(process, job)
-                answer = _follow(events, on_phase)
+                last_phase, answer = _follow(events, on_phase)
                 code = process.wait()
             finally:
                 process.kill()
                 process.wait()
         if code == 0 and answer is not None and "built" in answer:
             return Built(**answer["built"])
-        raise _failure(job, name, code, answer, noise)
+        raise _failure(job, name, code, answer, last_phase, noise)
 
 
 def _ask(process: subprocess.Popen[bytes], job: Job) -> None:
@@ -119,16 +124,17 @@ def _ask(process: subprocess.Popen[bytes], job: Job) -> None:
         pass  # it ended before it read: its exit code says why
 
 
-def _follow(events: IO[str], on_phase: OnPhase) -> dict[str, Any] | None:
-    """Pass progress on until the process ends; returns its last word."""
-    answer = None
+def _follow(events: IO[str], on_phase: OnPhase) -> tuple[str, dict[str, Any] | None]:
+    """Pass progress on until the process ends; returns the phase that it was in, and its last word."""
+    phase, answer = "", None
     for line in events:
         event = json.loads(line)
         if "phase" in event:
-            on_phase(event["phase"], event["done"], event["total"])
+            phase = event["phase"]
+            on_phase(phase, event["done"], event["total"])
         else:
             answer = event
-    return answer
+    return phase, answer
 
 
 def _environment(backend: Backend) -> dict[str, str]:
@@ -141,10 +147,13 @@ def _environment(backend: Backend) -> dict[str, str]:
     }
 
 
-def _failure(job: Job, name: str, code: int, answer: dict[str, Any] | None, noise: IO[bytes]) -> EngineError:
+def _failure(
+    job: Job, name: str, code: int, answer: dict[str, Any] | None, phase: str, noise: IO[bytes]
+) -> EngineError:
     """The error that fits how the process ended."""
     answer = answer or {}
     thing = f"{name}.onnx: {job.backend}"
+    report = _REPORT if job.plugins is None else f"--plugins none may pass; {_REPORT}"
     if "refused" in answer:
         return EngineError(
             f"{thing} refuses the op {answer['op']} of node {answer['node']!r}",
@@ -152,7 +161,8 @@ def _failure(job: Job, name: str, code: int, answer: dict[str, Any] | None, nois
             todo="the graph runs in ONNX Runtime; gsx doctor says which plugins are there",
         )
     if "failed" in answer:
-        return EngineError(f"{thing} could not build an engine", found=answer["failed"], todo=answer.get("todo"))
+        todo = answer.get("todo") or (_NO_TURING if _TURING in job.targets else report)
+        return EngineError(f"{thing} could not build an engine", found=answer["failed"], todo=todo)
     noise.seek(0)
     lines = noise.read().decode(errors="replace").strip().splitlines()
     last = lines[-1] if lines else "it said nothing"
@@ -163,4 +173,9 @@ def _failure(job: Job, name: str, code: int, answer: dict[str, Any] | None, nois
             todo="build on a machine with more memory, or with shorter --profile ranges",
         )
     how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
-    return EngineError(f"{thing} took its own process down while it built an engine", found=f"{how}: {last}")
+    doing = f"while {phase}" if phase == LOADING_PLUGINS else "while it built an engine"
+    return EngineError(
+        f"{thing} took its own process down {doing}",
+        found=f"{how}: {last}",
+        todo="gsx plugins build --force makes the library anew" if phase == LOADING_PLUGINS else report,
+    )

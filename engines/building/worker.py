@@ -53,6 +53,7 @@ def main() -> int:
 
 
 def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
+    from engines.building.job import LOADING_PLUGINS
     from engines.building.layer_information import product_types
     from engines.errors import EngineError
     from engines.tensorrt.backend import load_module
@@ -67,15 +68,22 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
     logger = _logger(trt)
     builder = trt.Builder(logger)
     if job["plugins"]:
+        events.send({"phase": LOADING_PLUGINS, "done": 0, "total": 0})
         try:
             load_plugins(builder.get_plugin_registry(), Path(job["plugins"]))
         except EngineError as error:
-            raise _BuildError(failed=f"{error.what}: {error.found}", todo=str(error.todo)) from error
+            told = f" ({logger.last()})" if logger.last() else ""
+            raise _BuildError(failed=f"{error.what}: {error.found}{told}", todo=str(error.todo)) from error
     network = _parse(trt, builder, logger, job)
-    layers = Counter(str(network.get_layer(n).type).rpartition(".")[2] for n in range(network.num_layers))
-    plugins = sum(count for layer, count in layers.items() if layer.startswith("PLUGIN"))
-    if plugins != job["plugin_nodes"]:
-        raise _BuildError(failed=f"{plugins} layers became plugins where {job['plugin_nodes']} were meant to")
+    made_of = [(network.get_layer(n).name, _type_of(network.get_layer(n))) for n in range(network.num_layers)]
+    layers = Counter(kind for _, kind in made_of)
+    plugins = {name for name, kind in made_of if kind.startswith("PLUGIN")}
+    if missing := [name for name in job["plugin_nodes"] if name not in plugins]:
+        raise _BuildError(
+            failed=f"{len(missing)} of {len(job['plugin_nodes'])} nodes that are plugins' became other layers, "
+            f"the first {missing[0]!r}",
+            todo="the graph was edited, or made for other plugins: run `gsx export` again",
+        )
     profiles = []
     for ranges in job["profiles"]:
         profile = Profile()
@@ -126,9 +134,20 @@ def _parse(trt: Any, builder: Any, logger: Any, job: Mapping[str, Any]) -> Any:
     parser = trt.OnnxParser(network, logger)
     if not parser.parse(Path(job["graph"]).read_bytes(), job["beside"]):
         first = parser.get_error(0)
-        refused = logger.of_plugin() or first.desc()[:_MAX_TEXT]
+        refused = logger.of_plugin() or _reason(first)
         raise _BuildError(refused=refused, op=first.node_operator(), node=first.node_name())
     return network
+
+
+def _reason(error: Any) -> str:
+    """Why the parser refused a node. Where it only says that a condition was false, its code and function tell more."""
+    said = _line(" ".join(line for line in error.desc().splitlines() if _NO_DRIVER not in line))
+    code = str(error.code()).rpartition(".")[2]
+    return said if said not in ("", "false") else f"{code}, says {error.func()}"
+
+
+def _type_of(layer: Any) -> str:
+    return str(layer.type).rpartition(".")[2]
 
 
 def _logger(trt: Any) -> Any:

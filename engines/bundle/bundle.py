@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,32 +205,36 @@ def _check_target(target: Path, overwrite: bool) -> None:
         raise UsageError(f"{target}: exists and is not a directory", todo="give another place with -o")
 
 
-def put_in_place(work: Path, target: Path) -> None:
-    """Rename the finished directory to the target, keeping what was there until that has happened."""
-    if not target.exists():
-        work.rename(target)
-        return
+def put_in_place(work: Path, target: Path, then: Callable[[], None] = lambda: None) -> None:
+    """Rename the finished directory to the target, keeping what was there until that has happened.
+
+    Args:
+        then: what belongs to it: if it fails, what was there is there again.
+    """
     old = work.with_suffix(".old")
     try:
-        target.rename(old)
+        if target.exists():
+            target.rename(old)
         work.rename(target)
+        then()
     except BaseException:
-        if old.exists() and not target.exists():
+        if target.exists() and not work.exists():
+            target.rename(work)
+        if old.exists():
             old.rename(target)
         raise
-    finally:
-        if target.exists():
-            shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def disk_error(target: Path, error: OSError) -> GsxError:
+def disk_error(
+    target: Path, error: OSError, *, todo: str = "free some space, or give another place with -o"
+) -> GsxError:
     """What the system said about writing to a place, in words."""
     reasons = {
-        errno.ENOSPC: ("the disk is full", "free some space, or give another place with -o"),
-        errno.EROFS: ("the disk is read-only", "give another place with -o"),
-        errno.EACCES: ("no permission to write here", "give another place with -o"),
-        errno.EPERM: ("no permission to write here", "give another place with -o"),
-        errno.ENOTDIR: ("a part of the path is not a directory", "give another place with -o"),
+        errno.ENOSPC: "the disk is full",
+        errno.EROFS: "the disk is read-only",
+        errno.EACCES: "no permission to write here",
+        errno.EPERM: "no permission to write here",
+        errno.ENOTDIR: "a part of the path is not a directory",
     }
-    reason, todo = reasons.get(error.errno or 0, (str(error), None))
-    return GsxError(f"{target}: could not be written", found=reason, todo=todo)
+    return GsxError(f"{target}: could not be written", found=reasons.get(error.errno or 0, str(error)), todo=todo)

@@ -38,7 +38,8 @@ KvLayout = Literal["in-place", "growing"]
 
 
 class PluginLibrary(Section):
-    """The plugin library that an engine was built with and must be run with."""
+    """The plugin library that an engine was built with and must be run with; `source_hash`: of the sources that it was
+    built from, `unknown` where nothing lies beside it that says so."""
 
     sha256: Sha256
     source_hash: str

@@ -37,6 +37,8 @@ def _look() -> tuple[Device | None, str]:
         error, count = runtime.cudaGetDeviceCount()
     except RuntimeError as problem:  # no CUDA runtime library
         return None, str(problem).splitlines()[0]
+    if error == runtime.cudaError_t.cudaErrorInsufficientDriver:  # also where there is none
+        return None, f"no NVIDIA driver, or one that is too old for CUDA {_version_of(runtime)}"
     if error != runtime.cudaError_t.cudaSuccess:
         return None, _text(runtime, error)
     if count == 0:
@@ -90,6 +92,12 @@ def check(answer: tuple[Any, ...], doing: str) -> Any:
         module = runtime()
         raise EngineError(f"CUDA failed while {doing}", found=_text(module, error))
     return values[0] if len(values) == 1 else tuple(values) if values else None
+
+
+def _version_of(module: Any) -> str:
+    """Of the CUDA runtime, e.g. 13.0."""
+    _, version = module.cudaRuntimeGetVersion()
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _text(module: Any, error: Any) -> str:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import EngineError
+from plugins.domain import DOMAIN
 from plugins.errors import PluginError
-from plugins.library import find_library
+from plugins.library import PLUGIN_OPS, find_library
 
 # What TensorRT asks a library of plugins for.
 _ENTRY = "getCreators"
@@ -30,15 +31,21 @@ def load_plugins(registry: Any, library: Path) -> None:
     """Register the plugins of a library with a builder's or a runtime's registry.
 
     Raises:
-        EngineError: the file is no library, or not one of plugins, or TensorRT does not take it.
+        EngineError: the file is no library, or not one of gsx's plugins, or TensorRT does not take it.
     """
     try:
         reason = "" if hasattr(ctypes.CDLL(str(library)), _ENTRY) else f"no {_ENTRY}: it holds no TensorRT plugins"
     except OSError as error:
         reason = str(error)
-    if reason or registry.load_library(str(library)) is None:
+    if not reason and registry.load_library(str(library)) is None:
+        reason = "TensorRT refuses it"
+    if not reason:
+        there = {creator.name for creator in registry.all_creators if creator.plugin_namespace == DOMAIN}
+        if missing := [op for op in PLUGIN_OPS if op not in there]:
+            reason = f"it has no plugin of {', '.join(missing)}: another version of gsx made it, or other people"
+    if reason:
         raise EngineError(
             f"the plugin library {library} does not load",
-            found=reason or "TensorRT refuses it, for a reason that stands above in its words",
+            found=reason,
             todo="gsx plugins build makes one for this machine",
         )

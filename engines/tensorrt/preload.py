@@ -9,10 +9,14 @@ to the wheel's own files: every later load finds the libraries in memory. Can go
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
+import shutil
 import sys
+import tempfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -41,20 +45,26 @@ def preload_tensorrt_rtx() -> bool:
     found = {name: sorted(wheel.glob(f"{name}.*")) for name in (_CORE, _PARSER)}
     if not all(found.values()):
         return False
+    links = {link: files[-1] for name, files in found.items() for link in (name, files[-1].name)}
     folder = cache_folder() / "tensorrt-rtx" / hashlib.sha256(str(wheel).encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, files in found.items():
-        for link in (name, files[-1].name):
-            _link(folder / link, files[-1])
+    try:
+        _make_links(folder, links)
+    except OSError:  # a cache that cannot be written; this folder goes with the process
+        folder = Path(tempfile.mkdtemp(prefix="gsx-tensorrt-rtx-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _make_links(folder, links)
     _loaded.extend(ctypes.CDLL(str(folder / files[-1].name)) for files in found.values())
     return True
 
 
-def _link(link: Path, target: Path) -> None:
-    """Make a link, also while another process makes the same one."""
-    if link.is_symlink() and link.readlink() == target:
-        return
-    fresh = link.with_name(f"{link.name}.{os.getpid()}")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    fresh.replace(link)
+def _make_links(folder: Path, links: Mapping[str, Path]) -> None:
+    """Make links by name, also while another process makes the same ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, target in links.items():
+        link = folder / name
+        if link.is_symlink() and link.readlink() == target:
+            continue
+        fresh = folder / f"{name}.{os.getpid()}"
+        fresh.unlink(missing_ok=True)
+        fresh.symlink_to(target)
+        fresh.replace(link)

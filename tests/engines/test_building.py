@@ -14,9 +14,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from engines.building import build as building
+from engines.building import memory, placing
 from engines.building.build import build
 from engines.building.job import Job, run_job
-from engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
+from engines.building.placing import writing_engines
+from engines.bundle.bundle import MANIFEST, Bundle, open_bundle, sha256_of
 from engines.bundle.engine_entry import EngineEntry
 from engines.errors import BundleError, EngineError, GsxError, UsageError
 from engines.tensorrt import cuda
@@ -184,21 +186,25 @@ def job_of(model: onnx.ModelProto, folder: Path) -> Job:
         targets=("89",),
         profiles=(),
         plugins=None,
-        plugin_nodes=0,
+        plugin_nodes=(),
         products=tuple(node.name for node in model.graph.node if node.op_type == "MatMul"),
         timing_cache=None,
     )
 
 
-def test_a_refused_op_is_named_with_its_node(tmp_path: Path) -> None:
-    refused = helper.make_node("NonZero", ["x"], ["y"], name="layers.7.nonzero")
+@pytest.mark.parametrize(
+    ("op", "kind", "reason"),
+    [("NonZero", TensorProto.INT64, "plugin"), ("Unique", TensorProto.FLOAT, "UNSUPPORTED_NODE, says checkUnique")],
+)
+def test_a_refused_op_is_named_with_its_node(tmp_path: Path, op: str, kind: int, reason: str) -> None:
+    refused = helper.make_node(op, ["x"], ["y"], name="layers.7.refused")
     values = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, [4]),
-        helper.make_tensor_value_info("y", TensorProto.INT64, [1, None]),
+        helper.make_tensor_value_info("y", kind, None),
     ]
     graph = helper.make_graph([refused], "refused", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
-    with pytest.raises(EngineError, match=r"refuses the op NonZero of node 'layers.7.nonzero'\n.*plugin"):
+    with pytest.raises(EngineError, match=rf"refuses the op {op} of node 'layers.7.refused'\n.*{reason}"):
         run_job(job_of(model, tmp_path), "model")
     assert not (tmp_path / "out.engine").exists()
 
@@ -220,8 +226,8 @@ def test_fewer_plugin_layers_than_meant_is_an_error(bundle: Path, tmp_path: Path
     graph = helper.make_graph([plain], "plain", values[:1], values[1:])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
     job = job_of(model, tmp_path)
-    with pytest.raises(EngineError, match="0 layers became plugins where 2 were meant to"):
-        run_job(Job(**{**job.__dict__, "plugin_nodes": 2}), "model")
+    with pytest.raises(EngineError, match="1 of 1 nodes that are plugins' became other layers, the first 'neg'"):
+        run_job(Job(**{**job.__dict__, "plugin_nodes": ("neg",)}), "model")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), EngineError("refused"), OSError(28, "no space")])
@@ -240,15 +246,65 @@ def test_a_build_that_fails_leaves_the_bundle_as_it_was(
     assert not (bundle / ENGINES).exists()
 
 
+def test_a_manifest_that_cannot_be_written_leaves_the_bundle_as_it_was(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engines are in their place by then, and have taken that of older ones."""
+    build(bundle, plugins="none", **SMALL)  # type: ignore[arg-type]
+    before = state(bundle)
+
+    def fail(*args: object) -> None:
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(placing, "write_manifest", fail)
+    with pytest.raises(GsxError, match=r"the disk is full\n  free some space, or build on a copy"):
+        build(bundle, plugins="none", **SMALL)  # type: ignore[arg-type]
+    assert state(bundle) == before
+
+
+def test_two_builds_of_one_bundle_and_what_a_killed_one_left(bundle: Path) -> None:
+    """Each adds its engines to those of the other. A folder is removed when nobody works in it any more."""
+    opened = open_bundle(bundle)
+    _, entry = build(bundle, plugins="none", **SMALL)  # type: ignore[arg-type]
+    killed = bundle / ENGINES / ".other.abc.partial"
+    killed.mkdir()
+    with writing_engines(opened, "first", 0) as (one, finish_one):
+        assert not killed.exists()
+        with writing_engines(opened, "second", 0) as (_, finish_two):
+            assert one.is_dir()
+            finish_two(entry)
+        finish_one(entry)
+    assert {"first", "second"} < set(open_bundle(bundle).manifest.engines)
+    assert sorted(path.name for path in (bundle / ENGINES).iterdir()) == sorted(open_bundle(bundle).manifest.engines)
+
+
+def test_a_bundle_that_is_exported_again_while_it_is_built(bundle: Path) -> None:
+    """In place of the folder that the build works in, or with other graphs."""
+    opened = open_bundle(bundle)
+    _, entry = build(bundle, plugins="none", **SMALL)  # type: ignore[arg-type]
+    before = state(bundle)
+    other = opened.manifest.model_copy(update={"graphs": {}})
+    for elsewhere, edit in ((Bundle(bundle, other), lambda work: None), (opened, shutil.rmtree)):
+        with pytest.raises(BundleError, match="was replaced while its engines were built"):
+            finish_after(elsewhere, entry, edit)
+        assert state(bundle) == before
+
+
+def finish_after(bundle: Bundle, entry: EngineEntry, edit: Callable[[Path], None]) -> None:
+    with writing_engines(bundle, "new", 0) as (work, finish):
+        edit(work)
+        finish(entry)
+
+
 def test_memory_and_disk_are_asked_first(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = state(bundle)
     monkeypatch.setattr(building, "run_job", lambda *args: pytest.fail("a build was begun"))
     with monkeypatch.context() as patch:
-        patch.setattr(building, "available_memory", lambda: 1 << 20)
+        patch.setattr(memory, "available_memory", lambda: 1 << 20)
         with pytest.raises(EngineError, match=r"not enough memory.*\n.*expected 1.1 GB available.*found 0.0 GB"):
             build(bundle, **SMALL)  # type: ignore[arg-type]
     usage = shutil.disk_usage(bundle)
-    monkeypatch.setattr(building.shutil, "disk_usage", lambda place: usage._replace(free=1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1000))
     with pytest.raises(GsxError, match=r"not enough room on the disk.*\n.*expected 0.13 GB free, found 0.00 GB"):
         build(bundle, **SMALL)  # type: ignore[arg-type]
     assert state(bundle) == before
@@ -323,9 +379,17 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know(
     assert "NOT FOR THE GPU" not in capsys.readouterr().err
 
 
-def test_what_the_system_says_about_memory_is_read() -> None:
-    found = building.available_memory()
+def test_what_the_system_says_about_memory_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's, or the container's where that is less; what it caches can be had."""
+    found = memory.available_memory()
     assert found is None or found > 1 << 20
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("4000\n")
+    (tmp_path / "memory.stat").write_text("anon 3400\ninactive_file 600\n")
+    monkeypatch.setattr(memory, "_GROUPS", ((tmp_path, *memory._GROUPS[0][1:]),))
+    assert memory.available_memory() == 5000 - 4000 + 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available_memory() == memory._of_machine()
 
 
 @pytest.mark.parametrize(
@@ -381,6 +445,24 @@ def test_a_plugin_library_that_is_none(bundle: Path, tmp_path: Path) -> None:
         assert not (bundle / ENGINES).exists()
 
 
+def test_a_plugin_library_of_others_and_half_of_one(bundle: Path, tmp_path: Path) -> None:
+    needs_plugins()
+    named = plugin_library()
+    assert named is not None
+    content = named.read_bytes()
+    renamed = tmp_path / "librenamed.so"
+    renamed.write_bytes(content.replace(b"TopKGather\0", b"TopKOthers\0"))
+    half = tmp_path / "libhalf.so"
+    half.write_bytes(content[: len(content) // 2])
+    for library, message in (
+        (renamed, r"it has no plugin of TopKGather: another version of gsx made it"),
+        (half, r"(?s)loading the plugin library|does not load"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            build(bundle, plugins=library, **SMALL)  # type: ignore[arg-type]
+        assert not (bundle / ENGINES).exists()
+
+
 def onnxruntime_library() -> str:
     """Some shared library that is installed wherever these tests run."""
     from onnxruntime.capi import onnxruntime_pybind11_state
@@ -389,7 +471,10 @@ def onnxruntime_library() -> str:
 
 
 def test_the_reason_of_a_failure_and_not_the_missing_driver(bundle: Path) -> None:
-    with pytest.raises(EngineError, match=r"could not build an engine\n.*Turing \(SM75\): FP32 GEMM is not supported"):
+    with pytest.raises(
+        EngineError,
+        match=r"could not build an engine\n.*Turing \(SM75\): FP32 GEMM is not supported.*\n.*8\.0 or later",
+    ):
         build(bundle, plugins="none", context=64, targets=["7.5"])
     assert not (bundle / ENGINES).exists()
 
@@ -409,6 +494,6 @@ def test_what_a_plugin_refuses_is_told_in_its_words(tmp_path: Path) -> None:
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11, functions=[op.function()])
-    job = Job(**{**job_of(model, tmp_path).__dict__, "plugins": str(plugin_library()), "plugin_nodes": 1})
+    job = Job(**{**job_of(model, tmp_path).__dict__, "plugins": str(plugin_library()), "plugin_nodes": (call.name,)})
     with pytest.raises(EngineError, match=r"ThresholdGather: input score is .*, expected float"):
         run_job(job, "model")

@@ -62,7 +62,7 @@ def test_a_backend_that_cannot_build_stops_an_export_at_once(
 def test_engines_that_fail_leave_the_bundle(
     gsx: Gsx, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.building.build.available_memory", lambda: 1)
+    monkeypatch.setattr("engines.building.memory.available_memory", lambda: 1)
     out = tmp_path / "bundle"
     found = gsx("export", model, "-o", out, "--select", "rank", "--build", "tensorrt-rtx")
     assert found.code == 1
