@@ -91,8 +91,14 @@ def choose_profile(profiles: Sequence[EngineProfile], batch: int, tokens: int, w
         f"{profile.name}: " + ", ".join(f"{axis} {_span(getattr(profile, axis))}" for axis in call)
         for profile in profiles
     )
+    outside = [
+        axis
+        for axis, size in call.items()
+        if not any(getattr(profile, axis).least <= size <= getattr(profile, axis).most for profile in profiles)
+    ]
+    why = f"{' and '.join(outside)} beyond every one" if outside else "each has another axis out of range"
     raise EngineError(
-        "no profile of the engine takes this call",
+        f"no profile of the engine takes this call: {why}",
         expected=ranges,
         found=", ".join(f"{axis} {size}" for axis, size in call.items()),
         todo="build with wider ranges: gsx build --context, --batch or --profile",

@@ -7,6 +7,7 @@ the fact, both values, and the command that mends it.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,12 +101,17 @@ def difference(bundle: Bundle, name: str, entry: EngineEntry, machine: Machine, 
     directory = bundle.directory / ENGINES / name
     what = f"engines {directory}"
     recorded = _recorded(directory)
-    if recorded != entry:
+    if recorded is None:
         return EngineError(
             f"{what}: {ENGINE_FILE} does not match gsx.json",
             expected="the entry that `gsx build` wrote",
-            found="no readable file" if recorded is None else "another one",
+            found="no readable file",
             todo=command,
+        )
+    if recorded != entry:
+        field, wanted, written = _first_difference(entry, recorded)
+        return EngineError(
+            f"{what}: {field} in {ENGINE_FILE} does not match gsx.json", expected=wanted, found=written, todo=command
         )
     facts: list[tuple[str, object, object, str]] = [
         ("kv_layout", "in-place", entry.kv_layout, command),
@@ -184,3 +190,24 @@ def _recorded(directory: Path) -> EngineEntry | None:
         return EngineEntry.model_validate(json.loads((directory / ENGINE_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, ValidationError):
         return None
+
+
+def _first_difference(expected: EngineEntry, found: EngineEntry) -> tuple[str, str, str]:
+    """The first field in which two entries differ, as in `profiles.0.name`, and both values as JSON."""
+    sides = [
+        {path: json.dumps(value) for path, value in _leaves(entry.model_dump(mode="json"))}
+        for entry in (expected, found)
+    ]
+    both = {path: tuple(side.get(path, "nothing") for side in sides) for path in sides[0] | sides[1]}
+    path, (wanted, written) = min((path, values) for path, values in both.items() if values[0] != values[1])
+    return path.removeprefix("/").replace("/", "."), wanted, written
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Paths and values of a JSON value, as RFC 6901 writes them; an empty object or list is None."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None or not value:
+        yield path, value if items is None else None
+        return
+    for name, inner in items:
+        yield from _leaves(inner, f"{path}/{name}")

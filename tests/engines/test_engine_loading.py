@@ -142,6 +142,15 @@ def test_a_record_that_was_edited(bundle: Bundle, text: str | None) -> None:
     assert COMMAND in str(problem)
 
 
+def test_a_record_of_another_engine_names_the_field(bundle: Bundle) -> None:
+    entry = bundle.manifest.engines[NAME]
+    graph = entry.graphs["model"]
+    other = entry.model_copy(update={"graphs": {"model": graph.model_copy(update={"size_bytes": 7})}})
+    problem = difference(bundle, NAME, other, MACHINE, COMMAND)
+    message = f"graphs.model.size_bytes in engine.json does not match gsx.json\n  expected 7, found {graph.size_bytes}"
+    assert message in str(problem)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

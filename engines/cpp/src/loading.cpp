@@ -67,9 +67,14 @@ std::optional<EngineError> difference(Bundle const& bundle, std::string const& n
     std::string const what = "engines " + directory.string();
     std::optional<std::string> const text = contentOf(directory / kEngineFile);
     std::optional<std::string> const recorded = text ? canonicalEntry(*text) : std::nullopt;
-    if (recorded != entry.canonical) {
+    if (!recorded) {
         return EngineError(what + ": " + kEngineFile + " does not match gsx.json",
-                           {"the entry that `gsx build` wrote", recorded ? "another one" : "no readable file", command});
+                           {"the entry that `gsx build` wrote", "no readable file", command});
+    }
+    if (*recorded != entry.canonical) {
+        FieldDifference const first = firstDifference(entry.canonical, *recorded);
+        return EngineError(what + ": " + first.field + " in " + kEngineFile + " does not match gsx.json",
+                           {first.expected, first.found, command});
     }
     std::vector<Fact> facts = {{"kv_layout", "in-place", entry.kvLayout},
                                {"platform", entry.platform, machine.platform},

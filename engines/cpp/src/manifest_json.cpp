@@ -1,5 +1,6 @@
 #include "manifest_json.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -289,6 +290,26 @@ std::optional<std::string> canonicalEntry(std::string const& text) {
     json const raw = json::parse(text, nullptr, false);
     if (!raw.is_object()) return std::nullopt;
     return raw.dump();
+}
+
+FieldDifference firstDifference(std::string const& expected, std::string const& found) {
+    json const wanted = json::parse(expected).flatten();
+    json const written = json::parse(found).flatten();
+    auto const shown = [](json const& side, std::string const& field) {
+        auto const value = side.find(field);
+        return value == side.end() ? std::string("nothing") : value->dump();
+    };
+    std::set<std::string> fields;
+    for (json const& side : {wanted, written}) {
+        for (auto const& [field, value] : side.items()) fields.insert(field);
+    }
+    for (std::string const& field : fields) {
+        FieldDifference difference{field.substr(1), shown(wanted, field), shown(written, field)};
+        if (difference.expected == difference.found) continue;
+        std::replace(difference.field.begin(), difference.field.end(), '/', '.');
+        return difference;
+    }
+    return {"nothing", {}, {}};
 }
 
 }  // namespace gsx

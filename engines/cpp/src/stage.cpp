@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <utility>
 
 #include "gsx/error.h"
@@ -115,12 +116,21 @@ size_t chooseProfile(std::vector<EngineProfile> const& profiles, int64_t batch, 
         if (chosen == profiles.size() || profile.tokens.most < profiles[chosen].tokens.most) chosen = i;
     }
     if (chosen < profiles.size()) return chosen;
+    std::vector<std::string> outside;
+    for (auto const& [name, axis, size] : {std::tuple("batch", &EngineProfile::batch, batch),
+                                           std::tuple("tokens", &EngineProfile::tokens, tokens),
+                                           std::tuple("window", &EngineProfile::window, window)}) {
+        auto const takes = [axis = axis, size = size](EngineProfile const& profile) { return fits(profile.*axis, size); };
+        if (std::none_of(profiles.begin(), profiles.end(), takes)) outside.emplace_back(name);
+    }
+    std::string const why =
+        outside.empty() ? "each has another axis out of range" : joinedBy(" and ", outside) + " beyond every one";
     std::vector<std::string> ranges;
     for (EngineProfile const& profile : profiles) {
         ranges.push_back(profile.name + ": batch " + spanOf(profile.batch) + ", tokens " + spanOf(profile.tokens) +
                          ", window " + spanOf(profile.window));
     }
-    throw EngineError("no profile of the engine takes this call",
+    throw EngineError("no profile of the engine takes this call: " + why,
                       {joinedBy("; ", ranges),
                        "batch " + std::to_string(batch) + ", tokens " + std::to_string(tokens) + ", window " +
                            std::to_string(window),

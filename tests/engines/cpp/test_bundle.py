@@ -62,6 +62,11 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]
     return edit
 
 
+def edit_record(directory: Path, **fields: object) -> None:
+    path = engine_file(directory, ENGINE_FILE)
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
+
+
 CASES = {
     "fits": Case("tensorrt-rtx-sm89 6"),
     "another version": Case("tensorrt_version differs", Here(version="1.8.0.1")),
@@ -77,6 +82,18 @@ CASES = {
     "a graph without engine": Case("have no draft", Here(graph="draft")),
     "a record that is gone": Case("found no readable file", edit=lambda d: engine_file(d, ENGINE_FILE).unlink()),
     "a record that is no JSON": Case("no readable file", edit=lambda d: engine_file(d, ENGINE_FILE).write_text("{")),
+    "a record of another engine": Case(
+        'gpu in engine.json does not match gsx.json\n  expected null, found "NVIDIA L4"',
+        edit=lambda d: edit_record(d, gpu="NVIDIA L4"),
+    ),
+    "a record of another profile": Case(
+        "profiles.0.tokens.2 in engine.json does not match gsx.json\n  expected 64, found 65",
+        edit=lambda d: edit_record(d, profiles=[p.model_dump() for p in default_profiles(65, 1)]),
+    ),
+    "a record without targets": Case(
+        "targets in engine.json does not match gsx.json\n  expected nothing, found null",
+        edit=lambda d: edit_record(d, targets=[]),
+    ),
     "an engine cut short": Case("found 5 bytes", edit=lambda d: engine_file(d).write_bytes(PLAN[:5])),
     "an engine that is gone": Case("found no such file", edit=lambda d: engine_file(d).unlink()),
     "other bytes": Case("sha256 differs", edit=lambda d: engine_file(d).write_bytes(PLAN.upper())),
