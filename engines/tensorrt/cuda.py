@@ -89,8 +89,8 @@ def check(answer: tuple[Any, ...], doing: str) -> Any:
     """
     error, *values = answer
     if int(error) != 0:
-        module = runtime()
-        raise EngineError(f"CUDA failed while {doing}", found=_text(module, error))
+        forget_error(answer)
+        raise EngineError(f"CUDA failed while {doing}", found=_text(runtime(), error))
     return values[0] if len(values) == 1 else tuple(values) if values else None
 
 
@@ -98,6 +98,16 @@ def _version_of(module: Any) -> str:
     """Of the CUDA runtime, e.g. 13.0."""
     _, version = module.cudaRuntimeGetVersion()
     return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def forget_error(answer: tuple[Any, ...]) -> None:
+    """Pass over a failure without a word.
+
+    An error that CUDA still remembers is taken for that of the next kernel, whose launch is checked by CUDA's last
+    error (CUB, plugins).
+    """
+    if int(answer[0]) != 0:
+        runtime().cudaGetLastError()
 
 
 def _text(module: Any, error: Any) -> str:

@@ -7,9 +7,10 @@ recorded as a CUDA graph and replayed: with TensorRT here, while TensorRT-RTX do
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -18,6 +19,11 @@ from engines.tensorrt import cuda
 from engines.tensorrt.backend import Backend, load_module
 from engines.tensorrt.plugins import load_plugins
 from engines.tensorrt.rtx import runtime_config, why_refused
+
+# TensorRT wants every address at a multiple of this, those of the host as well (IExecutionContext::setTensorAddress).
+_ALIGNMENT = 256
+# A CUDA graph is recorded once so many calls were made in the same way: TensorRT sets itself up in the first ones.
+_CALLS_BEFORE_RECORDING = 2
 
 
 class DeviceArray:
@@ -39,6 +45,16 @@ class DeviceArray:
     def __del__(self) -> None:
         if hasattr(self, "address"):
             self._runtime.cudaFree(self.address)
+
+
+class _RecordedGraph:
+    """A CUDA graph that can be launched, freed with the object."""
+
+    def __init__(self, handle: Any) -> None:
+        self._runtime, self.handle = cuda.runtime(), handle
+
+    def __del__(self) -> None:
+        self._runtime.cudaGraphExecDestroy(self.handle)
 
 
 class CudaEngine:
@@ -73,6 +89,7 @@ class CudaEngine:
                 todo="gsx build builds it anew for this machine",
             )
         self.stream = int(cuda.check(self._runtime.cudaStreamCreate(), "making a stream"))
+        weakref.finalize(self, self._runtime.cudaStreamDestroy, self.stream).atexit = False
         self._config = None
         if is_rtx:
             self._config = runtime_config(self._trt, self._engine, kernels=kernels, cuda_graphs=cuda_graphs, owner=self)
@@ -133,21 +150,23 @@ class _Context:
     """An execution context on one profile, with the memory of its small inputs and its results."""
 
     def __init__(self, owner: CudaEngine, profile: int) -> None:
-        self._owner, self._engine, self._runtime = owner, owner._engine, owner._runtime
+        # The owner holds its contexts: a circle would keep memory of the GPU until Python looks for circles.
+        self._owner: CudaEngine = weakref.proxy(owner)
+        self._engine, self._runtime = owner._engine, owner._runtime
         self._trt, self._stream = owner._trt, owner.stream
         self._context = owner.new_context()
         if self._context is None:
             raise EngineError("TensorRT has no memory for an execution context", todo="gsx build with less --context")
         if not self._context.set_optimization_profile_async(profile, self._stream):
             raise EngineError(f"the engine has no profile {profile}", todo="gsx build builds it anew")
+        # else nobody keeps the context
+        cuda.check(self._runtime.cudaStreamSynchronize(self._stream), "choosing a profile")
         self._memory: dict[str, DeviceArray] = {}
+        self._host_memory: dict[str, np.ndarray] = {}
         self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
-        self._graph: Any = None
+        self._graph: _RecordedGraph | None = None
+        # Calls that were enqueued with all shapes and addresses as they are.
         self._calls_alike = 0
-
-    def __del__(self) -> None:
-        if getattr(self, "_graph", None) is not None:
-            self._runtime.cudaGraphExecDestroy(self._graph)
 
     def run(
         self,
@@ -156,41 +175,61 @@ class _Context:
         results: Mapping[str, tuple[int, ...]],
     ) -> dict[str, np.ndarray]:
         """See `CudaEngine.run`."""
-        runtime, stream = self._runtime, self._stream
-        host = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
-        before = dict(self._bound)
-        on_host = False
+        host = {name: np.asarray(value, order="C") for name, value in feeds.items()}  # numbers stay without axes
+        found = {
+            name: np.empty(shape, np.float32 if self._engine.get_tensor_dtype(name) == self._trt.float32 else np.int64)
+            for name, shape in results.items()
+        }
+        try:
+            self._call(host, buffers, found)
+        except BaseException:
+            # Copies that were asked for before the failure may yet read the inputs and write the results.
+            cuda.forget_error(self._runtime.cudaStreamSynchronize(self._stream))
+            raise
+        return found
+
+    def _call(
+        self,
+        host: Mapping[str, np.ndarray],
+        buffers: Mapping[str, tuple[DeviceArray, tuple[int, ...]]],
+        found: Mapping[str, np.ndarray],
+    ) -> None:
         for name, value in host.items():
-            if self._engine.get_tensor_location(name) == self._trt.TensorLocation.HOST:
-                on_host = True  # read while the call is prepared, so a recording would keep its value
-                self._context.set_tensor_address(name, value.ctypes.data)
-                continue
-            memory = self._room(name, value.nbytes)
-            copied = runtime.cudaMemcpyAsync(
-                memory.address, value.ctypes.data, value.nbytes, runtime.cudaMemcpyKind.cudaMemcpyHostToDevice, stream
-            )
-            cuda.check(copied, f"copying {name} to the GPU")
-            self._bind(name, memory.address, value.shape)
+            self._give(name, value)
         for name, (memory, shape) in buffers.items():
             self._bind(name, memory.address, shape)
-        found: dict[str, np.ndarray] = {}
-        for name, shape in results.items():
-            kind = np.float32 if self._engine.get_tensor_dtype(name) == self._trt.float32 else np.int64
-            found[name] = np.empty(shape, kind)
-            self._bind(name, self._room(name, found[name].nbytes).address, shape)
-        self._calls_alike = self._calls_alike + 1 if self._bound == before and not on_host else 0
-        self._enqueue()
         for name, value in found.items():
-            copied = runtime.cudaMemcpyAsync(
-                value.ctypes.data,
-                self._memory[name].address,
-                value.nbytes,
-                runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost,
-                stream,
+            self._bind(name, self._room(name, value.nbytes).address, value.shape)
+        self._enqueue()
+        self._calls_alike += 1
+        to_host = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        for name, value in found.items():
+            copied = self._runtime.cudaMemcpyAsync(
+                value.ctypes.data, self._memory[name].address, value.nbytes, to_host, self._stream
             )
             cuda.check(copied, f"copying {name} from the GPU")
-        cuda.check(runtime.cudaStreamSynchronize(stream), "running the engine")
-        return found
+        cuda.check(self._runtime.cudaStreamSynchronize(self._stream), "running the engine")
+
+    def _give(self, name: str, value: np.ndarray) -> None:
+        """Hand an input over."""
+        if self._engine.get_tensor_location(name) == self._trt.TensorLocation.HOST:
+            self._give_on_host(name, value)
+            return
+        memory = self._room(name, value.nbytes)
+        self._bind(name, memory.address, value.shape)
+        to_device = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        copied = self._runtime.cudaMemcpyAsync(memory.address, value.ctypes.data, value.nbytes, to_device, self._stream)
+        cuda.check(copied, f"copying {name} to the GPU")
+
+    def _give_on_host(self, name: str, value: np.ndarray) -> None:
+        """An input that stays on the host is read while the call is prepared, so a recording would keep its value."""
+        self._forget_calls()
+        room = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
+        start = -room.ctypes.data % _ALIGNMENT
+        memory = self._host_memory[name] = room[start : start + value.nbytes]
+        memory[:] = value.reshape(-1).view(np.uint8)
+        if not self._context.set_tensor_address(name, memory.ctypes.data):
+            self._refuse_memory(name)
 
     def _room(self, name: str, size: int) -> DeviceArray:
         """Memory of a name, kept across calls; it grows in steps, so that a growing window seldom moves it."""
@@ -202,30 +241,40 @@ class _Context:
     def _bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
         if self._bound.get(name) == (address, shape):
             return
+        # Before anything changes: where a part of it fails, the next call starts from nothing.
+        self._forget_calls()
+        self._bound.pop(name, None)
         is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
         if is_input and not self._context.set_input_shape(name, shape):
             raise EngineError(f"the engine does not take {name} of shape {list(shape)}", todo="gsx build --profile")
-        self._context.set_tensor_address(name, address)
+        if not self._context.set_tensor_address(name, address):
+            self._refuse_memory(name)
         self._bound[name] = (address, shape)
+
+    def _refuse_memory(self, name: str) -> NoReturn:
+        raise EngineError(
+            f"the engine does not take the memory of {name}", found="the reason stands above, in TensorRT's words"
+        )
+
+    def _forget_calls(self) -> None:
+        """What was recorded, and what speaks for recording, holds for the shapes and addresses of that time."""
+        self._graph = None
+        self._calls_alike = 0
 
     def _enqueue(self) -> None:
         """Run, or replay what was recorded for the same shapes and addresses."""
-        runtime, stream = self._runtime, self._stream
-        if self._calls_alike == 0 and self._graph is not None:
-            cuda.check(runtime.cudaGraphExecDestroy(self._graph), "dropping a CUDA graph")
-            self._graph = None
         if self._graph is None and self._wants_graph():
             self._graph = self._record()
         if self._graph is not None:
-            cuda.check(runtime.cudaGraphLaunch(self._graph, stream), "replaying a CUDA graph")
-        elif not self._context.execute_async_v3(stream):
+            launched = self._runtime.cudaGraphLaunch(self._graph.handle, self._stream)
+            cuda.check(launched, "replaying a CUDA graph")
+        elif not self._context.execute_async_v3(self._stream):
             raise EngineError("TensorRT could not run the engine", found="the reason stands above, in its words")
 
     def _wants_graph(self) -> bool:
-        """Two plain calls of these shapes come first: TensorRT sets itself up in them."""
-        return self._owner._records and self._calls_alike >= 2
+        return self._owner._records and self._calls_alike >= _CALLS_BEFORE_RECORDING
 
-    def _record(self) -> Any:
+    def _record(self) -> _RecordedGraph | None:
         """A CUDA graph of the call; None where TensorRT cannot be recorded, now or ever after."""
         runtime, stream = self._runtime, self._stream
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -236,8 +285,8 @@ class _Context:
             if int(error) == 0:
                 runtime.cudaGraphDestroy(graph)
             self._owner._records = False
-            runtime.cudaGetLastError()  # a failed recording leaves an error behind, and the call is yet to be made
+            cuda.forget_error((error,))  # the call is yet to be made
             return None
-        made = cuda.check(runtime.cudaGraphInstantiate(graph, 0), "making a CUDA graph")
-        cuda.check(runtime.cudaGraphDestroy(graph), "dropping a recording")
-        return made
+        instantiated = runtime.cudaGraphInstantiate(graph, 0)
+        runtime.cudaGraphDestroy(graph)
+        return _RecordedGraph(cuda.check(instantiated, "making a CUDA graph"))

@@ -2,14 +2,15 @@
 
 What is real is the order and the place of things. Device memory is apart from the host's, and filled with rubbish when
 it is given out; an access that is not wholly inside one block of it, or from the wrong side, fails. A stream does
-nothing before it is waited for, so a copy whose source has gone by then copies rubbish. A recorded call keeps the
-addresses and shapes that it was recorded with. The engine itself is the lowered graph, run by ONNX Runtime
-(`cpu_engine.py`).
+nothing before it is waited for, and what a copy reads has to be there unchanged until then. A recorded call keeps the
+addresses and shapes that it was recorded with. Every call can be made to fail. The engine itself is the lowered graph,
+run by ONNX Runtime (`cpu_engine.py`).
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,8 @@ import numpy as np
 from tests.engines.cpu_engine import CpuEngine
 
 _RUBBISH = 0xFF  # NaN in every float type
+_ALIGNMENT = 256  # of device memory, and of every address that TensorRT takes
+_SUCCESS, _FAILURE = 0, 999  # cudaErrorUnknown
 _KINDS = SimpleNamespace(
     cudaMemcpyHostToDevice=("host", "device"),
     cudaMemcpyDeviceToHost=("device", "host"),
@@ -32,6 +35,8 @@ class StandInCuda:
 
     Attributes:
         launches: how many recorded graphs were replayed.
+        calls: calls that can fail, TensorRT's among them.
+        fail_at: number of the call that fails; 0 for none.
         refuses_recording: recording fails, as it does where TensorRT needs the host in between.
     """
 
@@ -39,8 +44,12 @@ class StandInCuda:
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread-local")  # noqa: N815
 
     def __init__(self) -> None:
-        self._blocks: dict[int, ctypes.Array[ctypes.c_char]] = {}
+        # Address -> size, and what keeps it.
+        self._blocks: dict[int, tuple[int, ctypes.Array[ctypes.c_char]]] = {}
         self._queues: dict[int, list[Work]] = {}
+        self._handles = itertools.count(1)
+        self._last_error = _SUCCESS
+        self.calls = self.fail_at = 0
         self._recording: list[Work] | None = None
         self._graphs: dict[int, list[Work]] = {}
         self.launches = 0
@@ -48,8 +57,23 @@ class StandInCuda:
 
     @property
     def held(self) -> int:
-        """Blocks of memory and recordings that were not given back."""
-        return len(self._blocks) + len(self._graphs)
+        """Blocks of memory, streams and recordings that were not given back."""
+        return len(self._blocks) + len(self._queues) + len(self._graphs)
+
+    def fails(self) -> bool:
+        """Whether the call that begins is to fail."""
+        self.calls += 1
+        return self.calls == self.fail_at
+
+    def failed(self) -> int:
+        """The code of a call that fails, which CUDA also remembers."""
+        self._last_error = _FAILURE
+        return _FAILURE
+
+    @property
+    def remembers_error(self) -> bool:
+        """Kernels' launches are checked by CUDA's last error, so an old one is taken for theirs."""
+        return self._last_error != _SUCCESS
 
     def array(self, address: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> np.ndarray:
         """Device memory as an array."""
@@ -63,26 +87,46 @@ class StandInCuda:
         (self._queues[stream] if self._recording is None else self._recording).append(work)
 
     def cudaMalloc(self, size: int) -> tuple[int, int]:  # noqa: N802
-        block = ctypes.create_string_buffer(bytes([_RUBBISH]) * size, size)
-        self._blocks[ctypes.addressof(block)] = block
-        return 0, ctypes.addressof(block)
+        if self.fails():
+            return self.failed(), 0
+        block = ctypes.create_string_buffer(bytes([_RUBBISH]) * (size + _ALIGNMENT), size + _ALIGNMENT)
+        address = -(-ctypes.addressof(block) // _ALIGNMENT) * _ALIGNMENT
+        self._blocks[address] = size, block
+        return 0, address
 
     def cudaFree(self, address: int) -> tuple[int]:  # noqa: N802
+        for stream in self._queues:  # CUDA waits for the device, too
+            self._finish(stream)
         del self._blocks[address]
         return (0,)
 
     def cudaStreamCreate(self) -> tuple[int, int]:  # noqa: N802
-        self._queues[len(self._queues) + 1] = []
-        return 0, len(self._queues)
+        if self.fails():
+            return self.failed(), 0
+        stream = next(self._handles)
+        self._queues[stream] = []
+        return 0, stream
+
+    def cudaStreamDestroy(self, stream: int) -> tuple[int]:  # noqa: N802
+        del self._queues[stream]
+        return (0,)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:  # noqa: N802
         assert self._recording is None, "waiting for a stream that is being recorded"
+        if self.fails():
+            self._queues[stream].clear()  # after an error of the GPU nothing runs any more
+            return (self.failed(),)
+        self._finish(stream)
+        return (0,)
+
+    def _finish(self, stream: int) -> None:
         work, self._queues[stream] = self._queues[stream], []
         for one in work:
             one()
-        return (0,)
 
     def cudaMemsetAsync(self, address: int, value: int, size: int, stream: int) -> tuple[int]:  # noqa: N802
+        if self.fails():
+            return (self.failed(),)
         self._check(address, size, "device")
         self.enqueue(stream, lambda: ctypes.memset(address, value, size))
         return (0,)
@@ -92,22 +136,38 @@ class StandInCuda:
     ) -> tuple[int]:
         self._check(source, size, kind[0])
         self._check(target, size, kind[1])
-        self.enqueue(stream, lambda: ctypes.memmove(target, source, size))
+        if self.fails():
+            return (self.failed(),)
+        before = ctypes.string_at(source, size) if kind[0] == "host" else None
+
+        def copy() -> None:
+            assert before in (None, ctypes.string_at(source, size)), "what is copied changed before it was"
+            ctypes.memmove(target, source, size)
+
+        self.enqueue(stream, copy)
         return (0,)
 
     def cudaStreamBeginCapture(self, stream: int, mode: str) -> tuple[int]:  # noqa: N802
+        if self.fails():
+            return (self.failed(),)
         self._recording = []
         return (0,)
 
     def cudaStreamEndCapture(self, stream: int) -> tuple[int, int]:  # noqa: N802
         assert self._recording is not None
-        number = len(self._graphs) + 1
-        self._graphs[number], self._recording = self._recording, None
-        return (901, 0) if self.refuses_recording else (0, number)
+        recorded, self._recording = self._recording, None
+        if self.fails() or self.refuses_recording:
+            return self.failed(), 0
+        graph = next(self._handles)
+        self._graphs[graph] = recorded
+        return 0, graph
 
     def cudaGraphInstantiate(self, graph: int, flags: int) -> tuple[int, int]:  # noqa: N802
-        self._graphs[-graph] = self._graphs[graph]
-        return 0, -graph
+        if self.fails():
+            return self.failed(), 0
+        made = next(self._handles)
+        self._graphs[made] = self._graphs[graph]
+        return 0, made
 
     def cudaGraphDestroy(self, graph: int) -> tuple[int]:  # noqa: N802
         del self._graphs[graph]
@@ -116,16 +176,22 @@ class StandInCuda:
     cudaGraphExecDestroy = cudaGraphDestroy  # noqa: N815
 
     def cudaGraphLaunch(self, graph: int, stream: int) -> tuple[int]:  # noqa: N802
+        if self.fails():
+            return (self.failed(),)
         self.launches += 1
         for work in self._graphs[graph]:
             self.enqueue(stream, work)
         return (0,)
 
     def cudaGetLastError(self) -> tuple[int]:  # noqa: N802
-        return (0,)
+        error, self._last_error = self._last_error, _SUCCESS
+        return (error,)
+
+    def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:  # noqa: N802
+        return 0, b"made to fail"
 
     def _check(self, address: int, size: int, side: str) -> None:
-        inside = [at for at, block in self._blocks.items() if at <= address and address + size <= at + len(block)]
+        inside = [at for at, (room, _) in self._blocks.items() if at <= address and address + size <= at + room]
         assert bool(inside) == (side == "device"), f"{size} bytes at {address:#x} are not {side} memory"
 
 
@@ -175,6 +241,7 @@ class _Engine:
         self.trt = trt
         session = trt.engine.session
         self.inputs = {value.name for value in session.get_inputs()}
+        self.axes = {value.name: len(value.shape) for value in session.get_inputs()}
         self.types: Mapping[str, np.dtype[Any]] = trt.engine.types
         self.names = [value.name for value in (*session.get_inputs(), *session.get_outputs())]
         self.num_io_tensors = len(self.names)
@@ -194,9 +261,9 @@ class _Engine:
     def create_runtime_config(self) -> Any:
         return SimpleNamespace(cuda_graph_strategy=self.trt.CudaGraphStrategy.DISABLED)
 
-    def create_execution_context(self, runtime_config: Any = None) -> _Context:
+    def create_execution_context(self, runtime_config: Any = None) -> _Context | None:
         self.trt.config = runtime_config
-        return _Context(self)
+        return None if self.trt.cuda.fails() else _Context(self)
 
 
 class _Context:
@@ -211,19 +278,25 @@ class _Context:
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         known = self._trt.engine.ranges
         self._ranges = known[profile] if profile < len(known) else None
-        return self._ranges is not None
+        return self._ranges is not None and not self._trt.cuda.fails()
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self._ranges is not None
+        if self._trt.cuda.fails() or len(shape) != self._engine.axes[name]:
+            return False
         least, _, most = self._ranges.get(name, (shape, shape, shape))
         self._shapes[name] = shape
         return all(a <= size <= b for a, size, b in zip(least, shape, most, strict=True))
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        if self._trt.cuda.fails() or address % _ALIGNMENT:
+            return False
         self._addresses[name] = address
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
+        if self._trt.cuda.fails() or self._trt.cuda.remembers_error:
+            return False
         addresses, shapes = dict(self._addresses), dict(self._shapes)
         assert set(addresses) == set(self._engine.names), "a tensor without an address"
         for name, address in addresses.items():

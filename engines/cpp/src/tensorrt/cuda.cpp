@@ -7,13 +7,20 @@
 namespace gsx {
 
 void checkCuda(cudaError_t code, std::string const& doing) {
-    if (code != cudaSuccess) throw EngineError("CUDA failed while " + doing, {{}, cudaGetErrorString(code), {}});
+    if (code == cudaSuccess) return;
+    forgetError(code);
+    throw EngineError("CUDA failed while " + doing, {{}, cudaGetErrorString(code), {}});
+}
+
+void forgetError(cudaError_t code) noexcept {
+    if (code != cudaSuccess) cudaGetLastError();
 }
 
 Device firstDevice() {
     int count = 0;
     cudaError_t const code = cudaGetDeviceCount(&count);
     if (code != cudaSuccess || count == 0) {
+        forgetError(code);
         throw EngineError("no NVIDIA GPU can be used",
                           {"a GPU and its driver", code == cudaSuccess ? "no CUDA device" : cudaGetErrorString(code),
                            "without a GPU, `gsx generate` runs the bundle on ONNX Runtime"});

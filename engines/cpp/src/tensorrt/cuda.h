@@ -14,6 +14,10 @@ namespace gsx {
 // Throws EngineError with CUDA's words where a call failed; `doing` is what it was for.
 void checkCuda(cudaError_t code, std::string const& doing);
 
+// Without a word. An error that CUDA still remembers is taken for that of the next kernel, whose launch is checked by
+// CUDA's last error (CUB, plugins).
+void forgetError(cudaError_t code) noexcept;
+
 struct Device {
     std::string name;
     // Compute capability, "89" for 8.9.

@@ -1,6 +1,7 @@
 #include "tensorrt/execution.h"
 
 #include <algorithm>
+#include <cstring>
 #include <new>
 #include <utility>
 #include <vector>
@@ -17,7 +18,7 @@ constexpr int32_t kHeadersMajor = TRT_MAJOR_RTX;
 #else
 constexpr int32_t kHeadersMajor = NV_TENSORRT_MAJOR;
 #endif
-// A CUDA graph is recorded once a call was made in the same way so often: TensorRT sets itself up in the first ones.
+// A CUDA graph is recorded once so many calls were made in the same way: TensorRT sets itself up in the first ones.
 constexpr int kCallsBeforeRecording = 2;
 constexpr size_t kLongestError = 600;
 
@@ -67,6 +68,16 @@ size_t roundedUp(size_t size) {
     while (power < size) power *= 2;
     return power;
 }
+
+// TensorRT wants every address at a multiple of this, those of the host as well (IExecutionContext::setTensorAddress).
+constexpr std::align_val_t kAlignment{256};
+
+struct FreeHost {
+    void operator()(void* memory) const noexcept { ::operator delete(memory, kAlignment); }
+};
+using HostMemory = std::unique_ptr<void, FreeHost>;
+
+HostMemory makeHostMemory(size_t size) { return HostMemory(::operator new(std::max<size_t>(size, 1), kAlignment)); }
 
 // What an array is made of, whatever its type.
 struct HostView {
@@ -196,16 +207,10 @@ public:
             throw EngineError("the engine has no profile " + std::to_string(profile),
                               {{}, logger().takeError(), "gsx build builds it anew"});
         }
-        checkCuda(cudaStreamSynchronize(mStream), "choosing a profile");
+        checkCuda(cudaStreamSynchronize(mStream), "choosing a profile");  // else nobody keeps the context
     }
 
     Values run(Values const& feeds, Buffers const& buffers, std::map<std::string, Shape> const& results) {
-        mChanged = false;
-        bool onHost = false;
-        for (auto const& [name, value] : feeds) onHost = give(name, viewOf(value)) || onHost;
-        for (auto const& [name, bound] : buffers) {
-            bind(name, static_cast<DeviceMemory&>(*bound.buffer).address(), bound.shape);
-        }
         Values found;
         for (auto const& [name, shape] : results) {
             Value& value = found[name];
@@ -215,20 +220,14 @@ public:
                 value = Array<int64_t>(shape);
             }
             checkType(name, viewOf(value));
-            bind(name, room(name, viewOf(value).bytes).address(), shape);
         }
-        mCallsAlike = mChanged || onHost ? 0 : mCallsAlike + 1;
-        enqueue();
-        for (auto& [name, value] : found) {
-            std::visit(
-                [&, &named = name](auto& array) {
-                    checkCuda(cudaMemcpyAsync(array.data.data(), room(named, 0).address(),
-                                              array.data.size() * sizeof(array.data[0]), cudaMemcpyDeviceToHost, mStream),
-                              "copying " + named + " from the GPU");
-                },
-                value);
+        try {
+            call(feeds, buffers, found);
+        } catch (...) {
+            // Copies that were asked for before the failure may yet read the feeds and write the results.
+            forgetError(cudaStreamSynchronize(mStream));
+            throw;
         }
-        checkCuda(cudaStreamSynchronize(mStream), "running the engine");
         return found;
     }
 
@@ -249,19 +248,49 @@ private:
         }
     }
 
-    // Hand an input over. Returns whether it stays on the host: it is read while the call is prepared, so a recording
-    // would keep its value.
-    bool give(std::string const& name, HostView const& view) {
+    void call(Values const& feeds, Buffers const& buffers, Values& found) {
+        for (auto const& [name, value] : feeds) give(name, viewOf(value));
+        for (auto const& [name, bound] : buffers) {
+            bind(name, static_cast<DeviceMemory&>(*bound.buffer).address(), bound.shape);
+        }
+        for (auto const& [name, value] : found) {
+            HostView const view = viewOf(value);
+            bind(name, room(name, view.bytes).address(), view.shape);
+        }
+        enqueue();
+        ++mCallsAlike;
+        for (auto& [name, value] : found) {
+            std::visit(
+                [&, &named = name](auto& array) {
+                    checkCuda(cudaMemcpyAsync(array.data.data(), room(named, 0).address(),
+                                              array.data.size() * sizeof(array.data[0]), cudaMemcpyDeviceToHost, mStream),
+                              "copying " + named + " from the GPU");
+                },
+                value);
+        }
+        checkCuda(cudaStreamSynchronize(mStream), "running the engine");
+    }
+
+    // Hand an input over.
+    void give(std::string const& name, HostView const& view) {
         checkType(name, view);
         if (mOwner.mEngine->getTensorLocation(name.c_str()) == nvinfer1::TensorLocation::kHOST) {
-            if (!mContext->setInputTensorAddress(name.c_str(), view.data)) refuse(name, view.shape);
-            return true;
+            giveOnHost(name, view);
+            return;
         }
         DeviceMemory& memory = room(name, view.bytes);
+        bind(name, memory.address(), view.shape);
         checkCuda(cudaMemcpyAsync(memory.address(), view.data, view.bytes, cudaMemcpyHostToDevice, mStream),
                   "copying " + name + " to the GPU");
-        bind(name, memory.address(), view.shape);
-        return false;
+    }
+
+    // An input that stays on the host is read while the call is prepared, so a recording would keep its value.
+    void giveOnHost(std::string const& name, HostView const& view) {
+        forgetCalls();
+        HostMemory& memory = mHostMemory[name];
+        memory = makeHostMemory(view.bytes);
+        std::memcpy(memory.get(), view.data, view.bytes);
+        if (!mContext->setInputTensorAddress(name.c_str(), memory.get())) refuseMemory(name);
     }
 
     // Memory of a name, kept across calls; it grows in steps, so that a growing window seldom moves it.
@@ -274,21 +303,30 @@ private:
     void bind(std::string const& name, void* address, Shape const& shape) {
         auto const bound = mBound.find(name);
         if (bound != mBound.end() && bound->second.address == address && bound->second.shape == shape) return;
-        mChanged = true;
+        // Before anything changes: where a part of it fails, the next call starts from nothing.
+        forgetCalls();
+        mBound.erase(name);
         bool const isInput = mOwner.mEngine->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
-        if (isInput && !mContext->setInputShape(name.c_str(), dimsOf(shape, name))) refuse(name, shape);
-        if (!mContext->setTensorAddress(name.c_str(), address)) refuse(name, shape);
+        if (isInput && !mContext->setInputShape(name.c_str(), dimsOf(shape, name))) {
+            throw EngineError("the engine does not take " + name + " of shape " + spelled(shape),
+                              {{}, logger().takeError(), "gsx build --profile"});
+        }
+        if (!mContext->setTensorAddress(name.c_str(), address)) refuseMemory(name);
         mBound[name] = {address, shape};
     }
 
-    [[noreturn]] void refuse(std::string const& name, Shape const& shape) const {
-        throw EngineError("the engine does not take " + name + " of shape " + spelled(shape),
-                          {{}, logger().takeError(), "gsx build --profile"});
+    [[noreturn]] void refuseMemory(std::string const& name) const {
+        throw EngineError("the engine does not take the memory of " + name, {{}, logger().takeError(), {}});
+    }
+
+    // What was recorded, and what speaks for recording, holds for the shapes and addresses of that time.
+    void forgetCalls() {
+        mGraph.reset();
+        mCallsAlike = 0;
     }
 
     // Run, or replay what was recorded for the same shapes and addresses.
     void enqueue() {
-        if (mCallsAlike == 0) mGraph.reset();
         if (!mGraph && mOwner.mCudaGraphs && mCallsAlike >= kCallsBeforeRecording) record();
         if (mGraph) {
             checkCuda(cudaGraphLaunch(mGraph.get(), mStream), "replaying a CUDA graph");
@@ -306,8 +344,8 @@ private:
         if (!enqueued || ended != cudaSuccess) {
             if (recording != nullptr) cudaGraphDestroy(recording);
             mOwner.mCudaGraphs = false;
-            cudaGetLastError();  // a failed recording leaves an error behind, and the call is yet to be made
-            logger().takeError();
+            forgetError(ended);
+            logger().takeError();  // the call is yet to be made, and may fail for a reason of its own
             return;
         }
         cudaGraphExec_t made = nullptr;
@@ -321,10 +359,11 @@ private:
     cudaStream_t mStream;
     std::unique_ptr<nvinfer1::IExecutionContext> mContext;
     std::map<std::string, std::unique_ptr<DeviceMemory>> mMemory;
+    std::map<std::string, HostMemory> mHostMemory;
     std::map<std::string, Binding> mBound;
     RecordedGraph mGraph;
+    // Calls that were enqueued with all shapes and addresses as they are.
     int mCallsAlike = 0;
-    bool mChanged = false;
 };
 
 CudaEngine::CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, bool cudaGraphs,
