@@ -14,11 +14,6 @@ using gsx::Values;
 
 constexpr double kEndScore = 2;
 
-struct HostBuffer final : gsx::Buffer {
-    explicit HostBuffer(Shape const& shape) : array(shape) {}
-    Array<float> array;
-};
-
 Array<int64_t> const& ints(Values const& feeds, std::string const& name) {
     return std::get<Array<int64_t>>(feeds.at(name));
 }
@@ -27,10 +22,9 @@ Array<float> const& floats(Values const& feeds, std::string const& name) {
     return std::get<Array<float>>(feeds.at(name));
 }
 
-// K or V of a layer: [B, 1, capacity, 1].
 Array<float>& bufferOf(Buffers const& buffers, int64_t layer, char const* kv) {
     std::string const name = "past_key_values." + std::to_string(layer) + "." + kv;
-    return static_cast<HostBuffer&>(*buffers.at(name).buffer).array;
+    return static_cast<ToyBuffer&>(*buffers.at(name).buffer).array;
 }
 
 // Element [sequence, 0, column, 0].
@@ -57,8 +51,8 @@ uint32_t mix(std::vector<uint32_t> const& values) {
     return z;
 }
 
-ToyEngine::ToyEngine(gsx::Manifest const& manifest, std::string graph, bool copies, gsx::Sha256& digest)
-    : mManifest(manifest), mGraph(std::move(graph)), mCopies(copies), mDigest(digest) {
+ToyEngine::ToyEngine(gsx::Manifest const& manifest, std::string graph, gsx::Sha256& digest)
+    : mManifest(manifest), mGraph(std::move(graph)), mDigest(digest) {
     int64_t const depth = manifest.decoder.numLayers;
     int64_t const exit = mGraph == "model" ? depth : std::get<gsx::ExitDraft>(manifest.draft->draft).layer;
     mFirst = mGraph == "verify" ? exit : 0;
@@ -66,7 +60,7 @@ ToyEngine::ToyEngine(gsx::Manifest const& manifest, std::string graph, bool copi
 }
 
 std::shared_ptr<gsx::Buffer> ToyEngine::buffer(Shape const& shape, std::string const&) {
-    return std::make_shared<HostBuffer>(shape);
+    return std::make_shared<ToyBuffer>(shape);
 }
 
 gsx::Values ToyEngine::run(size_t profile, Values const& feeds, Buffers const& buffers,
@@ -212,7 +206,7 @@ std::vector<ToyEngine::Token> ToyEngine::kept(int64_t layer, gsx::Branch branch,
 
 void ToyEngine::write(int64_t layer, std::vector<Token> const& tokens, std::set<Token> const& kept, Values const& feeds,
                       Buffers const& buffers, Pair& below) const {
-    bool const copies = mCopies && layer > 0;
+    bool const copies = mManifest.kvPolicy == "copy" && layer > 0;
     for (uint32_t number = 0; number < 2; ++number) {
         Array<float>& buffer = bufferOf(buffers, layer, number == 0 ? "key" : "value");
         Array<float>& old = number == 0 ? below.key : below.value;

@@ -15,10 +15,16 @@
 // A hash of whole numbers, 32 bits.
 uint32_t mix(std::vector<uint32_t> const& values);
 
-// One graph of the toy model. `copies` says that the K/V policy is `copy`; the digest takes in every call.
+// K or V of a layer, [B, 1, capacity, 1].
+struct ToyBuffer final : gsx::Buffer {
+    explicit ToyBuffer(gsx::Shape const& shape) : array(shape) {}
+    gsx::Array<float> array;
+};
+
+// One graph of the toy model; the digest takes in every call.
 class ToyEngine final : public gsx::Engine {
 public:
-    ToyEngine(gsx::Manifest const& manifest, std::string graph, bool copies, gsx::Sha256& digest);
+    ToyEngine(gsx::Manifest const& manifest, std::string graph, gsx::Sha256& digest);
 
     std::shared_ptr<gsx::Buffer> buffer(gsx::Shape const& shape, std::string const& name) override;
     gsx::Values run(size_t profile, gsx::Values const& feeds, gsx::Buffers const& buffers,
@@ -47,7 +53,6 @@ private:
 
     gsx::Manifest const& mManifest;
     std::string mGraph;
-    bool mCopies;
     gsx::Sha256& mDigest;
     int64_t mFirst;
     int64_t mLast;

@@ -3,16 +3,17 @@
 
 #include <cmath>
 #include <cstring>
-#include <fstream>
 #include <functional>
 #include <iostream>
 #include <limits>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <utility>
 
+#include "comparison.h"
 #include "draft_length.h"
-#include "gsx/gsx.h"
 #include "manifest_json.h"
 #include "picker.h"
 #include "toy_engine.h"
@@ -21,40 +22,11 @@ namespace {
 
 using nlohmann::json;
 
-int gCompared = 0;
-int gDifferent = 0;
-
-void compare(std::string const& what, json const& found, json const& wanted) {
-    ++gCompared;
-    if (found == wanted) return;
-    ++gDifferent;
-    std::cout << what << ": found " << found.dump() << ", Python has " << wanted.dump() << "\n";
-}
-
 double number(json const& text) {
     uint64_t const bits = std::stoull(text.get<std::string>(), nullptr, 16);
     double value = 0;
     std::memcpy(&value, &bits, sizeof value);
     return value;
-}
-
-// What an action is refused with.
-std::string refusalOf(std::function<void()> const& action) {
-    try {
-        action();
-    } catch (gsx::Error const& error) {
-        return error.what();
-    }
-    return "nothing was refused";
-}
-
-gsx::Sampling samplingOf(json const& options) {
-    gsx::Sampling sampling;
-    sampling.temperature = options.at("temperature");
-    sampling.topK = options.value("top_k", int64_t{0});
-    sampling.topP = options.value("top_p", 1.0);
-    if (options.contains("seed")) sampling.seed = options["seed"].get<uint64_t>();
-    return sampling;
 }
 
 // Logits of a kind: the tables KINDS and REFUSED_KINDS of make.py.
@@ -140,87 +112,22 @@ void repeatThresholds(json const& file) {
     }
 }
 
-gsx::Keep keepOf(json const& raw) {
-    gsx::Keep keep;
-    if (raw.contains("budget")) keep.budget = raw["budget"].get<double>();
-    if (raw.contains("layers")) keep.layers = raw["layers"].get<std::string>();
-    if (raw.contains("exit")) keep.exit = raw["exit"].get<int64_t>();
-    if (raw.contains("speedup")) keep.speedup = raw["speedup"].get<double>();
-    if (raw.contains("exit_threshold")) keep.exitThreshold = std::stod(raw["exit_threshold"].get<std::string>());
-    return keep;
-}
-
-gsx::Options optionsOf(json const& raw) {
-    gsx::Options options;
-    options.maxNewTokens = raw.at("max_new_tokens");
-    options.sampling = samplingOf(raw.at("sampling"));
-    json const& keep = raw.at("keep");
-    for (json const& one : keep.is_array() ? keep : json::array({keep})) options.keep.push_back(keepOf(one));
-    if (!raw.at("stop_ids").is_null()) options.stopIds = raw["stop_ids"].get<gsx::Tokens>();
-    if (!raw.at("draft_length").is_null()) options.draftLength = raw["draft_length"].get<int64_t>();
-    return options;
-}
-
-// Generate with the toy; returns the hash of its calls.
-std::string generateToy(json const& raw, json const& one, gsx::Options const& options, gsx::Generation& made) {
-    gsx::Manifest const manifest = gsx::parseManifest(raw.dump(), "vectors");
-    bool const copies = raw.at("kv_policy") == "copy";
-    gsx::Drafting drafting{!one.at("draft").is_null(), {}};
-    if (drafting.speculative) drafting.draft = one["draft"].get<std::string>();
-    gsx::Sha256 digest;
-    auto const engine = [&](std::string const& graph) {
-        return std::make_unique<ToyEngine>(manifest, graph, copies, digest);
+// The toy model behind the interface of an engine: decoding alone, without a runtime.
+EnginesUnderTest toyEngines() {
+    struct Toys {
+        std::map<std::string, gsx::Manifest> manifests;
+        gsx::Sha256 digest;
     };
-    gsx::Model model({"toy", manifest}, manifest.engines.at("toy"), engine, drafting);
-    made = model.generate(one.at("prompts").get<std::vector<gsx::Tokens>>(), options);
-    return digest.finish();
-}
-
-void repeatRefusal(json const& raw, json const& one, gsx::Options const& options) {
-    gsx::Generation made;
-    compare("refusal", refusalOf([&] { generateToy(raw, one, options, made); }), one.at("error"));
-}
-
-void repeatGeneration(json const& file) {
-    for (json const& one : file.at("cases")) {
-        json const& raw = file.at("manifests").at(one.at("model").get<std::string>());
-        gsx::Options options = optionsOf(one.at("options"));
-        if (one.contains("error")) {
-            repeatRefusal(raw, one, options);
-            continue;
-        }
-        std::string const name = one.at("name");
-        std::vector<gsx::Tokens> streamed(one.at("prompts").size());
-        options.onToken = [&](size_t sequence, int64_t token) {
-            streamed[sequence].push_back(token);
-            return false;
+    auto const toys = std::make_shared<Toys>();
+    auto const open = [toys](std::string const& name, json const& raw, gsx::Drafting const& drafting) {
+        gsx::Manifest const& manifest =
+            toys->manifests.try_emplace(name, gsx::parseManifest(raw.dump(), "vectors")).first->second;
+        auto const engine = [&](std::string const& graph) {
+            return std::make_unique<ToyEngine>(manifest, graph, toys->digest);
         };
-        gsx::Generation made;
-        std::string const calls = generateToy(raw, one, options, made);
-        json sequences = json::array();
-        for (size_t i = 0; i < made.sequences.size(); ++i) {
-            gsx::Generated const& sequence = made.sequences[i];
-            sequences.push_back({{"tokens", sequence.tokens}, {"finish", gsx::nameOf(sequence.finish)}});
-            compare(name + ": streamed", streamed[i], sequence.tokens);
-        }
-        compare(name + ": sequences", sequences, one.at("sequences"));
-        gsx::GenerationStats const& stats = made.stats;
-        json const counters = {{"prompt_tokens", stats.promptTokens}, {"new_tokens", stats.newTokens},
-                               {"sequences", stats.sequences},        {"decode_steps", stats.decodeSteps},
-                               {"drafted", stats.drafted},            {"accepted", stats.accepted},
-                               {"kept_rows", stats.keptRows},         {"gated_rows", stats.gatedRows}};
-        compare(name + ": stats", counters, one.at("stats"));
-        compare(name + ": calls", calls, one.at("calls_sha256"));
-        // How far to draft is then found by the clock, which may change the calls and never the text.
-        if (!one.at("draft").is_null()) {
-            options.draftLength.reset();
-            options.onToken = nullptr;
-            generateToy(raw, one, options, made);
-            for (size_t i = 0; i < made.sequences.size(); ++i) {
-                compare(name + ": adaptive", made.sequences[i].tokens, one.at("sequences")[i].at("tokens"));
-            }
-        }
-    }
+        return gsx::Model({"toy", manifest}, manifest.engines.at("toy"), engine, drafting);
+    };
+    return {open, [toys] { return std::exchange(toys->digest, {}).finish(); }};
 }
 
 }  // namespace
@@ -230,18 +137,8 @@ int main(int count, char** arguments) {
         std::cerr << "usage: gsx_vectors FILE.json\n";
         return 2;
     }
-    std::string const path = arguments[1];
-    std::map<std::string, std::function<void(json const&)>> const kinds = {{"sampling.json", repeatSampling},
-                                                                         {"draft_length.json", repeatDraftLength},
-                                                                         {"thresholds.json", repeatThresholds},
-                                                                         {"generation.json", repeatGeneration}};
-    try {
-        std::ifstream file(path);
-        kinds.at(path.substr(path.rfind('/') + 1))(json::parse(file));
-    } catch (std::exception const& error) {
-        std::cout << path << ": " << error.what() << "\n";
-        return 1;
-    }
-    std::cout << gCompared << " compared, " << gDifferent << " different\n";
-    return gCompared > 0 && gDifferent == 0 ? 0 : 1;
+    return compareFile(arguments[1], {{"sampling.json", repeatSampling},
+                                      {"draft_length.json", repeatDraftLength},
+                                      {"thresholds.json", repeatThresholds},
+                                      {"generation.json", [](json const& file) { repeatGeneration(file, toyEngines()); }}});
 }

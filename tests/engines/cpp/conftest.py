@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import engines
 from engines.bundle.schema import SCHEMA_FILE
 from plugins.library import cache_folder
+from tests.engines.cpp.toy_bundles import BACKEND, version_of, write_bundle
+from tests.plugins.emulation import cuda_include
+from tests.vectors import make
 
 SOURCES = Path(engines.__file__).parent / "cpp"
+# Folders of TensorRT, of which the headers alone have to be there.
+ROOTS = [
+    Path(root) for root in os.environ.get("GSX_TEST_TENSORRT_ROOTS", os.environ.get("TENSORRT_ROOT", "")).split(":")
+]
+NEEDS = "needs g++, CUDA's headers and TENSORRT_ROOT (or GSX_TEST_TENSORRT_ROOTS)"
+
+
+def headers_of(root: Path) -> Path | None:
+    """Folder of TensorRT's headers, given it or the one above it; None where there are none."""
+    return next((folder for folder in (root / "include", root) if (folder / "NvInferRuntime.h").is_file()), None)
 
 
 def json_include() -> Path | None:
@@ -36,9 +52,9 @@ def configure(build: Path, *options: str) -> None:
     run([*command, "-G", "Ninja" if shutil.which("ninja") else "Unix Makefiles"])
 
 
-def compile_all(build: Path) -> None:
+def compile_all(build: Path, target: str = "all") -> None:
     """Build what was configured."""
-    run(["cmake", "--build", str(build), "--parallel", "2"])
+    run(["cmake", "--build", str(build), "--parallel", "2", "--target", target])
 
 
 def run(command: list[str], **options: object) -> str:
@@ -52,12 +68,74 @@ def run(command: list[str], **options: object) -> str:
 def cpp_build() -> Path:
     """The core and its tests, compiled without warnings; CXXFLAGS (sanitizers, say) make a build of their own."""
     # CMake ties a build to the folder of its sources: two checkouts have two.
-    digest = hashlib.sha256(f"{SOURCES}\0{os.environ.get('CXXFLAGS', '')}".encode())
+    standin = _standin_options()
+    digest = hashlib.sha256("\0".join([str(SOURCES), os.environ.get("CXXFLAGS", ""), *standin]).encode())
     for path in [*sorted(SOURCES.rglob("*")), SCHEMA_FILE]:
         if path.is_file():
             digest.update(f"{path.name}\0".encode() + path.read_bytes())
     build = cache_folder() / "cpp-tests" / digest.hexdigest()[:16]
     # Little is gained by optimizing tests, and much time by not doing it.
-    configure(build, "-DGSX_BACKEND=none", "-DGSX_TESTS=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+    configure(build, "-DGSX_BACKEND=none", "-DGSX_TESTS=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1", *standin)
     compile_all(build)
     return build
+
+
+@pytest.fixture(scope="session")
+def standin_build(cpp_build: Path) -> Path:
+    """The device part on the stand-in for TensorRT and CUDA; skips where their headers are not there."""
+    if not _standin_options():
+        pytest.skip(NEEDS)
+    compile_all(cpp_build, "gsx_standin")
+    return cpp_build / "tests/standin"
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """The stand-in for one version of TensorRT, and the models of the vectors as bundles for it."""
+
+    build: Path
+    number: int
+    version: str
+    vectors: Path
+
+    @property
+    def manifests(self) -> dict[str, Any]:
+        return dict(json.loads(self.vectors.read_text(encoding="utf-8"))["manifests"])
+
+    @property
+    def cases(self) -> list[dict[str, Any]]:
+        return list(json.loads(self.vectors.read_text(encoding="utf-8"))["cases"])
+
+    def check(self, *words: str | Path) -> tuple[int, str]:
+        """Exit code and output of its program."""
+        program = self.build / f"gsx_standin_{self.number}"
+        done = subprocess.run([program, *words], capture_output=True, text=True, check=False, timeout=300)
+        return done.returncode, (done.stdout + done.stderr)[-6000:]
+
+
+@pytest.fixture(scope="session")
+def stand_ins(standin_build: Path, tmp_path_factory: pytest.TempPathFactory) -> list[StandIn]:
+    """Of every set of headers."""
+    made = []
+    for number, headers in enumerate(filter(None, map(headers_of, ROOTS))):
+        folder, version = tmp_path_factory.mktemp("bundles"), version_of(headers)
+        text = make.text_of("generation").replace("tensorrt-rtx", BACKEND)
+        (folder / "generation.json").write_text(text, encoding="utf-8")
+        for name, manifest in json.loads(text)["manifests"].items():
+            write_bundle(folder / name, manifest, version)
+        made.append(StandIn(standin_build, number, version, folder / "generation.json"))
+    return made
+
+
+@pytest.fixture
+def stand_in(stand_ins: list[StandIn]) -> StandIn:
+    """Of the first headers."""
+    return stand_ins[0]
+
+
+def _standin_options() -> list[str]:
+    """What CMake has to know for the stand-in; empty where there are no headers."""
+    headers, cuda_headers = [str(folder) for root in ROOTS if (folder := headers_of(root))], cuda_include()
+    if not headers or cuda_headers is None:
+        return []
+    return [f"-DGSX_STANDIN_HEADERS={';'.join(headers)}", f"-DGSX_STANDIN_CUDA={cuda_headers}"]

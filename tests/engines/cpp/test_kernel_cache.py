@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from engines.tensorrt.kernel_cache import kernel_cache_path
-from tests.engines.cpp.conftest import SOURCES
-from tests.engines.cpp.test_package import NEEDS, ROOTS, compile_device_sources
+from tests.engines.cpp.conftest import NEEDS, ROOTS, SOURCES
+from tests.engines.cpp.test_package import compile_device_sources
 
 SHA256 = "ab" * 32
 # TensorRT-RTX's own headers come with its SDK alone. They have these declarations besides those of TensorRT 11's, which

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 from importlib.util import find_spec
@@ -12,13 +11,9 @@ import pytest
 
 from engines.bundle.bundle import open_bundle
 from engines.tensorrt import cuda
-from tests.engines.cpp.conftest import SOURCES, compile_all, configure, json_include, run
+from tests.engines.cpp.conftest import NEEDS, ROOTS, SOURCES, compile_all, configure, headers_of, json_include, run
 from tests.plugins.emulation import cuda_include
 
-ROOTS = [
-    Path(root) for root in os.environ.get("GSX_TEST_TENSORRT_ROOTS", os.environ.get("TENSORRT_ROOT", "")).split(":")
-]
-NEEDS = "needs g++, CUDA's headers and TENSORRT_ROOT (or GSX_TEST_TENSORRT_ROOTS)"
 CONSUMER = {
     "CMakeLists.txt": """
 cmake_minimum_required(VERSION 3.24)
@@ -63,12 +58,12 @@ def compile_device_sources(root: Path, backend: str = "tensorrt") -> None:
 
     Args: root: folder of the headers, or of their `include`.
     """
-    compiler, cuda_headers, json = shutil.which("g++"), cuda_include(), json_include()
-    if root == Path() or compiler is None or cuda_headers is None or json is None:
+    compiler, headers, cuda_headers, json = shutil.which("g++"), headers_of(root), cuda_include(), json_include()
+    if compiler is None or headers is None or cuda_headers is None or json is None:
         pytest.skip(NEEDS)
     command = [compiler, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror"]
     command += [f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'src'}", f'-DGSX_BACKEND="{backend}"']
-    for folder in (root / "include" if (root / "include").is_dir() else root, cuda_headers, json):
+    for folder in (headers, cuda_headers, json):
         command += ["-isystem", str(folder)]
     for source in [*sorted((SOURCES / "src/tensorrt").glob("*.cpp")), SOURCES / "apps/gsx_run.cpp"]:
         run([*command, str(source)])

@@ -1,0 +1,157 @@
+// The TensorRT side of gsx on the stand-in, from `openModel` on:
+//   gsx_standin vectors GENERATION.json BUNDLES [SETTING...]
+//       repeats the vectors, whose models lie in BUNDLES
+//   gsx_standin failures GENERATION.json BUNDLES CASE
+//       repeats one of them, with several prompts, and makes each call of CUDA and TensorRT fail in turn; after it, the same model has to go on
+//   gsx_standin generate BUNDLE [SETTING...]
+//       one generation, of the vectors' single prompt: its tokens, or the error
+// A setting is NAME=VALUE: graphs=0, and those of standin.h: devices, major, records, reuse, failing; or plugins, a file.
+// Exit code 1 for a difference, or an error of gsx.
+
+#include <functional>
+#include <iostream>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "comparison.h"
+#include "gsx/gsx.h"
+#include "gsx/tensorrt.h"
+#include "standin.h"
+
+using nlohmann::json;
+
+namespace {
+
+gsx::GpuOptions settingsOf(std::vector<std::string> const& settings) {
+    gsx::GpuOptions options;
+    std::map<std::string, std::function<void(std::string const&)>> const known = {
+        {"graphs", [&](std::string const& value) { options.cudaGraphs = value != "0"; }},
+        {"plugins", [&](std::string const& value) { options.pluginLibrary = value; }},
+        {"devices", [](std::string const& value) { standin::machine().devices = std::stoi(value); }},
+        {"major", [](std::string const& value) { standin::machine().major = std::stoi(value); }},
+        {"records", [](std::string const& value) { standin::machine().records = value != "0"; }},
+        {"reuse", [](std::string const& value) { standin::machine().reusesAddresses = value != "0"; }},
+        {"failing", [](std::string const& value) { standin::failAlways(value); }},
+    };
+    for (std::string const& setting : settings) {
+        size_t const equals = setting.find('=');
+        known.at(setting.substr(0, equals))(setting.substr(equals + 1));
+    }
+    return options;
+}
+
+void compareLeftovers(std::string const& when) {
+    compare(when + ": misuse", standin::takeMisuse(), json::array());
+    compare(when + ": objects that nobody freed", standin::alive(), 0);
+}
+
+void repeatVectors(json const& file, std::string const& bundles, gsx::GpuOptions const& options) {
+    auto const open = [&](std::string const& name, json const&, gsx::Drafting const& drafting) {
+        compareLeftovers("before " + name);
+        return gsx::openModel(bundles + "/" + name, drafting, options);
+    };
+    repeatGeneration(file, {open, standin::takeCalls});
+    compareLeftovers("at the end");
+    compare("CUDA graphs were launched", standin::graphLaunches() > 0, options.cudaGraphs);
+}
+
+class Failing {
+public:
+    Failing(json const& one, std::string const& bundles)
+        : mCase(one), mDirectory(bundles + "/" + one.at("model").get<std::string>()) {}
+
+    void eachInTurn() {
+        int64_t const before = standin::calls();
+        {
+            gsx::Model model = open();
+            compare("without a failure", generate(model), mCase.at("sequences"));
+        }
+        int64_t const all = standin::calls() - before;
+        for (int64_t number = 1; number <= all; ++number) fail(number);
+    }
+
+private:
+    void fail(int64_t number) {
+        {
+            std::optional<gsx::Model> model;
+            standin::failAt(standin::calls() + number);
+            try {
+                model.emplace(open());
+                // What cannot be recorded runs without.
+                compare(standin::takeFailed() + " failed", generate(*model), mCase.at("sequences"));
+            } catch (gsx::EngineError const&) {
+                // The way it should end.
+            }
+            standin::failAt(0);
+            std::string const when = "after " + standin::takeFailed() + " failed as call " + std::to_string(number);
+            try {
+                if (!model) model.emplace(open());
+                compare(when, generate(*model), mCase.at("sequences"));
+            } catch (gsx::EngineError const& error) {
+                compare(when, error.what(), "a generation");
+            }
+        }
+        compareLeftovers("after failed call " + std::to_string(number));
+    }
+
+    gsx::Model open() const { return gsx::openModel(mDirectory, draftingOf(mCase)); }
+
+    json generate(gsx::Model& model) const {
+        json made = json::array();
+        auto const prompts = mCase.at("prompts").get<std::vector<gsx::Tokens>>();
+        for (gsx::Generated const& one : model.generate(prompts, optionsOf(mCase.at("options"))).sequences) {
+            made.push_back({{"tokens", one.tokens}, {"finish", gsx::nameOf(one.finish)}});
+        }
+        return made;
+    }
+
+    json const& mCase;
+    std::string mDirectory;
+};
+
+void repeatFailures(json const& file, std::string const& bundles, std::string const& name) {
+    for (json const& one : file.at("cases")) {
+        if (one.value("name", "") == name && one.at("prompts").size() > 1) return Failing(one, bundles).eachInTurn();
+    }
+}
+
+int generateOnce(std::string const& bundle, gsx::GpuOptions const& options) {
+    try {
+        gsx::Model model = gsx::openModel(bundle, {}, options);
+        gsx::Options asked;
+        asked.maxNewTokens = 24;
+        json const tokens = model.generate({{5, 60, 61, 7, 8, 9}}, asked).sequences[0].tokens;
+        std::cout << tokens.dump() << "\n" << standin::graphLaunches() << " launches of CUDA graphs\n";
+    } catch (gsx::Error const& error) {
+        std::cout << error.what() << "\n";
+        return 1;
+    }
+    std::vector<std::string> const misuse = standin::takeMisuse();
+    for (std::string const& text : misuse) std::cout << "misuse: " << text << "\n";
+    return misuse.empty() ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+    std::vector<std::string> const words(arguments + 1, arguments + count);
+    if (words.size() >= 2 && words[0] == "generate") {
+        return generateOnce(words[1], settingsOf({words.begin() + 2, words.end()}));
+    }
+    if (words.size() >= 3 && words[0] == "vectors") {
+        gsx::GpuOptions const options = settingsOf({words.begin() + 3, words.end()});
+        return compareFile(words[1], {{"generation.json", [&](json const& file) {
+                                           repeatVectors(file, words[2], options);
+                                       }}});
+    }
+    if (words.size() == 4 && words[0] == "failures") {
+        return compareFile(words[1], {{"generation.json", [&](json const& file) {
+                                           repeatFailures(file, words[2], words[3]);
+                                       }}});
+    }
+    std::cerr << "usage: gsx_standin vectors|failures|generate ...\n";
+    return 2;
+}

@@ -1,0 +1,68 @@
+"""Bundles of the toy models of the vectors, with engines for the stand-in for TensorRT (engines/cpp/tests/standin)."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from engines.tensorrt.backend import platform_name
+from engines.tensorrt.loading import ENGINE_FILE, ENGINES
+
+BACKEND, ENGINE_SET = "tensorrt", "toy"
+# The stand-in's GPU has compute capability 9.0.
+TARGET = "90"
+# What TensorRT wants on the host: the value that a shape depends on.
+ON_HOST = ("k",)
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def version_of(headers: Path) -> str:
+    """TensorRT's version as its headers have it, e.g. "10.16.0.72"."""
+    text = (headers / "NvInferVersion.h").read_text(encoding="utf-8")
+    found = dict(re.findall(r"#define (?:NV_TENSORRT|TRT)_(MAJOR|MINOR|PATCH|BUILD)(?:_ENTERPRISE)? (\d+)", text))
+    return ".".join(found[part] for part in ("MAJOR", "MINOR", "PATCH", "BUILD"))
+
+
+def write_bundle(
+    directory: Path,
+    manifest: Mapping[str, Any],
+    version: str,
+    *,
+    record: Change = lambda entry: None,
+    plan: Change = lambda plan: None,
+) -> None:
+    """Write a toy model as a bundle whose engines fit the stand-in.
+
+    Args:
+        manifest: as the vectors have it: without hashes, and with engines of another backend.
+        version: TensorRT's, as the library tells it.
+        record: changes the engines' record, as gsx is told of them.
+        plan: changes every engine, as the stand-in is told of it.
+    """
+    made = copy.deepcopy(dict(manifest))
+    entry = made["engines"][ENGINE_SET]
+    folder = directory / ENGINES / ENGINE_SET
+    folder.mkdir(parents=True)
+    made["weights"] |= _write(directory / made["weights"]["file"], b"weights")
+    for name, graph in made["graphs"].items():
+        graph["sha256"] = _write(directory / graph["file"], name.encode())["sha256"]
+        engine = {"manifest": manifest, "graph": name, "on_host": ON_HOST, "plugins": False}
+        plan(engine)
+        entry["graphs"][name] |= _write(folder / entry["graphs"][name]["file"], json.dumps(engine).encode())
+        entry["graphs"][name] |= {"graph_sha256": graph["sha256"], "weights_sha256": made["weights"]["sha256"]}
+    entry |= {"backend": BACKEND, "tensorrt_version": version, "targets": [TARGET], "platform": platform_name()}
+    record(entry)
+    (folder / ENGINE_FILE).write_text(json.dumps(entry), encoding="utf-8")
+    (directory / "gsx.json").write_text(json.dumps(made), encoding="utf-8")
+
+
+def _write(path: Path, content: bytes) -> dict[str, Any]:
+    """Write a file. Returns: what a manifest says of it."""
+    path.write_bytes(content)
+    return {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}
