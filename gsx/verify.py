@@ -19,7 +19,7 @@ from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.controls import Keep, default_controls, layer_mask
 from engines.bundle.manifest import Manifest
 from engines.errors import BundleError, CheckpointError, GsxError, UsageError
-from engines.runners.portable import host_type
+from engines.runners.portable import NUMPY_TYPES
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.text import MIN_TOKENS, TokenText, behind, load_tokenizer, tokenize
 from gsx.backends import BackendName, Device, open_backend
@@ -79,7 +79,14 @@ def verify(
     on_progress(Progress("checking the bundle", 0, 0))
     opened = open_bundle(bundle, check_weights=True)
     manifest = opened.manifest
-    host_type(manifest.precision)
+    if manifest.precision not in NUMPY_TYPES:
+        raise GsxError(
+            "gsx verify compares what ONNX Runtime makes of the graph, whatever --backend runs beside it, and "
+            f"on a CPU it has no {manifest.precision}",
+            expected=" or ".join(NUMPY_TYPES),
+            found=manifest.precision,
+            todo="export with --precision fp32 and verify that: the graph is the same but for its types",
+        )
     notes: list[str] = []
     chosen = settings_of(manifest, budgets, notes)
     checkpoint = _reference_checkpoint(opened, reference)

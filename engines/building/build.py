@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -97,6 +98,7 @@ def build(
         )
     if backend == "tensorrt":
         _check_gpu()
+    _check_polygraphy()
     module = load_module(backend)
     chosen, gpu = _targets(module, backend, targets)
     if opened.manifest.quantization is not None and opened.manifest.quantization.scheme == "fp8":
@@ -278,6 +280,15 @@ def _growing(profile: EngineProfile) -> dict[str, Sizes]:
     return {"past": past, "total": Sizes(window.least, window.usual, past.most + tokens.most)}
 
 
+def _check_polygraphy() -> None:
+    if find_spec("polygraphy") is None:
+        raise EngineError(
+            "gsx build needs Polygraphy, which is not installed",
+            expected="the package polygraphy",
+            todo='pip install "gsx[tensorrt]"',
+        )
+
+
 def _check_gpu() -> None:
     """Asked before TensorRT is: without a GPU it would be installed in vain."""
     if cuda.device() is None:
@@ -285,7 +296,7 @@ def _check_gpu() -> None:
             "backend tensorrt: builds on the GPU that an engine is for, and there is none here",
             expected="an NVIDIA GPU with its driver",
             found=cuda.why_not(),
-            todo="gsx build --backend tensorrt-rtx needs none",
+            todo='pip install "gsx[tensorrt]" on a machine with a GPU; gsx build --backend tensorrt-rtx needs none',
         )
 
 

@@ -116,6 +116,11 @@ def warnings_of(entry: EngineEntry, device: Device | None = None) -> list[str]:
             f"WARNING: {len(widened)} quantized {several} IN 8 BITS in this engine: the results are right, and it is "
             f"slower than it could be.\n  {', '.join(widened[:_MOST_NAMED])}{more}"
         )
+    if all(profile.tokens.least > 1 for profile in entry.profiles):
+        warnings.append(
+            "WARNING: NO PROFILE TAKES CALLS OF ONE TOKEN, which generating makes.\n"
+            "  add --profile decode:1, or let another one begin at 1"
+        )
     if "mask" in forms:
         warnings.append(
             "WARNING: without the plugins, selection became a mask: the results are right, and NOTHING IS SAVED.\n"

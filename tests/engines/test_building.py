@@ -379,6 +379,21 @@ def test_a_gpu_that_tensorrt_rtx_does_not_know(
     assert "NOT FOR THE GPU" not in capsys.readouterr().err
 
 
+def test_without_polygraphy(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT-RTX alone is easily installed without it."""
+    monkeypatch.setattr(building, "find_spec", lambda name: None)
+    with pytest.raises(EngineError, match=r'needs Polygraphy.*\n.*\n  pip install "gsx\[tensorrt\]"'):
+        build(tiny_bundle, **SMALL)  # type: ignore[arg-type]
+
+
+def test_profiles_without_single_tokens(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["build", str(bundle), "--context", "64", "--plugins", "none", "--profile"]
+    assert run([*command, "prefill:2-32"]) == 0
+    assert "NO PROFILE TAKES CALLS OF ONE TOKEN" in capsys.readouterr().err
+    assert run([*command, "prefill:2-32", "--profile", "decode:1"]) == 0
+    assert "ONE TOKEN" not in capsys.readouterr().err
+
+
 def test_what_the_system_says_about_memory_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's, or the container's where that is less; what it caches can be had."""
     found = memory.available_memory()
