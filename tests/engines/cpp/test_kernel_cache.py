@@ -16,6 +16,11 @@ SHA256 = "ab" * 32
 # TensorRT-RTX's own headers come with its SDK alone. They have these declarations besides those of TensorRT 11's, which
 # its samples use (https://github.com/NVIDIA/TensorRT-RTX, samples/apiUsage/cpp/apiUsage.cpp).
 CACHE = """
+enum class CudaGraphStrategy : int32_t
+{
+    kDISABLED = 0,
+    kWHOLE_GRAPH_CAPTURE = 1,
+};
 class IRuntimeCache : public INoCopy
 {
 public:
@@ -27,6 +32,7 @@ public:
 CONFIG = """
     IRuntimeCache* createRuntimeCache() const noexcept;
     bool setRuntimeCache(IRuntimeCache const& cache) noexcept;
+    bool setCudaGraphStrategy(CudaGraphStrategy strategy) noexcept;
 """
 
 

@@ -143,10 +143,12 @@ std::unique_ptr<nvinfer1::ICudaEngine> TensorRT::deserialize(std::string const& 
 
 #ifdef TRT_MAJOR_RTX
 
-// The kernels that TensorRT-RTX compiles for an engine's contexts: they come from a file and go back to it.
-class CudaEngine::Kernels {
+// What an engine's contexts are made with: kernels that TensorRT-RTX compiles, which come from a file and go back to it,
+// and its own recording of calls, which waits until the kernels for their shapes are compiled. Nothing is recorded where
+// an input stays on the host: it is read while a call is prepared, which a replayed call is not.
+class CudaEngine::ContextConfig {
 public:
-    Kernels(nvinfer1::ICudaEngine& engine, std::filesystem::path path, Logger& logger)
+    ContextConfig(nvinfer1::ICudaEngine& engine, std::filesystem::path path, bool cudaGraphs, Logger& logger)
         : mPath(std::move(path)), mConfig(engine.createRuntimeConfig()) {
         if (mConfig) mCache.reset(mConfig->createRuntimeCache());
         if (!mCache) throw EngineError("TensorRT-RTX makes no cache for kernels", {{}, logger.takeError(), {}});
@@ -155,10 +157,14 @@ public:
         if (!mConfig->setRuntimeCache(*mCache)) {
             throw EngineError("TensorRT-RTX does not take its cache for kernels", {{}, logger.takeError(), {}});
         }
+        if (cudaGraphs && !readsHost(engine) &&
+            !mConfig->setCudaGraphStrategy(nvinfer1::CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE)) {
+            throw EngineError("TensorRT-RTX records no calls", {{}, logger.takeError(), {}});
+        }
         logger.takeError();  // kernels of another driver, say, are refused in words, and compiled anew
     }
 
-    ~Kernels() {
+    ~ContextConfig() {
         std::unique_ptr<nvinfer1::IHostMemory> const content(mCache->serialize());
         if (!content) return;
         try {
@@ -168,14 +174,21 @@ public:
         }
     }
 
-    Kernels(Kernels const&) = delete;
-    Kernels& operator=(Kernels const&) = delete;
+    ContextConfig(ContextConfig const&) = delete;
+    ContextConfig& operator=(ContextConfig const&) = delete;
 
     nvinfer1::IExecutionContext* newContext(nvinfer1::ICudaEngine& engine) {
         return engine.createExecutionContext(mConfig.get());
     }
 
 private:
+    static bool readsHost(nvinfer1::ICudaEngine const& engine) {
+        for (int32_t i = 0; i < engine.getNbIOTensors(); ++i) {
+            if (engine.getTensorLocation(engine.getIOTensorName(i)) == nvinfer1::TensorLocation::kHOST) return true;
+        }
+        return false;
+    }
+
     std::filesystem::path mPath;
     std::unique_ptr<nvinfer1::IRuntimeConfig> mConfig;
     std::unique_ptr<nvinfer1::IRuntimeCache> mCache;
@@ -184,10 +197,10 @@ private:
 
 #else
 
-// TensorRT's engines hold their kernels, and TensorRT's headers know no cache for them.
-class CudaEngine::Kernels {
+// TensorRT's engines hold their kernels, and its headers know neither a cache for them nor recording by TensorRT.
+class CudaEngine::ContextConfig {
 public:
-    Kernels(nvinfer1::ICudaEngine&, std::filesystem::path const&, Logger&) {}
+    ContextConfig(nvinfer1::ICudaEngine&, std::filesystem::path const&, bool, Logger&) {}
 
     nvinfer1::IExecutionContext* newContext(nvinfer1::ICudaEngine& engine) { return engine.createExecutionContext(); }
 };
@@ -327,7 +340,7 @@ private:
 
     // Run, or replay what was recorded for the same shapes and addresses.
     void enqueue() {
-        if (!mGraph && mOwner.mCudaGraphs && mCallsAlike >= kCallsBeforeRecording) record();
+        if (!mGraph && mOwner.mRecords && mCallsAlike >= kCallsBeforeRecording) record();
         if (mGraph) {
             checkCuda(cudaGraphLaunch(mGraph.get(), mStream), "replaying a CUDA graph");
         } else if (!mContext->enqueueV3(mStream)) {
@@ -343,7 +356,7 @@ private:
         cudaError_t const ended = cudaStreamEndCapture(mStream, &recording);
         if (!enqueued || ended != cudaSuccess) {
             if (recording != nullptr) cudaGraphDestroy(recording);
-            mOwner.mCudaGraphs = false;
+            mOwner.mRecords = false;
             forgetError(ended);
             logger().takeError();  // the call is yet to be made, and may fail for a reason of its own
             return;
@@ -370,14 +383,14 @@ CudaEngine::CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& pl
                        std::filesystem::path const& kernels)
     : mTensorrt(std::move(tensorrt)),
       mEngine(mTensorrt->deserialize(plan)),
-      mKernels(std::make_unique<Kernels>(*mEngine, kernels, mTensorrt->logger())),
+      mConfig(std::make_unique<ContextConfig>(*mEngine, kernels, cudaGraphs, mTensorrt->logger())),
       mStream(makeStream()),
-      mCudaGraphs(cudaGraphs) {}
+      mRecords(cudaGraphs && !isRtx()) {}
 
 CudaEngine::~CudaEngine() = default;
 
 std::unique_ptr<nvinfer1::IExecutionContext> CudaEngine::newContext() {
-    return std::unique_ptr<nvinfer1::IExecutionContext>(mKernels->newContext(*mEngine));
+    return std::unique_ptr<nvinfer1::IExecutionContext>(mConfig->newContext(*mEngine));
 }
 
 std::shared_ptr<Buffer> CudaEngine::buffer(Shape const& shape, std::string const& name) {

@@ -48,6 +48,8 @@ private:
 // A deserialised engine, with a stream, and a context for each profile that was used.
 class CudaEngine final : public Engine {
 public:
+    // `cudaGraphs`: record calls of the same shapes, and replay them. TensorRT-RTX does so by itself, asked by its own headers:
+    // recorded by hand, general kernels would stay in the place of those that it compiles for the shapes.
     // `kernels`: file for the kernels that TensorRT-RTX compiles (kernel_cache.h); they are saved when the engine goes.
     // Ignored with TensorRT, whose engines hold theirs, and without TensorRT-RTX's own headers, which alone can ask.
     CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, bool cudaGraphs,
@@ -60,15 +62,15 @@ public:
 
 private:
     class Context;
-    class Kernels;
+    class ContextConfig;
 
     std::unique_ptr<nvinfer1::IExecutionContext> newContext();
 
     std::shared_ptr<TensorRT> mTensorrt;
     std::unique_ptr<nvinfer1::ICudaEngine> mEngine;
-    std::unique_ptr<Kernels> mKernels;
+    std::unique_ptr<ContextConfig> mConfig;
     Stream mStream;
-    bool mCudaGraphs;
+    bool mRecords;
     std::map<size_t, std::unique_ptr<Context>> mContexts;
 };
 
