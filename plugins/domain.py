@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import onnx
 from onnx import defs, helper, parser
 
+from plugins.library import PLUGIN_NAMESPACE, PLUGIN_VERSION
+
 DOMAIN = "gsx"
 OPSET_VERSION = 1
-PLUGIN_NAMESPACE = "gsx"
-PLUGIN_VERSION = "1"
 # Opset of the standard ops that bodies and graphs are written in (docs/design.md, section 6).
 ONNX_OPSET = 23
 

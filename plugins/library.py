@@ -23,6 +23,7 @@ PLUGIN_LIBRARY_NAME = "libgsx_plugins.so"
 KERNEL_LIBRARY_NAME = "libgsx_kernels.so"
 # Ops with a kernel and a plugin of their own; the others are standard ops everywhere.
 PLUGIN_OPS = ("TopKGather", "ThresholdGather", "GatedScatterAdd")
+PLUGIN_NAMESPACE, PLUGIN_VERSION = "gsx", "1"
 
 SOURCE_FOLDER = Path(__file__).parent
 _SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp"}

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from engines.errors import EngineError
-from plugins.domain import DOMAIN
 from plugins.errors import PluginError
-from plugins.library import PLUGIN_OPS, find_library
+from plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, find_library
 
 # What TensorRT asks a library of plugins for.
 _ENTRY = "getCreators"
@@ -40,7 +39,7 @@ def load_plugins(registry: Any, library: Path) -> None:
     if not reason and registry.load_library(str(library)) is None:
         reason = "TensorRT refuses it"
     if not reason:
-        there = {creator.name for creator in registry.all_creators if creator.plugin_namespace == DOMAIN}
+        there = {creator.name for creator in registry.all_creators if creator.plugin_namespace == PLUGIN_NAMESPACE}
         if missing := [op for op in PLUGIN_OPS if op not in there]:
             reason = f"it has no plugin of {', '.join(missing)}: another version of gsx made it, or other people"
     if reason:

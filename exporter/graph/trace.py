@@ -21,11 +21,11 @@ from onnxscript import opset23, values
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from plugins import domain
+from plugins import domain, library
 from plugins.registry import register_all
 
 _GSX = values.Opset(domain.DOMAIN, domain.OPSET_VERSION)
-_PLUGIN = {"plugin_namespace": domain.PLUGIN_NAMESPACE, "plugin_version": domain.PLUGIN_VERSION}
+_PLUGIN = {"plugin_namespace": library.PLUGIN_NAMESPACE, "plugin_version": library.PLUGIN_VERSION}
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import pytest
 from onnx import TensorProto, helper
 
 from engines.tensorrt.preload import preload_tensorrt_rtx
-from plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION, PLUGIN_NAMESPACE, PLUGIN_VERSION, node
-from plugins.library import PLUGIN_OPS
+from plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION, node
+from plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, PLUGIN_VERSION
 from plugins.registry import OPS, register_all
 
 usable = preload_tensorrt_rtx()
