@@ -16,7 +16,7 @@
 namespace gsx {
 namespace {
 
-constexpr int kUnroll = 2;  // three or four streams: more would only cost registers
+constexpr int kUnroll = 2;  // two or three streams a thread: more would only cost registers
 
 // Round to the element type after each operation, as the function body's Mul and Add do.
 __device__ inline float asFloat(float value) { return value; }
@@ -85,98 +85,112 @@ __global__ void __launch_bounds__(kRowThreads) mapRows(Kept kept, int64_t tokens
     if (place >= 0 && place < tokens) map[place] = static_cast<int32_t>(row);
 }
 
-template <typename T>
-struct Rows {
-    const T* rows;
-    const T* gate;
-    int64_t width;
-    bool scalarGate;
+// What is added: rows, and gates of one element a row (SCALAR) or as many as the row has.
+template <typename T, int BYTES, bool SCALAR>
+struct Added {
+    using Vector = typename Bits<BYTES>::Type;
+
+    const void* rows;
+    const void* gate;
+    int vectors;
+
+    // This thread's part of a row.
+    struct Part {
+        Vector rows[kUnroll], gates[SCALAR ? 1 : kUnroll];
+
+        __device__ void addTo(Vector (&sums)[kUnroll]) const {
+#pragma unroll
+            for (int i = 0; i < kUnroll; ++i) sums[i] = addGated<T, Vector>(sums[i], rows[i], gates[SCALAR ? 0 : i]);
+        }
+    };
+
+    __device__ Part load(int64_t row) const {
+        Part part;
+        loadVectors(static_cast<const Vector*>(rows) + row * vectors, vectors, part.rows);
+        if constexpr (SCALAR) {
+            part.gates[0] = repeated<T, Vector>(static_cast<const T*>(gate)[row]);
+        } else {
+            loadVectors(static_cast<const Vector*>(gate) + row * vectors, vectors, part.gates);
+        }
+        return part;
+    }
 };
 
-// One stretch of a row: from residual (at token `place`) to out, with row `row` added where there is one (row >= 0).
-template <typename T, int BYTES>
-__device__ void addRow(const T* residual, Rows<T> added, int64_t place, int64_t row, T* out) {
+// The residual's loads do not wait for the answer which row is added.
+template <typename T, int BYTES, bool SCALAR>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    addToCopy(const void* residual, Added<T, BYTES, SCALAR> added, Kept kept, const int32_t* map, int64_t tokens,
+              void* out) {
     using Vector = typename Bits<BYTES>::Type;
-    const int64_t vectors = added.width * static_cast<int64_t>(sizeof(T)) / BYTES;
-    const int64_t first = firstVector<kUnroll>();
-    const auto* from = reinterpret_cast<const Vector*>(residual) + place * vectors;
-    const auto* rows = reinterpret_cast<const Vector*>(added.rows) + row * vectors;
-    const auto* gates = reinterpret_cast<const Vector*>(added.gate) + row * vectors;
-    auto* to = reinterpret_cast<Vector*>(out) + place * vectors;
-    Vector sums[kUnroll], held[kUnroll], gate[kUnroll];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-        const int64_t at = first + int64_t{i} * blockDim.x;
-        if (at < vectors) {
-            sums[i] = from[at];
-            if (row >= 0) held[i] = rows[at];
-            if (row >= 0 && !added.scalarGate) gate[i] = gates[at];
-        }
-    }
-    if (row >= 0) {
-        const Vector same = added.scalarGate ? repeated<T, Vector>(added.gate[row]) : Vector{};
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i) {
-            if (first + int64_t{i} * blockDim.x < vectors) {
-                sums[i] = addGated<T, Vector>(sums[i], held[i], added.scalarGate ? same : gate[i]);
-            }
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-        const int64_t at = first + int64_t{i} * blockDim.x;
-        if (at < vectors) to[at] = sums[i];
-    }
-}
-
-template <typename T, int BYTES>
-__global__ void __launch_bounds__(kRowThreads)
-    addToCopy(const T* residual, Rows<T> added, Kept kept, const int32_t* map, int64_t tokens, T* out) {
     const int64_t place = rowOfThread();
     if (place >= tokens) return;
     const int64_t row = map == nullptr ? -1 : map[place];
-    const bool mine = row >= 0 && row < kept.rows() && kept.index[row] == place;
-    addRow<T, BYTES>(residual, added, place, mine ? row : -1, out);
+    Vector sums[kUnroll];
+    loadVectors(static_cast<const Vector*>(residual) + place * added.vectors, added.vectors, sums);
+    if (row >= 0 && row < kept.rows() && kept.index[row] == place) added.load(row).addTo(sums);
+    storeVectors(static_cast<Vector*>(out) + place * added.vectors, added.vectors, sums);
 }
 
-// residual is out: both are one pointer here, so that the compiler assumes nothing about them.
-template <typename T, int BYTES>
-__global__ void __launch_bounds__(kRowThreads) addInPlace(T* out, Rows<T> added, Kept kept, int64_t tokens) {
+// residual is out: both are one pointer here, so that the compiler assumes nothing about them. The loads of what is added
+// do not wait for the answer where to.
+template <typename T, int BYTES, bool SCALAR>
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    addInPlace(void* out, Added<T, BYTES, SCALAR> added, Kept kept, int64_t tokens) {
+    using Vector = typename Bits<BYTES>::Type;
     const int64_t row = rowOfThread();
     if (row >= kept.rows()) return;
     const int64_t place = kept.index[row];
-    if (place >= 0 && place < tokens) addRow<T, BYTES>(out, added, place, row, out);
+    const auto part = added.load(row);
+    if (place < 0 || place >= tokens) return;
+    Vector* const to = static_cast<Vector*>(out) + place * added.vectors;
+    Vector sums[kUnroll];
+    loadVectors(to, added.vectors, sums);
+    part.addTo(sums);
+    storeVectors(to, added.vectors, sums);
 }
 
-template <typename T, int BYTES>
-gsx_status scatter(const T* residual, Rows<T> added, Kept kept, int64_t tokens, T* out, int32_t* map,
-                   cudaStream_t stream) {
-    const int64_t vectors = added.width * static_cast<int64_t>(sizeof(T)) / BYTES;
-    if (residual == out) {
+struct Call {
+    const void* residual;
+    const void* rows;
+    const void* gate;
+    Kept kept;
+    int64_t tokens, width;
+    void* out;
+    int32_t* map;
+    cudaStream_t stream;
+};
+
+template <typename T, int BYTES, bool SCALAR>
+gsx_status scatter(const Call& call) {
+    const Kept kept = call.kept;
+    const Added<T, BYTES, SCALAR> added{call.rows, call.gate, static_cast<int>(call.width * int64_t{sizeof(T)} / BYTES)};
+    if (call.residual == call.out) {
         if (kept.capacity == 0) return GSX_OK;
-        const RowPlan plan = planRows(kept.capacity, vectors, kUnroll);
-        return launch(addInPlace<T, BYTES>, plan.grid, plan.block, stream, out, added, kept, tokens);
+        const RowPlan plan = planRows(kept.capacity, added.vectors, kUnroll);
+        return launch(addInPlace<T, BYTES, SCALAR>, plan.grid, plan.block, call.stream, call.out, added, kept,
+                      call.tokens);
     }
     if (kept.capacity > 0) {
         const auto blocks = static_cast<unsigned>((kept.capacity + kRowThreads - 1) / kRowThreads);
-        if (const gsx_status failed = launch(mapRows, blocks, kRowThreads, stream, kept, tokens, map)) return failed;
+        const gsx_status failed = launch(mapRows, blocks, kRowThreads, call.stream, kept, call.tokens, call.map);
+        if (failed != GSX_OK) return failed;
     }
-    const RowPlan plan = planRows(tokens, vectors, kUnroll);
-    return launch(addToCopy<T, BYTES>, plan.grid, plan.block, stream, residual, added, kept,
-                  kept.capacity > 0 ? map : nullptr, tokens, out);
+    const RowPlan plan = planRows(call.tokens, added.vectors, kUnroll);
+    return launch(addToCopy<T, BYTES, SCALAR>, plan.grid, plan.block, call.stream, call.residual, added, kept,
+                  kept.capacity > 0 ? call.map : nullptr, call.tokens, call.out);
 }
 
 template <typename T>
-gsx_status scatter(const void* residual, const void* rows, const void* gate, Kept kept, int64_t tokens, int64_t width,
-                   bool scalarGate, void* out, int32_t* map, cudaStream_t stream) {
-    const Rows<T> added{static_cast<const T*>(rows), static_cast<const T*>(gate), width, scalarGate};
-    const auto* from = static_cast<const T*>(residual);
-    auto* to = static_cast<T*>(out);
-    const int64_t rowBytes = width * static_cast<int64_t>(sizeof(T));
-    if (allowsVectors(rowBytes, residual, rows, scalarGate ? nullptr : gate, out)) {
-        return scatter<T, kVectorBytes>(from, added, kept, tokens, to, map, stream);
+gsx_status scatter(const Call& call, bool scalarGate) {
+    const int64_t rowBytes = call.width * int64_t{sizeof(T)};
+    constexpr int kElement = sizeof(T);
+    if (scalarGate) {
+        return allowsVectors(rowBytes, call.residual, call.rows, call.out) ? scatter<T, kVectorBytes, true>(call)
+                                                                           : scatter<T, kElement, true>(call);
     }
-    return scatter<T, sizeof(T)>(from, added, kept, tokens, to, map, stream);
+    return allowsVectors(rowBytes, call.residual, call.rows, call.gate, call.out)
+               ? scatter<T, kVectorBytes, false>(call)
+               : scatter<T, kElement, false>(call);
 }
 
 }  // namespace
@@ -209,14 +223,12 @@ gsx_status gsx_gated_scatter_add(const void* residual, const void* rows, const v
     });
     if (refused != GSX_OK) return refused;
     if (tokens == 0) return GSX_OK;
-    const Kept kept{index, count, capacity};
-    const bool scalarGate = gate_width == 1;
-    auto* map = static_cast<int32_t*>(workspace);
+    const Call call{residual, rows, gate, {index, count, capacity}, tokens, width, out, static_cast<int32_t*>(workspace),
+                    stream};
     switch (type) {
-    case GSX_FLOAT32: return scatter<float>(residual, rows, gate, kept, tokens, width, scalarGate, out, map, stream);
-    case GSX_FLOAT16: return scatter<__half>(residual, rows, gate, kept, tokens, width, scalarGate, out, map, stream);
-    case GSX_BFLOAT16:
-        return scatter<__nv_bfloat16>(residual, rows, gate, kept, tokens, width, scalarGate, out, map, stream);
+    case GSX_FLOAT32: return scatter<float>(call, gate_width == 1);
+    case GSX_FLOAT16: return scatter<__half>(call, gate_width == 1);
+    case GSX_BFLOAT16: return scatter<__nv_bfloat16>(call, gate_width == 1);
     }
     return GSX_UNKNOWN_TYPE;
 }

@@ -8,8 +8,8 @@
 
 namespace gsx {
 
-// A row of more bytes than this would need more column blocks than a grid has.
-constexpr int64_t kMaxRowBytes = int64_t{1} << 30;
+// A row of more bytes than this would need more column blocks than a grid has (rows.cuh).
+constexpr int64_t kMaxRowBytes = int64_t{32} << 20;
 constexpr size_t kWorkspaceAlignment = 16;
 
 inline int64_t elementBytes(gsx_type type) {

@@ -50,16 +50,13 @@ __device__ void writeKept(Choice choice, Counts before, Counts total, Counts ear
     static_assert(THREADS * ITEMS <= kTileItemsMax, "offsets in a tile are kept in 16 bits");
     __shared__ uint16_t kept[THREADS * ITEMS];
     const uint32_t tiesUsed = smaller(earlier.ties, allowed);
-    uint32_t sure = before.sure;
-    uint32_t ties = earlier.ties + before.ties;
+    const uint32_t tiesBefore = smaller(earlier.ties + before.ties, allowed);
+    uint32_t ties = choice.ties;
+    for (uint32_t last = tiesBefore + __popc(ties); last > allowed; --last) ties &= ~(0x80000000u >> __clz(ties));
+    const uint32_t mine = choice.sure | ties;
+    uint32_t place = before.sure + tiesBefore - tiesUsed;
     for (int item = 0; item < ITEMS; ++item) {
-        const bool isSure = choice.sure >> item & 1;
-        const bool isTie = choice.ties >> item & 1;
-        if (isSure || (isTie && ties < allowed)) {
-            kept[sure + smaller(ties, allowed) - tiesUsed] = static_cast<uint16_t>(threadIdx.x * ITEMS + item);
-        }
-        sure += isSure;
-        ties += isTie;
+        if (mine >> item & 1) kept[place++] = static_cast<uint16_t>(threadIdx.x * ITEMS + item);
     }
     __syncthreads();
     const uint32_t count = total.sure + smaller(earlier.ties + total.ties, allowed) - tiesUsed;

@@ -10,35 +10,22 @@ namespace {
 constexpr int kUnroll = 4;
 
 template <int BYTES>
-__global__ void __launch_bounds__(kRowThreads)
-    gatherRows(const char* x, int64_t tokens, int64_t vectors, const int64_t* index, const int64_t* count,
-               int64_t capacity, char* rows) {
+__global__ void __launch_bounds__(kRowThreads, kRowBlocks)
+    gatherRows(const char* x, int64_t tokens, int vectors, const int64_t* index, const int64_t* count, int64_t capacity,
+               char* rows) {
     using Vector = typename Bits<BYTES>::Type;
     const int64_t row = rowOfThread();
     if (row >= capacity || (count != nullptr && row >= *count)) return;
     const int64_t place = index[row];
-    const bool inside = place >= 0 && place < tokens;
-    const auto* from = reinterpret_cast<const Vector*>(x) + (inside ? place : 0) * vectors;
-    auto* to = reinterpret_cast<Vector*>(rows) + row * vectors;
-    const int64_t first = firstVector<kUnroll>();
-    Vector held[kUnroll];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-        const int64_t at = first + int64_t{i} * blockDim.x;
-        held[i] = Vector{};
-        if (inside && at < vectors) held[i] = from[at];
-    }
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-        const int64_t at = first + int64_t{i} * blockDim.x;
-        if (at < vectors) to[at] = held[i];
-    }
+    Vector held[kUnroll] = {};
+    if (place >= 0 && place < tokens) loadVectors(reinterpret_cast<const Vector*>(x) + place * vectors, vectors, held);
+    storeVectors(reinterpret_cast<Vector*>(rows) + row * vectors, vectors, held);
 }
 
 template <int BYTES>
 gsx_status gather(const void* x, int64_t tokens, int64_t rowBytes, const int64_t* index, const int64_t* count,
                   int64_t capacity, void* rows, cudaStream_t stream) {
-    const int64_t vectors = rowBytes / BYTES;
+    const int vectors = static_cast<int>(rowBytes / BYTES);
     const RowPlan plan = planRows(capacity, vectors, kUnroll);
     return launch(gatherRows<BYTES>, plan.grid, plan.block, stream, static_cast<const char*>(x), tokens, vectors, index,
                   count, capacity, static_cast<char*>(rows));

@@ -9,6 +9,9 @@
 namespace gsx {
 
 constexpr int kRowThreads = 256;
+// Blocks that a multiprocessor is to hold. Asked for more of them, the compiler saves registers by loading a thread's
+// second vector when it is done with the first, which halves what is in flight.
+constexpr int kRowBlocks = 5;
 constexpr int kVectorBytes = 16;
 
 // Raw bits of one access.
@@ -33,11 +36,11 @@ struct RowPlan {
 };
 
 // Args: rows, vectors of a row: at least 1. unroll: vectors a thread has in flight.
-inline RowPlan planRows(int64_t rows, int64_t vectors, int unroll) {
+inline RowPlan planRows(int64_t rows, int vectors, int unroll) {
     int lanes = 8;  // 128 bytes: less would not fill what memory gives at once
-    while (lanes < kRowThreads && int64_t{lanes} * unroll < vectors) lanes *= 2;
+    while (lanes < kRowThreads && lanes * unroll < vectors) lanes *= 2;
     const int rowsPerBlock = kRowThreads / lanes;
-    const int64_t stretch = int64_t{lanes} * unroll;
+    const int stretch = lanes * unroll;
     RowPlan plan;
     plan.grid = dim3(static_cast<unsigned>((rows + rowsPerBlock - 1) / rowsPerBlock),
                      static_cast<unsigned>((vectors + stretch - 1) / stretch));
@@ -45,11 +48,27 @@ inline RowPlan planRows(int64_t rows, int64_t vectors, int unroll) {
     return plan;
 }
 
-// This thread's row, and the first of its vectors; the next ones are `blockDim.x` apart.
+// This thread's row.
 __device__ inline int64_t rowOfThread() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
-template <int UNROLL>
-__device__ int64_t firstVector() {
-    return int64_t{blockIdx.y} * blockDim.x * UNROLL + threadIdx.x;
+
+// This thread's vectors of a row, `blockDim.x` apart. Loads are all in flight together; behind the end are zeros.
+template <typename Vector, int UNROLL>
+__device__ void loadVectors(const Vector* row, int vectors, Vector (&held)[UNROLL]) {
+    const int first = static_cast<int>(blockIdx.y * blockDim.x) * UNROLL + static_cast<int>(threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < UNROLL; ++i) {
+        const int at = first + i * static_cast<int>(blockDim.x);
+        held[i] = at < vectors ? row[at] : Vector{};
+    }
+}
+template <typename Vector, int UNROLL>
+__device__ void storeVectors(Vector* row, int vectors, const Vector (&held)[UNROLL]) {
+    const int first = static_cast<int>(blockIdx.y * blockDim.x) * UNROLL + static_cast<int>(threadIdx.x);
+#pragma unroll
+    for (int i = 0; i < UNROLL; ++i) {
+        const int at = first + i * static_cast<int>(blockDim.x);
+        if (at < vectors) row[at] = held[i];
+    }
 }
 
 // Whether rows of this many bytes can be read 16 bytes at a time at all these addresses.

@@ -29,7 +29,7 @@ enum {
     GSX_NULL_POINTER = -1,        /* a pointer that is needed is null */
     GSX_UNKNOWN_TYPE = -2,        /* an element type outside gsx_type */
     GSX_BAD_SIZE = -3,            /* a negative size, or sizes that do not fit each other */
-    GSX_TOO_LARGE = -4,           /* more than GSX_MAX_TOKENS tokens, or a row of more than 1 GiB */
+    GSX_TOO_LARGE = -4,           /* more than GSX_MAX_TOKENS tokens, or a row of more than 32 MiB */
     GSX_MISALIGNED = -5,          /* a pointer that is not aligned to its element type (scratch memory: 16 bytes) */
     GSX_WORKSPACE_TOO_SMALL = -6, /* less scratch memory than `..._workspace` asks for */
 };

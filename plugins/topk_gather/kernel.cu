@@ -61,6 +61,18 @@ __device__ uint2 keyRange(const uint32_t (&keys)[ITEMS]) {
     return {low, high};
 }
 
+// One more where the key reaches the limit, which is not 0: then key - limit carries. One block's time is the number of
+// its instructions, and a compiler that is left to it takes twice as many here.
+__device__ inline void countReached(uint32_t& count, uint32_t key, uint32_t limit) {
+#ifdef __CUDA_ARCH__
+    asm("{\n\t.reg .u32 rest;\n\tadd.cc.u32 rest, %1, %2;\n\taddc.u32 %0, %0, 0;\n\t}"
+        : "+r"(count)
+        : "r"(key), "r"(0u - limit));
+#else
+    count += key >= limit;
+#endif
+}
+
 // What is kept: keys above `pivot`, and the first keys equal to it until there are enough.
 // Every thread calls it, with wanted >= 1.
 template <int THREADS, int ITEMS>
@@ -78,12 +90,13 @@ __device__ uint32_t findPivot(const uint32_t (&keys)[ITEMS], uint32_t wanted) {
     uint32_t pivot = range.y & ~((4u << shift) - 1);  // the bits that all keys share
     for (int step = 0; shift >= 0; shift -= 2, ++step) {
         const uint32_t one = pivot | 1u << shift, two = pivot | 2u << shift, three = pivot | 3u << shift;
-        uint32_t mine = 0;
+        uint32_t ones = 0, twos = 0, threes = 0;
         for (const uint32_t key : keys) {
-            mine += static_cast<uint32_t>(key >= one) + (static_cast<uint32_t>(key >= two) << kField) +
-                    (static_cast<uint32_t>(key >= three) << 2 * kField);
+            countReached(ones, key, one);
+            countReached(twos, key, two);
+            countReached(threes, key, three);
         }
-        mine = __reduce_add_sync(kWholeWarp, mine);
+        const uint32_t mine = __reduce_add_sync(kWholeWarp, ones + (twos << kField) + (threes << 2 * kField));
         if (lane == 0) reached[step & 1][threadIdx.x / kWarp] = mine;
         __syncthreads();
         const uint32_t ofWarp = lane < kWarps ? reached[step & 1][lane] : 0;
@@ -233,7 +246,7 @@ gsx_status gsx_topk_select(const float* score, const int64_t* k, int64_t tokens,
         return launch(selectInOneBlock<128, 4>, 1, 128, stream, score, k, tokens, index, count);
     }
     if (tokens <= kManyTokens) {
-        return launch(selectInOneBlock<1024, 8>, 1, 1024, stream, score, k, tokens, index, count);
+        return launch(selectInOneBlock<512, 16>, 1, 512, stream, score, k, tokens, index, count);
     }
     if (tokens <= kOneBlock) {
         return launch(selectInOneBlock<1024, 16>, 1, 1024, stream, score, k, tokens, index, count);

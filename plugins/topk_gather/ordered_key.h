@@ -21,7 +21,7 @@ __host__ __device__ inline uint32_t orderedKey(uint32_t bits) {
     constexpr uint32_t kLowestFinite = 0xff7fffffu;
     if ((bits & ~kSign) > kInfinity) bits = kLowestFinite;
     if (bits == kSign) bits = 0;
-    return bits & kSign ? ~bits : bits | kSign;
+    return bits ^ (kSign | (0u - (bits >> 31)));  // the sign alone, or all bits of a negative number
 }
 
 // K as the kernels take it: a number of tokens that are there.

@@ -1,0 +1,114 @@
+"""The machine code of every architecture in the library: what a kernel's speed rests on, and no test of results shows.
+
+The disassembler comes with the CUDA toolkit, or from the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from plugins.build import find_nvcc
+from plugins.errors import PluginError
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+REGISTERS = 65_536  # of a multiprocessor, on all of them
+REGISTER_STEP = 8  # in which a thread gets them
+
+# Threads of a block, and blocks that a multiprocessor must be able to hold.
+BLOCKS = {
+    "gatherRows": (256, 5),
+    "addToCopy": (256, 5),
+    "addInPlace": (256, 5),
+    "mapRows": (256, 4),
+    "selectInOneBlock": (1024, 1),
+    "countDigits": (256, 4),
+    "writeBest": (256, 4),
+    "selectInTiles": (256, 4),
+}
+# Of the kernels that move 16 bytes at a time: loads and stores of a thread, by the kernel's start in its mangled name.
+# (Gates: Lb0, a row as wide as the others; Lb1, one element.)
+VECTORS = {
+    r"gatherRowsILi16E": (4, 4),
+    r"addToCopyI\w+?Li16ELb0E": (6, 2),
+    r"addToCopyI\w+?Li16ELb1E": (4, 2),
+    r"addInPlaceI\w+?Li16ELb0E": (6, 2),
+    r"addInPlaceI\w+?Li16ELb1E": (4, 2),
+}
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", re.MULTILINE)
+_ARITHMETIC = re.compile(r"FADD|FMUL|F2F")  # not HFMA2, which also loads constants
+
+
+class Disassembler:
+    """cuobjdump, wherever it is."""
+
+    def __init__(self, library: Path) -> None:
+        nvidia = find_spec("nvidia")
+        packages = (nvidia.submodule_search_locations if nvidia else None) or ()
+        places = [Path(package) / "cu13" / "bin" for package in packages]
+        with suppress(PluginError):
+            places.append(find_nvcc()[0].resolve().parent)
+        self._path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)])
+        self._library = library
+        if any(shutil.which(name, path=self._path) is None for name in ("cuobjdump", "nvdisasm")):
+            pytest.skip("no cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
+
+    def read(self, architecture: str, *options: str) -> list[tuple[str, str]]:
+        """(mangled name, what is told of it) of every kernel."""
+        program = shutil.which("cuobjdump", path=self._path)
+        command = [str(program), "-arch", architecture, *options, str(self._library)]
+        environment = {**os.environ, "PATH": self._path}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        parts = re.split(r"Function\s*:?\s+(\w+):?\n", done.stdout)[1:]
+        return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+@pytest.fixture(scope="module")
+def disassembler(plugin_library: Path) -> Disassembler:
+    return Disassembler(plugin_library)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_registers(disassembler: Disassembler, architecture: str) -> None:
+    """No stack, nothing spilled, and registers for as many threads as the kernel wants at a time."""
+    met = set()
+    for name, text in disassembler.read(architecture, "-res-usage"):
+        kernel = next(kernel for kernel in BLOCKS if kernel in name)
+        met.add(kernel)
+        used = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        assert used["STACK"] == used["LOCAL"] == 0, f"{name}: {text.strip()}"
+        threads, blocks = BLOCKS[kernel]
+        if kernel == "selectInOneBlock":  # its threads are a template argument
+            threads = int(re.findall(r"ILi(\d+)E", name)[0])
+        given = -(-used["REG"] // REGISTER_STEP) * REGISTER_STEP
+        assert given * threads * blocks <= REGISTERS, f"{name}: {used['REG']} registers"
+    assert met == set(BLOCKS)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])  # a family each; it takes seconds
+def test_loads_in_flight(disassembler: Disassembler, architecture: str) -> None:
+    """Rows move 16 bytes at a time, and a thread's loads have all begun before it works on the first one."""
+    named = {
+        name: counts
+        for name, _ in disassembler.read(architecture, "-res-usage")
+        for pattern, counts in VECTORS.items()
+        if re.search(pattern, name)
+    }
+    assert len(named) == 1 + 4 * 3
+    for name, text in disassembler.read(architecture, "-sass", "-fun", ",".join(named)):
+        operations = _INSTRUCTION.findall(text)
+        loads = [at for at, operation in enumerate(operations) if operation.startswith("LDG.E.128")]
+        stores = [at for at, operation in enumerate(operations) if operation.startswith("STG.E.128")]
+        assert (len(loads), len(stores)) == named.pop(name), name
+        work = [at for at, operation in enumerate(operations) if _ARITHMETIC.match(operation)]
+        assert loads[-1] < min([*work, *stores]), f"{name}: a load waits for what another one brought"
+        assert sum(operation.startswith("STG") for operation in operations) == len(stores), name
+    assert not named
