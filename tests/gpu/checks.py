@@ -46,6 +46,10 @@ def run_checks(kernels: cases.GuardedKernels, device: str, *, quick: bool = Fals
             passed[group] = passed.get(group, 0) + 1
         except (AssertionError, PluginError) as error:
             failures.setdefault(group, []).append(str(error).splitlines()[0])
+        except RuntimeError as error:  # CUDA's: nothing runs after it
+            arguments = check.__defaults__  # type: ignore[attr-defined]
+            failures.setdefault(group, []).append(f"{arguments}: {str(error).splitlines()[0]}; not gone on")
+            break
     rows = []
     for group in dict.fromkeys([*passed, *failures]):
         failed = failures.get(group, [])

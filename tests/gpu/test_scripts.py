@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from tests.gpu.__main__ import main, rows_of
 from tests.gpu.rows import Row, goal_row, table
 from tests.gpu.whole_models import same_text
 
+ROOT = Path(__file__).parents[2]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the scripts would use it")
 
 
@@ -36,6 +39,26 @@ def test_no_gpu(script: Callable[[list[str]], int], arguments: list[str], capsys
 def test_wrong_arguments(arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
+
+
+def test_kernels_need_no_package_but_pytorch() -> None:
+    """What a machine that is lent for minutes must have for the kernels' parts."""
+    script = """
+import sys
+from importlib.metadata import requires
+from re import match
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in self.names:
+            raise ModuleNotFoundError(name)
+
+Missing.names = {match(r"[\\w-]+", one)[0].replace("-", "_") for one in requires("gsx")} - {"torch", "numpy"}
+sys.meta_path.insert(0, Missing())
+import tests.gpu.__main__, tests.gpu.prefill
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow

@@ -1,14 +1,15 @@
 """How fast the kernels are, next to a device copy of the same run.
 
-Every figure is a median over many replays of a CUDA graph that holds several calls in turn, on buffers that rotate and
-together exceed L2, divided by the number of calls; so launch gaps of Python do not count, and no call finds its data in
-L2. Bytes are those that must move: each input read once, each output written once.
+Every figure is a median over many replays of a CUDA graph that holds many calls in turn, on buffers that rotate and
+together exceed L2, divided by the number of calls; so launch gaps of Python do not count, the start of a graph counts
+little, and no call finds its data in L2. Bytes are those that must move: each input read once, each output written
+once.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ MAX_SELECT_US = {8192: 10.0, 131_072: 40.0}
 MIN_CHAIN_SPEEDUP = 3.0
 
 _REPLAYS = 50
+_CALLS = 32  # at least, in a graph: its start takes as long as a small selection
+_SMALL = 2.0**-10  # of gates: what is added in place again and again stays finite
 _L2_MULTIPLE = 4
 _MAX_SETS = 64
 
@@ -42,9 +45,13 @@ def median_us(calls: Sequence[Call]) -> float:
     for call in calls:
         call()
     torch.cuda.synchronize()
+    rounds = -(-_CALLS // len(calls))
+    held: list[object] = [None] * len(calls)  # results kept for a round, so that their buffers rotate too
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        held = [call() for call in calls]  # results kept, so that their buffers rotate too
+        for _ in range(rounds):
+            for at, call in enumerate(calls):
+                held[at] = call()
     for _ in range(3):
         graph.replay()
     times = []
@@ -54,22 +61,23 @@ def median_us(calls: Sequence[Call]) -> float:
         graph.replay()
         end.record()
         end.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / len(calls))
+        times.append(start.elapsed_time(end) * 1000 / (rounds * len(calls)))
     del held
     return statistics.median(times)
 
 
-def measure(kernels: Kernels) -> list[Row]:
-    """All figures of the issue that concern kernels."""
+def measurements(kernels: Kernels) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
+    """(name, measurement) of all figures of the issue that concern kernels."""
     properties = torch.cuda.get_device_properties(0)
-    megabytes = properties.L2_cache_size >> 20
-    found = f"{properties.name}, {properties.multi_processor_count} SMs, L2 {megabytes} MB"
-    rows = [Row("GPU", found)]
-    for n in ROWS:
-        rows += _bandwidth_rows(kernels, n, properties.L2_cache_size)
+    l2_bytes = properties.L2_cache_size
+    found = f"{properties.name}, {properties.multi_processor_count} SMs, L2 {l2_bytes >> 20} MB"
+    yield "GPU", lambda: [Row("GPU", found)]
     for n in (8192, 131_072):
-        rows += _selection_rows(kernels, n)
-    return rows + [_chain_row(kernels, n, properties.L2_cache_size) for n in (8192, 65_536)]
+        yield f"selection of {n}", lambda n=n: _selection_rows(kernels, n)
+    for n in ROWS:
+        yield f"rows of {n}", lambda n=n: _bandwidth_rows(kernels, n, l2_bytes)
+    for n in (8192, 65_536):
+        yield f"chain of {n}", lambda n=n: [_chain_row(kernels, n, l2_bytes)]
 
 
 def _random(*shape: int) -> Tensor:
@@ -110,7 +118,7 @@ def _bandwidth_rows(kernels: Kernels, n: int, l2_bytes: int) -> list[Row]:
     def scatter(gate_width: int, *, in_place: bool) -> Callable[[], Call]:
         def make() -> Call:
             residual, rows, index = _random(n, WIDTH), _random(kept, WIDTH), _places(n)
-            gate = _random(kept, gate_width)
+            gate = _random(kept, gate_width) * _SMALL
             out = residual if in_place else torch.empty_like(residual)
             return lambda: kernels.gated_scatter_add(residual, rows, gate, index, out=out)
 
@@ -143,7 +151,7 @@ def _chain_row(kernels: Kernels, n: int, l2_bytes: int) -> Row:
     kept = round(BUDGET * n)
     count = sets_for(n * WIDTH * DTYPE.itemsize, l2_bytes)
     k = torch.tensor([kept], device="cuda")
-    sets = [(torch.rand(n, device="cuda"), _random(n, WIDTH), _random(kept, 1)) for _ in range(count)]
+    sets = [(torch.rand(n, device="cuda"), _random(n, WIDTH), _random(kept, 1) * _SMALL) for _ in range(count)]
 
     def ours(score: Tensor, x: Tensor, gate: Tensor) -> None:
         index = kernels.topk_select(score, k)[0][:kept]

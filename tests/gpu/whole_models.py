@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks import gpu_prefill, torch_backend
+from benchmarks import torch_backend
 from engines.building import build as building
 from engines.building.build import build
 from engines.building.job import run_job
@@ -34,7 +34,6 @@ from engines.tensorrt.plugins import plugin_library
 from engines.tokens import BundleTokenizer
 from gsx.export import export
 from gsx.torch_runtime import TorchRuntime
-from plugins.cuda import bind
 from tests.gpu.rows import Row, goal_row
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "model"
@@ -49,19 +48,6 @@ def example(**options: Any) -> Iterator[Bundle]:
     """The example model as a bundle that is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="gsx-gpu-") as folder:
         yield export(EXAMPLE, Path(folder) / "bundle", calibration_tokens=2048, **options)
-
-
-def prefill_rows() -> list[Row]:
-    """Prefill of Llama-3-8B's shape: time against FLOPs."""
-    bind()
-    figures = gpu_prefill.measure(gpu_prefill.LLAMA_3_8B, 4096, (1.0, 0.7, 0.5), 20, "cuda")
-    what = "prefill, Llama-3-8B's shape, bf16, 4096 tokens"
-    rows = [Row(f"{what}, dense", f"{figures[0].seconds * 1e3:.1f} ms")]
-    for one in figures[1:]:
-        found = f"{one.seconds * 1e3:.1f} ms, {one.time:.3f} of dense, FLOPs {one.work:.3f}: {one.apart:+.1%}"
-        goal = f"{gpu_prefill.MAX_APART:.0%} apart"
-        rows.append(goal_row(f"{what}, {one.form}", found, goal, one.reached) if one.saves else Row(what, found))
-    return rows
 
 
 def torch_rows() -> list[Row]:
