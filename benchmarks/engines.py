@@ -4,7 +4,7 @@
     python -m benchmarks.engines --work DIR --shape small    the example model in each precision
     python -m benchmarks.engines --work DIR --shape 8bit     INT8 and FP8 beside fp16: that model, and one of 82 M
 
-An engine is built in a process of its own; its peak is the kernel's account of that process (`ru_maxrss`, which counts
+An engine is built in a process of its own; its peak is the kernel's account of that process (`VmHWM`, which counts
 pages of mapped files too), and its seconds are those of the build alone. Both stand in `engine.json`.
 """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import onnx
 
@@ -96,10 +96,7 @@ def build(
             expected=f"a bundle exported without --kv-cache {opened.manifest.kv_cache.type}",
             todo="run it on ONNX Runtime, or export again",
         )
-    if backend == "tensorrt":
-        _check_gpu()
-    _check_polygraphy()
-    module = load_module(backend)
+    module = _usable(backend)
     chosen, gpu = _targets(module, backend, targets)
     if opened.manifest.quantization is not None and opened.manifest.quantization.scheme == "fp8":
         chosen = _with_fp8(opened, module, backend, targets, chosen)
@@ -157,7 +154,7 @@ def check_backend(backend: Backend) -> None:
     Raises:
         GsxError: it is not installed, or has no GPU to build on.
     """
-    _targets(load_module(backend), backend, ())
+    _usable(backend)
 
 
 def _build_graph(
@@ -280,24 +277,26 @@ def _growing(profile: EngineProfile) -> dict[str, Sizes]:
     return {"past": past, "total": Sizes(window.least, window.usual, past.most + tokens.most)}
 
 
-def _check_polygraphy() -> None:
-    if find_spec("polygraphy") is None:
-        raise EngineError(
-            "gsx build needs Polygraphy, which is not installed",
-            expected="the package polygraphy",
-            todo='pip install "gsx[tensorrt]"',
-        )
+def _usable(backend: Backend) -> Any:
+    """The Python module of a backend, once all that building needs is there.
 
-
-def _check_gpu() -> None:
-    """Asked before TensorRT is: without a GPU it would be installed in vain."""
-    if cuda.device() is None:
+    Raises:
+        EngineError: something is not; what cannot be installed, a GPU, comes first.
+    """
+    if backend == "tensorrt" and cuda.device() is None:
         raise EngineError(
             "backend tensorrt: builds on the GPU that an engine is for, and there is none here",
             expected="an NVIDIA GPU with its driver",
             found=cuda.why_not(),
             todo='pip install "gsx[tensorrt]" on a machine with a GPU; gsx build --backend tensorrt-rtx needs none',
         )
+    if find_spec("polygraphy") is None:
+        raise EngineError(
+            "gsx build needs Polygraphy, which is not installed",
+            expected="the package polygraphy",
+            todo='pip install "gsx[tensorrt]"',
+        )
+    return load_module(backend)
 
 
 def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tuple[tuple[str, ...], str | None]:

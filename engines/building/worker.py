@@ -122,9 +122,18 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
         "tensorrt_version": trt.__version__,
         "layers": dict(layers),
         "products": product_types("\n".join(logger.layers), job["products"]),
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": _peak_bytes(),
         "seconds": seconds,
     }
+
+
+def _peak_bytes() -> int:
+    """Most memory that this process had. `ru_maxrss` would be at least that of the process that started it."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
+    except (OSError, StopIteration):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _parse(trt: Any, builder: Any, logger: Any, job: Mapping[str, Any]) -> Any:

@@ -230,6 +230,17 @@ def test_fewer_plugin_layers_than_meant_is_an_error(bundle: Path, tmp_path: Path
         run_job(Job(**{**job.__dict__, "plugin_nodes": ("neg",)}), "model")
 
 
+def test_peak_memory_is_that_of_the_process_that_builds(tmp_path: Path) -> None:
+    """And not of the one that started it, which `gsx export --build` has PyTorch in."""
+    plain = helper.make_node("Neg", ["x"], ["y"], name="neg")
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
+    graph = helper.make_graph([plain], "plain", values[:1], values[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
+    ballast = np.ones(1 << 27)
+    built = run_job(job_of(model, tmp_path), "model")
+    assert 1 << 26 < built.peak_bytes < ballast.nbytes
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), EngineError("refused"), OSError(28, "no space")])
 def test_a_build_that_fails_leaves_the_bundle_as_it_was(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
