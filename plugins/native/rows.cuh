@@ -14,6 +14,9 @@ constexpr int kRowThreads = 256;
 constexpr int kRowBlocks = 5;
 constexpr int kVectorBytes = 16;
 
+constexpr int64_t kMaxGridY = 65535;  // CUDA's
+static_assert(kMaxRowBytes <= kMaxGridY * kRowThreads * 2 * 2, "rows of 2-byte elements, two a thread, fit the grid");
+
 // Raw bits of one access.
 template <int BYTES>
 struct Bits;

@@ -16,7 +16,7 @@ from engines.bundle.bundle import open_bundle
 from engines.runners.select import open_runner
 from exporter.config import GateConfig
 from gsx.torch_runtime import TorchRuntime
-from tests.gpu.__main__ import main, rows_of
+from tests.gpu.__main__ import main, rows_of, sanitize
 from tests.gpu.rows import Row, goal_row, table
 from tests.gpu.whole_models import same_text
 
@@ -59,6 +59,24 @@ import tests.gpu.__main__, tests.gpu.prefill
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("prints", "code", "verdict"),
+    [
+        ("| row gather | 39 equal | all | pass |", 0, "pass"),
+        ("| row gather | 39 equal | all | pass |", 99, "fail"),
+        ("", 0, "fail"),  # seen of some versions: a clean summary, and the program never ran
+    ],
+)
+def test_sanitizer_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prints: str, code: int, verdict: str) -> None:
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\necho '{prints}'\necho '========= ERROR SUMMARY: 0 errors'\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    row = sanitize("memcheck", "accesses outside of memory")
+    assert row.verdict == verdict
+    assert "ERROR SUMMARY: 0 errors" in row.found
 
 
 @pytest.mark.slow
