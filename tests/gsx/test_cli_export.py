@@ -53,9 +53,9 @@ def test_a_backend_that_cannot_build_stops_an_export_at_once(
     gsx: Gsx, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engines.tensorrt.backend.find_spec", lambda name: None)
-    found = gsx("export", model, "-o", tmp_path / "bundle", "--build", "tensorrt")
+    found = gsx("export", model, "-o", tmp_path / "bundle", "--build", "tensorrt-rtx")
     assert found.code == 1
-    assert "backend tensorrt: is not installed" in found.err
+    assert "backend tensorrt-rtx: is not installed" in found.err
     assert not (tmp_path / "bundle").exists()
 
 
