@@ -105,10 +105,10 @@ def build(
     portable = {name: _load(opened, name) for name in opened.manifest.graphs}
     sizes = {name: _weight_bytes(model) for name, model in portable.items()}
     check_memory(max(sizes.values()), len(shapes))
-    name = f"{backend}-sm{'-'.join(chosen)}" + ("-growing" if kv_layout == "growing" else "")
+    version = module.__version__
+    name = f"{backend}-{version}-sm{'-'.join(chosen)}" + ("-growing" if kv_layout == "growing" else "")
     with writing_engines(opened, name, len(shapes) * sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
         graphs, used = {}, False
-        version = module.__version__
         for graph, model in portable.items():
             stage = f"building {graph}"
             on_progress(BuildProgress(stage))

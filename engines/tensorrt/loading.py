@@ -85,9 +85,12 @@ def find_engines(bundle: Bundle, backend: Backend) -> EngineSet:
         if problem is None:
             entry = choices[name]
             return EngineSet(bundle.directory / ENGINES / name, entry, library if entry.plugins else None)
-    # The one that says most is the one for this GPU, if there is one.
-    near = next((name for name, entry in choices.items() if machine.capability in entry.targets), next(iter(choices)))
-    problem = problems[near]
+    # The one that says most is the one for this GPU and this TensorRT, if there is one.
+    near = min(
+        choices.values(),
+        key=lambda entry: (machine.capability not in entry.targets, entry.tensorrt_version != machine.tensorrt_version),
+    )
+    problem = next(problems[name] for name, entry in choices.items() if entry is near)
     assert problem is not None
     raise problem
 

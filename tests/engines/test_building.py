@@ -25,6 +25,7 @@ from engines.tensorrt import cuda
 from engines.tensorrt.cuda import Device
 from engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from engines.tensorrt.plugins import plugin_library
+from engines.tensorrt.preload import preload_tensorrt_rtx
 from exporter.quantization.scheme import SchemeName
 from gsx.cli import run
 from gsx.cli.build import warnings_of
@@ -32,12 +33,14 @@ from gsx.quantize import Quantize
 from plugins.domain import DOMAIN, OPSET_VERSION, node
 from plugins.registry import OPS
 
-pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
+preload_tensorrt_rtx()  # in the way that plugins work with, whichever test imports it first
+rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
 pytest.importorskip("polygraphy", reason='polygraphy is not installed: pip install "gsx[tensorrt]"')
 
 LAYERS = 3  # of the tiny model
 BRANCHES = 2 * LAYERS
 INT8 = Quantize("int8", ("none",))
+RTX = f"tensorrt-rtx-{rtx.__version__}"
 SMALL = {"context": 64, "targets": ["8.9"]}
 
 
@@ -68,7 +71,7 @@ def test_threshold_selection_with_and_without_plugins(
     directory = Path(shutil.copytree(make_tiny_bundle(**options), tmp_path / "bundle"))
     phases: list[str] = []
     name, entry = build(directory, plugins=plugins, on_progress=lambda p: phases.append(p.note), **SMALL)  # type: ignore[arg-type]
-    assert name == "tensorrt-rtx-sm89"
+    assert name == f"{RTX}-sm89"
     check(directory, name, entry)
     graph = entry.graphs["model"]
     assert graph.layers["KV_CACHE_UPDATE"] == 2 * LAYERS
@@ -116,7 +119,7 @@ def test_a_batch_and_targets_side_by_side(bundle: Path) -> None:
     """Engines for other targets stay; the same ones are replaced."""
     first, _ = build(bundle, plugins="none", batch=2, **SMALL)  # type: ignore[arg-type]
     second, entry = build(bundle, plugins="none", context=64, targets=["sm80", "12.0"])
-    assert (first, second) == ("tensorrt-rtx-sm89", "tensorrt-rtx-sm80-120")
+    assert (first, second) == (f"{RTX}-sm89", f"{RTX}-sm80-120")
     assert entry.targets == ("80", "120")
     before = open_bundle(bundle).manifest.engines
     assert set(before) == {first, second}
@@ -148,7 +151,7 @@ def test_k_and_v_that_grow(
     profiles = ["prompt:2-8-32", "step:1:1-1-4"]
     name, entry = build(directory, plugins=plugins, kv_layout="growing", profiles=profiles, **SMALL)  # type: ignore[arg-type]
     check(directory, name, entry)
-    assert (name, entry.kv_layout) == ("tensorrt-rtx-sm89-growing", "growing")
+    assert (name, entry.kv_layout) == (f"{RTX}-sm89-growing", "growing")
     graph, portable = entry.graphs["model"], open_bundle(directory).manifest.graphs["model"]
     assert (set(graph.inputs), set(graph.outputs)) == (set(portable.inputs), set(portable.outputs))
     assert "KV_CACHE_UPDATE" not in graph.layers

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,9 @@ from engines.bundle.bundle import Bundle, open_bundle, write_manifest
 from engines.bundle.engine_entry import EngineEntry, EngineGraph, PluginLibrary
 from engines.errors import EngineError
 from engines.runners.select import open_runner
-from engines.tensorrt import cuda
+from engines.tensorrt import cuda, loading
 from engines.tensorrt.backend import platform_name
-from engines.tensorrt.loading import ENGINE_FILE, ENGINES, EngineSet, Machine, difference, read_engine
+from engines.tensorrt.loading import ENGINE_FILE, ENGINES, EngineSet, Machine, difference, find_engines, read_engine
 
 NAME = "tensorrt-rtx-sm89"
 COMMAND = "gsx build OUT --backend tensorrt-rtx"
@@ -171,6 +172,28 @@ def test_an_engine_for_a_graph_that_has_none(bundle: Bundle) -> None:
     engines = EngineSet(bundle.directory / ENGINES / NAME, bundle.manifest.engines[NAME], None)
     with pytest.raises(EngineError, match=r"have no draft\n  found model\n  gsx build OUT"):
         read_engine(engines, "draft", COMMAND)
+
+
+def test_of_several_versions_the_one_that_fits(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none does, the refusal is that of the engines for this GPU and this version, whose lack is smallest."""
+    made = bundle.manifest.engines[NAME].model_copy(update={"plugins": None})
+    entries = {
+        "other-gpu": made.model_copy(update={"targets": ("120",)}),
+        "older": made.model_copy(update={"tensorrt_version": "1.6"}),
+        "here": made,
+    }
+    for name, entry in entries.items():
+        (bundle.directory / ENGINES / name).mkdir()
+        (bundle.directory / ENGINES / name / ENGINE_FILE).write_text(entry.model_dump_json())
+    several = Bundle(bundle.directory, bundle.manifest.model_copy(update={"engines": entries}))
+    monkeypatch.setattr(loading, "load_module", lambda backend: SimpleNamespace(__version__="1.7.1"))
+    monkeypatch.setattr(loading, "plugin_library", lambda: None)
+    monkeypatch.setattr(cuda, "runtime", lambda: None)
+    monkeypatch.setattr(cuda, "device", lambda: cuda.Device("GeForce", "89", 1 << 34))
+    assert find_engines(several, "tensorrt-rtx").directory.name == "here"
+    (bundle.directory / ENGINES / "here" / ENGINE_FILE).unlink()
+    with pytest.raises(EngineError, match=r"engines/here: engine\.json does not match"):
+        find_engines(several, "tensorrt-rtx")
 
 
 def test_a_bundle_without_engines(tiny_bundle: Path) -> None:

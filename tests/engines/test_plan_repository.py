@@ -60,9 +60,9 @@ def bundle(rtx: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The same, its engines on record as TensorRT's."""
     directory = tmp_path_factory.mktemp("plans") / "bundle"
     shutil.copytree(rtx.directory, directory)
-    (entry,) = rtx.manifest.engines.values()
+    ((name, entry),) = rtx.manifest.engines.items()
     renamed = {"tensorrt-sm89-growing": entry.model_copy(update={"backend": "tensorrt", "gpu": "GeForce"})}
-    (directory / ENGINES / "tensorrt-rtx-sm89-growing").rename(directory / ENGINES / "tensorrt-sm89-growing")
+    (directory / ENGINES / name).rename(directory / ENGINES / "tensorrt-sm89-growing")
     write_manifest(directory, rtx.manifest.model_copy(update={"engines": renamed}))
     return open_bundle(directory)
 
@@ -120,7 +120,7 @@ def test_what_triton_could_not_load_is_refused(
     in_place = entry.model_copy(update={"kv_layout": "in-place"})
     bundles = {
         r"found none\n.*gsx build .* --backend tensorrt --kv-layout growing": open_bundle(tiny_bundle),
-        r"found tensorrt-rtx-sm89-growing, which TensorRT cannot load\n": rtx,
+        r"found tensorrt-rtx-.*-sm89-growing, which TensorRT cannot load\n": rtx,
         r"found plain, which has K/V in place\n": Bundle(
             bundle.directory, bundle.manifest.model_copy(update={"engines": {"plain": in_place}})
         ),

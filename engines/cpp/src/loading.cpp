@@ -136,18 +136,19 @@ EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine 
     requireEngines(bundle, backend);
     std::string const command = buildCommand(bundle, backend);
     std::optional<EngineError> nearest;
-    bool isNear = false;
+    std::pair<bool, bool> least;
     for (auto const& [name, entry] : bundle.manifest.engines) {
         if (entry.backend != backend) continue;
         std::optional<fs::path> const library =
             entry.plugins ? findLibrary(plugins, *entry.plugins) : std::optional<fs::path>();
         std::optional<EngineError> problem = difference(bundle, name, entry, machine, library, command);
         if (!problem) return {bundle.directory / kEngines / name, &entry, library};
-        // The one that says most is the one for this GPU, if there is one.
-        bool const near = std::find(entry.targets.begin(), entry.targets.end(), machine.capability) != entry.targets.end();
-        if (!nearest || (near && !isNear)) {
+        // The one that says most is the one for this GPU and this TensorRT, if there is one.
+        bool const here = std::find(entry.targets.begin(), entry.targets.end(), machine.capability) != entry.targets.end();
+        std::pair const distance{!here, entry.tensorrtVersion != machine.tensorrtVersion};
+        if (!nearest || distance < least) {
             nearest.emplace(*problem);
-            isNear = near;
+            least = distance;
         }
     }
     throw *nearest;
