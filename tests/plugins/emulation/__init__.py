@@ -32,34 +32,37 @@ def cuda_include() -> Path | None:
     return next((folder for folder in found if (folder / "cuda_fp16.h").is_file()), None)
 
 
-def emulated_library(name: str = "kernels", sources: Sequence[Path] = KERNELS) -> Path:
+def emulated_library(name: str = "kernels", sources: Sequence[Path] = KERNELS, *, headers: Sequence[Path] = ()) -> Path:
     """The emulated kernels as a shared library; built once per state of the sources. Skips where that cannot be.
 
     Args:
         name: of the library.
         sources: what is in it, besides the emulation.
+        headers: folders of others' headers that they need, besides CUDA's.
     """
-    include, compiler = cuda_include(), shutil.which("g++")
-    if include is None or compiler is None:
+    cuda, compiler = cuda_include(), shutil.which("g++")
+    if cuda is None or compiler is None:
         pytest.skip("emulated kernels: need g++ and CUDA's headers (install the CUDA toolkit)")
     own = b"".join(path.read_bytes() for path in sorted(_HERE.iterdir()) if path.is_file())
-    digest = hashlib.sha256(source_hash().encode() + own).hexdigest()[:16]
+    told = f"{source_hash()} {' '.join(map(str, headers))}"
+    digest = hashlib.sha256(told.encode() + own).hexdigest()[:16]
     library = cache_folder() / "emulation" / f"{name}-{digest}.so"
     if library.is_file():
         return library
     library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="build-", dir=library.parent) as work:
         fresh = Path(work) / library.name
-        _compile(compiler, include, sources, fresh)
+        _compile(compiler, [*headers, cuda, cuda / "cccl"], sources, fresh)
         fresh.replace(library)
     return library
 
 
-def _compile(compiler: str, include: Path, sources: Sequence[Path], library: Path) -> None:
+def _compile(compiler: str, headers: Sequence[Path], sources: Sequence[Path], library: Path) -> None:
     """Compile for the emulation, into a folder that holds nothing else."""
     flags = [compiler, "-std=c++17", "-O2", "-g", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
-    flags += ["-ffp-contract=off", f"-I{_HERE}", f"-I{SOURCE_FOLDER}"]
-    flags += ["-isystem", str(include), "-isystem", str(include / "cccl"), "-x", "c++"]
+    # Each library in a process has its own of everything, shared memory in templates too.
+    flags += ["-fno-gnu-unique", "-ffp-contract=off", f"-I{_HERE}", f"-I{SOURCE_FOLDER}"]
+    flags += [part for folder in headers for part in ("-isystem", str(folder))] + ["-x", "c++"]
     watched = ["-fsanitize=thread", "--param=tsan-distinguish-volatile=1"]
     jobs = [(source, watched) for source in sources]
     jobs += [(_HERE / name, []) for name in ("races.cpp", "emulation.cpp")]

@@ -23,7 +23,8 @@ namespace {
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr size_t kWarp = 32;
 constexpr unsigned kMostTogether = 8;      // blocks
-constexpr unsigned kAccessesPerPause = 64;  // on average, where blocks run together
+constexpr unsigned kAccessesPerPause = 64;  // on average, where blocks run together; of those that talk to other blocks:
+constexpr unsigned kTalksPerPause = 4;
 constexpr int kPatience = 1 << 18;         // reads of waiting threads while nobody does anything else
 constexpr int kGarbage = 0xA5;
 
@@ -116,7 +117,9 @@ void touch(const void* at, size_t bytes, Access access, bool waiting = false) {
         fault("waits for what nobody writes; %zu blocks have not started", gNotStarted);
         _longjmp(gScheduler, 1);
     }
-    if (waiting || (gOrder == Order::kTogether && !shared && below(kAccessesPerPause) == 0)) wait(State::kReady);
+    const bool talks = access == Access::kStrongRead || access == Access::kStrongWrite;
+    const bool pauses = gOrder == Order::kTogether && !shared && below(talks ? kTalksPerPause : kAccessesPerPause) == 0;
+    if (waiting || pauses) wait(State::kReady);
     const auto thread = static_cast<uint32_t>(gFiber - gBlock->fibers.data());
     const Actor actor{gBlock->number, thread, gBlock->stretch, gBlock->known, gFiber->knowledge};
     Accesses& accesses = shared ? gBlock->accesses : gAccesses;

@@ -1,0 +1,70 @@
+// TensorRT's part in running a plugin: create it, ask it about its tensors and its scratch memory, attach it, tell it the
+// shapes, run it.
+
+#include <NvInferRuntime.h>
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+using namespace nvinfer1;
+
+extern "C" IPluginCreatorInterface* const* getCreators(int32_t& count);
+
+namespace {
+
+constexpr size_t kAlignment = 256;  // of TensorRT's scratch memory
+
+IPluginV3* create(char const* name) {
+    int32_t count = 0;
+    IPluginCreatorInterface* const* creators = getCreators(count);
+    for (int32_t i = 0; i < count; ++i) {
+        auto* creator = static_cast<IPluginCreatorV3One*>(creators[i]);
+        PluginFieldCollection const none{0, nullptr};
+        if (std::strcmp(creator->getPluginName(), name) == 0) {
+            return creator->createPlugin("node", &none, TensorRTPhase::kRUNTIME);
+        }
+    }
+    return nullptr;
+}
+
+template <typename Part>
+Part* part(IPluginV3& plugin, PluginCapabilityType type) {
+    return static_cast<Part*>(plugin.getCapabilityInterface(type));
+}
+
+}  // namespace
+
+// Tensors are inputs, then outputs: TensorRT's number of the type, and dimensions. `most`: the first dimension of a profile.
+// Returns what the plugin's enqueue returns, or the negative number of the step that failed before it.
+extern "C" int enqueue(char const* name, int32_t inputs, int32_t outputs, int32_t const* types, int32_t const* ranks,
+                       int64_t const (*dims)[Dims::MAX_DIMS], void* const* buffers, int64_t most) {
+    std::unique_ptr<IPluginV3> const plugin(create(name));
+    if (plugin == nullptr) return -10;
+    std::vector<PluginTensorDesc> tensors(static_cast<size_t>(inputs + outputs));
+    std::vector<DynamicPluginTensorDesc> dynamic(tensors.size());
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        tensors[i] = PluginTensorDesc{};
+        tensors[i].type = static_cast<DataType>(types[i]);
+        tensors[i].format = TensorFormat::kLINEAR;
+        tensors[i].dims.nbDims = ranks[i];
+        for (int32_t axis = 0; axis < ranks[i]; ++axis) tensors[i].dims.d[axis] = dims[i][axis];
+        dynamic[i] = DynamicPluginTensorDesc{tensors[i], tensors[i].dims, tensors[i].dims, tensors[i].dims};
+    }
+    dynamic[0].max.d[0] = most;
+    auto* build = part<IPluginV3OneBuild>(*plugin, PluginCapabilityType::kBUILD);
+    for (int32_t i = 0; i < inputs + outputs; ++i) {
+        if (!build->supportsFormatCombination(i, dynamic.data(), inputs, outputs)) return -20 - i;
+    }
+    size_t const bytes = build->getWorkspaceSize(dynamic.data(), inputs, dynamic.data() + inputs, outputs);
+    std::vector<char> memory(bytes + kAlignment, static_cast<char>(0xA5));
+    void* workspace = memory.data();
+    size_t space = memory.size();
+    if (std::align(kAlignment, bytes, workspace, space) == nullptr) return -40;
+    auto* runtime = part<IPluginV3OneRuntime>(*plugin, PluginCapabilityType::kRUNTIME);
+    std::unique_ptr<IPluginV3> const attached(runtime->attachToContext(nullptr));
+    runtime = part<IPluginV3OneRuntime>(*attached, PluginCapabilityType::kRUNTIME);
+    if (runtime->onShapeChange(tensors.data(), inputs, tensors.data() + inputs, outputs) != 0) return -50;
+    return runtime->enqueue(tensors.data(), tensors.data() + inputs, buffers, buffers + inputs, workspace, nullptr);
+}

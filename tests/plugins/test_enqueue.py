@@ -1,0 +1,94 @@
+"""The TensorRT plugins run: their own sources with the emulated kernels, called as TensorRT calls them.
+
+It needs TensorRT's headers, no TensorRT: a small stand-in (emulation/enqueue.cpp) creates a plugin, asks it about
+tensors and scratch memory, attaches it and enqueues it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from plugins.build import find_headers
+from plugins.errors import PluginError
+from plugins.gated_scatter_add.op import gated_scatter_add
+from plugins.library import SOURCE_FOLDER
+from plugins.threshold_gather.op import threshold_gather
+from plugins.topk_gather.op import topk_gather
+from tests.plugins import kernel_cases as cases
+from tests.plugins.emulation import KERNELS, emulated_library
+
+# TensorRT's numbers of element types.
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7, torch.int64: 8}
+WIDTH = 40
+MORE_TOKENS = 5000  # that the profile allows
+
+
+@pytest.fixture(scope="module")
+def tensorrt() -> ctypes.CDLL:
+    try:
+        headers = find_headers().folder
+    except PluginError as error:
+        pytest.skip(f"the plugins cannot be compiled here: {error}")
+    adapters = [*SOURCE_FOLDER.glob("*/plugin.cpp"), Path(__file__).parent / "emulation" / "enqueue.cpp"]
+    return ctypes.CDLL(str(emulated_library("plugins", [*KERNELS, *adapters], headers=[headers])))
+
+
+def enqueue(tensorrt: ctypes.CDLL, name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> int:
+    tensors = [*inputs, *outputs]
+    count = len(tensors)
+    dims = ((ctypes.c_int64 * 8) * count)(*((ctypes.c_int64 * 8)(*tensor.shape) for tensor in tensors))
+    status: int = tensorrt.enqueue(
+        name.encode(),
+        len(inputs),
+        len(outputs),
+        (ctypes.c_int32 * count)(*(TYPES[tensor.dtype] for tensor in tensors)),
+        (ctypes.c_int32 * count)(*(tensor.dim() for tensor in tensors)),
+        dims,
+        (ctypes.c_void_p * count)(*(tensor.data_ptr() for tensor in tensors)),
+        ctypes.c_int64(len(inputs[0]) + MORE_TOKENS),
+    )
+    return status
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("n", [1, 300, 20_011])
+@pytest.mark.parametrize("name", ["TopKGather", "ThresholdGather"])
+def test_selection(tensorrt: ctypes.CDLL, name: str, n: int, dtype: torch.dtype) -> None:
+    """K is the data's: outputs have room for all tokens, and the first K rows are written."""
+    x, score = cases.matrix(n, WIDTH, dtype, "cpu", 1), torch.rand(n, generator=cases.seeded(2))
+    limit = torch.tensor([n // 3]) if name == "TopKGather" else torch.tensor(0.6)
+    expected = (topk_gather if name == "TopKGather" else threshold_gather)(x, score, limit)
+    rows, index, count = torch.zeros_like(x), torch.full((n,), -1), torch.tensor(-1)
+    assert enqueue(tensorrt, name, [x, score, limit], [rows, index, count]) == 0
+    kept = int(count)
+    assert kept == int(expected[2])
+    assert torch.equal(index[:kept], expected[1])
+    cases.assert_same_bits(rows[:kept], expected[0], "rows")
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("gate_width", [1, WIDTH])
+@pytest.mark.parametrize("kept", [0, 77])
+def test_scatter(tensorrt: ctypes.CDLL, kept: int, gate_width: int, dtype: torch.dtype) -> None:
+    residual, rows = (cases.matrix(size, WIDTH, dtype, "cpu", size) for size in (200, kept))
+    gate = cases.matrix(kept, gate_width, dtype, "cpu", 3)
+    index = cases.kept_places(200, kept, 4, ascending=True)
+    out = torch.zeros_like(residual)
+    assert enqueue(tensorrt, "GatedScatterAdd", [residual, rows, gate, index], [out]) == 0
+    cases.assert_same_bits(out, gated_scatter_add(residual, rows, gate, index), "out")
+
+
+def test_refusals(tensorrt: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> None:
+    """A type and a shape that the op does not take, and an op that is not there: no call reaches a kernel."""
+    x, score, k = torch.zeros(8, 4), torch.zeros(8), torch.tensor([2])
+    outputs = [torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64), torch.tensor(0)]
+    assert enqueue(tensorrt, "TopKGather", [x, score.half(), k], outputs) == -21
+    assert enqueue(tensorrt, "TopKGather", [x, score[:7], k], outputs) == -50
+    assert "TopKGather: input score: axis 0 has size 7, expected 8" in capfd.readouterr().err
+    assert enqueue(tensorrt, "TopK", [x, score, k], outputs) == -10
