@@ -140,6 +140,7 @@ def products_line(products: Mapping[str, int]) -> str:
 
 def print_engines(bundle: Path, entry: EngineEntry) -> None:
     """What was built, as tables."""
+    from engines.tensorrt import cuda
     from engines.tensorrt.backend import dotted
 
     console = out()
@@ -165,7 +166,8 @@ def print_engines(bundle: Path, entry: EngineEntry) -> None:
     ]
     console.print(table(None, ("profile", "batch", "tokens", "window"), ranges))
     if entry.kv_layout == "in-place":
-        console.print(f"next: gsx generate {bundle} PROMPT --backend {entry.backend}")
+        where = "" if cuda.device() else ", on a machine with a GPU"
+        console.print(f"next{where}: gsx generate {bundle} PROMPT --backend {entry.backend}")
     elif entry.backend == "tensorrt":
         console.print(f"next: gsx triton {bundle} -o REPOSITORY --backend tensorrt-plan")
     else:
