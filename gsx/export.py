@@ -32,7 +32,6 @@ from engines.bundle.selection import Selection as SelectionSection
 from engines.bundle.selection import check_budget
 from engines.errors import UsageError
 from engines.lowering.probe import is_supported
-from engines.runners.portable import host_type
 from engines.speculation.search import SHORTEST_CONTEXT, candidate_exits
 from engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_other, refuse_rank
 from exporter.calibration import DEFAULT_TOKENS
@@ -204,7 +203,13 @@ def _exits(draft: str | None, config: ModelConfig, keep: Plan, precision: Precis
     if keep.rule is not None and keep.rule.by_rank:
         refuse_rank()
     if parsed is None:
-        host_type(precision)
+        if precision == "bf16":
+            raise UsageError(
+                f"--draft {draft} measures on ONNX Runtime, which computes bf16 in float32 on a CPU",
+                expected="fp32 or fp16",
+                found=precision,
+                todo="name the draft: --draft exit:E or layers:SET",
+            )
         if config.max_positions < SHORTEST_CONTEXT:
             raise UsageError(
                 f"--draft {draft} needs room to generate",

@@ -19,7 +19,6 @@ from engines.bundle.bundle import Bundle, open_bundle
 from engines.bundle.controls import Keep, default_controls, layer_mask
 from engines.bundle.manifest import Manifest
 from engines.errors import BundleError, CheckpointError, GsxError, UsageError
-from engines.runners.portable import NUMPY_TYPES
 from exporter.checkpoint import Checkpoint, open_checkpoint
 from exporter.text import MIN_TOKENS, TokenText, behind, load_tokenizer, tokenize
 from gsx.backends import BackendName, Device, open_backend
@@ -79,15 +78,16 @@ def verify(
     on_progress(Progress("checking the bundle", 0, 0))
     opened = open_bundle(bundle, check_weights=True)
     manifest = opened.manifest
-    if manifest.precision not in NUMPY_TYPES:
-        raise GsxError(
-            "gsx verify compares what ONNX Runtime makes of the graph, whatever --backend runs beside it, and "
-            f"on a CPU it has no {manifest.precision}",
-            expected=" or ".join(NUMPY_TYPES),
+    if manifest.precision == "bf16" and backend != "onnxruntime":
+        raise UsageError(
+            f"--backend {backend}: rounding to bfloat16 turns decisions and tokens, so what runs in it has no measure",
+            expected="a bundle in fp32 or fp16",
             found=manifest.precision,
-            todo="export with --precision fp32 and verify that: the graph is the same but for its types",
+            todo="without --backend the graph itself is verified, computed in float32",
         )
     notes: list[str] = []
+    if manifest.precision == "bf16":
+        notes.append("The graph is bfloat16; it was computed in float32, so that what is compared is the graph itself.")
     chosen = settings_of(manifest, budgets, notes)
     checkpoint = _reference_checkpoint(opened, reference)
     windows = _held_out(checkpoint, manifest, Path(text) if text else None, tokens, notes)
@@ -108,6 +108,7 @@ def verify(
         kv_cache=manifest.kv_cache.type if manifest.kv_cache else None,
         quality_limits=(quality or QualityLimits()).over(QUANTIZED if manifest.rounds else QualityLimits()),
         reference_precision=str(run.reference_type).removeprefix("torch."),
+        limits_of=run.limits_of,
         policy=manifest.policy.name if manifest.policy else None,
         select=manifest.selection.mode if manifest.selection else None,
         exported_budget=_exported_share(manifest),

@@ -134,7 +134,7 @@ def test_commands_of_the_cpu_image(bundle: Path) -> None:
 
 
 def test_commands_of_the_engines_image(bundle: Path, tmp_path: Path) -> None:
-    """TensorRT itself is in the image alone: here its absence is told in words."""
+    """TensorRT itself is in the image alone, and builds on a GPU: here the absence of either is told in words."""
     library = find_library()
     if library is None:
         pytest.skip("no plugin library was built: gsx plugins build")
@@ -150,7 +150,7 @@ def test_commands_of_the_engines_image(bundle: Path, tmp_path: Path) -> None:
     for command in (words("engines", "CMD"), growing):
         build = run("gsx", *(word.replace("/bundle", str(bundle)) for word in command))
         assert build.returncode == 1
-        assert "backend tensorrt: is not installed" in build.stderr
+        assert "backend tensorrt: " in build.stderr
 
 
 def test_commands_of_the_triton_image(bundle: Path, tmp_path: Path) -> None:

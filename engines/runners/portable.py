@@ -1,8 +1,9 @@
 """The file as anybody's ONNX Runtime runs it: past in, present out, nothing lowered.
 
-Parity is measured on this runner, since it executes `model.onnx` unchanged (but that a bundle's 8-bit K/V is rounded,
-`engines/lowering/kv_cache.py`, and kept in the graph's type); on request it also gives values from
-inside the graph. It copies the K/V cache at every call: `onnxruntime.py` is the fast one.
+Parity is measured on this runner, since it executes `model.onnx` unchanged, with two exceptions: a bundle's 8-bit K/V
+is rounded (`engines/lowering/kv_cache.py`) and kept in the graph's type, and bfloat16, which a CPU has no products in,
+becomes float32 (`engines/lowering/widen.py`). On request it also gives values from inside the graph. It copies the K/V
+cache at every call: `onnxruntime.py` is the fast one.
 """
 
 from __future__ import annotations
@@ -19,11 +20,17 @@ from engines.bundle.bundle import Bundle
 from engines.bundle.controls import Controls
 from engines.bundle.fields import BRANCHES, Branch
 from engines.bundle.manifest import Manifest
-from engines.errors import BundleError, GsxError
+from engines.errors import BundleError
 from engines.lowering.kv_cache import round_cache
+from engines.lowering.widen import in_float32
 from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names, grown
 
-NUMPY_TYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+# Types that a graph of each precision has here.
+_TYPES: dict[str, np.dtype[Any]] = {
+    "fp32": np.dtype(np.float32),
+    "fp16": np.dtype(np.float16),
+    "bf16": np.dtype(np.float32),
+}
 
 
 class PortableStage:
@@ -35,7 +42,6 @@ class PortableStage:
         capture: names of values inside the graph to keep of every call (`captured`).
         threads: of ONNX Runtime within an op; None for its own choice.
     Raises:
-        GsxError: a precision that ONNX Runtime has no CPU kernels for.
         BundleError: no such graph, or ONNX Runtime does not load it.
     """
 
@@ -43,11 +49,13 @@ class PortableStage:
         self, bundle: Bundle, graph: str = "model", *, capture: Sequence[str] = (), threads: int | None = None
     ) -> None:
         self.manifest: Manifest = bundle.manifest
-        self.dtype = host_type(self.manifest.precision)
+        self.dtype = _TYPES[self.manifest.precision]
         self.layers = layers_of(self.manifest, graph)
         self.captured: dict[str, np.ndarray] = {}
         self._capture = list(capture)
         model = onnx.load(str(bundle.graph_path(graph)), load_external_data=False)
+        if self.manifest.precision == "bf16":
+            in_float32(model)
         if self.manifest.kv_cache is not None:
             round_cache(model.graph, self.manifest.kv_cache, self.layers)
         self._inputs = {value.name for value in model.graph.input}
@@ -182,23 +190,6 @@ class KeptTable:
 def skippable_places(manifest: Manifest, layers: range | None = None) -> list[tuple[int, Branch]]:
     """(layer, branch) of every branch that the keep rule may skip, of all layers or of some, in the graph's order."""
     return [place for place in manifest.skippable_places if layers is None or place[0] in layers]
-
-
-def host_type(precision: str) -> np.dtype[Any]:
-    """NumPy type of the activations of a graph of this precision.
-
-    Raises:
-        GsxError: bfloat16, which ONNX Runtime has no CPU kernels for.
-    """
-    dtype = NUMPY_TYPES.get(precision)
-    if dtype is None:
-        raise GsxError(
-            f"ONNX Runtime cannot run {precision} graphs on a CPU (no MatMul kernel)",
-            expected="fp32 or fp16",
-            found=precision,
-            todo="export with --precision fp32 to run here; the bf16 graph is for TensorRT, and --backend torch",
-        )
-    return dtype
 
 
 def session_config(manifest: Manifest) -> Mapping[str, str]:

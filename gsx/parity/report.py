@@ -76,6 +76,7 @@ class Report:
             exported budget of a set of layers is its share.
         quality_limits: hold at budgets from 1 down to the exported one.
         reference_precision: of the reference's weights and activations.
+        limits_of: whose limits hold (`tolerances.kind_of`).
         branches: those that the keep rule may skip.
         text: name of the text; text_sha256: its hash; tokens: how many were read.
         results: one a budget, in falling order.
@@ -98,6 +99,7 @@ class Report:
     select: str | None
     exported_budget: float
     kv_policy: str
+    limits_of: str
     branches: tuple[str, ...]
     text: str
     text_sha256: str
@@ -117,8 +119,8 @@ class Report:
 
     @property
     def tolerances(self) -> Tolerances:
-        """Limits of the bundle's precision."""
-        return TOLERANCES["quantized" if self.rounds else self.precision]
+        """The limits that hold."""
+        return TOLERANCES[self.limits_of]
 
     @property
     def checks(self) -> tuple[Check, ...]:

@@ -28,7 +28,7 @@ from gsx.parity.quality import QualityCounter
 from gsx.parity.result import BudgetResult
 from gsx.parity.settings import Setting
 from gsx.parity.speculation import SpeculationSide
-from gsx.parity.tolerances import TOLERANCES, Tolerances
+from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
 from gsx.progress import Progress
 
 # A stretch with a cache: half in one call, the rest in single steps or in one chunk.
@@ -60,9 +60,10 @@ class Run:
         on_progress: Callable[[Progress], None],
     ) -> None:
         self.manifest, self.settings = bundle.manifest, settings
-        self.limits: Tolerances = TOLERANCES["quantized" if self.manifest.rounds else self.manifest.precision]
+        self.limits_of = kind_of(self.manifest, checkpoint)
+        self.limits: Tolerances = TOLERANCES[self.limits_of]
         self.windows = windows
-        self.reference_type = _reference_type(checkpoint, self.manifest.precision)
+        self.reference_type = _reference_type(checkpoint, self.limits_of)
         self.reference = Reference.load(checkpoint, dtype=self.reference_type)
         self.single = Reference.load(checkpoint) if self.reference_type == torch.float64 else None
         self.engine = EngineSide(bundle)
@@ -141,7 +142,9 @@ class Run:
         speculation = None
         if self.speculation is not None:
             self._tell("draft and verify", 0, 0)
-            speculation = self.speculation.result(self.windows, setting.keep, first.logits)
+            # Thousands of draws tell weights that were rounded to bfloat16 from those that were not.
+            at_hand = None if self.limits_of == "bf16" else first.logits
+            speculation = self.speculation.result(self.windows, setting.keep, at_hand)
         shares = np.concatenate(kept, axis=-1).mean(axis=-1)
         reached = [shares[layer, BRANCHES.index(branch)] for layer, branch in skippable_places(self.manifest)]
         return BudgetResult(
@@ -292,14 +295,14 @@ class Run:
         self.on_progress(Progress(f"{self.stage}: {what}", done, total))
 
 
-def _reference_type(checkpoint: Checkpoint, precision: str) -> torch.dtype:
+def _reference_type(checkpoint: Checkpoint, limits_of: str) -> torch.dtype:
     """Type of the reference's weights and activations.
 
     Double precision beside a float32 engine, where there is memory for it: what is measured is then the engine's
     rounding alone. In float32 the reference's own is as large, and the two add up.
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if precision == "fp32" and 2 * checkpoint.weight_bytes() <= memory / 3:
+    if limits_of == "fp32" and 2 * checkpoint.weight_bytes() <= memory / 3:
         return torch.float64
     return torch.float32
 

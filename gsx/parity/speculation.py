@@ -140,10 +140,11 @@ class SpeculationSide:
             self._found[f"draft, {name} runner"].add(exit_logits, draft, clean, window)
             self._found[f"verify, {name} runner"].add(logits, runner.verify(cache).logits[0], clean, window)
 
-    def result(self, windows: np.ndarray, keep: Keep, reference_logits: np.ndarray) -> SpeculationResult:
+    def result(self, windows: np.ndarray, keep: Keep, reference_logits: np.ndarray | None) -> SpeculationResult:
         """Compare texts at one setting of the keep rule.
 
-        Args: windows [M, S]: prompts are taken from them; reference_logits [S, V] of the first one.
+        Args: windows [M, S]: prompts are taken from them; reference_logits [S, V] of the first one, None where they are
+            too far off for draws to follow them.
         """
         manifest = self._bundle.manifest
         plain = open_runner(self._bundle, backend=self._backend)
@@ -160,7 +161,7 @@ class SpeculationSide:
             logits={name: found.result() for name, found in self._found.items()},
             greedy=greedy,
             sampled=sampled,
-            sampling=sampling_fit(reference_logits, engine),
+            sampling=None if reference_logits is None else sampling_fit(reference_logits, engine),
         )
 
 

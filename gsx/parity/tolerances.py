@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from engines.bundle.manifest import Manifest
+from exporter.checkpoint import Checkpoint
 from gsx.parity.compare import Compared
 
 
@@ -52,6 +54,19 @@ class Tolerances:
         return _allowed(self.relative, [one.max_relative for one in layers])
 
 
+def kind_of(manifest: Manifest, checkpoint: Checkpoint) -> str:
+    """Whose limits hold for a bundle: a key of `TOLERANCES`.
+
+    A bfloat16 graph of a checkpoint that is stored in bfloat16 has the checkpoint's own weights, and is computed in
+    float32: float32's limits hold.
+    """
+    if manifest.rounds:
+        return "quantized"
+    if manifest.precision == "bf16" and all(checkpoint.stored_type(name) == "BF16" for name in checkpoint.names):
+        return "fp32"
+    return manifest.precision
+
+
 # The least p-value of a test that is no sign of a bias.
 P_LEAST = 1e-6
 # Largest errors of two computations that are equally good differ by this much: tails are heavy.
@@ -88,6 +103,17 @@ TOLERANCES: Mapping[str, Tolerances] = {
         nats=0.01,
         tokens_must_agree=False,
         reason="half precision: weights and activations rounded to 11 bits, against a float32 reference",
+    ),
+    # The graph is computed in float32 (`engines/lowering/widen.py`): of the two roundings that float16's limits allow
+    # for there is one, that of the weights, at eight times the step.
+    "bf16": Tolerances(
+        logits=0.4,
+        relative=0.2,
+        near_tie=1e-6,
+        differing_share=0.04,
+        nats=0.04,
+        tokens_must_agree=False,
+        reason="bfloat16 weights, rounded to 8 bits, against a float32 reference; computed in float32",
     ),
     # Rounding to 8 bits moves everything, so the reference's numbers are no measure: quality is (`quality.py`). The two
     # runners compute the same integers, but a value that stands between two codes may go either way (a float32 rounding

@@ -18,7 +18,7 @@ from onnx import TensorProto, numpy_helper
 
 from engines.bundle.bundle import Bundle
 from engines.bundle.controls import Controls
-from engines.errors import BundleError, CheckpointError, GsxError, TextError, UsageError
+from engines.errors import BundleError, CheckpointError, TextError, UsageError
 from engines.runners.base import Cache, StepOutput
 from engines.runners.onnxruntime import OnnxRuntimeStage
 from engines.runners.whole import WholeRunner
@@ -301,10 +301,17 @@ def test_half_precision_has_limits_of_its_own(
     assert {one.verdict for one in tokens} == {"reported"}
 
 
-def test_bfloat16_is_not_run_here(make_tiny_bundle: Callable[..., Path], tiny_text: Path, tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(make_tiny_bundle(precision="bf16"), tmp_path / "bf16"))
-    with pytest.raises(GsxError, match=r"(?s)whatever --backend.*expected fp32 or fp16, found bf16\n.*export"):
-        check(bundle, tiny_text)
+@pytest.mark.parametrize(("stored", "limits"), [(torch.float32, "bf16"), (torch.bfloat16, "fp32")], ids=str)
+def test_bfloat16_is_computed_in_float32(tmp_path: Path, tiny_text: Path, stored: torch.dtype, limits: str) -> None:
+    """Rounded weights have limits of their own; a checkpoint that is bfloat16 itself is held to float32's."""
+    model = tiny_checkpoint(tmp_path / "model", gate=GateConfig("scalar"), tokenizer=True, dtype=stored)
+    bundle = export(model, tmp_path / "bundle", precision="bf16", budget=0.7, calibration=tiny_text, draft="exit:1")
+    report = check(bundle.directory, tiny_text)
+    assert report.passed, failed(report)
+    assert report.limits_of == limits
+    assert "computed in float32" in report.notes[0]
+    with pytest.raises(UsageError, match=r"--backend torch: rounding to bfloat16.*\n.*found bf16\n  without --backend"):
+        check(bundle.directory, tiny_text, backend="torch")
 
 
 def test_a_dense_model_has_one_budget(tmp_path: Path, tiny_text: Path) -> None:

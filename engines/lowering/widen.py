@@ -1,0 +1,55 @@
+"""A bfloat16 graph in float32, for ONNX Runtime on a CPU, which has no bfloat16 products.
+
+Weights stay as they are stored and are widened when the graph is loaded, which loses nothing; activations are not
+rounded to bfloat16. So the graph computes what it says, only more exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+_NARROW, _WIDE = TensorProto.BFLOAT16, TensorProto.FLOAT
+# Attributes that name a type of element.
+_TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "softmax_precision", "stash_type")
+_STORED = ".bf16"
+
+
+def in_float32(model: ModelProto) -> None:
+    """Make every bfloat16 of a model float32, in place; its functions and the graphs within its nodes too."""
+    for function in model.functions:
+        _nodes(function.node)
+        _values(function.value_info)
+    _graph(model.graph)
+
+
+def _graph(graph: GraphProto) -> None:
+    _nodes(graph.node)
+    _values((*graph.input, *graph.output, *graph.value_info))
+    widened: list[NodeProto] = []
+    for tensor in graph.initializer:
+        if tensor.data_type == _NARROW:
+            name, tensor.name = tensor.name, tensor.name + _STORED
+            widened.append(helper.make_node("Cast", [tensor.name], [name], name=f"{name}/widened", to=_WIDE))
+    nodes = [*widened, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
+def _nodes(nodes: Iterable[NodeProto]) -> None:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                _graph(attribute.g)
+            elif attribute.type == AttributeProto.TENSOR and attribute.t.data_type == _NARROW:
+                values = numpy_helper.to_array(attribute.t).astype("float32")
+                attribute.t.CopyFrom(numpy_helper.from_array(values, attribute.t.name))
+            elif attribute.name in _TYPE_ATTRIBUTES and attribute.i == _NARROW:
+                attribute.i = _WIDE
+
+
+def _values(values: Iterable[ValueInfoProto]) -> None:
+    for value in values:
+        if value.type.tensor_type.elem_type == _NARROW:
+            value.type.tensor_type.elem_type = _WIDE
