@@ -96,7 +96,7 @@ def build(
             expected=f"a bundle exported without --kv-cache {opened.manifest.kv_cache.type}",
             todo="run it on ONNX Runtime, or export again",
         )
-    module = _usable(backend)
+    module = check_backend(backend)
     chosen, gpu = _targets(module, backend, targets)
     if opened.manifest.quantization is not None and opened.manifest.quantization.scheme == "fp8":
         chosen = _with_fp8(opened, module, backend, targets, chosen)
@@ -146,15 +146,6 @@ def build(
         )
         finish(made)
     return name, made
-
-
-def check_backend(backend: Backend) -> None:
-    """Whether engines of a backend can be built on this machine, asked before there is a bundle.
-
-    Raises:
-        GsxError: it is not installed, or has no GPU to build on.
-    """
-    _usable(backend)
 
 
 def _build_graph(
@@ -277,8 +268,8 @@ def _growing(profile: EngineProfile) -> dict[str, Sizes]:
     return {"past": past, "total": Sizes(window.least, window.usual, past.most + tokens.most)}
 
 
-def _usable(backend: Backend) -> Any:
-    """The Python module of a backend, once all that building needs is there.
+def check_backend(backend: Backend) -> Any:
+    """The Python module of a backend, once all that building needs is there; it needs no bundle to ask.
 
     Raises:
         EngineError: something is not; what cannot be installed, a GPU, comes first.

@@ -65,8 +65,10 @@ def writing_engines(
     finally:
         shutil.rmtree(work, ignore_errors=True)
         os.close(held)
-        if new_home and home.is_dir() and not any(home.iterdir()):
-            home.rmdir()
+        if new_home and home.is_dir():
+            with _locked(bundle.directory):  # another build may be about to use it
+                if not any(home.iterdir()):
+                    home.rmdir()
 
 
 def _exported_again(bundle: Bundle) -> BundleError:

@@ -159,7 +159,7 @@ class _Context:
             raise EngineError("TensorRT has no memory for an execution context", todo="gsx build with less --context")
         if not self._context.set_optimization_profile_async(profile, self._stream):
             raise EngineError(f"the engine has no profile {profile}", todo="gsx build builds it anew")
-        # else nobody keeps the context
+        # A failure shows here, before anybody keeps a context without its profile.
         cuda.check(self._runtime.cudaStreamSynchronize(self._stream), "choosing a profile")
         self._memory: dict[str, DeviceArray] = {}
         self._host_memory: dict[str, np.ndarray] = {}

@@ -87,10 +87,13 @@ def find_engines(bundle: Bundle, backend: Backend) -> EngineSet:
             return EngineSet(bundle.directory / ENGINES / name, entry, library if entry.plugins else None)
     # The one that says most is the one for this GPU and this TensorRT, if there is one.
     near = min(
-        choices.values(),
-        key=lambda entry: (machine.capability not in entry.targets, entry.tensorrt_version != machine.tensorrt_version),
+        choices,
+        key=lambda name: (
+            machine.capability not in choices[name].targets,
+            choices[name].tensorrt_version != machine.tensorrt_version,
+        ),
     )
-    problem = next(problems[name] for name, entry in choices.items() if entry is near)
+    problem = problems[near]
     assert problem is not None
     raise problem
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engines.bundle.manifest import Manifest
-from exporter.checkpoint import Checkpoint
+from exporter.checkpoint import Checkpoint, is_gate
 from gsx.parity.compare import Compared
 
 
@@ -58,11 +58,12 @@ def kind_of(manifest: Manifest, checkpoint: Checkpoint) -> str:
     """Whose limits hold for a bundle: a key of `TOLERANCES`.
 
     A bfloat16 graph of a checkpoint that is stored in bfloat16 has the checkpoint's own weights, and is computed in
-    float32: float32's limits hold.
+    float32: float32's limits hold. (Gates are float32 in every graph.)
     """
     if manifest.rounds:
         return "quantized"
-    if manifest.precision == "bf16" and all(checkpoint.stored_type(name) == "BF16" for name in checkpoint.names):
+    weights = (name for name in checkpoint.names if not is_gate(name))
+    if manifest.precision == "bf16" and all(checkpoint.stored_type(name) == "BF16" for name in weights):
         return "fp32"
     return manifest.precision
 

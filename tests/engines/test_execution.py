@@ -133,7 +133,9 @@ def test_without_graphs_and_where_nothing_can_be_recorded(make_tiny_bundle: Call
         texts.append(generate(WholeRunner(made.stage), [PROMPT], max_new_tokens=30).sequences)
         assert made.gpu.launches == 0
     assert texts[0] == texts[1]
-    assert make(bundle, "tensorrt-rtx", graphs=False)["model"].trt.engine is not None
+    made = make(bundle, "tensorrt-rtx", graphs=False)["model"]
+    assert generate(WholeRunner(made.stage), [PROMPT], max_new_tokens=30).sequences == texts[0]
+    assert made.strategy == "disabled"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -220,7 +220,7 @@ public:
             throw EngineError("the engine has no profile " + std::to_string(profile),
                               {{}, logger().takeError(), "gsx build builds it anew"});
         }
-        checkCuda(cudaStreamSynchronize(mStream), "choosing a profile");  // else nobody keeps the context
+        checkCuda(cudaStreamSynchronize(mStream), "choosing a profile");  // a failure shows before the context is kept
     }
 
     Values run(Values const& feeds, Buffers const& buffers, std::map<std::string, Shape> const& results) {
