@@ -12,13 +12,13 @@ import argparse
 import statistics
 from pathlib import Path
 
-from engines.bundle.bundle import open_bundle
-from engines.bundle.cost import step_bytes
-from engines.generation import Generation, generate
-from engines.runners.select import open_runner
-from engines.speculation.adapt import SkipSetSearch, first_set
-from engines.speculation.draft import OtherControls
-from engines.tokens import BundleTokenizer
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.bundle.cost import step_bytes
+from gsx_engines.generation import Generation, generate
+from gsx_engines.runners.select import open_runner
+from gsx_engines.speculation.adapt import SkipSetSearch, first_set
+from gsx_engines.speculation.draft import OtherControls
+from gsx_engines.tokens import BundleTokenizer
 
 PROMPT = '''"""Read tables."""
 

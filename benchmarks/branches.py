@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from engines.bundle.bundle import open_bundle
-from engines.bundle.controls import Keep, controls_for
-from engines.runners.select import open_runner
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.runners.select import open_runner
 
 PROMPT_TOKENS, STEPS = 512, 24
 # Scores lie between 0 and 1: nothing is above 2, everything is above minus infinity.

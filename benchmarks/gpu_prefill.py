@@ -3,7 +3,7 @@
     python -m benchmarks.gpu_prefill                        Llama-3-8B's shape, bf16, 4,096 tokens
     python -m benchmarks.gpu_prefill --device cpu --small   the same code on a CPU, with a tiny shape
 
-The traced decoder's own layers run in PyTorch with the CUDA kernels bound to the ops (`plugins.cuda.bind`): random
+The traced decoder's own layers run in PyTorch with the CUDA kernels bound to the ops (`gsx_plugins.cuda.bind`): random
 weights, scalar gates, rank selection, so that exactly the budget's share of the tokens is kept. The dense model is the
 same without gates. What the FLOPs say: every product of the dense model, with those of skipped rows left out. K, V and
 the gates are computed for all tokens, and attention reads a mask, so a kept row pays for every column.
@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from exporter.config import GateConfig, ModelConfig
-from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
-from exporter.rules.gateskip import GateSkip
-from plugins.errors import PluginError
+from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
+from gsx_exporter.rules.gateskip import GateSkip
+from gsx_plugins.errors import PluginError
 
 MAX_APART = 0.08
 
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
                 file=sys.stderr,
             )
             return 1
-        from plugins.cuda import bind
+        from gsx_plugins.cuda import bind
 
         try:
             bind()

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.model import SHAPES, make_model, random_text
-from engines.bundle.bundle import open_bundle
-from engines.bundle.controls import Keep, controls_for
-from engines.runners.select import open_runner
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.runners.select import open_runner
 
 LENGTHS = (512, 2048, 8192)
 STEPS, CALL_TOKENS = 16, 256
@@ -28,7 +28,7 @@ STEPS, CALL_TOKENS = 16, 256
 
 def exports(work: Path) -> dict[str, Path]:
     """The bundles by type of K and V, made as far as they are not there yet."""
-    from gsx.export import export
+    from gsx.workflows.export import export
 
     model = work / "model-long"
     text = random_text(work / "text.txt", SHAPES["small"]["vocab_size"])

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig
 
-from exporter.checkpoint import chooser, expected_tensors, is_gate
-from exporter.config import ModelConfig
-from exporter.router_config import NetConfig, RouterConfig
+from gsx_exporter.checkpoint import chooser, expected_tensors, is_gate
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.router_config import NetConfig, RouterConfig
 
 SHAPES = {
     # To try a script.

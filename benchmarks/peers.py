@@ -85,7 +85,7 @@ def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
 
 def prepare(work: Path, gates: Iterable[str]) -> None:
     """Models and float32 exports, dense and with gates at `BUDGET`, as far as they are not there yet."""
-    from gsx.export import export
+    from gsx.workflows.export import export
 
     work.mkdir(parents=True, exist_ok=True)
     text = random_text(work / "text.txt", SHAPES["small"]["vocab_size"])

@@ -24,12 +24,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from engines.bundle.bundle import open_bundle
-from engines.bundle.controls import Controls, Keep, controls_for
-from engines.runners.base import Runner
-from engines.runners.onnxruntime import OnnxRuntimeStage
-from engines.runners.portable import open_session, session_config
-from engines.runners.whole import WholeRunner
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.bundle.controls import Controls, Keep, controls_for
+from gsx_engines.runners.base import Runner
+from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
+from gsx_engines.runners.portable import open_session, session_config
+from gsx_engines.runners.whole import WholeRunner
 
 PROMPT_TOKENS, STEPS = 512, 24
 # What each kind of product reads for a weight, in bytes.

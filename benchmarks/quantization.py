@@ -42,8 +42,8 @@ FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
 
 def exports(work: Path, gate: str) -> dict[str, Path]:
     """Bundles of the dense or gated model by form, made as far as they are not there yet."""
-    from gsx.export import export
-    from gsx.quantize import Quantize
+    from gsx.workflows.export import export
+    from gsx.workflows.quantize import Quantize
 
     found = {"fp32": work / f"gsx-{gate}"}
     for form, (scheme, keep) in FORMS.items():

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from exporter.checkpoint import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
-from exporter.config import GateConfig
-from exporter.router_config import NetConfig, RouterConfig
-from exporter.training.exit_classifiers import train_exit_classifiers
-from gsx.export import export
 from gsx.parity.report import Report
-from gsx.verify import verify
+from gsx.workflows.export import export
+from gsx.workflows.verify import verify
+from gsx_exporter.checkpoint import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
+from gsx_exporter.config import GateConfig
+from gsx_exporter.router_config import NetConfig, RouterConfig
+from gsx_exporter.training.exit_classifiers import train_exit_classifiers
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "model"
 CLASSIFIER_TOKENS = 8192

@@ -19,20 +19,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from engines.bundle.confidence import Measure
-from engines.bundle.layer_sets import Places, exit_places, mask_of, unified_places
-from exporter.calibration import calibrate
-from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.decoder.layer import DecoderOptions
-from exporter.evaluation import losses
-from exporter.masks.base import KeepAll, MaskRule
-from exporter.masks.calm import Confident
-from exporter.masks.ffn_skip import FfnStride
-from exporter.masks.gateskip import Threshold
-from exporter.masks.layers import LayerMask
-from exporter.reference import Reference
-from exporter.similarity import calibrate_ffn
-from exporter.text import tokenize
+from gsx_engines.bundle.confidence import Measure
+from gsx_engines.bundle.layer_sets import Places, exit_places, mask_of, unified_places
+from gsx_exporter.calibration import calibrate
+from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.evaluation import losses
+from gsx_exporter.masks.base import KeepAll, MaskRule
+from gsx_exporter.masks.calm import Confident
+from gsx_exporter.masks.ffn_skip import FfnStride
+from gsx_exporter.masks.gateskip import Threshold
+from gsx_exporter.masks.layers import LayerMask
+from gsx_exporter.reference import Reference
+from gsx_exporter.similarity import calibrate_ffn
+from gsx_exporter.text import tokenize
 
 # Of CALM, from careful to bold.
 CALM_THRESHOLDS: dict[Measure, tuple[float, ...]] = {

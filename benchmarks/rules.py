@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.model import ROUTERS, SHAPES, make_model, random_text
-from engines.bundle.bundle import open_bundle
-from engines.bundle.controls import Controls, Keep, controls_for
-from engines.bundle.fields import BRANCHES
-from engines.runners.base import Runner
-from engines.runners.select import open_runner
-from gsx.export import export
+from gsx.workflows.export import export
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.bundle.controls import Controls, Keep, controls_for
+from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.runners.base import Runner
+from gsx_engines.runners.select import open_runner
 
 PROMPT_TOKENS, STEPS = 512, 16
 CALIBRATION_TOKENS = 1024

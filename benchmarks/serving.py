@@ -30,14 +30,14 @@ import psutil
 
 from benchmarks.model import SHAPES, make_model, random_text
 from benchmarks.speculation import heading, held_out_prompts, line
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import Keep
-from engines.generation import GenerationStats, generate
-from engines.runners.select import open_runner
-from engines.sampling import Sampling
-from engines.serving.repository import write_repository
-from engines.tokens import BundleTokenizer, TextWriter
 from examples.triton_server import ENVIRONMENT, Server, running
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import Keep
+from gsx_engines.generation import GenerationStats, generate
+from gsx_engines.runners.select import open_runner
+from gsx_engines.sampling import Sampling
+from gsx_engines.serving.repository import write_repository
+from gsx_engines.tokens import BundleTokenizer, TextWriter
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 EXAMPLE, CLIENT = EXAMPLES / "model", EXAMPLES / "triton_client.py"
@@ -314,7 +314,7 @@ def ratios_of_rounds(ratios: dict[str, list[float]]) -> None:
 
 def served_bundle(work: Path, shape: str | None, draft: str | None) -> tuple[Bundle, list[list[int]]]:
     """What is served, made once, and prompts for it: held-out text, or random tokens of the benchmark model."""
-    from gsx.export import export
+    from gsx.workflows.export import export
 
     path = work / f"{shape or 'example'}-{'draft' if draft else 'plain'}"
     model, text = EXAMPLE if shape is None else work / shape, None

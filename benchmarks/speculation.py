@@ -24,13 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import Keep
-from engines.generation import GenerationStats, generate
-from engines.runners.select import open_runner
-from engines.sampling import GREEDY, Sampling
-from engines.speculation.draft import open_draft
-from engines.speculation.spec import parse_draft
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import Keep
+from gsx_engines.generation import GenerationStats, generate
+from gsx_engines.runners.select import open_runner
+from gsx_engines.sampling import GREEDY, Sampling
+from gsx_engines.speculation.draft import open_draft
+from gsx_engines.speculation.spec import parse_draft
 
 PROMPT_TOKENS, NEW_TOKENS = 128, 128
 SAMPLED = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=1)
@@ -51,9 +51,9 @@ def heading(*names: str) -> None:
 
 def held_out_prompts(model: Path, count: int, tokens: int = PROMPT_TOKENS) -> list[list[int]]:
     """Windows of held-out library code, spread over its files."""
-    from exporter.checkpoint import open_checkpoint
-    from exporter.text import load_tokenizer
-    from exporter.training.corpus import read_corpus, split
+    from gsx_exporter.checkpoint import open_checkpoint
+    from gsx_exporter.text import load_tokenizer
+    from gsx_exporter.training.corpus import read_corpus, split
 
     tokenizer = load_tokenizer(open_checkpoint(model))
     prefix = tokenizer.encode("").ids
@@ -67,7 +67,7 @@ def held_out_prompts(model: Path, count: int, tokens: int = PROMPT_TOKENS) -> li
 
 def exported(work: Path, model: Path, **options: object) -> Bundle:
     """A bundle of the model with these options; made once."""
-    from gsx.export import export
+    from gsx.workflows.export import export
 
     words = [f"{key}={getattr(value, 'scheme', value)}" for key, value in options.items()]
     name = "-".join(words).replace(":", "_") or "plain"
@@ -196,7 +196,7 @@ def speed(args: argparse.Namespace) -> None:
 
 def gates(args: argparse.Namespace) -> None:
     """Plain and speculative decoding at several budgets, in float32 and INT8."""
-    from gsx.quantize import Quantize
+    from gsx.workflows.quantize import Quantize
 
     prompts = held_out_prompts(args.model, args.prompts)
     draft = f"exit:{args.exits[0]}"

@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.model import SHAPES, make_large, random_text
-from engines.bundle.bundle import open_bundle
-from engines.bundle.controls import Keep
-from engines.errors import EngineError
-from engines.generation import generate
-from engines.runners.base import Runner
-from engines.runners.select import open_runner
 from gsx.backends import Device
-from gsx.export import Precision, export
 from gsx.torch_runtime import TorchRuntime
+from gsx.workflows.export import Precision, export
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.bundle.controls import Keep
+from gsx_engines.errors import EngineError
+from gsx_engines.generation import generate
+from gsx_engines.runners.base import Runner
+from gsx_engines.runners.select import open_runner
 
 BUDGETS = (1.0, 0.5)
 _CALIBRATION_TOKENS = 1024

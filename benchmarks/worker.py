@@ -21,10 +21,10 @@ Call = Callable[[list[int], int], tuple[float, float, list[int], float | None]]
 
 def gsx_call(path: Path, threads: int, budget: float | None) -> Call:
     """gsx's own runner and loop."""
-    from engines.bundle.bundle import open_bundle
-    from engines.bundle.controls import Keep
-    from engines.generation import generate
-    from engines.runners.select import open_runner
+    from gsx_engines.bundle.bundle import open_bundle
+    from gsx_engines.bundle.controls import Keep
+    from gsx_engines.generation import generate
+    from gsx_engines.runners.select import open_runner
 
     runner = open_runner(open_bundle(path), threads=threads)
 

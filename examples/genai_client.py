@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import onnxruntime_genai as og
 
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.tokens import BundleTokenizer
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.tokens import BundleTokenizer
 
 
 def genai_config(bundle: Bundle) -> dict[str, Any]:

@@ -20,18 +20,18 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-from exporter.calibration import calibrate
-from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.config import BRANCHES
-from exporter.decoder.layer import DecoderOptions
-from exporter.evaluation import Quality, evaluate, losses, reference_logits
-from exporter.masks.gateskip import Threshold
-from exporter.reference import Reference
-from exporter.text import WINDOW_TOKENS, load_tokenizer
-from exporter.training.corpus import Document, read_corpus, split
-from gsx.export import export
 from gsx.parity.plots import combined
-from gsx.verify import verify
+from gsx.workflows.export import export
+from gsx.workflows.verify import verify
+from gsx_exporter.calibration import calibrate
+from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.config import BRANCHES
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.evaluation import Quality, evaluate, losses, reference_logits
+from gsx_exporter.masks.gateskip import Threshold
+from gsx_exporter.reference import Reference
+from gsx_exporter.text import WINDOW_TOKENS, load_tokenizer
+from gsx_exporter.training.corpus import Document, read_corpus, split
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = (1.0, 0.85, 0.7, 0.5)

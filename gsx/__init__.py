@@ -6,39 +6,37 @@ never imports torch.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engines.building.build import build as build
-    from engines.bundle.bundle import Bundle as Bundle
-    from engines.bundle.bundle import open_bundle as open_bundle
-    from engines.errors import GsxError as GsxError
-    from exporter.convert import convert as convert
-    from gsx.doctor import doctor as doctor
-    from gsx.export import export as export
-    from gsx.generate import generate as generate
-    from gsx.inspect import inspect as inspect
-    from gsx.triton import triton as triton
-    from gsx.verify import verify as verify
+    from gsx.workflows.doctor import doctor as doctor
+    from gsx.workflows.export import export as export
+    from gsx.workflows.generate import generate as generate
+    from gsx.workflows.inspect import inspect as inspect
+    from gsx.workflows.triton import triton as triton
+    from gsx.workflows.verify import verify as verify
+    from gsx_engines.building.build import build as build
+    from gsx_engines.bundle.bundle import Bundle as Bundle
+    from gsx_engines.bundle.bundle import open_bundle as open_bundle
+    from gsx_engines.errors import GsxError as GsxError
+    from gsx_exporter.convert import convert as convert
 
     __version__: str
 
 # Public name -> module that has it.
 _HOMES = {
-    "Bundle": "engines.bundle.bundle",
-    "GsxError": "engines.errors",
-    "build": "engines.building.build",
-    "convert": "exporter.convert",
-    "doctor": "gsx.doctor",
-    "export": "gsx.export",
-    "generate": "gsx.generate",
-    "inspect": "gsx.inspect",
-    "open_bundle": "engines.bundle.bundle",
-    "triton": "gsx.triton",
-    "verify": "gsx.verify",
+    "Bundle": "gsx_engines.bundle.bundle",
+    "GsxError": "gsx_engines.errors",
+    "build": "gsx_engines.building.build",
+    "convert": "gsx_exporter.convert",
+    "doctor": "gsx.workflows.doctor",
+    "export": "gsx.workflows.export",
+    "generate": "gsx.workflows.generate",
+    "inspect": "gsx.workflows.inspect",
+    "open_bundle": "gsx_engines.bundle.bundle",
+    "triton": "gsx.workflows.triton",
+    "verify": "gsx.workflows.verify",
 }
 
 __all__ = [
@@ -71,15 +69,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Face(ModuleType):
-    """Keeps `gsx.export` the function: importing the module of that name would take its place."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOMES.get(name) == value.__name__:
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Face

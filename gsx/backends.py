@@ -5,8 +5,8 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Literal
 
-from engines.errors import EngineError, UsageError
-from engines.runners.select import Backend
+from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.runners.select import Backend
 
 BackendName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]
 Device = Literal["cpu", "cuda"]

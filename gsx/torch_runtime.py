@@ -1,10 +1,10 @@
 """The PyTorch runtime: the traced decoder itself, run eagerly on a bundle's weights.
 
-On a GPU the kernels of `plugins/` are bound to its ops (`plugins/cuda.py`), on a CPU the ops' own PyTorch code runs;
-every precision runs on both. It lives above `engines`, which never imports torch. Where a graph takes K/V in and gives
-them out, longer, this has buffers and writes into them.
+On a GPU the kernels of `plugins/` are bound to its ops (`gsx_plugins/cuda.py`), on a CPU the ops' own PyTorch code
+runs; every precision runs on both. It lives above `gsx_engines`, which never imports torch. Where a graph takes K/V in
+and gives them out, longer, this has buffers and writes into them.
 
-Letters as in `exporter/decoder/layer.py`; C capacity of the buffers, T columns of them that a call reads.
+Letters as in `gsx_exporter/decoder/layer.py`; C capacity of the buffers, T columns of them that a call reads.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ import torch
 import torch._dynamo  # PyTorch would import it in the first call of an op of ours, where seconds are a user's
 from torch import Tensor, nn
 
-from engines.bundle.bundle import Bundle
-from engines.bundle.fields import BRANCHES, Branch
-from engines.bundle.manifest import DecoderShape, Gates
-from engines.errors import BundleError, EngineError
-from engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names, grown
-from engines.runners.portable import KeptTable, layers_of, skippable_places
-from exporter.checkpoint import CONFIG, read_config
-from exporter.config import ModelConfig
-from exporter.decoder.ends import Entry, Exit, distinct_windows
-from exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
-from exporter.decoder.loading import filled_askers
-from exporter.rules.registry import rule_of
 from gsx.backends import Device
-from plugins.errors import PluginError
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.bundle.manifest import DecoderShape, Gates
+from gsx_engines.errors import BundleError, EngineError
+from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names, grown
+from gsx_engines.runners.portable import KeptTable, layers_of, skippable_places
+from gsx_exporter.checkpoint import CONFIG, read_config
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
+from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
+from gsx_exporter.decoder.loading import filled_askers
+from gsx_exporter.rules.registry import rule_of
+from gsx_plugins.errors import PluginError
 
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _STORED_TYPES = {
@@ -339,7 +339,7 @@ def _device(asked: Device | None) -> torch.device:
             found=f"PyTorch {torch.__version__}, {built}",
             todo="--device cpu runs it here; gsx doctor says what works on this machine",
         )
-    from plugins.cuda import bind
+    from gsx_plugins.cuda import bind
 
     try:
         bind()

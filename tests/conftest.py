@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.tensorrt.preload import preload_tensorrt_rtx
-from exporter.config import GateConfig
+from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
+from gsx_exporter.config import GateConfig
 
 # Before any test imports it: plugins then work in whatever test comes first.
 preload_tensorrt_rtx()
@@ -40,7 +40,7 @@ def tiny_gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_gated: Path, tiny_text: Path) -> Path:
     """`tiny_gated`, exported at budget 0.7."""
-    from gsx.export import export
+    from gsx.workflows.export import export
 
     out = tmp_path_factory.mktemp("bundle") / "tiny"
     export(tiny_gated, out, budget=0.7, calibration=tiny_text, calibration_tokens=1024)
@@ -52,7 +52,7 @@ def make_tiny_bundle(
     tmp_path_factory: pytest.TempPathFactory, tiny_gated: Path, tiny_text: Path
 ) -> Callable[..., Path]:
     """Exports `tiny_gated` with options of one's own; each set of options once."""
-    from gsx.export import export
+    from gsx.workflows.export import export
 
     made: dict[tuple[tuple[str, object], ...], Path] = {}
 

@@ -18,7 +18,7 @@ from dockerfile_parse import DockerfileParser
 from packaging.requirements import Requirement
 
 from examples.triton_server import find_server, running
-from plugins.library import PLUGIN_LIBRARY_NAME, find_library, library_hash
+from gsx_plugins.library import PLUGIN_LIBRARY_NAME, find_library, library_hash
 
 ROOT = Path(__file__).parent.parent
 DOCKER = ROOT / "docker"

@@ -10,11 +10,16 @@ from pathlib import Path
 import pytest
 
 from gsx.cli.app import command
-from plugins.registry import OPS
+from gsx_plugins.registry import OPS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
-    [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("plugins/*/README.md"), *ROOT.glob("examples/**/*.md")]
+    [
+        ROOT / "README.md",
+        *ROOT.glob("docs/*.md"),
+        *ROOT.glob("plugins/gsx_plugins/*/README.md"),
+        *ROOT.glob("examples/**/*.md"),
+    ]
 )
 # Made by people, after the tests have passed.
 PICTURES = {"docs/images/parity.png"}
@@ -76,7 +81,7 @@ def test_engines_page_shows_every_option() -> None:
 def test_every_op_has_its_page() -> None:
     for op in OPS:
         folder = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", op.replace("TopK", "Topk")).lower()
-        text = (ROOT / "plugins" / folder / "README.md").read_text(encoding="utf-8")
+        text = (ROOT / "plugins" / "gsx_plugins" / folder / "README.md").read_text(encoding="utf-8")
         assert text.startswith(f"# {op}\n")
         for name, _ in (*OPS[op].inputs, *OPS[op].outputs):
             assert f"| `{name}` (" in text, f"{op}: {name}"

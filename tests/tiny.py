@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
 
-from exporter.checkpoint import chooser, expected_tensors, is_gate
-from exporter.config import GateConfig, ModelConfig
-from exporter.router_config import RouterConfig
+from gsx_exporter.checkpoint import chooser, expected_tensors, is_gate
+from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.router_config import RouterConfig
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIALS = ("<|pad|>", "<|begin|>", "<|endoftext|>")

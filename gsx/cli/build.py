@@ -12,8 +12,8 @@ from gsx.cli.console import ProgressLine, out, print_json, remark, size, table
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
-    from engines.bundle.engine_entry import EngineEntry
-    from engines.tensorrt.cuda import Device
+    from gsx_engines.bundle.engine_entry import EngineEntry
+    from gsx_engines.tensorrt.cuda import Device
 
 # Products that a warning names; more are counted.
 _MOST_NAMED = 4
@@ -75,18 +75,18 @@ def build(
 
 
 def build_engines(bundle: Path, **options: Any) -> tuple[str, EngineEntry]:
-    """`engines.building.build.build` for a person: with its progress, and its warnings on stderr."""
+    """`gsx_engines.building.build.build` for a person: with its progress, and its warnings on stderr."""
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from engines.building.build import build as build_in
+            from gsx_engines.building.build import build as build_in
 
         name, entry = build_in(
             bundle,
             on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total, progress.note),
             **options,
         )
-    from engines.tensorrt import cuda
+    from gsx_engines.tensorrt import cuda
 
     for warning in warnings_of(entry, None if options.get("targets") else cuda.device()):
         remark(warning)
@@ -102,7 +102,7 @@ def warnings_of(entry: EngineEntry, device: Device | None = None) -> list[str]:
     forms = {form for graph in entry.graphs.values() for form in graph.forms.values()}
     warnings = []
     if device is not None and device.capability not in entry.targets:
-        from engines.tensorrt.backend import dotted
+        from gsx_engines.tensorrt.backend import dotted
 
         warnings.append(
             f"WARNING: these engines are NOT FOR THE GPU OF THIS MACHINE ({device.name}, {dotted(device.capability)}), "
@@ -140,8 +140,8 @@ def products_line(products: Mapping[str, int]) -> str:
 
 def print_engines(bundle: Path, entry: EngineEntry) -> None:
     """What was built, as tables."""
-    from engines.tensorrt import cuda
-    from engines.tensorrt.backend import dotted
+    from gsx_engines.tensorrt import cuda
+    from gsx_engines.tensorrt.backend import dotted
 
     console = out()
     console.print(

@@ -44,8 +44,8 @@ def compare(
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from gsx.compare import DEFAULT_TOKENS, compare_policies
             from gsx.comparison.report import write_comparison
+            from gsx.workflows.compare import DEFAULT_TOKENS, compare_policies
 
         report = compare_policies(
             model,

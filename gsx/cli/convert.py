@@ -11,7 +11,7 @@ from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
-    from exporter.convert import ConvertResult
+    from gsx_exporter.convert import ConvertResult
 
 
 def add_to(app: typer.Typer) -> None:
@@ -41,7 +41,7 @@ def convert(
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from exporter.convert import convert as convert_file
+            from gsx_exporter.convert import convert as convert_file
 
         result = convert_file(file, output, base=base, gate_input=gate_input, on_progress=line.update)
     if as_json:

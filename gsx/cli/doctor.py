@@ -25,7 +25,7 @@ def doctor(
 
     Example: gsx doctor
     """
-    from gsx.doctor import doctor as look
+    from gsx.workflows.doctor import doctor as look
 
     with ProgressLine() as line:
         report = look(on_progress=lambda name: line.update(f"trying {name}"))

@@ -14,10 +14,10 @@ from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, rema
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
-    from engines.bundle.bundle import Bundle
-    from engines.bundle.drafts import DraftEntry
-    from engines.bundle.policy import Policy
-    from engines.tensorrt.backend import Backend
+    from gsx_engines.bundle.bundle import Bundle
+    from gsx_engines.bundle.drafts import DraftEntry
+    from gsx_engines.bundle.policy import Policy
+    from gsx_engines.tensorrt.backend import Backend
 
 
 def add_to(app: typer.Typer) -> None:
@@ -134,11 +134,11 @@ def export(
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from engines.building.build import check_backend
-            from exporter.calibration import DEFAULT_TOKENS
-            from exporter.quantization.statistics import default_cache
-            from gsx.export import export as export_bundle
-            from gsx.quantize import Quantize
+            from gsx.workflows.export import export as export_bundle
+            from gsx.workflows.quantize import Quantize
+            from gsx_engines.building.build import check_backend
+            from gsx_exporter.calibration import DEFAULT_TOKENS
+            from gsx_exporter.quantization.statistics import default_cache
 
         if build is not None:
             check_backend(build)  # before an export that may take long
@@ -178,7 +178,7 @@ def export(
 
 def _build(bundle: Path, backend: Backend, as_json: bool) -> dict[str, Any]:
     """Engines for a bundle that was just exported, as plain values. Where they fail, the bundle stays."""
-    from engines.errors import GsxError
+    from gsx_engines.errors import GsxError
 
     try:
         name, entry = build_engines(bundle, backend=backend)

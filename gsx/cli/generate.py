@@ -12,8 +12,8 @@ from gsx.cli.console import print_json, remark
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
-    from engines.speculation.adapt import Adaptation
-    from gsx.generate import GenerateResult
+    from gsx.workflows.generate import GenerateResult
+    from gsx_engines.speculation.adapt import Adaptation
 
 
 def add_to(app: typer.Typer) -> None:
@@ -98,7 +98,7 @@ def generate(
     if prompt == "-":
         prompt = _stdin()
     with loading():
-        from gsx.generate import generate as generate_text
+        from gsx.workflows.generate import generate as generate_text
 
     live = stream and not as_json and ids is None
     result = generate_text(
@@ -166,7 +166,7 @@ def _write(text: str) -> None:
 
 
 def _stdin() -> str:
-    from engines.errors import UsageError
+    from gsx_engines.errors import UsageError
 
     try:
         return sys.stdin.buffer.read().decode("utf-8")
@@ -178,7 +178,7 @@ def _stdin() -> str:
 
 
 def _parse_ids(text: str) -> list[int]:
-    from engines.errors import UsageError
+    from gsx_engines.errors import UsageError
 
     try:
         return [int(part) for part in text.split(",")]

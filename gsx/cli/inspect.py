@@ -13,7 +13,7 @@ from gsx.cli.export import policy_name
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
-    from gsx.inspect import InspectReport
+    from gsx.workflows.inspect import InspectReport
 
 
 def add_to(app: typer.Typer) -> None:
@@ -33,7 +33,7 @@ def inspect(
     """
     quiet_libraries()
     with loading():
-        from gsx.inspect import inspect as look
+        from gsx.workflows.inspect import inspect as look
 
     report = look(path)
     if as_json:

@@ -11,7 +11,7 @@ from gsx.cli.console import ProgressLine, out, print_json, size, table
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
-    from gsx.plugins import LibraryFacts
+    from gsx.workflows.plugins import LibraryFacts
 
 
 def add_to(app: typer.Typer) -> None:
@@ -56,8 +56,8 @@ def build(
     with ProgressLine() as line:
         line.update("looking for tools")
         with loading():
-            from gsx.plugins import build_plugins, library_facts
-            from plugins.build import ARCHITECTURES
+            from gsx.workflows.plugins import build_plugins, library_facts
+            from gsx_plugins.build import ARCHITECTURES
 
         built = build_plugins(
             architectures=tuple(part.strip() for part in arch.split(",")) if arch else ARCHITECTURES,
@@ -80,7 +80,7 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON
     Example: gsx plugins list
     """
     with loading():
-        from gsx.plugins import list_plugins
+        from gsx.workflows.plugins import list_plugins
 
     found = list_plugins()
     if as_json:

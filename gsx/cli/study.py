@@ -12,7 +12,7 @@ from gsx.cli.reports import JsonOption, ModelArgument, PageOption, show
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
-    from gsx.study import StudyReport
+    from gsx.workflows.study import StudyReport
 
 
 def add_to(app: typer.Typer) -> None:
@@ -37,7 +37,7 @@ def study(
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from gsx.study import DEFAULT_TOKENS, study_model, write_study
+            from gsx.workflows.study import DEFAULT_TOKENS, study_model, write_study
 
         report = study_model(
             model,
@@ -49,7 +49,7 @@ def study(
 
 
 def _tables(report: StudyReport) -> None:
-    from gsx.study import WORDS
+    from gsx.workflows.study import WORDS
 
     console = out()
     counts = sorted({point.layers for points in report.curves.values() for point in points}, reverse=True)

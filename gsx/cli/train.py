@@ -12,7 +12,7 @@ from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, tabl
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
-    from exporter.training import StepReport
+    from gsx_exporter.training import StepReport
 
 # Where nobody watches, a line this often.
 _PLAIN_SECONDS = 30.0
@@ -104,8 +104,8 @@ def train(
     with ProgressLine(plain_every=_PLAIN_SECONDS) as line:
         line.update("starting")
         with loading():
-            from exporter.training import TrainConfig
-            from exporter.training import train as run
+            from gsx_exporter.training import TrainConfig
+            from gsx_exporter.training import train as run
 
         given = {
             "batch_size": batch_size,
@@ -165,7 +165,7 @@ def _exit_classifiers(
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from exporter.training.exit_classifiers import DEFAULT_TOKENS, train_exit_classifiers
+            from gsx_exporter.training.exit_classifiers import DEFAULT_TOKENS, train_exit_classifiers
 
         wanted = DEFAULT_TOKENS if tokens is None else tokens
         result = train_exit_classifiers(model, output, depths=named, text=text, tokens=wanted, on_progress=line.update)

@@ -50,13 +50,13 @@ def triton(
 
     Example: gsx triton out/demo -o out/models
     """
-    from engines.errors import UsageError
+    from gsx_engines.errors import UsageError
 
     if (output is None) == (check is None):
         raise UsageError("what to do is not clear", expected="-o REPOSITORY or --check URL")
     with loading():
-        from gsx.triton import check_server
-        from gsx.triton import triton as write
+        from gsx.workflows.triton import check_server
+        from gsx.workflows.triton import triton as write
     if check is not None:
         count = check_server(bundle, check, name=name)
         print_json({"url": check, "tokens_equal": count}) if as_json else typer.echo(
@@ -86,8 +86,8 @@ def triton(
 
 
 def _write_plans(bundle: Path, output: Path, name: str, as_json: bool) -> None:
-    from engines.tensorrt.plugins import plugin_library
-    from gsx.triton import triton_plans
+    from gsx.workflows.triton import triton_plans
+    from gsx_engines.tensorrt.plugins import plugin_library
 
     models = triton_plans(bundle, output, name=name)
     if as_json:

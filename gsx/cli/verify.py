@@ -69,8 +69,8 @@ def verify(
         line.update("starting")
         with loading():
             from gsx.parity.quality import QualityLimits
-            from gsx.verify import DEFAULT_GREEDY_TOKENS, DEFAULT_TOKENS
-            from gsx.verify import verify as verify_bundle
+            from gsx.workflows.verify import DEFAULT_GREEDY_TOKENS, DEFAULT_TOKENS
+            from gsx.workflows.verify import verify as verify_bundle
 
         report = verify_bundle(
             bundle,

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.bundle.bundle import Bundle
-from engines.bundle.controls import Keep, controls_for
-from engines.bundle.fields import BRANCHES
-from engines.runners.base import StepOutput
-from engines.runners.select import open_runner
-from exporter.evaluation import losses
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.runners.base import StepOutput
+from gsx_engines.runners.select import open_runner
+from gsx_exporter.evaluation import losses
 
 # Single tokens of a window that are timed.
 STEPS = 16

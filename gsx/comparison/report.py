@@ -7,9 +7,9 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from engines.errors import GsxError
 from gsx.pages.figures import COLOURS, GREY, Plot, logarithmic, svg
 from gsx.pages.render import render
+from gsx_engines.errors import GsxError
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from engines.bundle.controls import Keep
-from engines.bundle.drafts import places_text
-from engines.bundle.layer_sets import exit_places, unified_places
-from engines.bundle.manifest import Manifest
+from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.drafts import places_text
+from gsx_engines.bundle.layer_sets import exit_places, unified_places
+from gsx_engines.bundle.manifest import Manifest
 
 # Name of a setting -> what a request asks for.
 Settings = Mapping[str, Keep]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from exporter.config import BRANCHES
+from gsx_exporter.config import BRANCHES
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from engines.bundle.bundle import Bundle
-from engines.bundle.controls import Controls
-from engines.runners.base import Runner
-from engines.runners.portable import PortableStage, skippable_places
-from engines.runners.whole import WholeRunner
-from exporter.config import BRANCHES, KvPolicy
-from exporter.masks.base import MaskRule
-from exporter.reference import Reference, ReferenceOutput
 from gsx.parity.compare import Observation
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.controls import Controls
+from gsx_engines.runners.base import Runner
+from gsx_engines.runners.portable import PortableStage, skippable_places
+from gsx_engines.runners.whole import WholeRunner
+from gsx_exporter.config import BRANCHES, KvPolicy
+from gsx_exporter.masks.base import MaskRule
+from gsx_exporter.reference import Reference, ReferenceOutput
 
 
 class ReferenceSide:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from exporter.config import BRANCHES
 from gsx.pages.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, Plot, style, svg
 from gsx.parity.report import Report
 from gsx.parity.result import BudgetResult
+from gsx_exporter.config import BRANCHES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

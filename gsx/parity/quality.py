@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engines.errors import UsageError
-from exporter.config import BRANCHES
 from gsx.parity.compare import Observation
+from gsx_engines.errors import UsageError
+from gsx_exporter.config import BRANCHES
 
 
 @dataclass(frozen=True)

@@ -10,18 +10,6 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from engines.bundle.bundle import Bundle
-from engines.bundle.controls import Controls, controls_for
-from engines.bundle.fields import Branch
-from engines.bundle.manifest import Manifest
-from engines.runners.base import Runner
-from engines.runners.portable import skippable_places
-from engines.runners.select import Backend, open_runner
-from exporter.checkpoint import Checkpoint
-from exporter.config import BRANCHES
-from exporter.evaluation import losses
-from exporter.masks.registry import mask_of
-from exporter.reference import Reference
 from gsx.parity.compare import Accumulator, Compared, Comparer, Observation
 from gsx.parity.measure import EngineSide, ReferenceSide, follow, reference_continuation, runner_logits
 from gsx.parity.quality import QualityCounter
@@ -30,6 +18,18 @@ from gsx.parity.settings import Setting
 from gsx.parity.speculation import SpeculationSide
 from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
 from gsx.progress import Progress
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.controls import Controls, controls_for
+from gsx_engines.bundle.fields import Branch
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.runners.base import Runner
+from gsx_engines.runners.portable import skippable_places
+from gsx_engines.runners.select import Backend, open_runner
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.config import BRANCHES
+from gsx_exporter.evaluation import losses
+from gsx_exporter.masks.registry import mask_of
+from gsx_exporter.reference import Reference
 
 # A stretch with a cache: half in one call, the rest in single steps or in one chunk.
 _STRETCH_TOKENS = 64

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.bundle.confidence import RANGES
-from engines.bundle.controls import Keep, layer_mask
-from engines.bundle.drafts import places_text
-from engines.bundle.fields import BRANCHES
-from engines.bundle.layer_sets import Places
-from engines.bundle.manifest import Manifest
-from engines.bundle.policy import Confidence
-from engines.bundle.selection import check_budget
-from engines.errors import UsageError
+from gsx_engines.bundle.confidence import RANGES
+from gsx_engines.bundle.controls import Keep, layer_mask
+from gsx_engines.bundle.drafts import places_text
+from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.bundle.layer_sets import Places
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.policy import Confidence
+from gsx_engines.bundle.selection import check_budget
+from gsx_engines.errors import UsageError
 
 DEFAULT_BUDGETS = (1.0, 0.85, 0.7, 0.5)
 DEFAULT_SPEEDUP = 4 / 3

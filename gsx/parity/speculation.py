@@ -14,16 +14,16 @@ import numpy as np
 import torch
 from scipy import stats
 
-from engines.bundle.bundle import Bundle
-from engines.bundle.controls import Controls, Keep, controls_for
-from engines.generation import Generated, generate
-from engines.runners.base import Runner
-from engines.runners.portable import PortableStage
-from engines.runners.select import Backend, open_runner, open_split_runner
-from engines.runners.split import SplitRunner
-from engines.sampling import GREEDY, Picker, Sampling, candidates
-from engines.speculation.draft import Draft, open_draft
 from gsx.parity.compare import Accumulator, Comparison
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.controls import Controls, Keep, controls_for
+from gsx_engines.generation import Generated, generate
+from gsx_engines.runners.base import Runner
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.select import Backend, open_runner, open_split_runner
+from gsx_engines.runners.split import SplitRunner
+from gsx_engines.sampling import GREEDY, Picker, Sampling, candidates
+from gsx_engines.speculation.draft import Draft, open_draft
 
 SAMPLED = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=7)
 # Draft lengths that are tried; None finds its own.

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engines.bundle.manifest import Manifest
-from exporter.checkpoint import Checkpoint, is_gate
 from gsx.parity.compare import Compared
+from gsx_engines.bundle.manifest import Manifest
+from gsx_exporter.checkpoint import Checkpoint, is_gate
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ TOLERANCES: Mapping[str, Tolerances] = {
         tokens_must_agree=False,
         reason="half precision: weights and activations rounded to 11 bits, against a float32 reference",
     ),
-    # The graph is computed in float32 (`engines/lowering/widen.py`): of the two roundings that float16's limits allow
-    # for there is one, that of the weights, at eight times the step.
+    # The graph is computed in float32 (`gsx_engines/lowering/widen.py`): of the two roundings that float16's limits
+    # allow for there is one, that of the weights, at eight times the step.
     "bf16": Tolerances(
         logits=0.4,
         relative=0.2,

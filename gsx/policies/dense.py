@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from engines.errors import UsageError
-from exporter.checkpoint import Checkpoint
-from exporter.config import ModelConfig
-from exporter.decoder.layer import DecoderOptions
-from exporter.text import TokenText
 from gsx.policies.base import Choice, OnProgress, Plan, Sections, bad_parameters
+from gsx_engines.errors import UsageError
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.text import TokenText
 
 
 class DensePlan(Plan):

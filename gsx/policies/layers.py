@@ -7,15 +7,15 @@ from typing import ClassVar
 
 from pydantic import JsonValue
 
-from engines.bundle.drafts import places_text
-from engines.bundle.layer_sets import Places, mask_of, parse_places, unified_places
-from engines.bundle.policy import Policy, RuntimeInput
-from exporter.checkpoint import Checkpoint
-from exporter.config import BRANCHES, ModelConfig
-from exporter.decoder.layer import DecoderOptions
-from exporter.rules.layers import Layers
-from exporter.text import TokenText
 from gsx.policies.base import Choice, OnProgress, Plan, Sections, bad_parameters, refuse_budget, refuse_rank
+from gsx_engines.bundle.drafts import places_text
+from gsx_engines.bundle.layer_sets import Places, mask_of, parse_places, unified_places
+from gsx_engines.bundle.policy import Policy, RuntimeInput
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.config import BRANCHES, ModelConfig
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.rules.layers import Layers
+from gsx_exporter.text import TokenText
 
 
 @dataclass(frozen=True)

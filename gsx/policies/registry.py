@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from engines.errors import UsageError
-from exporter.config import ModelConfig
 from gsx.policies.base import Choice, Plan, bad_parameters
 from gsx.policies.calm import plan_calm
 from gsx.policies.dense import plan_dense
@@ -13,6 +11,8 @@ from gsx.policies.ffn_skip import plan_ffn_skip
 from gsx.policies.gateskip import plan_gateskip
 from gsx.policies.layers import plan_layers, plan_unified
 from gsx.policies.router import plan_router
+from gsx_engines.errors import UsageError
+from gsx_exporter.config import ModelConfig
 
 POLICIES: Mapping[str, Callable[[Choice, ModelConfig, str], Plan]] = {
     "gateskip": plan_gateskip,

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engines.bundle.policy import Policy, RuntimeInput
-from engines.bundle.selection import Selection
-from engines.errors import UsageError
-from exporter.calibration import GridPoint, at_constant
-from exporter.checkpoint import Checkpoint
-from exporter.config import ModelConfig
-from exporter.decoder.layer import DecoderOptions
-from exporter.rules.router import Router
-from exporter.text import TokenText
 from gsx.policies.base import Choice, OnProgress, Plan, Sections, bad_parameters, refuse_both
 from gsx.policies.thresholds import at_budget, by_thresholds
 from gsx.progress import Progress
+from gsx_engines.bundle.policy import Policy, RuntimeInput
+from gsx_engines.bundle.selection import Selection
+from gsx_engines.errors import UsageError
+from gsx_exporter.calibration import GridPoint, at_constant
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.rules.router import Router
+from gsx_exporter.text import TokenText
 
 
 @dataclass(frozen=True)

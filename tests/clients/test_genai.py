@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from engines.bundle.bundle import open_bundle
-from engines.generation import generate
-from engines.runners.portable import PortableStage
-from engines.runners.whole import WholeRunner
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.generation import generate
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.whole import WholeRunner
 
 pytest.importorskip("onnxruntime_genai", reason="ONNX Runtime GenAI is not installed: pip install onnxruntime-genai")
 

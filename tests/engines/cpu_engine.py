@@ -14,15 +14,15 @@ import numpy as np
 import onnx
 from onnx import helper, parser
 
-from engines.building.build import input_ranges
-from engines.building.profiles import most_rows
-from engines.bundle.bundle import Bundle
-from engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile
-from engines.bundle.tensors import tensor_info
-from engines.lowering.tensorrt import OPSET, Lowered, lower
-from engines.runners.portable import open_session
-from engines.runners.tensorrt import TensorRTStage
-from engines.tensorrt.backend import platform_name
+from gsx_engines.building.build import input_ranges
+from gsx_engines.building.profiles import most_rows
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile
+from gsx_engines.bundle.tensors import tensor_info
+from gsx_engines.lowering.tensorrt import OPSET, Lowered, lower
+from gsx_engines.runners.portable import open_session
+from gsx_engines.runners.tensorrt import TensorRTStage
+from gsx_engines.tensorrt.backend import platform_name
 
 _ATTENTION = f"""
 <domain: "test", opset_import: ["" : {OPSET}]>
@@ -73,7 +73,8 @@ def cpu_model(lowered: Lowered, kv_heads: int) -> onnx.ModelProto:
 
 
 class CpuEngine:
-    """See `engines.runners.tensorrt.Engine`. Calls outside of the profile that is named are refused, as TensorRT does.
+    """See `gsx_engines.runners.tensorrt.Engine`. Calls outside of the profile that is named are refused, as TensorRT
+    does.
 
     Args:
         bundle: the graph's bundle, for its weights.

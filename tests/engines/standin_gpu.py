@@ -1,4 +1,5 @@
-"""A stand-in for the GPU under `engines/tensorrt/execution.py`: CUDA's runtime and TensorRT, as far as it calls them.
+"""A stand-in for the GPU under `gsx_engines/tensorrt/execution.py`: CUDA's runtime and TensorRT, as far as it calls
+them.
 
 What is real is the order and the place of things. Device memory is apart from the host's, and filled with rubbish when
 it is given out; an access that is not wholly inside one block of it, or from the wrong side, fails. A stream does

@@ -13,25 +13,25 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.building import build as building
-from engines.building import memory, placing
-from engines.building.build import build
-from engines.building.job import Job, run_job
-from engines.building.placing import writing_engines
-from engines.bundle.bundle import MANIFEST, Bundle, open_bundle, sha256_of
-from engines.bundle.engine_entry import EngineEntry
-from engines.errors import BundleError, EngineError, GsxError, UsageError
-from engines.tensorrt import cuda
-from engines.tensorrt.cuda import Device
-from engines.tensorrt.loading import ENGINE_FILE, ENGINES
-from engines.tensorrt.plugins import plugin_library
-from engines.tensorrt.preload import preload_tensorrt_rtx
-from exporter.quantization.scheme import SchemeName
 from gsx.cli import run
 from gsx.cli.build import warnings_of
-from gsx.quantize import Quantize
-from plugins.domain import DOMAIN, OPSET_VERSION, node
-from plugins.registry import OPS
+from gsx.workflows.quantize import Quantize
+from gsx_engines.building import build as building
+from gsx_engines.building import memory, placing
+from gsx_engines.building.build import build
+from gsx_engines.building.job import Job, run_job
+from gsx_engines.building.placing import writing_engines
+from gsx_engines.bundle.bundle import MANIFEST, Bundle, open_bundle, sha256_of
+from gsx_engines.bundle.engine_entry import EngineEntry
+from gsx_engines.errors import BundleError, EngineError, GsxError, UsageError
+from gsx_engines.tensorrt import cuda
+from gsx_engines.tensorrt.cuda import Device
+from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES
+from gsx_engines.tensorrt.plugins import plugin_library
+from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
+from gsx_exporter.quantization.scheme import SchemeName
+from gsx_plugins.domain import DOMAIN, OPSET_VERSION, node
+from gsx_plugins.registry import OPS
 
 preload_tensorrt_rtx()  # in the way that plugins work with, whichever test imports it first
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")

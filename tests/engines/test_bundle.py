@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.bundle.bundle import MANIFEST, open_bundle, writing
-from engines.bundle.selection import CalibrationText, GridPoint, Selection
-from engines.errors import BundleError, GsxError, UsageError
+from gsx_engines.bundle.bundle import MANIFEST, open_bundle, writing
+from gsx_engines.bundle.selection import CalibrationText, GridPoint, Selection
+from gsx_engines.errors import BundleError, GsxError, UsageError
 
 
 @pytest.fixture

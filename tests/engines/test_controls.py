@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.bundle.controls import AS_EXPORTED, Keep, controls_for, rows_of, shared_by_batch, stacked
-from engines.bundle.drafts import places_text
-from engines.bundle.fields import BRANCHES
-from engines.bundle.layer_sets import exit_places, mask_of, parse_places, unified_places
-from engines.bundle.manifest import DecoderShape, Manifest
-from engines.bundle.policy import Policy, RuntimeInput
-from engines.errors import UsageError
+from gsx_engines.bundle.controls import AS_EXPORTED, Keep, controls_for, rows_of, shared_by_batch, stacked
+from gsx_engines.bundle.drafts import places_text
+from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.bundle.layer_sets import exit_places, mask_of, parse_places, unified_places
+from gsx_engines.bundle.manifest import DecoderShape, Manifest
+from gsx_engines.bundle.policy import Policy, RuntimeInput
+from gsx_engines.errors import UsageError
 
 LAYERS = 6
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from engines.building.profiles import default_profiles
-from engines.bundle.bundle import Bundle, open_bundle, write_manifest
-from engines.bundle.engine_entry import EngineEntry, EngineGraph, PluginLibrary
-from engines.errors import EngineError
-from engines.runners.select import open_runner
-from engines.tensorrt import cuda, loading
-from engines.tensorrt.backend import platform_name
-from engines.tensorrt.loading import ENGINE_FILE, ENGINES, EngineSet, Machine, difference, find_engines, read_engine
+from gsx_engines.building.profiles import default_profiles
+from gsx_engines.bundle.bundle import Bundle, open_bundle, write_manifest
+from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, PluginLibrary
+from gsx_engines.errors import EngineError
+from gsx_engines.runners.select import open_runner
+from gsx_engines.tensorrt import cuda, loading
+from gsx_engines.tensorrt.backend import platform_name
+from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES, EngineSet, Machine, difference, find_engines, read_engine
 
 NAME = "tensorrt-rtx-sm89"
 COMMAND = "gsx build OUT --backend tensorrt-rtx"

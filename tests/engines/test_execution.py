@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.building.profiles import default_profiles
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import controls_for
-from engines.errors import EngineError
-from engines.generation import generate
-from engines.runners.portable import PortableStage
-from engines.runners.split import SplitRunner
-from engines.runners.tensorrt import TensorRTStage
-from engines.runners.whole import WholeRunner
-from engines.speculation.draft import EarlyExit
-from engines.tensorrt import cuda, execution
-from engines.tensorrt.backend import Backend
-from engines.tensorrt.execution import CudaEngine
+from gsx_engines.building.profiles import default_profiles
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import controls_for
+from gsx_engines.errors import EngineError
+from gsx_engines.generation import generate
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.split import SplitRunner
+from gsx_engines.runners.tensorrt import TensorRTStage
+from gsx_engines.runners.whole import WholeRunner
+from gsx_engines.speculation.draft import EarlyExit
+from gsx_engines.tensorrt import cuda, execution
+from gsx_engines.tensorrt.backend import Backend
+from gsx_engines.tensorrt.execution import CudaEngine
 from tests.engines.cpu_engine import cpu_stages
 from tests.engines.standin_gpu import StandInCuda, StandInTensorRT
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from engines.tensorrt.kernel_cache import attach, kernel_cache_path, load, save
-from engines.tensorrt.preload import preload_tensorrt_rtx
-from engines.tensorrt.rtx import why_refused
+from gsx_engines.tensorrt.kernel_cache import attach, kernel_cache_path, load, save
+from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
+from gsx_engines.tensorrt.rtx import why_refused
 
 SHA256 = "ab" * 32
 

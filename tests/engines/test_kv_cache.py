@@ -10,24 +10,24 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from engines.building.build import build
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import Keep, controls_for
-from engines.bundle.manifest import Manifest
-from engines.errors import CheckpointError, EngineError, UsageError
-from engines.lowering.probe import is_supported
-from engines.runners.onnxruntime import OnnxRuntimeStage
-from engines.runners.portable import PortableStage
-from engines.runners.select import open_runner
-from engines.runners.whole import WholeRunner
-from exporter.checkpoint import open_checkpoint
-from exporter.config import GateConfig
-from exporter.decoder.layer import DecoderOptions
-from exporter.quantization.kv_cache import int8_kv_cache
-from exporter.text import TokenText
-from gsx.export import export
-from gsx.quantize import Quantize
 from gsx.torch_runtime import TorchRuntime
+from gsx.workflows.export import export
+from gsx.workflows.quantize import Quantize
+from gsx_engines.building.build import build
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.errors import CheckpointError, EngineError, UsageError
+from gsx_engines.lowering.probe import is_supported
+from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.select import open_runner
+from gsx_engines.runners.whole import WholeRunner
+from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.config import GateConfig
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.quantization.kv_cache import int8_kv_cache
+from gsx_exporter.text import TokenText
 from tests.tiny import tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10. A code that a rounding turned would be 1e-3 off.

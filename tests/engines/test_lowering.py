@@ -9,7 +9,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from engines.lowering.trim import (
+from gsx_engines.lowering.trim import (
     add_rows,
     drop_flat_reshapes,
     keep_sequence_axis,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.building.profiles import (
+from gsx_engines.building.profiles import (
     DEFAULT_PREFILL_TOKENS,
     choose_profile,
     default_profiles,
@@ -15,7 +15,7 @@ from engines.building.profiles import (
     one_profile,
     parse_profile,
 )
-from engines.errors import EngineError, UsageError
+from gsx_engines.errors import EngineError, UsageError
 
 
 @given(capacity=st.integers(2, 200_000), batch=st.integers(1, 64))

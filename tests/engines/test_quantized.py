@@ -10,14 +10,14 @@ import numpy as np
 import onnx
 import pytest
 
-from engines.bundle.bundle import open_bundle
-from engines.bundle.controls import Keep, controls_for
-from engines.lowering.onnxruntime import lower
-from engines.lowering.quantized import fuse_products
-from engines.runners.portable import session_config
-from engines.runners.select import open_runner
 from gsx.parity.measure import EngineSide, runner_logits
-from gsx.quantize import Quantize
+from gsx.workflows.quantize import Quantize
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.lowering.onnxruntime import lower
+from gsx_engines.lowering.quantized import fuse_products
+from gsx_engines.runners.portable import session_config
+from gsx_engines.runners.select import open_runner
 
 # A value between two codes may go either way, by a float32 rounding: one step is 1/127 of a tensor's range.
 RUNNER_TOLERANCE = 0.05

@@ -12,22 +12,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import controls_for
-from engines.bundle.cost import step_bytes
-from engines.bundle.drafts import LayersDraft
-from engines.bundle.fields import BRANCHES, Branch
-from engines.bundle.manifest import Manifest
-from engines.generation import generate
-from engines.runners.select import open_runner
-from engines.sampling import Sampling
-from engines.speculation import adapt
-from engines.speculation.adapt import WINDOW, SkipSetSearch, first_set, in_a_row
-from engines.speculation.draft import OtherControls
-from engines.speculation.length import ROW_COST
-from engines.speculation.replay import CHUNK, Replay, counted_speed
-from engines.speculation.spec import parse_draft
-from gsx.skip_set_search import search_skip_sets
+from gsx.workflows.skip_set_search import search_skip_sets
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import controls_for
+from gsx_engines.bundle.cost import step_bytes
+from gsx_engines.bundle.drafts import LayersDraft
+from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.generation import generate
+from gsx_engines.runners.select import open_runner
+from gsx_engines.sampling import Sampling
+from gsx_engines.speculation import adapt
+from gsx_engines.speculation.adapt import WINDOW, SkipSetSearch, first_set, in_a_row
+from gsx_engines.speculation.draft import OtherControls
+from gsx_engines.speculation.length import ROW_COST
+from gsx_engines.speculation.replay import CHUNK, Replay, counted_speed
+from gsx_engines.speculation.spec import parse_draft
 
 PROMPTS = [[5, 60, 61, 7, 8, 9, 200, 11], [61, 7, 33]]
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import Keep
-from engines.errors import EngineError, UsageError
-from engines.serving.fields import INPUTS, OUTPUTS
-from engines.serving.model_config import ModelConfig, Tensor
-from engines.serving.repository import write_repository
 from gsx.cli import run
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import Keep
+from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.serving.fields import INPUTS, OUTPUTS
+from gsx_engines.serving.model_config import ModelConfig, Tensor
+from gsx_engines.serving.repository import write_repository
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_a_repository_is_whole(bundle: Bundle, tmp_path: Path) -> None:
     assert 'key: "slots"\n  value { string_value: "3" }' in config
     assert open_bundle(model / "1" / "bundle", check_weights=True).manifest == bundle.manifest
     assert "numpy>=1.26,<2" in (model / "requirements.txt").read_text().splitlines()
-    assert (model / "1" / "engines" / "serving" / "triton_model.py").is_file()
+    assert (model / "1" / "gsx_engines" / "serving" / "triton_model.py").is_file()
     assert not list(model.rglob("__pycache__"))
 
 

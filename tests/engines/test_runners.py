@@ -11,19 +11,19 @@ import numpy as np
 import onnx
 import pytest
 
-from engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
-from engines.bundle.controls import AS_EXPORTED, Keep, controls_for
-from engines.errors import BundleError, UsageError
-from engines.generation import Generation, generate
-from engines.lowering.probe import is_supported
-from engines.lowering.regions import find_regions
-from engines.runners.onnxruntime import OnnxRuntimeStage
-from engines.runners.portable import PortableStage
-from engines.runners.select import open_runner
-from engines.runners.whole import WholeRunner
-from engines.sampling import Sampling
-from exporter.config import GateConfig
-from gsx.export import export
+from gsx.workflows.export import export
+from gsx_engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
+from gsx_engines.bundle.controls import AS_EXPORTED, Keep, controls_for
+from gsx_engines.errors import BundleError, UsageError
+from gsx_engines.generation import Generation, generate
+from gsx_engines.lowering.probe import is_supported
+from gsx_engines.lowering.regions import find_regions
+from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.select import open_runner
+from gsx_engines.runners.whole import WholeRunner
+from gsx_engines.sampling import Sampling
+from gsx_exporter.config import GateConfig
 from tests.tiny import tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10.

@@ -13,18 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gsx
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import Controls, Keep
-from engines.errors import EngineError, GsxError, UsageError
-from engines.runners.base import Cache, Runner, StepOutput
-from engines.runners.portable import PortableStage
-from engines.runners.select import open_runner
-from engines.runners.whole import WholeRunner
-from engines.sampling import Sampling
-from engines.serving.request import Finished, OverloadedError, Request
-from engines.serving.scheduler import Scheduler
-from engines.speculation.draft import open_draft_runner
-from engines.tokens import BundleTokenizer
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import Controls, Keep
+from gsx_engines.errors import EngineError, GsxError, UsageError
+from gsx_engines.runners.base import Cache, Runner, StepOutput
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.select import open_runner
+from gsx_engines.runners.whole import WholeRunner
+from gsx_engines.sampling import Sampling
+from gsx_engines.serving.request import Finished, OverloadedError, Request
+from gsx_engines.serving.scheduler import Scheduler
+from gsx_engines.speculation.draft import open_draft_runner
+from gsx_engines.tokens import BundleTokenizer
 
 
 class Recorder:

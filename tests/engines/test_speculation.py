@@ -10,22 +10,22 @@ import pytest
 import torch
 from scipy import stats
 
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import Keep, controls_for
-from engines.bundle.drafts import BudgetDraft, ExitDraft, LayersDraft
-from engines.errors import UsageError
-from engines.generation import generate
-from engines.runners.portable import PortableStage
-from engines.runners.select import open_runner, open_split_runner
-from engines.runners.split import SplitRunner
-from engines.sampling import GREEDY, Sampling
-from engines.speculation.draft import open_draft
-from engines.speculation.length import LONGEST, PROBE_EVERY, AdaptiveLength, Round
-from engines.speculation.spec import check_draft, parse_draft
-from exporter.checkpoint import open_checkpoint
-from exporter.config import GateConfig
-from exporter.reference import Reference
-from gsx.export import export
+from gsx.workflows.export import export
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.drafts import BudgetDraft, ExitDraft, LayersDraft
+from gsx_engines.errors import UsageError
+from gsx_engines.generation import generate
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.select import open_runner, open_split_runner
+from gsx_engines.runners.split import SplitRunner
+from gsx_engines.sampling import GREEDY, Sampling
+from gsx_engines.speculation.draft import open_draft
+from gsx_engines.speculation.length import LONGEST, PROBE_EVERY, AdaptiveLength, Round
+from gsx_engines.speculation.spec import check_draft, parse_draft
+from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.config import GateConfig
+from gsx_exporter.reference import Reference
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10.

@@ -11,19 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engines.building.build import build
-from engines.bundle.bundle import Bundle, open_bundle, sha256_of, write_manifest
-from engines.bundle.controls import controls_for
-from engines.errors import EngineError
-from engines.generation import generate
-from engines.runners.portable import PortableStage
-from engines.runners.tensorrt import open_stage
-from engines.runners.whole import WholeRunner
-from engines.tensorrt import cuda
-from engines.tensorrt.backend import Backend, load_module
-from engines.tensorrt.kernel_cache import kernel_cache_path
-from engines.tensorrt.loading import ENGINE_FILE, ENGINES
-from engines.tensorrt.plugins import plugin_library
+from gsx_engines.building.build import build
+from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of, write_manifest
+from gsx_engines.bundle.controls import controls_for
+from gsx_engines.errors import EngineError
+from gsx_engines.generation import generate
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.tensorrt import open_stage
+from gsx_engines.runners.whole import WholeRunner
+from gsx_engines.tensorrt import cuda
+from gsx_engines.tensorrt.backend import Backend, load_module
+from gsx_engines.tensorrt.kernel_cache import kernel_cache_path
+from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES
+from gsx_engines.tensorrt.plugins import plugin_library
 
 pytestmark = pytest.mark.gpu
 PROMPT = [5, 60, 61, 7, 8, 9, 200, 11]

@@ -11,20 +11,20 @@ import numpy as np
 import onnx
 import pytest
 
-from engines.building.profiles import default_profiles, parse_profile
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import AS_EXPORTED, Keep, controls_for
-from engines.errors import EngineError
-from engines.generation import generate
-from engines.lowering.tensorrt import MAX_TOPK, lower
-from engines.runners.base import Runner
-from engines.runners.portable import PortableStage
-from engines.runners.split import SplitRunner
-from engines.runners.tensorrt import WINDOW_STEP, window_of
-from engines.runners.whole import WholeRunner
-from engines.speculation.draft import EarlyExit
-from exporter.config import GateConfig
-from gsx.export import export
+from gsx.workflows.export import export
+from gsx_engines.building.profiles import default_profiles, parse_profile
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import AS_EXPORTED, Keep, controls_for
+from gsx_engines.errors import EngineError
+from gsx_engines.generation import generate
+from gsx_engines.lowering.tensorrt import MAX_TOPK, lower
+from gsx_engines.runners.base import Runner
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.split import SplitRunner
+from gsx_engines.runners.tensorrt import WINDOW_STEP, window_of
+from gsx_engines.runners.whole import WholeRunner
+from gsx_engines.speculation.draft import EarlyExit
+from gsx_exporter.config import GateConfig
 from tests.engines.cpu_engine import CpuEngine, cpu_stages
 from tests.tiny import tiny_checkpoint
 

@@ -7,7 +7,7 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper, parser
 
-from engines.lowering.widen import in_float32
+from gsx_engines.lowering.widen import in_float32
 
 MODEL = """
 <ir_version: 10, opset_import: ["": 21, "test": 1]>

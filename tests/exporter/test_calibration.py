@@ -10,14 +10,14 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from engines.errors import CheckpointError, TextError
-from exporter.calibration import NEAR_SHARE, TIE, calibrate, threshold_for
-from exporter.checkpoint import open_checkpoint
-from exporter.config import GateConfig
-from exporter.decoder.layer import DecoderOptions
-from exporter.masks.gateskip import Threshold
-from exporter.reference import Reference
-from exporter.text import MIN_TOKENS, behind, load_tokenizer, tokenize
+from gsx_engines.errors import CheckpointError, TextError
+from gsx_exporter.calibration import NEAR_SHARE, TIE, calibrate, threshold_for
+from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.config import GateConfig
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.masks.gateskip import Threshold
+from gsx_exporter.reference import Reference
+from gsx_exporter.text import MIN_TOKENS, behind, load_tokenizer, tokenize
 from tests.tiny import tiny_checkpoint
 
 BUDGETS = (1.0, 0.9, 0.7, 0.5)

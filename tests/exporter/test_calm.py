@@ -11,25 +11,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.bundle.confidence import RANGES, Measure
-from engines.bundle.controls import Keep, controls_for
-from engines.bundle.policy import Guarantee as GuaranteeEntry
-from engines.errors import UsageError
-from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.config import GateConfig
-from exporter.decoder.layer import DecoderOptions
-from exporter.exit_calibration import GRIDS, calibrate_exits
-from exporter.masks.calm import Confident
-from exporter.quantization.walk import Walk
-from exporter.reference import Reference
-from exporter.risk_control import Guarantee
-from exporter.rules.base import Tokens
-from exporter.rules.calm import Calm
-from gsx.export import export
 from gsx.policies.base import Choice
 from gsx.policies.calm import CalmPlan
 from gsx.policies.registry import plan_policy
-from gsx.verify import verify
+from gsx.workflows.export import export
+from gsx.workflows.verify import verify
+from gsx_engines.bundle.confidence import RANGES, Measure
+from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.policy import Guarantee as GuaranteeEntry
+from gsx_engines.errors import UsageError
+from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.config import GateConfig
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.exit_calibration import GRIDS, calibrate_exits
+from gsx_exporter.masks.calm import Confident
+from gsx_exporter.quantization.walk import Walk
+from gsx_exporter.reference import Reference
+from gsx_exporter.risk_control import Guarantee
+from gsx_exporter.rules.base import Tokens
+from gsx_exporter.rules.calm import Calm
 from tests.tiny import tiny_checkpoint
 
 EXITS = (1, 3)

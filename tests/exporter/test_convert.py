@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.errors import CheckpointError, GsxError, UsageError
-from exporter.checkpoint import expected_tensors, is_gate, open_checkpoint
-from exporter.config import GateConfig
-from exporter.convert import convert, write_safetensors
+from gsx_engines.errors import CheckpointError, GsxError, UsageError
+from gsx_exporter.checkpoint import expected_tensors, is_gate, open_checkpoint
+from gsx_exporter.config import GateConfig
+from gsx_exporter.convert import convert, write_safetensors
 from tests.tiny import tiny_checkpoint
 
 State = dict[str, Any]

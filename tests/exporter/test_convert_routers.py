@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engines.errors import CheckpointError
-from exporter.checkpoint import chooser, open_checkpoint
-from exporter.convert import convert
-from exporter.router_config import RouterConfig
+from gsx_engines.errors import CheckpointError
+from gsx_exporter.checkpoint import chooser, open_checkpoint
+from gsx_exporter.convert import convert
+from gsx_exporter.router_config import RouterConfig
 from tests.exporter.test_routers import METHODS
 from tests.tiny import tiny_checkpoint
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.evaluation import evaluate, losses
+from gsx_exporter.evaluation import evaluate, losses
 
 
 def test_losses_are_cross_entropies() -> None:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.errors import CheckpointError, TextError, UsageError
-from exporter.checkpoint import open_checkpoint
-from exporter.reference import Reference
-from exporter.training.exit_classifiers import _fit, fit_exit_classifiers, train_exit_classifiers
-from gsx.export import export
-from gsx.verify import verify
+from gsx.workflows.export import export
+from gsx.workflows.verify import verify
+from gsx_engines.errors import CheckpointError, TextError, UsageError
+from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.reference import Reference
+from gsx_exporter.training.exit_classifiers import _fit, fit_exit_classifiers, train_exit_classifiers
 from tests.tiny import tiny_checkpoint
 
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from exporter.checkpoint import open_checkpoint
-from exporter.config import GateConfig
-from exporter.decoder.ends import Entry, Exit
-from exporter.decoder.layer import DecoderLayer, DecoderOptions
-from exporter.decoder.loading import Source, sources
-from exporter.graph.assemble import GraphBuilder
-from exporter.graph.weights import Weight, write_weights
-from exporter.rules.gateskip import GateSkip
-from gsx.export import export
+from gsx.workflows.export import export
+from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.config import GateConfig
+from gsx_exporter.decoder.ends import Entry, Exit
+from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
+from gsx_exporter.decoder.loading import Source, sources
+from gsx_exporter.graph.assemble import GraphBuilder
+from gsx_exporter.graph.weights import Weight, write_weights
+from gsx_exporter.rules.gateskip import GateSkip
 from tests.tiny import tiny_checkpoint
 
 

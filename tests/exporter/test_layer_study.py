@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from exporter.checkpoint import Checkpoint, open_checkpoint
-from exporter.config import GateConfig
-from exporter.evaluation import losses
-from exporter.layer_study import FAMILIES, LayerSet, SetResult, curves, oracle, study
-from exporter.masks.layers import LayerMask
-from exporter.reference import Reference
 from gsx.cli import run
+from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.config import GateConfig
+from gsx_exporter.evaluation import losses
+from gsx_exporter.layer_study import FAMILIES, LayerSet, SetResult, curves, oracle, study
+from gsx_exporter.masks.layers import LayerMask
+from gsx_exporter.reference import Reference
 from tests.tiny import tiny_checkpoint
 
 # Two orders of summation of float32 products, in nats.

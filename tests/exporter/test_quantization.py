@@ -16,25 +16,33 @@ from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from benchmarks.model import configuration
-from engines.bundle.controls import Controls, selected
-from engines.bundle.selection import GridPoint, Selection
-from engines.errors import CheckpointError, GsxError, UsageError
-from exporter.calibration import calibrate
-from exporter.checkpoint import Checkpoint, expected_tensors, open_checkpoint
-from exporter.config import BRANCHES, GateConfig, ModelConfig
-from exporter.decoder.layer import DecoderOptions
-from exporter.graph.assemble import GraphBuilder, Graphs
-from exporter.quantization.plan import Plan, groups_of, make_plan, matrices_of, named, quantize_weight, weight_scales
-from exporter.quantization.qdq import quantize_graphs
-from exporter.quantization.scheme import LINEARS, SCHEMES, SchemeName
-from exporter.quantization.sensitivity import Limits, choose
-from exporter.quantization.simulate import Simulation
-from exporter.quantization.smoothing import smooth
-from exporter.quantization.walk import Walk
-from exporter.quantization.watch import statistics
-from exporter.rules.gateskip import GateSkip
-from exporter.text import TokenText
-from gsx.quantize import Quantize, plan_for
+from gsx.workflows.quantize import Quantize, plan_for
+from gsx_engines.bundle.controls import Controls, selected
+from gsx_engines.bundle.selection import GridPoint, Selection
+from gsx_engines.errors import CheckpointError, GsxError, UsageError
+from gsx_exporter.calibration import calibrate
+from gsx_exporter.checkpoint import Checkpoint, expected_tensors, open_checkpoint
+from gsx_exporter.config import BRANCHES, GateConfig, ModelConfig
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.graph.assemble import GraphBuilder, Graphs
+from gsx_exporter.quantization.plan import (
+    Plan,
+    groups_of,
+    make_plan,
+    matrices_of,
+    named,
+    quantize_weight,
+    weight_scales,
+)
+from gsx_exporter.quantization.qdq import quantize_graphs
+from gsx_exporter.quantization.scheme import LINEARS, SCHEMES, SchemeName
+from gsx_exporter.quantization.sensitivity import Limits, choose
+from gsx_exporter.quantization.simulate import Simulation
+from gsx_exporter.quantization.smoothing import smooth
+from gsx_exporter.quantization.walk import Walk
+from gsx_exporter.quantization.watch import statistics
+from gsx_exporter.rules.gateskip import GateSkip
+from gsx_exporter.text import TokenText
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 LAYERS, HIDDEN = 2, 32

@@ -15,20 +15,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from engines.bundle.bundle import open_bundle
-from engines.bundle.controls import Keep, controls_for
-from engines.errors import CheckpointError, GsxError, UsageError
-from engines.runners.portable import PortableStage
-from engines.runners.select import open_runner
-from engines.runners.whole import WholeRunner
-from exporter.checkpoint import open_checkpoint
-from exporter.config import GateConfig
-from exporter.masks.router import RoutedByThreshold
-from exporter.reference import Reference
-from exporter.router_config import NetConfig, RouterConfig
-from exporter.rules.router import capacity
-from gsx.export import export
-from gsx.verify import verify
+from gsx.workflows.export import export
+from gsx.workflows.verify import verify
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.errors import CheckpointError, GsxError, UsageError
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.select import open_runner
+from gsx_engines.runners.whole import WholeRunner
+from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.config import GateConfig
+from gsx_exporter.masks.router import RoutedByThreshold
+from gsx_exporter.reference import Reference
+from gsx_exporter.router_config import NetConfig, RouterConfig
+from gsx_exporter.rules.router import capacity
 from tests.tiny import tiny_checkpoint
 
 LAYERS = 3

@@ -14,22 +14,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import Keep, controls_for
-from engines.errors import UsageError
-from engines.generation import generate
-from engines.lowering.onnxruntime import lower
-from engines.runners.portable import PortableStage
-from engines.runners.select import open_runner
-from engines.runners.whole import WholeRunner
-from exporter.checkpoint import open_checkpoint
-from exporter.config import GateConfig
-from exporter.masks.base import BranchInput, MaskCall
-from exporter.masks.ffn_skip import FfnStride
-from exporter.similarity import Region, calibrate_ffn
-from exporter.text import tokenize
-from gsx.export import export
-from gsx.verify import verify
+from gsx.workflows.export import export
+from gsx.workflows.verify import verify
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.errors import UsageError
+from gsx_engines.generation import generate
+from gsx_engines.lowering.onnxruntime import lower
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.select import open_runner
+from gsx_engines.runners.whole import WholeRunner
+from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.config import GateConfig
+from gsx_exporter.masks.base import BranchInput, MaskCall
+from gsx_exporter.masks.ffn_skip import FfnStride
+from gsx_exporter.similarity import Region, calibrate_ffn
+from gsx_exporter.text import tokenize
 from tests.tiny import tiny_checkpoint
 
 LAYERS = 5

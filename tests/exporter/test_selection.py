@@ -12,11 +12,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engines.bundle.counting import kept_count
-from engines.errors import UsageError
-from exporter.masks.base import KeepAll
-from exporter.masks.gateskip import Rank, Threshold
-from exporter.rules.gateskip import rank_count
+from gsx_engines.bundle.counting import kept_count
+from gsx_engines.errors import UsageError
+from gsx_exporter.masks.base import KeepAll
+from gsx_exporter.masks.gateskip import Rank, Threshold
+from gsx_exporter.rules.gateskip import rank_count
 
 
 def _decimal_count(n: int, millionths: int) -> int:

@@ -18,15 +18,15 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from engines.errors import CheckpointError, GsxError, TextError, UsageError
-from exporter.checkpoint import open_checkpoint
-from exporter.config import GateConfig
-from exporter.masks.base import KeepAll
-from exporter.masks.gateskip import Rank
-from exporter.reference import Reference
-from exporter.training import ModelShape, StepReport, TrainConfig, corpus, export_snapshot, schedule, train
-from exporter.training.loop import _build
-from exporter.training.model import GatedModel
+from gsx_engines.errors import CheckpointError, GsxError, TextError, UsageError
+from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.config import GateConfig
+from gsx_exporter.masks.base import KeepAll
+from gsx_exporter.masks.gateskip import Rank
+from gsx_exporter.reference import Reference
+from gsx_exporter.training import ModelShape, StepReport, TrainConfig, corpus, export_snapshot, schedule, train
+from gsx_exporter.training.loop import _build
+from gsx_exporter.training.model import GatedModel
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 TINY = TrainConfig(

@@ -33,16 +33,16 @@ from pathlib import Path
 
 import torch
 
-from plugins.build import build
-from plugins.cuda import Kernels
-from plugins.errors import PluginError
+from gsx_plugins.build import build
+from gsx_plugins.cuda import Kernels
+from gsx_plugins.errors import PluginError
 from tests.gpu.checks import check_graph, run_checks
 from tests.gpu.rows import Row, goal_row, table
 from tests.gpu.timing import measurements
 from tests.plugins.kernel_cases import GuardedKernels
 
 # Tools of compute-sanitizer, and what each finds. (initcheck would report the map of the scatter-add, which is read
-# before it is written and not believed: plugins/gated_scatter_add/kernel.cu.)
+# before it is written and not believed: gsx_plugins/gated_scatter_add/kernel.cu.)
 SANITIZERS = {
     "memcheck": "accesses outside of memory",
     "racecheck": "races in shared memory",

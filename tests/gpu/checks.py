@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from plugins.errors import PluginError
+from gsx_plugins.errors import PluginError
 from tests.gpu.rows import Row
 from tests.plugins import kernel_cases as cases
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks import gpu_prefill
-from plugins.cuda import bind
+from gsx_plugins.cuda import bind
 from tests.gpu.rows import Row, goal_row
 
 

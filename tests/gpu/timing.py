@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from plugins.cuda import Kernels
+from gsx_plugins.cuda import Kernels
 from tests.gpu.rows import Row, goal_row
 
 WIDTH = 4096

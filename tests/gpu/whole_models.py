@@ -16,24 +16,24 @@ from typing import Any
 from unittest import mock
 
 from benchmarks import torch_backend
-from engines.building import build as building
-from engines.building.build import build
-from engines.building.job import run_job
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import Keep
-from engines.errors import GsxError
-from engines.generation import generate
-from engines.runners.base import Runner
-from engines.runners.select import open_runner
-from engines.runners.tensorrt import TensorRTStage, open_stage
-from engines.runners.whole import WholeRunner
-from engines.tensorrt import cuda
-from engines.tensorrt.backend import Backend, dotted, known_targets, load_module
-from engines.tensorrt.loading import ENGINES
-from engines.tensorrt.plugins import plugin_library
-from engines.tokens import BundleTokenizer
-from gsx.export import export
 from gsx.torch_runtime import TorchRuntime
+from gsx.workflows.export import export
+from gsx_engines.building import build as building
+from gsx_engines.building.build import build
+from gsx_engines.building.job import run_job
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import Keep
+from gsx_engines.errors import GsxError
+from gsx_engines.generation import generate
+from gsx_engines.runners.base import Runner
+from gsx_engines.runners.select import open_runner
+from gsx_engines.runners.tensorrt import TensorRTStage, open_stage
+from gsx_engines.runners.whole import WholeRunner
+from gsx_engines.tensorrt import cuda
+from gsx_engines.tensorrt.backend import Backend, dotted, known_targets, load_module
+from gsx_engines.tensorrt.loading import ENGINES
+from gsx_engines.tensorrt.plugins import plugin_library
+from gsx_engines.tokens import BundleTokenizer
 from tests.gpu.rows import Row, goal_row
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "model"
@@ -132,7 +132,7 @@ def _built(bundle: Bundle, backend: Backend) -> Runner:
     assert device is not None
     if device.capability in entry.targets:
         return WholeRunner(open_stage(opened, backend))
-    from engines.tensorrt.execution import CudaEngine
+    from gsx_engines.tensorrt.execution import CudaEngine
 
     print(f"{backend}: {dotted(device.capability)} is no target of its; trying {', '.join(map(dotted, entry.targets))}")
     plan = (opened.directory / ENGINES / name / entry.graphs["model"].file).read_bytes()
@@ -146,7 +146,7 @@ def _eight_bit_rows(backend: Backend) -> list[Row]:
     what = f"{backend}: FP8 beside bf16, 1.1 B dense, prefill of 1024 tokens"
     if find_spec("modelopt") is None:
         return [Row(what, "NVIDIA ModelOpt is not installed", verdict="missing")]
-    from gsx.quantize import Quantize
+    from gsx.workflows.quantize import Quantize
 
     with tempfile.TemporaryDirectory(prefix="gsx-gpu-") as folder:
         work = Path(folder)

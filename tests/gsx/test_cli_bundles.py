@@ -124,7 +124,7 @@ def test_generate_from_stdin(tiny_bundle: Path) -> None:
 
 def test_stop_texts() -> None:
     """A stop text that comes in pieces is never shown, and what only looked like one is."""
-    from engines.tokens import TextWriter
+    from gsx_engines.tokens import TextWriter
 
     class Pieces:
         def __init__(self, pieces: list[str]) -> None:

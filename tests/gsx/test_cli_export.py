@@ -52,7 +52,7 @@ def test_export_builds_engines(gsx: Gsx, model: Path, tmp_path: Path) -> None:
 def test_a_backend_that_cannot_build_stops_an_export_at_once(
     gsx: Gsx, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.tensorrt.backend.find_spec", lambda name: None)
+    monkeypatch.setattr("gsx_engines.tensorrt.backend.find_spec", lambda name: None)
     found = gsx("export", model, "-o", tmp_path / "bundle", "--build", "tensorrt-rtx")
     assert found.code == 1
     assert "backend tensorrt-rtx: is not installed" in found.err
@@ -62,7 +62,7 @@ def test_a_backend_that_cannot_build_stops_an_export_at_once(
 def test_engines_that_fail_leave_the_bundle(
     gsx: Gsx, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engines.building.memory.available_memory", lambda: 1)
+    monkeypatch.setattr("gsx_engines.building.memory.available_memory", lambda: 1)
     out = tmp_path / "bundle"
     found = gsx("export", model, "-o", out, "--select", "rank", "--build", "tensorrt-rtx")
     assert found.code == 1
@@ -238,7 +238,7 @@ def test_target_that_cannot_be_written(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("engines.bundle.bundle.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("gsx_engines.bundle.bundle.tempfile.mkdtemp", refuse)
     found = gsx("export", model, "-o", tmp_path / "out")
     assert found.code == 1
     assert "could not be written" in found.err
@@ -258,7 +258,7 @@ def test_read_only_directory(gsx: Gsx, model: Path, tmp_path: Path) -> None:
 
 def test_too_little_room(gsx: Gsx, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("engines.bundle.bundle.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("gsx_engines.bundle.bundle.shutil.disk_usage", lambda path: usage)
     found = gsx("export", model, "-o", tmp_path / "out")
     assert found.code == 1
     assert "not enough room on the disk" in found.err

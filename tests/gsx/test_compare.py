@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from engines.bundle.layer_sets import exit_places, mask_of, unified_places
-from engines.errors import TextError, UsageError
-from exporter.checkpoint import open_checkpoint
-from exporter.config import GateConfig
-from exporter.evaluation import losses
-from exporter.masks.layers import LayerMask
-from exporter.reference import Reference
-from exporter.router_config import RouterConfig
-from exporter.text import tokenize
 from gsx.cli import run
-from gsx.compare import LEAST_TOKENS, WINDOW_TOKENS, compare_policies
 from gsx.comparison.report import CompareReport, Point
+from gsx.workflows.compare import LEAST_TOKENS, WINDOW_TOKENS, compare_policies
+from gsx_engines.bundle.layer_sets import exit_places, mask_of, unified_places
+from gsx_engines.errors import TextError, UsageError
+from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.config import GateConfig
+from gsx_exporter.evaluation import losses
+from gsx_exporter.masks.layers import LayerMask
+from gsx_exporter.reference import Reference
+from gsx_exporter.router_config import RouterConfig
+from gsx_exporter.text import tokenize
 from tests.tiny import tiny_checkpoint
 
 LAYERS = 6

@@ -10,8 +10,8 @@ import pytest
 
 from gsx import doctor as look
 from gsx.cli import run
-from gsx.doctor import _OP_CALLS, DoctorReport, Row, _headers, _library, _module, _nvcc, _op, _try
-from plugins.registry import OPS
+from gsx.workflows.doctor import _OP_CALLS, DoctorReport, Row, _headers, _library, _module, _nvcc, _op, _try
+from gsx_plugins.registry import OPS
 
 
 def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

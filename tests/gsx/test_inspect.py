@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import gsx
-from exporter.checkpoint import open_checkpoint
 from gsx.cli import run
+from gsx_exporter.checkpoint import open_checkpoint
 from tests.tiny import tiny_checkpoint
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engines.errors import CheckpointError, UsageError
-from exporter.config import GateConfig
-from gsx.export import export
 from gsx.parity.compare import Observation
 from gsx.parity.quality import QualityCounter, QualityLimits
-from gsx.quantize import Quantize
-from gsx.verify import verify
+from gsx.workflows.export import export
+from gsx.workflows.quantize import Quantize
+from gsx.workflows.verify import verify
+from gsx_engines.errors import CheckpointError, UsageError
+from gsx_exporter.config import GateConfig
 from tests.tiny import tiny_checkpoint
 
 

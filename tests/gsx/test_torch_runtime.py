@@ -13,21 +13,21 @@ import numpy as np
 import pytest
 import torch
 
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.bundle.controls import controls_for
-from engines.bundle.manifest import Quantization
-from engines.errors import BundleError, EngineError, UsageError
-from engines.generation import generate
-from engines.runners.base import Runner
-from engines.runners.portable import PortableStage
-from engines.runners.select import open_runner
-from engines.runners.whole import WholeRunner
-from engines.speculation.draft import open_draft
-from exporter.config import GateConfig
 from gsx.backends import open_backend
-from gsx.export import export
-from gsx.generate import generate as generate_text
 from gsx.torch_runtime import TorchRuntime
+from gsx.workflows.export import export
+from gsx.workflows.generate import generate as generate_text
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import controls_for
+from gsx_engines.bundle.manifest import Quantization
+from gsx_engines.errors import BundleError, EngineError, UsageError
+from gsx_engines.generation import generate
+from gsx_engines.runners.base import Runner
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.select import open_runner
+from gsx_engines.runners.whole import WholeRunner
+from gsx_engines.speculation.draft import open_draft
+from gsx_exporter.config import GateConfig
 from tests.tiny import tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10; halves round every product to 11 bits.

@@ -16,17 +16,17 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from engines.bundle.bundle import Bundle
-from engines.bundle.controls import Controls
-from engines.errors import BundleError, CheckpointError, TextError, UsageError
-from engines.runners.base import Cache, StepOutput
-from engines.runners.onnxruntime import OnnxRuntimeStage
-from engines.runners.whole import WholeRunner
-from exporter.config import GateConfig
-from gsx.export import export
 from gsx.parity.report import Report
 from gsx.progress import Progress
-from gsx.verify import verify
+from gsx.workflows.export import export
+from gsx.workflows.verify import verify
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.controls import Controls
+from gsx_engines.errors import BundleError, CheckpointError, TextError, UsageError
+from gsx_engines.runners.base import Cache, StepOutput
+from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
+from gsx_engines.runners.whole import WholeRunner
+from gsx_exporter.config import GateConfig
 from tests.tiny import tiny_checkpoint
 
 # `gsx.verify` is the function; this is its module.

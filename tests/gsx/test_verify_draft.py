@@ -13,11 +13,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from engines.runners.base import StepOutput
-from engines.sampling import Picker
-from engines.speculation.draft import EarlyExit
 from gsx.parity.speculation import SAMPLED, reference_probabilities, sampling_fit
-from gsx.verify import verify
+from gsx.workflows.verify import verify
+from gsx_engines.runners.base import StepOutput
+from gsx_engines.sampling import Picker
+from gsx_engines.speculation.draft import EarlyExit
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from plugins.build import build
-from plugins.errors import PluginError
+from gsx_plugins.build import build
+from gsx_plugins.errors import PluginError
 
 
 @pytest.fixture(scope="session")

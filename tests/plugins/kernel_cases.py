@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from plugins.cuda import Kernels
-from plugins.gated_scatter_add.op import gated_scatter_add
-from plugins.threshold_gather.op import threshold_gather
-from plugins.topk_gather.op import topk_gather
+from gsx_plugins.cuda import Kernels
+from gsx_plugins.gated_scatter_add.op import gated_scatter_add
+from gsx_plugins.threshold_gather.op import threshold_gather
+from gsx_plugins.topk_gather.op import topk_gather
 
 GARBAGE = 0xA5
 GUARD_BYTES = 256

@@ -13,11 +13,19 @@ from pathlib import Path
 import pytest
 
 from gsx.cli import run
-from plugins import build as building
-from plugins import library
-from plugins.build import ARCHITECTURES, build, find_headers, find_nvcc, find_toolchain
-from plugins.errors import PluginError
-from plugins.library import PLUGIN_OPS, SOURCE_FOLDER, find_kernels, find_library, library_hash, record_of, source_hash
+from gsx_plugins import build as building
+from gsx_plugins import library
+from gsx_plugins.build import ARCHITECTURES, build, find_headers, find_nvcc, find_toolchain
+from gsx_plugins.errors import PluginError
+from gsx_plugins.library import (
+    PLUGIN_OPS,
+    SOURCE_FOLDER,
+    find_kernels,
+    find_library,
+    library_hash,
+    record_of,
+    source_hash,
+)
 
 
 @pytest.fixture

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from plugins.build import find_headers
-from plugins.errors import PluginError
-from plugins.gated_scatter_add.op import gated_scatter_add
-from plugins.library import SOURCE_FOLDER
-from plugins.threshold_gather.op import threshold_gather
-from plugins.topk_gather.op import topk_gather
+from gsx_plugins.build import find_headers
+from gsx_plugins.errors import PluginError
+from gsx_plugins.gated_scatter_add.op import gated_scatter_add
+from gsx_plugins.library import SOURCE_FOLDER
+from gsx_plugins.threshold_gather.op import threshold_gather
+from gsx_plugins.topk_gather.op import topk_gather
 from tests.plugins import kernel_cases as cases
 from tests.plugins.emulation import KERNELS, emulated_library
 

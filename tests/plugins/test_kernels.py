@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins import cuda
-from plugins.cuda import Kernels
-from plugins.errors import PluginError
-from plugins.full_attention.op import full_attention
-from plugins.gated_scatter_add.op import gated_scatter_add
-from plugins.gathered_attention.op import gathered_attention
-from plugins.threshold_gather.op import threshold_gather
-from plugins.topk_gather.op import topk_gather
+from gsx_plugins import cuda
+from gsx_plugins.cuda import Kernels
+from gsx_plugins.errors import PluginError
+from gsx_plugins.full_attention.op import full_attention
+from gsx_plugins.gated_scatter_add.op import gated_scatter_add
+from gsx_plugins.gathered_attention.op import gathered_attention
+from gsx_plugins.threshold_gather.op import threshold_gather
+from gsx_plugins.topk_gather.op import topk_gather
 from tests.plugins import kernel_cases as cases
 from tests.plugins.emulation import emulated_library
 

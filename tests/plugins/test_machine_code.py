@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from plugins.build import find_nvcc
-from plugins.errors import PluginError
+from gsx_plugins.build import find_nvcc
+from gsx_plugins.errors import PluginError
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 REGISTERS = 65_536  # of a multiprocessor, on all of them

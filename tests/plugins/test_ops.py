@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION, node
-from plugins.full_attention.op import full_attention
-from plugins.gated_scatter_add.op import gated_scatter_add
-from plugins.gathered_attention.op import gathered_attention
-from plugins.registry import OPS, register_all
-from plugins.threshold_gather.op import threshold_gather
-from plugins.topk_gather.op import topk_gather
+from gsx_plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION, node
+from gsx_plugins.full_attention.op import full_attention
+from gsx_plugins.gated_scatter_add.op import gated_scatter_add
+from gsx_plugins.gathered_attention.op import gathered_attention
+from gsx_plugins.registry import OPS, register_all
+from gsx_plugins.threshold_gather.op import threshold_gather
+from gsx_plugins.topk_gather.op import topk_gather
 
 FP32_ATOL = 2e-6  # a few roundings of float32 at values of order 1
 NAN, INF = float("nan"), float("inf")

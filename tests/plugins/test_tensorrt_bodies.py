@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from plugins.registry import OPS
+from gsx_plugins.registry import OPS
 from tests.plugins.test_ops import one_node_model
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")

@@ -13,10 +13,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from engines.tensorrt.preload import preload_tensorrt_rtx
-from plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION, node
-from plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, PLUGIN_VERSION
-from plugins.registry import OPS, register_all
+from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
+from gsx_plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION, node
+from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, PLUGIN_VERSION
+from gsx_plugins.registry import OPS, register_all
 
 usable = preload_tensorrt_rtx()
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
@@ -145,7 +145,7 @@ def test_layers_shapes_and_types(registry: Any, messages: Messages, op: str, dty
 
 def without_attention(path: Path, folder: Path) -> Path:
     """The exported model with attention's body passing the query on: TensorRT-RTX does not import the portable body,
-    and what engines put in its place is tested with them (engines/lowering)."""
+    and what engines put in its place is tested with them (gsx_engines/lowering)."""
     model = onnx.load(path, load_external_data=False)
     (attention,) = (function for function in model.functions if function.name == "GatheredAttention")
     del attention.node[:]

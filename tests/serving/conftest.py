@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from engines.bundle.bundle import Bundle, open_bundle
-from engines.serving.repository import write_repository
 from examples.triton_server import ENVIRONMENT, Server, find_server, running
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.serving.repository import write_repository
 
 CLIENT = Path(__file__).parents[2] / "examples" / "triton_client.py"
 

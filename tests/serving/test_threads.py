@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.serving.threads import threads_beside_server
+from gsx_engines.serving.threads import threads_beside_server
 
 NO_SIBLINGS = {number: str(number) for number in range(4)}
 SIBLINGS = {number: f"{number % 2},{number % 2 + 2}" for number in range(4)}

@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 import gsx
-from engines.bundle.bundle import Bundle
-from engines.errors import GsxError
 from examples.triton_server import Server
-from gsx.generate import GenerateResult
-from gsx.triton import check_server
+from gsx.workflows.generate import GenerateResult
+from gsx.workflows.triton import check_server
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.errors import GsxError
 from tests.serving.conftest import Grpc
 
 REQUESTS: list[dict[str, Any]] = [

@@ -16,21 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from engines.bundle.controls import Keep
-from engines.bundle.engine_entry import EngineEntry, EngineProfile, Sizes
-from engines.bundle.manifest import Manifest
-from engines.bundle.policy import gateskip_policy
-from engines.bundle.selection import Selection
-from engines.errors import GsxError
-from engines.generation import Generation, generate
-from engines.runners.base import Runner
-from engines.runners.split import SplitRunner
-from engines.runners.tensorrt import TensorRTStage
-from engines.runners.whole import WholeRunner
-from engines.sampling import Picker, Sampling, candidates
-from engines.speculation.draft import Draft, draft_on
-from engines.speculation.length import AdaptiveLength, Round
-from engines.speculation.spec import check_draft, parse_draft
+from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.engine_entry import EngineEntry, EngineProfile, Sizes
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.policy import gateskip_policy
+from gsx_engines.bundle.selection import Selection
+from gsx_engines.errors import GsxError
+from gsx_engines.generation import Generation, generate
+from gsx_engines.runners.base import Runner
+from gsx_engines.runners.split import SplitRunner
+from gsx_engines.runners.tensorrt import TensorRTStage
+from gsx_engines.runners.whole import WholeRunner
+from gsx_engines.sampling import Picker, Sampling, candidates
+from gsx_engines.speculation.draft import Draft, draft_on
+from gsx_engines.speculation.length import AdaptiveLength, Round
+from gsx_engines.speculation.spec import check_draft, parse_draft
 from tests.vectors.toy import ToyEngine, mix, new_digest
 
 FOLDER = Path(__file__).parent

@@ -1,4 +1,4 @@
-"""A toy model in whole numbers, behind the interface of a TensorRT engine (`engines.runners.tensorrt.Engine`).
+"""A toy model in whole numbers, behind the interface of a TensorRT engine (`gsx_engines.runners.tensorrt.Engine`).
 
 It is the same arithmetic as engines/cpp/tests/toy_engine.cpp, so two languages must agree to the bit: states are whole
 numbers below 2**16, all randomness is a hash, logits are quarters, and many of them are equal. It keeps K and V,
@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from engines.bundle.counting import kept_count
-from engines.bundle.fields import BRANCHES, Branch
-from engines.bundle.manifest import Manifest
-from engines.runners.portable import layers_of, skippable_places
+from gsx_engines.bundle.counting import kept_count
+from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.runners.portable import layers_of, skippable_places
 
 _MASK = 0xFFFFFFFF
 

@@ -124,7 +124,7 @@ std::vector<Place> exitPlaces(int64_t depth, Manifest const& manifest) {
     return wholeLayers(kept);
 }
 
-// The layers that Unified Layer Skipping keeps for a target speed-up (engines/bundle/layer_sets.py).
+// The layers that Unified Layer Skipping keeps for a target speed-up (gsx_engines/bundle/layer_sets.py).
 std::vector<Place> unifiedPlaces(double speedup, int64_t layers) {
     if (!(std::isfinite(speedup) && speedup >= 1)) {
         throw UsageError("the speed-up is not one", {"a number from 1 up", shortNumber(speedup), {}});

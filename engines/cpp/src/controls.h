@@ -1,4 +1,4 @@
-// What a request asks of the keep rule, and the run-time inputs of the graphs that say so: as engines/bundle/controls.py.
+// What a request asks of the keep rule, and the run-time inputs of the graphs that say so: as gsx_engines/bundle/controls.py.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Drafts: cheap ways to guess the next tokens with the model's own weights. As engines/speculation.
+// Drafts: cheap ways to guess the next tokens with the model's own weights. As gsx_engines/speculation.
 
 #pragma once
 

@@ -6,7 +6,7 @@
 namespace gsx {
 namespace {
 
-// See engines/speculation/length.py for what each number is for.
+// See gsx_engines/speculation/length.py for what each number is for.
 constexpr int64_t kLongest = 16;
 constexpr int64_t kFirstLength = 4;
 constexpr double kFirstAcceptance = 0.7;

@@ -1,4 +1,4 @@
-// How far to draft: the rule of engines/speculation/length.py.
+// How far to draft: the rule of gsx_engines/speculation/length.py.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Kernels that TensorRT-RTX compiled, kept across runs: as engines/tensorrt/kernel_cache.py, in the same files.
+// Kernels that TensorRT-RTX compiled, kept across runs: as gsx_engines/tensorrt/kernel_cache.py, in the same files.
 //
 // An engine of TensorRT-RTX holds no kernels: they are compiled for the GPU that it meets, when it first runs. Its runtime
 // cache takes them up and gives them out as bytes; here are the files for these bytes. TensorRT itself checks what it is

@@ -21,7 +21,7 @@ constexpr char const* kEngines = "engines";
 constexpr char const* kEngineFile = "engine.json";
 constexpr char const* kLibraryVariable = "GSX_PLUGIN_LIBRARY";
 constexpr char const* kLibraryName = "libgsx_plugins.so";
-// Of the hash of the plugins' sources, in a folder's name (plugins/library.py).
+// Of the hash of the plugins' sources, in a folder's name (gsx_plugins/library.py).
 constexpr size_t kNameDigits = 16;
 constexpr size_t kShownDigits = 12;
 

@@ -1,4 +1,4 @@
-// Which engines of a bundle run on a machine: as engines/tensorrt/loading.py, with its messages.
+// Which engines of a bundle run on a machine: as gsx_engines/tensorrt/loading.py, with its messages.
 
 #pragma once
 

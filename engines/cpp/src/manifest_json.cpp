@@ -186,7 +186,7 @@ Manifest manifestOf(json const& raw) {
 }
 
 // The first rule beyond the schema that a manifest breaks; empty where there is none. As the validators of
-// engines/bundle (manifest.py and its sections).
+// gsx_engines/bundle (manifest.py and its sections).
 std::string brokenRule(json const& raw, Manifest const& manifest) {
     DecoderShape const& shape = manifest.decoder;
     if (shape.vocabSize < 1 || shape.numLayers < 1 || shape.maxPositions < 1) return "decoder: sizes must be above 0";

@@ -1,4 +1,4 @@
-// Choosing the next token from logits: the rule of engines/sampling.py, number for number.
+// Choosing the next token from logits: the rule of gsx_engines/sampling.py, number for number.
 //
 // A sampled token is the winner of an exponential race: token v of probability p_v arrives at -log(u_v) / p_v, and the
 // first one is taken. The noise u depends on the seed, the sequence, the place in the text and the token alone, so the
@@ -35,7 +35,7 @@ public:
     int64_t pick(LogitsRow logits, size_t sequence, int64_t place) const;
 
     // A draft's own chance that the model picks the same token. Greedy: the probability of its choice. Sampled: 1, since
-    // how likely the token was says nothing there (engines/sampling.py).
+    // how likely the token was says nothing there (gsx_engines/sampling.py).
     double confidence(LogitsRow logits) const;
 
 private:

@@ -1,4 +1,4 @@
-// Runners make whole steps of stages: one stage, or two with the exit between them. As engines/runners.
+// Runners make whole steps of stages: one stage, or two with the exit between them. As gsx_engines/runners.
 
 #pragma once
 

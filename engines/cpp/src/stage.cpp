@@ -12,7 +12,7 @@
 namespace gsx {
 namespace {
 
-// The window is a multiple of this many columns (engines/runners/tensorrt.py).
+// The window is a multiple of this many columns (gsx_engines/runners/tensorrt.py).
 constexpr int64_t kWindowStep = 64;
 constexpr char const* kLogits = "logits";
 constexpr char const* kLogitsAt = "logits_at";

@@ -1,4 +1,4 @@
-// One graph of a bundle on an engine: what a call feeds it, and what comes back. As engines/runners/tensorrt.py.
+// One graph of a bundle on an engine: what a call feeds it, and what comes back. As gsx_engines/runners/tensorrt.py.
 
 #pragma once
 
@@ -108,7 +108,7 @@ int64_t mostTokens(std::vector<EngineProfile> const& profiles, int64_t batch);
 // Columns of the cache that a call reads: the filled ones, rounded up, so that shapes change seldom.
 int64_t windowOf(int64_t filled, int64_t capacity);
 
-// K of rank selection for n valid tokens that are not end-of-text (engines/bundle/counting.py).
+// K of rank selection for n valid tokens that are not end-of-text (gsx_engines/bundle/counting.py).
 int64_t keptCount(int64_t n, double budget);
 
 }  // namespace gsx

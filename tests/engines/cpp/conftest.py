@@ -14,14 +14,13 @@ from typing import Any
 
 import pytest
 
-import engines
-from engines.bundle.schema import SCHEMA_FILE
-from plugins.library import cache_folder
+from gsx_engines.bundle.schema import SCHEMA_FILE
+from gsx_plugins.library import cache_folder
 from tests.engines.cpp.toy_bundles import BACKEND, version_of, write_bundle
 from tests.plugins.emulation import cuda_include
 from tests.vectors import make
 
-SOURCES = Path(engines.__file__).parent / "cpp"
+SOURCES = Path(__file__).parents[3] / "engines" / "cpp"
 # Folders of TensorRT, of which the headers alone have to be there.
 ROOTS = [
     Path(root) for root in os.environ.get("GSX_TEST_TENSORRT_ROOTS", os.environ.get("TENSORRT_ROOT", "")).split(":")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.tensorrt.kernel_cache import kernel_cache_path
+from gsx_engines.tensorrt.kernel_cache import kernel_cache_path
 from tests.engines.cpp.conftest import NEEDS, ROOTS, SOURCES
 from tests.engines.cpp.test_package import compile_device_sources
 

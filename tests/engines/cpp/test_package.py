@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from engines.bundle.bundle import open_bundle
-from engines.tensorrt import cuda
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.tensorrt import cuda
 from tests.engines.cpp.conftest import NEEDS, ROOTS, SOURCES, compile_all, configure, headers_of, json_include, run
 from tests.plugins.emulation import cuda_include
 

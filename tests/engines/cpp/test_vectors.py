@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engines.bundle.schema import SCHEMA_FILE, manifest_schema
+from gsx_engines.bundle.schema import SCHEMA_FILE, manifest_schema
 from tests.vectors import make
 
 NAMES = list(make.FILES)
@@ -20,7 +20,7 @@ def test_vectors_are_what_python_makes(name: str) -> None:
 
 
 def test_schema_is_what_python_checks() -> None:
-    """Where this fails after a deliberate change: `python -m engines.bundle.schema`."""
+    """Where this fails after a deliberate change: `python -m gsx_engines.bundle.schema`."""
     assert SCHEMA_FILE.read_text(encoding="utf-8") == manifest_schema()
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from engines.tensorrt.backend import platform_name
-from engines.tensorrt.loading import ENGINE_FILE, ENGINES
+from gsx_engines.tensorrt.backend import platform_name
+from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES
 
 BACKEND, ENGINE_SET = "tensorrt", "toy"
 # The stand-in's GPU has compute capability 9.0.

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from plugins.library import SOURCE_FOLDER, cache_folder, source_hash
+from gsx_plugins.library import SOURCE_FOLDER, cache_folder, source_hash
 
 _HERE = Path(__file__).parent
 KERNELS = (

@@ -1,4 +1,4 @@
-// What the C++ runtime needs of `gsx.json`, read and checked by the rules of engines/bundle.
+// What the C++ runtime needs of `gsx.json`, read and checked by the rules of gsx_engines/bundle.
 
 #pragma once
 

@@ -7,7 +7,7 @@
 
 namespace gsx {
 
-// The rule is that of engines/sampling.py: with one seed both write the same text, whatever drafts.
+// The rule is that of gsx_engines/sampling.py: with one seed both write the same text, whatever drafts.
 struct Sampling {
     // 0 is greedy.
     double temperature = 0;

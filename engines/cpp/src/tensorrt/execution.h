@@ -1,4 +1,4 @@
-// TensorRT's engines on a GPU: as engines/tensorrt/execution.py. What an engine is for is the stage's business.
+// TensorRT's engines on a GPU: as gsx_engines/tensorrt/execution.py. What an engine is for is the stage's business.
 
 #pragma once
 

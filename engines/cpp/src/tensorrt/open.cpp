@@ -10,7 +10,7 @@
 namespace gsx {
 namespace {
 
-// Ops that choose tokens (engines/lowering/regions.py): behind the plugin of one, the GPU alone knows how many rows there
+// Ops that choose tokens (gsx_engines/lowering/regions.py): behind the plugin of one, the GPU alone knows how many rows there
 // are, and such a call cannot be recorded.
 constexpr std::array<char const*, 2> kChoices = {"TopKGather", "ThresholdGather"};
 

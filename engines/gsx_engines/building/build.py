@@ -1,0 +1,394 @@
+"""`gsx build`: engines of every graph of a bundle, written whole or not at all, and named in its manifest."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import onnx
+
+from gsx_engines.building.job import Job, Ranges, run_job
+from gsx_engines.building.layer_information import EIGHT_BITS
+from gsx_engines.building.memory import check_memory
+from gsx_engines.building.placing import writing_engines
+from gsx_engines.building.profiles import DEFAULT_CONTEXT, default_profiles, most_rows, one_profile, parse_profile
+from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
+from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
+from gsx_engines.bundle.tensors import tensor_info
+from gsx_engines.errors import BundleError, EngineError, UsageError
+from gsx_engines.lowering import tensorrt as lowering
+from gsx_engines.lowering.quantized import quantized_products
+from gsx_engines.tensorrt import cuda
+from gsx_engines.tensorrt.backend import (
+    Backend,
+    default_targets,
+    dotted,
+    has_fp8,
+    known_targets,
+    load_module,
+    platform_name,
+)
+from gsx_engines.tensorrt.plugins import plugin_library
+from gsx_plugins.library import PLUGIN_OPS, cache_folder, library_hash, record_of
+
+# An engine is the weights, for every profile, and the kernels.
+_DISK_SLACK = 128 << 20
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """A step of a build: the graph in work, how far TensorRT's phase is (total 0: not known), and the phase."""
+
+    stage: str
+    done: int = 0
+    total: int = 0
+    note: str = ""
+
+
+def build(
+    bundle: str | Path | Bundle,
+    *,
+    backend: Backend = "tensorrt-rtx",
+    targets: Sequence[str] = (),
+    context: int | None = None,
+    batch: int = 1,
+    profiles: Sequence[str] = (),
+    plugins: Literal["auto", "none"] | Path = "auto",
+    kv_layout: KvLayout = "in-place",
+    timing_cache: Path | None = None,
+    on_progress: Callable[[BuildProgress], None] = lambda progress: None,
+) -> tuple[str, EngineEntry]:
+    """Build an engine of every graph of a bundle and put them into it.
+
+    Args:
+        bundle: an opened bundle or its directory.
+        backend: `tensorrt-rtx` builds without a GPU; `tensorrt` builds on the GPU that it is for.
+        targets: compute capabilities as in "89" or "8.9", TensorRT-RTX alone; none for the GPU of this machine, or
+            where there is none for all from 8.0 on.
+        context: columns of the K/V buffers, or the most that K and V may grow to; None for the model's context, at most
+            4,096.
+        batch: the most sequences of a call.
+        profiles: as `parse_profile` reads them; none for prefill and decode, with TensorRT-RTX one for both.
+        plugins: `auto` takes the library that was built on this machine, if there is one; `none` does without.
+        kv_layout: `in-place` for gsx; `growing` for programs that keep K and V themselves.
+        timing_cache: file for TensorRT's timings; None for a place in the user's cache. TensorRT-RTX takes none.
+        on_progress: called as it goes.
+    Returns: the name of the engines in the bundle, and their entry in its manifest.
+    Raises:
+        GsxError: an option, a bundle, a machine or a graph that cannot be used.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    if opened.manifest.hides_skipped:
+        raise UsageError(
+            "engines have one attention mask for all layers, and in this bundle each layer has its own",
+            expected="a bundle whose skipped tokens have K and V (policies compute and copy)",
+            found="K/V policy none with routers: a skipped token is not seen in its layer",
+            todo="run it on ONNX Runtime or with --backend torch",
+        )
+    if opened.manifest.kv_cache is not None:
+        raise UsageError(
+            "TensorRT's K/V update takes 16- and 32-bit floats alone",
+            expected=f"a bundle exported without --kv-cache {opened.manifest.kv_cache.type}",
+            todo="run it on ONNX Runtime, or export again",
+        )
+    module = check_backend(backend)
+    chosen, gpu = _targets(module, backend, targets)
+    if opened.manifest.quantization is not None and opened.manifest.quantization.scheme == "fp8":
+        chosen = _with_fp8(opened, module, backend, targets, chosen)
+    capacity, shapes = _shapes(opened, backend, context, batch, profiles)
+    library = _library(plugins)
+    portable = {name: _load(opened, name) for name in opened.manifest.graphs}
+    sizes = {name: _weight_bytes(model) for name, model in portable.items()}
+    check_memory(max(sizes.values()), len(shapes))
+    version = module.__version__
+    name = f"{backend}-{version}-sm{'-'.join(chosen)}" + ("-growing" if kv_layout == "growing" else "")
+    with writing_engines(opened, name, len(shapes) * sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
+        graphs, used = {}, False
+        for graph, model in portable.items():
+            stage = f"building {graph}"
+            on_progress(BuildProgress(stage))
+            entry, with_plugins = _build_graph(
+                opened,
+                graph,
+                model,
+                work,
+                backend=backend,
+                targets=() if backend == "tensorrt" else chosen,
+                capacity=capacity,
+                kv_layout=kv_layout,
+                profiles=shapes,
+                library=library,
+                timing_cache=timing_cache or _timing_cache(version, gpu) if backend == "tensorrt" else None,
+                on_phase=lambda phase, done, total, stage=stage: on_progress(  # type: ignore[misc]
+                    BuildProgress(stage, done, total, phase)
+                ),
+            )
+            graphs[graph] = entry
+            used = used or with_plugins
+        made = EngineEntry(
+            schema_version=1,
+            backend=backend,
+            tensorrt_version=version,
+            targets=chosen,
+            platform=platform_name(),
+            gpu=gpu if backend == "tensorrt" else None,
+            precision=opened.manifest.precision,
+            kv_layout=kv_layout,
+            capacity=capacity,
+            profiles=shapes,
+            plugins=_plugin_entry(library) if library is not None and used else None,
+            graphs=graphs,
+        )
+        finish(made)
+    return name, made
+
+
+def _build_graph(
+    bundle: Bundle,
+    name: str,
+    portable: onnx.ModelProto,
+    work: Path,
+    *,
+    backend: Backend,
+    targets: tuple[str, ...],
+    capacity: int,
+    kv_layout: KvLayout,
+    profiles: Sequence[EngineProfile],
+    library: Path | None,
+    timing_cache: Path | None,
+    on_phase: Callable[[str, int, int], None],
+) -> tuple[EngineGraph, bool]:
+    """One engine, and whether it has plugins."""
+    manifest = bundle.manifest
+    lowered = _lower(bundle, name, portable, capacity, kv_layout, profiles, library)
+    graph, engine = work / f"{name}.onnx", work / f"{name}.engine"
+    graph.write_bytes(lowered.model.SerializeToString())
+    plugin_ops = {op for op, form in lowered.forms.items() if form == "plugin"}
+    job = Job(
+        backend=backend,
+        graph=str(graph),
+        beside=str(bundle.graph_path(name)),
+        engine=str(engine),
+        targets=targets,
+        profiles=tuple(input_ranges(lowered.model, profile) for profile in profiles),
+        plugins=str(library) if plugin_ops and library else None,
+        plugin_nodes=tuple(node.name for node in lowered.model.graph.node if node.op_type in plugin_ops),
+        products=tuple(node.name for node in lowered.model.graph.node if node.op_type == "MatMul"),
+        timing_cache=str(timing_cache) if timing_cache else None,
+    )
+    built = run_job(job, name, on_phase)
+    graph.unlink()
+    entry = EngineGraph(
+        file=engine.name,
+        sha256=sha256_of(engine),
+        size_bytes=engine.stat().st_size,
+        graph_sha256=manifest.graphs[name].sha256,
+        weights_sha256=manifest.weights.sha256,
+        forms=dict(lowered.forms),
+        layers=dict(built.layers),
+        products=dict(Counter(built.products.values())),
+        widened=tuple(
+            weights.input[0]
+            for product, _, weights in quantized_products(lowered.model.graph)
+            if built.products[product.name] not in EIGHT_BITS
+        ),
+        inputs=tuple(tensor_info(value) for value in lowered.model.graph.input),
+        outputs=tuple(tensor_info(value) for value in lowered.model.graph.output),
+        build_seconds=round(built.seconds, 2),
+        peak_bytes=built.peak_bytes,
+    )
+    return entry, bool(plugin_ops)
+
+
+def _lower(
+    bundle: Bundle,
+    name: str,
+    portable: onnx.ModelProto,
+    capacity: int,
+    kv_layout: KvLayout,
+    profiles: Sequence[EngineProfile],
+    library: Path | None,
+) -> lowering.Lowered:
+    try:
+        return lowering.lower(
+            portable,
+            bundle.manifest,
+            capacity=capacity,
+            rows=most_rows(profiles),
+            plugins=PLUGIN_OPS if library is not None else (),
+            one_sequence=max(profile.batch.most for profile in profiles) == 1,
+            kv_layout=kv_layout,
+        )
+    except (AssertionError, IndexError, KeyError, StopIteration) as error:
+        raise BundleError(
+            f"{bundle.graph_path(name)}: is not laid out as this version of gsx lays graphs out",
+            found=f"a graph of gsx {bundle.manifest.gsx_version}",
+            todo="run `gsx export` again",
+        ) from error
+
+
+def input_ranges(model: onnx.ModelProto, profile: EngineProfile) -> Ranges:
+    """Least, usual and most shape of every input of a lowered graph; for `k`, which the host gives, its values."""
+    named = {
+        "batch": profile.batch,
+        "sequence": profile.tokens,
+        lowering.WINDOW: profile.window,
+        # the last column in generation, all of them in verification
+        lowering.LOGITS_COLUMNS: Sizes(1, 1, profile.tokens.most),
+        **_growing(profile),
+    }
+    ranges: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {}
+    for value in model.graph.input:
+        axes = value.type.tensor_type.shape.dim
+        if value.name == lowering.K:
+            most = profile.batch.most * profile.tokens.most
+            ranges[value.name] = ((0,), (profile.batch.usual * profile.tokens.usual,), (most,))
+        elif any(axis.dim_param for axis in axes):
+            least, usual, most_shape = (
+                tuple(named[axis.dim_param][end] if axis.dim_param else axis.dim_value for axis in axes)
+                for end in range(3)
+            )
+            ranges[value.name] = (least, usual, most_shape)
+    return ranges
+
+
+def _growing(profile: EngineProfile) -> dict[str, Sizes]:
+    """Columns of K and V that grow, before a call and after it.
+
+    TensorRT plans for the least of all axes together, and the usual, and the most, so these have to fit together: with
+    the most tokens behind the most columns, more columns come out than the profile's window is meant to have.
+    """
+    tokens, window = profile.tokens, profile.window
+    past = Sizes(window.least - tokens.least, window.usual - tokens.usual, window.most - tokens.least)
+    return {"past": past, "total": Sizes(window.least, window.usual, past.most + tokens.most)}
+
+
+def check_backend(backend: Backend) -> Any:
+    """The Python module of a backend, once all that building needs is there; it needs no bundle to ask.
+
+    Raises:
+        EngineError: something is not; what cannot be installed, a GPU, comes first.
+    """
+    if backend == "tensorrt" and cuda.device() is None:
+        raise EngineError(
+            "backend tensorrt: builds on the GPU that an engine is for, and there is none here",
+            expected="an NVIDIA GPU with its driver",
+            found=cuda.why_not(),
+            todo='pip install "gsx[tensorrt]" on a machine with a GPU; gsx build --backend tensorrt-rtx needs none',
+        )
+    if find_spec("polygraphy") is None:
+        raise EngineError(
+            "gsx build needs Polygraphy, which is not installed",
+            expected="the package polygraphy",
+            todo='pip install "gsx[tensorrt]"',
+        )
+    return load_module(backend)
+
+
+def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
+    """Compute capabilities to build for, and the name of the GPU of this machine (None: there is none)."""
+    device = cuda.device()
+    if backend == "tensorrt":
+        assert device is not None
+        if asked and {target.replace(".", "") for target in asked} != {device.capability}:
+            raise UsageError(
+                "--target: backend tensorrt builds for the GPU of this machine alone",
+                expected=device.capability,
+                found=", ".join(asked),
+                todo="gsx build --backend tensorrt-rtx builds for others",
+            )
+        return (device.capability,), device.name
+    known = known_targets(module)
+    wanted = {target: target.replace(".", "").removeprefix("sm") for target in asked}
+    if unknown := [target for target in asked if wanted[target] not in known]:
+        raise UsageError(
+            "--target: this TensorRT-RTX does not build for that compute capability",
+            expected=", ".join(map(dotted, known)),
+            found=" and ".join(unknown),
+            todo="give --target once for each; other GPUs need gsx build --backend tensorrt, on a machine that has one",
+        )
+    name = device.name if device else None
+    if wanted:
+        return tuple(sorted(set(wanted.values()), key=int)), name
+    if device is not None and device.capability in known:
+        return (device.capability,), name
+    return default_targets(module), name
+
+
+def _with_fp8(
+    bundle: Bundle, module: ModuleType, backend: Backend, asked: Sequence[str], chosen: tuple[str, ...]
+) -> tuple[str, ...]:
+    """The targets that have FP8 products; one that was asked for, or is this machine's GPU, must have them."""
+    having = tuple(target for target in chosen if has_fp8(target))
+    if having == chosen or (having and not asked):
+        return having
+    known = [dotted(target) for target in known_targets(module) if has_fp8(target)] if backend == "tensorrt-rtx" else []
+    raise EngineError(
+        f"bundle {bundle.directory}: has FP8 products, which a target has not",
+        expected="compute capability 8.9 (Ada), 9.0 (Hopper), 10.0 or above (Blackwell)"
+        + (f"; this TensorRT-RTX builds for {', '.join(known)}" if known else ""),
+        found=", ".join(dotted(target) for target in chosen if target not in having),
+        todo="gsx export MODEL --int8 makes a bundle for other GPUs",
+    )
+
+
+def _shapes(
+    bundle: Bundle, backend: Backend, context: int | None, batch: int, profiles: Sequence[str]
+) -> tuple[int, tuple[EngineProfile, ...]]:
+    longest = bundle.manifest.decoder.max_positions
+    if context is not None and not 2 <= context <= longest:
+        raise UsageError("--context", expected=f"2 to {longest}, the model's context", found=str(context))
+    if batch < 1:
+        raise UsageError("--batch", expected="at least 1", found=str(batch))
+    capacity = context or min(longest, DEFAULT_CONTEXT)
+    if not profiles:
+        return capacity, (default_profiles if backend == "tensorrt" else one_profile)(capacity, batch)
+    made = tuple(parse_profile(text, capacity=capacity, batch=batch) for text in profiles)
+    names = [profile.name for profile in made]
+    if len(set(names)) < len(names):
+        raise UsageError("--profile: two profiles have one name", found=", ".join(names))
+    return capacity, made
+
+
+def _load(bundle: Bundle, name: str) -> onnx.ModelProto:
+    return onnx.load(str(bundle.graph_path(name)), load_external_data=False)
+
+
+def _weight_bytes(model: onnx.ModelProto) -> int:
+    """Bytes of the external weights that a graph reads."""
+    return sum(
+        int(entry.value)
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "length"
+    )
+
+
+def _timing_cache(version: str, gpu: str | None) -> Path | None:
+    """Where TensorRT's timings are kept; None where nothing can be."""
+    place = cache_folder() / "timing"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return place / f"{version}-{(gpu or 'none').replace(' ', '_')}.cache"
+
+
+def _library(asked: Literal["auto", "none"] | Path) -> Path | None:
+    if asked == "none":
+        return None
+    if isinstance(asked, Path):
+        if not asked.is_file():
+            raise UsageError(f"{asked}: there is no such plugin library", todo="gsx plugins build makes one")
+        return asked.resolve()
+    return plugin_library()
+
+
+def _plugin_entry(library: Path) -> PluginLibrary:
+    record = record_of(library)
+    return PluginLibrary(sha256=library_hash(library), source_hash=record.source_hash if record else "unknown")

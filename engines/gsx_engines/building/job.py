@@ -1,0 +1,182 @@
+"""What is handed to the process that builds one engine, and how that process is run.
+
+TensorRT builds in a process of its own: a parser that meets what it does not expect may end its process, Polygraphy
+chooses between TensorRT and TensorRT-RTX once, at import, and memory comes back when a process ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import gsx_engines
+import gsx_plugins
+from gsx_engines.errors import EngineError
+from gsx_engines.tensorrt.backend import Backend
+
+# An input's least, usual and most shape, or values where the host gives it.
+Ranges = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+# Called with the phase, steps done and steps in all (0: not known).
+OnPhase = Callable[[str, int, int], None]
+LOADING_PLUGINS = "loading the plugin library"
+
+_TURING = "75"
+_NO_TURING = "TensorRT-RTX has neither FP32 nor bf16 products on 7.5: give --target 8.0 or later"
+_REPORT = "report it with the output of `gsx doctor`"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One engine to build.
+
+    Args:
+        backend: which TensorRT.
+        graph: file with the lowered graph, without weights.
+        beside: a file in the folder of the weights that the graph refers to.
+        engine: file to write.
+        targets: compute capabilities, e.g. "89"; none means the GPU of this machine.
+        profiles: the ranges of every dynamic input, for each profile.
+        plugins: the plugin library, or None.
+        plugin_nodes: names of the nodes that must become plugins.
+        products: names of the graph's matrix products.
+        timing_cache: file to keep timings in, where the backend takes timings.
+    """
+
+    backend: Backend
+    graph: str
+    beside: str
+    engine: str
+    targets: tuple[str, ...]
+    profiles: tuple[Ranges, ...]
+    plugins: str | None
+    plugin_nodes: tuple[str, ...]
+    products: tuple[str, ...]
+    timing_cache: str | None
+
+
+@dataclass(frozen=True)
+class Built:
+    """What the process tells at its end.
+
+    Args:
+        tensorrt_version: of the builder.
+        layers: type of TensorRT layer -> how many, before TensorRT fuses them.
+        products: matrix product -> the type that it is computed in (`layer_information.product_types`).
+        peak_bytes: most memory that the process held.
+        seconds: of the build alone.
+    """
+
+    tensorrt_version: str
+    layers: Mapping[str, int]
+    products: Mapping[str, str]
+    peak_bytes: int
+    seconds: float
+
+
+def run_job(job: Job, name: str, on_phase: OnPhase = lambda phase, done, total: None) -> Built:
+    """Build an engine in a process of its own.
+
+    Args:
+        name: of the graph, for messages.
+    Raises:
+        EngineError: TensorRT refuses the graph (names op and node), fails, or takes its process down.
+    """
+    with tempfile.TemporaryFile() as noise:
+        reading, writing = os.pipe()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "gsx_engines.building.worker", str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=noise,
+                stderr=noise,
+                env=_environment(job.backend),
+                pass_fds=(writing,),
+                start_new_session=True,  # a Ctrl-C reaches us, and we end it
+            )
+        finally:
+            os.close(writing)
+        with open(reading, encoding="utf-8") as events:
+            try:
+                _ask(process, job)
+                last_phase, answer = _follow(events, on_phase)
+                code = process.wait()
+            finally:
+                process.kill()
+                process.wait()
+        if code == 0 and answer is not None and "built" in answer:
+            return Built(**answer["built"])
+        raise _failure(job, name, code, answer, last_phase, noise)
+
+
+def _ask(process: subprocess.Popen[bytes], job: Job) -> None:
+    assert process.stdin is not None
+    try:
+        process.stdin.write(json.dumps(asdict(job)).encode())
+        process.stdin.close()
+    except BrokenPipeError:
+        pass  # it ended before it read: its exit code says why
+
+
+def _follow(events: IO[str], on_phase: OnPhase) -> tuple[str, dict[str, Any] | None]:
+    """Pass progress on until the process ends; returns the phase that it was in, and its last word."""
+    phase, answer = "", None
+    for line in events:
+        event = json.loads(line)
+        if "phase" in event:
+            phase = event["phase"]
+            on_phase(phase, event["done"], event["total"])
+        else:
+            answer = event
+    return phase, answer
+
+
+def _environment(backend: Backend) -> dict[str, str]:
+    homes = dict.fromkeys(str(Path(package.__path__[0]).parent) for package in (gsx_engines, gsx_plugins))
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [*homes, os.environ.get("PYTHONPATH")])),
+        "POLYGRAPHY_AUTOINSTALL_DEPS": "0",
+        "POLYGRAPHY_USE_TENSORRT_RTX": "1" if backend == "tensorrt-rtx" else "0",
+    }
+
+
+def _failure(
+    job: Job, name: str, code: int, answer: dict[str, Any] | None, phase: str, noise: IO[bytes]
+) -> EngineError:
+    """The error that fits how the process ended."""
+    answer = answer or {}
+    thing = f"{name}.onnx: {job.backend}"
+    report = _REPORT if job.plugins is None else f"--plugins none may pass; {_REPORT}"
+    if "refused" in answer:
+        return EngineError(
+            f"{thing} refuses the op {answer['op']} of node {answer['node']!r}",
+            found=answer["refused"],
+            todo="the graph runs in ONNX Runtime; gsx doctor says which plugins are there",
+        )
+    if "failed" in answer:
+        todo = answer.get("todo") or (_NO_TURING if _TURING in job.targets else report)
+        return EngineError(f"{thing} could not build an engine", found=answer["failed"], todo=todo)
+    noise.seek(0)
+    lines = noise.read().decode(errors="replace").strip().splitlines()
+    last = lines[-1] if lines else "it said nothing"
+    if code == -signal.SIGKILL:
+        return EngineError(
+            f"{thing} was ended by the system while it built an engine",
+            found="most likely the memory ran out",
+            todo="build on a machine with more memory, or with shorter --profile ranges",
+        )
+    how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+    doing = f"while {phase}" if phase == LOADING_PLUGINS else "while it built an engine"
+    return EngineError(
+        f"{thing} took its own process down {doing}",
+        found=f"{how}: {last}",
+        todo="gsx plugins build --force makes the library anew" if phase == LOADING_PLUGINS else report,
+    )

@@ -1,0 +1,134 @@
+"""Optimization profiles: which calls an engine is to take, and which profile takes a call.
+
+A call has B sequences, S tokens of each, and reads a window of W columns of the cache. TensorRT tunes an engine for
+ranges of these, and prefill and decode differ so much that each gets a profile of its own. TensorRT-RTX compiles for
+the shapes that it meets, on the GPU, and its engines hold the weights once for every profile (seen in 1.7.1): one is
+enough.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from gsx_engines.bundle.engine_entry import EngineProfile, Sizes
+from gsx_engines.errors import EngineError, UsageError
+
+# Without --context: longer contexts are rare, and the K/V buffers of an engine are as long as its capacity.
+DEFAULT_CONTEXT = 4096
+# Longer prompts go through in several calls.
+DEFAULT_PREFILL_TOKENS = 1024
+_RANGE = r"(\d+)(?:-(\d+)(?:-(\d+))?)?"
+_PROFILE = re.compile(rf"([a-z][a-z0-9_]*):{_RANGE}(?::{_RANGE})?")
+_EXAMPLE = "NAME:TOKENS[:BATCH], each LEAST-USUAL-MOST, LEAST-MOST or one number: prefill:2-128-1024:1-1-4"
+
+
+def default_profiles(capacity: int, batch: int) -> tuple[EngineProfile, ...]:
+    """A profile for prompts and one for single tokens.
+
+    Args:
+        capacity: columns of the cache.
+        batch: the most sequences.
+    """
+    most = min(DEFAULT_PREFILL_TOKENS, capacity)
+    prefill = _profile("prefill", Sizes(min(2, most), max(min(2, most), most // 4), most), _batch(batch), capacity)
+    return prefill, _profile("decode", Sizes(1, 1, 1), _batch(batch), capacity)
+
+
+def one_profile(capacity: int, batch: int) -> tuple[EngineProfile]:
+    """One profile for every call; arguments as of `default_profiles`."""
+    most = min(DEFAULT_PREFILL_TOKENS, capacity)
+    return (_profile("any", Sizes(1, max(1, most // 4), most), _batch(batch), capacity),)
+
+
+def parse_profile(text: str, *, capacity: int, batch: int) -> EngineProfile:
+    """A profile as given on the command line, e.g. "prefill:2-128-1024" or "decode:1:1-1-8".
+
+    Args:
+        capacity: columns of the cache, which no call may exceed.
+        batch: the most sequences, where the text does not say.
+    Raises:
+        UsageError: another form, or numbers out of order.
+    """
+    match = _PROFILE.fullmatch(text)
+    if match is None:
+        raise UsageError("--profile", expected=_EXAMPLE, found=repr(text))
+    name, *numbers = match.groups()
+    tokens = _sizes(numbers[:3])
+    sequences = _sizes(numbers[3:]) if numbers[3] else _batch(batch)
+    for axis, sizes in (("tokens", tokens), ("batch", sequences)):
+        if not 1 <= sizes.least <= sizes.usual <= sizes.most:
+            raise UsageError(
+                f"--profile {text}: {axis} are out of order",
+                expected="1 <= least <= usual <= most",
+                found="-".join(map(str, sizes)),
+            )
+    if tokens.most > capacity:
+        raise UsageError(
+            f"--profile {text}: more tokens than the cache has columns",
+            expected=f"at most {capacity}",
+            found=str(tokens.most),
+            todo="--context gives the cache more columns",
+        )
+    return _profile(name, tokens, sequences, capacity)
+
+
+def choose_profile(profiles: Sequence[EngineProfile], batch: int, tokens: int, window: int) -> int:
+    """Number of the profile that takes a call: of those that fit, the one with the fewest tokens at most.
+
+    Raises:
+        EngineError: none fits; says which axis is out of which range.
+    """
+    call = {"batch": batch, "tokens": tokens, "window": window}
+    fitting = [
+        number
+        for number, profile in enumerate(profiles)
+        if all(getattr(profile, axis).least <= size <= getattr(profile, axis).most for axis, size in call.items())
+    ]
+    if fitting:
+        return min(fitting, key=lambda number: profiles[number].tokens.most)
+    ranges = "; ".join(
+        f"{profile.name}: " + ", ".join(f"{axis} {_span(getattr(profile, axis))}" for axis in call)
+        for profile in profiles
+    )
+    outside = [
+        axis
+        for axis, size in call.items()
+        if not any(getattr(profile, axis).least <= size <= getattr(profile, axis).most for profile in profiles)
+    ]
+    why = f"{' and '.join(outside)} beyond every one" if outside else "each has another axis out of range"
+    raise EngineError(
+        f"no profile of the engine takes this call: {why}",
+        expected=ranges,
+        found=", ".join(f"{axis} {size}" for axis, size in call.items()),
+        todo="build with wider ranges: gsx build --context, --batch or --profile",
+    )
+
+
+def most_tokens(profiles: Sequence[EngineProfile], batch: int) -> int:
+    """The most tokens of each sequence that one call takes; 0 where no profile takes so many sequences."""
+    fits = [profile.tokens.most for profile in profiles if profile.batch.least <= batch <= profile.batch.most]
+    return max(fits, default=0)
+
+
+def most_rows(profiles: Sequence[EngineProfile]) -> int:
+    """The most tokens of a call over all sequences."""
+    return max(profile.batch.most * profile.tokens.most for profile in profiles)
+
+
+def _profile(name: str, tokens: Sizes, batch: Sizes, capacity: int) -> EngineProfile:
+    usual = max(tokens.usual, min(capacity, max(capacity // 4, tokens.usual)))
+    return EngineProfile(name=name, batch=batch, tokens=tokens, window=Sizes(tokens.least, usual, capacity))
+
+
+def _batch(most: int) -> Sizes:
+    return Sizes(1, 1, most)
+
+
+def _sizes(numbers: Sequence[str | None]) -> Sizes:
+    given = [int(number) for number in numbers if number]
+    return Sizes(given[0], given[min(1, len(given) - 1)], given[-1])
+
+
+def _span(sizes: Sizes) -> str:
+    return str(sizes.least) if sizes.least == sizes.most else f"{sizes.least} to {sizes.most}"

@@ -1,0 +1,242 @@
+"""What a request asks of the keep rule, and the run-time inputs of the graph that say so.
+
+A bundle's manifest names the inputs that its rule reads (`policy.inputs`). They stay the same for a whole request:
+under the K/V policy `none`, K and V of a skipped layer are not there, so a set of layers cannot grow on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from gsx_engines.bundle.confidence import check_threshold
+from gsx_engines.bundle.layer_sets import check_mask, exit_places, mask_of, parse_places, unified_places
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.policy import Policy
+from gsx_engines.bundle.selection import Selection, check_budget
+from gsx_engines.errors import UsageError
+
+# Run-time inputs with one value a sequence, on their first axis.
+BY_SEQUENCE = ("layer_mask", "full_until")
+
+# Name of a run-time input -> its value, as the manifest's `policy.inputs` lists them; empty for a dense model.
+Controls = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What one request keeps; what it leaves open is as exported. At most one is given.
+
+    Args:
+        budget: share of skippable work, with rules that have thresholds.
+        layers: the branches that run, as `parse_places` reads them, with rules that read a layer mask.
+        exit: how many layers run.
+        speedup: target of Unified Layer Skipping: the prompt runs in full, new tokens through the kept layers.
+        exit_threshold: confidence at which a token leaves, with rules that measure it.
+    Raises:
+        UsageError: two are given.
+    """
+
+    budget: float | None = None
+    layers: str | None = None
+    exit: int | None = None
+    speedup: float | None = None
+    exit_threshold: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.given) > 1:
+            raise UsageError(
+                "two ways to choose what is kept exclude each other",
+                expected="one of them",
+                found=" and ".join("--" + name.replace("_", "-") for name in self.given),
+            )
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Names of what is given."""
+        return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
+
+    def __str__(self) -> str:
+        """E.g. `budget 0.7`; `as exported` where nothing is given."""
+        return " ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in self.given) or "as exported"
+
+
+AS_EXPORTED = Keep()
+
+
+def controls_for(
+    manifest: Manifest, keep: Keep | Sequence[Keep] = AS_EXPORTED, prompt_tokens: Sequence[int] | None = None
+) -> Controls:
+    """The run-time inputs of a call.
+
+    Args:
+        keep: of all sequences, or one a sequence.
+        prompt_tokens: length of each sequence's prompt, for rules that run it in full; None applies the rule to every
+            token (scoring, parity) of one sequence, or of as many as `keep` has.
+    Raises:
+        UsageError: what the bundle's rule does not read, a value that it does not take, or a choice for another number
+            of sequences.
+    """
+    asked = [keep] if isinstance(keep, Keep) else list(keep)
+    sequences = len(prompt_tokens) if prompt_tokens is not None else len(asked)
+    if isinstance(keep, Keep):
+        asked = asked * sequences
+    if len(asked) != sequences:
+        raise UsageError(
+            "what to keep is given for another number of prompts",
+            expected=f"one choice for all, or {sequences}",
+            found=str(len(asked)),
+        )
+    for one in dict.fromkeys(asked):
+        _check_read(manifest, one)
+    policy = manifest.policy
+    if policy is None:
+        return {}
+    controls: dict[str, np.ndarray] = {}
+    if manifest.selection is not None:
+        budget = _shared("budget", [one.budget for one in asked])
+        controls |= selected(manifest.selection, manifest.selection.budget if budget is None else budget)
+    if policy.input("layer_mask"):
+        controls["layer_mask"] = np.stack([layer_mask(manifest, one) for one in asked])
+    if policy.input("exit_threshold"):
+        threshold = _shared("exit threshold", [one.exit_threshold for one in asked])
+        controls["exit_threshold"] = _exit_threshold(policy, threshold)
+    if policy.input("full_until"):
+        prompts = [None] * sequences if prompt_tokens is None else prompt_tokens
+        until = [_full_until(manifest, one, tokens) for one, tokens in zip(asked, prompts, strict=True)]
+        controls["full_until"] = np.array(until, np.int64)
+    return controls
+
+
+def _shared(name: str, asked: Sequence[float | None]) -> float | None:
+    """The value that all sequences of a batch must ask for, since it has no axis of sequences."""
+    found = dict.fromkeys("as exported" if value is None else str(float(value)) for value in asked)
+    if len(found) > 1:
+        raise UsageError(f"one batch has one {name}", found=", ".join(found))
+    return asked[0]
+
+
+def layer_mask(manifest: Manifest, keep: Keep) -> np.ndarray:
+    """The layer mask [L, 2] float32 that a request asks for.
+
+    Raises:
+        UsageError: a set that the model does not have, or that its K/V policy does not allow.
+    """
+    policy, layers = manifest.policy, manifest.decoder.num_layers
+    assert policy is not None
+    read = policy.input("layer_mask")
+    assert read is not None
+    if keep.layers is not None:
+        try:
+            places = parse_places(keep.layers)
+        except ValueError:
+            raise UsageError(
+                f"{keep.layers!r} is not a set of layers", expected="e.g. 0-3,6,8.attn", found=repr(keep.layers)
+            ) from None
+        return mask_of(places, layers, manifest.kv_policy)
+    if keep.exit is not None:
+        return mask_of(exit_places(keep.exit, layers, policy.exits), layers, manifest.kv_policy)
+    if keep.speedup is not None:
+        return mask_of(unified_places(layers, keep.speedup), layers, manifest.kv_policy)
+    mask = np.asarray(read.default, np.float32)
+    check_mask(mask, manifest.kv_policy)
+    return mask
+
+
+def _check_read(manifest: Manifest, keep: Keep) -> None:
+    """Refuse what the bundle's rule does not read."""
+    policy = manifest.policy
+    if keep.budget is not None:
+        if policy is None and keep.budget == 1:
+            return
+        if manifest.selection is None:
+            raise UsageError(
+                "this bundle has no budget to choose",
+                expected="a bundle whose keep rule has thresholds" if policy else "budget 1, or none",
+                found=f"a dense model, budget {keep.budget:g}" if policy is None else f"policy {policy.name}",
+            )
+        check_budget(keep.budget)
+    elif keep.exit_threshold is not None:
+        read = policy.input("exit_threshold") if policy else None
+        if read is None:
+            raise UsageError(
+                "--exit-threshold needs a bundle whose tokens leave when the model is confident",
+                found="a dense model" if policy is None else f"policy {policy.name}",
+                todo="gsx export MODEL --policy calm",
+            )
+        assert read.least is not None
+        assert read.most is not None
+        check_threshold(keep.exit_threshold, read.least, read.most)
+    elif keep.given and (policy is None or policy.input("layer_mask") is None):
+        raise UsageError(
+            f"--{keep.given[0]} needs a bundle that reads a set of layers",
+            found="a dense model" if policy is None else f"policy {policy.name}",
+            todo="gsx export MODEL --policy layers",
+        )
+
+
+def default_controls(policy: Policy | None, selection: Selection | None) -> Controls:
+    """The exported values of the run-time inputs, as graphs hold them; those by sequence have a first axis of 1."""
+    controls: dict[str, np.ndarray] = {}
+    for read in policy.inputs if policy else ():
+        if read.name == "layer_mask":
+            controls[read.name] = np.asarray([read.default], np.float32)
+        elif read.name == "full_until":
+            controls[read.name] = np.asarray([read.default], np.int64)
+        elif read.name == "exit_threshold":
+            assert policy is not None
+            controls[read.name] = _exit_threshold(policy, None)
+        else:
+            assert selection is not None
+            controls |= selected(selection, selection.budget)
+    return controls
+
+
+def stacked(rows: Sequence[Controls | None]) -> Controls:
+    """The run-time inputs of a batch, from those of its sequences, which share what has no axis of sequences.
+
+    Args: rows: of one sequence each, by row; None where a row is not in use (it gets those of another).
+    """
+    used = next(row for row in rows if row is not None)
+    if not any(name in used for name in BY_SEQUENCE):
+        return used
+    given = [used if row is None else row for row in rows]
+    return {
+        name: np.concatenate([row[name] for row in given]) if name in BY_SEQUENCE else value
+        for name, value in used.items()
+    }
+
+
+def rows_of(controls: Controls, rows: slice) -> Controls:
+    """The run-time inputs of some neighbouring sequences of a batch."""
+    return {name: value[rows] if name in BY_SEQUENCE else value for name, value in controls.items()}
+
+
+def shared_by_batch(controls: Controls) -> bytes:
+    """What the sequences of one batch must agree in, to compare."""
+    return b"".join(value.tobytes() for name, value in sorted(controls.items()) if name not in BY_SEQUENCE)
+
+
+def selected(selection: Selection, budget: float) -> Controls:
+    """The run-time input of a budget: `thresholds [L, 2]`, or `budget []` with selection by rank."""
+    check_budget(budget)
+    if selection.mode == "rank":
+        return {"budget": np.array(budget, np.float32)}
+    return {"thresholds": selection.thresholds_for(budget)}
+
+
+def _exit_threshold(policy: Policy, asked: float | None) -> np.ndarray:
+    """The run-time input of an exit threshold, [] float32; None: the exported one."""
+    assert policy.confidence is not None
+    return np.array(policy.confidence.threshold if asked is None else asked, np.float32)
+
+
+def _full_until(manifest: Manifest, keep: Keep, prompt_tokens: int | None) -> int:
+    """Position from which the rule applies to a sequence: behind its prompt and the warm-up, or 0."""
+    policy = manifest.policy
+    assert policy is not None
+    chooses_set = keep.layers is not None or keep.exit is not None
+    warm_up = 0 if keep.speedup is not None else None if chooses_set else policy.warm_up
+    return 0 if warm_up is None or prompt_tokens is None else prompt_tokens + warm_up

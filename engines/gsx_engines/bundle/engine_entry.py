@@ -1,0 +1,102 @@
+"""The section `engines` of `gsx.json`, which is also `engine.json` beside an engine: all that a loader must check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from gsx_engines.bundle.fields import FileName, Section, Sha256, TensorInfo
+
+
+class Sizes(NamedTuple):
+    """A dynamic axis of an engine: the least, what it is fastest at, the most."""
+
+    least: int
+    usual: int
+    most: int
+
+
+class EngineProfile(Section):
+    """Calls that an engine takes: sequences, tokens of each in the call, columns of the cache that are read."""
+
+    name: str
+    batch: Sizes
+    tokens: Sizes
+    window: Sizes
+
+    @model_validator(mode="after")
+    def _in_order(self) -> EngineProfile:
+        for axis in (self.batch, self.tokens, self.window):
+            if not 1 <= axis.least <= axis.usual <= axis.most:
+                raise ValueError(f"profile {self.name}: {tuple(axis)} is not least <= usual <= most")
+        return self
+
+
+KvLayout = Literal["in-place", "growing"]
+
+
+class PluginLibrary(Section):
+    """The plugin library that an engine was built with and must be run with; `source_hash`: of the sources that it was
+    built from, `unknown` where nothing lies beside it that says so."""
+
+    sha256: Sha256
+    source_hash: str
+
+
+class EngineGraph(Section):
+    """An engine of one graph.
+
+    Args:
+        file, sha256, size_bytes: of the engine.
+        graph_sha256, weights_sha256: of what it was built from.
+        forms: op of domain gsx -> what became of it: `plugin`, `body`, `rows`, `mask` or `all` (docs/engines.md).
+        layers: type of TensorRT layer -> how many there were before TensorRT fused them.
+        products: type that the engine computes a matrix product of the graph in -> how many.
+        widened: weights of the products that are quantized in the graph, and that the engine computes in a wider type.
+        inputs, outputs: of the engine, which differ from the graph's.
+        peak_bytes: most memory that building took.
+    """
+
+    file: FileName
+    sha256: Sha256
+    size_bytes: int
+    graph_sha256: Sha256
+    weights_sha256: Sha256
+    forms: Mapping[str, Literal["plugin", "body", "rows", "mask", "all"]]
+    layers: Mapping[str, int]
+    products: Mapping[str, int] = Field(default_factory=dict)
+    widened: tuple[str, ...] = ()
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    build_seconds: float
+    peak_bytes: int
+
+
+class EngineEntry(Section):
+    """One set of engines, as in `gsx.json` and in `engines/<name>/engine.json`.
+
+    Args:
+        tensorrt_version: of the builder; the runtime must have the same.
+        targets: compute capabilities, e.g. "89".
+        platform: operating system and processor.
+        gpu: the GPU that it was built on, where the backend ties an engine to one.
+        kv_layout: `in-place`: K and V are written into buffers of a fixed length; `growing`: they come in as `past` and
+            go out as `present`, as in the graph. gsx runs the first; the second is for other people's programs.
+        capacity: columns of the K/V buffers; the most tokens that K and V may grow to.
+        plugins: None where no plugin is used.
+    """
+
+    schema_version: Literal[1]
+    backend: Literal["tensorrt", "tensorrt-rtx"]
+    tensorrt_version: str
+    targets: tuple[str, ...]
+    platform: str
+    gpu: str | None
+    precision: Literal["fp32", "fp16", "bf16"]
+    kv_layout: KvLayout = "in-place"
+    capacity: int
+    profiles: tuple[EngineProfile, ...]
+    plugins: PluginLibrary | None
+    graphs: Mapping[str, EngineGraph]

@@ -1,0 +1,35 @@
+"""The schema of `gsx.json` as JSON Schema, for readers that are no Python: `python -m gsx_engines.bundle.schema`
+writes it.
+
+The C++ runtime compiles it in, so that both accept the same manifests. What no schema can say (sizes in order, graphs
+that must be there) stands in the validators of the sections, and once more in C++.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gsx_engines.bundle.manifest import Manifest
+
+SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
+
+
+def manifest_schema() -> str:
+    """The schema's text, without what is there for people: that stands in the sections."""
+    return json.dumps(_rules(Manifest.model_json_schema()), indent=1) + "\n"
+
+
+def _rules(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_rules(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # A property may have such a name; its value is then a schema, and no text.
+    texts = [key for key in ("title", "description") if isinstance(schema.get(key), str)]
+    return {key: _rules(value) for key, value in schema.items() if key not in texts}
+
+
+if __name__ == "__main__":
+    SCHEMA_FILE.write_text(manifest_schema(), encoding="utf-8")

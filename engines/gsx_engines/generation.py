@@ -1,0 +1,455 @@
+"""The decoding loop, once, over the runner interface: plain, or with a draft that the model verifies.
+
+A round reads the newest token of every sequence, drafts some more, and lets the whole model say what it would have
+written after each: what agrees stays, the first that does not is replaced by the model's own, and the rest is
+forgotten. Without a draft a round is a plain step. The model's picks decide alone, so the text is the same either
+way (`gsx_engines/sampling.py`); a draft only saves time.
+
+`Decoding` is the loop of sequences that begin together. Where they come and go (`gsx_engines/serving`), a scheduler
+puts `Continuation`s into the rows of one cache, and calls `read` and `take` itself.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from gsx_engines.bundle.controls import AS_EXPORTED, Controls, Keep, controls_for
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.errors import UsageError
+from gsx_engines.runners.base import Cache, Runner, StepOutput
+from gsx_engines.sampling import GREEDY, Picker, Sampling
+from gsx_engines.speculation.draft import Draft
+from gsx_engines.speculation.length import FIRST_LENGTH, AdaptiveLength, DraftLength, FixedLength, Round
+
+if TYPE_CHECKING:
+    from gsx_engines.speculation.adapt import SkipSetSearch
+
+FinishReason = Literal["end-of-text", "length", "context", "stopped"]
+# Called with (sequence, token); returns whether the sequence is to end here.
+OnToken = Callable[[int, int], bool]
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Counters of one `generate` call.
+
+    Args:
+        prompt_tokens, new_tokens: over all sequences.
+        sequences: how many there are.
+        prefill_seconds: time of the first call, until the first tokens are chosen.
+        decode_seconds: time of all later rounds.
+        decode_steps: number of those; each has one verification, or one plain step.
+        draft_seconds, verify_seconds, search_seconds: parts of decode_seconds: in draft steps; in verifications and
+            plain steps; in looking for a better draft. What is left is the loop's own.
+        drafted, accepted: by place in the draft (its first token first): how often a token stood there with none
+            but right ones before it, and how often it was right.
+        kept_rows, gated_rows: rows that skippable branches ran on, and rows that the keep rule judged, in all layers
+            that the model itself ran; 0 for a dense model.
+    """
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    sequences: int = 1
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_steps: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    search_seconds: float = 0.0
+    drafted: tuple[int, ...] = ()
+    accepted: tuple[int, ...] = ()
+    kept_rows: int = 0
+    gated_rows: int = 0
+
+    @property
+    def kept_share(self) -> float | None:
+        """Share of (token, branch) pairs kept; None for a dense model."""
+        return self.kept_rows / self.gated_rows if self.gated_rows else None
+
+    @property
+    def decode_tokens_per_second(self) -> float | None:
+        """New tokens after the first of each sequence, by the time that they took."""
+        return (self.new_tokens - self.sequences) / self.decode_seconds if self.decode_seconds else None
+
+    @property
+    def tokens_per_verification(self) -> float | None:
+        """New tokens of a sequence for each round; above 1 where a draft was right."""
+        return (self.new_tokens - self.sequences) / self.sequences / self.decode_steps if self.decode_steps else None
+
+    @property
+    def acceptance(self) -> float | None:
+        """Chance of a drafted token to be right, if the ones before it are; None where nothing was drafted."""
+        return sum(self.accepted) / sum(self.drafted) if sum(self.drafted) else None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One sequence's result: the new tokens, and why it ended."""
+
+    tokens: list[int]
+    finish: FinishReason
+
+
+@dataclass(frozen=True)
+class Generation:
+    """All sequences, in the order of the prompts, and the counters."""
+
+    sequences: list[Generated]
+    stats: GenerationStats
+
+
+def generate(
+    runner: Runner,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    keep: Keep | Sequence[Keep] = AS_EXPORTED,
+    sampling: Sampling = GREEDY,
+    stop_ids: Sequence[int] | None = None,
+    draft: Draft | None = None,
+    draft_length: int | None = None,
+    search: SkipSetSearch | None = None,
+    on_token: OnToken = lambda sequence, token: False,
+) -> Generation:
+    """Continue prompts.
+
+    Args:
+        runner: the model; with a draft, the draft's own runner.
+        prompts: token ids, one list a sequence.
+        max_new_tokens: per sequence; the model's context may end it earlier (finish "context").
+        keep: what each request asks of the keep rule; one for all, or one a prompt.
+        stop_ids: tokens that end a sequence (kept in its tokens); None for the model's end-of-text.
+        draft: what guesses tokens ahead; None for plain decoding.
+        draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
+        search: betters the draft's set of branches while generating.
+        on_token: called with every new token; returning True ends that sequence (finish "stopped").
+    Raises:
+        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, what the keep rule does not
+            take.
+    """
+    manifest = runner.manifest
+    if not prompts:
+        raise UsageError("no prompt was given")
+    if draft_length is not None and not 0 <= draft_length <= manifest.decoder.max_positions:
+        raise UsageError(
+            "draft length", expected=f"0 (plain decoding) to {manifest.decoder.max_positions}", found=str(draft_length)
+        )
+    picker = Picker(sampling)
+    stops = None if stop_ids is None else frozenset(stop_ids)
+    sequences = [
+        Continuation(manifest, prompt, max_new_tokens, picker, number, partial(on_token, number), stops)
+        for number, prompt in enumerate(prompts)
+    ]
+    controls = controls_for(manifest, keep, [len(prompt) for prompt in prompts])
+    decoding = Decoding(runner, sequences, controls, draft, draft_length, search)
+    decoding.start()
+    while not decoding.ended:
+        decoding.round()
+    return Generation([Generated(s.tokens, s.finish or "length") for s in sequences], decoding.stats())
+
+
+class Continuation:
+    """One prompt that is being continued.
+
+    Args:
+        manifest: of the model.
+        prompt: token ids.
+        max_new_tokens: at most so many; the model's context may end it earlier (finish "context").
+        picker: chooses the tokens.
+        number: of the sequence, which the picker's noise depends on.
+        on_token: called with every new token; returning True ends the sequence (finish "stopped").
+        stops: tokens that end it (kept in its tokens); None for the model's end-of-text.
+    Raises:
+        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, no room for a token.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        picker: Picker,
+        number: int,
+        on_token: Callable[[int], bool],
+        stops: frozenset[int] | None = None,
+    ) -> None:
+        _check(prompt, max_new_tokens, manifest)
+        self.prompt, self.picker, self.number = prompt, picker, number
+        room = manifest.decoder.max_positions - len(prompt)
+        self.limit = min(max_new_tokens, room)
+        self.tokens: list[int] = []
+        self.finish: FinishReason | None = None
+        self._at_limit: FinishReason = "length" if max_new_tokens <= room else "context"
+        self._on_token = on_token
+        self._stops = frozenset(manifest.decoder.eos_ids) if stops is None else stops
+
+    @property
+    def left(self) -> int:
+        """Tokens that it may still get."""
+        return 0 if self.finish else self.limit - len(self.tokens)
+
+    @property
+    def place(self) -> int:
+        """Position of the next new token."""
+        return len(self.prompt) + len(self.tokens)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that its cache must hold."""
+        return len(self.prompt) + self.limit
+
+    @property
+    def unread(self) -> Sequence[int]:
+        """What the model has to read for the next token: the prompt, later the newest token."""
+        return self.tokens[-1:] or self.prompt
+
+    def take(self, logits: np.ndarray) -> int:
+        """Choose the next token by its logits [V], and add it."""
+        token = self.picker.pick(logits, self.number, self.place)
+        self.tokens.append(token)
+        stopped = self._on_token(token)
+        if token in self._stops:
+            self.finish = "end-of-text"
+        elif stopped:
+            self.finish = "stopped"
+        elif len(self.tokens) == self.limit:
+            self.finish = self._at_limit
+        return token
+
+
+Rows = Sequence[Continuation | None]
+
+
+def read(runner: Runner, cache: Cache, rows: Rows, controls: Controls) -> StepOutput:
+    """Let the model read what it has not of each sequence; their next tokens are then for `take`.
+
+    Args:
+        rows: the sequences by their rows in the cache; None, and what has ended, is left out.
+        controls: as in `Call`, for all of them.
+    """
+    unread = [sequence.unread if sequence is not None and sequence.left else () for sequence in rows]
+    counts = list(map(len, unread))
+    ids = np.zeros((len(counts), max(counts)), np.int64)
+    for row, tokens in enumerate(unread):
+        ids[row, : len(tokens)] = tokens
+    return runner.step(cache, ids, controls, counts=counts)
+
+
+def take(rows: Rows, output: StepOutput) -> None:
+    """Give every sequence that goes on its next token; output: of `read` with the same rows."""
+    for row, sequence in enumerate(rows):
+        if sequence is not None and sequence.left:
+            sequence.take(output.logits[row, 0])
+
+
+@dataclass
+class _Counters:
+    kept: int = 0
+    gated: int = 0
+    draft_seconds: float = 0.0
+    verify_seconds: float = 0.0
+    search_seconds: float = 0.0
+    drafted: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+
+    def add(self, output: StepOutput) -> None:
+        """Count kept rows of a call that the model itself would have made."""
+        if output.kept is not None:
+            self.kept += int(output.kept.sum())
+            self.gated += output.gated_rows
+
+    def count_draft(self, drafted: int, accepted: int) -> None:
+        """Count one sequence's draft of a round."""
+        for counts, number in ((self.drafted, drafted), (self.accepted, accepted)):
+            counts += [0] * (number - len(counts))
+            for place in range(number):
+                counts[place] += 1
+
+
+class Decoding:
+    """Sequences that are continued together, round by round.
+
+    Args:
+        runner: the model; with a draft, the draft's own runner.
+        sequences: what to continue; number n has row n of the cache.
+        controls: as in `Call`.
+        draft: what guesses tokens ahead; None for plain decoding.
+        draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
+        search: betters the draft's set of branches, between rounds.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        sequences: Sequence[Continuation],
+        controls: Controls,
+        draft: Draft | None = None,
+        draft_length: int | None = None,
+        search: SkipSetSearch | None = None,
+    ) -> None:
+        assert draft is None or draft.runner is runner, "a draft reads the cache of its own runner"
+        self.runner, self.sequences, self.controls, self.draft = runner, sequences, controls, draft
+        self.search = search
+        self.length: DraftLength = FixedLength(draft_length or 0)
+        if draft is not None and draft_length is None:
+            own = runner.manifest.draft
+            self.length = AdaptiveLength((own.length if own and own.draft == draft.kind else None) or FIRST_LENGTH)
+        self.counters = _Counters()
+        self._cache = runner.new_cache(len(sequences), max(sequence.capacity for sequence in sequences))
+        self._prefill_seconds = self._decode_seconds = 0.0
+        self._rounds = 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether no sequence goes on."""
+        return not any(sequence.left for sequence in self.sequences)
+
+    def start(self) -> None:
+        """Read the prompts and take the first tokens."""
+        began = time.perf_counter()
+        output = read(self.runner, self._cache, self.sequences, self.controls)
+        self.counters.add(output)
+        take(self.sequences, output)
+        self._prefill_seconds = time.perf_counter() - began
+
+    def round(self) -> None:
+        """Give every sequence that goes on at least one token."""
+        began = time.perf_counter()
+        wanted = self.length.next() if self.draft is not None else 0
+        # As many as one sequence can still take, beside the token that a verification gives anyway.
+        size = min(wanted, max(s.left for s in self.sequences) - 1)
+        if size and self.draft is not None:
+            self._speculate(self._cache, self.draft, size)
+        else:
+            self._plain_step(self._cache)
+        self._rounds += 1
+        if self.search is not None:
+            self._search(self.search)
+        self._decode_seconds += time.perf_counter() - began
+
+    def stats(self) -> GenerationStats:
+        """The counters up to now."""
+        counters, sequences = self.counters, self.sequences
+        return GenerationStats(
+            prompt_tokens=sum(len(s.prompt) for s in sequences),
+            new_tokens=sum(len(s.tokens) for s in sequences),
+            sequences=len(sequences),
+            prefill_seconds=self._prefill_seconds,
+            decode_seconds=self._decode_seconds,
+            decode_steps=self._rounds,
+            draft_seconds=counters.draft_seconds,
+            verify_seconds=counters.verify_seconds,
+            search_seconds=counters.search_seconds,
+            drafted=tuple(counters.drafted),
+            accepted=tuple(counters.accepted + [0] * (len(counters.drafted) - len(counters.accepted))),
+            kept_rows=counters.kept,
+            gated_rows=counters.gated,
+        )
+
+    def _search(self, search: SkipSetSearch) -> None:
+        began = time.perf_counter()
+        texts = [[*s.prompt, *s.tokens] if s.left else () for s in self.sequences]
+        search.after_round(self._cache, texts, self.controls)
+        self.counters.search_seconds += time.perf_counter() - began
+
+    def _plain_step(self, cache: Cache) -> None:
+        began = time.perf_counter()
+        output = read(self.runner, cache, self.sequences, self.controls)
+        seconds = time.perf_counter() - began
+        self.counters.verify_seconds += seconds
+        self.counters.add(output)
+        self.length.learn(Round(0, 1.0, 0, 0, 0.0, 0.0, seconds))
+        take(self.sequences, output)
+
+    def _speculate(self, cache: Cache, draft: Draft, size: int) -> None:
+        """One round: draft up to `size` tokens of every sequence, verify, keep what is right."""
+        start = cache.lengths
+        ids = np.zeros((len(self.sequences), size + 1), np.int64)
+        ids[:, 0] = [sequence.tokens[-1] for sequence in self.sequences]
+        confidences, draft_seconds = self._draft(cache, draft, ids)
+        drafts = [len(row) for row in confidences]
+        longest = max(drafts)
+        began = time.perf_counter()
+        counts = [count + 1 if s.left else 0 for count, s in zip(drafts, self.sequences, strict=True)]
+        output = draft.verify(cache, start, ids[:, : longest + 1], self.controls, counts)
+        verify_seconds = time.perf_counter() - began
+        self.counters.add(output)
+        alive = sum(count > 0 for count in counts)
+        tokens = right = wrong = 0
+        confidence = 0.0
+        stays = list(start)
+        for row, sequence in enumerate(self.sequences):
+            if not sequence.left:
+                continue
+            count, proposed = 0, drafts[row]
+            while True:
+                token = sequence.take(output.logits[row, count])
+                if not sequence.left or count == proposed or token != ids[row, count + 1]:
+                    break
+                count += 1
+            # What was drafted behind a wrong token, or behind the end of a sequence, is not judged.
+            missed = count < proposed and token != ids[row, count + 1]
+            hit = count + (count < proposed and not missed)
+            judged = hit + missed
+            right, wrong = right + hit, wrong + missed
+            confidence += sum(confidences[row][:judged])
+            self.counters.count_draft(judged, hit)
+            tokens += count + 1
+            stays[row] += count + 1
+        cache.roll_back(stays)
+        self.counters.draft_seconds += draft_seconds
+        self.counters.verify_seconds += verify_seconds
+        self.length.learn(Round(longest, tokens / alive, right, wrong, confidence, draft_seconds, verify_seconds))
+
+    def _draft(self, cache: Cache, draft: Draft, ids: np.ndarray) -> tuple[list[list[float]], float]:
+        """Fill ids [B, 1 + size], which hold the newest tokens, with drafted ones.
+
+        Returns: the confidence in each drafted token, by sequence, and the seconds of the draft steps.
+        """
+        confidences: list[list[float]] = [[] for _ in self.sequences]
+        # Sequences near their end draft less: a verification gives one token on top.
+        going = [s.left > 1 for s in self.sequences]
+        together = [1.0] * len(going)
+        seconds = 0.0
+        for step in range(ids.shape[1] - 1):
+            began = time.perf_counter()
+            guess = draft.step(cache, ids[:, step : step + 1], self.controls, list(map(int, going)))
+            seconds += time.perf_counter() - began
+            self.counters.add(guess)
+            for row, sequence in enumerate(self.sequences):
+                if not going[row]:
+                    continue
+                logits = guess.logits[row, 0]
+                ids[row, step + 1] = sequence.picker.pick(logits, sequence.number, sequence.place + step)
+                confidences[row].append(sequence.picker.confidence(logits))
+                together[row] *= confidences[row][-1]
+                going[row] = step + 2 < sequence.left and self.length.goes_on(step + 1, together[row])
+            if not any(going):
+                break
+        return confidences, seconds
+
+
+def _check(prompt: Sequence[int], max_new_tokens: int, manifest: Manifest) -> None:
+    shape = manifest.decoder
+    if max_new_tokens < 1:
+        raise UsageError("max new tokens", expected="at least 1", found=str(max_new_tokens))
+    if not prompt:
+        raise UsageError("the prompt is empty", expected="at least one token")
+    if len(prompt) >= shape.max_positions:
+        raise UsageError(
+            "the prompt is longer than the model's context",
+            expected=f"fewer than {shape.max_positions} tokens",
+            found=f"{len(prompt)} tokens",
+        )
+    if min(prompt) < 0 or max(prompt) >= shape.vocab_size:
+        raise UsageError(
+            "the prompt has ids outside the vocabulary",
+            expected=f"0 to {shape.vocab_size - 1}",
+            found=f"{min(prompt)} to {max(prompt)}",
+        )

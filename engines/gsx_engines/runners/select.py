@@ -1,0 +1,54 @@
+"""Which runner executes a bundle on this machine."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.runners.base import Runner, Stage
+from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
+from gsx_engines.runners.split import SplitRunner
+from gsx_engines.runners.tensorrt import open_stage
+from gsx_engines.runners.whole import WholeRunner
+
+
+class Runtime(Protocol):
+    """A runtime that lives above this floor (PyTorch: `gsx/torch_runtime.py`)."""
+
+    def stage(self, bundle: Bundle, graph: str) -> Stage:
+        """A graph of a bundle, ready to run."""
+        ...
+
+
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"] | Runtime
+
+
+def open_runner(bundle: Bundle, threads: int | None = None, backend: Backend = "onnxruntime") -> Runner:
+    """The fastest runner for a bundle on a runtime.
+
+    Args:
+        threads: of ONNX Runtime within an op; None for its own choice.
+        backend: the TensorRT backends run the engines that `gsx build` made.
+    Raises:
+        EngineError: TensorRT was asked for, and its engines or a GPU are missing.
+    """
+    return WholeRunner(_stage(bundle, "model", threads, backend))
+
+
+def open_split_runner(bundle: Bundle, threads: int | None = None, backend: Backend = "onnxruntime") -> SplitRunner:
+    """The fastest runner for the two halves of a bundle that is split at an exit; arguments as of `open_runner`.
+
+    Raises:
+        BundleError: the bundle has no such graphs.
+        EngineError: as `open_runner`.
+    """
+    if backend != "onnxruntime":
+        return SplitRunner(_stage(bundle, "draft", threads, backend), _stage(bundle, "verify", threads, backend))
+    late = OnnxRuntimeStage(bundle, "verify", threads=threads)
+    return SplitRunner(OnnxRuntimeStage(bundle, "draft", threads=threads, shares_head=late), late)
+
+
+def _stage(bundle: Bundle, graph: str, threads: int | None, backend: Backend) -> Stage:
+    if backend == "onnxruntime":
+        return OnnxRuntimeStage(bundle, graph, threads=threads)
+    return open_stage(bundle, backend, graph) if isinstance(backend, str) else backend.stage(bundle, graph)

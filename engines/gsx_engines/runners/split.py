@@ -1,0 +1,146 @@
+"""A runner of two stages with an exit between them: the layers that draft, and the ones that verify.
+
+Both halves share one cache: the exit states of drafted tokens wait in it until the later layers run on them, so that
+no layer runs twice on a token that stays, and a rejected token is forgotten by its place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gsx_engines.bundle.controls import Controls
+from gsx_engines.runners.base import (
+    Cache,
+    Call,
+    ExitState,
+    Logits,
+    Stage,
+    StepOutput,
+    call_of,
+    grown,
+    new_cache,
+    step_output,
+)
+
+
+@dataclass
+class _Memory:
+    """K/V of both stages, and the calls whose exit states the later layers have not seen."""
+
+    early: Any
+    late: Any
+    waiting: list[tuple[Call, ExitState]] = field(default_factory=list)
+
+
+class SplitRunner:
+    """Runs `draft.onnx` and `verify.onnx`, or engines made of them; see `Runner` for whole steps.
+
+    Args:
+        early: the layers below the exit.
+        late: the others.
+    """
+
+    def __init__(self, early: Stage, late: Stage) -> None:
+        self.early, self.late = early, late
+        self.manifest = early.manifest
+
+    @property
+    def exit_layer(self) -> int:
+        """Number of layers that the draft runs."""
+        return self.early.layers.stop
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """See `Runner`."""
+        memory = _Memory(self.early.new_memory(batch, capacity), self.late.new_memory(batch, capacity))
+        return new_cache(batch, capacity, memory)
+
+    def step(
+        self,
+        cache: Cache,
+        input_ids: np.ndarray,
+        controls: Controls,
+        *,
+        counts: list[int] | None = None,
+        logits: Logits = "last",
+    ) -> StepOutput:
+        """See `Runner`: a draft without logits, and its verification."""
+        first = self.draft(cache, input_ids, controls, counts=counts, logits="none")
+        second = self.verify(cache, logits=logits)
+        return joined_output(first, second)
+
+    def move(self, cache: Cache, source: int, target: int) -> None:
+        """See `Runner`; not between a draft and its verification."""
+        memory: _Memory = cache.memory
+        assert not memory.waiting, "drafted tokens wait at their rows"
+        self.early.move(memory.early, source, target, cache.lengths[source])
+        self.late.move(memory.late, source, target, cache.lengths[source])
+        cache.move(source, target)
+
+    def draft(
+        self,
+        cache: Cache,
+        input_ids: np.ndarray,
+        controls: Controls,
+        *,
+        counts: list[int] | None = None,
+        logits: Logits = "last",
+    ) -> StepOutput:
+        """Run the early layers alone: arguments as of `step`; the logits are the exit's."""
+        memory: _Memory = cache.memory
+        call = call_of(cache, input_ids, counts, controls)
+        output = self.early.run(memory.early, call, None, logits)
+        assert output.state is not None
+        memory.waiting.append((call, output.state))
+        cache.lengths = grown(call.lengths, call.counts)
+        return step_output(self.early, call, output)
+
+    def verify(self, cache: Cache, *, logits: Logits = "all") -> StepOutput:
+        """Run the later layers on all tokens that were drafted since the last verification and not rolled back.
+
+        Returns: logits as in `StepOutput`, S being the largest number of such tokens of a sequence.
+        """
+        memory: _Memory = cache.memory
+        call, state = _joined(memory.waiting, cache)
+        memory.waiting.clear()
+        output = self.late.run(memory.late, call, state, logits)
+        cache.verified = list(cache.lengths)
+        return step_output(self.late, call, output)
+
+
+def joined_output(early: StepOutput, late: StepOutput) -> StepOutput:
+    """The output of both halves on the same tokens."""
+    kept = None if early.kept is None or late.kept is None else early.kept + late.kept
+    each = None
+    if early.kept_by_sequence is not None and late.kept_by_sequence is not None:
+        each = early.kept_by_sequence + late.kept_by_sequence
+    return StepOutput(late.logits, kept, early.gated_rows + late.gated_rows, each)
+
+
+def _joined(waiting: list[tuple[Call, ExitState]], cache: Cache) -> tuple[Call, ExitState]:
+    """All waiting tokens as one call, each sequence's at the front of its row."""
+    counts = [length - verified for length, verified in zip(cache.lengths, cache.verified, strict=True)]
+    controls = waiting[-1][0].controls
+    size = max(counts)
+    if min(counts) == size == sum(call.ids.shape[1] for call, _ in waiting):
+        # Every sequence has all of them: they only have to be put side by side.
+        if len(waiting) == 1:
+            return Call(waiting[0][0].ids, counts, cache.verified, controls), waiting[0][1]
+        ids = np.concatenate([call.ids for call, _ in waiting], axis=1)
+        joined = {n: np.concatenate([state[n] for _, state in waiting], axis=-2) for n in waiting[0][1]}
+    else:
+        ids = np.zeros((cache.batch, size), np.int64)
+        joined = {
+            name: np.zeros((*part.shape[:-2], size, part.shape[-1]), part.dtype) for name, part in waiting[0][1].items()
+        }
+        for call, state in waiting:
+            for row in range(cache.batch):
+                start = call.lengths[row] - cache.verified[row]
+                stop = min(start + call.counts[row], counts[row])
+                if stop > start:
+                    ids[row, start:stop] = call.ids[row, : stop - start]
+                    for name, part in state.items():
+                        joined[name][row, ..., start:stop, :] = part[row, ..., : stop - start, :]
+    return Call(ids, counts, cache.verified, controls), joined

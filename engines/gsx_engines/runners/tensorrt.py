@@ -1,0 +1,238 @@
+"""TensorRT and TensorRT-RTX: an engine of the bundle on a GPU, with K/V on the device.
+
+The logic of a call (profile, window, where its tokens stand, what the host counts) is here and knows no CUDA;
+`gsx_engines/tensorrt/execution.py` owns the device. So the same logic runs on a CPU over the lowered graph, which is
+how it is tested without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from gsx_engines.building.profiles import choose_profile, most_tokens
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.counting import kept_count
+from gsx_engines.bundle.engine_entry import EngineEntry
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.errors import EngineError
+from gsx_engines.lowering.regions import CHOICES
+from gsx_engines.lowering.tensorrt import KEPT, LOGITS_AT, WRITE_AT, K
+from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names
+from gsx_engines.runners.portable import KeptTable, layers_of, skippable_places
+from gsx_engines.tensorrt.backend import Backend
+
+# The window is a multiple of this many columns, so that a call's shapes change seldom while the cache grows: TensorRT
+# compiles or tunes for shapes, and a CUDA graph is for one set of them.
+WINDOW_STEP = 64
+
+
+class Engine(Protocol):
+    """An engine that can be called; `CudaEngine` is the one on a GPU."""
+
+    def buffer(self, shape: tuple[int, ...], name: str) -> Any:
+        """Memory of the runtime's own, filled with zeros, for an input or output."""
+        ...
+
+    def move(self, buffer: Any, shape: tuple[int, ...], source: int, target: int) -> None:
+        """Copy a row of a buffer [rows, ..] over another one."""
+        ...
+
+    def run(
+        self,
+        profile: int,
+        feeds: Mapping[str, np.ndarray],
+        buffers: Mapping[str, tuple[Any, tuple[int, ...]]],
+        results: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, np.ndarray]:
+        """One call: inputs from the host, memory that stays, and the shapes of what is wanted on the host."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """K/V buffers by input name, each [B, kv heads, capacity, D]."""
+
+    buffers: Mapping[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+class TensorRTStage:
+    """Runs the engine of a graph; see `Stage`.
+
+    Args:
+        manifest: of the bundle.
+        entry: the engines, of which this is one.
+        graph: `model`, `draft` or `verify`.
+        engine: the engine.
+    """
+
+    def __init__(self, manifest: Manifest, entry: EngineEntry, graph: str, engine: Engine) -> None:
+        self.manifest = manifest
+        self.layers = layers_of(manifest, graph)
+        self._entry, self._engine = entry, engine
+        self._inputs = {value.name: value for value in entry.graphs[graph].inputs}
+        self._outputs = {value.name: value for value in entry.graphs[graph].outputs}
+        self._table = KeptTable(manifest, skippable_places(manifest, self.layers))
+
+    def new_memory(self, batch: int, capacity: int) -> _Memory:
+        """See `Stage`. The buffers have the engine's own capacity, whatever is asked for.
+
+        Raises:
+            EngineError: the engine has no room for so many tokens or sequences.
+        """
+        build = f"gsx build --backend {self._entry.backend}"
+        if capacity > self._entry.capacity:
+            raise EngineError(
+                "the engine's K/V buffers are too short for this request",
+                expected=f"at most {self._entry.capacity} tokens",
+                found=f"{capacity}, prompt and new tokens together",
+                todo=f"ask for fewer new tokens, or {build} --context {capacity}",
+            )
+        if not most_tokens(self._entry.profiles, batch):
+            raise EngineError(
+                "no profile of the engine takes so many sequences",
+                expected="batch " + ", ".join(f"{p.batch.least} to {p.batch.most}" for p in self._entry.profiles),
+                found=str(batch),
+                todo=f"{build} --batch {batch}",
+            )
+        shapes = {
+            name: tuple(batch if axis == "batch" else int(axis) for axis in value.shape)
+            for name, value in self._inputs.items()
+            if name.startswith("past_key_values.")
+        }
+        return _Memory({name: self._engine.buffer(shape, name) for name, shape in shapes.items()}, shapes)
+
+    def run(self, memory: _Memory, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
+        """See `Stage`. More tokens than a profile takes go through in several calls.
+
+        Raises:
+            EngineError: a call beyond the engine's profiles, or, with rank selection, one that had to be split.
+        """
+        length = call.ids.shape[1]
+        most = most_tokens(self._entry.profiles, len(call.ids))
+        if length <= most:
+            return self._run(memory, call, state, logits)
+        if self.manifest.selection is not None and self.manifest.selection.mode == "rank":
+            raise EngineError(
+                "the prompt is longer than a call of the engine, and rank selection chooses among a whole call",
+                expected=f"at most {most} tokens",
+                found=str(length),
+                todo=f"gsx build --profile prefill:2-{length} --profile decode:1, or export with --select threshold",
+            )
+        outputs = []
+        for start in range(0, length, most):
+            part = slice(start, start + most)
+            counts = [min(max(count - start, 0), most) for count in call.counts]
+            lengths = [length + min(count, start) for length, count in zip(call.lengths, call.counts, strict=True)]
+            piece = Call(call.ids[:, part], counts, lengths, call.controls)
+            outputs.append(self._run(memory, piece, _tokens_of(state, part), logits))
+        return _joined(outputs, call, most, logits)
+
+    def move(self, memory: _Memory, source: int, target: int, length: int) -> None:
+        """See `Stage`. Whole rows: one copy each."""
+        for name, buffer in memory.buffers.items():
+            self._engine.move(buffer, memory.shapes[name], source, target)
+
+    def _run(self, memory: _Memory, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
+        batch, length = call.ids.shape
+        lengths, counts = np.array(call.lengths), np.array(call.counts)
+        steps = np.arange(length)
+        filled = lengths + counts
+        # Rows behind a sequence's count see themselves at least: no row is without a column while there is room.
+        window = window_of(int(lengths.max()) + length, self._entry.capacity)
+        last = np.maximum(counts - 1, 0)[:, None]
+        rows = np.arange(batch)[:, None] * length
+        given: dict[str, np.ndarray] = {
+            "input_ids": call.ids,
+            "attention_mask": np.arange(window) < filled[:, None],
+            "position_ids": lengths[:, None] + steps,
+            WRITE_AT: lengths,
+            LOGITS_AT: rows + (steps if logits == "all" else last),
+        }
+        if K in self._inputs:
+            valid = call.ids[steps < counts[:, None]]
+            given[K] = np.array([self._count(valid, float(call.controls["budget"]))])
+        feeds = {name: np.asarray(value, np.int64) for name, value in given.items() if name in self._inputs}
+        feeds |= {name: value for name, value in call.controls.items() if name in self._inputs}
+        feeds |= state or {}
+        buffers = {}
+        for name, buffer in memory.buffers.items():
+            for shared in (name, name.replace("past_key_values.", "present.")):
+                buffers[shared] = (buffer, memory.shapes[name])
+        sizes = {"batch": batch, "sequence": length, "logits_columns": feeds[LOGITS_AT].shape[1]}
+        results = {
+            name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in value.shape)
+            for name, value in self._outputs.items()
+            if name not in buffers
+        }
+        profile = choose_profile(self._entry.profiles, batch, length, window)
+        found = self._engine.run(profile, feeds, buffers, results)
+        scores = found["logits"]
+        leaving = {name: found[name] for name in exit_names(self.manifest) if name in found}
+        return StageOutput(
+            logits=scores[:, :0] if logits == "none" else scores,
+            state=leaving or None,
+            kept=self._table.of(found.get(KEPT)),
+        )
+
+    def _count(self, ids: np.ndarray, budget: float) -> int:
+        """K of rank selection for the valid tokens of a call: the best of them, and end-of-text on top."""
+        ends = int(np.isin(ids, self.manifest.decoder.eos_ids).sum())
+        return kept_count(ids.size - ends, budget) + ends
+
+
+def window_of(filled: int, capacity: int) -> int:
+    """Columns of the cache that a call reads: the filled ones, rounded up to `WINDOW_STEP`."""
+    return min(-(-filled // WINDOW_STEP) * WINDOW_STEP, capacity)
+
+
+def _tokens_of(state: ExitState | None, part: slice) -> ExitState | None:
+    """Some tokens' part of an exit state."""
+    if state is None:
+        return None
+    return {name: array[..., part, :] for name, array in state.items()}
+
+
+def _joined(outputs: list[StageOutput], call: Call, most: int, logits: Logits) -> StageOutput:
+    """One output of the pieces of a call, each of `most` tokens but the last."""
+    scores = np.concatenate([output.logits for output in outputs], axis=1)
+    if logits == "last":  # of each sequence, from the piece that its last token is in
+        piece = np.maximum(np.array(call.counts) - 1, 0) // most
+        scores = scores[np.arange(len(scores)), piece][:, None]
+    states = [output.state for output in outputs if output.state is not None]
+    joined = {name: np.concatenate([state[name] for state in states], axis=-2) for name in (states or [{}])[0]}
+    kept = [output.kept for output in outputs if output.kept is not None]
+    return StageOutput(
+        logits=scores,
+        state=joined or None,
+        kept=np.sum(kept, axis=0) if kept else None,
+    )
+
+
+def open_stage(bundle: Bundle, backend: Backend, graph: str = "model", *, cuda_graphs: bool = True) -> TensorRTStage:
+    """The engine of a bundle's graph on this machine's GPU.
+
+    Args:
+        cuda_graphs: record calls of the same shapes, and replay them. Engines in which the GPU alone knows how many
+            rows a plugin keeps cannot be recorded, and run as they are.
+    Raises:
+        EngineError: no engines, no GPU, or engines that do not fit this machine; says what differs and what mends it.
+    """
+    from gsx_engines.tensorrt import cuda
+    from gsx_engines.tensorrt.execution import CudaEngine
+    from gsx_engines.tensorrt.kernel_cache import kernel_cache_path
+    from gsx_engines.tensorrt.loading import find_engines, read_engine
+
+    found = find_engines(bundle, backend)
+    plan = read_engine(found, graph, f"gsx build {bundle.directory} --backend {backend}")
+    forms = found.entry.graphs[graph].forms
+    recordable = not any(forms.get(choice) == "plugin" for choice in CHOICES)
+    kernels = None
+    if (device := cuda.device()) is not None and backend == "tensorrt-rtx":
+        kernels = kernel_cache_path(found.entry.graphs[graph].sha256, device.capability)
+    engine = CudaEngine(backend, plan, library=found.library, cuda_graphs=cuda_graphs and recordable, kernels=kernels)
+    return TensorRTStage(bundle.manifest, found.entry, graph, engine)

@@ -1,0 +1,40 @@
+"""A runner of one stage that holds all layers."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gsx_engines.bundle.controls import Controls
+from gsx_engines.runners.base import Cache, Logits, Stage, StepOutput, call_of, grown, new_cache, step_output
+
+
+class WholeRunner:
+    """Runs `model.onnx`, or an engine made of it; see `Runner`."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.manifest = stage.manifest
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """See `Runner`."""
+        return new_cache(batch, capacity, self.stage.new_memory(batch, capacity))
+
+    def step(
+        self,
+        cache: Cache,
+        input_ids: np.ndarray,
+        controls: Controls,
+        *,
+        counts: list[int] | None = None,
+        logits: Logits = "last",
+    ) -> StepOutput:
+        """See `Runner`."""
+        call = call_of(cache, input_ids, counts, controls)
+        output = self.stage.run(cache.memory, call, None, logits)
+        cache.lengths = cache.verified = grown(call.lengths, call.counts)
+        return step_output(self.stage, call, output)
+
+    def move(self, cache: Cache, source: int, target: int) -> None:
+        """See `Runner`."""
+        self.stage.move(cache.memory, source, target, cache.lengths[source])
+        cache.move(source, target)

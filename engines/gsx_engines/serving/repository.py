@@ -1,0 +1,164 @@
+"""A model repository for Triton Inference Server, made of a bundle: it starts as it is.
+
+    REPO/NAME/
+      config.pbtxt
+      requirements.txt      what the server's Python needs
+      1/model.py            imports gsx_engines.serving.triton_model
+      1/gsx_engines/ 1/gsx_plugins/ gsx's own packages, of the version that made the repository
+      1/bundle/             the bundle
+
+The packages are copied, so that a server needs no gsx of its own, and bundle and code cannot be of two versions.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+import gsx_engines
+import gsx_plugins
+from gsx_engines.bundle.bundle import Bundle, writing
+from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.serving.fields import INPUTS, OUTPUTS, Field
+from gsx_engines.serving.model_config import ModelConfig, Tensor
+
+Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
+MODEL = '''"""gsx on Triton's Python backend: the model is in the packages beside this file."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gsx_engines.serving.triton_model import TritonPythonModel  # noqa: E402, F401
+'''
+# Triton's Python backend passes arrays through NumPy 1's C interface up to its release 2.51 at least: with NumPy 2
+# tensors arrive empty or wrong, without an error (docs/triton.md).
+_REQUIREMENTS = ("numpy>=1.26,<2", "onnx>=1.20", "pydantic>=2.7", "tokenizers>=0.20")
+_RUNTIME = {
+    "onnxruntime": ("onnxruntime>=1.24",),
+    "tensorrt": ("onnxruntime>=1.24", "cuda-bindings>=12.6", "tensorrt=={version}"),
+    "tensorrt-rtx": ("onnxruntime>=1.24", "cuda-bindings>=12.6", "tensorrt-rtx=={version}"),
+}
+# Written for people, or for another runtime: a server has no use for them.
+_LEFT_OUT = ("parity.json", "parity.html")
+
+
+def write_repository(
+    bundle: Bundle,
+    target: Path,
+    *,
+    name: str,
+    backend: Backend = "onnxruntime",
+    slots: int = 8,
+    queue: int = 64,
+    context: int | None = None,
+    threads: int | None = None,
+) -> Path:
+    """Write a repository with one model.
+
+    Args:
+        bundle: what to serve.
+        target: the repository; it must not be there, or be an empty directory.
+        name: of the model.
+        backend: the runtime; the TensorRT ones need engines in the bundle.
+        slots: requests under way at once.
+        queue: requests that may wait.
+        context: tokens of a request, prompt and new ones; None for the model's context.
+        threads: of ONNX Runtime; None for what leaves the server a processor (`threads.py`).
+    Returns: the model's directory.
+    Raises:
+        UsageError: the target is occupied, or a number or name cannot be used.
+        EngineError: the bundle has no engines for the backend.
+    """
+    _check(bundle, slots, queue, context, threads)
+    version = _engine_version(bundle, backend, slots)
+    config = _config(name, backend, slots=slots, queue=queue, context=context, threads=threads).text()
+    with writing(target, overwrite=False, needed_bytes=_size(bundle.directory)) as work:
+        version_directory = work / name / "1"
+        version_directory.mkdir(parents=True)
+        (work / name / "config.pbtxt").write_text(config, encoding="utf-8")
+        lines = [line.format(version=version) for line in (*_REQUIREMENTS, *_RUNTIME[backend])]
+        (work / name / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (version_directory / "model.py").write_text(MODEL, encoding="utf-8")
+        for package in (gsx_engines, gsx_plugins):
+            _copy_package(Path(package.__path__[0]), version_directory)
+        left_out = _LEFT_OUT if version else (*_LEFT_OUT, "engines")
+        shutil.copytree(
+            bundle.directory,
+            version_directory / "bundle",
+            ignore=lambda place, names: left_out if Path(place) == bundle.directory else (),
+        )
+    return target / name
+
+
+def _config(
+    name: str, backend: Backend, *, slots: int, queue: int, context: int | None, threads: int | None
+) -> ModelConfig:
+    numbers = {"slots": slots, "queue": queue, "context": context, "threads": threads}
+    try:
+        return ModelConfig(
+            name=name,
+            backend="python",
+            inputs=tuple(_tensor(field, optional=True) for field in INPUTS),
+            outputs=tuple(_tensor(field, optional=False) for field in OUTPUTS),
+            kind="KIND_CPU" if backend == "onnxruntime" else "KIND_GPU",
+            decoupled=True,
+            parameters={"backend": backend, **{key: str(n) for key, n in numbers.items() if n is not None}},
+        )
+    except ValidationError as error:  # the name alone comes from outside
+        raise UsageError(
+            "the model's name", expected="letters, digits, '_', '-', '.'; not the last two first", found=repr(name)
+        ) from error
+
+
+def _tensor(field: Field, *, optional: bool) -> Tensor:
+    return Tensor(name=field.name, data_type=field.data_type, dims=(-1,) if field.many else (1,), optional=optional)
+
+
+def _check(bundle: Bundle, slots: int, queue: int, context: int | None, threads: int | None) -> None:
+    most = bundle.manifest.decoder.max_positions
+    for what, number, least in (("slots", slots, 1), ("queue", queue, 0), ("threads", threads, 1)):
+        if number is not None and number < least:
+            raise UsageError(what, expected=f"at least {least}", found=str(number))
+    if context is not None and not 2 <= context <= most:
+        raise UsageError("context", expected=f"2 to {most} tokens, the model's context", found=str(context))
+
+
+def _engine_version(bundle: Bundle, backend: Backend, slots: int) -> str | None:
+    """The TensorRT that the bundle's engines were built with; None for ONNX Runtime."""
+    if backend == "onnxruntime":
+        return None
+    own = {name: entry for name, entry in bundle.manifest.engines.items() if entry.backend == backend}
+    entries = [entry for entry in own.values() if entry.kv_layout == "in-place"]
+    build = f"gsx build {bundle.directory} --backend {backend} --batch {slots}"
+    if not entries:
+        others = ", ".join(bundle.manifest.engines) or "none"
+        kind = f"{backend} with K/V in place" if own else backend
+        raise EngineError(f"bundle {bundle.directory}: has no engines for {kind}", found=others, todo=build)
+    most = max(profile.batch.most for entry in entries for profile in entry.profiles)
+    if most < slots:
+        raise EngineError(
+            f"bundle {bundle.directory}: its engines take fewer sequences than there are slots",
+            expected=f"batches of {slots}",
+            found=f"of {most}",
+            todo=f"gsx triton --slots {most}, or {build}",
+        )
+    return entries[0].tensorrt_version
+
+
+def _copy_package(package: Path, target: Path) -> None:
+    """A package's Python code."""
+
+    def others(place: str, names: list[str]) -> list[str]:
+        return [name for name in names if not (name.endswith(".py") or os.path.isdir(os.path.join(place, name)))]
+
+    shutil.copytree(package, target / package.name, ignore=lambda place, names: {*others(place, names), "__pycache__"})
+
+
+def _size(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

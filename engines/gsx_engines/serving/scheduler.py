@@ -1,0 +1,329 @@
+"""Continuous batching: requests come and go, and every step continues all that are under way.
+
+A request waits in a queue of fixed length, is prefilled alone into a free row of one K/V cache, and from then on takes
+part in every step of the batch, until it ends and leaves its row to the last one. Requests step together whose run-time
+inputs of the whole call (a budget) are equal; those by sequence (a set of layers) may differ. A speculative request has
+a cache of its own and makes its rounds between the steps. What a request writes depends on nobody else: the keep rule
+decides token by token, and the noise of sampling knows the request's own seed and places alone
+(`gsx_engines/sampling.py`).
+
+One thread makes all calls of the runner (`run`); `submit` may come from any.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+
+from gsx_engines.bundle.controls import Controls, controls_for, shared_by_batch, stacked
+from gsx_engines.bundle.drafts import DraftKind
+from gsx_engines.errors import UsageError
+from gsx_engines.generation import Continuation, Decoding, GenerationStats, read, take
+from gsx_engines.runners.base import Runner, StepOutput
+from gsx_engines.sampling import Picker
+from gsx_engines.serving.request import Client, Finished, OverloadedError, Request
+from gsx_engines.speculation.draft import draft_on
+from gsx_engines.tokens import BundleTokenizer, TextWriter
+
+_LOG = logging.getLogger(__name__)
+
+
+class _Job:
+    """A request under way, with what it has not told its client yet."""
+
+    def __init__(self, request: Request, client: Client, runner: Runner, tokenizer: BundleTokenizer | None) -> None:
+        self.client, self.request = client, request
+        self.controls = controls_for(runner.manifest, request.keep, [len(request.prompt)])
+        self._ids: list[int] = []
+        self._text: list[str] = []
+        self._writer = TextWriter(tokenizer.stream(), request.stop, self._text.append) if tokenizer else None
+        self.sequence = Continuation(
+            runner.manifest, request.prompt, request.max_new_tokens, Picker(request.sampling), 0, self._on_token
+        )
+        self.decoding: Decoding | None = None  # of a speculative request
+        self._arrived = time.perf_counter()
+        self._began = self._first = 0.0
+        self._steps = self._kept = self._gated = 0
+        self._all_counted = True
+
+    def begin(self) -> None:
+        """It leaves the queue."""
+        self._began = time.perf_counter()
+
+    def count(self, output: StepOutput, row: int, tokens: int, all_tokens: int) -> None:
+        """Count its part of a call; tokens: its own, all_tokens: of all sequences in the call."""
+        self._steps += 1
+        if output.kept is None:
+            return
+        if output.kept_by_sequence is not None:
+            self._kept += int(output.kept_by_sequence[row])
+        elif tokens == all_tokens:
+            self._kept += int(output.kept.sum())
+        else:
+            self._all_counted = False
+        self._gated += output.gated_rows * tokens // all_tokens
+
+    def tell(self) -> bool:
+        """Tell the client what is new; returns whether the request has ended."""
+        self._first = self._first or time.perf_counter()
+        ended = self.sequence.finish is not None
+        if ended and self._writer is not None:
+            self._writer.finish()
+        ids, text = tuple(self._ids), "".join(self._text)
+        self._ids.clear()
+        self._text.clear()
+        self.client.tokens(ids, text)
+        if ended:
+            self.client.finished(self._result())
+        return ended
+
+    def _on_token(self, token: int) -> bool:
+        self._ids.append(token)
+        return self._writer is not None and self._writer.push(token)
+
+    def _result(self) -> Finished:
+        stats = self.decoding.stats() if self.decoding is not None else self._stats()
+        finish = self.sequence.finish
+        assert finish is not None
+        return Finished(finish, self._began - self._arrived, self._first - self._arrived, stats)
+
+    def _stats(self) -> GenerationStats:
+        steps = self._steps - 1  # the first one is the prefill
+        return GenerationStats(
+            prompt_tokens=len(self.sequence.prompt),
+            new_tokens=len(self.sequence.tokens),
+            prefill_seconds=self._first - self._began,
+            decode_seconds=time.perf_counter() - self._first if steps else 0.0,
+            decode_steps=steps,
+            kept_rows=self._kept if self._all_counted else 0,
+            gated_rows=self._gated if self._all_counted else 0,
+        )
+
+
+class Scheduler:
+    """Carries out requests, several at a time.
+
+    Args:
+        runner: the model (`open_draft_runner` of the bundle's draft).
+        tokenizer: for text and stop texts; None for ids alone.
+        slots: requests under way at once, speculative ones included.
+        queue: requests that may wait for a slot.
+        context: tokens of a request, prompt and new ones, that its row has room for; None for the model's context.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        tokenizer: BundleTokenizer | None = None,
+        *,
+        slots: int = 8,
+        queue: int = 64,
+        context: int | None = None,
+    ) -> None:
+        manifest = runner.manifest
+        self.slots, self.queue = slots, queue
+        self.context = min(context or manifest.decoder.max_positions, manifest.decoder.max_positions)
+        self._runner, self._tokenizer, self._manifest = runner, tokenizer, manifest
+        self._draft: DraftKind | None = manifest.draft.draft if manifest.draft else None
+        self._chooses_by_call = manifest.selection is not None and manifest.selection.mode == "rank"
+        self._cache = runner.new_cache(slots, self.context)
+        self._batch: list[_Job] = []  # number n has row n of the cache
+        self._alone: list[_Job] = []  # speculative ones
+        self._waiting: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @property
+    def under_way(self) -> int:
+        """Requests that have a slot."""
+        return len(self._batch) + len(self._alone)
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._waiting)
+
+    def submit(self, request: Request, client: Client) -> None:
+        """Take a request; its client hears of it from then on.
+
+        Raises:
+            UsageError: a request that cannot be carried out.
+            OverloadedError: the queue is full.
+        """
+        if request.stop and self._tokenizer is None:
+            raise UsageError("stop texts need a tokenizer", found="a bundle without tokenizer.json")
+        if request.speculative and self._draft is None:
+            raise UsageError(
+                "this bundle has no draft",
+                expected="one that was exported with --draft",
+                found="a speculative request",
+                todo="gsx export MODEL --draft auto, or send the request without it: the text is the same",
+            )
+        job = _Job(request, client, self._runner, self._tokenizer)
+        if job.sequence.capacity > self.context:
+            raise UsageError(
+                "prompt and new tokens together are longer than a row of this server",
+                expected=f"at most {self.context} tokens",
+                found=f"{len(request.prompt)} and {request.max_new_tokens}",
+                todo="ask for fewer new tokens, or serve with a larger context",
+            )
+        with self._changed:
+            if self._closed:
+                raise OverloadedError("the server is shutting down")
+            if len(self._waiting) >= self.queue:
+                raise OverloadedError(
+                    "the server has more requests than it can take",
+                    expected=f"at most {self.slots} under way and {self.queue} waiting",
+                    found=f"{self.under_way} and {len(self._waiting)}",
+                    todo="send the request again later",
+                )
+            self._waiting.append(job)
+            self._changed.notify()
+
+    def run(self, after_turn: Callable[[], None] = lambda: None) -> None:
+        """Work until `close`, for a thread of its own; after_turn is called after every turn."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._waiting or self.under_way)
+                if self._closed:
+                    break
+            self.work()
+            after_turn()
+        for job in [*self._batch, *self._alone, *self._waiting]:
+            _tell(job, partial(job.client.failed, OverloadedError("the server is shutting down")))
+
+    def close(self) -> None:
+        """End `run` after its step; what is not finished fails."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def work(self) -> None:
+        """One turn: admit a request, and continue all that are under way by a step or a round."""
+        self._drop_gone()
+        self._admit()
+        for rows in self._groups():
+            self._step(rows)
+        for job in list(self._alone):
+            self._attempt([job], partial(self._round, job))
+
+    def _drop_gone(self) -> None:
+        with self._changed:
+            gone = [job for job in self._waiting if job.client.is_gone()]
+            for job in gone:
+                self._waiting.remove(job)
+        leaving = [job for job in [*self._batch, *self._alone] if job.client.is_gone()]
+        self._leave(leaving)
+        for job in [*gone, *leaving]:
+            _tell(job, job.client.dropped)
+
+    def _admit(self) -> None:
+        """One request a turn: those under way wait for a prompt no longer than that."""
+        with self._changed:
+            if not self._waiting or self.under_way >= self.slots:
+                return
+            job = self._waiting.popleft()
+        job.begin()
+        if job.request.speculative:
+            self._alone.append(job)
+        else:
+            self._batch.append(job)
+            self._attempt([job], partial(self._prefill, job))
+
+    def _prefill(self, job: _Job) -> None:
+        rows = self._rows([job])
+        output = read(self._runner, self._cache, rows, self._controls([job]))
+        job.count(output, rows.index(job.sequence), len(job.sequence.prompt), len(job.sequence.prompt))
+        take(rows, output)
+
+    def _groups(self) -> list[list[_Job]]:
+        """The jobs of the batch that may share a step: same run-time inputs, and no choice among a whole call."""
+        groups: dict[object, list[_Job]] = {}
+        for job in self._batch:
+            same = shared_by_batch(job.controls)
+            groups.setdefault(id(job) if self._chooses_by_call else same, []).append(job)
+        return list(groups.values())
+
+    def _step(self, jobs: list[_Job]) -> None:
+        logits: dict[_Job, np.ndarray] = {}
+
+        def step() -> None:
+            rows = self._rows(jobs)
+            output = read(self._runner, self._cache, rows, self._controls(jobs))
+            for row, sequence in enumerate(rows):
+                if sequence is not None:
+                    self._batch[row].count(output, row, 1, len(jobs))
+                    logits[self._batch[row]] = output.logits[row, 0]
+
+        if self._works(jobs, step):
+            # Each takes its token by itself: logits that no token can be chosen by are no other request's business.
+            for job, scores in logits.items():
+                self._attempt([job], partial(job.sequence.take, scores))
+
+    def _round(self, job: _Job) -> None:
+        if job.decoding is None:
+            assert self._draft is not None
+            draft = draft_on(self._runner, self._draft)
+            job.decoding = Decoding(self._runner, [job.sequence], job.controls, draft)
+            job.decoding.start()
+        else:
+            job.decoding.round()
+
+    def _rows(self, jobs: list[_Job]) -> list[Continuation | None]:
+        """The sequences of some jobs by their rows in the cache."""
+        return [job.sequence if job in jobs else None for job in self._batch] + [None] * (
+            self._cache.batch - len(self._batch)
+        )
+
+    def _controls(self, jobs: list[_Job]) -> Controls:
+        """The run-time inputs of a call of some jobs, those by sequence at the jobs' rows."""
+        rows = [job.controls if job in jobs else None for job in self._batch]
+        return stacked([*rows, *[None] * (self._cache.batch - len(rows))])
+
+    def _attempt(self, jobs: list[_Job], work: Callable[[], object]) -> None:
+        """Do some jobs' work and tell their clients."""
+        if self._works(jobs, work):
+            self._leave([job for job in jobs if _tell(job, job.tell)])
+
+    def _works(self, jobs: list[_Job], work: Callable[[], object]) -> bool:
+        """Do some jobs' work; returns whether it succeeded. What fails, fails for these jobs alone."""
+        try:
+            work()
+        except Exception as error:
+            _LOG.exception("a step failed")
+            for job in jobs:
+                _tell(job, partial(job.client.failed, error))
+            self._leave(jobs)
+            return False
+        return True
+
+    def _leave(self, jobs: list[_Job]) -> None:
+        """Free the slots of jobs; the last row of the batch takes a free one's place."""
+        for job in jobs:
+            if job in self._alone:
+                self._alone.remove(job)
+                continue
+            row, last = self._batch.index(job), len(self._batch) - 1
+            if row != last:
+                self._runner.move(self._cache, last, row)
+                self._batch[row] = self._batch[last]
+            else:
+                lengths = list(self._cache.lengths)
+                lengths[row] = 0
+                self._cache.roll_back(lengths)
+            self._batch.pop()
+
+
+def _tell(job: _Job, tell: Callable[[], bool | None]) -> bool:
+    """Call a client; returns whether its request is over, which it also is when the client can no longer be told."""
+    try:
+        return bool(tell())
+    except Exception:
+        _LOG.warning("a client cannot be told of its request any more", exc_info=True)
+        return True

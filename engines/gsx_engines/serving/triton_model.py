@@ -1,0 +1,387 @@
+"""The model that Triton's Python backend loads: requests in, responses out; the work is the scheduler's.
+
+Triton starts a process for it (the stub), imports `1/model.py` of the repository, which imports this module, and calls
+`execute` with requests as they come. Responses go out from a thread of their own: sending one waits for the server, and
+the next step need not. What comes meanwhile goes with a request's next response.
+
+A request is data and nothing else: it names no file and no code, and one that cannot be carried out is answered with
+an error of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.bundle.controls import Keep
+from gsx_engines.errors import GsxError, UsageError
+from gsx_engines.sampling import Sampling
+from gsx_engines.serving.fields import INPUTS, OUTPUTS, Field
+from gsx_engines.serving.request import Finished, OverloadedError, Request
+from gsx_engines.serving.scheduler import Scheduler
+from gsx_engines.serving.threads import threads_beside_server
+from gsx_engines.speculation.draft import open_draft_runner
+from gsx_engines.tokens import TOKENIZER, BundleTokenizer
+
+_LOG = logging.getLogger(__name__)
+
+# A token of this many bytes is longer than any that a vocabulary has; a text beyond it for every token of the context
+# is refused before a tokenizer spends its time on it.
+MAX_TOKEN_BYTES = 256
+# The text at hand is compared with the stop texts at every token.
+MAX_STOPS, MAX_STOP_BYTES = 16, 256
+# Enough to name each branch of a model of 400 layers; a refusal repeats it.
+MAX_LAYERS_BYTES = 4096
+# How often Triton is asked whether a request was cancelled, and told the gauges: each costs an exchange between the
+# processes, as much as a step of a small model.
+CANCEL_SECONDS = GAUGE_SECONDS = 0.05
+
+_TYPES: dict[str, Any] = {
+    "TYPE_STRING": np.object_,
+    "TYPE_INT64": np.int64,
+    "TYPE_FP64": np.float64,
+    "TYPE_BOOL": np.bool_,
+}
+_OUTPUTS = {field.name: field for field in OUTPUTS}
+
+_COUNTERS = {
+    "finished": "requests that came to their end",
+    "failed": "requests that ended with an error",
+    "cancelled": "requests whose client went away",
+    "refused": "requests that were not taken",
+    "prompt_tokens": "tokens of prompts of finished requests",
+    "new_tokens": "new tokens of finished requests",
+    "kept_rows": "(token, branch) pairs that were kept",
+    "gated_rows": "(token, branch) pairs that came before a gate",
+    "drafted_tokens": "drafted tokens",
+    "accepted_tokens": "drafted tokens that were right",
+    "waited_microseconds": "time from arrival to prefill",
+    "first_token_microseconds": "time from arrival to first token",
+    "decode_microseconds": "time from first token to last",
+}
+
+
+class TritonPythonModel:
+    """See the Python backend's interface."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the bundle beside `model.py`, and start the scheduler's thread."""
+        config = json.loads(args["model_config"])
+        parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
+        try:
+            self._open(args, parameters)
+        except GsxError as error:
+            raise pb_utils.TritonModelException(error.message) from error
+        self._metrics = _Metrics(config["name"], self._scheduler)
+        self._outbox = _Outbox()
+        self._thread = threading.Thread(target=self._scheduler.run, args=(self._metrics.update,), daemon=True)
+        self._thread.start()
+
+    def _open(self, args: dict[str, str], parameters: dict[str, str]) -> None:
+        bundle = open_bundle(Path(args["model_repository"]) / args["model_version"] / "bundle")
+        own = bundle.manifest.draft.draft if bundle.manifest.draft else None
+        threads = int(parameters["threads"]) if "threads" in parameters else threads_beside_server()
+        runner = open_draft_runner(bundle, own, threads, parameters["backend"])  # type: ignore[arg-type]
+        self._tokenizer = BundleTokenizer(bundle) if (bundle.directory / TOKENIZER).is_file() else None
+        self._not_there = frozenset() if self._tokenizer is not None else frozenset({"text_output"})
+        self._scheduler = Scheduler(
+            runner,
+            self._tokenizer,
+            slots=int(parameters["slots"]),
+            queue=int(parameters["queue"]),
+            context=int(parameters["context"]) if "context" in parameters else None,
+        )
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Hand requests to the scheduler; those that cannot be carried out are answered at once."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                _check_parameters(request)
+                given = _given(request)
+                wanted = frozenset(request.requested_output_names()) - self._not_there
+                client = _Client(sender, self._outbox, bool(given["stream"]), wanted, self._metrics)
+                self._scheduler.submit(self._request(given), client)
+            except GsxError as error:
+                self._metrics.count("refused")
+                _fail(sender, error)
+
+    def finalize(self) -> None:
+        """End the thread; what is not finished fails."""
+        self._scheduler.close()
+        self._thread.join()
+        self._outbox.close()
+
+    def _request(self, given: dict[str, Any]) -> Request:
+        text, ids, stops = given["text_input"], given["input_ids"], given["stop"]
+        if (text is None) == (ids is None):
+            raise UsageError(
+                "the prompt is not clear",
+                expected="text_input or input_ids",
+                found="neither" if ids is None else "both",
+            )
+        stop = tuple(_text(part, "stop") for part in stops) if stops is not None else ()
+        longest = max((len(part.encode()) for part in stop), default=0)
+        if "" in stop or len(stop) > MAX_STOPS or longest > MAX_STOP_BYTES:
+            raise UsageError(
+                "stop texts",
+                expected=f"at most {MAX_STOPS}, each of 1 to {MAX_STOP_BYTES} bytes",
+                found="an empty one" if "" in stop else f"{len(stop)}, the longest of {longest} bytes",
+            )
+        layers = given["layers"]
+        if layers is not None and len(layers) > MAX_LAYERS_BYTES:
+            raise UsageError(
+                "layers is too long", expected=f"at most {MAX_LAYERS_BYTES} bytes", found=f"{len(layers)} bytes"
+            )
+        temperature, top_k, top_p = given["temperature"], given["top_k"], given["top_p"]
+        return Request(
+            prompt=self._prompt(text) if text is not None else _ids(ids, self._scheduler.context),
+            max_new_tokens=128 if given["max_tokens"] is None else given["max_tokens"],
+            keep=Keep(
+                budget=given["budget"],
+                layers=_text(layers, "layers") if layers is not None else None,
+                exit=given["exit"],
+                speedup=given["speedup"],
+                exit_threshold=given["exit_threshold"],
+            ),
+            sampling=Sampling(
+                0.0 if temperature is None else temperature,
+                0 if top_k is None else top_k,
+                1.0 if top_p is None else top_p,
+                given["seed"],
+            ),
+            stop=stop,
+            speculative=bool(given["speculative"]),
+        )
+
+    def _prompt(self, value: bytes) -> list[int]:
+        if self._tokenizer is None:
+            raise UsageError("this bundle has no tokenizer", expected="input_ids", found="text_input")
+        most = MAX_TOKEN_BYTES * self._scheduler.context
+        if len(value) > most:
+            raise UsageError("text_input is too long", expected=f"at most {most} bytes", found=f"{len(value)} bytes")
+        return self._tokenizer.encode_prompt(_text(value, "text_input"))
+
+
+class _Outbox:
+    """Sends responses in their order, in a thread of its own."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, send: Callable[[], None]) -> None:
+        """Send after all that came before."""
+        self._waiting.put(send)
+
+    def close(self) -> None:
+        """Send what is left, and end."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (send := self._waiting.get()) is not None:
+            try:
+                send()
+            except Exception:
+                _LOG.warning("a response could not be sent", exc_info=True)
+
+
+class _Client:
+    """Sends a request's responses, with the outputs that it wants: tensors are most of what a response costs here."""
+
+    def __init__(self, sender: Any, outbox: _Outbox, streams: bool, wanted: frozenset[str], metrics: _Metrics) -> None:
+        self._sender, self._outbox, self._metrics = sender, outbox, metrics
+        self._streams, self._wanted = streams, wanted
+        self._lock = threading.Lock()  # of what has not been sent
+        self._ids: list[int] = []
+        self._text = ""
+        self._is_waiting = False  # a response, in the outbox
+        self._asks_at = 0.0
+
+    def tokens(self, ids: Sequence[int], text: str) -> None:
+        """See `Client`."""
+        with self._lock:
+            self._ids += ids
+            self._text += text
+            if not self._streams or self._is_waiting:
+                return
+            self._is_waiting = True
+        self._outbox.put(partial(self._send, []))
+
+    def finished(self, result: Finished) -> None:
+        """See `Client`."""
+        stats = result.stats
+        values = {
+            "finish_reason": result.finish,
+            "prompt_tokens": stats.prompt_tokens,
+            "new_tokens": stats.new_tokens,
+            "decode_steps": stats.decode_steps,
+            "waited_seconds": result.waited_seconds,
+            "first_token_seconds": result.first_token_seconds,
+            "decode_seconds": stats.decode_seconds,
+            "kept_share": stats.kept_share,
+            "acceptance": stats.acceptance,
+        }
+        outputs = [(name, [value]) for name, value in values.items() if value is not None]
+        self._outbox.put(partial(self._send, outputs, last=True))
+        self._outbox.put(partial(self._metrics.count_finished, result))
+
+    def failed(self, error: Exception) -> None:
+        """See `Client`."""
+        self._outbox.put(partial(_fail, self._sender, error))
+        self._outbox.put(partial(self._metrics.count, "failed"))
+
+    def is_gone(self) -> bool:
+        """See `Client`."""
+        now = time.perf_counter()
+        if now < self._asks_at:
+            return False
+        self._asks_at = now + CANCEL_SECONDS
+        return bool(self._sender.is_cancelled())
+
+    def dropped(self) -> None:
+        """See `Client`."""
+        end = partial(self._sender.send, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        self._outbox.put(end)
+        self._outbox.put(partial(self._metrics.count, "cancelled"))
+
+    def _send(self, outputs: Sequence[tuple[str, list[Any]]], *, last: bool = False) -> None:
+        """Send what has come since the last response: one step's tokens, or of several steps where sending lags."""
+        with self._lock:
+            ids, text = self._ids, self._text
+            self._ids, self._text, self._is_waiting = [], "", False
+        given: list[tuple[str, list[Any]]] = [("text_output", [text]), ("output_ids", ids), *outputs]
+        _send(self._sender, [(name, values) for name, values in given if name in self._wanted], last=last)
+
+
+class _Metrics:
+    """The server's own counters, on Triton's metrics port."""
+
+    def __init__(self, model: str, scheduler: Scheduler) -> None:
+        family, labels = pb_utils.MetricFamily, {"model": model}
+        # A family lives as long as this object does.
+        self._families = {
+            name: family(name=f"gsx_{name}", description=about, kind=family.COUNTER)
+            for name, about in _COUNTERS.items()
+        }
+        self._gauges = {
+            "under_way": family(name="gsx_under_way", description="requests that have a slot", kind=family.GAUGE),
+            "waiting": family(name="gsx_waiting", description="requests in the queue", kind=family.GAUGE),
+        }
+        metrics = {**self._families, **self._gauges}
+        self._metrics = {name: one.Metric(labels=labels) for name, one in metrics.items()}
+        self._scheduler = scheduler
+        self._told: dict[str, int] = {}
+        self._tells_at = 0.0
+
+    def count(self, name: str, number: float = 1) -> None:
+        """Add to a counter."""
+        if number:
+            self._metrics[name].increment(number)
+
+    def count_finished(self, result: Finished) -> None:
+        """Add a request's counters."""
+        stats = result.stats
+        for name, number in {
+            "finished": 1,
+            "prompt_tokens": stats.prompt_tokens,
+            "new_tokens": stats.new_tokens,
+            "kept_rows": stats.kept_rows,
+            "gated_rows": stats.gated_rows,
+            "drafted_tokens": sum(stats.drafted),
+            "accepted_tokens": sum(stats.accepted),
+            "waited_microseconds": result.waited_seconds * 1e6,
+            "first_token_microseconds": result.first_token_seconds * 1e6,
+            "decode_microseconds": stats.decode_seconds * 1e6,
+        }.items():
+            self.count(name, number)
+
+    def update(self) -> None:
+        """Set the gauges."""
+        now = time.perf_counter()
+        values = {"under_way": self._scheduler.under_way, "waiting": self._scheduler.waiting}
+        if values == self._told or (any(values.values()) and now < self._tells_at):
+            return
+        for name, value in values.items():
+            self._metrics[name].set(value)
+        self._told, self._tells_at = values, now + GAUGE_SECONDS
+
+
+def _check_parameters(request: Any) -> None:
+    """Refuse what Triton's HTTP front end takes for a parameter since no input has its name: a misspelt one."""
+    unknown = [name for name in json.loads(request.parameters() or "{}") if not name.startswith("triton_")]
+    if unknown:
+        raise UsageError(
+            "unknown fields", expected=", ".join(field.name for field in INPUTS), found=", ".join(sorted(unknown))
+        )
+
+
+def _given(request: Any) -> dict[str, Any]:
+    """A request's values by input: None, one value, or an array [n]."""
+    tensors = {tensor.name(): tensor for tensor in request.inputs()}
+    return {field.name: _value(tensors[field.name], field) if field.name in tensors else None for field in INPUTS}
+
+
+def _value(tensor: Any, field: Field) -> Any:
+    array = tensor.as_numpy()
+    if array.ndim != 1 or (not field.many and len(array) != 1) or array.dtype != _TYPES[field.data_type]:
+        raise UsageError(
+            field.name,
+            expected=f"{field.data_type} {'[n]' if field.many else '[1]'}",
+            found=f"{array.dtype} {list(array.shape)}",
+        )
+    return array if field.many else array[0] if field.data_type == "TYPE_STRING" else array[0].item()
+
+
+def _text(value: bytes, name: str) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise UsageError(f"{name} is not UTF-8 text", found=f"byte 0x{byte:02x} at {error.start}") from error
+
+
+def _ids(array: np.ndarray, context: int) -> list[int]:
+    if len(array) >= context:
+        raise UsageError(
+            "the prompt is longer than a row of this server",
+            expected=f"fewer than {context} tokens",
+            found=f"{len(array)} tokens",
+        )
+    return list(map(int, array))
+
+
+def _send(sender: Any, outputs: Sequence[tuple[str, list[Any]]], *, last: bool = False) -> None:
+    """Send a response of outputs' values."""
+    tensors = [
+        pb_utils.Tensor(name, np.array(values, dtype=_TYPES[_OUTPUTS[name].data_type])) for name, values in outputs
+    ]
+    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+    sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
+
+
+def _fail(sender: Any, error: Exception) -> None:
+    """Answer a request with an error, which ends it."""
+    if isinstance(error, OverloadedError):
+        code = pb_utils.TritonError.UNAVAILABLE
+    elif isinstance(error, UsageError):
+        code = pb_utils.TritonError.INVALID_ARG
+    else:
+        code = pb_utils.TritonError.INTERNAL
+    # What is no error of a request is logged whole, and told without its inside.
+    text = error.message if isinstance(error, GsxError) else f"an error inside the server ({type(error).__name__})"
+    response = pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(text, code))
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

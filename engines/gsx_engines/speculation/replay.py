@@ -1,0 +1,79 @@
+"""Trying drafts on a text that the model has written, without generating it again.
+
+The model continues prompts once. A draft is then given the text up to a place, with the model's own K/V, and reads the
+next tokens of the text in one call: how many of its first choices in a row are the text's is how many tokens of it a
+verification would have accepted there. That is one call of a few rows for each place, and it gives the same numbers
+every time, where the time of a speculative run does not (benchmarks/RESULTS.md, skip-set drafts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gsx_engines.bundle.controls import controls_for
+from gsx_engines.bundle.drafts import LayersDraft
+from gsx_engines.generation import generate
+from gsx_engines.runners.base import Runner
+from gsx_engines.speculation.draft import draft_controls
+from gsx_engines.speculation.length import ROW_COST
+
+# Tokens that a draft is tried on from each place, and so the longest draft that can be judged.
+CHUNK = 8
+
+
+class Replay:
+    """Greedy continuations of prompts at the exported budget, and the places in them that drafts are tried at.
+
+    Args:
+        runner: the model.
+        prompts: token ids.
+        new_tokens: to write after each prompt, CHUNK or more.
+    """
+
+    def __init__(self, runner: Runner, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        self._runner, self._controls = runner, controls_for(runner.manifest)
+        self._texts = []
+        for prompt in prompts:
+            written = generate(runner, [prompt], max_new_tokens=new_tokens, stop_ids=[]).sequences[0].tokens
+            tokens = np.array([[*prompt, *written]])
+            cache = runner.new_cache(1, tokens.shape[1])
+            runner.step(cache, tokens[:, : len(prompt)], self._controls, logits="none")
+            self._texts.append((len(prompt), tokens, cache))
+
+    def accepted(self, draft: LayersDraft) -> np.ndarray:
+        """Tokens in a row that a draft gets right at each place.
+
+        Args: draft: the branches that it leaves out.
+        Returns: [places] int64, 0 to CHUNK.
+        """
+        found = []
+        controls = draft_controls(draft, self._runner.manifest, self._controls)
+        for first, tokens, cache in self._texts:
+            cache.roll_back([first])
+            self._runner.step(cache, tokens[:, first:], self._controls, logits="none")
+            # From the last place to the first: what a draft leaves in the cache lies behind all that is still read.
+            for start in reversed(range(first, tokens.shape[1] - CHUNK, CHUNK)):
+                cache.roll_back([start])
+                output = self._runner.step(cache, tokens[:, start : start + CHUNK], controls, logits="all")
+                right = output.logits[0].argmax(axis=-1) == tokens[0, start + 1 : start + CHUNK + 1]
+                found.append(int(np.logical_and.accumulate(right).sum()))
+        return np.array(found, np.int64)
+
+
+def counted_speed(accepted: np.ndarray, step_share: float) -> tuple[float, int]:
+    """Speed over plain decoding at the best draft length, if time goes with the bytes that are read.
+
+    Args:
+        accepted: as `Replay.accepted` gives it.
+        step_share: bytes that a draft step reads, as a share of a plain step's.
+    Returns: tokens in the time of a plain step; the draft length, 1 to CHUNK.
+    """
+
+    def speed(length: int) -> float:
+        tokens = 1 + float(np.minimum(accepted, length).mean())
+        return tokens / (length * step_share + 1 + ROW_COST * length)
+
+    best = max(range(1, CHUNK + 1), key=speed)
+    return speed(best), best

@@ -1,0 +1,115 @@
+"""The GPU and its memory, over the CUDA runtime of `cuda-bindings`: what a runner needs, with errors in words."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from gsx_engines.errors import EngineError
+
+_PACKAGE = "cuda-bindings"
+
+
+@dataclass(frozen=True)
+class Device:
+    """The GPU in use.
+
+    Args:
+        name: as its maker calls it.
+        capability: compute capability, "89" for 8.9.
+        memory_bytes: in all.
+    """
+
+    name: str
+    capability: str
+    memory_bytes: int
+
+
+@functools.cache
+def _look() -> tuple[Device | None, str]:
+    """The GPU, or None and why there is none."""
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        return None, f"no package {_PACKAGE}"
+    try:
+        error, count = runtime.cudaGetDeviceCount()
+    except RuntimeError as problem:  # no CUDA runtime library
+        return None, str(problem).splitlines()[0]
+    if error == runtime.cudaError_t.cudaErrorInsufficientDriver:  # also where there is none
+        return None, f"no NVIDIA driver, or one that is too old for CUDA {_version_of(runtime)}"
+    if error != runtime.cudaError_t.cudaSuccess:
+        return None, _text(runtime, error)
+    if count == 0:
+        return None, "no CUDA device"
+    error, found = runtime.cudaGetDeviceProperties(0)
+    if error != runtime.cudaError_t.cudaSuccess:
+        return None, _text(runtime, error)
+    name = found.name.decode().rstrip("\0") if isinstance(found.name, bytes) else str(found.name)
+    return Device(name, f"{found.major}{found.minor}", int(found.totalGlobalMem)), ""
+
+
+def device() -> Device | None:
+    """The GPU of this process, or None."""
+    return _look()[0]
+
+
+def why_not() -> str:
+    """Why there is no GPU; empty where there is one."""
+    return _look()[1]
+
+
+def runtime() -> Any:
+    """The CUDA runtime, to be called through `check`.
+
+    Raises:
+        EngineError: there is no GPU.
+    """
+    if device() is None:
+        raise EngineError(
+            "no NVIDIA GPU can be used",
+            expected="a GPU, its driver and the package cuda-bindings",
+            found=why_not(),
+            todo='pip install "gsx[tensorrt]" on a machine with a GPU; without --backend, ONNX Runtime runs the bundle',
+        )
+    from cuda.bindings import runtime as module
+
+    return module
+
+
+def check(answer: tuple[Any, ...], doing: str) -> Any:
+    """The value of a CUDA call.
+
+    Args:
+        answer: what the call returned: its code, then its values.
+        doing: what it was for, for the message.
+    Raises:
+        EngineError: the code is not success.
+    """
+    error, *values = answer
+    if int(error) != 0:
+        forget_error(answer)
+        raise EngineError(f"CUDA failed while {doing}", found=_text(runtime(), error))
+    return values[0] if len(values) == 1 else tuple(values) if values else None
+
+
+def _version_of(module: Any) -> str:
+    """Of the CUDA runtime, e.g. 13.0."""
+    _, version = module.cudaRuntimeGetVersion()
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def forget_error(answer: tuple[Any, ...]) -> None:
+    """Pass over a failure without a word.
+
+    An error that CUDA still remembers is taken for that of the next kernel, whose launch is checked by CUDA's last
+    error (CUB, plugins).
+    """
+    if int(answer[0]) != 0:
+        runtime().cudaGetLastError()
+
+
+def _text(module: Any, error: Any) -> str:
+    _, text = module.cudaGetErrorString(error)
+    return text.decode() if isinstance(text, bytes) else str(text)

@@ -1,0 +1,292 @@
+"""One engine on a GPU: device memory that stays, a stream, and a context for each profile.
+
+What the engine is for is the runner's business (`gsx_engines/runners/tensorrt.py`). Calls of the same shapes may be
+recorded as a CUDA graph and replayed: with TensorRT here, while TensorRT-RTX does so by itself (`rtx.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from gsx_engines.errors import EngineError
+from gsx_engines.tensorrt import cuda
+from gsx_engines.tensorrt.backend import Backend, load_module
+from gsx_engines.tensorrt.plugins import load_plugins
+from gsx_engines.tensorrt.rtx import runtime_config, why_refused
+
+# TensorRT wants every address at a multiple of this, those of the host as well (IExecutionContext::setTensorAddress).
+_ALIGNMENT = 256
+# A CUDA graph is recorded once so many calls were made in the same way: TensorRT sets itself up in the first ones.
+_CALLS_BEFORE_RECORDING = 2
+
+
+class DeviceArray:
+    """Device memory of a fixed size, freed with the object.
+
+    Args:
+        size: bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = max(size, 1)
+        self._runtime = cuda.runtime()
+        self.address = int(cuda.check(self._runtime.cudaMalloc(self.size), f"asking for {self.size} bytes"))
+
+    def clear(self, stream: int) -> None:
+        """Fill with zeros."""
+        cuda.check(self._runtime.cudaMemsetAsync(self.address, 0, self.size, stream), "clearing memory")
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            self._runtime.cudaFree(self.address)
+
+
+class _RecordedGraph:
+    """A CUDA graph that can be launched, freed with the object."""
+
+    def __init__(self, handle: Any) -> None:
+        self._runtime, self.handle = cuda.runtime(), handle
+
+    def __del__(self) -> None:
+        self._runtime.cudaGraphExecDestroy(self.handle)
+
+
+class CudaEngine:
+    """A deserialised engine, ready to be called.
+
+    Args:
+        backend: which TensorRT.
+        plan: the engine's bytes.
+        library: the plugin library that it needs.
+        cuda_graphs: record calls whose shapes were seen before, and replay them.
+        kernels: file for the kernels that TensorRT-RTX compiles, if they are kept; TensorRT's engines hold theirs.
+    Raises:
+        EngineError: no GPU, or TensorRT does not take the engine.
+    """
+
+    def __init__(
+        self, backend: Backend, plan: bytes, *, library: Path | None, cuda_graphs: bool, kernels: Path | None
+    ) -> None:
+        self._runtime = cuda.runtime()
+        self._trt = load_module(backend)
+        self._logger = self._trt.Logger(self._trt.Logger.ERROR)
+        self._trt_runtime = self._trt.Runtime(self._logger)
+        if library is not None:
+            load_plugins(self._trt_runtime.get_plugin_registry(), library)
+        self._engine = self._trt_runtime.deserialize_cuda_engine(plan)
+        is_rtx = backend == "tensorrt-rtx"
+        if self._engine is None:
+            reason = why_refused(self._trt, self._trt_runtime, plan) if is_rtx else ""
+            raise EngineError(
+                f"{backend} {self._trt.__version__} does not take the engine",
+                found=reason or "the reason stands above, in TensorRT's words",
+                todo="gsx build builds it anew for this machine",
+            )
+        self.stream = int(cuda.check(self._runtime.cudaStreamCreate(), "making a stream"))
+        weakref.finalize(self, self._runtime.cudaStreamDestroy, self.stream).atexit = False
+        self._config = None
+        if is_rtx:
+            self._config = runtime_config(self._trt, self._engine, kernels=kernels, cuda_graphs=cuda_graphs, owner=self)
+        self._contexts: dict[int, _Context] = {}
+        self._records = cuda_graphs and not is_rtx
+
+    def buffer(self, shape: tuple[int, ...], name: str) -> DeviceArray:
+        """Zeroed device memory for an input or output."""
+        memory = DeviceArray(self._bytes(name, shape))
+        memory.clear(self.stream)
+        return memory
+
+    def move(self, buffer: DeviceArray, shape: tuple[int, ...], source: int, target: int) -> None:
+        """Copy a row of a buffer [rows, ..] over another one, in the order of the calls."""
+        runtime, size = self._runtime, buffer.size // shape[0]
+        copied = runtime.cudaMemcpyAsync(
+            buffer.address + target * size,
+            buffer.address + source * size,
+            size,
+            runtime.cudaMemcpyKind.cudaMemcpyDeviceToDevice,
+            self.stream,
+        )
+        cuda.check(copied, "moving a sequence")
+
+    def run(
+        self,
+        profile: int,
+        feeds: Mapping[str, np.ndarray],
+        buffers: Mapping[str, tuple[DeviceArray, tuple[int, ...]]],
+        results: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, np.ndarray]:
+        """One call.
+
+        Args:
+            profile: number of the optimization profile.
+            feeds: inputs from the host.
+            buffers: inputs and outputs that stay on the device: memory and shape. An output that continues an input
+                has the input's memory.
+            results: outputs that are wanted on the host: their shapes.
+        Returns: the results, float32 or int64.
+        """
+        context = self._contexts.get(profile)
+        if context is None:
+            context = self._contexts[profile] = _Context(self, profile)
+        return context.run(feeds, buffers, results)
+
+    def new_context(self) -> Any:
+        """An execution context; None where there is no memory for one."""
+        if self._config is None:
+            return self._engine.create_execution_context()
+        return self._engine.create_execution_context(runtime_config=self._config)
+
+    def _bytes(self, name: str, shape: tuple[int, ...]) -> int:
+        return math.prod(shape) * int(self._engine.get_tensor_dtype(name).itemsize)
+
+
+class _Context:
+    """An execution context on one profile, with the memory of its small inputs and its results."""
+
+    def __init__(self, owner: CudaEngine, profile: int) -> None:
+        # The owner holds its contexts: a circle would keep memory of the GPU until Python looks for circles.
+        self._owner: CudaEngine = weakref.proxy(owner)
+        self._engine, self._runtime = owner._engine, owner._runtime
+        self._trt, self._stream = owner._trt, owner.stream
+        self._context = owner.new_context()
+        if self._context is None:
+            raise EngineError("TensorRT has no memory for an execution context", todo="gsx build with less --context")
+        if not self._context.set_optimization_profile_async(profile, self._stream):
+            raise EngineError(f"the engine has no profile {profile}", todo="gsx build builds it anew")
+        # A failure shows here, before anybody keeps a context without its profile.
+        cuda.check(self._runtime.cudaStreamSynchronize(self._stream), "choosing a profile")
+        self._memory: dict[str, DeviceArray] = {}
+        self._host_memory: dict[str, np.ndarray] = {}
+        self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._graph: _RecordedGraph | None = None
+        # Calls that were enqueued with all shapes and addresses as they are.
+        self._calls_alike = 0
+
+    def run(
+        self,
+        feeds: Mapping[str, np.ndarray],
+        buffers: Mapping[str, tuple[DeviceArray, tuple[int, ...]]],
+        results: Mapping[str, tuple[int, ...]],
+    ) -> dict[str, np.ndarray]:
+        """See `CudaEngine.run`."""
+        host = {name: np.asarray(value, order="C") for name, value in feeds.items()}  # numbers stay without axes
+        found = {
+            name: np.empty(shape, np.float32 if self._engine.get_tensor_dtype(name) == self._trt.float32 else np.int64)
+            for name, shape in results.items()
+        }
+        try:
+            self._call(host, buffers, found)
+        except BaseException:
+            # Copies that were asked for before the failure may yet read the inputs and write the results.
+            cuda.forget_error(self._runtime.cudaStreamSynchronize(self._stream))
+            raise
+        return found
+
+    def _call(
+        self,
+        host: Mapping[str, np.ndarray],
+        buffers: Mapping[str, tuple[DeviceArray, tuple[int, ...]]],
+        found: Mapping[str, np.ndarray],
+    ) -> None:
+        for name, value in host.items():
+            self._give(name, value)
+        for name, (memory, shape) in buffers.items():
+            self._bind(name, memory.address, shape)
+        for name, value in found.items():
+            self._bind(name, self._room(name, value.nbytes).address, value.shape)
+        self._enqueue()
+        self._calls_alike += 1
+        to_host = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        for name, value in found.items():
+            copied = self._runtime.cudaMemcpyAsync(
+                value.ctypes.data, self._memory[name].address, value.nbytes, to_host, self._stream
+            )
+            cuda.check(copied, f"copying {name} from the GPU")
+        cuda.check(self._runtime.cudaStreamSynchronize(self._stream), "running the engine")
+
+    def _give(self, name: str, value: np.ndarray) -> None:
+        """Hand an input over."""
+        if self._engine.get_tensor_location(name) == self._trt.TensorLocation.HOST:
+            self._give_on_host(name, value)
+            return
+        memory = self._room(name, value.nbytes)
+        self._bind(name, memory.address, value.shape)
+        to_device = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        copied = self._runtime.cudaMemcpyAsync(memory.address, value.ctypes.data, value.nbytes, to_device, self._stream)
+        cuda.check(copied, f"copying {name} to the GPU")
+
+    def _give_on_host(self, name: str, value: np.ndarray) -> None:
+        """An input that stays on the host is read while the call is prepared, so a recording would keep its value."""
+        self._forget_calls()
+        room = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
+        start = -room.ctypes.data % _ALIGNMENT
+        memory = self._host_memory[name] = room[start : start + value.nbytes]
+        memory[:] = value.reshape(-1).view(np.uint8)
+        if not self._context.set_tensor_address(name, memory.ctypes.data):
+            self._refuse_memory(name)
+
+    def _room(self, name: str, size: int) -> DeviceArray:
+        """Memory of a name, kept across calls; it grows in steps, so that a growing window seldom moves it."""
+        memory = self._memory.get(name)
+        if memory is None or memory.size < size:
+            memory = self._memory[name] = DeviceArray(1 << (max(size, 1) - 1).bit_length())
+        return memory
+
+    def _bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
+        if self._bound.get(name) == (address, shape):
+            return
+        # Before anything changes: where a part of it fails, the next call starts from nothing.
+        self._forget_calls()
+        self._bound.pop(name, None)
+        is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
+        if is_input and not self._context.set_input_shape(name, shape):
+            raise EngineError(f"the engine does not take {name} of shape {list(shape)}", todo="gsx build --profile")
+        if not self._context.set_tensor_address(name, address):
+            self._refuse_memory(name)
+        self._bound[name] = (address, shape)
+
+    def _refuse_memory(self, name: str) -> NoReturn:
+        raise EngineError(
+            f"the engine does not take the memory of {name}", found="the reason stands above, in TensorRT's words"
+        )
+
+    def _forget_calls(self) -> None:
+        """What was recorded, and what speaks for recording, holds for the shapes and addresses of that time."""
+        self._graph = None
+        self._calls_alike = 0
+
+    def _enqueue(self) -> None:
+        """Run, or replay what was recorded for the same shapes and addresses."""
+        if self._graph is None and self._wants_graph():
+            self._graph = self._record()
+        if self._graph is not None:
+            launched = self._runtime.cudaGraphLaunch(self._graph.handle, self._stream)
+            cuda.check(launched, "replaying a CUDA graph")
+        elif not self._context.execute_async_v3(self._stream):
+            raise EngineError("TensorRT could not run the engine", found="the reason stands above, in its words")
+
+    def _wants_graph(self) -> bool:
+        return self._owner._records and self._calls_alike >= _CALLS_BEFORE_RECORDING
+
+    def _record(self) -> _RecordedGraph | None:
+        """A CUDA graph of the call; None where TensorRT cannot be recorded, now or ever after."""
+        runtime, stream = self._runtime, self._stream
+        mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        cuda.check(runtime.cudaStreamBeginCapture(stream, mode), "recording a CUDA graph")
+        enqueued = self._context.execute_async_v3(stream)
+        error, graph = runtime.cudaStreamEndCapture(stream)
+        if not enqueued or int(error) != 0:
+            if int(error) == 0:
+                runtime.cudaGraphDestroy(graph)
+            self._owner._records = False
+            cuda.forget_error((error,))  # the call is yet to be made
+            return None
+        instantiated = runtime.cudaGraphInstantiate(graph, 0)
+        runtime.cudaGraphDestroy(graph)
+        return _RecordedGraph(cuda.check(instantiated, "making a CUDA graph"))

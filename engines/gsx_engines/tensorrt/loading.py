@@ -1,0 +1,219 @@
+"""Which engines of a bundle run here: every fact that an engine depends on is checked before TensorRT sees it.
+
+TensorRT's own message for an engine of another version or GPU is a line about a magic tag. Here each difference names
+the fact, both values, and the command that mends it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from gsx_engines.bundle.bundle import Bundle, sha256_of
+from gsx_engines.bundle.engine_entry import EngineEntry
+from gsx_engines.errors import EngineError
+from gsx_engines.tensorrt import cuda
+from gsx_engines.tensorrt.backend import Backend, dotted, load_module, platform_name
+from gsx_engines.tensorrt.plugins import plugin_library
+from gsx_plugins.library import library_hash
+
+ENGINES, ENGINE_FILE = "engines", "engine.json"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What an engine depends on, as it is here.
+
+    Args:
+        tensorrt_version: of the runtime.
+        platform: operating system and processor.
+        gpu, capability: the GPU's name and compute capability, as in "89".
+        plugins_sha256: of the plugin library; None where there is none.
+    """
+
+    tensorrt_version: str
+    platform: str
+    gpu: str
+    capability: str
+    plugins_sha256: str | None
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """Engines of a bundle that may be loaded here.
+
+    Args:
+        directory: where their files lie.
+        entry: their description.
+        library: the plugin library that they need, or None.
+    """
+
+    directory: Path
+    entry: EngineEntry
+    library: Path | None
+
+
+def find_engines(bundle: Bundle, backend: Backend) -> EngineSet:
+    """The engines of a bundle for this machine, checked except for the bytes of their files.
+
+    Raises:
+        EngineError: there are none, or none that runs here.
+    """
+    command = f"gsx build {bundle.directory} --backend {backend}"
+    choices = {name: entry for name, entry in bundle.manifest.engines.items() if entry.backend == backend}
+    if not choices:
+        others = ", ".join(bundle.manifest.engines) or "none"
+        raise EngineError(f"bundle {bundle.directory}: has no engines for {backend}", found=others, todo=command)
+    module = load_module(backend)
+    cuda.runtime()
+    device = cuda.device()
+    assert device is not None
+    library = plugin_library()
+    machine = Machine(
+        module.__version__,
+        platform_name(),
+        device.name,
+        device.capability,
+        library_hash(library) if library is not None else None,
+    )
+    problems = {name: difference(bundle, name, entry, machine, command) for name, entry in choices.items()}
+    for name, problem in problems.items():
+        if problem is None:
+            entry = choices[name]
+            return EngineSet(bundle.directory / ENGINES / name, entry, library if entry.plugins else None)
+    # The one that says most is the one for this GPU and this TensorRT, if there is one.
+    near = min(
+        choices,
+        key=lambda name: (
+            machine.capability not in choices[name].targets,
+            choices[name].tensorrt_version != machine.tensorrt_version,
+        ),
+    )
+    problem = problems[near]
+    assert problem is not None
+    raise problem
+
+
+def difference(bundle: Bundle, name: str, entry: EngineEntry, machine: Machine, command: str) -> EngineError | None:
+    """The first fact in which engines and machine differ; None where they fit.
+
+    Args:
+        command: what builds them anew.
+    """
+    directory = bundle.directory / ENGINES / name
+    what = f"engines {directory}"
+    recorded = _recorded(directory)
+    if recorded is None:
+        return EngineError(
+            f"{what}: {ENGINE_FILE} does not match gsx.json",
+            expected="the entry that `gsx build` wrote",
+            found="no readable file",
+            todo=command,
+        )
+    if recorded != entry:
+        field, wanted, written = _first_difference(entry, recorded)
+        return EngineError(
+            f"{what}: {field} in {ENGINE_FILE} does not match gsx.json", expected=wanted, found=written, todo=command
+        )
+    facts: list[tuple[str, object, object, str]] = [
+        ("kv_layout", "in-place", entry.kv_layout, command),
+        ("platform", entry.platform, machine.platform, command),
+        ("tensorrt_version", entry.tensorrt_version, machine.tensorrt_version, command),
+    ]
+    if entry.gpu is not None:
+        facts.append(("gpu", entry.gpu, machine.gpu, command))
+    for made, wanted, field in (
+        (graph.graph_sha256, bundle.manifest.graphs[key].sha256, f"{key}.onnx sha256")
+        for key, graph in entry.graphs.items()
+        if key in bundle.manifest.graphs
+    ):
+        facts.append((field, f"{wanted[:12]}...", f"{made[:12]}...", command))
+    for key, graph in entry.graphs.items():
+        facts.append((f"weights of {key}", bundle.manifest.weights.sha256[:12], graph.weights_sha256[:12], command))
+    for field, expected, found, todo in facts:
+        if expected != found:
+            return EngineError(f"{what}: {field} differs", expected=str(expected), found=str(found), todo=todo)
+    if machine.capability not in entry.targets:
+        return EngineError(
+            f"{what}: targets do not include this GPU ({machine.gpu})",
+            expected=dotted(machine.capability),
+            found=", ".join(dotted(target) for target in entry.targets),
+            todo=f"{command} --target {dotted(machine.capability)}; where TensorRT-RTX knows no such target, "
+            f"gsx build {bundle.directory} --backend tensorrt"
+            if entry.backend == "tensorrt-rtx"
+            else command,
+        )
+    if entry.plugins is not None and entry.plugins.sha256 != machine.plugins_sha256:
+        found = machine.plugins_sha256
+        return EngineError(
+            f"{what}: the plugin library differs",
+            expected=f"sha256 {entry.plugins.sha256[:12]}...",
+            found=f"{found[:12]}..." if found else "no plugin library",
+            todo=f"{command} builds engines for this library; GSX_PLUGIN_LIBRARY names another one"
+            if found
+            else "gsx plugins build, or set GSX_PLUGIN_LIBRARY to the library that they were built with",
+        )
+    return None
+
+
+def read_engine(engines: EngineSet, graph: str, command: str) -> bytes:
+    """An engine's bytes, checked.
+
+    Raises:
+        EngineError: no engine of that graph; a missing, truncated or changed file.
+    """
+    made = engines.entry.graphs.get(graph)
+    if made is None:
+        raise EngineError(
+            f"engines {engines.directory}: have no {graph}", found=", ".join(engines.entry.graphs), todo=command
+        )
+    path = engines.directory / made.file
+    size = path.stat().st_size if path.is_file() else None
+    if size != made.size_bytes:
+        raise EngineError(
+            f"{path}: is not whole",
+            expected=f"{made.size_bytes} bytes",
+            found="no such file" if size is None else f"{size} bytes",
+            todo=f"copy it again, or {command}",
+        )
+    found = sha256_of(path)
+    if found != made.sha256:
+        raise EngineError(
+            f"{path}: sha256 differs",
+            expected=f"{made.sha256[:12]}...",
+            found=f"{found[:12]}...",
+            todo=f"the file changed after it was built: {command}",
+        )
+    return path.read_bytes()
+
+
+def _recorded(directory: Path) -> EngineEntry | None:
+    try:
+        return EngineEntry.model_validate(json.loads((directory / ENGINE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, ValidationError):
+        return None
+
+
+def _first_difference(expected: EngineEntry, found: EngineEntry) -> tuple[str, str, str]:
+    """The first field in which two entries differ, as in `profiles.0.name`, and both values as JSON."""
+    sides = [
+        {path: json.dumps(value) for path, value in _leaves(entry.model_dump(mode="json"))}
+        for entry in (expected, found)
+    ]
+    both = {path: tuple(side.get(path, "nothing") for side in sides) for path in sides[0] | sides[1]}
+    path, (wanted, written) = min((path, values) for path, values in both.items() if values[0] != values[1])
+    return path.removeprefix("/").replace("/", "."), wanted, written
+
+
+def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Paths and values of a JSON value, as RFC 6901 writes them; an empty object or list is None."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if items is None or not value:
+        yield path, value if items is None else None
+        return
+    for name, inner in items:
+        yield from _leaves(inner, f"{path}/{name}")

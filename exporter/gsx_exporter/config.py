@@ -1,0 +1,242 @@
+"""What the exporter must know of a model: its shape, its family's traits, and its gates.
+
+`ModelConfig` is read once from a checkpoint's `config.json` (through transformers' own configuration classes,
+so that their defaults and legacy spellings hold) and passed on as plain values. The `"gsx"` section is that of
+docs/design.md, section 5. The families are rows of one table: what differs between them is data, not classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gsx_engines.errors import CheckpointError
+from gsx_exporter.router_config import RouterConfig
+from gsx_exporter.section import known_keys, one_of
+
+Branch = Literal["attn", "mlp"]
+BRANCHES: tuple[Branch, Branch] = ("attn", "mlp")
+
+# K and V of skipped tokens: their own, those of the layer below, or none (docs/design.md, section 3).
+KvPolicy = Literal["compute", "copy", "none"]
+
+GateKind = Literal["vector", "scalar"]
+GateInput = Literal["post_norm", "pre_norm"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Traits of a model family that its configuration does not spell out.
+
+    Args:
+        qkv_bias: the configuration key that says whether Q, K and V have a bias, or the answer itself.
+        o_bias: the same for the output projection.
+        mlp_bias: the same for the MLP.
+        qk_norm: whether Q and K are normalized per head (RMSNorm) before RoPE.
+    """
+
+    qkv_bias: str | bool
+    o_bias: str | bool
+    mlp_bias: str | bool
+    qk_norm: bool
+
+
+# From the modelling code of transformers 5 (`models/<family>/modeling_<family>.py`).
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias", qk_norm=False),
+    "mistral": Family(qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False),
+    "qwen2": Family(qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False),
+    "qwen3": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias=False, qk_norm=True),
+}
+
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """The gates of a checkpoint: `config.json`, section `"gsx"`, key `"gate"`.
+
+    Args:
+        kind: `vector` (W [H, H]) or `scalar` (W [1, H]).
+        input: what the gate reads: the branch's normalized input or the residual stream.
+        branches: which branches of every layer carry a gate.
+    """
+
+    kind: GateKind = "vector"
+    input: GateInput = "post_norm"
+    branches: tuple[Branch, ...] = BRANCHES
+
+    def __post_init__(self) -> None:
+        one_of("gsx.gate.kind", self.kind, ("vector", "scalar"))
+        one_of("gsx.gate.input", self.input, ("post_norm", "pre_norm"))
+        if not self.branches or len(set(self.branches)) != len(self.branches):
+            raise CheckpointError(
+                "config.json: gsx.gate.branches is not a list of distinct branches",
+                expected='one or both of "attn", "mlp"',
+                found=repr(list(self.branches)),
+            )
+        for branch in self.branches:
+            one_of("gsx.gate.branches", branch, BRANCHES)
+
+    @classmethod
+    def from_dict(cls, section: Mapping[str, Any]) -> GateConfig:
+        """Read the section, refusing keys that are not known."""
+        known_keys("gsx.gate", section, ("kind", "input", "branches"))
+        values = dict(section)
+        if "branches" in values:
+            values["branches"] = tuple(values["branches"])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The section as `config.json` holds it."""
+        return {"kind": self.kind, "input": self.input, "branches": list(self.branches)}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape and traits of one decoder-only model. Sizes are counts of elements.
+
+    Args:
+        family: a key of `FAMILIES`.
+        rope: `rope_parameters` of the Hugging Face configuration: `rope_type`, `rope_theta` and the kind's own.
+        windows: per layer, how many positions a token sees (itself included), or None for all.
+        eos_ids: end-of-text tokens, which are always kept (docs/design.md, section 3).
+        gate: the gates; None without.
+        router: the routers; None without. A checkpoint has gates, routers or neither.
+        exits: exit depths that the checkpoint was trained for (LayerSkip, Sorted LLaMA); may be empty.
+        exit_classifiers: depths, ascending, behind which a classifier says whether the model would still change its
+            mind (CALM); may be empty.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int
+    rms_norm_eps: float
+    tied_head: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    rope: Mapping[str, Any]
+    windows: tuple[int | None, ...]
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    pad_id: int | None
+    gate: GateConfig | None
+    router: RouterConfig | None
+    exits: tuple[int, ...]
+    exit_classifiers: tuple[int, ...]
+
+    @property
+    def gated_branches(self) -> tuple[Branch, ...]:
+        """Branches that carry a gate; empty for a dense model."""
+        return self.gate.branches if self.gate else ()
+
+    @classmethod
+    def from_hf(cls, hf: Any) -> ModelConfig:
+        """From a transformers configuration object.
+
+        Raises:
+            CheckpointError: an unsupported family, activation or RoPE kind, or a malformed `"gsx"` section.
+        """
+        family = FAMILIES.get(hf.model_type)
+        if family is None:
+            raise CheckpointError(
+                f"config.json: model_type {hf.model_type!r} is not supported",
+                expected="one of " + ", ".join(FAMILIES),
+                found=hf.model_type,
+            )
+
+        def trait(value: str | bool) -> bool:
+            return bool(getattr(hf, value, False)) if isinstance(value, str) else value
+
+        if hf.hidden_act != "silu":
+            raise CheckpointError(
+                "config.json: hidden_act is not supported", expected="silu", found=repr(hf.hidden_act)
+            )
+        rope = dict(hf.rope_parameters or {})
+        kind = rope.get("rope_type", "default")
+        if kind not in ROPE_KINDS:
+            raise CheckpointError(
+                "config.json: this kind of RoPE scaling is not supported",
+                expected="one of " + ", ".join(ROPE_KINDS),
+                found=repr(kind),
+            )
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise CheckpointError(
+                "config.json: a partial rotary embedding is not supported",
+                expected="partial_rotary_factor 1.0",
+                found=str(rope["partial_rotary_factor"]),
+            )
+        section = getattr(hf, "gsx", None) or {}
+        known_keys("gsx", section, ("method", "gate", "router", "exits", "exit_classifiers"))
+        num_layers = hf.num_hidden_layers
+        if section.get("gate") and section.get("router"):
+            raise CheckpointError(
+                "config.json: gsx has gates and routers", expected='one of "gate" and "router": each is a keep rule'
+            )
+        head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+        return cls(
+            family=hf.model_type,
+            vocab_size=hf.vocab_size,
+            hidden_size=hf.hidden_size,
+            intermediate_size=hf.intermediate_size,
+            num_layers=num_layers,
+            num_heads=hf.num_attention_heads,
+            num_kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
+            head_dim=head_dim,
+            max_positions=hf.max_position_embeddings,
+            rms_norm_eps=hf.rms_norm_eps,
+            tied_head=bool(hf.tie_word_embeddings),
+            qkv_bias=trait(family.qkv_bias),
+            o_bias=trait(family.o_bias),
+            mlp_bias=trait(family.mlp_bias),
+            qk_norm=family.qk_norm,
+            rope=rope,
+            windows=_windows(hf),
+            bos_id=hf.bos_token_id,
+            eos_ids=_id_list(hf.eos_token_id),
+            pad_id=hf.pad_token_id,
+            gate=GateConfig.from_dict(section["gate"]) if section.get("gate") else None,
+            router=RouterConfig.from_dict(section["router"], num_layers) if "router" in section else None,
+            exits=_depths("exits", section, num_layers),
+            # Behind the last layer there is nothing to leave out.
+            exit_classifiers=_depths("exit_classifiers", section, num_layers - 1),
+        )
+
+
+def _depths(key: str, section: Mapping[str, Any], deepest: int) -> tuple[int, ...]:
+    """Depths of the section `gsx`, each once, ascending."""
+    depths = section.get(key, ())
+    if not isinstance(depths, list | tuple):
+        raise CheckpointError(f"config.json: gsx.{key} is no list of depths", found=repr(depths))
+    for depth in depths:
+        if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= deepest:
+            raise CheckpointError(
+                f"config.json: gsx.{key} names a depth that the model does not have",
+                expected=f"whole numbers from 1 to {deepest}",
+                found=repr(depth),
+            )
+    return tuple(sorted(set(depths)))
+
+
+def _windows(hf: Any) -> tuple[int | None, ...]:
+    """Per layer the sliding window, as transformers' masks apply it (a window of w sees w positions)."""
+    window = getattr(hf, "sliding_window", None)
+    kinds = getattr(hf, "layer_types", None)
+    if kinds is None:  # Mistral: one setting for every layer
+        return (window,) * hf.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _id_list(ids: int | list[int] | None) -> tuple[int, ...]:
+    if ids is None:
+        return ()
+    return tuple(ids) if isinstance(ids, list) else (ids,)

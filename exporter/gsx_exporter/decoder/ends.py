@@ -1,0 +1,100 @@
+"""What comes before the layers and after them: embeddings and call state, final norm and head.
+
+Letters as in `layer.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.decoder.modules import Linear
+from gsx_exporter.decoder.norm import RmsNorm
+from gsx_exporter.decoder.rotary import RotaryTables
+from gsx_exporter.rules.base import Tokens
+
+
+class Entry(nn.Module):
+    """Token ids -> embeddings and all that every layer reads.
+
+    Returns, in order: hidden [N, H]; cos and sin [1, N, D/2]; one mask [B, 1, S, T] bool per distinct
+    window of the model (`windows`); and what the keep rule computes once in a call (`KeepRule.entered`).
+    """
+
+    def __init__(self, hf_config: Any, config: ModelConfig, options: DecoderOptions) -> None:
+        super().__init__()
+        self.config, self.options = config, options
+        self.embed_tokens = nn.Parameter(
+            torch.empty(config.vocab_size, config.hidden_size, dtype=options.dtype), requires_grad=False
+        )
+        self.rotary = RotaryTables(hf_config, config.head_dim, options.dtype)
+        self.windows = distinct_windows(config)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """input_ids and position_ids [B, S] int64, attention_mask [B, T] int64 (1 = token); inputs: the run-time inputs
+        that the keep rule reads once in a call (`KeepRule.of_call`), in order."""
+        hidden = torch.nn.functional.embedding(input_ids.reshape(-1), self.embed_tokens)
+        cos, sin = self.rotary(position_ids.reshape(1, -1))
+        length = input_ids.shape[1]
+        masks = [attention_mask_of(attention_mask, length, window) for window in self.windows]
+        state = [hidden, cos, sin, *masks]
+        rule = self.options.rule
+        if rule is None:
+            return tuple(state)
+        # The valid tokens of the call are the last S columns of the mask.
+        valid = attention_mask[:, attention_mask.shape[1] - length :].reshape(-1) != 0
+        tokens = Tokens(input_ids.reshape(-1), valid, position_ids)
+        values = rule.enter(tokens, dict(zip(rule.of_call(), inputs, strict=True)))
+        return (*state, *(values[name] for name in rule.entered()))
+
+
+class Exit(nn.Module):
+    """States -> logits: final norm and LM head. After layer E-1 it is the early exit (docs/design.md, section 3)."""
+
+    def __init__(self, config: ModelConfig, options: DecoderOptions) -> None:
+        super().__init__()
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, options.dtype)
+        self.tied = config.tied_head
+        if self.tied:  # under the name that Entry gives it, so that the weight is stored once
+            shape = (config.vocab_size, config.hidden_size)
+            self.embed_tokens = nn.Parameter(torch.empty(shape, dtype=options.dtype), requires_grad=False)
+        else:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, False, options.dtype)
+
+    def forward(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
+        """hidden [N, H], input_ids [B, S] (for its shape alone) -> [B, S, V]."""
+        return self.logits(hidden.view(*input_ids.shape, hidden.shape[1]))
+
+    def logits(self, states: Tensor) -> Tensor:
+        """[.., H] -> [.., V]."""
+        normed = self.norm(states)
+        logits: Tensor = torch.matmul(normed, self.embed_tokens.t()) if self.tied else self.lm_head(normed)
+        return logits
+
+
+def distinct_windows(config: ModelConfig) -> tuple[int | None, ...]:
+    """The attention windows that the model's layers use, each once, in order of first use."""
+    return tuple(dict.fromkeys(config.windows))
+
+
+def attention_mask_of(attention_mask: Tensor, length: int, window: int | None) -> Tensor:
+    """Where the last `length` tokens may look: [B, T] int64 -> [B, 1, S, T] bool.
+
+    A token sees itself and the tokens before it that are not padding, at most `window` positions counting
+    itself; padding takes no position, wherever it stands. A padding token sees itself alone, so that no row is
+    empty (an empty row would be NaN).
+    """
+    total = attention_mask.shape[1]
+    columns = torch.arange(total)
+    rows = torch.arange(length).unsqueeze(1) + (total - length)
+    seen = (columns <= rows) & (attention_mask != 0).unsqueeze(1)
+    if window is not None:
+        positions = attention_mask.cumsum(dim=1)
+        seen = seen & (positions.unsqueeze(1) > positions[:, total - length :].unsqueeze(2) - window)
+    return (seen | (columns == rows)).unsqueeze(1)

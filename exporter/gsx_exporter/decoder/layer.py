@@ -1,0 +1,291 @@
+"""One decoder layer, written for tracing: the projections of skipped tokens are not there to be paid for.
+
+A layer sees all tokens once, in its norms, gates and K/V projections. Everything else (Q and output projection,
+attention rows, MLP) runs over the kept rows, which the ops of `plugins/` gather and scatter. The calibration
+drives the same methods eagerly, one branch at a time.
+
+States are flat, [N, H]: only K, V and attention know sequences.
+
+Letters: B batch, S tokens of the call, N = B x S, T = past + S, K kept rows, H hidden, D head, F MLP width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from gsx_exporter.config import Branch, GateConfig, KvPolicy, ModelConfig
+from gsx_exporter.decoder.modules import Linear, Mlp
+from gsx_exporter.decoder.norm import RmsNorm
+from gsx_exporter.rules.base import KeepRule, Values, Verdict
+from gsx_plugins.full_attention.op import full_attention
+from gsx_plugins.gated_scatter_add.op import gated_scatter_add
+from gsx_plugins.gathered_attention.op import gathered_attention
+from gsx_plugins.threshold_gather.op import threshold_gather
+from gsx_plugins.topk_gather.op import topk_gather
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """How a model is to be traced.
+
+    Args:
+        rule: which tokens run which branch; None for all.
+        kv_policy: K and V of skipped tokens: their own, those of the layer below, or none (zeros, never read).
+        dtype: type of weights and activations. Gates are float32 whatever it is (docs/design.md, section 3).
+    """
+
+    rule: KeepRule | None = None
+    kv_policy: KvPolicy = "compute"
+    dtype: torch.dtype = torch.float32
+
+    def of_layer(self, layer: int) -> DecoderOptions:
+        """The options of one layer: without the rule where it skips nothing."""
+        reaches = self.rule is None or self.rule.layers is None or layer in self.rule.layers
+        return self if reaches else replace(self, rule=None)
+
+
+class CallState(NamedTuple):
+    """What is computed once in a call and read by every layer.
+
+    Args:
+        cos, sin: [1, N, D/2], the rotary tables.
+        mask: [B, 1, S, T] bool, true where a token may look.
+        values: what the keep rule reads at this layer (`KeepRule.values_of`); empty without a rule.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
+    values: Values
+
+
+class KeyValue(NamedTuple):
+    """Keys and values, [B, kv heads, tokens, D], RoPE applied to the keys."""
+
+    key: Tensor
+    value: Tensor
+
+    def append(self, new: KeyValue) -> KeyValue:
+        """These, and those of the tokens of a call behind them: as a graph does it."""
+        return KeyValue(torch.cat((self.key, new.key), dim=2), torch.cat((self.value, new.value), dim=2))
+
+
+class Past(Protocol):
+    """K/V of the tokens before a call: `KeyValue`, or a cache that is written in place."""
+
+    def append(self, new: KeyValue) -> KeyValue:
+        """Take those of the call's tokens. Returns: all that the call may look at, [B, kv heads, T, D]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Rows that a branch runs on: rows [K, H] of its input, index [K] int64, gate [K, H] or [K, 1]; the residual
+    [N, H] that their results are added to; and what the rule tells the layer's next branch."""
+
+    rows: Tensor
+    index: Tensor
+    gate: Tensor
+    residual: Tensor
+    passes: Values = field(default_factory=dict)
+
+
+class Gate(nn.Module):
+    """A branch's gate: how much of its output a token takes, and how much the token needs it."""
+
+    def __init__(self, config: ModelConfig, gate: GateConfig) -> None:
+        super().__init__()
+        self.linear = Linear(
+            config.hidden_size, config.hidden_size if gate.kind == "vector" else 1, True, torch.float32
+        )
+        self.scalar = gate.kind == "scalar"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [N, H] -> gate [N, H] or [N, 1] float32, score [N] float32."""
+        gate = torch.sigmoid(self.linear(x.to(torch.float32)))
+        return gate, gate.reshape(-1) if self.scalar else gate.mean(dim=-1)
+
+
+class Attention(nn.Module):
+    """Attention's projections and norms; the layer decides which rows go through which."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, q, config.qkv_bias, dtype)
+        self.k_proj = Linear(config.hidden_size, kv, config.qkv_bias, dtype)
+        self.v_proj = Linear(config.hidden_size, kv, config.qkv_bias, dtype)
+        self.o_proj = Linear(q, config.hidden_size, config.o_bias, dtype)
+        norm = config.qk_norm
+        self.q_norm = RmsNorm(config.head_dim, config.rms_norm_eps, dtype) if norm else None
+        self.k_norm = RmsNorm(config.head_dim, config.rms_norm_eps, dtype) if norm else None
+
+    def queries(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """rows [K, H], cos and sin [1, K, D/2] -> [1, K, heads x D], RoPE applied."""
+        return self._rotated(self.q_proj(rows), self.q_norm, cos, sin, self.num_heads)
+
+    def keys(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The same for keys: [1, K, kv heads x D]."""
+        return self._rotated(self.k_proj(rows), self.k_norm, cos, sin, self.num_kv_heads)
+
+    def heads(self, x: Tensor, mask: Tensor) -> Tensor:
+        """K or V of all tokens, N x kv heads x D elements, as the cache holds it: [B, kv heads, S, D]."""
+        return x.view(mask.shape[0], mask.shape[2], self.num_kv_heads, self.head_dim).transpose(1, 2)
+
+    def _rotated(self, x: Tensor, norm: RmsNorm | None, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+        if norm is not None:
+            x = norm(x.view(x.shape[0], heads, self.head_dim)).view(x.shape)
+        return torch.onnx.ops.rotary_embedding(x.unsqueeze(0), cos, sin, num_heads=heads)
+
+
+class DecoderLayer(nn.Module):
+    """A decoder layer that leaves skipped work out.
+
+    Args:
+        config: the model.
+        options: keep rule, K/V policy and type.
+        has_below: under the K/V policy `copy`, whether there is a layer below to copy from.
+    """
+
+    def __init__(self, config: ModelConfig, options: DecoderOptions, *, has_below: bool) -> None:
+        super().__init__()
+        self.config, self.options, self.rule = config, options, options.rule
+        dtype = options.dtype
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.self_attn = Attention(config, dtype)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype)
+        for branch in config.gated_branches:
+            assert config.gate is not None
+            setattr(self, f"{branch}_gate", Gate(config, config.gate))
+        self.skippable = options.rule.branches if options.rule is not None else ()
+        for branch in self.skippable:
+            assert options.rule is not None
+            for name, module in options.rule.modules(config, branch).items():
+                setattr(self, name, module)
+        skips_attention = "attn" in self.skippable
+        self.copies_below = has_below and options.kv_policy == "copy" and skips_attention
+        self.drops_kv = options.kv_policy == "none" and skips_attention
+
+    def forward(
+        self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None = None
+    ) -> tuple[Tensor, KeyValue, KeyValue, Values]:
+        """hidden [N, H] -> the same; the cache with this call's K/V appended; this call's K/V alone; what the keep rule
+        reads from here on: `call.values`, with the states that it carries."""
+        hidden, present, new, values = self.attention_branch(hidden, call, past, below)
+        hidden, values = self.mlp_branch(hidden, call._replace(values=values))
+        return hidden, present, new, values
+
+    def attention_branch(
+        self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None, kept: Kept | None = None
+    ) -> tuple[Tensor, KeyValue, KeyValue, Values]:
+        """The attention branch; `kept` overrides the choice (calibration makes it itself)."""
+        normed = self.input_layernorm(hidden)
+        attn = self.self_attn
+        if "attn" not in self.skippable:
+            new = self._keys_and_values(normed, call)
+            present = past.append(new)
+            batch, _, length, _ = call.mask.shape
+            query = attn.queries(normed, call.cos, call.sin).view(batch, length, attn.num_heads * attn.head_dim)
+            rows = full_attention(query, present.key, present.value, call.mask, attn.num_heads)
+            out = attn.o_proj(rows.view(hidden.shape[0], query.shape[2]))
+            return self._add_all("attn", hidden, normed, out), present, new, call.values
+
+        kept = kept or self.choose("attn", hidden, normed, call)
+        cos, sin = call.cos.index_select(1, kept.index), call.sin.index_select(1, kept.index)
+        if self.copies_below or self.drops_kv:
+            own = KeyValue(attn.keys(kept.rows, cos, sin)[0], attn.v_proj(kept.rows))
+            if self.drops_kv:
+                below = _no_kv(hidden, call, attn)
+            assert below is not None
+            new = KeyValue(_replace(below.key, own.key, kept.index), _replace(below.value, own.value, kept.index))
+        else:
+            new = self._keys_and_values(normed, call)
+        present = past.append(new)
+        query = attn.queries(kept.rows, cos, sin)[0]
+        mask = call.mask
+        if self.drops_kv and self.rule is not None and self.rule.hides_skipped:
+            # A token that was skipped left zeros in the cache, which no computed key is.
+            there = (present.key[:, 0] != 0).any(dim=-1)
+            mask = mask & there[:, None, None, :]
+        attended = gathered_attention(query, kept.index, present.key, present.value, mask, attn.num_heads)
+        hidden, values = self._add("attn", hidden, attn.o_proj(attended), kept, call)
+        return hidden, present, new, values
+
+    def _keys_and_values(self, normed: Tensor, call: CallState) -> KeyValue:
+        attn = self.self_attn
+        key = attn.heads(attn.keys(normed, call.cos, call.sin), call.mask)
+        return KeyValue(key, attn.heads(attn.v_proj(normed), call.mask))
+
+    def mlp_branch(self, hidden: Tensor, call: CallState, kept: Kept | None = None) -> tuple[Tensor, Values]:
+        """The MLP branch; `kept` overrides the choice."""
+        normed = self.post_attention_layernorm(hidden)
+        if "mlp" not in self.skippable:
+            return self._add_all("mlp", hidden, normed, self.mlp(normed)), call.values
+        kept = kept or self.choose("mlp", hidden, normed, call)
+        return self._add("mlp", hidden, self.mlp(kept.rows), kept, call)
+
+    def gate(self, branch: Branch, hidden: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
+        """Gate [.., H] or [.., 1] and score [..] of the checkpoint's gate, float32, for some tokens."""
+        assert self.config.gate is not None
+        source = normed if self.config.gate.input == "post_norm" else hidden
+        gate: tuple[Tensor, Tensor] = getattr(self, f"{branch}_gate")(source)
+        return gate
+
+    def normed(self, branch: Branch, hidden: Tensor) -> Tensor:
+        """The branch's normalized input, [N, H]."""
+        norm = self.input_layernorm if branch == "attn" else self.post_attention_layernorm
+        out: Tensor = norm(hidden)
+        return out
+
+    def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> Kept:
+        """The rows that the branch runs on, by the keep rule."""
+        assert self.rule is not None
+        verdict = self.rule.judge(self, branch, hidden, normed, call.values)
+        return self.kept_by(verdict, branch, hidden, normed, call)
+
+    def kept_by(self, verdict: Verdict, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> Kept:
+        """The rows that a verdict keeps."""
+        assert self.rule is not None
+        gather = topk_gather if self.rule.by_rank else threshold_gather
+        rows, index, _ = gather(normed, verdict.score, verdict.bound)
+        residual = self.rule.skipped(self, branch, hidden, normed, verdict, call.values)
+        if verdict.gate is not None:
+            gate = verdict.gate.index_select(0, index)
+        elif branch in self.config.gated_branches:
+            gate, _ = self.gate(branch, hidden.index_select(0, index), rows)
+        else:
+            gate = rows.new_ones(rows.shape[0], 1)
+        return Kept(rows, index, gate.to(rows.dtype), residual, verdict.passes)
+
+    def _add_all(self, branch: Branch, hidden: Tensor, normed: Tensor, out: Tensor) -> Tensor:
+        """Add what a branch gave for every token, times the checkpoint's gate where there is one."""
+        if branch not in self.config.gated_branches:
+            return hidden + out
+        return hidden + self.gate(branch, hidden, normed)[0].to(out.dtype) * out
+
+    def _add(self, branch: Branch, hidden: Tensor, rows: Tensor, kept: Kept, call: CallState) -> tuple[Tensor, Values]:
+        """Add what a branch gave for the kept rows. Returns: the states, and what the rule reads from here on."""
+        assert self.rule is not None
+        after = gated_scatter_add(kept.residual, rows, kept.gate, kept.index)
+        values = {**call.values, **kept.passes}
+        return after, {**values, **self.rule.after(branch, hidden, after, kept.index, values)}
+
+
+def _no_kv(hidden: Tensor, call: CallState, attn: Attention) -> KeyValue:
+    """K and V that are not there: zeros, [B, kv heads, S, D]."""
+    batch, _, length, _ = call.mask.shape
+    zeros = hidden.new_zeros(batch, attn.num_kv_heads, length, attn.head_dim)
+    return KeyValue(zeros, zeros)
+
+
+def _replace(below: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """K or V of the layer below [B, kv heads, S, D], with the kept tokens' own rows [K, kv heads x D] put in."""
+    batch, heads, length, width = below.shape
+    flat = below.transpose(1, 2).reshape(batch * length, heads * width)
+    return flat.index_copy(0, index, rows).view(batch, length, heads, width).transpose(1, 2)

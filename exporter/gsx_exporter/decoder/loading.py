@@ -1,0 +1,108 @@
+"""Where the decoder's parameters lie in a checkpoint, and loading a part of the decoder from it.
+
+Parameter names are those of the assembled graph: `layers.{i}.mlp.up_proj.weight`, `norm.weight`,
+`lm_head.weight`, `embed_tokens`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.decoder.ends import Entry, Exit
+from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
+from gsx_exporter.decoder.modules import Linear
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a parameter of the assembled graph comes from.
+
+    Args:
+        name: of the tensor in the checkpoint.
+        transpose: whether it is a linear weight, [out, in] there and [in, out] here.
+        dtype: its type in the graph; what scores tokens is float32 whatever the graph's type.
+    """
+
+    name: str
+    transpose: bool
+    dtype: torch.dtype
+
+
+def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
+    """The parameters of a part of the decoder by their names in the graph, which begin with the prefix."""
+    found = {}
+    for path, owner in module.named_modules():
+        for name, parameter in owner.named_parameters(f"{prefix}{path}".rstrip("."), recurse=False):
+            transpose = isinstance(owner, Linear) and name.endswith("weight")
+            found[name] = Source(_checkpoint_name(name), transpose, parameter.dtype)
+    return found
+
+
+def _checkpoint_name(parameter: str) -> str:
+    """The checkpoint's name of a parameter of the graph: a gate's or router's own linear layer has no name there."""
+    name = parameter.replace(".linear.", ".")
+    if name == "embed_tokens":
+        return "model.embed_tokens.weight"
+    return name if name.startswith("lm_head.") else "model." + name
+
+
+def load_layer(checkpoint: Checkpoint, index: int, options: DecoderOptions) -> DecoderLayer:
+    """Layer `index` with its weights."""
+    with torch.device("meta"):
+        layer = DecoderLayer(checkpoint.config, options.of_layer(index), has_below=index > 0)
+    _fill(layer, checkpoint, f"layers.{index}.")
+    return layer
+
+
+def load_entry(checkpoint: Checkpoint, options: DecoderOptions) -> Entry:
+    """The embeddings and the call's state."""
+    with torch.device("meta"):
+        entry = Entry(checkpoint.hf_config, checkpoint.config, options)
+    _fill(entry, checkpoint, "")
+    return entry
+
+
+def load_exit(checkpoint: Checkpoint, options: DecoderOptions) -> Exit:
+    """The final norm and the head."""
+    with torch.device("meta"):
+        leave = Exit(checkpoint.config, options)
+    _fill(leave, checkpoint, "")
+    return leave
+
+
+def load_askers(checkpoint: Checkpoint, options: DecoderOptions) -> dict[int, nn.Module]:
+    """What the keep rule looks at the state with, by the depths behind which it asks; empty where it does not."""
+    return filled_askers(checkpoint.config, options, lambda asker, prefix: _fill(asker, checkpoint, prefix))
+
+
+def filled_askers(
+    config: ModelConfig, options: DecoderOptions, fill: Callable[[nn.Module, str], None]
+) -> dict[int, nn.Module]:
+    """The same with parameters from elsewhere.
+
+    Args: fill: gives a module on the meta device its parameters, whose names begin with a prefix; called once for each
+        distinct prefix.
+    """
+    rule = options.rule
+    if rule is None:
+        return {}
+    found: dict[str, nn.Module] = {}
+    for prefix in dict.fromkeys(map(rule.asker_prefix, rule.asked())):
+        with torch.device("meta"):
+            found[prefix] = rule.asker(config, options)
+        fill(found[prefix], prefix)
+    return {depth: found[rule.asker_prefix(depth)] for depth in rule.asked()}
+
+
+def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
+    state = {}
+    for name, source in sources(module, prefix).items():
+        tensor = checkpoint.tensor(source.name).to(source.dtype)
+        state[name.removeprefix(prefix)] = tensor.t() if source.transpose else tensor
+    module.load_state_dict(state, assign=True)

@@ -1,0 +1,66 @@
+"""How well a model predicts text: mean loss per token, of the reference or of anything that gives logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gsx_exporter.config import KvPolicy
+from gsx_exporter.masks.base import MaskRule
+from gsx_exporter.reference import Reference
+
+# Windows [B, S] int64 -> logits [B, S, V].
+LogitsOf = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Loss of a text.
+
+    Args:
+        nats: mean loss per predicted token.
+        tokens: how many were predicted: all but the first of each window.
+    """
+
+    nats: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss."""
+        return math.exp(self.nats)
+
+
+def losses(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Loss of every token but the first: logits [.., S, V], ids [.., S] -> [.., S - 1] float64, in nats."""
+    scores = logits[..., :-1, :].astype(np.float32)
+    scores -= scores.max(axis=-1, keepdims=True)
+    targets = np.take_along_axis(scores, ids[..., 1:, None], axis=-1)[..., 0]
+    found: np.ndarray = np.log(np.exp(scores).sum(axis=-1, dtype=np.float64)) - targets
+    return found
+
+
+def evaluate(logits_of: LogitsOf, windows: np.ndarray, *, batch: int = 4) -> Quality:
+    """Quality over windows [M, S] int64, so many at a time."""
+    total, tokens = 0.0, 0
+    for start in range(0, len(windows), batch):
+        ids = windows[start : start + batch]
+        found = losses(logits_of(ids), ids)
+        total += float(found.sum())
+        tokens += found.size
+    return Quality(total / tokens, tokens)
+
+
+def reference_logits(reference: Reference, rule: MaskRule | None, kv_policy: KvPolicy = "compute") -> LogitsOf:
+    """The reference under a keep rule, as `evaluate` takes it."""
+
+    def run(ids: np.ndarray) -> np.ndarray:
+        output = reference(torch.from_numpy(ids), rule=rule, kv_policy=kv_policy)
+        logits: np.ndarray = output.logits.float().numpy()
+        return logits
+
+    return run

@@ -1,0 +1,446 @@
+"""Stitching traced parts into the graphs of a bundle.
+
+Names: layer i's values begin with `layers.{i}.`; the ones that people and reports look for are
+`layers.{i}.output` (its state), `layers.{i}.{branch}.score` and `layers.{i}.{branch}.index` (the kept rows).
+Inputs and outputs are those of docs/design.md, section 6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.config import BRANCHES, Branch
+from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
+from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
+from gsx_exporter.decoder.loading import Source, sources
+from gsx_exporter.graph.trace import Input, Part, trace
+from gsx_exporter.graph.weights import ONNX_TYPES, Weight
+from gsx_exporter.rules.base import KeepRule, Value
+from gsx_plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION
+from gsx_plugins.registry import OPS
+
+CHOICES = ("ThresholdGather", "TopKGather")
+IR_VERSION = 11  # the one that opset 23 came with
+# Sizes of the examples that are traced: distinct, so that no two axes are taken for one.
+_B, _S, _P = 2, 3, 5
+
+
+class LayerPart(nn.Module):
+    """A decoder layer with flat inputs and outputs, as the tracer takes them."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """hidden, key and value of the past, cos, sin, mask; what the keep rule reads; with the K/V policy copy: key
+        and value of the layer below. Returns: hidden, present, new, and the states that the rule carries."""
+        past_key, past_value, cos, sin, mask, *more = rest
+        rule = self.layer.rule
+        names = list(rule_inputs(rule))
+        call = CallState(cos, sin, mask, dict(zip(names, more, strict=False)))
+        below = KeyValue(*more[len(names) :]) if self.layer.copies_below else None
+        hidden, present, new, values = self.layer(hidden, call, KeyValue(past_key, past_value), below)
+        return (hidden, *present, *new, *(values[name] for name in (rule.carried if rule else ())))
+
+
+def rule_inputs(rule: KeepRule | None) -> Mapping[str, Value]:
+    """What a layer reads for its keep rule, in order: values of the call, carried states, its own run-time inputs."""
+    if rule is None:
+        return {}
+    parts = {name: value.of_layer for name, value in rule.of_layer().items()}
+    return {**rule.entered(), **parts}
+
+
+@dataclass(frozen=True)
+class Graphs:
+    """The graphs of a bundle, by name, and the weights that they share, each once."""
+
+    models: Mapping[str, onnx.ModelProto]
+    weights: list[Weight]
+
+
+class GraphBuilder:
+    """Traces each part of the decoder once and lays out graphs from them.
+
+    Args:
+        checkpoint: its configuration is read, no weight is.
+        options: selection, K/V policy, type.
+        defaults: exported values of the keep rule's run-time inputs; those by sequence have a first axis of 1.
+        rewrite: what is made of the graphs before they are handed out (quantization).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        options: DecoderOptions,
+        defaults: Mapping[str, np.ndarray],
+        rewrite: Callable[[Graphs], Graphs] | None = None,
+    ) -> None:
+        self.checkpoint, self.options, self.defaults = checkpoint, options, defaults
+        self.rewrite = rewrite
+        self.config = config = checkpoint.config
+        self.rule = options.rule
+        assert set(defaults) == set(self.rule.inputs if self.rule else ()), "one default for each run-time input"
+        with torch.device("meta"):
+            entry = Entry(checkpoint.hf_config, config, options)
+            layers = [DecoderLayer(config, options.of_layer(i), has_below=i > 0) for i in range(config.num_layers)]
+            leave = Exit(config, options)
+        self.entry = trace(entry, self._entry_inputs(), self._entry_outputs())
+        self.copies_below = any(layer.copies_below for layer in layers)
+        # Layers of one kind share a trace.
+        kinds: dict[tuple[bool, bool], Part] = {}
+        for layer in layers:
+            kind = (layer.rule is not None, layer.copies_below)
+            if kind not in kinds:
+                kinds[kind] = self._trace_layer(layer)
+        self.parts = [kinds[layer.rule is not None, layer.copies_below] for layer in layers]
+        ids = Input((_B, _S), torch.int64, (0, 1))
+        self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
+        self._entry_module, self._layer_modules, self._exit_module = entry, layers, leave
+        self._asked = self.rule.asked() if self.rule else ()
+        self.asker: Part | None = None
+        if self.rule is not None and self._asked:
+            with torch.device("meta"):
+                self._asker_module = asker = self.rule.asker(config, options)
+            entered = {name: self._example(value) for name, value in self.rule.entered().items()}
+            reads = {"hidden": self._hidden(), "entering": self._hidden(), **entered}
+            self.asker = _name_asked(trace(asker, reads, [f"next_{name}" for name in self.rule.carried]))
+
+    def graphs(self, exit_layer: int | None) -> Graphs:
+        """The decoder as `model`, and split at an exit layer as `draft` and `verify` (docs/design.md, section 6).
+
+        Args:
+            exit_layer: number of layers that the draft runs, in 1 to L - 1; None for `model` alone.
+        """
+        depth = self.config.num_layers
+        spans = {"model": range(depth)}
+        if exit_layer is not None:
+            spans |= {"draft": range(exit_layer), "verify": range(exit_layer, depth)}
+        layouts = {name: self._decoder(f"gsx_{name}", layers) for name, layers in spans.items()}
+        parameters = {name: source for _, used in layouts.values() for name, source in used.items()}
+        graphs = Graphs({name: model for name, (model, _) in layouts.items()}, self._weights(parameters))
+        return graphs if self.rewrite is None else self.rewrite(graphs)
+
+    def _decoder(self, name: str, layers: range) -> tuple[onnx.ModelProto, dict[str, Source]]:
+        """A graph of some consecutive layers with final norm and head, and the parameters that it reads.
+
+        One that begins at layer 0 reads embeddings, another the state `exit_hidden`; one that ends below the last
+        layer gives that state beside the logits. What else goes from layer to layer passes the exit too: under the K/V
+        policy `copy` K and V of the layer below, of this call's tokens (`exit_key`, `exit_value`), and the states that
+        the keep rule carries (`exit_{name}` [B, S, 1]).
+        """
+        config = self.config
+        graph = _Layout()
+        found = sources(self._entry_module, "")
+        graph.add(self.entry, "", {}, {name: name for name in self.entry.outputs})
+        inputs = [
+            _value("input_ids", TensorProto.INT64, ["batch", "sequence"]),
+            _value("attention_mask", TensorProto.INT64, ["batch", "total"]),
+            _value("position_ids", TensorProto.INT64, ["batch", "sequence"]),
+        ]
+        outputs = [self._float("logits", ["batch", "sequence", config.vocab_size])]
+        state = self._float("exit_hidden", ["batch", "sequence", config.hidden_size])
+        heads, width = config.num_kv_heads, config.head_dim
+        below_values = [self._float(n, ["batch", heads, "sequence", width]) for n in ("exit_key", "exit_value")]
+        if not self.copies_below:
+            below_values = []
+        carried = {n: n for n in (self.rule.carried if self.rule else ())}
+        carried_values = {n: _value(f"exit_{n}", TensorProto.FLOAT, ["batch", "sequence", 1]) for n in carried}
+        hidden, below = "hidden", ("", "")
+        if layers.start:
+            hidden, below = "entering", ("exit_key", "exit_value")
+            graph.reshape("exit_hidden", [-1, config.hidden_size], hidden)
+            for n, value in carried_values.items():
+                carried[n] = f"entering_{n}"
+                graph.reshape(value.name, [-1, 1], carried[n])
+            inputs = [state, *below_values, *carried_values.values(), *inputs]
+        for i in layers:
+            past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
+            present = (f"present.{i}.key", f"present.{i}.value")
+            entering = hidden
+            hidden, below, carried = self._layer(graph, i, hidden, below, carried, past, present)
+            if self.rule is not None and self.asker is not None and i + 1 in self._asked:
+                carried = self._ask(graph, self.asker, i + 1, {"hidden": hidden, "entering": entering, **carried})
+                found |= sources(self._asker_module, self.rule.asker_prefix(i + 1))
+            found |= sources(self._layer_modules[i], f"layers.{i}.")
+            inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
+            outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
+        graph.add(self.exit, "", {"hidden": hidden}, {"logits": "logits"})
+        found |= sources(self._exit_module, "")
+        if layers.stop < config.num_layers:
+            outputs[1:1] = [state]
+            graph.shaped_like_ids(hidden, config.hidden_size, "exit_hidden")
+            for source, value in zip(below, below_values, strict=False):
+                outputs.append(value)
+                graph.rename(source, value.name)
+            for n, value in carried_values.items():
+                outputs.append(value)
+                graph.shaped_like_ids(carried[n], 1, value.name)
+        inputs += self._run_time_inputs(graph)
+        graph.drop_unread({value.name for value in outputs})
+        model = graph.model_proto(name, inputs, outputs)
+        return model, {name: found[name] for name in graph.parameters}
+
+    def _layer(
+        self,
+        graph: _Layout,
+        i: int,
+        hidden: str,
+        below: tuple[str, str],
+        carried: dict[str, str],
+        past: tuple[str, str],
+        present: tuple[str, str],
+    ) -> tuple[str, tuple[str, str], dict[str, str]]:
+        """Add layer i. Returns: the values of its state, of its K and V, and of what the rule carries."""
+        prefix = f"layers.{i}."
+        window = distinct_windows(self.config).index(self.config.windows[i])
+        reads = {
+            "hidden": hidden,
+            "past_key": past[0],
+            "past_value": past[1],
+            "cos": "cos",
+            "sin": "sin",
+            "mask": f"mask.{window}",
+            "below_key": below[0],
+            "below_value": below[1],
+            **carried,
+            **self._own_parts(graph, i),
+        }
+        writes = {
+            "output": prefix + "output",
+            "present_key": present[0],
+            "present_value": present[1],
+            "new_key": prefix + "new_key",
+            "new_value": prefix + "new_value",
+            **{f"next_{name}": prefix + name for name in carried},
+        }
+        part = self.parts[i]
+        graph.add(part, prefix, reads, writes)
+        passed = [name for name in carried if f"next_{name}" in part.outputs]
+        leaving = {**carried, **{name: writes[f"next_{name}"] for name in passed}}
+        return writes["output"], (writes["new_key"], writes["new_value"]), leaving
+
+    def _ask(self, graph: _Layout, asker: Part, depth: int, reads: dict[str, str]) -> dict[str, str]:
+        """Let the rule look at the state behind a layer. Returns: the values of what it carries."""
+        assert self.rule is not None
+        prefix = f"exits.{depth}."
+        writes = {f"next_{name}": prefix + name for name in self.rule.carried}
+        graph.add(asker, self.rule.asker_prefix(depth), reads, writes, scope=prefix)
+        return {name: prefix + name for name in self.rule.carried}
+
+    def _run_time_inputs(self, graph: _Layout) -> list[onnx.ValueInfoProto]:
+        """The keep rule's inputs, with the exported values as their defaults."""
+        values = []
+        axes: dict[int | str, int | str] = {"B": "batch", "L": self.config.num_layers}
+        for name, value in (self.rule.inputs if self.rule else {}).items():
+            default = np.asarray(self.defaults[name], _numpy_type(value.dtype))
+            graph.constants.append(numpy_helper.from_array(default, name))
+            shape = [axes.get(axis, axis) for axis in value.axes]
+            values.append(_value(name, helper.np_dtype_to_tensor_dtype(default.dtype), shape))
+        return values
+
+    def _own_parts(self, graph: _Layout, layer: int) -> dict[str, str]:
+        """A layer's own part of each value that has one."""
+        parts = {}
+        for name, value in (self.rule.of_layer() if self.rule else {}).items():
+            parts[name], index = f"layers.{layer}.{name}", f"layers.{layer}.number"
+            axis = value.axes.index("L")
+            graph.constants.append(numpy_helper.from_array(np.array(layer, np.int64), index))
+            graph.nodes.append(helper.make_node("Gather", [name, index], [parts[name]], name=parts[name], axis=axis))
+        return parts
+
+    def _trace_layer(self, layer: DecoderLayer) -> Part:
+        outputs = ["output", "present_key", "present_value", "new_key", "new_value"]
+        outputs += [f"next_{name}" for name in (layer.rule.carried if layer.rule else ())]
+        part = trace(LayerPart(layer), self._layer_inputs(layer), outputs)
+        return _name_choices(part, layer.skippable)
+
+    def _entry_inputs(self) -> dict[str, Input]:
+        int64 = torch.int64
+        return {
+            "input_ids": Input((_B, _S), int64, (0, 1)),
+            "attention_mask": Input((_B, _P + _S), int64, (0, 1)),
+            "position_ids": Input((_B, _S), int64, (0, 1)),
+            **{name: self._example(value) for name, value in (self.rule.of_call() if self.rule else {}).items()},
+        }
+
+    def _entry_outputs(self) -> list[str]:
+        masks = [f"mask.{n}" for n in range(len(distinct_windows(self.config)))]
+        return ["hidden", "cos", "sin", *masks, *(self.rule.entered() if self.rule else ())]
+
+    def _layer_inputs(self, layer: DecoderLayer) -> dict[str, Input]:
+        config, dtype = self.config, self.options.dtype
+        heads, width = config.num_kv_heads, config.head_dim
+        table = Input((1, _B * _S, width // 2), dtype, (1,))
+        cache = Input((_B, heads, _P, width), dtype, (0, 2))
+        inputs = {
+            "hidden": self._hidden(),
+            "past_key": cache,
+            "past_value": cache,
+            "cos": table,
+            "sin": table,
+            "mask": Input((_B, 1, _S, _P + _S), torch.bool, (0, 2, 3)),
+            **{name: self._example(value) for name, value in rule_inputs(layer.rule).items()},
+        }
+        if layer.copies_below:
+            below = Input((_B, heads, _S, width), dtype, (0, 2))
+            inputs |= {"below_key": below, "below_value": below}
+        return inputs
+
+    def _example(self, value: Value) -> Input:
+        """An example of a value that a keep rule reads."""
+        sizes = {"N": _B * _S, "B": _B, "L": self.config.num_layers}
+        shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in value.axes)
+        return Input(shape, value.dtype, tuple(n for n, axis in enumerate(value.axes) if axis in ("N", "B")))
+
+    def _hidden(self) -> Input:
+        return Input((_B * _S, self.config.hidden_size), self.options.dtype, (0,))
+
+    def _float(self, name: str, shape: list[str | int]) -> onnx.ValueInfoProto:
+        return _value(name, ONNX_TYPES[self.options.dtype], shape)
+
+    def _weights(self, parameters: Mapping[str, Source]) -> list[Weight]:
+        """Where each parameter of the graph lies in the checkpoint."""
+        return [Weight(name, one.name, one.transpose, one.dtype) for name, one in parameters.items()]
+
+
+@dataclass
+class _Layout:
+    """Nodes and constants of a graph under construction, and the parameters that it reads."""
+
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: list[onnx.TensorProto] = field(default_factory=list)
+    parameters: dict[str, None] = field(default_factory=dict)
+    shared: dict[int, str] = field(default_factory=dict)
+
+    def add(
+        self, part: Part, prefix: str, reads: Mapping[str, str], writes: Mapping[str, str], scope: str | None = None
+    ) -> None:
+        """Add a part's nodes.
+
+        Args:
+            prefix: of its parameters.
+            reads, writes: values outside that it reads and gives.
+            scope: what all its other values begin with; None for the prefix, or its first output.
+        """
+        names = {name: reads.get(name, name) for name in part.inputs}
+        names |= {name: writes[name] for name in part.outputs}
+        for parameter, value in part.weights.items():
+            name = prefix + parameter.removeprefix("layer.")
+            names[value] = name
+            self.parameters[name] = None
+        scope = scope or prefix or f"{part.outputs[0]}."
+        shared = self.shared.setdefault(id(part), scope)  # layers of one kind share their constants
+        for constant in part.constants:
+            names[constant.name] = shared + constant.name
+            if shared == scope:
+                copy = onnx.TensorProto()
+                copy.CopyFrom(constant)
+                copy.name = names[constant.name]
+                self.constants.append(copy)
+        for node in part.nodes:
+            copy_node = onnx.NodeProto()
+            copy_node.CopyFrom(node)
+            copy_node.name = scope + node.name
+            copy_node.input[:] = [n and names.get(n, scope + n) for n in node.input]
+            copy_node.output[:] = [n and names.get(n, scope + n) for n in node.output]
+            self.nodes.append(copy_node)
+
+    def reshape(self, source: str, shape: Sequence[int], out: str) -> None:
+        """Add a Reshape to a fixed shape (one axis may be -1)."""
+        self.constants.append(numpy_helper.from_array(np.array(shape, np.int64), f"{out}.shape"))
+        self.nodes.append(helper.make_node("Reshape", [source, f"{out}.shape"], [out], name=out))
+
+    def shaped_like_ids(self, source: str, width: int, out: str) -> None:
+        """[N, width] -> [B, S, width], as `input_ids` are."""
+        size, shape, last = f"{out}.ids", f"{out}.shape", f"{out}.width"
+        self.constants.append(numpy_helper.from_array(np.array([width], np.int64), last))
+        self.nodes += [
+            helper.make_node("Shape", ["input_ids"], [size], name=size),
+            helper.make_node("Concat", [size, last], [shape], name=shape, axis=0),
+            helper.make_node("Reshape", [source, shape], [out], name=out),
+        ]
+
+    def rename(self, source: str, out: str) -> None:
+        """Give a value of the graph the name of an output."""
+        self.nodes.append(helper.make_node("Identity", [source], [out], name=out))
+
+    def drop_unread(self, outputs: Iterable[str]) -> None:
+        """Leave out what no output depends on: a graph that reads states needs no embedding, for one."""
+        read = set(outputs)
+        nodes = []
+        for node in reversed(self.nodes):
+            if read.intersection(node.output):
+                nodes.append(node)
+                read.update(node.input)
+        self.nodes = nodes[::-1]
+        self.constants = [constant for constant in self.constants if constant.name in read]
+        self.parameters = {name: None for name in self.parameters if name in read}
+
+    def model_proto(
+        self, name: str, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]
+    ) -> onnx.ModelProto:
+        """The model, with function bodies for the custom ops in use and without weights."""
+        used = {node.op_type for node in self.nodes if node.domain == DOMAIN}
+        graph = helper.make_graph(self.nodes, name, inputs, outputs, initializer=self.constants)
+        return helper.make_model(
+            graph,
+            producer_name="gsx",
+            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, OPSET_VERSION)],
+            functions=[op.function() for op_name, op in OPS.items() if op_name in used],
+        )
+
+
+def _name_choices(part: Part, branches: Sequence[Branch]) -> Part:
+    """Give the scores and kept rows of each branch their names. What gathers the same rows again is a stand-in."""
+    choices: list[onnx.NodeProto] = []
+    for node in part.nodes:
+        if node.op_type in CHOICES and node.input[0] not in {choice.input[0] for choice in choices}:
+            choices.append(node)
+    assert len(choices) == len(branches)
+    names: dict[str, str] = {}
+    for branch, node in zip([b for b in BRANCHES if b in branches], choices, strict=True):
+        if node.input[1] in names:  # a score of both branches, computed once
+            again = helper.make_node("Identity", [node.input[1]], [f"{branch}.score"], name=f"{branch}.score")
+            part.nodes.insert(part.nodes.index(node), again)
+            node.input[1] = again.output[0]
+        else:
+            names[node.input[1]] = f"{branch}.score"
+        names |= dict(zip(node.output, (f"{branch}.rows", f"{branch}.index", f"{branch}.count"), strict=True))
+    return _renamed(part, names)
+
+
+def _renamed(part: Part, names: Mapping[str, str]) -> Part:
+    for node in part.nodes:
+        node.input[:] = [names.get(n, n) for n in node.input]
+        node.output[:] = [names.get(n, n) for n in node.output]
+    return part
+
+
+def _name_asked(part: Part) -> Part:
+    """Give the tokens that an asker runs on their names, if it runs on some alone."""
+    names: dict[str, str] = {}
+    for node in part.nodes:
+        if node.op_type == "ThresholdGather":
+            names[node.input[1]] = "asked.score"
+            names |= dict(zip(node.output, ("asked.rows", "asked.index", "asked.count"), strict=True))
+    return _renamed(part, names)
+
+
+def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def _value(name: str, onnx_type: int, shape: Sequence[str | int]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, onnx_type, list(shape))

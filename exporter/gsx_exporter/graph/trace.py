@@ -1,0 +1,169 @@
+"""Tracing one part of the decoder to ONNX nodes, with weights as inputs.
+
+A decoder is a few distinct parts (entry, one or two kinds of layer, exit), so each is traced once with
+`torch.export` and translated by `torch.onnx.export(dynamo=True)`; `assemble.py` repeats the nodes for every layer.
+Tracing time and memory therefore do not grow with depth, no weight is ever in memory, and every value has a name
+that says where it belongs.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import torch
+from onnxscript import opset23, values
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gsx_plugins import domain, library
+from gsx_plugins.registry import register_all
+
+_GSX = values.Opset(domain.DOMAIN, domain.OPSET_VERSION)
+_PLUGIN = {"plugin_namespace": library.PLUGIN_NAMESPACE, "plugin_version": library.PLUGIN_VERSION}
+
+
+@dataclass(frozen=True)
+class Input:
+    """An input of a part: shape and type of an example, and which axes are dynamic."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    dynamic: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """ONNX nodes of a part of the decoder.
+
+    Args:
+        nodes: in topological order.
+        constants: small constants that the nodes read.
+        weights: parameter name of the torch module -> value name in the nodes.
+        inputs, outputs: value names, in the order of the traced function.
+    """
+
+    nodes: list[onnx.NodeProto]
+    constants: Sequence[onnx.TensorProto]
+    weights: Mapping[str, str]
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+
+
+class _Functional(nn.Module):
+    """Calls a module with its weights given as an argument (the module itself stays on the meta device)."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._hidden = [module]  # a list hides it from torch's module tree, so that no weight is exported
+
+    def forward(self, weights: dict[str, Tensor], inputs: Sequence[Tensor]) -> Any:
+        return torch.func.functional_call(self._hidden[0], weights, tuple(inputs))
+
+
+def trace(module: nn.Module, inputs: Mapping[str, Input], outputs: Sequence[str]) -> Part:
+    """Trace a module whose parameters are on the meta device.
+
+    Args:
+        module: takes the inputs in order and returns a tensor or a tuple of tensors.
+        inputs: name -> example; an example's dynamic axes should have distinct sizes above 1.
+        outputs: names for what it returns.
+    """
+    register_all()
+    with FakeTensorMode():
+        weights = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in module.named_parameters()}
+        examples = [torch.empty(i.shape, dtype=i.dtype) for i in inputs.values()]
+    dynamic = [dict.fromkeys(i.dynamic, torch.export.Dim.AUTO) for i in inputs.values()]
+    with _quiet():
+        exported = torch.export.export(
+            _Functional(module),
+            (weights, examples),
+            dynamic_shapes=({name: {} for name in weights}, dynamic),
+            strict=False,
+        )
+        program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=domain.ONNX_OPSET,
+            custom_translation_table=_translations(),
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model_proto
+    assert not model.functions, "standard ops only: a function of onnxscript was left in the graph"
+    graph = model.graph
+    names = [value.name for value in graph.input]
+    assert len(names) == len(weights) + len(examples), "an input was dropped in tracing"
+    renamed = dict(zip(names[len(weights) :], inputs, strict=True))
+    renamed.update(zip((value.name for value in graph.output), outputs, strict=True))
+    taken = set(renamed.values())
+    for node in graph.node:  # torch's own names for values in between must not collide with ours
+        renamed |= {name: name + "_" for name in node.output if name in taken and name not in renamed}
+    nodes = [_renamed(node, renamed) for node in graph.node]
+    return Part(
+        nodes=nodes,
+        constants=list(graph.initializer),
+        weights=dict(zip(weights, names[: len(weights)], strict=True)),
+        inputs=list(inputs),
+        outputs=list(outputs),
+    )
+
+
+def _renamed(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
+    out = onnx.NodeProto()
+    out.CopyFrom(node)
+    out.input[:] = [names.get(n, n) for n in node.input]
+    out.output[:] = [names.get(n, n) for n in node.output]
+    del out.metadata_props[:]
+    out.doc_string = ""
+    return out
+
+
+def _translations() -> dict[Any, Any]:
+    """How our torch ops become nodes."""
+
+    def threshold(x: Any, score: Any, tau: Any) -> Any:
+        return _GSX.ThresholdGather(x, score, tau, **_PLUGIN)
+
+    def topk(x: Any, score: Any, k: Any) -> Any:
+        return _GSX.TopKGather(x, score, k, **_PLUGIN)
+
+    def scatter(residual: Any, rows: Any, gate: Any, index: Any) -> Any:
+        return _GSX.GatedScatterAdd(residual, rows, gate, index, **_PLUGIN)
+
+    def attention(query: Any, index: Any, key: Any, value: Any, mask: Any, num_heads: int) -> Any:
+        return _GSX.GatheredAttention(query, index, key, value, mask, num_heads=num_heads, **_PLUGIN)
+
+    def every(query: Any, key: Any, value: Any, mask: Any, num_heads: int) -> Any:
+        return _GSX.FullAttention(query, key, value, mask, num_heads=num_heads, **_PLUGIN)
+
+    def norm(x: Any, weight: Any, eps: float) -> Any:
+        return opset23.RMSNormalization(x, weight, epsilon=eps)
+
+    return {
+        torch.ops.gsx.rms_norm.default: norm,
+        torch.ops.gsx.full_attention.default: every,
+        torch.ops.gsx.threshold_gather.default: threshold,
+        torch.ops.gsx.topk_gather.default: topk,
+        torch.ops.gsx.gated_scatter_add.default: scatter,
+        torch.ops.gsx.gathered_attention.default: attention,
+    }
+
+
+@contextmanager
+def _quiet() -> Any:
+    """Silence torch's notes on packages that are not installed; real errors still raise."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

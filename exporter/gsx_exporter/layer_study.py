@@ -1,0 +1,162 @@
+"""What leaving out whole layers does to a model: exits against skipped layers, and what each sequence would need.
+
+Asked by Dynamic layer selection in decoder-only transformers (2410.20022): at the same number of layers, is it better
+to exit early or to skip some in between; and with how few layers would each sequence have been predicted as well as by
+all of them? The second is an oracle: it knows the loss, so it bounds what any choice of one set a sequence can save.
+
+A set of layers stays the same for a whole sequence, so a skipped layer has no K and V, and nobody asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gsx_engines.bundle.layer_sets import unified_places
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.evaluation import losses
+from gsx_exporter.quantization.walk import Stream, Walk
+
+# Ways to choose n of the layers: the first n; n in even steps, with the first and the last (Unified Layer Skipping);
+# what is left when the least harmful layer is taken out again and again.
+Family = Literal["exit", "even", "greedy"]
+FAMILIES: tuple[Family, ...] = ("exit", "even", "greedy")
+
+LayerSet = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SetResult:
+    """Some of the layers, and the loss with them alone: mean nats per predicted token of each sequence, [M] float64."""
+
+    family: Family
+    kept: LayerSet
+    nats: np.ndarray
+
+
+@dataclass(frozen=True)
+class Oracle:
+    """The fewest layers that each sequence needs, among the sets that were tried.
+
+    Args:
+        tolerance: nats per token that a sequence's loss may lie above the whole model's.
+        layers: [M] int64, size of the smallest such set for each sequence; all layers where there is none.
+        share: their mean, as a share of all layers.
+    """
+
+    tolerance: float
+    layers: np.ndarray
+    share: float
+
+
+class LayerSets:
+    """Losses of a text under sets of layers.
+
+    What the layers below the first difference gave is kept from one set to the next. Weights stay in memory.
+
+    Args:
+        checkpoint: gated or dense; gates multiply, and nothing is skipped by them.
+        ids: [M, S] int64.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, ids: np.ndarray) -> None:
+        self.depth = checkpoint.config.num_layers
+        self._walk = Walk(checkpoint, ids, DecoderOptions())
+        with torch.inference_mode():
+            self._layers = [layer for _, layer in self._walk.layers()]
+            self._states: dict[LayerSet, Tensor] = {(): self._walk.stream({}).hidden}
+
+    def nats(self, kept: LayerSet) -> np.ndarray:
+        """Mean loss of each sequence, [M] float64, with these layers alone (ascending)."""
+        with torch.inference_mode():
+            known = max(n for n in range(len(kept) + 1) if kept[:n] in self._states)
+            stream = Stream({}, {}, self._states[kept[:known]])
+            for number in kept[known:]:
+                self._walk.through(number, self._layers[number], stream)
+            found = [losses(logits.numpy(), ids.numpy()).mean(axis=-1) for ids, logits in self._walk.logits(stream)]
+        return np.concatenate(found)
+
+    def remember(self, kept: LayerSet) -> None:
+        """Hold on to the states on the way through a set, and to no others."""
+        with torch.inference_mode():
+            states: dict[LayerSet, Tensor] = {(): self._states[()]}
+            stream = Stream({}, {}, states[()])
+            for count, number in enumerate(kept):
+                known = self._states.get(kept[: count + 1])
+                if known is None:
+                    self._walk.through(number, self._layers[number], stream)
+                else:
+                    stream.hidden = known
+                states[kept[: count + 1]] = stream.hidden
+        self._states = states
+
+
+def study(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    on_set: Callable[[int, int], None] = lambda done, total: None,
+) -> list[SetResult]:
+    """Losses of every family at every number of layers.
+
+    Args:
+        ids: [M, S] int64, sequences.
+        on_set: called with (sets tried, sets in all).
+    Returns: the whole model first, as `greedy`; then by family, from many layers to few.
+    """
+    sets = LayerSets(checkpoint, ids)
+    depth, done = sets.depth, 0
+    whole = tuple(range(depth))
+    # All exits but the whole model, even sets from 2 layers up, and what the greedy search tries.
+    total = 1 + (depth - 1) + max(depth - 2, 0) + sum(range(2, depth + 1))
+
+    def nats(kept: LayerSet) -> np.ndarray:
+        nonlocal done
+        done += 1
+        on_set(done, total)
+        return sets.nats(kept)
+
+    sets.remember(whole)
+    found = [SetResult("greedy", whole, nats(whole))]
+    found += [SetResult("exit", whole[:n], nats(whole[:n])) for n in range(depth - 1, 0, -1)]
+    for n in range(depth - 1, 1, -1):
+        even = tuple(dict.fromkeys(layer for layer, _ in unified_places(depth, depth / n)))
+        found.append(SetResult("even", even, nats(even)))
+    kept = whole
+    while len(kept) > 1:
+        tried = [SetResult("greedy", other, nats(other)) for other in (_without(kept, layer) for layer in kept)]
+        best = min(tried, key=lambda one: float(one.nats.mean()))
+        found.append(best)
+        kept = best.kept
+        sets.remember(kept)
+    return found
+
+
+def oracle(found: Sequence[SetResult], tolerance: float, families: Sequence[Family] = FAMILIES) -> Oracle:
+    """The fewest layers for each sequence whose loss is at most the whole model's plus a tolerance (nats per token)."""
+    whole = found[0]
+    depth = len(whole.kept)
+    fewest = np.full(len(whole.nats), depth, np.int64)
+    for one in found:
+        if one.family in families:
+            fewest = np.where(one.nats <= whole.nats + tolerance, np.minimum(fewest, len(one.kept)), fewest)
+    return Oracle(tolerance, fewest, float(fewest.mean() / depth))
+
+
+def curves(found: Sequence[SetResult]) -> Mapping[Family, list[tuple[int, float, LayerSet]]]:
+    """For each family: layers kept, perplexity, and the set, from many layers to few, the whole model first."""
+    whole = found[0]
+
+    def point(one: SetResult) -> tuple[int, float, LayerSet]:
+        return len(one.kept), float(np.exp(one.nats.mean())), one.kept
+
+    return {f: [point(whole)] + [point(one) for one in found[1:] if one.family == f] for f in FAMILIES}
+
+
+def _without(kept: LayerSet, layer: int) -> LayerSet:
+    return tuple(other for other in kept if other != layer)

@@ -1,0 +1,203 @@
+"""Explicit Q/DQ: a float graph and a plan -> a graph whose large products run in 8 bits.
+
+    x -> QuantizeLinear -> DequantizeLinear -> MatMul <- DequantizeLinear <- codes
+
+A runtime that knows the pattern makes one 8-bit product of it. For that (research and traps: docs/quantization.md):
+codes of weights feed their DequantizeLinear directly and lie [in, out] already, scales have the type of the
+activations, there is no Cast between, zero-points are 0, and products of one value share one pair. A pair stands where
+its MatMul stands, behind the gather, so that skipped rows are not quantized either.
+
+Rows of an embedding are dequantized once they are read, each with its own scale:
+
+    ids -> Gather <- codes -> DequantizeLinear (scale 1) -> Mul <- Unsqueeze <- Gather <- scales
+
+A gate's weights are codes too, but its product runs in float32, since it decides. So they are dequantized by nodes that
+no runtime takes for a product in 8 bits (of Q/DQ around weights alone ONNX Runtime makes one that rounds the input):
+
+    codes -> Cast -> Mul <- scales
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import onnx
+import torch
+from onnx import helper
+from torch import Tensor
+
+from gsx_exporter.graph.assemble import Graphs
+from gsx_exporter.graph.weights import ONNX_TYPES, Weight
+from gsx_exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
+from gsx_exporter.quantization.scheme import EMBEDDING, GATES, TABLES, WEIGHTS_ALONE, Scheme
+
+_HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
+_GATES = tuple(GATES.values())
+
+
+def quantize_graphs(graphs: Graphs, plan: Plan, dtype: torch.dtype) -> Graphs:
+    """Graphs whose products run in 8 bits where the plan says so, and whose other matrices are stored in 16 bits.
+
+    Args: dtype: of the graphs' activations, and so of the scales.
+    """
+    weights: dict[str, Weight] = {}
+    stored: dict[str, str] = {}  # a matrix that is stored in 16 bits -> its name in the file
+    for weight in graphs.weights:
+        narrow = _narrow_type(weight, plan)
+        matrix = weight.name.removesuffix(".weight")
+        if matrix in plan.input_scales:
+            weights |= {one.name: one for one in _stored(weight, plan.scheme_of(matrix))}
+        elif narrow is not None:
+            stored[weight.name] = f"{weight.name}.stored"
+            weights[stored[weight.name]] = Weight(stored[weight.name], weight.source, weight.transpose, narrow)
+        else:
+            weights[weight.name] = weight
+    for model in graphs.models.values():
+        _dequantize_gates(model.graph, plan)
+        _quantize_products(model.graph, plan, dtype)
+        if EMBEDDING in plan.input_scales:
+            _quantize_embedding(model.graph, dtype)
+        _read_16_bits(model.graph, stored)
+    return Graphs(graphs.models, list(weights.values()))
+
+
+def _dequantize_gates(graph: onnx.GraphProto, plan: Plan) -> None:
+    """Make float32 weights of a gate's codes."""
+    made: dict[str, str] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        for place, codes in enumerate(node.input):
+            gate = codes.removesuffix(".weight")
+            if not gate.endswith(_GATES) or gate not in plan.input_scales:
+                continue
+            if codes not in made:
+                made[codes], unscaled = f"{codes}.dequantized", f"{codes}.unscaled"
+                nodes += [
+                    _cast(codes, unscaled),
+                    helper.make_node("Mul", [unscaled, f"{codes}_scale"], [made[codes]], name=made[codes]),
+                ]
+            node.input[place] = made[codes]
+        nodes.append(node)
+    _replace(graph, nodes)
+
+
+def _quantize_products(graph: onnx.GraphProto, plan: Plan, dtype: torch.dtype) -> None:
+    """Put Q/DQ around the products that the plan quantizes."""
+    nodes: list[onnx.NodeProto] = []
+    pairs: dict[tuple[str, float], str] = {}  # (value, scale) -> the value quantized and dequantized
+    for node in graph.node:
+        linear = node.input[1].removesuffix(".weight") if node.op_type == "MatMul" else ""
+        if linear not in plan.input_scales or linear.endswith(_GATES):
+            nodes.append(node)
+            continue
+        codes, floats = node.input[1], f"{linear}.weight.dequantized"
+        nodes.append(helper.make_node("DequantizeLinear", [codes, f"{codes}_scale"], [floats], name=floats, axis=1))
+        value, scale = node.input[0], plan.input_scales[linear]
+        if scale is not None:
+            if (value, scale) not in pairs:
+                pairs[value, scale] = f"{linear}.input.dequantized"
+                nodes += _pair(graph, linear, value, scale, plan, dtype)
+            node.input[0] = pairs[value, scale]
+        node.input[1] = floats
+        nodes.append(node)
+    _replace(graph, nodes)
+
+
+def _quantize_embedding(graph: onnx.GraphProto, dtype: torch.dtype) -> None:
+    """Read the embedding's rows as codes and their scales."""
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        if node.op_type != "Gather" or node.input[0] != EMBEDDING:
+            nodes.append(node)
+            continue
+        out, ids = node.output[0], node.input[1]
+        codes, floats, scales, column = f"{out}.codes", f"{out}.unscaled", f"{out}.scales", f"{out}.column"
+        one, zero, last = f"{EMBEDDING}.one", f"{EMBEDDING}.zero", f"{EMBEDDING}.last"
+        graph.initializer.append(helper.make_tensor(last, onnx.TensorProto.INT64, [1], [-1]))
+        graph.initializer.append(helper.make_tensor(one, ONNX_TYPES[dtype], [], [1.0]))
+        graph.initializer.append(helper.make_tensor(zero, ONNX_TYPES[WEIGHTS_ALONE.dtype], [], [0]))
+        nodes += [
+            helper.make_node("Gather", [EMBEDDING, ids], [codes], name=codes),
+            helper.make_node("DequantizeLinear", [codes, one, zero], [floats], name=floats),
+            helper.make_node("Gather", [f"{EMBEDDING}_scale", ids], [scales], name=scales),
+            helper.make_node("Unsqueeze", [scales, last], [column], name=column),
+            helper.make_node("Mul", [floats, column], [out], name=out),
+        ]
+    _replace(graph, nodes)
+
+
+def _narrow_type(weight: Weight, plan: Plan) -> torch.dtype | None:
+    """The 16-bit type that a float32 matrix is stored in, or None.
+
+    Gates that stay high are stored so only where their values are 16-bit numbers already, so that no decision changes.
+    Tables (embedding and head) of a float32 checkpoint are rounded to half precision, a sixteenth of what 8 bits round.
+    """
+    is_table = weight.name.removesuffix(".weight") in TABLES
+    if weight.dtype != torch.float32 or not (is_table or weight.transpose):
+        return None
+    return _HALF.get(plan.checkpoint.stored_type(weight.source), torch.float16 if is_table else None)
+
+
+def _read_16_bits(graph: onnx.GraphProto, stored: Mapping[str, str]) -> None:
+    """Cast matrices that are stored in 16 bits where they are read."""
+    casts: dict[str, onnx.NodeProto] = {}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.op_type == "Gather" and node.input[0] in stored:  # rows first: the table stays small in memory too
+            out, rows = node.output[0], f"{node.output[0]}.stored"
+            node.input[0], node.output[0] = stored[node.input[0]], rows
+            nodes.append(_cast(rows, out))
+            continue
+        casts |= {name: _cast(stored[name], name) for name in node.input if name in stored}
+    _replace(graph, [*casts.values(), *nodes])
+
+
+def _cast(value: str, out: str) -> onnx.NodeProto:
+    return helper.make_node("Cast", [value], [out], name=out, to=onnx.TensorProto.FLOAT)
+
+
+def _stored(weight: Weight, scheme: Scheme) -> tuple[Weight, Weight]:
+    """A weight as codes, under its own name, and the scales of its channels; of an embedding, of its rows.
+
+    Scales have the type that the product runs in: the graph's, of a gate float32.
+    """
+    by_row, dtype = weight.name == EMBEDDING, weight.dtype
+
+    def codes(w: Tensor) -> Tensor:
+        return quantize_weight(w.t(), scheme, dtype).t() if by_row else quantize_weight(w, scheme, dtype)
+
+    def scales(w: Tensor) -> Tensor:
+        return weight_scales(w.t() if by_row else w, scheme, dtype)
+
+    return (
+        Weight(weight.name, weight.source, weight.transpose, scheme.dtype, codes),
+        Weight(f"{weight.name}_scale", weight.source, weight.transpose, dtype, scales),
+    )
+
+
+def _pair(
+    graph: onnx.GraphProto, linear: str, value: str, scale: float, plan: Plan, dtype: torch.dtype
+) -> Iterable[onnx.NodeProto]:
+    """QuantizeLinear and DequantizeLinear of a value; the pair has a scale of its own."""
+    name = f"{linear}.input"
+    constants = graph.initializer
+    onnx_type = ONNX_TYPES[dtype]
+    constants.append(helper.make_tensor(f"{name}.scale", onnx_type, [], [scale_value(scale, dtype)]))
+    constants.append(helper.make_tensor(f"{name}.zero", ONNX_TYPES[plan.scheme.dtype], [], [0]))
+    parameters = [f"{name}.scale", f"{name}.zero"]
+    codes, floats = f"{name}.quantized", f"{name}.dequantized"
+    return (
+        helper.make_node("QuantizeLinear", [value, *parameters], [codes], name=codes),
+        helper.make_node("DequantizeLinear", [codes, *parameters], [floats], name=floats),
+    )
+
+
+def _replace(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
+    copies = []
+    for node in nodes:
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copies.append(copy)
+    del graph.node[:]
+    graph.node.extend(copies)

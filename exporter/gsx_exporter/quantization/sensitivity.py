@@ -1,0 +1,93 @@
+"""Which linear layers cost the most in 8 bits, and the fewest to leave alone for a quality that is asked for.
+
+Each group of linear layers that read the same values is quantized alone and measured; then groups are left in full
+precision, the dearest first, until the whole model holds the limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gsx_exporter.quantization.plan import Plan, groups_of
+from gsx_exporter.quantization.simulate import Cost, Simulation
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A quality target, against float32 at the same budget.
+
+    Args:
+        perplexity_increase: relative, at most; 0.01 is one percent.
+        flipped: share of keep/skip decisions that may come out differently.
+    """
+
+    perplexity_increase: float = 0.01
+    flipped: float = 0.01
+
+    def hold(self, cost: Cost) -> bool:
+        """Whether a cost is within them."""
+        return cost.perplexity_increase <= self.perplexity_increase and cost.flipped <= self.flipped
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the search found.
+
+    Args:
+        plan: the quantized model; holds the limits.
+        cost: of that plan; everything: of the whole model in 8 bits.
+        ranking: (group, its cost alone), the dearest first; empty where everything holds the limits.
+        kept: groups left in full precision.
+    """
+
+    plan: Plan
+    cost: Cost
+    everything: Cost
+    ranking: tuple[tuple[str, Cost], ...]
+    kept: tuple[str, ...]
+
+
+def choose(
+    simulation: Simulation,
+    plan: Plan,
+    limits: Limits,
+    on_group: Callable[[int, int], None] = lambda done, total: None,
+) -> Chosen:
+    """Leave as few groups as possible in full precision.
+
+    Args: on_group: called with (groups measured, groups) as it goes.
+    """
+    everything = simulation.cost(plan)
+    if limits.hold(everything):
+        return Chosen(plan, everything, everything, (), ())
+    groups = {
+        name: linears
+        for name, linears in groups_of(plan.checkpoint.config).items()
+        if any(linear in plan.input_scales for linear in linears)
+    }
+    costs: dict[str, Cost] = {}
+    for name, linears in groups.items():
+        costs[name] = simulation.cost(plan, [linear for linear in linears if linear in plan.input_scales])
+        on_group(len(costs), len(groups))
+
+    def price(cost: Cost) -> float:
+        """Divergence stands for the loss, which may fall by luck."""
+        return cost.divergence / limits.perplexity_increase + cost.flipped / limits.flipped
+
+    ranking = sorted(costs.items(), key=lambda item: -price(item[1]))
+
+    def keeping(count: int) -> Plan:
+        return plan.without({linear for name, _ in ranking[:count] for linear in groups[name]})
+
+    # The fewest that hold, by bisection: keeping all of them costs nothing, and so holds.
+    too_few, enough, cost = 0, len(ranking), Cost(0.0, 0.0, 0.0)
+    while enough - too_few > 1:
+        middle = (too_few + enough) // 2
+        found = simulation.cost(keeping(middle))
+        if limits.hold(found):
+            enough, cost = middle, found
+        else:
+            too_few = middle
+    kept = tuple(name for name, _ in ranking[:enough])
+    return Chosen(keeping(enough), cost, everything, tuple(ranking), kept)

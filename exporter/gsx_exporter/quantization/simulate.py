@@ -1,0 +1,154 @@
+"""What a plan does to the model, measured without a graph: the eager decoder with rounded weights and inputs.
+
+Weights are the very codes that would be written, times their scales; ModelOpt's quantizer rounds inputs. Layers below
+the first one that is quantized are not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import Tensor, nn
+
+from gsx_engines.bundle.controls import Controls
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.config import Branch
+from gsx_exporter.decoder.ends import Entry, Exit
+from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue
+from gsx_exporter.decoder.modules import Linear
+from gsx_exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
+from gsx_exporter.quantization.scheme import EMBEDDING, HEAD, TABLES, WEIGHTS_ALONE, Scheme
+from gsx_exporter.quantization.walk import Stream, Walk
+from gsx_exporter.rules.base import Values
+from gsx_exporter.text import TokenText
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What 8 bits cost on a text, against the same model in float32.
+
+    Args:
+        nats: increase of the mean loss per token; below 0 where it fell.
+        divergence: mean KL divergence of the next-token distribution, in nats.
+        flipped: share of keep/skip decisions that came out differently; 0 without gates.
+    """
+
+    nats: float
+    divergence: float
+    flipped: float
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Relative: 0.01 is one percent."""
+        return float(torch.expm1(torch.tensor(self.nats, dtype=torch.float64)))
+
+
+def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
+    """A weight [in, out] as its codes give it back."""
+    codes = quantize_weight(weight, scheme, torch.float32)
+    return codes.float() * weight_scales(weight, scheme, torch.float32)
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer as the graph runs it in 8 bits, in float32 arithmetic."""
+
+    def __init__(self, linear: Linear, scheme: Scheme, input_scale: float | None) -> None:
+        super().__init__()
+        self.weight = rounded(linear.weight, scheme)
+        self.bias = linear.bias
+        self.quantizer: nn.Module = nn.Identity()
+        if input_scale is not None:
+            self.quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=scheme.num_bits, axis=None))
+            self.quantizer.amax = torch.tensor(scale_value(input_scale, torch.float32) * scheme.largest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in] -> [.., out]."""
+        y = torch.matmul(self.quantizer(x) if len(x) else x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class Simulation:
+    """A text at one selection: the model in float32, once, and plans against it.
+
+    Args:
+        checkpoint: the model as it is.
+        text: what to measure on.
+        controls: run-time inputs of the keep rule.
+        options: keep rule and K/V policy.
+        on_layer: called with (layers done, layers) as the float32 model goes.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        text: TokenText,
+        controls: Controls,
+        options: DecoderOptions,
+        on_layer: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self._options, self._ids = options, text.ids
+        self._layers = checkpoint.config.num_layers
+        self._controls = controls
+        self._states: list[tuple[Values, Tensor, KeyValue | None]] = []
+        self._keep: list[dict[Branch, Tensor]] = []
+        with torch.inference_mode():
+            walk = Walk(checkpoint, text.ids, options)
+            stream = walk.stream(controls)
+            for number, layer in walk.layers():
+                self._states.append((stream.entered, stream.hidden, stream.below))
+                self._keep.append(walk.through(number, layer, stream))
+                on_layer(number + 1, self._layers)
+            self._states.append((stream.entered, stream.hidden, stream.below))  # what the head alone reads
+            # Half precision is exact enough for what 8 bits are compared with, and half as large.
+            self._logits = [F.log_softmax(logits, dim=-1).half() for _, logits in walk.logits(stream)]
+
+    def cost(self, plan: Plan, only: Collection[str] | None = None) -> Cost:
+        """What the plan costs; `only` quantizes these of its matrices alone."""
+        chosen = set(plan.input_scales) if only is None else set(only)
+        if not chosen:
+            return Cost(0.0, 0.0, 0.0)
+        layers = [int(name.split(".")[1]) for name in chosen if name not in TABLES]
+        first = 0 if EMBEDDING in chosen else min(layers, default=self._layers)
+
+        def quantize_table(end: Entry | Exit) -> None:
+            if isinstance(end, Entry) and EMBEDDING in chosen:
+                end.embed_tokens.data = rounded(end.embed_tokens.t(), WEIGHTS_ALONE).t()
+            elif isinstance(end, Exit) and HEAD in chosen:
+                end.lm_head.weight.data = rounded(end.lm_head.weight, WEIGHTS_ALONE)
+
+        different = decisions = 0
+        with torch.inference_mode():
+            walk = Walk(plan.checkpoint, self._ids, self._options, quantize_table)
+            stream = walk.stream(self._controls)
+            if first:
+                stream = Stream(stream.inputs, *self._states[first])
+            for number, layer in walk.layers(first):
+                _quantize_layer(layer, number, plan, chosen)
+                for branch, keep in walk.through(number, layer, stream).items():
+                    different += int((keep != self._keep[number][branch]).sum())
+            decisions = sum(keep.numel() for row in self._keep for keep in row.values())
+            nats = divergence = 0.0
+            tokens = 0
+            for (ids, logits), stored in zip(walk.logits(stream), self._logits, strict=True):
+                found, wanted = F.log_softmax(logits, dim=-1), stored.float()
+                divergence += float((wanted.exp() * (wanted - found)).sum())
+                targets = ids[:, 1:, None]
+                nats += float((wanted - found)[:, :-1].gather(-1, targets).sum())
+                tokens += targets.numel()
+        return Cost(nats / tokens, divergence / self._ids.size, different / decisions if decisions else 0.0)
+
+
+def _quantize_layer(layer: DecoderLayer, number: int, plan: Plan, chosen: Collection[str]) -> None:
+    prefix = f"layers.{number}."
+    for name in [name for name in chosen if name.startswith(prefix)]:
+        path = name.removeprefix(prefix)
+        owner, _, attribute = path.rpartition(".")
+        linear = layer.get_submodule(path)
+        assert isinstance(linear, Linear)
+        quantized = QuantizedLinear(linear, plan.scheme_of(name), plan.input_scales[name])
+        setattr(layer.get_submodule(owner), attribute, quantized)

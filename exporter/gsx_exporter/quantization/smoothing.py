@@ -1,0 +1,116 @@
+"""SmoothQuant, folded into weights that are there anyway.
+
+A channel that is far larger than the others takes all of the 127 steps that one scale for the tensor has. Dividing the
+channel by s, and multiplying the weights that read it by s, changes nothing in exact arithmetic and leaves both sides
+with a fair range. The rule is `s = max|x|^alpha / max|w|^(1 - alpha)` of each channel (Xiao et al., arXiv 2211.10438),
+with two choices of our own:
+
+- s is a power of two, so that dividing and multiplying round nothing, in any float type: a gate that reads the same
+  norm has its weights multiplied too, and decides exactly as before;
+- nothing is added to the graph: the division goes into the norm before the products, or into up_proj before down_proj.
+  (o_proj has no such place: V's scale would show in the K/V cache.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.quantization.statistics import Statistics
+
+# s is at most 2^6 from 1, which keeps half precision's norms and weights away from its limits.
+_MOST_STEPS = 6
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where channels can be divided for free.
+
+    Args:
+        readers: linear layers that read the channels: their weights are multiplied along their input.
+        gate: a gate that reads them too.
+        norm: norm whose weight is divided; None for `up_proj`, whose output channels are.
+    """
+
+    readers: tuple[str, ...]
+    gate: str | None
+    norm: str | None
+
+
+def sites(config: ModelConfig) -> tuple[Site, ...]:
+    """Of every layer; names are those below `model.layers.{i}.`."""
+    reads = config.gate is not None and config.gate.input == "post_norm"
+
+    def gate(branch: str) -> str | None:
+        return f"{branch}_gate" if reads and branch in config.gated_branches else None
+
+    attn = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    return (
+        Site(attn, gate("attn"), "input_layernorm"),
+        Site(("mlp.gate_proj", "mlp.up_proj"), gate("mlp"), "post_attention_layernorm"),
+        Site(("mlp.down_proj",), None, None),
+    )
+
+
+@dataclass
+class SmoothedCheckpoint(Checkpoint):
+    """A checkpoint that gives its tensors smoothed.
+
+    Args:
+        factors: tensor name -> (axis, factors): what the tensor is multiplied with along an axis.
+    """
+
+    factors: Mapping[str, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """See `Checkpoint`; in the type it is stored in, which powers of two leave exact."""
+        found = super().tensor(name)
+        for axis, factor in self.factors.get(name, ()):
+            shape = [-1 if n == axis else 1 for n in range(found.ndim)]
+            found = found * torch.from_numpy(factor).to(found.dtype).reshape(shape)
+        return found
+
+
+def smooth(checkpoint: Checkpoint, found: Statistics, alpha: float) -> tuple[SmoothedCheckpoint, dict[str, np.ndarray]]:
+    """The smoothed model, and the sizes of its inputs.
+
+    Args: found: statistics of the model as it is; alpha in [0, 1], 0 changes nothing.
+    Returns: the checkpoint; linear layer -> [in], as `Statistics.inputs`.
+    """
+    factors: dict[str, list[tuple[int, np.ndarray]]] = {}
+    inputs = dict(found.inputs)
+    for layer in range(checkpoint.config.num_layers) if alpha else ():
+        for site in sites(checkpoint.config):
+            readers = [f"layers.{layer}.{name}" for name in site.readers]
+            sizes = np.max([found.inputs[name] for name in readers], axis=0)
+            weights = np.max([found.weights[name] for name in readers], axis=0)
+            s = _factor(sizes, weights, alpha)
+            for name in readers:
+                inputs[name] = inputs[name] / s
+                factors.setdefault(f"model.{name}.weight", []).append((1, s))
+            if site.gate is not None:
+                factors[f"model.layers.{layer}.{site.gate}.weight"] = [(1, s)]
+            if site.norm is not None:
+                factors[f"model.layers.{layer}.{site.norm}.weight"] = [(0, 1 / s)]
+            else:
+                for part in ("weight", "bias"):
+                    factors.setdefault(f"model.layers.{layer}.mlp.up_proj.{part}", []).append((0, 1 / s))
+    values = {name: getattr(checkpoint, name) for name in ("directory", "source", "hf_config", "config", "files")}
+    return SmoothedCheckpoint(**values, factors=factors), inputs
+
+
+def _factor(sizes: np.ndarray, weights: np.ndarray, alpha: float) -> np.ndarray:
+    """s of each channel: a power of two, float32; 1 where nothing was seen."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        exponent = alpha * np.log2(sizes) - (1 - alpha) * np.log2(weights)
+    finite = np.isfinite(exponent)
+    # Only the differences between channels matter: the median channel stays as it is.
+    exponent = exponent - np.median(exponent[finite]) if finite.any() else exponent
+    steps = np.where(finite, np.clip(np.rint(exponent), -_MOST_STEPS, _MOST_STEPS), 0)
+    factor: np.ndarray = np.exp2(steps).astype(np.float32)
+    return factor

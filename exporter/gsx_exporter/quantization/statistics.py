@@ -1,0 +1,79 @@
+"""How large the inputs of every linear layer get: the numbers, and keeping them from one export to the next.
+
+They depend on model, text and selection alone, not on the type that is quantized to, so they are kept under a hash of
+those. `watch.py` finds them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gsx_engines.bundle.controls import Controls
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.decoder.layer import DecoderOptions
+
+# Goes into the key of what is kept: another way of counting must not find the old numbers.
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Sizes at one selection.
+
+    Args:
+        inputs: linear layer ("layers.0.mlp.up_proj") -> [in] float32, the largest magnitude of each input channel
+            over the rows that the layer ran on; 0 where it never ran.
+        weights: linear layer -> [in] float32, the largest magnitude of the weights that read the channel.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    weights: Mapping[str, np.ndarray]
+
+
+def default_cache() -> Path:
+    """Where statistics are kept between exports: below `$XDG_CACHE_HOME`, or `~/.cache`."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "gsx" / "statistics"
+
+
+def key(checkpoint: Checkpoint, ids: np.ndarray, text_sha256: str, options: DecoderOptions, controls: Controls) -> str:
+    """What the numbers depend on, hashed."""
+    digest = hashlib.sha256(f"{_VERSION} {checkpoint.weights_sha256()} {text_sha256} {ids.shape}".encode())
+    digest.update(f"{options.rule.name if options.rule else None} {options.kv_policy}".encode())
+    digest.update(ids.tobytes())
+    for name, value in sorted(controls.items()):
+        digest.update(name.encode() + np.asarray(value).tobytes())
+    return digest.hexdigest()
+
+
+def load(path: Path) -> Statistics | None:
+    """What an earlier export kept, if it did."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            inputs = {name.removeprefix("in:"): stored[name] for name in stored.files if name.startswith("in:")}
+            weights = {name.removeprefix("w:"): stored[name] for name in stored.files if name.startswith("w:")}
+    except (OSError, ValueError):
+        return None  # a file that broke off is as good as none
+    return Statistics(inputs, weights)
+
+
+def save(path: Path, found: Statistics) -> None:
+    """Keep a file, whole; a cache that cannot be written is no reason to fail."""
+    arrays: dict[str, Any] = {f"in:{name}": sizes for name, sizes in found.inputs.items()}
+    arrays |= {f"w:{name}": sizes for name, sizes in found.weights.items()}
+    beside = path.with_suffix(f".{os.getpid()}.partial.npz")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(beside, **arrays)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,124 @@
+"""Finding the statistics: text goes through the model, and every linear layer's input is looked at.
+
+A branch that keeps half of the tokens sees other numbers than one that keeps all, so the text goes through with the
+exported selection, and what a skipped token would have given is not counted. ModelOpt's calibrator does the counting,
+for each input channel: smoothing needs channels, and the range of the whole tensor follows from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from modelopt.torch.quantization.calib import MaxCalibrator
+from torch import Tensor, nn
+
+from gsx_engines.bundle.controls import Controls
+from gsx_engines.errors import CheckpointError
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
+from gsx_exporter.decoder.modules import Linear
+from gsx_exporter.quantization.scheme import LINEARS
+from gsx_exporter.quantization.statistics import Statistics, key, load, save
+from gsx_exporter.quantization.walk import Stream, Walk
+
+
+def statistics(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    points: Sequence[Controls],
+    options: DecoderOptions,
+    *,
+    text_sha256: str,
+    cache: Path | None = None,
+    on_layer: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Statistics]:
+    """Statistics for each selection; those that an earlier export has found on the same text are taken from the cache.
+
+    Args:
+        ids: [M, S] int64, calibration text; text_sha256: its hash.
+        points: run-time inputs of the keep rule, one set a selection; empty without a rule.
+        cache: directory; None keeps nothing.
+        on_layer: called with (layers done, layers) as it goes.
+    Raises:
+        CheckpointError: an input of some layer is not finite.
+    """
+    found: list[Statistics | None] = [None] * len(points)
+    paths: list[Path | None] = [None] * len(points)
+    if cache is not None:
+        paths = [cache / f"{key(checkpoint, ids, text_sha256, options, point)}.npz" for point in points]
+        found = [load(path) for path in paths if path is not None]
+    missing = [n for n, one in enumerate(found) if one is None]
+    if missing:
+        for n, one in zip(
+            missing, _watch(checkpoint, ids, [points[n] for n in missing], options, on_layer), strict=True
+        ):
+            found[n] = one
+            path = paths[n]
+            if path is not None:
+                save(path, one)
+    return [one for one in found if one is not None]
+
+
+def _watch(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    points: Sequence[Controls],
+    options: DecoderOptions,
+    on_layer: Callable[[int, int], None],
+) -> list[Statistics]:
+    inputs: list[dict[str, np.ndarray]] = [{} for _ in points]
+    weights: dict[str, np.ndarray] = {}
+    with torch.inference_mode():
+        walk = Walk(checkpoint, ids, options)
+        streams = [walk.stream(point) for point in points]
+        for number, layer in walk.layers():
+            weights |= {f"layers.{number}.{name}": _weight_sizes(layer, name) for name in LINEARS}
+            for stream, sizes in zip(streams, inputs, strict=True):
+                sizes |= _watch_layer(walk, number, layer, stream)
+            on_layer(number + 1, checkpoint.config.num_layers)
+    return [Statistics(sizes, weights) for sizes in inputs]
+
+
+def _watch_layer(walk: Walk, number: int, layer: DecoderLayer, stream: Stream) -> dict[str, np.ndarray]:
+    calibrators = {name: MaxCalibrator(num_bits=8, axis=-1) for name in LINEARS}
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            rows = args[0]
+            if not bool(rows.isfinite().all()):
+                raise CheckpointError(
+                    f"{walk.checkpoint.source}: an input of layers.{number}.{name} is not finite on this text",
+                    found="NaN" if bool(rows.isnan().any()) else "infinity",
+                    todo="the model diverges there in full precision: quantization cannot mend that",
+                )
+            if len(rows):
+                calibrators[name].collect(rows)
+
+        return collect
+
+    hooks = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in LINEARS]
+    try:
+        walk.through(number, layer, stream)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    sizes = {}
+    for name, calibrator in calibrators.items():
+        amax = calibrator.compute_amax()
+        width = _linear(layer, name).weight.shape[0]
+        sizes[f"layers.{number}.{name}"] = np.zeros(width, np.float32) if amax is None else amax.reshape(-1).numpy()
+    return sizes
+
+
+def _weight_sizes(layer: DecoderLayer, name: str) -> np.ndarray:
+    sizes: np.ndarray = _linear(layer, name).weight.abs().amax(dim=1).numpy()
+    return sizes
+
+
+def _linear(layer: DecoderLayer, name: str) -> Linear:
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, Linear)
+    return linear

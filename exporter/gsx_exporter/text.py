@@ -1,0 +1,135 @@
+"""Text -> windows of token ids, for calibration and evaluation.
+
+The default calibration text ships with the package, so that an export needs nothing but a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from gsx_engines.errors import CheckpointError, TextError
+from gsx_exporter.checkpoint import TOKENIZER, Checkpoint
+
+WINDOW_TOKENS = 512
+# Below this many tokens a quantile at a share of 0.01 means nothing.
+MIN_TOKENS = 256
+# No text repeats one token so often: these are blanks, or words that the tokenizer does not know.
+MOST_OF_ONE = 0.75
+
+
+@dataclass(frozen=True)
+class TokenText:
+    """A text, cut into equal windows.
+
+    Args:
+        ids: [M, S] int64.
+        sha256: hash of the text's bytes.
+        name: what to call it (a file name).
+    """
+
+    ids: np.ndarray
+    sha256: str
+    name: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all windows."""
+        return int(self.ids.size)
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """The checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    path = checkpoint.directory / TOKENIZER
+    if not path.is_file():
+        raise CheckpointError(
+            f"{checkpoint.source}: has no tokenizer",
+            expected=TOKENIZER,
+            found="no such file",
+            todo="save it with tokenizer.save_pretrained (a fast tokenizer writes tokenizer.json)",
+        )
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception on malformed files
+        raise CheckpointError(f"{path}: cannot be read as a tokenizer", found=str(error)) from error
+
+
+def read_text(path: Path | None) -> tuple[str, str]:
+    """A text file and its name; None for the one that ships with the package."""
+    if path is None:
+        resource = resources.files("gsx_exporter") / "data" / "calibration.txt"
+        return resource.read_text(encoding="utf-8"), "gsx default text"
+    if not path.is_file():
+        raise TextError(f"{path}: no such text file")
+    try:
+        return path.read_text(encoding="utf-8"), path.name
+    except UnicodeDecodeError as error:
+        raise TextError(f"{path}: is not UTF-8 text", found=str(error)) from error
+
+
+def tokenize(
+    checkpoint: Checkpoint, path: Path | None, *, max_tokens: int, window: int = WINDOW_TOKENS, skip: int = 0
+) -> TokenText:
+    """A text file as windows of tokens, each beginning as the tokenizer begins a text.
+
+    Args:
+        path: UTF-8 text; None for the default text.
+        max_tokens: read no more than about this many (whole windows).
+        window: tokens of a window; less where the text is shorter or the model's context is.
+        skip: leave out this many at the beginning.
+    Raises:
+        TextError: the text, or what is left of it, is too short to say anything, or nearly all one token.
+    """
+    tokenizer = load_tokenizer(checkpoint)
+    text, name = read_text(path)
+    window = min(window, checkpoint.config.max_positions)
+    prefix = tokenizer.encode("").ids
+    # A token is seldom above 16 bytes: more text than this would be thrown away.
+    upto = skip + max_tokens
+    ids = tokenizer.encode(text[: 16 * upto], add_special_tokens=False).ids[skip:upto]
+    if len(ids) < MIN_TOKENS:
+        raise TextError(
+            f"{name}: the text is too short to calibrate on",
+            expected=f"at least {MIN_TOKENS} tokens (tens of thousands are better)",
+            found=f"{len(ids)} tokens" + (f" behind the first {skip}" if skip else ""),
+        )
+    common = int(np.bincount(ids).argmax())
+    share = ids.count(common) / len(ids)
+    if share > MOST_OF_ONE:
+        raise TextError(
+            f"{name}: the tokenizer makes next to nothing of this text",
+            expected="running text of a kind that the model reads",
+            found=f"{share:.0%} of its tokens are {tokenizer.id_to_token(common)!r}",
+        )
+    highest = max(ids)
+    if highest >= checkpoint.config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.source}: the tokenizer does not fit the model",
+            expected=f"token ids below {checkpoint.config.vocab_size}",
+            found=str(highest),
+        )
+    body = min(window - len(prefix), len(ids))
+    count = len(ids) // body
+    rows = np.asarray(ids[: count * body], dtype=np.int64).reshape(count, body)
+    start = np.tile(np.asarray(prefix, dtype=np.int64), (count, 1))
+    return TokenText(np.concatenate([start, rows], axis=1), hashlib.sha256(text.encode()).hexdigest(), name)
+
+
+def behind(checkpoint: Checkpoint, path: Path | None, seen: int, max_tokens: int) -> TokenText | None:
+    """The part of a text behind its first tokens, which something was fitted to; None where too little is left.
+
+    Args: seen: tokens of the windows that were fitted to; path, max_tokens: as `tokenize`.
+    """
+    try:
+        return tokenize(checkpoint, path, max_tokens=max_tokens, skip=seen)
+    except TextError:
+        return None

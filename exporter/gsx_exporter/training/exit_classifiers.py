@@ -1,0 +1,261 @@
+"""CALM's early-exit classifiers: behind an exit, the chance that the model's next token would stay as it is there.
+
+The model is frozen. A token's label at an exit is whether the most likely next token there, by the model's own norm and
+head, is the whole model's. Each exit has a logistic regression of its own on the state that leaves its layer: the
+paper's independent objective (arXiv:2207.07061 section 3.5; the released code's `loss_fn_meta_cls`), where tokens that
+may leave and tokens that may not weigh alike however many there are of each. That is a convex problem, so it is solved
+(L-BFGS over all tokens) rather than trained by steps, and the same text gives the same classifier.
+
+The released code shares one classifier between all layers; with one for each exit none has to fit states of every
+depth, and nothing is lost: equal tensors are a shared one. Facts: docs/methods.md section 9.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from gsx_engines.bundle.bundle import writing
+from gsx_engines.errors import CheckpointError, TextError, UsageError
+from gsx_exporter.checkpoint import CONFIG, EXIT_CLASSIFIER, Checkpoint, open_checkpoint
+from gsx_exporter.convert import SLACK_BYTES, write_config, write_safetensors
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.quantization.walk import Walk
+from gsx_exporter.text import WINDOW_TOKENS, load_tokenizer
+from gsx_exporter.training.corpus import read_corpus, split
+from gsx_exporter.training.tokenizer import encode_documents
+
+# Tokens that the classifiers are fitted to, and of them the share that they are judged on instead.
+DEFAULT_TOKENS, HELD_OUT = 32_768, 1 / 8
+FEWEST_WINDOWS = 4
+# Of half the squared weights of standardized states, beside the mean loss: enough to keep separable labels finite.
+PENALTY = 1e-3
+_STEPS = 200
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class ExitClassifier:
+    """One exit's.
+
+    Args:
+        depth: layers below it.
+        weight, bias: [1, H], [1] float32.
+        agreement: share of the held-out tokens whose next token here is the whole model's.
+        ranking: chance that of two held-out tokens, one that may leave and one that may not, the former scores higher
+            (area under the ROC curve); 0.5 is a guess. NaN where the held-out tokens are all of one kind.
+    """
+
+    depth: int
+    weight: Tensor
+    bias: Tensor
+    agreement: float
+    ranking: float
+
+
+@dataclass(frozen=True)
+class ClassifierResult:
+    """A checkpoint with classifiers. Args: directory: where; tokens: of the text; exits: in the order of depth."""
+
+    directory: Path
+    tokens: int
+    exits: tuple[ExitClassifier, ...]
+
+
+def train_exit_classifiers(
+    model: str | Path,
+    out: str | Path,
+    *,
+    depths: Sequence[int] | None = None,
+    text: Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> ClassifierResult:
+    """Fit a classifier behind each exit of a checkpoint, and write the checkpoint with them.
+
+    Args:
+        model: a directory or a hub id; its weights stay as they are.
+        out: the checkpoint's directory; appears whole or not at all, and must not be in use.
+        depths: exits; None for those that the checkpoint names.
+        text: a directory of text files; None for the standard library of the running Python.
+        tokens: of the text, at most.
+        on_progress: called with stage, done and total.
+    Raises:
+        UsageError: out is in use, a model without exits, depths outside it, a text that tells nothing at an exit.
+        CheckpointError, TextError: model or text cannot be used.
+    """
+    out = Path(out)
+    on_progress("checking the checkpoint", 0, 0)
+    checkpoint = open_checkpoint(model)
+    exits = _exits(checkpoint, depths)
+    with writing(out, overwrite=False, needed_bytes=checkpoint.weight_bytes() + SLACK_BYTES) as work:
+        on_progress("reading the text", 0, 0)
+        ids = _windows(checkpoint, text, tokens)
+        found = fit_exit_classifiers(checkpoint, ids, exits, on_progress)
+        _write(checkpoint, found, work, on_progress)
+    return ClassifierResult(out, int(ids.size), found)
+
+
+def fit_exit_classifiers(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    depths: Sequence[int],
+    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> tuple[ExitClassifier, ...]:
+    """Fit one classifier behind each exit, in two passes over a text; one layer's states are in memory at a time.
+
+    Args:
+        ids: [M, S] int64, all of it tokens; the last windows are held out.
+        depths: ascending.
+    Raises:
+        UsageError: an exit that agrees with the model at every token, or at none.
+    """
+    walk = Walk(checkpoint, ids, DecoderOptions())
+    layers = checkpoint.config.num_layers
+    total = layers + depths[-1]
+    choices: dict[int, Tensor] = {}
+    fitted = []
+    fit_on = (len(ids) - max(1, int(len(ids) * HELD_OUT))) * ids.shape[1]
+    with torch.inference_mode():
+        stream = walk.stream({})
+        for number, layer in walk.layers():
+            on_progress("what the exits say", number, total)
+            walk.through(number, layer, stream)
+            if number + 1 in (*depths, layers):
+                choices[number + 1] = torch.cat([logits.argmax(dim=-1).flatten() for _, logits in walk.logits(stream)])
+        stream = walk.stream({})
+    for number, layer in walk.layers():
+        on_progress("fitting", layers + number, total)
+        with torch.inference_mode():
+            walk.through(number, layer, stream)
+        depth = number + 1
+        if depth in depths:
+            agrees = choices[depth] == choices[layers]
+            weight, bias = _fit(stream.hidden[:fit_on].clone(), agrees[:fit_on].clone(), depth)
+            held, labels = stream.hidden[fit_on:], agrees[fit_on:]
+            scores = (held @ weight.t() + bias)[:, 0]
+            fitted.append(ExitClassifier(depth, weight, bias, float(labels.float().mean()), _ranking(scores, labels)))
+        if depth == depths[-1]:
+            break
+    return tuple(fitted)
+
+
+def _fit(states: Tensor, agrees: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """Balanced logistic regression: states [N, H], labels [N] bool -> weight [1, H], bias [1]."""
+    share = float(agrees.float().mean())
+    if share in (0.0, 1.0):
+        raise UsageError(
+            f"exit {depth}: there is nothing to learn",
+            expected="tokens of both kinds",
+            found=f"its next token is {'always' if share else 'never'} the whole model's, on {len(agrees)} tokens",
+            todo="give more text, or leave this exit out",
+        )
+    mean, spread = states.mean(dim=0), states.std(dim=0).clamp(min=1e-6)
+    # The released code's: 1 minus the share of a label's own kind.
+    each = torch.where(agrees, 1 - share, share)
+    labels = agrees.float()
+    weight, bias = (torch.zeros(size, requires_grad=True) for size in (states.shape[1], 1))
+    solver = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        scaled = weight / spread
+        scores = states @ scaled + (bias - mean @ scaled)
+        found = binary_cross_entropy_with_logits(scores, labels, each, reduction="sum") / each.sum()
+        found = found + PENALTY / 2 * weight.square().sum()
+        found.backward()  # type: ignore[no-untyped-call]
+        return found
+
+    solver.step(loss)  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        scaled = weight / spread
+        return scaled[None], bias - mean @ scaled
+
+
+def _ranking(scores: Tensor, agrees: Tensor) -> float:
+    """Area under the ROC curve: scores [N], labels [N] bool."""
+    positive = agrees.numpy()
+    n = int(positive.sum())
+    if n in (0, len(positive)):
+        return float("nan")
+    ranks = rankdata(scores.numpy())
+    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
+
+
+def _exits(checkpoint: Checkpoint, depths: Sequence[int] | None) -> list[int]:
+    config = checkpoint.config
+    if config.router is not None:
+        raise UsageError("the checkpoint has routers, which say what runs", expected="a checkpoint without routers")
+    wanted = [depth for depth in config.exits if depth < config.num_layers] if depths is None else depths
+    if not wanted:
+        raise UsageError(
+            "the checkpoint names no exits",
+            expected='"exits" in the "gsx" section of config.json, below the last layer',
+            todo="name the depths: --exit-classifiers 4,8",
+        )
+    outside = [depth for depth in wanted if not 0 < depth < config.num_layers]
+    if outside:
+        raise UsageError(
+            "exits lie outside the model",
+            expected=f"depths from 1 to {config.num_layers - 1}",
+            found=", ".join(map(str, outside)),
+        )
+    return sorted(set(wanted))
+
+
+def _windows(checkpoint: Checkpoint, text: Path | None, tokens: int) -> np.ndarray:
+    """Windows [M, S] of the training part of a corpus."""
+    documents = split(read_corpus(text))["train"]
+    # From all over the text, whatever the files' order; a token is seldom above 16 bytes.
+    order = np.random.default_rng(_SEED).permutation(len(documents))
+    sizes = np.cumsum([len(documents[n].text) for n in order])
+    some = [documents[n] for n in order[: 1 + int(np.searchsorted(sizes, 16 * tokens))]]
+    end = next(iter(checkpoint.config.eos_ids), None)
+    ids = encode_documents(load_tokenizer(checkpoint), some, end_of_text=end)[:tokens]
+    width = min(WINDOW_TOKENS, checkpoint.config.max_positions)
+    count = len(ids) // width
+    if count < FEWEST_WINDOWS:
+        raise TextError(
+            "the text is too short to fit exit classifiers to",
+            expected=f"{FEWEST_WINDOWS * width} tokens or more",
+            found=f"{len(ids)} tokens",
+        )
+    highest = int(ids.max())
+    if highest >= checkpoint.config.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.source}: the tokenizer does not fit the model",
+            expected=f"token ids below {checkpoint.config.vocab_size}",
+            found=str(highest),
+        )
+    return ids[: count * width].astype(np.int64).reshape(count, width)
+
+
+def _write(
+    checkpoint: Checkpoint,
+    found: Sequence[ExitClassifier],
+    work: Path,
+    on_progress: Callable[[str, int, int], None],
+) -> None:
+    """The checkpoint with these classifiers, and without those that it may have had."""
+    for path in checkpoint.companions():
+        shutil.copyfile(path, work / path.name)
+    own: dict[str, Tensor] = {}
+    for one in found:
+        prefix = f"model.layers.{one.depth - 1}.{EXIT_CLASSIFIER}"
+        own |= {f"{prefix}.weight": one.weight.contiguous(), f"{prefix}.bias": one.bias}
+    kept = [name for name in checkpoint.names if f".{EXIT_CLASSIFIER}." not in name]
+
+    def read(name: str) -> Tensor:
+        return own[name] if name in own else checkpoint.tensor(name)
+
+    sizes = {name: read(name).numel() * read(name).element_size() for name in (*kept, *own)}
+    write_config(checkpoint, {"exit_classifiers": [one.depth for one in found]}, set(), work / CONFIG)
+    write_safetensors(work, sizes, read, on_tensor=lambda done: on_progress("writing weights", done, len(sizes)))

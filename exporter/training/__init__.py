@@ -1,6 +1,0 @@
-"""Training gated checkpoints: the recipes of GateSkip and LayerSkip together, as a library."""
-
-from exporter.training.config import ModelShape, TrainConfig
-from exporter.training.loop import StepReport, TrainResult, export_snapshot, train
-
-__all__ = ["ModelShape", "StepReport", "TrainConfig", "TrainResult", "export_snapshot", "train"]

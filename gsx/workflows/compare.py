@@ -1,0 +1,212 @@
+"""`gsx compare`: every policy that a checkpoint has what it needs for; quality and time against what is kept.
+
+Each policy is exported once into a work folder and stays there. A text's first half calibrates, and its second half is
+measured. Every round times the whole model beside the settings of one bundle, so that a ratio is of one moment, and no
+more than two bundles are loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import gsx
+import gsx_engines
+import gsx_exporter
+import gsx_plugins
+from gsx.comparison.measure import STEPS, Form, Score, in_turn
+from gsx.comparison.report import CompareReport, Point
+from gsx.comparison.settings import POLICIES, WHOLE
+from gsx.policies.base import Choice, Plan
+from gsx.policies.registry import plan_policy
+from gsx.progress import Progress
+from gsx.workflows.export import export
+from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
+from gsx_engines.errors import BundleError, TextError, UsageError
+from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.text import MIN_TOKENS, TokenText, load_tokenizer, tokenize
+
+# Measured tokens; as many before them calibrate, which is then what an export takes by default.
+DEFAULT_TOKENS, LEAST_TOKENS = 4096, 512
+WINDOW_TOKENS = 256
+# Room for a prompt, and for single tokens behind it.
+_LEAST_POSITIONS = 4 * STEPS
+
+OnProgress = Callable[[Progress], None]
+
+
+def compare_policies(
+    model: str | Path,
+    work: str | Path,
+    *,
+    text: str | Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    on_progress: OnProgress = lambda progress: None,
+) -> CompareReport:
+    """Compare the policies of a checkpoint.
+
+    Args:
+        model: a local model directory or a hub id.
+        work: folder for the bundles; those of the same model, policy and calibration text are used again.
+        text: UTF-8 text file; None for the text that ships with gsx.
+        tokens: how much of it to measure; as much before it calibrates.
+    Raises:
+        GsxError: the model or the text cannot be used, or the folder cannot be written.
+    """
+    if tokens < LEAST_TOKENS:
+        raise UsageError("tokens to compare on", expected=f"at least {LEAST_TOKENS}", found=str(tokens))
+    checkpoint = open_checkpoint(model)
+    positions = checkpoint.config.max_positions
+    if positions < _LEAST_POSITIONS:
+        raise UsageError(
+            "the model is too short to compare on",
+            expected=f"{_LEAST_POSITIONS} positions or more",
+            found=str(positions),
+        )
+    calibration, windows = _halves(checkpoint, Path(text) if text else None, tokens)
+    plans: dict[str, Plan] = {}
+    left_out: dict[str, str] = {}
+    for policy in {**WHOLE, **POLICIES}:
+        try:
+            plans[policy] = plan_policy(Choice(policy), checkpoint.config)
+        except UsageError as error:
+            if policy in POLICIES:
+                left_out[_name(policy)] = error.what
+    exports = _Exports(checkpoint, Path(work), calibration, on_progress)
+    base, keep_all = next((policy, keep) for policy, keep in WHOLE.items() if policy in plans)
+    whole = Form(exports.bundle(base, plans[base]), windows)
+    whole_score, whole_seconds = whole.score(keep_all), []
+    points: list[Point] = []
+    for policy, curves in POLICIES.items():
+        if policy not in plans:
+            continue
+        name = _name(policy)
+        try:
+            bundle = exports.bundle(policy, plans[policy])
+        except UsageError as error:  # calibration may find that the model cannot be brought to the default share
+            left_out[name] = error.what
+            continue
+        form = whole if bundle == whole.bundle else Form(bundle, windows)
+        asked = [
+            (curve, setting, keep)
+            for curve, settings_of in curves.items()
+            for setting, keep in settings_of(bundle.manifest).items()
+        ]
+        scores = []
+        for number, (_, _, keep) in enumerate(asked):
+            on_progress(Progress(f"{name}: scoring", number, len(asked)))
+            scores.append(form.score(keep))
+
+        def tell(done: int, total: int, stage: str = f"{name}: timing") -> None:
+            on_progress(Progress(stage, done, total))
+
+        seconds = in_turn([(whole, keep_all), *((form, keep) for _, _, keep in asked)], tell)
+        whole_seconds.append(seconds[:, 0])
+        points += [
+            _point(curve, setting, score, seconds[:, number], seconds[:, 0])
+            for number, ((curve, setting, _), score) in enumerate(zip(asked, scores, strict=True), 1)
+        ]
+    every = np.concatenate(whole_seconds)
+    return CompareReport(
+        model=checkpoint.source,
+        text=calibration.text.name,
+        tokens=windows.size,
+        prompt_tokens=whole.prompt_tokens,
+        window_tokens=windows.shape[1],
+        points=(_point("whole model", base, whole_score, every, every), *points),
+        left_out=left_out,
+    )
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """The part of a text that calibrates: its first tokens. Args: path: None for the text that ships with gsx."""
+
+    path: Path | None
+    text: TokenText
+    tokens: int
+
+
+def _halves(checkpoint: Checkpoint, path: Path | None, tokens: int) -> tuple[_Calibration, np.ndarray]:
+    """A text's first half, to calibrate on, and the windows [M, S] of its second."""
+    text = tokenize(checkpoint, path, max_tokens=2 * tokens, window=WINDOW_TOKENS)
+    half = len(text.ids) // 2
+    # What a tokenizer begins every window with is no part of the text.
+    start = len(load_tokenizer(checkpoint).encode("").ids)
+    calibrates = half * (text.ids.shape[1] - start)
+    if calibrates < MIN_TOKENS:
+        raise TextError(
+            f"{text.name}: the text is too short to calibrate on one half of it and measure the other",
+            expected=f"at least {2 * LEAST_TOKENS} tokens",
+            found=f"{text.tokens} in whole windows",
+        )
+    return _Calibration(path, text, calibrates), text.ids[half:]
+
+
+class _Exports:
+    """Bundles in a work folder, by what they are made of."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, folder: Path, calibration: _Calibration, on_progress: OnProgress
+    ) -> None:
+        self._checkpoint, self._folder, self._calibration = checkpoint, folder, calibration
+        self._on_progress = on_progress
+        self._source = source_sha256()
+        self._model = [checkpoint.weights_sha256(), *(sha256_of(path) for path in checkpoint.companions())]
+
+    def bundle(self, policy: str, plan: Plan) -> Bundle:
+        """The bundle of a policy: the one that is there, if it is whole, or a new one."""
+        made_of = [self._source, policy, *self._model]
+        calibration = self._calibration if plan.calibrates else None
+        if calibration is not None:
+            made_of += [calibration.text.sha256, str(calibration.tokens)]
+        key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+        place = self._folder / f"{plan.name}-{key[:12]}"
+        try:
+            return open_bundle(place, check_weights=True)
+        except BundleError:
+            pass
+        return export(
+            self._checkpoint.source,
+            place,
+            policy=policy,
+            calibration=calibration.path if calibration is not None else None,
+            calibration_tokens=self._calibration.tokens,
+            overwrite=True,
+            on_progress=lambda step: self._on_progress(Progress(f"{plan.name}: {step.stage}", step.done, step.total)),
+        )
+
+
+def source_sha256() -> str:
+    """Hash of gsx's own Python source: a bundle that another state of it made may be another one."""
+    digest = hashlib.sha256()
+    for package in (gsx, gsx_exporter, gsx_engines, gsx_plugins):
+        for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _name(policy: str) -> str:
+    return policy.partition(":")[0]
+
+
+def _point(curve: str, setting: str, score: Score, seconds: np.ndarray, whole: np.ndarray) -> Point:
+    """Args: seconds, whole: [R, 2], of the same rounds."""
+    prefill_ms, token_ms = (1000 * np.median(seconds, axis=0)).tolist()
+    prefill_ratio, token_ratio = np.median(seconds / whole, axis=0).tolist()
+    return Point(
+        policy=curve,
+        setting=setting,
+        prompt_kept=score.prompt_kept,
+        kept=score.kept,
+        perplexity=score.perplexity,
+        prefill_ms=prefill_ms,
+        prefill_ratio=prefill_ratio,
+        token_ms=token_ms,
+        token_ratio=token_ratio,
+    )

@@ -1,0 +1,106 @@
+"""`gsx export --draft auto | layers:auto`: drafts are tried in the bundle as it is made, and the best one stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gsx.progress import Progress
+from gsx.workflows.graph_files import write_graphs
+from gsx.workflows.skip_set_search import search_skip_sets
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.cost import step_bytes
+from gsx_engines.bundle.drafts import DraftEntry, DraftMeasurement, ExitDraft
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.runners.select import open_runner
+from gsx_engines.speculation.draft import open_draft
+from gsx_engines.speculation.replay import Replay
+from gsx_engines.speculation.search import measure_draft, plain_run
+from gsx_exporter.graph.assemble import GraphBuilder
+from gsx_exporter.graph.weights import WeightsFile
+
+# Prompts that drafts are measured on; prompts that sets are searched on, and what the model writes after each.
+_PROMPTS, _PROMPT_TOKENS = 4, 64
+_REPLAYED, _REPLAYED_TOKENS = 8, 64
+# Of the sets that the search liked best, how many are measured.
+_FINALISTS = 3
+
+
+class DraftSearch:
+    """Looks for the draft that gains most over plain decoding beside it.
+
+    Args:
+        work: the bundle's directory, with `model.onnx` and the weights.
+        manifest: of the bundle, without a draft.
+        builder, weights: what its graphs are made of.
+        windows: token ids [M, S] to take prompts from.
+        on_progress: called as it goes.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        manifest: Manifest,
+        builder: GraphBuilder,
+        weights: WeightsFile,
+        windows: np.ndarray,
+        on_progress: Callable[[Progress], None],
+    ) -> None:
+        self._work, self._manifest, self._builder, self._weights = work, manifest, builder, weights
+        half = windows.shape[1] // 2
+        self._prompts = _beginnings(windows[:, :half], _PROMPTS)
+        self._others = _beginnings(windows[:, half:], _REPLAYED)
+        self._on_progress = on_progress
+
+    def best_exit(self, exits: Sequence[int]) -> Manifest:
+        """Measure every exit, and leave the graphs of the best. Returns: the manifest, with draft and measurements."""
+        plain, found = None, []
+        for number, layer in enumerate(exits):
+
+            def tell(number: int = number, layer: int = layer) -> None:
+                self._on_progress(Progress(f"measuring drafts (exit:{layer})", number, len(exits)))
+
+            tell()
+            draft = ExitDraft(layer=layer)
+            bundle = Bundle(self._work, self._with(DraftEntry(draft=draft)))
+            plain = plain or plain_run(open_runner(bundle), self._prompts)
+            found.append(measure_draft(open_draft(bundle, draft), plain, tell))
+        return self._with(_best_of(found))
+
+    def best_layers(self) -> Manifest:
+        """Search the set of branches to leave out, and measure the best ones. Returns: the manifest, with draft."""
+        bundle = Bundle(self._work, self._manifest)
+        runner = open_runner(bundle)
+        self._on_progress(Progress("searching skip sets: the model writes", 0, 0))
+        candidates = search_skip_sets(
+            Replay(runner, self._others, _REPLAYED_TOKENS),
+            self._manifest.decoder.num_layers,
+            self._manifest.skippable,
+            step_bytes(bundle),
+            lambda done, total: self._on_progress(Progress("searching skip sets", done, total)),
+        )[:_FINALISTS]
+        plain, found = plain_run(runner, self._prompts), []
+        for number, candidate in enumerate(candidates):
+            self._on_progress(Progress("measuring skip sets", number, len(candidates)))
+            found.append(measure_draft(open_draft(bundle, candidate.draft), plain))
+        return self._manifest.model_copy(update={"draft": _best_of(found)})
+
+    def _with(self, entry: DraftEntry) -> Manifest:
+        """Write the graphs of an exit. Returns: the manifest that names them."""
+        assert isinstance(entry.draft, ExitDraft)
+        graphs = write_graphs(self._work, self._builder.graphs(entry.draft.layer), self._weights)
+        return self._manifest.model_copy(update={"graphs": graphs, "draft": entry})
+
+
+def _best_of(found: Sequence[DraftMeasurement]) -> DraftEntry:
+    """The draft that gained most, with what was seen of all."""
+    best = max(found, key=lambda one: one.tokens_per_second / one.plain_tokens_per_second)
+    return DraftEntry(draft=best.draft, length=best.length, measured=tuple(found))
+
+
+def _beginnings(windows: np.ndarray, count: int) -> list[list[int]]:
+    """Prompts from windows [M, S] that lie evenly in the text."""
+    rows = windows[:: max(1, len(windows) // count)][:count, :_PROMPT_TOKENS]
+    return [[int(token) for token in row] for row in rows]

@@ -1,0 +1,234 @@
+"""`gsx generate`: a bundle continues a text.
+
+Joins the tokenizer, the runner and the decoding loop; text streams out as it becomes whole characters. Needs
+no torch and no transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gsx.backends import BackendName, Device, open_backend
+from gsx_engines import generation
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.cost import step_bytes
+from gsx_engines.bundle.drafts import DraftKind, LayersDraft
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.errors import UsageError
+from gsx_engines.generation import FinishReason, GenerationStats
+from gsx_engines.runners.select import open_runner
+from gsx_engines.sampling import Sampling
+from gsx_engines.speculation.adapt import Adaptation, SkipSetSearch, first_set
+from gsx_engines.speculation.draft import OtherControls, open_draft
+from gsx_engines.speculation.spec import check_draft, check_leaves_out, check_speculation, parse_draft
+from gsx_engines.tokens import BundleTokenizer, TextWriter, check_text
+
+DEFAULT_NEW_TOKENS = 128
+# A set of layers that is searched while generating.
+ADAPTIVE = "layers:auto"
+
+
+@dataclass(frozen=True)
+class GenerateResult:
+    """What a bundle wrote.
+
+    Args:
+        text: the new text, up to a stop text; None where the bundle has no tokenizer (ids in, ids out).
+        ids: the new tokens.
+        prompt_ids: the prompt as tokens.
+        finish: why it ended; "stopped" for a stop text.
+        budget: the budget in use; None where the keep rule has none.
+        keep: what the keep rule was asked for, in words.
+        draft: what drafted, e.g. "exit:2", at the end; None for plain decoding.
+        adaptation: of a set of layers that was searched while generating, what the search did; else None.
+        stats: counters and times.
+    """
+
+    text: str | None
+    ids: list[int]
+    prompt_ids: list[int]
+    finish: FinishReason
+    budget: float | None
+    keep: str
+    draft: str | None
+    adaptation: Adaptation | None
+    stats: GenerationStats
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        stats = self.stats
+        return {
+            "text": self.text,
+            "ids": self.ids,
+            "prompt_ids": self.prompt_ids,
+            "finish": self.finish,
+            "budget": self.budget,
+            "keep": self.keep,
+            "draft": self.draft,
+            "adaptation": asdict(self.adaptation) if self.adaptation else None,
+            "stats": {
+                "prompt_tokens": stats.prompt_tokens,
+                "new_tokens": stats.new_tokens,
+                "prefill_seconds": stats.prefill_seconds,
+                "decode_seconds": stats.decode_seconds,
+                "decode_steps": stats.decode_steps,
+                "decode_tokens_per_second": stats.decode_tokens_per_second,
+                "draft_seconds": stats.draft_seconds,
+                "verify_seconds": stats.verify_seconds,
+                "search_seconds": stats.search_seconds,
+                "drafted_by_place": list(stats.drafted),
+                "accepted_by_place": list(stats.accepted),
+                "acceptance": stats.acceptance,
+                "tokens_per_verification": stats.tokens_per_verification,
+                "kept_share": stats.kept_share,
+            },
+        }
+
+
+def generate(
+    bundle: Bundle | str | Path,
+    prompt: str | None = None,
+    *,
+    ids: Sequence[int] | None = None,
+    budget: float | None = None,
+    layers: str | None = None,
+    exit_layer: int | None = None,
+    speedup: float | None = None,
+    exit_threshold: float | None = None,
+    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    speculative: bool | None = None,
+    draft: str | None = None,
+    draft_length: int | None = None,
+    threads: int | None = None,
+    backend: BackendName = "onnxruntime",
+    device: Device | None = None,
+    on_text: Callable[[str], None] = lambda text: None,
+) -> GenerateResult:
+    """Continue a text.
+
+    Args:
+        bundle: an opened bundle or its directory.
+        prompt: the text to continue; exactly one of prompt and ids is given.
+        ids: the prompt as token ids.
+        budget: share of skippable work kept; None for the exported one.
+        layers: the layers that run, e.g. "0-5,8.attn", where the policy is a set of layers; None for the exported ones.
+        exit_layer: how many layers run, in their place.
+        speedup: target of Unified Layer Skipping, in their place.
+        exit_threshold: confidence at which a token leaves, with policy calm; None for the exported one.
+        max_new_tokens: at most so many.
+        temperature: 0 is greedy.
+        top_k: only the k likeliest tokens; 0 for all.
+        top_p: only the likeliest tokens that together reach this probability.
+        seed: of the random numbers; None for a fresh one each time.
+        stop: texts that end the generation; they are left out of the result.
+        speculative: whether to draft and verify, which changes the speed and not the text; None: if the bundle has
+            a draft.
+        draft: draft in another way than the bundle's: `exit:E`, `budget:B`, `layers:SET`, or `layers:auto` to begin
+            with the bundle's set, or an even one, and better it while generating.
+        draft_length: tokens drafted before a verification; 0 for plain decoding; None to find it while generating.
+        threads: of the runtime; None for its own choice.
+        backend: the runtime; the TensorRT ones run what `gsx build` made, PyTorch runs the weights themselves.
+        device: where PyTorch runs; None for its GPU if it has one.
+        on_text: called with each piece of new text as it comes.
+    Raises:
+        GsxError: an option, a bundle or a prompt that cannot be used.
+    """
+    if (prompt is None) == (ids is None):
+        raise UsageError("the prompt is not clear", expected="a text or --ids", found="both" if ids else "neither")
+    if threads is not None and threads < 1:
+        raise UsageError("threads", expected="at least 1", found=str(threads))
+    if "" in stop:
+        raise UsageError("a stop text is empty", expected="at least one character")
+    for given in (prompt or "", *stop):
+        check_text(given)
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    if not isinstance(bundle, Bundle):
+        bundle = open_bundle(bundle)
+    keep = Keep(budget, layers, exit_layer, speedup, exit_threshold)
+    controls_for(bundle.manifest, keep)  # what cannot be asked for is refused before anything is loaded
+    drafting = _drafting(bundle.manifest, speculative, draft, draft_length)
+    tokenizer = None
+    if prompt is not None or stop or (bundle.directory / "tokenizer.json").is_file():
+        tokenizer = BundleTokenizer(bundle)
+    if ids is not None:
+        prompt_ids = list(ids)
+    else:
+        assert tokenizer is not None
+        prompt_ids = tokenizer.encode_prompt(prompt or "")
+    writer = TextWriter(tokenizer.stream(), stop, on_text) if tokenizer else None
+    runtime = open_backend(backend, device, threads)
+    opened = open_draft(bundle, drafting, threads, runtime) if drafting else None
+    search = None
+    if draft == ADAPTIVE and opened is not None:
+        assert isinstance(opened, OtherControls)
+        search = SkipSetSearch(opened, step_bytes(bundle))
+    result = generation.generate(
+        opened.runner if opened else open_runner(bundle, threads, runtime),
+        [prompt_ids],
+        max_new_tokens=max_new_tokens,
+        keep=keep,
+        sampling=sampling,
+        draft=opened,
+        draft_length=draft_length,
+        search=search,
+        on_token=lambda _, token: writer.push(token) if writer else False,
+    )
+    sequence = result.sequences[0]
+    selection = bundle.manifest.selection
+    return GenerateResult(
+        text=writer.finish() if writer else None,
+        ids=sequence.tokens,
+        prompt_ids=prompt_ids,
+        finish=sequence.finish,
+        budget=(selection.budget if keep.budget is None else keep.budget) if selection else None,
+        keep=str(keep),
+        draft=str(opened.kind) if opened else None,
+        adaptation=search.found if search else None,
+        stats=result.stats,
+    )
+
+
+def _drafting(
+    manifest: Manifest, speculative: bool | None, draft: str | None, draft_length: int | None
+) -> DraftKind | None:
+    """What drafts; None for plain decoding."""
+    own = manifest.draft.draft if manifest.draft else None
+    if (speculative is False and (draft is not None or draft_length)) or (speculative and draft_length == 0):
+        raise UsageError(
+            "plain decoding and a draft were asked for",
+            expected="one of them",
+            found="--no-speculative with a draft, or --speculative with length 0",
+        )
+    if draft is not None:
+        chosen = _adaptive(manifest) if draft == ADAPTIVE else parse_draft(draft)
+        check_draft(chosen, manifest)
+        return chosen if draft_length != 0 else None
+    if speculative is False or draft_length == 0:
+        return None
+    if own is None and (speculative or draft_length is not None):
+        check_speculation(manifest)
+        raise UsageError(
+            "this bundle has no draft",
+            expected="one that was exported with --draft",
+            todo="gsx export MODEL --draft auto, or on a gated bundle --draft budget:B here",
+        )
+    return own
+
+
+def _adaptive(manifest: Manifest) -> LayersDraft:
+    """The set that a search begins with."""
+    own = manifest.draft.draft if manifest.draft else None
+    if isinstance(own, LayersDraft):
+        return own
+    check_speculation(manifest)
+    check_leaves_out(ADAPTIVE, manifest)
+    return first_set(manifest)

@@ -1,0 +1,200 @@
+"""`gsx inspect`: what a model directory or a bundle is, without running it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from gsx_engines.bundle.bundle import MANIFEST, open_bundle
+from gsx_engines.bundle.engine_entry import EngineEntry
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.errors import BundleError
+
+_PARITY = "parity.json"
+# Gates and routers among a graph's weights, e.g. layers.3.mlp_gate.linear.weight.
+_GATES = re.compile(r"\.(?:attn_|mlp_)?(?:gate|router|router_predictor|adapter)\.")
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What is known of a model or a bundle.
+
+    Args:
+        kind: a gated or dense checkpoint, or a bundle.
+        path: as it was asked for.
+        family: the model family.
+        shape: sizes in elements: layers, hidden, heads, kv_heads, head_dim, vocabulary, positions.
+        gates: kind, input and branches; None without.
+        router: the entry of the checkpoint; None without.
+        exits: depths that the checkpoint was trained to leave at.
+        parameters: `dense` (a tied head counts once) and `gates`, routers among them.
+        types: how the weights are stored, or a bundle's precision.
+        bundle: of a bundle: source, selection, K/V policy, grid, graphs, parity; None for a checkpoint.
+        files: file name -> bytes.
+    """
+
+    kind: Literal["checkpoint", "bundle"]
+    path: str
+    family: str
+    shape: Mapping[str, int]
+    gates: Mapping[str, Any] | None
+    router: Mapping[str, Any] | None
+    exits: tuple[int, ...]
+    parameters: Mapping[str, int]
+    types: tuple[str, ...]
+    bundle: Mapping[str, Any] | None
+    files: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def inspect(path: str | Path) -> InspectReport:
+    """Look at a model directory, a hub id or a bundle.
+
+    Raises:
+        GsxError: it is none of them, or it is damaged.
+    """
+    directory = Path(path)
+    if (directory / MANIFEST).is_file():
+        return _bundle(directory, str(path))
+    return _checkpoint(str(path))
+
+
+def _checkpoint(path: str) -> InspectReport:
+    from gsx_exporter.checkpoint import chooser, open_checkpoint
+
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    counts = {"dense": 0, "gates": 0}
+    for name in checkpoint.names:
+        counts["gates" if chooser(name) else "dense"] += math.prod(checkpoint.shape(name))
+    return InspectReport(
+        kind="checkpoint",
+        path=path,
+        family=config.family,
+        shape={
+            "layers": config.num_layers,
+            "hidden": config.hidden_size,
+            "mlp": config.intermediate_size,
+            "heads": config.num_heads,
+            "kv_heads": config.num_kv_heads,
+            "head_dim": config.head_dim,
+            "vocabulary": config.vocab_size,
+            "positions": config.max_positions,
+        },
+        gates=config.gate.to_dict() if config.gate else None,
+        router=config.router.to_dict() if config.router else None,
+        exits=config.exits,
+        parameters=counts,
+        types=tuple(sorted({kind for file in set(checkpoint.files.values()) for kind in _stored_types(file)})),
+        bundle=None,
+        files=_files(checkpoint.directory),
+    )
+
+
+def _stored_types(file: Path) -> set[str]:
+    """Types of the tensors in a safetensors file, from its header (8 bytes of length, then JSON)."""
+    with file.open("rb") as stream:
+        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+    return {entry["dtype"].lower() for name, entry in header.items() if name != "__metadata__"}
+
+
+def _bundle(directory: Path, path: str) -> InspectReport:
+    manifest = open_bundle(directory).manifest
+    decoder = manifest.decoder
+    return InspectReport(
+        kind="bundle",
+        path=path,
+        family=decoder.family,
+        shape={
+            "layers": decoder.num_layers,
+            "hidden": decoder.hidden_size,
+            "heads": decoder.num_heads,
+            "kv_heads": decoder.num_kv_heads,
+            "head_dim": decoder.head_dim,
+            "vocabulary": decoder.vocab_size,
+            "positions": decoder.max_positions,
+        },
+        gates=manifest.gates.model_dump(mode="json") if manifest.gates else None,
+        router=_router(manifest),
+        exits=_exits(directory),
+        parameters=_parameters(directory, manifest),
+        types=(manifest.precision,),
+        bundle=_bundle_facts(directory, manifest),
+        files=_files(directory),
+    )
+
+
+def _bundle_facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
+    selection = manifest.selection
+    return {
+        "gsx_version": manifest.gsx_version,
+        "source": manifest.source.model,
+        "policy": manifest.policy.model_dump(mode="json") if manifest.policy else None,
+        "select": selection.mode if selection else None,
+        "budget": selection.budget if selection else None,
+        "kv_policy": manifest.kv_policy,
+        "draft": str(manifest.draft.draft) if manifest.draft else None,
+        "quantization": manifest.quantization.scheme if manifest.quantization else None,
+        "kv_cache": manifest.kv_cache.type if manifest.kv_cache else None,
+        "engines": {name: _engine_facts(entry) for name, entry in manifest.engines.items()},
+        "grid": [{"budget": p.budget, "kept_share": p.kept_share} for p in selection.grid] if selection else [],
+        "calibration": selection.calibration.model_dump() if selection and selection.calibration else None,
+        "graphs": {name: list(entry.ops) for name, entry in manifest.graphs.items()},
+        "parity": _parity(directory),
+    }
+
+
+def _engine_facts(entry: EngineEntry) -> dict[str, Any]:
+    """Of each graph's engine: products by the type that they are computed in, and quantized ones in a wider type."""
+    graphs = entry.graphs.items()
+    return {name: {"products": dict(made.products), "widened": list(made.widened)} for name, made in graphs}
+
+
+def _parity(directory: Path) -> bool | None:
+    """Whether the last `gsx verify` passed; None where there was none."""
+    try:
+        passed = json.loads((directory / _PARITY).read_text(encoding="utf-8")).get("passed")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return passed if isinstance(passed, bool) else None
+
+
+def _exits(directory: Path) -> tuple[int, ...]:
+    try:
+        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return tuple(int(depth) for depth in raw.get("gsx", {}).get("exits", ()))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return ()
+
+
+def _parameters(directory: Path, manifest: Manifest) -> dict[str, int]:
+    """Weights of the main graph, counted from its initializers."""
+    import onnx
+
+    entry = manifest.graphs["model"]
+    try:
+        graph = onnx.load(str(directory / entry.file), load_external_data=False).graph
+    except Exception as error:  # protobuf raises kinds of its own; the hash was right, so the file is ours
+        raise BundleError(f"{directory / entry.file}: is not an ONNX file", found=str(error)) from error
+    counts = {"dense": 0, "gates": 0}
+    for tensor in graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            counts["gates" if _GATES.search(tensor.name) else "dense"] += math.prod(tensor.dims)
+    return counts
+
+
+def _files(directory: Path) -> dict[str, int]:
+    return {p.relative_to(directory).as_posix(): p.stat().st_size for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def _router(manifest: Manifest) -> Mapping[str, Any] | None:
+    found = manifest.policy.parameters.get("router") if manifest.policy else None
+    return found if isinstance(found, Mapping) else None

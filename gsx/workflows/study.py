@@ -1,0 +1,171 @@
+"""`gsx study`: how a model takes it when layers are left out, on a text, as tables and plots."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gsx.pages.figures import COLOURS, Plot, logarithmic, svg
+from gsx.pages.render import render
+from gsx.progress import Progress
+from gsx_engines.errors import GsxError, UsageError
+from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.layer_study import FAMILIES, Family, LayerSet, curves, oracle, study
+from gsx_exporter.text import MIN_TOKENS, tokenize
+
+DEFAULT_TOKENS, SEQUENCE_TOKENS = 2048, 128
+# Nats per token that a sequence's loss may lie above the whole model's, for the oracle.
+TOLERANCES = (0.0, 0.02, 0.05, 0.1, 0.2)
+WORDS: dict[Family, str] = {
+    "exit": "exit (the first layers)",
+    "even": "even steps (unified)",
+    "greedy": "greedy (least harm first)",
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """Some layers: how many, which, and the perplexity with them alone."""
+
+    layers: int
+    perplexity: float
+    kept: LayerSet
+
+
+@dataclass(frozen=True)
+class OracleRow:
+    """Share of the layers that sequences need on average, by the sets that are allowed; the last is all of them."""
+
+    tolerance: float
+    shares: dict[str, float]
+
+
+@dataclass(frozen=True)
+class StudyReport:
+    """What was found.
+
+    Args:
+        model: as it was given. depth: its layers.
+        text: name of the text. sequences, tokens: of it.
+        curves: by family, from all layers to few.
+        oracle: by tolerance.
+    """
+
+    model: str
+    depth: int
+    text: str
+    sequences: int
+    tokens: int
+    curves: dict[Family, list[Point]]
+    oracle: list[OracleRow]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "model": self.model,
+            "layers": self.depth,
+            "text": {"name": self.text, "sequences": self.sequences, "tokens": self.tokens},
+            "curves": {
+                family: [{"layers": p.layers, "perplexity": p.perplexity, "kept": list(p.kept)} for p in points]
+                for family, points in self.curves.items()
+            },
+            "oracle": [{"tolerance_nats": row.tolerance, "shares": row.shares} for row in self.oracle],
+        }
+
+
+def study_model(
+    model: str | Path,
+    *,
+    text: str | Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> StudyReport:
+    """Study a checkpoint.
+
+    Args:
+        model: a local model directory or a hub id.
+        text: UTF-8 text file; None for the text that ships with gsx.
+        tokens: how much of it.
+    Raises:
+        GsxError: the model or the text cannot be used, or the model has one layer.
+    """
+    if tokens < MIN_TOKENS:
+        raise UsageError("tokens to study on", expected=f"at least {MIN_TOKENS}", found=str(tokens))
+    checkpoint = open_checkpoint(model)
+    depth = checkpoint.config.num_layers
+    if depth < 2:
+        raise UsageError("a study of layers needs a model with some", expected="2 layers or more", found=str(depth))
+    found_text = tokenize(checkpoint, Path(text) if text else None, max_tokens=tokens, window=SEQUENCE_TOKENS)
+    found = study(
+        checkpoint, found_text.ids, lambda done, total: on_progress(Progress("trying sets of layers", done, total))
+    )
+    allowed: dict[str, Sequence[Family]] = {**{family: (family,) for family in FAMILIES}, "any": FAMILIES}
+    return StudyReport(
+        model=checkpoint.source,
+        depth=depth,
+        text=found_text.name,
+        sequences=len(found_text.ids),
+        tokens=found_text.tokens,
+        curves={family: [Point(*point) for point in points] for family, points in curves(found).items()},
+        oracle=[
+            OracleRow(tolerance, {name: oracle(found, tolerance, families).share for name, families in allowed.items()})
+            for tolerance in TOLERANCES
+        ],
+    )
+
+
+def write_study(report: StudyReport, path: Path) -> None:
+    """Write the report as one HTML page.
+
+    Raises:
+        GsxError: the place is not writable.
+    """
+    plots = [
+        Plot(
+            "Perplexity by number of layers",
+            "With some of the layers alone, the same for every token.",
+            svg((7.2, 3.4), 1, lambda axes: _draw_curves(report, axes[0])),
+        ),
+        Plot(
+            "What the oracle would keep",
+            "Share of layers that sequences need on average, by how much loss each may gain.",
+            svg((7.2, 3.0), 1, lambda axes: _draw_oracle(report, axes[0])),
+        ),
+    ]
+    try:
+        path.write_text(render("study.html.j2", report=report, plots=plots, words=WORDS), encoding="utf-8")
+    except OSError as error:
+        raise GsxError(f"{path}: could not be written", found=error.strerror or str(error)) from error
+
+
+def _draw_curves(report: StudyReport, axis: Any) -> None:
+    for (family, points), colour in zip(report.curves.items(), COLOURS, strict=False):
+        axis.plot(
+            [point.layers for point in points],
+            [point.perplexity for point in points],
+            marker="o",
+            markersize=3,
+            linewidth=1,
+            color=colour,
+            label=WORDS[family],
+        )
+    logarithmic(axis)
+    axis.invert_xaxis()
+    axis.set_xlabel("layers kept")
+    axis.set_ylabel("perplexity")
+    axis.legend()
+
+
+def _draw_oracle(report: StudyReport, axis: Any) -> None:
+    tolerances = [row.tolerance for row in report.oracle]
+    for name, colour in zip(report.oracle[0].shares, COLOURS, strict=False):
+        shares = np.array([row.shares[name] for row in report.oracle])
+        axis.plot(tolerances, 100 * shares, marker="o", markersize=3, linewidth=1, color=colour, label=name)
+    axis.set_ylim(0, 103)
+    axis.set_xlabel("loss that a sequence may gain, nats per token")
+    axis.set_ylabel("layers, percent")
+    axis.legend()

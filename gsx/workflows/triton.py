@@ -1,0 +1,101 @@
+"""`gsx triton`: a bundle as a model repository of Triton Inference Server, and the check of a server that runs it.
+
+The check asks the server for tokens that the bundle is known to give. A server may say that it is ready and still
+answer wrongly: with NumPy 2 in the environment of an older Triton, tensors arrive empty or changed, without an error.
+"""
+
+from __future__ import annotations
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from gsx.workflows.generate import generate
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.errors import GsxError, UsageError
+from gsx_engines.serving.plan_repository import write_plan_repository
+from gsx_engines.serving.repository import Backend, write_repository
+
+CHECK_TOKENS = 16
+
+
+def triton(
+    bundle: Bundle | str | Path,
+    out: str | Path,
+    *,
+    name: str = "gsx",
+    backend: Backend = "onnxruntime",
+    slots: int = 8,
+    queue: int = 64,
+    context: int | None = None,
+    threads: int | None = None,
+) -> Path:
+    """Write a model repository; arguments, result and errors as of `write_repository`."""
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    return write_repository(
+        opened,
+        Path(out),
+        name=name,
+        backend=backend,
+        slots=slots,
+        queue=queue,
+        context=context,
+        threads=threads,
+    )
+
+
+def triton_plans(bundle: Bundle | str | Path, out: str | Path, *, name: str = "gsx") -> list[Path]:
+    """Write the engines alone; arguments, result and errors as of `write_plan_repository`."""
+    return write_plan_repository(bundle if isinstance(bundle, Bundle) else open_bundle(bundle), Path(out), name=name)
+
+
+def check_server(bundle: Bundle | str | Path, url: str, *, name: str = "gsx", timeout_seconds: float = 60.0) -> int:
+    """Compare a server's tokens with the bundle's own.
+
+    Args:
+        bundle: the one that the server runs.
+        url: where the server answers HTTP, e.g. http://localhost:8000.
+        name: of the model.
+        timeout_seconds: for the answer.
+    Returns: how many tokens were compared.
+    Raises:
+        GsxError: no answer, an error, or other tokens.
+    """
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise UsageError("the server's address", expected="e.g. http://localhost:8000", found=repr(url))
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+    shape = opened.manifest.decoder
+    count = min(CHECK_TOKENS, shape.max_positions // 2)
+    prompt = [number * 7 % shape.vocab_size for number in range(1, count + 1)]
+    expected = generate(opened, ids=prompt, max_new_tokens=count, speculative=False).ids
+    answer = _ask(
+        f"{url.rstrip('/')}/v2/models/{name}/generate", {"input_ids": prompt, "max_tokens": count}, timeout_seconds
+    )
+    found = answer.get("output_ids")
+    found = [found] if isinstance(found, int) else found  # Triton writes a list of one as the one
+    if found != expected:
+        raise GsxError(
+            f"{url}: the server does not answer as the bundle does",
+            expected=f"tokens {expected}",
+            found=str(answer.get("error", found)),
+            todo="does the server's Python have NumPy 2? pip install 'numpy<2' there; else compare the bundles",
+        )
+    return len(expected)
+
+
+def _ask(url: str, body: dict[str, Any], timeout_seconds: float) -> dict[str, Any]:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_seconds) as answer:
+            found = json.load(answer)
+    except urllib.error.HTTPError as error:
+        reason = error.read(2000).decode(errors="replace")
+        raise GsxError(f"{url}: the server refused", found=f"{error.code}, {reason}") from error
+    except (OSError, ValueError) as error:
+        raise GsxError(
+            f"{url}: no answer from the server", found=str(error), todo="is it running, and ready?"
+        ) from error
+    return found if isinstance(found, dict) else {"error": found}

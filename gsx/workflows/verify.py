@@ -1,0 +1,252 @@
+"""`gsx verify`: prove that a bundle computes what the reference computes, and write the report into it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import numpy_helper
+from tokenizers import Tokenizer
+
+from gsx.backends import BackendName, Device, open_backend
+from gsx.parity.compare import Observation
+from gsx.parity.page import page
+from gsx.parity.quality import QUANTIZED, QualityLimits
+from gsx.parity.report import KeepMap, Report, Similarity
+from gsx.parity.run import Run
+from gsx.parity.settings import Setting, settings_of
+from gsx.progress import Progress
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import Keep, default_controls, layer_mask
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.errors import BundleError, CheckpointError, GsxError, UsageError
+from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.text import MIN_TOKENS, TokenText, behind, load_tokenizer, tokenize
+
+DEFAULT_TOKENS = 1024
+DEFAULT_GREEDY_TOKENS = 256
+# As many tokens as have room for a label.
+_MAP_TOKENS = 60
+# The budget that a map shows where the exported one skips nothing.
+_USUAL_SHARE = 0.7
+
+
+def verify(
+    bundle: str | Path,
+    *,
+    reference: str | None = None,
+    text: str | Path | None = None,
+    tokens: int = DEFAULT_TOKENS,
+    budgets: Sequence[float] | None = None,
+    greedy_tokens: int = DEFAULT_GREEDY_TOKENS,
+    backend: BackendName = "onnxruntime",
+    device: Device | None = None,
+    quality: QualityLimits | None = None,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Report:
+    """Compare a bundle with the reference, and write `parity.json` and `parity.html` into it.
+
+    Args:
+        bundle: its directory.
+        reference: the checkpoint that it was exported from; None for the one that the manifest names.
+        text: UTF-8 text file to read; None for the text that ships with gsx. Of a text that the export calibrated on,
+            what comes behind those tokens; where too little does, the report says that they are the same.
+        tokens: how much of it.
+        budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
+        greedy_tokens: length of the greedy continuation.
+        backend: the runtime whose runner is compared beside the portable one of ONNX Runtime.
+        device: where PyTorch runs, as a backend; None for its GPU if it has one.
+        quality: limits against full precision; what it leaves open is 0.01 for perplexity and decisions of a quantized
+            bundle, and only reported otherwise.
+        on_progress: called as it goes.
+    Returns: the report; `report.passed` is the verdict.
+    Raises:
+        GsxError: the bundle or the reference cannot be used, or is not the one that the bundle was made of.
+    """
+    started = time.perf_counter()
+    if tokens < MIN_TOKENS:
+        raise UsageError("tokens to verify on", expected=f"at least {MIN_TOKENS}", found=str(tokens))
+    if greedy_tokens < 1:
+        raise UsageError("greedy tokens", expected="at least 1", found=str(greedy_tokens))
+    on_progress(Progress("checking the bundle", 0, 0))
+    opened = open_bundle(bundle, check_weights=True)
+    manifest = opened.manifest
+    if manifest.precision == "bf16" and backend != "onnxruntime":
+        raise UsageError(
+            f"--backend {backend}: rounding to bfloat16 turns decisions and tokens, so what runs in it has no measure",
+            expected="a bundle in fp32 or fp16",
+            found=manifest.precision,
+            todo="without --backend the graph itself is verified, computed in float32",
+        )
+    notes: list[str] = []
+    if manifest.precision == "bf16":
+        notes.append("The graph is bfloat16; it was computed in float32, so that what is compared is the graph itself.")
+    chosen = settings_of(manifest, budgets, notes)
+    checkpoint = _reference_checkpoint(opened, reference)
+    windows = _held_out(checkpoint, manifest, Path(text) if text else None, tokens, notes)
+    on_progress(Progress("loading the reference and the engine", 0, 0))
+    runtime = open_backend(backend, device)
+    run = Run(opened, checkpoint, chosen, windows.ids, greedy_tokens, runtime, notes, on_progress)
+    results = []
+    for number, setting in enumerate(chosen):
+        run.stage = f"{setting.keep} ({number + 1} of {len(chosen)})"
+        results.append(run.at(setting))
+    report = Report(
+        bundle=opened.directory.resolve().name,
+        model=checkpoint.source,
+        weights_sha256=manifest.source.weights_sha256,
+        family=manifest.decoder.family,
+        precision=manifest.precision,
+        quantization=manifest.quantization.scheme if manifest.quantization else None,
+        kv_cache=manifest.kv_cache.type if manifest.kv_cache else None,
+        quality_limits=(quality or QualityLimits()).over(QUANTIZED if manifest.rounds else QualityLimits()),
+        reference_precision=str(run.reference_type).removeprefix("torch."),
+        limits_of=run.limits_of,
+        policy=manifest.policy.name if manifest.policy else None,
+        select=manifest.selection.mode if manifest.selection else None,
+        exported_budget=_exported_share(manifest),
+        kv_policy=manifest.kv_policy,
+        branches=manifest.skippable,
+        text=windows.name,
+        text_sha256=windows.sha256,
+        tokens=windows.tokens,
+        results=tuple(results),
+        default_is_exported=_default_is_exported(opened),
+        notes=tuple(notes),
+        keep_map=_keep_map(run.first_window, manifest, windows.ids[0], load_tokenizer(checkpoint)),
+        similarity=_similarity(manifest),
+        tools={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("gsx", "torch", "transformers", "onnxruntime")},
+        },
+        seconds=time.perf_counter() - started,
+    )
+    on_progress(Progress("writing the report", 0, 0))
+    texts = {
+        "parity.json": json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n",
+        "parity.html": page(report),
+    }
+    for name, content in texts.items():
+        _write(opened.directory / name, content)
+    return report
+
+
+def _held_out(
+    checkpoint: Checkpoint, manifest: Manifest, path: Path | None, tokens: int, notes: list[str]
+) -> TokenText:
+    """Text that nothing was calibrated on: quality is not measured where thresholds and scales were fitted."""
+    entries = [one.calibration for one in (manifest.selection, manifest.policy, manifest.quantization) if one]
+    entries += [manifest.kv_cache.calibration] if manifest.kv_cache else []
+    text = tokenize(checkpoint, path, max_tokens=tokens)
+    seen = max((one.tokens for one in entries if one and one.sha256 == text.sha256), default=0)
+    if not seen:
+        return text
+    rest = behind(checkpoint, path, seen, tokens)
+    if rest is None:
+        notes.append(
+            f"The text is the one that the export calibrated on, and ends with those {seen:,} tokens: on other text, "
+            "quality may be worse. --text takes another."
+        )
+        return text
+    notes.append(f"The export calibrated on the first {seen:,} tokens of this text: those compared come behind them.")
+    return rest
+
+
+def _reference_checkpoint(bundle: Bundle, reference: str | None) -> Checkpoint:
+    """Open the reference and make sure that the bundle was made of it."""
+    source = bundle.manifest.source
+    name = reference or source.model
+    try:
+        checkpoint = open_checkpoint(name)
+    except CheckpointError as error:
+        if reference is not None:
+            raise
+        raise CheckpointError(
+            f"bundle {bundle.directory}: its reference, {name}, cannot be opened",
+            found=error.what + (f" (found {error.found})" if error.found else ""),
+            todo="if the model lies elsewhere now: gsx verify BUNDLE --reference MODEL",
+        ) from error
+    found = checkpoint.weights_sha256()
+    if found != source.weights_sha256:
+        raise BundleError(
+            f"bundle {bundle.directory} was not exported from these weights of {name}",
+            expected=f"weights with sha256 {source.weights_sha256[:12]}..., exported from {source.model}",
+            found=f"{found[:12]}... in {checkpoint.directory}",
+            todo="give the checkpoint that it was exported from with --reference, or export again",
+        )
+    return checkpoint
+
+
+def _exported_share(manifest: Manifest) -> float:
+    """The share of skippable work that is kept by default."""
+    if manifest.selection is not None:
+        return manifest.selection.budget
+    if manifest.policy is not None and manifest.policy.confidence is not None:
+        threshold = manifest.policy.confidence.threshold
+        return next(one.share for one in settings_of(manifest, None, []) if one.keep.exit_threshold == threshold)
+    return 1.0 if manifest.policy is None else float(layer_mask(manifest, Keep()).mean())
+
+
+def _default_is_exported(bundle: Bundle) -> bool | None:
+    """Whether a client that gives no run-time inputs gets the exported ones; None for a dense model."""
+    manifest = bundle.manifest
+    if manifest.policy is None:
+        return None
+    model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
+    found = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer if not one.external_data}
+    wanted = default_controls(manifest.policy, manifest.selection)
+    return all(name in found and np.array_equal(found[name], value) for name, value in wanted.items())
+
+
+def _keep_map(
+    first_window: dict[Setting, Observation], manifest: Manifest, ids: np.ndarray, tokenizer: Tokenizer
+) -> KeepMap | None:
+    """The beginning of the first window, at the exported setting, or at one that skips something."""
+    if manifest.policy is None:
+        return None
+    skipping = [setting for setting in first_window if setting.share < 1] or list(first_window)
+    exported = _exported_share(manifest)
+    setting = min(skipping, key=lambda one: (one.share != exported, one.share != _USUAL_SHARE))
+    keep = first_window[setting].keep[..., :_MAP_TOKENS]
+    labels = [tokenizer.decode([int(i)], skip_special_tokens=False) for i in ids[: keep.shape[-1]]]
+    return KeepMap(
+        setting=setting.name,
+        tokens=tuple(labels),
+        keep=tuple((tuple(map(bool, attn)), tuple(map(bool, mlp))) for attn, mlp in keep),
+    )
+
+
+def _similarity(manifest: Manifest) -> Similarity | None:
+    """What FFN-SkipLLM was calibrated on; None with other rules."""
+    if manifest.policy is None or manifest.policy.name != "ffn-skip" or manifest.selection is None:
+        return None
+    parameters = manifest.policy.parameters
+    first, last = map(int, str(parameters["layers"]).split("-"))
+    mean = parameters["similarity"]
+    assert isinstance(mean, list)
+    change = float(manifest.selection.thresholds_for(manifest.selection.budget)[first, 1])
+    return Similarity(tuple(float(str(one)) for one in mean), first, last, 1 - change if change >= 0 else None)
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        try:
+            beside.write_text(text, encoding="utf-8")
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+    except OSError as error:
+        raise GsxError(
+            f"{path}: could not be written",
+            found=error.strerror or str(error),
+            todo="free some space, or make the bundle's directory writable",
+        ) from error

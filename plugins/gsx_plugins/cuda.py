@@ -1,0 +1,234 @@
+"""The CUDA kernels for PyTorch: their C interface through ctypes, and as the CUDA side of the torch ops.
+
+`bind()` makes `gsx::topk_gather`, `gsx::threshold_gather` and `gsx::gated_scatter_add` run the kernels for CUDA
+tensors. What an op returns is the same to the bit; autograd is that of the ops. Kernels run on torch's current stream
+and never synchronise; an op that returns as many rows as the data say waits for that count, unless it knows it (K of
+`topk_gather` as a CPU tensor). Attention has no kernel here: `bind()` gives it the form that PyTorch's fused attention
+takes, which wants as many K/V heads as queries where there is a mask.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gsx_plugins.errors import PluginError
+from gsx_plugins.full_attention.op import full_attention
+from gsx_plugins.gated_scatter_add.op import gated_scatter_add
+from gsx_plugins.gathered_attention.op import gathered_attention
+from gsx_plugins.library import find_kernels
+from gsx_plugins.threshold_gather.op import threshold_gather
+from gsx_plugins.topk_gather.op import topk_gather
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+_POINTER, _SIZE, _INT64, _INT = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_int
+_SCRATCH_AND_STREAM = (_POINTER, _SIZE, _POINTER)
+_SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
+    "gsx_error_string": (ctypes.c_char_p, (_INT,)),
+    "gsx_topk_select_workspace": (_SIZE, (_INT64,)),
+    "gsx_topk_select": (_INT, (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, *_SCRATCH_AND_STREAM)),
+    "gsx_threshold_select_workspace": (_SIZE, (_INT64,)),
+    "gsx_threshold_select": (_INT, (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, *_SCRATCH_AND_STREAM)),
+    "gsx_gather_rows": (
+        _INT,
+        (_POINTER, _INT64, _INT64, _INT, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
+    ),
+    "gsx_gated_scatter_add_workspace": (_SIZE, (_INT64,)),
+    "gsx_gated_scatter_add": (
+        _INT,
+        (*(_POINTER,) * 5, *(_INT64,) * 4, _INT, _POINTER, *_SCRATCH_AND_STREAM),
+    ),
+}
+
+
+class Kernels:
+    """The kernels of one library. Tensors are contiguous and on one CUDA device; letters as in the ops.
+
+    Args:
+        path: a library with the kernels' C interface.
+    Raises: PluginError where it does not load, or a kernel refuses its arguments or fails to start.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._library = ctypes.CDLL(str(path))
+            for name, (result, arguments) in _SIGNATURES.items():
+                function = getattr(self._library, name)
+                function.restype, function.argtypes = result, list(arguments)
+        except (OSError, AttributeError) as error:
+            raise PluginError(
+                f"the kernel library {path} does not load", found=str(error), todo="gsx plugins build --force"
+            ) from error
+
+    def topk_select(self, score: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Places of the K best scores: score [N] float32, k [1] int64 -> index [N] int64, count [] int64.
+
+        The first `count` of index are set, ascending.
+        """
+        return self._select("gsx_topk_select", score, k)
+
+    def threshold_select(self, score: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+        """Places of the scores above a threshold [] float32; returns as `topk_select` does."""
+        return self._select("gsx_threshold_select", score, threshold)
+
+    def gather_rows(self, x: Tensor, index: Tensor, count: Tensor | None = None) -> Tensor:
+        """x [N, H] and index [capacity] int64 -> rows [capacity, H], of which the first `count` (all) are set."""
+        rows = self.empty(x, (index.shape[0], x.shape[1]), x.dtype)
+        pointers = (index.data_ptr(), None if count is None else count.data_ptr())
+        self._call(
+            "gsx_gather_rows", x, x.data_ptr(), *x.shape, TYPES[x.dtype], *pointers, index.shape[0], rows.data_ptr()
+        )
+        return rows
+
+    def gated_scatter_add(
+        self, residual: Tensor, rows: Tensor, gate: Tensor, index: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """The op `GatedScatterAdd`; `out` may be `residual`, and then only the named rows are touched."""
+        out = self.empty(residual, residual.shape, residual.dtype) if out is None else out
+        scratch = self._scratch("gsx_gated_scatter_add", residual, residual.shape[0])
+        pointers = (tensor.data_ptr() for tensor in (residual, rows, gate, index))
+        sizes = (residual.shape[0], rows.shape[0], residual.shape[1], gate.shape[1])
+        self._call(
+            "gsx_gated_scatter_add",
+            residual,
+            *pointers,
+            None,
+            *sizes,
+            TYPES[residual.dtype],
+            out.data_ptr(),
+            scratch.data_ptr(),
+            scratch.numel(),
+        )
+        return out
+
+    def _select(self, name: str, score: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+        index = self.empty(score, score.shape, torch.int64)
+        count = self.empty(score, (), torch.int64)
+        scratch = self._scratch(name, score, score.shape[0])
+        pointers = (score.data_ptr(), limit.data_ptr(), score.shape[0], index.data_ptr(), count.data_ptr())
+        self._call(name, score, *pointers, scratch.data_ptr(), scratch.numel())
+        return index, count
+
+    def _scratch(self, name: str, like: Tensor, tokens: int) -> Tensor:
+        size = int(getattr(self._library, f"{name}_workspace")(tokens))
+        return self.empty(like, (size,), torch.uint8)
+
+    def empty(self, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory for a result or for scratch, on the device of a tensor. (A test may hand out guarded memory.)"""
+        return like.new_empty(shape, dtype=dtype)
+
+    def _call(self, name: str, like: Tensor, *arguments: int | None) -> None:
+        """Call a kernel on the device and the current stream of a tensor."""
+        if like.is_cuda:
+            with torch.cuda.device(like.device):
+                status = getattr(self._library, name)(*arguments, torch.cuda.current_stream().cuda_stream)
+        else:
+            status = getattr(self._library, name)(*arguments, None)
+        if status:
+            text = self._library.gsx_error_string(status).decode()
+            raise PluginError(
+                f"{name}: {text} (status {status})", todo="check shapes, types and devices of the tensors"
+            )
+
+
+@cache
+def load_kernels() -> Kernels:
+    """The kernels of the library that is built. Raises: PluginError where there is none."""
+    path = find_kernels()
+    if path is None:
+        raise PluginError("the CUDA kernels are not built", todo="gsx plugins build --kernels-only")
+    return Kernels(path)
+
+
+def bind() -> Kernels:
+    """Run the torch ops with the kernels where their tensors are CUDA's. Doing it again changes nothing.
+
+    Raises: PluginError where no library is built, or it does not load.
+    """
+    kernels = load_kernels()
+    if not _bound:
+        _bound.append(kernels)
+        topk_gather.register_kernel("cuda")(lambda *tensors: run_topk_gather(kernels, *tensors))
+        threshold_gather.register_kernel("cuda")(lambda *tensors: run_threshold_gather(kernels, *tensors))
+        gated_scatter_add.register_kernel("cuda")(lambda *tensors: run_gated_scatter_add(kernels, *tensors))
+        full_attention.register_kernel("cuda")(run_full_attention)
+        gathered_attention.register_kernel("cuda")(run_gathered_attention)
+    return kernels
+
+
+_bound: list[Kernels] = []
+
+
+def run_topk_gather(kernels: Kernels, x: Tensor, score: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `topk_gather` by the kernels. With k on the CPU nothing waits for the GPU."""
+    index, count = kernels.topk_select(score.contiguous(), _beside(k, x))
+    return _gathered(kernels, x, index, count, known=None if k.is_cuda else min(max(int(k), 0), len(score)))
+
+
+def run_threshold_gather(
+    kernels: Kernels, x: Tensor, score: Tensor, threshold: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op `threshold_gather` by the kernels."""
+    index, count = kernels.threshold_select(score.contiguous(), _beside(threshold, x))
+    return _gathered(kernels, x, index, count)
+
+
+def run_gated_scatter_add(kernels: Kernels, residual: Tensor, rows: Tensor, gate: Tensor, index: Tensor) -> Tensor:
+    """The op `gated_scatter_add` by the kernels."""
+    return kernels.gated_scatter_add(*(tensor.contiguous() for tensor in (residual, rows, gate, index)))
+
+
+def run_full_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int) -> Tensor:
+    """The op `full_attention`, one call of PyTorch's fused attention."""
+    batch, length, width = query.shape
+    split = query.view(batch, length, num_heads, width // num_heads).transpose(1, 2)
+    rows = F.scaled_dot_product_attention(split, _repeated(key, num_heads), _repeated(value, num_heads), attn_mask=mask)
+    return rows.transpose(1, 2).reshape(batch, length, width)
+
+
+def run_gathered_attention(
+    query: Tensor, index: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int
+) -> Tensor:
+    """The op `gathered_attention`, one call of fused attention a sequence; a single sequence waits for nothing."""
+    batch, _, length, _ = mask.shape
+    ends = [len(index)]
+    if batch > 1:
+        limits = torch.arange(1, batch + 1, device=index.device) * length
+        ends = torch.searchsorted(index.contiguous(), limits).tolist()
+    parts, first = [], 0
+    for b, end in enumerate(ends):
+        if end > first:
+            split = query[first:end].view(end - first, num_heads, -1).transpose(0, 1).unsqueeze(0)
+            seen = mask[b, 0].index_select(0, index[first:end] - b * length)[None, None]
+            keys, values = _repeated(key[b : b + 1], num_heads), _repeated(value[b : b + 1], num_heads)
+            rows = F.scaled_dot_product_attention(split, keys, values, attn_mask=seen)
+            parts.append(rows[0].transpose(0, 1).reshape(end - first, -1))
+        first = end
+    return torch.cat(parts) if parts else torch.zeros_like(query)
+
+
+def _repeated(heads: Tensor, num_heads: int) -> Tensor:
+    """K or V with a head for every query head."""
+    return heads.repeat_interleave(num_heads // heads.shape[1], dim=1)
+
+
+def _beside(limit: Tensor, x: Tensor) -> Tensor:
+    """A tensor of one element on x's device. One from the CPU is filled in: copying it would wait for the GPU."""
+    if limit.device == x.device:
+        return limit
+    return torch.full(limit.shape, limit.item(), dtype=limit.dtype, device=x.device)
+
+
+def _gathered(
+    kernels: Kernels, x: Tensor, index: Tensor, count: Tensor, known: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    kept = index[: int(count) if known is None else known]
+    return kernels.gather_rows(x.contiguous(), kept), kept, count

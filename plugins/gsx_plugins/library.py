@@ -1,0 +1,136 @@
+"""Where the native library is: the CUDA kernels and the TensorRT plugins around them.
+
+It is built once per state of its sources (`gsx_plugins/build.py`) and kept in the user's cache, in a folder named by
+the sources' hash, so that a changed source never meets an old library. `GSX_PLUGIN_LIBRARY` names another one. Only the
+standard library is imported here: a runner looks for plugins before it knows whether there is anything to build with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+from gsx_plugins.errors import PluginError
+
+LIBRARY_VARIABLE = "GSX_PLUGIN_LIBRARY"
+# With plugins for TensorRT; and the kernels alone, for machines without TensorRT's headers.
+PLUGIN_LIBRARY_NAME = "libgsx_plugins.so"
+KERNEL_LIBRARY_NAME = "libgsx_kernels.so"
+# Ops with a kernel and a plugin of their own; the others are standard ops everywhere.
+PLUGIN_OPS = ("TopKGather", "ThresholdGather", "GatedScatterAdd")
+PLUGIN_NAMESPACE, PLUGIN_VERSION = "gsx", "1"
+
+SOURCE_FOLDER = Path(__file__).parent
+_SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp"}
+_RECORD_NAME = "build.json"
+_NAME_DIGITS = 16  # of the hash, in a folder's name
+
+
+@dataclass(frozen=True)
+class BuildRecord:
+    """How a library was built; it lies beside the library as `build.json`.
+
+    Args:
+        source_hash: of the sources it was built from.
+        architectures: as CMake spells them, e.g. `90-real`.
+        nvcc: the compiler's version.
+        tensorrt_headers: their version; None for the kernels alone.
+        seconds: how long the build took.
+    """
+
+    source_hash: str
+    architectures: tuple[str, ...]
+    nvcc: str
+    tensorrt_headers: str | None
+    seconds: float
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again (XDG base directory specification)."""
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache") / "gsx"
+
+
+def native_sources() -> Sequence[Path]:
+    """The files that the library is built from."""
+    found = [path for path in SOURCE_FOLDER.rglob("*") if path.suffix in _SOURCE_SUFFIXES]
+    return [SOURCE_FOLDER / "CMakeLists.txt", *sorted(found)]
+
+
+@cache
+def source_hash() -> str:
+    """SHA-256 of the native sources, their names included."""
+    digest = hashlib.sha256()
+    for path in native_sources():
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(SOURCE_FOLDER).as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def library_folder() -> Path:
+    """Where a library of the present sources is built to."""
+    return cache_folder() / "plugins" / source_hash()[:_NAME_DIGITS]
+
+
+def find_library() -> Path | None:
+    """The plugin library: what `GSX_PLUGIN_LIBRARY` names, else the one built from the present sources.
+
+    Returns: None where none was built.
+    Raises: PluginError where the variable names no file.
+    """
+    return _named() or _built(PLUGIN_LIBRARY_NAME)
+
+
+def find_kernels() -> Path | None:
+    """A library with the kernels' C interface: the plugin library, else the kernels alone."""
+    return find_library() or _built(KERNEL_LIBRARY_NAME)
+
+
+def library_hash(path: Path) -> str:
+    """SHA-256 of a library file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def record_of(library: Path) -> BuildRecord | None:
+    """How a library was built; None where nothing (readable) says so."""
+    try:
+        found = json.loads(_record_path(library).read_text(encoding="utf-8"))
+        return BuildRecord(**{**found, "architectures": tuple(found["architectures"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def write_record(library: Path, record: BuildRecord) -> None:
+    """Lay the record beside the library."""
+    _record_path(library).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
+
+
+def _record_path(library: Path) -> Path:
+    return library.with_name(f"{library.stem}.{_RECORD_NAME}")
+
+
+def _named() -> Path | None:
+    name = os.environ.get(LIBRARY_VARIABLE)
+    if not name:
+        return None
+    path = Path(name)
+    if not path.is_file():
+        raise PluginError(
+            f"{LIBRARY_VARIABLE} names no file",
+            expected=f"a {PLUGIN_LIBRARY_NAME}",
+            found=f"nothing at {name}",
+            todo="run `gsx plugins build` and unset it, or correct it",
+        )
+    return path.resolve()
+
+
+def _built(name: str) -> Path | None:
+    path = library_folder() / name
+    return path if path.is_file() else None
