@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
-from gsx_exporter.rules.gateskip import GateSkip
+from gsx_exporter.rules.gateskip.traced import GateSkip
 from gsx_plugins.errors import PluginError
 
 MAX_APART = 0.08

@@ -37,8 +37,8 @@ from gsx_exporter.checkpoint import (
     stored_tensors,
 )
 from gsx_exporter.config import BRANCHES, Branch, GateConfig, GateInput, ModelConfig
-from gsx_exporter.router_config import RouterConfig
-from gsx_exporter.router_layouts import take_over
+from gsx_exporter.rules.router.config import RouterConfig
+from gsx_exporter.rules.router.layouts import take_over
 
 # As `save_pretrained` splits by default.
 SHARD_BYTES = 5_000_000_000

@@ -137,8 +137,8 @@ def export(
             from gsx.workflows.export import export as export_bundle
             from gsx.workflows.quantize import Quantize
             from gsx_engines.building.build import check_backend
-            from gsx_exporter.calibration import DEFAULT_TOKENS
             from gsx_exporter.quantization.statistics import default_cache
+            from gsx_exporter.rules.calibration import DEFAULT_TOKENS
 
         if build is not None:
             check_backend(build)  # before an export that may take long

@@ -14,7 +14,6 @@ from gsx.parity.compare import Accumulator, Compared, Comparer, Observation
 from gsx.parity.measure import EngineSide, ReferenceSide, follow, reference_continuation, runner_logits
 from gsx.parity.quality import QualityCounter
 from gsx.parity.result import BudgetResult
-from gsx.parity.settings import Setting
 from gsx.parity.speculation import SpeculationSide
 from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
 from gsx.progress import Progress
@@ -28,8 +27,9 @@ from gsx_engines.runners.select import Backend, open_runner
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import BRANCHES
 from gsx_exporter.evaluation import losses
-from gsx_exporter.masks.registry import mask_of
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.rules.registry import reference_rule
+from gsx_exporter.rules.settings import Setting
 
 # A stretch with a cache: half in one call, the rest in single steps or in one chunk.
 _STRETCH_TOKENS = 64
@@ -287,7 +287,7 @@ class Run:
 
     def _sides(self, controls: Controls) -> tuple[ReferenceSide, ReferenceSide | None]:
         """The reference with some run-time inputs, and the one in float32 beside one in float64."""
-        rule = mask_of(self.manifest, controls)
+        rule = reference_rule(self.manifest, controls)
         side = ReferenceSide(self.reference, rule, self.manifest.kv_policy)
         return side, ReferenceSide(self.single, rule, self.manifest.kv_policy) if self.single else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import platform
 import shutil
@@ -13,9 +12,6 @@ from typing import Literal
 
 import torch
 
-from gsx.policies.base import Choice, Plan
-from gsx.policies.registry import plan_policy
-from gsx.policies.thresholds import grid_with
 from gsx.progress import Progress
 from gsx.workflows.draft_search import DraftSearch
 from gsx.workflows.graph_files import write_graphs
@@ -35,13 +31,11 @@ from gsx_engines.bundle.manifest import (
     WeightsEntry,
 )
 from gsx_engines.bundle.policy import Policy
-from gsx_engines.bundle.selection import Selection as SelectionSection
-from gsx_engines.bundle.selection import check_budget
+from gsx_engines.bundle.selection import Selection, SelectionMode, check_budget
 from gsx_engines.errors import UsageError
 from gsx_engines.lowering.probe import is_supported
 from gsx_engines.speculation.search import SHORTEST_CONTEXT, candidate_exits
 from gsx_engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_other, refuse_rank
-from gsx_exporter.calibration import DEFAULT_TOKENS
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.config import KvPolicy, ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
@@ -49,8 +43,10 @@ from gsx_exporter.graph.assemble import GraphBuilder, Graphs
 from gsx_exporter.graph.weights import WeightsFile, write_weights
 from gsx_exporter.quantization.kv_cache import int8_kv_cache
 from gsx_exporter.quantization.qdq import quantize_graphs
-from gsx_exporter.rules.gateskip import Selection
-from gsx_exporter.rules.registry import rule_of
+from gsx_exporter.rules.calibration import DEFAULT_TOKENS
+from gsx_exporter.rules.plan import PolicyOptions, RulePlan
+from gsx_exporter.rules.registry import plan_policy
+from gsx_exporter.rules.thresholds import grid_with
 from gsx_exporter.text import WINDOW_TOKENS, behind, tokenize
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -73,7 +69,7 @@ def export(
     *,
     policy: str | None = None,
     budget: float | None = None,
-    select: Selection = "threshold",
+    select: SelectionMode = "threshold",
     kv_policy: KvPolicy | None = None,
     precision: Precision = "fp32",
     calibration: str | Path | None = None,
@@ -116,7 +112,7 @@ def export(
     on_progress(Progress("checking the checkpoint", 0, 0))
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
-    keep = plan_policy(Choice(policy, select, budget, kv_policy), config)
+    keep = plan_policy(PolicyOptions(policy, select, budget, kv_policy), config)
     if quantize is not None and config.router is not None:
         raise UsageError(
             "8 bits are not offered for checkpoints with routers",
@@ -124,7 +120,6 @@ def export(
             found="routers, whose inputs smoothing would change",
             todo="export without --int8 and --fp8",
         )
-    options = DecoderOptions(keep.rule, keep.kv_policy, _DTYPES[precision])
     if kv_cache is not None:
         _check_kv_cache(config, keep, precision, quantize)
     exits = _exits(draft, config, keep, precision)
@@ -146,8 +141,9 @@ def export(
     bytes_each = 4 if precision == "fp32" else 2
     needed = checkpoint.weight_bytes() * bytes_each // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
-        section, selection = keep.settle(checkpoint, options, text, on_progress)
-        options = dataclasses.replace(options, rule=rule_of(section, selection, config))  # with what was calibrated
+        settled = keep.settle(checkpoint, text, on_progress)
+        section, selection = settled.policy, settled.selection
+        options = DecoderOptions(settled.rule, keep.kv_policy, _DTYPES[precision])
         defaults = default_controls(section, selection)
         plan = quantization = None
         if quantize is not None:
@@ -195,12 +191,12 @@ def export(
     return open_bundle(output)
 
 
-def _exits(draft: str | None, config: ModelConfig, keep: Plan, precision: Precision) -> Sequence[int]:
+def _exits(draft: str | None, config: ModelConfig, keep: RulePlan, precision: Precision) -> Sequence[int]:
     """The exits to split at: several are candidates; none for other drafts. What cannot be is refused at once."""
     if draft is None:
         return ()
     parsed = None if draft in SEARCHED_DRAFTS else parse_draft(draft)
-    if keep.rule is not None and keep.rule.by_rank:
+    if keep.by_rank:
         refuse_rank()
     if parsed is None:
         if precision == "bf16":
@@ -219,18 +215,18 @@ def _exits(draft: str | None, config: ModelConfig, keep: Plan, precision: Precis
             )
         if draft == "auto":
             return candidate_exits(config.exits, config.num_layers)
-        if keep.rule is None or not keep.drafts_layers:
+        if not keep.drafts_layers:
             refuse_other(draft)
-        if config.num_layers * len(keep.rule.branches) < 2:
+        if config.num_layers * len(keep.branches) < 2:
             raise UsageError(f"--draft {draft} needs two branches that may be skipped, or more", found="one")
         return ()
     if parsed.kind == "exit":
         check_exit(parsed.layer, config.num_layers)
         return (parsed.layer,)
     if parsed.kind == "layers":
-        if keep.rule is None or not keep.drafts_layers:
+        if not keep.drafts_layers:
             refuse_other(parsed)
-        check_layers(parsed, config.num_layers, keep.rule.branches)
+        check_layers(parsed, config.num_layers, keep.branches)
     elif keep.budget is None:
         refuse_other(parsed)
     elif parsed.budget < min(grid_with(keep.budget)):
@@ -242,7 +238,7 @@ def _exits(draft: str | None, config: ModelConfig, keep: Plan, precision: Precis
     return ()
 
 
-def _check_kv_cache(config: ModelConfig, keep: Plan, precision: Precision, quantize: Quantize | None) -> None:
+def _check_kv_cache(config: ModelConfig, keep: RulePlan, precision: Precision, quantize: Quantize | None) -> None:
     """Refuse 8-bit K and V where no runtime keeps them."""
     reason: str | None = None
     found = ""
@@ -281,7 +277,7 @@ def _manifest(
     options: DecoderOptions,
     precision: Precision,
     policy: Policy | None,
-    selection: SelectionSection | None,
+    selection: Selection | None,
     quantization: Quantization | None,
     kv_cache: KvCache | None,
     graphs: Mapping[str, GraphEntry],

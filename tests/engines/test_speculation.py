@@ -25,7 +25,7 @@ from gsx_engines.speculation.length import LONGEST, PROBE_EVERY, AdaptiveLength,
 from gsx_engines.speculation.spec import check_draft, parse_draft
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10.

@@ -14,9 +14,9 @@ from gsx_engines.bundle.counting import kept_count
 from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import BRANCHES, GateConfig, KvPolicy
-from gsx_exporter.masks.base import KeepAll, MaskRule
-from gsx_exporter.masks.gateskip import Rank, Threshold
-from gsx_exporter.reference import Reference, ReferenceOutput
+from gsx_exporter.reference.model import Reference, ReferenceOutput
+from gsx_exporter.reference.rule import KeepAll, ReferenceRule
+from gsx_exporter.rules.gateskip.reference import Rank, Threshold
 from tests.tiny import EOS_ID, FAMILY_NAMES, PAD_ID, tiny_checkpoint
 
 # Two orders of summation of the same fp32 terms; logits here are of order 1 to 10.
@@ -162,7 +162,7 @@ def test_cache_changes_nothing(
     family: str,
     gate: GateConfig,
     overrides: dict[str, object],
-    selection: MaskRule,
+    selection: ReferenceRule,
     kv_policy: KvPolicy,
 ) -> None:
     tiny_checkpoint(tmp_path, family, gate=gate, **overrides)

@@ -26,9 +26,9 @@ from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
-from gsx_exporter.masks.base import BranchInput, MaskCall
-from gsx_exporter.masks.ffn_skip import FfnStride
-from gsx_exporter.similarity import Region, calibrate_ffn
+from gsx_exporter.reference.rule import BranchInput, MaskCall
+from gsx_exporter.rules.ffn_skip.calibrate import Region, calibrate_ffn
+from gsx_exporter.rules.ffn_skip.reference import FfnStride
 from gsx_exporter.text import tokenize
 from tests.tiny import tiny_checkpoint
 

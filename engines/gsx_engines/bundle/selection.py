@@ -11,6 +11,9 @@ from pydantic import model_validator
 from gsx_engines.bundle.fields import Budget, Section, Sha256, Table, Threshold
 from gsx_engines.errors import UsageError
 
+# How kept tokens are chosen: by a calibrated threshold, or the best of the call.
+SelectionMode = Literal["threshold", "rank"]
+
 
 class CalibrationText(Section):
     """The text that thresholds were found on."""
@@ -39,7 +42,7 @@ class Selection(Section):
         calibration: with threshold selection, the text.
     """
 
-    mode: Literal["threshold", "rank"]
+    mode: SelectionMode
     budget: Budget
     grid: tuple[GridPoint, ...] = ()
     calibration: CalibrationText | None = None
