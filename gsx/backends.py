@@ -5,8 +5,9 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Literal
 
-from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.errors import EngineError
 from gsx_engines.runners.select import Backend
+from gsx_plugins.errors import UsageError
 
 BackendName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]
 Device = Literal["cpu", "cuda"]

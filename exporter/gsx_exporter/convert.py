@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gsx_engines.bundle.bundle import writing
-from gsx_engines.errors import CheckpointError, UsageError
 from gsx_exporter.checkpoint import (
     CONFIG,
     WEIGHTS,
@@ -37,8 +36,10 @@ from gsx_exporter.checkpoint import (
     stored_tensors,
 )
 from gsx_exporter.config import BRANCHES, Branch, GateConfig, GateInput, ModelConfig
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.router_layouts import take_over
+from gsx_plugins.errors import UsageError
 
 # As `save_pretrained` splits by default.
 SHARD_BYTES = 5_000_000_000

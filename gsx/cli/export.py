@@ -178,7 +178,7 @@ def export(
 
 def _build(bundle: Path, backend: Backend, as_json: bool) -> dict[str, Any]:
     """Engines for a bundle that was just exported, as plain values. Where they fail, the bundle stays."""
-    from gsx_engines.errors import GsxError
+    from gsx_plugins.errors import GsxError
 
     try:
         name, entry = build_engines(bundle, backend=backend)

@@ -27,9 +27,11 @@ from gsx.policies.registry import plan_policy
 from gsx.progress import Progress
 from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
-from gsx_engines.errors import BundleError, TextError, UsageError
+from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.errors import TextError
 from gsx_exporter.text import MIN_TOKENS, TokenText, load_tokenizer, tokenize
+from gsx_plugins.errors import UsageError
 
 # Measured tokens; as many before them calibrate, which is then what an export takes by default.
 DEFAULT_TOKENS, LEAST_TOKENS = 4096, 512

@@ -339,11 +339,11 @@ def _headers() -> Row:
 
 def _build_tool(name: str, find: Callable[[], tuple[Path, tuple[int, int]]]) -> Row:
     """What `gsx plugins build` finds of a tool, and whether its version will do."""
-    from gsx_plugins.errors import PluginError
+    from gsx_plugins.errors import PluginLibraryError
 
     try:
         place, version = find()
-    except PluginError as error:
+    except PluginLibraryError as error:
         status: Status = "broken" if error.found else "missing"
         detail = f"{error.what}: {error.found}" if error.found else error.what
         return Row(name, status, detail, f"{error.todo} (to build the plugins)", "more")
@@ -352,13 +352,13 @@ def _build_tool(name: str, find: Callable[[], tuple[Path, tuple[int, int]]]) -> 
 
 def _library() -> Row:
     """The kernels and plugins: loaded in a process of its own, and called."""
-    from gsx_plugins.errors import PluginError
+    from gsx_plugins.errors import PluginLibraryError
     from gsx_plugins.library import find_kernels, record_of
 
     todo = "gsx plugins build"
     try:
         path = find_kernels()
-    except PluginError as error:
+    except PluginLibraryError as error:
         return Row("plugin library", "broken", f"{error.what}: {error.found}", error.todo, "more")
     if path is None:
         return Row(

@@ -37,7 +37,6 @@ from gsx_engines.bundle.manifest import (
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection as SelectionSection
 from gsx_engines.bundle.selection import check_budget
-from gsx_engines.errors import UsageError
 from gsx_engines.lowering.probe import is_supported
 from gsx_engines.speculation.search import SHORTEST_CONTEXT, candidate_exits
 from gsx_engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_other, refuse_rank
@@ -52,6 +51,7 @@ from gsx_exporter.quantization.qdq import quantize_graphs
 from gsx_exporter.rules.gateskip import Selection
 from gsx_exporter.rules.registry import rule_of
 from gsx_exporter.text import WINDOW_TOKENS, behind, tokenize
+from gsx_plugins.errors import UsageError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 KvCacheType = Literal["int8"]

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 from gsx_engines.bundle.controls import Controls, selected
 from gsx_engines.bundle.manifest import Quantization
 from gsx_engines.bundle.selection import CalibrationText, Selection
-from gsx_engines.errors import GsxError, UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.quantization.plan import Plan, make_plan, named
 from gsx_exporter.quantization.scheme import EMBEDDING, GATES, SCHEMES, SchemeName
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import GsxError, UsageError
 
 if TYPE_CHECKING:  # they load ModelOpt, which takes seconds
     from gsx_exporter.quantization.sensitivity import Chosen, Limits

@@ -12,10 +12,10 @@ import numpy as np
 from gsx.pages.figures import COLOURS, Plot, logarithmic, svg
 from gsx.pages.render import render
 from gsx.progress import Progress
-from gsx_engines.errors import GsxError, UsageError
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.layer_study import FAMILIES, Family, LayerSet, curves, oracle, study
 from gsx_exporter.text import MIN_TOKENS, tokenize
+from gsx_plugins.errors import GsxError, UsageError
 
 DEFAULT_TOKENS, SEQUENCE_TOKENS = 2048, 128
 # Nats per token that a sequence's loss may lie above the whole model's, for the oracle.

@@ -26,9 +26,11 @@ from gsx.progress import Progress
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep, default_controls, layer_mask
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.errors import BundleError, CheckpointError, GsxError, UsageError
+from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.text import MIN_TOKENS, TokenText, behind, load_tokenizer, tokenize
+from gsx_plugins.errors import GsxError, UsageError
 
 DEFAULT_TOKENS = 1024
 DEFAULT_GREEDY_TOKENS = 256

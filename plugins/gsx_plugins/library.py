@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
 
 LIBRARY_VARIABLE = "GSX_PLUGIN_LIBRARY"
 # With plugins for TensorRT; and the kernels alone, for machines without TensorRT's headers.
@@ -82,7 +82,7 @@ def find_library() -> Path | None:
     """The plugin library: what `GSX_PLUGIN_LIBRARY` names, else the one built from the present sources.
 
     Returns: None where none was built.
-    Raises: PluginError where the variable names no file.
+    Raises: PluginLibraryError where the variable names no file.
     """
     return _named() or _built(PLUGIN_LIBRARY_NAME)
 
@@ -122,7 +122,7 @@ def _named() -> Path | None:
         return None
     path = Path(name)
     if not path.is_file():
-        raise PluginError(
+        raise PluginLibraryError(
             f"{LIBRARY_VARIABLE} names no file",
             expected=f"a {PLUGIN_LIBRARY_NAME}",
             found=f"nothing at {name}",

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from gsx_engines.errors import CheckpointError, GsxError, UsageError
 from gsx_exporter.checkpoint import expected_tensors, is_gate, open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.convert import convert, write_safetensors
+from gsx_exporter.errors import CheckpointError
+from gsx_plugins.errors import GsxError, UsageError
 from tests.tiny import tiny_checkpoint
 
 State = dict[str, Any]

@@ -19,11 +19,11 @@ from benchmarks.model import configuration
 from gsx.workflows.quantize import Quantize, plan_for
 from gsx_engines.bundle.controls import Controls, selected
 from gsx_engines.bundle.selection import GridPoint, Selection
-from gsx_engines.errors import CheckpointError, GsxError, UsageError
 from gsx_exporter.calibration import calibrate
 from gsx_exporter.checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from gsx_exporter.config import BRANCHES, GateConfig, ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.graph.assemble import GraphBuilder, Graphs
 from gsx_exporter.quantization.plan import (
     Plan,
@@ -43,6 +43,7 @@ from gsx_exporter.quantization.walk import Walk
 from gsx_exporter.quantization.watch import statistics
 from gsx_exporter.rules.gateskip import GateSkip
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import GsxError, UsageError
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 LAYERS, HIDDEN = 2, 32

@@ -18,15 +18,16 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from gsx_engines.errors import CheckpointError, GsxError, TextError, UsageError
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
+from gsx_exporter.errors import CheckpointError, TextError
 from gsx_exporter.masks.base import KeepAll
 from gsx_exporter.masks.gateskip import Rank
 from gsx_exporter.reference import Reference
 from gsx_exporter.training import ModelShape, StepReport, TrainConfig, corpus, export_snapshot, schedule, train
 from gsx_exporter.training.loop import _build
 from gsx_exporter.training.model import GatedModel
+from gsx_plugins.errors import GsxError, UsageError
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 TINY = TrainConfig(

@@ -20,7 +20,7 @@ from gsx_engines.building.profiles import DEFAULT_CONTEXT, default_profiles, mos
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
 from gsx_engines.bundle.tensors import tensor_info
-from gsx_engines.errors import BundleError, EngineError, UsageError
+from gsx_engines.errors import BundleError, EngineError
 from gsx_engines.lowering import tensorrt as lowering
 from gsx_engines.lowering.quantized import quantized_products
 from gsx_engines.tensorrt import cuda
@@ -33,8 +33,8 @@ from gsx_engines.tensorrt.backend import (
     load_module,
     platform_name,
 )
-from gsx_engines.tensorrt.plugins import plugin_library
-from gsx_plugins.library import PLUGIN_OPS, cache_folder, library_hash, record_of
+from gsx_plugins.errors import UsageError
+from gsx_plugins.library import PLUGIN_OPS, cache_folder, find_library, library_hash, record_of
 
 # An engine is the weights, for every profile, and the kernels.
 _DISK_SLACK = 128 << 20
@@ -386,7 +386,7 @@ def _library(asked: Literal["auto", "none"] | Path) -> Path | None:
         if not asked.is_file():
             raise UsageError(f"{asked}: there is no such plugin library", todo="gsx plugins build makes one")
         return asked.resolve()
-    return plugin_library()
+    return find_library()
 
 
 def _plugin_entry(library: Path) -> PluginLibrary:

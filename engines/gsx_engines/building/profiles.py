@@ -12,7 +12,8 @@ import re
 from collections.abc import Sequence
 
 from gsx_engines.bundle.engine_entry import EngineProfile, Sizes
-from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.errors import EngineError
+from gsx_plugins.errors import UsageError
 
 # Without --context: longer contexts are rare, and the K/V buffers of an engine are as long as its capacity.
 DEFAULT_CONTEXT = 4096

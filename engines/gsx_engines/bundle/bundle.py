@@ -16,7 +16,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from gsx_engines.bundle.manifest import SCHEMA_VERSION, Manifest
-from gsx_engines.errors import BundleError, GsxError, UsageError
+from gsx_engines.errors import BundleError
+from gsx_plugins.errors import GsxError, UsageError
 
 MANIFEST = "gsx.json"
 

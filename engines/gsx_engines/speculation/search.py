@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gsx_engines.bundle.drafts import DraftMeasurement
-from gsx_engines.errors import UsageError
 from gsx_engines.generation import Generation, GenerationStats, generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.speculation.draft import Draft
 from gsx_engines.speculation.length import LONGEST
+from gsx_plugins.errors import UsageError
 
 # Room for a prompt and some new tokens.
 SHORTEST_CONTEXT = 64

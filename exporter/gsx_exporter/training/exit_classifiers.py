@@ -24,14 +24,15 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from gsx_engines.bundle.bundle import writing
-from gsx_engines.errors import CheckpointError, TextError, UsageError
 from gsx_exporter.checkpoint import CONFIG, EXIT_CLASSIFIER, Checkpoint, open_checkpoint
 from gsx_exporter.convert import SLACK_BYTES, write_config, write_safetensors
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.errors import CheckpointError, TextError
 from gsx_exporter.quantization.walk import Walk
 from gsx_exporter.text import WINDOW_TOKENS, load_tokenizer
 from gsx_exporter.training.corpus import read_corpus, split
 from gsx_exporter.training.tokenizer import encode_documents
+from gsx_plugins.errors import UsageError
 
 # Tokens that the classifiers are fitted to, and of them the share that they are judged on instead.
 DEFAULT_TOKENS, HELD_OUT = 32_768, 1 / 8

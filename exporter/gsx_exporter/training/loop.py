@@ -29,9 +29,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from gsx_engines.errors import CheckpointError, GsxError, TextError, UsageError
 from gsx_exporter.checkpoint import TOKENIZER, WEIGHTS, Checkpoint, is_gate, open_checkpoint
 from gsx_exporter.config import ModelConfig
+from gsx_exporter.errors import CheckpointError, TextError
 from gsx_exporter.training.config import TrainConfig
 from gsx_exporter.training.corpus import read_corpus, split
 from gsx_exporter.training.model import GatedModel
@@ -43,6 +43,7 @@ from gsx_exporter.training.tokenizer import (
     train_tokenizer,
     write_tokenizer,
 )
+from gsx_plugins.errors import GsxError, UsageError
 
 _BASE, _TOKENS = "base", "tokens.npy"
 # Attention logits grow slowly: a look at one sequence now and then is enough to bound them.

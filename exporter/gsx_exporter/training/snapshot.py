@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gsx_engines.errors import CheckpointError
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.training.config import TrainConfig
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
