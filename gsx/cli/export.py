@@ -165,7 +165,7 @@ def export(
             quantize=quantize,
             kv_cache=kv_cache,
             overwrite=overwrite,
-            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
+            on_progress=line.show,
         )
     summary = summary_of(bundle, time.monotonic() - started)
     if not as_json:

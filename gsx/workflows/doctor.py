@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gsx_plugins.progress import OnProgress, Progress, silent
+
 Status = Literal["ok", "missing", "broken"]
 # "run": a bundle cannot be run without it; "export": nor exported, verified or trained; "more": nice to have.
 Need = Literal["run", "export", "more"]
@@ -161,16 +163,16 @@ _PROGRAMS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 _PROGRAM_TITLES = {"nvidia-smi": "NVIDIA GPU", "tritonserver": "Triton server", "c++": "C++ compiler"}
 
 
-def doctor(*, on_progress: Callable[[str], None] = lambda name: None) -> DoctorReport:
+def doctor(*, on_progress: OnProgress = silent) -> DoctorReport:
     """Try everything that gsx can use.
 
     Args:
-        on_progress: called with the name of each thing before it is tried.
+        on_progress: called before each thing is tried.
     """
     rows = []
 
     def add(name: str, check: Callable[[], Row]) -> None:
-        on_progress(name)
+        on_progress(Progress(f"trying {name}"))
         rows.append(check())
 
     add("python", _python)

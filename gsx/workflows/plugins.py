@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 from gsx_plugins.build import ARCHITECTURES, Built, build
 from gsx_plugins.errors import PluginLibraryError, UsageError
 from gsx_plugins.library import LIBRARY_VARIABLE, PLUGIN_OPS, BuildRecord, find_kernels, library_hash, record_of
+from gsx_plugins.progress import OnProgress, silent
 from gsx_plugins.registry import OPS
 
 # A function that every library of gsx has, with or without plugins.
@@ -61,7 +62,7 @@ def build_plugins(
     kernels_only: bool = False,
     force: bool = False,
     jobs: int | None = None,
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    on_progress: OnProgress = silent,
 ) -> Built:
     """Build the library, unless it is there; the arguments are those of `gsx_plugins.build.build`.
 

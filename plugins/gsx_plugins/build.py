@@ -30,6 +30,7 @@ from gsx_plugins.library import (
     source_hash,
     write_record,
 )
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Machine code for these, and PTX of 9.0 and of the newest for what comes after them.
 ARCHITECTURES = ("80-real", "86-real", "89-real", "90", "120")
@@ -63,7 +64,6 @@ _LOG_LINES = 12
 _STEP = re.compile(r"^\[\s*(\d+)/(\d+)\]\s*(.*)|^\[\s*(\d+)%\]\s*(.*)")
 
 _T = TypeVar("_T")
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def build(
     kernels_only: bool = False,
     force: bool = False,
     jobs: int | None = None,
-    on_progress: Progress = lambda stage, done, total: None,
+    on_progress: OnProgress = silent,
 ) -> Built:
     """Build the library, unless one of these sources and architectures is there.
 
@@ -109,7 +109,7 @@ def build(
         kernels_only: without the TensorRT plugins, and so without TensorRT's headers.
         force: build even if it is there.
         jobs: compilers at a time; None for one a processor.
-        on_progress: called with a stage, steps done and steps in all (0: not known).
+        on_progress: called as it goes.
     Raises:
         UsageError: an architecture that there is none of, or none of for these kernels or this nvcc.
         PluginLibraryError: a tool is missing or too old, there is no room for the library, or the build fails.
@@ -318,7 +318,7 @@ def _header_version(path: Path) -> tuple[int, int]:
 
 
 def _run_cmake(
-    tools: Toolchain, work: Path, architectures: Sequence[str], jobs: int | None, on_progress: Progress
+    tools: Toolchain, work: Path, architectures: Sequence[str], jobs: int | None, on_progress: OnProgress
 ) -> Path:
     """Configure and build; returns the folder that holds the library."""
     ninja = shutil.which("ninja")
@@ -334,15 +334,15 @@ def _run_cmake(
     ]
     # The compilers' own temporary files, too, lie where room was asked for, and go with the folder.
     environment = {**os.environ, "TMPDIR": str(work)}
-    _run(configure, environment, lambda line: on_progress("configuring", 0, 0))
+    _run(configure, environment, lambda line: on_progress(Progress("configuring")))
     count = jobs or os.cpu_count() or 1
 
     def show(line: str) -> None:
         step = _STEP.match(line)
         if step and step[1]:
-            on_progress("compiling", int(step[1]), int(step[2]))
+            on_progress(Progress("compiling", int(step[1]), int(step[2])))
         elif step:
-            on_progress("compiling", int(step[4]), 100)
+            on_progress(Progress("compiling", int(step[4]), 100))
 
     _run([str(tools.cmake), "--build", str(work), "--parallel", str(count)], environment, show)
     return work

@@ -16,6 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from gsx_plugins.errors import PluginLibraryError
+from gsx_plugins.files import cache_folder
 
 LIBRARY_VARIABLE = "GSX_PLUGIN_LIBRARY"
 # With plugins for TensorRT; and the kernels alone, for machines without TensorRT's headers.
@@ -48,12 +49,6 @@ class BuildRecord:
     nvcc: str
     tensorrt_headers: str | None
     seconds: float
-
-
-def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again (XDG base directory specification)."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache") / "gsx"
 
 
 def native_sources() -> Sequence[Path]:
