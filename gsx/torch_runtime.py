@@ -18,7 +18,7 @@ import torch
 import torch._dynamo  # PyTorch would import it in the first call of an op of ours, where seconds are a user's
 from torch import Tensor, nn
 
-from gsx.backends import Device
+from gsx.backend_names import Device
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import DecoderShape, Gates

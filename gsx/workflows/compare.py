@@ -10,14 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
-import gsx
-import gsx_engines
-import gsx_exporter
-import gsx_plugins
 from gsx.comparison.measure import STEPS, Form, Score, in_turn
 from gsx.comparison.report import CompareReport, Point
 from gsx.comparison.settings import POLICIES, WHOLE
@@ -182,8 +179,8 @@ class _Exports:
 def source_sha256() -> str:
     """Hash of gsx's own Python source: a bundle that another state of it made may be another one."""
     digest = hashlib.sha256()
-    for package in (gsx, gsx_exporter, gsx_engines, gsx_plugins):
-        for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
+    for package in ("gsx", "gsx_exporter", "gsx_engines", "gsx_plugins"):
+        for path in sorted(Path(str(import_module(package).__file__)).parent.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

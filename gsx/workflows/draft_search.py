@@ -13,10 +13,10 @@ from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.bundle.drafts import DraftEntry, DraftMeasurement, ExitDraft
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.draft_trials.measure import measure_draft, plain_run
+from gsx_engines.draft_trials.replay import Replay
 from gsx_engines.runners.select import open_runner
 from gsx_engines.speculation.draft import open_draft
-from gsx_engines.speculation.replay import Replay
-from gsx_engines.speculation.search import measure_draft, plain_run
 from gsx_exporter.graph.assemble import GraphBuilder
 from gsx_exporter.graph.weights import WeightsFile
 from gsx_plugins.progress import OnProgress, Progress, as_step

@@ -36,8 +36,8 @@ from gsx_engines.bundle.manifest import (
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection as SelectionSection
 from gsx_engines.bundle.selection import check_budget
+from gsx_engines.draft_trials.measure import SHORTEST_CONTEXT, candidate_exits
 from gsx_engines.lowering.probe import is_supported
-from gsx_engines.speculation.search import SHORTEST_CONTEXT, candidate_exits
 from gsx_engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_other, refuse_rank
 from gsx_exporter.calibration import DEFAULT_TOKENS
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint

@@ -11,7 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gsx.backends import BackendName, Device, open_backend
+from gsx.backend_names import BackendName, Device
+from gsx.backends import open_backend
 from gsx_engines import generation
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep, controls_for

@@ -16,8 +16,9 @@ import numpy as np
 from gsx_engines.bundle.cost import StepBytes
 from gsx_engines.bundle.drafts import LayersDraft
 from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.draft_trials.replay import Replay
 from gsx_engines.speculation.adapt import evenly
-from gsx_engines.speculation.replay import Replay, counted_speed
+from gsx_engines.speculation.length import counted_speed
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 # The search ends after so many candidates or seconds, whichever comes first.

@@ -14,7 +14,8 @@ import onnx
 from onnx import numpy_helper
 from tokenizers import Tokenizer
 
-from gsx.backends import BackendName, Device, open_backend
+from gsx.backend_names import BackendName, Device
+from gsx.backends import open_backend
 from gsx.parity.compare import Observation
 from gsx.parity.page import page
 from gsx.parity.quality import QUANTIZED, QualityLimits

@@ -19,14 +19,14 @@ from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.bundle.drafts import LayersDraft
 from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.draft_trials.replay import Replay
 from gsx_engines.generation import generate
 from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import Sampling
 from gsx_engines.speculation import adapt
 from gsx_engines.speculation.adapt import WINDOW, SkipSetSearch, first_set, in_a_row
 from gsx_engines.speculation.draft import OtherControls
-from gsx_engines.speculation.length import ROW_COST
-from gsx_engines.speculation.replay import CHUNK, Replay, counted_speed
+from gsx_engines.speculation.length import CHUNK, ROW_COST, counted_speed
 from gsx_engines.speculation.spec import parse_draft
 from gsx_plugins.progress import Progress
 
