@@ -8,7 +8,7 @@ from typing import Annotated, Literal, NamedTuple, get_args
 from pydantic import BeforeValidator, Field, PlainSerializer
 
 from gsx_engines.bundle.fields import Section
-from gsx_engines.errors import UsageError
+from gsx_plugins.errors import UsageError
 
 Measure = Literal["softmax", "state", "classifier"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)

@@ -18,11 +18,20 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint, is_gate
 from gsx_exporter.config import BRANCHES, Branch, GateConfig, KvPolicy, ModelConfig
 from gsx_exporter.reference.parts import linear
-from gsx_exporter.reference.rule import BranchInput, Decision, KeepAll, MaskCall, Masker, ReferenceRule, T, certain
+from gsx_exporter.reference.rule import (
+    BranchInput,
+    Decision,
+    KeepAll,
+    MaskCall,
+    Masker,
+    ReferenceRule,
+    T,
+    certain,
+)
+from gsx_plugins.errors import UsageError
 
 
 @dataclass

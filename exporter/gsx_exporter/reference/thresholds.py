@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gsx_engines.errors import UsageError
+from gsx_plugins.errors import UsageError
 
 
 def check_thresholds(found: np.ndarray) -> None:

@@ -6,7 +6,7 @@ from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from gsx_engines.errors import UsageError
+from gsx_plugins.errors import UsageError
 
 P = TypeVar("P", bound="Parameters")
 

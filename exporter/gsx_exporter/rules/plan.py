@@ -11,11 +11,11 @@ from typing import ClassVar, NoReturn
 
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import CalibrationText, Selection, SelectionMode
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import Branch, KvPolicy
 from gsx_exporter.decoder.rule import TracedRule
 from gsx_exporter.text import WINDOW_TOKENS, TokenText
+from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress
 
 

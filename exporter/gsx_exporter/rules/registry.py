@@ -12,7 +12,6 @@ from gsx_engines.bundle.controls import Controls
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection
-from gsx_engines.errors import UsageError
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.rule import TracedRule
 from gsx_exporter.reference.rule import KeepAll, ReferenceRule
@@ -25,6 +24,7 @@ from gsx_exporter.rules.parameters import bad_parameters
 from gsx_exporter.rules.plan import PolicyOptions, RulePlan
 from gsx_exporter.rules.router.policy import ROUTER
 from gsx_exporter.rules.rule import Recorded, Rule
+from gsx_plugins.errors import UsageError
 
 GROUP = "gsx.keep_rules"
 RULES = {rule.name: rule for rule in (GATESKIP, ROUTER, LAYERS, UNIFIED, FFN_SKIP, CALM)}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from gsx_engines.bundle.controls import Keep
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.errors import UsageError
+from gsx_plugins.errors import UsageError
 
 DEFAULT_BUDGETS = (1.0, 0.85, 0.7, 0.5)
 

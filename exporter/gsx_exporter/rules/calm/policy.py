@@ -16,7 +16,6 @@ from gsx_engines.bundle.controls import Controls, Keep
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import CalmPolicy, Policy, RuntimeInput
 from gsx_engines.bundle.selection import Selection
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import EXIT_CLASSIFIER, Checkpoint
 from gsx_exporter.config import BRANCHES, ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
@@ -38,6 +37,7 @@ from gsx_exporter.rules.plan import (
 from gsx_exporter.rules.rule import Recorded, Rule
 from gsx_exporter.rules.settings import Curve, Setting, note_unused_budgets
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress
 
 _FORM = "measure,name=value,..."

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.rules.parameters import bad_parameters
 from gsx_exporter.rules.plan import PolicyOptions, RulePlan, Settled
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress
 
 

@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 
 from gsx_engines.bundle.controls import Controls
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.rules.calibration import GridPoint
 from gsx_exporter.rules.ffn_skip.traced import FfnSkip
+from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 STRIDES = (1, 2, 3)

@@ -12,7 +12,6 @@ from gsx_engines.bundle.controls import Controls
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import FfnSkipParameters, FfnSkipPolicy, Policy, RuntimeInput
 from gsx_engines.bundle.selection import Selection
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import BRANCHES, Branch, ModelConfig
 from gsx_exporter.reference.rule import ReferenceRule
@@ -25,6 +24,7 @@ from gsx_exporter.rules.rule import Recorded, Rule
 from gsx_exporter.rules.settings import LayerCurve, budget_settings, calibrated_budgets, exported_budget
 from gsx_exporter.rules.thresholds import by_thresholds, grid_with
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress
 
 # Share of FFNs kept by default, as in the paper's abstract; and new tokens that run in full, of which the notes on it

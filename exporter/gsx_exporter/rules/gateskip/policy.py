@@ -8,7 +8,6 @@ from typing import ClassVar
 from gsx_engines.bundle.controls import Controls
 from gsx_engines.bundle.policy import Policy, gateskip_policy
 from gsx_engines.bundle.selection import Selection
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.reference.rule import ReferenceRule
@@ -20,6 +19,7 @@ from gsx_exporter.rules.rule import Recorded, Rule
 from gsx_exporter.rules.settings import budget_settings, calibrated_budgets, exported_budget
 from gsx_exporter.rules.thresholds import at_budget
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress
 
 

@@ -9,7 +9,6 @@ import numpy as np
 from gsx_engines.bundle.controls import Controls, Keep
 from gsx_engines.bundle.policy import Policy, RouterParameters, RouterPolicy, score_input
 from gsx_engines.bundle.selection import Selection
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
@@ -23,6 +22,7 @@ from gsx_exporter.rules.rule import Recorded, Rule
 from gsx_exporter.rules.settings import budget_settings, calibrated_budgets, exported_budget
 from gsx_exporter.rules.thresholds import at_budget, by_thresholds
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress
 
 
