@@ -31,6 +31,7 @@ from gsx_exporter.rules.calm.reference import Confident
 from gsx_exporter.rules.ffn_skip.calibrate import calibrate_ffn
 from gsx_exporter.rules.ffn_skip.reference import FfnStride
 from gsx_exporter.rules.gateskip.reference import Threshold
+from gsx_exporter.rules.gateskip.traced import GateSkip
 from gsx_exporter.rules.layers.reference import LayerMask
 from gsx_exporter.text import tokenize
 
@@ -68,7 +69,7 @@ def rules_of(checkpoint: Checkpoint, ids: np.ndarray) -> dict[str, tuple[RuleFro
             leaving: RuleFrom = partial(_confident, exits, measure, one)
             found[f"calm, {measure} {one:g} at {', '.join(map(str, exits))}"] = (leaving, True)
     if checkpoint.config.gate is not None:
-        for point in calibrate(checkpoint, ids, (0.75, 0.5), DecoderOptions()):
+        for point in calibrate(checkpoint, ids, (0.75, 0.5), DecoderOptions(GateSkip.of(checkpoint.config))):
             found[f"gateskip {point.budget:g}"] = (partial(_the_same, Threshold(point.thresholds)), False)
     return found
 

@@ -216,7 +216,7 @@ def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "kept_high": list(manifest.quantization.kept_high) if manifest.quantization else None,
         "confidence": _confidence_of(manifest.policy) if manifest.policy else None,
         "exits": list(manifest.policy.exits) if manifest.policy else None,
-        "parameters": manifest.policy.parameters if manifest.policy else None,
+        "parameters": _parameters_of(manifest.policy) if manifest.policy else None,
         "budget": selection.budget if selection else None,
         "kept_share": kept,
         "draft": _draft_of(manifest.draft) if manifest.draft else None,
@@ -255,6 +255,10 @@ def _print(summary: dict[str, Any]) -> None:
     rows = [(name, size(count)) for name, count in summary["files"].items()]
     console.print(table(None, ("file", "size"), rows, right=1))
     console.print(f"next: gsx verify {summary['bundle']}")
+
+
+def _parameters_of(policy: Policy) -> Any:
+    return policy.model_dump(mode="json")["parameters"]
 
 
 def _confidence_of(policy: Policy) -> dict[str, Any] | None:

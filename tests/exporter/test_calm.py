@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.confidence import RANGES, Measure
+from gsx_engines.bundle.confidence import Guarantee as GuaranteeEntry
 from gsx_engines.bundle.controls import Keep, controls_for
-from gsx_engines.bundle.policy import Guarantee as GuaranteeEntry
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
@@ -199,7 +199,7 @@ def test_other_options_that_do_not_fit_are_refused(checkpoint: Checkpoint, tmp_p
         plan_policy(PolicyOptions("calm:threshold=0.5"), dense.config)
     named = plan_policy(PolicyOptions("calm:threshold=0.5,exits=1+2"), dense.config)
     assert isinstance(named, CalmPlan)
-    assert named.given.exits == (1, 2)
+    assert named.rule.exits == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -222,9 +222,9 @@ def test_a_checkpoint_without_classifiers_is_refused_by_their_names(
 
 @pytest.mark.parametrize(("given", "exits"), [("", EXITS), (",exits=3", (3,))])
 def test_classifiers_ask_at_their_own_exits(checkpoint: Checkpoint, given: str, exits: tuple[int, ...]) -> None:
-    rule = plan_policy(PolicyOptions(f"calm:classifier,threshold=0.5{given}"), checkpoint.config).rule
-    assert rule is not None
-    assert rule.asked() == exits
+    plan = plan_policy(PolicyOptions(f"calm:classifier,threshold=0.5{given}"), checkpoint.config)
+    assert isinstance(plan, CalmPlan)
+    assert plan.rule.exit_depths() == exits
 
 
 def test_too_few_prompts_for_a_guarantee_are_refused_in_numbers(

@@ -18,7 +18,7 @@ class Parameters(BaseModel):
     are converted from text by the field's type.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
     def leading_word(cls) -> str | None:

@@ -63,14 +63,13 @@ def plan_gateskip(options: PolicyOptions, config: ModelConfig, parameters: str) 
         options.budget or 1.0,
         calibrates=not by_rank,
         by_rank=by_rank,
-        rule=GateSkip(gate, config.eos_ids, options.select),
+        rule=GateSkip.of(config, options.select),
     )
 
 
 def _traced(recorded: Recorded) -> GateSkip:
-    assert recorded.config.gate is not None
     assert recorded.selection is not None
-    return GateSkip(recorded.config.gate, recorded.config.eos_ids, recorded.selection.mode)
+    return GateSkip.of(recorded.config, recorded.selection.mode)
 
 
 def _reference(policy: Policy, selection: Selection | None, controls: Controls) -> ReferenceRule:

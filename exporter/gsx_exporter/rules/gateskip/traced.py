@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gsx_engines.bundle.selection import SelectionMode
-from gsx_exporter.config import Branch, GateConfig
+from gsx_exporter.config import Branch, GateConfig, ModelConfig
 from gsx_exporter.decoder.rule import (
     BranchInput,
     BranchScore,
@@ -39,6 +39,12 @@ class GateSkip(TracedRule):
     gate: GateConfig
     eos_ids: tuple[int, ...]
     selection: SelectionMode = "threshold"
+
+    @classmethod
+    def of(cls, config: ModelConfig, selection: SelectionMode = "threshold") -> GateSkip:
+        """The rule of a gated checkpoint."""
+        assert config.gate is not None, "the checkpoint has gates"
+        return cls(config.gate, config.eos_ids, selection)
 
     @property
     def branches(self) -> tuple[Branch, ...]:
