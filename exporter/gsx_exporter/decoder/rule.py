@@ -21,7 +21,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -174,66 +173,64 @@ class TracedRule(ABC):
         return {**entered, **own}
 
 
-@runtime_checkable
-class HasModules(Protocol):
+# What only some rules do: a rule that does it inherits the class.
+
+
+class HasModules(ABC):
     """A rule with trained parameters of its own at a branch."""
 
+    @abstractmethod
     def modules(self, config: ModelConfig, branch: Branch) -> Mapping[str, nn.Module]:
         """Name -> module, under which the checkpoint stores its parameters (`model.layers.{i}.{name}`)."""
-        ...
 
 
-@runtime_checkable
-class JudgesOnce(Protocol):
+class JudgesOnce(ABC):
     """A rule that judges only some of its branches by themselves; another one does as the branch before it."""
 
     @property
+    @abstractmethod
     def judged(self) -> tuple[Branch, ...]:
         """The branches that are judged by themselves."""
-        ...
 
 
-@runtime_checkable
-class ReplacesSkipped(Protocol):
+class ReplacesSkipped(ABC):
     """A rule under which a skipped token gets something in the branch's place (an adapter, for example)."""
 
+    @abstractmethod
     def skipped(self, x: BranchInput, score: BranchScore, values: Values) -> Tensor:
-        """What the kept rows' results are added to, [N, H]; the residual stream without this protocol."""
-        ...
+        """What the kept rows' results are added to, [N, H]; the residual stream for other rules."""
 
 
-@runtime_checkable
-class WatchesBranches(Protocol):
+class WatchesBranches(ABC):
     """A rule that changes its carried states behind a branch."""
 
+    @abstractmethod
     def after(self, branch: Branch, before: Tensor, after: Tensor, index: Tensor, values: Values) -> Values:
         """The carried states that changed.
 
         Args: before, after [N, H], the residual stream; index [K], the rows that ran.
         """
-        ...
 
 
-@runtime_checkable
-class LooksAtExits(Protocol):
+class LooksAtExits(ABC):
     """A rule that looks at the whole state behind some layers, and changes its carried states there."""
 
+    @abstractmethod
     def exit_depths(self) -> tuple[int, ...]:
         """Depths behind which it looks, ascending."""
-        ...
 
+    @abstractmethod
     def exit_module(self, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
         """What looks, with the final norm's and head's parameters where it reads them, in `dtype`.
 
         Returns: a module that takes hidden and entering [N, H], the states behind and before the layer, and the values
             that `entered` names, in order; it gives the carried states, in order.
         """
-        ...
 
+    @abstractmethod
     def exit_prefix(self, depth: int) -> str:
         """What the names of the module's parameters begin with behind `depth` layers: `""` where all depths share them,
         or each layer's own (`layers.{depth - 1}.`)."""
-        ...
 
 
 def exit_watcher(rule: TracedRule | None) -> LooksAtExits | None:

@@ -18,7 +18,7 @@ from gsx_engines.bundle.confidence import Measure
 from gsx_exporter.config import BRANCHES, Branch, ModelConfig
 from gsx_exporter.decoder.ends import Exit
 from gsx_exporter.decoder.modules import Linear
-from gsx_exporter.decoder.rule import BranchInput, BranchScore, Tokens, TracedRule, Value, Values
+from gsx_exporter.decoder.rule import BranchInput, BranchScore, LooksAtExits, Tokens, TracedRule, Value, Values
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.threshold_gather.op import threshold_gather
 
@@ -29,7 +29,7 @@ DECAYING = 0.1
 
 
 @dataclass(frozen=True)
-class Calm(TracedRule):
+class Calm(TracedRule, LooksAtExits):
     """Keep a token as long as it was not confident enough at an exit.
 
     Args:

@@ -23,6 +23,7 @@ from gsx_exporter.decoder.rule import (
     TracedRule,
     Value,
     Values,
+    WatchesBranches,
     apply_forced,
     before,
     forced,
@@ -32,7 +33,7 @@ _MLP = BRANCHES.index("mlp")
 
 
 @dataclass(frozen=True)
-class FfnSkip(TracedRule):
+class FfnSkip(TracedRule, WatchesBranches):
     """Skip the FFNs behind one that changed little.
 
     Args:

@@ -20,6 +20,9 @@ from gsx_exporter.decoder.norm import RmsNorm
 from gsx_exporter.decoder.rule import (
     BranchInput,
     BranchScore,
+    HasModules,
+    JudgesOnce,
+    ReplacesSkipped,
     Tokens,
     TracedRule,
     Value,
@@ -69,7 +72,7 @@ class RouterNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class Router(TracedRule):
+class Router(TracedRule, HasModules, JudgesOnce, ReplacesSkipped):
     """Keep what the checkpoint's routers say.
 
     Args:
