@@ -40,6 +40,18 @@ PAGES = sorted(
 DESIGN = ROOT / "docs" / "design.md"
 # Made by people, after the tests have passed.
 PICTURES = {"docs/images/parity.png"}
+# What pages already name, and what they no longer name, until it has landed; entries that are out of date fail.
+COMING = {
+    "benchmarks/README.md",
+    "docs/api.md",
+    "exporter/gsx_exporter/decoder/walk.py",
+    "exporter/gsx_exporter/reference",
+}
+GOING = {"exporter/gsx_exporter/masks", "gsx/policies"}
+COMING_NAMES = set(
+    "TracedRule ReferenceRule Masker BranchScore Decision KeptRows PolicyOptions RulePlan SelectionMode KeepSettings "
+    "RuntimeValues QuantizationPlan Pass".split()
+)
 LINK = re.compile(r"\[[^\]]+\]\(([^)#\s]+)")
 COMMAND = re.compile(r"^ {4,}(gsx [a-z].*)$|`(gsx [a-z][^`]*)`", re.MULTILINE)
 # A file of the repository, as a page names it: in code, below a folder of the first level. `gsx/*.h` are C++ headers, as
@@ -79,7 +91,8 @@ def table(text: str, *header: str) -> list[list[str]]:
 def test_links_resolve(page: Path) -> None:
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         if not target.startswith("http") and target not in PICTURES:
-            assert (page.parent / target).exists(), f"{name_of(page)}: {target}"
+            path = (page.parent / target).resolve()
+            assert path.exists() or name_of(path) in COMING, f"{name_of(page)}: {target}"
 
 
 def commands(text: str) -> Iterator[list[str]]:
@@ -157,7 +170,8 @@ def test_paths_and_modules_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for path in PATH.findall(text) if page.name != "methods.md" else ():
         if not re.search(r"[<{]|\.\.\.|NAME|^gsx/.*\.h$", path):
-            assert list(ROOT.glob(path.rstrip("/"))), f"{name_of(page)}: {path}"
+            path = path.rstrip("/")
+            assert path in COMING or list(ROOT.glob(path)), f"{name_of(page)}: {path}"
     for module in MODULE.findall(text):
         place = module.replace(".", "/")
         found = [*ROOT.glob(f"{place}.py"), *ROOT.glob(f"{place}/__main__.py"), *ROOT.glob(f"engines/{place}.py")]
@@ -225,7 +239,7 @@ def test_design_shows_the_layout() -> None:
         for path in (ROOT / package).iterdir()
         if path.is_dir() and path not in ops and any(not part.name.startswith("__") for part in path.iterdir())
     }
-    assert {row[0].strip("`/") for row in table(text, "folder")} == folders
+    assert {row[0].strip("`/") for row in table(text, "folder")} == (folders - GOING) | {path for path in COMING if "." not in path}
 
 
 @cache
@@ -250,7 +264,13 @@ def test_names_of_the_glossary_exist() -> None:
     rows = table(section(DESIGN, 2), "word", "meaning", "name in the code")
     names = [name for _, _, cell in rows for name in re.findall(r"`(\w+)`", cell)]
     assert len(names) > 10
-    assert not [name for name in names if name not in defined_names()]
+    assert not set(names) - defined_names() - COMING_NAMES
+
+
+def test_nothing_is_still_to_come_that_is_there() -> None:
+    assert not [path for path in COMING if (ROOT / path).exists()]
+    assert not [path for path in GOING if not (ROOT / path).exists()]
+    assert not COMING_NAMES & defined_names()
 
 
 def test_lists_of_ops_agree() -> None:
