@@ -105,9 +105,7 @@ PHRASES = {
         f"better by {percent(adapt.MARGIN)} on the same tokens",
         f"After {WORDS[adapt.PATIENCE]} looks in a row without a change, or {adapt.MOST_LOOKS} in all",
     ),
-    "docs/tensorrt-plugins.md": (
-        f"nvcc {MIN_NVCC[0]}.{MIN_NVCC[1]} or later, CMake {MIN_CMAKE[0]}.{MIN_CMAKE[1]}",
-    ),
+    "docs/tensorrt-plugins.md": (f"nvcc {MIN_NVCC[0]}.{MIN_NVCC[1]} or later, CMake {MIN_CMAKE[0]}.{MIN_CMAKE[1]}",),
     "docs/triton.md": (
         f"whose steps share one batch; {SLOTS}.",
         f"requests that may wait; {QUEUE}.",
