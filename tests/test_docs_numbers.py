@@ -23,9 +23,10 @@ from gsx_engines.serving.request import Request
 from gsx_engines.serving.scheduler import Scheduler
 from gsx_engines.speculation import adapt
 from gsx_exporter import exit_calibration, similarity
-from gsx_exporter.calibration import NEAR_SHARE
+from gsx_exporter.calibration import DEFAULT_GRID, DEFAULT_TOKENS, NEAR_SHARE
 from gsx_exporter.quantization.scheme import SCHEMES
 from gsx_exporter.rules.calm import DECAYING
+from gsx_exporter.text import MIN_TOKENS
 from gsx_exporter.training import exit_classifiers
 from gsx_plugins.build import MIN_CMAKE, MIN_NVCC
 
@@ -83,6 +84,10 @@ PHRASES = {
         f"`any`, 1 to {DEFAULT_PREFILL_TOKENS:,} tokens",
         f"more than {MAX_TOPK:,} tokens, TopK's limit",
         f"a multiple of {WINDOW_STEP} columns",
+    ),
+    "docs/export.md": (
+        f"| `--calibration-tokens` | {MIN_TOKENS} and more | how much of it to use; default {DEFAULT_TOKENS} |",
+        f"a grid of budgets from {max(DEFAULT_GRID):g} to {min(DEFAULT_GRID):g}",
     ),
     "docs/layer-study.md": (f"each sequence of {SEQUENCE_TOKENS} tokens",),
     "docs/policies.md": (
