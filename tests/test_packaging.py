@@ -1,5 +1,5 @@
-"""What `pip install gsx` gives: the contents of wheel and sdist, and an installed wheel that runs a bundle beside a user's
-own packages `plugins`, `engines` and `exporter`. Nothing is downloaded."""
+"""What `pip install gsx` gives: the contents of wheel and sdist, and an installed wheel that runs a bundle beside a
+user's own packages `plugins`, `engines` and `exporter`. Nothing is downloaded."""
 
 from __future__ import annotations
 
