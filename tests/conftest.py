@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,13 +57,12 @@ def make_tiny_bundle(
 
     made: dict[tuple[tuple[str, object], ...], Path] = {}
 
-    def make(**options: object) -> Path:
+    def make(**options: Any) -> Path:
         key = tuple(sorted(options.items()))
         if key not in made:
             out = tmp_path_factory.mktemp("bundle") / "tiny"
-            text = {} if options.get("select") == "rank" else {"calibration": tiny_text}  # ranks need none
-            values = {"budget": 0.7, "calibration_tokens": 1024, **text, **options}
-            export(tiny_gated, out, **values)  # type: ignore[arg-type]
+            text = None if options.get("select") == "rank" else tiny_text  # ranks need no text
+            export(tiny_gated, out, **{"budget": 0.7, "calibration_tokens": 1024, "calibration": text, **options})
             made[key] = out
         return made[key]
 
