@@ -22,7 +22,7 @@ from benchmarks.measure import Table, in_turn, parse, parser, print_header, rati
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.rules.gateskip import GateSkip
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
 
 MAX_APART = 0.08
 
@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         try:
             bind()
-        except PluginError as error:
+        except PluginLibraryError as error:
             print(error, file=sys.stderr)
             return 1
     print_header(made, args, arguments)

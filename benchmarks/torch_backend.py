@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.bundles import BUDGET, SHORT_TEXT, exported
 from benchmarks.measure import Spread, Table, in_turn, parse, parser, print_header, ratios, spread
 from benchmarks.model import SHAPES, make_large, random_text
-from gsx.backends import Device
+from gsx.backend_names import Device
 from gsx.torch_runtime import TorchRuntime
 from gsx.workflows.export import Precision
 from gsx_engines.bundle.bundle import open_bundle

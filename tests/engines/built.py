@@ -14,8 +14,8 @@ from gsx_engines.building.build import build
 from gsx_engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES
-from gsx_engines.tensorrt.plugins import plugin_library
 from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
+from gsx_plugins.library import find_library
 
 preload_tensorrt_rtx()  # in the way that plugins work with, whichever test imports it first
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
@@ -34,7 +34,7 @@ def build_small(bundle: Path, **options: Any) -> tuple[str, EngineEntry]:
 
 def needs_plugins() -> None:
     """Skip where there is no plugin library."""
-    if plugin_library() is None:
+    if find_library() is None:
         pytest.skip("no plugin library was built: gsx plugins build")
 
 

@@ -14,8 +14,8 @@ from gsx_engines.building.build import build
 from gsx_engines.building.job import Job, run_job
 from gsx_engines.errors import EngineError
 from gsx_engines.tensorrt.loading import ENGINES
-from gsx_engines.tensorrt.plugins import plugin_library
 from gsx_plugins.domain import DOMAIN, OPSET_VERSION, node
+from gsx_plugins.library import find_library
 from gsx_plugins.registry import OPS
 from tests.engines.built import needs_plugins
 
@@ -101,7 +101,7 @@ def test_what_a_plugin_refuses_is_told_in_its_words(tmp_path: Path) -> None:
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11, functions=[op.function()])
-    job = Job(**{**job_of(model, tmp_path).__dict__, "plugins": str(plugin_library()), "plugin_nodes": (call.name,)})
+    job = Job(**{**job_of(model, tmp_path).__dict__, "plugins": str(find_library()), "plugin_nodes": (call.name,)})
     with pytest.raises(EngineError, match=r"ThresholdGather: input score is .*, expected float"):
         run_job(job, "model")
 

@@ -13,8 +13,9 @@ from gsx_engines.building import placing
 from gsx_engines.building.placing import writing_engines
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.engine_entry import EngineEntry
-from gsx_engines.errors import BundleError, EngineError, GsxError
+from gsx_engines.errors import BundleError, EngineError
 from gsx_engines.tensorrt.loading import ENGINES
+from gsx_plugins.errors import GsxError
 from tests.engines.built import build_small, state
 
 

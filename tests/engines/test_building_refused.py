@@ -12,9 +12,10 @@ import pytest
 from gsx_engines.building import build as building
 from gsx_engines.building import memory
 from gsx_engines.building.build import build
-from gsx_engines.errors import BundleError, EngineError, GsxError, UsageError
+from gsx_engines.errors import BundleError, EngineError
 from gsx_engines.tensorrt.loading import ENGINES
-from gsx_engines.tensorrt.plugins import plugin_library
+from gsx_plugins.errors import GsxError, UsageError
+from gsx_plugins.library import find_library
 from tests.engines.built import build_small, edit_graph, needs_plugins, state
 
 
@@ -96,7 +97,7 @@ def test_a_plugin_library_that_is_none(bundle: Path, tmp_path: Path) -> None:
 
 def test_a_plugin_library_of_others_and_half_of_one(bundle: Path, tmp_path: Path) -> None:
     needs_plugins()
-    named = plugin_library()
+    named = find_library()
     assert named is not None
     content = named.read_bytes()
     renamed = tmp_path / "librenamed.so"

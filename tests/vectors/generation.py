@@ -6,7 +6,6 @@ from typing import Any
 
 from gsx_engines.bundle.controls import Keep
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.errors import GsxError
 from gsx_engines.generation import Generation, generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.split import SplitRunner
@@ -15,6 +14,7 @@ from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.sampling import Sampling
 from gsx_engines.speculation.draft import Draft, draft_on
 from gsx_engines.speculation.spec import check_draft, parse_draft
+from gsx_plugins.errors import GsxError
 from tests.vectors.models import CONTEXT, END, EXIT, MODELS, VOCABULARY, toy_manifest
 from tests.vectors.toy import ToyEngine, new_digest
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from gsx_engines.errors import GsxError
 from gsx_engines.sampling import Picker, Sampling, candidates
+from gsx_plugins.errors import GsxError
 from tests.vectors.toy import mix
 
 SAMPLINGS: list[dict[str, Any]] = [
