@@ -24,7 +24,8 @@ import numpy as np
 from benchmarks.model import SHAPES, make_large, random_text
 from gsx.backends import Device
 from gsx.torch_runtime import TorchRuntime
-from gsx.workflows.export import Precision, export
+from gsx.workflows.export import export
+from gsx.workflows.number_types import Precision
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import Keep
 from gsx_engines.errors import EngineError

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from gsx.parity.compare import Accumulator, Compared, Comparer, Observation
+from gsx.parity.closeness import Accumulator, Compared, Comparer, Observation
 from gsx.parity.measure import EngineSide, ReferenceSide, follow, reference_continuation, runner_logits
 from gsx.parity.quality import QualityCounter
 from gsx.parity.result import BudgetResult

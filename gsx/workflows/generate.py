@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gsx.backends import BackendName, Device, open_backend
+from gsx.defaults import NEW_TOKENS
 from gsx_engines import generation
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep, controls_for
@@ -27,7 +28,6 @@ from gsx_engines.speculation.draft import OtherControls, open_draft
 from gsx_engines.speculation.spec import check_draft, check_leaves_out, check_speculation, parse_draft
 from gsx_engines.tokens import BundleTokenizer, TextWriter, check_text
 
-DEFAULT_NEW_TOKENS = 128
 # A set of layers that is searched while generating.
 ADAPTIVE = "layers:auto"
 
@@ -99,7 +99,7 @@ def generate(
     exit_layer: int | None = None,
     speedup: float | None = None,
     exit_threshold: float | None = None,
-    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    max_new_tokens: int = NEW_TOKENS,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -139,8 +139,13 @@ def generate(
         backend: the runtime; the TensorRT ones run what `gsx build` made, PyTorch runs the weights themselves.
         device: where PyTorch runs; None for its GPU if it has one.
         on_text: called with each piece of new text as it comes.
+    Returns: the new text and tokens, why they ended, and counters and times.
     Raises:
         GsxError: an option, a bundle or a prompt that cannot be used.
+    Example:
+        >>> result = gsx.generate("out/demo", "def main(", budget=0.5, max_new_tokens=8)
+        >>> result.stats.new_tokens
+        8
     """
     if (prompt is None) == (ids is None):
         raise UsageError("the prompt is not clear", expected="a text or --ids", found="both" if ids else "neither")

@@ -68,9 +68,22 @@ def build_plugins(
     jobs: int | None = None,
     on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Built:
-    """Build the library, unless it is there; the arguments are those of `gsx_plugins.build.build`.
+    """Build the library of CUDA kernels and TensorRT plugins, unless one of these sources is there already.
 
-    Raises: PluginLibraryError, which says what is missing and how to get it.
+    Args:
+        architectures: GPUs that it is for: `90` (machine code and PTX), `90-real`, `90-virtual`.
+        kernels_only: without TensorRT's plugins, which needs no TensorRT headers.
+        force: build even if the library is there.
+        jobs: compilers at a time; None for one a processor.
+        on_progress: called as it goes.
+    Returns: the library's path, how it was built, and whether it was there already.
+    Raises:
+        UsageError: an architecture that is not known, or no jobs.
+        PluginLibraryError: what is missing, and how to get it.
+    Example, on a machine with nvcc and TensorRT's headers:
+        >>> built = gsx.plugins.build(architectures=["90"])  # doctest: +SKIP
+        >>> built.path.name  # doctest: +SKIP
+        'libgsx_plugins.so'
     """
     if jobs is not None and jobs < 1:
         raise UsageError("--jobs: too few", expected="1 or more", found=str(jobs))
@@ -81,7 +94,15 @@ def build_plugins(
 
 
 def list_plugins() -> PluginList:
-    """The ops, and the library that is built."""
+    """List the custom ops, and the library that serves them.
+
+    Returns: a row for each op, and the facts of the library; None where it is not built.
+    Raises:
+        PluginLibraryError: the environment names a library that is none of gsx's.
+    Example:
+        >>> [op.name for op in gsx.plugins.list().ops if op.native][:2]
+        ['TopKGather', 'ThresholdGather']
+    """
     rows = tuple(
         OpRow(
             name=op.name,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gsx.defaults import QUALITY_LIMIT
 from gsx_engines.bundle.controls import Controls, selected
 from gsx_engines.bundle.manifest import Quantization
 from gsx_engines.bundle.selection import CalibrationText, Selection
@@ -163,7 +164,7 @@ def _measured(
     from gsx_exporter.quantization.sensitivity import Limits, choose
     from gsx_exporter.quantization.simulate import Simulation
 
-    default = 0.01 if wanted.auto else math.inf
+    default = QUALITY_LIMIT if wanted.auto else math.inf
     limits = Limits(wanted.max_perplexity_increase or default, wanted.max_flipped or default)
     simulation = Simulation(
         checkpoint,

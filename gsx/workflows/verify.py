@@ -16,7 +16,8 @@ from onnx import numpy_helper
 from tokenizers import Tokenizer
 
 from gsx.backends import BackendName, Device, open_backend
-from gsx.parity.compare import Observation
+from gsx.defaults import GREEDY_TOKENS, VERIFY_TOKENS
+from gsx.parity.closeness import Observation
 from gsx.parity.page import page
 from gsx.parity.quality import QUANTIZED, QualityLimits
 from gsx.parity.report import KeepMap, Report, Similarity
@@ -30,8 +31,6 @@ from gsx_engines.errors import BundleError, CheckpointError, GsxError, UsageErro
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.text import MIN_TOKENS, TokenText, behind, load_tokenizer, tokenize
 
-DEFAULT_TOKENS = 1024
-DEFAULT_GREEDY_TOKENS = 256
 # As many tokens as have room for a label.
 _MAP_TOKENS = 60
 # The budget that a map shows where the exported one skips nothing.
@@ -43,9 +42,9 @@ def verify(
     *,
     reference: str | None = None,
     text: str | Path | None = None,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int = VERIFY_TOKENS,
     budgets: Sequence[float] | None = None,
-    greedy_tokens: int = DEFAULT_GREEDY_TOKENS,
+    greedy_tokens: int = GREEDY_TOKENS,
     backend: BackendName = "onnxruntime",
     device: Device | None = None,
     quality: QualityLimits | None = None,
@@ -69,6 +68,10 @@ def verify(
     Returns: the report; `report.passed` is the verdict.
     Raises:
         GsxError: the bundle or the reference cannot be used, or is not the one that the bundle was made of.
+    Example:
+        >>> report = gsx.verify("out/demo", tokens=512, budgets=[0.7])
+        >>> report.passed
+        True
     """
     started = time.perf_counter()
     if tokens < MIN_TOKENS:

@@ -272,7 +272,7 @@ def test_disk_that_fills_up(
     def fill(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(import_module("gsx.export"), "write_weights", fill)
+    monkeypatch.setattr(import_module("gsx.workflows.export"), "write_weights", fill)
     before = snapshot(tmp_path)
     found = gsx("export", model, "-o", bundle, "--select", "rank", "--overwrite")
     assert found.code == 1

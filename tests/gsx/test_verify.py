@@ -30,7 +30,7 @@ from gsx_exporter.config import GateConfig
 from tests.tiny import tiny_checkpoint
 
 # `gsx.verify` is the function; this is its module.
-MODULE = import_module("gsx.verify")
+MODULE = import_module("gsx.workflows.verify")
 TOKENS, GREEDY = 256, 12
 
 
