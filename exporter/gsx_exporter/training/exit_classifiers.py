@@ -64,7 +64,13 @@ class ExitClassifier:
 
 @dataclass(frozen=True)
 class ClassifierResult:
-    """A checkpoint with classifiers. Args: directory: where; tokens: of the text; exits: in the order of depth."""
+    """A checkpoint with classifiers.
+
+    Args:
+        directory: where it is.
+        tokens: of the text, held-out ones among them.
+        exits: in the order of depth.
+    """
 
     directory: Path
     tokens: int
