@@ -147,14 +147,9 @@ def generate(
         >>> result.stats.new_tokens
         8
     """
-    if (prompt is None) == (ids is None):
-        raise UsageError("the prompt is not clear", expected="a text or --ids", found="both" if ids else "neither")
     if threads is not None and threads < 1:
         raise UsageError("threads", expected="at least 1", found=str(threads))
-    if "" in stop:
-        raise UsageError("a stop text is empty", expected="at least one character")
-    for given in (prompt or "", *stop):
-        check_text(given)
+    _check_texts(prompt, ids, stop)
     sampling = Sampling(temperature, top_k, top_p, seed)
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
@@ -200,6 +195,16 @@ def generate(
         adaptation=search.found if search else None,
         stats=result.stats,
     )
+
+
+def _check_texts(prompt: str | None, ids: Sequence[int] | None, stop: Sequence[str]) -> None:
+    """Refuse a prompt or a stop text that means nothing."""
+    if (prompt is None) == (ids is None):
+        raise UsageError("the prompt is not clear", expected="a text or --ids", found="both" if ids else "neither")
+    if "" in stop:
+        raise UsageError("a stop text is empty", expected="at least one character")
+    for given in (prompt or "", *stop):
+        check_text(given)
 
 
 def _drafting(
