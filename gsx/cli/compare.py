@@ -38,7 +38,7 @@ def compare(
     tokens: Annotated[int, typer.Option(help="How much of it to measure.")] = COMPARE_TOKENS,
     as_json: JsonOption = False,
 ) -> None:
-    """Every policy that a model can have, side by side: perplexity and measured time against what is kept.
+    """Put every policy that a model can have side by side: perplexity and measured time against what is kept.
 
     Example: gsx compare examples/model -o out/compare.html
     """

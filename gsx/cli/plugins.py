@@ -102,7 +102,7 @@ def list_(as_json: JsonOption = False) -> None:
 def _print_library(facts: LibraryFacts) -> None:
     lines = [("library", str(facts.path)), ("size", size(facts.bytes)), ("sha256", facts.sha256)]
     record = facts.record
-    lines.append(("holds", "kernels and TensorRT plugins" if facts.plugins else "kernels alone"))
+    lines.append(("holds", "kernels and TensorRT plugins" if facts.plugins else "only kernels"))
     if record:
         headers = f", headers of TensorRT {record.tensorrt_headers}" if record.tensorrt_headers else ""
         lines += [("for GPUs", ", ".join(record.architectures)), ("built with", f"CUDA {record.nvcc}{headers}")]

@@ -29,7 +29,7 @@ def study(
     tokens: Annotated[int, typer.Option(help="How much of it to use.")] = STUDY_TOKENS,
     as_json: JsonOption = False,
 ) -> None:
-    """How a model takes it when layers are left out: exits against skipped layers, and what each sequence would need.
+    """Measure what leaving layers out costs: exits against skipped layers, and what each sequence would need.
 
     Example: gsx study examples/model -o out/study.html
     """

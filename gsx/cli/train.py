@@ -79,8 +79,7 @@ def train(
     exit_classifiers: Annotated[
         str | None,
         typer.Option(
-            help="Train CALM's classifiers behind these depths of a finished MODEL, and nothing else: e.g. 4,8, or "
-            "auto for its exits.",
+            help="Train only CALM's classifiers, at these depths of a finished MODEL: e.g. 4,8, or auto for its exits.",
             show_default="no",
         ),
     ] = None,

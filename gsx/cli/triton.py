@@ -31,7 +31,7 @@ def triton(
     backend: Annotated[
         Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-plan"],
         typer.Option(
-            help="The runtime; TensorRT needs engines in the bundle (gsx build). tensorrt-plan: the engines alone, for "
+            help="The runtime; TensorRT needs engines in the bundle (gsx build). tensorrt-plan: only the engines, for "
             "Triton's own TensorRT backend (gsx build --kv-layout growing)."
         ),
     ] = "onnxruntime",
@@ -66,7 +66,7 @@ def triton(
     if backend == "tensorrt-plan":
         if (slots, queue, context, threads) != (SERVED_REQUESTS, WAITING_REQUESTS, None, None):
             raise UsageError(
-                "--backend tensorrt-plan: the engines alone are served as they were built",
+                "--backend tensorrt-plan: the engines are served as they were built",
                 expected="no --slots, --queue, --context and --threads",
                 todo="gsx build --batch and --context say what an engine takes",
             )

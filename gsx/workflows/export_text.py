@@ -1,4 +1,4 @@
-"""The text that an export reads: to calibrate on, and behind it, to measure on."""
+"""The text that an export reads: to calibrate on, and after it, to measure on."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_export_text(
 
     Args: path: UTF-8 text; None for the text that ships with gsx. tokens: how much of it.
     Raises:
-        UsageError: a text is given, and none is needed.
+        UsageError: a text is given and not needed.
         TextError: the text cannot be used.
     """
     if not (keep.calibrates or types.read_text or drafting.search):

@@ -35,8 +35,8 @@ class OpRow:
 
 @dataclass(frozen=True)
 class LibraryFacts:
-    """The library that would be used. `record` is None where nothing tells how it was built; `plugins` is false for the
-    kernels alone."""
+    """The library that would be used. `record` is None where it is not known how it was built; `plugins` is false where
+    it has only kernels."""
 
     path: Path
     sha256: str
@@ -98,7 +98,7 @@ def list_plugins() -> PluginList:
 
     Returns: a row for each op, and the facts of the library; None where it is not built.
     Raises:
-        PluginLibraryError: the environment names a library that is none of gsx's.
+        PluginLibraryError: the environment names a file that is not a library of gsx.
     Example:
         >>> [op.name for op in gsx.plugins.list().ops if op.native][:2]
         ['TopKGather', 'ThresholdGather']

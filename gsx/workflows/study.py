@@ -31,7 +31,7 @@ WORDS: dict[Family, str] = {
 
 @dataclass(frozen=True)
 class Point:
-    """Some layers: how many, which, and the perplexity with them alone."""
+    """Some layers: how many, which, and the perplexity with only them."""
 
     layers: int
     perplexity: float
@@ -87,7 +87,7 @@ class StudyReport:
         plots = [
             Plot(
                 "Perplexity by number of layers",
-                "With some of the layers alone, the same for every token.",
+                "With only some of the layers, the same ones for every token.",
                 svg((7.2, 3.4), 1, lambda axes: _draw_curves(self, axes[0])),
             ),
             Plot(

@@ -31,7 +31,7 @@ def train(
         config: the recipe, or a JSON file of it (docs/checkpoints.md); None for `gsx.TrainConfig()`.
         model: a checkpoint to start from, a directory or a hub id; None for a new model of the recipe's shape.
         text: a directory of text files; None for the standard library of the running Python.
-        work: where snapshots are kept; it stays after the run. None for `output` with `-work` behind its name.
+        work: where snapshots are kept; it stays after the run. None for `output` with `-work` added to its name.
         resume: continue from the newest snapshot in `work`.
         overwrite: replace a checkpoint that is already at `output`.
         snapshot_every: optimizer steps between snapshots.

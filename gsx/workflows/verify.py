@@ -56,7 +56,7 @@ def verify(
         bundle: its directory.
         reference: the checkpoint that it was exported from; None for the one that the manifest names.
         text: UTF-8 text file to read; None for the text that ships with gsx. Of a text that the export calibrated on,
-            what comes behind those tokens; where too little does, the report says that they are the same.
+            the part after those tokens is read; where too little is left, the report says that the two are the same.
         tokens: how much of it.
         budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
         greedy_tokens: length of the greedy continuation.
@@ -158,7 +158,7 @@ def _held_out(
             "quality may be worse. --text takes another."
         )
         return text
-    notes.append(f"The export calibrated on the first {seen:,} tokens of this text: those compared come behind them.")
+    notes.append(f"The export calibrated on the first {seen:,} tokens of this text: those compared come after them.")
     return rest
 
 
@@ -174,7 +174,7 @@ def _reference_checkpoint(bundle: Bundle, reference: str | None) -> Checkpoint:
         raise CheckpointError(
             f"bundle {bundle.directory}: its reference, {name}, cannot be opened",
             found=error.what + (f" (found {error.found})" if error.found else ""),
-            todo="if the model lies elsewhere now: gsx verify BUNDLE --reference MODEL",
+            todo="if the model is elsewhere now: gsx verify BUNDLE --reference MODEL",
         ) from error
     found = checkpoint.weights_sha256()
     if found != source.weights_sha256:
