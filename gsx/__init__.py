@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gsx import plugins as plugins
     from gsx.parity.quality import QualityLimits as QualityLimits
-    from gsx.progress import Progress as Progress
     from gsx.workflows.compare import compare as compare
     from gsx.workflows.doctor import doctor as doctor
     from gsx.workflows.export import export as export
@@ -28,18 +27,19 @@ if TYPE_CHECKING:
     from gsx_engines.building.build import build as build
     from gsx_engines.bundle.bundle import Bundle as Bundle
     from gsx_engines.bundle.bundle import open_bundle as open_bundle
-    from gsx_engines.errors import GsxError as GsxError
     from gsx_exporter.convert import convert as convert
     from gsx_exporter.training.config import TrainConfig as TrainConfig
     from gsx_exporter.training.exit_classifiers import train_exit_classifiers as train_exit_classifiers
+    from gsx_plugins.errors import GsxError as GsxError
+    from gsx_plugins.progress import Progress as Progress
 
     __version__: str
 
 # Public name -> module that has it.
 _HOMES = {
     "Bundle": "gsx_engines.bundle.bundle",
-    "GsxError": "gsx_engines.errors",
-    "Progress": "gsx.progress",
+    "GsxError": "gsx_plugins.errors",
+    "Progress": "gsx_plugins.progress",
     "QualityLimits": "gsx.parity.quality",
     "Quantize": "gsx.workflows.quantize",
     "TrainConfig": "gsx_exporter.training.config",

@@ -53,7 +53,7 @@ def compare(
             work,
             text=text,
             tokens=tokens,
-            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
+            on_progress=line.show,
         )
     show(report, as_json, _tables, output)
 

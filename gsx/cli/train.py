@@ -124,8 +124,8 @@ def train(
             resume=resume,
             overwrite=overwrite,
             snapshot_every=snapshot_every,
+            on_progress=line.show,
             on_step=lambda report: line.update("training", report.step, report.steps, speed.note(report)),
-            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
         )
     if as_json:
         summary = {
@@ -160,7 +160,7 @@ def _exit_classifiers(
             from gsx import train_exit_classifiers
 
         wanted = CLASSIFIER_TOKENS if tokens is None else tokens
-        result = train_exit_classifiers(model, output, depths=named, text=text, tokens=wanted, on_progress=line.update)
+        result = train_exit_classifiers(model, output, depths=named, text=text, tokens=wanted, on_progress=line.show)
     exits = [{"exit": one.depth, "agreement": one.agreement, "ranking": one.ranking} for one in result.exits]
     if as_json:
         print_json({"directory": str(result.directory), "tokens": result.tokens, "exits": exits})

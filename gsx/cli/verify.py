@@ -80,7 +80,7 @@ def verify(
                 quality.max_perplexity_increase, quality.max_flipped, quality.max_divergence, quality.min_top1
             ),
             **vars(backend),
-            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
+            on_progress=line.show,
         )
     if as_json:
         print_json(report.to_dict())

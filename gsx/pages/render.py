@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gsx_engines.errors import GsxError
+from gsx_plugins.errors import GsxError
 
 
 def render(template: str, **values: Any) -> str:

@@ -14,8 +14,8 @@ import numpy as np
 
 from gsx.defaults import QUALITY_LIMIT
 from gsx.parity.closeness import Observation
-from gsx_engines.errors import UsageError
 from gsx_exporter.config import BRANCHES
+from gsx_plugins.errors import UsageError
 
 
 @dataclass(frozen=True)

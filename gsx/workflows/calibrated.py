@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from gsx.policies.base import Plan
-from gsx.progress import Progress
 from gsx.workflows.export_text import ExportText
 from gsx.workflows.number_types import NumberTypes
 from gsx.workflows.quantize import plan_for
@@ -23,6 +21,7 @@ from gsx_exporter.quantization.kv_cache import int8_kv_cache
 from gsx_exporter.quantization.plan import Plan as QuantizationPlan
 from gsx_exporter.quantization.qdq import quantize_graphs
 from gsx_exporter.rules.registry import rule_of
+from gsx_plugins.progress import OnProgress
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Calibrated:
 
 
 def calibrate_all(
-    checkpoint: Checkpoint, keep: Plan, types: NumberTypes, text: ExportText, on_progress: Callable[[Progress], None]
+    checkpoint: Checkpoint, keep: Plan, types: NumberTypes, text: ExportText, on_progress: OnProgress
 ) -> Calibrated:
     """Find the rule's thresholds, then the scales of products, then those of K and V.
 
@@ -81,16 +80,10 @@ def calibrate_all(
             selection,
             defaults,
             text.seen,
-            lambda *step: on_progress(Progress(*step)),
+            on_progress,
             unseen=text.unseen,
         )
     if types.kv_cache is not None:
         assert text.seen is not None
-        kv_cache = int8_kv_cache(
-            checkpoint,
-            text.seen,
-            defaults,
-            options,
-            lambda done, total: on_progress(Progress("watching K and V", done, total)),
-        )
+        kv_cache = int8_kv_cache(checkpoint, text.seen, defaults, options, on_progress)
     return Calibrated(checkpoint, options, section, selection, defaults, plan, quantization, kv_cache)

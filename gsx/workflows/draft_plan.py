@@ -11,10 +11,10 @@ from gsx.workflows.draft_search import DraftSearch
 from gsx.workflows.number_types import Precision
 from gsx_engines.bundle.drafts import DraftEntry, DraftKind
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.errors import UsageError
-from gsx_engines.speculation.search import SHORTEST_CONTEXT, candidate_exits
+from gsx_engines.draft_trials.measure import SHORTEST_CONTEXT, candidate_exits
 from gsx_engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_other, refuse_rank
 from gsx_exporter.config import ModelConfig
+from gsx_plugins.errors import UsageError
 
 # The exit, or the set of branches left out, that gains most on this machine.
 BEST_EXIT, BEST_LAYERS = "auto", "layers:auto"

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from gsx.policies.base import Choice
 from gsx.policies.registry import plan_policy
-from gsx.progress import Progress
 from gsx.workflows.bundle_manifest import manifest_of
 from gsx.workflows.calibrated import calibrate_all
 from gsx.workflows.draft_plan import plan_draft
@@ -20,13 +18,13 @@ from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle, open_bundle, write_manifest, writing
 from gsx_engines.bundle.manifest import WeightsEntry
 from gsx_engines.bundle.selection import check_budget
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import KvPolicy
 from gsx_exporter.defaults import CALIBRATION_TOKENS
-from gsx_exporter.graph.assemble import Graphs
 from gsx_exporter.graph.weights import write_weights
 from gsx_exporter.rules.gateskip import Selection
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 WEIGHTS_FILE = "weights.bin"
 # Room for graphs, tokenizer and manifest beside the weights.
@@ -48,7 +46,7 @@ def export(
     quantize: Quantize | None = None,
     kv_cache: KvCacheType | None = None,
     overwrite: bool = False,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = silent,
 ) -> Bundle:
     """Export a checkpoint to a bundle.
 
@@ -84,7 +82,7 @@ def export(
         check_budget(budget)
     if calibration_tokens < 1:
         raise UsageError("calibration tokens", expected="a positive number", found=str(calibration_tokens))
-    on_progress(Progress("checking the checkpoint", 0, 0))
+    on_progress(Progress("checking the checkpoint"))
     checkpoint = open_checkpoint(model)
     keep = plan_policy(Choice(policy, select, budget, kv_policy), checkpoint.config)
     types = NumberTypes(precision, quantize, kv_cache)
@@ -94,15 +92,15 @@ def export(
     needed = checkpoint.weight_bytes() * types.dtype.itemsize // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
         calibrated = calibrate_all(checkpoint, keep, types, text, on_progress)
-        on_progress(Progress("tracing", 0, 0))
+        on_progress(Progress("tracing"))
         builder = calibrated.graph_builder()
         graphs = builder.graphs(drafting.split)
         read = calibrated.weights.tensor
-        weights = write_weights(work / WEIGHTS_FILE, graphs.weights, read, _counter(graphs, on_progress))
+        weights = write_weights(work / WEIGHTS_FILE, graphs.weights, read, on_progress)
         entries = write_graphs(work, graphs, weights)
         for path in checkpoint.companions():
             shutil.copyfile(path, work / path.name)
-        on_progress(Progress("hashing the source weights", 0, 0))
+        on_progress(Progress("hashing the source weights"))
         weights_entry = WeightsEntry(file=WEIGHTS_FILE, sha256=weights.sha256, size_bytes=weights.size_bytes)
         manifest = manifest_of(calibrated, precision, entries, weights_entry)
 
@@ -112,15 +110,3 @@ def export(
 
         write_manifest(work, drafting.settle(manifest, begin_search))
     return open_bundle(output)
-
-
-def _counter(graphs: Graphs, on_progress: Callable[[Progress], None]) -> Callable[[str], None]:
-    """Progress of writing the weights."""
-    done = 0
-
-    def count(name: str) -> None:
-        nonlocal done
-        done += 1
-        on_progress(Progress("writing weights", done, len(graphs.weights)))
-
-    return count

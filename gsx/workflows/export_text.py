@@ -9,9 +9,9 @@ from gsx.policies.base import Plan
 from gsx.workflows.draft_plan import DraftPlan
 from gsx.workflows.number_types import NumberTypes
 from gsx.workflows.quantize import MEASURED_WINDOWS
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.text import WINDOW_TOKENS, TokenText, behind, tokenize
+from gsx_plugins.errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 
 from gsx.policies.base import Plan
 from gsx.workflows.quantize import Quantize
-from gsx_engines.errors import UsageError
 from gsx_engines.lowering.probe import is_supported
 from gsx_exporter.config import ModelConfig
+from gsx_plugins.errors import UsageError
 
 Precision = Literal["fp32", "fp16", "bf16"]
 KvCacheType = Literal["int8"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ import numpy as np
 from gsx.defaults import STUDY_TOKENS
 from gsx.pages.figures import COLOURS, Plot, logarithmic, svg
 from gsx.pages.render import write_page
-from gsx.progress import Progress
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.layer_study import FAMILIES, Family, LayerSet, curves, oracle
 from gsx_exporter.layer_study import study as try_sets
 from gsx_exporter.text import MIN_TOKENS, tokenize
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import OnProgress, silent
 
 SEQUENCE_TOKENS = 128
 # Nats per token that a sequence's loss may lie above the whole model's, for the oracle.
@@ -104,7 +104,7 @@ def study(
     *,
     text: str | Path | None = None,
     tokens: int = STUDY_TOKENS,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = silent,
 ) -> StudyReport:
     """Measure what leaving layers out costs, and how few layers each sequence of a text would need.
 
@@ -129,9 +129,7 @@ def study(
     if depth < 2:
         raise UsageError("a study of layers needs a model with some", expected="2 layers or more", found=str(depth))
     found_text = tokenize(checkpoint, Path(text) if text else None, max_tokens=tokens, window=SEQUENCE_TOKENS)
-    found = try_sets(
-        checkpoint, found_text.ids, lambda done, total: on_progress(Progress("trying sets of layers", done, total))
-    )
+    found = try_sets(checkpoint, found_text.ids, on_progress)
     allowed: dict[str, Sequence[Family]] = {**{family: (family,) for family in FAMILIES}, "any": FAMILIES}
     return StudyReport(
         model=checkpoint.source,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from gsx.progress import Progress
 from gsx_exporter import training
 from gsx_exporter.defaults import SNAPSHOT_STEPS
 from gsx_exporter.training import StepReport, TrainConfig, TrainResult
+from gsx_plugins.progress import OnProgress, silent
 
 
 def train(
@@ -22,7 +22,7 @@ def train(
     overwrite: bool = False,
     snapshot_every: int = SNAPSHOT_STEPS,
     on_step: Callable[[StepReport], None] | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Train gates (GateSkip) and early exits (LayerSkip), and write the model as a checkpoint.
 
@@ -59,5 +59,5 @@ def train(
         overwrite=overwrite,
         snapshot_every=snapshot_every,
         on_step=on_step,
-        on_phase=lambda phase: on_progress(Progress(phase, 0, 0)),
+        on_progress=on_progress,
     )

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gsx_engines.building.profiles import choose_profile, most_tokens
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.engine_entry import EngineEntry
@@ -24,6 +23,7 @@ from gsx_engines.lowering.tensorrt import KEPT, LOGITS_AT, WRITE_AT, K
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names
 from gsx_engines.runners.portable import KeptTable, layers_of, skippable_places
 from gsx_engines.tensorrt.backend import Backend
+from gsx_engines.tensorrt.profile_choice import choose_profile, most_tokens
 
 # The window is a multiple of this many columns, so that a call's shapes change seldom while the cache grows: TensorRT
 # compiles or tunes for shapes, and a CUDA graph is for one set of them.
