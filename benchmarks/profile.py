@@ -28,7 +28,7 @@ from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import Controls, Keep, controls_for
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
-from gsx_engines.runners.portable import open_session, session_config
+from gsx_engines.runners.session import open_session, session_config
 from gsx_engines.runners.whole import WholeRunner
 
 PROMPT_TOKENS, STEPS = 512, 24
