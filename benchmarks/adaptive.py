@@ -17,7 +17,7 @@ from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.generation import Generation, generate
 from gsx_engines.runners.select import open_runner
 from gsx_engines.speculation.adapt import SkipSetSearch, first_set
-from gsx_engines.speculation.draft import OtherControls
+from gsx_engines.speculation.draft import FullDepthDraft
 from gsx_engines.tokens import BundleTokenizer
 
 PROMPT = '''"""Read tables."""
@@ -48,7 +48,7 @@ def main() -> None:
     runner, draft = (open_runner(bundle, args.threads) for _ in range(2))
     runs: dict[str, list[Generation]] = {}
 
-    def run(name: str, drafting: OtherControls | None, search: SkipSetSearch | None = None) -> None:
+    def run(name: str, drafting: FullDepthDraft | None, search: SkipSetSearch | None = None) -> None:
         found = generate(
             drafting.runner if drafting else runner,
             [prompt],
@@ -60,7 +60,7 @@ def main() -> None:
         runs.setdefault(name, []).append(found)
 
     for number in range(args.rounds + 1):
-        first, searched = (OtherControls(draft, first_set(bundle.manifest)) for _ in range(2))
+        first, searched = (FullDepthDraft(draft, first_set(bundle.manifest)) for _ in range(2))
         search = SkipSetSearch(searched, cost)
         run("plain", None)
         run("first set", first)
