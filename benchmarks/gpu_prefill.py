@@ -24,7 +24,7 @@ from torch import Tensor
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.rules.gateskip import GateSkip
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
 
 MAX_APART = 0.08
 
@@ -220,7 +220,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         try:
             bind()
-        except PluginError as error:
+        except PluginLibraryError as error:
             print(error, file=sys.stderr)
             return 1
     shape = SMALL if options.small else LLAMA_3_8B

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.model import SHAPES, make_large, random_text
-from gsx.backends import Device
+from gsx.backend_names import Device
 from gsx.torch_runtime import TorchRuntime
 from gsx.workflows.export import Precision, export
 from gsx_engines.bundle.bundle import open_bundle

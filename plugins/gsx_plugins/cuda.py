@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
 from gsx_plugins.full_attention.op import full_attention
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.gathered_attention.op import gathered_attention
@@ -54,7 +54,7 @@ class Kernels:
     Args:
         path: a library with the kernels' C interface.
     Raises:
-        PluginError: the library does not load; later, a kernel refuses its arguments or fails to start.
+        PluginLibraryError: the library does not load; later, a kernel refuses its arguments or fails to start.
     """
 
     def __init__(self, path: Path) -> None:
@@ -65,7 +65,7 @@ class Kernels:
                 function = getattr(self._library, name)
                 function.restype, function.argtypes = result, list(arguments)
         except (OSError, AttributeError) as error:
-            raise PluginError(
+            raise PluginLibraryError(
                 f"the kernel library {path} does not load", found=str(error), todo="gsx plugins build --force"
             ) from error
 
@@ -135,7 +135,7 @@ class Kernels:
             status = getattr(self._library, name)(*arguments, None)
         if status:
             text = self._library.gsx_error_string(status).decode()
-            raise PluginError(
+            raise PluginLibraryError(
                 f"{name}: {text} (status {status})", todo="check shapes, types and devices of the tensors"
             )
 
@@ -145,11 +145,11 @@ def load_kernels() -> Kernels:
     """Load the kernels of the library that was built.
 
     Raises:
-        PluginError: there is none.
+        PluginLibraryError: there is none.
     """
     path = find_kernels()
     if path is None:
-        raise PluginError("the CUDA kernels are not built", todo="gsx plugins build --kernels-only")
+        raise PluginLibraryError("the CUDA kernels are not built", todo="gsx plugins build --kernels-only")
     return Kernels(path)
 
 
@@ -157,7 +157,7 @@ def bind() -> Kernels:
     """Make the torch ops run the kernels for CUDA tensors. Calling it again changes nothing.
 
     Raises:
-        PluginError: no library was built, or it does not load.
+        PluginLibraryError: no library was built, or it does not load.
     """
     kernels = load_kernels()
     if not _bound:

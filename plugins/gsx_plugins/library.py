@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
+from gsx_plugins.files import cache_folder
 
 LIBRARY_VARIABLE = "GSX_PLUGIN_LIBRARY"
 # The library with plugins for TensorRT, and the one with only the kernels, for machines without TensorRT's headers.
@@ -51,12 +52,6 @@ class BuildRecord:
     seconds: float
 
 
-def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again (XDG base directory specification)."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache") / "gsx"
-
-
 def native_sources() -> Sequence[Path]:
     """The files that the library is built from."""
     found = [path for path in SOURCE_FOLDER.rglob("*") if path.suffix in _SOURCE_SUFFIXES]
@@ -84,7 +79,7 @@ def find_library() -> Path | None:
 
     Returns: None if there is none.
     Raises:
-        PluginError: the variable names a file that does not exist.
+        PluginLibraryError: the variable names a file that does not exist.
     """
     return _named() or _built(PLUGIN_LIBRARY_NAME)
 
@@ -124,7 +119,7 @@ def _named() -> Path | None:
         return None
     path = Path(name)
     if not path.is_file():
-        raise PluginError(
+        raise PluginLibraryError(
             f"{LIBRARY_VARIABLE} names a file that does not exist",
             expected=f"a {PLUGIN_LIBRARY_NAME}",
             found=f"nothing at {name}",

@@ -23,14 +23,15 @@ from gsx_engines.building.job import Job, run_job
 from gsx_engines.building.placing import writing_engines
 from gsx_engines.bundle.bundle import MANIFEST, Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry
-from gsx_engines.errors import BundleError, EngineError, GsxError, UsageError
+from gsx_engines.errors import BundleError, EngineError
 from gsx_engines.tensorrt import cuda
 from gsx_engines.tensorrt.cuda import Device
 from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES
-from gsx_engines.tensorrt.plugins import plugin_library
 from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
 from gsx_exporter.quantization.scheme import SchemeName
 from gsx_plugins.domain import DOMAIN, OPSET_VERSION, node
+from gsx_plugins.errors import GsxError, UsageError
+from gsx_plugins.library import find_library
 from gsx_plugins.registry import OPS
 
 preload_tensorrt_rtx()  # in the way that plugins work with, whichever test imports it first
@@ -45,7 +46,7 @@ SMALL = {"context": 64, "targets": ["8.9"]}
 
 
 def needs_plugins() -> None:
-    if plugin_library() is None:
+    if find_library() is None:
         pytest.skip("no plugin library was built: gsx plugins build")
 
 
@@ -478,7 +479,7 @@ def test_a_plugin_library_that_is_none(bundle: Path, tmp_path: Path) -> None:
 
 def test_a_plugin_library_of_others_and_half_of_one(bundle: Path, tmp_path: Path) -> None:
     needs_plugins()
-    named = plugin_library()
+    named = find_library()
     assert named is not None
     content = named.read_bytes()
     renamed = tmp_path / "librenamed.so"
@@ -525,6 +526,6 @@ def test_what_a_plugin_refuses_is_told_in_its_words(tmp_path: Path) -> None:
     )
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, OPSET_VERSION)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=11, functions=[op.function()])
-    job = Job(**{**job_of(model, tmp_path).__dict__, "plugins": str(plugin_library()), "plugin_nodes": (call.name,)})
+    job = Job(**{**job_of(model, tmp_path).__dict__, "plugins": str(find_library()), "plugin_nodes": (call.name,)})
     with pytest.raises(EngineError, match=r"ThresholdGather: input score is .*, expected float"):
         run_job(job, "model")

@@ -13,7 +13,7 @@ from gsx_engines.bundle.fields import BRANCHES
 from gsx_engines.bundle.layer_sets import exit_places, mask_of, parse_places, unified_places
 from gsx_engines.bundle.manifest import DecoderShape, Manifest
 from gsx_engines.bundle.policy import Policy, RuntimeInput
-from gsx_engines.errors import UsageError
+from gsx_plugins.errors import UsageError
 
 LAYERS = 6
 

@@ -17,7 +17,7 @@ from gsx_engines.building.build import build
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep, controls_for
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.errors import CheckpointError, EngineError, UsageError
+from gsx_engines.errors import EngineError
 from gsx_engines.lowering.probe import is_supported
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.portable import PortableStage
@@ -26,8 +26,10 @@ from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.quantization.kv_cache import int8_kv_cache
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10. A code that a rounding turned would be 1e-3 off.

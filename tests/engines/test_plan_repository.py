@@ -18,9 +18,10 @@ import pytest
 from gsx.cli import run
 from gsx_engines.building.build import build
 from gsx_engines.bundle.bundle import Bundle, open_bundle, write_manifest
-from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.errors import EngineError
 from gsx_engines.serving.plan_repository import write_plan_repository
 from gsx_engines.tensorrt.loading import ENGINES
+from gsx_plugins.errors import UsageError
 
 pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
 pytest.importorskip("polygraphy", reason='polygraphy is not installed: pip install "gsx[tensorrt]"')

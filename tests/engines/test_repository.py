@@ -12,10 +12,11 @@ from pydantic import ValidationError
 from gsx.cli import run
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep
-from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.errors import EngineError
 from gsx_engines.serving.fields import INPUTS, OUTPUTS
 from gsx_engines.serving.model_config import ModelConfig, Tensor
 from gsx_engines.serving.repository import write_repository
+from gsx_plugins.errors import UsageError
 
 
 @pytest.fixture

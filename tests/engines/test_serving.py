@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import gsx
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Controls, Keep
-from gsx_engines.errors import EngineError, GsxError, UsageError
+from gsx_engines.errors import EngineError
 from gsx_engines.runners.base import Cache, Runner, StepOutput
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
@@ -25,6 +25,7 @@ from gsx_engines.serving.request import Finished, OverloadedError, Request
 from gsx_engines.serving.scheduler import Scheduler
 from gsx_engines.speculation.draft import open_draft_runner
 from gsx_engines.tokens import BundleTokenizer
+from gsx_plugins.errors import GsxError, UsageError
 
 
 class Recorder:

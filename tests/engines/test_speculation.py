@@ -14,7 +14,6 @@ from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep, controls_for
 from gsx_engines.bundle.drafts import BudgetDraft, ExitDraft, LayersDraft
-from gsx_engines.errors import UsageError
 from gsx_engines.generation import generate
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner, open_split_runner
@@ -26,6 +25,7 @@ from gsx_engines.speculation.spec import check_draft, parse_draft
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.reference import Reference
+from gsx_plugins.errors import UsageError
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10.

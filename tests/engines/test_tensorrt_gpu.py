@@ -23,7 +23,7 @@ from gsx_engines.tensorrt import cuda
 from gsx_engines.tensorrt.backend import Backend, load_module
 from gsx_engines.tensorrt.kernel_cache import kernel_cache_path
 from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES
-from gsx_engines.tensorrt.plugins import plugin_library
+from gsx_plugins.library import find_library
 
 pytestmark = pytest.mark.gpu
 PROMPT = [5, 60, 61, 7, 8, 9, 200, 11]
@@ -60,7 +60,7 @@ def test_an_engine_computes_what_onnx_runtime_computes(
 ) -> None:
     if backend not in backends():
         pytest.skip(f"{backend} is not installed")
-    if plugins == "auto" and plugin_library() is None:
+    if plugins == "auto" and find_library() is None:
         pytest.skip("no plugin library was built: gsx plugins build")
     directory = Path(shutil.copytree(make_tiny_bundle(**options), tmp_path / "bundle"))
     build(directory, backend=backend, plugins=plugins, context=160)  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def test_compiled_kernels_are_kept(
     bundle, backend, name = built
     if backend != "tensorrt-rtx":
         pytest.skip("engines of TensorRT hold their kernels")
-    if (library := plugin_library()) is not None:
+    if (library := find_library()) is not None:
         monkeypatch.setenv("GSX_PLUGIN_LIBRARY", str(library))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     device = cuda.device()

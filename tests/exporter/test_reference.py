@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gsx_engines.bundle.counting import kept_count
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import BRANCHES, GateConfig, KvPolicy
 from gsx_exporter.masks.base import KeepAll, MaskRule
 from gsx_exporter.masks.gateskip import Rank, Threshold
 from gsx_exporter.reference import Reference, ReferenceOutput
+from gsx_plugins.errors import UsageError
 from tests.tiny import EOS_ID, FAMILY_NAMES, PAD_ID, tiny_checkpoint
 
 # Two orders of summation of the same fp32 terms; logits here are of order 1 to 10.

@@ -18,7 +18,6 @@ from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep, controls_for
-from gsx_engines.errors import UsageError
 from gsx_engines.generation import generate
 from gsx_engines.lowering.onnxruntime import lower
 from gsx_engines.runners.portable import PortableStage
@@ -30,6 +29,7 @@ from gsx_exporter.masks.base import BranchInput, MaskCall
 from gsx_exporter.masks.ffn_skip import FfnStride
 from gsx_exporter.similarity import Region, calibrate_ffn
 from gsx_exporter.text import tokenize
+from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
 
 LAYERS = 5

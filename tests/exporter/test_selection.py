@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gsx_engines.bundle.counting import kept_count
-from gsx_engines.errors import UsageError
 from gsx_exporter.masks.base import KeepAll
 from gsx_exporter.masks.gateskip import Rank, Threshold
 from gsx_exporter.rules.gateskip import rank_count
+from gsx_plugins.errors import UsageError
 
 
 def _decimal_count(n: int, millionths: int) -> int:

@@ -18,15 +18,17 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from gsx_engines.errors import CheckpointError, GsxError, TextError, UsageError
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
+from gsx_exporter.errors import CheckpointError, TextError
 from gsx_exporter.masks.base import KeepAll
 from gsx_exporter.masks.gateskip import Rank
 from gsx_exporter.reference import Reference
 from gsx_exporter.training import ModelShape, StepReport, TrainConfig, corpus, export_snapshot, schedule, train
 from gsx_exporter.training.loop import _build
 from gsx_exporter.training.model import GatedModel
+from gsx_plugins.errors import GsxError, UsageError
+from gsx_plugins.progress import Progress
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 TINY = TrainConfig(
@@ -72,16 +74,16 @@ def _run(config: TrainConfig, path: Path, text: Path, **options: Any) -> dict[st
 
 def test_result_is_a_checkpoint(tmp_path: Path, text: Path) -> None:
     reports: list[StepReport] = []
-    phases: list[str] = []
+    phases: list[Progress] = []
     result = train(
         TINY,
         tmp_path / "out",
         work=tmp_path / "work",
         text=text,
         on_step=reports.append,
-        on_phase=phases.append,
+        on_progress=phases.append,
     )
-    assert phases == ["reading the text", "training the tokenizer", "encoding the text"]
+    assert [phase.stage for phase in phases] == ["reading the text", "training the tokenizer", "encoding the text"]
     assert (result.steps, result.tokens, result.resumed_at) == (12, 12 * 3 * 24, 0)
     assert [r.step for r in reports] == list(range(1, 13))
     assert [r.exit_depth for r in reports[:3]] == [1, 2, 1]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
 from tests.gpu.rows import Row
 from tests.plugins import kernel_cases as cases
 
@@ -44,7 +44,7 @@ def run_checks(kernels: cases.GuardedKernels, device: str, *, quick: bool = Fals
         try:
             check()
             passed[group] = passed.get(group, 0) + 1
-        except (AssertionError, PluginError) as error:
+        except (AssertionError, PluginLibraryError) as error:
             failures.setdefault(group, []).append(str(error).splitlines()[0])
         except RuntimeError as error:  # CUDA's: nothing runs after it
             arguments = check.__defaults__  # type: ignore[attr-defined]

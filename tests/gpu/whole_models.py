@@ -23,7 +23,6 @@ from gsx_engines.building.build import build
 from gsx_engines.building.job import run_job
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep
-from gsx_engines.errors import GsxError
 from gsx_engines.generation import generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.select import open_runner
@@ -32,8 +31,9 @@ from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.tensorrt import cuda
 from gsx_engines.tensorrt.backend import Backend, dotted, known_targets, load_module
 from gsx_engines.tensorrt.loading import ENGINES
-from gsx_engines.tensorrt.plugins import plugin_library
 from gsx_engines.tokens import BundleTokenizer
+from gsx_plugins.errors import GsxError
+from gsx_plugins.library import find_library
 from tests.gpu.rows import Row, goal_row
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "model"
@@ -136,7 +136,7 @@ def _built(bundle: Bundle, backend: Backend) -> Runner:
 
     print(f"{backend}: {dotted(device.capability)} is no target of its; trying {', '.join(map(dotted, entry.targets))}")
     plan = (opened.directory / ENGINES / name / entry.graphs["model"].file).read_bytes()
-    library = plugin_library() if entry.plugins else None
+    library = find_library() if entry.plugins else None
     engine = CudaEngine(backend, plan, library=library, cuda_graphs=False, kernels=None)
     return WholeRunner(TensorRTStage(opened.manifest, entry, "model", engine))
 

@@ -15,8 +15,9 @@ from gsx.parity.quality import QualityCounter, QualityLimits
 from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
 from gsx.workflows.verify import verify
-from gsx_engines.errors import CheckpointError, UsageError
 from gsx_exporter.config import GateConfig
+from gsx_exporter.errors import CheckpointError
+from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
 
 

@@ -21,7 +21,6 @@ from gsx_engines.bundle.engine_entry import EngineEntry, EngineProfile, Sizes
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import gateskip_policy
 from gsx_engines.bundle.selection import Selection
-from gsx_engines.errors import GsxError
 from gsx_engines.generation import Generation, generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.split import SplitRunner
@@ -31,6 +30,7 @@ from gsx_engines.sampling import Picker, Sampling, candidates
 from gsx_engines.speculation.draft import Draft, draft_on
 from gsx_engines.speculation.length import AdaptiveLength, Round
 from gsx_engines.speculation.spec import check_draft, parse_draft
+from gsx_plugins.errors import GsxError
 from tests.vectors.toy import ToyEngine, mix, new_digest
 
 FOLDER = Path(__file__).parent

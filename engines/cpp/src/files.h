@@ -14,7 +14,7 @@ std::optional<int64_t> sizeOf(std::filesystem::path const& path);
 // Content of a file; unset if it cannot be read.
 std::optional<std::string> contentOf(std::filesystem::path const& path);
 
-// The user's cache folder for gsx (XDG base directory specification), as in gsx_plugins/library.py.
+// The user's cache folder for gsx (XDG base directory specification), as in gsx_plugins/files.py.
 std::filesystem::path cacheFolder();
 // Value of an environment variable; empty if it is not set.
 std::string variable(char const* name);

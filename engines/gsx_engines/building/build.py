@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +19,7 @@ from gsx_engines.building.profiles import DEFAULT_CONTEXT, default_profiles, mos
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
 from gsx_engines.bundle.tensors import tensor_info
-from gsx_engines.errors import BundleError, EngineError, UsageError
+from gsx_engines.errors import BundleError, EngineError
 from gsx_engines.lowering import tensorrt as lowering
 from gsx_engines.lowering.quantized import quantized_products
 from gsx_engines.tensorrt import cuda
@@ -33,21 +32,13 @@ from gsx_engines.tensorrt.backend import (
     load_module,
     platform_name,
 )
-from gsx_engines.tensorrt.plugins import plugin_library
-from gsx_plugins.library import PLUGIN_OPS, cache_folder, library_hash, record_of
+from gsx_plugins.errors import UsageError
+from gsx_plugins.files import cache_folder
+from gsx_plugins.library import PLUGIN_OPS, find_library, library_hash, record_of
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Disk space for an engine beyond its weights (which it may hold once for every profile): mostly kernels.
 _DISK_SLACK = 128 << 20
-
-
-@dataclass(frozen=True)
-class BuildProgress:
-    """A step of a build: the graph in work, how far TensorRT's phase is (total 0: not known), and the phase."""
-
-    stage: str
-    done: int = 0
-    total: int = 0
-    note: str = ""
 
 
 def build(
@@ -61,7 +52,7 @@ def build(
     plugins: Literal["auto", "none"] | Path = "auto",
     kv_layout: KvLayout = "in-place",
     timing_cache: Path | None = None,
-    on_progress: Callable[[BuildProgress], None] = lambda progress: None,
+    on_progress: OnProgress = silent,
 ) -> tuple[str, EngineEntry]:
     """Build an engine for every graph of a bundle, and add them to the bundle.
 
@@ -78,7 +69,7 @@ def build(
         plugins: `auto` uses the library that was built on this machine, if there is one; `none` uses no plugins.
         kv_layout: `in-place` for gsx; `growing` for programs that manage K and V themselves.
         timing_cache: file for TensorRT's timings; None for one in the user's cache folder. Not used by TensorRT-RTX.
-        on_progress: called with the progress.
+        on_progress: called with the progress; the note is TensorRT's phase.
     Returns: the name of the engines in the bundle, and their entry in its manifest.
     Raises:
         GsxError: an option, a bundle, a machine or a graph that cannot be used.
@@ -111,8 +102,7 @@ def build(
     with writing_engines(opened, name, len(shapes) * sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
         graphs, used = {}, False
         for graph, model in portable.items():
-            stage = f"building {graph}"
-            on_progress(BuildProgress(stage))
+            on_progress(Progress(f"building {graph}"))
             entry, with_plugins = _build_graph(
                 opened,
                 graph,
@@ -125,9 +115,7 @@ def build(
                 profiles=shapes,
                 library=library,
                 timing_cache=timing_cache or _timing_cache(version, gpu) if backend == "tensorrt" else None,
-                on_phase=lambda phase, done, total, stage=stage: on_progress(  # type: ignore[misc]
-                    BuildProgress(stage, done, total, phase)
-                ),
+                on_progress=on_progress,
             )
             graphs[graph] = entry
             used = used or with_plugins
@@ -162,7 +150,7 @@ def _build_graph(
     profiles: Sequence[EngineProfile],
     library: Path | None,
     timing_cache: Path | None,
-    on_phase: Callable[[str, int, int], None],
+    on_progress: OnProgress,
 ) -> tuple[EngineGraph, bool]:
     """Build one engine. Returns: its entry, and whether it uses plugins."""
     manifest = bundle.manifest
@@ -182,7 +170,7 @@ def _build_graph(
         products=tuple(node.name for node in lowered.model.graph.node if node.op_type == "MatMul"),
         timing_cache=str(timing_cache) if timing_cache else None,
     )
-    built = run_job(job, name, on_phase)
+    built = run_job(job, name, on_progress)
     graph.unlink()
     entry = EngineGraph(
         file=engine.name,
@@ -389,7 +377,7 @@ def _library(plugins: Literal["auto", "none"] | Path) -> Path | None:
         if not plugins.is_file():
             raise UsageError(f"{plugins}: there is no such plugin library", todo="gsx plugins build makes one")
         return plugins.resolve()
-    return plugin_library()
+    return find_library()
 
 
 def _plugin_entry(library: Path) -> PluginLibrary:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gsx_engines.building.profiles import choose_profile, most_tokens
 from gsx_engines.bundle import tensor_names
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.counting import kept_count
@@ -25,6 +24,7 @@ from gsx_engines.lowering.tensorrt import KEPT, LOGITS_AT, WRITE_AT, K
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput
 from gsx_engines.runners.kept import KeptTable
 from gsx_engines.tensorrt.backend import Backend
+from gsx_engines.tensorrt.profile_choice import choose_profile, most_tokens
 
 # The window is a multiple of this many columns, so that shapes seldom change while the cache grows: TensorRT compiles
 # or tunes for particular shapes, and a CUDA graph holds for one set of them.

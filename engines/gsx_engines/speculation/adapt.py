@@ -3,7 +3,7 @@
 From time to time, between two rounds, some neighbours of the current set read the last tokens again, each in one call;
 then the model itself reads them. Comparing the choices of a set with the model's at each position shows how many
 drafted tokens in a row would have been accepted there. Together with the bytes that a draft step reads this gives a
-speed (`replay.counted_speed`, also used by the search at export). A set that beats the current one on the same tokens
+speed (`length.counted_speed`, also used by the search at export). A set that beats the current one on the same tokens
 replaces it. If nothing better is found for a while, the search ends and costs nothing more.
 
 The model reads last and so restores the cache, which is why the text does not depend on the search.
@@ -23,7 +23,7 @@ from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.runners.base import Cache
 from gsx_engines.speculation.draft import FullDepthDraft, draft_controls
-from gsx_engines.speculation.replay import CHUNK, counted_speed
+from gsx_engines.speculation.length import CHUNK, counted_speed
 
 # The search reads the last WINDOW tokens again (32 to 50 in SWIFT), every EVERY rounds, with CANDIDATES sets at a time.
 WINDOW, EVERY, CANDIDATES = 32, 8, 3

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 # The most tokens that AdaptiveLength drafts at once, after its first rounds.
 LONGEST = 16
 # Before anything is measured: the length of drafts, and the assumed acceptance with the weight of so many trials.
@@ -16,6 +18,8 @@ DECAY = 0.95
 PROBE_EVERY, FIRST_PLAIN = 32, 3
 # Assumed cost of one more row in a verification, as a share of the first row, until two sizes were measured.
 ROW_COST = 0.05
+# How many tokens a draft is tried on from each position, and so the longest draft that can be judged.
+CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -185,3 +189,20 @@ class _Line:
         guess = ROW_COST * mean_y / (1 + ROW_COST * (mean_x - 1))
         slope = (self.xy / self.weight - mean_x * mean_y) / spread if spread > 0.05 else guess
         return min(max(slope, 0.0), mean_y / mean_x)
+
+
+def counted_speed(accepted: np.ndarray, step_share: float) -> tuple[float, int]:
+    """Speed relative to plain decoding at the best draft length, if time is proportional to the bytes read.
+
+    Args:
+        accepted: how many tokens in a row the draft gets right from each position, [positions] int64, 0 to CHUNK.
+        step_share: bytes that a draft step reads, as a share of those of a plain step.
+    Returns: tokens in the time of a plain step; the draft length, 1 to CHUNK.
+    """
+
+    def speed(length: int) -> float:
+        tokens = 1 + float(np.minimum(accepted, length).mean())
+        return tokens / (length * step_share + 1 + ROW_COST * length)
+
+    best = max(range(1, CHUNK + 1), key=speed)
+    return speed(best), best

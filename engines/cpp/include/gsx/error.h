@@ -1,4 +1,4 @@
-// The errors that gsx shows to people. As in gsx_engines/errors.py, each has four parts.
+// The errors that gsx shows to people. As in gsx_plugins/errors.py, each has four parts.
 
 #pragma once
 

@@ -17,10 +17,7 @@ from gsx_engines.bundle.drafts import LayersDraft
 from gsx_engines.generation import generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.speculation.draft import draft_controls
-from gsx_engines.speculation.length import ROW_COST
-
-# How many tokens a draft is tried on from each position, and so the longest draft that can be judged.
-CHUNK = 8
+from gsx_engines.speculation.length import CHUNK
 
 
 class Replay:
@@ -61,20 +58,3 @@ class Replay:
                 right = output.logits[0].argmax(axis=-1) == tokens[0, start + 1 : start + CHUNK + 1]
                 found.append(int(np.logical_and.accumulate(right).sum()))
         return np.array(found, np.int64)
-
-
-def counted_speed(accepted: np.ndarray, step_share: float) -> tuple[float, int]:
-    """Speed relative to plain decoding at the best draft length, if time is proportional to the bytes read.
-
-    Args:
-        accepted: as returned by `Replay.accepted`.
-        step_share: bytes that a draft step reads, as a share of those of a plain step.
-    Returns: tokens in the time of a plain step; the draft length, 1 to CHUNK.
-    """
-
-    def speed(length: int) -> float:
-        tokens = 1 + float(np.minimum(accepted, length).mean())
-        return tokens / (length * step_share + 1 + ROW_COST * length)
-
-    best = max(range(1, CHUNK + 1), key=speed)
-    return speed(best), best
