@@ -23,7 +23,6 @@ from gsx_engines.bundle.controls import Controls, controls_for
 from gsx_engines.bundle.fields import Branch
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.runners.base import Runner
-from gsx_engines.runners.portable import skippable_places
 from gsx_engines.runners.select import Backend, open_runner
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import BRANCHES
@@ -100,7 +99,7 @@ class Run:
         self._tell("with padding")
         padded = self._padded(setting)
         kept = sums.kept
-        reached = [kept[layer, BRANCHES.index(branch)] for layer, branch in skippable_places(self.manifest)]
+        reached = [kept[layer, BRANCHES.index(branch)] for layer, branch in self.manifest.skippable_places]
         reference_nats, engine_nats = sums.nats
         return BudgetResult(
             setting=setting.name,
@@ -246,7 +245,7 @@ class Run:
         logits, counts = runner_logits(self.runners["fast"], ids, controls)
         clean = np.ones(want.tokens, bool)
         base = want if self.limits.runners is None else portable
-        places = [(layer, BRANCHES.index(branch)) for layer, branch in skippable_places(self.manifest)]
+        places = [(layer, BRANCHES.index(branch)) for layer, branch in self.manifest.skippable_places]
         differ = [] if counts is None else [p for p in places if counts[p] != base.keep[p].sum()]
         if self.limits.differing_share is None:
             turned = (want.margins <= self.limits.near_tie) if differ else np.zeros_like(want.keep)
