@@ -13,7 +13,7 @@ from gsx_engines.building.build import input_ranges
 from gsx_engines.building.profiles import parse_profile
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.lowering.tensorrt import lower
-from gsx_engines.runners.portable import open_session
+from gsx_engines.runners.session import open_session
 from tests.engines.cpu_engine import cpu_model
 
 # Two orders of summation of float32 products at logits of order 10.
@@ -60,8 +60,8 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 def lowered(bundle: Bundle, plugins: Collection[str], batch: int) -> onnx.ModelProto:
     graph = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
-    options = {"capacity": 64, "rows": 64, "plugins": plugins, "one_sequence": batch == 1}
-    made = lower(graph, bundle.manifest, kv_layout="growing", **options)  # type: ignore[arg-type]
+    sizes = {"capacity": 64, "rows": 64}
+    made = lower(graph, bundle.manifest, kv_layout="growing", plugins=plugins, one_sequence=batch == 1, **sizes)
     return cpu_model(made, bundle.manifest.decoder.num_kv_heads)
 
 

@@ -51,8 +51,8 @@ def rtx(make_tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPath
     """A bundle that is split at an exit, with engines of TensorRT-RTX whose K and V grow."""
     directory = tmp_path_factory.mktemp("plans") / "bundle"
     shutil.copytree(make_tiny_bundle(kv_policy="copy", budget=0.5, draft="exit:1"), directory)
-    options = {"context": 64, "targets": ["8.9"], "profiles": ["prompt:2-8-32", "step:1"], "plugins": "none"}
-    build(directory, kv_layout="growing", **options)  # type: ignore[arg-type]
+    profiles = ["prompt:2-8-32", "step:1"]
+    build(directory, kv_layout="growing", context=64, targets=["8.9"], profiles=profiles, plugins="none")
     return open_bundle(directory)
 
 
@@ -122,7 +122,7 @@ def test_what_triton_could_not_load_is_refused(
     bundles = {
         r"found none\n.*gsx build .* --backend tensorrt --kv-layout growing": open_bundle(tiny_bundle),
         r"found tensorrt-rtx-.*-sm89-growing, which TensorRT cannot load\n": rtx,
-        r"found plain, which has K/V in place\n": Bundle(
+        r"found plain, which updates K/V in place\n": Bundle(
             bundle.directory, bundle.manifest.model_copy(update={"engines": {"plain": in_place}})
         ),
     }
@@ -154,6 +154,6 @@ def test_the_command(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_plan_that_changed_is_not_copied(bundle: Bundle, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(bundle.directory, tmp_path / "bundle"))
     (directory / ENGINES / "tensorrt-sm89-growing" / "model.engine").write_bytes(b"other")
-    with pytest.raises(EngineError, match="is not whole"):
+    with pytest.raises(EngineError, match="is incomplete"):
         write_plan_repository(open_bundle(directory), tmp_path / "models", name="tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,10 +171,10 @@ class Faulty:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return self._runner.new_cache(batch, capacity)
 
-    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: object) -> StepOutput:
+    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: Any) -> StepOutput:
         if (input_ids == self._token).any():
             raise RuntimeError("no such luck")
-        return self._runner.step(cache, input_ids, controls, **options)  # type: ignore[arg-type]
+        return self._runner.step(cache, input_ids, controls, **options)
 
     def move(self, cache: Cache, source: int, target: int) -> None:
         self._runner.move(cache, source, target)
@@ -194,8 +195,8 @@ def test_a_request_that_fails_fails_alone(tiny_bundle: Path) -> None:
 class Poisoned(Faulty):
     """A runner that gives a sequence no numbers when some token comes."""
 
-    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: object) -> StepOutput:
-        output = self._runner.step(cache, input_ids, controls, **options)  # type: ignore[arg-type]
+    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: Any) -> StepOutput:
+        output = self._runner.step(cache, input_ids, controls, **options)
         logits = output.logits.copy()
         logits[(input_ids == self._token).any(axis=1)] = np.nan
         return replace(output, logits=logits)
@@ -284,7 +285,7 @@ def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
     scheduler = Scheduler(open_runner(open_bundle(tiny_bundle), 1), slots=1, queue=2)
     for _ in range(2):
         scheduler.submit(Request([5], 3), Recorder())
-    with pytest.raises(OverloadedError, match="more requests than it can take") as refusal:
+    with pytest.raises(OverloadedError, match="more requests than it can handle") as refusal:
         scheduler.submit(Request([5], 3), Recorder())
     assert "again later" in refusal.value.message
     finish(scheduler)
@@ -297,7 +298,7 @@ def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
         (Request([], 3), "empty"),
         (Request([5] * 40, 3), "longer than a row"),
         (Request([5], 40), "longer than a row"),
-        (Request([5], 0), "max new tokens"),
+        (Request([5], 0), "the number of new tokens is out of range"),
         (Request([-5], 4), "outside the vocabulary"),
         (Request([5], 4, keep=Keep(budget=1.5)), "budget"),
         (Request([5], 4, keep=Keep(budget=float("nan"))), "budget"),

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,10 +94,10 @@ def test_generate_is_seeded(gsx: Gsx, tiny_bundle: Path) -> None:
         (["--ids", "one"], ["--ids", "1,2,3"]),
         (["--ids", "999999"], ["outside the vocabulary"]),
         (["hello", "--budget", "0.01"], ["below the calibrated grid", "--budget 0.01"]),
-        (["hello", "--budget", "2"], ["budget is not a share"]),
-        (["hello", "--max-new-tokens", "0"], ["max new tokens"]),
+        (["hello", "--budget", "2"], ["the budget is out of range"]),
+        (["hello", "--max-new-tokens", "0"], ["the number of new tokens is out of range"]),
         (["hello", "--temperature=-1"], ["temperature"]),
-        (["hello", "--top-p", "0"], ["top-p"]),
+        (["hello", "--top-p", "0"], ["top-p is out of range"]),
         (["hello", "--threads", "0"], ["threads"]),
         (["hello", "--stop", ""], ["stop text is empty"]),
         (["bad \udcff byte"], ["not UTF-8"]),
@@ -135,7 +136,8 @@ def test_stop_texts() -> None:
 
     def write(pieces: list[str], stops: list[str]) -> tuple[str, list[bool]]:
         shown: list[str] = []
-        writer = TextWriter(Pieces(pieces), stops, shown.append)  # type: ignore[arg-type]
+        stream: Any = Pieces(pieces)
+        writer = TextWriter(stream, stops, shown.append)
         stopped = [writer.push(token) for token in range(len(pieces))]
         assert writer.finish() == "".join(shown)
         return "".join(shown), stopped

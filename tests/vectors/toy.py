@@ -3,14 +3,15 @@
 It is the same arithmetic as engines/cpp/tests/toy_engine.cpp, so two languages must agree to the bit: states are whole
 numbers below 2**16, all randomness is a hash, logits are quarters, and many of them are equal. It keeps K and V,
 attends over what the mask shows, skips by thresholds, by rank, by a set of layers or by confidence, and has an exit
-that often agrees with the model. The inputs of a call are hashed, so that vectors tell of every byte that a runtime
-would be given.
+that often agrees with the model. The inputs of a call are hashed, so that vectors show every byte that a runtime would
+be given.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,7 +20,6 @@ import numpy as np
 from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.runners.portable import layers_of, skippable_places
 
 _MASK = 0xFFFFFFFF
 
@@ -35,6 +35,11 @@ def mix(*values: int) -> int:
     return z
 
 
+def float_text(value: float) -> str:
+    """A float64's bits, so that no reader rounds it."""
+    return struct.pack(">d", value).hex()
+
+
 class ToyEngine:
     """One graph of the toy model.
 
@@ -46,8 +51,8 @@ class ToyEngine:
 
     def __init__(self, manifest: Manifest, graph: str, digest: Any) -> None:
         self.manifest, self.graph, self.digest = manifest, graph, digest
-        self.layers = layers_of(manifest, graph)
-        self.places = skippable_places(manifest, self.layers)
+        self.layers = manifest.layers_of(graph)
+        self.places = manifest.skippable_in(self.layers)
         self.ends = set(manifest.decoder.eos_ids)
 
     def buffer(self, shape: tuple[int, ...], name: str) -> np.ndarray:

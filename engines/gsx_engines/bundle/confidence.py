@@ -15,7 +15,7 @@ MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 class Range(NamedTuple):
-    """Least and largest value of a measure."""
+    """Smallest and largest value of a measure."""
 
     least: float
     most: float
@@ -29,21 +29,29 @@ RANGES: dict[Measure, Range] = {
 
 
 def check_threshold(threshold: float, least: float, most: float) -> None:
-    """Refuse a threshold outside a measure's range; plus infinity, at which nothing leaves, is allowed.
+    """Refuse a threshold outside the range of its measure; plus infinity, at which no token exits, is allowed.
 
     Raises:
-        UsageError: it is.
+        UsageError: the threshold is outside the range.
     """
     if threshold != math.inf and not least <= threshold <= most:
         raise UsageError(
-            "the exit threshold lies outside the measure's range",
-            expected=f"{least:g} to {most:g}, or inf to leave nothing out",
+            "the exit threshold is outside the range of the confidence measure",
+            expected=f"{least:g} to {most:g}, or inf for no exits",
             found=f"{threshold:g}",
         )
 
 
 class TestedThreshold(Section):
-    """An exit threshold that was tried: mean risk, p-value of "above the tolerance", and share of branches that ran."""
+    """A tested exit threshold.
+
+    Args:
+        threshold: the threshold.
+        mean_risk: mean over the calibration prompts.
+        p_value: of the hypothesis that the risk is above the tolerance.
+        accepted: whether this hypothesis was rejected.
+        kept_share: share of branches that ran.
+    """
 
     threshold: float
     mean_risk: float
@@ -53,14 +61,14 @@ class TestedThreshold(Section):
 
 
 class Guarantee(Section):
-    """What Learn then Test promises of the exported exit threshold (docs/calm.md).
+    """What Learn then Test guarantees for the exported exit threshold (docs/calm.md).
 
     Args:
-        risk: `agreement`, the share of next tokens that are not the whole model's; `loss`, nats above its loss.
-        tolerance: that the mean risk of a prompt is at most this ...
-        confidence: ... with this probability over the draw of the prompts.
-        prompts, prompt_tokens: how many there were, and how long.
-        tested: the walk, from the most careful threshold on.
+        risk: `agreement`: share of next tokens that differ from the full model's; `loss`: nats above its loss.
+        tolerance, confidence: the mean risk of a prompt is at most `tolerance`, with probability `confidence` over the
+            draw of the calibration prompts.
+        prompts, prompt_tokens: number of calibration prompts, and their length.
+        tested: the thresholds in the order of the tests, from the most conservative one on.
     """
 
     risk: Literal["agreement", "loss"]
@@ -72,13 +80,14 @@ class Guarantee(Section):
 
 
 class Confidence(Section):
-    """When a token leaves at an exit (policy `calm`).
+    """When a token exits (policy `calm`).
 
     Args:
-        measure: of confidence.
-        threshold: the exported one.
-        decay, decay_tokens: tau and N of threshold x (0.9 + 0.1 exp(-tau t / N)), t the token's number; 0: none.
-        guarantee: null where the threshold was given.
+        measure: how confidence is measured.
+        threshold: the exported threshold.
+        decay, decay_tokens: tau and N in threshold x (0.9 + 0.1 exp(-tau t / N)), where t is the token's number; tau 0:
+            no decay.
+        guarantee: null if the threshold was given, not calibrated.
     """
 
     measure: Measure

@@ -17,14 +17,14 @@ from gsx_engines.bundle.selection import CalibrationText, SelectionMode
 
 
 class RuntimeInput(Section):
-    """What the keep rule reads at run time, beside the tokens: an input of every graph that holds a rule's branches.
+    """A run-time input of the keep rule: an input of every graph with branches that the rule may skip.
 
     Args:
-        name: of the graph's input. `thresholds` [L, 2] and `budget` [] are float32, `layer_mask` [B, L, 2] float32
-            (1: run, 0: skip), `full_until` [B] int64 (tokens at a position below it run every branch), `exit_threshold`
-            [] float32 (confidence at which a token leaves).
-        least, most: of its values; null: no bound. A threshold may also be infinite.
-        default: the exported value, for a client that gives none; null where another section holds it.
+        name: of the graph's input: `thresholds` [L, 2] float32, `budget` [] float32, `layer_mask` [B, L, 2] float32
+            (1: run, 0: skip), `full_until` [B] int64 (tokens at a position below it run every branch), or
+            `exit_threshold` [] float32 (confidence at which a token exits).
+        least, most: bounds of its values; null: no bound. A threshold may also be infinite.
+        default: the exported value, for clients that give none; null where another section has it.
     """
 
     name: Literal["thresholds", "budget", "layer_mask", "full_until", "exit_threshold"]
@@ -37,16 +37,15 @@ class PolicySection(Section):
     """What the sections of all keep rules have; each rule adds its `name` and the type of its `parameters`.
 
     Args:
-        branches: those that the rule may skip, in every layer that it reaches.
-        layers: those that it reaches; null: all.
+        branches: the branches that the rule may skip, in every layer that it applies to.
+        layers: the layers that it applies to; null: all.
         inputs: what it reads at run time.
-        warm_up: new tokens that run every branch, after a prompt that does too (`full_until`); null: the rule applies
-            to every token, including the prompt's.
-        exits: depths that the model was trained to leave at, where the rule is a set of layers; those at which `calm`
-            asks.
-        confidence: with an exit threshold.
-        calibration: the text that the rule's values were found on; null where no text was needed, or `selection` names
-            it.
+        warm_up: how many new tokens run every branch, after a prompt that does so too (`full_until`); null: the rule
+            applies to every token, including the prompt.
+        exits: for sets of layers, the depths at which the model was trained to exit; for `calm`, the depths at which
+            confidence is measured.
+        confidence: for rules with an exit threshold.
+        calibration: the text that parameters were calibrated on; null if none was needed, or if `selection` names it.
     """
 
     # Whether the rule skips any branch that it is told to, and so can draft without some.
@@ -62,7 +61,7 @@ class PolicySection(Section):
     calibration: CalibrationText | None = None
 
     def input(self, name: str) -> RuntimeInput | None:
-        """A run-time input by its name; None if the rule does not read it."""
+        """A run-time input by name; None if the rule does not read it."""
         return next((one for one in self.inputs if one.name == name), None)
 
 
