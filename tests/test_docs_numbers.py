@@ -77,8 +77,8 @@ PHRASES = {
     ),
     "docs/compare.md": (
         f"in windows of {WINDOW_TOKENS} tokens",
-        f"speed-ups of {listed(compared._SPEEDUPS, 'and')}",
-        f"from {max(compared._EXIT_THRESHOLDS):g} to {min(compared._EXIT_THRESHOLDS):g}",
+        f"speed-ups of {listed(layers._SPEEDUPS, 'and')}",
+        f"from {max(calm._COMPARED):g} to {min(calm._COMPARED):g}",
     ),
     "docs/design.md": (f"moved by at most {percent(NEAR_SHARE)} of the tokens",),
     "docs/engines.md": (
