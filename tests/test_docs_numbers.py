@@ -29,6 +29,7 @@ from gsx_exporter.rules.calm import policy as calm
 from gsx_exporter.rules.calm.traced import DECAYING
 from gsx_exporter.rules.ffn_skip import calibrate as similarity
 from gsx_exporter.rules.ffn_skip import policy as ffn_skip
+from gsx_exporter.rules.layers import policy as layers
 from gsx_exporter.text import MIN_TOKENS
 from gsx_exporter.training import exit_classifiers
 from gsx_plugins.build import MIN_CMAKE, MIN_NVCC
