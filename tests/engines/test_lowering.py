@@ -9,10 +9,9 @@ import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from gsx_engines.lowering.trim import (
+from gsx_engines.lowering.for_onnxruntime.trim import (
     add_rows,
     drop_flat_reshapes,
-    keep_sequence_axis,
     sink,
     spread_columns,
 )
@@ -132,5 +131,5 @@ def test_states_keep_the_axis_of_the_sequence() -> None:
         ]
         graph = graph_of(nodes, ["x", "y"], "out", constants)
         before = run(graph, x=X, y=Y)
-        assert keep_sequence_axis(graph, "x", "last") == (0 if looks else 2)
+        assert keep_axis(graph, "x", "last") == (0 if looks else 2)
         np.testing.assert_array_equal(run(graph, x=X, y=Y), before)

@@ -1,4 +1,4 @@
-"""Optimization profiles: which calls an engine is to take, and which profile takes a call.
+"""Optimization profiles: which calls an engine is to take. (Which profile takes a call: `bundle/engine_profiles.py`.)
 
 A call has B sequences, S tokens of each, and reads a window of W columns of the cache. TensorRT tunes an engine for
 ranges of these, and prefill and decode differ so much that each gets a profile of its own. TensorRT-RTX compiles for
@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from gsx_engines.bundle.engine_entry import EngineProfile, Sizes
-from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.errors import UsageError
 
 # Without --context: longer contexts are rare, and the K/V buffers of an engine are as long as its capacity.
 DEFAULT_CONTEXT = 4096
@@ -73,44 +73,6 @@ def parse_profile(text: str, *, capacity: int, batch: int) -> EngineProfile:
     return _profile(name, tokens, sequences, capacity)
 
 
-def choose_profile(profiles: Sequence[EngineProfile], batch: int, tokens: int, window: int) -> int:
-    """Number of the profile that takes a call: of those that fit, the one with the fewest tokens at most.
-
-    Raises:
-        EngineError: none fits; says which axis is out of which range.
-    """
-    call = {"batch": batch, "tokens": tokens, "window": window}
-    fitting = [
-        number
-        for number, profile in enumerate(profiles)
-        if all(getattr(profile, axis).least <= size <= getattr(profile, axis).most for axis, size in call.items())
-    ]
-    if fitting:
-        return min(fitting, key=lambda number: profiles[number].tokens.most)
-    ranges = "; ".join(
-        f"{profile.name}: " + ", ".join(f"{axis} {_span(getattr(profile, axis))}" for axis in call)
-        for profile in profiles
-    )
-    outside = [
-        axis
-        for axis, size in call.items()
-        if not any(getattr(profile, axis).least <= size <= getattr(profile, axis).most for profile in profiles)
-    ]
-    why = f"{' and '.join(outside)} beyond every one" if outside else "each has another axis out of range"
-    raise EngineError(
-        f"no profile of the engine takes this call: {why}",
-        expected=ranges,
-        found=", ".join(f"{axis} {size}" for axis, size in call.items()),
-        todo="build with wider ranges: gsx build --context, --batch or --profile",
-    )
-
-
-def most_tokens(profiles: Sequence[EngineProfile], batch: int) -> int:
-    """The most tokens of each sequence that one call takes; 0 where no profile takes so many sequences."""
-    fits = [profile.tokens.most for profile in profiles if profile.batch.least <= batch <= profile.batch.most]
-    return max(fits, default=0)
-
-
 def most_rows(profiles: Sequence[EngineProfile]) -> int:
     """The most tokens of a call over all sequences."""
     return max(profile.batch.most * profile.tokens.most for profile in profiles)
@@ -128,7 +90,3 @@ def _batch(most: int) -> Sizes:
 def _sizes(numbers: Sequence[str | None]) -> Sizes:
     given = [int(number) for number in numbers if number]
     return Sizes(given[0], given[min(1, len(given) - 1)], given[-1])
-
-
-def _span(sizes: Sizes) -> str:
-    return str(sizes.least) if sizes.least == sizes.most else f"{sizes.least} to {sizes.most}"

@@ -24,6 +24,7 @@ from gsx_engines.errors import BundleError
 from gsx_engines.lowering.kv_cache import round_cache
 from gsx_engines.lowering.widen import in_float32
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names, grown
+from gsx_plugins.graph import Graph
 
 # Types that a graph of each precision has here.
 _TYPES: dict[str, np.dtype[Any]] = {
@@ -57,7 +58,9 @@ class PortableStage:
         if self.manifest.precision == "bf16":
             in_float32(model)
         if self.manifest.kv_cache is not None:
-            round_cache(model.graph, self.manifest.kv_cache, self.layers)
+            portable = Graph(model.graph)
+            round_cache(portable, self.manifest.kv_cache, self.layers)
+            portable.store()
         self._inputs = {value.name for value in model.graph.input}
         outputs = {value.name for value in model.graph.output}
         self._exits = [name for name in exit_names(self.manifest) if name in outputs]
