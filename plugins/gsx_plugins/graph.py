@@ -111,8 +111,9 @@ class Graph:
     def reads(self, node: onnx.NodeProto) -> list[str]:
         """What a node reads, in order: its inputs, and what the graphs inside it read from around them."""
         names = [name for name in node.input if name]
-        for branch in self.branches(node).values():
-            names += branch.outer_reads()
+        if inside := self.branches(node):
+            for branch in inside.values():
+                names += branch.outer_reads()
         return names
 
     def outer_reads(self) -> list[str]:
@@ -200,12 +201,12 @@ class Graph:
     def rewrite(self, rule: Callable[[onnx.NodeProto], Sequence[onnx.NodeProto] | None]) -> int:
         """Go over all nodes once and put others in their places. Returns: how many nodes the rule changed.
 
-        Until the sweep is over `producer` gives what it gave before; a rule must not ask for `users`.
+        Until the sweep is over `producer` gives what it gave before. A rule must not ask for `users`, nor, if it edits
+        outputs of nodes, for `producer`.
 
         Args:
             rule: node -> the nodes that take its place, which may include it, edited or not; None to leave it.
         """
-        self.producer("")  # so that it is not first looked at while nodes change
         nodes: list[onnx.NodeProto] = []
         count = 0
         for node in self._nodes:

@@ -8,13 +8,12 @@ from hypothesis import strategies as st
 
 from gsx_engines.building.profiles import (
     DEFAULT_PREFILL_TOKENS,
-    choose_profile,
     default_profiles,
     most_rows,
-    most_tokens,
     one_profile,
     parse_profile,
 )
+from gsx_engines.bundle.engine_profiles import choose_profile, most_tokens
 from gsx_engines.errors import EngineError, UsageError
 
 

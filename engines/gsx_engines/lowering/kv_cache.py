@@ -27,7 +27,7 @@ def add_head_scales(graph: Graph, kv_cache: KvCache, layers: Iterable[int]) -> N
 
 
 def add_channel_scales(graph: Graph, kv_cache: KvCache, layers: Iterable[int], head_dim: int) -> None:
-    """Constants for GroupQueryAttention, [1, kv heads, 1, D]: it takes no scale for a head alone."""
+    """Constants for GroupQueryAttention, [1, kv heads, 1, D]: it takes scales by channel only."""
     for layer in layers:
         for kv, scales in zip(KINDS, kv_cache.scales[layer], strict=True):
             repeated = np.repeat(np.array(scales, np.float32)[None, :, None, None], head_dim, axis=3)
@@ -73,12 +73,3 @@ def round_cache(graph: Graph, kv_cache: KvCache, layers: Iterable[int]) -> int:
         return [codes, make_node("DequantizeLinear", inputs, out, axis=_HEADS_AXIS), node]
 
     return graph.rewrite(rounded)
-
-
-def hold_codes(graph: Graph) -> int:
-    """Inputs and outputs of a lowered graph that are the cache have its type. Returns: how many."""
-    caches = ("past_key_values.", "present.", "appended.")
-    values = [one for one in (*graph.proto.input, *graph.proto.output) if one.name.startswith(caches)]
-    for value in values:
-        value.type.tensor_type.elem_type = TensorProto.INT8
-    return len(values)

@@ -22,14 +22,13 @@ from gsx_exporter.config import BRANCHES, Branch
 from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.decoder.loading import Source, sources
+from gsx_exporter.graph.layout import Layout
 from gsx_exporter.graph.trace import Input, Part, trace
 from gsx_exporter.graph.weights import ONNX_TYPES, Weight
 from gsx_exporter.rules.base import KeepRule, Value
-from gsx_plugins.domain import CHOICES, DOMAIN, ONNX_OPSET, OPSET_VERSION
-from gsx_plugins.graph import Graph, copy_of, make_node
-from gsx_plugins.registry import OPS
+from gsx_plugins.domain import CHOICES
+from gsx_plugins.graph import make_node
 
-IR_VERSION = 11  # the one that opset 23 came with
 # Sizes of the examples that are traced: distinct, so that no two axes are taken for one.
 _B, _S, _P = 2, 3, 5
 
@@ -140,7 +139,7 @@ class GraphBuilder:
         the keep rule carries (`exit_{name}` [B, S, 1]).
         """
         config = self.config
-        graph = _Layout()
+        graph = Layout()
         found = sources(self._entry_module, "")
         graph.add(self.entry, "", {}, {name: name for name in self.entry.outputs})
         inputs = [
@@ -192,7 +191,7 @@ class GraphBuilder:
 
     def _layer(
         self,
-        graph: _Layout,
+        graph: Layout,
         i: int,
         hidden: str,
         below: tuple[str, str],
@@ -229,7 +228,7 @@ class GraphBuilder:
         leaving = {**carried, **{name: writes[f"next_{name}"] for name in passed}}
         return writes["output"], (writes["new_key"], writes["new_value"]), leaving
 
-    def _ask(self, graph: _Layout, asker: Part, depth: int, reads: dict[str, str]) -> dict[str, str]:
+    def _ask(self, graph: Layout, asker: Part, depth: int, reads: dict[str, str]) -> dict[str, str]:
         """Let the rule look at the state behind a layer. Returns: the values of what it carries."""
         assert self.rule is not None
         prefix = f"exits.{depth}."
@@ -237,7 +236,7 @@ class GraphBuilder:
         graph.add(asker, self.rule.asker_prefix(depth), reads, writes, scope=prefix)
         return {name: prefix + name for name in self.rule.carried}
 
-    def _run_time_inputs(self, graph: _Layout) -> list[onnx.ValueInfoProto]:
+    def _run_time_inputs(self, graph: Layout) -> list[onnx.ValueInfoProto]:
         """The keep rule's inputs, with the exported values as their defaults."""
         values = []
         axes: dict[int | str, int | str] = {"B": "batch", "L": self.config.num_layers}
@@ -248,7 +247,7 @@ class GraphBuilder:
             values.append(_value(name, helper.np_dtype_to_tensor_dtype(default.dtype), shape))
         return values
 
-    def _own_parts(self, graph: _Layout, layer: int) -> dict[str, str]:
+    def _own_parts(self, graph: Layout, layer: int) -> dict[str, str]:
         """A layer's own part of each value that has one."""
         parts = {}
         for name, value in (self.rule.of_layer() if self.rule else {}).items():
@@ -311,87 +310,6 @@ class GraphBuilder:
     def _weights(self, parameters: Mapping[str, Source]) -> list[Weight]:
         """Where each parameter of the graph lies in the checkpoint."""
         return [Weight(name, one.name, one.transpose, one.dtype) for name, one in parameters.items()]
-
-
-class _Layout(Graph):
-    """A graph under construction, and the parameters that it may read (`parameters`, in order)."""
-
-    def __init__(self) -> None:
-        super().__init__(onnx.GraphProto())
-        self.parameters: dict[str, None] = {}
-        self._scopes: dict[int, str] = {}  # of the constants of each part, by its id
-
-    def add(
-        self, part: Part, prefix: str, reads: Mapping[str, str], writes: Mapping[str, str], scope: str | None = None
-    ) -> None:
-        """Add a part's nodes.
-
-        Args:
-            prefix: of its parameters.
-            reads, writes: values outside that it reads and gives.
-            scope: what all its other values begin with; None for the prefix, or its first output.
-        """
-        names = {name: reads.get(name, name) for name in part.inputs}
-        names |= {name: writes[name] for name in part.outputs}
-        for parameter, value in part.weights.items():
-            name = prefix + parameter.removeprefix("layer.")
-            names[value] = name
-            self.parameters[name] = None
-        scope = scope or prefix or f"{part.outputs[0]}."
-        shared = self._scopes.setdefault(id(part), scope)  # layers of one kind share their constants
-        for constant in part.graph.constants.values():
-            names[constant.name] = shared + constant.name
-            if shared == scope:
-                copy = onnx.TensorProto()
-                copy.CopyFrom(constant)
-                copy.name = names[constant.name]
-                self.add_tensor(copy)
-        nodes = [copy_of(node) for node in part.graph.nodes]
-        for node in nodes:
-            node.name = scope + node.name
-            node.input[:] = [n and names.get(n, scope + n) for n in node.input]
-            node.output[:] = [n and names.get(n, scope + n) for n in node.output]
-        self.append(*nodes)
-
-    def reshape(self, source: str, shape: Sequence[int], out: str) -> None:
-        """Add a Reshape to a fixed shape (one axis may be -1)."""
-        self.append(make_node("Reshape", [source, self.add_constant(f"{out}.shape", shape)], out))
-
-    def shaped_like_ids(self, source: str, width: int, out: str) -> None:
-        """[N, width] -> [B, S, width], as `input_ids` are."""
-        size, shape = f"{out}.ids", f"{out}.shape"
-        last = self.add_constant(f"{out}.width", [width])
-        self.append(
-            make_node("Shape", ["input_ids"], size),
-            make_node("Concat", [size, last], shape, axis=0),
-            make_node("Reshape", [source, shape], out),
-        )
-
-    def name_output(self, source: str, out: str) -> None:
-        """Give a value of the graph the name of an output."""
-        self.append(make_node("Identity", [source], out))
-
-    def model_proto(
-        self, name: str, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]
-    ) -> tuple[onnx.ModelProto, list[str]]:
-        """The model, with function bodies for the custom ops in use and without weights; the parameters it reads.
-
-        What no output depends on is left out: a graph that reads states needs no embedding, for one.
-        """
-        self.proto.name = name
-        self.proto.input.extend(inputs)
-        self.set_outputs(outputs)
-        self.drop_unread()
-        self.store()
-        used = {node.op_type for node in self.nodes if node.domain == DOMAIN}
-        model = helper.make_model(
-            self.proto,
-            producer_name="gsx",
-            ir_version=IR_VERSION,
-            opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, OPSET_VERSION)],
-            functions=[op.function() for op_name, op in OPS.items() if op_name in used],
-        )
-        return model, [parameter for parameter in self.parameters if self.users(parameter)]
 
 
 def _name_choices(part: Part, branches: Sequence[Branch]) -> Part:

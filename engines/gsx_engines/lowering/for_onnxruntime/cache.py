@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import onnx
-from onnx import helper
+from onnx import TensorProto, helper
 
-from gsx_engines.lowering.for_onnxruntime.task import CACHES, FIRST, TOKENS_AXIS, TOTAL_LENGTH, WRITE_AT, Task, appended
-from gsx_engines.lowering.kv_cache import KINDS, add_channel_scales, add_head_scales, hold_codes, quantize
+from gsx_engines.lowering.for_onnxruntime.task import FIRST, TOKENS_AXIS, TOTAL_LENGTH, WRITE_AT, Task, appended
+from gsx_engines.lowering.kv_cache import KINDS, add_channel_scales, add_head_scales, quantize
 from gsx_plugins.graph import Graph, make_node
 
 # The shape of K or V of the call's tokens, split into heads.
@@ -29,6 +29,7 @@ def write_in_place(graph: Graph, task: Task) -> int:
         add_head_scales(graph, kv_cache, task.gated)
     rows = [-1, 1] if task.steps else [1, -1]
     graph.add_constant(_HEADS, [*rows, shape.num_kv_heads, shape.head_dim])
+    outputs = {value.name: value for value in graph.proto.output}
     written: dict[str, tuple[int, str]] = {}
     for layer in task.gated:
         for kv in KINDS:
@@ -36,8 +37,9 @@ def write_in_place(graph: Graph, task: Task) -> int:
             concat = graph.expect_producer(present, "Concat")
             split = split_into_heads(graph, concat)
             graph.set_inputs(split, [split.input[0], _HEADS])
+            graph.expect(present in outputs, concat, "its result to be an output", "none of this name")
             added = graph.proto.output.add()
-            added.CopyFrom(graph.expect_output(present))
+            added.CopyFrom(outputs[present])
             added.name = appended(layer, kv)
             written[present] = (layer, kv)
 
@@ -77,12 +79,10 @@ def read_live_keys(graph: Graph, task: Task) -> int:
 
 def name_capacity(graph: Graph, task: Task) -> int:
     """The axis of tokens of a cache is called `capacity`, before the call and after it: the buffer's fixed length."""
-    count = 0
-    for value in [*graph.proto.input, *graph.proto.output]:
-        if value.name.startswith(CACHES):
-            value.type.tensor_type.shape.dim[2].dim_param = "capacity"
-            count += 1
-    return count
+    caches = _caches(graph)
+    for value in caches:
+        value.type.tensor_type.shape.dim[2].dim_param = "capacity"
+    return len(caches)
 
 
 def store_codes(graph: Graph, task: Task) -> int:
@@ -91,4 +91,13 @@ def store_codes(graph: Graph, task: Task) -> int:
     if kv_cache is None:
         return 0
     add_channel_scales(graph, kv_cache, task.layers, task.shape.head_dim)
-    return hold_codes(graph)
+    caches = _caches(graph)
+    for value in caches:
+        value.type.tensor_type.elem_type = TensorProto.INT8
+    return len(caches)
+
+
+def _caches(graph: Graph) -> list[onnx.ValueInfoProto]:
+    """The inputs and outputs that are a cache."""
+    names = ("past_key_values.", "present.", "appended.")
+    return [value for value in (*graph.proto.input, *graph.proto.output) if value.name.startswith(names)]

@@ -124,13 +124,13 @@ def _scores_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int)
     """Decide all branches, if every score is a part of one table [L, 2, N], and the bound a constant."""
     tables = {_table_of(graph, choice.input[1]) for choice in choices}
     bounds = {graph.number(choice.input[2]) for choice in choices}
-    if len(tables) != 1 or len(bounds) != 1 or None in tables | bounds:
+    table = next(iter(tables))
+    if table is None or len(tables) != 1 or len(bounds) != 1 or None in bounds:
         return None
     rows = graph.add_constant(f"{_TOGETHER}.shape", np.array([depth * len(BRANCHES), -1]))
     places = graph.add_constant(f"{_TOGETHER}.places", np.array([_place(graph, choice) for choice in choices]))
     axis = graph.add_constant(f"{_TOGETHER}.axis", np.array([1]))
     flat, own, kept, some = (f"{_TOGETHER}.{name}" for name in ("scores", "own", "kept", "any"))
-    table = next(iter(tables))
     nodes = [
         make_node("Reshape", [table, rows], flat),
         make_node("Gather", [flat, places], own, axis=0),

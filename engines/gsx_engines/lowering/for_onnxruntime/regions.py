@@ -95,15 +95,16 @@ def find_regions(graph: Graph, internal_outputs: Iterable[str] = ()) -> list[Reg
     links = _Links(graph)
     nodes = links.nodes
     outputs = graph.output_names - set(internal_outputs)
-    choices = {node.output[1]: node for node in nodes if is_choice(node)}
+    choices = {node.output[1]: number for number, node in enumerate(nodes) if is_choice(node)}
     regions = []
     for end, add in enumerate(nodes):
         if add.op_type != "GatedScatterAdd":
             continue
         index = graph.expect_inputs(add, 4)[3]
         graph.expect(index in choices, add, "rows of a choice", f"the numbers {index!r}, which no choice gives")
-        choice = choices[index]
-        members = links.behind(choice.output[:2]) & links.before(add.input[1:]) | {end}
+        start = choices[index]
+        choice, span = nodes[start], range(start, end)
+        members = links.behind(choice.output[:2], span) & links.before(add.input[1:], span) | {end}
         after, states = _states(choice, end, links)
         inside = members | after
         while True:
@@ -128,51 +129,58 @@ class _Links:
         self.nodes = list(graph.nodes)
         self._graph = graph
         self._numbers = {id(node): number for number, node in enumerate(self.nodes)}
+        self._readers: dict[str, list[int]] = {}
 
     def readers(self, value: str) -> list[int]:
         """Numbers of the nodes that read a value."""
-        return [self._numbers[id(node)] for node in self._graph.users(value)]
+        found = self._readers.get(value)
+        if found is None:
+            found = self._readers[value] = [self._numbers[id(node)] for node in self._graph.users(value)]
+        return found
 
     def makers(self, value: str) -> list[int]:
         """The number of the node that makes a value, if one does."""
         node = self._graph.producer(value)
         return [] if node is None else [self._numbers[id(node)]]
 
-    def behind(self, values: Iterable[str]) -> set[int]:
-        """Numbers of all nodes that depend on some values."""
-        return self._reach(values, self.readers, "output")
+    def behind(self, values: Iterable[str], span: range) -> set[int]:
+        """Numbers of the nodes in a span that depend on some values, by way of nodes in it."""
+        return self._reach(values, self.readers, "output", span)
 
-    def before(self, values: Iterable[str]) -> set[int]:
-        """Numbers of all nodes that some values depend on."""
-        return self._reach(values, self.makers, "input")
+    def before(self, values: Iterable[str], span: range) -> set[int]:
+        """Numbers of the nodes in a span that some values depend on, by way of nodes in it."""
+        return self._reach(values, self.makers, "input", span)
 
     def _reach(
-        self, start: Iterable[str], step: Callable[[str], Sequence[int]], side: Literal["input", "output"]
+        self, start: Iterable[str], step: Callable[[str], Sequence[int]], side: Literal["input", "output"], span: range
     ) -> set[int]:
         found: set[int] = set()
         pending = list(start)
         while pending:
             for number in step(pending.pop()):
-                if number not in found:
+                if number not in found and number in span:
                     found.add(number)
-                    pending += [name for name in getattr(self.nodes[number], side) if name]
+                    pending += getattr(self.nodes[number], side)
         return found
 
 
 def _states(choice: onnx.NodeProto, add: int, links: _Links) -> tuple[set[int], list[tuple[str, str]]]:
     """Nodes behind a branch that scatter what they find of kept rows into states; the states, and what they were."""
-    downstream = links.behind(links.nodes[add].output)
-    at = {choice.output[1]}
-    for node in links.nodes:
-        if node.op_type in ("Unsqueeze", "Reshape") and node.input[0] in at:
-            at.add(node.output[0])
+    at, scatters = [choice.output[1]], set[int]()
+    for name in at:  # grows: the numbers of the rows in other shapes
+        for number in links.readers(name):
+            node = links.nodes[number]
+            if node.op_type in ("Unsqueeze", "Reshape") and node.input[0] == name:
+                at.append(node.output[0])
+            elif node.op_type == "ScatterND" and node.input[1] == name and number > add:
+                scatters.add(number)
     found: set[int] = set()
     states = []
-    for number in sorted(downstream):
+    span = range(add + 1, max(scatters, default=add) + 1)
+    downstream = links.behind(links.nodes[add].output, span)
+    for number in sorted(scatters & downstream):
         node = links.nodes[number]
-        if node.op_type != "ScatterND" or node.input[1] not in at:
-            continue
-        found |= (links.before(node.input[2:]) & downstream) | {number}
+        found |= (links.before(node.input[2:], span) & downstream) | {number}
         states.append((node.output[0], node.input[0]))
     return found, states
 

@@ -29,8 +29,6 @@ TOTAL_LENGTH, STATE = "total_length", "state"
 WRITE_AT, LAST, TOTAL = "lowered.write_at", "lowered.last_column", "lowered.total"
 # Constants: [0], and the axis of a cache that counts tokens, [2].
 FIRST, TOKENS_AXIS = "lowered.first", "lowered.tokens_axis"
-# What the names of values that are the cache begin with.
-CACHES = ("past_key_values.", "present.", "appended.")
 
 
 @dataclass(frozen=True)
