@@ -32,14 +32,15 @@ test: $(STAMP) ## run the tests
 
 triton: $(TRITON_STAMP) ## set up Triton Inference Server, which `make test` and `make serve` need
 
-lint: $(STAMP) ## check style (ruff, hadolint) and types (mypy)
+lint: $(STAMP) ## check style (ruff, hadolint), types (mypy) and imports (import-linter)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 	$(BIN)/hadolint docker/*.Dockerfile
 
 clean: ## remove the environment, caches and what the demo made
-	rm -rf .venv $(TRITON) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv $(TRITON) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml

@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from gsx_engines.building.build import build as build
     from gsx_engines.bundle.bundle import Bundle as Bundle
     from gsx_engines.bundle.bundle import open_bundle as open_bundle
-    from gsx_engines.errors import GsxError as GsxError
     from gsx_exporter.convert import convert as convert
+    from gsx_plugins.errors import GsxError as GsxError
 
     __version__: str
 
 # Public name -> module that has it.
 _HOMES = {
     "Bundle": "gsx_engines.bundle.bundle",
-    "GsxError": "gsx_engines.errors",
+    "GsxError": "gsx_plugins.errors",
     "build": "gsx_engines.building.build",
     "convert": "gsx_exporter.convert",
     "doctor": "gsx.workflows.doctor",

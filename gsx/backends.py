@@ -1,15 +1,13 @@
-"""The runtimes that run a bundle, by the names that `--backend` takes."""
+"""Opening the runtime that `--backend` names."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Literal
 
-from gsx_engines.errors import EngineError, UsageError
+from gsx.backend_names import BackendName, Device
+from gsx_engines.errors import EngineError
 from gsx_engines.runners.select import Backend
-
-BackendName = Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch"]
-Device = Literal["cpu", "cuda"]
+from gsx_plugins.errors import UsageError
 
 
 def open_backend(name: BackendName, device: Device | None = None, threads: int | None = None) -> Backend:

@@ -18,7 +18,7 @@ import torch
 import torch._dynamo  # PyTorch would import it in the first call of an op of ours, where seconds are a user's
 from torch import Tensor, nn
 
-from gsx.backends import Device
+from gsx.backend_names import Device
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import DecoderShape, Gates
@@ -31,7 +31,6 @@ from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
 from gsx_exporter.decoder.loading import filled_askers
 from gsx_exporter.rules.registry import rule_of
-from gsx_plugins.errors import PluginError
 
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _STORED_TYPES = {
@@ -48,7 +47,8 @@ class TorchRuntime:
         device: None for the GPU where PyTorch sees one, else the CPU.
         threads: within an op on a CPU, in this whole process; None leaves them as they are.
     Raises:
-        EngineError: a GPU was asked for and there is none, or the kernels for it are not built.
+        EngineError: a GPU was asked for and there is none.
+        PluginLibraryError: the kernels for it are not built.
     """
 
     def __init__(self, device: Device | None = None, *, threads: int | None = None) -> None:
@@ -341,10 +341,7 @@ def _device(asked: Device | None) -> torch.device:
         )
     from gsx_plugins.cuda import bind
 
-    try:
-        bind()
-    except PluginError as error:
-        raise EngineError(error.what, expected=error.expected, found=error.found, todo=error.todo) from error
+    bind()
     return torch.device("cuda")
 
 

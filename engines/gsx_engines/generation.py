@@ -21,11 +21,11 @@ import numpy as np
 
 from gsx_engines.bundle.controls import AS_EXPORTED, Controls, Keep, controls_for
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.errors import UsageError
 from gsx_engines.runners.base import Cache, Runner, StepOutput
 from gsx_engines.sampling import GREEDY, Picker, Sampling
 from gsx_engines.speculation.draft import Draft
 from gsx_engines.speculation.length import FIRST_LENGTH, AdaptiveLength, DraftLength, FixedLength, Round
+from gsx_plugins.errors import UsageError
 
 if TYPE_CHECKING:
     from gsx_engines.speculation.adapt import SkipSetSearch

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.errors import EngineError
+from gsx_plugins.errors import UsageError
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.errors import BundleError, UsageError
+from gsx_engines.errors import BundleError
+from gsx_plugins.errors import UsageError
 
 TOKENIZER = "tokenizer.json"
 

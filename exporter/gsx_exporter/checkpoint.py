@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from gsx_engines.bundle.bundle import MANIFEST
-from gsx_engines.errors import CheckpointError
 from gsx_exporter.config import ModelConfig
+from gsx_exporter.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch

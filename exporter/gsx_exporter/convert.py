@@ -24,7 +24,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gsx_engines.bundle.bundle import writing
-from gsx_engines.errors import CheckpointError, UsageError
 from gsx_exporter.checkpoint import (
     CONFIG,
     WEIGHTS,
@@ -37,8 +36,11 @@ from gsx_exporter.checkpoint import (
     stored_tensors,
 )
 from gsx_exporter.config import BRANCHES, Branch, GateConfig, GateInput, ModelConfig
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.router_layouts import take_over
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 # As `save_pretrained` splits by default.
 SHARD_BYTES = 5_000_000_000
@@ -105,7 +107,7 @@ def convert(
     *,
     base: str | Path,
     gate_input: GateInput = "post_norm",
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    on_progress: OnProgress = silent,
 ) -> ConvertResult:
     """Write what a method's training code saved as a gated or routed checkpoint.
 
@@ -115,13 +117,13 @@ def convert(
         base: the model that was trained, a directory or a hub id: gives configuration, tokenizer and, for a
             file with gates or routers alone, the weights.
         gate_input: what GateSkip's gates read; the released code's wrapper reads the normalized input.
-        on_progress: called with stage, done and total.
+        on_progress: called as it goes.
     Raises:
         CheckpointError: the file, or the base, is not what it should be.
         UsageError: the output is in use.
     """
     file, output = Path(file), Path(output)
-    on_progress("opening", 0, 0)
+    on_progress(Progress("opening"))
     raw = _load(file)
     model = open_checkpoint(base)
     if model.config.gate is not None or model.config.router is not None:
@@ -142,8 +144,8 @@ def convert(
             shutil.copyfile(path, work / path.name)
         types = {read(name).dtype for name in expected if chooser(name) is None}
         write_config(model, taken.section, types, work / CONFIG)
-        write_safetensors(work, sizes, read, on_tensor=lambda n: on_progress("writing weights", n, len(sizes)))
-        on_progress("checking", 0, 0)
+        write_safetensors(work, sizes, read, on_progress=on_progress)
+        on_progress(Progress("checking"))
         open_checkpoint(work)
     left_out = tuple(sorted(taken.left_out))
     return ConvertResult(output, taken.layout, config.gate, config.router, len(expected), left_out)
@@ -183,7 +185,7 @@ def write_safetensors(
     read: Read,
     *,
     shard_bytes: int = SHARD_BYTES,
-    on_tensor: Callable[[int], None] = lambda done: None,
+    on_progress: OnProgress = silent,
 ) -> None:
     """Write tensors as `model.safetensors`, or above `shard_bytes` as shards with an index.
 
@@ -192,7 +194,7 @@ def write_safetensors(
     Args:
         sizes: name -> bytes, in the order in which they are written.
         read: name -> tensor.
-        on_tensor: called with the number of tensors written.
+        on_progress: called after each file.
     """
     shards: list[list[str]] = [[]]
     filled = 0
@@ -210,7 +212,7 @@ def write_safetensors(
         save_file({name: read(name).clone() for name in names}, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
         done += len(names)
-        on_tensor(done)
+        on_progress(Progress("writing weights", done, len(sizes)))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

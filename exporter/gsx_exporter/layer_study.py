@@ -9,7 +9,7 @@ A set of layers stays the same for a whole sequence, so a skipped layer has no K
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,6 +22,7 @@ from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.evaluation import losses
 from gsx_exporter.quantization.walk import Stream, Walk
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Ways to choose n of the layers: the first n; n in even steps, with the first and the last (Unified Layer Skipping);
 # what is left when the least harmful layer is taken out again and again.
@@ -100,13 +101,13 @@ class LayerSets:
 def study(
     checkpoint: Checkpoint,
     ids: np.ndarray,
-    on_set: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = silent,
 ) -> list[SetResult]:
     """Losses of every family at every number of layers.
 
     Args:
         ids: [M, S] int64, sequences.
-        on_set: called with (sets tried, sets in all).
+        on_progress: called before each set.
     Returns: the whole model first, as `greedy`; then by family, from many layers to few.
     """
     sets = LayerSets(checkpoint, ids)
@@ -118,7 +119,7 @@ def study(
     def nats(kept: LayerSet) -> np.ndarray:
         nonlocal done
         done += 1
-        on_set(done, total)
+        on_progress(Progress("trying sets of layers", done, total))
         return sets.nats(kept)
 
     sets.remember(whole)

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import EXIT_CLASSIFIER, Checkpoint, is_gate
 from gsx_exporter.config import BRANCHES, Branch, GateConfig, KvPolicy, ModelConfig
 from gsx_exporter.masks.base import BranchInput, Choice, Chooser, KeepAll, MaskCall, MaskRule, certain
 from gsx_exporter.masks.router import Routers
+from gsx_plugins.errors import UsageError
 
 
 @dataclass

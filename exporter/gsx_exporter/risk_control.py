@@ -25,7 +25,7 @@ from typing import Literal
 import numpy as np
 from scipy.stats import binom
 
-from gsx_engines.errors import UsageError
+from gsx_plugins.errors import UsageError
 
 # Of next tokens that differ from the whole model's, or of its loss.
 Risk = Literal["agreement", "loss"]

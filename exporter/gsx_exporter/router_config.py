@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from gsx_engines.errors import CheckpointError
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.section import finite, flag, known_keys, one_of, whole
 
 Activation = Literal["relu", "silu", "tanh", "gelu"]

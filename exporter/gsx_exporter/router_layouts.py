@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from gsx_engines.errors import CheckpointError
 from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import NetConfig, RouterConfig
 
 # D-LLM, `dynamic_reserve_initials`: its file does not say it.

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from gsx_engines.errors import CheckpointError
+from gsx_exporter.errors import CheckpointError
 
 
 def one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

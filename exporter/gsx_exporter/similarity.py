@@ -22,12 +22,12 @@ import torch
 import torch.nn.functional as F
 
 from gsx_engines.bundle.controls import Controls
-from gsx_engines.errors import UsageError
 from gsx_exporter.calibration import GridPoint
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.quantization.walk import Stream, Walk
 from gsx_exporter.rules.ffn_skip import FfnSkip
+from gsx_plugins.errors import UsageError
 
 STRIDES = (1, 2, 3)
 # Longer than a region must be at least, so that the threshold has something to choose.

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from gsx_engines.errors import CheckpointError, TextError
 from gsx_exporter.checkpoint import TOKENIZER, Checkpoint
+from gsx_exporter.errors import CheckpointError, TextError
 
 WINDOW_TOKENS = 512
 # Below this many tokens a quantile at a share of 0.01 means nothing.

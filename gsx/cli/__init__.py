@@ -58,7 +58,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _report(error: BaseException) -> int:
     """Print an error as its kind deserves; returns the exit code."""
-    from gsx_engines.errors import GsxError
+    from gsx_plugins.errors import GsxError
 
     if os.environ.get("GSX_DEBUG") == "1":
         import traceback

@@ -83,7 +83,7 @@ def build_engines(bundle: Path, **options: Any) -> tuple[str, EngineEntry]:
 
         name, entry = build_in(
             bundle,
-            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total, progress.note),
+            on_progress=line.show,
             **options,
         )
     from gsx_engines.tensorrt import cuda

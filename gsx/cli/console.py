@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from gsx_plugins.progress import Progress
+
 # In a log file, a line this often is enough to see that a step goes on.
 _PLAIN_SECONDS = 10.0
 _PIPE_COLUMNS = 400
@@ -124,6 +126,10 @@ class ProgressLine:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def show(self, progress: Progress) -> None:
+        """What a function reports to its `on_progress`."""
+        self.update(progress.stage, progress.done, progress.total, progress.note)
 
     def update(self, stage: str, done: int = 0, total: int = 0, note: str = "") -> None:
         """Where the work stands: `done` of `total` (0: not known) in a stage, with a remark."""

@@ -43,7 +43,7 @@ def convert(
         with loading():
             from gsx_exporter.convert import convert as convert_file
 
-        result = convert_file(file, output, base=base, gate_input=gate_input, on_progress=line.update)
+        result = convert_file(file, output, base=base, gate_input=gate_input, on_progress=line.show)
     if as_json:
         print_json(result.to_dict())
         return

@@ -28,7 +28,7 @@ def doctor(
     from gsx.workflows.doctor import doctor as look
 
     with ProgressLine() as line:
-        report = look(on_progress=lambda name: line.update(f"trying {name}"))
+        report = look(on_progress=line.show)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -165,7 +165,7 @@ def export(
             quantize=quantize,
             kv_cache=kv_cache,
             overwrite=overwrite,
-            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
+            on_progress=line.show,
         )
     summary = summary_of(bundle, time.monotonic() - started)
     if not as_json:
@@ -178,7 +178,7 @@ def export(
 
 def _build(bundle: Path, backend: Backend, as_json: bool) -> dict[str, Any]:
     """Engines for a bundle that was just exported, as plain values. Where they fail, the bundle stays."""
-    from gsx_engines.errors import GsxError
+    from gsx_plugins.errors import GsxError
 
     try:
         name, entry = build_engines(bundle, backend=backend)

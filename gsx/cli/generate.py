@@ -166,7 +166,7 @@ def _write(text: str) -> None:
 
 
 def _stdin() -> str:
-    from gsx_engines.errors import UsageError
+    from gsx_plugins.errors import UsageError
 
     try:
         return sys.stdin.buffer.read().decode("utf-8")
@@ -178,7 +178,7 @@ def _stdin() -> str:
 
 
 def _parse_ids(text: str) -> list[int]:
-    from gsx_engines.errors import UsageError
+    from gsx_plugins.errors import UsageError
 
     try:
         return [int(part) for part in text.split(",")]

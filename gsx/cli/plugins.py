@@ -64,7 +64,7 @@ def build(
             kernels_only=kernels_only,
             force=force,
             jobs=jobs,
-            on_progress=line.update,
+            on_progress=line.show,
         )
     facts = library_facts(built.path)
     if as_json:

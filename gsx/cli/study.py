@@ -43,7 +43,7 @@ def study(
             model,
             text=text,
             tokens=DEFAULT_TOKENS if tokens is None else tokens,
-            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
+            on_progress=line.show,
         )
     show(report, as_json, _tables, output, write_study)
 

@@ -130,7 +130,7 @@ def train(
             resume=resume,
             overwrite=overwrite,
             snapshot_every=snapshot_every,
-            on_phase=line.update,
+            on_progress=line.show,
             on_step=lambda report: line.update("training", report.step, report.steps, speed.note(report)),
         )
     if as_json:
@@ -168,7 +168,7 @@ def _exit_classifiers(
             from gsx_exporter.training.exit_classifiers import DEFAULT_TOKENS, train_exit_classifiers
 
         wanted = DEFAULT_TOKENS if tokens is None else tokens
-        result = train_exit_classifiers(model, output, depths=named, text=text, tokens=wanted, on_progress=line.update)
+        result = train_exit_classifiers(model, output, depths=named, text=text, tokens=wanted, on_progress=line.show)
     exits = [{"exit": one.depth, "agreement": one.agreement, "ranking": one.ranking} for one in result.exits]
     if as_json:
         print_json({"directory": str(result.directory), "tokens": result.tokens, "exits": exits})

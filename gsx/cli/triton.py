@@ -50,7 +50,7 @@ def triton(
 
     Example: gsx triton out/demo -o out/models
     """
-    from gsx_engines.errors import UsageError
+    from gsx_plugins.errors import UsageError
 
     if (output is None) == (check is None):
         raise UsageError("what to do is not clear", expected="-o REPOSITORY or --check URL")
@@ -87,7 +87,7 @@ def triton(
 
 def _write_plans(bundle: Path, output: Path, name: str, as_json: bool) -> None:
     from gsx.workflows.triton import triton_plans
-    from gsx_engines.tensorrt.plugins import plugin_library
+    from gsx_plugins.library import find_library
 
     models = triton_plans(bundle, output, name=name)
     if as_json:
@@ -95,5 +95,5 @@ def _write_plans(bundle: Path, output: Path, name: str, as_json: bool) -> None:
         return
     for model in models:
         typer.echo(f"{model}: an engine for Triton's TensorRT backend, with K and V in and out")
-    library = plugin_library() or "/path/to/libgsx_plugins.so"
+    library = find_library() or "/path/to/libgsx_plugins.so"
     typer.echo(f"next: tritonserver --model-repository={output.resolve()} --backend-config=tensorrt,plugins={library}")

@@ -81,7 +81,7 @@ def verify(
             backend=backend,
             device=device,
             quality=QualityLimits(max_perplexity_increase, max_flipped, max_divergence, min_top1),
-            on_progress=lambda progress: line.update(progress.stage, progress.done, progress.total),
+            on_progress=line.show,
         )
     if as_json:
         print_json(report.to_dict())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from gsx_engines.bundle.fields import BRANCHES
 from gsx_engines.runners.base import StepOutput
 from gsx_engines.runners.select import open_runner
 from gsx_exporter.evaluation import losses
+from gsx_plugins.progress import OnProgress, Progress
 
 # Single tokens of a window that are timed.
 STEPS = 16
@@ -90,11 +91,11 @@ class Form:
         return 1 - skipped / (ids.size * self.bundle.manifest.decoder.num_layers * len(BRANCHES))
 
 
-def in_turn(timed: Sequence[tuple[Form, Keep]], on_round: Callable[[int, int], None]) -> np.ndarray:
+def in_turn(timed: Sequence[tuple[Form, Keep]], on_progress: OnProgress) -> np.ndarray:
     """Time settings in turn. Returns: seconds [rounds, settings, 2] of a prompt and of a single token."""
     found: list[list[np.ndarray]] = []
     began = time.perf_counter()
     while len(found) <= FEWEST_ROUNDS or (len(found) <= MOST_ROUNDS and time.perf_counter() - began < SECONDS):
-        on_round(len(found), MOST_ROUNDS + 1)
+        on_progress(Progress("timing", len(found), MOST_ROUNDS + 1))
         found.append([form.seconds(keep, len(found)) for form, keep in timed])
     return np.array(found[1:])

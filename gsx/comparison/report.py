@@ -9,7 +9,7 @@ from typing import Any
 
 from gsx.pages.figures import COLOURS, GREY, Plot, logarithmic, svg
 from gsx.pages.render import render
-from gsx_engines.errors import GsxError
+from gsx_plugins.errors import GsxError
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gsx.parity.compare import Observation
-from gsx_engines.errors import UsageError
 from gsx_exporter.config import BRANCHES
+from gsx_plugins.errors import UsageError
 
 
 @dataclass(frozen=True)

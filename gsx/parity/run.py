@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -17,7 +17,6 @@ from gsx.parity.result import BudgetResult
 from gsx.parity.settings import Setting
 from gsx.parity.speculation import SpeculationSide
 from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
-from gsx.progress import Progress
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import Controls, controls_for
 from gsx_engines.bundle.fields import Branch
@@ -30,6 +29,7 @@ from gsx_exporter.config import BRANCHES
 from gsx_exporter.evaluation import losses
 from gsx_exporter.masks.registry import mask_of
 from gsx_exporter.reference import Reference
+from gsx_plugins.progress import OnProgress, Progress
 
 # A stretch with a cache: half in one call, the rest in single steps or in one chunk.
 _STRETCH_TOKENS = 64
@@ -57,7 +57,7 @@ class Run:
         greedy_tokens: int,
         backend: Backend,
         notes: list[str],
-        on_progress: Callable[[Progress], None],
+        on_progress: OnProgress,
     ) -> None:
         self.manifest, self.settings = bundle.manifest, settings
         self.limits_of = kind_of(self.manifest, checkpoint)
@@ -121,11 +121,11 @@ class Run:
         self.first_window[setting] = first
         single_steps = one_chunk = None
         if self.causal:
-            self._tell("with the cache", 0, 0)
+            self._tell("with the cache")
             single_steps, one_chunk = self._cached(first, controls)
-        self._tell("with padding", 0, 0)
+        self._tell("with padding")
         padded = self._padded(setting)
-        self._tell("greedy continuation", 0, 0)
+        self._tell("greedy continuation")
         serving = controls_for(self.manifest, setting.keep, [_PROMPT_TOKENS])
         with _torch_threads_for(self.manifest):
             steps = reference_continuation(
@@ -141,7 +141,7 @@ class Run:
         }
         speculation = None
         if self.speculation is not None:
-            self._tell("draft and verify", 0, 0)
+            self._tell("draft and verify")
             # Thousands of draws tell weights that were rounded to bfloat16 from those that were not.
             at_hand = None if self.limits_of == "bf16" else first.logits
             speculation = self.speculation.result(self.windows, setting.keep, at_hand)
@@ -291,7 +291,7 @@ class Run:
         side = ReferenceSide(self.reference, rule, self.manifest.kv_policy)
         return side, ReferenceSide(self.single, rule, self.manifest.kv_policy) if self.single else None
 
-    def _tell(self, what: str, done: int, total: int) -> None:
+    def _tell(self, what: str, done: int = 0, total: int = 0) -> None:
         self.on_progress(Progress(f"{self.stage}: {what}", done, total))
 
 

@@ -16,7 +16,7 @@ from gsx_engines.bundle.layer_sets import Places
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import Confidence
 from gsx_engines.bundle.selection import check_budget
-from gsx_engines.errors import UsageError
+from gsx_plugins.errors import UsageError
 
 DEFAULT_BUDGETS = (1.0, 0.85, 0.7, 0.5)
 DEFAULT_SPEEDUP = 4 / 3

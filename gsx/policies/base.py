@@ -7,17 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, NoReturn
 
-from gsx.progress import Progress
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import CalibrationText
 from gsx_engines.bundle.selection import Selection as SelectionSection
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import KvPolicy
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.rules.base import KeepRule
 from gsx_exporter.rules.gateskip import Selection
 from gsx_exporter.text import WINDOW_TOKENS, TokenText
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import Progress
 
 OnProgress = Callable[[Progress], None]
 Sections = tuple[Policy | None, SelectionSection | None]

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, NoReturn, get_args
 
 from gsx.policies.base import Choice, OnProgress, Plan, Sections, refuse_budget, refuse_none, refuse_rank, text_entry
-from gsx.progress import Progress
 from gsx_engines.bundle.confidence import MEASURES, RANGES, Measure, check_threshold
 from gsx_engines.bundle.policy import Confidence, Policy, RuntimeInput, TestedThreshold
 from gsx_engines.bundle.policy import Guarantee as GuaranteeSection
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import EXIT_CLASSIFIER, Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
@@ -19,6 +17,8 @@ from gsx_exporter.exit_calibration import GRIDS, PROMPT_TOKENS, calibrate_exits
 from gsx_exporter.risk_control import Guarantee, Risk
 from gsx_exporter.rules.calm import Calm
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import Progress
 
 _EXAMPLE = "e.g. calm:softmax,tolerance=0.1,confidence=0.95 or calm:state,threshold=0.98"
 DEFAULT_CONFIDENCE = 0.95

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from gsx.policies.base import Choice, OnProgress, Plan, Sections, bad_parameters
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import UsageError
 
 
 class DensePlan(Plan):

@@ -15,15 +15,15 @@ from gsx.policies.base import (
     refuse_rank,
 )
 from gsx.policies.thresholds import by_thresholds, grid_with
-from gsx.progress import Progress
 from gsx_engines.bundle.policy import Policy, RuntimeInput
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.rules.ffn_skip import FfnSkip
 from gsx_exporter.similarity import Region, at_threshold, calibrate_ffn
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import Progress
 
 # Share of FFNs kept by default, as in the paper's abstract; and new tokens that run in full, of which the notes on it
 # say 5 to 10 % of an answer (docs/methods.md section 5).

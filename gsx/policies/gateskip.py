@@ -8,12 +8,12 @@ from typing import ClassVar
 from gsx.policies.base import Choice, OnProgress, Plan, Sections, bad_parameters, refuse_none
 from gsx.policies.thresholds import at_budget
 from gsx_engines.bundle.policy import gateskip_policy
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.rules.gateskip import GateSkip
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import UsageError
 
 
 @dataclass(frozen=True)

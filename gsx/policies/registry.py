@@ -11,8 +11,8 @@ from gsx.policies.ffn_skip import plan_ffn_skip
 from gsx.policies.gateskip import plan_gateskip
 from gsx.policies.layers import plan_layers, plan_unified
 from gsx.policies.router import plan_router
-from gsx_engines.errors import UsageError
 from gsx_exporter.config import ModelConfig
+from gsx_plugins.errors import UsageError
 
 POLICIES: Mapping[str, Callable[[Choice, ModelConfig, str], Plan]] = {
     "gateskip": plan_gateskip,

@@ -8,16 +8,16 @@ import numpy as np
 
 from gsx.policies.base import Choice, OnProgress, Plan, Sections, bad_parameters, refuse_both
 from gsx.policies.thresholds import at_budget, by_thresholds
-from gsx.progress import Progress
 from gsx_engines.bundle.policy import Policy, RuntimeInput
 from gsx_engines.bundle.selection import Selection
-from gsx_engines.errors import UsageError
 from gsx_exporter.calibration import GridPoint, at_constant
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.rules.router import Router
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import Progress
 
 
 @dataclass(frozen=True)

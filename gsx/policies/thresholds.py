@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gsx.policies.base import OnProgress, Plan, text_entry
-from gsx.progress import Progress
 from gsx_engines.bundle.selection import GridPoint as GridPointSection
 from gsx_engines.bundle.selection import Selection
 from gsx_exporter.calibration import DEFAULT_GRID, GridPoint, calibrate
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.text import TokenText
+from gsx_plugins.progress import Progress
 
 
 def grid_with(budget: float) -> Sequence[float]:

@@ -9,35 +9,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
-import gsx
-import gsx_engines
-import gsx_exporter
-import gsx_plugins
 from gsx.comparison.measure import STEPS, Form, Score, in_turn
 from gsx.comparison.report import CompareReport, Point
 from gsx.comparison.settings import POLICIES, WHOLE
 from gsx.policies.base import Choice, Plan
 from gsx.policies.registry import plan_policy
-from gsx.progress import Progress
 from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
-from gsx_engines.errors import BundleError, TextError, UsageError
+from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.errors import TextError
 from gsx_exporter.text import MIN_TOKENS, TokenText, load_tokenizer, tokenize
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import OnProgress, Progress, prefixed, silent
 
 # Measured tokens; as many before them calibrate, which is then what an export takes by default.
 DEFAULT_TOKENS, LEAST_TOKENS = 4096, 512
 WINDOW_TOKENS = 256
 # Room for a prompt, and for single tokens behind it.
 _LEAST_POSITIONS = 4 * STEPS
-
-OnProgress = Callable[[Progress], None]
 
 
 def compare_policies(
@@ -46,7 +42,7 @@ def compare_policies(
     *,
     text: str | Path | None = None,
     tokens: int = DEFAULT_TOKENS,
-    on_progress: OnProgress = lambda progress: None,
+    on_progress: OnProgress = silent,
 ) -> CompareReport:
     """Compare the policies of a checkpoint.
 
@@ -102,10 +98,8 @@ def compare_policies(
             on_progress(Progress(f"{name}: scoring", number, len(asked)))
             scores.append(form.score(keep))
 
-        def tell(done: int, total: int, stage: str = f"{name}: timing") -> None:
-            on_progress(Progress(stage, done, total))
-
-        seconds = in_turn([(whole, keep_all), *((form, keep) for _, _, keep in asked)], tell)
+        timed = [(whole, keep_all), *((form, keep) for _, _, keep in asked)]
+        seconds = in_turn(timed, prefixed(on_progress, name))
         whole_seconds.append(seconds[:, 0])
         points += [
             _point(curve, setting, score, seconds[:, number], seconds[:, 0])
@@ -178,15 +172,15 @@ class _Exports:
             calibration=calibration.path if calibration is not None else None,
             calibration_tokens=self._calibration.tokens,
             overwrite=True,
-            on_progress=lambda step: self._on_progress(Progress(f"{plan.name}: {step.stage}", step.done, step.total)),
+            on_progress=prefixed(self._on_progress, plan.name),
         )
 
 
 def source_sha256() -> str:
     """Hash of gsx's own Python source: a bundle that another state of it made may be another one."""
     digest = hashlib.sha256()
-    for package in (gsx, gsx_exporter, gsx_engines, gsx_plugins):
-        for path in sorted(Path(str(package.__file__)).parent.rglob("*.py")):
+    for package in ("gsx", "gsx_exporter", "gsx_engines", "gsx_plugins"):
+        for path in sorted(Path(str(import_module(package).__file__)).parent.rglob("*.py")):
             digest.update(path.read_bytes())
     return digest.hexdigest()
 

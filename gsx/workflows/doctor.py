@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gsx_plugins.progress import OnProgress, Progress, silent
+
 Status = Literal["ok", "missing", "broken"]
 # "run": a bundle cannot be run without it; "export": nor exported, verified or trained; "more": nice to have.
 Need = Literal["run", "export", "more"]
@@ -161,16 +163,16 @@ _PROGRAMS: tuple[tuple[str, tuple[str, ...], str], ...] = (
 _PROGRAM_TITLES = {"nvidia-smi": "NVIDIA GPU", "tritonserver": "Triton server", "c++": "C++ compiler"}
 
 
-def doctor(*, on_progress: Callable[[str], None] = lambda name: None) -> DoctorReport:
+def doctor(*, on_progress: OnProgress = silent) -> DoctorReport:
     """Try everything that gsx can use.
 
     Args:
-        on_progress: called with the name of each thing before it is tried.
+        on_progress: called before each thing is tried.
     """
     rows = []
 
     def add(name: str, check: Callable[[], Row]) -> None:
-        on_progress(name)
+        on_progress(Progress(f"trying {name}"))
         rows.append(check())
 
     add("python", _python)
@@ -339,11 +341,11 @@ def _headers() -> Row:
 
 def _build_tool(name: str, find: Callable[[], tuple[Path, tuple[int, int]]]) -> Row:
     """What `gsx plugins build` finds of a tool, and whether its version will do."""
-    from gsx_plugins.errors import PluginError
+    from gsx_plugins.errors import PluginLibraryError
 
     try:
         place, version = find()
-    except PluginError as error:
+    except PluginLibraryError as error:
         status: Status = "broken" if error.found else "missing"
         detail = f"{error.what}: {error.found}" if error.found else error.what
         return Row(name, status, detail, f"{error.todo} (to build the plugins)", "more")
@@ -352,13 +354,13 @@ def _build_tool(name: str, find: Callable[[], tuple[Path, tuple[int, int]]]) -> 
 
 def _library() -> Row:
     """The kernels and plugins: loaded in a process of its own, and called."""
-    from gsx_plugins.errors import PluginError
+    from gsx_plugins.errors import PluginLibraryError
     from gsx_plugins.library import find_kernels, record_of
 
     todo = "gsx plugins build"
     try:
         path = find_kernels()
-    except PluginError as error:
+    except PluginLibraryError as error:
         return Row("plugin library", "broken", f"{error.what}: {error.found}", error.todo, "more")
     if path is None:
         return Row(

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gsx.progress import Progress
 from gsx.workflows.graph_files import write_graphs
 from gsx.workflows.skip_set_search import search_skip_sets
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.bundle.drafts import DraftEntry, DraftMeasurement, ExitDraft
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.draft_trials.measure import measure_draft, plain_run
+from gsx_engines.draft_trials.replay import Replay
 from gsx_engines.runners.select import open_runner
 from gsx_engines.speculation.draft import open_draft
-from gsx_engines.speculation.replay import Replay
-from gsx_engines.speculation.search import measure_draft, plain_run
 from gsx_exporter.graph.assemble import GraphBuilder
 from gsx_exporter.graph.weights import WeightsFile
+from gsx_plugins.progress import OnProgress, Progress, as_step
 
 # Prompts that drafts are measured on; prompts that sets are searched on, and what the model writes after each.
 _PROMPTS, _PROMPT_TOKENS = 4, 64
@@ -46,7 +46,7 @@ class DraftSearch:
         builder: GraphBuilder,
         weights: WeightsFile,
         windows: np.ndarray,
-        on_progress: Callable[[Progress], None],
+        on_progress: OnProgress,
     ) -> None:
         self._work, self._manifest, self._builder, self._weights = work, manifest, builder, weights
         half = windows.shape[1] // 2
@@ -58,28 +58,25 @@ class DraftSearch:
         """Measure every exit, and leave the graphs of the best. Returns: the manifest, with draft and measurements."""
         plain, found = None, []
         for number, layer in enumerate(exits):
-
-            def tell(number: int = number, layer: int = layer) -> None:
-                self._on_progress(Progress(f"measuring drafts (exit:{layer})", number, len(exits)))
-
-            tell()
+            step = Progress(f"measuring drafts (exit:{layer})", number, len(exits))
+            self._on_progress(step)
             draft = ExitDraft(layer=layer)
             bundle = Bundle(self._work, self._with(DraftEntry(draft=draft)))
             plain = plain or plain_run(open_runner(bundle), self._prompts)
-            found.append(measure_draft(open_draft(bundle, draft), plain, tell))
+            found.append(measure_draft(open_draft(bundle, draft), plain, as_step(self._on_progress, step)))
         return self._with(_best_of(found))
 
     def best_layers(self) -> Manifest:
         """Search the set of branches to leave out, and measure the best ones. Returns: the manifest, with draft."""
         bundle = Bundle(self._work, self._manifest)
         runner = open_runner(bundle)
-        self._on_progress(Progress("searching skip sets: the model writes", 0, 0))
+        self._on_progress(Progress("searching skip sets: the model writes"))
         candidates = search_skip_sets(
             Replay(runner, self._others, _REPLAYED_TOKENS),
             self._manifest.decoder.num_layers,
             self._manifest.skippable,
             step_bytes(bundle),
-            lambda done, total: self._on_progress(Progress("searching skip sets", done, total)),
+            self._on_progress,
         )[:_FINALISTS]
         plain, found = plain_run(runner, self._prompts), []
         for number, candidate in enumerate(candidates):

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,6 @@ import torch
 from gsx.policies.base import Choice, Plan
 from gsx.policies.registry import plan_policy
 from gsx.policies.thresholds import grid_with
-from gsx.progress import Progress
 from gsx.workflows.draft_search import DraftSearch
 from gsx.workflows.graph_files import write_graphs
 from gsx.workflows.quantize import MEASURED_WINDOWS, Quantize, plan_for
@@ -37,21 +36,22 @@ from gsx_engines.bundle.manifest import (
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection as SelectionSection
 from gsx_engines.bundle.selection import check_budget
-from gsx_engines.errors import UsageError
+from gsx_engines.draft_trials.measure import SHORTEST_CONTEXT, candidate_exits
 from gsx_engines.lowering.probe import is_supported
-from gsx_engines.speculation.search import SHORTEST_CONTEXT, candidate_exits
 from gsx_engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_other, refuse_rank
 from gsx_exporter.calibration import DEFAULT_TOKENS
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.config import KvPolicy, ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
-from gsx_exporter.graph.assemble import GraphBuilder, Graphs
+from gsx_exporter.graph.assemble import GraphBuilder
 from gsx_exporter.graph.weights import WeightsFile, write_weights
 from gsx_exporter.quantization.kv_cache import int8_kv_cache
 from gsx_exporter.quantization.qdq import quantize_graphs
 from gsx_exporter.rules.gateskip import Selection
 from gsx_exporter.rules.registry import rule_of
 from gsx_exporter.text import WINDOW_TOKENS, behind, tokenize
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 Precision = Literal["fp32", "fp16", "bf16"]
 KvCacheType = Literal["int8"]
@@ -82,7 +82,7 @@ def export(
     quantize: Quantize | None = None,
     kv_cache: KvCacheType | None = None,
     overwrite: bool = False,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = silent,
 ) -> Bundle:
     """Export a checkpoint to a bundle.
 
@@ -113,7 +113,7 @@ def export(
         check_budget(budget)
     if calibration_tokens < 1:
         raise UsageError("calibration tokens", expected="a positive number", found=str(calibration_tokens))
-    on_progress(Progress("checking the checkpoint", 0, 0))
+    on_progress(Progress("checking the checkpoint"))
     checkpoint = open_checkpoint(model)
     config = checkpoint.config
     keep = plan_policy(Choice(policy, select, budget, kv_policy), config)
@@ -158,7 +158,7 @@ def export(
                 selection,
                 defaults,
                 text,
-                lambda *step: on_progress(Progress(*step)),
+                on_progress,
                 unseen=unseen,
             )
         eight_bits = None
@@ -169,18 +169,18 @@ def export(
                 text,
                 defaults,
                 options,
-                lambda done, total: on_progress(Progress("watching K and V", done, total)),
+                on_progress,
             )
-        on_progress(Progress("tracing", 0, 0))
+        on_progress(Progress("tracing"))
         rewrite = None if plan is None else functools.partial(quantize_graphs, plan=plan, dtype=options.dtype)
         builder = GraphBuilder(checkpoint, options, defaults, rewrite)
         graphs = builder.graphs(exits[0] if exits else None)
         read = plan.checkpoint.tensor if plan is not None else checkpoint.tensor
-        weights = write_weights(work / WEIGHTS_FILE, graphs.weights, read, _counter(graphs, on_progress))
+        weights = write_weights(work / WEIGHTS_FILE, graphs.weights, read, on_progress)
         entries = write_graphs(work, graphs, weights)
         for path in checkpoint.companions():
             shutil.copyfile(path, work / path.name)
-        on_progress(Progress("hashing the source weights", 0, 0))
+        on_progress(Progress("hashing the source weights"))
         manifest = _manifest(
             checkpoint, options, precision, section, selection, quantization, eight_bits, entries, weights
         )
@@ -262,18 +262,6 @@ def _check_kv_cache(config: ModelConfig, keep: Plan, precision: Precision, quant
             found=found,
             todo="export without --kv-cache",
         )
-
-
-def _counter(graphs: Graphs, on_progress: Callable[[Progress], None]) -> Callable[[str], None]:
-    """Progress of writing the weights."""
-    done = 0
-
-    def count(name: str) -> None:
-        nonlocal done
-        done += 1
-        on_progress(Progress("writing weights", done, len(graphs.weights)))
-
-    return count
 
 
 def _manifest(

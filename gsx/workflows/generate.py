@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gsx.backends import BackendName, Device, open_backend
+from gsx.backend_names import BackendName, Device
+from gsx.backends import open_backend
 from gsx_engines import generation
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep, controls_for
 from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.bundle.drafts import DraftKind, LayersDraft
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.errors import UsageError
 from gsx_engines.generation import FinishReason, GenerationStats
 from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import Sampling
@@ -26,6 +26,7 @@ from gsx_engines.speculation.adapt import Adaptation, SkipSetSearch, first_set
 from gsx_engines.speculation.draft import OtherControls, open_draft
 from gsx_engines.speculation.spec import check_draft, check_leaves_out, check_speculation, parse_draft
 from gsx_engines.tokens import BundleTokenizer, TextWriter, check_text
+from gsx_plugins.errors import UsageError
 
 DEFAULT_NEW_TOKENS = 128
 # A set of layers that is searched while generating.

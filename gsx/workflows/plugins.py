@@ -1,20 +1,16 @@
-"""`gsx plugins`: the native library, built and looked at.
-
-The floor of the plugins imports nothing of the project, so its errors become gsx's own here.
-"""
+"""`gsx plugins`: the native library, built and looked at."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from gsx_engines.errors import PluginLibraryError, UsageError
 from gsx_plugins.build import ARCHITECTURES, Built, build
-from gsx_plugins.errors import ArchitectureError, PluginError
+from gsx_plugins.errors import PluginLibraryError, UsageError
 from gsx_plugins.library import LIBRARY_VARIABLE, PLUGIN_OPS, BuildRecord, find_kernels, library_hash, record_of
+from gsx_plugins.progress import OnProgress, silent
 from gsx_plugins.registry import OPS
 
 # A function that every library of gsx has, with or without plugins.
@@ -66,7 +62,7 @@ def build_plugins(
     kernels_only: bool = False,
     force: bool = False,
     jobs: int | None = None,
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    on_progress: OnProgress = silent,
 ) -> Built:
     """Build the library, unless it is there; the arguments are those of `gsx_plugins.build.build`.
 
@@ -74,10 +70,9 @@ def build_plugins(
     """
     if jobs is not None and jobs < 1:
         raise UsageError("--jobs: too few", expected="1 or more", found=str(jobs))
-    with _as_gsx_error():
-        return build(
-            architectures=architectures, kernels_only=kernels_only, force=force, jobs=jobs, on_progress=on_progress
-        )
+    return build(
+        architectures=architectures, kernels_only=kernels_only, force=force, jobs=jobs, on_progress=on_progress
+    )
 
 
 def list_plugins() -> PluginList:
@@ -92,8 +87,7 @@ def list_plugins() -> PluginList:
         )
         for op in OPS.values()
     )
-    with _as_gsx_error():
-        path = find_kernels()
+    path = find_kernels()
     return PluginList(rows, library_facts(path) if path else None)
 
 
@@ -113,12 +107,3 @@ def library_facts(path: Path) -> LibraryFacts:
         )
     has_plugins = record.tensorrt_headers is not None if record else b"getCreators" in content
     return LibraryFacts(path, library_hash(path), path.stat().st_size, has_plugins, record)
-
-
-@contextmanager
-def _as_gsx_error() -> Iterator[None]:
-    try:
-        yield
-    except PluginError as error:
-        kind = UsageError if isinstance(error, ArchitectureError) else PluginLibraryError
-        raise kind(error.what, expected=error.expected, found=error.found, todo=error.todo) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from gsx_engines.bundle.controls import Controls, selected
 from gsx_engines.bundle.manifest import Quantization
 from gsx_engines.bundle.selection import CalibrationText, Selection
-from gsx_engines.errors import GsxError, UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.quantization.plan import Plan, make_plan, named
 from gsx_exporter.quantization.scheme import EMBEDDING, GATES, SCHEMES, SchemeName
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import GsxError, UsageError
+from gsx_plugins.progress import OnProgress
 
 if TYPE_CHECKING:  # they load ModelOpt, which takes seconds
     from gsx_exporter.quantization.sensitivity import Chosen, Limits
@@ -86,7 +87,7 @@ def plan_for(
     selection: Selection | None,
     defaults: Controls,
     text: TokenText | None,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: OnProgress,
     *,
     unseen: TokenText | None = None,
 ) -> tuple[Plan, Quantization]:
@@ -96,7 +97,7 @@ def plan_for(
         selection: the exported one; None where the keep rule has no budget.
         defaults: exported values of the keep rule's run-time inputs.
         text: calibration text; None where weights alone are quantized and nothing is measured.
-        on_progress: called with (stage, done, total).
+        on_progress: called as it goes.
         unseen: what the cost is measured on; None for the end of the calibration text.
     Raises:
         GsxError: ModelOpt is not installed; a limit does not hold.
@@ -123,7 +124,7 @@ def plan_for(
             options,
             text_sha256=text.sha256,
             cache=wanted.cache,
-            on_layer=lambda done, total: on_progress("watching activations", done, total),
+            on_progress=on_progress,
         )[0]
     everything = make_plan(checkpoint, scheme, found)
     names = () if wanted.keep_precision in ((AUTO,), (NONE,)) else wanted.keep_precision
@@ -157,7 +158,7 @@ def _measured(
     plans: Sequence[Plan],
     controls: Controls,
     sample: TokenText,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: OnProgress,
 ) -> Plan:
     """The first plan that is seen to hold its limits; with auto, where none does, a part of the last one."""
     from gsx_exporter.quantization.sensitivity import Limits, choose
@@ -170,14 +171,12 @@ def _measured(
         sample,
         controls,
         options,
-        lambda done, total: on_progress("measuring in full precision", done, total),
+        on_progress,
     )
     for plan in plans[:-1]:
         if limits.hold(simulation.cost(plan)):
             return plan
-    chosen = choose(
-        simulation, plans[-1], limits, lambda done, total: on_progress("measuring each group in 8 bits", done, total)
-    )
+    chosen = choose(simulation, plans[-1], limits, on_progress)
     if wanted.auto or not chosen.kept:
         return chosen.plan
     raise _not_met(wanted, limits, chosen)

@@ -8,7 +8,7 @@ model wrote, and bytes read. The best candidates are then measured against plain
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +16,10 @@ import numpy as np
 from gsx_engines.bundle.cost import StepBytes
 from gsx_engines.bundle.drafts import LayersDraft
 from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.draft_trials.replay import Replay
 from gsx_engines.speculation.adapt import evenly
-from gsx_engines.speculation.replay import Replay, counted_speed
+from gsx_engines.speculation.length import counted_speed
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 # The search ends after so many candidates or seconds, whichever comes first.
 TRIALS, SECONDS = 200, 120.0
@@ -46,7 +48,7 @@ def search_skip_sets(
     layers: int,
     branches: Sequence[Branch],
     cost: StepBytes,
-    on_trial: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = silent,
     trials: int = TRIALS,
     seconds: float = SECONDS,
 ) -> list[Candidate]:
@@ -57,7 +59,7 @@ def search_skip_sets(
         layers: L.
         branches: those that may be skipped.
         cost: bytes of each branch.
-        on_trial: called with (candidates tried, the most that are).
+        on_progress: called after each candidate; the total is the most that are tried.
     Returns: distinct sets that leave something out, best first.
     """
     import optuna
@@ -82,7 +84,7 @@ def search_skip_sets(
         return judge(skip).speed
 
     def tell(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-        on_trial(trial.number + 1, trials)
+        on_progress(Progress("searching skip sets", trial.number + 1, trials))
 
     sampler = optuna.samplers.TPESampler(seed=_SEED, multivariate=True, n_startup_trials=max(10, trials // 10))
     study = optuna.create_study(direction="maximize", sampler=sampler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ import numpy as np
 
 from gsx.pages.figures import COLOURS, Plot, logarithmic, svg
 from gsx.pages.render import render
-from gsx.progress import Progress
-from gsx_engines.errors import GsxError, UsageError
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.layer_study import FAMILIES, Family, LayerSet, curves, oracle, study
 from gsx_exporter.text import MIN_TOKENS, tokenize
+from gsx_plugins.errors import GsxError, UsageError
+from gsx_plugins.progress import OnProgress, silent
 
 DEFAULT_TOKENS, SEQUENCE_TOKENS = 2048, 128
 # Nats per token that a sequence's loss may lie above the whole model's, for the oracle.
@@ -82,7 +82,7 @@ def study_model(
     *,
     text: str | Path | None = None,
     tokens: int = DEFAULT_TOKENS,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = silent,
 ) -> StudyReport:
     """Study a checkpoint.
 
@@ -100,9 +100,7 @@ def study_model(
     if depth < 2:
         raise UsageError("a study of layers needs a model with some", expected="2 layers or more", found=str(depth))
     found_text = tokenize(checkpoint, Path(text) if text else None, max_tokens=tokens, window=SEQUENCE_TOKENS)
-    found = study(
-        checkpoint, found_text.ids, lambda done, total: on_progress(Progress("trying sets of layers", done, total))
-    )
+    found = study(checkpoint, found_text.ids, on_progress)
     allowed: dict[str, Sequence[Family]] = {**{family: (family,) for family in FAMILIES}, "any": FAMILIES}
     return StudyReport(
         model=checkpoint.source,

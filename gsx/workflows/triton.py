@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 
 from gsx.workflows.generate import generate
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.errors import GsxError, UsageError
 from gsx_engines.serving.plan_repository import write_plan_repository
 from gsx_engines.serving.repository import Backend, write_repository
+from gsx_plugins.errors import GsxError, UsageError
 
 CHECK_TOKENS = 16
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,20 +14,24 @@ import onnx
 from onnx import numpy_helper
 from tokenizers import Tokenizer
 
-from gsx.backends import BackendName, Device, open_backend
+from gsx.backend_names import BackendName, Device
+from gsx.backends import open_backend
 from gsx.parity.compare import Observation
 from gsx.parity.page import page
 from gsx.parity.quality import QUANTIZED, QualityLimits
 from gsx.parity.report import KeepMap, Report, Similarity
 from gsx.parity.run import Run
 from gsx.parity.settings import Setting, settings_of
-from gsx.progress import Progress
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep, default_controls, layer_mask
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.errors import BundleError, CheckpointError, GsxError, UsageError
+from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.text import MIN_TOKENS, TokenText, behind, load_tokenizer, tokenize
+from gsx_plugins.errors import UsageError
+from gsx_plugins.files import disk_error, writing_file
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 DEFAULT_TOKENS = 1024
 DEFAULT_GREEDY_TOKENS = 256
@@ -49,7 +52,7 @@ def verify(
     backend: BackendName = "onnxruntime",
     device: Device | None = None,
     quality: QualityLimits | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
+    on_progress: OnProgress = silent,
 ) -> Report:
     """Compare a bundle with the reference, and write `parity.json` and `parity.html` into it.
 
@@ -75,7 +78,7 @@ def verify(
         raise UsageError("tokens to verify on", expected=f"at least {MIN_TOKENS}", found=str(tokens))
     if greedy_tokens < 1:
         raise UsageError("greedy tokens", expected="at least 1", found=str(greedy_tokens))
-    on_progress(Progress("checking the bundle", 0, 0))
+    on_progress(Progress("checking the bundle"))
     opened = open_bundle(bundle, check_weights=True)
     manifest = opened.manifest
     if manifest.precision == "bf16" and backend != "onnxruntime":
@@ -91,7 +94,7 @@ def verify(
     chosen = settings_of(manifest, budgets, notes)
     checkpoint = _reference_checkpoint(opened, reference)
     windows = _held_out(checkpoint, manifest, Path(text) if text else None, tokens, notes)
-    on_progress(Progress("loading the reference and the engine", 0, 0))
+    on_progress(Progress("loading the reference and the engine"))
     runtime = open_backend(backend, device)
     run = Run(opened, checkpoint, chosen, windows.ids, greedy_tokens, runtime, notes, on_progress)
     results = []
@@ -128,7 +131,7 @@ def verify(
         },
         seconds=time.perf_counter() - started,
     )
-    on_progress(Progress("writing the report", 0, 0))
+    on_progress(Progress("writing the report"))
     texts = {
         "parity.json": json.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n",
         "parity.html": page(report),
@@ -236,17 +239,8 @@ def _similarity(manifest: Manifest) -> Similarity | None:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        try:
-            beside.write_text(text, encoding="utf-8")
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        with writing_file(path) as work:
+            work.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise GsxError(
-            f"{path}: could not be written",
-            found=error.strerror or str(error),
-            todo="free some space, or make the bundle's directory writable",
-        ) from error
+        raise disk_error(path, error, todo="free some space, or make the bundle's directory writable") from error

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from gsx_plugins.errors import ArchitectureError, PluginError
+from gsx_plugins.errors import PluginLibraryError, UsageError
+from gsx_plugins.files import check_room, disk_error
 from gsx_plugins.library import (
     KERNEL_LIBRARY_NAME,
     PLUGIN_LIBRARY_NAME,
@@ -30,6 +31,7 @@ from gsx_plugins.library import (
     source_hash,
     write_record,
 )
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Machine code for these, and PTX of 9.0 and of the newest for what comes after them.
 ARCHITECTURES = ("80-real", "86-real", "89-real", "90", "120")
@@ -63,7 +65,6 @@ _LOG_LINES = 12
 _STEP = re.compile(r"^\[\s*(\d+)/(\d+)\]\s*(.*)|^\[\s*(\d+)%\]\s*(.*)")
 
 _T = TypeVar("_T")
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def build(
     kernels_only: bool = False,
     force: bool = False,
     jobs: int | None = None,
-    on_progress: Progress = lambda stage, done, total: None,
+    on_progress: OnProgress = silent,
 ) -> Built:
     """Build the library, unless one of these sources and architectures is there.
 
@@ -109,10 +110,11 @@ def build(
         kernels_only: without the TensorRT plugins, and so without TensorRT's headers.
         force: build even if it is there.
         jobs: compilers at a time; None for one a processor.
-        on_progress: called with a stage, steps done and steps in all (0: not known).
+        on_progress: called as it goes.
     Raises:
-        ArchitectureError: an architecture that there is none of, or none of for these kernels or this nvcc.
-        PluginError: a tool is missing or too old, there is no room for the library, or the build fails.
+        UsageError: an architecture that there is none of, or none of for these kernels or this nvcc.
+        PluginLibraryError: a tool is missing or too old, or the build fails.
+        GsxError: there is no room for the library.
     """
     numbers = [_number_of(name) for name in architectures]
     folder = library_folder()
@@ -141,14 +143,14 @@ def _number_of(architecture: str) -> int:
     """Compute capability of an architecture as CMake spells it, e.g. 89 of `89-real`."""
     match = _ARCHITECTURE.fullmatch(architecture)
     if match is None:
-        raise ArchitectureError(
+        raise UsageError(
             f"no such CUDA architecture: {architecture!r}",
             expected="a compute capability without its dot, e.g. 90 or 89-real",
             todo=f"the default is {','.join(ARCHITECTURES)}",
         )
     number = int(match[1])
     if number < _MIN_ARCHITECTURE:
-        raise ArchitectureError(
+        raise UsageError(
             f"the kernels do not run on CUDA architecture {architecture}",
             expected=f"{_MIN_ARCHITECTURE} or later",
             found=str(number),
@@ -162,7 +164,7 @@ def _check_architectures(tools: Toolchain, architectures: Sequence[str], numbers
     known = [int(number) for number in _NVCC_ARCHITECTURE.findall(_answer_of(tools.nvcc, "--list-gpu-arch", _GET_NVCC))]
     for name, number in zip(architectures, numbers, strict=True):
         if known and number not in known:
-            raise ArchitectureError(
+            raise UsageError(
                 f"{tools.nvcc} does not know CUDA architecture {name}",
                 expected=", ".join(str(one) for one in sorted(known) if one >= _MIN_ARCHITECTURE),
                 found=str(number),
@@ -174,34 +176,27 @@ def _check_architectures(tools: Toolchain, architectures: Sequence[str], numbers
 def _work_folder(home: Path) -> Iterator[Path]:
     """A folder to build in, beside where the library is kept; it is gone afterwards.
 
-    Raises: PluginError where it cannot be made, or the library cannot be put beside it.
+    Raises: GsxError where it cannot be made, or the library cannot be put beside it.
     """
     todo = "free some space, or let XDG_CACHE_HOME name a folder that can be written"
     try:
         home.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(home).free
-        if free < _ROOM_BYTES:
-            raise PluginError(
-                f"{home}: not enough room on the disk",
-                expected=f"{_ROOM_BYTES / 1e6:.0f} MB free",
-                found=f"{free / 1e6:.0f} MB",
-                todo=todo,
-            )
+        check_room(home, _ROOM_BYTES, todo=todo)
         # A compiler that was interrupted may still lay down a file while the folder goes: no reason to fail.
         with tempfile.TemporaryDirectory(prefix="build-", dir=home, ignore_cleanup_errors=True) as work:
             yield Path(work)
     except OSError as error:
-        raise PluginError(f"{home}: could not be written", found=error.strerror or str(error), todo=todo) from error
+        raise disk_error(home, error, todo=todo) from error
 
 
 def find_toolchain(*, kernels_only: bool = False) -> Toolchain:
-    """What a build needs. Raises: PluginError that names all that is missing, and how to get each."""
-    faults: list[PluginError] = []
+    """What a build needs. Raises: PluginLibraryError that names all that is missing, and how to get each."""
+    faults: list[PluginLibraryError] = []
 
     def attempt(find: Callable[[], _T]) -> _T | None:
         try:
             return find()
-        except PluginError as error:
+        except PluginLibraryError as error:
             faults.append(error)
             return None
 
@@ -210,14 +205,14 @@ def find_toolchain(*, kernels_only: bool = False) -> Toolchain:
     if faults or nvcc is None or cmake is None or compiler is None:
         if len(faults) == 1:
             raise faults[0]
-        raise PluginError(
+        raise PluginLibraryError(
             "cannot build the plugins: " + "; ".join(_in_one_line(fault) for fault in faults),
             todo="\n  ".join(fault.todo for fault in faults if fault.todo),
         )
     return Toolchain(nvcc[0], nvcc[1], cmake[0], compiler, headers)
 
 
-def _in_one_line(fault: PluginError) -> str:
+def _in_one_line(fault: PluginLibraryError) -> str:
     facts = [f"{word} {fact}" for word, fact in (("expected", fault.expected), ("found", fault.found)) if fact]
     return fault.what + (f" ({', '.join(facts)})" if facts else "")
 
@@ -230,14 +225,14 @@ def find_nvcc() -> tuple[Path, tuple[int, int]]:
         if candidate and Path(candidate).is_file():
             version = _version_of(Path(candidate), r"release (\d+)\.(\d+)", _GET_NVCC)
             if version < MIN_NVCC:
-                raise PluginError(
+                raise PluginLibraryError(
                     f"{candidate} is too old",
                     expected=f"CUDA {_spell(MIN_NVCC)} or later",
                     found=_spell(version),
                     todo=_GET_NVCC,
                 )
             return Path(candidate), version
-    raise PluginError("no nvcc (the CUDA compiler) was found", todo=_GET_NVCC)
+    raise PluginLibraryError("no nvcc (the CUDA compiler) was found", todo=_GET_NVCC)
 
 
 def find_headers() -> Headers:
@@ -248,7 +243,7 @@ def find_headers() -> Headers:
         if (place / "NvInferRuntime.h").is_file() and (place / "NvInferVersion.h").is_file():
             version = _header_version(place / "NvInferVersion.h")
             if not MIN_HEADERS <= version < NEXT_HEADERS:
-                raise PluginError(
+                raise PluginLibraryError(
                     f"the TensorRT headers in {place} are of a version that the plugins do not support",
                     expected=f"{_spell(MIN_HEADERS)} or later, before {_spell(NEXT_HEADERS)}",
                     found=_spell(version),
@@ -256,17 +251,17 @@ def find_headers() -> Headers:
                 )
             return Headers(place, version)
     where = f"{HEADERS_VARIABLE}={root}" if root else "the usual places"
-    raise PluginError(f"no TensorRT headers (NvInferRuntime.h) in {where}", todo=_GET_HEADERS)
+    raise PluginLibraryError(f"no TensorRT headers (NvInferRuntime.h) in {where}", todo=_GET_HEADERS)
 
 
 def find_cmake() -> tuple[Path, tuple[int, int]]:
-    """CMake and its version. Raises: PluginError where there is none, or one too old."""
+    """CMake and its version. Raises: PluginLibraryError where there is none, or one too old."""
     found = shutil.which("cmake")
     if found is None:
-        raise PluginError("no cmake was found", todo=_GET_CMAKE)
+        raise PluginLibraryError("no cmake was found", todo=_GET_CMAKE)
     version = _version_of(Path(found), r"version (\d+)\.(\d+)", _GET_CMAKE)
     if version < MIN_CMAKE:
-        raise PluginError(
+        raise PluginLibraryError(
             f"{found} is too old",
             expected=f"CMake {_spell(MIN_CMAKE)} or later",
             found=_spell(version),
@@ -280,21 +275,21 @@ def _find_compiler() -> Path:
         found = shutil.which(name) if name else None
         if found is not None:
             return Path(found)
-    raise PluginError("no C++ compiler was found", todo=_GET_COMPILER)
+    raise PluginLibraryError("no C++ compiler was found", todo=_GET_COMPILER)
 
 
 def _answer_of(program: Path, question: str, todo: str) -> str:
     try:
         done = subprocess.run([program, question], capture_output=True, text=True, errors="replace", check=False)
     except OSError as error:
-        raise PluginError(f"{program} does not run: {error.strerror}", todo=todo) from error
+        raise PluginLibraryError(f"{program} does not run: {error.strerror}", todo=todo) from error
     return done.stdout
 
 
 def _version_of(program: Path, pattern: str, todo: str) -> tuple[int, int]:
     found = re.search(pattern, _answer_of(program, "--version", todo))
     if found is None:
-        raise PluginError(f"{program} does not tell its version", todo=todo)
+        raise PluginLibraryError(f"{program} does not tell its version", todo=todo)
     return int(found[1]), int(found[2])
 
 
@@ -311,12 +306,12 @@ def _header_version(path: Path) -> tuple[int, int]:
 
     major, minor = number("MAJOR"), number("MINOR")
     if major is None or minor is None:
-        raise PluginError(f"{path} does not tell TensorRT's version", todo=_GET_HEADERS)
+        raise PluginLibraryError(f"{path} does not tell TensorRT's version", todo=_GET_HEADERS)
     return major, minor
 
 
 def _run_cmake(
-    tools: Toolchain, work: Path, architectures: Sequence[str], jobs: int | None, on_progress: Progress
+    tools: Toolchain, work: Path, architectures: Sequence[str], jobs: int | None, on_progress: OnProgress
 ) -> Path:
     """Configure and build; returns the folder that holds the library."""
     ninja = shutil.which("ninja")
@@ -332,15 +327,15 @@ def _run_cmake(
     ]
     # The compilers' own temporary files, too, lie where room was asked for, and go with the folder.
     environment = {**os.environ, "TMPDIR": str(work)}
-    _run(configure, environment, lambda line: on_progress("configuring", 0, 0))
+    _run(configure, environment, lambda line: on_progress(Progress("configuring")))
     count = jobs or os.cpu_count() or 1
 
     def show(line: str) -> None:
         step = _STEP.match(line)
         if step and step[1]:
-            on_progress("compiling", int(step[1]), int(step[2]))
+            on_progress(Progress("compiling", int(step[1]), int(step[2])))
         elif step:
-            on_progress("compiling", int(step[4]), 100)
+            on_progress(Progress("compiling", int(step[4]), 100))
 
     _run([str(tools.cmake), "--build", str(work), "--parallel", str(count)], environment, show)
     return work
@@ -371,7 +366,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], on_line: Callab
             raise
     if process.returncode:
         told = [line for line in lines if re.search(r"\b(error|fatal|Error)\b", line)] or lines
-        raise PluginError(
+        raise PluginLibraryError(
             f"building the plugins failed: {' '.join(command[:2])} ended with {process.returncode}",
             found="\n    ".join(["the compiler said:", *told[:_LOG_LINES]]),
             todo="if the tools are in order, report this with the output of `gsx doctor`",

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
 from gsx_plugins.full_attention.op import full_attention
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.gathered_attention.op import gathered_attention
@@ -53,7 +53,7 @@ class Kernels:
 
     Args:
         path: a library with the kernels' C interface.
-    Raises: PluginError where it does not load, or a kernel refuses its arguments or fails to start.
+    Raises: PluginLibraryError where it does not load, or a kernel refuses its arguments or fails to start.
     """
 
     def __init__(self, path: Path) -> None:
@@ -64,7 +64,7 @@ class Kernels:
                 function = getattr(self._library, name)
                 function.restype, function.argtypes = result, list(arguments)
         except (OSError, AttributeError) as error:
-            raise PluginError(
+            raise PluginLibraryError(
                 f"the kernel library {path} does not load", found=str(error), todo="gsx plugins build --force"
             ) from error
 
@@ -134,24 +134,24 @@ class Kernels:
             status = getattr(self._library, name)(*arguments, None)
         if status:
             text = self._library.gsx_error_string(status).decode()
-            raise PluginError(
+            raise PluginLibraryError(
                 f"{name}: {text} (status {status})", todo="check shapes, types and devices of the tensors"
             )
 
 
 @cache
 def load_kernels() -> Kernels:
-    """The kernels of the library that is built. Raises: PluginError where there is none."""
+    """The kernels of the library that is built. Raises: PluginLibraryError where there is none."""
     path = find_kernels()
     if path is None:
-        raise PluginError("the CUDA kernels are not built", todo="gsx plugins build --kernels-only")
+        raise PluginLibraryError("the CUDA kernels are not built", todo="gsx plugins build --kernels-only")
     return Kernels(path)
 
 
 def bind() -> Kernels:
     """Run the torch ops with the kernels where their tensors are CUDA's. Doing it again changes nothing.
 
-    Raises: PluginError where no library is built, or it does not load.
+    Raises: PluginLibraryError where no library is built, or it does not load.
     """
     kernels = load_kernels()
     if not _bound:

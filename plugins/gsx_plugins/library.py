@@ -15,7 +15,8 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
+from gsx_plugins.files import cache_folder
 
 LIBRARY_VARIABLE = "GSX_PLUGIN_LIBRARY"
 # With plugins for TensorRT; and the kernels alone, for machines without TensorRT's headers.
@@ -50,12 +51,6 @@ class BuildRecord:
     seconds: float
 
 
-def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again (XDG base directory specification)."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home and Path(home).is_absolute() else Path.home() / ".cache") / "gsx"
-
-
 def native_sources() -> Sequence[Path]:
     """The files that the library is built from."""
     found = [path for path in SOURCE_FOLDER.rglob("*") if path.suffix in _SOURCE_SUFFIXES]
@@ -82,7 +77,7 @@ def find_library() -> Path | None:
     """The plugin library: what `GSX_PLUGIN_LIBRARY` names, else the one built from the present sources.
 
     Returns: None where none was built.
-    Raises: PluginError where the variable names no file.
+    Raises: PluginLibraryError where the variable names no file.
     """
     return _named() or _built(PLUGIN_LIBRARY_NAME)
 
@@ -122,7 +117,7 @@ def _named() -> Path | None:
         return None
     path = Path(name)
     if not path.is_file():
-        raise PluginError(
+        raise PluginLibraryError(
             f"{LIBRARY_VARIABLE} names no file",
             expected=f"a {PLUGIN_LIBRARY_NAME}",
             found=f"nothing at {name}",

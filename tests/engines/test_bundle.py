@@ -13,7 +13,8 @@ import pytest
 
 from gsx_engines.bundle.bundle import MANIFEST, open_bundle, writing
 from gsx_engines.bundle.selection import CalibrationText, GridPoint, Selection
-from gsx_engines.errors import BundleError, GsxError, UsageError
+from gsx_engines.errors import BundleError
+from gsx_plugins.errors import GsxError, UsageError
 
 
 @pytest.fixture

@@ -187,7 +187,7 @@ def test_of_several_versions_the_one_that_fits(bundle: Bundle, monkeypatch: pyte
         (bundle.directory / ENGINES / name / ENGINE_FILE).write_text(entry.model_dump_json())
     several = Bundle(bundle.directory, bundle.manifest.model_copy(update={"engines": entries}))
     monkeypatch.setattr(loading, "load_module", lambda backend: SimpleNamespace(__version__="1.7.1"))
-    monkeypatch.setattr(loading, "plugin_library", lambda: None)
+    monkeypatch.setattr(loading, "find_library", lambda: None)
     monkeypatch.setattr(cuda, "runtime", lambda: None)
     monkeypatch.setattr(cuda, "device", lambda: cuda.Device("GeForce", "89", 1 << 34))
     assert find_engines(several, "tensorrt-rtx").directory.name == "here"

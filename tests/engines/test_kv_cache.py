@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from gsx_engines.building.build import build
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep, controls_for
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.errors import CheckpointError, EngineError, UsageError
+from gsx_engines.errors import EngineError
 from gsx_engines.lowering.probe import is_supported
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.portable import PortableStage
@@ -26,8 +27,10 @@ from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.quantization.kv_cache import int8_kv_cache
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10. A code that a rounding turned would be 1e-3 off.
@@ -131,9 +134,9 @@ def test_this_onnxruntime_has_attention_over_codes() -> None:
     [({"precision": "fp16"}, "fp16"), ({"quantize": Quantize("fp8")}, "fp8")],
     ids=["half precision", "fp8"],
 )
-def test_export_refuses(options: dict[str, object], found: str, tiny_gated: Path, tmp_path: Path) -> None:
+def test_export_refuses(options: dict[str, Any], found: str, tiny_gated: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=rf"--kv-cache int8: ONNX Runtime keeps codes.*\n.*, found {found}\n"):
-        export(tiny_gated, tmp_path / "out", kv_cache="int8", **options)  # type: ignore[arg-type]
+        export(tiny_gated, tmp_path / "out", kv_cache="int8", **options)
     assert not (tmp_path / "out").exists()
 
 

@@ -13,8 +13,9 @@ from gsx_engines.building.profiles import (
     one_profile,
     parse_profile,
 )
-from gsx_engines.bundle.engine_profiles import choose_profile, most_tokens
-from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.errors import EngineError
+from gsx_engines.tensorrt.profile_choice import choose_profile, most_tokens
+from gsx_plugins.errors import UsageError
 
 
 @given(capacity=st.integers(2, 200_000), batch=st.integers(1, 64))

@@ -19,15 +19,16 @@ from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.bundle.drafts import LayersDraft
 from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.draft_trials.replay import Replay
 from gsx_engines.generation import generate
 from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import Sampling
 from gsx_engines.speculation import adapt
 from gsx_engines.speculation.adapt import WINDOW, SkipSetSearch, first_set, in_a_row
 from gsx_engines.speculation.draft import OtherControls
-from gsx_engines.speculation.length import ROW_COST
-from gsx_engines.speculation.replay import CHUNK, Replay, counted_speed
+from gsx_engines.speculation.length import CHUNK, ROW_COST, counted_speed
 from gsx_engines.speculation.spec import parse_draft
+from gsx_plugins.progress import Progress
 
 PROMPTS = [[5, 60, 61, 7, 8, 9, 200, 11], [61, 7, 33]]
 
@@ -99,12 +100,10 @@ def test_bytes_are_those_of_the_checkpoint(bundle: Bundle, tiny_gated: Path) -> 
 def test_the_search_is_repeatable_and_ranks_by_what_it_counts(bundle: Bundle) -> None:
     replay = Replay(open_runner(bundle), PROMPTS, 2 * CHUNK + 1)
     layers, cost = bundle.manifest.decoder.num_layers, step_bytes(bundle)
-    seen: list[tuple[int, int]] = []
-    first, second = (
-        search_skip_sets(replay, layers, BRANCHES, cost, lambda *at: seen.append(at), trials=15) for _ in range(2)
-    )
+    seen: list[Progress] = []
+    first, second = (search_skip_sets(replay, layers, BRANCHES, cost, seen.append, trials=15) for _ in range(2))
     assert first == second
-    assert seen == [(n, 15) for n in range(1, 16)] * 2
+    assert seen == [Progress("searching skip sets", n, 15) for n in range(1, 16)] * 2
     assert [one.speed for one in first] == sorted((one.speed for one in first), reverse=True)
     assert len({one.draft for one in first}) == len(first) > 3
     for one in first:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -12,10 +13,11 @@ from pydantic import ValidationError
 from gsx.cli import run
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep
-from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.errors import EngineError
 from gsx_engines.serving.fields import INPUTS, OUTPUTS
 from gsx_engines.serving.model_config import ModelConfig, Tensor
 from gsx_engines.serving.repository import write_repository
+from gsx_plugins.errors import UsageError
 
 
 @pytest.fixture
@@ -62,10 +64,10 @@ def test_a_request_may_ask_what_a_rule_may_be_asked() -> None:
     ],
 )
 def test_what_cannot_be_written_is_refused(
-    bundle: Bundle, tmp_path: Path, options: dict[str, object], error: type[Exception], message: str
+    bundle: Bundle, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        write_repository(bundle, tmp_path / "models", **{"name": "tiny", **options})  # type: ignore[arg-type]
+        write_repository(bundle, tmp_path / "models", **{"name": "tiny", **options})
     assert not list(tmp_path.iterdir())
 
 

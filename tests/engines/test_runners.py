@@ -14,7 +14,7 @@ import pytest
 from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
 from gsx_engines.bundle.controls import AS_EXPORTED, Keep, controls_for
-from gsx_engines.errors import BundleError, UsageError
+from gsx_engines.errors import BundleError
 from gsx_engines.generation import Generation, generate
 from gsx_engines.lowering.for_onnxruntime.regions import find_regions
 from gsx_engines.lowering.probe import is_supported
@@ -24,6 +24,7 @@ from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.sampling import Sampling
 from gsx_exporter.config import GateConfig
+from gsx_plugins.errors import UsageError
 from gsx_plugins.graph import Graph
 from tests.tiny import tiny_checkpoint
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.errors import EngineError
 from gsx_engines.sampling import Picker, Sampling, candidates, noise
+from gsx_plugins.errors import UsageError
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
 # A fixed seed makes every draw below the same each time. A true sampler would fail one such test in a million.

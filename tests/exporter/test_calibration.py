@@ -10,11 +10,11 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gsx_engines.errors import CheckpointError, TextError
 from gsx_exporter.calibration import NEAR_SHARE, TIE, calibrate, threshold_for
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.errors import CheckpointError, TextError
 from gsx_exporter.masks.gateskip import Threshold
 from gsx_exporter.reference import Reference
 from gsx_exporter.text import MIN_TOKENS, behind, load_tokenizer, tokenize

@@ -19,7 +19,6 @@ from gsx.workflows.verify import verify
 from gsx_engines.bundle.confidence import RANGES, Measure
 from gsx_engines.bundle.controls import Keep, controls_for
 from gsx_engines.bundle.policy import Guarantee as GuaranteeEntry
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
@@ -30,6 +29,7 @@ from gsx_exporter.reference import Reference
 from gsx_exporter.risk_control import Guarantee
 from gsx_exporter.rules.base import Tokens
 from gsx_exporter.rules.calm import Calm
+from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
 
 EXITS = (1, 3)

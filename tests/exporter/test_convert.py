@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gsx_engines.errors import CheckpointError, GsxError, UsageError
 from gsx_exporter.checkpoint import expected_tensors, is_gate, open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.convert import convert, write_safetensors
+from gsx_exporter.errors import CheckpointError
+from gsx_plugins.errors import GsxError, UsageError
+from gsx_plugins.progress import Progress
 from tests.tiny import tiny_checkpoint
 
 State = dict[str, Any]
@@ -169,12 +171,12 @@ def test_shards(tmp_path: Path, pair: Pair) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_bytes((pair.gated / "config.json").read_bytes())
-    done: list[int] = []
-    write_safetensors(out, sizes, pair.tensors.__getitem__, shard_bytes=50_000, on_tensor=done.append)
+    steps: list[Progress] = []
+    write_safetensors(out, sizes, pair.tensors.__getitem__, shard_bytes=50_000, on_progress=steps.append)
     files = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    assert done[-1] == len(sizes)
+    assert steps[-1] == Progress("writing weights", len(sizes), len(sizes))
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes.values())
     assert_equal(tensors_of(out), pair.tensors)

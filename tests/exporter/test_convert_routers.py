@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gsx_engines.errors import CheckpointError
 from gsx_exporter.checkpoint import chooser, open_checkpoint
 from gsx_exporter.convert import convert
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import RouterConfig
 from tests.exporter.test_routers import METHODS
 from tests.tiny import tiny_checkpoint

@@ -19,11 +19,11 @@ from benchmarks.model import configuration
 from gsx.workflows.quantize import Quantize, plan_for
 from gsx_engines.bundle.controls import Controls, selected
 from gsx_engines.bundle.selection import GridPoint, Selection
-from gsx_engines.errors import CheckpointError, GsxError, UsageError
 from gsx_exporter.calibration import calibrate
 from gsx_exporter.checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from gsx_exporter.config import BRANCHES, GateConfig, ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.graph.assemble import GraphBuilder, Graphs
 from gsx_exporter.quantization.plan import (
     Plan,
@@ -43,6 +43,8 @@ from gsx_exporter.quantization.walk import Walk
 from gsx_exporter.quantization.watch import statistics
 from gsx_exporter.rules.gateskip import GateSkip
 from gsx_exporter.text import TokenText
+from gsx_plugins.errors import GsxError, UsageError
+from gsx_plugins.progress import Progress, silent
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 LAYERS, HIDDEN = 2, 32
@@ -123,7 +125,7 @@ def test_ranges_are_of_the_rows_that_ran(model: Checkpoint, text: TokenText) -> 
 
 def test_statistics_are_found_again(model: Checkpoint, text: TokenText, tmp_path: Path) -> None:
     def ask(values: list[float]) -> tuple[list[float], int]:
-        layers = []
+        layers: list[Progress] = []
         found = statistics(
             model,
             text.ids,
@@ -131,7 +133,7 @@ def test_statistics_are_found_again(model: Checkpoint, text: TokenText, tmp_path
             OPTIONS,
             text_sha256=text.sha256,
             cache=tmp_path,
-            on_layer=lambda done, total: layers.append(done),
+            on_progress=layers.append,
         )
         return [float(one.inputs["layers.1.mlp.down_proj"].sum()) for one in found], len(layers)
 
@@ -246,7 +248,7 @@ def test_who_says_what_is_spared(
 ) -> None:
     """Nothing is where nothing is decided; names come on top."""
     controls = thresholds(0.5) if options.rule else {}
-    plan, entry = plan_for(model, options, Quantize("int8", keep), None, controls, text, lambda *step: None)
+    plan, entry = plan_for(model, options, Quantize("int8", keep), None, controls, text, silent)
     assert list(plan.kept_high) == list(entry.kept_high) == kept
 
 
@@ -363,7 +365,7 @@ def test_a_limit_that_does_not_hold_tells_the_nearest_setting(model: Checkpoint)
             selection,
             selected(selection, 0.7),
             text,
-            lambda *step: None,
+            silent,
         )
     assert "most costly: embed_tokens (divergence" in error.value.message
     assert "expected flipped at most 1e-07%, found perplexity" in error.value.message

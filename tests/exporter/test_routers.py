@@ -19,16 +19,17 @@ from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import Keep, controls_for
-from gsx_engines.errors import CheckpointError, GsxError, UsageError
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.masks.router import RoutedByThreshold
 from gsx_exporter.reference import Reference
 from gsx_exporter.router_config import NetConfig, RouterConfig
 from gsx_exporter.rules.router import capacity
+from gsx_plugins.errors import GsxError, UsageError
 from tests.tiny import tiny_checkpoint
 
 LAYERS = 3

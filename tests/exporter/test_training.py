@@ -18,15 +18,17 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from gsx_engines.errors import CheckpointError, GsxError, TextError, UsageError
 from gsx_exporter.checkpoint import open_checkpoint
-from gsx_exporter.config import GateConfig
+from gsx_exporter.config import GateConfig, GateInput, GateKind
+from gsx_exporter.errors import CheckpointError, TextError
 from gsx_exporter.masks.base import KeepAll
 from gsx_exporter.masks.gateskip import Rank
 from gsx_exporter.reference import Reference
 from gsx_exporter.training import ModelShape, StepReport, TrainConfig, corpus, export_snapshot, schedule, train
 from gsx_exporter.training.loop import _build
 from gsx_exporter.training.model import GatedModel
+from gsx_plugins.errors import GsxError, UsageError
+from gsx_plugins.progress import Progress
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 TINY = TrainConfig(
@@ -72,16 +74,16 @@ def _run(config: TrainConfig, path: Path, text: Path, **options: Any) -> dict[st
 
 def test_result_is_a_checkpoint(tmp_path: Path, text: Path) -> None:
     reports: list[StepReport] = []
-    phases: list[str] = []
+    phases: list[Progress] = []
     result = train(
         TINY,
         tmp_path / "out",
         work=tmp_path / "work",
         text=text,
         on_step=reports.append,
-        on_phase=phases.append,
+        on_progress=phases.append,
     )
-    assert phases == ["reading the text", "training the tokenizer", "encoding the text"]
+    assert [phase.stage for phase in phases] == ["reading the text", "training the tokenizer", "encoding the text"]
     assert (result.steps, result.tokens, result.resumed_at) == (12, 12 * 3 * 24, 0)
     assert [r.step for r in reports] == list(range(1, 13))
     assert [r.exit_depth for r in reports[:3]] == [1, 2, 1]
@@ -189,9 +191,9 @@ def test_gates_are_added_to_a_dense_model(tmp_path: Path, text: Path, family: st
 @pytest.mark.parametrize("gate_input", ["post_norm", "pre_norm"])
 @pytest.mark.parametrize("budget", [1.0, 0.8, 0.5])
 def test_losses_are_those_of_the_reference(
-    tmp_path: Path, text: Path, kind: str, gate_input: str, budget: float
+    tmp_path: Path, text: Path, kind: GateKind, gate_input: GateInput, budget: float
 ) -> None:
-    gate = GateConfig(kind=kind, input=gate_input)  # type: ignore[arg-type]
+    gate = GateConfig(kind=kind, input=gate_input)
     model = tiny_checkpoint(tmp_path / "model", "mistral", gate=gate, tokenizer=True, exits=(2,), sliding_window=9)
     shutil.copytree(model, tmp_path / "work" / "base")
     checkpoint = open_checkpoint(model)
@@ -380,10 +382,10 @@ def test_exits_learn_from_the_model(tmp_path: Path, text: Path) -> None:
     gated = _build(config, tmp_path / "work", source=None)
     ids = torch.randint(3, 200, (2, 17), generator=torch.Generator().manual_seed(0))
     live = torch.ones(3, 2, dtype=torch.bool)
-    options = {"budget": 1.0, "exit_depth": 3, "live": live}
+    options: dict[str, Any] = {"budget": 1.0, "exit_depth": 3, "live": live}
     with torch.no_grad():
-        own = gated.losses(ids, train=config, **options)  # type: ignore[arg-type]
-        other = gated.losses(ids, train=replace(config, exit_target="text"), **options)  # type: ignore[arg-type]
+        own = gated.losses(ids, train=config, **options)
+        other = gated.losses(ids, train=replace(config, exit_target="text"), **options)
         logits = _logits_at_full_budget(gated, ids[:, :-1])
     assert own.exit_cross_entropy is not None
     assert other.exit_cross_entropy is not None

@@ -35,7 +35,7 @@ import torch
 
 from gsx_plugins.build import build
 from gsx_plugins.cuda import Kernels
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
 from tests.gpu.checks import check_graph, run_checks
 from tests.gpu.rows import Row, goal_row, table
 from tests.gpu.timing import measurements
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         built = build(architectures=(f"{major}{minor}",), kernels_only=True)
         kernels = GuardedKernels(built.path)
-    except PluginError as error:
+    except PluginLibraryError as error:
         print(error, file=sys.stderr)
         return 1
     build_row = Row("build for this GPU", f"{built.record.seconds:g} s, nvcc {built.record.nvcc}")
@@ -119,7 +119,7 @@ def _plugins_row(architecture: str) -> Row:
     """The plugin library, which needs TensorRT's headers; without it engines are built all the same, with masks."""
     try:
         return Row("plugins for engines", f"built in {build(architectures=(architecture,)).record.seconds:g} s")
-    except PluginError as error:
+    except PluginLibraryError as error:
         return Row("plugins for engines", f"none, engines have masks: {error.what}", verdict="missing")
 
 

@@ -23,7 +23,6 @@ from gsx_engines.building.build import build
 from gsx_engines.building.job import run_job
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep
-from gsx_engines.errors import GsxError
 from gsx_engines.generation import generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.select import open_runner
@@ -32,11 +31,13 @@ from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.tensorrt import cuda
 from gsx_engines.tensorrt.backend import Backend, dotted, known_targets, load_module
 from gsx_engines.tensorrt.loading import ENGINES
-from gsx_engines.tensorrt.plugins import plugin_library
 from gsx_engines.tokens import BundleTokenizer
+from gsx_plugins.errors import GsxError
+from gsx_plugins.library import find_library
 from tests.gpu.rows import Row, goal_row
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "model"
+BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 BUDGETS = (1.0, 0.5)
 _PROMPT = "import os\n\n\ndef read(path):\n    with open("
 _TOKENS = 64
@@ -71,20 +72,20 @@ def torch_rows() -> list[Row]:
 def engine_rows() -> list[Row]:
     """Engines of the example model on each TensorRT that is installed; FP8 beside bf16 where both can be had."""
     rows = []
-    for backend in ("tensorrt", "tensorrt-rtx"):
+    for backend in BACKENDS:
         what = f"{backend}: an engine of the example model"
         try:
-            load_module(backend)  # type: ignore[arg-type]
+            load_module(backend)
         except GsxError as error:
             rows.append(Row(what, _line(error), "ONNX Runtime's text", "missing"))
             continue
         with example(budget=0.5) as bundle:
             rows.append(same_text(what, bundle, lambda backend=backend, bundle=bundle: _built(bundle, backend)))
-            if not _is_target(backend):  # type: ignore[arg-type]
+            if not _is_target(backend):
                 with _for_the_gpu_at_hand():
                     built = partial(_built, bundle, backend)
                     rows.append(same_text(f"{what}, built for the GPU at hand", bundle, built))
-        rows += _eight_bit_rows(backend)  # type: ignore[arg-type]
+        rows += _eight_bit_rows(backend)
     return rows
 
 
@@ -136,7 +137,7 @@ def _built(bundle: Bundle, backend: Backend) -> Runner:
 
     print(f"{backend}: {dotted(device.capability)} is no target of its; trying {', '.join(map(dotted, entry.targets))}")
     plan = (opened.directory / ENGINES / name / entry.graphs["model"].file).read_bytes()
-    library = plugin_library() if entry.plugins else None
+    library = find_library() if entry.plugins else None
     engine = CudaEngine(backend, plan, library=library, cuda_graphs=False, kernels=None)
     return WholeRunner(TensorRTStage(opened.manifest, entry, "model", engine))
 

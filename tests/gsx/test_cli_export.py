@@ -238,7 +238,7 @@ def test_target_that_cannot_be_written(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("gsx_engines.bundle.bundle.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("gsx_plugins.files.partial", refuse)
     found = gsx("export", model, "-o", tmp_path / "out")
     assert found.code == 1
     assert "could not be written" in found.err
@@ -258,7 +258,7 @@ def test_read_only_directory(gsx: Gsx, model: Path, tmp_path: Path) -> None:
 
 def test_too_little_room(gsx: Gsx, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("gsx_engines.bundle.bundle.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("gsx_plugins.files.shutil.disk_usage", lambda path: usage)
     found = gsx("export", model, "-o", tmp_path / "out")
     assert found.code == 1
     assert "not enough room on the disk" in found.err
@@ -272,7 +272,7 @@ def test_disk_that_fills_up(
     def fill(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(import_module("gsx.export"), "write_weights", fill)
+    monkeypatch.setattr(import_module("gsx.workflows.export"), "write_weights", fill)
     before = snapshot(tmp_path)
     found = gsx("export", model, "-o", bundle, "--select", "rank", "--overwrite")
     assert found.code == 1

@@ -15,14 +15,15 @@ from gsx.cli import run
 from gsx.comparison.report import CompareReport, Point
 from gsx.workflows.compare import LEAST_TOKENS, WINDOW_TOKENS, compare_policies
 from gsx_engines.bundle.layer_sets import exit_places, mask_of, unified_places
-from gsx_engines.errors import TextError, UsageError
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
+from gsx_exporter.errors import TextError
 from gsx_exporter.evaluation import losses
 from gsx_exporter.masks.layers import LayerMask
 from gsx_exporter.reference import Reference
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.text import tokenize
+from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
 
 LAYERS = 6

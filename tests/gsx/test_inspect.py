@@ -66,7 +66,7 @@ def test_api_is_lazy_and_its_functions_stay_functions() -> None:
     code = (
         "import sys, gsx; gsx.GsxError; gsx.open_bundle; gsx.__version__;"
         "assert not {'torch', 'transformers'} & set(sys.modules);"
-        "import gsx.inspect; from gsx.progress import Progress;"
+        "import gsx.workflows.inspect; from gsx_plugins.progress import Progress;"
         "assert callable(gsx.inspect) and callable(gsx.export) and callable(gsx.verify);"
         "assert set(gsx.__all__) <= set(dir(gsx));"
         "[getattr(gsx, name) for name in gsx.__all__]"

@@ -20,7 +20,7 @@ from gsx.workflows.generate import generate as generate_text
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import controls_for
 from gsx_engines.bundle.manifest import Quantization
-from gsx_engines.errors import BundleError, EngineError, UsageError
+from gsx_engines.errors import BundleError, EngineError
 from gsx_engines.generation import generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
@@ -28,6 +28,7 @@ from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.speculation.draft import open_draft
 from gsx_exporter.config import GateConfig
+from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10; halves round every product to 11 bits.

@@ -17,20 +17,21 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from gsx.parity.report import Report
-from gsx.progress import Progress
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import Controls
-from gsx_engines.errors import BundleError, CheckpointError, TextError, UsageError
+from gsx_engines.errors import BundleError
 from gsx_engines.runners.base import Cache, StepOutput
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.config import GateConfig
+from gsx_exporter.errors import CheckpointError, TextError
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import Progress
 from tests.tiny import tiny_checkpoint
 
-# `gsx.verify` is the function; this is its module.
-MODULE = import_module("gsx.verify")
+MODULE = import_module("gsx.workflows.verify")
 TOKENS, GREEDY = 256, 12
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gsx_plugins.build import build
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +15,7 @@ def plugin_library() -> Path:
     """The plugin library of these sources, from the cache or built now (every architecture, warnings are errors)."""
     try:
         return build().path
-    except PluginError as error:
+    except PluginLibraryError as error:
         if "failed" in error.what:
             raise
         pytest.skip(f"the plugins cannot be built here: {error}")

@@ -16,7 +16,7 @@ from gsx.cli import run
 from gsx_plugins import build as building
 from gsx_plugins import library
 from gsx_plugins.build import ARCHITECTURES, build, find_headers, find_nvcc, find_toolchain
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import GsxError, PluginLibraryError
 from gsx_plugins.library import (
     PLUGIN_OPS,
     SOURCE_FOLDER,
@@ -26,6 +26,7 @@ from gsx_plugins.library import (
     record_of,
     source_hash,
 )
+from gsx_plugins.progress import Progress
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def headers(folder: Path, major: int, minor: int) -> Path:
 def test_all_faults_stand_in_one_message(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORRT_ROOT", str(headers(tmp_path / "trt" / "include", 9, 3).parent))
     with pytest.raises(
-        PluginError, match=r"no nvcc.*; no cmake.*\(expected 10\.8 or later, before 12\.0, found 9\.3\)"
+        PluginLibraryError, match=r"no nvcc.*; no cmake.*\(expected 10\.8 or later, before 12\.0, found 9\.3\)"
     ):
         find_toolchain()
 
@@ -98,14 +99,14 @@ def test_everything_is_missing(bare: Path, capsys: pytest.CaptureFixture[str]) -
         "pip",
     ):
         assert part in text
-    with pytest.raises(PluginError) as caught:
+    with pytest.raises(PluginLibraryError) as caught:
         find_toolchain(kernels_only=True)
     assert "headers" not in str(caught.value)
 
 
 def test_nvcc_too_old(bare: Path) -> None:
     program(bare, "nvcc", "Cuda compilation tools, release 12.4, V12.4.99")
-    with pytest.raises(PluginError, match=r"(?s)is too old.*expected CUDA 12\.8 or later, found 12\.4"):
+    with pytest.raises(PluginLibraryError, match=r"(?s)is too old.*expected CUDA 12\.8 or later, found 12\.4"):
         find_nvcc()
     program(bare, "nvcc", "Cuda compilation tools, release 12.8, V12.8.61")
     assert find_nvcc() == (bare / "nvcc", (12, 8))
@@ -129,7 +130,7 @@ def test_header_versions(
     if fits:
         assert find_headers() == building.Headers(folder, version)
     else:
-        with pytest.raises(PluginError, match=r"10\.8 or later, before 12\.0"):
+        with pytest.raises(PluginLibraryError, match=r"10\.8 or later, before 12\.0"):
             find_headers()
 
 
@@ -151,11 +152,11 @@ def test_no_such_architecture(
 
 def test_no_place_for_the_library(working: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "_ROOM_BYTES", 1 << 60)
-    with pytest.raises(PluginError, match=r"(?s)not enough room on the disk.*XDG_CACHE_HOME"):
+    with pytest.raises(GsxError, match=r"(?s)not enough room on the disk.*XDG_CACHE_HOME"):
         build(kernels_only=True)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(PluginError, match=r"(?s)could not be written.*XDG_CACHE_HOME"):
+    with pytest.raises(GsxError, match=r"(?s)could not be written.*XDG_CACHE_HOME"):
         build(kernels_only=True)
 
 
@@ -176,7 +177,7 @@ def test_an_interrupted_build_takes_its_compilers_along(working: Path, tmp_path:
     started = tmp_path / "compiler"
     cmake(working, f"/bin/sleep 60 & echo $! > {started}; echo configuring; wait")
 
-    def interrupt(stage: str, done: int, total: int) -> None:
+    def interrupt(progress: Progress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -188,7 +189,7 @@ def test_an_interrupted_build_takes_its_compilers_along(working: Path, tmp_path:
 def test_failed_build_leaves_nothing(working: Path, tmp_path: Path) -> None:
     """The compiler's own words are shown, and no library or half of one is left."""
     cmake(working, 'echo "fatal error: x.h"; exit 2')
-    with pytest.raises(PluginError, match=r"(?s)building the plugins failed.*fatal error: x\.h"):
+    with pytest.raises(PluginLibraryError, match=r"(?s)building the plugins failed.*fatal error: x\.h"):
         build(kernels_only=True)
     assert find_kernels() is None
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
@@ -208,7 +209,7 @@ def test_source_hash_sees_every_source(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_named_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GSX_PLUGIN_LIBRARY", str(tmp_path / "mine.so"))
-    with pytest.raises(PluginError, match="GSX_PLUGIN_LIBRARY names no file"):
+    with pytest.raises(PluginLibraryError, match="GSX_PLUGIN_LIBRARY names no file"):
         find_library()
     (tmp_path / "mine.so").write_bytes(b"content")
     assert find_library() == tmp_path / "mine.so"

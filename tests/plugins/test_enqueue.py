@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gsx_plugins.build import find_headers
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.library import SOURCE_FOLDER
 from gsx_plugins.threshold_gather.op import threshold_gather
@@ -33,7 +33,7 @@ MORE_TOKENS = 5000  # that the profile allows
 def tensorrt() -> ctypes.CDLL:
     try:
         headers = find_headers().folder
-    except PluginError as error:
+    except PluginLibraryError as error:
         pytest.skip(f"the plugins cannot be compiled here: {error}")
     adapters = [*SOURCE_FOLDER.glob("*/plugin.cpp"), Path(__file__).parent / "emulation" / "enqueue.cpp"]
     return ctypes.CDLL(str(emulated_library("plugins", [*KERNELS, *adapters], headers=[headers])))

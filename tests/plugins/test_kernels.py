@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from gsx_plugins import cuda
 from gsx_plugins.cuda import Kernels
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
 from gsx_plugins.full_attention.op import full_attention
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.gathered_attention.op import gathered_attention
@@ -197,12 +197,12 @@ def test_workspace_grows_with_the_tokens(library: ctypes.CDLL) -> None:
 
 
 def test_a_refused_call_raises(emulated: cases.GuardedKernels) -> None:
-    with pytest.raises(PluginError, match=r"gsx_gather_rows: a size is negative.*\(status -3\)"):
+    with pytest.raises(PluginLibraryError, match=r"gsx_gather_rows: a size is negative.*\(status -3\)"):
         emulated.gather_rows(torch.zeros(4, 0), torch.tensor([0]))
 
 
 def test_a_library_that_is_none(tmp_path: object) -> None:
     path = tmp_path / "library.so"  # type: ignore[operator]
     path.write_bytes(b"not a library")
-    with pytest.raises(PluginError, match="does not load"):
+    with pytest.raises(PluginLibraryError, match="does not load"):
         Kernels(path)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from gsx_plugins.build import find_nvcc
-from gsx_plugins.errors import PluginError
+from gsx_plugins.errors import PluginLibraryError
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
 REGISTERS = 65_536  # of a multiprocessor, on all of them
@@ -53,7 +53,7 @@ class Disassembler:
         nvidia = find_spec("nvidia")
         packages = (nvidia.submodule_search_locations if nvidia else None) or ()
         places = [Path(package) / "cu13" / "bin" for package in packages]
-        with suppress(PluginError):
+        with suppress(PluginLibraryError):
             places.append(find_nvcc()[0].resolve().parent)
         self._path = os.pathsep.join([os.environ.get("PATH", ""), *map(str, places)])
         self._library = library

@@ -21,7 +21,7 @@ from examples.triton_server import Server
 from gsx.workflows.generate import GenerateResult
 from gsx.workflows.triton import check_server
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.errors import GsxError
+from gsx_plugins.errors import GsxError
 from tests.serving.conftest import Grpc
 
 REQUESTS: list[dict[str, Any]] = [

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +19,7 @@ from gsx_engines.building.profiles import DEFAULT_CONTEXT, default_profiles, mos
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
 from gsx_engines.bundle.tensors import tensor_info
-from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.errors import EngineError
 from gsx_engines.lowering import tensorrt as lowering
 from gsx_engines.lowering.for_tensorrt.task import LOGITS_COLUMNS, WINDOW, K
 from gsx_engines.lowering.passes import not_as_expected
@@ -35,22 +34,14 @@ from gsx_engines.tensorrt.backend import (
     load_module,
     platform_name,
 )
-from gsx_engines.tensorrt.plugins import plugin_library
+from gsx_plugins.errors import UsageError
+from gsx_plugins.files import cache_folder
 from gsx_plugins.graph import Graph, LayoutError
-from gsx_plugins.library import PLUGIN_OPS, cache_folder, library_hash, record_of
+from gsx_plugins.library import PLUGIN_OPS, find_library, library_hash, record_of
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 # An engine is the weights, for every profile, and the kernels.
 _DISK_SLACK = 128 << 20
-
-
-@dataclass(frozen=True)
-class BuildProgress:
-    """A step of a build: the graph in work, how far TensorRT's phase is (total 0: not known), and the phase."""
-
-    stage: str
-    done: int = 0
-    total: int = 0
-    note: str = ""
 
 
 def build(
@@ -64,7 +55,7 @@ def build(
     plugins: Literal["auto", "none"] | Path = "auto",
     kv_layout: KvLayout = "in-place",
     timing_cache: Path | None = None,
-    on_progress: Callable[[BuildProgress], None] = lambda progress: None,
+    on_progress: OnProgress = silent,
 ) -> tuple[str, EngineEntry]:
     """Build an engine of every graph of a bundle and put them into it.
 
@@ -80,7 +71,7 @@ def build(
         plugins: `auto` takes the library that was built on this machine, if there is one; `none` does without.
         kv_layout: `in-place` for gsx; `growing` for programs that keep K and V themselves.
         timing_cache: file for TensorRT's timings; None for a place in the user's cache. TensorRT-RTX takes none.
-        on_progress: called as it goes.
+        on_progress: called as it goes; the note is TensorRT's phase.
     Returns: the name of the engines in the bundle, and their entry in its manifest.
     Raises:
         GsxError: an option, a bundle, a machine or a graph that cannot be used.
@@ -113,8 +104,7 @@ def build(
     with writing_engines(opened, name, len(shapes) * sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
         graphs, used = {}, False
         for graph, model in portable.items():
-            stage = f"building {graph}"
-            on_progress(BuildProgress(stage))
+            on_progress(Progress(f"building {graph}"))
             entry, with_plugins = _build_graph(
                 opened,
                 graph,
@@ -127,9 +117,7 @@ def build(
                 profiles=shapes,
                 library=library,
                 timing_cache=timing_cache or _timing_cache(version, gpu) if backend == "tensorrt" else None,
-                on_phase=lambda phase, done, total, stage=stage: on_progress(  # type: ignore[misc]
-                    BuildProgress(stage, done, total, phase)
-                ),
+                on_progress=on_progress,
             )
             graphs[graph] = entry
             used = used or with_plugins
@@ -164,7 +152,7 @@ def _build_graph(
     profiles: Sequence[EngineProfile],
     library: Path | None,
     timing_cache: Path | None,
-    on_phase: Callable[[str, int, int], None],
+    on_progress: OnProgress,
 ) -> tuple[EngineGraph, bool]:
     """One engine, and whether it has plugins."""
     manifest = bundle.manifest
@@ -184,7 +172,7 @@ def _build_graph(
         products=tuple(node.name for node in lowered.model.graph.node if node.op_type == "MatMul"),
         timing_cache=str(timing_cache) if timing_cache else None,
     )
-    built = run_job(job, name, on_phase)
+    built = run_job(job, name, on_progress)
     graph.unlink()
     entry = EngineGraph(
         file=engine.name,
@@ -385,7 +373,7 @@ def _library(asked: Literal["auto", "none"] | Path) -> Path | None:
         if not asked.is_file():
             raise UsageError(f"{asked}: there is no such plugin library", todo="gsx plugins build makes one")
         return asked.resolve()
-    return plugin_library()
+    return find_library()
 
 
 def _plugin_entry(library: Path) -> PluginLibrary:

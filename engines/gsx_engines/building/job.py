@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -21,11 +21,10 @@ import gsx_engines
 import gsx_plugins
 from gsx_engines.errors import EngineError
 from gsx_engines.tensorrt.backend import Backend
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 # An input's least, usual and most shape, or values where the host gives it.
 Ranges = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
-# Called with the phase, steps done and steps in all (0: not known).
-OnPhase = Callable[[str, int, int], None]
 LOADING_PLUGINS = "loading the plugin library"
 
 _TURING = "75"
@@ -81,11 +80,12 @@ class Built:
     seconds: float
 
 
-def run_job(job: Job, name: str, on_phase: OnPhase = lambda phase, done, total: None) -> Built:
+def run_job(job: Job, name: str, on_progress: OnProgress = silent) -> Built:
     """Build an engine in a process of its own.
 
     Args:
         name: of the graph, for messages.
+        on_progress: called as TensorRT goes through its phases; the note is the phase.
     Raises:
         EngineError: TensorRT refuses the graph (names op and node), fails, or takes its process down.
     """
@@ -106,7 +106,7 @@ def run_job(job: Job, name: str, on_phase: OnPhase = lambda phase, done, total: 
         with open(reading, encoding="utf-8") as events:
             try:
                 _ask(process, job)
-                last_phase, answer = _follow(events, on_phase)
+                last_phase, answer = _follow(events, name, on_progress)
                 code = process.wait()
             finally:
                 process.kill()
@@ -125,14 +125,14 @@ def _ask(process: subprocess.Popen[bytes], job: Job) -> None:
         pass  # it ended before it read: its exit code says why
 
 
-def _follow(events: IO[str], on_phase: OnPhase) -> tuple[str, dict[str, Any] | None]:
+def _follow(events: IO[str], name: str, on_progress: OnProgress) -> tuple[str, dict[str, Any] | None]:
     """Pass progress on until the process ends; returns the phase that it was in, and its last word."""
     phase, answer = "", None
     for line in events:
         event = json.loads(line)
         if "phase" in event:
             phase = event["phase"]
-            on_phase(phase, event["done"], event["total"])
+            on_progress(Progress(f"building {name}", event["done"], event["total"], phase))
         else:
             answer = event
     return phase, answer

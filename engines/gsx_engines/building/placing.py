@@ -5,15 +5,15 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gsx_engines.bundle.bundle import Bundle, check_room, disk_error, open_bundle, put_in_place, write_manifest
+from gsx_engines.bundle.bundle import Bundle, open_bundle, write_manifest
 from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.errors import BundleError
 from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES
+from gsx_plugins.files import check_room, disk_error, partial, replace_folder
 
 _TODO = "free some space, or build on a copy of the bundle that can be written"
 
@@ -40,7 +40,8 @@ def writing_engines(
             new_home = not home.exists()
             home.mkdir(exist_ok=True)
             _remove_leftovers(home)
-            work = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=home))
+            work = partial(home / name)
+            work.mkdir()
             held = _hold(work)
     except OSError as error:
         raise disk_error(home, error, todo=_TODO) from error
@@ -53,10 +54,9 @@ def writing_engines(
                 raise _exported_again(bundle)
             engines = {**manifest.engines, name: entry}
             made = manifest.model_copy(update={"engines": engines})
-            put_in_place(work, home / name, then=lambda: write_manifest(bundle.directory, made))
+            replace_folder(work, home / name, then=lambda: write_manifest(bundle.directory, made))
 
     try:
-        os.chmod(work, 0o755)
         yield work, finish
     except OSError as error:
         if not work.is_dir():

@@ -1,4 +1,4 @@
-"""Optimization profiles: which calls an engine is to take. (Which profile takes a call: `bundle/engine_profiles.py`.)
+"""Optimization profiles: which calls an engine is to take.
 
 A call has B sequences, S tokens of each, and reads a window of W columns of the cache. TensorRT tunes an engine for
 ranges of these, and prefill and decode differ so much that each gets a profile of its own. TensorRT-RTX compiles for
@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 from gsx_engines.bundle.engine_entry import EngineProfile, Sizes
-from gsx_engines.errors import UsageError
+from gsx_plugins.errors import UsageError
 
 # Without --context: longer contexts are rare, and the K/V buffers of an engine are as long as its capacity.
 DEFAULT_CONTEXT = 4096

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +13,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from gsx_engines.bundle.manifest import SCHEMA_VERSION, Manifest
-from gsx_engines.errors import BundleError, GsxError, UsageError
+from gsx_engines.errors import BundleError
+from gsx_plugins.errors import UsageError
+from gsx_plugins.files import check_room, disk_error, writing_file, writing_folder
 
 MANIFEST = "gsx.json"
 
@@ -83,22 +82,6 @@ def open_bundle(directory: str | Path, *, check_weights: bool = False) -> Bundle
     return bundle
 
 
-def check_room(directory: Path, needed_bytes: int, *, todo: str) -> None:
-    """Refuse to begin what the disk has no room for.
-
-    Raises:
-        GsxError: fewer bytes are free where the directory lies; todo: what to do then.
-    """
-    free = shutil.disk_usage(directory).free
-    if free < needed_bytes:
-        raise GsxError(
-            f"{directory}: not enough room on the disk",
-            expected=f"{needed_bytes / 1e9:.2f} GB free",
-            found=f"{free / 1e9:.2f} GB",
-            todo=todo,
-        )
-
-
 @contextmanager
 def writing(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iterator[Path]:
     """A directory to build a bundle in; it takes the target's place when the block ends well.
@@ -118,28 +101,17 @@ def writing(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iterator
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         check_room(target.parent, needed_bytes, todo="free some space, or give another place with -o")
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        with writing_folder(target) as work:
+            yield work
     except OSError as error:
         raise disk_error(target, error) from error
-    try:
-        os.chmod(work, 0o755)
-        yield work
-        put_in_place(work, target)
-    except OSError as error:
-        raise disk_error(target, error) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `gsx.json`; where there was one, it stays until the new one is complete."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2) + "\n"
-    work = directory / f".{MANIFEST}.partial"
-    try:
+    with writing_file(directory / MANIFEST) as work:
         work.write_text(text, encoding="utf-8")
-        work.replace(directory / MANIFEST)
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def sha256_of(path: Path) -> str:
@@ -203,38 +175,3 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
     if target.exists() or target.is_symlink():
         raise UsageError(f"{target}: exists and is not a directory", todo="give another place with -o")
-
-
-def put_in_place(work: Path, target: Path, then: Callable[[], None] = lambda: None) -> None:
-    """Rename the finished directory to the target, keeping what was there until that has happened.
-
-    Args:
-        then: what belongs to it: if it fails, what was there is there again.
-    """
-    old = work.with_suffix(".old")
-    try:
-        if target.exists():
-            target.rename(old)
-        work.rename(target)
-        then()
-    except BaseException:
-        if target.exists() and not work.exists():
-            target.rename(work)
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def disk_error(
-    target: Path, error: OSError, *, todo: str = "free some space, or give another place with -o"
-) -> GsxError:
-    """What the system said about writing to a place, in words."""
-    reasons = {
-        errno.ENOSPC: "the disk is full",
-        errno.EROFS: "the disk is read-only",
-        errno.EACCES: "no permission to write here",
-        errno.EPERM: "no permission to write here",
-        errno.ENOTDIR: "a part of the path is not a directory",
-    }
-    return GsxError(f"{target}: could not be written", found=reasons.get(error.errno or 0, str(error)), todo=todo)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple, get_args
 
-from gsx_engines.errors import UsageError
+from gsx_plugins.errors import UsageError
 
 Measure = Literal["softmax", "state", "classifier"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)

@@ -16,7 +16,7 @@ from gsx_engines.bundle.layer_sets import check_mask, exit_places, mask_of, pars
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection, check_budget
-from gsx_engines.errors import UsageError
+from gsx_plugins.errors import UsageError
 
 # Run-time inputs with one value a sequence, on their first axis.
 BY_SEQUENCE = ("layer_mask", "full_until")

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable
 import numpy as np
 
 from gsx_engines.bundle.fields import BRANCHES, Branch
-from gsx_engines.errors import UsageError
+from gsx_plugins.errors import UsageError
 
 Places = tuple[tuple[int, Branch], ...]
 

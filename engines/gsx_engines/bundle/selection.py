@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import model_validator
 
 from gsx_engines.bundle.fields import Budget, Section, Sha256, Table, Threshold
-from gsx_engines.errors import UsageError
+from gsx_plugins.errors import UsageError
 
 
 class CalibrationText(Section):

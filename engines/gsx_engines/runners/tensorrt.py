@@ -16,13 +16,13 @@ import numpy as np
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.engine_entry import EngineEntry
-from gsx_engines.bundle.engine_profiles import choose_profile, most_tokens
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.errors import EngineError
 from gsx_engines.lowering.for_tensorrt.task import KEPT, LOGITS_AT, WRITE_AT, K
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names
 from gsx_engines.runners.portable import KeptTable, layers_of, skippable_places
 from gsx_engines.tensorrt.backend import Backend
+from gsx_engines.tensorrt.profile_choice import choose_profile, most_tokens
 from gsx_plugins.domain import CHOICES
 
 # The window is a multiple of this many columns, so that a call's shapes change seldom while the cache grows: TensorRT

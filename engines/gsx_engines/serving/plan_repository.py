@@ -20,11 +20,12 @@ from pydantic import ValidationError
 from gsx_engines.bundle.bundle import Bundle, writing
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph
 from gsx_engines.bundle.fields import TensorInfo
-from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.errors import EngineError
 from gsx_engines.lowering.for_tensorrt.task import K
 from gsx_engines.serving.model_config import DataType, ModelConfig, Tensor
 from gsx_engines.tensorrt import cuda
 from gsx_engines.tensorrt.loading import ENGINES, EngineSet, read_engine
+from gsx_plugins.errors import UsageError
 
 _TYPES = {"float": "TYPE_FP32", "float16": "TYPE_FP16", "bfloat16": "TYPE_BF16", "int64": "TYPE_INT64"}
 

@@ -22,9 +22,10 @@ from pydantic import ValidationError
 import gsx_engines
 import gsx_plugins
 from gsx_engines.bundle.bundle import Bundle, writing
-from gsx_engines.errors import EngineError, UsageError
+from gsx_engines.errors import EngineError
 from gsx_engines.serving.fields import INPUTS, OUTPUTS, Field
 from gsx_engines.serving.model_config import ModelConfig, Tensor
+from gsx_plugins.errors import UsageError
 
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 MODEL = '''"""gsx on Triton's Python backend: the model is in the packages beside this file."""

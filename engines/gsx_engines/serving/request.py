@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from gsx_engines.bundle.controls import AS_EXPORTED, Keep
-from gsx_engines.errors import GsxError
 from gsx_engines.generation import FinishReason, GenerationStats
 from gsx_engines.sampling import GREEDY, Sampling
+from gsx_plugins.errors import GsxError
 
 
 class OverloadedError(GsxError):

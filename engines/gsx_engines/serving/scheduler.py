@@ -23,13 +23,13 @@ import numpy as np
 
 from gsx_engines.bundle.controls import Controls, controls_for, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import DraftKind
-from gsx_engines.errors import UsageError
 from gsx_engines.generation import Continuation, Decoding, GenerationStats, read, take
 from gsx_engines.runners.base import Runner, StepOutput
 from gsx_engines.sampling import Picker
 from gsx_engines.serving.request import Client, Finished, OverloadedError, Request
 from gsx_engines.speculation.draft import draft_on
 from gsx_engines.tokens import BundleTokenizer, TextWriter
+from gsx_plugins.errors import UsageError
 
 _LOG = logging.getLogger(__name__)
 

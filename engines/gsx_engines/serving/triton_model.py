@@ -25,7 +25,6 @@ import triton_python_backend_utils as pb_utils
 
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import Keep
-from gsx_engines.errors import GsxError, UsageError
 from gsx_engines.sampling import Sampling
 from gsx_engines.serving.fields import INPUTS, OUTPUTS, Field
 from gsx_engines.serving.request import Finished, OverloadedError, Request
@@ -33,6 +32,7 @@ from gsx_engines.serving.scheduler import Scheduler
 from gsx_engines.serving.threads import threads_beside_server
 from gsx_engines.speculation.draft import open_draft_runner
 from gsx_engines.tokens import TOKENIZER, BundleTokenizer
+from gsx_plugins.errors import GsxError, UsageError
 
 _LOG = logging.getLogger(__name__)
 

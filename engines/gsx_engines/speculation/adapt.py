@@ -3,7 +3,7 @@
 Now and then, between two rounds, some neighbours of the set in use read the last tokens again, each in one call, and
 the model itself reads them last. What the model would have chosen at each place, and what a set would have, tells how
 many drafted tokens in a row would have stayed there; with the bytes that a draft step then reads that is a speed
-(`replay.counted_speed`, the measure of the search at export). A set that beats the one in use on the same tokens takes
+(`length.counted_speed`, the measure of the search at export). A set that beats the one in use on the same tokens takes
 its place. Where nothing better turned up for a while, the search ends and costs nothing more.
 
 The model's own reading leaves the cache as it was, so the text does not depend on any of this.
@@ -23,7 +23,7 @@ from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.runners.base import Cache
 from gsx_engines.speculation.draft import OtherControls, draft_controls
-from gsx_engines.speculation.replay import CHUNK, counted_speed
+from gsx_engines.speculation.length import CHUNK, counted_speed
 
 # A search reads so many tokens back, as SWIFT does (32 to 50), every so many rounds; so many sets at a time.
 WINDOW, EVERY, CANDIDATES = 32, 8, 3

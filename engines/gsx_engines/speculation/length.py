@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 # The most tokens that AdaptiveLength drafts at once, after its first rounds.
 LONGEST = 16
 # Until something is measured: drafts of this length, of tokens that are right this often.
@@ -16,6 +18,8 @@ DECAY = 0.95
 PROBE_EVERY, FIRST_PLAIN = 32, 3
 # Guess for what another row costs in a verification, as a share of the first, until two sizes were measured.
 ROW_COST = 0.05
+# Tokens that a draft is tried on from each place, and so the longest draft that can be judged.
+CHUNK = 8
 
 
 @dataclass(frozen=True)
@@ -184,3 +188,20 @@ class _Line:
         guess = ROW_COST * mean_y / (1 + ROW_COST * (mean_x - 1))
         slope = (self.xy / self.weight - mean_x * mean_y) / spread if spread > 0.05 else guess
         return min(max(slope, 0.0), mean_y / mean_x)
+
+
+def counted_speed(accepted: np.ndarray, step_share: float) -> tuple[float, int]:
+    """Speed over plain decoding at the best draft length, if time goes with the bytes that are read.
+
+    Args:
+        accepted: tokens in a row that the draft gets right at each place, [places] int64, 0 to CHUNK.
+        step_share: bytes that a draft step reads, as a share of a plain step's.
+    Returns: tokens in the time of a plain step; the draft length, 1 to CHUNK.
+    """
+
+    def speed(length: int) -> float:
+        tokens = 1 + float(np.minimum(accepted, length).mean())
+        return tokens / (length * step_share + 1 + ROW_COST * length)
+
+    best = max(range(1, CHUNK + 1), key=speed)
+    return speed(best), best

@@ -8,12 +8,11 @@ it is given (its version, GPU, driver) and refuses what does not fit, which cost
 from __future__ import annotations
 
 import contextlib
-import os
 import weakref
 from pathlib import Path
 from typing import Any
 
-from gsx_plugins.library import cache_folder
+from gsx_plugins.files import cache_folder, writing_file
 
 _FOLDER = "tensorrt-rtx-kernels"
 
@@ -55,12 +54,8 @@ def save(cache: Any, path: Path, known: bytes) -> None:
     content = bytes(cache.serialize())
     if not content or content == known:
         return
-    fresh = path.with_name(f"{path.name}.{os.getpid()}")
     # Without room or permission the next start compiles again: no reason to fail now.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            fresh.write_bytes(content)
-            fresh.replace(path)
-        finally:
-            fresh.unlink(missing_ok=True)
+        with writing_file(path) as work:
+            work.write_bytes(content)

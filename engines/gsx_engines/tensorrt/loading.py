@@ -18,8 +18,7 @@ from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.errors import EngineError
 from gsx_engines.tensorrt import cuda
 from gsx_engines.tensorrt.backend import Backend, dotted, load_module, platform_name
-from gsx_engines.tensorrt.plugins import plugin_library
-from gsx_plugins.library import library_hash
+from gsx_plugins.library import find_library, library_hash
 
 ENGINES, ENGINE_FILE = "engines", "engine.json"
 
@@ -62,6 +61,7 @@ def find_engines(bundle: Bundle, backend: Backend) -> EngineSet:
 
     Raises:
         EngineError: there are none, or none that runs here.
+        PluginLibraryError: the environment names a plugin library that is not there.
     """
     command = f"gsx build {bundle.directory} --backend {backend}"
     choices = {name: entry for name, entry in bundle.manifest.engines.items() if entry.backend == backend}
@@ -72,7 +72,7 @@ def find_engines(bundle: Bundle, backend: Backend) -> EngineSet:
     cuda.runtime()
     device = cuda.device()
     assert device is not None
-    library = plugin_library()
+    library = find_library()
     machine = Machine(
         module.__version__,
         platform_name(),

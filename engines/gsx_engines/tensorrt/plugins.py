@@ -1,4 +1,4 @@
-"""The plugin library of this machine, and loading it into TensorRT."""
+"""Loading the plugin library into TensorRT."""
 
 from __future__ import annotations
 
@@ -7,23 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from gsx_engines.errors import EngineError
-from gsx_plugins.errors import PluginError
-from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, find_library
+from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS
 
 # What TensorRT asks a library of plugins for.
 _ENTRY = "getCreators"
-
-
-def plugin_library() -> Path | None:
-    """The plugin library that was built on this machine, or the one that the environment names; None: there is none.
-
-    Raises:
-        EngineError: the environment names a file that is not there.
-    """
-    try:
-        return find_library()
-    except PluginError as error:
-        raise EngineError(error.what, expected=error.expected, found=error.found, todo=error.todo) from error
 
 
 def load_plugins(registry: Any, library: Path) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import atexit
 import ctypes
 import hashlib
-import os
 import shutil
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from gsx_plugins.library import cache_folder
+from gsx_plugins.files import cache_folder, writing_file
 
 _PACKAGE = "tensorrt_rtx_libs"
 _CORE = "libtensorrt_rtx.so"
@@ -64,7 +63,5 @@ def _make_links(folder: Path, links: Mapping[str, Path]) -> None:
         link = folder / name
         if link.is_symlink() and link.readlink() == target:
             continue
-        fresh = folder / f"{name}.{os.getpid()}"
-        fresh.unlink(missing_ok=True)
-        fresh.symlink_to(target)
-        fresh.replace(link)
+        with writing_file(link) as fresh:
+            fresh.symlink_to(target)

@@ -1,4 +1,4 @@
-"""A graph under construction: parts are put in, each as often as the decoder has it, and share constants and weights."""
+"""A graph under construction: each part is put in as often as the decoder has it; constants are shared."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ One tensor is in memory at a time. Linear weights are stored [in, out], as MatMu
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +14,8 @@ from typing import BinaryIO
 import onnx
 import torch
 from torch import Tensor
+
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 # ONNX Runtime maps external data into memory when it starts at a page; small tensors need no page of their own.
 PAGE_BYTES = 4096
@@ -59,9 +61,9 @@ class WeightsFile:
 
 def write_weights(
     path: Path,
-    weights: Iterable[Weight],
+    weights: Sequence[Weight],
     read: Callable[[str], Tensor],
-    on_tensor: Callable[[str], None] = lambda name: None,
+    on_progress: OnProgress = silent,
 ) -> WeightsFile:
     """Write all weights to one file.
 
@@ -69,12 +71,12 @@ def write_weights(
         path: file to create; its name is what the graphs refer to.
         weights: each once.
         read: checkpoint name -> tensor.
-        on_tensor: called with each name after it is written (progress).
+        on_progress: called after each tensor.
     """
     initializers: dict[str, onnx.TensorProto] = {}
     digest = hashlib.sha256()
     with path.open("wb") as stream:
-        for weight in weights:
+        for number, weight in enumerate(weights, start=1):
             tensor = read(weight.source)
             if weight.transpose:
                 tensor = tensor.t()
@@ -88,7 +90,7 @@ def write_weights(
             initializers[weight.name] = _external(
                 weight.name, ONNX_TYPES[weight.dtype], tuple(tensor.shape), path.name, offset, data.nbytes
             )
-            on_tensor(weight.name)
+            on_progress(Progress("writing weights", number, len(weights)))
         size = stream.tell()
     return WeightsFile(initializers, digest.hexdigest(), size)
 

@@ -9,9 +9,9 @@ import torch
 
 from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.selection import check_budget
-from gsx_engines.errors import UsageError
 from gsx_exporter.config import BRANCHES
 from gsx_exporter.masks.base import BranchInput, Choice, Chooser, MaskCall, Stateless, certain
+from gsx_plugins.errors import UsageError
 
 
 @dataclass(frozen=True)

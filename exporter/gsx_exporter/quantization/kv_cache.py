@@ -6,21 +6,20 @@ in full precision, as for the ranges of activations (`watch.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from gsx_engines.bundle.controls import Controls
 from gsx_engines.bundle.manifest import KvCache
 from gsx_engines.bundle.selection import CalibrationText
-from gsx_engines.errors import CheckpointError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.quantization.plan import scale_value
 from gsx_exporter.quantization.scheme import SCHEMES
 from gsx_exporter.quantization.walk import Walk
 from gsx_exporter.text import TokenText
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 
 def int8_kv_cache(
@@ -28,13 +27,13 @@ def int8_kv_cache(
     text: TokenText,
     controls: Controls,
     options: DecoderOptions,
-    on_layer: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = silent,
 ) -> KvCache:
     """Scales for each head of each layer, by which the largest K and V seen take the largest code.
 
     Args:
         controls: run-time inputs of the keep rule, as exported.
-        on_layer: called with (layers done, layers) as it goes.
+        on_progress: called after each layer.
     Raises:
         CheckpointError: K or V of some layer is not finite.
     """
@@ -48,7 +47,7 @@ def int8_kv_cache(
             key, value = stream.below
             source = f"{checkpoint.source}: layers.{number}.self_attn"
             scales.append((_scales(key, f"{source}: a key"), _scales(value, f"{source}: a value")))
-            on_layer(number + 1, checkpoint.config.num_layers)
+            on_progress(Progress("watching K and V", number + 1, checkpoint.config.num_layers))
     calibration = CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
     return KvCache(type="int8", scales=tuple(scales), calibration=calibration)
 

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsx_engines.errors import UsageError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.quantization.scheme import EMBEDDING, GATES, GROUPS, HEAD, LINEARS, WEIGHTS_ALONE, Scheme
 from gsx_exporter.quantization.smoothing import smooth
 from gsx_exporter.quantization.statistics import Statistics
+from gsx_plugins.errors import UsageError
 
 # A scale must be above 0: that of a channel or tensor in which nothing was ever seen.
 _SMALLEST = 2.0**-24  # the smallest number above 0 in half precision

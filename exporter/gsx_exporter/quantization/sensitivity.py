@@ -6,11 +6,11 @@ precision, the dearest first, until the whole model holds the limits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from gsx_exporter.quantization.plan import Plan, groups_of
 from gsx_exporter.quantization.simulate import Cost, Simulation
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,11 @@ def choose(
     simulation: Simulation,
     plan: Plan,
     limits: Limits,
-    on_group: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = silent,
 ) -> Chosen:
     """Leave as few groups as possible in full precision.
 
-    Args: on_group: called with (groups measured, groups) as it goes.
+    Args: on_progress: called after each group.
     """
     everything = simulation.cost(plan)
     if limits.hold(everything):
@@ -69,7 +69,7 @@ def choose(
     costs: dict[str, Cost] = {}
     for name, linears in groups.items():
         costs[name] = simulation.cost(plan, [linear for linear in linears if linear in plan.input_scales])
-        on_group(len(costs), len(groups))
+        on_progress(Progress("measuring each group in 8 bits", len(costs), len(groups)))
 
     def price(cost: Cost) -> float:
         """Divergence stands for the loss, which may fall by luck."""

@@ -6,7 +6,7 @@ the first one that is quantized are not run again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from gsx_exporter.quantization.scheme import EMBEDDING, HEAD, TABLES, WEIGHTS_AL
 from gsx_exporter.quantization.walk import Stream, Walk
 from gsx_exporter.rules.base import Values
 from gsx_exporter.text import TokenText
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Simulation:
         text: what to measure on.
         controls: run-time inputs of the keep rule.
         options: keep rule and K/V policy.
-        on_layer: called with (layers done, layers) as the float32 model goes.
+        on_progress: called after each layer of the float32 model.
     """
 
     def __init__(
@@ -89,7 +90,7 @@ class Simulation:
         text: TokenText,
         controls: Controls,
         options: DecoderOptions,
-        on_layer: Callable[[int, int], None] = lambda done, total: None,
+        on_progress: OnProgress = silent,
     ) -> None:
         self._options, self._ids = options, text.ids
         self._layers = checkpoint.config.num_layers
@@ -102,7 +103,7 @@ class Simulation:
             for number, layer in walk.layers():
                 self._states.append((stream.entered, stream.hidden, stream.below))
                 self._keep.append(walk.through(number, layer, stream))
-                on_layer(number + 1, self._layers)
+                on_progress(Progress("measuring in full precision", number + 1, self._layers))
             self._states.append((stream.entered, stream.hidden, stream.below))  # what the head alone reads
             # Half precision is exact enough for what 8 bits are compared with, and half as large.
             self._logits = [F.log_softmax(logits, dim=-1).half() for _, logits in walk.logits(stream)]

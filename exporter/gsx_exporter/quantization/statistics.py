@@ -7,8 +7,8 @@ those. `watch.py` finds them.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from gsx_engines.bundle.controls import Controls
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_plugins.files import cache_folder, writing_file
 
 # Goes into the key of what is kept: another way of counting must not find the old numbers.
 _VERSION = 1
@@ -38,9 +39,8 @@ class Statistics:
 
 
 def default_cache() -> Path:
-    """Where statistics are kept between exports: below `$XDG_CACHE_HOME`, or `~/.cache`."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "gsx" / "statistics"
+    """Where statistics are kept between exports."""
+    return cache_folder() / "statistics"
 
 
 def key(checkpoint: Checkpoint, ids: np.ndarray, text_sha256: str, options: DecoderOptions, controls: Controls) -> str:
@@ -70,10 +70,7 @@ def save(path: Path, found: Statistics) -> None:
     """Keep a file, whole; a cache that cannot be written is no reason to fail."""
     arrays: dict[str, Any] = {f"in:{name}": sizes for name, sizes in found.inputs.items()}
     arrays |= {f"w:{name}": sizes for name, sizes in found.weights.items()}
-    beside = path.with_suffix(f".{os.getpid()}.partial.npz")
-    try:
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(beside, **arrays)
-        beside.replace(path)
-    except OSError:
-        beside.unlink(missing_ok=True)
+        with writing_file(path) as work, work.open("wb") as stream:
+            np.savez(stream, **arrays)

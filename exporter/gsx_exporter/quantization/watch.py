@@ -16,13 +16,14 @@ from modelopt.torch.quantization.calib import MaxCalibrator
 from torch import Tensor, nn
 
 from gsx_engines.bundle.controls import Controls
-from gsx_engines.errors import CheckpointError
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.quantization.scheme import LINEARS
 from gsx_exporter.quantization.statistics import Statistics, key, load, save
 from gsx_exporter.quantization.walk import Stream, Walk
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 
 def statistics(
@@ -33,7 +34,7 @@ def statistics(
     *,
     text_sha256: str,
     cache: Path | None = None,
-    on_layer: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = silent,
 ) -> list[Statistics]:
     """Statistics for each selection; those that an earlier export has found on the same text are taken from the cache.
 
@@ -41,7 +42,7 @@ def statistics(
         ids: [M, S] int64, calibration text; text_sha256: its hash.
         points: run-time inputs of the keep rule, one set a selection; empty without a rule.
         cache: directory; None keeps nothing.
-        on_layer: called with (layers done, layers) as it goes.
+        on_progress: called after each layer.
     Raises:
         CheckpointError: an input of some layer is not finite.
     """
@@ -53,7 +54,7 @@ def statistics(
     missing = [n for n, one in enumerate(found) if one is None]
     if missing:
         for n, one in zip(
-            missing, _watch(checkpoint, ids, [points[n] for n in missing], options, on_layer), strict=True
+            missing, _watch(checkpoint, ids, [points[n] for n in missing], options, on_progress), strict=True
         ):
             found[n] = one
             path = paths[n]
@@ -67,7 +68,7 @@ def _watch(
     ids: np.ndarray,
     points: Sequence[Controls],
     options: DecoderOptions,
-    on_layer: Callable[[int, int], None],
+    on_progress: OnProgress,
 ) -> list[Statistics]:
     inputs: list[dict[str, np.ndarray]] = [{} for _ in points]
     weights: dict[str, np.ndarray] = {}
@@ -78,7 +79,7 @@ def _watch(
             weights |= {f"layers.{number}.{name}": _weight_sizes(layer, name) for name in LINEARS}
             for stream, sizes in zip(streams, inputs, strict=True):
                 sizes |= _watch_layer(walk, number, layer, stream)
-            on_layer(number + 1, checkpoint.config.num_layers)
+            on_progress(Progress("watching activations", number + 1, checkpoint.config.num_layers))
     return [Statistics(sizes, weights) for sizes in inputs]
 
 

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from gsx_engines.errors import CheckpointError, UsageError
 from gsx_exporter.config import GateConfig
+from gsx_exporter.errors import CheckpointError
+from gsx_plugins.errors import UsageError
 
 BudgetRule = Literal["falling", "uniform"]
 SaveType = Literal["float32", "bfloat16"]

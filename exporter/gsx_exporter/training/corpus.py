@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from gsx_engines.errors import TextError
+from gsx_exporter.errors import TextError
 
 Part = Literal["train", "calibration", "heldout"]
 

@@ -13,7 +13,7 @@ depth, and nothing is lost: equal tensors are a shared one. Facts: docs/methods.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,14 +24,16 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from gsx_engines.bundle.bundle import writing
-from gsx_engines.errors import CheckpointError, TextError, UsageError
 from gsx_exporter.checkpoint import CONFIG, EXIT_CLASSIFIER, Checkpoint, open_checkpoint
 from gsx_exporter.convert import SLACK_BYTES, write_config, write_safetensors
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.errors import CheckpointError, TextError
 from gsx_exporter.quantization.walk import Walk
 from gsx_exporter.text import WINDOW_TOKENS, load_tokenizer
 from gsx_exporter.training.corpus import read_corpus, split
 from gsx_exporter.training.tokenizer import encode_documents
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Tokens that the classifiers are fitted to, and of them the share that they are judged on instead.
 DEFAULT_TOKENS, HELD_OUT = 32_768, 1 / 8
@@ -77,7 +79,7 @@ def train_exit_classifiers(
     depths: Sequence[int] | None = None,
     text: Path | None = None,
     tokens: int = DEFAULT_TOKENS,
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    on_progress: OnProgress = silent,
 ) -> ClassifierResult:
     """Fit a classifier behind each exit of a checkpoint, and write the checkpoint with them.
 
@@ -87,17 +89,17 @@ def train_exit_classifiers(
         depths: exits; None for those that the checkpoint names.
         text: a directory of text files; None for the standard library of the running Python.
         tokens: of the text, at most.
-        on_progress: called with stage, done and total.
+        on_progress: called as it goes.
     Raises:
         UsageError: out is in use, a model without exits, depths outside it, a text that tells nothing at an exit.
         CheckpointError, TextError: model or text cannot be used.
     """
     out = Path(out)
-    on_progress("checking the checkpoint", 0, 0)
+    on_progress(Progress("checking the checkpoint"))
     checkpoint = open_checkpoint(model)
     exits = _exits(checkpoint, depths)
     with writing(out, overwrite=False, needed_bytes=checkpoint.weight_bytes() + SLACK_BYTES) as work:
-        on_progress("reading the text", 0, 0)
+        on_progress(Progress("reading the text"))
         ids = _windows(checkpoint, text, tokens)
         found = fit_exit_classifiers(checkpoint, ids, exits, on_progress)
         _write(checkpoint, found, work, on_progress)
@@ -108,7 +110,7 @@ def fit_exit_classifiers(
     checkpoint: Checkpoint,
     ids: np.ndarray,
     depths: Sequence[int],
-    on_progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    on_progress: OnProgress = silent,
 ) -> tuple[ExitClassifier, ...]:
     """Fit one classifier behind each exit, in two passes over a text; one layer's states are in memory at a time.
 
@@ -127,13 +129,13 @@ def fit_exit_classifiers(
     with torch.inference_mode():
         stream = walk.stream({})
         for number, layer in walk.layers():
-            on_progress("what the exits say", number, total)
+            on_progress(Progress("what the exits say", number, total))
             walk.through(number, layer, stream)
             if number + 1 in (*depths, layers):
                 choices[number + 1] = torch.cat([logits.argmax(dim=-1).flatten() for _, logits in walk.logits(stream)])
         stream = walk.stream({})
     for number, layer in walk.layers():
-        on_progress("fitting", layers + number, total)
+        on_progress(Progress("fitting", layers + number, total))
         with torch.inference_mode():
             walk.through(number, layer, stream)
         depth = number + 1
@@ -242,7 +244,7 @@ def _write(
     checkpoint: Checkpoint,
     found: Sequence[ExitClassifier],
     work: Path,
-    on_progress: Callable[[str, int, int], None],
+    on_progress: OnProgress,
 ) -> None:
     """The checkpoint with these classifiers, and without those that it may have had."""
     for path in checkpoint.companions():
@@ -258,4 +260,4 @@ def _write(
 
     sizes = {name: read(name).numel() * read(name).element_size() for name in (*kept, *own)}
     write_config(checkpoint, {"exit_classifiers": [one.depth for one in found]}, set(), work / CONFIG)
-    write_safetensors(work, sizes, read, on_tensor=lambda done: on_progress("writing weights", done, len(sizes)))
+    write_safetensors(work, sizes, read, on_progress=on_progress)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import signal
 import threading
@@ -29,9 +28,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from gsx_engines.errors import CheckpointError, GsxError, TextError, UsageError
 from gsx_exporter.checkpoint import TOKENIZER, WEIGHTS, Checkpoint, is_gate, open_checkpoint
 from gsx_exporter.config import ModelConfig
+from gsx_exporter.errors import CheckpointError, TextError
 from gsx_exporter.training.config import TrainConfig
 from gsx_exporter.training.corpus import read_corpus, split
 from gsx_exporter.training.model import GatedModel
@@ -43,6 +42,9 @@ from gsx_exporter.training.tokenizer import (
     train_tokenizer,
     write_tokenizer,
 )
+from gsx_plugins.errors import GsxError, UsageError
+from gsx_plugins.files import writing_folder
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 _BASE, _TOKENS = "base", "tokens.npy"
 # Attention logits grow slowly: a look at one sequence now and then is enough to bound them.
@@ -101,7 +103,7 @@ def train(
     overwrite: bool = False,
     snapshot_every: int = 200,
     on_step: Callable[[StepReport], None] | None = None,
-    on_phase: Callable[[str], None] | None = None,
+    on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Train a gated model and write it as a checkpoint.
 
@@ -115,7 +117,7 @@ def train(
         overwrite: replace what is in out.
         snapshot_every: steps between snapshots.
         on_step: called after every step.
-        on_phase: called with a few words before each longer piece of work ahead of the first step.
+        on_progress: called before each longer piece of work ahead of the first step.
     Returns: what was done.
     Raises:
         UsageError: out or work is in use, or the configuration does not fit the snapshot or the model.
@@ -127,7 +129,7 @@ def train(
     snapshot = _newest(work, config) if resume else None
     if snapshot is None:
         _check_free(work, overwrite=False, option="resume=True (--resume)")
-        _prepare(config, work, model=model, text=text, on_phase=on_phase or _say_nothing)
+        _prepare(config, work, model=model, text=text, on_progress=on_progress)
     tokens = np.load(work / _TOKENS)
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     if snapshot is not None and snapshot.text_sha256 != digest:
@@ -223,29 +225,21 @@ def _one_step(
     )
 
 
-def _say_nothing(_phase: str) -> None:
-    return
-
-
 def _prepare(
     config: TrainConfig,
     work: Path,
     *,
     model: str | Path | None,
     text: Path | None,
-    on_phase: Callable[[str], None],
+    on_progress: OnProgress,
 ) -> None:
     """Make the working directory: after this the run no longer needs the text."""
     work = work.absolute()
     work.parent.mkdir(parents=True, exist_ok=True)
-    partial = work.parent / f".{work.name}.{os.getpid()}.partial"
-    (partial / _BASE).mkdir(parents=True)
-    try:
-        tokens = _write_base(config, partial / _BASE, model=model, text=text, on_phase=on_phase)
-        np.save(partial / _TOKENS, tokens)
-        partial.rename(work)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with writing_folder(work) as made:
+        (made / _BASE).mkdir()
+        tokens = _write_base(config, made / _BASE, model=model, text=text, on_progress=on_progress)
+        np.save(made / _TOKENS, tokens)
 
 
 def _write_base(
@@ -254,14 +248,14 @@ def _write_base(
     *,
     model: str | Path | None,
     text: Path | None,
-    on_phase: Callable[[str], None],
+    on_progress: OnProgress,
 ) -> np.ndarray:
     """Write configuration and tokenizer of the result. Returns: the training text, token ids [N] int32."""
-    on_phase("reading the text")
+    on_progress(Progress("reading the text"))
     documents = split(read_corpus(text))["train"]
     if model is None:
         hf = _new_config(config)
-        on_phase("training the tokenizer")
+        on_progress(Progress("training the tokenizer"))
         tokenizer = train_tokenizer(documents, vocab_size=config.model.vocab_size)
         write_tokenizer(tokenizer, base, max_positions=config.model.max_positions)
         generation = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
@@ -288,7 +282,7 @@ def _write_base(
     hf.gsx = {"method": "gateskip", "gate": gate.to_dict(), "exits": list(config.exits)}
     hf.dtype = config.save_dtype
     hf.save_pretrained(base)
-    on_phase("encoding the text")
+    on_progress(Progress("encoding the text"))
     tokens = encode_documents(tokenizer, documents, end_of_text=end_of_text)
     if len(tokens) < 2 * config.sequence_length + 1:
         raise TextError(
@@ -403,24 +397,14 @@ def _check_free(directory: Path, *, overwrite: bool, option: str) -> None:
 
 
 def _write_checkpoint(base: Path, weights: dict[str, torch.Tensor], out: Path, *, dtype: str) -> None:
-    """Build the checkpoint beside its place, then swap it in."""
+    """Write the checkpoint whole or not at all."""
     target = getattr(torch, dtype)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.parent / f".{out.name}.{os.getpid()}.partial"
-    old = out.parent / f".{out.name}.{os.getpid()}.old"
-    shutil.copytree(base, partial)
-    try:
+    with writing_folder(out) as made:
+        shutil.copytree(base, made, dirs_exist_ok=True)
         tensors = {name: p.detach().to(target).contiguous() for name, p in weights.items()}
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
+        save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ appears whole or not at all. There is no state of random generators to keep: see
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from gsx_engines.errors import CheckpointError
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.training.config import TrainConfig
+from gsx_plugins.files import writing_folder
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 _PREFIX = "step-"
@@ -61,23 +61,17 @@ def write_snapshot(
             for key, value in values.items():
                 tensors[f"{number}.{index}.{key}"] = value.contiguous()
     target = directory / f"{_PREFIX}{step:08d}"
-    partial = directory / f".{target.name}.{os.getpid()}"
-    partial.mkdir(parents=True)
-    try:
-        save_file({name: p.detach().contiguous() for name, p in weights.items()}, partial / _WEIGHTS)
-        save_file(tensors, partial / _OPTIMIZER)
+    directory.mkdir(parents=True, exist_ok=True)
+    with writing_folder(target) as made:
+        save_file({name: p.detach().contiguous() for name, p in weights.items()}, made / _WEIGHTS)
+        save_file(tensors, made / _OPTIMIZER)
         state = {
             "step": step,
             "config": config.to_dict(),
             "optimizers": len(optimizers),
             "text_sha256": text_sha256,
         }
-        (partial / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (made / _STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
     for old in snapshots(directory)[:-_KEPT]:
         shutil.rmtree(old)
     return target

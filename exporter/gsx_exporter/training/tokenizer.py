@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from gsx_engines.errors import TextError
+from gsx_exporter.errors import TextError
 from gsx_exporter.training.corpus import Document
 
 END_OF_TEXT = "<|endoftext|>"

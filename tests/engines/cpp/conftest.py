@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gsx_engines.bundle.schema import SCHEMA_FILE
-from gsx_plugins.library import cache_folder
+from gsx_plugins.files import cache_folder
 from tests.engines.cpp.toy_bundles import BACKEND, version_of, write_bundle
 from tests.plugins.emulation import cuda_include
 from tests.vectors import make

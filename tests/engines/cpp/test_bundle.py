@@ -16,9 +16,9 @@ import pytest
 from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import open_bundle, write_manifest
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, PluginLibrary
-from gsx_engines.errors import GsxError
 from gsx_engines.tensorrt.backend import platform_name
 from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES, EngineSet, Machine, difference, read_engine
+from gsx_plugins.errors import GsxError
 
 NAME, BACKEND = "tensorrt-rtx-sm89", "tensorrt-rtx"
 PLAN, LIBRARY = b"engine", b"plugins"

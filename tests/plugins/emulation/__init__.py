@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gsx_plugins.library import SOURCE_FOLDER, cache_folder, source_hash
+from gsx_plugins.files import cache_folder
+from gsx_plugins.library import SOURCE_FOLDER, source_hash
 
 _HERE = Path(__file__).parent
 KERNELS = (

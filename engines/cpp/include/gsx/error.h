@@ -1,4 +1,4 @@
-// The errors that gsx shows to people, as gsx_engines/errors.py has them: every one carries four parts.
+// The errors that gsx shows to people, as gsx_plugins/errors.py has them: every one carries four parts.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-"""Which profile of an engine takes a call, by the ranges that its entry in the manifest gives."""
+"""Which optimization profile of an engine takes a call; `gsx_engines.building.profiles` says what they are."""
 
 from __future__ import annotations
 

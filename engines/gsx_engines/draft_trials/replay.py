@@ -17,10 +17,7 @@ from gsx_engines.bundle.drafts import LayersDraft
 from gsx_engines.generation import generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.speculation.draft import draft_controls
-from gsx_engines.speculation.length import ROW_COST
-
-# Tokens that a draft is tried on from each place, and so the longest draft that can be judged.
-CHUNK = 8
+from gsx_engines.speculation.length import CHUNK
 
 
 class Replay:
@@ -60,20 +57,3 @@ class Replay:
                 right = output.logits[0].argmax(axis=-1) == tokens[0, start + 1 : start + CHUNK + 1]
                 found.append(int(np.logical_and.accumulate(right).sum()))
         return np.array(found, np.int64)
-
-
-def counted_speed(accepted: np.ndarray, step_share: float) -> tuple[float, int]:
-    """Speed over plain decoding at the best draft length, if time goes with the bytes that are read.
-
-    Args:
-        accepted: as `Replay.accepted` gives it.
-        step_share: bytes that a draft step reads, as a share of a plain step's.
-    Returns: tokens in the time of a plain step; the draft length, 1 to CHUNK.
-    """
-
-    def speed(length: int) -> float:
-        tokens = 1 + float(np.minimum(accepted, length).mean())
-        return tokens / (length * step_share + 1 + ROW_COST * length)
-
-    best = max(range(1, CHUNK + 1), key=speed)
-    return speed(best), best

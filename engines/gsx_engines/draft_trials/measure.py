@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gsx_engines.bundle.drafts import DraftMeasurement
-from gsx_engines.errors import UsageError
 from gsx_engines.generation import Generation, GenerationStats, generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.speculation.draft import Draft
 from gsx_engines.speculation.length import LONGEST
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Room for a prompt and some new tokens.
 SHORTEST_CONTEXT = 64
@@ -51,7 +52,7 @@ def plain_run(runner: Runner, prompts: Sequence[Sequence[int]]) -> Plain:
     return Plain(runner, prompts, min(room, max(_FEWEST, min(_MOST, int(_RUN_SECONDS / len(prompts) / each)))))
 
 
-def measure_draft(draft: Draft, plain: Plain, on_run: Callable[[], None] = lambda: None) -> DraftMeasurement:
+def measure_draft(draft: Draft, plain: Plain, on_progress: OnProgress = silent) -> DraftMeasurement:
     """Measure a draft: its best length by a first run, and its speed at that length.
 
     Speculative and plain runs take turns, prompt by prompt, so that both see the same machine.
@@ -59,12 +60,13 @@ def measure_draft(draft: Draft, plain: Plain, on_run: Callable[[], None] = lambd
     Args:
         draft: what is tried.
         plain: plain decoding, the prompts.
-        on_run: called after every run over all prompts (progress).
+        on_progress: called after every run over all prompts.
     """
     probes = []
+    runs = len(_PROBE_LENGTHS) + 1
     for length in _PROBE_LENGTHS:
         probes.append([_speculate(draft, plain, prompt, length).stats for prompt in plain.prompts])
-        on_run()
+        on_progress(Progress("measuring the draft", len(probes), runs))
     length = best_length(probes[0], probes[1])
     seconds, plain_seconds, tokens = 0.0, 0.0, 0
     for prompt in plain.prompts:
@@ -72,7 +74,7 @@ def measure_draft(draft: Draft, plain: Plain, on_run: Callable[[], None] = lambd
         seconds += stats.decode_seconds
         tokens += stats.new_tokens - 1
         plain_seconds += plain.run(prompt).stats.decode_seconds
-    on_run()
+    on_progress(Progress("measuring the draft", runs, runs))
     drafted, accepted = (sum(counts) for counts in (_by_place(probes[0], "drafted"), _by_place(probes[0], "accepted")))
     return DraftMeasurement(
         draft=draft.kind,
