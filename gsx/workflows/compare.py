@@ -20,12 +20,12 @@ from gsx.comparison.report import CompareReport, Point
 from gsx.defaults import COMPARE_FOLDER, COMPARE_TOKENS
 from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
-from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.errors import TextError
 from gsx_exporter.rules.plan import PolicyOptions, RulePlan
-from gsx_exporter.rules.registry import DENSE, RULES, plan_policy
+from gsx_exporter.rules.registry import DENSE, every_rule, plan_policy
 from gsx_exporter.text import MIN_TOKENS, TokenText, load_tokenizer, tokenize
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, prefixed, silent
@@ -73,12 +73,15 @@ def compare(
             found=str(positions),
         )
     calibration, windows = _halves(checkpoint, Path(text) if text else None, tokens)
-    compared = {policy: curves for rule in RULES.values() for policy, curves in rule.compared.items()}
+    rules, left_out = every_rule()
+    compared = {policy: curves for rule in rules.values() for policy, curves in rule.compared.items()}
     # The whole model, as the first of these that the checkpoint fits: where gates or routers multiply what branches
     # give, there is no dense export.
-    whole_models = {DENSE: Keep(), **{rule.name: rule.whole for rule in RULES.values() if rule.whole is not None}}
+    whole_models = {
+        DENSE: KeepSettings(),
+        **{rule.name: rule.whole for rule in rules.values() if rule.whole is not None},
+    }
     plans: dict[str, RulePlan] = {}
-    left_out: dict[str, str] = {}
     for policy in {**whole_models, **compared}:
         try:
             plans[policy] = plan_policy(PolicyOptions(policy), checkpoint.config)

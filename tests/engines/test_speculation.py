@@ -13,7 +13,7 @@ from scipy import stats
 
 from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.drafts import BudgetDraft, ExitDraft, LayersDraft
 from gsx_engines.generation import generate
 from gsx_engines.runners.portable import PortableStage
@@ -115,7 +115,7 @@ def test_every_kind_of_draft(gated: Bundle, spec: str, budget: float) -> None:
     for sampling in (GREEDY, SAMPLED):
         options: dict[str, Any] = {
             "max_new_tokens": 30,
-            "keep": Keep(budget=budget),
+            "keep": KeepSettings(budget=budget),
             "sampling": sampling,
             "stop_ids": [],
         }
