@@ -23,8 +23,8 @@ from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import DecoderShape, Gates
 from gsx_engines.errors import BundleError, EngineError
-from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names, grown
-from gsx_engines.runners.portable import KeptTable, layers_of, skippable_places
+from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, grown
+from gsx_engines.runners.kept import KeptTable
 from gsx_exporter.checkpoint import CONFIG, read_config
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
@@ -96,14 +96,14 @@ class TorchStage:
 
     def __init__(self, bundle: Bundle, graph: str, weights: _Weights, device: torch.device) -> None:
         self.manifest = manifest = bundle.manifest
-        self.layers = layers_of(manifest, graph)
+        self.layers = manifest.layers_of(graph)
         self._device = device
         hf_config = read_config(bundle.directory)
         self._config = config = _checked(ModelConfig.from_hf(hf_config), bundle)
         self._rule = rule_of(manifest.policy, manifest.selection, config)
         options = DecoderOptions(self._rule, manifest.kv_policy, _TYPES[manifest.precision])
         self._dtype = options.dtype
-        self._exits = exit_names(manifest)
+        self._exits = manifest.exit_state
         with torch.device("meta"):
             self._entry = Entry(hf_config, config, options)
             self._layers = [_Layer(config, options.of_layer(i), has_below=i > 0) for i in self.layers]
@@ -114,7 +114,7 @@ class TorchStage:
             weights.fill(layer, f"layers.{i}.")
         weights.fill(self._exit, "")
         self._askers = filled_askers(config, options, weights.fill)
-        self._table = KeptTable(manifest, skippable_places(manifest, self.layers))
+        self._table = KeptTable(manifest, self.layers)
 
     def new_memory(self, batch: int, capacity: int) -> list[_Buffers]:
         """See `Stage`: buffers of every layer, for all the tokens that may come."""

@@ -164,7 +164,7 @@ def test_a_skipped_branch_is_not_entered(name: str, inside: set[str], bundle_of:
         ({}, {"policy": "layers", "select": "rank"}, "--select rank and --policy layers exclude each other"),
         ({}, {"policy": "unified"}, "a target speed-up"),
         ({}, {"policy": "unified:3"}, "fewer than two of 5 layers"),
-        ({}, {"policy": "unified:0.9"}, "the speed-up is not one"),
+        ({}, {"policy": "unified:0.9"}, "the speed-up is out of range"),
         ({"gate": GateConfig()}, {"policy": "dense"}, "the checkpoint has gates"),
         ({"gate": GateConfig()}, {"kv_policy": "none"}, "for sets of layers"),
         ({}, {"policy": "ffn-skip:stride=0"}, "its parameters"),

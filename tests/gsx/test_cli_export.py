@@ -27,7 +27,7 @@ from tests.gsx.command_line import Gsx, Spoil, edit_json, edit_weights, snapshot
         (("--policy", "layers", "--policy", "gateskip"), "layers and gateskip exclude each other"),
         (("--policy", "layers:"), "some after the colon"),
         (("--policy", "layers:0-99"), "found 3, 4, 5, 6 and 93 more"),
-        (("--kv-cache", "int8", "--build", "tensorrt-rtx"), "16- and 32-bit floats alone"),
+        (("--kv-cache", "int8", "--build", "tensorrt-rtx"), "only in 16- and 32-bit floats"),
     ],
 )
 def test_export_options_that_exclude_each_other(
@@ -181,7 +181,7 @@ def test_bad_model(gsx: Gsx, model: Path, tmp_path: Path, tiny_text: Path, case:
 def test_budget_outside(gsx: Gsx, model: Path, tmp_path: Path, budget: str) -> None:
     found = gsx("export", model, "-o", tmp_path / "out", f"--budget={budget}")
     assert found.code == 2
-    assert "budget is not a share" in found.err
+    assert "the budget is out of range" in found.err
     assert "above 0 and at most 1" in found.err
     assert not (tmp_path / "out").exists()
 

@@ -12,7 +12,7 @@ namespace {
 
 using nlohmann::json;
 
-// Keywords that say nothing about what is valid ("$defs" and "mapping" are where references lead).
+// Keywords that do not restrict values ("$defs" holds the targets of references).
 constexpr std::array<std::string_view, 4> kSilent = {"$defs", "title", "description", "default"};
 constexpr std::array<std::string_view, 19> kChecked = {
     "$ref",     "anyOf",      "oneOf",    "discriminator", "type",    "const",   "enum",        "properties", "required",
@@ -37,8 +37,8 @@ bool hasType(json const& value, std::string const& type) {
            !(value.is_number_unsigned() && value.get<uint64_t>() > uint64_t{std::numeric_limits<int64_t>::max()});
 }
 
-// The manifest has two patterns, a hash and a bare file name; a third one is an error until it is written here. (A regular
-// expression of the standard library recurses by the text's length.)
+// The manifest's schema has two patterns, a hash and a bare file name; any other one is an error until it is added here.
+// (std::regex is no alternative: it recurses as deep as the text is long.)
 bool matches(std::string const& text, std::string const& pattern) {
     constexpr char const* kHex = "0123456789abcdef";
     constexpr char const* kName = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-";
@@ -88,14 +88,14 @@ private:
 
     void add(std::string const& place, std::string const& reason) { faults.push_back({place, reason}); }
 
-    // Of several forms, the faults of the nearest one: the one with the fewest.
+    // If no form matches, report the faults of the closest one: the one with the fewest.
     void checkAny(json const& value, json const& forms, std::string const& place) {
         std::vector<SchemaFault> nearest;
         for (json const& form : forms) {
             Checker attempt(mRoot);
             attempt.check(value, form, place);
             if (attempt.faults.empty()) return;
-            bool const absent = form.value("type", "") == "null";  // never what was meant by a value that is there
+            bool const absent = form.value("type", "") == "null";  // a value that is present was never meant to be null
             if (nearest.empty() || (!absent && attempt.faults.size() < nearest.size())) nearest = attempt.faults;
         }
         faults.insert(faults.end(), nearest.begin(), nearest.end());
@@ -116,7 +116,7 @@ private:
         if (!matches(text, pattern)) add(place, "does not match " + pattern);
     }
 
-    // Pydantic writes the rule for a mapping's keys as their only pattern, and refuses the others.
+    // Pydantic writes the rule for a mapping's keys as a single pattern, and refuses all keys that do not match it.
     void checkNames(json const& value, json const& patterns, std::string const& place) {
         for (auto const& [pattern, rule] : patterns.items()) {
             for (auto const& [name, member] : value.items()) {

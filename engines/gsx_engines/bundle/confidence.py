@@ -1,4 +1,4 @@
-"""Measures of confidence at an exit (policy `calm`), and the range of each."""
+"""Measures of confidence at an exit (policy `calm`), and their ranges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 class Range(NamedTuple):
-    """Least and largest value of a measure."""
+    """Smallest and largest value of a measure."""
 
     least: float
     most: float
@@ -26,14 +26,14 @@ RANGES: dict[Measure, Range] = {
 
 
 def check_threshold(threshold: float, least: float, most: float) -> None:
-    """Refuse a threshold outside a measure's range; plus infinity, at which nothing leaves, is allowed.
+    """Refuse a threshold outside the range of its measure; plus infinity, at which no token exits, is allowed.
 
     Raises:
-        UsageError: it is.
+        UsageError: the threshold is outside the range.
     """
     if threshold != math.inf and not least <= threshold <= most:
         raise UsageError(
-            "the exit threshold lies outside the measure's range",
-            expected=f"{least:g} to {most:g}, or inf to leave nothing out",
+            "the exit threshold is outside the range of the confidence measure",
+            expected=f"{least:g} to {most:g}, or inf for no exits",
             found=f"{threshold:g}",
         )

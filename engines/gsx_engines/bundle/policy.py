@@ -1,4 +1,4 @@
-"""The section `policy` of `gsx.json`: which tokens run which branch, and what the rule reads at run time."""
+"""The section `policy` of `gsx.json`: the keep rule, its parameters, and what it reads at run time."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from gsx_engines.bundle.selection import CalibrationText
 
 
 class RuntimeInput(Section):
-    """What the keep rule reads at run time, beside the tokens: an input of every graph that holds a rule's branches.
+    """A run-time input of the keep rule: an input of every graph with branches that the rule may skip.
 
     Args:
-        name: of the graph's input. `thresholds` [L, 2] and `budget` [] are float32, `layer_mask` [B, L, 2] float32
-            (1: run, 0: skip), `full_until` [B] int64 (tokens at a position below it run every branch), `exit_threshold`
-            [] float32 (confidence at which a token leaves).
-        least, most: of its values; null: no bound. A threshold may also be infinite.
-        default: the exported value, for a client that gives none; null where another section holds it.
+        name: of the graph's input: `thresholds` [L, 2] float32, `budget` [] float32, `layer_mask` [B, L, 2] float32
+            (1: run, 0: skip), `full_until` [B] int64 (tokens at a position below it run every branch), or
+            `exit_threshold` [] float32 (confidence at which a token exits).
+        least, most: bounds of its values; null: no bound. A threshold may also be infinite.
+        default: the exported value, for clients that give none; null where another section has it.
     """
 
     name: Literal["thresholds", "budget", "layer_mask", "full_until", "exit_threshold"]
@@ -31,7 +31,15 @@ class RuntimeInput(Section):
 
 
 class TestedThreshold(Section):
-    """An exit threshold that was tried: mean risk, p-value of "above the tolerance", and share of branches that ran."""
+    """A tested exit threshold.
+
+    Args:
+        threshold: the threshold.
+        mean_risk: mean over the calibration prompts.
+        p_value: of the hypothesis that the risk is above the tolerance.
+        accepted: whether this hypothesis was rejected.
+        kept_share: share of branches that ran.
+    """
 
     threshold: float
     mean_risk: float
@@ -41,14 +49,14 @@ class TestedThreshold(Section):
 
 
 class Guarantee(Section):
-    """What Learn then Test promises of the exported exit threshold (docs/calm.md).
+    """What Learn then Test guarantees for the exported exit threshold (docs/calm.md).
 
     Args:
-        risk: `agreement`, the share of next tokens that are not the whole model's; `loss`, nats above its loss.
-        tolerance: that the mean risk of a prompt is at most this ...
-        confidence: ... with this probability over the draw of the prompts.
-        prompts, prompt_tokens: how many there were, and how long.
-        tested: the walk, from the most careful threshold on.
+        risk: `agreement`: share of next tokens that differ from the full model's; `loss`: nats above its loss.
+        tolerance, confidence: the mean risk of a prompt is at most `tolerance`, with probability `confidence` over the
+            draw of the calibration prompts.
+        prompts, prompt_tokens: number of calibration prompts, and their length.
+        tested: the thresholds in the order of the tests, from the most conservative one on.
     """
 
     risk: Literal["agreement", "loss"]
@@ -60,13 +68,14 @@ class Guarantee(Section):
 
 
 class Confidence(Section):
-    """When a token leaves at an exit (policy `calm`).
+    """When a token exits (policy `calm`).
 
     Args:
-        measure: of confidence.
-        threshold: the exported one.
-        decay, decay_tokens: tau and N of threshold x (0.9 + 0.1 exp(-tau t / N)), t the token's number; 0: none.
-        guarantee: null where the threshold was given.
+        measure: how confidence is measured.
+        threshold: the exported threshold.
+        decay, decay_tokens: tau and N in threshold x (0.9 + 0.1 exp(-tau t / N)), where t is the token's number; tau 0:
+            no decay.
+        guarantee: null if the threshold was given, not calibrated.
     """
 
     measure: Measure
@@ -81,20 +90,20 @@ class Confidence(Section):
 
 
 class Policy(Section):
-    """The keep rule: which tokens run which branch.
+    """The policy: a keep rule, which decides which tokens run which branch, with its parameters.
 
     Args:
-        name: e.g. `gateskip`, `layers`.
-        branches: those that it may skip, in every layer that it reaches.
-        layers: those that it reaches; null: all.
+        name: of the rule, e.g. `gateskip`, `layers`.
+        branches: the branches that it may skip, in every layer that it applies to.
+        layers: the layers that it applies to; null: all.
         inputs: what it reads at run time.
-        parameters: its own, as they were given, measured or calibrated.
-        warm_up: new tokens that run every branch, after a prompt that does too (`full_until`); null: the rule applies
-            to every token, the prompt's among them.
-        exits: depths that the model was trained to leave at, where the rule is a set of layers; those at which `calm`
-            asks.
-        confidence: of `calm`.
-        calibration: the text that they were found on; null where none was needed, or `selection` names it.
+        parameters: its own parameters, as given, measured or calibrated.
+        warm_up: how many new tokens run every branch, after a prompt that does so too (`full_until`); null: the rule
+            applies to every token, including the prompt.
+        exits: for sets of layers, the depths at which the model was trained to exit; for `calm`, the depths at which
+            confidence is measured.
+        confidence: for `calm`.
+        calibration: the text that parameters were calibrated on; null if none was needed, or if `selection` names it.
     """
 
     name: str
@@ -108,12 +117,17 @@ class Policy(Section):
     calibration: CalibrationText | None = None
 
     def input(self, name: str) -> RuntimeInput | None:
-        """A run-time input by its name; None if the rule does not read it."""
+        """A run-time input by name; None if the rule does not read it."""
         return next((one for one in self.inputs if one.name == name), None)
 
 
 def gateskip_policy(mode: str, branches: Sequence[Branch]) -> Policy:
-    """GateSkip's section of the manifest; mode: of the selection."""
+    """The section for GateSkip.
+
+    Args:
+        mode: of the selection, `threshold` or `rank`.
+        branches: the branches with gates.
+    """
     read = (
         RuntimeInput(name="budget", least=0, most=1)
         if mode == "rank"
