@@ -21,7 +21,7 @@ from tests.plugins.emulation import cuda_include
 from tests.vectors import make
 
 SOURCES = Path(__file__).parents[3] / "engines" / "cpp"
-# Folders of TensorRT, of which the headers alone have to be there.
+# Folders of TensorRT, of which only the headers are needed.
 ROOTS = [
     Path(root) for root in os.environ.get("GSX_TEST_TENSORRT_ROOTS", os.environ.get("TENSORRT_ROOT", "")).split(":")
 ]
