@@ -172,7 +172,7 @@ class Line:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Verify each rule, and print a table."""
-    quick = {"rows": ["gateskip"], "tokens": 64}
+    quick = {"rows": ["gateskip"], "tokens": 256}
     made = parser("rule_parity", __doc__, work="models and exports", quick=quick)
     made.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="(default: all)")
     made.add_argument("--tokens", type=int, default=512, help="of the text (default: 512)")

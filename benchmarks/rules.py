@@ -141,7 +141,7 @@ def work_of(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print a table."""
     names = list(rows_of(1))
-    quick = {"shape": "tiny", "rows": ["layers, every second", "gateskip, half"]}
+    quick = {"shape": "tiny", "rows": ["layers, every second"]}
     made = parser("rules", __doc__, work="models and exports (1.5 GB)", rounds=9, threads=2, quick=quick)
     add_model_options(made)
     made.add_argument("--rows", nargs="*", choices=names, default=names, help="(default: all)")

@@ -72,7 +72,7 @@ def tiny_checkpoint(
         **hf_overrides,
     }
     hf = AutoConfig.for_model(family, **keys)
-    hf.architectures = [{"llama": "Llama", "mistral": "Mistral"}.get(family, family.title()) + "ForCausalLM"]
+    hf.architectures = [f"{family.title()}ForCausalLM"]
     section: dict[str, Any] = {}
     if gate is not None:
         section |= {"method": "gateskip", "gate": gate.to_dict()}

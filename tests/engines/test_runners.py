@@ -112,7 +112,7 @@ def test_a_batch_equals_its_members(bundle_path: Path) -> None:
 
 
 def test_steps_of_a_batch_equal_portable_ones(bundle_path: Path) -> None:
-    """Prompts come one by one into their own rows, then rows step together: all, neighbours alone, rows apart.
+    """Prompts come one by one into their own rows, then rows step together: all, only neighbours, rows apart.
 
     Kept rows are told by sequence. In between a sequence moves over another one and goes on there.
     """
@@ -149,7 +149,7 @@ def ranks(runner: WholeRunner) -> bool:
 
 
 def test_every_branch_is_left_out_when_nothing_is_kept(tiny_bundle: Path) -> None:
-    """At a threshold above every score no branch runs, and the logits are those of the embeddings alone."""
+    """At a threshold above every score no branch runs, and the logits are those of the embeddings by themselves."""
     bundle = open_bundle(tiny_bundle)
     above = np.full((3, 2), 2.0, np.float32)
     outputs = []

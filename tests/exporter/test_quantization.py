@@ -1,4 +1,4 @@
-"""Quantized graphs: scales, rounding, what is left alone, and that the graph computes what the simulation says."""
+"""Quantized graphs: scales, rounding, what is spared, and that the graph computes what the simulation says."""
 
 from __future__ import annotations
 
