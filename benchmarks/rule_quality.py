@@ -1,24 +1,25 @@
 """What each keep rule costs in quality on a model: perplexity at equal shares, in one table.
 
-    python -m benchmarks.rule_quality examples/model
+    python -m benchmarks.rule_quality
 
 Rules are calibrated on the first half of the text that ships with gsx and measured on the other half, by the reference.
 "every token" applies the rule to all of a window; "prompt in full" runs a window's first half in full, as Unified Layer
-Skipping and FFN-SkipLLM do with a prompt, and scores the second half. The full model's own perplexity stands in both.
-CALM's classifier is there with a checkpoint that has it (`gsx train --exit-classifiers`).
+Skipping and FFN-SkipLLM do with a prompt, and scores the second half. Both columns have the full model's own
+perplexity. CALM's classifier needs a checkpoint that has it (`gsx train --exit-classifiers`).
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.bundles import EXAMPLE
+from benchmarks.measure import Table, parse, parser, print_header
 from gsx_engines.bundle.confidence import Measure
 from gsx_engines.bundle.layer_sets import Places, exit_places, mask_of, unified_places
 from gsx_exporter.calibration import calibrate
@@ -92,25 +93,25 @@ def perplexity(reference: Reference, rule: RuleFrom, windows: np.ndarray, *, pro
     return math.exp(nats / tokens), float(np.mean(kept))
 
 
-def main() -> None:
-    """Run and print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--tokens", type=int, default=16384, help="of the text, half of them measured")
-    args = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print a table."""
+    made = parser("rule_quality", __doc__, quick={"tokens": 1024})
+    made.add_argument("model", nargs="?", default=EXAMPLE, help="a checkpoint (default: the example model)")
+    made.add_argument("--tokens", type=int, default=16384, help="of the text, half of them measured (default: 16384)")
+    args = parse(made, arguments)
+    print_header(made, args, arguments)
     checkpoint = open_checkpoint(args.model)
     ids: np.ndarray[Any, Any] = tokenize(checkpoint, None, max_tokens=args.tokens).ids
     half = len(ids) // 2
     reference = Reference.load(checkpoint)
     windows = ids[half:]
     middle = windows.shape[1] // 2
-    print(f"{args.model}: {windows.size:,} tokens in windows of {windows.shape[1]}\n")
-    print("| rule | branches that run | perplexity, every token | prompt in full |")
-    print("|---|---|---|---|")
+    print(f"{windows.size:,} tokens in windows of {windows.shape[1]}\n")
+    lines = Table("rule", "branches that run", "perplexity, every token", "prompt in full")
     for name, (rule, runs_prompt) in rules_of(checkpoint, ids[:half]).items():
         whole, share = perplexity(reference, rule, windows, prompt=0)
-        behind = f"{perplexity(reference, rule, windows, prompt=middle)[0]:.2f}" if runs_prompt else ""
-        print(f"| {name} | {share:.3f} | {whole:.2f} | {behind} |")
+        behind = f"{perplexity(reference, rule, windows, prompt=middle)[0]:.2f}" if runs_prompt else None
+        lines.row(name, f"{share:.3f}", f"{whole:.2f}", behind)
 
 
 if __name__ == "__main__":

@@ -37,11 +37,18 @@ LAYERS = 5
 
 @dataclass(frozen=True)
 class Row:
-    """A checkpoint and an export of it."""
+    """A checkpoint and an export of it.
+
+    Args:
+        options: of the export; model: of the checkpoint.
+        budgets: to verify at; None: the usual ones.
+        calibrated: whether the export reads text.
+    """
 
     options: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
     budgets: tuple[float, ...] | None = None
+    calibrated: bool = False
 
 
 ROWS = {
@@ -51,9 +58,16 @@ ROWS = {
     ),
     "unified, sliding": Row({"policy": "unified:1.6"}, {"family": "mistral", "sliding_window": 8}),
     "ffn-skip, split": Row(
-        {"policy": "ffn-skip:stride=2,layers=1-3", "budget": 0.8, "draft": "exit:2"}, budgets=(1.0, 0.8)
+        {"policy": "ffn-skip:stride=2,layers=1-3", "budget": 0.8, "draft": "exit:2"},
+        budgets=(1.0, 0.8),
+        calibrated=True,
     ),
-    "ffn-skip, gated": Row({"policy": "ffn-skip"}, {"gate": GateConfig("vector", branches=("mlp",))}, budgets=(0.75,)),
+    "ffn-skip, gated": Row(
+        {"policy": "ffn-skip"},
+        {"gate": GateConfig("vector", branches=("mlp",))},
+        budgets=(0.75,),
+        calibrated=True,
+    ),
 }
 
 
@@ -66,8 +80,8 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Call
         if name not in made:
             row, directory = ROWS[name], tmp_path_factory.mktemp("rule")
             model = tiny_checkpoint(directory / "model", layers=LAYERS, tokenizer=True, **row.model)
-            reads = {"calibration": tiny_text, "calibration_tokens": 1024} if "ffn" in name else {}
-            export(model, directory / "out", **row.options, **reads)
+            text = {"calibration": tiny_text, "calibration_tokens": 1024} if row.calibrated else {}
+            export(model, directory / "out", **{**row.options, **text})
             made[name] = directory / "out"
         return made[name]
 
@@ -165,12 +179,11 @@ def test_a_skipped_branch_is_not_entered(name: str, inside: set[str], bundle_of:
     ],
 )
 def test_policies_that_are_refused(
-    tmp_path: Path, tiny_text: Path, model: dict[str, Any], options: dict[str, Any], message: str
+    tmp_path: Path, model: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     path = tiny_checkpoint(tmp_path / "model", tokenizer=True, **{"layers": LAYERS, **model})
-    reads = {"calibration": tiny_text, "calibration_tokens": 256} if "ffn" in options.get("policy", "") else {}
     with pytest.raises(UsageError, match=message):
-        export(path, tmp_path / "out", **options, **reads)
+        export(path, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
