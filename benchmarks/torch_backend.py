@@ -23,7 +23,7 @@ from benchmarks.measure import Spread, Table, in_turn, parse, parser, print_head
 from benchmarks.model import SHAPES, make_large, random_text
 from gsx.backend_names import Device
 from gsx.torch_runtime import TorchRuntime
-from gsx.workflows.export import Precision
+from gsx.workflows.number_types import Precision
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import Keep
 from gsx_engines.errors import EngineError

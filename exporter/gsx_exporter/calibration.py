@@ -28,9 +28,6 @@ from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, 
 from gsx_exporter.decoder.loading import load_entry, load_layer
 from gsx_exporter.rules.gateskip import GateSkip
 
-# Close where quality is: budgets between two points are interpolated (gsx_engines/bundle/selection.py).
-DEFAULT_GRID = (1.0, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
-DEFAULT_TOKENS = 4096
 # Scores nearer than this may be one score, rounded differently: they are kept or skipped together.
 TIE = 4e-6
 # How far from the share a threshold may move for the sake of a wider gap (the budget allows 0.01).

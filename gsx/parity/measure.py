@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from gsx.parity.compare import Observation
+from gsx.parity.closeness import Observation
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import Controls
 from gsx_engines.runners.base import Runner

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 from gsx.policies.base import OnProgress, Plan, text_entry
 from gsx_engines.bundle.selection import GridPoint as GridPointSection
 from gsx_engines.bundle.selection import Selection
-from gsx_exporter.calibration import DEFAULT_GRID, GridPoint, calibrate
+from gsx_exporter.calibration import GridPoint, calibrate
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.defaults import BUDGET_GRID
 from gsx_exporter.text import TokenText
 from gsx_plugins.progress import Progress
 
 
 def grid_with(budget: float) -> Sequence[float]:
     """The calibrated budgets: the default grid and the budget asked for, in falling order."""
-    return sorted({*DEFAULT_GRID, budget}, reverse=True)
+    return sorted({*BUDGET_GRID, budget}, reverse=True)
 
 
 def at_budget(

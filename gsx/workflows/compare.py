@@ -18,6 +18,7 @@ import numpy as np
 from gsx.comparison.measure import STEPS, Form, Score, in_turn
 from gsx.comparison.report import CompareReport, Point
 from gsx.comparison.settings import POLICIES, WHOLE
+from gsx.defaults import COMPARE_FOLDER, COMPARE_TOKENS
 from gsx.policies.base import Choice, Plan
 from gsx.policies.registry import plan_policy
 from gsx.workflows.export import export
@@ -29,30 +30,37 @@ from gsx_exporter.text import MIN_TOKENS, TokenText, load_tokenizer, tokenize
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, prefixed, silent
 
-# Measured tokens; as many before them calibrate, which is then what an export takes by default.
-DEFAULT_TOKENS, LEAST_TOKENS = 4096, 512
+LEAST_TOKENS = 512
 WINDOW_TOKENS = 256
 # Room for a prompt, and for single tokens behind it.
 _LEAST_POSITIONS = 4 * STEPS
 
 
-def compare_policies(
+def compare(
     model: str | Path,
-    work: str | Path,
+    work: str | Path = COMPARE_FOLDER,
     *,
     text: str | Path | None = None,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int = COMPARE_TOKENS,
     on_progress: OnProgress = silent,
 ) -> CompareReport:
-    """Compare the policies of a checkpoint.
+    """Put every policy that a checkpoint can have side by side: perplexity and measured time against what is kept.
 
     Args:
         model: a local model directory or a hub id.
         work: folder for the bundles; those of the same model, policy and calibration text are used again.
         text: UTF-8 text file; None for the text that ships with gsx.
         tokens: how much of it to measure; as much before it calibrates.
+        on_progress: called as it goes.
+    Returns: the settings of every policy, and which policies were left out, with the reason; `write_page` writes it as
+        one HTML page.
     Raises:
         GsxError: the model or the text cannot be used, or the folder cannot be written.
+    Example:
+        >>> report = gsx.compare("my-model", "out/compare", tokens=512)
+        >>> report.points[0].policy
+        'whole model'
+        >>> report.write_page("out/compare.html")
     """
     if tokens < LEAST_TOKENS:
         raise UsageError("tokens to compare on", expected=f"at least {LEAST_TOKENS}", found=str(tokens))

@@ -56,10 +56,18 @@ class InspectReport:
 
 
 def inspect(path: str | Path) -> InspectReport:
-    """Look at a model directory, a hub id or a bundle.
+    """Look at a model directory, a hub id or a bundle, without running it.
 
+    Args:
+        path: the directory or the hub id.
+    Returns: shape, gates, exits, number of parameters, files, and of a bundle what it was exported with.
     Raises:
-        GsxError: it is none of them, or it is damaged.
+        GsxError: it is neither a model nor a bundle, or it is damaged.
+    Example:
+        >>> gsx.inspect("my-model").gates["kind"]
+        'vector'
+        >>> gsx.inspect("out/demo").bundle["budget"]
+        0.7
     """
     directory = Path(path)
     if (directory / MANIFEST).is_file():

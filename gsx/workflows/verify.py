@@ -16,7 +16,8 @@ from tokenizers import Tokenizer
 
 from gsx.backend_names import BackendName, Device
 from gsx.backends import open_backend
-from gsx.parity.compare import Observation
+from gsx.defaults import GREEDY_TOKENS, VERIFY_TOKENS
+from gsx.parity.closeness import Observation
 from gsx.parity.page import page
 from gsx.parity.quality import QUANTIZED, QualityLimits
 from gsx.parity.report import KeepMap, Report, Similarity
@@ -33,8 +34,6 @@ from gsx_plugins.errors import UsageError
 from gsx_plugins.files import disk_error, writing_file
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-DEFAULT_TOKENS = 1024
-DEFAULT_GREEDY_TOKENS = 256
 # As many tokens as have room for a label.
 _MAP_TOKENS = 60
 # The budget that a map shows where the exported one skips nothing.
@@ -46,9 +45,9 @@ def verify(
     *,
     reference: str | None = None,
     text: str | Path | None = None,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int = VERIFY_TOKENS,
     budgets: Sequence[float] | None = None,
-    greedy_tokens: int = DEFAULT_GREEDY_TOKENS,
+    greedy_tokens: int = GREEDY_TOKENS,
     backend: BackendName = "onnxruntime",
     device: Device | None = None,
     quality: QualityLimits | None = None,
@@ -60,7 +59,7 @@ def verify(
         bundle: its directory.
         reference: the checkpoint that it was exported from; None for the one that the manifest names.
         text: UTF-8 text file to read; None for the text that ships with gsx. Of a text that the export calibrated on,
-            what comes behind those tokens; where too little does, the report says that they are the same.
+            the part after those tokens is read; where too little is left, the report says that the two are the same.
         tokens: how much of it.
         budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
         greedy_tokens: length of the greedy continuation.
@@ -72,6 +71,10 @@ def verify(
     Returns: the report; `report.passed` is the verdict.
     Raises:
         GsxError: the bundle or the reference cannot be used, or is not the one that the bundle was made of.
+    Example:
+        >>> report = gsx.verify("out/demo", tokens=512, budgets=[0.7])
+        >>> report.passed
+        True
     """
     started = time.perf_counter()
     if tokens < MIN_TOKENS:
@@ -158,7 +161,7 @@ def _held_out(
             "quality may be worse. --text takes another."
         )
         return text
-    notes.append(f"The export calibrated on the first {seen:,} tokens of this text: those compared come behind them.")
+    notes.append(f"The export calibrated on the first {seen:,} tokens of this text: those compared come after them.")
     return rest
 
 
@@ -174,7 +177,7 @@ def _reference_checkpoint(bundle: Bundle, reference: str | None) -> Checkpoint:
         raise CheckpointError(
             f"bundle {bundle.directory}: its reference, {name}, cannot be opened",
             found=error.what + (f" (found {error.found})" if error.found else ""),
-            todo="if the model lies elsewhere now: gsx verify BUNDLE --reference MODEL",
+            todo="if the model is elsewhere now: gsx verify BUNDLE --reference MODEL",
         ) from error
     found = checkpoint.weights_sha256()
     if found != source.weights_sha256:

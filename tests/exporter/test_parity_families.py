@@ -167,7 +167,7 @@ def test_family_is_exported_with_parity(row: Row, tmp_path: Path, tiny_text: Pat
 
 def test_dynamic_rope_beyond_the_trained_length(tmp_path: Path) -> None:
     """Within the trained length dynamic RoPE is the plain one: what it adds shows only beyond it."""
-    from gsx.parity.compare import Comparer
+    from gsx.parity.closeness import Comparer
     from gsx.parity.measure import EngineSide, ReferenceSide
     from gsx_engines.bundle.bundle import open_bundle
     from gsx_exporter.checkpoint import open_checkpoint

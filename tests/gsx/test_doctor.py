@@ -88,7 +88,7 @@ def test_what_crashes_is_contained() -> None:
 def test_broken_machine_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert callable(look)
     rows = (Row("onnxruntime", "broken", "no kernels", "pip install gsx", "run"),)
-    monkeypatch.setattr(sys.modules["gsx.workflows.doctor"], "doctor", lambda on_progress: DoctorReport(rows))
+    monkeypatch.setattr(sys.modules["gsx"], "doctor", lambda on_progress: DoctorReport(rows))
     assert run(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "no kernels" in out

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gsx.parity.compare import Observation
+from gsx.parity.closeness import Observation
 from gsx.parity.quality import QualityCounter, QualityLimits
 from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize

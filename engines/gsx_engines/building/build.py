@@ -15,10 +15,11 @@ from gsx_engines.building.job import Job, Ranges, run_job
 from gsx_engines.building.layer_information import EIGHT_BITS
 from gsx_engines.building.memory import check_memory
 from gsx_engines.building.placing import writing_engines
-from gsx_engines.building.profiles import DEFAULT_CONTEXT, default_profiles, most_rows, one_profile, parse_profile
+from gsx_engines.building.profiles import default_profiles, most_rows, one_profile, parse_profile
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
 from gsx_engines.bundle.tensors import tensor_info
+from gsx_engines.defaults import BUILD_CONTEXT
 from gsx_engines.errors import BundleError, EngineError
 from gsx_engines.lowering import tensorrt as lowering
 from gsx_engines.lowering.quantized import quantized_products
@@ -72,6 +73,10 @@ def build(
     Returns: the name of the engines in the bundle, and their entry in its manifest.
     Raises:
         GsxError: an option, a bundle, a machine or a graph that cannot be used.
+    Example:
+        >>> name, engines = gsx.build("out/demo", backend="tensorrt-rtx", targets=["8.9"], context=256)
+        >>> engines.targets
+        ('89',)
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if opened.manifest.hides_skipped:
@@ -333,7 +338,7 @@ def _shapes(
         raise UsageError("--context", expected=f"2 to {longest}, the model's context", found=str(context))
     if batch < 1:
         raise UsageError("--batch", expected="at least 1", found=str(batch))
-    capacity = context or min(longest, DEFAULT_CONTEXT)
+    capacity = context or min(longest, BUILD_CONTEXT)
     if not profiles:
         return capacity, (default_profiles if backend == "tensorrt" else one_profile)(capacity, batch)
     made = tuple(parse_profile(text, capacity=capacity, batch=batch) for text in profiles)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gsx.parity.checks import Check
-from gsx.parity.compare import Accumulator, Compared, Comparer, Observation, Place
+from gsx.parity.closeness import Accumulator, Compared, Comparer, Observation, Place
 from gsx.parity.report import _number
 from gsx.parity.tolerances import TOLERANCES
 
