@@ -16,14 +16,16 @@ from gsx.workflows import skip_set_search
 from gsx.workflows.compare import WINDOW_TOKENS
 from gsx.workflows.quantize import MEASURED_WINDOWS
 from gsx.workflows.study import SEQUENCE_TOKENS
-from gsx_engines.building.profiles import DEFAULT_CONTEXT, DEFAULT_PREFILL_TOKENS
+from gsx_engines.building.profiles import DEFAULT_PREFILL_TOKENS
+from gsx_engines.defaults import BUILD_CONTEXT
 from gsx_engines.lowering.tensorrt import MAX_TOPK
 from gsx_engines.runners.tensorrt import WINDOW_STEP
 from gsx_engines.serving.request import Request
 from gsx_engines.serving.scheduler import Scheduler
 from gsx_engines.speculation import adapt
 from gsx_exporter import exit_calibration, similarity
-from gsx_exporter.calibration import DEFAULT_GRID, DEFAULT_TOKENS, NEAR_SHARE
+from gsx_exporter.calibration import NEAR_SHARE
+from gsx_exporter.defaults import BUDGET_GRID, CALIBRATION_TOKENS, CLASSIFIER_TOKENS
 from gsx_exporter.quantization.scheme import SCHEMES
 from gsx_exporter.rules.calm import DECAYING
 from gsx_exporter.text import MIN_TOKENS
@@ -68,7 +70,7 @@ PHRASES = {
         f"`confidence` is {calm.DEFAULT_CONFIDENCE:g} by default",
         f"a number of tokens ({calm.DEFAULT_DECAY_TOKENS} by default)",
         f"`threshold x ({1 - DECAYING:g} + {DECAYING:g} exp(-t n / tokens))`",
-        f"{exit_classifiers.DEFAULT_TOKENS:,} by default, of which {WORDS[exit_classifiers.HELD_OUT]} is held out",
+        f"{CLASSIFIER_TOKENS:,} by default, of which {WORDS[exit_classifiers.HELD_OUT]} is held out",
         f"cut into prompts of {exit_calibration.PROMPT_TOKENS} tokens",
         f"({math.ceil(math.log(0.05) / math.log(0.9))} for D 0.1 and C 0.95)",
     ),
@@ -79,15 +81,15 @@ PHRASES = {
     ),
     "docs/design.md": (f"moved by at most {percent(NEAR_SHARE)} of the tokens",),
     "docs/engines.md": (
-        f"the model's context, at most {DEFAULT_CONTEXT:,}",
+        f"the model's context, at most {BUILD_CONTEXT:,}",
         f"`prefill`, 2 to {DEFAULT_PREFILL_TOKENS:,} tokens per sequence",
         f"`any`, 1 to {DEFAULT_PREFILL_TOKENS:,} tokens",
         f"more than {MAX_TOPK:,} tokens, TopK's limit",
         f"a multiple of {WINDOW_STEP} columns",
     ),
     "docs/export.md": (
-        f"| `--calibration-tokens` | {MIN_TOKENS} and more | how much of it to use; default {DEFAULT_TOKENS} |",
-        f"a grid of budgets from {max(DEFAULT_GRID):g} to {min(DEFAULT_GRID):g}",
+        f"| `--calibration-tokens` | {MIN_TOKENS} and more | how much of it to use; default {CALIBRATION_TOKENS} |",
+        f"a grid of budgets from {max(BUDGET_GRID):g} to {min(BUDGET_GRID):g}",
     ),
     "docs/layer-study.md": (f"each sequence of {SEQUENCE_TOKENS} tokens",),
     "docs/policies.md": (
