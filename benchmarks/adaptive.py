@@ -20,7 +20,7 @@ from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.generation import Generation, generate
 from gsx_engines.runners.select import open_runner
 from gsx_engines.speculation.adapt import SkipSetSearch, first_set
-from gsx_engines.speculation.draft import OtherControls
+from gsx_engines.speculation.draft import FullDepthDraft
 from gsx_engines.tokens import BundleTokenizer
 
 PROMPT = '''"""Read tables."""
@@ -55,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompt, cost = BundleTokenizer(bundle).encode_prompt(PROMPT), step_bytes(bundle)
     runner, draft = (open_runner(bundle, args.threads) for _ in range(2))
 
-    def run(drafting: OtherControls | None, search: SkipSetSearch | None = None) -> Generation:
+    def run(drafting: FullDepthDraft | None, search: SkipSetSearch | None = None) -> Generation:
         asked = drafting.runner if drafting else runner
         return generate(asked, [prompt], max_new_tokens=args.tokens, stop_ids=[], draft=drafting, search=search)
 
     def one_round() -> tuple[dict[str, Generation], SkipSetSearch, str]:
-        first, searched = (OtherControls(draft, first_set(bundle.manifest)) for _ in range(2))
+        first, searched = (FullDepthDraft(draft, first_set(bundle.manifest)) for _ in range(2))
         search = SkipSetSearch(searched, cost)
         found = {
             PLAIN: run(None),

@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.measure import Table, in_turn, parse, parser, print_header, ratios, spread, timed
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
-from gsx_exporter.rules.gateskip import GateSkip
+from gsx_exporter.rules.gateskip.traced import GateSkip
 from gsx_plugins.errors import PluginLibraryError
 
 MAX_APART = 0.08

@@ -27,7 +27,7 @@ from benchmarks.measure import Table, in_turn, parse, parser, print_header
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import Keep, controls_for
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
-from gsx_engines.runners.portable import open_session, session_config
+from gsx_engines.runners.session import open_session, session_config
 from gsx_engines.runners.whole import WholeRunner
 
 PROMPT_TOKENS, STEPS = 512, 24

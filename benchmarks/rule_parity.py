@@ -25,7 +25,7 @@ from gsx.parity.report import Report
 from gsx.workflows.verify import verify
 from gsx_exporter.checkpoint import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
 from gsx_exporter.config import GateConfig
-from gsx_exporter.router_config import NetConfig, RouterConfig
+from gsx_exporter.rules.router.config import NetConfig, RouterConfig
 from gsx_exporter.training.exit_classifiers import train_exit_classifiers
 
 CLASSIFIER_TOKENS = 8192

@@ -22,17 +22,18 @@ from benchmarks.bundles import EXAMPLE
 from benchmarks.measure import Table, parse, parser, print_header
 from gsx_engines.bundle.confidence import Measure
 from gsx_engines.bundle.layer_sets import Places, exit_places, mask_of, unified_places
-from gsx_exporter.calibration import calibrate
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.evaluation import losses
-from gsx_exporter.masks.base import KeepAll, MaskRule
-from gsx_exporter.masks.calm import Confident
-from gsx_exporter.masks.ffn_skip import FfnStride
-from gsx_exporter.masks.gateskip import Threshold
-from gsx_exporter.masks.layers import LayerMask
-from gsx_exporter.reference import Reference
-from gsx_exporter.similarity import calibrate_ffn
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.reference.rule import KeepAll, ReferenceRule
+from gsx_exporter.rules.calibration import calibrate
+from gsx_exporter.rules.calm.reference import Confident
+from gsx_exporter.rules.ffn_skip.calibrate import calibrate_ffn
+from gsx_exporter.rules.ffn_skip.reference import FfnStride
+from gsx_exporter.rules.gateskip.reference import Threshold
+from gsx_exporter.rules.gateskip.traced import GateSkip
+from gsx_exporter.rules.layers.reference import LayerMask
 from gsx_exporter.text import tokenize
 
 # Of CALM, from careful to bold.
@@ -42,7 +43,7 @@ CALM_THRESHOLDS: dict[Measure, tuple[float, ...]] = {
     "classifier": (0.9, 0.8, 0.7),
 }
 # A rule by the position from which it applies.
-RuleFrom = Callable[[np.ndarray], MaskRule]
+RuleFrom = Callable[[np.ndarray], ReferenceRule]
 
 
 def rules_of(checkpoint: Checkpoint, ids: np.ndarray) -> dict[str, tuple[RuleFrom, bool]]:
@@ -69,7 +70,7 @@ def rules_of(checkpoint: Checkpoint, ids: np.ndarray) -> dict[str, tuple[RuleFro
             leaving: RuleFrom = partial(_confident, exits, measure, one)
             found[f"calm, {measure} {one:g} at {', '.join(map(str, exits))}"] = (leaving, True)
     if checkpoint.config.gate is not None:
-        for point in calibrate(checkpoint, ids, (0.75, 0.5), DecoderOptions()):
+        for point in calibrate(checkpoint, ids, (0.75, 0.5), DecoderOptions(GateSkip.of(checkpoint.config))):
             found[f"gateskip {point.budget:g}"] = (partial(_the_same, Threshold(point.thresholds)), False)
     return found
 
@@ -78,7 +79,7 @@ def _the_same(rule: Threshold, until: np.ndarray) -> Threshold:
     return rule
 
 
-def _confident(exits: tuple[int, ...], measure: Measure, threshold: float, until: np.ndarray) -> MaskRule:
+def _confident(exits: tuple[int, ...], measure: Measure, threshold: float, until: np.ndarray) -> ReferenceRule:
     return Confident(exits, measure, threshold, until, 0.0, 1)
 
 

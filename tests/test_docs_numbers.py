@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gsx.comparison import settings as compared
 from gsx.parity.quality import QUANTIZED
-from gsx.policies import calm, ffn_skip
 from gsx.workflows import skip_set_search
 from gsx.workflows.compare import WINDOW_TOKENS
 from gsx.workflows.quantize import MEASURED_WINDOWS
@@ -23,11 +21,15 @@ from gsx_engines.runners.tensorrt import WINDOW_STEP
 from gsx_engines.serving.request import Request
 from gsx_engines.serving.scheduler import Scheduler
 from gsx_engines.speculation import adapt
-from gsx_exporter import exit_calibration, similarity
-from gsx_exporter.calibration import NEAR_SHARE
 from gsx_exporter.defaults import BUDGET_GRID, CALIBRATION_TOKENS, CLASSIFIER_TOKENS
 from gsx_exporter.quantization.scheme import SCHEMES
-from gsx_exporter.rules.calm import DECAYING
+from gsx_exporter.rules.calibration import NEAR_SHARE
+from gsx_exporter.rules.calm import calibrate as exit_calibration
+from gsx_exporter.rules.calm import policy as calm
+from gsx_exporter.rules.calm.traced import DECAYING
+from gsx_exporter.rules.ffn_skip import calibrate as similarity
+from gsx_exporter.rules.ffn_skip import policy as ffn_skip
+from gsx_exporter.rules.layers import policy as layers
 from gsx_exporter.text import MIN_TOKENS
 from gsx_exporter.training import exit_classifiers
 from gsx_plugins.build import MIN_CMAKE, MIN_NVCC
@@ -76,8 +78,8 @@ PHRASES = {
     ),
     "docs/compare.md": (
         f"in windows of {WINDOW_TOKENS} tokens",
-        f"speed-ups of {listed(compared._SPEEDUPS, 'and')}",
-        f"from {max(compared._EXIT_THRESHOLDS):g} to {min(compared._EXIT_THRESHOLDS):g}",
+        f"speed-ups of {listed(layers._SPEEDUPS, 'and')}",
+        f"from {max(calm._COMPARED):g} to {min(calm._COMPARED):g}",
     ),
     "docs/design.md": (f"moved by at most {percent(NEAR_SHARE)} of the tokens",),
     "docs/engines.md": (

@@ -1,12 +1,12 @@
-"""The decoding loop, once, over the runner interface: plain, or with a draft that the model verifies.
+"""The decoding loop, written once over the runner interface: plain, or with a draft that the model verifies.
 
-A round reads the newest token of every sequence, drafts some more, and lets the whole model say what it would have
-written after each: what agrees stays, the first that does not is replaced by the model's own, and the rest is
-forgotten. Without a draft a round is a plain step. The model's picks decide alone, so the text is the same either
-way (`gsx_engines/sampling.py`); a draft only saves time.
+A round reads the newest token of every sequence, drafts some more, and has the whole model choose a token after each of
+them. Drafted tokens that agree with the model's choice are accepted; the first one that differs is replaced by the
+model's own, and the rest is dropped. Without a draft, a round is a plain step. Only the model's choices decide, so the
+text is the same either way (`gsx_engines/sampling.py`); a draft only saves time.
 
-`Decoding` is the loop of sequences that begin together. Where they come and go (`gsx_engines/serving`), a scheduler
-puts `Continuation`s into the rows of one cache, and calls `read` and `take` itself.
+`Decoding` is the loop for sequences that begin together. Where sequences come and go (`gsx_engines/serving`), a
+scheduler puts `Continuation`s into the rows of one cache, and calls `read` and `take` itself.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from gsx_engines.speculation.adapt import SkipSetSearch
 
 FinishReason = Literal["end-of-text", "length", "context", "stopped"]
-# Called with (sequence, token); returns whether the sequence is to end here.
+# Called with (sequence, token); returning True ends the sequence.
 OnToken = Callable[[int, int], bool]
 
 
@@ -44,13 +44,13 @@ class GenerationStats:
         sequences: how many there are.
         prefill_seconds: time of the first call, until the first tokens are chosen.
         decode_seconds: time of all later rounds.
-        decode_steps: number of those; each has one verification, or one plain step.
-        draft_seconds, verify_seconds, search_seconds: parts of decode_seconds: in draft steps; in verifications and
-            plain steps; in looking for a better draft. What is left is the loop's own.
-        drafted, accepted: by place in the draft (its first token first): how often a token stood there with none
-            but right ones before it, and how often it was right.
-        kept_rows, gated_rows: rows that skippable branches ran on, and rows that the keep rule judged, in all layers
-            that the model itself ran; 0 for a dense model.
+        decode_steps: number of later rounds; each has one verification or one plain step.
+        draft_seconds, verify_seconds, search_seconds: parts of decode_seconds: in draft steps, in verifications and
+            plain steps, and in the search for a better draft. The rest is spent in the loop itself.
+        drafted, accepted: by position in the draft, from its first token on: how often a token was drafted there after
+            only correct ones, and how often it was correct itself.
+        kept_rows, gated_rows: rows that skippable branches ran on, and rows that the keep rule decided on, in all
+            layers that the model itself ran; 0 for a dense model.
     """
 
     prompt_tokens: int = 0
@@ -74,23 +74,23 @@ class GenerationStats:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """New tokens after the first of each sequence, by the time that they took."""
+        """New tokens after the first of each sequence, divided by the time that they took."""
         return (self.new_tokens - self.sequences) / self.decode_seconds if self.decode_seconds else None
 
     @property
     def tokens_per_verification(self) -> float | None:
-        """New tokens of a sequence for each round; above 1 where a draft was right."""
+        """New tokens of a sequence per round; above 1 if drafts were accepted."""
         return (self.new_tokens - self.sequences) / self.sequences / self.decode_steps if self.decode_steps else None
 
     @property
     def acceptance(self) -> float | None:
-        """Chance of a drafted token to be right, if the ones before it are; None where nothing was drafted."""
+        """Probability that a drafted token is correct, given that those before it are; None if nothing was drafted."""
         return sum(self.accepted) / sum(self.drafted) if sum(self.drafted) else None
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One sequence's result: the new tokens, and why it ended."""
+    """The result of one sequence: its new tokens, and why it ended."""
 
     tokens: list[int]
     finish: FinishReason
@@ -98,7 +98,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class Generation:
-    """All sequences, in the order of the prompts, and the counters."""
+    """The results of all sequences in the order of the prompts, and the counters."""
 
     sequences: list[Generated]
     stats: GenerationStats
@@ -121,24 +121,27 @@ def generate(
 
     Args:
         runner: the model; with a draft, the draft's own runner.
-        prompts: token ids, one list a sequence.
-        max_new_tokens: per sequence; the model's context may end it earlier (finish "context").
-        keep: what each request asks of the keep rule; one for all, or one a prompt.
-        stop_ids: tokens that end a sequence (kept in its tokens); None for the model's end-of-text.
-        draft: what guesses tokens ahead; None for plain decoding.
+        prompts: token ids, one list for each sequence.
+        max_new_tokens: for each sequence; the model's context may end it earlier (finish "context").
+        keep: what a request asks of the keep rule; one for all prompts, or one for each.
+        sampling: how tokens are chosen.
+        stop_ids: tokens that end a sequence; they stay part of it. None for the model's end-of-text tokens.
+        draft: guesses tokens ahead; None for plain decoding.
         draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
-        search: betters the draft's set of branches while generating.
+        search: improves the draft's set of branches while generating.
         on_token: called with every new token; returning True ends that sequence (finish "stopped").
     Raises:
-        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, what the keep rule does not
-            take.
+        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, a setting that the keep rule
+            does not accept.
     """
     manifest = runner.manifest
     if not prompts:
         raise UsageError("no prompt was given")
     if draft_length is not None and not 0 <= draft_length <= manifest.decoder.max_positions:
         raise UsageError(
-            "draft length", expected=f"0 (plain decoding) to {manifest.decoder.max_positions}", found=str(draft_length)
+            "the draft length is out of range",
+            expected=f"0 (plain decoding) to {manifest.decoder.max_positions}",
+            found=str(draft_length),
         )
     picker = Picker(sampling)
     stops = None if stop_ids is None else frozenset(stop_ids)
@@ -160,13 +163,13 @@ class Continuation:
     Args:
         manifest: of the model.
         prompt: token ids.
-        max_new_tokens: at most so many; the model's context may end it earlier (finish "context").
+        max_new_tokens: the maximum; the model's context may end it earlier (finish "context").
         picker: chooses the tokens.
-        number: of the sequence, which the picker's noise depends on.
+        number: of the sequence; the picker's noise depends on it.
         on_token: called with every new token; returning True ends the sequence (finish "stopped").
-        stops: tokens that end it (kept in its tokens); None for the model's end-of-text.
+        stops: tokens that end it; they stay part of it. None for the model's end-of-text tokens.
     Raises:
-        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, no room for a token.
+        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, fewer than one new token.
     """
 
     def __init__(
@@ -191,7 +194,7 @@ class Continuation:
 
     @property
     def left(self) -> int:
-        """Tokens that it may still get."""
+        """How many more tokens it may get."""
         return 0 if self.finish else self.limit - len(self.tokens)
 
     @property
@@ -201,16 +204,16 @@ class Continuation:
 
     @property
     def capacity(self) -> int:
-        """Tokens that its cache must hold."""
+        """How many tokens its cache must hold."""
         return len(self.prompt) + self.limit
 
     @property
     def unread(self) -> Sequence[int]:
-        """What the model has to read for the next token: the prompt, later the newest token."""
+        """The tokens that the model has to read to choose the next one: first the prompt, later the newest token."""
         return self.tokens[-1:] or self.prompt
 
     def take(self, logits: np.ndarray) -> int:
-        """Choose the next token by its logits [V], and add it."""
+        """Choose the next token from its logits [V], and append it."""
         token = self.picker.pick(logits, self.number, self.place)
         self.tokens.append(token)
         stopped = self._on_token(token)
@@ -227,11 +230,13 @@ Rows = Sequence[Continuation | None]
 
 
 def read(runner: Runner, cache: Cache, rows: Rows, controls: Controls) -> StepOutput:
-    """Let the model read what it has not of each sequence; their next tokens are then for `take`.
+    """Have the model read the unread tokens of each sequence; `take` then chooses their next tokens.
 
     Args:
-        rows: the sequences by their rows in the cache; None, and what has ended, is left out.
-        controls: as in `Call`, for all of them.
+        runner: the model.
+        cache: its cache.
+        rows: the sequences by their rows in the cache; None, and sequences that have ended, are left out.
+        controls: as in `Call`, for all rows.
     """
     unread = [sequence.unread if sequence is not None and sequence.left else () for sequence in rows]
     counts = list(map(len, unread))
@@ -242,7 +247,7 @@ def read(runner: Runner, cache: Cache, rows: Rows, controls: Controls) -> StepOu
 
 
 def take(rows: Rows, output: StepOutput) -> None:
-    """Give every sequence that goes on its next token; output: of `read` with the same rows."""
+    """Choose the next token of every sequence that has not ended; output: of `read` with the same rows."""
     for row, sequence in enumerate(rows):
         if sequence is not None and sequence.left:
             sequence.take(output.logits[row, 0])
@@ -259,13 +264,13 @@ class _Counters:
     accepted: list[int] = field(default_factory=list)
 
     def add(self, output: StepOutput) -> None:
-        """Count kept rows of a call that the model itself would have made."""
+        """Count the kept rows of a call that the model itself would have made too."""
         if output.kept is not None:
             self.kept += int(output.kept.sum())
             self.gated += output.gated_rows
 
     def count_draft(self, drafted: int, accepted: int) -> None:
-        """Count one sequence's draft of a round."""
+        """Count the draft of one sequence in one round."""
         for counts, number in ((self.drafted, drafted), (self.accepted, accepted)):
             counts += [0] * (number - len(counts))
             for place in range(number):
@@ -277,11 +282,11 @@ class Decoding:
 
     Args:
         runner: the model; with a draft, the draft's own runner.
-        sequences: what to continue; number n has row n of the cache.
+        sequences: what to continue; sequence n uses row n of the cache.
         controls: as in `Call`.
-        draft: what guesses tokens ahead; None for plain decoding.
+        draft: guesses tokens ahead; None for plain decoding.
         draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
-        search: betters the draft's set of branches, between rounds.
+        search: improves the draft's set of branches between rounds.
     """
 
     def __init__(
@@ -293,7 +298,7 @@ class Decoding:
         draft_length: int | None = None,
         search: SkipSetSearch | None = None,
     ) -> None:
-        assert draft is None or draft.runner is runner, "a draft reads the cache of its own runner"
+        assert draft is None or draft.runner is runner, "a draft needs the cache of its own runner"
         self.runner, self.sequences, self.controls, self.draft = runner, sequences, controls, draft
         self.search = search
         self.length: DraftLength = FixedLength(draft_length or 0)
@@ -307,11 +312,11 @@ class Decoding:
 
     @property
     def ended(self) -> bool:
-        """Whether no sequence goes on."""
+        """Whether all sequences have ended."""
         return not any(sequence.left for sequence in self.sequences)
 
     def start(self) -> None:
-        """Read the prompts and take the first tokens."""
+        """Read the prompts and choose the first tokens."""
         began = time.perf_counter()
         output = read(self.runner, self._cache, self.sequences, self.controls)
         self.counters.add(output)
@@ -319,10 +324,10 @@ class Decoding:
         self._prefill_seconds = time.perf_counter() - began
 
     def round(self) -> None:
-        """Give every sequence that goes on at least one token."""
+        """Give at least one token to every sequence that has not ended."""
         began = time.perf_counter()
         wanted = self.length.next() if self.draft is not None else 0
-        # As many as one sequence can still take, beside the token that a verification gives anyway.
+        # No more than some sequence can still use; verification adds one token by itself.
         size = min(wanted, max(s.left for s in self.sequences) - 1)
         if size and self.draft is not None:
             self._speculate(self._cache, self.draft, size)
@@ -334,7 +339,7 @@ class Decoding:
         self._decode_seconds += time.perf_counter() - began
 
     def stats(self) -> GenerationStats:
-        """The counters up to now."""
+        """The counters so far."""
         counters, sequences = self.counters, self.sequences
         return GenerationStats(
             prompt_tokens=sum(len(s.prompt) for s in sequences),
@@ -368,7 +373,7 @@ class Decoding:
         take(self.sequences, output)
 
     def _speculate(self, cache: Cache, draft: Draft, size: int) -> None:
-        """One round: draft up to `size` tokens of every sequence, verify, keep what is right."""
+        """One round: draft up to `size` tokens of every sequence, verify them, and keep those that are correct."""
         start = cache.lengths
         ids = np.zeros((len(self.sequences), size + 1), np.int64)
         ids[:, 0] = [sequence.tokens[-1] for sequence in self.sequences]
@@ -393,7 +398,7 @@ class Decoding:
                 if not sequence.left or count == proposed or token != ids[row, count + 1]:
                     break
                 count += 1
-            # What was drafted behind a wrong token, or behind the end of a sequence, is not judged.
+            # Tokens drafted after a wrong one, or after the end of a sequence, count neither as right nor as wrong.
             missed = count < proposed and token != ids[row, count + 1]
             hit = count + (count < proposed and not missed)
             judged = hit + missed
@@ -408,12 +413,12 @@ class Decoding:
         self.length.learn(Round(longest, tokens / alive, right, wrong, confidence, draft_seconds, verify_seconds))
 
     def _draft(self, cache: Cache, draft: Draft, ids: np.ndarray) -> tuple[list[list[float]], float]:
-        """Fill ids [B, 1 + size], which hold the newest tokens, with drafted ones.
+        """Fill ids [B, 1 + size], whose first column holds the newest tokens, with drafted ones.
 
-        Returns: the confidence in each drafted token, by sequence, and the seconds of the draft steps.
+        Returns: for each sequence the draft's confidence in each drafted token; the time of the draft steps in seconds.
         """
         confidences: list[list[float]] = [[] for _ in self.sequences]
-        # Sequences near their end draft less: a verification gives one token on top.
+        # Sequences near their limit draft fewer tokens, since verification adds one.
         going = [s.left > 1 for s in self.sequences]
         together = [1.0] * len(going)
         seconds = 0.0
@@ -438,7 +443,7 @@ class Decoding:
 def _check(prompt: Sequence[int], max_new_tokens: int, manifest: Manifest) -> None:
     shape = manifest.decoder
     if max_new_tokens < 1:
-        raise UsageError("max new tokens", expected="at least 1", found=str(max_new_tokens))
+        raise UsageError("the number of new tokens is out of range", expected="at least 1", found=str(max_new_tokens))
     if not prompt:
         raise UsageError("the prompt is empty", expected="at least one token")
     if len(prompt) >= shape.max_positions:
@@ -449,7 +454,7 @@ def _check(prompt: Sequence[int], max_new_tokens: int, manifest: Manifest) -> No
         )
     if min(prompt) < 0 or max(prompt) >= shape.vocab_size:
         raise UsageError(
-            "the prompt has ids outside the vocabulary",
+            "the prompt contains ids outside the vocabulary",
             expected=f"0 to {shape.vocab_size - 1}",
             found=f"{min(prompt)} to {max(prompt)}",
         )

@@ -1,10 +1,10 @@
 """Choosing the next token from logits: greedy, or sampled after temperature, top-k and top-p.
 
-A sampled token is the winner of an exponential race (the Gumbel-max trick): token v of probability p_v arrives at the
-time -log(u_v) / p_v, and the first one is taken. The noise u depends on the seed, the place in the text and the token
-alone, so the same seed gives the same text however it is computed: alone or in a batch, and with any draft. A draft
-that picks with the same noise is then right wherever its distribution is near the model's, and the model's own pick
-decides (drafter-invariant speculative decoding, arXiv:2408.07978).
+A sampled token is the winner of an exponential race (the Gumbel-max trick): token v of probability p_v arrives at time
+-log(u_v) / p_v, and the first one to arrive is chosen. The noise u depends only on the seed, the sequence, the position
+in the text and the token, so the same seed gives the same text however it is computed: alone or in a batch, with or
+without a draft. A draft that picks with the same noise is usually right where its distribution is close to the
+model's, and the model's own pick decides (drafter-invariant speculative decoding, arXiv:2408.07978).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Sampling:
         temperature: 0 is greedy.
         top_k: only the k likeliest tokens; 0 for all.
         top_p: only the likeliest tokens that together reach this probability.
-        seed: of the random numbers; None for a fresh one each time.
+        seed: of the random numbers; None for a new one each time.
     """
 
     temperature: float = 0.0
@@ -39,15 +39,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError("temperature", expected="a number of at least 0", found=str(self.temperature))
+            raise UsageError(
+                "the temperature is out of range", expected="a number of at least 0", found=str(self.temperature)
+            )
         if self.top_k < 0:
-            raise UsageError("top-k", expected="0 (all) or more", found=str(self.top_k))
+            raise UsageError("top-k is out of range", expected="0 (all) or more", found=str(self.top_k))
         if not 0 < self.top_p <= 1:
-            raise UsageError("top-p", expected="a number above 0 and at most 1", found=str(self.top_p))
+            raise UsageError("top-p is out of range", expected="a number above 0 and at most 1", found=str(self.top_p))
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the likeliest token is always chosen."""
         return self.temperature == 0
 
 
@@ -58,7 +60,7 @@ class Picker:
     """Picks tokens of the sequences of one generation.
 
     Args:
-        sampling: how; without a seed, the operating system gives one.
+        sampling: how tokens are chosen; without a seed, the operating system provides one.
     """
 
     def __init__(self, sampling: Sampling) -> None:
@@ -67,26 +69,26 @@ class Picker:
         self._seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if seed is None else seed
 
     def pick(self, logits: np.ndarray, sequence: int, place: int) -> int:
-        """The token at a place of a sequence.
+        """Choose a token of a sequence.
 
         Args:
             logits: [V].
             sequence: its number in the batch.
             place: the new token's position in the text, prompt included.
         Raises:
-            EngineError: logits that no token can be chosen by: NaN, or the largest is infinite.
+            EngineError: no token can be chosen: some logit is NaN, or the largest is infinite.
         """
         if self._sampling.greedy:
-            best = int(logits.argmax())  # of the first NaN, where there is one
+            best = int(logits.argmax())  # the first NaN, if there is one
             _check_largest(float(logits[best]))
             return best
         ids, weights = candidates(logits, self._sampling)
         return int(ids[np.argmin(-np.log(noise(self._key(sequence, place), ids)) / weights)])
 
     def scores(self, logits: np.ndarray, sequence: int, place: int) -> np.ndarray:
-        """What `pick` takes the largest of, [V] in units of logits: two tokens this near may change places by rounding.
+        """The scores of which `pick` chooses the largest, [V] in units of logits, to see how close two tokens are.
 
-        Sampled, top-k and top-p left aside: the logits with the race's noise.
+        With sampling these are the logits with the noise of the race; top-k and top-p are ignored.
         """
         if self._sampling.greedy:
             return logits.astype(np.float64)
@@ -97,10 +99,11 @@ class Picker:
         return _mix(_mix(_mix(self._seed & _MASK) + sequence) + place)
 
     def confidence(self, logits: np.ndarray) -> float:
-        """A draft's own chance that the model picks the same token; logits [V] of the draft.
+        """The draft's own probability that the model picks the same token; logits [V] of the draft.
 
-        Greedy: the probability of its choice. Sampled: 1, since two equal distributions always pick alike, so how
-        likely the token was says nothing; what the draft is worth is then known from acceptance alone.
+        Greedy: the probability of the draft's choice. Sampled: 1, since with the same noise two equal distributions
+        always pick the same token, so the probability of the token says nothing. Then only acceptance shows how good
+        the draft is.
         """
         if not self._sampling.greedy:
             return 1.0
@@ -110,15 +113,15 @@ class Picker:
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """Ids [n] int64 of the tokens that may come next, and their probabilities [n] float64; logits [V].
 
-    Temperature comes first, then top-k, then top-p, which keeps the shortest run of tokens, likeliest first, whose
-    probabilities reach it. Of equal tokens the earlier one counts as the likelier.
+    Temperature is applied first, then top-k, then top-p, which keeps the smallest number of likeliest tokens whose
+    probabilities sum up to it. Of equally likely tokens the earlier one comes first.
 
     Raises:
         EngineError: as `Picker.pick`.
     """
-    largest = float(logits.max())  # NaN, where there is one
+    largest = float(logits.max())  # NaN, if there is one
     _check_largest(largest)
-    with np.errstate(over="ignore"):  # at a temperature of next to nothing all but the best are minus infinity
+    with np.errstate(over="ignore"):  # at a temperature close to 0 all but the best become minus infinity
         scaled = (logits.astype(np.float64) - largest) / sampling.temperature
     ids = np.arange(len(scaled))
     if 0 < sampling.top_k < len(scaled):
@@ -133,18 +136,18 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     if sampling.top_p < 1:
         count = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
         ids, weights = ids[:count], weights[:count] / weights[:count].sum()
-    likely = weights > 0  # what underflowed can never win
+    likely = weights > 0  # a weight that underflowed can never win
     return ids[likely], weights[likely]
 
 
 def _check_largest(logit: float) -> None:
-    """Refuse logits by their largest one."""
+    """Refuse logits whose largest one is not a finite number."""
     if not math.isfinite(logit):
         raise EngineError(
-            "the model gave logits that no token can be chosen by",
-            expected="numbers, of which the largest is finite",
-            found="NaN" if math.isnan(logit) else "an infinite one, or none",
-            todo="gsx verify compares the bundle with PyTorch; fp16 may be too narrow for this model",
+            "no token can be chosen from the model's logits",
+            expected="numbers with a finite maximum",
+            found="NaN" if math.isnan(logit) else "an infinite maximum",
+            todo="gsx verify compares the bundle with PyTorch; the range of fp16 may be too small for this model",
         )
 
 

@@ -1,4 +1,4 @@
-"""Text and token ids of a bundle: its tokenizer, and text that streams out as ids come in."""
+"""Text and token ids of a bundle: its tokenizer, and decoding text as ids come in."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TOKENIZER = "tokenizer.json"
 
 
 class BundleTokenizer:
-    """The tokenizer that a bundle carries.
+    """The tokenizer of a bundle.
 
     Raises:
-        BundleError: the bundle has none (the checkpoint had none), or it cannot be read.
+        BundleError: the bundle has no tokenizer (since the checkpoint had none), or it cannot be read.
     """
 
     def __init__(self, bundle: Bundle) -> None:
@@ -36,11 +36,11 @@ class BundleTokenizer:
             raise BundleError(f"{path}: cannot be read as a tokenizer", found=str(error)) from error
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, begun as the model begins a text."""
+        """Ids of a text, with the tokens that the model expects at its beginning."""
         return list(self._tokenizer.encode(text).ids)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The same for a prompt: a model that begins its texts with a token continues even the empty text.
+        """Ids of a prompt. A model with a beginning-of-text token can continue even the empty text.
 
         Raises:
             UsageError: there is nothing to continue.
@@ -49,7 +49,9 @@ class BundleTokenizer:
         if ids:
             return ids
         if self._begin is None:
-            raise UsageError("the prompt is empty", expected="some text: this model has no token to begin with")
+            raise UsageError(
+                "the prompt is empty", expected="some text, since this model has no beginning-of-text token"
+            )
         return [self._begin]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -57,12 +59,12 @@ class BundleTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def stream(self) -> TextStream:
-        """A decoder for ids that come one by one."""
+        """A decoder for ids that arrive one by one."""
         return TextStream(self._tokenizer)
 
 
 class TextStream:
-    """Ids in, text out, as soon as it is whole characters."""
+    """Turns ids into text as soon as they complete characters."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -74,7 +76,7 @@ class TextStream:
 
 
 class TextWriter:
-    """Text that comes piece by piece, held back where it may be the beginning of a stop text."""
+    """Passes text on piece by piece, and holds back what may be the beginning of a stop text."""
 
     def __init__(self, stream: TextStream, stops: Sequence[str], on_text: Callable[[str], None]) -> None:
         self._stream, self._stops, self._on_text = stream, stops, on_text
@@ -83,7 +85,7 @@ class TextWriter:
         self._stopped = False
 
     def push(self, token: int) -> bool:
-        """Take a token; returns whether a stop text is complete."""
+        """Add a token; returns whether a stop text is complete."""
         self._held += self._stream.push(token)
         places = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
         if places:
@@ -94,13 +96,13 @@ class TextWriter:
         return False
 
     def finish(self) -> str:
-        """Let go of what was held back; returns the whole text."""
+        """Emit what was held back; returns the whole text."""
         if not self._stopped:
             self._emit(len(self._held))
         return "".join(self._written)
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the held text that begins a stop text."""
+        """Length of the longest suffix of the held text that is the beginning of a stop text."""
         lengths = (n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n]))
         return max(lengths, default=0)
 
@@ -112,10 +114,10 @@ class TextWriter:
 
 
 def check_text(text: str) -> None:
-    """Refuse what cannot be written as UTF-8 (bytes of another encoding on the command line)."""
+    """Refuse a text that is not valid UTF-8 (from bytes of another encoding on the command line)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            "the prompt or a stop text is not UTF-8 text", found=f"a stray byte at {error.start}"
+            "the prompt or a stop text is not UTF-8 text", found=f"an invalid byte at {error.start}"
         ) from error

@@ -34,7 +34,7 @@ def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "kept_high": list(manifest.quantization.kept_high) if manifest.quantization else None,
         "confidence": _confidence_of(manifest.policy) if manifest.policy else None,
         "exits": list(manifest.policy.exits) if manifest.policy else None,
-        "parameters": manifest.policy.parameters if manifest.policy else None,
+        "parameters": manifest.policy.model_dump(mode="json")["parameters"] if manifest.policy else None,
         "budget": selection.budget if selection else None,
         "kept_share": kept,
         "draft": _draft_of(manifest.draft) if manifest.draft else None,

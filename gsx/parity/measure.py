@@ -15,12 +15,13 @@ from transformers import DynamicCache
 from gsx.parity.closeness import Observation
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.tensor_names import past
 from gsx_engines.runners.base import Runner
-from gsx_engines.runners.portable import PortableStage, skippable_places
+from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.config import BRANCHES, KvPolicy
-from gsx_exporter.masks.base import MaskRule
-from gsx_exporter.reference import Reference, ReferenceOutput
+from gsx_exporter.reference.model import Reference, ReferenceOutput
+from gsx_exporter.reference.rule import ReferenceRule
 
 
 class ReferenceSide:
@@ -32,7 +33,7 @@ class ReferenceSide:
         kv_policy: as exported.
     """
 
-    def __init__(self, reference: Reference, rule: MaskRule, kv_policy: KvPolicy) -> None:
+    def __init__(self, reference: Reference, rule: ReferenceRule, kv_policy: KvPolicy) -> None:
         self._reference, self._rule, self._kv_policy = reference, rule, kv_policy
 
     def observe(self, ids: np.ndarray, mask: np.ndarray) -> list[Observation]:
@@ -71,7 +72,7 @@ class EngineSide:
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
         self._manifest = manifest
-        self._places = [(layer, branch, _column(branch)) for layer, branch in skippable_places(manifest)]
+        self._places = [(layer, branch, _column(branch)) for layer, branch in manifest.skippable_places]
         capture = [f"layers.{i}.output" for i in range(manifest.decoder.num_layers)]
         for layer, branch, _ in self._places:
             capture += [f"layers.{layer}.{branch}.score", f"layers.{layer}.{branch}.index"]
@@ -119,8 +120,8 @@ class EngineSide:
             Observation(
                 logits=all_logits[row, valid],
                 states=[state[row, valid] for state in whole],
-                keys=[_heads(memory[f"{i}.key"][row], valid) for i in range(L)],
-                values=[_heads(memory[f"{i}.value"][row], valid) for i in range(L)],
+                keys=[_heads(memory[past(i, "key")][row], valid) for i in range(L)],
+                values=[_heads(memory[past(i, "value")][row], valid) for i in range(L)],
                 scores=scores[:, :, row, valid],
                 keep=keep[:, :, row, valid],
             )
@@ -212,7 +213,7 @@ def follow(
         logit_tolerance: from the reference's logits [V]: below which lead of the best token another may win.
         near_tie: how far from turning a decision may be and still come out differently.
     """
-    places = skippable_places(runner.manifest)
+    places = runner.manifest.skippable_places
     cache = runner.new_cache(1, sum(step.ids.shape[1] for step in steps))
     mismatches: list[Mismatch] = []
     flips = wrong_flips = 0

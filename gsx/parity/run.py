@@ -14,7 +14,6 @@ from gsx.parity.closeness import Accumulator, Compared, Comparer, Observation
 from gsx.parity.measure import EngineSide, Greedy, ReferenceSide, follow, reference_continuation, runner_logits
 from gsx.parity.quality import QualityCounter
 from gsx.parity.result import BudgetResult
-from gsx.parity.settings import Setting
 from gsx.parity.speculation import SpeculationResult, SpeculationSide
 from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
 from gsx.parity.windows import WindowSums
@@ -23,12 +22,12 @@ from gsx_engines.bundle.controls import Controls, controls_for
 from gsx_engines.bundle.fields import Branch
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.runners.base import Runner
-from gsx_engines.runners.portable import skippable_places
 from gsx_engines.runners.select import Backend, open_runner
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import BRANCHES
-from gsx_exporter.masks.registry import mask_of
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.rules.registry import reference_rule
+from gsx_exporter.rules.settings import Setting
 from gsx_plugins.progress import OnProgress, Progress
 
 # A stretch with a cache: half in one call, the rest in single steps or in one chunk.
@@ -100,7 +99,7 @@ class Run:
         self._tell("with padding")
         padded = self._padded(setting)
         kept = sums.kept
-        reached = [kept[layer, BRANCHES.index(branch)] for layer, branch in skippable_places(self.manifest)]
+        reached = [kept[layer, BRANCHES.index(branch)] for layer, branch in self.manifest.skippable_places]
         reference_nats, engine_nats = sums.nats
         return BudgetResult(
             setting=setting.name,
@@ -246,7 +245,7 @@ class Run:
         logits, counts = runner_logits(self.runners["fast"], ids, controls)
         clean = np.ones(want.tokens, bool)
         base = want if self.limits.runners is None else portable
-        places = [(layer, BRANCHES.index(branch)) for layer, branch in skippable_places(self.manifest)]
+        places = [(layer, BRANCHES.index(branch)) for layer, branch in self.manifest.skippable_places]
         differ = [] if counts is None else [p for p in places if counts[p] != base.keep[p].sum()]
         if self.limits.differing_share is None:
             turned = (want.margins <= self.limits.near_tie) if differ else np.zeros_like(want.keep)
@@ -289,7 +288,7 @@ class Run:
 
     def _sides(self, controls: Controls) -> tuple[ReferenceSide, ReferenceSide | None]:
         """The reference with some run-time inputs, and the one in float32 beside one in float64."""
-        rule = mask_of(self.manifest, controls)
+        rule = reference_rule(self.manifest, controls)
         side = ReferenceSide(self.reference, rule, self.manifest.kv_policy)
         return side, ReferenceSide(self.single, rule, self.manifest.kv_policy) if self.single else None
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from dataclasses import dataclass
 
-from gsx.policies.base import Plan
 from gsx.workflows.export_text import ExportText
 from gsx.workflows.number_types import NumberTypes
 from gsx.workflows.quantize import plan_for
@@ -20,7 +18,7 @@ from gsx_exporter.graph.assemble import GraphBuilder
 from gsx_exporter.quantization.kv_cache import int8_kv_cache
 from gsx_exporter.quantization.plan import Plan as QuantizationPlan
 from gsx_exporter.quantization.qdq import quantize_graphs
-from gsx_exporter.rules.registry import rule_of
+from gsx_exporter.rules.plan import RulePlan
 from gsx_plugins.progress import OnProgress
 
 
@@ -60,16 +58,16 @@ class Calibrated:
 
 
 def calibrate_all(
-    checkpoint: Checkpoint, keep: Plan, types: NumberTypes, text: ExportText, on_progress: OnProgress
+    checkpoint: Checkpoint, keep: RulePlan, types: NumberTypes, text: ExportText, on_progress: OnProgress
 ) -> Calibrated:
     """Find the rule's thresholds, then the scales of products, then those of K and V.
 
     Raises:
         GsxError: what was asked for cannot be met on this text.
     """
-    options = DecoderOptions(keep.rule, keep.kv_policy, types.dtype)
-    section, selection = keep.settle(checkpoint, options, text.seen, on_progress)
-    options = dataclasses.replace(options, rule=rule_of(section, selection, checkpoint.config))  # as calibrated
+    settled = keep.settle(checkpoint, text.seen, on_progress)
+    section, selection = settled.policy, settled.selection
+    options = DecoderOptions(settled.rule, keep.kv_policy, types.dtype)
     defaults = default_controls(section, selection)
     plan = quantization = kv_cache = None
     if types.quantize is not None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gsx.policies.base import Plan
-from gsx.policies.thresholds import grid_with
 from gsx.workflows.draft_search import DraftSearch
 from gsx.workflows.number_types import Precision
 from gsx_engines.bundle.drafts import DraftEntry, DraftKind
@@ -14,6 +12,8 @@ from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.draft_trials.measure import SHORTEST_CONTEXT, candidate_exits
 from gsx_engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_other, refuse_rank
 from gsx_exporter.config import ModelConfig
+from gsx_exporter.rules.plan import RulePlan
+from gsx_exporter.rules.thresholds import grid_with
 from gsx_plugins.errors import UsageError
 
 # The exit, or the set of branches left out, that gains most on this machine.
@@ -54,7 +54,7 @@ class DraftPlan:
         return manifest
 
 
-def plan_draft(draft: str | None, config: ModelConfig, keep: Plan, precision: Precision) -> DraftPlan:
+def plan_draft(draft: str | None, config: ModelConfig, keep: RulePlan, precision: Precision) -> DraftPlan:
     """Read what `gsx.export` takes as `draft`, and check it against checkpoint and keep rule.
 
     Raises:
@@ -63,7 +63,7 @@ def plan_draft(draft: str | None, config: ModelConfig, keep: Plan, precision: Pr
     if draft is None:
         return DraftPlan()
     parsed = None if draft in (BEST_EXIT, BEST_LAYERS) else parse_draft(draft)
-    if keep.rule is not None and keep.rule.by_rank:
+    if keep.by_rank:
         refuse_rank()
     if parsed is None:
         _check_search(draft, config, keep, precision)
@@ -73,9 +73,9 @@ def plan_draft(draft: str | None, config: ModelConfig, keep: Plan, precision: Pr
         check_exit(parsed.layer, config.num_layers)
         return DraftPlan(parsed, exits=(parsed.layer,))
     if parsed.kind == "layers":
-        if keep.rule is None or not keep.drafts_layers:
+        if not keep.drafts_layers:
             refuse_other(parsed)
-        check_layers(parsed, config.num_layers, keep.rule.branches)
+        check_layers(parsed, config.num_layers, keep.branches)
     elif keep.budget is None:
         refuse_other(parsed)
     elif parsed.budget < min(grid_with(keep.budget)):
@@ -87,7 +87,7 @@ def plan_draft(draft: str | None, config: ModelConfig, keep: Plan, precision: Pr
     return DraftPlan(parsed)
 
 
-def _check_search(draft: str, config: ModelConfig, keep: Plan, precision: Precision) -> None:
+def _check_search(draft: str, config: ModelConfig, keep: RulePlan, precision: Precision) -> None:
     """Refuse a search that could measure nothing."""
     if precision == "bf16":
         raise UsageError(
@@ -105,7 +105,7 @@ def _check_search(draft: str, config: ModelConfig, keep: Plan, precision: Precis
         )
     if draft == BEST_EXIT:
         return
-    if keep.rule is None or not keep.drafts_layers:
+    if not keep.drafts_layers:
         refuse_other(draft)
-    if config.num_layers * len(keep.rule.branches) < 2:
+    if config.num_layers * len(keep.branches) < 2:
         raise UsageError(f"--draft {draft} needs two branches that may be skipped, or more", found="one")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from gsx.policies.base import Choice
-from gsx.policies.registry import plan_policy
 from gsx.workflows.bundle_manifest import manifest_of
 from gsx.workflows.calibrated import calibrate_all
 from gsx.workflows.draft_plan import plan_draft
@@ -17,12 +15,13 @@ from gsx.workflows.number_types import KvCacheType, NumberTypes, Precision
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle, open_bundle, write_manifest, writing
 from gsx_engines.bundle.manifest import WeightsEntry
-from gsx_engines.bundle.selection import check_budget
+from gsx_engines.bundle.selection import SelectionMode, check_budget
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import KvPolicy
 from gsx_exporter.defaults import CALIBRATION_TOKENS
 from gsx_exporter.graph.weights import write_weights
-from gsx_exporter.rules.gateskip import Selection
+from gsx_exporter.rules.plan import PolicyOptions
+from gsx_exporter.rules.registry import plan_policy
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
 
@@ -37,7 +36,7 @@ def export(
     *,
     policy: str | None = None,
     budget: float | None = None,
-    select: Selection = "threshold",
+    select: SelectionMode = "threshold",
     kv_policy: KvPolicy | None = None,
     precision: Precision = "fp32",
     calibration: str | Path | None = None,
@@ -84,7 +83,7 @@ def export(
         raise UsageError("calibration tokens", expected="a positive number", found=str(calibration_tokens))
     on_progress(Progress("checking the checkpoint"))
     checkpoint = open_checkpoint(model)
-    keep = plan_policy(Choice(policy, select, budget, kv_policy), checkpoint.config)
+    keep = plan_policy(PolicyOptions(policy, select, budget, kv_policy), checkpoint.config)
     types = NumberTypes(precision, quantize, kv_cache)
     types.check(checkpoint.config, keep)
     drafting = plan_draft(draft, checkpoint.config, keep, precision)

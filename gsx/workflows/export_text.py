@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from gsx.policies.base import Plan
 from gsx.workflows.draft_plan import DraftPlan
 from gsx.workflows.number_types import NumberTypes
 from gsx.workflows.quantize import MEASURED_WINDOWS
 from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.rules.plan import RulePlan
 from gsx_exporter.text import WINDOW_TOKENS, TokenText, behind, tokenize
 from gsx_plugins.errors import UsageError
 
@@ -28,7 +28,12 @@ class ExportText:
 
 
 def read_export_text(
-    checkpoint: Checkpoint, keep: Plan, types: NumberTypes, drafting: DraftPlan, path: str | Path | None, tokens: int
+    checkpoint: Checkpoint,
+    keep: RulePlan,
+    types: NumberTypes,
+    drafting: DraftPlan,
+    path: str | Path | None,
+    tokens: int,
 ) -> ExportText:
     """Read as much text as this export needs.
 

@@ -24,7 +24,7 @@ from gsx_engines.generation import FinishReason, GenerationStats
 from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import Sampling
 from gsx_engines.speculation.adapt import Adaptation, SkipSetSearch, first_set
-from gsx_engines.speculation.draft import OtherControls, open_draft
+from gsx_engines.speculation.draft import FullDepthDraft, open_draft
 from gsx_engines.speculation.spec import check_draft, check_leaves_out, check_speculation, parse_draft
 from gsx_engines.tokens import BundleTokenizer, TextWriter, check_text
 from gsx_plugins.errors import UsageError
@@ -170,7 +170,7 @@ def generate(
     opened = open_draft(bundle, drafting, threads, runtime) if drafting else None
     search = None
     if draft == ADAPTIVE and opened is not None:
-        assert isinstance(opened, OtherControls)
+        assert isinstance(opened, FullDepthDraft)
         search = SkipSetSearch(opened, step_bytes(bundle))
     result = generation.generate(
         opened.runner if opened else open_runner(bundle, threads, runtime),

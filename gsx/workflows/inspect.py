@@ -13,6 +13,7 @@ from typing import Any, Literal
 from gsx_engines.bundle.bundle import MANIFEST, open_bundle
 from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.policy import RouterPolicy
 from gsx_engines.errors import BundleError
 
 _PARITY = "parity.json"
@@ -204,5 +205,4 @@ def _files(directory: Path) -> dict[str, int]:
 
 
 def _router(manifest: Manifest) -> Mapping[str, Any] | None:
-    found = manifest.policy.parameters.get("router") if manifest.policy else None
-    return found if isinstance(found, Mapping) else None
+    return manifest.policy.parameters.router if isinstance(manifest.policy, RouterPolicy) else None

@@ -7,10 +7,10 @@ from typing import Literal
 
 import torch
 
-from gsx.policies.base import Plan
 from gsx.workflows.quantize import Quantize
 from gsx_engines.lowering.probe import is_supported
 from gsx_exporter.config import ModelConfig
+from gsx_exporter.rules.plan import RulePlan
 from gsx_plugins.errors import UsageError
 
 Precision = Literal["fp32", "fp16", "bf16"]
@@ -46,7 +46,7 @@ class NumberTypes:
         """Whether ranges are found, or a cost is measured, on text."""
         return self.kv_cache is not None or (self.quantize is not None and self.quantize.reads_text)
 
-    def check(self, config: ModelConfig, keep: Plan) -> None:
+    def check(self, config: ModelConfig, keep: RulePlan) -> None:
         """Refuse what the checkpoint, its keep rule or the runtimes do not take.
 
         Raises:
@@ -62,7 +62,7 @@ class NumberTypes:
         if self.kv_cache is not None:
             self._check_kv_cache(config, keep)
 
-    def _check_kv_cache(self, config: ModelConfig, keep: Plan) -> None:
+    def _check_kv_cache(self, config: ModelConfig, keep: RulePlan) -> None:
         reason: str | None = None
         found = ""
         if self.precision != "fp32" or (self.quantize is not None and self.quantize.scheme == "fp8"):

@@ -1,7 +1,7 @@
-"""Building the native library: find the tools, run CMake, keep the result by the hash of its sources.
+"""Building the native library: find the tools, run CMake, and store the result by the hash of its sources.
 
-TensorRT's headers are all that is needed of TensorRT; nothing of it is linked, so one library loads into TensorRT 10.8
-to 11 and TensorRT-RTX. Without headers the kernels alone can be built (`kernels_only`), for PyTorch.
+Only TensorRT's headers are needed. TensorRT is not linked, so the same library loads into TensorRT 10.8 to 11 and
+TensorRT-RTX. Without the headers, only the kernels can be built (`kernels_only`), for PyTorch.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ from gsx_plugins.library import (
 )
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-# Machine code for these, and PTX of 9.0 and of the newest for what comes after them.
+# Machine code for these, and PTX of 9.0 and of the newest one for later GPUs.
 ARCHITECTURES = ("80-real", "86-real", "89-real", "90", "120")
-MIN_NVCC = (12, 8)  # the first that knows sm_120
+MIN_NVCC = (12, 8)  # the first version that supports sm_120
 MIN_CMAKE = (3, 24)
 MIN_HEADERS, NEXT_HEADERS = (10, 8), (12, 0)
 HEADERS_VARIABLE = "TENSORRT_ROOT"
 
 _ARCHITECTURE = re.compile(r"(\d{2,3})[af]?(-real|-virtual)?")
-_MIN_ARCHITECTURE = 80  # the first with bfloat16 and the reductions over a warp that the kernels use
+_MIN_ARCHITECTURE = 80  # the first with bfloat16 and the warp reductions that the kernels use
 _NVCC_ARCHITECTURE = re.compile(r"^compute_(\d+)", re.MULTILINE)
 _NVCC_PLACES = ("/usr/local/cuda/bin/nvcc", "/opt/cuda/bin/nvcc")
 _HEADER_PLACES = (
@@ -56,10 +56,10 @@ _GET_NVCC = "install the CUDA toolkit, 12.8 or later, and put nvcc on the PATH o
 _GET_CMAKE = "pip install cmake"
 _GET_COMPILER = "install g++ or clang++"
 _GET_HEADERS = (
-    f"set {HEADERS_VARIABLE} to a TensorRT folder; its headers alone will do: "
+    f"set {HEADERS_VARIABLE} to a TensorRT folder; the headers are enough: "
     "git clone --depth 1 --branch v11.1 https://github.com/NVIDIA/TensorRT"
 )
-# Far more than a build leaves behind it (6 MB) or works with.
+# Far more than a build needs for its result (6 MB) and its temporary files.
 _ROOM_BYTES = 64 << 20
 _LOG_LINES = 12
 _STEP = re.compile(r"^\[\s*(\d+)/(\d+)\]\s*(.*)|^\[\s*(\d+)%\]\s*(.*)")
@@ -69,7 +69,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Headers:
-    """TensorRT's headers: the folder that holds `NvInferRuntime.h`, and their version, e.g. (11, 1)."""
+    """TensorRT's headers: the folder with `NvInferRuntime.h`, and their version, e.g. (11, 1)."""
 
     folder: Path
     version: tuple[int, int]
@@ -77,7 +77,7 @@ class Headers:
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What a build uses. `headers` is None for the kernels alone."""
+    """The tools of a build. `headers` is None for a build of only the kernels."""
 
     nvcc: Path
     nvcc_version: tuple[int, int]
@@ -88,7 +88,7 @@ class Toolchain:
 
 @dataclass(frozen=True)
 class Built:
-    """A library, how it was built, and whether it was there already."""
+    """A library, how it was built, and whether it already existed."""
 
     path: Path
     record: BuildRecord
@@ -103,16 +103,16 @@ def build(
     jobs: int | None = None,
     on_progress: OnProgress = silent,
 ) -> Built:
-    """Build the library, unless one of these sources and architectures is there.
+    """Build the library, unless one of these sources and architectures exists already.
 
     Args:
-        architectures: as CMake spells them: `90` (machine code and PTX), `90-real`, `90-virtual`.
+        architectures: in CMake's spelling: `90` (machine code and PTX), `90-real`, `90-virtual`.
         kernels_only: without the TensorRT plugins, and so without TensorRT's headers.
-        force: build even if it is there.
-        jobs: compilers at a time; None for one a processor.
-        on_progress: called as it goes.
+        force: build even if it exists.
+        jobs: number of compilers that run at a time; None for one per processor.
+        on_progress: called with a stage, the steps done, and all steps (0: unknown).
     Raises:
-        UsageError: an architecture that there is none of, or none of for these kernels or this nvcc.
+        UsageError: an unknown architecture, or one that the kernels or this nvcc do not support.
         PluginLibraryError: a tool is missing or too old, or the build fails.
         GsxError: there is no room for the library.
     """
@@ -140,11 +140,11 @@ def build(
 
 
 def _number_of(architecture: str) -> int:
-    """Compute capability of an architecture as CMake spells it, e.g. 89 of `89-real`."""
+    """Compute capability of an architecture in CMake's spelling, e.g. 89 for `89-real`."""
     match = _ARCHITECTURE.fullmatch(architecture)
     if match is None:
         raise UsageError(
-            f"no such CUDA architecture: {architecture!r}",
+            f"there is no CUDA architecture {architecture!r}",
             expected="a compute capability without its dot, e.g. 90 or 89-real",
             todo=f"the default is {','.join(ARCHITECTURES)}",
         )
@@ -160,7 +160,7 @@ def _number_of(architecture: str) -> int:
 
 
 def _check_architectures(tools: Toolchain, architectures: Sequence[str], numbers: Sequence[int]) -> None:
-    """Refuse what this nvcc does not know, which it would say in the middle of the build."""
+    """Refuse architectures that this nvcc does not know; otherwise the build would fail half-way."""
     known = [int(number) for number in _NVCC_ARCHITECTURE.findall(_answer_of(tools.nvcc, "--list-gpu-arch", _GET_NVCC))]
     for name, number in zip(architectures, numbers, strict=True):
         if known and number not in known:
@@ -168,21 +168,22 @@ def _check_architectures(tools: Toolchain, architectures: Sequence[str], numbers
                 f"{tools.nvcc} does not know CUDA architecture {name}",
                 expected=", ".join(str(one) for one in sorted(known) if one >= _MIN_ARCHITECTURE),
                 found=str(number),
-                todo="another CUDA toolkit may know it",
+                todo="another version of the CUDA toolkit may know it",
             )
 
 
 @contextmanager
 def _work_folder(home: Path) -> Iterator[Path]:
-    """A folder to build in, beside where the library is kept; it is gone afterwards.
+    """A temporary folder to build in, inside the folder of the library.
 
-    Raises: GsxError where it cannot be made, or the library cannot be put beside it.
+    Raises:
+        GsxError: it cannot be created, or the library cannot be written.
     """
-    todo = "free some space, or let XDG_CACHE_HOME name a folder that can be written"
+    todo = "free some space, or set XDG_CACHE_HOME to a folder that can be written"
     try:
         home.mkdir(parents=True, exist_ok=True)
         check_room(home, _ROOM_BYTES, todo=todo)
-        # A compiler that was interrupted may still lay down a file while the folder goes: no reason to fail.
+        # An interrupted compiler may still write a file while the folder is being removed, which is no reason to fail.
         with tempfile.TemporaryDirectory(prefix="build-", dir=home, ignore_cleanup_errors=True) as work:
             yield Path(work)
     except OSError as error:
@@ -190,7 +191,11 @@ def _work_folder(home: Path) -> Iterator[Path]:
 
 
 def find_toolchain(*, kernels_only: bool = False) -> Toolchain:
-    """What a build needs. Raises: PluginLibraryError that names all that is missing, and how to get each."""
+    """Find the tools of a build.
+
+    Raises:
+        PluginLibraryError: names everything that is missing, and how to get it.
+    """
     faults: list[PluginLibraryError] = []
 
     def attempt(find: Callable[[], _T]) -> _T | None:
@@ -218,7 +223,7 @@ def _in_one_line(fault: PluginLibraryError) -> str:
 
 
 def find_nvcc() -> tuple[Path, tuple[int, int]]:
-    """The CUDA compiler and its version: `CUDACXX`, `CUDA_HOME` or `CUDA_PATH`, the PATH, the usual places."""
+    """The CUDA compiler and its version, from `CUDACXX`, `CUDA_HOME`, `CUDA_PATH`, the PATH, or the usual places."""
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes), shutil.which("nvcc")]
     for candidate in (*candidates, *_NVCC_PLACES):
@@ -236,7 +241,7 @@ def find_nvcc() -> tuple[Path, tuple[int, int]]:
 
 
 def find_headers() -> Headers:
-    """TensorRT's headers: below `TENSORRT_ROOT` where that is set, else in the usual places."""
+    """TensorRT's headers: under `TENSORRT_ROOT` if it is set, else in the usual places."""
     root = os.environ.get(HEADERS_VARIABLE)
     places = [Path(root) / "include", Path(root)] if root else [Path(place) for place in _HEADER_PLACES]
     for place in places:
@@ -244,7 +249,7 @@ def find_headers() -> Headers:
             version = _header_version(place / "NvInferVersion.h")
             if not MIN_HEADERS <= version < NEXT_HEADERS:
                 raise PluginLibraryError(
-                    f"the TensorRT headers in {place} are of a version that the plugins do not support",
+                    f"the TensorRT headers in {place} have a version that the plugins do not support",
                     expected=f"{_spell(MIN_HEADERS)} or later, before {_spell(NEXT_HEADERS)}",
                     found=_spell(version),
                     todo=_GET_HEADERS,
@@ -255,7 +260,11 @@ def find_headers() -> Headers:
 
 
 def find_cmake() -> tuple[Path, tuple[int, int]]:
-    """CMake and its version. Raises: PluginLibraryError where there is none, or one too old."""
+    """CMake and its version.
+
+    Raises:
+        PluginLibraryError: it is missing or too old.
+    """
     found = shutil.which("cmake")
     if found is None:
         raise PluginLibraryError("no cmake was found", todo=_GET_CMAKE)
@@ -289,12 +298,12 @@ def _answer_of(program: Path, question: str, todo: str) -> str:
 def _version_of(program: Path, pattern: str, todo: str) -> tuple[int, int]:
     found = re.search(pattern, _answer_of(program, "--version", todo))
     if found is None:
-        raise PluginLibraryError(f"{program} does not tell its version", todo=todo)
+        raise PluginLibraryError(f"{program} does not report its version", todo=todo)
     return int(found[1]), int(found[2])
 
 
 def _header_version(path: Path) -> tuple[int, int]:
-    """Read from `#define`s: NV_TENSORRT_MAJOR is a number, or names TRT_MAJOR_ENTERPRISE (10.15 and later)."""
+    """Read the version from `#define`s: NV_TENSORRT_MAJOR is a number, or from 10.15 on TRT_MAJOR_ENTERPRISE."""
     text = path.read_text(encoding="utf-8", errors="replace")
 
     def number(part: str) -> int | None:
@@ -306,14 +315,14 @@ def _header_version(path: Path) -> tuple[int, int]:
 
     major, minor = number("MAJOR"), number("MINOR")
     if major is None or minor is None:
-        raise PluginLibraryError(f"{path} does not tell TensorRT's version", todo=_GET_HEADERS)
+        raise PluginLibraryError(f"{path} does not define TensorRT's version", todo=_GET_HEADERS)
     return major, minor
 
 
 def _run_cmake(
     tools: Toolchain, work: Path, architectures: Sequence[str], jobs: int | None, on_progress: OnProgress
 ) -> Path:
-    """Configure and build; returns the folder that holds the library."""
+    """Configure and build. Returns: the folder with the library."""
     ninja = shutil.which("ninja")
     configure = [
         str(tools.cmake),
@@ -325,7 +334,7 @@ def _run_cmake(
         f"-DGSX_ARCHITECTURES={';'.join(architectures)}",
         *([f"-DGSX_TENSORRT_INCLUDE={tools.headers.folder}"] if tools.headers else []),
     ]
-    # The compilers' own temporary files, too, lie where room was asked for, and go with the folder.
+    # The compilers' temporary files go into the same folder, where the free space was checked, and are removed with it.
     environment = {**os.environ, "TMPDIR": str(work)}
     _run(configure, environment, lambda line: on_progress(Progress("configuring")))
     count = jobs or os.cpu_count() or 1
@@ -350,7 +359,7 @@ def _run(command: Sequence[str], environment: Mapping[str, str], on_line: Callab
         text=True,
         errors="replace",
         env=environment,
-        start_new_session=True,  # so that it can be ended with all that it started
+        start_new_session=True,  # so that it can be ended together with all its child processes
     ) as process:
         assert process.stdout is not None
         try:
@@ -358,17 +367,17 @@ def _run(command: Sequence[str], environment: Mapping[str, str], on_line: Callab
                 lines.append(line.rstrip())
                 on_line(lines[-1])
         except BaseException:
-            # Ninja and Make take their compilers along, and then close the pipe; CMake, ended alone, leaves them all.
+            # End the whole group: if only CMake were ended, Ninja or Make and the compilers would go on.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
             for _ in process.stdout:
                 pass
             raise
     if process.returncode:
-        told = [line for line in lines if re.search(r"\b(error|fatal|Error)\b", line)] or lines
+        errors = [line for line in lines if re.search(r"\b(error|fatal|Error)\b", line)] or lines
         raise PluginLibraryError(
             f"building the plugins failed: {' '.join(command[:2])} ended with {process.returncode}",
-            found="\n    ".join(["the compiler said:", *told[:_LOG_LINES]]),
+            found="\n    ".join(["the compiler said:", *errors[:_LOG_LINES]]),
             todo="if the tools are in order, report this with the output of `gsx doctor`",
         )
 

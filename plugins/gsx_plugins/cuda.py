@@ -1,10 +1,10 @@
-"""The CUDA kernels for PyTorch: their C interface through ctypes, and as the CUDA side of the torch ops.
+"""The CUDA kernels for PyTorch: their C interface through ctypes, and as the CUDA implementation of the torch ops.
 
 `bind()` makes `gsx::topk_gather`, `gsx::threshold_gather` and `gsx::gated_scatter_add` run the kernels for CUDA
-tensors. What an op returns is the same to the bit; autograd is that of the ops. Kernels run on torch's current stream
-and never synchronise; an op that returns as many rows as the data say waits for that count, unless it knows it (K of
-`topk_gather` as a CPU tensor). Attention has no kernel here: `bind()` gives it the form that PyTorch's fused attention
-takes, which wants as many K/V heads as queries where there is a mask.
+tensors. The results are the same to the bit, and autograd is that of the ops. Kernels run on torch's current stream and
+never synchronize. An op whose number of rows depends on the data has to wait for that number, unless it is known (K of
+`topk_gather` as a CPU tensor). Attention has no kernel of its own: `bind()` makes it call PyTorch's fused attention,
+which with a mask needs as many K/V heads as query heads.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
 
 
 class Kernels:
-    """The kernels of one library. Tensors are contiguous and on one CUDA device; letters as in the ops.
+    """The kernels of one library. Tensors must be contiguous and on one CUDA device; letters as in the ops.
 
     Args:
         path: a library with the kernels' C interface.
-    Raises: PluginLibraryError where it does not load, or a kernel refuses its arguments or fails to start.
+    Raises:
+        PluginLibraryError: the library does not load; later, a kernel refuses its arguments or fails to start.
     """
 
     def __init__(self, path: Path) -> None:
@@ -69,18 +70,18 @@ class Kernels:
             ) from error
 
     def topk_select(self, score: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of the K best scores: score [N] float32, k [1] int64 -> index [N] int64, count [] int64.
+        """Positions of the K best scores: score [N] float32, k [1] int64 -> index [N] int64, count [] int64.
 
-        The first `count` of index are set, ascending.
+        Only the first `count` elements of index are set, in ascending order.
         """
         return self._select("gsx_topk_select", score, k)
 
     def threshold_select(self, score: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-        """Places of the scores above a threshold [] float32; returns as `topk_select` does."""
+        """Positions of the scores above a threshold [] float32; the results are like those of `topk_select`."""
         return self._select("gsx_threshold_select", score, threshold)
 
     def gather_rows(self, x: Tensor, index: Tensor, count: Tensor | None = None) -> Tensor:
-        """x [N, H] and index [capacity] int64 -> rows [capacity, H], of which the first `count` (all) are set."""
+        """x [N, H], index [capacity] int64 -> rows [capacity, H], of which the first `count` are set (None: all)."""
         rows = self.empty(x, (index.shape[0], x.shape[1]), x.dtype)
         pointers = (index.data_ptr(), None if count is None else count.data_ptr())
         self._call(
@@ -91,7 +92,7 @@ class Kernels:
     def gated_scatter_add(
         self, residual: Tensor, rows: Tensor, gate: Tensor, index: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        """The op `GatedScatterAdd`; `out` may be `residual`, and then only the named rows are touched."""
+        """The op `GatedScatterAdd`; `out` may be `residual`, then only the rows that index names are changed."""
         out = self.empty(residual, residual.shape, residual.dtype) if out is None else out
         scratch = self._scratch("gsx_gated_scatter_add", residual, residual.shape[0])
         pointers = (tensor.data_ptr() for tensor in (residual, rows, gate, index))
@@ -122,11 +123,11 @@ class Kernels:
         return self.empty(like, (size,), torch.uint8)
 
     def empty(self, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory for a result or for scratch, on the device of a tensor. (A test may hand out guarded memory.)"""
+        """Memory for a result or for scratch on the device of a tensor. (Tests override it with guarded memory.)"""
         return like.new_empty(shape, dtype=dtype)
 
     def _call(self, name: str, like: Tensor, *arguments: int | None) -> None:
-        """Call a kernel on the device and the current stream of a tensor."""
+        """Call a kernel on the device of a tensor, and on its current stream."""
         if like.is_cuda:
             with torch.cuda.device(like.device):
                 status = getattr(self._library, name)(*arguments, torch.cuda.current_stream().cuda_stream)
@@ -141,7 +142,11 @@ class Kernels:
 
 @cache
 def load_kernels() -> Kernels:
-    """The kernels of the library that is built. Raises: PluginLibraryError where there is none."""
+    """Load the kernels of the library that was built.
+
+    Raises:
+        PluginLibraryError: there is none.
+    """
     path = find_kernels()
     if path is None:
         raise PluginLibraryError("the CUDA kernels are not built", todo="gsx plugins build --kernels-only")
@@ -149,9 +154,10 @@ def load_kernels() -> Kernels:
 
 
 def bind() -> Kernels:
-    """Run the torch ops with the kernels where their tensors are CUDA's. Doing it again changes nothing.
+    """Make the torch ops run the kernels for CUDA tensors. Calling it again changes nothing.
 
-    Raises: PluginLibraryError where no library is built, or it does not load.
+    Raises:
+        PluginLibraryError: no library was built, or it does not load.
     """
     kernels = load_kernels()
     if not _bound:
@@ -168,7 +174,7 @@ _bound: list[Kernels] = []
 
 
 def run_topk_gather(kernels: Kernels, x: Tensor, score: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `topk_gather` by the kernels. With k on the CPU nothing waits for the GPU."""
+    """The op `topk_gather` on the kernels. With k on the CPU, nothing waits for the GPU."""
     index, count = kernels.topk_select(score.contiguous(), _beside(k, x))
     return _gathered(kernels, x, index, count, known=None if k.is_cuda else min(max(int(k), 0), len(score)))
 
@@ -176,18 +182,18 @@ def run_topk_gather(kernels: Kernels, x: Tensor, score: Tensor, k: Tensor) -> tu
 def run_threshold_gather(
     kernels: Kernels, x: Tensor, score: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The op `threshold_gather` by the kernels."""
+    """The op `threshold_gather` on the kernels."""
     index, count = kernels.threshold_select(score.contiguous(), _beside(threshold, x))
     return _gathered(kernels, x, index, count)
 
 
 def run_gated_scatter_add(kernels: Kernels, residual: Tensor, rows: Tensor, gate: Tensor, index: Tensor) -> Tensor:
-    """The op `gated_scatter_add` by the kernels."""
+    """The op `gated_scatter_add` on the kernels."""
     return kernels.gated_scatter_add(*(tensor.contiguous() for tensor in (residual, rows, gate, index)))
 
 
 def run_full_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int) -> Tensor:
-    """The op `full_attention`, one call of PyTorch's fused attention."""
+    """The op `full_attention` as one call of PyTorch's fused attention."""
     batch, length, width = query.shape
     split = query.view(batch, length, num_heads, width // num_heads).transpose(1, 2)
     rows = F.scaled_dot_product_attention(split, _repeated(key, num_heads), _repeated(value, num_heads), attn_mask=mask)
@@ -197,7 +203,7 @@ def run_full_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, 
 def run_gathered_attention(
     query: Tensor, index: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int
 ) -> Tensor:
-    """The op `gathered_attention`, one call of fused attention a sequence; a single sequence waits for nothing."""
+    """The op `gathered_attention` as one call of fused attention per sequence; a single sequence needs no waiting."""
     batch, _, length, _ = mask.shape
     ends = [len(index)]
     if batch > 1:
@@ -216,12 +222,12 @@ def run_gathered_attention(
 
 
 def _repeated(heads: Tensor, num_heads: int) -> Tensor:
-    """K or V with a head for every query head."""
+    """K or V with one head for every query head."""
     return heads.repeat_interleave(num_heads // heads.shape[1], dim=1)
 
 
 def _beside(limit: Tensor, x: Tensor) -> Tensor:
-    """A tensor of one element on x's device. One from the CPU is filled in: copying it would wait for the GPU."""
+    """A tensor of one element, on the device of x. The value of a CPU tensor is filled in, since a copy would wait."""
     if limit.device == x.device:
         return limit
     return torch.full(limit.shape, limit.item(), dtype=limit.dtype, device=x.device)

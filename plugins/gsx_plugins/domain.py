@@ -1,8 +1,8 @@
-"""What all ops of domain `gsx` share: the domain, its version, and the form of an op's ONNX half.
+"""What all ops of domain `gsx` share: the domain, its version, and the description of an op's ONNX half.
 
-An op is a schema (registered with onnx, so that exporters and checkers know it) and a model-local function
-whose body is made of standard ops. ONNX Runtime inlines the body; TensorRT uses the plugin that is registered
-under the op's name, `PLUGIN_NAMESPACE` and `PLUGIN_VERSION`, else the body.
+An op has a schema (registered with onnx, so that exporters and checkers know it) and a model-local function whose body
+consists of standard ops. ONNX Runtime inlines the body; TensorRT uses the plugin registered under the op's name,
+`PLUGIN_NAMESPACE` and `PLUGIN_VERSION` if there is one, else the body.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_VERSION
 
 DOMAIN = "gsx"
 OPSET_VERSION = 1
-# Opset of the standard ops that bodies and graphs are written in (docs/design.md, section 6).
+# Opset of the standard ops in bodies and graphs (docs/design.md, section 6).
 ONNX_OPSET = 23
 
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
@@ -38,10 +38,10 @@ class OnnxOp:
         inputs: (name, type) of every input; the type is `T` (float32, float16, bfloat16), `float` (float32),
             `int64` or `bool`.
         outputs: the same for the outputs.
-        body: the function body, in ONNX's textual syntax, over the input and output names.
-        doc: one line on what the op computes.
-        attributes: int attributes of the op besides `plugin_namespace` and `plugin_version`; the body refers
-            to them as `@name`.
+        body: the function body in ONNX's textual syntax, which uses the names of inputs and outputs.
+        doc: one line that says what the op computes.
+        attributes: int attributes of the op besides `plugin_namespace` and `plugin_version`; the body refers to them
+            as `@name`.
     """
 
     name: str
@@ -75,7 +75,7 @@ class OnnxOp:
         )
 
     def function(self) -> onnx.FunctionProto:
-        """The op as a model-local function, whose body is made of standard ops."""
+        """The op as a model-local function whose body consists of standard ops."""
         text = (
             f'<domain: "{DOMAIN}", opset_import: ["" : {ONNX_OPSET}]> '
             f"{self.name} <{', '.join((*self.attributes, 'plugin_namespace', 'plugin_version'))}>"
@@ -88,7 +88,7 @@ class OnnxOp:
         return function
 
     def register(self) -> None:
-        """Make the schema known to onnx in this process; doing it again changes nothing."""
+        """Register the schema with onnx in this process; calling it again changes nothing."""
         if not defs.has(self.name, DOMAIN):
             defs.register_schema(self.schema())
 

@@ -1,8 +1,8 @@
-"""Files and folders that appear whole or not at all, and where what can be made again is kept.
+"""Files and folders that appear whole or not at all, and the folder for data that can be recreated.
 
-What is written stands beside its place, under a hidden name that ends in `.partial`, until it is complete; then it is
-renamed. Readers never see a part of it. Where several write to one place at once, each has a name of its own, and the
-last one to finish stays.
+A file or folder is written beside its target, under a hidden name that ends in `.partial`, and renamed when it is
+complete, so readers never see a part of it. If several processes write to the same target, each uses a name of its own,
+and the last one to finish wins.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST)
 
 
 def cache_folder() -> Path:
-    """Where this user's gsx keeps what can be made again: `gsx` below `$XDG_CACHE_HOME`, or below `~/.cache`.
+    """The user's folder for data that gsx can recreate: `gsx` under `$XDG_CACHE_HOME`, or under `~/.cache`.
 
-    A relative path in the variable is ignored, as the XDG base directory specification asks.
+    A relative path in the variable is ignored, as the XDG base directory specification requires.
     `engines/cpp/src/files.cpp` does the same.
     """
     home = os.environ.get("XDG_CACHE_HOME")
@@ -32,12 +32,12 @@ def cache_folder() -> Path:
 
 @contextmanager
 def writing_file(target: Path) -> Iterator[Path]:
-    """A path to write a file to, which replaces the target when the block ends well.
+    """A path to write a file to; the file replaces the target when the block succeeds.
 
-    If the block fails or is interrupted, nothing is left and the target is as it was.
+    If the block fails or is interrupted, nothing is left behind, and the target stays as it was.
 
     Args:
-        target: its folder exists.
+        target: its folder must exist.
     Raises:
         OSError: the file cannot be written or renamed.
     """
@@ -51,14 +51,14 @@ def writing_file(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_folder(target: Path) -> Iterator[Path]:
-    """An empty folder to fill, which replaces the target when the block ends well.
+    """An empty folder to fill; it replaces the target when the block succeeds.
 
-    If the block fails or is interrupted, nothing is left and the target is as it was.
+    If the block fails or is interrupted, nothing is left behind, and the target stays as it was.
 
     Args:
-        target: a folder there is replaced, with all that it holds; the folder around it exists.
+        target: a folder that exists there is replaced with all its content; its parent folder must exist.
     Raises:
-        OSError: the folder cannot be made or renamed.
+        OSError: the folder cannot be created or renamed.
     """
     work = partial(target)
     work.mkdir()
@@ -70,16 +70,17 @@ def writing_folder(target: Path) -> Iterator[Path]:
 
 
 def partial(target: Path) -> Path:
-    """A name beside the target that nothing has, for what is not complete yet."""
+    """An unused name beside the target for something that is not complete yet."""
     return target.with_name(f".{target.name}.{uuid.uuid4().hex[:12]}.partial")
 
 
 def replace_folder(work: Path, target: Path, then: Callable[[], None] = lambda: None) -> None:
-    """Rename a finished folder to the target, keeping what was there until that has happened.
+    """Rename a finished folder to the target, keeping the former content until that has succeeded.
 
     Args:
-        work: as `partial` names it.
-        then: what belongs to it: if it fails, what was there is there again.
+        work: the folder, named by `partial`.
+        target: the folder that it replaces.
+        then: called afterwards, as part of the replacement: if it fails, the former content is restored.
     """
     old = work.with_suffix(".old")
     try:
@@ -104,15 +105,19 @@ def _swap(work: Path, target: Path, old: Path) -> None:
         except OSError as error:
             if error.errno not in _OCCUPIED:
                 raise
-        # Another writer has put its own there in between: what was there before is out of date.
+        # Another process has put its own folder there in the meantime, so the former content is out of date.
         shutil.rmtree(old, ignore_errors=True)
 
 
 def check_room(folder: Path, needed_bytes: int, *, todo: str) -> None:
-    """Refuse to begin what the disk has no room for.
+    """Refuse to begin something for which the disk has no room.
 
+    Args:
+        folder: a folder on the disk.
+        needed_bytes: how much must be free.
+        todo: what to do if it is not.
     Raises:
-        GsxError: fewer bytes are free on the disk of the folder; todo: what to do then.
+        GsxError: the disk has less room.
     """
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
@@ -127,7 +132,7 @@ def check_room(folder: Path, needed_bytes: int, *, todo: str) -> None:
 def disk_error(
     target: Path, error: OSError, *, todo: str = "free some space, or give another place with -o"
 ) -> GsxError:
-    """What the system said about writing to a place, in words."""
+    """The error for a failed write to a target, with the system's reason in words."""
     reasons = {
         errno.ENOSPC: "the disk is full",
         errno.EROFS: "the disk is read-only",

@@ -1,8 +1,9 @@
-"""Where the native library is: the CUDA kernels and the TensorRT plugins around them.
+"""Finding the native library, which contains the CUDA kernels and the TensorRT plugins around them.
 
-It is built once per state of its sources (`gsx_plugins/build.py`) and kept in the user's cache, in a folder named by
-the sources' hash, so that a changed source never meets an old library. `GSX_PLUGIN_LIBRARY` names another one. Only the
-standard library is imported here: a runner looks for plugins before it knows whether there is anything to build with.
+It is built once for each version of its sources (`gsx_plugins/build.py`) and kept in the user's cache, in a folder
+named by the hash of the sources, so that changed sources never use an old library. `GSX_PLUGIN_LIBRARY` can name
+another one. This module imports only the standard library: a runner looks for plugins before it knows whether anything
+can be built.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from gsx_plugins.errors import PluginLibraryError
 from gsx_plugins.files import cache_folder
 
 LIBRARY_VARIABLE = "GSX_PLUGIN_LIBRARY"
-# With plugins for TensorRT; and the kernels alone, for machines without TensorRT's headers.
+# The library with plugins for TensorRT, and the one with only the kernels, for machines without TensorRT's headers.
 PLUGIN_LIBRARY_NAME = "libgsx_plugins.so"
 KERNEL_LIBRARY_NAME = "libgsx_kernels.so"
-# Ops with a kernel and a plugin of their own; the others are standard ops everywhere.
+# Ops with a kernel and a plugin; the other ops always run as standard ops.
 PLUGIN_OPS = ("TopKGather", "ThresholdGather", "GatedScatterAdd")
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "gsx", "1"
 
 SOURCE_FOLDER = Path(__file__).parent
 _SOURCE_SUFFIXES = {".h", ".cuh", ".cu", ".cpp"}
 _RECORD_NAME = "build.json"
-_NAME_DIGITS = 16  # of the hash, in a folder's name
+_NAME_DIGITS = 16  # digits of the hash in a folder's name
 
 
 @dataclass(frozen=True)
 class BuildRecord:
-    """How a library was built; it lies beside the library as `build.json`.
+    """How a library was built; stored beside the library as `<library>.build.json`.
 
     Args:
-        source_hash: of the sources it was built from.
-        architectures: as CMake spells them, e.g. `90-real`.
-        nvcc: the compiler's version.
-        tensorrt_headers: their version; None for the kernels alone.
+        source_hash: of the sources that it was built from.
+        architectures: in CMake's spelling, e.g. `90-real`.
+        nvcc: version of the compiler.
+        tensorrt_headers: their version; None for a library with only the kernels.
         seconds: how long the build took.
     """
 
@@ -59,7 +60,7 @@ def native_sources() -> Sequence[Path]:
 
 @cache
 def source_hash() -> str:
-    """SHA-256 of the native sources, their names included."""
+    """SHA-256 of the native sources, including their names."""
     digest = hashlib.sha256()
     for path in native_sources():
         content = path.read_bytes()
@@ -69,21 +70,22 @@ def source_hash() -> str:
 
 
 def library_folder() -> Path:
-    """Where a library of the present sources is built to."""
+    """The folder of libraries built from the current sources."""
     return cache_folder() / "plugins" / source_hash()[:_NAME_DIGITS]
 
 
 def find_library() -> Path | None:
-    """The plugin library: what `GSX_PLUGIN_LIBRARY` names, else the one built from the present sources.
+    """The plugin library: the one that `GSX_PLUGIN_LIBRARY` names, else the one built from the current sources.
 
-    Returns: None where none was built.
-    Raises: PluginLibraryError where the variable names no file.
+    Returns: None if there is none.
+    Raises:
+        PluginLibraryError: the variable names a file that does not exist.
     """
     return _named() or _built(PLUGIN_LIBRARY_NAME)
 
 
 def find_kernels() -> Path | None:
-    """A library with the kernels' C interface: the plugin library, else the kernels alone."""
+    """A library with the kernels' C interface: the plugin library, else the one with only the kernels."""
     return find_library() or _built(KERNEL_LIBRARY_NAME)
 
 
@@ -94,7 +96,7 @@ def library_hash(path: Path) -> str:
 
 
 def record_of(library: Path) -> BuildRecord | None:
-    """How a library was built; None where nothing (readable) says so."""
+    """How a library was built; None without a readable record."""
     try:
         found = json.loads(_record_path(library).read_text(encoding="utf-8"))
         return BuildRecord(**{**found, "architectures": tuple(found["architectures"])})
@@ -103,7 +105,7 @@ def record_of(library: Path) -> BuildRecord | None:
 
 
 def write_record(library: Path, record: BuildRecord) -> None:
-    """Lay the record beside the library."""
+    """Write the record beside the library."""
     _record_path(library).write_text(json.dumps(asdict(record), indent=2) + "\n", encoding="utf-8")
 
 
@@ -118,7 +120,7 @@ def _named() -> Path | None:
     path = Path(name)
     if not path.is_file():
         raise PluginLibraryError(
-            f"{LIBRARY_VARIABLE} names no file",
+            f"{LIBRARY_VARIABLE} names a file that does not exist",
             expected=f"a {PLUGIN_LIBRARY_NAME}",
             found=f"nothing at {name}",
             todo="run `gsx plugins build` and unset it, or correct it",

@@ -1,4 +1,4 @@
-"""How long work reports how far it is: one shape of callback for every floor."""
+"""Reporting the progress of long work: one shape of callback for every floor."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Progress:
 
     Args:
         stage: what is going on, in a few words.
-        done: steps of the stage that are done.
-        total: steps of the stage; 0 if not known.
-        note: a remark for a person who watches.
+        done: how many steps of the stage are done.
+        total: how many steps the stage has; 0 if unknown.
+        note: a remark for people who watch.
     """
 
     stage: str
@@ -27,14 +27,14 @@ OnProgress = Callable[[Progress], None]
 
 
 def silent(progress: Progress) -> None:
-    """Report to nobody: the default of every function that reports progress."""
+    """Ignore progress: the default of every function that reports it."""
 
 
 def prefixed(on_progress: OnProgress, prefix: str) -> OnProgress:
-    """Reports whose stage begins with `prefix: `."""
+    """A callback that puts `prefix: ` before the stage of every report."""
     return lambda progress: on_progress(replace(progress, stage=f"{prefix}: {progress.stage}"))
 
 
 def as_step(on_progress: OnProgress, step: Progress) -> OnProgress:
-    """Every report of a part of a step is passed on as the step itself: it goes on, and it is no further."""
+    """A callback that passes every report from inside a step on as the step itself, which is still going on."""
     return lambda _: on_progress(step)

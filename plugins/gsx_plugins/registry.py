@@ -1,4 +1,4 @@
-"""All ops of the domain, by name (their ONNX halves: importing this needs no torch)."""
+"""All ops of the domain by name (only their ONNX halves, so importing this does not need torch)."""
 
 from __future__ import annotations
 

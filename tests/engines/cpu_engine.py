@@ -20,7 +20,7 @@ from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile
 from gsx_engines.bundle.tensors import tensor_info
 from gsx_engines.lowering.tensorrt import OPSET, Lowered, lower
-from gsx_engines.runners.portable import open_session
+from gsx_engines.runners.session import open_session
 from gsx_engines.runners.tensorrt import TensorRTStage
 from gsx_engines.tensorrt.backend import platform_name
 

@@ -61,7 +61,7 @@ def test_without_polygraphy(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) 
         ({"batch": 0}, UsageError, r"--batch\n.*at least 1"),
         ({"targets": ["9.0"]}, UsageError, r"--target.*\n.*8\.9.*found 9\.0"),
         ({"targets": ["many"]}, UsageError, "--target"),
-        ({"profiles": ["decode:1", "decode:1"]}, UsageError, "two profiles have one name"),
+        ({"profiles": ["decode:1", "decode:1"]}, UsageError, "two profiles have the same name"),
         ({"plugins": Path("nowhere.so")}, UsageError, r"nowhere.so: there is no such plugin library\n.*plugins build"),
         ({"backend": "tensorrt"}, EngineError, "backend tensorrt"),
     ],
@@ -105,7 +105,7 @@ def test_a_plugin_library_of_others_and_half_of_one(bundle: Path, tmp_path: Path
     half = tmp_path / "libhalf.so"
     half.write_bytes(content[: len(content) // 2])
     for library, message in (
-        (renamed, r"it has no plugin of TopKGather: another version of gsx made it"),
+        (renamed, r"it has no plugin for TopKGather: it is from another version of gsx"),
         (half, r"(?s)loading the plugin library|does not load"),
     ):
         with pytest.raises(EngineError, match=message):

@@ -155,8 +155,8 @@ def test_a_record_of_another_engine_names_the_field(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"engin", r"is not whole\n  expected 6 bytes, found 5 bytes\n"),
-        (None, r"is not whole\n  expected 6 bytes, found no such file\n"),
+        (b"engin", r"is incomplete\n  expected 6 bytes, found 5 bytes\n"),
+        (None, r"is incomplete\n  expected 6 bytes, found no such file\n"),
         (b"ENGINE", r"sha256 differs\n  expected 4ea5d5c3b5c2..., found [0-9a-f]{12}\.\.\.\n  .*gsx build OUT"),
     ],
 )
@@ -170,7 +170,7 @@ def test_a_file_that_is_not_the_engine(bundle: Bundle, content: bytes | None, me
 
 def test_an_engine_for_a_graph_that_has_none(bundle: Bundle) -> None:
     engines = EngineSet(bundle.directory / ENGINES / NAME, bundle.manifest.engines[NAME], None)
-    with pytest.raises(EngineError, match=r"have no draft\n  found model\n  gsx build OUT"):
+    with pytest.raises(EngineError, match=r"there is no engine of draft\n  found model\n  gsx build OUT"):
         read_engine(engines, "draft", COMMAND)
 
 

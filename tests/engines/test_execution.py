@@ -19,7 +19,7 @@ from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.split import SplitRunner
 from gsx_engines.runners.tensorrt import TensorRTStage
 from gsx_engines.runners.whole import WholeRunner
-from gsx_engines.speculation.draft import EarlyExit
+from gsx_engines.speculation.draft import EarlyExitDraft
 from gsx_engines.tensorrt import cuda, execution
 from gsx_engines.tensorrt.backend import Backend
 from gsx_engines.tensorrt.execution import CudaEngine
@@ -142,7 +142,7 @@ def test_without_graphs_and_where_nothing_can_be_recorded(make_tiny_bundle: Call
 def test_draft_and_verify(make_tiny_bundle: Callable[..., Path], make: Make, backend: Backend) -> None:
     bundle = open_bundle(make_tiny_bundle(kv_policy="copy", budget=0.5, draft="exit:1"))
     made = make(bundle, backend)
-    draft = EarlyExit(SplitRunner(made["draft"].stage, made["verify"].stage))
+    draft = EarlyExitDraft(SplitRunner(made["draft"].stage, made["verify"].stage))
     found = generate(draft.runner, PROMPTS[:1], max_new_tokens=60, draft=draft, draft_length=3)
     plain = generate(WholeRunner(PortableStage(bundle)), PROMPTS[:1], max_new_tokens=60)
     assert found.sequences == plain.sequences
@@ -194,5 +194,5 @@ def test_an_engine_that_is_refused(
     reason: str,
 ) -> None:
     monkeypatch.setattr(StandInTensorRT, "takes", False)
-    with pytest.raises(EngineError, match=rf"does not take the engine\n  found .*{reason}.*\n  gsx build"):
+    with pytest.raises(EngineError, match=rf"cannot load the engine\n  found .*{reason}.*\n  gsx build"):
         make(open_bundle(make_tiny_bundle()), backend)

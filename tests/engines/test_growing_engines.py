@@ -13,7 +13,7 @@ from gsx_engines.building.build import input_ranges
 from gsx_engines.building.profiles import parse_profile
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.lowering.tensorrt import lower
-from gsx_engines.runners.portable import open_session
+from gsx_engines.runners.session import open_session
 from tests.engines.cpu_engine import cpu_model
 
 # Two orders of summation of float32 products at logits of order 10.

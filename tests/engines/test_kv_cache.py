@@ -144,7 +144,7 @@ def test_other_runtimes_refuse(make_tiny_bundle: Callable[..., Path]) -> None:
     bundle = open_bundle(make_tiny_bundle(kv_cache="int8"))
     with pytest.raises(EngineError, match=r"keeps K and V in the type of the activations\n.*--kv-cache int8"):
         open_runner(bundle, backend=TorchRuntime("cpu"))
-    with pytest.raises(UsageError, match=r"16- and 32-bit floats alone\n.*--kv-cache int8"):
+    with pytest.raises(UsageError, match=r"only supports 16- and 32-bit floats\n.*--kv-cache int8"):
         build(bundle, backend="tensorrt-rtx")
 
 
@@ -152,5 +152,5 @@ def test_a_manifest_without_a_scale_for_each_head(make_tiny_bundle: Callable[...
     bundle: Bundle = open_bundle(make_tiny_bundle(kv_cache="int8"))
     values = bundle.manifest.model_dump(mode="json")
     values["kv_cache"]["scales"] = values["kv_cache"]["scales"][:-1]
-    with pytest.raises(ValidationError, match="not a scale for each K/V head"):
+    with pytest.raises(ValidationError, match="does not have one scale for each K/V head"):
         Manifest.model_validate(values)

@@ -122,7 +122,7 @@ def test_what_triton_could_not_load_is_refused(
     bundles = {
         r"found none\n.*gsx build .* --backend tensorrt --kv-layout growing": open_bundle(tiny_bundle),
         r"found tensorrt-rtx-.*-sm89-growing, which TensorRT cannot load\n": rtx,
-        r"found plain, which has K/V in place\n": Bundle(
+        r"found plain, which updates K/V in place\n": Bundle(
             bundle.directory, bundle.manifest.model_copy(update={"engines": {"plain": in_place}})
         ),
     }
@@ -154,6 +154,6 @@ def test_the_command(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_a_plan_that_changed_is_not_copied(bundle: Bundle, tmp_path: Path) -> None:
     directory = Path(shutil.copytree(bundle.directory, tmp_path / "bundle"))
     (directory / ENGINES / "tensorrt-sm89-growing" / "model.engine").write_bytes(b"other")
-    with pytest.raises(EngineError, match="is not whole"):
+    with pytest.raises(EngineError, match="is incomplete"):
         write_plan_repository(open_bundle(directory), tmp_path / "models", name="tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]

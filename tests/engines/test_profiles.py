@@ -86,10 +86,10 @@ def test_a_call_beyond_every_profile_names_the_axis_and_the_ranges() -> None:
         choose_profile(profiles, 3, 1, 64)
     assert "prefill: batch 1 to 2, tokens 2 to 128, window 2 to 128; decode: batch 1 to 2, tokens 1" in str(error.value)
     assert "found batch 3, tokens 1, window 64" in str(error.value)
-    assert "this call: batch beyond every one" in str(error.value)
+    assert "this call: batch out of range in each" in str(error.value)
     assert "gsx build" in str(error.value)
-    with pytest.raises(EngineError, match="this call: batch and window beyond every one"):
+    with pytest.raises(EngineError, match="this call: batch and window out of range in each"):
         choose_profile(profiles, 3, 1, 192)
     apart = [parse_profile(text, capacity=128, batch=1) for text in ("wide:64-128", "many:1:2-4")]
-    with pytest.raises(EngineError, match="this call: each has another axis out of range"):
+    with pytest.raises(EngineError, match="this call: each has some axis out of range"):
         choose_profile(apart, 2, 64, 64)

@@ -16,8 +16,8 @@ from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import Keep, controls_for
 from gsx_engines.lowering.onnxruntime import lower
 from gsx_engines.lowering.quantized import fuse_products
-from gsx_engines.runners.portable import session_config
 from gsx_engines.runners.select import open_runner
+from gsx_engines.runners.session import session_config
 
 # A value between two codes may go either way, by a float32 rounding: one step is 1/127 of a tensor's range.
 RUNNER_TOLERANCE = 0.05

@@ -25,7 +25,7 @@ from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import Sampling
 from gsx_engines.speculation import adapt
 from gsx_engines.speculation.adapt import WINDOW, SkipSetSearch, first_set, in_a_row
-from gsx_engines.speculation.draft import OtherControls
+from gsx_engines.speculation.draft import FullDepthDraft
 from gsx_engines.speculation.length import CHUNK, ROW_COST, counted_speed
 from gsx_engines.speculation.spec import parse_draft
 from gsx_plugins.progress import Progress
@@ -43,7 +43,7 @@ def drafted_right(bundle: Bundle, draft: LayersDraft, prompt: list[int]) -> int:
     runner = open_runner(bundle)
     controls = controls_for(bundle.manifest)
     written = generate(runner, [prompt], max_new_tokens=CHUNK + 1, stop_ids=[]).sequences[0].tokens
-    drafts = OtherControls(runner, draft)
+    drafts = FullDepthDraft(runner, draft)
     cache = runner.new_cache(1, 64)
     runner.step(cache, np.array([prompt]), controls)
     for count in range(CHUNK):
@@ -143,7 +143,7 @@ def test_a_set_that_changes_meanwhile_leaves_the_text_alone(bundle: Bundle, samp
     options: dict[str, Any] = {"max_new_tokens": 120, "stop_ids": [], "sampling": sampling}
     prompts = [list(np.random.default_rng(0).integers(3, 250, length)) for length in (WINDOW + 4, 5)]
     for some in (prompts[:1], prompts):
-        drafting = OtherControls(open_runner(bundle), first_set(bundle.manifest))
+        drafting = FullDepthDraft(open_runner(bundle), first_set(bundle.manifest))
         search = SkipSetSearch(drafting, step_bytes(bundle))
         found = generate(drafting.runner, some, draft=drafting, draft_length=3, search=search, **options)
         assert found.sequences == generate(plain, some, **options).sequences
@@ -155,7 +155,7 @@ def test_a_set_that_changes_meanwhile_leaves_the_text_alone(bundle: Bundle, samp
 def test_a_search_finds_what_was_hidden_and_ends(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a branch is as good as any other, fewer bytes win; a search that finds nothing more costs nothing more."""
     monkeypatch.setattr(adapt, "in_a_row", lambda right: np.full(4, CHUNK))
-    drafting = OtherControls(open_runner(bundle), parse_draft("layers:1.attn"))
+    drafting = FullDepthDraft(open_runner(bundle), parse_draft("layers:1.attn"))
     search = SkipSetSearch(drafting, step_bytes(bundle))
     prompt = list(np.random.default_rng(0).integers(3, 250, WINDOW + 4))
     generate(drafting.runner, [prompt], max_new_tokens=400, stop_ids=[], draft=drafting, draft_length=1, search=search)

@@ -225,7 +225,7 @@ def test_sampling_repeats_with_its_seed(tiny_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 0}, "max new tokens"),
+        ({"max_new_tokens": 0}, "the number of new tokens is out of range"),
         ({"keep": Keep(budget=0)}, "budget"),
         ({"keep": Keep(budget=1.5)}, "budget"),
         ({"keep": Keep(budget=0.01)}, "below the calibrated grid"),

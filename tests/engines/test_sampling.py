@@ -119,13 +119,17 @@ def test_of_equal_tokens_the_earlier_ones_stay(logits: list[float], top_k: int) 
     np.testing.assert_array_equal(ids, order)
 
 
-BAD = [([1.0, math.nan, 3.0], "NaN"), ([1.0, math.inf, 3.0], "an infinite one"), ([-math.inf] * 3, "an infinite one")]
+BAD = [
+    ([1.0, math.nan, 3.0], "NaN"),
+    ([1.0, math.inf, 3.0], "an infinite maximum"),
+    ([-math.inf] * 3, "an infinite maximum"),
+]
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, 2, 0.9, 1)], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(("logits", "found"), BAD)
 def test_no_token_is_chosen_by_such_logits(logits: list[float], found: str, sampling: Sampling) -> None:
-    with pytest.raises(EngineError, match=f"no token can be chosen by\n  expected numbers, .*, found {found}"):
+    with pytest.raises(EngineError, match=f"no token can be chosen from .*\n  expected numbers with .*, found {found}"):
         Picker(sampling).pick(np.array(logits, np.float32), 0, 0)
 
 

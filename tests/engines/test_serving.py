@@ -285,7 +285,7 @@ def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
     scheduler = Scheduler(open_runner(open_bundle(tiny_bundle), 1), slots=1, queue=2)
     for _ in range(2):
         scheduler.submit(Request([5], 3), Recorder())
-    with pytest.raises(OverloadedError, match="more requests than it can take") as refusal:
+    with pytest.raises(OverloadedError, match="more requests than it can handle") as refusal:
         scheduler.submit(Request([5], 3), Recorder())
     assert "again later" in refusal.value.message
     finish(scheduler)
@@ -298,7 +298,7 @@ def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
         (Request([], 3), "empty"),
         (Request([5] * 40, 3), "longer than a row"),
         (Request([5], 40), "longer than a row"),
-        (Request([5], 0), "max new tokens"),
+        (Request([5], 0), "the number of new tokens is out of range"),
         (Request([-5], 4), "outside the vocabulary"),
         (Request([5], 4, keep=Keep(budget=1.5)), "budget"),
         (Request([5], 4, keep=Keep(budget=float("nan"))), "budget"),

@@ -25,7 +25,7 @@ from gsx_engines.speculation.length import LONGEST, PROBE_EVERY, AdaptiveLength,
 from gsx_engines.speculation.spec import check_draft, parse_draft
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
 from gsx_plugins.errors import UsageError
 from tests.tiny import EOS_ID, tiny_checkpoint
 
@@ -267,8 +267,8 @@ def test_what_is_no_draft_is_refused(text: str) -> None:
         ("exit:4", "exit layer"),
         ("exit:1", "cannot draft with exit:1"),
         ("budget:0.1", "below the calibrated grid"),
-        ("layers:4", "cannot be left out"),
-        ("layers:0-3", "cannot be left out"),
+        ("layers:4", "leaves out branches that it cannot"),
+        ("layers:0-3", "leaves out branches that it cannot"),
     ],
 )
 def test_a_bundle_refuses_what_it_has_not(gated: Bundle, text: str, message: str) -> None:
@@ -283,7 +283,7 @@ def test_drafts_that_a_model_cannot_have_are_refused(tmp_path: Path, tiny_gated:
         (dense, {"draft": "exit:3"}, "exit layer"),
         (tiny_gated, {"draft": "exit:1", "select": "rank"}, "selection by threshold"),
         (tiny_gated, {"draft": "budget:0.01", "budget": 0.7}, "below the calibrated grid"),
-        (tiny_gated, {"draft": "layers:3"}, "cannot be left out"),
+        (tiny_gated, {"draft": "layers:3"}, "leaves out branches that it cannot"),
         (tiny_checkpoint(tmp_path / "one", layers=1, tokenizer=True), {"draft": "auto"}, "2 layers or more"),
         (tiny_checkpoint(tmp_path / "short", tokenizer=True, max_position_embeddings=32), {"draft": "auto"}, "room"),
     ]
@@ -298,7 +298,7 @@ def test_drafts_that_a_model_cannot_have_are_refused(tmp_path: Path, tiny_gated:
 def test_bad_draft_lengths_are_refused(gated: Bundle) -> None:
     draft = open_draft(gated, ExitDraft(layer=2))
     for length in (-1, 10**6):
-        with pytest.raises(UsageError, match="draft length"):
+        with pytest.raises(UsageError, match="the draft length is out of range"):
             generate(draft.runner, [PROMPTS[0]], max_new_tokens=4, draft=draft, draft_length=length)
 
 

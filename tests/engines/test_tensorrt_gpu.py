@@ -114,7 +114,7 @@ def test_an_engine_that_tensorrt_refuses_is_an_error_in_words(built: tuple[Bundl
     entry = entry.model_copy(update={"graphs": {**entry.graphs, "model": graph}})
     (folder / ENGINE_FILE).write_text(entry.model_dump_json())
     write_manifest(bundle.directory, bundle.manifest.model_copy(update={"engines": {name: entry}}))
-    with pytest.raises(EngineError, match=r"does not take the engine\n.*\n.*gsx build"):
+    with pytest.raises(EngineError, match=r"cannot load the engine\n.*\n.*gsx build"):
         open_stage(open_bundle(bundle.directory), backend)
 
 

@@ -23,7 +23,7 @@ from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.split import SplitRunner
 from gsx_engines.runners.tensorrt import WINDOW_STEP, window_of
 from gsx_engines.runners.whole import WholeRunner
-from gsx_engines.speculation.draft import EarlyExit
+from gsx_engines.speculation.draft import EarlyExitDraft
 from gsx_exporter.config import GateConfig
 from tests.engines.cpu_engine import CpuEngine, cpu_stages
 from tests.tiny import tiny_checkpoint
@@ -258,7 +258,7 @@ def test_draft_and_verify_write_the_same_text(
     """Both halves of a split decoder as engines, with K and V of the exit's layer passing over (policy `copy`)."""
     bundle = open_bundle(make_tiny_bundle(**COPY))
     stages = cpu_stages(bundle, default_profiles(CAPACITY, batch), capacity=CAPACITY, plugins=plugins)
-    draft = EarlyExit(SplitRunner(stages["draft"][0], stages["verify"][0]))
+    draft = EarlyExitDraft(SplitRunner(stages["draft"][0], stages["verify"][0]))
     prompts = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]][:batch]
     plain = generate(WholeRunner(PortableStage(bundle)), prompts, max_new_tokens=40)
     found = generate(draft.runner, prompts, max_new_tokens=40, draft=draft, draft_length=3)

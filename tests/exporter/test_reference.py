@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from gsx_engines.bundle.counting import kept_count
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import BRANCHES, Branch, GateConfig, GateInput, GateKind, KvPolicy
-from gsx_exporter.masks.base import KeepAll, MaskRule
-from gsx_exporter.masks.gateskip import Rank, Threshold
-from gsx_exporter.reference import Reference, ReferenceOutput
+from gsx_exporter.reference.model import Reference, ReferenceOutput
+from gsx_exporter.reference.rule import KeepAll, ReferenceRule
+from gsx_exporter.rules.gateskip.reference import Rank, Threshold
 from gsx_plugins.errors import UsageError
 from tests.tiny import EOS_ID, FAMILY_NAMES, PAD_ID, tiny_checkpoint
 
@@ -164,7 +164,7 @@ def test_cache_changes_nothing(
     family: str,
     gate: GateConfig,
     overrides: dict[str, object],
-    selection: MaskRule,
+    selection: ReferenceRule,
     kv_policy: KvPolicy,
 ) -> None:
     tiny_checkpoint(tmp_path, family, gate=gate, **overrides)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
@@ -25,9 +25,9 @@ from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
-from gsx_exporter.masks.base import BranchInput, MaskCall
-from gsx_exporter.masks.ffn_skip import FfnStride
-from gsx_exporter.similarity import Region, calibrate_ffn
+from gsx_exporter.reference.rule import BranchInput, MaskCall
+from gsx_exporter.rules.ffn_skip.calibrate import Region, calibrate_ffn
+from gsx_exporter.rules.ffn_skip.reference import FfnStride
 from gsx_exporter.text import tokenize
 from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
@@ -164,7 +164,7 @@ def test_a_skipped_branch_is_not_entered(name: str, inside: set[str], bundle_of:
         ({}, {"policy": "layers", "select": "rank"}, "--select rank and --policy layers exclude each other"),
         ({}, {"policy": "unified"}, "a target speed-up"),
         ({}, {"policy": "unified:3"}, "fewer than two of 5 layers"),
-        ({}, {"policy": "unified:0.9"}, "the speed-up is not one"),
+        ({}, {"policy": "unified:0.9"}, "the speed-up is out of range"),
         ({"gate": GateConfig()}, {"policy": "dense"}, "the checkpoint has gates"),
         ({"gate": GateConfig()}, {"kv_policy": "none"}, "for sets of layers"),
         ({}, {"policy": "ffn-skip:stride=0"}, "its parameters"),
@@ -200,6 +200,11 @@ def test_calibrated_shares_are_those_of_the_graph(tmp_path: Path, tiny_text: Pat
     assert ((found.similarity > -1) & (found.similarity < 1)).all()
 
 
+def unread(load: object) -> NoReturn:
+    """A rule that reads no part of a checkpoint."""
+    raise AssertionError(load)
+
+
 def published(change: np.ndarray, region: Region, threshold: float) -> np.ndarray:
     """The method's own loop for one token (docs/methods.md section 5): which FFNs run, [L] bool."""
     left, ran = 0, []
@@ -225,19 +230,18 @@ def test_the_reference_runs_the_published_loop(
     region = Region(first, data.draw(st.integers(first, layers - 2)), stride)
     table = region.thresholds(layers, threshold)
     one = torch.ones(1, 1, dtype=torch.bool)
-    call = MaskCall(
-        torch.zeros(1, 1, dtype=torch.int64), one, ~one, torch.zeros(1, 1, dtype=torch.int64), layers, torch.clone
-    )
-    chooser = FfnStride(table, stride, np.zeros(1, np.int64)).begin(call)
+    zeros = torch.zeros(1, 1, dtype=torch.int64)
+    call = MaskCall(zeros, one, ~one, zeros, layers, torch.clone, unread)
+    masker = FfnStride(table, stride, np.zeros(1, np.int64)).start(call)
     before = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
     found = []
     for layer, moved in enumerate(change):
         x = BranchInput(layer, "mlp", before, before, None)
-        choice = chooser.choose(x)
-        found.append(bool(choice.keep))
+        decision = masker.decide(x)
+        found.append(bool(decision.keep))
         cosine = 1 - moved
         after = torch.tensor([[[cosine, (1 - cosine**2) ** 0.5]]], dtype=torch.float64)
-        chooser.after(x, after, choice)
+        masker.after(x, after, decision)
     near = [abs(c - float(np.float32(threshold))) < 1e-6 for c in change]
     if not any(near):
         assert found == published(np.array(change), region, threshold).tolist()

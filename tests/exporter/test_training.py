@@ -21,9 +21,9 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig, GateInput, GateKind
 from gsx_exporter.errors import CheckpointError, TextError
-from gsx_exporter.masks.base import KeepAll
-from gsx_exporter.masks.gateskip import Rank
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.reference.rule import KeepAll
+from gsx_exporter.rules.gateskip.reference import Rank
 from gsx_exporter.training import ModelShape, StepReport, TrainConfig, corpus, export_snapshot, schedule, train
 from gsx_exporter.training.loop import _build
 from gsx_exporter.training.model import GatedModel

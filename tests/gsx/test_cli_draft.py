@@ -107,11 +107,11 @@ def test_generate_searches_a_set(gsx: Gsx, tiny_bundle: Path) -> None:
         (("--speculative",), "has no draft"),
         (("--draft-length", "4"), "has no draft"),
         (("--draft", "exit:1"), "cannot draft with exit:1"),
-        (("--draft", "layers:9"), "cannot be left out"),
+        (("--draft", "layers:9"), "leaves out branches that it cannot"),
         (("--draft", "budget:0.6", "--no-speculative"), "plain decoding and a draft"),
         (("--no-speculative", "--draft-length", "4"), "plain decoding and a draft"),
         (("--speculative", "--draft-length", "0"), "plain decoding and a draft"),
-        (("--draft", "budget:0.6", "--draft-length", "-2"), "draft length"),
+        (("--draft", "budget:0.6", "--draft-length", "-2"), "the draft length is out of range"),
         (("--draft", "layers:auto", "--no-speculative"), "plain decoding and a draft"),
     ],
 )

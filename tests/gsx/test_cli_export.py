@@ -181,7 +181,7 @@ def test_bad_model(gsx: Gsx, model: Path, tmp_path: Path, tiny_text: Path, case:
 def test_budget_outside(gsx: Gsx, model: Path, tmp_path: Path, budget: str) -> None:
     found = gsx("export", model, "-o", tmp_path / "out", f"--budget={budget}")
     assert found.code == 2
-    assert "budget is not a share" in found.err
+    assert "the budget is out of range" in found.err
     assert "above 0 and at most 1" in found.err
     assert not (tmp_path / "out").exists()
 

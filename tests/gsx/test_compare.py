@@ -19,9 +19,9 @@ from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import TextError
 from gsx_exporter.evaluation import losses
-from gsx_exporter.masks.layers import LayerMask
-from gsx_exporter.reference import Reference
-from gsx_exporter.router_config import RouterConfig
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.rules.layers.reference import LayerMask
+from gsx_exporter.rules.router.config import RouterConfig
 from gsx_exporter.text import tokenize
 from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint

@@ -18,7 +18,7 @@ from gsx.parity.speculation import SAMPLED, reference_probabilities, sampling_fi
 from gsx.workflows.verify import verify
 from gsx_engines.runners.base import StepOutput
 from gsx_engines.sampling import Picker
-from gsx_engines.speculation.draft import EarlyExit
+from gsx_engines.speculation.draft import EarlyExitDraft
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +62,13 @@ def test_a_wrong_half_is_found(split: Path, tiny_text: Path, tmp_path: Path) -> 
 
 def test_a_loop_that_believes_its_draft_is_found(split: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verification that gives the draft's own opinion changes the text."""
-    verify_half = EarlyExit.verify
+    verify_half = EarlyExitDraft.verify
 
-    def careless(self: EarlyExit, *arguments: Any) -> StepOutput:
+    def careless(self: EarlyExitDraft, *arguments: Any) -> StepOutput:
         output = verify_half(self, *arguments)
         return StepOutput(np.roll(output.logits, 1, axis=-1), output.kept, output.gated_rows)
 
-    monkeypatch.setattr(EarlyExit, "verify", careless)
+    monkeypatch.setattr(EarlyExitDraft, "verify", careless)
     assert "speculative greedy text, continuations that differ" in failed(split, tiny_text)
 
 

@@ -137,7 +137,7 @@ def test_header_versions(
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ("sm_90", "no such CUDA architecture: 'sm_90'"),
+        ("sm_90", "there is no CUDA architecture 'sm_90'"),
         ("75", "do not run on CUDA architecture 75\n  expected 80 or later, found 75"),
         ("99-real", "does not know CUDA architecture 99-real\n  expected 80, 86, 89, 90, 120, found 99"),
     ],
@@ -209,7 +209,7 @@ def test_source_hash_sees_every_source(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_named_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("GSX_PLUGIN_LIBRARY", str(tmp_path / "mine.so"))
-    with pytest.raises(PluginLibraryError, match="GSX_PLUGIN_LIBRARY names no file"):
+    with pytest.raises(PluginLibraryError, match="GSX_PLUGIN_LIBRARY names a file that does not exist"):
         find_library()
     (tmp_path / "mine.so").write_bytes(b"content")
     assert find_library() == tmp_path / "mine.so"

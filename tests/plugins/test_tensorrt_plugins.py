@@ -212,7 +212,7 @@ def test_unknown_field_is_refused(registry: Any, messages: Messages) -> None:
     creator = registry.get_creator("TopKGather", PLUGIN_VERSION, PLUGIN_NAMESPACE)
     fields = rtx.PluginFieldCollection([rtx.PluginField("axis", np.array([1], np.int32), rtx.PluginFieldType.INT32)])
     assert creator.create_plugin("choose", fields, rtx.TensorRTPhase.BUILD) is None
-    assert "TopKGather: node choose has a field 'axis', expected none" in " ".join(messages.errors)
+    assert "TopKGather: node choose has a field 'axis', expected no fields" in " ".join(messages.errors)
 
 
 Inputs = Mapping[str, tuple[int, Sequence[int | str]]]

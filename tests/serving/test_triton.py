@@ -248,7 +248,7 @@ def test_a_full_queue_refuses_and_serves_the_rest(grpc: Grpc, served: Bundle) ->
     refused = [answer for answer in answers if answer["error"]]
     assert refused
     assert len(refused) < len(answers)
-    assert all("more requests than it can take" in answer["error"] for answer in refused)
+    assert all("more requests than it can handle" in answer["error"] for answer in refused)
     assert all(answer["ids"] == alone for answer in answers if not answer["error"])
 
 

@@ -20,7 +20,6 @@ import numpy as np
 from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.runners.portable import layers_of, skippable_places
 
 _MASK = 0xFFFFFFFF
 
@@ -52,8 +51,8 @@ class ToyEngine:
 
     def __init__(self, manifest: Manifest, graph: str, digest: Any) -> None:
         self.manifest, self.graph, self.digest = manifest, graph, digest
-        self.layers = layers_of(manifest, graph)
-        self.places = skippable_places(manifest, self.layers)
+        self.layers = manifest.layers_of(graph)
+        self.places = manifest.skippable_in(self.layers)
         self.ends = set(manifest.decoder.eos_ids)
 
     def buffer(self, shape: tuple[int, ...], name: str) -> np.ndarray:

@@ -17,25 +17,25 @@ constexpr int kUsedWrongly = 2;
 
 constexpr char const* kHelp = R"(Usage: gsx-run BUNDLE [OPTIONS] < IDS
 
-Continue a prompt with the engines of a bundle. The prompt is token ids on standard input, separated by white space; the
-new ids stream to standard output, one a line.
+Continue a prompt with the engines of a bundle. The prompt is read from standard input as token ids separated by white
+space; new ids are written to standard output as they come, one per line.
 
-  --max-new-tokens N   at most so many (128)
-  --budget B           share of skippable work to keep; default: the exported one
+  --max-new-tokens N   maximum number of new tokens (128)
+  --budget B           share of skippable work to keep; default: as exported
   --layers SET         branches that run, e.g. 0-3,6,8.attn (--policy layers)
   --exit N             run the first N layers (--policy layers)
   --speedup X          Unified Layer Skipping: new tokens run 1/X of the layers (--policy layers)
-  --exit-threshold C   confidence at which a token leaves; inf: nothing does (--policy calm)
+  --exit-threshold C   confidence at which a token exits; inf: no token exits (--policy calm)
   --temperature T      0 is greedy (0)
   --top-k K            only the K likeliest tokens; 0 for all (0)
   --top-p P            only the likeliest tokens that together reach this probability (1)
-  --seed S             of the random numbers; default: a fresh one
-  --draft DRAFT        draft in another way than the bundle's: exit:E, budget:B or layers:SET
+  --seed S             seed of the random numbers; default: a new one each time
+  --draft DRAFT        use another draft than the bundle's: exit:E, budget:B or layers:SET
   --draft-length N     tokens drafted before a verification; default: found while generating
-  --no-speculative     plain decoding, whatever the bundle has
+  --no-speculative     plain decoding, even if the bundle has a draft
   --plugins FILE       the plugin library that the engines were built with
-  --json               print ids and statistics as one line of JSON at the end, as `gsx generate --json`
-  --help               show this
+  --json               print ids and statistics as one line of JSON at the end, like `gsx generate --json`
+  --help               show this help
 
   echo 1 15 20 | gsx-run out/my-model --temperature 0.8 --seed 1
 )";
@@ -67,7 +67,7 @@ Command parse(int count, char** arguments) {
     std::string value;
     auto const whole = [&] { return numberOf<int64_t>(value, name, "a whole number"); };
     auto const real = [&] { return numberOf<double>(value, name, "a number"); };
-    std::map<std::string, std::function<void()>> const valued = {
+    std::map<std::string, std::function<void()>> const withValue = {
         {"--max-new-tokens", [&] { options.maxNewTokens = whole(); }},
         {"--budget", [&] { command.keep.budget = real(); }},
         {"--layers", [&] { command.keep.layers = value; }},
@@ -82,16 +82,16 @@ Command parse(int count, char** arguments) {
         {"--draft-length", [&] { options.draftLength = whole(); }},
         {"--plugins", [&] { command.gpu.pluginLibrary = value; }},
     };
-    std::map<std::string, std::function<void()>> const alone = {
+    std::map<std::string, std::function<void()>> const flags = {
         {"--no-speculative", [&] { command.drafting.speculative = false; }},
         {"--json", [&] { command.json = true; }},
         {"--help", [&] { command.help = true; }},
     };
     for (int i = 1; i < count; ++i) {
         name = arguments[i];
-        if (auto const option = alone.find(name); option != alone.end()) {
+        if (auto const option = flags.find(name); option != flags.end()) {
             option->second();
-        } else if (auto const setter = valued.find(name); setter != valued.end()) {
+        } else if (auto const setter = withValue.find(name); setter != withValue.end()) {
             if (i + 1 == count) throw gsx::UsageError(name, {"a value", "none", "gsx-run --help"});
             value = arguments[++i];
             setter->second();
@@ -115,7 +115,7 @@ gsx::Tokens readIds(std::istream& stream) {
 
 nlohmann::json orNull(std::optional<double> value) { return value ? nlohmann::json(*value) : nlohmann::json(); }
 
-// As `gsx generate --json`, without the text.
+// The same keys as `gsx generate --json`, without the text.
 nlohmann::json report(gsx::Model const& model, Command const& command, gsx::Tokens const& prompt,
                       gsx::Generation const& made) {
     gsx::GenerationStats const& stats = made.stats;
@@ -152,7 +152,7 @@ void run(Command command) {
     if (!command.json) {
         command.options.onToken = [](size_t, int64_t token) {
             std::cout << token << std::endl;
-            return !std::cout;  // nobody reads any more
+            return !std::cout;  // the reader has gone
         };
     }
     gsx::Generation const made = model.generate({prompt}, command.options);

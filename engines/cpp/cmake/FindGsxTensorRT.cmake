@@ -1,7 +1,7 @@
-# TensorRT's or TensorRT-RTX's headers and library, whichever GSX_BACKEND names, as GsxTensorRT::runtime.
+# Headers and library of TensorRT or TensorRT-RTX, whichever GSX_BACKEND names, as GsxTensorRT::runtime.
 #
-# Looked for below TENSORRT_ROOT (a variable, or of the environment), else where the system keeps such files. The library
-# alone may be given as GSX_TENSORRT_LIBRARY: Python wheels have it without headers, under a versioned name.
+# Looked for under TENSORRT_ROOT (a CMake or an environment variable), then where the system keeps such files. The library
+# can be given separately as GSX_TENSORRT_LIBRARY: Python wheels ship it without headers, under a versioned name.
 set(GSX_TENSORRT_ROOTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT})
 find_path(GSX_TENSORRT_INCLUDE NvInferRuntime.h
   HINTS ${GSX_TENSORRT_ROOTS} PATH_SUFFIXES include

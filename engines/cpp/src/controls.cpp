@@ -10,17 +10,15 @@
 #include <sstream>
 
 #include "gsx/error.h"
+#include "tensor_names.h"
 #include "text.h"
 
 namespace gsx {
 namespace {
 
-// Layers that a message names; more are counted.
+// Layers that a message names; any more are only counted.
 constexpr size_t kMostNamed = 4;
 constexpr int64_t kMostLayers = 10'000;
-constexpr char const* kLayerMask = "layer_mask";
-constexpr char const* kFullUntil = "full_until";
-constexpr char const* kExitThreshold = "exit_threshold";
 
 // [L, 2], 1 for a branch that runs.
 using Mask = std::vector<float>;
@@ -37,7 +35,7 @@ std::string trimmed(std::string const& text) {
     return first == std::string::npos ? "" : text.substr(first, text.find_last_not_of(" \t") - first + 1);
 }
 
-// One part of a set; false where it is none.
+// Add the branches that one part of a set names; false if it is not valid.
 bool addPlaces(std::string const& part, std::vector<Place>& places) {
     size_t const dot = part.find('.');
     std::string const branches = dot == std::string::npos ? "" : part.substr(dot + 1);
@@ -113,7 +111,7 @@ std::vector<Place> exitPlaces(int64_t depth, Manifest const& manifest) {
         for (int64_t const one : trained) names.push_back(std::to_string(one));
         std::optional<std::string> todo;
         if (0 < depth && depth < layers) {
-            todo = "--layers 0-" + std::to_string(depth - 1) + " runs any set of layers, trained for or not";
+            todo = "to run these layers anyway, give them as the set 0-" + std::to_string(depth - 1);
         }
         throw UsageError("the model has no exit after " + std::to_string(depth) + " layers",
                          {any ? "1 to " + std::to_string(layers) : "one of " + joinedBy(", ", names),
@@ -127,7 +125,7 @@ std::vector<Place> exitPlaces(int64_t depth, Manifest const& manifest) {
 // The layers that Unified Layer Skipping keeps for a target speed-up (gsx_engines/bundle/layer_sets.py).
 std::vector<Place> unifiedPlaces(double speedup, int64_t layers) {
     if (!(std::isfinite(speedup) && speedup >= 1)) {
-        throw UsageError("the speed-up is not one", {"a number from 1 up", shortNumber(speedup), {}});
+        throw UsageError("the speed-up is out of range", {"a number of at least 1", shortNumber(speedup), {}});
     }
     constexpr double kRounding = 1e-9;  // 3 / 0.3 must not become 9
     auto const count = static_cast<int64_t>(std::floor(static_cast<double>(layers) / speedup + kRounding));
@@ -167,67 +165,68 @@ Mask layerMask(Manifest const& manifest, RuntimeInput const& read, Keep const& k
 
 std::vector<std::string> givenOf(Keep const& keep) {
     std::vector<std::string> given;
-    if (keep.budget) given.emplace_back("--budget");
-    if (keep.layers) given.emplace_back("--layers");
-    if (keep.exit) given.emplace_back("--exit");
-    if (keep.speedup) given.emplace_back("--speedup");
-    if (keep.exitThreshold) given.emplace_back("--exit-threshold");
+    if (keep.budget) given.emplace_back("budget");
+    if (keep.layers) given.emplace_back("layers");
+    if (keep.exit) given.emplace_back("exit");
+    if (keep.speedup) given.emplace_back("speedup");
+    if (keep.exitThreshold) given.emplace_back("exit_threshold");
     return given;
 }
 
-// Refuse a threshold outside the measure's range; infinity, at which nothing leaves, is allowed.
+// Refuse a threshold outside the range of the confidence measure; infinity, at which no token exits, is allowed.
 void checkExitThreshold(double threshold, double least, double most) {
     if (threshold == std::numeric_limits<double>::infinity() || (least <= threshold && threshold <= most)) return;
-    throw UsageError("the exit threshold lies outside the measure's range",
-                     {shortNumber(least) + " to " + shortNumber(most) + ", or inf to leave nothing out",
+    throw UsageError("the exit threshold is outside the range of the confidence measure",
+                     {shortNumber(least) + " to " + shortNumber(most) + ", or inf for no exits",
                       shortNumber(threshold),
                       {}});
 }
 
-// Refuse what the bundle's rule does not read.
+// Refuse settings that the bundle's rule does not read.
 void checkRead(Manifest const& manifest, Keep const& keep) {
     std::vector<std::string> const given = givenOf(keep);
     if (given.size() > 1) {
-        throw UsageError("two ways to choose what is kept exclude each other",
-                         {"one of them", joinedBy(" and ", given), {}});
+        throw UsageError("only one setting may decide what is kept", {"one of them", joinedBy(" and ", given), {}});
     }
     bool const dense = !manifest.policy;
     if (keep.budget) {
         if (dense && *keep.budget == 1) return;
         if (!manifest.selection) {
             throw UsageError("this bundle has no budget to choose",
-                             {dense ? "budget 1, or none" : "a bundle whose keep rule has thresholds",
+                             {dense ? "budget 1, or no budget" : "a bundle whose keep rule has thresholds",
                               dense ? "a dense model, budget " + shortNumber(*keep.budget) : "policy " + manifest.policy->name,
                               {}});
         }
         checkBudget(*keep.budget);
     } else if (keep.exitThreshold) {
-        RuntimeInput const* read = dense ? nullptr : manifest.policy->input(kExitThreshold);
+        RuntimeInput const* read = dense ? nullptr : manifest.policy->input(names::kExitThreshold);
         if (read == nullptr) {
-            throw UsageError("--exit-threshold needs a bundle whose tokens leave when the model is confident",
+            throw UsageError("an exit threshold needs a bundle with confidence-based exits",
                              {{}, dense ? "a dense model" : "policy " + manifest.policy->name,
                               "gsx export MODEL --policy calm"});
         }
         checkExitThreshold(*keep.exitThreshold, *read->least, *read->most);
-    } else if (!given.empty() && (dense || manifest.policy->input(kLayerMask) == nullptr)) {
-        throw UsageError(given[0] + " needs a bundle that reads a set of layers",
+    } else if (!given.empty() && (dense || manifest.policy->input(names::kLayerMask) == nullptr)) {
+        throw UsageError("the setting '" + given[0] + "' needs a bundle whose keep rule reads a set of layers",
                          {{}, dense ? "a dense model" : "policy " + manifest.policy->name,
                           "gsx export MODEL --policy layers"});
     }
 }
 
-// The value that all sequences of a batch must ask for, since it has no axis of sequences. `name` is for the message.
+// The value that all sequences of a batch must agree on, since the input has no batch axis. `name` is for the message.
 std::optional<double> sharedValue(std::vector<Keep> const& keep, std::optional<double> Keep::*value, std::string const& name) {
     std::vector<std::string> found;
     for (Keep const& one : keep) {
         std::string const text = one.*value ? exactNumber(*(one.*value)) : "as exported";
         if (std::find(found.begin(), found.end(), text) == found.end()) found.push_back(text);
     }
-    if (found.size() > 1) throw UsageError("one batch has one " + name, {{}, joinedBy(", ", found), {}});
+    if (found.size() > 1) {
+        throw UsageError("the sequences of a batch must share one " + name, {{}, joinedBy(", ", found), {}});
+    }
     return keep.front().*value;
 }
 
-// Position from which the rule applies to a sequence: behind its prompt and the warm-up, or 0.
+// Position from which the rule applies to a sequence: after its prompt and the warm-up, or 0.
 int64_t fullUntil(Manifest const& manifest, Keep const& keep, int64_t promptSize) {
     if (keep.speedup) return promptSize;
     if (keep.layers || keep.exit || !manifest.policy->warmUp) return 0;
@@ -247,18 +246,20 @@ std::optional<std::vector<Place>> parsePlaces(std::string const& text) {
 
 Controls selected(Selection const& selection, double budget) {
     checkBudget(budget);
-    if (selection.mode == SelectionMode::kRank) return {{"budget", Array<float>({}, {static_cast<float>(budget)})}};
+    if (selection.mode == SelectionMode::kRank) {
+        return {{names::kBudget, Array<float>({}, {static_cast<float>(budget)})}};
+    }
     Thresholds const thresholds = selection.thresholdsFor(budget);
     Array<float> array({static_cast<int64_t>(thresholds.size()), kBranches}, {});
     for (auto const& layer : thresholds) array.data.insert(array.data.end(), layer.begin(), layer.end());
-    return {{"thresholds", std::move(array)}};
+    return {{names::kThresholds, std::move(array)}};
 }
 
 std::shared_ptr<Controls const> controlsFor(Manifest const& manifest, std::vector<Keep> keep, Counts const& promptSizes) {
     size_t const sequences = promptSizes.size();
     if (keep.size() < 2) keep.resize(sequences, keep.empty() ? Keep{} : keep.front());
     if (keep.size() != sequences) {
-        throw UsageError("what to keep is given for another number of prompts",
+        throw UsageError("what to keep was given for a different number of prompts",
                          {"one choice for all, or " + std::to_string(sequences), std::to_string(keep.size()), {}});
     }
     for (Keep const& one : keep) checkRead(manifest, one);
@@ -270,22 +271,22 @@ std::shared_ptr<Controls const> controlsFor(Manifest const& manifest, std::vecto
         std::optional<double> const budget = sharedValue(keep, &Keep::budget, "budget");
         *controls = selected(*manifest.selection, budget.value_or(manifest.selection->budget));
     }
-    if (RuntimeInput const* read = policy.input(kLayerMask)) {
+    if (RuntimeInput const* read = policy.input(names::kLayerMask)) {
         Array<float> masks({batch, manifest.decoder.numLayers, kBranches}, {});
         for (Keep const& one : keep) {
             Mask const mask = layerMask(manifest, *read, one);
             masks.data.insert(masks.data.end(), mask.begin(), mask.end());
         }
-        (*controls)[kLayerMask] = std::move(masks);
+        (*controls)[names::kLayerMask] = std::move(masks);
     }
-    if (policy.input(kExitThreshold) != nullptr) {
+    if (policy.input(names::kExitThreshold) != nullptr) {
         double const threshold = sharedValue(keep, &Keep::exitThreshold, "exit threshold").value_or(*policy.exitThreshold);
-        (*controls)[kExitThreshold] = Array<float>({}, {static_cast<float>(threshold)});
+        (*controls)[names::kExitThreshold] = Array<float>({}, {static_cast<float>(threshold)});
     }
-    if (policy.input(kFullUntil) != nullptr) {
+    if (policy.input(names::kFullUntil) != nullptr) {
         Array<int64_t> until({batch}, {});
         for (size_t i = 0; i < sequences; ++i) until.data.push_back(fullUntil(manifest, keep[i], promptSizes[i]));
-        (*controls)[kFullUntil] = std::move(until);
+        (*controls)[names::kFullUntil] = std::move(until);
     }
     return controls;
 }

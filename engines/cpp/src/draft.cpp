@@ -7,13 +7,11 @@
 
 #include "controls.h"
 #include "gsx/error.h"
+#include "tensor_names.h"
 #include "text.h"
 
 namespace gsx {
 namespace {
-
-constexpr char const* kThresholds = "thresholds";
-constexpr char const* kLayerMask = "layer_mask";
 
 [[noreturn]] void refuse(std::string const& text) {
     throw UsageError("'" + text + "' is not a draft",
@@ -27,7 +25,7 @@ std::optional<T> numberOf(std::string const& text) {
     return error == std::errc() && end == text.data() + text.size() && !text.empty() ? std::optional(number) : std::nullopt;
 }
 
-// A model whose keep rule has nothing that such a draft could change.
+// Refuse a draft for a model whose keep rule has nothing that such a draft could change.
 [[noreturn]] void refuseOther(DraftKind const& draft, std::string const& needs) {
     throw UsageError("the draft " + toString(draft) + " needs " + needs + ", and this model has none",
                      {"exit:E", {}, "export with --draft exit:E"});
@@ -36,7 +34,7 @@ std::optional<T> numberOf(std::string const& text) {
 void checkExit(ExitDraft const& draft, Manifest const& manifest) {
     int64_t const layers = manifest.decoder.numLayers;
     if (draft.layer < 1 || draft.layer >= layers) {
-        throw UsageError("the exit layer is not inside the model's " + std::to_string(layers),
+        throw UsageError("the exit is not between two of the model's " + std::to_string(layers) + " layers",
                          {"1 to " + std::to_string(layers - 1), std::to_string(draft.layer), {}});
     }
     if (manifest.draft && manifest.draft->draft == DraftKind(draft)) return;
@@ -58,20 +56,20 @@ void checkLayers(LayersDraft const& draft, Manifest const& manifest) {
     if (unknown.empty() && skipped.size() < skippable.size()) return;
     std::vector<std::string> branches;
     for (Branch const branch : manifest.policy->branches) branches.emplace_back(nameOf(branch));
-    throw UsageError(toString(draft) + " cannot be left out",
-                     {"some, not all, of the skippable branches of layers 0 to " +
+    throw UsageError("the draft " + toString(draft) + " leaves out branches that it cannot",
+                     {"some, but not all, of the skippable branches of layers 0 to " +
                           std::to_string(manifest.decoder.numLayers - 1) + ": " + joinedBy(", ", branches),
                       unknown.empty() ? "all of them" : joinedBy(", ", unknown), {}});
 }
 
 }  // namespace
 
-StepOutput EarlyExit::step(Cache& cache, Array<int64_t> ids, Counts counts) {
+StepOutput EarlyExitDraft::step(Cache& cache, Array<int64_t> ids, Counts counts) {
     return mRunner.draft(cache, std::move(ids), std::move(counts), mControls, Logits::kLast);
 }
 
-StepOutput EarlyExit::verify(Cache& cache, Counts const&, Array<int64_t> ids, Counts counts) {
-    // The last token has to pass the early layers first.
+StepOutput EarlyExitDraft::verify(Cache& cache, Counts const&, Array<int64_t> ids, Counts counts) {
+    // The last token has to run through the early layers first.
     Array<int64_t> last({ids.shape[0], 1});
     for (int64_t row = 0; row < ids.shape[0]; ++row) {
         int64_t& count = counts[static_cast<size_t>(row)];
@@ -83,15 +81,15 @@ StepOutput EarlyExit::verify(Cache& cache, Counts const&, Array<int64_t> ids, Co
     return joinedOutput(std::move(early), mRunner.verify(cache, Logits::kAll));
 }
 
-void OtherControls::begin(std::shared_ptr<Controls const> controls) {
+void FullDepthDraft::begin(std::shared_ptr<Controls const> controls) {
     mControls = std::move(controls);
     auto made = std::make_shared<Controls>(*mControls);
     if (auto const* budget = std::get_if<BudgetDraft>(&mKind)) {
         for (auto& [name, value] : selected(*mRunner.manifest().selection, budget->budget)) (*made)[name] = value;
     } else {
         // A branch that is left out has 0 in the layer mask, or plus infinity as its threshold.
-        bool const masked = made->count(kLayerMask) != 0;
-        auto& array = std::get<Array<float>>(made->at(masked ? kLayerMask : kThresholds));
+        bool const masked = made->count(names::kLayerMask) != 0;
+        auto& array = std::get<Array<float>>(made->at(masked ? names::kLayerMask : names::kThresholds));
         auto const table = static_cast<size_t>(mRunner.manifest().decoder.numLayers) * kBranches;
         for (size_t row = 0; row < array.data.size(); row += table) {
             for (auto const& [layer, branch] : std::get<LayersDraft>(mKind).skip) {
@@ -103,12 +101,12 @@ void OtherControls::begin(std::shared_ptr<Controls const> controls) {
     mDraftControls = std::move(made);
 }
 
-StepOutput OtherControls::step(Cache& cache, Array<int64_t> ids, Counts counts) {
+StepOutput FullDepthDraft::step(Cache& cache, Array<int64_t> ids, Counts counts) {
     StepOutput output = mRunner.step(cache, std::move(ids), std::move(counts), mDraftControls, Logits::kLast);
     return {std::move(output.logits), {}, 0};
 }
 
-StepOutput OtherControls::verify(Cache& cache, Counts const& start, Array<int64_t> ids, Counts counts) {
+StepOutput FullDepthDraft::verify(Cache& cache, Counts const& start, Array<int64_t> ids, Counts counts) {
     cache.rollBack(start);
     return mRunner.step(cache, std::move(ids), std::move(counts), mControls, Logits::kAll);
 }
@@ -135,7 +133,7 @@ void checkDraft(DraftKind const& draft, Manifest const& manifest) {
     if (manifest.selection && manifest.selection->mode == SelectionMode::kRank) {
         throw UsageError("speculation needs selection by threshold",
                          {{},
-                          "rank: whether a token is kept depends on the other tokens of the call, drafted ones among them",
+                          "rank: whether a token is kept depends on the other tokens of the call, including drafted ones",
                           "export with --select threshold, or decode plainly (no --draft; --no-speculative)"});
     }
     if (auto const* exit = std::get_if<ExitDraft>(&draft)) {
@@ -145,7 +143,8 @@ void checkDraft(DraftKind const& draft, Manifest const& manifest) {
         manifest.selection->thresholdsFor(budget->budget);
     } else {
         bool const skips =
-            manifest.policy && (manifest.policy->name == "gateskip" || manifest.policy->input(kLayerMask) != nullptr);
+            manifest.policy &&
+            (manifest.policy->name == "gateskip" || manifest.policy->input(names::kLayerMask) != nullptr);
         if (!skips) refuseOther(draft, "gates, or --policy layers");
         checkLayers(std::get<LayersDraft>(draft), manifest);
     }

@@ -6,7 +6,7 @@
 namespace gsx {
 namespace {
 
-// See gsx_engines/speculation/length.py for what each number is for.
+// gsx_engines/speculation/length.py explains each of these numbers.
 constexpr int64_t kLongest = 16;
 constexpr int64_t kFirstLength = 4;
 constexpr double kFirstAcceptance = 0.7;
@@ -36,7 +36,7 @@ int64_t AdaptiveLength::next() {
 
 bool AdaptiveLength::goesOn(int64_t drafted, double confidence) const {
     if (mDraft.weight == 0) return drafted < mFirst;
-    // Each token's confidence is corrected, so the product of several of them by a power.
+    // Each token's confidence is corrected by one factor, so the product of several confidences by a power of it.
     double const corrected =
         confidence * std::pow(mAccepted / std::max(mConfidence, 1e-9), static_cast<double>(drafted));
     return std::min(1.0, corrected) * acceptance() * tokenSeconds() > mDraft.mean() + mVerify.slope();

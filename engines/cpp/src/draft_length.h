@@ -1,4 +1,4 @@
-// How far to draft: the rule of gsx_engines/speculation/length.py.
+// How many tokens to draft: the rule of gsx_engines/speculation/length.py.
 
 #pragma once
 
@@ -7,30 +7,31 @@
 
 namespace gsx {
 
-// What one round of drafting and verifying gave, over all sequences.
+// The result of one round of drafting and verifying, over all sequences.
 struct Round {
-    // Tokens drafted, of the sequence with the most.
+    // Tokens drafted for the sequence with the most.
     int64_t length;
-    // New tokens of a sequence, on average.
+    // New tokens per sequence, on average.
     double tokens;
-    // Drafted tokens that were right; sequences of which one was wrong.
+    // Drafted tokens that were correct, and sequences with a wrong one.
     int64_t accepted;
     int64_t rejected;
-    // Of the drafted tokens that were judged, summed up.
+    // Sum of the draft's confidences in the tokens that were verified.
     double confidence;
     double draftSeconds;
     double verifySeconds;
 };
 
-// Decides how far each round drafts.
+// Decides how many tokens each round drafts.
 class DraftLength {
 public:
     virtual ~DraftLength() = default;
     // The most tokens to draft in the next round; 0 for a plain step.
     virtual int64_t next() = 0;
-    // Whether a sequence that has drafted so many tokens, all right with this chance, drafts another one.
+    // Whether a sequence drafts another token. `drafted`: how many it has drafted in this round; `confidence`: the draft's
+    // own probability that all of them are correct.
     virtual bool goesOn(int64_t drafted, double confidence) const = 0;
-    // Take in a finished round.
+    // Take a finished round into account.
     virtual void learn(Round const& one) = 0;
 };
 
@@ -46,20 +47,20 @@ private:
     int64_t mLength;
 };
 
-// Drafts on as long as another token is likely to save more time than it takes, by measured acceptance and cost.
+// Keeps drafting as long as another token is expected to save more time than it costs, by measured acceptance and cost.
 class AdaptiveLength final : public DraftLength {
 public:
-    // `first` is the length of the first rounds; none for the rule's own.
+    // `first` is the length of the first rounds; unset: the rule's own.
     explicit AdaptiveLength(std::optional<int64_t> first = std::nullopt);
     int64_t next() override;
     bool goesOn(int64_t drafted, double confidence) const override;
     void learn(Round const& one) override;
 
-    // The measured chance that a drafted token is right, if the ones before it are.
+    // The measured probability that a drafted token is correct, given that those before it are.
     double acceptance() const { return mAccepted / mTrials; }
 
 private:
-    // Old values count less and less.
+    // Mean with decaying weights.
     struct Mean {
         double weight = 0;
         double total = 0;
@@ -75,11 +76,11 @@ private:
         double xx = 0;
         double xy = 0;
         void add(double newX, double newY);
-        // Never below 0, nor so steep that y(0) is below 0: that is noise.
+        // Limited to what is plausible: not below 0, nor so steep that y(0) would be below 0.
         double slope() const;
     };
 
-    // What a token takes in rounds with a draft.
+    // Seconds per token in rounds with a draft.
     double tokenSeconds() const { return mSeconds.total / mTokens.total; }
 
     int64_t mFirst;

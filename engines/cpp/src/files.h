@@ -1,4 +1,4 @@
-// Files: their size, their bytes, and where what can be made again is kept.
+// Files: size, content, and the folder for data that can be recreated.
 
 #pragma once
 
@@ -9,14 +9,14 @@
 
 namespace gsx {
 
-// Bytes of a regular file; none where there is none.
+// Size of a regular file in bytes; unset if there is no such file.
 std::optional<int64_t> sizeOf(std::filesystem::path const& path);
-// A file's bytes; none where it cannot be read.
+// Content of a file; unset if it cannot be read.
 std::optional<std::string> contentOf(std::filesystem::path const& path);
 
-// Where this user's gsx keeps what can be made again (XDG base directory specification), as gsx_plugins/files.py.
+// The user's cache folder for gsx (XDG base directory specification), as in gsx_plugins/files.py.
 std::filesystem::path cacheFolder();
-// A variable of the environment; empty where it is not set.
+// Value of an environment variable; empty if it is not set.
 std::string variable(char const* name);
 
 }  // namespace gsx

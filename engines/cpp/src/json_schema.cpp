@@ -12,8 +12,9 @@ namespace {
 
 using nlohmann::json;
 
-// Keywords that say nothing about what is valid ("$defs" and "mapping" are where references lead).
-constexpr std::array<std::string_view, 4> kSilent = {"$defs", "title", "description", "default"};
+// Keywords that do not restrict values ("$defs" holds the targets of references; "not" only keeps a tagged form from the
+// names of the other forms).
+constexpr std::array<std::string_view, 5> kSilent = {"$defs", "title", "description", "default", "not"};
 constexpr std::array<std::string_view, 19> kChecked = {
     "$ref",     "anyOf",      "oneOf",    "discriminator", "type",    "const",   "enum",        "properties", "required",
     "maxItems", "minItems",   "items",    "prefixItems",   "maximum", "minimum", "exclusiveMinimum", "pattern",
@@ -37,8 +38,8 @@ bool hasType(json const& value, std::string const& type) {
            !(value.is_number_unsigned() && value.get<uint64_t>() > uint64_t{std::numeric_limits<int64_t>::max()});
 }
 
-// The manifest has two patterns, a hash and a bare file name; a third one is an error until it is written here. (A regular
-// expression of the standard library recurses by the text's length.)
+// The manifest's schema has two patterns, a hash and a bare file name; any other one is an error until it is added here.
+// (std::regex is no alternative: it recurses as deep as the text is long.)
 bool matches(std::string const& text, std::string const& pattern) {
     constexpr char const* kHex = "0123456789abcdef";
     constexpr char const* kName = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-";
@@ -68,7 +69,7 @@ public:
         }
         if (schema.contains("$ref")) check(value, referred(schema["$ref"].get<std::string>()), place);
         if (schema.contains("anyOf")) checkAny(value, schema["anyOf"], place);
-        if (schema.contains("oneOf")) checkTagged(value, schema.at("discriminator"), place);
+        if (schema.contains("oneOf")) checkTagged(value, schema, place);
         if (schema.contains("type") && !hasType(value, schema["type"].get<std::string>())) {
             add(place, "must be of type " + schema["type"].get<std::string>());
             return;
@@ -88,35 +89,43 @@ private:
 
     void add(std::string const& place, std::string const& reason) { faults.push_back({place, reason}); }
 
-    // Of several forms, the faults of the nearest one: the one with the fewest.
+    // If no form matches, report the faults of the closest one: the one with the fewest.
     void checkAny(json const& value, json const& forms, std::string const& place) {
         std::vector<SchemaFault> nearest;
         for (json const& form : forms) {
             Checker attempt(mRoot);
             attempt.check(value, form, place);
             if (attempt.faults.empty()) return;
-            bool const absent = form.value("type", "") == "null";  // never what was meant by a value that is there
+            bool const absent = form.value("type", "") == "null";  // a value that is present was never meant to be null
             if (nearest.empty() || (!absent && attempt.faults.size() < nearest.size())) nearest = attempt.faults;
         }
         faults.insert(faults.end(), nearest.begin(), nearest.end());
     }
 
-    void checkTagged(json const& value, json const& discriminator, std::string const& place) {
-        std::string const tag = discriminator.at("propertyName");
-        json const& forms = discriminator.at("mapping");
-        if (!value.is_object() || !value.contains(tag) || !value[tag].is_string() ||
-            !forms.contains(value[tag].get<std::string>())) {
-            add(joined(place, tag), "must name one of the known kinds");
+    void checkTagged(json const& value, json const& schema, std::string const& place) {
+        std::string const tag = schema.at("discriminator").at("propertyName");
+        json const& forms = schema.at("discriminator").at("mapping");
+        bool const named = value.is_object() && value.contains(tag) && value[tag].is_string();
+        if (named && forms.contains(value[tag].get<std::string>())) {
+            check(value, referred(forms.at(value[tag].get<std::string>())), place);
             return;
         }
-        check(value, referred(forms.at(value[tag].get<std::string>())), place);
+        // A form that no name is mapped to takes all other names.
+        for (json const& form : schema["oneOf"]) {
+            bool const mapped = std::any_of(forms.begin(), forms.end(), [&](json const& one) { return one == form["$ref"]; });
+            if (named && !mapped) {
+                check(value, referred(form["$ref"].get<std::string>()), place);
+                return;
+            }
+        }
+        add(joined(place, tag), "must name one of the known kinds");
     }
 
     void checkPattern(std::string const& text, std::string const& pattern, std::string const& place) {
         if (!matches(text, pattern)) add(place, "does not match " + pattern);
     }
 
-    // Pydantic writes the rule for a mapping's keys as their only pattern, and refuses the others.
+    // Pydantic writes the rule for a mapping's keys as a single pattern, and refuses all keys that do not match it.
     void checkNames(json const& value, json const& patterns, std::string const& place) {
         for (auto const& [pattern, rule] : patterns.items()) {
             for (auto const& [name, member] : value.items()) {

@@ -1,4 +1,7 @@
-// Checking JSON against a schema: the part of JSON Schema that the manifest's uses, no more.
+// Checking JSON against a schema: only the part of JSON Schema that the manifest's schema uses.
+//
+// Our own, in place of a library such as pboettch/json-schema-validator, so that the runtime has no dependency beyond
+// nlohmann/json.
 
 #pragma once
 
@@ -8,14 +11,14 @@
 
 namespace gsx {
 
-// Where a value breaks the schema, e.g. "decoder.num_layers", and how.
+// Where a value violates the schema, e.g. "decoder.num_layers", and how.
 struct SchemaFault {
     std::string place;
     std::string reason;
 };
 
-// All faults of a value, in the schema's order. Throws std::logic_error for a schema with a keyword that is not known
-// here, so that no rule goes unchecked.
+// All faults of a value, in the order of the schema. Throws std::logic_error for a schema with an unknown keyword, so that
+// no rule goes unchecked.
 std::vector<SchemaFault> faultsOf(nlohmann::json const& value, nlohmann::json const& schema);
 
 }  // namespace gsx

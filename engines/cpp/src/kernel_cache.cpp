@@ -37,7 +37,7 @@ void saveKernels(std::filesystem::path const& path, std::string const& content, 
         if (file) std::filesystem::rename(fresh, path, error);
         if (!file || error) std::filesystem::remove(fresh, error);
     } catch (std::exception const&) {
-        // No room, no permission, no memory: no reason to fail now.
+        // No space, no permission or no memory is no reason to fail here.
     }
 }
 

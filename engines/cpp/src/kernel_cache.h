@@ -1,8 +1,8 @@
-// Kernels that TensorRT-RTX compiled, kept across runs: as gsx_engines/tensorrt/kernel_cache.py, in the same files.
+// Kernels compiled by TensorRT-RTX, kept across runs: as in gsx_engines/tensorrt/kernel_cache.py, in the same files.
 //
-// An engine of TensorRT-RTX holds no kernels: they are compiled for the GPU that it meets, when it first runs. Its runtime
-// cache takes them up and gives them out as bytes; here are the files for these bytes. TensorRT itself checks what it is
-// given (its version, GPU, driver) and refuses what does not fit, which costs a start no more than the compilation.
+// An engine of TensorRT-RTX contains no kernels: they are compiled for the GPU at hand when the engine first runs. Its
+// runtime cache collects them and serializes them to bytes, and this file stores these bytes. TensorRT-RTX itself checks
+// what it is given (version, GPU, driver) and refuses what does not fit; then it only has to compile again.
 
 #pragma once
 
@@ -12,14 +12,15 @@
 
 namespace gsx {
 
-// Where the kernels of an engine are kept for GPUs of a compute capability, as in "89".
+// Path of the kernels of an engine for GPUs of a compute capability, such as "89".
 std::filesystem::path kernelCachePath(std::string const& engineSha256, std::string const& capability);
 
-// Gives a runtime cache, by `take`, what a file holds. Returns what it took; nothing where it refused, or there is no file.
+// Pass a file's content to a runtime cache by `take`, which returns whether it was accepted. Returns the accepted content;
+// empty if it was refused, or if there is no file.
 std::string loadKernels(std::filesystem::path const& path, std::function<bool(std::string const&)> const& take);
 
-// Writes what a runtime cache holds, whole or not at all, unless the file has it already. `known` is what `loadKernels`
-// returned. Where there is no room or permission nothing is written: the next start compiles again.
+// Write the content of a runtime cache atomically, unless the file has it already. `known` is what `loadKernels` returned.
+// Without space or permission nothing is written, and the next start compiles again.
 void saveKernels(std::filesystem::path const& path, std::string const& content, std::string const& known) noexcept;
 
 }  // namespace gsx

@@ -21,7 +21,7 @@ constexpr char const* kEngines = "engines";
 constexpr char const* kEngineFile = "engine.json";
 constexpr char const* kLibraryVariable = "GSX_PLUGIN_LIBRARY";
 constexpr char const* kLibraryName = "libgsx_plugins.so";
-// Of the hash of the plugins' sources, in a folder's name (gsx_plugins/library.py).
+// Digits of the hash of the plugins' sources in a folder's name (gsx_plugins/library.py), and of hashes in messages.
 constexpr size_t kNameDigits = 16;
 constexpr size_t kShownDigits = 12;
 
@@ -35,7 +35,7 @@ std::string dotted(std::string const& target) {
 std::optional<fs::path> findLibrary(std::optional<fs::path> const& named, PluginRecord const& record) {
     if (named) {
         if (!sizeOf(*named)) {
-            throw EngineError(named->string() + ": no such plugin library",
+            throw EngineError(named->string() + ": there is no such plugin library",
                               {std::string("a ") + kLibraryName, {}, "gsx plugins build makes one"});
         }
         return named;
@@ -43,7 +43,7 @@ std::optional<fs::path> findLibrary(std::optional<fs::path> const& named, Plugin
     std::string const set = variable(kLibraryVariable);
     if (!set.empty()) {
         if (!sizeOf(set)) {
-            throw EngineError(std::string(kLibraryVariable) + " names no file",
+            throw EngineError(std::string(kLibraryVariable) + " names a file that does not exist",
                               {std::string("a ") + kLibraryName, "nothing at " + set,
                                "run `gsx plugins build` and unset it, or correct it"});
         }
@@ -59,7 +59,7 @@ struct Fact {
     std::string found;
 };
 
-// The first fact in which engines and machine differ; none where they fit.
+// The first property in which engines and machine differ; unset if they fit.
 std::optional<EngineError> difference(Bundle const& bundle, std::string const& name, EngineEntry const& entry,
                                       Machine const& machine, std::optional<fs::path> const& library,
                                       std::string const& command) {
@@ -95,7 +95,7 @@ std::optional<EngineError> difference(Bundle const& bundle, std::string const& n
         std::vector<std::string> targets;
         for (std::string const& target : entry.targets) targets.push_back(dotted(target));
         std::string const here = dotted(machine.capability);
-        std::string const todo = command + " --target " + here + "; where TensorRT-RTX knows no such target, gsx build " +
+        std::string const todo = command + " --target " + here + "; if TensorRT-RTX does not know this target, gsx build " +
                                  bundle.directory.string() + " --backend tensorrt";
         return EngineError(what + ": targets do not include this GPU (" + machine.gpu + ")",
                            {here, joinedBy(", ", targets), entry.backend == "tensorrt-rtx" ? todo : command});
@@ -143,7 +143,7 @@ EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine 
             entry.plugins ? findLibrary(plugins, *entry.plugins) : std::optional<fs::path>();
         std::optional<EngineError> problem = difference(bundle, name, entry, machine, library, command);
         if (!problem) return {bundle.directory / kEngines / name, &entry, library};
-        // The one that says most is the one for this GPU and this TensorRT, if there is one.
+        // Report the engines for this GPU and this TensorRT, if there are any: their message says most.
         bool const here = std::find(entry.targets.begin(), entry.targets.end(), machine.capability) != entry.targets.end();
         std::pair const distance{!here, entry.tensorrtVersion != machine.tensorrtVersion};
         if (!nearest || distance < least) {
@@ -159,14 +159,14 @@ std::string readEngine(EngineSet const& engines, std::string const& graph, std::
     if (made == engines.entry->graphs.end()) {
         std::vector<std::string> others;
         for (auto const& [name, other] : engines.entry->graphs) others.push_back(name);
-        throw EngineError("engines " + engines.directory.string() + ": have no " + graph,
+        throw EngineError("engines " + engines.directory.string() + ": there is no engine of " + graph,
                           {{}, joinedBy(", ", others), command});
     }
     FileEntry const& file = made->second.file;
     fs::path const path = engines.directory / file.file;
     std::optional<int64_t> const size = sizeOf(path);
     if (size != file.sizeBytes) {
-        throw EngineError(path.string() + ": is not whole",
+        throw EngineError(path.string() + ": is incomplete",
                           {std::to_string(file.sizeBytes.value_or(0)) + " bytes",
                            size ? std::to_string(*size) + " bytes" : "no such file", "copy it again, or " + command});
     }

@@ -1,4 +1,4 @@
-// Which engines of a bundle run on a machine: as gsx_engines/tensorrt/loading.py, with its messages.
+// Which engines of a bundle run on a machine: as in gsx_engines/tensorrt/loading.py, with the same messages.
 
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace gsx {
 
-// What an engine depends on, as it is here. `capability` is as in "89".
+// The properties of this machine that an engine depends on. `capability` is the compute capability, such as "89".
 struct Machine {
     std::string tensorrtVersion;
     std::string platform;
@@ -25,20 +25,21 @@ struct EngineSet {
     std::optional<std::filesystem::path> library;
 };
 
-// Refuse a bundle that has no engines for a backend. Throws EngineError that names those that are there.
+// Refuse a bundle that has no engines for a backend. Throws EngineError, which names those that the bundle has.
 void requireEngines(Bundle const& bundle, std::string const& backend);
 
-// The engines of a bundle for a machine, checked except for the bytes of their files.
-// `plugins` names the plugin library; none for the one that GSX_PLUGIN_LIBRARY names, else the one that
-// `gsx plugins build` made of the sources that the engines were built with.
-// Throws EngineError: there are none (`requireEngines`), or none that runs here; it says what differs, both values, and what mends it.
+// Find the engines of a bundle for a machine, and check everything except the content of their files.
+// `plugins` names the plugin library; unset: the one that GSX_PLUGIN_LIBRARY names, else the one that `gsx plugins build`
+// made from the sources that the engines were built with.
+// Throws EngineError: there are none (`requireEngines`), or none that runs here; it says what differs, both values, and how
+// to fix it.
 EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine const& machine,
                       std::optional<std::filesystem::path> const& plugins);
 
-// An engine's bytes, checked by size and hash. Throws EngineError: no such engine, a missing or changed file.
+// An engine's content, checked by size and hash. Throws EngineError: no such engine, a missing or changed file.
 std::string readEngine(EngineSet const& engines, std::string const& graph, std::string const& command);
 
-// What builds a bundle's engines: `gsx build BUNDLE --backend BACKEND`.
+// The command that builds a bundle's engines: `gsx build BUNDLE --backend BACKEND`.
 std::string buildCommand(Bundle const& bundle, std::string const& backend);
 
 // Operating system and processor, which an engine is tied to, e.g. "linux-x86_64".

@@ -25,10 +25,11 @@ void checkRequest(std::vector<Tokens> const& prompts, Options const& options, Ma
     std::string const most = std::to_string(shape.maxPositions);
     if (prompts.empty()) throw UsageError("no prompt was given");
     if (options.maxNewTokens < 1) {
-        throw UsageError("max new tokens", {"at least 1", std::to_string(options.maxNewTokens), {}});
+        throw UsageError("the number of new tokens is out of range",
+                         {"at least 1", std::to_string(options.maxNewTokens), {}});
     }
     if (options.draftLength && (*options.draftLength < 0 || *options.draftLength > shape.maxPositions)) {
-        throw UsageError("draft length",
+        throw UsageError("the draft length is out of range",
                          {"0 (plain decoding) to " + most, std::to_string(*options.draftLength), {}});
     }
     for (Tokens const& prompt : prompts) {
@@ -39,7 +40,7 @@ void checkRequest(std::vector<Tokens> const& prompts, Options const& options, Ma
         }
         auto const [least, largest] = std::minmax_element(prompt.begin(), prompt.end());
         if (*least < 0 || *largest >= shape.vocabSize) {
-            throw UsageError("the prompt has ids outside the vocabulary",
+            throw UsageError("the prompt contains ids outside the vocabulary",
                              {"0 to " + std::to_string(shape.vocabSize - 1),
                               std::to_string(*least) + " to " + std::to_string(*largest), {}});
         }
@@ -64,14 +65,14 @@ public:
 
     size_t row() const { return mRow; }
     int64_t limit() const { return mLimit; }
-    // Tokens that it may still get.
+    // How many more tokens it may get.
     int64_t left() const { return mFinish ? 0 : mLimit - count(); }
     // Position of the next new token.
     int64_t place() const { return promptSize() + count(); }
     int64_t promptSize() const { return static_cast<int64_t>(mPrompt.size()); }
     int64_t count() const { return static_cast<int64_t>(mTokens.size()); }
     int64_t newest() const { return mTokens.back(); }
-    // What the model has to read for the next token: the prompt, later the newest token.
+    // The tokens that the model has to read to choose the next one: at first the prompt, later the newest token.
     Tokens unread() const { return mTokens.empty() ? mPrompt : Tokens{newest()}; }
 
     void add(int64_t token, std::set<int64_t> const& stops, OnToken const& onToken) {
@@ -125,7 +126,7 @@ public:
         auto const prefilled = Clock::now();
         while (mostLeft() > 0) {
             int64_t const wanted = mDraft != nullptr ? mLength->next() : 0;
-            // As many as one sequence can still take, beside the token that a verification gives anyway.
+            // No more than some sequence can still use; verification adds one token by itself.
             int64_t const size = std::min(wanted, mostLeft() - 1);
             if (size > 0) {
                 speculate(cache, size);
@@ -174,7 +175,8 @@ private:
         take(output);
     }
 
-    // Let the model read what it has not of each sequence: its prompt, later its newest token; nothing of what has ended.
+    // Have the model read the unread tokens of every sequence: at first its prompt, later its newest token; none of a
+    // sequence that has ended.
     StepOutput read(Cache& cache) {
         std::vector<Tokens> unread;
         Counts counts;
@@ -190,14 +192,14 @@ private:
         return mRunner.step(cache, std::move(ids), std::move(counts), mControls, Logits::kLast);
     }
 
-    // Give every sequence that goes on its next token.
+    // Choose the next token of every sequence that has not ended.
     void take(StepOutput const& output) {
         for (Sequence& sequence : mSequences) {
             if (sequence.left() > 0) pick(sequence, logitsOf(output, sequence.row(), 0));
         }
     }
 
-    // One round: draft up to `size` tokens of every sequence, verify, keep what is right.
+    // One round: draft up to `size` tokens of every sequence, verify them, and keep those that are correct.
     void speculate(Cache& cache, int64_t size) {
         Counts const start = cache.lengths;
         size_t const batch = mSequences.size();
@@ -237,7 +239,7 @@ private:
         mLength->learn(round);
     }
 
-    // Take the model's own tokens as far as the draft agrees, and the first one after. Returns how many.
+    // Take the model's own tokens as far as the draft agrees with them, plus the first one after. Returns how many.
     int64_t accept(Sequence& sequence, StepOutput const& output, Tokens const& drafted,
                    std::vector<double> const& confidences, Round& round) {
         size_t right = 0;
@@ -247,7 +249,7 @@ private:
             if (sequence.left() == 0 || right == drafted.size() || token != drafted[right]) break;
             ++right;
         }
-        // What was drafted behind a wrong token, or behind the end of a sequence, is not judged.
+        // Tokens drafted after a wrong one, or after the end of a sequence, count neither as right nor as wrong.
         bool const missed = right < drafted.size() && token != drafted[right];
         size_t const hits = right + (right < drafted.size() && !missed ? 1 : 0);
         size_t const judged = hits + (missed ? 1 : 0);
@@ -261,12 +263,13 @@ private:
         return static_cast<int64_t>(right) + 1;
     }
 
-    // Draft up to `size` tokens of every sequence, each with the draft's confidence. Returns the seconds of the draft steps.
+    // Draft up to `size` tokens of every sequence, each with the draft's confidence. Returns the time of the draft steps in
+    // seconds.
     double draftTokens(Cache& cache, int64_t size, std::vector<Tokens>& drafted,
                        std::vector<std::vector<double>>& confidences) {
         Array<int64_t> ids = newest();
         Counts going;
-        // Sequences near their end draft less: a verification gives one token on top.
+        // Sequences near their limit draft fewer tokens, since verification adds one.
         for (Sequence const& sequence : mSequences) going.push_back(sequence.left() > 1 ? 1 : 0);
         std::vector<double> together(mSequences.size(), 1.0);
         double seconds = 0;
@@ -278,7 +281,7 @@ private:
             bool anyGoes = false;
             for (Sequence const& sequence : mSequences) {
                 size_t const row = sequence.row();
-                ids.data[row] = 0;  // whatever: a sequence that does not go on has a count of 0
+                ids.data[row] = 0;  // arbitrary: a sequence that stops drafting has a count of 0
                 if (going[row] == 0) continue;
                 LogitsRow const logits = logitsOf(guess, row, 0);
                 ids.data[row] = mPicker.pick(logits, row, sequence.place() + step);
@@ -299,7 +302,7 @@ private:
         for (size_t place = 0; place < number; ++place) ++counts[place];
     }
 
-    // Count kept rows of a call that the model itself would have made.
+    // Count the kept rows of a call that the model itself would have made too.
     void count(StepOutput const& output) {
         if (output.kept.empty()) return;
         for (auto const& layer : output.kept) {

@@ -15,8 +15,8 @@ namespace gsx {
 // Continue prompts.
 //   runner: the model; with a draft, the draft's own runner.
 //   draft: what guesses tokens ahead; null for plain decoding.
-//   firstLength: how far the first rounds draft where the options do not say; none for the rule's own.
-// Throws as Model::generate.
+//   firstLength: how many tokens the first rounds draft if the options do not say; unset: the rule's own number.
+// Throws what Model::generate does.
 Generation generate(Runner& runner, Draft* draft, std::optional<int64_t> firstLength, std::vector<Tokens> const& prompts,
                     Options const& options);
 

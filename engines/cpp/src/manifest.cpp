@@ -12,7 +12,7 @@
 namespace gsx {
 namespace {
 
-// Branches as `parseDraft` reads them: neighbours that leave out the same are a range.
+// The branches in the form that `parseDraft` reads; neighbouring layers with the same branches become a range.
 std::string spelled(LayersDraft const& draft) {
     std::map<int64_t, std::set<Branch>> leftOut;
     for (auto const& [layer, branch] : draft.skip) leftOut[layer].insert(branch);
@@ -36,7 +36,7 @@ char const* nameOf(Branch branch) noexcept { return branch == Branch::kAttention
 
 void checkBudget(double budget) {
     if (!(std::isfinite(budget) && budget > 0 && budget <= 1)) {
-        throw UsageError("budget is not a share", {"a number above 0 and at most 1", exactNumber(budget), {}});
+        throw UsageError("the budget is out of range", {"a number above 0 and at most 1", exactNumber(budget), {}});
     }
 }
 
@@ -44,15 +44,15 @@ Thresholds Selection::thresholdsFor(double wanted) const {
     checkBudget(wanted);
     double const lowest = grid.back().budget;
     if (wanted < lowest) {
-        throw UsageError("budget " + shortNumber(wanted) + " lies below the calibrated grid",
+        throw UsageError("budget " + shortNumber(wanted) + " is below the calibrated grid",
                          {shortNumber(lowest) + " to 1", shortNumber(wanted),
-                          "export again with --budget " + shortNumber(wanted) + ": the grid then reaches it"});
+                          "export again with --budget " + shortNumber(wanted) + ", so that the grid includes it"});
     }
     for (size_t i = 0; i < grid.size(); ++i) {
         GridPoint const& upper = grid[i];
         if (upper.budget == wanted) return upper.thresholds;
         if (i + 1 == grid.size() || grid[i + 1].budget >= wanted || wanted > upper.budget) continue;
-        // Next to budget 1, whose thresholds are minus infinity, the neighbour's are taken.
+        // Next to budget 1, whose thresholds are minus infinity, those of the neighbour are used.
         GridPoint const& lower = grid[i + 1];
         auto const share = static_cast<float>((upper.budget - wanted) / (upper.budget - lower.budget));
         Thresholds between = lower.thresholds;
@@ -65,7 +65,7 @@ Thresholds Selection::thresholdsFor(double wanted) const {
         }
         return between;
     }
-    // A budget above the grid's first one, which export never writes: keep as much as the grid does.
+    // Only for a budget above the first one of the grid, which is 1 in every exported bundle.
     return grid.front().thresholds;
 }
 

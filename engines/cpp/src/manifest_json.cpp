@@ -9,6 +9,7 @@
 #include "gsx/error.h"
 #include "json_schema.h"
 #include "manifest_schema.h"
+#include "tensor_names.h"
 #include "text.h"
 
 namespace gsx {
@@ -18,12 +19,10 @@ using nlohmann::json;
 
 constexpr int64_t kSchemaVersion = 1;
 constexpr char const* kGateSkip = "gateskip";
-constexpr char const* kLayerMask = "layer_mask";
-constexpr char const* kExitThreshold = "exit_threshold";
 
 Branch branchOf(json const& name) { return name == nameOf(Branch::kAttention) ? Branch::kAttention : Branch::kMlp; }
 
-// The member of an object that may be missing or null, as null.
+// An optional member of an object; null if it is missing.
 json const& optionalMember(json const& object, char const* name) {
     static json const none;
     auto const found = object.find(name);
@@ -74,7 +73,7 @@ Policy policyOf(json const& entry) {
         read.name = input.at("name");
         read.least = numberOf(input.at("least"));
         read.most = numberOf(input.at("most"));
-        if (read.name != kLayerMask) continue;
+        if (read.name != names::kLayerMask) continue;
         for (json const& row : input.at("default")) read.defaultMask.push_back({row.at(0), row.at(1)});
     }
     json const& warmUp = optionalMember(entry, "warm_up");
@@ -82,17 +81,18 @@ Policy policyOf(json const& entry) {
     json const& exits = optionalMember(entry, "exits");
     if (!exits.is_null()) policy.exits = exits.get<std::vector<int64_t>>();
     json const& confidence = optionalMember(entry, "confidence");
-    if (!confidence.is_null()) {  // null means infinity (nothing leaves)
+    if (!confidence.is_null()) {  // null means infinity (no token exits)
         policy.exitThreshold = numberOf(confidence.at("threshold")).value_or(std::numeric_limits<double>::infinity());
     }
     return policy;
 }
 
-// A bundle with a selection and no policy is one of GateSkip, from before there were others.
+// The first bundles had no section `policy`, since GateSkip was the only keep rule: in such a bundle a selection means
+// GateSkip.
 Policy gateskipPolicy(Selection const& selection, json const& gates) {
     Policy policy;
     policy.name = kGateSkip;
-    policy.inputs.push_back({selection.mode == SelectionMode::kRank ? "budget" : "thresholds", 0, 1, {}});
+    policy.inputs.push_back({selection.mode == SelectionMode::kRank ? names::kBudget : names::kThresholds, 0, 1, {}});
     if (!gates.is_null()) policy.branches = branchesOf(gates.at("branches"));
     return policy;
 }
@@ -121,6 +121,18 @@ std::vector<TensorInfo> tensorsOf(json const& list) {
         }
     }
     return tensors;
+}
+
+// Names of the outputs of `draft` that are inputs of `verify`.
+std::vector<std::string> exitStateOf(json const& graphs) {
+    std::vector<std::string> passed;
+    if (!graphs.contains("draft") || !graphs.contains("verify")) return passed;
+    std::set<std::string> given;
+    for (TensorInfo const& output : tensorsOf(graphs["draft"].at("outputs"))) given.insert(output.name);
+    for (TensorInfo const& input : tensorsOf(graphs["verify"].at("inputs"))) {
+        if (given.count(input.name) != 0) passed.push_back(input.name);
+    }
+    return passed;
 }
 
 EngineEntry engineOf(json const& entry) {
@@ -163,12 +175,7 @@ Manifest manifestOf(json const& raw) {
         manifest.policy = gateskipPolicy(*manifest.selection, raw.at("gates"));
     }
     manifest.kvPolicy = raw.at("kv_policy");
-    if (raw.at("graphs").contains("verify")) {
-        for (TensorInfo const& input : tensorsOf(raw["graphs"]["verify"].at("inputs"))) {
-            // exit_threshold is a request's.
-            if (input.name.rfind("exit_", 0) == 0 && input.name != kExitThreshold) manifest.exitNames.push_back(input.name);
-        }
-    }
+    manifest.exitState = exitStateOf(raw.at("graphs"));
     for (auto const& [name, graph] : raw.at("graphs").items()) manifest.graphs[name] = fileOf(graph);
     manifest.weights = fileOf(raw.at("weights"));
     json const& draft = optionalMember(raw, "draft");
@@ -185,40 +192,42 @@ Manifest manifestOf(json const& raw) {
     return manifest;
 }
 
-// The first rule beyond the schema that a manifest breaks; empty where there is none. As the validators of
-// gsx_engines/bundle (manifest.py and its sections).
+// The first rule beyond the schema that a manifest violates; empty if there is none. The rules are those of the validators
+// in gsx_engines/bundle (manifest.py and its sections).
 std::string brokenRule(json const& raw, Manifest const& manifest) {
     DecoderShape const& shape = manifest.decoder;
     if (shape.vocabSize < 1 || shape.numLayers < 1 || shape.maxPositions < 1) return "decoder: sizes must be above 0";
     Policy const* policy = manifest.policy ? &*manifest.policy : nullptr;
-    bool const selects = policy != nullptr && (policy->input("thresholds") != nullptr || policy->input("budget") != nullptr);
+    bool const selects = policy != nullptr && (policy->input(names::kThresholds) != nullptr ||
+                                               policy->input(names::kBudget) != nullptr);
     if (manifest.selection.has_value() != selects) {
-        return "a selection and a policy that reads thresholds or a budget go together";
+        return "a selection requires a policy that reads thresholds or a budget, and the other way round";
     }
     if (policy != nullptr && policy->name == kGateSkip && raw.at("gates").is_null()) {
         return "the policy gateskip needs gates";
     }
-    RuntimeInput const* asked = policy != nullptr ? policy->input(kExitThreshold) : nullptr;
-    if (asked != nullptr && !(policy->exitThreshold && asked->least && asked->most)) {
-        return "a policy that reads an exit threshold needs its range and the exported one";
+    RuntimeInput const* threshold = policy != nullptr ? policy->input(names::kExitThreshold) : nullptr;
+    if (threshold != nullptr && !(policy->exitThreshold && threshold->least && threshold->most)) {
+        return "a policy that reads an exit threshold needs its range and its exported value";
     }
     if (policy != nullptr && policy->layers) {
         for (int64_t const layer : *policy->layers) {
             if (layer < 0 || layer >= shape.numLayers) {
-                return "the policy reaches layer " + std::to_string(layer) + " of " + std::to_string(shape.numLayers);
+                return "the policy names layer " + std::to_string(layer) + ", the model has " +
+                       std::to_string(shape.numLayers);
             }
         }
     }
-    RuntimeInput const* mask = policy != nullptr ? policy->input(kLayerMask) : nullptr;
+    RuntimeInput const* mask = policy != nullptr ? policy->input(names::kLayerMask) : nullptr;
     if (mask != nullptr && static_cast<int64_t>(mask->defaultMask.size()) != shape.numLayers) {
-        return "policy: the layer mask is not one row a layer";
+        return "policy: the layer mask does not have one row for each layer";
     }
     if (manifest.selection) {
         std::vector<GridPoint> const& grid = manifest.selection->grid;
         bool ordered = manifest.selection->mode == SelectionMode::kRank || !grid.empty();
         for (size_t i = 1; i < grid.size(); ++i) ordered = ordered && grid[i].budget < grid[i - 1].budget;
         if (manifest.selection->mode == SelectionMode::kThreshold && !ordered) {
-            return "selection: threshold selection needs a grid of distinct budgets in falling order";
+            return "selection: threshold selection needs a grid of distinct budgets in descending order";
         }
         for (GridPoint const& point : grid) {
             if (static_cast<int64_t>(point.thresholds.size()) != shape.numLayers) {
@@ -278,7 +287,7 @@ Manifest parseManifest(std::string const& text, std::filesystem::path const& pat
     Manifest manifest;
     try {
         manifest = manifestOf(raw);
-    } catch (json::exception const& error) {  // a default that has another form than its input
+    } catch (json::exception const& error) {  // a default whose form is not that of its input
         throw BundleError(path.string() + ": is not a valid manifest (1 errors)", {{}, error.what(), todo});
     }
     std::string const broken = brokenRule(raw, manifest);

@@ -1,4 +1,4 @@
-// `gsx.json` and `engine.json`, from text to what the runtime needs.
+// Reading `gsx.json` and `engine.json`.
 
 #pragma once
 
@@ -10,21 +10,21 @@
 
 namespace gsx {
 
-// Read a manifest's text, checked against the schema and beyond it.
-// `path` is named in errors. Throws BundleError: no JSON, another schema version, a broken rule.
+// Parse a manifest's text, and check it against the schema and the rules beyond it.
+// `path` is named in errors. Throws BundleError: not JSON, another schema version, a violated rule.
 Manifest parseManifest(std::string const& text, std::filesystem::path const& path);
 
-// An `engine.json` in the form of `EngineEntry::canonical`; none where it is no JSON object.
+// An `engine.json` in the form of `EngineEntry::canonical`; unset if it is not a JSON object.
 std::optional<std::string> canonicalEntry(std::string const& text);
 
-// A field as in `profiles.0.name`, and its values in two JSON texts ("nothing" where one has none).
+// A field, such as `profiles.0.name`, and its values in two JSON texts ("nothing" where a text does not have it).
 struct FieldDifference {
     std::string field;
     std::string expected;
     std::string found;
 };
 
-// The first field in which two canonical entries differ, which they do.
+// The first field in which two canonical entries differ. They must differ.
 FieldDifference firstDifference(std::string const& expected, std::string const& found);
 
 }  // namespace gsx

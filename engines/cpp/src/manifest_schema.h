@@ -1,4 +1,4 @@
-// The schema of `gsx.json`, compiled in: the file that Python writes from its own manifest (gsx_engines/bundle/schema.py).
+// The schema of `gsx.json`, compiled in: the file that gsx_engines/bundle/schema.py generates from the Python manifest.
 
 #pragma once
 

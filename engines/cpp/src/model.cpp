@@ -9,10 +9,10 @@
 namespace gsx {
 namespace {
 
-// What drafts; none for plain decoding.
+// The draft to use; unset for plain decoding.
 std::optional<DraftKind> chosenDraft(Manifest const& manifest, Drafting const& drafting) {
     if (!drafting.speculative) {
-        if (drafting.draft) throw UsageError("plain decoding and a draft were asked for", {"one of them", {}, {}});
+        if (drafting.draft) throw UsageError("both plain decoding and a draft were requested", {"one of them", {}, {}});
         return std::nullopt;
     }
     if (drafting.draft) {
@@ -26,7 +26,7 @@ std::optional<DraftKind> chosenDraft(Manifest const& manifest, Drafting const& d
 
 }  // namespace
 
-// The stages refer to the bundle and the entry, so they lie beside them and never move.
+// The stages refer to the bundle and the entry, so all are kept together and never move.
 struct Model::Parts {
     Bundle bundle;
     EngineEntry entry;
@@ -45,12 +45,12 @@ Model::Model(Bundle bundle, EngineEntry entry, MakeEngine const& makeEngine, Dra
     parts.kind = chosenDraft(parts.bundle.manifest, drafting);
     if (parts.kind && std::holds_alternative<ExitDraft>(*parts.kind)) {
         auto runner = std::make_unique<SplitRunner>(parts.stage("draft", makeEngine), parts.stage("verify", makeEngine));
-        parts.draft = std::make_unique<EarlyExit>(*runner);
+        parts.draft = std::make_unique<EarlyExitDraft>(*runner);
         parts.runner = std::move(runner);
         return;
     }
     parts.runner = std::make_unique<WholeRunner>(parts.stage("model", makeEngine));
-    if (parts.kind) parts.draft = std::make_unique<OtherControls>(*parts.runner, *parts.kind);
+    if (parts.kind) parts.draft = std::make_unique<FullDepthDraft>(*parts.runner, *parts.kind);
 }
 
 Model::Model(Model&&) noexcept = default;

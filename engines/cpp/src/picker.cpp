@@ -17,7 +17,7 @@ namespace {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
 
-// SplitMix64's finish.
+// The output function of SplitMix64.
 uint64_t scrambled(uint64_t z) {
     z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9;
     z = (z ^ z >> 27) * 0x94D049BB133111EB;
@@ -26,13 +26,13 @@ uint64_t scrambled(uint64_t z) {
 
 uint64_t mixed(uint64_t value) { return scrambled(value + kGolden); }
 
-// A uniform number in (0, 1): the upper 53 bits.
+// A uniform number in (0, 1), from the upper 53 bits.
 double noise(uint64_t key, int64_t id) {
     uint64_t const z = scrambled(key + (static_cast<uint64_t>(id) + 1) * kGolden);
     return (static_cast<double>(z >> 11) + 0.5) * 0x1p-53;
 }
 
-// Pairwise, in blocks of eight sums: the order of NumPy's reduction over contiguous numbers.
+// Pairwise summation with eight partial sums per block: the order of NumPy's reduction over contiguous numbers.
 double sumOf(double const* values, size_t count) {
     constexpr size_t kLanes = 8;
     constexpr size_t kBlock = 128;
@@ -57,7 +57,7 @@ void divide(std::vector<double>& values, double divisor) {
     for (double& value : values) value /= divisor;
 }
 
-// Where the likeliest token stands, the first of several. Throws EngineError for logits that no choice can be made by.
+// Index of the likeliest token, the first one if several are equal. Throws EngineError for logits that allow no choice.
 size_t bestOf(LogitsRow logits) {
     size_t best = 0;
     bool ordered = true;
@@ -66,9 +66,9 @@ size_t bestOf(LogitsRow logits) {
         if (logits.data[i] > logits.data[best]) best = i;
     }
     if (!ordered || logits.size == 0 || !std::isfinite(logits.data[best])) {
-        throw EngineError("the model gave logits that no token can be chosen by",
-                          {"numbers, of which the largest is finite", ordered ? "an infinite one, or none" : "NaN",
-                           "gsx verify compares the bundle with PyTorch; fp16 may be too narrow for this model"});
+        throw EngineError("no token can be chosen from the model's logits",
+                          {"numbers with a finite maximum", ordered ? "an infinite maximum" : "NaN",
+                           "gsx verify compares the bundle with PyTorch; the range of fp16 may be too small for this model"});
     }
     return best;
 }
@@ -84,11 +84,14 @@ double leastOfLargest(std::vector<double> values, size_t k) {
 
 void check(Sampling const& sampling) {
     if (!(std::isfinite(sampling.temperature) && sampling.temperature >= 0)) {
-        throw UsageError("temperature", {"a number of at least 0", exactNumber(sampling.temperature), {}});
+        throw UsageError("the temperature is out of range",
+                         {"a number of at least 0", exactNumber(sampling.temperature), {}});
     }
-    if (sampling.topK < 0) throw UsageError("top-k", {"0 (all) or more", std::to_string(sampling.topK), {}});
+    if (sampling.topK < 0) {
+        throw UsageError("top-k is out of range", {"0 (all) or more", std::to_string(sampling.topK), {}});
+    }
     if (!(sampling.topP > 0 && sampling.topP <= 1)) {
-        throw UsageError("top-p", {"a number above 0 and at most 1", exactNumber(sampling.topP), {}});
+        throw UsageError("top-p is out of range", {"a number above 0 and at most 1", exactNumber(sampling.topP), {}});
     }
 }
 
@@ -111,7 +114,7 @@ Candidates candidatesOf(LogitsRow logits, Sampling const& sampling) {
                          [&](int64_t one, int64_t other) { return scaledOf(one) > scaledOf(other); });
     }
     if (k > 0 && found.ids.size() > k) found.ids.resize(k);
-    for (int64_t const id : found.ids) found.weights.push_back(std::exp(scaledOf(id)));  // the best one stands at 0
+    for (int64_t const id : found.ids) found.weights.push_back(std::exp(scaledOf(id)));  // that of the best is 0
     divide(found.weights, sumOf(found.weights.data(), found.weights.size()));
     if (sampling.topP < 1) {
         size_t count = 0;
@@ -137,7 +140,7 @@ int64_t Picker::pick(LogitsRow logits, size_t sequence, int64_t place) const {
     int64_t winner = 0;
     double first = std::numeric_limits<double>::infinity();
     for (size_t i = 0; i < found.ids.size(); ++i) {
-        if (found.weights[i] <= 0) continue;  // what underflowed can never win
+        if (found.weights[i] <= 0) continue;  // underflowed, so it can never win
         double const arrival = -std::log(noise(key, found.ids[i])) / found.weights[i];
         if (arrival < first) {
             first = arrival;

@@ -1,8 +1,8 @@
-// Choosing the next token from logits: the rule of gsx_engines/sampling.py, number for number.
+// Choosing the next token from logits: the rule of gsx_engines/sampling.py, with the same numbers.
 //
-// A sampled token is the winner of an exponential race: token v of probability p_v arrives at -log(u_v) / p_v, and the
-// first one is taken. The noise u depends on the seed, the sequence, the place in the text and the token alone, so the
-// same seed gives the same text with any draft. Probabilities are float64; the sum has NumPy's order.
+// A sampled token is the winner of an exponential race: token v of probability p_v arrives at time -log(u_v) / p_v, and the
+// first one to arrive is chosen. The noise u depends only on the seed, the sequence, the position in the text and the token,
+// so the same seed gives the same text with any draft. Probabilities are float64, summed in NumPy's order.
 
 #pragma once
 
@@ -20,7 +20,7 @@ struct LogitsRow {
     size_t size;
 };
 
-// Tokens that may come next, and their probabilities.
+// The tokens that may come next, and their probabilities.
 struct Candidates {
     std::vector<int64_t> ids;
     std::vector<double> weights;
@@ -28,14 +28,14 @@ struct Candidates {
 
 class Picker {
 public:
-    // Without a seed, the operating system gives one.
+    // Without a seed, the operating system provides one.
     explicit Picker(Sampling const& sampling);
 
-    // The token at a place of a sequence: place is the new token's position in the text, prompt included.
+    // Choose a token of a sequence; place is the new token's position in the text, prompt included.
     int64_t pick(LogitsRow logits, size_t sequence, int64_t place) const;
 
-    // A draft's own chance that the model picks the same token. Greedy: the probability of its choice. Sampled: 1, since
-    // how likely the token was says nothing there (gsx_engines/sampling.py).
+    // The draft's own probability that the model picks the same token. Greedy: the probability of the draft's choice.
+    // Sampled: 1, since the probability of the token says nothing there (gsx_engines/sampling.py).
     double confidence(LogitsRow logits) const;
 
 private:
@@ -43,7 +43,7 @@ private:
     uint64_t mSeed;
 };
 
-// Temperature comes first, then top-k, then top-p. Of equal tokens the earlier one counts as the likelier.
+// Temperature is applied first, then top-k, then top-p. Of equally likely tokens the earlier one comes first.
 Candidates candidatesOf(LogitsRow logits, Sampling const& sampling);
 
 }  // namespace gsx

@@ -20,11 +20,11 @@ Cache emptyCache(int64_t batch, int64_t capacity) {
     return {batch, capacity, none, none, {}, {}};
 }
 
-// The call that appends tokens to a cache. That they fit is the loop's business.
+// The call that appends tokens to a cache. The caller ensures that they fit.
 Call callOf(Cache const& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<Controls const> controls) {
     Counts const after = grown(cache.lengths, counts);
     if (*std::max_element(after.begin(), after.end()) > cache.capacity) {
-        throw std::logic_error("the cache holds " + std::to_string(cache.capacity) + " tokens, more are needed");
+        throw std::logic_error("the cache has room for only " + std::to_string(cache.capacity) + " tokens");
     }
     return {std::move(ids), std::move(counts), cache.lengths, std::move(controls)};
 }
@@ -35,7 +35,7 @@ StepOutput stepOutput(Stage const& stage, Call const& call, StageOutput output) 
     return {std::move(output.logits), std::move(output.kept), tokens * branches};
 }
 
-// Waiting tokens that have not been rolled back, as one call: each sequence's at the front of its row.
+// Waiting tokens that have not been rolled back as one call; those of each sequence are at the front of its row.
 std::pair<Call, ExitState> joinedWaiting(Cache const& cache) {
     auto const& waiting = cache.waiting;
     Call call{{}, {}, cache.verified, waiting.back().first.controls};
@@ -56,7 +56,7 @@ std::pair<Call, ExitState> joinedWaiting(Cache const& cache) {
             if (count <= 0) continue;
             copyTokens(drafted.ids, row, 0, call.ids, start, count);
             for (auto& [name, part] : joined) {
-                // Axes between the batch and the tokens (K/V heads) belong to their sequence.
+                // Any axes between the batch and the tokens (K/V heads) belong to the sequence.
                 int64_t const rows = TokenView::of(part.shape, tokenAxis(part.shape)).outer / cache.batch;
                 for (int64_t i = row * rows; i < (row + 1) * rows; ++i) {
                     copyTokens(state.at(name), i, 0, part, start, count);

@@ -1,4 +1,4 @@
-// Runners make whole steps of stages: one stage, or two with the exit between them. As gsx_engines/runners.
+// Runners make whole steps out of one stage, or of two with the exit between them. As in gsx_engines/runners.
 
 #pragma once
 
@@ -14,26 +14,26 @@ namespace gsx {
 // K/V of a batch of sequences.
 struct Cache {
     int64_t batch;
-    // Tokens of each sequence that fit.
+    // Tokens that fit, for each sequence.
     int64_t capacity;
-    // Tokens of each that the cache holds; and those that have been through all layers, fewer between a draft of a split
-    // runner and its verification.
+    // Tokens that the cache holds for each sequence, and how many of them have been through all layers; these are fewer
+    // while drafted tokens of a split runner wait for verification.
     Counts lengths;
     Counts verified;
-    // Of each stage.
+    // The memory of each stage.
     std::vector<StageMemory> memory;
-    // Of a split runner: the calls whose exit states the later layers have not seen.
+    // In a split runner: the calls whose exit states the later layers have not processed yet.
     std::vector<std::pair<Call, ExitState>> waiting;
 
-    // Forget what lies behind these lengths.
+    // Forget all tokens beyond these lengths.
     void rollBack(Counts const& to);
 };
 
-// What one call gives a loop.
+// The result of one call, as the decoding loop sees it.
 struct StepOutput {
     Array<float> logits;
     KeptTable kept;
-    // Rows that the keep rule judged in this call, one a token and skippable branch.
+    // Rows that the keep rule decided on in this call: one for each token and skippable branch.
     int64_t gatedRows = 0;
 };
 
@@ -46,7 +46,7 @@ public:
 
     virtual Manifest const& manifest() const = 0;
 
-    // Room for `batch` sequences of up to `capacity` tokens, empty.
+    // An empty cache for `batch` sequences of up to `capacity` tokens.
     virtual Cache newCache(int64_t batch, int64_t capacity) = 0;
 
     // Run tokens of every sequence, ids [B, S], and append their K/V to the cache, whose lengths grow by `counts`.
@@ -68,28 +68,28 @@ private:
     std::unique_ptr<Stage> mStage;
 };
 
-// Runs the engines of the layers below an exit and of the others. Both share one cache: the exit states of drafted tokens
-// wait in it until the later layers run on them, so that no layer runs twice on a token that stays.
+// Runs two engines: the layers below an exit, and the others. Both share one cache. The exit states of drafted tokens wait
+// in it until the later layers run on them, so no layer runs twice on an accepted token.
 class SplitRunner final : public Runner {
 public:
     SplitRunner(std::unique_ptr<Stage> early, std::unique_ptr<Stage> late)
         : mEarly(std::move(early)), mLate(std::move(late)) {}
 
-    // Number of layers that the draft runs.
+    // How many layers the draft runs.
     int64_t exitLayer() const { return mEarly->layers().last; }
 
     Manifest const& manifest() const override { return mEarly->manifest(); }
     Cache newCache(int64_t batch, int64_t capacity) override;
-    // A draft without logits, and its verification.
+    // A draft without logits, then its verification.
     StepOutput step(Cache& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<Controls const> controls,
                     Logits logits) override;
 
-    // Run the early layers alone; the logits are the exit's.
+    // Run only the early layers; the logits are those at the exit.
     StepOutput draft(Cache& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<Controls const> controls,
                      Logits logits);
 
-    // Run the later layers on all tokens that were drafted since the last verification and not rolled back; S of the
-    // logits is the largest number of such tokens of a sequence.
+    // Run the later layers on all tokens that were drafted since the last verification and not rolled back. S of the
+    // logits is the largest number of such tokens in any sequence.
     StepOutput verify(Cache& cache, Logits logits);
 
 private:
@@ -97,7 +97,7 @@ private:
     std::unique_ptr<Stage> mLate;
 };
 
-// The output of both halves on the same tokens: the later one's logits.
+// The outputs of both halves on the same tokens as one, with the logits of the later half.
 StepOutput joinedOutput(StepOutput early, StepOutput late);
 
 }  // namespace gsx

@@ -1,4 +1,4 @@
-// SHA-256 (FIPS 180-4), so that loading a bundle needs no cryptography library.
+// SHA-256 (FIPS 180-4). Our own, in place of a library such as PicoSHA2, so that loading a bundle has no further dependency.
 
 #pragma once
 
@@ -13,7 +13,7 @@ namespace gsx {
 class Sha256 {
 public:
     void update(void const* data, size_t size);
-    // The hash in hexadecimal; the object is used up.
+    // The hash in hexadecimal. The object cannot be used any further.
     std::string finish();
 
 private:
@@ -26,7 +26,7 @@ private:
     uint64_t mBytes = 0;
 };
 
-// Of a file's bytes. Throws BundleError where it cannot be read.
+// Hash of a file's content. Throws BundleError if it cannot be read.
 std::string sha256Of(std::filesystem::path const& path);
 
 }  // namespace gsx

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "gsx/error.h"
+#include "tensor_names.h"
 #include "text.h"
 #include "token_axis.h"
 
@@ -14,17 +15,10 @@ namespace {
 
 // The window is a multiple of this many columns (gsx_engines/runners/tensorrt.py).
 constexpr int64_t kWindowStep = 64;
-constexpr char const* kLogits = "logits";
-constexpr char const* kLogitsAt = "logits_at";
-constexpr char const* kKept = "kept";
-constexpr char const* kCount = "k";
-constexpr char const* kBudget = "budget";
-constexpr char const* kPast = "past_key_values.";
-constexpr char const* kPresent = "present.";
 
 EngineGraph const& graphOf(EngineEntry const& entry, std::string const& name) {
     auto const found = entry.graphs.find(name);
-    if (found == entry.graphs.end()) throw EngineError("the engines have no " + name);
+    if (found == entry.graphs.end()) throw EngineError("there is no engine of " + name);
     return found->second;
 }
 
@@ -35,7 +29,6 @@ Layers layersOf(Manifest const& manifest, std::string const& graph) {
     return graph == "draft" ? Layers{0, exit->layer} : Layers{exit->layer, depth};
 }
 
-bool startsWith(std::string const& text, std::string const& start) { return text.compare(0, start.size(), start) == 0; }
 
 bool has(std::vector<TensorInfo> const& tensors, std::string const& name) {
     return std::any_of(tensors.begin(), tensors.end(), [&](TensorInfo const& tensor) { return tensor.name == name; });
@@ -51,9 +44,9 @@ Shape shapeOf(TensorInfo const& tensor, std::map<std::string, int64_t> const& si
         }
         auto const named = sizes.find(std::get<std::string>(axis));
         if (named == sizes.end()) {
-            throw EngineError("the engine's " + tensor.name + " has an axis that is not known",
+            throw EngineError("the engine's tensor " + tensor.name + " has an unknown axis",
                               {"batch, sequence or logits_columns", std::get<std::string>(axis),
-                               "gsx build of this version builds it anew"});
+                               "build it again with gsx build of this version"});
         }
         shape.push_back(named->second);
     }
@@ -67,13 +60,13 @@ std::string spanOf(Sizes const& sizes) {
 
 bool fits(Sizes const& sizes, int64_t size) { return sizes.least <= size && size <= sizes.most; }
 
-// One output of the pieces of a call, each of `most` tokens but the last.
+// The outputs of the pieces of a call as one; each piece has `most` tokens, except the last.
 StageOutput joinedPieces(std::vector<StageOutput> const& pieces, Call const& call, int64_t most, Logits logits) {
     StageOutput joined;
     std::vector<Array<float> const*> scores;
     for (StageOutput const& piece : pieces) scores.push_back(&piece.logits);
     joined.logits = joinedTokens(scores);
-    if (logits == Logits::kLast) {  // of each sequence, from the piece that its last token is in
+    if (logits == Logits::kLast) {  // for each sequence, from the piece that holds its last token
         std::vector<int64_t> piece;
         for (int64_t const count : call.counts) piece.push_back(std::max<int64_t>(count - 1, 0) / most);
         joined.logits = tokenOfEach(joined.logits, piece);
@@ -101,7 +94,7 @@ int64_t windowOf(int64_t filled, int64_t capacity) {
 }
 
 int64_t keptCount(int64_t n, double budget) {
-    // A budget is a decimal of at most six places, so that counting is a matter of whole numbers.
+    // A budget is a decimal of at most six places, so counting works on whole numbers.
     constexpr int64_t kMillion = 1'000'000;
     int64_t const millionths = std::llrint(budget * static_cast<double>(kMillion));
     if (millionths >= kMillion || n <= 1) return n;
@@ -124,13 +117,13 @@ size_t chooseProfile(std::vector<EngineProfile> const& profiles, int64_t batch, 
         if (std::none_of(profiles.begin(), profiles.end(), takes)) outside.emplace_back(name);
     }
     std::string const why =
-        outside.empty() ? "each has another axis out of range" : joinedBy(" and ", outside) + " beyond every one";
+        outside.empty() ? "each has some axis out of range" : joinedBy(" and ", outside) + " out of range in each";
     std::vector<std::string> ranges;
     for (EngineProfile const& profile : profiles) {
         ranges.push_back(profile.name + ": batch " + spanOf(profile.batch) + ", tokens " + spanOf(profile.tokens) +
                          ", window " + spanOf(profile.window));
     }
-    throw EngineError("no profile of the engine takes this call: " + why,
+    throw EngineError("no profile of the engine fits this call: " + why,
                       {joinedBy("; ", ranges),
                        "batch " + std::to_string(batch) + ", tokens " + std::to_string(tokens) + ", window " +
                            std::to_string(window),
@@ -153,10 +146,10 @@ Stage::Stage(Manifest const& manifest, EngineEntry const& entry, std::string con
       mLayers(layersOf(manifest, graph)),
       mSkippable(manifest.skippablePlaces(mLayers.first, mLayers.last)),
       mEngine(std::move(engine)) {
-    if (!has(mGraph.inputs, kLogitsAt) || !has(mGraph.outputs, kLogits)) {
-        throw EngineError("the engine of " + graph + " is not one of gsx",
-                          {std::string("an input ") + kLogitsAt + " and an output " + kLogits, {},
-                           "gsx build of this version builds it anew"});
+    if (!has(mGraph.inputs, names::kLogitsAt) || !has(mGraph.outputs, names::kLogits)) {
+        throw EngineError("the engine of " + graph + " was not built by gsx",
+                          {std::string("an input ") + names::kLogitsAt + " and an output " + names::kLogits, {},
+                           "build it again with gsx build of this version"});
     }
 }
 
@@ -173,17 +166,17 @@ StageMemory Stage::newMemory(int64_t batch, int64_t capacity) {
         for (EngineProfile const& profile : mEntry.profiles) {
             ranges.push_back(std::to_string(profile.batch.least) + " to " + std::to_string(profile.batch.most));
         }
-        throw EngineError("no profile of the engine takes so many sequences",
+        throw EngineError("no profile of the engine allows so many sequences",
                           {"batch " + joinedBy(", ", ranges), std::to_string(batch),
                            build + " --batch " + std::to_string(batch)});
     }
     StageMemory memory;
     for (TensorInfo const& input : mGraph.inputs) {
-        if (!startsWith(input.name, kPast)) continue;
+        if (!names::isPast(input.name)) continue;
         Shape const shape = shapeOf(input, {{"batch", batch}});
         BoundBuffer const bound{mEngine->buffer(shape, input.name), shape};
         memory.buffers[input.name] = bound;
-        std::string const present = kPresent + input.name.substr(std::string(kPast).size());
+        std::string const present = names::presentAfter(input.name);
         if (has(mGraph.outputs, present)) memory.buffers[present] = bound;
     }
     return memory;
@@ -195,7 +188,7 @@ StageOutput Stage::run(StageMemory& memory, Call const& call, ExitState const& s
     if (mManifest.selection && mManifest.selection->mode == SelectionMode::kRank) {
         std::string const size = std::to_string(call.size());
         throw EngineError(
-            "the prompt is longer than a call of the engine, and rank selection chooses among a whole call",
+            "the prompt does not fit into one call of the engine, and rank selection needs all tokens in one call",
             {"at most " + std::to_string(most) + " tokens", size,
              "gsx build --profile prefill:2-" + size + " --profile decode:1, or export with --select threshold"});
     }
@@ -215,14 +208,14 @@ StageOutput Stage::run(StageMemory& memory, Call const& call, ExitState const& s
 }
 
 StageOutput Stage::runOnce(StageMemory& memory, Call const& call, ExitState const& state, Logits logits) {
-    // Rows behind a sequence's count see themselves at least: no row is without a column while there is room.
+    // The window covers the rows beyond a sequence's count too: while there is room, no row of the mask is empty.
     int64_t const longest = *std::max_element(call.lengths.begin(), call.lengths.end());
     int64_t const window = windowOf(longest + call.size(), mEntry.capacity);
     Values const feeds = feedsOf(call, state, logits, window);
     std::map<std::string, int64_t> const sizes = {
         {"batch", call.batch()},
         {"sequence", call.size()},
-        {"logits_columns", std::get<Array<int64_t>>(feeds.at(kLogitsAt)).shape[1]}};
+        {"logits_columns", std::get<Array<int64_t>>(feeds.at(names::kLogitsAt)).shape[1]}};
     std::map<std::string, Shape> results;
     for (TensorInfo const& output : mGraph.outputs) {
         if (memory.buffers.count(output.name) == 0) results[output.name] = shapeOf(output, sizes);
@@ -230,9 +223,9 @@ StageOutput Stage::runOnce(StageMemory& memory, Call const& call, ExitState cons
     size_t const profile = chooseProfile(mEntry.profiles, call.batch(), call.size(), window);
     Values found = mEngine->run(profile, feeds, memory.buffers, results);
     StageOutput output;
-    output.logits = std::get<Array<float>>(std::move(found.at(kLogits)));
+    output.logits = std::get<Array<float>>(std::move(found.at(names::kLogits)));
     if (logits == Logits::kNone) output.logits = someTokens(output.logits, 0, 0);
-    for (std::string const& name : mManifest.exitNames) {
+    for (std::string const& name : mManifest.exitState) {
         auto const part = found.find(name);
         if (part != found.end()) output.state[name] = std::get<Array<float>>(std::move(part->second));
     }
@@ -259,11 +252,11 @@ Values Stage::feedsOf(Call const& call, ExitState const& state, Logits logits, i
             wanted.data[static_cast<size_t>(row * wanted.shape[1] + column)] = row * size + token;
         }
     }
-    Values given = {{"input_ids", call.ids},
-                    {"attention_mask", std::move(mask)},
-                    {"position_ids", std::move(positions)},
-                    {"write_at", Array<int64_t>({batch}, call.lengths)},
-                    {kLogitsAt, std::move(wanted)}};
+    Values given = {{names::kInputIds, call.ids},
+                    {names::kAttentionMask, std::move(mask)},
+                    {names::kPositionIds, std::move(positions)},
+                    {names::kWriteAt, Array<int64_t>({batch}, call.lengths)},
+                    {names::kLogitsAt, std::move(wanted)}};
     for (auto const& [name, value] : *call.controls) given[name] = value;
     for (auto const& [name, value] : state) given[name] = value;
     Values feeds;
@@ -271,14 +264,15 @@ Values Stage::feedsOf(Call const& call, ExitState const& state, Logits logits, i
         auto const value = given.find(input.name);
         if (value != given.end()) {
             feeds.insert(given.extract(value));
-        } else if (input.name == kCount) {
-            // Rank selection whose K the host counts, in place of the budget.
-            auto const budget = call.controls->find(kBudget);
-            if (budget == call.controls->end()) throw EngineError("the engine wants k, and the bundle has no budget");
-            feeds[kCount] = Array<int64_t>({1}, {keptCountOf(call, static_cast<double>(std::get<Array<float>>(budget->second).data[0]))});
-        } else if (!startsWith(input.name, kPast)) {
-            throw EngineError("the engine wants an input that is not known",
-                              {{}, input.name, "gsx build of this version builds it anew"});
+        } else if (input.name == names::kCount) {
+            // Rank selection for which the host counts K from the budget.
+            auto const found = call.controls->find(names::kBudget);
+            if (found == call.controls->end()) throw EngineError("the engine needs k, but the bundle has no budget");
+            auto const budget = static_cast<double>(std::get<Array<float>>(found->second).data[0]);
+            feeds[names::kCount] = Array<int64_t>({1}, {keptCountOf(call, budget)});
+        } else if (!names::isPast(input.name)) {
+            throw EngineError("the engine has an unknown input",
+                              {{}, input.name, "build it again with gsx build of this version"});
         }
     }
     return feeds;
@@ -292,7 +286,7 @@ int64_t Stage::keptCountOf(Call const& call, double budget) const {
         int64_t const count = call.counts[static_cast<size_t>(row)];
         for (int64_t token = 0; token < count; ++token) {
             int64_t const id = call.ids.data[static_cast<size_t>(row * call.size() + token)];
-            // End-of-text is kept on top of the best ones.
+            // End-of-text tokens are kept in addition to the best ones.
             if (std::find(ends.begin(), ends.end(), id) != ends.end()) ++kept;
             ++valid;
         }
@@ -301,12 +295,12 @@ int64_t Stage::keptCountOf(Call const& call, double budget) const {
 }
 
 KeptTable Stage::keptOf(Values const& found) const {
-    auto const counts = found.find(kKept);
+    auto const counts = found.find(names::kKept);
     if (counts == found.end() || mSkippable.empty()) return {};
     std::vector<int64_t> const& rows = std::get<Array<int64_t>>(counts->second).data;
     if (rows.size() != mSkippable.size()) {
-        throw EngineError("the engine counts other branches than the manifest has",
-                          {std::to_string(mSkippable.size()), std::to_string(rows.size()), "gsx build builds it anew"});
+        throw EngineError("the engine counts a different number of branches than the manifest lists",
+                          {std::to_string(mSkippable.size()), std::to_string(rows.size()), "build it again with gsx build"});
     }
     KeptTable table(static_cast<size_t>(mManifest.decoder.numLayers));
     for (size_t i = 0; i < mSkippable.size(); ++i) {

@@ -1,4 +1,4 @@
-// Numbers and lists as people read them, spelled as Python's messages spell them.
+// Numbers and lists in messages, spelled as in Python's messages.
 
 #pragma once
 
@@ -7,10 +7,11 @@
 
 namespace gsx {
 
-// As Python's format "g": six digits, no trailing zeros.
+// Like Python's format "g": six digits, no trailing zeros.
 std::string shortNumber(double value);
-// As Python's repr: all digits that matter, and always a sign of being no whole number.
+// Like Python's repr: all significant digits, and a decimal point even for whole numbers.
 std::string exactNumber(double value);
+// The parts in one text, separated.
 std::string joinedBy(std::string const& separator, std::vector<std::string> const& parts);
 
 }  // namespace gsx

@@ -1,4 +1,4 @@
-// Cutting and joining arrays along their tokens, which stand on the axis before the last one, and adding counts of rows.
+// Cutting and joining arrays along their token axis, which is the last axis but one, and adding up counts of rows.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 
 namespace gsx {
 
-// An array seen as [outer, tokens, inner].
+// The shape of an array viewed as [outer, tokens, inner].
 struct TokenView {
     int64_t outer;
     int64_t tokens;
@@ -29,7 +29,7 @@ struct TokenView {
 
 inline size_t tokenAxis(Shape const& shape) { return shape.size() > 2 ? shape.size() - 2 : shape.size() - 1; }
 
-// Copy tokens [from, from + count) of one outer row to `to` of another array's.
+// Copy tokens [from, from + count) of one outer row to token `to` of the same row of another array.
 template <typename T>
 void copyTokens(Array<T> const& source, int64_t row, int64_t from, Array<T>& target, int64_t to, int64_t count) {
     TokenView const in = TokenView::of(source.shape, tokenAxis(source.shape));
@@ -49,7 +49,7 @@ Array<T> someTokens(Array<T> const& array, int64_t start, int64_t stop) {
     return some;
 }
 
-// Arrays put side by side along their tokens.
+// Arrays concatenated along their token axis.
 template <typename T>
 Array<T> joinedTokens(std::vector<Array<T> const*> const& arrays) {
     Shape shape = arrays.front()->shape;
@@ -76,7 +76,7 @@ Array<T> tokenOfEach(Array<T> const& array, std::vector<int64_t> const& tokens) 
     return picked;
 }
 
-// Add counts of rows by (layer, branch); a table that is empty stays so.
+// Add counts of rows by (layer, branch). If either table is empty, the sum is empty.
 inline void addKept(std::vector<std::array<int64_t, kBranches>>& sum,
                     std::vector<std::array<int64_t, kBranches>> const& other) {
     if (other.empty()) sum.clear();

@@ -1,6 +1,6 @@
-// Opens a bundle and looks for its engines on a machine that the arguments describe, as a loader does before it meets a
-// GPU: `gsx_check_bundle DIRECTORY BACKEND TENSORRT_VERSION GPU CAPABILITY GRAPH [PLUGIN_LIBRARY]`.
-// Prints the engine's directory, or the error; exit code 1 for an error of gsx.
+// Opens a bundle and finds its engines for a machine that the arguments describe, as a loader does before it uses a GPU:
+// `gsx_check_bundle DIRECTORY BACKEND TENSORRT_VERSION GPU CAPABILITY GRAPH [PLUGIN_LIBRARY]`.
+// Prints the engine's directory and size, or the error; exit code 1 for an error of gsx.
 
 #include <iostream>
 

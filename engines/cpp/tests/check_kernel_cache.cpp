@@ -1,6 +1,6 @@
-// One run of a program that keeps its kernels: `gsx_check_kernel_cache ENGINE_SHA256 CAPABILITY FITTING COMPILED`.
-// Prints the file's path and what the runtime took of it. The runtime takes what begins with FITTING, and holds COMPILED
-// besides when it ends.
+// One run of a program that keeps compiled kernels: `gsx_check_kernel_cache ENGINE_SHA256 CAPABILITY FITTING COMPILED`.
+// Prints the file's path and the content that the runtime accepted. The runtime accepts what begins with FITTING, and has
+// compiled COMPILED in addition when it ends.
 
 #include <iostream>
 

@@ -46,8 +46,8 @@ void repeatCase(json const& one, json const& manifest, gsx::Options options, Eng
                            {"drafted", stats.drafted},            {"accepted", stats.accepted},
                            {"kept_rows", stats.keptRows},         {"gated_rows", stats.gatedRows}};
     compare(name + ": stats", counters, one.at("stats"));
-    // The same model once more, with what the first generation left in its engines. How far to draft is then found by the
-    // clock, which may change the calls and never the text.
+    // The same model again, with what the first generation left in its engines. The draft length now depends on measured
+    // times, which may change the calls but never the text.
     options.draftLength.reset();
     options.onToken = nullptr;
     made = model.generate(prompts, options);

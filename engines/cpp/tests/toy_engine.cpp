@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "stage.h"
+#include "tensor_names.h"
 
 namespace {
 
@@ -23,7 +24,7 @@ Array<float> const& floats(Values const& feeds, std::string const& name) {
 }
 
 Array<float>& bufferOf(Buffers const& buffers, int64_t layer, char const* kv) {
-    std::string const name = "past_key_values." + std::to_string(layer) + "." + kv;
+    std::string const name = gsx::names::kPast + std::to_string(layer) + "." + kv;
     return static_cast<ToyBuffer&>(*buffers.at(name).buffer).array;
 }
 
@@ -129,7 +130,7 @@ gsx::Values ToyEngine::run(size_t profile, Values const& feeds, Buffers const& b
     for (auto const& [name, size] : results) {
         auto value = found.extract(name);
         if (std::visit([](auto const& array) { return array.shape; }, value.mapped()) != size) {
-            throw std::logic_error("another shape was expected of " + name);
+            throw std::logic_error("unexpected shape of " + name);
         }
         wanted.insert(std::move(value));
     }

@@ -1,4 +1,4 @@
-// The toy model of tests/vectors/toy.py, number for number: real decoding logic without a GPU.
+// The toy model of tests/vectors/toy.py, with the same numbers: tests the decoding logic without a GPU.
 
 #pragma once
 
@@ -12,7 +12,7 @@
 #include "gsx/manifest.h"
 #include "sha256.h"
 
-// A hash of whole numbers, 32 bits.
+// A 32-bit hash of whole numbers.
 uint32_t mix(std::vector<uint32_t> const& values);
 
 // K or V of a layer, [B, 1, capacity, 1].
@@ -21,7 +21,7 @@ struct ToyBuffer final : gsx::Buffer {
     gsx::Array<float> array;
 };
 
-// One graph of the toy model; the digest takes in every call.
+// One graph of the toy model; every call is added to the digest.
 class ToyEngine final : public gsx::Engine {
 public:
     ToyEngine(gsx::Manifest const& manifest, std::string graph, gsx::Sha256& digest);
@@ -31,7 +31,7 @@ public:
                     std::map<std::string, gsx::Shape> const& results) override;
 
 private:
-    // A token of the call: sequence, place in the call.
+    // A token of the call: its sequence, and its position in the call.
     using Token = std::pair<int64_t, int64_t>;
 
     struct Pair {

@@ -1,5 +1,5 @@
 // Repeats what Python wrote into a file of vectors (tests/vectors/make.py): `gsx_vectors FILE.json`.
-// Prints one line for each difference; exit code 1 where there is one, or where a file had nothing to compare.
+// Prints one line for each difference; exit code 1 if there is one, or if the file had nothing to compare.
 
 #include <cmath>
 #include <cstring>
@@ -29,7 +29,7 @@ double number(json const& text) {
     return value;
 }
 
-// Logits of a kind: the tables KINDS and REFUSED_KINDS of make.py.
+// Logits of a given kind: the tables KINDS and REFUSED_KINDS of make.py.
 std::vector<float> kindLogits(std::string const& kind, uint32_t seed) {
     struct Kind {
         uint32_t size;
@@ -112,7 +112,7 @@ void repeatThresholds(json const& file) {
     }
 }
 
-// The toy model behind the interface of an engine: decoding alone, without a runtime.
+// The toy model behind the engine interface: only decoding, without a runtime.
 EnginesUnderTest toyEngines() {
     struct Toys {
         std::map<std::string, gsx::Manifest> manifests;

@@ -1,4 +1,4 @@
-"""`gsx build`: engines of every graph of a bundle, written whole or not at all, and named in its manifest."""
+"""`gsx build`: engines for all graphs of a bundle, written whole or not at all, and listed in its manifest."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from gsx_plugins.files import cache_folder
 from gsx_plugins.library import PLUGIN_OPS, find_library, library_hash, record_of
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-# An engine is the weights, for every profile, and the kernels.
+# Disk space for an engine beyond its weights (which it may hold once for every profile): mostly kernels.
 _DISK_SLACK = 128 << 20
 
 
@@ -55,21 +55,22 @@ def build(
     timing_cache: Path | None = None,
     on_progress: OnProgress = silent,
 ) -> tuple[str, EngineEntry]:
-    """Build an engine of every graph of a bundle and put them into it.
+    """Build an engine for every graph of a bundle, and add them to the bundle.
 
     Args:
         bundle: an opened bundle or its directory.
-        backend: `tensorrt-rtx` builds without a GPU; `tensorrt` builds on the GPU that it is for.
-        targets: compute capabilities as in "89" or "8.9", TensorRT-RTX alone; none for the GPU of this machine, or
-            where there is none for all from 8.0 on.
+        backend: `tensorrt-rtx` builds without a GPU; `tensorrt` builds on the GPU that the engine is for.
+        targets: compute capabilities such as "89" or "8.9", only for TensorRT-RTX; empty for the GPU of this machine
+            or, if there is none, for all from 8.0 on.
         context: columns of the K/V buffers, or the most that K and V may grow to; None for the model's context, at most
             4,096.
-        batch: the most sequences of a call.
-        profiles: as `parse_profile` reads them; none for prefill and decode, with TensorRT-RTX one for both.
-        plugins: `auto` takes the library that was built on this machine, if there is one; `none` does without.
-        kv_layout: `in-place` for gsx; `growing` for programs that keep K and V themselves.
-        timing_cache: file for TensorRT's timings; None for a place in the user's cache. TensorRT-RTX takes none.
-        on_progress: called as it goes; the note is TensorRT's phase.
+        batch: the most sequences in a call.
+        profiles: in the form that `parse_profile` reads; empty for one for prefill and one for decoding, or with
+            TensorRT-RTX a single one for both.
+        plugins: `auto` uses the library that was built on this machine, if there is one; `none` uses no plugins.
+        kv_layout: `in-place` for gsx; `growing` for programs that manage K and V themselves.
+        timing_cache: file for TensorRT's timings; None for one in the user's cache folder. Not used by TensorRT-RTX.
+        on_progress: called with the progress; the note is TensorRT's phase.
     Returns: the name of the engines in the bundle, and their entry in its manifest.
     Raises:
         GsxError: an option, a bundle, a machine or a graph that cannot be used.
@@ -81,14 +82,14 @@ def build(
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if opened.manifest.hides_skipped:
         raise UsageError(
-            "engines have one attention mask for all layers, and in this bundle each layer has its own",
-            expected="a bundle whose skipped tokens have K and V (policies compute and copy)",
-            found="K/V policy none with routers: a skipped token is not seen in its layer",
+            "engines have one attention mask for all layers, but this bundle needs one for each layer",
+            expected="a bundle in which skipped tokens have K and V (K/V policy compute or copy)",
+            found="K/V policy none with routers: a skipped token is invisible in its layer",
             todo="run it on ONNX Runtime or with --backend torch",
         )
     if opened.manifest.kv_cache is not None:
         raise UsageError(
-            "TensorRT's K/V update takes 16- and 32-bit floats alone",
+            "TensorRT's K/V update only supports 16- and 32-bit floats",
             expected=f"a bundle exported without --kv-cache {opened.manifest.kv_cache.type}",
             todo="run it on ONNX Runtime, or export again",
         )
@@ -156,7 +157,7 @@ def _build_graph(
     timing_cache: Path | None,
     on_progress: OnProgress,
 ) -> tuple[EngineGraph, bool]:
-    """One engine, and whether it has plugins."""
+    """Build one engine. Returns: its entry, and whether it uses plugins."""
     manifest = bundle.manifest
     lowered = _lower(bundle, name, portable, capacity, kv_layout, profiles, library)
     graph, engine = work / f"{name}.onnx", work / f"{name}.engine"
@@ -226,12 +227,12 @@ def _lower(
 
 
 def input_ranges(model: onnx.ModelProto, profile: EngineProfile) -> Ranges:
-    """Least, usual and most shape of every input of a lowered graph; for `k`, which the host gives, its values."""
+    """Smallest, usual and largest shape of every dynamic input of a lowered graph; for `k` on the host, its values."""
     named = {
         "batch": profile.batch,
         "sequence": profile.tokens,
         lowering.WINDOW: profile.window,
-        # the last column in generation, all of them in verification
+        # one column in generation, all of them in verification
         lowering.LOGITS_COLUMNS: Sizes(1, 1, profile.tokens.most),
         **_growing(profile),
     }
@@ -251,10 +252,10 @@ def input_ranges(model: onnx.ModelProto, profile: EngineProfile) -> Ranges:
 
 
 def _growing(profile: EngineProfile) -> dict[str, Sizes]:
-    """Columns of K and V that grow, before a call and after it.
+    """Sizes of growing K and V, in columns, before a call and after it.
 
-    TensorRT plans for the least of all axes together, and the usual, and the most, so these have to fit together: with
-    the most tokens behind the most columns, more columns come out than the profile's window is meant to have.
+    TensorRT tests the minima of all axes together, and likewise the usual sizes and the maxima, so these must be
+    consistent: with the most tokens after the most columns, the total exceeds the profile's window.
     """
     tokens, window = profile.tokens, profile.window
     past = Sizes(window.least - tokens.least, window.usual - tokens.usual, window.most - tokens.least)
@@ -262,14 +263,14 @@ def _growing(profile: EngineProfile) -> dict[str, Sizes]:
 
 
 def check_backend(backend: Backend) -> Any:
-    """The Python module of a backend, once all that building needs is there; it needs no bundle to ask.
+    """Check that everything needed for building is installed. Returns: the Python module of the backend.
 
     Raises:
-        EngineError: something is not; what cannot be installed, a GPU, comes first.
+        EngineError: something is missing. A missing GPU is reported first, since it cannot be installed.
     """
     if backend == "tensorrt" and cuda.device() is None:
         raise EngineError(
-            "backend tensorrt: builds on the GPU that an engine is for, and there is none here",
+            "backend tensorrt: builds on the GPU that an engine is for, but this machine has none",
             expected="an NVIDIA GPU with its driver",
             found=cuda.why_not(),
             todo='pip install "gsx[tensorrt]" on a machine with a GPU; gsx build --backend tensorrt-rtx needs none',
@@ -283,27 +284,27 @@ def check_backend(backend: Backend) -> Any:
     return load_module(backend)
 
 
-def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
-    """Compute capabilities to build for, and the name of the GPU of this machine (None: there is none)."""
+def _targets(module: ModuleType, backend: Backend, targets: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
+    """Compute capabilities to build for, and the name of this machine's GPU (None: there is none)."""
     device = cuda.device()
     if backend == "tensorrt":
         assert device is not None
-        if asked and {target.replace(".", "") for target in asked} != {device.capability}:
+        if targets and {target.replace(".", "") for target in targets} != {device.capability}:
             raise UsageError(
-                "--target: backend tensorrt builds for the GPU of this machine alone",
+                "--target: backend tensorrt builds only for the GPU of this machine",
                 expected=device.capability,
-                found=", ".join(asked),
+                found=", ".join(targets),
                 todo="gsx build --backend tensorrt-rtx builds for others",
             )
         return (device.capability,), device.name
     known = known_targets(module)
-    wanted = {target: target.replace(".", "").removeprefix("sm") for target in asked}
-    if unknown := [target for target in asked if wanted[target] not in known]:
+    wanted = {target: target.replace(".", "").removeprefix("sm") for target in targets}
+    if unknown := [target for target in targets if wanted[target] not in known]:
         raise UsageError(
-            "--target: this TensorRT-RTX does not build for that compute capability",
+            "--target: this TensorRT-RTX does not build for this compute capability",
             expected=", ".join(map(dotted, known)),
             found=" and ".join(unknown),
-            todo="give --target once for each; other GPUs need gsx build --backend tensorrt, on a machine that has one",
+            todo="repeat --target for each one; other GPUs need gsx build --backend tensorrt on a machine that has one",
         )
     name = device.name if device else None
     if wanted:
@@ -314,15 +315,15 @@ def _targets(module: ModuleType, backend: Backend, asked: Sequence[str]) -> tupl
 
 
 def _with_fp8(
-    bundle: Bundle, module: ModuleType, backend: Backend, asked: Sequence[str], chosen: tuple[str, ...]
+    bundle: Bundle, module: ModuleType, backend: Backend, requested: Sequence[str], chosen: tuple[str, ...]
 ) -> tuple[str, ...]:
-    """The targets that have FP8 products; one that was asked for, or is this machine's GPU, must have them."""
+    """The chosen targets that have FP8 products; a requested target, or this machine's GPU, must have them."""
     having = tuple(target for target in chosen if has_fp8(target))
-    if having == chosen or (having and not asked):
+    if having == chosen or (having and not requested):
         return having
     known = [dotted(target) for target in known_targets(module) if has_fp8(target)] if backend == "tensorrt-rtx" else []
     raise EngineError(
-        f"bundle {bundle.directory}: has FP8 products, which a target has not",
+        f"bundle {bundle.directory}: has FP8 products, which not all targets support",
         expected="compute capability 8.9 (Ada), 9.0 (Hopper), 10.0 or above (Blackwell)"
         + (f"; this TensorRT-RTX builds for {', '.join(known)}" if known else ""),
         found=", ".join(dotted(target) for target in chosen if target not in having),
@@ -335,16 +336,18 @@ def _shapes(
 ) -> tuple[int, tuple[EngineProfile, ...]]:
     longest = bundle.manifest.decoder.max_positions
     if context is not None and not 2 <= context <= longest:
-        raise UsageError("--context", expected=f"2 to {longest}, the model's context", found=str(context))
+        raise UsageError(
+            "--context is out of range", expected=f"2 to {longest}, the model's context", found=str(context)
+        )
     if batch < 1:
-        raise UsageError("--batch", expected="at least 1", found=str(batch))
+        raise UsageError("--batch is out of range", expected="at least 1", found=str(batch))
     capacity = context or min(longest, BUILD_CONTEXT)
     if not profiles:
         return capacity, (default_profiles if backend == "tensorrt" else one_profile)(capacity, batch)
     made = tuple(parse_profile(text, capacity=capacity, batch=batch) for text in profiles)
     names = [profile.name for profile in made]
     if len(set(names)) < len(names):
-        raise UsageError("--profile: two profiles have one name", found=", ".join(names))
+        raise UsageError("--profile: two profiles have the same name", found=", ".join(names))
     return capacity, made
 
 
@@ -363,7 +366,7 @@ def _weight_bytes(model: onnx.ModelProto) -> int:
 
 
 def _timing_cache(version: str, gpu: str | None) -> Path | None:
-    """Where TensorRT's timings are kept; None where nothing can be."""
+    """Where TensorRT's timings are kept; None if the cache folder cannot be written."""
     place = cache_folder() / "timing"
     try:
         place.mkdir(parents=True, exist_ok=True)
@@ -372,13 +375,13 @@ def _timing_cache(version: str, gpu: str | None) -> Path | None:
     return place / f"{version}-{(gpu or 'none').replace(' ', '_')}.cache"
 
 
-def _library(asked: Literal["auto", "none"] | Path) -> Path | None:
-    if asked == "none":
+def _library(plugins: Literal["auto", "none"] | Path) -> Path | None:
+    if plugins == "none":
         return None
-    if isinstance(asked, Path):
-        if not asked.is_file():
-            raise UsageError(f"{asked}: there is no such plugin library", todo="gsx plugins build makes one")
-        return asked.resolve()
+    if isinstance(plugins, Path):
+        if not plugins.is_file():
+            raise UsageError(f"{plugins}: there is no such plugin library", todo="gsx plugins build makes one")
+        return plugins.resolve()
     return find_library()
 
 

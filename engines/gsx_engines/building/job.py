@@ -1,7 +1,7 @@
-"""What is handed to the process that builds one engine, and how that process is run.
+"""Building one engine in a process of its own: what the process is given, and how it is run.
 
-TensorRT builds in a process of its own: a parser that meets what it does not expect may end its process, Polygraphy
-chooses between TensorRT and TensorRT-RTX once, at import, and memory comes back when a process ends.
+TensorRT builds in a separate process because its parser may end the process on unexpected input, Polygraphy chooses
+between TensorRT and TensorRT-RTX only once, at import, and memory is freed reliably when a process ends.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from gsx_engines.errors import EngineError
 from gsx_engines.tensorrt.backend import Backend
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-# An input's least, usual and most shape, or values where the host gives it.
+# Smallest, usual and largest shape of an input; or its values, if it is on the host.
 Ranges = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 LOADING_PLUGINS = "loading the plugin library"
 
 _TURING = "75"
-_NO_TURING = "TensorRT-RTX has neither FP32 nor bf16 products on 7.5: give --target 8.0 or later"
+_NO_TURING = "TensorRT-RTX has no FP32 and no bf16 products on 7.5: use --target 8.0 or later"
 _REPORT = "report it with the output of `gsx doctor`"
 
 
@@ -39,14 +39,14 @@ class Job:
     Args:
         backend: which TensorRT.
         graph: file with the lowered graph, without weights.
-        beside: a file in the folder of the weights that the graph refers to.
+        beside: a file in the folder with the weights that the graph refers to.
         engine: file to write.
-        targets: compute capabilities, e.g. "89"; none means the GPU of this machine.
-        profiles: the ranges of every dynamic input, for each profile.
+        targets: compute capabilities, e.g. "89"; empty for the GPU of this machine.
+        profiles: for each profile, the ranges of every dynamic input.
         plugins: the plugin library, or None.
         plugin_nodes: names of the nodes that must become plugins.
         products: names of the graph's matrix products.
-        timing_cache: file to keep timings in, where the backend takes timings.
+        timing_cache: file for timings, if the backend uses them.
     """
 
     backend: Backend
@@ -63,14 +63,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Built:
-    """What the process tells at its end.
+    """What the process reports at its end.
 
     Args:
         tensorrt_version: of the builder.
         layers: type of TensorRT layer -> how many, before TensorRT fuses them.
-        products: matrix product -> the type that it is computed in (`layer_information.product_types`).
-        peak_bytes: most memory that the process held.
-        seconds: of the build alone.
+        products: matrix product -> the type in which it is computed (`layer_information.product_types`).
+        peak_bytes: peak memory of the process.
+        seconds: time of the build itself.
     """
 
     tensorrt_version: str
@@ -99,13 +99,13 @@ def run_job(job: Job, name: str, on_progress: OnProgress = silent) -> Built:
                 stderr=noise,
                 env=_environment(job.backend),
                 pass_fds=(writing,),
-                start_new_session=True,  # a Ctrl-C reaches us, and we end it
+                start_new_session=True,  # so that a Ctrl-C only reaches this process, which then ends the other
             )
         finally:
             os.close(writing)
         with open(reading, encoding="utf-8") as events:
             try:
-                _ask(process, job)
+                _send(process, job)
                 last_phase, answer = _follow(events, name, on_progress)
                 code = process.wait()
             finally:
@@ -116,7 +116,7 @@ def run_job(job: Job, name: str, on_progress: OnProgress = silent) -> Built:
         raise _failure(job, name, code, answer, last_phase, noise)
 
 
-def _ask(process: subprocess.Popen[bytes], job: Job) -> None:
+def _send(process: subprocess.Popen[bytes], job: Job) -> None:
     assert process.stdin is not None
     try:
         process.stdin.write(json.dumps(asdict(job)).encode())
@@ -126,7 +126,7 @@ def _ask(process: subprocess.Popen[bytes], job: Job) -> None:
 
 
 def _follow(events: IO[str], name: str, on_progress: OnProgress) -> tuple[str, dict[str, Any] | None]:
-    """Pass progress on until the process ends; returns the phase that it was in, and its last word."""
+    """Pass progress on until the process ends. Returns: its last phase, and its final event, if there was one."""
     phase, answer = "", None
     for line in events:
         event = json.loads(line)
@@ -151,32 +151,32 @@ def _environment(backend: Backend) -> dict[str, str]:
 def _failure(
     job: Job, name: str, code: int, answer: dict[str, Any] | None, phase: str, noise: IO[bytes]
 ) -> EngineError:
-    """The error that fits how the process ended."""
+    """The error that describes how the process ended."""
     answer = answer or {}
     thing = f"{name}.onnx: {job.backend}"
-    report = _REPORT if job.plugins is None else f"--plugins none may pass; {_REPORT}"
+    report = _REPORT if job.plugins is None else f"--plugins none may work; {_REPORT}"
     if "refused" in answer:
         return EngineError(
             f"{thing} refuses the op {answer['op']} of node {answer['node']!r}",
             found=answer["refused"],
-            todo="the graph runs in ONNX Runtime; gsx doctor says which plugins are there",
+            todo="the graph runs in ONNX Runtime; gsx doctor shows which plugins are available",
         )
     if "failed" in answer:
         todo = answer.get("todo") or (_NO_TURING if _TURING in job.targets else report)
         return EngineError(f"{thing} could not build an engine", found=answer["failed"], todo=todo)
     noise.seek(0)
     lines = noise.read().decode(errors="replace").strip().splitlines()
-    last = lines[-1] if lines else "it said nothing"
+    last = lines[-1] if lines else "no output"
     if code == -signal.SIGKILL:
         return EngineError(
-            f"{thing} was ended by the system while it built an engine",
-            found="most likely the memory ran out",
+            f"{thing} was killed by the system while it built an engine",
+            found="most likely the machine ran out of memory",
             todo="build on a machine with more memory, or with shorter --profile ranges",
         )
     how = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
     doing = f"while {phase}" if phase == LOADING_PLUGINS else "while it built an engine"
     return EngineError(
-        f"{thing} took its own process down {doing}",
+        f"{thing} crashed {doing}",
         found=f"{how}: {last}",
-        todo="gsx plugins build --force makes the library anew" if phase == LOADING_PLUGINS else report,
+        todo="gsx plugins build --force builds the library again" if phase == LOADING_PLUGINS else report,
     )

@@ -1,12 +1,12 @@
-"""In which types an engine computes the products of its graph: read from the builder's own description of the engine.
+"""The types in which an engine computes the matrix products of its graph, from the builder's description of the engine.
 
-The engine inspector needs a driver. But where a build keeps the details, TensorRT's verbose log ends with the same
-lines, one a layer (seen with TensorRT-RTX 1.7.1):
+The engine inspector needs a driver. But if a build keeps the details, TensorRT's verbose log ends with the same lines,
+one for each layer (as of TensorRT-RTX 1.7.1):
 
     Name: ..., LayerType: gemm, Inputs: [ { .., Datatype: Int8, .. }], Constants: [ { .. }], Outputs: [ .. ], ..,
         Metadata: [ONNX Layer: layers.1.node_matmul_2][ONNX Layer: ..]
 
-A layer that several nodes were fused into names them all.
+A layer that several nodes were fused into lists all of them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-# Layers that are products. (Others that name a MatMul do what is left to do behind it, scaling for one.)
+# Layers that are products. (Other layers that list a MatMul do what follows it, such as scaling.)
 _LAYER = re.compile(
     r"^Name: (?P<name>.*?), LayerType: (?:gemm|runtime_fusion), "
     r"Inputs: (?P<operands>.*?), Outputs: (?P<results>.*?), Tactic.*?, Metadata: (?P<nodes>.*)$",
     re.MULTILINE,
 )
-# A fused layer's name tells its steps in order, Fc being the product. Codes that are cast before it are no operands.
+# The name of a fused layer lists its steps in order, with Fc for the product. Codes that are cast before it are not its
+# operands.
 _CAST_FIRST = re.compile(r"__myl_\w*Cast\w*Fc")
 _TYPE = re.compile(r"Datatype: (\w+)")
 _NODE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
-# TensorRT's names of types and ONNX's, from narrow to wide.
+# TensorRT's names of types -> those of ONNX, from narrow to wide.
 _NAMES = {"Int8": "int8", "FP8": "float8", "BFloat16": "bfloat16", "Half": "float16", "Float": "float"}
 _WIDTHS = list(_NAMES.values())
 EIGHT_BITS = ("int8", "float8")
@@ -32,18 +33,18 @@ UNKNOWN = "unknown"
 
 
 def is_information(text: str) -> bool:
-    """Whether a message of the builder's describes layers."""
+    """Whether a message of the builder describes layers."""
     return ", LayerType: " in text
 
 
 def product_types(information: str, names: Collection[str]) -> dict[str, str]:
-    """The type that each product of a graph is computed in: 8 bits where both operands are, else that of its rows.
+    """The type in which each product of a graph is computed: 8 bits if both operands have 8, else the type of its rows.
 
     Args:
-        information: what the builder said of the layers.
+        information: the builder's messages about layers.
         names: of the products' nodes.
-    Returns: node -> type as ONNX writes it; of a node that stands in several layers (a profile each) the widest;
-        `UNKNOWN` where no layer names it.
+    Returns: node -> type in ONNX's spelling. For a node in several layers (one for each profile) it is the widest type;
+        `UNKNOWN` if no layer lists the node.
     """
     found: dict[str, set[str]] = {name: set() for name in names}
     for layer in _LAYER.finditer(information):

@@ -1,4 +1,4 @@
-"""Whether there is memory for a build, asked before it begins."""
+"""Checking that there is enough memory for a build before it begins."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from pathlib import Path
 
 from gsx_engines.errors import EngineError
 
-# Most memory of a build, in weights, seen with TensorRT-RTX 1.7.1 (benchmarks/RESULTS.md): so much in any case, and so
-# much for every profile, whose weights it copies; and what it works with beside them.
+# Peak memory of a build, measured with TensorRT-RTX 1.7.1 (benchmarks/RESULTS.md): multiples of the weights, once and
+# for every profile, since each copies the weights; and bytes for everything else.
 _BASE, _PROFILE, _SLACK = 1.5, 2, 1 << 30
-# Limit and use of the control group that a container lives in, and what of the use can be had back: versions 2 and 1.
+# Files of a container's control group, in versions 2 and 1: its folder, memory limit, memory use, and the reclaimable
+# part of the use.
 _GROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -17,13 +18,13 @@ _GROUPS = (
 
 
 def check_memory(weight_bytes: int, profiles: int) -> None:
-    """Refuse to begin what there is no memory for.
+    """Refuse to begin a build for which there is not enough memory.
 
     Args:
-        weight_bytes: of the largest graph.
-        profiles: how many.
+        weight_bytes: bytes of weights of the largest graph.
+        profiles: number of profiles.
     Raises:
-        EngineError: less is available than building took.
+        EngineError: less memory is available than builds of this size have needed.
     """
     needed = int((_BASE + _PROFILE * profiles) * weight_bytes) + _SLACK
     free = available_memory()
@@ -39,7 +40,7 @@ def check_memory(weight_bytes: int, profiles: int) -> None:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that can be had, caches included, on the machine and in the container; None: it does not tell."""
+    """Bytes of available memory, including caches, on the machine and in the container; None if it is not known."""
     found = [free for free in (_of_machine(), *(_of_group(*group) for group in _GROUPS)) if free is not None]
     return min(found, default=None)
 
@@ -50,7 +51,7 @@ def _of_machine() -> int | None:
 
 
 def _of_group(folder: Path, limit: str, use: str, cache: str) -> int | None:
-    """None where there is no such group, or it has no limit ("max", or a number beyond any machine)."""
+    """Available memory of a control group; None if there is no such group, or if it has no limit ("max")."""
     try:
         most, used = (int((folder / name).read_text(encoding="ascii")) for name in (limit, use))
     except (OSError, ValueError):
@@ -59,7 +60,7 @@ def _of_group(folder: Path, limit: str, use: str, cache: str) -> int | None:
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """A file of lines that begin with a name and a number."""
+    """Read a file whose lines begin with a name and a number."""
     try:
         words = [line.split() for line in path.read_text(encoding="ascii").splitlines()]
         return {line[0]: int(line[1]) for line in words if len(line) >= 2}

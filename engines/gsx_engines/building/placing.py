@@ -1,4 +1,4 @@
-"""Putting engines into a bundle: whole or not at all, also where several builds do so at once, or one is killed."""
+"""Adding engines to a bundle, whole or not at all, even if several builds do so at once or one is killed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _TODO = "free some space, or build on a copy of the bundle that can be written"
 def writing_engines(
     bundle: Bundle, name: str, needed_bytes: int
 ) -> Iterator[tuple[Path, Callable[[EngineEntry], None]]]:
-    """A folder for engines, and what puts it into the bundle: the folder, and the manifest that names it.
+    """A folder for engines, and a function that adds it to the bundle: it moves the folder and updates the manifest.
 
-    If the block fails or is interrupted, the bundle is as it was. What a build left that was killed is removed.
+    If the block fails or is interrupted, the bundle stays as it was. Leftovers of killed builds are removed.
 
     Args:
         name: of the engines; others of that name are replaced.
-        needed_bytes: refuse at once where the disk has less room.
+        needed_bytes: refuse at once if the disk has less room.
     Raises:
         GsxError: the disk is full or not writable.
         BundleError: the bundle was exported again in the meantime.
@@ -81,7 +81,7 @@ def _exported_again(bundle: Bundle) -> BundleError:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Other builds of this bundle wait here. (A file system without locks has none: then nobody waits.)"""
+    """Lock the bundle, so that other builds wait here. (A file system without locks cannot: then nobody waits.)"""
     held = os.open(directory, os.O_RDONLY)
     try:
         _lock(held, fcntl.LOCK_EX)
@@ -106,7 +106,7 @@ def _lock(descriptor: int, how: int) -> bool:
 
 
 def _remove_leftovers(home: Path) -> None:
-    """Folders of builds that are no more: nobody holds them."""
+    """Remove the folders of builds that no longer run: nobody holds their locks."""
     for folder in home.glob(".*.partial"):
         held = os.open(folder, os.O_RDONLY)
         try:

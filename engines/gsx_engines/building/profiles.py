@@ -1,9 +1,9 @@
-"""Optimization profiles: which calls an engine is to take.
+"""Optimization profiles: which calls an engine supports.
 
 A call has B sequences, S tokens of each, and reads a window of W columns of the cache. TensorRT tunes an engine for
-ranges of these, and prefill and decode differ so much that each gets a profile of its own. TensorRT-RTX compiles for
-the shapes that it meets, on the GPU, and its engines hold the weights once for every profile (seen in 1.7.1): one is
-enough.
+ranges of these, and prefill and decoding differ so much that each gets its own profile. TensorRT-RTX compiles kernels
+on the GPU for the shapes that occur, and its engines hold a copy of the weights for every profile (as of 1.7.1), so it
+gets only one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from gsx_engines.bundle.engine_entry import EngineProfile, Sizes
 from gsx_plugins.errors import UsageError
 
-# Longer prompts go through in several calls.
+# Longer prompts are split over several calls.
 DEFAULT_PREFILL_TOKENS = 1024
 _RANGE = r"(\d+)(?:-(\d+)(?:-(\d+))?)?"
 _PROFILE = re.compile(rf"([a-z][a-z0-9_]*):{_RANGE}(?::{_RANGE})?")
@@ -22,11 +22,11 @@ _EXAMPLE = "NAME:TOKENS[:BATCH], each LEAST-USUAL-MOST, LEAST-MOST or one number
 
 
 def default_profiles(capacity: int, batch: int) -> tuple[EngineProfile, ...]:
-    """A profile for prompts and one for single tokens.
+    """One profile for prompts and one for single tokens.
 
     Args:
         capacity: columns of the cache.
-        batch: the most sequences.
+        batch: the most sequences in a call.
     """
     most = min(DEFAULT_PREFILL_TOKENS, capacity)
     prefill = _profile("prefill", Sizes(min(2, most), max(min(2, most), most // 4), most), _batch(batch), capacity)
@@ -34,30 +34,31 @@ def default_profiles(capacity: int, batch: int) -> tuple[EngineProfile, ...]:
 
 
 def one_profile(capacity: int, batch: int) -> tuple[EngineProfile]:
-    """One profile for every call; arguments as of `default_profiles`."""
+    """One profile for all calls; arguments as in `default_profiles`."""
     most = min(DEFAULT_PREFILL_TOKENS, capacity)
     return (_profile("any", Sizes(1, max(1, most // 4), most), _batch(batch), capacity),)
 
 
 def parse_profile(text: str, *, capacity: int, batch: int) -> EngineProfile:
-    """A profile as given on the command line, e.g. "prefill:2-128-1024" or "decode:1:1-1-8".
+    """Parse a profile as given on the command line, e.g. "prefill:2-128-1024" or "decode:1:1-1-8".
 
     Args:
+        text: the profile.
         capacity: columns of the cache, which no call may exceed.
-        batch: the most sequences, where the text does not say.
+        batch: the most sequences, if the text does not say.
     Raises:
-        UsageError: another form, or numbers out of order.
+        UsageError: the text has another form, or numbers are out of order.
     """
     match = _PROFILE.fullmatch(text)
     if match is None:
-        raise UsageError("--profile", expected=_EXAMPLE, found=repr(text))
+        raise UsageError("--profile has another form", expected=_EXAMPLE, found=repr(text))
     name, *numbers = match.groups()
     tokens = _sizes(numbers[:3])
     sequences = _sizes(numbers[3:]) if numbers[3] else _batch(batch)
     for axis, sizes in (("tokens", tokens), ("batch", sequences)):
         if not 1 <= sizes.least <= sizes.usual <= sizes.most:
             raise UsageError(
-                f"--profile {text}: {axis} are out of order",
+                f"--profile {text}: the numbers for {axis} are out of order",
                 expected="1 <= least <= usual <= most",
                 found="-".join(map(str, sizes)),
             )
@@ -72,7 +73,7 @@ def parse_profile(text: str, *, capacity: int, batch: int) -> EngineProfile:
 
 
 def most_rows(profiles: Sequence[EngineProfile]) -> int:
-    """The most tokens of a call over all sequences."""
+    """The most tokens of a call, summed over all sequences."""
     return max(profile.batch.most * profile.tokens.most for profile in profiles)
 
 

@@ -1,6 +1,7 @@
-"""The process that builds one engine: `python -m gsx_engines.building.worker FD`, a job on stdin, events to FD.
+"""The process that builds one engine.
 
-An event is a line of JSON: `{"phase", "done", "total"}` while it goes on, and as the last one `{"built": ...}`,
+`python -m gsx_engines.building.worker FD` reads a job from stdin and writes events to the file descriptor FD.
+An event is a line of JSON: `{"phase", "done", "total"}` during the build, and finally `{"built": ...}`,
 `{"refused", "op", "node"}` or `{"failed"}`. `job.py` is the other end.
 """
 
@@ -18,15 +19,15 @@ from typing import IO, Any
 
 from gsx_plugins.library import PLUGIN_OPS
 
-# Between two messages about one phase.
+# Least time between two messages about one phase.
 _QUIET_SECONDS = 0.1
 _MAX_TEXT = 600
-# What TensorRT-RTX says last of every failure on a machine without a driver, where nothing needs one.
+# On a machine without a driver, TensorRT-RTX adds this error to every failure, although a build needs no driver.
 _NO_DRIVER = "cudaError 35"
 
 
 class _BuildError(Exception):
-    """Ends the process with an event."""
+    """Ends the process with a final event."""
 
     def __init__(self, **event: str) -> None:
         self.event = event
@@ -37,7 +38,7 @@ class _Events:
         self._stream = os.fdopen(descriptor, "w", encoding="utf-8")
 
     def send(self, event: Mapping[str, Any]) -> None:
-        self._stream.write(json.dumps(event) + "\n")  # one write: threads must not mix their lines
+        self._stream.write(json.dumps(event) + "\n")  # a single write, so that threads do not mix their lines
         self._stream.flush()
 
 
@@ -59,7 +60,7 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
     from gsx_engines.tensorrt.backend import load_module
     from gsx_engines.tensorrt.plugins import load_plugins
 
-    trt = load_module(job["backend"])  # before Polygraphy does: it must be loaded in a way that plugins work with
+    trt = load_module(job["backend"])  # before Polygraphy loads it: plugins need a special way of loading
     from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile, engine_bytes_from_network
     from polygraphy.exception import PolygraphyException
     from polygraphy.logger import G_LOGGER
@@ -72,16 +73,16 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
         try:
             load_plugins(builder.get_plugin_registry(), Path(job["plugins"]))
         except EngineError as error:
-            told = f" ({logger.last()})" if logger.last() else ""
-            raise _BuildError(failed=f"{error.what}: {error.found}{told}", todo=str(error.todo)) from error
+            message = f" ({logger.last()})" if logger.last() else ""
+            raise _BuildError(failed=f"{error.what}: {error.found}{message}", todo=str(error.todo)) from error
     network = _parse(trt, builder, logger, job)
-    made_of = [(network.get_layer(n).name, _type_of(network.get_layer(n))) for n in range(network.num_layers)]
-    layers = Counter(kind for _, kind in made_of)
-    plugins = {name for name, kind in made_of if kind.startswith("PLUGIN")}
+    named_layers = [(network.get_layer(n).name, _type_of(network.get_layer(n))) for n in range(network.num_layers)]
+    layers = Counter(kind for _, kind in named_layers)
+    plugins = {name for name, kind in named_layers if kind.startswith("PLUGIN")}
     if missing := [name for name in job["plugin_nodes"] if name not in plugins]:
         raise _BuildError(
-            failed=f"{len(missing)} of {len(job['plugin_nodes'])} nodes that are plugins' became other layers, "
-            f"the first {missing[0]!r}",
+            failed=f"{len(missing)} of {len(job['plugin_nodes'])} nodes that should be plugins became other layers, "
+            f"the first is {missing[0]!r}",
             todo="the graph was edited, or made for other plugins: run `gsx export` again",
         )
     profiles = []
@@ -100,14 +101,14 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
 
         capabilities = [(int(target[:-1]), int(target[-1])) for target in job["targets"]]
         config = CreateConfigRTX(compute_capabilities=capabilities or None, use_gpu=not capabilities, **options)
-        # float32 means float32. (CreateConfig takes TensorFloat-32 off by itself.)
+        # float32 must not become TensorFloat-32. (CreateConfig disables that by itself.)
         config = PostprocessConfig(config, lambda builder, network, made: made.clear_flag(trt.BuilderFlag.TF32))
     else:
         config = CreateConfig(load_timing_cache=job["timing_cache"], **options)
     started = time.monotonic()
     try:
         with Path(job["engine"]).open("wb") as file:
-            if job["backend"] == "tensorrt-rtx":  # into the file, so that the engine is never whole in memory
+            if job["backend"] == "tensorrt-rtx":  # directly into the file, so that the engine is never all in memory
                 made = builder.build_serialized_network_to_stream(network, config(builder, network), _writer(trt, file))
             else:
                 cache = job["timing_cache"]
@@ -128,7 +129,7 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
 
 
 def _peak_bytes() -> int:
-    """Most memory that this process had. `ru_maxrss` would be at least that of the process that started it."""
+    """Peak memory of this process. (`ru_maxrss` is at least that of the parent process.)"""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024
@@ -137,7 +138,7 @@ def _peak_bytes() -> int:
 
 
 def _parse(trt: Any, builder: Any, logger: Any, job: Mapping[str, Any]) -> Any:
-    """The graph as a TensorRT network, strongly typed: every precision is in the graph."""
+    """The graph as a strongly typed TensorRT network: all precisions come from the graph."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
     parser = trt.OnnxParser(network, logger)
@@ -149,7 +150,7 @@ def _parse(trt: Any, builder: Any, logger: Any, job: Mapping[str, Any]) -> Any:
 
 
 def _reason(error: Any) -> str:
-    """Why the parser refused a node. Where it only says that a condition was false, its code and function tell more."""
+    """Why the parser refused a node. If it only says that a condition was false, its code and function say more."""
     said = _line(" ".join(line for line in error.desc().splitlines() if _NO_DRIVER not in line))
     code = str(error.code()).rpartition(".")[2]
     return said if said not in ("", "false") else f"{code}, says {error.func()}"
@@ -163,7 +164,7 @@ def _logger(trt: Any) -> Any:
     from gsx_engines.building.layer_information import is_information
 
     class Logger(trt.ILogger):
-        """Keeps the errors, and what is said of the engine's layers; everything else is TensorRT's own business."""
+        """Keeps errors and the messages about the engine's layers, and drops all other messages."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -177,12 +178,12 @@ def _logger(trt: Any) -> Any:
                 self.layers.append(text)
 
         def last(self) -> str:
-            """What went wrong, in one line: what a plugin said, else TensorRT's last error."""
-            told = [text for text in self.errors if _NO_DRIVER not in text] or self.errors
-            return self.of_plugin() or (_line(told[-1]) if told else "")
+            """What went wrong, in one line: a plugin's message, else TensorRT's last error."""
+            errors = [text for text in self.errors if _NO_DRIVER not in text] or self.errors
+            return self.of_plugin() or (_line(errors[-1]) if errors else "")
 
         def of_plugin(self) -> str:
-            """What a plugin said first; its messages begin with its name."""
+            """The first message of a plugin; these begin with the plugin's name."""
             return next((_line(text) for text in self.errors if text.partition(":")[0] in PLUGIN_OPS), "")
 
     return Logger()
@@ -190,7 +191,7 @@ def _logger(trt: Any) -> Any:
 
 def _writer(trt: Any, file: IO[bytes]) -> Any:
     class Writer(trt.IStreamWriter):
-        """Takes an engine piece by piece."""
+        """Receives an engine piece by piece."""
 
         def __init__(self) -> None:
             trt.IStreamWriter.__init__(self)
@@ -207,28 +208,28 @@ def _line(text: str) -> str:
 
 def _monitor(trt: Any, events: _Events) -> Any:
     class Monitor(trt.IProgressMonitor):
-        """Tells of the phase that TensorRT is in. It may be called from several threads: a lost line is no loss."""
+        """Reports TensorRT's current phase. Several threads may call it; it does not matter if a message is lost."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.totals: dict[str, int] = {}
-            self.told = 0.0
+            self.reported_at = 0.0
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self.totals[phase_name] = num_steps
-            self._tell(phase_name, 0, force=True)
+            self._report(phase_name, 0, force=True)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            self._tell(phase_name, step + 1)
+            self._report(phase_name, step + 1)
             return True
 
         def phase_finish(self, phase_name: str) -> None:
             self.totals.pop(phase_name, None)
 
-        def _tell(self, phase: str, done: int, *, force: bool = False) -> None:
+        def _report(self, phase: str, done: int, *, force: bool = False) -> None:
             now = time.monotonic()
-            if force or now - self.told >= _QUIET_SECONDS:
-                self.told = now
+            if force or now - self.reported_at >= _QUIET_SECONDS:
+                self.reported_at = now
                 events.send({"phase": phase, "done": done, "total": self.totals.get(phase, 0)})
 
     return Monitor()

@@ -1,4 +1,4 @@
-"""Opening a bundle, checked, and writing one, whole or not at all."""
+"""Opening and checking a bundle, and writing one, whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Bundle:
     """An opened bundle.
 
     Args:
-        directory: where it lies.
+        directory: its folder.
         manifest: its checked `gsx.json`.
     """
 
@@ -49,8 +49,8 @@ class Bundle:
 def open_bundle(directory: str | Path, *, check_weights: bool = False) -> Bundle:
     """Open a bundle and check it against its manifest.
 
-    Graphs are hashed always; the weights file, which may be large, is checked by size, and by hash only when
-    asked for (`gsx verify` does).
+    Graphs are always checked by hash. The weights file may be large: it is checked by size, and by hash only if
+    `check_weights` is set (`gsx verify` does so).
 
     Args:
         directory: what `gsx export` wrote.

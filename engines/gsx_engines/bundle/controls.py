@@ -1,7 +1,7 @@
-"""What a request asks of the keep rule, and the run-time inputs of the graph that say so.
+"""What a request asks of the keep rule, turned into run-time inputs of the graph.
 
 A bundle's manifest names the inputs that its rule reads (`policy.inputs`). They stay the same for a whole request:
-under the K/V policy `none`, K and V of a skipped layer are not there, so a set of layers cannot grow on the way.
+under the K/V policy `none`, K and V of a skipped layer are never computed, so a set of layers cannot grow later.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection, check_budget
 from gsx_plugins.errors import UsageError
 
-# Run-time inputs with one value a sequence, on their first axis.
+# Run-time inputs with a value for each sequence, on their first axis.
 BY_SEQUENCE = ("layer_mask", "full_until")
 
-# Name of a run-time input -> its value, as the manifest's `policy.inputs` lists them; empty for a dense model.
+# Run-time values: name of a run-time input (`policy.inputs` of the manifest) -> its value; empty for a dense model.
 Controls = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Keep:
-    """What one request keeps; what it leaves open is as exported. At most one is given.
+    """What one request keeps; where it says nothing, the exported settings apply. At most one argument is given.
 
     Args:
-        budget: share of skippable work, with rules that have thresholds.
-        layers: the branches that run, as `parse_places` reads them, with rules that read a layer mask.
-        exit: how many layers run.
-        speedup: target of Unified Layer Skipping: the prompt runs in full, new tokens through the kept layers.
-        exit_threshold: confidence at which a token leaves, with rules that measure it.
+        budget: share of skippable work to keep, for keep rules with thresholds.
+        layers: the branches that run, in the form that `parse_places` reads, for rules that read a layer mask.
+        exit: how many layers run; for the same rules.
+        speedup: target of Unified Layer Skipping: the prompt runs in full, new tokens run the kept layers; for the same
+            rules.
+        exit_threshold: confidence at which a token exits, for rules that measure it.
     Raises:
-        UsageError: two are given.
+        UsageError: more than one is given.
     """
 
     budget: float | None = None
@@ -48,18 +49,16 @@ class Keep:
     def __post_init__(self) -> None:
         if len(self.given) > 1:
             raise UsageError(
-                "two ways to choose what is kept exclude each other",
-                expected="one of them",
-                found=" and ".join("--" + name.replace("_", "-") for name in self.given),
+                "only one setting may decide what is kept", expected="one of them", found=" and ".join(self.given)
             )
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Names of what is given."""
+        """Names of the settings that are given."""
         return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
 
     def __str__(self) -> str:
-        """E.g. `budget 0.7`; `as exported` where nothing is given."""
+        """For example `budget 0.7`; `as exported` if nothing is given."""
         return " ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in self.given) or "as exported"
 
 
@@ -69,53 +68,53 @@ AS_EXPORTED = Keep()
 def controls_for(
     manifest: Manifest, keep: Keep | Sequence[Keep] = AS_EXPORTED, prompt_tokens: Sequence[int] | None = None
 ) -> Controls:
-    """The run-time inputs of a call.
+    """The run-time values of a call.
 
     Args:
-        keep: of all sequences, or one a sequence.
-        prompt_tokens: length of each sequence's prompt, for rules that run it in full; None applies the rule to every
-            token (scoring, parity) of one sequence, or of as many as `keep` has.
+        keep: one for all sequences, or one for each.
+        prompt_tokens: lengths of the prompts, for rules that run a prompt in full; None applies the rule to every token
+            (scoring, parity), for as many sequences as `keep` has entries.
     Raises:
-        UsageError: what the bundle's rule does not read, a value that it does not take, or a choice for another number
-            of sequences.
+        UsageError: a setting that the bundle's rule does not read, a value that it does not accept, or settings for a
+            different number of sequences.
     """
-    asked = [keep] if isinstance(keep, Keep) else list(keep)
-    sequences = len(prompt_tokens) if prompt_tokens is not None else len(asked)
+    settings = [keep] if isinstance(keep, Keep) else list(keep)
+    sequences = len(prompt_tokens) if prompt_tokens is not None else len(settings)
     if isinstance(keep, Keep):
-        asked = asked * sequences
-    if len(asked) != sequences:
+        settings = settings * sequences
+    if len(settings) != sequences:
         raise UsageError(
-            "what to keep is given for another number of prompts",
+            "what to keep was given for a different number of prompts",
             expected=f"one choice for all, or {sequences}",
-            found=str(len(asked)),
+            found=str(len(settings)),
         )
-    for one in dict.fromkeys(asked):
+    for one in dict.fromkeys(settings):
         _check_read(manifest, one)
     policy = manifest.policy
     if policy is None:
         return {}
     controls: dict[str, np.ndarray] = {}
     if manifest.selection is not None:
-        budget = _shared("budget", [one.budget for one in asked])
+        budget = _shared("budget", [one.budget for one in settings])
         controls |= selected(manifest.selection, manifest.selection.budget if budget is None else budget)
     if policy.input("layer_mask"):
-        controls["layer_mask"] = np.stack([layer_mask(manifest, one) for one in asked])
+        controls["layer_mask"] = np.stack([layer_mask(manifest, one) for one in settings])
     if policy.input("exit_threshold"):
-        threshold = _shared("exit threshold", [one.exit_threshold for one in asked])
+        threshold = _shared("exit threshold", [one.exit_threshold for one in settings])
         controls["exit_threshold"] = _exit_threshold(policy, threshold)
     if policy.input("full_until"):
         prompts = [None] * sequences if prompt_tokens is None else prompt_tokens
-        until = [_full_until(manifest, one, tokens) for one, tokens in zip(asked, prompts, strict=True)]
+        until = [_full_until(manifest, one, tokens) for one, tokens in zip(settings, prompts, strict=True)]
         controls["full_until"] = np.array(until, np.int64)
     return controls
 
 
-def _shared(name: str, asked: Sequence[float | None]) -> float | None:
-    """The value that all sequences of a batch must ask for, since it has no axis of sequences."""
-    found = dict.fromkeys("as exported" if value is None else str(float(value)) for value in asked)
+def _shared(name: str, values: Sequence[float | None]) -> float | None:
+    """The value that all sequences of a batch must agree on, since the input has no batch axis."""
+    found = dict.fromkeys("as exported" if value is None else str(float(value)) for value in values)
     if len(found) > 1:
-        raise UsageError(f"one batch has one {name}", found=", ".join(found))
-    return asked[0]
+        raise UsageError(f"the sequences of a batch must share one {name}", found=", ".join(found))
+    return values[0]
 
 
 def layer_mask(manifest: Manifest, keep: Keep) -> np.ndarray:
@@ -146,7 +145,7 @@ def layer_mask(manifest: Manifest, keep: Keep) -> np.ndarray:
 
 
 def _check_read(manifest: Manifest, keep: Keep) -> None:
-    """Refuse what the bundle's rule does not read."""
+    """Refuse settings that the bundle's rule does not read."""
     policy = manifest.policy
     if keep.budget is not None:
         if policy is None and keep.budget == 1:
@@ -154,7 +153,7 @@ def _check_read(manifest: Manifest, keep: Keep) -> None:
         if manifest.selection is None:
             raise UsageError(
                 "this bundle has no budget to choose",
-                expected="a bundle whose keep rule has thresholds" if policy else "budget 1, or none",
+                expected="a bundle whose keep rule has thresholds" if policy else "budget 1, or no budget",
                 found=f"a dense model, budget {keep.budget:g}" if policy is None else f"policy {policy.name}",
             )
         check_budget(keep.budget)
@@ -162,7 +161,7 @@ def _check_read(manifest: Manifest, keep: Keep) -> None:
         read = policy.input("exit_threshold") if policy else None
         if read is None:
             raise UsageError(
-                "--exit-threshold needs a bundle whose tokens leave when the model is confident",
+                "an exit threshold needs a bundle with confidence-based exits",
                 found="a dense model" if policy is None else f"policy {policy.name}",
                 todo="gsx export MODEL --policy calm",
             )
@@ -171,14 +170,14 @@ def _check_read(manifest: Manifest, keep: Keep) -> None:
         check_threshold(keep.exit_threshold, read.least, read.most)
     elif keep.given and (policy is None or policy.input("layer_mask") is None):
         raise UsageError(
-            f"--{keep.given[0]} needs a bundle that reads a set of layers",
+            f"the setting {keep.given[0]!r} needs a bundle whose keep rule reads a set of layers",
             found="a dense model" if policy is None else f"policy {policy.name}",
             todo="gsx export MODEL --policy layers",
         )
 
 
 def default_controls(policy: Policy | None, selection: Selection | None) -> Controls:
-    """The exported values of the run-time inputs, as graphs hold them; those by sequence have a first axis of 1."""
+    """The exported run-time values, as they are stored in graphs; those by sequence have a first axis of 1."""
     controls: dict[str, np.ndarray] = {}
     for read in policy.inputs if policy else ():
         if read.name == "layer_mask":
@@ -195,9 +194,10 @@ def default_controls(policy: Policy | None, selection: Selection | None) -> Cont
 
 
 def stacked(rows: Sequence[Controls | None]) -> Controls:
-    """The run-time inputs of a batch, from those of its sequences, which share what has no axis of sequences.
+    """The run-time values of a batch, from those of its sequences, which must share the values without a batch axis.
 
-    Args: rows: of one sequence each, by row; None where a row is not in use (it gets those of another).
+    Args:
+        rows: the values of each row's sequence; None for a row that is not in use (it gets those of another row).
     """
     used = next(row for row in rows if row is not None)
     if not any(name in used for name in BY_SEQUENCE):
@@ -210,31 +210,31 @@ def stacked(rows: Sequence[Controls | None]) -> Controls:
 
 
 def rows_of(controls: Controls, rows: slice) -> Controls:
-    """The run-time inputs of some neighbouring sequences of a batch."""
+    """The run-time values of some neighbouring sequences of a batch."""
     return {name: value[rows] if name in BY_SEQUENCE else value for name, value in controls.items()}
 
 
 def shared_by_batch(controls: Controls) -> bytes:
-    """What the sequences of one batch must agree in, to compare."""
+    """The run-time values that the sequences of a batch must share, in a form that can be compared."""
     return b"".join(value.tobytes() for name, value in sorted(controls.items()) if name not in BY_SEQUENCE)
 
 
 def selected(selection: Selection, budget: float) -> Controls:
-    """The run-time input of a budget: `thresholds [L, 2]`, or `budget []` with selection by rank."""
+    """The run-time value for a budget: `thresholds [L, 2]`, or `budget []` with selection by rank."""
     check_budget(budget)
     if selection.mode == "rank":
         return {"budget": np.array(budget, np.float32)}
     return {"thresholds": selection.thresholds_for(budget)}
 
 
-def _exit_threshold(policy: Policy, asked: float | None) -> np.ndarray:
-    """The run-time input of an exit threshold, [] float32; None: the exported one."""
+def _exit_threshold(policy: Policy, threshold: float | None) -> np.ndarray:
+    """The run-time value of an exit threshold, [] float32; None: the exported one."""
     assert policy.confidence is not None
-    return np.array(policy.confidence.threshold if asked is None else asked, np.float32)
+    return np.array(policy.confidence.threshold if threshold is None else threshold, np.float32)
 
 
 def _full_until(manifest: Manifest, keep: Keep, prompt_tokens: int | None) -> int:
-    """Position from which the rule applies to a sequence: behind its prompt and the warm-up, or 0."""
+    """Position from which the rule applies to a sequence: after its prompt and the warm-up, or 0."""
     policy = manifest.policy
     assert policy is not None
     chooses_set = keep.layers is not None or keep.exit is not None

@@ -1,6 +1,6 @@
-"""Bytes of weights that a decoding step reads, counted from a bundle's graph: what its time follows.
+"""Bytes of weights that a decoding step reads, counted from a bundle's graph; the time of a step follows them.
 
-The K/V cache is left out: it depends on the text's length, and at short ones it is small beside the weights.
+The K/V cache is left out: it depends on the length of the text, and for short texts it is small against the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.fields import BRANCHES
 
 _BRANCH_WEIGHTS = {"attn": ("self_attn.q_proj.", "self_attn.o_proj."), "mlp": ("mlp.",)}
-# Read for every token under the K/V policy compute; under the others with the branch.
+# Read for every token under the K/V policy `compute`; under the others only when the branch runs.
 _KV_WEIGHTS = ("self_attn.k_proj.", "self_attn.v_proj.")
 
 
@@ -25,20 +25,20 @@ class StepBytes:
     """Bytes read for one token.
 
     Args:
-        branches: [L, 2] float64, what a branch does not read when it is skipped.
-        rest: everything else: norms, gates, K and V, the head (not the embedding, of which a row is read).
+        branches: [L, 2] float64, the bytes that are saved when a branch is skipped.
+        rest: all other bytes: norms, gates, K and V, the head (but not the embedding, of which only a row is read).
     """
 
     branches: np.ndarray
     rest: float
 
     def share(self, run: np.ndarray) -> float:
-        """Bytes of a step that runs some branches, [L, 2] bool, as a share of a whole step's."""
+        """Bytes of a step that runs some of the branches, [L, 2] bool, as a share of those of a full step."""
         return float((self.branches[run].sum() + self.rest) / (self.branches.sum() + self.rest))
 
 
 def step_bytes(bundle: Bundle) -> StepBytes:
-    """Count the bytes of `model.onnx`'s weights."""
+    """Count the bytes of the weights of `model.onnx`."""
     model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
     sizes = {tensor.name: _size(tensor) for tensor in model.graph.initializer}
     # A tied head reads the whole embedding.

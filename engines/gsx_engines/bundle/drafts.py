@@ -1,4 +1,4 @@
-"""The section `draft` of `gsx.json`: what is left out to draft, and what was measured of it."""
+"""The section `draft` of `gsx.json`: what a draft leaves out, and what was measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gsx_engines.bundle.fields import BRANCHES, Branch, Budget, Section
 
 
 class ExitDraft(Section):
-    """Draft with the first `layer` layers, final norm and head; the graphs `draft` and `verify` are split there."""
+    """Draft with the first `layer` layers, the final norm and the head; the graphs `draft` and `verify` split there."""
 
     kind: Literal["exit"] = "exit"
     layer: int
@@ -22,7 +22,7 @@ class ExitDraft(Section):
 
 
 class BudgetDraft(Section):
-    """Draft with the whole depth at a lower budget."""
+    """Draft with all layers at a lower budget."""
 
     kind: Literal["budget"] = "budget"
     budget: Budget
@@ -32,7 +32,7 @@ class BudgetDraft(Section):
 
 
 class LayersDraft(Section):
-    """Draft without some gated branches (layer, branch)."""
+    """Draft without some of the skippable branches (layer, branch)."""
 
     kind: Literal["layers"] = "layers"
     skip: tuple[tuple[int, Branch], ...]
@@ -42,10 +42,11 @@ class LayersDraft(Section):
 
 
 def places_text(places: Collection[tuple[int, Branch]]) -> str:
-    """A set of branches as `layer_sets.parse_places` reads it: neighbours that name the same are a range."""
+    """A set of branches in the form that `layer_sets.parse_places` reads; neighbouring layers with the same branches
+    become a range."""
     named = {layer: tuple(b for b in BRANCHES if (layer, b) in places) for layer, _ in sorted(places)}
     parts = []
-    # In a range, layer less place is the same.
+    # Within a range, the difference of layer and index is constant.
     for (branches, _), group in groupby(enumerate(named), lambda at: (named[at[1]], at[1] - at[0])):
         layers = [layer for _, layer in group]
         ends = str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
@@ -60,13 +61,13 @@ DraftTokens = Annotated[int, Field(ge=1)]
 
 
 class DraftMeasurement(Section):
-    """What one draft gave when it was tried (`--draft auto`, `--draft layers:auto`).
+    """The measurement of one draft (`--draft auto`, `--draft layers:auto`).
 
     Args:
         draft: what was left out.
-        length: tokens drafted before a verification: the best one found.
-        acceptance: share of drafted tokens that were right, those behind a wrong one not counted.
-        tokens_per_second, plain_tokens_per_second: with this draft and without one, taking turns.
+        length: the best number found of tokens to draft before a verification.
+        acceptance: share of drafted tokens that were correct; those after a wrong one are not counted.
+        tokens_per_second, plain_tokens_per_second: with this draft and without one, measured in alternation.
     """
 
     draft: DraftKind
@@ -77,12 +78,12 @@ class DraftMeasurement(Section):
 
 
 class DraftEntry(Section):
-    """How this bundle drafts, unless another way is asked for.
+    """How this bundle drafts, unless a request chooses another draft.
 
     Args:
         draft: what is left out.
-        length: tokens drafted before the first verifications, until the loop knows better; null: its own choice.
-        measured: where the draft was chosen by measuring (`auto`, `layers:auto`), what was seen of each candidate.
+        length: tokens to draft before the first verifications, until the loop has measurements; null: its own choice.
+        measured: if the draft was chosen by measurement (`auto`, `layers:auto`), the result of each candidate.
     """
 
     draft: DraftKind

@@ -1,4 +1,4 @@
-"""The section `engines` of `gsx.json`, which is also `engine.json` beside an engine: all that a loader must check."""
+"""The section `engines` of `gsx.json`, also stored as `engine.json` beside an engine: all that a loader must check."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gsx_engines.bundle.fields import FileName, Section, Sha256, TensorInfo
 
 
 class Sizes(NamedTuple):
-    """A dynamic axis of an engine: the least, what it is fastest at, the most."""
+    """Sizes of a dynamic axis of an engine: the smallest, the one it is tuned for, and the largest."""
 
     least: int
     usual: int
@@ -19,7 +19,7 @@ class Sizes(NamedTuple):
 
 
 class EngineProfile(Section):
-    """Calls that an engine takes: sequences, tokens of each in the call, columns of the cache that are read."""
+    """The calls that an engine accepts: sequences, tokens of each in the call, and cache columns that are read."""
 
     name: str
     batch: Sizes
@@ -38,8 +38,12 @@ KvLayout = Literal["in-place", "growing"]
 
 
 class PluginLibrary(Section):
-    """The plugin library that an engine was built with and must be run with; `source_hash`: of the sources that it was
-    built from, `unknown` where nothing lies beside it that says so."""
+    """The plugin library that an engine was built with, and must run with.
+
+    Args:
+        sha256: of the library.
+        source_hash: of the sources that it was built from; `unknown` if no record of them is stored beside it.
+    """
 
     sha256: Sha256
     source_hash: str
@@ -50,13 +54,15 @@ class EngineGraph(Section):
 
     Args:
         file, sha256, size_bytes: of the engine.
-        graph_sha256, weights_sha256: of what it was built from.
-        forms: op of domain gsx -> what became of it: `plugin`, `body`, `rows`, `mask` or `all` (docs/engines.md).
+        graph_sha256, weights_sha256: of the graph and the weights that it was built from.
+        forms: op of domain gsx -> what the engine runs in its place: `plugin`, `body`, `rows`, `mask` or `all`
+            (docs/engines.md).
         layers: type of TensorRT layer -> how many there were before TensorRT fused them.
-        products: type that the engine computes a matrix product of the graph in -> how many.
-        widened: weights of the products that are quantized in the graph, and that the engine computes in a wider type.
-        inputs, outputs: of the engine, which differ from the graph's.
-        peak_bytes: most memory that building took.
+        products: type -> how many matrix products of the graph the engine computes in it.
+        widened: weights of the products that are quantized in the graph but computed in a wider type by the engine.
+        inputs, outputs: of the engine; they differ from the graph's.
+        build_seconds: time of the build.
+        peak_bytes: peak memory of the build.
     """
 
     file: FileName
@@ -78,14 +84,14 @@ class EngineEntry(Section):
     """One set of engines, as in `gsx.json` and in `engines/<name>/engine.json`.
 
     Args:
-        tensorrt_version: of the builder; the runtime must have the same.
+        tensorrt_version: of the builder; the runtime must have the same version.
         targets: compute capabilities, e.g. "89".
         platform: operating system and processor.
-        gpu: the GPU that it was built on, where the backend ties an engine to one.
+        gpu: the GPU that it was built on, if the backend ties an engine to it.
         kv_layout: `in-place`: K and V are written into buffers of a fixed length; `growing`: they come in as `past` and
-            go out as `present`, as in the graph. gsx runs the first; the second is for other people's programs.
-        capacity: columns of the K/V buffers; the most tokens that K and V may grow to.
-        plugins: None where no plugin is used.
+            go out as `present`, as in the graph. gsx runs the first; the second is for other programs.
+        capacity: columns of the K/V buffers, or the most tokens that K and V may grow to.
+        plugins: null if no plugin is used.
     """
 
     schema_version: Literal[1]

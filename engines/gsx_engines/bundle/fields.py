@@ -1,4 +1,4 @@
-"""What the sections of `gsx.json` are made of: the base of a section, and types of fields."""
+"""Building blocks of the sections of `gsx.json`: the base class of a section, and types of fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 Branch = Literal["attn", "mlp"]
-# The column of a branch wherever a table has one for each.
+# The order of the columns in tables with one for each branch.
 BRANCHES: tuple[Branch, ...] = ("attn", "mlp")
 
 Threshold = Annotated[
@@ -22,12 +22,12 @@ Table = Sequence[tuple[Threshold, Threshold]]
 Budget = Annotated[float, Field(gt=0, le=1)]
 Scale = Annotated[float, Field(gt=0)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-# A file of the bundle itself: a bare name, so that nothing outside the bundle can be meant.
+# A file of the bundle; its name has no folders, so it cannot point outside the bundle.
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
 
 class Section(BaseModel):
-    """A part of the manifest. Unknown keys and wrong types are refused, and nothing changes once it is read."""
+    """A part of the manifest. Unknown keys and wrong types are refused; a section is immutable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
 

@@ -1,6 +1,6 @@
-"""Sets of layers, as people write them and as the run-time input `layer_mask` holds them.
+"""Sets of layers, as people write them and as masks for the run-time input `layer_mask`.
 
-A set names branches: `5` is both branches of layer 5 (counted from 0), `5.mlp` one, `0-7` a range.
+A set names branches: `5` is both branches of layer 5 (counted from 0), `5.mlp` one of them, `0-7` a range.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ _MOST_LAYERS = 10_000
 
 
 def parse_places(text: str) -> Places:
-    """Read a set, e.g. `0-3,5.attn`: (layer, branch) pairs in the order of the text.
+    """Parse a set, e.g. `0-3,5.attn`, into (layer, branch) pairs in the order of the text.
 
     Raises:
-        ValueError: it is none, or names more branches than any model has (a text of a request may come from anybody).
+        ValueError: the text is not a set, or names more branches than any model has (it may come from an untrusted
+            client).
     """
     places: list[tuple[int, Branch]] = []
     for part in text.split(","):
@@ -34,11 +35,11 @@ def parse_places(text: str) -> Places:
 
 
 def mask_of(places: Iterable[tuple[int, Branch]], layers: int, kv_policy: str) -> np.ndarray:
-    """The layer mask [L, 2] float32 of the branches that run: 1, and 0 for the others.
+    """The layer mask [L, 2] float32: 1 for the branches that run, 0 for the others.
 
     Raises:
-        UsageError: layers that do not exist, nothing kept, or a first layer without attention under the K/V policy
-            `copy`, where the layers above copy from it.
+        UsageError: layers that do not exist, an empty set, or a set without the first layer's attention under the K/V
+            policy `copy`, where the layers above copy from it.
     """
     mask = np.zeros((layers, len(BRANCHES)), np.float32)
     unknown = sorted({layer for layer, _ in places if layer >= layers})
@@ -55,7 +56,7 @@ def mask_of(places: Iterable[tuple[int, Branch]], layers: int, kv_policy: str) -
 
 
 def check_mask(mask: np.ndarray, kv_policy: str) -> None:
-    """Refuse a mask [.., L, 2] that keeps nothing, and under `copy` one without the first layer's attention."""
+    """Refuse a mask [.., L, 2] that keeps nothing and, under `copy`, one without the first layer's attention."""
     if not mask.any(axis=(-1, -2)).all():
         raise UsageError("the set keeps nothing", expected="at least one branch that runs")
     if kv_policy == "copy" and not mask[..., 0, 0].all():
@@ -71,9 +72,10 @@ def exit_places(depth: int, layers: int, exits: Collection[int] = ()) -> Places:
 
     Args:
         depth: how many layers run.
-        exits: the depths that the model was trained for; empty allows all.
+        layers: how many layers the model has.
+        exits: the depths at which the model was trained to exit; empty allows all.
     Raises:
-        UsageError: another depth.
+        UsageError: the model has no exit at this depth.
     """
     allowed = sorted({*exits, layers}) if exits else range(1, layers + 1)
     if depth not in allowed:
@@ -81,7 +83,7 @@ def exit_places(depth: int, layers: int, exits: Collection[int] = ()) -> Places:
             f"the model has no exit after {depth} layers",
             expected="one of " + ", ".join(map(str, allowed)) if exits else f"1 to {layers}",
             found=str(depth),
-            todo=f"--layers 0-{depth - 1} runs any set of layers, trained for or not" if 0 < depth < layers else None,
+            todo=f"to run these layers anyway, give them as the set 0-{depth - 1}" if 0 < depth < layers else None,
         )
     return _whole(range(depth))
 
@@ -89,14 +91,14 @@ def exit_places(depth: int, layers: int, exits: Collection[int] = ()) -> Places:
 def unified_places(layers: int, speedup: float) -> Places:
     """The layers that Unified Layer Skipping keeps for a target speed-up (arXiv:2404.06954, released code).
 
-    n = floor(layers / speedup) layers: the first, the last, and multiples of floor(layers / (n - 1)) between them, from
-    the bottom up, until there are n.
+    There are n = floor(layers / speedup) of them: the first layer, the last one, and between them multiples of
+    floor(layers / (n - 1)), from the bottom up, until there are n.
 
     Raises:
         UsageError: a speed-up below 1, or one that leaves fewer than two layers.
     """
     if not (math.isfinite(speedup) and speedup >= 1):
-        raise UsageError("the speed-up is not one", expected="a number from 1 up", found=f"{speedup:g}")
+        raise UsageError("the speed-up is out of range", expected="a number of at least 1", found=f"{speedup:g}")
     count = math.floor(layers / speedup + 1e-9)  # 3 / 0.3 must not become 9
     if count < 2:
         raise UsageError(

@@ -1,7 +1,7 @@
-"""`gsx.json`: all that a loader must know and check.
+"""`gsx.json`: everything that a loader must know and check.
 
-Unknown keys and wrong types are refused, so that an edited or foreign file is found at the door. A threshold of
-null means minus infinity (keep everything): JSON has no infinities.
+Unknown keys and wrong types are refused, so that an edited or foreign file is detected when it is opened. A threshold
+of null means minus infinity (keep everything), since JSON has no infinities.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class SourceModel(Section):
 
 
 class DecoderShape(Section):
-    """Shape of the decoder; sizes are counts of elements, `windows` in positions (null: unlimited)."""
+    """Shape of the decoder. Sizes are numbers of elements; `windows` are attention windows in tokens (null: none)."""
 
     family: str
     vocab_size: int
@@ -56,16 +56,18 @@ class Quantization(Section):
     """What runs in 8 bits.
 
     Args:
-        scheme: `int8` and `fp8` (E4M3) for weights and activations, `int8-weights` for weights alone. Weights have a
-            scale for each output channel, activations one for the tensor; zero-points are 0. The head's weights are
-            INT8, its input is not quantized, nor are those of the layers behind the first one that stays high (FP8); an
-            embedding is INT8 with a scale for each row; the weights of vector gates are INT8, their products float32.
-        smoothing: SmoothQuant's alpha; 0: none.
-        products: quantized matrix products of the graph `model`.
-        kept_high: matrices that were left in high precision: linear layers, vector gates, and a table where embedding
-            and head have one each (`embed_tokens`, `lm_head`). A table that they share always is.
-        budget: at which the ranges of activations were found; null for weights alone and without gates.
-        calibration: the text that they were found on; null for weights alone.
+        scheme: `int8` and `fp8` (E4M3) quantize weights and activations, `int8-weights` only weights. Weights have one
+            scale for each output channel, activations one for the whole tensor; zero-points are 0. The head's weights
+            are INT8, its input is not quantized, nor are the inputs of the layers after the first one that stays in
+            high precision (FP8); an embedding is INT8 with one scale for each row; the weights of vector gates are
+            INT8, their products float32.
+        smoothing: SmoothQuant's alpha; 0: no smoothing.
+        products: number of quantized matrix products in the graph `model`.
+        kept_high: matrices that stay in high precision: linear layers, vector gates, and `embed_tokens` or `lm_head`
+            where the model has a separate table for each. A table that they share is always quantized.
+        budget: the budget at which the ranges of activations were measured; null if only weights are quantized, and
+            without gates.
+        calibration: the text that the ranges were measured on; null if only weights are quantized.
     """
 
     scheme: Literal["int8", "int8-weights", "fp8"]
@@ -77,12 +79,12 @@ class Quantization(Section):
 
 
 class KvCache(Section):
-    """K and V in 8 bits, where the runtime keeps them so: value = scale x code.
+    """K and V in 8 bits, for runtimes that store them that way: value = scale x code.
 
     Args:
         type: of the codes.
-        scales: by layer, of keys and of values, one for each K/V head.
-        calibration: the text that the ranges were found on, with the exported selection.
+        scales: for each layer, those of the keys and those of the values, one for each K/V head.
+        calibration: the text that the ranges were measured on, with the exported selection.
     """
 
     type: Literal["int8"]
@@ -132,13 +134,16 @@ class Manifest(Section):
     @model_validator(mode="before")
     @classmethod
     def _name_gateskip(cls, values: Any) -> Any:
-        """A bundle with a selection and no policy is one of GateSkip, from before there were others."""
+        """Give a bundle without a section `policy` the one that it means.
+
+        The first bundles had none, since GateSkip was the only keep rule: in such a bundle a selection means GateSkip.
+        """
         if not isinstance(values, Mapping) or not values.get("selection") or values.get("policy"):
             return values
         gates, selection = values.get("gates"), values["selection"]
-        mode = str(selection.get("mode") if isinstance(selection, Mapping) else selection.mode)
+        mode = selection.get("mode") if isinstance(selection, Mapping) else selection.mode
         branches = gates.get("branches") if isinstance(gates, Mapping) else gates.branches if gates else ()
-        return {**values, "policy": gateskip_policy(mode, branches or ())}
+        return {**values, "policy": gateskip_policy("rank" if mode == "rank" else "threshold", branches or ())}
 
     @property
     def skippable(self) -> tuple[Branch, ...]:
@@ -147,44 +152,70 @@ class Manifest(Section):
 
     @property
     def rounds(self) -> bool:
-        """Whether something is in 8 bits, so that quality is the measure, and not closeness of numbers."""
+        """Whether anything is in 8 bits, so that parity is judged by quality, not by how close the numbers are."""
         return self.quantization is not None or self.kv_cache is not None
 
     @property
     def hides_skipped(self) -> bool:
-        """Whether a token that was skipped in a layer has no K and V there, and kept ones must not see it."""
+        """Whether a token skipped in a layer has no K and V there, so that kept tokens must not attend to it."""
         return self.kv_policy == "none" and self.selection is not None
 
     @property
     def skippable_places(self) -> list[tuple[int, Branch]]:
         """(layer, branch) of every branch that the keep rule may skip, in the graph's order."""
+        return self.skippable_in(range(self.decoder.num_layers))
+
+    def skippable_in(self, layers: range) -> list[tuple[int, Branch]]:
+        """(layer, branch) of every branch that the keep rule may skip in some layers, in the graph's order."""
         if self.policy is None:
             return []
-        layers = range(self.decoder.num_layers) if self.policy.layers is None else self.policy.layers
-        return [(layer, branch) for layer in layers for branch in BRANCHES if branch in self.policy.branches]
+        reached = layers if self.policy.layers is None else [one for one in self.policy.layers if one in layers]
+        return [(layer, branch) for layer in reached for branch in BRANCHES if branch in self.policy.branches]
+
+    def layers_of(self, graph: str) -> range:
+        """The layers that a graph of the bundle holds: `model`, or the halves `draft` and `verify`."""
+        depth = self.decoder.num_layers
+        if graph == "model":
+            return range(depth)
+        assert self.draft is not None
+        assert self.draft.draft.kind == "exit"
+        split = self.draft.draft.layer
+        return range(split) if graph == "draft" else range(split, depth)
+
+    @property
+    def exit_state(self) -> dict[str, tuple[int | str, ...]]:
+        """What passes from `draft` to `verify`: names and axes; empty without an exit.
+
+        `exit_hidden` [B, S, H]; under the K/V policy `copy` also `exit_key` and `exit_value` [B, K/V heads, S, D]; and
+        what the keep rule carries from layer to layer, [B, S, 1] each.
+        """
+        if not {"draft", "verify"} <= set(self.graphs):
+            return {}
+        given = {value.name for value in self.graphs["draft"].outputs}
+        return {value.name: value.shape for value in self.graphs["verify"].inputs if value.name in given}
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Manifest:
         reads = {one.name for one in self.policy.inputs} if self.policy else set()
         if (self.selection is not None) != bool(reads & {"thresholds", "budget"}):
-            raise ValueError("a selection and a policy that reads thresholds or a budget go together")
-        if self.policy is not None and self.policy.name == "gateskip" and self.gates is None:
-            raise ValueError("the policy gateskip needs gates")
+            raise ValueError("a selection requires a policy that reads thresholds or a budget, and the other way round")
+        if self.policy is not None and self.policy.needs_gates and self.gates is None:
+            raise ValueError(f"the policy {self.policy.name} needs gates")
         exit_threshold = self.policy.input("exit_threshold") if self.policy else None
         if self.policy is not None and exit_threshold is not None:
             bounds = (exit_threshold.least, exit_threshold.most)
             if self.policy.confidence is None or None in bounds:
-                raise ValueError("a policy that reads an exit threshold needs its range and the exported one")
+                raise ValueError("a policy that reads an exit threshold needs its range and its exported value")
         for layer in (self.policy.layers or ()) if self.policy else ():
             if not 0 <= layer < self.decoder.num_layers:
-                raise ValueError(f"the policy reaches layer {layer} of {self.decoder.num_layers}")
+                raise ValueError(f"the policy names layer {layer}, the model has {self.decoder.num_layers}")
         rows = {len(point.thresholds) for point in self.selection.grid} if self.selection else set()
         if rows - {self.decoder.num_layers}:
             raise ValueError(f"thresholds are for {sorted(rows)} layers, the model has {self.decoder.num_layers}")
         if self.kv_cache is not None:
             heads = [len(scales) for layer in self.kv_cache.scales for scales in layer]
             if heads != [self.decoder.num_kv_heads] * (2 * self.decoder.num_layers):
-                raise ValueError("kv_cache has not a scale for each K/V head of each layer")
+                raise ValueError("kv_cache does not have one scale for each K/V head of each layer")
         wanted = {"model"}
         if self.draft is not None and self.draft.draft.kind == "exit":
             wanted |= {"draft", "verify"}

@@ -11,9 +11,12 @@ from pydantic import model_validator
 from gsx_engines.bundle.fields import Budget, Section, Sha256, Table, Threshold
 from gsx_plugins.errors import UsageError
 
+# How kept tokens are chosen: by a calibrated threshold, or the best of the call.
+SelectionMode = Literal["threshold", "rank"]
+
 
 class CalibrationText(Section):
-    """The text that thresholds were found on."""
+    """The text that something was calibrated on."""
 
     name: str
     sha256: Sha256
@@ -21,7 +24,8 @@ class CalibrationText(Section):
 
 
 class GridPoint(Section):
-    """One budget of the calibrated grid: thresholds [L][attn, mlp] and the shares that they keep."""
+    """One budget of the calibrated grid: its thresholds [L][attn, mlp], and the share that they keep in all and by
+    branch."""
 
     budget: Budget
     thresholds: tuple[tuple[Threshold, Threshold], ...]
@@ -30,16 +34,16 @@ class GridPoint(Section):
 
 
 class Selection(Section):
-    """How kept tokens are chosen, and the exported default.
+    """How kept tokens are chosen, and the exported budget.
 
     Args:
         mode: `threshold` or `rank`.
         budget: the exported default.
-        grid: with threshold selection, calibrated budgets in falling order; the first is 1.
-        calibration: with threshold selection, the text.
+        grid: for threshold selection, the calibrated budgets in descending order; the first is 1.
+        calibration: for threshold selection, the text.
     """
 
-    mode: Literal["threshold", "rank"]
+    mode: SelectionMode
     budget: Budget
     grid: tuple[GridPoint, ...] = ()
     calibration: CalibrationText | None = None
@@ -48,14 +52,14 @@ class Selection(Section):
     def _grid_is_ordered(self) -> Selection:
         budgets = [point.budget for point in self.grid]
         if self.mode == "threshold" and (not budgets or budgets != sorted(set(budgets), reverse=True)):
-            raise ValueError("threshold selection needs a grid of distinct budgets in falling order")
+            raise ValueError("threshold selection needs a grid of distinct budgets in descending order")
         return self
 
     def thresholds_for(self, budget: float) -> np.ndarray:
-        """Thresholds [L, 2] float32 for a budget: calibrated ones, or between two calibrated neighbours.
+        """Thresholds [L, 2] float32 for a budget: the calibrated ones, or interpolated between two calibrated budgets.
 
-        Between two budgets the thresholds are interpolated linearly, each branch for itself. Next to budget 1,
-        whose thresholds are -inf, the neighbour's are taken (the share kept is then a little low).
+        The interpolation is linear, for each branch separately. Next to budget 1, whose thresholds are -inf, those of
+        the neighbour are used (the share kept is then a little too low).
 
         Raises:
             UsageError: a budget below the grid or not in (0, 1].
@@ -64,10 +68,10 @@ class Selection(Section):
         lowest = self.grid[-1]
         if budget < lowest.budget:
             raise UsageError(
-                f"budget {budget:g} lies below the calibrated grid",
+                f"budget {budget:g} is below the calibrated grid",
                 expected=f"{lowest.budget:g} to 1",
                 found=f"{budget:g}",
-                todo=f"export again with --budget {budget:g}: the grid then reaches it",
+                todo=f"export again with --budget {budget:g}, so that the grid includes it",
             )
         for upper, lower in zip(self.grid, self.grid[1:], strict=False):
             if lower.budget < budget < upper.budget:
@@ -81,9 +85,9 @@ class Selection(Section):
 
 
 def check_budget(budget: float) -> None:
-    """Refuse what is not a share above 0 and up to 1."""
+    """Refuse a budget that is not in (0, 1]."""
     if not (isinstance(budget, int | float) and math.isfinite(budget) and 0 < budget <= 1):
-        raise UsageError("budget is not a share", expected="a number above 0 and at most 1", found=repr(budget))
+        raise UsageError("the budget is out of range", expected="a number above 0 and at most 1", found=repr(budget))
 
 
 def _array(table: Table) -> np.ndarray:

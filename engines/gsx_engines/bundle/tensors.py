@@ -1,4 +1,4 @@
-"""ONNX inputs and outputs, as a manifest tells of them."""
+"""ONNX inputs and outputs, as a manifest describes them."""
 
 from __future__ import annotations
 

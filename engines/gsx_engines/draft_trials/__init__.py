@@ -1,1 +1,1 @@
-"""Trying drafts out: what of them would be accepted, and what they gain over plain decoding."""
+"""Trying out drafts: how many of their tokens would be accepted, and how much they gain over plain decoding."""

@@ -1,4 +1,4 @@
-"""Measuring what a draft gains, and the best draft length for it."""
+"""Measuring the speed of a draft, and its best draft length."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from gsx_engines.speculation.length import LONGEST
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-# Room for a prompt and some new tokens.
+# The shortest context with room for a prompt and some new tokens.
 SHORTEST_CONTEXT = 64
-# A first run this long for each prompt shows acceptance by place, and what draft steps and verifications cost.
+# Draft lengths of the first runs, which show acceptance by position and the cost of draft steps and verifications.
 _PROBE_LENGTHS = (8, 2)
-# What one run over all prompts should take, in seconds; between these numbers of new tokens a prompt.
+# How long one run over all prompts should take, in seconds, and the limits of the new tokens for each prompt.
 _RUN_SECONDS, _FEWEST, _MOST = 6.0, 12, 64
 
 
 @dataclass(frozen=True)
 class Plain:
-    """Plain decoding of the prompts, to compare with.
+    """Plain decoding of the prompts, as the baseline.
 
     Args:
         runner: the whole model.
         prompts: token ids.
-        new_tokens: for each of them.
+        new_tokens: for each prompt.
     """
 
     runner: Runner
@@ -38,13 +38,13 @@ class Plain:
     new_tokens: int
 
     def run(self, prompt: Sequence[int]) -> Generation:
-        """Decode after one prompt, past any end-of-text."""
+        """Continue one prompt, beyond any end-of-text token."""
         return generate(self.runner, [prompt], max_new_tokens=self.new_tokens, stop_ids=[])
 
 
 def plain_run(runner: Runner, prompts: Sequence[Sequence[int]]) -> Plain:
-    """Plain decoding with as many new tokens as fit into a few seconds on this machine."""
-    generate(runner, [prompts[0]], max_new_tokens=4, stop_ids=[])  # what loads at the first use has loaded
+    """Plain decoding with as many new tokens as this machine generates in a few seconds."""
+    generate(runner, [prompts[0]], max_new_tokens=4, stop_ids=[])  # warm-up: some things load on first use
     started = time.perf_counter()
     generate(runner, [prompts[0]], max_new_tokens=_FEWEST, stop_ids=[])
     each = (time.perf_counter() - started) / _FEWEST
@@ -53,13 +53,13 @@ def plain_run(runner: Runner, prompts: Sequence[Sequence[int]]) -> Plain:
 
 
 def measure_draft(draft: Draft, plain: Plain, on_progress: OnProgress = silent) -> DraftMeasurement:
-    """Measure a draft: its best length by a first run, and its speed at that length.
+    """Measure a draft: find its best length by first runs, then its speed at that length.
 
-    Speculative and plain runs take turns, prompt by prompt, so that both see the same machine.
+    Speculative and plain runs alternate, prompt by prompt, so that both run under the same conditions.
 
     Args:
-        draft: what is tried.
-        plain: plain decoding, the prompts.
+        draft: the draft to measure.
+        plain: the baseline, with the prompts.
         on_progress: called after every run over all prompts.
     """
     probes = []
@@ -86,9 +86,10 @@ def measure_draft(draft: Draft, plain: Plain, on_progress: OnProgress = silent) 
 
 
 def best_length(long: Sequence[GenerationStats], short: Sequence[GenerationStats]) -> int:
-    """The draft length with the most tokens a second, by acceptance at each place and the two runs' times.
+    """The draft length with the most tokens per second, by acceptance at each position and the times of two runs.
 
-    Args: long, short: runs at the lengths of `_PROBE_LENGTHS`, whose verifications differ in their rows.
+    Args:
+        long, short: runs at the two lengths of `_PROBE_LENGTHS`, whose verifications differ in their number of rows.
     """
     drafted, accepted = _by_place(long, "drafted"), _by_place(long, "accepted")
     rates = [hit / max(tries, 1) for hit, tries in zip(accepted, drafted, strict=True)]
@@ -109,10 +110,13 @@ def best_length(long: Sequence[GenerationStats], short: Sequence[GenerationStats
 
 
 def candidate_exits(named: Sequence[int], layers: int) -> list[int]:
-    """Exits to try: those that the model was trained for, else some up to the middle.
+    """Exits to try: those that the model was trained for, else some in its lower half.
 
+    Args:
+        named: the exits that the checkpoint names.
+        layers: how many layers the model has.
     Raises:
-        UsageError: a model of one layer has none.
+        UsageError: a model with one layer has no exit.
     """
     if layers < 2:
         raise UsageError("--draft auto needs an exit inside the model", expected="2 layers or more", found=str(layers))

@@ -1,9 +1,9 @@
 """Trying drafts on a text that the model has written, without generating it again.
 
-The model continues prompts once. A draft is then given the text up to a place, with the model's own K/V, and reads the
-next tokens of the text in one call: how many of its first choices in a row are the text's is how many tokens of it a
-verification would have accepted there. That is one call of a few rows for each place, and it gives the same numbers
-every time, where the time of a speculative run does not (benchmarks/RESULTS.md, skip-set drafts).
+The model continues prompts once. A draft is then given the text up to some position, with the model's own K/V, and
+reads the next tokens of the text in one call. The number of its first choices in a row that match the text is the
+number of tokens that a verification would have accepted there. This takes one call of a few rows for each position and
+is reproducible, unlike the time of a speculative run (benchmarks/RESULTS.md, skip-set drafts).
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from gsx_engines.speculation.length import CHUNK
 
 
 class Replay:
-    """Greedy continuations of prompts at the exported budget, and the places in them that drafts are tried at.
+    """Greedy continuations of prompts at the exported budget, to try drafts on.
 
     Args:
         runner: the model.
         prompts: token ids.
-        new_tokens: to write after each prompt, CHUNK or more.
+        new_tokens: how many to write after each prompt, CHUNK or more.
     """
 
     def __init__(self, runner: Runner, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
@@ -40,17 +40,18 @@ class Replay:
             self._texts.append((len(prompt), tokens, cache))
 
     def accepted(self, draft: LayersDraft) -> np.ndarray:
-        """Tokens in a row that a draft gets right at each place.
+        """How many tokens in a row a draft gets right, from each position on.
 
-        Args: draft: the branches that it leaves out.
-        Returns: [places] int64, 0 to CHUNK.
+        Args:
+            draft: the branches that it leaves out.
+        Returns: [positions] int64, 0 to CHUNK.
         """
         found = []
         controls = draft_controls(draft, self._runner.manifest, self._controls)
         for first, tokens, cache in self._texts:
             cache.roll_back([first])
             self._runner.step(cache, tokens[:, first:], self._controls, logits="none")
-            # From the last place to the first: what a draft leaves in the cache lies behind all that is still read.
+            # From the last position to the first: what a draft leaves in the cache is after all that is still read.
             for start in reversed(range(first, tokens.shape[1] - CHUNK, CHUNK)):
                 cache.roll_back([start])
                 output = self._runner.step(cache, tokens[:, start : start + CHUNK], controls, logits="all")

@@ -1,1 +1,1 @@
-"""Runners: one interface to execute a bundle's graphs, one module a runtime."""
+"""Runners: one interface for executing a bundle's graphs, with one module for each runtime."""

@@ -1,11 +1,11 @@
 """The interface between decoding loops and runtimes.
 
 A `Stage` is one graph of a bundle on one runtime: all layers, or the ones below or above an exit. A `Runner` makes
-whole steps of stages: one stage, or two with the exit between them (`split.py`). Loops see runners and the `Cache`
-alone. All arrays that cross the interface are NumPy arrays on the host.
+whole steps out of one stage, or of two with the exit between them (`split.py`). Decoding loops see only runners and
+the `Cache`. All arrays that cross the interface are NumPy arrays on the host.
 
-Sequences of a batch have lengths of their own: a call takes up to S tokens of each, counted in `counts`, and a cache
-is shortened sequence by sequence.
+The sequences of a batch may differ in length: a call takes up to S tokens of each (`counts`), and the cache is rolled
+back for each sequence separately.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class Cache:
     """K/V of a batch of sequences.
 
     Args:
-        batch: B, sequences.
-        capacity: tokens of each that fit.
-        lengths: tokens of each sequence that the cache holds.
-        verified: those that have been through all layers; fewer than `lengths` between a draft of a split runner and
-            its verification.
-        memory: the runner's own.
+        batch: B, the number of sequences.
+        capacity: tokens that fit, for each sequence.
+        lengths: tokens that the cache holds, for each sequence.
+        verified: how many of them have been through all layers; fewer than `lengths` while drafted tokens of a split
+            runner wait for verification.
+        memory: private to the runner.
     """
 
     batch: int
@@ -42,29 +42,29 @@ class Cache:
     memory: Any
 
     def move(self, source: int, target: int) -> None:
-        """The lengths of a sequence that moves to another row; its own row is then empty."""
+        """Record that a sequence has moved to another row; its old row is then empty."""
         for name in ("lengths", "verified"):
             numbers = list(getattr(self, name))
             numbers[target], numbers[source] = numbers[source], 0
             setattr(self, name, numbers)
 
     def roll_back(self, lengths: Sequence[int]) -> None:
-        """Forget what lies behind these lengths, one a sequence."""
+        """Forget all tokens beyond these lengths, one length for each sequence."""
         self.lengths = list(map(min, self.lengths, lengths))
         self.verified = list(map(min, self.verified, lengths))
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one call gives.
+    """The result of one call.
 
     Args:
-        logits: float32; "last": [B, 1, V], of each sequence's last token in the call; "all": [B, S, V], of no
-            meaning behind a sequence's count; "none": [B, 0, V].
+        logits: float32; "last": [B, 1, V], for each sequence's last token in the call; "all": [B, S, V], meaningless
+            beyond a sequence's count; "none": [B, 0, V].
         kept: [L, 2] int64, rows kept by each (layer, branch) in this call; None for a dense model.
-        gated_rows: rows that the keep rule judged in this call, one a token and skippable branch.
-        kept_by_sequence: [B] int64, the kept rows of each sequence in all branches; None for a dense model, and where
-            the runtime tells the sum alone.
+        gated_rows: rows that the keep rule decided on in this call: one for each token and skippable branch.
+        kept_by_sequence: [B] int64, kept rows of each sequence over all branches; None for a dense model, and where
+            the runtime reports only the sum.
     """
 
     logits: np.ndarray
@@ -75,13 +75,13 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class Call:
-    """The tokens of one call. Counts are lists: for a few numbers a NumPy call costs more than the work.
+    """The tokens of one call. Counts are lists: with so few numbers a NumPy call costs more than the work itself.
 
     Args:
-        ids: [B, S] int64; behind a sequence's count, whatever.
+        ids: [B, S] int64; arbitrary beyond a sequence's count.
         counts: tokens of each sequence, up to S.
-        lengths: tokens of each sequence before this call.
-        controls: the run-time inputs of the keep rule.
+        lengths: tokens of each sequence in the cache before this call.
+        controls: run-time values of the keep rule.
     """
 
     ids: np.ndarray
@@ -90,14 +90,14 @@ class Call:
     controls: Controls
 
 
-# What leaves an exit layer and enters the next one, for the tokens of one call, by the graph's names (`exit_names`).
-# The last axis but one is the tokens.
+# What leaves an exit layer and enters the next one, for the tokens of one call, by the graphs' names
+# (`Manifest.exit_state`). The last axis but one is the tokens.
 ExitState = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class StageOutput:
-    """What a stage gives: logits and kept rows as in `StepOutput`, the exit state if it has one."""
+    """The result of a stage: logits and kept rows as in `StepOutput`, and the exit state if it ends at an exit."""
 
     logits: np.ndarray
     state: ExitState | None
@@ -112,25 +112,25 @@ class Stage(Protocol):
     layers: range
 
     def new_memory(self, batch: int, capacity: int) -> Any:
-        """Room for the K/V of these layers."""
+        """Memory for the K/V of these layers."""
         ...
 
     def run(self, memory: Any, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
-        """Run a call's tokens and append their K/V at `call.lengths`; state: what enters, in a second stage."""
+        """Run a call's tokens and append their K/V at `call.lengths`; state: the exit state, for a second stage."""
         ...
 
     def move(self, memory: Any, source: int, target: int, length: int) -> None:
-        """Put the K/V of a sequence's first tokens into another row, whose own are lost."""
+        """Copy the K/V of a sequence's first `length` tokens to another row, whose own K/V are lost."""
         ...
 
 
 class Runner(Protocol):
-    """Makes whole steps: every layer runs on every token, or is left out by its gate."""
+    """Makes whole steps: every layer either runs on a token or is skipped by the keep rule."""
 
     manifest: Manifest
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Room for `batch` sequences of up to `capacity` tokens, empty."""
+        """An empty cache for `batch` sequences of up to `capacity` tokens."""
         ...
 
     def step(
@@ -147,14 +147,14 @@ class Runner(Protocol):
         Args:
             cache: its lengths grow by `counts`.
             input_ids: [B, S] int64.
-            controls: as in `Call`; the same ones for as long as the cache is not rolled back to nothing.
-            counts: tokens of each sequence; None for S of all.
-            logits: of each sequence's last token, of all, or none.
+            controls: as in `Call`; they must not change until the cache is rolled back to nothing.
+            counts: tokens of each sequence; None for S tokens of every sequence.
+            logits: of each sequence's last token, of all tokens, or none.
         """
         ...
 
     def move(self, cache: Cache, source: int, target: int) -> None:
-        """Put a sequence into another row, whose own is lost; its old row is then empty."""
+        """Move a sequence to another row, whose own sequence is lost; its old row is then empty."""
         ...
 
 
@@ -167,7 +167,7 @@ def call_of(cache: Cache, input_ids: np.ndarray, counts: list[int] | None, contr
     """The call that appends tokens to a cache.
 
     Raises:
-        ValueError: they do not fit.
+        ValueError: the tokens do not fit.
     """
     if counts is None:
         counts = [input_ids.shape[1]] * cache.batch
@@ -177,24 +177,12 @@ def call_of(cache: Cache, input_ids: np.ndarray, counts: list[int] | None, contr
     return Call(input_ids, counts, cache.lengths, controls)
 
 
-def exit_names(manifest: Manifest) -> dict[str, tuple[int | str, ...]]:
-    """What passes from `draft` to `verify`, with its axes; empty without an exit.
-
-    `exit_hidden` [B, S, H]; under the K/V policy `copy` `exit_key` and `exit_value` [B, kv heads, S, D]; and what the
-    keep rule carries from layer to layer, [B, S, 1] each.
-    """
-    verify = manifest.graphs.get("verify")
-    asked = {one.name for one in manifest.policy.inputs} if manifest.policy else set()  # a request's exit_threshold
-    states = [one for one in verify.inputs if one.name.startswith("exit_") and one.name not in asked] if verify else []
-    return {value.name: value.shape for value in states}
-
-
 def grown(lengths: list[int], counts: list[int]) -> list[int]:
     """Lengths after a call."""
     return list(map(int.__add__, lengths, counts))
 
 
 def step_output(stage: Stage, call: Call, output: StageOutput) -> StepOutput:
-    """What a loop sees of a stage's output."""
-    places = [place for place in stage.manifest.skippable_places if place[0] in stage.layers]
-    return StepOutput(output.logits, output.kept, sum(call.counts) * len(places), output.kept_by_sequence)
+    """A stage's output as a decoding loop sees it."""
+    gated_rows = sum(call.counts) * len(stage.manifest.skippable_in(stage.layers))
+    return StepOutput(output.logits, output.kept, gated_rows, output.kept_by_sequence)

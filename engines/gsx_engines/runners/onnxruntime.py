@@ -1,10 +1,10 @@
-"""ONNX Runtime at its best: the lowered graph, with the K/V cache in place.
+"""The fast path on ONNX Runtime: the lowered graph, with the K/V cache updated in place.
 
-Float32 runs lowered (`gsx_engines/lowering/onnxruntime.py`): tokens of one sequence in one form, one token of each of
-several neighbouring sequences in another, on the same memory. A call of a batch is made of these: a prompt goes to its
-own row of the K/V, a step to all rows that take one. Half precision, FP8 (which a CPU has no products for), batches
-under rank selection (which chooses among a whole call), and versions of ONNX Runtime without the kernels run the
-portable graph.
+Float32 graphs run lowered (`gsx_engines/lowering/onnxruntime.py`), in two variants on the same memory: one for the
+tokens of a single sequence, one for a single token of each of several neighbouring sequences. A call for a batch is
+composed of these: a prompt runs in its own row of the K/V cache, a step in all rows that take one. The portable graph
+runs instead for half precision, for FP8 (for which a CPU has no products), for batches under rank selection (which
+chooses among all tokens of a call), and on versions of ONNX Runtime that lack the kernels.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
+from gsx_engines.bundle import tensor_names
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import rows_of
 from gsx_engines.bundle.manifest import Manifest
@@ -24,21 +25,16 @@ from gsx_engines.errors import BundleError
 from gsx_engines.lowering import onnxruntime as lowering
 from gsx_engines.lowering.decisions import KEPT
 from gsx_engines.lowering.probe import is_supported
-from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names
-from gsx_engines.runners.portable import (
-    KeptTable,
-    PortableStage,
-    layers_of,
-    open_session,
-    session_config,
-    skippable_places,
-)
+from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput
+from gsx_engines.runners.kept import KeptTable
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.session import open_session, session_config
 
 
 class _Bound:
-    """Arrays that a session's inputs and outputs are bound to: K/V buffers, feeds and results.
+    """The arrays that a session's inputs and outputs are bound to: K/V buffers, inputs and results.
 
-    Binding costs more than a small copy, so an array stays bound until another shape is needed.
+    Binding costs more than a small copy, so an array stays bound until a different shape is needed.
     """
 
     def __init__(self, session: ort.InferenceSession) -> None:
@@ -48,14 +44,14 @@ class _Bound:
         self._fed: dict[str, np.ndarray] = {}
 
     def bind_cache(self, past: str, outputs: tuple[str, ...], array: np.ndarray) -> None:
-        """One buffer as input and as every output that continues it."""
+        """Bind one buffer as an input and as every output that continues it."""
         self.arrays[past] = array
         self.binding.bind_input(past, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name in outputs:
             self._bind_output(name, array)
 
     def feed(self, name: str, value: np.ndarray) -> None:
-        """Give an input its value for the next run."""
+        """Set an input for the next run."""
         bound = self.arrays.get(name)
         if bound is not None and bound.shape == value.shape:
             np.copyto(bound, value)
@@ -64,13 +60,13 @@ class _Bound:
         self.binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
 
     def feed_once(self, name: str, value: np.ndarray) -> None:
-        """The same for a value that seldom changes: nothing is copied as long as it is the same array."""
+        """Set an input that seldom changes: nothing is copied as long as the array is the same object."""
         if self._fed.get(name) is not value:
             self.feed(name, value)
             self._fed[name] = value
 
     def feed_range(self, name: str, start: int, count: int) -> None:
-        """Give an input [1, count] int64 the numbers from start on."""
+        """Set an input [1, count] int64 to the numbers from `start` on."""
         bound = self.arrays.get(name)
         if count == 1 and bound is not None and bound.shape == (1, 1):
             bound[0, 0] = start
@@ -78,7 +74,7 @@ class _Bound:
             self.feed(name, np.arange(start, start + count)[None])
 
     def feed_number(self, name: str, value: int) -> None:
-        """Give an input [1] int64 a number."""
+        """Set an input [1] int64 to a number."""
         bound = self.arrays.get(name)
         if bound is None:
             self.feed(name, np.array([value]))
@@ -86,7 +82,7 @@ class _Bound:
             bound[0] = value
 
     def result(self, name: str, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        """The array that the next run writes an output to."""
+        """The array into which the next run writes an output."""
         bound = self.arrays.get(name)
         if bound is None or bound.shape != shape:
             bound = self.arrays[name] = np.empty(shape, dtype)
@@ -94,7 +90,7 @@ class _Bound:
         return bound
 
     def run(self) -> None:
-        """Run the session on what is bound."""
+        """Run the session on the bound arrays."""
         self._session.run_with_iobinding(self.binding)
 
     def _bind_output(self, name: str, array: np.ndarray) -> None:
@@ -103,7 +99,7 @@ class _Bound:
 
 @dataclass(frozen=True)
 class _Sessions:
-    """The layers, and final norm and head."""
+    """Two sessions: the layers, and the final norm with the head."""
 
     body: ort.InferenceSession
     head: ort.InferenceSession
@@ -111,7 +107,7 @@ class _Sessions:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What the rows of neighbouring sequences are bound to: the layers with their K/V, and final norm and head."""
+    """Bindings for the rows of neighbouring sequences: the layers with their K/V, and the final norm with the head."""
 
     body: _Bound
     head: _Bound
@@ -119,7 +115,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Memory:
-    """K/V by input name, [B, kv heads, capacity, D], and what is bound to parts of it, by (first row, rows)."""
+    """K/V by input name, [B, K/V heads, capacity, D], and the bindings to parts of it, by (first row, rows)."""
 
     caches: dict[str, np.ndarray]
     bound: dict[tuple[int, int], _Rows]
@@ -131,8 +127,8 @@ class OnnxRuntimeStage:
     Args:
         bundle: an opened bundle.
         graph: `model`, `draft` or `verify`.
-        threads: of ONNX Runtime within an op; None for its own choice.
-        shares_head: another stage of the same bundle, whose final norm and head this one then uses.
+        threads: threads within an op; None for ONNX Runtime's own choice.
+        shares_head: another stage of the same bundle, whose final norm and head this one uses as well.
     """
 
     def __init__(
@@ -144,13 +140,13 @@ class OnnxRuntimeStage:
         shares_head: OnnxRuntimeStage | None = None,
     ) -> None:
         self.manifest: Manifest = bundle.manifest
-        self.layers = layers_of(bundle.manifest, graph)
+        self.layers = bundle.manifest.layers_of(graph)
         self._bundle, self._graph, self._threads = bundle, graph, threads
-        places = skippable_places(bundle.manifest, self.layers)
-        self._gated = len(places)
-        # The lowered graph gives its state, of which `exit_hidden` is a copy.
-        self._exits = {name: axes for name, axes in exit_names(self.manifest).items() if name != "exit_hidden"}
-        self._table = KeptTable(bundle.manifest, places)
+        # The lowered graph outputs its final state anyway, and `exit_hidden` would be a copy of it.
+        states = self.manifest.exit_state.items()
+        self._exits = {name: axes for name, axes in states if name != tensor_names.EXIT_HIDDEN}
+        self._table = KeptTable(bundle.manifest, self.layers)
+        self._gated = len(self._table.places)
         self._shares_head = shares_head
         self._sequence: _Sessions | None = None
         self._steps: _Sessions | None = None
@@ -168,11 +164,11 @@ class OnnxRuntimeStage:
                 self._portable = PortableStage(self._bundle, self._graph, threads=self._threads)
             return self._portable.new_memory(batch, capacity)
         for steps in (False, True)[: 1 + (batch > 1)]:
-            self._sessions(steps=steps)  # now, so that no call waits for it
+            self._sessions(steps=steps)  # opened now, so that no call has to wait for it
         shape = self.manifest.decoder
         size = (batch, shape.num_kv_heads, capacity, shape.head_dim)
-        names = [f"past_key_values.{layer}.{kv}" for layer in self.layers for kv in ("key", "value")]
-        return _Memory({name: np.zeros(size, np.int8 if eight_bits else np.float32) for name in names}, {})
+        dtype = np.int8 if eight_bits else np.float32
+        return _Memory({name: np.zeros(size, dtype) for name in tensor_names.past_of(self.layers)}, {})
 
     def run(self, memory: Any, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """See `Stage`."""
@@ -201,19 +197,19 @@ class OnnxRuntimeStage:
         return None
 
     def _run(self, memory: _Memory, start: int, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
-        """Some tokens of one sequence, or one of each of several; start: the row of the first sequence."""
+        """Run some tokens of one sequence, or one token of each of several; start: row of the first sequence."""
         shape = self.manifest.decoder
         batch, count = len(call.counts), call.counts[0]
-        assert count, "a call has tokens"
+        assert count, "a call without tokens"
         bound = self._bound(memory, start, batch)
         body = bound.body
-        body.feed("input_ids", call.ids[:, :count])
+        body.feed(tensor_names.INPUT_IDS, call.ids[:, :count])
         if batch == 1:
-            body.feed_range("position_ids", call.lengths[0], count)
+            body.feed_range(tensor_names.POSITION_IDS, call.lengths[0], count)
             body.feed_number(lowering.TOTAL_LENGTH, call.lengths[0] + count)
         else:
             lengths = np.array(call.lengths)
-            body.feed("position_ids", lengths[:, None])
+            body.feed(tensor_names.POSITION_IDS, lengths[:, None])
             body.feed(lowering.TOTAL_LENGTH, lengths + 1)
         for name, value in call.controls.items():
             body.feed_once(name, value)
@@ -234,13 +230,13 @@ class OnnxRuntimeStage:
         body.run()
         scores = np.zeros((batch, 0, shape.vocab_size), np.float32)
         if logits != "none":
-            # The head knows rows alone: [1, any, H].
+            # The head takes rows without a batch axis: [1, any, H].
             wanted = (hidden if logits == "all" or count == 1 else hidden[:, -1:]).reshape(1, -1, shape.hidden_size)
             bound.head.feed(lowering.STATE, wanted)
-            found = bound.head.result("logits", (1, wanted.shape[1], shape.vocab_size), np.float32)
+            found = bound.head.result(tensor_names.LOGITS, (1, wanted.shape[1], shape.vocab_size), np.float32)
             bound.head.run()
             scores = found.reshape(batch, -1, shape.vocab_size).copy()
-        passed = {"exit_hidden": hidden, **leaving} if leaves else {}
+        passed = {tensor_names.EXIT_HIDDEN: hidden, **leaving} if leaves else {}
         state = {name: value.copy() for name, value in passed.items()} or None
         if kept is None:
             return StageOutput(scores, state, self._table.of(None))
@@ -248,20 +244,19 @@ class OnnxRuntimeStage:
         return StageOutput(scores, state, self._table.of(table.sum(axis=1)), table.sum(axis=0))
 
     def _bound(self, memory: _Memory, start: int, rows: int) -> _Rows:
-        """What neighbouring rows of the memory are bound to."""
+        """The bindings for neighbouring rows of the memory."""
         bound = memory.bound.get((start, rows))
         if bound is None:
             sessions = self._sessions(steps=rows > 1)
             bound = _Rows(_Bound(sessions.body), _Bound(sessions.head))
             for name, cache in memory.caches.items():
-                layer, kv = name.split(".")[1:]
-                outputs = lowering.cache_outputs(self.manifest, int(layer), kv)
+                outputs = lowering.cache_outputs(self.manifest, *tensor_names.layer_and_kind(name))
                 bound.body.bind_cache(name, outputs, cache[start : start + rows])
             memory.bound[start, rows] = bound
         return bound
 
     def _sessions(self, *, steps: bool) -> _Sessions:
-        """A form of the graph, lowered and loaded once."""
+        """One variant of the graph, lowered and loaded on first use."""
         made = self._steps if steps else self._sequence
         if made is not None:
             return made
@@ -290,7 +285,7 @@ class OnnxRuntimeStage:
 
 
 def _parts(counts: list[int]) -> list[tuple[int, int]]:
-    """Rows of a call that run together, as (first, behind the last): neighbours with one token, others alone."""
+    """Rows of a call that run together, as (start, stop): neighbours with one token each; any other row by itself."""
     parts: list[tuple[int, int]] = []
     for row, count in enumerate(counts):
         if count == 1 and parts and parts[-1][1] == row and counts[row - 1] == 1:
@@ -301,13 +296,13 @@ def _parts(counts: list[int]) -> list[tuple[int, int]]:
 
 
 def _joined(parts: list[tuple[slice, StageOutput]], call: Call, logits: Logits) -> StageOutput:
-    """One output of calls on parts of a batch; what no part gives is zero."""
+    """The outputs of calls on parts of a batch as one; rows of no part are zero."""
     batch, length = call.ids.shape
     columns = {"none": 0, "last": 1, "all": length}[logits]
     first = parts[0][1]
 
     def whole(arrays: list[np.ndarray], columns: int) -> np.ndarray:
-        """Arrays whose last axis but one is the tokens, at their sequences' rows."""
+        """Arrays whose last axis but one is the tokens, put at the rows of their sequences."""
         tail = arrays[0].shape
         out = np.zeros((batch, *tail[1:-2], columns, tail[-1]), arrays[0].dtype)
         for (rows, _), array in zip(parts, arrays, strict=True):

@@ -1,31 +1,30 @@
-"""The file as anybody's ONNX Runtime runs it: past in, present out, nothing lowered.
+"""The portable graph as any ONNX Runtime runs it: past in, present out, nothing lowered.
 
-Parity is measured on this runner, since it executes `model.onnx` unchanged, with two exceptions: a bundle's 8-bit K/V
-is rounded (`gsx_engines/lowering/kv_cache.py`) and kept in the graph's type, and bfloat16, which a CPU has no products
-in, becomes float32 (`gsx_engines/lowering/widen.py`). On request it also gives values from inside the graph. It copies
-the K/V cache at every call: `onnxruntime.py` is the fast one.
+Parity is measured on this stage because it executes the exported file unchanged, with two exceptions: an 8-bit K/V
+cache is rounded (`gsx_engines/lowering/kv_cache.py`) but kept in the graph's type, and bfloat16, for which the CPU has
+no matrix products, becomes float32 (`gsx_engines/lowering/widen.py`). It can also return values from inside the graph.
+It copies the K/V cache at every call: `onnxruntime.py` is the fast one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
+from gsx_engines.bundle import tensor_names
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import Controls
-from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.errors import BundleError
 from gsx_engines.lowering.kv_cache import round_cache
 from gsx_engines.lowering.widen import in_float32
-from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names, grown
+from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, grown
+from gsx_engines.runners.kept import KeptTable
+from gsx_engines.runners.session import open_session, session_config
 
-# Types that a graph of each precision has here.
+# The type in which this stage runs a graph of each precision.
 _TYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
     "fp16": np.dtype(np.float16),
@@ -34,13 +33,13 @@ _TYPES: dict[str, np.dtype[Any]] = {
 
 
 class PortableStage:
-    """Runs a graph of a bundle as it is.
+    """Runs a graph of a bundle as it is; see `Stage`.
 
     Args:
         bundle: an opened bundle.
         graph: `model`, `draft` or `verify`.
-        capture: names of values inside the graph to keep of every call (`captured`).
-        threads: of ONNX Runtime within an op; None for its own choice.
+        capture: names of values inside the graph that every call leaves in `captured`.
+        threads: threads within an op; None for ONNX Runtime's own choice.
     Raises:
         BundleError: no such graph, or ONNX Runtime does not load it.
     """
@@ -50,7 +49,7 @@ class PortableStage:
     ) -> None:
         self.manifest: Manifest = bundle.manifest
         self.dtype = _TYPES[self.manifest.precision]
-        self.layers = layers_of(self.manifest, graph)
+        self.layers = self.manifest.layers_of(graph)
         self.captured: dict[str, np.ndarray] = {}
         self._capture = list(capture)
         model = onnx.load(str(bundle.graph_path(graph)), load_external_data=False)
@@ -60,27 +59,26 @@ class PortableStage:
             round_cache(model.graph, self.manifest.kv_cache, self.layers)
         self._inputs = {value.name for value in model.graph.input}
         outputs = {value.name for value in model.graph.output}
-        self._exits = [name for name in exit_names(self.manifest) if name in outputs]
-        places = skippable_places(self.manifest, self.layers)
-        self._table = KeptTable(self.manifest, places)
-        self._kept = [f"layers.{layer}.{branch}.count" for layer, branch in places]
+        self._exits = [name for name in self.manifest.exit_state if name in outputs]
+        self._table = KeptTable(self.manifest, self.layers)
+        self._kept = [tensor_names.kept_count(layer, branch) for layer, branch in self._table.places]
         for name in dict.fromkeys([*self._kept, *capture]):
             model.graph.output.append(onnx.ValueInfoProto(name=name))
         config = session_config(self.manifest)
         self._session = open_session(model.SerializeToString(), bundle.directory, threads, config)
 
     def new_memory(self, batch: int, capacity: int) -> dict[str, np.ndarray]:
-        """K and V by name, [B, kv heads, T, D]: as long as they must be, and new after every call."""
+        """K and V by input name, [B, K/V heads, T, D]: T is no longer than needed, and every call gives new arrays."""
         shape = self.manifest.decoder
         empty = np.zeros((batch, shape.num_kv_heads, 0, shape.head_dim), self.dtype)
-        return {f"{i}.{kv}": empty for i in self.layers for kv in ("key", "value")}
+        return dict.fromkeys(tensor_names.past_of(self.layers), empty)
 
     def run(self, memory: dict[str, np.ndarray], call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """See `Stage`."""
         past = max(call.lengths)
         steps = np.arange(call.ids.shape[1])
         lengths, counts = np.array(call.lengths)[:, None], np.array(call.counts)[:, None]
-        # Columns behind a sequence's own length, old and new, are padding.
+        # Columns beyond a sequence's own length are padding, among the cached ones and among the new ones.
         mask = np.concatenate([np.arange(past) < lengths, steps < counts], axis=1)
         positions = lengths + steps
         for name, value in memory.items():
@@ -90,19 +88,16 @@ class PortableStage:
         )
         for name, value in memory.items():
             memory[name] = _closed_up(value, call, past)
-        leaving = None
-        if self._exits:
-            leaving = {name: results[name] for name in self._exits}
         return StageOutput(
-            logits=self._logits(results.get("logits"), call, logits),
-            state=leaving,
+            logits=self._logits(results.get(tensor_names.LOGITS), call, logits),
+            state={name: results[name] for name in self._exits} or None,
             kept=self._table.of([int(results[name]) for name in self._kept]),
         )
 
     def move(self, memory: dict[str, np.ndarray], source: int, target: int, length: int) -> None:
         """See `Stage`."""
         for name, value in memory.items():
-            moved = memory[name] = value.copy()  # what a session gave may be its own
+            moved = memory[name] = value.copy()  # the session may own the array that it returned
             moved[target, :, :length] = value[source, :, :length]
 
     def execute(
@@ -116,24 +111,30 @@ class PortableStage:
         *,
         logits: bool = True,
     ) -> dict[str, np.ndarray]:
-        """Run the graph on inputs as any client gives them, padded wherever it likes.
+        """Run the graph on inputs as a client may give them, with padding anywhere.
 
         Args:
-            memory: past K and V; this call's are appended for all columns, padding too.
+            memory: past K and V; those of this call are appended for all columns, padding included.
             input_ids, position_ids: [B, S] int64.
             attention_mask: [B, past + S] int64: 1 for a token, 0 for padding.
             controls: as in `Call`.
-        Returns: the outputs and captured values by name, but K and V.
+            state: what enters the second half of a split model.
+            logits: whether they are computed.
+        Returns: outputs and captured values by name, except K and V.
         """
-        feeds = {"input_ids": input_ids, "position_ids": position_ids, "attention_mask": attention_mask}
-        feeds |= {**controls, **(state or {})}
-        feeds |= {f"past_key_values.{name}": value for name, value in memory.items()}
+        feeds = {
+            tensor_names.INPUT_IDS: input_ids,
+            tensor_names.POSITION_IDS: position_ids,
+            tensor_names.ATTENTION_MASK: attention_mask,
+        }
+        feeds |= {**controls, **(state or {}), **memory}
         feeds = {name: value for name, value in feeds.items() if name in self._inputs}
-        presents = [f"present.{name}" for name in memory]
-        names = [*(["logits"] if logits else []), *self._exits, *presents, *self._kept, *self._capture]
-        results = dict(zip(names, self._session.run(names, feeds), strict=True))
-        for name in memory:
-            memory[name] = results.pop(f"present.{name}")
+        presents = {name: tensor_names.present_after(name) for name in memory}
+        wanted = [tensor_names.LOGITS] if logits else []
+        wanted += [*self._exits, *presents.values(), *self._kept, *self._capture]
+        results = dict(zip(wanted, self._session.run(wanted, feeds), strict=True))
+        for name, present in presents.items():
+            memory[name] = results.pop(present)
         self.captured = {name: results[name] for name in self._capture}
         return results
 
@@ -147,98 +148,8 @@ class PortableStage:
 
 
 def _closed_up(present: np.ndarray, call: Call, past: int) -> np.ndarray:
-    """K or V with every sequence's new tokens next to its old ones: [B, heads, past + S, D]."""
+    """K or V [B, heads, past + S, D] with the gap between each sequence's old and new tokens closed."""
     for row, (start, count) in enumerate(zip(call.lengths, call.counts, strict=True)):
         if start < past and count:
             present[row, :, start : start + count] = present[row, :, past : past + count].copy()
     return present[:, :, : max(grown(call.lengths, call.counts))]
-
-
-def layers_of(manifest: Manifest, graph: str) -> range:
-    """The layers that a graph of the bundle holds."""
-    depth = manifest.decoder.num_layers
-    if graph == "model":
-        return range(depth)
-    assert manifest.draft is not None
-    assert manifest.draft.draft.kind == "exit"
-    split = manifest.draft.draft.layer
-    return range(split) if graph == "draft" else range(split, depth)
-
-
-class KeptTable:
-    """Puts kept rows, counted branch by branch, into a table.
-
-    Args:
-        manifest: of the bundle.
-        places: the skippable branches, in the order of the counts.
-    """
-
-    def __init__(self, manifest: Manifest, places: Sequence[tuple[int, Branch]]) -> None:
-        self._gated = manifest.policy is not None
-        self._shape = (manifest.decoder.num_layers, len(BRANCHES))
-        self._flat = np.array([layer * len(BRANCHES) + BRANCHES.index(branch) for layer, branch in places], np.int64)
-
-    def of(self, counts: Sequence[int] | np.ndarray | None) -> np.ndarray | None:
-        """The table [L, 2] int64; None for a dense model."""
-        if counts is None or not self._gated:
-            return None
-        kept = np.zeros(self._shape, np.int64)
-        kept.put(self._flat, counts)
-        return kept
-
-
-def skippable_places(manifest: Manifest, layers: range | None = None) -> list[tuple[int, Branch]]:
-    """(layer, branch) of every branch that the keep rule may skip, of all layers or of some, in the graph's order."""
-    return [place for place in manifest.skippable_places if layers is None or place[0] in layers]
-
-
-def session_config(manifest: Manifest) -> Mapping[str, str]:
-    """Session configuration that a graph needs on ONNX Runtime, or runs faster with.
-
-    FP8: its rewriting of Q/DQ picks kernels that have no FP8, and the session does not load. INT8 weights alone (a
-    head's are always) become MatMulNBits; blocks of 128 were the fastest of those tried in decoding and in prefill
-    (docs/quantization.md).
-    """
-    if manifest.quantization is None:
-        return {}
-    if manifest.quantization.scheme == "fp8":
-        return {"session.disable_quant_qdq": "1"}
-    return {"session.qdq_matmulnbits_block_size": "128"}
-
-
-def open_session(
-    model: bytes,
-    directory: Path,
-    threads: int | None,
-    config: Mapping[str, str] | None = None,
-    *,
-    profile: Path | None = None,
-) -> ort.InferenceSession:
-    """An ONNX Runtime session of a model whose external data lies in a directory.
-
-    Args:
-        config: entries of the session's configuration (`session_config`).
-        profile: what the names of its profiles begin with; None for no profile.
-    Raises:
-        BundleError: ONNX Runtime refuses the model.
-    """
-    options = ort.SessionOptions()
-    options.log_severity_level = 3  # its warnings are about our run-time defaults, which are wanted
-    # Sessions take turns within a step: threads of one that still wait for work would slow down the next (seen: 1.9
-    # times the time of a step on two cores).
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if threads is not None:
-        options.intra_op_num_threads = threads
-    if profile is not None:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(directory))
-    for name, value in (config or {}).items():
-        options.add_session_config_entry(name, value)
-    try:
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the bindings raise many kinds, all about this model
-        raise BundleError(
-            f"bundle {directory}: ONNX Runtime {ort.__version__} does not load the graph",
-            found=str(error).strip().splitlines()[0],
-            todo="gsx doctor says what works on this machine",
-        ) from error

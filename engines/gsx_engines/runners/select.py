@@ -1,4 +1,4 @@
-"""Which runner executes a bundle on this machine."""
+"""Choosing the runner that executes a bundle on this machine."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gsx_engines.runners.whole import WholeRunner
 
 
 class Runtime(Protocol):
-    """A runtime that lives above this floor (PyTorch: `gsx/torch_runtime.py`)."""
+    """A runtime from a floor above this one (PyTorch: `gsx/torch_runtime.py`)."""
 
     def stage(self, bundle: Bundle, graph: str) -> Stage:
-        """A graph of a bundle, ready to run."""
+        """Open a graph of a bundle, ready to run."""
         ...
 
 
@@ -24,23 +24,23 @@ Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"] | Runtime
 
 
 def open_runner(bundle: Bundle, threads: int | None = None, backend: Backend = "onnxruntime") -> Runner:
-    """The fastest runner for a bundle on a runtime.
+    """Open the fastest runner for a bundle on a runtime.
 
     Args:
-        threads: of ONNX Runtime within an op; None for its own choice.
+        threads: threads within an op; None for ONNX Runtime's own choice.
         backend: the TensorRT backends run the engines that `gsx build` made.
     Raises:
-        EngineError: TensorRT was asked for, and its engines or a GPU are missing.
+        EngineError: a TensorRT backend without its engines or without a GPU.
     """
     return WholeRunner(_stage(bundle, "model", threads, backend))
 
 
 def open_split_runner(bundle: Bundle, threads: int | None = None, backend: Backend = "onnxruntime") -> SplitRunner:
-    """The fastest runner for the two halves of a bundle that is split at an exit; arguments as of `open_runner`.
+    """Open the fastest runner for the two halves of a bundle that is split at an exit; arguments as in `open_runner`.
 
     Raises:
         BundleError: the bundle has no such graphs.
-        EngineError: as `open_runner`.
+        EngineError: as in `open_runner`.
     """
     if backend != "onnxruntime":
         return SplitRunner(_stage(bundle, "draft", threads, backend), _stage(bundle, "verify", threads, backend))

@@ -1,7 +1,7 @@
-"""A runner of two stages with an exit between them: the layers that draft, and the ones that verify.
+"""A runner with two stages and an exit between them: the layers that draft, and the layers that verify.
 
-Both halves share one cache: the exit states of drafted tokens wait in it until the later layers run on them, so that
-no layer runs twice on a token that stays, and a rejected token is forgotten by its place.
+Both halves share one cache. The exit states of drafted tokens wait in it until the later layers run on them, so no
+layer runs twice on an accepted token, and rejected tokens are forgotten by rolling back the cache's lengths.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from gsx_engines.runners.base import (
 
 @dataclass
 class _Memory:
-    """K/V of both stages, and the calls whose exit states the later layers have not seen."""
+    """K/V of both stages, and the calls whose exit states the later layers have not processed yet."""
 
     early: Any
     late: Any
@@ -36,7 +36,7 @@ class _Memory:
 
 
 class SplitRunner:
-    """Runs `draft.onnx` and `verify.onnx`, or engines made of them; see `Runner` for whole steps.
+    """Runs `draft.onnx` and `verify.onnx`, or engines built from them; see `Runner` for whole steps.
 
     Args:
         early: the layers below the exit.
@@ -49,7 +49,7 @@ class SplitRunner:
 
     @property
     def exit_layer(self) -> int:
-        """Number of layers that the draft runs."""
+        """How many layers the draft runs."""
         return self.early.layers.stop
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
@@ -66,15 +66,15 @@ class SplitRunner:
         counts: list[int] | None = None,
         logits: Logits = "last",
     ) -> StepOutput:
-        """See `Runner`: a draft without logits, and its verification."""
+        """See `Runner`: a draft without logits, then its verification."""
         first = self.draft(cache, input_ids, controls, counts=counts, logits="none")
         second = self.verify(cache, logits=logits)
         return joined_output(first, second)
 
     def move(self, cache: Cache, source: int, target: int) -> None:
-        """See `Runner`; not between a draft and its verification."""
+        """See `Runner`; not allowed between a draft and its verification."""
         memory: _Memory = cache.memory
-        assert not memory.waiting, "drafted tokens wait at their rows"
+        assert not memory.waiting, "drafted tokens are waiting in their rows"
         self.early.move(memory.early, source, target, cache.lengths[source])
         self.late.move(memory.late, source, target, cache.lengths[source])
         cache.move(source, target)
@@ -88,7 +88,7 @@ class SplitRunner:
         counts: list[int] | None = None,
         logits: Logits = "last",
     ) -> StepOutput:
-        """Run the early layers alone: arguments as of `step`; the logits are the exit's."""
+        """Run only the early layers; arguments as in `step`. The logits are those at the exit."""
         memory: _Memory = cache.memory
         call = call_of(cache, input_ids, counts, controls)
         output = self.early.run(memory.early, call, None, logits)
@@ -100,7 +100,7 @@ class SplitRunner:
     def verify(self, cache: Cache, *, logits: Logits = "all") -> StepOutput:
         """Run the later layers on all tokens that were drafted since the last verification and not rolled back.
 
-        Returns: logits as in `StepOutput`, S being the largest number of such tokens of a sequence.
+        Returns: logits as in `StepOutput`, where S is the largest number of such tokens in any sequence.
         """
         memory: _Memory = cache.memory
         call, state = _joined(memory.waiting, cache)
@@ -111,7 +111,7 @@ class SplitRunner:
 
 
 def joined_output(early: StepOutput, late: StepOutput) -> StepOutput:
-    """The output of both halves on the same tokens."""
+    """The outputs of both halves on the same tokens as one."""
     kept = None if early.kept is None or late.kept is None else early.kept + late.kept
     each = None
     if early.kept_by_sequence is not None and late.kept_by_sequence is not None:
@@ -120,12 +120,12 @@ def joined_output(early: StepOutput, late: StepOutput) -> StepOutput:
 
 
 def _joined(waiting: list[tuple[Call, ExitState]], cache: Cache) -> tuple[Call, ExitState]:
-    """All waiting tokens as one call, each sequence's at the front of its row."""
+    """All waiting tokens as one call; those of each sequence are at the front of its row."""
     counts = [length - verified for length, verified in zip(cache.lengths, cache.verified, strict=True)]
     controls = waiting[-1][0].controls
     size = max(counts)
     if min(counts) == size == sum(call.ids.shape[1] for call, _ in waiting):
-        # Every sequence has all of them: they only have to be put side by side.
+        # Every sequence has all of them, so they only have to be concatenated.
         if len(waiting) == 1:
             return Call(waiting[0][0].ids, counts, cache.verified, controls), waiting[0][1]
         ids = np.concatenate([call.ids for call, _ in waiting], axis=1)

@@ -1,8 +1,8 @@
 """TensorRT and TensorRT-RTX: an engine of the bundle on a GPU, with K/V on the device.
 
-The logic of a call (profile, window, where its tokens stand, what the host counts) is here and knows no CUDA;
-`gsx_engines/tensorrt/execution.py` owns the device. So the same logic runs on a CPU over the lowered graph, which is
-how it is tested without a GPU.
+The logic of a call (profile, window, positions of its tokens, what the host counts) is here and does not touch CUDA;
+`gsx_engines/tensorrt/execution.py` owns the device. So the same logic also runs on a CPU over the lowered graph, which
+is how it is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gsx_engines.bundle import tensor_names
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.engine_entry import EngineEntry
@@ -20,21 +21,21 @@ from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.errors import EngineError
 from gsx_engines.lowering.regions import CHOICES
 from gsx_engines.lowering.tensorrt import KEPT, LOGITS_AT, WRITE_AT, K
-from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, exit_names
-from gsx_engines.runners.portable import KeptTable, layers_of, skippable_places
+from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput
+from gsx_engines.runners.kept import KeptTable
 from gsx_engines.tensorrt.backend import Backend
 from gsx_engines.tensorrt.profile_choice import choose_profile, most_tokens
 
-# The window is a multiple of this many columns, so that a call's shapes change seldom while the cache grows: TensorRT
-# compiles or tunes for shapes, and a CUDA graph is for one set of them.
+# The window is a multiple of this many columns, so that shapes seldom change while the cache grows: TensorRT compiles
+# or tunes for particular shapes, and a CUDA graph holds for one set of them.
 WINDOW_STEP = 64
 
 
 class Engine(Protocol):
-    """An engine that can be called; `CudaEngine` is the one on a GPU."""
+    """An engine that can be called; `CudaEngine` is the one that runs on a GPU."""
 
     def buffer(self, shape: tuple[int, ...], name: str) -> Any:
-        """Memory of the runtime's own, filled with zeros, for an input or output."""
+        """Memory of the runtime for an input or output, filled with zeros."""
         ...
 
     def move(self, buffer: Any, shape: tuple[int, ...], source: int, target: int) -> None:
@@ -48,13 +49,13 @@ class Engine(Protocol):
         buffers: Mapping[str, tuple[Any, tuple[int, ...]]],
         results: Mapping[str, tuple[int, ...]],
     ) -> dict[str, np.ndarray]:
-        """One call: inputs from the host, memory that stays, and the shapes of what is wanted on the host."""
+        """One call: inputs from the host, memory that persists, and the shapes of the results wanted on the host."""
         ...
 
 
 @dataclass(frozen=True)
 class _Memory:
-    """K/V buffers by input name, each [B, kv heads, capacity, D]."""
+    """K/V buffers by input name, each [B, K/V heads, capacity, D]."""
 
     buffers: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
@@ -65,21 +66,22 @@ class TensorRTStage:
 
     Args:
         manifest: of the bundle.
-        entry: the engines, of which this is one.
+        entry: the set of engines that this one belongs to.
         graph: `model`, `draft` or `verify`.
         engine: the engine.
     """
 
     def __init__(self, manifest: Manifest, entry: EngineEntry, graph: str, engine: Engine) -> None:
         self.manifest = manifest
-        self.layers = layers_of(manifest, graph)
+        self.layers = manifest.layers_of(graph)
         self._entry, self._engine = entry, engine
         self._inputs = {value.name: value for value in entry.graphs[graph].inputs}
         self._outputs = {value.name: value for value in entry.graphs[graph].outputs}
-        self._table = KeptTable(manifest, skippable_places(manifest, self.layers))
+        self._exits = [name for name in manifest.exit_state if name in self._outputs]
+        self._table = KeptTable(manifest, self.layers)
 
     def new_memory(self, batch: int, capacity: int) -> _Memory:
-        """See `Stage`. The buffers have the engine's own capacity, whatever is asked for.
+        """See `Stage`. The buffers always have the engine's own capacity.
 
         Raises:
             EngineError: the engine has no room for so many tokens or sequences.
@@ -94,7 +96,7 @@ class TensorRTStage:
             )
         if not most_tokens(self._entry.profiles, batch):
             raise EngineError(
-                "no profile of the engine takes so many sequences",
+                "no profile of the engine allows so many sequences",
                 expected="batch " + ", ".join(f"{p.batch.least} to {p.batch.most}" for p in self._entry.profiles),
                 found=str(batch),
                 todo=f"{build} --batch {batch}",
@@ -102,15 +104,15 @@ class TensorRTStage:
         shapes = {
             name: tuple(batch if axis == "batch" else int(axis) for axis in value.shape)
             for name, value in self._inputs.items()
-            if name.startswith("past_key_values.")
+            if name.startswith(tensor_names.PAST)
         }
         return _Memory({name: self._engine.buffer(shape, name) for name, shape in shapes.items()}, shapes)
 
     def run(self, memory: _Memory, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
-        """See `Stage`. More tokens than a profile takes go through in several calls.
+        """See `Stage`. More tokens than a profile takes are split over several calls.
 
         Raises:
-            EngineError: a call beyond the engine's profiles, or, with rank selection, one that had to be split.
+            EngineError: a call beyond the engine's profiles or, with rank selection, one that would have to be split.
         """
         length = call.ids.shape[1]
         most = most_tokens(self._entry.profiles, len(call.ids))
@@ -118,7 +120,7 @@ class TensorRTStage:
             return self._run(memory, call, state, logits)
         if self.manifest.selection is not None and self.manifest.selection.mode == "rank":
             raise EngineError(
-                "the prompt is longer than a call of the engine, and rank selection chooses among a whole call",
+                "the prompt does not fit into one call of the engine, and rank selection needs all tokens in one call",
                 expected=f"at most {most} tokens",
                 found=str(length),
                 todo=f"gsx build --profile prefill:2-{length} --profile decode:1, or export with --select threshold",
@@ -133,7 +135,7 @@ class TensorRTStage:
         return _joined(outputs, call, most, logits)
 
     def move(self, memory: _Memory, source: int, target: int, length: int) -> None:
-        """See `Stage`. Whole rows: one copy each."""
+        """See `Stage`. Whole rows are copied, in one copy for each buffer."""
         for name, buffer in memory.buffers.items():
             self._engine.move(buffer, memory.shapes[name], source, target)
 
@@ -142,14 +144,14 @@ class TensorRTStage:
         lengths, counts = np.array(call.lengths), np.array(call.counts)
         steps = np.arange(length)
         filled = lengths + counts
-        # Rows behind a sequence's count see themselves at least: no row is without a column while there is room.
+        # The window covers the rows beyond a sequence's count too: while there is room, no row of the mask is empty.
         window = window_of(int(lengths.max()) + length, self._entry.capacity)
         last = np.maximum(counts - 1, 0)[:, None]
         rows = np.arange(batch)[:, None] * length
         given: dict[str, np.ndarray] = {
-            "input_ids": call.ids,
-            "attention_mask": np.arange(window) < filled[:, None],
-            "position_ids": lengths[:, None] + steps,
+            tensor_names.INPUT_IDS: call.ids,
+            tensor_names.ATTENTION_MASK: np.arange(window) < filled[:, None],
+            tensor_names.POSITION_IDS: lengths[:, None] + steps,
             WRITE_AT: lengths,
             LOGITS_AT: rows + (steps if logits == "all" else last),
         }
@@ -161,7 +163,7 @@ class TensorRTStage:
         feeds |= state or {}
         buffers = {}
         for name, buffer in memory.buffers.items():
-            for shared in (name, name.replace("past_key_values.", "present.")):
+            for shared in (name, tensor_names.present_after(name)):
                 buffers[shared] = (buffer, memory.shapes[name])
         sizes = {"batch": batch, "sequence": length, "logits_columns": feeds[LOGITS_AT].shape[1]}
         results = {
@@ -171,36 +173,35 @@ class TensorRTStage:
         }
         profile = choose_profile(self._entry.profiles, batch, length, window)
         found = self._engine.run(profile, feeds, buffers, results)
-        scores = found["logits"]
-        leaving = {name: found[name] for name in exit_names(self.manifest) if name in found}
+        scores = found[tensor_names.LOGITS]
         return StageOutput(
             logits=scores[:, :0] if logits == "none" else scores,
-            state=leaving or None,
+            state={name: found[name] for name in self._exits} or None,
             kept=self._table.of(found.get(KEPT)),
         )
 
     def _count(self, ids: np.ndarray, budget: float) -> int:
-        """K of rank selection for the valid tokens of a call: the best of them, and end-of-text on top."""
+        """K of rank selection for the valid tokens of a call: the best ones, plus all end-of-text tokens."""
         ends = int(np.isin(ids, self.manifest.decoder.eos_ids).sum())
         return kept_count(ids.size - ends, budget) + ends
 
 
 def window_of(filled: int, capacity: int) -> int:
-    """Columns of the cache that a call reads: the filled ones, rounded up to `WINDOW_STEP`."""
+    """How many columns of the cache a call reads: the filled ones, rounded up to a multiple of `WINDOW_STEP`."""
     return min(-(-filled // WINDOW_STEP) * WINDOW_STEP, capacity)
 
 
 def _tokens_of(state: ExitState | None, part: slice) -> ExitState | None:
-    """Some tokens' part of an exit state."""
+    """The part of an exit state that belongs to some tokens."""
     if state is None:
         return None
     return {name: array[..., part, :] for name, array in state.items()}
 
 
 def _joined(outputs: list[StageOutput], call: Call, most: int, logits: Logits) -> StageOutput:
-    """One output of the pieces of a call, each of `most` tokens but the last."""
+    """The outputs of the pieces of a call as one; each piece has `most` tokens, except the last."""
     scores = np.concatenate([output.logits for output in outputs], axis=1)
-    if logits == "last":  # of each sequence, from the piece that its last token is in
+    if logits == "last":  # for each sequence, from the piece that holds its last token
         piece = np.maximum(np.array(call.counts) - 1, 0) // most
         scores = scores[np.arange(len(scores)), piece][:, None]
     states = [output.state for output in outputs if output.state is not None]
@@ -217,10 +218,10 @@ def open_stage(bundle: Bundle, backend: Backend, graph: str = "model", *, cuda_g
     """The engine of a bundle's graph on this machine's GPU.
 
     Args:
-        cuda_graphs: record calls of the same shapes, and replay them. Engines in which the GPU alone knows how many
-            rows a plugin keeps cannot be recorded, and run as they are.
+        cuda_graphs: record calls of the same shapes and replay them. Engines in which only the GPU knows how many
+            rows a plugin keeps cannot be recorded; they run without.
     Raises:
-        EngineError: no engines, no GPU, or engines that do not fit this machine; says what differs and what mends it.
+        EngineError: no engines, no GPU, or engines that do not fit this machine; says what differs and how to fix it.
     """
     from gsx_engines.tensorrt import cuda
     from gsx_engines.tensorrt.execution import CudaEngine

@@ -1,4 +1,4 @@
-"""A runner of one stage that holds all layers."""
+"""A runner with a single stage that holds all layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gsx_engines.runners.base import Cache, Logits, Stage, StepOutput, call_of, 
 
 
 class WholeRunner:
-    """Runs `model.onnx`, or an engine made of it; see `Runner`."""
+    """Runs `model.onnx`, or an engine built from it; see `Runner`."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage

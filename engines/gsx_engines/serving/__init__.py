@@ -1,1 +1,1 @@
-"""Serving a bundle: many requests on one runner, and the model repository of Triton Inference Server."""
+"""Serving a bundle: many requests on one runner, and model repositories for Triton Inference Server."""

@@ -1,7 +1,8 @@
-"""The inputs and outputs of the Triton model: one table that its configuration, its checks and its docs follow.
+"""The inputs and outputs of the Triton model: one table for its configuration, its checks and its docs.
 
 The names are those of other generation models on Triton (`text_input`, `max_tokens`, `stream`, `text_output`), so that
-load tools and clients fit. Numbers are 64 bits wide: a budget or a temperature means what it means to `gsx generate`.
+existing clients and load generators work. Numbers have 64 bits, so a budget or a temperature has exactly the value that
+it has in `gsx generate`.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ class Field:
 
     Args:
         name: in requests and responses.
-        data_type: Triton's.
-        many: whether it is a list; else one value, [1].
-        about: what it is, for people.
+        data_type: of Triton.
+        many: whether it is a list [n]; otherwise it is one value, [1].
+        about: a description for people.
     """
 
     name: str
@@ -32,30 +33,30 @@ class Field:
 INPUTS = (
     Field("text_input", "TYPE_STRING", False, "the text to continue; this or input_ids"),
     Field("input_ids", "TYPE_INT64", True, "the prompt as token ids"),
-    Field("max_tokens", "TYPE_INT64", False, "at most so many new tokens; 128"),
+    Field("max_tokens", "TYPE_INT64", False, "maximum number of new tokens; 128"),
     Field("budget", "TYPE_FP64", False, "share of (token, branch) pairs kept, above 0 and at most 1; as exported"),
     Field("layers", "TYPE_STRING", False, "branches that run, e.g. 0-3,6,8.attn; for rules that read a set of layers"),
     Field("exit", "TYPE_INT64", False, "how many layers run; for the same rules"),
     Field("speedup", "TYPE_FP64", False, "target of Unified Layer Skipping; for the same rules"),
-    Field("exit_threshold", "TYPE_FP64", False, "confidence at which a token leaves; for rules that measure it"),
-    Field("temperature", "TYPE_FP64", False, "0 takes the likeliest token always; 0"),
+    Field("exit_threshold", "TYPE_FP64", False, "confidence at which a token exits; for rules that measure it"),
+    Field("temperature", "TYPE_FP64", False, "0 always chooses the likeliest token; 0"),
     Field("top_k", "TYPE_INT64", False, "only the k likeliest tokens, 0 for all; 0"),
-    Field("top_p", "TYPE_FP64", False, "only the likeliest tokens that together reach this; 1"),
-    Field("seed", "TYPE_INT64", False, "of the random numbers; a new one"),
+    Field("top_p", "TYPE_FP64", False, "only the likeliest tokens that together reach this probability; 1"),
+    Field("seed", "TYPE_INT64", False, "of the random numbers; a new one each time"),
     Field("stop", "TYPE_STRING", True, "texts that end the generation, left out of the result; none"),
     Field("speculative", "TYPE_BOOL", False, "draft and verify with the bundle's draft; false"),
-    Field("stream", "TYPE_BOOL", False, "responses as tokens come, in place of one; false"),
+    Field("stream", "TYPE_BOOL", False, "several responses, as tokens come, in place of one; false"),
 )
 OUTPUTS = (
-    Field("text_output", "TYPE_STRING", False, "new text of this response; not in a bundle without tokenizer"),
+    Field("text_output", "TYPE_STRING", False, "new text of this response; missing if the bundle has no tokenizer"),
     Field("output_ids", "TYPE_INT64", True, "new tokens of this response"),
-    Field("finish_reason", "TYPE_STRING", False, "end-of-text, length, context or stopped; last response alone"),
-    Field("prompt_tokens", "TYPE_INT64", False, "last response alone, as all below"),
+    Field("finish_reason", "TYPE_STRING", False, "end-of-text, length, context or stopped; only in the last response"),
+    Field("prompt_tokens", "TYPE_INT64", False, "only in the last response, as all below"),
     Field("new_tokens", "TYPE_INT64", False, "in all responses together"),
     Field("decode_steps", "TYPE_INT64", False, "steps, or rounds of draft and verification, after the first token"),
     Field("waited_seconds", "TYPE_FP64", False, "from arrival to prefill"),
     Field("first_token_seconds", "TYPE_FP64", False, "from arrival to the first token"),
     Field("decode_seconds", "TYPE_FP64", False, "from the first token to the last"),
-    Field("kept_share", "TYPE_FP64", False, "share of (token, branch) pairs kept; where gates are, and are counted"),
-    Field("acceptance", "TYPE_FP64", False, "share of drafted tokens that were right; where any were drafted"),
+    Field("kept_share", "TYPE_FP64", False, "share of (token, branch) pairs kept; if the model has gates, and counts"),
+    Field("acceptance", "TYPE_FP64", False, "share of drafted tokens that were correct; if any were drafted"),
 )

@@ -1,7 +1,7 @@
 """Triton's model configuration, `config.pbtxt`: a checked description, and its text.
 
-Only what gsx writes is described. Values are checked when a description is made, so that nothing wrong is written; the
-text is protobuf's own format (names and structure: Triton's `model_config.proto`).
+It covers only what gsx writes. Values are checked when the description is made, so nothing invalid is written; the text
+is in protobuf's text format (names and structure: Triton's `model_config.proto`).
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Tensor(_Checked):
     """An input or output.
 
     Args:
-        dims: as in Triton, -1 for any size; none for a scalar, which a client gives as an array of one.
-        optional: a request may leave it out.
-        shape_tensor: TensorRT reads its values on the host, before it runs.
+        dims: as in Triton, -1 for any size; empty for a scalar, which a client sends as an array of one.
+        optional: whether a request may leave it out.
+        shape_tensor: whether TensorRT reads its values on the host before it runs.
     """
 
     name: Name
@@ -43,7 +43,7 @@ class ModelConfig(_Checked):
     """A model of a repository.
 
     Args:
-        profiles: numbers of the optimization profiles that an instance has, of a model on the backend `tensorrt`.
+        profiles: for the backend `tensorrt`, numbers of the optimization profiles that an instance uses.
     """
 
     name: Name
@@ -82,5 +82,5 @@ class ModelConfig(_Checked):
 
 
 def _quoted(text: str) -> str:
-    """A string of protobuf's text format: JSON's escapes of ASCII are among its own."""
+    """A string in protobuf's text format, which accepts all ASCII escapes of JSON."""
     return json.dumps(text)

@@ -1,12 +1,12 @@
-"""Engines as models of Triton's own `tensorrt` backend, for people with an orchestrator of their own.
+"""Engines as models of Triton's own `tensorrt` backend, for people who have their own orchestrator.
 
-    REPO/NAME/              of `model`; NAME_draft and NAME_verify where the bundle is split at an exit
+    REPO/NAME/              for `model`; NAME_draft and NAME_verify if the bundle is split at an exit
       config.pbtxt
       1/model.plan          the engine
 
-That backend allocates every output apart from the inputs, so K and V must grow (`gsx build --kv-layout growing`); and
-it is TensorRT's, so engines of TensorRT-RTX are none for it. Batches are in the shapes, as in the graph: the server
-makes none.
+This backend allocates outputs separately from inputs, so K and V must grow (`gsx build --kv-layout growing`). It uses
+TensorRT, so it cannot run engines of TensorRT-RTX. The batch is an axis of the shapes, as in the graph: the server does
+no batching.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def write_plan_repository(bundle: Bundle, target: Path, *, name: str) -> list[Pa
     """Write a repository with a model for each of a bundle's engines.
 
     Args:
-        bundle: its engines of TensorRT whose K and V grow are taken; of several, those for the GPU of this machine.
-        target: the repository; it must not be there, or be an empty directory.
-        name: of the model; others are named behind it.
-    Returns: the models' directories.
+        bundle: its TensorRT engines with growing K and V are used; of several sets, the one for this machine's GPU.
+        target: the repository; it must not exist yet, or be an empty directory.
+        name: of the model `model`; the names of the others begin with it.
+    Returns: the directories of the models.
     Raises:
         UsageError: the target is occupied, or the name cannot be used.
-        EngineError: the bundle has no such engines, or their files are not the ones that were built.
+        EngineError: the bundle has no such engines, or their files were changed.
     """
     build = f"gsx build {bundle.directory} --backend tensorrt --kv-layout growing"
     engines = _engines(bundle, build)
@@ -62,8 +62,8 @@ def _engines(bundle: Bundle, build: str) -> EngineSet:
     fitting = {name: entry for name, entry in there.items() if reasons[name] is None}
     if not fitting:
         raise EngineError(
-            f"bundle {bundle.directory}: has no engines that Triton's tensorrt backend runs",
-            expected="engines of TensorRT whose K and V grow",
+            f"bundle {bundle.directory}: has no engines that Triton's tensorrt backend can run",
+            expected="TensorRT engines with growing K and V",
             found="; ".join(f"{name}, {reason}" for name, reason in reasons.items()) or "none",
             todo=f"{build}, on the server's GPU; gsx triton with another --backend serves the rest",
         )
@@ -72,25 +72,25 @@ def _engines(bundle: Bundle, build: str) -> EngineSet:
     (name, *more) = here or fitting
     if more:
         raise UsageError(
-            f"bundle {bundle.directory}: has such engines for several GPUs",
-            expected="engines for one, or this command on the server's GPU",
+            f"bundle {bundle.directory}: has engines for several GPUs",
+            expected="engines for one GPU, or running this command on the server's GPU",
             found=", ".join(fitting),
         )
     return EngineSet(bundle.directory / ENGINES / name, fitting[name], None)
 
 
 def _unfit(entry: EngineEntry) -> str | None:
-    """Why that backend does not run an engine."""
+    """Why Triton's backend cannot run an engine; None if it can."""
     if entry.backend != "tensorrt":
         return "which TensorRT cannot load"
-    return "which has K/V in place" if entry.kv_layout != "growing" else None
+    return "which updates K/V in place" if entry.kv_layout != "growing" else None
 
 
 def _config(bundle: Bundle, entry: EngineEntry, made: EngineGraph, name: str) -> ModelConfig:
     selection = bundle.manifest.selection
     parameters = {"most_tokens": str(entry.capacity)}
     if selection is not None and any(value.name == "thresholds" for value in made.inputs):
-        # What a client gives as the input of that name, for the exported budget.
+        # For clients: the value of the input of this name that corresponds to the exported budget.
         parameters["thresholds"] = json.dumps(selection.thresholds_for(selection.budget).tolist())
     try:
         return ModelConfig(
@@ -103,9 +103,11 @@ def _config(bundle: Bundle, entry: EngineEntry, made: EngineGraph, name: str) ->
             parameters=parameters,
             profiles=tuple(range(len(entry.profiles))),
         )
-    except ValidationError as error:  # the name alone comes from outside
+    except ValidationError as error:  # only the name comes from the user
         raise UsageError(
-            "the model's name", expected="letters, digits, '_', '-', '.'; not the last two first", found=repr(name)
+            "the model's name is not valid",
+            expected="letters, digits, '_', '-' and '.', beginning with none of the last two",
+            found=repr(name),
         ) from error
 
 

@@ -1,13 +1,14 @@
-"""A model repository for Triton Inference Server, made of a bundle: it starts as it is.
+"""A model repository for Triton Inference Server, made from a bundle and ready to start.
 
     REPO/NAME/
       config.pbtxt
       requirements.txt      what the server's Python needs
       1/model.py            imports gsx_engines.serving.triton_model
-      1/gsx_engines/ 1/gsx_plugins/ gsx's own packages, of the version that made the repository
+      1/gsx_engines/ 1/gsx_plugins/   gsx's own packages, of the version that made the repository
       1/bundle/             the bundle
 
-The packages are copied, so that a server needs no gsx of its own, and bundle and code cannot be of two versions.
+The packages are copied, so that gsx need not be installed on the server, and bundle and code always have the same
+version.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gsx_engines.serving.triton_model import TritonPythonModel  # noqa: E402, F401
 '''
-# Triton's Python backend passes arrays through NumPy 1's C interface up to its release 2.51 at least: with NumPy 2
-# tensors arrive empty or wrong, without an error (docs/triton.md).
+# Triton's Python backend uses the C interface of NumPy 1, at least up to release 2.51: with NumPy 2, tensors arrive
+# empty or wrong, without an error (docs/triton.md).
 _REQUIREMENTS = ("numpy>=1.26,<2", "onnx>=1.20", "pydantic>=2.7", "tokenizers>=0.20")
 _RUNTIME = {
     "onnxruntime": ("onnxruntime>=1.24",),
     "tensorrt": ("onnxruntime>=1.24", "cuda-bindings>=12.6", "tensorrt=={version}"),
     "tensorrt-rtx": ("onnxruntime>=1.24", "cuda-bindings>=12.6", "tensorrt-rtx=={version}"),
 }
-# Written for people, or for another runtime: a server has no use for them.
+# Files for people, which a server does not need.
 _LEFT_OUT = ("parity.json", "parity.html")
 
 
@@ -65,14 +66,14 @@ def write_repository(
 
     Args:
         bundle: what to serve.
-        target: the repository; it must not be there, or be an empty directory.
+        target: the repository; it must not exist yet, or be an empty directory.
         name: of the model.
-        backend: the runtime; the TensorRT ones need engines in the bundle.
-        slots: requests under way at once.
-        queue: requests that may wait.
-        context: tokens of a request, prompt and new ones; None for the model's context.
-        threads: of ONNX Runtime; None for what leaves the server a processor (`threads.py`).
-    Returns: the model's directory.
+        backend: the runtime; the TensorRT backends need engines in the bundle.
+        slots: how many requests run at once.
+        queue: how many requests may wait.
+        context: maximum number of tokens of a request, prompt and new ones; None for the model's context.
+        threads: of ONNX Runtime; None for a number that leaves a processor to the server (`threads.py`).
+    Returns: the directory of the model.
     Raises:
         UsageError: the target is occupied, or a number or name cannot be used.
         EngineError: the bundle has no engines for the backend.
@@ -112,9 +113,11 @@ def _config(
             decoupled=True,
             parameters={"backend": backend, **{key: str(n) for key, n in numbers.items() if n is not None}},
         )
-    except ValidationError as error:  # the name alone comes from outside
+    except ValidationError as error:  # only the name comes from the user
         raise UsageError(
-            "the model's name", expected="letters, digits, '_', '-', '.'; not the last two first", found=repr(name)
+            "the model's name is not valid",
+            expected="letters, digits, '_', '-' and '.', beginning with none of the last two",
+            found=repr(name),
         ) from error
 
 
@@ -126,13 +129,15 @@ def _check(bundle: Bundle, slots: int, queue: int, context: int | None, threads:
     most = bundle.manifest.decoder.max_positions
     for what, number, least in (("slots", slots, 1), ("queue", queue, 0), ("threads", threads, 1)):
         if number is not None and number < least:
-            raise UsageError(what, expected=f"at least {least}", found=str(number))
+            raise UsageError(f"{what} is out of range", expected=f"at least {least}", found=str(number))
     if context is not None and not 2 <= context <= most:
-        raise UsageError("context", expected=f"2 to {most} tokens, the model's context", found=str(context))
+        raise UsageError(
+            "context is out of range", expected=f"2 to {most} tokens, the model's context", found=str(context)
+        )
 
 
 def _engine_version(bundle: Bundle, backend: Backend, slots: int) -> str | None:
-    """The TensorRT that the bundle's engines were built with; None for ONNX Runtime."""
+    """The version of TensorRT that the bundle's engines were built with; None for ONNX Runtime."""
     if backend == "onnxruntime":
         return None
     own = {name: entry for name, entry in bundle.manifest.engines.items() if entry.backend == backend}
@@ -140,21 +145,21 @@ def _engine_version(bundle: Bundle, backend: Backend, slots: int) -> str | None:
     build = f"gsx build {bundle.directory} --backend {backend} --batch {slots}"
     if not entries:
         others = ", ".join(bundle.manifest.engines) or "none"
-        kind = f"{backend} with K/V in place" if own else backend
+        kind = f"{backend} that update K/V in place" if own else backend
         raise EngineError(f"bundle {bundle.directory}: has no engines for {kind}", found=others, todo=build)
     most = max(profile.batch.most for entry in entries for profile in entry.profiles)
     if most < slots:
         raise EngineError(
-            f"bundle {bundle.directory}: its engines take fewer sequences than there are slots",
+            f"bundle {bundle.directory}: its engines allow fewer sequences than there are slots",
             expected=f"batches of {slots}",
-            found=f"of {most}",
+            found=f"batches of at most {most}",
             todo=f"gsx triton --slots {most}, or {build}",
         )
     return entries[0].tensorrt_version
 
 
 def _copy_package(package: Path, target: Path) -> None:
-    """A package's Python code."""
+    """Copy a package's Python code."""
 
     def others(place: str, names: list[str]) -> list[str]:
         return [name for name in names if not (name.endswith(".py") or os.path.isdir(os.path.join(place, name)))]

@@ -1,4 +1,4 @@
-"""What a client asks for, and what it is told while a scheduler works on it."""
+"""A client's request, and what the client is told while a scheduler works on it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from gsx_plugins.errors import GsxError
 
 
 class OverloadedError(GsxError):
-    """The queue is full: the request was not taken, and may be sent again later."""
+    """The queue is full: the request was not accepted, and may be sent again later."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One text to continue; the words are those of `gsx generate`.
+    """One text to continue; the terms are those of `gsx generate`.
 
     Args:
         prompt: token ids.
-        max_new_tokens: at most so many.
+        max_new_tokens: the maximum.
         keep: what it asks of the keep rule.
         sampling: how tokens are chosen.
         stop: texts that end the generation; they are left out of the text.
-        speculative: draft and verify, with the bundle's draft. The text is the same; alone it comes sooner, but the
-            request does not share its steps with others.
+        speculative: draft and verify with the bundle's draft. The text is the same. It comes sooner if there are no
+            other requests, but the request does not share steps with others.
     """
 
     prompt: Sequence[int]
@@ -43,11 +43,11 @@ class Finished:
     """How a request ended.
 
     Args:
-        finish: why; as of `gsx generate`.
+        finish: why it ended, as in `gsx generate`.
         waited_seconds: from its arrival to its prefill.
         first_token_seconds: from its arrival to its first token.
-        stats: its own counters. Its decoding time is the time that it took, other requests' parts of the same steps
-            included; kept and gated rows are 0 where the runtime counts whole batches alone.
+        stats: its own counters. The decoding time is elapsed time, including the work for other requests in the same
+            steps; kept and gated rows are 0 if the runtime only counts them for whole batches.
     """
 
     finish: FinishReason
@@ -57,14 +57,15 @@ class Finished:
 
 
 class Client(Protocol):
-    """Who asked. All calls come from the scheduler's thread; the last is `finished`, `failed` or `dropped`."""
+    """The receiver of a request's results. All calls come from the scheduler's thread; the last one is `finished`,
+    `failed` or `dropped`."""
 
     def tokens(self, ids: Sequence[int], text: str) -> None:
-        """New tokens, and the text that is complete with them (which may be empty)."""
+        """Take new tokens, and the text that they complete (which may be empty)."""
         ...
 
     def finished(self, result: Finished) -> None:
-        """The end."""
+        """The request has ended normally."""
         ...
 
     def failed(self, error: Exception) -> None:
@@ -72,9 +73,9 @@ class Client(Protocol):
         ...
 
     def is_gone(self) -> bool:
-        """Whether nobody waits for the rest."""
+        """Whether the client no longer waits for the result."""
         ...
 
     def dropped(self) -> None:
-        """The request ends here, since nobody waits for it."""
+        """The request was ended because the client no longer waits for it."""
         ...

@@ -1,13 +1,13 @@
-"""Continuous batching: requests come and go, and every step continues all that are under way.
+"""Continuous batching: requests come and go, and every step continues all running requests.
 
-A request waits in a queue of fixed length, is prefilled alone into a free row of one K/V cache, and from then on takes
-part in every step of the batch, until it ends and leaves its row to the last one. Requests step together whose run-time
-inputs of the whole call (a budget) are equal; those by sequence (a set of layers) may differ. A speculative request has
-a cache of its own and makes its rounds between the steps. What a request writes depends on nobody else: the keep rule
-decides token by token, and the noise of sampling knows the request's own seed and places alone
-(`gsx_engines/sampling.py`).
+A request waits in a queue of limited length, is prefilled by itself into a free row of one K/V cache, and from then on
+takes part in every step of the batch until it ends; then the last row of the batch moves into its place. Requests share
+a step if their run-time values for the whole call (a budget) are equal; values for each sequence (a set of layers) may
+differ. A speculative request has its own cache, and makes its rounds between the steps. The text of a request does not
+depend on other requests: the keep rule decides token by token, and the noise of sampling depends only on the request's
+own seed and positions (`gsx_engines/sampling.py`).
 
-One thread makes all calls of the runner (`run`); `submit` may come from any.
+One thread makes all calls of the runner (`run`); `submit` may be called from any thread.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class _Job:
-    """A request under way, with what it has not told its client yet."""
+    """A request that waits or runs, with results that its client has not received yet."""
 
     def __init__(self, request: Request, client: Client, runner: Runner, tokenizer: BundleTokenizer | None) -> None:
         self.client, self.request = client, request
@@ -53,11 +53,17 @@ class _Job:
         self._all_counted = True
 
     def begin(self) -> None:
-        """It leaves the queue."""
+        """Record that it leaves the queue."""
         self._began = time.perf_counter()
 
     def count(self, output: StepOutput, row: int, tokens: int, all_tokens: int) -> None:
-        """Count its part of a call; tokens: its own, all_tokens: of all sequences in the call."""
+        """Count its part of a call.
+
+        Args:
+            output: of the call.
+            row: of the request.
+            tokens, all_tokens: tokens of the request, and of all sequences in the call.
+        """
         self._steps += 1
         if output.kept is None:
             return
@@ -69,8 +75,8 @@ class _Job:
             self._all_counted = False
         self._gated += output.gated_rows * tokens // all_tokens
 
-    def tell(self) -> bool:
-        """Tell the client what is new; returns whether the request has ended."""
+    def report(self) -> bool:
+        """Send the client what is new; returns whether the request has ended."""
         self._first = self._first or time.perf_counter()
         ended = self.sequence.finish is not None
         if ended and self._writer is not None:
@@ -110,11 +116,11 @@ class Scheduler:
     """Carries out requests, several at a time.
 
     Args:
-        runner: the model (`open_draft_runner` of the bundle's draft).
-        tokenizer: for text and stop texts; None for ids alone.
-        slots: requests under way at once, speculative ones included.
-        queue: requests that may wait for a slot.
-        context: tokens of a request, prompt and new ones, that its row has room for; None for the model's context.
+        runner: the model (`open_draft_runner` for the bundle's draft).
+        tokenizer: for text and stop texts; None to handle only ids.
+        slots: how many requests run at once, including speculative ones.
+        queue: how many requests may wait for a slot.
+        context: how many tokens a request may have, prompt and new ones; None for the model's context.
     """
 
     def __init__(
@@ -133,27 +139,27 @@ class Scheduler:
         self._draft: DraftKind | None = manifest.draft.draft if manifest.draft else None
         self._chooses_by_call = manifest.selection is not None and manifest.selection.mode == "rank"
         self._cache = runner.new_cache(slots, self.context)
-        self._batch: list[_Job] = []  # number n has row n of the cache
-        self._alone: list[_Job] = []  # speculative ones
+        self._batch: list[_Job] = []  # job n uses row n of the cache
+        self._alone: list[_Job] = []  # speculative jobs
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
 
     @property
     def under_way(self) -> int:
-        """Requests that have a slot."""
+        """How many requests have a slot."""
         return len(self._batch) + len(self._alone)
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """How many requests are in the queue."""
         return len(self._waiting)
 
     def submit(self, request: Request, client: Client) -> None:
-        """Take a request; its client hears of it from then on.
+        """Accept a request; from then on its client is informed about it.
 
         Raises:
-            UsageError: a request that cannot be carried out.
+            UsageError: the request cannot be carried out.
             OverloadedError: the queue is full.
         """
         if request.stop and self._tokenizer is None:
@@ -161,14 +167,14 @@ class Scheduler:
         if request.speculative and self._draft is None:
             raise UsageError(
                 "this bundle has no draft",
-                expected="one that was exported with --draft",
+                expected="a bundle exported with --draft",
                 found="a speculative request",
-                todo="gsx export MODEL --draft auto, or send the request without it: the text is the same",
+                todo="gsx export MODEL --draft auto, or send the request without `speculative`: the text is the same",
             )
         job = _Job(request, client, self._runner, self._tokenizer)
         if job.sequence.capacity > self.context:
             raise UsageError(
-                "prompt and new tokens together are longer than a row of this server",
+                "prompt and new tokens together are longer than the context of this server",
                 expected=f"at most {self.context} tokens",
                 found=f"{len(request.prompt)} and {request.max_new_tokens}",
                 todo="ask for fewer new tokens, or serve with a larger context",
@@ -178,8 +184,8 @@ class Scheduler:
                 raise OverloadedError("the server is shutting down")
             if len(self._waiting) >= self.queue:
                 raise OverloadedError(
-                    "the server has more requests than it can take",
-                    expected=f"at most {self.slots} under way and {self.queue} waiting",
+                    "the server has more requests than it can handle",
+                    expected=f"at most {self.slots} running and {self.queue} waiting",
                     found=f"{self.under_way} and {len(self._waiting)}",
                     todo="send the request again later",
                 )
@@ -187,7 +193,7 @@ class Scheduler:
             self._changed.notify()
 
     def run(self, after_turn: Callable[[], None] = lambda: None) -> None:
-        """Work until `close`, for a thread of its own; after_turn is called after every turn."""
+        """Work until `close` is called, in a thread of its own; after_turn is called after every turn."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._waiting or self.under_way)
@@ -196,16 +202,16 @@ class Scheduler:
             self.work()
             after_turn()
         for job in [*self._batch, *self._alone, *self._waiting]:
-            _tell(job, partial(job.client.failed, OverloadedError("the server is shutting down")))
+            _inform(partial(job.client.failed, OverloadedError("the server is shutting down")))
 
     def close(self) -> None:
-        """End `run` after its step; what is not finished fails."""
+        """End `run` after its current step; unfinished requests fail."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def work(self) -> None:
-        """One turn: admit a request, and continue all that are under way by a step or a round."""
+        """One turn: admit a request, and continue all running requests by a step or a round."""
         self._drop_gone()
         self._admit()
         for rows in self._groups():
@@ -221,10 +227,10 @@ class Scheduler:
         leaving = [job for job in [*self._batch, *self._alone] if job.client.is_gone()]
         self._leave(leaving)
         for job in [*gone, *leaving]:
-            _tell(job, job.client.dropped)
+            _inform(job.client.dropped)
 
     def _admit(self) -> None:
-        """One request a turn: those under way wait for a prompt no longer than that."""
+        """Admit one request per turn, so that running requests never wait for more than one prompt."""
         with self._changed:
             if not self._waiting or self.under_way >= self.slots:
                 return
@@ -243,7 +249,11 @@ class Scheduler:
         take(rows, output)
 
     def _groups(self) -> list[list[_Job]]:
-        """The jobs of the batch that may share a step: same run-time inputs, and no choice among a whole call."""
+        """The jobs of the batch, grouped by the steps that they may share.
+
+        Jobs share a step if their run-time values for the whole call are equal. Under rank selection no jobs share one,
+        since their tokens would compete with each other.
+        """
         groups: dict[object, list[_Job]] = {}
         for job in self._batch:
             same = shared_by_batch(job.controls)
@@ -262,7 +272,7 @@ class Scheduler:
                     logits[self._batch[row]] = output.logits[row, 0]
 
         if self._works(jobs, step):
-            # Each takes its token by itself: logits that no token can be chosen by are no other request's business.
+            # Each job chooses its token separately: logits that no token can be chosen from must not fail other jobs.
             for job, scores in logits.items():
                 self._attempt([job], partial(job.sequence.take, scores))
 
@@ -282,29 +292,29 @@ class Scheduler:
         )
 
     def _controls(self, jobs: list[_Job]) -> Controls:
-        """The run-time inputs of a call of some jobs, those by sequence at the jobs' rows."""
+        """The run-time values of a call for some jobs; values for each sequence are at the rows of the jobs."""
         rows = [job.controls if job in jobs else None for job in self._batch]
         return stacked([*rows, *[None] * (self._cache.batch - len(rows))])
 
     def _attempt(self, jobs: list[_Job], work: Callable[[], object]) -> None:
-        """Do some jobs' work and tell their clients."""
+        """Do the work of some jobs, and report to their clients."""
         if self._works(jobs, work):
-            self._leave([job for job in jobs if _tell(job, job.tell)])
+            self._leave([job for job in jobs if _inform(job.report)])
 
     def _works(self, jobs: list[_Job], work: Callable[[], object]) -> bool:
-        """Do some jobs' work; returns whether it succeeded. What fails, fails for these jobs alone."""
+        """Do the work of some jobs; returns whether it succeeded. A failure affects only these jobs."""
         try:
             work()
         except Exception as error:
             _LOG.exception("a step failed")
             for job in jobs:
-                _tell(job, partial(job.client.failed, error))
+                _inform(partial(job.client.failed, error))
             self._leave(jobs)
             return False
         return True
 
     def _leave(self, jobs: list[_Job]) -> None:
-        """Free the slots of jobs; the last row of the batch takes a free one's place."""
+        """Free the slots of some jobs; the last row of the batch moves into each freed row."""
         for job in jobs:
             if job in self._alone:
                 self._alone.remove(job)
@@ -320,10 +330,10 @@ class Scheduler:
             self._batch.pop()
 
 
-def _tell(job: _Job, tell: Callable[[], bool | None]) -> bool:
-    """Call a client; returns whether its request is over, which it also is when the client can no longer be told."""
+def _inform(inform: Callable[[], bool | None]) -> bool:
+    """Call a client; returns whether its request is over, which is also the case if the client cannot be reached."""
     try:
-        return bool(tell())
+        return bool(inform())
     except Exception:
-        _LOG.warning("a client cannot be told of its request any more", exc_info=True)
+        _LOG.warning("a client can no longer be informed about its request", exc_info=True)
         return True

@@ -1,8 +1,8 @@
-"""How many threads ONNX Runtime gets where a server works on the same processors.
+"""How many threads ONNX Runtime gets if a server runs on the same processors.
 
-ONNX Runtime takes one for every core, and they wait for each other by spinning. A server that has to send every token
-then finds no processor free: with both of two cores taken, sending took 2 ms in place of 0.3, and steps were slower
-too, since a thread that gives way to the server makes the others wait (benchmarks/RESULTS.md).
+By default ONNX Runtime uses one thread for every core, and these wait for each other by spinning. A server that has to
+send every token then finds no free processor: with both of two cores in use, sending took 2 ms instead of 0.3, and
+steps were slower too, since a thread that yields to the server makes the others wait (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ CPUS = Path("/sys/devices/system/cpu")
 
 
 def threads_beside_server(cpus: Path = CPUS) -> int | None:
-    """Threads that leave the server a processor: one a core, and one fewer where cores have no second processor.
+    """A number of threads that leaves a processor to the server: one per core, or one fewer if cores have no second
+    hardware thread.
 
-    Args: cpus: where Linux tells of its processors.
-    Returns: None, for ONNX Runtime's own choice, on systems that do not say which processors may be used.
+    Args:
+        cpus: where Linux describes its processors.
+    Returns: None, for ONNX Runtime's own choice, on systems that do not report which processors may be used.
     """
     if not hasattr(os, "sched_getaffinity"):
         return None
@@ -27,7 +29,7 @@ def threads_beside_server(cpus: Path = CPUS) -> int | None:
 
 
 def _core(cpus: Path, number: int) -> str:
-    """Names the core of a processor, by all of that core's."""
+    """A name for the core of a processor: the list of all processors on this core."""
     try:
         return (cpus / f"cpu{number}" / "topology" / "thread_siblings_list").read_text().strip()
     except OSError:

@@ -1,11 +1,10 @@
-"""The model that Triton's Python backend loads: requests in, responses out; the work is the scheduler's.
+"""The model that Triton's Python backend loads: it passes requests to the scheduler, and sends the responses.
 
 Triton starts a process for it (the stub), imports `1/model.py` of the repository, which imports this module, and calls
-`execute` with requests as they come. Responses go out from a thread of their own: sending one waits for the server, and
-the next step need not. What comes meanwhile goes with a request's next response.
+`execute` with requests as they come. Responses are sent from a separate thread, since sending waits for the server and
+the next step should not. Tokens that arrive in the meantime go into the request's next response.
 
-A request is data and nothing else: it names no file and no code, and one that cannot be carried out is answered with
-an error of its own.
+A request is only data: it cannot name files or code, and one that cannot be carried out is answered with its own error.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ from gsx_plugins.errors import GsxError, UsageError
 
 _LOG = logging.getLogger(__name__)
 
-# A token of this many bytes is longer than any that a vocabulary has; a text beyond it for every token of the context
-# is refused before a tokenizer spends its time on it.
+# No token of any vocabulary is longer than this. A text longer than the context times this is refused before the
+# tokenizer spends time on it.
 MAX_TOKEN_BYTES = 256
-# The text at hand is compared with the stop texts at every token.
+# Limited, since the stop texts are compared with the text at every token.
 MAX_STOPS, MAX_STOP_BYTES = 16, 256
-# Enough to name each branch of a model of 400 layers; a refusal repeats it.
+# Enough to name every branch of a model with 400 layers; limited, since an error message repeats it.
 MAX_LAYERS_BYTES = 4096
-# How often Triton is asked whether a request was cancelled, and told the gauges: each costs an exchange between the
-# processes, as much as a step of a small model.
+# How often Triton is asked whether a request was cancelled, and how often gauges are updated: each takes a round trip
+# between the processes, as long as a step of a small model.
 CANCEL_SECONDS = GAUGE_SECONDS = 0.05
 
 _TYPES: dict[str, Any] = {
@@ -56,16 +55,16 @@ _TYPES: dict[str, Any] = {
 _OUTPUTS = {field.name: field for field in OUTPUTS}
 
 _COUNTERS = {
-    "finished": "requests that came to their end",
+    "finished": "requests that ended normally",
     "failed": "requests that ended with an error",
     "cancelled": "requests whose client went away",
-    "refused": "requests that were not taken",
+    "refused": "requests that were not accepted",
     "prompt_tokens": "tokens of prompts of finished requests",
     "new_tokens": "new tokens of finished requests",
     "kept_rows": "(token, branch) pairs that were kept",
-    "gated_rows": "(token, branch) pairs that came before a gate",
+    "gated_rows": "(token, branch) pairs that the keep rule decided on",
     "drafted_tokens": "drafted tokens",
-    "accepted_tokens": "drafted tokens that were right",
+    "accepted_tokens": "drafted tokens that were correct",
     "waited_microseconds": "time from arrival to prefill",
     "first_token_microseconds": "time from arrival to first token",
     "decode_microseconds": "time from first token to last",
@@ -104,7 +103,7 @@ class TritonPythonModel:
         )
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Hand requests to the scheduler; those that cannot be carried out are answered at once."""
+        """Pass requests to the scheduler; those that cannot be carried out are answered at once."""
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -118,7 +117,7 @@ class TritonPythonModel:
                 _fail(sender, error)
 
     def finalize(self) -> None:
-        """End the thread; what is not finished fails."""
+        """End the thread; unfinished requests fail."""
         self._scheduler.close()
         self._thread.join()
         self._outbox.close()
@@ -127,7 +126,7 @@ class TritonPythonModel:
         text, ids, stops = given["text_input"], given["input_ids"], given["stop"]
         if (text is None) == (ids is None):
             raise UsageError(
-                "the prompt is not clear",
+                "the prompt must be given exactly once",
                 expected="text_input or input_ids",
                 found="neither" if ids is None else "both",
             )
@@ -135,9 +134,9 @@ class TritonPythonModel:
         longest = max((len(part.encode()) for part in stop), default=0)
         if "" in stop or len(stop) > MAX_STOPS or longest > MAX_STOP_BYTES:
             raise UsageError(
-                "stop texts",
+                "there are too many stop texts, or one has an invalid length",
                 expected=f"at most {MAX_STOPS}, each of 1 to {MAX_STOP_BYTES} bytes",
-                found="an empty one" if "" in stop else f"{len(stop)}, the longest of {longest} bytes",
+                found="an empty one" if "" in stop else f"{len(stop)}, the longest with {longest} bytes",
             )
         layers = given["layers"]
         if layers is not None and len(layers) > MAX_LAYERS_BYTES:
@@ -175,7 +174,7 @@ class TritonPythonModel:
 
 
 class _Outbox:
-    """Sends responses in their order, in a thread of its own."""
+    """Sends responses in order, in a thread of its own."""
 
     def __init__(self) -> None:
         self._waiting: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -183,11 +182,11 @@ class _Outbox:
         self._thread.start()
 
     def put(self, send: Callable[[], None]) -> None:
-        """Send after all that came before."""
+        """Queue a response to be sent."""
         self._waiting.put(send)
 
     def close(self) -> None:
-        """Send what is left, and end."""
+        """Send all queued responses, and end the thread."""
         self._waiting.put(None)
         self._thread.join()
 
@@ -200,15 +199,15 @@ class _Outbox:
 
 
 class _Client:
-    """Sends a request's responses, with the outputs that it wants: tensors are most of what a response costs here."""
+    """Sends the responses of a request, with only the outputs that it wants: tensors are most of a response's cost."""
 
     def __init__(self, sender: Any, outbox: _Outbox, streams: bool, wanted: frozenset[str], metrics: _Metrics) -> None:
         self._sender, self._outbox, self._metrics = sender, outbox, metrics
         self._streams, self._wanted = streams, wanted
-        self._lock = threading.Lock()  # of what has not been sent
+        self._lock = threading.Lock()  # guards tokens and text that have not been sent
         self._ids: list[int] = []
         self._text = ""
-        self._is_waiting = False  # a response, in the outbox
+        self._is_waiting = False  # whether a response is in the outbox
         self._asks_at = 0.0
 
     def tokens(self, ids: Sequence[int], text: str) -> None:
@@ -259,7 +258,7 @@ class _Client:
         self._outbox.put(partial(self._metrics.count, "cancelled"))
 
     def _send(self, outputs: Sequence[tuple[str, list[Any]]], *, last: bool = False) -> None:
-        """Send what has come since the last response: one step's tokens, or of several steps where sending lags."""
+        """Send what has arrived since the last response: the tokens of one step, or of several if sending is slow."""
         with self._lock:
             ids, text = self._ids, self._text
             self._ids, self._text, self._is_waiting = [], "", False
@@ -272,20 +271,20 @@ class _Metrics:
 
     def __init__(self, model: str, scheduler: Scheduler) -> None:
         family, labels = pb_utils.MetricFamily, {"model": model}
-        # A family lives as long as this object does.
+        # Kept as members, since metric families are removed with their objects.
         self._families = {
             name: family(name=f"gsx_{name}", description=about, kind=family.COUNTER)
             for name, about in _COUNTERS.items()
         }
         self._gauges = {
-            "under_way": family(name="gsx_under_way", description="requests that have a slot", kind=family.GAUGE),
+            "under_way": family(name="gsx_under_way", description="requests that are running", kind=family.GAUGE),
             "waiting": family(name="gsx_waiting", description="requests in the queue", kind=family.GAUGE),
         }
         metrics = {**self._families, **self._gauges}
         self._metrics = {name: one.Metric(labels=labels) for name, one in metrics.items()}
         self._scheduler = scheduler
-        self._told: dict[str, int] = {}
-        self._tells_at = 0.0
+        self._reported: dict[str, int] = {}
+        self._next_report = 0.0
 
     def count(self, name: str, number: float = 1) -> None:
         """Add to a counter."""
@@ -313,15 +312,15 @@ class _Metrics:
         """Set the gauges."""
         now = time.perf_counter()
         values = {"under_way": self._scheduler.under_way, "waiting": self._scheduler.waiting}
-        if values == self._told or (any(values.values()) and now < self._tells_at):
+        if values == self._reported or (any(values.values()) and now < self._next_report):
             return
         for name, value in values.items():
             self._metrics[name].set(value)
-        self._told, self._tells_at = values, now + GAUGE_SECONDS
+        self._reported, self._next_report = values, now + GAUGE_SECONDS
 
 
 def _check_parameters(request: Any) -> None:
-    """Refuse what Triton's HTTP front end takes for a parameter since no input has its name: a misspelt one."""
+    """Refuse unknown parameters: Triton's HTTP front end passes a misspelt input on as a parameter."""
     unknown = [name for name in json.loads(request.parameters() or "{}") if not name.startswith("triton_")]
     if unknown:
         raise UsageError(
@@ -330,7 +329,7 @@ def _check_parameters(request: Any) -> None:
 
 
 def _given(request: Any) -> dict[str, Any]:
-    """A request's values by input: None, one value, or an array [n]."""
+    """The values of a request by input: None, one value, or an array [n]."""
     tensors = {tensor.name(): tensor for tensor in request.inputs()}
     return {field.name: _value(tensors[field.name], field) if field.name in tensors else None for field in INPUTS}
 
@@ -339,7 +338,7 @@ def _value(tensor: Any, field: Field) -> Any:
     array = tensor.as_numpy()
     if array.ndim != 1 or (not field.many and len(array) != 1) or array.dtype != _TYPES[field.data_type]:
         raise UsageError(
-            field.name,
+            f"{field.name} has a wrong type or shape",
             expected=f"{field.data_type} {'[n]' if field.many else '[1]'}",
             found=f"{array.dtype} {list(array.shape)}",
         )
@@ -357,7 +356,7 @@ def _text(value: bytes, name: str) -> str:
 def _ids(array: np.ndarray, context: int) -> list[int]:
     if len(array) >= context:
         raise UsageError(
-            "the prompt is longer than a row of this server",
+            "the prompt is longer than the context of this server",
             expected=f"fewer than {context} tokens",
             found=f"{len(array)} tokens",
         )
@@ -365,7 +364,7 @@ def _ids(array: np.ndarray, context: int) -> list[int]:
 
 
 def _send(sender: Any, outputs: Sequence[tuple[str, list[Any]]], *, last: bool = False) -> None:
-    """Send a response of outputs' values."""
+    """Send a response with the values of some outputs."""
     tensors = [
         pb_utils.Tensor(name, np.array(values, dtype=_TYPES[_OUTPUTS[name].data_type])) for name, values in outputs
     ]
@@ -381,7 +380,7 @@ def _fail(sender: Any, error: Exception) -> None:
         code = pb_utils.TritonError.INVALID_ARG
     else:
         code = pb_utils.TritonError.INTERNAL
-    # What is no error of a request is logged whole, and told without its inside.
+    # An error that is not the request's own fault is logged in full, but sent without internal details.
     text = error.message if isinstance(error, GsxError) else f"an error inside the server ({type(error).__name__})"
     response = pb_utils.InferenceResponse(output_tensors=[], error=pb_utils.TritonError(text, code))
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

@@ -1,1 +1,1 @@
-"""Self-speculative decoding: what drafts, how it is written, how far it goes before the model looks."""
+"""Self-speculative decoding: the drafts, their textual form, and how many tokens they draft before a verification."""

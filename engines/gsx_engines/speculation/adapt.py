@@ -1,12 +1,12 @@
-"""A draft's set of skipped branches, bettered while it drafts: the search of SWIFT (arXiv:2410.06916).
+"""Improving a draft's set of skipped branches while it drafts: the search of SWIFT (arXiv:2410.06916).
 
-Now and then, between two rounds, some neighbours of the set in use read the last tokens again, each in one call, and
-the model itself reads them last. What the model would have chosen at each place, and what a set would have, tells how
-many drafted tokens in a row would have stayed there; with the bytes that a draft step then reads that is a speed
-(`length.counted_speed`, the measure of the search at export). A set that beats the one in use on the same tokens takes
-its place. Where nothing better turned up for a while, the search ends and costs nothing more.
+From time to time, between two rounds, some neighbours of the current set read the last tokens again, each in one call;
+then the model itself reads them. Comparing the choices of a set with the model's at each position shows how many
+drafted tokens in a row would have been accepted there. Together with the bytes that a draft step reads this gives a
+speed (`length.counted_speed`, also used by the search at export). A set that beats the current one on the same tokens
+replaces it. If nothing better is found for a while, the search ends and costs nothing more.
 
-The model's own reading leaves the cache as it was, so the text does not depend on any of this.
+The model reads last and so restores the cache, which is why the text does not depend on the search.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from gsx_engines.bundle.drafts import LayersDraft
 from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.runners.base import Cache
-from gsx_engines.speculation.draft import OtherControls, draft_controls
+from gsx_engines.speculation.draft import FullDepthDraft, draft_controls
 from gsx_engines.speculation.length import CHUNK, counted_speed
 
-# A search reads so many tokens back, as SWIFT does (32 to 50), every so many rounds; so many sets at a time.
+# The search reads the last WINDOW tokens again (32 to 50 in SWIFT), every EVERY rounds, with CANDIDATES sets at a time.
 WINDOW, EVERY, CANDIDATES = 32, 8, 3
-# It ends after so many looks in a row that changed nothing, or so many at all.
+# It ends after PATIENCE attempts in a row that changed nothing, or MOST_LOOKS attempts in total.
 PATIENCE, MOST_LOOKS = 4, 32
-# A set must be better by this share: what separates two of them on one window is partly the window.
+# A set must be better by this share, since the difference on one window is partly chance.
 MARGIN = 0.02
 # SWIFT's first set leaves out this share of the branches between the first layer and the last.
 FIRST_SHARE = 0.45
-# A candidate differs from the set in use in one branch, and in another one with this chance, and so on.
+# A candidate differs from the current set in one branch, with this probability in another one, and so on.
 _ANOTHER = 0.5
 _SEED = 0
 
@@ -42,14 +42,14 @@ Place = tuple[int, Branch]
 
 @dataclass(frozen=True)
 class Adaptation:
-    """What a search has done up to now.
+    """What a search has done so far.
 
     Args:
-        looks: times that sets were tried.
-        tried: sets tried, beside the one in use.
-        changes: times that another set took its place.
-        ended: whether the search is over.
-        speed: of the set in use over plain decoding, counted on the tokens of the last look; None before the first.
+        looks: number of attempts.
+        tried: number of sets tried, without the current one of each attempt.
+        changes: how often another set replaced the current one.
+        ended: whether the search has ended.
+        speed: of the current set relative to plain decoding, on the tokens of the last attempt; None before the first.
     """
 
     looks: int = 0
@@ -60,14 +60,14 @@ class Adaptation:
 
 
 class SkipSetSearch:
-    """Betters the set of a draft.
+    """Improves the set of branches that a draft leaves out.
 
     Args:
-        draft: drafts without some branches; its set is changed.
+        draft: the draft; the search changes its set.
         cost: bytes of each branch.
     """
 
-    def __init__(self, draft: OtherControls, cost: StepBytes) -> None:
+    def __init__(self, draft: FullDepthDraft, cost: StepBytes) -> None:
         assert isinstance(draft.kind, LayersDraft)
         self._draft, self._cost = draft, cost
         self._places = draft.runner.manifest.skippable_places
@@ -76,12 +76,12 @@ class SkipSetSearch:
         self.found = Adaptation()
 
     def after_round(self, cache: Cache, texts: Sequence[Sequence[int]], controls: Controls) -> None:
-        """Look for a better set where it is time to.
+        """Look for a better set, if it is time to.
 
         Args:
-            cache: holds the texts but for their newest tokens, and does so afterwards.
-            texts: ids of each sequence, prompt and new tokens; empty where it has ended.
-            controls: the request's.
+            cache: holds the texts except their newest tokens, before and after.
+            texts: ids of each sequence, prompt and new tokens; empty if it has ended.
+            controls: run-time values of the request.
         """
         self._rounds += 1
         if self.found.ended or self._rounds % EVERY:
@@ -105,7 +105,7 @@ class SkipSetSearch:
         assert isinstance(own, LayersDraft)
         sets = [own, *self._neighbours(own)]
         guesses = [choices(draft_controls(one, self._draft.runner.manifest, controls)) for one in sets]
-        wanted = choices(controls)  # the last one, so that the cache holds the model's own K and V again
+        wanted = choices(controls)  # last, so that the cache holds the model's own K and V again
         speeds = [self._speed(one, guess == wanted) for one, guess in zip(sets, guesses, strict=True)]
         best = int(np.argmax(speeds))
         changed = speeds[best] > speeds[0] * (1 + MARGIN)
@@ -122,9 +122,9 @@ class SkipSetSearch:
         )
 
     def _neighbours(self, own: LayersDraft) -> list[LayersDraft]:
-        """Distinct sets that differ in a few branches, and leave something in and something out."""
+        """Distinct sets that differ in a few branches; each leaves out some branches, but not all."""
         found: dict[frozenset[Place], None] = {}
-        for _ in range(8 * CANDIDATES):  # a model of few branches has few neighbours
+        for _ in range(8 * CANDIDATES):  # limited, since a set of few branches has few neighbours
             flips = min(self._rng.geometric(_ANOTHER), len(self._places))
             turned = {self._places[n] for n in self._rng.choice(len(self._places), flips, replace=False)}
             skip = frozenset(set(own.skip) ^ turned)
@@ -135,7 +135,7 @@ class SkipSetSearch:
         return [LayersDraft(skip=tuple(place for place in self._places if place in skip)) for skip in found]
 
     def _speed(self, draft: LayersDraft, right: np.ndarray) -> float:
-        """Over plain decoding: right [B, WINDOW] bool, where a set's choice is the model's."""
+        """Speed relative to plain decoding; right [B, WINDOW] bool: where the set's choice is the model's."""
         run = np.ones((self._draft.runner.manifest.decoder.num_layers, len(BRANCHES)), bool)
         for layer, branch in draft.skip:
             run[layer, BRANCHES.index(branch)] = False
@@ -143,13 +143,18 @@ class SkipSetSearch:
 
 
 def in_a_row(right: np.ndarray) -> np.ndarray:
-    """Drafted tokens that would have stayed from each place on: [B, S] bool -> [B, S - CHUNK + 1] int64, 0 to CHUNK."""
+    """How many drafted tokens would have been accepted from each position on, 0 to CHUNK.
+
+    Args:
+        right: [B, S] bool, where the draft's choice is the model's.
+    Returns: [B, S - CHUNK + 1] int64.
+    """
     chunks = np.lib.stride_tricks.sliding_window_view(right, CHUNK, axis=-1)
     return np.asarray(np.logical_and.accumulate(chunks, axis=-1).sum(axis=-1))
 
 
 def first_set(manifest: Manifest) -> LayersDraft:
-    """SWIFT's first set: a share of the branches between the first layer and the last, in even steps.
+    """SWIFT's first set: a share of the branches between the first layer and the last, evenly spaced.
 
     A model without a layer between them begins with its last branch.
     """
@@ -160,6 +165,6 @@ def first_set(manifest: Manifest) -> LayersDraft:
 
 
 def evenly(places: Sequence[Place], share: float) -> list[Place]:
-    """A share of places, in even steps: one is taken where the running sum of shares passes a whole number."""
+    """An evenly spaced share of places: one is selected whenever the running sum of shares passes a whole number."""
     steps = np.floor(np.arange(len(places) + 1) * share)
     return [place for place, step in zip(places, np.diff(steps), strict=True) if step]

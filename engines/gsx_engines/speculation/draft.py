@@ -1,6 +1,6 @@
-"""Drafts: cheap ways to guess the next tokens with the model's own weights, each verified by the whole model.
+"""Drafts: cheap ways to guess the next tokens with the model's own weights; the whole model verifies every guess.
 
-The loop (`gsx_engines/generation.py`) knows the `Draft` interface alone; a separate draft head would be another one.
+The loop (`gsx_engines/generation.py`) only knows the `Draft` interface; a separate draft head would implement it too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gsx_engines.speculation.spec import check_draft
 
 
 class Draft(Protocol):
-    """Guesses tokens, and lets the whole model look at them."""
+    """Guesses tokens, and has the whole model verify them."""
 
     runner: Runner
     kind: DraftKind
@@ -29,24 +29,31 @@ class Draft(Protocol):
     def step(self, cache: Cache, ids: np.ndarray, controls: Controls, counts: list[int]) -> StepOutput:
         """Read one more token (or none) of each sequence.
 
-        Args: ids [B, 1]; controls, counts as in `Call`.
-        Returns: logits [B, 1, V] of the guess; kept rows where the model itself would have kept them.
+        Args:
+            cache: its lengths grow by `counts`.
+            ids: [B, 1] int64.
+            controls, counts: as in `Call`.
+        Returns: logits [B, 1, V] of the guess; kept rows only if the model itself would have kept them as well.
         """
         ...
 
     def verify(
         self, cache: Cache, start: list[int], ids: np.ndarray, controls: Controls, counts: list[int]
     ) -> StepOutput:
-        """Run the whole model on tokens, of which `step` has read all but each sequence's last.
+        """Run the whole model on tokens, of which `step` has read all but the last of each sequence.
 
-        Args: start: the cache's lengths before them; ids [B, S]; counts: of each sequence.
-        Returns: logits [B, S, V]; the cache then holds the tokens.
+        Args:
+            cache: holds the tokens afterwards.
+            start: the cache's lengths before the tokens.
+            ids: [B, S] int64.
+            controls, counts: as in `Call`.
+        Returns: logits [B, S, V].
         """
         ...
 
 
-class EarlyExit:
-    """The layers below an exit draft; verification runs the others, on the states that the draft left."""
+class EarlyExitDraft:
+    """Drafts with the layers below an exit; verification runs the other layers on the states that the draft left."""
 
     def __init__(self, runner: SplitRunner) -> None:
         self.runner: Runner = runner
@@ -60,16 +67,16 @@ class EarlyExit:
     def verify(
         self, cache: Cache, start: list[int], ids: np.ndarray, controls: Controls, counts: list[int]
     ) -> StepOutput:
-        """See `Draft`: the last token has to pass the early layers first."""
+        """See `Draft`. The last token has to run through the early layers first."""
         last = np.array([[row[max(count - 1, 0)]] for row, count in zip(ids, counts, strict=True)])
         early = self._split.draft(cache, last, controls, counts=[min(count, 1) for count in counts], logits="none")
         return joined_output(early, self._split.verify(cache))
 
 
-class OtherControls:
-    """The whole depth with other run-time inputs drafts: fewer tokens pass the gates, or some branches do not run.
+class FullDepthDraft:
+    """Drafts with all layers but cheaper run-time values: fewer tokens pass the gates, or some branches do not run.
 
-    The K/V of drafted tokens are the draft's; verification computes them anew.
+    The K/V of drafted tokens are the draft's; verification computes them again.
     """
 
     def __init__(self, runner: Runner, kind: BudgetDraft | LayersDraft) -> None:
@@ -80,13 +87,13 @@ class OtherControls:
         self._controls: Controls = {}
 
     def change(self, kind: BudgetDraft | LayersDraft) -> None:
-        """Draft with other run-time inputs from now on."""
+        """Draft in another way from now on."""
         self.kind = self._changes = kind
         self._of = {}
 
     def step(self, cache: Cache, ids: np.ndarray, controls: Controls, counts: list[int]) -> StepOutput:
         """See `Draft`."""
-        if controls is not self._of:  # the same for a whole request, and a runner copies an input when it changes
+        if controls is not self._of:  # the same object for a whole request, and a runner copies inputs that change
             self._of, self._controls = controls, draft_controls(self._changes, self.runner.manifest, controls)
         output = self.runner.step(cache, ids, self._controls, counts=counts)
         return StepOutput(output.logits, None)
@@ -105,10 +112,10 @@ def open_draft(
     threads: int | None = None,
     backend: Backend = "onnxruntime",
 ) -> Draft:
-    """What drafts for a bundle, with the runner that it drafts on.
+    """Open a draft of a bundle, with the runner that it needs.
 
     Args:
-        threads: within an op; None for the runtime's own choice.
+        threads: threads within an op; None for the runtime's own choice.
         backend: the runtime.
     Raises:
         UsageError: the bundle cannot draft in this way.
@@ -120,22 +127,22 @@ def open_draft(
 def open_draft_runner(
     bundle: Bundle, draft: DraftKind | None, threads: int | None = None, backend: Backend = "onnxruntime"
 ) -> Runner:
-    """The runner that a draft needs, which decodes plainly too; without a draft the fastest one."""
+    """Open the runner that a draft needs, which can also decode plainly; without a draft, the fastest runner."""
     if isinstance(draft, ExitDraft):
         return open_split_runner(bundle, threads, backend)
     return open_runner(bundle, threads, backend)
 
 
 def draft_on(runner: Runner, draft: DraftKind) -> Draft:
-    """What drafts on a runner of its kind (`open_draft_runner`)."""
+    """The draft on a runner that `open_draft_runner` opened for it."""
     if isinstance(draft, ExitDraft):
         assert isinstance(runner, SplitRunner)
-        return EarlyExit(runner)
-    return OtherControls(runner, draft)
+        return EarlyExitDraft(runner)
+    return FullDepthDraft(runner, draft)
 
 
 def draft_controls(draft: BudgetDraft | LayersDraft, manifest: Manifest, controls: Controls) -> Controls:
-    """The run-time inputs of a draft that changes nothing else of a request's.
+    """The run-time values of a draft: those of the request, except the one that the draft changes.
 
     A branch that is left out has 0 in the layer mask, or plus infinity as its threshold.
     """

@@ -1,4 +1,4 @@
-"""How far to draft: always as far, or as far as it pays by measured acceptance and measured cost."""
+"""How many tokens to draft: a fixed number, or as many as pay off by measured acceptance and measured cost."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ import numpy as np
 
 # The most tokens that AdaptiveLength drafts at once, after its first rounds.
 LONGEST = 16
-# Until something is measured: drafts of this length, of tokens that are right this often.
+# Before anything is measured: the length of drafts, and the assumed acceptance with the weight of so many trials.
 FIRST_LENGTH, FIRST_ACCEPTANCE, PRIOR_TRIALS = 4, 0.7, 4.0
-# What was measured n rounds ago counts DECAY ** n.
+# A measurement from n rounds ago has the weight DECAY ** n.
 DECAY = 0.95
-# Now and then a round of the other kind, plain or drafting, shows whether the choice is still right; at the beginning
-# plain steps come in every other round, until so many were seen.
+# Every PROBE_EVERY rounds one round of the other kind, plain or drafting, checks whether the choice is still right. At
+# the beginning every other round is a plain step, until FIRST_PLAIN of them were measured.
 PROBE_EVERY, FIRST_PLAIN = 32, 3
-# Guess for what another row costs in a verification, as a share of the first, until two sizes were measured.
+# Assumed cost of one more row in a verification, as a share of the first row, until two sizes were measured.
 ROW_COST = 0.05
-# Tokens that a draft is tried on from each place, and so the longest draft that can be judged.
+# How many tokens a draft is tried on from each position, and so the longest draft that can be judged.
 CHUNK = 8
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round of drafting and verifying gave, over all sequences.
+    """The result of one round of drafting and verifying, over all sequences.
 
     Args:
-        length: tokens drafted, of the sequence with the most.
-        tokens: new tokens of a sequence, on average.
-        accepted, rejected: drafted tokens that were right; sequences of which one was wrong.
-        confidence: of the drafted tokens that were judged, summed up.
+        length: tokens drafted for the sequence with the most.
+        tokens: new tokens per sequence, on average.
+        accepted, rejected: drafted tokens that were correct, and sequences with a wrong one.
+        confidence: sum of the draft's confidences in the tokens that were verified.
         draft_seconds, verify_seconds: time of the two parts.
     """
 
@@ -44,7 +44,7 @@ class Round:
 
 
 class DraftLength(Protocol):
-    """Decides how far each round drafts."""
+    """Decides how many tokens each round drafts."""
 
     def next(self) -> int:
         """The most tokens to draft in the next round; 0 for a plain step."""
@@ -54,13 +54,13 @@ class DraftLength(Protocol):
         """Whether a sequence drafts another token.
 
         Args:
-            drafted: tokens that it has drafted in this round, 1 or more.
-            confidence: the draft's own chance that all of them are right.
+            drafted: how many it has drafted in this round, 1 or more.
+            confidence: the draft's own probability that all of them are correct.
         """
         ...
 
     def learn(self, one: Round) -> None:
-        """Take in a finished round."""
+        """Take a finished round into account."""
         ...
 
 
@@ -84,15 +84,16 @@ class FixedLength:
 
 @dataclass
 class AdaptiveLength:
-    """Drafts on as long as another token is likely to save more time than it takes.
+    """Keeps drafting as long as another token is expected to save more time than it costs.
 
-    Another drafted token takes a draft step and a row of the verification. It saves the time that a token takes now, if
-    it and all before it are right. The chance of those before is the draft's own confidence, corrected by how much of
-    it came true so far; the chance of the next one is the measured acceptance. Verification is taken as linear in
-    its rows. Where rounds with a draft give fewer tokens a second than plain steps, drafting is off.
+    Another drafted token costs a draft step and a row of the verification. It saves the time that a token takes now, if
+    it and all before it are correct. The probability for those before it is the draft's own confidence, corrected by
+    how well confidence has predicted acceptance so far; for the next one it is the measured acceptance. The cost of a
+    verification is modelled as linear in its rows. While rounds with a draft give fewer tokens per second than plain
+    steps, drafting is off.
 
     Args:
-        first: length of the first rounds.
+        first: draft length of the first rounds.
     """
 
     first: int = FIRST_LENGTH
@@ -111,7 +112,7 @@ class AdaptiveLength:
         self._rounds += 1
         if not self._draft.weight:
             return self.first
-        if self._plain.weight < FIRST_PLAIN - 0.5:  # weights decay a little
+        if self._plain.weight < FIRST_PLAIN - 0.5:  # slightly less, since weights decay
             return 0 if self._rounds % 2 == 0 else LONGEST
         wins = self._token_seconds <= self._plain.mean
         probes = self._rounds % PROBE_EVERY == 0
@@ -121,7 +122,7 @@ class AdaptiveLength:
         """See `DraftLength`."""
         if not self._draft.weight:
             return drafted < self.first
-        # Each token's confidence is corrected, so the product of several of them by a power.
+        # Each token's confidence is corrected by one factor, so the product of several confidences by a power of it.
         chance = min(1.0, confidence * (self._accepted / max(self._confidence, 1e-9)) ** drafted)
         return chance * self.acceptance * self._token_seconds > self._draft.mean + self._verify.slope
 
@@ -140,12 +141,12 @@ class AdaptiveLength:
 
     @property
     def acceptance(self) -> float:
-        """The measured chance that a drafted token is right, if the ones before it are."""
+        """The measured probability that a drafted token is correct, given that those before it are."""
         return self._accepted / self._trials
 
     @property
     def _token_seconds(self) -> float:
-        """What a token takes in rounds with a draft."""
+        """Seconds per token in rounds with a draft."""
         return self._seconds.total / self._tokens.total
 
 
@@ -182,7 +183,7 @@ class _Line:
 
     @property
     def slope(self) -> float:
-        """Change of y with x; never below 0, nor so steep that y(0) is below 0: that is noise."""
+        """Slope of the line, limited to what is plausible: not below 0, nor so steep that y(0) would be below 0."""
         mean_x, mean_y = self.x / self.weight, self.y / self.weight
         spread = self.xx / self.weight - mean_x**2
         guess = ROW_COST * mean_y / (1 + ROW_COST * (mean_x - 1))
@@ -191,11 +192,11 @@ class _Line:
 
 
 def counted_speed(accepted: np.ndarray, step_share: float) -> tuple[float, int]:
-    """Speed over plain decoding at the best draft length, if time goes with the bytes that are read.
+    """Speed relative to plain decoding at the best draft length, if time is proportional to the bytes read.
 
     Args:
-        accepted: tokens in a row that the draft gets right at each place, [places] int64, 0 to CHUNK.
-        step_share: bytes that a draft step reads, as a share of a plain step's.
+        accepted: how many tokens in a row the draft gets right from each position, [positions] int64, 0 to CHUNK.
+        step_share: bytes that a draft step reads, as a share of those of a plain step.
     Returns: tokens in the time of a plain step; the draft length, 1 to CHUNK.
     """
 

@@ -1,4 +1,4 @@
-"""What a draft is, as people write it: `exit:2`, `budget:0.5`, `layers:3.attn,5-7`; and whether a bundle has it."""
+"""The textual form of a draft (`exit:2`, `budget:0.5`, `layers:3.attn,5-7`), and whether a bundle supports it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _EXPECTED = "exit:E (layers), budget:B (a share), or layers:SET (e.g. 3.attn,5-7
 
 
 def parse_draft(text: str) -> DraftKind:
-    """Read a draft.
+    """Parse a draft.
 
-    `exit:E` drafts with the first E layers; `budget:B` with the whole depth at a lower budget; `layers:SET` without
-    some branches: `5` for both branches of layer 5 (counted from 0), `5.mlp` for one, `5-7` for a range.
+    `exit:E` drafts with the first E layers; `budget:B` with all layers at a lower budget; `layers:SET` without some
+    branches: `5` for both branches of layer 5 (counted from 0), `5.mlp` for one of them, `5-7` for a range.
 
     Raises:
-        UsageError: it is none of these.
+        UsageError: the text has none of these forms.
     """
     kind, colon, value = text.partition(":")
     if not colon or kind not in ("exit", "budget", "layers"):
@@ -40,10 +40,10 @@ def parse_draft(text: str) -> DraftKind:
 
 
 def check_draft(draft: DraftKind, manifest: Manifest) -> None:
-    """Refuse a draft that a bundle does not have.
+    """Refuse a draft that a bundle does not support.
 
     Raises:
-        UsageError: selection by rank, another split than the bundle's, a budget outside its grid, unknown branches.
+        UsageError: selection by rank, an exit other than the bundle's, a budget outside its grid, unknown branches.
     """
     check_speculation(manifest)
     if isinstance(draft, ExitDraft):
@@ -65,21 +65,22 @@ def check_draft(draft: DraftKind, manifest: Manifest) -> None:
 
 
 def check_leaves_out(draft: DraftKind | str, manifest: Manifest) -> tuple[Branch, ...]:
-    """Refuse a bundle whose rule cannot leave out any branch that it is told to. Returns: the branches that it can."""
+    """Refuse a bundle whose rule cannot leave out given branches. Returns: the branches that it can leave out."""
     policy = manifest.policy
-    if policy is None or not (policy.name == "gateskip" or policy.input("layer_mask")):
+    if policy is None or not (policy.skips_any_branch or policy.input("layer_mask")):
         refuse_other(draft)
     return policy.branches
 
 
 def check_layers(draft: LayersDraft, layers: int, branches: Sequence[Branch]) -> None:
-    """Refuse branches that a model does not have, and all of them."""
+    """Refuse branches that the model does not have, and a draft that leaves out all of them."""
     gated = {(layer, branch) for layer in range(layers) for branch in branches}
     unknown = sorted(set(draft.skip) - gated)
     if unknown or not gated - set(draft.skip):
         raise UsageError(
-            f"{draft} cannot be left out",
-            expected=f"some, not all, of the skippable branches of layers 0 to {layers - 1}: " + ", ".join(branches),
+            f"the draft {draft} leaves out branches that it cannot",
+            expected=f"some, but not all, of the skippable branches of layers 0 to {layers - 1}: "
+            + ", ".join(branches),
             found=", ".join(f"{layer}.{branch}" for layer, branch in unknown) or "all of them",
         )
 
@@ -91,16 +92,16 @@ def check_speculation(manifest: Manifest) -> None:
 
 
 def refuse_rank() -> NoReturn:
-    """Speculation reads drafted tokens in one call; by rank they would decide about each other."""
+    """Refuse rank selection: drafted tokens are verified in one call, where they would compete with each other."""
     raise UsageError(
         "speculation needs selection by threshold",
-        found="rank: whether a token is kept depends on the other tokens of the call, drafted ones among them",
+        found="rank: whether a token is kept depends on the other tokens of the call, including drafted ones",
         todo="export with --select threshold, or decode plainly (no --draft; --no-speculative)",
     )
 
 
 def refuse_other(draft: DraftKind | str) -> NoReturn:
-    """A model whose keep rule has nothing that such a draft could change."""
+    """Refuse a draft for a model whose keep rule has nothing that such a draft could change."""
     needs = "thresholds" if isinstance(draft, BudgetDraft) else "gates, or --policy layers"
     raise UsageError(
         f"the draft {draft} needs {needs}, and this model has none",
@@ -110,10 +111,12 @@ def refuse_other(draft: DraftKind | str) -> NoReturn:
 
 
 def check_exit(layer: int, layers: int) -> None:
-    """Refuse an exit that leaves no layer below it or none above it."""
+    """Refuse an exit without a layer below it, or without one above it."""
     if not 0 < layer < layers:
         raise UsageError(
-            f"the exit layer is not inside the model's {layers}", expected=f"1 to {layers - 1}", found=str(layer)
+            f"the exit is not between two of the model's {layers} layers",
+            expected=f"1 to {layers - 1}",
+            found=str(layer),
         )
 
 

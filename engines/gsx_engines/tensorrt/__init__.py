@@ -1,1 +1,1 @@
-"""TensorRT and TensorRT-RTX: which of the two, its libraries, and the GPU under them."""
+"""TensorRT and TensorRT-RTX: choosing between them, loading their libraries, and using the GPU."""

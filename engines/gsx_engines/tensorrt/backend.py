@@ -1,6 +1,6 @@
-"""The two TensorRTs behind one code: which module is meant, and what it needs to load.
+"""The two variants of TensorRT behind one interface: the module of each, and how it is loaded.
 
-Nothing here imports TensorRT before it is asked to.
+Importing this module does not import TensorRT.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 
 _MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-# Compute capabilities that a TensorRT-RTX engine is built for when no GPU is there to ask. Turing (75) is left out: it
-# has no FP32 matrix product there, which gates need, and no bfloat16.
+# Compute capabilities that a TensorRT-RTX engine is built for if this machine has no GPU. Turing (75) is left out:
+# there TensorRT-RTX has no FP32 matrix products, which gates need, and no bfloat16.
 _RTX_TARGETS = ("80", "86", "89", "120", "121")
 
 
 def load_module(backend: Backend) -> Any:
-    """The Python module of a backend.
+    """Load the Python module of a backend.
 
     Raises:
         EngineError: it is not installed, or does not load.
@@ -44,18 +44,18 @@ def load_module(backend: Backend) -> Any:
 
 
 def default_targets(module: ModuleType) -> tuple[str, ...]:
-    """Compute capabilities that this TensorRT-RTX builds for without being told, e.g. "89" for 8.9."""
+    """Compute capabilities that this TensorRT-RTX builds for by default, e.g. "89" for 8.9."""
     return tuple(target for target in _RTX_TARGETS if target in known_targets(module))
 
 
 def known_targets(module: ModuleType) -> tuple[str, ...]:
-    """Compute capabilities that this TensorRT-RTX can build for, as in "89"."""
+    """Compute capabilities that this TensorRT-RTX can build for, e.g. "89" for 8.9."""
     names = module.ComputeCapability.__members__
     return tuple(sorted((name[2:] for name in names if name.startswith("SM")), key=int))
 
 
 def has_fp8(target: str) -> bool:
-    """Whether GPUs of a compute capability have FP8 products: Ada (8.9) and all that came after it."""
+    """Whether GPUs of a compute capability have FP8 products: Ada (8.9) and everything later."""
     return int(target) >= 89
 
 

@@ -1,4 +1,4 @@
-"""The GPU and its memory, over the CUDA runtime of `cuda-bindings`: what a runner needs, with errors in words."""
+"""The GPU and its memory, over the CUDA runtime of `cuda-bindings`: what a runner needs, with readable errors."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Device:
     """The GPU in use.
 
     Args:
-        name: as its maker calls it.
+        name: as NVIDIA calls it.
         capability: compute capability, "89" for 8.9.
-        memory_bytes: in all.
+        memory_bytes: total memory.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Device:
 
 @functools.cache
 def _look() -> tuple[Device | None, str]:
-    """The GPU, or None and why there is none."""
+    """The GPU, or None and the reason."""
     try:
         from cuda.bindings import runtime
     except ImportError:
@@ -37,7 +37,7 @@ def _look() -> tuple[Device | None, str]:
         error, count = runtime.cudaGetDeviceCount()
     except RuntimeError as problem:  # no CUDA runtime library
         return None, str(problem).splitlines()[0]
-    if error == runtime.cudaError_t.cudaErrorInsufficientDriver:  # also where there is none
+    if error == runtime.cudaError_t.cudaErrorInsufficientDriver:  # also if there is no driver
         return None, f"no NVIDIA driver, or one that is too old for CUDA {_version_of(runtime)}"
     if error != runtime.cudaError_t.cudaSuccess:
         return None, _text(runtime, error)
@@ -56,12 +56,12 @@ def device() -> Device | None:
 
 
 def why_not() -> str:
-    """Why there is no GPU; empty where there is one."""
+    """Why there is no GPU; empty if there is one."""
     return _look()[1]
 
 
 def runtime() -> Any:
-    """The CUDA runtime, to be called through `check`.
+    """The CUDA runtime; its calls go through `check`.
 
     Raises:
         EngineError: there is no GPU.
@@ -82,8 +82,8 @@ def check(answer: tuple[Any, ...], doing: str) -> Any:
     """The value of a CUDA call.
 
     Args:
-        answer: what the call returned: its code, then its values.
-        doing: what it was for, for the message.
+        answer: what the call returned: its error code, then its values.
+        doing: what the call was for, for the message.
     Raises:
         EngineError: the code is not success.
     """
@@ -95,16 +95,16 @@ def check(answer: tuple[Any, ...], doing: str) -> Any:
 
 
 def _version_of(module: Any) -> str:
-    """Of the CUDA runtime, e.g. 13.0."""
+    """Version of the CUDA runtime, e.g. 13.0."""
     _, version = module.cudaRuntimeGetVersion()
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def forget_error(answer: tuple[Any, ...]) -> None:
-    """Pass over a failure without a word.
+    """Clear CUDA's last error after a failure that is ignored.
 
-    An error that CUDA still remembers is taken for that of the next kernel, whose launch is checked by CUDA's last
-    error (CUB, plugins).
+    Otherwise it would be taken for an error of the next kernel, whose launch is checked by CUDA's last error (CUB,
+    plugins).
     """
     if int(answer[0]) != 0:
         runtime().cudaGetLastError()

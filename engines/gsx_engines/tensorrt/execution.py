@@ -1,7 +1,7 @@
-"""One engine on a GPU: device memory that stays, a stream, and a context for each profile.
+"""One engine on a GPU: persistent device memory, a stream, and a context for each profile.
 
-What the engine is for is the runner's business (`gsx_engines/runners/tensorrt.py`). Calls of the same shapes may be
-recorded as a CUDA graph and replayed: with TensorRT here, while TensorRT-RTX does so by itself (`rtx.py`).
+Only the runner knows what the engine computes (`gsx_engines/runners/tensorrt.py`). Calls of the same shapes can be
+recorded as a CUDA graph and replayed: for TensorRT this is done here, TensorRT-RTX does it by itself (`rtx.py`).
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from gsx_engines.tensorrt.backend import Backend, load_module
 from gsx_engines.tensorrt.plugins import load_plugins
 from gsx_engines.tensorrt.rtx import runtime_config, why_refused
 
-# TensorRT wants every address at a multiple of this, those of the host as well (IExecutionContext::setTensorAddress).
+# TensorRT requires every address to be a multiple of this, on the host too (IExecutionContext::setTensorAddress).
 _ALIGNMENT = 256
-# A CUDA graph is recorded once so many calls were made in the same way: TensorRT sets itself up in the first ones.
+# A CUDA graph is recorded after this many identical calls: TensorRT allocates and initializes in the first ones.
 _CALLS_BEFORE_RECORDING = 2
 
 
@@ -58,16 +58,16 @@ class _RecordedGraph:
 
 
 class CudaEngine:
-    """A deserialised engine, ready to be called.
+    """A deserialized engine, ready to be called.
 
     Args:
         backend: which TensorRT.
         plan: the engine's bytes.
-        library: the plugin library that it needs.
-        cuda_graphs: record calls whose shapes were seen before, and replay them.
-        kernels: file for the kernels that TensorRT-RTX compiles, if they are kept; TensorRT's engines hold theirs.
+        library: the plugin library that it needs, if any.
+        cuda_graphs: record repeated calls of the same shapes, and replay them.
+        kernels: file for the kernels that TensorRT-RTX compiles, or None; TensorRT's engines contain their kernels.
     Raises:
-        EngineError: no GPU, or TensorRT does not take the engine.
+        EngineError: no GPU, or TensorRT cannot load the engine.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class CudaEngine:
         if self._engine is None:
             reason = why_refused(self._trt, self._trt_runtime, plan) if is_rtx else ""
             raise EngineError(
-                f"{backend} {self._trt.__version__} does not take the engine",
-                found=reason or "the reason stands above, in TensorRT's words",
-                todo="gsx build builds it anew for this machine",
+                f"{backend} {self._trt.__version__} cannot load the engine",
+                found=reason or "see TensorRT's own message above",
+                todo="gsx build builds it again for this machine",
             )
         self.stream = int(cuda.check(self._runtime.cudaStreamCreate(), "making a stream"))
         weakref.finalize(self, self._runtime.cudaStreamDestroy, self.stream).atexit = False
@@ -103,7 +103,7 @@ class CudaEngine:
         return memory
 
     def move(self, buffer: DeviceArray, shape: tuple[int, ...], source: int, target: int) -> None:
-        """Copy a row of a buffer [rows, ..] over another one, in the order of the calls."""
+        """Copy a row of a buffer [rows, ..] over another one, in order with the calls."""
         runtime, size = self._runtime, buffer.size // shape[0]
         copied = runtime.cudaMemcpyAsync(
             buffer.address + target * size,
@@ -126,9 +126,9 @@ class CudaEngine:
         Args:
             profile: number of the optimization profile.
             feeds: inputs from the host.
-            buffers: inputs and outputs that stay on the device: memory and shape. An output that continues an input
-                has the input's memory.
-            results: outputs that are wanted on the host: their shapes.
+            buffers: memory and shape of inputs and outputs that stay on the device. An output that continues an input
+                uses the same memory.
+            results: shapes of the outputs that are wanted on the host.
         Returns: the results, float32 or int64.
         """
         context = self._contexts.get(profile)
@@ -137,7 +137,7 @@ class CudaEngine:
         return context.run(feeds, buffers, results)
 
     def new_context(self) -> Any:
-        """An execution context; None where there is no memory for one."""
+        """Create an execution context; None if there is not enough memory."""
         if self._config is None:
             return self._engine.create_execution_context()
         return self._engine.create_execution_context(runtime_config=self._config)
@@ -147,25 +147,27 @@ class CudaEngine:
 
 
 class _Context:
-    """An execution context on one profile, with the memory of its small inputs and its results."""
+    """An execution context for one profile, with memory for its small inputs and its results."""
 
     def __init__(self, owner: CudaEngine, profile: int) -> None:
-        # The owner holds its contexts: a circle would keep memory of the GPU until Python looks for circles.
+        # The owner refers to its contexts: a reference cycle would keep GPU memory until Python collects cycles.
         self._owner: CudaEngine = weakref.proxy(owner)
         self._engine, self._runtime = owner._engine, owner._runtime
         self._trt, self._stream = owner._trt, owner.stream
         self._context = owner.new_context()
         if self._context is None:
-            raise EngineError("TensorRT has no memory for an execution context", todo="gsx build with less --context")
+            raise EngineError(
+                "there is not enough memory for an execution context", todo="gsx build with a smaller --context"
+            )
         if not self._context.set_optimization_profile_async(profile, self._stream):
-            raise EngineError(f"the engine has no profile {profile}", todo="gsx build builds it anew")
-        # A failure shows here, before anybody keeps a context without its profile.
+            raise EngineError(f"the engine has no profile {profile}", todo="build it again with gsx build")
+        # Wait here, so that a context whose profile could not be set is never kept.
         cuda.check(self._runtime.cudaStreamSynchronize(self._stream), "choosing a profile")
         self._memory: dict[str, DeviceArray] = {}
         self._host_memory: dict[str, np.ndarray] = {}
         self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
         self._graph: _RecordedGraph | None = None
-        # Calls that were enqueued with all shapes and addresses as they are.
+        # How many calls were enqueued with the current shapes and addresses.
         self._calls_alike = 0
 
     def run(
@@ -175,7 +177,7 @@ class _Context:
         results: Mapping[str, tuple[int, ...]],
     ) -> dict[str, np.ndarray]:
         """See `CudaEngine.run`."""
-        host = {name: np.asarray(value, order="C") for name, value in feeds.items()}  # numbers stay without axes
+        host = {name: np.asarray(value, order="C") for name, value in feeds.items()}  # scalars keep their shape []
         found = {
             name: np.empty(shape, np.float32 if self._engine.get_tensor_dtype(name) == self._trt.float32 else np.int64)
             for name, shape in results.items()
@@ -183,7 +185,7 @@ class _Context:
         try:
             self._call(host, buffers, found)
         except BaseException:
-            # Copies that were asked for before the failure may yet read the inputs and write the results.
+            # Copies that were queued before the failure may still read the inputs and write the results.
             cuda.forget_error(self._runtime.cudaStreamSynchronize(self._stream))
             raise
         return found
@@ -211,7 +213,7 @@ class _Context:
         cuda.check(self._runtime.cudaStreamSynchronize(self._stream), "running the engine")
 
     def _give(self, name: str, value: np.ndarray) -> None:
-        """Hand an input over."""
+        """Pass an input to the engine."""
         if self._engine.get_tensor_location(name) == self._trt.TensorLocation.HOST:
             self._give_on_host(name, value)
             return
@@ -222,7 +224,7 @@ class _Context:
         cuda.check(copied, f"copying {name} to the GPU")
 
     def _give_on_host(self, name: str, value: np.ndarray) -> None:
-        """An input that stays on the host is read while the call is prepared, so a recording would keep its value."""
+        """Pass an input on the host. It is read while the call is prepared, so a recording would keep its old value."""
         self._forget_calls()
         room = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
         start = -room.ctypes.data % _ALIGNMENT
@@ -232,7 +234,7 @@ class _Context:
             self._refuse_memory(name)
 
     def _room(self, name: str, size: int) -> DeviceArray:
-        """Memory of a name, kept across calls; it grows in steps, so that a growing window seldom moves it."""
+        """Memory for a tensor, kept across calls. It grows in powers of two, so a growing window seldom moves it."""
         memory = self._memory.get(name)
         if memory is None or memory.size < size:
             memory = self._memory[name] = DeviceArray(1 << (max(size, 1) - 1).bit_length())
@@ -241,41 +243,39 @@ class _Context:
     def _bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
         if self._bound.get(name) == (address, shape):
             return
-        # Before anything changes: where a part of it fails, the next call starts from nothing.
+        # First of all: if a part of this fails, the next call starts from scratch.
         self._forget_calls()
         self._bound.pop(name, None)
         is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
         if is_input and not self._context.set_input_shape(name, shape):
-            raise EngineError(f"the engine does not take {name} of shape {list(shape)}", todo="gsx build --profile")
+            raise EngineError(f"the engine does not accept {name} with shape {list(shape)}", todo="gsx build --profile")
         if not self._context.set_tensor_address(name, address):
             self._refuse_memory(name)
         self._bound[name] = (address, shape)
 
     def _refuse_memory(self, name: str) -> NoReturn:
-        raise EngineError(
-            f"the engine does not take the memory of {name}", found="the reason stands above, in TensorRT's words"
-        )
+        raise EngineError(f"the engine does not accept the memory for {name}", found="see TensorRT's own message above")
 
     def _forget_calls(self) -> None:
-        """What was recorded, and what speaks for recording, holds for the shapes and addresses of that time."""
+        """Drop the recording and the count of identical calls: they hold only for the former shapes and addresses."""
         self._graph = None
         self._calls_alike = 0
 
     def _enqueue(self) -> None:
-        """Run, or replay what was recorded for the same shapes and addresses."""
+        """Run the call, or replay its recording."""
         if self._graph is None and self._wants_graph():
             self._graph = self._record()
         if self._graph is not None:
             launched = self._runtime.cudaGraphLaunch(self._graph.handle, self._stream)
             cuda.check(launched, "replaying a CUDA graph")
         elif not self._context.execute_async_v3(self._stream):
-            raise EngineError("TensorRT could not run the engine", found="the reason stands above, in its words")
+            raise EngineError("TensorRT could not run the engine", found="see TensorRT's own message above")
 
     def _wants_graph(self) -> bool:
         return self._owner._records and self._calls_alike >= _CALLS_BEFORE_RECORDING
 
     def _record(self) -> _RecordedGraph | None:
-        """A CUDA graph of the call; None where TensorRT cannot be recorded, now or ever after."""
+        """Record the call as a CUDA graph, without running it. If that fails, None, and nothing is recorded again."""
         runtime, stream = self._runtime, self._stream
         mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         cuda.check(runtime.cudaStreamBeginCapture(stream, mode), "recording a CUDA graph")
@@ -285,7 +285,7 @@ class _Context:
             if int(error) == 0:
                 runtime.cudaGraphDestroy(graph)
             self._owner._records = False
-            cuda.forget_error((error,))  # the call is yet to be made
+            cuda.forget_error((error,))  # the call still has to run
             return None
         instantiated = runtime.cudaGraphInstantiate(graph, 0)
         runtime.cudaGraphDestroy(graph)

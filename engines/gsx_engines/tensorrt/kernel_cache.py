@@ -1,8 +1,8 @@
-"""Kernels that TensorRT-RTX compiled, kept across runs.
+"""Kernels compiled by TensorRT-RTX, kept across runs.
 
-An engine of TensorRT-RTX holds no kernels: they are compiled for the GPU that it meets, when it first runs. TensorRT's
-runtime cache takes them up and gives them out as bytes; here are the files for these bytes. TensorRT itself checks what
-it is given (its version, GPU, driver) and refuses what does not fit, which costs a start no more than the compilation.
+An engine of TensorRT-RTX contains no kernels: they are compiled for the GPU at hand when the engine first runs. Its
+runtime cache collects them and serializes them to bytes, and this module stores these bytes in files. TensorRT-RTX
+itself checks what it is given (version, GPU, driver) and refuses what does not fit; then it only has to compile again.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ _FOLDER = "tensorrt-rtx-kernels"
 
 
 def kernel_cache_path(engine_sha256: str, capability: str) -> Path:
-    """Where the kernels of an engine are kept for GPUs of a compute capability, as in "89"."""
+    """Path of the kernels of an engine for GPUs of a compute capability, such as "89"."""
     return cache_folder() / _FOLDER / f"{engine_sha256}-sm{capability}.bin"
 
 
 def attach(config: Any, path: Path, owner: object) -> None:
-    """Let the kernels of a runtime configuration come from a file and go back to it.
+    """Load the kernels of a runtime configuration from a file, and save them to it at the end.
 
     Args:
         config: `IRuntimeConfig` of TensorRT-RTX.
-        path: the file; it need not be there.
-        owner: the kernels are saved when it is let go of, or the process ends.
+        path: the file; it need not exist yet.
+        owner: the kernels are saved when this object is deleted, or when the process ends.
     """
     cache = config.create_runtime_cache()
     known = load(cache, path)
@@ -37,7 +37,7 @@ def attach(config: Any, path: Path, owner: object) -> None:
 
 
 def load(cache: Any, path: Path) -> bytes:
-    """Give a runtime cache what a file holds. Returns: what it took; nothing where it refused, or there is no file."""
+    """Pass a file's content to a runtime cache. Returns: the accepted content; empty if refused, or without a file."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -46,7 +46,7 @@ def load(cache: Any, path: Path) -> bytes:
 
 
 def save(cache: Any, path: Path, known: bytes) -> None:
-    """Write what a runtime cache holds, whole or not at all, unless the file has it already.
+    """Write the content of a runtime cache, whole or not at all, unless the file has it already.
 
     Args:
         known: what `load` returned.
@@ -54,7 +54,7 @@ def save(cache: Any, path: Path, known: bytes) -> None:
     content = bytes(cache.serialize())
     if not content or content == known:
         return
-    # Without room or permission the next start compiles again: no reason to fail now.
+    # Without space or permission the next start compiles again, which is no reason to fail now.
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with writing_file(path) as work:

@@ -1,7 +1,7 @@
-"""Which engines of a bundle run here: every fact that an engine depends on is checked before TensorRT sees it.
+"""Which engines of a bundle run here: everything that an engine depends on is checked before TensorRT loads it.
 
-TensorRT's own message for an engine of another version or GPU is a line about a magic tag. Here each difference names
-the fact, both values, and the command that mends it.
+TensorRT's own message for an engine of another version or GPU is a line about a magic tag. The errors here name what
+differs, both values, and the command that fixes it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ ENGINES, ENGINE_FILE = "engines", "engine.json"
 
 @dataclass(frozen=True)
 class Machine:
-    """What an engine depends on, as it is here.
+    """The properties of this machine that an engine depends on.
 
     Args:
         tensorrt_version: of the runtime.
         platform: operating system and processor.
-        gpu, capability: the GPU's name and compute capability, as in "89".
-        plugins_sha256: of the plugin library; None where there is none.
+        gpu, capability: the GPU's name and its compute capability, such as "89".
+        plugins_sha256: of the plugin library; None if there is none.
     """
 
     tensorrt_version: str
@@ -43,10 +43,10 @@ class Machine:
 
 @dataclass(frozen=True)
 class EngineSet:
-    """Engines of a bundle that may be loaded here.
+    """Engines of a bundle that can be loaded here.
 
     Args:
-        directory: where their files lie.
+        directory: the folder of their files.
         entry: their description.
         library: the plugin library that they need, or None.
     """
@@ -57,7 +57,7 @@ class EngineSet:
 
 
 def find_engines(bundle: Bundle, backend: Backend) -> EngineSet:
-    """The engines of a bundle for this machine, checked except for the bytes of their files.
+    """Find the engines of a bundle for this machine, and check everything except the content of their files.
 
     Raises:
         EngineError: there are none, or none that runs here.
@@ -85,7 +85,7 @@ def find_engines(bundle: Bundle, backend: Backend) -> EngineSet:
         if problem is None:
             entry = choices[name]
             return EngineSet(bundle.directory / ENGINES / name, entry, library if entry.plugins else None)
-    # The one that says most is the one for this GPU and this TensorRT, if there is one.
+    # Report the engines for this GPU and this TensorRT, if there are any: their message says most.
     near = min(
         choices,
         key=lambda name: (
@@ -99,10 +99,13 @@ def find_engines(bundle: Bundle, backend: Backend) -> EngineSet:
 
 
 def difference(bundle: Bundle, name: str, entry: EngineEntry, machine: Machine, command: str) -> EngineError | None:
-    """The first fact in which engines and machine differ; None where they fit.
+    """The first property in which engines and machine differ, as an error; None if they fit.
 
     Args:
-        command: what builds them anew.
+        bundle: the bundle.
+        name, entry: of the engines.
+        machine: this machine.
+        command: the command that builds the engines again.
     """
     directory = bundle.directory / ENGINES / name
     what = f"engines {directory}"
@@ -142,7 +145,7 @@ def difference(bundle: Bundle, name: str, entry: EngineEntry, machine: Machine, 
             f"{what}: targets do not include this GPU ({machine.gpu})",
             expected=dotted(machine.capability),
             found=", ".join(dotted(target) for target in entry.targets),
-            todo=f"{command} --target {dotted(machine.capability)}; where TensorRT-RTX knows no such target, "
+            todo=f"{command} --target {dotted(machine.capability)}; if TensorRT-RTX does not know this target, "
             f"gsx build {bundle.directory} --backend tensorrt"
             if entry.backend == "tensorrt-rtx"
             else command,
@@ -161,7 +164,7 @@ def difference(bundle: Bundle, name: str, entry: EngineEntry, machine: Machine, 
 
 
 def read_engine(engines: EngineSet, graph: str, command: str) -> bytes:
-    """An engine's bytes, checked.
+    """An engine's content, checked by size and hash.
 
     Raises:
         EngineError: no engine of that graph; a missing, truncated or changed file.
@@ -169,13 +172,15 @@ def read_engine(engines: EngineSet, graph: str, command: str) -> bytes:
     made = engines.entry.graphs.get(graph)
     if made is None:
         raise EngineError(
-            f"engines {engines.directory}: have no {graph}", found=", ".join(engines.entry.graphs), todo=command
+            f"engines {engines.directory}: there is no engine of {graph}",
+            found=", ".join(engines.entry.graphs),
+            todo=command,
         )
     path = engines.directory / made.file
     size = path.stat().st_size if path.is_file() else None
     if size != made.size_bytes:
         raise EngineError(
-            f"{path}: is not whole",
+            f"{path}: is incomplete",
             expected=f"{made.size_bytes} bytes",
             found="no such file" if size is None else f"{size} bytes",
             todo=f"copy it again, or {command}",
@@ -199,7 +204,7 @@ def _recorded(directory: Path) -> EngineEntry | None:
 
 
 def _first_difference(expected: EngineEntry, found: EngineEntry) -> tuple[str, str, str]:
-    """The first field in which two entries differ, as in `profiles.0.name`, and both values as JSON."""
+    """The first field in which two entries differ, such as `profiles.0.name`, and both values as JSON."""
     sides = [
         {path: json.dumps(value) for path, value in _leaves(entry.model_dump(mode="json"))}
         for entry in (expected, found)
@@ -210,7 +215,7 @@ def _first_difference(expected: EngineEntry, found: EngineEntry) -> tuple[str, s
 
 
 def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Paths and values of a JSON value, as RFC 6901 writes them; an empty object or list is None."""
+    """The leaves of a JSON value with their paths in the form of RFC 6901; an empty object or list counts as None."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
     if items is None or not value:
         yield path, value if items is None else None

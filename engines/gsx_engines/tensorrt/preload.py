@@ -1,10 +1,11 @@
 """Loading TensorRT-RTX so that plugins work with it.
 
-When a plugin is used, the ONNX parser of TensorRT-RTX 1.7 opens `libtensorrt_rtx.so` by that bare name. Its wheel
-ships the file under a versioned name only, so nothing is found and the process ends ("terminate called without an
-active exception"). The parser looks beside itself (its RPATH is $ORIGIN), and "beside" is where it was first loaded
-from. So it is loaded here, before anything else loads it, from a folder of links that holds both names. The links lead
-to the wheel's own files: every later load finds the libraries in memory. Can go when the wheel ships the bare name.
+When a plugin is used, the ONNX parser of TensorRT-RTX 1.7 opens `libtensorrt_rtx.so` by that plain name. Its wheel
+ships the file only under a versioned name, so the library is not found and the process ends ("terminate called without
+an active exception"). The parser looks in its own folder (its RPATH is $ORIGIN), which is the one it was first loaded
+from. So it is loaded here, before anything else loads it, from a folder with links under both names. The links point
+to the wheel's own files, so every later load finds the libraries already in memory. This module can be removed when
+the wheel ships the plain name.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ _loaded: list[ctypes.CDLL] = []  # kept, so that they stay loaded
 
 
 def preload_tensorrt_rtx() -> bool:
-    """Load TensorRT-RTX's libraries from where its parser finds them; call it before `import tensorrt_rtx`.
+    """Load TensorRT-RTX's libraries so that its parser finds them. Must be called before `import tensorrt_rtx`.
 
-    Returns: whether a plugin can be used in this process: false where TensorRT-RTX is not installed, or was imported
-        before in the way that does not work. Doing it again changes nothing.
+    Calling it again changes nothing.
+
+    Returns: whether plugins can be used in this process; False if TensorRT-RTX is not installed, or if it was already
+        imported in the ordinary way.
     """
     spec = find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
@@ -48,7 +51,7 @@ def preload_tensorrt_rtx() -> bool:
     folder = cache_folder() / "tensorrt-rtx" / hashlib.sha256(str(wheel).encode()).hexdigest()[:16]
     try:
         _make_links(folder, links)
-    except OSError:  # a cache that cannot be written; this folder goes with the process
+    except OSError:  # the cache cannot be written; this folder is removed when the process ends
         folder = Path(tempfile.mkdtemp(prefix="gsx-tensorrt-rtx-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         _make_links(folder, links)
@@ -57,7 +60,7 @@ def preload_tensorrt_rtx() -> bool:
 
 
 def _make_links(folder: Path, links: Mapping[str, Path]) -> None:
-    """Make links by name, also while another process makes the same ones."""
+    """Make links by name, safe against another process that makes the same links."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, target in links.items():
         link = folder / name

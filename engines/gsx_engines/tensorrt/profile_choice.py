@@ -1,4 +1,4 @@
-"""Which optimization profile of an engine takes a call; `gsx_engines.building.profiles` says what they are."""
+"""Choosing the optimization profile of an engine for a call; `gsx_engines.building.profiles` explains profiles."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from gsx_engines.errors import EngineError
 
 
 def choose_profile(profiles: Sequence[EngineProfile], batch: int, tokens: int, window: int) -> int:
-    """Number of the profile that takes a call: of those that fit, the one with the fewest tokens at most.
+    """Number of the profile for a call: of those that fit, the one with the lowest maximum of tokens.
 
+    Args:
+        profiles: of the engine.
+        batch, tokens, window: sequences, tokens of each, and cache columns of the call.
     Raises:
         EngineError: none fits; says which axis is out of which range.
     """
@@ -31,9 +34,9 @@ def choose_profile(profiles: Sequence[EngineProfile], batch: int, tokens: int, w
         for axis, size in call.items()
         if not any(getattr(profile, axis).least <= size <= getattr(profile, axis).most for profile in profiles)
     ]
-    why = f"{' and '.join(outside)} beyond every one" if outside else "each has another axis out of range"
+    why = f"{' and '.join(outside)} out of range in each" if outside else "each has some axis out of range"
     raise EngineError(
-        f"no profile of the engine takes this call: {why}",
+        f"no profile of the engine fits this call: {why}",
         expected=ranges,
         found=", ".join(f"{axis} {size}" for axis, size in call.items()),
         todo="build with wider ranges: gsx build --context, --batch or --profile",
@@ -41,7 +44,7 @@ def choose_profile(profiles: Sequence[EngineProfile], batch: int, tokens: int, w
 
 
 def most_tokens(profiles: Sequence[EngineProfile], batch: int) -> int:
-    """The most tokens of each sequence that one call takes; 0 where no profile takes so many sequences."""
+    """The most tokens of each sequence that fit into one call; 0 if no profile allows so many sequences."""
     fits = [profile.tokens.most for profile in profiles if profile.batch.least <= batch <= profile.batch.most]
     return max(fits, default=0)
 

@@ -1,9 +1,9 @@
-"""What TensorRT-RTX alone has at run time: a configuration for contexts, and a word on why it refuses an engine.
+"""Run-time features that only TensorRT-RTX has: a configuration for contexts, and a reason why it refuses an engine.
 
-Its engines are compiled for the shapes that they meet: a call of new shapes runs general kernels, special ones are
-compiled beside it, and later calls have those. That is why recording a stream by hand is not enough: it would keep the
-general kernels for ever. TensorRT-RTX records by itself once the special ones are there, and runs as before where it
-cannot (NVIDIA's documentation, "Working with RTX CUDA Graphs").
+TensorRT-RTX compiles its engines for the shapes that occur: a call with new shapes runs general kernels, specialized
+kernels are compiled in the background, and later calls use them. A recording of our own would keep the general kernels
+for ever. TensorRT-RTX instead records by itself once the specialized kernels are ready, and runs normally if it cannot
+record (NVIDIA's documentation, "Working with RTX CUDA Graphs").
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def runtime_config(trt: Any, engine: Any, *, kernels: Path | None, cuda_graphs: 
     Args:
         trt: the module `tensorrt_rtx`.
         engine: its `ICudaEngine`.
-        kernels: file that compiled kernels come from and go back to; None to compile anew each time.
-        cuda_graphs: let TensorRT-RTX record calls and replay them. Not done where an input stays on the host: it is
-            read while a call is prepared, which a replayed call is not.
-        owner: kernels are saved when it is let go of, or the process ends.
+        kernels: file to load compiled kernels from and save them to; None to compile them each time.
+        cuda_graphs: have TensorRT-RTX record calls and replay them. Ignored for engines with an input on the host: it
+            is read while a call is prepared, and a replay skips that.
+        owner: kernels are saved when this object is deleted, or when the process ends.
     """
     config = engine.create_runtime_config()
     if kernels is not None:
@@ -35,11 +35,12 @@ def runtime_config(trt: Any, engine: Any, *, kernels: Path | None, cuda_graphs: 
 
 
 def why_refused(trt: Any, runtime: Any, plan: bytes) -> str:
-    """What TensorRT-RTX has against an engine, e.g. "unsupported cc"; empty where it does not say.
+    """Why TensorRT-RTX refuses an engine, e.g. "unsupported cc"; empty if it does not say.
 
     Args:
+        trt: the module `tensorrt_rtx`.
         runtime: its `Runtime`.
-        plan: the engine's bytes, of which the first ones are read.
+        plan: the engine's bytes; only the header is read.
     """
     _, found = runtime.get_engine_validity(plan[: runtime.engine_header_size])
     reasons = trt.EngineInvalidityDiagnostics.__members__.items()

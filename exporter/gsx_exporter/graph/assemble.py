@@ -22,9 +22,9 @@ from gsx_exporter.config import BRANCHES, Branch
 from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.decoder.loading import Source, sources
+from gsx_exporter.decoder.rule import TracedRule, Value, exit_watcher
 from gsx_exporter.graph.trace import Input, Part, trace
 from gsx_exporter.graph.weights import ONNX_TYPES, Weight
-from gsx_exporter.rules.base import KeepRule, Value
 from gsx_plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION
 from gsx_plugins.registry import OPS
 
@@ -53,7 +53,7 @@ class LayerPart(nn.Module):
         return (hidden, *present, *new, *(values[name] for name in (rule.carried if rule else ())))
 
 
-def rule_inputs(rule: KeepRule | None) -> Mapping[str, Value]:
+def rule_inputs(rule: TracedRule | None) -> Mapping[str, Value]:
     """What a layer reads for its keep rule, in order: values of the call, carried states, its own run-time inputs."""
     if rule is None:
         return {}
@@ -94,7 +94,7 @@ class GraphBuilder:
         with torch.device("meta"):
             entry = Entry(checkpoint.hf_config, config, options)
             layers = [DecoderLayer(config, options.of_layer(i), has_below=i > 0) for i in range(config.num_layers)]
-            leave = Exit(config, options)
+            leave = Exit(config, options.dtype)
         self.entry = trace(entry, self._entry_inputs(), self._entry_outputs())
         self.copies_below = any(layer.copies_below for layer in layers)
         # Layers of one kind share a trace.
@@ -107,11 +107,12 @@ class GraphBuilder:
         ids = Input((_B, _S), torch.int64, (0, 1))
         self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
         self._entry_module, self._layer_modules, self._exit_module = entry, layers, leave
-        self._asked = self.rule.asked() if self.rule else ()
+        self._watcher = exit_watcher(self.rule)
+        self._asked = self._watcher.exit_depths() if self._watcher else ()
         self.asker: Part | None = None
-        if self.rule is not None and self._asked:
+        if self._watcher is not None and self.rule is not None:
             with torch.device("meta"):
-                self._asker_module = asker = self.rule.asker(config, options)
+                self._asker_module = asker = self._watcher.exit_module(config, options.dtype)
             entered = {name: self._example(value) for name, value in self.rule.entered().items()}
             reads = {"hidden": self._hidden(), "entering": self._hidden(), **entered}
             self.asker = _name_asked(trace(asker, reads, [f"next_{name}" for name in self.rule.carried]))
@@ -169,9 +170,9 @@ class GraphBuilder:
             present = (f"present.{i}.key", f"present.{i}.value")
             entering = hidden
             hidden, below, carried = self._layer(graph, i, hidden, below, carried, past, present)
-            if self.rule is not None and self.asker is not None and i + 1 in self._asked:
+            if self._watcher is not None and self.asker is not None and i + 1 in self._asked:
                 carried = self._ask(graph, self.asker, i + 1, {"hidden": hidden, "entering": entering, **carried})
-                found |= sources(self._asker_module, self.rule.asker_prefix(i + 1))
+                found |= sources(self._asker_module, self._watcher.exit_prefix(i + 1))
             found |= sources(self._layer_modules[i], f"layers.{i}.")
             inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
             outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
@@ -232,10 +233,11 @@ class GraphBuilder:
 
     def _ask(self, graph: _Layout, asker: Part, depth: int, reads: dict[str, str]) -> dict[str, str]:
         """Let the rule look at the state behind a layer. Returns: the values of what it carries."""
+        assert self._watcher is not None
         assert self.rule is not None
         prefix = f"exits.{depth}."
         writes = {f"next_{name}": prefix + name for name in self.rule.carried}
-        graph.add(asker, self.rule.asker_prefix(depth), reads, writes, scope=prefix)
+        graph.add(asker, self._watcher.exit_prefix(depth), reads, writes, scope=prefix)
         return {name: prefix + name for name in self.rule.carried}
 
     def _run_time_inputs(self, graph: _Layout) -> list[onnx.ValueInfoProto]:

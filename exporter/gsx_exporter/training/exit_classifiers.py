@@ -27,9 +27,9 @@ from gsx_engines.bundle.bundle import writing
 from gsx_exporter.checkpoint import CONFIG, EXIT_CLASSIFIER, Checkpoint, open_checkpoint
 from gsx_exporter.convert import SLACK_BYTES, write_config, write_safetensors
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.defaults import CLASSIFIER_TOKENS
 from gsx_exporter.errors import CheckpointError, TextError
-from gsx_exporter.quantization.walk import Walk
 from gsx_exporter.text import WINDOW_TOKENS, load_tokenizer
 from gsx_exporter.training.corpus import read_corpus, split
 from gsx_exporter.training.tokenizer import encode_documents

@@ -1,1 +1,1 @@
-"""`FullAttention`: attention of every token (README.md beside this file)."""
+"""`FullAttention`: attention of every token (README.md in this folder)."""

@@ -1,7 +1,7 @@
 """`FullAttention` for ONNX: schema and body.
 
-A name for "attention over the cache" in models and branches without gates, so that a runner can put its own
-kernel there. The body is ONNX's Attention with the heads split off.
+A name for "attention over the cache" in models and branches without gates, so that a runner can replace it by its own
+kernel. The body is ONNX's Attention, with the heads on an axis of their own.
 """
 
 from gsx_plugins.domain import OnnxOp

@@ -11,9 +11,12 @@ from torch import Tensor
 def full_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int) -> Tensor:
     """Attention of all tokens of the call.
 
-    Args: query [B, S, heads x D], RoPE applied; key, value [B, kv heads, T, D], the whole cache; mask [B, 1, S, T]
-        bool, true where a token may look; num_heads: query heads.
-    Returns: [B, S, heads x D], type of query. Scores are scaled by 1/sqrt(D).
+    Args:
+        query: [B, S, heads x D], after RoPE.
+        key, value: [B, K/V heads, T, D], the whole cache.
+        mask: [B, 1, S, T] bool, true where a token may attend.
+        num_heads: number of query heads.
+    Returns: [B, S, heads x D], of query's type. Scores are scaled by 1/sqrt(D).
     """
     batch, length, width = query.shape
     split = query.view(batch, length, num_heads, width // num_heads).transpose(1, 2)

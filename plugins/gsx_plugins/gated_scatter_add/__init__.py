@@ -1,1 +1,1 @@
-"""`GatedScatterAdd`: kept rows, times their gate, added to the residual stream (README.md beside this file)."""
+"""`GatedScatterAdd`: kept rows times their gate, added to the residual stream (README.md in this folder)."""

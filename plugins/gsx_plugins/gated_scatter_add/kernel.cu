@@ -1,9 +1,9 @@
-// Gated scatter-add. In place: one pass over the kept rows. Into another buffer: one pass over all rows, so that no row
-// is moved twice; each row asks which kept row is its own.
+// Gated scatter-add. In place: one pass over the kept rows. Into another buffer: one pass over all rows, so that no row is
+// moved twice; each row looks up which kept row belongs to it.
 //
-// The answer comes from a map [N] that is never cleared: the first kernel writes map[index[i]] = i, the second believes
-// map[n] only where index[map[n]] is n. What earlier calls or nobody wrote there cannot pass that test (the sparse set
-// of Briggs and Torczon, 1993).
+// The lookup uses a map [N] that is never cleared: the first kernel writes map[index[i]] = i, and the second one trusts
+// map[n] only if index[map[n]] is n. Values from earlier calls and uninitialized values cannot pass this test (the sparse
+// set of Briggs and Torczon, 1993).
 
 #include "gated_scatter_add/kernel.h"
 
@@ -16,9 +16,9 @@
 namespace gsx {
 namespace {
 
-constexpr int kUnroll = 2;  // two or three streams a thread: more would only cost registers
+constexpr int kUnroll = 2;  // each thread reads two or three streams, so more would only cost registers
 
-// Round to the element type after each operation, as the function body's Mul and Add do.
+// Results are rounded to the element type after each operation, as by Mul and Add in the function body.
 __device__ inline float asFloat(float value) { return value; }
 __device__ inline float asFloat(__half value) { return __half2float(value); }
 __device__ inline float asFloat(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -37,7 +37,7 @@ __device__ inline __nv_bfloat16 rounded<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
 }
 
-// __fmul_rn and __fadd_rn are never fused, so the product is rounded.
+// __fmul_rn and __fadd_rn are never fused, so the product is always rounded.
 template <typename T>
 __device__ T addGated(T residual, T row, T gate) {
     const T product = rounded<T>(__fmul_rn(asFloat(gate), asFloat(row)));
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kRowThreads) mapRows(Kept kept, int64_t tokens
     if (place >= 0 && place < tokens) map[place] = static_cast<int32_t>(row);
 }
 
-// What is added: rows, and gates of one element a row (SCALAR) or as many as the row has.
+// What is added: rows, and gates with one element per row (SCALAR) or as many as the row has.
 template <typename T, int BYTES, bool SCALAR>
 struct Added {
     using Vector = typename Bits<BYTES>::Type;
@@ -116,7 +116,7 @@ struct Added {
     }
 };
 
-// The residual's loads do not wait for the answer which row is added.
+// The loads of the residual do not wait for the lookup of the row to add.
 template <typename T, int BYTES, bool SCALAR>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     addToCopy(const void* residual, Added<T, BYTES, SCALAR> added, Kept kept, const int32_t* map, int64_t tokens,
@@ -131,8 +131,8 @@ __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     storeVectors(static_cast<Vector*>(out) + place * added.vectors, added.vectors, sums);
 }
 
-// residual is out: both are one pointer here, so that the compiler assumes nothing about them. The loads of what is added
-// do not wait for the answer where to.
+// Residual and out are the same buffer, passed as one pointer, so that the compiler makes no assumptions about aliasing. The
+// loads of what is added do not wait for the load of its position.
 template <typename T, int BYTES, bool SCALAR>
 __global__ void __launch_bounds__(kRowThreads, kRowBlocks)
     addInPlace(void* out, Added<T, BYTES, SCALAR> added, Kept kept, int64_t tokens) {

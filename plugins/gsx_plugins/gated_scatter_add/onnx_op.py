@@ -1,6 +1,7 @@
 """`GatedScatterAdd` for ONNX: schema and body.
 
-Written as gather, add, scatter: the indices are distinct, and TensorRT-RTX refuses ScatterND with a reduction.
+Written as gather, add and scatter, since TensorRT-RTX refuses ScatterND with a reduction. This works because the
+indices are distinct.
 """
 
 from gsx_plugins.domain import OnnxOp

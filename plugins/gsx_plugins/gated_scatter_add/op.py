@@ -12,9 +12,14 @@ from torch import Tensor
 def gated_scatter_add(residual: Tensor, rows: Tensor, gate: Tensor, index: Tensor) -> Tensor:
     """The residual stream with `gate * rows` added at the rows that index names.
 
-    Args: residual [N, H]; rows [K, H]; gate [K, H] or [K, 1]; index [K] int64, distinct. K may be 0.
+    The rule is that of docs/design.md, section 3: h + g * f(x) for kept tokens, h for skipped ones.
+
+    Args:
+        residual: [N, H].
+        rows: [K, H]; K may be 0.
+        gate: [K, H] or [K, 1].
+        index: [K] int64, distinct.
     Returns: [N, H], a new tensor of residual's type.
-    Rule: docs/design.md section 3: kept h + g * f(x), skipped h.
     """
     return residual.index_add(0, index, gate * rows)
 

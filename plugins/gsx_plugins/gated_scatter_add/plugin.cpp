@@ -1,4 +1,4 @@
-// GatedScatterAdd for TensorRT: into a buffer of its own, since TensorRT's aliased outputs are still a preview.
+// GatedScatterAdd for TensorRT: writes into a separate buffer, since aliased outputs are still a preview in TensorRT.
 
 #include "gated_scatter_add/kernel.h"
 

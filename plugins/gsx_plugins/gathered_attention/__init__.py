@@ -1,1 +1,1 @@
-"""`GatheredAttention`: attention whose queries are the kept rows (README.md beside this file)."""
+"""`GatheredAttention`: attention whose queries are the kept rows (README.md in this folder)."""

@@ -1,9 +1,9 @@
 """`GatheredAttention` for ONNX: schema and body.
 
-The portable body puts the query rows back into their places, attends densely and gathers again: Attention
-needs a rectangular query of at least one row (ONNX Runtime refuses a query of length 0, and TensorRT refuses
-Attention inside `If`). What it wastes is the attention product of skipped rows, never a projection; a runner
-may swap the body for one that leaves that out too (gsx_engines/lowering).
+The portable body scatters the query rows to their positions, computes dense attention, and gathers the rows again:
+Attention needs a rectangular query with at least one row (ONNX Runtime refuses a query of length 0, and TensorRT
+refuses Attention inside `If`). This wastes the attention product of skipped rows, but no projection. A runner may
+replace the body by one that avoids this waste (gsx_engines/lowering).
 """
 
 from gsx_plugins.domain import OnnxOp

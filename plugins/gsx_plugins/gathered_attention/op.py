@@ -11,17 +11,21 @@ from torch import Tensor
 def gathered_attention(
     query: Tensor, index: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int
 ) -> Tensor:
-    """Attention of the query rows that index names, among the keys and values of all tokens.
+    """Attention of the query rows that index names to the keys and values of all tokens.
 
-    Args: query [K, heads x D], RoPE applied; index [K] int64, ascending, places in the flattened B x S tokens;
-        key, value [B, kv heads, T, D], the whole cache; mask [B, 1, S, T] bool, true where a token may look (every
-        token sees at least itself); num_heads: query heads. K may be 0.
-    Returns: [K, heads x D], type of query. Scores are scaled by 1/sqrt(D).
-    Rule: docs/methods.md 3.6: keys and values of every position, queries of kept tokens.
+    The rule is that of docs/methods.md, 3.6: keys and values of every position, queries only of kept tokens.
+
+    Args:
+        query: [K, heads x D], after RoPE; K may be 0.
+        index: [K] int64, ascending: positions in the flattened B x S tokens.
+        key, value: [B, K/V heads, T, D], the whole cache.
+        mask: [B, 1, S, T] bool, true where a token may attend; every token attends at least to itself.
+        num_heads: number of query heads.
+    Returns: [K, heads x D], of query's type. Scores are scaled by 1/sqrt(D).
     """
     rows = torch.zeros_like(query)
     batch, _, length, _ = mask.shape
-    for b in range(batch):  # each sequence attends for its own kept rows alone
+    for b in range(batch):  # one attention per sequence, for its own kept rows
         mine = (index >= b * length) & (index < (b + 1) * length)
         count = int(mine.sum())
         if not count:

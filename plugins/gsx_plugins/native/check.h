@@ -1,4 +1,4 @@
-// Checks of arguments, on the host, before anything is launched.
+// Checks of arguments on the host, before anything is launched.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 
 namespace gsx {
 
-// A row of more bytes than this would need more column blocks than a grid has (rows.cuh).
+// A longer row, in bytes, would need more column blocks than a grid can have (rows.cuh).
 constexpr int64_t kMaxRowBytes = int64_t{32} << 20;
 constexpr size_t kWorkspaceAlignment = 16;
 
@@ -25,7 +25,7 @@ inline bool aligned(const void* pointer, size_t bytes) {
     return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
 }
 
-// A buffer of `count` elements: not null unless it is empty, and aligned to its elements.
+// Check a buffer of `count` elements: it must not be null unless it is empty, and must be aligned to its elements.
 inline gsx_status checkBuffer(const void* pointer, int64_t count, size_t elementBytes) {
     if (count > 0 && pointer == nullptr) return GSX_NULL_POINTER;
     return aligned(pointer, elementBytes) ? GSX_OK : GSX_MISALIGNED;

@@ -1,4 +1,4 @@
-// Row gather: bits are copied, so the element type gives their number only.
+// Row gather: bits are copied, so only the size of the element type matters.
 
 #include "native/gather_rows.h"
 

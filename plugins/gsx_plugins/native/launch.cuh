@@ -1,4 +1,4 @@
-// Launching a kernel, and the steps that threads of one block take together.
+// Launching a kernel, and collective operations of the threads of one block.
 
 #pragma once
 
@@ -11,7 +11,7 @@ namespace gsx {
 constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
-// Keeps a type out of template argument deduction.
+// Excludes a type from template argument deduction.
 template <typename T>
 struct Exactly {
     using Type = T;
@@ -27,7 +27,7 @@ gsx_status launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, cudaStre
     return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// The sum of `value` over the threads before this one; `total` is the sum over the block. Every thread calls it.
+// The sum of `value` over the preceding threads; `total` is the sum over the block. Must be called by every thread.
 template <int kThreads>
 __device__ uint32_t exclusiveSum(uint32_t value, uint32_t& total) {
     constexpr int kWarps = kThreads / kWarp;
@@ -49,9 +49,10 @@ __device__ uint32_t exclusiveSum(uint32_t value, uint32_t& total) {
     return before + inclusive - value;
 }
 
-// Whether this block is the last to come here; it then sees what the others did before. Every thread calls it.
-// The fences stand between barrier and atomic, in one thread: so they speak for its whole block, and cost the least.
-// Args: arrived: 0 at the start.
+// Whether this block is the last one to arrive here; it then sees all writes that the others made before. Must be called by
+// every thread. The fences are between barrier and atomic, in a single thread: so they cover the whole block at the least
+// cost.
+// Args: arrived: initially 0.
 __device__ inline bool isLastBlock(uint32_t* arrived) {
     __shared__ bool last;
     __syncthreads();

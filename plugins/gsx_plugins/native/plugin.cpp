@@ -1,4 +1,4 @@
-// The one plugin class, made from an op's description, and what TensorRT looks for in the library.
+// The plugin class, which works from an op's description, and the functions that TensorRT looks for in the library.
 
 #include "native/plugin.h"
 
@@ -39,7 +39,7 @@ char const* nameOf(DataType type) noexcept {
     case DataType::kINT32: return "int32";
     case DataType::kINT64: return "int64";
     case DataType::kBOOL: return "bool";
-    default: return "a type that no tensor of the op has";
+    default: return "a type that the op does not support";
     }
 }
 
@@ -47,7 +47,7 @@ bool isRowType(DataType type) noexcept {
     return type == DataType::kFLOAT || type == DataType::kHALF || type == DataType::kBF16;
 }
 
-// Whether a tensor may have this type, where the rows have type `rows`.
+// Whether a tensor may have this type if the rows have the type `rows`.
 bool allowed(Element element, DataType type, DataType rows) noexcept {
     switch (element) {
     case Element::kRow: return isRowType(type) && type == rows;
@@ -72,7 +72,7 @@ private:
     int64_t mSizes[kLetters];
 };
 
-// Check sizes that are known against each other; unknown ones are negative. `sizeAt(input, axis)` gives a size.
+// Check the known sizes against each other; unknown ones are negative. `sizeAt(input, axis)` returns a size.
 template <typename SizeAt>
 bool sizesFit(Op const& op, SizeAt sizeAt) noexcept {
     Sizes sizes;
@@ -175,7 +175,7 @@ public:
             return size->isConstant() ? size->getConstantValue() : Sizes::kUnknown;
         };
         if (!sizesFit(mOp, constant)) return kFailed;
-        IDimensionExpr const* kept = nullptr;  // the number of rows kept, where it depends on the data
+        IDimensionExpr const* kept = nullptr;  // the number of kept rows, if it depends on the data
         for (int32_t output = 0; output < nbOutputs; ++output) {
             char const* shape = mOp.tensors[nbInputs + output].shape;
             outputs[output].nbDims = static_cast<int32_t>(std::strlen(shape));
@@ -186,7 +186,7 @@ public:
                     size = kept;
                 }
                 if (size == nullptr) {
-                    logError("%s: TensorRT made no size tensor", mOp.name);
+                    logError("%s: TensorRT could not create a size tensor", mOp.name);
                     return kFailed;
                 }
                 outputs[output].d[axis] = size;
@@ -198,9 +198,9 @@ public:
     bool supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* tensors, int32_t nbInputs,
                                    int32_t nbOutputs) noexcept override {
         if (nbInputs != mOp.inputs || nbOutputs != mOp.outputs || position >= nbInputs + nbOutputs) return false;
-        PluginTensorDesc const& asked = tensors[position].desc;
-        return asked.format == TensorFormat::kLINEAR &&
-               allowed(mOp.tensors[position].element, asked.type, tensors[0].desc.type);
+        PluginTensorDesc const& candidate = tensors[position].desc;
+        return candidate.format == TensorFormat::kLINEAR &&
+               allowed(mOp.tensors[position].element, candidate.type, tensors[0].desc.type);
     }
 
     int32_t configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t nbInputs, DynamicPluginTensorDesc const*,
@@ -253,7 +253,7 @@ private:
         return nullptr;
     }
 
-    // The number of rows kept: written by the last output, at most the number of tokens, tuned for half of them.
+    // The number of kept rows: stored in the last output, at most the number of tokens, tuned for half of them.
     IDimensionExpr const* declareKept(DimsExprs const* inputs, IExprBuilder& builder) const noexcept {
         IDimensionExpr const* tokens = inputs[0].d[0];
         IDimensionExpr const* two = builder.constant(2);
@@ -280,9 +280,9 @@ IPluginV3* Creator::createPlugin(AsciiChar const* name, PluginFieldCollection co
     for (int32_t i = 0; fields != nullptr && i < fields->nbFields; ++i) {
         char const* field = fields->fields[i].name;
         if (field == nullptr) continue;
-        // By these the node names its plugin.
+        // These two only select the plugin.
         if (std::strcmp(field, "plugin_namespace") == 0 || std::strcmp(field, "plugin_version") == 0) continue;
-        logError("%s: node %s has a field '%s', expected none", mOp.name, name != nullptr ? name : "(without a name)",
+        logError("%s: node %s has a field '%s', expected no fields", mOp.name, name != nullptr ? name : "(without a name)",
                  field);
         return nullptr;
     }

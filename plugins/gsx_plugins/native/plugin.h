@@ -1,7 +1,7 @@
-// The TensorRT side that all ops share. An op says what its tensors are and which kernels to launch; everything that
-// TensorRT asks of a plugin follows from that: types, shapes, formats, checks with their messages, creation.
+// The TensorRT side, shared by all ops. An op describes its tensors and launches its kernels; everything else that TensorRT
+// asks of a plugin follows from that: types, shapes, formats, checks with their messages, creation.
 //
-// Nothing throws, nothing ends the process: what is wrong is logged through TensorRT's logger, and the call fails.
+// Nothing throws or ends the process: errors are logged through TensorRT's logger, and the call fails.
 
 #pragma once
 
@@ -15,21 +15,21 @@ constexpr char const* kNamespace = "gsx";
 constexpr char const* kVersion = "1";
 
 enum class Element {
-    kRow,    // float32, float16 or bfloat16: that of the op's first input
+    kRow,    // float32, float16 or bfloat16, as the op's first input
     kScore,  // float32
     kPlace,  // int64
 };
 
-// One tensor of an op. `shape` has a letter for each dimension: the same letter means the same size in all tensors of a
-// call; 1 is one; G (a gate's width) is one or H. A letter that no input has is the number of rows that the op keeps: it
-// depends on the data, and the op's last output tells it.
+// One tensor of an op. `shape` has a letter for each dimension. The same letter means the same size in all tensors of a
+// call; `1` means one; G (a gate's width) is one or H. A letter that occurs in no input is the number of rows that the op
+// keeps: it depends on the data, and is the value of the op's last output.
 struct Tensor {
     char const* name;
     Element element;
     char const* shape;
 };
 
-// What TensorRT hands over when an op is to run.
+// What TensorRT passes to an op to run it.
 struct Call {
     nvinfer1::PluginTensorDesc const* shapes;  // of the inputs
     void const* const* inputs;
@@ -50,7 +50,7 @@ struct Op {
     gsx_status (*run)(Call const& call);
 };
 
-// The element type of the rows; `type` is one that the op's checks let through.
+// The element type of the rows; `type` must be one that the op's checks accept.
 gsx_type rowType(nvinfer1::DataType type) noexcept;
 
 // A creator for an op that lives as long as the library.

@@ -1,5 +1,5 @@
-// How blocks and threads share out the rows of a matrix: a block takes a few rows, and in each of them a stretch of
-// `lanes` x kUnroll vectors.
+// How the rows of a matrix are distributed over blocks and threads: a block handles a few rows, and in each of them a
+// stretch of `lanes` x kUnroll vectors.
 
 #pragma once
 
@@ -9,15 +9,15 @@
 namespace gsx {
 
 constexpr int kRowThreads = 256;
-// Blocks that a multiprocessor is to hold. Asked for more of them, the compiler saves registers by loading a thread's
-// second vector when it is done with the first, which halves what is in flight.
+// Number of blocks per multiprocessor that the compiler aims for. With a larger one it saves registers by loading a
+// thread's second vector only after it is done with the first, which halves the loads in flight.
 constexpr int kRowBlocks = 5;
 constexpr int kVectorBytes = 16;
 
-constexpr int64_t kMaxGridY = 65535;  // CUDA's
-static_assert(kMaxRowBytes <= kMaxGridY * kRowThreads * 2 * 2, "rows of 2-byte elements, two a thread, fit the grid");
+constexpr int64_t kMaxGridY = 65535;  // limit of CUDA
+static_assert(kMaxRowBytes <= kMaxGridY * kRowThreads * 2 * 2, "rows of 2-byte elements, two per thread, fit the grid");
 
-// Raw bits of one access.
+// The type of one access, by its size.
 template <int BYTES>
 struct Bits;
 template <>
@@ -38,9 +38,9 @@ struct RowPlan {
     dim3 block;  // x: lanes of a row; y: rows
 };
 
-// Args: rows, vectors of a row: at least 1. unroll: vectors a thread has in flight.
+// Args: rows: at least 1. vectors: of a row, at least 1. unroll: vectors that a thread has in flight.
 inline RowPlan planRows(int64_t rows, int vectors, int unroll) {
-    int lanes = 8;  // 128 bytes: less would not fill what memory gives at once
+    int lanes = 8;  // 128 bytes: fewer would not fill a memory transaction
     while (lanes < kRowThreads && lanes * unroll < vectors) lanes *= 2;
     const int rowsPerBlock = kRowThreads / lanes;
     const int stretch = lanes * unroll;
@@ -51,10 +51,11 @@ inline RowPlan planRows(int64_t rows, int vectors, int unroll) {
     return plan;
 }
 
-// This thread's row.
+// The row of this thread.
 __device__ inline int64_t rowOfThread() { return int64_t{blockIdx.x} * blockDim.y + threadIdx.y; }
 
-// This thread's vectors of a row, `blockDim.x` apart. Loads are all in flight together; behind the end are zeros.
+// Load this thread's vectors of a row, which are `blockDim.x` apart. All loads are in flight together; beyond the end of
+// the row the vectors are zero.
 template <typename Vector, int UNROLL>
 __device__ void loadVectors(const Vector* row, int vectors, Vector (&held)[UNROLL]) {
     const int first = static_cast<int>(blockIdx.y * blockDim.x) * UNROLL + static_cast<int>(threadIdx.x);
@@ -74,7 +75,7 @@ __device__ void storeVectors(Vector* row, int vectors, const Vector (&held)[UNRO
     }
 }
 
-// Whether rows of this many bytes can be read 16 bytes at a time at all these addresses.
+// Whether rows of this many bytes can be accessed 16 bytes at a time at all these addresses.
 template <typename... Pointers>
 bool allowsVectors(int64_t rowBytes, Pointers... pointers) {
     return rowBytes % kVectorBytes == 0 && (aligned(pointers, kVectorBytes) && ...);

@@ -1,4 +1,4 @@
-// Reading the scores of a tile: ITEMS neighbours a thread, 16 bytes at a time where the address allows.
+// Reading the scores of a tile: ITEMS neighbours for each thread, 16 bytes at a time if the address is aligned.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace gsx {
 
-// scores[i] = score[first + i], or `absent` behind the end.
+// scores[i] = score[first + i], or `absent` beyond the end.
 template <int ITEMS>
 __device__ void loadScores(const float* score, int64_t first, int64_t tokens, float absent, float (&scores)[ITEMS]) {
     static_assert(ITEMS % 4 == 0, "whole vectors");

@@ -1,11 +1,11 @@
-/* What every entry point of the kernels shares: types, status codes, and the rules of the C interface.
+/* Common to all entry points of the kernels: types, status codes, and the rules of the C interface.
  *
- * Every function takes device pointers unless it says otherwise, launches on the given stream, allocates nothing,
- * does not synchronise, and may be captured in a CUDA graph. Scratch memory is the caller's: `..._workspace` tells the
- * size for a number of tokens, which never falls as the number grows. Calls with separate workspaces may overlap.
+ * Unless stated otherwise, every function takes device pointers, launches on the given stream, allocates nothing, does not
+ * synchronize, and may be captured in a CUDA graph. The caller provides scratch memory: `..._workspace` returns the size
+ * for a number of tokens, which never decreases as that number grows. Calls with separate workspaces may overlap.
  *
- * A status is 0 for success, a cudaError_t where CUDA refused, and one of the negative codes below where an argument
- * was refused before anything was launched.
+ * A status is 0 for success, a cudaError_t if CUDA failed, or one of the negative codes below if an argument was refused
+ * before anything was launched.
  *
  * Letters: N tokens (batch x sequence), H width of a row, K rows kept.
  */
@@ -26,21 +26,21 @@ typedef int gsx_status;
 
 enum {
     GSX_OK = 0,
-    GSX_NULL_POINTER = -1,        /* a pointer that is needed is null */
+    GSX_NULL_POINTER = -1,        /* a required pointer is null */
     GSX_UNKNOWN_TYPE = -2,        /* an element type outside gsx_type */
     GSX_BAD_SIZE = -3,            /* a negative size, or sizes that do not fit each other */
     GSX_TOO_LARGE = -4,           /* more than GSX_MAX_TOKENS tokens, or a row of more than 32 MiB */
     GSX_MISALIGNED = -5,          /* a pointer that is not aligned to its element type (scratch memory: 16 bytes) */
-    GSX_WORKSPACE_TOO_SMALL = -6, /* less scratch memory than `..._workspace` asks for */
+    GSX_WORKSPACE_TOO_SMALL = -6, /* the scratch memory is smaller than `..._workspace` requires */
 };
 
 /* Element types of rows. Scores are always float32. */
 typedef enum { GSX_FLOAT32 = 0, GSX_FLOAT16 = 1, GSX_BFLOAT16 = 2 } gsx_type;
 
-/* Counts are kept in 31 bits. */
+/* Counts are stored in 31 bits. */
 #define GSX_MAX_TOKENS ((int64_t)0x7fffffff - 4096)
 
-/* What a status means, in English; never null. The text is static. */
+/* The meaning of a status in English; never null. The text is static. */
 GSX_API const char* gsx_error_string(gsx_status status);
 
 #ifdef __cplusplus

@@ -1,1 +1,1 @@
-"""`ThresholdGather`: the rows whose score exceeds a threshold, in token order (README.md beside this file)."""
+"""`ThresholdGather`: the rows whose score exceeds a threshold, in token order (README.md in this folder)."""

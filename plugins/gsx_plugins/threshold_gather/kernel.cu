@@ -1,4 +1,5 @@
-// Threshold selection: one kernel. Up to kOneBlock tokens one block sees them all; above, tiles talk (compact.cuh).
+// Threshold selection in one kernel. Up to kOneBlock tokens, a single block handles all of them; above that, several tiles
+// communicate (compact.cuh).
 
 #include "threshold_gather/kernel.h"
 
@@ -23,7 +24,7 @@ constexpr size_t kWordsAt = 16;
 template <int THREADS, int ITEMS>
 __device__ Choice chooseAbove(const float* score, const float* threshold, int64_t first, int64_t tokens) {
     float scores[ITEMS];
-    loadScores<ITEMS>(score, first, tokens, -INFINITY, scores);  // -inf is above nothing
+    loadScores<ITEMS>(score, first, tokens, -INFINITY, scores);  // -inf is not above any threshold
     const float limit = *threshold;
     Choice choice{0, 0};
     for (int item = 0; item < ITEMS; ++item) choice.sure |= static_cast<uint32_t>(scores[item] > limit) << item;

@@ -1,4 +1,4 @@
-/* Places of the scores above a threshold. See native/status.h for what holds for every function. */
+/* Positions of the scores above a threshold. See native/status.h for the rules that hold for every function. */
 #ifndef GSX_THRESHOLD_GATHER_KERNEL_H
 #define GSX_THRESHOLD_GATHER_KERNEL_H
 
@@ -13,9 +13,9 @@ GSX_API size_t gsx_threshold_select_workspace(int64_t tokens);
 
 /* The tokens whose score exceeds the threshold, in token order.
  *
- * score [N] float32; threshold [] float32, on the device; index [K] int64, written, with room for N; count [] int64,
- * written: K. Equal is not above; NaN, as score or as threshold, is never kept. Deterministic.
- * Nothing may overlap. N may be 0: count is then 0.
+ * score [N] float32; threshold [] float32, on the device; index [K] int64, output, with room for N; count [] int64, output:
+ * K. A score equal to the threshold is not kept, nor is a NaN score; with a NaN threshold nothing is kept. Deterministic.
+ * Nothing may overlap. N may be 0; count is then 0.
  */
 GSX_API gsx_status gsx_threshold_select(const float* score, const float* threshold, int64_t tokens, int64_t* index,
                                         int64_t* count, void* workspace, size_t workspace_bytes, cudaStream_t stream);

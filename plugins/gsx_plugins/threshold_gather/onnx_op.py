@@ -1,7 +1,7 @@
 """`ThresholdGather` for ONNX: schema and body.
 
-The body needs NonZero, which TensorRT-RTX 1.7 refuses; there the plugin stands in. A NaN score compares false
-and so is not kept.
+The body needs NonZero, which TensorRT-RTX 1.7 refuses; there the plugin is used. A comparison with a NaN score is
+false, so it is not kept.
 """
 
 from gsx_plugins.domain import OnnxOp

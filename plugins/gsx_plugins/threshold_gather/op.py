@@ -12,10 +12,13 @@ from torch import Tensor
 def threshold_gather(x: Tensor, score: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of x whose score exceeds the threshold, in token order.
 
-    Args: x [N, H]; score [N] float32; threshold [] float32, in the unit of score. N: tokens, batch x sequence.
-    Returns: rows [K, H], type of x; index [K] int64, ascending; count [] int64, equal to K. K may be 0.
-    A NaN score is not kept.
-    Rule: docs/design.md section 3, GateSkip `threshold`.
+    A NaN score is not kept. The rule is that of docs/design.md, section 3, GateSkip `threshold`.
+
+    Args:
+        x: [N, H], where N is batch x sequence tokens.
+        score: [N] float32.
+        threshold: [] float32, in the unit of score.
+    Returns: rows [K, H] of x's type; index [K] int64, ascending; count [] int64, equal to K. K may be 0.
     """
     index = torch.nonzero(score > threshold).reshape(-1)
     return x.index_select(0, index), index, torch.tensor(index.numel(), dtype=torch.int64)

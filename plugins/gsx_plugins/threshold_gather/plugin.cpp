@@ -1,4 +1,4 @@
-// ThresholdGather for TensorRT: selection, then the gather of as many rows as it found.
+// ThresholdGather for TensorRT: selects tokens, then gathers their rows.
 
 #include "native/gather_rows.h"
 #include "native/plugin.h"

@@ -1,1 +1,1 @@
-"""`TopKGather`: the rows of the K best scores, in token order (README.md beside this file)."""
+"""`TopKGather`: the rows of the K best scores, in token order (README.md in this folder)."""

@@ -1,13 +1,13 @@
-// Selection of the K best scores. Both ways find the key of the K-th best score (the pivot); what is above it is kept,
-// and of what equals it the first that are still needed.
+// Selection of the K best scores. Both methods find the key of the K-th best score (the pivot). Keys above it are kept, and
+// of those equal to it the first ones, as many as are still needed.
 //
-// Up to kOneBlock tokens: one block holds all keys in registers and settles two bits of the pivot a step, by counting
-// how many keys reach each of three candidates. It takes no atomics, so its time does not depend on the scores (gate
-// scores share their leading bits, which makes a histogram's atomics collide), skips the bits that all keys share, and
+// Up to kOneBlock tokens: one block holds all keys in registers and determines two bits of the pivot per step, by counting
+// how many keys reach each of three candidates. This needs no atomics, so its time does not depend on the scores (gate
+// scores share their leading bits, so the atomics of a histogram would collide). It skips the bits that all keys share, and
 // stops when exactly K keys reach a candidate.
 //
-// Above: three kernels count digits of 11, 11 and 10 bits, each among the keys that share the digits found so far; the
-// last block of each picks the digit. A fourth writes the list (compact.cuh).
+// Above that: three kernels build histograms of digits of 11, 11 and 10 bits, each over the keys that share the digits
+// found so far; the last block of each kernel picks the digit. A fourth kernel writes the list (compact.cuh).
 
 #include "topk_gather/kernel.h"
 
@@ -28,7 +28,7 @@ constexpr int64_t kTile = kTileThreads * kTileItems;
 
 int64_t tilesOf(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
 
-// Keys of a thread's items, kBelowAll behind the end.
+// The keys of a thread's items; kBelowAll beyond the end.
 template <int ITEMS>
 __device__ void loadKeys(const float* score, int64_t first, int64_t tokens, uint32_t (&keys)[ITEMS]) {
     float scores[ITEMS];
@@ -38,7 +38,7 @@ __device__ void loadKeys(const float* score, int64_t first, int64_t tokens, uint
     }
 }
 
-// The smallest and the greatest key of the block's tokens. Every thread calls it.
+// The smallest and the greatest key of the block's tokens. Must be called by every thread.
 template <int THREADS, int ITEMS>
 __device__ uint2 keyRange(const uint32_t (&keys)[ITEMS]) {
     constexpr int kWarps = THREADS / kWarp;
@@ -61,8 +61,8 @@ __device__ uint2 keyRange(const uint32_t (&keys)[ITEMS]) {
     return {low, high};
 }
 
-// One more where the key reaches the limit, which is not 0: then key - limit carries. One block's time is the number of
-// its instructions, and a compiler that is left to it takes twice as many here.
+// Add one if the key reaches the limit, which must not be 0: key - limit then sets the carry. The time of the single block
+// is determined by its number of instructions, and without the assembly the compiler generates twice as many here.
 __device__ inline void countReached(uint32_t& count, uint32_t key, uint32_t limit) {
 #ifdef __CUDA_ARCH__
     asm("{\n\t.reg .u32 rest;\n\tadd.cc.u32 rest, %1, %2;\n\taddc.u32 %0, %0, 0;\n\t}"
@@ -73,15 +73,15 @@ __device__ inline void countReached(uint32_t& count, uint32_t key, uint32_t limi
 #endif
 }
 
-// What is kept: keys above `pivot`, and the first keys equal to it until there are enough.
-// Every thread calls it, with wanted >= 1.
+// Find the pivot: keys above it are kept, and the first keys equal to it until there are enough.
+// Must be called by every thread, with wanted >= 1.
 template <int THREADS, int ITEMS>
 __device__ uint32_t findPivot(const uint32_t (&keys)[ITEMS], uint32_t wanted) {
     constexpr int kWarps = THREADS / kWarp;
-    constexpr int kField = 10;  // bits for a warp's count; three of them share a word
+    constexpr int kField = 10;  // bits for the count of a warp; three counts share a word
     constexpr uint32_t kFieldMask = (1u << kField) - 1;
-    static_assert(kWarp * ITEMS <= kFieldMask, "a warp's count fits its field");
-    __shared__ uint32_t reached[2][kWarps];  // in turn, so that one barrier a step is enough
+    static_assert(kWarp * ITEMS <= kFieldMask, "the count of a warp fits its field");
+    __shared__ uint32_t reached[2][kWarps];  // used in turn, so that one barrier per step is enough
     const int lane = static_cast<int>(threadIdx.x) % kWarp;
 
     const uint2 range = keyRange<THREADS, ITEMS>(keys);
@@ -110,7 +110,7 @@ __device__ uint32_t findPivot(const uint32_t (&keys)[ITEMS], uint32_t wanted) {
         } else if (reachOne >= wanted) {
             pivot = one;
         }
-        // Exactly the wanted keys reach it: those above its predecessor, and no tie is needed.
+        // Exactly the wanted keys reach it. They are those above its predecessor, so no ties are needed.
         if (reachOne == wanted || reachTwo == wanted || reachThree == wanted) return pivot - 1;
     }
     return pivot;
@@ -146,18 +146,18 @@ constexpr int kBins = 2048;
 __host__ __device__ constexpr int digitBits(int pass) { return pass < 2 ? 11 : 10; }
 __host__ __device__ constexpr int digitShift(int pass) { return pass == 0 ? 21 : pass == 1 ? 10 : 0; }
 
-// Scratch memory of the way above kOneBlock; all 0 at the start. The words of the tiles come behind it.
+// Scratch memory for more than kOneBlock tokens; initially all 0. The words of the tiles follow it.
 struct SearchState {
-    uint32_t prefix;             // the pivot's digits found so far; in the end the pivot
-    uint32_t wanted;             // how many keys are still to be found among those that share them
+    uint32_t prefix;             // the digits of the pivot found so far; in the end the pivot
+    uint32_t wanted;             // how many keys are still wanted among those that share these digits
     uint32_t nextTile;
-    uint32_t finished[kPasses];  // blocks of a pass that have counted
+    uint32_t finished[kPasses];  // how many blocks of each pass have finished counting
     uint32_t padding[2];
     uint32_t bins[kPasses][kBins];
 };
-static_assert(sizeof(SearchState) % kWorkspaceAlignment == 0, "the words behind it are aligned");
+static_assert(sizeof(SearchState) % kWorkspaceAlignment == 0, "the words after it are aligned");
 
-// Pick the digit of the bin that holds the last wanted key, counted from the greatest. Every thread of one block.
+// Pick the digit of the bin with the last wanted key, counted from the greatest. Must be called by every thread of a block.
 template <int PASS>
 __device__ void pickDigit(SearchState* state, uint32_t prefix, uint32_t wanted) {
     constexpr int kEach = kBins / kTileThreads;
@@ -177,7 +177,7 @@ __device__ void pickDigit(SearchState* state, uint32_t prefix, uint32_t wanted) 
         }
         above += counts[i];
     }
-    if (wanted == 0 && threadIdx.x == 0) {  // nothing is above the greatest key
+    if (wanted == 0 && threadIdx.x == 0) {  // the greatest key: no key is above it
         state->prefix = prefix << digitBits(PASS) | ((1u << digitBits(PASS)) - 1);
         state->wanted = 0;
     }
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kTileThreads)
     uint32_t keys[kTileItems];
     loadKeys<kTileItems>(score, blockIdx.x * kTile + int64_t{threadIdx.x} * kTileItems, tokens, keys);
     for (const uint32_t key : keys) {
-        // In the first pass no digits are found yet (and a shift by 32 bits is not defined).
+        // In the first pass no digits have been found yet (and a shift by 32 bits would be undefined).
         const bool shares = PASS == 0 || key >> (digitShift(PASS) + digitBits(PASS)) % 32 == prefix;
         if (shares && key != kBelowAll) atomicAdd(&bins[key >> digitShift(PASS) & ((1u << digitBits(PASS)) - 1)], 1u);
     }

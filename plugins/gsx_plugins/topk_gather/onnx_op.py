@@ -1,7 +1,7 @@
 """`TopKGather` for ONNX: schema and body.
 
-ONNX's TopK breaks ties by the smaller index, which is the rule that we need. The second TopK brings the chosen
-rows back into token order (ONNX has no sort). NaN counts as the lowest finite score: above padding (-inf).
+ONNX's TopK breaks ties by the smaller index, which is the rule that we need. The second TopK sorts the chosen rows into
+token order (ONNX has no sort). NaN counts as the lowest finite score, which is above that of padding (-inf).
 """
 
 from gsx_plugins.domain import OnnxOp

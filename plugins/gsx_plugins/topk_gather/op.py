@@ -12,10 +12,13 @@ from torch import Tensor
 def topk_gather(x: Tensor, score: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of x with the k best scores, in token order; among equal scores the earlier token wins.
 
-    Args: x [N, H]; score [N] float32; k [1] int64, 0 <= k <= N. N: tokens, batch x sequence.
-    Returns: rows [K, H], type of x; index [K] int64, ascending; count [] int64, equal to K = k.
-    NaN counts as the lowest finite score.
-    Rule: docs/design.md section 3, GateSkip `rank`.
+    NaN counts as the lowest finite score. The rule is that of docs/design.md, section 3, GateSkip `rank`.
+
+    Args:
+        x: [N, H], where N is batch x sequence tokens.
+        score: [N] float32.
+        k: [1] int64, 0 <= k <= N.
+    Returns: rows [K, H] of x's type; index [K] int64, ascending; count [] int64, equal to K = k.
     """
     ranked = score.nan_to_num(nan=torch.finfo(score.dtype).min, posinf=float("inf"), neginf=float("-inf"))
     order = torch.sort(ranked, descending=True, stable=True).indices

@@ -79,7 +79,7 @@ CASES = {
     "K and V that grow": Case("kv_layout differs", entry={"kv_layout": "growing"}),
     "exported again": Case("model.onnx sha256 differs", graph={"graph_sha256": "1" * 64}),
     "other weights": Case("weights of model differs", graph={"weights_sha256": "1" * 64}),
-    "a graph without engine": Case("have no draft", Here(graph="draft")),
+    "a graph without engine": Case("there is no engine of draft", Here(graph="draft")),
     "a record that is gone": Case("found no readable file", edit=lambda d: engine_file(d, ENGINE_FILE).unlink()),
     "a record that is no JSON": Case("no readable file", edit=lambda d: engine_file(d, ENGINE_FILE).write_text("{")),
     "a record of another engine": Case(
@@ -218,19 +218,31 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "hash": (lambda m: m["weights"].update(sha256="AB" * 32), "weights.sha256: does not match"),
     "budget": (lambda m: m["selection"].update(budget=0), "selection.budget: must be above 0"),
     "mode": (lambda m: m["selection"].update(mode="luck"), "selection.mode: must be one of"),
-    "order": (lambda m: m["selection"]["grid"].reverse(), "needs a grid of distinct budgets in falling order"),
-    "no grid": (lambda m: m["selection"].update(grid=[]), "needs a grid of distinct budgets in falling order"),
+    "order": (lambda m: m["selection"]["grid"].reverse(), "needs a grid of distinct budgets in descending order"),
+    "no grid": (lambda m: m["selection"].update(grid=[]), "needs a grid of distinct budgets in descending order"),
     "a row": (lambda m: m["selection"]["grid"][0]["thresholds"].pop(), "thresholds are for"),
     "a column": (lambda m: m["selection"]["grid"][0]["thresholds"][0].pop(), "has the wrong number of items"),
-    "gates alone": (lambda m: m.update(selection=None), "a policy that reads thresholds or a budget go together"),
+    "gates alone": (
+        lambda m: m.update(selection=None),
+        "a selection requires a policy that reads thresholds or a budget",
+    ),
     "a policy without gates": (lambda m: m.update(gates=None), "the policy gateskip needs gates"),
+    "a parameter of another policy": (
+        lambda m: m["policy"]["parameters"].update(stride=2),
+        "policy.parameters.stride: is not known",
+    ),
+    "a policy without its parameters": (
+        lambda m: m["policy"].update(name="ffn-skip"),
+        "policy.parameters.stride: is missing",
+    ),
+    "a policy without a name": (lambda m: m["policy"].pop("name"), "policy.name: must name one of the known kinds"),
     "a layer that is not there": (
         lambda m: m["policy"].update(layers=[0, 99]),
-        "the policy reaches layer 99 of",
+        "the policy names layer 99, the model has",
     ),
     "a threshold without a measure": (
         lambda m: m["policy"]["inputs"].append({"name": "exit_threshold", "least": 0, "most": 1}),
-        "a policy that reads an exit threshold needs its range and the exported one",
+        "a policy that reads an exit threshold needs its range and its exported value",
     ),
     "no model": (lambda m: m["graphs"].update(other=m["graphs"].pop("model")), "graphs lacks model"),
     "a draft of no kind": (lambda m: m.update(draft={"draft": {"layer": 1}}), "draft.draft.kind: must name"),
@@ -258,6 +270,21 @@ def test_an_edited_manifest(
     assert "the file was edited: restore it, or run `gsx export` again" in found
     if name != "huge":  # Python's whole numbers have no end
         assert "is not a valid manifest" in python_says(directory, here)
+
+
+def test_a_policy_of_another_package(
+    cpp_build: Path, make_bundle: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A bundle that another package's rule exported runs without that package, in both languages."""
+
+    def rename(manifest: dict[str, Any]) -> None:
+        manifest["policy"].update(name="norm-skip", parameters={"skipped": ["attn", "mlp"]})
+
+    here = Here()
+    directory = make_bundle(Case("", edit=edited(rename)))
+    found = cpp_says(cpp_build, directory, here, monkeypatch, tmp_path)
+    assert found == python_says(directory, here)
+    assert "is not a valid manifest" not in found
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"schema_version": 1, "x": "\\ud800"}', "\x00", "null"])

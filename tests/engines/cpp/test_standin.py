@@ -106,17 +106,17 @@ ROWS = {
     "no properties": Row("asking for the GPU's properties", ("failing=cudaGetDeviceProperties",)),
     "built with another TensorRT": Row("tensorrt_version differs", record=version("9.9.9.9")),
     "no runtime": Row("does not start\n  found stand-in: made to fail", ("failing=createInferRuntime",)),
-    "no engine": Row("does not take the engine\n  found stand-in: the magic tag", plan=lambda plan: plan.clear()),
-    "refused": Row("does not take the engine\n  found stand-in: made", ("failing=deserializeCudaEngine",)),
+    "no engine": Row("cannot load the engine\n  found stand-in: the magic tag", plan=lambda plan: plan.clear()),
+    "refused": Row("cannot load the engine\n  found stand-in: made", ("failing=deserializeCudaEngine",)),
     "plugins that nobody loads": Row("found stand-in: no plugin", plan=lambda plan: plan.update(plugins=True)),
     "no stream": Row("CUDA failed while making a stream", ("failing=cudaStreamCreate",)),
-    "no context": Row("has no memory for an execution context", ("failing=createExecutionContext",)),
+    "no context": Row("not enough memory for an execution context", ("failing=createExecutionContext",)),
     "a profile less": Row("the engine has no profile 1", plan=fewer),
     "a narrower profile": Row(
-        "does not take input_ids of shape [1, 6]\n  found stand-in: input_ids: axis 1 is 6, profile 0 takes 1 to 2",
+        "does not accept input_ids with shape [1, 6]\n  found stand-in: input_ids: axis 1 is 6, profile 0 takes 1 to 2",
         plan=narrower,
     ),
-    "an address": Row("does not take the memory of attention_mask", ("failing=setTensorAddress",)),
+    "an address": Row("does not accept the memory for attention_mask", ("failing=setTensorAddress",)),
     "an address on the host": Row(
         "does not take the memory of", ("failing=setTensorAddress",), model="rank, counted by the host"
     ),

@@ -9,13 +9,13 @@
 
 namespace gsx {
 
-// An opened bundle: where it lies, and its checked `gsx.json`.
+// An opened bundle: its directory, and its checked `gsx.json`.
 struct Bundle {
     std::filesystem::path directory;
     Manifest manifest;
 };
 
-// Open a bundle. Graphs are hashed; the weights file, which may be large, is checked by its size.
+// Open a bundle. Graphs are checked by hash; the weights file, which may be large, only by size.
 // Throws BundleError: not a bundle, an unreadable or edited manifest, a missing or changed file.
 Bundle openBundle(std::filesystem::path const& directory);
 

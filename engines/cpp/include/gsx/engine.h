@@ -1,7 +1,7 @@
 // The interface between decoding and a runtime: one engine of a bundle that can be called.
 //
-// The library's own implementation is TensorRT's (src/tensorrt); another one makes a generator of any runtime, and a test
-// of the decoding logic without a GPU. All arrays that cross it are on the host, but for the K/V buffers.
+// The library implements it for TensorRT (src/tensorrt). Another implementation lets a bundle generate on another runtime,
+// or tests the decoding logic without a GPU. All arrays that cross the interface are on the host, except the K/V buffers.
 
 #pragma once
 
@@ -17,10 +17,10 @@ namespace gsx {
 
 using Shape = std::vector<int64_t>;
 
-// Elements of an array of this shape.
+// Number of elements of an array with this shape.
 size_t countOf(Shape const& shape);
 
-// A dense array on the host, the last axis next to each other.
+// A dense array on the host in row-major order.
 template <typename T>
 struct Array {
     Shape shape;
@@ -35,7 +35,7 @@ struct Array {
 using Value = std::variant<Array<float>, Array<int64_t>>;
 using Values = std::map<std::string, Value>;
 
-// Memory of the runtime's own, for inputs and outputs that stay there.
+// Memory owned by the runtime, for inputs and outputs that stay there between calls.
 class Buffer {
 public:
     Buffer() = default;
@@ -44,8 +44,8 @@ public:
     virtual ~Buffer() = default;
 };
 
-// A buffer and its shape, by the names of the inputs and outputs that have it. An output that continues an input
-// (`present.*`) shares the input's buffer.
+// A buffer and its shape. `Buffers` has them by the names of the inputs and outputs that use them; an output that continues
+// an input (`present.*`) shares the input's buffer.
 struct BoundBuffer {
     std::shared_ptr<Buffer> buffer;
     Shape shape;
@@ -60,14 +60,14 @@ public:
     Engine& operator=(Engine const&) = delete;
     virtual ~Engine() = default;
 
-    // Memory, filled with zeros, for the input or output of this name.
+    // Memory for the input or output of this name, filled with zeros.
     virtual std::shared_ptr<Buffer> buffer(Shape const& shape, std::string const& name) = 0;
 
     // One call.
     //   profile: number of the optimization profile.
     //   feeds: inputs from the host.
-    //   buffers: memory that stays.
-    //   results: the shapes of the outputs that are wanted on the host.
+    //   buffers: memory that persists between calls.
+    //   results: shapes of the outputs that are wanted on the host.
     virtual Values run(size_t profile, Values const& feeds, Buffers const& buffers,
                        std::map<std::string, Shape> const& results) = 0;
 };

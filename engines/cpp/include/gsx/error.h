@@ -1,4 +1,4 @@
-// The errors that gsx shows to people, as gsx_plugins/errors.py has them: every one carries four parts.
+// The errors that gsx shows to people. As in gsx_plugins/errors.py, each has four parts.
 
 #pragma once
 
@@ -8,14 +8,14 @@
 
 namespace gsx {
 
-// What was expected and found, and the way out; each part may be missing.
+// What was expected, what was found, and what to do about it; each part may be missing.
 struct Facts {
     std::optional<std::string> expected;
     std::optional<std::string> found;
     std::optional<std::string> todo;
 };
 
-// Something that the user can mend went wrong. `what()` is the whole message, over at most three lines.
+// Something went wrong that the user can fix. `what()` is the whole message, at most three lines long.
 class Error : public std::runtime_error {
 public:
     Error(std::string const& thing, Facts facts);

@@ -1,4 +1,4 @@
-// What a caller asks of a generation, and what comes back.
+// A generation: what a caller asks for, and what it returns.
 
 #pragma once
 
@@ -18,33 +18,33 @@ enum class FinishReason { kEndOfText, kLength, kContext, kStopped };
 // "end-of-text", "length", "context" or "stopped".
 char const* nameOf(FinishReason reason) noexcept;
 
-// Called with (sequence, token) for every new token, as soon as it is chosen; returns whether the sequence is to end
-// here (finish "stopped").
+// Called with (sequence, token) for every new token as soon as it is chosen. Returning true ends the sequence (finish
+// "stopped").
 using OnToken = std::function<bool(size_t, int64_t)>;
 
-// What a request keeps; what it leaves open is as exported. At most one is given.
+// What a request keeps; where it says nothing, the exported settings apply. At most one member is set.
 struct Keep {
-    // Share of skippable work, with rules that have thresholds.
+    // Share of skippable work to keep, for keep rules with thresholds.
     std::optional<double> budget;
-    // The branches that run, such as `0-3,6,8.attn`, with rules that read a layer mask. So do the others:
+    // The branches that run, such as `0-3,6,8.attn`, for keep rules that read a layer mask.
     std::optional<std::string> layers;
-    // How many layers run.
+    // How many layers run; for the same rules.
     std::optional<int64_t> exit;
-    // Target of Unified Layer Skipping: the prompt runs in full, new tokens through the kept layers.
+    // Target of Unified Layer Skipping: the prompt runs in full, new tokens run the kept layers. For the same rules.
     std::optional<double> speedup;
-    // Confidence at which a token leaves, with rules that measure it; infinity: none leaves.
+    // Confidence at which a token exits, for keep rules that measure it; infinity: no token exits.
     std::optional<double> exitThreshold;
 };
 
 struct Options {
-    // Of each sequence; the model's context may end it earlier.
+    // For each sequence; the model's context may end it earlier.
     int64_t maxNewTokens = 128;
-    // Of all prompts, or one for each; empty: all as exported. One batch has one budget, and one exit threshold.
+    // One for all prompts, or one for each; empty: as exported. A batch has one budget and one exit threshold.
     std::vector<Keep> keep;
     Sampling sampling;
-    // Tokens that end a sequence, and are kept in it; none for the model's end-of-text.
+    // Tokens that end a sequence; they stay part of it. Unset: the model's end-of-text tokens.
     std::optional<Tokens> stopIds;
-    // Tokens drafted at once, 0 for plain decoding; none to find it while generating.
+    // Tokens drafted at once, 0 for plain decoding. Unset: found while generating.
     std::optional<int64_t> draftLength;
     OnToken onToken;
 };
@@ -54,33 +54,33 @@ struct GenerationStats {
     int64_t promptTokens = 0;
     int64_t newTokens = 0;
     int64_t sequences = 0;
-    // Until the first tokens are chosen; all later rounds.
+    // Time until the first tokens are chosen, and time of all later rounds.
     double prefillSeconds = 0;
     double decodeSeconds = 0;
-    // Rounds after the first call: each has one verification, or one plain step.
+    // Rounds after the first call; each has one verification or one plain step.
     int64_t decodeSteps = 0;
-    // Parts of decodeSeconds: in draft steps; in verifications and plain steps. What is left is the loop's own.
+    // Parts of decodeSeconds: in draft steps, and in verifications and plain steps. The rest is spent in the loop itself.
     double draftSeconds = 0;
     double verifySeconds = 0;
-    // By place in the draft, its first token first: how often a token stood there with none but right ones before it,
-    // and how often it was right.
+    // By position in the draft, from its first token on: how often a token was drafted there after only correct ones, and
+    // how often it was correct itself.
     std::vector<int64_t> drafted;
     std::vector<int64_t> accepted;
-    // Rows that skippable branches ran on, and rows that the keep rule judged, in all layers that the model itself ran.
+    // Rows that skippable branches ran on, and rows that the keep rule decided on, in all layers that the model itself ran.
     int64_t keptRows = 0;
     int64_t gatedRows = 0;
 
-    // Share of (token, branch) pairs kept; none without a keep rule.
+    // Share of (token, branch) pairs kept; unset without a keep rule.
     std::optional<double> keptShare() const;
-    // New tokens after the first of each sequence, by the time that they took.
+    // New tokens after the first of each sequence, divided by the time that they took.
     std::optional<double> decodeTokensPerSecond() const;
-    // New tokens of a sequence for each round; above 1 where a draft was right.
+    // New tokens of a sequence per round; above 1 where drafts were accepted.
     std::optional<double> tokensPerVerification() const;
-    // Chance of a drafted token to be right, if the ones before it are.
+    // Probability that a drafted token is correct, given that those before it are.
     std::optional<double> acceptance() const;
 };
 
-// One sequence's result: the new tokens, and why it ended.
+// The result of one sequence: its new tokens, and why it ended.
 struct Generated {
     Tokens tokens;
     FinishReason finish = FinishReason::kLength;

@@ -1,4 +1,4 @@
-// The C++ runtime of gsx: a bundle generates. See docs/cpp.md.
+// The C++ runtime of gsx: generating text with a bundle. See docs/cpp.md.
 
 #pragma once
 

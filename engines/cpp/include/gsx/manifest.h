@@ -1,4 +1,4 @@
-// What the C++ runtime needs of `gsx.json`, read and checked by the rules of gsx_engines/bundle.
+// The part of `gsx.json` that the C++ runtime needs, read and checked by the same rules as in gsx_engines/bundle.
 
 #pragma once
 
@@ -13,13 +13,13 @@
 
 namespace gsx {
 
-// The columns of a table that has one for each branch.
+// The branches of a layer; in tables with a column for each branch, its column.
 enum class Branch { kAttention, kMlp };
 inline constexpr int kBranches = 2;
 // "attn" or "mlp".
 char const* nameOf(Branch branch) noexcept;
 
-// A gated branch: its layer, counted from 0, and which of the two.
+// A skippable branch: its layer, counted from 0, and which of the two branches.
 using Place = std::pair<int64_t, Branch>;
 
 struct DecoderShape {
@@ -39,43 +39,43 @@ struct GridPoint {
 
 enum class SelectionMode { kThreshold, kRank };
 
-// How kept tokens are chosen. The grid is in falling order of budgets, and empty for rank selection.
+// How kept tokens are chosen. The grid is in descending order of budgets, and empty for rank selection.
 struct Selection {
     SelectionMode mode = SelectionMode::kThreshold;
     double budget = 1;
     std::vector<GridPoint> grid;
 
-    // Thresholds for a budget: calibrated ones, or linearly between two calibrated neighbours (float32).
-    // Throws UsageError for a budget below the grid, or one that is no share.
+    // Thresholds for a budget: the calibrated ones, or interpolated linearly between two calibrated budgets (float32).
+    // Throws UsageError for a budget below the grid or not in (0, 1].
     Thresholds thresholdsFor(double wanted) const;
 };
 
-// What a graph reads at run time beside the tokens, and the exported value of those that no other section holds.
+// A run-time input of the keep rule, with its exported value where no other section has it.
 struct RuntimeInput {
     std::string name;
-    // Of its values; none: no bound.
+    // Bounds of its values; unset: no bound.
     std::optional<double> least;
     std::optional<double> most;
-    // Of `layer_mask`: 1 for a branch that runs.
+    // The default of `layer_mask`: 1 for a branch that runs.
     Thresholds defaultMask;
 };
 
-// The keep rule: which tokens run which branch.
+// The policy: a keep rule, which decides which tokens run which branch, with its parameters.
 struct Policy {
     std::string name;
-    // Those that it may skip, in every layer that it reaches.
+    // Branches that it may skip, in every layer that it applies to.
     std::vector<Branch> branches;
-    // Those that it reaches; none: all.
+    // Layers that it applies to; unset: all.
     std::optional<std::vector<int64_t>> layers;
     std::vector<RuntimeInput> inputs;
-    // New tokens that run every branch, after a prompt that does too; none: the rule applies to every token.
+    // How many new tokens run every branch after a prompt that does so too; unset: the rule applies to every token.
     std::optional<int64_t> warmUp;
-    // Depths that the model was trained to leave at; empty: any.
+    // Depths at which the model was trained to exit; empty: any.
     std::vector<int64_t> exits;
-    // The exported confidence at which a token leaves, with rules that measure it; infinite: none leaves.
+    // The exported confidence at which a token exits, for rules that measure it; infinite: no token exits.
     std::optional<double> exitThreshold;
 
-    // An input by its name; null if the rule does not read it.
+    // A run-time input by name; null if the rule does not read it.
     RuntimeInput const* input(std::string const& wanted) const;
 };
 
@@ -98,7 +98,7 @@ struct DraftEntry {
     std::optional<int64_t> length;
 };
 
-// A file of the bundle: a bare name, so that nothing outside of the bundle can be meant.
+// A file of the bundle; its name has no folders, so it cannot point outside the bundle.
 struct FileEntry {
     std::string file;
     std::string sha256;
@@ -118,7 +118,7 @@ struct Sizes {
     int64_t most = 1;
 };
 
-// Calls that an engine takes: sequences, tokens of each in the call, columns of the cache that are read.
+// The calls that an engine accepts: number of sequences, tokens of each in the call, and cache columns that are read.
 struct EngineProfile {
     std::string name;
     Sizes batch;
@@ -130,7 +130,7 @@ struct EngineGraph {
     FileEntry file;
     std::string graphSha256;
     std::string weightsSha256;
-    // Op of domain gsx -> what became of it.
+    // Op of domain gsx -> what the engine runs in its place.
     std::map<std::string, std::string> forms;
     std::vector<TensorInfo> inputs;
     std::vector<TensorInfo> outputs;
@@ -148,13 +148,13 @@ struct EngineEntry {
     std::vector<std::string> targets;
     std::string platform;
     std::optional<std::string> gpu;
-    // `in-place`, or `growing`, which this library does not run.
+    // `in-place`; or `growing`, which this library does not run.
     std::string kvLayout = "in-place";
     int64_t capacity = 0;
     std::vector<EngineProfile> profiles;
     std::optional<PluginRecord> plugins;
     std::map<std::string, EngineGraph> graphs;
-    // The entry as it was written, in one form, to compare it with engine.json.
+    // The entry in canonical form, for comparing it with engine.json.
     std::string canonical;
 };
 
@@ -166,8 +166,8 @@ struct Manifest {
     std::string kvPolicy;
     std::map<std::string, FileEntry> graphs;
     FileEntry weights;
-    // What passes from `draft` to `verify`, by the graphs' names; empty without an exit.
-    std::vector<std::string> exitNames;
+    // What passes from `draft` to `verify`: the outputs of the one that are inputs of the other. Empty without an exit.
+    std::vector<std::string> exitState;
     std::optional<DraftEntry> draft;
     std::map<std::string, EngineEntry> engines;
 
@@ -175,7 +175,7 @@ struct Manifest {
     std::vector<Place> skippablePlaces(int64_t first, int64_t last) const;
 };
 
-// Throws UsageError for what is not a share above 0 and up to 1.
+// Throws UsageError for a budget that is not in (0, 1].
 void checkBudget(double budget);
 
 }  // namespace gsx

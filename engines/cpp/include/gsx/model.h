@@ -1,6 +1,6 @@
-// A model that generates: a bundle, and what runs its graphs.
+// A model that generates: a bundle, and the engines that run its graphs.
 //
-// A model makes one generation at a time; threads that share one take turns outside of it.
+// A model runs one generation at a time; threads that share one must synchronize themselves.
 
 #pragma once
 
@@ -18,31 +18,31 @@ namespace gsx {
 
 // How a model drafts.
 struct Drafting {
-    // False: plain decoding, whatever the bundle has.
+    // False: plain decoding, even if the bundle has a draft.
     bool speculative = true;
-    // In another way than the bundle's own: `exit:E`, `budget:B` or `layers:SET`.
+    // A draft to use in place of the bundle's own: `exit:E`, `budget:B` or `layers:SET`.
     std::optional<std::string> draft;
 };
 
 class Model {
 public:
-    // Called with `model`, or with `draft` and `verify`: the engine of that graph.
+    // Makes the engine of a graph; called with `model`, or with `draft` and with `verify`.
     using MakeEngine = std::function<std::unique_ptr<Engine>(std::string const&)>;
 
-    // `entry` describes the engines (gsx/tensorrt.h opens TensorRT's).
-    // Throws UsageError: the bundle cannot draft in this way; and what `makeEngine` throws.
+    // `entry` describes the engines (gsx/tensorrt.h opens those of TensorRT).
+    // Throws UsageError: the bundle cannot draft in this way. Passes on what `makeEngine` throws.
     Model(Bundle bundle, EngineEntry entry, MakeEngine const& makeEngine, Drafting const& drafting = {});
     Model(Model&&) noexcept;
     Model& operator=(Model&&) noexcept;
     ~Model();
 
     Bundle const& bundle() const;
-    // What drafts; none for plain decoding.
+    // The draft in use; unset for plain decoding.
     std::optional<DraftKind> draft() const;
 
     // Continue prompts, given as token ids, in one batch.
-    // Throws UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, an option that is none.
-    // Throws EngineError: the engines have no room for so much, or fail.
+    // Throws UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, an invalid option.
+    // Throws EngineError: the request does not fit into the engines, or they fail.
     Generation generate(std::vector<Tokens> const& prompts, Options const& options = {});
 
 private:

@@ -10,21 +10,21 @@
 namespace gsx {
 
 struct GpuOptions {
-    // The plugin library that the engines were built with; none for what GSX_PLUGIN_LIBRARY names, else the one that
+    // The plugin library that the engines were built with. Unset: the one that GSX_PLUGIN_LIBRARY names, else the one that
     // `gsx plugins build` made on this machine.
     std::optional<std::filesystem::path> pluginLibrary;
-    // Record calls of the same shapes, and replay them. Engines in which the GPU alone knows how many rows a plugin keeps
-    // cannot be recorded, and run as they are.
+    // Record calls of the same shapes and replay them. Engines in which only the GPU knows how many rows a plugin keeps
+    // cannot be recorded; they run without.
     bool cudaGraphs = true;
 };
 
 // "tensorrt" or "tensorrt-rtx": the backend whose engines this library runs (`gsx build --backend`).
 char const* backendName() noexcept;
 
-// A bundle's model on the first GPU that is visible.
-// Throws BundleError: as openBundle. Throws UsageError: the bundle cannot draft in this way.
+// Open a bundle's model on the first visible GPU.
+// Throws BundleError: as openBundle does. Throws UsageError: the bundle cannot draft in this way.
 // Throws EngineError: no GPU, no engines, or engines that do not fit this machine; it says what differs, both values, and
-// what mends it.
+// how to fix it.
 Model openModel(std::filesystem::path const& directory, Drafting const& drafting = {}, GpuOptions const& options = {});
 
 }  // namespace gsx

@@ -1,4 +1,4 @@
-// The GPU and its memory: what an engine needs of the CUDA runtime, each thing freed with its object.
+// The GPU and its memory: what an engine needs from the CUDA runtime. Every resource is freed with its object.
 
 #pragma once
 
@@ -11,11 +11,11 @@
 
 namespace gsx {
 
-// Throws EngineError with CUDA's words where a call failed; `doing` is what it was for.
+// Throws EngineError with CUDA's message if a call failed; `doing` says what the call was for.
 void checkCuda(cudaError_t code, std::string const& doing);
 
-// Without a word. An error that CUDA still remembers is taken for that of the next kernel, whose launch is checked by
-// CUDA's last error (CUB, plugins).
+// Clear CUDA's last error after a failure that is ignored. Otherwise it would be taken for an error of the next kernel,
+// whose launch is checked by CUDA's last error (CUB, plugins).
 void forgetError(cudaError_t code) noexcept;
 
 struct Device {

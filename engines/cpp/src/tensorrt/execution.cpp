@@ -18,21 +18,21 @@ constexpr int32_t kHeadersMajor = TRT_MAJOR_RTX;
 #else
 constexpr int32_t kHeadersMajor = NV_TENSORRT_MAJOR;
 #endif
-// A CUDA graph is recorded once so many calls were made in the same way: TensorRT sets itself up in the first ones.
+// A CUDA graph is recorded after this many identical calls: TensorRT allocates and initializes in the first ones.
 constexpr int kCallsBeforeRecording = 2;
 constexpr size_t kLongestError = 600;
 
 bool isRtx() { return std::string(backendName()) == "tensorrt-rtx"; }
 
-// TensorRT's classes have no stable layout: an object of another major version is called at the wrong places.
-// TensorRT-RTX 1.7 has the layout of TensorRT 11's public headers (seen with 1.7.1 and 11.1; those of 10.16 crash).
+// TensorRT's classes have no stable layout: with headers of another major version, calls end up in the wrong functions.
+// TensorRT-RTX 1.7 has the layout of TensorRT 11's public headers (tried with 1.7.1 and 11.1; those of 10.16 crash).
 void checkHeaders() {
     constexpr int32_t kRtxLayout = 11;
     int32_t const library = getInferLibMajorVersion();
     bool const fits = kHeadersMajor == library || (isRtx() && library == 1 && kHeadersMajor == kRtxLayout);
     if (fits) return;
     throw EngineError(std::string(backendName()) + ": the library is not the one that gsx was built for",
-                      {"major version " + std::to_string(kHeadersMajor) + ", as its headers", tensorrtVersion(),
+                      {"major version " + std::to_string(kHeadersMajor) + ", that of the headers", tensorrtVersion(),
                        "build gsx with the headers of the TensorRT that is installed (TENSORRT_ROOT)"});
 }
 
@@ -45,13 +45,13 @@ size_t bytesOf(nvinfer1::DataType type, std::string const& name) {
     case nvinfer1::DataType::kBF16: return 2;
     case nvinfer1::DataType::kINT8:
     case nvinfer1::DataType::kFP8: return 1;
-    default: throw EngineError("the engine's " + name + " has a type that gsx does not know");
+    default: throw EngineError("the engine's tensor " + name + " has an unknown type");
     }
 }
 
 nvinfer1::Dims dimsOf(Shape const& shape, std::string const& name) {
     nvinfer1::Dims dims{};
-    if (shape.size() > nvinfer1::Dims::MAX_DIMS) throw EngineError("the engine's " + name + " has too many axes");
+    if (shape.size() > nvinfer1::Dims::MAX_DIMS) throw EngineError("the engine's tensor " + name + " has too many axes");
     dims.nbDims = static_cast<int32_t>(shape.size());
     std::copy(shape.begin(), shape.end(), dims.d);
     return dims;
@@ -69,7 +69,7 @@ size_t roundedUp(size_t size) {
     return power;
 }
 
-// TensorRT wants every address at a multiple of this, those of the host as well (IExecutionContext::setTensorAddress).
+// TensorRT requires every address to be a multiple of this, on the host too (IExecutionContext::setTensorAddress).
 constexpr std::align_val_t kAlignment{256};
 
 struct FreeHost {
@@ -79,7 +79,7 @@ using HostMemory = std::unique_ptr<void, FreeHost>;
 
 HostMemory makeHostMemory(size_t size) { return HostMemory(::operator new(std::max<size_t>(size, 1), kAlignment)); }
 
-// What an array is made of, whatever its type.
+// An array of either type: its bytes and its shape.
 struct HostView {
     void const* data;
     size_t bytes;
@@ -108,7 +108,7 @@ void Logger::log(Severity severity, char const* text) noexcept {
         std::lock_guard const lock(mMutex);
         mError.assign(text);
     } catch (std::exception const&) {
-        // Out of memory within TensorRT: the call that failed tells of it without words.
+        // Out of memory: the failing call of TensorRT is then reported without its message.
     }
 }
 
@@ -135,33 +135,33 @@ TensorRT::TensorRT(std::optional<std::filesystem::path> const& plugins) {
 std::unique_ptr<nvinfer1::ICudaEngine> TensorRT::deserialize(std::string const& plan) {
     std::unique_ptr<nvinfer1::ICudaEngine> engine(mRuntime->deserializeCudaEngine(plan.data(), plan.size()));
     if (!engine) {
-        throw EngineError(std::string(backendName()) + " " + tensorrtVersion() + " does not take the engine",
-                          {{}, mLogger.takeError(), "gsx build builds it anew for this machine"});
+        throw EngineError(std::string(backendName()) + " " + tensorrtVersion() + " cannot load the engine",
+                          {{}, mLogger.takeError(), "gsx build builds it again for this machine"});
     }
     return engine;
 }
 
 #ifdef TRT_MAJOR_RTX
 
-// What an engine's contexts are made with: kernels that TensorRT-RTX compiles, which come from a file and go back to it,
-// and its own recording of calls, which waits until the kernels for their shapes are compiled. Nothing is recorded where
-// an input stays on the host: it is read while a call is prepared, which a replayed call is not.
+// The configuration of an engine's contexts: a cache for the kernels that TensorRT-RTX compiles, loaded from a file and
+// saved to it, and TensorRT-RTX's own recording of calls, which starts once the kernels for their shapes are compiled.
+// Engines with an input on the host are not recorded: it is read while a call is prepared, and a replay skips that.
 class CudaEngine::ContextConfig {
 public:
     ContextConfig(nvinfer1::ICudaEngine& engine, std::filesystem::path path, bool cudaGraphs, Logger& logger)
         : mPath(std::move(path)), mConfig(engine.createRuntimeConfig()) {
         if (mConfig) mCache.reset(mConfig->createRuntimeCache());
-        if (!mCache) throw EngineError("TensorRT-RTX makes no cache for kernels", {{}, logger.takeError(), {}});
+        if (!mCache) throw EngineError("TensorRT-RTX cannot create its kernel cache", {{}, logger.takeError(), {}});
         mKnown = loadKernels(
             mPath, [&](std::string const& content) { return mCache->deserialize(content.data(), content.size()); });
         if (!mConfig->setRuntimeCache(*mCache)) {
-            throw EngineError("TensorRT-RTX does not take its cache for kernels", {{}, logger.takeError(), {}});
+            throw EngineError("TensorRT-RTX does not accept its kernel cache", {{}, logger.takeError(), {}});
         }
         if (cudaGraphs && !readsHost(engine) &&
             !mConfig->setCudaGraphStrategy(nvinfer1::CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE)) {
-            throw EngineError("TensorRT-RTX records no calls", {{}, logger.takeError(), {}});
+            throw EngineError("TensorRT-RTX cannot record calls", {{}, logger.takeError(), {}});
         }
-        logger.takeError();  // kernels of another driver, say, are refused in words, and compiled anew
+        logger.takeError();  // kernels of another driver, say, are refused with a message, and compiled again
     }
 
     ~ContextConfig() {
@@ -197,7 +197,7 @@ private:
 
 #else
 
-// TensorRT's engines hold their kernels, and its headers know neither a cache for them nor recording by TensorRT.
+// TensorRT's engines contain their kernels, and its headers have neither a kernel cache nor recording by TensorRT.
 class CudaEngine::ContextConfig {
 public:
     ContextConfig(nvinfer1::ICudaEngine&, std::filesystem::path const&, bool, Logger&) {}
@@ -207,20 +207,20 @@ public:
 
 #endif
 
-// An execution context on one profile, with the memory of its small inputs and its results.
+// An execution context for one profile, with memory for its small inputs and its results.
 class CudaEngine::Context {
 public:
     Context(CudaEngine& owner, size_t profile)
         : mOwner(owner), mStream(owner.mStream.get()), mContext(owner.newContext()) {
         if (!mContext) {
-            throw EngineError("TensorRT has no memory for an execution context",
-                              {{}, logger().takeError(), "gsx build with less --context"});
+            throw EngineError("there is not enough memory for an execution context",
+                              {{}, logger().takeError(), "gsx build with a smaller --context"});
         }
         if (!mContext->setOptimizationProfileAsync(static_cast<int32_t>(profile), mStream)) {
             throw EngineError("the engine has no profile " + std::to_string(profile),
-                              {{}, logger().takeError(), "gsx build builds it anew"});
+                              {{}, logger().takeError(), "build it again with gsx build"});
         }
-        checkCuda(cudaStreamSynchronize(mStream), "choosing a profile");  // a failure shows before the context is kept
+        checkCuda(cudaStreamSynchronize(mStream), "choosing a profile");  // a context that fails here is not kept
     }
 
     Values run(Values const& feeds, Buffers const& buffers, std::map<std::string, Shape> const& results) {
@@ -237,7 +237,7 @@ public:
         try {
             call(feeds, buffers, found);
         } catch (...) {
-            // Copies that were asked for before the failure may yet read the feeds and write the results.
+            // Copies that were queued before the failure may still read the feeds and write the results.
             forgetError(cudaStreamSynchronize(mStream));
             throw;
         }
@@ -256,8 +256,8 @@ private:
 
     void checkType(std::string const& name, HostView const& view) const {
         if (typeOf(name) != view.type) {
-            throw EngineError("the engine's " + name + " has another type than its record says",
-                              {{}, {}, "gsx build builds it anew"});
+            throw EngineError("the type of the engine's tensor " + name + " differs from its record",
+                              {{}, {}, "build it again with gsx build"});
         }
     }
 
@@ -284,7 +284,7 @@ private:
         checkCuda(cudaStreamSynchronize(mStream), "running the engine");
     }
 
-    // Hand an input over.
+    // Pass an input to the engine.
     void give(std::string const& name, HostView const& view) {
         checkType(name, view);
         if (mOwner.mEngine->getTensorLocation(name.c_str()) == nvinfer1::TensorLocation::kHOST) {
@@ -297,7 +297,7 @@ private:
                   "copying " + name + " to the GPU");
     }
 
-    // An input that stays on the host is read while the call is prepared, so a recording would keep its value.
+    // An input on the host is read while the call is prepared, so a recording would keep its old value.
     void giveOnHost(std::string const& name, HostView const& view) {
         forgetCalls();
         HostMemory& memory = mHostMemory[name];
@@ -306,7 +306,7 @@ private:
         if (!mContext->setInputTensorAddress(name.c_str(), memory.get())) refuseMemory(name);
     }
 
-    // Memory of a name, kept across calls; it grows in steps, so that a growing window seldom moves it.
+    // Memory for a tensor, kept across calls. It grows in powers of two, so that a growing window seldom moves it.
     DeviceMemory& room(std::string const& name, size_t size) {
         std::unique_ptr<DeviceMemory>& memory = mMemory[name];
         if (!memory || memory->size() < size) memory = std::make_unique<DeviceMemory>(roundedUp(size));
@@ -316,12 +316,12 @@ private:
     void bind(std::string const& name, void* address, Shape const& shape) {
         auto const bound = mBound.find(name);
         if (bound != mBound.end() && bound->second.address == address && bound->second.shape == shape) return;
-        // Before anything changes: where a part of it fails, the next call starts from nothing.
+        // First of all: if a part of this fails, the next call starts from scratch.
         forgetCalls();
         mBound.erase(name);
         bool const isInput = mOwner.mEngine->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
         if (isInput && !mContext->setInputShape(name.c_str(), dimsOf(shape, name))) {
-            throw EngineError("the engine does not take " + name + " of shape " + spelled(shape),
+            throw EngineError("the engine does not accept " + name + " with shape " + spelled(shape),
                               {{}, logger().takeError(), "gsx build --profile"});
         }
         if (!mContext->setTensorAddress(name.c_str(), address)) refuseMemory(name);
@@ -329,16 +329,16 @@ private:
     }
 
     [[noreturn]] void refuseMemory(std::string const& name) const {
-        throw EngineError("the engine does not take the memory of " + name, {{}, logger().takeError(), {}});
+        throw EngineError("the engine does not accept the memory for " + name, {{}, logger().takeError(), {}});
     }
 
-    // What was recorded, and what speaks for recording, holds for the shapes and addresses of that time.
+    // A recording, and the number of identical calls before it, are valid only for the shapes and addresses of that time.
     void forgetCalls() {
         mGraph.reset();
         mCallsAlike = 0;
     }
 
-    // Run, or replay what was recorded for the same shapes and addresses.
+    // Run the call, or replay its recording.
     void enqueue() {
         if (!mGraph && mOwner.mRecords && mCallsAlike >= kCallsBeforeRecording) record();
         if (mGraph) {
@@ -348,7 +348,7 @@ private:
         }
     }
 
-    // Record the call, which is not made by that. Where TensorRT cannot be recorded, nothing is, now and ever after.
+    // Record the call, without running it. If that fails, recording is given up for good.
     void record() {
         checkCuda(cudaStreamBeginCapture(mStream, cudaStreamCaptureModeThreadLocal), "recording a CUDA graph");
         bool const enqueued = mContext->enqueueV3(mStream);
@@ -358,7 +358,7 @@ private:
             if (recording != nullptr) cudaGraphDestroy(recording);
             mOwner.mRecords = false;
             forgetError(ended);
-            logger().takeError();  // the call is yet to be made, and may fail for a reason of its own
+            logger().takeError();  // the call still has to run, and may fail for a reason of its own
             return;
         }
         cudaGraphExec_t made = nullptr;
@@ -375,7 +375,7 @@ private:
     std::map<std::string, HostMemory> mHostMemory;
     std::map<std::string, Binding> mBound;
     RecordedGraph mGraph;
-    // Calls that were enqueued with all shapes and addresses as they are.
+    // How many calls were enqueued with the current shapes and addresses.
     int mCallsAlike = 0;
 };
 

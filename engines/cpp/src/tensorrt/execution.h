@@ -1,4 +1,4 @@
-// TensorRT's engines on a GPU: as gsx_engines/tensorrt/execution.py. What an engine is for is the stage's business.
+// TensorRT engines on a GPU: as in gsx_engines/tensorrt/execution.py. The stage knows what an engine computes.
 
 #pragma once
 
@@ -19,11 +19,11 @@ namespace gsx {
 // TensorRT's version as its Python package spells it, e.g. "10.16.0.72".
 std::string tensorrtVersion();
 
-// Keeps TensorRT's last error, for messages.
+// Keeps TensorRT's last error message for our own messages.
 class Logger final : public nvinfer1::ILogger {
 public:
     void log(Severity severity, char const* text) noexcept override;
-    // Its last error, in one line, and forgets it; or that it said nothing.
+    // Return the last error in one line, and forget it; or a text that says there was none.
     std::string takeError();
 
 private:
@@ -31,10 +31,10 @@ private:
     std::string mError;
 };
 
-// TensorRT's runtime, with the plugins of a library registered. The engines of a model share it.
+// TensorRT's runtime with the plugins of a library registered, shared by the engines of a model.
 class TensorRT {
 public:
-    // Throws EngineError: another TensorRT than the library was built for, or one that does not load the plugins.
+    // Throws EngineError: this is not the TensorRT that the library was built for, or it cannot load the plugins.
     explicit TensorRT(std::optional<std::filesystem::path> const& plugins);
 
     std::unique_ptr<nvinfer1::ICudaEngine> deserialize(std::string const& plan);
@@ -45,13 +45,13 @@ private:
     std::unique_ptr<nvinfer1::IRuntime> mRuntime;
 };
 
-// A deserialised engine, with a stream, and a context for each profile that was used.
+// A deserialized engine with a stream, and a context for each profile that has been used.
 class CudaEngine final : public Engine {
 public:
-    // `cudaGraphs`: record calls of the same shapes, and replay them. TensorRT-RTX does so by itself, asked by its own headers:
-    // recorded by hand, general kernels would stay in the place of those that it compiles for the shapes.
-    // `kernels`: file for the kernels that TensorRT-RTX compiles (kernel_cache.h); they are saved when the engine goes.
-    // Ignored with TensorRT, whose engines hold theirs, and without TensorRT-RTX's own headers, which alone can ask.
+    // `cudaGraphs`: record calls of the same shapes and replay them. TensorRT-RTX records by itself if it was built with its
+    // own headers: a recording of ours would keep its general kernels instead of those that it compiles for the shapes.
+    // `kernels`: file for the kernels that TensorRT-RTX compiles (kernel_cache.h); they are saved when the engine is
+    // destroyed. Ignored with TensorRT, whose engines contain their kernels, and without TensorRT-RTX's own headers.
     CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, bool cudaGraphs,
                std::filesystem::path const& kernels);
     ~CudaEngine() override;

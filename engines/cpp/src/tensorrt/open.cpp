@@ -10,8 +10,8 @@
 namespace gsx {
 namespace {
 
-// Ops that choose tokens (gsx_engines/lowering/regions.py): behind the plugin of one, the GPU alone knows how many rows there
-// are, and such a call cannot be recorded.
+// Ops that choose tokens (gsx_engines/lowering/regions.py). After the plugin of such an op only the GPU knows the number of
+// rows, and the call cannot be recorded.
 constexpr std::array<char const*, 2> kChoices = {"TopKGather", "ThresholdGather"};
 
 bool recordable(EngineGraph const& graph) {

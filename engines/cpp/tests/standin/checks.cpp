@@ -1,11 +1,12 @@
 // The TensorRT side of gsx on the stand-in, from `openModel` on:
 //   gsx_standin vectors GENERATION.json BUNDLES [SETTING...]
-//       repeats the vectors, whose models lie in BUNDLES
+//       repeats the vectors, whose models are in the folder BUNDLES
 //   gsx_standin failures GENERATION.json BUNDLES CASE
-//       repeats one of them, with several prompts, and makes each call of CUDA and TensorRT fail in turn; after it, the same model has to go on
+//       repeats one case with several prompts, and makes each call of CUDA and TensorRT fail in turn; afterwards the same
+//       model must still work
 //   gsx_standin generate BUNDLE [SETTING...]
-//       one generation, of the vectors' single prompt: its tokens, or the error
-// A setting is NAME=VALUE: graphs=0, and those of standin.h: devices, major, records, reuse, failing; or plugins, a file.
+//       one generation from a fixed prompt: prints its tokens, or the error
+// A setting is NAME=VALUE: graphs=0, plugins=FILE, or one of standin.h: devices, major, records, reuse, failing.
 // Exit code 1 for a difference, or an error of gsx.
 
 #include <functional>
@@ -45,7 +46,7 @@ gsx::GpuOptions settingsOf(std::vector<std::string> const& settings) {
 
 void compareLeftovers(std::string const& when) {
     compare(when + ": misuse", standin::takeMisuse(), json::array());
-    compare(when + ": objects that nobody freed", standin::alive(), 0);
+    compare(when + ": objects that were not freed", standin::alive(), 0);
 }
 
 void repeatVectors(json const& file, std::string const& bundles, gsx::GpuOptions const& options) {
@@ -80,10 +81,10 @@ private:
             standin::failAt(standin::calls() + number);
             try {
                 model.emplace(open());
-                // What cannot be recorded runs without.
+                // A failed recording is no error: the call runs without it.
                 compare(standin::takeFailed() + " failed", generate(*model), mCase.at("sequences"));
             } catch (gsx::EngineError const&) {
-                // The way it should end.
+                // The expected way to fail.
             }
             standin::failAt(0);
             std::string const when = "after " + standin::takeFailed() + " failed as call " + std::to_string(number);

@@ -18,7 +18,7 @@ using Work = std::shared_ptr<std::function<void()> const>;
 
 }  // namespace
 
-// The types behind CUDA's handles.
+// The types behind CUDA's opaque handles.
 struct CUstream_st : standin::Counted {
     std::deque<Work> queue;
     bool recording = false;
@@ -34,7 +34,7 @@ struct CUgraphExec_st : standin::Counted {
 
 namespace {
 
-// Addresses come from a range that nothing can read or write, so the host cannot use one; the bytes lie elsewhere.
+// Addresses come from a range without read or write access, so that the host cannot use them; the bytes are elsewhere.
 class Memory {
 public:
     Memory() : mBase(reserve()), mNext(mBase) {}
@@ -82,7 +82,7 @@ private:
     };
 
     static constexpr uintptr_t kRange = uintptr_t{1} << 36;
-    // As cudaMalloc's, which TensorRT relies on.
+    // The alignment of cudaMalloc, which TensorRT relies on.
     static constexpr uintptr_t kAlignment = 256;
 
     static uintptr_t reserve() {
@@ -98,7 +98,7 @@ private:
             mFreed.erase(freed);
             return address;
         }
-        // Blocks do not touch: what runs over the end of one is in none.
+        // Blocks are not adjacent: an access beyond the end of one does not hit another.
         return std::exchange(mNext, mNext + (size / kAlignment + 2) * kAlignment);
     }
 
@@ -108,7 +108,7 @@ private:
         if (!has(address) || after == mLive.begin()) throw IllegalAccess(what + ": is not on the device");
         auto const& [begin, block] = *--after;
         if (at - begin + size > block->bytes.size()) {
-            throw IllegalAccess(what + ": " + std::to_string(size) + " bytes do not lie in memory that is in use");
+            throw IllegalAccess(what + ": " + std::to_string(size) + " bytes are not within allocated memory");
         }
         return {*block, at - begin};
     }
@@ -116,7 +116,7 @@ private:
     uintptr_t mBase;
     uintptr_t mNext;
     std::map<uintptr_t, std::unique_ptr<Block>> mLive;
-    // Size -> the address that was freed last.
+    // Size -> the address that was freed last with this size.
     std::map<size_t, uintptr_t> mFreed;
 };
 
@@ -132,7 +132,7 @@ std::map<cudaStream_t, std::unique_ptr<CUstream_st>>& streams() {
 
 cudaError_t gLast = cudaSuccess;
 
-// The end of a call: an error is also CUDA's last one.
+// Ends a call: an error also becomes CUDA's last error.
 cudaError_t ended(cudaError_t code) {
     if (code != cudaSuccess) gLast = code;
     return code;
@@ -143,7 +143,7 @@ cudaError_t wrong(std::string const& text, cudaError_t code = cudaErrorInvalidVa
     return ended(code);
 }
 
-// Do what a stream's queue holds. A failure drops the rest, as an error of the GPU does.
+// Run everything in a stream's queue. After a failure the rest is dropped, as after an error of the GPU.
 cudaError_t finish(CUstream_st& stream) {
     while (!stream.queue.empty()) {
         Work const work = std::move(stream.queue.front());
@@ -158,7 +158,7 @@ cudaError_t finish(CUstream_st& stream) {
     return cudaSuccess;
 }
 
-// Memory of the host that a copy is going to read: its bytes may not change until then.
+// A copy from the host. The bytes must not change before the copy is made.
 std::function<void()> copyToDevice(void* to, void const* from, size_t size) {
     auto const* bytes = static_cast<unsigned char const*>(from);
     return [=, before = std::vector<unsigned char>(bytes, bytes + size)] {
@@ -242,18 +242,18 @@ cudaError_t cudaMalloc(void** address, size_t size) {
     return cudaSuccess;
 }
 
-// Waits for the device, as CUDA's does.
+// Waits for the device, like CUDA's own.
 cudaError_t cudaFree(void* address) {
     for (auto const& [handle, stream] : streams()) finish(*stream);
-    if (address != nullptr && !memory().free(address)) return wrong("cudaFree of what is no memory in use");
+    if (address != nullptr && !memory().free(address)) return wrong("cudaFree of an address that is not allocated");
     return cudaSuccess;
 }
 
 cudaError_t cudaMemcpyAsync(void* to, void const* from, size_t size, cudaMemcpyKind kind, cudaStream_t stream) {
     if (standin::fails("cudaMemcpyAsync")) return ended(cudaErrorUnknown);
     bool const toDevice = kind == cudaMemcpyHostToDevice;
-    if (!toDevice && kind != cudaMemcpyDeviceToHost) return wrong("a copy that the stand-in does not know");
-    if (memory().has(to) != toDevice || memory().has(from) == toDevice) return wrong("a copy in another direction");
+    if (!toDevice && kind != cudaMemcpyDeviceToHost) return wrong("a kind of copy that the stand-in does not support");
+    if (memory().has(to) != toDevice || memory().has(from) == toDevice) return wrong("a copy in the wrong direction");
     if (size > 0) standin::enqueue(stream, toDevice ? copyToDevice(to, from, size) : copyToHost(to, from, size));
     return cudaSuccess;
 }
@@ -281,13 +281,13 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
     return cudaSuccess;
 }
 
-// Where it is to fail, the work is lost, as with an error of the GPU.
+// If it is made to fail, the queued work is lost, as after an error of the GPU.
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
     if (standin::fails("cudaStreamSynchronize")) {
         stream->queue.clear();
         return ended(cudaErrorUnknown);
     }
-    if (stream->recording) return wrong("a stream is recorded and waited for", cudaErrorStreamCaptureUnsupported);
+    if (stream->recording) return wrong("waiting for a stream while it is recorded", cudaErrorStreamCaptureUnsupported);
     return finish(*stream);
 }
 
@@ -302,7 +302,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
     bool const failing = standin::fails("cudaStreamEndCapture");
     *graph = nullptr;
-    if (!stream->recording) return wrong("a recording ends that did not begin", cudaErrorIllegalState);
+    if (!stream->recording) return wrong("the end of a recording that did not begin", cudaErrorIllegalState);
     stream->recording = false;
     if (failing || stream->broken) return ended(cudaErrorStreamCaptureInvalidated);
     *graph = new CUgraph_st;

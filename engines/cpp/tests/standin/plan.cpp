@@ -6,16 +6,17 @@
 
 #include "manifest_json.h"
 #include "state.h"
+#include "tensor_names.h"
 #include "toy_engine.h"
 
 namespace standin {
 namespace {
 
-// Inputs and outputs of 64-bit whole numbers; manifests of the vectors do not tell types.
-std::set<std::string> const kWhole = {"input_ids", "attention_mask", "position_ids", "write_at",
-                                      "logits_at", "full_until",     "k",            "kept"};
-std::string const kPast = "past_key_values.";
-std::string const kPresent = "present.";
+namespace names = gsx::names;
+
+// Inputs and outputs of type int64; the manifests of the vectors do not have types.
+std::set<std::string> const kWhole = {names::kInputIds, names::kAttentionMask, names::kPositionIds, names::kWriteAt,
+                                      names::kLogitsAt, names::kFullUntil,     names::kCount,       names::kKept};
 
 }  // namespace
 
@@ -31,13 +32,13 @@ std::shared_ptr<Plan const> Plan::of(std::string const& bytes) {
     plan->mProfiles = entry.profiles;
     gsx::EngineGraph const& graph = entry.graphs.at(plan->mGraph);
     auto const add = [&](gsx::TensorInfo const& tensor, bool isInput) {
-        bool const isPresent = !isInput && tensor.name.rfind(kPresent, 0) == 0;
+        bool const isPresent = !isInput && names::isPresent(tensor.name);
         plan->mTensors[tensor.name] = {tensor.name,
                                        isInput,
                                        kWhole.count(tensor.name) == 0,
                                        onHost.count(tensor.name) != 0,
                                        tensor.shape,
-                                       isPresent ? kPast + tensor.name.substr(kPresent.size()) : ""};
+                                       isPresent ? names::pastBefore(tensor.name) : ""};
     };
     for (gsx::TensorInfo const& input : graph.inputs) add(input, true);
     for (gsx::TensorInfo const& output : graph.outputs) add(output, false);

@@ -1,7 +1,7 @@
-// An engine of the stand-in: a graph of the toy model, from the bytes that tests write in place of a plan.
+// An engine of the stand-in: a graph of the toy model, made from the bytes that tests write in place of a plan.
 //
-// The bytes are JSON: {"manifest": the model's, "graph": "model", "on_host": ["k"], "plugins": false}. The inputs and
-// outputs are those of the manifest's engines, their ranges those of its profiles, as `gsx build` gives them to TensorRT.
+// The bytes are JSON: {"manifest": the model's, "graph": "model", "on_host": ["k"], "plugins": false}. Inputs and outputs
+// are those of the manifest's engines, with the ranges of its profiles, as `gsx build` passes them to TensorRT.
 
 #pragma once
 
@@ -15,6 +15,7 @@
 
 #include "gsx/engine.h"
 #include "gsx/manifest.h"
+#include "tensor_names.h"
 
 namespace standin {
 
@@ -23,12 +24,12 @@ struct Tensor {
     bool isInput;
     bool isFloat;
     bool onHost;
-    // Sizes, and names of dynamic axes.
+    // Sizes, or names of dynamic axes.
     std::vector<std::variant<int64_t, std::string>> axes;
-    // Input that this output has to share its memory with; empty for none.
+    // The input that this output must share memory with; empty if there is none.
     std::string sharesWith;
 
-    bool isCache() const { return name.rfind("past_key_values.", 0) == 0; }
+    bool isCache() const { return gsx::names::isPast(name); }
     size_t elementSize() const { return isFloat ? sizeof(float) : sizeof(int64_t); }
 };
 
@@ -39,18 +40,18 @@ struct Range {
 
 class Plan {
 public:
-    // None where the bytes are no plan.
+    // Null if the bytes are not a plan.
     static std::shared_ptr<Plan const> of(std::string const& bytes);
 
     std::map<std::string, Tensor> const& tensors() const { return mTensors; }
     size_t profiles() const { return mProfiles.size(); }
     bool needsPlugins() const { return mNeedsPlugins; }
 
-    // What a dynamic axis of a profile may be; and the value of `k`.
+    // The allowed sizes of a dynamic axis of a profile, and the allowed values of `k`.
     Range rangeOf(size_t profile, std::string const& axis) const;
 
-    // One call. `caches`: content of K and V by input name, read and written. Returns all outputs but these.
-    // Throws std::exception: the inputs do not fit together.
+    // One call. `caches`: content of K and V by input name, read and written. Returns all other outputs.
+    // Throws std::exception: the inputs are inconsistent.
     gsx::Values run(size_t profile, gsx::Values const& inputs, std::map<std::string, gsx::Array<float>>& caches,
                     std::map<std::string, gsx::Shape> const& outputs) const;
 

@@ -1,5 +1,5 @@
-// What gsx does not call of TensorRT's interface. The public classes call these through tables of functions, so a library
-// has to have them all. Each version has its own selection; what one lacks is an ordinary function there.
+// The part of TensorRT's interface that gsx does not call. The public classes call it through virtual functions, so a
+// library must define them all. Versions differ; where one does not have a function, it is an ordinary function there.
 
 #pragma once
 
@@ -9,7 +9,7 @@
 #include <cstdlib>
 
 namespace nvinfer1 {
-// Of later versions than 10.8.
+// From versions later than 10.8.
 class IRuntimeConfig;
 enum class EngineStat : int32_t;
 }  // namespace nvinfer1

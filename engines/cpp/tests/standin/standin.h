@@ -1,13 +1,13 @@
-// A stand-in for TensorRT and the CUDA runtime: what gsx asks of both, on a machine without a GPU.
+// A stand-in for TensorRT and the CUDA runtime, as far as gsx uses them, for machines without a GPU.
 //
-// It is a library that exports their functions, so that src/tensorrt runs from `openModel` on as it does for a user. It
-// is stricter than a GPU wherever the documentation allows a GPU to be: device memory cannot be touched by the host, has
-// bounds, and is unreadable before it was written; work on a stream waits until somebody synchronises, and host memory
-// must stay as it was until then; no address is given out twice. An engine of it computes the toy model of the shared
-// vectors (plan.h) and keeps the rules of IExecutionContext. What it cannot tell: whether TensorRT and a GPU do what
-// their documentation says, and how long anything takes.
+// It is a library that exports their functions, so src/tensorrt runs from `openModel` on as it does for a user. It is as
+// strict as the documentation allows a GPU to be: device memory cannot be accessed by the host, has bounds, and cannot be
+// read before it is written; work on a stream is delayed until it is synchronized, and host memory must not change until
+// then; no address is returned twice. Its engines compute the toy model of the shared vectors (plan.h) and enforce the
+// rules of IExecutionContext. What it cannot show: whether TensorRT and a GPU do what their documentation says, and how
+// long anything takes.
 //
-// This header is for tests: they make calls fail, and ask what was done wrong.
+// This header is for tests: they make calls fail, and ask which rules were violated.
 
 #pragma once
 
@@ -17,36 +17,36 @@
 
 namespace standin {
 
-// The machine, as the libraries tell of it. Set before a model is opened.
+// The machine, as the libraries report it. To be set before a model is opened.
 struct Machine {
-    // GPUs that are visible.
+    // Number of visible GPUs.
     int devices = 1;
     // Major version of the library; 0 for that of the headers.
     int32_t major = 0;
-    // cudaMalloc gives the address of what was freed last, where it has the size; else none twice.
+    // Whether cudaMalloc reuses the address that was freed last with the same size; otherwise no address is used twice.
     bool reusesAddresses = false;
-    // Engines can be recorded as CUDA graphs.
+    // Whether engines can be recorded as CUDA graphs.
     bool records = true;
 };
 Machine& machine();
 
-// The hash of all that engines were given since it was last asked for, as the vectors have it.
+// The hash of all inputs of engines since the last call of this function, as in the vectors.
 std::string takeCalls();
 
-// What was done that a GPU would not forgive, in words; forgets it.
+// What was done that a GPU would not allow, as messages since the last call of this function.
 std::vector<std::string> takeMisuse();
 
-// Objects and memory of both libraries that nobody has freed.
+// Number of objects and memory blocks of both libraries that have not been freed.
 int64_t alive();
 
 // Calls of functions that can fail, and launches of CUDA graphs, since the process began.
 int64_t calls();
 int64_t graphLaunches();
 
-// The call of this number fails, once, and so does every one of `name`; 0 and "" for none.
+// Make the call with this number fail once (0: none), or every call of a function ("": none).
 void failAt(int64_t call);
 void failAlways(std::string const& name);
-// The name of the call that `failAt` made fail; empty: it was not reached.
+// The name of the call that `failAt` made fail; empty if it was not reached.
 std::string takeFailed();
 
 }  // namespace standin

@@ -5,7 +5,7 @@
 namespace standin {
 namespace {
 
-// One thread: gsx makes one call at a time.
+// Not synchronized: gsx makes one call at a time.
 struct State {
     Machine machine;
     gsx::Sha256 digest;

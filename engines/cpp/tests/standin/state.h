@@ -1,4 +1,4 @@
-// What the parts of the stand-in share: the book of misuse, calls that are to fail, objects that live.
+// State shared by the parts of the stand-in: recorded misuse, calls that are made to fail, and live objects.
 
 #pragma once
 
@@ -10,22 +10,22 @@
 
 namespace standin {
 
-// What a GPU finds out while it works: an access that it cannot make.
+// An access that a GPU cannot make, which it finds only while it works.
 struct IllegalAccess : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
 
 void misuse(std::string const& text);
 
-// Begins a call that can fail. Returns whether it is to fail.
+// Called at the beginning of every function that can fail. Returns whether it must fail.
 bool fails(char const* name);
 
 void countLaunch();
 
-// The digest that the engines write into.
+// The digest of all calls of engines.
 gsx::Sha256& digest();
 
-// An object that has to be freed.
+// Base of objects that must be freed.
 class Counted {
 public:
     Counted();

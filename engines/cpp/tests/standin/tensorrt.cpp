@@ -1,5 +1,5 @@
-// TensorRT's functions that gsx calls: IRuntime, its plugin registry, ICudaEngine and IExecutionContext, with the rules
-// that NvInferRuntime.h writes beside them. A rule that is broken is refused as there: an error in the log, and `false`.
+// The TensorRT functions that gsx calls: IRuntime, its plugin registry, ICudaEngine and IExecutionContext, with the rules
+// documented in NvInferRuntime.h. A violated rule is reported as TensorRT does: an error in the log, and `false`.
 
 #include <NvInferRuntime.h>
 #include <dlfcn.h>
@@ -18,16 +18,16 @@
 namespace standin {
 namespace {
 
-// Of every address that a context is given.
+// Required of every address that a context is given.
 constexpr uintptr_t kAlignment = 256;
 
-// What went wrong goes to the log. Returns false, for functions that say so.
+// Writes an error to the log. Returns false, so that functions can return its result.
 bool refuse(ILogger& logger, std::string const& text) {
     logger.log(ILogger::Severity::kERROR, ("stand-in: " + text).c_str());
     return false;
 }
 
-// One call of an engine, as it is when it is enqueued: a recording keeps it so.
+// One call of an engine in the state in which it is enqueued; a recording keeps this state.
 struct Call {
     struct Place {
         Tensor const* tensor;
@@ -40,7 +40,7 @@ struct Call {
     std::vector<Place> inputs;
     std::vector<Place> caches;
     std::vector<Place> outputs;
-    // Of inputs on the host, which are read when the call is enqueued.
+    // Values of inputs on the host, which are read when the call is enqueued.
     gsx::Values values;
 
     void run() const {
@@ -82,14 +82,14 @@ struct Call {
     }
 };
 
-// What was made of an object has to go before it.
+// Checks that the objects made by another object are destroyed before it.
 class Owner {
 public:
     using Share = std::shared_ptr<bool const>;
 
     Share share() const { return mShare; }
     void leave(char const* made) const {
-        if (mShare.use_count() > 1) misuse(std::string(made) + " outlives what it was made of");
+        if (mShare.use_count() > 1) misuse(std::string(made) + " outlives the object that made it");
     }
 
 private:
@@ -105,7 +105,7 @@ public:
 
     IExecutionContext* getPImpl() noexcept override { return this; }
 
-    // The profile is there once the stream came by: whoever enqueues on another one has to wait for it.
+    // The profile is set only once the stream has reached this point; calls on another stream must wait for that.
     bool setOptimizationProfileAsync(int32_t number, cudaStream_t stream) noexcept override {
         if (fails("setOptimizationProfileAsync")) return refuse(mLogger, "made to fail");
         if (number < 0 || static_cast<size_t>(number) >= mPlan->profiles()) {
@@ -113,7 +113,7 @@ public:
         }
         mProfile = static_cast<size_t>(number);
         mShapes.clear();
-        mSettled = false;
+        mIsInitialized = false;
         mReady = std::make_shared<bool>(false);
         enqueue(stream, [ready = mReady] { *ready = true; });
         return true;
@@ -123,11 +123,11 @@ public:
         if (fails("setInputShape")) return refuse(mLogger, "made to fail");
         auto const found = mPlan->tensors().find(name);
         if (found == mPlan->tensors().end() || !found->second.isInput) {
-            return refuse(mLogger, std::string(name) + " is no input");
+            return refuse(mLogger, std::string(name) + " is not an input");
         }
         gsx::Shape const shape(dims.d, dims.d + dims.nbDims);
         auto const& axes = found->second.axes;
-        if (axes.size() != shape.size()) return refuse(mLogger, std::string(name) + " has another number of axes");
+        if (axes.size() != shape.size()) return refuse(mLogger, std::string(name) + " has a wrong number of axes");
         for (size_t i = 0; i < shape.size(); ++i) {
             auto const* size = std::get_if<int64_t>(&axes[i]);
             Range const range = size != nullptr ? Range{*size, *size}
@@ -140,15 +140,15 @@ public:
             }
         }
         mShapes[name] = shape;
-        mSettled = false;
+        mIsInitialized = false;
         return true;
     }
 
     bool setTensorAddress(char const* name, void* address) noexcept override {
         if (fails("setTensorAddress")) return refuse(mLogger, "made to fail");
-        if (mPlan->tensors().count(name) == 0) return refuse(mLogger, std::string(name) + " is no tensor");
+        if (mPlan->tensors().count(name) == 0) return refuse(mLogger, std::string(name) + " is not a tensor");
         if (reinterpret_cast<uintptr_t>(address) % kAlignment != 0) {
-            return refuse(mLogger, std::string(name) + ": the address is no multiple of 256");
+            return refuse(mLogger, std::string(name) + ": the address is not a multiple of 256");
         }
         mAddresses[name] = address;
         return true;
@@ -157,7 +157,7 @@ public:
     bool setInputTensorAddress(char const* name, void const* address) noexcept override {
         auto const found = mPlan->tensors().find(name);
         if (found == mPlan->tensors().end() || !found->second.isInput) {
-            return refuse(mLogger, std::string(name) + " is no input");
+            return refuse(mLogger, std::string(name) + " is not an input");
         }
         return setTensorAddress(name, const_cast<void*>(address));
     }
@@ -170,15 +170,15 @@ public:
     }
 
 private:
-    // Enqueue the call. Returns why not; empty where it was.
+    // Enqueue the call. Returns the reason if that is not possible, else an empty text.
     std::string prepare(cudaStream_t stream) {
         if (fails("enqueueV3")) return "made to fail";
-        // Kernels' launches are checked by it, so an old one is taken for theirs.
+        // Kernel launches are checked by CUDA's last error, so an old error would be taken for theirs.
         if (lastError() != cudaSuccess) return std::string("CUDA's last error: ") + cudaGetErrorString(lastError());
         if (isRecording(stream)) {
             if (!machine().records || mPlan->needsPlugins()) return "the engine cannot be recorded";
-            // TensorRT sets itself up for shapes in the first call that has them.
-            if (!mSettled) return "shapes or profile are new, so one call has to be made before one is recorded";
+            // TensorRT initializes for new shapes in the first call with them.
+            if (!mIsInitialized) return "shapes or profile are new, so a call must be made before one can be recorded";
         }
         Call call{mPlan, mProfile, {}, {}, {}, {}};
         std::map<std::string, int64_t> sizes;
@@ -195,11 +195,11 @@ private:
             if (!*ready) throw IllegalAccess("the stream did not wait for the optimization profile");
             call.run();
         });
-        mSettled = mSettled || !isRecording(stream);
+        mIsInitialized = mIsInitialized || !isRecording(stream);
         return "";
     }
 
-    // Put a tensor into a call. Returns what is wrong with it.
+    // Add a tensor to a call. Returns what is wrong with it, or an empty text.
     std::string add(Tensor const& tensor, Call& call, std::map<std::string, int64_t>& sizes,
                     std::set<void const*>& addresses) const {
         auto const bound = mAddresses.find(tensor.name);
@@ -215,26 +215,26 @@ private:
             if (tensor.isInput && given == mShapes.end()) return "has no shape";
             if (tensor.isInput) sizes.try_emplace(axis, given->second[i]);
             shape.push_back(sizes.at(axis));
-            if (tensor.isInput && shape[i] != given->second[i]) return "another input has another " + axis;
+            if (tensor.isInput && shape[i] != given->second[i]) return "inputs differ in the axis " + axis;
         }
         if (tensor.onHost) return addHost(tensor, bound->second, shape, call);
         if (!tensor.sharesWith.empty()) {
             return bound->second == mAddresses.at(tensor.sharesWith) ? "" : "does not share memory with its input";
         }
-        if (!addresses.insert(bound->second).second) return "has the memory of another tensor";
+        if (!addresses.insert(bound->second).second) return "uses the memory of another tensor";
         Call::Place place{&tensor, bound->second, std::move(shape)};
         (tensor.isCache() ? call.caches : tensor.isInput ? call.inputs : call.outputs).push_back(std::move(place));
         return "";
     }
 
-    // An input on the host is `k`, whose value the profile limits.
+    // Add an input on the host, which can only be `k`; the profile limits its value.
     std::string addHost(Tensor const& tensor, void const* address, gsx::Shape const& shape, Call& call) const {
-        if (onDevice(address)) return "has to be on the host";
+        if (onDevice(address)) return "must be on the host";
         gsx::Array<int64_t> value(shape);
         std::memcpy(value.data.data(), address, value.data.size() * sizeof(int64_t));
         Range const range = mPlan->rangeOf(mProfile, tensor.name);
         for (int64_t const one : value.data) {
-            if (one < range.least || one > range.most) return "has a value beyond the profile";
+            if (one < range.least || one > range.most) return "has a value outside the profile";
         }
         call.values[tensor.name] = std::move(value);
         return "";
@@ -246,7 +246,7 @@ private:
     size_t mProfile = 0;
     std::map<std::string, gsx::Shape> mShapes;
     std::map<std::string, void*> mAddresses;
-    bool mSettled = false;
+    bool mIsInitialized = false;
     std::shared_ptr<bool> mReady = std::make_shared<bool>(true);
     std::shared_ptr<bool> mAlive = std::make_shared<bool>(true);
 };
@@ -295,7 +295,7 @@ private:
     Owner mOwner;
 };
 
-// A runtime's own registry: it takes a library that has plugins to give (`getCreators`).
+// A runtime's own registry: it accepts a library that exports plugins (`getCreators`).
 class Registry final : public RestOfPluginRegistry {
 public:
     explicit Registry(ILogger& logger) : mLogger(logger) {}
@@ -357,7 +357,7 @@ private:
 extern "C" {
 
 void* createInferRuntime_INTERNAL(void* logger, int32_t version) noexcept {
-    if (version != NV_TENSORRT_VERSION) standin::misuse("the runtime was asked for in another version");
+    if (version != NV_TENSORRT_VERSION) standin::misuse("the runtime was requested in another version");
     auto& log = *static_cast<nvinfer1::ILogger*>(logger);
     if (!standin::fails("createInferRuntime")) return static_cast<nvinfer1::IRuntime*>(new standin::Runtime(log));
     standin::refuse(log, "made to fail");

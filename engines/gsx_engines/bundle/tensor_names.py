@@ -1,0 +1,66 @@
+"""Names of the graphs' inputs and outputs (docs/design.md, section 6), with shape and type: here once for every floor.
+
+Letters: B sequences, S tokens of each in the call, P columns of the K/V cache before it, V vocabulary, H hidden size,
+D head size, L layers. Floats have the graph's precision. The run-time inputs of keep rules are described in
+`bundle/policy.py`. The C++ runtime has the same names in `engines/cpp/src/tensor_names.h`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+# Inputs.
+INPUT_IDS = "input_ids"  # [B, S] int64
+ATTENTION_MASK = "attention_mask"  # [B, P + S] int64: 1 for a token, 0 for padding
+POSITION_IDS = "position_ids"  # [B, S] int64
+
+# Output.
+LOGITS = "logits"  # [B, S, V] float
+
+# What `draft.onnx` gives and `verify.onnx` takes. Besides these, each state that a keep rule carries: `exit_state`.
+EXIT_HIDDEN = "exit_hidden"  # [B, S, H] float
+EXIT_KEY, EXIT_VALUE = "exit_key", "exit_value"  # [B, K/V heads, S, D] float; K/V policy `copy` only
+
+# K and V of one layer: `past_key_values.3.key` goes in, `present.3.key` comes out.
+PAST = "past_key_values."  # [B, K/V heads, P, D] float
+PRESENT = "present."  # [B, K/V heads, P + S, D] float
+
+KeyOrValue = Literal["key", "value"]
+KINDS: tuple[KeyOrValue, KeyOrValue] = ("key", "value")
+
+
+def past(layer: int, kind: str) -> str:
+    """Name of the input with a layer's K or V; kind: `key` or `value`."""
+    return f"{PAST}{layer}.{kind}"
+
+
+def present(layer: int, kind: str) -> str:
+    """Name of the output with a layer's K or V; kind: `key` or `value`."""
+    return f"{PRESENT}{layer}.{kind}"
+
+
+def past_of(layers: Iterable[int]) -> list[str]:
+    """Names of the K/V inputs of some layers, K before V."""
+    return [past(layer, kind) for layer in layers for kind in KINDS]
+
+
+def present_after(name: str) -> str:
+    """Name of the K/V output that continues a K/V input."""
+    return PRESENT + name.removeprefix(PAST)
+
+
+def layer_and_kind(name: str) -> tuple[int, str]:
+    """The layer, and `key` or `value`, of a K/V input or output."""
+    _, layer, kind = name.split(".")
+    return int(layer), kind
+
+
+def exit_state(name: str) -> str:
+    """Name under which a state that a keep rule carries from layer to layer passes the exit: [B, S, 1] float32."""
+    return f"exit_{name}"
+
+
+def kept_count(layer: int, branch: str) -> str:
+    """Name of the value inside a graph that counts the rows kept by a branch, [] int64."""
+    return f"layers.{layer}.{branch}.count"

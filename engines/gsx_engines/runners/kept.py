@@ -1,0 +1,38 @@
+"""Counts of kept rows, as every runner reports them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.bundle.manifest import Manifest
+
+
+class KeptTable:
+    """Arranges the kept rows of a stage, counted branch by branch, in a table over all layers.
+
+    Args:
+        manifest: of the bundle.
+        layers: the layers that the stage runs.
+    """
+
+    def __init__(self, manifest: Manifest, layers: range) -> None:
+        self.places = manifest.skippable_in(layers)
+        self._is_dense = manifest.policy is None
+        self._shape = (manifest.decoder.num_layers, len(BRANCHES))
+        flat = [layer * len(BRANCHES) + BRANCHES.index(branch) for layer, branch in self.places]
+        self._flat = np.array(flat, np.int64)
+
+    def of(self, counts: Sequence[int] | np.ndarray | None) -> np.ndarray | None:
+        """The table [L, 2] int64; None for a dense model.
+
+        Args:
+            counts: rows kept at each of `places`, in their order.
+        """
+        if counts is None or self._is_dense:
+            return None
+        kept = np.zeros(self._shape, np.int64)
+        kept.put(self._flat, counts)
+        return kept
