@@ -16,7 +16,7 @@ from gsx.workflows.quantize import MEASURED_WINDOWS
 from gsx.workflows.study import SEQUENCE_TOKENS
 from gsx_engines.building.profiles import DEFAULT_PREFILL_TOKENS
 from gsx_engines.defaults import BUILD_CONTEXT
-from gsx_engines.lowering.tensorrt import MAX_TOPK
+from gsx_engines.lowering.for_tensorrt.task import MAX_TOPK
 from gsx_engines.runners.tensorrt import WINDOW_STEP
 from gsx_engines.serving.request import Request
 from gsx_engines.serving.scheduler import Scheduler

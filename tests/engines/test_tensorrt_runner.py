@@ -17,7 +17,8 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import AS_EXPORTED, Keep, controls_for
 from gsx_engines.errors import EngineError
 from gsx_engines.generation import generate
-from gsx_engines.lowering.tensorrt import MAX_TOPK, lower
+from gsx_engines.lowering.for_tensorrt.task import MAX_TOPK
+from gsx_engines.lowering.tensorrt import lower
 from gsx_engines.runners.base import Logits, Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.split import SplitRunner

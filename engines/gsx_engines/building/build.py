@@ -20,9 +20,11 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
 from gsx_engines.bundle.tensors import tensor_info
 from gsx_engines.defaults import BUILD_CONTEXT
-from gsx_engines.errors import BundleError, EngineError
+from gsx_engines.errors import EngineError
 from gsx_engines.lowering import tensorrt as lowering
-from gsx_engines.lowering.quantized import quantized_products
+from gsx_engines.lowering.for_tensorrt.task import LOGITS_COLUMNS, WINDOW, K
+from gsx_engines.lowering.passes import not_as_expected
+from gsx_engines.lowering.products import quantized_products
 from gsx_engines.tensorrt import cuda
 from gsx_engines.tensorrt.backend import (
     Backend,
@@ -35,6 +37,7 @@ from gsx_engines.tensorrt.backend import (
 )
 from gsx_plugins.errors import UsageError
 from gsx_plugins.files import cache_folder
+from gsx_plugins.graph import Graph, LayoutError
 from gsx_plugins.library import PLUGIN_OPS, find_library, library_hash, record_of
 from gsx_plugins.progress import OnProgress, Progress, silent
 
@@ -188,7 +191,7 @@ def _build_graph(
         products=dict(Counter(built.products.values())),
         widened=tuple(
             weights.input[0]
-            for product, _, weights in quantized_products(lowered.model.graph)
+            for product, _, weights in quantized_products(Graph(lowered.model.graph))
             if built.products[product.name] not in EIGHT_BITS
         ),
         inputs=tuple(tensor_info(value) for value in lowered.model.graph.input),
@@ -218,12 +221,8 @@ def _lower(
             one_sequence=max(profile.batch.most for profile in profiles) == 1,
             kv_layout=kv_layout,
         )
-    except (AssertionError, IndexError, KeyError, StopIteration) as error:
-        raise BundleError(
-            f"{bundle.graph_path(name)}: is not laid out as this version of gsx lays graphs out",
-            found=f"a graph of gsx {bundle.manifest.gsx_version}",
-            todo="run `gsx export` again",
-        ) from error
+    except LayoutError as error:
+        raise not_as_expected(bundle.graph_path(name), bundle.manifest, error) from error
 
 
 def input_ranges(model: onnx.ModelProto, profile: EngineProfile) -> Ranges:
@@ -231,15 +230,15 @@ def input_ranges(model: onnx.ModelProto, profile: EngineProfile) -> Ranges:
     named = {
         "batch": profile.batch,
         "sequence": profile.tokens,
-        lowering.WINDOW: profile.window,
-        # one column in generation, all of them in verification
-        lowering.LOGITS_COLUMNS: Sizes(1, 1, profile.tokens.most),
+        WINDOW: profile.window,
+        # the last column in generation, all of them in verification
+        LOGITS_COLUMNS: Sizes(1, 1, profile.tokens.most),
         **_growing(profile),
     }
     ranges: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {}
     for value in model.graph.input:
         axes = value.type.tensor_type.shape.dim
-        if value.name == lowering.K:
+        if value.name == K:
             most = profile.batch.most * profile.tokens.most
             ranges[value.name] = ((0,), (profile.batch.usual * profile.tokens.usual,), (most,))
         elif any(axis.dim_param for axis in axes):
