@@ -89,8 +89,9 @@ def test_a_plugin_library_that_is_none(bundle: Path, tmp_path: Path) -> None:
     """A file that is no library, and a library of something else: each in the words that say so."""
     empty = tmp_path / "libnothing.so"
     empty.write_bytes(b"\x7fELF" + bytes(np.zeros(64, np.uint8)))
-    for library, reason in ((empty, "wrong ELF class"), (Path(onnxruntime_library()), "no getCreators: it has no TensorRT plugins")):
-        message = rf"the plugin library .*{library.name} does not load: .*{reason}.*\n  gsx plugins build"
+    reasons = {empty: "wrong ELF class", Path(onnxruntime_library()): "no getCreators: it has no TensorRT plugins"}
+    for library, reason in reasons.items():
+        message = rf"the plugin library .*{library.name} does not load\n  found .*{reason}.*\n  gsx plugins build"
         with pytest.raises(EngineError, match=message):
             build_small(bundle, plugins=library)
         assert not (bundle / ENGINES).exists()
