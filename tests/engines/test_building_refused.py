@@ -91,7 +91,7 @@ def test_a_plugin_library_that_is_none(bundle: Path, tmp_path: Path) -> None:
     empty.write_bytes(b"\x7fELF" + bytes(np.zeros(64, np.uint8)))
     reasons = {empty: "wrong ELF class", Path(onnxruntime_library()): "no getCreators: it has no TensorRT plugins"}
     for library, reason in reasons.items():
-        message = rf"the plugin library .*{library.name} does not load\n  found .*{reason}.*\n  gsx plugins build"
+        message = rf"the plugin library .*{library.name} does not load: .*{reason}.*\n  gsx plugins build"
         with pytest.raises(EngineError, match=message):
             build_small(bundle, plugins=library)
         assert not (bundle / ENGINES).exists()
