@@ -1,17 +1,20 @@
-"""What a skip set that is searched while generating gains, beside plain decoding and its first set.
+"""What a skip set that is searched for while generating gains, beside plain decoding and the set it starts with.
 
-    python -m benchmarks.adaptive BUNDLE
+    python -m benchmarks.adaptive --work DIR
 
-The bundle leaves branches out on request (gates, or `--policy layers`). In each round all four continue the same prompt
-in turn, the search anew; the last one drafts with the set that the search of this round ended with.
+The example model, or the bundle at `--bundle`, which must leave branches out on request (gates, or `--policy layers`).
+In each round all four ways continue the same prompt in turn, and the search starts anew; the last way drafts with the
+set that the search of this round ended with. Its text must be plain decoding's.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.bundles import EXAMPLE, exported
+from benchmarks.measure import Table, parse, parser, print_header, ratios, repeated
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.generation import Generation, generate
@@ -33,54 +36,57 @@ class Reader:
     def __init__(self, path):
         self.path = path
 '''
+PLAIN = "plain"
 
 
-def main() -> None:
-    """Run and print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bundle", type=Path)
-    parser.add_argument("--tokens", type=int, default=512, help="new tokens")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    bundle = open_bundle(args.bundle)
+def speed(one: Generation) -> float:
+    """Tokens a second behind the first one."""
+    return one.stats.decode_tokens_per_second or 0.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print a table."""
+    made = parser("adaptive", __doc__, work="the export", rounds=5, threads=2, quick={"tokens": 32})
+    made.add_argument("--bundle", type=Path, help="a bundle to measure (default: the example model, --policy layers)")
+    made.add_argument("--tokens", type=int, default=512, help="new tokens (default: 512)")
+    args = parse(made, arguments)
+    bundle = open_bundle(args.bundle) if args.bundle else exported(args.work / "layers", EXAMPLE, policy="layers")
+    print_header(made, args, arguments)
     prompt, cost = BundleTokenizer(bundle).encode_prompt(PROMPT), step_bytes(bundle)
     runner, draft = (open_runner(bundle, args.threads) for _ in range(2))
-    runs: dict[str, list[Generation]] = {}
 
-    def run(name: str, drafting: FullDepthDraft | None, search: SkipSetSearch | None = None) -> None:
-        found = generate(
-            drafting.runner if drafting else runner,
-            [prompt],
-            max_new_tokens=args.tokens,
-            stop_ids=[],
-            draft=drafting,
-            search=search,
-        )
-        runs.setdefault(name, []).append(found)
+    def run(drafting: FullDepthDraft | None, search: SkipSetSearch | None = None) -> Generation:
+        asked = drafting.runner if drafting else runner
+        return generate(asked, [prompt], max_new_tokens=args.tokens, stop_ids=[], draft=drafting, search=search)
 
-    for number in range(args.rounds + 1):
+    def one_round() -> tuple[dict[str, Generation], SkipSetSearch, str]:
         first, searched = (FullDepthDraft(draft, first_set(bundle.manifest)) for _ in range(2))
         search = SkipSetSearch(searched, cost)
-        run("plain", None)
-        run("first set", first)
-        run("searched meanwhile", searched, search)
-        run("set that was found", searched)
-        if number == 0:
-            runs.clear()  # what loads at the first use has loaded
-    print(f"{args.tokens} tokens, {args.rounds} rounds in turn; first set {first.kind}; found {searched.kind}")
-    print(f"the search: {search.found}\n")
-    print("| | tokens/s | of plain | right | tokens a verification | search, share of the time |")
-    print("|---|---|---|---|---|---|")
-    for name, found in runs.items():
-        speeds = [one.stats.decode_tokens_per_second or 0.0 for one in found]
-        pairs = zip(speeds, runs["plain"], strict=True)
-        ratio = statistics.median(speed / (one.stats.decode_tokens_per_second or 1.0) for speed, one in pairs)
-        stats = found[-1].stats
-        right = "" if stats.acceptance is None else f"{stats.acceptance:.1%}"
-        cells = (f"{statistics.median(speeds):.0f}", f"{ratio:.2f}", right, f"{stats.tokens_per_verification:.2f}")
-        print(f"| {name} | {' | '.join(cells)} | {stats.search_seconds / stats.decode_seconds:.1%} |")
-        assert found[0].sequences == runs["plain"][0].sequences, "the text is plain decoding's"
+        found = {
+            PLAIN: run(None),
+            "first set": run(first),
+            "searched meanwhile": run(searched, search),
+            "set that was found": run(searched),
+        }
+        return found, search, f"first set {first.kind}; found {searched.kind}"
+
+    rounds = repeated(one_round, args.rounds)
+    _, search, sets = rounds[-1]
+    print(f"{args.tokens} tokens, {args.rounds} rounds; {sets}\nthe search: {search.found}\n")
+    lines = Table("", "tokens/s", "/plain", "right", "tokens a verification", "search, share of the time")
+    plain = [found[PLAIN] for found, _, _ in rounds]
+    for name in rounds[0][0]:
+        runs = [found[name] for found, _, _ in rounds]
+        stats = runs[-1].stats
+        lines.row(
+            name,
+            f"{statistics.median(map(speed, runs)):.0f}",
+            f"{ratios(list(map(speed, runs)), list(map(speed, plain))):.2f}",
+            None if stats.acceptance is None else f"{stats.acceptance:.1%}",
+            f"{stats.tokens_per_verification:.2f}",
+            f"{stats.search_seconds / stats.decode_seconds:.1%}",
+        )
+        assert runs[0].sequences == plain[0].sequences, "speculation changed the text"
 
 
 if __name__ == "__main__":

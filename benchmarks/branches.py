@@ -1,74 +1,70 @@
-"""What a skipped branch saves and what an entered one costs, with all forms in one process.
+"""What a skipped branch saves, and what an entered one costs beside the same work in the dense graph.
 
-    python -m benchmarks.branches --work DIR     (the directory that benchmarks.decode has filled)
+    python -m benchmarks.branches --work DIR
 
-The runner alone, without the decoding loop: 512-token prefill, and single tokens at 512 past tokens, dense against
-scalar gates with half of the branches kept (the calibrated budget 0.5), none and all. Caches are reused, so that no
-fresh memory is paid for. Forms take turns; ratios are medians of ratios within a round.
+The runner without the decoding loop: prefill of 512 tokens, and single tokens at 512 past tokens. Dense against scalar
+gates with half of the branches kept (the calibrated budget 0.5), with none kept and with all kept. Caches are reused,
+so that no form pays for fresh memory.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
-import time
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
-from gsx_engines.bundle.bundle import open_bundle
+from benchmarks.bundles import BUDGET, Workshop, add_model_options
+from benchmarks.measure import Table, in_turn, milliseconds, parse, parser, print_header, ratios, timed
 from gsx_engines.bundle.controls import Keep, controls_for
 from gsx_engines.runners.select import open_runner
 
 PROMPT_TOKENS, STEPS = 512, 24
-# Scores lie between 0 and 1: nothing is above 2, everything is above minus infinity.
-NOTHING, EVERYTHING = 2.0, -np.inf
+# Scores are between 0 and 1: none is above 2, and all are above minus infinity.
+KEEP_NONE, KEEP_ALL = 2.0, -np.inf
 
 
-def main() -> None:
-    """Run and print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=12)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    dense = open_runner(open_bundle(args.work / "gsx-dense"), threads=args.threads)
-    gated = open_runner(open_bundle(args.work / "gsx-scalar"), threads=args.threads)
-    shape = (gated.manifest.decoder.num_layers, 2)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print a table."""
+    made = parser("branches", __doc__, work="models and exports (1 GB)", rounds=12, threads=2, quick={"shape": "tiny"})
+    add_model_options(made)
+    args = parse(made, arguments)
+    workshop = Workshop.of(args.work, args.shape)
+    bundles = workshop.bundle("dense"), workshop.bundle("scalar")
+    if args.prepare:
+        return
+    print_header(made, args, arguments)
+    dense, gated = (open_runner(bundle, threads=args.threads) for bundle in bundles)
+    table = (workshop.layers, 2)
     forms = {
         "dense": (dense, {}),
-        "half kept": (gated, controls_for(gated.manifest, Keep(budget=0.5))),
-        "none kept": (gated, {"thresholds": np.full(shape, NOTHING, np.float32)}),
-        "all kept": (gated, {"thresholds": np.full(shape, EVERYTHING, np.float32)}),
+        "half kept": (gated, controls_for(gated.manifest, Keep(budget=BUDGET))),
+        "none kept": (gated, {"thresholds": np.full(table, KEEP_NONE, np.float32)}),
+        "all kept": (gated, {"thresholds": np.full(table, KEEP_ALL, np.float32)}),
     }
     caches = {id(runner): runner.new_cache(1, PROMPT_TOKENS + 1) for runner in (dense, gated)}
-    ids = np.random.default_rng(0).integers(0, dense.manifest.decoder.vocab_size, (1, PROMPT_TOKENS))
+    ids = np.random.default_rng(0).integers(0, workshop.sizes["vocab_size"], (1, PROMPT_TOKENS))
 
-    def call(form: str, tokens: np.ndarray, past: int) -> float:
-        runner, controls = forms[form]
+    def seconds_of(form: str) -> tuple[float, float]:
+        """Seconds of prefill, and of one token (mean of several)."""
+        runner, values = forms[form]
         cache = caches[id(runner)]
-        cache.roll_back([past])
-        started = time.perf_counter()
-        runner.step(cache, tokens, controls)
-        return time.perf_counter() - started
 
-    seconds: dict[tuple[str, str], list[float]] = {}
-    for number in range(args.rounds + 1):
-        for form in forms:
-            prefill = call(form, ids, 0)
-            decode = statistics.mean(call(form, ids[:, i : i + 1], PROMPT_TOKENS) for i in range(STEPS))
-            if number:  # the first round warms up
-                seconds.setdefault((form, "prefill"), []).append(prefill)
-                seconds.setdefault((form, "decode"), []).append(decode)
-    print("| form | prefill ms | /dense | decode ms | /dense |")
-    print("|---|---|---|---|---|")
+        def step(tokens: np.ndarray, past: int) -> float:
+            cache.roll_back([past])
+            return timed(lambda: runner.step(cache, tokens, values))
+
+        return step(ids, 0), statistics.mean(step(ids[:, i : i + 1], PROMPT_TOKENS) for i in range(STEPS))
+
+    found = in_turn(forms, seconds_of, args.rounds)
+    prefill = {form: [one[0] for one in seconds] for form, seconds in found.items()}
+    decode = {form: [one[1] for one in seconds] for form, seconds in found.items()}
+    lines = Table("form", "prefill ms", "/dense", "decode ms", "/dense")
     for form in forms:
-        cells = [form]
-        for phase in ("prefill", "decode"):
-            pairs = zip(seconds[form, phase], seconds["dense", phase], strict=True)
-            cells.append(f"{1e3 * statistics.median(seconds[form, phase]):.1f}")
-            cells.append(f"{statistics.median(a / b for a, b in pairs):.3f}")
-        print("| " + " | ".join(cells) + " |")
+        cells: list[str] = []
+        for seconds in (prefill, decode):
+            cells += [milliseconds(seconds[form]), f"{ratios(seconds[form], seconds['dense']):.3f}"]
+        lines.row(form, *cells)
 
 
 if __name__ == "__main__":

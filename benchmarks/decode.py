@@ -1,59 +1,62 @@
-"""Prefill and decode: what skipping saves, and how the runner compares with ONNX Runtime GenAI.
+"""Prefill and decode: what skipping saves, and how gsx compares with ONNX Runtime GenAI.
 
     python -m benchmarks.decode --work DIR
 
-Makes the benchmark model dense and gated (`model.py`), exports it, lets GenAI's builder export the dense one, and times
-all peers in turn (`peers.py`): 512 random tokens of prompt, 64 more tokens, greedy.
+The benchmark model, dense and gated, exported by gsx, and its dense form exported by GenAI's builder. All peers
+(`peers.py`) get 512 random tokens of prompt and write 65 more by greedy decoding.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-from pathlib import Path
+from collections.abc import Sequence
 
-from benchmarks.peers import BUDGET, NEW_TOKENS, PROMPT_TOKENS, prepare, prepare_genai, ratio, start, time_in_turn
+from benchmarks.bundles import BUDGET, Workshop, add_model_options
+from benchmarks.measure import Table, milliseconds, parse, parser, print_header, ratios, spread
+from benchmarks.peers import NEW_TOKENS, PROMPT_TOKENS, Peer, genai_model, random_prompt, time_in_turn
+
+GENAI, DENSE = "GenAI, dense", "gsx, dense"
 
 
-def main() -> None:
-    """Run and print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory for models and exports (1.5 GB)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--gates", nargs="*", default=["scalar", "vector"])
-    args = parser.parse_args()
-    prepare(args.work, args.gates)
-    prepare_genai(args.work, args.work / "genai", "fp32")
-    peers = [start("GenAI, dense", kind="genai", path=args.work / "genai", threads=args.threads)]
-    peers.append(start("gsx, dense", kind="gsx", path=args.work / "gsx-dense", threads=args.threads))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print a table."""
+    made = parser("decode", __doc__, work="models and exports (1.5 GB)", rounds=9, threads=2, quick={"shape": "tiny"})
+    add_model_options(made)
+    made.add_argument("--gates", nargs="*", default=["scalar", "vector"], help="(default: scalar vector)")
+    args = parse(made, arguments)
+    workshop = Workshop.of(args.work, args.shape)
+    genai = genai_model(workshop, "fp32")
+    bundles = {name: workshop.bundle(name).directory for name in ("dense", *args.gates)}
+    if args.prepare:
+        return
+    print_header(made, args, arguments)
+    peers = [Peer(GENAI, kind="genai", path=genai, threads=args.threads)]
+    peers.append(Peer(DENSE, kind="gsx", path=bundles["dense"], threads=args.threads))
     for gate in args.gates:
         for budget in (0.7, BUDGET) if gate == "scalar" else (BUDGET,):
-            path = args.work / f"gsx-{gate}"
             name = f"gsx, {gate} gates, budget {budget:g}"
-            peers.append(start(name, kind="gsx", path=path, threads=args.threads, budget=budget))
-    time_in_turn(peers, args.rounds)
-    same = peers[0].last["tokens"] == peers[1].last["tokens"]
-    print(f"{PROMPT_TOKENS} + {NEW_TOKENS} tokens, {args.threads} threads, {args.rounds} rounds in turn, medians;")
+            peers.append(Peer(name, kind="gsx", path=bundles[gate], threads=args.threads, budget=budget))
+    found = time_in_turn({peer.name: peer for peer in peers}, random_prompt(workshop), args.rounds)
+    same = found[GENAI][-1].tokens == found[DENSE][-1].tokens
+    print(f"{PROMPT_TOKENS} + {NEW_TOKENS} tokens, {args.threads} threads, {args.rounds} rounds;")
     print(f"gsx dense and GenAI wrote the same tokens: {'yes' if same else 'NO'}\n")
-    print("| peer | kept | prefill ms | /dense | /GenAI | decode tok/s | time /dense | speed /GenAI | peak MB |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    genai, dense = peers[:2]
-    for peer in peers:
-        kept = peer.last["kept"]
-        cells = [
-            peer.name,
-            "" if kept is None else f"{kept:.3f}",
-            f"{1e3 * statistics.median(peer.prefill_s):.0f}",
-            f"{ratio(peer.prefill_s, dense.prefill_s):.3f}",
-            f"{ratio(peer.prefill_s, genai.prefill_s):.3f}",
-            f"{1 / statistics.median(peer.decode_s):.1f}",
-            f"{ratio(peer.decode_s, dense.decode_s):.3f}",
-            f"{ratio(genai.decode_s, peer.decode_s):.3f}",
-            f"{peer.last['peak_mb']:.0f}",
-        ]
-        print("| " + " | ".join(cells) + " |")
-        peer.stop()
+    prefill = {name: [one.prefill for one in answers] for name, answers in found.items()}
+    decode = {name: [one.decode for one in answers] for name, answers in found.items()}
+    lines = Table(
+        *("peer", "kept", "prefill ms", "/dense", "/GenAI", "decode tok/s", "time /dense", "speed /GenAI", "peak MB")
+    )
+    for name, answers in found.items():
+        kept = answers[-1].kept
+        lines.row(
+            name,
+            None if kept is None else f"{kept:.3f}",
+            milliseconds(prefill[name], 0),
+            f"{ratios(prefill[name], prefill[DENSE]):.3f}",
+            f"{ratios(prefill[name], prefill[GENAI]):.3f}",
+            f"{1 / spread(decode[name]).median:.1f}",
+            f"{ratios(decode[name], decode[DENSE]):.3f}",
+            f"{ratios(decode[GENAI], decode[name]):.3f}",
+            f"{answers[-1].peak_mb:.0f}",
+        )
 
 
 if __name__ == "__main__":

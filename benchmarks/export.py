@@ -1,59 +1,72 @@
-"""Export time and memory of a 1.1 B-parameter Llama, against ONNX Runtime GenAI's builder.
+"""Export time and memory of a Llama with 1.1 B parameters, against ONNX Runtime GenAI's builder.
 
-    python -m benchmarks.export --work DIR        (needs 14 GB of disk)
+    python -m benchmarks.export --work DIR
 
-Each export is a process of its own, Python's start and imports included; peak memory is the kernel's account of the
+Each export is a process of its own, Python's start and imports included. Peak memory is the kernel's account of the
 finished process (`ru_maxrss`, which counts pages of mapped files too).
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
+
+from benchmarks.bundles import GSX, Workshop
+from benchmarks.measure import Table, in_turn, parse, parser, print_header, ratios
+from benchmarks.model import SHAPES
+
+OURS, THEIRS = "gsx export", "GenAI builder"
 
 
-def measured(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak GiB of a command."""
-    started = time.perf_counter()
+@dataclass(frozen=True)
+class Run:
+    """A finished process: seconds, most memory in GiB, and GB in the directory that it wrote."""
+
+    seconds: float
+    peak_gib: float
+    written_gb: float
+
+
+def run(command: Sequence[str], output: Path) -> Run:
+    """Run a command that writes a directory, which is emptied first."""
+    shutil.rmtree(output, ignore_errors=True)
+    started = perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
+    seconds = perf_counter() - started
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
-    return time.perf_counter() - started, usage.ru_maxrss / 2**20
+    return Run(seconds, usage.ru_maxrss / 2**20, sum(path.stat().st_size for path in output.iterdir()) / 1e9)
 
 
-def main() -> None:
-    """Run both exports in turn and print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=2)
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    model = args.work / "model-1b"
-    if not model.exists():
-        subprocess.run(
-            [sys.executable, "-c", f"from benchmarks.model import *; make_model(Path({str(model)!r}), '1b', None)"],
-            check=True,
-        )
-    weights = (model / "model.safetensors").stat().st_size
-    ours, theirs = args.work / "export-gsx", args.work / "export-genai"
-    gsx = [str(Path(sys.executable).parent / "gsx"), "export", str(model), "-o", str(ours)]
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print a table."""
+    made = parser("export", __doc__, work="the model and exports (14 GB)", rounds=2, quick={"shape": "tiny"})
+    made.add_argument("--shape", choices=SHAPES, default="1b", help="of the model (default: 1b)")
+    args = parse(made, arguments)
+    workshop = Workshop.of(args.work, args.shape)
+    model = workshop.model()
+    print_header(made, args, arguments)
+    print(f"checkpoint: {(model / 'model.safetensors').stat().st_size / 2**30:.2f} GiB of float32\n")
+    ours, theirs = workshop.directory / "export-gsx", workshop.directory / "export-genai"
+    gsx = [*GSX, "export", str(model), "-o", str(ours)]
     genai = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(theirs)]
-    genai += ["-p", "fp32", "-e", "cpu", "-c", str(args.work / "cache")]
-    print(f"checkpoint: {weights / 2**30:.2f} GiB of fp32\n")
-    print("| round | export | seconds | peak GiB | written GB |")
-    print("|---|---|---|---|---|")
+    genai += ["-p", "fp32", "-e", "cpu", "-c", str(workshop.directory / "cache")]
+    commands = {THEIRS: (genai, theirs), OURS: (gsx, ours)}
+    found = in_turn(commands, lambda name: run(*commands[name]), args.rounds)
+    lines = Table("round", "export", "seconds", "peak GiB", "written GB")
     for number in range(args.rounds):
-        for name, command, output in (("GenAI builder", genai, theirs), ("gsx export", gsx, ours)):
-            shutil.rmtree(output, ignore_errors=True)
-            seconds, peak = measured(command)
-            written = sum(path.stat().st_size for path in output.iterdir()) / 1e9
-            print(f"| {number + 1} | {name} | {seconds:.1f} | {peak:.2f} | {written:.2f} |", flush=True)
+        for name, runs in found.items():
+            one = runs[number]
+            lines.row(number + 1, name, f"{one.seconds:.1f}", f"{one.peak_gib:.2f}", f"{one.written_gb:.2f}")
+    seconds = {name: [one.seconds for one in runs] for name, runs in found.items()}
+    print(f"\nseconds, gsx /GenAI: {ratios(seconds[OURS], seconds[THEIRS]):.2f}")
 
 
 if __name__ == "__main__":

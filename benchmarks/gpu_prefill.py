@@ -1,7 +1,7 @@
 """Prefill on a GPU: does leaving work out save the time that the FLOPs say?
 
-    python -m benchmarks.gpu_prefill                        Llama-3-8B's shape, bf16, 4,096 tokens
-    python -m benchmarks.gpu_prefill --device cpu --small   the same code on a CPU, with a tiny shape
+    python -m benchmarks.gpu_prefill            Llama-3-8B's shape, bf16, 4,096 tokens
+    python -m benchmarks.gpu_prefill --quick    the same code on a CPU, with a tiny shape
 
 The traced decoder's own layers run in PyTorch with the CUDA kernels bound to the ops (`gsx_plugins.cuda.bind`): random
 weights, scalar gates, rank selection, so that exactly the budget's share of the tokens is kept. The dense model is the
@@ -11,19 +11,17 @@ the gates are computed for all tokens, and attention reads a mask, so a kept row
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from benchmarks.measure import Table, in_turn, parse, parser, print_header, ratios, spread, timed
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
-from gsx_exporter.rules.gateskip import GateSkip
+from gsx_exporter.rules.gateskip.traced import GateSkip
 from gsx_plugins.errors import PluginLibraryError
 
 MAX_APART = 0.08
@@ -41,6 +39,7 @@ class Shape:
 
     @property
     def head(self) -> int:
+        """Channels of one head."""
         return self.hidden // self.heads
 
 
@@ -57,6 +56,7 @@ def flops(shape: Shape, tokens: int, kept: int, *, gated: bool) -> float:
 
 
 def config_of(shape: Shape, gate: GateConfig | None) -> ModelConfig:
+    """A Llama of this shape, without a vocabulary: only its layers are run."""
     return ModelConfig(
         family="llama",
         vocab_size=1,
@@ -104,6 +104,7 @@ def make_layers(shape: Shape, gate: GateConfig | None, dtype: torch.dtype, devic
 
 
 def call_state(shape: Shape, tokens: int, kept: int, dtype: torch.dtype, device: str) -> CallState:
+    """What all layers of a prefill share. Args: kept: how many tokens run each branch."""
     frequency = 500_000.0 ** -(torch.arange(0, shape.head, 2, device=device) / shape.head)
     angle = torch.arange(tokens, device=device)[:, None] * frequency
     return CallState(
@@ -113,7 +114,7 @@ def call_state(shape: Shape, tokens: int, kept: int, dtype: torch.dtype, device:
         values={
             "forced": torch.zeros(tokens, dtype=torch.bool, device=device),
             "forced_score": torch.zeros(tokens, device=device),
-            "k": torch.tensor([kept]),  # on the CPU: nobody waits for the GPU to tell K
+            "k": torch.tensor([kept]),  # on the CPU, so that nothing waits for the GPU
         },
     )
 
@@ -131,9 +132,7 @@ def prefill(layers: Sequence[DecoderLayer], hidden: Tensor, call: CallState) -> 
 def seconds_of(work: Callable[[], object], device: str) -> float:
     """One call: by CUDA events on a GPU, by the clock on a CPU."""
     if device == "cpu":
-        started = time.perf_counter()
-        work()
-        return time.perf_counter() - started
+        return timed(work)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     work()
@@ -149,7 +148,8 @@ class Figure:
     Args:
         seconds: median of a prefill.
         flops: of it.
-        time, work: seconds and FLOPs over the dense form's.
+        time: median of seconds over the dense form's, within a round.
+        work: FLOPs over the dense form's.
         saves: whether work is left out; with everything kept the row shows what the ops cost.
     """
 
@@ -185,36 +185,27 @@ def measure(shape: Shape, tokens: int, budgets: Sequence[float], rounds: int, de
         out = works[name]()
         if not bool(torch.isfinite(out).all()):
             raise SystemExit(f"benchmarks.gpu_prefill: {name}: the states are not finite")
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):  # in turn, so that a clock that changes changes for all
-        for name, work in works.items():
-            times[name].append(seconds_of(work, device))
-    dense = statistics.median(times["dense"])
+    times = in_turn(works, lambda name: seconds_of(works[name], device), rounds)
     dense_flops = flops(shape, tokens, tokens, gated=False)
     figures = []
     for name, (_, kept) in forms.items():
         left = flops(shape, tokens, kept, gated=name != "dense")
-        seconds = statistics.median(times[name])
-        figures.append(Figure(name, seconds, left, seconds / dense, left / dense_flops, kept < tokens))
+        ratio = ratios(times[name], times["dense"]).median
+        figures.append(Figure(name, spread(times[name]).median, left, ratio, left / dense_flops, kept < tokens))
     return figures
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_prefill", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="a tiny shape, to try the script")
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--budgets", type=float, nargs="+", default=(1.0, 0.7, 0.5))
-    parser.add_argument("--rounds", type=int, default=20)
-    options = parser.parse_args(arguments)
-    if options.device == "cuda":
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, and print a table; exit code 1 without a GPU, or where the goal is missed on one."""
+    made = parser("gpu_prefill", __doc__, rounds=20, quick={"device": "cpu", "small": True, "tokens": 16})
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda)")
+    made.add_argument("--small", action="store_true", help="a tiny shape")
+    made.add_argument("--tokens", type=int, default=4096, help="of the prompt (default: 4096)")
+    made.add_argument("--budgets", type=float, nargs="+", default=(1.0, 0.7, 0.5), help="(default: 1 0.7 0.5)")
+    args = parse(made, arguments)
+    if args.device == "cuda":
         if not torch.cuda.is_available():
-            print(
-                "benchmarks.gpu_prefill: PyTorch sees no GPU here; --device cpu --small tries the script",
-                file=sys.stderr,
-            )
+            print("benchmarks.gpu_prefill: PyTorch sees no GPU here; --quick tries the script", file=sys.stderr)
             return 1
         from gsx_plugins.cuda import bind
 
@@ -223,17 +214,19 @@ def main(arguments: list[str] | None = None) -> int:
         except PluginLibraryError as error:
             print(error, file=sys.stderr)
             return 1
-    shape = SMALL if options.small else LLAMA_3_8B
-    figures = measure(shape, options.tokens, options.budgets, options.rounds, options.device)
-    print(f"{options.tokens} tokens, {shape}, {options.device}, medians of {options.rounds} rounds")
-    print("| form | ms | TFLOP/s | time /dense | FLOPs /dense | apart |")
-    print("|---|---|---|---|---|---|")
+    print_header(made, args, arguments)
+    shape = SMALL if args.small else LLAMA_3_8B
+    figures = measure(shape, args.tokens, args.budgets, args.rounds, args.device)
+    print(f"{args.tokens} tokens, {shape}, {args.device}, {args.rounds} rounds\n")
+    lines = Table("form", "ms", "TFLOP/s", "time /dense", "FLOPs /dense", "apart")
     for one in figures:
-        cells = (f"{one.seconds * 1e3:.2f}", f"{one.flops / one.seconds / 1e12:.0f}", f"{one.time:.3f}")
-        print(f"| {one.form} | {' | '.join(cells)} | {one.work:.3f} | {one.apart:+.1%} |")
+        speed = f"{one.flops / one.seconds / 1e12:.0f}"
+        lines.row(
+            one.form, f"{one.seconds * 1e3:.2f}", speed, f"{one.time:.3f}", f"{one.work:.3f}", f"{one.apart:+.1%}"
+        )
     reached = all(one.reached for one in figures)
     print(f"goal: at most {MAX_APART:.0%} apart: {'reached' if reached else 'missed'}")
-    return 0 if reached or options.device == "cpu" else 1
+    return 0 if reached or args.device == "cpu" else 1
 
 
 if __name__ == "__main__":

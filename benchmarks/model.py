@@ -20,12 +20,12 @@ from transformers import LlamaConfig
 
 from gsx_exporter.checkpoint import chooser, expected_tensors, is_gate
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.router_config import NetConfig, RouterConfig
+from gsx_exporter.rules.router.config import NetConfig, RouterConfig
 
 SHAPES = {
-    # To try a script.
+    # To try a benchmark.
     "tiny": {
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 4,
         "hidden_size": 64,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -67,7 +67,7 @@ def make_model(
     positions: int = POSITIONS,
     router: RouterConfig | None = None,
 ) -> Path:
-    """Write a checkpoint directory with random weights; the backbone depends on the seed alone.
+    """Write a checkpoint directory with random weights; the backbone depends only on the seed.
 
     Args:
         shape: a key of `SHAPES`.
@@ -99,7 +99,7 @@ def make_model(
 def make_large(path: Path, shape: str = "1b", gate: str | None = None) -> Path:
     """Write a checkpoint in fp16 of one block of random numbers, begun at another place for each tensor.
 
-    Ten times as fast as `make_model`, for what looks at sizes and times alone. The backbone is the same with gates.
+    Ten times as fast as `make_model`, for what only looks at sizes and times. The backbone is the same with gates.
     """
     hf = configuration(shape, gate)
     config = ModelConfig.from_hf(hf)

@@ -1,8 +1,8 @@
-"""Runtimes that are timed against each other: their models and exports, and one process each.
+"""Runtimes that are timed against each other: gsx, ONNX Runtime GenAI and llama.cpp, in one process each.
 
-All peers answer in turn, so that a machine that speeds up or slows down moves them all; ratios are medians of the
-ratios within a round. Each timed call follows an untimed one, in the process that answers (`worker.py`). Who waits is
-stopped: idle threads of a runtime may spin (OpenMP's do under OMP_WAIT_POLICY=ACTIVE), which doubles the others' times.
+All peers answer the same prompt in turn. Each timed call follows an untimed one, in the process that answers
+(`worker.py`). A peer that waits is stopped: the idle threads of a runtime may spin (OpenMP's do under
+OMP_WAIT_POLICY=ACTIVE), which doubles the time of the others.
 """
 
 from __future__ import annotations
@@ -10,112 +10,112 @@ from __future__ import annotations
 import atexit
 import json
 import signal
-import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.model import SHAPES, make_model, random_text
+from benchmarks.bundles import Workshop
+from benchmarks.measure import in_turn
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 65
-BUDGET = 0.5
 
 
-@dataclass
+@dataclass(frozen=True)
+class Answer:
+    """One timed call of a peer.
+
+    Args:
+        prefill: seconds to the first token; decode: seconds a token behind it.
+        tokens: what was written.
+        kept: the share of skippable branches that ran; None where nothing is skipped.
+        peak_mb: the most memory that the process has had.
+    """
+
+    prefill: float
+    decode: float
+    tokens: list[int]
+    kept: float | None
+    peak_mb: float
+
+
 class Peer:
-    """A process under test and what it answered."""
+    """A runtime with its model, in a process that is stopped until it is asked.
 
-    name: str
-    process: subprocess.Popen[str]
-    prefill_s: list[float] = field(default_factory=list)
-    decode_s: list[float] = field(default_factory=list)
-    last: dict[str, Any] = field(default_factory=dict)
+    Args:
+        name: as tables have it.
+        interpreter: of the environment that the runtime is installed in.
+        spec: what the worker runs.
+    """
 
-    def call(self, prompt: list[int], keep: bool) -> None:
-        """Time the prompt and the tokens after it; `keep` notes the times."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.send_signal(signal.SIGCONT)
-        self.process.stdin.write(json.dumps({"prompt": prompt, "new_tokens": NEW_TOKENS}) + "\n")
-        self.process.stdin.flush()
-        self.last = json.loads(self.process.stdout.readline())
-        self.process.send_signal(signal.SIGSTOP)
-        if keep:
-            self.prefill_s.append(self.last["prefill"])
-            self.decode_s.append(self.last["decode"] / (NEW_TOKENS - 1))
+    def __init__(self, name: str, interpreter: str = sys.executable, **spec: Any) -> None:
+        command = [interpreter, "-m", "benchmarks.worker", json.dumps(spec, default=str)]
+        self.name = name
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        if json.loads(self._process.stdout.readline() or "null") != "ready":
+            raise SystemExit(f"{name}: did not start")
+        self._process.send_signal(signal.SIGSTOP)
+        atexit.register(self._process.kill)  # a stopped process does not see its input end
+
+    def ask(self, prompt: list[int]) -> Answer:
+        """Time a prompt and the tokens behind it."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.send_signal(signal.SIGCONT)
+        self._process.stdin.write(json.dumps({"prompt": prompt, "new_tokens": NEW_TOKENS}) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        self._process.send_signal(signal.SIGSTOP)
+        answer["decode"] /= NEW_TOKENS - 1
+        return Answer(**answer)
 
     def stop(self) -> None:
         """End the process."""
-        assert self.process.stdin is not None
-        self.process.send_signal(signal.SIGCONT)
-        self.process.stdin.close()
-        self.process.wait()
+        assert self._process.stdin is not None
+        self._process.send_signal(signal.SIGCONT)
+        self._process.stdin.close()
+        self._process.wait()
 
 
-def start(name: str, interpreter: str = sys.executable, **spec: Any) -> Peer:
-    """Start a worker and wait until it has loaded its model; it is stopped until it is asked."""
-    command = [interpreter, "-m", "benchmarks.worker", json.dumps(spec, default=str)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    if json.loads(process.stdout.readline() or "null") != "ready":
-        raise SystemExit(f"{name}: did not start")
-    process.send_signal(signal.SIGSTOP)
-    atexit.register(process.kill)  # a stopped process does not see its input end
-    return Peer(name, process)
+def random_prompt(workshop: Workshop) -> list[int]:
+    """The prompt that all peers get: random tokens of the benchmark model."""
+    found: list[int] = np.random.default_rng(0).integers(0, workshop.sizes["vocab_size"], PROMPT_TOKENS).tolist()
+    return found
 
 
-def time_in_turn(peers: Iterable[Peer], rounds: int) -> None:
-    """Rounds in which every peer answers the same random prompt; the first round warms up."""
-    prompt = np.random.default_rng(0).integers(0, SHAPES["small"]["vocab_size"], PROMPT_TOKENS).tolist()
-    everyone = list(peers)
-    for number in range(rounds + 1):
-        for peer in everyone:
-            peer.call(prompt, keep=number > 0)
+def time_in_turn(peers: Mapping[str, Peer], prompt: list[int], rounds: int) -> dict[str, list[Answer]]:
+    """Answers of all peers by name, one a round; the peers are stopped then."""
+    found = in_turn(peers, lambda name: peers[name].ask(prompt), rounds)
+    for peer in peers.values():
+        peer.stop()
+    return found
 
 
-def ratio(seconds: Sequence[float], base: Sequence[float]) -> float:
-    """Time over the base's time: median over rounds."""
-    return statistics.median(s / b for s, b in zip(seconds, base, strict=True))
-
-
-def prepare(work: Path, gates: Iterable[str]) -> None:
-    """Models and float32 exports, dense and with gates at `BUDGET`, as far as they are not there yet."""
-    from gsx.workflows.export import export
-
-    work.mkdir(parents=True, exist_ok=True)
-    text = random_text(work / "text.txt", SHAPES["small"]["vocab_size"])
-    for gate in (None, *gates):
-        name = gate or "dense"
-        if not (work / f"gsx-{name}").exists():
-            model = make_model(work / f"model-{name}", "small", gate)
-            options: dict[str, Any] = {"budget": BUDGET, "calibration": text} if gate else {}
-            export(model, work / f"gsx-{name}", **options)
-
-
-def prepare_genai(work: Path, output: Path, precision: Literal["fp32", "int8"]) -> None:
-    """ONNX Runtime GenAI's own export of the dense model, if it is not there yet."""
+def genai_model(workshop: Workshop, precision: Literal["fp32", "int8"]) -> Path:
+    """ONNX Runtime GenAI's own export of the dense model, made once."""
+    output = workshop.directory / f"genai-{precision}"
     if not output.exists():
-        builder = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-        paths = ["-i", str(work / "model-dense"), "-o", str(output), "-c", str(work / "cache")]
-        subprocess.run([*builder, *paths, "-p", precision, "-e", "cpu"], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(workshop.model())]
+        command += ["-o", str(output), "-c", str(workshop.directory / "cache"), "-p", precision, "-e", "cpu"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return output
 
 
-def prepare_llama(work: Path, interpreter: str) -> dict[str, Path]:
-    """The dense model as llama.cpp reads it, by type, as far as it is not there yet (`llama.py`)."""
-    paths = {kind: work / f"dense-{kind}.gguf" for kind in ("F32", "Q8_0")}
-    for kind, path in paths.items():
-        if not path.exists():
-            command = [interpreter, "-m", "benchmarks.llama", str(work / "model-dense"), str(path), "--type", kind]
-            subprocess.run(command, check=True)
-    return paths
+def llama_model(workshop: Workshop, interpreter: str, kind: Literal["F32", "Q8_0"]) -> Path:
+    """The dense model as llama.cpp reads it, made once. Args: interpreter: of the environment of `llama.py`."""
+    path = workshop.directory / f"dense-{kind}.gguf"
+    if not path.exists():
+        command = [interpreter, "-m", "benchmarks.llama", str(workshop.model()), str(path), "--type", kind]
+        subprocess.run(command, check=True)
+    return path
 
 
-def start_llama(name: str, interpreter: str, path: Path, threads: int, *, exact: bool = False) -> Peer:
+def llama_peer(name: str, interpreter: str, path: Path, threads: int, *, exact: bool = False) -> Peer:
     """llama.cpp on one of those files; `exact` computes in float32 throughout, to compare tokens."""
     context = PROMPT_TOKENS + NEW_TOKENS
-    return start(name, interpreter, kind="llama", path=path, threads=threads, context=context, exact=exact)
+    return Peer(name, interpreter, kind="llama", path=path, threads=threads, context=context, exact=exact)

@@ -1,56 +1,59 @@
 """What a decode step consists of, by ONNX Runtime's own profiler: matrix products, attention, and all the small nodes.
 
-    python -m benchmarks.profile --work DIR    (which benchmarks.decode, quantization and rules have filled)
+    python -m benchmarks.profile --work DIR
 
-Single tokens at 512 past tokens. The profiler's own writing costs more than a small node does, so small nodes are
-counted, not timed: what is left of a step of an unprofiled session after products and attention is theirs (and the
-caller's), and its part for each node is the last column.
+Single tokens of the benchmark model at 512 past tokens. The profiler's own writing costs more than a small node does,
+so small nodes are counted and not timed: what is left of a step of an unprofiled session after products and attention
+is theirs (and the caller's), and its share for each node is the last column.
 """
 
 from __future__ import annotations
 
-import argparse
 import bisect
 import json
 import statistics
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from time import perf_counter
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 
-from gsx_engines.bundle.bundle import open_bundle
-from gsx_engines.bundle.controls import Controls, Keep, controls_for
-from gsx_engines.runners.base import Runner
+from benchmarks.bundles import BUDGET, Workshop, add_model_options
+from benchmarks.measure import Table, in_turn, parse, parser, print_header
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.controls import Keep, controls_for
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.session import open_session, session_config
 from gsx_engines.runners.whole import WholeRunner
 
 PROMPT_TOKENS, STEPS = 512, 24
-# What each kind of product reads for a weight, in bytes.
+# Bytes that each kind of product reads for a weight.
 PRODUCTS = {"MatMul": 4, "MatMulIntegerToFloat": 1, "MatMulNBits": 1}
 ATTENTION = "GroupQueryAttention"
 
-FORMS = {
-    "float32, dense": ("gsx-dense", Keep()),
-    "float32, half kept": ("gsx-scalar", Keep(budget=0.5)),
-    "float32, 6 of 12 layers": ("rule-layers", Keep(layers="0,2,4,6,8,10")),
-    "float32, half of the FFNs": ("rule-ffn-skip", Keep(budget=0.5)),
-    "INT8, dense": ("gsx-dense-int8", Keep()),
-    "INT8 weights alone, dense": ("gsx-dense-int8-weights", Keep()),
-    "INT8, half kept": ("gsx-scalar-int8", Keep(budget=0.5)),
-}
+
+def forms_of(layers: int) -> dict[str, tuple[str, Keep]]:
+    """Name -> the bundle and what a request asks for, of a model with so many layers."""
+    half = ",".join(map(str, range(0, layers, 2)))
+    return {
+        "float32, dense": ("dense", Keep()),
+        "float32, half kept": ("scalar", Keep(budget=BUDGET)),
+        "float32, every second layer": ("rule-layers", Keep(layers=half)),
+        "float32, half of the FFNs": ("rule-ffn-skip", Keep(budget=BUDGET)),
+        "INT8, dense": ("dense-int8", Keep()),
+        "only weights INT8, dense": ("dense-int8-weights", Keep()),
+        "INT8, half kept": ("scalar-int8", Keep(budget=BUDGET)),
+    }
 
 
 class _Profiled(OnnxRuntimeStage):
     """A stage whose sessions write profiles."""
 
-    def __init__(self, bundle: Any, threads: int, prefix: Path) -> None:
+    def __init__(self, bundle: Bundle, threads: int, prefix: Path) -> None:
         super().__init__(bundle, threads=threads)
         self.sessions: list[ort.InferenceSession] = []
         self._prefix = prefix
@@ -78,7 +81,7 @@ class Step:
 
 
 def profiled_steps(sessions: list[ort.InferenceSession], steps: int) -> list[Step]:
-    """Read the profiles of sessions that have run so many steps last, one run of each a step."""
+    """Read the profiles of sessions. Args: steps: how many they have run last, one run of each session a step."""
     found = [Step() for _ in range(steps)]
     for session in sessions:
         path = Path(session.end_profiling())
@@ -106,43 +109,37 @@ def profiled_steps(sessions: list[ort.InferenceSession], steps: int) -> list[Ste
     return found
 
 
-def step_ms(runner: Runner, cache: Any, ids: np.ndarray, controls: Controls) -> list[float]:
-    """Times of single tokens behind the prompt, each at the same place."""
-    found = []
-    for number in range(STEPS):
-        cache.roll_back([PROMPT_TOKENS])
-        started = time.perf_counter()
-        runner.step(cache, ids[:, number : number + 1], controls)
-        found.append(1e3 * (time.perf_counter() - started))
-    return found
-
-
-def row(name: str, path: Path, keep: Keep, threads: int, rounds: int, prefix: Path) -> str:
-    """A form's line of the table."""
-    bundle = open_bundle(path)
+def row(bundle: Bundle, keep: Keep, threads: int, rounds: int, prefix: Path) -> list[str]:
+    """A form's cells of the table."""
     profiled = _Profiled(bundle, threads, prefix)
     runners = {"plain": WholeRunner(OnnxRuntimeStage(bundle, threads=threads)), "profiled": WholeRunner(profiled)}
-    controls = controls_for(bundle.manifest, keep)
+    values = controls_for(bundle.manifest, keep)
     ids = np.random.default_rng(0).integers(0, bundle.manifest.decoder.vocab_size, (1, PROMPT_TOKENS))
-    caches: Mapping[str, Any] = {name: runner.new_cache(1, PROMPT_TOKENS + 1) for name, runner in runners.items()}
-    for key, runner in runners.items():
-        runner.step(caches[key], ids, controls)
-    times: dict[str, list[float]] = {"plain": [], "profiled": []}
-    for _ in range(rounds):
-        for key, runner in runners.items():
-            times[key] += step_ms(runner, caches[key], ids, controls)
-    steps = profiled_steps(profiled.sessions, len(times["profiled"]))
-    whole, products, attention = (
-        statistics.median(values)
-        for values in (times["plain"], [s.product_us / 1e3 for s in steps], [s.attention_us / 1e3 for s in steps])
-    )
+    caches = {name: runner.new_cache(1, PROMPT_TOKENS + 1) for name, runner in runners.items()}
+    for name, runner in runners.items():
+        runner.step(caches[name], ids, values)
+
+    def step_ms(name: str) -> list[float]:
+        """Times of single tokens behind the prompt, each at the same place."""
+        found = []
+        for number in range(STEPS):
+            caches[name].roll_back([PROMPT_TOKENS])
+            started = perf_counter()
+            runners[name].step(caches[name], ids[:, number : number + 1], values)
+            found.append(1e3 * (perf_counter() - started))
+        return found
+
+    times = in_turn(runners, step_ms, rounds)
+    steps = profiled_steps(profiled.sessions, STEPS * rounds)
+    whole = statistics.median(ms for one in times["plain"] for ms in one)
+    products = statistics.median(step.product_us / 1e3 for step in steps)
+    attention = statistics.median(step.attention_us / 1e3 for step in steps)
     rest = whole - products - attention
     count, read, attended, branches, others = (
         statistics.mean(getattr(step, field) for step in steps)
         for field in ("products", "product_bytes", "attention", "branches", "others")
     )
-    cells = [
-        name,
+    return [
         f"{whole:.2f}",
         f"{count:.0f}",
         f"{products:.2f}",
@@ -154,35 +151,27 @@ def row(name: str, path: Path, keep: Keep, threads: int, rounds: int, prefix: Pa
         f"{rest:.2f}",
         f"{1e3 * rest / (branches + others):.1f}",
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
-def main() -> None:
-    """Run and print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    heads = [
-        "form",
-        "step ms",
-        "products",
-        "ms",
-        "GB/s",
-        "attention",
-        "ms",
-        "If",
-        "other nodes",
-        "rest ms",
-        "us a node",
-    ]
-    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print a table."""
+    quick = {"shape": "tiny", "forms": ["float32, dense", "float32, half kept"]}
+    made = parser("profile", __doc__, work="models and exports (2 GB)", rounds=9, threads=2, quick=quick)
+    add_model_options(made)
+    made.add_argument("--forms", nargs="+", choices=list(forms_of(1)), default=list(forms_of(1)), help="(default: all)")
+    args = parse(made, arguments)
+    workshop = Workshop.of(args.work, args.shape)
+    asked = {name: form for name, form in forms_of(workshop.layers).items() if name in args.forms}
+    forms = {name: (workshop.bundle(bundle), keep) for name, (bundle, keep) in asked.items()}
+    if args.prepare:
+        return
+    print_header(made, args, arguments)
+    lines = Table(
+        *("form", "step ms", "products", "ms", "GB/s", "attention", "ms", "If", "other nodes", "rest ms", "us a node")
+    )
     with tempfile.TemporaryDirectory() as directory:
-        for name, (folder, keep) in FORMS.items():
-            path = args.work / folder
-            if path.exists():
-                print(row(name, path, keep, args.threads, args.rounds, Path(directory) / "profile"), flush=True)
+        for name, (opened, keep) in forms.items():
+            lines.row(name, *row(opened, keep, args.threads, args.rounds, Path(directory) / "profile"))
 
 
 if __name__ == "__main__":

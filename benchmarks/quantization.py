@@ -2,118 +2,91 @@
 
     python -m benchmarks.quantization --work DIR [--llama ENV/bin/python]
 
-The benchmark model of `decode.py`, exported in float32, in INT8 as it comes (of the gated model the first layer
-stays in float32), in INT8 throughout, and with INT8 weights alone; GenAI's builder makes its INT8 of the
-dense one. All in turn (`peers.py`).
+The benchmark model in float32, in INT8 as it comes (of the gated model the first layer stays in float32), in INT8
+throughout, and with only its weights in INT8; GenAI's builder makes its INT8 of the dense model.
 
-llama.cpp has to be compiled, in an environment of its own: `llama.py` says how. Its file of the dense model is checked
+llama.cpp must be compiled, in an environment of its own: `llama.py` says how. Its file of the dense model is checked
 first: in float32 it must write the tokens that gsx writes.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
-from benchmarks.peers import (
-    BUDGET,
-    Peer,
-    prepare,
-    prepare_genai,
-    prepare_llama,
-    ratio,
-    start,
-    start_llama,
-    time_in_turn,
-)
+from benchmarks.bundles import BUDGET, Workshop, add_model_options
+from benchmarks.measure import Table, milliseconds, parse, parser, print_header, ratios, spread
+from benchmarks.peers import Peer, genai_model, llama_model, llama_peer, random_prompt, time_in_turn
 
-GENAI, LLAMA, DENSE = "GenAI int8, dense", "llama.cpp Q8_0, dense", "gsx fp32, dense"
-
-# What is written into a table -> scheme and layers to keep; nothing is spared of a dense model anyway.
-FORMS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "int8": ("int8", ()),
-    "int8-throughout": ("int8", ("none",)),
-    "int8-weights": ("int8-weights", ()),
-}
+GENAI, LLAMA = "GenAI int8, dense", "llama.cpp Q8_0, dense"
+# Form -> what it is called behind the name of the float32 bundle.
+FORMS = {"fp32": "", "int8": "-int8", "int8 throughout": "-int8-throughout", "int8 weights": "-int8-weights"}
 
 
-def exports(work: Path, gate: str) -> dict[str, Path]:
-    """Bundles of the dense or gated model by form, made as far as they are not there yet."""
-    from gsx.workflows.export import export
-    from gsx.workflows.quantize import Quantize
-
-    found = {"fp32": work / f"gsx-{gate}"}
-    for form, (scheme, keep) in FORMS.items():
-        if gate == "dense" and keep:
-            continue
-        found[form] = path = work / f"gsx-{gate}-{form}"
-        if not path.exists():
-            options: dict[str, Any] = {} if gate == "dense" else {"budget": BUDGET}
-            quantize = Quantize(scheme, keep, cache=work / "statistics")
-            text = None if gate == "dense" and scheme == "int8-weights" else work / "text.txt"
-            export(work / f"model-{gate}", path, calibration=text, quantize=quantize, **options)
-    return found
-
-
-def check_llama(exact: Peer, dense: Peer) -> None:
+def check_llama(workshop: Workshop, interpreter: str, threads: int, prompt: list[int]) -> None:
     """Stop where llama.cpp reads another model in its file than gsx in its own."""
-    time_in_turn([exact, dense], rounds=0)
-    exact.stop()
-    if exact.last["tokens"] != dense.last["tokens"]:
+    path = llama_model(workshop, interpreter, "F32")
+    peers = {
+        "llama.cpp": llama_peer("llama.cpp", interpreter, path, threads, exact=True),
+        "gsx": Peer("gsx", kind="gsx", path=workshop.bundle("dense").directory, threads=threads),
+    }
+    theirs, ours = (answers[0].tokens for answers in time_in_turn(peers, prompt, rounds=1).values())
+    if theirs != ours:
         raise SystemExit("llama.cpp in float32 does not write the tokens of gsx: the file is not the same model")
 
 
-def main() -> None:
-    """Run and print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory for models and exports (2 GB)")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--prepare", action="store_true", help="make models and exports, and time nothing")
-    parser.add_argument(
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print a table."""
+    work = "models and exports (2 GB)"
+    made = parser("quantization", __doc__, work=work, rounds=9, threads=2, quick={"shape": "tiny"})
+    add_model_options(made)
+    made.add_argument(
         "--llama",
         default=os.environ.get("GSX_LLAMA_PYTHON"),
+        metavar="PYTHON",
         help="interpreter of an environment with llama-cpp-python (default: $GSX_LLAMA_PYTHON; none: left out)",
     )
-    args = parser.parse_args()
-    prepare(args.work, ["scalar"])
-    prepare_genai(args.work, args.work / "genai-int8", "int8")
-    bundles = {gate: exports(args.work, gate) for gate in ("dense", "scalar")}
-    files = prepare_llama(args.work, args.llama) if args.llama else {}
+    args = parse(made, arguments)
+    workshop = Workshop.of(args.work, args.shape)
+    genai = genai_model(workshop, "int8")
+    paths = {}
+    for gate, asked in (("dense", "dense"), ("scalar", f"budget {BUDGET:g}")):
+        for form, suffix in FORMS.items():
+            if (gate, form) != ("dense", "int8 throughout"):  # of a dense model nothing is spared anyway
+                paths[f"gsx {form}, {asked}"] = workshop.bundle(gate + suffix).directory
+    llama = llama_model(workshop, args.llama, "Q8_0") if args.llama else None
     if args.prepare:
         return
-    peers = {GENAI: start(GENAI, kind="genai", path=args.work / "genai-int8", threads=args.threads)}
-    if files:
-        peers[LLAMA] = start_llama(LLAMA, args.llama, files["Q8_0"], args.threads)
-    for gate, budget in (("dense", None), ("scalar", BUDGET)):
-        for form, path in bundles[gate].items():
-            name = f"gsx {form}, {'dense' if budget is None else f'budget {budget:g}'}"
-            peers[name] = start(name, kind="gsx", path=path, threads=args.threads, budget=budget)
-    if files:
-        check_llama(start_llama(LLAMA, args.llama, files["F32"], args.threads, exact=True), peers[DENSE])
-    time_in_turn(peers.values(), args.rounds)
-    print(f"{args.threads} threads, {args.rounds} rounds in turn, medians")
-    print("llama.cpp: in float32 it writes the tokens of gsx\n" if files else "llama.cpp: left out (--llama)\n")
-    print("| peer | prefill ms | speed /fp32 | speed /GenAI | decode tok/s | speed /fp32 | speed /GenAI | peak MB |")
-    print("|---|---|---|---|---|---|---|---|")
-    genai = peers[GENAI]
-    for name, peer in peers.items():
-        base = peers[f"gsx fp32, {name.split(', ')[1]}"] if name.startswith("gsx") else None
-        cells = [
+    print_header(made, args, arguments)
+    prompt = random_prompt(workshop)
+    if llama:
+        check_llama(workshop, args.llama, args.threads, prompt)
+    peers = {GENAI: Peer(GENAI, kind="genai", path=genai, threads=args.threads)}
+    if llama:
+        peers[LLAMA] = llama_peer(LLAMA, args.llama, llama, args.threads)
+    for name, path in paths.items():
+        budget = None if name.endswith("dense") else BUDGET
+        peers[name] = Peer(name, kind="gsx", path=path, threads=args.threads, budget=budget)
+    found = time_in_turn(peers, prompt, args.rounds)
+    print(f"{args.threads} threads, {args.rounds} rounds;")
+    print("llama.cpp: in float32 it writes the tokens of gsx\n" if llama else "llama.cpp: left out (--llama)\n")
+    prefill = {name: [one.prefill for one in answers] for name, answers in found.items()}
+    decode = {name: [one.decode for one in answers] for name, answers in found.items()}
+    lines = Table(
+        *("peer", "prefill ms", "speed /fp32", "speed /GenAI", "decode tok/s", "speed /fp32", "speed /GenAI", "peak MB")
+    )
+    for name, answers in found.items():
+        base = f"gsx fp32, {name.split(', ')[1]}" if name in paths else None
+        lines.row(
             name,
-            f"{1e3 * statistics.median(peer.prefill_s):.0f}",
-            "" if base is None else f"{1 / ratio(peer.prefill_s, base.prefill_s):.2f}",
-            f"{1 / ratio(peer.prefill_s, genai.prefill_s):.2f}",
-            f"{1 / statistics.median(peer.decode_s):.0f}",
-            "" if base is None else f"{1 / ratio(peer.decode_s, base.decode_s):.2f}",
-            f"{1 / ratio(peer.decode_s, genai.decode_s):.2f}",
-            f"{peer.last['peak_mb']:.0f}",
-        ]
-        print("| " + " | ".join(cells) + " |")
-        peer.stop()
+            milliseconds(prefill[name], 0),
+            base and f"{ratios(prefill[base], prefill[name]):.2f}",
+            f"{ratios(prefill[GENAI], prefill[name]):.2f}",
+            f"{1 / spread(decode[name]).median:.0f}",
+            base and f"{ratios(decode[base], decode[name]):.2f}",
+            f"{ratios(decode[GENAI], decode[name]):.2f}",
+            f"{answers[-1].peak_mb:.0f}",
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does every rule decide and write what PyTorch does? `gsx verify` of each on the example model, in one table.
+"""Does every keep rule decide and write what PyTorch does? `gsx verify` of each on the example model, in one table.
 
     python -m benchmarks.rule_parity --work DIR
 
@@ -9,10 +9,9 @@ single steps over the cache, padded batches, and greedy text by the runner that 
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,15 +19,15 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.bundles import EXAMPLE, exported
+from benchmarks.measure import Table, parse, parser, print_header
 from gsx.parity.report import Report
-from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_exporter.checkpoint import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
 from gsx_exporter.config import GateConfig
-from gsx_exporter.router_config import NetConfig, RouterConfig
+from gsx_exporter.rules.router.config import NetConfig, RouterConfig
 from gsx_exporter.training.exit_classifiers import train_exit_classifiers
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "model"
 CLASSIFIER_TOKENS = 8192
 
 
@@ -46,8 +45,8 @@ class Routed:
 
     Args:
         budget: calibrated; None: its own.
-        scale: of the random weights. Scores that multiply what a layer gives must not be much above 1, or the model
-            blows rounding up from layer to layer, and PyTorch's own float32 says nothing.
+        scale: of the random weights. Scores that multiply a layer's output must not be much above 1, or rounding grows
+            from layer to layer until PyTorch's own float32 says nothing.
     """
 
     router: RouterConfig
@@ -138,6 +137,9 @@ def write_ungated(model: Checkpoint, path: Path, routed: Routed | None) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path / WEIGHTS)
 
 
+HEADS = ("settings", "least kept", "decisions", "differ", "largest error of a logit", "greedy tokens equal", "")
+
+
 @dataclass
 class Line:
     """A row of the table, from a report."""
@@ -149,7 +151,7 @@ class Line:
         self.failed = [check.name for check in self.report.checks if check.verdict == "fail"]
 
     def cells(self) -> list[str]:
-        """Settings, least kept, decisions and those that differ, largest error of a logit, greedy tokens, verdict."""
+        """Cells of `HEADS` behind the rule's name."""
         results = self.report.results
         passes = [(one.windows, one.single_steps, one.one_chunk, one.padded) for one in results]
         decisions = [one.decisions for row in passes for one in row if one is not None and one.decisions is not None]
@@ -168,33 +170,21 @@ class Line:
         ]
 
 
-def main() -> None:
-    """Run and print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="directory for models and exports")
-    parser.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("--tokens", type=int, default=512, help="of the text")
-    parser.add_argument("--backend", choices=["onnxruntime", "torch"], default="onnxruntime")
-    args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    heads = [
-        "rule",
-        "settings",
-        "least kept",
-        "decisions",
-        "differ",
-        "largest error of a logit",
-        "greedy tokens equal",
-        "",
-    ]
-    print("| " + " | ".join(heads) + " |\n|" + "---|" * len(heads), flush=True)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Verify each rule, and print a table."""
+    quick = {"rows": ["gateskip"], "tokens": 64}
+    made = parser("rule_parity", __doc__, work="models and exports", quick=quick)
+    made.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="(default: all)")
+    made.add_argument("--tokens", type=int, default=512, help="of the text (default: 512)")
+    made.add_argument("--backend", choices=["onnxruntime", "torch"], default="onnxruntime")
+    args = parse(made, arguments)
+    print_header(made, args, arguments)
+    lines = Table("rule", *HEADS)
     for name in args.rows:
         row = ROWS[name]
-        bundle = args.work / f"parity-{name.replace(', ', '-').replace(' ', '-')}"
-        if not bundle.exists():
-            export(make_form(row.model, args.work), bundle, **row.options)
-        report = verify(bundle, tokens=args.tokens, backend=args.backend)
-        print("| " + " | ".join([name, *Line(report).cells()]) + " |", flush=True)
+        path = args.work / f"parity-{name.replace(', ', '-').replace(' ', '-')}"
+        bundle = exported(path, make_form(row.model, args.work), **row.options)
+        lines.row(name, *Line(verify(bundle.directory, tokens=args.tokens, backend=args.backend)).cells())
 
 
 if __name__ == "__main__":

@@ -1,37 +1,39 @@
 """What each keep rule costs in quality on a model: perplexity at equal shares, in one table.
 
-    python -m benchmarks.rule_quality examples/model
+    python -m benchmarks.rule_quality
 
 Rules are calibrated on the first half of the text that ships with gsx and measured on the other half, by the reference.
 "every token" applies the rule to all of a window; "prompt in full" runs a window's first half in full, as Unified Layer
-Skipping and FFN-SkipLLM do with a prompt, and scores the second half. The full model's own perplexity stands in both.
-CALM's classifier is there with a checkpoint that has it (`gsx train --exit-classifiers`).
+Skipping and FFN-SkipLLM do with a prompt, and scores the second half. Both columns have the full model's own
+perplexity. CALM's classifier needs a checkpoint that has it (`gsx train --exit-classifiers`).
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.bundles import EXAMPLE
+from benchmarks.measure import Table, parse, parser, print_header
 from gsx_engines.bundle.confidence import Measure
 from gsx_engines.bundle.layer_sets import Places, exit_places, mask_of, unified_places
-from gsx_exporter.calibration import calibrate
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.evaluation import losses
-from gsx_exporter.masks.base import KeepAll, MaskRule
-from gsx_exporter.masks.calm import Confident
-from gsx_exporter.masks.ffn_skip import FfnStride
-from gsx_exporter.masks.gateskip import Threshold
-from gsx_exporter.masks.layers import LayerMask
-from gsx_exporter.reference import Reference
-from gsx_exporter.similarity import calibrate_ffn
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.reference.rule import KeepAll, ReferenceRule
+from gsx_exporter.rules.calibration import calibrate
+from gsx_exporter.rules.calm.reference import Confident
+from gsx_exporter.rules.ffn_skip.calibrate import calibrate_ffn
+from gsx_exporter.rules.ffn_skip.reference import FfnStride
+from gsx_exporter.rules.gateskip.reference import Threshold
+from gsx_exporter.rules.gateskip.traced import GateSkip
+from gsx_exporter.rules.layers.reference import LayerMask
 from gsx_exporter.text import tokenize
 
 # Of CALM, from careful to bold.
@@ -41,7 +43,7 @@ CALM_THRESHOLDS: dict[Measure, tuple[float, ...]] = {
     "classifier": (0.9, 0.8, 0.7),
 }
 # A rule by the position from which it applies.
-RuleFrom = Callable[[np.ndarray], MaskRule]
+RuleFrom = Callable[[np.ndarray], ReferenceRule]
 
 
 def rules_of(checkpoint: Checkpoint, ids: np.ndarray) -> dict[str, tuple[RuleFrom, bool]]:
@@ -68,7 +70,7 @@ def rules_of(checkpoint: Checkpoint, ids: np.ndarray) -> dict[str, tuple[RuleFro
             leaving: RuleFrom = partial(_confident, exits, measure, one)
             found[f"calm, {measure} {one:g} at {', '.join(map(str, exits))}"] = (leaving, True)
     if checkpoint.config.gate is not None:
-        for point in calibrate(checkpoint, ids, (0.75, 0.5), DecoderOptions()):
+        for point in calibrate(checkpoint, ids, (0.75, 0.5), DecoderOptions(GateSkip.of(checkpoint.config))):
             found[f"gateskip {point.budget:g}"] = (partial(_the_same, Threshold(point.thresholds)), False)
     return found
 
@@ -77,7 +79,7 @@ def _the_same(rule: Threshold, until: np.ndarray) -> Threshold:
     return rule
 
 
-def _confident(exits: tuple[int, ...], measure: Measure, threshold: float, until: np.ndarray) -> MaskRule:
+def _confident(exits: tuple[int, ...], measure: Measure, threshold: float, until: np.ndarray) -> ReferenceRule:
     return Confident(exits, measure, threshold, until, 0.0, 1)
 
 
@@ -92,25 +94,25 @@ def perplexity(reference: Reference, rule: RuleFrom, windows: np.ndarray, *, pro
     return math.exp(nats / tokens), float(np.mean(kept))
 
 
-def main() -> None:
-    """Run and print a table in Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--tokens", type=int, default=16384, help="of the text, half of them measured")
-    args = parser.parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print a table."""
+    made = parser("rule_quality", __doc__, quick={"tokens": 1024})
+    made.add_argument("model", nargs="?", default=EXAMPLE, help="a checkpoint (default: the example model)")
+    made.add_argument("--tokens", type=int, default=16384, help="of the text, half of them measured (default: 16384)")
+    args = parse(made, arguments)
+    print_header(made, args, arguments)
     checkpoint = open_checkpoint(args.model)
     ids: np.ndarray[Any, Any] = tokenize(checkpoint, None, max_tokens=args.tokens).ids
     half = len(ids) // 2
     reference = Reference.load(checkpoint)
     windows = ids[half:]
     middle = windows.shape[1] // 2
-    print(f"{args.model}: {windows.size:,} tokens in windows of {windows.shape[1]}\n")
-    print("| rule | branches that run | perplexity, every token | prompt in full |")
-    print("|---|---|---|---|")
+    print(f"{windows.size:,} tokens in windows of {windows.shape[1]}\n")
+    lines = Table("rule", "branches that run", "perplexity, every token", "prompt in full")
     for name, (rule, runs_prompt) in rules_of(checkpoint, ids[:half]).items():
         whole, share = perplexity(reference, rule, windows, prompt=0)
-        behind = f"{perplexity(reference, rule, windows, prompt=middle)[0]:.2f}" if runs_prompt else ""
-        print(f"| {name} | {share:.3f} | {whole:.2f} | {behind} |")
+        behind = f"{perplexity(reference, rule, windows, prompt=middle)[0]:.2f}" if runs_prompt else None
+        lines.row(name, f"{share:.3f}", f"{whole:.2f}", behind)
 
 
 if __name__ == "__main__":

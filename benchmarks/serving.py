@@ -14,24 +14,25 @@ from the example client over gRPC, in a process of its own, or from Triton's per
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 import psutil
 
-from benchmarks.model import SHAPES, make_model, random_text
-from benchmarks.speculation import heading, held_out_prompts, line
+from benchmarks.bundles import EXAMPLE, Workshop, exported
+from benchmarks.measure import Table, parse, parser, print_header, ratios, repeated, spread
+from benchmarks.model import SHAPES
+from benchmarks.prompts import held_out_prompts
 from examples.triton_server import ENVIRONMENT, Server, running
-from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import Keep
 from gsx_engines.generation import GenerationStats, generate
 from gsx_engines.runners.select import open_runner
@@ -39,8 +40,8 @@ from gsx_engines.sampling import Sampling
 from gsx_engines.serving.repository import write_repository
 from gsx_engines.tokens import BundleTokenizer, TextWriter
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-EXAMPLE, CLIENT = EXAMPLES / "model", EXAMPLES / "triton_client.py"
+CLIENT = EXAMPLE.parent / "triton_client.py"
+PROMPT_TOKENS = 128
 BUDGETS = (None, 0.5, 0.85, 1.0)
 ANALYZER = ENVIRONMENT / "perf" / "bin" / "perf_analyzer"
 # Libraries that perf_analyzer asks for, and their names in the server's wheel, which carry a hash.
@@ -51,7 +52,7 @@ class Clients:
     """Streams over gRPC, in a process of their own that stays.
 
     Args:
-        server: whom they ask.
+        server: that they ask.
         streams: how many.
     """
 
@@ -123,13 +124,14 @@ def equal(server: Server, here: Here, prompts: Sequence[list[int]], count: int) 
     """Every token of a set of requests, at several concurrencies."""
     requests = mixed(prompts, count)
     expected = [here.ask(request)[0] for request in requests]
-    heading("at once", "requests", "tokens", "tokens that differ", "errors")
+    lines = Table("at once", "requests", "tokens", "tokens that differ", "errors")
     for streams in (1, 4, 16):
         clients = Clients(server, streams)
         answers = clients.ask(requests)
         clients.close()
         differ = sum(differing(answer["ids"], alone) for answer, alone in zip(answers, expected, strict=True))
-        line(streams, count, sum(map(len, expected)), differ, sum(answer["error"] is not None for answer in answers))
+        errors = sum(answer["error"] is not None for answer in answers)
+        lines.row(streams, count, sum(map(len, expected)), differ, errors)
 
 
 def differing(found: Sequence[int], expected: Sequence[int]) -> int:
@@ -141,49 +143,38 @@ def speed(server: Server, here: Here, prompts: Sequence[list[int]], rounds: int)
     """Throughput by streams; first token and time a token at one stream, against this process, in turn."""
     each = 2
     counts = (1, 2, 4, 8)
-    groups = {streams: Clients(server, streams) for streams in counts}
+    clients = {streams: Clients(server, streams) for streams in counts}
     requests = [{"input_ids": prompt[:64], "max_tokens": 64} for prompt in prompts[: max(counts) * each]]
-    rates: dict[int, list[float]] = {streams: [] for streams in counts}
-    first: list[float] = []
-    token: list[float] = []
-    counted: list[float] = []
-    unstreamed: list[float] = []
-    alone_ms: list[float] = []
-    for number in range(rounds + 1):  # the first one is to warm up
-        for streams in counts:
-            began = time.perf_counter()
-            answers = groups[streams].ask(requests[: streams * each])
-            seconds = time.perf_counter() - began
-            if number:
-                rates[streams].append(sum(len(answer["ids"]) for answer in answers) / seconds)
-            if number and streams == 1:
-                alone = [here.ask(request)[1] for request in requests[:each]]
-                first.append(
-                    sum(answer["first_seconds"] for answer in answers) / sum(stats.prefill_seconds for stats in alone)
-                )
-                here_seconds = sum(stats.decode_seconds for stats in alone)
-                served = sum(answer["seconds"] - answer["first_seconds"] for answer in answers)
-                token.append(served / here_seconds)
-                counted.append(sum(answer["decode_seconds"] for answer in answers) / here_seconds)
-                answers = groups[1].ask([{**request, "stream": False} for request in requests[:each]])
-                unstreamed.append(sum(answer["decode_seconds"] for answer in answers) / here_seconds)
-                alone_ms.append(1000 * here_seconds / sum(stats.decode_steps for stats in alone))
-    for clients in groups.values():
-        clients.close()
-    heading("streams", "tokens/s", "/one stream (least, most of the rounds)")
-    for streams in counts:
-        ratios = [rate / one for rate, one in zip(rates[streams], rates[1], strict=True)]
-        line(streams, f"{median(rates[streams]):.0f}", f"{median(ratios):.2f} ({min(ratios):.2f}, {max(ratios):.2f})")
-    print()
-    ratios_of_rounds(
-        {
-            "time to first token": first,
-            "time of a token after it": token,
-            "the same by the scheduler's count": counted,
-            "the same where nothing is streamed": unstreamed,
+
+    def one_round() -> tuple[dict[int, float], dict[str, float], float]:
+        """Tokens a second by streams; server over this process; seconds of a token in this process."""
+        rates = {}
+        for streams in reversed(counts):
+            began = perf_counter()
+            answers = clients[streams].ask(requests[: streams * each])
+            rates[streams] = sum(len(answer["ids"]) for answer in answers) / (perf_counter() - began)
+        whole = clients[1].ask([{**request, "stream": False} for request in requests[:each]])
+        alone = [here.ask(request)[1] for request in requests[:each]]
+        prefill = sum(stats.prefill_seconds for stats in alone)
+        decode = sum(stats.decode_seconds for stats in alone)
+        against = {  # `answers` are those of one stream, the last ones
+            "time to first token": sum(one["first_seconds"] for one in answers) / prefill,
+            "time of a token after it": sum(one["seconds"] - one["first_seconds"] for one in answers) / decode,
+            "the same by the scheduler's count": sum(one["decode_seconds"] for one in answers) / decode,
+            "the same where nothing is streamed": sum(one["decode_seconds"] for one in whole) / decode,
         }
-    )
-    print(f"\na token in this process: {median(alone_ms):.2f} ms")
+        return rates, against, decode / sum(stats.decode_steps for stats in alone)
+
+    found = repeated(one_round, rounds)
+    for one in clients.values():
+        one.close()
+    lines = Table("streams", "tokens/s", "/one stream")
+    for streams in counts:
+        rates = [one[0][streams] for one in found]
+        lines.row(streams, f"{median(rates):.0f}", f"{ratios(rates, [one[0][1] for one in found]):.2f}")
+    print()
+    print_against([one[1] for one in found])
+    print(f"\na token in this process: {1e3 * median(one[2] for one in found):.2f} ms")
 
 
 def soak(server: Server, here: Here, prompts: Sequence[list[int]], minutes: float) -> None:
@@ -195,8 +186,8 @@ def soak(server: Server, here: Here, prompts: Sequence[list[int]], minutes: floa
     processes = [psutil.Process(server.process.pid)]
     processes += processes[0].children(recursive=True)
     clients = Clients(server, 16)
-    heading("minute", "requests", "tokens that differ", "errors", "server MB", "model MB")
-    ended = began = time.perf_counter()
+    lines = Table("minute", "requests", "tokens that differ", "errors", "server MB", "model MB")
+    ended = began = perf_counter()
     sent = differ = errors = 0
     next_line = 0.0
     while ended - began < minutes * 60:
@@ -207,10 +198,11 @@ def soak(server: Server, here: Here, prompts: Sequence[list[int]], minutes: floa
             else:
                 differ += differing(answer["ids"], expected[number][: len(answer["ids"])])
         sent += len(requests)
-        ended = time.perf_counter()
+        ended = perf_counter()
         if (ended - began) / 60 >= next_line:
             sizes = [process.memory_info().rss / 1e6 for process in processes]
-            line(f"{(ended - began) / 60:.1f}", sent, differ, errors, f"{sizes[0]:.1f}", f"{sum(sizes[1:]):.1f}")
+            minute = f"{(ended - began) / 60:.1f}"
+            lines.row(minute, sent, differ, errors, f"{sizes[0]:.1f}", f"{sum(sizes[1:]):.1f}")
             next_line += minutes / 10
     clients.close()
 
@@ -228,8 +220,10 @@ def load(server: Server, here: Here, prompts: Sequence[list[int]], work: Path, r
         for one in requests
     ]
     (work / "load.json").write_text(json.dumps({"data": data}))
-    against: dict[str, list[float]] = {"time to first token": [], "time of a token after it": []}
-    heading("streams", "requests", "tokens/s", "first token ms, p50 (p99)", "then ms, p50 (p99)", "tokens a response")
+    against: list[dict[str, float]] = []
+    lines = Table(
+        "streams", "requests", "tokens/s", "first token ms, p50 (p99)", "then ms, p50 (p99)", "tokens a response"
+    )
     for streams in (1, 2, 4, 8, 16):
         first: list[float] = []
         between: list[float] = []
@@ -245,14 +239,16 @@ def load(server: Server, here: Here, prompts: Sequence[list[int]], work: Path, r
             seconds += sum(one[-1] - one[0] for one in times) / 1e3
             if streams == 1:
                 alone = [here.ask(request)[1] for request in requests[: len(found)]]
-                served = {
-                    "time to first token": sum(one[0] for one in waits) / sum(one.prefill_seconds for one in alone),
-                    "time of a token after it": sum(one[1:].sum() for one in waits)
-                    / sum(one.decode_seconds for one in alone),
-                }
-                for name, value in served.items():
-                    against[name].append(value / 1e3)
-        line(
+                prefill, decode = (
+                    sum(getattr(one, f"{part}_seconds") for one in alone) for part in ("prefill", "decode")
+                )
+                against.append(
+                    {
+                        "time to first token": sum(one[0] for one in waits) / 1e3 / prefill,
+                        "time of a token after it": sum(one[1:].sum() for one in waits) / 1e3 / decode,
+                    }
+                )
+        lines.row(
             streams,
             len(first),
             f"{streams * tokens / seconds:.0f}",
@@ -261,7 +257,7 @@ def load(server: Server, here: Here, prompts: Sequence[list[int]], work: Path, r
             f"{tokens / (len(first) + len(between)):.2f}",
         )
     print()
-    ratios_of_rounds(against)
+    print_against(against)
 
 
 def _analyzed(server: Server, work: Path, streams: int, requests: int) -> list[dict[str, Any]]:
@@ -269,14 +265,8 @@ def _analyzed(server: Server, work: Path, streams: int, requests: int) -> list[d
     profile = work / "profile.json"
     profile.unlink(missing_ok=True)
     command = [ANALYZER, "-m", "gsx", "-i", "grpc", "-u", f"127.0.0.1:{server.port + 1}", "--streaming"]
-    command += [
-        "--input-data",
-        work / "load.json",
-        "--concurrency-range",
-        str(streams),
-        "--request-count",
-        str(requests),
-    ]
+    command += ["--input-data", work / "load.json", "--concurrency-range", str(streams)]
+    command += ["--request-count", str(requests)]
     command += ["--stability-percentage", "999", "--profile-export-file", profile]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(work / "libraries")}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
@@ -305,60 +295,50 @@ def _whole_requests(profile: str) -> Iterator[dict[str, Any]]:
         place += profile[place : place + 1] == ","
 
 
-def ratios_of_rounds(ratios: dict[str, list[float]]) -> None:
-    """A table of ratios, server over this process, one a round."""
-    heading("at one stream, server / this process", "median", "least", "most")
-    for name, rounds in ratios.items():
-        line(name, f"{median(rounds):.3f}", f"{min(rounds):.3f}", f"{max(rounds):.3f}")
+def print_against(rounds: Sequence[Mapping[str, float]]) -> None:
+    """A table of ratios, server over this process. Args: rounds: name -> ratio, of each round."""
+    lines = Table("at one stream, server / this process", "median (least to most)")
+    for name in rounds[0]:
+        lines.row(name, f"{spread([one[name] for one in rounds]):.3f}")
 
 
 def served_bundle(work: Path, shape: str | None, draft: str | None) -> tuple[Bundle, list[list[int]]]:
     """What is served, made once, and prompts for it: held-out text, or random tokens of the benchmark model."""
-    from gsx.workflows.export import export
-
     path = work / f"{shape or 'example'}-{'draft' if draft else 'plain'}"
-    model, text = EXAMPLE if shape is None else work / shape, None
     if shape is None:
-        prompts = held_out_prompts(model, 24)
-    else:
-        vocabulary = SHAPES[shape]["vocab_size"]
-        text = random_text(work / f"{shape}.txt", vocabulary)
-        prompts = np.random.default_rng(0).integers(1, vocabulary, (24, 128)).tolist()
-    if not (path / "gsx.json").exists():
-        if shape is not None:
-            make_model(model, shape, "scalar")
-        export(model, path, budget=0.7, draft=draft, calibration=text)
-    return open_bundle(path), prompts
+        return exported(path, EXAMPLE, budget=0.7, draft=draft), held_out_prompts(EXAMPLE, 24, PROMPT_TOKENS)
+    workshop = Workshop.of(work, shape)
+    bundle = exported(path, workshop.model("scalar"), budget=0.7, draft=draft, calibration=workshop.text())
+    rng = np.random.default_rng(0)
+    return bundle, rng.integers(1, workshop.sizes["vocab_size"], (24, PROMPT_TOKENS)).tolist()
 
 
-def main() -> None:
-    """Run as a script."""
-    parser = argparse.ArgumentParser(description="Measure a gsx model on Triton.")
-    parser.add_argument("what", choices=("equal", "speed", "soak", "load"))
-    parser.add_argument("--work", type=Path, required=True, help="where the bundle is kept")
-    parser.add_argument("--shape", choices=SHAPES, help="the benchmark model of this shape, not the example model")
-    parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--threads", type=int, help="of ONNX Runtime, in the server and here")
-    parser.add_argument("--port", type=int, default=18400)
-    arguments = parser.parse_args()
-    bundle, prompts = served_bundle(
-        arguments.work, arguments.shape, "exit:4" if arguments.what in ("equal", "soak") else None
-    )
-    here = Here(bundle, arguments.threads)
-    with TemporaryDirectory(dir=arguments.work) as folder:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serve, measure one thing, and print its tables."""
+    quick = {"requests": 6, "minutes": 0.05, "threads": 1}
+    made = parser("serving", __doc__, work="the bundle", rounds=7, quick=quick)
+    made.add_argument("what", choices=("equal", "speed", "soak", "load"))
+    made.add_argument("--shape", choices=SHAPES, help="the benchmark model of this shape, not the example model")
+    made.add_argument("--requests", type=int, default=200, help="of `equal` (default: 200)")
+    made.add_argument("--minutes", type=float, default=5.0, help="of `soak` (default: 5)")
+    made.add_argument("--threads", type=int, help="of ONNX Runtime, in the server and here (default: its own choice)")
+    made.add_argument("--port", type=int, default=18400, help="the server's first port (default: 18400)")
+    args = parse(made, arguments)
+    bundle, prompts = served_bundle(args.work, args.shape, "exit:4" if args.what in ("equal", "soak") else None)
+    print_header(made, args, arguments)
+    here = Here(bundle, args.threads)
+    with TemporaryDirectory(dir=args.work) as folder:
         repository = Path(folder) / "models"
-        write_repository(bundle, repository, name="gsx", threads=arguments.threads)
-        with running(repository, port=arguments.port) as server:
-            if arguments.what == "equal":
-                equal(server, here, prompts, arguments.requests)
-            elif arguments.what == "speed":
-                speed(server, here, prompts, arguments.rounds)
-            elif arguments.what == "load":
-                load(server, here, prompts, arguments.work, arguments.rounds)
+        write_repository(bundle, repository, name="gsx", threads=args.threads)
+        with running(repository, port=args.port) as server:
+            if args.what == "equal":
+                equal(server, here, prompts, args.requests)
+            elif args.what == "speed":
+                speed(server, here, prompts, args.rounds)
+            elif args.what == "load":
+                load(server, here, prompts, args.work, args.rounds)
             else:
-                soak(server, here, prompts, arguments.minutes)
+                soak(server, here, prompts, args.minutes)
 
 
 if __name__ == "__main__":

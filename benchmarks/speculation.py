@@ -7,24 +7,23 @@
     python -m benchmarks.speculation peer   --work DIR    Hugging Face's assistant_early_exit beside it, in PyTorch
 
 The example model (or --model) continues held-out files of the standard library. Plain and speculative runs take turns
-prompt by prompt in one process; figures are sums over all prompts.
+prompt by prompt; figures are sums over all prompts, since one prompt's time says little.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import subprocess
-import sys
-import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from gsx_engines.bundle.bundle import Bundle, open_bundle
+from benchmarks import speculation_process
+from benchmarks.bundles import EXAMPLE, Workshop, exported
+from benchmarks.measure import Table, parse, parser, print_header, repeated
+from benchmarks.prompts import held_out_prompts
+from gsx.workflows.quantize import Quantize
+from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import Keep
 from gsx_engines.generation import GenerationStats, generate
 from gsx_engines.runners.select import open_runner
@@ -32,161 +31,138 @@ from gsx_engines.sampling import GREEDY, Sampling
 from gsx_engines.speculation.draft import open_draft
 from gsx_engines.speculation.spec import parse_draft
 
-PROMPT_TOKENS, NEW_TOKENS = 128, 128
+PROMPT_TOKENS = 128
 SAMPLED = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=1)
-# What `peer` and `memory` run in a process of its own.
-CHILD = "child"
+SAMPLINGS = {"greedy": GREEDY, "sampled": SAMPLED}
 
 
-def line(*cells: object) -> None:
-    """A line of a table in Markdown."""
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+def drafting(args: Namespace, spec: str, **options: Any) -> Bundle:
+    """The model exported with a draft."""
+    words = [spec, *(f"{key}={getattr(value, 'scheme', value)}" for key, value in options.items())]
+    return exported(args.work / "-".join(words).replace(":", "_"), args.model, budget=0.7, draft=spec, **options)
 
 
-def heading(*names: str) -> None:
-    """The first two lines of a table."""
-    line(*names)
-    print("|---" * len(names) + "|")
-
-
-def held_out_prompts(model: Path, count: int, tokens: int = PROMPT_TOKENS) -> list[list[int]]:
-    """Windows of held-out library code, spread over its files."""
-    from gsx_exporter.checkpoint import open_checkpoint
-    from gsx_exporter.text import load_tokenizer
-    from gsx_exporter.training.corpus import read_corpus, split
-
-    tokenizer = load_tokenizer(open_checkpoint(model))
-    prefix = tokenizer.encode("").ids
-    rows = []
-    for document in split(read_corpus())["heldout"]:
-        ids = tokenizer.encode(document.text, add_special_tokens=False).ids
-        size = tokens - len(prefix)
-        rows += [prefix + ids[at : at + size] for at in range(0, len(ids) - size, 4 * size)]
-    return [rows[number] for number in np.linspace(0, len(rows) - 1, count).astype(int)]
-
-
-def exported(work: Path, model: Path, **options: object) -> Bundle:
-    """A bundle of the model with these options; made once."""
-    from gsx.workflows.export import export
-
-    words = [f"{key}={getattr(value, 'scheme', value)}" for key, value in options.items()]
-    name = "-".join(words).replace(":", "_") or "plain"
-    path = work / name
-    if not (path / "gsx.json").exists():
-        export(model, path, **options)  # type: ignore[arg-type]
-    return open_bundle(path)
-
-
-def equal(args: argparse.Namespace) -> None:
+def equal(args: Namespace) -> None:
     """Every token of speculative decoding against plain decoding's."""
-    prompts = held_out_prompts(args.model, args.prompts)
-    heading("draft", "precision", "budget", "batch", "sampling", "tokens", "differ")
+    prompts = held_out_prompts(args.model, args.prompts, PROMPT_TOKENS)
+    lines = Table("draft", "precision", "budget", "batch", "sampling", "tokens", "differ")
     cases = [(f"exit:{layer}", "fp32") for layer in args.exits]
     cases += [("budget:0.5", "fp32"), ("layers:" + ",".join(f"{n}.mlp" for n in range(4, 12)), "fp32")]
     cases += [(f"exit:{args.exits[0]}", "fp16")]
     for spec, precision in cases:
-        bundle = exported(args.work, args.model, budget=0.7, draft=spec, precision=precision)
+        bundle = drafting(args, spec, precision=precision)
+        # The portable graph, which runs batches and half precision, is slow: fewer prompts there.
+        batches = [(1, prompts), (4, prompts[::2])] if precision == "fp32" else [(1, prompts[::4])]
         for budget in args.budgets:
-            draft = open_draft(bundle, parse_draft(spec), args.threads)
-            plain = open_runner(bundle, args.threads)
-            # The portable graph, which runs batches and half precision, is slow: fewer prompts there.
-            for batch, chosen in ((1, prompts), (4, prompts[::2])) if precision == "fp32" else ((1, prompts[::4]),):
-                for sampling in (GREEDY, SAMPLED):
-                    tokens = differ = 0
-                    for at in range(0, len(chosen), batch):
-                        rows = [row[: PROMPT_TOKENS - 8 * n] for n, row in enumerate(chosen[at : at + batch])]
-                        options = {
-                            "max_new_tokens": args.new_tokens,
-                            "keep": Keep(budget=budget),
-                            "sampling": sampling,
-                            "stop_ids": [],
-                        }
-                        want = generate(plain, rows, **options).sequences
-                        have = generate(draft.runner, rows, draft=draft, **options).sequences
-                        for one, other in zip(want, have, strict=True):
-                            tokens += len(one.tokens)
-                            differ += sum(a != b for a, b in zip(one.tokens, other.tokens, strict=True))
-                    kind = "greedy" if sampling.greedy else "sampled"
-                    line(spec, precision, f"{budget:g}", batch, kind, f"{tokens:,}", differ)
+            for batch, chosen in batches:
+                for kind, sampling in SAMPLINGS.items():
+                    options = {"keep": Keep(budget=budget), "sampling": sampling, "max_new_tokens": args.new_tokens}
+                    counts = differing(bundle, spec, chosen, batch, args.threads, **options)
+                    lines.row(spec, precision, f"{budget:g}", batch, kind, f"{counts[0]:,}", counts[1])
 
 
-@dataclass
+def differing(
+    bundle: Bundle, spec: str, prompts: Sequence[list[int]], batch: int, threads: int, **options: Any
+) -> tuple[int, int]:
+    """Tokens that were written, and those that speculation changed. Batches are ragged."""
+    plain, draft = open_runner(bundle, threads), open_draft(bundle, parse_draft(spec), threads)
+    tokens = differ = 0
+    for at in range(0, len(prompts), batch):
+        rows = [row[: PROMPT_TOKENS - 8 * n] for n, row in enumerate(prompts[at : at + batch])]
+        want = generate(plain, rows, stop_ids=[], **options).sequences
+        have = generate(draft.runner, rows, draft=draft, stop_ids=[], **options).sequences
+        for one, other in zip(want, have, strict=True):
+            tokens += len(one.tokens)
+            differ += sum(a != b for a, b in zip(one.tokens, other.tokens, strict=True))
+    return tokens, differ
+
+
+@dataclass(frozen=True)
 class Account:
-    """Sums over all prompts of one way of decoding."""
+    """Sums over all prompts of one way of decoding; times in seconds."""
 
-    tokens: int = 0
-    seconds: float = 0.0
-    draft: float = 0.0
-    verify: float = 0.0
-    rounds: int = 0
-    tried: int = 0
-    right: int = 0
+    tokens: int
+    seconds: float
+    draft: float
+    verify: float
+    rounds: int
+    tried: int
+    right: int
 
-    def add(self, stats: GenerationStats) -> None:
-        self.tokens += stats.new_tokens - 1
-        self.seconds += stats.decode_seconds
-        self.draft += stats.draft_seconds
-        self.verify += stats.verify_seconds
-        self.rounds += stats.decode_steps
-        self.tried += sum(stats.drafted)
-        self.right += sum(stats.accepted)
+    @classmethod
+    def of(cls, runs: Sequence[GenerationStats]) -> Account:
+        """The sums. The first token of each run belongs to the prompt."""
+        return cls(
+            tokens=sum(one.new_tokens - 1 for one in runs),
+            seconds=sum(one.decode_seconds for one in runs),
+            draft=sum(one.draft_seconds for one in runs),
+            verify=sum(one.verify_seconds for one in runs),
+            rounds=sum(one.decode_steps for one in runs),
+            tried=sum(sum(one.drafted) for one in runs),
+            right=sum(sum(one.accepted) for one in runs),
+        )
 
     @property
     def speed(self) -> float:
+        """Tokens a second."""
         return self.tokens / self.seconds
 
 
 def measure(
+    args: Namespace,
     bundle: Bundle,
     spec: str,
     length: int | None,
     prompts: Sequence[list[int]],
-    budget: float,
-    threads: int,
-    sampling: Sampling,
+    *,
+    budget: float = 1.0,
+    sampling: Sampling = GREEDY,
 ) -> tuple[Account, Account]:
-    """Plain and speculative decoding in turn. Returns: both accounts."""
-    plain, draft = open_runner(bundle, threads), open_draft(bundle, parse_draft(spec), threads)
+    """Plain and speculative decoding in turn. Args: length: of drafts; None: adaptive."""
+    plain, draft = open_runner(bundle, args.threads), open_draft(bundle, parse_draft(spec), args.threads)
     options: dict[str, Any] = {"keep": Keep(budget=budget), "sampling": sampling, "stop_ids": []}
-    accounts = Account(), Account()
-    for number, prompt in enumerate([prompts[0], *prompts]):
-        one = generate(plain, [prompt], max_new_tokens=NEW_TOKENS, **options)
-        other = generate(draft.runner, [prompt], max_new_tokens=NEW_TOKENS, draft=draft, draft_length=length, **options)
+    options["max_new_tokens"] = args.new_tokens
+    order = iter([prompts[0], *prompts])  # the first one warms up
+
+    def one_round() -> tuple[GenerationStats, GenerationStats]:
+        prompt = next(order)
+        one = generate(plain, [prompt], **options)
+        other = generate(draft.runner, [prompt], draft=draft, draft_length=length, **options)
         if one.sequences != other.sequences:  # in 8 bits a near tie may turn: `equal` counts them
             assert bundle.manifest.quantization is not None, "speculation changed the text"
-        if number:  # the first one warms up
-            accounts[0].add(one.stats)
-            accounts[1].add(other.stats)
-    return accounts
+        return one.stats, other.stats
+
+    found = repeated(one_round, len(prompts))
+    return Account.of([one for one, _ in found]), Account.of([other for _, other in found])
 
 
-def speed(args: argparse.Namespace) -> None:
+def speed(args: Namespace) -> None:
     """Tokens a second by exit and length, and where the time goes."""
-    prompts = held_out_prompts(args.model, args.prompts)
-    bundles = {layer: exported(args.work, args.model, budget=0.7, draft=f"exit:{layer}") for layer in args.exits}
-    print(f"{len(prompts)} prompts of {PROMPT_TOKENS}, {NEW_TOKENS} new tokens, {args.threads} threads, budget 1\n")
+    prompts = held_out_prompts(args.model, args.prompts, PROMPT_TOKENS)
+    bundles = {layer: drafting(args, f"exit:{layer}") for layer in args.exits}
+    print(
+        f"{len(prompts)} prompts of {PROMPT_TOKENS}, {args.new_tokens} new tokens, {args.threads} threads, budget 1\n"
+    )
     times = ("draft ms", "verify ms", "loop ms", "plain step ms")
-    heading("sampling", "draft", "length", "right", "tokens/round", "tok/s", "plain", "ratio", "ideal", *times)
-    for sampling in (GREEDY, SAMPLED):
-        for layer in args.exits:
-            bundle = bundles[layer]
+    lines = Table("sampling", "draft", "length", "right", "tokens/round", "tok/s", "plain", "ratio", "ideal", *times)
+    for kind, sampling in SAMPLINGS.items():
+        for layer, bundle in bundles.items():
             layers = bundle.manifest.decoder.num_layers
             for length in (*args.lengths, None):
-                plain, found = measure(bundle, f"exit:{layer}", length, prompts, 1.0, args.threads, sampling)
+                plain, found = measure(args, bundle, f"exit:{layer}", length, prompts, sampling=sampling)
                 rounds = found.rounds
                 per_round = found.tokens / rounds
-                # A round would take this many plain steps if time followed the layers alone.
-                ideal = "" if length is None else f"{per_round / (1 + length * layer / layers):.2f}"
-                line(
-                    "greedy" if sampling.greedy else "sampled",
+                lines.row(
+                    kind,
                     f"exit:{layer}",
-                    "adaptive" if length is None else str(length),
+                    "adaptive" if length is None else length,
                     f"{found.right / max(found.tried, 1):.1%}",
                     f"{per_round:.2f}",
                     f"{found.speed:.0f}",
                     f"{plain.speed:.0f}",
                     f"{found.speed / plain.speed:.2f}",
-                    ideal,
+                    # What the ratio would be if time followed only the layers that run.
+                    None if length is None else f"{per_round / (1 + length * layer / layers):.2f}",
                     f"{1e3 * found.draft / rounds:.3f}",
                     f"{1e3 * found.verify / rounds:.3f}",
                     f"{1e3 * (found.seconds - found.draft - found.verify) / rounds:.3f}",
@@ -194,137 +170,74 @@ def speed(args: argparse.Namespace) -> None:
                 )
 
 
-def gates(args: argparse.Namespace) -> None:
+def gates(args: Namespace) -> None:
     """Plain and speculative decoding at several budgets, in float32 and INT8."""
-    from gsx.workflows.quantize import Quantize
-
-    prompts = held_out_prompts(args.model, args.prompts)
-    draft = f"exit:{args.exits[0]}"
-    heading("products", "budget", "plain tok/s", "speculative", "ratio", "against plain float32 at budget 1")
+    prompts = held_out_prompts(args.model, args.prompts, PROMPT_TOKENS)
+    spec = f"exit:{args.exits[0]}"
+    lines = Table("products", "budget", "plain tok/s", "speculative", "ratio", "against plain float32 at budget 1")
     base = None
     for name, options in (("float32", {}), ("INT8", {"quantize": Quantize("int8")})):
-        bundle = exported(args.work, args.model, budget=0.7, draft=draft, **options)
+        bundle = drafting(args, spec, **options)
         for budget in (1.0, 0.85, 0.7, 0.5):
-            plain, found = measure(bundle, draft, args.lengths[0], prompts, budget, args.threads, GREEDY)
+            plain, found = measure(args, bundle, spec, args.lengths[0], prompts, budget=budget)
             base = base or plain.speed
-            ratios = (f"{found.speed / plain.speed:.2f}", f"{found.speed / base:.2f}")
-            line(name, f"{budget:g}", f"{plain.speed:.0f}", f"{found.speed:.0f}", *ratios)
+            figures = (f"{plain.speed:.0f}", f"{found.speed:.0f}", f"{found.speed / plain.speed:.2f}")
+            lines.row(name, f"{budget:g}", *figures, f"{found.speed / base:.2f}")
 
 
-def resident_mb() -> float:
-    """Memory of this process in MB: its own, and its part of what is shared."""
-    found = {}
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
-        name, value, *_ = line.split()
-        found[name] = float(value) / 1024
-    return found["Pss:"]
-
-
-def memory(args: argparse.Namespace) -> None:
+def memory(args: Namespace) -> None:
     """Whole processes that generate plainly and speculatively, one after the other."""
-    from benchmarks.model import make_model
-
-    large = args.work / "model-dense"
-    if not large.exists():
-        make_model(large, "small", None)
-    heading("model", "plain MB", "speculative MB", "ratio", "weights MB")
-    for name, model in (("example", args.model), ("12 layers, hidden 768", large)):
-        bundle = exported(args.work / model.name, model, draft=f"exit:{args.exits[0]}")
-        found = {}
-        for kind in ("plain", "speculative"):
-            found[kind] = child(kind=kind, bundle=str(bundle.directory), threads=args.threads)["pss"]
-        cells = (f"{found['plain']:.0f}", f"{found['speculative']:.0f}")
-        weights = f"{bundle.manifest.weights.size_bytes / 1e6:.0f}"
-        line(name, *cells, f"{found['speculative'] / found['plain']:.3f}", weights)
+    workshop = Workshop.of(args.work, args.shape)
+    lines = Table("model", "plain MB", "speculative MB", "ratio", "weights MB")
+    for name, model in (("example", args.model), (f"benchmark, {args.shape}", workshop.model())):
+        bundle = exported(args.work / f"memory-{name.replace(', ', '-')}", model, draft=f"exit:{args.exits[0]}")
+        asked = {"threads": args.threads, "tokens": PROMPT_TOKENS, "new_tokens": args.new_tokens}
+        asked["vocabulary"] = min(1000, bundle.manifest.decoder.vocab_size)
+        plain, speculative = (
+            speculation_process.ask(kind, bundle=bundle.directory, **asked)["mb"] for kind in ("plain", "speculative")
+        )
+        weights = bundle.manifest.weights.size_bytes / 1e6
+        lines.row(name, f"{plain:.0f}", f"{speculative:.0f}", f"{speculative / plain:.3f}", f"{weights:.0f}")
 
 
-def peer(args: argparse.Namespace) -> None:
+def peer(args: Namespace) -> None:
     """transformers' generate with and without assistant_early_exit, on the same checkpoint read as a dense model."""
-    prompts = held_out_prompts(args.model, max(4, args.prompts // 5))
-    heading("runtime", "draft", "plain tok/s", "speculative tok/s", "ratio")
+    prompts = held_out_prompts(args.model, max(4, args.prompts // 5), PROMPT_TOKENS)
+    lines = Table("runtime", "draft", "plain tok/s", "speculative tok/s", "ratio")
+    asked = {"model": args.model, "prompts": prompts, "threads": args.threads, "new_tokens": args.new_tokens}
     for layer in args.exits:
         spec = f"exit:{layer}"
-        found = child(kind="huggingface", model=str(args.model), exit=layer, prompts=prompts, threads=args.threads)
+        found = speculation_process.ask("hugging face", exit=layer, **asked)
         plain, fast = found["plain"], found["speculative"]
-        line("PyTorch, transformers", spec, f"{plain:.0f}", f"{fast:.0f}", f"{fast / plain:.2f}")
-        bundle = exported(args.work, args.model, budget=0.7, draft=spec)
-        one, other = measure(bundle, spec, None, prompts, 1.0, args.threads, GREEDY)
-        ratio = f"{other.speed / one.speed:.2f}"
-        line("ONNX Runtime, gsx", spec, f"{one.speed:.0f}", f"{other.speed:.0f}", ratio)
+        lines.row("PyTorch, transformers", spec, f"{plain:.0f}", f"{fast:.0f}", f"{fast / plain:.2f}")
+        one, other = measure(args, drafting(args, spec), spec, None, prompts)
+        lines.row("ONNX Runtime, gsx", spec, f"{one.speed:.0f}", f"{other.speed:.0f}", f"{other.speed / one.speed:.2f}")
 
 
-def child(**spec: object) -> dict[str, float]:
-    """Run one thing in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.speculation", CHILD, "--work", ".", "--spec", json.dumps(spec)]
-    found: dict[str, float] = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
-    return found
+PARTS: dict[str, Callable[[Namespace], None]] = {
+    "equal": equal,
+    "speed": speed,
+    "gates": gates,
+    "memory": memory,
+    "peer": peer,
+}
 
 
-def run_child(args: argparse.Namespace) -> None:
-    """The other side of `child`."""
-    spec = json.loads(args.spec)
-    if spec["kind"] == "huggingface":
-        print(json.dumps(huggingface(spec)))
-        return
-    bundle = open_bundle(spec["bundle"])
-    prompt = np.random.default_rng(0).integers(3, 1000, PROMPT_TOKENS).tolist()
-    if spec["kind"] == "plain":
-        runner = open_runner(bundle, spec["threads"])
-        generate(runner, [prompt], max_new_tokens=NEW_TOKENS, stop_ids=[])
-    else:
-        assert bundle.manifest.draft is not None
-        draft = open_draft(bundle, bundle.manifest.draft.draft, spec["threads"])
-        generate(draft.runner, [prompt], max_new_tokens=NEW_TOKENS, stop_ids=[], draft=draft, draft_length=4)
-    print(json.dumps({"pss": resident_mb()}))
-
-
-def huggingface(spec: dict[str, object]) -> dict[str, float]:
-    """Tokens a second of transformers, greedy, batch 1, with its K/V cache."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(int(str(spec["threads"])))
-    model = AutoModelForCausalLM.from_pretrained(str(spec["model"]), dtype=torch.float32)
-    model.generation_config.eos_token_id = None
-
-    def total(**options: object) -> float:
-        seconds = 0.0
-        for prompt in spec["prompts"]:  # type: ignore[attr-defined]
-            ids = torch.tensor([prompt])
-            started = time.perf_counter()
-            model.generate(
-                ids, max_new_tokens=NEW_TOKENS, do_sample=False, attention_mask=torch.ones_like(ids), **options
-            )
-            seconds += time.perf_counter() - started
-        return NEW_TOKENS * len(spec["prompts"]) / seconds  # type: ignore[arg-type]
-
-    total()
-    return {"plain": total(), "speculative": total(assistant_early_exit=spec["exit"])}
-
-
-def main() -> None:
-    """Run one part and print a table in Markdown."""
-    parts: dict[str, Callable[[argparse.Namespace], None]] = {
-        "equal": equal,
-        "speed": speed,
-        "gates": gates,
-        "memory": memory,
-        "peer": peer,
-        CHILD: run_child,
-    }
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=parts)
-    parser.add_argument("--work", type=Path, required=True, help="directory for exports")
-    parser.add_argument("--model", type=Path, default=Path("examples/model"))
-    parser.add_argument("--exits", type=int, nargs="*", default=[1, 2, 4])
-    parser.add_argument("--lengths", type=int, nargs="*", default=[2, 4, 6])
-    parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--budgets", type=float, nargs="*", default=[1.0, 0.7], help="of `equal`")
-    parser.add_argument("--new-tokens", type=int, default=NEW_TOKENS, help="of `equal`")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--spec", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    parts[args.part](args)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one part, and print a table."""
+    quick = {"prompts": 4, "exits": [4], "lengths": [2], "budgets": [1.0], "new_tokens": 8, "shape": "tiny"}
+    made = parser("speculation", __doc__, work="exports", threads=2, quick=quick)
+    made.add_argument("part", choices=PARTS)
+    made.add_argument("--model", type=Path, default=EXAMPLE, help="(default: the example model)")
+    made.add_argument("--exits", type=int, nargs="+", default=[1, 2, 4], help="(default: 1 2 4)")
+    made.add_argument("--lengths", type=int, nargs="+", default=[2, 4, 6], help="of drafts (default: 2 4 6)")
+    made.add_argument("--prompts", type=int, default=100, help="(default: 100)")
+    made.add_argument("--budgets", type=float, nargs="+", default=[1.0, 0.7], help="of `equal` (default: 1 0.7)")
+    made.add_argument("--new-tokens", type=int, default=128, help="(default: 128)")
+    made.add_argument("--shape", default="small", help="of the benchmark model, in `memory` (default: small)")
+    args = parse(made, arguments)
+    print_header(made, args, arguments)
+    PARTS[args.part](args)
 
 
 if __name__ == "__main__":

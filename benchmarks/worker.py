@@ -1,7 +1,8 @@
 """One peer in a process of its own: reads commands on standard input, answers in JSON lines.
 
-A process a peer keeps thread pools and memory apart, so that peers can be timed in turn without disturbing each other.
-A peer may be at home in another environment (`llama.py`), so nothing of the project is imported before it is needed.
+One process for each peer keeps thread pools and memory apart, so that peers can be timed in turn without disturbing
+each other. A peer may be installed in another environment (`llama.py`), so the project is imported only where it is
+needed.
 """
 
 from __future__ import annotations

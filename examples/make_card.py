@@ -23,13 +23,14 @@ from tokenizers import Tokenizer
 from gsx.parity.plots import combined
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
-from gsx_exporter.calibration import calibrate
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.config import BRANCHES
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.evaluation import Quality, evaluate, losses, reference_logits
-from gsx_exporter.masks.gateskip import Threshold
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.rules.calibration import calibrate
+from gsx_exporter.rules.gateskip.reference import Threshold
+from gsx_exporter.rules.gateskip.traced import GateSkip
 from gsx_exporter.text import WINDOW_TOKENS, load_tokenizer
 from gsx_exporter.training.corpus import Document, read_corpus, split
 
@@ -74,7 +75,7 @@ def at_budgets(
     checkpoint: Checkpoint, reference: Reference, held_out: np.ndarray, calibration: np.ndarray
 ) -> list[Budget]:
     """Quality at each budget."""
-    points = calibrate(checkpoint, calibration, BUDGETS, DecoderOptions())
+    points = calibrate(checkpoint, calibration, BUDGETS, DecoderOptions(GateSkip.of(checkpoint.config)))
     columns = [BRANCHES.index(branch) for branch in checkpoint.config.gated_branches]
     found = []
     for point in points:

@@ -1,7 +1,7 @@
 """gsx: token-gated and early-exit language models as ONNX graphs that really skip the work.
 
-The public API. Everything is imported on first use, so that `import gsx` costs nothing and running a bundle
-never imports torch.
+The public API: a function for each command, under the same name, and the types that they take. Everything is imported
+on first use, so that `import gsx` costs nothing and running a bundle never imports torch. The reference is docs/api.md.
 """
 
 from __future__ import annotations
@@ -10,17 +10,28 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gsx import plugins as plugins
+    from gsx.parity.quality import QualityLimits as QualityLimits
+    from gsx.workflows.compare import compare as compare
     from gsx.workflows.doctor import doctor as doctor
     from gsx.workflows.export import export as export
     from gsx.workflows.generate import generate as generate
     from gsx.workflows.inspect import inspect as inspect
+    from gsx.workflows.quantize import Quantize as Quantize
+    from gsx.workflows.study import study as study
+    from gsx.workflows.train import train as train
+    from gsx.workflows.triton import check_server as check_server
     from gsx.workflows.triton import triton as triton
+    from gsx.workflows.triton import triton_plans as triton_plans
     from gsx.workflows.verify import verify as verify
     from gsx_engines.building.build import build as build
     from gsx_engines.bundle.bundle import Bundle as Bundle
     from gsx_engines.bundle.bundle import open_bundle as open_bundle
     from gsx_exporter.convert import convert as convert
+    from gsx_exporter.training.config import TrainConfig as TrainConfig
+    from gsx_exporter.training.exit_classifiers import train_exit_classifiers as train_exit_classifiers
     from gsx_plugins.errors import GsxError as GsxError
+    from gsx_plugins.progress import Progress as Progress
 
     __version__: str
 
@@ -28,29 +39,50 @@ if TYPE_CHECKING:
 _HOMES = {
     "Bundle": "gsx_engines.bundle.bundle",
     "GsxError": "gsx_plugins.errors",
+    "Progress": "gsx_plugins.progress",
+    "QualityLimits": "gsx.parity.quality",
+    "Quantize": "gsx.workflows.quantize",
+    "TrainConfig": "gsx_exporter.training.config",
     "build": "gsx_engines.building.build",
+    "check_server": "gsx.workflows.triton",
+    "compare": "gsx.workflows.compare",
     "convert": "gsx_exporter.convert",
     "doctor": "gsx.workflows.doctor",
     "export": "gsx.workflows.export",
     "generate": "gsx.workflows.generate",
     "inspect": "gsx.workflows.inspect",
     "open_bundle": "gsx_engines.bundle.bundle",
+    "study": "gsx.workflows.study",
+    "train": "gsx.workflows.train",
+    "train_exit_classifiers": "gsx_exporter.training.exit_classifiers",
     "triton": "gsx.workflows.triton",
+    "triton_plans": "gsx.workflows.triton",
     "verify": "gsx.workflows.verify",
 }
 
 __all__ = [
     "Bundle",
     "GsxError",
+    "Progress",
+    "QualityLimits",
+    "Quantize",
+    "TrainConfig",
     "__version__",
     "build",
+    "check_server",
+    "compare",
     "convert",
     "doctor",
     "export",
     "generate",
     "inspect",
     "open_bundle",
+    "plugins",
+    "study",
+    "train",
+    "train_exit_classifiers",
     "triton",
+    "triton_plans",
     "verify",
 ]
 
@@ -60,6 +92,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("gsx")
+    if name == "plugins":
+        return import_module("gsx.plugins")
     if name not in _HOMES:
         raise AttributeError(f"module 'gsx' has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

@@ -28,9 +28,9 @@ from gsx_engines.runners.kept import KeptTable
 from gsx_exporter.checkpoint import CONFIG, read_config
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
-from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, Kept, KeyValue
-from gsx_exporter.decoder.loading import filled_askers
-from gsx_exporter.rules.registry import rule_of
+from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows, KeyValue
+from gsx_exporter.decoder.loading import filled_exit_modules
+from gsx_exporter.rules.registry import traced_rule
 
 _TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _STORED_TYPES = {
@@ -100,20 +100,20 @@ class TorchStage:
         self._device = device
         hf_config = read_config(bundle.directory)
         self._config = config = _checked(ModelConfig.from_hf(hf_config), bundle)
-        self._rule = rule_of(manifest.policy, manifest.selection, config)
+        self._rule = traced_rule(manifest.policy, manifest.selection, config)
         options = DecoderOptions(self._rule, manifest.kv_policy, _TYPES[manifest.precision])
         self._dtype = options.dtype
         self._exits = manifest.exit_state
         with torch.device("meta"):
             self._entry = Entry(hf_config, config, options)
             self._layers = [_Layer(config, options.of_layer(i), has_below=i > 0) for i in self.layers]
-            self._exit = Exit(config, options)
+            self._exit = Exit(config, options.dtype)
         self._entered = tuple(self._rule.entered()) if self._rule else ()
         weights.fill(self._entry, "")
         for i, layer in zip(self.layers, self._layers, strict=True):
             weights.fill(layer, f"layers.{i}.")
         weights.fill(self._exit, "")
-        self._askers = filled_askers(config, options, weights.fill)
+        self._exit_modules = filled_exit_modules(config, options, weights.fill)
         self._table = KeptTable(manifest, self.layers)
 
     def new_memory(self, batch: int, capacity: int) -> list[_Buffers]:
@@ -152,9 +152,9 @@ class TorchStage:
             entering = hidden
             hidden, _, below, values = layer(hidden, one, past, below)
             carried = {name: values[name] for name in carried}
-            if number + 1 in self._askers:
+            if number + 1 in self._exit_modules:
                 entered = [{**values, **carried}[name] for name in self._entered]
-                carried = dict(zip(carried, self._askers[number + 1](hidden, entering, *entered), strict=True))
+                carried = dict(zip(carried, self._exit_modules[number + 1](hidden, entering, *entered), strict=True))
             counts += [layer.kept[branch] for branch in BRANCHES if branch in layer.skippable]
         leaving = None
         if self.layers.stop < self._config.num_layers:
@@ -211,7 +211,7 @@ class _Layer(DecoderLayer):
         super().__init__(config, options, has_below=has_below)
         self.kept: dict[Branch, int] = {}
 
-    def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> Kept:
+    def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> KeptRows:
         """See `DecoderLayer`."""
         kept = super().choose(branch, hidden, normed, call)
         self.kept[branch] = len(kept.index)

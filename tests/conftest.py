@@ -1,14 +1,18 @@
-"""Fixtures that are dear to make (an export traces the model for seconds) and so are made once a session.
+"""Fixtures that are expensive to make (an export traces the model for seconds), and so are made once a run.
 
-What a test changes, it copies first.
+All processes of a run (`pytest --numprocesses`) share them. What a test changes, it copies first.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
 from gsx_exporter.config import GateConfig
@@ -19,51 +23,62 @@ preload_tensorrt_rtx()
 # Enough for a calibration window of the tiny model, whose tokenizer makes a token of every byte.
 TEXT_BYTES = 6000
 
+# Makes a file or directory at a path of its own, under a name, by the first process that asks for it.
+MakeOnce = Callable[[str, Callable[[Path], Any]], Path]
+
 
 @pytest.fixture(scope="session")
-def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_once(tmp_path_factory: pytest.TempPathFactory) -> MakeOnce:
+    """Makes what the whole run shares: `make_once(name, make)` calls `make(path)` once, and returns the path."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / "shared"
+    folder.mkdir(exist_ok=True)
+
+    def once(name: str, make: Callable[[Path], Any]) -> Path:
+        path = folder / name
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                partial = folder / f"{name}.partial"
+                make(partial)
+                partial.rename(path)
+        return path
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def tiny_text(make_once: MakeOnce) -> Path:
     """A UTF-8 text of a few thousand bytes."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
     words = [f"token {n} keeps layer {n * 7 % 13} and skips {n * 5 % 11};" for n in range(400)]
-    path.write_text("\n".join(words)[:TEXT_BYTES], encoding="utf-8")
-    return path
+    text = "\n".join(words)[:TEXT_BYTES]
+    return make_once("text.txt", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 @pytest.fixture(scope="session")
-def tiny_gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_gated(make_once: MakeOnce) -> Path:
     """A tiny Llama with vector gates on both branches, and a tokenizer."""
     from tests.tiny import tiny_checkpoint
 
-    return tiny_checkpoint(tmp_path_factory.mktemp("tiny") / "gated", gate=GateConfig(), tokenizer=True, exits=(1, 2))
+    return make_once("gated", lambda path: tiny_checkpoint(path, gate=GateConfig(), tokenizer=True, exits=(1, 2)))
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_gated: Path, tiny_text: Path) -> Path:
+def tiny_bundle(make_tiny_bundle: Callable[..., Path]) -> Path:
     """`tiny_gated`, exported at budget 0.7."""
-    from gsx.workflows.export import export
-
-    out = tmp_path_factory.mktemp("bundle") / "tiny"
-    export(tiny_gated, out, budget=0.7, calibration=tiny_text, calibration_tokens=1024)
-    return out
+    return make_tiny_bundle()
 
 
 @pytest.fixture(scope="session")
-def make_tiny_bundle(
-    tmp_path_factory: pytest.TempPathFactory, tiny_gated: Path, tiny_text: Path
-) -> Callable[..., Path]:
+def make_tiny_bundle(make_once: MakeOnce, tiny_gated: Path, tiny_text: Path) -> Callable[..., Path]:
     """Exports `tiny_gated` with options of one's own; each set of options once."""
     from gsx.workflows.export import export
 
-    made: dict[tuple[tuple[str, object], ...], Path] = {}
-
-    def make(**options: object) -> Path:
-        key = tuple(sorted(options.items()))
-        if key not in made:
-            out = tmp_path_factory.mktemp("bundle") / "tiny"
-            text = {} if options.get("select") == "rank" else {"calibration": tiny_text}  # ranks need none
-            values = {"budget": 0.7, "calibration_tokens": 1024, **text, **options}
-            export(tiny_gated, out, **values)  # type: ignore[arg-type]
-            made[key] = out
-        return made[key]
+    def make(**options: Any) -> Path:
+        text = None if options.get("select") == "rank" else tiny_text  # ranks need no text
+        values = {"budget": 0.7, "calibration_tokens": 1024, "calibration": text, **options}
+        name = hashlib.sha256(repr(sorted(values.items())).encode()).hexdigest()[:16]
+        return make_once(f"bundle-{name}", lambda path: export(tiny_gated, path, **values))
 
     return make

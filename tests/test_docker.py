@@ -51,7 +51,7 @@ def words(name: str, wanted: str) -> list[str]:
 def run(*command: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a command as in an image: from the repository's root, with gsx on the PATH."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    surroundings = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), **variables}
+    surroundings = {**os.environ, "PATH": path, **variables}
     return subprocess.run(command, cwd=ROOT, env=surroundings, capture_output=True, text=True, check=False)
 
 

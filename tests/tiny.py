@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from gsx_exporter.checkpoint import chooser, expected_tensors, is_gate
 from gsx_exporter.config import GateConfig, ModelConfig
-from gsx_exporter.router_config import RouterConfig
+from gsx_exporter.rules.router.config import RouterConfig
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIALS = ("<|pad|>", "<|begin|>", "<|endoftext|>")

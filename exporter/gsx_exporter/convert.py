@@ -37,8 +37,8 @@ from gsx_exporter.checkpoint import (
 )
 from gsx_exporter.config import BRANCHES, Branch, GateConfig, GateInput, ModelConfig
 from gsx_exporter.errors import CheckpointError
-from gsx_exporter.router_config import RouterConfig
-from gsx_exporter.router_layouts import take_over
+from gsx_exporter.rules.router.config import RouterConfig
+from gsx_exporter.rules.router.layouts import take_over
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
 
@@ -118,9 +118,14 @@ def convert(
             file with gates or routers alone, the weights.
         gate_input: what GateSkip's gates read; the released code's wrapper reads the normalized input.
         on_progress: called as it goes.
+    Returns: the new directory, whose layout the file had, and what was left out of it.
     Raises:
         CheckpointError: the file, or the base, is not what it should be.
         UsageError: the output is in use.
+    Example:
+        >>> result = gsx.convert("gates.pt", "out/converted", base="my-dense-model")
+        >>> result.gate.kind
+        'vector'
     """
     file, output = Path(file), Path(output)
     on_progress(Progress("opening"))

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from gsx_exporter.config import KvPolicy
-from gsx_exporter.masks.base import MaskRule
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.reference.rule import ReferenceRule
 
 # Windows [B, S] int64 -> logits [B, S, V].
 LogitsOf = Callable[[np.ndarray], np.ndarray]
@@ -55,7 +55,7 @@ def evaluate(logits_of: LogitsOf, windows: np.ndarray, *, batch: int = 4) -> Qua
     return Quality(total / tokens, tokens)
 
 
-def reference_logits(reference: Reference, rule: MaskRule | None, kv_policy: KvPolicy = "compute") -> LogitsOf:
+def reference_logits(reference: Reference, rule: ReferenceRule | None, kv_policy: KvPolicy = "compute") -> LogitsOf:
     """The reference under a keep rule, as `evaluate` takes it."""
 
     def run(ids: np.ndarray) -> np.ndarray:

@@ -20,8 +20,8 @@ from torch import Tensor
 from gsx_engines.bundle.layer_sets import unified_places
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.evaluation import losses
-from gsx_exporter.quantization.walk import Stream, Walk
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Ways to choose n of the layers: the first n; n in even steps, with the first and the last (Unified Layer Skipping);

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, remark, size, table
+from gsx.cli.options import BundleArgument, JsonOption
 from gsx.cli.signals import loading
+from gsx_engines.defaults import BUILD_CONTEXT
 
 if TYPE_CHECKING:
     from gsx_engines.bundle.engine_entry import EngineEntry
@@ -25,7 +27,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def build(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's directory.", show_default=False)],
+    bundle: BundleArgument,
     backend: Annotated[
         Literal["tensorrt", "tensorrt-rtx"],
         typer.Option(help="tensorrt-rtx builds anywhere; tensorrt builds on the GPU that it is for."),
@@ -37,7 +39,8 @@ def build(
         ),
     ] = None,
     context: Annotated[
-        int | None, typer.Option(help="Columns of the K/V buffers.", show_default="the model's, at most 4096")
+        int | None,
+        typer.Option(help="Columns of the K/V buffers.", show_default=f"the model's, at most {BUILD_CONTEXT}"),
     ] = None,
     batch: Annotated[int, typer.Option(help="The most sequences of a call.")] = 1,
     profile: Annotated[
@@ -52,7 +55,7 @@ def build(
         Literal["in-place", "growing"],
         typer.Option(help="K/V written in place, for gsx; growing (past in, present out) for programs of others."),
     ] = "in-place",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Build TensorRT engines of a bundle's graphs and put them into the bundle.
 
@@ -75,11 +78,11 @@ def build(
 
 
 def build_engines(bundle: Path, **options: Any) -> tuple[str, EngineEntry]:
-    """`gsx_engines.building.build.build` for a person: with its progress, and its warnings on stderr."""
+    """`gsx.build` for a person: with its progress, and its warnings on stderr."""
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from gsx_engines.building.build import build as build_in
+            from gsx import build as build_in
 
         name, entry = build_in(
             bundle,

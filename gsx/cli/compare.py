@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gsx.cli.console import ProgressLine, out, quiet_libraries, table
-from gsx.cli.reports import JsonOption, ModelArgument, PageOption, show
+from gsx.cli.options import SHIPPED_TEXT, JsonOption, ModelArgument, PageOption
+from gsx.cli.reports import show
 from gsx.cli.signals import loading
+from gsx.defaults import COMPARE_FOLDER, COMPARE_TOKENS
 
 if TYPE_CHECKING:
     from gsx.comparison.report import CompareReport
@@ -24,19 +26,19 @@ def compare(
     model: ModelArgument,
     output: PageOption = None,
     work: Annotated[Path, typer.Option(help="Folder for a bundle of each policy; what is there is used again.")] = Path(
-        "gsx-compare"
+        COMPARE_FOLDER
     ),
     text: Annotated[
         Path | None,
         typer.Option(
             help="UTF-8 text: its first half calibrates, its second is measured.",
-            show_default="a text that ships with gsx",
+            show_default=SHIPPED_TEXT,
         ),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(help="How much of it to measure.", show_default="4096")] = None,
+    tokens: Annotated[int, typer.Option(help="How much of it to measure.")] = COMPARE_TOKENS,
     as_json: JsonOption = False,
 ) -> None:
-    """Every policy that a model can have, side by side: perplexity and measured time against what is kept.
+    """Put every policy that a model can have side by side: perplexity and measured time against what is kept.
 
     Example: gsx compare examples/model -o out/compare.html
     """
@@ -44,17 +46,16 @@ def compare(
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from gsx.comparison.report import write_comparison
-            from gsx.workflows.compare import DEFAULT_TOKENS, compare_policies
+            from gsx import compare as compare_policies
 
         report = compare_policies(
             model,
             work,
             text=text,
-            tokens=DEFAULT_TOKENS if tokens is None else tokens,
+            tokens=tokens,
             on_progress=line.show,
         )
-    show(report, as_json, _tables, output, write_comparison)
+    show(report, as_json, _tables, output)
 
 
 def _tables(report: CompareReport) -> None:

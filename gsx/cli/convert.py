@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries
+from gsx.cli.options import JsonOption
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def convert(
     gate_input: Annotated[
         Literal["post_norm", "pre_norm"], typer.Option(help="What GateSkip's gates read.")
     ] = "post_norm",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Take over a checkpoint of GateSkip, SkipGPT, D-LLM or FlexiDepth.
 
@@ -41,7 +42,7 @@ def convert(
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from gsx_exporter.convert import convert as convert_file
+            from gsx import convert as convert_file
 
         result = convert_file(file, output, base=base, gate_input=gate_input, on_progress=line.show)
     if as_json:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, table
+from gsx.cli.options import JsonOption
 
 _STYLES = {"ok": "green", "missing": "yellow", "broken": "red"}
 
@@ -17,7 +16,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Try what works on this machine, and say how to get the rest.
 
@@ -25,7 +24,7 @@ def doctor(
 
     Example: gsx doctor
     """
-    from gsx.workflows.doctor import doctor as look
+    from gsx import doctor as look
 
     with ProgressLine() as line:
         report = look(on_progress=line.show)

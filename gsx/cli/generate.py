@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gsx.cli.console import print_json, remark
+from gsx.cli.options import (
+    BackendOptions,
+    BundleArgument,
+    DraftOptions,
+    JsonOption,
+    KeepOptions,
+    SamplingOptions,
+    grouped,
+)
 from gsx.cli.signals import loading
+from gsx.defaults import NEW_TOKENS
 
 if TYPE_CHECKING:
     from gsx.workflows.generate import GenerateResult
@@ -18,40 +27,19 @@ if TYPE_CHECKING:
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
-    app.command()(generate)
+    app.command()(grouped(generate))
 
 
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's directory.", show_default=False)],
+    bundle: BundleArgument,
+    keep: KeepOptions,
+    sampling: SamplingOptions,
+    drafting: DraftOptions,
+    backend: BackendOptions,
     prompt: Annotated[
         str | None, typer.Argument(help='The text to continue; "-" reads it from stdin.', show_default=False)
     ] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="Share of skippable work to keep.", show_default="as exported")
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(help="The layers that run, e.g. 0-5,8.attn (policy layers).", show_default="as exported"),
-    ] = None,
-    exit_layer: Annotated[
-        int | None,
-        typer.Option("--exit", help="Run the first so many layers (policy layers).", show_default="as exported"),
-    ] = None,
-    speedup: Annotated[
-        float | None,
-        typer.Option(
-            help="Unified Layer Skipping for new tokens, at this target (policy layers).", show_default="as exported"
-        ),
-    ] = None,
-    exit_threshold: Annotated[
-        float | None,
-        typer.Option(help="Confidence at which a token leaves (policy calm).", show_default="as exported"),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Only the K likeliest tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest that together reach this.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Of the random numbers.", show_default="a new one")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = NEW_TOKENS,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="End before this text; may be given several times.", show_default=False),
@@ -60,36 +48,9 @@ def generate(
         str | None,
         typer.Option(help="Token ids in place of a text, e.g. 1,2,3; new ids are printed.", show_default=False),
     ] = None,
-    speculative: Annotated[
-        bool | None,
-        typer.Option(
-            "--speculative/--no-speculative",
-            help="Draft and verify: faster, the same text.",
-            show_default="if the bundle has a draft",
-        ),
-    ] = None,
-    draft: Annotated[
-        str | None,
-        typer.Option(
-            help="Draft in another way: exit:E, budget:B, layers:SET, or layers:auto (a set, searched meanwhile).",
-            show_default="the bundle's",
-        ),
-    ] = None,
-    draft_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens drafted before a verification; 0: plain.", show_default="found while generating"),
-    ] = None,
-    stream: Annotated[bool, typer.Option(help="Print text as it comes.")] = True,
     threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", show_default="its own choice")] = None,
-    backend: Annotated[
-        Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch"],
-        typer.Option(help="The runtime; TensorRT runs what gsx build made, on a GPU."),
-    ] = "onnxruntime",
-    device: Annotated[
-        Literal["cpu", "cuda"] | None,
-        typer.Option(help="Where --backend torch runs.", show_default="a GPU if there is one"),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print text, ids and statistics as JSON.")] = False,
+    stream: Annotated[bool, typer.Option(help="Print text as it comes.")] = True,
+    as_json: JsonOption = False,
 ) -> None:
     """Continue a text. New text goes to stdout, a line of statistics to stderr.
 
@@ -98,31 +59,21 @@ def generate(
     if prompt == "-":
         prompt = _stdin()
     with loading():
-        from gsx.workflows.generate import generate as generate_text
+        from gsx import generate as generate_text
 
     live = stream and not as_json and ids is None
     result = generate_text(
         bundle,
         prompt,
         ids=_parse_ids(ids) if ids is not None else None,
-        budget=budget,
-        layers=layers,
-        exit_layer=exit_layer,
-        speedup=speedup,
-        exit_threshold=exit_threshold,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
         stop=stop or (),
-        speculative=speculative,
-        draft=draft,
-        draft_length=draft_length,
         threads=threads,
-        backend=backend,
-        device=device,
         on_text=_write if live else lambda text: None,
+        **vars(keep),
+        **vars(sampling),
+        **vars(drafting),
+        **vars(backend),
     )
     if as_json:
         print_json(result.to_dict())

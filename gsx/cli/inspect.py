@@ -9,7 +9,8 @@ import typer
 
 from gsx.cli.build import products_line
 from gsx.cli.console import out, print_json, quiet_libraries, size, table
-from gsx.cli.export import policy_name
+from gsx.cli.options import JsonOption
+from gsx.cli.policies import policy_line
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def inspect(
     path: Annotated[
         str, typer.Argument(metavar="MODEL|BUNDLE", help="A model, a hub id or a bundle.", show_default=False)
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what a model or a bundle is: shape, gates, exits, calibrated budgets, files.
 
@@ -33,7 +34,7 @@ def inspect(
     """
     quiet_libraries()
     with loading():
-        from gsx.workflows.inspect import inspect as look
+        from gsx import inspect as look
 
     report = look(path)
     if as_json:
@@ -89,15 +90,6 @@ def _engines(engines: Mapping[str, Any]) -> list[tuple[str, str]]:
             wide = f"; {len(made['widened'])} quantized ones are not in 8 bits" if made["widened"] else ""
             lines.append(("engine", f"{name}, {graph}: products {products_line(made['products'])}{wide}"))
     return lines
-
-
-def policy_line(policy: Mapping[str, Any] | None) -> str:
-    """A bundle's keep rule in one line."""
-    if policy is None:
-        return "none: a dense model"
-    reads = ", ".join(read["name"] for read in policy["inputs"])
-    name = policy_name({"policy": policy["name"], "parameters": policy["parameters"]})
-    return f"{name}, skips {' and '.join(policy['branches'])}, reads {reads}"
 
 
 def _routers(router: Mapping[str, Any] | None) -> str:

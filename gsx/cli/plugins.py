@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, size, table
+from gsx.cli.options import JsonOption
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def build(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Build even if the library is there.")] = False,
     jobs: Annotated[int | None, typer.Option(help="Compilers at a time.", show_default="one a processor")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was built as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Build the plugin library, unless one of these sources is there already.
 
@@ -56,10 +57,11 @@ def build(
     with ProgressLine() as line:
         line.update("looking for tools")
         with loading():
-            from gsx.workflows.plugins import build_plugins, library_facts
+            from gsx import plugins
+            from gsx.workflows.plugins import library_facts
             from gsx_plugins.build import ARCHITECTURES
 
-        built = build_plugins(
+        built = plugins.build(
             architectures=tuple(part.strip() for part in arch.split(",")) if arch else ARCHITECTURES,
             kernels_only=kernels_only,
             force=force,
@@ -74,15 +76,15 @@ def build(
         _print_library(facts)
 
 
-def list_(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
+def list_(as_json: JsonOption = False) -> None:
     """Show the custom ops, and the library that serves them.
 
     Example: gsx plugins list
     """
     with loading():
-        from gsx.workflows.plugins import list_plugins
+        from gsx import plugins
 
-    found = list_plugins()
+    found = plugins.list()
     if as_json:
         print_json(found.to_dict())
         return
@@ -100,7 +102,7 @@ def list_(as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON
 def _print_library(facts: LibraryFacts) -> None:
     lines = [("library", str(facts.path)), ("size", size(facts.bytes)), ("sha256", facts.sha256)]
     record = facts.record
-    lines.append(("holds", "kernels and TensorRT plugins" if facts.plugins else "kernels alone"))
+    lines.append(("holds", "kernels and TensorRT plugins" if facts.plugins else "only kernels"))
     if record:
         headers = f", headers of TensorRT {record.tensorrt_headers}" if record.tensorrt_headers else ""
         lines += [("for GPUs", ", ".join(record.architectures)), ("built with", f"CUDA {record.nvcc}{headers}")]

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gsx.cli.console import ProgressLine, out, quiet_libraries, table
-from gsx.cli.reports import JsonOption, ModelArgument, PageOption, show
+from gsx.cli.options import SHIPPED_TEXT, JsonOption, ModelArgument, PageOption
+from gsx.cli.reports import show
 from gsx.cli.signals import loading
+from gsx.defaults import STUDY_TOKENS
 
 if TYPE_CHECKING:
     from gsx.workflows.study import StudyReport
@@ -23,13 +25,11 @@ def add_to(app: typer.Typer) -> None:
 def study(
     model: ModelArgument,
     output: PageOption = None,
-    text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text to study on.", show_default="a text that ships with gsx")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="How much of it to use.", show_default="2048")] = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to study on.", show_default=SHIPPED_TEXT)] = None,
+    tokens: Annotated[int, typer.Option(help="How much of it to use.")] = STUDY_TOKENS,
     as_json: JsonOption = False,
 ) -> None:
-    """How a model takes it when layers are left out: exits against skipped layers, and what each sequence would need.
+    """Measure what leaving layers out costs: exits against skipped layers, and what each sequence would need.
 
     Example: gsx study examples/model -o out/study.html
     """
@@ -37,15 +37,15 @@ def study(
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from gsx.workflows.study import DEFAULT_TOKENS, study_model, write_study
+            from gsx import study as study_model
 
         report = study_model(
             model,
             text=text,
-            tokens=DEFAULT_TOKENS if tokens is None else tokens,
+            tokens=tokens,
             on_progress=line.show,
         )
-    show(report, as_json, _tables, output, write_study)
+    show(report, as_json, _tables, output)
 
 
 def _tables(report: StudyReport) -> None:

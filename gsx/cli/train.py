@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, table
+from gsx.cli.options import JsonOption, OverwriteOption, grouped
 from gsx.cli.signals import loading
+from gsx_exporter.defaults import CLASSIFIER_TOKENS, SNAPSHOT_STEPS
 
 if TYPE_CHECKING:
+    from gsx import TrainConfig
     from gsx_exporter.training import StepReport
 
 # Where nobody watches, a line this often.
@@ -20,10 +23,38 @@ _PLAIN_SECONDS = 30.0
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
-    app.command()(train)
+    app.command()(grouped(train))
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """Changes to the recipe."""
+
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; schedules keep their shares.", show_default="as configured")
+    ] = None
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a step.", show_default="as configured")] = None
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.", show_default="as configured")] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Its peak.", show_default="as configured")] = None
+    budget_end: Annotated[float | None, typer.Option(help="Where the budget ends.", show_default="as configured")] = (
+        None
+    )
+    seed: Annotated[int | None, typer.Option(help="Of everything random.", show_default="as configured")] = None
+
+    def over(self, config: Path | None, *, resumed: bool) -> TrainConfig:
+        """The recipe of a file, or the default one, with these changes."""
+        from gsx import TrainConfig
+
+        recipe = TrainConfig() if config is None else TrainConfig.from_json(config)
+        if self.steps is not None:
+            if self.steps < 1:
+                raise typer.BadParameter(f"{self.steps} is not a positive number", param_hint="--steps")
+            recipe = recipe.with_steps(self.steps, resumed=resumed)
+        return replace(recipe, **{name: value for name, value in vars(self).items() if value is not None})
 
 
 def train(
+    recipe: RecipeOptions,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The finished checkpoint's directory.", show_default=False)
     ],
@@ -43,32 +74,20 @@ def train(
     ] = None,
     work: Annotated[Path | None, typer.Option(help="Where snapshots are kept.", show_default="OUTPUT + -work")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest snapshot.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
-    snapshot_every: Annotated[int, typer.Option(help="Steps between snapshots.")] = 200,
-    steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps; schedules keep their shares.", show_default="as configured")
-    ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a step.", show_default="as configured")] = None,
-    sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens a sequence.", show_default="as configured")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Its peak.", show_default="as configured")] = None,
-    budget_end: Annotated[
-        float | None, typer.Option(help="Where the budget ends.", show_default="as configured")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.", show_default="as configured")] = None,
+    overwrite: OverwriteOption = False,
+    snapshot_every: Annotated[int, typer.Option(help="Steps between snapshots.", min=1)] = SNAPSHOT_STEPS,
     exit_classifiers: Annotated[
         str | None,
         typer.Option(
-            help="Train CALM's classifiers behind these depths of a finished MODEL, and nothing else: e.g. 4,8, or "
-            "auto for its exits.",
+            help="Train only CALM's classifiers, at these depths of a finished MODEL: e.g. 4,8, or auto for its exits.",
             show_default="no",
         ),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="With --exit-classifiers: how much text.", show_default="32768")
+        int | None,
+        typer.Option(help="With --exit-classifiers: how much text.", min=1, show_default=str(CLASSIFIER_TOKENS)),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Train gates (GateSkip) and early exits (LayerSkip), from a plain checkpoint or from nothing.
 
@@ -80,53 +99,28 @@ def train(
     """
     quiet_libraries()
     if exit_classifiers is not None:
-        others = {
-            "--config": config,
-            "--work": work,
-            "--resume": resume or None,
-            "--overwrite": overwrite or None,
-            "--steps": steps,
-            "--batch-size": batch_size,
-            "--sequence-length": sequence_length,
-            "--learning-rate": learning_rate,
-            "--budget-end": budget_end,
-            "--seed": seed,
-        }
-        for name, value in others.items():
+        others = {"config": config, "work": work, "resume": resume or None, "overwrite": overwrite or None}
+        for name, value in {**others, **vars(recipe)}.items():
             if value is not None:
-                raise typer.BadParameter("does not go with --exit-classifiers", param_hint=name)
+                raise typer.BadParameter(
+                    "does not go with --exit-classifiers", param_hint=f"--{name.replace('_', '-')}"
+                )
         _exit_classifiers(output, model, exit_classifiers, text, tokens, as_json)
         return
     if tokens is not None:
         raise typer.BadParameter("belongs to --exit-classifiers", param_hint="--tokens")
-    if snapshot_every < 1:
-        raise typer.BadParameter(f"{snapshot_every} is not a positive number", param_hint="--snapshot-every")
     with ProgressLine(plain_every=_PLAIN_SECONDS) as line:
         line.update("starting")
         with loading():
-            from gsx_exporter.training import TrainConfig
-            from gsx_exporter.training import train as run
+            from gsx import train as run
 
-        given = {
-            "batch_size": batch_size,
-            "sequence_length": sequence_length,
-            "learning_rate": learning_rate,
-            "budget_end": budget_end,
-            "seed": seed,
-        }
-        values: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        settings = TrainConfig.from_json(config) if config is not None else TrainConfig()
-        if steps is not None and steps > 0:
-            settings = settings.with_steps(steps, resumed=resume)
-        elif steps is not None:
-            raise typer.BadParameter(f"{steps} is not a positive number", param_hint="--steps")
         speed = _Speed()
         result = run(
-            replace(settings, **values),
             output,
-            work=work if work is not None else output.parent / f"{output.name}-work",
+            config=recipe.over(config, resumed=resume),
             model=model,
             text=text,
+            work=work,
             resume=resume,
             overwrite=overwrite,
             snapshot_every=snapshot_every,
@@ -156,8 +150,6 @@ def _exit_classifiers(
     """`--exit-classifiers`."""
     if model is None:
         raise typer.BadParameter("needs the model whose exits they are for: --model", param_hint="--exit-classifiers")
-    if tokens is not None and tokens < 1:
-        raise typer.BadParameter(f"{tokens} is not a positive number", param_hint="--tokens")
     try:
         named = None if depths == "auto" else [int(part) for part in depths.split(",")]
     except ValueError:
@@ -165,9 +157,9 @@ def _exit_classifiers(
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from gsx_exporter.training.exit_classifiers import DEFAULT_TOKENS, train_exit_classifiers
+            from gsx import train_exit_classifiers
 
-        wanted = DEFAULT_TOKENS if tokens is None else tokens
+        wanted = CLASSIFIER_TOKENS if tokens is None else tokens
         result = train_exit_classifiers(model, output, depths=named, text=text, tokens=wanted, on_progress=line.show)
     exits = [{"exit": one.depth, "agreement": one.agreement, "ranking": one.ranking} for one in result.exits]
     if as_json:

@@ -8,10 +8,9 @@ from typing import Annotated, Literal
 import typer
 
 from gsx.cli.console import print_json
+from gsx.cli.options import BundleArgument, JsonOption
 from gsx.cli.signals import loading
-
-# Requests under way, and waiting, if not given.
-_SLOTS, _QUEUE = 8, 64
+from gsx_engines.defaults import SERVED_REQUESTS, WAITING_REQUESTS
 
 
 def add_to(app: typer.Typer) -> None:
@@ -20,7 +19,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def triton(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's directory.", show_default=False)],
+    bundle: BundleArgument,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The model repository to write.", show_default=False)
     ] = None,
@@ -32,19 +31,19 @@ def triton(
     backend: Annotated[
         Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "tensorrt-plan"],
         typer.Option(
-            help="The runtime; TensorRT needs engines in the bundle (gsx build). tensorrt-plan: the engines alone, for "
+            help="The runtime; TensorRT needs engines in the bundle (gsx build). tensorrt-plan: only the engines, for "
             "Triton's own TensorRT backend (gsx build --kv-layout growing)."
         ),
     ] = "onnxruntime",
-    slots: Annotated[int, typer.Option(help="Requests under way at once, in steps of one batch.")] = _SLOTS,
-    queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.")] = _QUEUE,
+    slots: Annotated[int, typer.Option(help="Requests under way at once, in steps of one batch.")] = SERVED_REQUESTS,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.")] = WAITING_REQUESTS,
     context: Annotated[
         int | None, typer.Option(help="Tokens of a request, prompt and new ones.", show_default="the model's")
     ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of ONNX Runtime.", show_default="what leaves the server a processor")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write a model repository for Triton Inference Server, or check a server that runs one.
 
@@ -55,8 +54,8 @@ def triton(
     if (output is None) == (check is None):
         raise UsageError("what to do is not clear", expected="-o REPOSITORY or --check URL")
     with loading():
-        from gsx.workflows.triton import check_server
-        from gsx.workflows.triton import triton as write
+        from gsx import check_server
+        from gsx import triton as write
     if check is not None:
         count = check_server(bundle, check, name=name)
         print_json({"url": check, "tokens_equal": count}) if as_json else typer.echo(
@@ -65,9 +64,9 @@ def triton(
         return
     assert output is not None
     if backend == "tensorrt-plan":
-        if (slots, queue, context, threads) != (_SLOTS, _QUEUE, None, None):
+        if (slots, queue, context, threads) != (SERVED_REQUESTS, WAITING_REQUESTS, None, None):
             raise UsageError(
-                "--backend tensorrt-plan: the engines alone are served as they were built",
+                "--backend tensorrt-plan: the engines are served as they were built",
                 expected="no --slots, --queue, --context and --threads",
                 todo="gsx build --batch and --context say what an engine takes",
             )
@@ -86,7 +85,7 @@ def triton(
 
 
 def _write_plans(bundle: Path, output: Path, name: str, as_json: bool) -> None:
-    from gsx.workflows.triton import triton_plans
+    from gsx import triton_plans
     from gsx_plugins.library import find_library
 
     models = triton_plans(bundle, output, name=name)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, table
+from gsx.cli.options import SHIPPED_TEXT, BackendOptions, BundleArgument, JsonOption, grouped
 from gsx.cli.signals import loading
+from gsx.defaults import GREEDY_TOKENS, QUALITY_LIMIT, VERIFY_TOKENS
 
 if TYPE_CHECKING:
     from gsx.parity.report import Report
@@ -18,45 +21,41 @@ _STYLES = {"pass": "green", "fail": "bold red", "reported": "dim"}
 
 def add_to(app: typer.Typer) -> None:
     """Register the command."""
-    app.command()(verify)
+    app.command()(grouped(verify))
+
+
+@dataclass(frozen=True)
+class QualityOptions:
+    """What may be lost against full precision."""
+
+    max_perplexity_increase: Annotated[
+        float | None,
+        typer.Option(help="Relative limit.", show_default=f"{QUALITY_LIMIT} for INT8 and FP8"),
+    ] = None
+    max_flipped: Annotated[
+        float | None,
+        typer.Option(help="Share of decisions that may differ.", show_default=f"{QUALITY_LIMIT} for INT8 and FP8"),
+    ] = None
+    max_divergence: Annotated[
+        float | None, typer.Option(help="Limit of the next-token distribution's KL divergence, in nats.")
+    ] = None
+    min_top1: Annotated[
+        float | None, typer.Option(help="Share of tokens whose most likely next token must be the same.")
+    ] = None
 
 
 def verify(
-    bundle: Annotated[Path, typer.Argument(help="A bundle's directory.", show_default=False)],
+    bundle: BundleArgument,
+    backend: BackendOptions,
+    quality: QualityOptions,
     reference: Annotated[
         str | None,
         typer.Option(help="The checkpoint to compare with.", show_default="the one that was exported"),
     ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="UTF-8 text to compare on.", show_default="a text that ships with gsx")
-    ] = None,
-    tokens: Annotated[int | None, typer.Option(help="How much of it to use.", show_default="1024")] = None,
-    greedy_tokens: Annotated[
-        int | None, typer.Option(help="Length of the greedy continuation.", show_default="256")
-    ] = None,
-    backend: Annotated[
-        Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch"],
-        typer.Option(help="The runtime to prove; TensorRT runs what gsx build made, on a GPU."),
-    ] = "onnxruntime",
-    device: Annotated[
-        Literal["cpu", "cuda"] | None,
-        typer.Option(help="Where --backend torch runs.", show_default="a GPU if there is one"),
-    ] = None,
-    max_perplexity_increase: Annotated[
-        float | None,
-        typer.Option(help="Relative limit against full precision.", show_default="0.01 for INT8 and FP8"),
-    ] = None,
-    max_flipped: Annotated[
-        float | None,
-        typer.Option(help="Share of decisions that may differ from full precision.", show_default="the same"),
-    ] = None,
-    max_divergence: Annotated[
-        float | None, typer.Option(help="Limit of the next-token distribution's KL divergence, in nats.")
-    ] = None,
-    min_top1: Annotated[
-        float | None, typer.Option(help="Share of tokens whose most likely next token must be the same.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to compare on.", show_default=SHIPPED_TEXT)] = None,
+    tokens: Annotated[int, typer.Option(help="How much of it to use.")] = VERIFY_TOKENS,
+    greedy_tokens: Annotated[int, typer.Option(help="Length of the greedy continuation.")] = GREEDY_TOKENS,
+    as_json: JsonOption = False,
 ) -> None:
     """Prove that a bundle computes what PyTorch computes; exit code 1 where a check fails.
 
@@ -68,19 +67,19 @@ def verify(
     with ProgressLine() as line:
         line.update("starting")
         with loading():
-            from gsx.parity.quality import QualityLimits
-            from gsx.workflows.verify import DEFAULT_GREEDY_TOKENS, DEFAULT_TOKENS
-            from gsx.workflows.verify import verify as verify_bundle
+            from gsx import QualityLimits
+            from gsx import verify as verify_bundle
 
         report = verify_bundle(
             bundle,
             reference=reference,
             text=text,
-            tokens=DEFAULT_TOKENS if tokens is None else tokens,
-            greedy_tokens=DEFAULT_GREEDY_TOKENS if greedy_tokens is None else greedy_tokens,
-            backend=backend,
-            device=device,
-            quality=QualityLimits(max_perplexity_increase, max_flipped, max_divergence, min_top1),
+            tokens=tokens,
+            greedy_tokens=greedy_tokens,
+            quality=QualityLimits(
+                quality.max_perplexity_increase, quality.max_flipped, quality.max_divergence, quality.min_top1
+            ),
+            **vars(backend),
             on_progress=line.show,
         )
     if as_json:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gsx.pages.figures import COLOURS, GREY, Plot, logarithmic, svg
-from gsx.pages.render import render
-from gsx_plugins.errors import GsxError
+from gsx.pages.render import write_page
 
 
 @dataclass(frozen=True)
@@ -59,22 +58,18 @@ class CompareReport:
         """Plain JSON values."""
         return asdict(self)
 
+    def write_page(self, path: str | Path) -> None:
+        """Write the report as one HTML page.
 
-def write_comparison(report: CompareReport, path: Path) -> None:
-    """Write the report as one HTML page.
-
-    Raises:
-        GsxError: the place is not writable.
-    """
-    plot = Plot(
-        "Quality and time by share kept",
-        "Each point is a setting; dashed: the whole model. Some policies run prompts in full.",
-        svg((7.2, 8.4), 3, lambda axes: _draw(report, axes), rows=True),
-    )
-    try:
-        path.write_text(render("compare.html.j2", report=report, plot=plot), encoding="utf-8")
-    except OSError as error:
-        raise GsxError(f"{path}: could not be written", found=error.strerror or str(error)) from error
+        Raises:
+            GsxError: the place is not writable.
+        """
+        plot = Plot(
+            "Quality and time by share kept",
+            "Each point is a setting; dashed: the whole model. Some policies run prompts in full.",
+            svg((7.2, 8.4), 3, lambda axes: _draw(self, axes), rows=True),
+        )
+        write_page(path, "compare.html.j2", report=self, plot=plot)
 
 
 def _draw(report: CompareReport, axes: list[Any]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gsx.parity.compare import Compared, Comparison
+from gsx.parity.closeness import Compared, Comparison
 from gsx.parity.measure import Greedy
 from gsx.parity.quality import QualityLimits
 from gsx.parity.result import BudgetResult

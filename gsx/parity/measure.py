@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from gsx.parity.compare import Observation
+from gsx.parity.closeness import Observation
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import Controls
 from gsx_engines.bundle.tensor_names import past
@@ -20,8 +20,8 @@ from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.config import BRANCHES, KvPolicy
-from gsx_exporter.masks.base import MaskRule
-from gsx_exporter.reference import Reference, ReferenceOutput
+from gsx_exporter.reference.model import Reference, ReferenceOutput
+from gsx_exporter.reference.rule import ReferenceRule
 
 
 class ReferenceSide:
@@ -33,7 +33,7 @@ class ReferenceSide:
         kv_policy: as exported.
     """
 
-    def __init__(self, reference: Reference, rule: MaskRule, kv_policy: KvPolicy) -> None:
+    def __init__(self, reference: Reference, rule: ReferenceRule, kv_policy: KvPolicy) -> None:
         self._reference, self._rule, self._kv_policy = reference, rule, kv_policy
 
     def observe(self, ids: np.ndarray, mask: np.ndarray) -> list[Observation]:

@@ -6,6 +6,7 @@ colours, light or dark) and the one combined picture (PNG) show the same.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from gsx.pages.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, Plot, style, s
 from gsx.parity.report import Report
 from gsx.parity.result import BudgetResult
 from gsx_exporter.config import BRANCHES
+from gsx_exporter.rules.settings import LayerCurve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,15 +64,10 @@ def page_plots(report: Report) -> list[Plot]:
                 svg((10.2, height), len(report.branches), lambda axes: kept_share(report, axes)),
             )
         )
-    if report.similarity is not None:
-        plots.append(
-            Plot(
-                "Similarity by layer",
-                "Mean cosine of a token's state before and after each FFN on calibration text, nothing being skipped. "
-                "Layers on grey are cold; the dashed line is the threshold at the exported budget.",
-                svg((10.2, 2.6), 1, lambda axes: similarity(report, axes[0])),
-            )
-        )
+    plots += [
+        Plot(one.title, one.caption, svg((10.2, 2.6), 1, functools.partial(layer_curve, one)))
+        for one in report.layer_curves
+    ]
     if report.keep_map is not None:
         layers = len(report.keep_map.keep)
         height = 0.9 + len(report.branches) * (0.3 + 0.17 * layers)
@@ -188,18 +185,17 @@ def _kept(result: BudgetResult) -> float:
     return 1.0 if result.kept_share is None else result.kept_share
 
 
-def similarity(report: Report, axis: Axes) -> None:
-    """FFN-SkipLLM: how alike states are across each FFN."""
-    found = report.similarity
-    assert found is not None
-    layers = len(found.mean)
-    axis.plot(range(layers), found.mean, color=BLUE, marker="o", markersize=4, linewidth=1)
-    for first, last in ((0, found.first - 1), (found.last + 1, layers - 1)):
+def layer_curve(curve: LayerCurve, axes: Sequence[Axes]) -> None:
+    """What the keep rule measured in every layer."""
+    (axis,) = axes
+    layers = len(curve.values)
+    axis.plot(range(layers), curve.values, color=BLUE, marker="o", markersize=4, linewidth=1)
+    for first, last in curve.shaded:
         axis.axvspan(first - 0.5, last + 0.5, color=GREY, alpha=0.2)
-    if found.threshold is not None:
-        axis.axhline(found.threshold, color=ORANGE, linewidth=1, linestyle="--")
+    if curve.line is not None:
+        axis.axhline(curve.line, color=ORANGE, linewidth=1, linestyle="--")
     axis.set_xlim(-0.5, layers - 0.5)
-    axis.set_ylabel("cosine")
+    axis.set_ylabel(curve.label)
     axis.set_xlabel("layer")
     _whole_numbers(axis, layers)
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gsx.parity.compare import Observation
+from gsx.defaults import QUALITY_LIMIT
+from gsx.parity.closeness import Observation
 from gsx_exporter.config import BRANCHES
 from gsx_plugins.errors import UsageError
 
@@ -57,7 +58,7 @@ class QualityLimits:
 
 
 # Of a quantized bundle, unless the user says otherwise; full precision has sharper checks of its own.
-QUANTIZED = QualityLimits(perplexity_increase=0.01, flipped=0.01)
+QUANTIZED = QualityLimits(perplexity_increase=QUALITY_LIMIT, flipped=QUALITY_LIMIT)
 
 
 @dataclass(frozen=True)

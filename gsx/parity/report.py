@@ -12,6 +12,7 @@ from gsx.parity.checks import Check, Verdict, checks_of, wrong_default
 from gsx.parity.quality import QualityLimits
 from gsx.parity.result import BudgetResult
 from gsx.parity.tolerances import TOLERANCES, Tolerances
+from gsx_exporter.rules.settings import LayerCurve
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,6 @@ class KeepMap:
 
 
 @dataclass(frozen=True)
-class Similarity:
-    """How alike a token's state is before and after each FFN (FFN-SkipLLM), nothing being skipped.
-
-    Args:
-        mean: [L] cosine, mean over the calibration text.
-        first, last: the layers that may skip.
-        threshold: cosine from which the next FFNs are skipped at the exported budget; None where none are.
-    """
-
-    mean: tuple[float, ...]
-    first: int
-    last: int
-    threshold: float | None
-
-
-@dataclass(frozen=True)
 class Report:
     """What `gsx verify` found.
 
@@ -82,7 +67,7 @@ class Report:
         results: one a budget, in falling order.
         default_is_exported: whether the graph's own default selection is the exported one; None for a dense model.
         notes: what was left out and why.
-        similarity: with FFN-SkipLLM.
+        layer_curves: what the keep rule shows of its calibration.
         tools: versions.
     """
 
@@ -108,7 +93,7 @@ class Report:
     default_is_exported: bool | None
     notes: tuple[str, ...]
     keep_map: KeepMap | None
-    similarity: Similarity | None
+    layer_curves: tuple[LayerCurve, ...]
     tools: Mapping[str, str]
     seconds: float
 

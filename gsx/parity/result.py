@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gsx.parity.compare import Compared, Comparison
+from gsx.parity.closeness import Compared, Comparison
 from gsx.parity.measure import Greedy
 from gsx.parity.quality import Quality
 from gsx.parity.speculation import SpeculationResult

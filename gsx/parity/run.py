@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from gsx.parity.compare import Accumulator, Compared, Comparer, Observation
-from gsx.parity.measure import EngineSide, ReferenceSide, follow, reference_continuation, runner_logits
+from gsx.parity.closeness import Accumulator, Compared, Comparer, Observation
+from gsx.parity.measure import EngineSide, Greedy, ReferenceSide, follow, reference_continuation, runner_logits
 from gsx.parity.quality import QualityCounter
 from gsx.parity.result import BudgetResult
-from gsx.parity.settings import Setting
-from gsx.parity.speculation import SpeculationSide
+from gsx.parity.speculation import SpeculationResult, SpeculationSide
 from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
+from gsx.parity.windows import WindowSums
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import Controls, controls_for
 from gsx_engines.bundle.fields import Branch
@@ -25,9 +25,9 @@ from gsx_engines.runners.base import Runner
 from gsx_engines.runners.select import Backend, open_runner
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import BRANCHES
-from gsx_exporter.evaluation import losses
-from gsx_exporter.masks.registry import mask_of
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.rules.registry import reference_rule
+from gsx_exporter.rules.settings import Setting
 from gsx_plugins.progress import OnProgress, Progress
 
 # A stretch with a cache: half in one call, the rest in single steps or in one chunk.
@@ -88,83 +88,85 @@ class Run:
         """Measure everything at one setting: by the rule for every token, but for greedy text, where a rule that runs
         the prompt in full does so."""
         controls = controls_for(self.manifest, setting.keep)
-        side, single = self._sides(controls)
-        if self.speculation is not None:
-            self.speculation.start()
-        full, rounding = self._comparer(), self._comparer()
-        fast, wrong_counts = Accumulator(), 0
-        kept: list[np.ndarray] = []
-        branches = [BRANCHES.index(branch) for branch in self._branches]
-        quality = QualityCounter(branches)
-        reference_loss: list[np.ndarray] = []
-        engine_loss: list[np.ndarray] = []
-        first: Observation | None = None
-        for number, window in enumerate(self.windows):
-            self._tell("whole windows", number, len(self.windows))
-            ids, mask = window[None], np.ones((1, len(window)), np.int64)
-            want, have = side.observe(ids, mask), self.engine.observe(ids, mask, controls)
-            full.add(want, have)
-            if single is not None:
-                rounding.add(want, single.observe(ids, mask))
-            first = first or want[0]
-            kept.append(want[0].keep)
-            reference_loss.append(losses(want[0].logits, window))
-            engine_loss.append(losses(have[0].logits, window))
-            quality.add(want[0], have[0])
-            clean, wrong = self._fast(want[0], have[0], ids, controls, fast, number)
-            wrong_counts += wrong
-            if self.speculation is not None:
-                self._halves(self.speculation, side, ids, controls, clean, number)
-        assert first is not None, "a text has at least one window"
-        own = rounding.result() if single is not None else None
-        self.first_window[setting] = first
+        sums = self._whole_windows(controls)
+        assert sums.first is not None, "a text has at least one window"
+        rounding = sums.rounding.result() if sums.rounding is not None else None
+        self.first_window[setting] = sums.first
         single_steps = one_chunk = None
         if self.causal:
             self._tell("with the cache")
-            single_steps, one_chunk = self._cached(first, controls)
+            single_steps, one_chunk = self._cached(sums.first, controls)
         self._tell("with padding")
         padded = self._padded(setting)
-        self._tell("greedy continuation")
-        serving = controls_for(self.manifest, setting.keep, [_PROMPT_TOKENS])
-        with _torch_threads_for(self.manifest):
-            steps = reference_continuation(
-                self._sides(serving)[0], self.windows[:1, :_PROMPT_TOKENS], self.greedy_tokens
-            )
-
-        def tolerance(logits: np.ndarray) -> float:
-            return self.limits.logit_limit(float(np.abs(logits).max()), own) or 0.0
-
-        greedy = {
-            name: follow(runner, steps, serving, logit_tolerance=tolerance, near_tie=self.limits.near_tie)
-            for name, runner in self.runners.items()
-        }
-        speculation = None
-        if self.speculation is not None:
-            self._tell("draft and verify")
-            # Thousands of draws tell weights that were rounded to bfloat16 from those that were not.
-            at_hand = None if self.limits_of == "bf16" else first.logits
-            speculation = self.speculation.result(self.windows, setting.keep, at_hand)
-        shares = np.concatenate(kept, axis=-1).mean(axis=-1)
-        reached = [shares[layer, BRANCHES.index(branch)] for layer, branch in self.manifest.skippable_places]
+        kept = sums.kept
+        reached = [kept[layer, BRANCHES.index(branch)] for layer, branch in self.manifest.skippable_places]
+        reference_nats, engine_nats = sums.nats
         return BudgetResult(
             setting=setting.name,
             budget=setting.share,
-            kept=tuple((float(attn), float(mlp)) for attn, mlp in shares),
+            kept=tuple((float(attn), float(mlp)) for attn, mlp in kept),
             kept_share=float(np.mean(reached)) if reached else None,
-            windows=full.result(),
-            rounding=own,
+            windows=sums.against_reference.result(),
+            rounding=rounding,
             single_steps=single_steps,
             one_chunk=one_chunk,
             padded=padded,
-            fast_logits=fast.result(),
-            fast_wrong_counts=wrong_counts,
-            greedy=greedy,
-            speculation=speculation,
-            reference_nats=float(np.concatenate(reference_loss).mean()),
-            engine_nats=float(np.concatenate(engine_loss).mean()),
-            scored_tokens=sum(loss.size for loss in reference_loss),
-            quality=quality.result(),
+            fast_logits=sums.fast.result(),
+            fast_wrong_counts=sums.wrong_counts,
+            greedy=self._greedy(setting, rounding),
+            speculation=self._speculated(setting, sums.first),
+            reference_nats=reference_nats,
+            engine_nats=engine_nats,
+            scored_tokens=sums.scored_tokens,
+            quality=sums.quality.result(),
         )
+
+    def _whole_windows(self, controls: Controls) -> WindowSums:
+        """All windows, each in one call: both sides, the fast runner, and the halves of a draft."""
+        side, single = self._sides(controls)
+        sums = WindowSums(
+            self._comparer(),
+            self._comparer() if single is not None else None,
+            QualityCounter([BRANCHES.index(branch) for branch in self._branches]),
+        )
+        if self.speculation is not None:
+            self.speculation.start()
+        for number, window in enumerate(self.windows):
+            self._tell("whole windows", number, len(self.windows))
+            ids, mask = window[None], np.ones((1, len(window)), np.int64)
+            (want,), (have,) = side.observe(ids, mask), self.engine.observe(ids, mask, controls)
+            sums.add(window, want, have, None if single is None else single.observe(ids, mask))
+            clean, wrong = self._fast(want, have, ids, controls, sums.fast, number)
+            sums.wrong_counts += wrong
+            if self.speculation is not None:
+                self._halves(self.speculation, side, ids, controls, clean, number)
+        return sums
+
+    def _greedy(self, setting: Setting, rounding: Compared | None) -> dict[str, Greedy]:
+        """Every runner along the reference's own greedy text. Args: rounding: of the reference itself."""
+        self._tell("greedy continuation")
+        controls = controls_for(self.manifest, setting.keep, [_PROMPT_TOKENS])
+        with _torch_threads_for(self.manifest):
+            steps = reference_continuation(
+                self._sides(controls)[0], self.windows[:1, :_PROMPT_TOKENS], self.greedy_tokens
+            )
+
+        def tolerance(logits: np.ndarray) -> float:
+            return self.limits.logit_limit(float(np.abs(logits).max()), rounding) or 0.0
+
+        return {
+            name: follow(runner, steps, controls, logit_tolerance=tolerance, near_tie=self.limits.near_tie)
+            for name, runner in self.runners.items()
+        }
+
+    def _speculated(self, setting: Setting, first: Observation) -> SpeculationResult | None:
+        """Text of the bundle's draft beside plain text; None where it has no draft."""
+        if self.speculation is None:
+            return None
+        self._tell("draft and verify")
+        # Thousands of draws tell weights that were rounded to bfloat16 from those that were not.
+        at_hand = None if self.limits_of == "bf16" else first.logits
+        return self.speculation.result(self.windows, setting.keep, at_hand)
 
     def _cached(self, want: Observation, controls: Controls) -> tuple[Compared, Compared]:
         """Half of a stretch, then the rest over the cache: it must be what one call gives."""
@@ -286,7 +288,7 @@ class Run:
 
     def _sides(self, controls: Controls) -> tuple[ReferenceSide, ReferenceSide | None]:
         """The reference with some run-time inputs, and the one in float32 beside one in float64."""
-        rule = mask_of(self.manifest, controls)
+        rule = reference_rule(self.manifest, controls)
         side = ReferenceSide(self.reference, rule, self.manifest.kv_policy)
         return side, ReferenceSide(self.single, rule, self.manifest.kv_policy) if self.single else None
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from gsx.parity.compare import Accumulator, Comparison
+from gsx.parity.closeness import Accumulator, Comparison
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import Controls, Keep, controls_for
 from gsx_engines.generation import Generated, generate

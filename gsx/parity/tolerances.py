@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gsx.parity.compare import Compared
+from gsx.parity.closeness import Compared
 from gsx_engines.bundle.manifest import Manifest
 from gsx_exporter.checkpoint import Checkpoint, is_gate
 

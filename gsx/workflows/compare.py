@@ -17,42 +17,50 @@ import numpy as np
 
 from gsx.comparison.measure import STEPS, Form, Score, in_turn
 from gsx.comparison.report import CompareReport, Point
-from gsx.comparison.settings import POLICIES, WHOLE
-from gsx.policies.base import Choice, Plan
-from gsx.policies.registry import plan_policy
+from gsx.defaults import COMPARE_FOLDER, COMPARE_TOKENS
 from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
+from gsx_engines.bundle.controls import Keep
 from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.errors import TextError
+from gsx_exporter.rules.plan import PolicyOptions, RulePlan
+from gsx_exporter.rules.registry import DENSE, RULES, plan_policy
 from gsx_exporter.text import MIN_TOKENS, TokenText, load_tokenizer, tokenize
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, prefixed, silent
 
-# Measured tokens; as many before them calibrate, which is then what an export takes by default.
-DEFAULT_TOKENS, LEAST_TOKENS = 4096, 512
+LEAST_TOKENS = 512
 WINDOW_TOKENS = 256
 # Room for a prompt, and for single tokens behind it.
 _LEAST_POSITIONS = 4 * STEPS
 
 
-def compare_policies(
+def compare(
     model: str | Path,
-    work: str | Path,
+    work: str | Path = COMPARE_FOLDER,
     *,
     text: str | Path | None = None,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int = COMPARE_TOKENS,
     on_progress: OnProgress = silent,
 ) -> CompareReport:
-    """Compare the policies of a checkpoint.
+    """Put every policy that a checkpoint can have side by side: perplexity and measured time against what is kept.
 
     Args:
         model: a local model directory or a hub id.
         work: folder for the bundles; those of the same model, policy and calibration text are used again.
         text: UTF-8 text file; None for the text that ships with gsx.
         tokens: how much of it to measure; as much before it calibrates.
+        on_progress: called as it goes.
+    Returns: the settings of every policy, and which policies were left out, with the reason; `write_page` writes it as
+        one HTML page.
     Raises:
         GsxError: the model or the text cannot be used, or the folder cannot be written.
+    Example:
+        >>> report = gsx.compare("my-model", "out/compare", tokens=512)
+        >>> report.points[0].policy
+        'whole model'
+        >>> report.write_page("out/compare.html")
     """
     if tokens < LEAST_TOKENS:
         raise UsageError("tokens to compare on", expected=f"at least {LEAST_TOKENS}", found=str(tokens))
@@ -65,20 +73,24 @@ def compare_policies(
             found=str(positions),
         )
     calibration, windows = _halves(checkpoint, Path(text) if text else None, tokens)
-    plans: dict[str, Plan] = {}
+    compared = {policy: curves for rule in RULES.values() for policy, curves in rule.compared.items()}
+    # The whole model, as the first of these that the checkpoint fits: where gates or routers multiply what branches
+    # give, there is no dense export.
+    whole_models = {DENSE: Keep(), **{rule.name: rule.whole for rule in RULES.values() if rule.whole is not None}}
+    plans: dict[str, RulePlan] = {}
     left_out: dict[str, str] = {}
-    for policy in {**WHOLE, **POLICIES}:
+    for policy in {**whole_models, **compared}:
         try:
-            plans[policy] = plan_policy(Choice(policy), checkpoint.config)
+            plans[policy] = plan_policy(PolicyOptions(policy), checkpoint.config)
         except UsageError as error:
-            if policy in POLICIES:
+            if policy in compared:
                 left_out[_name(policy)] = error.what
     exports = _Exports(checkpoint, Path(work), calibration, on_progress)
-    base, keep_all = next((policy, keep) for policy, keep in WHOLE.items() if policy in plans)
+    base, keep_all = next((policy, keep) for policy, keep in whole_models.items() if policy in plans)
     whole = Form(exports.bundle(base, plans[base]), windows)
     whole_score, whole_seconds = whole.score(keep_all), []
     points: list[Point] = []
-    for policy, curves in POLICIES.items():
+    for policy, curves in compared.items():
         if policy not in plans:
             continue
         name = _name(policy)
@@ -153,7 +165,7 @@ class _Exports:
         self._source = source_sha256()
         self._model = [checkpoint.weights_sha256(), *(sha256_of(path) for path in checkpoint.companions())]
 
-    def bundle(self, policy: str, plan: Plan) -> Bundle:
+    def bundle(self, policy: str, plan: RulePlan) -> Bundle:
         """The bundle of a policy: the one that is there, if it is whole, or a new one."""
         made_of = [self._source, policy, *self._model]
         calibration = self._calibration if plan.calibrates else None

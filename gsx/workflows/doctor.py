@@ -164,10 +164,14 @@ _PROGRAM_TITLES = {"nvidia-smi": "NVIDIA GPU", "tritonserver": "Triton server", 
 
 
 def doctor(*, on_progress: OnProgress = silent) -> DoctorReport:
-    """Try everything that gsx can use.
+    """Try everything that gsx can use on this machine, and say how to get what is missing.
 
     Args:
         on_progress: called before each thing is tried.
+    Returns: a row for each thing; `passed` says whether exporting and running on a CPU can work.
+    Example:
+        >>> gsx.doctor().passed
+        True
     """
     rows = []
 

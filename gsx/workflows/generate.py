@@ -13,6 +13,7 @@ from typing import Any
 
 from gsx.backend_names import BackendName, Device
 from gsx.backends import open_backend
+from gsx.defaults import NEW_TOKENS
 from gsx_engines import generation
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import Keep, controls_for
@@ -28,7 +29,6 @@ from gsx_engines.speculation.spec import check_draft, check_leaves_out, check_sp
 from gsx_engines.tokens import BundleTokenizer, TextWriter, check_text
 from gsx_plugins.errors import UsageError
 
-DEFAULT_NEW_TOKENS = 128
 # A set of layers that is searched while generating.
 ADAPTIVE = "layers:auto"
 
@@ -100,7 +100,7 @@ def generate(
     exit_layer: int | None = None,
     speedup: float | None = None,
     exit_threshold: float | None = None,
-    max_new_tokens: int = DEFAULT_NEW_TOKENS,
+    max_new_tokens: int = NEW_TOKENS,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -140,17 +140,17 @@ def generate(
         backend: the runtime; the TensorRT ones run what `gsx build` made, PyTorch runs the weights themselves.
         device: where PyTorch runs; None for its GPU if it has one.
         on_text: called with each piece of new text as it comes.
+    Returns: the new text and tokens, why they ended, and counters and times.
     Raises:
         GsxError: an option, a bundle or a prompt that cannot be used.
+    Example:
+        >>> result = gsx.generate("out/demo", "def main(", budget=0.5, max_new_tokens=8)
+        >>> result.stats.new_tokens
+        8
     """
-    if (prompt is None) == (ids is None):
-        raise UsageError("the prompt is not clear", expected="a text or --ids", found="both" if ids else "neither")
     if threads is not None and threads < 1:
         raise UsageError("threads", expected="at least 1", found=str(threads))
-    if "" in stop:
-        raise UsageError("a stop text is empty", expected="at least one character")
-    for given in (prompt or "", *stop):
-        check_text(given)
+    _check_texts(prompt, ids, stop)
     sampling = Sampling(temperature, top_k, top_p, seed)
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
@@ -196,6 +196,16 @@ def generate(
         adaptation=search.found if search else None,
         stats=result.stats,
     )
+
+
+def _check_texts(prompt: str | None, ids: Sequence[int] | None, stop: Sequence[str]) -> None:
+    """Refuse a prompt or a stop text that means nothing."""
+    if (prompt is None) == (ids is None):
+        raise UsageError("the prompt is not clear", expected="a text or --ids", found="both" if ids else "neither")
+    if "" in stop:
+        raise UsageError("a stop text is empty", expected="at least one character")
+    for given in (prompt or "", *stop):
+        check_text(given)
 
 
 def _drafting(

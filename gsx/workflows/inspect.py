@@ -13,6 +13,7 @@ from typing import Any, Literal
 from gsx_engines.bundle.bundle import MANIFEST, open_bundle
 from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.policy import RouterPolicy
 from gsx_engines.errors import BundleError
 
 _PARITY = "parity.json"
@@ -56,10 +57,18 @@ class InspectReport:
 
 
 def inspect(path: str | Path) -> InspectReport:
-    """Look at a model directory, a hub id or a bundle.
+    """Look at a model directory, a hub id or a bundle, without running it.
 
+    Args:
+        path: the directory or the hub id.
+    Returns: shape, gates, exits, number of parameters, files, and of a bundle what it was exported with.
     Raises:
-        GsxError: it is none of them, or it is damaged.
+        GsxError: it is neither a model nor a bundle, or it is damaged.
+    Example:
+        >>> gsx.inspect("my-model").gates["kind"]
+        'vector'
+        >>> gsx.inspect("out/demo").bundle["budget"]
+        0.7
     """
     directory = Path(path)
     if (directory / MANIFEST).is_file():
@@ -196,5 +205,4 @@ def _files(directory: Path) -> dict[str, int]:
 
 
 def _router(manifest: Manifest) -> Mapping[str, Any] | None:
-    found = manifest.policy.parameters.get("router") if manifest.policy else None
-    return found if isinstance(found, Mapping) else None
+    return manifest.policy.parameters.router if isinstance(manifest.policy, RouterPolicy) else None

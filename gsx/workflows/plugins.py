@@ -31,8 +31,8 @@ class OpRow:
 
 @dataclass(frozen=True)
 class LibraryFacts:
-    """The library that would be used. `record` is None where nothing tells how it was built; `plugins` is false for the
-    kernels alone."""
+    """The library that would be used. `record` is None where it is not known how it was built; `plugins` is false where
+    it has only kernels."""
 
     path: Path
     sha256: str
@@ -64,9 +64,22 @@ def build_plugins(
     jobs: int | None = None,
     on_progress: OnProgress = silent,
 ) -> Built:
-    """Build the library, unless it is there; the arguments are those of `gsx_plugins.build.build`.
+    """Build the library of CUDA kernels and TensorRT plugins, unless one of these sources is there already.
 
-    Raises: PluginLibraryError, which says what is missing and how to get it.
+    Args:
+        architectures: GPUs that it is for: `90` (machine code and PTX), `90-real`, `90-virtual`.
+        kernels_only: without TensorRT's plugins, which needs no TensorRT headers.
+        force: build even if the library is there.
+        jobs: compilers at a time; None for one a processor.
+        on_progress: called as it goes.
+    Returns: the library's path, how it was built, and whether it was there already.
+    Raises:
+        UsageError: an architecture that is not known, or no jobs.
+        PluginLibraryError: what is missing, and how to get it.
+    Example, on a machine with nvcc and TensorRT's headers:
+        >>> built = gsx.plugins.build(architectures=["90"])  # doctest: +SKIP
+        >>> built.path.name  # doctest: +SKIP
+        'libgsx_plugins.so'
     """
     if jobs is not None and jobs < 1:
         raise UsageError("--jobs: too few", expected="1 or more", found=str(jobs))
@@ -76,7 +89,15 @@ def build_plugins(
 
 
 def list_plugins() -> PluginList:
-    """The ops, and the library that is built."""
+    """List the custom ops, and the library that serves them.
+
+    Returns: a row for each op, and the facts of the library; None where it is not built.
+    Raises:
+        PluginLibraryError: the environment names a file that is not a library of gsx.
+    Example:
+        >>> [op.name for op in gsx.plugins.list().ops if op.native][:2]
+        ['TopKGather', 'ThresholdGather']
+    """
     rows = tuple(
         OpRow(
             name=op.name,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gsx.defaults import QUALITY_LIMIT
 from gsx_engines.bundle.controls import Controls, selected
 from gsx_engines.bundle.manifest import Quantization
 from gsx_engines.bundle.selection import CalibrationText, Selection
@@ -35,8 +36,8 @@ class Quantize:
     """What `gsx export` is to run in 8 bits.
 
     Args:
-        scheme: `int8`, `fp8`: weights and activations; `int8-weights`: weights alone.
-        keep_precision: matrices to leave alone besides those that the scheme spares by itself (`Plan.sparing`), by
+        scheme: `int8`, `fp8`: weights and activations; `int8-weights`: only weights.
+        keep_precision: matrices to leave in high precision besides those that the scheme spares by itself, by
             name or pattern ("layers.0", "layers.*.mlp.down", "lm_head"); "none" spares nothing; "auto" spares what the
             limits need.
         max_perplexity_increase, max_flipped: limits at the exported budget on calibration text, against full precision
@@ -66,7 +67,7 @@ class Quantize:
 
     @property
     def auto(self) -> bool:
-        """Whether layers are left alone by measurement."""
+        """Whether a measurement decides which layers stay in high precision."""
         return AUTO in self.keep_precision
 
     @property
@@ -96,7 +97,7 @@ def plan_for(
     Args:
         selection: the exported one; None where the keep rule has no budget.
         defaults: exported values of the keep rule's run-time inputs.
-        text: calibration text; None where weights alone are quantized and nothing is measured.
+        text: calibration text; None where only weights are quantized and nothing is measured.
         on_progress: called as it goes.
         unseen: what the cost is measured on; None for the end of the calibration text.
     Raises:
@@ -164,7 +165,7 @@ def _measured(
     from gsx_exporter.quantization.sensitivity import Limits, choose
     from gsx_exporter.quantization.simulate import Simulation
 
-    default = 0.01 if wanted.auto else math.inf
+    default = QUALITY_LIMIT if wanted.auto else math.inf
     limits = Limits(wanted.max_perplexity_increase or default, wanted.max_flipped or default)
     simulation = Simulation(
         checkpoint,

@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from gsx.defaults import STUDY_TOKENS
 from gsx.pages.figures import COLOURS, Plot, logarithmic, svg
-from gsx.pages.render import render
+from gsx.pages.render import write_page
 from gsx_exporter.checkpoint import open_checkpoint
-from gsx_exporter.layer_study import FAMILIES, Family, LayerSet, curves, oracle, study
+from gsx_exporter.layer_study import FAMILIES, Family, LayerSet, curves, oracle
+from gsx_exporter.layer_study import study as try_sets
 from gsx_exporter.text import MIN_TOKENS, tokenize
-from gsx_plugins.errors import GsxError, UsageError
+from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, silent
 
-DEFAULT_TOKENS, SEQUENCE_TOKENS = 2048, 128
+SEQUENCE_TOKENS = 128
 # Nats per token that a sequence's loss may lie above the whole model's, for the oracle.
 TOLERANCES = (0.0, 0.02, 0.05, 0.1, 0.2)
 WORDS: dict[Family, str] = {
@@ -29,7 +31,7 @@ WORDS: dict[Family, str] = {
 
 @dataclass(frozen=True)
 class Point:
-    """Some layers: how many, which, and the perplexity with them alone."""
+    """Some layers: how many, which, and the perplexity with only them."""
 
     layers: int
     perplexity: float
@@ -76,22 +78,49 @@ class StudyReport:
             "oracle": [{"tolerance_nats": row.tolerance, "shares": row.shares} for row in self.oracle],
         }
 
+    def write_page(self, path: str | Path) -> None:
+        """Write the report as one HTML page.
 
-def study_model(
+        Raises:
+            GsxError: the place is not writable.
+        """
+        plots = [
+            Plot(
+                "Perplexity by number of layers",
+                "With only some of the layers, the same ones for every token.",
+                svg((7.2, 3.4), 1, lambda axes: _draw_curves(self, axes[0])),
+            ),
+            Plot(
+                "What the oracle would keep",
+                "Share of layers that sequences need on average, by how much loss each may gain.",
+                svg((7.2, 3.0), 1, lambda axes: _draw_oracle(self, axes[0])),
+            ),
+        ]
+        write_page(path, "study.html.j2", report=self, plots=plots, words=WORDS)
+
+
+def study(
     model: str | Path,
     *,
     text: str | Path | None = None,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int = STUDY_TOKENS,
     on_progress: OnProgress = silent,
 ) -> StudyReport:
-    """Study a checkpoint.
+    """Measure what leaving layers out costs, and how few layers each sequence of a text would need.
 
     Args:
         model: a local model directory or a hub id.
         text: UTF-8 text file; None for the text that ships with gsx.
         tokens: how much of it.
+        on_progress: called as it goes.
+    Returns: perplexity by number of layers, for each way to choose them; `write_page` writes it as one HTML page.
     Raises:
-        GsxError: the model or the text cannot be used, or the model has one layer.
+        GsxError: the model or the text cannot be used, or the model has only one layer.
+    Example:
+        >>> report = gsx.study("my-model", tokens=512)
+        >>> sorted(report.curves)
+        ['even', 'exit', 'greedy']
+        >>> report.write_page("out/study.html")
     """
     if tokens < MIN_TOKENS:
         raise UsageError("tokens to study on", expected=f"at least {MIN_TOKENS}", found=str(tokens))
@@ -100,7 +129,7 @@ def study_model(
     if depth < 2:
         raise UsageError("a study of layers needs a model with some", expected="2 layers or more", found=str(depth))
     found_text = tokenize(checkpoint, Path(text) if text else None, max_tokens=tokens, window=SEQUENCE_TOKENS)
-    found = study(checkpoint, found_text.ids, on_progress)
+    found = try_sets(checkpoint, found_text.ids, on_progress)
     allowed: dict[str, Sequence[Family]] = {**{family: (family,) for family in FAMILIES}, "any": FAMILIES}
     return StudyReport(
         model=checkpoint.source,
@@ -114,30 +143,6 @@ def study_model(
             for tolerance in TOLERANCES
         ],
     )
-
-
-def write_study(report: StudyReport, path: Path) -> None:
-    """Write the report as one HTML page.
-
-    Raises:
-        GsxError: the place is not writable.
-    """
-    plots = [
-        Plot(
-            "Perplexity by number of layers",
-            "With some of the layers alone, the same for every token.",
-            svg((7.2, 3.4), 1, lambda axes: _draw_curves(report, axes[0])),
-        ),
-        Plot(
-            "What the oracle would keep",
-            "Share of layers that sequences need on average, by how much loss each may gain.",
-            svg((7.2, 3.0), 1, lambda axes: _draw_oracle(report, axes[0])),
-        ),
-    ]
-    try:
-        path.write_text(render("study.html.j2", report=report, plots=plots, words=WORDS), encoding="utf-8")
-    except OSError as error:
-        raise GsxError(f"{path}: could not be written", found=error.strerror or str(error)) from error
 
 
 def _draw_curves(report: StudyReport, axis: Any) -> None:

@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from gsx.workflows.generate import generate
 from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.defaults import SERVED_REQUESTS, WAITING_REQUESTS
 from gsx_engines.serving.plan_repository import write_plan_repository
 from gsx_engines.serving.repository import Backend, write_repository
 from gsx_plugins.errors import GsxError, UsageError
@@ -28,12 +29,30 @@ def triton(
     *,
     name: str = "gsx",
     backend: Backend = "onnxruntime",
-    slots: int = 8,
-    queue: int = 64,
+    slots: int = SERVED_REQUESTS,
+    queue: int = WAITING_REQUESTS,
     context: int | None = None,
     threads: int | None = None,
 ) -> Path:
-    """Write a model repository; arguments, result and errors as of `write_repository`."""
+    """Write a model repository for Triton Inference Server: one model, which the server's Python backend runs.
+
+    Args:
+        bundle: what to serve.
+        out: the repository; it must not be there, or be an empty directory.
+        name: of the model.
+        backend: the runtime; the TensorRT ones need engines in the bundle (`gsx.build`).
+        slots: requests under way at once, in steps of one batch.
+        queue: requests that may wait; more are refused.
+        context: tokens of a request, prompt and new ones; None for the model's context.
+        threads: of ONNX Runtime; None for what leaves the server a processor.
+    Returns: the model's directory.
+    Raises:
+        UsageError: `out` is occupied, or a number or name cannot be used.
+        EngineError: the bundle has no engines for the backend.
+    Example:
+        >>> gsx.triton("out/demo", "out/repository").as_posix()
+        'out/repository/gsx'
+    """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     return write_repository(
         opened,
@@ -48,7 +67,21 @@ def triton(
 
 
 def triton_plans(bundle: Bundle | str | Path, out: str | Path, *, name: str = "gsx") -> list[Path]:
-    """Write the engines alone; arguments, result and errors as of `write_plan_repository`."""
+    """Write a bundle's engines as models of Triton's own TensorRT backend, for programs that keep K and V themselves.
+
+    Args:
+        bundle: its engines of TensorRT with a growing K/V layout are taken.
+        out: the repository; it must not be there, or be an empty directory.
+        name: of the model; the others of a bundle with a draft are named after it.
+    Returns: the models' directories.
+    Raises:
+        UsageError: `out` is occupied, or the name cannot be used.
+        EngineError: the bundle has no such engines, or their files are not the ones that were built.
+    Example, on a machine with a GPU and TensorRT:
+        >>> gsx.build("out/demo", backend="tensorrt", kv_layout="growing")  # doctest: +SKIP
+        >>> gsx.triton_plans("out/demo", "out/repository")  # doctest: +SKIP
+        [PosixPath('out/repository/gsx')]
+    """
     return write_plan_repository(bundle if isinstance(bundle, Bundle) else open_bundle(bundle), Path(out), name=name)
 
 
@@ -63,6 +96,9 @@ def check_server(bundle: Bundle | str | Path, url: str, *, name: str = "gsx", ti
     Returns: how many tokens were compared.
     Raises:
         GsxError: no answer, an error, or other tokens.
+    Example, while `tritonserver --model-repository=out/repository` runs:
+        >>> gsx.check_server("out/demo", "http://localhost:8000")  # doctest: +SKIP
+        16
     """
     if urlsplit(url).scheme not in ("http", "https"):
         raise UsageError("the server's address", expected="e.g. http://localhost:8000", found=repr(url))

@@ -16,25 +16,26 @@ from tokenizers import Tokenizer
 
 from gsx.backend_names import BackendName, Device
 from gsx.backends import open_backend
-from gsx.parity.compare import Observation
+from gsx.defaults import GREEDY_TOKENS, VERIFY_TOKENS
+from gsx.parity.closeness import Observation
 from gsx.parity.page import page
 from gsx.parity.quality import QUANTIZED, QualityLimits
-from gsx.parity.report import KeepMap, Report, Similarity
+from gsx.parity.report import KeepMap, Report
 from gsx.parity.run import Run
-from gsx.parity.settings import Setting, settings_of
+from gsx.parity.settings import exported_share, settings_of
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.bundle.controls import Keep, default_controls, layer_mask
+from gsx_engines.bundle.controls import default_controls
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.rules.registry import rule_named
+from gsx_exporter.rules.settings import LayerCurve, Setting
 from gsx_exporter.text import MIN_TOKENS, TokenText, behind, load_tokenizer, tokenize
 from gsx_plugins.errors import UsageError
 from gsx_plugins.files import disk_error, writing_file
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-DEFAULT_TOKENS = 1024
-DEFAULT_GREEDY_TOKENS = 256
 # As many tokens as have room for a label.
 _MAP_TOKENS = 60
 # The budget that a map shows where the exported one skips nothing.
@@ -46,9 +47,9 @@ def verify(
     *,
     reference: str | None = None,
     text: str | Path | None = None,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int = VERIFY_TOKENS,
     budgets: Sequence[float] | None = None,
-    greedy_tokens: int = DEFAULT_GREEDY_TOKENS,
+    greedy_tokens: int = GREEDY_TOKENS,
     backend: BackendName = "onnxruntime",
     device: Device | None = None,
     quality: QualityLimits | None = None,
@@ -60,7 +61,7 @@ def verify(
         bundle: its directory.
         reference: the checkpoint that it was exported from; None for the one that the manifest names.
         text: UTF-8 text file to read; None for the text that ships with gsx. Of a text that the export calibrated on,
-            what comes behind those tokens; where too little does, the report says that they are the same.
+            the part after those tokens is read; where too little is left, the report says that the two are the same.
         tokens: how much of it.
         budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
         greedy_tokens: length of the greedy continuation.
@@ -72,6 +73,10 @@ def verify(
     Returns: the report; `report.passed` is the verdict.
     Raises:
         GsxError: the bundle or the reference cannot be used, or is not the one that the bundle was made of.
+    Example:
+        >>> report = gsx.verify("out/demo", tokens=512, budgets=[0.7])
+        >>> report.passed
+        True
     """
     started = time.perf_counter()
     if tokens < MIN_TOKENS:
@@ -114,7 +119,7 @@ def verify(
         limits_of=run.limits_of,
         policy=manifest.policy.name if manifest.policy else None,
         select=manifest.selection.mode if manifest.selection else None,
-        exported_budget=_exported_share(manifest),
+        exported_budget=exported_share(manifest),
         kv_policy=manifest.kv_policy,
         branches=manifest.skippable,
         text=windows.name,
@@ -124,7 +129,7 @@ def verify(
         default_is_exported=_default_is_exported(opened),
         notes=tuple(notes),
         keep_map=_keep_map(run.first_window, manifest, windows.ids[0], load_tokenizer(checkpoint)),
-        similarity=_similarity(manifest),
+        layer_curves=_layer_curves(manifest),
         tools={
             "python": platform.python_version(),
             **{name: version(name) for name in ("gsx", "torch", "transformers", "onnxruntime")},
@@ -158,7 +163,7 @@ def _held_out(
             "quality may be worse. --text takes another."
         )
         return text
-    notes.append(f"The export calibrated on the first {seen:,} tokens of this text: those compared come behind them.")
+    notes.append(f"The export calibrated on the first {seen:,} tokens of this text: those compared come after them.")
     return rest
 
 
@@ -174,7 +179,7 @@ def _reference_checkpoint(bundle: Bundle, reference: str | None) -> Checkpoint:
         raise CheckpointError(
             f"bundle {bundle.directory}: its reference, {name}, cannot be opened",
             found=error.what + (f" (found {error.found})" if error.found else ""),
-            todo="if the model lies elsewhere now: gsx verify BUNDLE --reference MODEL",
+            todo="if the model is elsewhere now: gsx verify BUNDLE --reference MODEL",
         ) from error
     found = checkpoint.weights_sha256()
     if found != source.weights_sha256:
@@ -185,16 +190,6 @@ def _reference_checkpoint(bundle: Bundle, reference: str | None) -> Checkpoint:
             todo="give the checkpoint that it was exported from with --reference, or export again",
         )
     return checkpoint
-
-
-def _exported_share(manifest: Manifest) -> float:
-    """The share of skippable work that is kept by default."""
-    if manifest.selection is not None:
-        return manifest.selection.budget
-    if manifest.policy is not None and manifest.policy.confidence is not None:
-        threshold = manifest.policy.confidence.threshold
-        return next(one.share for one in settings_of(manifest, None, []) if one.keep.exit_threshold == threshold)
-    return 1.0 if manifest.policy is None else float(layer_mask(manifest, Keep()).mean())
 
 
 def _default_is_exported(bundle: Bundle) -> bool | None:
@@ -215,7 +210,7 @@ def _keep_map(
     if manifest.policy is None:
         return None
     skipping = [setting for setting in first_window if setting.share < 1] or list(first_window)
-    exported = _exported_share(manifest)
+    exported = exported_share(manifest)
     setting = min(skipping, key=lambda one: (one.share != exported, one.share != _USUAL_SHARE))
     keep = first_window[setting].keep[..., :_MAP_TOKENS]
     labels = [tokenizer.decode([int(i)], skip_special_tokens=False) for i in ids[: keep.shape[-1]]]
@@ -226,16 +221,8 @@ def _keep_map(
     )
 
 
-def _similarity(manifest: Manifest) -> Similarity | None:
-    """What FFN-SkipLLM was calibrated on; None with other rules."""
-    if manifest.policy is None or manifest.policy.name != "ffn-skip" or manifest.selection is None:
-        return None
-    parameters = manifest.policy.parameters
-    first, last = map(int, str(parameters["layers"]).split("-"))
-    mean = parameters["similarity"]
-    assert isinstance(mean, list)
-    change = float(manifest.selection.thresholds_for(manifest.selection.budget)[first, 1])
-    return Similarity(tuple(float(str(one)) for one in mean), first, last, 1 - change if change >= 0 else None)
+def _layer_curves(manifest: Manifest) -> tuple[LayerCurve, ...]:
+    return () if manifest.policy is None else tuple(rule_named(manifest.policy.name).layer_curves(manifest))
 
 
 def _write(path: Path, text: str) -> None:

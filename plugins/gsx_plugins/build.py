@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gsx_plugins.errors import PluginLibraryError, UsageError
+from gsx_plugins.files import check_room, disk_error
 from gsx_plugins.library import (
     KERNEL_LIBRARY_NAME,
     PLUGIN_LIBRARY_NAME,
@@ -112,7 +113,8 @@ def build(
         on_progress: called with a stage, the steps done, and all steps (0: unknown).
     Raises:
         UsageError: an unknown architecture, or one that the kernels or this nvcc do not support.
-        PluginLibraryError: a tool is missing or too old, there is no room for the library, or the build fails.
+        PluginLibraryError: a tool is missing or too old, or the build fails.
+        GsxError: there is no room for the library.
     """
     numbers = [_number_of(name) for name in architectures]
     folder = library_folder()
@@ -175,26 +177,17 @@ def _work_folder(home: Path) -> Iterator[Path]:
     """A temporary folder to build in, inside the folder of the library.
 
     Raises:
-        PluginLibraryError: it cannot be created, or the library cannot be written.
+        GsxError: it cannot be created, or the library cannot be written.
     """
     todo = "free some space, or set XDG_CACHE_HOME to a folder that can be written"
     try:
         home.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(home).free
-        if free < _ROOM_BYTES:
-            raise PluginLibraryError(
-                f"{home}: not enough room on the disk",
-                expected=f"{_ROOM_BYTES / 1e6:.0f} MB free",
-                found=f"{free / 1e6:.0f} MB",
-                todo=todo,
-            )
+        check_room(home, _ROOM_BYTES, todo=todo)
         # An interrupted compiler may still write a file while the folder is being removed, which is no reason to fail.
         with tempfile.TemporaryDirectory(prefix="build-", dir=home, ignore_cleanup_errors=True) as work:
             yield Path(work)
     except OSError as error:
-        raise PluginLibraryError(
-            f"{home}: could not be written", found=error.strerror or str(error), todo=todo
-        ) from error
+        raise disk_error(home, error, todo=todo) from error
 
 
 def find_toolchain(*, kernels_only: bool = False) -> Toolchain:

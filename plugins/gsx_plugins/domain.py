@@ -19,6 +19,8 @@ DOMAIN = "gsx"
 OPSET_VERSION = 1
 # Opset of the standard ops in bodies and graphs (docs/design.md, section 6).
 ONNX_OPSET = 23
+# The ops that choose rows: their outputs are the rows, the rows' numbers, and how many there are.
+CHOICES = ("ThresholdGather", "TopKGather")
 
 _FLOATS = ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"]
 _TYPES = {

@@ -60,8 +60,8 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 def lowered(bundle: Bundle, plugins: Collection[str], batch: int) -> onnx.ModelProto:
     graph = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
-    options = {"capacity": 64, "rows": 64, "plugins": plugins, "one_sequence": batch == 1}
-    made = lower(graph, bundle.manifest, kv_layout="growing", **options)  # type: ignore[arg-type]
+    sizes = {"capacity": 64, "rows": 64}
+    made = lower(graph, bundle.manifest, kv_layout="growing", plugins=plugins, one_sequence=batch == 1, **sizes)
     return cpu_model(made, bundle.manifest.decoder.num_kv_heads)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,9 +134,9 @@ def test_this_onnxruntime_has_attention_over_codes() -> None:
     [({"precision": "fp16"}, "fp16"), ({"quantize": Quantize("fp8")}, "fp8")],
     ids=["half precision", "fp8"],
 )
-def test_export_refuses(options: dict[str, object], found: str, tiny_gated: Path, tmp_path: Path) -> None:
+def test_export_refuses(options: dict[str, Any], found: str, tiny_gated: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=rf"--kv-cache int8: ONNX Runtime keeps codes.*\n.*, found {found}\n"):
-        export(tiny_gated, tmp_path / "out", kv_cache="int8", **options)  # type: ignore[arg-type]
+        export(tiny_gated, tmp_path / "out", kv_cache="int8", **options)
     assert not (tmp_path / "out").exists()
 
 

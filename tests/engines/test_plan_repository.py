@@ -51,8 +51,8 @@ def rtx(make_tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPath
     """A bundle that is split at an exit, with engines of TensorRT-RTX whose K and V grow."""
     directory = tmp_path_factory.mktemp("plans") / "bundle"
     shutil.copytree(make_tiny_bundle(kv_policy="copy", budget=0.5, draft="exit:1"), directory)
-    options = {"context": 64, "targets": ["8.9"], "profiles": ["prompt:2-8-32", "step:1"], "plugins": "none"}
-    build(directory, kv_layout="growing", **options)  # type: ignore[arg-type]
+    profiles = ["prompt:2-8-32", "step:1"]
+    build(directory, kv_layout="growing", context=64, targets=["8.9"], profiles=profiles, plugins="none")
     return open_bundle(directory)
 
 

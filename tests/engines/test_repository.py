@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -63,10 +64,10 @@ def test_a_request_may_ask_what_a_rule_may_be_asked() -> None:
     ],
 )
 def test_what_cannot_be_written_is_refused(
-    bundle: Bundle, tmp_path: Path, options: dict[str, object], error: type[Exception], message: str
+    bundle: Bundle, tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        write_repository(bundle, tmp_path / "models", **{"name": "tiny", **options})  # type: ignore[arg-type]
+        write_repository(bundle, tmp_path / "models", **{"name": "tiny", **options})
     assert not list(tmp_path.iterdir())
 
 

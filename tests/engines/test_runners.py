@@ -16,8 +16,8 @@ from gsx_engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
 from gsx_engines.bundle.controls import AS_EXPORTED, Keep, controls_for
 from gsx_engines.errors import BundleError
 from gsx_engines.generation import Generation, generate
+from gsx_engines.lowering.for_onnxruntime.regions import find_regions
 from gsx_engines.lowering.probe import is_supported
-from gsx_engines.lowering.regions import find_regions
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
@@ -25,6 +25,7 @@ from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.sampling import Sampling
 from gsx_exporter.config import GateConfig
 from gsx_plugins.errors import UsageError
+from gsx_plugins.graph import Graph
 from tests.tiny import tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10.
@@ -175,7 +176,7 @@ def test_thresholds_without_bounds_and_tokens_that_must_run(tiny_bundle: Path) -
 
 def test_regions_hold_the_projections(tiny_bundle: Path) -> None:
     graph = onnx.load(str(tiny_bundle / "model.onnx"), load_external_data=False).graph
-    regions = find_regions(graph)
+    regions = find_regions(Graph(graph))
     assert len(regions) == 6
     for attention, mlp in zip(regions[::2], regions[1::2], strict=True):
         assert sum(node.op_type == "MatMul" for node in attention.nodes) == 2  # q and o; K and V are for all tokens

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -170,10 +171,10 @@ class Faulty:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return self._runner.new_cache(batch, capacity)
 
-    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: object) -> StepOutput:
+    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: Any) -> StepOutput:
         if (input_ids == self._token).any():
             raise RuntimeError("no such luck")
-        return self._runner.step(cache, input_ids, controls, **options)  # type: ignore[arg-type]
+        return self._runner.step(cache, input_ids, controls, **options)
 
     def move(self, cache: Cache, source: int, target: int) -> None:
         self._runner.move(cache, source, target)
@@ -194,8 +195,8 @@ def test_a_request_that_fails_fails_alone(tiny_bundle: Path) -> None:
 class Poisoned(Faulty):
     """A runner that gives a sequence no numbers when some token comes."""
 
-    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: object) -> StepOutput:
-        output = self._runner.step(cache, input_ids, controls, **options)  # type: ignore[arg-type]
+    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: Any) -> StepOutput:
+        output = self._runner.step(cache, input_ids, controls, **options)
         logits = output.logits.copy()
         logits[(input_ids == self._token).any(axis=1)] = np.nan
         return replace(output, logits=logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ from gsx_engines.speculation.length import LONGEST, PROBE_EVERY, AdaptiveLength,
 from gsx_engines.speculation.spec import check_draft, parse_draft
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
 from gsx_plugins.errors import UsageError
 from tests.tiny import EOS_ID, tiny_checkpoint
 
@@ -101,9 +102,9 @@ def test_text_is_that_of_plain_decoding(split: Bundle, sampling: Sampling, lengt
     draft = open_draft(split, ExitDraft(layer=split.manifest.draft.draft.layer))  # type: ignore[union-attr]
     plain = open_runner(split)
     for batch in ([PROMPTS[0]], PROMPTS):
-        options = {"max_new_tokens": 24, "sampling": sampling, "stop_ids": []}
-        want = generate(plain, batch, **options)  # type: ignore[arg-type]
-        have = generate(draft.runner, batch, draft=draft, draft_length=length, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"max_new_tokens": 24, "sampling": sampling, "stop_ids": []}
+        want = generate(plain, batch, **options)
+        have = generate(draft.runner, batch, draft=draft, draft_length=length, **options)
         assert have.sequences == want.sequences
 
 
@@ -112,9 +113,14 @@ def test_text_is_that_of_plain_decoding(split: Bundle, sampling: Sampling, lengt
 def test_every_kind_of_draft(gated: Bundle, spec: str, budget: float) -> None:
     draft = open_draft(gated, parse_draft(spec))
     for sampling in (GREEDY, SAMPLED):
-        options = {"max_new_tokens": 30, "keep": Keep(budget=budget), "sampling": sampling, "stop_ids": []}
-        want = generate(open_runner(gated), PROMPTS, **options)  # type: ignore[arg-type]
-        have = generate(draft.runner, PROMPTS, draft=draft, draft_length=4, **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {
+            "max_new_tokens": 30,
+            "keep": Keep(budget=budget),
+            "sampling": sampling,
+            "stop_ids": [],
+        }
+        want = generate(open_runner(gated), PROMPTS, **options)
+        have = generate(draft.runner, PROMPTS, draft=draft, draft_length=4, **options)
         assert have.sequences == want.sequences
         assert have.stats.drafted
         assert have.stats.decode_steps <= want.stats.decode_steps
@@ -148,9 +154,9 @@ def test_the_context_ends_each_sequence_at_its_own_length(tmp_path: Path) -> Non
     checkpoint = tiny_checkpoint(tmp_path / "model", tokenizer=True, max_position_embeddings=40)
     bundle = export(checkpoint, tmp_path / "out", draft="exit:1")
     draft = open_draft(bundle, ExitDraft(layer=1))
-    options = {"max_new_tokens": 35, "stop_ids": []}
-    want = generate(open_runner(bundle), PROMPTS, **options)  # type: ignore[arg-type]
-    have = generate(draft.runner, PROMPTS, draft=draft, draft_length=7, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"max_new_tokens": 35, "stop_ids": []}
+    want = generate(open_runner(bundle), PROMPTS, **options)
+    have = generate(draft.runner, PROMPTS, draft=draft, draft_length=7, **options)
     assert have.sequences == want.sequences
     assert [len(one.tokens) for one in have.sequences] == [32, 35, 35]
     assert [one.finish for one in have.sequences] == ["context", "length", "length"]
@@ -272,7 +278,7 @@ def test_a_bundle_refuses_what_it_has_not(gated: Bundle, text: str, message: str
 
 def test_drafts_that_a_model_cannot_have_are_refused(tmp_path: Path, tiny_gated: Path, tiny_bundle: Path) -> None:
     dense = tiny_checkpoint(tmp_path / "dense", tokenizer=True)
-    for model, options, message in (
+    cases: list[tuple[Path, dict[str, Any], str]] = [
         (dense, {"draft": "budget:0.5"}, "needs thresholds"),
         (dense, {"draft": "exit:3"}, "exit layer"),
         (tiny_gated, {"draft": "exit:1", "select": "rank"}, "selection by threshold"),
@@ -280,9 +286,10 @@ def test_drafts_that_a_model_cannot_have_are_refused(tmp_path: Path, tiny_gated:
         (tiny_gated, {"draft": "layers:3"}, "leaves out branches that it cannot"),
         (tiny_checkpoint(tmp_path / "one", layers=1, tokenizer=True), {"draft": "auto"}, "2 layers or more"),
         (tiny_checkpoint(tmp_path / "short", tokenizer=True, max_position_embeddings=32), {"draft": "auto"}, "room"),
-    ):
+    ]
+    for model, options, message in cases:
         with pytest.raises(UsageError, match=message):
-            export(model, tmp_path / "out", **options)  # type: ignore[arg-type]
+            export(model, tmp_path / "out", **options)
         assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="graphs that are split"):
         open_draft(open_bundle(tiny_bundle), ExitDraft(layer=1))

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES
 from gsx_plugins.library import find_library
 
 pytestmark = pytest.mark.gpu
+BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 PROMPT = [5, 60, 61, 7, 8, 9, 200, 11]
 # Two orders of summation of float32 products at logits of order 10, and other kernels for exp and rsqrt.
 LOGITS_ATOL = 5e-4
@@ -34,12 +36,12 @@ LOGITS_ATOL = 5e-4
 def backends() -> list[Backend]:
     """The TensorRTs that are installed."""
     found: list[Backend] = []
-    for backend in ("tensorrt", "tensorrt-rtx"):
+    for backend in BACKENDS:
         try:
-            load_module(backend)  # type: ignore[arg-type]
+            load_module(backend)
         except Exception:  # not installed, or it does not load
             continue
-        found.append(backend)  # type: ignore[arg-type]
+        found.append(backend)
     return found
 
 
@@ -52,18 +54,22 @@ def a_gpu() -> None:
         pytest.skip(f"needs an NVIDIA GPU: {cuda.why_not()}")
 
 
-@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("plugins", ["none", "auto"])
 @pytest.mark.parametrize("options", [{}, {"select": "rank", "calibration": None}], ids=["threshold", "rank"])
 def test_an_engine_computes_what_onnx_runtime_computes(
-    make_tiny_bundle: Callable[..., Path], tmp_path: Path, backend: Backend, plugins: str, options: dict[str, object]
+    make_tiny_bundle: Callable[..., Path],
+    tmp_path: Path,
+    backend: Backend,
+    plugins: Literal["none", "auto"],
+    options: dict[str, Any],
 ) -> None:
     if backend not in backends():
         pytest.skip(f"{backend} is not installed")
     if plugins == "auto" and find_library() is None:
         pytest.skip("no plugin library was built: gsx plugins build")
     directory = Path(shutil.copytree(make_tiny_bundle(**options), tmp_path / "bundle"))
-    build(directory, backend=backend, plugins=plugins, context=160)  # type: ignore[arg-type]
+    build(directory, backend=backend, plugins=plugins, context=160)
     bundle = open_bundle(directory)
     portable = WholeRunner(PortableStage(bundle))
     for cuda_graphs in (False, True):

@@ -17,8 +17,9 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import AS_EXPORTED, Keep, controls_for
 from gsx_engines.errors import EngineError
 from gsx_engines.generation import generate
-from gsx_engines.lowering.tensorrt import MAX_TOPK, lower
-from gsx_engines.runners.base import Runner
+from gsx_engines.lowering.for_tensorrt.task import MAX_TOPK
+from gsx_engines.lowering.tensorrt import lower
+from gsx_engines.runners.base import Logits, Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.split import SplitRunner
 from gsx_engines.runners.tensorrt import WINDOW_STEP, window_of
@@ -109,8 +110,8 @@ def exported(
             return open_bundle(make_tiny_bundle(**case.options))
         directory = tmp_path_factory.mktemp("tensorrt")
         checkpoint = tiny_checkpoint(directory / "model", tokenizer=True, **case.model)
-        options = {"budget": 0.6, "calibration": tiny_text} if "gate" in case.model else {}
-        return export(checkpoint, directory / "out", **options)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"budget": 0.6, "calibration": tiny_text} if "gate" in case.model else {}
+        return export(checkpoint, directory / "out", **options)
 
     return make
 
@@ -209,10 +210,11 @@ def test_a_long_prompt_goes_through_in_pieces(pair: Pair) -> None:
         with pytest.raises(EngineError, match=r"expected at most 7 tokens, found 22\n.*prefill:2-22"):
             runner.step(runner.new_cache(batch, CAPACITY), ids, controls)
         return
-    for logits in ("all", "last"):
+    kinds: tuple[Logits, ...] = ("all", "last")
+    for logits in kinds:
         engine.calls.clear()
         want, found = (
-            one.step(one.new_cache(batch, CAPACITY), ids, controls, counts=counts, logits=logits)  # type: ignore[arg-type]
+            one.step(one.new_cache(batch, CAPACITY), ids, controls, counts=counts, logits=logits)
             for one in (pair.portable, runner)
         )
         assert [shapes["input_ids"][1] for _, shapes in engine.calls] == [7, 7, 7, 1]

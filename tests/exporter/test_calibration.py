@@ -10,13 +10,14 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gsx_exporter.calibration import NEAR_SHARE, TIE, calibrate, threshold_for
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.errors import CheckpointError, TextError
-from gsx_exporter.masks.gateskip import Threshold
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.rules.calibration import NEAR_SHARE, TIE, calibrate, threshold_for
+from gsx_exporter.rules.gateskip.reference import Threshold
+from gsx_exporter.rules.gateskip.traced import GateSkip
 from gsx_exporter.text import MIN_TOKENS, behind, load_tokenizer, tokenize
 from tests.tiny import tiny_checkpoint
 
@@ -37,7 +38,7 @@ def test_the_reference_keeps_what_the_calibration_says(tmp_path: Path, gate: Gat
     """The reference, which shares no code with the calibration, counts the same shares with its thresholds."""
     checkpoint = open_checkpoint(tiny_checkpoint(tmp_path / "m", gate=gate, tokenizer=True))
     text = tokenize(checkpoint, None, max_tokens=2048, window=256)
-    points = calibrate(checkpoint, text.ids, BUDGETS, DecoderOptions(kv_policy=kv_policy))
+    points = calibrate(checkpoint, text.ids, BUDGETS, DecoderOptions(GateSkip.of(checkpoint.config), kv_policy))
     reference = Reference.load(checkpoint)
     columns = [("attn", "mlp").index(branch) for branch in gate.branches]
     for budget, point in zip(BUDGETS, points, strict=True):

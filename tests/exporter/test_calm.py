@@ -11,24 +11,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gsx.policies.base import Choice
-from gsx.policies.calm import CalmPlan
-from gsx.policies.registry import plan_policy
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.confidence import RANGES, Measure
+from gsx_engines.bundle.confidence import Guarantee as GuaranteeEntry
 from gsx_engines.bundle.controls import Keep, controls_for
-from gsx_engines.bundle.policy import Guarantee as GuaranteeEntry
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
-from gsx_exporter.exit_calibration import GRIDS, calibrate_exits
-from gsx_exporter.masks.calm import Confident
-from gsx_exporter.quantization.walk import Walk
-from gsx_exporter.reference import Reference
-from gsx_exporter.risk_control import Guarantee
-from gsx_exporter.rules.base import Tokens
-from gsx_exporter.rules.calm import Calm
+from gsx_exporter.decoder.rule import Tokens
+from gsx_exporter.decoder.walk import Walk
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.rules.calm.calibrate import GRIDS, calibrate_exits
+from gsx_exporter.rules.calm.policy import CalmPlan
+from gsx_exporter.rules.calm.reference import Confident
+from gsx_exporter.rules.calm.risk_control import Guarantee
+from gsx_exporter.rules.calm.traced import Calm
+from gsx_exporter.rules.plan import PolicyOptions
+from gsx_exporter.rules.registry import plan_policy
 from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
 
@@ -183,23 +183,23 @@ def test_a_bundle_holds_parity_and_its_guarantee(checkpoint: Checkpoint, tiny_te
 )
 def test_bad_parameters_are_refused(checkpoint: Checkpoint, policy: str, part: str) -> None:
     with pytest.raises(UsageError, match=part):
-        plan_policy(Choice(policy), checkpoint.config)
+        plan_policy(PolicyOptions(policy), checkpoint.config)
 
 
 def test_other_options_that_do_not_fit_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     for choice in (
-        Choice("calm:threshold=0.5", budget=0.7),
-        Choice("calm:threshold=0.5", select="rank"),
-        Choice("calm:threshold=0.5", kv_policy="none"),
+        PolicyOptions("calm:threshold=0.5", budget=0.7),
+        PolicyOptions("calm:threshold=0.5", select="rank"),
+        PolicyOptions("calm:threshold=0.5", kv_policy="none"),
     ):
         with pytest.raises(UsageError):
             plan_policy(choice, checkpoint.config)
     dense = open_checkpoint(tiny_checkpoint(tmp_path / "dense"))
     with pytest.raises(UsageError, match='"exits"'):
-        plan_policy(Choice("calm:threshold=0.5"), dense.config)
-    named = plan_policy(Choice("calm:threshold=0.5,exits=1+2"), dense.config)
+        plan_policy(PolicyOptions("calm:threshold=0.5"), dense.config)
+    named = plan_policy(PolicyOptions("calm:threshold=0.5,exits=1+2"), dense.config)
     assert isinstance(named, CalmPlan)
-    assert named.given.exits == (1, 2)
+    assert named.rule.exits == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_checkpoint_without_classifiers_is_refused_by_their_names(
 ) -> None:
     model = open_checkpoint(tiny_checkpoint(tmp_path / "model", layers=4, exits=EXITS, exit_classifiers=classifiers))
     with pytest.raises(UsageError) as caught:
-        plan_policy(Choice(policy), model.config)
+        plan_policy(PolicyOptions(policy), model.config)
     message = str(caught.value)
     assert all(part in message for part in [*parts, "--exit-classifiers"]), message
     assert "model.layers.1." not in message
@@ -222,9 +222,9 @@ def test_a_checkpoint_without_classifiers_is_refused_by_their_names(
 
 @pytest.mark.parametrize(("given", "exits"), [("", EXITS), (",exits=3", (3,))])
 def test_classifiers_ask_at_their_own_exits(checkpoint: Checkpoint, given: str, exits: tuple[int, ...]) -> None:
-    rule = plan_policy(Choice(f"calm:classifier,threshold=0.5{given}"), checkpoint.config).rule
-    assert rule is not None
-    assert rule.asked() == exits
+    plan = plan_policy(PolicyOptions(f"calm:classifier,threshold=0.5{given}"), checkpoint.config)
+    assert isinstance(plan, CalmPlan)
+    assert plan.rule.exit_depths() == exits
 
 
 def test_too_few_prompts_for_a_guarantee_are_refused_in_numbers(

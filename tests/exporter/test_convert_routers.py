@@ -15,7 +15,7 @@ from torch import Tensor
 from gsx_exporter.checkpoint import chooser, open_checkpoint
 from gsx_exporter.convert import convert
 from gsx_exporter.errors import CheckpointError
-from gsx_exporter.router_config import RouterConfig
+from gsx_exporter.rules.router.config import RouterConfig
 from tests.exporter.test_routers import METHODS
 from tests.tiny import tiny_checkpoint
 

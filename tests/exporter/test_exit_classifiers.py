@@ -14,7 +14,7 @@ from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.errors import CheckpointError, TextError
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
 from gsx_exporter.training.exit_classifiers import _fit, fit_exit_classifiers, train_exit_classifiers
 from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint

@@ -19,7 +19,7 @@ from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.loading import Source, sources
 from gsx_exporter.graph.assemble import GraphBuilder
 from gsx_exporter.graph.weights import Weight, write_weights
-from gsx_exporter.rules.gateskip import GateSkip
+from gsx_exporter.rules.gateskip.traced import GateSkip
 from tests.tiny import tiny_checkpoint
 
 

@@ -15,8 +15,8 @@ from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.evaluation import losses
 from gsx_exporter.layer_study import FAMILIES, LayerSet, SetResult, curves, oracle, study
-from gsx_exporter.masks.layers import LayerMask
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.rules.layers.reference import LayerMask
 from tests.tiny import tiny_checkpoint
 
 # Two orders of summation of float32 products, in nats.

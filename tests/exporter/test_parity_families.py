@@ -167,11 +167,11 @@ def test_family_is_exported_with_parity(row: Row, tmp_path: Path, tiny_text: Pat
 
 def test_dynamic_rope_beyond_the_trained_length(tmp_path: Path) -> None:
     """Within the trained length dynamic RoPE is the plain one: what it adds shows only beyond it."""
-    from gsx.parity.compare import Comparer
+    from gsx.parity.closeness import Comparer
     from gsx.parity.measure import EngineSide, ReferenceSide
     from gsx_engines.bundle.bundle import open_bundle
     from gsx_exporter.checkpoint import open_checkpoint
-    from gsx_exporter.reference import Reference
+    from gsx_exporter.reference.model import Reference
 
     model = tiny_checkpoint(tmp_path / "model", "qwen2", max_position_embeddings=32, **DYNAMIC)
     export(model, tmp_path / "bundle")

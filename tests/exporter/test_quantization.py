@@ -19,10 +19,10 @@ from benchmarks.model import configuration
 from gsx.workflows.quantize import Quantize, plan_for
 from gsx_engines.bundle.controls import Controls, selected
 from gsx_engines.bundle.selection import GridPoint, Selection
-from gsx_exporter.calibration import calibrate
 from gsx_exporter.checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from gsx_exporter.config import BRANCHES, GateConfig, ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.graph.assemble import GraphBuilder, Graphs
 from gsx_exporter.quantization.plan import (
@@ -39,9 +39,9 @@ from gsx_exporter.quantization.scheme import LINEARS, SCHEMES, SchemeName
 from gsx_exporter.quantization.sensitivity import Limits, choose
 from gsx_exporter.quantization.simulate import Simulation
 from gsx_exporter.quantization.smoothing import smooth
-from gsx_exporter.quantization.walk import Walk
 from gsx_exporter.quantization.watch import statistics
-from gsx_exporter.rules.gateskip import GateSkip
+from gsx_exporter.rules.calibration import calibrate
+from gsx_exporter.rules.gateskip.traced import GateSkip
 from gsx_exporter.text import TokenText
 from gsx_plugins.errors import GsxError, UsageError
 from gsx_plugins.progress import Progress, silent

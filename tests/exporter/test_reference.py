@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from gsx_engines.bundle.counting import kept_count
 from gsx_exporter.checkpoint import open_checkpoint
-from gsx_exporter.config import BRANCHES, GateConfig, KvPolicy
-from gsx_exporter.masks.base import KeepAll, MaskRule
-from gsx_exporter.masks.gateskip import Rank, Threshold
-from gsx_exporter.reference import Reference, ReferenceOutput
+from gsx_exporter.config import BRANCHES, Branch, GateConfig, GateInput, GateKind, KvPolicy
+from gsx_exporter.reference.model import Reference, ReferenceOutput
+from gsx_exporter.reference.rule import KeepAll, ReferenceRule
+from gsx_exporter.rules.gateskip.reference import Rank, Threshold
 from gsx_plugins.errors import UsageError
 from tests.tiny import EOS_ID, FAMILY_NAMES, PAD_ID, tiny_checkpoint
 
@@ -97,9 +97,9 @@ def test_dense_is_hugging_face(tmp_path: Path, family: str, overrides: dict[str,
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("kind", ["vector", "scalar"])
-def test_open_gates_change_nothing(tmp_path: Path, family: str, kind: str) -> None:
+def test_open_gates_change_nothing(tmp_path: Path, family: str, kind: GateKind) -> None:
     dense = tiny_checkpoint(tmp_path / "dense", family)
-    gated = tiny_checkpoint(tmp_path / "gated", family, gate=GateConfig(kind=kind))  # type: ignore[arg-type]
+    gated = tiny_checkpoint(tmp_path / "gated", family, gate=GateConfig(kind=kind))
     tensors = load_file(gated / "model.safetensors")
     gates = {name: torch.zeros_like(t) for name, t in tensors.items() if "_gate." in name}
     # sigmoid(40) is 1 in float32
@@ -112,8 +112,10 @@ def test_open_gates_change_nothing(tmp_path: Path, family: str, kind: str) -> No
 @pytest.mark.parametrize("gate_input", ["post_norm", "pre_norm"])
 @pytest.mark.parametrize("kind", ["vector", "scalar"])
 @pytest.mark.parametrize("branches", [("attn", "mlp"), ("attn",), ("mlp",)])
-def test_gate_is_the_formula(tmp_path: Path, kind: str, gate_input: str, branches: tuple[str, ...]) -> None:
-    gate = GateConfig(kind=kind, input=gate_input, branches=branches)  # type: ignore[arg-type]
+def test_gate_is_the_formula(
+    tmp_path: Path, kind: GateKind, gate_input: GateInput, branches: tuple[Branch, ...]
+) -> None:
+    gate = GateConfig(kind=kind, input=gate_input, branches=branches)
     tiny_checkpoint(tmp_path, gate=gate, num_key_value_heads=4)
     weights = load_file(tmp_path / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
@@ -162,7 +164,7 @@ def test_cache_changes_nothing(
     family: str,
     gate: GateConfig,
     overrides: dict[str, object],
-    selection: MaskRule,
+    selection: ReferenceRule,
     kv_policy: KvPolicy,
 ) -> None:
     tiny_checkpoint(tmp_path, family, gate=gate, **overrides)

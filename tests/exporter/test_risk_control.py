@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gsx_exporter.risk_control import Guarantee, agreement_risk, fixed_sequence_test, loss_risk, p_value
+from gsx_exporter.rules.calm.risk_control import Guarantee, agreement_risk, fixed_sequence_test, loss_risk, p_value
 from gsx_plugins.errors import UsageError
 
 shares = st.floats(0.01, 0.99)

@@ -25,10 +25,10 @@ from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError
-from gsx_exporter.masks.router import RoutedByThreshold
-from gsx_exporter.reference import Reference
-from gsx_exporter.router_config import NetConfig, RouterConfig
-from gsx_exporter.rules.router import capacity
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.rules.router.config import NetConfig, RouterConfig
+from gsx_exporter.rules.router.reference import RoutedByThreshold
+from gsx_exporter.rules.router.traced import capacity
 from gsx_plugins.errors import GsxError, UsageError
 from tests.tiny import tiny_checkpoint
 

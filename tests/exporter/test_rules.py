@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
@@ -25,9 +25,9 @@ from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
-from gsx_exporter.masks.base import BranchInput, MaskCall
-from gsx_exporter.masks.ffn_skip import FfnStride
-from gsx_exporter.similarity import Region, calibrate_ffn
+from gsx_exporter.reference.rule import BranchInput, MaskCall
+from gsx_exporter.rules.ffn_skip.calibrate import Region, calibrate_ffn
+from gsx_exporter.rules.ffn_skip.reference import FfnStride
 from gsx_exporter.text import tokenize
 from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
@@ -37,11 +37,18 @@ LAYERS = 5
 
 @dataclass(frozen=True)
 class Row:
-    """A checkpoint and an export of it."""
+    """A checkpoint and an export of it.
+
+    Args:
+        options: of the export; model: of the checkpoint.
+        budgets: to verify at; None: the usual ones.
+        calibrated: whether the export reads text.
+    """
 
     options: dict[str, Any]
     model: dict[str, Any] = field(default_factory=dict)
     budgets: tuple[float, ...] | None = None
+    calibrated: bool = False
 
 
 ROWS = {
@@ -51,9 +58,16 @@ ROWS = {
     ),
     "unified, sliding": Row({"policy": "unified:1.6"}, {"family": "mistral", "sliding_window": 8}),
     "ffn-skip, split": Row(
-        {"policy": "ffn-skip:stride=2,layers=1-3", "budget": 0.8, "draft": "exit:2"}, budgets=(1.0, 0.8)
+        {"policy": "ffn-skip:stride=2,layers=1-3", "budget": 0.8, "draft": "exit:2"},
+        budgets=(1.0, 0.8),
+        calibrated=True,
     ),
-    "ffn-skip, gated": Row({"policy": "ffn-skip"}, {"gate": GateConfig("vector", branches=("mlp",))}, budgets=(0.75,)),
+    "ffn-skip, gated": Row(
+        {"policy": "ffn-skip"},
+        {"gate": GateConfig("vector", branches=("mlp",))},
+        budgets=(0.75,),
+        calibrated=True,
+    ),
 }
 
 
@@ -66,8 +80,8 @@ def bundle_of(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Call
         if name not in made:
             row, directory = ROWS[name], tmp_path_factory.mktemp("rule")
             model = tiny_checkpoint(directory / "model", layers=LAYERS, tokenizer=True, **row.model)
-            reads = {"calibration": tiny_text, "calibration_tokens": 1024} if "ffn" in name else {}
-            export(model, directory / "out", **row.options, **reads)
+            text = {"calibration": tiny_text, "calibration_tokens": 1024} if row.calibrated else {}
+            export(model, directory / "out", **{**row.options, **text})
             made[name] = directory / "out"
         return made[name]
 
@@ -165,12 +179,11 @@ def test_a_skipped_branch_is_not_entered(name: str, inside: set[str], bundle_of:
     ],
 )
 def test_policies_that_are_refused(
-    tmp_path: Path, tiny_text: Path, model: dict[str, Any], options: dict[str, Any], message: str
+    tmp_path: Path, model: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
     path = tiny_checkpoint(tmp_path / "model", tokenizer=True, **{"layers": LAYERS, **model})
-    reads = {"calibration": tiny_text, "calibration_tokens": 256} if "ffn" in options.get("policy", "") else {}
     with pytest.raises(UsageError, match=message):
-        export(path, tmp_path / "out", **options, **reads)
+        export(path, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
 
@@ -185,6 +198,11 @@ def test_calibrated_shares_are_those_of_the_graph(tmp_path: Path, tiny_text: Pat
         assert (point.kept[cold] == 1).all()
     assert found.similarity.shape == (8,)
     assert ((found.similarity > -1) & (found.similarity < 1)).all()
+
+
+def unread(load: object) -> NoReturn:
+    """A rule that reads no part of a checkpoint."""
+    raise AssertionError(load)
 
 
 def published(change: np.ndarray, region: Region, threshold: float) -> np.ndarray:
@@ -212,19 +230,18 @@ def test_the_reference_runs_the_published_loop(
     region = Region(first, data.draw(st.integers(first, layers - 2)), stride)
     table = region.thresholds(layers, threshold)
     one = torch.ones(1, 1, dtype=torch.bool)
-    call = MaskCall(
-        torch.zeros(1, 1, dtype=torch.int64), one, ~one, torch.zeros(1, 1, dtype=torch.int64), layers, torch.clone
-    )
-    chooser = FfnStride(table, stride, np.zeros(1, np.int64)).begin(call)
+    zeros = torch.zeros(1, 1, dtype=torch.int64)
+    call = MaskCall(zeros, one, ~one, zeros, layers, torch.clone, unread)
+    masker = FfnStride(table, stride, np.zeros(1, np.int64)).start(call)
     before = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
     found = []
     for layer, moved in enumerate(change):
         x = BranchInput(layer, "mlp", before, before, None)
-        choice = chooser.choose(x)
-        found.append(bool(choice.keep))
+        decision = masker.decide(x)
+        found.append(bool(decision.keep))
         cosine = 1 - moved
         after = torch.tensor([[[cosine, (1 - cosine**2) ** 0.5]]], dtype=torch.float64)
-        chooser.after(x, after, choice)
+        masker.after(x, after, decision)
     near = [abs(c - float(np.float32(threshold))) < 1e-6 for c in change]
     if not any(near):
         assert found == published(np.array(change), region, threshold).tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -13,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gsx_engines.bundle.counting import kept_count
-from gsx_exporter.masks.base import KeepAll
-from gsx_exporter.masks.gateskip import Rank, Threshold
-from gsx_exporter.rules.gateskip import rank_count
+from gsx_exporter.reference.rule import KeepAll
+from gsx_exporter.rules.gateskip.reference import Rank, Threshold
+from gsx_exporter.rules.gateskip.traced import rank_count
 from gsx_plugins.errors import UsageError
 
 
@@ -64,9 +65,9 @@ def test_count_of_known_cases(n: int, budget: float, kept: int) -> None:
 
 
 @pytest.mark.parametrize("budget", [0, 0.0, -0.1, 1.01, float("nan"), float("inf"), "0.5", None])
-def test_budget_that_is_none(budget: object) -> None:
+def test_what_is_no_budget(budget: Any) -> None:
     with pytest.raises(UsageError, match=r"the budget is out of range\n  expected a number above 0 and at most 1"):
-        Rank(budget)  # type: ignore[arg-type]
+        Rank(budget)
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,11 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from gsx_exporter.checkpoint import open_checkpoint
-from gsx_exporter.config import GateConfig
+from gsx_exporter.config import GateConfig, GateInput, GateKind
 from gsx_exporter.errors import CheckpointError, TextError
-from gsx_exporter.masks.base import KeepAll
-from gsx_exporter.masks.gateskip import Rank
-from gsx_exporter.reference import Reference
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.reference.rule import KeepAll
+from gsx_exporter.rules.gateskip.reference import Rank
 from gsx_exporter.training import ModelShape, StepReport, TrainConfig, corpus, export_snapshot, schedule, train
 from gsx_exporter.training.loop import _build
 from gsx_exporter.training.model import GatedModel
@@ -191,9 +191,9 @@ def test_gates_are_added_to_a_dense_model(tmp_path: Path, text: Path, family: st
 @pytest.mark.parametrize("gate_input", ["post_norm", "pre_norm"])
 @pytest.mark.parametrize("budget", [1.0, 0.8, 0.5])
 def test_losses_are_those_of_the_reference(
-    tmp_path: Path, text: Path, kind: str, gate_input: str, budget: float
+    tmp_path: Path, text: Path, kind: GateKind, gate_input: GateInput, budget: float
 ) -> None:
-    gate = GateConfig(kind=kind, input=gate_input)  # type: ignore[arg-type]
+    gate = GateConfig(kind=kind, input=gate_input)
     model = tiny_checkpoint(tmp_path / "model", "mistral", gate=gate, tokenizer=True, exits=(2,), sliding_window=9)
     shutil.copytree(model, tmp_path / "work" / "base")
     checkpoint = open_checkpoint(model)
@@ -382,10 +382,10 @@ def test_exits_learn_from_the_model(tmp_path: Path, text: Path) -> None:
     gated = _build(config, tmp_path / "work", source=None)
     ids = torch.randint(3, 200, (2, 17), generator=torch.Generator().manual_seed(0))
     live = torch.ones(3, 2, dtype=torch.bool)
-    options = {"budget": 1.0, "exit_depth": 3, "live": live}
+    options: dict[str, Any] = {"budget": 1.0, "exit_depth": 3, "live": live}
     with torch.no_grad():
-        own = gated.losses(ids, train=config, **options)  # type: ignore[arg-type]
-        other = gated.losses(ids, train=replace(config, exit_target="text"), **options)  # type: ignore[arg-type]
+        own = gated.losses(ids, train=config, **options)
+        other = gated.losses(ids, train=replace(config, exit_target="text"), **options)
         logits = _logits_at_full_budget(gated, ids[:, :-1])
     assert own.exit_cross_entropy is not None
     assert other.exit_cross_entropy is not None

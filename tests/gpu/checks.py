@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from gsx_plugins.errors import PluginLibraryError
-from tests.gpu.rows import Row
+from tests.gpu.rows import Row, Verdict
 from tests.plugins import kernel_cases as cases
 
 Check = Callable[[], None]
@@ -84,5 +84,5 @@ def check_graph(kernels: cases.GuardedKernels) -> Row:
         index = torch.sort(other, descending=True, stable=True).indices[:k].sort().values
         expected = x.cpu().index_add(0, index, gate.cpu() * x.cpu()[index])
         equal += int(torch.equal(out.cpu().view(torch.int16), expected.view(torch.int16)))
-    verdict = "pass" if equal == len(scores) else "fail"
-    return Row("a CUDA graph of the chain, replayed", f"{equal} of {len(scores)} equal", "all", verdict)  # type: ignore[arg-type]
+    verdict: Verdict = "pass" if equal == len(scores) else "fail"
+    return Row("a CUDA graph of the chain, replayed", f"{equal} of {len(scores)} equal", "all", verdict)

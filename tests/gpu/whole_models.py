@@ -37,6 +37,7 @@ from gsx_plugins.library import find_library
 from tests.gpu.rows import Row, goal_row
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "model"
+BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 BUDGETS = (1.0, 0.5)
 _PROMPT = "import os\n\n\ndef read(path):\n    with open("
 _TOKENS = 64
@@ -71,20 +72,20 @@ def torch_rows() -> list[Row]:
 def engine_rows() -> list[Row]:
     """Engines of the example model on each TensorRT that is installed; FP8 beside bf16 where both can be had."""
     rows = []
-    for backend in ("tensorrt", "tensorrt-rtx"):
+    for backend in BACKENDS:
         what = f"{backend}: an engine of the example model"
         try:
-            load_module(backend)  # type: ignore[arg-type]
+            load_module(backend)
         except GsxError as error:
             rows.append(Row(what, _line(error), "ONNX Runtime's text", "missing"))
             continue
         with example(budget=0.5) as bundle:
             rows.append(same_text(what, bundle, lambda backend=backend, bundle=bundle: _built(bundle, backend)))
-            if not _is_target(backend):  # type: ignore[arg-type]
+            if not _is_target(backend):
                 with _for_the_gpu_at_hand():
                     built = partial(_built, bundle, backend)
                     rows.append(same_text(f"{what}, built for the GPU at hand", bundle, built))
-        rows += _eight_bit_rows(backend)  # type: ignore[arg-type]
+        rows += _eight_bit_rows(backend)
     return rows
 
 

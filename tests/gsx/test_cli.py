@@ -14,7 +14,10 @@ import pytest
 
 from tests.gsx.command_line import GSX, SECONDS, Gsx, snapshot
 
-COMMANDS = ("export", "verify", "generate", "inspect", "train", "convert", "doctor")
+COMMANDS = (
+    *("export", "build", "verify", "generate", "inspect", "study", "compare", "train", "convert", "triton"),
+    *("plugins", "doctor"),
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -134,7 +137,7 @@ def test_bug_is_one_line(gsx: Gsx, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: str) -> None:
         raise RuntimeError("the moon is full\nand more")
 
-    monkeypatch.setattr(import_module("gsx.workflows.inspect"), "inspect", fail)
+    monkeypatch.setattr(import_module("gsx"), "inspect", fail)
     found = gsx("inspect", "x")
     assert found.code == 70
     assert "RuntimeError: the moon is full" in found.err
@@ -149,7 +152,7 @@ def test_machine_errors(gsx: Gsx, monkeypatch: pytest.MonkeyPatch, error: Except
     def fail(path: str) -> None:
         raise error
 
-    monkeypatch.setattr(import_module("gsx.workflows.inspect"), "inspect", fail)
+    monkeypatch.setattr(import_module("gsx"), "inspect", fail)
     found = gsx("inspect", "x")
     assert found.code == 1
     assert part in found.err

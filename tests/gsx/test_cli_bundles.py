@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,7 +136,8 @@ def test_stop_texts() -> None:
 
     def write(pieces: list[str], stops: list[str]) -> tuple[str, list[bool]]:
         shown: list[str] = []
-        writer = TextWriter(Pieces(pieces), stops, shown.append)  # type: ignore[arg-type]
+        stream: Any = Pieces(pieces)
+        writer = TextWriter(stream, stops, shown.append)
         stopped = [writer.push(token) for token in range(len(pieces))]
         assert writer.finish() == "".join(shown)
         return "".join(shown), stopped

@@ -27,7 +27,7 @@ from tests.gsx.command_line import Gsx, Spoil, edit_json, edit_weights, snapshot
         (("--policy", "layers", "--policy", "gateskip"), "layers and gateskip exclude each other"),
         (("--policy", "layers:"), "some after the colon"),
         (("--policy", "layers:0-99"), "found 3, 4, 5, 6 and 93 more"),
-        (("--kv-cache", "int8", "--build", "tensorrt-rtx"), "16- and 32-bit floats alone"),
+        (("--kv-cache", "int8", "--build", "tensorrt-rtx"), "only in 16- and 32-bit floats"),
     ],
 )
 def test_export_options_that_exclude_each_other(

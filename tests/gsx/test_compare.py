@@ -13,15 +13,15 @@ import torch
 
 from gsx.cli import run
 from gsx.comparison.report import CompareReport, Point
-from gsx.workflows.compare import LEAST_TOKENS, WINDOW_TOKENS, compare_policies
+from gsx.workflows.compare import LEAST_TOKENS, WINDOW_TOKENS, compare
 from gsx_engines.bundle.layer_sets import exit_places, mask_of, unified_places
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import TextError
 from gsx_exporter.evaluation import losses
-from gsx_exporter.masks.layers import LayerMask
-from gsx_exporter.reference import Reference
-from gsx_exporter.router_config import RouterConfig
+from gsx_exporter.reference.model import Reference
+from gsx_exporter.rules.layers.reference import LayerMask
+from gsx_exporter.rules.router.config import RouterConfig
 from gsx_exporter.text import tokenize
 from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
@@ -52,7 +52,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(work: Path, model: Path, tiny_text: Path) -> CompareReport:
-    return compare_policies(model, work, text=tiny_text, tokens=LEAST_TOKENS)
+    return compare(model, work, text=tiny_text, tokens=LEAST_TOKENS)
 
 
 def point(report: CompareReport, policy: str, setting: str) -> Point:
@@ -121,7 +121,7 @@ def test_a_bundle_that_is_there_and_whole_is_used_again(
     damaged = next(work.glob("calm-*"))
     with (damaged / "weights.bin").open("r+b") as weights:
         weights.write(b"damaged!")
-    again = compare_policies(model, work, text=tiny_text, tokens=LEAST_TOKENS)
+    again = compare(model, work, text=tiny_text, tokens=LEAST_TOKENS)
     changed = {path.parent for path, at in made.items() if path.stat().st_mtime_ns != at}
     assert changed == {damaged}
     assert [one.perplexity for one in again.points] == [one.perplexity for one in report.points]
@@ -146,7 +146,7 @@ def test_the_command_tells_what_a_dense_checkpoint_lacks(
 
 def test_a_checkpoint_with_routers_has_their_policy_alone(tmp_path: Path, tiny_text: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", layers=2, router=RouterConfig(), tokenizer=True)
-    report = compare_policies(model, tmp_path / "work", text=tiny_text, tokens=LEAST_TOKENS)
+    report = compare(model, tmp_path / "work", text=tiny_text, tokens=LEAST_TOKENS)
     whole, *others = report.points
     assert (whole.setting, {one.policy for one in others}) == ("router", {"router"})
     assert point(report, "router", "budget 0.5").kept < point(report, "router", "budget 1").kept == 1
@@ -156,7 +156,7 @@ def test_a_text_that_is_too_short_is_refused(model: Path, tmp_path: Path, capsys
     short = tmp_path / "short.txt"
     short.write_text("too short to halve. " * 20, encoding="utf-8")
     with pytest.raises(TextError, match="too short to calibrate on one half"):
-        compare_policies(model, tmp_path / "work", text=short)
+        compare(model, tmp_path / "work", text=short)
     assert run(["compare", str(model), "--work", str(tmp_path / "work"), "--tokens", "8"]) == 2
     assert "tokens to compare on" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
@@ -165,4 +165,4 @@ def test_a_text_that_is_too_short_is_refused(model: Path, tmp_path: Path, capsys
 def test_a_model_without_room_for_a_prompt_is_refused(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", tokenizer=True, max_position_embeddings=32)
     with pytest.raises(UsageError, match="expected 64 positions or more, found 32"):
-        compare_policies(model, tmp_path / "work")
+        compare(model, tmp_path / "work")

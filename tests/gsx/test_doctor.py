@@ -10,7 +10,19 @@ import pytest
 
 from gsx import doctor as look
 from gsx.cli import run
-from gsx.workflows.doctor import _OP_CALLS, DoctorReport, Row, _headers, _library, _module, _nvcc, _op, _try
+from gsx.workflows.doctor import (
+    _OP_CALLS,
+    DoctorReport,
+    Need,
+    Row,
+    Status,
+    _headers,
+    _library,
+    _module,
+    _nvcc,
+    _op,
+    _try,
+)
 from gsx_plugins.registry import OPS
 
 
@@ -34,7 +46,8 @@ def test_every_op_has_a_call() -> None:
 
 
 def test_op_with_wrong_values(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_OP_CALLS, "TopKGather", (_OP_CALLS["TopKGather"][0], [7.0]))  # type: ignore[arg-type]
+    wrong = (_OP_CALLS["TopKGather"][0], [7.0])
+    monkeypatch.setattr("gsx.workflows.doctor._OP_CALLS", {**_OP_CALLS, "TopKGather": wrong})
     row = _op("TopKGather")
     assert row.status == "broken"
     assert "expected [7.0]" in row.detail
@@ -52,8 +65,8 @@ def test_op_with_wrong_values(monkeypatch: pytest.MonkeyPatch) -> None:
         ("broken", "more", True),
     ],
 )
-def test_verdict(status: str, need: str, passed: bool) -> None:
-    row = Row("thing", status, "found", "get it", need)  # type: ignore[arg-type]
+def test_verdict(status: Status, need: Need, passed: bool) -> None:
+    row = Row("thing", status, "found", "get it", need)
     assert DoctorReport((row,)).passed is passed
 
 
@@ -75,7 +88,7 @@ def test_what_crashes_is_contained() -> None:
 def test_broken_machine_exits_with_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert callable(look)
     rows = (Row("onnxruntime", "broken", "no kernels", "pip install gsx", "run"),)
-    monkeypatch.setattr(sys.modules["gsx.workflows.doctor"], "doctor", lambda on_progress: DoctorReport(rows))
+    monkeypatch.setattr(sys.modules["gsx"], "doctor", lambda on_progress: DoctorReport(rows))
     assert run(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "no kernels" in out

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gsx.parity.compare import Observation
+from gsx.parity.closeness import Observation
 from gsx.parity.quality import QualityCounter, QualityLimits
 from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
@@ -80,9 +81,9 @@ def test_limits_are_numbers(value: float) -> None:
         ({"keep_precision": ("layers.0", "none")}, "a word and names together"),
     ],
 )
-def test_options_that_cannot_be(options: dict[str, object], message: str) -> None:
+def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Quantize("int8", **options)  # type: ignore[arg-type]
+        Quantize("int8", **options)
 
 
 def test_a_bundle_is_no_checkpoint(tiny_bundle: Path, tmp_path: Path) -> None:

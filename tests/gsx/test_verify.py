@@ -31,6 +31,7 @@ from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import Progress
 from tests.tiny import tiny_checkpoint
 
+# `gsx.verify` is the function; this is its module.
 MODULE = import_module("gsx.workflows.verify")
 TOKENS, GREEDY = 256, 12
 

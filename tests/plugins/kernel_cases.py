@@ -8,6 +8,7 @@ not written, and scratch memory that is taken for cleared all show.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,8 +63,8 @@ SCORES = {
 class GuardedKernels(Kernels):
     """Kernels whose results and scratch memory are guarded; `verify` after every call."""
 
-    def __init__(self, *arguments: object) -> None:
-        super().__init__(*arguments)  # type: ignore[arg-type]
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self._whole: list[tuple[Tensor, int]] = []
 
     def empty(self, like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

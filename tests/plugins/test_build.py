@@ -16,7 +16,7 @@ from gsx.cli import run
 from gsx_plugins import build as building
 from gsx_plugins import library
 from gsx_plugins.build import ARCHITECTURES, build, find_headers, find_nvcc, find_toolchain
-from gsx_plugins.errors import PluginLibraryError
+from gsx_plugins.errors import GsxError, PluginLibraryError
 from gsx_plugins.library import (
     PLUGIN_OPS,
     SOURCE_FOLDER,
@@ -26,6 +26,7 @@ from gsx_plugins.library import (
     record_of,
     source_hash,
 )
+from gsx_plugins.progress import Progress
 
 
 @pytest.fixture
@@ -151,11 +152,11 @@ def test_no_such_architecture(
 
 def test_no_place_for_the_library(working: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(building, "_ROOM_BYTES", 1 << 60)
-    with pytest.raises(PluginLibraryError, match=r"(?s)not enough room on the disk.*XDG_CACHE_HOME"):
+    with pytest.raises(GsxError, match=r"(?s)not enough room on the disk.*XDG_CACHE_HOME"):
         build(kernels_only=True)
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(PluginLibraryError, match=r"(?s)could not be written.*XDG_CACHE_HOME"):
+    with pytest.raises(GsxError, match=r"(?s)could not be written.*XDG_CACHE_HOME"):
         build(kernels_only=True)
 
 
@@ -176,7 +177,7 @@ def test_an_interrupted_build_takes_its_compilers_along(working: Path, tmp_path:
     started = tmp_path / "compiler"
     cmake(working, f"/bin/sleep 60 & echo $! > {started}; echo configuring; wait")
 
-    def interrupt(stage: str, done: int, total: int) -> None:
+    def interrupt(progress: Progress) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

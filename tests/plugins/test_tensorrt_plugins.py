@@ -5,7 +5,7 @@ engine, running it) is in tests/engines/test_tensorrt_gpu.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,10 @@ def test_unknown_field_is_refused(registry: Any, messages: Messages) -> None:
     assert "TopKGather: node choose has a field 'axis', expected no fields" in " ".join(messages.errors)
 
 
-def one_node(op: str, inputs: dict[str, tuple[int, list[object]]]) -> bytes:
+Inputs = Mapping[str, tuple[int, Sequence[int | str]]]
+
+
+def one_node(op: str, inputs: Inputs) -> bytes:
     outputs = [name for name, _ in OPS[op].outputs]
     kind = {"rows": TensorProto.FLOAT, "out": TensorProto.FLOAT}
     return model_of(
@@ -226,7 +229,8 @@ def one_node(op: str, inputs: dict[str, tuple[int, list[object]]]) -> bytes:
 
 
 F32, F16, I64, I32 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.INT64, TensorProto.INT32
-REFUSED = {
+# Name of the case -> op, inputs (type, shape), and what the log says.
+REFUSED: dict[str, tuple[str, Inputs, str]] = {
     "score of another type": (
         "ThresholdGather",
         {"x": (F16, [N, H]), "score": (F16, [N]), "threshold": (F32, [])},
@@ -279,7 +283,7 @@ REFUSED = {
 def test_refused_with_a_message(registry: Any, messages: Messages, case: str) -> None:
     """The parser fails, or at the latest the builder, and the log says what was expected."""
     op, inputs, expected = REFUSED[case]
-    parsed = Parsed(one_node(op, inputs), messages)  # type: ignore[arg-type]
+    parsed = Parsed(one_node(op, inputs), messages)
     if parsed.worked:
         config = parsed.builder.create_builder_config()
         config.num_compute_capabilities = 1

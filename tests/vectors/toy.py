@@ -3,14 +3,15 @@
 It is the same arithmetic as engines/cpp/tests/toy_engine.cpp, so two languages must agree to the bit: states are whole
 numbers below 2**16, all randomness is a hash, logits are quarters, and many of them are equal. It keeps K and V,
 attends over what the mask shows, skips by thresholds, by rank, by a set of layers or by confidence, and has an exit
-that often agrees with the model. The inputs of a call are hashed, so that vectors tell of every byte that a runtime
-would be given.
+that often agrees with the model. The inputs of a call are hashed, so that vectors show every byte that a runtime would
+be given.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import struct
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,11 @@ def mix(*values: int) -> int:
         z = ((z ^ (z >> 15)) * 0x846CA68B) & _MASK
         z ^= z >> 16
     return z
+
+
+def float_text(value: float) -> str:
+    """A float64's bits, so that no reader rounds it."""
+    return struct.pack(">d", value).hex()
 
 
 class ToyEngine:

@@ -12,8 +12,9 @@ namespace {
 
 using nlohmann::json;
 
-// Keywords that do not restrict values ("$defs" holds the targets of references).
-constexpr std::array<std::string_view, 4> kSilent = {"$defs", "title", "description", "default"};
+// Keywords that do not restrict values ("$defs" holds the targets of references; "not" only keeps a tagged form from the
+// names of the other forms).
+constexpr std::array<std::string_view, 5> kSilent = {"$defs", "title", "description", "default", "not"};
 constexpr std::array<std::string_view, 19> kChecked = {
     "$ref",     "anyOf",      "oneOf",    "discriminator", "type",    "const",   "enum",        "properties", "required",
     "maxItems", "minItems",   "items",    "prefixItems",   "maximum", "minimum", "exclusiveMinimum", "pattern",
@@ -68,7 +69,7 @@ public:
         }
         if (schema.contains("$ref")) check(value, referred(schema["$ref"].get<std::string>()), place);
         if (schema.contains("anyOf")) checkAny(value, schema["anyOf"], place);
-        if (schema.contains("oneOf")) checkTagged(value, schema.at("discriminator"), place);
+        if (schema.contains("oneOf")) checkTagged(value, schema, place);
         if (schema.contains("type") && !hasType(value, schema["type"].get<std::string>())) {
             add(place, "must be of type " + schema["type"].get<std::string>());
             return;
@@ -101,15 +102,23 @@ private:
         faults.insert(faults.end(), nearest.begin(), nearest.end());
     }
 
-    void checkTagged(json const& value, json const& discriminator, std::string const& place) {
-        std::string const tag = discriminator.at("propertyName");
-        json const& forms = discriminator.at("mapping");
-        if (!value.is_object() || !value.contains(tag) || !value[tag].is_string() ||
-            !forms.contains(value[tag].get<std::string>())) {
-            add(joined(place, tag), "must name one of the known kinds");
+    void checkTagged(json const& value, json const& schema, std::string const& place) {
+        std::string const tag = schema.at("discriminator").at("propertyName");
+        json const& forms = schema.at("discriminator").at("mapping");
+        bool const named = value.is_object() && value.contains(tag) && value[tag].is_string();
+        if (named && forms.contains(value[tag].get<std::string>())) {
+            check(value, referred(forms.at(value[tag].get<std::string>())), place);
             return;
         }
-        check(value, referred(forms.at(value[tag].get<std::string>())), place);
+        // A form that no name is mapped to takes all other names.
+        for (json const& form : schema["oneOf"]) {
+            bool const mapped = std::any_of(forms.begin(), forms.end(), [&](json const& one) { return one == form["$ref"]; });
+            if (named && !mapped) {
+                check(value, referred(form["$ref"].get<std::string>()), place);
+                return;
+            }
+        }
+        add(joined(place, tag), "must name one of the known kinds");
     }
 
     void checkPattern(std::string const& text, std::string const& pattern, std::string const& place) {

@@ -15,13 +15,16 @@ from gsx_engines.building.job import Job, Ranges, run_job
 from gsx_engines.building.layer_information import EIGHT_BITS
 from gsx_engines.building.memory import check_memory
 from gsx_engines.building.placing import writing_engines
-from gsx_engines.building.profiles import DEFAULT_CONTEXT, default_profiles, most_rows, one_profile, parse_profile
+from gsx_engines.building.profiles import default_profiles, most_rows, one_profile, parse_profile
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
 from gsx_engines.bundle.tensors import tensor_info
-from gsx_engines.errors import BundleError, EngineError
+from gsx_engines.defaults import BUILD_CONTEXT
+from gsx_engines.errors import EngineError
 from gsx_engines.lowering import tensorrt as lowering
-from gsx_engines.lowering.quantized import quantized_products
+from gsx_engines.lowering.for_tensorrt.task import LOGITS_COLUMNS, WINDOW, K
+from gsx_engines.lowering.passes import not_as_expected
+from gsx_engines.lowering.products import quantized_products
 from gsx_engines.tensorrt import cuda
 from gsx_engines.tensorrt.backend import (
     Backend,
@@ -34,6 +37,7 @@ from gsx_engines.tensorrt.backend import (
 )
 from gsx_plugins.errors import UsageError
 from gsx_plugins.files import cache_folder
+from gsx_plugins.graph import Graph, LayoutError
 from gsx_plugins.library import PLUGIN_OPS, find_library, library_hash, record_of
 from gsx_plugins.progress import OnProgress, Progress, silent
 
@@ -73,6 +77,10 @@ def build(
     Returns: the name of the engines in the bundle, and their entry in its manifest.
     Raises:
         GsxError: an option, a bundle, a machine or a graph that cannot be used.
+    Example:
+        >>> name, engines = gsx.build("out/demo", backend="tensorrt-rtx", targets=["8.9"], context=256)
+        >>> engines.targets
+        ('89',)
     """
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     if opened.manifest.hides_skipped:
@@ -183,7 +191,7 @@ def _build_graph(
         products=dict(Counter(built.products.values())),
         widened=tuple(
             weights.input[0]
-            for product, _, weights in quantized_products(lowered.model.graph)
+            for product, _, weights in quantized_products(Graph(lowered.model.graph))
             if built.products[product.name] not in EIGHT_BITS
         ),
         inputs=tuple(tensor_info(value) for value in lowered.model.graph.input),
@@ -213,12 +221,8 @@ def _lower(
             one_sequence=max(profile.batch.most for profile in profiles) == 1,
             kv_layout=kv_layout,
         )
-    except (AssertionError, IndexError, KeyError, StopIteration) as error:
-        raise BundleError(
-            f"{bundle.graph_path(name)}: is not laid out as this version of gsx lays graphs out",
-            found=f"a graph of gsx {bundle.manifest.gsx_version}",
-            todo="run `gsx export` again",
-        ) from error
+    except LayoutError as error:
+        raise not_as_expected(bundle.graph_path(name), bundle.manifest, error) from error
 
 
 def input_ranges(model: onnx.ModelProto, profile: EngineProfile) -> Ranges:
@@ -226,15 +230,15 @@ def input_ranges(model: onnx.ModelProto, profile: EngineProfile) -> Ranges:
     named = {
         "batch": profile.batch,
         "sequence": profile.tokens,
-        lowering.WINDOW: profile.window,
-        # one column in generation, all of them in verification
-        lowering.LOGITS_COLUMNS: Sizes(1, 1, profile.tokens.most),
+        WINDOW: profile.window,
+        # the last column in generation, all of them in verification
+        LOGITS_COLUMNS: Sizes(1, 1, profile.tokens.most),
         **_growing(profile),
     }
     ranges: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {}
     for value in model.graph.input:
         axes = value.type.tensor_type.shape.dim
-        if value.name == lowering.K:
+        if value.name == K:
             most = profile.batch.most * profile.tokens.most
             ranges[value.name] = ((0,), (profile.batch.usual * profile.tokens.usual,), (most,))
         elif any(axis.dim_param for axis in axes):
@@ -336,7 +340,7 @@ def _shapes(
         )
     if batch < 1:
         raise UsageError("--batch is out of range", expected="at least 1", found=str(batch))
-    capacity = context or min(longest, DEFAULT_CONTEXT)
+    capacity = context or min(longest, BUILD_CONTEXT)
     if not profiles:
         return capacity, (default_profiles if backend == "tensorrt" else one_profile)(capacity, batch)
     made = tuple(parse_profile(text, capacity=capacity, batch=batch) for text in profiles)

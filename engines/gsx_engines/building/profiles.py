@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from gsx_engines.bundle.engine_entry import EngineProfile, Sizes
 from gsx_plugins.errors import UsageError
 
-# Without --context: longer contexts are rare, and the K/V buffers of an engine are as long as its capacity.
-DEFAULT_CONTEXT = 4096
 # Longer prompts are split over several calls.
 DEFAULT_PREFILL_TOKENS = 1024
 _RANGE = r"(\d+)(?:-(\d+)(?:-(\d+))?)?"

@@ -52,8 +52,15 @@ def open_bundle(directory: str | Path, *, check_weights: bool = False) -> Bundle
     Graphs are always checked by hash. The weights file may be large: it is checked by size, and by hash only if
     `check_weights` is set (`gsx verify` does so).
 
+    Args:
+        directory: what `gsx export` wrote.
+        check_weights: hash the weights file too.
+    Returns: the bundle, with its directory and its manifest.
     Raises:
         BundleError: not a bundle, an unreadable or edited manifest, a missing or changed file.
+    Example:
+        >>> gsx.open_bundle("out/demo").manifest.decoder.family
+        'llama'
     """
     directory = Path(directory)
     path = directory / MANIFEST

@@ -141,9 +141,9 @@ class Manifest(Section):
         if not isinstance(values, Mapping) or not values.get("selection") or values.get("policy"):
             return values
         gates, selection = values.get("gates"), values["selection"]
-        mode = str(selection.get("mode") if isinstance(selection, Mapping) else selection.mode)
+        mode = selection.get("mode") if isinstance(selection, Mapping) else selection.mode
         branches = gates.get("branches") if isinstance(gates, Mapping) else gates.branches if gates else ()
-        return {**values, "policy": gateskip_policy(mode, branches or ())}
+        return {**values, "policy": gateskip_policy("rank" if mode == "rank" else "threshold", branches or ())}
 
     @property
     def skippable(self) -> tuple[Branch, ...]:
@@ -199,8 +199,8 @@ class Manifest(Section):
         reads = {one.name for one in self.policy.inputs} if self.policy else set()
         if (self.selection is not None) != bool(reads & {"thresholds", "budget"}):
             raise ValueError("a selection requires a policy that reads thresholds or a budget, and the other way round")
-        if self.policy is not None and self.policy.name == "gateskip" and self.gates is None:
-            raise ValueError("the policy gateskip needs gates")
+        if self.policy is not None and self.policy.needs_gates and self.gates is None:
+            raise ValueError(f"the policy {self.policy.name} needs gates")
         exit_threshold = self.policy.input("exit_threshold") if self.policy else None
         if self.policy is not None and exit_threshold is not None:
             bounds = (exit_threshold.least, exit_threshold.most)

@@ -1,16 +1,19 @@
-"""The section `policy` of `gsx.json`: the keep rule, its parameters, and what it reads at run time."""
+"""The section `policy` of `gsx.json`: which tokens run which branch, and what the rule reads at run time.
+
+Every keep rule has a section of its own, told apart by its name. The keys are the same for all; what a rule requires,
+and the type of its parameters, differ. A rule of another package (docs/keep-rules.md) is an `OutsidePolicy`.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, JsonValue, PlainSerializer
+from pydantic import AfterValidator, Discriminator, Field, JsonValue, Tag, WithJsonSchema
 
-from gsx_engines.bundle.confidence import Measure
+from gsx_engines.bundle.confidence import Confidence
 from gsx_engines.bundle.fields import Branch, Section
-from gsx_engines.bundle.selection import CalibrationText
+from gsx_engines.bundle.selection import CalibrationText, SelectionMode
 
 
 class RuntimeInput(Section):
@@ -30,87 +33,28 @@ class RuntimeInput(Section):
     default: JsonValue = None
 
 
-class TestedThreshold(Section):
-    """A tested exit threshold.
+class PolicySection(Section):
+    """What the sections of all keep rules have; each rule adds its `name` and the type of its `parameters`.
 
     Args:
-        threshold: the threshold.
-        mean_risk: mean over the calibration prompts.
-        p_value: of the hypothesis that the risk is above the tolerance.
-        accepted: whether this hypothesis was rejected.
-        kept_share: share of branches that ran.
-    """
-
-    threshold: float
-    mean_risk: float
-    p_value: float
-    accepted: bool
-    kept_share: float
-
-
-class Guarantee(Section):
-    """What Learn then Test guarantees for the exported exit threshold (docs/calm.md).
-
-    Args:
-        risk: `agreement`: share of next tokens that differ from the full model's; `loss`: nats above its loss.
-        tolerance, confidence: the mean risk of a prompt is at most `tolerance`, with probability `confidence` over the
-            draw of the calibration prompts.
-        prompts, prompt_tokens: number of calibration prompts, and their length.
-        tested: the thresholds in the order of the tests, from the most conservative one on.
-    """
-
-    risk: Literal["agreement", "loss"]
-    tolerance: float
-    confidence: float
-    prompts: int
-    prompt_tokens: int
-    tested: tuple[TestedThreshold, ...]
-
-
-class Confidence(Section):
-    """When a token exits (policy `calm`).
-
-    Args:
-        measure: how confidence is measured.
-        threshold: the exported threshold.
-        decay, decay_tokens: tau and N in threshold x (0.9 + 0.1 exp(-tau t / N)), where t is the token's number; tau 0:
-            no decay.
-        guarantee: null if the threshold was given, not calibrated.
-    """
-
-    measure: Measure
-    threshold: Annotated[
-        float,
-        BeforeValidator(lambda value: math.inf if value is None else value),
-        PlainSerializer(lambda value: None if value == math.inf else value, return_type=float | None),
-    ]
-    decay: Annotated[float, Field(ge=0)]
-    decay_tokens: Annotated[int, Field(ge=1)]
-    guarantee: Guarantee | None
-
-
-class Policy(Section):
-    """The policy: a keep rule, which decides which tokens run which branch, with its parameters.
-
-    Args:
-        name: of the rule, e.g. `gateskip`, `layers`.
-        branches: the branches that it may skip, in every layer that it applies to.
+        branches: the branches that the rule may skip, in every layer that it applies to.
         layers: the layers that it applies to; null: all.
         inputs: what it reads at run time.
-        parameters: its own parameters, as given, measured or calibrated.
         warm_up: how many new tokens run every branch, after a prompt that does so too (`full_until`); null: the rule
             applies to every token, including the prompt.
         exits: for sets of layers, the depths at which the model was trained to exit; for `calm`, the depths at which
             confidence is measured.
-        confidence: for `calm`.
+        confidence: for rules with an exit threshold.
         calibration: the text that parameters were calibrated on; null if none was needed, or if `selection` names it.
     """
 
-    name: str
+    # Whether the rule skips any branch that it is told to, and so can draft without some.
+    skips_any_branch: ClassVar[bool] = False
+    needs_gates: ClassVar[bool] = False
+
     branches: tuple[Branch, ...]
     layers: tuple[int, ...] | None = None
     inputs: tuple[RuntimeInput, ...]
-    parameters: Mapping[str, JsonValue] = Field(default_factory=dict)
     warm_up: Annotated[int, Field(ge=0)] | None = None
     exits: tuple[int, ...] = ()
     confidence: Confidence | None = None
@@ -121,16 +65,150 @@ class Policy(Section):
         return next((one for one in self.inputs if one.name == name), None)
 
 
-def gateskip_policy(mode: str, branches: Sequence[Branch]) -> Policy:
-    """The section for GateSkip.
+class NoParameters(Section):
+    """The parameters of a rule that has no parameters of its own."""
+
+
+class GateSkipPolicy(PolicySection):
+    """GateSkip: the checkpoint's gates choose."""
+
+    skips_any_branch = True
+    needs_gates = True
+
+    name: Literal["gateskip"] = "gateskip"
+    parameters: NoParameters = NoParameters()
+
+
+class RouterParameters(Section):
+    """The checkpoint's routers, as its `config.json` has them (docs/routers.md)."""
+
+    router: Mapping[str, JsonValue]
+
+
+class RouterPolicy(PolicySection):
+    """Mixture-of-Depths and its like: the checkpoint's routers choose."""
+
+    name: Literal["router"] = "router"
+    parameters: RouterParameters
+
+
+class LayersParameters(Section):
+    """The exported set of layers, as `layer_sets.parse_places` reads it."""
+
+    layers: str
+
+
+class LayersPolicy(PolicySection):
+    """A set of layers for each request."""
+
+    skips_any_branch = True
+
+    name: Literal["layers"] = "layers"
+    parameters: LayersParameters
+
+
+class UnifiedParameters(LayersParameters):
+    """The same, and the speed-up that gives the set."""
+
+    speedup: float
+
+
+class UnifiedPolicy(PolicySection):
+    """Unified Layer Skipping: a set of layers by a target speed-up; the prompt runs in full."""
+
+    skips_any_branch = True
+
+    name: Literal["unified"] = "unified"
+    parameters: UnifiedParameters
+
+
+class FfnSkipParameters(Section):
+    """FFN-SkipLLM's parameters.
 
     Args:
-        mode: of the selection, `threshold` or `rank`.
-        branches: the branches with gates.
+        stride: layers that are skipped on account of one.
+        layers: `FIRST-LAST`, the layers whose FFNs may be skipped.
+        similarity: by layer, the mean cosine of the states before and after its FFN on the calibration text.
     """
-    read = (
-        RuntimeInput(name="budget", least=0, most=1)
-        if mode == "rank"
-        else RuntimeInput(name="thresholds", least=0, most=1)
-    )
-    return Policy(name="gateskip", branches=tuple(branches), inputs=(read,))
+
+    stride: Annotated[int, Field(ge=1)]
+    layers: Annotated[str, AfterValidator(lambda text: "-".join(map(str, _span(text))))]
+    similarity: tuple[float, ...]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First and last layer whose FFN may be skipped."""
+        return _span(self.layers)
+
+
+class FfnSkipPolicy(PolicySection):
+    """FFN-SkipLLM: FFNs are skipped after one that hardly changed a token's state."""
+
+    name: Literal["ffn-skip"] = "ffn-skip"
+    parameters: FfnSkipParameters
+
+
+class CalmPolicy(PolicySection):
+    """CALM: a token leaves at the first exit where the model is confident enough."""
+
+    name: Literal["calm"] = "calm"
+    parameters: NoParameters = NoParameters()
+    confidence: Confidence
+
+
+BUILT_IN = (GateSkipPolicy, RouterPolicy, LayersPolicy, UnifiedPolicy, FfnSkipPolicy, CalmPolicy)
+BUILT_IN_NAMES = tuple(str(one.model_fields["name"].default) for one in BUILT_IN)
+
+
+def _is_outside(name: str) -> str:
+    if name in BUILT_IN_NAMES or not name:
+        raise ValueError("a rule of another package needs a name of its own")
+    return name
+
+
+class OutsidePolicy(PolicySection):
+    """A keep rule of another package, which exported the bundle. Running the bundle does not need that package."""
+
+    name: Annotated[
+        str,
+        AfterValidator(_is_outside),
+        WithJsonSchema({"type": "string", "not": {"enum": list(BUILT_IN_NAMES)}}),
+    ]
+    parameters: Mapping[str, JsonValue] = Field(default_factory=dict)
+
+
+def _kind(value: Any) -> str:
+    name = value.get("name") if isinstance(value, Mapping) else getattr(value, "name", None)
+    return name if name in BUILT_IN_NAMES else "outside"
+
+
+Policy = Annotated[
+    Annotated[GateSkipPolicy, Tag("gateskip")]
+    | Annotated[RouterPolicy, Tag("router")]
+    | Annotated[LayersPolicy, Tag("layers")]
+    | Annotated[UnifiedPolicy, Tag("unified")]
+    | Annotated[FfnSkipPolicy, Tag("ffn-skip")]
+    | Annotated[CalmPolicy, Tag("calm")]
+    | Annotated[OutsidePolicy, Tag("outside")],
+    Discriminator(_kind),
+]
+
+
+def gateskip_policy(mode: SelectionMode, branches: Sequence[Branch]) -> GateSkipPolicy:
+    """GateSkip's section of the manifest."""
+    return GateSkipPolicy(branches=tuple(branches), inputs=(score_input(mode, 0, 1),))
+
+
+def score_input(mode: SelectionMode, least: float | None, most: float | None) -> RuntimeInput:
+    """What a rule with scores reads: a budget by rank, else thresholds. Args: least, most: of the score."""
+    if mode == "rank":
+        return RuntimeInput(name="budget", least=0, most=1)
+    return RuntimeInput(name="thresholds", least=least, most=most)
+
+
+def _span(text: str) -> tuple[int, int]:
+    first, dash, last = text.partition("-")
+    try:
+        return int(first), int(last if dash else first)
+    except ValueError:
+        raise ValueError("layers must be FIRST-LAST") from None

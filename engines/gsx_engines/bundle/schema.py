@@ -18,7 +18,20 @@ SCHEMA_FILE = Path(__file__).with_name("manifest.schema.json")
 
 def manifest_schema() -> str:
     """The text of the schema, without titles and descriptions."""
-    return json.dumps(_rules(Manifest.model_json_schema()), indent=1) + "\n"
+    schema = Manifest.model_json_schema()
+    _name_policies(schema)
+    return json.dumps(_rules(schema), indent=1) + "\n"
+
+
+def _name_policies(schema: dict[str, Any]) -> None:
+    """Say which section of a policy belongs to which name: Pydantic leaves that out where a function decides.
+
+    A name that is not in the mapping belongs to the one section that the mapping does not reach.
+    """
+    (union,) = [one for one in schema["properties"]["policy"]["anyOf"] if "oneOf" in one]
+    names = {ref["$ref"]: schema["$defs"][ref["$ref"].split("/")[-1]]["properties"]["name"] for ref in union["oneOf"]}
+    mapping = {name["const"]: ref for ref, name in names.items() if "const" in name}
+    union["discriminator"] = {"mapping": mapping, "propertyName": "name"}
 
 
 def _rules(schema: Any) -> Any:

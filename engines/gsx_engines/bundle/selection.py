@@ -11,6 +11,9 @@ from pydantic import model_validator
 from gsx_engines.bundle.fields import Budget, Section, Sha256, Table, Threshold
 from gsx_plugins.errors import UsageError
 
+# How kept tokens are chosen: by a calibrated threshold, or the best of the call.
+SelectionMode = Literal["threshold", "rank"]
+
 
 class CalibrationText(Section):
     """The text that something was calibrated on."""
@@ -40,7 +43,7 @@ class Selection(Section):
         calibration: for threshold selection, the text.
     """
 
-    mode: Literal["threshold", "rank"]
+    mode: SelectionMode
     budget: Budget
     grid: tuple[GridPoint, ...] = ()
     calibration: CalibrationText | None = None

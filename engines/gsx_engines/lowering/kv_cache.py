@@ -10,28 +10,28 @@ from collections.abc import Iterable
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
 
 from gsx_engines.bundle.manifest import KvCache
-from gsx_engines.lowering.nodes import replace_nodes
+from gsx_plugins.graph import Graph, make_node
 
 KINDS = ("key", "value")
 _HEADS_AXIS = 1
 
 
-def add_head_scales(graph: onnx.GraphProto, kv_cache: KvCache, layers: Iterable[int]) -> None:
+def add_head_scales(graph: Graph, kv_cache: KvCache, layers: Iterable[int]) -> None:
     """Constants for `quantize`."""
     for layer in layers:
         for kv, scales in zip(KINDS, kv_cache.scales[layer], strict=True):
-            graph.initializer.append(numpy_helper.from_array(np.array(scales, np.float32), _of_heads(layer, kv)))
+            graph.add_constant(_of_heads(layer, kv), np.array(scales, np.float32))
 
 
-def add_channel_scales(graph: onnx.GraphProto, kv_cache: KvCache, layers: Iterable[int], head_dim: int) -> None:
-    """Constants for GroupQueryAttention, [1, kv heads, 1, D]: it takes no scale for a head alone."""
+def add_channel_scales(graph: Graph, kv_cache: KvCache, layers: Iterable[int], head_dim: int) -> None:
+    """Constants for GroupQueryAttention, [1, kv heads, 1, D]: it takes scales by channel only."""
     for layer in layers:
         for kv, scales in zip(KINDS, kv_cache.scales[layer], strict=True):
             repeated = np.repeat(np.array(scales, np.float32)[None, :, None, None], head_dim, axis=3)
-            graph.initializer.append(numpy_helper.from_array(repeated, of_channels(layer, kv)))
+            graph.add_constant(of_channels(layer, kv), repeated)
 
 
 def of_channels(layer: int, kv: str) -> str:
@@ -45,32 +45,31 @@ def _of_heads(layer: int, kv: str) -> str:
 
 def quantize(new: str, layer: int, kv: str) -> onnx.NodeProto:
     """K or V [B, kv heads, S, D] -> its codes."""
-    codes = f"lowered.codes.{layer}.{kv}"
-    attributes = {"axis": _HEADS_AXIS, "output_dtype": TensorProto.INT8}
-    return helper.make_node("QuantizeLinear", [new, _of_heads(layer, kv)], [codes], name=codes, **attributes)
+    scales, codes = _of_heads(layer, kv), f"lowered.codes.{layer}.{kv}"
+    return make_node("QuantizeLinear", [new, scales], codes, axis=_HEADS_AXIS, output_dtype=TensorProto.INT8)
 
 
-def round_cache(graph: onnx.GraphProto, kv_cache: KvCache, layers: Iterable[int]) -> None:
-    """In a portable graph, what is appended to the cache is rounded to what its codes stand for."""
+def round_cache(graph: Graph, kv_cache: KvCache, layers: Iterable[int]) -> int:
+    """In a portable graph, what is appended to the cache is rounded to what its codes stand for.
+
+        past, new -> Concat -> present      becomes
+        past, (new -> QuantizeLinear -> DequantizeLinear) -> Concat -> present
+
+    Why: parity is measured on the portable graph, and must see the values that the codes of a lowered one have.
+    """
+    layers = list(layers)
     add_head_scales(graph, kv_cache, layers)
     places = {f"present.{layer}.{kv}": (layer, kv) for layer in layers for kv in KINDS}
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        if node.output[0] in places:
-            layer, kv = places[node.output[0]]
-            codes = quantize(node.input[1], layer, kv)
-            rounded = f"lowered.rounded.{layer}.{kv}"
-            inputs = [codes.output[0], _of_heads(layer, kv)]
-            nodes.append(codes)
-            nodes.append(helper.make_node("DequantizeLinear", inputs, [rounded], name=rounded, axis=_HEADS_AXIS))
-            node.input[1] = rounded
-        nodes.append(node)
-    replace_nodes(graph, nodes)
 
+    def rounded(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        if node.output[0] not in places:
+            return None
+        layer, kv = places[node.output[0]]
+        past, new = graph.expect_inputs(node, 2)
+        codes = quantize(new, layer, kv)
+        out = f"lowered.rounded.{layer}.{kv}"
+        node.input[:] = [past, out]
+        inputs = [codes.output[0], _of_heads(layer, kv)]
+        return [codes, make_node("DequantizeLinear", inputs, out, axis=_HEADS_AXIS), node]
 
-def hold_codes(graph: onnx.GraphProto) -> None:
-    """Inputs and outputs of a lowered graph that are the cache have its type."""
-    caches = ("past_key_values.", "present.", "appended.")
-    for value in [*graph.input, *graph.output]:
-        if value.name.startswith(caches):
-            value.type.tensor_type.elem_type = TensorProto.INT8
+    return graph.rewrite(rounded)

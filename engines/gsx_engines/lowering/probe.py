@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from gsx_engines.lowering.onnxruntime import CONTRIB, EIGHT_BITS, MASKED, OPSET
+from gsx_engines.lowering.for_onnxruntime.task import CONTRIB, EIGHT_BITS, MASKED, OPSET
 
 # A code's worth: random keys and values of size 1 lie within 127 of them.
 _STEP = np.float32(2.0**-5)

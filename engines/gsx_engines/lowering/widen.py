@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+
+from gsx_plugins.graph import Graph
 
 _NARROW, _WIDE = TensorProto.BFLOAT16, TensorProto.FLOAT
 # Attributes that name a type of element.
@@ -21,28 +23,30 @@ def in_float32(model: ModelProto) -> None:
     for function in model.functions:
         _nodes(function.node)
         _values(function.value_info)
-    _graph(model.graph)
+    graph = Graph(model.graph)
+    for part in list(graph.parts()):
+        _graph(part)
+    graph.store()
 
 
-def _graph(graph: GraphProto) -> None:
-    _nodes(graph.node)
-    _values((*graph.input, *graph.output, *graph.value_info))
+def _graph(graph: Graph) -> None:
+    _nodes(graph.nodes)
+    _values((*graph.proto.input, *graph.proto.output, *graph.proto.value_info))
     widened: list[NodeProto] = []
-    for tensor in graph.initializer:
+    constants = dict(graph.constants)
+    graph.remove_constants(constants)
+    for name, tensor in constants.items():
         if tensor.data_type == _NARROW:
-            name, tensor.name = tensor.name, tensor.name + _STORED
+            tensor.name = name + _STORED
             widened.append(helper.make_node("Cast", [tensor.name], [name], name=f"{name}/widened", to=_WIDE))
-    nodes = [*widened, *graph.node]
-    del graph.node[:]
-    graph.node.extend(nodes)
+        graph.add_tensor(tensor)
+    graph.prepend(*widened)
 
 
 def _nodes(nodes: Iterable[NodeProto]) -> None:
     for node in nodes:
         for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                _graph(attribute.g)
-            elif attribute.type == AttributeProto.TENSOR and attribute.t.data_type == _NARROW:
+            if attribute.type == AttributeProto.TENSOR and attribute.t.data_type == _NARROW:
                 values = numpy_helper.to_array(attribute.t).astype("float32")
                 attribute.t.CopyFrom(numpy_helper.from_array(values, attribute.t.name))
             elif attribute.name in _TYPE_ATTRIBUTES and attribute.i == _NARROW:

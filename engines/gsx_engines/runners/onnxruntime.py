@@ -10,7 +10,6 @@ chooses among all tokens of a call), and on versions of ONNX Runtime that lack t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -21,14 +20,16 @@ from gsx_engines.bundle import tensor_names
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import rows_of
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.errors import BundleError
 from gsx_engines.lowering import onnxruntime as lowering
-from gsx_engines.lowering.decisions import KEPT
+from gsx_engines.lowering.for_onnxruntime.decisions import KEPT
+from gsx_engines.lowering.for_onnxruntime.task import STATE, TOTAL_LENGTH
+from gsx_engines.lowering.passes import not_as_expected
 from gsx_engines.lowering.probe import is_supported
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput
 from gsx_engines.runners.kept import KeptTable
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.session import open_session, session_config
+from gsx_plugins.graph import LayoutError
 
 
 class _Bound:
@@ -206,16 +207,16 @@ class OnnxRuntimeStage:
         body.feed(tensor_names.INPUT_IDS, call.ids[:, :count])
         if batch == 1:
             body.feed_range(tensor_names.POSITION_IDS, call.lengths[0], count)
-            body.feed_number(lowering.TOTAL_LENGTH, call.lengths[0] + count)
+            body.feed_number(TOTAL_LENGTH, call.lengths[0] + count)
         else:
             lengths = np.array(call.lengths)
             body.feed(tensor_names.POSITION_IDS, lengths[:, None])
-            body.feed(lowering.TOTAL_LENGTH, lengths + 1)
+            body.feed(TOTAL_LENGTH, lengths + 1)
         for name, value in call.controls.items():
             body.feed_once(name, value)
         for name, value in (state or {}).items():
             body.feed(name, value[..., :count, :])
-        hidden = body.result(lowering.STATE, (batch, count, shape.hidden_size), np.float32)
+        hidden = body.result(STATE, (batch, count, shape.hidden_size), np.float32)
         kept = None
         if self._gated and batch == 1:
             kept = body.result(KEPT, (self._gated,), np.int64)
@@ -232,7 +233,7 @@ class OnnxRuntimeStage:
         if logits != "none":
             # The head takes rows without a batch axis: [1, any, H].
             wanted = (hidden if logits == "all" or count == 1 else hidden[:, -1:]).reshape(1, -1, shape.hidden_size)
-            bound.head.feed(lowering.STATE, wanted)
+            bound.head.feed(STATE, wanted)
             found = bound.head.result(tensor_names.LOGITS, (1, wanted.shape[1], shape.vocab_size), np.float32)
             bound.head.run()
             scores = found.reshape(batch, -1, shape.vocab_size).copy()
@@ -264,13 +265,8 @@ class OnnxRuntimeStage:
         portable = onnx.load(str(path), load_external_data=False)
         try:
             lowered = lowering.lower(portable, self.manifest, self.layers, steps=steps)
-        except (AssertionError, IndexError, KeyError, StopIteration) as error:
-            raise BundleError(
-                f"{path}: is not laid out as this version of gsx lays graphs out",
-                expected=f"a graph of gsx {version('gsx')}",
-                found=f"one of gsx {self.manifest.gsx_version}",
-                todo="run `gsx export` again",
-            ) from error
+        except LayoutError as error:
+            raise not_as_expected(path, self.manifest, error) from error
         if steps:
             self._steps = _Sessions(self._open(lowered.body), self._sessions(steps=False).head)
             return self._steps

@@ -23,6 +23,7 @@ from gsx_engines.lowering.widen import in_float32
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, grown
 from gsx_engines.runners.kept import KeptTable
 from gsx_engines.runners.session import open_session, session_config
+from gsx_plugins.graph import Graph
 
 # The type in which this stage runs a graph of each precision.
 _TYPES: dict[str, np.dtype[Any]] = {
@@ -56,7 +57,9 @@ class PortableStage:
         if self.manifest.precision == "bf16":
             in_float32(model)
         if self.manifest.kv_cache is not None:
-            round_cache(model.graph, self.manifest.kv_cache, self.layers)
+            portable = Graph(model.graph)
+            round_cache(portable, self.manifest.kv_cache, self.layers)
+            portable.store()
         self._inputs = {value.name for value in model.graph.input}
         outputs = {value.name for value in model.graph.output}
         self._exits = [name for name in self.manifest.exit_state if name in outputs]

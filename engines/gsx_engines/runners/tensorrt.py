@@ -19,12 +19,12 @@ from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.errors import EngineError
-from gsx_engines.lowering.regions import CHOICES
-from gsx_engines.lowering.tensorrt import KEPT, LOGITS_AT, WRITE_AT, K
+from gsx_engines.lowering.for_tensorrt.task import KEPT, LOGITS_AT, WRITE_AT, K
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput
 from gsx_engines.runners.kept import KeptTable
 from gsx_engines.tensorrt.backend import Backend
 from gsx_engines.tensorrt.profile_choice import choose_profile, most_tokens
+from gsx_plugins.domain import CHOICES
 
 # The window is a multiple of this many columns, so that shapes seldom change while the cache grows: TensorRT compiles
 # or tunes for particular shapes, and a CUDA graph holds for one set of them.

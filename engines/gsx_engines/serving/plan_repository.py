@@ -21,7 +21,7 @@ from gsx_engines.bundle.bundle import Bundle, writing
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph
 from gsx_engines.bundle.fields import TensorInfo
 from gsx_engines.errors import EngineError
-from gsx_engines.lowering.tensorrt import K
+from gsx_engines.lowering.for_tensorrt.task import K
 from gsx_engines.serving.model_config import DataType, ModelConfig, Tensor
 from gsx_engines.tensorrt import cuda
 from gsx_engines.tensorrt.loading import ENGINES, EngineSet, read_engine

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 import gsx_engines
 import gsx_plugins
 from gsx_engines.bundle.bundle import Bundle, writing
+from gsx_engines.defaults import SERVED_REQUESTS, WAITING_REQUESTS
 from gsx_engines.errors import EngineError
 from gsx_engines.serving.fields import INPUTS, OUTPUTS, Field
 from gsx_engines.serving.model_config import ModelConfig, Tensor
@@ -56,8 +57,8 @@ def write_repository(
     *,
     name: str,
     backend: Backend = "onnxruntime",
-    slots: int = 8,
-    queue: int = 64,
+    slots: int = SERVED_REQUESTS,
+    queue: int = WAITING_REQUESTS,
     context: int | None = None,
     threads: int | None = None,
 ) -> Path:

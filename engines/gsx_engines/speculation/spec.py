@@ -67,7 +67,7 @@ def check_draft(draft: DraftKind, manifest: Manifest) -> None:
 def check_leaves_out(draft: DraftKind | str, manifest: Manifest) -> tuple[Branch, ...]:
     """Refuse a bundle whose rule cannot leave out given branches. Returns: the branches that it can leave out."""
     policy = manifest.policy
-    if policy is None or not (policy.name == "gateskip" or policy.input("layer_mask")):
+    if policy is None or not (policy.skips_any_branch or policy.input("layer_mask")):
         refuse_other(draft)
     return policy.branches
 

@@ -15,14 +15,14 @@ from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.decoder.norm import RmsNorm
 from gsx_exporter.decoder.rotary import RotaryTables
-from gsx_exporter.rules.base import Tokens
+from gsx_exporter.decoder.rule import Tokens
 
 
 class Entry(nn.Module):
     """Token ids -> embeddings and all that every layer reads.
 
     Returns, in order: hidden [N, H]; cos and sin [1, N, D/2]; one mask [B, 1, S, T] bool per distinct
-    window of the model (`windows`); and what the keep rule computes once in a call (`KeepRule.entered`).
+    window of the model (`windows`); and what the keep rule computes once in a call (`TracedRule.entered`).
     """
 
     def __init__(self, hf_config: Any, config: ModelConfig, options: DecoderOptions) -> None:
@@ -38,7 +38,7 @@ class Entry(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         """input_ids and position_ids [B, S] int64, attention_mask [B, T] int64 (1 = token); inputs: the run-time inputs
-        that the keep rule reads once in a call (`KeepRule.of_call`), in order."""
+        that the keep rule reads once in a call (`TracedRule.of_call`), in order."""
         hidden = torch.nn.functional.embedding(input_ids.reshape(-1), self.embed_tokens)
         cos, sin = self.rotary(position_ids.reshape(1, -1))
         length = input_ids.shape[1]
@@ -57,15 +57,15 @@ class Entry(nn.Module):
 class Exit(nn.Module):
     """States -> logits: final norm and LM head. After layer E-1 it is the early exit (docs/design.md, section 3)."""
 
-    def __init__(self, config: ModelConfig, options: DecoderOptions) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, options.dtype)
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.tied = config.tied_head
         if self.tied:  # under the name that Entry gives it, so that the weight is stored once
             shape = (config.vocab_size, config.hidden_size)
-            self.embed_tokens = nn.Parameter(torch.empty(shape, dtype=options.dtype), requires_grad=False)
+            self.embed_tokens = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
         else:
-            self.lm_head = Linear(config.hidden_size, config.vocab_size, False, options.dtype)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype)
 
     def forward(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
         """hidden [N, H], input_ids [B, S] (for its shape alone) -> [B, S, V]."""

@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from gsx_exporter.config import Branch, GateConfig, KvPolicy, ModelConfig
 from gsx_exporter.decoder.modules import Linear, Mlp
 from gsx_exporter.decoder.norm import RmsNorm
-from gsx_exporter.rules.base import KeepRule, Values, Verdict
+from gsx_exporter.decoder.rule import (
+    BranchInput,
+    BranchScore,
+    ReplacesSkipped,
+    TracedRule,
+    Values,
+    WatchesBranches,
+    own_modules,
+)
 from gsx_plugins.full_attention.op import full_attention
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.gathered_attention.op import gathered_attention
@@ -38,7 +46,7 @@ class DecoderOptions:
         dtype: type of weights and activations. Gates are float32 whatever it is (docs/design.md, section 3).
     """
 
-    rule: KeepRule | None = None
+    rule: TracedRule | None = None
     kv_policy: KvPolicy = "compute"
     dtype: torch.dtype = torch.float32
 
@@ -54,7 +62,7 @@ class CallState(NamedTuple):
     Args:
         cos, sin: [1, N, D/2], the rotary tables.
         mask: [B, 1, S, T] bool, true where a token may look.
-        values: what the keep rule reads at this layer (`KeepRule.values_of`); empty without a rule.
+        values: what the keep rule reads at this layer (`TracedRule.values_of`); empty without a rule.
     """
 
     cos: Tensor
@@ -83,15 +91,15 @@ class Past(Protocol):
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptRows:
     """Rows that a branch runs on: rows [K, H] of its input, index [K] int64, gate [K, H] or [K, 1]; the residual
-    [N, H] that their results are added to; and what the rule tells the layer's next branch."""
+    [N, H] that their results are added to; and what the rule passes to the layer's next branch."""
 
     rows: Tensor
     index: Tensor
     gate: Tensor
     residual: Tensor
-    passes: Values = field(default_factory=dict)
+    passed: Values = field(default_factory=dict)
 
 
 class Gate(nn.Module):
@@ -164,10 +172,9 @@ class DecoderLayer(nn.Module):
             assert config.gate is not None
             setattr(self, f"{branch}_gate", Gate(config, config.gate))
         self.skippable = options.rule.branches if options.rule is not None else ()
-        for branch in self.skippable:
-            assert options.rule is not None
-            for name, module in options.rule.modules(config, branch).items():
-                setattr(self, name, module)
+        self._own = own_modules(options.rule, config) if options.rule is not None else {}
+        for name, module in self._own.items():
+            setattr(self, name, module)
         skips_attention = "attn" in self.skippable
         self.copies_below = has_below and options.kv_policy == "copy" and skips_attention
         self.drops_kv = options.kv_policy == "none" and skips_attention
@@ -182,7 +189,7 @@ class DecoderLayer(nn.Module):
         return hidden, present, new, values
 
     def attention_branch(
-        self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None, kept: Kept | None = None
+        self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None, kept: KeptRows | None = None
     ) -> tuple[Tensor, KeyValue, KeyValue, Values]:
         """The attention branch; `kept` overrides the choice (calibration makes it itself)."""
         normed = self.input_layernorm(hidden)
@@ -222,7 +229,7 @@ class DecoderLayer(nn.Module):
         key = attn.heads(attn.keys(normed, call.cos, call.sin), call.mask)
         return KeyValue(key, attn.heads(attn.v_proj(normed), call.mask))
 
-    def mlp_branch(self, hidden: Tensor, call: CallState, kept: Kept | None = None) -> tuple[Tensor, Values]:
+    def mlp_branch(self, hidden: Tensor, call: CallState, kept: KeptRows | None = None) -> tuple[Tensor, Values]:
         """The MLP branch; `kept` overrides the choice."""
         normed = self.post_attention_layernorm(hidden)
         if "mlp" not in self.skippable:
@@ -243,25 +250,30 @@ class DecoderLayer(nn.Module):
         out: Tensor = norm(hidden)
         return out
 
-    def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> Kept:
+    def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> KeptRows:
         """The rows that the branch runs on, by the keep rule."""
         assert self.rule is not None
-        verdict = self.rule.judge(self, branch, hidden, normed, call.values)
-        return self.kept_by(verdict, branch, hidden, normed, call)
+        x = self.branch_input(branch, hidden, normed)
+        return self.kept_by(self.rule.score(x, call.values), x, call)
 
-    def kept_by(self, verdict: Verdict, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> Kept:
-        """The rows that a verdict keeps."""
+    def branch_input(self, branch: Branch, hidden: Tensor, normed: Tensor) -> BranchInput:
+        """A branch as its rule sees it."""
+        return BranchInput(branch, hidden, normed, lambda: self.gate(branch, hidden, normed), self._own)
+
+    def kept_by(self, score: BranchScore, x: BranchInput, call: CallState) -> KeptRows:
+        """The rows whose score exceeds the bound, or by rank the best."""
         assert self.rule is not None
+        branch, hidden, normed = x.branch, x.hidden, x.normed
         gather = topk_gather if self.rule.by_rank else threshold_gather
-        rows, index, _ = gather(normed, verdict.score, verdict.bound)
-        residual = self.rule.skipped(self, branch, hidden, normed, verdict, call.values)
-        if verdict.gate is not None:
-            gate = verdict.gate.index_select(0, index)
+        rows, index, _ = gather(normed, score.score, score.bound)
+        residual = self.rule.skipped(x, score, call.values) if isinstance(self.rule, ReplacesSkipped) else hidden
+        if score.gate is not None:
+            gate = score.gate.index_select(0, index)
         elif branch in self.config.gated_branches:
             gate, _ = self.gate(branch, hidden.index_select(0, index), rows)
         else:
             gate = rows.new_ones(rows.shape[0], 1)
-        return Kept(rows, index, gate.to(rows.dtype), residual, verdict.passes)
+        return KeptRows(rows, index, gate.to(rows.dtype), residual, score.passed)
 
     def _add_all(self, branch: Branch, hidden: Tensor, normed: Tensor, out: Tensor) -> Tensor:
         """Add what a branch gave for every token, times the checkpoint's gate where there is one."""
@@ -269,12 +281,16 @@ class DecoderLayer(nn.Module):
             return hidden + out
         return hidden + self.gate(branch, hidden, normed)[0].to(out.dtype) * out
 
-    def _add(self, branch: Branch, hidden: Tensor, rows: Tensor, kept: Kept, call: CallState) -> tuple[Tensor, Values]:
+    def _add(
+        self, branch: Branch, hidden: Tensor, rows: Tensor, kept: KeptRows, call: CallState
+    ) -> tuple[Tensor, Values]:
         """Add what a branch gave for the kept rows. Returns: the states, and what the rule reads from here on."""
         assert self.rule is not None
         after = gated_scatter_add(kept.residual, rows, kept.gate, kept.index)
-        values = {**call.values, **kept.passes}
-        return after, {**values, **self.rule.after(branch, hidden, after, kept.index, values)}
+        values = {**call.values, **kept.passed}
+        if isinstance(self.rule, WatchesBranches):
+            values |= self.rule.after(branch, hidden, after, kept.index, values)
+        return after, values
 
 
 def _no_kv(hidden: Tensor, call: CallState, attn: Attention) -> KeyValue:

@@ -17,6 +17,7 @@ from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.ends import Entry, Exit
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
+from gsx_exporter.decoder.rule import exit_watcher
 
 
 @dataclass(frozen=True)
@@ -71,17 +72,17 @@ def load_entry(checkpoint: Checkpoint, options: DecoderOptions) -> Entry:
 def load_exit(checkpoint: Checkpoint, options: DecoderOptions) -> Exit:
     """The final norm and the head."""
     with torch.device("meta"):
-        leave = Exit(checkpoint.config, options)
+        leave = Exit(checkpoint.config, options.dtype)
     _fill(leave, checkpoint, "")
     return leave
 
 
-def load_askers(checkpoint: Checkpoint, options: DecoderOptions) -> dict[int, nn.Module]:
-    """What the keep rule looks at the state with, by the depths behind which it asks; empty where it does not."""
-    return filled_askers(checkpoint.config, options, lambda asker, prefix: _fill(asker, checkpoint, prefix))
+def load_exit_modules(checkpoint: Checkpoint, options: DecoderOptions) -> dict[int, nn.Module]:
+    """What the keep rule looks at the state with, by the depths behind which it looks; empty where it does not."""
+    return filled_exit_modules(checkpoint.config, options, lambda module, prefix: _fill(module, checkpoint, prefix))
 
 
-def filled_askers(
+def filled_exit_modules(
     config: ModelConfig, options: DecoderOptions, fill: Callable[[nn.Module, str], None]
 ) -> dict[int, nn.Module]:
     """The same with parameters from elsewhere.
@@ -89,15 +90,15 @@ def filled_askers(
     Args: fill: gives a module on the meta device its parameters, whose names begin with a prefix; called once for each
         distinct prefix.
     """
-    rule = options.rule
+    rule = exit_watcher(options.rule)
     if rule is None:
         return {}
     found: dict[str, nn.Module] = {}
-    for prefix in dict.fromkeys(map(rule.asker_prefix, rule.asked())):
+    for prefix in dict.fromkeys(map(rule.exit_prefix, rule.exit_depths())):
         with torch.device("meta"):
-            found[prefix] = rule.asker(config, options)
+            found[prefix] = rule.exit_module(config, options.dtype)
         fill(found[prefix], prefix)
-    return {depth: found[rule.asker_prefix(depth)] for depth in rule.asked()}
+    return {depth: found[rule.exit_prefix(depth)] for depth in rule.exit_depths()}
 
 
 def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:

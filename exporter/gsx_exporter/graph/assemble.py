@@ -7,14 +7,14 @@ Inputs and outputs are those of docs/design.md, section 6.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from gsx_exporter.checkpoint import Checkpoint
@@ -22,14 +22,13 @@ from gsx_exporter.config import BRANCHES, Branch
 from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.decoder.loading import Source, sources
+from gsx_exporter.decoder.rule import TracedRule, Value, exit_watcher
+from gsx_exporter.graph.layout import Layout
 from gsx_exporter.graph.trace import Input, Part, trace
 from gsx_exporter.graph.weights import ONNX_TYPES, Weight
-from gsx_exporter.rules.base import KeepRule, Value
-from gsx_plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION
-from gsx_plugins.registry import OPS
+from gsx_plugins.domain import CHOICES
+from gsx_plugins.graph import make_node
 
-CHOICES = ("ThresholdGather", "TopKGather")
-IR_VERSION = 11  # the one that opset 23 came with
 # Sizes of the examples that are traced: distinct, so that no two axes are taken for one.
 _B, _S, _P = 2, 3, 5
 
@@ -53,7 +52,7 @@ class LayerPart(nn.Module):
         return (hidden, *present, *new, *(values[name] for name in (rule.carried if rule else ())))
 
 
-def rule_inputs(rule: KeepRule | None) -> Mapping[str, Value]:
+def rule_inputs(rule: TracedRule | None) -> Mapping[str, Value]:
     """What a layer reads for its keep rule, in order: values of the call, carried states, its own run-time inputs."""
     if rule is None:
         return {}
@@ -94,7 +93,7 @@ class GraphBuilder:
         with torch.device("meta"):
             entry = Entry(checkpoint.hf_config, config, options)
             layers = [DecoderLayer(config, options.of_layer(i), has_below=i > 0) for i in range(config.num_layers)]
-            leave = Exit(config, options)
+            leave = Exit(config, options.dtype)
         self.entry = trace(entry, self._entry_inputs(), self._entry_outputs())
         self.copies_below = any(layer.copies_below for layer in layers)
         # Layers of one kind share a trace.
@@ -107,11 +106,12 @@ class GraphBuilder:
         ids = Input((_B, _S), torch.int64, (0, 1))
         self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
         self._entry_module, self._layer_modules, self._exit_module = entry, layers, leave
-        self._asked = self.rule.asked() if self.rule else ()
+        self._watcher = exit_watcher(self.rule)
+        self._asked = self._watcher.exit_depths() if self._watcher else ()
         self.asker: Part | None = None
-        if self.rule is not None and self._asked:
+        if self._watcher is not None and self.rule is not None:
             with torch.device("meta"):
-                self._asker_module = asker = self.rule.asker(config, options)
+                self._asker_module = asker = self._watcher.exit_module(config, options.dtype)
             entered = {name: self._example(value) for name, value in self.rule.entered().items()}
             reads = {"hidden": self._hidden(), "entering": self._hidden(), **entered}
             self.asker = _name_asked(trace(asker, reads, [f"next_{name}" for name in self.rule.carried]))
@@ -140,7 +140,7 @@ class GraphBuilder:
         the keep rule carries (`exit_{name}` [B, S, 1]).
         """
         config = self.config
-        graph = _Layout()
+        graph = Layout()
         found = sources(self._entry_module, "")
         graph.add(self.entry, "", {}, {name: name for name in self.entry.outputs})
         inputs = [
@@ -169,9 +169,9 @@ class GraphBuilder:
             present = (f"present.{i}.key", f"present.{i}.value")
             entering = hidden
             hidden, below, carried = self._layer(graph, i, hidden, below, carried, past, present)
-            if self.rule is not None and self.asker is not None and i + 1 in self._asked:
+            if self._watcher is not None and self.asker is not None and i + 1 in self._asked:
                 carried = self._ask(graph, self.asker, i + 1, {"hidden": hidden, "entering": entering, **carried})
-                found |= sources(self._asker_module, self.rule.asker_prefix(i + 1))
+                found |= sources(self._asker_module, self._watcher.exit_prefix(i + 1))
             found |= sources(self._layer_modules[i], f"layers.{i}.")
             inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
             outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
@@ -182,18 +182,17 @@ class GraphBuilder:
             graph.shaped_like_ids(hidden, config.hidden_size, "exit_hidden")
             for source, value in zip(below, below_values, strict=False):
                 outputs.append(value)
-                graph.rename(source, value.name)
+                graph.name_output(source, value.name)
             for n, value in carried_values.items():
                 outputs.append(value)
                 graph.shaped_like_ids(carried[n], 1, value.name)
         inputs += self._run_time_inputs(graph)
-        graph.drop_unread({value.name for value in outputs})
-        model = graph.model_proto(name, inputs, outputs)
-        return model, {name: found[name] for name in graph.parameters}
+        model, parameters = graph.model_proto(name, inputs, outputs)
+        return model, {name: found[name] for name in parameters}
 
     def _layer(
         self,
-        graph: _Layout,
+        graph: Layout,
         i: int,
         hidden: str,
         below: tuple[str, str],
@@ -230,33 +229,34 @@ class GraphBuilder:
         leaving = {**carried, **{name: writes[f"next_{name}"] for name in passed}}
         return writes["output"], (writes["new_key"], writes["new_value"]), leaving
 
-    def _ask(self, graph: _Layout, asker: Part, depth: int, reads: dict[str, str]) -> dict[str, str]:
+    def _ask(self, graph: Layout, asker: Part, depth: int, reads: dict[str, str]) -> dict[str, str]:
         """Let the rule look at the state behind a layer. Returns: the values of what it carries."""
+        assert self._watcher is not None
         assert self.rule is not None
         prefix = f"exits.{depth}."
         writes = {f"next_{name}": prefix + name for name in self.rule.carried}
-        graph.add(asker, self.rule.asker_prefix(depth), reads, writes, scope=prefix)
+        graph.add(asker, self._watcher.exit_prefix(depth), reads, writes, scope=prefix)
         return {name: prefix + name for name in self.rule.carried}
 
-    def _run_time_inputs(self, graph: _Layout) -> list[onnx.ValueInfoProto]:
+    def _run_time_inputs(self, graph: Layout) -> list[onnx.ValueInfoProto]:
         """The keep rule's inputs, with the exported values as their defaults."""
         values = []
         axes: dict[int | str, int | str] = {"B": "batch", "L": self.config.num_layers}
         for name, value in (self.rule.inputs if self.rule else {}).items():
             default = np.asarray(self.defaults[name], _numpy_type(value.dtype))
-            graph.constants.append(numpy_helper.from_array(default, name))
+            graph.add_constant(name, default)
             shape = [axes.get(axis, axis) for axis in value.axes]
             values.append(_value(name, helper.np_dtype_to_tensor_dtype(default.dtype), shape))
         return values
 
-    def _own_parts(self, graph: _Layout, layer: int) -> dict[str, str]:
+    def _own_parts(self, graph: Layout, layer: int) -> dict[str, str]:
         """A layer's own part of each value that has one."""
         parts = {}
         for name, value in (self.rule.of_layer() if self.rule else {}).items():
             parts[name], index = f"layers.{layer}.{name}", f"layers.{layer}.number"
             axis = value.axes.index("L")
-            graph.constants.append(numpy_helper.from_array(np.array(layer, np.int64), index))
-            graph.nodes.append(helper.make_node("Gather", [name, index], [parts[name]], name=parts[name], axis=axis))
+            graph.add_constant(index, layer)
+            graph.append(make_node("Gather", [name, index], parts[name], axis=axis))
         return parts
 
     def _trace_layer(self, layer: DecoderLayer) -> Part:
@@ -314,128 +314,36 @@ class GraphBuilder:
         return [Weight(name, one.name, one.transpose, one.dtype) for name, one in parameters.items()]
 
 
-@dataclass
-class _Layout:
-    """Nodes and constants of a graph under construction, and the parameters that it reads."""
-
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: list[onnx.TensorProto] = field(default_factory=list)
-    parameters: dict[str, None] = field(default_factory=dict)
-    shared: dict[int, str] = field(default_factory=dict)
-
-    def add(
-        self, part: Part, prefix: str, reads: Mapping[str, str], writes: Mapping[str, str], scope: str | None = None
-    ) -> None:
-        """Add a part's nodes.
-
-        Args:
-            prefix: of its parameters.
-            reads, writes: values outside that it reads and gives.
-            scope: what all its other values begin with; None for the prefix, or its first output.
-        """
-        names = {name: reads.get(name, name) for name in part.inputs}
-        names |= {name: writes[name] for name in part.outputs}
-        for parameter, value in part.weights.items():
-            name = prefix + parameter.removeprefix("layer.")
-            names[value] = name
-            self.parameters[name] = None
-        scope = scope or prefix or f"{part.outputs[0]}."
-        shared = self.shared.setdefault(id(part), scope)  # layers of one kind share their constants
-        for constant in part.constants:
-            names[constant.name] = shared + constant.name
-            if shared == scope:
-                copy = onnx.TensorProto()
-                copy.CopyFrom(constant)
-                copy.name = names[constant.name]
-                self.constants.append(copy)
-        for node in part.nodes:
-            copy_node = onnx.NodeProto()
-            copy_node.CopyFrom(node)
-            copy_node.name = scope + node.name
-            copy_node.input[:] = [n and names.get(n, scope + n) for n in node.input]
-            copy_node.output[:] = [n and names.get(n, scope + n) for n in node.output]
-            self.nodes.append(copy_node)
-
-    def reshape(self, source: str, shape: Sequence[int], out: str) -> None:
-        """Add a Reshape to a fixed shape (one axis may be -1)."""
-        self.constants.append(numpy_helper.from_array(np.array(shape, np.int64), f"{out}.shape"))
-        self.nodes.append(helper.make_node("Reshape", [source, f"{out}.shape"], [out], name=out))
-
-    def shaped_like_ids(self, source: str, width: int, out: str) -> None:
-        """[N, width] -> [B, S, width], as `input_ids` are."""
-        size, shape, last = f"{out}.ids", f"{out}.shape", f"{out}.width"
-        self.constants.append(numpy_helper.from_array(np.array([width], np.int64), last))
-        self.nodes += [
-            helper.make_node("Shape", ["input_ids"], [size], name=size),
-            helper.make_node("Concat", [size, last], [shape], name=shape, axis=0),
-            helper.make_node("Reshape", [source, shape], [out], name=out),
-        ]
-
-    def rename(self, source: str, out: str) -> None:
-        """Give a value of the graph the name of an output."""
-        self.nodes.append(helper.make_node("Identity", [source], [out], name=out))
-
-    def drop_unread(self, outputs: Iterable[str]) -> None:
-        """Leave out what no output depends on: a graph that reads states needs no embedding, for one."""
-        read = set(outputs)
-        nodes = []
-        for node in reversed(self.nodes):
-            if read.intersection(node.output):
-                nodes.append(node)
-                read.update(node.input)
-        self.nodes = nodes[::-1]
-        self.constants = [constant for constant in self.constants if constant.name in read]
-        self.parameters = {name: None for name in self.parameters if name in read}
-
-    def model_proto(
-        self, name: str, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]
-    ) -> onnx.ModelProto:
-        """The model, with function bodies for the custom ops in use and without weights."""
-        used = {node.op_type for node in self.nodes if node.domain == DOMAIN}
-        graph = helper.make_graph(self.nodes, name, inputs, outputs, initializer=self.constants)
-        return helper.make_model(
-            graph,
-            producer_name="gsx",
-            ir_version=IR_VERSION,
-            opset_imports=[helper.make_opsetid("", ONNX_OPSET), helper.make_opsetid(DOMAIN, OPSET_VERSION)],
-            functions=[op.function() for op_name, op in OPS.items() if op_name in used],
-        )
-
-
 def _name_choices(part: Part, branches: Sequence[Branch]) -> Part:
     """Give the scores and kept rows of each branch their names. What gathers the same rows again is a stand-in."""
+    graph = part.graph
     choices: list[onnx.NodeProto] = []
-    for node in part.nodes:
+    for node in graph.nodes:
         if node.op_type in CHOICES and node.input[0] not in {choice.input[0] for choice in choices}:
             choices.append(node)
     assert len(choices) == len(branches)
     names: dict[str, str] = {}
     for branch, node in zip([b for b in BRANCHES if b in branches], choices, strict=True):
-        if node.input[1] in names:  # a score of both branches, computed once
-            again = helper.make_node("Identity", [node.input[1]], [f"{branch}.score"], name=f"{branch}.score")
-            part.nodes.insert(part.nodes.index(node), again)
-            node.input[1] = again.output[0]
+        rows, score, bound = node.input
+        if score in names:  # a score of both branches, computed once
+            graph.insert_before(node, make_node("Identity", [score], f"{branch}.score"))
+            graph.set_inputs(node, [rows, f"{branch}.score", bound])
         else:
-            names[node.input[1]] = f"{branch}.score"
+            names[score] = f"{branch}.score"
         names |= dict(zip(node.output, (f"{branch}.rows", f"{branch}.index", f"{branch}.count"), strict=True))
-    return _renamed(part, names)
-
-
-def _renamed(part: Part, names: Mapping[str, str]) -> Part:
-    for node in part.nodes:
-        node.input[:] = [names.get(n, n) for n in node.input]
-        node.output[:] = [names.get(n, n) for n in node.output]
+    graph.rename(names)
     return part
 
 
 def _name_asked(part: Part) -> Part:
     """Give the tokens that an asker runs on their names, if it runs on some alone."""
     names: dict[str, str] = {}
-    for node in part.nodes:
+    for node in part.graph.nodes:
         if node.op_type == "ThresholdGather":
             names[node.input[1]] = "asked.score"
             names |= dict(zip(node.output, ("asked.rows", "asked.index", "asked.count"), strict=True))
-    return _renamed(part, names)
+    part.graph.rename(names)
+    return part
 
 
 def _numpy_type(dtype: torch.dtype) -> np.dtype[Any]:

@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import onnx
 import torch
 from onnxscript import opset23, values
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gsx_plugins import domain, library
+from gsx_plugins.graph import Graph
 from gsx_plugins.registry import register_all
 
 _GSX = values.Opset(domain.DOMAIN, domain.OPSET_VERSION)
@@ -42,14 +42,12 @@ class Part:
     """ONNX nodes of a part of the decoder.
 
     Args:
-        nodes: in topological order.
-        constants: small constants that the nodes read.
+        graph: the nodes, and the small constants that they read.
         weights: parameter name of the torch module -> value name in the nodes.
         inputs, outputs: value names, in the order of the traced function.
     """
 
-    nodes: list[onnx.NodeProto]
-    constants: Sequence[onnx.TensorProto]
+    graph: Graph
     weights: Mapping[str, str]
     inputs: Sequence[str]
     outputs: Sequence[str]
@@ -96,32 +94,18 @@ def trace(module: nn.Module, inputs: Mapping[str, Input], outputs: Sequence[str]
     assert program is not None
     model = program.model_proto
     assert not model.functions, "standard ops only: a function of onnxscript was left in the graph"
-    graph = model.graph
-    names = [value.name for value in graph.input]
+    names = [value.name for value in model.graph.input]
     assert len(names) == len(weights) + len(examples), "an input was dropped in tracing"
     renamed = dict(zip(names[len(weights) :], inputs, strict=True))
-    renamed.update(zip((value.name for value in graph.output), outputs, strict=True))
+    renamed.update(zip((value.name for value in model.graph.output), outputs, strict=True))
+    graph = Graph(model.graph)
     taken = set(renamed.values())
-    for node in graph.node:  # torch's own names for values in between must not collide with ours
-        renamed |= {name: name + "_" for name in node.output if name in taken and name not in renamed}
-    nodes = [_renamed(node, renamed) for node in graph.node]
-    return Part(
-        nodes=nodes,
-        constants=list(graph.initializer),
-        weights=dict(zip(weights, names[: len(weights)], strict=True)),
-        inputs=list(inputs),
-        outputs=list(outputs),
-    )
-
-
-def _renamed(node: onnx.NodeProto, names: Mapping[str, str]) -> onnx.NodeProto:
-    out = onnx.NodeProto()
-    out.CopyFrom(node)
-    out.input[:] = [names.get(n, n) for n in node.input]
-    out.output[:] = [names.get(n, n) for n in node.output]
-    del out.metadata_props[:]
-    out.doc_string = ""
-    return out
+    for node in graph.nodes:  # torch's own names for values in between must not collide with ours
+        renamed |= {name: graph.fresh(name, taken) for name in node.output if name in taken and name not in renamed}
+        del node.metadata_props[:]
+        node.doc_string = ""
+    graph.rename(renamed)
+    return Part(graph, dict(zip(weights, names[: len(weights)], strict=True)), list(inputs), list(outputs))
 
 
 def _translations() -> dict[Any, Any]:

@@ -14,10 +14,10 @@ from gsx_engines.bundle.manifest import KvCache
 from gsx_engines.bundle.selection import CalibrationText
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.quantization.plan import scale_value
 from gsx_exporter.quantization.scheme import SCHEMES
-from gsx_exporter.quantization.walk import Walk
 from gsx_exporter.text import TokenText
 from gsx_plugins.progress import OnProgress, Progress, silent
 

@@ -30,6 +30,7 @@ from gsx_exporter.graph.assemble import Graphs
 from gsx_exporter.graph.weights import ONNX_TYPES, Weight
 from gsx_exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
 from gsx_exporter.quantization.scheme import EMBEDDING, GATES, TABLES, WEIGHTS_ALONE, Scheme
+from gsx_plugins.graph import Graph, make_node
 
 _HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
 _GATES = tuple(GATES.values())
@@ -53,45 +54,46 @@ def quantize_graphs(graphs: Graphs, plan: Plan, dtype: torch.dtype) -> Graphs:
         else:
             weights[weight.name] = weight
     for model in graphs.models.values():
-        _dequantize_gates(model.graph, plan)
-        _quantize_products(model.graph, plan, dtype)
+        graph = Graph(model.graph)
+        _dequantize_gates(graph, plan)
+        _quantize_products(graph, plan, dtype)
         if EMBEDDING in plan.input_scales:
-            _quantize_embedding(model.graph, dtype)
-        _read_16_bits(model.graph, stored)
+            _quantize_embedding(graph, dtype)
+        _read_16_bits(graph, stored)
+        graph.store()
     return Graphs(graphs.models, list(weights.values()))
 
 
-def _dequantize_gates(graph: onnx.GraphProto, plan: Plan) -> None:
+def _dequantize_gates(graph: Graph, plan: Plan) -> None:
     """Make float32 weights of a gate's codes."""
     made: dict[str, str] = {}
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        for place, codes in enumerate(node.input):
-            gate = codes.removesuffix(".weight")
-            if not gate.endswith(_GATES) or gate not in plan.input_scales:
-                continue
+
+    def dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        gates = [name for name in node.input if name.removesuffix(".weight").endswith(_GATES)]
+        gates = [name for name in gates if name.removesuffix(".weight") in plan.input_scales]
+        nodes = []
+        for codes in gates:
             if codes not in made:
                 made[codes], unscaled = f"{codes}.dequantized", f"{codes}.unscaled"
-                nodes += [
-                    _cast(codes, unscaled),
-                    helper.make_node("Mul", [unscaled, f"{codes}_scale"], [made[codes]], name=made[codes]),
-                ]
-            node.input[place] = made[codes]
-        nodes.append(node)
-    _replace(graph, nodes)
+                nodes += [_cast(codes, unscaled), make_node("Mul", [unscaled, f"{codes}_scale"], made[codes])]
+        if not gates:
+            return None
+        node.input[:] = [made.get(name, name) for name in node.input]
+        return [*nodes, node]
+
+    graph.rewrite(dequantized)
 
 
-def _quantize_products(graph: onnx.GraphProto, plan: Plan, dtype: torch.dtype) -> None:
+def _quantize_products(graph: Graph, plan: Plan, dtype: torch.dtype) -> None:
     """Put Q/DQ around the products that the plan quantizes."""
-    nodes: list[onnx.NodeProto] = []
     pairs: dict[tuple[str, float], str] = {}  # (value, scale) -> the value quantized and dequantized
-    for node in graph.node:
+
+    def quantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         linear = node.input[1].removesuffix(".weight") if node.op_type == "MatMul" else ""
         if linear not in plan.input_scales or linear.endswith(_GATES):
-            nodes.append(node)
-            continue
+            return None
         codes, floats = node.input[1], f"{linear}.weight.dequantized"
-        nodes.append(helper.make_node("DequantizeLinear", [codes, f"{codes}_scale"], [floats], name=floats, axis=1))
+        nodes = [make_node("DequantizeLinear", [codes, f"{codes}_scale"], floats, axis=1)]
         value, scale = node.input[0], plan.input_scales[linear]
         if scale is not None:
             if (value, scale) not in pairs:
@@ -99,31 +101,32 @@ def _quantize_products(graph: onnx.GraphProto, plan: Plan, dtype: torch.dtype) -
                 nodes += _pair(graph, linear, value, scale, plan, dtype)
             node.input[0] = pairs[value, scale]
         node.input[1] = floats
-        nodes.append(node)
-    _replace(graph, nodes)
+        return [*nodes, node]
+
+    graph.rewrite(quantized)
 
 
-def _quantize_embedding(graph: onnx.GraphProto, dtype: torch.dtype) -> None:
+def _quantize_embedding(graph: Graph, dtype: torch.dtype) -> None:
     """Read the embedding's rows as codes and their scales."""
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
+    one, zero, last = f"{EMBEDDING}.one", f"{EMBEDDING}.zero", f"{EMBEDDING}.last"
+
+    def quantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         if node.op_type != "Gather" or node.input[0] != EMBEDDING:
-            nodes.append(node)
-            continue
+            return None
         out, ids = node.output[0], node.input[1]
         codes, floats, scales, column = f"{out}.codes", f"{out}.unscaled", f"{out}.scales", f"{out}.column"
-        one, zero, last = f"{EMBEDDING}.one", f"{EMBEDDING}.zero", f"{EMBEDDING}.last"
-        graph.initializer.append(helper.make_tensor(last, onnx.TensorProto.INT64, [1], [-1]))
-        graph.initializer.append(helper.make_tensor(one, ONNX_TYPES[dtype], [], [1.0]))
-        graph.initializer.append(helper.make_tensor(zero, ONNX_TYPES[WEIGHTS_ALONE.dtype], [], [0]))
-        nodes += [
-            helper.make_node("Gather", [EMBEDDING, ids], [codes], name=codes),
-            helper.make_node("DequantizeLinear", [codes, one, zero], [floats], name=floats),
-            helper.make_node("Gather", [f"{EMBEDDING}_scale", ids], [scales], name=scales),
-            helper.make_node("Unsqueeze", [scales, last], [column], name=column),
-            helper.make_node("Mul", [floats, column], [out], name=out),
+        graph.add_tensor(helper.make_tensor(last, onnx.TensorProto.INT64, [1], [-1]))
+        graph.add_tensor(helper.make_tensor(one, ONNX_TYPES[dtype], [], [1.0]))
+        graph.add_tensor(helper.make_tensor(zero, ONNX_TYPES[WEIGHTS_ALONE.dtype], [], [0]))
+        return [
+            make_node("Gather", [EMBEDDING, ids], codes),
+            make_node("DequantizeLinear", [codes, one, zero], floats),
+            make_node("Gather", [f"{EMBEDDING}_scale", ids], scales),
+            make_node("Unsqueeze", [scales, last], column),
+            make_node("Mul", [floats, column], out),
         ]
-    _replace(graph, nodes)
+
+    graph.rewrite(quantized)
 
 
 def _narrow_type(weight: Weight, plan: Plan) -> torch.dtype | None:
@@ -138,23 +141,24 @@ def _narrow_type(weight: Weight, plan: Plan) -> torch.dtype | None:
     return _HALF.get(plan.checkpoint.stored_type(weight.source), torch.float16 if is_table else None)
 
 
-def _read_16_bits(graph: onnx.GraphProto, stored: Mapping[str, str]) -> None:
+def _read_16_bits(graph: Graph, stored: Mapping[str, str]) -> None:
     """Cast matrices that are stored in 16 bits where they are read."""
     casts: dict[str, onnx.NodeProto] = {}
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        nodes.append(node)
+
+    def widened(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         if node.op_type == "Gather" and node.input[0] in stored:  # rows first: the table stays small in memory too
             out, rows = node.output[0], f"{node.output[0]}.stored"
             node.input[0], node.output[0] = stored[node.input[0]], rows
-            nodes.append(_cast(rows, out))
-            continue
-        casts |= {name: _cast(stored[name], name) for name in node.input if name in stored}
-    _replace(graph, [*casts.values(), *nodes])
+            return [node, _cast(rows, out)]
+        casts.update((name, _cast(stored[name], name)) for name in node.input if name in stored)
+        return None
+
+    graph.rewrite(widened)
+    graph.prepend(*casts.values())
 
 
 def _cast(value: str, out: str) -> onnx.NodeProto:
-    return helper.make_node("Cast", [value], [out], name=out, to=onnx.TensorProto.FLOAT)
+    return make_node("Cast", [value], out, to=onnx.TensorProto.FLOAT)
 
 
 def _stored(weight: Weight, scheme: Scheme) -> tuple[Weight, Weight]:
@@ -177,27 +181,15 @@ def _stored(weight: Weight, scheme: Scheme) -> tuple[Weight, Weight]:
 
 
 def _pair(
-    graph: onnx.GraphProto, linear: str, value: str, scale: float, plan: Plan, dtype: torch.dtype
+    graph: Graph, linear: str, value: str, scale: float, plan: Plan, dtype: torch.dtype
 ) -> Iterable[onnx.NodeProto]:
     """QuantizeLinear and DequantizeLinear of a value; the pair has a scale of its own."""
     name = f"{linear}.input"
-    constants = graph.initializer
-    onnx_type = ONNX_TYPES[dtype]
-    constants.append(helper.make_tensor(f"{name}.scale", onnx_type, [], [scale_value(scale, dtype)]))
-    constants.append(helper.make_tensor(f"{name}.zero", ONNX_TYPES[plan.scheme.dtype], [], [0]))
+    graph.add_tensor(helper.make_tensor(f"{name}.scale", ONNX_TYPES[dtype], [], [scale_value(scale, dtype)]))
+    graph.add_tensor(helper.make_tensor(f"{name}.zero", ONNX_TYPES[plan.scheme.dtype], [], [0]))
     parameters = [f"{name}.scale", f"{name}.zero"]
     codes, floats = f"{name}.quantized", f"{name}.dequantized"
     return (
-        helper.make_node("QuantizeLinear", [value, *parameters], [codes], name=codes),
-        helper.make_node("DequantizeLinear", [codes, *parameters], [floats], name=floats),
+        make_node("QuantizeLinear", [value, *parameters], codes),
+        make_node("DequantizeLinear", [codes, *parameters], floats),
     )
-
-
-def _replace(graph: onnx.GraphProto, nodes: list[onnx.NodeProto]) -> None:
-    copies = []
-    for node in nodes:
-        copy = onnx.NodeProto()
-        copy.CopyFrom(node)
-        copies.append(copy)
-    del graph.node[:]
-    graph.node.extend(copies)

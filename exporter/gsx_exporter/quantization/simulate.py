@@ -21,10 +21,10 @@ from gsx_exporter.config import Branch
 from gsx_exporter.decoder.ends import Entry, Exit
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.decoder.modules import Linear
+from gsx_exporter.decoder.rule import Values
+from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
 from gsx_exporter.quantization.scheme import EMBEDDING, HEAD, TABLES, WEIGHTS_ALONE, Scheme
-from gsx_exporter.quantization.walk import Stream, Walk
-from gsx_exporter.rules.base import Values
 from gsx_exporter.text import TokenText
 from gsx_plugins.progress import OnProgress, Progress, silent
 

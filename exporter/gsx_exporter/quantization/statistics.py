@@ -20,8 +20,8 @@ from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_plugins.files import cache_folder, writing_file
 
-# Goes into the key of what is kept: another way of counting must not find the old numbers.
-_VERSION = 1
+# Goes into the key of what is kept: another way of counting, or of making the key, must not find the old numbers.
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,18 @@ def default_cache() -> Path:
 
 
 def key(checkpoint: Checkpoint, ids: np.ndarray, text_sha256: str, options: DecoderOptions, controls: Controls) -> str:
-    """What the numbers depend on, hashed."""
-    digest = hashlib.sha256(f"{_VERSION} {checkpoint.weights_sha256()} {text_sha256} {ids.shape}".encode())
-    digest.update(f"{options.rule.name if options.rule else None} {options.kv_policy}".encode())
+    """What the numbers depend on, hashed: weights and configuration, text, the keep rule with all its parameters and
+    run-time inputs, and the K/V policy. The type of the graph is not in it: the walk computes in float32."""
+    rule = options.rule
+    parts: list[object] = [_VERSION, checkpoint.weights_sha256(), checkpoint.hf_config.to_json_string()]
+    parts += [text_sha256, ids.shape, ids.dtype, options.kv_policy]
+    # A rule is a frozen dataclass, so that its repr shows every parameter.
+    parts += [f"{type(rule).__module__} {rule!r}" if rule is not None else None]
+    digest = hashlib.sha256("\n".join(map(str, parts)).encode())
     digest.update(ids.tobytes())
-    for name, value in sorted(controls.items()):
-        digest.update(name.encode() + np.asarray(value).tobytes())
+    for name, given in sorted(controls.items()):
+        value = np.asarray(given)
+        digest.update(f"\n{name} {value.dtype} {value.shape}\n".encode() + value.tobytes())
     return digest.hexdigest()
 
 

@@ -19,10 +19,10 @@ from gsx_engines.bundle.controls import Controls
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
+from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.quantization.scheme import LINEARS
 from gsx_exporter.quantization.statistics import Statistics, key, load, save
-from gsx_exporter.quantization.walk import Stream, Walk
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 

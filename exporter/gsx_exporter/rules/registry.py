@@ -1,45 +1,111 @@
-"""The keep rule that a bundle's manifest names."""
+"""All keep rules: those of gsx, and those of other packages.
+
+A package registers a rule by an entry point of the group `gsx.keep_rules`: the entry's name is the rule's, and it names
+a `Rule`. It is imported only when that rule is asked for.
+"""
 
 from __future__ import annotations
 
+from importlib.metadata import EntryPoint, entry_points
+
+from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection
-from gsx_engines.errors import BundleError
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.rules.base import KeepRule
-from gsx_exporter.rules.calm import Calm
-from gsx_exporter.rules.ffn_skip import FfnSkip
-from gsx_exporter.rules.gateskip import GateSkip
-from gsx_exporter.rules.layers import Layers
-from gsx_exporter.rules.router import Router
+from gsx_exporter.decoder.rule import TracedRule
+from gsx_exporter.reference.rule import KeepAll, ReferenceRule
+from gsx_exporter.rules.calm.policy import CALM
+from gsx_exporter.rules.dense.policy import plan_dense
+from gsx_exporter.rules.ffn_skip.policy import FFN_SKIP
+from gsx_exporter.rules.gateskip.policy import GATESKIP
+from gsx_exporter.rules.layers.policy import LAYERS, UNIFIED
+from gsx_exporter.rules.parameters import bad_parameters
+from gsx_exporter.rules.plan import PolicyOptions, RulePlan
+from gsx_exporter.rules.router.policy import ROUTER
+from gsx_exporter.rules.rule import Recorded, Rule
+from gsx_plugins.errors import UsageError
+
+GROUP = "gsx.keep_rules"
+RULES = {rule.name: rule for rule in (GATESKIP, ROUTER, LAYERS, UNIFIED, FFN_SKIP, CALM)}
+# A policy without a rule: every token runs every branch.
+DENSE = "dense"
 
 
-def rule_of(policy: Policy | None, selection: Selection | None, config: ModelConfig) -> KeepRule | None:
-    """The rule as the decoder takes it; None for a dense bundle.
+def rule_names() -> tuple[str, ...]:
+    """What `--policy` may name: gsx's own rules, `dense`, and those of installed packages."""
+    return (*RULES, DENSE, *sorted(name for name in _outside() if name not in RULES))
+
+
+def rule_named(name: str) -> Rule:
+    """A rule by its name.
 
     Raises:
-        BundleError: a policy that this version does not know.
+        UsageError: an unknown rule, or one of a package that cannot be imported or gives something else.
     """
+    if name in RULES:
+        return RULES[name]
+    entry = _outside().get(name)
+    if entry is None:
+        raise UsageError(
+            f"policy {name!r} is not known",
+            expected="one of " + ", ".join(rule_names()),
+            found=repr(name),
+            todo=f"a rule of another package must be installed here, and registered as an entry point of {GROUP}",
+        )
+    try:
+        found = entry.load()
+    except Exception as error:  # whatever another package's import raises
+        raise UsageError(
+            f"policy {name!r}: its package cannot be imported",
+            expected=f"a Rule at {entry.value}",
+            found=f"{type(error).__name__}: {error}",
+            todo="mend or uninstall that package",
+        ) from error
+    if not isinstance(found, Rule) or found.name != name:
+        raise UsageError(
+            f"policy {name!r}: its entry point is not a keep rule of that name",
+            expected=f"a gsx_exporter.rules.rule.Rule named {name!r} at {entry.value}",
+            found=f"a Rule named {found.name!r}" if isinstance(found, Rule) else repr(found),
+        )
+    return found
+
+
+def plan_policy(options: PolicyOptions, config: ModelConfig) -> RulePlan:
+    """The rule that is asked for, if the checkpoint has what it needs.
+
+    Raises:
+        UsageError: an unknown policy, options that exclude each other, a checkpoint without what the rule needs.
+    """
+    name, colon, parameters = (options.policy or _default(config)).partition(":")
+    plan = plan_dense if name == DENSE else rule_named(name).plan
+    if colon and not parameters:
+        bad_parameters(name, "some after the colon, or no colon", f"{name}:")
+    if config.router is not None and name != ROUTER.name:
+        raise UsageError(
+            f"--policy {name}: the checkpoint has routers, which say what runs",
+            expected="a checkpoint without routers",
+            todo="export with router, the default; --budget 1 keeps everything",
+        )
+    return plan(options, config, parameters)
+
+
+def traced_rule(policy: Policy | None, selection: Selection | None, config: ModelConfig) -> TracedRule | None:
+    """The rule that a manifest records, as the decoder takes it; None for a dense bundle."""
+    return None if policy is None else rule_named(policy.name).traced(Recorded(policy, selection, config))
+
+
+def reference_rule(manifest: Manifest, controls: Controls) -> ReferenceRule:
+    """The same as the reference takes it, with the run-time inputs of a request."""
+    policy = manifest.policy
     if policy is None:
-        return None
-    if policy.name == "gateskip":
-        assert config.gate is not None
-        assert selection is not None
-        return GateSkip(config.gate, config.eos_ids, selection.mode)
-    if policy.name == "router":
-        assert config.router is not None
-        assert selection is not None
-        return Router(config.router, config, selection.mode)
-    if policy.name == "ffn-skip":
-        return FfnSkip(int(str(policy.parameters["stride"])))
-    if policy.name in ("layers", "unified"):
-        return Layers()
-    if policy.name == "calm":
-        found = policy.confidence
-        assert found is not None
-        return Calm(policy.exits, found.measure, found.decay, found.decay_tokens)
-    raise BundleError(
-        f"gsx.json: the policy {policy.name!r} is not known",
-        expected="gateskip, router, layers, unified, ffn-skip or calm",
-        todo="install the version of gsx that made the bundle, or export again",
-    )
+        return KeepAll()
+    return rule_named(policy.name).reference(policy, manifest.selection, controls)
+
+
+def _outside() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def _default(config: ModelConfig) -> str:
+    return GATESKIP.name if config.gate else ROUTER.name if config.router else DENSE

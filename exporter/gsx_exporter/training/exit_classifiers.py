@@ -27,8 +27,9 @@ from gsx_engines.bundle.bundle import writing
 from gsx_exporter.checkpoint import CONFIG, EXIT_CLASSIFIER, Checkpoint, open_checkpoint
 from gsx_exporter.convert import SLACK_BYTES, write_config, write_safetensors
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.decoder.walk import Walk
+from gsx_exporter.defaults import CLASSIFIER_TOKENS
 from gsx_exporter.errors import CheckpointError, TextError
-from gsx_exporter.quantization.walk import Walk
 from gsx_exporter.text import WINDOW_TOKENS, load_tokenizer
 from gsx_exporter.training.corpus import read_corpus, split
 from gsx_exporter.training.tokenizer import encode_documents
@@ -36,7 +37,7 @@ from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Tokens that the classifiers are fitted to, and of them the share that they are judged on instead.
-DEFAULT_TOKENS, HELD_OUT = 32_768, 1 / 8
+HELD_OUT = 1 / 8
 FEWEST_WINDOWS = 4
 # Of half the squared weights of standardized states, beside the mean loss: enough to keep separable labels finite.
 PENALTY = 1e-3
@@ -65,7 +66,13 @@ class ExitClassifier:
 
 @dataclass(frozen=True)
 class ClassifierResult:
-    """A checkpoint with classifiers. Args: directory: where; tokens: of the text; exits: in the order of depth."""
+    """A checkpoint with classifiers.
+
+    Args:
+        directory: where it is.
+        tokens: of the text, held-out ones among them.
+        exits: in the order of depth.
+    """
 
     directory: Path
     tokens: int
@@ -77,8 +84,8 @@ def train_exit_classifiers(
     out: str | Path,
     *,
     depths: Sequence[int] | None = None,
-    text: Path | None = None,
-    tokens: int = DEFAULT_TOKENS,
+    text: str | Path | None = None,
+    tokens: int = CLASSIFIER_TOKENS,
     on_progress: OnProgress = silent,
 ) -> ClassifierResult:
     """Fit a classifier behind each exit of a checkpoint, and write the checkpoint with them.
@@ -90,9 +97,14 @@ def train_exit_classifiers(
         text: a directory of text files; None for the standard library of the running Python.
         tokens: of the text, at most.
         on_progress: called as it goes.
+    Returns: the checkpoint's directory, and how well each classifier agrees with the model on held-out tokens.
     Raises:
         UsageError: out is in use, a model without exits, depths outside it, a text that tells nothing at an exit.
         CheckpointError, TextError: model or text cannot be used.
+    Example:
+        >>> result = gsx.train_exit_classifiers("my-model", "out/with-classifiers", text="my-texts", tokens=8192)
+        >>> [one.depth for one in result.exits]
+        [1, 2]
     """
     out = Path(out)
     on_progress(Progress("checking the checkpoint"))
@@ -100,7 +112,7 @@ def train_exit_classifiers(
     exits = _exits(checkpoint, depths)
     with writing(out, overwrite=False, needed_bytes=checkpoint.weight_bytes() + SLACK_BYTES) as work:
         on_progress(Progress("reading the text"))
-        ids = _windows(checkpoint, text, tokens)
+        ids = _windows(checkpoint, None if text is None else Path(text), tokens)
         found = fit_exit_classifiers(checkpoint, ids, exits, on_progress)
         _write(checkpoint, found, work, on_progress)
     return ClassifierResult(out, int(ids.size), found)

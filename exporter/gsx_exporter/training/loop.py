@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from gsx_exporter.checkpoint import TOKENIZER, WEIGHTS, Checkpoint, is_gate, open_checkpoint
 from gsx_exporter.config import ModelConfig
+from gsx_exporter.defaults import SNAPSHOT_STEPS
 from gsx_exporter.errors import CheckpointError, TextError
 from gsx_exporter.training.config import TrainConfig
 from gsx_exporter.training.corpus import read_corpus, split
@@ -101,7 +102,7 @@ def train(
     text: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    snapshot_every: int = 200,
+    snapshot_every: int = SNAPSHOT_STEPS,
     on_step: Callable[[StepReport], None] | None = None,
     on_progress: OnProgress = silent,
 ) -> TrainResult:

@@ -227,6 +227,15 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
         "a selection requires a policy that reads thresholds or a budget",
     ),
     "a policy without gates": (lambda m: m.update(gates=None), "the policy gateskip needs gates"),
+    "a parameter of another policy": (
+        lambda m: m["policy"]["parameters"].update(stride=2),
+        "policy.parameters.stride: is not known",
+    ),
+    "a policy without its parameters": (
+        lambda m: m["policy"].update(name="ffn-skip"),
+        "policy.parameters.stride: is missing",
+    ),
+    "a policy without a name": (lambda m: m["policy"].pop("name"), "policy.name: must name one of the known kinds"),
     "a layer that is not there": (
         lambda m: m["policy"].update(layers=[0, 99]),
         "the policy names layer 99, the model has",
@@ -261,6 +270,21 @@ def test_an_edited_manifest(
     assert "the file was edited: restore it, or run `gsx export` again" in found
     if name != "huge":  # Python's whole numbers have no end
         assert "is not a valid manifest" in python_says(directory, here)
+
+
+def test_a_policy_of_another_package(
+    cpp_build: Path, make_bundle: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A bundle that another package's rule exported runs without that package, in both languages."""
+
+    def rename(manifest: dict[str, Any]) -> None:
+        manifest["policy"].update(name="norm-skip", parameters={"skipped": ["attn", "mlp"]})
+
+    here = Here()
+    directory = make_bundle(Case("", edit=edited(rename)))
+    found = cpp_says(cpp_build, directory, here, monkeypatch, tmp_path)
+    assert found == python_says(directory, here)
+    assert "is not a valid manifest" not in found
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"schema_version": 1, "x": "\\ud800"}', "\x00", "null"])

@@ -102,3 +102,12 @@ def test_calls_of_tensorrt_rtx(tmp_path: Path) -> None:
     version.write_text(version.read_text() + "\n#define TRT_MAJOR_RTX 1\n")
     assert "TRT_MAJOR_RTX" in (SOURCES / "src/tensorrt/execution.cpp").read_text()
     compile_device_sources(tmp_path, backend="tensorrt-rtx")
+
+
+def test_a_relative_cache_folder_is_ignored(cpp_build: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "caches")
+    program = Program(cpp_build)
+    program.run("kernels")
+    assert program.path.is_relative_to(tmp_path / ".cache" / "gsx")
+    assert program.path.read_text() == "kernels"

@@ -1,0 +1,23 @@
+"""Prompts of real text: Python source that no model of ours was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.text import load_tokenizer
+from gsx_exporter.training.corpus import read_corpus, split
+
+
+def held_out_prompts(model: Path, count: int, tokens: int) -> list[list[int]]:
+    """Windows of the standard library's held-out files, spread over these. Args: tokens: of each prompt."""
+    tokenizer = load_tokenizer(open_checkpoint(model))
+    prefix = tokenizer.encode("").ids
+    rows = []
+    for document in split(read_corpus())["heldout"]:
+        ids = tokenizer.encode(document.text, add_special_tokens=False).ids
+        size = tokens - len(prefix)
+        rows += [prefix + ids[at : at + size] for at in range(0, len(ids) - size, 4 * size)]
+    return [rows[number] for number in np.linspace(0, len(rows) - 1, count).astype(int)]

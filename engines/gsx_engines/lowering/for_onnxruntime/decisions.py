@@ -1,0 +1,235 @@
+"""What is asked at every branch, in as few nodes as it takes.
+
+A node of a few numbers costs a single step some two microseconds, since the weights that are read meanwhile push all
+else out of the processor's caches (measured: benchmarks/RESULTS.md), and a branch that is skipped consists of nothing
+but what was asked. So
+
+- a choice by threshold is spelled out, so that `trim.sink` finds what an entered branch alone reads (rows, their
+  numbers), and the `If` asks whether any row is kept;
+- bounds of all branches are made together once in a call, with the tokens that must run, or must not, put in;
+- where the scores themselves are known when the call begins (sets of layers), everything is decided at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.lowering.choices import branch_choices, is_choice
+from gsx_engines.lowering.for_onnxruntime.regions import any_name
+from gsx_engines.lowering.for_onnxruntime.task import Task
+from gsx_plugins.graph import Graph, attribute, make_node
+
+# The output with the kept rows of every branch: how many, or in steps which ones.
+KEPT = "kept"
+_THRESHOLDS = "thresholds"
+# Values inside: the numbers of all rows of the call; what is decided at once.
+_ROWS, _TOGETHER = "lowered.rows", "lowered.together"
+
+
+@dataclass(frozen=True)
+class _Together:
+    """What is known of all branches when the call begins.
+
+    Args:
+        nodes: that make it.
+        scores: the value that each choice (by the name of its index) compares, and with which bound.
+        kept: the table [P, N] of what is kept, where that is known too.
+    """
+
+    nodes: Sequence[onnx.NodeProto]
+    scores: Mapping[str, tuple[str, str]]
+    kept: str | None = None
+
+
+def decide(graph: Graph, task: Task) -> int:
+    """The choices of a graph whose branches stand behind `If` are spelled out, and the kept rows are given.
+
+        x, score, bound -> ThresholdGather -> rows, index, count      becomes
+        score > bound -> kept; kept -> ReduceMax -> any; kept -> Compress -> index; x -> Gather(index) -> rows
+
+    TopKGather stays, with count and `any` made of its index. The output `KEPT` tells how many rows each branch that may
+    be skipped keeps, [P] int64; in steps, where a row is a sequence, which ones, [P x B] bool. P: branches, in order.
+    Returns: how many choices.
+    """
+    choices = branch_choices(graph)
+    if not choices:
+        return 0
+    ranked = choices[0].op_type == "TopKGather"
+    depth = task.shape.num_layers
+    together = None if ranked else _scores_at_once(graph, choices, depth) or _bounds_at_once(graph, choices, depth)
+    numbers = {node.output[1]: number for number, node in enumerate(choices)}
+    asked = {name for node in graph.nodes for name in node.input}
+
+    def spelled(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        if not is_choice(node):
+            return None
+        asks = any_name(node) in asked
+        if node.op_type == "TopKGather":
+            return [node, *_asked_of_rank(node, asks)]
+        before = together.nodes if together is not None and node is choices[0] else ()
+        return [*before, *_spelled(graph, node, asks, together, numbers.get(node.output[1]))]
+
+    count = graph.rewrite(spelled)
+    if not ranked:
+        first, step = graph.add_constant(f"{_ROWS}.first", 0), graph.add_constant(f"{_ROWS}.step", 1)
+        size = f"{_ROWS}.count"
+        graph.prepend(make_node("Size", ["input_ids"], size), make_node("Range", [first, size, step], _ROWS))
+    graph.append(*_kept_output(graph, choices, together, ranked, task.steps))
+    dtype = TensorProto.BOOL if task.steps else TensorProto.INT64
+    graph.proto.output.append(helper.make_tensor_value_info(KEPT, dtype, [None]))
+    return count
+
+
+def _asked_of_rank(choice: onnx.NodeProto, asks: bool) -> list[onnx.NodeProto]:
+    """How many rows a choice by rank keeps, and where some node asks, whether any."""
+    nodes = [make_node("Shape", [choice.output[1]], _size(choice))]
+    if asks:
+        nodes.append(make_node("Cast", [_size(choice)], any_name(choice), to=TensorProto.BOOL))
+    return nodes
+
+
+def _spelled(
+    graph: Graph, choice: onnx.NodeProto, asks: bool, together: _Together | None, number: int | None
+) -> list[onnx.NodeProto]:
+    """ThresholdGather in standard ops, and where some node asks, whether any row is kept.
+
+    Args: number: of the branch; None for a choice that is no branch's.
+    """
+    x, *compared = graph.expect_inputs(choice, 3)
+    rows, index, _ = choice.output
+    nodes = []
+    if together is not None and together.kept is not None and number is not None:
+        place = graph.add_constant(f"{index}.place", number)
+        nodes.append(make_node("Gather", [together.kept, place], _kept(choice), axis=0))
+    else:
+        if together is not None and index in together.scores:
+            compared = list(together.scores[index])
+        nodes.append(make_node("Greater", compared, _kept(choice)))
+        if asks:
+            nodes.append(make_node("ReduceMax", [_kept(choice)], any_name(choice), keepdims=0))
+    return [
+        *nodes,
+        make_node("Compress", [_ROWS, _kept(choice)], index, axis=0),
+        make_node("Gather", [x, index], rows, axis=0),
+    ]
+
+
+def _scores_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int) -> _Together | None:
+    """Decide all branches, if every score is a part of one table [L, 2, N], and the bound a constant."""
+    tables = {_table_of(graph, choice.input[1]) for choice in choices}
+    bounds = {graph.number(choice.input[2]) for choice in choices}
+    table = next(iter(tables))
+    if table is None or len(tables) != 1 or len(bounds) != 1 or None in bounds:
+        return None
+    rows = graph.add_constant(f"{_TOGETHER}.shape", np.array([depth * len(BRANCHES), -1]))
+    places = graph.add_constant(f"{_TOGETHER}.places", np.array([_place(graph, choice) for choice in choices]))
+    axis = graph.add_constant(f"{_TOGETHER}.axis", np.array([1]))
+    flat, own, kept, some = (f"{_TOGETHER}.{name}" for name in ("scores", "own", "kept", "any"))
+    nodes = [
+        make_node("Reshape", [table, rows], flat),
+        make_node("Gather", [flat, places], own, axis=0),
+        make_node("Greater", [own, choices[0].input[2]], kept),
+        make_node("ReduceMax", [kept, axis], some, keepdims=0),
+        _split(some, [any_name(choice) for choice in choices]),
+    ]
+    return _Together(nodes, {}, kept)
+
+
+def _bounds_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int) -> _Together | None:
+    """Make the bounds of all branches, if each is a part of `thresholds`; what must run is put into them.
+
+    Where(forced, forced score, score) > threshold is score > Where(forced, -inf or inf, threshold): minus infinity
+    where the forced score is above the threshold. The same for finite scores; those compared with thresholds are.
+    """
+    if {_table_of(graph, choice.input[2]) for choice in choices} != {_THRESHOLDS}:
+        return None
+    judged = [graph.expect_producer(choice.input[1]) for choice in choices]
+    forced = {tuple(node.input[:2]) if node.op_type == "Where" else () for node in judged}
+    puts_in = len(forced) == 1 and () not in forced
+    rows = graph.add_constant(f"{_TOGETHER}.shape", np.array([-1, 1] if puts_in else [-1]))
+    places = graph.add_constant(f"{_TOGETHER}.places", np.array([_place(graph, choice) for choice in choices]))
+    flat, own = f"{_TOGETHER}.thresholds", f"{_TOGETHER}.own"
+    nodes = [
+        make_node("Reshape", [_THRESHOLDS, rows], flat),
+        make_node("Gather", [flat, places], own, axis=0),
+    ]
+    if puts_in:
+        force, score = next(iter(forced))
+        over, always, bounds, row = (f"{_TOGETHER}.{name}" for name in ("over", "always", "bounds", "row"))
+        below = graph.add_constant(f"{_TOGETHER}.below", np.array(-np.inf, np.float32))
+        above = graph.add_constant(f"{_TOGETHER}.above", np.array(np.inf, np.float32))
+        line = graph.add_constant(f"{_TOGETHER}.line", np.array([-1]))
+        nodes += [
+            make_node("Greater", [score, own], over),
+            make_node("Where", [over, below, above], always),
+            make_node("Where", [force, always, own], bounds),
+            make_node("Reshape", [bounds, line], row),
+        ]
+        own = row
+    names = [f"{_TOGETHER}.bound.{choice.output[1]}" for choice in choices]
+    nodes.append(_split(own, names))
+    scores = [node.input[2] if puts_in else choice.input[1] for node, choice in zip(judged, choices, strict=True)]
+    compared = zip(scores, names, strict=True)
+    return _Together(nodes, {choice.output[1]: pair for choice, pair in zip(choices, compared, strict=True)})
+
+
+def _split(value: str, names: Sequence[str]) -> onnx.NodeProto:
+    return helper.make_node("Split", [value], list(names), name=names[0], num_outputs=len(names))
+
+
+def _table_of(graph: Graph, part: str) -> str | None:
+    """The table [L, 2, ..] that a value is the part of a layer and branch of."""
+    for _ in range(2):
+        node = graph.producer(part)
+        if node is None or node.op_type != "Gather" or attribute(node, "axis"):
+            return None
+        part = node.input[0]
+    return part
+
+
+def _place(graph: Graph, choice: onnx.NodeProto) -> int:
+    """Where a branch stands in a flat table [L x 2]."""
+    parts = choice.output[1].split(".")
+    known = len(parts) == 4 and parts[1].isdigit() and parts[2] in BRANCHES
+    graph.expect(known, choice, "numbers of rows called `layers.NUMBER.BRANCH.index`", repr(choice.output[1]))
+    return int(parts[1]) * len(BRANCHES) + [str(name) for name in BRANCHES].index(parts[2])
+
+
+def _kept_output(
+    graph: Graph, choices: Sequence[onnx.NodeProto], together: _Together | None, ranked: bool, steps: bool
+) -> list[onnx.NodeProto]:
+    """The kept rows of every branch, in order."""
+    if ranked:
+        return [make_node("Concat", [_size(choice) for choice in choices], KEPT, axis=0)]
+    line = graph.add_constant(f"{KEPT}.line", [-1])
+    table = together.kept if together is not None else None
+    joined = make_node("Concat", [_kept(c) for c in choices], KEPT if steps else f"{KEPT}.line.all", axis=0)
+    if steps:
+        return [joined] if table is None else [make_node("Reshape", [table, line], KEPT)]
+    nodes = []
+    if table is None:
+        shape = graph.add_constant(f"{KEPT}.shape", [len(choices), -1])
+        table = f"{KEPT}.table"
+        nodes = [joined, make_node("Reshape", [*joined.output, shape], table)]
+    axis = graph.add_constant(f"{KEPT}.axis", [1])
+    return [
+        *nodes,
+        make_node("Cast", [table], f"{KEPT}.numbers", to=TensorProto.INT64),
+        make_node("ReduceSum", [f"{KEPT}.numbers", axis], KEPT, keepdims=0),
+    ]
+
+
+def _kept(choice: onnx.NodeProto) -> str:
+    """Which rows a choice keeps, [N] bool."""
+    return f"{choice.output[1]}.kept"
+
+
+def _size(choice: onnx.NodeProto) -> str:
+    """How many, [1] int64."""
+    return f"{choice.output[2]}.size"

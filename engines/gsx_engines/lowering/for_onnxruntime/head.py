@@ -1,0 +1,46 @@
+"""Final norm and head as a model of their own."""
+
+from __future__ import annotations
+
+from onnx import TensorProto, helper
+
+from gsx_engines.lowering.for_onnxruntime.task import STATE, Task
+from gsx_plugins.graph import Graph, make_node
+
+
+def give_state(graph: Graph, task: Task) -> int:
+    """In the layers' model, the state that the head reads is given in place of what the head makes of it.
+
+        layers.L.output -> Reshape [B, S, H] -> (norm, head) -> logits      becomes
+        layers.L.output -> Reshape [B, S, H] -> Identity -> state
+
+    `exit_hidden` goes too, since it is the same state. Why: in generation the head runs on the last column only, and
+    the two halves of a split decoder share one head, so that its weights are in memory once.
+    """
+    shaped = _shaped_state(graph, task)
+    kept = [value for value in graph.proto.output if value.name not in ("logits", "exit_hidden")]
+    leaving = helper.make_tensor_value_info(STATE, TensorProto.FLOAT, ["batch", "sequence", None])
+    graph.append(make_node("Identity", [shaped], STATE))
+    graph.set_outputs([*kept, leaving])
+    return 1
+
+
+def take_state(graph: Graph, task: Task) -> int:
+    """In the head's model, the state is an input, [1, any, H], and the logits are the only output."""
+    logits = graph.expect_output("logits")
+    state = helper.make_tensor_value_info(STATE, TensorProto.FLOAT, [1, "columns", task.shape.hidden_size])
+    logits.type.tensor_type.shape.dim[1].dim_param = "columns"
+    graph.reroute({_shaped_state(graph, task): STATE})
+    graph.keep_inputs(lambda name: False)
+    graph.proto.input.append(state)
+    graph.set_outputs([logits])
+    graph.drop_unread()
+    return 1
+
+
+def _shaped_state(graph: Graph, task: Task) -> str:
+    """The last state as [B, S, H]: a copy of it that some node reads (one that passes an exit is only given)."""
+    for node in graph.users(task.last_output):
+        if node.op_type == "Reshape" and node.input[0] == task.last_output and graph.users(node.output[0]):
+            return node.output[0]
+    raise graph.error(f"value {task.last_output!r}", "a Reshape that shapes it for the head", "none")

@@ -1,0 +1,139 @@
+"""Attention written out for TensorRT's `Attention` op, which has one output and takes an explicit mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx
+from onnx import helper
+
+from gsx_engines.lowering.for_tensorrt.task import Task
+from gsx_plugins.graph import Graph, attribute, make_node
+
+
+def attend_kept_rows(graph: Graph, task: Task) -> int:
+    """Attention of the kept rows only where there is one sequence; else of all rows, each in its place.
+
+        query, index, key, value, mask -> GatheredAttention -> out      becomes, of one sequence
+        query [1, K, ..], key, value, mask[:, :, index] -> Attention -> Squeeze -> out      and of several
+        query -> ScatterND at index -> [B, S, ..] -> Attention -> Reshape -> Gather(index) -> out
+
+    Where the choice became a mask, all rows are there already, so that neither ScatterND nor Gather is needed. Why: the
+    kept rows of several sequences are no rectangle [B, K], which Attention needs.
+    """
+
+    def attend(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        if node.op_type != "GatheredAttention":
+            return None
+        query, index, key, value, mask = graph.expect_inputs(node, 5)
+        name, out = f"{node.name}.", node.output[0]
+        rows_only = task.one_sequence and index not in task.masks
+        task.forms[node.op_type] = "rows" if rows_only else "all"
+        if rows_only:
+            first = graph.add_constant("lowered.first", [0])
+            return [
+                make_node("Gather", [mask, index], f"{name}mask", axis=2),
+                make_node("Unsqueeze", [query, first], f"{name}query"),
+                *_attention(graph, task, [f"{name}query", key, value, f"{name}mask"], f"{name}attended", name),
+                make_node("Squeeze", [f"{name}attended", first], out),
+            ]
+        flat = graph.add_constant("lowered.flat_rows", [-1, task.width])
+        width = graph.add_constant("lowered.width", [task.width])
+        every_row = index in task.masks
+        nodes = [] if every_row else _in_their_places(graph, task, query, index, name)
+        nodes += [
+            make_node("Shape", ["input_ids"], f"{name}outer"),
+            make_node("Concat", [f"{name}outer", width], f"{name}shape", axis=0),
+            make_node("Reshape", [query if every_row else f"{name}full", f"{name}shape"], f"{name}by_sequence"),
+            *_attention(graph, task, [f"{name}by_sequence", key, value, mask], f"{name}attended", name),
+        ]
+        if every_row:
+            return [*nodes, make_node("Reshape", [f"{name}attended", flat], out)]
+        return [
+            *nodes,
+            make_node("Reshape", [f"{name}attended", flat], f"{name}every"),
+            make_node("Gather", [f"{name}every", index], out, axis=0),
+        ]
+
+    return graph.rewrite(attend)
+
+
+def _in_their_places(graph: Graph, task: Task, rows: str, index: str, name: str) -> list[onnx.NodeProto]:
+    """Rows [K, width] at their places among all tokens, [N, width], with zeros elsewhere: `{name}full`."""
+    zeros = np.zeros(1, helper.tensor_dtype_to_np_dtype(task.float_type))
+    empty, last = graph.add_constant("lowered.empty", zeros), graph.add_constant("lowered.last", [-1])
+    width = graph.add_constant("lowered.width", [task.width])
+    return [
+        make_node("Shape", ["input_ids"], f"{name}call"),
+        make_node("ReduceProd", [f"{name}call"], f"{name}tokens", keepdims=1),
+        make_node("Concat", [f"{name}tokens", width], f"{name}flat_shape", axis=0),
+        make_node("Expand", [empty, f"{name}flat_shape"], f"{name}empty"),
+        make_node("Unsqueeze", [index, last], f"{name}place"),
+        make_node("ScatterND", [f"{name}empty", f"{name}place", rows], f"{name}full"),
+    ]
+
+
+def attend(graph: Graph, task: Task) -> int:
+    """Attention of all rows.
+
+    query, key, value, mask -> FullAttention -> out      becomes      (heads apart) -> Attention -> (together) -> out
+    """
+
+    def spelled(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        if node.op_type != "FullAttention":
+            return None
+        task.forms[node.op_type] = "all"
+        return _attention(graph, task, graph.expect_inputs(node, 4), node.output[0], f"{node.name}.")
+
+    return graph.rewrite(spelled)
+
+
+def _attention(graph: Graph, task: Task, inputs: Sequence[str], out: str, name: str) -> list[onnx.NodeProto]:
+    """query [B, S, heads x D], key and value [B, kv heads, window, D], mask [B, 1, S, window] -> as query."""
+    query, key, value, mask = inputs
+    apart, together = _shapes(graph, task.shape.num_heads, task.shape.head_dim)
+    # Without a fused kernel (float32, some counts of kept rows) the build fails, unless TensorRT may take it apart.
+    return [
+        make_node("Reshape", [query, apart], f"{name}apart"),
+        make_node("Transpose", [f"{name}apart"], f"{name}heads", perm=[0, 2, 1, 3]),
+        make_node("Attention", [f"{name}heads", key, value, mask], f"{name}attention", TRT_decomposable=1),
+        make_node("Transpose", [f"{name}attention"], f"{name}tokens_first", perm=[0, 2, 1, 3]),
+        make_node("Reshape", [f"{name}tokens_first", together], out),
+    ]
+
+
+def rotate_by_head(graph: Graph, task: Task) -> int:
+    """RotaryEmbedding runs over [1, heads, S, D].
+
+        x [1, S, heads x D] -> RotaryEmbedding -> out      becomes
+        x -> Reshape -> Transpose -> RotaryEmbedding -> Transpose -> Reshape -> out
+
+    Why: TensorRT splits the heads off with a -1, which is undefined where no row is kept.
+    """
+
+    def rotate(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        if node.op_type != "RotaryEmbedding":
+            return None
+        heads = attribute(node, "num_heads")
+        graph.expect(heads, node, "the attribute num_heads", "none")
+        name = f"{node.name}."
+        apart, together = _shapes(graph, heads, task.shape.head_dim)
+        return [
+            make_node("Reshape", [node.input[0], apart], f"{name}apart"),
+            make_node("Transpose", [f"{name}apart"], f"{name}heads", perm=[0, 2, 1, 3]),
+            make_node("RotaryEmbedding", [f"{name}heads", *node.input[1:]], f"{name}rotated"),
+            make_node("Transpose", [f"{name}rotated"], f"{name}tokens_first", perm=[0, 2, 1, 3]),
+            make_node("Reshape", [f"{name}tokens_first", together], node.output[0]),
+        ]
+
+    return graph.rewrite(rotate)
+
+
+def _shapes(graph: Graph, heads: int, width: int) -> tuple[str, str]:
+    """Shapes that take heads apart and put them together.
+
+    The sizes are written as "copy that axis" and numbers, never as -1: S may be a number of kept rows, and 0.
+    """
+    apart = graph.add_constant(f"lowered.apart_{heads}", [0, 0, heads, width])
+    return apart, graph.add_constant(f"lowered.together_{heads}", [0, 0, heads * width])

@@ -1,0 +1,40 @@
+"""Codes of 8 bits where TensorRT takes them: as the first input of DequantizeLinear, and nowhere else."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import TensorProto
+
+from gsx_engines.lowering.for_tensorrt.task import Task
+from gsx_plugins.graph import Graph, make_node
+
+
+def dequantize_constants(graph: Graph, task: Task) -> int:
+    """Codes of an embedding or a gate go through a DequantizeLinear, an embedding's before its rows are read.
+
+    codes -> Gather(ids) -> DequantizeLinear -> Mul <- Unsqueeze <- Gather(ids) <- scales      becomes
+    codes, scales -> DequantizeLinear -> Gather(ids)
+
+    codes -> Cast -> Mul <- scales      becomes      codes, scales -> DequantizeLinear
+    """
+    codes = {name for name, tensor in graph.constants.items() if tensor.data_type == TensorProto.INT8}
+
+    def dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        floats = graph.producer(node.input[0]) if node.op_type == "Mul" else None
+        if floats is None:
+            return None
+        if floats.op_type == "Cast" and floats.input[0] in codes:
+            return [make_node("DequantizeLinear", [floats.input[0], node.input[1]], node.output[0], axis=1)]
+        rows = graph.producer(floats.input[0]) if floats.op_type == "DequantizeLinear" else None
+        if rows is None or rows.op_type != "Gather":
+            return None
+        table, ids = graph.expect_inputs(rows, 2)
+        column = graph.expect_producer(node.input[1], "Unsqueeze")
+        scales = graph.expect_producer(column.input[0], "Gather").input[0]
+        whole = f"lowered.{table}"
+        return [
+            make_node("DequantizeLinear", [table, scales], whole, axis=0),
+            make_node("Gather", [whole, ids], node.output[0], axis=0),
+        ]
+
+    return graph.rewrite(dequantized)

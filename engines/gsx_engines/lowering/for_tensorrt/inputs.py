@@ -1,0 +1,186 @@
+"""What a caller of an engine sees: where a call's tokens go, which columns get logits, counts, and float32 outside."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import TensorProto, helper
+
+from gsx_engines.lowering.choices import branch_choices
+from gsx_engines.lowering.for_tensorrt.task import KEPT, LOGITS_AT, LOGITS_COLUMNS, WINDOW, WRITE_AT, Task
+from gsx_plugins.graph import Graph, attribute, make_node
+
+
+def place_call(graph: Graph, task: Task) -> int:
+    """The call's tokens are written at `write_at [B]`, where the portable graph has them behind all others.
+
+        Sub(length of attention_mask, length of input_ids)      becomes      Reshape(write_at)
+        Slice(x, that) -> the last columns                      becomes      the columns from write_at on
+
+    `attention_mask [B, window]` covers the columns of the cache that are read. Why: sequences have lengths of their own
+    without padding, and a step keeps its shapes while the cache grows.
+    """
+    if not task.in_place:
+        return 0
+    total, length = _lengths_of(graph, "attention_mask"), _lengths_of(graph, "input_ids")
+    offsets: dict[str, tuple[str, str]] = {}
+
+    def placed(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        if node.op_type == "Sub" and node.input[0] in total and node.input[1] in length:
+            offsets[node.output[0]] = (node.input[0], node.input[1])
+            by_sequence = graph.add_constant("lowered.by_sequence", [-1, 1, 1])  # meets rows [S, 1], columns [W]
+            return [make_node("Reshape", [WRITE_AT, by_sequence], node.output[0])]
+        if node.op_type == "Slice" and (offset := _behind_reshapes(graph, node.input[1])) in offsets:
+            return _columns_of_call(graph, node, *offsets[offset])
+        return None
+
+    count = graph.rewrite(placed)
+    graph.expect(offsets, "value 'attention_mask'", "its length less the call's, where the call begins", "none")
+    graph.proto.input.append(helper.make_tensor_value_info(WRITE_AT, TensorProto.INT64, ["batch"]))
+    for value in graph.proto.input:
+        if value.name == "attention_mask":
+            value.type.tensor_type.shape.dim[1].dim_param = WINDOW
+    return count
+
+
+def _lengths_of(graph: Graph, name: str) -> set[str]:
+    """Values that are the length of an input [B, length]."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        if node.op_type == "Shape" and node.input[0] == name:
+            if attribute(node, "start") == 1:
+                found.update(node.output)
+        elif node.op_type in ("Squeeze", "Reshape") and node.input[0] in found:
+            found.update(node.output)
+    return found
+
+
+def _behind_reshapes(graph: Graph, name: str) -> str:
+    while (node := graph.producer(name)) is not None and node.op_type in ("Reshape", "Unsqueeze"):
+        name = node.input[0]
+    return name
+
+
+def _columns_of_call(graph: Graph, node: onnx.NodeProto, window: str, length: str) -> list[onnx.NodeProto]:
+    """x[:, -S:] -> of each sequence its columns write_at to write_at + S.
+
+    Tokens behind a sequence's count may stand behind the window, when the buffers are full; they read 0.
+    """
+    name = f"{node.output[0]}."
+    zero, one = graph.add_constant("lowered.zero", 0), graph.add_constant("lowered.one", 1)
+    axis = graph.add_constant("lowered.axis_1", [1])
+    return [
+        make_node("Range", [zero, length, one], f"{name}range"),
+        make_node("Unsqueeze", [WRITE_AT, axis], f"{name}starts"),
+        make_node("Add", [f"{name}starts", f"{name}range"], f"{name}wanted"),
+        make_node("Sub", [window, one], f"{name}last"),
+        make_node("Min", [f"{name}wanted", f"{name}last"], f"{name}columns"),
+        make_node("GatherElements", [node.input[0], f"{name}columns"], f"{name}found", axis=1),
+        make_node("Less", [f"{name}wanted", window], f"{name}inside"),
+        make_node("Where", [f"{name}inside", f"{name}found", zero], node.output[0]),
+    ]
+
+
+def write_cache_in_place(graph: Graph, task: Task) -> int:
+    """The cache is a buffer of fixed capacity, which TensorRT updates in place.
+
+        past, new -> Concat -> present -> (attention)      becomes
+        past, new, write_at -> TensorScatter -> present -> Slice(0 to window) -> (attention)
+
+    Why: `present.*` shares the memory of `past_key_values.*`, and nothing is copied.
+    """
+    if not task.in_place:
+        return 0
+    caches = [value.name for value in graph.proto.input if value.name.startswith("past_key_values.")]
+    for value in [*graph.proto.input, *graph.proto.output]:
+        if value.name.startswith(("past_key_values.", "present.")):
+            axis = value.type.tensor_type.shape.dim[2]
+            axis.ClearField("dim_param")
+            axis.dim_value = task.capacity
+    window = "lowered.window"
+    concats = [node for node in graph.nodes if node.op_type == "Concat" and node.input[0] in caches]
+    graph.expect(len(concats) == len(caches), "the cache", f"{len(caches)} Concat that append to it", str(len(concats)))
+    live = {node.output[0]: f"lowered.live.{node.output[0]}" for node in concats}
+    graph.reroute(live)
+
+    def in_place(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        present = node.output[0]
+        if present not in live:
+            return None
+        first, axis = graph.add_constant("lowered.first", [0]), graph.add_constant("lowered.axis_2", [2])
+        return [
+            make_node("TensorScatter", [*node.input, WRITE_AT], present, axis=2),
+            make_node("Slice", [present, first, window, axis], live[present]),
+        ]
+
+    count = graph.rewrite(in_place)
+    graph.prepend(make_node("Shape", ["attention_mask"], window, start=1, end=2))
+    return count
+
+
+def ask_for_columns(graph: Graph, task: Task) -> int:
+    """Only the wanted columns of the last state go through final norm and head.
+
+        state -> RMSNormalization -> head -> logits      becomes
+        state -> Reshape [B x S, H] -> Gather(logits_at [B, M]) -> RMSNormalization -> head -> logits [B, M, V]
+
+    Why: generation wants the last column only, and the head is the largest product of a step.
+    """
+    if not task.in_place:
+        return 0
+    norm = graph.expect_producer("logits")
+    while norm.op_type != "RMSNormalization":
+        graph.expect(norm.input, norm, "a final norm before the head", "none")
+        norm = graph.expect_producer(norm.input[0])
+    flat = graph.add_constant("lowered.flat_states", [-1, task.shape.hidden_size])
+    states, wanted = "lowered.states", "lowered.wanted"
+    graph.insert_before(
+        norm,
+        make_node("Reshape", [norm.input[0], flat], states),
+        make_node("Gather", [states, LOGITS_AT], wanted, axis=0),
+    )
+    graph.set_inputs(norm, [wanted, *norm.input[1:]])
+    graph.proto.input.append(helper.make_tensor_value_info(LOGITS_AT, TensorProto.INT64, ["batch", LOGITS_COLUMNS]))
+    graph.expect_output("logits").type.tensor_type.shape.dim[1].dim_param = LOGITS_COLUMNS
+    return 1
+
+
+def report_kept(graph: Graph, task: Task) -> int:
+    """The output `kept [n]` has the number of rows of every gated branch, in order.
+
+    count (of each choice)      gets behind it      Reshape [1] -> Concat -> kept
+    """
+    choices = branch_choices(graph)
+    if not task.in_place or not choices:
+        return 0
+    flat = graph.add_constant("lowered.flat", [-1])
+    sizes = [f"lowered.size.{choice.output[2]}" for choice in choices]
+    for choice, size in zip(choices, sizes, strict=True):
+        graph.append(make_node("Reshape", [choice.output[2], flat], size))
+    graph.append(make_node("Concat", sizes, KEPT, axis=0))
+    graph.proto.output.append(helper.make_tensor_value_info(KEPT, TensorProto.INT64, [len(sizes)]))
+    return len(sizes)
+
+
+def speak_float32(graph: Graph, task: Task) -> int:
+    """Logits and what passes an exit are float32 outside, whatever the graph's type.
+
+        exit_* -> (the graph) -> logits      becomes      exit_* -> Cast -> (the graph) -> Cast -> logits
+
+    Why: the host has no bfloat16, and one type for all engines is one path through the runner.
+    """
+    if not task.in_place or task.float_type == TensorProto.FLOAT:
+        return 0
+    entering = [value for value in graph.proto.input if _passes_exit(value)]
+    leaving = [value for value in graph.proto.output if value.name == "logits" or _passes_exit(value)]
+    inside = {value.name: f"lowered.{value.name}" for value in (*entering, *leaving)}
+    graph.rename(inside)
+    for value in (*entering, *leaving):
+        value.type.tensor_type.elem_type = TensorProto.FLOAT
+    graph.prepend(*(make_node("Cast", [value.name], inside[value.name], to=task.float_type) for value in entering))
+    graph.append(*(make_node("Cast", [inside[one.name]], one.name, to=TensorProto.FLOAT) for one in leaving))
+    return len(inside)
+
+
+def _passes_exit(value: onnx.ValueInfoProto) -> bool:
+    """Whether a value in the graph's own type passes from `draft` to `verify`."""
+    return value.name.startswith("exit_") and value.type.tensor_type.elem_type != TensorProto.FLOAT

@@ -1,0 +1,67 @@
+"""What all passes for TensorRT know: the task, and names of values that a caller sees."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Literal
+
+from onnx import TensorProto
+
+from gsx_engines.bundle.engine_entry import KvLayout
+from gsx_engines.bundle.manifest import DecoderShape, Manifest
+
+# TensorRT's TopK takes at most so many.
+MAX_TOPK = 3840
+# What became of an op of domain gsx in an engine: a plugin; its function body; standard ops that run on the kept
+# rows alone; standard ops that run on all rows (right, and nothing is saved).
+Form = Literal["plugin", "body", "rows", "mask", "all"]
+# Inputs of the lowered graph that the portable one has not, and its output of kept rows by branch.
+WRITE_AT, LOGITS_AT, K, KEPT = "write_at", "logits_at", "k", "kept"
+# Names of dynamic axes.
+WINDOW, LOGITS_COLUMNS = "window", "logits_columns"
+FLOAT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A graph to be lowered, and what its passes find out.
+
+    Args:
+        capacity: columns of the K/V buffers, fixed in the engine; nothing to K and V that grow.
+        rows: the most tokens of a call, over all sequences.
+        plugins: ops of domain gsx that a plugin stands for.
+        one_sequence: the batch is 1 always, so that kept rows attend alone, without their neighbours' places.
+        kv_layout: whether K and V are written in place.
+        forms: what became of each op of domain gsx that the portable graph has.
+        masks: the numbers of a choice that became a mask -> which rows are kept, [N, 1] bool.
+    """
+
+    manifest: Manifest
+    capacity: int
+    rows: int
+    plugins: Collection[str]
+    one_sequence: bool
+    kv_layout: KvLayout
+    forms: dict[str, Form] = field(default_factory=dict)
+    masks: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> DecoderShape:
+        """The decoder's."""
+        return self.manifest.decoder
+
+    @property
+    def in_place(self) -> bool:
+        """Whether K and V are written in place, which is what gsx runs."""
+        return self.kv_layout == "in-place"
+
+    @property
+    def width(self) -> int:
+        """Of the queries of all heads."""
+        return self.shape.num_heads * self.shape.head_dim
+
+    @property
+    def float_type(self) -> int:
+        """ONNX type of the graph's activations."""
+        return FLOAT_TYPES[self.manifest.precision]

@@ -1,0 +1,140 @@
+"""The traceable decoder run eagerly on text, a layer at a time, as it will run in the graph: on kept rows only.
+
+One layer's weights are in memory at a time, and several streams (one for each budget, say) go through a layer together.
+Calibration, the statistics of quantization, the layer study and training of exit classifiers all walk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gsx_engines.bundle.controls import Controls
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.config import Branch
+from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
+from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows, KeyValue
+from gsx_exporter.decoder.loading import load_entry, load_exit, load_exit_modules, load_layer
+from gsx_exporter.decoder.rule import Values
+
+# Layer, branch, residual stream and branch input [N, H], the call's state -> the rows that the branch runs on.
+Choose = Callable[[DecoderLayer, Branch, Tensor, Tensor, CallState], KeptRows]
+
+# Windows that the head takes at a time: logits are the largest values of a walk.
+_HEAD_WINDOWS = 2
+
+
+@dataclass
+class Stream:
+    """A text on its way through the layers.
+
+    Args:
+        inputs: the keep rule's run-time inputs.
+        entered: what it computed once in the call, and the states that it carries, as of now.
+        hidden: [N, H], the state that the next layer reads.
+        below: K and V of the layer before, for the K/V policy `copy`.
+    """
+
+    inputs: Values
+    entered: Values
+    hidden: Tensor
+    below: KeyValue | None = None
+
+
+class Walk:
+    """A text and all that the layers read of it.
+
+    Args:
+        checkpoint: the model.
+        ids: [M, S] int64, all of it tokens.
+        options: keep rule and K/V policy; the computation is in float32.
+        on_table: called with what holds the embedding, and with what holds the head, once their weights are there.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        ids: np.ndarray,
+        options: DecoderOptions,
+        on_table: Callable[[Entry | Exit], None] = lambda end: None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self._on_table = on_table
+        self.options = DecoderOptions(options.rule, options.kv_policy, torch.float32)
+        self.ids = torch.from_numpy(ids)
+        self._windows = distinct_windows(checkpoint.config)
+        self._entry = load_entry(checkpoint, self.options)
+        on_table(self._entry)
+        self._call: tuple[Tensor, ...] = ()
+        rule = self.options.rule
+        self._carried = tuple(rule.carried) if rule else ()
+        self._exit_modules = load_exit_modules(checkpoint, self.options)
+
+    def stream(self, controls: Controls) -> Stream:
+        """The text at the first layer. Args: controls: the keep rule's run-time inputs."""
+        rule = self.options.rule
+        inputs = {name: torch.from_numpy(np.asarray(controls[name])) for name in (rule.inputs if rule else ())}
+        positions = torch.arange(self.ids.shape[1]).expand(self.ids.shape)
+        once = [inputs[name] for name in (rule.of_call() if rule else ())]
+        hidden, *rest = self._entry(self.ids, torch.ones_like(self.ids), positions, *once)
+        shared = 2 + len(self._windows)
+        self._call = tuple(rest[:shared])  # the same for every stream: it depends on the text alone
+        entered = dict(zip(rule.entered() if rule else (), rest[shared:], strict=True))
+        return Stream(inputs, entered, hidden)
+
+    def layers(self, first: int = 0) -> Iterator[tuple[int, DecoderLayer]]:
+        """The model's layers from one on, each loaded when its turn comes."""
+        for number in range(first, self.checkpoint.config.num_layers):
+            yield number, load_layer(self.checkpoint, number, self.options)
+
+    def through(
+        self, number: int, layer: DecoderLayer, stream: Stream, choose: Choose | None = None
+    ) -> dict[Branch, Tensor]:
+        """Take a stream through a layer.
+
+        Args: choose: the rows that a skippable branch runs on; None for those of the layer's rule.
+        Returns: for each skippable branch, which tokens were kept, [N] bool.
+        """
+        choose = choose or DecoderLayer.choose
+        call, config, entering = self._call_state(number, stream), layer.config, stream.hidden
+        empty = stream.hidden.new_zeros((len(self.ids), config.num_kv_heads, 0, config.head_dim))
+        attn = self._rows(layer, "attn", stream, call, choose)
+        past = KeyValue(empty, empty)
+        stream.hidden, _, stream.below, values = layer.attention_branch(stream.hidden, call, past, stream.below, attn)
+        call = call._replace(values=values)
+        mlp = self._rows(layer, "mlp", stream, call, choose)
+        stream.hidden, values = layer.mlp_branch(stream.hidden, call, mlp)
+        rule = self.options.rule
+        stream.entered = {**stream.entered, **{name: values[name] for name in (rule.carried if rule else ())}}
+        if number + 1 in self._exit_modules:
+            changed = self._exit_modules[number + 1](stream.hidden, entering, *stream.entered.values())
+            stream.entered = {**stream.entered, **dict(zip(self._carried, changed, strict=True))}
+        rows = torch.zeros(len(stream.hidden), dtype=torch.bool)
+        chosen: dict[Branch, KeptRows | None] = {"attn": attn, "mlp": mlp}
+        return {b: rows.index_fill(0, kept.index, True) for b, kept in chosen.items() if kept is not None}
+
+    def _rows(
+        self, layer: DecoderLayer, branch: Branch, stream: Stream, call: CallState, choose: Choose
+    ) -> KeptRows | None:
+        if branch not in layer.skippable:
+            return None
+        return choose(layer, branch, stream.hidden, layer.normed(branch, stream.hidden), call)
+
+    def logits(self, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the head says at the end: ids [m, S] and logits [m, S, V], some windows at a time."""
+        leave = load_exit(self.checkpoint, self.options)
+        self._on_table(leave)
+        rows = self.ids.shape[1] * _HEAD_WINDOWS
+        for ids, hidden in zip(torch.split(self.ids, _HEAD_WINDOWS), torch.split(stream.hidden, rows), strict=True):
+            yield ids, leave(hidden, ids)
+
+    def _call_state(self, number: int, stream: Stream) -> CallState:
+        cos, sin, *masks = self._call
+        mask = masks[self._windows.index(self.checkpoint.config.windows[number])]
+        rule = self.options.rule
+        values = rule.values_of(number, stream.inputs, stream.entered) if rule else {}
+        return CallState(cos, sin, mask, values)

@@ -1,0 +1,353 @@
+"""The reference: what a model under a keep rule means, said with Hugging Face's own modules and masks.
+
+It computes every branch for every token and then leaves out what is skipped, so it is never fast. Parity
+compares the exported graphs with it; for that to mean something it shares no code with the traceable decoder
+(`decoder/`, `rules/*/traced.py`) beyond `ModelConfig` and the count of rank selection. The rules' masks are in
+`rules/*/reference.py`.
+Semantics: docs/design.md section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from gsx_exporter.checkpoint import Checkpoint, is_gate
+from gsx_exporter.config import BRANCHES, Branch, GateConfig, KvPolicy, ModelConfig
+from gsx_exporter.reference.parts import linear
+from gsx_exporter.reference.rule import (
+    BranchInput,
+    Decision,
+    KeepAll,
+    MaskCall,
+    Masker,
+    ReferenceRule,
+    T,
+    certain,
+)
+from gsx_plugins.errors import UsageError
+
+
+@dataclass
+class ReferenceOutput:
+    """What one call gave. B: batch, S: tokens of this call, T: past and these, H: hidden, V: vocabulary.
+
+    Args:
+        logits: [B, S, V].
+        states: L + 1 tensors [B, S, H]: the input of layer 0, then the output of every layer (the last one
+            before the final norm).
+        scores: [L][2] -> [B, S] float32, columns as `BRANCHES`; padding has -inf. None where nothing is judged.
+        keep: [L][2] -> [B, S] bool: who ran the branch. Padding is False.
+        margins: [L][2] -> [B, S] float64: how far each decision was from turning (`Decision`).
+        cache: keys and values of every layer, [B, kv heads, T, head_dim], RoPE applied.
+    """
+
+    logits: torch.Tensor
+    states: list[torch.Tensor]
+    scores: list[list[torch.Tensor | None]]
+    keep: list[list[torch.Tensor]]
+    margins: list[list[torch.Tensor]]
+    cache: DynamicCache
+
+
+@dataclass
+class _Call:
+    """The call in progress: its keep rule at work, and what the branches note down. Masks are [B, S].
+
+    Args: there: under the K/V policy `none`, [B, past] bool by layer: which tokens have K and V there.
+    """
+
+    masker: Masker
+    valid: torch.Tensor
+    decisions: list[list[Decision]]
+    there: dict[int, torch.Tensor] | None
+
+
+class Reference:
+    """A model with a keep rule applied by masks. Make one with `Reference.load`."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+        self.model = model
+        self.config: ModelConfig = checkpoint.config
+        self._gates: dict[tuple[int, Branch], nn.Linear] = {}
+        self._checkpoint = checkpoint
+        self._parts: dict[Callable[[Checkpoint], Any], Any] = {}
+        self._call: _Call | None = None
+        # Under the K/V policy `none`, which columns of a cache hold something, by layer.
+        self._there: WeakKeyDictionary[DynamicCache, dict[int, torch.Tensor]] = WeakKeyDictionary()
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Reference:
+        """Read the model. Weights are in dtype; gates in float32, as scores are."""
+        config = checkpoint.config
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(checkpoint.hf_config, attn_implementation="eager")
+        model.to_empty(device="cpu")
+        model = model.to(dtype)
+        _load_weights(model, checkpoint)
+        # Inverse frequencies are no weights: they are computed anew, and in float32.
+        model.model.rotary_emb = type(model.model.rotary_emb)(config=checkpoint.hf_config)
+        model.eval()
+        model.requires_grad_(False)
+        reference = cls(model, checkpoint)
+        reference._wrap_branches()
+        if config.gate is not None:
+            reference._add_gates(checkpoint, config.gate)
+        return reference
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: DynamicCache | None = None,
+        rule: ReferenceRule | None = None,
+        kv_policy: KvPolicy = "compute",
+    ) -> ReferenceOutput:
+        """Run the model on S tokens a row.
+
+        Args:
+            input_ids: [B, S].
+            attention_mask: [B, past + S], 0 for padding; None where there is none.
+            position_ids: [B, S]; None counts the valid tokens, as generation does with padding on the left.
+            cache: of the earlier call with the same policy; it is extended in place.
+            rule: None keeps all.
+        """
+        B, S = input_ids.shape
+        cache = cache if cache is not None else DynamicCache()
+        past = cache.get_seq_length()
+        if attention_mask is None:
+            attention_mask = torch.ones(B, past + S, dtype=torch.int64)
+        if attention_mask.shape != (B, past + S):
+            raise UsageError(
+                "reference: attention_mask has the wrong shape",
+                expected=f"[{B}, {past} past + {S}]",
+                found=str(list(attention_mask.shape)),
+            )
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
+        valid = attention_mask[:, past:].bool()
+        ended = torch.isin(input_ids, torch.tensor(self.config.eos_ids, dtype=input_ids.dtype)) & valid
+        layers = self.config.num_layers
+        tokens = MaskCall(input_ids, valid, ended, position_ids, layers, self._logits_of, self._part)
+        everyone = Decision(valid, None, certain(valid))
+        self._call = call = _Call(
+            masker=(rule or KeepAll()).start(tokens),
+            valid=valid,
+            decisions=[[everyone, everyone] for _ in range(self.config.num_layers)],
+            there=self._there.setdefault(cache, {}) if kv_policy == "none" else None,
+        )
+        states: list[torch.Tensor] = []
+        hooks = [self.model.model.layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
+        hooks += [layer.register_forward_hook(_note_output(states)) for layer in self.model.model.layers]
+        through = cache if kv_policy == "compute" else _SkippingCache(cache, call, copies=kv_policy == "copy")
+        try:
+            logits = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=through,
+                use_cache=True,
+            ).logits
+        finally:
+            self._call = None
+            for hook in hooks:
+                hook.remove()
+        return ReferenceOutput(
+            logits=logits,
+            states=states,
+            scores=[[one.score for one in row] for row in call.decisions],
+            keep=[[one.keep for one in row] for row in call.decisions],
+            margins=[[one.margin for one in row] for row in call.decisions],
+            cache=cache,
+        )
+
+    @torch.no_grad()
+    def exit_logits(self, output: ReferenceOutput, depth: int) -> torch.Tensor:
+        """Logits [B, S, V] after the first `depth` layers: the final norm and the head on that state."""
+        return self._logits_of(output.states[depth])
+
+    def _logits_of(self, state: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model.lm_head(self.model.model.norm(state))
+        return logits
+
+    def greedy(
+        self,
+        prompt_ids: torch.Tensor,
+        max_new_tokens: int,
+        *,
+        rule: ReferenceRule | None = None,
+        kv_policy: KvPolicy = "compute",
+        attention_mask: torch.Tensor | None = None,
+        stop_at_end: bool = True,
+    ) -> torch.Tensor:
+        """The most likely continuation of each row, with a cache.
+
+        Args: prompt_ids [B, S]; attention_mask [B, S] where rows are padded on the left.
+        Returns: [B, N], N <= max_new_tokens: shorter when every row has ended. A row that ended repeats its
+            end-of-text token. Of equal logits the lowest id wins.
+        """
+        B = len(prompt_ids)
+        mask = torch.ones_like(prompt_ids) if attention_mask is None else attention_mask
+        ends = torch.tensor(self.config.eos_ids, dtype=prompt_ids.dtype)
+        cache = DynamicCache()
+        ids = prompt_ids
+        made: list[torch.Tensor] = []
+        done = torch.zeros(B, dtype=torch.bool)
+        for _ in range(max_new_tokens):
+            output = self(ids, mask, cache=cache, rule=rule, kv_policy=kv_policy)
+            token = output.logits[:, -1].argmax(-1)
+            if stop_at_end and made:
+                token = torch.where(done, made[-1], token)
+            made.append(token)
+            done |= torch.isin(token, ends)
+            if stop_at_end and bool(done.all()):
+                break
+            ids = token[:, None]
+            mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
+        return torch.stack(made, dim=1) if made else prompt_ids[:, :0]
+
+    def _wrap_branches(self) -> None:
+        for i, layer in enumerate(self.model.model.layers):
+            layer.self_attn = _Branch(self, layer.self_attn, layer.input_layernorm, i, "attn")
+            layer.mlp = _Branch(self, layer.mlp, layer.post_attention_layernorm, i, "mlp")
+
+    def _add_gates(self, checkpoint: Checkpoint, gate: GateConfig) -> None:
+        for i in range(self.config.num_layers):
+            for branch in gate.branches:
+                self._gates[i, branch] = linear(checkpoint, f"model.layers.{i}.{branch}_gate")
+
+    def gate(self, layer: int, branch: Branch, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor | None:
+        """The checkpoint's gate on all tokens, [B, S, H or 1] float32; None where the branch has none."""
+        linear = self._gates.get((layer, branch))
+        if linear is None:
+            return None
+        assert self.config.gate is not None
+        x = residual if self.config.gate.input == "pre_norm" else normed
+        return torch.sigmoid(linear(x.float()))
+
+    def decide(self, x: BranchInput) -> Decision:
+        """Decide, and record the decision."""
+        call = self._current()
+        decision = call.masker.decide(x)
+        call.decisions[x.layer][BRANCHES.index(x.branch)] = decision
+        return decision
+
+    def added(self, x: BranchInput, decision: Decision, output: torch.Tensor) -> torch.Tensor:
+        """What a branch adds to the residual stream."""
+        return self._current().masker.added(x, decision, output)
+
+    def seen(self, layer: int, decision: Decision, mask: torch.Tensor) -> torch.Tensor:
+        """A layer's attention mask [B, 1, S, T], float: under the K/V policy `none`, nobody sees a skipped token."""
+        there = self._current().there
+        if there is None:
+            return mask
+        past = there.get(layer, decision.keep[:, :0])
+        there[layer] = torch.cat((past, decision.keep), dim=1)
+        return mask.masked_fill(~there[layer][:, None, None, :], torch.finfo(mask.dtype).min)
+
+    def after(self, x: BranchInput, result: torch.Tensor, decision: Decision) -> None:
+        """Show the rule what came out."""
+        self._current().masker.after(x, result, decision)
+
+    def _part(self, load: Callable[[Checkpoint], T]) -> T:
+        """See `Parts`."""
+        if load not in self._parts:
+            self._parts[load] = load(self._checkpoint)
+        part: T = self._parts[load]
+        return part
+
+    def valid(self) -> torch.Tensor:
+        """Which tokens of the call are not padding, [B, S] bool."""
+        return self._current().valid
+
+    def _current(self) -> _Call:
+        assert self._call is not None, "a branch ran outside a call of the reference"
+        return self._call
+
+
+class _Branch(nn.Module):
+    """A branch of a decoder layer, in its place: its gate multiplies its output, and skipped tokens get 0."""
+
+    def __init__(self, reference: Reference, branch: nn.Module, norm: nn.Module, layer: int, name: Branch) -> None:
+        super().__init__()
+        self.branch = branch
+        self._reference = (reference,)  # in a tuple, so that it is no submodule
+        self._layer, self._name = layer, name
+        self._residual: torch.Tensor | None = None
+        # What a branch reads before its norm is the norm's input.
+        norm.register_forward_pre_hook(self._note_residual)
+
+    def _note_residual(self, _norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        self._residual = args[0]
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
+        reference, residual = self._reference[0], self._residual
+        assert residual is not None
+        g = reference.gate(self._layer, self._name, residual, hidden_states)
+        score = None if g is None else g.mean(-1).masked_fill(~reference.valid(), float("-inf"))
+        x = BranchInput(self._layer, self._name, residual, hidden_states, score)
+        # The decision comes first: a cache that leaves K and V out reads it inside the branch.
+        decision = reference.decide(x)
+        if self._name == "attn":
+            kwargs["attention_mask"] = reference.seen(self._layer, decision, kwargs["attention_mask"])
+        output = self.branch(hidden_states, **kwargs)
+        first = output[0] if isinstance(output, tuple) else output
+        gated = first if g is None else g.to(first.dtype) * first
+        added = reference.added(x, decision, gated)
+        reference.after(x, residual + added, decision)
+        return (added, *output[1:]) if isinstance(output, tuple) else added
+
+
+class _SkippingCache(DynamicCache):
+    """K/V policies `copy` and `none`: where attention is skipped, K and V are those of the layer below (layer 0
+    computes), or zeros.
+
+    It shares the layers of the caller's cache, which so receives what is blended here.
+    """
+
+    def __init__(self, target: DynamicCache, call: _Call, *, copies: bool) -> None:
+        super().__init__()
+        self.layers = target.layers
+        self._call, self._copies = call, copies
+        self._below: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._copies:
+            self._below = (torch.zeros_like(key_states), torch.zeros_like(value_states))
+        if self._below is not None:
+            keep = self._call.decisions[layer_idx][BRANCHES.index("attn")].keep | ~self._call.valid
+            key_states = torch.where(keep[:, None, :, None], key_states, self._below[0])
+            value_states = torch.where(keep[:, None, :, None], value_states, self._below[1])
+        if self._copies:
+            self._below = (key_states, value_states)
+        updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx)
+        return updated
+
+
+def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.Tensor], None]:
+    def note(_layer: nn.Module, _args: Any, output: torch.Tensor) -> None:
+        states.append(output)
+
+    return note
+
+
+def _load_weights(model: Any, checkpoint: Checkpoint) -> None:
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name == "lm_head.weight" and checkpoint.config.tied_head:
+                continue
+            parameter.copy_(checkpoint.tensor(name))
+    if checkpoint.config.tied_head:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    assert not any(is_gate(name) for name in parameters)

@@ -1,0 +1,15 @@
+"""Parts of a checkpoint that the reference reads beside Hugging Face's own model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from gsx_exporter.checkpoint import Checkpoint
+
+
+def linear(checkpoint: Checkpoint, name: str) -> nn.Linear:
+    """A linear layer with a bias, in float32."""
+    weight, bias = (checkpoint.tensor(f"{name}.{part}").float() for part in ("weight", "bias"))
+    linear = nn.Linear(weight.shape[1], weight.shape[0])
+    linear.weight, linear.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, bias))
+    return linear

@@ -1,0 +1,198 @@
+"""Thresholds for a grid of budgets, in one walk through the model.
+
+Skipping changes what later layers see, and so their scores. The calibration therefore goes layer by layer: a
+branch's threshold is the (1 - budget) quantile of the scores of the states that the branches before it,
+already skipping, have produced. Equal scores (the first branch knows a token by its id alone, and texts
+repeat tokens) can make a share impossible to meet at one branch; what it misses is made up for by the branches after
+it, so that the share kept over all branches meets the budget. It is counted, not assumed. Rule: docs/design.md,
+section 3, GateSkip `threshold`.
+
+One layer's weights are in memory at a time; every budget has its own states, and all go through a layer
+together.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.config import BRANCHES, Branch
+from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows
+from gsx_exporter.decoder.rule import judged_branches
+from gsx_exporter.decoder.walk import Stream, Walk
+from gsx_plugins.progress import OnProgress, Progress, silent
+
+# Scores nearer than this may be one score, rounded differently: they are kept or skipped together.
+TIE = 4e-6
+# How far from the share a threshold may move for the sake of a wider gap (the budget allows 0.01).
+NEAR_SHARE = 0.002
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """One budget's thresholds and what they keep.
+
+    Args:
+        budget: the share asked for.
+        thresholds: [L, 2] float32 (attn, mlp); -inf where everything is kept, also at a branch without gate.
+        kept: [L, 2] float64, the share of valid tokens kept on the calibration text; 1 without gate.
+        kept_share: mean of `kept` over the gated branches.
+    """
+
+    budget: float
+    thresholds: np.ndarray
+    kept: np.ndarray
+    kept_share: float
+
+
+@dataclass
+class _Run:
+    """The states of one budget, or of one constant threshold, on their way through the layers."""
+
+    stream: Stream
+    thresholds: np.ndarray
+    kept: np.ndarray
+    budget: float = 1.0
+    constant: float | None = None
+    owed: float = 0.0
+    """Share that the branches so far have kept too little, summed over them."""
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    budgets: Sequence[float],
+    options: DecoderOptions,
+    on_progress: OnProgress = silent,
+) -> list[GridPoint]:
+    """Thresholds for each budget.
+
+    Args:
+        ids: [M, S] int64, calibration text.
+        budgets: shares in (0, 1].
+        options: a rule with scores, and K/V policy; the type of the computation is float32.
+    Returns: one point a budget, in their order.
+    """
+    walk = _Thresholds(checkpoint, ids, options)
+    runs = [walk.run(budget=budget) for budget in budgets]
+    walk.through(runs, "calibrating", on_progress)
+    return [walk.point(run, run.budget) for run in runs]
+
+
+def at_constant(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    threshold: float,
+    options: DecoderOptions,
+    on_progress: OnProgress = silent,
+) -> GridPoint:
+    """What one threshold keeps everywhere, as a method was trained with it: its budget is the share kept on the text.
+
+    Args: as for `calibrate`; threshold: in the unit of the score.
+    """
+    walk = _Thresholds(checkpoint, ids, options)
+    run = walk.run(constant=threshold)
+    walk.through([run], "counting what is kept", on_progress)
+    point = walk.point(run, 1.0)
+    return replace(point, budget=point.kept_share)
+
+
+class _Thresholds:
+    """A text on its way through the layers, once for each run, and the thresholds that are found on the way."""
+
+    def __init__(self, checkpoint: Checkpoint, ids: np.ndarray, options: DecoderOptions) -> None:
+        rule = options.rule
+        assert rule is not None, "calibration is for rules with scores"
+        layers = range(checkpoint.config.num_layers) if rule.layers is None else rule.layers
+        self._places = [(layer, branch) for layer in layers for branch in BRANCHES if branch in rule.branches]
+        self._rule = rule
+        with torch.inference_mode():
+            self._walk = Walk(checkpoint, ids, options)
+
+    def run(self, budget: float = 1.0, constant: float | None = None) -> _Run:
+        """A run at the first layer."""
+        shape = (self._walk.checkpoint.config.num_layers, 2)
+        with torch.inference_mode():
+            # The thresholds are what is looked for: the rule's own are never compared with.
+            stream = self._walk.stream({"thresholds": np.zeros(shape, np.float32)})
+        return _Run(stream, np.full(shape, -np.inf, np.float32), np.ones(shape), budget, constant)
+
+    def through(self, runs: Sequence[_Run], stage: str, on_progress: OnProgress) -> None:
+        """Take runs through all layers, one layer's weights in memory at a time."""
+        layers = self._walk.checkpoint.config.num_layers
+        with torch.inference_mode():
+            for number, layer in self._walk.layers():
+                for run in runs:
+                    self._walk.through(number, layer, run.stream, functools.partial(self._choose, number, run))
+                on_progress(Progress(stage, number + 1, layers))
+
+    def point(self, run: _Run, budget: float) -> GridPoint:
+        """What a run found."""
+        kept = [run.kept[layer, BRANCHES.index(branch)] for layer, branch in self._places]
+        return GridPoint(budget, run.thresholds, run.kept, float(np.mean(kept)))
+
+    def _choose(
+        self,
+        number: int,
+        run: _Run,
+        layer: DecoderLayer,
+        branch: Branch,
+        hidden: Tensor,
+        normed: Tensor,
+        call: CallState,
+    ) -> KeptRows:
+        """The rows that a branch keeps, by the threshold found for it."""
+        x = layer.branch_input(branch, hidden, normed)
+        found = self._rule.score(x, call.values)
+        scores = found.score[~call.values["forced"]].numpy()
+        place = (number, BRANCHES.index(branch))
+        if branch in judged_branches(self._rule):
+            left = len(self._places) - self._places.index((number, branch))
+            run.thresholds[place] = self._threshold(scores, run, left)
+        else:  # it does as the branch before it
+            run.thresholds[place] = run.thresholds[number, 0]
+        tau = float(run.thresholds[place])
+        run.kept[place] = float((scores > tau).mean())
+        run.owed += run.budget - run.kept[place]
+        return layer.kept_by(replace(found, bound=torch.tensor(tau)), x, call)
+
+    @staticmethod
+    def _threshold(scores: np.ndarray, run: _Run, left: int) -> float:
+        if run.constant is not None:
+            return run.constant
+        return float(threshold_for(scores, run.budget + run.owed / left)) if run.budget < 1.0 else -math.inf
+
+
+def threshold_for(scores: np.ndarray, share: float) -> np.float32:
+    """The threshold that keeps a share of the scores: their (1 - share) quantile, away from any score.
+
+    A threshold on a score would leave that token's choice to rounding, and with it the choice of every token
+    with the same id at the first branch. So the threshold stands in the middle of the widest gap near the
+    quantile; where that falls among equal scores, all of them are kept or none, whichever is closer to the
+    share.
+
+    Args: scores [n] float32; share: wanted share of scores above the threshold.
+    """
+    ordered = np.sort(scores.astype(np.float64))
+    n = len(ordered)
+    # gaps[k] is the room for a threshold that skips k scores.
+    gaps = np.diff(ordered, prepend=-np.inf, append=np.inf)
+    wanted = (1.0 - min(max(share, 0.0), 1.0)) * n
+    distance = np.abs(np.arange(n + 1) - wanted)
+    near = np.flatnonzero(distance <= max(NEAR_SHARE * n, distance.min()))
+    cut = near[gaps[near].argmax()]
+    if gaps[cut] < TIE:
+        clear = np.flatnonzero(gaps >= TIE)
+        cut = clear[distance[clear].argmin()]
+    if cut == 0:
+        return np.float32(ordered[0] - TIE)
+    if cut == n:
+        return np.float32(ordered[-1] + TIE)
+    return np.float32((ordered[cut - 1] + ordered[cut]) / 2)

@@ -1,0 +1,1 @@
+"""CALM: a token leaves at the first exit where the model is confident enough."""

@@ -1,0 +1,107 @@
+"""The exit threshold of policy `calm`, with a guarantee: how far leaving early moves the model, prompt by prompt.
+
+The traced decoder runs the calibration text in full and once at each threshold of a fixed grid, from the most careful
+on, until the guarantee fails (`risk_control.py`). A prompt's risk is taken on the text itself: every token is given,
+and what is compared is the model's next token, or its loss, there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gsx_engines.bundle.confidence import Measure
+from gsx_engines.bundle.controls import Controls
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.decoder.walk import Walk
+from gsx_exporter.evaluation import losses
+from gsx_exporter.rules.calm.risk_control import (
+    Guarantee,
+    Outcome,
+    Risk,
+    agreement_risk,
+    fixed_sequence_test,
+    loss_risk,
+)
+from gsx_plugins.progress import OnProgress, Progress, silent
+
+STAGE = "calibrating exits"
+# Tokens of a prompt. Short ones are many: the guarantee counts prompts.
+PROMPT_TOKENS = 64
+# Thresholds that are tried, from the most careful on. Saturated states are close to each other.
+GRIDS: dict[Measure, tuple[float, ...]] = {
+    "softmax": (0.99, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0),
+    # Trained on as many tokens that may leave as that may not, however rare the latter are: most chances are high.
+    "classifier": (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.925, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.0),
+    "state": (0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.9, 0.8, 0.7, 0.5, 0.0, -1.0),
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """The walk, and the share of (token, branch) pairs that ran at each threshold of it."""
+
+    outcome: Outcome
+    kept: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What one pass gave: most likely next tokens [n, S] int64, losses [n, S - 1], and the share that ran."""
+
+    choices: np.ndarray
+    nats: np.ndarray
+    kept: float
+
+
+def calibrate_exits(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    options: DecoderOptions,
+    guarantee: Guarantee,
+    risk: Risk,
+    grid: tuple[float, ...],
+    on_progress: OnProgress = silent,
+) -> Found:
+    """Walk the exit thresholds of a grid under a guarantee.
+
+    Args:
+        ids: [n, S] int64, prompts.
+        options: with a rule that reads `exit_threshold`.
+        grid: from the most careful to the boldest.
+    Raises:
+        UsageError: too few prompts.
+    """
+    walk = Walk(checkpoint, ids, options)
+    layers = [layer for _, layer in walk.layers()]
+
+    def read(threshold: float) -> _Read:
+        until = np.zeros(1, np.int64)
+        controls: Controls = {"exit_threshold": np.array(threshold, np.float32), "full_until": until}
+        with torch.inference_mode():
+            stream, kept = walk.stream(controls), []
+            for number, layer in enumerate(layers):
+                kept += [float(ran.float().mean()) for ran in walk.through(number, layer, stream).values()]
+            choices, nats = [], []
+            for some, logits in walk.logits(stream):
+                choices.append(logits.argmax(dim=-1).numpy())
+                nats.append(losses(logits.numpy(), some.numpy()))
+        return _Read(np.concatenate(choices), np.concatenate(nats), float(np.mean(kept)))
+
+    on_progress(Progress(STAGE, 0, len(grid) + 1))
+    full = read(float("inf"))
+    shares: list[float] = []
+
+    def risks_at(threshold: float) -> np.ndarray:
+        on_progress(Progress(STAGE, 1 + len(shares), len(grid) + 1))
+        found = read(threshold)
+        shares.append(found.kept)
+        if risk == "agreement":
+            return agreement_risk(found.choices, full.choices)
+        return loss_risk(found.nats, full.nats)
+
+    outcome = fixed_sequence_test(grid, risks_at, len(ids), guarantee)
+    return Found(outcome, tuple(shares))

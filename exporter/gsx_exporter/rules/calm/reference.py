@@ -1,0 +1,96 @@
+"""CALM: a token leaves at the first exit where the model is confident enough (docs/methods.md section 9)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from gsx_engines.bundle.confidence import Measure
+from gsx_exporter.checkpoint import EXIT_CLASSIFIER, Checkpoint
+from gsx_exporter.reference.parts import linear
+from gsx_exporter.reference.rule import BranchInput, Decision, KeepsOrDrops, MaskCall, Masker, certain
+
+
+@dataclass(frozen=True)
+class Confident:
+    """Leave behind an exit layer once the confidence there is at least the token's threshold.
+
+    Args:
+        exits: depths, ascending.
+        measure: `softmax`, `state` or `classifier`.
+        threshold: lambda; infinity lets nothing leave.
+        full_until: [B or 1] int64: tokens at a position below it never leave, and token number 0 is the one there.
+        decay: tau of 0.9 lambda + 0.1 lambda exp(-tau t / N), t the token's number; 0: no decay.
+        decay_tokens: N.
+    """
+
+    exits: tuple[int, ...]
+    measure: Measure
+    threshold: float
+    full_until: np.ndarray
+    decay: float
+    decay_tokens: int
+
+    def start(self, call: MaskCall) -> Masker:
+        """See `ReferenceRule`."""
+        number = (call.positions - torch.from_numpy(self.full_until)[:, None]).double()
+        share = torch.ones_like(number)
+        if self.decay:
+            share = 0.9 + 0.1 * torch.exp(-self.decay * number.clamp(min=0) / self.decay_tokens)
+        threshold = torch.where(number < 0, torch.inf, self.threshold * share)
+        return _Leaving(self, call, threshold)
+
+
+@dataclass
+class _Leaving(KeepsOrDrops):
+    rule: Confident
+    call: MaskCall
+    threshold: torch.Tensor
+    # Of each token, what it had at the last exit that asked it: lower than any measure before the first.
+    confidence: torch.Tensor = field(init=False)
+    _entering: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.confidence = torch.full(self.threshold.shape, -2.0, dtype=torch.float64)
+
+    def decide(self, x: BranchInput) -> Decision:
+        """See `Masker`."""
+        if x.branch == "attn":
+            self._entering = x.residual
+        lacking = self.threshold - self.confidence
+        keep = (lacking > 0) & self.call.valid
+        if bool((self.confidence == -2.0).all()):
+            return Decision(keep, self._score(lacking), certain(keep))
+        margin = lacking.abs().masked_fill(~self.call.valid, torch.inf)
+        return Decision(keep, self._score(lacking), margin)
+
+    def after(self, x: BranchInput, result: torch.Tensor, decision: Decision) -> None:
+        """Ask at an exit, behind its layer."""
+        depth = x.layer + 1
+        asks = self.rule.exits[1:] if self.rule.measure == "state" else self.rule.exits
+        if x.branch == "mlp" and depth in asks:
+            running = (self.confidence < self.threshold) & self.call.valid
+            self.confidence = torch.where(running, self._measured(depth, result), self.confidence)
+
+    def _measured(self, depth: int, state: torch.Tensor) -> torch.Tensor:
+        if self.rule.measure == "classifier":
+            return self.call.parts(load_classifiers)[depth](state.float())[..., 0].sigmoid().double()
+        if self.rule.measure == "state":
+            assert self._entering is not None
+            return torch.nn.functional.cosine_similarity(state, self._entering, dim=-1).double()
+        best = self.call.logits_of(state).float().softmax(-1).sort(dim=-1, descending=True).values
+        return (best[..., 0] - best[..., 1]).double()
+
+    def _score(self, lacking: torch.Tensor) -> torch.Tensor:
+        return lacking.float().masked_fill(~self.call.valid, float("-inf"))
+
+
+def load_classifiers(checkpoint: Checkpoint) -> dict[int, nn.Linear]:
+    """The checkpoint's exit classifiers by depth: states [B, S, H] float32 -> logits [B, S, 1]."""
+    return {
+        depth: linear(checkpoint, f"model.layers.{depth - 1}.{EXIT_CLASSIFIER}")
+        for depth in checkpoint.config.exit_classifiers
+    }

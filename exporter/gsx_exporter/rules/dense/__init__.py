@@ -1,0 +1,1 @@
+"""No rule: every token runs every branch."""

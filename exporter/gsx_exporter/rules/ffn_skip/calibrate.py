@@ -1,0 +1,240 @@
+"""FFN-SkipLLM's parameters from a text: how much each FFN changes a token's state, and what follows from it.
+
+The paper gives no numbers for its cold regions, threshold and stride, so they are found here (docs/policies.md):
+
+1. the text goes through the model in full, and every FFN's change, 1 - cosine of the residual stream before and after,
+   is noted for every token;
+2. for each stride the region that may skip is the stretch of layers that changes states least, long enough for the
+   share that is wanted and half as long again; never the first or the last layer. Of the strides the one with the least
+   loss on the text is taken;
+3. one threshold holds in the whole region. Skipping changes later states, so thresholds are tried on the text, and
+   those for a grid of shares lie between them; what each keeps is counted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gsx_engines.bundle.controls import Controls
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.decoder.walk import Stream, Walk
+from gsx_exporter.rules.calibration import GridPoint
+from gsx_exporter.rules.ffn_skip.traced import FfnSkip
+from gsx_plugins.errors import UsageError
+from gsx_plugins.progress import OnProgress, Progress, silent
+
+STRIDES = (1, 2, 3)
+# Longer than a region must be at least, so that the threshold has something to choose.
+ROOM = 1.5
+# Thresholds that are tried between keeping all and skipping all that the stride allows.
+_TRIED = 6
+# No FFN changes a state by less than nothing: below it, everything runs, and is still looked at.
+_NEVER = np.float32(-1.0)
+
+
+@dataclass(frozen=True)
+class Region:
+    """Layers whose FFNs may be skipped, from `first` to `last`, and how many follow one probe."""
+
+    first: int
+    last: int
+    stride: int
+
+    def thresholds(self, layers: int, change: float) -> np.ndarray:
+        """The rule's thresholds [L, 2] float32 for one largest change."""
+        table = np.full((layers, 2), -np.inf, np.float32)
+        # The last layer of the region skips on others' account; none skips on its own.
+        table[self.first : self.last + 1, 1] = change
+        return table
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What was found.
+
+    Args:
+        region: layers and stride.
+        similarity: [L] float64, mean cosine before and after each FFN, nothing being skipped.
+        points: thresholds and what they keep, budgets falling from 1.
+    """
+
+    region: Region
+    similarity: np.ndarray
+    points: Sequence[GridPoint]
+
+
+def calibrate_ffn(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    budgets: Sequence[float],
+    wanted: float,
+    *,
+    stride: int | None = None,
+    skipping: tuple[int, int] | None = None,
+    on_progress: OnProgress = silent,
+) -> Calibrated:
+    """Find region, stride and thresholds.
+
+    Args:
+        ids: [M, S] int64, calibration text.
+        budgets: shares of all FFNs to keep, that thresholds are wanted for; those that cannot be reached are left out.
+        wanted: the one that must be reached.
+        stride, skipping: where they are given: layers that one probe skips; first and last layer that may skip.
+    Raises:
+        UsageError: the region is too short for the share that is wanted.
+    """
+    layers = checkpoint.config.num_layers
+    change = _changes(checkpoint, ids, on_progress)
+    regions = [
+        Region(*skipping, k) if skipping else _quietest(change, k, wanted) for k in ((stride,) if stride else STRIDES)
+    ]
+    possible = [one for one in regions if _least(one, layers) <= wanted]
+    if not possible:
+        least = min(_least(one, layers) for one in regions)
+        raise UsageError(
+            f"FFN-SkipLLM cannot keep so little: budget {wanted:g}",
+            expected=f"{math.ceil(least * 1000) / 1000:g} or more with this stride and these layers",
+            found=f"{wanted:g}",
+            todo="--policy ffn-skip:stride=K,layers=FIRST-LAST with a larger stride or more layers",
+        )
+    trials = []
+    for number, region in enumerate(possible):
+        on_progress(Progress("trying strides", number, len(possible)))
+        table = region.thresholds(layers, _simulated(change, region, wanted))
+        trials.append(_run(checkpoint, ids, region, [table], losses=True)[0][1] if len(possible) > 1 else 0.0)
+    region = possible[int(np.argmin(trials))]
+    on_progress(Progress("calibrating", 0, 2))
+    points = _points(checkpoint, ids, region, change, sorted({*budgets, wanted, 1.0}, reverse=True), on_progress)
+    return Calibrated(region, 1 - change.mean(axis=1), points)
+
+
+def at_threshold(
+    checkpoint: Checkpoint, ids: np.ndarray, region: Region, cosine: float, on_progress: OnProgress = silent
+) -> Calibrated:
+    """The same for a threshold that is given: its share is counted."""
+    layers = checkpoint.config.num_layers
+    change = _changes(checkpoint, ids, on_progress)
+    table = region.thresholds(layers, 1 - cosine)
+    kept = _run(checkpoint, ids, region, [table])[0][0]
+    share = float(kept[:, 1].mean())
+    everything = GridPoint(1.0, np.full((layers, 2), -np.inf, np.float32), np.ones((layers, 2)), 1.0)
+    points = [everything] if share >= 1 else [everything, GridPoint(share, table, kept, share)]
+    return Calibrated(region, 1 - change.mean(axis=1), points)
+
+
+def _points(
+    checkpoint: Checkpoint,
+    ids: np.ndarray,
+    region: Region,
+    change: np.ndarray,
+    budgets: Sequence[float],
+    on_progress: OnProgress,
+) -> list[GridPoint]:
+    layers = len(change)
+    inside = change[region.first : region.last + 1]
+    tried = [float(np.quantile(inside, q)) for q in np.linspace(0.05, 1.0, _TRIED)]
+    found = _run(checkpoint, ids, region, [region.thresholds(layers, t) for t in tried])
+    on_progress(Progress("calibrating", 1, 2))
+    shares = [float(kept[:, 1].mean()) for kept, _ in found]
+    # Shares fall as thresholds rise; where one does not, what lies between stays the same.
+    falling = np.minimum.accumulate([1.0, *shares])
+    changes = np.array([0.0, *tried])
+    reachable = [b for b in budgets if b == 1.0 or falling[-1] <= b]
+    tables = [
+        np.full((layers, 2), -np.inf, np.float32)
+        if budget == 1.0
+        else region.thresholds(layers, float(np.interp(-budget, -falling, changes)))
+        for budget in reachable
+    ]
+    counted = _run(checkpoint, ids, region, tables)
+    return [
+        GridPoint(budget, table, kept, float(kept[:, 1].mean()))
+        for budget, table, (kept, _) in zip(reachable, tables, counted, strict=True)
+    ]
+
+
+def _changes(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress) -> np.ndarray:
+    """1 - cosine across every FFN, nothing being skipped: [L, N] float64."""
+    layers = checkpoint.config.num_layers
+    table = np.full((layers, 2), _NEVER, np.float32)
+    found = []
+    with torch.inference_mode():
+        walk = Walk(checkpoint, ids, DecoderOptions(FfnSkip(1)))
+        stream = walk.stream(_controls(table))
+        for number, layer in walk.layers():
+            walk.through(number, layer, stream)
+            found.append(stream.entered["verdict"].squeeze(1).double().numpy() + float(_NEVER))
+            on_progress(Progress("comparing states", number + 1, layers))
+    return np.stack(found)
+
+
+def _run(
+    checkpoint: Checkpoint, ids: np.ndarray, region: Region, tables: Sequence[np.ndarray], *, losses: bool = False
+) -> list[tuple[np.ndarray, float]]:
+    """What each table of thresholds keeps, [L, 2] float64, and the mean loss of the text (0 if not asked for)."""
+    with torch.inference_mode():
+        walk = Walk(checkpoint, ids, DecoderOptions(FfnSkip(region.stride)))
+        streams = [walk.stream(_controls(table)) for table in tables]
+        kept = [np.ones((len(table), 2)) for table in tables]
+        for number, layer in walk.layers():
+            for stream, shares in zip(streams, kept, strict=True):
+                shares[number, 1] = float(walk.through(number, layer, stream)["mlp"].double().mean())
+        return [(shares, _loss(walk, stream) if losses else 0.0) for stream, shares in zip(streams, kept, strict=True)]
+
+
+def _loss(walk: Walk, stream: Stream) -> float:
+    nats, tokens = 0.0, 0
+    for ids, logits in walk.logits(stream):
+        nats += float(F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+        tokens += ids[:, 1:].numel()
+    return nats / tokens
+
+
+def _quietest(change: np.ndarray, stride: int, wanted: float) -> Region:
+    """The stretch of layers, long enough for a share, across which states change least."""
+    layers = len(change)
+    needed = (1 - wanted) * layers * (stride + 1) / stride
+    length = min(max(math.ceil(ROOM * needed), stride + 1), layers - 2)
+    means = change.mean(axis=1)
+    first = min(range(1, layers - length), key=lambda at: means[at : at + length].sum(), default=1)
+    return Region(first, first + length - 1, stride)
+
+
+def _least(region: Region, layers: int) -> float:
+    """The smallest share that a region can keep: every probe skips its stride."""
+    length = region.last - region.first + 1
+    whole, rest = divmod(length, region.stride + 1)
+    return 1 - (whole * region.stride + max(rest - 1, 0)) / layers
+
+
+def _simulated(change: np.ndarray, region: Region, wanted: float) -> float:
+    """The threshold that would keep a share if skipping changed nothing else: by bisection."""
+    low, high = 0.0, float(change[region.first : region.last + 1].max())
+    for _ in range(40):
+        middle = (low + high) / 2
+        if _share(change, region, middle) > wanted:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _share(change: np.ndarray, region: Region, threshold: float) -> float:
+    left = np.zeros(change.shape[1], np.int64)
+    skipped = 0
+    for layer in range(region.first, region.last + 1):
+        skip = left > 0
+        skipped += int(skip.sum())
+        left = np.where(skip, left - 1, np.where(change[layer] <= threshold, region.stride, 0))
+    return 1 - skipped / change.size
+
+
+def _controls(table: np.ndarray) -> Controls:
+    return {"thresholds": table, "full_until": np.zeros(1, np.int64)}

@@ -1,0 +1,71 @@
+"""FFN-SkipLLM, token by token as the method says it (docs/methods.md section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gsx_exporter.config import BRANCHES
+from gsx_exporter.reference.rule import BranchInput, Decision, KeepsOrDrops, MaskCall, Masker, certain
+from gsx_exporter.reference.thresholds import check_thresholds
+
+
+@dataclass(frozen=True)
+class FfnStride:
+    """The FFNs of the next layers are skipped behind one across which a state hardly changed.
+
+    Args:
+        thresholds: [L, 2] float32; the MLP's column: the largest change, 1 - cosine, that counts as hardly any; minus
+            infinity for cold layers.
+        stride: layers that are skipped then.
+        full_until: [B or 1] int64: tokens at a position below it run every FFN.
+    """
+
+    thresholds: np.ndarray
+    stride: int
+    full_until: np.ndarray
+
+    def __post_init__(self) -> None:
+        check_thresholds(self.thresholds)
+
+    def start(self, call: MaskCall) -> Masker:
+        """See `ReferenceRule`."""
+        full = call.positions < torch.from_numpy(self.full_until)[:, None]
+        return _Striding(torch.from_numpy(self.thresholds[:, 1]), self.stride, full, call)
+
+
+class _Striding(KeepsOrDrops):
+    def __init__(self, thresholds: torch.Tensor, stride: int, full: torch.Tensor, call: MaskCall) -> None:
+        self._thresholds, self._stride, self._full, self._call = thresholds, stride, full, call
+        # Layers that each token is still to skip, and by how much its last probe decided.
+        self._skips = torch.zeros(call.valid.shape, dtype=torch.int64)
+        self._excess = certain(call.valid)
+        self._fresh = torch.zeros_like(call.valid)
+
+    def decide(self, x: BranchInput) -> Decision:
+        """See `Masker`."""
+        valid = self._call.valid
+        if BRANCHES[1] != x.branch:
+            return Decision(valid, None, certain(valid))
+        if torch.isneginf(self._thresholds[x.layer]):
+            return Decision(valid, None, certain(valid))
+        skip = (self._skips > 0) & ~self._full
+        decided = (skip | self._fresh) & ~self._full & valid
+        margin = torch.where(decided, self._excess.abs(), certain(valid))
+        score = torch.where(decided, self._excess, certain(valid)).float()
+        return Decision(valid & ~skip, score, margin)
+
+    def after(self, x: BranchInput, result: torch.Tensor, decision: Decision) -> None:
+        """A token that ran its FFN is looked at; one that skipped has one layer less to skip."""
+        if BRANCHES[1] != x.branch:
+            return
+        before, now = x.residual.double(), result.double()
+        cosine = (before * now).sum(-1) / (before.norm(dim=-1) * now.norm(dim=-1))
+        excess = 1 - cosine - float(self._thresholds[x.layer])
+        probed = decision.keep
+        skips = torch.where(excess <= 0, self._stride, 0)
+        self._skips = torch.where(probed, skips, (self._skips - 1).clamp(min=0))
+        self._excess = torch.where(probed, excess, self._excess)
+        self._fresh = probed & (excess > 0)

@@ -1,0 +1,1 @@
+"""GateSkip: trained gates say which token may skip which branch."""

@@ -1,0 +1,107 @@
+"""GateSkip: by threshold or by rank (docs/design.md section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gsx_engines.bundle.counting import kept_count
+from gsx_engines.bundle.selection import check_budget
+from gsx_exporter.config import BRANCHES
+from gsx_exporter.reference.rule import BranchInput, Decision, MaskCall, Masker, Stateless, certain
+from gsx_exporter.reference.thresholds import check_thresholds
+from gsx_plugins.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Keep a token at a branch when its gate's score exceeds the branch's threshold.
+
+    Args:
+        thresholds: [L, 2] float32, columns in the order of `BRANCHES`; -inf keeps all.
+    """
+
+    thresholds: np.ndarray
+
+    def __post_init__(self) -> None:
+        check_thresholds(self.thresholds)
+
+    def start(self, call: MaskCall) -> Masker:
+        """See `ReferenceRule`."""
+        if len(self.thresholds) != call.layers:
+            raise UsageError(
+                "reference: thresholds are of another model",
+                expected=f"{call.layers} rows",
+                found=str(len(self.thresholds)),
+            )
+        return _ByThreshold(self.thresholds, call)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Keep the best K scores of the call at every branch.
+
+    Args:
+        budget: the share to keep, in (0, 1].
+    """
+
+    budget: float
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+
+    def start(self, call: MaskCall) -> Masker:
+        """See `ReferenceRule`."""
+        return _ByRank(self.budget, call)
+
+
+@dataclass(frozen=True)
+class _ByThreshold(Stateless):
+    thresholds: np.ndarray
+    call: MaskCall
+
+    def decide(self, x: BranchInput) -> Decision:
+        """See `Masker`."""
+        call = self.call
+        if x.score is None:
+            return Decision(call.valid, None, certain(call.valid))
+        tau = float(self.thresholds[x.layer, BRANCHES.index(x.branch)])
+        keep = ((_ranked(x.score) > tau) | call.ended) & call.valid
+        return Decision(keep, x.score, _open(torch.abs(x.score.double() - tau), call))
+
+
+@dataclass(frozen=True)
+class _ByRank(Stateless):
+    budget: float
+    call: MaskCall
+
+    def decide(self, x: BranchInput) -> Decision:
+        """See `Masker`."""
+        call = self.call
+        if x.score is None:
+            return Decision(call.valid, None, certain(call.valid))
+        ranked = (call.valid & ~call.ended).flatten()
+        score = _ranked(x.score).flatten()
+        place = ranked.nonzero().flatten()
+        # A stable sort of the ascending token order lets the earlier of equals win.
+        order = score[place].sort(descending=True, stable=True).indices
+        best = torch.zeros_like(ranked)
+        best[place[order[: kept_count(len(place), self.budget)]]] = True
+        kept, skipped = score[best].double(), score[ranked & ~best].double()
+        margin = certain(score)
+        if len(kept) and len(skipped):
+            margin = torch.abs(score.double() - torch.where(best, skipped.max(), kept.min()))
+        keep = (best | call.ended.flatten()).view_as(call.valid)
+        return Decision(keep, x.score, _open(margin.view_as(call.valid), call))
+
+
+def _ranked(score: torch.Tensor) -> torch.Tensor:
+    """NaN counts as the lowest score."""
+    return score.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+
+
+def _open(margin: torch.Tensor, call: MaskCall) -> torch.Tensor:
+    """Margins, infinite where no score decides: padding and end-of-text."""
+    return margin.masked_fill(~call.valid | call.ended, float("inf"))

@@ -1,0 +1,100 @@
+"""GateSkip (arXiv:2510.13876): a trained gate at each branch scores the token and multiplies the branch's output.
+
+Semantics: docs/design.md section 3; facts: docs/methods.md section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gsx_engines.bundle.selection import SelectionMode
+from gsx_exporter.config import Branch, GateConfig, ModelConfig
+from gsx_exporter.decoder.rule import (
+    BranchInput,
+    BranchScore,
+    Tokens,
+    TracedRule,
+    Value,
+    Values,
+    apply_forced,
+    forced,
+)
+from gsx_exporter.rules.scores import bound_of, call_values, selection_inputs
+
+
+@dataclass(frozen=True)
+class GateSkip(TracedRule):
+    """Keep by the checkpoint's own gates: those above a threshold, or the best K of the call.
+
+    Args:
+        gate: the checkpoint's gates.
+        eos_ids: end-of-text tokens, which are always kept.
+        selection: by `threshold` (run-time input `thresholds [L, 2]`) or by `rank` (`budget []`).
+    """
+
+    gate: GateConfig
+    eos_ids: tuple[int, ...]
+    selection: SelectionMode = "threshold"
+
+    @classmethod
+    def of(cls, config: ModelConfig, selection: SelectionMode = "threshold") -> GateSkip:
+        """The rule of a gated checkpoint."""
+        assert config.gate is not None, "the checkpoint has gates"
+        return cls(config.gate, config.eos_ids, selection)
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return self.gate.branches
+
+    @property
+    def by_rank(self) -> bool:
+        return self.selection == "rank"
+
+    @property
+    def inputs(self) -> Mapping[str, Value]:
+        return selection_inputs(self.selection)
+
+    @property
+    def call(self) -> Mapping[str, Value]:
+        return call_values(self.selection)
+
+    def enter(self, tokens: Tokens, inputs: Values) -> Values:
+        """End-of-text is always kept; by rank, K comes with the call's valid tokens."""
+        ends = self._end_of_text(tokens.ids)
+        values = dict(forced(tokens, ends))
+        if self.by_rank:
+            values["k"] = rank_count(tokens.valid, ends, inputs["budget"])
+        return values
+
+    def score(self, x: BranchInput, values: Values) -> BranchScore:
+        """The gate's mean is the score, and the gate multiplies."""
+        gate, score = x.gate()
+        return BranchScore(apply_forced(score, values), bound_of(x.branch, values), gate)
+
+    def _end_of_text(self, ids: Tensor) -> Tensor:
+        found = torch.zeros_like(ids, dtype=torch.bool)
+        for eos in self.eos_ids:
+            found = found | (ids == eos)
+        return found
+
+
+def rank_count(valid: Tensor, ends: Tensor, budget: Tensor) -> Tensor:
+    """Rows that rank selection keeps in this call: [1] int64.
+
+    The formula of docs/design.md, section 3, in millionths and so in whole numbers: the budget arrives as a float32
+    and would be off by a token now and then (docs/methods.md, 3.4). End-of-text comes on top.
+
+    Args: valid [N] bool, not padding; ends [N] bool, end-of-text; budget [] float32.
+    """
+    n = (valid & ~ends).sum()
+    on_top = (valid & ends).sum()
+    skip_millionths = 1_000_000 - torch.round(budget * 1e6).to(torch.int64).clamp(max=1_000_000)
+    others = (n - 1).clamp(min=0)
+    # As an operator: torch.div with a rounding mode becomes a float32 division in ONNX, one off for some n.
+    skipped = (skip_millionths * others) // 1_000_000
+    ranked = n - torch.where((skip_millionths > 0) & (n > 1), skipped + 1, torch.zeros_like(n))
+    return (ranked + on_top).reshape(1)

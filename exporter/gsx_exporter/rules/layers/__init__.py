@@ -1,0 +1,1 @@
+"""Sets of layers as a run-time input, and Unified Layer Skipping."""

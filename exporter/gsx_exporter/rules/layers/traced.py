@@ -1,0 +1,56 @@
+"""Sets of layers as a run-time input: per-sequence layer sets (arXiv:2410.20022), exits (Sorted LLaMA,
+arXiv:2309.08968), Unified Layer Skipping (arXiv:2404.06954).
+
+`layer_mask [B, L, 2]` says which branches run for a sequence; a token below `full_until` runs all of them, which is how
+Unified Layer Skipping runs its prompt. An exit after E layers is the set of the layers below E. Facts: docs/methods.md
+sections 6 to 8.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from gsx_exporter.config import BRANCHES, Branch
+from gsx_exporter.decoder.rule import BranchInput, BranchScore, Tokens, TracedRule, Value, Values, before
+
+# Between a mask's 0 and 1.
+_BOUND = 0.5
+
+
+@dataclass(frozen=True)
+class Layers(TracedRule):
+    """Keep what the request's set of layers names."""
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return BRANCHES
+
+    @property
+    def inputs(self) -> Mapping[str, Value]:
+        return {"layer_mask": Value(torch.float32, ("B", "L", 2)), "full_until": Value(torch.int64, ("B",))}
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """See `TracedRule`: the scores of all layers are made at once, because single steps pay for every node."""
+        return frozenset(("layer_mask",))
+
+    @property
+    def call(self) -> Mapping[str, Value]:
+        return {"scores": Value(torch.float32, ("L", 2, "N"))}
+
+    def enter(self, tokens: Tokens, inputs: Values) -> Values:
+        """The mask's entries are the scores; tokens below `full_until` run in full, padding never."""
+        sequences, length = tokens.positions.shape
+        mask = inputs["layer_mask"].permute(1, 2, 0).unsqueeze(3)
+        # A mask of one sequence serves all: the exported default has one.
+        scores = mask.expand(mask.shape[0], mask.shape[1], sequences, length).reshape(mask.shape[0], mask.shape[1], -1)
+        infinity = torch.tensor(float("inf"))
+        scores = torch.where(before(tokens.positions, inputs["full_until"]), infinity, scores)
+        return {"scores": torch.where(tokens.valid, scores, -infinity)}
+
+    def score(self, x: BranchInput, values: Values) -> BranchScore:
+        """The token's score."""
+        return BranchScore(values["scores"][BRANCHES.index(x.branch)], torch.tensor(_BOUND))

@@ -1,0 +1,136 @@
+"""What an export made: as plain values for `--json`, and as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gsx.cli.console import out, size, table
+from gsx.cli.policies import policy_name
+
+if TYPE_CHECKING:
+    from gsx_engines.bundle.bundle import Bundle
+    from gsx_engines.bundle.drafts import DraftEntry
+    from gsx_engines.bundle.policy import Policy
+
+
+def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
+    """What an export made, as plain values."""
+    manifest = bundle.manifest
+    selection = manifest.selection
+    kept = None
+    if selection is not None and selection.mode == "threshold":
+        kept = next(p.kept_share for p in selection.grid if p.budget == selection.budget)
+    return {
+        "bundle": str(bundle.directory),
+        "source": manifest.source.model,
+        "family": manifest.decoder.family,
+        "layers": manifest.decoder.num_layers,
+        "precision": manifest.precision,
+        "policy": manifest.policy.name if manifest.policy else None,
+        "select": selection.mode if selection else None,
+        "kv_policy": manifest.kv_policy,
+        "quantization": manifest.quantization.scheme if manifest.quantization else None,
+        "kv_cache": manifest.kv_cache.type if manifest.kv_cache else None,
+        "kept_high": list(manifest.quantization.kept_high) if manifest.quantization else None,
+        "confidence": _confidence_of(manifest.policy) if manifest.policy else None,
+        "exits": list(manifest.policy.exits) if manifest.policy else None,
+        "parameters": manifest.policy.model_dump(mode="json")["parameters"] if manifest.policy else None,
+        "budget": selection.budget if selection else None,
+        "kept_share": kept,
+        "draft": _draft_of(manifest.draft) if manifest.draft else None,
+        "files": {path.name: path.stat().st_size for path in sorted(bundle.directory.iterdir())},
+        "seconds": round(seconds, 2),
+    }
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    console = out()
+    console.print(
+        f"{summary['bundle']}: {summary['family']}, {summary['layers']} layers, {summary['precision']}, "
+        f"in {summary['seconds']:.1f} s"
+    )
+    if summary["policy"] is None:
+        console.print("a dense model: nothing is skipped")
+    elif summary["confidence"] is not None:
+        _print_confidence(summary["confidence"], summary["exits"])
+    elif summary["budget"] is None:
+        console.print(f"policy {summary['policy']}: layers {summary['parameters']['layers']} run by default")
+    elif summary["kept_share"] is None:
+        console.print(f"{summary['select']} selection, budget {summary['budget']:g}")
+    else:
+        how = (
+            f"{summary['select']} selection"
+            if summary["policy"] == "gateskip"
+            else policy_name(summary["policy"], summary["parameters"])
+        )
+        console.print(
+            f"{how}, budget {summary['budget']:g}: "
+            f"{summary['kept_share']:.3f} of (token, branch) pairs kept on the calibration text"
+        )
+    if summary["draft"] is not None:
+        _print_draft(summary["draft"])
+    if summary["quantization"] is not None:
+        kept = f", {len(summary['kept_high'])} matrices left in high precision" if summary["kept_high"] else ""
+        console.print(f"{summary['quantization']} products{kept}")
+    if summary["kv_cache"] is not None:
+        console.print(f"K and V are kept in {summary['kv_cache']} on ONNX Runtime")
+    rows = [(name, size(count)) for name, count in summary["files"].items()]
+    console.print(table(None, ("file", "size"), rows, right=1))
+    console.print(f"next: gsx verify {summary['bundle']}")
+
+
+def _confidence_of(policy: Policy) -> dict[str, Any] | None:
+    return policy.confidence.model_dump(mode="json") if policy.confidence else None
+
+
+def _print_confidence(values: dict[str, Any], exits: list[int]) -> None:
+    """When tokens leave, and what is promised of it: the walk as a table."""
+    console = out()
+    depths = ", ".join(map(str, exits))
+    at = "infinity (nothing leaves)" if values["threshold"] is None else f"{values['threshold']:g}"
+    console.print(
+        f"policy calm: a token leaves after {depths} layers where its {values['measure']} confidence reaches {at}"
+    )
+    found = values["guarantee"]
+    if found is None:
+        console.print("the threshold was given: nothing is promised about the risk")
+        return
+    rows = [
+        (
+            f"{one['threshold']:g}",
+            f"{one['mean_risk']:.4f}",
+            f"{one['p_value']:.2g}",
+            f"{one['kept_share']:.1%}",
+            "yes" if one["accepted"] else "no",
+        )
+        for one in found["tested"]
+    ]
+    console.print(table(None, ("threshold", f"{found['risk']} risk", "p-value", "kept", "holds"), rows, right=1))
+    console.print(
+        f"with probability {found['confidence']:g} the mean {found['risk']} risk is at most {found['tolerance']:g} "
+        f"on text like the calibration text ({found['prompts']} prompts of {found['prompt_tokens']} tokens)"
+    )
+
+
+def _draft_of(entry: DraftEntry) -> dict[str, Any]:
+    values = entry.model_dump(mode="json")
+    measured = [row | {"draft": str(one.draft)} for row, one in zip(values["measured"], entry.measured, strict=True)]
+    return {"draft": str(entry.draft), "length": values["length"], "measured": measured}
+
+
+def _print_draft(entry: dict[str, Any]) -> None:
+    """The draft, and where it was measured, the table that it was chosen from."""
+    console = out()
+    if not entry["measured"]:
+        console.print(f"draft: {entry['draft']}")
+        return
+    rows = []
+    for one in entry["measured"]:
+        speeds = one["tokens_per_second"], one["plain_tokens_per_second"]
+        cells = (one["draft"], str(one["length"]), f"{one['acceptance']:.1%}", *(f"{s:.1f}" for s in speeds))
+        rows.append((*cells, f"{speeds[0] / speeds[1]:.2f}"))
+    heads = ("draft", "length", "right", "tokens/s", "plain", "ratio")
+    console.print(table("drafts, measured on the calibration text", heads, rows, right=1))
+    best = max(one["tokens_per_second"] / one["plain_tokens_per_second"] for one in entry["measured"])
+    note = "" if best > 1 else ": none was faster than plain decoding on this machine"
+    console.print(f"draft: {entry['draft']}{note}")

@@ -1,0 +1,135 @@
+"""Options that commands share, each written once, and groups of options that travel together.
+
+A group is a frozen dataclass whose fields are options. A command takes it as one parameter, and `grouped` gives the
+command line the fields in its place, under the group's docstring; `vars(group)` are keyword arguments of the public
+function.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+BundleArgument = Annotated[Path, typer.Argument(help="A bundle's directory.", show_default=False)]
+ModelArgument = Annotated[str, typer.Argument(help="A model directory or a hub id.", show_default=False)]
+PageOption = Annotated[Path | None, typer.Option("-o", "--output", help="HTML page to write.", show_default="none")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+SHIPPED_TEXT = "a text that ships with gsx"
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """What runs a bundle."""
+
+    backend: Annotated[
+        Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch"],
+        typer.Option(help="The runtime; TensorRT runs what gsx build made, on a GPU."),
+    ] = "onnxruntime"
+    device: Annotated[
+        Literal["cpu", "cuda"] | None,
+        typer.Option(help="Where --backend torch runs.", show_default="a GPU if there is one"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class KeepOptions:
+    """What the keep rule is asked for."""
+
+    budget: Annotated[
+        float | None, typer.Option(help="Share of skippable work to keep.", show_default="as exported")
+    ] = None
+    layers: Annotated[
+        str | None,
+        typer.Option(help="The layers that run, e.g. 0-5,8.attn (policy layers).", show_default="as exported"),
+    ] = None
+    exit_layer: Annotated[
+        int | None,
+        typer.Option("--exit", help="Run the first so many layers (policy layers).", show_default="as exported"),
+    ] = None
+    speedup: Annotated[
+        float | None,
+        typer.Option(
+            help="Unified Layer Skipping for new tokens, at this target (policy layers).", show_default="as exported"
+        ),
+    ] = None
+    exit_threshold: Annotated[
+        float | None,
+        typer.Option(help="Confidence at which a token leaves (policy calm).", show_default="as exported"),
+    ] = None
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How the next token is chosen."""
+
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0
+    top_k: Annotated[int, typer.Option(help="Only the K likeliest tokens; 0 for all.")] = 0
+    top_p: Annotated[float, typer.Option(help="Only the likeliest that together reach this.")] = 1.0
+    seed: Annotated[int | None, typer.Option(help="Of the random numbers.", show_default="a new one")] = None
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """Whether and how to draft."""
+
+    speculative: Annotated[
+        bool | None,
+        typer.Option(
+            "--speculative/--no-speculative",
+            help="Draft and verify: faster, the same text.",
+            show_default="if the bundle has a draft",
+        ),
+    ] = None
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Draft in another way: exit:E, budget:B, layers:SET, or layers:auto (a set, searched meanwhile).",
+            show_default="the bundle's",
+        ),
+    ] = None
+    draft_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens drafted before a verification; 0: plain.", show_default="found while generating"),
+    ] = None
+
+
+def grouped(command: Callable[..., None]) -> Callable[..., None]:
+    """A command as the command line sees it: each parameter that is a group gives way to the group's options."""
+    signature = inspect.signature(command, eval_str=True)
+    groups: dict[str, Any] = {
+        name: one.annotation for name, one in signature.parameters.items() if is_dataclass(one.annotation)
+    }
+
+    @functools.wraps(command)
+    def call(**given: Any) -> None:
+        for name, group in groups.items():
+            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+        command(**given)
+
+    parameters = [part for one in signature.parameters.values() for part in _spread(one)]
+    call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    call.__annotations__ = {one.name: one.annotation for one in parameters}
+    return call
+
+
+def _spread(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
+    """A parameter, or the fields of the group that it is; by keyword, so that their order is free."""
+    group = parameter.annotation
+    if not is_dataclass(group):
+        yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        return
+    hints = get_type_hints(group, include_extras=True)
+    for field in fields(group):
+        for option in hints[field.name].__metadata__:
+            option.rich_help_panel = (group.__doc__ or "").rstrip(".")
+        yield inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )

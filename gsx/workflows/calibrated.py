@@ -1,0 +1,87 @@
+"""What an export finds out before it traces: thresholds, scales, and the run-time inputs that they make."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from gsx.workflows.export_text import ExportText
+from gsx.workflows.number_types import NumberTypes
+from gsx.workflows.quantize import plan_for
+from gsx_engines.bundle.controls import Controls, default_controls
+from gsx_engines.bundle.manifest import KvCache, Quantization
+from gsx_engines.bundle.policy import Policy
+from gsx_engines.bundle.selection import Selection
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.graph.assemble import GraphBuilder
+from gsx_exporter.quantization.kv_cache import int8_kv_cache
+from gsx_exporter.quantization.plan import Plan as QuantizationPlan
+from gsx_exporter.quantization.qdq import quantize_graphs
+from gsx_exporter.rules.plan import RulePlan
+from gsx_plugins.progress import OnProgress
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A checkpoint with all that a bundle adds to it.
+
+    Args:
+        checkpoint: its weights as they were.
+        options: of the decoder, with the calibrated rule.
+        policy, selection: the manifest's sections.
+        defaults: exported values of the rule's run-time inputs.
+        plan, quantization: which products get which scales, and the manifest's entry; None in full precision.
+        kv_cache: scales of K and V; None where they are kept like activations.
+    """
+
+    checkpoint: Checkpoint
+    options: DecoderOptions
+    policy: Policy | None
+    selection: Selection | None
+    defaults: Controls
+    plan: QuantizationPlan | None
+    quantization: Quantization | None
+    kv_cache: KvCache | None
+
+    @property
+    def weights(self) -> Checkpoint:
+        """The tensors to write: smoothed where they are quantized so."""
+        return self.checkpoint if self.plan is None else self.plan.checkpoint
+
+    def graph_builder(self) -> GraphBuilder:
+        """Traces the decoder. Its graphs come out quantized where there is a plan."""
+        rewrite = None
+        if self.plan is not None:
+            rewrite = functools.partial(quantize_graphs, plan=self.plan, dtype=self.options.dtype)
+        return GraphBuilder(self.checkpoint, self.options, self.defaults, rewrite)
+
+
+def calibrate_all(
+    checkpoint: Checkpoint, keep: RulePlan, types: NumberTypes, text: ExportText, on_progress: OnProgress
+) -> Calibrated:
+    """Find the rule's thresholds, then the scales of products, then those of K and V.
+
+    Raises:
+        GsxError: what was asked for cannot be met on this text.
+    """
+    settled = keep.settle(checkpoint, text.seen, on_progress)
+    section, selection = settled.policy, settled.selection
+    options = DecoderOptions(settled.rule, keep.kv_policy, types.dtype)
+    defaults = default_controls(section, selection)
+    plan = quantization = kv_cache = None
+    if types.quantize is not None:
+        plan, quantization = plan_for(
+            checkpoint,
+            options,
+            types.quantize,
+            selection,
+            defaults,
+            text.seen,
+            on_progress,
+            unseen=text.unseen,
+        )
+    if types.kv_cache is not None:
+        assert text.seen is not None
+        kv_cache = int8_kv_cache(checkpoint, text.seen, defaults, options, on_progress)
+    return Calibrated(checkpoint, options, section, selection, defaults, plan, quantization, kv_cache)

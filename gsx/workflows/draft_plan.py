@@ -1,0 +1,111 @@
+"""The draft that an export is asked for: named, or searched on this machine. What cannot be is refused at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from gsx.workflows.draft_search import DraftSearch
+from gsx.workflows.number_types import Precision
+from gsx_engines.bundle.drafts import DraftEntry, DraftKind
+from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.draft_trials.measure import SHORTEST_CONTEXT, candidate_exits
+from gsx_engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_other, refuse_rank
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.rules.plan import RulePlan
+from gsx_exporter.rules.thresholds import grid_with
+from gsx_plugins.errors import UsageError
+
+# The exit, or the set of branches left out, that gains most on this machine.
+BEST_EXIT, BEST_LAYERS = "auto", "layers:auto"
+
+
+@dataclass(frozen=True)
+class DraftPlan:
+    """What is to draft.
+
+    Args:
+        named: the draft; None where it is searched, or there is to be no draft.
+        search: `BEST_EXIT` or `BEST_LAYERS`; None where nothing is searched.
+        exits: depths that the graphs may be split at, the first one to begin with.
+    """
+
+    named: DraftKind | None = None
+    search: str | None = None
+    exits: tuple[int, ...] = ()
+
+    @property
+    def split(self) -> int | None:
+        """The depth to split the graphs at; None for one graph."""
+        return self.exits[0] if self.exits else None
+
+    def settle(self, manifest: Manifest, begin_search: Callable[[], DraftSearch]) -> Manifest:
+        """Check or search the draft. Returns: the manifest with it, whose graphs are those of the best exit.
+
+        Args: manifest: without a draft; begin_search: called where one is searched.
+        """
+        if self.search is not None:
+            search = begin_search()
+            return search.best_exit(self.exits) if self.search == BEST_EXIT else search.best_layers()
+        if self.named is None:
+            return manifest
+        manifest = manifest.model_copy(update={"draft": DraftEntry(draft=self.named)})
+        check_draft(self.named, manifest)
+        return manifest
+
+
+def plan_draft(draft: str | None, config: ModelConfig, keep: RulePlan, precision: Precision) -> DraftPlan:
+    """Read what `gsx.export` takes as `draft`, and check it against checkpoint and keep rule.
+
+    Raises:
+        UsageError: it is no draft, or the model, its rule or this machine cannot have it.
+    """
+    if draft is None:
+        return DraftPlan()
+    parsed = None if draft in (BEST_EXIT, BEST_LAYERS) else parse_draft(draft)
+    if keep.by_rank:
+        refuse_rank()
+    if parsed is None:
+        _check_search(draft, config, keep, precision)
+        exits = candidate_exits(config.exits, config.num_layers) if draft == BEST_EXIT else ()
+        return DraftPlan(search=draft, exits=tuple(exits))
+    if parsed.kind == "exit":
+        check_exit(parsed.layer, config.num_layers)
+        return DraftPlan(parsed, exits=(parsed.layer,))
+    if parsed.kind == "layers":
+        if not keep.drafts_layers:
+            refuse_other(parsed)
+        check_layers(parsed, config.num_layers, keep.branches)
+    elif keep.budget is None:
+        refuse_other(parsed)
+    elif parsed.budget < min(grid_with(keep.budget)):
+        raise UsageError(
+            f"the draft's budget is below the calibrated grid: {parsed}",
+            expected=f"{min(grid_with(keep.budget)):g} to 1",
+            found=f"{parsed.budget:g}",
+        )
+    return DraftPlan(parsed)
+
+
+def _check_search(draft: str, config: ModelConfig, keep: RulePlan, precision: Precision) -> None:
+    """Refuse a search that could measure nothing."""
+    if precision == "bf16":
+        raise UsageError(
+            f"--draft {draft} measures on ONNX Runtime, which computes bf16 in float32 on a CPU",
+            expected="fp32 or fp16",
+            found=precision,
+            todo="name the draft: --draft exit:E or layers:SET",
+        )
+    if config.max_positions < SHORTEST_CONTEXT:
+        raise UsageError(
+            f"--draft {draft} needs room to generate",
+            expected=f"a model with {SHORTEST_CONTEXT} positions or more",
+            found=str(config.max_positions),
+            todo="name the draft: --draft exit:E or layers:SET",
+        )
+    if draft == BEST_EXIT:
+        return
+    if not keep.drafts_layers:
+        refuse_other(draft)
+    if config.num_layers * len(keep.branches) < 2:
+        raise UsageError(f"--draft {draft} needs two branches that may be skipped, or more", found="one")

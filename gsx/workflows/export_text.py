@@ -1,0 +1,58 @@
+"""The text that an export reads: to calibrate on, and after it, to measure on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from gsx.workflows.draft_plan import DraftPlan
+from gsx.workflows.number_types import NumberTypes
+from gsx.workflows.quantize import MEASURED_WINDOWS
+from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.rules.plan import RulePlan
+from gsx_exporter.text import WINDOW_TOKENS, TokenText, behind, tokenize
+from gsx_plugins.errors import UsageError
+
+
+@dataclass(frozen=True)
+class ExportText:
+    """What is read.
+
+    Args:
+        seen: what thresholds and ranges are found on, and drafts are measured on; None where the export reads none.
+        unseen: what the cost of 8 bits is measured on; None for the end of `seen`.
+    """
+
+    seen: TokenText | None = None
+    unseen: TokenText | None = None
+
+
+def read_export_text(
+    checkpoint: Checkpoint,
+    keep: RulePlan,
+    types: NumberTypes,
+    drafting: DraftPlan,
+    path: str | Path | None,
+    tokens: int,
+) -> ExportText:
+    """Read as much text as this export needs.
+
+    Args: path: UTF-8 text; None for the text that ships with gsx. tokens: how much of it.
+    Raises:
+        UsageError: a text is given and not needed.
+        TextError: the text cannot be used.
+    """
+    if not (keep.calibrates or types.read_text or drafting.search):
+        if path is not None:
+            raise UsageError(
+                "--calibration: this export reads no text",
+                found=f"policy {keep.name}",
+                todo="leave it out",
+            )
+        return ExportText()
+    source = Path(path) if path else None
+    seen = tokenize(checkpoint, source, max_tokens=tokens, window=keep.window)
+    measured = types.quantize is not None and types.quantize.measured
+    return ExportText(
+        seen, behind(checkpoint, source, seen.tokens, MEASURED_WINDOWS * WINDOW_TOKENS) if measured else None
+    )

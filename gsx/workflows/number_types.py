@@ -1,0 +1,83 @@
+"""The types that an exported model computes in and stores, and which of them go together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from gsx.workflows.quantize import Quantize
+from gsx_engines.lowering.probe import is_supported
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.rules.plan import RulePlan
+from gsx_plugins.errors import UsageError
+
+Precision = Literal["fp32", "fp16", "bf16"]
+KvCacheType = Literal["int8"]
+_DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class NumberTypes:
+    """What an export was asked for.
+
+    Args:
+        precision: of weights and activations.
+        quantize: what runs in 8 bits; None for nothing.
+        kv_cache: type in which K and V are kept on ONNX Runtime; None for that of the activations.
+    """
+
+    precision: Precision = "fp32"
+    quantize: Quantize | None = None
+    kv_cache: KvCacheType | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and activations."""
+        return _DTYPES[self.precision]
+
+    @property
+    def read_text(self) -> bool:
+        """Whether ranges are found, or a cost is measured, on text."""
+        return self.kv_cache is not None or (self.quantize is not None and self.quantize.reads_text)
+
+    def check(self, config: ModelConfig, keep: RulePlan) -> None:
+        """Refuse what the checkpoint, its keep rule or the runtimes do not take.
+
+        Raises:
+            UsageError: 8-bit products beside routers; 8-bit K and V where no runtime keeps them.
+        """
+        if self.quantize is not None and config.router is not None:
+            raise UsageError(
+                "8 bits are not offered for checkpoints with routers",
+                expected="fp32, fp16 or bf16",
+                found="routers, whose inputs smoothing would change",
+                todo="export without --int8 and --fp8",
+            )
+        if self.kv_cache is not None:
+            self._check_kv_cache(config, keep)
+
+    def _check_kv_cache(self, config: ModelConfig, keep: RulePlan) -> None:
+        reason: str | None = None
+        found = ""
+        if self.precision != "fp32" or (self.quantize is not None and self.quantize.scheme == "fp8"):
+            reason = "ONNX Runtime keeps codes beside float32 on a CPU, and TensorRT's K/V update takes only floats"
+            found = self.precision if self.precision != "fp32" else "fp8"
+        elif keep.kv_policy == "none" and config.router is not None:
+            reason = "a token that was skipped is known by its zeros in the cache, and codes round to zeros"
+            found = "routers"
+        elif not is_supported(config.head_dim, eight_bits=True):
+            reason = "this ONNX Runtime has no attention over 8-bit codes for this head size"
+            found = f"head size {config.head_dim}"
+        if reason is not None:
+            raise UsageError(
+                f"--kv-cache int8: {reason}",
+                expected="fp32, with or without --int8; no routers; a head size that is a multiple of 8",
+                found=found,
+                todo="export without --kv-cache",
+            )

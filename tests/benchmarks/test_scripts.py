@@ -1,0 +1,73 @@
+"""Benchmarks run: each shows its help, and the cheap ones measure a tiny model. Their figures are not looked at."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks import adaptive, branches, profile, rules, speculation
+
+SCRIPTS = (
+    *("adaptive", "branches", "decode", "engines", "export", "gpu_prefill", "kv_cache", "llama", "model", "profile"),
+    *("quantization", "rule_parity", "rule_quality", "rules", "serving", "speculation", "torch_backend"),
+)
+# Modules that scripts use, or start.
+PARTS = ("__init__", "bundles", "measure", "peers", "prompts", "speculation_process", "worker")
+FOLDER = Path(branches.__file__).parent
+
+
+def test_every_script_is_known() -> None:
+    assert sorted((*SCRIPTS, *PARTS)) == sorted(path.stem for path in FOLDER.glob("*.py"))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert "usage:" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work directory that the benchmarks of this module share, and so the exports in it."""
+    return tmp_path_factory.mktemp("work")
+
+
+def lines_of(capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    """The cells of the tables that were printed, without their heads."""
+    lines = [line[2:-2].split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    return lines[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("main", "names"),
+    [
+        (branches.main, ["dense", "half kept", "none kept", "all kept"]),
+        (profile.main, ["float32, dense", "float32, half kept"]),
+        (rules.main, ["dense", "layers, every second", "gateskip, half"]),
+    ],
+    ids=["branches", "profile", "rules"],
+)
+def test_on_the_tiny_model(
+    main: Callable[[list[str]], None], names: list[str], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["--work", str(work), "--quick", "--threads", "1"])
+    assert [line[0] for line in lines_of(capsys)] == names
+
+
+def test_a_search_while_generating(tiny_bundle: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adaptive.main(["--work", str(work), "--quick", "--threads", "1", "--bundle", str(tiny_bundle)])
+    assert lines_of(capsys)[0][0] == "plain"
+
+
+def test_speculation_changes_no_token(tiny_gated: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", str(tiny_gated), "--exits", "1", "--prompts", "2"]
+    speculation.main(["speed", "--work", str(work), "--quick", "--threads", "1", *arguments])
+    assert [line[:3] for line in lines_of(capsys)] == [
+        [kind, "exit:1", length] for kind in ("greedy", "sampled") for length in ("2", "adaptive")
+    ]
