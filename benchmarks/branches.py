@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.bundles import BUDGET, Workshop, add_model_options
 from benchmarks.measure import Table, in_turn, milliseconds, parse, parser, print_header, ratios, timed
-from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.runners.select import open_runner
 
 PROMPT_TOKENS, STEPS = 512, 24
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = (workshop.layers, 2)
     forms = {
         "dense": (dense, {}),
-        "half kept": (gated, controls_for(gated.manifest, Keep(budget=BUDGET))),
+        "half kept": (gated, controls_for(gated.manifest, KeepSettings(budget=BUDGET))),
         "none kept": (gated, {"thresholds": np.full(table, KEEP_NONE, np.float32)}),
         "all kept": (gated, {"thresholds": np.full(table, KEEP_ALL, np.float32)}),
     }

@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.bundles import Workshop, add_model_options, exported
 from benchmarks.measure import Table, in_turn, milliseconds, parse, parser, print_header, ratios, timed
-from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.runners.select import open_runner
 
 LENGTHS = (512, 2048, 8192)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print_header(made, args, arguments)
     runners = {name: open_runner(bundle, threads=args.threads) for name, bundle in bundles.items()}
-    values = controls_for(runners["int8"].manifest, Keep())
+    values = controls_for(runners["int8"].manifest, KeepSettings())
     shape = runners["int8"].manifest.decoder
     caches = {name: runner.new_cache(1, max(args.lengths) + CALL_TOKENS) for name, runner in runners.items()}
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, (1, CALL_TOKENS))

@@ -20,7 +20,7 @@ from transformers import LlamaConfig
 
 from gsx_exporter.checkpoint import chooser, expected_tensors, is_gate
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.rules.router.config import NetConfig, RouterConfig
+from gsx_exporter.router_config import NetConfig, RouterConfig
 
 SHAPES = {
     # To try a benchmark.

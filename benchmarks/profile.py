@@ -25,7 +25,7 @@ import onnxruntime as ort
 from benchmarks.bundles import BUDGET, Workshop, add_model_options
 from benchmarks.measure import Table, in_turn, parse, parser, print_header
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.session import open_session, session_config
 from gsx_engines.runners.whole import WholeRunner
@@ -36,17 +36,17 @@ PRODUCTS = {"MatMul": 4, "MatMulIntegerToFloat": 1, "MatMulNBits": 1}
 ATTENTION = "GroupQueryAttention"
 
 
-def forms_of(layers: int) -> dict[str, tuple[str, Keep]]:
+def forms_of(layers: int) -> dict[str, tuple[str, KeepSettings]]:
     """Name -> the bundle and what a request asks for, of a model with so many layers."""
     half = ",".join(map(str, range(0, layers, 2)))
     return {
-        "float32, dense": ("dense", Keep()),
-        "float32, half kept": ("scalar", Keep(budget=BUDGET)),
-        "float32, every second layer": ("rule-layers", Keep(layers=half)),
-        "float32, half of the FFNs": ("rule-ffn-skip", Keep(budget=BUDGET)),
-        "INT8, dense": ("dense-int8", Keep()),
-        "only weights INT8, dense": ("dense-int8-weights", Keep()),
-        "INT8, half kept": ("scalar-int8", Keep(budget=BUDGET)),
+        "float32, dense": ("dense", KeepSettings()),
+        "float32, half kept": ("scalar", KeepSettings(budget=BUDGET)),
+        "float32, every second layer": ("rule-layers", KeepSettings(layers=half)),
+        "float32, half of the FFNs": ("rule-ffn-skip", KeepSettings(budget=BUDGET)),
+        "INT8, dense": ("dense-int8", KeepSettings()),
+        "only weights INT8, dense": ("dense-int8-weights", KeepSettings()),
+        "INT8, half kept": ("scalar-int8", KeepSettings(budget=BUDGET)),
     }
 
 
@@ -109,7 +109,7 @@ def profiled_steps(sessions: list[ort.InferenceSession], steps: int) -> list[Ste
     return found
 
 
-def row(bundle: Bundle, keep: Keep, threads: int, rounds: int, prefix: Path) -> list[str]:
+def row(bundle: Bundle, keep: KeepSettings, threads: int, rounds: int, prefix: Path) -> list[str]:
     """A form's cells of the table."""
     profiled = _Profiled(bundle, threads, prefix)
     runners = {"plain": WholeRunner(OnnxRuntimeStage(bundle, threads=threads)), "profiled": WholeRunner(profiled)}

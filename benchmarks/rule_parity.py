@@ -25,7 +25,7 @@ from gsx.parity.report import Report
 from gsx.workflows.verify import verify
 from gsx_exporter.checkpoint import CONFIG, WEIGHTS, Checkpoint, open_checkpoint
 from gsx_exporter.config import GateConfig
-from gsx_exporter.rules.router.config import NetConfig, RouterConfig
+from gsx_exporter.router_config import NetConfig, RouterConfig
 from gsx_exporter.training.exit_classifiers import train_exit_classifiers
 
 CLASSIFIER_TOKENS = 8192
@@ -172,7 +172,7 @@ class Line:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Verify each rule, and print a table."""
-    quick = {"rows": ["gateskip"], "tokens": 64}
+    quick = {"rows": ["gateskip"], "tokens": 256}
     made = parser("rule_parity", __doc__, work="models and exports", quick=quick)
     made.add_argument("--rows", nargs="*", choices=list(ROWS), default=list(ROWS), help="(default: all)")
     made.add_argument("--tokens", type=int, default=512, help="of the text (default: 512)")

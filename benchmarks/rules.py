@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.bundles import BUDGET, Workshop, add_model_options
 from benchmarks.measure import Table, in_turn, milliseconds, parse, parser, print_header, ratios
-from gsx_engines.bundle.controls import Controls, Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
 from gsx_engines.bundle.fields import BRANCHES
 from gsx_engines.runners.base import Cache, Runner
 from gsx_engines.runners.select import open_runner
@@ -40,7 +40,7 @@ class Row:
     """
 
     bundle: str
-    keep: Keep
+    keep: KeepSettings
     head_at_exit: bool = False
 
 
@@ -51,16 +51,16 @@ def rows_of(layers: int) -> dict[str, Row]:
     the layers. By the measure of states, the first exit is never left at.
     """
     return {
-        DENSE: Row("dense", Keep()),
-        "layers, every second": Row("rule-layers", Keep(layers=",".join(map(str, range(0, layers, 2))))),
-        "exit at half": Row("rule-layers", Keep(exit=layers // 2)),
-        "unified 2": Row("rule-layers", Keep(speedup=2.0)),
-        "ffn-skip, half of the FFNs": Row("rule-ffn-skip", Keep(budget=BUDGET)),
-        "gateskip, half": Row("rule-scalar", Keep(budget=BUDGET)),
-        "calm, softmax at half": Row("rule-calm-softmax", Keep(exit_threshold=0.0), head_at_exit=True),
-        "calm, state at half": Row("rule-calm-state", Keep(exit_threshold=-1.0)),
-        "routers of layers, half": Row("rule-layer-routers", Keep(budget=BUDGET)),
-        "routers of branches, half": Row("rule-branch-routers", Keep(budget=BUDGET)),
+        DENSE: Row("dense", KeepSettings()),
+        "layers, every second": Row("rule-layers", KeepSettings(layers=",".join(map(str, range(0, layers, 2))))),
+        "exit at half": Row("rule-layers", KeepSettings(exit=layers // 2)),
+        "unified 2": Row("rule-layers", KeepSettings(speedup=2.0)),
+        "ffn-skip, half of the FFNs": Row("rule-ffn-skip", KeepSettings(budget=BUDGET)),
+        "gateskip, half": Row("rule-scalar", KeepSettings(budget=BUDGET)),
+        "calm, softmax at half": Row("rule-calm-softmax", KeepSettings(exit_threshold=0.0), head_at_exit=True),
+        "calm, state at half": Row("rule-calm-state", KeepSettings(exit_threshold=-1.0)),
+        "routers of layers, half": Row("rule-layer-routers", KeepSettings(budget=BUDGET)),
+        "routers of branches, half": Row("rule-branch-routers", KeepSettings(budget=BUDGET)),
     }
 
 
@@ -79,7 +79,7 @@ class Form:
     row: Row
     runner: Runner
     cache: Cache
-    values: Controls
+    values: RuntimeValues
 
     def run(self, ids: np.ndarray) -> tuple[Phase, Phase]:
         """A prompt [1, S], and single tokens behind it."""
@@ -141,7 +141,7 @@ def work_of(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and print a table."""
     names = list(rows_of(1))
-    quick = {"shape": "tiny", "rows": ["layers, every second", "gateskip, half"]}
+    quick = {"shape": "tiny", "rows": ["layers, every second"]}
     made = parser("rules", __doc__, work="models and exports (1.5 GB)", rounds=9, threads=2, quick=quick)
     add_model_options(made)
     made.add_argument("--rows", nargs="*", choices=names, default=names, help="(default: all)")

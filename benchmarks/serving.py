@@ -33,7 +33,7 @@ from benchmarks.model import SHAPES
 from benchmarks.prompts import held_out_prompts
 from examples.triton_server import ENVIRONMENT, Server, running
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.generation import GenerationStats, generate
 from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import Sampling
@@ -93,7 +93,7 @@ class Here:
             self._runner,
             [request["input_ids"]],
             max_new_tokens=request["max_tokens"],
-            keep=Keep(budget=request.get("budget")),
+            keep=KeepSettings(budget=request.get("budget")),
             sampling=Sampling(**how),
             on_token=lambda _, token: writer.push(token),
         )

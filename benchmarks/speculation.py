@@ -24,7 +24,7 @@ from benchmarks.measure import Table, parse, parser, print_header, repeated
 from benchmarks.prompts import held_out_prompts
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.generation import GenerationStats, generate
 from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import GREEDY, Sampling
@@ -56,7 +56,11 @@ def equal(args: Namespace) -> None:
         for budget in args.budgets:
             for batch, chosen in batches:
                 for kind, sampling in SAMPLINGS.items():
-                    options = {"keep": Keep(budget=budget), "sampling": sampling, "max_new_tokens": args.new_tokens}
+                    options = {
+                        "keep": KeepSettings(budget=budget),
+                        "sampling": sampling,
+                        "max_new_tokens": args.new_tokens,
+                    }
                     counts = differing(bundle, spec, chosen, batch, args.threads, **options)
                     lines.row(spec, precision, f"{budget:g}", batch, kind, f"{counts[0]:,}", counts[1])
 
@@ -120,7 +124,7 @@ def measure(
 ) -> tuple[Account, Account]:
     """Plain and speculative decoding in turn. Args: length: of drafts; None: adaptive."""
     plain, draft = open_runner(bundle, args.threads), open_draft(bundle, parse_draft(spec), args.threads)
-    options: dict[str, Any] = {"keep": Keep(budget=budget), "sampling": sampling, "stop_ids": []}
+    options: dict[str, Any] = {"keep": KeepSettings(budget=budget), "sampling": sampling, "stop_ids": []}
     options["max_new_tokens"] = args.new_tokens
     order = iter([prompts[0], *prompts])  # the first one warms up
 

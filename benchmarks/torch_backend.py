@@ -25,7 +25,7 @@ from gsx.backend_names import Device
 from gsx.torch_runtime import TorchRuntime
 from gsx.workflows.number_types import Precision
 from gsx_engines.bundle.bundle import open_bundle
-from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.errors import EngineError
 from gsx_engines.generation import GenerationStats, generate
 from gsx_engines.runners.base import Runner
@@ -77,7 +77,9 @@ def measure(dense: Path, gated: Path, device: Device, tokens: int, new_tokens: i
 
     def stats_of(form: str) -> GenerationStats:
         runner, budget = forms[form]
-        return generate(runner, [prompt], max_new_tokens=new_tokens, keep=Keep(budget=budget), stop_ids=[]).stats
+        return generate(
+            runner, [prompt], max_new_tokens=new_tokens, keep=KeepSettings(budget=budget), stop_ids=[]
+        ).stats
 
     found = in_turn(forms, stats_of, rounds)
     prefill = {form: [one.prefill_seconds for one in stats] for form, stats in found.items()}

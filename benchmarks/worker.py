@@ -23,14 +23,14 @@ Call = Callable[[list[int], int], tuple[float, float, list[int], float | None]]
 def gsx_call(path: Path, threads: int, budget: float | None) -> Call:
     """gsx's own runner and loop."""
     from gsx_engines.bundle.bundle import open_bundle
-    from gsx_engines.bundle.controls import Keep
+    from gsx_engines.bundle.controls import KeepSettings
     from gsx_engines.generation import generate
     from gsx_engines.runners.select import open_runner
 
     runner = open_runner(open_bundle(path), threads=threads)
 
     def call(prompt: list[int], new_tokens: int) -> tuple[float, float, list[int], float | None]:
-        found = generate(runner, [prompt], max_new_tokens=new_tokens, keep=Keep(budget=budget), stop_ids=[])
+        found = generate(runner, [prompt], max_new_tokens=new_tokens, keep=KeepSettings(budget=budget), stop_ids=[])
         stats = found.stats
         return stats.prefill_seconds, stats.decode_seconds, found.sequences[0].tokens, stats.kept_share
 

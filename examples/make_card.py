@@ -118,7 +118,7 @@ def table(budgets: Sequence[Budget], exits: Sequence[Exit], windows: np.ndarray)
             for one in budgets
         ),
         "",
-        "After the first layers alone, nothing skipped; *accepted* is the share of positions where the exit's first",
+        "After only the first layers, nothing skipped; *accepted* is the share of positions where the exit's first",
         "choice is the whole model's, which is what greedy self-speculation accepts:",
         "",
         "| exit after | perplexity | nats per token | accepted |",

@@ -134,7 +134,7 @@ def test_commands_of_the_cpu_image(bundle: Path) -> None:
 
 
 def test_commands_of_the_engines_image(bundle: Path, tmp_path: Path) -> None:
-    """TensorRT itself is in the image alone, and builds on a GPU: here the absence of either is told in words."""
+    """TensorRT itself is only in the image, and builds on a GPU: here a message names the one that is missing."""
     library = find_library()
     if library is None:
         pytest.skip("no plugin library was built: gsx plugins build")
@@ -173,7 +173,7 @@ def test_commands_of_the_triton_image(bundle: Path, tmp_path: Path) -> None:
 
 
 def test_compose() -> None:
-    """Services are built from files that are there, of this version; ports are the host's own alone."""
+    """Services are built from files that are there, of this version; ports are open only on the host itself."""
     services = yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
     for service in services.values():
         assert (ROOT / service["build"]["dockerfile"]).is_file()

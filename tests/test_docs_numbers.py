@@ -16,7 +16,7 @@ from gsx.workflows.quantize import MEASURED_WINDOWS
 from gsx.workflows.study import SEQUENCE_TOKENS
 from gsx_engines.building.profiles import DEFAULT_PREFILL_TOKENS
 from gsx_engines.defaults import BUILD_CONTEXT
-from gsx_engines.lowering.tensorrt import MAX_TOPK
+from gsx_engines.lowering.for_tensorrt.task import MAX_TOPK
 from gsx_engines.runners.tensorrt import WINDOW_STEP
 from gsx_engines.serving.request import Request
 from gsx_engines.serving.scheduler import Scheduler
@@ -24,12 +24,12 @@ from gsx_engines.speculation import adapt
 from gsx_exporter.defaults import BUDGET_GRID, CALIBRATION_TOKENS, CLASSIFIER_TOKENS
 from gsx_exporter.quantization.scheme import SCHEMES
 from gsx_exporter.rules.calibration import NEAR_SHARE
+from gsx_exporter.rules.calm import calibrate as exit_calibration
+from gsx_exporter.rules.calm import policy as calm
 from gsx_exporter.rules.calm.traced import DECAYING
-from gsx_exporter.rules.calm.traced import calibrate as exit_calibration
-from gsx_exporter.rules.calm.traced import policy as calm
-from gsx_exporter.rules.ffn_skip.traced import calibrate as similarity
-from gsx_exporter.rules.ffn_skip.traced import policy as ffn_skip
-from gsx_exporter.rules.layers.traced import policy as layers
+from gsx_exporter.rules.ffn_skip import calibrate as similarity
+from gsx_exporter.rules.ffn_skip import policy as ffn_skip
+from gsx_exporter.rules.layers import policy as layers
 from gsx_exporter.text import MIN_TOKENS
 from gsx_exporter.training import exit_classifiers
 from gsx_plugins.build import MIN_CMAKE, MIN_NVCC

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 
 from gsx_exporter.checkpoint import chooser, expected_tensors, is_gate
 from gsx_exporter.config import GateConfig, ModelConfig
-from gsx_exporter.rules.router.config import RouterConfig
+from gsx_exporter.router_config import RouterConfig
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIALS = ("<|pad|>", "<|begin|>", "<|endoftext|>")
@@ -72,7 +72,7 @@ def tiny_checkpoint(
         **hf_overrides,
     }
     hf = AutoConfig.for_model(family, **keys)
-    hf.architectures = [{"llama": "Llama", "mistral": "Mistral"}.get(family, family.title()) + "ForCausalLM"]
+    hf.architectures = [f"{family.title()}ForCausalLM"]
     section: dict[str, Any] = {}
     if gate is not None:
         section |= {"method": "gateskip", "gate": gate.to_dict()}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from gsx_engines.bundle.controls import AS_EXPORTED, Controls, Keep, controls_for
+from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, RuntimeValues, controls_for
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.runners.base import Cache, Runner, StepOutput
 from gsx_engines.sampling import GREEDY, Picker, Sampling
@@ -109,7 +109,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    keep: Keep | Sequence[Keep] = AS_EXPORTED,
+    keep: KeepSettings | Sequence[KeepSettings] = AS_EXPORTED,
     sampling: Sampling = GREEDY,
     stop_ids: Sequence[int] | None = None,
     draft: Draft | None = None,
@@ -229,7 +229,7 @@ class Continuation:
 Rows = Sequence[Continuation | None]
 
 
-def read(runner: Runner, cache: Cache, rows: Rows, controls: Controls) -> StepOutput:
+def read(runner: Runner, cache: Cache, rows: Rows, controls: RuntimeValues) -> StepOutput:
     """Have the model read the unread tokens of each sequence; `take` then chooses their next tokens.
 
     Args:
@@ -293,7 +293,7 @@ class Decoding:
         self,
         runner: Runner,
         sequences: Sequence[Continuation],
-        controls: Controls,
+        controls: RuntimeValues,
         draft: Draft | None = None,
         draft_length: int | None = None,
         search: SkipSetSearch | None = None,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from gsx_exporter.errors import CheckpointError
-from gsx_exporter.rules.router.config import RouterConfig
+from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.section import known_keys, one_of
 
 Branch = Literal["attn", "mlp"]

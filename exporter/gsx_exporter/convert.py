@@ -37,7 +37,7 @@ from gsx_exporter.checkpoint import (
 )
 from gsx_exporter.config import BRANCHES, Branch, GateConfig, GateInput, ModelConfig
 from gsx_exporter.errors import CheckpointError
-from gsx_exporter.rules.router.config import RouterConfig
+from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.rules.router.layouts import take_over
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.fields import BRANCHES
 from gsx_engines.runners.base import StepOutput
 from gsx_engines.runners.select import open_runner
@@ -57,7 +57,7 @@ class Form:
         # One for all calls: what it is bound to is made once.
         self._cache = self._runner.new_cache(1, windows.shape[1])
 
-    def score(self, keep: Keep) -> Score:
+    def score(self, keep: KeepSettings) -> Score:
         """Run all windows under a setting."""
         controls = controls_for(self.bundle.manifest, keep, [self.prompt_tokens])
         prompts, rests, nats = [], [], []
@@ -70,7 +70,7 @@ class Form:
             nats.append(losses(output.logits, rest))
         return Score(float(np.mean(prompts)), float(np.mean(rests)), math.exp(float(np.mean(nats))))
 
-    def seconds(self, keep: Keep, number: int) -> np.ndarray:
+    def seconds(self, keep: KeepSettings, number: int) -> np.ndarray:
         """Time of a prompt and of a single token, [2]; number: of the window, counted round and round."""
         controls = controls_for(self.bundle.manifest, keep, [self.prompt_tokens])
         window = self._windows[number % len(self._windows)][None]
@@ -91,7 +91,7 @@ class Form:
         return 1 - skipped / (ids.size * self.bundle.manifest.decoder.num_layers * len(BRANCHES))
 
 
-def in_turn(timed: Sequence[tuple[Form, Keep]], on_progress: OnProgress) -> np.ndarray:
+def in_turn(timed: Sequence[tuple[Form, KeepSettings]], on_progress: OnProgress) -> np.ndarray:
     """Time settings in turn. Returns: seconds [rounds, settings, 2] of a prompt and of a single token."""
     found: list[list[np.ndarray]] = []
     began = time.perf_counter()

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from gsx.parity.closeness import Observation
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.tensor_names import past
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
@@ -83,7 +83,7 @@ class EngineSide:
         self,
         ids: np.ndarray,
         mask: np.ndarray,
-        controls: Controls,
+        controls: RuntimeValues,
         chunks: Sequence[int] | None = None,
     ) -> list[Observation]:
         """Run ids [B, S], in one call or in chunks of so many tokens over the cache.
@@ -202,7 +202,7 @@ def reference_continuation(side: ReferenceSide, prompt: np.ndarray, new_tokens: 
 def follow(
     runner: Runner,
     steps: Sequence[_Step],
-    controls: Controls,
+    controls: RuntimeValues,
     *,
     logit_tolerance: Callable[[np.ndarray], float],
     near_tie: float,
@@ -250,7 +250,7 @@ def follow(
     return Greedy(len(steps), tuple(mismatches), flips, wrong_flips, max_abs)
 
 
-def runner_logits(runner: Runner, ids: np.ndarray, controls: Controls) -> tuple[np.ndarray, np.ndarray | None]:
+def runner_logits(runner: Runner, ids: np.ndarray, controls: RuntimeValues) -> tuple[np.ndarray, np.ndarray | None]:
     """Logits [B, S, V] of a runner for windows [B, S] without padding, in one call, and rows kept [L, 2]."""
     output = runner.step(runner.new_cache(*ids.shape), ids, controls, logits="all")
     return output.logits, output.kept

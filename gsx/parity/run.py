@@ -18,7 +18,7 @@ from gsx.parity.speculation import SpeculationResult, SpeculationSide
 from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
 from gsx.parity.windows import WindowSums
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import Controls, controls_for
+from gsx_engines.bundle.controls import RuntimeValues, controls_for
 from gsx_engines.bundle.fields import Branch
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.runners.base import Runner
@@ -121,7 +121,7 @@ class Run:
             quality=sums.quality.result(),
         )
 
-    def _whole_windows(self, controls: Controls) -> WindowSums:
+    def _whole_windows(self, controls: RuntimeValues) -> WindowSums:
         """All windows, each in one call: both sides, the fast runner, and the halves of a draft."""
         side, single = self._sides(controls)
         sums = WindowSums(
@@ -168,7 +168,7 @@ class Run:
         at_hand = None if self.limits_of == "bf16" else first.logits
         return self.speculation.result(self.windows, setting.keep, at_hand)
 
-    def _cached(self, want: Observation, controls: Controls) -> tuple[Compared, Compared]:
+    def _cached(self, want: Observation, controls: RuntimeValues) -> tuple[Compared, Compared]:
         """Half of a stretch, then the rest over the cache: it must be what one call gives."""
         count = min(_STRETCH_TOKENS, want.tokens)
         half = count // 2
@@ -230,7 +230,7 @@ class Run:
         want: Observation,
         portable: Observation,
         ids: np.ndarray,
-        controls: Controls,
+        controls: RuntimeValues,
         found: Accumulator,
         window: int,
     ) -> tuple[np.ndarray, int]:
@@ -262,7 +262,7 @@ class Run:
         speculation: SpeculationSide,
         side: ReferenceSide,
         ids: np.ndarray,
-        controls: Controls,
+        controls: RuntimeValues,
         clean: np.ndarray,
         window: int,
     ) -> None:
@@ -286,7 +286,7 @@ class Run:
     def _branches(self) -> tuple[Branch, ...]:
         return self.manifest.skippable
 
-    def _sides(self, controls: Controls) -> tuple[ReferenceSide, ReferenceSide | None]:
+    def _sides(self, controls: RuntimeValues) -> tuple[ReferenceSide, ReferenceSide | None]:
         """The reference with some run-time inputs, and the one in float32 beside one in float64."""
         rule = reference_rule(self.manifest, controls)
         side = ReferenceSide(self.reference, rule, self.manifest.kv_policy)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.selection import check_budget
-from gsx_exporter.rules.registry import rule_named
+from gsx_exporter.rules.registry import rule_of
 from gsx_exporter.rules.settings import Setting
 
 
@@ -21,12 +21,12 @@ def settings_of(manifest: Manifest, asked: Sequence[float] | None, notes: list[s
     for budget in asked or ():
         check_budget(budget)
     if manifest.policy is not None:
-        return rule_named(manifest.policy.name).settings(manifest, asked, notes)
+        return rule_of(manifest.policy).settings(manifest, asked, notes)
     if asked and set(asked) != {1.0}:
         notes.append("The bundle has no gates: everything is kept, and there is one budget, 1.")
-    return [Setting(Keep(), "1", 1.0)]
+    return [Setting(KeepSettings(), "1", 1.0)]
 
 
 def exported_share(manifest: Manifest) -> float:
     """The share of skippable work that is kept by default."""
-    return 1.0 if manifest.policy is None else rule_named(manifest.policy.name).exported_share(manifest)
+    return 1.0 if manifest.policy is None else rule_of(manifest.policy).exported_share(manifest)

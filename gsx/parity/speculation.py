@@ -16,7 +16,7 @@ from scipy import stats
 
 from gsx.parity.closeness import Accumulator, Comparison
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import Controls, Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
 from gsx_engines.generation import Generated, generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
@@ -124,7 +124,7 @@ class SpeculationSide:
     def compare(
         self,
         ids: np.ndarray,
-        controls: Controls,
+        controls: RuntimeValues,
         exit_logits: np.ndarray,
         logits: np.ndarray,
         clean: np.ndarray,
@@ -140,7 +140,7 @@ class SpeculationSide:
             self._found[f"draft, {name} runner"].add(exit_logits, draft, clean, window)
             self._found[f"verify, {name} runner"].add(logits, runner.verify(cache).logits[0], clean, window)
 
-    def result(self, windows: np.ndarray, keep: Keep, reference_logits: np.ndarray | None) -> SpeculationResult:
+    def result(self, windows: np.ndarray, keep: KeepSettings, reference_logits: np.ndarray | None) -> SpeculationResult:
         """Compare texts at one setting of the keep rule.
 
         Args: windows [M, S]: prompts are taken from them; reference_logits [S, V] of the first one, None where they are
@@ -175,7 +175,7 @@ def _prompts(windows: np.ndarray) -> list[list[int]]:
 
 
 def _texts(
-    plain: Runner, draft: Draft, prompts: Sequence[list[int]], sampling: Sampling, keep: Keep
+    plain: Runner, draft: Draft, prompts: Sequence[list[int]], sampling: Sampling, keep: KeepSettings
 ) -> tuple[TextsCompared, float | None]:
     """Plain and speculative continuations of each prompt alone and of some in a batch. Returns: them, acceptance."""
     room = plain.manifest.decoder.max_positions - max(len(prompt) for prompt in prompts)
@@ -214,7 +214,7 @@ def _mismatch(
     prompt: list[int],
     want: Generated,
     have: Generated,
-    keep: Keep,
+    keep: KeepSettings,
 ) -> TextMismatch:
     """The first token that differs, and how near the two were; row: of the prompt in its batch."""
     position = next(i for i, (a, b) in enumerate(zip(want.tokens, have.tokens, strict=True)) if a != b)

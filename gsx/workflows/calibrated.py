@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gsx.workflows.export_text import ExportText
 from gsx.workflows.number_types import NumberTypes
 from gsx.workflows.quantize import plan_for
-from gsx_engines.bundle.controls import Controls, default_controls
+from gsx_engines.bundle.controls import RuntimeValues, default_controls
 from gsx_engines.bundle.manifest import KvCache, Quantization
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection
@@ -16,7 +16,7 @@ from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.graph.assemble import GraphBuilder
 from gsx_exporter.quantization.kv_cache import int8_kv_cache
-from gsx_exporter.quantization.plan import Plan as QuantizationPlan
+from gsx_exporter.quantization.plan import QuantizationPlan
 from gsx_exporter.quantization.qdq import quantize_graphs
 from gsx_exporter.rules.plan import RulePlan
 from gsx_plugins.progress import OnProgress
@@ -39,7 +39,7 @@ class Calibrated:
     options: DecoderOptions
     policy: Policy | None
     selection: Selection | None
-    defaults: Controls
+    defaults: RuntimeValues
     plan: QuantizationPlan | None
     quantization: Quantization | None
     kv_cache: KvCache | None

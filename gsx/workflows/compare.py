@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -20,12 +21,12 @@ from gsx.comparison.report import CompareReport, Point
 from gsx.defaults import COMPARE_FOLDER, COMPARE_TOKENS
 from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
-from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.errors import TextError
 from gsx_exporter.rules.plan import PolicyOptions, RulePlan
-from gsx_exporter.rules.registry import DENSE, RULES, plan_policy
+from gsx_exporter.rules.registry import DENSE, every_rule, plan_policy
 from gsx_exporter.text import MIN_TOKENS, TokenText, load_tokenizer, tokenize
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, prefixed, silent
@@ -73,18 +74,16 @@ def compare(
             found=str(positions),
         )
     calibration, windows = _halves(checkpoint, Path(text) if text else None, tokens)
-    compared = {policy: curves for rule in RULES.values() for policy, curves in rule.compared.items()}
+    rules, left_out = every_rule()
+    compared = {policy: curves for rule in rules.values() for policy, curves in rule.compared.items()}
     # The whole model, as the first of these that the checkpoint fits: where gates or routers multiply what branches
     # give, there is no dense export.
-    whole_models = {DENSE: Keep(), **{rule.name: rule.whole for rule in RULES.values() if rule.whole is not None}}
-    plans: dict[str, RulePlan] = {}
-    left_out: dict[str, str] = {}
-    for policy in {**whole_models, **compared}:
-        try:
-            plans[policy] = plan_policy(PolicyOptions(policy), checkpoint.config)
-        except UsageError as error:
-            if policy in compared:
-                left_out[_name(policy)] = error.what
+    whole_models = {
+        DENSE: KeepSettings(),
+        **{rule.name: rule.whole for rule in rules.values() if rule.whole is not None},
+    }
+    plans, refused = _plans(checkpoint, [*whole_models, *compared])
+    left_out |= {_name(policy): why for policy, why in refused.items() if policy in compared}
     exports = _Exports(checkpoint, Path(work), calibration, on_progress)
     base, keep_all = next((policy, keep) for policy, keep in whole_models.items() if policy in plans)
     whole = Form(exports.bundle(base, plans[base]), windows)
@@ -105,18 +104,9 @@ def compare(
             for curve, settings_of in curves.items()
             for setting, keep in settings_of(bundle.manifest).items()
         ]
-        scores = []
-        for number, (_, _, keep) in enumerate(asked):
-            on_progress(Progress(f"{name}: scoring", number, len(asked)))
-            scores.append(form.score(keep))
-
-        timed = [(whole, keep_all), *((form, keep) for _, _, keep in asked)]
-        seconds = in_turn(timed, prefixed(on_progress, name))
-        whole_seconds.append(seconds[:, 0])
-        points += [
-            _point(curve, setting, score, seconds[:, number], seconds[:, 0])
-            for number, ((curve, setting, _), score) in enumerate(zip(asked, scores, strict=True), 1)
-        ]
+        found, seconds = _measured(form, asked, (whole, keep_all), prefixed(on_progress, name))
+        points += found
+        whole_seconds.append(seconds)
     every = np.concatenate(whole_seconds)
     return CompareReport(
         model=checkpoint.source,
@@ -127,6 +117,41 @@ def compare(
         points=(_point("whole model", base, whole_score, every, every), *points),
         left_out=left_out,
     )
+
+
+def _plans(checkpoint: Checkpoint, policies: Sequence[str]) -> tuple[dict[str, RulePlan], dict[str, str]]:
+    """The policies that a checkpoint fits, and why it does not fit the others."""
+    plans: dict[str, RulePlan] = {}
+    refused: dict[str, str] = {}
+    for policy in dict.fromkeys(policies):
+        try:
+            plans[policy] = plan_policy(PolicyOptions(policy), checkpoint.config)
+        except UsageError as error:
+            refused[policy] = error.what
+    return plans, refused
+
+
+def _measured(
+    form: Form,
+    asked: Sequence[tuple[str, str, KeepSettings]],
+    whole: tuple[Form, KeepSettings],
+    on_progress: OnProgress,
+) -> tuple[list[Point], np.ndarray]:
+    """Score the settings of one bundle, then time them in turn with the whole model.
+
+    Args: asked: curve, name of the setting, and what a request asks for.
+    Returns: a point for each setting, and the whole model's seconds [R, 2] in the same rounds.
+    """
+    scores = []
+    for number, (_, _, keep) in enumerate(asked):
+        on_progress(Progress("scoring", number, len(asked)))
+        scores.append(form.score(keep))
+    seconds = in_turn([whole, *((form, keep) for _, _, keep in asked)], on_progress)
+    points = [
+        _point(curve, setting, score, seconds[:, number], seconds[:, 0])
+        for number, ((curve, setting, _), score) in enumerate(zip(asked, scores, strict=True), 1)
+    ]
+    return points, seconds[:, 0]
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def export(
     Raises:
         GsxError: whatever is wrong with the input or the disk, in words.
     Example:
-        >>> bundle = gsx.export("my-model", "out/demo", budget=0.7)
+        >>> bundle = gsx.export("my-model", "out/demo", budget=0.7, calibration_tokens=1024)
         >>> bundle.manifest.selection.budget
         0.7
     """

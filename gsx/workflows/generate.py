@@ -16,7 +16,7 @@ from gsx.backends import open_backend
 from gsx.defaults import NEW_TOKENS
 from gsx_engines import generation
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.bundle.drafts import DraftKind, LayersDraft
 from gsx_engines.bundle.manifest import Manifest
@@ -154,7 +154,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
-    keep = Keep(budget, layers, exit_layer, speedup, exit_threshold)
+    keep = KeepSettings(budget, layers, exit_layer, speedup, exit_threshold)
     controls_for(bundle.manifest, keep)  # what cannot be asked for is refused before anything is loaded
     drafting = _drafting(bundle.manifest, speculative, draft, draft_length)
     tokenizer = None

@@ -10,6 +10,7 @@ import torch
 from gsx.workflows.quantize import Quantize
 from gsx_engines.lowering.probe import is_supported
 from gsx_exporter.config import ModelConfig
+from gsx_exporter.quantization.scheme import SCHEMES
 from gsx_exporter.rules.plan import RulePlan
 from gsx_plugins.errors import UsageError
 
@@ -65,9 +66,10 @@ class NumberTypes:
     def _check_kv_cache(self, config: ModelConfig, keep: RulePlan) -> None:
         reason: str | None = None
         found = ""
-        if self.precision != "fp32" or (self.quantize is not None and self.quantize.scheme == "fp8"):
+        float8 = self.quantize is not None and SCHEMES[self.quantize.scheme].is_float8
+        if self.precision != "fp32" or (self.quantize is not None and float8):
             reason = "ONNX Runtime keeps codes beside float32 on a CPU, and TensorRT's K/V update takes only floats"
-            found = self.precision if self.precision != "fp32" else "fp8"
+            found = self.precision if self.quantize is None or not float8 else self.quantize.scheme
         elif keep.kv_policy == "none" and config.router is not None:
             reason = "a token that was skipped is known by its zeros in the cache, and codes round to zeros"
             found = "routers"

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gsx.defaults import QUALITY_LIMIT
-from gsx_engines.bundle.controls import Controls, selected
-from gsx_engines.bundle.manifest import Quantization
+from gsx_engines.bundle.controls import RuntimeValues, selected
+from gsx_engines.bundle.manifest import Quantization, SchemeName
 from gsx_engines.bundle.selection import CalibrationText, Selection
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
-from gsx_exporter.quantization.plan import Plan, make_plan, named
-from gsx_exporter.quantization.scheme import EMBEDDING, GATES, SCHEMES, SchemeName
+from gsx_exporter.quantization.plan import QuantizationPlan, make_plan, named
+from gsx_exporter.quantization.scheme import EMBEDDING, GATES, SCHEMES
 from gsx_exporter.text import TokenText
 from gsx_plugins.errors import GsxError, UsageError
 from gsx_plugins.progress import OnProgress
@@ -86,12 +86,12 @@ def plan_for(
     options: DecoderOptions,
     wanted: Quantize,
     selection: Selection | None,
-    defaults: Controls,
+    defaults: RuntimeValues,
     text: TokenText | None,
     on_progress: OnProgress,
     *,
     unseen: TokenText | None = None,
-) -> tuple[Plan, Quantization]:
+) -> tuple[QuantizationPlan, Quantization]:
     """What to quantize and with which scales, and its entry in the manifest.
 
     Args:
@@ -156,11 +156,11 @@ def _measured(
     checkpoint: Checkpoint,
     options: DecoderOptions,
     wanted: Quantize,
-    plans: Sequence[Plan],
-    controls: Controls,
+    plans: Sequence[QuantizationPlan],
+    controls: RuntimeValues,
     sample: TokenText,
     on_progress: OnProgress,
-) -> Plan:
+) -> QuantizationPlan:
     """The first plan that is seen to hold its limits; with auto, where none does, a part of the last one."""
     from gsx_exporter.quantization.sensitivity import Limits, choose
     from gsx_exporter.quantization.simulate import Simulation

@@ -41,10 +41,10 @@ def train(
     Raises:
         GsxError: the recipe, the model, the text or a snapshot cannot be used, or the run diverged.
     Example:
-        >>> recipe = gsx.TrainConfig(steps=40, warmup_steps=4, decay_steps=10, budget_steps=20, batch_size=2)
+        >>> recipe = gsx.TrainConfig(steps=10, warmup_steps=1, decay_steps=2, budget_steps=5, sequence_length=64)
         >>> result = gsx.train("out/trained", config=recipe, model="my-dense-model", text="my-texts")
         >>> result.steps
-        40
+        10
     """
     if not isinstance(config, TrainConfig):
         config = TrainConfig() if config is None else TrainConfig.from_json(Path(config))

@@ -29,7 +29,7 @@ from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.errors import CheckpointError
-from gsx_exporter.rules.registry import rule_named
+from gsx_exporter.rules.registry import rule_of
 from gsx_exporter.rules.settings import LayerCurve, Setting
 from gsx_exporter.text import MIN_TOKENS, TokenText, behind, load_tokenizer, tokenize
 from gsx_plugins.errors import UsageError
@@ -222,7 +222,7 @@ def _keep_map(
 
 
 def _layer_curves(manifest: Manifest) -> tuple[LayerCurve, ...]:
-    return () if manifest.policy is None else tuple(rule_named(manifest.policy.name).layer_curves(manifest))
+    return () if manifest.policy is None else tuple(rule_of(manifest.policy).layer_curves(manifest))
 
 
 def _write(path: Path, text: str) -> None:

@@ -105,7 +105,7 @@ def test_a_batch_and_targets_side_by_side(bundle: Path) -> None:
 def test_k_and_v_that_grow(
     make_tiny_bundle: Callable[..., Path], tmp_path: Path, plugins: Plugins, options: dict[str, Any]
 ) -> None:
-    """The engine has the graph's own inputs and outputs, and stands beside the one that gsx runs."""
+    """The engine has the graph's own inputs and outputs, and is stored beside the one that gsx runs."""
     if plugins == "auto":
         needs_plugins()
     directory = Path(shutil.copytree(make_tiny_bundle(**options), tmp_path / "bundle"))

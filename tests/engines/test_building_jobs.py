@@ -57,7 +57,7 @@ def test_a_refused_op_is_named_with_its_node(tmp_path: Path, op: str, kind: int,
 def test_a_parser_that_crashes_takes_only_its_own_process_down(
     make_tiny_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """TensorRT-RTX 1.7.1 segfaults on TopK whose k the device alone knows, as in the portable graph."""
+    """TensorRT-RTX 1.7.1 segfaults on TopK whose k only the device knows, as in the portable graph."""
     directory = make_tiny_bundle(select="rank", calibration=None)
     model = onnx.load(str(directory / "model.onnx"))
     with pytest.raises(EngineError, match=r"crashed while|refuses the op|could not build"):

@@ -47,7 +47,7 @@ def test_what_the_system_says_about_memory_is_read(tmp_path: Path, monkeypatch: 
 
 
 def test_without_polygraphy(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """TensorRT-RTX alone is easily installed without it."""
+    """TensorRT-RTX can be installed without it."""
     monkeypatch.setattr(building, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match=r'needs Polygraphy.*\n.*\n  pip install "gsx\[tensorrt\]"'):
         build_small(tiny_bundle)

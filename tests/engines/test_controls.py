@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gsx_engines.bundle.controls import AS_EXPORTED, Keep, controls_for, rows_of, shared_by_batch, stacked
+from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, controls_for, rows_of, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import places_text
 from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.layer_sets import exit_places, mask_of, parse_places, unified_places
@@ -70,23 +70,23 @@ def test_a_speedup_that_is_none(speedup: float) -> None:
 
 BAD_SETS = [
     (
-        Keep(layers="0-7"),
+        KeepSettings(layers="0-7"),
         "none",
         r"layers that the model does not have\n  expected layers from 0 to 5, found 6, 7",
     ),
-    (Keep(layers="x"), "none", "'x' is not a set of layers"),
-    (Keep(layers=""), "none", "is not a set of layers"),
-    (Keep(layers="1-5"), "copy", "drops the first layer's attention"),
-    (Keep(layers="0.mlp,1-5"), "copy", "drops the first layer's attention"),
-    (Keep(exit=0), "none", r"no exit after 0 layers\n  expected 1 to 6"),
-    (Keep(exit=7), "none", "no exit after 7 layers"),
-    (Keep(speedup=5.0), "none", "fewer than two of 6 layers"),
-    (Keep(budget=0.5), "none", "no budget to choose"),
+    (KeepSettings(layers="x"), "none", "'x' is not a set of layers"),
+    (KeepSettings(layers=""), "none", "is not a set of layers"),
+    (KeepSettings(layers="1-5"), "copy", "drops the first layer's attention"),
+    (KeepSettings(layers="0.mlp,1-5"), "copy", "drops the first layer's attention"),
+    (KeepSettings(exit=0), "none", r"no exit after 0 layers\n  expected 1 to 6"),
+    (KeepSettings(exit=7), "none", "no exit after 7 layers"),
+    (KeepSettings(speedup=5.0), "none", "fewer than two of 6 layers"),
+    (KeepSettings(budget=0.5), "none", "no budget to choose"),
 ]
 
 
 @pytest.mark.parametrize(("keep", "kv_policy", "message"), BAD_SETS)
-def test_sets_that_are_refused(keep: Keep, kv_policy: str, message: str) -> None:
+def test_sets_that_are_refused(keep: KeepSettings, kv_policy: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         controls_for(manifest_of(sets_policy(), kv_policy), keep)
 
@@ -98,19 +98,19 @@ def test_a_set_that_keeps_nothing() -> None:
 
 def test_exits_are_the_ones_of_the_checkpoint() -> None:
     manifest = manifest_of(sets_policy(exits=(2, 4)))
-    assert controls_for(manifest, Keep(exit=2))["layer_mask"][0, :, 0].tolist() == [1, 1, 0, 0, 0, 0]
+    assert controls_for(manifest, KeepSettings(exit=2))["layer_mask"][0, :, 0].tolist() == [1, 1, 0, 0, 0, 0]
     with pytest.raises(UsageError, match=r"expected one of 2, 4, 6, found 3\n  to run these layers anyway, .* set 0-2"):
-        controls_for(manifest, Keep(exit=3))
+        controls_for(manifest, KeepSettings(exit=3))
     assert len(exit_places(3, LAYERS)) == 3 * len(BRANCHES)
 
 
 def test_two_choices_exclude_each_other() -> None:
     with pytest.raises(UsageError, match="only one setting may decide what is kept"):
-        Keep(budget=0.5, exit=2)
+        KeepSettings(budget=0.5, exit=2)
 
 
-@pytest.mark.parametrize("keep", [Keep(layers="0-2"), Keep(exit=1), Keep(speedup=2.0)])
-def test_a_dense_bundle_has_no_sets(keep: Keep) -> None:
+@pytest.mark.parametrize("keep", [KeepSettings(layers="0-2"), KeepSettings(exit=1), KeepSettings(speedup=2.0)])
+def test_a_dense_bundle_has_no_sets(keep: KeepSettings) -> None:
     with pytest.raises(UsageError, match="--policy layers"):
         controls_for(manifest_of(None), keep)
 
@@ -119,14 +119,14 @@ PROMPTS = [
     (None, AS_EXPORTED, 0),
     (0, AS_EXPORTED, 7),
     (3, AS_EXPORTED, 10),
-    (0, Keep(layers="0-3"), 0),
-    (0, Keep(exit=2), 0),
-    (None, Keep(speedup=2.0), 7),
+    (0, KeepSettings(layers="0-3"), 0),
+    (0, KeepSettings(exit=2), 0),
+    (None, KeepSettings(speedup=2.0), 7),
 ]
 
 
 @pytest.mark.parametrize(("warm_up", "keep", "until"), PROMPTS)
-def test_where_the_rule_begins(warm_up: int | None, keep: Keep, until: int) -> None:
+def test_where_the_rule_begins(warm_up: int | None, keep: KeepSettings, until: int) -> None:
     manifest = manifest_of(sets_policy(warm_up=warm_up))
     assert controls_for(manifest, keep, [7])["full_until"].tolist() == [until]
     assert controls_for(manifest, keep)["full_until"].tolist() == [0], "scoring applies the rule to every token"
@@ -134,9 +134,11 @@ def test_where_the_rule_begins(warm_up: int | None, keep: Keep, until: int) -> N
 
 def test_every_sequence_has_its_own_set() -> None:
     manifest = manifest_of(sets_policy())
-    both = controls_for(manifest, [Keep(layers="0"), Keep(exit=3)], [4, 5])
+    both = controls_for(manifest, [KeepSettings(layers="0"), KeepSettings(exit=3)], [4, 5])
     assert both["layer_mask"].sum(axis=(1, 2)).tolist() == [2, 6]
-    alone = [controls_for(manifest, keep, [n]) for keep, n in ((Keep(layers="0"), 4), (Keep(exit=3), 5))]
+    alone = [
+        controls_for(manifest, keep, [n]) for keep, n in ((KeepSettings(layers="0"), 4), (KeepSettings(exit=3), 5))
+    ]
     joined = stacked([*alone, None])
     for name, value in both.items():
         assert np.array_equal(joined[name][:2], value)

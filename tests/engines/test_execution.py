@@ -38,7 +38,7 @@ RANK = {"select": "rank", "calibration": None}
 
 @dataclass(frozen=True)
 class Made:
-    """A stage whose engine is a `CudaEngine`, and what lies under it."""
+    """A stage whose engine is a `CudaEngine`, and what it runs on."""
 
     stage: TensorRTStage
     trt: StandInTensorRT

@@ -23,7 +23,7 @@ Values = dict[str, np.ndarray]
 
 
 class Client:
-    """Somebody else's program: keeps K and V between calls, and knows the names of the graph alone."""
+    """Somebody else's program: keeps K and V between calls, and knows only the graph's names."""
 
     def __init__(self, bundle: Bundle, model: onnx.ModelProto) -> None:
         selection, shape = bundle.manifest.selection, bundle.manifest.decoder

@@ -16,7 +16,7 @@ from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
 from gsx_engines.building.build import build
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.errors import EngineError
 from gsx_engines.lowering.probe import is_supported
@@ -91,7 +91,7 @@ def test_a_quarter_of_the_memory_and_rounded_a_little(make_tiny_bundle: Callable
     for path in (tiny_bundle, make_tiny_bundle(kv_cache="int8")):
         stage = OnnxRuntimeStage(open_bundle(path))
         runner = WholeRunner(stage)
-        everything = controls_for(runner.manifest, Keep(budget=1.0))  # nothing can flip
+        everything = controls_for(runner.manifest, KeepSettings(budget=1.0))  # nothing can flip
         logits.append(runner.step(runner.new_cache(1, 24), ids, everything, logits="all").logits)
         sizes.append(sum(cache.nbytes for cache in stage.new_memory(1, 24).caches.values()))
     assert sizes[0] == 4 * sizes[1]

@@ -13,7 +13,7 @@ import pytest
 from gsx.parity.measure import EngineSide, runner_logits
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import open_bundle
-from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.lowering.for_onnxruntime.quantized import fuse_products
 from gsx_engines.lowering.onnxruntime import lower
 from gsx_engines.runners.select import open_runner
@@ -37,7 +37,7 @@ def test_both_runners_agree_and_differ_from_full_precision(bundle: Path, tiny_bu
     quantized, full = open_bundle(bundle), open_bundle(tiny_bundle)
     ids = np.random.default_rng(0).integers(3, 259, (1, 24))
     assert full.manifest.selection is not None
-    controls = controls_for(full.manifest, Keep(budget=1.0))  # all kept: nothing can flip
+    controls = controls_for(full.manifest, KeepSettings(budget=1.0))  # all kept: nothing can flip
     portable = EngineSide(quantized).observe(ids, np.ones_like(ids), controls)[0].logits
     fast, kept = runner_logits(open_runner(quantized), ids, controls)
     exact, _ = runner_logits(open_runner(full), ids, controls)

@@ -12,10 +12,10 @@ from pydantic import ValidationError
 
 from gsx.cli import run
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.errors import EngineError
 from gsx_engines.serving.fields import INPUTS, OUTPUTS
-from gsx_engines.serving.model_config import ModelConfig, Tensor
+from gsx_engines.serving.model_config import Tensor, TritonConfig
 from gsx_engines.serving.repository import write_repository
 from gsx_plugins.errors import UsageError
 
@@ -47,7 +47,7 @@ def test_the_docs_name_every_field() -> None:
 
 
 def test_a_request_may_ask_what_a_rule_may_be_asked() -> None:
-    assert {field.name for field in fields(Keep)} <= {field.name for field in INPUTS}
+    assert {field.name for field in fields(KeepSettings)} <= {field.name for field in INPUTS}
 
 
 @pytest.mark.parametrize(
@@ -91,9 +91,9 @@ def test_a_configuration_is_checked_before_it_is_written(change: dict[str, objec
         "decoupled": True,
         "parameters": {"note": 'a "quoted"\nline'},
     }
-    assert r'string_value: "a \"quoted\"\nline"' in ModelConfig.model_validate(good).text()
+    assert r'string_value: "a \"quoted\"\nline"' in TritonConfig.model_validate(good).text()
     with pytest.raises(ValidationError):
-        ModelConfig.model_validate({**good, **change})
+        TritonConfig.model_validate({**good, **change})
 
 
 def test_the_command(tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

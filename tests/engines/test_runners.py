@@ -13,7 +13,7 @@ import pytest
 
 from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
-from gsx_engines.bundle.controls import AS_EXPORTED, Keep, controls_for
+from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, controls_for
 from gsx_engines.errors import BundleError
 from gsx_engines.generation import Generation, generate
 from gsx_engines.lowering.for_onnxruntime.regions import find_regions
@@ -104,17 +104,20 @@ def test_a_batch_equals_its_members(bundle_path: Path) -> None:
     _, runner = both(bundle_path)
     budget = 1.0 if ranks(runner) else None
     prompts = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]]
-    alone = [generate(runner, [prompt], max_new_tokens=30, keep=Keep(budget=budget)).sequences[0] for prompt in prompts]
-    assert generate(runner, prompts, max_new_tokens=30, keep=Keep(budget=budget)).sequences == alone
+    alone = [
+        generate(runner, [prompt], max_new_tokens=30, keep=KeepSettings(budget=budget)).sequences[0]
+        for prompt in prompts
+    ]
+    assert generate(runner, prompts, max_new_tokens=30, keep=KeepSettings(budget=budget)).sequences == alone
 
 
 def test_steps_of_a_batch_equal_portable_ones(bundle_path: Path) -> None:
-    """Prompts come one by one into their own rows, then rows step together: all, neighbours alone, rows apart.
+    """Prompts come one by one into their own rows, then rows step together: all, only neighbours, rows apart.
 
     Kept rows are told by sequence. In between a sequence moves over another one and goes on there.
     """
     portable, lowered = both(bundle_path)
-    controls = controls_for(lowered.manifest, Keep(budget=1.0) if ranks(lowered) else AS_EXPORTED)
+    controls = controls_for(lowered.manifest, KeepSettings(budget=1.0) if ranks(lowered) else AS_EXPORTED)
     rng = np.random.default_rng(3)
     caches = [runner.new_cache(4, 40) for runner in (portable, lowered)]
     calls = [[5, 0, 0, 0], [0, 0, 9, 0], [0, 2, 0, 0], [0, 0, 0, 7], [1, 1, 1, 1], [1, 1, 0, 1], [0, 1, 1, 0]]
@@ -146,7 +149,7 @@ def ranks(runner: WholeRunner) -> bool:
 
 
 def test_every_branch_is_left_out_when_nothing_is_kept(tiny_bundle: Path) -> None:
-    """At a threshold above every score no branch runs, and the logits are those of the embeddings alone."""
+    """At a threshold above every score no branch runs, and the logits are those of the embeddings by themselves."""
     bundle = open_bundle(tiny_bundle)
     above = np.full((3, 2), 2.0, np.float32)
     outputs = []
@@ -212,7 +215,9 @@ def test_generation_ends(tiny_bundle: Path) -> None:
 
 
 def test_budget_changes_at_run_time(tiny_bundle: Path) -> None:
-    shares = [run(tiny_bundle, max_new_tokens=60, keep=Keep(budget=b)).stats.kept_share for b in (1.0, 0.85, 0.5)]
+    shares = [
+        run(tiny_bundle, max_new_tokens=60, keep=KeepSettings(budget=b)).stats.kept_share for b in (1.0, 0.85, 0.5)
+    ]
     assert shares[0] == 1.0
     assert shares[0] > shares[1] > shares[2]
 
@@ -227,9 +232,9 @@ def test_sampling_repeats_with_its_seed(tiny_bundle: Path) -> None:
     ("options", "message"),
     [
         ({"max_new_tokens": 0}, "the number of new tokens is out of range"),
-        ({"keep": Keep(budget=0)}, "budget"),
-        ({"keep": Keep(budget=1.5)}, "budget"),
-        ({"keep": Keep(budget=0.01)}, "below the calibrated grid"),
+        ({"keep": KeepSettings(budget=0)}, "budget"),
+        ({"keep": KeepSettings(budget=1.5)}, "budget"),
+        ({"keep": KeepSettings(budget=0.01)}, "below the calibrated grid"),
     ],
 )
 def test_bad_options_are_refused(tiny_bundle: Path, options: dict[str, Any], message: str) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import gsx
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.bundle.controls import Controls, Keep
+from gsx_engines.bundle.controls import KeepSettings, RuntimeValues
 from gsx_engines.errors import EngineError
 from gsx_engines.runners.base import Cache, Runner, StepOutput
 from gsx_engines.runners.portable import PortableStage
@@ -106,7 +106,7 @@ REQUESTS = [
     Request(
         prompt=[5 + n, 60, 61, 7 * n % 90 + 3][: 1 + n % 4],
         max_new_tokens=3 + 5 * n,
-        keep=Keep(budget=(None, 0.5, 1.0)[n % 3]),
+        keep=KeepSettings(budget=(None, 0.5, 1.0)[n % 3]),
         sampling=Sampling(1.2, 40, 1.0, n) if n % 2 else Sampling(),
         stop=("a", "\n") if n % 4 == 2 else (),
         speculative=n % 3 == 2,
@@ -171,7 +171,7 @@ class Faulty:
     def new_cache(self, batch: int, capacity: int) -> Cache:
         return self._runner.new_cache(batch, capacity)
 
-    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: Any) -> StepOutput:
+    def step(self, cache: Cache, input_ids: np.ndarray, controls: RuntimeValues, **options: Any) -> StepOutput:
         if (input_ids == self._token).any():
             raise RuntimeError("no such luck")
         return self._runner.step(cache, input_ids, controls, **options)
@@ -195,7 +195,7 @@ def test_a_request_that_fails_fails_alone(tiny_bundle: Path) -> None:
 class Poisoned(Faulty):
     """A runner that gives a sequence no numbers when some token comes."""
 
-    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: Any) -> StepOutput:
+    def step(self, cache: Cache, input_ids: np.ndarray, controls: RuntimeValues, **options: Any) -> StepOutput:
         output = self._runner.step(cache, input_ids, controls, **options)
         logits = output.logits.copy()
         logits[(input_ids == self._token).any(axis=1)] = np.nan
@@ -249,14 +249,31 @@ def test_what_runs_portable_is_served_too(make_tiny_bundle: Callable[..., Path])
 
 
 OTHER_RULES = [
-    ("layers", [Keep(), Keep(layers="0,2"), Keep(layers="0.attn,1-2"), Keep(exit=2), Keep(speedup=1.5)]),
-    ("calm:threshold=0.02", [Keep(), Keep(exit_threshold=0.0), Keep(exit_threshold=1.0), Keep(exit_threshold=0.0)]),
+    (
+        "layers",
+        [
+            KeepSettings(),
+            KeepSettings(layers="0,2"),
+            KeepSettings(layers="0.attn,1-2"),
+            KeepSettings(exit=2),
+            KeepSettings(speedup=1.5),
+        ],
+    ),
+    (
+        "calm:threshold=0.02",
+        [
+            KeepSettings(),
+            KeepSettings(exit_threshold=0.0),
+            KeepSettings(exit_threshold=1.0),
+            KeepSettings(exit_threshold=0.0),
+        ],
+    ),
 ]
 
 
 @pytest.mark.parametrize(("policy", "keeps"), OTHER_RULES)
 def test_what_other_rules_read_is_each_request_s_own(
-    make_tiny_bundle: Callable[..., Path], policy: str, keeps: list[Keep]
+    make_tiny_bundle: Callable[..., Path], policy: str, keeps: list[KeepSettings]
 ) -> None:
     bundle = open_bundle(make_tiny_bundle(policy=policy, budget=None, calibration=None))
     scheduler = Scheduler(open_runner(bundle, 1), slots=len(keeps))
@@ -278,7 +295,7 @@ def test_what_other_rules_read_is_each_request_s_own(
         assert (client.error, client.ids) == (None, alone.ids)
     assert len({tuple(client.ids) for client in clients}) > 1, "what is asked matters"
     with pytest.raises(UsageError, match="no budget to choose"):
-        scheduler.submit(Request([5], 3, keep=Keep(budget=0.5)), Recorder())
+        scheduler.submit(Request([5], 3, keep=KeepSettings(budget=0.5)), Recorder())
 
 
 def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
@@ -300,10 +317,10 @@ def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
         (Request([5], 40), "longer than a row"),
         (Request([5], 0), "the number of new tokens is out of range"),
         (Request([-5], 4), "outside the vocabulary"),
-        (Request([5], 4, keep=Keep(budget=1.5)), "budget"),
-        (Request([5], 4, keep=Keep(budget=float("nan"))), "budget"),
-        (Request([5], 4, keep=Keep(layers="0-1")), "reads a set of layers"),
-        (Request([5], 4, keep=Keep(exit_threshold=0.5)), "when the model is confident"),
+        (Request([5], 4, keep=KeepSettings(budget=1.5)), "budget"),
+        (Request([5], 4, keep=KeepSettings(budget=float("nan"))), "budget"),
+        (Request([5], 4, keep=KeepSettings(layers="0-1")), "reads a set of layers"),
+        (Request([5], 4, keep=KeepSettings(exit_threshold=0.5)), "when the model is confident"),
         (Request([5], 4, stop=("a",)), "tokenizer"),
         (Request([5], 4, speculative=True), "no draft"),
     ],

@@ -13,7 +13,7 @@ from scipy import stats
 
 from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.drafts import BudgetDraft, ExitDraft, LayersDraft
 from gsx_engines.generation import generate
 from gsx_engines.runners.portable import PortableStage
@@ -115,7 +115,7 @@ def test_every_kind_of_draft(gated: Bundle, spec: str, budget: float) -> None:
     for sampling in (GREEDY, SAMPLED):
         options: dict[str, Any] = {
             "max_new_tokens": 30,
-            "keep": Keep(budget=budget),
+            "keep": KeepSettings(budget=budget),
             "sampling": sampling,
             "stop_ids": [],
         }
@@ -163,7 +163,7 @@ def test_the_context_ends_each_sequence_at_its_own_length(tmp_path: Path) -> Non
 
 
 def test_end_of_text_inside_a_draft_is_kept_by_the_gates(gated: Bundle) -> None:
-    """End-of-text passes every gate, in the later half too, which reads ids for that alone."""
+    """End-of-text passes every gate, in the later half too, which reads ids only for that."""
     nothing = {"thresholds": np.full((4, 2), 2.0, np.float32)}
     whole, halves = open_runner(gated), open_split_runner(gated)
     outputs = [r.step(r.new_cache(1, 8), np.array([[5, EOS_ID, 7]]), nothing) for r in (whole, halves)]

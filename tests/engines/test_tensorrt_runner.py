@@ -14,7 +14,7 @@ import pytest
 from gsx.workflows.export import export
 from gsx_engines.building.profiles import default_profiles, parse_profile
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.bundle.controls import AS_EXPORTED, Keep, controls_for
+from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, controls_for
 from gsx_engines.errors import EngineError
 from gsx_engines.generation import generate
 from gsx_engines.lowering.for_tensorrt.task import MAX_TOPK
@@ -182,7 +182,7 @@ def test_greedy_text_equals_the_portable_runner(pair: Pair) -> None:
 
 @pytest.mark.parametrize("pair", [name for name, case in CASES.items() if case.batch > 1], indirect=True)
 def test_a_sequence_moves_to_another_row(pair: Pair) -> None:
-    controls = controls_for(pair.bundle.manifest, Keep(budget=1.0) if pair.ranks else AS_EXPORTED)
+    controls = controls_for(pair.bundle.manifest, KeepSettings(budget=1.0) if pair.ranks else AS_EXPORTED)
     ids = np.random.default_rng(2).integers(3, 250, (pair.case.batch, 6))
     first, *_, last = range(pair.case.batch)
     after = []

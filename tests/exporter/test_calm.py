@@ -13,9 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
-from gsx_engines.bundle.confidence import RANGES, Measure
-from gsx_engines.bundle.confidence import Guarantee as GuaranteeEntry
-from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.confidence import RANGES, Guarantee, Measure
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
@@ -25,7 +24,7 @@ from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.calm.calibrate import GRIDS, calibrate_exits
 from gsx_exporter.rules.calm.policy import CalmPlan
 from gsx_exporter.rules.calm.reference import Confident
-from gsx_exporter.rules.calm.risk_control import Guarantee
+from gsx_exporter.rules.calm.risk_control import RiskTarget
 from gsx_exporter.rules.calm.traced import Calm
 from gsx_exporter.rules.plan import PolicyOptions
 from gsx_exporter.rules.registry import plan_policy
@@ -125,7 +124,7 @@ def test_the_calibrated_threshold_is_the_last_of_the_walk_that_holds(
     options = DecoderOptions(Calm(EXITS, "softmax"))
     prompts = np.repeat(ids, 10, axis=0)
     found = calibrate_exits(
-        checkpoint, prompts, options, Guarantee(0.5, 0.9), "loss" if risk == "loss" else "agreement", GRIDS["softmax"]
+        checkpoint, prompts, options, RiskTarget(0.5, 0.9), "loss" if risk == "loss" else "agreement", GRIDS["softmax"]
     )
     tested = found.outcome.tested
     assert [one.threshold for one in tested] == list(GRIDS["softmax"][: len(tested)])
@@ -150,13 +149,18 @@ def test_a_bundle_holds_parity_and_its_guarantee(checkpoint: Checkpoint, tiny_te
     assert policy is not None
     assert policy.confidence is not None
     guarantee = policy.confidence.guarantee
-    assert isinstance(guarantee, GuaranteeEntry)
+    assert isinstance(guarantee, Guarantee)
     assert guarantee.prompts == 2048 // 64
     held = [one.threshold for one in guarantee.tested if one.accepted]
     assert policy.confidence.threshold == held[-1]
     report = verify(tmp_path / "out", text=tiny_text, tokens=256, greedy_tokens=16)
     assert report.passed
-    for keep in (Keep(exit_threshold=1.5), Keep(exit_threshold=-0.1), Keep(exit_threshold=math.nan), Keep(exit=1)):
+    for keep in (
+        KeepSettings(exit_threshold=1.5),
+        KeepSettings(exit_threshold=-0.1),
+        KeepSettings(exit_threshold=math.nan),
+        KeepSettings(exit=1),
+    ):
         with pytest.raises(UsageError):
             controls_for(bundle.manifest, keep)
 

@@ -54,7 +54,7 @@ class Pair:
         return name
 
     def gates(self) -> State:
-        """The file with gates alone."""
+        """The file that has only gates."""
         found: State = {}
         for name, tensor in self.tensors.items():
             if is_gate(name):

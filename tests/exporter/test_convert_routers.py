@@ -15,7 +15,7 @@ from torch import Tensor
 from gsx_exporter.checkpoint import chooser, open_checkpoint
 from gsx_exporter.convert import convert
 from gsx_exporter.errors import CheckpointError
-from gsx_exporter.rules.router.config import RouterConfig
+from gsx_exporter.router_config import RouterConfig
 from tests.exporter.test_routers import METHODS
 from tests.tiny import tiny_checkpoint
 
@@ -100,7 +100,7 @@ def test_dllm(tmp_path: Path, base: Path) -> None:
         elif name in added:
             delta = added[name]
             if "v_proj" not in name:
-                # Channel 2j of a head stands at j, channel 2j + 1 at j + D/2: one half turns with the other.
+                # Channel 2j of a head is at j, channel 2j + 1 at j + D/2: one half turns with the other.
                 head = torch.arange(16).view(8, 2).T.reshape(-1)
                 rows = torch.cat([head + 16 * n for n in range(len(delta) // 16)])
                 delta = delta[rows]

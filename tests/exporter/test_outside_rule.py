@@ -15,6 +15,7 @@ import pytest
 import gsx
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.policy import OutsidePolicy
+from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.rules.registry import GROUP, rule_named, rule_names, traced_rule
 from gsx_plugins.errors import UsageError
@@ -80,7 +81,7 @@ def test_running_it_needs_no_package(bundle: Path, installed: Path, monkeypatch:
     assert without.ids == with_package.ids
     assert without.stats.kept_share is not None
     assert without.stats.kept_share < 1
-    with pytest.raises(UsageError, match=r"(?s)'norm-skip' is not known.*gsx\.keep_rules"):
+    with pytest.raises(BundleError, match=r"(?s)gsx\.json: policy 'norm-skip' is not known.*the package with the rule"):
         gsx.verify(bundle)
 
 

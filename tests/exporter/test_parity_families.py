@@ -159,7 +159,7 @@ def test_family_is_exported_with_parity(row: Row, tmp_path: Path, tiny_text: Pat
             assert greedy.tokens == GREEDY_TOKENS
             assert greedy.mismatches == ()
         if result.kept_share is not None:
-            # Of other text than the thresholds were found on; bytes alone decide here.
+            # Text that the thresholds were not found on; only its bytes matter here.
             assert abs(result.kept_share - result.budget) < 0.1
         # The logits must be of the order that the limit is meant for.
         assert 1 < result.windows.logits.reference_max < 30

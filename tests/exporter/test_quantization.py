@@ -1,4 +1,4 @@
-"""Quantized graphs: scales, rounding, what is left alone, and that the graph computes what the simulation says."""
+"""Quantized graphs: scales, rounding, what is spared, and that the graph computes what the simulation says."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.model import configuration
 from gsx.workflows.quantize import Quantize, plan_for
-from gsx_engines.bundle.controls import Controls, selected
+from gsx_engines.bundle.controls import RuntimeValues, selected
 from gsx_engines.bundle.selection import GridPoint, Selection
 from gsx_exporter.checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from gsx_exporter.config import BRANCHES, GateConfig, ModelConfig
@@ -26,7 +26,7 @@ from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.graph.assemble import GraphBuilder, Graphs
 from gsx_exporter.quantization.plan import (
-    Plan,
+    QuantizationPlan,
     groups_of,
     make_plan,
     matrices_of,
@@ -63,17 +63,17 @@ def text() -> TokenText:
     return TokenText(np.random.default_rng(0).integers(3, 97, (2, 48)), "0" * 64, "random ids")
 
 
-def thresholds(value: float) -> Controls:
+def thresholds(value: float) -> RuntimeValues:
     return {"thresholds": np.full((LAYERS, 2), value, np.float32)}
 
 
 @pytest.fixture(scope="module")
-def plan(model: Checkpoint, text: TokenText) -> Plan:
+def plan(model: Checkpoint, text: TokenText) -> QuantizationPlan:
     found = statistics(model, text.ids, [thresholds(0.5)], OPTIONS, text_sha256=text.sha256)
     return make_plan(model, SCHEMES["int8"], found[0])
 
 
-def graph_of(plan: Plan, dtype: torch.dtype = torch.float32) -> Graphs:
+def graph_of(plan: QuantizationPlan, dtype: torch.dtype = torch.float32) -> Graphs:
     options = dataclasses.replace(OPTIONS, dtype=dtype)
     graphs = GraphBuilder(plan.checkpoint, options, thresholds(0.5)).graphs(None)
     return quantize_graphs(graphs, plan, dtype)
@@ -170,7 +170,7 @@ def test_smoothing_changes_no_bit(model: Checkpoint, text: TokenText) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_graph_follows_the_rules_of_fusing(plan: Plan, dtype: torch.dtype) -> None:
+def test_graph_follows_the_rules_of_fusing(plan: QuantizationPlan, dtype: torch.dtype) -> None:
     graphs = graph_of(plan, dtype)
     graph = graphs.models["model"].graph
     producer = {name: node for node in graph.node for name in node.output}
@@ -204,7 +204,7 @@ def test_graph_follows_the_rules_of_fusing(plan: Plan, dtype: torch.dtype) -> No
     assert producer[rows].op_type == "ThresholdGather", "rows are quantized behind the gather"
 
 
-def test_what_stays_high_is_stored_in_16_bits(plan: Plan) -> None:
+def test_what_stays_high_is_stored_in_16_bits(plan: QuantizationPlan) -> None:
     everything, sparing = ({w.name: w.dtype for w in graph_of(one).weights} for one in (plan, plan.sparing()))
     # The checkpoint's own 16 bits: nothing is rounded.
     assert sparing["layers.0.attn_gate.linear.weight.stored"] == torch.bfloat16
@@ -221,7 +221,7 @@ def test_a_large_model_takes_half_of_its_16_bits(scheme: SchemeName, high: int, 
     """What is spared by default, on the shape of 1.1 B parameters, costs at most 3 of 50 percent."""
     config = ModelConfig.from_hf(configuration("1b", gate))
     shapes_alone = Checkpoint(Path(), "", None, config, {})
-    everything = Plan(SCHEMES[scheme], shapes_alone, dict.fromkeys(matrices_of(config), 1.0))
+    everything = QuantizationPlan(SCHEMES[scheme], shapes_alone, dict.fromkeys(matrices_of(config), 1.0))
     plan = everything.sparing()
     matrices = (*LINEARS, *(f"{branch}_gate.linear" for branch in BRANCHES if gate == "vector"))
     assert set(plan.kept_high) == {f"layers.{layer}.{name}" for layer in range(high) for name in matrices}
@@ -264,7 +264,7 @@ def test_a_scalar_gate_is_no_matrix(tmp_path: Path) -> None:
     assert not [name for name in matrices_of(config) if "_gate." in name]
 
 
-def test_embedding_rows_have_scales_of_their_own(plan: Plan) -> None:
+def test_embedding_rows_have_scales_of_their_own(plan: QuantizationPlan) -> None:
     weights = {weight.name: weight for weight in graph_of(plan).weights}
     table = plan.checkpoint.tensor("model.embed_tokens.weight").float()
     codes, scales = (weights[name].encode for name in ("embed_tokens", "embed_tokens_scale"))
@@ -315,7 +315,7 @@ def test_activations_that_are_not_finite_are_named(tmp_path: Path, text: TokenTe
         statistics(open_checkpoint(path), text.ids, [thresholds(-np.inf)], OPTIONS, text_sha256=text.sha256)
 
 
-def test_sensitivity_leaves_out_as_few_as_hold(model: Checkpoint, plan: Plan, text: TokenText) -> None:
+def test_sensitivity_leaves_out_as_few_as_hold(model: Checkpoint, plan: QuantizationPlan, text: TokenText) -> None:
     simulation = Simulation(model, text, thresholds(0.5), OPTIONS)
     groups = groups_of(model.config)
     nothing = simulation.cost(plan, [])
@@ -328,7 +328,7 @@ def test_sensitivity_leaves_out_as_few_as_hold(model: Checkpoint, plan: Plan, te
     assert not all_high.plan.input_scales
 
 
-def test_sensitivity_finds_the_layer_that_spoils_it(model: Checkpoint, plan: Plan, text: TokenText) -> None:
+def test_sensitivity_finds_the_layer_that_spoils_it(model: Checkpoint, plan: QuantizationPlan, text: TokenText) -> None:
     """One range is set far too narrow: that layer, and what else the limit needs, is left in full precision."""
     bad = "layers.0.mlp.down_proj"
     scale = plan.input_scales[bad]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gsx_exporter.rules.calm.risk_control import Guarantee, agreement_risk, fixed_sequence_test, loss_risk, p_value
+from gsx_exporter.rules.calm.risk_control import RiskTarget, agreement_risk, fixed_sequence_test, loss_risk, p_value
 from gsx_plugins.errors import UsageError
 
 shares = st.floats(0.01, 0.99)
@@ -32,7 +32,7 @@ def test_p_value_grows_with_the_risk(n: int, delta: float, low: float, high: flo
 
 @given(delta=shares, confidence=shares)
 def test_prompts_needed_is_exact(delta: float, confidence: float) -> None:
-    needed = Guarantee(delta, confidence).prompts_needed
+    needed = RiskTarget(delta, confidence).prompts_needed
     slack = 1e-6  # a p-value that equals epsilon but for rounding
     assert p_value(0.0, needed, delta) <= (1 - confidence) * (1 + slack)
     if needed > 1:
@@ -40,7 +40,7 @@ def test_prompts_needed_is_exact(delta: float, confidence: float) -> None:
 
 
 def test_known_values() -> None:
-    assert Guarantee(0.1, 0.95).prompts_needed == 29  # 0.9^29 = 0.0471
+    assert RiskTarget(0.1, 0.95).prompts_needed == 29  # 0.9^29 = 0.0471
     assert p_value(0.0, 29, 0.1) == pytest.approx(0.9**29)
 
 
@@ -56,7 +56,7 @@ def test_the_walk_ends_at_the_first_failure(means: list[float], n: int, delta: f
         asked.append(threshold)
         return np.full(n, means[round(threshold)])
 
-    outcome = fixed_sequence_test(list(map(float, range(len(means)))), risks, n, Guarantee(delta, 0.95))
+    outcome = fixed_sequence_test(list(map(float, range(len(means)))), risks, n, RiskTarget(delta, 0.95))
     passes = [p_value(mean, n, delta) <= 0.05 for mean in means]
     first_failure = passes.index(False) if False in passes else len(passes)
     assert asked == list(map(float, range(min(first_failure + 1, len(means)))))
@@ -77,7 +77,7 @@ def test_the_promise_holds_in_simulation(correlated: bool, seed: int) -> None:
         luck = rng.random((n, 1)) if correlated else rng.random((n, len(true_risks)))
         risks = (luck < true_risks).astype(float)
         outcome = fixed_sequence_test(
-            range(len(true_risks)), lambda i, risks=risks: risks[:, int(i)], n, Guarantee(delta, confidence)
+            range(len(true_risks)), lambda i, risks=risks: risks[:, int(i)], n, RiskTarget(delta, confidence)
         )
         wrong += outcome.threshold is not None and true_risks[int(outcome.threshold)] > delta
     # Four standard deviations of a share of 0.1 in 400 draws.
@@ -86,14 +86,14 @@ def test_the_promise_holds_in_simulation(correlated: bool, seed: int) -> None:
 
 def test_too_few_prompts_are_refused_with_the_number_needed() -> None:
     with pytest.raises(UsageError, match="29 or more") as caught:
-        fixed_sequence_test([1.0], lambda _: np.zeros(12), 12, Guarantee(0.1, 0.95))
+        fixed_sequence_test([1.0], lambda _: np.zeros(12), 12, RiskTarget(0.1, 0.95))
     assert "12" in str(caught.value)
 
 
 @pytest.mark.parametrize("values", [(0.0, 0.9), (1.0, 0.9), (0.1, 1.0), (0.1, math.nan), (-1.0, 0.5)])
 def test_a_guarantee_is_of_shares(values: tuple[float, float]) -> None:
     with pytest.raises(UsageError, match="of a guarantee"):
-        Guarantee(*values)
+        RiskTarget(*values)
 
 
 def test_risks() -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import open_bundle
-from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
@@ -26,7 +26,7 @@ from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.reference.model import Reference
-from gsx_exporter.rules.router.config import NetConfig, RouterConfig
+from gsx_exporter.router_config import NetConfig, RouterConfig
 from gsx_exporter.rules.router.reference import RoutedByThreshold
 from gsx_exporter.rules.router.traced import capacity
 from gsx_plugins.errors import GsxError, UsageError
@@ -149,7 +149,7 @@ def test_a_skipped_token_leaves_no_k_and_v(bundle_of: Callable[[str], Path]) -> 
 def test_batches_choose_as_single_sequences(name: str, bundle_of: Callable[[str], Path]) -> None:
     bundle = open_bundle(bundle_of(name))
     runner = open_runner(bundle)
-    controls = controls_for(bundle.manifest, Keep())
+    controls = controls_for(bundle.manifest, KeepSettings())
     prompts = np.array([[5, 60, 61, 7], [9, 8, 7, 6]])
     together = runner.step(runner.new_cache(2, 8), prompts, controls).logits
     for row, prompt in enumerate(prompts):
@@ -164,14 +164,14 @@ def test_another_budget_at_run_time(tmp_path: Path, model_of: Callable[[str], Pa
     assert manifest.selection is not None
     shares = {point.budget: point.kept_share for point in manifest.selection.grid}
     assert all(abs(share - budget) < 0.02 for budget, share in shares.items())
-    half, most = (controls_for(manifest, Keep(budget=budget))["thresholds"] for budget in (0.5, 0.9))
+    half, most = (controls_for(manifest, KeepSettings(budget=budget))["thresholds"] for budget in (0.5, 0.9))
     assert (half > most).mean() > 0.8
 
 
 def test_one_router_for_a_layer_has_one_threshold(tmp_path: Path, model_of: Callable[[str], Path]) -> None:
     export(model_of("d-llm"), tmp_path / "out", budget=0.6, calibration_tokens=256)
     manifest = open_bundle(tmp_path / "out").manifest
-    thresholds = controls_for(manifest, Keep(budget=0.6))["thresholds"]
+    thresholds = controls_for(manifest, KeepSettings(budget=0.6))["thresholds"]
     assert (thresholds[1:, 0] == thresholds[1:, 1]).all()
     assert np.isneginf(thresholds[0]).all()
 

@@ -15,13 +15,13 @@ from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.rule import TracedRule
 from gsx_exporter.quantization.statistics import key
+from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.rules.calm.traced import Calm
 from gsx_exporter.rules.ffn_skip.traced import FfnSkip
 from gsx_exporter.rules.gateskip.traced import GateSkip
 from gsx_exporter.rules.layers.traced import Layers
 from gsx_exporter.rules.plan import PolicyOptions
 from gsx_exporter.rules.registry import RULES, plan_policy, traced_rule
-from gsx_exporter.rules.router.config import RouterConfig
 from gsx_exporter.rules.router.traced import Router
 from gsx_exporter.text import tokenize
 from tests.tiny import tiny_checkpoint
@@ -130,7 +130,7 @@ def reached_from(start: list[Path]) -> set[str]:
 
 
 # What both sides may read: the model's configuration and weights, and errors. Nothing that computes.
-COMMON = {"checkpoint", "config", "errors", "rules.router.config", "section"}
+COMMON = {"checkpoint", "config", "errors", "router_config", "section"}
 
 
 def test_reference_and_traced_decoder_share_no_code() -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.bundle.controls import Keep, controls_for
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.generation import generate
 from gsx_engines.lowering.onnxruntime import lower
 from gsx_engines.runners.portable import PortableStage
@@ -26,7 +26,7 @@ from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.reference.rule import BranchInput, MaskCall
-from gsx_exporter.rules.ffn_skip.calibrate import Region, calibrate_ffn
+from gsx_exporter.rules.ffn_skip.calibrate import FfnRegion, calibrate_ffn
 from gsx_exporter.rules.ffn_skip.reference import FfnStride
 from gsx_exporter.text import tokenize
 from gsx_plugins.errors import UsageError
@@ -102,7 +102,7 @@ def test_parity(name: str, bundle_of: Callable[[str], Path], tiny_text: Path) ->
 def test_batches_have_a_set_for_each_sequence(bundle_of: Callable[[str], Path]) -> None:
     bundle = open_bundle(bundle_of("layers"))
     prompts = [[5, 60, 61, 7, 8, 9], [61, 7, 33], [7, 8]]
-    keeps = [Keep(), Keep(exit=2), Keep(layers="0,2-3.mlp,4")]
+    keeps = [KeepSettings(), KeepSettings(exit=2), KeepSettings(layers="0,2-3.mlp,4")]
     for runner in (open_runner(bundle), WholeRunner(PortableStage(bundle))):
         alone = [
             generate(runner, [prompt], max_new_tokens=12, keep=keep, stop_ids=[]).sequences[0]
@@ -118,7 +118,7 @@ def test_unified_runs_the_prompt_in_full(bundle_of: Callable[[str], Path]) -> No
     assert found.stats.kept_rows == 2 * (4 * 5 + 4 * 3)
 
 
-def kept_kv(bundle: Bundle, keep: Keep) -> np.ndarray:
+def kept_kv(bundle: Bundle, keep: KeepSettings) -> np.ndarray:
     """Which layers hold K of a call's tokens, [L] bool."""
     stage = PortableStage(bundle)
     runner = WholeRunner(stage)
@@ -129,9 +129,9 @@ def kept_kv(bundle: Bundle, keep: Keep) -> np.ndarray:
 
 def test_skipped_layers_have_no_k_and_v(bundle_of: Callable[[str], Path]) -> None:
     bundle = open_bundle(bundle_of("layers"))
-    assert kept_kv(bundle, Keep(layers="0,2,4.attn")).tolist() == [True, False, True, False, True]
+    assert kept_kv(bundle, KeepSettings(layers="0,2,4.attn")).tolist() == [True, False, True, False, True]
     # Where the first half of a layer is skipped, the other one runs without K and V.
-    assert kept_kv(bundle, Keep(layers="0,2-4.mlp")).tolist() == [True, False, False, False, False]
+    assert kept_kv(bundle, KeepSettings(layers="0,2-4.mlp")).tolist() == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize(
@@ -205,7 +205,7 @@ def unread(load: object) -> NoReturn:
     raise AssertionError(load)
 
 
-def published(change: np.ndarray, region: Region, threshold: float) -> np.ndarray:
+def published(change: np.ndarray, region: FfnRegion, threshold: float) -> np.ndarray:
     """The method's own loop for one token (docs/methods.md section 5): which FFNs run, [L] bool."""
     left, ran = 0, []
     for layer, moved in enumerate(change):
@@ -227,7 +227,7 @@ def test_the_reference_runs_the_published_loop(
 ) -> None:
     layers = len(change)
     first = data.draw(st.integers(1, layers - 2))
-    region = Region(first, data.draw(st.integers(first, layers - 2)), stride)
+    region = FfnRegion(first, data.draw(st.integers(first, layers - 2)), stride)
     table = region.thresholds(layers, threshold)
     one = torch.ones(1, 1, dtype=torch.bool)
     zeros = torch.zeros(1, 1, dtype=torch.int64)

@@ -127,7 +127,7 @@ def rows_of(name: str, part: Callable[[], list[Row]]) -> list[Row]:
     """The rows of a part; one row that says what happened where it fails as a whole, with the traceback on stderr."""
     try:
         return part()
-    except Exception as error:  # a call on a GPU is dear: the other parts are to run
+    except Exception as error:  # time on a GPU is expensive: the other parts must still run
         traceback.print_exc()
         return [Row(f"the part {name}", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "", "fail")]
     finally:
@@ -154,7 +154,7 @@ def sanitize(tool: str, finds: str) -> Row:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     if not Path(program).is_file():
         return Row(what, "compute-sanitizer is not installed", "nothing found", "missing")
-    # Errors of CUDA's own calls are none of ours: PyTorch asks for functions that a driver may lack, and is told so.
+    # Errors of CUDA's own calls are not ours: PyTorch asks for functions that a driver may lack.
     command = [program, "--tool", tool, "--report-api-errors", "no", "--error-exitcode", str(_SANITIZER_FAILED)]
     command += [sys.executable, "-m", "tests.gpu", "--quick", "--parts", "checks"]
     try:

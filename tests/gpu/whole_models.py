@@ -22,7 +22,7 @@ from gsx_engines.building import build as building
 from gsx_engines.building.build import build
 from gsx_engines.building.job import run_job
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.generation import generate
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.select import open_runner
@@ -98,7 +98,8 @@ def same_text(what: str, bundle: Bundle, open_other: Callable[[], Runner]) -> Ro
         equal, speed = 0, 0.0
         for budget in BUDGETS:
             texts = [
-                generate(one, prompt, max_new_tokens=_TOKENS, keep=Keep(budget=budget), stop_ids=[]) for one in runners
+                generate(one, prompt, max_new_tokens=_TOKENS, keep=KeepSettings(budget=budget), stop_ids=[])
+                for one in runners
             ]
             equal += texts[0].sequences == texts[1].sequences
             speed = texts[1].stats.decode_tokens_per_second or 0.0

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import gsx
 from gsx.cli.app import command
+from gsx_exporter.rules.registry import RULES
 from tests.tiny import tiny_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
@@ -121,6 +122,8 @@ def examples() -> list[Any]:
 def test_example_runs(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "gsx.export":
         shutil.rmtree(place / "out" / "demo")
+    # One keep rule, and few rounds: `test_compare.py` has all of them.
+    monkeypatch.setattr("gsx.workflows.compare.RULES", {"layers": RULES["layers"]})
     monkeypatch.setattr("gsx.comparison.measure.SECONDS", 0.0)
     found = doctest.DocTestFinder().find(FUNCTIONS[name], name, globs={"gsx": gsx})[0]
     assert found.examples, f"{name} has no example"

@@ -20,8 +20,8 @@ from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import TextError
 from gsx_exporter.evaluation import losses
 from gsx_exporter.reference.model import Reference
+from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.rules.layers.reference import LayerMask
-from gsx_exporter.rules.router.config import RouterConfig
 from gsx_exporter.text import tokenize
 from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint

@@ -20,7 +20,7 @@ from gsx.parity.report import Report
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.errors import BundleError
 from gsx_engines.runners.base import Cache, StepOutput
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
@@ -206,7 +206,7 @@ class _Babbler(WholeRunner):
 
     steps = 0
 
-    def step(self, cache: Cache, input_ids: np.ndarray, controls: Controls, **options: Any) -> StepOutput:
+    def step(self, cache: Cache, input_ids: np.ndarray, controls: RuntimeValues, **options: Any) -> StepOutput:
         output = super().step(cache, input_ids, controls, **options)
         if input_ids.shape[1] == 1:
             self.steps += 1

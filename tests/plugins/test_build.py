@@ -161,7 +161,7 @@ def test_no_place_for_the_library(working: Path, tmp_path: Path, monkeypatch: py
 
 
 def wait_for_the_end_of(process: int) -> None:
-    """Of one that is not ours to wait for, and that a zombie does not stand for."""
+    """Of a process that we cannot wait for; a zombie does not count as running."""
     until = time.monotonic() + 10
     while time.monotonic() < until:
         state = Path(f"/proc/{process}/stat")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.generation import Generation, generate
 from gsx_engines.runners.base import Runner
@@ -214,6 +214,6 @@ def _generate(
     return generate(runner, prompts, draft=draft, **{**asked, "sampling": sampling, "keep": keep})
 
 
-def _keep(raw: dict[str, Any]) -> Keep:
+def _keep(raw: dict[str, Any]) -> KeepSettings:
     """A choice as the vectors have it: an exit threshold is text, since JSON has no infinity."""
-    return Keep(**{name: float(value) if name == "exit_threshold" else value for name, value in raw.items()})
+    return KeepSettings(**{name: float(value) if name == "exit_threshold" else value for name, value in raw.items()})

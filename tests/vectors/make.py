@@ -1,4 +1,4 @@
-"""Writes the vectors: `python -m tests.vectors.make`. A test makes them anew and compares, so they cannot grow old.
+"""Writes the vectors: `python -m tests.vectors.make`. A test makes them again and compares, so they cannot go stale.
 
 Each file holds inputs and what Python makes of them. The module of the same name says what is in it.
 """

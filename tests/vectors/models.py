@@ -156,11 +156,11 @@ def toy_policy(rule: RuleName, branches: Sequence[Branch], mode: Mode) -> Policy
     full_until = {"name": "full_until", "least": 0, "most": None, "default": 0}
     section: dict[str, Any] = {"name": rule, "branches": branches}
     if rule == "router":
-        section |= {"layers": ROUTED, "inputs": gateskip.inputs}
+        section |= {"layers": ROUTED, "inputs": gateskip.inputs, "parameters": {"router": {}}}
     elif rule == "layers":
         no_mlp_in_every_third = [[1, layer % 3 > 0] for layer in range(LAYERS)]
         mask = {"name": "layer_mask", "least": 0, "most": 1, "default": no_mlp_in_every_third}
-        section |= {"exits": [2, 4], "warm_up": 2, "inputs": [mask, full_until]}
+        section |= {"exits": [2, 4], "warm_up": 2, "inputs": [mask, full_until], "parameters": {"layers": "0-5"}}
     else:
         confidence = {"measure": "softmax", "threshold": 0.7, "decay": 4.0, "decay_tokens": 64, "guarantee": None}
         threshold = {"name": "exit_threshold", "least": 0, "most": 1}

@@ -98,7 +98,7 @@ def build(
         )
     module = check_backend(backend)
     chosen, gpu = _targets(module, backend, targets)
-    if opened.manifest.quantization is not None and opened.manifest.quantization.scheme == "fp8":
+    if opened.manifest.quantization is not None and opened.manifest.quantization.is_float8:
         chosen = _with_fp8(opened, module, backend, targets, chosen)
     capacity, shapes = _shapes(opened, backend, context, batch, profiles)
     library = _library(plugins)

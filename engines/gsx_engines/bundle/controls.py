@@ -22,11 +22,11 @@ from gsx_plugins.errors import UsageError
 BY_SEQUENCE = ("layer_mask", "full_until")
 
 # Run-time values: name of a run-time input (`policy.inputs` of the manifest) -> its value; empty for a dense model.
-Controls = Mapping[str, np.ndarray]
+RuntimeValues = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Keep:
+class KeepSettings:
     """What one request keeps; where it says nothing, the exported settings apply. At most one argument is given.
 
     Args:
@@ -62,12 +62,14 @@ class Keep:
         return " ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in self.given) or "as exported"
 
 
-AS_EXPORTED = Keep()
+AS_EXPORTED = KeepSettings()
 
 
 def controls_for(
-    manifest: Manifest, keep: Keep | Sequence[Keep] = AS_EXPORTED, prompt_tokens: Sequence[int] | None = None
-) -> Controls:
+    manifest: Manifest,
+    keep: KeepSettings | Sequence[KeepSettings] = AS_EXPORTED,
+    prompt_tokens: Sequence[int] | None = None,
+) -> RuntimeValues:
     """The run-time values of a call.
 
     Args:
@@ -78,9 +80,9 @@ def controls_for(
         UsageError: a setting that the bundle's rule does not read, a value that it does not accept, or settings for a
             different number of sequences.
     """
-    settings = [keep] if isinstance(keep, Keep) else list(keep)
+    settings = [keep] if isinstance(keep, KeepSettings) else list(keep)
     sequences = len(prompt_tokens) if prompt_tokens is not None else len(settings)
-    if isinstance(keep, Keep):
+    if isinstance(keep, KeepSettings):
         settings = settings * sequences
     if len(settings) != sequences:
         raise UsageError(
@@ -117,7 +119,7 @@ def _shared(name: str, values: Sequence[float | None]) -> float | None:
     return values[0]
 
 
-def layer_mask(manifest: Manifest, keep: Keep) -> np.ndarray:
+def layer_mask(manifest: Manifest, keep: KeepSettings) -> np.ndarray:
     """The layer mask [L, 2] float32 that a request asks for.
 
     Raises:
@@ -144,7 +146,7 @@ def layer_mask(manifest: Manifest, keep: Keep) -> np.ndarray:
     return mask
 
 
-def _check_read(manifest: Manifest, keep: Keep) -> None:
+def _check_read(manifest: Manifest, keep: KeepSettings) -> None:
     """Refuse settings that the bundle's rule does not read."""
     policy = manifest.policy
     if keep.budget is not None:
@@ -176,7 +178,7 @@ def _check_read(manifest: Manifest, keep: Keep) -> None:
         )
 
 
-def default_controls(policy: Policy | None, selection: Selection | None) -> Controls:
+def default_controls(policy: Policy | None, selection: Selection | None) -> RuntimeValues:
     """The exported run-time values, as they are stored in graphs; those by sequence have a first axis of 1."""
     controls: dict[str, np.ndarray] = {}
     for read in policy.inputs if policy else ():
@@ -193,7 +195,7 @@ def default_controls(policy: Policy | None, selection: Selection | None) -> Cont
     return controls
 
 
-def stacked(rows: Sequence[Controls | None]) -> Controls:
+def stacked(rows: Sequence[RuntimeValues | None]) -> RuntimeValues:
     """The run-time values of a batch, from those of its sequences, which must share the values without a batch axis.
 
     Args:
@@ -209,17 +211,17 @@ def stacked(rows: Sequence[Controls | None]) -> Controls:
     }
 
 
-def rows_of(controls: Controls, rows: slice) -> Controls:
+def rows_of(controls: RuntimeValues, rows: slice) -> RuntimeValues:
     """The run-time values of some neighbouring sequences of a batch."""
     return {name: value[rows] if name in BY_SEQUENCE else value for name, value in controls.items()}
 
 
-def shared_by_batch(controls: Controls) -> bytes:
+def shared_by_batch(controls: RuntimeValues) -> bytes:
     """The run-time values that the sequences of a batch must share, in a form that can be compared."""
     return b"".join(value.tobytes() for name, value in sorted(controls.items()) if name not in BY_SEQUENCE)
 
 
-def selected(selection: Selection, budget: float) -> Controls:
+def selected(selection: Selection, budget: float) -> RuntimeValues:
     """The run-time value for a budget: `thresholds [L, 2]`, or `budget []` with selection by rank."""
     check_budget(budget)
     if selection.mode == "rank":
@@ -233,7 +235,7 @@ def _exit_threshold(policy: Policy, threshold: float | None) -> np.ndarray:
     return np.array(policy.confidence.threshold if threshold is None else threshold, np.float32)
 
 
-def _full_until(manifest: Manifest, keep: Keep, prompt_tokens: int | None) -> int:
+def _full_until(manifest: Manifest, keep: KeepSettings, prompt_tokens: int | None) -> int:
     """Position from which the rule applies to a sequence: after its prompt and the warm-up, or 0."""
     policy = manifest.policy
     assert policy is not None

@@ -52,6 +52,12 @@ class Gates(Section):
     branches: tuple[Branch, ...]
 
 
+# How a model is quantized; exporter/gsx_exporter/quantization/scheme.py has a row for each.
+SchemeName = Literal["int8", "int8-weights", "fp8"]
+# Schemes whose codes are floating-point (E4M3): ONNX Runtime only simulates them on a CPU, and not every GPU has them.
+_FLOAT8: frozenset[SchemeName] = frozenset(("fp8",))
+
+
 class Quantization(Section):
     """What runs in 8 bits.
 
@@ -70,12 +76,17 @@ class Quantization(Section):
         calibration: the text that the ranges were measured on; null if only weights are quantized.
     """
 
-    scheme: Literal["int8", "int8-weights", "fp8"]
+    scheme: SchemeName
     smoothing: float
     products: int
     kept_high: tuple[str, ...]
     budget: Budget | None
     calibration: CalibrationText | None
+
+    @property
+    def is_float8(self) -> bool:
+        """Whether the codes are FP8."""
+        return self.scheme in _FLOAT8
 
 
 class KvCache(Section):

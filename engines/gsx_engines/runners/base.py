@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.manifest import Manifest
 
 Logits = Literal["none", "last", "all"]
@@ -87,7 +87,7 @@ class Call:
     ids: np.ndarray
     counts: list[int]
     lengths: list[int]
-    controls: Controls
+    controls: RuntimeValues
 
 
 # What leaves an exit layer and enters the next one, for the tokens of one call, by the graphs' names
@@ -137,7 +137,7 @@ class Runner(Protocol):
         self,
         cache: Cache,
         input_ids: np.ndarray,
-        controls: Controls,
+        controls: RuntimeValues,
         *,
         counts: list[int] | None = None,
         logits: Logits = "last",
@@ -163,7 +163,7 @@ def new_cache(batch: int, capacity: int, memory: Any) -> Cache:
     return Cache(batch, capacity, [0] * batch, [0] * batch, memory)
 
 
-def call_of(cache: Cache, input_ids: np.ndarray, counts: list[int] | None, controls: Controls) -> Call:
+def call_of(cache: Cache, input_ids: np.ndarray, counts: list[int] | None, controls: RuntimeValues) -> Call:
     """The call that appends tokens to a cache.
 
     Raises:

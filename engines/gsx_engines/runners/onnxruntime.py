@@ -155,7 +155,7 @@ class OnnxRuntimeStage:
 
     def new_memory(self, batch: int, capacity: int) -> Any:
         """See `Stage`."""
-        fp8 = self.manifest.quantization is not None and self.manifest.quantization.scheme == "fp8"
+        fp8 = self.manifest.quantization is not None and self.manifest.quantization.is_float8
         ranks = self.manifest.selection is not None and self.manifest.selection.mode == "rank"
         alone = ranks or self.manifest.hides_skipped
         lowered = self.manifest.precision == "fp32" and not fp8 and (batch == 1 or not alone)

@@ -16,7 +16,7 @@ import onnx
 
 from gsx_engines.bundle import tensor_names
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.lowering.kv_cache import round_cache
 from gsx_engines.lowering.widen import in_float32
@@ -109,7 +109,7 @@ class PortableStage:
         input_ids: np.ndarray,
         attention_mask: np.ndarray,
         position_ids: np.ndarray,
-        controls: Controls,
+        controls: RuntimeValues,
         state: ExitState | None = None,
         *,
         logits: bool = True,

@@ -20,7 +20,7 @@ def session_config(manifest: Manifest) -> Mapping[str, str]:
     """
     if manifest.quantization is None:
         return {}
-    if manifest.quantization.scheme == "fp8":
+    if manifest.quantization.is_float8:
         return {"session.disable_quant_qdq": "1"}
     return {"session.qdq_matmulnbits_block_size": "128"}
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.runners.base import (
     Cache,
     Call,
@@ -61,7 +61,7 @@ class SplitRunner:
         self,
         cache: Cache,
         input_ids: np.ndarray,
-        controls: Controls,
+        controls: RuntimeValues,
         *,
         counts: list[int] | None = None,
         logits: Logits = "last",
@@ -83,7 +83,7 @@ class SplitRunner:
         self,
         cache: Cache,
         input_ids: np.ndarray,
-        controls: Controls,
+        controls: RuntimeValues,
         *,
         counts: list[int] | None = None,
         logits: Logits = "last",

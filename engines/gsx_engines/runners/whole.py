@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.runners.base import Cache, Logits, Stage, StepOutput, call_of, grown, new_cache, step_output
 
 
@@ -23,7 +23,7 @@ class WholeRunner:
         self,
         cache: Cache,
         input_ids: np.ndarray,
-        controls: Controls,
+        controls: RuntimeValues,
         *,
         counts: list[int] | None = None,
         logits: Logits = "last",

@@ -39,7 +39,7 @@ class Tensor(_Checked):
     shape_tensor: bool = False
 
 
-class ModelConfig(_Checked):
+class TritonConfig(_Checked):
     """A model of a repository.
 
     Args:

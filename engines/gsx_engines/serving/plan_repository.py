@@ -22,7 +22,7 @@ from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph
 from gsx_engines.bundle.fields import TensorInfo
 from gsx_engines.errors import EngineError
 from gsx_engines.lowering.for_tensorrt.task import K
-from gsx_engines.serving.model_config import DataType, ModelConfig, Tensor
+from gsx_engines.serving.model_config import DataType, Tensor, TritonConfig
 from gsx_engines.tensorrt import cuda
 from gsx_engines.tensorrt.loading import ENGINES, EngineSet, read_engine
 from gsx_plugins.errors import UsageError
@@ -86,14 +86,14 @@ def _unfit(entry: EngineEntry) -> str | None:
     return "which updates K/V in place" if entry.kv_layout != "growing" else None
 
 
-def _config(bundle: Bundle, entry: EngineEntry, made: EngineGraph, name: str) -> ModelConfig:
+def _config(bundle: Bundle, entry: EngineEntry, made: EngineGraph, name: str) -> TritonConfig:
     selection = bundle.manifest.selection
     parameters = {"most_tokens": str(entry.capacity)}
     if selection is not None and any(value.name == "thresholds" for value in made.inputs):
         # For clients: the value of the input of this name that corresponds to the exported budget.
         parameters["thresholds"] = json.dumps(selection.thresholds_for(selection.budget).tolist())
     try:
-        return ModelConfig(
+        return TritonConfig(
             name=name,
             backend="tensorrt",
             inputs=tuple(map(_tensor, made.inputs)),

@@ -26,7 +26,7 @@ from gsx_engines.bundle.bundle import Bundle, writing
 from gsx_engines.defaults import SERVED_REQUESTS, WAITING_REQUESTS
 from gsx_engines.errors import EngineError
 from gsx_engines.serving.fields import INPUTS, OUTPUTS, Field
-from gsx_engines.serving.model_config import ModelConfig, Tensor
+from gsx_engines.serving.model_config import Tensor, TritonConfig
 from gsx_plugins.errors import UsageError
 
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
@@ -101,10 +101,10 @@ def write_repository(
 
 def _config(
     name: str, backend: Backend, *, slots: int, queue: int, context: int | None, threads: int | None
-) -> ModelConfig:
+) -> TritonConfig:
     numbers = {"slots": slots, "queue": queue, "context": context, "threads": threads}
     try:
-        return ModelConfig(
+        return TritonConfig(
             name=name,
             backend="python",
             inputs=tuple(_tensor(field, optional=True) for field in INPUTS),

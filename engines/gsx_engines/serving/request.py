@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from gsx_engines.bundle.controls import AS_EXPORTED, Keep
+from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings
 from gsx_engines.generation import FinishReason, GenerationStats
 from gsx_engines.sampling import GREEDY, Sampling
 from gsx_plugins.errors import GsxError
@@ -32,7 +32,7 @@ class Request:
 
     prompt: Sequence[int]
     max_new_tokens: int = 128
-    keep: Keep = AS_EXPORTED
+    keep: KeepSettings = AS_EXPORTED
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     speculative: bool = False

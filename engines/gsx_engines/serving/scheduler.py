@@ -21,7 +21,7 @@ from functools import partial
 
 import numpy as np
 
-from gsx_engines.bundle.controls import Controls, controls_for, shared_by_batch, stacked
+from gsx_engines.bundle.controls import RuntimeValues, controls_for, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import DraftKind
 from gsx_engines.generation import Continuation, Decoding, GenerationStats, read, take
 from gsx_engines.runners.base import Runner, StepOutput
@@ -291,7 +291,7 @@ class Scheduler:
             self._cache.batch - len(self._batch)
         )
 
-    def _controls(self, jobs: list[_Job]) -> Controls:
+    def _controls(self, jobs: list[_Job]) -> RuntimeValues:
         """The run-time values of a call for some jobs; values for each sequence are at the rows of the jobs."""
         rows = [job.controls if job in jobs else None for job in self._batch]
         return stacked([*rows, *[None] * (self._cache.batch - len(rows))])

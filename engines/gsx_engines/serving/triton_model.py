@@ -23,7 +23,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from gsx_engines.bundle.bundle import open_bundle
-from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.sampling import Sampling
 from gsx_engines.serving.fields import INPUTS, OUTPUTS, Field
 from gsx_engines.serving.request import Finished, OverloadedError, Request
@@ -147,7 +147,7 @@ class TritonPythonModel:
         return Request(
             prompt=self._prompt(text) if text is not None else _ids(ids, self._scheduler.context),
             max_new_tokens=128 if given["max_tokens"] is None else given["max_tokens"],
-            keep=Keep(
+            keep=KeepSettings(
                 budget=given["budget"],
                 layers=_text(layers, "layers") if layers is not None else None,
                 exit=given["exit"],

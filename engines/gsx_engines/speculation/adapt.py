@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.cost import StepBytes
 from gsx_engines.bundle.drafts import LayersDraft
 from gsx_engines.bundle.fields import BRANCHES, Branch
@@ -75,7 +75,7 @@ class SkipSetSearch:
         self._rounds = self._idle = 0
         self.found = Adaptation()
 
-    def after_round(self, cache: Cache, texts: Sequence[Sequence[int]], controls: Controls) -> None:
+    def after_round(self, cache: Cache, texts: Sequence[Sequence[int]], controls: RuntimeValues) -> None:
         """Look for a better set, if it is time to.
 
         Args:
@@ -96,7 +96,7 @@ class SkipSetSearch:
         for row in read:
             ids[row] = texts[row][starts[row] : lengths[row]]
 
-        def choices(which: Controls) -> np.ndarray:
+        def choices(which: RuntimeValues) -> np.ndarray:
             cache.roll_back(starts)
             output = self._draft.runner.step(cache, ids, which, counts=counts, logits="all")
             return np.asarray(output.logits[read].argmax(axis=-1))

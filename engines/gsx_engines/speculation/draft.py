@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import Controls, selected
+from gsx_engines.bundle.controls import RuntimeValues, selected
 from gsx_engines.bundle.drafts import BudgetDraft, DraftKind, ExitDraft, LayersDraft
 from gsx_engines.bundle.fields import BRANCHES
 from gsx_engines.bundle.manifest import Manifest
@@ -26,7 +26,7 @@ class Draft(Protocol):
     runner: Runner
     kind: DraftKind
 
-    def step(self, cache: Cache, ids: np.ndarray, controls: Controls, counts: list[int]) -> StepOutput:
+    def step(self, cache: Cache, ids: np.ndarray, controls: RuntimeValues, counts: list[int]) -> StepOutput:
         """Read one more token (or none) of each sequence.
 
         Args:
@@ -38,7 +38,7 @@ class Draft(Protocol):
         ...
 
     def verify(
-        self, cache: Cache, start: list[int], ids: np.ndarray, controls: Controls, counts: list[int]
+        self, cache: Cache, start: list[int], ids: np.ndarray, controls: RuntimeValues, counts: list[int]
     ) -> StepOutput:
         """Run the whole model on tokens, of which `step` has read all but the last of each sequence.
 
@@ -60,12 +60,12 @@ class EarlyExitDraft:
         self.kind: DraftKind = ExitDraft(layer=runner.exit_layer)
         self._split = runner
 
-    def step(self, cache: Cache, ids: np.ndarray, controls: Controls, counts: list[int]) -> StepOutput:
+    def step(self, cache: Cache, ids: np.ndarray, controls: RuntimeValues, counts: list[int]) -> StepOutput:
         """See `Draft`."""
         return self._split.draft(cache, ids, controls, counts=counts)
 
     def verify(
-        self, cache: Cache, start: list[int], ids: np.ndarray, controls: Controls, counts: list[int]
+        self, cache: Cache, start: list[int], ids: np.ndarray, controls: RuntimeValues, counts: list[int]
     ) -> StepOutput:
         """See `Draft`. The last token has to run through the early layers first."""
         last = np.array([[row[max(count - 1, 0)]] for row, count in zip(ids, counts, strict=True)])
@@ -83,15 +83,15 @@ class FullDepthDraft:
         self.runner = runner
         self.kind: DraftKind = kind
         self._changes = kind
-        self._of: Controls = {}
-        self._controls: Controls = {}
+        self._of: RuntimeValues = {}
+        self._controls: RuntimeValues = {}
 
     def change(self, kind: BudgetDraft | LayersDraft) -> None:
         """Draft in another way from now on."""
         self.kind = self._changes = kind
         self._of = {}
 
-    def step(self, cache: Cache, ids: np.ndarray, controls: Controls, counts: list[int]) -> StepOutput:
+    def step(self, cache: Cache, ids: np.ndarray, controls: RuntimeValues, counts: list[int]) -> StepOutput:
         """See `Draft`."""
         if controls is not self._of:  # the same object for a whole request, and a runner copies inputs that change
             self._of, self._controls = controls, draft_controls(self._changes, self.runner.manifest, controls)
@@ -99,7 +99,7 @@ class FullDepthDraft:
         return StepOutput(output.logits, None)
 
     def verify(
-        self, cache: Cache, start: list[int], ids: np.ndarray, controls: Controls, counts: list[int]
+        self, cache: Cache, start: list[int], ids: np.ndarray, controls: RuntimeValues, counts: list[int]
     ) -> StepOutput:
         """See `Draft`."""
         cache.roll_back(start)
@@ -141,7 +141,7 @@ def draft_on(runner: Runner, draft: DraftKind) -> Draft:
     return FullDepthDraft(runner, draft)
 
 
-def draft_controls(draft: BudgetDraft | LayersDraft, manifest: Manifest, controls: Controls) -> Controls:
+def draft_controls(draft: BudgetDraft | LayersDraft, manifest: Manifest, controls: RuntimeValues) -> RuntimeValues:
     """The run-time values of a draft: those of the request, except the one that the draft changes.
 
     A branch that is left out has 0 in the layer mask, or plus infinity as its threshold.

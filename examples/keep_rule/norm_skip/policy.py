@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.policy import OutsidePolicy, Policy, score_input
 from gsx_engines.bundle.selection import Selection
 from gsx_exporter.checkpoint import Checkpoint
@@ -61,7 +61,7 @@ def traced(recorded: Recorded) -> NormSkip:
     return NormSkip(recorded.policy.branches)
 
 
-def reference(policy: Policy, selection: Selection | None, controls: Controls) -> LargeStates:
+def reference(policy: Policy, selection: Selection | None, controls: RuntimeValues) -> LargeStates:
     """The same by masks, with a request's thresholds."""
     return LargeStates(controls["thresholds"], policy.branches)
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import Branch
 from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
@@ -74,7 +74,7 @@ class Walk:
         self._carried = tuple(rule.carried) if rule else ()
         self._exit_modules = load_exit_modules(checkpoint, self.options)
 
-    def stream(self, controls: Controls) -> Stream:
+    def stream(self, controls: RuntimeValues) -> Stream:
         """The text at the first layer. Args: controls: the keep rule's run-time inputs."""
         rule = self.options.rule
         inputs = {name: torch.from_numpy(np.asarray(controls[name])) for name in (rule.inputs if rule else ())}

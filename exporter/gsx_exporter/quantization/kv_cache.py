@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.manifest import KvCache
 from gsx_engines.bundle.selection import CalibrationText
 from gsx_exporter.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ from gsx_plugins.progress import OnProgress, Progress, silent
 def int8_kv_cache(
     checkpoint: Checkpoint,
     text: TokenText,
-    controls: Controls,
+    controls: RuntimeValues,
     options: DecoderOptions,
     on_progress: OnProgress = silent,
 ) -> KvCache:

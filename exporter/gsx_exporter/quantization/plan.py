@@ -27,7 +27,7 @@ _SMALLEST = 2.0**-24  # the smallest number above 0 in half precision
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizationPlan:
     """A quantized model.
 
     Args:
@@ -46,12 +46,12 @@ class Plan:
         """The matrices that stay as they are, in order."""
         return tuple(name for name in matrices_of(self.checkpoint.config) if name not in self.input_scales)
 
-    def without(self, names: Collection[str]) -> Plan:
+    def without(self, names: Collection[str]) -> QuantizationPlan:
         """The same plan with these matrices kept high too."""
         scales = {name: scale for name, scale in self.input_scales.items() if name not in names}
         return dataclasses.replace(self, input_scales=scales)
 
-    def sparing(self) -> Plan:
+    def sparing(self) -> QuantizationPlan:
         """The same plan with care for what comes before most decisions: the first layers, their gates included."""
         high, careful = self.scheme.high_layers, self.scheme.careful_layers
         scales = dict(self.input_scales)
@@ -65,18 +65,18 @@ class Plan:
         return WEIGHTS_ALONE if self.input_scales[matrix] is None else self.scheme
 
 
-def make_plan(checkpoint: Checkpoint, scheme: Scheme, found: Statistics | None) -> Plan:
+def make_plan(checkpoint: Checkpoint, scheme: Scheme, found: Statistics | None) -> QuantizationPlan:
     """A plan that quantizes every matrix there is, of gates and tables the weights alone.
 
     Args: found: statistics at the exported selection; None where the scheme quantizes weights alone.
     """
     names = matrices_of(checkpoint.config)
     if not scheme.activations:
-        return Plan(scheme, checkpoint, dict.fromkeys(names))
+        return QuantizationPlan(scheme, checkpoint, dict.fromkeys(names))
     assert found is not None
     smoothed, inputs = smooth(checkpoint, found, scheme.smoothing)
     scales = {name: float(inputs[name].max()) / scheme.largest if name in inputs else None for name in names}
-    return Plan(scheme, smoothed, scales)
+    return QuantizationPlan(scheme, smoothed, scales)
 
 
 def matrices_of(config: ModelConfig) -> list[str]:

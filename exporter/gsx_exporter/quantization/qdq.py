@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gsx_exporter.graph.assemble import Graphs
 from gsx_exporter.graph.weights import ONNX_TYPES, Weight
-from gsx_exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
+from gsx_exporter.quantization.plan import QuantizationPlan, quantize_weight, scale_value, weight_scales
 from gsx_exporter.quantization.scheme import EMBEDDING, GATES, TABLES, WEIGHTS_ALONE, Scheme
 from gsx_plugins.graph import Graph, make_node
 
@@ -36,7 +36,7 @@ _HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
 _GATES = tuple(GATES.values())
 
 
-def quantize_graphs(graphs: Graphs, plan: Plan, dtype: torch.dtype) -> Graphs:
+def quantize_graphs(graphs: Graphs, plan: QuantizationPlan, dtype: torch.dtype) -> Graphs:
     """Graphs whose products run in 8 bits where the plan says so, and whose other matrices are stored in 16 bits.
 
     Args: dtype: of the graphs' activations, and so of the scales.
@@ -64,7 +64,7 @@ def quantize_graphs(graphs: Graphs, plan: Plan, dtype: torch.dtype) -> Graphs:
     return Graphs(graphs.models, list(weights.values()))
 
 
-def _dequantize_gates(graph: Graph, plan: Plan) -> None:
+def _dequantize_gates(graph: Graph, plan: QuantizationPlan) -> None:
     """Make float32 weights of a gate's codes."""
     made: dict[str, str] = {}
 
@@ -84,7 +84,7 @@ def _dequantize_gates(graph: Graph, plan: Plan) -> None:
     graph.rewrite(dequantized)
 
 
-def _quantize_products(graph: Graph, plan: Plan, dtype: torch.dtype) -> None:
+def _quantize_products(graph: Graph, plan: QuantizationPlan, dtype: torch.dtype) -> None:
     """Put Q/DQ around the products that the plan quantizes."""
     pairs: dict[tuple[str, float], str] = {}  # (value, scale) -> the value quantized and dequantized
 
@@ -129,7 +129,7 @@ def _quantize_embedding(graph: Graph, dtype: torch.dtype) -> None:
     graph.rewrite(quantized)
 
 
-def _narrow_type(weight: Weight, plan: Plan) -> torch.dtype | None:
+def _narrow_type(weight: Weight, plan: QuantizationPlan) -> torch.dtype | None:
     """The 16-bit type that a float32 matrix is stored in, or None.
 
     Gates that stay high are stored so only where their values are 16-bit numbers already, so that no decision changes.
@@ -181,7 +181,7 @@ def _stored(weight: Weight, scheme: Scheme) -> tuple[Weight, Weight]:
 
 
 def _pair(
-    graph: Graph, linear: str, value: str, scale: float, plan: Plan, dtype: torch.dtype
+    graph: Graph, linear: str, value: str, scale: float, plan: QuantizationPlan, dtype: torch.dtype
 ) -> Iterable[onnx.NodeProto]:
     """QuantizeLinear and DequantizeLinear of a value; the pair has a scale of its own."""
     name = f"{linear}.input"

@@ -8,13 +8,11 @@ fast products for (docs/quantization.md).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
+from gsx_engines.bundle.manifest import SchemeName
 from gsx_exporter.config import BRANCHES, Branch
-
-SchemeName = Literal["int8", "int8-weights", "fp8"]
 
 # The linear layers of a decoder layer that read the same values, by the name of the group.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -56,9 +54,14 @@ class Scheme:
     careful_layers: int
 
     @property
+    def is_float8(self) -> bool:
+        """Whether the codes are FP8."""
+        return self.dtype == torch.float8_e4m3fn
+
+    @property
     def num_bits(self) -> int | tuple[int, int]:
         """The type as ModelOpt writes it: bits, or (exponent, mantissa) bits."""
-        return (4, 3) if self.dtype == torch.float8_e4m3fn else 8
+        return (4, 3) if self.is_float8 else 8
 
 
 SCHEMES: dict[SchemeName, Scheme] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gsx_exporter.quantization.plan import Plan, groups_of
+from gsx_exporter.quantization.plan import QuantizationPlan, groups_of
 from gsx_exporter.quantization.simulate import Cost, Simulation
 from gsx_plugins.progress import OnProgress, Progress, silent
 
@@ -41,7 +41,7 @@ class Chosen:
         kept: groups left in full precision.
     """
 
-    plan: Plan
+    plan: QuantizationPlan
     cost: Cost
     everything: Cost
     ranking: tuple[tuple[str, Cost], ...]
@@ -50,7 +50,7 @@ class Chosen:
 
 def choose(
     simulation: Simulation,
-    plan: Plan,
+    plan: QuantizationPlan,
     limits: Limits,
     on_progress: OnProgress = silent,
 ) -> Chosen:
@@ -77,7 +77,7 @@ def choose(
 
     ranking = sorted(costs.items(), key=lambda item: -price(item[1]))
 
-    def keeping(count: int) -> Plan:
+    def keeping(count: int) -> QuantizationPlan:
         return plan.without({linear for name, _ in ranking[:count] for linear in groups[name]})
 
     # The fewest that hold, by bisection: keeping all of them costs nothing, and so holds.

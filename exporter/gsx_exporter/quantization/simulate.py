@@ -15,7 +15,7 @@ from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import Branch
 from gsx_exporter.decoder.ends import Entry, Exit
@@ -23,7 +23,7 @@ from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.decoder.rule import Values
 from gsx_exporter.decoder.walk import Stream, Walk
-from gsx_exporter.quantization.plan import Plan, quantize_weight, scale_value, weight_scales
+from gsx_exporter.quantization.plan import QuantizationPlan, quantize_weight, scale_value, weight_scales
 from gsx_exporter.quantization.scheme import EMBEDDING, HEAD, TABLES, WEIGHTS_ALONE, Scheme
 from gsx_exporter.text import TokenText
 from gsx_plugins.progress import OnProgress, Progress, silent
@@ -88,7 +88,7 @@ class Simulation:
         self,
         checkpoint: Checkpoint,
         text: TokenText,
-        controls: Controls,
+        controls: RuntimeValues,
         options: DecoderOptions,
         on_progress: OnProgress = silent,
     ) -> None:
@@ -108,7 +108,7 @@ class Simulation:
             # Half precision is exact enough for what 8 bits are compared with, and half as large.
             self._logits = [F.log_softmax(logits, dim=-1).half() for _, logits in walk.logits(stream)]
 
-    def cost(self, plan: Plan, only: Collection[str] | None = None) -> Cost:
+    def cost(self, plan: QuantizationPlan, only: Collection[str] | None = None) -> Cost:
         """What the plan costs; `only` quantizes these of its matrices alone."""
         chosen = set(plan.input_scales) if only is None else set(only)
         if not chosen:
@@ -144,7 +144,7 @@ class Simulation:
         return Cost(nats / tokens, divergence / self._ids.size, different / decisions if decisions else 0.0)
 
 
-def _quantize_layer(layer: DecoderLayer, number: int, plan: Plan, chosen: Collection[str]) -> None:
+def _quantize_layer(layer: DecoderLayer, number: int, plan: QuantizationPlan, chosen: Collection[str]) -> None:
     prefix = f"layers.{number}."
     for name in [name for name in chosen if name.startswith(prefix)]:
         path = name.removeprefix(prefix)

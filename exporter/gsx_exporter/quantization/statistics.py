@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_plugins.files import cache_folder, writing_file
@@ -43,7 +43,9 @@ def default_cache() -> Path:
     return cache_folder() / "statistics"
 
 
-def key(checkpoint: Checkpoint, ids: np.ndarray, text_sha256: str, options: DecoderOptions, controls: Controls) -> str:
+def key(
+    checkpoint: Checkpoint, ids: np.ndarray, text_sha256: str, options: DecoderOptions, controls: RuntimeValues
+) -> str:
     """What the numbers depend on, hashed: weights and configuration, text, the keep rule with all its parameters and
     run-time inputs, and the K/V policy. The type of the graph is not in it: the walk computes in float32."""
     rule = options.rule

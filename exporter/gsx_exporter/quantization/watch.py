@@ -15,7 +15,7 @@ import torch
 from modelopt.torch.quantization.calib import MaxCalibrator
 from torch import Tensor, nn
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
@@ -29,7 +29,7 @@ from gsx_plugins.progress import OnProgress, Progress, silent
 def statistics(
     checkpoint: Checkpoint,
     ids: np.ndarray,
-    points: Sequence[Controls],
+    points: Sequence[RuntimeValues],
     options: DecoderOptions,
     *,
     text_sha256: str,
@@ -66,7 +66,7 @@ def statistics(
 def _watch(
     checkpoint: Checkpoint,
     ids: np.ndarray,
-    points: Sequence[Controls],
+    points: Sequence[RuntimeValues],
     options: DecoderOptions,
     on_progress: OnProgress,
 ) -> list[Statistics]:

@@ -36,7 +36,7 @@ NEAR_SHARE = 0.002
 
 
 @dataclass(frozen=True)
-class GridPoint:
+class CalibratedPoint:
     """One budget's thresholds and what they keep.
 
     Args:
@@ -71,7 +71,7 @@ def calibrate(
     budgets: Sequence[float],
     options: DecoderOptions,
     on_progress: OnProgress = silent,
-) -> list[GridPoint]:
+) -> list[CalibratedPoint]:
     """Thresholds for each budget.
 
     Args:
@@ -92,7 +92,7 @@ def at_constant(
     threshold: float,
     options: DecoderOptions,
     on_progress: OnProgress = silent,
-) -> GridPoint:
+) -> CalibratedPoint:
     """What one threshold keeps everywhere, as a method was trained with it: its budget is the share kept on the text.
 
     Args: as for `calibrate`; threshold: in the unit of the score.
@@ -133,10 +133,10 @@ class _Thresholds:
                     self._walk.through(number, layer, run.stream, functools.partial(self._choose, number, run))
                 on_progress(Progress(stage, number + 1, layers))
 
-    def point(self, run: _Run, budget: float) -> GridPoint:
+    def point(self, run: _Run, budget: float) -> CalibratedPoint:
         """What a run found."""
         kept = [run.kept[layer, BRANCHES.index(branch)] for layer, branch in self._places]
-        return GridPoint(budget, run.thresholds, run.kept, float(np.mean(kept)))
+        return CalibratedPoint(budget, run.thresholds, run.kept, float(np.mean(kept)))
 
     def _choose(
         self,

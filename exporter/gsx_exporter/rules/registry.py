@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from importlib.metadata import EntryPoint, entry_points
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection
+from gsx_engines.errors import BundleError
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.rule import TracedRule
 from gsx_exporter.reference.rule import KeepAll, ReferenceRule
@@ -51,7 +52,7 @@ def rule_named(name: str) -> Rule:
             f"policy {name!r} is not known",
             expected="one of " + ", ".join(rule_names()),
             found=repr(name),
-            todo=f"a rule of another package must be installed here, and registered as an entry point of {GROUP}",
+            todo=f"install the package with the rule: it registers as an entry point of {GROUP}",
         )
     try:
         found = entry.load()
@@ -69,6 +70,34 @@ def rule_named(name: str) -> Rule:
             found=f"a Rule named {found.name!r}" if isinstance(found, Rule) else repr(found),
         )
     return found
+
+
+def every_rule() -> tuple[dict[str, Rule], dict[str, str]]:
+    """All rules by name, and those of other packages that cannot be used, with the reason."""
+    found, broken = dict(RULES), {}
+    for name in rule_names()[len(RULES) + 1 :]:
+        try:
+            found[name] = rule_named(name)
+        except UsageError as error:
+            broken[name] = error.what
+    return found, broken
+
+
+def rule_of(policy: Policy) -> Rule:
+    """The rule that a bundle was exported with.
+
+    Raises:
+        BundleError: a rule that this version does not know, or of a package that is not installed here.
+    """
+    try:
+        return rule_named(policy.name)
+    except UsageError as error:
+        raise BundleError(
+            f"gsx.json: {error.what}",
+            expected=error.expected,
+            found=error.found,
+            todo="install the version of gsx, or the package with the rule, that made the bundle; or export again",
+        ) from error
 
 
 def plan_policy(options: PolicyOptions, config: ModelConfig) -> RulePlan:
@@ -92,15 +121,15 @@ def plan_policy(options: PolicyOptions, config: ModelConfig) -> RulePlan:
 
 def traced_rule(policy: Policy | None, selection: Selection | None, config: ModelConfig) -> TracedRule | None:
     """The rule that a manifest records, as the decoder takes it; None for a dense bundle."""
-    return None if policy is None else rule_named(policy.name).traced(Recorded(policy, selection, config))
+    return None if policy is None else rule_of(policy).traced(Recorded(policy, selection, config))
 
 
-def reference_rule(manifest: Manifest, controls: Controls) -> ReferenceRule:
+def reference_rule(manifest: Manifest, controls: RuntimeValues) -> ReferenceRule:
     """The same as the reference takes it, with the run-time inputs of a request."""
     policy = manifest.policy
     if policy is None:
         return KeepAll()
-    return rule_named(policy.name).reference(policy, manifest.selection, controls)
+    return rule_of(policy).reference(policy, manifest.selection, controls)
 
 
 def _outside() -> dict[str, EntryPoint]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from gsx_engines.bundle.controls import Controls, Keep
+from gsx_engines.bundle.controls import KeepSettings, RuntimeValues
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection
@@ -58,9 +58,9 @@ class Rule:
     doc: str
     plan: Callable[[PolicyOptions, ModelConfig, str], RulePlan]
     traced: Callable[[Recorded], TracedRule]
-    reference: Callable[[Policy, Selection | None, Controls], ReferenceRule]
+    reference: Callable[[Policy, Selection | None, RuntimeValues], ReferenceRule]
     settings: Callable[[Manifest, Sequence[float] | None, list[str]], list[Setting]]
     exported_share: Callable[[Manifest], float]
     compared: Mapping[str, Curves] = field(default_factory=dict)
-    whole: Keep | None = None
+    whole: KeepSettings | None = None
     layer_curves: Callable[[Manifest], Sequence[LayerCurve]] = lambda manifest: ()

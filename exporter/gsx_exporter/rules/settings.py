@@ -6,14 +6,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from gsx_engines.bundle.controls import Keep
+from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.bundle.manifest import Manifest
 from gsx_plugins.errors import UsageError
 
 DEFAULT_BUDGETS = (1.0, 0.85, 0.7, 0.5)
 
 # Name of a setting -> what a request asks for, from careful to bold.
-Curve = Mapping[str, Keep]
+Curve = Mapping[str, KeepSettings]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Setting:
         share: of skippable work that it asks to keep.
     """
 
-    keep: Keep
+    keep: KeepSettings
     name: str
     share: float
 
@@ -84,7 +84,7 @@ def exported_budget(manifest: Manifest) -> float:
 def calibrated_budgets(manifest: Manifest) -> Curve:
     """The budgets of the grid."""
     assert manifest.selection is not None
-    return {f"budget {point.budget:.3g}": Keep(budget=point.budget) for point in manifest.selection.grid}
+    return {f"budget {point.budget:.3g}": KeepSettings(budget=point.budget) for point in manifest.selection.grid}
 
 
 def note_unused_budgets(asked: Sequence[float] | None, notes: list[str]) -> None:
@@ -94,4 +94,4 @@ def note_unused_budgets(asked: Sequence[float] | None, notes: list[str]) -> None
 
 
 def _at(budget: float) -> Setting:
-    return Setting(Keep(budget=budget), f"{budget:g}", budget)
+    return Setting(KeepSettings(budget=budget), f"{budget:g}", budget)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gsx_engines.bundle.selection import GridPoint as GridPointSection
-from gsx_engines.bundle.selection import Selection
+from gsx_engines.bundle.selection import GridPoint, Selection
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.rule import TracedRule
 from gsx_exporter.defaults import BUDGET_GRID
-from gsx_exporter.rules.calibration import GridPoint, calibrate
+from gsx_exporter.rules.calibration import CalibratedPoint, calibrate
 from gsx_exporter.rules.plan import RulePlan, text_entry
 from gsx_exporter.text import TokenText
 from gsx_plugins.progress import OnProgress
@@ -34,13 +33,13 @@ def at_budget(
     return by_thresholds(plan.budget, points, text)
 
 
-def by_thresholds(budget: float, points: Sequence[GridPoint], text: TokenText) -> Selection:
+def by_thresholds(budget: float, points: Sequence[CalibratedPoint], text: TokenText) -> Selection:
     """A calibrated grid in the manifest."""
     return Selection(
         mode="threshold",
         budget=budget,
         grid=tuple(
-            GridPointSection(
+            GridPoint(
                 budget=point.budget,
                 thresholds=tuple((float(a), float(b)) for a, b in point.thresholds),
                 kept_share=point.kept_share,

@@ -193,7 +193,7 @@ def test_the_same_words(
 
 
 def at(*path: str | int) -> Callable[[dict[str, Any]], Any]:
-    """What lies at a place of the manifest."""
+    """What the manifest has at a path of keys."""
 
     def reach(manifest: dict[str, Any]) -> Any:
         for step in path:

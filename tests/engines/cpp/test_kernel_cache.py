@@ -13,7 +13,7 @@ from tests.engines.cpp.conftest import NEEDS, ROOTS, SOURCES
 from tests.engines.cpp.test_package import compile_device_sources
 
 SHA256 = "ab" * 32
-# TensorRT-RTX's own headers come with its SDK alone. They have these declarations besides those of TensorRT 11's, which
+# TensorRT-RTX's own headers come only with its SDK. They have these declarations besides those of TensorRT 11's, which
 # its samples use (https://github.com/NVIDIA/TensorRT-RTX, samples/apiUsage/cpp/apiUsage.cpp).
 CACHE = """
 enum class CudaGraphStrategy : int32_t
@@ -88,7 +88,7 @@ def test_no_room_is_no_failure(program: Program) -> None:
 
 
 def test_calls_of_tensorrt_rtx(tmp_path: Path) -> None:
-    """What is compiled with TensorRT-RTX's headers alone compiles, without warnings."""
+    """What is compiled only with TensorRT-RTX's headers compiles without warnings."""
     root = next((root for root in ROOTS if root.name.startswith("11")), None)
     if root is None:
         pytest.skip(NEEDS)

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 from gsx_engines.bundle.confidence import Measure
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.evaluation import losses
 from gsx_exporter.rules.calm.risk_control import (
-    Guarantee,
     Outcome,
     Risk,
+    RiskTarget,
     agreement_risk,
     fixed_sequence_test,
     loss_risk,
@@ -61,7 +61,7 @@ def calibrate_exits(
     checkpoint: Checkpoint,
     ids: np.ndarray,
     options: DecoderOptions,
-    guarantee: Guarantee,
+    guarantee: RiskTarget,
     risk: Risk,
     grid: tuple[float, ...],
     on_progress: OnProgress = silent,
@@ -80,7 +80,7 @@ def calibrate_exits(
 
     def read(threshold: float) -> _Read:
         until = np.zeros(1, np.int64)
-        controls: Controls = {"exit_threshold": np.array(threshold, np.float32), "full_until": until}
+        controls: RuntimeValues = {"exit_threshold": np.array(threshold, np.float32), "full_until": until}
         with torch.inference_mode():
             stream, kept = walk.stream(controls), []
             for number, layer in enumerate(layers):

@@ -10,9 +10,8 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import AfterValidator, BeforeValidator
 
-from gsx_engines.bundle.confidence import RANGES, Confidence, Measure, TestedThreshold, check_threshold
-from gsx_engines.bundle.confidence import Guarantee as GuaranteeSection
-from gsx_engines.bundle.controls import Controls, Keep
+from gsx_engines.bundle.confidence import RANGES, Confidence, Guarantee, Measure, TestedThreshold, check_threshold
+from gsx_engines.bundle.controls import KeepSettings, RuntimeValues
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import CalmPolicy, Policy, RuntimeInput
 from gsx_engines.bundle.selection import Selection
@@ -22,7 +21,7 @@ from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.reference.rule import ReferenceRule
 from gsx_exporter.rules.calm.calibrate import GRIDS, PROMPT_TOKENS, calibrate_exits
 from gsx_exporter.rules.calm.reference import Confident
-from gsx_exporter.rules.calm.risk_control import Guarantee, Risk
+from gsx_exporter.rules.calm.risk_control import Risk, RiskTarget
 from gsx_exporter.rules.calm.traced import Calm
 from gsx_exporter.rules.parameters import Parameters, bad_parameters, read_parameters
 from gsx_exporter.rules.plan import (
@@ -115,11 +114,11 @@ class CalmOptions(Parameters):
         return "measure"
 
     @property
-    def guarantee(self) -> Guarantee | None:
+    def guarantee(self) -> RiskTarget | None:
         """What holds of the threshold that is found; None where it is given."""
         if self.tolerance is None:
             return None
-        return Guarantee(self.tolerance, DEFAULT_CONFIDENCE if self.confidence is None else self.confidence)
+        return RiskTarget(self.tolerance, DEFAULT_CONFIDENCE if self.confidence is None else self.confidence)
 
 
 def read_calm(text: str) -> CalmOptions:
@@ -157,7 +156,7 @@ class CalmPlan(RulePlan):
 
     rule: Calm = field(kw_only=True)
     threshold: float | None = field(kw_only=True)
-    guarantee: Guarantee | None = field(kw_only=True)
+    guarantee: RiskTarget | None = field(kw_only=True)
     risk: Risk = field(kw_only=True)
 
     def settle(self, checkpoint: Checkpoint, text: TokenText | None, on_progress: OnProgress) -> Settled:
@@ -213,8 +212,8 @@ def plan_calm(options: PolicyOptions, config: ModelConfig, parameters: str) -> R
 
 
 def _guaranteed(
-    plan: CalmPlan, guarantee: Guarantee, checkpoint: Checkpoint, text: TokenText, on_progress: OnProgress
-) -> tuple[float, GuaranteeSection]:
+    plan: CalmPlan, guarantee: RiskTarget, checkpoint: Checkpoint, text: TokenText, on_progress: OnProgress
+) -> tuple[float, Guarantee]:
     """The boldest threshold under a guarantee, and how it was found."""
     found = calibrate_exits(
         checkpoint,
@@ -236,7 +235,7 @@ def _guaranteed(
             f"at the most careful, {first.threshold:g}",
             todo="give a larger tolerance, a lower confidence, more text, or a model trained with exits",
         )
-    return outcome.threshold, GuaranteeSection(
+    return outcome.threshold, Guarantee(
         risk=plan.risk,
         tolerance=guarantee.tolerance,
         confidence=guarantee.confidence,
@@ -296,7 +295,7 @@ def _traced(recorded: Recorded) -> Calm:
     return Calm(recorded.policy.exits, found.measure, found.decay, found.decay_tokens)
 
 
-def _reference(policy: Policy, selection: Selection | None, controls: Controls) -> ReferenceRule:
+def _reference(policy: Policy, selection: Selection | None, controls: RuntimeValues) -> ReferenceRule:
     found = policy.confidence
     assert found is not None
     threshold = float(controls["exit_threshold"])
@@ -314,7 +313,7 @@ def _settings(manifest: Manifest, asked: Sequence[float] | None, notes: list[str
         wanted.setdefault(threshold, f"threshold {threshold:g}")
     # What is kept is not known beforehand: a lower threshold keeps less.
     return [
-        Setting(Keep(exit_threshold=threshold), name, share)
+        Setting(KeepSettings(exit_threshold=threshold), name, share)
         for (threshold, name), share in zip(
             sorted(wanted.items(), reverse=True), np.linspace(1, 0, len(wanted)), strict=True
         )
@@ -329,7 +328,7 @@ def _exported_share(manifest: Manifest) -> float:
 
 
 def _thresholds(manifest: Manifest) -> Curve:
-    return {f"threshold {one:g}": Keep(exit_threshold=one) for one in _COMPARED}
+    return {f"threshold {one:g}": KeepSettings(exit_threshold=one) for one in _COMPARED}
 
 
 CALM = Rule(

@@ -32,7 +32,7 @@ Risk = Literal["agreement", "loss"]
 
 
 @dataclass(frozen=True)
-class Guarantee:
+class RiskTarget:
     """What is promised: the mean risk is at most `tolerance`, with probability `confidence`.
 
     Args:
@@ -76,7 +76,7 @@ class Outcome:
         tested: thresholds in the order of the walk; all are accepted but, at most, the last.
     """
 
-    guarantee: Guarantee
+    guarantee: RiskTarget
     prompts: int
     tested: tuple[Tested, ...]
 
@@ -107,7 +107,7 @@ def p_value(mean_risk: float, prompts: int, tolerance: float) -> float:
 
 
 def fixed_sequence_test(
-    thresholds: Sequence[float], risks_at: Callable[[float], np.ndarray], prompts: int, guarantee: Guarantee
+    thresholds: Sequence[float], risks_at: Callable[[float], np.ndarray], prompts: int, guarantee: RiskTarget
 ) -> Outcome:
     """Walk thresholds from the most careful to the boldest while the guarantee holds.
 

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Stream, Walk
-from gsx_exporter.rules.calibration import GridPoint
+from gsx_exporter.rules.calibration import CalibratedPoint
 from gsx_exporter.rules.ffn_skip.traced import FfnSkip
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
@@ -40,7 +40,7 @@ _NEVER = np.float32(-1.0)
 
 
 @dataclass(frozen=True)
-class Region:
+class FfnRegion:
     """Layers whose FFNs may be skipped, from `first` to `last`, and how many follow one probe."""
 
     first: int
@@ -65,9 +65,9 @@ class Calibrated:
         points: thresholds and what they keep, budgets falling from 1.
     """
 
-    region: Region
+    region: FfnRegion
     similarity: np.ndarray
-    points: Sequence[GridPoint]
+    points: Sequence[CalibratedPoint]
 
 
 def calibrate_ffn(
@@ -93,7 +93,8 @@ def calibrate_ffn(
     layers = checkpoint.config.num_layers
     change = _changes(checkpoint, ids, on_progress)
     regions = [
-        Region(*skipping, k) if skipping else _quietest(change, k, wanted) for k in ((stride,) if stride else STRIDES)
+        FfnRegion(*skipping, k) if skipping else _quietest(change, k, wanted)
+        for k in ((stride,) if stride else STRIDES)
     ]
     possible = [one for one in regions if _least(one, layers) <= wanted]
     if not possible:
@@ -116,7 +117,7 @@ def calibrate_ffn(
 
 
 def at_threshold(
-    checkpoint: Checkpoint, ids: np.ndarray, region: Region, cosine: float, on_progress: OnProgress = silent
+    checkpoint: Checkpoint, ids: np.ndarray, region: FfnRegion, cosine: float, on_progress: OnProgress = silent
 ) -> Calibrated:
     """The same for a threshold that is given: its share is counted."""
     layers = checkpoint.config.num_layers
@@ -124,19 +125,19 @@ def at_threshold(
     table = region.thresholds(layers, 1 - cosine)
     kept = _run(checkpoint, ids, region, [table])[0][0]
     share = float(kept[:, 1].mean())
-    everything = GridPoint(1.0, np.full((layers, 2), -np.inf, np.float32), np.ones((layers, 2)), 1.0)
-    points = [everything] if share >= 1 else [everything, GridPoint(share, table, kept, share)]
+    everything = CalibratedPoint(1.0, np.full((layers, 2), -np.inf, np.float32), np.ones((layers, 2)), 1.0)
+    points = [everything] if share >= 1 else [everything, CalibratedPoint(share, table, kept, share)]
     return Calibrated(region, 1 - change.mean(axis=1), points)
 
 
 def _points(
     checkpoint: Checkpoint,
     ids: np.ndarray,
-    region: Region,
+    region: FfnRegion,
     change: np.ndarray,
     budgets: Sequence[float],
     on_progress: OnProgress,
-) -> list[GridPoint]:
+) -> list[CalibratedPoint]:
     layers = len(change)
     inside = change[region.first : region.last + 1]
     tried = [float(np.quantile(inside, q)) for q in np.linspace(0.05, 1.0, _TRIED)]
@@ -155,7 +156,7 @@ def _points(
     ]
     counted = _run(checkpoint, ids, region, tables)
     return [
-        GridPoint(budget, table, kept, float(kept[:, 1].mean()))
+        CalibratedPoint(budget, table, kept, float(kept[:, 1].mean()))
         for budget, table, (kept, _) in zip(reachable, tables, counted, strict=True)
     ]
 
@@ -176,7 +177,7 @@ def _changes(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress) -
 
 
 def _run(
-    checkpoint: Checkpoint, ids: np.ndarray, region: Region, tables: Sequence[np.ndarray], *, losses: bool = False
+    checkpoint: Checkpoint, ids: np.ndarray, region: FfnRegion, tables: Sequence[np.ndarray], *, losses: bool = False
 ) -> list[tuple[np.ndarray, float]]:
     """What each table of thresholds keeps, [L, 2] float64, and the mean loss of the text (0 if not asked for)."""
     with torch.inference_mode():
@@ -197,24 +198,24 @@ def _loss(walk: Walk, stream: Stream) -> float:
     return nats / tokens
 
 
-def _quietest(change: np.ndarray, stride: int, wanted: float) -> Region:
+def _quietest(change: np.ndarray, stride: int, wanted: float) -> FfnRegion:
     """The stretch of layers, long enough for a share, across which states change least."""
     layers = len(change)
     needed = (1 - wanted) * layers * (stride + 1) / stride
     length = min(max(math.ceil(ROOM * needed), stride + 1), layers - 2)
     means = change.mean(axis=1)
     first = min(range(1, layers - length), key=lambda at: means[at : at + length].sum(), default=1)
-    return Region(first, first + length - 1, stride)
+    return FfnRegion(first, first + length - 1, stride)
 
 
-def _least(region: Region, layers: int) -> float:
+def _least(region: FfnRegion, layers: int) -> float:
     """The smallest share that a region can keep: every probe skips its stride."""
     length = region.last - region.first + 1
     whole, rest = divmod(length, region.stride + 1)
     return 1 - (whole * region.stride + max(rest - 1, 0)) / layers
 
 
-def _simulated(change: np.ndarray, region: Region, wanted: float) -> float:
+def _simulated(change: np.ndarray, region: FfnRegion, wanted: float) -> float:
     """The threshold that would keep a share if skipping changed nothing else: by bisection."""
     low, high = 0.0, float(change[region.first : region.last + 1].max())
     for _ in range(40):
@@ -226,7 +227,7 @@ def _simulated(change: np.ndarray, region: Region, wanted: float) -> float:
     return high
 
 
-def _share(change: np.ndarray, region: Region, threshold: float) -> float:
+def _share(change: np.ndarray, region: FfnRegion, threshold: float) -> float:
     left = np.zeros(change.shape[1], np.int64)
     skipped = 0
     for layer in range(region.first, region.last + 1):
@@ -236,5 +237,5 @@ def _share(change: np.ndarray, region: Region, threshold: float) -> float:
     return 1 - skipped / change.size
 
 
-def _controls(table: np.ndarray) -> Controls:
+def _controls(table: np.ndarray) -> RuntimeValues:
     return {"thresholds": table, "full_until": np.zeros(1, np.int64)}

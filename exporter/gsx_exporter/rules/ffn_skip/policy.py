@@ -8,14 +8,14 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import FfnSkipParameters, FfnSkipPolicy, Policy, RuntimeInput
 from gsx_engines.bundle.selection import Selection
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import BRANCHES, Branch, ModelConfig
 from gsx_exporter.reference.rule import ReferenceRule
-from gsx_exporter.rules.ffn_skip.calibrate import Region, at_threshold, calibrate_ffn
+from gsx_exporter.rules.ffn_skip.calibrate import FfnRegion, at_threshold, calibrate_ffn
 from gsx_exporter.rules.ffn_skip.reference import FfnStride
 from gsx_exporter.rules.ffn_skip.traced import FfnSkip
 from gsx_exporter.rules.parameters import Parameters, bad_parameters, read_parameters
@@ -67,7 +67,7 @@ class FfnSkipPlan(RulePlan):
         if given.threshold is not None:
             assert given.stride is not None
             assert given.layers is not None
-            region = Region(*given.layers, given.stride)
+            region = FfnRegion(*given.layers, given.stride)
             found = at_threshold(checkpoint, text.ids, region, given.threshold, on_progress)
             budget = found.points[-1].budget
         else:
@@ -130,7 +130,7 @@ def _traced(recorded: Recorded) -> FfnSkip:
     return FfnSkip(_recorded(recorded.policy).stride)
 
 
-def _reference(policy: Policy, selection: Selection | None, controls: Controls) -> ReferenceRule:
+def _reference(policy: Policy, selection: Selection | None, controls: RuntimeValues) -> ReferenceRule:
     return FfnStride(controls["thresholds"], _recorded(policy).stride, controls["full_until"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from gsx_engines.bundle.controls import Controls
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.policy import Policy, gateskip_policy
 from gsx_engines.bundle.selection import Selection
 from gsx_exporter.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ def _traced(recorded: Recorded) -> GateSkip:
     return GateSkip.of(recorded.config, recorded.selection.mode)
 
 
-def _reference(policy: Policy, selection: Selection | None, controls: Controls) -> ReferenceRule:
+def _reference(policy: Policy, selection: Selection | None, controls: RuntimeValues) -> ReferenceRule:
     assert selection is not None
     return Rank(float(controls["budget"])) if selection.mode == "rank" else Threshold(controls["thresholds"])
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from gsx_engines.bundle.controls import Controls, Keep, layer_mask
+from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, layer_mask
 from gsx_engines.bundle.drafts import places_text
 from gsx_engines.bundle.layer_sets import Places, exit_places, mask_of, parse_places, unified_places
 from gsx_engines.bundle.manifest import Manifest
@@ -116,7 +116,7 @@ def _traced(recorded: Recorded) -> Layers:
     return Layers()
 
 
-def _reference(policy: Policy, selection: Selection | None, controls: Controls) -> ReferenceRule:
+def _reference(policy: Policy, selection: Selection | None, controls: RuntimeValues) -> ReferenceRule:
     return LayerMask(controls["layer_mask"], controls["full_until"])
 
 
@@ -128,13 +128,13 @@ def _settings(manifest: Manifest, asked: Sequence[float] | None, notes: list[str
     trained = [depth for depth in manifest.policy.exits if depth < layers]
     depths = trained or [layers // 2]
     wanted = [
-        (Keep(), "as exported"),
-        (Keep(layers=f"0-{layers - 1}"), "all layers"),
-        *((Keep(exit=depth), f"exit {depth}") for depth in depths if depth > 0),
-        (Keep(layers=places_text(_uneven(layers))), "every second branch"),
+        (KeepSettings(), "as exported"),
+        (KeepSettings(layers=f"0-{layers - 1}"), "all layers"),
+        *((KeepSettings(exit=depth), f"exit {depth}") for depth in depths if depth > 0),
+        (KeepSettings(layers=places_text(_uneven(layers))), "every second branch"),
     ]
     if layers >= 2 * VERIFIED_SPEEDUP:
-        wanted.append((Keep(speedup=VERIFIED_SPEEDUP), f"speed-up {VERIFIED_SPEEDUP:.2f}"))
+        wanted.append((KeepSettings(speedup=VERIFIED_SPEEDUP), f"speed-up {VERIFIED_SPEEDUP:.2f}"))
     found: dict[bytes, Setting] = {}
     for keep, name in wanted:
         mask = layer_mask(manifest, keep)
@@ -153,7 +153,7 @@ def _uneven(layers: int) -> Places:
 
 
 def _exported_share(manifest: Manifest) -> float:
-    return float(layer_mask(manifest, Keep()).mean())
+    return float(layer_mask(manifest, KeepSettings()).mean())
 
 
 def _even(manifest: Manifest) -> Curve:
@@ -161,7 +161,7 @@ def _even(manifest: Manifest) -> Curve:
     layers = manifest.decoder.num_layers
     counts = dict.fromkeys(round(share * layers) for share in _SHARES)
     return {
-        f"{count} of {layers} layers": Keep(layers=places_text(unified_places(layers, layers / count)))
+        f"{count} of {layers} layers": KeepSettings(layers=places_text(unified_places(layers, layers / count)))
         for count in counts
         if count >= 2
     }
@@ -173,7 +173,7 @@ def _exits(manifest: Manifest) -> Curve:
     assert policy is not None
     depths = {*policy.exits, *(round(share * layers) for share in (0.75, 0.5))}
     return {
-        f"exit {depth} of {layers}": Keep(layers=places_text(exit_places(depth, layers)))
+        f"exit {depth} of {layers}": KeepSettings(layers=places_text(exit_places(depth, layers)))
         for depth in sorted(depths, reverse=True)
         if 0 < depth < layers
     }
@@ -182,7 +182,7 @@ def _exits(manifest: Manifest) -> Curve:
 def _speedups(manifest: Manifest) -> Curve:
     """The same even steps, with the prompt in full."""
     layers = manifest.decoder.num_layers
-    return {f"speed-up {one:.3g}": Keep(speedup=one) for one in _SPEEDUPS if layers // one >= 2}
+    return {f"speed-up {one:.3g}": KeepSettings(speedup=one) for one in _SPEEDUPS if layers // one >= 2}
 
 
 LAYERS = Rule(
@@ -194,7 +194,7 @@ LAYERS = Rule(
     settings=_settings,
     exported_share=_exported_share,
     compared={"layers": {"even layers": _even, "exits": _exits, "unified": _speedups}},
-    whole=Keep(),
+    whole=KeepSettings(),
 )
 UNIFIED = Rule(
     name="unified",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.errors import CheckpointError
-from gsx_exporter.rules.router.config import NetConfig, RouterConfig
+from gsx_exporter.router_config import NetConfig, RouterConfig
 
 # D-LLM, `dynamic_reserve_initials`: its file does not say it.
 _DLLM_FULL_FIRST = 2

@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gsx_engines.bundle.controls import Controls, Keep
+from gsx_engines.bundle.controls import KeepSettings, RuntimeValues
 from gsx_engines.bundle.policy import Policy, RouterParameters, RouterPolicy, score_input
 from gsx_engines.bundle.selection import Selection
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.reference.rule import ReferenceRule
-from gsx_exporter.rules.calibration import GridPoint, at_constant
+from gsx_exporter.rules.calibration import CalibratedPoint, at_constant
 from gsx_exporter.rules.parameters import bad_parameters
 from gsx_exporter.rules.plan import PolicyOptions, RulePlan, Settled, refuse_both
 from gsx_exporter.rules.router.reference import RoutedByRank, RoutedByThreshold
@@ -100,7 +100,7 @@ def _own_threshold(
             todo="give --budget to calibrate thresholds, or text of the kind that the routers were trained on",
         )
     table = np.full_like(point.thresholds, -np.inf)
-    everything = GridPoint(1.0, table, np.ones_like(point.kept), 1.0)
+    everything = CalibratedPoint(1.0, table, np.ones_like(point.kept), 1.0)
     return by_thresholds(point.budget, [point] if point.budget == 1 else [everything, point], text)
 
 
@@ -110,7 +110,7 @@ def _traced(recorded: Recorded) -> Router:
     return Router(recorded.config.router, recorded.config.num_layers, recorded.selection.mode)
 
 
-def _reference(policy: Policy, selection: Selection | None, controls: Controls) -> ReferenceRule:
+def _reference(policy: Policy, selection: Selection | None, controls: RuntimeValues) -> ReferenceRule:
     assert selection is not None
     if selection.mode == "rank":
         return RoutedByRank(float(controls["budget"]))
@@ -126,5 +126,5 @@ ROUTER = Rule(
     settings=budget_settings,
     exported_share=exported_budget,
     compared={"router": {"router": calibrated_budgets}},
-    whole=Keep(budget=1.0),
+    whole=KeepSettings(budget=1.0),
 )

@@ -14,7 +14,7 @@ from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import BRANCHES, Branch
 from gsx_exporter.reference.rule import BranchInput, Decision, MaskCall, Masker, Stateless, certain
 from gsx_exporter.reference.thresholds import check_thresholds
-from gsx_exporter.rules.router.config import NetConfig, RouterConfig
+from gsx_exporter.router_config import NetConfig, RouterConfig
 
 _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -126,13 +126,13 @@ class RoutedByRank:
         return _Routed(call, keep)
 
 
-Keep = Callable[[int, Branch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Select = Callable[[int, Branch, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 class _Routed(Stateless):
     """Routers at work in one call: what the current layer's have said is remembered."""
 
-    def __init__(self, call: MaskCall, keep: Keep) -> None:
+    def __init__(self, call: MaskCall, keep: Select) -> None:
         self._call, self._keep = call, keep
         self._routers = routers = call.parts(Routers)
         self._config = routers.config

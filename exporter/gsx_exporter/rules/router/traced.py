@@ -31,7 +31,7 @@ from gsx_exporter.decoder.rule import (
     before,
     forced,
 )
-from gsx_exporter.rules.router.config import NetConfig, RouterConfig
+from gsx_exporter.router_config import NetConfig, RouterConfig
 from gsx_exporter.rules.scores import bound_of, call_values, selection_inputs
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.threshold_gather.op import threshold_gather
