@@ -81,7 +81,7 @@ def test_short_texts_are_refused(tmp_path: Path, tiny_gated: Path, content: str)
 def test_a_text_that_says_nothing_is_refused(tmp_path: Path, tiny_gated: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(" " * 4000 + "a few words behind blanks", encoding="utf-8")
-    with pytest.raises(TextError, match="makes next to nothing of this text") as error:
+    with pytest.raises(TextError, match="turns this text into almost nothing but one token") as error:
         tokenize(open_checkpoint(tiny_gated), path, max_tokens=4096)
     assert "99% of its tokens are" in error.value.message
 
