@@ -38,7 +38,7 @@ from gsx_exporter.checkpoint import (
 from gsx_exporter.config import BRANCHES, Branch, GateConfig, GateInput, ModelConfig
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import RouterConfig
-from gsx_exporter.rules.router.layouts import take_over
+from gsx_exporter.rules.router.layouts import convert_routers
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
 
@@ -173,7 +173,7 @@ def _gated(file: Path, raw: Mapping[str, Any], model: Checkpoint, gate_input: Ga
 def _routed(file: Path, raw: Mapping[str, Any], model: Checkpoint) -> _Taken | None:
     """Read a file with routers; None if it has no routers."""
     _refuse_lora(file, raw)
-    routed = take_over(str(file), raw, model)
+    routed = convert_routers(str(file), raw, model)
     if routed is None:
         return None
     tables = [name for name in routed.tensors if name.endswith("rotary_emb.inv_freq")]

@@ -132,7 +132,7 @@ def tokenize(
     return TokenText(np.concatenate([start, rows], axis=1), hashlib.sha256(text.encode()).hexdigest(), name)
 
 
-def behind(checkpoint: Checkpoint, path: Path | None, seen: int, max_tokens: int) -> TokenText | None:
+def text_after(checkpoint: Checkpoint, path: Path | None, seen: int, max_tokens: int) -> TokenText | None:
     """The part of a text after its first tokens, which something was fitted to; None if too little is left.
 
     Args: seen: number of first tokens to leave out; path, max_tokens: as for `tokenize`.

@@ -18,7 +18,7 @@ from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.calibration import NEAR_SHARE, TIE, calibrate, threshold_for
 from gsx_exporter.rules.gateskip.reference import Threshold
 from gsx_exporter.rules.gateskip.traced import GateSkip
-from gsx_exporter.text import MIN_TOKENS, behind, load_tokenizer, tokenize
+from gsx_exporter.text import MIN_TOKENS, load_tokenizer, text_after, tokenize
 from tests.tiny import tiny_checkpoint
 
 BUDGETS = (1.0, 0.9, 0.7, 0.5)
@@ -106,8 +106,8 @@ def test_what_stands_behind_the_text_that_was_seen(tiny_gated: Path, tiny_text: 
     seen = tokenize(checkpoint, tiny_text, max_tokens=1024)
     tokenizer = load_tokenizer(checkpoint)
     every = tokenizer.encode(tiny_text.read_text(), add_special_tokens=False).ids
-    rest = behind(checkpoint, tiny_text, seen.tokens, 512)
+    rest = text_after(checkpoint, tiny_text, seen.tokens, 512)
     assert rest is not None
     ids = rest.ids[:, len(tokenizer.encode("").ids) :].flatten().tolist()
     assert ids == every[seen.tokens :][: len(ids)]
-    assert behind(checkpoint, tiny_text, len(every) - 10, 512) is None, "ten tokens say nothing"
+    assert text_after(checkpoint, tiny_text, len(every) - 10, 512) is None, "ten tokens say nothing"

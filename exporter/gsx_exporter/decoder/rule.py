@@ -186,12 +186,12 @@ class HasModules(ABC):
         """Name -> module; the checkpoint stores its parameters under that name (`model.layers.{i}.{name}`)."""
 
 
-class JudgesOnce(ABC):
+class SharesScore(ABC):
     """A rule that scores only some of its branches; any other branch follows the decision of the branch before it."""
 
     @property
     @abstractmethod
-    def judged(self) -> tuple[Branch, ...]:
+    def scored(self) -> tuple[Branch, ...]:
         """The branches that have a score of their own."""
 
 
@@ -250,9 +250,9 @@ def own_modules(rule: TracedRule, config: ModelConfig) -> dict[str, nn.Module]:
     return {name: module for branch in rule.branches for name, module in found.modules(config, branch).items()}
 
 
-def judged_branches(rule: TracedRule) -> tuple[Branch, ...]:
+def scored_branches(rule: TracedRule) -> tuple[Branch, ...]:
     """The branches that have a score of their own."""
-    return rule.judged if isinstance(rule, JudgesOnce) else rule.branches
+    return rule.scored if isinstance(rule, SharesScore) else rule.branches
 
 
 # Values for tokens whose decision does not depend on the score: see `forced`.

@@ -23,7 +23,7 @@ from torch import Tensor
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import BRANCHES, Branch
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows
-from gsx_exporter.decoder.rule import judged_branches
+from gsx_exporter.decoder.rule import scored_branches
 from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_plugins.progress import OnProgress, Progress, silent
 
@@ -154,7 +154,7 @@ class _Thresholds:
         found = self._rule.score(x, call.values)
         scores = found.score[~call.values["forced"]].numpy()
         place = (number, BRANCHES.index(branch))
-        if branch in judged_branches(self._rule):
+        if branch in scored_branches(self._rule):
             left = len(self._places) - self._places.index((number, branch))
             run.thresholds[place] = self._threshold(scores, run, left)
         else:  # it follows the branch before it

@@ -42,7 +42,7 @@ GRIDS: dict[Measure, tuple[float, ...]] = {
 
 
 @dataclass(frozen=True)
-class Found:
+class CalibratedExits:
     """The outcome of the test, and the share of (token, branch) pairs that ran at each threshold tested."""
 
     outcome: Outcome
@@ -66,7 +66,7 @@ def calibrate_exits(
     risk: Risk,
     grid: tuple[float, ...],
     on_progress: OnProgress = silent,
-) -> Found:
+) -> CalibratedExits:
     """Find the boldest exit threshold of a grid that meets a guarantee.
 
     Args:
@@ -109,4 +109,4 @@ def calibrate_exits(
         return loss_risk(found.nats, full.nats)
 
     outcome = fixed_sequence_test(grid, risks_at, len(ids), guarantee)
-    return Found(outcome, tuple(shares))
+    return CalibratedExits(outcome, tuple(shares))

@@ -40,7 +40,7 @@ class Routed:
     left_out: tuple[str, ...] = ()
 
 
-def take_over(source: str, raw: Mapping[str, Any], base: Checkpoint) -> Routed | None:
+def convert_routers(source: str, raw: Mapping[str, Any], base: Checkpoint) -> Routed | None:
     """The routers of a file in a known layout; None if it has no routers.
 
     Args: source: the file, for errors; raw: its tensors by name; base: the model that was trained.

@@ -21,8 +21,8 @@ from gsx_exporter.decoder.rule import (
     BranchInput,
     BranchScore,
     HasModules,
-    JudgesOnce,
     ReplacesSkipped,
+    SharesScore,
     Tokens,
     TracedRule,
     Value,
@@ -72,7 +72,7 @@ class RouterNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class Router(TracedRule, HasModules, JudgesOnce, ReplacesSkipped):
+class Router(TracedRule, HasModules, SharesScore, ReplacesSkipped):
     """Keep tokens as the checkpoint's routers decide.
 
     Args:
@@ -111,15 +111,15 @@ class Router(TracedRule, HasModules, JudgesOnce, ReplacesSkipped):
         return call_values(self.selection)
 
     @property
-    def judged(self) -> tuple[Branch, ...]:
-        """See `JudgesOnce`: with one router for a layer, the attention branch has the score."""
+    def scored(self) -> tuple[Branch, ...]:
+        """See `SharesScore`: with one router for a layer, the attention branch has the score."""
         return ("attn",) if self.router.decides == "layer" else self.branches
 
     def modules(self, config: ModelConfig, branch: Branch) -> Mapping[str, nn.Module]:
         """Router and predictor of a branch that has its own score, and the adapter that replaces a skipped MLP."""
         router, width = self.router, config.hidden_size
         found: dict[str, nn.Module] = {}
-        if branch in self.judged:
+        if branch in self.scored:
             name = self._name(branch)
             found[name] = RouterNet(router.net, width, router.logits, config.rms_norm_eps)
             if router.predictor is not None:
@@ -144,7 +144,7 @@ class Router(TracedRule, HasModules, JudgesOnce, ReplacesSkipped):
             passed["entering"] = x.hidden
             passed["entering_normed"] = x.normed
         known = {**values, **passed}
-        if branch in self.judged:
+        if branch in self.scored:
             source = (x.hidden, x.normed)
             if router.reads == "layer":
                 source = (known["entering"], known["entering_normed"])
@@ -156,7 +156,7 @@ class Router(TracedRule, HasModules, JudgesOnce, ReplacesSkipped):
             passed["score"] = score = apply_forced(score, values)
         else:
             score, weight = known["score"], known["weight"]
-        bound = bound_of(branch if branch in self.judged else "attn", values)
+        bound = bound_of(branch if branch in self.scored else "attn", values)
         gate = weight.unsqueeze(1) if self._multiplied(branch) else None
         return BranchScore(score, bound, gate, passed)
 
