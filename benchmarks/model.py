@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig
 
-from gsx_exporter.checkpoint import chooser, expected_tensors, is_gate
+from gsx_exporter.checkpoint import expected_tensors, is_gate, rule_module_kind
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.router_config import NetConfig, RouterConfig
 
@@ -85,7 +85,7 @@ def make_model(
     for name, size in expected_tensors(config).items():
         if "norm" in name:
             tensors[name] = torch.ones(size)
-        elif chooser(name):
+        elif rule_module_kind(name):
             # Scores spread around 0.5: a gate that has learnt to tell tokens apart.
             std = 0.0 if name.endswith("bias") else 1.0 / config.hidden_size**0.5
             tensors[name] = torch.randn(size, generator=gates) * std

@@ -102,7 +102,7 @@ PHRASES = {
     ),
     "docs/quantization.md": (
         f"SmoothQuant, alpha {INT8.smoothing:g}",
-        f"layers {FP8.high_layers} to {FP8.high_layers + FP8.careful_layers - 1} have only their weights in 8 bits",
+        f"layers {FP8.high_layers} to {FP8.high_layers + FP8.weight_only_layers - 1} have only their weights in 8 bits",
         f"on {WORDS[MEASURED_WINDOWS]} windows after the calibration text",
         f"{percent(QUANTIZED.perplexity_increase)} more perplexity, {percent(QUANTIZED.flipped)} flipped",
     ),

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
 
-from gsx_exporter.checkpoint import chooser, expected_tensors, is_gate
+from gsx_exporter.checkpoint import expected_tensors, is_gate, rule_module_kind
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.router_config import RouterConfig
 
@@ -129,7 +129,7 @@ def _random(name: str, shape: tuple[int, ...], rng: torch.Generator) -> torch.Te
         # One common direction for all rows: independent rows would average to the same score for every token.
         common = torch.randn(shape[-1], generator=rng)
         return (1.5 * common + noise) / shape[-1] ** 0.5
-    if chooser(name) == "router" and name.endswith("bias"):
+    if rule_module_kind(name) == "router" and name.endswith("bias"):
         return 0.1 * noise
     if name.endswith("norm.weight"):
         return 1 + 0.1 * noise

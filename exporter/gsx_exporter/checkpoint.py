@@ -1,8 +1,8 @@
 """Checkpoints on disk: finding, checking and reading a Hugging Face model directory.
 
-Weights come from safetensors alone: no pickle, no remote code. Tensors are read one at a time from the mapped
-file, so that a model larger than memory can still be exported. Gate tensors and the `"gsx"` section are those
-of docs/design.md, section 5.
+Weights are read only from safetensors: no pickle, no remote code. Tensors are read one at a time from the mapped
+file, so a model larger than memory can still be exported. Gate tensors and the `"gsx"` section are described in
+docs/design.md, section 5.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
-# What a bundle carries along from the checkpoint, so that it can be run without it.
+# Files that a bundle copies from the checkpoint, so that it can be run without it.
 COMPANION_FILES = (
     CONFIG,
     "generation_config.json",
@@ -46,10 +46,10 @@ class Checkpoint:
     """A model directory, checked and open for reading.
 
     Args:
-        directory: where it lies.
-        source: the name under which the user asked for it (a path or a hub id).
+        directory: where it is stored.
+        source: the name that the user gave (a path or a hub id).
         hf_config: the transformers configuration object.
-        config: what the exporter needs of it.
+        config: the part of it that the exporter needs.
         files: tensor name -> file that holds it.
     """
 
@@ -66,15 +66,15 @@ class Checkpoint:
         return sorted(self.files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, read from the header alone."""
+        """Shape of a tensor; only the header is read."""
         return tuple(self._handle(name).get_slice(name).get_shape())
 
     def stored_type(self, name: str) -> str:
-        """Type of a tensor as safetensors writes it ("F32", "BF16"), read from the header alone."""
+        """Type of a tensor as safetensors writes it ("F32", "BF16"); only the header is read."""
         return str(self._handle(name).get_slice(name).get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor, in the type it is stored in.
+        """One tensor, in its stored type.
 
         Raises:
             CheckpointError: the checkpoint has no tensor of this name.
@@ -82,7 +82,7 @@ class Checkpoint:
         return self._handle(name).get_tensor(name)
 
     def weight_bytes(self) -> int:
-        """Bytes of all tensors, as 32-bit floats."""
+        """Bytes that all tensors would take as 32-bit floats."""
         total = 0
         for name in self.files:
             count = 1
@@ -92,7 +92,7 @@ class Checkpoint:
         return total
 
     def weights_sha256(self) -> str:
-        """Hash over the weight files (their bytes, in the order of their names)."""
+        """Hash over the bytes of the weight files, in the order of their names."""
         digest = hashlib.sha256()
         for path in sorted(set(self.files.values())):
             with path.open("rb") as stream:
@@ -101,7 +101,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def companions(self) -> Iterator[Path]:
-        """Configuration and tokenizer files that belong to the model and exist."""
+        """The configuration and tokenizer files that the model has."""
         for name in COMPANION_FILES:
             path = self.directory / name
             if path.is_file():
@@ -121,13 +121,13 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Open a model directory or a hub id, and check that it is whole and of a supported kind.
+    """Open a model directory or a hub id, and check that it is complete and of a supported family.
 
     Args:
         model: a local directory, or a hub id such as "org/name" (needs a connection the first time).
     Raises:
-        CheckpointError: missing, empty, truncated or damaged; only pickled weights; an unsupported family; a
-            tensor that is missing or has the wrong shape; gates that are incomplete.
+        CheckpointError: the checkpoint is missing, empty, truncated or damaged; it has only pickled weights or an
+            unsupported family; a tensor is missing or has the wrong shape; its gates are incomplete.
     """
     directory = _locate(str(model))
     hf_config = read_config(directory)
@@ -138,9 +138,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint of this configuration must hold.
+    """Name and shape of every tensor that a checkpoint with this configuration must have.
 
-    Shapes are those of torch's linear layers: [out, in].
+    Linear weights are [out, in], as in torch.
     """
     H, F = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
@@ -180,12 +180,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-# Types of weights, as safetensors writes them.
+# Float types, as safetensors writes them.
 _FLOATS = ("F16", "BF16", "F32", "F64")
-# Behind a layer, what says whether the model would still change its mind above (CALM).
+# After a layer: predicts whether the layers above would still change the model's answer (CALM).
 EXIT_CLASSIFIER = "exit_classifier"
-# Modules of a layer that a plain model has not, and what messages call them.
-_CHOOSERS = {
+# Modules of a layer that belong to a keep rule, not to the plain model, and what messages call them.
+_RULE_MODULES = {
     EXIT_CLASSIFIER: "exit classifier",
     **dict.fromkeys(("attn_gate", "mlp_gate"), "gate"),
     **{f"{prefix}router{suffix}": "router" for prefix in ("", "attn_", "mlp_") for suffix in ("", "_predictor")},
@@ -194,13 +194,16 @@ _CHOOSERS = {
 
 
 def is_gate(name: str) -> bool:
-    """Whether a tensor name is that of a gate."""
-    return chooser(name) == "gate"
+    """Whether a tensor belongs to a gate, by its name."""
+    return rule_module_kind(name) == "gate"
 
 
-def chooser(name: str) -> str | None:
-    """What a tensor is part of: `gate`, `router`, `exit classifier`; None for one of the model itself."""
-    return next((_CHOOSERS[part] for part in name.split(".") if part in _CHOOSERS), None)
+def rule_module_kind(name: str) -> str | None:
+    """Which module of a keep rule a tensor belongs to, by its name: "gate", "router" or "exit classifier".
+
+    None for tensors of the model itself.
+    """
+    return next((_RULE_MODULES[part] for part in name.split(".") if part in _RULE_MODULES), None)
 
 
 def _locate(model: str) -> Path:
@@ -219,7 +222,7 @@ def _locate(model: str) -> Path:
 
 
 def _download(model: str) -> Path:
-    """Fetch a model from the hub into the hub's own cache: configuration, tokenizer and safetensors only."""
+    """Download a model into the hub's own cache: only configuration, tokenizer and safetensors."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -238,7 +241,7 @@ def read_config(directory: Path) -> Any:
     """The transformers configuration of a model directory or a bundle.
 
     Raises:
-        CheckpointError: none, an unreadable one, or one of an unsupported family.
+        CheckpointError: there is no configuration, it is unreadable, or its family is not supported.
     """
     from transformers import AutoConfig
 
@@ -252,14 +255,14 @@ def read_config(directory: Path) -> Any:
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path}: is not readable JSON", found=str(error)) from error
     if not isinstance(raw, dict) or "model_type" not in raw:
-        raise CheckpointError(f"{path}: names no model_type", todo="is this a Hugging Face model directory?")
+        raise CheckpointError(f"{path}: has no model_type", todo="is this a Hugging Face model directory?")
     from gsx_exporter.config import FAMILIES
 
     if raw["model_type"] not in FAMILIES:
         raise CheckpointError(
             f"{path}: model_type {raw['model_type']!r} is not supported",
             expected="one of " + ", ".join(FAMILIES),
-            todo="docs/add-a-family.md says how to add one",
+            todo="docs/add-a-family.md explains how to add one",
         )
     quantization = raw.get("quantization_config")
     if quantization:
@@ -267,14 +270,14 @@ def read_config(directory: Path) -> Any:
         raise _already_quantized(path, method or "a quantization_config")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds here, all about this one file
+    except Exception as error:  # transformers raises many types of error here, all about this one file
         raise CheckpointError(
             f"{path}: transformers cannot read it", found=str(error).strip().splitlines()[0]
         ) from error
 
 
 def _index(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file. Headers alone are read, which also finds truncated files."""
+    """Tensor name -> file. Only headers are read, which also finds truncated files."""
     index = directory / WEIGHTS_INDEX
     single = directory / WEIGHTS
     if index.is_file():
@@ -300,12 +303,12 @@ def _index(directory: Path) -> dict[str, Path]:
         raise CheckpointError(
             f"{directory}: is a bundle, exported already",
             expected=f"a checkpoint, with {WEIGHTS} or {WEIGHTS_INDEX}",
-            todo="give the model that it was made of; gsx inspect names it",
+            todo="give the model that it was exported from; gsx inspect shows it",
         )
     pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
     if pickles:
         raise CheckpointError(
-            f"{directory}: has pickled weights only, and unpickling runs code",
+            f"{directory}: has only pickled weights, and unpickling runs code",
             expected=WEIGHTS,
             found=", ".join(pickles[:3]),
             todo="save it as safetensors (model.save_pretrained), or use gsx convert for a GateSkip .pt",
@@ -320,7 +323,7 @@ def _open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: is not a whole safetensors file",
+            f"{path}: is not a complete safetensors file",
             found=f"{path.stat().st_size} bytes, {error}",
             todo="copy or download it again",
         ) from error
@@ -336,23 +339,23 @@ def _already_quantized(where: str | Path, found: str) -> CheckpointError:
 
 
 def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Every expected tensor is there and has its shape; gates are complete and finite."""
+    """Check that every expected tensor exists and has its shape, and that gates and routers are complete and finite."""
     config = checkpoint.config
     expected = expected_tensors(config)
     for kind, todo in (
         ("gate", '{"gsx": {"gate": {"kind": ..., "branches": [...]}}}'),
-        ("router", '{"gsx": {"router": {...}}}, as docs/routers.md has it for the method,'),
+        ("router", '{"gsx": {"router": {...}}}, as docs/routers.md shows it for the method,'),
         ("exit classifier", '{"gsx": {"exit_classifiers": [...]}} with the depths'),
     ):
-        stray = [n for n in checkpoint.names if chooser(n) == kind and n not in expected]
+        stray = [n for n in checkpoint.names if rule_module_kind(n) == kind and n not in expected]
         if stray:
             raise CheckpointError(
-                f"{checkpoint.source}: has {kind}s that config.json does not speak of",
+                f"{checkpoint.source}: has {kind}s that config.json does not mention",
                 found=f"{len(stray)} such tensors, {stray[0]} first",
                 todo=f"add {todo} to config.json (docs/checkpoints.md)",
             )
     for name, shape in expected.items():
-        part = chooser(name)
+        part = rule_module_kind(name)
         if name not in checkpoint.files:
             what = f"{part}s are incomplete" if part else "a tensor is missing"
             raise CheckpointError(f"{checkpoint.source}: {what}", expected=name, found="no such tensor")
@@ -364,10 +367,10 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
         if checkpoint.stored_type(name) not in _FLOATS:
             raise _already_quantized(checkpoint.source, f"{name} in {checkpoint.stored_type(name)}")
     for name in expected:
-        part = chooser(name)
+        part = rule_module_kind(name)
         if part and not bool(checkpoint.tensor(name).isfinite().all()):
             raise CheckpointError(
-                f"{checkpoint.source}: {name} holds NaN or infinity",
+                f"{checkpoint.source}: {name} contains NaN or infinity",
                 expected=f"finite {part}s",
                 todo="the training run diverged: use an earlier checkpoint",
             )
@@ -377,7 +380,7 @@ def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, or of a directory of them, whatever the model is.
 
     Raises:
-        CheckpointError: none, or damaged.
+        CheckpointError: there is no such file, or it is damaged.
     """
     files = _index(path) if path.is_dir() else dict.fromkeys(_open_safetensors(path).keys(), path)
     handles = {file: _open_safetensors(file) for file in set(files.values())}

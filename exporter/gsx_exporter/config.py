@@ -1,7 +1,7 @@
-"""What the exporter must know of a model: its shape, its family's traits, and its gates.
+"""What the exporter must know about a model: its shape, its family's traits, and its gates or routers.
 
-`ModelConfig` is read once from a checkpoint's `config.json` (through transformers' own configuration classes,
-so that their defaults and legacy spellings hold) and passed on as plain values. The `"gsx"` section is that of
+`ModelConfig` is read once from a checkpoint's `config.json` (through transformers' own configuration classes, so that
+their defaults and legacy spellings apply) and passed on as plain values. The `"gsx"` section is described in
 docs/design.md, section 5. The families are rows of one table: what differs between them is data, not classes.
 """
 
@@ -27,10 +27,10 @@ GateInput = Literal["post_norm", "pre_norm"]
 
 @dataclass(frozen=True)
 class Family:
-    """Traits of a model family that its configuration does not spell out.
+    """Traits of a model family that its configuration does not state.
 
     Args:
-        qkv_bias: the configuration key that says whether Q, K and V have a bias, or the answer itself.
+        qkv_bias: whether Q, K and V have a bias, or the configuration key that says so.
         o_bias: the same for the output projection.
         mlp_bias: the same for the MLP.
         qk_norm: whether Q and K are normalized per head (RMSNorm) before RoPE.
@@ -59,8 +59,8 @@ class GateConfig:
 
     Args:
         kind: `vector` (W [H, H]) or `scalar` (W [1, H]).
-        input: what the gate reads: the branch's normalized input or the residual stream.
-        branches: which branches of every layer carry a gate.
+        input: what the gate reads: the branch's normalized input (`post_norm`) or the residual stream (`pre_norm`).
+        branches: which branches of every layer have a gate.
     """
 
     kind: GateKind = "vector"
@@ -81,7 +81,11 @@ class GateConfig:
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> GateConfig:
-        """Read the section, refusing keys that are not known."""
+        """Read the section.
+
+        Raises:
+            CheckpointError: an unknown key, or a value that is not allowed.
+        """
         known_keys("gsx.gate", section, ("kind", "input", "branches"))
         values = dict(section)
         if "branches" in values:
@@ -89,7 +93,7 @@ class GateConfig:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """The section as `config.json` holds it."""
+        """The section as `config.json` stores it."""
         return {"kind": self.kind, "input": self.input, "branches": list(self.branches)}
 
 
@@ -99,14 +103,14 @@ class ModelConfig:
 
     Args:
         family: a key of `FAMILIES`.
-        rope: `rope_parameters` of the Hugging Face configuration: `rope_type`, `rope_theta` and the kind's own.
+        rope: `rope_parameters` of the Hugging Face configuration: `rope_type`, `rope_theta`, and what that type needs.
         windows: per layer, how many positions a token sees (itself included), or None for all.
         eos_ids: end-of-text tokens, which are always kept (docs/design.md, section 3).
-        gate: the gates; None without.
-        router: the routers; None without. A checkpoint has gates, routers or neither.
+        gate: the gates; None without them.
+        router: the routers; None without them. A checkpoint has gates, routers or neither.
         exits: exit depths that the checkpoint was trained for (LayerSkip, Sorted LLaMA); may be empty.
-        exit_classifiers: depths, ascending, behind which a classifier says whether the model would still change its
-            mind (CALM); may be empty.
+        exit_classifiers: depths, ascending, after which a classifier predicts whether the layers above would still
+            change the model's answer (CALM); may be empty.
     """
 
     family: str
@@ -136,7 +140,7 @@ class ModelConfig:
 
     @property
     def gated_branches(self) -> tuple[Branch, ...]:
-        """Branches that carry a gate; empty for a dense model."""
+        """Branches that have a gate; empty for a dense model."""
         return self.gate.branches if self.gate else ()
 
     @classmethod
@@ -207,16 +211,18 @@ class ModelConfig:
             gate=GateConfig.from_dict(section["gate"]) if section.get("gate") else None,
             router=RouterConfig.from_dict(section["router"], num_layers) if "router" in section else None,
             exits=_depths("exits", section, num_layers),
-            # Behind the last layer there is nothing to leave out.
+            # After the last layer there is nothing left to skip.
             exit_classifiers=_depths("exit_classifiers", section, num_layers - 1),
         )
 
 
 def _depths(key: str, section: Mapping[str, Any], deepest: int) -> tuple[int, ...]:
-    """Depths of the section `gsx`, each once, ascending."""
+    """A list of depths from the section `gsx`, without repetition, ascending."""
     depths = section.get(key, ())
     if not isinstance(depths, list | tuple):
-        raise CheckpointError(f"config.json: gsx.{key} is no list of depths", found=repr(depths))
+        raise CheckpointError(
+            f"config.json: gsx.{key} is not a list of depths", expected="a list of whole numbers", found=repr(depths)
+        )
     for depth in depths:
         if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= deepest:
             raise CheckpointError(
@@ -228,7 +234,7 @@ def _depths(key: str, section: Mapping[str, Any], deepest: int) -> tuple[int, ..
 
 
 def _windows(hf: Any) -> tuple[int | None, ...]:
-    """Per layer the sliding window, as transformers' masks apply it (a window of w sees w positions)."""
+    """The sliding window of each layer, as transformers' masks apply it (a window of w sees w positions)."""
     window = getattr(hf, "sliding_window", None)
     kinds = getattr(hf, "layer_types", None)
     if kinds is None:  # Mistral: one setting for every layer

@@ -1,10 +1,10 @@
-"""Taking over checkpoints that other people's training code wrote, as gated or routed checkpoints.
+"""Converting checkpoints that other training code wrote into gated or routed checkpoints.
 
-GateSkip's are of two kinds: a full state dict (plain, or under the key `state_dict`; DeepSpeed runs converted to fp32
-have the same keys), and the gates alone (`attn_{i}` / `mlp_{i}` -> state dict), whose other weights come from
-the base model. Layout: docs/methods.md, 3.7. Routers are in `router_layouts.py`. Keys are read as parts between dots,
-never as substrings, since `mlp.gate_proj` is a weight. A `.pt` is opened with `weights_only=True`: nothing in it is
-executed.
+GateSkip writes two kinds of file: a full state dict (plain, or under the key `state_dict`; DeepSpeed runs converted to
+fp32 have the same keys), and only the gates (`attn_{i}` / `mlp_{i}` -> state dict), where the other weights come from
+the base model. Layout: docs/methods.md, 3.7. Routers are handled in `rules/router/layouts.py`. Keys are compared as
+parts between dots, never as substrings, since `mlp.gate_proj` is a weight. A `.pt` is opened with `weights_only=True`:
+nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from gsx_exporter.checkpoint import (
     WEIGHTS,
     WEIGHTS_INDEX,
     Checkpoint,
-    chooser,
     expected_tensors,
     is_gate,
     open_checkpoint,
+    rule_module_kind,
     stored_tensors,
 )
 from gsx_exporter.config import BRANCHES, Branch, GateConfig, GateInput, ModelConfig
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import RouterConfig
-from gsx_exporter.rules.router.layouts import take_over
+from gsx_exporter.rules.router.layouts import convert_routers
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
 
@@ -47,7 +47,7 @@ SHARD_BYTES = 5_000_000_000
 _MODULES: Mapping[str, Branch] = {"self_attn": "attn", "mlp": "mlp"}
 _GATE_KEY = re.compile(r"(attn|mlp)_(\d+)")
 _TIED_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-# Room for configuration and tokenizer beside the weights.
+# Disk space for configuration and tokenizer, besides the weights.
 SLACK_BYTES = 64 << 20
 
 Read = Callable[[str], Tensor]
@@ -58,11 +58,11 @@ class ConvertResult:
     """A converted checkpoint.
 
     Args:
-        directory: where it lies.
-        layout: what the file was: whose, and whether it held the whole model.
-        gate, router: the gates or routers that it holds.
+        directory: where it is stored.
+        layout: the kind of file it came from: the method, and whether the file had the whole model.
+        gate, router: the gates or routers that it has.
         tensors: number of tensors written.
-        left_out: keys of the file that a checkpoint does not hold (tied heads, RoPE tables).
+        left_out: keys of the file that a checkpoint does not store (tied heads, RoPE tables).
     """
 
     directory: Path
@@ -86,11 +86,11 @@ class ConvertResult:
 
 @dataclass(frozen=True)
 class _Taken:
-    """What a file held, in a checkpoint's names.
+    """The contents of a file, under a checkpoint's names.
 
     Args:
-        whole: whether nothing is to come from the base.
-        section: of config.json, what the gates or routers are.
+        whole: whether the file has the whole model, so that nothing comes from the base.
+        section: the `gsx` section of config.json, which describes the gates or routers.
     """
 
     layout: str
@@ -109,19 +109,19 @@ def convert(
     gate_input: GateInput = "post_norm",
     on_progress: OnProgress = silent,
 ) -> ConvertResult:
-    """Write what a method's training code saved as a gated or routed checkpoint.
+    """Convert a file saved by a method's training code into a gated or routed checkpoint.
 
     Args:
         file: a `.pt` of GateSkip, SkipGPT or D-LLM, or safetensors (a file, or a directory of them) of FlexiDepth.
-        output: the new model directory; appears whole or not at all, and must not be in use.
-        base: the model that was trained, a directory or a hub id: gives configuration, tokenizer and, for a
-            file with gates or routers alone, the weights.
+        output: the new model directory, which must be new or empty; it is written completely or not at all.
+        base: the model that was trained, a directory or a hub id. It provides the configuration, the tokenizer and,
+            if the file has only gates or routers, the weights.
         gate_input: what GateSkip's gates read; the released code's wrapper reads the normalized input.
-        on_progress: called as it goes.
-    Returns: the new directory, whose layout the file had, and what was left out of it.
+        on_progress: called before and after each step.
+    Returns: the new directory, the kind of file it came from, and which keys were left out.
     Raises:
-        CheckpointError: the file, or the base, is not what it should be.
-        UsageError: the output is in use.
+        CheckpointError: the file or the base cannot be used; the message says why.
+        UsageError: the output is not empty, or the base already has gates or routers.
     Example:
         >>> result = gsx.convert("gates.pt", "out/converted", base="my-dense-model")
         >>> result.gate.kind
@@ -133,7 +133,7 @@ def convert(
     model = open_checkpoint(base)
     if model.config.gate is not None or model.config.router is not None:
         kind = "gates" if model.config.gate is not None else "routers"
-        raise UsageError(f"--base {base}: has {kind} already", expected="the plain model that was trained")
+        raise UsageError(f"--base {base}: already has {kind}", expected="the plain model that was trained")
     taken = _routed(file, raw, model) or _gated(file, raw, model, gate_input)
     tensors, config = taken.tensors, taken.config
     if config.tied_head and _TIED_HEAD in tensors:
@@ -147,7 +147,7 @@ def convert(
     with writing(output, overwrite=False, needed_bytes=sum(sizes.values()) + SLACK_BYTES) as work:
         for path in model.companions():
             shutil.copyfile(path, work / path.name)
-        types = {read(name).dtype for name in expected if chooser(name) is None}
+        types = {read(name).dtype for name in expected if rule_module_kind(name) is None}
         write_config(model, taken.section, types, work / CONFIG)
         write_safetensors(work, sizes, read, on_progress=on_progress)
         on_progress(Progress("checking"))
@@ -157,7 +157,7 @@ def convert(
 
 
 def _gated(file: Path, raw: Mapping[str, Any], model: Checkpoint, gate_input: GateInput) -> _Taken:
-    """A file of the official GateSkip code."""
+    """Read a file of the official GateSkip code."""
     left_out: list[str] = []
     whole = not _is_gates_only(raw)
     if whole:
@@ -171,9 +171,9 @@ def _gated(file: Path, raw: Mapping[str, Any], model: Checkpoint, gate_input: Ga
 
 
 def _routed(file: Path, raw: Mapping[str, Any], model: Checkpoint) -> _Taken | None:
-    """A file with routers; None where it has none."""
+    """Read a file with routers; None if it has no routers."""
     _refuse_lora(file, raw)
-    routed = take_over(str(file), raw, model)
+    routed = convert_routers(str(file), raw, model)
     if routed is None:
         return None
     tables = [name for name in routed.tensors if name.endswith("rotary_emb.inv_freq")]
@@ -192,7 +192,7 @@ def write_safetensors(
     shard_bytes: int = SHARD_BYTES,
     on_progress: OnProgress = silent,
 ) -> None:
-    """Write tensors as `model.safetensors`, or above `shard_bytes` as shards with an index.
+    """Write tensors as `model.safetensors`, or as shards with an index if they exceed `shard_bytes`.
 
     One shard is in memory at a time.
 
@@ -213,7 +213,7 @@ def write_safetensors(
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        # Tensors of a .pt may share memory (one gate for all layers), which the format has no words for.
+        # Tensors of a .pt may share memory (one gate for all layers), which the format cannot express.
         save_file({name: read(name).clone() for name in names}, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
         done += len(names)
@@ -224,7 +224,7 @@ def write_safetensors(
 
 
 def _load(file: Path) -> Mapping[str, Any]:
-    """The file's state dict, or its dict of gates; of safetensors, the tensors."""
+    """The file's state dict or its dict of gates; for safetensors, the tensors."""
     if file.is_dir() or file.suffix == ".safetensors":
         return stored_tensors(file)
     if not file.is_file():
@@ -251,17 +251,17 @@ def _load(file: Path) -> Mapping[str, Any]:
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         if refused is None:
             raise CheckpointError(
-                f"{file}: is not a whole torch file, or one of another kind", found=_unsupported(error)
+                f"{file}: is not a complete torch file, or of another kind", found=_unsupported(error)
             ) from error
         raise CheckpointError(
-            f"{file}: holds more than tensors, and unpickling it would run code",
+            f"{file}: contains more than tensors, and unpickling it would run code",
             expected="a state dict (torch.load with weights_only=True)",
             found=refused.group(1),
             todo="save it again where it was trained: torch.save(model.state_dict(), FILE)",
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(
-            f"{file}: is not a whole torch file", found=_first_line(error), todo="copy or download it again"
+            f"{file}: is not a complete torch file", found=_first_line(error), todo="copy or download it again"
         ) from error
     if isinstance(raw, Mapping) and isinstance(raw.get("state_dict"), Mapping):
         raw = raw["state_dict"]
@@ -275,7 +275,7 @@ def _load(file: Path) -> Mapping[str, Any]:
 
 
 def _unsupported(error: Exception) -> str:
-    """What torch's unpickler stumbled over, without its advice to switch the check off."""
+    """What torch's unpickler refused, without its advice to turn the check off."""
     found = re.search(r"Unsupported \w+:? \S+", str(error))
     return found.group(0) if found else "no readable pickle"
 
@@ -285,7 +285,7 @@ def _is_gates_only(raw: Mapping[str, Any]) -> bool:
 
 
 def _gates_only(file: Path, raw: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`attn_{i}` / `mlp_{i}` -> gate state dict, as gate tensors of a checkpoint."""
+    """The gate tensors of a checkpoint, from a dict `attn_{i}` / `mlp_{i}` -> gate state dict."""
     tensors = {}
     for key, state in raw.items():
         branch, layer = key.split("_")
@@ -298,7 +298,7 @@ def _gates_only(file: Path, raw: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _full(file: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
-    """A whole state dict under the names of a checkpoint, and the keys that it has no place for."""
+    """A whole state dict under a checkpoint's names, and the keys that a checkpoint does not store."""
     tensors: dict[str, Tensor] = {}
     left_out = []
     strip = any(key.startswith("model.model.") for key in raw)
@@ -325,7 +325,7 @@ def _refuse_lora(file: Path, raw: Mapping[str, Any]) -> None:
 
 
 def _full_name(file: Path, key: str, stripped: str) -> str | None:
-    """The checkpoint's name for a key; None for what a checkpoint does not hold."""
+    """The checkpoint's name for a key; None for what a checkpoint does not store."""
     parts = stripped.split(".")
     if parts[-2:] == ["rotary_emb", "inv_freq"]:
         return None  # a table that older versions of transformers saved; it follows from the configuration
@@ -341,14 +341,14 @@ def _gate_name(file: Path, key: str, layer: int, branch: str, inner: list[str]) 
     """The checkpoint's name for `gate.weight` and `gate.bias` of a gate."""
     if len(inner) == 3 and inner[0] == "gate" and inner[1].isdigit():
         raise CheckpointError(
-            f"{file}: has two-layer gates, which gated checkpoints have no place for",
+            f"{file}: has two-layer gates, which gated checkpoints cannot store",
             expected="linear gates: gate.weight and gate.bias",
             found=key,
             todo="train with linear gates",
         )
     if inner not in (["gate", "weight"], ["gate", "bias"]):
         raise CheckpointError(
-            f"{file}: has a gate tensor of an unknown name", expected="gate.weight and gate.bias", found=key
+            f"{file}: has a gate tensor with an unknown name", expected="gate.weight and gate.bias", found=key
         )
     return f"model.layers.{layer}.{branch}_gate.{inner[1]}"
 
@@ -366,7 +366,7 @@ def _tensor(file: Path, key: str, value: Any) -> Tensor:
 
 
 def _gate_config(file: Path, tensors: Mapping[str, Tensor], config: ModelConfig, gate_input: GateInput) -> GateConfig:
-    """What the gates are, from their names and shapes."""
+    """The gates' configuration, derived from their names and shapes."""
     weights = [name for name in tensors if is_gate(name) and name.endswith(".weight")]
     if not weights:
         raise CheckpointError(
@@ -394,7 +394,7 @@ def _check_tie(file: Path, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(
             f"{file}: lm_head.weight differs from the embedding",
             expected="equal tensors: the base model ties them",
-            todo='set "tie_word_embeddings": false in the base\'s config.json, if they were trained apart',
+            todo='set "tie_word_embeddings": false in the base\'s config.json, if they were trained separately',
         )
 
 
@@ -406,23 +406,23 @@ def _check(
     *,
     whole: bool,
 ) -> None:
-    """Every tensor of the file is expected, every expected one is there, and all are finite."""
+    """Check that the file has the expected tensors and no others, and that all are finite."""
     unknown = sorted(set(tensors) - set(expected))
     if unknown:
         raise CheckpointError(
-            f"{file}: has {len(unknown)} tensors that a {base.config.family} model of "
+            f"{file}: has {len(unknown)} tensors that a {base.config.family} model with "
             f"{base.config.num_layers} layers does not have",
             found=", ".join(unknown[:3]),
             todo="is --base the model that was trained?",
         )
-    missing = [name for name in expected if name not in tensors and (whole or chooser(name))]
+    missing = [name for name in expected if name not in tensors and (whole or rule_module_kind(name))]
     if missing:
-        gates = all(chooser(name) for name in missing)
+        gates = all(rule_module_kind(name) for name in missing)
         raise CheckpointError(
-            f"{file}: {f'{chooser(missing[0])}s are' if gates else 'the model is'} incomplete",
+            f"{file}: {f'{rule_module_kind(missing[0])}s are' if gates else 'the model is'} incomplete",
             expected=", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else ""),
             found="no such tensors",
-            todo="gates on some layers alone have no place in a gated checkpoint" if is_gate(missing[0]) else None,
+            todo="in a gated checkpoint every layer has gates" if is_gate(missing[0]) else None,
         )
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != expected[name]:
@@ -434,12 +434,15 @@ def _check(
             )
         if not bool(tensor.isfinite().all()):
             raise CheckpointError(
-                f"{file}: {name} holds NaN or infinity", todo="the training run diverged: use an earlier file"
+                f"{file}: {name} contains NaN or infinity", todo="the training run diverged: use an earlier file"
             )
 
 
 def write_config(base: Checkpoint, section: Mapping[str, Any], types: set[torch.dtype], path: Path) -> None:
-    """The base's `config.json` with the section of gates or routers, and the weights' type if they have but one."""
+    """Write the base's `config.json` with the given `gsx` section added.
+
+    Args: types: of the weights; recorded if it is a single one.
+    """
     raw = json.loads((base.directory / CONFIG).read_text(encoding="utf-8"))
     if len(types) == 1:
         key = "torch_dtype" if "torch_dtype" in raw else "dtype"

@@ -1,4 +1,4 @@
-"""The errors of checkpoints and texts; their base and the kinds of every floor are in `gsx_plugins.errors`."""
+"""Errors about checkpoints and texts. Their base class, and errors that all packages share: `gsx_plugins.errors`."""
 
 from __future__ import annotations
 

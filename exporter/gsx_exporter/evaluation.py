@@ -1,4 +1,4 @@
-"""How well a model predicts text: mean loss per token, of the reference or of anything that gives logits."""
+"""How well a model predicts text: the mean loss per token of the reference, or of anything that returns logits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Quality:
 
     Args:
         nats: mean loss per predicted token.
-        tokens: how many were predicted: all but the first of each window.
+        tokens: number of predicted tokens: all but the first of each window.
     """
 
     nats: float
@@ -36,7 +36,7 @@ class Quality:
 
 
 def losses(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Loss of every token but the first: logits [.., S, V], ids [.., S] -> [.., S - 1] float64, in nats."""
+    """Loss of every token except the first: logits [.., S, V], ids [.., S] -> [.., S - 1] float64, in nats."""
     scores = logits[..., :-1, :].astype(np.float32)
     scores -= scores.max(axis=-1, keepdims=True)
     targets = np.take_along_axis(scores, ids[..., 1:, None], axis=-1)[..., 0]
@@ -45,7 +45,7 @@ def losses(logits: np.ndarray, ids: np.ndarray) -> np.ndarray:
 
 
 def evaluate(logits_of: LogitsOf, windows: np.ndarray, *, batch: int = 4) -> Quality:
-    """Quality over windows [M, S] int64, so many at a time."""
+    """Quality over windows [M, S] int64, `batch` windows at a time."""
     total, tokens = 0.0, 0
     for start in range(0, len(windows), batch):
         ids = windows[start : start + batch]
@@ -56,7 +56,7 @@ def evaluate(logits_of: LogitsOf, windows: np.ndarray, *, batch: int = 4) -> Qua
 
 
 def reference_logits(reference: Reference, rule: ReferenceRule | None, kv_policy: KvPolicy = "compute") -> LogitsOf:
-    """The reference under a keep rule, as `evaluate` takes it."""
+    """The reference under a keep rule, as a function for `evaluate`."""
 
     def run(ids: np.ndarray) -> np.ndarray:
         output = reference(torch.from_numpy(ids), rule=rule, kv_policy=kv_policy)

@@ -1,10 +1,11 @@
-"""What leaving out whole layers does to a model: exits against skipped layers, and what each sequence would need.
+"""What skipping whole layers costs: early exits compared with skipped layers, and how few layers each sequence needs.
 
-Asked by Dynamic layer selection in decoder-only transformers (2410.20022): at the same number of layers, is it better
-to exit early or to skip some in between; and with how few layers would each sequence have been predicted as well as by
-all of them? The second is an oracle: it knows the loss, so it bounds what any choice of one set a sequence can save.
+The questions come from "Dynamic layer selection in decoder-only transformers" (arXiv 2410.20022). At the same number of
+layers, is it better to exit early or to skip layers in between? And how few layers would predict each sequence as well
+as the whole model does? The second is an oracle: it knows the loss, so it bounds what any method that picks one set of
+layers per sequence can save.
 
-A set of layers stays the same for a whole sequence, so a skipped layer has no K and V, and nobody asks for them.
+A set of layers stays the same for a whole sequence, so a skipped layer has no K and V, and nothing reads them.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.evaluation import losses
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-# Ways to choose n of the layers: the first n; n in even steps, with the first and the last (Unified Layer Skipping);
-# what is left when the least harmful layer is taken out again and again.
+# Ways to pick n layers: the first n; n evenly spaced ones, with the first and the last (Unified Layer Skipping); those
+# left when the layer whose removal costs least is removed again and again.
 Family = Literal["exit", "even", "greedy"]
 FAMILIES: tuple[Family, ...] = ("exit", "even", "greedy")
 
@@ -34,7 +35,13 @@ LayerSet = tuple[int, ...]
 
 @dataclass(frozen=True)
 class SetResult:
-    """Some of the layers, and the loss with them alone: mean nats per predicted token of each sequence, [M] float64."""
+    """A set of layers, and the loss when only these run: mean nats per predicted token of each sequence, [M] float64.
+
+    Args:
+        family: how the set was picked.
+        kept: the layers that run, ascending.
+        nats: the losses.
+    """
 
     family: Family
     kept: LayerSet
@@ -46,9 +53,9 @@ class Oracle:
     """The fewest layers that each sequence needs, among the sets that were tried.
 
     Args:
-        tolerance: nats per token that a sequence's loss may lie above the whole model's.
-        layers: [M] int64, size of the smallest such set for each sequence; all layers where there is none.
-        share: their mean, as a share of all layers.
+        tolerance: nats per token by which a sequence's loss may exceed the whole model's.
+        layers: [M] int64, size of the smallest such set for each sequence; the number of all layers if no set does.
+        share: mean of `layers`, as a share of all layers.
     """
 
     tolerance: float
@@ -59,10 +66,10 @@ class Oracle:
 class LayerSets:
     """Losses of a text under sets of layers.
 
-    What the layers below the first difference gave is kept from one set to the next. Weights stay in memory.
+    States that two sets have in common are computed once. All weights stay in memory.
 
     Args:
-        checkpoint: gated or dense; gates multiply, and nothing is skipped by them.
+        checkpoint: gated or dense; gates multiply the branches' outputs, but skip nothing.
         ids: [M, S] int64.
     """
 
@@ -74,7 +81,7 @@ class LayerSets:
             self._states: dict[LayerSet, Tensor] = {(): self._walk.stream({}).hidden}
 
     def nats(self, kept: LayerSet) -> np.ndarray:
-        """Mean loss of each sequence, [M] float64, with these layers alone (ascending)."""
+        """Mean loss of each sequence, [M] float64, when only these layers (ascending) run."""
         with torch.inference_mode():
             known = max(n for n in range(len(kept) + 1) if kept[:n] in self._states)
             stream = Stream({}, {}, self._states[kept[:known]])
@@ -84,7 +91,7 @@ class LayerSets:
         return np.concatenate(found)
 
     def remember(self, kept: LayerSet) -> None:
-        """Hold on to the states on the way through a set, and to no others."""
+        """Cache the states after each layer of a set, and drop all others."""
         with torch.inference_mode():
             states: dict[LayerSet, Tensor] = {(): self._states[()]}
             stream = Stream({}, {}, states[()])
@@ -106,6 +113,7 @@ def study(
     """Losses of every family at every number of layers.
 
     Args:
+        checkpoint: gated or dense.
         ids: [M, S] int64, sequences.
         on_progress: called before each set.
     Returns: the whole model first, as `greedy`; then by family, from many layers to few.
@@ -113,7 +121,7 @@ def study(
     sets = LayerSets(checkpoint, ids)
     depth, done = sets.depth, 0
     whole = tuple(range(depth))
-    # All exits but the whole model, even sets from 2 layers up, and what the greedy search tries.
+    # All exits except the whole model, even sets from 2 layers up, and the sets that the greedy search tries.
     total = 1 + (depth - 1) + max(depth - 2, 0) + sum(range(2, depth + 1))
 
     def nats(kept: LayerSet) -> np.ndarray:
@@ -150,7 +158,7 @@ def oracle(found: Sequence[SetResult], tolerance: float, families: Sequence[Fami
 
 
 def curves(found: Sequence[SetResult]) -> Mapping[Family, list[tuple[int, float, LayerSet]]]:
-    """For each family: layers kept, perplexity, and the set, from many layers to few, the whole model first."""
+    """For each family: number of layers, perplexity and the set, from many layers to few, the whole model first."""
     whole = found[0]
 
     def point(one: SetResult) -> tuple[int, float, LayerSet]:

@@ -1,8 +1,7 @@
 """The routers of a checkpoint: `config.json`, section `"gsx"`, key `"router"` (docs/routers.md).
 
-A router is a small network, trained with the model or added to it, that says for every token whether a layer, or one
-of its branches, runs. Mixture-of-Depths, D-LLM, SkipGPT and FlexiDepth are settings of one entry; nothing else in gsx
-knows them by name.
+A router is a small network, trained with the model or added to it, that decides for every token whether a layer, or one
+of its branches, runs. Mixture-of-Depths, D-LLM, SkipGPT and FlexiDepth differ only in the values of this section.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ RouterOutput = Literal["logit", "sigmoid", "softmax", "difference"]
 Multiplies = Literal["nothing", "branch", "mlp", "layer"]
 RouterKv = Literal["compute", "copy", "none"]
 
-# What the score can be, by output: a threshold outside keeps all or nothing.
+# Range of the score, by output: a threshold outside it keeps everything or nothing.
 _RANGES: Mapping[RouterOutput, tuple[float, float]] = {"sigmoid": (0.0, 1.0), "softmax": (0.0, 1.0)}
 
 
@@ -30,8 +29,8 @@ class NetConfig:
     Args:
         hidden: width between the two layers; None for one layer.
         activation: between the two layers.
-        norm: whether an RMSNorm stands before the activation.
-        bias: whether the linear layers have one.
+        norm: whether an RMSNorm comes before the activation.
+        bias: whether the linear layers have a bias.
     """
 
     hidden: int | None = None
@@ -41,7 +40,11 @@ class NetConfig:
 
     @classmethod
     def from_dict(cls, name: str, section: Mapping[str, Any]) -> NetConfig:
-        """Read a network's section, refusing keys that are not known."""
+        """Read a network's section.
+
+        Raises:
+            CheckpointError: an unknown key, or a value that is not allowed.
+        """
         known_keys(name, section, tuple(field.name for field in fields(cls)))
         net = cls(**section)
         if net.hidden is not None:
@@ -51,14 +54,14 @@ class NetConfig:
         flag(f"{name}.bias", net.bias)
         if net.norm and net.hidden is None:
             raise CheckpointError(
-                f"config.json: {name}.norm stands between two layers",
+                f"config.json: {name}.norm needs two layers",
                 expected=f"{name}.hidden, the width between them",
                 found="one linear layer",
             )
         return net
 
     def shapes(self, width: int, out: int) -> dict[str, tuple[int, ...]]:
-        """Tensors of the network, [out, in] as torch has them, by their names below the router's."""
+        """Shapes of the network's tensors ([out, in], as in torch), by their names within the router."""
         linear = (
             {"": (out, width)} if self.hidden is None else {"hidden.": (self.hidden, width), "out.": (out, self.hidden)}
         )
@@ -78,23 +81,25 @@ class RouterConfig:
     """The routers of a checkpoint.
 
     Args:
-        decides: `layer`: one router for both branches of a layer; `branch`: one for each.
-        branches: with `branch`, those that have one; with `layer`, both.
+        decides: `layer`: one router for both branches of a layer; `branch`: one for each branch.
+        branches: with `branch`, those that have a router; with `layer`, both.
         layers: those that have routers, ascending; None for all.
         reads: the residual stream that enters the `layer`, or the `branch`.
         input: that stream itself (`pre_norm`), or after the layer's or branch's norm (`post_norm`).
         net: the router's network.
-        output: how its output becomes the score: the `logit` itself, its `sigmoid`, or of two logits the `softmax`
-            probability of running, or the `difference`, running minus skipping.
-        keep_logit: which of two logits stands for running.
-        threshold: the score above which a token runs; None where the method has no constant (it is calibrated).
-        multiplies: what the score multiplies: `nothing`; each kept `branch`'s output; the `mlp`'s alone, an adapter's
-            with one minus the score; or what the whole `layer` adds to the residual stream (Mixture-of-Depths).
-        predictor: network whose sigmoid decides in place of the score, which sees the call's top-k in training alone.
-        kv_policy: K and V of a skipped token: its own, those of the layer below, or none: no token sees it in that
-            layer.
-        full_first: tokens at the start of a sequence that always run.
-        adapter: width of the gated linear unit that runs in place of a skipped MLP; None for nothing.
+        output: how its output becomes the score: the `logit` itself; its `sigmoid`; with two logits, the `softmax`
+            probability of running, or the `difference` running minus skipping.
+        keep_logit: which of two logits means running.
+        threshold: the score above which a token runs; None if the method defines no constant (then it is calibrated).
+        multiplies: what the score multiplies: `nothing`; the output of each kept `branch`; only the `mlp`'s output
+            (and an adapter's, by one minus the score); or what the whole `layer` adds to the residual stream
+            (Mixture-of-Depths).
+        predictor: network whose sigmoid decides at inference, for methods whose score selects by top-k, which is
+            possible only in training.
+        kv_policy: K and V of a skipped token: `compute` its own, `copy` those of the layer below, or `none`: no token
+            sees it in that layer.
+        full_first: number of tokens at the start of a sequence that always run.
+        adapter: width of the gated linear unit that runs in place of a skipped MLP; None if nothing does.
     """
 
     decides: Literal["branch", "layer"] = "layer"
@@ -117,7 +122,7 @@ class RouterConfig:
         """Read the section.
 
         Raises:
-            CheckpointError: a key that is not known or of the wrong kind, a layer that the model does not have, keys
+            CheckpointError: an unknown key, a value of the wrong type, a layer that the model does not have, or keys
                 that exclude each other.
         """
         known_keys("gsx.router", section, tuple(field.name for field in fields(cls)))
@@ -133,18 +138,18 @@ class RouterConfig:
         return router
 
     def to_dict(self) -> dict[str, Any]:
-        """The section as `config.json` holds it."""
+        """The section as `config.json` stores it."""
         values = asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @property
     def logits(self) -> int:
-        """Outputs of the network."""
+        """Number of outputs of the network."""
         return 2 if self.output in ("softmax", "difference") else 1
 
     @property
     def score_range(self) -> tuple[float, float] | None:
-        """Between which numbers the score that decides lies; None where it has no bounds."""
+        """Range of the score that decides; None if it has no bounds."""
         return (0.0, 1.0) if self.predictor is not None else _RANGES.get(self.output)
 
     def routed(self, num_layers: int) -> tuple[int, ...]:
@@ -152,7 +157,7 @@ class RouterConfig:
         return tuple(range(num_layers)) if self.layers is None else self.layers
 
     def shapes(self, hidden_size: int) -> dict[str, tuple[int, ...]]:
-        """Tensors of one layer's routers and adapter, [out, in] as torch has them, by their names below the layer."""
+        """Shapes of the tensors of a layer's routers and adapter ([out, in], as in torch), by name within the layer."""
         names = ["router"] if self.decides == "layer" else [f"{branch}_router" for branch in self.branches]
         nets = dict.fromkeys(names, (self.net, self.logits))
         if self.predictor is not None:
@@ -214,13 +219,13 @@ class RouterConfig:
         limits = self.score_range
         if limits is not None and not limits[0] <= threshold < limits[1]:
             raise CheckpointError(
-                "config.json: gsx.router.threshold lies outside the score's range",
-                expected=f"a number from {limits[0]:g} to below {limits[1]:g}",
+                "config.json: gsx.router.threshold is outside the score's range",
+                expected=f"a number of at least {limits[0]:g} and below {limits[1]:g}",
                 found=f"{threshold:g}",
             )
 
     def _contradictions(self) -> list[tuple[str, str]]:
-        """Keys that do not go together: what is wrong, what was expected."""
+        """Keys that contradict each other: what is wrong, and what was expected."""
         whole_layer = self.decides == "layer"
         both = set(self.branches) == {"attn", "mlp"}
         rows = (
@@ -232,37 +237,37 @@ class RouterConfig:
             ),
             (
                 self.reads == "layer" and "attn" not in self.branches,
-                "the layer's input is known at the attention branch alone",
-                '"reads": "branch" for routers of the MLP alone',
+                "the layer's input is known only at the attention branch",
+                '"reads": "branch" if only MLPs have routers',
             ),
             (
                 self.multiplies == "layer" and not whole_layer,
-                "what the layer adds is multiplied by one router",
+                "what the layer adds is multiplied by one score",
                 '"decides": "layer"',
             ),
             (
                 self.multiplies == "mlp" and "mlp" not in self.branches,
-                "nothing decides the MLP that is multiplied",
+                "the MLP is multiplied, but has no router",
                 '"mlp" among the branches',
             ),
             (
                 self.multiplies != "nothing" and self.output == "difference",
-                "a difference of logits multiplies nothing",
+                "a difference of logits cannot multiply an output",
                 '"output": "softmax", "sigmoid" or "logit"',
             ),
             (
                 self.adapter is not None and "mlp" not in self.branches,
-                "an adapter stands in for a skipped MLP, and none is skipped",
+                "an adapter replaces a skipped MLP, but no MLP is skipped",
                 '"mlp" among the branches',
             ),
             (
                 self.adapter is not None and self.multiplies == "layer",
-                "an adapter's output has no place in what the layer adds",
+                "an adapter cannot be combined with a score that multiplies the layer",
                 '"multiplies": "nothing", "branch" or "mlp"',
             ),
             (
                 self.kv_policy != "compute" and "attn" not in self.branches,
-                "attention always runs, and with it K and V",
+                "attention always runs, so K and V are always computed",
                 '"kv_policy": "compute"',
             ),
         )

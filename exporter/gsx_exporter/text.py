@@ -1,6 +1,6 @@
 """Text -> windows of token ids, for calibration and evaluation.
 
-The default calibration text ships with the package, so that an export needs nothing but a model.
+The default calibration text is part of the package, so that an export needs only a model.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from gsx_exporter.checkpoint import TOKENIZER, Checkpoint
 from gsx_exporter.errors import CheckpointError, TextError
 
 WINDOW_TOKENS = 512
-# Below this many tokens a quantile at a share of 0.01 means nothing.
+# With fewer tokens than this, a quantile at a share of 0.01 is meaningless.
 MIN_TOKENS = 256
-# No text repeats one token so often: these are blanks, or words that the tokenizer does not know.
+# No ordinary text has this share of one token: it would be blanks, or words that the tokenizer does not know.
 MOST_OF_ONE = 0.75
 
 
@@ -30,7 +30,7 @@ class TokenText:
     Args:
         ids: [M, S] int64.
         sha256: hash of the text's bytes.
-        name: what to call it (a file name).
+        name: its name in reports (a file name).
     """
 
     ids: np.ndarray
@@ -47,7 +47,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The checkpoint's tokenizer.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: the checkpoint has no tokenizer, or it cannot be read.
     """
     path = checkpoint.directory / TOKENIZER
     if not path.is_file():
@@ -64,7 +64,12 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
-    """A text file and its name; None for the one that ships with the package."""
+    """A text and its name.
+
+    Args: path: of a UTF-8 file; None for the text that is part of the package.
+    Raises:
+        TextError: there is no such file, or it is not UTF-8.
+    """
     if path is None:
         resource = resources.files("gsx_exporter") / "data" / "calibration.txt"
         return resource.read_text(encoding="utf-8"), "gsx default text"
@@ -79,35 +84,38 @@ def read_text(path: Path | None) -> tuple[str, str]:
 def tokenize(
     checkpoint: Checkpoint, path: Path | None, *, max_tokens: int, window: int = WINDOW_TOKENS, skip: int = 0
 ) -> TokenText:
-    """A text file as windows of tokens, each beginning as the tokenizer begins a text.
+    """A text file as windows of tokens. Each begins with the special tokens that the tokenizer begins a text with.
 
     Args:
+        checkpoint: its tokenizer and context length are used.
         path: UTF-8 text; None for the default text.
-        max_tokens: read no more than about this many (whole windows).
-        window: tokens of a window; less where the text is shorter or the model's context is.
-        skip: leave out this many at the beginning.
+        max_tokens: read about this many at most (whole windows).
+        window: tokens in a window; fewer if the text or the model's context is shorter.
+        skip: number of tokens to leave out at the beginning.
     Raises:
-        TextError: the text, or what is left of it, is too short to say anything, or nearly all one token.
+        TextError: there is no such file; or the text, or what is left of it, is too short or consists almost entirely
+            of one token.
+        CheckpointError: the tokenizer is missing or does not fit the model.
     """
     tokenizer = load_tokenizer(checkpoint)
     text, name = read_text(path)
     window = min(window, checkpoint.config.max_positions)
     prefix = tokenizer.encode("").ids
-    # A token is seldom above 16 bytes: more text than this would be thrown away.
+    # A token rarely has more than 16 characters: more text than this would be thrown away.
     upto = skip + max_tokens
     ids = tokenizer.encode(text[: 16 * upto], add_special_tokens=False).ids[skip:upto]
     if len(ids) < MIN_TOKENS:
         raise TextError(
             f"{name}: the text is too short to calibrate on",
             expected=f"at least {MIN_TOKENS} tokens (tens of thousands are better)",
-            found=f"{len(ids)} tokens" + (f" behind the first {skip}" if skip else ""),
+            found=f"{len(ids)} tokens" + (f" after the first {skip}" if skip else ""),
         )
     common = int(np.bincount(ids).argmax())
     share = ids.count(common) / len(ids)
     if share > MOST_OF_ONE:
         raise TextError(
-            f"{name}: the tokenizer makes next to nothing of this text",
-            expected="running text of a kind that the model reads",
+            f"{name}: the tokenizer turns this text into almost nothing but one token",
+            expected="ordinary text in a language that the model knows",
             found=f"{share:.0%} of its tokens are {tokenizer.id_to_token(common)!r}",
         )
     highest = max(ids)
@@ -124,10 +132,10 @@ def tokenize(
     return TokenText(np.concatenate([start, rows], axis=1), hashlib.sha256(text.encode()).hexdigest(), name)
 
 
-def behind(checkpoint: Checkpoint, path: Path | None, seen: int, max_tokens: int) -> TokenText | None:
-    """The part of a text behind its first tokens, which something was fitted to; None where too little is left.
+def text_after(checkpoint: Checkpoint, path: Path | None, seen: int, max_tokens: int) -> TokenText | None:
+    """The part of a text after its first tokens, which something was fitted to; None if too little is left.
 
-    Args: seen: tokens of the windows that were fitted to; path, max_tokens: as `tokenize`.
+    Args: seen: number of first tokens to leave out; path, max_tokens: as for `tokenize`.
     """
     try:
         return tokenize(checkpoint, path, max_tokens=max_tokens, skip=seen)

@@ -10,7 +10,7 @@ from gsx.workflows.number_types import NumberTypes
 from gsx.workflows.quantize import MEASURED_WINDOWS
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.rules.plan import RulePlan
-from gsx_exporter.text import WINDOW_TOKENS, TokenText, behind, tokenize
+from gsx_exporter.text import WINDOW_TOKENS, TokenText, text_after, tokenize
 from gsx_plugins.errors import UsageError
 
 
@@ -54,5 +54,5 @@ def read_export_text(
     seen = tokenize(checkpoint, source, max_tokens=tokens, window=keep.window)
     measured = types.quantize is not None and types.quantize.measured
     return ExportText(
-        seen, behind(checkpoint, source, seen.tokens, MEASURED_WINDOWS * WINDOW_TOKENS) if measured else None
+        seen, text_after(checkpoint, source, seen.tokens, MEASURED_WINDOWS * WINDOW_TOKENS) if measured else None
     )

@@ -77,13 +77,13 @@ def inspect(path: str | Path) -> InspectReport:
 
 
 def _checkpoint(path: str) -> InspectReport:
-    from gsx_exporter.checkpoint import chooser, open_checkpoint
+    from gsx_exporter.checkpoint import open_checkpoint, rule_module_kind
 
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
     counts = {"dense": 0, "gates": 0}
     for name in checkpoint.names:
-        counts["gates" if chooser(name) else "dense"] += math.prod(checkpoint.shape(name))
+        counts["gates" if rule_module_kind(name) else "dense"] += math.prod(checkpoint.shape(name))
     return InspectReport(
         kind="checkpoint",
         path=path,

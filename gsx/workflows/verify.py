@@ -31,7 +31,7 @@ from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.rules.registry import rule_of
 from gsx_exporter.rules.settings import LayerCurve, Setting
-from gsx_exporter.text import MIN_TOKENS, TokenText, behind, load_tokenizer, tokenize
+from gsx_exporter.text import MIN_TOKENS, TokenText, load_tokenizer, text_after, tokenize
 from gsx_plugins.errors import UsageError
 from gsx_plugins.files import disk_error, writing_file
 from gsx_plugins.progress import OnProgress, Progress, silent
@@ -156,7 +156,7 @@ def _held_out(
     seen = max((one.tokens for one in entries if one and one.sha256 == text.sha256), default=0)
     if not seen:
         return text
-    rest = behind(checkpoint, path, seen, tokens)
+    rest = text_after(checkpoint, path, seen, tokens)
     if rest is None:
         notes.append(
             f"The text is the one that the export calibrated on, and ends with those {seen:,} tokens: on other text, "

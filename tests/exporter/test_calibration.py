@@ -18,7 +18,7 @@ from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.calibration import NEAR_SHARE, TIE, calibrate, threshold_for
 from gsx_exporter.rules.gateskip.reference import Threshold
 from gsx_exporter.rules.gateskip.traced import GateSkip
-from gsx_exporter.text import MIN_TOKENS, behind, load_tokenizer, tokenize
+from gsx_exporter.text import MIN_TOKENS, load_tokenizer, text_after, tokenize
 from tests.tiny import tiny_checkpoint
 
 BUDGETS = (1.0, 0.9, 0.7, 0.5)
@@ -81,7 +81,7 @@ def test_short_texts_are_refused(tmp_path: Path, tiny_gated: Path, content: str)
 def test_a_text_that_says_nothing_is_refused(tmp_path: Path, tiny_gated: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(" " * 4000 + "a few words behind blanks", encoding="utf-8")
-    with pytest.raises(TextError, match="makes next to nothing of this text") as error:
+    with pytest.raises(TextError, match="turns this text into almost nothing but one token") as error:
         tokenize(open_checkpoint(tiny_gated), path, max_tokens=4096)
     assert "99% of its tokens are" in error.value.message
 
@@ -106,8 +106,8 @@ def test_what_stands_behind_the_text_that_was_seen(tiny_gated: Path, tiny_text: 
     seen = tokenize(checkpoint, tiny_text, max_tokens=1024)
     tokenizer = load_tokenizer(checkpoint)
     every = tokenizer.encode(tiny_text.read_text(), add_special_tokens=False).ids
-    rest = behind(checkpoint, tiny_text, seen.tokens, 512)
+    rest = text_after(checkpoint, tiny_text, seen.tokens, 512)
     assert rest is not None
     ids = rest.ids[:, len(tokenizer.encode("").ids) :].flatten().tolist()
     assert ids == every[seen.tokens :][: len(ids)]
-    assert behind(checkpoint, tiny_text, len(every) - 10, 512) is None, "ten tokens say nothing"
+    assert text_after(checkpoint, tiny_text, len(every) - 10, 512) is None, "ten tokens say nothing"

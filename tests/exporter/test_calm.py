@@ -181,7 +181,7 @@ def test_a_bundle_holds_parity_and_its_guarantee(checkpoint: Checkpoint, tiny_te
         ("calm:threshold=0.5,exits=0+1", "outside the model"),
         ("calm:threshold=0.5,exits=x", "its parameters"),
         ("calm:entropy,threshold=0.5", "its parameters"),
-        ("calm:threshold=0.5,decay=-1", "decay of 0 or more"),
+        ("calm:threshold=0.5,decay=-1", "decay=NUMBER of at least 0"),
         ("calm:threshold=half", "threshold=NUMBER"),
     ],
 )
@@ -210,7 +210,7 @@ def test_other_options_that_do_not_fit_are_refused(checkpoint: Checkpoint, tmp_p
     ("classifiers", "policy", "parts"),
     [
         ((), "calm:classifier,threshold=0.5", ["model.layers.0.exit_classifier", "model.layers.2.exit_classifier"]),
-        ((1,), "calm:classifier,threshold=0.5,exits=1+3", ["model.layers.2.exit_classifier", "behind 1 layers"]),
+        ((1,), "calm:classifier,threshold=0.5,exits=1+3", ["model.layers.2.exit_classifier", "after 1 layers"]),
     ],
 )
 def test_a_checkpoint_without_classifiers_is_refused_by_their_names(

@@ -204,7 +204,7 @@ REFUSED: dict[str, tuple[Callable[[State], Any], str]] = {
     "LoRA parts": (_with(LAYER + "self_attn.module.q_proj.lora_A.weight", torch.ones(2)), "LoRA"),
     "unknown key": (
         _with("model.model.extra.weight", torch.ones(2)),
-        "a llama model of 3 layers",
+        "a llama model with 3 layers",
     ),
     "more layers": (_with("model.model.layers.3.input_layernorm.weight", torch.ones(48)), "layers.3"),
     "missing layer": (_without(".layers.2."), "the model is incomplete"),
@@ -254,7 +254,7 @@ def test_files_that_are_not_torch_files(tmp_path: Path, pair: Pair) -> None:
         "empty.pt": (b"", "not a torch file"),
         "text.pt": (b"hello world", "not a torch file"),
         "cut.pt": (whole.read_bytes()[: whole.stat().st_size // 2], "is truncated"),
-        "garbage.pt": (b"\x80\x02garbage", "not a whole torch file"),
+        "garbage.pt": (b"\x80\x02garbage", "not a complete torch file"),
     }
     for name, (content, message) in cases.items():
         if content is not None:
@@ -269,7 +269,7 @@ def test_files_that_are_not_torch_files(tmp_path: Path, pair: Pair) -> None:
 
 def test_base_and_output(tmp_path: Path, pair: Pair) -> None:
     path = save(tmp_path, pair.state())
-    with pytest.raises(UsageError, match="has gates already"):
+    with pytest.raises(UsageError, match="already has gates"):
         convert(path, tmp_path / "out", base=pair.gated)
     with pytest.raises(CheckpointError, match="no such directory"):
         convert(path, tmp_path / "out", base=tmp_path / "nowhere")

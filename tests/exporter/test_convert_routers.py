@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gsx_exporter.checkpoint import chooser, open_checkpoint
+from gsx_exporter.checkpoint import open_checkpoint, rule_module_kind
 from gsx_exporter.convert import convert
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import RouterConfig
@@ -45,7 +45,7 @@ def as_skipgpt(tensors: dict[str, Tensor]) -> State:
     inner = {"hidden": "hidden_layer", "out": "weight_predictor"}
     for name, tensor in tensors.items():
         parts = name.split(".")
-        if chooser(name):
+        if rule_module_kind(name):
             parts = [*parts[:3], names[parts[3]], inner[parts[4]], parts[5]]
         elif parts[1] == "layers":
             parts.insert(3, "block")
@@ -72,7 +72,7 @@ def as_dllm(tensors: dict[str, Tensor], rank: int = 2, heads: tuple[int, int] = 
     inner = {"hidden": "linear_1", "norm": "norm", "out": "linear_2"}
     state: State = {}
     for name, tensor in tensors.items():
-        if chooser(name):
+        if rule_module_kind(name):
             _, _, layer, _, module, kind = name.split(".")
             state[f"layers.{layer}.router.{inner[module]}.{kind}"] = tensor
     rng = torch.Generator().manual_seed(1)
@@ -95,7 +95,7 @@ def test_dllm(tmp_path: Path, base: Path) -> None:
     assert result.router == METHODS["d-llm"]
     found, plain = tensors_of(tmp_path / "out"), tensors_of(base)
     for name, tensor in found.items():
-        if chooser(name):
+        if rule_module_kind(name):
             assert torch.equal(tensor, expected[name])
         elif name in added:
             delta = added[name]
@@ -127,7 +127,7 @@ def as_flexidepth(tensors: dict[str, Tensor]) -> tuple[State, dict[int, Tensor]]
             state[f"model.layers.{parts[2]}.router.router_dec.weight"] = dec
             state[f"model.layers.{parts[2]}.router.router_head.weight"] = head
             heads[int(parts[2])] = head @ dec
-        elif chooser(name):
+        elif rule_module_kind(name):
             state[".".join([*parts[:3], names[".".join(parts[3:5])], parts[5]])] = tensor
         else:
             state[name] = tensor
@@ -149,7 +149,7 @@ def test_flexidepth(tmp_path: Path, base: Path, whole: bool) -> None:
         if name.endswith("router.out.weight"):
             torch.testing.assert_close(tensor, heads[int(name.split(".")[2])])
         else:
-            assert torch.equal(tensor, expected[name] if whole or chooser(name) else plain[name]), name
+            assert torch.equal(tensor, expected[name] if whole or rule_module_kind(name) else plain[name]), name
 
 
 def without(pattern: str) -> Callable[[State], State]:

@@ -107,8 +107,8 @@ def test_a_text_without_four_windows_is_refused(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("missing", r"exit classifiers are incomplete[\s\S]*model\.layers\.0\.exit_classifier\.bias"),
-        ("unnamed", r"exit classifiers that config\.json does not speak of[\s\S]*exit_classifiers"),
-        ("nan", r"exit_classifier\.bias holds NaN"),
+        ("unnamed", r"exit classifiers that config\.json does not mention[\s\S]*exit_classifiers"),
+        ("nan", r"exit_classifier\.bias contains NaN"),
         ("last", "names a depth that the model does not have"),
     ],
 )

@@ -81,7 +81,7 @@ def test_running_it_needs_no_package(bundle: Path, installed: Path, monkeypatch:
     assert without.ids == with_package.ids
     assert without.stats.kept_share is not None
     assert without.stats.kept_share < 1
-    with pytest.raises(BundleError, match=r"(?s)gsx\.json: policy 'norm-skip' is not known.*the package with the rule"):
+    with pytest.raises(BundleError, match=r"(?s)gsx\.json: policy 'norm-skip' is not known.*the package of the rule"):
         gsx.verify(bundle)
 
 
@@ -93,7 +93,7 @@ def test_parameters_are_read_as_those_of_other_rules(installed: Path, model: Pat
 
 @pytest.mark.parametrize(
     ("value", "message"),
-    [("norm_skip.nowhere:RULE", "cannot be imported"), ("norm_skip:__doc__", "is not a keep rule of that name")],
+    [("norm_skip.nowhere:RULE", "cannot be imported"), ("norm_skip:__doc__", "is not a keep rule with that name")],
 )
 def test_a_package_that_gives_no_rule_is_refused(
     installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, message: str

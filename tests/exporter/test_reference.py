@@ -365,5 +365,5 @@ def test_refused_input(tmp_path: Path) -> None:
     reference, ids = _load(tmp_path), _ids(1, 6)
     with pytest.raises(UsageError, match=r"attention_mask has the wrong shape\n  expected \[1, 0 past \+ 6\]"):
         reference(ids, torch.ones(1, 5))
-    with pytest.raises(UsageError, match=r"thresholds are of another model\n  expected 3 rows, found 4"):
+    with pytest.raises(UsageError, match=r"thresholds do not fit the model\n  expected 3 rows, found 4"):
         reference(ids, rule=Threshold(np.zeros((4, 2), np.float32)))

@@ -213,11 +213,11 @@ REFUSED_ENTRIES: dict[str, tuple[dict[str, Any], str]] = {
     "range": ({"output": "sigmoid", "threshold": 1.5}, "outside the score's range"),
     "text": ({"threshold": "half"}, "finite number"),
     "branches": ({"branches": ["mlp"]}, "one router for the layer decides both"),
-    "reads": ({"decides": "branch", "branches": ["mlp"]}, "known at the attention branch alone"),
-    "difference": ({"output": "difference", "multiplies": "branch"}, "multiplies nothing"),
-    "adapter": ({"adapter": 8, "multiplies": "layer"}, "no place in what the layer adds"),
+    "reads": ({"decides": "branch", "branches": ["mlp"]}, "known only at the attention branch"),
+    "difference": ({"output": "difference", "multiplies": "branch"}, "cannot multiply an output"),
+    "adapter": ({"adapter": 8, "multiplies": "layer"}, "cannot be combined with a score"),
     "kv": ({"decides": "branch", "branches": ["mlp"], "reads": "branch", "kv_policy": "none"}, "attention always runs"),
-    "norm": ({"net": {"norm": True}}, "stands between two layers"),
+    "norm": ({"net": {"norm": True}}, "needs two layers"),
     "net": ({"net": None}, "is not a section"),
     "width": ({"net": {"hidden": 0}}, "whole number from 1"),
     "first": ({"full_first": -1}, "whole number from 0"),
@@ -248,7 +248,7 @@ def test_missing_and_stray_tensors(tmp_path: Path, model_of: Callable[[str], Pat
     with pytest.raises(CheckpointError, match=f"(?s)routers are incomplete.*{name}"):
         open_checkpoint(path)
     save_file({**tensors, name: torch.tensor([0.0, float("nan")])}, path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=f"{name} holds NaN"):
+    with pytest.raises(CheckpointError, match=f"{name} contains NaN"):
         open_checkpoint(path)
     save_file(tensors, path / "model.safetensors")
     config = json.loads((path / "config.json").read_text())

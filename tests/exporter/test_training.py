@@ -154,7 +154,7 @@ def test_a_run_may_be_made_longer_but_not_another(tmp_path: Path, text: Path) ->
     with pytest.raises(KeyboardInterrupt):
         _run(TINY, tmp_path, text, on_step=stop)
     for change in ({"seed": 9}, {"learning_rate": 1e-3}, {"steps": 6}):
-        with pytest.raises(UsageError, match="step-00000005: the run began with another configuration"):
+        with pytest.raises(UsageError, match="step-00000005: the run was started with another configuration"):
             _run(replace(TINY, **change), tmp_path, text, resume=True)
     reports: list[StepReport] = []
     _run(replace(TINY, steps=14), tmp_path, text, resume=True, on_step=reports.append)
@@ -314,9 +314,9 @@ def test_refused_paths_and_text(tmp_path: Path, text: Path) -> None:
         train(TINY, used, work=tmp_path / "work", text=text)
     with pytest.raises(UsageError, match=r"used: exists and is not empty\n  .*--resume"):
         train(TINY, tmp_path / "out", work=used, text=text)
-    with pytest.raises(UsageError, match="holds no snapshot to resume from"):
+    with pytest.raises(UsageError, match="has no snapshot to resume from"):
         train(TINY, tmp_path / "out", work=tmp_path / "work", text=text, resume=True)
-    with pytest.raises(UsageError, match="holds no snapshot"):
+    with pytest.raises(UsageError, match="has no snapshot"):
         export_snapshot(tmp_path / "work", tmp_path / "out")
     with pytest.raises(TextError, match="no such directory"):
         train(TINY, tmp_path / "out", work=tmp_path / "w1", text=tmp_path / "nowhere")
@@ -349,7 +349,7 @@ def test_damaged_snapshot(tmp_path: Path, text: Path, name: str) -> None:
     _run(TINY, tmp_path, text)
     damaged = tmp_path / "work" / "step-00000012" / name
     damaged.write_bytes(damaged.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match=r"step-00000012: is not a whole snapshot"):
+    with pytest.raises(CheckpointError, match=r"step-00000012: is not a complete snapshot"):
         _run(TINY, tmp_path, text, resume=True, overwrite=True)
 
 
@@ -358,7 +358,7 @@ def test_changed_text_is_noticed(tmp_path: Path, text: Path) -> None:
     tokens = np.load(tmp_path / "work" / "tokens.npy")
     tokens[0] += 1
     np.save(tmp_path / "work" / "tokens.npy", tokens)
-    with pytest.raises(CheckpointError, match="is not the text that the run began with"):
+    with pytest.raises(CheckpointError, match="is not the text that the run was started with"):
         _run(TINY, tmp_path, text, resume=True, overwrite=True)
 
 

@@ -138,13 +138,13 @@ BAD_MODELS: dict[str, tuple[Spoil, list[str]]] = {
     ),
     "empty": (_empty, ["has no config.json", "an empty directory"]),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), ["has no weights", "model.safetensors"]),
-    "truncated": (_truncate, ["not a whole safetensors file", "5000 bytes"]),
+    "truncated": (_truncate, ["not a complete safetensors file", "5000 bytes"]),
     "broken config": (lambda m: (m / "config.json").write_text("{"), ["config.json: is not readable JSON"]),
     "unknown architecture": (
         _config("model_type", "gpt2"),
         ["'gpt2' is not supported", "llama, mistral, qwen2, qwen3"],
     ),
-    "pickles only": (_pickle_only, ["pickled weights only", "pytorch_model.bin", "gsx convert"]),
+    "pickles only": (_pickle_only, ["only pickled weights", "pytorch_model.bin", "gsx convert"]),
     "gate shape": (
         _weights(lambda t: t.__setitem__(GATE, torch.ones(2, 2))),
         [GATE, "wrong shape", "found [2, 2]"],
@@ -158,7 +158,7 @@ BAD_MODELS: dict[str, tuple[Spoil, list[str]]] = {
         _weights(lambda t: t.pop("model.norm.weight")),
         ["a tensor is missing", "model.norm.weight"],
     ),
-    "gates unannounced": (_config("gsx", {}), ["gates that config.json does not speak of"]),
+    "gates unannounced": (_config("gsx", {}), ["gates that config.json does not mention"]),
     "unknown key": (_config("gsx", {"gates": {}}), ["unknown key", "'gates'"]),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), ["has no tokenizer", "tokenizer.json"]),
 }

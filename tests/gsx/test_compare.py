@@ -138,10 +138,10 @@ def test_the_command_tells_what_a_dense_checkpoint_lacks(
     assert found["points"][0]["setting"] == "dense"
     assert {one["policy"] for one in found["points"][1:]} == {"even layers", "exits", "unified"}
     assert set(found["left_out"]) == {"gateskip", "router", "ffn-skip", "calm"}
-    assert "cannot keep so little" in found["left_out"]["ffn-skip"]  # which calibration finds
+    assert "cannot reach budget" in found["left_out"]["ffn-skip"]  # which calibration finds
     text = page.read_text(encoding="utf-8")
     assert text.count("<svg") == 1
-    assert "needs exits, and this checkpoint names none" in text
+    assert "needs exits, and this checkpoint lists none" in text
 
 
 def test_a_checkpoint_with_routers_has_their_policy_alone(tmp_path: Path, tiny_text: Path) -> None:

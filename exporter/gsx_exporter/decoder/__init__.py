@@ -1,4 +1,4 @@
-"""The traceable decoder: every family in one small set of torch modules, written for export.
+"""The traceable decoder: one small set of torch modules for all families, written for export.
 
-Read `layer.py` first. Weights are laid out [in, out], as ONNX's MatMul wants them.
+Read `layer.py` first. Linear weights are [in, out], as ONNX's MatMul reads them.
 """

@@ -1,4 +1,4 @@
-"""What comes before the layers and after them: embeddings and call state, final norm and head.
+"""What comes before and after the layers: embeddings and the values that every layer reads; final norm and head.
 
 Letters as in `layer.py`.
 """
@@ -19,10 +19,10 @@ from gsx_exporter.decoder.rule import Tokens
 
 
 class Entry(nn.Module):
-    """Token ids -> embeddings and all that every layer reads.
+    """Token ids -> embeddings, and the values that every layer reads.
 
-    Returns, in order: hidden [N, H]; cos and sin [1, N, D/2]; one mask [B, 1, S, T] bool per distinct
-    window of the model (`windows`); and what the keep rule computes once in a call (`TracedRule.entered`).
+    Returns, in order: hidden [N, H]; cos and sin [1, N, D/2]; one mask [B, 1, S, T] bool per distinct window of the
+    model (`windows`); and what the keep rule computes once per call (`TracedRule.entered`).
     """
 
     def __init__(self, hf_config: Any, config: ModelConfig, options: DecoderOptions) -> None:
@@ -37,8 +37,13 @@ class Entry(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        """input_ids and position_ids [B, S] int64, attention_mask [B, T] int64 (1 = token); inputs: the run-time inputs
-        that the keep rule reads once in a call (`TracedRule.of_call`), in order."""
+        """Compute the values that every layer reads.
+
+        Args:
+            input_ids, position_ids: [B, S] int64.
+            attention_mask: [B, T] int64, 1 for tokens, 0 for padding.
+            inputs: the run-time inputs that the keep rule reads once per call (`TracedRule.of_call`), in order.
+        """
         hidden = torch.nn.functional.embedding(input_ids.reshape(-1), self.embed_tokens)
         cos, sin = self.rotary(position_ids.reshape(1, -1))
         length = input_ids.shape[1]
@@ -61,14 +66,14 @@ class Exit(nn.Module):
         super().__init__()
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.tied = config.tied_head
-        if self.tied:  # under the name that Entry gives it, so that the weight is stored once
+        if self.tied:  # under the same name as in Entry, so that the weight is stored once
             shape = (config.vocab_size, config.hidden_size)
             self.embed_tokens = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
         else:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, False, dtype)
 
     def forward(self, hidden: Tensor, input_ids: Tensor) -> Tensor:
-        """hidden [N, H], input_ids [B, S] (for its shape alone) -> [B, S, V]."""
+        """hidden [N, H], input_ids [B, S] (only its shape is read) -> [B, S, V]."""
         return self.logits(hidden.view(*input_ids.shape, hidden.shape[1]))
 
     def logits(self, states: Tensor) -> Tensor:
@@ -84,11 +89,11 @@ def distinct_windows(config: ModelConfig) -> tuple[int | None, ...]:
 
 
 def attention_mask_of(attention_mask: Tensor, length: int, window: int | None) -> Tensor:
-    """Where the last `length` tokens may look: [B, T] int64 -> [B, 1, S, T] bool.
+    """Which tokens the last `length` tokens attend to: [B, T] int64 -> [B, 1, S, T] bool.
 
-    A token sees itself and the tokens before it that are not padding, at most `window` positions counting
-    itself; padding takes no position, wherever it stands. A padding token sees itself alone, so that no row is
-    empty (an empty row would be NaN).
+    A token attends to itself and to earlier tokens that are not padding, `window` positions at most, itself included;
+    padding does not count as a position, wherever it is. A padding token attends only to itself, because a row without
+    any token would give NaN.
     """
     total = attention_mask.shape[1]
     columns = torch.arange(total)

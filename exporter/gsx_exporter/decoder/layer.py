@@ -1,10 +1,10 @@
-"""One decoder layer, written for tracing: the projections of skipped tokens are not there to be paid for.
+"""One decoder layer, written for tracing, in which skipped tokens cost no projections.
 
-A layer sees all tokens once, in its norms, gates and K/V projections. Everything else (Q and output projection,
-attention rows, MLP) runs over the kept rows, which the ops of `plugins/` gather and scatter. The calibration
-drives the same methods eagerly, one branch at a time.
+Norms, gates and K/V projections run over all tokens. Everything else (Q and output projection, attention rows, MLP)
+runs over the kept rows only, which the ops of `gsx_plugins` gather and scatter. Calibration calls the same methods
+eagerly, one branch at a time.
 
-States are flat, [N, H]: only K, V and attention know sequences.
+States are flat, [N, H]: only K, V and attention have an axis for sequences.
 
 Letters: B batch, S tokens of the call, N = B x S, T = past + S, K kept rows, H hidden, D head, F MLP width.
 """
@@ -38,12 +38,13 @@ from gsx_plugins.topk_gather.op import topk_gather
 
 @dataclass(frozen=True)
 class DecoderOptions:
-    """How a model is to be traced.
+    """How to trace a model.
 
     Args:
-        rule: which tokens run which branch; None for all.
-        kv_policy: K and V of skipped tokens: their own, those of the layer below, or none (zeros, never read).
-        dtype: type of weights and activations. Gates are float32 whatever it is (docs/design.md, section 3).
+        rule: decides which tokens run which branch; None to run everything.
+        kv_policy: K and V of skipped tokens: `compute` their own, `copy` those of the layer below, or `none` (zeros
+            that are never read).
+        dtype: type of weights and activations. Gates are always float32 (docs/design.md, section 3).
     """
 
     rule: TracedRule | None = None
@@ -51,17 +52,17 @@ class DecoderOptions:
     dtype: torch.dtype = torch.float32
 
     def of_layer(self, layer: int) -> DecoderOptions:
-        """The options of one layer: without the rule where it skips nothing."""
+        """The options of one layer: without the rule if the rule skips nothing there."""
         reaches = self.rule is None or self.rule.layers is None or layer in self.rule.layers
         return self if reaches else replace(self, rule=None)
 
 
 class CallState(NamedTuple):
-    """What is computed once in a call and read by every layer.
+    """Values that are computed once per call and read by every layer.
 
     Args:
         cos, sin: [1, N, D/2], the rotary tables.
-        mask: [B, 1, S, T] bool, true where a token may look.
+        mask: [B, 1, S, T] bool, true where a token attends to another.
         values: what the keep rule reads at this layer (`TracedRule.values_of`); empty without a rule.
     """
 
@@ -72,13 +73,13 @@ class CallState(NamedTuple):
 
 
 class KeyValue(NamedTuple):
-    """Keys and values, [B, kv heads, tokens, D], RoPE applied to the keys."""
+    """Keys and values, [B, kv heads, tokens, D]; RoPE is applied to the keys."""
 
     key: Tensor
     value: Tensor
 
     def append(self, new: KeyValue) -> KeyValue:
-        """These, and those of the tokens of a call behind them: as a graph does it."""
+        """These, followed by those of a call's tokens, concatenated as a graph does it."""
         return KeyValue(torch.cat((self.key, new.key), dim=2), torch.cat((self.value, new.value), dim=2))
 
 
@@ -86,14 +87,21 @@ class Past(Protocol):
     """K/V of the tokens before a call: `KeyValue`, or a cache that is written in place."""
 
     def append(self, new: KeyValue) -> KeyValue:
-        """Take those of the call's tokens. Returns: all that the call may look at, [B, kv heads, T, D]."""
+        """Add those of the call's tokens. Returns: all keys and values, [B, kv heads, T, D]."""
         ...
 
 
 @dataclass(frozen=True)
 class KeptRows:
-    """Rows that a branch runs on: rows [K, H] of its input, index [K] int64, gate [K, H] or [K, 1]; the residual
-    [N, H] that their results are added to; and what the rule passes to the layer's next branch."""
+    """The rows that a branch runs on.
+
+    Args:
+        rows: [K, H], rows of the branch's input.
+        index: [K] int64, ascending.
+        gate: [K, H] or [K, 1], multiplies the branch's output.
+        residual: [N, H], what the result is added to.
+        passed: values that the rule passes to the layer's next branch.
+    """
 
     rows: Tensor
     index: Tensor
@@ -103,7 +111,7 @@ class KeptRows:
 
 
 class Gate(nn.Module):
-    """A branch's gate: how much of its output a token takes, and how much the token needs it."""
+    """A branch's gate: a factor for the branch's output, and the token's score."""
 
     def __init__(self, config: ModelConfig, gate: GateConfig) -> None:
         super().__init__()
@@ -119,7 +127,7 @@ class Gate(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention's projections and norms; the layer decides which rows go through which."""
+    """Attention's projections and norms; the layer decides which rows go through each."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -142,7 +150,7 @@ class Attention(nn.Module):
         return self._rotated(self.k_proj(rows), self.k_norm, cos, sin, self.num_kv_heads)
 
     def heads(self, x: Tensor, mask: Tensor) -> Tensor:
-        """K or V of all tokens, N x kv heads x D elements, as the cache holds it: [B, kv heads, S, D]."""
+        """K or V of all tokens (N x kv heads x D elements) in the cache's layout, [B, kv heads, S, D]."""
         return x.view(mask.shape[0], mask.shape[2], self.num_kv_heads, self.head_dim).transpose(1, 2)
 
     def _rotated(self, x: Tensor, norm: RmsNorm | None, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
@@ -152,12 +160,12 @@ class Attention(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """A decoder layer that leaves skipped work out.
+    """A decoder layer that does no work for skipped tokens.
 
     Args:
         config: the model.
         options: keep rule, K/V policy and type.
-        has_below: under the K/V policy `copy`, whether there is a layer below to copy from.
+        has_below: whether there is a layer below to copy K and V from (K/V policy `copy`).
     """
 
     def __init__(self, config: ModelConfig, options: DecoderOptions, *, has_below: bool) -> None:
@@ -182,8 +190,13 @@ class DecoderLayer(nn.Module):
     def forward(
         self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None = None
     ) -> tuple[Tensor, KeyValue, KeyValue, Values]:
-        """hidden [N, H] -> the same; the cache with this call's K/V appended; this call's K/V alone; what the keep rule
-        reads from here on: `call.values`, with the states that it carries."""
+        """Run both branches.
+
+        Args: hidden [N, H]; call, past: what all layers read, and this layer's cache; below: K/V of the layer below,
+            with the K/V policy `copy`.
+        Returns: hidden [N, H]; the cache with this call's K/V appended; only this call's K/V; and what the keep rule
+            reads from here on, `call.values` with the carried states updated.
+        """
         hidden, present, new, values = self.attention_branch(hidden, call, past, below)
         hidden, values = self.mlp_branch(hidden, call._replace(values=values))
         return hidden, present, new, values
@@ -191,7 +204,7 @@ class DecoderLayer(nn.Module):
     def attention_branch(
         self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None, kept: KeptRows | None = None
     ) -> tuple[Tensor, KeyValue, KeyValue, Values]:
-        """The attention branch; `kept` overrides the choice (calibration makes it itself)."""
+        """The attention branch; see `forward`. `kept` replaces the rows that the rule keeps (for calibration)."""
         normed = self.input_layernorm(hidden)
         attn = self.self_attn
         if "attn" not in self.skippable:
@@ -217,9 +230,9 @@ class DecoderLayer(nn.Module):
         query = attn.queries(kept.rows, cos, sin)[0]
         mask = call.mask
         if self.drops_kv and self.rule is not None and self.rule.hides_skipped:
-            # A token that was skipped left zeros in the cache, which no computed key is.
-            there = (present.key[:, 0] != 0).any(dim=-1)
-            mask = mask & there[:, None, None, :]
+            # The cache has zeros for skipped tokens; a computed key is never all zeros.
+            has_kv = (present.key[:, 0] != 0).any(dim=-1)
+            mask = mask & has_kv[:, None, None, :]
         attended = gathered_attention(query, kept.index, present.key, present.value, mask, attn.num_heads)
         hidden, values = self._add("attn", hidden, attn.o_proj(attended), kept, call)
         return hidden, present, new, values
@@ -230,7 +243,7 @@ class DecoderLayer(nn.Module):
         return KeyValue(key, attn.heads(attn.v_proj(normed), call.mask))
 
     def mlp_branch(self, hidden: Tensor, call: CallState, kept: KeptRows | None = None) -> tuple[Tensor, Values]:
-        """The MLP branch; `kept` overrides the choice."""
+        """The MLP branch: hidden [N, H] -> the same, and what the rule reads from here on. `kept` as above."""
         normed = self.post_attention_layernorm(hidden)
         if "mlp" not in self.skippable:
             return self._add_all("mlp", hidden, normed, self.mlp(normed)), call.values
@@ -238,7 +251,7 @@ class DecoderLayer(nn.Module):
         return self._add("mlp", hidden, self.mlp(kept.rows), kept, call)
 
     def gate(self, branch: Branch, hidden: Tensor, normed: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate [.., H] or [.., 1] and score [..] of the checkpoint's gate, float32, for some tokens."""
+        """The checkpoint's gate for some tokens: gate [.., H] or [.., 1] and score [..], float32."""
         assert self.config.gate is not None
         source = normed if self.config.gate.input == "post_norm" else hidden
         gate: tuple[Tensor, Tensor] = getattr(self, f"{branch}_gate")(source)
@@ -251,17 +264,17 @@ class DecoderLayer(nn.Module):
         return out
 
     def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> KeptRows:
-        """The rows that the branch runs on, by the keep rule."""
+        """The rows that the branch runs on, as the keep rule decides."""
         assert self.rule is not None
         x = self.branch_input(branch, hidden, normed)
         return self.kept_by(self.rule.score(x, call.values), x, call)
 
     def branch_input(self, branch: Branch, hidden: Tensor, normed: Tensor) -> BranchInput:
-        """A branch as its rule sees it."""
+        """The branch input that the rule reads."""
         return BranchInput(branch, hidden, normed, lambda: self.gate(branch, hidden, normed), self._own)
 
     def kept_by(self, score: BranchScore, x: BranchInput, call: CallState) -> KeptRows:
-        """The rows whose score exceeds the bound, or by rank the best."""
+        """The rows whose score exceeds the bound; with selection by rank, the best ones."""
         assert self.rule is not None
         branch, hidden, normed = x.branch, x.hidden, x.normed
         gather = topk_gather if self.rule.by_rank else threshold_gather
@@ -276,7 +289,7 @@ class DecoderLayer(nn.Module):
         return KeptRows(rows, index, gate.to(rows.dtype), residual, score.passed)
 
     def _add_all(self, branch: Branch, hidden: Tensor, normed: Tensor, out: Tensor) -> Tensor:
-        """Add what a branch gave for every token, times the checkpoint's gate where there is one."""
+        """Add a branch's output for all tokens, multiplied by the checkpoint's gate if the branch has one."""
         if branch not in self.config.gated_branches:
             return hidden + out
         return hidden + self.gate(branch, hidden, normed)[0].to(out.dtype) * out
@@ -284,7 +297,7 @@ class DecoderLayer(nn.Module):
     def _add(
         self, branch: Branch, hidden: Tensor, rows: Tensor, kept: KeptRows, call: CallState
     ) -> tuple[Tensor, Values]:
-        """Add what a branch gave for the kept rows. Returns: the states, and what the rule reads from here on."""
+        """Add a branch's output for the kept rows. Returns: the states, and what the rule reads from here on."""
         assert self.rule is not None
         after = gated_scatter_add(kept.residual, rows, kept.gate, kept.index)
         values = {**call.values, **kept.passed}
@@ -294,14 +307,14 @@ class DecoderLayer(nn.Module):
 
 
 def _no_kv(hidden: Tensor, call: CallState, attn: Attention) -> KeyValue:
-    """K and V that are not there: zeros, [B, kv heads, S, D]."""
+    """K and V of skipped tokens with the K/V policy `none`: zeros, [B, kv heads, S, D]."""
     batch, _, length, _ = call.mask.shape
     zeros = hidden.new_zeros(batch, attn.num_kv_heads, length, attn.head_dim)
     return KeyValue(zeros, zeros)
 
 
 def _replace(below: Tensor, rows: Tensor, index: Tensor) -> Tensor:
-    """K or V of the layer below [B, kv heads, S, D], with the kept tokens' own rows [K, kv heads x D] put in."""
+    """K or V of the layer below [B, kv heads, S, D], with the kept tokens replaced by their own [K, kv heads x D]."""
     batch, heads, length, width = below.shape
     flat = below.transpose(1, 2).reshape(batch * length, heads * width)
     return flat.index_copy(0, index, rows).view(batch, length, heads, width).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Where the decoder's parameters lie in a checkpoint, and loading a part of the decoder from it.
+"""Where a checkpoint stores the decoder's parameters, and loading a part of the decoder from it.
 
 Parameter names are those of the assembled graph: `layers.{i}.mlp.up_proj.weight`, `norm.weight`,
 `lm_head.weight`, `embed_tokens`.
@@ -26,8 +26,8 @@ class Source:
 
     Args:
         name: of the tensor in the checkpoint.
-        transpose: whether it is a linear weight, [out, in] there and [in, out] here.
-        dtype: its type in the graph; what scores tokens is float32 whatever the graph's type.
+        transpose: whether it is a linear weight, [out, in] in the checkpoint and [in, out] in the graph.
+        dtype: its type in the graph; parameters that score tokens are always float32.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Source:
 
 
 def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
-    """The parameters of a part of the decoder by their names in the graph, which begin with the prefix."""
+    """The parameters of a part of the decoder, by their names in the graph (which begin with the prefix)."""
     found = {}
     for path, owner in module.named_modules():
         for name, parameter in owner.named_parameters(f"{prefix}{path}".rstrip("."), recurse=False):
@@ -46,7 +46,7 @@ def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
 
 
 def _checkpoint_name(parameter: str) -> str:
-    """The checkpoint's name of a parameter of the graph: a gate's or router's own linear layer has no name there."""
+    """The checkpoint's name for a parameter of the graph, without the `linear` inside a gate or router."""
     name = parameter.replace(".linear.", ".")
     if name == "embed_tokens":
         return "model.embed_tokens.weight"
@@ -62,7 +62,7 @@ def load_layer(checkpoint: Checkpoint, index: int, options: DecoderOptions) -> D
 
 
 def load_entry(checkpoint: Checkpoint, options: DecoderOptions) -> Entry:
-    """The embeddings and the call's state."""
+    """The embeddings, and the module that computes what every layer reads."""
     with torch.device("meta"):
         entry = Entry(checkpoint.hf_config, checkpoint.config, options)
     _fill(entry, checkpoint, "")
@@ -78,17 +78,17 @@ def load_exit(checkpoint: Checkpoint, options: DecoderOptions) -> Exit:
 
 
 def load_exit_modules(checkpoint: Checkpoint, options: DecoderOptions) -> dict[int, nn.Module]:
-    """What the keep rule looks at the state with, by the depths behind which it looks; empty where it does not."""
+    """The modules with which the keep rule looks at states (`LooksAtExits`), by depth; empty if it does not."""
     return filled_exit_modules(checkpoint.config, options, lambda module, prefix: _fill(module, checkpoint, prefix))
 
 
 def filled_exit_modules(
     config: ModelConfig, options: DecoderOptions, fill: Callable[[nn.Module, str], None]
 ) -> dict[int, nn.Module]:
-    """The same with parameters from elsewhere.
+    """As `load_exit_modules`, with parameters from another source than a checkpoint.
 
-    Args: fill: gives a module on the meta device its parameters, whose names begin with a prefix; called once for each
-        distinct prefix.
+    Args: fill: gives the parameters to a module on the meta device, given the prefix of their names; called once for
+        each distinct prefix.
     """
     rule = exit_watcher(options.rule)
     if rule is None:

@@ -1,4 +1,4 @@
-"""Linear layers and the MLP, of the model itself and of what a keep rule puts in its place.
+"""Linear layers and the MLP, for the model itself and for the modules of a keep rule.
 
 Letters as in `layer.py`.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Linear(nn.Module):
-    """A linear layer with its weight as [in, out]."""
+    """A linear layer whose weight is [in, out]."""
 
     def __init__(self, width: int, out: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Linear(nn.Module):
 
 
 class Mlp(nn.Module):
-    """The gated linear unit: down(silu(gate(x)) * up(x))."""
+    """A gated linear unit: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, hidden_size: int, width: int, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()

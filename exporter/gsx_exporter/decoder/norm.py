@@ -1,7 +1,7 @@
-"""Root-mean-square norm, as one op that tracing keeps whole.
+"""Root-mean-square norm, as one op that tracing does not take apart.
 
-`torch.nn.functional.rms_norm` cannot be traced over rows whose number depends on the data (its implementation
-asks whether there are any), so the call is wrapped in an op of our own, which becomes ONNX's RMSNormalization.
+`torch.nn.functional.rms_norm` cannot be traced when the number of rows depends on the data (its implementation checks
+whether there are any). So the call is wrapped in a custom op, which becomes ONNX's RMSNormalization.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 @torch.library.custom_op("gsx::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [.., W] over the root of its mean square, times weight [W]; computed in float32.
+    """x [.., W] divided by the root of its mean square, times weight [W]; computed in float32.
 
-    PyTorch computes half types in float32 by itself, in one kernel on a GPU, and rounds once. The weight comes behind
-    that rounding, as in transformers and in ONNX: handed to the function, it would come before.
+    PyTorch itself computes 16-bit types in float32 (in one kernel on a GPU) and rounds once. The weight is multiplied
+    after that rounding, as in transformers and ONNX; passed to the function, it would be multiplied before.
     """
     return F.rms_norm(x, weight.shape, None, eps) * weight
 

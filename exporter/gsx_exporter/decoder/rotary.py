@@ -1,7 +1,7 @@
-"""Rotary position embedding: cosines and sines of a call, once for all layers.
+"""Rotary position embedding: cosines and sines of a call, computed once for all layers.
 
-The frequencies of each scaling kind come from transformers (`modeling_rope_utils`), which is where the
-checkpoints' own definition lives. `dynamic` (NTK) depends on the length seen, so it is computed in the graph.
+The frequencies of each kind of scaling come from transformers (`modeling_rope_utils`), which defines what checkpoints
+mean. `dynamic` (NTK) depends on the length so far, so it is computed in the graph.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class RotaryTables(nn.Module):
     def _frequencies(self, position_ids: Tensor) -> Tensor:
         if self.kind != "dynamic":
             return torch.tensor(self.frequencies, dtype=torch.float32)
-        # NTK: the base grows with the length seen once that exceeds the original one.
+        # NTK: the base grows with the length so far once that exceeds the original one.
         seen = (position_ids.amax(dim=(0, 1)) + 1).to(torch.float32).clamp(min=float(self.original))
         growth = self.factor * seen / self.original - (self.factor - 1.0)
         base = self.base * growth ** (self.head_dim / (self.head_dim - 2))

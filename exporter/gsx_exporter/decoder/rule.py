@@ -1,17 +1,17 @@
-"""What a keep rule is to the decoder: a score for every token at a branch, and what it needs to find it.
+"""Traced rules: what the decoder knows of a keep rule, which is a score for every token at a branch and its inputs.
 
-The layer (`layer.py`) asks its rule at each branch that the rule may skip, gathers the rows whose score exceeds the
-bound, runs the branch on them, and adds the result back. Nothing else differs between methods. A rule reads
+At each branch that a rule may skip, the layer (`layer.py`) asks the rule for scores, gathers the rows whose score
+exceeds the bound, runs the branch on them, and adds the result back. Nothing else differs between methods. A rule reads
 
 - run-time inputs of the graph (`inputs`);
-- values that are computed once in a call (`call`), by `enter`, from the tokens and the run-time inputs;
-- states that it carries from branch to branch for every token (`carried`): `enter` makes the first ones, and a rule
-  that `WatchesBranches` or `LooksAtExits` changes them;
+- values that `enter` computes once per call (`call`), from the tokens and the run-time inputs;
+- states of every token that it carries from branch to branch (`carried`): `enter` makes the first ones, and a rule
+  that `WatchesBranches` or `LooksAtExits` updates them;
 - parameters of its own (`HasModules`), which the checkpoint stores under the layer's name.
 
-A layer gets its own part of what has an axis L.
+Of a value with an axis L, each layer gets its own part.
 
-A rule is a frozen dataclass: two with the same parameters are equal, and its `repr` shows all that it depends on.
+A rule is a frozen dataclass: two with the same parameters are equal, and its `repr` shows everything it depends on.
 
 Letters as in `layer.py`. How to add a rule: docs/keep-rules.md.
 """
@@ -45,13 +45,13 @@ class Value:
 
     @property
     def of_layer(self) -> Value:
-        """What one layer gets."""
+        """The value as one layer gets it, without the axis L."""
         return Value(self.dtype, tuple(axis for axis in self.axes if axis != "L"))
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a call. Args: ids [N] int64; valid [N] bool, not padding; positions [B, S] int64."""
+    """The tokens of a call. Args: ids [N] int64; valid [N] bool, false for padding; positions [B, S] int64."""
 
     ids: Tensor
     valid: Tensor
@@ -63,11 +63,11 @@ class BranchInput:
     """A branch and what it reads.
 
     Args:
-        branch: which.
+        branch: its name.
         hidden: [N, H], the residual stream.
         normed: [N, H], after the branch's norm.
-        gate: the checkpoint's gate on these: gate [N, H] or [N, 1] and score [N], both float32.
-        modules: the rule's own, of the whole layer, by the names that `HasModules` gives them.
+        gate: computes the checkpoint's gate for these: gate [N, H] or [N, 1] and score [N], both float32.
+        modules: the rule's own modules of the whole layer, by the names that `HasModules` gives them.
     """
 
     branch: Branch
@@ -79,14 +79,15 @@ class BranchInput:
 
 @dataclass(frozen=True)
 class BranchScore:
-    """What a rule says at a branch.
+    """What a traced rule returns at a branch.
 
     Args:
-        score: [N] float32, whatever the graph's type.
-        bound: [] float32: rows with a higher score are kept; or, with selection by rank, [1] int64: how many are.
-        gate: [N, H] or [N, 1] float32, which multiplies the branch's output; None: the checkpoint's own gate where it
-            has one, else nothing.
-        passed: values for the later branch of the same layer, which finds them among what it reads.
+        score: [N] float32, whatever the graph's type is.
+        bound: [] float32: rows with a higher score are kept; with selection by rank, [1] int64: the number of kept
+            rows.
+        gate: [N, H] or [N, 1] float32, multiplies the branch's output; None to use the checkpoint's gate if the branch
+            has one.
+        passed: values for the next branch of the same layer, which reads them like its other values.
     """
 
     score: Tensor
@@ -96,18 +97,19 @@ class BranchScore:
 
 
 class TracedRule(ABC):
-    """How tokens are chosen, as a frozen value.
+    """A keep rule as the exporter traces it: a frozen value.
 
     Attributes:
-        branches: those that it may skip, the same in every layer that it reaches; the others always run.
-        layers: those that it reaches, ascending; None for all.
-        hides_skipped: under the K/V policy `none`, whether tokens may differ in a layer, so that others must not see a
-            skipped one there; False where no token looks at that layer again.
+        branches: those that it may skip, the same in every layer that it applies to; the others always run.
+        layers: those that it applies to, ascending; None for all.
+        hides_skipped: with the K/V policy `none`, whether decisions in a layer may differ between tokens, so that other
+            tokens must not attend to a skipped one there; False if a layer is skipped for whole sequences.
         by_rank: whether a bound is a number of rows.
-        inputs: the run-time inputs of the graph that it reads: `enter` those without an axis L, layers the others.
-        whole: of those with an axis L, the ones that `enter` reads instead.
-        call: what `enter` computes once in a call.
-        carried: what goes from branch to branch; float32 [N, 1] each.
+        inputs: the run-time inputs of the graph that it reads: those without an axis L in `enter`, the others in the
+            layers.
+        whole: names of inputs with an axis L that `enter` reads instead, as a whole.
+        call: what `enter` computes once per call.
+        carried: states that go from branch to branch; float32 [N, 1] each.
     """
 
     @property
@@ -144,14 +146,14 @@ class TracedRule(ABC):
 
     @abstractmethod
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
-        """Values of a call: those of `call` and the first ones of `carried`. Args: inputs: those of `of_call`."""
+        """Compute the values of `call` and the first ones of `carried`. Args: inputs: those that `of_call` names."""
 
     @abstractmethod
     def score(self, x: BranchInput, values: Values) -> BranchScore:
-        """Score all tokens at a branch. Args: values: those of `values_of`, and what an earlier branch passed."""
+        """Score all tokens at a branch. Args: values: those of `values_of`, and those that an earlier branch passed."""
 
     def entered(self) -> Mapping[str, Value]:
-        """All that `enter` gives, in order."""
+        """All values that `enter` returns, in order."""
         return {**self.call, **self.carried}
 
     def of_call(self) -> Mapping[str, Value]:
@@ -159,21 +161,21 @@ class TracedRule(ABC):
         return {name: value for name, value in self.inputs.items() if not value.by_layer or name in self.whole}
 
     def of_layer(self) -> Mapping[str, Value]:
-        """The values that every layer has a part of: of the run-time inputs, and of what `enter` gives."""
+        """The values that every layer reads its part of: run-time inputs, and values that `enter` returns."""
         inputs = {name: value for name, value in self.inputs.items() if name not in self.of_call()}
         return {name: value for name, value in {**inputs, **self.call}.items() if value.by_layer}
 
     def values_of(self, layer: int, inputs: Values, entered: Values) -> Values:
-        """What one layer reads.
+        """The values that one layer reads.
 
-        Args: inputs: all run-time inputs; entered: what `enter` gave, with the present carried states.
+        Args: inputs: all run-time inputs; entered: what `enter` returned, with the current carried states.
         """
         given = {**inputs, **entered}
         own = {name: given[name].select(value.axes.index("L"), layer) for name, value in self.of_layer().items()}
         return {**entered, **own}
 
 
-# What only some rules do: a rule that does it inherits the class.
+# Optional parts of a rule: a rule that has one inherits the class.
 
 
 class HasModules(ABC):
@@ -181,60 +183,61 @@ class HasModules(ABC):
 
     @abstractmethod
     def modules(self, config: ModelConfig, branch: Branch) -> Mapping[str, nn.Module]:
-        """Name -> module, under which the checkpoint stores its parameters (`model.layers.{i}.{name}`)."""
+        """Name -> module; the checkpoint stores its parameters under that name (`model.layers.{i}.{name}`)."""
 
 
-class JudgesOnce(ABC):
-    """A rule that judges only some of its branches by themselves; another one does as the branch before it."""
+class SharesScore(ABC):
+    """A rule that scores only some of its branches; any other branch follows the decision of the branch before it."""
 
     @property
     @abstractmethod
-    def judged(self) -> tuple[Branch, ...]:
-        """The branches that are judged by themselves."""
+    def scored(self) -> tuple[Branch, ...]:
+        """The branches that have a score of their own."""
 
 
 class ReplacesSkipped(ABC):
-    """A rule under which a skipped token gets something in the branch's place (an adapter, for example)."""
+    """A rule that runs something else for skipped tokens (an adapter, for example)."""
 
     @abstractmethod
     def skipped(self, x: BranchInput, score: BranchScore, values: Values) -> Tensor:
-        """What the kept rows' results are added to, [N, H]; the residual stream for other rules."""
+        """What the kept rows' results are added to, [N, H]; with other rules this is the residual stream."""
 
 
 class WatchesBranches(ABC):
-    """A rule that changes its carried states behind a branch."""
+    """A rule that updates its carried states after a branch."""
 
     @abstractmethod
     def after(self, branch: Branch, before: Tensor, after: Tensor, index: Tensor, values: Values) -> Values:
         """The carried states that changed.
 
-        Args: before, after [N, H], the residual stream; index [K], the rows that ran.
+        Args: before, after: [N, H], the residual stream before and after the branch; index: [K], the rows that ran.
         """
 
 
 class LooksAtExits(ABC):
-    """A rule that looks at the whole state behind some layers, and changes its carried states there."""
+    """A rule that looks at all tokens' states after some layers, and updates its carried states there."""
 
     @abstractmethod
     def exit_depths(self) -> tuple[int, ...]:
-        """Depths behind which it looks, ascending."""
+        """Numbers of layers after which it looks, ascending."""
 
     @abstractmethod
     def exit_module(self, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-        """What looks, with the final norm's and head's parameters where it reads them, in `dtype`.
+        """The module that looks at the states.
 
-        Returns: a module that takes hidden and entering [N, H], the states behind and before the layer, and the values
-            that `entered` names, in order; it gives the carried states, in order.
+        Args: dtype: type of the final norm's and the head's parameters, if the module has them.
+        Returns: a module that takes hidden and entering [N, H], the states after and before the layer, and the values
+            that `entered` names, in order; it returns the carried states, in order.
         """
 
     @abstractmethod
     def exit_prefix(self, depth: int) -> str:
-        """What the names of the module's parameters begin with behind `depth` layers: `""` where all depths share them,
-        or each layer's own (`layers.{depth - 1}.`)."""
+        """Prefix of the module's parameter names after `depth` layers: `""` if all depths share the parameters, or the
+        layer's own (`layers.{depth - 1}.`)."""
 
 
 def exit_watcher(rule: TracedRule | None) -> LooksAtExits | None:
-    """A rule that looks at the state behind some layers; None for another rule."""
+    """The rule, if it looks at states after some layers; None otherwise."""
     found: object = rule
     return found if isinstance(found, LooksAtExits) and found.exit_depths() else None
 
@@ -247,12 +250,12 @@ def own_modules(rule: TracedRule, config: ModelConfig) -> dict[str, nn.Module]:
     return {name: module for branch in rule.branches for name, module in found.modules(config, branch).items()}
 
 
-def judged_branches(rule: TracedRule) -> tuple[Branch, ...]:
-    """The branches at which a rule finds a score of its own."""
-    return rule.judged if isinstance(rule, JudgesOnce) else rule.branches
+def scored_branches(rule: TracedRule) -> tuple[Branch, ...]:
+    """The branches that have a score of their own."""
+    return rule.scored if isinstance(rule, SharesScore) else rule.branches
 
 
-# The values of tokens whose keeping is not left to the score: see `forced`.
+# Values for tokens whose decision does not depend on the score: see `forced`.
 FORCED: Mapping[str, Value] = {
     "forced": Value(torch.bool, ("N",)),
     "forced_score": Value(torch.float32, ("N",)),
@@ -260,9 +263,9 @@ FORCED: Mapping[str, Value] = {
 
 
 def forced(tokens: Tokens, always: Tensor) -> Values:
-    """The values `FORCED`: padding is never kept, and what must `always` [N] run is.
+    """The values `FORCED`: padding is never kept, and the tokens `always` [N] bool always are.
 
-    Returns: forced [N] bool; forced_score [N]: minus infinity for padding, else infinity.
+    Returns: forced [N] bool; forced_score [N] float32: minus infinity for padding, else infinity.
     """
     infinity = torch.tensor(float("inf"))
     return {
@@ -272,10 +275,10 @@ def forced(tokens: Tokens, always: Tensor) -> Values:
 
 
 def apply_forced(score: Tensor, values: Values) -> Tensor:
-    """A score [N] with the forced ones put in."""
+    """A score [N], with the forced scores in place of those of forced tokens."""
     return torch.where(values["forced"], values["forced_score"], score)
 
 
 def before(positions: Tensor, full_until: Tensor) -> Tensor:
-    """Tokens that run in full, [N] bool: positions [B, S] below their sequence's full_until [B] (or [1], for all)."""
+    """Tokens that run every branch, [N] bool: positions [B, S] below the sequence's full_until [B] or [1]."""
     return (positions < full_until.unsqueeze(1)).reshape(-1)

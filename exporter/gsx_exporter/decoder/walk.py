@@ -1,7 +1,7 @@
-"""The traceable decoder run eagerly on text, a layer at a time, as it will run in the graph: on kept rows only.
+"""Running the traceable decoder eagerly on text, layer by layer, on kept rows only, as the graph will.
 
 One layer's weights are in memory at a time, and several streams (one for each budget, say) go through a layer together.
-Calibration, the statistics of quantization, the layer study and training of exit classifiers all walk.
+Calibration, quantization statistics, the layer study and the training of exit classifiers use it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gsx_exporter.decoder.rule import Values
 # Layer, branch, residual stream and branch input [N, H], the call's state -> the rows that the branch runs on.
 Choose = Callable[[DecoderLayer, Branch, Tensor, Tensor, CallState], KeptRows]
 
-# Windows that the head takes at a time: logits are the largest values of a walk.
+# Number of windows that the head processes at a time: logits are the largest values of a walk.
 _HEAD_WINDOWS = 2
 
 
@@ -34,9 +34,9 @@ class Stream:
 
     Args:
         inputs: the keep rule's run-time inputs.
-        entered: what it computed once in the call, and the states that it carries, as of now.
+        entered: what the rule computed once for the call, and its current carried states.
         hidden: [N, H], the state that the next layer reads.
-        below: K and V of the layer before, for the K/V policy `copy`.
+        below: K and V of the layer below, for the K/V policy `copy`.
     """
 
     inputs: Values
@@ -46,13 +46,14 @@ class Stream:
 
 
 class Walk:
-    """A text and all that the layers read of it.
+    """A text, and what the layers read of it.
 
     Args:
         checkpoint: the model.
-        ids: [M, S] int64, all of it tokens.
+        ids: [M, S] int64, without padding.
         options: keep rule and K/V policy; the computation is in float32.
-        on_table: called with what holds the embedding, and with what holds the head, once their weights are there.
+        on_table: called with the module that has the embedding, and with the one that has the head, once their weights
+            are loaded.
     """
 
     def __init__(
@@ -82,12 +83,12 @@ class Walk:
         once = [inputs[name] for name in (rule.of_call() if rule else ())]
         hidden, *rest = self._entry(self.ids, torch.ones_like(self.ids), positions, *once)
         shared = 2 + len(self._windows)
-        self._call = tuple(rest[:shared])  # the same for every stream: it depends on the text alone
+        self._call = tuple(rest[:shared])  # the same for every stream: it depends only on the text
         entered = dict(zip(rule.entered() if rule else (), rest[shared:], strict=True))
         return Stream(inputs, entered, hidden)
 
     def layers(self, first: int = 0) -> Iterator[tuple[int, DecoderLayer]]:
-        """The model's layers from one on, each loaded when its turn comes."""
+        """The model's layers from number `first` on, each loaded when it is reached."""
         for number in range(first, self.checkpoint.config.num_layers):
             yield number, load_layer(self.checkpoint, number, self.options)
 
@@ -96,7 +97,7 @@ class Walk:
     ) -> dict[Branch, Tensor]:
         """Take a stream through a layer.
 
-        Args: choose: the rows that a skippable branch runs on; None for those of the layer's rule.
+        Args: choose: gives the rows that a skippable branch runs on; None to use the layer's rule.
         Returns: for each skippable branch, which tokens were kept, [N] bool.
         """
         choose = choose or DecoderLayer.choose
@@ -125,7 +126,7 @@ class Walk:
         return choose(layer, branch, stream.hidden, layer.normed(branch, stream.hidden), call)
 
     def logits(self, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the head says at the end: ids [m, S] and logits [m, S, V], some windows at a time."""
+        """Logits of the text after the last layer: ids [m, S] and logits [m, S, V], a few windows at a time."""
         leave = load_exit(self.checkpoint, self.options)
         self._on_table(leave)
         rows = self.ids.shape[1] * _HEAD_WINDOWS

@@ -1,1 +1,1 @@
-"""From traced torch modules to one ONNX model: trace the parts, stitch them, write the weights once."""
+"""From torch modules to ONNX graphs: trace each part, put the parts together, write the weights once."""

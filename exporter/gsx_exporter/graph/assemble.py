@@ -1,8 +1,8 @@
-"""Stitching traced parts into the graphs of a bundle.
+"""Putting traced parts together into the graphs of a bundle.
 
-Names: layer i's values begin with `layers.{i}.`; the ones that people and reports look for are
-`layers.{i}.output` (its state), `layers.{i}.{branch}.score` and `layers.{i}.{branch}.index` (the kept rows).
-Inputs and outputs are those of docs/design.md, section 6.
+Names: the values of layer i begin with `layers.{i}.`. Reports use `layers.{i}.output` (its state),
+`layers.{i}.{branch}.score` and `layers.{i}.{branch}.index` (the kept rows). Inputs and outputs are defined in
+docs/design.md, section 6.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gsx_exporter.graph.weights import ONNX_TYPES, Weight
 from gsx_plugins.domain import CHOICES
 from gsx_plugins.graph import make_node
 
-# Sizes of the examples that are traced: distinct, so that no two axes are taken for one.
+# Sizes of the example inputs for tracing: distinct, so that no two axes are taken for the same.
 _B, _S, _P = 2, 3, 5
 
 
@@ -41,8 +41,14 @@ class LayerPart(nn.Module):
         self.layer = layer
 
     def forward(self, hidden: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        """hidden, key and value of the past, cos, sin, mask; what the keep rule reads; with the K/V policy copy: key
-        and value of the layer below. Returns: hidden, present, new, and the states that the rule carries."""
+        """Run the layer.
+
+        Args:
+            hidden: [N, H].
+            rest: key and value of the past, cos, sin, mask; the values that the keep rule reads (`rule_inputs`); with
+                the K/V policy `copy`, key and value of the layer below. Shapes as in `decoder/layer.py`.
+        Returns: hidden, present key and value, new key and value, and the states that the rule carries.
+        """
         past_key, past_value, cos, sin, mask, *more = rest
         rule = self.layer.rule
         names = list(rule_inputs(rule))
@@ -53,7 +59,7 @@ class LayerPart(nn.Module):
 
 
 def rule_inputs(rule: TracedRule | None) -> Mapping[str, Value]:
-    """What a layer reads for its keep rule, in order: values of the call, carried states, its own run-time inputs."""
+    """What a layer's keep rule reads, in order: values of the call, carried states, the layer's part of others."""
     if rule is None:
         return {}
     parts = {name: value.of_layer for name, value in rule.of_layer().items()}
@@ -62,20 +68,20 @@ def rule_inputs(rule: TracedRule | None) -> Mapping[str, Value]:
 
 @dataclass(frozen=True)
 class Graphs:
-    """The graphs of a bundle, by name, and the weights that they share, each once."""
+    """The graphs of a bundle, by name, and the weights that they share, without repetition."""
 
     models: Mapping[str, onnx.ModelProto]
     weights: list[Weight]
 
 
 class GraphBuilder:
-    """Traces each part of the decoder once and lays out graphs from them.
+    """Traces each part of the decoder once and builds graphs from the parts.
 
     Args:
-        checkpoint: its configuration is read, no weight is.
-        options: selection, K/V policy, type.
-        defaults: exported values of the keep rule's run-time inputs; those by sequence have a first axis of 1.
-        rewrite: what is made of the graphs before they are handed out (quantization).
+        checkpoint: only its configuration is read, no weights.
+        options: keep rule, K/V policy, type.
+        defaults: exported values of the keep rule's run-time inputs; those with an axis B have size 1 there.
+        rewrite: applied to the graphs before they are returned (quantization); None for no rewrite.
     """
 
     def __init__(
@@ -107,20 +113,21 @@ class GraphBuilder:
         self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
         self._entry_module, self._layer_modules, self._exit_module = entry, layers, leave
         self._watcher = exit_watcher(self.rule)
-        self._asked = self._watcher.exit_depths() if self._watcher else ()
-        self.asker: Part | None = None
+        self._exit_depths = self._watcher.exit_depths() if self._watcher else ()
+        self.exit_check: Part | None = None
         if self._watcher is not None and self.rule is not None:
             with torch.device("meta"):
-                self._asker_module = asker = self._watcher.exit_module(config, options.dtype)
+                self._exit_check_module = module = self._watcher.exit_module(config, options.dtype)
             entered = {name: self._example(value) for name, value in self.rule.entered().items()}
             reads = {"hidden": self._hidden(), "entering": self._hidden(), **entered}
-            self.asker = _name_asked(trace(asker, reads, [f"next_{name}" for name in self.rule.carried]))
+            next_states = [f"next_{name}" for name in self.rule.carried]
+            self.exit_check = _name_checked_rows(trace(module, reads, next_states))
 
     def graphs(self, exit_layer: int | None) -> Graphs:
         """The decoder as `model`, and split at an exit layer as `draft` and `verify` (docs/design.md, section 6).
 
         Args:
-            exit_layer: number of layers that the draft runs, in 1 to L - 1; None for `model` alone.
+            exit_layer: number of layers that the draft runs, in 1 to L - 1; None for only `model`.
         """
         depth = self.config.num_layers
         spans = {"model": range(depth)}
@@ -132,12 +139,12 @@ class GraphBuilder:
         return graphs if self.rewrite is None else self.rewrite(graphs)
 
     def _decoder(self, name: str, layers: range) -> tuple[onnx.ModelProto, dict[str, Source]]:
-        """A graph of some consecutive layers with final norm and head, and the parameters that it reads.
+        """A graph of consecutive layers with final norm and head, and the parameters that it reads.
 
-        One that begins at layer 0 reads embeddings, another the state `exit_hidden`; one that ends below the last
-        layer gives that state beside the logits. What else goes from layer to layer passes the exit too: under the K/V
-        policy `copy` K and V of the layer below, of this call's tokens (`exit_key`, `exit_value`), and the states that
-        the keep rule carries (`exit_{name}` [B, S, 1]).
+        A graph that begins at layer 0 reads embeddings; any other reads the state `exit_hidden`. A graph that ends
+        before the last layer returns that state besides the logits. Other values that go from layer to layer pass the
+        exit too: with the K/V policy `copy`, K and V of the layer below for this call's tokens (`exit_key`,
+        `exit_value`), and the states that the keep rule carries (`exit_{name}` [B, S, 1]).
         """
         config = self.config
         graph = Layout()
@@ -169,9 +176,10 @@ class GraphBuilder:
             present = (f"present.{i}.key", f"present.{i}.value")
             entering = hidden
             hidden, below, carried = self._layer(graph, i, hidden, below, carried, past, present)
-            if self._watcher is not None and self.asker is not None and i + 1 in self._asked:
-                carried = self._ask(graph, self.asker, i + 1, {"hidden": hidden, "entering": entering, **carried})
-                found |= sources(self._asker_module, self._watcher.exit_prefix(i + 1))
+            if self._watcher is not None and self.exit_check is not None and i + 1 in self._exit_depths:
+                reads = {"hidden": hidden, "entering": entering, **carried}
+                carried = self._check_exit(graph, self.exit_check, i + 1, reads)
+                found |= sources(self._exit_check_module, self._watcher.exit_prefix(i + 1))
             found |= sources(self._layer_modules[i], f"layers.{i}.")
             inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
             outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
@@ -200,7 +208,7 @@ class GraphBuilder:
         past: tuple[str, str],
         present: tuple[str, str],
     ) -> tuple[str, tuple[str, str], dict[str, str]]:
-        """Add layer i. Returns: the values of its state, of its K and V, and of what the rule carries."""
+        """Add layer i. Returns: the names of its state, of its new K and V, and of the states that the rule carries."""
         prefix = f"layers.{i}."
         window = distinct_windows(self.config).index(self.config.windows[i])
         reads = {
@@ -229,17 +237,17 @@ class GraphBuilder:
         leaving = {**carried, **{name: writes[f"next_{name}"] for name in passed}}
         return writes["output"], (writes["new_key"], writes["new_value"]), leaving
 
-    def _ask(self, graph: Layout, asker: Part, depth: int, reads: dict[str, str]) -> dict[str, str]:
-        """Let the rule look at the state behind a layer. Returns: the values of what it carries."""
+    def _check_exit(self, graph: Layout, part: Part, depth: int, reads: dict[str, str]) -> dict[str, str]:
+        """Add the rule's exit module after `depth` layers. Returns: the names of the states that the rule carries."""
         assert self._watcher is not None
         assert self.rule is not None
         prefix = f"exits.{depth}."
         writes = {f"next_{name}": prefix + name for name in self.rule.carried}
-        graph.add(asker, self._watcher.exit_prefix(depth), reads, writes, scope=prefix)
+        graph.add(part, self._watcher.exit_prefix(depth), reads, writes, scope=prefix)
         return {name: prefix + name for name in self.rule.carried}
 
     def _run_time_inputs(self, graph: Layout) -> list[onnx.ValueInfoProto]:
-        """The keep rule's inputs, with the exported values as their defaults."""
+        """The keep rule's run-time inputs, with the exported values as defaults."""
         values = []
         axes: dict[int | str, int | str] = {"B": "batch", "L": self.config.num_layers}
         for name, value in (self.rule.inputs if self.rule else {}).items():
@@ -250,7 +258,7 @@ class GraphBuilder:
         return values
 
     def _own_parts(self, graph: Layout, layer: int) -> dict[str, str]:
-        """A layer's own part of each value that has one."""
+        """Add the nodes that take a layer's part of each value with an axis L. Returns: value -> name of the part."""
         parts = {}
         for name, value in (self.rule.of_layer() if self.rule else {}).items():
             parts[name], index = f"layers.{layer}.{name}", f"layers.{layer}.number"
@@ -263,7 +271,7 @@ class GraphBuilder:
         outputs = ["output", "present_key", "present_value", "new_key", "new_value"]
         outputs += [f"next_{name}" for name in (layer.rule.carried if layer.rule else ())]
         part = trace(LayerPart(layer), self._layer_inputs(layer), outputs)
-        return _name_choices(part, layer.skippable)
+        return _name_decisions(part, layer.skippable)
 
     def _entry_inputs(self) -> dict[str, Input]:
         int64 = torch.int64
@@ -298,7 +306,7 @@ class GraphBuilder:
         return inputs
 
     def _example(self, value: Value) -> Input:
-        """An example of a value that a keep rule reads."""
+        """An example input for a value that a keep rule reads."""
         sizes = {"N": _B * _S, "B": _B, "L": self.config.num_layers}
         shape = tuple(sizes[axis] if isinstance(axis, str) else axis for axis in value.axes)
         return Input(shape, value.dtype, tuple(n for n, axis in enumerate(value.axes) if axis in ("N", "B")))
@@ -310,22 +318,25 @@ class GraphBuilder:
         return _value(name, ONNX_TYPES[self.options.dtype], shape)
 
     def _weights(self, parameters: Mapping[str, Source]) -> list[Weight]:
-        """Where each parameter of the graph lies in the checkpoint."""
+        """The weights to store: each parameter of the graphs, and where the checkpoint has it."""
         return [Weight(name, one.name, one.transpose, one.dtype) for name, one in parameters.items()]
 
 
-def _name_choices(part: Part, branches: Sequence[Branch]) -> Part:
-    """Give the scores and kept rows of each branch their names. What gathers the same rows again is a stand-in."""
+def _name_decisions(part: Part, branches: Sequence[Branch]) -> Part:
+    """Give the scores and kept rows of each branch their names.
+
+    A node that gathers from the same rows again belongs to what replaces a skipped branch, and makes no decision.
+    """
     graph = part.graph
-    choices: list[onnx.NodeProto] = []
+    decisions: list[onnx.NodeProto] = []
     for node in graph.nodes:
-        if node.op_type in CHOICES and node.input[0] not in {choice.input[0] for choice in choices}:
-            choices.append(node)
-    assert len(choices) == len(branches)
+        if node.op_type in CHOICES and node.input[0] not in {other.input[0] for other in decisions}:
+            decisions.append(node)
+    assert len(decisions) == len(branches)
     names: dict[str, str] = {}
-    for branch, node in zip([b for b in BRANCHES if b in branches], choices, strict=True):
+    for branch, node in zip([b for b in BRANCHES if b in branches], decisions, strict=True):
         rows, score, bound = node.input
-        if score in names:  # a score of both branches, computed once
+        if score in names:  # both branches have the same score, computed once
             graph.insert_before(node, make_node("Identity", [score], f"{branch}.score"))
             graph.set_inputs(node, [rows, f"{branch}.score", bound])
         else:
@@ -335,8 +346,8 @@ def _name_choices(part: Part, branches: Sequence[Branch]) -> Part:
     return part
 
 
-def _name_asked(part: Part) -> Part:
-    """Give the tokens that an asker runs on their names, if it runs on some alone."""
+def _name_checked_rows(part: Part) -> Part:
+    """Give names to the rows that an exit module runs on, if it does not run on all of them."""
     names: dict[str, str] = {}
     for node in part.graph.nodes:
         if node.op_type == "ThresholdGather":

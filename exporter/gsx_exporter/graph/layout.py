@@ -1,4 +1,4 @@
-"""A graph under construction: each part is put in as often as the decoder has it; constants are shared."""
+"""A graph under construction: a part is added as many times as the decoder has it; constants are shared."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class Layout(Graph):
         """Add a part's nodes.
 
         Args:
-            prefix: of its parameters.
-            reads, writes: values outside that it reads and gives.
-            scope: what all its other values begin with; None for the prefix, or its first output.
+            part: what to add.
+            prefix: of its parameters' names.
+            reads, writes: its inputs and outputs -> the names that they have in this graph.
+            scope: prefix of the names of all its other values; None for `prefix`, or if that is empty its first output.
         """
         names = {name: reads.get(name, name) for name in part.inputs}
         names |= {name: writes[name] for name in part.outputs}
@@ -60,7 +61,7 @@ class Layout(Graph):
         self.append(make_node("Reshape", [source, self.add_constant(f"{out}.shape", shape)], out))
 
     def shaped_like_ids(self, source: str, width: int, out: str) -> None:
-        """[N, width] -> [B, S, width], as `input_ids` are."""
+        """Add a Reshape [N, width] -> [B, S, width], with B and S of `input_ids`."""
         size, shape = f"{out}.ids", f"{out}.shape"
         last = self.add_constant(f"{out}.width", [width])
         self.append(
@@ -70,15 +71,15 @@ class Layout(Graph):
         )
 
     def name_output(self, source: str, out: str) -> None:
-        """Give a value of the graph the name of an output."""
+        """Give a value of the graph a second name, that of an output."""
         self.append(make_node("Identity", [source], out))
 
     def model_proto(
         self, name: str, inputs: Sequence[onnx.ValueInfoProto], outputs: Sequence[onnx.ValueInfoProto]
     ) -> tuple[onnx.ModelProto, list[str]]:
-        """The model, with function bodies for the custom ops in use and without weights; the parameters it reads.
+        """The model without weights, with function bodies for the custom ops in use; and the parameters that it reads.
 
-        What no output depends on is left out: a graph that reads states needs no embedding, for one.
+        Nodes that no output depends on are left out: a graph that reads states needs no embedding, for example.
         """
         self.proto.name = name
         self.proto.input.extend(inputs)

@@ -1,9 +1,8 @@
 """Tracing one part of the decoder to ONNX nodes, with weights as inputs.
 
-A decoder is a few distinct parts (entry, one or two kinds of layer, exit), so each is traced once with
-`torch.export` and translated by `torch.onnx.export(dynamo=True)`; `assemble.py` repeats the nodes for every layer.
-Tracing time and memory therefore do not grow with depth, no weight is ever in memory, and every value has a name
-that says where it belongs.
+A decoder has few distinct parts (entry, one or two kinds of layer, exit). Each is traced once with `torch.export` and
+translated by `torch.onnx.export(dynamo=True)`; `assemble.py` repeats the nodes for every layer. So tracing time and
+memory do not grow with depth, no weight is ever in memory, and the name of every value shows where it belongs.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Part:
 
     Args:
         graph: the nodes, and the small constants that they read.
-        weights: parameter name of the torch module -> value name in the nodes.
+        weights: parameter name of the torch module -> value name in the graph.
         inputs, outputs: value names, in the order of the traced function.
     """
 
@@ -54,7 +53,7 @@ class Part:
 
 
 class _Functional(nn.Module):
-    """Calls a module with its weights given as an argument (the module itself stays on the meta device)."""
+    """Calls a module with weights that are passed as an argument (the module itself stays on the meta device)."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -70,7 +69,8 @@ def trace(module: nn.Module, inputs: Mapping[str, Input], outputs: Sequence[str]
     Args:
         module: takes the inputs in order and returns a tensor or a tuple of tensors.
         inputs: name -> example; an example's dynamic axes should have distinct sizes above 1.
-        outputs: names for what it returns.
+        outputs: names of the values that it returns.
+    Returns: the part, with the inputs and outputs under these names.
     """
     register_all()
     with FakeTensorMode():
@@ -100,7 +100,7 @@ def trace(module: nn.Module, inputs: Mapping[str, Input], outputs: Sequence[str]
     renamed.update(zip((value.name for value in model.graph.output), outputs, strict=True))
     graph = Graph(model.graph)
     taken = set(renamed.values())
-    for node in graph.nodes:  # torch's own names for values in between must not collide with ours
+    for node in graph.nodes:  # torch's names for intermediate values must not collide with ours
         renamed |= {name: graph.fresh(name, taken) for name in node.output if name in taken and name not in renamed}
         del node.metadata_props[:]
         node.doc_string = ""
@@ -109,7 +109,7 @@ def trace(module: nn.Module, inputs: Mapping[str, Input], outputs: Sequence[str]
 
 
 def _translations() -> dict[Any, Any]:
-    """How our torch ops become nodes."""
+    """Torch op -> the function that translates it to ONNX nodes."""
 
     def threshold(x: Any, score: Any, tau: Any) -> Any:
         return _GSX.ThresholdGather(x, score, tau, **_PLUGIN)
@@ -141,7 +141,7 @@ def _translations() -> dict[Any, Any]:
 
 @contextmanager
 def _quiet() -> Any:
-    """Silence torch's notes on packages that are not installed; real errors still raise."""
+    """Suppress torch's notes about packages that are not installed; errors are still raised."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

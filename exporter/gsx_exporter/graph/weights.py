@@ -1,4 +1,4 @@
-"""The weights file of a bundle: every tensor once, streamed from the checkpoint.
+"""The weights file of a bundle: every tensor is stored once, streamed from the checkpoint.
 
 One tensor is in memory at a time. Linear weights are stored [in, out], as MatMul reads them.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-# ONNX Runtime maps external data into memory when it starts at a page; small tensors need no page of their own.
+# ONNX Runtime maps external data into memory if it starts at a page boundary; small tensors need not.
 PAGE_BYTES = 4096
 SMALL_BYTES = 1 << 20
 SMALL_ALIGNMENT_BYTES = 64
@@ -38,9 +38,9 @@ class Weight:
     Args:
         name: initializer name.
         source: name in the checkpoint.
-        transpose: whether it is a linear weight, [out, in] there and [in, out] here.
+        transpose: whether it is a linear weight, [out, in] in the checkpoint and [in, out] in the graph.
         dtype: type to store it in.
-        encode: what is made of it before it is stored (float32, laid out as here); None: nothing.
+        encode: applied to the tensor (float32, in the graph's layout) before it is stored; None to store it as it is.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Weight:
 
 @dataclass
 class WeightsFile:
-    """Initializers that refer to the file, by name, and the file's hash."""
+    """A weights file: initializers that refer to it, by name; its hash and its size."""
 
     initializers: dict[str, onnx.TensorProto]
     sha256: str
@@ -68,8 +68,8 @@ def write_weights(
     """Write all weights to one file.
 
     Args:
-        path: file to create; its name is what the graphs refer to.
-        weights: each once.
+        path: file to create; the graphs refer to it by its name.
+        weights: without repetition.
         read: checkpoint name -> tensor.
         on_progress: called after each tensor.
     """
@@ -96,7 +96,7 @@ def write_weights(
 
 
 def _pad(stream: BinaryIO, digest: hashlib._Hash, size: int) -> int:
-    """Fill up to where a tensor of this size may start; returns the offset."""
+    """Write padding up to an offset where a tensor of this size may start. Returns: the offset."""
     alignment = PAGE_BYTES if size >= SMALL_BYTES else SMALL_ALIGNMENT_BYTES
     padding = bytes(-stream.tell() % alignment)
     stream.write(padding)

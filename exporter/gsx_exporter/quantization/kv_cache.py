@@ -1,7 +1,7 @@
-"""How large K and V of every head get: the scales of a K/V cache in 8 bits.
+"""The scales of an 8-bit K/V cache, from the largest K and V of every head.
 
-Keys are looked at as the cache holds them, with RoPE applied. Text goes through the model with the exported selection,
-in full precision, as for the ranges of activations (`watch.py`).
+Keys are measured as the cache stores them, with RoPE applied. Text is run through the model with the exported
+selection, in full precision, as for the ranges of activations (`watch.py`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ def int8_kv_cache(
     options: DecoderOptions,
     on_progress: OnProgress = silent,
 ) -> KvCache:
-    """Scales for each head of each layer, by which the largest K and V seen take the largest code.
+    """Scales for each head of each layer, with which the largest K and V found get the largest code.
 
     Args:
+        checkpoint: the model.
+        text: calibration text.
         controls: run-time inputs of the keep rule, as exported.
+        options: keep rule and K/V policy.
         on_progress: called after each layer.
     Raises:
         CheckpointError: K or V of some layer is not finite.
@@ -43,11 +46,11 @@ def int8_kv_cache(
         stream = walk.stream(controls)
         for number, layer in walk.layers():
             walk.through(number, layer, stream)
-            assert stream.below is not None, "a layer leaves its K and V"
+            assert stream.below is not None, "a layer stores its K and V in the stream"
             key, value = stream.below
             source = f"{checkpoint.source}: layers.{number}.self_attn"
             scales.append((_scales(key, f"{source}: a key"), _scales(value, f"{source}: a value")))
-            on_progress(Progress("watching K and V", number + 1, checkpoint.config.num_layers))
+            on_progress(Progress("measuring K and V", number + 1, checkpoint.config.num_layers))
     calibration = CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
     return KvCache(type="int8", scales=tuple(scales), calibration=calibration)
 
@@ -59,6 +62,6 @@ def _scales(cache: Tensor, what: str) -> tuple[float, ...]:
         raise CheckpointError(
             f"{what} is not finite on this text",
             found="NaN" if bool(cache.isnan().any()) else "infinity",
-            todo="the model diverges there in full precision: 8 bits cannot mend that",
+            todo="the model diverges there in full precision too: repair the model first",
         )
     return tuple(float(scale_value(float(size) / SCHEMES["int8"].largest, torch.float32)) for size in largest)

@@ -2,17 +2,18 @@
 
     x -> QuantizeLinear -> DequantizeLinear -> MatMul <- DequantizeLinear <- codes
 
-A runtime that knows the pattern makes one 8-bit product of it. For that (research and traps: docs/quantization.md):
-codes of weights feed their DequantizeLinear directly and lie [in, out] already, scales have the type of the
-activations, there is no Cast between, zero-points are 0, and products of one value share one pair. A pair stands where
-its MatMul stands, behind the gather, so that skipped rows are not quantized either.
+A runtime that knows the pattern turns it into one 8-bit product. For that (details and pitfalls: docs/quantization.md),
+the codes of weights are stored [in, out] and feed their DequantizeLinear directly, scales have the type of the
+activations, there is no Cast in between, zero-points are 0, and products that read the same value share one pair. A
+pair comes directly before its MatMul, after the gather, so that skipped rows are not quantized either.
 
-Rows of an embedding are dequantized once they are read, each with its own scale:
+Rows of an embedding are dequantized after they are read, each with its own scale:
 
     ids -> Gather <- codes -> DequantizeLinear (scale 1) -> Mul <- Unsqueeze <- Gather <- scales
 
-A gate's weights are codes too, but its product runs in float32, since it decides. So they are dequantized by nodes that
-no runtime takes for a product in 8 bits (of Q/DQ around weights alone ONNX Runtime makes one that rounds the input):
+A gate's weights are stored as codes too, but its product runs in float32, since it decides. So they are dequantized by
+nodes that no runtime takes for an 8-bit product. (From Q/DQ around only the weights, ONNX Runtime makes a product that
+rounds the input.)
 
     codes -> Cast -> Mul <- scales
 """
@@ -29,7 +30,7 @@ from torch import Tensor
 from gsx_exporter.graph.assemble import Graphs
 from gsx_exporter.graph.weights import ONNX_TYPES, Weight
 from gsx_exporter.quantization.plan import QuantizationPlan, quantize_weight, scale_value, weight_scales
-from gsx_exporter.quantization.scheme import EMBEDDING, GATES, TABLES, WEIGHTS_ALONE, Scheme
+from gsx_exporter.quantization.scheme import EMBEDDING, GATES, TABLES, WEIGHTS_ONLY, Scheme
 from gsx_plugins.graph import Graph, make_node
 
 _HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -37,7 +38,7 @@ _GATES = tuple(GATES.values())
 
 
 def quantize_graphs(graphs: Graphs, plan: QuantizationPlan, dtype: torch.dtype) -> Graphs:
-    """Graphs whose products run in 8 bits where the plan says so, and whose other matrices are stored in 16 bits.
+    """Graphs whose products run in 8 bits as the plan says, and whose other matrices are stored in 16 bits if possible.
 
     Args: dtype: of the graphs' activations, and so of the scales.
     """
@@ -65,7 +66,7 @@ def quantize_graphs(graphs: Graphs, plan: QuantizationPlan, dtype: torch.dtype) 
 
 
 def _dequantize_gates(graph: Graph, plan: QuantizationPlan) -> None:
-    """Make float32 weights of a gate's codes."""
+    """Convert the codes of gates to float32 weights."""
     made: dict[str, str] = {}
 
     def dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -85,7 +86,7 @@ def _dequantize_gates(graph: Graph, plan: QuantizationPlan) -> None:
 
 
 def _quantize_products(graph: Graph, plan: QuantizationPlan, dtype: torch.dtype) -> None:
-    """Put Q/DQ around the products that the plan quantizes."""
+    """Insert Q/DQ before the products that the plan quantizes."""
     pairs: dict[tuple[str, float], str] = {}  # (value, scale) -> the value quantized and dequantized
 
     def quantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -117,7 +118,7 @@ def _quantize_embedding(graph: Graph, dtype: torch.dtype) -> None:
         codes, floats, scales, column = f"{out}.codes", f"{out}.unscaled", f"{out}.scales", f"{out}.column"
         graph.add_tensor(helper.make_tensor(last, onnx.TensorProto.INT64, [1], [-1]))
         graph.add_tensor(helper.make_tensor(one, ONNX_TYPES[dtype], [], [1.0]))
-        graph.add_tensor(helper.make_tensor(zero, ONNX_TYPES[WEIGHTS_ALONE.dtype], [], [0]))
+        graph.add_tensor(helper.make_tensor(zero, ONNX_TYPES[WEIGHTS_ONLY.dtype], [], [0]))
         return [
             make_node("Gather", [EMBEDDING, ids], codes),
             make_node("DequantizeLinear", [codes, one, zero], floats),
@@ -130,10 +131,11 @@ def _quantize_embedding(graph: Graph, dtype: torch.dtype) -> None:
 
 
 def _narrow_type(weight: Weight, plan: QuantizationPlan) -> torch.dtype | None:
-    """The 16-bit type that a float32 matrix is stored in, or None.
+    """The 16-bit type that a float32 matrix is stored in; None if it is not.
 
-    Gates that stay high are stored so only where their values are 16-bit numbers already, so that no decision changes.
-    Tables (embedding and head) of a float32 checkpoint are rounded to half precision, a sixteenth of what 8 bits round.
+    Gates in full precision are stored in 16 bits only if the checkpoint has them in 16 bits, so that no decision
+    changes. Tables (embedding and head) of a float32 checkpoint are rounded to half precision, which rounds a sixteenth
+    as much as 8 bits do.
     """
     is_table = weight.name.removesuffix(".weight") in TABLES
     if weight.dtype != torch.float32 or not (is_table or weight.transpose):
@@ -146,7 +148,7 @@ def _read_16_bits(graph: Graph, stored: Mapping[str, str]) -> None:
     casts: dict[str, onnx.NodeProto] = {}
 
     def widened(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
-        if node.op_type == "Gather" and node.input[0] in stored:  # rows first: the table stays small in memory too
+        if node.op_type == "Gather" and node.input[0] in stored:  # cast after the Gather: the table stays in 16 bits
             out, rows = node.output[0], f"{node.output[0]}.stored"
             node.input[0], node.output[0] = stored[node.input[0]], rows
             return [node, _cast(rows, out)]
@@ -162,9 +164,9 @@ def _cast(value: str, out: str) -> onnx.NodeProto:
 
 
 def _stored(weight: Weight, scheme: Scheme) -> tuple[Weight, Weight]:
-    """A weight as codes, under its own name, and the scales of its channels; of an embedding, of its rows.
+    """A weight as codes, under its own name, and the scales of its output channels (for an embedding, of its rows).
 
-    Scales have the type that the product runs in: the graph's, of a gate float32.
+    Scales have the type that the product runs in: the graph's type, or float32 for a gate.
     """
     by_row, dtype = weight.name == EMBEDDING, weight.dtype
 
@@ -183,7 +185,7 @@ def _stored(weight: Weight, scheme: Scheme) -> tuple[Weight, Weight]:
 def _pair(
     graph: Graph, linear: str, value: str, scale: float, plan: QuantizationPlan, dtype: torch.dtype
 ) -> Iterable[onnx.NodeProto]:
-    """QuantizeLinear and DequantizeLinear of a value; the pair has a scale of its own."""
+    """QuantizeLinear and DequantizeLinear of a value, with a scale of their own."""
     name = f"{linear}.input"
     graph.add_tensor(helper.make_tensor(f"{name}.scale", ONNX_TYPES[dtype], [], [scale_value(scale, dtype)]))
     graph.add_tensor(helper.make_tensor(f"{name}.zero", ONNX_TYPES[plan.scheme.dtype], [], [0]))

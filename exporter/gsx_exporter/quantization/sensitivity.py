@@ -1,7 +1,7 @@
-"""Which linear layers cost the most in 8 bits, and the fewest to leave alone for a quality that is asked for.
+"""Which linear layers cost most in 8 bits, and the fewest that must stay in full precision for a given quality.
 
-Each group of linear layers that read the same values is quantized alone and measured; then groups are left in full
-precision, the dearest first, until the whole model holds the limits.
+Each group of linear layers that read the same values is quantized on its own and measured. Then groups are left in full
+precision, the most costly first, until the whole model is within the limits.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ class Limits:
     """A quality target, against float32 at the same budget.
 
     Args:
-        perplexity_increase: relative, at most; 0.01 is one percent.
-        flipped: share of keep/skip decisions that may come out differently.
+        perplexity_increase: largest allowed relative increase; 0.01 is one percent.
+        flipped: largest allowed share of keep/skip decisions that flip.
     """
 
     perplexity_increase: float = 0.01
     flipped: float = 0.01
 
     def hold(self, cost: Cost) -> bool:
-        """Whether a cost is within them."""
+        """Whether a cost is within the limits."""
         return cost.perplexity_increase <= self.perplexity_increase and cost.flipped <= self.flipped
 
 
@@ -35,9 +35,10 @@ class Chosen:
     """What the search found.
 
     Args:
-        plan: the quantized model; holds the limits.
-        cost: of that plan; everything: of the whole model in 8 bits.
-        ranking: (group, its cost alone), the dearest first; empty where everything holds the limits.
+        plan: a plan within the limits.
+        cost: of that plan.
+        everything: cost of the whole model in 8 bits.
+        ranking: (group, its cost on its own), the most costly first; empty if the whole model is within the limits.
         kept: groups left in full precision.
     """
 
@@ -54,9 +55,13 @@ def choose(
     limits: Limits,
     on_progress: OnProgress = silent,
 ) -> Chosen:
-    """Leave as few groups as possible in full precision.
+    """Find a plan within the limits that leaves as few groups as possible in full precision.
 
-    Args: on_progress: called after each group.
+    Args:
+        simulation: measures the plans.
+        plan: the whole model in 8 bits.
+        limits: the quality target.
+        on_progress: called after each group.
     """
     everything = simulation.cost(plan)
     if limits.hold(everything):
@@ -72,7 +77,7 @@ def choose(
         on_progress(Progress("measuring each group in 8 bits", len(costs), len(groups)))
 
     def price(cost: Cost) -> float:
-        """Divergence stands for the loss, which may fall by luck."""
+        """One number to rank by. It uses the divergence, since the loss may fall by chance."""
         return cost.divergence / limits.perplexity_increase + cost.flipped / limits.flipped
 
     ranking = sorted(costs.items(), key=lambda item: -price(item[1]))
@@ -80,7 +85,7 @@ def choose(
     def keeping(count: int) -> QuantizationPlan:
         return plan.without({linear for name, _ in ranking[:count] for linear in groups[name]})
 
-    # The fewest that hold, by bisection: keeping all of them costs nothing, and so holds.
+    # The fewest groups, by bisection: with all groups in full precision the cost is 0, which is within the limits.
     too_few, enough, cost = 0, len(ranking), Cost(0.0, 0.0, 0.0)
     while enough - too_few > 1:
         middle = (too_few + enough) // 2

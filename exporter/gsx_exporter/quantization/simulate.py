@@ -1,7 +1,7 @@
-"""What a plan does to the model, measured without a graph: the eager decoder with rounded weights and inputs.
+"""Measuring a plan's cost without a graph: the eager decoder with rounded weights and inputs.
 
-Weights are the very codes that would be written, times their scales; ModelOpt's quantizer rounds inputs. Layers below
-the first one that is quantized are not run again.
+Weights are the codes that would be written, times their scales; ModelOpt's quantizer rounds inputs. Layers below the
+first quantized one are not run again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.decoder.rule import Values
 from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.quantization.plan import QuantizationPlan, quantize_weight, scale_value, weight_scales
-from gsx_exporter.quantization.scheme import EMBEDDING, HEAD, TABLES, WEIGHTS_ALONE, Scheme
+from gsx_exporter.quantization.scheme import EMBEDDING, HEAD, TABLES, WEIGHTS_ONLY, Scheme
 from gsx_exporter.text import TokenText
 from gsx_plugins.progress import OnProgress, Progress, silent
 
@@ -34,9 +34,9 @@ class Cost:
     """What 8 bits cost on a text, against the same model in float32.
 
     Args:
-        nats: increase of the mean loss per token; below 0 where it fell.
+        nats: increase of the mean loss per token; negative if the loss fell.
         divergence: mean KL divergence of the next-token distribution, in nats.
-        flipped: share of keep/skip decisions that came out differently; 0 without gates.
+        flipped: share of keep/skip decisions that flipped; 0 without decisions.
     """
 
     nats: float
@@ -45,18 +45,18 @@ class Cost:
 
     @property
     def perplexity_increase(self) -> float:
-        """Relative: 0.01 is one percent."""
+        """Relative increase; 0.01 is one percent."""
         return float(torch.expm1(torch.tensor(self.nats, dtype=torch.float64)))
 
 
 def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
-    """A weight [in, out] as its codes give it back."""
+    """A weight [in, out], quantized and dequantized."""
     codes = quantize_weight(weight, scheme, torch.float32)
     return codes.float() * weight_scales(weight, scheme, torch.float32)
 
 
 class QuantizedLinear(nn.Module):
-    """A linear layer as the graph runs it in 8 bits, in float32 arithmetic."""
+    """A linear layer as the graph runs it in 8 bits, simulated in float32."""
 
     def __init__(self, linear: Linear, scheme: Scheme, input_scale: float | None) -> None:
         super().__init__()
@@ -74,11 +74,11 @@ class QuantizedLinear(nn.Module):
 
 
 class Simulation:
-    """A text at one selection: the model in float32, once, and plans against it.
+    """Compares plans with the float32 model on a text, at one selection. The float32 model is run once.
 
     Args:
-        checkpoint: the model as it is.
-        text: what to measure on.
+        checkpoint: the model, unquantized.
+        text: the text to measure on.
         controls: run-time inputs of the keep rule.
         options: keep rule and K/V policy.
         on_progress: called after each layer of the float32 model.
@@ -104,23 +104,23 @@ class Simulation:
                 self._states.append((stream.entered, stream.hidden, stream.below))
                 self._keep.append(walk.through(number, layer, stream))
                 on_progress(Progress("measuring in full precision", number + 1, self._layers))
-            self._states.append((stream.entered, stream.hidden, stream.below))  # what the head alone reads
-            # Half precision is exact enough for what 8 bits are compared with, and half as large.
+            self._states.append((stream.entered, stream.hidden, stream.below))  # for plans that quantize only the head
+            # Half precision is exact enough to compare 8 bits with, and half as large.
             self._logits = [F.log_softmax(logits, dim=-1).half() for _, logits in walk.logits(stream)]
 
     def cost(self, plan: QuantizationPlan, only: Collection[str] | None = None) -> Cost:
-        """What the plan costs; `only` quantizes these of its matrices alone."""
-        chosen = set(plan.input_scales) if only is None else set(only)
-        if not chosen:
+        """The plan's cost. Args: only: quantize only these of its matrices; None for all."""
+        quantized = set(plan.input_scales) if only is None else set(only)
+        if not quantized:
             return Cost(0.0, 0.0, 0.0)
-        layers = [int(name.split(".")[1]) for name in chosen if name not in TABLES]
-        first = 0 if EMBEDDING in chosen else min(layers, default=self._layers)
+        layers = [int(name.split(".")[1]) for name in quantized if name not in TABLES]
+        first = 0 if EMBEDDING in quantized else min(layers, default=self._layers)
 
         def quantize_table(end: Entry | Exit) -> None:
-            if isinstance(end, Entry) and EMBEDDING in chosen:
-                end.embed_tokens.data = rounded(end.embed_tokens.t(), WEIGHTS_ALONE).t()
-            elif isinstance(end, Exit) and HEAD in chosen:
-                end.lm_head.weight.data = rounded(end.lm_head.weight, WEIGHTS_ALONE)
+            if isinstance(end, Entry) and EMBEDDING in quantized:
+                end.embed_tokens.data = rounded(end.embed_tokens.t(), WEIGHTS_ONLY).t()
+            elif isinstance(end, Exit) and HEAD in quantized:
+                end.lm_head.weight.data = rounded(end.lm_head.weight, WEIGHTS_ONLY)
 
         different = decisions = 0
         with torch.inference_mode():
@@ -129,7 +129,7 @@ class Simulation:
             if first:
                 stream = Stream(stream.inputs, *self._states[first])
             for number, layer in walk.layers(first):
-                _quantize_layer(layer, number, plan, chosen)
+                _quantize_layer(layer, number, plan, quantized)
                 for branch, keep in walk.through(number, layer, stream).items():
                     different += int((keep != self._keep[number][branch]).sum())
             decisions = sum(keep.numel() for row in self._keep for keep in row.values())
@@ -144,9 +144,9 @@ class Simulation:
         return Cost(nats / tokens, divergence / self._ids.size, different / decisions if decisions else 0.0)
 
 
-def _quantize_layer(layer: DecoderLayer, number: int, plan: QuantizationPlan, chosen: Collection[str]) -> None:
+def _quantize_layer(layer: DecoderLayer, number: int, plan: QuantizationPlan, names: Collection[str]) -> None:
     prefix = f"layers.{number}."
-    for name in [name for name in chosen if name.startswith(prefix)]:
+    for name in [name for name in names if name.startswith(prefix)]:
         path = name.removeprefix(prefix)
         owner, _, attribute = path.rpartition(".")
         linear = layer.get_submodule(path)

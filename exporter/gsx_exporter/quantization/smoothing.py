@@ -1,14 +1,14 @@
-"""SmoothQuant, folded into weights that are there anyway.
+"""SmoothQuant, folded into weights that exist anyway.
 
-A channel that is far larger than the others takes all of the 127 steps that one scale for the tensor has. Dividing the
-channel by s, and multiplying the weights that read it by s, changes nothing in exact arithmetic and leaves both sides
-with a fair range. The rule is `s = max|x|^alpha / max|w|^(1 - alpha)` of each channel (Xiao et al., arXiv 2211.10438),
-with two choices of our own:
+With one scale for the whole tensor, a channel that is far larger than the others takes all of the 127 steps. Dividing
+the channel by s, and multiplying the weights that read it by s, changes nothing in exact arithmetic and gives both
+sides a fair range. The rule is `s = max|x|^alpha / max|w|^(1 - alpha)` for each channel (Xiao et al., arXiv
+2211.10438), with two decisions of our own:
 
-- s is a power of two, so that dividing and multiplying round nothing, in any float type: a gate that reads the same
-  norm has its weights multiplied too, and decides exactly as before;
-- nothing is added to the graph: the division goes into the norm before the products, or into up_proj before down_proj.
-  (o_proj has no such place: V's scale would show in the K/V cache.)
+- s is a power of two, so that dividing and multiplying are exact in any float type: a gate that reads the same norm has
+  its weights multiplied too, and decides exactly as before;
+- nothing is added to the graph: the division is folded into the norm before the products, or into up_proj before
+  down_proj. (For o_proj that is not possible: V's scale would change the K/V cache.)
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.quantization.statistics import Statistics
 
-# s is at most 2^6 from 1, which keeps half precision's norms and weights away from its limits.
+# s is between 2^-6 and 2^6, which keeps norms and weights within the range of half precision.
 _MOST_STEPS = 6
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where channels can be divided for free.
+    """A place where channels can be divided at no cost.
 
     Args:
-        readers: linear layers that read the channels: their weights are multiplied along their input.
-        gate: a gate that reads them too.
-        norm: norm whose weight is divided; None for `up_proj`, whose output channels are.
+        readers: linear layers that read the channels; their weights are multiplied along the input axis.
+        gate: a gate that reads them too; None if there is none.
+        norm: norm whose weight is divided; None to divide the output channels of `up_proj`.
     """
 
     readers: tuple[str, ...]
@@ -43,7 +43,7 @@ class Site:
 
 
 def sites(config: ModelConfig) -> tuple[Site, ...]:
-    """Of every layer; names are those below `model.layers.{i}.`."""
+    """The sites of every layer, with names within `model.layers.{i}.`."""
     reads = config.gate is not None and config.gate.input == "post_norm"
 
     def gate(branch: str) -> str | None:
@@ -59,16 +59,16 @@ def sites(config: ModelConfig) -> tuple[Site, ...]:
 
 @dataclass
 class SmoothedCheckpoint(Checkpoint):
-    """A checkpoint that gives its tensors smoothed.
+    """A checkpoint that returns smoothed tensors.
 
     Args:
-        factors: tensor name -> (axis, factors): what the tensor is multiplied with along an axis.
+        factors: tensor name -> (axis, factors) that the tensor is multiplied by along that axis.
     """
 
     factors: Mapping[str, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """See `Checkpoint`; in the type it is stored in, which powers of two leave exact."""
+        """See `Checkpoint`; in its stored type, in which multiplying by powers of two is exact."""
         found = super().tensor(name)
         for axis, factor in self.factors.get(name, ()):
             shape = [-1 if n == axis else 1 for n in range(found.ndim)]
@@ -77,10 +77,10 @@ class SmoothedCheckpoint(Checkpoint):
 
 
 def smooth(checkpoint: Checkpoint, found: Statistics, alpha: float) -> tuple[SmoothedCheckpoint, dict[str, np.ndarray]]:
-    """The smoothed model, and the sizes of its inputs.
+    """The smoothed model, and the largest magnitudes of its inputs.
 
-    Args: found: statistics of the model as it is; alpha in [0, 1], 0 changes nothing.
-    Returns: the checkpoint; linear layer -> [in], as `Statistics.inputs`.
+    Args: found: statistics of the unsmoothed model; alpha in [0, 1], 0 changes nothing.
+    Returns: the checkpoint; linear layer -> [in], as in `Statistics.inputs`.
     """
     factors: dict[str, list[tuple[int, np.ndarray]]] = {}
     inputs = dict(found.inputs)
@@ -105,7 +105,7 @@ def smooth(checkpoint: Checkpoint, found: Statistics, alpha: float) -> tuple[Smo
 
 
 def _factor(sizes: np.ndarray, weights: np.ndarray, alpha: float) -> np.ndarray:
-    """s of each channel: a power of two, float32; 1 where nothing was seen."""
+    """s of each channel [in]: a power of two, float32; 1 for a channel that is zero throughout."""
     with np.errstate(divide="ignore", invalid="ignore"):
         exponent = alpha * np.log2(sizes) - (1 - alpha) * np.log2(weights)
     finite = np.isfinite(exponent)

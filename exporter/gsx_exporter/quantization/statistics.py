@@ -1,7 +1,7 @@
-"""How large the inputs of every linear layer get: the numbers, and keeping them from one export to the next.
+"""The largest magnitudes of every linear layer's inputs, and a cache for them between exports.
 
-They depend on model, text and selection alone, not on the type that is quantized to, so they are kept under a hash of
-those. `watch.py` finds them.
+They depend only on model, text and selection, not on the quantization scheme, so the cache's key is a hash of those.
+`watch.py` measures them.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_plugins.files import cache_folder, writing_file
 
-# Goes into the key of what is kept: another way of counting, or of making the key, must not find the old numbers.
+# Part of the cache's key: to be raised when the statistics, or the key, are computed in another way.
 _VERSION = 2
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sizes at one selection.
+    """Largest magnitudes at one selection.
 
     Args:
         inputs: linear layer ("layers.0.mlp.up_proj") -> [in] float32, the largest magnitude of each input channel
-            over the rows that the layer ran on; 0 where it never ran.
+            over the rows that the layer ran on; 0 if it never ran.
         weights: linear layer -> [in] float32, the largest magnitude of the weights that read the channel.
     """
 
@@ -39,15 +39,15 @@ class Statistics:
 
 
 def default_cache() -> Path:
-    """Where statistics are kept between exports."""
+    """The directory where statistics are cached between exports."""
     return cache_folder() / "statistics"
 
 
 def key(
     checkpoint: Checkpoint, ids: np.ndarray, text_sha256: str, options: DecoderOptions, controls: RuntimeValues
 ) -> str:
-    """What the numbers depend on, hashed: weights and configuration, text, the keep rule with all its parameters and
-    run-time inputs, and the K/V policy. The type of the graph is not in it: the walk computes in float32."""
+    """Hash of everything that the statistics depend on: weights and configuration, text, the keep rule with all its
+    parameters and run-time inputs, and the K/V policy. Not of the graph's type: the walk computes in float32."""
     rule = options.rule
     parts: list[object] = [_VERSION, checkpoint.weights_sha256(), checkpoint.hf_config.to_json_string()]
     parts += [text_sha256, ids.shape, ids.dtype, options.kv_policy]
@@ -62,7 +62,7 @@ def key(
 
 
 def load(path: Path) -> Statistics | None:
-    """What an earlier export kept, if it did."""
+    """Read cached statistics; None if the file does not exist or is damaged."""
     if not path.is_file():
         return None
     try:
@@ -70,12 +70,12 @@ def load(path: Path) -> Statistics | None:
             inputs = {name.removeprefix("in:"): stored[name] for name in stored.files if name.startswith("in:")}
             weights = {name.removeprefix("w:"): stored[name] for name in stored.files if name.startswith("w:")}
     except (OSError, ValueError):
-        return None  # a file that broke off is as good as none
+        return None  # a truncated file counts as missing
     return Statistics(inputs, weights)
 
 
 def save(path: Path, found: Statistics) -> None:
-    """Keep a file, whole; a cache that cannot be written is no reason to fail."""
+    """Write a file, completely or not at all. A cache that cannot be written is not an error."""
     arrays: dict[str, Any] = {f"in:{name}": sizes for name, sizes in found.inputs.items()}
     arrays |= {f"w:{name}": sizes for name, sizes in found.weights.items()}
     with suppress(OSError):

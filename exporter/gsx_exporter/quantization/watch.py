@@ -1,8 +1,8 @@
-"""Finding the statistics: text goes through the model, and every linear layer's input is looked at.
+"""Measuring the statistics: text is run through the model, and the inputs of every linear layer are recorded.
 
-A branch that keeps half of the tokens sees other numbers than one that keeps all, so the text goes through with the
-exported selection, and what a skipped token would have given is not counted. ModelOpt's calibrator does the counting,
-for each input channel: smoothing needs channels, and the range of the whole tensor follows from them.
+A branch that keeps half of the tokens gets other values than one that keeps all of them. So the text is run with the
+exported selection, and what a skipped token would have given is not counted. ModelOpt's calibrator finds the maximum of
+each input channel: smoothing needs channels, and the range of the whole tensor follows from them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,17 @@ def statistics(
     cache: Path | None = None,
     on_progress: OnProgress = silent,
 ) -> list[Statistics]:
-    """Statistics for each selection; those that an earlier export has found on the same text are taken from the cache.
+    """Statistics for each selection; those that an earlier export found on the same text are taken from the cache.
 
     Args:
-        ids: [M, S] int64, calibration text; text_sha256: its hash.
-        points: run-time inputs of the keep rule, one set a selection; empty without a rule.
-        cache: directory; None keeps nothing.
+        checkpoint: the model.
+        ids: [M, S] int64, calibration text.
+        points: run-time inputs of the keep rule, one set per selection; one empty set without a rule.
+        options: keep rule and K/V policy.
+        text_sha256: hash of the text.
+        cache: directory; None for no cache.
         on_progress: called after each layer.
+    Returns: one value per selection, in their order.
     Raises:
         CheckpointError: an input of some layer is not finite.
     """
@@ -79,7 +83,7 @@ def _watch(
             weights |= {f"layers.{number}.{name}": _weight_sizes(layer, name) for name in LINEARS}
             for stream, sizes in zip(streams, inputs, strict=True):
                 sizes |= _watch_layer(walk, number, layer, stream)
-            on_progress(Progress("watching activations", number + 1, checkpoint.config.num_layers))
+            on_progress(Progress("measuring activations", number + 1, checkpoint.config.num_layers))
     return [Statistics(sizes, weights) for sizes in inputs]
 
 
@@ -93,7 +97,7 @@ def _watch_layer(walk: Walk, number: int, layer: DecoderLayer, stream: Stream) -
                 raise CheckpointError(
                     f"{walk.checkpoint.source}: an input of layers.{number}.{name} is not finite on this text",
                     found="NaN" if bool(rows.isnan().any()) else "infinity",
-                    todo="the model diverges there in full precision: quantization cannot mend that",
+                    todo="the model diverges there in full precision too: repair the model first",
                 )
             if len(rows):
                 calibrators[name].collect(rows)

@@ -1,1 +1,1 @@
-"""The reference: Hugging Face's own model under a keep rule, said with masks. Parity compares the graphs with it."""
+"""The reference: Hugging Face's model with a keep rule applied by masks. Parity compares the graphs with it."""

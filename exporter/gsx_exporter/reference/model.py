@@ -1,10 +1,9 @@
-"""The reference: what a model under a keep rule means, said with Hugging Face's own modules and masks.
+"""The reference: defines what a model computes under a keep rule, with Hugging Face's own modules and masks.
 
-It computes every branch for every token and then leaves out what is skipped, so it is never fast. Parity
-compares the exported graphs with it; for that to mean something it shares no code with the traceable decoder
-(`decoder/`, `rules/*/traced.py`) beyond `ModelConfig` and the count of rank selection. The rules' masks are in
-`rules/*/reference.py`.
-Semantics: docs/design.md section 3.
+It computes every branch for every token and then masks what is skipped, so it is never fast. Parity compares the
+exported graphs with it. For that to mean something, it shares no code with the traceable decoder (`decoder/`,
+`rules/*/traced.py`) except `ModelConfig` and the count of rank selection. The reference rules are in
+`rules/*/reference.py`. Semantics: docs/design.md section 3.
 """
 
 from __future__ import annotations
@@ -36,15 +35,16 @@ from gsx_plugins.errors import UsageError
 
 @dataclass
 class ReferenceOutput:
-    """What one call gave. B: batch, S: tokens of this call, T: past and these, H: hidden, V: vocabulary.
+    """Results of one call. B: batch, S: tokens of this call, T: past + S, H: hidden, V: vocabulary.
 
     Args:
         logits: [B, S, V].
         states: L + 1 tensors [B, S, H]: the input of layer 0, then the output of every layer (the last one
             before the final norm).
-        scores: [L][2] -> [B, S] float32, columns as `BRANCHES`; padding has -inf. None where nothing is judged.
-        keep: [L][2] -> [B, S] bool: who ran the branch. Padding is False.
-        margins: [L][2] -> [B, S] float64: how far each decision was from turning (`Decision`).
+        scores: [L][2] -> [B, S] float32, columns in the order of `BRANCHES`; -inf for padding. None at a branch that
+            has no score.
+        keep: [L][2] -> [B, S] bool: which tokens ran the branch. False for padding.
+        margins: [L][2] -> [B, S] float64: how far each decision was from flipping (`Decision`).
         cache: keys and values of every layer, [B, kv heads, T, head_dim], RoPE applied.
     """
 
@@ -58,19 +58,19 @@ class ReferenceOutput:
 
 @dataclass
 class _Call:
-    """The call in progress: its keep rule at work, and what the branches note down. Masks are [B, S].
+    """The call in progress: its masker, and what the branches record. Masks are [B, S].
 
-    Args: there: under the K/V policy `none`, [B, past] bool by layer: which tokens have K and V there.
+    Args: has_kv: with the K/V policy `none`, layer -> [B, past] bool: which tokens have K and V there; else None.
     """
 
     masker: Masker
     valid: torch.Tensor
     decisions: list[list[Decision]]
-    there: dict[int, torch.Tensor] | None
+    has_kv: dict[int, torch.Tensor] | None
 
 
 class Reference:
-    """A model with a keep rule applied by masks. Make one with `Reference.load`."""
+    """A model with a keep rule applied by masks. Create it with `Reference.load`."""
 
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         self.model = model
@@ -79,19 +79,19 @@ class Reference:
         self._checkpoint = checkpoint
         self._parts: dict[Callable[[Checkpoint], Any], Any] = {}
         self._call: _Call | None = None
-        # Under the K/V policy `none`, which columns of a cache hold something, by layer.
-        self._there: WeakKeyDictionary[DynamicCache, dict[int, torch.Tensor]] = WeakKeyDictionary()
+        # With the K/V policy `none`: for each cache, layer -> which of its columns have K and V.
+        self._has_kv: WeakKeyDictionary[DynamicCache, dict[int, torch.Tensor]] = WeakKeyDictionary()
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Reference:
-        """Read the model. Weights are in dtype; gates in float32, as scores are."""
+        """Load the model. Weights have the given dtype; gates are float32, as scores are."""
         config = checkpoint.config
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(checkpoint.hf_config, attn_implementation="eager")
         model.to_empty(device="cpu")
         model = model.to(dtype)
         _load_weights(model, checkpoint)
-        # Inverse frequencies are no weights: they are computed anew, and in float32.
+        # Inverse frequencies are not weights: they are computed again, in float32.
         model.model.rotary_emb = type(model.model.rotary_emb)(config=checkpoint.hf_config)
         model.eval()
         model.requires_grad_(False)
@@ -111,14 +111,17 @@ class Reference:
         rule: ReferenceRule | None = None,
         kv_policy: KvPolicy = "compute",
     ) -> ReferenceOutput:
-        """Run the model on S tokens a row.
+        """Run the model on S tokens of each sequence.
 
         Args:
-            input_ids: [B, S].
-            attention_mask: [B, past + S], 0 for padding; None where there is none.
-            position_ids: [B, S]; None counts the valid tokens, as generation does with padding on the left.
-            cache: of the earlier call with the same policy; it is extended in place.
-            rule: None keeps all.
+            input_ids: [B, S] int64.
+            attention_mask: [B, past + S], 0 for padding; None if there is no padding.
+            position_ids: [B, S]; None to count the valid tokens, as generation does with padding on the left.
+            cache: that of the previous call with the same K/V policy, extended in place; None to start a new one.
+            rule: None to keep every token.
+            kv_policy: K and V of skipped tokens.
+        Raises:
+            UsageError: attention_mask has the wrong shape.
         """
         B, S = input_ids.shape
         cache = cache if cache is not None else DynamicCache()
@@ -142,7 +145,7 @@ class Reference:
             masker=(rule or KeepAll()).start(tokens),
             valid=valid,
             decisions=[[everyone, everyone] for _ in range(self.config.num_layers)],
-            there=self._there.setdefault(cache, {}) if kv_policy == "none" else None,
+            has_kv=self._has_kv.setdefault(cache, {}) if kv_policy == "none" else None,
         )
         states: list[torch.Tensor] = []
         hooks = [self.model.model.layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
@@ -171,7 +174,7 @@ class Reference:
 
     @torch.no_grad()
     def exit_logits(self, output: ReferenceOutput, depth: int) -> torch.Tensor:
-        """Logits [B, S, V] after the first `depth` layers: the final norm and the head on that state."""
+        """Logits [B, S, V] after the first `depth` layers: final norm and head applied to that state."""
         return self._logits_of(output.states[depth])
 
     def _logits_of(self, state: torch.Tensor) -> torch.Tensor:
@@ -188,11 +191,11 @@ class Reference:
         attention_mask: torch.Tensor | None = None,
         stop_at_end: bool = True,
     ) -> torch.Tensor:
-        """The most likely continuation of each row, with a cache.
+        """Greedy decoding of each row, with a cache.
 
-        Args: prompt_ids [B, S]; attention_mask [B, S] where rows are padded on the left.
-        Returns: [B, N], N <= max_new_tokens: shorter when every row has ended. A row that ended repeats its
-            end-of-text token. Of equal logits the lowest id wins.
+        Args: prompt_ids [B, S]; attention_mask [B, S] if rows are padded on the left.
+        Returns: [B, N], N <= max_new_tokens: shorter if every row has ended. A row that has ended repeats its
+            end-of-text token. Among equal logits the lowest id wins.
         """
         B = len(prompt_ids)
         mask = torch.ones_like(prompt_ids) if attention_mask is None else attention_mask
@@ -225,7 +228,7 @@ class Reference:
                 self._gates[i, branch] = linear(checkpoint, f"model.layers.{i}.{branch}_gate")
 
     def gate(self, layer: int, branch: Branch, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor | None:
-        """The checkpoint's gate on all tokens, [B, S, H or 1] float32; None where the branch has none."""
+        """The checkpoint's gate for all tokens, [B, S, H or 1] float32; None if the branch has no gate."""
         linear = self._gates.get((layer, branch))
         if linear is None:
             return None
@@ -234,7 +237,7 @@ class Reference:
         return torch.sigmoid(linear(x.float()))
 
     def decide(self, x: BranchInput) -> Decision:
-        """Decide, and record the decision."""
+        """Let the rule decide, and record the decision."""
         call = self._current()
         decision = call.masker.decide(x)
         call.decisions[x.layer][BRANCHES.index(x.branch)] = decision
@@ -245,16 +248,16 @@ class Reference:
         return self._current().masker.added(x, decision, output)
 
     def seen(self, layer: int, decision: Decision, mask: torch.Tensor) -> torch.Tensor:
-        """A layer's attention mask [B, 1, S, T], float: under the K/V policy `none`, nobody sees a skipped token."""
-        there = self._current().there
-        if there is None:
+        """A layer's attention mask [B, 1, S, T], float: with the K/V policy `none`, no token sees a skipped one."""
+        has_kv = self._current().has_kv
+        if has_kv is None:
             return mask
-        past = there.get(layer, decision.keep[:, :0])
-        there[layer] = torch.cat((past, decision.keep), dim=1)
-        return mask.masked_fill(~there[layer][:, None, None, :], torch.finfo(mask.dtype).min)
+        past = has_kv.get(layer, decision.keep[:, :0])
+        has_kv[layer] = torch.cat((past, decision.keep), dim=1)
+        return mask.masked_fill(~has_kv[layer][:, None, None, :], torch.finfo(mask.dtype).min)
 
     def after(self, x: BranchInput, result: torch.Tensor, decision: Decision) -> None:
-        """Show the rule what came out."""
+        """Show the rule the branch's result."""
         self._current().masker.after(x, result, decision)
 
     def _part(self, load: Callable[[Checkpoint], T]) -> T:
@@ -274,15 +277,15 @@ class Reference:
 
 
 class _Branch(nn.Module):
-    """A branch of a decoder layer, in its place: its gate multiplies its output, and skipped tokens get 0."""
+    """Replaces a branch of a decoder layer: its gate multiplies its output, and skipped tokens get 0."""
 
     def __init__(self, reference: Reference, branch: nn.Module, norm: nn.Module, layer: int, name: Branch) -> None:
         super().__init__()
         self.branch = branch
-        self._reference = (reference,)  # in a tuple, so that it is no submodule
+        self._reference = (reference,)  # in a tuple, so that it is not registered as a submodule
         self._layer, self._name = layer, name
         self._residual: torch.Tensor | None = None
-        # What a branch reads before its norm is the norm's input.
+        # The norm's input is the residual stream that the branch reads.
         norm.register_forward_pre_hook(self._note_residual)
 
     def _note_residual(self, _norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -294,7 +297,7 @@ class _Branch(nn.Module):
         g = reference.gate(self._layer, self._name, residual, hidden_states)
         score = None if g is None else g.mean(-1).masked_fill(~reference.valid(), float("-inf"))
         x = BranchInput(self._layer, self._name, residual, hidden_states, score)
-        # The decision comes first: a cache that leaves K and V out reads it inside the branch.
+        # The decision comes first: a cache that leaves out K and V reads it inside the branch.
         decision = reference.decide(x)
         if self._name == "attn":
             kwargs["attention_mask"] = reference.seen(self._layer, decision, kwargs["attention_mask"])
@@ -307,10 +310,10 @@ class _Branch(nn.Module):
 
 
 class _SkippingCache(DynamicCache):
-    """K/V policies `copy` and `none`: where attention is skipped, K and V are those of the layer below (layer 0
-    computes), or zeros.
+    """K/V policies `copy` and `none`: if attention is skipped, K and V are those of the layer below (layer 0 computes
+    its own), or zeros.
 
-    It shares the layers of the caller's cache, which so receives what is blended here.
+    It shares the layers of the caller's cache, which therefore receives the result.
     """
 
     def __init__(self, target: DynamicCache, call: _Call, *, copies: bool) -> None:

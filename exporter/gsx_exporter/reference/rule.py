@@ -1,6 +1,6 @@
-"""What a keep rule is to the reference: at each branch, which tokens are kept, and how close each decision was.
+"""Reference rules: at each branch, which tokens a keep rule keeps, and how close each decision was.
 
-Shapes are [B, S], the tokens of a call; padding is never kept. Nothing here is shared with the rules that are traced
+Shapes are [B, S], the tokens of a call; padding is never kept. Nothing here is shared with traced rules
 (`gsx_exporter/decoder/rule.py`): parity compares the two.
 """
 
@@ -19,10 +19,10 @@ T = TypeVar("T")
 
 
 class Parts(Protocol):
-    """Parts of a checkpoint that a rule reads (its routers, for example), loaded once for each reference."""
+    """Parts of a checkpoint that a rule reads (its routers, for example), loaded once per reference."""
 
     def __call__(self, load: Callable[[Checkpoint], T]) -> T:
-        """What `load` makes of the checkpoint."""
+        """The result of `load(checkpoint)`, cached by `load`."""
         ...
 
 
@@ -31,9 +31,12 @@ class MaskCall:
     """The tokens of a call, [B, S] each.
 
     Args:
-        ids: int64. valid: bool, not padding. ended: bool, end-of-text. positions: int64, padding not counted.
-        layers: of the model.
-        logits_of: states [B, S, H] -> logits [B, S, V], by the model's norm and head.
+        ids: int64.
+        valid: bool, false for padding.
+        ended: bool, true for end-of-text.
+        positions: int64, padding not counted.
+        layers: number of layers of the model.
+        logits_of: states [B, S, H] -> logits [B, S, V], by the model's final norm and head.
         parts: of the checkpoint, loaded once.
     """
 
@@ -51,9 +54,9 @@ class BranchInput:
     """A branch and what it reads.
 
     Args:
-        layer, branch: which.
-        residual, normed: [B, S, H], before the branch's norm and after it.
-        score: [B, S] float32, of the checkpoint's gate, padding minus infinity; None without one.
+        layer, branch: number and name.
+        residual, normed: [B, S, H], before and after the branch's norm.
+        score: [B, S] float32, that of the checkpoint's gate, minus infinity for padding; None without a gate.
     """
 
     layer: int
@@ -68,9 +71,10 @@ class Decision:
     """Which tokens run a branch.
 
     Args:
-        keep: bool.
-        score: float32, what was judged; None where nothing was.
-        margin: float64, how far the score is from where the decision turns; infinite where no score decides.
+        keep: [B, S] bool.
+        score: [B, S] float32, the score that decided; None if no score did.
+        margin: [B, S] float64, how far the score is from the point where the decision flips; infinite if no score
+            decides.
     """
 
     keep: torch.Tensor
@@ -79,18 +83,18 @@ class Decision:
 
 
 class Masker(Protocol):
-    """A rule at work in one call."""
+    """A reference rule within one call."""
 
     def decide(self, x: BranchInput) -> Decision:
         """Which tokens run the branch. Branches come in the model's order."""
         ...
 
     def added(self, x: BranchInput, decision: Decision, output: torch.Tensor) -> torch.Tensor:
-        """What is added to the residual stream, [B, S, H]: output is the branch's, of all tokens."""
+        """What is added to the residual stream, [B, S, H]. Args: output: of the branch, for all tokens, [B, S, H]."""
         ...
 
     def after(self, x: BranchInput, result: torch.Tensor, decision: Decision) -> None:
-        """What came out: result [B, S, H], the residual stream behind the branch."""
+        """Called after the branch. Args: result: [B, S, H], the residual stream after it."""
         ...
 
 
@@ -98,17 +102,17 @@ class ReferenceRule(Protocol):
     """A keep rule with its parameters."""
 
     def start(self, call: MaskCall) -> Masker:
-        """The rule on a call."""
+        """Begin a call."""
         ...
 
 
 def certain(keep: torch.Tensor) -> torch.Tensor:
-    """Margins of decisions that no score turns."""
+    """Margins of decisions that do not depend on a score: infinity, in the shape of keep, float64."""
     return torch.full(keep.shape, float("inf"), dtype=torch.float64)
 
 
 class KeepsOrDrops:
-    """A masker under which a kept token gets the branch's output, and a skipped one nothing."""
+    """A masker with which a kept token gets the branch's output, and a skipped one nothing."""
 
     def added(self, x: BranchInput, decision: Decision, output: torch.Tensor) -> torch.Tensor:
         """See `Masker`."""
@@ -116,15 +120,15 @@ class KeepsOrDrops:
 
 
 class Stateless(KeepsOrDrops):
-    """A masker that does not look at what came out."""
+    """A masker that does not use the branch's result."""
 
     def after(self, x: BranchInput, result: torch.Tensor, decision: Decision) -> None:
-        """Nothing is remembered."""
+        """See `Masker`: nothing to do."""
 
 
 @dataclass(frozen=True)
 class KeepAll:
-    """Every token runs every branch; gates still multiply what the branches give."""
+    """Every token runs every branch; gates still multiply the branches' outputs."""
 
     def start(self, call: MaskCall) -> Masker:
         """See `ReferenceRule`."""

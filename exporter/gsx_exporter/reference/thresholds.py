@@ -1,4 +1,4 @@
-"""Thresholds as reference rules take them."""
+"""Checking the thresholds that reference rules read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from gsx_plugins.errors import UsageError
 
 
 def check_thresholds(found: np.ndarray) -> None:
-    """Refuse what is not [L, 2] float32, and NaN."""
+    """Check thresholds.
+
+    Raises:
+        UsageError: not [L, 2] float32, or a value is NaN.
+    """
     if found.ndim != 2 or found.shape[1] != 2 or found.dtype != np.float32:
         raise UsageError(
             "thresholds: wrong shape or type",
@@ -16,4 +20,4 @@ def check_thresholds(found: np.ndarray) -> None:
             found=f"{found.shape} {found.dtype}",
         )
     if np.isnan(found).any():
-        raise UsageError("thresholds: hold NaN", expected="numbers, or -inf to keep every token")
+        raise UsageError("thresholds: contain NaN", expected="numbers, or -inf to keep every token")

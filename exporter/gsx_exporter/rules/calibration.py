@@ -1,14 +1,12 @@
 """Thresholds for a grid of budgets, in one walk through the model.
 
-Skipping changes what later layers see, and so their scores. The calibration therefore goes layer by layer: a
-branch's threshold is the (1 - budget) quantile of the scores of the states that the branches before it,
-already skipping, have produced. Equal scores (the first branch knows a token by its id alone, and texts
-repeat tokens) can make a share impossible to meet at one branch; what it misses is made up for by the branches after
-it, so that the share kept over all branches meets the budget. It is counted, not assumed. Rule: docs/design.md,
-section 3, GateSkip `threshold`.
+Skipping changes the inputs of later layers, and so their scores. The calibration therefore goes layer by layer: a
+branch's threshold is the (1 - budget) quantile of its scores, on states from earlier branches that already skip. Equal
+scores (at the first branch a score depends only on the token's id, and texts repeat tokens) can make a share impossible
+to meet at one branch. Later branches make up for the difference, so that the share kept over all branches meets the
+budget; that share is counted, not assumed. Rule: docs/design.md, section 3, GateSkip `threshold`.
 
-One layer's weights are in memory at a time; every budget has its own states, and all go through a layer
-together.
+One layer's weights are in memory at a time. Every budget has its own states, and all go through a layer together.
 """
 
 from __future__ import annotations
@@ -25,13 +23,13 @@ from torch import Tensor
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import BRANCHES, Branch
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows
-from gsx_exporter.decoder.rule import judged_branches
+from gsx_exporter.decoder.rule import scored_branches
 from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-# Scores nearer than this may be one score, rounded differently: they are kept or skipped together.
+# Scores closer than this may be the same score, rounded differently: they are kept or skipped together.
 TIE = 4e-6
-# How far from the share a threshold may move for the sake of a wider gap (the budget allows 0.01).
+# By how much a threshold may miss the share for the sake of a wider gap between scores (the budget allows 0.01).
 NEAR_SHARE = 0.002
 
 
@@ -40,10 +38,11 @@ class CalibratedPoint:
     """One budget's thresholds and what they keep.
 
     Args:
-        budget: the share asked for.
-        thresholds: [L, 2] float32 (attn, mlp); -inf where everything is kept, also at a branch without gate.
-        kept: [L, 2] float64, the share of valid tokens kept on the calibration text; 1 without gate.
-        kept_share: mean of `kept` over the gated branches.
+        budget: the wanted share.
+        thresholds: [L, 2] float32 (attn, mlp); -inf where everything is kept, also at a branch that the rule never
+            skips.
+        kept: [L, 2] float64, the share of tokens kept on the calibration text; 1 at a branch that is never skipped.
+        kept_share: mean of `kept` over the branches that the rule may skip.
     """
 
     budget: float
@@ -62,7 +61,7 @@ class _Run:
     budget: float = 1.0
     constant: float | None = None
     owed: float = 0.0
-    """Share that the branches so far have kept too little, summed over them."""
+    """By how much the shares kept so far fall short of the budget, summed over the branches."""
 
 
 def calibrate(
@@ -75,10 +74,12 @@ def calibrate(
     """Thresholds for each budget.
 
     Args:
+        checkpoint: the model.
         ids: [M, S] int64, calibration text.
         budgets: shares in (0, 1].
-        options: a rule with scores, and K/V policy; the type of the computation is float32.
-    Returns: one point a budget, in their order.
+        options: a rule with scores, and the K/V policy; the computation is in float32.
+        on_progress: called after each layer.
+    Returns: one point per budget, in their order.
     """
     walk = _Thresholds(checkpoint, ids, options)
     runs = [walk.run(budget=budget) for budget in budgets]
@@ -93,7 +94,7 @@ def at_constant(
     options: DecoderOptions,
     on_progress: OnProgress = silent,
 ) -> CalibratedPoint:
-    """What one threshold keeps everywhere, as a method was trained with it: its budget is the share kept on the text.
+    """What a method's own threshold, the same at every branch, keeps. The point's budget is the share kept on the text.
 
     Args: as for `calibrate`; threshold: in the unit of the score.
     """
@@ -105,7 +106,7 @@ def at_constant(
 
 
 class _Thresholds:
-    """A text on its way through the layers, once for each run, and the thresholds that are found on the way."""
+    """A text on its way through the layers, once for each run, and the thresholds that are calibrated on the way."""
 
     def __init__(self, checkpoint: Checkpoint, ids: np.ndarray, options: DecoderOptions) -> None:
         rule = options.rule
@@ -120,7 +121,7 @@ class _Thresholds:
         """A run at the first layer."""
         shape = (self._walk.checkpoint.config.num_layers, 2)
         with torch.inference_mode():
-            # The thresholds are what is looked for: the rule's own are never compared with.
+            # The rule needs thresholds as input, but they are not used: `_choose` replaces the bound.
             stream = self._walk.stream({"thresholds": np.zeros(shape, np.float32)})
         return _Run(stream, np.full(shape, -np.inf, np.float32), np.ones(shape), budget, constant)
 
@@ -134,7 +135,7 @@ class _Thresholds:
                 on_progress(Progress(stage, number + 1, layers))
 
     def point(self, run: _Run, budget: float) -> CalibratedPoint:
-        """What a run found."""
+        """The result of a run."""
         kept = [run.kept[layer, BRANCHES.index(branch)] for layer, branch in self._places]
         return CalibratedPoint(budget, run.thresholds, run.kept, float(np.mean(kept)))
 
@@ -148,15 +149,15 @@ class _Thresholds:
         normed: Tensor,
         call: CallState,
     ) -> KeptRows:
-        """The rows that a branch keeps, by the threshold found for it."""
+        """The rows that a branch keeps by the threshold that is calibrated for it here."""
         x = layer.branch_input(branch, hidden, normed)
         found = self._rule.score(x, call.values)
         scores = found.score[~call.values["forced"]].numpy()
         place = (number, BRANCHES.index(branch))
-        if branch in judged_branches(self._rule):
+        if branch in scored_branches(self._rule):
             left = len(self._places) - self._places.index((number, branch))
             run.thresholds[place] = self._threshold(scores, run, left)
-        else:  # it does as the branch before it
+        else:  # it follows the branch before it
             run.thresholds[place] = run.thresholds[number, 0]
         tau = float(run.thresholds[place])
         run.kept[place] = float((scores > tau).mean())
@@ -171,12 +172,11 @@ class _Thresholds:
 
 
 def threshold_for(scores: np.ndarray, share: float) -> np.float32:
-    """The threshold that keeps a share of the scores: their (1 - share) quantile, away from any score.
+    """The threshold that keeps a share of the scores: their (1 - share) quantile, at a distance from any score.
 
-    A threshold on a score would leave that token's choice to rounding, and with it the choice of every token
-    with the same id at the first branch. So the threshold stands in the middle of the widest gap near the
-    quantile; where that falls among equal scores, all of them are kept or none, whichever is closer to the
-    share.
+    With a threshold equal to a score, rounding would decide about that token, and at the first branch about every token
+    with the same id. So the threshold is in the middle of the widest gap near the quantile. If the quantile is among
+    equal scores, either all of them are kept or all are skipped, whichever is closer to the share.
 
     Args: scores [n] float32; share: wanted share of scores above the threshold.
     """

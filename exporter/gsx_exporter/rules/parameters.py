@@ -1,4 +1,4 @@
-"""The text behind a policy's colon, `word,name=value,...`, read into a pydantic model: one parser for all rules."""
+"""Reading the text after a policy's colon, `word,name=value,...`, into a pydantic model: one parser for all rules."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ P = TypeVar("P", bound="Parameters")
 
 
 class Parameters(BaseModel):
-    """What a rule is given. A subclass declares a field for each name, with its type, default and limits.
+    """The parameters of a rule. A subclass declares a field for each, with its type, default and limits.
 
-    A field is given once, as `name=value`; the one that `leading_word` names may come first without its name. Values
-    are converted from text by the field's type.
+    A parameter is given at most once, as `name=value`; the one that `leading_word` names may come first without its
+    name. The field's type converts values from text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
     def leading_word(cls) -> str | None:
-        """The field that may be given first, as a bare word; None for no such field."""
+        """The field that may be given first, as a word without its name; None if there is no such field."""
         return None
 
 
@@ -30,9 +30,12 @@ def read_parameters(policy: str, model: type[P], text: str, expected: str, todo:
     """Read a policy's parameters.
 
     Args:
-        policy: its name. text: behind its colon. expected: the form of the text, for the error; todo: an example.
+        policy: its name.
+        model: the parameters.
+        text: what follows the colon.
+        expected, todo: the form of the text and an example, for the error.
     Raises:
-        UsageError: an unknown name, one that is given twice, a value that does not fit; it names that part.
+        UsageError: an unknown name, a name given twice, or a value that does not fit; the error shows that part.
     """
     values: dict[str, Any] = {}
     parts = [part.strip() for part in text.split(",")] if text else []
@@ -56,5 +59,9 @@ def read_parameters(policy: str, model: type[P], text: str, expected: str, todo:
 
 
 def bad_parameters(policy: str, expected: str, found: str, todo: str | None = None) -> NoReturn:
-    """Refuse what is behind the colon."""
+    """Refuse the text after the colon.
+
+    Raises:
+        UsageError: always.
+    """
     raise UsageError(f"--policy {policy}: its parameters", expected=expected, found=repr(found), todo=todo) from None

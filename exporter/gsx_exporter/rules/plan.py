@@ -1,6 +1,6 @@
-"""A keep rule on its way into an export: what is asked for, the plan that fits a checkpoint, and what it settles to.
+"""A keep rule on its way into an export: the options, the plan that fits a checkpoint, and the calibrated result.
 
-The refusals that several rules share are here too.
+The checks that several rules share are here too.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from gsx_plugins.progress import OnProgress
 
 @dataclass(frozen=True)
 class PolicyOptions:
-    """What is asked for.
+    """The policy and its options, as asked for.
 
     Args:
-        policy: `NAME` or `NAME:parameters`; None for gateskip with gates, router with routers, else dense.
-        select: how a rule with scores chooses.
-        budget: share to keep, with rules that have thresholds; None for the rule's default.
-        kv_policy: None for the rule's own default.
+        policy: `NAME` or `NAME:parameters`; None for gateskip if the checkpoint has gates, router if it has routers,
+            else dense.
+        select: how a rule with scores selects: by threshold or by rank.
+        budget: share to keep, for rules that have thresholds; None for the rule's default.
+        kv_policy: K and V of skipped tokens; None for the rule's default.
     """
 
     policy: str | None = None
@@ -38,11 +39,11 @@ class PolicyOptions:
 
 @dataclass(frozen=True)
 class Settled:
-    """A rule with all its values.
+    """A calibrated rule.
 
     Args:
-        rule: as the decoder takes it; None for a dense export.
-        policy, selection: the manifest's sections, which amount to the same rule.
+        rule: the traced rule; None for a dense export.
+        policy, selection: the manifest's sections, which describe the same rule.
     """
 
     rule: TracedRule | None
@@ -58,14 +59,14 @@ class RulePlan(ABC):
         name: of the policy.
         branches: those that it may skip; empty for a dense export.
         kv_policy: K and V of skipped tokens.
-        budget: the exported one, with rules that have thresholds.
+        budget: the exported budget, for rules that have thresholds.
         calibrates: whether it reads calibration text.
-        by_rank: whether it keeps the best of a call, so that a token's decision depends on later ones.
+        by_rank: whether it keeps the best tokens of a call, so that a token's decision depends on later tokens.
     """
 
-    # Whether its bundles can leave out any branch, and so draft without some.
+    # Whether its bundles can skip any set of branches, and so draft with fewer layers.
     drafts_layers: ClassVar[bool] = False
-    # Tokens of a piece of calibration text.
+    # Length of a window of calibration text, in tokens.
     window: ClassVar[int] = WINDOW_TOKENS
 
     name: str
@@ -77,33 +78,37 @@ class RulePlan(ABC):
 
     @abstractmethod
     def settle(self, checkpoint: Checkpoint, text: TokenText | None, on_progress: OnProgress) -> Settled:
-        """Calibrate what there is to calibrate. Args: text: where the plan reads one."""
+        """Calibrate the rule. Args: text: calibration text; None if the plan does not calibrate."""
 
 
 def text_entry(text: TokenText) -> CalibrationText:
-    """A text in the manifest."""
+    """The manifest's entry for a calibration text."""
     return CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
 
 
 def refuse_both(name: str, option: str, why: str) -> NoReturn:
-    """Refuse an option beside a policy that excludes it."""
+    """Refuse an option that a policy excludes.
+
+    Raises:
+        UsageError: always; `why` is what to do, or the reason.
+    """
     raise UsageError(f"{option} and --policy {name} exclude each other", expected="one of them", todo=why)
 
 
 def refuse_rank(name: str, options: PolicyOptions) -> None:
-    """Refuse selection by rank beside a policy that has no ranks."""
+    """Refuse selection by rank with a policy that has no scores to rank."""
     if options.select == "rank":
-        refuse_both(name, "--select rank", "it belongs to gateskip")
+        refuse_both(name, "--select rank", "selection by rank is for gateskip and router")
 
 
 def refuse_budget(name: str, options: PolicyOptions, why: str) -> None:
-    """Refuse a budget beside a policy that has other means."""
+    """Refuse a budget with a policy that sets the share in another way."""
     if options.budget is not None:
         refuse_both(name, "--budget", why)
 
 
 def refuse_none(kv_policy: KvPolicy, expected: str) -> None:
-    """Refuse K/V policy `none` where a set of layers may change within a request."""
+    """Refuse the K/V policy `none` with a rule whose decisions may change within a request."""
     if kv_policy == "none":
         raise UsageError(
             "--kv-policy none is for sets of layers that stay the same for a request", expected=expected, found="none"

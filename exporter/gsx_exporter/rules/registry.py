@@ -1,7 +1,7 @@
 """All keep rules: those of gsx, and those of other packages.
 
-A package registers a rule by an entry point of the group `gsx.keep_rules`: the entry's name is the rule's, and it names
-a `Rule`. It is imported only when that rule is asked for.
+A package registers a rule by an entry point in the group `gsx.keep_rules`, whose name is the rule's name and which
+refers to a `Rule`. The package is imported only when its rule is used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DENSE = "dense"
 
 
 def rule_names() -> tuple[str, ...]:
-    """What `--policy` may name: gsx's own rules, `dense`, and those of installed packages."""
+    """The names that `--policy` accepts: gsx's own rules, `dense`, and rules of installed packages."""
     return (*RULES, DENSE, *sorted(name for name in _outside() if name not in RULES))
 
 
@@ -42,7 +42,7 @@ def rule_named(name: str) -> Rule:
     """A rule by its name.
 
     Raises:
-        UsageError: an unknown rule, or one of a package that cannot be imported or gives something else.
+        UsageError: there is no such rule, its package cannot be imported, or the entry point is something else.
     """
     if name in RULES:
         return RULES[name]
@@ -52,20 +52,20 @@ def rule_named(name: str) -> Rule:
             f"policy {name!r} is not known",
             expected="one of " + ", ".join(rule_names()),
             found=repr(name),
-            todo=f"install the package with the rule: it registers as an entry point of {GROUP}",
+            todo=f"install the package that has the rule (as an entry point of the group {GROUP})",
         )
     try:
         found = entry.load()
-    except Exception as error:  # whatever another package's import raises
+    except Exception as error:  # another package's import may raise anything
         raise UsageError(
             f"policy {name!r}: its package cannot be imported",
             expected=f"a Rule at {entry.value}",
             found=f"{type(error).__name__}: {error}",
-            todo="mend or uninstall that package",
+            todo="repair or uninstall that package",
         ) from error
     if not isinstance(found, Rule) or found.name != name:
         raise UsageError(
-            f"policy {name!r}: its entry point is not a keep rule of that name",
+            f"policy {name!r}: its entry point is not a keep rule with that name",
             expected=f"a gsx_exporter.rules.rule.Rule named {name!r} at {entry.value}",
             found=f"a Rule named {found.name!r}" if isinstance(found, Rule) else repr(found),
         )
@@ -73,7 +73,7 @@ def rule_named(name: str) -> Rule:
 
 
 def every_rule() -> tuple[dict[str, Rule], dict[str, str]]:
-    """All rules by name, and those of other packages that cannot be used, with the reason."""
+    """All rules by name; and rules of other packages that cannot be used, by name, with the reason."""
     found, broken = dict(RULES), {}
     for name in rule_names()[len(RULES) + 1 :]:
         try:
@@ -87,7 +87,7 @@ def rule_of(policy: Policy) -> Rule:
     """The rule that a bundle was exported with.
 
     Raises:
-        BundleError: a rule that this version does not know, or of a package that is not installed here.
+        BundleError: this version does not know the rule, or its package is not installed.
     """
     try:
         return rule_named(policy.name)
@@ -96,15 +96,15 @@ def rule_of(policy: Policy) -> Rule:
             f"gsx.json: {error.what}",
             expected=error.expected,
             found=error.found,
-            todo="install the version of gsx, or the package with the rule, that made the bundle; or export again",
+            todo="install the version of gsx or the package of the rule that the bundle was made with, or export again",
         ) from error
 
 
 def plan_policy(options: PolicyOptions, config: ModelConfig) -> RulePlan:
-    """The rule that is asked for, if the checkpoint has what it needs.
+    """The plan of the rule that is asked for.
 
     Raises:
-        UsageError: an unknown policy, options that exclude each other, a checkpoint without what the rule needs.
+        UsageError: an unknown policy, options that exclude each other, or a checkpoint that lacks what the rule needs.
     """
     name, colon, parameters = (options.policy or _default(config)).partition(":")
     plan = plan_dense if name == DENSE else rule_named(name).plan
@@ -112,7 +112,7 @@ def plan_policy(options: PolicyOptions, config: ModelConfig) -> RulePlan:
         bad_parameters(name, "some after the colon, or no colon", f"{name}:")
     if config.router is not None and name != ROUTER.name:
         raise UsageError(
-            f"--policy {name}: the checkpoint has routers, which say what runs",
+            f"--policy {name}: the checkpoint has routers, which decide what runs",
             expected="a checkpoint without routers",
             todo="export with router, the default; --budget 1 keeps everything",
         )
@@ -120,12 +120,12 @@ def plan_policy(options: PolicyOptions, config: ModelConfig) -> RulePlan:
 
 
 def traced_rule(policy: Policy | None, selection: Selection | None, config: ModelConfig) -> TracedRule | None:
-    """The rule that a manifest records, as the decoder takes it; None for a dense bundle."""
+    """The traced rule of a manifest; None for a dense bundle."""
     return None if policy is None else rule_of(policy).traced(Recorded(policy, selection, config))
 
 
 def reference_rule(manifest: Manifest, controls: RuntimeValues) -> ReferenceRule:
-    """The same as the reference takes it, with the run-time inputs of a request."""
+    """The reference rule of a manifest, with the run-time inputs of a request."""
     policy = manifest.policy
     if policy is None:
         return KeepAll()

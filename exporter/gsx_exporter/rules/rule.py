@@ -1,4 +1,4 @@
-"""What the rest of gsx knows of a keep rule: one `Rule` for each, made of functions of the rule's folder."""
+"""What the rest of gsx knows of a keep rule: a `Rule`, made of functions from the rule's folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Recorded:
 
     Args:
         policy: the manifest's section.
-        selection: with rules that have thresholds or ranks.
+        selection: for rules that select by threshold or by rank; else None.
         config: of the checkpoint.
     """
 
@@ -39,19 +39,20 @@ class Rule:
     """A keep rule.
 
     Args:
-        name: as `--policy` takes it and gsx.json records it.
+        name: as in `--policy` and gsx.json.
         doc: what it does, in one line, for `gsx export --help`.
-        plan: what is asked for -> the rule on a checkpoint, before calibration. The text is what follows the name's
-            colon. Raises UsageError where the checkpoint lacks what the rule needs, or options exclude each other.
-        traced: the rule as the decoder takes it.
-        reference: the same as masks, with the run-time inputs of a request.
-        settings: what `gsx verify` verifies at, in falling order of what they keep; asked: budgets, or None for the
-            usual ones; what cannot be verified is added to the notes.
+        plan: options -> the rule plan for a checkpoint. The text is what follows the colon after the name. Raises
+            UsageError if the checkpoint lacks what the rule needs, or if options exclude each other.
+        traced: the traced rule.
+        reference: the reference rule, with the run-time inputs of a request.
+        settings: the settings that `gsx verify` verifies, sorted from the one that keeps most to the one that keeps
+            least. Takes budgets, or None for the default ones, and a list of notes, to which it adds what cannot be
+            verified.
         exported_share: the share of skippable work that is kept by default.
         compared: `--policy` text -> the curves that `gsx compare` draws from its bundle.
-        whole: what to ask a bundle of it for so that it runs the whole model, where `gsx compare` may measure against
-            that; None where it may not.
-        layer_curves: what a parity report shows of its calibration.
+        whole: keep settings with which a bundle runs the whole model, if `gsx compare` may use that as the baseline;
+            None otherwise.
+        layer_curves: curves of its calibration, for the parity report.
     """
 
     name: str

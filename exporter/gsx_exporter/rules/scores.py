@@ -1,4 +1,4 @@
-"""What traced rules with scores share: keep by a threshold for each branch, or by rank the best of the call."""
+"""What traced rules with scores share: selection by a threshold for each branch, or by rank within the call."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def selection_inputs(selection: SelectionMode) -> Mapping[str, Value]:
 
 
 def call_values(selection: SelectionMode) -> Mapping[str, Value]:
-    """What such a rule computes once in a call; by rank, `k` is the number of rows to keep."""
+    """What such a rule computes once per call; with selection by rank, `k` is the number of rows to keep."""
     return {**FORCED, "k": Value(torch.int64, (1,))} if selection == "rank" else FORCED
 
 
 def bound_of(branch: Branch, values: Values) -> Tensor:
-    """What a score must exceed, [] float32, or by rank the number of rows, [1] int64."""
+    """The threshold that a score must exceed, [] float32; with selection by rank the number of rows, [1] int64."""
     return values["k"] if "k" in values else values["thresholds"][BRANCHES.index(branch)]

@@ -1,5 +1,7 @@
-"""At what a rule's bundles are verified and compared, and what is drawn of its calibration: the shapes, and the
-settings of rules that have budgets."""
+"""The settings at which a rule's bundles are verified and compared, and the curves drawn of its calibration.
+
+The settings of rules that have budgets are here too.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from gsx_plugins.errors import UsageError
 
 DEFAULT_BUDGETS = (1.0, 0.85, 0.7, 0.5)
 
-# Name of a setting -> what a request asks for, from careful to bold.
+# Name of a setting -> what a request asks for, from the setting that keeps most to the one that keeps least.
 Curve = Mapping[str, KeepSettings]
 
 
@@ -22,8 +24,8 @@ class Setting:
 
     Args:
         keep: what a request asks for.
-        name: in tables.
-        share: of skippable work that it asks to keep.
+        name: shown in tables.
+        share: the share of skippable work that it keeps; for some rules only a rank to sort by.
     """
 
     keep: KeepSettings
@@ -33,13 +35,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class LayerCurve:
-    """Something measured in every layer, for a picture.
+    """A value measured in every layer, to be plotted.
 
     Args:
-        title, caption: of the picture; label: of its axis.
+        title, caption: of the plot.
+        label: of the value's axis.
         values: [L].
-        shaded: first and last layer of stretches that stand apart, on grey.
-        line: a value to mark; None for nothing.
+        shaded: ranges of layers (first, last) with a grey background.
+        line: a value to mark with a line; None for no line.
     """
 
     title: str
@@ -51,10 +54,10 @@ class LayerCurve:
 
 
 def budget_settings(manifest: Manifest, asked: Sequence[float] | None, notes: list[str]) -> list[Setting]:
-    """The usual budgets, or those asked for, that the calibrated grid reaches.
+    """Settings for the default budgets, or those asked for, as far as the calibrated grid covers them.
 
     Raises:
-        UsageError: it reaches none of them.
+        UsageError: it covers none of them.
     """
     selection = manifest.selection
     assert selection is not None
@@ -64,7 +67,7 @@ def budget_settings(manifest: Manifest, asked: Sequence[float] | None, notes: li
     lowest = selection.grid[-1].budget
     for budget in wanted:
         if budget < lowest:
-            notes.append(f"Budget {budget:g} lies below the calibrated grid ({lowest:g} to 1): left out.")
+            notes.append(f"Budget {budget:g} is below the calibrated grid ({lowest:g} to 1), so it is left out.")
     reached = [_at(budget) for budget in wanted if budget >= lowest]
     if not reached:
         raise UsageError(
@@ -82,15 +85,15 @@ def exported_budget(manifest: Manifest) -> float:
 
 
 def calibrated_budgets(manifest: Manifest) -> Curve:
-    """The budgets of the grid."""
+    """A curve of the grid's budgets."""
     assert manifest.selection is not None
     return {f"budget {point.budget:.3g}": KeepSettings(budget=point.budget) for point in manifest.selection.grid}
 
 
 def note_unused_budgets(asked: Sequence[float] | None, notes: list[str]) -> None:
-    """Note that a rule without budgets does not use those that are asked for."""
+    """Add a note that a rule without budgets ignores those asked for."""
     if asked and set(asked) != {1.0}:
-        notes.append("The bundle has no budgets but sets of layers: the usual ones are verified.")
+        notes.append("The bundle's policy has no budgets, so the default settings of the policy are verified.")
 
 
 def _at(budget: float) -> Setting:

@@ -1,4 +1,4 @@
-"""Thresholds for a grid of budgets, as the manifest stores them: what every rule with thresholds calibrates."""
+"""Thresholds for a grid of budgets, as the manifest stores them: the calibration of every rule with thresholds."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gsx_plugins.progress import OnProgress
 
 
 def grid_with(budget: float) -> Sequence[float]:
-    """The calibrated budgets: the default grid and the budget asked for, in falling order."""
+    """The budgets to calibrate: the default grid and the given budget, in descending order."""
     return sorted({*BUDGET_GRID, budget}, reverse=True)
 
 
 def at_budget(
     plan: RulePlan, rule: TracedRule, checkpoint: Checkpoint, text: TokenText | None, on_progress: OnProgress
 ) -> Selection:
-    """A plan's budget: by rank, or by thresholds on a text, where each layer sees what those below it skipped."""
+    """The selection for a plan's budget: by rank, or by thresholds that are calibrated on a text."""
     assert plan.budget is not None
     if plan.by_rank:
         return Selection(mode="rank", budget=plan.budget)
@@ -34,7 +34,7 @@ def at_budget(
 
 
 def by_thresholds(budget: float, points: Sequence[CalibratedPoint], text: TokenText) -> Selection:
-    """A calibrated grid in the manifest."""
+    """The manifest's section for a calibrated grid."""
     return Selection(
         mode="threshold",
         budget=budget,

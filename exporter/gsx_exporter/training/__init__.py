@@ -1,4 +1,4 @@
-"""Training gated checkpoints: the recipes of GateSkip and LayerSkip together, as a library."""
+"""Training gated checkpoints: the recipes of GateSkip and LayerSkip combined, as a library."""
 
 from gsx_exporter.training.config import ModelShape, TrainConfig
 from gsx_exporter.training.loop import StepReport, TrainResult, export_snapshot, train

@@ -1,7 +1,7 @@
-"""What a training run is: every option that decides its result, in one value that can be JSON.
+"""The configuration of a training run: every option that affects its result, in one value that can be stored as JSON.
 
-The same configuration, text and thread count repeat the same run. The published recipes and what is known of
-their constants stand in docs/methods.md, 3.2 (GateSkip) and 4.1 (LayerSkip).
+The same configuration, text and thread count give the same run. The published recipes, and what is known of their
+constants, are in docs/methods.md, 3.2 (GateSkip) and 4.1 (LayerSkip).
 """
 
 from __future__ import annotations
@@ -64,34 +64,39 @@ class TrainConfig:
 
     Args:
         model: the shape of a new model; ignored when training starts from a checkpoint.
-        gate: the gates to train. A checkpoint that has gates keeps its own.
+        gate: the gates to train. A checkpoint that has gates keeps them.
         exits: depths with an early-exit loss (LayerSkip), each below the number of layers; may be empty.
-        seed: of the initial weights, the order of the text, the budgets and the dropped layers.
-        steps: optimizer steps in all.
-        batch_size: sequences a step.
-        sequence_length: tokens a sequence.
-        learning_rate: the peak, after a linear warm-up. It stays there until decay_steps before the end and
-            then falls linearly to zero, so that a running training may be made longer or shorter.
-        optimizer: "adamw" for all, or "muon" for the branches' matrices and AdamW for the rest; the updates
-            of Muon are scaled to the size of AdamW's, so that one learning rate serves both.
+        seed: for the initial weights, the order of the text, the budgets and the dropped layers.
+        steps: total number of optimizer steps.
+        batch_size: sequences per step.
+        sequence_length: tokens per sequence.
+        warmup_steps: steps over which the learning rate rises linearly to its peak.
+        decay_steps: last steps, over which the learning rate falls linearly to zero.
+        learning_rate: the peak. It is constant between warm-up and decay, so a run can be made longer or shorter
+            while it is in progress.
+        weight_decay: for the branches' matrices only.
+        betas: of AdamW.
+        clip_norm: largest norm of the gradient.
+        optimizer: "adamw" for all parameters, or "muon" for the branches' matrices and AdamW for the rest. Muon's
+            updates are scaled to the size of AdamW's, so that one learning rate fits both.
         sparsity: lambda, the weight of the mean of g^2 (methods.md 3.2).
         gate_bias: initial bias of every gate; 5.0 means sigmoid 0.993.
         gate_std: initial standard deviation of the gates' weights.
-        budget_end: where the floor of the budget ends.
-        budget_steps: steps over which the floor falls from 1.0 to budget_end.
-        budget_rule: "falling" trains each step at the floor (the published recipe); "uniform" draws each
-            step's budget between the floor and 1.0, so that the higher budgets are not forgotten.
-        layer_dropout: p_max, the chance that the last layer is dropped for a sequence.
+        budget_end: final value of the lowest budget.
+        budget_steps: steps over which the lowest budget falls from 1.0 to budget_end.
+        budget_rule: "falling" trains each step at the lowest budget (the published recipe); "uniform" draws each
+            step's budget between the lowest and 1.0, so that higher budgets are not forgotten.
+        layer_dropout: p_max, the probability that the last layer is dropped for a sequence.
         exit_target: what an exit learns to predict: the "text", with LayerSkip's weights, or what the whole "model"
             predicts (its last layer's distribution, as in self-distillation, arXiv:1905.08094), each exit with the
-            last layer's weight: a draft is to agree with the model, right or wrong.
+            last layer's weight: a draft should agree with the model, whether that is right or wrong.
         exit_scale: factor on the weights of the exits below the last layer.
-        qk_clip: bound on the attention logits, kept by scaling down a head's queries (QK-Clip, arXiv:2507.20534,
-            2.1; here on the product of the largest query and key norms); 0 for none. Muon lets them grow without
-            end, and logits in the thousands lose every low precision.
+        qk_clip: bound on the attention logits, enforced by scaling down a head's queries (QK-Clip, arXiv:2507.20534,
+            2.1; here with the product of the largest query and key norms); 0 for no bound. With Muon, logits grow
+            without limit, and logits in the thousands cannot be computed in low precision.
         bf16: autocast to bfloat16; weights, scores and losses stay float32.
-        save_dtype: type of the weights in the finished checkpoint.
         compile: run the layers through torch.compile (needs a C++ compiler).
+        save_dtype: type of the weights in the finished checkpoint.
     """
 
     model: ModelShape = field(default_factory=ModelShape)
@@ -151,10 +156,11 @@ class TrainConfig:
             )
 
     def with_steps(self, steps: int, *, resumed: bool = False) -> TrainConfig:
-        """The same recipe over another number of steps: warm-up, decay and fall of the budget keep their shares.
+        """The same recipe with another number of steps: warm-up, decay and budget steps are scaled with it.
 
         Args:
-            resumed: for a run that has begun: only what is still to come, the decay, follows.
+            steps: the new number.
+            resumed: whether the run has begun already: then only the decay, which is still to come, is scaled.
         """
         names = ("decay_steps",) if resumed else ("decay_steps", "warmup_steps", "budget_steps")
         scaled = {name: getattr(self, name) * steps // self.steps for name in names}
@@ -177,7 +183,11 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TrainConfig:
-        """From the object that `to_dict` gives; keys may be left out, unknown ones are refused."""
+        """Read an object such as `to_dict` returns; missing keys get their defaults.
+
+        Raises:
+            UsageError: an unknown key, or a value that cannot be used.
+        """
         values = _checked(cls, "training configuration", raw)
         if "model" in values:
             values["model"] = ModelShape(**_checked(ModelShape, "training configuration: model", values["model"]))

@@ -1,8 +1,7 @@
 """Text to train, calibrate and measure on: files of a directory, or the running Python's standard library.
 
-Which part a file belongs to depends on its name alone, so the split does not change with the machine or with
-the files around it. A file of the standard library's own tests is training text only: what is held out is
-library code.
+The part that a file belongs to depends only on its name, so the split does not change with the machine or with the
+files around it. Tests of the standard library are only used for training: what is held out is library code.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ from gsx_exporter.errors import TextError
 Part = Literal["train", "calibration", "heldout"]
 
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".text")
-# Of 20 files one is for calibration and one is held out.
+# One file in 20 is for calibration, and one is held out.
 _SHARES = 20
-# Tables and test data that are not prose and not code that anyone wrote.
+# Tables and test data, which are neither prose nor handwritten code.
 _STDLIB_LEFT_OUT = (
     "site-packages",
     "encodings",
@@ -47,9 +46,9 @@ def read_corpus(directory: Path | None = None) -> list[Document]:
     """All documents, in the order of their names.
 
     Args:
-        directory: where the text files lie; None for the standard library of the running Python.
+        directory: of text files; None for the standard library of the running Python.
     Raises:
-        TextError: no such directory, or no text in it.
+        TextError: there is no such directory, or no text in it.
     """
     if directory is None:
         return _read(Path(sysconfig.get_paths()["stdlib"]), (".py",), left_out=_STDLIB_LEFT_OUT)
@@ -58,7 +57,7 @@ def read_corpus(directory: Path | None = None) -> list[Document]:
     documents = _read(directory, SUFFIXES, left_out=())
     if not documents:
         raise TextError(
-            f"{directory}: holds no text",
+            f"{directory}: has no text files",
             expected="files that end in " + ", ".join(SUFFIXES),
             todo="rename the files, or give another directory",
         )
@@ -90,7 +89,7 @@ def _read(root: Path, suffixes: tuple[str, ...], *, left_out: tuple[str, ...]) -
         try:
             text = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):
-            continue  # another encoding or not ours to read: test data of the codecs, for the most part
+            continue  # another encoding, or not readable: mostly test data of the codecs
         if text.strip():
             documents.append(Document(relative.as_posix(), text))
     return documents

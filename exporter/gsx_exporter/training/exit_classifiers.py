@@ -1,13 +1,13 @@
-"""CALM's early-exit classifiers: behind an exit, the chance that the model's next token would stay as it is there.
+"""CALM's early-exit classifiers: after an exit, the probability that the layers above do not change the next token.
 
 The model is frozen. A token's label at an exit is whether the most likely next token there, by the model's own norm and
-head, is the whole model's. Each exit has a logistic regression of its own on the state that leaves its layer: the
-paper's independent objective (arXiv:2207.07061 section 3.5; the released code's `loss_fn_meta_cls`), where tokens that
-may leave and tokens that may not weigh alike however many there are of each. That is a convex problem, so it is solved
-(L-BFGS over all tokens) rather than trained by steps, and the same text gives the same classifier.
+head, is that of the whole model. Each exit has its own logistic regression on the state after its layer: the paper's
+independent objective (arXiv:2207.07061 section 3.5; the released code's `loss_fn_meta_cls`), in which tokens that may
+exit and tokens that may not have the same total weight, however many there are of each. The problem is convex, so it is
+solved (L-BFGS over all tokens) and not trained step by step, and the same text gives the same classifier.
 
-The released code shares one classifier between all layers; with one for each exit none has to fit states of every
-depth, and nothing is lost: equal tensors are a shared one. Facts: docs/methods.md section 9.
+The released code shares one classifier between all layers. With one for each exit, none has to fit states of several
+depths, and a shared classifier can still be stored as equal tensors. Facts: docs/methods.md section 9.
 """
 
 from __future__ import annotations
@@ -36,10 +36,11 @@ from gsx_exporter.training.tokenizer import encode_documents
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-# Tokens that the classifiers are fitted to, and of them the share that they are judged on instead.
+# Share of the text that is held out to evaluate the classifiers.
 HELD_OUT = 1 / 8
 FEWEST_WINDOWS = 4
-# Of half the squared weights of standardized states, beside the mean loss: enough to keep separable labels finite.
+# Factor of half the squared weights (for standardized states), added to the mean loss: keeps weights finite even if the
+# labels are separable.
 PENALTY = 1e-3
 _STEPS = 200
 _SEED = 0
@@ -47,14 +48,14 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class ExitClassifier:
-    """One exit's.
+    """The classifier of one exit.
 
     Args:
-        depth: layers below it.
+        depth: number of layers before it.
         weight, bias: [1, H], [1] float32.
         agreement: share of the held-out tokens whose next token here is the whole model's.
-        ranking: chance that of two held-out tokens, one that may leave and one that may not, the former scores higher
-            (area under the ROC curve); 0.5 is a guess. NaN where the held-out tokens are all of one kind.
+        ranking: probability that a held-out token that may exit scores higher than one that may not (area under the
+            ROC curve); 0.5 is a guess. NaN if the held-out tokens all have the same label.
     """
 
     depth: int
@@ -69,9 +70,9 @@ class ClassifierResult:
     """A checkpoint with classifiers.
 
     Args:
-        directory: where it is.
-        tokens: of the text, held-out ones among them.
-        exits: in the order of depth.
+        directory: where it is stored.
+        tokens: number of tokens of the text, including held-out ones.
+        exits: the classifiers, in the order of depth.
     """
 
     directory: Path
@@ -88,18 +89,18 @@ def train_exit_classifiers(
     tokens: int = CLASSIFIER_TOKENS,
     on_progress: OnProgress = silent,
 ) -> ClassifierResult:
-    """Fit a classifier behind each exit of a checkpoint, and write the checkpoint with them.
+    """Fit a classifier for each exit of a checkpoint, and write the checkpoint with them.
 
     Args:
-        model: a directory or a hub id; its weights stay as they are.
-        out: the checkpoint's directory; appears whole or not at all, and must not be in use.
-        depths: exits; None for those that the checkpoint names.
+        model: a directory or a hub id; its weights are not changed.
+        out: the new checkpoint's directory, which must be new or empty; it is written completely or not at all.
+        depths: the exits; None for those that the checkpoint lists.
         text: a directory of text files; None for the standard library of the running Python.
-        tokens: of the text, at most.
-        on_progress: called as it goes.
-    Returns: the checkpoint's directory, and how well each classifier agrees with the model on held-out tokens.
+        tokens: largest number of tokens of the text to use.
+        on_progress: called before each step.
+    Returns: the checkpoint's directory, and how well each classifier predicts the model on held-out tokens.
     Raises:
-        UsageError: out is in use, a model without exits, depths outside it, a text that tells nothing at an exit.
+        UsageError: out is not empty; the model has no exits or not these; or all tokens have the same label at an exit.
         CheckpointError, TextError: model or text cannot be used.
     Example:
         >>> result = gsx.train_exit_classifiers("my-model", "out/with-classifiers", text="my-texts", tokens=8192)
@@ -124,27 +125,30 @@ def fit_exit_classifiers(
     depths: Sequence[int],
     on_progress: OnProgress = silent,
 ) -> tuple[ExitClassifier, ...]:
-    """Fit one classifier behind each exit, in two passes over a text; one layer's states are in memory at a time.
+    """Fit one classifier for each exit, in two passes over a text; one layer's states are in memory at a time.
 
     Args:
-        ids: [M, S] int64, all of it tokens; the last windows are held out.
-        depths: ascending.
+        checkpoint: the model.
+        ids: [M, S] int64, without padding; the last windows are held out.
+        depths: the exits, ascending.
+        on_progress: called before each layer.
     Raises:
-        UsageError: an exit that agrees with the model at every token, or at none.
+        UsageError: an exit agrees with the model at every token, or at no token.
     """
     walk = Walk(checkpoint, ids, DecoderOptions())
     layers = checkpoint.config.num_layers
     total = layers + depths[-1]
-    choices: dict[int, Tensor] = {}
+    next_tokens: dict[int, Tensor] = {}
     fitted = []
     fit_on = (len(ids) - max(1, int(len(ids) * HELD_OUT))) * ids.shape[1]
     with torch.inference_mode():
         stream = walk.stream({})
         for number, layer in walk.layers():
-            on_progress(Progress("what the exits say", number, total))
+            on_progress(Progress("computing the exits' next tokens", number, total))
             walk.through(number, layer, stream)
             if number + 1 in (*depths, layers):
-                choices[number + 1] = torch.cat([logits.argmax(dim=-1).flatten() for _, logits in walk.logits(stream)])
+                found = [logits.argmax(dim=-1).flatten() for _, logits in walk.logits(stream)]
+                next_tokens[number + 1] = torch.cat(found)
         stream = walk.stream({})
     for number, layer in walk.layers():
         on_progress(Progress("fitting", layers + number, total))
@@ -152,7 +156,7 @@ def fit_exit_classifiers(
             walk.through(number, layer, stream)
         depth = number + 1
         if depth in depths:
-            agrees = choices[depth] == choices[layers]
+            agrees = next_tokens[depth] == next_tokens[layers]
             weight, bias = _fit(stream.hidden[:fit_on].clone(), agrees[:fit_on].clone(), depth)
             held, labels = stream.hidden[fit_on:], agrees[fit_on:]
             scores = (held @ weight.t() + bias)[:, 0]
@@ -168,12 +172,12 @@ def _fit(states: Tensor, agrees: Tensor, depth: int) -> tuple[Tensor, Tensor]:
     if share in (0.0, 1.0):
         raise UsageError(
             f"exit {depth}: there is nothing to learn",
-            expected="tokens of both kinds",
+            expected="tokens at which the exit and the whole model agree, and tokens at which they differ",
             found=f"its next token is {'always' if share else 'never'} the whole model's, on {len(agrees)} tokens",
             todo="give more text, or leave this exit out",
         )
     mean, spread = states.mean(dim=0), states.std(dim=0).clamp(min=1e-6)
-    # The released code's: 1 minus the share of a label's own kind.
+    # Weights as in the released code: 1 minus the share of tokens with the same label.
     each = torch.where(agrees, 1 - share, share)
     labels = agrees.float()
     weight, bias = (torch.zeros(size, requires_grad=True) for size in (states.shape[1], 1))
@@ -207,18 +211,18 @@ def _ranking(scores: Tensor, agrees: Tensor) -> float:
 def _exits(checkpoint: Checkpoint, depths: Sequence[int] | None) -> list[int]:
     config = checkpoint.config
     if config.router is not None:
-        raise UsageError("the checkpoint has routers, which say what runs", expected="a checkpoint without routers")
+        raise UsageError("the checkpoint has routers, which decide what runs", expected="a checkpoint without routers")
     wanted = [depth for depth in config.exits if depth < config.num_layers] if depths is None else depths
     if not wanted:
         raise UsageError(
-            "the checkpoint names no exits",
+            "the checkpoint lists no exits",
             expected='"exits" in the "gsx" section of config.json, below the last layer',
-            todo="name the depths: --exit-classifiers 4,8",
+            todo="give the depths: --exit-classifiers 4,8",
         )
     outside = [depth for depth in wanted if not 0 < depth < config.num_layers]
     if outside:
         raise UsageError(
-            "exits lie outside the model",
+            "exits are outside the model",
             expected=f"depths from 1 to {config.num_layers - 1}",
             found=", ".join(map(str, outside)),
         )
@@ -228,7 +232,7 @@ def _exits(checkpoint: Checkpoint, depths: Sequence[int] | None) -> list[int]:
 def _windows(checkpoint: Checkpoint, text: Path | None, tokens: int) -> np.ndarray:
     """Windows [M, S] of the training part of a corpus."""
     documents = split(read_corpus(text))["train"]
-    # From all over the text, whatever the files' order; a token is seldom above 16 bytes.
+    # A random sample of the files; a token rarely has more than 16 characters.
     order = np.random.default_rng(_SEED).permutation(len(documents))
     sizes = np.cumsum([len(documents[n].text) for n in order])
     some = [documents[n] for n in order[: 1 + int(np.searchsorted(sizes, 16 * tokens))]]
@@ -238,7 +242,7 @@ def _windows(checkpoint: Checkpoint, text: Path | None, tokens: int) -> np.ndarr
     count = len(ids) // width
     if count < FEWEST_WINDOWS:
         raise TextError(
-            "the text is too short to fit exit classifiers to",
+            "the text is too short to fit exit classifiers",
             expected=f"{FEWEST_WINDOWS * width} tokens or more",
             found=f"{len(ids)} tokens",
         )
@@ -258,7 +262,7 @@ def _write(
     work: Path,
     on_progress: OnProgress,
 ) -> None:
-    """The checkpoint with these classifiers, and without those that it may have had."""
+    """Write the checkpoint with these classifiers, without those that it may have had before."""
     for path in checkpoint.companions():
         shutil.copyfile(path, work / path.name)
     own: dict[str, Tensor] = {}

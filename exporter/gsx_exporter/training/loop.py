@@ -1,7 +1,7 @@
-"""Training a gated checkpoint, from nothing or from a dense model, by GateSkip's and LayerSkip's recipes.
+"""Training a gated checkpoint, from scratch or from a dense model, with GateSkip's and LayerSkip's recipes.
 
-`train` is the whole run: it reads text, trains, keeps snapshots to continue from, and writes an ordinary
-Hugging Face checkpoint at the end. The working directory of a run holds
+`train` is the whole run: it reads text, trains, writes snapshots to continue from, and writes an ordinary Hugging Face
+checkpoint at the end. The working directory of a run has
 
     base/                config.json and tokenizer of the result
     tokens.npy           the training text as one row of token ids
@@ -48,18 +48,24 @@ from gsx_plugins.files import writing_folder
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 _BASE, _TOKENS = "base", "tokens.npy"
-# Attention logits grow slowly: a look at one sequence now and then is enough to bound them.
+# Attention logits grow slowly: checking one sequence every few steps is enough to bound them.
 _CLIP_EVERY = 10
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One finished step. Losses are in nats a token; seconds is the time the step took.
+    """One finished step.
 
     Args:
-        step: how many steps are done, counted from the run's beginning.
-        exit_depth: the depth of this step's early-exit loss, or None.
-        gate_square: the mean of g^2 over all gates.
+        step, steps: steps done since the beginning of the run, and steps in total.
+        cross_entropy: at the last layer, in nats per token.
+        exit_depth: depth of this step's early-exit loss; None without exits.
+        exit_cross_entropy: at that exit, in nats per token; None without exits.
+        gate_square: mean of g^2 over all gates.
+        budget: that the step trained at.
+        learning_rate: of the step.
+        tokens: trained on in this step.
+        seconds: time that the step took.
     """
 
     step: int
@@ -81,8 +87,8 @@ class TrainResult:
     Args:
         directory: the checkpoint.
         steps: optimizer steps of the whole run.
-        tokens: tokens seen by them.
-        resumed_at: the step at which this call took the run up; 0 for a new run.
+        tokens: tokens that they trained on.
+        resumed_at: the step at which this call resumed the run; 0 for a new run.
         seconds: wall time of this call.
     """
 
@@ -109,21 +115,23 @@ def train(
     """Train a gated model and write it as a checkpoint.
 
     Args:
-        out: the checkpoint's directory; written when the run has ended, whole or not at all.
-        work: where snapshots are kept; it stays after the run.
-        model: a checkpoint to start from (its tokenizer is kept); None for a new model of shape config.model.
+        config: the recipe.
+        out: the checkpoint's directory; written at the end of the run, completely or not at all.
+        work: the directory for snapshots; it is not removed after the run.
+        model: a checkpoint to start from (its tokenizer is kept); None for a new model with the shape config.model.
         text: a directory of text files; None for the standard library of the running Python.
-        resume: continue from the newest snapshot in work. The configuration may differ from the first one in
-            what has not happened yet, e.g. in steps.
-        overwrite: replace what is in out.
+        resume: continue from the newest snapshot in work. The configuration may differ from the original one in what
+            has not happened yet, e.g. in steps.
+        overwrite: replace the contents of out.
         snapshot_every: steps between snapshots.
         on_step: called after every step.
-        on_progress: called before each longer piece of work ahead of the first step.
+        on_progress: called before each stage of the preparation.
     Returns: what was done.
     Raises:
-        UsageError: out or work is in use, or the configuration does not fit the snapshot or the model.
+        UsageError: out or work is not empty, or the configuration does not fit the snapshot or the model.
         CheckpointError, TextError: model, snapshot or text cannot be used.
-        KeyboardInterrupt: Ctrl-C; the step is finished and a snapshot written first.
+        GsxError: a gradient is not finite.
+        KeyboardInterrupt: Ctrl-C, after the current step is finished and a snapshot is written.
     """
     started = time.monotonic()
     _check_free(out, overwrite=overwrite, option="overwrite=True (--overwrite)")
@@ -135,10 +143,10 @@ def train(
     digest = hashlib.sha256(tokens.tobytes()).hexdigest()
     if snapshot is not None and snapshot.text_sha256 != digest:
         raise CheckpointError(
-            f"{work / _TOKENS}: is not the text that the run began with",
+            f"{work / _TOKENS}: is not the text that the run was started with",
             expected=f"sha256 {snapshot.text_sha256[:12]}…",
             found=f"{digest[:12]}…",
-            todo="begin the run anew in an empty directory",
+            todo="start a new run in an empty directory",
         )
     gated = _build(config, work, source=open_checkpoint(model) if model is not None and not snapshot else None)
     optimizers = _optimizers(gated, config)
@@ -168,15 +176,15 @@ def train(
 
 
 def export_snapshot(work: Path, out: Path, *, overwrite: bool = False) -> int:
-    """Write the newest snapshot of a run, running or not, as a checkpoint. Returns: its step.
+    """Write the newest snapshot of a run, in progress or not, as a checkpoint. Returns: its step.
 
     Raises:
-        UsageError: work holds no snapshot, or out is in use.
+        UsageError: work has no snapshot, or out is not empty.
     """
     _check_free(out, overwrite=overwrite, option="overwrite=True")
     found = snapshots(work)
     if not found:
-        raise UsageError(f"{work}: holds no snapshot of a training run")
+        raise UsageError(f"{work}: has no snapshot of a training run")
     snapshot = read_snapshot(found[-1])
     _write_checkpoint(work / _BASE, snapshot.weights, out, dtype=snapshot.config.save_dtype)
     return snapshot.step
@@ -234,7 +242,7 @@ def _prepare(
     text: Path | None,
     on_progress: OnProgress,
 ) -> None:
-    """Make the working directory: after this the run no longer needs the text."""
+    """Create the working directory. After this, the run no longer needs the text."""
     work = work.absolute()
     work.parent.mkdir(parents=True, exist_ok=True)
     with writing_folder(work) as made:
@@ -251,7 +259,7 @@ def _write_base(
     text: Path | None,
     on_progress: OnProgress,
 ) -> np.ndarray:
-    """Write configuration and tokenizer of the result. Returns: the training text, token ids [N] int32."""
+    """Write the result's configuration and tokenizer. Returns: the training text, token ids [N] int32."""
     on_progress(Progress("reading the text"))
     documents = split(read_corpus(text))["train"]
     if model is None:
@@ -318,12 +326,12 @@ def _new_config(config: TrainConfig) -> Any:
 
 
 def _build(config: TrainConfig, work: Path, *, source: Checkpoint | None) -> GatedModel:
-    """The model at its first step; a snapshot's weights are loaded over it."""
+    """The model before its first step; the weights of a snapshot are loaded later."""
     hf_config = AutoConfig.from_pretrained(work / _BASE)
     model_config = ModelConfig.from_hf(hf_config)
     torch.manual_seed(config.seed)
     hf = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="sdpa")
-    # End-of-text may be the padding token too, and it must learn like any other.
+    # End-of-text may also be the padding token; its embedding must be trained like any other.
     hf.model.embed_tokens.padding_idx = None
     gated = GatedModel(hf, model_config, compile_layers=config.compile)
     gated.reset_gates(bias=config.gate_bias, std=config.gate_std, generator=torch.Generator().manual_seed(config.seed))
@@ -342,7 +350,7 @@ def _load(gated: GatedModel, weights: dict[str, torch.Tensor]) -> None:
 
 
 def _optimizers(gated: GatedModel, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Weight decay is for matrices alone: not for embeddings, norms, biases and gates."""
+    """The optimizers. Weight decay applies only to the branches' matrices, not to embeddings, norms, biases, gates."""
     matrices: list[torch.Tensor] = []
     others: list[torch.Tensor] = []
     for name, parameter in gated.tensors().items():
@@ -359,19 +367,19 @@ def _optimizers(gated: GatedModel, config: TrainConfig) -> list[torch.optim.Opti
 
 def _restore(gated: GatedModel, optimizers: list[torch.optim.Optimizer], snapshot: Snapshot) -> None:
     if set(snapshot.weights) != set(gated.tensors()) or len(snapshot.optimizers) != len(optimizers):
-        raise CheckpointError("training: the snapshot is of another model", todo="begin the run anew")
+        raise CheckpointError("training: the snapshot does not fit the model", todo="start a new run")
     _load(gated, snapshot.weights)
     for optimizer, state in zip(optimizers, snapshot.optimizers, strict=True):
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _newest(work: Path, config: TrainConfig) -> Snapshot:
-    """The snapshot to continue from, once it is clear that its past is that of config."""
+    """The snapshot to continue from, after checking that its steps so far are the same under config."""
     found = snapshots(work)
     if not found:
         raise UsageError(
-            f"{work}: holds no snapshot to resume from",
-            todo="begin the run without resume, in an empty directory",
+            f"{work}: has no snapshot to resume from",
+            todo="start the run without resume, in an empty directory",
         )
     snapshot = read_snapshot(found[-1])
     before, now = snapshot.config, config
@@ -380,9 +388,9 @@ def _newest(work: Path, config: TrainConfig) -> Snapshot:
         learning_rate_factor(before, step) != learning_rate_factor(now, step) for step in range(snapshot.step)
     ):
         raise UsageError(
-            f"{found[-1].name}: the run began with another configuration",
-            expected="the same one; only what is still to come may change: steps, decay_steps, save_dtype",
-            todo="give the first configuration, or begin anew in an empty directory",
+            f"{found[-1].name}: the run was started with another configuration",
+            expected="the same configuration; only steps, decay_steps and save_dtype may change",
+            todo="give the original configuration, or start a new run in an empty directory",
         )
     return snapshot
 
@@ -398,7 +406,7 @@ def _check_free(directory: Path, *, overwrite: bool, option: str) -> None:
 
 
 def _write_checkpoint(base: Path, weights: dict[str, torch.Tensor], out: Path, *, dtype: str) -> None:
-    """Write the checkpoint whole or not at all."""
+    """Write the checkpoint, completely or not at all."""
     target = getattr(torch, dtype)
     out = out.absolute()
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -410,7 +418,7 @@ def _write_checkpoint(base: Path, weights: dict[str, torch.Tensor], out: Path, *
 
 @contextlib.contextmanager
 def _interrupt_after_step() -> Iterator[threading.Event]:
-    """Ctrl-C sets the event, so that the step in progress ends and is saved; a second one stops at once."""
+    """Ctrl-C sets the event, so that the current step is finished and saved; a second Ctrl-C stops immediately."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event

@@ -1,8 +1,8 @@
-"""The model under training: Hugging Face's layers with gates that skip, and losses at several depths.
+"""The model that is trained: Hugging Face's layers with gates that skip, and losses at several depths.
 
-The gates follow GateSkip as its authors train it (methods.md 3.1, 3.2): a gate reads a detached input, its
-output multiplies the branch, and the tokens with the lowest scores of the batch are left out, by the
-(1 - budget) quantile. Left out means masked: the result is that of real skipping, without its saving.
+The gates follow GateSkip as its authors train it (methods.md 3.1, 3.2): a gate reads a detached input, its output
+multiplies the branch, and the tokens with the lowest scores of the batch are skipped, by the (1 - budget) quantile.
+They are skipped by a mask, which gives the same result as real skipping but saves nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from gsx_exporter.training.schedule import exit_weight
 
 @dataclass(frozen=True)
 class Losses:
-    """What one batch gave. All are scalars; `total` carries the gradient.
+    """The losses of one batch, all scalars.
 
     Args:
-        cross_entropy: at the last layer, in nats a token.
-        exit_cross_entropy: at this step's exit, against the configuration's exit_target, or None.
-        gate_square: the mean of g^2 over all gates.
+        total: the loss to minimize; the only one with a gradient.
+        cross_entropy: at the last layer, in nats per token.
+        exit_cross_entropy: at this step's exit, against the configuration's exit_target; None without exits.
+        gate_square: mean of g^2 over all gates.
     """
 
     total: torch.Tensor
@@ -41,7 +42,7 @@ class GatedModel(nn.Module):
 
     Args:
         hf: a model of a supported family.
-        config: its configuration; `config.gate` says which gates there are.
+        config: its configuration; `config.gate` defines the gates.
         compile_layers: run the layers and the loss through torch.compile.
     """
 
@@ -67,7 +68,7 @@ class GatedModel(nn.Module):
             self._distillation = torch.compile(_distillation)
 
     def reset_gates(self, *, bias: float, std: float, generator: torch.Generator) -> None:
-        """Initialize the gates: nearly open, and all alike."""
+        """Initialize the gates: nearly open, with the same bias and small random weights."""
         with torch.no_grad():
             for key in self.gates:
                 gate = self._gate(key)
@@ -75,7 +76,7 @@ class GatedModel(nn.Module):
                 gate.bias.fill_(bias)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All parameters by their names in a gated checkpoint (docs/design.md section 5), without a tied head."""
+        """All parameters, by their names in a gated checkpoint (docs/design.md section 5), except a tied head."""
         named = {name: p for name, p in self.hf.named_parameters() if not _is_tied_head(name, self.config)}
         for key in self.gates:
             prefix = _gate_prefix(key)
@@ -99,7 +100,12 @@ class GatedModel(nn.Module):
     ) -> Losses:
         """The losses of one batch.
 
-        Args: ids [B, S + 1]; live [L, B] bool: which sequence runs which layer.
+        Args:
+            ids: [B, S + 1] int64, inputs and, one position later, targets.
+            train: the recipe.
+            budget: share of tokens that each gated branch keeps.
+            exit_depth: depth of the early-exit loss; None for no such loss.
+            live: [L, B] bool, which sequences run which layer.
         """
         inputs, targets = ids[:, :-1], ids[:, 1:]
         decoder = self.hf.model
@@ -135,11 +141,11 @@ class GatedModel(nn.Module):
 
     @torch.no_grad()
     def clip_attention(self, ids: torch.Tensor, limit: float) -> None:
-        """Scale down the queries of every head whose attention logits may pass a limit (TrainConfig.qk_clip).
+        """Scale down the queries of every head whose attention logits may exceed a limit (TrainConfig.qk_clip).
 
-        A family that normalizes q and k bounds its logits by itself and is left alone.
+        Families that normalize Q and K have bounded logits and are not changed.
 
-        Args: ids [B, S]: the sample that norms are taken on, at budget 1.
+        Args: ids [B, S]: the sample on which norms are measured, at budget 1.
         """
         call = self._begin(ids, budget=1.0)
         h = call.hidden
@@ -148,7 +154,7 @@ class GatedModel(nn.Module):
             attention = layer.self_attn
             if not hasattr(attention, "q_norm"):
                 x = layer.input_layernorm(h)
-                # RoPE, which follows, keeps the norms.
+                # RoPE, which is applied next, does not change the norms.
                 q, k = (_head_norms(project(x), attention.head_dim) for project in (attention.q_proj, attention.k_proj))
                 bound = q * k.repeat_interleave(len(q) // len(k)) * attention.scaling
                 factor = (limit / bound).clamp(max=1.0).repeat_interleave(attention.head_dim)
@@ -179,7 +185,7 @@ class GatedModel(nn.Module):
 
 @dataclass(frozen=True)
 class _Call:
-    """What all layers of one call read."""
+    """The values that all layers of one call read."""
 
     hidden: torch.Tensor
     rope: tuple[torch.Tensor, torch.Tensor]
@@ -204,7 +210,7 @@ def _layer(
     live: torch.Tensor,
     pre_norm: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One decoder layer. h [B, S, H] -> the next h, and the sum over its gates of mean(g^2)."""
+    """One decoder layer: h [B, S, H] -> the next h, and the sum of mean(g^2) over its gates."""
     live = live[:, None, None]
     x = layer.input_layernorm(h)
     factor, square = _gate_factor(attn_gate, h if pre_norm else x, ended, last_skipped)
@@ -219,7 +225,7 @@ def _layer(
 def _gate_factor(
     gate: nn.Linear | None, x: torch.Tensor, ended: torch.Tensor, last_skipped: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the branch's output is multiplied by, [B, S, H] or [B, S, 1], and mean(g^2)."""
+    """The factor for the branch's output, [B, S, H] or [B, S, 1] (0 for skipped tokens), and mean(g^2)."""
     if gate is None:
         return x.new_ones(1), torch.zeros(())
     g = torch.sigmoid(gate(x.detach()).float())
@@ -237,7 +243,7 @@ def _cross_entropy(norm: nn.Module, head: nn.Module, h: torch.Tensor, targets: t
 
 
 def _distillation(norm: nn.Module, head: nn.Module, h: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of an exit's prediction from state h against the last layer's, both [B, S, H]."""
+    """Cross-entropy of the prediction from an exit's state h against that from the last layer's, both [B, S, H]."""
     with torch.no_grad():
         wanted = head(norm(last)).float().softmax(-1)
     logits = head(norm(h)).float()
@@ -245,12 +251,12 @@ def _distillation(norm: nn.Module, head: nn.Module, h: torch.Tensor, last: torch
 
 
 def _last_skipped(tokens: int, budget: float) -> int:
-    """Place of the threshold among the ascending scores (`<=` is skipped); -1 to skip none."""
+    """Index of the threshold in the ascending scores (scores `<=` it are skipped); -1 to skip nothing."""
     return tokens - 1 - kept_count(tokens, budget)
 
 
 def _window_mask(length: int, window: int | None) -> torch.Tensor | None:
-    """None where plain causal attention is meant, else an additive mask [1, 1, S, S]."""
+    """An additive mask [1, 1, S, S]; None for plain causal attention."""
     if window is None or window >= length:
         return None
     place = torch.arange(length)

@@ -1,7 +1,7 @@
-"""What a step does, as plain functions of its number: learning rate, budget, exit, dropped layers, text.
+"""Learning rate, budget, exit, dropped layers and text of a step, as plain functions of the step's number.
 
-Nothing here has a state: whatever is random comes from a generator seeded with the run's seed and the step.
-A run that was stopped therefore continues exactly as if it had not been. Steps count from 0.
+Nothing here has state: random values come from a generator seeded with the run's seed and the step. So a run that was
+stopped continues exactly as if it had not been. Steps count from 0.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def learning_rate_factor(config: TrainConfig, step: int) -> float:
 
 
 def budget_floor(config: TrainConfig, step: int) -> float:
-    """The least budget of a step: falls linearly from 1.0 to budget_end (methods.md 3.2)."""
+    """The lowest budget of a step: falls linearly from 1.0 to budget_end (methods.md 3.2)."""
     if step >= config.budget_steps:
         return config.budget_end
     return 1.0 - (1.0 - config.budget_end) * step / config.budget_steps
@@ -41,34 +41,34 @@ def budget(config: TrainConfig, step: int) -> float:
 
 
 def exit_of_step(config: TrainConfig, step: int) -> int | None:
-    """The depth that this step's early-exit loss reads, by turns (LayerSkip's rotational curriculum)."""
+    """The depth of this step's early-exit loss, in rotation (LayerSkip's rotational curriculum); None without exits."""
     return config.exits[step % len(config.exits)] if config.exits else None
 
 
 def exit_weight(depth: int) -> float:
-    """Weight of the loss at a depth, before the weights are scaled to a sum of 1: about quadratic."""
+    """Weight of the loss at a depth, before the weights are scaled to a sum of 1; grows about quadratically."""
     return depth * (depth + 1) / 2
 
 
 def dropout_chances(layers: int, p_max: float) -> list[float]:
-    """Per layer the chance to be dropped: D(l) * p_max, D(l) = exp(l ln2 / (L - 1)) - 1 (methods.md 4.1)."""
+    """Probability that each layer is dropped: D(l) * p_max, D(l) = exp(l ln2 / (L - 1)) - 1 (methods.md 4.1)."""
     if layers == 1:
         return [0.0]
     return [p_max * (math.exp(layer * math.log(2) / (layers - 1)) - 1) for layer in range(layers)]
 
 
 def live_sequences(config: TrainConfig, layers: int, step: int) -> torch.Tensor:
-    """Which sequence runs which layer at a step: bool [L, batch]. A dropped layer adds nothing."""
+    """Which sequences run which layer at a step: bool [L, batch]. A dropped layer adds nothing."""
     chances = np.array(dropout_chances(layers, config.layer_dropout))[:, None]
     drawn = _rng(config, _DROPOUT_STREAM, step).random((layers, config.batch_size))
     return torch.from_numpy(drawn >= chances)
 
 
 def batch(config: TrainConfig, tokens: np.ndarray, step: int) -> torch.Tensor:
-    """The token blocks of a step, in the order of a fresh shuffle for each pass over the text.
+    """The token blocks of a step; each pass over the text has a new random order.
 
     Args: tokens [N], N > 2 * sequence_length.
-    Returns: ids [batch, sequence_length + 1] int64: inputs and, one later, what they should predict.
+    Returns: ids [batch, sequence_length + 1] int64: inputs and, one position later, targets.
     """
     length = config.sequence_length
     blocks = blocks_per_pass(config, len(tokens))
@@ -82,7 +82,7 @@ def batch(config: TrainConfig, tokens: np.ndarray, step: int) -> torch.Tensor:
 
 
 def blocks_per_pass(config: TrainConfig, tokens: int) -> int:
-    """How many blocks one pass over the text has; each pass begins at another offset."""
+    """Number of blocks in one pass over the text; each pass begins at another offset."""
     return (tokens - config.sequence_length) // config.sequence_length
 
 

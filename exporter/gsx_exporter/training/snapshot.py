@@ -1,7 +1,7 @@
 """Snapshots of a training run: everything that is needed to continue it exactly, without pickle.
 
-A snapshot is a directory `step-00001200`: weights and optimizer tensors as safetensors, the rest as JSON. It
-appears whole or not at all. There is no state of random generators to keep: see `schedule.py`.
+A snapshot is a directory such as `step-00001200`: weights and optimizer tensors as safetensors, the rest as JSON. It is
+written completely or not at all. Random generators have no state to store: see `schedule.py`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from gsx_plugins.files import writing_folder
 
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.safetensors", "state.json"
 _PREFIX = "step-"
-# The newest and the one before it, in case the newest proves to be damaged.
+# Number of snapshots to keep: the newest, and the one before it in case the newest is damaged.
 _KEPT = 2
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A snapshot that was read.
+    """A snapshot, read from disk.
 
     Args:
-        step: how many steps are done.
-        config: what the run was started with.
+        step: number of steps done.
+        config: of the run.
         weights: parameters by their checkpoint names, float32.
-        optimizers: per optimizer and parameter number its state (momenta, step count).
-        text_sha256: hash of the token row that the run trains on.
+        optimizers: for each optimizer, parameter number -> its state (momenta, step count).
+        text_sha256: hash of the token ids that the run trains on.
     """
 
     step: int
@@ -54,7 +54,7 @@ def write_snapshot(
     optimizers: Sequence[torch.optim.Optimizer],
     text_sha256: str,
 ) -> Path:
-    """Write a snapshot and drop old ones. Returns: its directory."""
+    """Write a snapshot and remove old ones. Returns: its directory."""
     tensors: dict[str, torch.Tensor] = {}
     for number, optimizer in enumerate(optimizers):
         for index, values in optimizer.state_dict()["state"].items():
@@ -86,7 +86,7 @@ def read_snapshot(path: Path) -> Snapshot:
     """Read one snapshot.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the snapshot is damaged.
     """
     try:
         state = json.loads((path / _STATE).read_text(encoding="utf-8"))
@@ -94,7 +94,7 @@ def read_snapshot(path: Path) -> Snapshot:
         tensors = load_file(path / _OPTIMIZER)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: is not a whole snapshot of a training run",
+            f"{path}: is not a complete snapshot of a training run",
             found=str(error),
             todo="remove this directory: the run then continues from the snapshot before it",
         ) from error

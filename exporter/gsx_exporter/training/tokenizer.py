@@ -1,6 +1,6 @@
-"""A byte-level BPE tokenizer for a new model, trained on its training text.
+"""A byte-level BPE tokenizer for a new model, trained on the model's training text.
 
-One special token, `<|endoftext|>`, with id 0, separates documents and is beginning, end and padding at once.
+The only special token, `<|endoftext|>` with id 0, separates documents and is also the beginning, end and padding token.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ END_OF_TEXT_ID = 0
 
 
 def train_tokenizer(documents: Iterable[Document], *, vocab_size: int) -> Tokenizer:
-    """A tokenizer of exactly vocab_size tokens.
+    """Train a tokenizer with exactly vocab_size tokens.
 
     Raises:
-        TextError: the text is too small for so many tokens.
+        TextError: the text is too small for that many tokens.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -47,7 +47,7 @@ def train_tokenizer(documents: Iterable[Document], *, vocab_size: int) -> Tokeni
 
 
 def write_tokenizer(tokenizer: Tokenizer, directory: Path, *, max_positions: int) -> None:
-    """Write tokenizer.json and tokenizer_config.json of a tokenizer that `train_tokenizer` made."""
+    """Write tokenizer.json and tokenizer_config.json for a tokenizer from `train_tokenizer`."""
     tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -61,7 +61,7 @@ def write_tokenizer(tokenizer: Tokenizer, directory: Path, *, max_positions: int
 
 
 def encode_documents(tokenizer: Tokenizer, documents: Iterable[Document], *, end_of_text: int | None) -> np.ndarray:
-    """All documents in one row, each followed by the end-of-text token where there is one.
+    """The tokens of all documents in one array, each document followed by the end-of-text token if there is one.
 
     Returns: token ids [N] int32.
     """

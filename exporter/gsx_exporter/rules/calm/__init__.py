@@ -1,1 +1,1 @@
-"""CALM: a token leaves at the first exit where the model is confident enough."""
+"""CALM: a token exits at the first exit where the model is confident enough."""

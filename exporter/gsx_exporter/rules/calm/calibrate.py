@@ -1,8 +1,8 @@
-"""The exit threshold of policy `calm`, with a guarantee: how far leaving early moves the model, prompt by prompt.
+"""Calibrating the exit threshold of policy `calm` under a guarantee.
 
-The traced decoder runs the calibration text in full and once at each threshold of a fixed grid, from the most careful
-on, until the guarantee fails (`risk_control.py`). A prompt's risk is taken on the text itself: every token is given,
-and what is compared is the model's next token, or its loss, there.
+The traced decoder runs the calibration text in full, and then at each threshold of a fixed grid, starting with the
+highest, until the guarantee fails (`risk_control.py`). A prompt's risk is measured on the text itself: the input tokens
+are always those of the text, and what is compared is the model's next token, or its loss, at each position.
 """
 
 from __future__ import annotations
@@ -29,30 +29,31 @@ from gsx_exporter.rules.calm.risk_control import (
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 STAGE = "calibrating exits"
-# Tokens of a prompt. Short ones are many: the guarantee counts prompts.
+# Tokens in a prompt. Short prompts, because the guarantee depends on the number of prompts.
 PROMPT_TOKENS = 64
-# Thresholds that are tried, from the most careful on. Saturated states are close to each other.
+# Thresholds to try, from the most careful (highest) to the boldest. States that no longer change have cosines near 1.
 GRIDS: dict[Measure, tuple[float, ...]] = {
     "softmax": (0.99, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0),
-    # Trained on as many tokens that may leave as that may not, however rare the latter are: most chances are high.
+    # Tokens that may exit and tokens that may not had equal weight in training, however rare the latter are, so most
+    # probabilities are high.
     "classifier": (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.925, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.0),
     "state": (0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.9, 0.8, 0.7, 0.5, 0.0, -1.0),
 }
 
 
 @dataclass(frozen=True)
-class Found:
-    """The walk, and the share of (token, branch) pairs that ran at each threshold of it."""
+class CalibratedExits:
+    """The outcome of the test, and the share of (token, branch) pairs that ran at each threshold tested."""
 
     outcome: Outcome
     kept: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class _Read:
-    """What one pass gave: most likely next tokens [n, S] int64, losses [n, S - 1], and the share that ran."""
+class _Pass:
+    """Results of one pass: most likely next tokens [n, S] int64, losses [n, S - 1], and the share that ran."""
 
-    choices: np.ndarray
+    tokens: np.ndarray
     nats: np.ndarray
     kept: float
 
@@ -65,43 +66,47 @@ def calibrate_exits(
     risk: Risk,
     grid: tuple[float, ...],
     on_progress: OnProgress = silent,
-) -> Found:
-    """Walk the exit thresholds of a grid under a guarantee.
+) -> CalibratedExits:
+    """Find the boldest exit threshold of a grid that meets a guarantee.
 
     Args:
+        checkpoint: the model.
         ids: [n, S] int64, prompts.
         options: with a rule that reads `exit_threshold`.
-        grid: from the most careful to the boldest.
+        guarantee: tolerance and confidence.
+        risk: what the guarantee is about.
+        grid: from the most careful threshold to the boldest.
+        on_progress: called before each pass over the text.
     Raises:
         UsageError: too few prompts.
     """
     walk = Walk(checkpoint, ids, options)
     layers = [layer for _, layer in walk.layers()]
 
-    def read(threshold: float) -> _Read:
+    def run(threshold: float) -> _Pass:
         until = np.zeros(1, np.int64)
         controls: RuntimeValues = {"exit_threshold": np.array(threshold, np.float32), "full_until": until}
         with torch.inference_mode():
             stream, kept = walk.stream(controls), []
             for number, layer in enumerate(layers):
                 kept += [float(ran.float().mean()) for ran in walk.through(number, layer, stream).values()]
-            choices, nats = [], []
+            tokens, nats = [], []
             for some, logits in walk.logits(stream):
-                choices.append(logits.argmax(dim=-1).numpy())
+                tokens.append(logits.argmax(dim=-1).numpy())
                 nats.append(losses(logits.numpy(), some.numpy()))
-        return _Read(np.concatenate(choices), np.concatenate(nats), float(np.mean(kept)))
+        return _Pass(np.concatenate(tokens), np.concatenate(nats), float(np.mean(kept)))
 
     on_progress(Progress(STAGE, 0, len(grid) + 1))
-    full = read(float("inf"))
+    full = run(float("inf"))
     shares: list[float] = []
 
     def risks_at(threshold: float) -> np.ndarray:
         on_progress(Progress(STAGE, 1 + len(shares), len(grid) + 1))
-        found = read(threshold)
+        found = run(threshold)
         shares.append(found.kept)
         if risk == "agreement":
-            return agreement_risk(found.choices, full.choices)
+            return agreement_risk(found.tokens, full.tokens)
         return loss_risk(found.nats, full.nats)
 
     outcome = fixed_sequence_test(grid, risks_at, len(ids), guarantee)
-    return Found(outcome, tuple(shares))
+    return CalibratedExits(outcome, tuple(shares))

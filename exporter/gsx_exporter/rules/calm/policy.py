@@ -1,4 +1,4 @@
-"""`--policy calm:...` (CALM): a token leaves where the model is sure of it, by a threshold or under a guarantee."""
+"""`--policy calm:...` (CALM): a token exits where the model is confident, by a threshold or under a guarantee."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from gsx_plugins.progress import OnProgress
 _FORM = "measure,name=value,..."
 _EXAMPLE = "e.g. calm:softmax,tolerance=0.1,confidence=0.95 or calm:state,threshold=0.98"
 DEFAULT_CONFIDENCE = 0.95
-# New tokens over which a decaying threshold falls, if not given.
+# Default number of new tokens over which a decaying threshold falls.
 DEFAULT_DECAY_TOKENS = 256
-# The range of the softmax measure, from careful to bold.
+# Thresholds of the softmax measure that `gsx compare` uses, from careful to bold.
 _COMPARED = (0.9, 0.7, 0.5, 0.3, 0.1)
 
 
@@ -63,7 +63,7 @@ def _risk(text: object) -> object:
 
 def _decay(value: float) -> float:
     if not 0 <= value < math.inf:
-        raise ValueError("decay of 0 or more, tokens a whole number from 1 up")
+        raise ValueError("decay=NUMBER of at least 0, tokens=COUNT of at least 1")
     return value
 
 
@@ -73,7 +73,7 @@ def _tokens(text: object) -> int:
     except ValueError:
         raise ValueError("tokens=NUMBER") from None
     if not 1 <= number < math.inf or number != int(number):
-        raise ValueError("decay of 0 or more, tokens a whole number from 1 up")
+        raise ValueError("decay=NUMBER of at least 0, tokens=COUNT of at least 1")
     return int(number)
 
 
@@ -88,15 +88,15 @@ def _number(name: str) -> BeforeValidator:
 
 
 class CalmOptions(Parameters):
-    """CALM's parameters as they are given.
+    """CALM's parameters, as given.
 
     Args:
-        measure: of confidence.
-        exits: depths behind which tokens may leave; None for the checkpoint's.
-        threshold: None to find one under a guarantee.
+        measure: the measure of confidence.
+        exits: numbers of layers after which tokens may exit; None for the checkpoint's exits.
+        threshold: None to calibrate one under a guarantee.
         tolerance, confidence: the guarantee; None with a threshold.
         risk: what the guarantee is about.
-        decay, tokens: tau and N of the decaying threshold; 0: it does not decay.
+        decay, tokens: tau and N of the decaying threshold; decay 0 for a constant threshold.
     """
 
     measure: Measure = "softmax"
@@ -115,7 +115,7 @@ class CalmOptions(Parameters):
 
     @property
     def guarantee(self) -> RiskTarget | None:
-        """What holds of the threshold that is found; None where it is given."""
+        """The guarantee that the calibrated threshold must meet; None if the threshold is given."""
         if self.tolerance is None:
             return None
         return RiskTarget(self.tolerance, DEFAULT_CONFIDENCE if self.confidence is None else self.confidence)
@@ -144,12 +144,13 @@ def read_calm(text: str) -> CalmOptions:
 
 @dataclass(frozen=True)
 class CalmPlan(RulePlan):
-    """What is given; under a guarantee the threshold is found on prompts of text.
+    """A given threshold, or a guarantee under which one is calibrated on prompts of a text.
 
     Args:
         rule: measure, exits and decay.
-        threshold: None to find one.
-        guarantee, risk: that hold of it; None with a threshold.
+        threshold: None to calibrate one.
+        guarantee: that a calibrated threshold meets; None with a given one.
+        risk: what the guarantee is about.
     """
 
     window: ClassVar[int] = PROMPT_TOKENS
@@ -160,7 +161,7 @@ class CalmPlan(RulePlan):
     risk: Risk = field(kw_only=True)
 
     def settle(self, checkpoint: Checkpoint, text: TokenText | None, on_progress: OnProgress) -> Settled:
-        """Raises: UsageError: the guarantee cannot be met: too few prompts, or nothing can be skipped under it."""
+        """See `RulePlan`. Raises: UsageError: too few prompts, or nothing can be skipped under the guarantee."""
         rule = self.rule
         threshold, guarantee, entry = self.threshold, None, None
         if self.guarantee is not None:
@@ -175,7 +176,7 @@ class CalmPlan(RulePlan):
                 RuntimeInput(name="exit_threshold", least=least, most=most),
                 RuntimeInput(name="full_until", least=0, most=None, default=0),
             ),
-            # A decaying threshold counts new tokens, so the prompt runs in full; else a prompt's tokens may leave too.
+            # A decaying threshold counts new tokens, so the prompt runs in full; otherwise prompt tokens may exit too.
             warm_up=0 if rule.decay else None,
             exits=rule.exits,
             confidence=Confidence(
@@ -191,10 +192,12 @@ class CalmPlan(RulePlan):
 
 
 def plan_calm(options: PolicyOptions, config: ModelConfig, parameters: str) -> RulePlan:
-    """Raises: UsageError: as `read_calm`; exits that the model does not have; options that it excludes."""
-    refuse_budget(
-        "calm", options, "what is kept follows from the exit threshold: calm:threshold=T, or calm:tolerance=D"
-    )
+    """The plan for `calm`.
+
+    Raises:
+        UsageError: as for `read_calm`; exits that the model does not have; options that the policy excludes.
+    """
+    refuse_budget("calm", options, "the exit threshold sets how much is kept: calm:threshold=T, or calm:tolerance=D")
     refuse_rank("calm", options)
     kv_policy = options.kv_policy or "compute"
     refuse_none(kv_policy, "compute (K and V of the layers above, from the exit state) or copy with calm")
@@ -214,7 +217,7 @@ def plan_calm(options: PolicyOptions, config: ModelConfig, parameters: str) -> R
 def _guaranteed(
     plan: CalmPlan, guarantee: RiskTarget, checkpoint: Checkpoint, text: TokenText, on_progress: OnProgress
 ) -> tuple[float, Guarantee]:
-    """The boldest threshold under a guarantee, and how it was found."""
+    """The boldest threshold that meets a guarantee, and the manifest's record of the test."""
     found = calibrate_exits(
         checkpoint,
         text.ids,
@@ -232,7 +235,7 @@ def _guaranteed(
             expected=f"a mean {plan.risk} risk of at most {guarantee.tolerance:g} "
             f"with confidence {guarantee.confidence:g} at some threshold",
             found=f"{first.mean_risk:.3g} on {outcome.prompts} prompts (p-value {first.p_value:.2g}) "
-            f"at the most careful, {first.threshold:g}",
+            f"at the most careful threshold, {first.threshold:g}",
             todo="give a larger tolerance, a lower confidence, more text, or a model trained with exits",
         )
     return outcome.threshold, Guarantee(
@@ -255,7 +258,7 @@ def _guaranteed(
 
 
 def _exits(given: tuple[int, ...] | None, config: ModelConfig, measure: Measure) -> tuple[int, ...]:
-    """The depths to ask at: given, or the checkpoint's, below the model's own."""
+    """The exits: those given, or the checkpoint's, below the model's depth."""
     inside = range(1, config.num_layers)
     trained = config.exit_classifiers
     if given is None and measure == "classifier" and trained:
@@ -265,14 +268,14 @@ def _exits(given: tuple[int, ...] | None, config: ModelConfig, measure: Measure)
         exits = tuple(sorted({depth for depth in config.exits if depth in inside}))
         if not exits:
             raise UsageError(
-                "--policy calm needs exits, and this checkpoint names none",
+                "--policy calm needs exits, and this checkpoint lists none",
                 expected='"exits": [E, ...] in the "gsx" section of config.json, as gsx train writes it',
                 found="no exit below the last layer",
-                todo="train exits (gsx train), or name depths to try: calm:exits=4+8",
+                todo="train exits (gsx train), or give depths to try: calm:exits=4+8",
             )
     if not all(depth in inside for depth in exits):
         raise UsageError(
-            "--policy calm: its exits lie outside the model",
+            "--policy calm: its exits are outside the model",
             expected=f"depths from 1 to {config.num_layers - 1}",
             found=", ".join(map(str, exits)),
         )
@@ -280,11 +283,11 @@ def _exits(given: tuple[int, ...] | None, config: ModelConfig, measure: Measure)
     if measure == "classifier" and untrained:
         names = ", ".join(f"model.layers.{depth - 1}.{EXIT_CLASSIFIER}" for depth in untrained)
         raise UsageError(
-            "--policy calm:classifier: the checkpoint lacks classifiers of its exits",
+            "--policy calm:classifier: the checkpoint lacks classifiers for these exits",
             expected=f'"exit_classifiers" in the "gsx" section of config.json, and weight and bias of {names}',
-            found=f"classifiers behind {', '.join(map(str, trained))} layers" if trained else "none",
+            found=f"classifiers after {', '.join(map(str, trained))} layers" if trained else "no classifiers",
             todo=f"train them: gsx train --model MODEL --exit-classifiers {','.join(map(str, exits))} -o DIR; "
-            "or take another measure: softmax, state",
+            "or use another measure: softmax, state",
         )
     return exits
 
@@ -303,7 +306,7 @@ def _reference(policy: Policy, selection: Selection | None, controls: RuntimeVal
 
 
 def _settings(manifest: Manifest, asked: Sequence[float] | None, notes: list[str]) -> list[Setting]:
-    """Nothing leaves, the exported threshold, and the lowest, where all that may leave does so at the first exit."""
+    """No exits, the exported threshold, 0.5, and the lowest, with which every token exits as early as it may."""
     note_unused_budgets(asked, notes)
     assert manifest.policy is not None
     confidence = manifest.policy.confidence
@@ -311,7 +314,7 @@ def _settings(manifest: Manifest, asked: Sequence[float] | None, notes: list[str
     wanted = {math.inf: "no exits", confidence.threshold: "as exported"}
     for threshold in (0.5, RANGES[confidence.measure].least):
         wanted.setdefault(threshold, f"threshold {threshold:g}")
-    # What is kept is not known beforehand: a lower threshold keeps less.
+    # What a threshold keeps is not known in advance, only that a lower one keeps less: the shares are for sorting.
     return [
         Setting(KeepSettings(exit_threshold=threshold), name, share)
         for (threshold, name), share in zip(
@@ -333,12 +336,12 @@ def _thresholds(manifest: Manifest) -> Curve:
 
 CALM = Rule(
     name="calm",
-    doc="CALM: a token leaves at the first exit where the model is confident enough, e.g. calm:softmax,tolerance=0.1",
+    doc="CALM: a token exits at the first exit where the model is confident enough, e.g. calm:softmax,tolerance=0.1",
     plan=plan_calm,
     traced=_traced,
     reference=_reference,
     settings=_settings,
     exported_share=_exported_share,
-    # The threshold is given with every request: an exported one only saves a search under a guarantee.
+    # Requests give their own threshold; any exported one will do, and a given one needs no calibration.
     compared={"calm:threshold=0.5": {"calm": _thresholds}},
 )

@@ -1,4 +1,4 @@
-"""CALM: a token leaves at the first exit where the model is confident enough (docs/methods.md section 9)."""
+"""The reference rule of CALM: a token exits where the model is confident enough (docs/methods.md section 9)."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from gsx_exporter.reference.rule import BranchInput, Decision, KeepsOrDrops, Mas
 
 @dataclass(frozen=True)
 class Confident:
-    """Leave behind an exit layer once the confidence there is at least the token's threshold.
+    """A token exits after an exit layer once its confidence there is at least its threshold.
 
     Args:
         exits: depths, ascending.
         measure: `softmax`, `state` or `classifier`.
-        threshold: lambda; infinity lets nothing leave.
-        full_until: [B or 1] int64: tokens at a position below it never leave, and token number 0 is the one there.
-        decay: tau of 0.9 lambda + 0.1 lambda exp(-tau t / N), t the token's number; 0: no decay.
+        threshold: lambda; with infinity nothing exits.
+        full_until: [B or 1] int64: tokens at a position below it never exit; the token at that position is number 0.
+        decay: tau in 0.9 lambda + 0.1 lambda exp(-tau t / N), where t is the token's number; 0 for no decay.
         decay_tokens: N.
     """
 
@@ -41,15 +41,15 @@ class Confident:
         if self.decay:
             share = 0.9 + 0.1 * torch.exp(-self.decay * number.clamp(min=0) / self.decay_tokens)
         threshold = torch.where(number < 0, torch.inf, self.threshold * share)
-        return _Leaving(self, call, threshold)
+        return _Exiting(self, call, threshold)
 
 
 @dataclass
-class _Leaving(KeepsOrDrops):
+class _Exiting(KeepsOrDrops):
     rule: Confident
     call: MaskCall
     threshold: torch.Tensor
-    # Of each token, what it had at the last exit that asked it: lower than any measure before the first.
+    # Each token's confidence at the last exit it ran to; lower than any measure before the first exit.
     confidence: torch.Tensor = field(init=False)
     _entering: torch.Tensor | None = None
 
@@ -68,10 +68,10 @@ class _Leaving(KeepsOrDrops):
         return Decision(keep, self._score(lacking), margin)
 
     def after(self, x: BranchInput, result: torch.Tensor, decision: Decision) -> None:
-        """Ask at an exit, behind its layer."""
+        """See `Masker`: measures confidence after an exit's layer."""
         depth = x.layer + 1
-        asks = self.rule.exits[1:] if self.rule.measure == "state" else self.rule.exits
-        if x.branch == "mlp" and depth in asks:
+        measured = self.rule.exits[1:] if self.rule.measure == "state" else self.rule.exits
+        if x.branch == "mlp" and depth in measured:
             running = (self.confidence < self.threshold) & self.call.valid
             self.confidence = torch.where(running, self._measured(depth, result), self.confidence)
 

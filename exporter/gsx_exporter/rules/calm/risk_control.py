@@ -1,18 +1,18 @@
-"""Choosing a threshold with a guarantee: fixed-sequence testing of Learn then Test, as CALM calibrates its exits.
+"""Calibrating a threshold with a guarantee: fixed-sequence testing from Learn then Test, as CALM calibrates its exits.
 
-A risk is a number in [0, 1] that each prompt has at each threshold: how far leaving work out moves the model from
-what it would have done (`agreement_risk`, `loss_risk`). Wanted is the boldest threshold whose mean risk, over all
-prompts of the kind that was calibrated on, is at most a tolerance delta, and a promise that this is so with
-probability 1 - epsilon over the draw of the prompts.
+A risk is a number in [0, 1] that each prompt has at each threshold: how far skipping work changes what the model does
+(`agreement_risk`, `loss_risk`). The goal is the boldest threshold whose mean risk, over the distribution that the
+prompts were drawn from, is at most a tolerance delta, with a guarantee that this holds with probability 1 - epsilon
+over the draw of the calibration prompts.
 
-Thresholds are walked from the most careful to the boldest. At each one the hypothesis "the mean risk is above delta"
-is tested at level epsilon; the walk ends where it is not rejected, and the last rejected one is taken. Because the
-order is fixed before the risks are seen, the chance to take any threshold whose mean risk is above delta is at most
-epsilon, however many are tried.
+Thresholds are tested from the most careful to the boldest. At each one, the hypothesis "the mean risk is above delta"
+is tested at level epsilon. Testing stops at the first threshold where it is not rejected; the last one where it was
+rejected is the result. Because the order is fixed before the risks are seen, the probability of ending at a threshold
+whose mean risk is above delta is at most epsilon, however many are tested.
 
-Rule: CALM (2207.07061), calibration by fixed-sequence testing; Learn then Test (2110.01052), the Hoeffding-Bentkus
-p-value, which is never above CALM's exp(-2 n (delta - mean)^2): both hold for any risk in [0, 1], this one needs
-fewer prompts.
+Sources: CALM (arXiv 2207.07061), calibration by fixed-sequence testing; Learn then Test (arXiv 2110.01052), the
+Hoeffding-Bentkus p-value. It is never above CALM's exp(-2 n (delta - mean)^2). Both are valid for any risk in [0, 1];
+this one needs fewer prompts.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from scipy.stats import binom
 
 from gsx_plugins.errors import UsageError
 
-# Of next tokens that differ from the whole model's, or of its loss.
+# The share of next tokens that differ from the full model's, or the increase of the loss.
 Risk = Literal["agreement", "loss"]
 
 
 @dataclass(frozen=True)
 class RiskTarget:
-    """What is promised: the mean risk is at most `tolerance`, with probability `confidence`.
+    """A guarantee: the mean risk is at most `tolerance`, with probability `confidence`.
 
     Args:
         tolerance: delta, in (0, 1), in the unit of the risk.
@@ -50,7 +50,7 @@ class RiskTarget:
 
     @property
     def prompts_needed(self) -> int:
-        """Fewest prompts that can give the guarantee: with fewer, not even a risk of 0 on all of them does."""
+        """The fewest prompts that can give the guarantee: with fewer, not even a risk of 0 on all of them is enough."""
         # p-value of risk 0 with n prompts: (1 - tolerance)^n.
         exact = math.log1p(-self.confidence) / math.log1p(-self.tolerance)
         return max(1, math.ceil(exact - 1e-9))
@@ -58,7 +58,7 @@ class RiskTarget:
 
 @dataclass(frozen=True)
 class Tested:
-    """One threshold of the walk: mean risk over the prompts, p-value, whether "risk above tolerance" was rejected."""
+    """A tested threshold: mean risk over the prompts, p-value, and whether "risk above tolerance" was rejected."""
 
     threshold: float
     mean_risk: float
@@ -68,12 +68,12 @@ class Tested:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the walk found.
+    """The result of the test.
 
     Args:
         guarantee: as asked for.
         prompts: n.
-        tested: thresholds in the order of the walk; all are accepted but, at most, the last.
+        tested: thresholds in the order of testing; all are accepted, except possibly the last.
     """
 
     guarantee: RiskTarget
@@ -82,7 +82,7 @@ class Outcome:
 
     @property
     def threshold(self) -> float | None:
-        """The boldest threshold that holds the guarantee; None where none does."""
+        """The boldest threshold that meets the guarantee; None if there is none."""
         accepted = [one.threshold for one in self.tested if one.accepted]
         return accepted[-1] if accepted else None
 
@@ -93,14 +93,16 @@ def p_value(mean_risk: float, prompts: int, tolerance: float) -> float:
     Args:
         mean_risk: over the prompts.
         prompts: n, independent draws.
-    Rule: 2110.01052, the smaller of exp(-n KL(min(mean, delta), delta)) and e P(Bin(n, delta) <= ceil(n mean)).
+        tolerance: delta, in (0, 1).
+    Source: arXiv 2110.01052, the smaller of exp(-n KL(min(mean, delta), delta)) and
+        e P(Bin(n, delta) <= ceil(n mean)).
     """
     if mean_risk >= tolerance:
         return 1.0
     divergence = (1 - mean_risk) * math.log((1 - mean_risk) / (1 - tolerance))
     if mean_risk > 0:
         divergence += mean_risk * math.log(mean_risk / tolerance)
-    # A product that floating point made a little too large must not count as one failure more.
+    # A product that rounding made slightly too large must not count as one more failure.
     failures = math.ceil(round(prompts * mean_risk, 9))
     bentkus = math.e * float(binom.cdf(failures, prompts, tolerance))
     return min(math.exp(-prompts * divergence), bentkus, 1.0)
@@ -109,14 +111,15 @@ def p_value(mean_risk: float, prompts: int, tolerance: float) -> float:
 def fixed_sequence_test(
     thresholds: Sequence[float], risks_at: Callable[[float], np.ndarray], prompts: int, guarantee: RiskTarget
 ) -> Outcome:
-    """Walk thresholds from the most careful to the boldest while the guarantee holds.
+    """Test thresholds from the most careful to the boldest, as long as the guarantee is met.
 
     Args:
-        thresholds: in that order, chosen without a look at the risks.
-        risks_at: threshold -> [n] risk of each prompt, in [0, 1]; called for no threshold behind the first failure.
+        thresholds: in that order, fixed without looking at the risks.
+        risks_at: threshold -> [n] risk of each prompt, in [0, 1]; not called again after the first failure.
         prompts: n.
+        guarantee: tolerance and confidence.
     Raises:
-        UsageError: too few prompts for any threshold to pass; the text says how many are needed.
+        UsageError: too few prompts for any threshold to pass; the message says how many are needed.
     """
     if prompts < guarantee.prompts_needed:
         raise UsageError(
@@ -129,8 +132,8 @@ def fixed_sequence_test(
     tested: list[Tested] = []
     for threshold in thresholds:
         risks = risks_at(threshold)
-        assert risks.shape == (prompts,), "one risk a prompt"
-        assert bool(((risks >= 0) & (risks <= 1)).all()), "risks lie in [0, 1]"
+        assert risks.shape == (prompts,), "one risk per prompt"
+        assert bool(((risks >= 0) & (risks <= 1)).all()), "risks are in [0, 1]"
         mean = float(risks.mean())
         p = p_value(mean, prompts, guarantee.tolerance)
         tested.append(Tested(threshold, mean, p, p <= 1 - guarantee.confidence))
@@ -139,11 +142,11 @@ def fixed_sequence_test(
     return Outcome(guarantee, prompts, tuple(tested))
 
 
-def agreement_risk(choices: np.ndarray, full: np.ndarray) -> np.ndarray:
-    """Share of places where the most likely next token is not the full model's: [n, S] int64 twice -> [n]."""
-    return np.asarray((choices != full).mean(axis=-1))
+def agreement_risk(tokens: np.ndarray, full: np.ndarray) -> np.ndarray:
+    """Share of positions where the most likely next token is not the full model's: [n, S] int64 twice -> [n]."""
+    return np.asarray((tokens != full).mean(axis=-1))
 
 
 def loss_risk(nats: np.ndarray, full: np.ndarray) -> np.ndarray:
-    """Mean loss above the full model's, not below 0 nor above 1: nats of each token, [n, S] twice -> [n]."""
+    """Mean increase of the loss over the full model's, clipped to [0, 1]: nats of each token, [n, S] twice -> [n]."""
     return np.clip((nats - full).mean(axis=-1), 0.0, 1.0)

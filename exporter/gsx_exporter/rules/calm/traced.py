@@ -1,9 +1,9 @@
-"""CALM (arXiv:2207.07061): a token leaves at the first listed exit where the model is confident enough.
+"""CALM (arXiv:2207.07061): a token exits at the first listed exit where the model is confident enough.
 
-Behind each exit layer the tokens that still run get a confidence; one whose confidence reaches the threshold skips
-every branch above. Its state passes, so K and V of the layers above come from the exit state: CALM's state
-propagation, which is the K/V policy `compute`. Sorted LLaMA's dynamic mode (arXiv:2309.08968) is the softmax measure
-at its exits. Facts: docs/methods.md section 9.
+After each exit layer, the tokens that are still running get a confidence. A token whose confidence reaches the
+threshold skips every branch above. Its state passes unchanged, so K and V of the layers above are computed from the
+exit state: CALM's state propagation, which is the K/V policy `compute`. Sorted LLaMA's dynamic mode (arXiv:2309.08968)
+is the softmax measure at its exits. Facts: docs/methods.md section 9.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from gsx_exporter.decoder.rule import BranchInput, BranchScore, LooksAtExits, To
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.threshold_gather.op import threshold_gather
 
-# Below every measure: what a token has before the first exit.
-UNASKED = -2.0
+# Confidence of a token before its first exit: below every measure.
+NOT_MEASURED = -2.0
 # The share of the threshold that decays (released code: 0.9 lambda + 0.1 lambda exp(-tau t / N)).
 DECAYING = 0.1
 
 
 @dataclass(frozen=True)
 class Calm(TracedRule, LooksAtExits):
-    """Keep a token as long as it was not confident enough at an exit.
+    """Keep a token until its confidence at an exit reaches its threshold.
 
     Args:
-        exits: depths behind which tokens may leave, below the model's.
-        measure: `softmax`, the two likeliest next tokens' difference in probability, by the model's own norm and head;
-            `state`, the cosine of the states before and behind the exit's layer, which never leaves at the first exit;
-            `classifier`, the checkpoint's trained classifier behind the exit's layer.
-        decay: tau; 0: the threshold does not decay.
-        decay_tokens: N, tokens over which it does.
+        exits: numbers of layers after which tokens may exit, below the model's depth.
+        measure: `softmax`, the difference in probability of the two most likely next tokens, by the model's own norm
+            and head; `state`, the cosine of the states before and after the exit's layer, with which no token exits at
+            the first exit; `classifier`, the checkpoint's trained classifier after the exit's layer.
+        decay: tau; 0 for a constant threshold.
+        decay_tokens: N, the number of tokens over which the threshold decays.
     """
 
     exits: tuple[int, ...]
@@ -63,7 +63,7 @@ class Calm(TracedRule, LooksAtExits):
         return {"confidence": Value(torch.float32, ("N", 1))}
 
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
-        """Each token's own threshold: decayed by its number in the generation, infinite where it runs in full."""
+        """Each token's own threshold: decayed by its number in the generation, infinite if it runs in full."""
         number = tokens.positions - inputs["full_until"].unsqueeze(1)
         threshold = inputs["exit_threshold"].expand(number.shape)
         if self.decay:
@@ -73,15 +73,15 @@ class Calm(TracedRule, LooksAtExits):
         own = torch.where(number < 0, infinity, threshold).reshape(-1)
         return {
             "leaves_at": torch.where(tokens.valid, own, -infinity),
-            "confidence": torch.full_like(own, UNASKED).unsqueeze(1),
+            "confidence": torch.full_like(own, NOT_MEASURED).unsqueeze(1),
         }
 
     def score(self, x: BranchInput, values: Values) -> BranchScore:
-        """What a token's confidence lacks is its score: positive while it runs."""
+        """The score is the threshold minus the confidence: positive while the token runs."""
         return BranchScore(values["leaves_at"] - values["confidence"].squeeze(1), torch.tensor(0.0))
 
     def exit_depths(self) -> tuple[int, ...]:
-        """See `LooksAtExits`: at the first exit there is no earlier exit state to compare with."""
+        """See `LooksAtExits`: no token exits at the first exit by `state` (docs/methods.md section 9)."""
         return self.exits[1:] if self.measure == "state" else self.exits
 
     def exit_module(self, config: ModelConfig, dtype: torch.dtype) -> nn.Module:
@@ -91,37 +91,37 @@ class Calm(TracedRule, LooksAtExits):
         return Saturation() if self.measure == "state" else ExitClassifier(config)
 
     def exit_prefix(self, depth: int) -> str:
-        """See `LooksAtExits`: a classifier belongs to its exit."""
+        """See `LooksAtExits`: each exit has its own classifier."""
         return f"layers.{depth - 1}." if self.measure == "classifier" else ""
 
 
 class SoftmaxGap(Exit):
-    """How sure the model would be of the next token here. Norm and head run for the tokens that are still running."""
+    """How confident the model is of the next token here. Norm and head run only for tokens that are still running."""
 
     def forward(self, hidden: Tensor, entering: Tensor, leaves_at: Tensor, confidence: Tensor) -> tuple[Tensor]:  # type: ignore[override]
-        """hidden [N, H], the exit state -> confidence [N, 1] float32, of those that left as it was."""
+        """hidden [N, H], the exit state -> confidence [N, 1] float32; unchanged for tokens that have exited."""
         lacking = leaves_at - confidence.squeeze(1)
         rows, index, _ = threshold_gather(hidden, lacking, torch.tensor(0.0))
-        chances = torch.softmax(self.logits(rows).to(torch.float32), dim=-1)
-        two = torch.topk(chances, 2, dim=-1).values
+        probabilities = torch.softmax(self.logits(rows).to(torch.float32), dim=-1)
+        two = torch.topk(probabilities, 2, dim=-1).values
         gap = two[:, :1] - two[:, 1:]
-        left = torch.where(lacking.unsqueeze(1) > 0, torch.zeros_like(confidence), confidence)
-        return (gated_scatter_add(left, gap, torch.ones_like(gap), index),)
+        exited = torch.where(lacking.unsqueeze(1) > 0, torch.zeros_like(confidence), confidence)
+        return (gated_scatter_add(exited, gap, torch.ones_like(gap), index),)
 
 
 class Saturation(nn.Module):
     """How little the exit's layer changed a token's state."""
 
     def forward(self, hidden: Tensor, entering: Tensor, leaves_at: Tensor, confidence: Tensor) -> tuple[Tensor]:
-        """hidden, entering [N, H], the states behind and before the layer -> confidence [N, 1] float32."""
+        """hidden, entering [N, H], the states after and before the layer -> confidence [N, 1] float32."""
         cosine = torch.nn.functional.cosine_similarity(hidden.to(torch.float32), entering.to(torch.float32), dim=-1)
         return (torch.where(leaves_at.unsqueeze(1) > confidence, cosine.unsqueeze(1), confidence),)
 
 
 class ExitClassifier(nn.Module):
-    """A trained chance that the model's next token would stay as it is here (arXiv:2207.07061 section 3.5).
+    """The trained probability that the layers above would not change the next token (arXiv:2207.07061 section 3.5).
 
-    One row for each token, in float32 as all that decides: too little work to gather rows for.
+    It runs for all tokens: it is too little work to gather rows for. In float32, like everything that decides.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -129,6 +129,6 @@ class ExitClassifier(nn.Module):
         self.exit_classifier = Linear(config.hidden_size, 1, True, torch.float32)
 
     def forward(self, hidden: Tensor, entering: Tensor, leaves_at: Tensor, confidence: Tensor) -> tuple[Tensor]:
-        """hidden [N, H], the exit state -> confidence [N, 1] float32, of those that left as it was."""
-        chance = torch.sigmoid(self.exit_classifier(hidden.to(torch.float32)))
-        return (torch.where(leaves_at.unsqueeze(1) > confidence, chance, confidence),)
+        """hidden [N, H], the exit state -> confidence [N, 1] float32; unchanged for tokens that have exited."""
+        probability = torch.sigmoid(self.exit_classifier(hidden.to(torch.float32)))
+        return (torch.where(leaves_at.unsqueeze(1) > confidence, probability, confidence),)

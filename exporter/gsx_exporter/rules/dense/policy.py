@@ -1,4 +1,4 @@
-"""`--policy dense`: every token runs everything, as in the checkpoint. The default where nothing says what to skip."""
+"""`--policy dense`: every token runs everything. The default for a checkpoint without gates or routers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ class DensePlan(RulePlan):
     """No rule, nothing to calibrate."""
 
     def settle(self, checkpoint: Checkpoint, text: TokenText | None, on_progress: OnProgress) -> Settled:
+        """See `RulePlan`."""
         return Settled(None, None)
 
 
 def plan_dense(options: PolicyOptions, config: ModelConfig, parameters: str) -> RulePlan:
-    """Raises: UsageError: a gated checkpoint, whose gates multiply what branches give, or options that need gates."""
+    """The plan for `dense`.
+
+    Raises:
+        UsageError: a gated checkpoint, whose gates multiply the branches' outputs, or options that need gates.
+    """
     if parameters:
-        bad_parameters("dense", "none", parameters)
+        bad_parameters("dense", "no parameters", parameters)
     if config.gate is not None:
         raise UsageError(
-            "--policy dense: the checkpoint has gates, which multiply what branches give",
+            "--policy dense: the checkpoint has gates, which multiply the branches' outputs",
             expected="a checkpoint without gates",
             todo="export with gateskip, the default; --budget 1 keeps everything",
         )
@@ -35,7 +40,7 @@ def plan_dense(options: PolicyOptions, config: ModelConfig, parameters: str) -> 
         if given:
             raise UsageError(
                 f"{name} needs gates, and this checkpoint has none",
-                expected='a "gsx" section with "gate" in config.json, and gate tensors; or a policy that needs none',
+                expected='a "gsx" section with "gate" in config.json, and gate tensors; or a policy without gates',
                 found="a dense model",
                 todo="train gates first (gsx train), give --policy, or leave the option out for a dense export",
             )

@@ -1,1 +1,1 @@
-"""FFN-SkipLLM: FFNs are skipped after one that hardly changed a token's state."""
+"""FFN-SkipLLM: after an FFN that hardly changed a token's state, the next FFNs are skipped for that token."""

@@ -1,14 +1,14 @@
-"""FFN-SkipLLM's parameters from a text: how much each FFN changes a token's state, and what follows from it.
+"""Calibrating FFN-SkipLLM's parameters on a text, from how much each FFN changes a token's state.
 
 The paper gives no numbers for its cold regions, threshold and stride, so they are found here (docs/policies.md):
 
-1. the text goes through the model in full, and every FFN's change, 1 - cosine of the residual stream before and after,
-   is noted for every token;
-2. for each stride the region that may skip is the stretch of layers that changes states least, long enough for the
-   share that is wanted and half as long again; never the first or the last layer. Of the strides the one with the least
-   loss on the text is taken;
-3. one threshold holds in the whole region. Skipping changes later states, so thresholds are tried on the text, and
-   those for a grid of shares lie between them; what each keeps is counted.
+1. The text is run through the model in full, and every FFN's change, 1 - cosine of the residual stream before and
+   after, is recorded for every token.
+2. For each stride, the region that may skip is the range of consecutive layers that change states least. It is half as
+   long again as the wanted share needs, and never has the first or the last layer. The stride with the lowest loss on
+   the text is used.
+3. One threshold applies to the whole region. Skipping changes later states, so some thresholds are tried on the text,
+   and those for a grid of shares are interpolated; what each of them keeps is counted.
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 STRIDES = (1, 2, 3)
-# Longer than a region must be at least, so that the threshold has something to choose.
+# Length of a region relative to the shortest possible one, so that the threshold can discriminate.
 ROOM = 1.5
-# Thresholds that are tried between keeping all and skipping all that the stride allows.
+# Number of thresholds that are tried, from keeping almost all to skipping all that the stride allows.
 _TRIED = 6
-# No FFN changes a state by less than nothing: below it, everything runs, and is still looked at.
+# A change is never negative, so with this threshold every FFN runs; unlike minus infinity, it still records changes.
 _NEVER = np.float32(-1.0)
 
 
 @dataclass(frozen=True)
 class FfnRegion:
-    """Layers whose FFNs may be skipped, from `first` to `last`, and how many follow one probe."""
+    """Layers whose FFNs may be skipped, from `first` to `last`, and how many are skipped after one that ran."""
 
     first: int
     last: int
     stride: int
 
     def thresholds(self, layers: int, change: float) -> np.ndarray:
-        """The rule's thresholds [L, 2] float32 for one largest change."""
+        """The rule's thresholds [L, 2] float32. Args: change: the largest one after which FFNs are skipped."""
         table = np.full((layers, 2), -np.inf, np.float32)
-        # The last layer of the region skips on others' account; none skips on its own.
+        # The last layer's threshold must be finite too, or its FFN could not be skipped; no FFN is skipped after it.
         table[self.first : self.last + 1, 1] = change
         return table
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What was found.
+    """The calibrated parameters.
 
     Args:
         region: layers and stride.
-        similarity: [L] float64, mean cosine before and after each FFN, nothing being skipped.
-        points: thresholds and what they keep, budgets falling from 1.
+        similarity: [L] float64, mean cosine of the states before and after each FFN when nothing is skipped.
+        points: thresholds and what they keep, in descending order of budgets from 1.
     """
 
     region: FfnRegion
@@ -83,12 +83,15 @@ def calibrate_ffn(
     """Find region, stride and thresholds.
 
     Args:
+        checkpoint: the model.
         ids: [M, S] int64, calibration text.
-        budgets: shares of all FFNs to keep, that thresholds are wanted for; those that cannot be reached are left out.
-        wanted: the one that must be reached.
-        stride, skipping: where they are given: layers that one probe skips; first and last layer that may skip.
+        budgets: shares of all FFNs to keep for which thresholds are wanted; those that cannot be reached are left out.
+        wanted: the share that must be reached.
+        stride: FFNs that are skipped after one that ran; None to find it.
+        skipping: first and last layer that may skip; None to find them.
+        on_progress: called as calibration advances.
     Raises:
-        UsageError: the region is too short for the share that is wanted.
+        UsageError: the region is too short for the wanted share.
     """
     layers = checkpoint.config.num_layers
     change = _changes(checkpoint, ids, on_progress)
@@ -100,7 +103,7 @@ def calibrate_ffn(
     if not possible:
         least = min(_least(one, layers) for one in regions)
         raise UsageError(
-            f"FFN-SkipLLM cannot keep so little: budget {wanted:g}",
+            f"FFN-SkipLLM cannot reach budget {wanted:g}",
             expected=f"{math.ceil(least * 1000) / 1000:g} or more with this stride and these layers",
             found=f"{wanted:g}",
             todo="--policy ffn-skip:stride=K,layers=FIRST-LAST with a larger stride or more layers",
@@ -119,7 +122,10 @@ def calibrate_ffn(
 def at_threshold(
     checkpoint: Checkpoint, ids: np.ndarray, region: FfnRegion, cosine: float, on_progress: OnProgress = silent
 ) -> Calibrated:
-    """The same for a threshold that is given: its share is counted."""
+    """As `calibrate_ffn`, for a given threshold and region: what the threshold keeps is counted.
+
+    Args: cosine: the threshold; ids [M, S] int64.
+    """
     layers = checkpoint.config.num_layers
     change = _changes(checkpoint, ids, on_progress)
     table = region.thresholds(layers, 1 - cosine)
@@ -144,7 +150,7 @@ def _points(
     found = _run(checkpoint, ids, region, [region.thresholds(layers, t) for t in tried])
     on_progress(Progress("calibrating", 1, 2))
     shares = [float(kept[:, 1].mean()) for kept, _ in found]
-    # Shares fall as thresholds rise; where one does not, what lies between stays the same.
+    # Shares should fall as thresholds rise; where one does not, the lower share before it is used.
     falling = np.minimum.accumulate([1.0, *shares])
     changes = np.array([0.0, *tried])
     reachable = [b for b in budgets if b == 1.0 or falling[-1] <= b]
@@ -162,7 +168,7 @@ def _points(
 
 
 def _changes(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress) -> np.ndarray:
-    """1 - cosine across every FFN, nothing being skipped: [L, N] float64."""
+    """1 - cosine of the states before and after every FFN when nothing is skipped: [L, N] float64."""
     layers = checkpoint.config.num_layers
     table = np.full((layers, 2), _NEVER, np.float32)
     found = []
@@ -179,7 +185,7 @@ def _changes(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress) -
 def _run(
     checkpoint: Checkpoint, ids: np.ndarray, region: FfnRegion, tables: Sequence[np.ndarray], *, losses: bool = False
 ) -> list[tuple[np.ndarray, float]]:
-    """What each table of thresholds keeps, [L, 2] float64, and the mean loss of the text (0 if not asked for)."""
+    """The shares that each table of thresholds keeps, [L, 2] float64, and the text's mean loss (0 unless wanted)."""
     with torch.inference_mode():
         walk = Walk(checkpoint, ids, DecoderOptions(FfnSkip(region.stride)))
         streams = [walk.stream(_controls(table)) for table in tables]
@@ -199,7 +205,7 @@ def _loss(walk: Walk, stream: Stream) -> float:
 
 
 def _quietest(change: np.ndarray, stride: int, wanted: float) -> FfnRegion:
-    """The stretch of layers, long enough for a share, across which states change least."""
+    """The range of layers that change states least, long enough for a share."""
     layers = len(change)
     needed = (1 - wanted) * layers * (stride + 1) / stride
     length = min(max(math.ceil(ROOM * needed), stride + 1), layers - 2)
@@ -209,14 +215,14 @@ def _quietest(change: np.ndarray, stride: int, wanted: float) -> FfnRegion:
 
 
 def _least(region: FfnRegion, layers: int) -> float:
-    """The smallest share that a region can keep: every probe skips its stride."""
+    """The smallest share that a region can keep: after every FFN that ran, a whole stride is skipped."""
     length = region.last - region.first + 1
     whole, rest = divmod(length, region.stride + 1)
     return 1 - (whole * region.stride + max(rest - 1, 0)) / layers
 
 
 def _simulated(change: np.ndarray, region: FfnRegion, wanted: float) -> float:
-    """The threshold that would keep a share if skipping changed nothing else: by bisection."""
+    """The threshold that would keep a share if skipping did not change later states, by bisection."""
     low, high = 0.0, float(change[region.first : region.last + 1].max())
     for _ in range(40):
         middle = (low + high) / 2

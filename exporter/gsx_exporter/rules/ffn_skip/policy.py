@@ -1,4 +1,4 @@
-"""`--policy ffn-skip` (FFN-SkipLLM): FFNs are skipped after one that hardly changed a token's state."""
+"""`--policy ffn-skip` (FFN-SkipLLM): after an FFN that hardly changed a token's state, the next ones are skipped."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from gsx_exporter.text import TokenText
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress
 
-# Share of FFNs kept by default, as in the paper's abstract; and new tokens that run in full, of which the notes on it
-# say 5 to 10 % of an answer (docs/methods.md section 5).
+# Share of FFNs kept by default, as in the paper's abstract; and the number of first new tokens that run in full, for
+# which docs/methods.md section 5 has 5 to 10 % of an answer.
 DEFAULT_BUDGET, WARM_UP = 0.75, 8
 BRANCH: tuple[Branch, ...] = ("mlp",)
 
@@ -39,13 +39,13 @@ def _span(text: object) -> tuple[int, int]:
 
 
 class FfnOptions(Parameters):
-    """FFN-SkipLLM's parameters as they are given; None is calibrated.
+    """FFN-SkipLLM's parameters, as given; None for those to calibrate.
 
     Args:
-        stride: layers that are skipped on account of one.
+        stride: FFNs that are skipped after one that hardly changed a state.
         layers: first and last layer that may skip; the others are cold.
-        threshold: cosine from which a state counts as unchanged; None for the one of the budget.
-        warm_up: new tokens that run in full, after the prompt.
+        threshold: cosine from which a state counts as hardly changed; None for the one that the budget needs.
+        warm_up: number of new tokens after the prompt that run in full.
     """
 
     stride: Annotated[int, Field(ge=1)] | None = None
@@ -56,11 +56,12 @@ class FfnOptions(Parameters):
 
 @dataclass(frozen=True)
 class FfnSkipPlan(RulePlan):
-    """What is given; the rest is calibrated on text."""
+    """The given parameters; the others are calibrated on text."""
 
     given: FfnOptions = field(kw_only=True)
 
     def settle(self, checkpoint: Checkpoint, text: TokenText | None, on_progress: OnProgress) -> Settled:
+        """See `RulePlan`. Raises: UsageError: the region is too short for the budget."""
         assert text is not None
         assert self.budget is not None
         given, budget = self.given, self.budget
@@ -98,7 +99,11 @@ class FfnSkipPlan(RulePlan):
 
 
 def plan_ffn_skip(options: PolicyOptions, config: ModelConfig, parameters: str) -> RulePlan:
-    """Raises: UsageError: a model of fewer than 3 layers, wrong parameters, options that it excludes."""
+    """The plan for `ffn-skip`.
+
+    Raises:
+        UsageError: a model with fewer than 3 layers, wrong parameters, or options that the policy excludes.
+    """
     refuse_rank("ffn-skip", options)
     if options.kv_policy not in (None, "compute"):
         refuse_both("ffn-skip", f"--kv-policy {options.kv_policy}", "attention always runs, and computes its K and V")
@@ -115,9 +120,9 @@ def plan_ffn_skip(options: PolicyOptions, config: ModelConfig, parameters: str) 
     if not within or (given.stride or 1) >= layers:
         bad_parameters("ffn-skip", expected, parameters)
     if given.threshold is not None:
-        refuse_budget("ffn-skip:threshold", options, "the threshold says how much is kept")
+        refuse_budget("ffn-skip:threshold", options, "the threshold sets how much is kept")
         if given.stride is None or given.layers is None:
-            bad_parameters("ffn-skip", "stride and layers beside a threshold", parameters)
+            bad_parameters("ffn-skip", "stride and layers with a threshold", parameters)
     return FfnSkipPlan("ffn-skip", BRANCH, "compute", options.budget or DEFAULT_BUDGET, calibrates=True, given=given)
 
 
@@ -135,7 +140,7 @@ def _reference(policy: Policy, selection: Selection | None, controls: RuntimeVal
 
 
 def _similarity(manifest: Manifest) -> Sequence[LayerCurve]:
-    """How alike states are across each FFN, and from where on the next ones are skipped at the exported budget."""
+    """A curve of the similarity of the states before and after each FFN, with the threshold at the exported budget."""
     assert manifest.policy is not None
     assert manifest.selection is not None
     parameters = _recorded(manifest.policy)
@@ -145,7 +150,7 @@ def _similarity(manifest: Manifest) -> Sequence[LayerCurve]:
         LayerCurve(
             title="Similarity by layer",
             caption="Mean cosine of a token's state before and after each FFN on calibration text, with nothing "
-            "skipped. Layers on grey are cold; the dashed line is the threshold at the exported budget.",
+            "skipped. Layers with a grey background are cold; the dashed line is the threshold at the exported budget.",
             label="cosine",
             values=parameters.similarity,
             shaded=((0, first - 1), (last + 1, len(parameters.similarity) - 1)),
@@ -156,7 +161,7 @@ def _similarity(manifest: Manifest) -> Sequence[LayerCurve]:
 
 FFN_SKIP = Rule(
     name="ffn-skip",
-    doc="FFN-SkipLLM: FFNs are skipped after one that hardly changed a token's state; for any model",
+    doc="FFN-SkipLLM: after an FFN that hardly changed a token's state, the next ones are skipped; for any model",
     plan=plan_ffn_skip,
     traced=_traced,
     reference=_reference,

@@ -1,4 +1,4 @@
-"""FFN-SkipLLM, token by token as the method says it (docs/methods.md section 5)."""
+"""The reference rule of FFN-SkipLLM, token by token as the method defines it (docs/methods.md section 5)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gsx_exporter.reference.thresholds import check_thresholds
 
 @dataclass(frozen=True)
 class FfnStride:
-    """The FFNs of the next layers are skipped behind one across which a state hardly changed.
+    """After an FFN that hardly changed a token's state, the FFNs of the next layers are skipped.
 
     Args:
-        thresholds: [L, 2] float32; the MLP's column: the largest change, 1 - cosine, that counts as hardly any; minus
-            infinity for cold layers.
-        stride: layers that are skipped then.
+        thresholds: [L, 2] float32; in the MLP's column, the largest change, 1 - cosine, that counts as hardly any;
+            minus infinity for cold layers.
+        stride: number of FFNs that are then skipped.
         full_until: [B or 1] int64: tokens at a position below it run every FFN.
     """
 
@@ -39,7 +39,7 @@ class FfnStride:
 class _Striding(KeepsOrDrops):
     def __init__(self, thresholds: torch.Tensor, stride: int, full: torch.Tensor, call: MaskCall) -> None:
         self._thresholds, self._stride, self._full, self._call = thresholds, stride, full, call
-        # Layers that each token is still to skip, and by how much its last probe decided.
+        # For each token: the number of FFNs still to skip, and how far its last change was from the threshold.
         self._skips = torch.zeros(call.valid.shape, dtype=torch.int64)
         self._excess = certain(call.valid)
         self._fresh = torch.zeros_like(call.valid)
@@ -58,14 +58,14 @@ class _Striding(KeepsOrDrops):
         return Decision(valid & ~skip, score, margin)
 
     def after(self, x: BranchInput, result: torch.Tensor, decision: Decision) -> None:
-        """A token that ran its FFN is looked at; one that skipped has one layer less to skip."""
+        """See `Masker`: measures the change of tokens that ran their FFN; the others have one FFN fewer to skip."""
         if BRANCHES[1] != x.branch:
             return
         before, now = x.residual.double(), result.double()
         cosine = (before * now).sum(-1) / (before.norm(dim=-1) * now.norm(dim=-1))
         excess = 1 - cosine - float(self._thresholds[x.layer])
-        probed = decision.keep
+        ran = decision.keep
         skips = torch.where(excess <= 0, self._stride, 0)
-        self._skips = torch.where(probed, skips, (self._skips - 1).clamp(min=0))
-        self._excess = torch.where(probed, excess, self._excess)
-        self._fresh = probed & (excess > 0)
+        self._skips = torch.where(ran, skips, (self._skips - 1).clamp(min=0))
+        self._excess = torch.where(ran, excess, self._excess)
+        self._fresh = ran & (excess > 0)

@@ -1,1 +1,1 @@
-"""GateSkip: trained gates say which token may skip which branch."""
+"""GateSkip: trained gates decide which tokens run which branch."""

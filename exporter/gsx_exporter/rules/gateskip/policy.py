@@ -1,4 +1,4 @@
-"""`--policy gateskip`: the checkpoint's own gates choose, by calibrated thresholds or by rank. Default with gates."""
+"""`--policy gateskip`: the checkpoint's gates decide, by calibrated thresholds or by rank. The default with gates."""
 
 from __future__ import annotations
 
@@ -25,21 +25,26 @@ from gsx_plugins.progress import OnProgress
 
 @dataclass(frozen=True)
 class GateSkipPlan(RulePlan):
-    """Gates, and a budget."""
+    """The gates of a checkpoint, and a budget."""
 
     drafts_layers: ClassVar[bool] = True
 
     rule: GateSkip = field(kw_only=True)
 
     def settle(self, checkpoint: Checkpoint, text: TokenText | None, on_progress: OnProgress) -> Settled:
+        """See `RulePlan`."""
         selection = at_budget(self, self.rule, checkpoint, text, on_progress)
         return Settled(self.rule, gateskip_policy(selection.mode, self.rule.branches), selection)
 
 
 def plan_gateskip(options: PolicyOptions, config: ModelConfig, parameters: str) -> RulePlan:
-    """Raises: UsageError: a checkpoint without gates, a K/V policy that its gates do not allow."""
+    """The plan for `gateskip`.
+
+    Raises:
+        UsageError: a checkpoint without gates, or a K/V policy that its gates do not allow.
+    """
     if parameters:
-        bad_parameters("gateskip", "none: --budget and --select are its options", parameters)
+        bad_parameters("gateskip", "no parameters: its options are --budget and --select", parameters)
     gate = config.gate
     if gate is None:
         raise UsageError(
@@ -47,7 +52,7 @@ def plan_gateskip(options: PolicyOptions, config: ModelConfig, parameters: str) 
             expected='"gate" in the "gsx" section of config.json, and the tensors model.layers.{i}.attn_gate.weight, '
             "attn_gate.bias, mlp_gate.weight and mlp_gate.bias",
             found="a dense model",
-            todo="train gates (gsx train), or export with a policy that needs none: --policy layers",
+            todo="train gates (gsx train), or export with a policy that needs no gates: --policy layers",
         )
     kv_policy = options.kv_policy or "compute"
     refuse_none(kv_policy, "compute or copy with gateskip, where another token may need a skipped token's K and V")
@@ -79,7 +84,7 @@ def _reference(policy: Policy, selection: Selection | None, controls: RuntimeVal
 
 GATESKIP = Rule(
     name="gateskip",
-    doc="the checkpoint's gates choose; the default with gates",
+    doc="the checkpoint's gates decide; the default with gates",
     plan=plan_gateskip,
     traced=_traced,
     reference=_reference,

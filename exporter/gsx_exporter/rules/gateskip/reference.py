@@ -1,4 +1,4 @@
-"""GateSkip: by threshold or by rank (docs/design.md section 3)."""
+"""The reference rules of GateSkip: by threshold or by rank (docs/design.md section 3)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Threshold:
         """See `ReferenceRule`."""
         if len(self.thresholds) != call.layers:
             raise UsageError(
-                "reference: thresholds are of another model",
+                "reference: the thresholds do not fit the model",
                 expected=f"{call.layers} rows",
                 found=str(len(self.thresholds)),
             )
@@ -85,7 +85,7 @@ class _ByRank(Stateless):
         ranked = (call.valid & ~call.ended).flatten()
         score = _ranked(x.score).flatten()
         place = ranked.nonzero().flatten()
-        # A stable sort of the ascending token order lets the earlier of equals win.
+        # The sort is stable and tokens are in ascending order, so the earlier of equal scores wins.
         order = score[place].sort(descending=True, stable=True).indices
         best = torch.zeros_like(ranked)
         best[place[order[: kept_count(len(place), self.budget)]]] = True
@@ -98,10 +98,10 @@ class _ByRank(Stateless):
 
 
 def _ranked(score: torch.Tensor) -> torch.Tensor:
-    """NaN counts as the lowest score."""
+    """The score to compare: NaN counts as the lowest."""
     return score.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
 
 
 def _open(margin: torch.Tensor, call: MaskCall) -> torch.Tensor:
-    """Margins, infinite where no score decides: padding and end-of-text."""
+    """Margins, set to infinity where no score decides: padding and end-of-text."""
     return margin.masked_fill(~call.valid | call.ended, float("inf"))

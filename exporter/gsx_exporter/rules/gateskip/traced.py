@@ -28,7 +28,7 @@ from gsx_exporter.rules.scores import bound_of, call_values, selection_inputs
 
 @dataclass(frozen=True)
 class GateSkip(TracedRule):
-    """Keep by the checkpoint's own gates: those above a threshold, or the best K of the call.
+    """Keep tokens by the checkpoint's gates: those above a threshold, or the best K of the call.
 
     Args:
         gate: the checkpoint's gates.
@@ -63,7 +63,7 @@ class GateSkip(TracedRule):
         return call_values(self.selection)
 
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
-        """End-of-text is always kept; by rank, K comes with the call's valid tokens."""
+        """End-of-text is always kept; with selection by rank, K depends on the number of valid tokens in the call."""
         ends = self._end_of_text(tokens.ids)
         values = dict(forced(tokens, ends))
         if self.by_rank:
@@ -71,7 +71,7 @@ class GateSkip(TracedRule):
         return values
 
     def score(self, x: BranchInput, values: Values) -> BranchScore:
-        """The gate's mean is the score, and the gate multiplies."""
+        """The score is the gate's mean; the gate multiplies the branch's output."""
         gate, score = x.gate()
         return BranchScore(apply_forced(score, values), bound_of(x.branch, values), gate)
 
@@ -83,12 +83,12 @@ class GateSkip(TracedRule):
 
 
 def rank_count(valid: Tensor, ends: Tensor, budget: Tensor) -> Tensor:
-    """Rows that rank selection keeps in this call: [1] int64.
+    """Number of rows that selection by rank keeps in this call: [1] int64.
 
-    The formula of docs/design.md, section 3, in millionths and so in whole numbers: the budget arrives as a float32
-    and would be off by a token now and then (docs/methods.md, 3.4). End-of-text comes on top.
+    The formula of docs/design.md, section 3, in whole millionths: with the budget as a float32, the count would
+    sometimes be off by one (docs/methods.md, 3.4). End-of-text tokens are added on top.
 
-    Args: valid [N] bool, not padding; ends [N] bool, end-of-text; budget [] float32.
+    Args: valid [N] bool, false for padding; ends [N] bool, end-of-text; budget [] float32.
     """
     n = (valid & ~ends).sum()
     on_top = (valid & ends).sum()

@@ -1,1 +1,1 @@
-"""Sets of layers as a run-time input, and Unified Layer Skipping."""
+"""Sets of layers as a run-time input, including Unified Layer Skipping."""

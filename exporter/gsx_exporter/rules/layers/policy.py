@@ -1,4 +1,4 @@
-"""`--policy layers` and `unified`: a set of layers for each request, given or from a target speed-up."""
+"""`--policy layers` and `unified`: a set of layers for each request, given directly or by a target speed-up."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from gsx_exporter.rules.settings import Curve, Setting, note_unused_budgets
 from gsx_exporter.text import TokenText
 from gsx_plugins.progress import OnProgress
 
-# What `gsx verify` and `gsx compare` set: shares of the layers, and speed-ups.
+# Speed-up that `gsx verify` uses; shares of the layers and speed-ups that `gsx compare` uses.
 VERIFIED_SPEEDUP = 4 / 3
 _SHARES = (1.0, 0.75, 0.5, 0.25)
 _SPEEDUPS = (4 / 3, 2.0, 4.0)
@@ -39,12 +39,12 @@ _SPEEDUPS = (4 / 3, 2.0, 4.0)
 
 @dataclass(frozen=True)
 class LayersPlan(RulePlan):
-    """A set, which requests may change.
+    """A set of layers, which requests may change.
 
     Args:
         kept: the branches that run by default.
-        speedup: of Unified Layer Skipping, whose prompts run in full; None for a set.
-        exits: depths that the checkpoint was trained to leave at.
+        speedup: that of Unified Layer Skipping, whose prompts run in full; None for a set.
+        exits: exit depths that the checkpoint was trained for.
     """
 
     drafts_layers: ClassVar[bool] = True
@@ -54,6 +54,7 @@ class LayersPlan(RulePlan):
     exits: tuple[int, ...] = field(kw_only=True)
 
     def settle(self, checkpoint: Checkpoint, text: TokenText | None, on_progress: OnProgress) -> Settled:
+        """See `RulePlan`."""
         mask = mask_of(self.kept, checkpoint.config.num_layers, self.kv_policy).tolist()
         inputs = (
             RuntimeInput(name="layer_mask", least=0, most=1, default=mask),
@@ -77,7 +78,11 @@ class LayersPlan(RulePlan):
 
 
 def plan_layers(options: PolicyOptions, config: ModelConfig, parameters: str) -> RulePlan:
-    """Raises: UsageError: a set that names layers that are not there, or keeps nothing."""
+    """The plan for `layers`.
+
+    Raises:
+        UsageError: a set with layers that the model does not have, or an empty one.
+    """
     _refuse_thresholds("layers", options)
     everything = tuple((layer, branch) for layer in range(config.num_layers) for branch in BRANCHES)
     kept = everything
@@ -90,7 +95,11 @@ def plan_layers(options: PolicyOptions, config: ModelConfig, parameters: str) ->
 
 
 def plan_unified(options: PolicyOptions, config: ModelConfig, parameters: str) -> RulePlan:
-    """Raises: UsageError: a speed-up that the model's layers do not give."""
+    """The plan for `unified`.
+
+    Raises:
+        UsageError: a speed-up that cannot be reached with the model's layers.
+    """
     _refuse_thresholds("unified", options)
     try:
         speedup = float(parameters)
@@ -103,12 +112,12 @@ def _plan(
     name: str, options: PolicyOptions, config: ModelConfig, kept: Places, speedup: float | None = None
 ) -> RulePlan:
     kv_policy = options.kv_policy or "none"
-    mask_of(kept, config.num_layers, kv_policy)  # refuses what cannot run
+    mask_of(kept, config.num_layers, kv_policy)  # raises for a set that cannot run
     return LayersPlan(name, BRANCHES, kv_policy, kept=kept, speedup=speedup, exits=config.exits)
 
 
 def _refuse_thresholds(name: str, options: PolicyOptions) -> None:
-    refuse_budget(name, options, "a set of layers is chosen by --layers, --exit or --speedup")
+    refuse_budget(name, options, "a set of layers is given by --layers, --exit or --speedup")
     refuse_rank(name, options)
 
 
@@ -121,7 +130,7 @@ def _reference(policy: Policy, selection: Selection | None, controls: RuntimeVal
 
 
 def _settings(manifest: Manifest, asked: Sequence[float] | None, notes: list[str]) -> list[Setting]:
-    """The exported set, all layers, an exit, a speed-up, and a set that tells branches apart; each mask once."""
+    """The exported set, all layers, an exit, a speed-up, and a set that differs by branch; without duplicates."""
     note_unused_budgets(asked, notes)
     layers = manifest.decoder.num_layers
     assert manifest.policy is not None
@@ -157,7 +166,7 @@ def _exported_share(manifest: Manifest) -> float:
 
 
 def _even(manifest: Manifest) -> Curve:
-    """Layers in even steps, for the prompt as well."""
+    """Evenly spaced layers, for the prompt as well."""
     layers = manifest.decoder.num_layers
     counts = dict.fromkeys(round(share * layers) for share in _SHARES)
     return {
@@ -168,7 +177,7 @@ def _even(manifest: Manifest) -> Curve:
 
 
 def _exits(manifest: Manifest) -> Curve:
-    """The first layers: as many as the checkpoint was trained to leave at, and three quarters and half of them."""
+    """The first layers only: up to each exit that the checkpoint was trained for, and three quarters and half."""
     layers, policy = manifest.decoder.num_layers, manifest.policy
     assert policy is not None
     depths = {*policy.exits, *(round(share * layers) for share in (0.75, 0.5))}
@@ -180,14 +189,14 @@ def _exits(manifest: Manifest) -> Curve:
 
 
 def _speedups(manifest: Manifest) -> Curve:
-    """The same even steps, with the prompt in full."""
+    """Evenly spaced layers, with the prompt in full."""
     layers = manifest.decoder.num_layers
     return {f"speed-up {one:.3g}": KeepSettings(speedup=one) for one in _SPEEDUPS if layers // one >= 2}
 
 
 LAYERS = Rule(
     name="layers",
-    doc="a set of layers for each request, given as layers:0-5,8 or at run time",
+    doc="a set of layers for each request, given at export (layers:0-5,8) or at run time",
     plan=plan_layers,
     traced=_traced,
     reference=_reference,
@@ -198,7 +207,7 @@ LAYERS = Rule(
 )
 UNIFIED = Rule(
     name="unified",
-    doc="Unified Layer Skipping: even steps of layers by a target speed-up, as unified:1.5",
+    doc="Unified Layer Skipping: evenly spaced layers by a target speed-up, e.g. unified:1.5",
     plan=plan_unified,
     traced=_traced,
     reference=_reference,

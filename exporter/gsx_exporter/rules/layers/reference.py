@@ -1,4 +1,4 @@
-"""Sets of layers, one a sequence (docs/methods.md sections 6 to 8)."""
+"""The reference rule of sets of layers, one set per sequence (docs/methods.md sections 6 to 8)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from gsx_exporter.reference.rule import BranchInput, Decision, MaskCall, Masker,
 
 @dataclass(frozen=True)
 class LayerMask:
-    """A branch runs for a sequence where its mask says so, and for tokens at the sequence's first positions.
+    """A branch runs for a sequence if the sequence's mask says so, and always for tokens at its first positions.
 
     Args:
-        mask: [B or 1, L, 2] float32, 1: run, 0: skip.
+        mask: [B or 1, L, 2] float32: 1 to run a branch, 0 to skip it.
         full_until: [B or 1] int64: tokens at a position below it run every branch.
     """
 

@@ -1,9 +1,9 @@
 """Sets of layers as a run-time input: per-sequence layer sets (arXiv:2410.20022), exits (Sorted LLaMA,
 arXiv:2309.08968), Unified Layer Skipping (arXiv:2404.06954).
 
-`layer_mask [B, L, 2]` says which branches run for a sequence; a token below `full_until` runs all of them, which is how
-Unified Layer Skipping runs its prompt. An exit after E layers is the set of the layers below E. Facts: docs/methods.md
-sections 6 to 8.
+`layer_mask [B, L, 2]` says which branches run for a sequence. A token at a position below `full_until` runs all of
+them; Unified Layer Skipping runs its prompt this way. An exit after E layers is the set of the layers below E. Facts:
+docs/methods.md sections 6 to 8.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BOUND = 0.5
 
 @dataclass(frozen=True)
 class Layers(TracedRule):
-    """Keep what the request's set of layers names."""
+    """Keep a sequence's tokens in the layers of its set."""
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -34,7 +34,7 @@ class Layers(TracedRule):
 
     @property
     def whole(self) -> frozenset[str]:
-        """See `TracedRule`: the scores of all layers are made at once, because single steps pay for every node."""
+        """See `TracedRule`: the scores of all layers are computed at once, since every node costs time in a step."""
         return frozenset(("layer_mask",))
 
     @property
@@ -42,10 +42,10 @@ class Layers(TracedRule):
         return {"scores": Value(torch.float32, ("L", 2, "N"))}
 
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
-        """The mask's entries are the scores; tokens below `full_until` run in full, padding never."""
+        """The mask's entries are the scores; tokens below `full_until` always run, padding never."""
         sequences, length = tokens.positions.shape
         mask = inputs["layer_mask"].permute(1, 2, 0).unsqueeze(3)
-        # A mask of one sequence serves all: the exported default has one.
+        # A mask with one sequence applies to all; the exported default is such a mask.
         scores = mask.expand(mask.shape[0], mask.shape[1], sequences, length).reshape(mask.shape[0], mask.shape[1], -1)
         infinity = torch.tensor(float("inf"))
         scores = torch.where(before(tokens.positions, inputs["full_until"]), infinity, scores)

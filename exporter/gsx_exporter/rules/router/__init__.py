@@ -1,1 +1,1 @@
-"""Routers: small trained networks say for each token which layers or branches run."""
+"""Routers: small trained networks decide for each token which layers or branches run."""

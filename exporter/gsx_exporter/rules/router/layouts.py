@@ -1,7 +1,7 @@
-"""Public layouts of routed models, and what each is in a checkpoint of gsx (docs/routers.md).
+"""Converting the public layouts of routed models into gsx's checkpoint layout (docs/routers.md).
 
-A layout is known by the names of its tensors. What the released code does with them is in docs/methods.md, section 10;
-where a file does not say a number (tokens that always run, a threshold), it is the released code's.
+A layout is recognized by the names of its tensors. docs/methods.md, section 10, describes what the released code does
+with them. Numbers that a file does not store (tokens that always run, a threshold) are those of the released code.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import NetConfig, RouterConfig
 
-# D-LLM, `dynamic_reserve_initials`: its file does not say it.
+# D-LLM, `dynamic_reserve_initials`, which its file does not store.
 _DLLM_FULL_FIRST = 2
 
 
 @dataclass(frozen=True)
 class Routed:
-    """A file of routers taken over.
+    """A converted file of routers.
 
     Args:
-        method: whose layout it was.
-        tensors: by the names of a checkpoint of gsx; those that it lacks are the base's.
-        router: what they are.
+        method: the method whose layout the file had.
+        tensors: by their names in a gsx checkpoint; the others come from the base.
+        router: the routers' configuration.
         whole: whether the file had the model's own weights too.
-        left_out: keys that a checkpoint has no place for.
+        left_out: keys that a checkpoint does not store.
     """
 
     method: str
@@ -40,12 +40,12 @@ class Routed:
     left_out: tuple[str, ...] = ()
 
 
-def take_over(source: str, raw: Mapping[str, Any], base: Checkpoint) -> Routed | None:
-    """The routers of a file in a layout that is known; None where it has none.
+def convert_routers(source: str, raw: Mapping[str, Any], base: Checkpoint) -> Routed | None:
+    """The routers of a file in a known layout; None if it has no routers.
 
     Args: source: the file, for errors; raw: its tensors by name; base: the model that was trained.
     Raises:
-        CheckpointError: a layout whose rule gsx does not have, layers that differ, a key of an unknown name.
+        CheckpointError: a layout whose method gsx does not support, layers that differ, or an incomplete router.
     """
     inner = raw.get("model")
     state = inner if isinstance(inner, Mapping) and any(".router." in key for key in inner) else raw
@@ -56,7 +56,7 @@ def take_over(source: str, raw: Mapping[str, Any], base: Checkpoint) -> Routed |
 
 
 def _skipgpt(source: str, state: Mapping[str, Tensor], base: Checkpoint) -> Routed:
-    """SkipGPT (arXiv:2506.04179): `router_attention` and `router_mlp` beside the wrapped layer `block`."""
+    """SkipGPT (arXiv:2506.04179): `router_attention` and `router_mlp` next to the wrapped layer `block`."""
     names = {"router_attention": "attn_router", "router_mlp": "mlp_router"}
     inner = {"hidden_layer": "hidden", "weight_predictor": "out"}
     tensors: dict[str, Tensor] = {}
@@ -110,8 +110,8 @@ def _dllm(source: str, state: Mapping[str, Tensor], base: Checkpoint) -> Routed:
 def _merged(source: str, state: Mapping[str, Tensor], base: Checkpoint) -> dict[str, Tensor]:
     """Q, K and V of the base with D-LLM's low-rank weights added: W + B A, without a factor.
 
-    D-LLM stands on the original Llama code, which rotates neighbouring channels of Q and K; Hugging Face's rotates the
-    two halves of a head, so the rows of what is added are put into that order.
+    D-LLM uses the original Llama code, which rotates neighbouring channels of Q and K. Hugging Face's code rotates the
+    two halves of a head, so the rows of the added weights are reordered accordingly.
     """
     config = base.config
     heads = {"q": config.num_heads, "k": config.num_kv_heads}
@@ -144,8 +144,8 @@ def _merged(source: str, state: Mapping[str, Tensor], base: Checkpoint) -> dict[
 def _flexidepth(source: str, state: Mapping[str, Tensor], base: Checkpoint) -> Routed:
     """FlexiDepth (arXiv:2503.23798): a bottleneck `router` and an adapter `router_proj` in the upper layers.
 
-    The router's last two layers have nothing between them: they are one, `router_head @ router_dec`. The adapter's
-    `down_proj` leads into its width and its `up_proj` out of it.
+    The router's last two layers have nothing between them, so they become one, `router_head @ router_dec`. The
+    adapter's `down_proj` maps to its inner width, and its `up_proj` back.
     """
     renamed = {
         "router.router_enc": "router.hidden",
@@ -186,21 +186,21 @@ def _flexidepth(source: str, state: Mapping[str, Tensor], base: Checkpoint) -> R
 
 def _unofficial_mod(source: str, state: Mapping[str, Tensor], base: Checkpoint) -> Routed:
     raise CheckpointError(
-        f"{source}: is of a Mixture-of-Depths code whose layers differ from the paper's",
-        expected="layers whose addition to the residual stream is multiplied by the router's weight",
+        f"{source}: comes from a Mixture-of-Depths implementation that differs from the paper",
+        expected="layers in which the router's weight multiplies what is added to the residual stream",
         found="router.weight_predictor: there the whole state is multiplied, and one token fewer than k is kept",
-        todo="the section for a model of the paper is in docs/routers.md",
+        todo="docs/routers.md has the section for models that follow the paper",
     )
 
 
 def _rows(source: str, tensors: Mapping[str, Tensor], ending: str) -> int:
-    """First size of the tensors of that name, in every layer the same."""
+    """First size of the tensors with that ending, which must be the same in every layer."""
     sizes = {tensor.shape[0] for name, tensor in tensors.items() if name.endswith("." + ending) and tensor.ndim == 2}
     if len(sizes) != 1:
         raise CheckpointError(
-            f"{source}: its layers have no {ending} of one width",
-            expected="one width in all layers",
-            found=", ".join(map(str, sorted(sizes))) or "none",
+            f"{source}: {ending} is missing, or differs in width between layers",
+            expected="the same width in all layers",
+            found=", ".join(map(str, sorted(sizes))) or "no such tensor",
         )
     return sizes.pop()
 

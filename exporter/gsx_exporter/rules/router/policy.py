@@ -1,4 +1,4 @@
-"""`--policy router`: the checkpoint's own routers choose (Mixture-of-Depths and its like). The default with routers."""
+"""`--policy router`: the checkpoint's routers decide (Mixture-of-Depths and similar). The default with routers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ from gsx_plugins.progress import OnProgress
 
 @dataclass(frozen=True)
 class RouterPlan(RulePlan):
-    """Routers, and a budget; without one, the method's own threshold holds."""
+    """The routers of a checkpoint, and a budget; without a budget, the method's own threshold applies."""
 
     rule: Router = field(kw_only=True)
 
     def settle(self, checkpoint: Checkpoint, text: TokenText | None, on_progress: OnProgress) -> Settled:
+        """See `RulePlan`. Raises: UsageError: at the method's own threshold nothing is kept."""
         router = self.rule.router
         if self.budget is not None:
             selection = at_budget(self, self.rule, checkpoint, text, on_progress)
@@ -51,29 +52,33 @@ class RouterPlan(RulePlan):
 
 
 def plan_router(options: PolicyOptions, config: ModelConfig, parameters: str) -> RulePlan:
-    """Raises: UsageError: a checkpoint without routers, or options that they were not trained with."""
+    """The plan for `router`.
+
+    Raises:
+        UsageError: a checkpoint without routers, or options that its routers were not trained with.
+    """
     if parameters:
-        bad_parameters("router", "none: --budget and --select are its options", parameters)
+        bad_parameters("router", "no parameters: its options are --budget and --select", parameters)
     router = config.router
     if router is None:
         raise UsageError(
             "--policy router needs routers, and this checkpoint has none",
-            expected='"router" in the "gsx" section of config.json, and its tensors, as model.layers.{i}.router.weight',
+            expected='"router" in the "gsx" section of config.json, and tensors such as model.layers.{i}.router.weight',
             found="gates" if config.gate else "a dense model",
-            todo="docs/routers.md says which section a method has; gsx convert takes public checkpoints over",
+            todo="docs/routers.md shows the section of each method; gsx convert converts public checkpoints",
         )
     if options.kv_policy not in (None, router.kv_policy):
         raise UsageError(
-            f"--kv-policy {options.kv_policy}: the routers were trained with another",
-            expected=f"{router.kv_policy}, as gsx.router.kv_policy says",
+            f"--kv-policy {options.kv_policy}: the routers were trained with another K/V policy",
+            expected=f"{router.kv_policy}, as in gsx.router.kv_policy",
             found=str(options.kv_policy),
             todo="leave the option out",
         )
     by_rank = options.select == "rank"
     if by_rank and router.predictor is not None:
-        refuse_both("router with a predictor", "--select rank", "the predictor decides in place of the rank")
+        refuse_both("router with a predictor", "--select rank", "the predictor decides instead of the rank")
     if by_rank and router.adapter is not None:
-        refuse_both("router with an adapter", "--select rank", "an adapter runs where a score is below a threshold")
+        refuse_both("router with an adapter", "--select rank", "an adapter runs if a score is below a threshold")
     own = not by_rank and router.threshold is not None
     rule = Router(router, config.num_layers, options.select)
     return RouterPlan(
@@ -90,12 +95,12 @@ def plan_router(options: PolicyOptions, config: ModelConfig, parameters: str) ->
 def _own_threshold(
     threshold: float, checkpoint: Checkpoint, options: DecoderOptions, text: TokenText, on_progress: OnProgress
 ) -> Selection:
-    """The method's own threshold everywhere, and what it keeps of a text."""
+    """The selection with the method's own threshold at every branch; what it keeps is counted on a text."""
     point = at_constant(checkpoint, text.ids, threshold, options, on_progress)
     if point.budget <= 0:
         raise UsageError(
             "the routers keep nothing of the calibration text at their own threshold",
-            expected="some tokens of some layers",
+            expected="some tokens kept in some layers",
             found=f"threshold {threshold:g}",
             todo="give --budget to calibrate thresholds, or text of the kind that the routers were trained on",
         )
@@ -119,7 +124,7 @@ def _reference(policy: Policy, selection: Selection | None, controls: RuntimeVal
 
 ROUTER = Rule(
     name="router",
-    doc="the checkpoint's routers choose; the default with routers",
+    doc="the checkpoint's routers decide; the default with routers",
     plan=plan_router,
     traced=_traced,
     reference=_reference,

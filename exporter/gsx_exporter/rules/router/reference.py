@@ -1,4 +1,4 @@
-"""Routers: the paper's rules over all tokens, with their networks (docs/routers.md)."""
+"""The reference rules of routers: the papers' rules over all tokens, with the networks (docs/routers.md)."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ class Routers:
 
 @dataclass(frozen=True)
 class RoutedByThreshold:
-    """A token runs what its router scores above a threshold.
+    """A token runs a branch if its router's score is above the threshold.
 
     Args:
-        thresholds: [L, 2] float32; one router for a layer reads the first column.
+        thresholds: [L, 2] float32; with one router for a layer, the first column is used.
     """
 
     thresholds: np.ndarray
@@ -98,7 +98,7 @@ class RoutedByThreshold:
 
 @dataclass(frozen=True)
 class RoutedByRank:
-    """The best of the call run: Mixture-of-Depths as it is trained, `max(1, floor(budget x n))` of n tokens."""
+    """The best `max(1, floor(budget x n))` of the call's n tokens run, as Mixture-of-Depths is trained."""
 
     budget: float
 
@@ -130,13 +130,13 @@ Select = Callable[[int, Branch, torch.Tensor, torch.Tensor], tuple[torch.Tensor,
 
 
 class _Routed(Stateless):
-    """Routers at work in one call: what the current layer's have said is remembered."""
+    """Routers within one call; it stores the current layer's score and decision."""
 
     def __init__(self, call: MaskCall, keep: Select) -> None:
         self._call, self._keep = call, keep
         self._routers = routers = call.parts(Routers)
         self._config = routers.config
-        # Those that the method runs whatever the router says.
+        # Tokens that the method always runs, whatever the router's score.
         self._first = (call.positions < self._config.full_first) & call.valid
         self._entering: BranchInput | None = None
         self._weight: torch.Tensor | None = None
@@ -170,7 +170,7 @@ class _Routed(Stateless):
         return self._decision
 
     def added(self, x: BranchInput, decision: Decision, output: torch.Tensor) -> torch.Tensor:
-        """See `Masker`: the router's weight multiplies, and an adapter stands in for a skipped MLP."""
+        """See `Masker`: the router's weight may multiply the output, and an adapter may replace a skipped MLP."""
         config = self._config
         keep = decision.keep[..., None]
         if not self._routes(x):
@@ -178,15 +178,15 @@ class _Routed(Stateless):
         assert self._weight is not None
         weight = self._weight[..., None].to(output.dtype)
         if config.multiplies == "layer" and x.branch == "mlp":
-            # What the layer adds is attention's part, which stands in the residual stream already, and the MLP's.
+            # The layer adds attention's output, which is already in the residual stream, and the MLP's.
             assert self._entering is not None
             attended = x.residual - self._entering.residual
             return torch.where(keep, weight * (attended + output) - attended, 0.0)
         multiplied = config.multiplies == "branch" or (config.multiplies == "mlp" and x.branch == "mlp")
         added = torch.where(keep, weight * output if multiplied else output, 0.0)
         if config.adapter is not None and x.branch == "mlp":
-            stand_in = self._routers.nets[x.layer, "mlp_adapter"](x.normed.float()).to(output.dtype)
-            added = added + torch.where(keep, 0.0, (1 - weight) * stand_in if multiplied else stand_in)
+            adapted = self._routers.nets[x.layer, "mlp_adapter"](x.normed.float()).to(output.dtype)
+            added = added + torch.where(keep, 0.0, (1 - weight) * adapted if multiplied else adapted)
         return added
 
     def _routes(self, x: BranchInput) -> bool:

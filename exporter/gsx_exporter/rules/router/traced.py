@@ -1,7 +1,7 @@
-"""Routers: small trained networks that say for each token which layers or branches run (docs/routers.md).
+"""Routers: small trained networks that decide for each token which layers or branches run (docs/routers.md).
 
-Mixture-of-Depths (arXiv:2404.02258), D-LLM, SkipGPT (arXiv:2506.04179) and FlexiDepth (arXiv:2503.23798) are settings
-of one entry of the checkpoint, `RouterConfig`. Facts: docs/methods.md section 10.
+Mixture-of-Depths (arXiv:2404.02258), D-LLM, SkipGPT (arXiv:2506.04179) and FlexiDepth (arXiv:2503.23798) differ only in
+the checkpoint's `RouterConfig`. Facts: docs/methods.md section 10.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gsx_exporter.decoder.rule import (
     BranchInput,
     BranchScore,
     HasModules,
-    JudgesOnce,
     ReplacesSkipped,
+    SharesScore,
     Tokens,
     TracedRule,
     Value,
@@ -45,7 +45,7 @@ _ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 
 class RouterNet(nn.Module):
-    """A router's network, in float32: what decides is not to depend on the graph's precision."""
+    """A router's network, in float32, so that decisions do not depend on the graph's precision."""
 
     def __init__(self, net: NetConfig, width: int, out: int, eps: float) -> None:
         super().__init__()
@@ -72,14 +72,14 @@ class RouterNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class Router(TracedRule, HasModules, JudgesOnce, ReplacesSkipped):
-    """Keep what the checkpoint's routers say.
+class Router(TracedRule, HasModules, SharesScore, ReplacesSkipped):
+    """Keep tokens as the checkpoint's routers decide.
 
     Args:
-        router: the checkpoint's entry.
+        router: the checkpoint's routers.
         num_layers: of the model.
-        selection: by `threshold` (run-time input `thresholds [L, 2]`; with one router for a layer the first column
-            counts), or by `rank`: the best tokens of the call (`budget []`), as Mixture-of-Depths is trained.
+        selection: by `threshold` (run-time input `thresholds [L, 2]`; with one router for a layer, the first column is
+            used), or by `rank`: the best tokens of the call (`budget []`), as Mixture-of-Depths is trained.
     """
 
     router: RouterConfig
@@ -111,15 +111,15 @@ class Router(TracedRule, HasModules, JudgesOnce, ReplacesSkipped):
         return call_values(self.selection)
 
     @property
-    def judged(self) -> tuple[Branch, ...]:
-        """See `JudgesOnce`: one router for a layer is asked at its attention branch."""
+    def scored(self) -> tuple[Branch, ...]:
+        """See `SharesScore`: with one router for a layer, the attention branch has the score."""
         return ("attn",) if self.router.decides == "layer" else self.branches
 
     def modules(self, config: ModelConfig, branch: Branch) -> Mapping[str, nn.Module]:
-        """Router and predictor of a branch that is judged by itself, and the adapter in place of a skipped MLP."""
+        """Router and predictor of a branch that has its own score, and the adapter that replaces a skipped MLP."""
         router, width = self.router, config.hidden_size
         found: dict[str, nn.Module] = {}
-        if branch in self.judged:
+        if branch in self.scored:
             name = self._name(branch)
             found[name] = RouterNet(router.net, width, router.logits, config.rms_norm_eps)
             if router.predictor is not None:
@@ -129,7 +129,7 @@ class Router(TracedRule, HasModules, JudgesOnce, ReplacesSkipped):
         return found
 
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
-        """The first tokens of a sequence always run where the method says so; by rank, K comes with the call."""
+        """The first tokens of a sequence may always run; with selection by rank, K depends on the call's tokens."""
         first = before(tokens.positions, torch.tensor([self.router.full_first]))
         values = dict(forced(tokens, first))
         if self.by_rank:
@@ -137,14 +137,14 @@ class Router(TracedRule, HasModules, JudgesOnce, ReplacesSkipped):
         return values
 
     def score(self, x: BranchInput, values: Values) -> BranchScore:
-        """The router's score; one router for the layer is asked at its attention branch."""
+        """The router's score; with one router for a layer, it is computed at the attention branch."""
         router, branch = self.router, x.branch
         passed: dict[str, Tensor] = {}
         if router.reads == "layer" and branch == "attn":
             passed["entering"] = x.hidden
             passed["entering_normed"] = x.normed
         known = {**values, **passed}
-        if branch in self.judged:
+        if branch in self.scored:
             source = (x.hidden, x.normed)
             if router.reads == "layer":
                 source = (known["entering"], known["entering_normed"])
@@ -156,12 +156,12 @@ class Router(TracedRule, HasModules, JudgesOnce, ReplacesSkipped):
             passed["score"] = score = apply_forced(score, values)
         else:
             score, weight = known["score"], known["weight"]
-        bound = bound_of(branch if branch in self.judged else "attn", values)
+        bound = bound_of(branch if branch in self.scored else "attn", values)
         gate = weight.unsqueeze(1) if self._multiplied(branch) else None
         return BranchScore(score, bound, gate, passed)
 
     def skipped(self, x: BranchInput, score: BranchScore, values: Values) -> Tensor:
-        """The residual stream; with an adapter, its output added to the skipped rows; where the router multiplies what
+        """The residual stream. With an adapter, its output is added to the skipped rows. If the router multiplies what
         the whole layer adds, what attention added is multiplied here."""
         hidden = x.hidden
         if x.branch != "mlp":
@@ -182,7 +182,7 @@ class Router(TracedRule, HasModules, JudgesOnce, ReplacesSkipped):
         return "router" if self.router.decides == "layer" else f"{branch}_router"
 
     def _multiplied(self, branch: Branch) -> bool:
-        """Whether the kept rows' output of a branch is multiplied by the router's."""
+        """Whether the router's weight multiplies a branch's output for kept rows."""
         multiplies = self.router.multiplies
         return multiplies == "branch" or (branch == "mlp" and multiplies in ("mlp", "layer"))
 
@@ -197,10 +197,12 @@ class Router(TracedRule, HasModules, JudgesOnce, ReplacesSkipped):
 
 
 def capacity(valid: Tensor, first: Tensor, budget: Tensor) -> Tensor:
-    """Rows that selection by rank keeps in a call: [1] int64, Mixture-of-Depths' capacity.
+    """Number of rows that selection by rank keeps in a call, [1] int64: Mixture-of-Depths' capacity.
 
-    `max(1, floor(budget x n))` of n tokens (none of none), in millionths and so in whole numbers, and on top of them
-    the first ones, which always run. Args: valid [N] bool, not padding; first [N] bool; budget [] float32.
+    `max(1, floor(budget x n))` of n tokens (0 if n = 0), computed in whole millionths; the first tokens, which always
+    run, are added on top.
+
+    Args: valid [N] bool, false for padding; first [N] bool; budget [] float32.
     """
     n = (valid & ~first).sum()
     millionths = torch.round(budget * 1e6).to(torch.int64).clamp(max=1_000_000)
