@@ -170,9 +170,9 @@ def test_a_bundle_holds_parity_and_its_guarantee(checkpoint: Checkpoint, tiny_te
     [
         ("calm", "a threshold or a guarantee"),
         ("calm:softmax,threshold=0.5,tolerance=0.1", "a threshold or a guarantee"),
-        ("calm:threshold=1.2", "outside the measure's range"),
-        ("calm:softmax,threshold=-0.5", "outside the measure's range"),
-        ("calm:threshold=nan", "outside the measure's range"),
+        ("calm:threshold=1.2", "outside the range of the confidence measure"),
+        ("calm:softmax,threshold=-0.5", "outside the range of the confidence measure"),
+        ("calm:threshold=nan", "outside the range of the confidence measure"),
         ("calm:tolerance=0", "of a guarantee"),
         ("calm:tolerance=0.1,confidence=1", "of a guarantee"),
         ("calm:tolerance=0.1,risk=none", "risk=agreement or risk=loss"),
