@@ -89,8 +89,8 @@ def test_generate_is_seeded(gsx: Gsx, tiny_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["the prompt is not clear", "neither"]),
-        (["hello", "--ids", "1"], ["the prompt is not clear", "both"]),
+        ([], ["the prompt is unclear", "neither"]),
+        (["hello", "--ids", "1"], ["the prompt is unclear", "both"]),
         (["--ids", "one"], ["--ids", "1,2,3"]),
         (["--ids", "999999"], ["outside the vocabulary"]),
         (["hello", "--budget", "0.01"], ["below the calibrated grid", "--budget 0.01"]),

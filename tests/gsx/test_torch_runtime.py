@@ -156,7 +156,7 @@ def test_the_public_function(tiny_bundle: Path) -> None:
 
 
 def test_refusals(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"--device is for --backend torch alone\n  found --backend onnxruntime"):
+    with pytest.raises(UsageError, match=r"--device is only for --backend torch\n  found --backend onnxruntime"):
         open_backend("onnxruntime", "cpu")
     bundle = open_bundle(tiny_bundle)
     eight = Quantization(scheme="int8", smoothing=0.0, products=1, kept_high=(), budget=None, calibration=None)
