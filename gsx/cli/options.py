@@ -1,8 +1,8 @@
 """Options that commands share, each written once, and groups of options that belong together.
 
 A group is a frozen dataclass whose fields are options. A command takes it as one parameter. `grouped` replaces it with
-its fields on the command line, with the group's docstring as their heading; `vars(group)` gives keyword arguments of the
-public function.
+its fields on the command line, with the group's docstring as their heading; `vars(group)` gives the public function's
+keyword arguments.
 """
 
 from __future__ import annotations

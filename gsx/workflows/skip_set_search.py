@@ -2,8 +2,8 @@
 
 Draft & Verify (2309.08168) and SWIFT (2410.06916) search for the set by the time per accepted token. Measured time says
 little on a machine that does other work too (the same set, measured four times in turn with plain decoding, ran at 0.35
-to 0.74 of its speed), so a candidate is judged by what can be counted: accepted tokens of text that the model generated,
-and bytes read. The best candidates are then measured against plain decoding, on other prompts.
+to 0.74 of its speed), so a candidate is judged by what can be counted: accepted tokens of text that the model
+generated, and bytes read. The best candidates are then measured against plain decoding, on other prompts.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def test_two_choices_exclude_each_other() -> None:
 
 @pytest.mark.parametrize("keep", [KeepSettings(layers="0-2"), KeepSettings(exit=1), KeepSettings(speedup=2.0)])
 def test_a_dense_bundle_has_no_sets(keep: KeepSettings) -> None:
-    with pytest.raises(UsageError, match="--policy layers"):
+    with pytest.raises(UsageError, match="the policy layers"):
         controls_for(manifest_of(None), keep)
 
 
