@@ -265,7 +265,7 @@ def test_names_of_the_glossary_exist() -> None:
     assert not set(names) - defined_names() - COMING_NAMES
 
 
-def test_no_name_is_still_to_come_that_is_there() -> None:
+def test_no_existing_name_is_listed_as_still_to_come() -> None:
     assert not COMING_NAMES & defined_names()
 
 

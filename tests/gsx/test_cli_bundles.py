@@ -1,4 +1,4 @@
-"""Commands that read a bundle or make a checkpoint: generate, verify, convert, train; and spoiled bundles."""
+"""Commands that read a bundle or make a checkpoint: generate, verify, convert, train; and damaged bundles."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
         Quantize("int8", **options)
 
 
-def test_a_bundle_is_no_checkpoint(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_not_a_checkpoint(tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a bundle, exported already"):
         export(tiny_bundle, tmp_path / "out", quantize=Quantize("int8"))
 

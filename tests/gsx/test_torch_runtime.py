@@ -45,7 +45,7 @@ class Case:
 
     Args:
         options: of the export.
-        model: a tiny model in place of the gated one.
+        model: a tiny model instead of the gated one.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def both(bundle: Bundle) -> tuple[Runner, Runner]:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_logits_and_choices_equal_portable_ones(bundle: Bundle, batch: int) -> None:
-    """Prefill, chunks and single tokens, of each sequence as many as it likes; and steps after a roll-back."""
+    """Prefill, chunks and single tokens, another number for each sequence; and steps after a roll-back."""
     runners = both(bundle)
     caches = [runner.new_cache(batch, CAPACITY) for runner in runners]
     controls = controls_for(bundle.manifest)
