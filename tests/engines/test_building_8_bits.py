@@ -67,7 +67,7 @@ def test_a_product_that_does_not_run_in_8_bits_is_named(
     assert loud.startswith("WARNING: 1 quantized product DOES NOT RUN IN 8 BITS")
     assert f"model: {name}.weight" in loud
     assert run(["inspect", str(directory)]) == 0
-    assert "20 int8; 1 quantized ones are not in 8 bits" in capsys.readouterr().out
+    assert "20 int8; 1 quantized ones do not run in 8 bits" in capsys.readouterr().out
 
 
 def test_a_target_without_fp8_is_refused(make_tiny_bundle: Callable[..., Path]) -> None:

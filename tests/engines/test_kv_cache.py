@@ -135,7 +135,7 @@ def test_this_onnxruntime_has_attention_over_codes() -> None:
     ids=["half precision", "fp8"],
 )
 def test_export_refuses(options: dict[str, Any], found: str, tiny_gated: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=rf"--kv-cache int8: ONNX Runtime keeps codes.*\n.*, found {found}\n"):
+    with pytest.raises(UsageError, match=rf"--kv-cache int8: ONNX Runtime combines codes.*\n.*, found {found}\n"):
         export(tiny_gated, tmp_path / "out", kv_cache="int8", **options)
     assert not (tmp_path / "out").exists()
 

@@ -13,7 +13,7 @@ from gsx.cli.options import grouped
 
 @dataclass(frozen=True)
 class Paint:
-    """Look."""
+    """How it looks."""
 
     colour: Annotated[str, typer.Option(help="Its colour.")] = "red"
     coats: Annotated[int, typer.Option("--layers", help="How thick.")] = 1
