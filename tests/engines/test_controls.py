@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, controls_for, rows_of, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import places_text
@@ -30,7 +31,10 @@ def sets_policy(name: str = "layers", exits: tuple[int, ...] = (), warm_up: int 
         RuntimeInput(name="layer_mask", least=0, most=1, default=full),
         RuntimeInput(name="full_until", least=0, most=None, default=0),
     )
-    return Policy(name=name, branches=BRANCHES, inputs=reads, exits=exits, warm_up=warm_up)
+    section = {"name": name, "branches": BRANCHES, "inputs": reads, "exits": exits, "warm_up": warm_up}
+    parameters = {"layers": "0-5", **({"speedup": 2.0} if name == "unified" else {})}
+    found: Policy = TypeAdapter(Policy).validate_python({**section, "parameters": parameters})
+    return found
 
 
 # From docs/methods.md section 7, which has them from the authors' code.
@@ -99,7 +103,7 @@ def test_a_set_that_keeps_nothing() -> None:
 def test_exits_are_the_ones_of_the_checkpoint() -> None:
     manifest = manifest_of(sets_policy(exits=(2, 4)))
     assert controls_for(manifest, KeepSettings(exit=2))["layer_mask"][0, :, 0].tolist() == [1, 1, 0, 0, 0, 0]
-    with pytest.raises(UsageError, match=r"expected one of 2, 4, 6, found 3\n  --layers 0-2 runs any set"):
+    with pytest.raises(UsageError, match=r"expected one of 2, 4, 6, found 3\n  to run these layers anyway, .* set 0-2"):
         controls_for(manifest, KeepSettings(exit=3))
     assert len(exit_places(3, LAYERS)) == 3 * len(BRANCHES)
 

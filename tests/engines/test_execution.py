@@ -185,7 +185,7 @@ def test_it_goes_on_after_every_failure(
         assert text(stage or fresh()) == want, number
 
 
-@pytest.mark.parametrize(("backend", "reason"), [("tensorrt", "stands above"), ("tensorrt-rtx", "unsupported cc")])
+@pytest.mark.parametrize(("backend", "reason"), [("tensorrt", "message above"), ("tensorrt-rtx", "unsupported cc")])
 def test_an_engine_that_is_refused(
     make_tiny_bundle: Callable[..., Path],
     make: Make,

@@ -175,6 +175,7 @@ def test_how_often_each_pass_applied(tiny_bundle: Path) -> None:
     assert list(counts) == list(dict.fromkeys(names)), "in the order in which they run"
     expected = {
         "fuse_products": 0,
+        "unsigned_codes": 0,
         "give_state": 1,
         "mask_by_place": 1,
         "write_in_place": 2 * LAYERS,

@@ -139,7 +139,7 @@ def test_what_triton_could_not_load_is_refused(
     assert "which TensorRT cannot load" in capsys.readouterr().err
     assert run([*command, "tensorrt-plan", "--slots", "2"]) == 2
     assert run([*command, "tensorrt-rtx"]) == 1
-    assert "has no engines for tensorrt-rtx with K/V in place" in capsys.readouterr().err
+    assert "has no engines for tensorrt-rtx that update K/V in place" in capsys.readouterr().err
     assert not target.exists()
 
 

@@ -14,8 +14,11 @@ from gsx.parity.measure import EngineSide, runner_logits
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
+from gsx_engines.lowering.for_onnxruntime import quantized
 from gsx_engines.lowering.for_onnxruntime.quantized import fuse_products
 from gsx_engines.lowering.onnxruntime import lower
+from gsx_engines.lowering.probe import products_saturate
+from gsx_engines.runners import session
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.session import session_config
 from gsx_plugins.graph import Graph
@@ -34,12 +37,12 @@ def bundle(request: pytest.FixtureRequest, make_tiny_bundle: Callable[..., Path]
 
 
 def test_both_runners_agree_and_differ_from_full_precision(bundle: Path, tiny_bundle: Path) -> None:
-    quantized, full = open_bundle(bundle), open_bundle(tiny_bundle)
+    eight, full = open_bundle(bundle), open_bundle(tiny_bundle)
     ids = np.random.default_rng(0).integers(3, 259, (1, 24))
     assert full.manifest.selection is not None
     controls = controls_for(full.manifest, KeepSettings(budget=1.0))  # all kept: nothing can flip
-    portable = EngineSide(quantized).observe(ids, np.ones_like(ids), controls)[0].logits
-    fast, kept = runner_logits(open_runner(quantized), ids, controls)
+    portable = EngineSide(eight).observe(ids, np.ones_like(ids), controls)[0].logits
+    fast, kept = runner_logits(open_runner(eight), ids, controls)
     exact, _ = runner_logits(open_runner(full), ids, controls)
     assert kept is not None
     assert (kept == ids.size).all()
@@ -102,4 +105,25 @@ def test_the_manifest_says_what_is_quantized(bundle: Path) -> None:
     assert entry.products == 7 * manifest.decoder.num_layers + 1, "all but the gates, and the head"
     assert (entry.calibration is None) == (entry.scheme == "int8-weights")
     assert entry.budget == (None if entry.scheme == "int8-weights" else 0.7)
-    assert ("session.disable_quant_qdq" in session_config(manifest)) == (entry.scheme == "fp8")
+    assert ("session.disable_quant_qdq" in session_config(manifest, lowered=True)) == (entry.scheme == "fp8")
+
+
+@pytest.mark.parametrize("saturates", [False, True])
+def test_products_that_saturate_have_unsigned_weights(
+    make_tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, saturates: bool
+) -> None:
+    """Both forms are made on any CPU; the unsigned one computes the same numbers, the other one where it is right."""
+    bundle = open_bundle(make_tiny_bundle(quantize=Quantize("int8", ("none",))))
+    usable = saturates or not products_saturate()
+    for module in (quantized, session):
+        monkeypatch.setattr(module, "products_saturate", lambda: saturates)
+    layers = bundle.manifest.decoder.num_layers
+    model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
+    assert lower(model, bundle.manifest, range(layers)).counts["unsigned_codes"] == (7 * layers if saturates else 0)
+    assert ("session.disable_quant_qdq" in session_config(bundle.manifest)) == saturates
+    if usable:
+        ids = np.random.default_rng(0).integers(3, 259, (1, 24))
+        controls = controls_for(bundle.manifest, KeepSettings(budget=1.0))
+        portable = EngineSide(bundle).observe(ids, np.ones_like(ids), controls)[0].logits
+        fast, _ = runner_logits(open_runner(bundle), ids, controls)
+        assert np.abs(fast[0] - portable).max() < RUNNER_TOLERANCE * np.abs(portable).max()

@@ -18,6 +18,7 @@ from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
+from gsx_engines.bundle.tensor_names import past
 from gsx_engines.generation import generate
 from gsx_engines.lowering.onnxruntime import lower
 from gsx_engines.runners.portable import PortableStage
@@ -124,7 +125,7 @@ def kept_kv(bundle: Bundle, keep: KeepSettings) -> np.ndarray:
     runner = WholeRunner(stage)
     cache = runner.new_cache(1, 8)
     runner.step(cache, np.array([[5, 60, 61]]), controls_for(bundle.manifest, keep))
-    return np.array([bool(cache.memory[f"{layer}.key"].any()) for layer in range(LAYERS)])
+    return np.array([bool(cache.memory[past(layer, "key")].any()) for layer in range(LAYERS)])
 
 
 def test_skipped_layers_have_no_k_and_v(bundle_of: Callable[[str], Path]) -> None:

@@ -56,6 +56,7 @@ class Gates(Section):
 SchemeName = Literal["int8", "int8-weights", "fp8"]
 # Schemes whose codes are floating-point (E4M3): ONNX Runtime only simulates them on a CPU, and not every GPU has them.
 _FLOAT8: frozenset[SchemeName] = frozenset(("fp8",))
+_WEIGHTS_ONLY: frozenset[SchemeName] = frozenset(("int8-weights",))
 
 
 class Quantization(Section):
@@ -87,6 +88,11 @@ class Quantization(Section):
     def is_float8(self) -> bool:
         """Whether the codes are FP8."""
         return self.scheme in _FLOAT8
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether activations are quantized too, not only weights."""
+        return self.scheme not in _WEIGHTS_ONLY
 
 
 class KvCache(Section):

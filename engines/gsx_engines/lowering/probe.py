@@ -1,4 +1,4 @@
-"""Checks whether this ONNX Runtime has the kernels that the lowering needs, by running a small model."""
+"""Checks whether this ONNX Runtime has the kernels that the lowering needs, by running small models."""
 
 from __future__ import annotations
 
@@ -68,3 +68,30 @@ def is_supported(head_dim: int, *, eight_bits: bool = False) -> bool:
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     expected = (weights / weights.sum(axis=-1, keepdims=True)) @ value[0, 0, :3]
     return bool(np.abs(found.reshape(2, 2, head_dim) - expected.transpose(1, 0, 2)).max() < _ROUNDING[eight_bits])
+
+
+@functools.cache
+def products_saturate() -> bool:
+    """Whether the product of uint8 rows and int8 weights is wrong for large codes on this machine.
+
+    On x86 CPUs with AVX2 and without VNNI, ONNX Runtime's kernel adds pairs of products in 16 bits, which saturate at
+    32,767 (seen with ONNX Runtime 1.31; its own remedy, `session.x64quantprecision`, makes a DequantizeLinear of the
+    graph invalid). The product of uint8 rows and uint8 weights is right on every CPU.
+    """
+    rows, weights = np.full((1, 64), 255, np.uint8), np.full((64, 16), 127, np.int8)
+    one, zero = np.float32(1), np.uint8(0)
+    constants = [numpy_helper.from_array(a, n) for n, a in (("weights", weights), ("one", one), ("zero", zero))]
+    node = helper.make_node("MatMulIntegerToFloat", ["rows", "weights", "one", "one", "zero"], ["out"], domain=CONTRIB)
+    model = helper.make_model(
+        helper.make_graph(
+            [node],
+            "probe",
+            [helper.make_tensor_value_info("rows", TensorProto.UINT8, rows.shape)],
+            [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
+            initializer=constants,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)],
+        ir_version=11,
+    )
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return bool((session.run(["out"], {"rows": rows})[0] != 64 * 255 * 127).any())

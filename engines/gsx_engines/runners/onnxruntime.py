@@ -276,7 +276,7 @@ class OnnxRuntimeStage:
         return self._sequence
 
     def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
-        config = session_config(self.manifest)
+        config = session_config(self.manifest, lowered=True)
         return open_session(model.SerializeToString(), self._bundle.directory, self._threads, config)
 
 

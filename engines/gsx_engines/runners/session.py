@@ -9,18 +9,22 @@ import onnxruntime as ort
 
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.errors import BundleError
+from gsx_engines.lowering.probe import products_saturate
 
 
-def session_config(manifest: Manifest) -> Mapping[str, str]:
+def session_config(manifest: Manifest, *, lowered: bool = False) -> Mapping[str, str]:
     """Session configuration that a bundle's graphs need on ONNX Runtime, or run faster with.
 
     FP8: ONNX Runtime's rewriting of Q/DQ picks kernels that have no FP8, and the session does not load. INT8 weights
     whose inputs are not quantized (the head's never are) become MatMulNBits; blocks of 128 were the fastest of those
-    tried, in decoding and in prefill (docs/quantization.md).
+    tried, in decoding and in prefill (docs/quantization.md). Where ONNX Runtime's 8-bit products saturate, the portable
+    graph is computed as it is written, in float32; the lowered graph has products that do not saturate.
     """
     if manifest.quantization is None:
         return {}
     if manifest.quantization.is_float8:
+        return {"session.disable_quant_qdq": "1"}
+    if manifest.quantization.quantizes_activations and not lowered and products_saturate():
         return {"session.disable_quant_qdq": "1"}
     return {"session.qdq_matmulnbits_block_size": "128"}
 

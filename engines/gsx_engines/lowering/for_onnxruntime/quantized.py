@@ -12,8 +12,9 @@ import numpy as np
 from onnx import TensorProto
 
 from gsx_engines.lowering.for_onnxruntime.task import CONTRIB
+from gsx_engines.lowering.probe import products_saturate
 from gsx_engines.lowering.products import quantized_products
-from gsx_plugins.graph import Graph
+from gsx_plugins.graph import Graph, make_node
 
 # int8 code + 128 is the uint8 code of the same number.
 _MIDDLE = "lowered.middle_code"
@@ -42,6 +43,37 @@ def fuse_products(graph: Graph) -> int:
     if count:
         graph.add_constant(_MIDDLE, np.uint8(128))
         graph.drop_unread()
+    return count
+
+
+def unsigned_codes(graph: Graph) -> int:
+    """On CPUs whose kernel saturates (`products_saturate`), int8 weights become uint8 with a zero-point of 128.
+
+        MatMulIntegerToFloat(rows, codes, scales, zero-point)      becomes
+        MatMulIntegerToFloat(rows, BitwiseXor(bits of codes, 128), scales, zero-point, 128)
+
+    The result is the same number: flipping the first bit of a code's byte adds 128. The bits are the stored codes read
+    as uint8, so that nothing is copied here; ONNX Runtime computes the new codes once, when it loads the graph.
+
+    Returns: how many products.
+    """
+    if not products_saturate():
+        return 0
+    count, unsigned = 0, {}
+    for part in graph.parts():
+        for node in part.nodes:
+            if (node.op_type, node.domain) == ("MatMulIntegerToFloat", CONTRIB) and node.input[1] in graph.constants:
+                codes = node.input[1]
+                unsigned.setdefault(codes, f"{codes}.unsigned")
+                part.set_inputs(node, [node.input[0], unsigned[codes], *node.input[2:5], _MIDDLE])
+                count += 1
+    for codes, name in unsigned.items():
+        bits = TensorProto()
+        bits.CopyFrom(graph.constants[codes])
+        bits.name, bits.data_type = f"{codes}.bits", TensorProto.UINT8
+        graph.add_tensor(bits)
+        graph.prepend(make_node("BitwiseXor", [bits.name, _MIDDLE], name))
+    graph.remove_constants(codes for codes in unsigned if not graph.users(codes))
     return count
 
 
