@@ -93,7 +93,7 @@ def test_generate_is_seeded(gsx: Gsx, tiny_bundle: Path) -> None:
         (["hello", "--ids", "1"], ["the prompt is unclear", "both"]),
         (["--ids", "one"], ["--ids", "1,2,3"]),
         (["--ids", "999999"], ["outside the vocabulary"]),
-        (["hello", "--budget", "0.01"], ["below the calibrated grid", "--budget 0.01"]),
+        (["hello", "--budget", "0.01"], ["below the calibrated grid", "with budget 0.01"]),
         (["hello", "--budget", "2"], ["the budget is out of range"]),
         (["hello", "--max-new-tokens", "0"], ["the number of new tokens is out of range"]),
         (["hello", "--temperature=-1"], ["temperature"]),

@@ -172,7 +172,7 @@ def test_refusals(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(tiny_bundle: Path) -> None:
-    with pytest.raises(EngineError, match=r"PyTorch sees no GPU here\n  expected an NVIDIA GPU.*\n  --device cpu"):
+    with pytest.raises(EngineError, match=r"PyTorch sees no GPU here\n  expected an NVIDIA GPU.*\n  use --device cpu"):
         open_backend("torch", "cuda")
 
 

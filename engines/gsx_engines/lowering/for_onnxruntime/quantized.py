@@ -59,7 +59,8 @@ def unsigned_codes(graph: Graph) -> int:
     """
     if not products_saturate():
         return 0
-    count, unsigned = 0, {}
+    count = 0
+    unsigned: dict[str, str] = {}
     for part in graph.parts():
         for node in part.nodes:
             if (node.op_type, node.domain) == ("MatMulIntegerToFloat", CONTRIB) and node.input[1] in graph.constants:
