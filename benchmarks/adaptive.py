@@ -1,10 +1,10 @@
-"""What a skip set that is searched for while generating gains, beside plain decoding and the set it starts with.
+"""What a search for a skip set while generating gains, against plain decoding and against the set it starts with.
 
     python -m benchmarks.adaptive --work DIR
 
 The example model, or the bundle at `--bundle`, which must leave branches out on request (gates, or `--policy layers`).
-In each round all four ways continue the same prompt in turn, and the search starts anew; the last way drafts with the
-set that the search of this round ended with. Its text must be plain decoding's.
+In each round all four ways continue the same prompt in turn, and the search starts again; the last way drafts with the
+set that this round's search ended with. Its text must be that of plain decoding.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PLAIN = "plain"
 
 
 def speed(one: Generation) -> float:
-    """Tokens a second behind the first one."""
+    """Tokens per second after the first one."""
     return one.stats.decode_tokens_per_second or 0.0
 
 

@@ -1,10 +1,10 @@
-"""What a skipped branch saves, and what an entered one costs beside the same work in the dense graph.
+"""What a skipped branch saves, and what an entered one costs, compared with the same work in the dense graph.
 
     python -m benchmarks.branches --work DIR
 
 The runner without the decoding loop: prefill of 512 tokens, and single tokens at 512 past tokens. Dense against scalar
-gates with half of the branches kept (the calibrated budget 0.5), with none kept and with all kept. Caches are reused,
-so that no form pays for fresh memory.
+gates with half of the branches kept (the calibrated budget 0.5), with no branch kept and with all kept. Caches are
+reused, so that no form pays for fresh memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.runners.select import open_runner
 
 PROMPT_TOKENS, STEPS = 512, 24
-# Scores are between 0 and 1: none is above 2, and all are above minus infinity.
+# Scores are between 0 and 1: no score is above 2, and all are above minus infinity.
 KEEP_NONE, KEEP_ALL = 2.0, -np.inf
 
 

@@ -1,4 +1,4 @@
-"""Models and bundles that benchmarks run, made where they are not there yet and kept in the work directory.
+"""Models and bundles that benchmarks run, made when they are first needed and kept in the work directory.
 
 A `Workshop` makes the benchmark model (`model.py`) dense, with gates and with routers, and exports it. Exports have
 names, so that benchmarks that need the same bundle share it.
@@ -19,10 +19,10 @@ from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "model"
-# The command line of this environment, also where no script `gsx` is installed.
+# The command line of this environment, even if no script `gsx` is installed.
 GSX = (sys.executable, "-m", "gsx")
 BUDGET = 0.5
-# Of the exports that only look at times.
+# Options of exports that are only timed.
 SHORT_TEXT = 1024
 
 
@@ -32,7 +32,7 @@ class Recipe:
 
     Args:
         gate: the model's gates or routers: `scalar`, `vector`, a key of `ROUTERS`, or None.
-        options: of the export.
+        options: the export's options.
         calibrated: whether it reads calibration text.
     """
 
@@ -46,7 +46,7 @@ def _half(gate: str) -> Recipe:
 
 
 def _in_8_bits(gate: str | None, scheme: Any, *keep: str) -> Recipe:
-    """INT8 with what the scheme spares by itself (nothing, of a dense model), or with `keep`."""
+    """INT8 with the layers that the scheme itself leaves (in a dense model there are none), or with `keep`."""
     options: dict[str, Any] = {"quantize": Quantize(scheme, keep)}
     if gate is not None:
         options["budget"] = BUDGET
@@ -80,7 +80,7 @@ class Workshop:
     """Models and bundles of one shape, below `directory`.
 
     Args:
-        directory: of this shape alone.
+        directory: only for this shape.
         shape: a key of `SHAPES`.
     """
 
@@ -133,11 +133,11 @@ class Workshop:
 
 
 def exported(path: Path, model: Path, **options: Any) -> Bundle:
-    """The bundle at `path`, exported with these options where it is not there yet."""
+    """The bundle at `path`, exported with these options if it does not exist yet."""
     return open_bundle(path) if (path / "gsx.json").exists() else export(model, path, **options)
 
 
 def add_model_options(parser: ArgumentParser) -> None:
-    """`--shape` and `--prepare`, of benchmarks that use a workshop."""
+    """Add `--shape` and `--prepare`, for benchmarks that use a workshop."""
     parser.add_argument("--shape", choices=SHAPES, default="small", help="of the benchmark model (default: small)")
     parser.add_argument("--prepare", action="store_true", help="make models and exports, and time nothing")

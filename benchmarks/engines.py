@@ -1,7 +1,7 @@
-"""What building TensorRT-RTX engines takes, in time, memory and size, and what runs in 8 bits.
+"""What building TensorRT-RTX engines costs in time, memory and size, and what runs in 8 bits.
 
     python -m benchmarks.engines --work DIR --model example    the example model in each precision
-    python -m benchmarks.engines --work DIR --model 8bit       INT8 and FP8 beside fp16: that model, and one of 82 M
+    python -m benchmarks.engines --work DIR --model 8bit       INT8 and FP8 against fp16: that model, and one of 82 M
     python -m benchmarks.engines --work DIR --model 1b         1.1 B parameters; needs 8 GB of memory
 
 An engine is built in a process of its own; its peak is the kernel's account of that process (`VmHWM`, which counts

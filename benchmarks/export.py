@@ -2,7 +2,7 @@
 
     python -m benchmarks.export --work DIR
 
-Each export is a process of its own, Python's start and imports included. Peak memory is the kernel's account of the
+Each export is a process of its own, including Python's start and imports. Peak memory is the kernel's account of the
 finished process (`ru_maxrss`, which counts pages of mapped files too).
 """
 
@@ -26,7 +26,7 @@ OURS, THEIRS = "gsx export", "GenAI builder"
 
 @dataclass(frozen=True)
 class Run:
-    """A finished process: seconds, most memory in GiB, and GB in the directory that it wrote."""
+    """A finished process: seconds, peak memory in GiB, and GB in the directory that it wrote."""
 
     seconds: float
     peak_gib: float

@@ -1,11 +1,11 @@
-"""Prefill on a GPU: does leaving work out save the time that the FLOPs say?
+"""Prefill on a GPU: does leaving out work save the time that the FLOPs predict?
 
     python -m benchmarks.gpu_prefill            Llama-3-8B's shape, bf16, 4,096 tokens
     python -m benchmarks.gpu_prefill --quick    the same code on a CPU, with a tiny shape
 
 The traced decoder's own layers run in PyTorch with the CUDA kernels bound to the ops (`gsx_plugins.cuda.bind`): random
 weights, scalar gates, rank selection, so that exactly the budget's share of the tokens is kept. The dense model is the
-same without gates. What the FLOPs say: every product of the dense model, with those of skipped rows left out. K, V and
+same without gates. The FLOPs are those of every product of the dense model, without the ones of skipped rows. K, V and
 the gates are computed for all tokens, and attention reads a mask, so a kept row pays for every column.
 """
 
@@ -104,7 +104,7 @@ def make_layers(shape: Shape, gate: GateConfig | None, dtype: torch.dtype, devic
 
 
 def call_state(shape: Shape, tokens: int, kept: int, dtype: torch.dtype, device: str) -> CallState:
-    """What all layers of a prefill share. Args: kept: how many tokens run each branch."""
+    """The values that all layers of a prefill share. Args: kept: how many tokens run each branch."""
     frequency = 500_000.0 ** -(torch.arange(0, shape.head, 2, device=device) / shape.head)
     angle = torch.arange(tokens, device=device)[:, None] * frequency
     return CallState(
@@ -147,7 +147,7 @@ class Figure:
 
     Args:
         seconds: median of a prefill.
-        flops: of it.
+        flops: FLOPs of a prefill.
         time: median of seconds over the dense form's, within a round.
         work: FLOPs over the dense form's.
         saves: whether work is left out; with everything kept the row shows what the ops cost.
@@ -162,7 +162,7 @@ class Figure:
 
     @property
     def apart(self) -> float:
-        """How far the time is from what the FLOPs say, relative to it."""
+        """How far the time is from what the FLOPs predict, relative to the prediction."""
         return self.time / self.work - 1
 
     @property
@@ -196,7 +196,7 @@ def measure(shape: Shape, tokens: int, budgets: Sequence[float], rounds: int, de
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and print a table; exit code 1 without a GPU, or where the goal is missed on one."""
+    """Measure, and print a table; exit code 1 without a GPU, or if the goal is missed on one."""
     made = parser("gpu_prefill", __doc__, rounds=20, quick={"device": "cpu", "small": True, "tokens": 16})
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="(default: cuda)")
     made.add_argument("--small", action="store_true", help="a tiny shape")

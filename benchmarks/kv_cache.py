@@ -1,10 +1,10 @@
-"""Whole steps with K and V as 8-bit codes, against float32, by the length of what they look back on.
+"""Whole steps with K and V as 8-bit codes, against float32, by the number of past tokens.
 
     python -m benchmarks.kv_cache --work DIR
 
 The dense benchmark model, with room for more positions, exported with `--kv-cache int8` and without. At each length
-both take single tokens and a call of 256 tokens. What was before is not read in first, which would take minutes: the
-caches hold zeros there, whose arithmetic takes as long as that of other numbers.
+both take single tokens and a call of 256 tokens. The past tokens are not computed first, which would take minutes: the
+caches hold zeros there, and arithmetic on zeros takes as long as on other numbers.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     CMAKE_ARGS="-DGGML_NATIVE=ON" ENV/bin/pip install llama-cpp-python==0.3.36 gguf safetensors    (minutes)
     ENV/bin/python -m benchmarks.llama MODEL OUT.gguf --type Q8_0
 
-Only Llama checkpoints in float32 or float16. llama.cpp rotates neighbouring channels of a head where Hugging Face
+Only for Llama checkpoints in float32 or float16. llama.cpp rotates neighbouring channels of a head where Hugging Face
 rotates halves, so the rows of Q and K are put into that order. The file has no tokenizer: ids go in and come out.
 """
 

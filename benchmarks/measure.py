@@ -1,8 +1,8 @@
-"""What all benchmarks share: common options, rounds in turn, ratios, and tables in Markdown.
+"""Shared by all benchmarks: common options, rounds in turn, ratios, and tables in Markdown.
 
-The machines that we measure on change speed from minute to minute, so only ratios are worth recording. All forms of a
-thing run in turn within a round; a ratio is taken within each round; its median over the rounds is reported with the
-smallest and the largest one. (pyperf gives each benchmark a process and a time of its own, so it cannot pair them.)
+The machines that we measure on change speed from minute to minute, so only ratios are worth recording. All variants run
+in turn within a round; a ratio is taken within each round; its median over the rounds is reported with the smallest and
+the largest one. (pyperf runs each benchmark in a process and at a time of its own, so it cannot pair them.)
 
 This module imports only the standard library: some benchmarks run where nothing but PyTorch or llama.cpp is installed.
 """
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
-# Packages whose version a figure may depend on.
+# Packages whose versions a figure may depend on.
 PACKAGES = ("numpy", "onnx", "onnxruntime", "onnxruntime-genai", "torch", "transformers", "tensorrt", "tensorrt-rtx")
 
 
@@ -48,7 +48,7 @@ def parser(
         doc: its docstring, shown as help.
         work: what `--work DIR` keeps there; None: no such option.
         rounds, threads: defaults of `--rounds` and `--threads`; None: no such option.
-        quick: option names and the values that they get by `--quick`, besides one round.
+        quick: option names and the values that `--quick` gives them, besides one round.
     """
     made = ArgumentParser(f"python -m benchmarks.{name}", description=doc, formatter_class=RawDescriptionHelpFormatter)
     made.set_defaults(quick_values={**({} if rounds is None else {"rounds": 1}), **(quick or {})})
@@ -63,7 +63,7 @@ def parser(
 
 
 def parse(made: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
-    """Read the command line, and make the work directory. An option that is given holds beside `--quick` too."""
+    """Read the command line, and make the work directory. A given option takes precedence over `--quick`."""
     args = made.parse_args(arguments)
     if args.quick:
         made.set_defaults(**args.quick_values)
@@ -74,7 +74,7 @@ def parse(made: ArgumentParser, arguments: Sequence[str] | None) -> Namespace:
 
 
 def print_header(made: ArgumentParser, args: Namespace, arguments: Sequence[str] | None) -> None:
-    """Print what a recorded figure needs: command, date, machine, versions."""
+    """Print what must be recorded with a figure: command, date, machine, versions."""
     work = str(getattr(args, "work", None))
     given = ["DIR" if word == work else word for word in (sys.argv[1:] if arguments is None else arguments)]
     print(f"    {made.prog} {shlex.join(given)}\n\n{date.today()}, {machine()}.\n", flush=True)
@@ -99,7 +99,7 @@ def _processor() -> str:
 
 
 def _gpus() -> list[str]:
-    """Names of the GPUs, where the benchmark has loaded PyTorch."""
+    """Names of the GPUs, if the benchmark has loaded PyTorch."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return []
@@ -124,7 +124,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def repeated(one_round: Callable[[], T], rounds: int) -> list[T]:
-    """What each round gives. One more round runs first and does not count: it loads code and memory."""
+    """The result of each round. One more round runs first and does not count: it loads code and memory."""
     one_round()
     return [one_round() for _ in range(rounds)]
 
@@ -132,10 +132,10 @@ def repeated(one_round: Callable[[], T], rounds: int) -> list[T]:
 def in_turn(names: Iterable[str], run: Callable[[str], T], rounds: int) -> dict[str, list[T]]:
     """Run all forms once in each round.
 
-    The order turns around from round to round, since what runs before a form may slow it down.
+    The order is reversed from round to round, since what runs before a form may slow it down.
 
-    Args: names: of the forms; run: runs one, and gives its figures.
-    Returns: name -> what `run` gave, one entry a round; entries at the same place are of the same round.
+    Args: names: the forms' names; run: runs one form, and returns its figures.
+    Returns: name -> what `run` returned, one entry per round; entries at the same index are of the same round.
     """
     forms = list(names)
     order = list(names)
@@ -153,7 +153,7 @@ def in_turn(names: Iterable[str], run: Callable[[str], T], rounds: int) -> dict[
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, smallest and largest of some values, one a round."""
+    """Median, smallest and largest of some values, one per round."""
 
     median: float
     least: float
@@ -167,7 +167,7 @@ class Spread:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """The spread of values, one a round."""
+    """The spread of values, one per round."""
     return Spread(statistics.median(values), min(values), max(values))
 
 
@@ -190,7 +190,7 @@ class Table:
         print("|" + "---|" * len(heads), flush=True)
 
     def row(self, *cells: object) -> None:
-        """Print a line. Args: cells: one a column; None is an empty one."""
+        """Print a line. Args: cells: one per column; None is an empty cell."""
         if len(cells) != self._columns:
             raise ValueError(f"{len(cells)} cells for {self._columns} columns: {cells}")
         print("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |", flush=True)

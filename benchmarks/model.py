@@ -1,8 +1,8 @@
 """The benchmark model: Llama-shaped, random weights, in a dense and a gated form with the same backbone.
 
 12 layers, hidden 768, 12 heads, 4 K/V heads, MLP 2,048, vocabulary 4,096, fp32 (81.8 M parameters). Scalar gates cost
-next to nothing, so that they show what skipping saves; vector gates show what a vector gate costs. Its tokenizer knows
-one word a token, so that the project's own export command runs on it.
+almost nothing, so that they show what skipping saves; vector gates show what a vector gate costs. Its tokenizer has one
+word per token, so that the project's own export command runs on it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gsx_exporter.config import ModelConfig
 from gsx_exporter.router_config import NetConfig, RouterConfig
 
 SHAPES = {
-    # To try a benchmark.
+    # To try out a benchmark.
     "tiny": {
         "num_hidden_layers": 4,
         "hidden_size": 64,
@@ -52,7 +52,7 @@ SHAPES = {
 }
 WORDS_OF_TEXT = 6000
 POSITIONS = 2048
-# A router for each layer, as D-LLM's but for its K and V, and one for each branch, as SkipGPT's.
+# A router for each layer, as in D-LLM except for its K and V, and one for each branch, as in SkipGPT.
 ROUTERS = {
     "layer-routers": RouterConfig(net=NetConfig(hidden=128, activation="silu", norm=True), output="softmax"),
     "branch-routers": RouterConfig(decides="branch", net=NetConfig(hidden=192), output="difference"),
@@ -73,7 +73,7 @@ def make_model(
         shape: a key of `SHAPES`.
         gate: `scalar`, `vector` or None for the dense form.
         positions: the longest context.
-        router: routers in place of gates.
+        router: routers instead of gates.
     """
     path.mkdir(parents=True, exist_ok=True)
     hf = configuration(shape, gate, positions)
@@ -86,7 +86,7 @@ def make_model(
         if "norm" in name:
             tensors[name] = torch.ones(size)
         elif rule_module_kind(name):
-            # Scores spread around 0.5: a gate that has learnt to tell tokens apart.
+            # Scores spread around 0.5, like those of a gate that has learnt to distinguish tokens.
             std = 0.0 if name.endswith("bias") else 1.0 / config.hidden_size**0.5
             tensors[name] = torch.randn(size, generator=gates) * std
         else:
@@ -97,9 +97,9 @@ def make_model(
 
 
 def make_large(path: Path, shape: str = "1b", gate: str | None = None) -> Path:
-    """Write a checkpoint in fp16 of one block of random numbers, begun at another place for each tensor.
+    """Write a checkpoint in fp16 from one block of random numbers, with another offset for each tensor.
 
-    Ten times as fast as `make_model`, for what only looks at sizes and times. The backbone is the same with gates.
+    Ten times as fast as `make_model`, for benchmarks of sizes and times. The backbone is the same with gates.
     """
     hf = configuration(shape, gate)
     config = ModelConfig.from_hf(hf)
@@ -126,7 +126,7 @@ def configuration(shape: str, gate: str | None, positions: int = POSITIONS) -> L
 
 
 def _write_companions(path: Path, hf: LlamaConfig) -> None:
-    """Configuration, and a tokenizer that knows one word a token."""
+    """Write the configuration, and a tokenizer with one word per token."""
     (path / "config.json").write_text(json.dumps(hf.to_dict(), indent=2))
     vocabulary = {f"w{n}": n for n in range(hf.vocab_size)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
@@ -135,7 +135,7 @@ def _write_companions(path: Path, hf: LlamaConfig) -> None:
 
 
 def random_text(path: Path, vocab_size: int, words: int = WORDS_OF_TEXT, seed: int = 7) -> Path:
-    """A text of random words of that tokenizer, to calibrate on."""
+    """A text of random words that the tokenizer has, to calibrate on."""
     ids = np.random.default_rng(seed).integers(0, vocab_size, words)
     path.write_text(" ".join(f"w{n}" for n in ids))
     return path

@@ -30,10 +30,10 @@ class Answer:
     """One timed call of a peer.
 
     Args:
-        prefill: seconds to the first token; decode: seconds a token behind it.
-        tokens: what was written.
-        kept: the share of skippable branches that ran; None where nothing is skipped.
-        peak_mb: the most memory that the process has had.
+        prefill: seconds to the first token; decode: seconds per token after it.
+        tokens: the generated tokens.
+        kept: the share of skippable branches that ran; None if nothing is skipped.
+        peak_mb: the process's peak memory.
     """
 
     prefill: float
@@ -47,8 +47,8 @@ class Peer:
     """A runtime with its model, in a process that is stopped until it is asked.
 
     Args:
-        name: as tables have it.
-        interpreter: of the environment that the runtime is installed in.
+        name: as in the tables.
+        interpreter: Python of the environment that the runtime is installed in.
         spec: what the worker runs.
     """
 
@@ -60,10 +60,10 @@ class Peer:
         if json.loads(self._process.stdout.readline() or "null") != "ready":
             raise SystemExit(f"{name}: did not start")
         self._process.send_signal(signal.SIGSTOP)
-        atexit.register(self._process.kill)  # a stopped process does not see its input end
+        atexit.register(self._process.kill)  # a stopped process does not notice the end of its input
 
     def ask(self, prompt: list[int]) -> Answer:
-        """Time a prompt and the tokens behind it."""
+        """Time a prompt and the tokens after it."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.send_signal(signal.SIGCONT)
@@ -89,7 +89,7 @@ def random_prompt(workshop: Workshop) -> list[int]:
 
 
 def time_in_turn(peers: Mapping[str, Peer], prompt: list[int], rounds: int) -> dict[str, list[Answer]]:
-    """Answers of all peers by name, one a round; the peers are stopped then."""
+    """Answers of all peers by name, one per round; the peers are stopped afterwards."""
     found = in_turn(peers, lambda name: peers[name].ask(prompt), rounds)
     for peer in peers.values():
         peer.stop()
@@ -107,7 +107,7 @@ def genai_model(workshop: Workshop, precision: Literal["fp32", "int8"]) -> Path:
 
 
 def llama_model(workshop: Workshop, interpreter: str, kind: Literal["F32", "Q8_0"]) -> Path:
-    """The dense model as llama.cpp reads it, made once. Args: interpreter: of the environment of `llama.py`."""
+    """The dense model as llama.cpp reads it, made once. Args: interpreter: Python of the environment of `llama.py`."""
     path = workshop.directory / f"dense-{kind}.gguf"
     if not path.exists():
         command = [interpreter, "-m", "benchmarks.llama", str(workshop.model()), str(path), "--type", kind]

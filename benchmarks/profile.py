@@ -2,9 +2,9 @@
 
     python -m benchmarks.profile --work DIR
 
-Single tokens of the benchmark model at 512 past tokens. The profiler's own writing costs more than a small node does,
-so small nodes are counted and not timed: what is left of a step of an unprofiled session after products and attention
-is theirs (and the caller's), and its share for each node is the last column.
+Single tokens of the benchmark model at 512 past tokens. The profiler's own output costs more than a small node does, so
+small nodes are counted and not timed: the rest of a step of an unprofiled session, after products and attention, is
+theirs (and the caller's), and the last column is its share for each node.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ATTENTION = "GroupQueryAttention"
 
 
 def forms_of(layers: int) -> dict[str, tuple[str, KeepSettings]]:
-    """Name -> the bundle and what a request asks for, of a model with so many layers."""
+    """Name -> the bundle and a request's keep settings, for a model with this many layers."""
     half = ",".join(map(str, range(0, layers, 2)))
     return {
         "float32, dense": ("dense", KeepSettings()),
@@ -81,7 +81,7 @@ class Step:
 
 
 def profiled_steps(sessions: list[ort.InferenceSession], steps: int) -> list[Step]:
-    """Read the profiles of sessions. Args: steps: how many they have run last, one run of each session a step."""
+    """Read the profiles of sessions. Args: steps: how many to read, the last ones; a step runs each session once."""
     found = [Step() for _ in range(steps)]
     for session in sessions:
         path = Path(session.end_profiling())
@@ -120,7 +120,7 @@ def row(bundle: Bundle, keep: KeepSettings, threads: int, rounds: int, prefix: P
         runner.step(caches[name], ids, values)
 
     def step_ms(name: str) -> list[float]:
-        """Times of single tokens behind the prompt, each at the same place."""
+        """Times of single tokens after the prompt, each at the same position."""
         found = []
         for number in range(STEPS):
             caches[name].roll_back([PROMPT_TOKENS])

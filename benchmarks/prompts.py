@@ -12,7 +12,7 @@ from gsx_exporter.training.corpus import read_corpus, split
 
 
 def held_out_prompts(model: Path, count: int, tokens: int) -> list[list[int]]:
-    """Windows of the standard library's held-out files, spread over these. Args: tokens: of each prompt."""
+    """Windows spread over the standard library's held-out files. Args: tokens: tokens of each prompt."""
     tokenizer = load_tokenizer(open_checkpoint(model))
     prefix = tokenizer.encode("").ids
     rows = []

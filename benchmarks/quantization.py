@@ -2,8 +2,8 @@
 
     python -m benchmarks.quantization --work DIR [--llama ENV/bin/python]
 
-The benchmark model in float32, in INT8 as it comes (of the gated model the first layer stays in float32), in INT8
-throughout, and with only its weights in INT8; GenAI's builder makes its INT8 of the dense model.
+The benchmark model in float32, in INT8 by default (in the gated model the first layer stays in float32), in INT8
+throughout, and with only its weights in INT8; GenAI's builder makes its own INT8 form of the dense model.
 
 llama.cpp must be compiled, in an environment of its own: `llama.py` says how. Its file of the dense model is checked
 first: in float32 it must write the tokens that gsx writes.
@@ -19,12 +19,12 @@ from benchmarks.measure import Table, milliseconds, parse, parser, print_header,
 from benchmarks.peers import Peer, genai_model, llama_model, llama_peer, random_prompt, time_in_turn
 
 GENAI, LLAMA = "GenAI int8, dense", "llama.cpp Q8_0, dense"
-# Form -> what it is called behind the name of the float32 bundle.
+# Form -> what is added to the name of the float32 bundle.
 FORMS = {"fp32": "", "int8": "-int8", "int8 throughout": "-int8-throughout", "int8 weights": "-int8-weights"}
 
 
 def check_llama(workshop: Workshop, interpreter: str, threads: int, prompt: list[int]) -> None:
-    """Stop where llama.cpp reads another model in its file than gsx in its own."""
+    """Stop if llama.cpp reads another model from its file than gsx from its own."""
     path = llama_model(workshop, interpreter, "F32")
     peers = {
         "llama.cpp": llama_peer("llama.cpp", interpreter, path, threads, exact=True),
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     paths = {}
     for gate, asked in (("dense", "dense"), ("scalar", f"budget {BUDGET:g}")):
         for form, suffix in FORMS.items():
-            if (gate, form) != ("dense", "int8 throughout"):  # of a dense model nothing is spared anyway
+            if (gate, form) != ("dense", "int8 throughout"):  # in a dense model nothing stays in float32 anyway
                 paths[f"gsx {form}, {asked}"] = workshop.bundle(gate + suffix).directory
     llama = llama_model(workshop, args.llama, "Q8_0") if args.llama else None
     if args.prepare:

@@ -1,10 +1,10 @@
-"""Does every keep rule decide and write what PyTorch does? `gsx verify` of each on the example model, in one table.
+"""Does every keep rule decide and generate what PyTorch does? `gsx verify` of each on the example model, in one table.
 
     python -m benchmarks.rule_parity --work DIR
 
 Rules of trained methods get what they need added to the model's weights: classifiers are fitted, routers are random,
 their thresholds calibrated, so that they skip. A row is one verification over all of its usual settings: whole windows,
-single steps over the cache, padded batches, and greedy text by the runner that generates and by the portable one.
+single steps with the cache, padded batches, and greedy text by the runner that generates and by the portable one.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class Routed:
     """Routers of a method, for a model of 16 layers and hidden size 96.
 
     Args:
-        budget: calibrated; None: its own.
-        scale: of the random weights. Scores that multiply a layer's output must not be much above 1, or rounding grows
-            from layer to layer until PyTorch's own float32 says nothing.
+        budget: the calibrated budget; None for the method's own threshold.
+        scale: scale of the random weights. Scores that multiply a layer's output must not be much above 1, or rounding
+            grows from layer to layer until PyTorch's own float32 is meaningless.
     """
 
     router: RouterConfig
@@ -115,7 +115,7 @@ def make_form(name: str, work: Path) -> Path:
 
 
 def write_ungated(model: Checkpoint, path: Path, routed: Routed | None) -> None:
-    """The model without its gates, with random routers in their place."""
+    """The model with random routers instead of its gates."""
     gate = model.config.gate or GateConfig()
     left_out = tuple(f"{branch}_gate" for branch in gate.branches)
     tensors = {n: model.tensor(n) for n in model.names if not any(f".{gate_name}." in n for gate_name in left_out)}
@@ -151,7 +151,7 @@ class Line:
         self.failed = [check.name for check in self.report.checks if check.verdict == "fail"]
 
     def cells(self) -> list[str]:
-        """Cells of `HEADS` behind the rule's name."""
+        """Cells of `HEADS` after the rule's name."""
         results = self.report.results
         passes = [(one.windows, one.single_steps, one.one_chunk, one.padded) for one in results]
         decisions = [one.decisions for row in passes for one in row if one is not None and one.decisions is not None]

@@ -36,7 +36,7 @@ from gsx_exporter.rules.gateskip.traced import GateSkip
 from gsx_exporter.rules.layers.reference import LayerMask
 from gsx_exporter.text import tokenize
 
-# Of CALM, from careful to bold.
+# CALM's thresholds, from careful to bold.
 CALM_THRESHOLDS: dict[Measure, tuple[float, ...]] = {
     "softmax": (0.7, 0.5, 0.3),
     "state": (0.95, 0.9, 0.8),
@@ -84,7 +84,7 @@ def _confident(exits: tuple[int, ...], measure: Measure, threshold: float, until
 
 
 def perplexity(reference: Reference, rule: RuleFrom, windows: np.ndarray, *, prompt: int) -> tuple[float, float]:
-    """Perplexity behind the first `prompt` tokens of each window, which run in full; share of branches that ran."""
+    """Perplexity after the first `prompt` tokens of each window, which run in full; share of branches that ran."""
     nats, tokens, kept = 0.0, 0, []
     for window in windows:
         output = reference(torch.from_numpy(window[None]), rule=rule(np.array([prompt])))

@@ -3,8 +3,8 @@
     python -m benchmarks.rules --work DIR
 
 The benchmark model, exported dense and under each policy: prefill of 512 tokens, and single tokens at 512 past tokens,
-by the runner without the decoding loop. Beside each ratio of times is the share of the work that remains: of
-floating-point operations in prefill, of bytes in decoding. Both are counted from what the calls really kept, and
+by the runner without the decoding loop. Next to each ratio of times is the share of the work that remains: of
+floating-point operations in prefill, of bytes in decoding. Both are counted from what the calls actually kept, and
 include matrices, attention, K and V.
 """
 
@@ -31,11 +31,11 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Row:
-    """A policy at work.
+    """A policy and its settings.
 
     Args:
         bundle: its export, by name.
-        keep: what a request asks for.
+        keep: the keep settings of a request.
         head_at_exit: whether every token pays for norm and head at an exit too.
     """
 
@@ -45,10 +45,10 @@ class Row:
 
 
 def rows_of(layers: int) -> dict[str, Row]:
-    """Half of the work of a model with so many layers, in each way that there is.
+    """Half of the work of a model with this many layers, for each policy.
 
-    CALM runs at its lowest threshold, so that every token leaves at the first exit that measures it so: after half of
-    the layers. By the measure of states, the first exit is never left at.
+    CALM runs at its lowest threshold, so that every token exits at the first possible exit: after half of the layers.
+    With the measure of states, no token exits at the first exit.
     """
     return {
         DENSE: Row("dense", KeepSettings()),
@@ -82,7 +82,7 @@ class Form:
     values: RuntimeValues
 
     def run(self, ids: np.ndarray) -> tuple[Phase, Phase]:
-        """A prompt [1, S], and single tokens behind it."""
+        """Run a prompt [1, S], and single tokens after it."""
         return self._phase([ids], 0), self._phase([ids[:, i : i + 1] for i in range(STEPS)], PROMPT_TOKENS)
 
     def _phase(self, calls: Sequence[np.ndarray], past: int) -> Phase:
@@ -115,7 +115,7 @@ def work_of(
     Args:
         s: the shape's sizes, as transformers names them.
         kept: [L, 2], mean rows of each branch; None for all.
-        tokens: of the call; keys: columns that its last token sees.
+        tokens: tokens of the call; keys: columns that its last token sees.
         kv_rows: whether K and V are computed only for kept rows.
         head_at_exit: whether all tokens pass the head once more.
     """

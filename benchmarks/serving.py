@@ -2,8 +2,8 @@
 
     python -m benchmarks.serving equal --work DIR    200 requests at 1, 4 and 16 at once: every token compared
     python -m benchmarks.serving speed --work DIR    streams over one; first token, tokens against this process
-    python -m benchmarks.serving soak  --work DIR    minutes of mixed requests, cancelled ones too: tokens and memory
-    python -m benchmarks.serving load  --work DIR    perf_analyzer: first token, time between tokens, tokens a second
+    python -m benchmarks.serving soak  --work DIR    minutes of mixed requests, some cancelled: tokens and memory
+    python -m benchmarks.serving load  --work DIR    perf_analyzer: first token, time between tokens, tokens/s
 
 The example model, or the benchmark model with `--shape`, is exported at budget 0.7 and served by the Triton of
 `make triton`. It has a draft where requests draft; without one, server and process run the same graph. Requests come
@@ -44,15 +44,15 @@ CLIENT = EXAMPLE.parent / "triton_client.py"
 PROMPT_TOKENS = 128
 BUDGETS = (None, 0.5, 0.85, 1.0)
 ANALYZER = ENVIRONMENT / "perf" / "bin" / "perf_analyzer"
-# Libraries that perf_analyzer asks for, and their names in the server's wheel, which carry a hash.
+# Libraries that perf_analyzer needs, and their names in the server's wheel, which contain a hash.
 LIBRARIES = {"libb64.so.0d": "libb64-*.so.0d", "libcudart.so.12": "libcudart-*.so.12.*"}
 
 
 class Clients:
-    """Streams over gRPC, in a process of their own that stays.
+    """Streams over gRPC, in a separate process that keeps running.
 
     Args:
-        server: that they ask.
+        server: the server that they query.
         streams: how many.
     """
 
@@ -86,7 +86,7 @@ class Here:
         self._runner, self._tokenizer = open_runner(bundle, threads), BundleTokenizer(bundle)
 
     def ask(self, request: dict[str, Any]) -> tuple[list[int], GenerationStats]:
-        """Tokens and statistics of a request in the server's words; its speculation changes no token."""
+        """Tokens and statistics of a request, named as the server's outputs; its speculation changes no token."""
         how = {key: request[key] for key in ("temperature", "top_k", "top_p", "seed") if key in request}
         writer = TextWriter(self._tokenizer.stream(), request.get("stop", ()), lambda text: None)
         found = generate(
@@ -135,19 +135,19 @@ def equal(server: Server, here: Here, prompts: Sequence[list[int]], count: int) 
 
 
 def differing(found: Sequence[int], expected: Sequence[int]) -> int:
-    """Places in which two sequences differ, missing and surplus ones too."""
+    """Number of positions at which two sequences differ, including missing and surplus ones."""
     return sum(a != b for a, b in zip(found, expected, strict=False)) + abs(len(found) - len(expected))
 
 
 def speed(server: Server, here: Here, prompts: Sequence[list[int]], rounds: int) -> None:
-    """Throughput by streams; first token and time a token at one stream, against this process, in turn."""
+    """Throughput by streams; first token and time per token with one stream, against this process, in turn."""
     each = 2
     counts = (1, 2, 4, 8)
     clients = {streams: Clients(server, streams) for streams in counts}
     requests = [{"input_ids": prompt[:64], "max_tokens": 64} for prompt in prompts[: max(counts) * each]]
 
     def one_round() -> tuple[dict[int, float], dict[str, float], float]:
-        """Tokens a second by streams; server over this process; seconds of a token in this process."""
+        """Tokens per second by streams; server over this process; seconds per token in this process."""
         rates = {}
         for streams in reversed(counts):
             began = perf_counter()
@@ -208,7 +208,7 @@ def soak(server: Server, here: Here, prompts: Sequence[list[int]], minutes: floa
 
 
 def load(server: Server, here: Here, prompts: Sequence[list[int]], work: Path, rounds: int) -> None:
-    """perf_analyzer's streams: its client is C++, so little but the server stands between a token and its time."""
+    """perf_analyzer's streams: its client is C++, so it adds little to the server's times."""
     libraries = work / "libraries"
     libraries.mkdir(exist_ok=True)
     for name, pattern in LIBRARIES.items():
@@ -261,7 +261,7 @@ def load(server: Server, here: Here, prompts: Sequence[list[int]], work: Path, r
 
 
 def _analyzed(server: Server, work: Path, streams: int, requests: int) -> list[dict[str, Any]]:
-    """Requests as perf_analyzer writes them down: when they were sent, and every response with its time, in ns."""
+    """Requests as perf_analyzer records them: when they were sent, and every response with its time, in ns."""
     profile = work / "profile.json"
     profile.unlink(missing_ok=True)
     command = [ANALYZER, "-m", "gsx", "-i", "grpc", "-u", f"127.0.0.1:{server.port + 1}", "--streaming"]
@@ -281,8 +281,8 @@ def _analyzed(server: Server, work: Path, streams: int, requests: int) -> list[d
 def _whole_requests(profile: str) -> Iterator[dict[str, Any]]:
     """The requests of a profile, up to where it breaks off.
 
-    perf_analyzer reads outputs that a response lacks from memory that is not theirs, and where that is no number, it
-    writes no further (seen with version 2.51).
+    perf_analyzer reads outputs that a response lacks from foreign memory, and stops writing if that is not a number
+    (seen with version 2.51).
     """
     key = '"requests":['
     place, decoder = profile.index(key) + len(key), json.JSONDecoder()
@@ -296,14 +296,14 @@ def _whole_requests(profile: str) -> Iterator[dict[str, Any]]:
 
 
 def print_against(rounds: Sequence[Mapping[str, float]]) -> None:
-    """A table of ratios, server over this process. Args: rounds: name -> ratio, of each round."""
+    """Print a table of ratios, server over this process. Args: rounds: name -> ratio, for each round."""
     lines = Table("at one stream, server / this process", "median (least to most)")
     for name in rounds[0]:
         lines.row(name, f"{spread([one[name] for one in rounds]):.3f}")
 
 
 def served_bundle(work: Path, shape: str | None, draft: str | None) -> tuple[Bundle, list[list[int]]]:
-    """What is served, made once, and prompts for it: held-out text, or random tokens of the benchmark model."""
+    """The served bundle, made once, and prompts for it: held-out text, or random tokens of the benchmark model."""
     path = work / f"{shape or 'example'}-{'draft' if draft else 'plain'}"
     if shape is None:
         return exported(path, EXAMPLE, budget=0.7, draft=draft), held_out_prompts(EXAMPLE, 24, PROMPT_TOKENS)

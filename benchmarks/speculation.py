@@ -1,10 +1,10 @@
-"""Self-speculative decoding: that it changes no token, what it gains, where the time goes, what it keeps in memory.
+"""Self-speculative decoding: that it changes no token, what it gains, where the time goes, how much memory it needs.
 
     python -m benchmarks.speculation equal  --work DIR    no token differs: 100 prompts, drafts, precisions, batches
-    python -m benchmarks.speculation speed  --work DIR    each exit against plain decoding, and the account of its time
+    python -m benchmarks.speculation speed  --work DIR    each exit against plain decoding, and where its time goes
     python -m benchmarks.speculation gates  --work DIR    the same at lower budgets: do the speeds multiply?
     python -m benchmarks.speculation memory --work DIR    a speculative process's memory over a plain one's
-    python -m benchmarks.speculation peer   --work DIR    Hugging Face's assistant_early_exit beside it, in PyTorch
+    python -m benchmarks.speculation peer   --work DIR    Hugging Face's assistant_early_exit, in PyTorch
 
 The example model (or --model) continues held-out files of the standard library. Plain and speculative runs take turns
 prompt by prompt; figures are sums over all prompts, since one prompt's time says little.
@@ -68,7 +68,7 @@ def equal(args: Namespace) -> None:
 def differing(
     bundle: Bundle, spec: str, prompts: Sequence[list[int]], batch: int, threads: int, **options: Any
 ) -> tuple[int, int]:
-    """Tokens that were written, and those that speculation changed. Batches are ragged."""
+    """Number of tokens generated, and of those that speculation changed. Batches are ragged."""
     plain, draft = open_runner(bundle, threads), open_draft(bundle, parse_draft(spec), threads)
     tokens = differ = 0
     for at in range(0, len(prompts), batch):
@@ -108,7 +108,7 @@ class Account:
 
     @property
     def speed(self) -> float:
-        """Tokens a second."""
+        """Tokens per second."""
         return self.tokens / self.seconds
 
 
@@ -122,7 +122,7 @@ def measure(
     budget: float = 1.0,
     sampling: Sampling = GREEDY,
 ) -> tuple[Account, Account]:
-    """Plain and speculative decoding in turn. Args: length: of drafts; None: adaptive."""
+    """Measure plain and speculative decoding in turn. Args: length: length of drafts; None: adaptive."""
     plain, draft = open_runner(bundle, args.threads), open_draft(bundle, parse_draft(spec), args.threads)
     options: dict[str, Any] = {"keep": KeepSettings(budget=budget), "sampling": sampling, "stop_ids": []}
     options["max_new_tokens"] = args.new_tokens
@@ -132,7 +132,7 @@ def measure(
         prompt = next(order)
         one = generate(plain, [prompt], **options)
         other = generate(draft.runner, [prompt], draft=draft, draft_length=length, **options)
-        if one.sequences != other.sequences:  # in 8 bits a near tie may turn: `equal` counts them
+        if one.sequences != other.sequences:  # in 8 bits a near tie may flip: `equal` counts these
             assert bundle.manifest.quantization is not None, "speculation changed the text"
         return one.stats, other.stats
 
@@ -141,7 +141,7 @@ def measure(
 
 
 def speed(args: Namespace) -> None:
-    """Tokens a second by exit and length, and where the time goes."""
+    """Tokens per second by exit and length, and where the time goes."""
     prompts = held_out_prompts(args.model, args.prompts, PROMPT_TOKENS)
     bundles = {layer: drafting(args, f"exit:{layer}") for layer in args.exits}
     print(

@@ -1,6 +1,6 @@
-"""What `benchmarks.speculation` measures in processes of their own: memory, and transformers' own speculation.
+"""What `benchmarks.speculation` measures in separate processes: memory, and transformers' own speculation.
 
-`python -m benchmarks.speculation_process SPEC`, SPEC and the answer in JSON.
+`python -m benchmarks.speculation_process SPEC`; SPEC and the answer are JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def ask(kind: str, **spec: Any) -> dict[str, float]:
 
 
 def plain_memory(spec: Spec) -> dict[str, float]:
-    """Memory after plain decoding. Args: spec: bundle, threads, tokens of prompt and text."""
+    """Memory after plain decoding. Args: spec: bundle, threads, number of prompt tokens and of new tokens."""
     from gsx_engines.bundle.bundle import open_bundle
     from gsx_engines.generation import generate
     from gsx_engines.runners.select import open_runner
@@ -52,7 +52,7 @@ def speculative_memory(spec: Spec) -> dict[str, float]:
 
 
 def hugging_face(spec: Spec) -> dict[str, float]:
-    """Tokens a second of transformers, greedy, batch 1, with its K/V cache: plain, and drafting with an exit.
+    """Tokens per second of transformers, greedy, batch 1, with its K/V cache: plain, and drafting with an exit.
 
     Args: spec: model, exit, prompts, threads, new tokens.
     """
@@ -77,7 +77,7 @@ def hugging_face(spec: Spec) -> dict[str, float]:
 
 
 def resident_mb() -> float:
-    """Memory of this process in MB: its own, and its part of what it shares."""
+    """Memory of this process in MB: its own, and its share of shared memory."""
     found = {}
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
         name, value, *_ = line.split()

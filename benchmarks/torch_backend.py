@@ -1,11 +1,11 @@
-"""`--backend torch` from prompt to text: what a budget saves in prefill and in decoding, beside the same model dense.
+"""`--backend torch` from prompt to text: what a budget saves in prefill and decoding, against the same model dense.
 
     python -m benchmarks.torch_backend --work DIR                              1.1 B, bf16, on a GPU
     python -m benchmarks.torch_backend --work DIR --shape tiny --device cpu    the same code on a CPU
 
-Everything as users have it: two checkpoints (dense, and the same backbone with scalar gates), `gsx export`, the runner
-and the decoding loop. PyTorch starts every kernel by itself, and asks for the number of kept rows at every branch, so
-single steps measure how fast kernels start; prefill shows the work that is left out.
+Everything runs as for users: two checkpoints (dense, and the same backbone with scalar gates), `gsx export`, the runner
+and the decoding loop. PyTorch launches every kernel separately, and reads the number of kept rows at every branch, so
+single steps measure how fast kernels launch; prefill shows the work that is left out.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Speed:
     """One form of the model.
 
     Args:
-        prefill, step: median seconds of the prompt, and of a token behind it.
+        prefill, step: median seconds of the prompt, and of a token after it.
         prefill_ratio, step_ratio: the same over the dense form's.
         kept: the share of (token, branch) pairs that ran; None for the dense form.
     """
@@ -53,7 +53,7 @@ class Speed:
 
 
 def bundles(work: Path, shape: str, precision: Precision) -> tuple[Path, Path]:
-    """The dense and the gated bundle, made where they are not there yet."""
+    """The dense and the gated bundle, made if they do not exist."""
     made = []
     for name, gate in (("dense", None), ("gated", "scalar")):
         model = work / f"{shape}-{name}"
@@ -68,7 +68,7 @@ def bundles(work: Path, shape: str, precision: Precision) -> tuple[Path, Path]:
 
 
 def measure(dense: Path, gated: Path, device: Device, tokens: int, new_tokens: int, rounds: int) -> list[Speed]:
-    """Speeds of the dense form, and of the gated one at each budget. Args: tokens: of the prompt."""
+    """Speeds of the dense form, and of the gated one at each budget. Args: tokens: tokens of the prompt."""
     runtime = TorchRuntime(device)
     plain, sparse = (open_runner(open_bundle(path), backend=runtime) for path in (dense, gated))
     forms: dict[str, tuple[Runner, float | None]] = {"dense": (plain, None)}

@@ -90,7 +90,7 @@ def llama_call(path: Path, threads: int, context: int, exact: bool) -> Call:
 
 
 def peak_mb() -> float:
-    """Most memory that this process had. (`ru_maxrss` is at least that of the process that started it.)"""
+    """Peak memory of this process. (`ru_maxrss` is at least that of the process that started it.)"""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) / 1024
 

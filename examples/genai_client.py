@@ -1,11 +1,11 @@
-"""Run a gsx bundle with ONNX Runtime GenAI, a client that knows nothing of gsx.
+"""Run a gsx bundle with ONNX Runtime GenAI, a client that does not know gsx.
 
     pip install onnxruntime-genai
     python examples/genai_client.py out/demo "def " --max-new-tokens 64
 
-`model.onnx` runs unchanged: its names are the ones that GenAI uses, its custom ops carry their own definition, and the
-thresholds have the exported budget as their default. All that GenAI wants on top is a `genai_config.json`, which this
-script writes into a directory of its own beside links to the bundle's files.
+`model.onnx` runs unchanged: its names are the ones that GenAI uses, its custom ops come with their definitions, and the
+thresholds have the exported budget as their default. GenAI only needs a `genai_config.json` in addition, which this
+script writes into a separate directory, next to links to the bundle's files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def genai_config(bundle: Bundle) -> dict[str, Any]:
     shape = bundle.manifest.decoder
     return {
         "model": {
-            "type": "llama",  # GenAI's name for a decoder whose cache is a pair of tensors a layer
+            "type": "llama",  # GenAI's name for a decoder whose cache is a pair of tensors per layer
             "vocab_size": shape.vocab_size,
             "context_length": shape.max_positions,
             "bos_token_id": shape.bos_id or 0,

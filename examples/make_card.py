@@ -3,7 +3,7 @@
 Perplexity on held-out files at several budgets (thresholds from the calibration files) and at each exit depth, and how
 often an exit's first choice is the whole model's: the share of draft tokens that greedy speculation accepts.
 
-The picture of a parity report comes from an export of the same model, verified on a held-out file.
+The figure of a parity report comes from an export of the same model, verified on a held-out file.
 
     python examples/make_card.py     # examples/model/README.md, docs/images/quality.png and parity.png
 """
@@ -43,7 +43,7 @@ BEGIN, END = "<!-- figures: examples/make_card.py -->", "<!-- /figures -->"
 
 @dataclass(frozen=True)
 class Budget:
-    """Quality at one budget, and the share really kept on the held-out text."""
+    """Quality at one budget, and the share actually kept on the held-out text."""
 
     budget: float
     kept_share: float
@@ -60,7 +60,7 @@ class Exit:
 
 
 def windows_of(documents: Sequence[Document], tokenizer: Tokenizer, tokens: int) -> np.ndarray:
-    """Whole windows [M, S] of all documents, evenly thinned out to about so many tokens."""
+    """Whole windows [M, S] of all documents, evenly thinned out to about this many tokens."""
     prefix = tokenizer.encode("").ids
     body = WINDOW_TOKENS - len(prefix)
     rows = []

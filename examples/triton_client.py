@@ -1,4 +1,4 @@
-"""A client of a gsx model on Triton, over gRPC: tokens as they come.
+"""A client of a gsx model on Triton, over gRPC: prints tokens as they arrive.
 
     pip install 'tritonclient[grpc]'
     python examples/triton_client.py "def main(" --max-tokens 32
@@ -8,8 +8,8 @@ stdin and answers go to stdout in the same order:
 
     echo '{"text_input": "def main(", "budget": 0.7}' | python examples/triton_client.py --json --concurrency 4
 
-A request's keys are the model's inputs (docs/triton.md), `outputs`: those wanted beside output_ids and finish_reason
-(all), and `cancel_after`: cancel after so many tokens.
+A request's keys are the model's inputs (docs/triton.md), `outputs`: the outputs wanted besides output_ids and
+finish_reason (default: all), and `cancel_after`: cancel after this many tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TYPES = {"BYTES": np.object_, "INT64": np.int64, "FP64": np.float64, "BOOL": np.
 
 
 class Client:
-    """One stream to a server; a request at a time.
+    """One stream to a server; one request at a time.
 
     Args:
         url: host and gRPC port.
@@ -53,8 +53,8 @@ class Client:
     ) -> dict[str, Any]:
         """Stream a request.
 
-        Returns: ids, text, the outputs of the last response by name, seconds until the first token and in all, and
-            `error`: the server's words, or None.
+        Returns: ids, text, the outputs of the last response by name, seconds until the first token and in total, and
+            `error`: the server's message, or None.
         """
         given = dict(request)
         cancel_after, wanted = given.pop("cancel_after", None), given.pop("outputs", None)
@@ -87,7 +87,7 @@ class Client:
             if cancel_after is not None and len(answer["ids"]) >= cancel_after:
                 self._client.stop_stream(cancel_requests=True)
                 answer["error"] = "cancelled"
-                self._answers = queue.Queue()  # what still comes is of the old stream
+                self._answers = queue.Queue()  # what still arrives belongs to the old stream
                 self._open()
                 break
         answer["seconds"] = time.perf_counter() - began
@@ -128,7 +128,7 @@ def main() -> None:
                 if not hasattr(clients, "one"):
                     clients.one = Client(arguments.url, arguments.model)
                 answer: dict[str, Any] = clients.one.generate(json.loads(line))
-            except InferenceServerException as error:  # nobody there, or no such model
+            except InferenceServerException as error:  # no server, or no such model
                 answer = {"error": str(error)}
             return answer
 
@@ -153,7 +153,7 @@ def main() -> None:
         request["budget"] = arguments.budget
     try:
         answer = Client(arguments.url, arguments.model).generate(request, lambda text: print(text, end="", flush=True))
-    except InferenceServerException as error:  # nobody there, or no such model
+    except InferenceServerException as error:  # no server, or no such model
         sys.exit(str(error))
     print()
     if answer["error"]:

@@ -1,9 +1,9 @@
-"""Runs Triton Inference Server on this machine's CPU, without a container: the server of the wheel nvidia-pytriton.
+"""Runs Triton Inference Server on this machine's CPU, without a container: the server in the wheel nvidia-pytriton.
 
-    make serve                                  or, with an environment and a model repository of your own:
+    make serve                                  or, with your own environment and model repository:
     python examples/triton_server.py out/models --environment .venv-triton --port 8000
 
-`make triton` sets the environment up. The tests and benchmarks/serving.py start their servers with it. For production
+`make triton` sets up the environment. The tests and benchmarks/serving.py start their servers with it. For production
 use NVIDIA's images (docs/triton.md).
 """
 
@@ -33,9 +33,9 @@ class Server:
     """A server that is ready.
 
     Args:
-        process: tritonserver.
-        port: of HTTP; gRPC has the next one, metrics the one after.
-        log: what it writes.
+        process: the process of tritonserver.
+        port: port for HTTP; gRPC has the next one, metrics the one after.
+        log: the file that it writes.
     """
 
     process: subprocess.Popen[bytes]
@@ -44,12 +44,12 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it answers HTTP."""
+        """The server's HTTP address."""
         return f"http://127.0.0.1:{self.port}"
 
 
 def find_server(environment: Path = ENVIRONMENT) -> Path | None:
-    """The folder of the server's files in an environment; None where it is not installed."""
+    """The folder of the server's files in an environment; None if it is not installed."""
     found = sorted(environment.glob("lib/python3.*/site-packages/pytriton/tritonserver"))
     return found[0] if found and (found[0] / "bin" / "tritonserver").is_file() else None
 
@@ -63,14 +63,14 @@ def running(
     options: Sequence[str] = (),
     seconds: float = 120.0,
 ) -> Iterator[Server]:
-    """A server of a model repository, ready; it ends with the block.
+    """A context manager that runs a server of a model repository, ready for requests; the server ends with the block.
 
     Args:
-        port: of HTTP; the next two must be free too.
-        options: further ones of tritonserver.
-        seconds: to become ready. A server whose model process cannot start waits for ever without an error.
+        port: port for HTTP; the next two must be free too.
+        options: further options of tritonserver.
+        seconds: time to become ready. A server whose model process cannot start waits forever without an error.
     Raises:
-        RuntimeError: it ended, or was not ready in time; with the end of its log.
+        RuntimeError: the server ended, or was not ready in time; has the end of its log.
     """
     home = find_server(environment)
     if home is None:
@@ -84,7 +84,7 @@ def running(
     backend.mkdir(parents=True)
     for file in [*(home / "backends" / "python").iterdir(), *(home / "python_backend_stubs" / version).iterdir()]:
         (backend / file.name).symlink_to(file)
-    # The model process takes the Python that it finds first, and that Python's library.
+    # The model process uses the Python that it finds first, and that Python's library.
     surroundings = {
         **os.environ,
         "PATH": f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}",
@@ -127,7 +127,7 @@ def running(
 
 
 def _check_ports(first: int) -> None:
-    """Refuse ports that somebody uses: his server would be taken for ours."""
+    """Refuse ports that are in use: the other server would be taken for ours."""
     for port in range(first, first + 3):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does

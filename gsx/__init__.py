@@ -1,6 +1,6 @@
 """gsx: token-gated and early-exit language models as ONNX graphs that really skip the work.
 
-The public API: a function for each command, under the same name, and the types that they take. Everything is imported
+The public API: one function per command, with the same name, and the types that they take. Everything is imported
 on first use, so that `import gsx` costs nothing and running a bundle never imports torch. The reference is docs/api.md.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-# Public name -> module that has it.
+# Public name -> module that defines it.
 _HOMES = {
     "Bundle": "gsx_engines.bundle.bundle",
     "GsxError": "gsx_plugins.errors",

@@ -11,18 +11,18 @@ from gsx_plugins.errors import UsageError
 
 
 def open_backend(name: BackendName, device: Device | None = None, threads: int | None = None) -> Backend:
-    """What runners are opened with.
+    """The backend to open runners with: a name, or a PyTorch runtime.
 
     Args:
-        device: where PyTorch runs; None for its GPU if it has one.
-        threads: of PyTorch within an op; the other runtimes are told when a runner is opened.
+        device: where PyTorch runs; None for a GPU if PyTorch sees one, else the CPU.
+        threads: PyTorch's threads within an op; the other runtimes take theirs when a runner is opened.
     Raises:
-        UsageError: a device for another backend.
-        EngineError: PyTorch is asked for and not installed, or cannot run there.
+        UsageError: a device is given for another backend.
+        EngineError: PyTorch is requested but is not installed, or cannot run there.
     """
     if name != "torch":
         if device is not None:
-            raise UsageError("--device is for --backend torch alone", found=f"--backend {name}")
+            raise UsageError("--device is only for --backend torch", found=f"--backend {name}")
         return name
     missing = [package for package in ("torch", "transformers") if find_spec(package) is None]
     if missing:

@@ -1,17 +1,18 @@
-"""What the public functions take where nothing else is given; their commands show the same numbers.
+"""Default values of the public functions; their commands show the same numbers.
 
-Nothing is imported here but numbers: a help text loads nothing. Those of the other floors are in their `defaults.py`.
+Only constants and no imports, so that a help text loads nothing. Each other floor has a `defaults.py` of its own.
 """
 
 # New tokens of `generate`.
 NEW_TOKENS = 128
 # Tokens of text that a bundle is verified on, and of the greedy continuation.
 VERIFY_TOKENS, GREEDY_TOKENS = 1024, 256
-# The same of a layer study.
+# Tokens of text that a layer study reads.
 STUDY_TOKENS = 2048
-# Measured tokens of a comparison; as many before them calibrate, which is then what an export takes by default.
+# Tokens that a comparison measures on. As many tokens before them are used for calibration: with this default, as many
+# as an export takes.
 COMPARE_TOKENS = 4096
 # Where a comparison keeps its bundles.
 COMPARE_FOLDER = "gsx-compare"
-# Limits of what 8 bits may cost: of the rise in perplexity, and of the share of decisions that turn.
+# Limit of what 8 bits may cost: the relative rise in perplexity, and the share of decisions that flip.
 QUALITY_LIMIT = 0.01

@@ -1,4 +1,4 @@
-"""The custom ops: which there are, and the native library of their CUDA kernels and TensorRT plugins.
+"""The custom ops: a list of them, and the native library with their CUDA kernels and TensorRT plugins.
 
 `gsx.plugins.build()` is the command `gsx plugins build`, and `gsx.plugins.list()` is `gsx plugins list`.
 """

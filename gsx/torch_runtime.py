@@ -1,8 +1,8 @@
 """The PyTorch runtime: the traced decoder itself, run eagerly on a bundle's weights.
 
 On a GPU the kernels of `plugins/` are bound to its ops (`gsx_plugins/cuda.py`), on a CPU the ops' own PyTorch code
-runs; every precision runs on both. It lives above `gsx_engines`, which never imports torch. Where a graph takes K/V in
-and gives them out, longer, this has buffers and writes into them.
+runs; every precision runs on both. It is above `gsx_engines`, which never imports torch. Where a graph takes K/V as
+inputs and returns them longer, this runtime writes into buffers.
 
 Letters as in `gsx_exporter/decoder/layer.py`; C capacity of the buffers, T columns of them that a call reads.
 """
@@ -47,7 +47,7 @@ class TorchRuntime:
         device: None for the GPU where PyTorch sees one, else the CPU.
         threads: within an op on a CPU, in this whole process; None leaves them as they are.
     Raises:
-        EngineError: a GPU was asked for and there is none.
+        EngineError: a GPU was requested, and PyTorch sees no GPU.
         PluginLibraryError: the kernels for it are not built.
     """
 
@@ -58,11 +58,11 @@ class TorchRuntime:
         self._weights: dict[Path, _Weights] = {}
 
     def stage(self, bundle: Bundle, graph: str) -> TorchStage:
-        """A graph of a bundle, its weights on the device.
+        """A graph of a bundle, with its weights on the device.
 
         Raises:
             EngineError: a bundle with 8-bit products, or K and V in 8 bits.
-            BundleError: `config.json` or the weights do not fit the manifest, or there is no such graph.
+            BundleError: `config.json` or the weights do not match the manifest, or there is no such graph.
         """
         if bundle.manifest.quantization is not None:
             raise EngineError(
@@ -90,8 +90,8 @@ class TorchStage:
     Args:
         bundle: an opened bundle.
         graph: `model`, `draft` or `verify`.
-        weights: of the bundle.
-        device: where they are.
+        weights: the bundle's weights.
+        device: the device that they are on.
     """
 
     def __init__(self, bundle: Bundle, graph: str, weights: _Weights, device: torch.device) -> None:
@@ -133,24 +133,24 @@ class TorchStage:
         steps = np.arange(length)
         valid = steps < np.array(call.counts)[:, None]
         positions = np.array(call.lengths)[:, None] + steps
-        # Where K and V of a token go; what stands behind a sequence's count goes to the row that nobody reads.
-        places = np.where(valid, np.arange(batch)[:, None] * capacity + positions, batch * capacity)
-        given = torch.from_numpy(np.stack([call.ids, positions, valid, places])).to(self._device)
-        ids, positions_there, valid_there, places_there = given
-        hidden, calls = self._enter(ids, valid_there, positions_there, max(grown(call.lengths, call.counts)), call)
+        # The row for each token's K and V; padding after a sequence's count goes to the row that nobody reads.
+        rows = np.where(valid, np.arange(batch)[:, None] * capacity + positions, batch * capacity)
+        copied = torch.from_numpy(np.stack([call.ids, positions, valid, rows])).to(self._device)
+        ids, device_positions, device_valid, device_rows = copied
+        hidden, calls = self._enter(ids, device_valid, device_positions, max(grown(call.lengths, call.counts)), call)
         below = None
         carried = {name: calls[0].values[name] for name in (self._rule.carried if self._rule else ())}
         if state is not None:
-            hidden = self._there(state["exit_hidden"]).reshape(batch * length, -1)
+            hidden = self._to_device(state["exit_hidden"]).reshape(batch * length, -1)
             if "exit_key" in state:
-                below = KeyValue(self._there(state["exit_key"]), self._there(state["exit_value"]))
-            carried = {n: self._there(state[f"exit_{n}"], torch.float32).reshape(-1, 1) for n in carried}
+                below = KeyValue(self._to_device(state["exit_key"]), self._to_device(state["exit_value"]))
+            carried = {n: self._to_device(state[f"exit_{n}"], torch.float32).reshape(-1, 1) for n in carried}
         counts: list[int] = []
-        for number, layer, one, buffers in zip(self.layers, self._layers, calls, memory, strict=True):
-            past = _Past(buffers, places_there.reshape(-1), one.mask.shape[3])
-            one = one._replace(values={**one.values, **carried})
+        for number, layer, layer_call, buffers in zip(self.layers, self._layers, calls, memory, strict=True):
+            past = _Past(buffers, device_rows.reshape(-1), layer_call.mask.shape[3])
+            layer_call = layer_call._replace(values={**layer_call.values, **carried})
             entering = hidden
-            hidden, _, below, values = layer(hidden, one, past, below)
+            hidden, _, below, values = layer(hidden, layer_call, past, below)
             carried = {name: values[name] for name in carried}
             if number + 1 in self._exit_modules:
                 entered = [{**values, **carried}[name] for name in self._entered]
@@ -158,10 +158,10 @@ class TorchStage:
             counts += [layer.kept[branch] for branch in BRANCHES if branch in layer.skippable]
         leaving = None
         if self.layers.stop < self._config.num_layers:
-            leaving = {"exit_hidden": _here(hidden.view(batch, length, -1))}
+            leaving = {"exit_hidden": _to_host(hidden.view(batch, length, -1))}
             if "exit_key" in self._exits and below is not None:
-                leaving |= {"exit_key": _here(below.key), "exit_value": _here(below.value)}
-            leaving |= {f"exit_{n}": _here(value.view(batch, length, 1)) for n, value in carried.items()}
+                leaving |= {"exit_key": _to_host(below.key), "exit_value": _to_host(below.value)}
+            leaving |= {f"exit_{n}": _to_host(value.view(batch, length, 1)) for n, value in carried.items()}
         return StageOutput(self._scores(hidden, ids, call, logits), leaving, self._table.of(counts))
 
     @torch.inference_mode()
@@ -178,14 +178,14 @@ class TorchStage:
         """Embeddings [N, H] of a call, and what each layer reads."""
         rule = self._rule
         types = {name: value.dtype for name, value in (rule.inputs if rule else {}).items()}
-        inputs = {name: self._there(call.controls[name], dtype) for name, dtype in types.items()}
+        inputs = {name: self._to_device(call.controls[name], dtype) for name, dtype in types.items()}
         with torch.device(self._device):  # the entry makes small tensors of its own
             once = [inputs[name] for name in (rule.of_call() if rule else ())]
             hidden, cos, sin, *rest = self._entry(ids, valid, positions, *once)
         masks = {window: _mask(positions, columns, window) for window in distinct_windows(self._config)}
         entered = dict(zip(rule.entered() if rule else (), rest[len(masks) :], strict=True))
         if rule is not None and rule.by_rank:
-            entered["k"] = entered["k"].cpu()  # K on the host: this waits for the GPU once, and no branch does
+            entered["k"] = entered["k"].cpu()  # K on the host: waits for the GPU once here, so that no branch has to
         return hidden, [
             CallState(cos, sin, masks[self._config.windows[i]], rule.values_of(i, inputs, entered) if rule else {})
             for i in self.layers
@@ -198,9 +198,9 @@ class TorchStage:
         if logits == "last":
             last = [row * length + max(count - 1, 0) for row, count in enumerate(call.counts)]
             hidden, ids = hidden[last], ids[:, :1]
-        return _here(self._exit(hidden, ids))
+        return _to_host(self._exit(hidden, ids))
 
-    def _there(self, array: np.ndarray | None, dtype: torch.dtype | None = None) -> Tensor:
+    def _to_device(self, array: np.ndarray | None, dtype: torch.dtype | None = None) -> Tensor:
         return torch.as_tensor(array).to(self._device, dtype or self._dtype)
 
 
@@ -237,12 +237,12 @@ class _Past:
     """The buffers during a call; see `Past`.
 
     Args:
-        places: [N] int64, rows of the call's tokens in the buffers.
+        rows: [N] int64, rows of the call's tokens in the buffers.
         columns: T.
     """
 
     buffers: _Buffers
-    places: Tensor
+    rows: Tensor
     columns: int
 
     def append(self, new: KeyValue) -> KeyValue:
@@ -250,7 +250,7 @@ class _Past:
         return KeyValue(self._written(self.buffers.key, new.key), self._written(self.buffers.value, new.value))
 
     def _written(self, buffer: Tensor, new: Tensor) -> Tensor:
-        buffer.index_copy_(0, self.places, new.transpose(1, 2).flatten(0, 1))
+        buffer.index_copy_(0, self.rows, new.transpose(1, 2).flatten(0, 1))
         sequences = buffer[:-1].view(self.buffers.batch, self.buffers.capacity, *buffer.shape[1:])
         return sequences[:, : self.columns].transpose(1, 2)
 
@@ -262,7 +262,7 @@ class _Weights:
         self._bundle, self._device = bundle, device
         graph = onnx.load(str(bundle.graph_path("model")), load_external_data=False).graph
         self._stored = {tensor.name: tensor for tensor in graph.initializer if tensor.external_data}
-        # Copy on write: PyTorch wants memory that may be written, and nobody writes it.
+        # Copy on write: PyTorch requires writable memory, although nothing writes to it.
         self._file = np.memmap(bundle.directory / bundle.manifest.weights.file, np.uint8, mode="c")
         self._tensors: dict[str, Tensor] = {}
 
@@ -270,7 +270,7 @@ class _Weights:
         """Give a module on the meta device its parameters.
 
         Raises:
-            BundleError: the bundle lacks one, or has it in another shape or type.
+            BundleError: the bundle lacks a parameter, or has it in another shape or type.
         """
         state = {}
         for name, parameter in module.named_parameters():
@@ -283,7 +283,7 @@ class _Weights:
         if name not in self._tensors:
             stored = self._stored.get(name)
             if stored is None or stored.data_type not in _STORED_TYPES:
-                raise self._error(name, "a tensor of floats", "none" if stored is None else "another type")
+                raise self._error(name, "a tensor of floats", "no such tensor" if stored is None else "another type")
             place = {entry.key: entry.value for entry in stored.external_data}
             start = int(place["offset"])
             content = torch.from_numpy(self._file[start : start + int(place["length"])])
@@ -301,7 +301,7 @@ class _Weights:
 
 
 def _mask(positions: Tensor, columns: int, window: int | None) -> Tensor:
-    """Where tokens may look, [B, 1, S, T] bool: a buffer's column is the position of the token in it.
+    """Attention mask, [B, 1, S, T] bool. A buffer's column is the position of the token stored in it.
 
     Args: positions [B, S] int64.
     """
@@ -312,7 +312,7 @@ def _mask(positions: Tensor, columns: int, window: int | None) -> Tensor:
 
 
 def _checked(config: ModelConfig, bundle: Bundle) -> ModelConfig:
-    """The configuration, if it is that of the bundle."""
+    """The configuration, checked against the bundle's manifest."""
     manifest = bundle.manifest
     facts = {name: (getattr(manifest.decoder, name), getattr(config, name)) for name in DecoderShape.model_fields}
     facts["gates"] = (manifest.gates, Gates(**config.gate.to_dict()) if config.gate else None)
@@ -327,9 +327,9 @@ def _checked(config: ModelConfig, bundle: Bundle) -> ModelConfig:
     return config
 
 
-def _device(asked: Device | None) -> torch.device:
-    """The device to run on; a GPU with the kernels bound to the ops."""
-    if asked == "cpu" or (asked is None and not torch.cuda.is_available()):
+def _device(requested: Device | None) -> torch.device:
+    """The device to run on. For a GPU, the kernels are bound to the ops."""
+    if requested == "cpu" or (requested is None and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
@@ -337,7 +337,7 @@ def _device(asked: Device | None) -> torch.device:
             "PyTorch sees no GPU here",
             expected="an NVIDIA GPU, its driver, and a PyTorch built for CUDA",
             found=f"PyTorch {torch.__version__}, {built}",
-            todo="--device cpu runs it here; gsx doctor says what works on this machine",
+            todo="use --device cpu to run it here; gsx doctor shows what works on this machine",
         )
     from gsx_plugins.cuda import bind
 
@@ -345,7 +345,7 @@ def _device(asked: Device | None) -> torch.device:
     return torch.device("cuda")
 
 
-def _here(tensor: Tensor) -> np.ndarray:
+def _to_host(tensor: Tensor) -> np.ndarray:
     """A tensor on the host, float32."""
     found: np.ndarray = tensor.float().cpu().numpy()
     return found

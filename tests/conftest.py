@@ -1,4 +1,4 @@
-"""Fixtures that are expensive to make (an export traces the model for seconds), and so are made once a run.
+"""Fixtures that are expensive to make (an export traces the model for seconds), and are therefore made once per run.
 
 All processes of a run (`pytest --numprocesses`) share them. What a test changes, it copies first.
 """
@@ -17,7 +17,7 @@ from filelock import FileLock
 from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
 from gsx_exporter.config import GateConfig
 
-# Before any test imports it: plugins then work in whatever test comes first.
+# Before any test imports it, so that plugins work whatever test runs first.
 preload_tensorrt_rtx()
 
 # Enough for a calibration window of the tiny model, whose tokenizer makes a token of every byte.

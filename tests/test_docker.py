@@ -1,4 +1,4 @@
-"""The containers. None is built here: their files are linted and read, and the commands that they consist of run."""
+"""The containers. They are not built here: their files are linted and read, and their commands run."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_lint(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [path.stem for path in DOCKERFILES])
-def test_images_are_pinned_small_and_not_roots(name: str) -> None:
+def test_images_are_pinned_and_small_and_do_not_run_as_root(name: str) -> None:
     stages: set[str] = set()
     for instruction, value in instructions(name):
         if instruction == "FROM":
@@ -79,7 +79,7 @@ def test_images_are_pinned_small_and_not_roots(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [path.stem for path in DOCKERFILES])
-def test_what_is_copied_is_there_and_let_through(name: str) -> None:
+def test_what_is_copied_exists_and_is_not_ignored(name: str) -> None:
     rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
     for instruction, value in instructions(name):
         if instruction == "COPY" and not value.startswith("--from"):
@@ -134,7 +134,7 @@ def test_commands_of_the_cpu_image(bundle: Path) -> None:
 
 
 def test_commands_of_the_engines_image(bundle: Path, tmp_path: Path) -> None:
-    """TensorRT itself is only in the image, and builds on a GPU: here a message names the one that is missing."""
+    """TensorRT itself is only in the image, and builds on a GPU: here a message says which of the two is missing."""
     library = find_library()
     if library is None:
         pytest.skip("no plugin library was built: gsx plugins build")

@@ -60,7 +60,7 @@ def run(command: Sequence[object], folder: Path) -> str:
 
 
 def build(source: Path, target: str, out: Path) -> Path:
-    """What the build backend makes, in this environment: no other one is set up."""
+    """Run the build backend in this environment, without setting up another one. Returns: the file that it makes."""
     pytest.importorskip("hatchling", reason='hatchling is not installed: pip install "gsx[dev]"')
     run([sys.executable, "-m", "hatchling", "build", "-t", target, "-d", out], source)
     (made,) = out.iterdir()
@@ -81,7 +81,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory, wheel: Path) -> Path:
-    """An environment with the wheel. The dependencies are this environment's, but for PyTorch and transformers."""
+    """An environment with the wheel. The dependencies are this environment's, except for PyTorch and transformers."""
     folder = tmp_path_factory.mktemp("environment") / "venv"
     venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every family, gated or dense, for tests that need a model but no knowledge.
+"""Tiny random checkpoints of every family, gated or dense, for tests that do not need a trained model.
 
 The weights are random but scaled like a working model's: states stay of order 1, logits are of order 1 to 10,
 and gate scores spread around 0.5, so that thresholds and ranks have something to choose between.

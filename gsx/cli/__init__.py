@@ -1,7 +1,7 @@
-"""The `gsx` command: its entry point, and what every command shares when something goes wrong.
+"""The `gsx` command: its entry point, and how errors of all commands are reported.
 
 Nothing heavy is imported here. Signals are turned into exceptions before anything else is loaded, so that
-Ctrl-C ends in one line at any moment; the workflows clean up behind themselves.
+Ctrl-C ends with one line at any moment; the workflows clean up after themselves.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _report(error: BaseException) -> int:
-    """Print an error as its kind deserves; returns the exit code."""
+    """Print an error in the form for its kind; returns the exit code."""
     from gsx_plugins.errors import GsxError
 
     if os.environ.get("GSX_DEBUG") == "1":
@@ -93,7 +93,7 @@ def _usage(error: BaseException) -> int:
     context = getattr(error, "ctx", None)
     path = context.command_path if context is not None else "gsx"
     message = error.format_message()  # type: ignore[attr-defined]
-    _say(f"{path}: {message}\n  `{path} --help` shows what there is")
+    _say(f"{path}: {message}\n  `{path} --help` shows the usage")
     return EXIT_USAGE
 
 
@@ -110,7 +110,7 @@ def _say(text: str) -> None:
 
 
 def _silence_output() -> None:
-    """The reader has gone: let the flush at exit write to nothing."""
+    """The reader is gone: let the flush at exit write to the null device."""
     null = os.open(os.devnull, os.O_WRONLY)
     for stream in (sys.stdout, sys.stderr):
         try:

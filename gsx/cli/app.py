@@ -1,4 +1,4 @@
-"""The commands of `gsx`, one module each; this file only gathers them."""
+"""The commands of `gsx`, one module each; this file only collects them."""
 
 from __future__ import annotations
 

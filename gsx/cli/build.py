@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gsx_engines.bundle.engine_entry import EngineEntry
     from gsx_engines.tensorrt.cuda import Device
 
-# Products that a warning names; more are counted.
+# A warning names at most this many products and counts the rest.
 _MOST_NAMED = 4
 
 
@@ -30,7 +30,7 @@ def build(
     bundle: BundleArgument,
     backend: Annotated[
         Literal["tensorrt", "tensorrt-rtx"],
-        typer.Option(help="tensorrt-rtx builds anywhere; tensorrt builds on the GPU that it is for."),
+        typer.Option(help="tensorrt-rtx builds on any machine; tensorrt builds on the GPU that it is for."),
     ] = "tensorrt-rtx",
     target: Annotated[
         list[str] | None,
@@ -42,7 +42,7 @@ def build(
         int | None,
         typer.Option(help="Columns of the K/V buffers.", show_default=f"the model's, at most {BUILD_CONTEXT}"),
     ] = None,
-    batch: Annotated[int, typer.Option(help="The most sequences of a call.")] = 1,
+    batch: Annotated[int, typer.Option(help="Largest number of sequences in a call.")] = 1,
     profile: Annotated[
         list[str] | None,
         typer.Option(
@@ -53,11 +53,13 @@ def build(
     plugins: Annotated[str, typer.Option(help="auto, none, or a plugin library.", metavar="auto|none|FILE")] = "auto",
     kv_layout: Annotated[
         Literal["in-place", "growing"],
-        typer.Option(help="K/V written in place, for gsx; growing (past in, present out) for programs of others."),
+        typer.Option(
+            help="in-place: K/V are written in place, for gsx. growing: past in, present out, for other programs."
+        ),
     ] = "in-place",
     as_json: JsonOption = False,
 ) -> None:
-    """Build TensorRT engines of a bundle's graphs and put them into the bundle.
+    """Build TensorRT engines from a bundle's graphs and store them in the bundle.
 
     Example: gsx build out/demo --backend tensorrt-rtx --target 8.9
     """
@@ -78,7 +80,7 @@ def build(
 
 
 def build_engines(bundle: Path, **options: Any) -> tuple[str, EngineEntry]:
-    """`gsx.build` for a person: with its progress, and its warnings on stderr."""
+    """`gsx.build` with progress and warnings on stderr."""
     with ProgressLine() as line:
         line.update("starting")
         with loading():
@@ -100,7 +102,7 @@ def warnings_of(entry: EngineEntry, device: Device | None = None) -> list[str]:
     """What a user must not overlook: engines that save nothing, or less than they could, or do not run here.
 
     Args:
-        device: the GPU that the engines are meant for; None where they are for others.
+        device: the GPU that the engines are meant for; None if they are for other machines.
     """
     forms = {form for graph in entry.graphs.values() for form in graph.forms.values()}
     warnings = []
@@ -116,17 +118,17 @@ def warnings_of(entry: EngineEntry, device: Device | None = None) -> list[str]:
         more = f" and {len(widened) - _MOST_NAMED} more" if len(widened) > _MOST_NAMED else ""
         several = "products DO NOT RUN" if len(widened) > 1 else "product DOES NOT RUN"
         warnings.append(
-            f"WARNING: {len(widened)} quantized {several} IN 8 BITS in this engine: the results are right, and it is "
+            f"WARNING: {len(widened)} quantized {several} IN 8 BITS in this engine: the results are right, but it is "
             f"slower than it could be.\n  {', '.join(widened[:_MOST_NAMED])}{more}"
         )
     if all(profile.tokens.least > 1 for profile in entry.profiles):
         warnings.append(
-            "WARNING: NO PROFILE TAKES CALLS OF ONE TOKEN, which generating makes.\n"
-            "  add --profile decode:1, or let another one begin at 1"
+            "WARNING: NO PROFILE TAKES CALLS OF ONE TOKEN, which generation makes.\n"
+            "  add --profile decode:1, or let another profile begin at 1"
         )
     if "mask" in forms:
         warnings.append(
-            "WARNING: without the plugins, selection became a mask: the results are right, and NOTHING IS SAVED.\n"
+            "WARNING: without the plugins, selection became a mask: the results are right, but NOTHING IS SAVED.\n"
             "  gsx plugins build makes the plugin library; then run gsx build again"
         )
     elif {"rows", "all"} <= forms or (forms & {"plugin", "body"} and "all" in forms):
@@ -137,12 +139,12 @@ def warnings_of(entry: EngineEntry, device: Device | None = None) -> list[str]:
 
 
 def products_line(products: Mapping[str, int]) -> str:
-    """An engine's matrix products by the type that they are computed in."""
-    return ", ".join(f"{count} {kind}" for kind, count in sorted(products.items())) or "not known"
+    """An engine's matrix products, counted by the type that they are computed in."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(products.items())) or "unknown"
 
 
 def print_engines(bundle: Path, entry: EngineEntry) -> None:
-    """What was built, as tables."""
+    """Print what was built, as tables."""
     from gsx_engines.tensorrt import cuda
     from gsx_engines.tensorrt.backend import dotted
 
@@ -154,13 +156,13 @@ def print_engines(bundle: Path, entry: EngineEntry) -> None:
     rows = [
         (
             graph,
-            size(made.size_bytes),
-            f"{made.build_seconds:.1f} s",
-            size(made.peak_bytes),
-            products_line(made.products),
-            ", ".join(f"{op} {form}" for op, form in made.forms.items()) or "none",
+            size(built.size_bytes),
+            f"{built.build_seconds:.1f} s",
+            size(built.peak_bytes),
+            products_line(built.products),
+            ", ".join(f"{op} {form}" for op, form in built.forms.items()) or "none",
         )
-        for graph, made in entry.graphs.items()
+        for graph, built in entry.graphs.items()
     ]
     console.print(table(None, ("engine", "size", "built in", "peak memory", "products", "ops"), rows))
     ranges: list[tuple[str, ...]] = [
@@ -174,4 +176,4 @@ def print_engines(bundle: Path, entry: EngineEntry) -> None:
     elif entry.backend == "tensorrt":
         console.print(f"next: gsx triton {bundle} -o REPOSITORY --backend tensorrt-plan")
     else:
-        console.print("inputs and outputs are those of the graphs; gsx itself runs engines with K/V in place")
+        console.print("inputs and outputs are those of the graphs; gsx itself only runs engines with K/V in place")

@@ -25,20 +25,20 @@ def add_to(app: typer.Typer) -> None:
 def compare(
     model: ModelArgument,
     output: PageOption = None,
-    work: Annotated[Path, typer.Option(help="Folder for a bundle of each policy; what is there is used again.")] = Path(
-        COMPARE_FOLDER
-    ),
+    work: Annotated[
+        Path, typer.Option(help="Folder for one bundle per policy; bundles already there are reused.")
+    ] = Path(COMPARE_FOLDER),
     text: Annotated[
         Path | None,
         typer.Option(
-            help="UTF-8 text: its first half calibrates, its second is measured.",
+            help="UTF-8 text: the first half is for calibration, the second half is measured.",
             show_default=SHIPPED_TEXT,
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="How much of it to measure.")] = COMPARE_TOKENS,
+    tokens: Annotated[int, typer.Option(help="Tokens of it to measure.")] = COMPARE_TOKENS,
     as_json: JsonOption = False,
 ) -> None:
-    """Put every policy that a model can have side by side: perplexity and measured time against what is kept.
+    """Compare all policies that a model supports: perplexity and measured time against the share kept.
 
     Example: gsx compare examples/model -o out/compare.html
     """

@@ -1,7 +1,6 @@
 """What commands print: results to stdout, progress and remarks to stderr.
 
-Progress is a moving bar when a person watches and plain lines otherwise. Rich is imported when it is first
-needed.
+Progress is a moving bar on a terminal and plain lines otherwise. Rich is imported when it is first needed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
     from gsx_plugins.progress import Progress
 
-# In a log file, a line this often is enough to see that a step goes on.
+# In a log file, a line this often is enough to show that a step is still running.
 _PLAIN_SECONDS = 10.0
 _PIPE_COLUMNS = 400
 
@@ -40,7 +39,7 @@ def quiet_libraries() -> None:
 
 
 def print_json(value: Any) -> None:
-    """A value as JSON to stdout."""
+    """Print a value as JSON to stdout."""
     print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
@@ -48,12 +47,12 @@ def out() -> Console:
     """The console for results."""
     from rich.console import Console
 
-    # Into a file or a pipe, a line is as long as it needs to be.
+    # In a file or a pipe, lines are practically never wrapped.
     return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else _PIPE_COLUMNS)
 
 
 def remark(text: str) -> None:
-    """A dim line to stderr."""
+    """Print a line to stderr, dim on a terminal."""
     if sys.stderr.isatty():
         print(f"\033[2m{text}\033[0m", file=sys.stderr, flush=True)
     else:
@@ -61,21 +60,21 @@ def remark(text: str) -> None:
 
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str | Text]], *, right: int = 99) -> Table:
-    """A table; columns from number `right` on are aligned to the right."""
+    """A table; columns from index `right` on are right-aligned."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    made = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number >= right else "left", overflow="fold")
+        result.add_column(column, justify="right" if number >= right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
-    return made
+        result.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in row))
+    return result
 
 
 def size(count: int) -> str:
-    """Bytes for people."""
+    """A number of bytes with its unit, e.g. `1.5 MB`."""
     value = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if value < 1000 or unit == "GB":
@@ -88,7 +87,7 @@ class ProgressLine:
     """Progress of one long piece of work, on stderr; a context manager.
 
     Args:
-        plain_every: seconds between plain lines of one stage, where no person watches.
+        plain_every: seconds between plain lines of one stage, when stderr is not a terminal.
     """
 
     def __init__(self, *, plain_every: float = _PLAIN_SECONDS) -> None:
@@ -128,11 +127,11 @@ class ProgressLine:
             self._bar.stop()
 
     def show(self, progress: Progress) -> None:
-        """What a function reports to its `on_progress`."""
+        """Show what a function reports to its `on_progress`."""
         self.update(progress.stage, progress.done, progress.total, progress.note)
 
     def update(self, stage: str, done: int = 0, total: int = 0, note: str = "") -> None:
-        """Where the work stands: `done` of `total` (0: not known) in a stage, with a remark."""
+        """Show progress: `done` of `total` (0: unknown) in a stage, with a note."""
         if self._bar is not None:
             if stage != self._stage:
                 if self._task is not None:

@@ -21,9 +21,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def convert(
-    file: Annotated[
-        Path, typer.Argument(help="What was saved in training: a .pt, or safetensors.", show_default=False)
-    ],
+    file: Annotated[Path, typer.Argument(help="The file saved in training: .pt or safetensors.", show_default=False)],
     output: Annotated[Path, typer.Option("-o", "--output", help="The new model directory.", show_default=False)],
     base: Annotated[
         str,
@@ -34,7 +32,7 @@ def convert(
     ] = "post_norm",
     as_json: JsonOption = False,
 ) -> None:
-    """Take over a checkpoint of GateSkip, SkipGPT, D-LLM or FlexiDepth.
+    """Convert a checkpoint of GateSkip, SkipGPT, D-LLM or FlexiDepth to a model directory.
 
     Example: gsx convert gateskip_42.pt -o my-model --base meta-llama/Llama-3.2-1B
     """

@@ -18,9 +18,9 @@ def add_to(app: typer.Typer) -> None:
 def doctor(
     as_json: JsonOption = False,
 ) -> None:
-    """Try what works on this machine, and say how to get the rest.
+    """Check what works on this machine, and show how to get the rest.
 
-    Exit code 1 only where exporting and running on a CPU cannot work.
+    Exit code 1 only if exporting and running on a CPU cannot work.
 
     Example: gsx doctor
     """

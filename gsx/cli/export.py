@@ -43,13 +43,11 @@ class RuleOptions:
             show_default="gateskip with gates, router with routers, else dense",
         ),
     ] = None
-    select: Annotated[Literal["threshold", "rank"], typer.Option(help="How GateSkip chooses kept tokens.")] = (
-        "threshold"
-    )
+    select: Annotated[Literal["threshold", "rank"], typer.Option(help="How GateSkip selects tokens.")] = "threshold"
     kv_policy: Annotated[
         Literal["compute", "copy", "none"] | None,
         typer.Option(
-            help="K and V of skipped tokens: their own, the layer below's, or none.",
+            help="K and V of skipped tokens: computed, copied from the layer below, or none.",
             show_default="none for sets of layers, else compute",
         ),
     ] = None
@@ -73,33 +71,34 @@ class EightBitOptions:
     keep_precision: Annotated[
         str | None,
         typer.Option(
-            help="Layers to leave out of INT8 or FP8: auto (by measurement), none, or names with commas.",
+            help="Layers to leave out of INT8 or FP8: auto (by measurement), none, or names separated by commas.",
             show_default="with gates the first",
         ),
     ] = None
     max_perplexity_increase: Annotated[
         float | None,
         typer.Option(
-            help="Quality limit of INT8 or FP8, relative.", show_default=f"{QUALITY_LIMIT} with --keep-precision auto"
+            help="Largest relative rise in perplexity with INT8 or FP8.",
+            show_default=f"{QUALITY_LIMIT} with --keep-precision auto",
         ),
     ] = None
     max_flipped: Annotated[
         float | None,
         typer.Option(
-            help="Limit of the share of decisions that INT8 or FP8 turns.",
+            help="Largest share of decisions that INT8 or FP8 may flip.",
             show_default=f"{QUALITY_LIMIT} with --keep-precision auto",
         ),
     ] = None
 
     @property
     def any(self) -> bool:
-        """Whether anything is to run in 8 bits."""
+        """Whether any product runs in 8 bits."""
         return self.int8 or self.fp8
 
     def check(self) -> None:
-        """Refuse options that do not go together."""
+        """Refuse options that cannot be combined."""
         if self.int8 and self.fp8:
-            raise typer.BadParameter("a graph has one of the two", param_hint="--int8 --fp8")
+            raise typer.BadParameter("give only one of the two", param_hint="--int8 --fp8")
         if self.weights_only and not self.int8:
             raise typer.BadParameter("belongs to --int8", param_hint="--weights-only")
         for name in ("keep_precision", "max_perplexity_increase", "max_flipped"):
@@ -140,24 +139,24 @@ def export(
     ] = "fp32",
     calibration: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text to find the thresholds on.", show_default=SHIPPED_TEXT),
+        typer.Option(help="UTF-8 text to calibrate the thresholds on.", show_default=SHIPPED_TEXT),
     ] = None,
-    calibration_tokens: Annotated[int, typer.Option(help="How much of it to use.", min=1)] = CALIBRATION_TOKENS,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens of it to use.", min=1)] = CALIBRATION_TOKENS,
     draft: Annotated[
         str | None,
         typer.Option(
             help="For self-speculative decoding: exit:E, auto (the fastest exit here), budget:B, layers:SET, "
-            "or layers:auto (a set that is searched).",
+            "or layers:auto (searches for a set).",
             show_default="none",
         ),
     ] = None,
     kv_cache: Annotated[
         Literal["int8"] | None,
-        typer.Option(help="Type that K and V are kept in, on ONNX Runtime.", show_default="that of the activations"),
+        typer.Option(help="Type in which ONNX Runtime stores K and V.", show_default="that of the activations"),
     ] = None,
     build: Annotated[
         Literal["tensorrt", "tensorrt-rtx"] | None,
-        typer.Option(help="Build engines too, with gsx build's defaults.", show_default="none"),
+        typer.Option(help="Also build engines, with gsx build's defaults.", show_default="none"),
     ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -176,7 +175,7 @@ def export(
     rule_arguments = rule.arguments()
     eight_bits.check()
     if kv_cache is not None and build is not None:
-        raise typer.BadParameter("engines keep K and V only in 16- and 32-bit floats", param_hint="--kv-cache --build")
+        raise typer.BadParameter("engines store K and V only in 16- and 32-bit floats", param_hint="--kv-cache --build")
     with ProgressLine() as line:
         line.update("starting")
         with loading():
@@ -208,7 +207,7 @@ def export(
 
 
 def _build(bundle: Path, backend: Backend, as_json: bool) -> dict[str, Any]:
-    """Engines for a bundle that was just exported, as plain values. Where they fail, the bundle stays."""
+    """Engines for a bundle that was just exported, as plain values. If the build fails, the bundle stays."""
     from gsx_plugins.errors import GsxError
 
     try:

@@ -1,4 +1,4 @@
-"""What an export made: as plain values for `--json`, and as text."""
+"""A summary of an export: as plain values for `--json`, and as text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
-    """What an export made, as plain values."""
+    """What an export wrote, as plain values."""
     manifest = bundle.manifest
     selection = manifest.selection
     kept = None
@@ -73,7 +73,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         kept = f", {len(summary['kept_high'])} matrices left in high precision" if summary["kept_high"] else ""
         console.print(f"{summary['quantization']} products{kept}")
     if summary["kv_cache"] is not None:
-        console.print(f"K and V are kept in {summary['kv_cache']} on ONNX Runtime")
+        console.print(f"ONNX Runtime stores K and V in {summary['kv_cache']}")
     rows = [(name, size(count)) for name, count in summary["files"].items()]
     console.print(table(None, ("file", "size"), rows, right=1))
     console.print(f"next: gsx verify {summary['bundle']}")
@@ -84,26 +84,26 @@ def _confidence_of(policy: Policy) -> dict[str, Any] | None:
 
 
 def _print_confidence(values: dict[str, Any], exits: list[int]) -> None:
-    """When tokens leave, and what is promised of it: the walk as a table."""
+    """When tokens exit, and what is guaranteed about it: the tested thresholds as a table."""
     console = out()
     depths = ", ".join(map(str, exits))
-    at = "infinity (nothing leaves)" if values["threshold"] is None else f"{values['threshold']:g}"
+    at = "infinity (no token exits)" if values["threshold"] is None else f"{values['threshold']:g}"
     console.print(
-        f"policy calm: a token leaves after {depths} layers where its {values['measure']} confidence reaches {at}"
+        f"policy calm: a token exits after {depths} layers where its {values['measure']} confidence reaches {at}"
     )
     found = values["guarantee"]
     if found is None:
-        console.print("the threshold was given: nothing is promised about the risk")
+        console.print("the threshold was given, so nothing is guaranteed about the risk")
         return
     rows = [
         (
-            f"{one['threshold']:g}",
-            f"{one['mean_risk']:.4f}",
-            f"{one['p_value']:.2g}",
-            f"{one['kept_share']:.1%}",
-            "yes" if one["accepted"] else "no",
+            f"{test['threshold']:g}",
+            f"{test['mean_risk']:.4f}",
+            f"{test['p_value']:.2g}",
+            f"{test['kept_share']:.1%}",
+            "yes" if test["accepted"] else "no",
         )
-        for one in found["tested"]
+        for test in found["tested"]
     ]
     console.print(table(None, ("threshold", f"{found['risk']} risk", "p-value", "kept", "holds"), rows, right=1))
     console.print(
@@ -119,7 +119,7 @@ def _draft_of(entry: DraftEntry) -> dict[str, Any]:
 
 
 def _print_draft(entry: dict[str, Any]) -> None:
-    """The draft, and where it was measured, the table that it was chosen from."""
+    """Print the draft and, if drafts were measured, the table that it was chosen from."""
     console = out()
     if not entry["measured"]:
         console.print(f"draft: {entry['draft']}")

@@ -39,17 +39,19 @@ def generate(
     prompt: Annotated[
         str | None, typer.Argument(help='The text to continue; "-" reads it from stdin.', show_default=False)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = NEW_TOKENS,
+    max_new_tokens: Annotated[int, typer.Option(help="Largest number of new tokens.")] = NEW_TOKENS,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="End before this text; may be given several times.", show_default=False),
+        typer.Option(help="Stop before this text; may be given several times.", show_default=False),
     ] = None,
     ids: Annotated[
         str | None,
-        typer.Option(help="Token ids in place of a text, e.g. 1,2,3; new ids are printed.", show_default=False),
+        typer.Option(help="Token ids instead of a text, e.g. 1,2,3; prints the new ids.", show_default=False),
     ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads of the runtime.", show_default="its own choice")] = None,
-    stream: Annotated[bool, typer.Option(help="Print text as it comes.")] = True,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads of the runtime.", show_default="the runtime's choice")
+    ] = None,
+    stream: Annotated[bool, typer.Option(help="Print text as it is generated.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text. New text goes to stdout, a line of statistics to stderr.
@@ -86,7 +88,7 @@ def generate(
 
 
 def statistics(result: GenerateResult) -> str:
-    """One line: how many, how fast, what was kept."""
+    """One line of statistics: tokens, speed, share kept."""
     stats = result.stats
     parts = [f"{stats.new_tokens} tokens ({result.finish})"]
     if stats.decode_tokens_per_second is not None:
@@ -98,7 +100,7 @@ def statistics(result: GenerateResult) -> str:
             f"kept {stats.kept_share:.1%}, {at}" if result.budget is None else f"kept {stats.kept_share:.1%} at {at}"
         )
     if result.draft is not None and stats.tokens_per_verification is not None:
-        accepted = "" if stats.acceptance is None else f", {stats.acceptance:.0%} of drafted tokens right"
+        accepted = "" if stats.acceptance is None else f", {stats.acceptance:.0%} of drafted tokens accepted"
         if result.adaptation is not None:
             parts.append(searched(result.adaptation))
         parts.append(f"draft {result.draft}: {stats.tokens_per_verification:.2f} tokens a verification{accepted}")
@@ -106,7 +108,7 @@ def statistics(result: GenerateResult) -> str:
 
 
 def searched(found: Adaptation) -> str:
-    """What a search for a better set did."""
+    """What the search for a better set did, in words."""
     state = "ended" if found.ended else "goes on"
     return f"{found.tried} sets tried in {found.looks} looks, {found.changes} taken, the search {state}"
 

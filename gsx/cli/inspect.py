@@ -86,9 +86,9 @@ def _engines(engines: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A line for each engine: its matrix products by type."""
     lines = []
     for name, graphs in engines.items():
-        for graph, made in graphs.items():
-            wide = f"; {len(made['widened'])} quantized ones are not in 8 bits" if made["widened"] else ""
-            lines.append(("engine", f"{name}, {graph}: products {products_line(made['products'])}{wide}"))
+        for graph, built in graphs.items():
+            wide = f"; {len(built['widened'])} quantized ones do not run in 8 bits" if built["widened"] else ""
+            lines.append(("engine", f"{name}, {graph}: products {products_line(built['products'])}{wide}"))
     return lines
 
 

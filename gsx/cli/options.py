@@ -1,8 +1,8 @@
-"""Options that commands share, each written once, and groups of options that travel together.
+"""Options that commands share, each written once, and groups of options that belong together.
 
-A group is a frozen dataclass whose fields are options. A command takes it as one parameter, and `grouped` gives the
-command line the fields in its place, under the group's docstring; `vars(group)` are keyword arguments of the public
-function.
+A group is a frozen dataclass whose fields are options. A command takes it as one parameter. `grouped` replaces it with
+its fields on the command line, with the group's docstring as their heading; `vars(group)` gives the public function's
+keyword arguments.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class BackendOptions:
 
     backend: Annotated[
         Literal["onnxruntime", "tensorrt", "tensorrt-rtx", "torch"],
-        typer.Option(help="The runtime; TensorRT runs what gsx build made, on a GPU."),
+        typer.Option(help="The runtime; TensorRT runs engines from gsx build, on a GPU."),
     ] = "onnxruntime"
     device: Annotated[
         Literal["cpu", "cuda"] | None,
@@ -41,7 +41,7 @@ class BackendOptions:
 
 @dataclass(frozen=True)
 class KeepOptions:
-    """What the keep rule is asked for."""
+    """Keep settings."""
 
     budget: Annotated[
         float | None, typer.Option(help="Share of skippable work to keep.", show_default="as exported")
@@ -52,17 +52,17 @@ class KeepOptions:
     ] = None
     exit_layer: Annotated[
         int | None,
-        typer.Option("--exit", help="Run the first so many layers (policy layers).", show_default="as exported"),
+        typer.Option("--exit", help="Run only the first E layers (policy layers).", show_default="as exported"),
     ] = None
     speedup: Annotated[
         float | None,
         typer.Option(
-            help="Unified Layer Skipping for new tokens, at this target (policy layers).", show_default="as exported"
+            help="Unified Layer Skipping for new tokens, at this speedup (policy layers).", show_default="as exported"
         ),
     ] = None
     exit_threshold: Annotated[
         float | None,
-        typer.Option(help="Confidence at which a token leaves (policy calm).", show_default="as exported"),
+        typer.Option(help="Confidence at which a token exits (policy calm).", show_default="as exported"),
     ] = None
 
 
@@ -70,10 +70,12 @@ class KeepOptions:
 class SamplingOptions:
     """How the next token is chosen."""
 
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0
-    top_k: Annotated[int, typer.Option(help="Only the K likeliest tokens; 0 for all.")] = 0
-    top_p: Annotated[float, typer.Option(help="Only the likeliest that together reach this.")] = 1.0
-    seed: Annotated[int | None, typer.Option(help="Of the random numbers.", show_default="a new one")] = None
+    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0
+    top_k: Annotated[int, typer.Option(help="Sample from the K most likely tokens; 0: from all.")] = 0
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the most likely tokens that together reach this probability.")
+    ] = 1.0
+    seed: Annotated[int | None, typer.Option(help="Seed of the random numbers.", show_default="a new one")] = None
 
 
 @dataclass(frozen=True)
@@ -91,21 +93,25 @@ class DraftOptions:
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Draft in another way: exit:E, budget:B, layers:SET, or layers:auto (a set, searched meanwhile).",
+            help="Another draft: exit:E, budget:B, layers:SET, or layers:auto (searches for a set meanwhile).",
             show_default="the bundle's",
         ),
     ] = None
     draft_length: Annotated[
         int | None,
-        typer.Option(help="Tokens drafted before a verification; 0: plain.", show_default="found while generating"),
+        typer.Option(
+            help="Tokens drafted before a verification; 0: no drafting.", show_default="found while generating"
+        ),
     ] = None
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command as the command line sees it: each parameter that is a group gives way to the group's options."""
+    """A command as the command line sees it: each parameter that is a group is replaced by the group's options."""
     signature = inspect.signature(command, eval_str=True)
     groups: dict[str, Any] = {
-        name: one.annotation for name, one in signature.parameters.items() if is_dataclass(one.annotation)
+        name: parameter.annotation
+        for name, parameter in signature.parameters.items()
+        if is_dataclass(parameter.annotation)
     }
 
     @functools.wraps(command)
@@ -114,14 +120,14 @@ def grouped(command: Callable[..., None]) -> Callable[..., None]:
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         command(**given)
 
-    parameters = [part for one in signature.parameters.values() for part in _spread(one)]
+    parameters = [part for parameter in signature.parameters.values() for part in _spread(parameter)]
     call.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    call.__annotations__ = {one.name: one.annotation for one in parameters}
+    call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
 
 
 def _spread(parameter: inspect.Parameter) -> Iterator[inspect.Parameter]:
-    """A parameter, or the fields of the group that it is; by keyword, so that their order is free."""
+    """A parameter or, if it is a group, its fields; keyword-only, so that their order is free."""
     group = parameter.annotation
     if not is_dataclass(group):
         yield parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)

@@ -42,13 +42,15 @@ def build(
         ),
     ] = None,
     kernels_only: Annotated[
-        bool, typer.Option("--kernels-only", help="Without TensorRT's plugins: needs no TensorRT headers.")
+        bool, typer.Option("--kernels-only", help="Leave out the TensorRT plugins: needs no TensorRT headers.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Build even if the library is there.")] = False,
-    jobs: Annotated[int | None, typer.Option(help="Compilers at a time.", show_default="one a processor")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Build even if the library exists.")] = False,
+    jobs: Annotated[
+        int | None, typer.Option(help="Compilers that run in parallel.", show_default="one per processor")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Build the plugin library, unless one of these sources is there already.
+    """Build the plugin library, unless it was already built from these sources.
 
     Needs nvcc, CMake, a C++ compiler and TensorRT's headers (TENSORRT_ROOT), but no GPU.
 
@@ -72,12 +74,12 @@ def build(
     if as_json:
         print_json({**asdict(facts), "path": str(facts.path), "cached": built.cached})
     else:
-        out().print("the library was there already" if built.cached else f"built in {built.record.seconds:g} s")
+        out().print("the library was already built" if built.cached else f"built in {built.record.seconds:g} s")
         _print_library(facts)
 
 
 def list_(as_json: JsonOption = False) -> None:
-    """Show the custom ops, and the library that serves them.
+    """Show the custom ops, and the library that implements them.
 
     Example: gsx plugins list
     """
@@ -102,7 +104,7 @@ def list_(as_json: JsonOption = False) -> None:
 def _print_library(facts: LibraryFacts) -> None:
     lines = [("library", str(facts.path)), ("size", size(facts.bytes)), ("sha256", facts.sha256)]
     record = facts.record
-    lines.append(("holds", "kernels and TensorRT plugins" if facts.plugins else "only kernels"))
+    lines.append(("contains", "kernels and TensorRT plugins" if facts.plugins else "only kernels"))
     if record:
         headers = f", headers of TensorRT {record.tensorrt_headers}" if record.tensorrt_headers else ""
         lines += [("for GPUs", ", ".join(record.architectures)), ("built with", f"CUDA {record.nvcc}{headers}")]

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def policy_name(name: str, parameters: Mapping[str, Any]) -> str:
-    """A policy with those of its parameters that have one value: `ffn-skip (stride 2)`."""
+    """A policy's name with its single-valued parameters: `ffn-skip (stride 2)`."""
     single = [f"{key} {value}" for key, value in parameters.items() if not isinstance(value, list)]
     return f"{name} ({', '.join(single)})" if single else name
 

@@ -1,4 +1,4 @@
-"""What the commands share that measure a model and may write a page: `gsx study`, `gsx compare`."""
+"""Shared by the commands that measure a model and may write a page: `gsx study`, `gsx compare`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ R = TypeVar("R", bound=_Report)
 
 
 def show(report: R, as_json: bool, tables: Callable[[R], None], page: Path | None) -> None:
-    """Print a report, and write its page; in this order, so that a page that cannot be written loses no figures."""
+    """Print a report, then write its page: if the page cannot be written, the figures are not lost."""
     if as_json:
         print_json(report.to_dict())
     else:
@@ -31,4 +31,4 @@ def show(report: R, as_json: bool, tables: Callable[[R], None], page: Path | Non
     if page is not None:
         report.write_page(page)
         if not as_json:
-            out().print(f"{page} shows it")
+            out().print(f"see {page}")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: as KeyboardInterrupt while there is something to clean up, as an immediate end otherwise."""
+"""Ctrl-C and SIGTERM: a KeyboardInterrupt while there is something to clean up, an immediate end otherwise."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def install() -> None:
 
 
 def ignore() -> None:
-    """Let no signal disturb an exit that has begun: what the command made is complete."""
+    """Ignore signals once the exit has begun: the command's results are complete."""
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -45,7 +45,7 @@ def exit_code() -> int:
 def loading() -> Iterator[None]:
     """While libraries are imported: a signal ends the process at once.
 
-    Nothing has been written yet, and an exception in the middle of torch's start makes it abort with a dump.
+    Nothing has been written yet, and an exception while torch is loading makes it abort with a dump.
     """
     _State.nothing_begun = True
     try:

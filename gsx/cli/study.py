@@ -25,11 +25,11 @@ def add_to(app: typer.Typer) -> None:
 def study(
     model: ModelArgument,
     output: PageOption = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to study on.", show_default=SHIPPED_TEXT)] = None,
-    tokens: Annotated[int, typer.Option(help="How much of it to use.")] = STUDY_TOKENS,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.", show_default=SHIPPED_TEXT)] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of it to use.")] = STUDY_TOKENS,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what leaving layers out costs: exits against skipped layers, and what each sequence would need.
+    """Measure what leaving out layers costs: exits against skipped layers, and how many layers each sequence needs.
 
     Example: gsx study examples/model -o out/study.html
     """

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gsx import TrainConfig
     from gsx_exporter.training import StepReport
 
-# Where nobody watches, a line this often.
+# Seconds between lines when stderr is not a terminal.
 _PLAIN_SECONDS = 30.0
 
 
@@ -31,18 +31,21 @@ class RecipeOptions:
     """Changes to the recipe."""
 
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps; schedules keep their shares.", show_default="as configured")
+        int | None,
+        typer.Option(help="Optimizer steps; schedules keep their proportions.", show_default="as configured"),
     ] = None
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a step.", show_default="as configured")] = None
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a sequence.", show_default="as configured")] = None
-    learning_rate: Annotated[float | None, typer.Option(help="Its peak.", show_default="as configured")] = None
-    budget_end: Annotated[float | None, typer.Option(help="Where the budget ends.", show_default="as configured")] = (
+    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.", show_default="as configured")] = None
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.", show_default="as configured")] = (
         None
     )
-    seed: Annotated[int | None, typer.Option(help="Of everything random.", show_default="as configured")] = None
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="as configured")] = (
+        None
+    )
+    budget_end: Annotated[float | None, typer.Option(help="Budget at the end.", show_default="as configured")] = None
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers.", show_default="as configured")] = None
 
     def over(self, config: Path | None, *, resumed: bool) -> TrainConfig:
-        """The recipe of a file, or the default one, with these changes."""
+        """The recipe from a file, or the default one, with these changes."""
         from gsx import TrainConfig
 
         recipe = TrainConfig() if config is None else TrainConfig.from_json(config)
@@ -85,13 +88,15 @@ def train(
     ] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="With --exit-classifiers: how much text.", min=1, show_default=str(CLASSIFIER_TOKENS)),
+        typer.Option(
+            help="With --exit-classifiers: tokens of text to use.", min=1, show_default=str(CLASSIFIER_TOKENS)
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train gates (GateSkip) and early exits (LayerSkip), from a plain checkpoint or from nothing.
+    """Train gates (GateSkip) and early exits (LayerSkip), from a plain checkpoint or from scratch.
 
-    Ctrl-C finishes the step and writes a snapshot; --resume goes on from there.
+    Ctrl-C finishes the step and writes a snapshot; --resume continues from there.
 
     Example: gsx train --config examples/train_example.json -o my-model
 
@@ -103,7 +108,7 @@ def train(
         for name, value in {**others, **vars(recipe)}.items():
             if value is not None:
                 raise typer.BadParameter(
-                    "does not go with --exit-classifiers", param_hint=f"--{name.replace('_', '-')}"
+                    "cannot be combined with --exit-classifiers", param_hint=f"--{name.replace('_', '-')}"
                 )
         _exit_classifiers(output, model, exit_classifiers, text, tokens, as_json)
         return
@@ -153,7 +158,9 @@ def _exit_classifiers(
     try:
         named = None if depths == "auto" else [int(part) for part in depths.split(",")]
     except ValueError:
-        raise typer.BadParameter(f"{depths!r}: depths with commas, or auto", param_hint="--exit-classifiers") from None
+        raise typer.BadParameter(
+            f"{depths!r}: give depths separated by commas, or auto", param_hint="--exit-classifiers"
+        ) from None
     with ProgressLine() as line:
         line.update("starting")
         with loading():

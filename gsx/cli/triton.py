@@ -25,7 +25,7 @@ def triton(
     ] = None,
     check: Annotated[
         str | None,
-        typer.Option(help="Ask a running server, and compare its tokens with the bundle's.", metavar="URL"),
+        typer.Option(help="Query a running server, and compare its tokens with the bundle's.", metavar="URL"),
     ] = None,
     name: Annotated[str, typer.Option(help="The model's name.")] = "gsx",
     backend: Annotated[
@@ -35,13 +35,14 @@ def triton(
             "Triton's own TensorRT backend (gsx build --kv-layout growing)."
         ),
     ] = "onnxruntime",
-    slots: Annotated[int, typer.Option(help="Requests under way at once, in steps of one batch.")] = SERVED_REQUESTS,
+    slots: Annotated[int, typer.Option(help="Requests processed at once, in steps of one batch.")] = SERVED_REQUESTS,
     queue: Annotated[int, typer.Option(help="Requests that may wait; more are refused.")] = WAITING_REQUESTS,
     context: Annotated[
-        int | None, typer.Option(help="Tokens of a request, prompt and new ones.", show_default="the model's")
+        int | None,
+        typer.Option(help="Largest number of tokens of a request, prompt and new ones.", show_default="the model's"),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Threads of ONNX Runtime.", show_default="what leaves the server a processor")
+        int | None, typer.Option(help="Threads of ONNX Runtime.", show_default="all but one processor, for the server")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -52,7 +53,7 @@ def triton(
     from gsx_plugins.errors import UsageError
 
     if (output is None) == (check is None):
-        raise UsageError("what to do is not clear", expected="-o REPOSITORY or --check URL")
+        raise UsageError("what to do is unclear", expected="-o REPOSITORY or --check URL")
     with loading():
         from gsx import check_server
         from gsx import triton as write
@@ -68,7 +69,7 @@ def triton(
             raise UsageError(
                 "--backend tensorrt-plan: the engines are served as they were built",
                 expected="no --slots, --queue, --context and --threads",
-                todo="gsx build --batch and --context say what an engine takes",
+                todo="gsx build --batch and --context set what an engine takes",
             )
         _write_plans(bundle, output, name, as_json)
         return

@@ -26,15 +26,17 @@ def add_to(app: typer.Typer) -> None:
 
 @dataclass(frozen=True)
 class QualityOptions:
-    """What may be lost against full precision."""
+    """Quality limits against full precision."""
 
     max_perplexity_increase: Annotated[
         float | None,
-        typer.Option(help="Relative limit.", show_default=f"{QUALITY_LIMIT} for INT8 and FP8"),
+        typer.Option(help="Largest relative rise in perplexity.", show_default=f"{QUALITY_LIMIT} for INT8 and FP8"),
     ] = None
     max_flipped: Annotated[
         float | None,
-        typer.Option(help="Share of decisions that may differ.", show_default=f"{QUALITY_LIMIT} for INT8 and FP8"),
+        typer.Option(
+            help="Largest share of decisions that may differ.", show_default=f"{QUALITY_LIMIT} for INT8 and FP8"
+        ),
     ] = None
     max_divergence: Annotated[
         float | None, typer.Option(help="Limit of the next-token distribution's KL divergence, in nats.")
@@ -53,11 +55,11 @@ def verify(
         typer.Option(help="The checkpoint to compare with.", show_default="the one that was exported"),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to compare on.", show_default=SHIPPED_TEXT)] = None,
-    tokens: Annotated[int, typer.Option(help="How much of it to use.")] = VERIFY_TOKENS,
+    tokens: Annotated[int, typer.Option(help="Tokens of it to use.")] = VERIFY_TOKENS,
     greedy_tokens: Annotated[int, typer.Option(help="Length of the greedy continuation.")] = GREEDY_TOKENS,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove that a bundle computes what PyTorch computes; exit code 1 where a check fails.
+    """Prove that a bundle computes what PyTorch computes; exit code 1 if a check fails.
 
     Writes parity.json and parity.html into the bundle.
 
@@ -118,4 +120,4 @@ def _print(report: Report, bundle: Path) -> None:
     )
     for note in report.notes:
         console.print(note)
-    console.print(f"{'passed' if report.passed else 'FAILED'}: {bundle / 'parity.html'} shows it")
+    console.print(f"{'passed' if report.passed else 'FAILED'}: see {bundle / 'parity.html'}")

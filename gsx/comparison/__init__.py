@@ -1,1 +1,1 @@
-"""Policies of one model side by side: what they are set to, how they are measured, and the report."""
+"""Comparing policies of one model: how their settings are measured, and the report."""

@@ -1,7 +1,7 @@
-"""Quality and time of a bundle's settings on ONNX Runtime, as a request meets them.
+"""Quality and time of a bundle's settings on ONNX Runtime, as a request sees them.
 
-The first half of a window of text is the prompt, and the rest follows with its K/V in the cache: so a rule that runs
-prompts in full does. What is timed is the prompt in one call, and single tokens at the window's end.
+The first half of a window of text is the prompt, and the rest follows with the prompt's K/V in the cache, so that rules
+that run prompts in full do so here. The prompt is timed in one call, and so are single tokens at the window's end.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from gsx_engines.runners.select import open_runner
 from gsx_exporter.evaluation import losses
 from gsx_plugins.progress import OnProgress, Progress
 
-# Single tokens of a window that are timed.
+# Number of single tokens of a window that are timed.
 STEPS = 16
-# Rounds that count: the least, and the most, which are made while time is left. One before them warms up.
+# Rounds that count: at least, and at most while time is left. One round before them is a warm-up.
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 25
 SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Score:
-    """How a text goes.
+    """Result of a setting on a text.
 
     Args:
-        prompt_kept, kept: share of all (token, branch) pairs that ran, of prompts and of what follows them.
-        perplexity: of what follows them.
+        prompt_kept, kept: share of all (token, branch) pairs that ran, in prompts and in the tokens after them.
+        perplexity: of the tokens after the prompts.
     """
 
     prompt_kept: float
@@ -42,8 +42,8 @@ class Score:
     perplexity: float
 
 
-class Form:
-    """A bundle, loaded.
+class MeasuredBundle:
+    """A loaded bundle whose settings are scored and timed.
 
     Args:
         windows: [M, S] int64, the text.
@@ -54,11 +54,11 @@ class Form:
         self._windows = windows
         self.prompt_tokens = windows.shape[1] // 2
         self._runner = open_runner(bundle)
-        # One for all calls: what it is bound to is made once.
+        # One cache for all calls, so that its bindings are made once.
         self._cache = self._runner.new_cache(1, windows.shape[1])
 
     def score(self, keep: KeepSettings) -> Score:
-        """Run all windows under a setting."""
+        """Run all windows with a setting."""
         controls = controls_for(self.bundle.manifest, keep, [self.prompt_tokens])
         prompts, rests, nats = [], [], []
         for window in self._windows:
@@ -71,7 +71,7 @@ class Form:
         return Score(float(np.mean(prompts)), float(np.mean(rests)), math.exp(float(np.mean(nats))))
 
     def seconds(self, keep: KeepSettings, number: int) -> np.ndarray:
-        """Time of a prompt and of a single token, [2]; number: of the window, counted round and round."""
+        """Seconds of a prompt and of a single token, [2]. Args: number: of the window; starts again after the last."""
         controls = controls_for(self.bundle.manifest, keep, [self.prompt_tokens])
         window = self._windows[number % len(self._windows)][None]
         step, cache = self._runner.step, self._cache
@@ -86,16 +86,16 @@ class Form:
         return np.array([prompt, (time.perf_counter() - began) / STEPS])
 
     def _kept(self, output: StepOutput, ids: np.ndarray) -> float:
-        """Share of all branches that the tokens of a call ran: those that no rule may skip always run."""
+        """Share of all (token, branch) pairs of a call that ran. Branches that no rule may skip always run."""
         skipped = 0 if output.kept is None else output.gated_rows - int(output.kept.sum())
         return 1 - skipped / (ids.size * self.bundle.manifest.decoder.num_layers * len(BRANCHES))
 
 
-def in_turn(timed: Sequence[tuple[Form, KeepSettings]], on_progress: OnProgress) -> np.ndarray:
+def in_turn(timed: Sequence[tuple[MeasuredBundle, KeepSettings]], on_progress: OnProgress) -> np.ndarray:
     """Time settings in turn. Returns: seconds [rounds, settings, 2] of a prompt and of a single token."""
     found: list[list[np.ndarray]] = []
     began = time.perf_counter()
     while len(found) <= FEWEST_ROUNDS or (len(found) <= MOST_ROUNDS and time.perf_counter() - began < SECONDS):
         on_progress(Progress("timing", len(found), MOST_ROUNDS + 1))
-        found.append([form.seconds(keep, len(found)) for form, keep in timed])
+        found.append([bundle.seconds(keep, len(found)) for bundle, keep in timed])
     return np.array(found[1:])

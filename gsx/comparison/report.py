@@ -1,4 +1,4 @@
-"""What `gsx compare` found: as JSON, and as one HTML page."""
+"""The report of `gsx compare`: as JSON, and as one HTML page."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Point:
 
     Args:
         policy, setting: names.
-        prompt_kept, kept: share of all (token, branch) pairs that ran, of prompts and of what follows them.
-        perplexity: of what follows the prompts.
+        prompt_kept, kept: share of all (token, branch) pairs that ran, in prompts and in the tokens after them.
+        perplexity: of the tokens after the prompts.
         prefill_ms: of a prompt, median of the rounds; prefill_ratio: over the whole model's, median of ratios within a
             round.
-        token_ms, token_ratio: the same of a single token.
+        token_ms, token_ratio: the same for a single token.
     """
 
     policy: str
@@ -43,7 +43,7 @@ class CompareReport:
         model: as it was given.
         text: name of the text. tokens: of it, measured. prompt_tokens, window_tokens: of each window.
         points: the first is the whole model.
-        left_out: policy -> why.
+        left_out: policy -> the reason.
     """
 
     model: str
@@ -62,7 +62,7 @@ class CompareReport:
         """Write the report as one HTML page.
 
         Raises:
-            GsxError: the place is not writable.
+            GsxError: the file cannot be written.
         """
         plot = Plot(
             "Quality and time by share kept",
@@ -76,8 +76,8 @@ def _draw(report: CompareReport, axes: list[Any]) -> None:
     whole, *others = report.points
     panels = (
         ("perplexity", "kept", "perplexity"),
-        ("prefill time, of the whole model's", "prompt_kept", "prefill_ratio"),
-        ("time of a token, of the whole model's", "kept", "token_ratio"),
+        ("prefill time, relative to the whole model", "prompt_kept", "prefill_ratio"),
+        ("time per token, relative to the whole model", "kept", "token_ratio"),
     )
     for axis, (title, share, value) in zip(axes, panels, strict=True):
         axis.axhline(getattr(whole, value), color=GREY, linewidth=1, linestyle="--")

@@ -1,1 +1,1 @@
-"""HTML pages of reports: one file each, with everything in it."""
+"""HTML pages of reports, each a single self-contained file."""

@@ -1,4 +1,4 @@
-"""Pictures for a page, as SVG elements in the page's own colours, light or dark."""
+"""Figures for a page, as SVG elements in the page's own colours, light or dark."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Stand-ins that become the page's own colours: `currentColor` follows its light or dark scheme.
+# Placeholders that are replaced with the page's own colours: `currentColor` follows its light or dark scheme.
 _INK, _FAINT = "#010203", "#040506"
 BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#e0803a", "#3d9970", "#8a94a0"
-# Of middling lightness, so that they show on a light page and on a dark one.
+# Of medium lightness, so that they are visible on light and dark pages.
 COLOURS = (BLUE, GREEN, "#b8860b", "#c9566b", "#8b6fc0", GREY)
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A picture for the page: a heading, what it says, and the SVG element."""
+    """A figure for the page: a heading, a caption, and the SVG element."""
 
     title: str
     caption: str
@@ -28,7 +28,7 @@ class Plot:
 
 
 def style(ink: str, faint: str) -> Any:
-    """Settings of Matplotlib for text and lines of these colours: a context manager."""
+    """A context manager with Matplotlib's settings for text and lines in these colours."""
     import matplotlib
 
     return matplotlib.rc_context(
@@ -57,7 +57,7 @@ def style(ink: str, faint: str) -> Any:
 
 
 def logarithmic(axis: Axes) -> None:
-    """A logarithmic y axis whose ticks are plain numbers, also where it spans less than a decade (40, not 4 x 10^1)."""
+    """Make the y axis logarithmic, with plain numbers as ticks even below a decade's range (40, not 4 x 10^1)."""
     from matplotlib.ticker import LogFormatter
 
     axis.set_yscale("log")
@@ -66,7 +66,7 @@ def logarithmic(axis: Axes) -> None:
 
 
 def svg(size: tuple[float, float], panels: int, draw: Callable[[list[Axes]], None], *, rows: bool = False) -> str:
-    """Draw panels beside (or below) each other and return an SVG element in the page's colours."""
+    """Draw panels next to (or below) each other and return an SVG element in the page's colours."""
     from matplotlib.figure import Figure
 
     with style(_INK, _FAINT):
@@ -78,6 +78,6 @@ def svg(size: tuple[float, float], panels: int, draw: Callable[[list[Axes]], Non
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor").replace(_FAINT, "var(--rule)")
-    # Its natural size at most, so that the letters of all pictures are alike; less on a narrow screen.
+    # At most its natural size, so that text has the same size in all figures; smaller on a narrow screen.
     natural = f'style="width:100%;height:auto;max-width:{size[0] * 96:.0f}px"'
     return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', rf"<svg \1\2{natural}", text, count=1)

@@ -1,4 +1,4 @@
-"""A report as a page."""
+"""Renders a report as an HTML page."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_page(path: str | Path, template: str, **values: Any) -> None:
     """Write the HTML text of a template of this folder to a file.
 
     Raises:
-        GsxError: the place is not writable.
+        GsxError: the file cannot be written.
     """
     text = render(template, **values)
     try:

@@ -1,6 +1,6 @@
-"""Measurements of one setting become checks: a value, a limit with its reason, a verdict.
+"""Turns the measurements of one setting into checks: a value, a limit with its reason, a verdict.
 
-Limits come from `tolerances.py`. What has none is reported only.
+Limits come from `tolerances.py`. A value without a limit is only reported.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Verdict = Literal["pass", "fail", "reported"]
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at, at one setting of the keep rule.
+    """One thing that was checked at one setting of the keep rule.
 
     Args:
-        name: what, the same at every setting.
-        setting: its name.
-        value: the statistic; limit: what it may be at most, None where it is reported only.
-        detail: numbers beside it, in words; reason: why the limit is what it is.
+        name: what was checked, the same at every setting.
+        setting: the setting's name.
+        value: the statistic; limit: its largest allowed value, None if it is only reported.
+        detail: further numbers, in words; reason: why the limit is what it is.
     """
 
     name: str
@@ -51,10 +51,10 @@ def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) 
     checks.add(
         "perplexity, nats per token",
         difference,
-        # A decision that turned changes the loss of what follows it, by right; whether it may turn is another check.
+        # A flipped decision rightly changes the loss of later tokens; whether it may flip is another check.
         None if left_out else limits.nats,
         detail=f"{math.exp(result.reference_nats):.4f} and {math.exp(result.engine_nats):.4f}",
-        reason="a loss moves by at most twice the error of its logits",
+        reason="a loss changes by at most twice the error of its logits",
     )
     if result.rounding is not None:
         own = result.rounding.logits
@@ -63,7 +63,7 @@ def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) 
             own.max_abs,
             None,
             detail=f"{own.worst}",
-            reason=f"limits of logits and states are never below {TAIL} times what PyTorch itself loses",
+            reason=f"limits of logits and states are never below {TAIL} times PyTorch's own error",
         )
     for name, compared in (
         ("cache, single steps", result.single_steps),
@@ -97,15 +97,15 @@ def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) 
 
 
 def wrong_default(differs: bool) -> Check:
-    """The check of the selection that the graph makes where a client gives none."""
+    """The check of the graph's default run-time inputs, which apply when a client gives none."""
     return Check(
         "default selection, wrong",
         "as exported",
         float(differs),
         0,
         "fail" if differs else "pass",
-        detail="the graph's own run-time inputs, and the manifest's",
-        reason="a client that gives none must get the exported ones",
+        detail="the graph's default run-time inputs, and the manifest's",
+        reason="a client that gives no run-time inputs must get the exported ones",
     )
 
 
@@ -121,7 +121,7 @@ class _Checks:
         self.made.append(Check(name, self.setting, value, limit, verdict, detail, reason))
 
     def numbers(self, name: str, found: Comparison, value: float, limit: float | None) -> None:
-        """A numeric check; NaN, and nothing to compare, fail, also where there is no limit."""
+        """A numeric check. It fails on NaN or if nothing was compared, even without a limit."""
         if not found.usable:
             value, limit = math.inf, limit or 0.0
         if found.values == 0:
@@ -148,28 +148,31 @@ class _Checks:
             )
         if found.decisions is None:
             return
-        one = found.decisions
-        detail = f"of {one.total:,}; {one.near_ties} near ties"
-        if one.flips:
+        decisions = found.decisions
+        detail = f"of {decisions.total:,}; {decisions.near_ties} near ties"
+        if decisions.flips:
             detail += (
-                f"; {len(one.flips)} turned, first {one.flips[0].place} at {one.flips[0].margin:.1e} "
-                f"from its threshold; {one.tokens_left_out} of {one.tokens} tokens saw one and are left out"
+                f"; {len(decisions.flips)} flipped, first {decisions.flips[0].place} at "
+                f"{decisions.flips[0].margin:.1e} from its threshold; {decisions.tokens_left_out} of "
+                f"{decisions.tokens} tokens saw a flip and are left out"
             )
         if limits.differing_share is None:
-            reason = f"float32 scores on both sides: only one within {limits.near_tie:g} of its threshold may turn"
-            self.add(prefix + "decisions, wrong", len(one.wrong), 0, detail=detail, reason=reason)
+            reason = (
+                f"float32 scores on both sides: only a decision within {limits.near_tie:g} of its threshold may flip"
+            )
+            self.add(prefix + "decisions, wrong", len(decisions.wrong), 0, detail=detail, reason=reason)
         elif limits.runners is None:
-            reason = "scores are compared in float32, but of rounded states: few may turn"
+            reason = "scores are compared in float32, but come from rounded states: few decisions may flip"
             self.add(
                 prefix + "decisions, share that differs",
-                one.differing_share,
+                decisions.differing_share,
                 limits.differing_share,
                 detail=detail,
                 reason=reason,
             )
 
     def quality(self, result: BudgetResult, limits: QualityLimits) -> None:
-        """What the arithmetic costs; reported only where there is no limit."""
+        """The quality that the arithmetic costs; only reported without a limit."""
         found = result.quality
         rows = [
             ("perplexity, relative increase", result.perplexity_increase, limits.perplexity_increase),
@@ -185,7 +188,7 @@ class _Checks:
                 detail = f"most in layer {layer}, {branch}: {share:.2%}"
             elif not name.startswith("perplexity"):
                 detail = f"over {result.scored_tokens} tokens"
-            self.add(name, value, limit, detail=detail, reason="the quality that was asked for, against full precision")
+            self.add(name, value, limit, detail=detail, reason="the requested quality, against full precision")
 
     def greedy(self, name: str, found: Greedy) -> None:
         detail = f"of {found.tokens}"
@@ -208,7 +211,7 @@ class _Checks:
             self.add(name, len(found.mismatches), None, detail=detail, reason=self.limits.reason)
 
     def speculation(self, found: SpeculationResult) -> None:
-        """A draft must change the speed and nothing else."""
+        """A draft must change only the speed."""
         reference_max = 0.0
         for name, logits in found.logits.items():
             reference_max = max(reference_max, logits.reference_max)
@@ -217,22 +220,22 @@ class _Checks:
         # Two runs of one quantized engine differ as its two runners do.
         near = self.limits.logit_limit(reference_max, self.rounding) or (self.limits.runners or 0.0) * reference_max
         for name, texts in (("greedy", found.greedy), ("sampled", found.sampled)):
-            wrong = [one for one in texts.mismatches if one.lead > near]
+            wrong = [mismatch for mismatch in texts.mismatches if mismatch.lead > near]
             detail = f"{texts.continuations} continuations, {texts.tokens:,} tokens, draft {found.draft}"
             if found.acceptance is not None and name == "greedy":
-                detail += f", {found.acceptance:.0%} of drafted tokens right"
+                detail += f", {found.acceptance:.0%} of drafted tokens accepted"
             if texts.mismatches:
                 first = texts.mismatches[0]
                 detail += (
-                    f"; {len(texts.mismatches)} part, the first at token {first.position} of prompt {first.prompt}, "
-                    f"{first.plain_token} and {first.speculative_token} being {first.lead:.1e} apart"
+                    f"; {len(texts.mismatches)} differ, the first at token {first.position} of prompt {first.prompt}, "
+                    f"{first.plain_token} and {first.speculative_token} are {first.lead:.1e} apart"
                 )
             self.add(
                 f"speculative {name} text, continuations that differ",
                 float(len(wrong)),
                 0,
                 detail=detail,
-                reason="the model's own picks decide; only logits nearer than their limit may come out either way",
+                reason="the model's own picks decide; only if logits are nearer than their limit may either token win",
             )
         if found.sampling is not None:
             fit = found.sampling
@@ -240,12 +243,12 @@ class _Checks:
                 "sampling, 1 - p against the reference's probabilities",
                 1 - fit.least_p,
                 1 - P_LEAST,
-                detail=f"chi-square at {fit.places} places, {fit.draws} seeded draws at each, p {fit.least_p:.2g}"
-                + (f"; {fit.outside} draws of tokens that the reference leaves out" if fit.outside else ""),
-                reason=f"a true sampler falls below {P_LEAST:g} once in a million runs, and the seeds are fixed",
+                detail=f"chi-square at {fit.places} positions, {fit.draws} seeded draws at each, p {fit.least_p:.2g}"
+                + (f"; {fit.outside} draws of tokens that the reference excludes" if fit.outside else ""),
+                reason=f"a correct sampler falls below {P_LEAST:g} once in a million runs, and the seeds are fixed",
             )
 
 
 def _worst_layer(layers: Sequence[Comparison]) -> Comparison:
-    """The layer that is furthest off; one that cannot be used before all others."""
-    return max(layers, key=lambda one: (not one.usable, one.max_relative))
+    """The layer with the largest error; a layer that cannot be used comes before all others."""
+    return max(layers, key=lambda layer: (not layer.usable, layer.max_relative))

@@ -3,9 +3,9 @@
 A comparison is an object with all its statistics; whether it is good enough is decided in `report.py`. NaN
 and infinity count as failures, and so does comparing nothing at all.
 
-A decision that the two sides take differently changes all that follows from it. Decisions are therefore
-walked in the order in which the model takes them, and what sees an earlier difference (the later positions of
-that sequence, from that branch on) is left out of the numbers and counted.
+A decision that the two sides make differently changes everything that depends on it. Decisions are therefore
+visited in the order in which the model makes them, and values that depend on an earlier difference (the later
+positions of that sequence, from that branch on) are left out of the numbers and counted.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gsx_exporter.config import BRANCHES
 
 @dataclass(frozen=True)
 class Observation:
-    """What one side computed for one sequence of S tokens, padding left out. L: layers, W: some width.
+    """What one side computed for one sequence of S tokens, without padding. L: layers, W: any width.
 
     Args:
         logits: [S, V].
@@ -29,8 +29,8 @@ class Observation:
         keys, values: L arrays [S, kv heads x head_dim], RoPE applied to keys.
         scores: [L, 2, S] float32; NaN where a branch has no gate.
         keep: [L, 2, S] bool; true where a branch has no gate.
-        margins: of the reference, [L, 2, S]: how far a score is from where its decision would turn; inf where
-            nothing can turn it (end-of-text, no gate, budget 1).
+        margins: of the reference, [L, 2, S]: how far a score is from where its decision would flip; inf where it
+            cannot flip (end-of-text, no gate, budget 1).
     """
 
     logits: np.ndarray
@@ -47,7 +47,7 @@ class Observation:
         return len(self.logits)
 
     def head(self, count: int) -> Observation:
-        """The first tokens alone."""
+        """Only the first tokens."""
         return Observation(
             self.logits[:count],
             [x[:count] for x in self.states],
@@ -61,7 +61,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was seen: number of the window (or sequence), token; layer and branch if any."""
+    """Where something was found: number of the window (or sequence), token; layer and branch if any."""
 
     window: int
     position: int
@@ -80,12 +80,12 @@ class Comparison:
 
     Args:
         values: numbers compared; 0 is a failure.
-        not_finite: pairs of which one is NaN or infinite; any is a failure.
+        not_finite: pairs in which a value is NaN or infinite; any such pair is a failure.
         max_abs, mean_abs, rms: of the difference.
         reference_rms, reference_max: of the reference.
-        max_relative: largest difference over its own scale, which is the greater of two root mean squares of
-            the reference: of the token's vector, and of the whole tensor. So neither a token with huge states
-            (attention sinks have them) nor one whose values nearly cancel is judged by a wrong size.
+        max_relative: largest difference over its own scale, which is the larger of two root mean squares of the
+            reference: of the token's vector, and of the whole tensor. So neither a token with huge states (as
+            attention sinks have) nor one whose values nearly cancel is judged by a wrong scale.
         worst: where max_relative was.
     """
 
@@ -101,13 +101,13 @@ class Comparison:
 
     @property
     def usable(self) -> bool:
-        """Whether anything was compared, and all of it was numbers."""
+        """Whether something was compared and all values were finite."""
         return self.values > 0 and self.not_finite == 0
 
 
 @dataclass
 class Accumulator:
-    """Adds differences up, call by call."""
+    """Accumulates differences, call by call."""
 
     layer: int | None = None
     values: int = 0
@@ -124,7 +124,7 @@ class Accumulator:
         """Compare the tokens that are clean.
 
         Args: reference, found [S, W]; clean [S] bool.
-        Raises: ValueError where the two have different shapes: that is no numerical difference.
+        Raises: ValueError if the two have different shapes: that is not a numerical difference.
         """
         if reference.shape != found.shape:
             raise ValueError(f"shapes differ: the reference has {reference.shape}, the engine {found.shape}")
@@ -152,7 +152,7 @@ class Accumulator:
         self.reference_squares += float((want**2).sum())
 
     def result(self) -> Comparison:
-        """All that was added."""
+        """The result over everything that was added."""
         count = max(self.values, 1)
         return Comparison(
             values=self.values,
@@ -169,10 +169,10 @@ class Accumulator:
 
 @dataclass(frozen=True)
 class Flip:
-    """A decision that the two sides took differently, nothing before it having differed.
+    """A decision that the two sides made differently, although nothing before it differed.
 
     Args:
-        margin: distance of the reference's score from where the decision turns.
+        margin: distance of the reference's score from where the decision flips.
         near_tie: whether that is within the near-tie limit.
     """
 
@@ -188,11 +188,11 @@ class Decisions:
 
     Args:
         total: (token, gated branch) pairs.
-        compared: those that saw no earlier difference.
-        differ: of all, also those that only follow from an earlier difference.
+        compared: pairs that do not depend on an earlier difference.
+        differ: pairs that differ, including those that only follow from an earlier difference.
         near_ties: pairs whose margin in the reference is within the near-tie limit, flipped or not.
-        flips: differences among those compared.
-        tokens: tokens of all windows; tokens_left_out: those that saw a difference somewhere.
+        flips: differences among the compared pairs.
+        tokens: tokens of all windows; tokens_left_out: those that depend on a difference somewhere.
         reference_kept, engine_kept: pairs kept.
     """
 
@@ -208,7 +208,7 @@ class Decisions:
 
     @property
     def wrong(self) -> tuple[Flip, ...]:
-        """Flips that no near-tie excuses."""
+        """Flips that are not near ties."""
         return tuple(flip for flip in self.flips if not flip.near_tie)
 
     @property
@@ -219,7 +219,7 @@ class Decisions:
 
 @dataclass(frozen=True)
 class Compared:
-    """One way of running the engine against the reference: numbers per layer, and decisions.
+    """One way of running the engine, compared with the reference: numbers per layer, and decisions.
 
     Args:
         states, keys, values: a comparison for each layer.
@@ -237,7 +237,7 @@ class Compared:
 
 @dataclass
 class _Walk:
-    """Counts of decisions on the way."""
+    """Counts of decisions so far."""
 
     total: int = 0
     compared: int = 0
@@ -255,11 +255,11 @@ class Comparer:
 
     Args:
         layers: L.
-        branches: those with gates; empty for a dense model.
-        causal: whether a decision depends on a token's past alone (threshold selection). If not (rank), one
-            difference concerns every token of the call from there on.
-        near_tie: how far from turning a decision may be and still come out differently.
-        copies: whether K and V follow from the decision of their own layer (K/V policy `copy`).
+        branches: the branches with gates; empty for a dense model.
+        causal: whether a decision depends only on a token's past (threshold selection). If not (rank), one difference
+            affects every token of the call from there on.
+        near_tie: margin up to which a decision may flip.
+        copies: whether K and V depend on the decision of their own layer (K/V policy `copy`).
     """
 
     def __init__(self, layers: int, branches: Sequence[str], *, causal: bool, near_tie: float, copies: bool) -> None:
@@ -277,7 +277,7 @@ class Comparer:
         assert len(reference) == len(found) > 0
         first = self._windows
         self._windows += len(reference)
-        clean = [np.ones(one.tokens, bool) for one in reference]
+        clean = [np.ones(observed.tokens, bool) for observed in reference]
         pairs = list(zip(reference, found, strict=True))
         for layer in range(len(self._states)):
             for column in (0, 1):
@@ -295,7 +295,7 @@ class Comparer:
             self._walk.left_out += int((~clean[i]).sum())
 
     def result(self) -> Compared:
-        """All that was added."""
+        """The result over everything that was added."""
         walk = self._walk
         decisions = Decisions(
             total=walk.total,
@@ -311,10 +311,10 @@ class Comparer:
         gated = bool(self._branches)
         return Compared(
             logits=self._logits.result(),
-            states=tuple(one.result() for one in self._states),
-            keys=tuple(one.result() for one in self._keys),
-            values=tuple(one.result() for one in self._values),
-            scores=tuple(one.result() for one in self._scores) if gated else None,
+            states=tuple(layer.result() for layer in self._states),
+            keys=tuple(layer.result() for layer in self._keys),
+            values=tuple(layer.result() for layer in self._values),
+            scores=tuple(layer.result() for layer in self._scores) if gated else None,
             decisions=decisions if gated else None,
         )
 
@@ -333,7 +333,7 @@ class Comparer:
         clean: list[np.ndarray],
         first: int,
     ) -> None:
-        """Compare one branch's decisions, and mark what sees a difference."""
+        """Compare one branch's decisions, and mark the tokens that depend on a difference."""
         flipped = False
         for i, (want, have) in enumerate(pairs):
             keeps, found = want.keep[layer, column], have.keep[layer, column]
@@ -347,17 +347,17 @@ class Comparer:
             walk.reference_kept += int(keeps.sum())
             walk.engine_kept += int(found.sum())
             score, other = want.scores[layer, column][:, None], have.scores[layer, column][:, None]
-            # The engine's score of end-of-text is infinite: it says "always".
+            # The engine's score of end-of-text is infinite, which means "always kept".
             decided_by_score = clean[i] & np.isfinite(score[:, 0]) & ~np.isposinf(other[:, 0])
             self._scores[layer].add(score, other, decided_by_score, first + i)
-            turned = np.flatnonzero((keeps != found) & clean[i])
-            for position in turned:
+            differing = np.flatnonzero((keeps != found) & clean[i])
+            for position in differing:
                 margin = float(margins[position])
                 place = Place(first + i, int(position), layer, BRANCHES[column])
                 walk.flips.append(Flip(place, bool(keeps[position]), margin, margin <= self._near_tie))
-            if len(turned):
+            if len(differing):
                 flipped = True
-                clean[i][turned[0] :] = False
+                clean[i][differing[0] :] = False
         if flipped and not self._causal:
             for mask in clean:
                 mask[:] = False

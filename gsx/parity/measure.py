@@ -1,6 +1,6 @@
-"""Running both sides: the reference, and the engine's graph with its insides showing.
+"""Running both sides: the reference, and the engine's graph with internal values as outputs.
 
-Everything is teacher-forced: both sides read the same tokens, whatever they would have said themselves.
+Everything is teacher-forced: both sides read the same tokens, whatever they would have generated themselves.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from gsx_exporter.reference.rule import ReferenceRule
 
 
 class ReferenceSide:
-    """The reference under a keep rule.
+    """The reference with a keep rule.
 
     Args:
         reference: the model.
-        rule: with its parameters.
+        rule: the reference rule, with its parameters.
         kv_policy: as exported.
     """
 
@@ -37,7 +37,7 @@ class ReferenceSide:
         self._reference, self._rule, self._kv_policy = reference, rule, kv_policy
 
     def observe(self, ids: np.ndarray, mask: np.ndarray) -> list[Observation]:
-        """Run ids [B, S] in one call; mask [B, S] is 0 for padding. Returns one observation a sequence."""
+        """Run ids [B, S] in one call; mask [B, S] is 0 for padding. Returns one observation per sequence."""
         output = self.step(ids, mask, DynamicCache())
         margins = margins_of(output)
         found = []
@@ -67,7 +67,7 @@ class ReferenceSide:
 
 
 class EngineSide:
-    """ONNX Runtime on the unchanged `model.onnx`, with states, scores and kept rows brought out."""
+    """ONNX Runtime on the unchanged `model.onnx`, with states, scores and kept rows as further outputs."""
 
     def __init__(self, bundle: Bundle) -> None:
         manifest = bundle.manifest
@@ -86,10 +86,10 @@ class EngineSide:
         controls: RuntimeValues,
         chunks: Sequence[int] | None = None,
     ) -> list[Observation]:
-        """Run ids [B, S], in one call or in chunks of so many tokens over the cache.
+        """Run ids [B, S], in one call or in chunks of the given sizes with the cache.
 
         Args: mask [B, S], 0 for padding; controls as a runner takes them.
-        Returns: one observation a sequence, padding left out.
+        Returns: one observation per sequence, without padding.
         """
         B, S = ids.shape
         L = self._manifest.decoder.num_layers
@@ -131,13 +131,13 @@ class EngineSide:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A token of the greedy continuation that came out differently.
+    """A token of the greedy continuation that differs.
 
     Args:
         position: number of the new token, from 0.
         reference_token, engine_token: ids.
         margin: difference of the reference's two best logits.
-        excused: why it is no fault, or None.
+        excused: why it is not an error, or None.
     """
 
     position: int
@@ -151,14 +151,14 @@ class Mismatch:
 class Greedy:
     """A greedy continuation, token by token: the reference's tokens are fed to both sides.
 
-    As long as all tokens agree this is what both would have written alone; after a difference the comparison
-    still goes on at the next token.
+    As long as all tokens agree, this is what both would have generated on their own. After a difference the comparison
+    continues with the next token.
 
     Args:
         tokens: new tokens compared.
         mismatches: tokens that differ.
-        flips: branches of a step that kept another number of rows, near ties or not; wrong_flips: steps in
-            which the first of them was no near tie and followed from none.
+        flips: branches of a step that kept another number of rows, near ties or not; wrong_flips: steps in which the
+            first of them was not a near tie and did not follow from one.
         max_abs_logits: largest difference of the logits, before any flip.
     """
 
@@ -171,7 +171,7 @@ class Greedy:
     @property
     def wrong(self) -> tuple[Mismatch, ...]:
         """Mismatches that nothing excuses."""
-        return tuple(one for one in self.mismatches if one.excused is None)
+        return tuple(mismatch for mismatch in self.mismatches if mismatch.excused is None)
 
 
 @dataclass(frozen=True)
@@ -207,11 +207,11 @@ def follow(
     logit_tolerance: Callable[[np.ndarray], float],
     near_tie: float,
 ) -> Greedy:
-    """Feed a runner the reference's continuation and compare what it would have said.
+    """Feed a runner the reference's continuation and compare the tokens that it would have generated.
 
     Args:
-        logit_tolerance: from the reference's logits [V]: below which lead of the best token another may win.
-        near_tie: how far from turning a decision may be and still come out differently.
+        logit_tolerance: from the reference's logits [V], the lead of the best token up to which another may win.
+        near_tie: margin up to which a decision may flip.
     """
     places = runner.manifest.skippable_places
     cache = runner.new_cache(1, sum(step.ids.shape[1] for step in steps))
@@ -243,7 +243,7 @@ def follow(
             margin = float(best[1] - best[0])
             excused = None
             if near_tie_flip is not None:
-                excused = f"a near-tie decision turned at token {near_tie_flip}"
+                excused = f"a near-tie decision flipped at token {near_tie_flip}"
             elif margin <= logit_tolerance(step.logits):
                 excused = "the reference's two best logits are nearer than the logit tolerance"
             mismatches.append(Mismatch(number, wanted, token, margin, excused))
@@ -257,7 +257,7 @@ def runner_logits(runner: Runner, ids: np.ndarray, controls: RuntimeValues) -> t
 
 
 def positions_of(mask: np.ndarray) -> np.ndarray:
-    """Positions [B, S] int64: valid tokens counted from 0, as other people's clients do with padding on the left."""
+    """Positions [B, S] int64: valid tokens counted from 0, as other clients do with padding on the left."""
     return np.maximum(mask.cumsum(axis=1) - 1, 0).astype(np.int64)
 
 
@@ -266,14 +266,14 @@ def _column(branch: str) -> int:
 
 
 def _scores(output: ReferenceOutput) -> np.ndarray:
-    """[L, 2, B, S] float32, NaN where nothing is judged."""
+    """[L, 2, B, S] float32, NaN where there is no score."""
     B, S = output.keep[0][0].shape
     none = np.full((B, S), np.nan, np.float32)
     return np.stack([np.stack([none if s is None else s.numpy() for s in row]) for row in output.scores])
 
 
 def margins_of(output: ReferenceOutput) -> np.ndarray:
-    """How far from turning each decision was, [L, 2, B, S] float64; inf where nothing turns it."""
+    """How far each decision was from flipping, [L, 2, B, S] float64; inf where it cannot flip."""
     return np.stack([np.stack([margin.numpy() for margin in row]) for row in output.margins])
 
 
@@ -288,6 +288,6 @@ def _rows(x: torch.Tensor, row: int, valid: np.ndarray) -> np.ndarray:
 
 
 def _heads(x: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """[heads, T, D] -> [S, heads x D], valid tokens alone."""
+    """[heads, T, D] -> [S, heads x D], only valid tokens."""
     rows = x.transpose(1, 0, 2)[valid]
     return rows.reshape(len(rows), -1)

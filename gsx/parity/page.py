@@ -1,4 +1,4 @@
-"""The parity report as a page: one HTML file with everything in it."""
+"""The parity report as a single self-contained HTML page."""
 
 from __future__ import annotations
 

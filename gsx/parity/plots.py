@@ -1,7 +1,7 @@
-"""The pictures of a parity report.
+"""The figures of a parity report.
 
-Each is a function of the report that draws on axes it is given, so that the page (SVG, in the page's own
-colours, light or dark) and the one combined picture (PNG) show the same.
+Each is a function that draws a report on the given axes, so that the page (SVG, in the page's own colours, light or
+dark) and the combined figure (PNG) show the same.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from gsx_exporter.rules.settings import LayerCurve
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Labels of points that are nearer than this would lie on each other.
+# Labels of points that are nearer than this would overlap.
 _LABEL_PERCENT = 6.0
 _BRANCH_WORDS = {"attn": "attention", "mlp": "MLP"}
 
 
 def page_plots(report: Report) -> list[Plot]:
-    """All pictures that this report has data for, for the HTML page."""
-    limited = "In 8 bits it has no limit: quality has." if report.rounds else "The dashed line is the limit."
+    """All figures that this report has data for, for the HTML page."""
+    limited = "With 8 bits it has no limit; quality has." if report.rounds else "The dashed line is the limit."
     plots = [
         Plot(
             "Error by layer",
@@ -42,8 +42,8 @@ def page_plots(report: Report) -> list[Plot]:
         plots.append(
             Plot(
                 "Perplexity against share kept",
-                "Of the verification text, reference and engine; "
-                + ("8 bits may part them by the limit." if report.rounds else "they must lie on each other."),
+                "On the verification text, for reference and engine; "
+                + ("with 8 bits they may differ up to the limit." if report.rounds else "the curves must coincide."),
                 svg((5.2, 2.9), 1, lambda axes: perplexity(report, axes[0])),
             )
         )
@@ -65,8 +65,8 @@ def page_plots(report: Report) -> list[Plot]:
             )
         )
     plots += [
-        Plot(one.title, one.caption, svg((10.2, 2.6), 1, functools.partial(layer_curve, one)))
-        for one in report.layer_curves
+        Plot(curve.title, curve.caption, svg((10.2, 2.6), 1, functools.partial(layer_curve, curve)))
+        for curve in report.layer_curves
     ]
     if report.keep_map is not None:
         layers = len(report.keep_map.keep)
@@ -88,7 +88,7 @@ def page_plots(report: Report) -> list[Plot]:
 
 
 def combined(report: Report, path: Path) -> None:
-    """One PNG with all pictures, for a README."""
+    """Write one PNG with all figures, for a README."""
     layers = len(report.results[0].kept)
     gated = bool(report.branches)
     from matplotlib.figure import Figure
@@ -111,14 +111,15 @@ def combined(report: Report, path: Path) -> None:
 
 
 def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
-    """Three panels: states, keys, values; a line a budget."""
+    """Three panels: states, keys, values; one line per budget."""
     limits = [report.tolerances.relative_limit(result.rounding) for result in report.results]
-    limit = min((one for one in limits if one is not None), default=None)
+    limit = min((value for value in limits if value is not None), default=None)
     shades = _shades(report)
     floor, top = (1.0, 1.0) if limit is None else (limit, limit)
     for axis, name in zip(axes, ("states", "keys", "values"), strict=True):
         for result, colour in zip(report.results, shades, strict=True):
-            values = [max(one.max_relative, 1e-9) if one.usable else np.nan for one in getattr(result.windows, name)]
+            layers = getattr(result.windows, name)
+            values = [max(layer.max_relative, 1e-9) if layer.usable else np.nan for layer in layers]
             floor = min([floor, *(v for v in values if np.isfinite(v))])
             axis.plot(
                 range(len(values)),
@@ -154,7 +155,7 @@ def errors_by_layer(report: Report, axes: Sequence[Axes]) -> None:
 
 def perplexity(report: Report, axis: Axes) -> None:
     """Reference and engine against the share that the reference kept of this text."""
-    results = sorted(report.results, key=lambda one: -_kept(one))
+    results = sorted(report.results, key=lambda result: -_kept(result))
     shares = [100 * _kept(result) for result in results]
     reference = np.exp([result.reference_nats for result in results])
     engine = np.exp([result.engine_nats for result in results])
@@ -163,7 +164,7 @@ def perplexity(report: Report, axis: Axes) -> None:
     labelled = math.inf
     for result, share, value in zip(results, shares, engine, strict=True):
         if labelled - share < _LABEL_PERCENT:
-            continue  # the next label would lie on this one
+            continue  # the next label would overlap this one
         labelled = share
         number = f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
         axis.annotate(
@@ -186,7 +187,7 @@ def _kept(result: BudgetResult) -> float:
 
 
 def layer_curve(curve: LayerCurve, axes: Sequence[Axes]) -> None:
-    """What the keep rule measured in every layer."""
+    """A curve that the keep rule measured over the layers."""
     (axis,) = axes
     layers = len(curve.values)
     axis.plot(range(layers), curve.values, color=BLUE, marker="o", markersize=4, linewidth=1)
@@ -201,7 +202,7 @@ def layer_curve(curve: LayerCurve, axes: Sequence[Axes]) -> None:
 
 
 def flips_by_layer(report: Report, axes: Sequence[Axes]) -> None:
-    """A panel a branch; a line a budget."""
+    """One panel per branch; one line per budget."""
     for axis, branch in zip(axes, report.branches, strict=True):
         for result, colour in zip(report.results, _shades(report), strict=True):
             shares = [100 * row[BRANCHES.index(branch)] for row in result.quality.flipped]
@@ -221,7 +222,7 @@ def flips_by_layer(report: Report, axes: Sequence[Axes]) -> None:
 
 
 def kept_share(report: Report, axes: Sequence[Axes]) -> None:
-    """A heat map a branch: layers across, budgets down, shares as numbers."""
+    """One heat map per branch: layers across, budgets down, shares as numbers."""
     results = report.results
     for axis, branch in zip(axes, report.branches, strict=True):
         shares = np.array([[row[BRANCHES.index(branch)] for row in result.kept] for result in results])
@@ -239,7 +240,7 @@ def kept_share(report: Report, axes: Sequence[Axes]) -> None:
 
 
 def token_map(report: Report, axes: Sequence[Axes]) -> None:
-    """A panel a branch: tokens across, layers up; a filled cell ran."""
+    """One panel per branch: tokens across, layers up; a filled cell ran."""
     assert report.keep_map is not None
     layers = len(report.keep_map.keep)
     for axis, branch in zip(axes, report.branches, strict=True):

@@ -1,7 +1,7 @@
-"""What a bundle's arithmetic costs in quality, against full precision at the same budget, and what it may cost.
+"""The quality that a bundle's arithmetic costs, against full precision at the same budget, and its limits.
 
-Rounding to 8 bits is no fault, so closeness of numbers is not the question: how well the model still predicts text is,
-and whether tokens still skip what they skipped.
+Rounding to 8 bits is not an error, so the question is not how close the numbers are, but how well the model still
+predicts text, and whether tokens still skip the same branches.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from gsx_plugins.errors import UsageError
 
 @dataclass(frozen=True)
 class QualityLimits:
-    """What quality may be lost, at budgets from 1 down to the exported one; None: reported only.
+    """Limits of the quality loss, at budgets from 1 down to the exported one; None: only reported.
 
     Args:
         perplexity_increase: relative; 0.01 is one percent.
-        flipped: share of keep/skip decisions that come out differently.
+        flipped: share of keep/skip decisions that differ.
         divergence: mean KL divergence of the next-token distribution, in nats.
         top1: least share of tokens whose most likely next token is the same.
     """
@@ -43,7 +43,7 @@ class QualityLimits:
                 )
 
     def over(self, other: QualityLimits) -> QualityLimits:
-        """These, and the other's where there is none."""
+        """These limits, with gaps filled from `other`."""
         return QualityLimits(
             *(
                 mine if mine is not None else theirs
@@ -57,19 +57,19 @@ class QualityLimits:
         )
 
 
-# Of a quantized bundle, unless the user says otherwise; full precision has sharper checks of its own.
+# Limits of a quantized bundle, unless the user gives others; full precision has stricter checks of its own.
 QUANTIZED = QualityLimits(perplexity_increase=QUALITY_LIMIT, flipped=QUALITY_LIMIT)
 
 
 @dataclass(frozen=True)
 class Quality:
-    """Over whole windows of text.
+    """Quality over whole windows of text.
 
     Args:
         divergence: mean KL divergence of the next-token distribution from the reference's, in nats.
         top1: share of tokens whose most likely next token is the reference's.
-        flipped: [L][attn, mlp] shares of decisions that came out differently, those included that only follow from
-            an earlier one; 0 where there is no gate.
+        flipped: [L][attn, mlp] shares of decisions that differ, including those that only follow from an earlier
+            difference; 0 where there is no gate.
         flipped_share: over all gated branches; None for a dense model.
     """
 
@@ -88,7 +88,7 @@ class Quality:
 
 @dataclass
 class QualityCounter:
-    """Adds windows up. Args: branches: columns of the gated ones."""
+    """Accumulates quality over windows. Args: branches: columns of the gated branches."""
 
     branches: Sequence[int]
     tokens: int = 0
@@ -105,7 +105,7 @@ class QualityCounter:
         self.flips.append(reference.keep != found.keep)
 
     def result(self) -> Quality:
-        """All that was added."""
+        """The result over everything that was added."""
         shares = np.concatenate(self.flips, axis=-1).mean(axis=-1)
         return Quality(
             divergence=self.divergence / self.tokens,

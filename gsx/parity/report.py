@@ -1,4 +1,4 @@
-"""The parity report: what was measured, the checks of it, and the verdict."""
+"""The parity report: the measurements, their checks, and the verdict."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gsx_exporter.rules.settings import LayerCurve
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a check at the setting where it came out worst. All are words but the verdict."""
+    """A line of the table: a check at the setting with its worst value, as text."""
 
     name: str
     value: str
@@ -43,7 +43,7 @@ class BudgetRow:
 
 @dataclass(frozen=True)
 class KeepMap:
-    """Which tokens of the beginning of a text keep which layer: keep[layer][attn, mlp][token]."""
+    """Which of the first tokens of a text keep which branch: keep[layer][attn, mlp][token]."""
 
     setting: str
     tokens: tuple[str, ...]
@@ -52,23 +52,23 @@ class KeepMap:
 
 @dataclass(frozen=True)
 class Report:
-    """What `gsx verify` found.
+    """The report of `gsx verify`.
 
     Args:
-        bundle: its directory's name; model: the reference, as it was asked for.
-        precision, quantization, kv_cache, policy, select, exported_budget, kv_policy: of the bundle; quantization and
-            kv_cache are None in full precision, policy for a dense model, select where the rule has no thresholds. The
-            exported budget of a set of layers is its share.
-        quality_limits: hold at budgets from 1 down to the exported one.
-        reference_precision: of the reference's weights and activations.
-        limits_of: whose limits hold (`tolerances.kind_of`).
-        branches: those that the keep rule may skip.
+        bundle: its directory's name; model: the reference, as it was given.
+        precision, quantization, kv_cache, policy, select, exported_budget, kv_policy: of the bundle. quantization and
+            kv_cache are None in full precision, policy is None for a dense model, select if the rule has no thresholds.
+            The exported budget of a set of layers is its share.
+        quality_limits: apply at budgets from 1 down to the exported one.
+        reference_precision: type of the reference's weights and activations.
+        limits_of: which limits apply (`tolerances.kind_of`).
+        branches: the branches that the keep rule may skip.
         text: name of the text; text_sha256: its hash; tokens: how many were read.
-        results: one a budget, in falling order.
+        results: one per budget, in descending order.
         default_is_exported: whether the graph's own default selection is the exported one; None for a dense model.
         notes: what was left out and why.
-        layer_curves: what the keep rule shows of its calibration.
-        tools: versions.
+        layer_curves: curves from the keep rule's calibration.
+        tools: versions of the tools.
     """
 
     bundle: str
@@ -99,12 +99,12 @@ class Report:
 
     @property
     def rounds(self) -> bool:
-        """Whether something is in 8 bits."""
+        """Whether anything is in 8 bits."""
         return self.quantization is not None or self.kv_cache is not None
 
     @property
     def tolerances(self) -> Tolerances:
-        """The limits that hold."""
+        """The limits that apply."""
         return TOLERANCES[self.limits_of]
 
     @property
@@ -120,7 +120,7 @@ class Report:
         return tuple(checks)
 
     def _quality_limits(self, result: BudgetResult) -> QualityLimits:
-        """Limits at a budget: below the exported one, which the bundle was not made for, quality is reported only."""
+        """Limits at a budget. Below the exported one, which the bundle was not made for, quality is only reported."""
         return self.quality_limits if result.budget >= self.exported_budget else QualityLimits()
 
     @property
@@ -130,7 +130,7 @@ class Report:
         return "fail" not in verdicts and "pass" in verdicts
 
     def rows(self) -> list[Row]:
-        """The table: each check once, at the setting where it came out worst."""
+        """The table: each check once, at the setting with its worst value."""
         worst: dict[str, Check] = {}
         for check in self.checks:
             seen = worst.get(check.name)
@@ -154,7 +154,7 @@ class Report:
         return [_budget_row(result, self.tolerances.tokens_must_agree) for result in self.results]
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON takes it; numbers that JSON lacks are null."""
+        """The report as JSON values; numbers that JSON does not have are null."""
         values: dict[str, Any] = _plain(self)
         return {
             "passed": self.passed,
@@ -167,21 +167,21 @@ class Report:
 def _badness(check: Check) -> tuple[bool, float]:
     if check.limit is None:
         return (False, check.value)
-    # A limit of 0 counts faults.
+    # With a limit of 0, the value is a number of errors.
     return (check.verdict == "fail", check.value / check.limit if check.limit else check.value)
 
 
 def _budget_row(result: BudgetResult, must_agree: bool) -> BudgetRow:
     decisions = result.windows.decisions
-    wrong = max((len(one.wrong) for one in result.greedy.values()), default=0)
-    tokens = min((one.tokens for one in result.greedy.values()), default=0)
-    differ = max((len(one.mismatches) for one in result.greedy.values()), default=0)
+    wrong = max((len(greedy.wrong) for greedy in result.greedy.values()), default=0)
+    tokens = min((greedy.tokens for greedy in result.greedy.values()), default=0)
+    differ = max((len(greedy.mismatches) for greedy in result.greedy.values()), default=0)
     return BudgetRow(
         setting=result.setting,
         kept="all" if result.kept_share is None else f"{result.kept_share:.3f}",
         reference_perplexity=f"{math.exp(result.reference_nats):.4f}",
         engine_perplexity=f"{math.exp(result.engine_nats):.4f}",
-        decisions="nothing skips" if decisions is None else _turned(decisions.differ, decisions.total),
+        decisions="nothing skips" if decisions is None else _differing(decisions.differ, decisions.total),
         quality=f"{result.perplexity_increase:+.2%}, KL {result.quality.divergence:.1e}, "
         f"{result.quality.top1:.1%} same",
         tokens=f"{tokens} equal"
@@ -190,12 +190,12 @@ def _budget_row(result: BudgetResult, must_agree: bool) -> BudgetRow:
     )
 
 
-def _turned(differ: int, total: int) -> str:
+def _differing(differ: int, total: int) -> str:
     return f"{differ:,} of {total:,} differ" + (f", {differ / total:.2%}" if differ else "")
 
 
 def _shown(name: str, value: float) -> str:
-    """A value as people read it: shares in percent."""
+    """A value as text: shares in percent."""
     if math.isfinite(value) and any(word in name for word in ("share", "relative")):
         return f"{value:.2%}"
     return _number(value)
@@ -212,9 +212,9 @@ def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): _plain(one) for key, one in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

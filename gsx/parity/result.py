@@ -1,4 +1,4 @@
-"""What was measured at one setting of the keep rule."""
+"""The measurements at one setting of the keep rule."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from gsx.parity.speculation import SpeculationResult
 
 @dataclass(frozen=True)
 class BudgetResult:
-    """All that was measured at one setting of the keep rule.
+    """All measurements at one setting of the keep rule.
 
     Args:
-        setting: its name; budget: the share of skippable work that it asks to keep.
-        kept: [L][attn, mlp] shares that the reference keeps; 1 where there is no gate.
+        setting: its name; budget: the share of skippable work that it requests to keep.
+        kept: [L][attn, mlp] shares of tokens that the reference keeps; 1 where there is no gate.
         kept_share: over all gated branches; None for a dense model.
         windows: whole windows in one call.
-        rounding: the reference in float32 beside itself in float64, over the same; None where it is in float32.
-        single_steps, one_chunk: half a stretch, then the rest over the cache; None with rank selection.
+        rounding: the reference in float32 against itself in float64, over the same windows; None if it is in float32.
+        single_steps, one_chunk: half of a stretch, then the rest with the cache; None with rank selection.
         padded: two sequences of different lengths in one batch.
         fast_logits: logits of the runner that generates, over whole windows, against the reference's (quantized:
-            the portable runner's); fast_wrong_counts: how often it kept another number of rows, no decision being
-            a near tie.
+            the portable runner's); fast_wrong_counts: how often it kept another number of rows although no decision
+            was a near tie.
         greedy: by runner, "fast" and "portable".
-        speculation: of the bundle's draft; None where it has none.
+        speculation: results of the bundle's draft; None if it has no draft.
         reference_nats, engine_nats: mean loss per token, over `scored_tokens` tokens.
-        quality: what the engine's arithmetic costs.
+        quality: the quality that the engine's arithmetic costs.
     """
 
     setting: str
@@ -53,5 +53,5 @@ class BudgetResult:
 
     @property
     def perplexity_increase(self) -> float:
-        """Of the engine over the reference, relative; below 0 where it fell."""
+        """The engine's perplexity relative to the reference's, minus 1; below 0 if it fell."""
         return math.expm1(self.engine_nats - self.reference_nats)

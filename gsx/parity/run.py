@@ -1,4 +1,4 @@
-"""Both sides of a parity report at work: what is measured at one setting of the keep rule."""
+"""Runs both sides of a parity report, and measures everything at one setting of the keep rule."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _SMALL_HIDDEN = 512
 
 
 class Run:
-    """Both sides, opened once, and what is measured at one setting.
+    """Both sides, opened once, and the measurements at each setting.
 
     Args:
-        settings: all that will be measured: in a batch, two of them stand beside each other.
+        settings: all settings that will be measured; one batch has two of them at once.
     """
 
     def __init__(
@@ -70,23 +70,23 @@ class Run:
         self.speculation = SpeculationSide(bundle, backend) if self.manifest.draft else None
         self.stage = ""
         self.on_progress = on_progress
-        # By setting, what the reference did with the first window.
+        # The reference's observation of the first window, by setting.
         self.first_window: dict[Setting, Observation] = {}
-        room = self.manifest.decoder.max_positions - _PROMPT_TOKENS
-        self.greedy_tokens = min(greedy_tokens, room)
+        positions_left = self.manifest.decoder.max_positions - _PROMPT_TOKENS
+        self.greedy_tokens = min(greedy_tokens, positions_left)
         if self.greedy_tokens < greedy_tokens:
             notes.append(f"The model's context leaves room for {self.greedy_tokens} greedy tokens.")
         selection = self.manifest.selection
         self.causal = selection is None or selection.mode == "threshold"
         if not self.causal:
             notes.append(
-                "With rank selection the choice sees the whole call, so a run over the cache is another "
-                "computation: whole calls are compared, and greedy steps, which keep their one token."
+                "With rank selection a decision depends on the whole call, so a run with the cache is another "
+                "computation. Whole calls are compared, and greedy steps, which keep their only token."
             )
 
     def at(self, setting: Setting) -> BudgetResult:
-        """Measure everything at one setting: by the rule for every token, but for greedy text, where a rule that runs
-        the prompt in full does so."""
+        """Measure everything at one setting, with the rule applied to every token; only for greedy text, a rule that
+        runs the prompt in full does so."""
         controls = controls_for(self.manifest, setting.keep)
         sums = self._whole_windows(controls)
         assert sums.first is not None, "a text has at least one window"
@@ -94,18 +94,18 @@ class Run:
         self.first_window[setting] = sums.first
         single_steps = one_chunk = None
         if self.causal:
-            self._tell("with the cache")
+            self._report("with the cache")
             single_steps, one_chunk = self._cached(sums.first, controls)
-        self._tell("with padding")
+        self._report("with padding")
         padded = self._padded(setting)
         kept = sums.kept
-        reached = [kept[layer, BRANCHES.index(branch)] for layer, branch in self.manifest.skippable_places]
+        shares = [kept[layer, BRANCHES.index(branch)] for layer, branch in self.manifest.skippable_places]
         reference_nats, engine_nats = sums.nats
         return BudgetResult(
             setting=setting.name,
             budget=setting.share,
             kept=tuple((float(attn), float(mlp)) for attn, mlp in kept),
-            kept_share=float(np.mean(reached)) if reached else None,
+            kept_share=float(np.mean(shares)) if shares else None,
             windows=sums.against_reference.result(),
             rounding=rounding,
             single_steps=single_steps,
@@ -132,7 +132,7 @@ class Run:
         if self.speculation is not None:
             self.speculation.start()
         for number, window in enumerate(self.windows):
-            self._tell("whole windows", number, len(self.windows))
+            self._report("whole windows", number, len(self.windows))
             ids, mask = window[None], np.ones((1, len(window)), np.int64)
             (want,), (have,) = side.observe(ids, mask), self.engine.observe(ids, mask, controls)
             sums.add(window, want, have, None if single is None else single.observe(ids, mask))
@@ -143,8 +143,8 @@ class Run:
         return sums
 
     def _greedy(self, setting: Setting, rounding: Compared | None) -> dict[str, Greedy]:
-        """Every runner along the reference's own greedy text. Args: rounding: of the reference itself."""
-        self._tell("greedy continuation")
+        """Compare every runner along the reference's own greedy text. Args: rounding: error of the reference itself."""
+        self._report("greedy continuation")
         controls = controls_for(self.manifest, setting.keep, [_PROMPT_TOKENS])
         with _torch_threads_for(self.manifest):
             steps = reference_continuation(
@@ -160,16 +160,16 @@ class Run:
         }
 
     def _speculated(self, setting: Setting, first: Observation) -> SpeculationResult | None:
-        """Text of the bundle's draft beside plain text; None where it has no draft."""
+        """Speculative text of the bundle's draft against plain text; None if it has no draft."""
         if self.speculation is None:
             return None
-        self._tell("draft and verify")
-        # Thousands of draws tell weights that were rounded to bfloat16 from those that were not.
-        at_hand = None if self.limits_of == "bf16" else first.logits
-        return self.speculation.result(self.windows, setting.keep, at_hand)
+        self._report("draft and verify")
+        # Thousands of draws are enough to show that weights were rounded to bfloat16.
+        reference_logits = None if self.limits_of == "bf16" else first.logits
+        return self.speculation.result(self.windows, setting.keep, reference_logits)
 
     def _cached(self, want: Observation, controls: RuntimeValues) -> tuple[Compared, Compared]:
-        """Half of a stretch, then the rest over the cache: it must be what one call gives."""
+        """Half of a stretch, then the rest with the cache: the result must be that of one call."""
         count = min(_STRETCH_TOKENS, want.tokens)
         half = count // 2
         ids = self.windows[:1, :count]
@@ -183,11 +183,11 @@ class Run:
     def _padded(self, setting: Setting) -> Compared:
         """Two sequences of different lengths, padded on the left, in one call.
 
-        Both carry an end-of-text token, which running text has not, and which GateSkip always keeps. With sets of
-        layers the second sequence has the next setting's. Each must come out as it does alone. Rank selection counts
-        the whole call, so there the reference sees the same batch (in float32: transformers masks padding in float64
-        by a number that its softmax, always in float32, takes for infinite, and gives NaN). There, too, one near tie
-        that turns concerns all tokens: then another stretch of text is tried.
+        Both have an end-of-text token, which running text does not have, and which GateSkip always keeps. With sets of
+        layers the second sequence has the set of the next setting. Each must give what it gives by itself. Rank
+        selection depends on the whole call, so there the reference sees the same batch (in float32: transformers masks
+        padding in float64 by a number that its softmax, always in float32, takes for infinite, and gives NaN). There,
+        too, one near tie that flips affects all tokens: then another stretch of text is tried.
         """
         policy = self.manifest.policy
         by_sequence = policy is not None and policy.input("layer_mask") is not None
@@ -199,9 +199,9 @@ class Run:
             have = self.engine.observe(ids, mask, controls_for(self.manifest, keeps))
             comparer = self._comparer()
             if self.causal:
-                for row, one in enumerate(have):
-                    alone = ids[row : row + 1, mask[row] == 1]
-                    comparer.add(sides[row][0].observe(alone, np.ones_like(alone)), [one])
+                for row, observed in enumerate(have):
+                    unpadded = ids[row : row + 1, mask[row] == 1]
+                    comparer.add(sides[row][0].observe(unpadded, np.ones_like(unpadded)), [observed])
             else:
                 side, single = sides[0]
                 comparer.add((single or side).observe(ids, mask), have)
@@ -213,7 +213,7 @@ class Run:
     def _padded_batch(self, attempt: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask of two stretches; they begin differently, since equal beginnings have equal scores."""
         first, last = self.windows[0], self.windows[-1]
-        # Room to begin at another place.
+        # At most this long, so that another attempt can begin at another position.
         long, short = (min(count, len(first) - 1) for count in _PADDED_TOKENS)
         ids, mask = np.zeros((2, long), np.int64), np.zeros((2, long), np.int64)
         start = long * attempt % (len(first) - long)
@@ -234,10 +234,10 @@ class Run:
         found: Accumulator,
         window: int,
     ) -> tuple[np.ndarray, int]:
-        """Compare the fast runner's logits over a window, of a quantized bundle with the portable runner's.
+        """Compare the fast runner's logits over a window; for a quantized bundle, with the portable runner's.
 
-        It does not say which rows it kept, only how many. Where decisions may turn, what follows the first one
-        that did (in half precision: for the portable runner) or could have (in single) is left out.
+        The fast runner does not report which rows it kept, only how many. Where decisions may flip, everything after
+        the first one that did (in half precision: for the portable runner) or could have (in single) is left out.
 
         Returns: the tokens [S] bool that were compared, and the branches that kept a wrong count.
         """
@@ -248,14 +248,14 @@ class Run:
         places = [(layer, BRANCHES.index(branch)) for layer, branch in self.manifest.skippable_places]
         differ = [] if counts is None else [p for p in places if counts[p] != base.keep[p].sum()]
         if self.limits.differing_share is None:
-            turned = (want.margins <= self.limits.near_tie) if differ else np.zeros_like(want.keep)
+            flipped = (want.margins <= self.limits.near_tie) if differ else np.zeros_like(want.keep)
         else:
-            turned = portable.keep != base.keep
-        turned_at = np.flatnonzero(turned.any(axis=(0, 1)))
-        if len(turned_at):
-            clean[turned_at[0] if self.causal else 0 :] = False
+            flipped = portable.keep != base.keep
+        flipped_at = np.flatnonzero(flipped.any(axis=(0, 1)))
+        if len(flipped_at):
+            clean[flipped_at[0] if self.causal else 0 :] = False
         found.add(base.logits, logits[0], clean, window)
-        return clean, 0 if len(turned_at) else len(differ)
+        return clean, 0 if len(flipped_at) else len(differ)
 
     def _halves(
         self,
@@ -287,20 +287,20 @@ class Run:
         return self.manifest.skippable
 
     def _sides(self, controls: RuntimeValues) -> tuple[ReferenceSide, ReferenceSide | None]:
-        """The reference with some run-time inputs, and the one in float32 beside one in float64."""
+        """The reference with these run-time values and, if it is in float64, the same in float32."""
         rule = reference_rule(self.manifest, controls)
         side = ReferenceSide(self.reference, rule, self.manifest.kv_policy)
         return side, ReferenceSide(self.single, rule, self.manifest.kv_policy) if self.single else None
 
-    def _tell(self, what: str, done: int = 0, total: int = 0) -> None:
+    def _report(self, what: str, done: int = 0, total: int = 0) -> None:
         self.on_progress(Progress(f"{self.stage}: {what}", done, total))
 
 
 def _reference_type(checkpoint: Checkpoint, limits_of: str) -> torch.dtype:
     """Type of the reference's weights and activations.
 
-    Double precision beside a float32 engine, where there is memory for it: what is measured is then the engine's
-    rounding alone. In float32 the reference's own is as large, and the two add up.
+    Double precision for a float32 engine, if there is enough memory: then only the engine's rounding is measured. In
+    float32 the reference's own rounding is as large, and the two add up.
     """
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if limits_of == "fp32" and 2 * checkpoint.weight_bytes() <= memory / 3:
@@ -310,7 +310,7 @@ def _reference_type(checkpoint: Checkpoint, limits_of: str) -> torch.dtype:
 
 @contextmanager
 def _torch_threads_for(manifest: Manifest) -> Iterator[None]:
-    """One thread for single tokens of a small model: waiting for others would take longer than the work."""
+    """Use one thread for single tokens of a small model: waiting for others would take longer than the work."""
     before = torch.get_num_threads()
     small = manifest.decoder.hidden_size <= _SMALL_HIDDEN
     torch.set_num_threads(1 if small else before)

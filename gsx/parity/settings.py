@@ -1,4 +1,4 @@
-"""What a bundle is verified at: budgets, sets of layers or thresholds, as a request would ask for them."""
+"""The settings that a bundle is verified at: budgets, sets of layers or thresholds, as in a request."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from gsx_exporter.rules.registry import rule_of
 from gsx_exporter.rules.settings import Setting
 
 
-def settings_of(manifest: Manifest, asked: Sequence[float] | None, notes: list[str]) -> list[Setting]:
-    """The settings to verify at, in falling order of what they keep; what cannot be verified is noted.
+def settings_of(manifest: Manifest, budgets: Sequence[float] | None, notes: list[str]) -> list[Setting]:
+    """The settings to verify at, in descending order of the share kept. Adds a note on what cannot be verified.
 
-    Args: asked: budgets; None for the usual ones.
+    Args: budgets: the requested budgets; None for the usual ones.
     Raises:
-        UsageError: none is left.
+        UsageError: no setting is left.
     """
-    for budget in asked or ():
+    for budget in budgets or ():
         check_budget(budget)
     if manifest.policy is not None:
-        return rule_of(manifest.policy).settings(manifest, asked, notes)
-    if asked and set(asked) != {1.0}:
-        notes.append("The bundle has no gates: everything is kept, and there is one budget, 1.")
+        return rule_of(manifest.policy).settings(manifest, budgets, notes)
+    if budgets and set(budgets) != {1.0}:
+        notes.append("The bundle has no gates: everything is kept, and the only budget is 1.")
     return [Setting(KeepSettings(), "1", 1.0)]
 
 

@@ -1,8 +1,8 @@
 """Draft and verify: the two halves of a split decoder against the reference, and speculative text against plain text.
 
-Speculation must change nothing. Its text is compared with plain decoding's token by token, greedy and sampled with the
-same seeds, alone and in a batch; and how tokens are sampled is compared with the distribution that the reference's
-logits give, computed here by PyTorch.
+Speculation must not change the text. It is compared with the text of plain decoding token by token, greedy and sampled
+with the same seeds, one prompt at a time and in a batch. Sampled tokens are compared with the distribution that follows
+from the reference's logits, computed here by PyTorch.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from gsx_engines.sampling import GREEDY, Picker, Sampling, candidates
 from gsx_engines.speculation.draft import Draft, open_draft
 
 SAMPLED = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=7)
-# Draft lengths that are tried; None finds its own.
+# Draft lengths to try; None finds a length while generating.
 _LENGTHS = (None, 3)
 _PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS, _BATCH = 8, 24, 48, 3
 _PLACES, _DRAWS = 6, 2000
-# Cells of a chi-square test with fewer expected draws are put together.
+# Cells of a chi-square test with fewer expected draws are merged.
 _LEAST_EXPECTED = 8
-# A place whose shortest run of likely tokens might as well end one earlier or later is passed over.
+# Positions where the cut of top-p might as well fall one token earlier or later are not tested.
 _TOP_P_MARGIN = 1e-3
 
 
 @dataclass(frozen=True)
 class TextMismatch:
-    """Where speculative text parts from plain text.
+    """Where speculative text first differs from plain text.
 
     Args:
         prompt: number of the prompt; position: of the new token, from 0.
         plain_token, speculative_token: ids.
-        lead: how far the two are apart in what decides, in units of logits; within their tolerance either is right.
+        lead: difference of their scores, in units of logits; within the tolerance of logits either token is right.
     """
 
     prompt: int
@@ -64,12 +64,12 @@ class TextsCompared:
 
 @dataclass(frozen=True)
 class SamplingFit:
-    """Draws at several places against the reference's probabilities.
+    """Draws at several positions against the reference's probabilities.
 
     Args:
-        places, draws: how many places, and draws at each.
-        least_p: the smallest p-value of a chi-square test, times the number of places (Bonferroni).
-        outside: draws of tokens that the reference leaves out.
+        places, draws: number of positions, and of draws at each.
+        least_p: the smallest p-value of a chi-square test, times the number of positions (Bonferroni).
+        outside: draws of tokens that the reference excludes.
     """
 
     places: int
@@ -80,15 +80,15 @@ class SamplingFit:
 
 @dataclass(frozen=True)
 class SpeculationResult:
-    """All that was measured of a draft at one budget.
+    """All measurements of a draft at one budget.
 
     Args:
         draft: e.g. "exit:2".
-        acceptance: share of drafted tokens that were right, in greedy text.
-        logits: by name, e.g. "draft, fast runner": the halves' logits against the reference's; empty where the
-            draft is no exit.
+        acceptance: share of drafted tokens that were accepted, in greedy text.
+        logits: by name, e.g. "draft, fast runner": the halves' logits against the reference's; empty if the draft is
+            not an exit.
         greedy, sampled: texts.
-        sampling: None where no place was fit for the test.
+        sampling: None if no position was suitable for the test.
     """
 
     draft: str
@@ -114,11 +114,11 @@ class SpeculationSide:
 
     @property
     def exit_layer(self) -> int | None:
-        """Number of layers that the draft runs; None where it is no exit."""
+        """Number of layers that the draft runs; None if it is not an exit."""
         return self.kind.layer if self.kind.kind == "exit" else None
 
     def start(self) -> None:
-        """Forget what was compared at another budget."""
+        """Forget the comparisons at another budget."""
         self._found = {name: Accumulator() for name in self._found}
 
     def compare(
@@ -132,7 +132,7 @@ class SpeculationSide:
     ) -> None:
         """Compare both halves' logits over a window.
 
-        Args: ids [1, S]; exit_logits, logits [S, V] of the reference; clean [S] bool: tokens no near tie touched.
+        Args: ids [1, S]; exit_logits, logits [S, V] of the reference; clean [S] bool: tokens that no near tie affected.
         """
         for name, runner in self._splits.items():
             cache = runner.new_cache(*ids.shape)
@@ -143,8 +143,8 @@ class SpeculationSide:
     def result(self, windows: np.ndarray, keep: KeepSettings, reference_logits: np.ndarray | None) -> SpeculationResult:
         """Compare texts at one setting of the keep rule.
 
-        Args: windows [M, S]: prompts are taken from them; reference_logits [S, V] of the first one, None where they are
-            too far off for draws to follow them.
+        Args: windows [M, S]: prompts are taken from them; reference_logits [S, V] of the first one, None if the
+            engine's are too far from them for its draws to follow them.
         """
         manifest = self._bundle.manifest
         plain = open_runner(self._bundle, backend=self._backend)
@@ -177,7 +177,7 @@ def _prompts(windows: np.ndarray) -> list[list[int]]:
 def _texts(
     plain: Runner, draft: Draft, prompts: Sequence[list[int]], sampling: Sampling, keep: KeepSettings
 ) -> tuple[TextsCompared, float | None]:
-    """Plain and speculative continuations of each prompt alone and of some in a batch. Returns: them, acceptance."""
+    """Compare plain and speculative text of each prompt, and of some in a batch. Returns: comparison, acceptance."""
     room = plain.manifest.decoder.max_positions - max(len(prompt) for prompt in prompts)
     limit = min(_NEW_TOKENS, room)
     continuations = tokens = drafted = accepted = 0
@@ -198,12 +198,12 @@ def _texts(
                 draft_length=length,
             )
             drafted, accepted = drafted + sum(have.stats.drafted), accepted + sum(have.stats.accepted)
-            for row, (number, one, other) in enumerate(zip(group, want, have.sequences, strict=True)):
+            for row, (number, expected, found) in enumerate(zip(group, want, have.sequences, strict=True)):
                 continuations += 1
-                tokens += len(one.tokens)
-                if one.tokens != other.tokens:
-                    found = _mismatch(plain, Picker(sampling), row, prompts[number], one, other, keep)
-                    mismatches.append(replace(found, prompt=number))
+                tokens += len(expected.tokens)
+                if expected.tokens != found.tokens:
+                    mismatch = _mismatch(plain, Picker(sampling), row, prompts[number], expected, found, keep)
+                    mismatches.append(replace(mismatch, prompt=number))
     return TextsCompared(continuations, tokens, tuple(mismatches)), accepted / drafted if drafted else None
 
 
@@ -216,21 +216,21 @@ def _mismatch(
     have: Generated,
     keep: KeepSettings,
 ) -> TextMismatch:
-    """The first token that differs, and how near the two were; row: of the prompt in its batch."""
+    """The first token that differs, and how far apart the two were. Args: row: the prompt's row in its batch."""
     position = next(i for i, (a, b) in enumerate(zip(want.tokens, have.tokens, strict=True)) if a != b)
     ids = np.array([[*prompt, *want.tokens[:position]]])
     controls = controls_for(plain.manifest, keep, [len(prompt)])
     logits = plain.step(plain.new_cache(*ids.shape), ids, controls).logits[0, 0]
     scores = picker.scores(logits, row, ids.shape[1])
-    one, other = want.tokens[position], have.tokens[position]
-    return TextMismatch(row, position, one, other, float(abs(scores[one] - scores[other])))
+    expected, found = want.tokens[position], have.tokens[position]
+    return TextMismatch(row, position, expected, found, float(abs(scores[expected] - scores[found])))
 
 
 def sampling_fit(reference: np.ndarray, engine: np.ndarray) -> SamplingFit | None:
     """Draw from the engine's logits with fixed seeds, and test against the reference's probabilities.
 
-    Args: reference, engine [S, V]: logits at the same places.
-    Returns: None where the reference's shortest run of likely tokens is too close a matter at every place.
+    Args: reference, engine [S, V]: logits at the same positions.
+    Returns: None if the reference's cut of top-p is too close to call at every position.
     """
     least, outside, places = 1.0, 0, 0
     for place in np.linspace(0, len(reference) - 1, _PLACES).astype(int):
@@ -240,15 +240,15 @@ def sampling_fit(reference: np.ndarray, engine: np.ndarray) -> SamplingFit | Non
         ids, weights = candidates(engine[place], SAMPLED)
         if set(ids) != set(np.flatnonzero(wanted)):
             outside += round(_DRAWS * float(weights[wanted[ids] == 0].sum()))
-        sampler = (Picker(Sampling(SAMPLED.temperature, SAMPLED.top_k, SAMPLED.top_p, seed)) for seed in range(_DRAWS))
-        counts = np.bincount([one.pick(engine[place], 0, int(place)) for one in sampler], minlength=len(wanted))
+        pickers = (Picker(Sampling(SAMPLED.temperature, SAMPLED.top_k, SAMPLED.top_p, seed)) for seed in range(_DRAWS))
+        counts = np.bincount([picker.pick(engine[place], 0, int(place)) for picker in pickers], minlength=len(wanted))
         places += 1
         least = min(least, _p_value(counts, _DRAWS * wanted))
     return SamplingFit(places, _DRAWS, min(1.0, least * places), outside) if places else None
 
 
 def reference_probabilities(logits: np.ndarray) -> np.ndarray | None:
-    """Next-token probabilities [V] float64 as PyTorch gives them; None where top-p is too close a matter.
+    """Next-token probabilities [V] float64 as PyTorch gives them; None if the cut of top-p is too close to call.
 
     Written without the engine's sampler, as transformers defines its warpers: temperature, top-k, top-p.
     """
@@ -265,7 +265,7 @@ def reference_probabilities(logits: np.ndarray) -> np.ndarray | None:
 
 
 def _p_value(counts: np.ndarray, expected: np.ndarray) -> float:
-    """Chi-square of counts against expected counts; what is rare goes into one cell."""
+    """P-value of a chi-square test of counts against expected counts; rare tokens are merged into one cell."""
     common = expected >= _LEAST_EXPECTED
     rest = [counts[~common].sum()], [expected[~common].sum()]
     found, wanted = np.append(counts[common], rest[0]), np.append(expected[common], rest[1])

@@ -1,4 +1,4 @@
-"""How far two computations of the same thing may differ, by precision, and why: the one place where limits stand."""
+"""How far two computations of the same thing may differ, by precision, and why: all limits are defined here."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ class Tolerances:
 
     Args:
         logits: largest absolute error where logits are of order 1 to 10; in proportion where they are larger. None:
-            reported only.
-        relative: largest error of states, K and V over their own scale (`Comparison.max_relative`). None: as well.
-        near_tie: a decision may turn when the reference's score is this near to where it turns.
-        differing_share: share of decisions that may differ; None: none but near ties.
-        nats: difference of the mean loss per token; None: reported only.
-        runners: root mean square of what lies between the two runners' logits, over that of the logits. None: the
-            fast runner is compared with the reference, within `logits`.
-        tokens_must_agree: whether greedy tokens are a check, or reported only.
-        reason: of the numeric limits.
+            only reported.
+        relative: largest error of states, K and V over their own scale (`Comparison.max_relative`). None: only
+            reported.
+        near_tie: a decision may flip if the reference's score is this near to where it flips.
+        differing_share: share of decisions that may differ; None: only near ties may.
+        nats: difference of the mean loss per token; None: only reported.
+        runners: root mean square of the difference between the two runners' logits, over that of the logits. None:
+            the fast runner is compared with the reference, within `logits`.
+        tokens_must_agree: whether greedy tokens are a check, or only reported.
+        reason: why the numeric limits are what they are.
     """
 
     logits: float | None
@@ -37,9 +38,9 @@ class Tolerances:
     runners: float | None = None
 
     def logit_limit(self, reference_max: float, rounding: Compared | None = None) -> float | None:
-        """Limit for logits whose largest is this one: a float's error grows with the float.
+        """Limit for logits whose largest absolute value is this one: a float's error grows with the float.
 
-        Args: rounding: what the reference itself loses in float32, if that was measured.
+        Args: rounding: the reference's own error in float32, if it was measured.
         """
         if self.logits is None:
             return None
@@ -51,14 +52,14 @@ class Tolerances:
         if self.relative is None:
             return None
         layers = [] if rounding is None else [*rounding.states, *rounding.keys, *rounding.values]
-        return _allowed(self.relative, [one.max_relative for one in layers])
+        return _allowed(self.relative, [layer.max_relative for layer in layers])
 
 
 def kind_of(manifest: Manifest, checkpoint: Checkpoint) -> str:
-    """Whose limits hold for a bundle: a key of `TOLERANCES`.
+    """Which limits apply to a bundle: a key of `TOLERANCES`.
 
     A bfloat16 graph of a checkpoint that is stored in bfloat16 has the checkpoint's own weights, and is computed in
-    float32: float32's limits hold. (Gates are float32 in every graph.)
+    float32, so float32's limits apply. (Gates are float32 in every graph.)
     """
     if manifest.rounds:
         return "quantized"
@@ -68,22 +69,22 @@ def kind_of(manifest: Manifest, checkpoint: Checkpoint) -> str:
     return manifest.precision
 
 
-# The least p-value of a test that is no sign of a bias.
+# The smallest p-value of a test that is not a sign of a bias.
 P_LEAST = 1e-6
-# Largest errors of two computations that are equally good differ by this much: tails are heavy.
+# The largest errors of two equally good computations may differ by this factor: tails are heavy.
 TAIL = 4
-# Beyond this the limit does not move, whatever the reference's own error: a fault must show.
+# A limit grows by at most this factor, whatever the reference's own error: real errors must show.
 _MOST = 10
 
 
 def _allowed(base: float, own: Sequence[float]) -> float:
-    """A limit, or where PyTorch's own float32 does no better on this model, a multiple of its error."""
+    """A limit or, if PyTorch's own float32 is no better on this model, a multiple of its error."""
     return min(max(base, TAIL * max(own, default=0.0)), _MOST * base)
 
 
 TOLERANCES: Mapping[str, Tolerances] = {
-    # A rounding is 6e-8 of its number. Sums of thousands, tens of layers, and attention that hangs on small
-    # differences of large products make it 1e-6 to 1e-5 of the scale, and the largest of 10^5 values is some ten
+    # A rounding error is 6e-8 of its number. Sums of thousands, tens of layers, and attention that depends on small
+    # differences of large products make it 1e-6 to 1e-5 of the scale, and the largest of 10^5 errors is about ten
     # times the usual one. A wrong weight, mask or position shows at 1e-2 and above.
     "fp32": Tolerances(
         logits=1e-4,
@@ -92,10 +93,10 @@ TOLERANCES: Mapping[str, Tolerances] = {
         differing_share=None,
         nats=2e-4,
         tokens_must_agree=True,
-        reason="float32 rounding, up to 1e-5 of the scale; the largest of many values. Faults show at 1e-2",
+        reason="float32 rounding, up to 1e-5 of the scale; the largest of many values. Real errors show at 1e-2",
     ),
     # The reference stays in float32, so weights and activations are each rounded once to 11 significant bits
-    # (2^-11 = 5e-4 of their scale) a layer; errors of the largest of many values are some ten times that.
+    # (2^-11 = 5e-4 of their scale) per layer; the largest of many errors is about ten times that.
     "fp16": Tolerances(
         logits=0.1,
         relative=0.05,
@@ -106,7 +107,7 @@ TOLERANCES: Mapping[str, Tolerances] = {
         reason="half precision: weights and activations rounded to 11 bits, against a float32 reference",
     ),
     # The graph is computed in float32 (`gsx_engines/lowering/widen.py`): of the two roundings that float16's limits
-    # allow for there is one, that of the weights, at eight times the step.
+    # allow for, only the one of the weights remains, with a step eight times as large.
     "bf16": Tolerances(
         logits=0.4,
         relative=0.2,
@@ -116,9 +117,9 @@ TOLERANCES: Mapping[str, Tolerances] = {
         tokens_must_agree=False,
         reason="bfloat16 weights, rounded to 8 bits, against a float32 reference; computed in float32",
     ),
-    # Rounding to 8 bits moves everything, so the reference's numbers are no measure: quality is (`quality.py`). The two
-    # runners compute the same integers, but a value that stands between two codes may go either way (a float32 rounding
-    # decides), which is a step of 1/127 of a tensor's range.
+    # Rounding to 8 bits changes everything, so the numbers are not compared with the reference's; quality is measured
+    # (`quality.py`). The two runners compute the same integers, but a value halfway between two codes may go either way
+    # (a float32 rounding decides), which is a step of 1/127 of a tensor's range.
     "quantized": Tolerances(
         logits=None,
         relative=None,
@@ -126,7 +127,7 @@ TOLERANCES: Mapping[str, Tolerances] = {
         differing_share=1.0,
         nats=None,
         tokens_must_agree=False,
-        reason="8 bits: what counts is the quality, which has checks of its own",
+        reason="8 bits: quality is what matters, and it has checks of its own",
         runners=0.05,
     ),
 }

@@ -1,4 +1,4 @@
-"""Whole windows of text in one call each: what both sides computed, added up window by window."""
+"""Whole windows of text in one call each: accumulates what both sides computed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class WindowSums:
     """Sums over the windows at one setting.
 
     Args:
-        against_reference: the engine beside the reference.
-        rounding: the reference in float32 beside itself in float64; None where it is in float32.
-        quality: what the engine's arithmetic costs.
+        against_reference: the engine against the reference.
+        rounding: the reference in float32 against itself in float64; None if it is in float32.
+        quality: the quality that the engine's arithmetic costs.
         fast: logits of the runner that generates; wrong_counts: how often it kept a wrong number of rows.
-        first: what the reference did with the first window; None before it.
+        first: the reference's observation of the first window; None before it.
     """
 
     against_reference: Comparer
@@ -37,7 +37,7 @@ class WindowSums:
     def add(
         self, window: np.ndarray, reference: Observation, engine: Observation, single: Sequence[Observation] | None
     ) -> None:
-        """Compare a window [S] of token ids. Args: single: the reference in float32, where it is in float64 too."""
+        """Compare a window [S] of token ids. Args: single: the reference in float32, if it is also in float64."""
         self.first = self.first or reference
         self.against_reference.add([reference], [engine])
         if self.rounding is not None and single is not None:

@@ -1,4 +1,4 @@
-"""What an export finds out before it traces: thresholds, scales, and the run-time inputs that they make."""
+"""What an export determines before it traces: thresholds, scales, and the default run-time values."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from gsx_plugins.progress import OnProgress
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A checkpoint with all that a bundle adds to it.
+    """A checkpoint with everything that a bundle adds to it.
 
     Args:
-        checkpoint: its weights as they were.
+        checkpoint: with its original weights.
         options: of the decoder, with the calibrated rule.
         policy, selection: the manifest's sections.
         defaults: exported values of the rule's run-time inputs.
         plan, quantization: which products get which scales, and the manifest's entry; None in full precision.
-        kv_cache: scales of K and V; None where they are kept like activations.
+        kv_cache: scales of K and V; None if they are stored in the type of the activations.
     """
 
     checkpoint: Checkpoint
@@ -46,11 +46,11 @@ class Calibrated:
 
     @property
     def weights(self) -> Checkpoint:
-        """The tensors to write: smoothed where they are quantized so."""
+        """The tensors to write: smoothed where the quantization plan smooths them."""
         return self.checkpoint if self.plan is None else self.plan.checkpoint
 
     def graph_builder(self) -> GraphBuilder:
-        """Traces the decoder. Its graphs come out quantized where there is a plan."""
+        """The builder that traces the decoder. Its graphs are quantized if there is a plan."""
         rewrite = None
         if self.plan is not None:
             rewrite = functools.partial(quantize_graphs, plan=self.plan, dtype=self.options.dtype)
@@ -63,7 +63,7 @@ def calibrate_all(
     """Find the rule's thresholds, then the scales of products, then those of K and V.
 
     Raises:
-        GsxError: what was asked for cannot be met on this text.
+        GsxError: what was requested cannot be met on this text.
     """
     settled = keep.settle(checkpoint, text.seen, on_progress)
     section, selection = settled.policy, settled.selection

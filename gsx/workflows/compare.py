@@ -1,8 +1,8 @@
-"""`gsx compare`: every policy that a checkpoint has what it needs for; quality and time against what is kept.
+"""`gsx compare`: all policies that a checkpoint supports; quality and time against the share kept.
 
-Each policy is exported once into a work folder and stays there. A text's first half calibrates, and its second half is
-measured. Every round times the whole model beside the settings of one bundle, so that a ratio is of one moment, and no
-more than two bundles are loaded.
+Each policy is exported once into a work folder and stays there. The first half of a text is for calibration, and the
+second half is measured. Every round times the whole model next to the settings of one bundle, so that a ratio compares
+times of the same moment, and no more than two bundles are loaded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gsx.comparison.measure import STEPS, Form, Score, in_turn
+from gsx.comparison.measure import STEPS, MeasuredBundle, Score, in_turn
 from gsx.comparison.report import CompareReport, Point
 from gsx.defaults import COMPARE_FOLDER, COMPARE_TOKENS
 from gsx.workflows.export import export
@@ -33,7 +33,7 @@ from gsx_plugins.progress import OnProgress, Progress, prefixed, silent
 
 LEAST_TOKENS = 512
 WINDOW_TOKENS = 256
-# Room for a prompt, and for single tokens behind it.
+# Room for a prompt and for single tokens after it.
 _LEAST_POSITIONS = 4 * STEPS
 
 
@@ -45,14 +45,14 @@ def compare(
     tokens: int = COMPARE_TOKENS,
     on_progress: OnProgress = silent,
 ) -> CompareReport:
-    """Put every policy that a checkpoint can have side by side: perplexity and measured time against what is kept.
+    """Compare all policies that a checkpoint supports: perplexity and measured time against the share kept.
 
     Args:
         model: a local model directory or a hub id.
-        work: folder for the bundles; those of the same model, policy and calibration text are used again.
+        work: folder for the bundles; those of the same model, policy and calibration text are reused.
         text: UTF-8 text file; None for the text that ships with gsx.
-        tokens: how much of it to measure; as much before it calibrates.
-        on_progress: called as it goes.
+        tokens: how many of its tokens to measure; as many before them are used for calibration.
+        on_progress: called with the progress.
     Returns: the settings of every policy, and which policies were left out, with the reason; `write_page` writes it as
         one HTML page.
     Raises:
@@ -76,8 +76,8 @@ def compare(
     calibration, windows = _halves(checkpoint, Path(text) if text else None, tokens)
     rules, left_out = every_rule()
     compared = {policy: curves for rule in rules.values() for policy, curves in rule.compared.items()}
-    # The whole model, as the first of these that the checkpoint fits: where gates or routers multiply what branches
-    # give, there is no dense export.
+    # The whole model is the first of these that fits the checkpoint: where gates or routers multiply a branch's output,
+    # there is no dense export.
     whole_models = {
         DENSE: KeepSettings(),
         **{rule.name: rule.whole for rule in rules.values() if rule.whole is not None},
@@ -86,7 +86,7 @@ def compare(
     left_out |= {_name(policy): why for policy, why in refused.items() if policy in compared}
     exports = _Exports(checkpoint, Path(work), calibration, on_progress)
     base, keep_all = next((policy, keep) for policy, keep in whole_models.items() if policy in plans)
-    whole = Form(exports.bundle(base, plans[base]), windows)
+    whole = MeasuredBundle(exports.bundle(base, plans[base]), windows)
     whole_score, whole_seconds = whole.score(keep_all), []
     points: list[Point] = []
     for policy, curves in compared.items():
@@ -95,16 +95,16 @@ def compare(
         name = _name(policy)
         try:
             bundle = exports.bundle(policy, plans[policy])
-        except UsageError as error:  # calibration may find that the model cannot be brought to the default share
+        except UsageError as error:  # calibration may find that the model cannot reach the default share
             left_out[name] = error.what
             continue
-        form = whole if bundle == whole.bundle else Form(bundle, windows)
-        asked = [
+        measured = whole if bundle == whole.bundle else MeasuredBundle(bundle, windows)
+        settings = [
             (curve, setting, keep)
             for curve, settings_of in curves.items()
             for setting, keep in settings_of(bundle.manifest).items()
         ]
-        found, seconds = _measured(form, asked, (whole, keep_all), prefixed(on_progress, name))
+        found, seconds = _points(measured, settings, (whole, keep_all), prefixed(on_progress, name))
         points += found
         whole_seconds.append(seconds)
     every = np.concatenate(whole_seconds)
@@ -120,7 +120,7 @@ def compare(
 
 
 def _plans(checkpoint: Checkpoint, policies: Sequence[str]) -> tuple[dict[str, RulePlan], dict[str, str]]:
-    """The policies that a checkpoint fits, and why it does not fit the others."""
+    """The rule plans of the policies that fit a checkpoint, and why the others do not."""
     plans: dict[str, RulePlan] = {}
     refused: dict[str, str] = {}
     for policy in dict.fromkeys(policies):
@@ -131,32 +131,32 @@ def _plans(checkpoint: Checkpoint, policies: Sequence[str]) -> tuple[dict[str, R
     return plans, refused
 
 
-def _measured(
-    form: Form,
-    asked: Sequence[tuple[str, str, KeepSettings]],
-    whole: tuple[Form, KeepSettings],
+def _points(
+    measured: MeasuredBundle,
+    settings: Sequence[tuple[str, str, KeepSettings]],
+    whole: tuple[MeasuredBundle, KeepSettings],
     on_progress: OnProgress,
 ) -> tuple[list[Point], np.ndarray]:
     """Score the settings of one bundle, then time them in turn with the whole model.
 
-    Args: asked: curve, name of the setting, and what a request asks for.
+    Args: settings: curve, name of the setting, and the keep settings of a request.
     Returns: a point for each setting, and the whole model's seconds [R, 2] in the same rounds.
     """
     scores = []
-    for number, (_, _, keep) in enumerate(asked):
-        on_progress(Progress("scoring", number, len(asked)))
-        scores.append(form.score(keep))
-    seconds = in_turn([whole, *((form, keep) for _, _, keep in asked)], on_progress)
+    for number, (_, _, keep) in enumerate(settings):
+        on_progress(Progress("scoring", number, len(settings)))
+        scores.append(measured.score(keep))
+    seconds = in_turn([whole, *((measured, keep) for _, _, keep in settings)], on_progress)
     points = [
         _point(curve, setting, score, seconds[:, number], seconds[:, 0])
-        for number, ((curve, setting, _), score) in enumerate(zip(asked, scores, strict=True), 1)
+        for number, ((curve, setting, _), score) in enumerate(zip(settings, scores, strict=True), 1)
     ]
     return points, seconds[:, 0]
 
 
 @dataclass(frozen=True)
 class _Calibration:
-    """The part of a text that calibrates: its first tokens. Args: path: None for the text that ships with gsx."""
+    """The part of a text to calibrate on: its first tokens. Args: path: None for the text that ships with gsx."""
 
     path: Path | None
     text: TokenText
@@ -164,23 +164,23 @@ class _Calibration:
 
 
 def _halves(checkpoint: Checkpoint, path: Path | None, tokens: int) -> tuple[_Calibration, np.ndarray]:
-    """A text's first half, to calibrate on, and the windows [M, S] of its second."""
+    """A text's first half, to calibrate on, and the windows [M, S] of its second half."""
     text = tokenize(checkpoint, path, max_tokens=2 * tokens, window=WINDOW_TOKENS)
     half = len(text.ids) // 2
-    # What a tokenizer begins every window with is no part of the text.
+    # The tokens that a tokenizer begins every window with are not part of the text.
     start = len(load_tokenizer(checkpoint).encode("").ids)
-    calibrates = half * (text.ids.shape[1] - start)
-    if calibrates < MIN_TOKENS:
+    calibration_tokens = half * (text.ids.shape[1] - start)
+    if calibration_tokens < MIN_TOKENS:
         raise TextError(
             f"{text.name}: the text is too short to calibrate on one half of it and measure the other",
             expected=f"at least {2 * LEAST_TOKENS} tokens",
             found=f"{text.tokens} in whole windows",
         )
-    return _Calibration(path, text, calibrates), text.ids[half:]
+    return _Calibration(path, text, calibration_tokens), text.ids[half:]
 
 
 class _Exports:
-    """Bundles in a work folder, by what they are made of."""
+    """Bundles in a work folder, found by what they were exported from."""
 
     def __init__(
         self, checkpoint: Checkpoint, folder: Path, calibration: _Calibration, on_progress: OnProgress
@@ -191,12 +191,12 @@ class _Exports:
         self._model = [checkpoint.weights_sha256(), *(sha256_of(path) for path in checkpoint.companions())]
 
     def bundle(self, policy: str, plan: RulePlan) -> Bundle:
-        """The bundle of a policy: the one that is there, if it is whole, or a new one."""
-        made_of = [self._source, policy, *self._model]
+        """The bundle of a policy: the existing one, if it is complete, or a new one."""
+        ingredients = [self._source, policy, *self._model]
         calibration = self._calibration if plan.calibrates else None
         if calibration is not None:
-            made_of += [calibration.text.sha256, str(calibration.tokens)]
-        key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+            ingredients += [calibration.text.sha256, str(calibration.tokens)]
+        key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
         place = self._folder / f"{plan.name}-{key[:12]}"
         try:
             return open_bundle(place, check_weights=True)
@@ -214,7 +214,7 @@ class _Exports:
 
 
 def source_sha256() -> str:
-    """Hash of gsx's own Python source: a bundle that another state of it made may be another one."""
+    """Hash of gsx's own Python source: another version of it may export another bundle."""
     digest = hashlib.sha256()
     for package in ("gsx", "gsx_exporter", "gsx_engines", "gsx_plugins"):
         for path in sorted(Path(str(import_module(package).__file__)).parent.rglob("*.py")):
@@ -227,7 +227,7 @@ def _name(policy: str) -> str:
 
 
 def _point(curve: str, setting: str, score: Score, seconds: np.ndarray, whole: np.ndarray) -> Point:
-    """Args: seconds, whole: [R, 2], of the same rounds."""
+    """A setting's row in the report. Args: seconds, whole: [R, 2], of the same rounds."""
     prefill_ms, token_ms = (1000 * np.median(seconds, axis=0)).tolist()
     prefill_ratio, token_ratio = np.median(seconds / whole, axis=0).tolist()
     return Point(

@@ -1,6 +1,6 @@
 """`gsx doctor`: what works on this machine, and why the rest does not.
 
-Every check runs something: a version number alone says little. What may end the process (drivers, native
+Every check runs something, since a version number by itself says little. What may crash the process (drivers, native
 libraries) is tried in a process of its own.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Literal
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 Status = Literal["ok", "missing", "broken"]
-# "run": a bundle cannot be run without it; "export": nor exported, verified or trained; "more": nice to have.
+# "run": needed to run a bundle; "export": needed to export, verify or train; "more": optional.
 Need = Literal["run", "export", "more"]
 
 _TRY_SECONDS = 120
@@ -33,9 +33,9 @@ class Row:
 
     Args:
         name: the thing.
-        status: `ok`, `missing` (not there) or `broken` (there, and does not work).
+        status: `ok`, `missing` (not installed) or `broken` (installed, but does not work).
         detail: its version and what was run, or what went wrong.
-        todo: how to get it; None where it is fine.
+        todo: how to get it; None if it works.
         need: what cannot be done without it.
     """
 
@@ -54,7 +54,7 @@ class DoctorReport:
 
     @property
     def passed(self) -> bool:
-        """Whether all that is needed works: a missing export extra is a choice, a broken one is not."""
+        """Whether everything needed works. A missing export extra may be intended; a broken one is an error."""
         return not any(
             row.need != "more" and (row.status == "broken" or (row.status == "missing" and row.need == "run"))
             for row in self.rows
@@ -150,12 +150,12 @@ _IMPORT_NAMES = {
     "cuda-bindings": "cuda",
 }
 
-# A program, its arguments, which lines of its answer to show, how to get it.
+# A program, its arguments, how to get it.
 _PROGRAMS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     (
         "nvidia-smi",
         ("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader"),
-        "a machine with an NVIDIA GPU and its driver (everything else works without)",
+        "a machine with an NVIDIA GPU and its driver (everything else works without one)",
     ),
     ("tritonserver", ("--help",), "Triton Inference Server's container (to serve bundles)"),
     ("c++", ("--version",), 'install a C++ compiler (to build the plugins; gsx train with "compile": true)'),
@@ -164,11 +164,11 @@ _PROGRAM_TITLES = {"nvidia-smi": "NVIDIA GPU", "tritonserver": "Triton server", 
 
 
 def doctor(*, on_progress: OnProgress = silent) -> DoctorReport:
-    """Try everything that gsx can use on this machine, and say how to get what is missing.
+    """Check everything that gsx can use on this machine, and show how to get what is missing.
 
     Args:
-        on_progress: called before each thing is tried.
-    Returns: a row for each thing; `passed` says whether exporting and running on a CPU can work.
+        on_progress: called before each check.
+    Returns: a row per check; `passed` says whether exporting and running on a CPU can work.
     Example:
         >>> gsx.doctor().passed
         True
@@ -223,7 +223,7 @@ def _program(program: str, arguments: tuple[str, ...], todo: str) -> Row:
 
 
 def _try(command: list[str], *, first: bool = False) -> tuple[bool, str]:
-    """Run a command; whether it worked, and one line of its answer (the last one, or the first)."""
+    """Run a command. Returns: whether it worked, and one line of its output (the last one, or the first)."""
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
     try:
         done = subprocess.run(
@@ -277,11 +277,11 @@ _OP_CALLS: Mapping[str, tuple[Mapping[str, Any], list[float]]] = {
 
 
 def _op(name: str) -> Row:
-    """Run an op's portable body in ONNX Runtime and compare with what it must give."""
+    """Run an op's portable body in ONNX Runtime and compare the result with the expected values."""
     todo = "pip install --upgrade onnx onnxruntime"
     call = _OP_CALLS.get(name)
     if call is None:
-        return Row(f"op {name}", "broken", "gsx doctor knows no call of it", "report this", "run")
+        return Row(f"op {name}", "broken", "gsx doctor has no test call for it", "report this", "run")
     try:
         found = _run_op(name, call[0])
     except Exception as error:  # whatever the libraries raise is the answer
@@ -344,7 +344,7 @@ def _headers() -> Row:
 
 
 def _build_tool(name: str, find: Callable[[], tuple[Path, tuple[int, int]]]) -> Row:
-    """What `gsx plugins build` finds of a tool, and whether its version will do."""
+    """The tool that `gsx plugins build` finds, and whether its version is recent enough."""
     from gsx_plugins.errors import PluginLibraryError
 
     try:
@@ -357,7 +357,7 @@ def _build_tool(name: str, find: Callable[[], tuple[Path, tuple[int, int]]]) -> 
 
 
 def _library() -> Row:
-    """The kernels and plugins: loaded in a process of its own, and called."""
+    """The library of kernels and plugins: loaded and called in a process of its own."""
     from gsx_plugins.errors import PluginLibraryError
     from gsx_plugins.library import find_kernels, record_of
 
@@ -382,7 +382,7 @@ def _library() -> Row:
 
 
 def _disk() -> Row:
-    """Room where the user stands, found by asking and by writing."""
+    """Free space in the working directory, and whether it is writable."""
     place = Path.cwd()
     free = shutil.disk_usage(place).free
     found = f"{free / 1e9:.1f} GB free in the working directory"
@@ -398,9 +398,9 @@ def _memory() -> Row:
         page = os.sysconf("SC_PAGE_SIZE")
         total, free = os.sysconf("SC_PHYS_PAGES") * page, os.sysconf("SC_AVPHYS_PAGES") * page
     except (ValueError, OSError, AttributeError):
-        return Row("memory", "missing", "this system does not tell", None, "more")
+        return Row("memory", "missing", "this system does not report it", None, "more")
     text = Path("/proc/meminfo")
-    if text.is_file():  # what caches hold can be had too
+    if text.is_file():  # memory used by caches is available too
         for line in text.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free = int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""The draft that an export is asked for: named, or searched on this machine. What cannot be is refused at once."""
+"""The draft requested for an export: named, or searched on this machine. An impossible one is refused at once."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from gsx_exporter.rules.plan import RulePlan
 from gsx_exporter.rules.thresholds import grid_with
 from gsx_plugins.errors import UsageError
 
-# The exit, or the set of branches left out, that gains most on this machine.
+# The exit, or the set of branches to leave out, with the largest speedup on this machine.
 BEST_EXIT, BEST_LAYERS = "auto", "layers:auto"
 
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """What is to draft.
+    """The requested draft.
 
     Args:
-        named: the draft; None where it is searched, or there is to be no draft.
-        search: `BEST_EXIT` or `BEST_LAYERS`; None where nothing is searched.
-        exits: depths that the graphs may be split at, the first one to begin with.
+        named: the draft; None if it is searched, or if there is no draft.
+        search: `BEST_EXIT` or `BEST_LAYERS`; None if nothing is searched.
+        exits: depths that the graphs may be split at; they are first split at the first one.
     """
 
     named: DraftKind | None = None
@@ -40,9 +40,9 @@ class DraftPlan:
         return self.exits[0] if self.exits else None
 
     def settle(self, manifest: Manifest, begin_search: Callable[[], DraftSearch]) -> Manifest:
-        """Check or search the draft. Returns: the manifest with it, whose graphs are those of the best exit.
+        """Check the draft or search for it. Returns: the manifest with it; its graphs are those of the best exit.
 
-        Args: manifest: without a draft; begin_search: called where one is searched.
+        Args: manifest: without a draft; begin_search: called if a draft is searched.
         """
         if self.search is not None:
             search = begin_search()
@@ -55,10 +55,10 @@ class DraftPlan:
 
 
 def plan_draft(draft: str | None, config: ModelConfig, keep: RulePlan, precision: Precision) -> DraftPlan:
-    """Read what `gsx.export` takes as `draft`, and check it against checkpoint and keep rule.
+    """Parse the `draft` argument of `gsx.export`, and check it against checkpoint and keep rule.
 
     Raises:
-        UsageError: it is no draft, or the model, its rule or this machine cannot have it.
+        UsageError: it is not a draft, or it does not work with the model, its keep rule or this machine.
     """
     if draft is None:
         return DraftPlan()
@@ -88,7 +88,7 @@ def plan_draft(draft: str | None, config: ModelConfig, keep: RulePlan, precision
 
 
 def _check_search(draft: str, config: ModelConfig, keep: RulePlan, precision: Precision) -> None:
-    """Refuse a search that could measure nothing."""
+    """Refuse a search that has nothing to measure."""
     if precision == "bf16":
         raise UsageError(
             f"--draft {draft} measures on ONNX Runtime, which computes bf16 in float32 on a CPU",
@@ -108,4 +108,4 @@ def _check_search(draft: str, config: ModelConfig, keep: RulePlan, precision: Pr
     if not keep.drafts_layers:
         refuse_other(draft)
     if config.num_layers * len(keep.branches) < 2:
-        raise UsageError(f"--draft {draft} needs two branches that may be skipped, or more", found="one")
+        raise UsageError(f"--draft {draft} needs at least two branches that may be skipped", found="one")

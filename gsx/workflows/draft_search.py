@@ -1,4 +1,4 @@
-"""`gsx export --draft auto | layers:auto`: drafts are tried in the bundle as it is made, and the best one stays."""
+"""`gsx export --draft auto | layers:auto`: tries drafts in the bundle during the export, and keeps the best one."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from gsx_exporter.graph.assemble import GraphBuilder
 from gsx_exporter.graph.weights import WeightsFile
 from gsx_plugins.progress import OnProgress, Progress, as_step
 
-# Prompts that drafts are measured on; prompts that sets are searched on, and what the model writes after each.
+# Prompts that drafts are measured on; prompts that sets are searched on, and the tokens generated after each.
 _PROMPTS, _PROMPT_TOKENS = 4, 64
 _REPLAYED, _REPLAYED_TOKENS = 8, 64
-# Of the sets that the search liked best, how many are measured.
+# How many of the best sets of the search are measured.
 _FINALISTS = 3
 
 
 class DraftSearch:
-    """Looks for the draft that gains most over plain decoding beside it.
+    """Finds the draft with the largest speedup over plain decoding, timed in the same run.
 
     Args:
         work: the bundle's directory, with `model.onnx` and the weights.
-        manifest: of the bundle, without a draft.
-        builder, weights: what its graphs are made of.
+        manifest: the bundle's manifest, without a draft.
+        builder, weights: to make its graphs.
         windows: token ids [M, S] to take prompts from.
-        on_progress: called as it goes.
+        on_progress: called with the progress.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class DraftSearch:
         self._on_progress = on_progress
 
     def best_exit(self, exits: Sequence[int]) -> Manifest:
-        """Measure every exit, and leave the graphs of the best. Returns: the manifest, with draft and measurements."""
+        """Measure every exit, and write the graphs of the best. Returns: the manifest, with draft and measurements."""
         plain, found = None, []
         for number, layer in enumerate(exits):
             step = Progress(f"measuring drafts (exit:{layer})", number, len(exits))
@@ -67,10 +67,10 @@ class DraftSearch:
         return self._with(_best_of(found))
 
     def best_layers(self) -> Manifest:
-        """Search the set of branches to leave out, and measure the best ones. Returns: the manifest, with draft."""
+        """Search for the set of branches to leave out, and measure the best. Returns: the manifest, with draft."""
         bundle = Bundle(self._work, self._manifest)
         runner = open_runner(bundle)
-        self._on_progress(Progress("searching skip sets: the model writes"))
+        self._on_progress(Progress("searching skip sets: generating text"))
         candidates = search_skip_sets(
             Replay(runner, self._others, _REPLAYED_TOKENS),
             self._manifest.decoder.num_layers,
@@ -85,19 +85,19 @@ class DraftSearch:
         return self._manifest.model_copy(update={"draft": _best_of(found)})
 
     def _with(self, entry: DraftEntry) -> Manifest:
-        """Write the graphs of an exit. Returns: the manifest that names them."""
+        """Write the graphs of an exit. Returns: the manifest with them."""
         assert isinstance(entry.draft, ExitDraft)
         graphs = write_graphs(self._work, self._builder.graphs(entry.draft.layer), self._weights)
         return self._manifest.model_copy(update={"graphs": graphs, "draft": entry})
 
 
 def _best_of(found: Sequence[DraftMeasurement]) -> DraftEntry:
-    """The draft that gained most, with what was seen of all."""
-    best = max(found, key=lambda one: one.tokens_per_second / one.plain_tokens_per_second)
+    """The draft with the largest speedup, and the measurements of all."""
+    best = max(found, key=lambda measured: measured.tokens_per_second / measured.plain_tokens_per_second)
     return DraftEntry(draft=best.draft, length=best.length, measured=tuple(found))
 
 
 def _beginnings(windows: np.ndarray, count: int) -> list[list[int]]:
-    """Prompts from windows [M, S] that lie evenly in the text."""
+    """Prompts from windows [M, S] at even distances in the text."""
     rows = windows[:: max(1, len(windows) // count)][:count, :_PROMPT_TOKENS]
     return [[int(token) for token in row] for row in rows]

@@ -56,22 +56,24 @@ def export(
             for no skipping on a dense one.
         budget: share of (token, branch) pairs kept by default, in (0, 1]; 1 if not given. It can be changed at
             run time without a new export.
-        select: how GateSkip chooses kept tokens (docs/design.md, section 3).
-        kv_policy: K and V of skipped tokens: their own (`compute`), the layer below's (`copy`), or none where the set
-            of layers stays the same for a request (`none`). None: `none` for sets of layers, else `compute`.
+        select: how GateSkip selects tokens (docs/design.md, section 3).
+        kv_policy: K and V of skipped tokens: computed (`compute`), copied from the layer below (`copy`), or not
+            computed, where the set of layers stays the same for a request (`none`). None: `none` for sets of layers,
+            else `compute`.
         precision: type of weights and activations.
         calibration: UTF-8 text for the thresholds; None for the text that ships with gsx.
-        calibration_tokens: how much of it to use.
+        calibration_tokens: how many of its tokens to use.
         draft: how to draft for self-speculative decoding: `exit:E`, `budget:B` or `layers:SET` (see
-            `gsx_engines.speculation.spec.parse_draft`), or `auto` for the exit, `layers:auto` for the set of layers
-            left out, that gains most over plain decoding on this machine, on the calibration text; None for no draft.
-        quantize: what to run in 8 bits; None for nothing.
-        kv_cache: type in which K and V are kept on ONNX Runtime; None for that of the activations.
+            `gsx_engines.speculation.spec.parse_draft`). `auto` searches for the exit, `layers:auto` for the set of
+            layers to leave out, with the largest speedup over plain decoding on this machine, on the calibration text.
+            None for no draft.
+        quantize: what to run in 8 bits; None to quantize nothing.
+        kv_cache: type in which ONNX Runtime stores K and V; None for that of the activations.
         overwrite: replace a bundle that is already at `output`.
-        on_progress: called as it goes.
+        on_progress: called with the progress.
     Returns: the bundle, opened.
     Raises:
-        GsxError: whatever is wrong with the input or the disk, in words.
+        GsxError: something is wrong with the input or the disk.
     Example:
         >>> bundle = gsx.export("my-model", "out/demo", budget=0.7, calibration_tokens=1024)
         >>> bundle.manifest.selection.budget

@@ -1,4 +1,4 @@
-"""The text that an export reads: to calibrate on, and after it, to measure on."""
+"""The text that an export reads: a part to calibrate on, and the part after it, to measure on."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from gsx_plugins.errors import UsageError
 
 @dataclass(frozen=True)
 class ExportText:
-    """What is read.
+    """The two parts of the text.
 
     Args:
-        seen: what thresholds and ranges are found on, and drafts are measured on; None where the export reads none.
-        unseen: what the cost of 8 bits is measured on; None for the end of `seen`.
+        seen: to calibrate thresholds and ranges and to measure drafts on; None if the export reads no text.
+        unseen: to measure the cost of 8 bits on; None for the end of `seen`.
     """
 
     seen: TokenText | None = None
@@ -37,12 +37,12 @@ def read_export_text(
 ) -> ExportText:
     """Read as much text as this export needs.
 
-    Args: path: UTF-8 text; None for the text that ships with gsx. tokens: how much of it.
+    Args: path: UTF-8 text; None for the text that ships with gsx. tokens: how many of its tokens.
     Raises:
-        UsageError: a text is given and not needed.
+        UsageError: a text is given but not needed.
         TextError: the text cannot be used.
     """
-    if not (keep.calibrates or types.read_text or drafting.search):
+    if not (keep.calibrates or types.reads_text or drafting.search):
         if path is not None:
             raise UsageError(
                 "--calibration: this export reads no text",

@@ -1,7 +1,7 @@
 """`gsx generate`: a bundle continues a text.
 
-Joins the tokenizer, the runner and the decoding loop; text streams out as it becomes whole characters. Needs
-no torch and no transformers.
+Connects the tokenizer, the runner and the decoding loop; text is streamed as soon as it forms whole characters. Needs
+neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ from gsx_engines.speculation.spec import check_draft, check_leaves_out, check_sp
 from gsx_engines.tokens import BundleTokenizer, TextWriter, check_text
 from gsx_plugins.errors import UsageError
 
-# A set of layers that is searched while generating.
+# The draft whose set of layers is searched while generating.
 ADAPTIVE = "layers:auto"
 
 
 @dataclass(frozen=True)
 class GenerateResult:
-    """What a bundle wrote.
+    """The text that a bundle generated.
 
     Args:
-        text: the new text, up to a stop text; None where the bundle has no tokenizer (ids in, ids out).
+        text: the new text, up to a stop text; None if the bundle has no tokenizer (ids in, ids out).
         ids: the new tokens.
         prompt_ids: the prompt as tokens.
         finish: why it ended; "stopped" for a stop text.
-        budget: the budget in use; None where the keep rule has none.
-        keep: what the keep rule was asked for, in words.
-        draft: what drafted, e.g. "exit:2", at the end; None for plain decoding.
-        adaptation: of a set of layers that was searched while generating, what the search did; else None.
+        budget: the budget in use; None if the keep rule has no budget.
+        keep: the keep settings, in words.
+        draft: the draft in use at the end, e.g. "exit:2"; None for plain decoding.
+        adaptation: what the search for a set of layers did while generating; None without such a search.
         stats: counters and times.
     """
 
@@ -120,29 +120,29 @@ def generate(
         bundle: an opened bundle or its directory.
         prompt: the text to continue; exactly one of prompt and ids is given.
         ids: the prompt as token ids.
-        budget: share of skippable work kept; None for the exported one.
+        budget: share of skippable work to keep; None for the exported one.
         layers: the layers that run, e.g. "0-5,8.attn", where the policy is a set of layers; None for the exported ones.
-        exit_layer: how many layers run, in their place.
-        speedup: target of Unified Layer Skipping, in their place.
-        exit_threshold: confidence at which a token leaves, with policy calm; None for the exported one.
-        max_new_tokens: at most so many.
+        exit_layer: how many layers run, instead of `layers`.
+        speedup: target of Unified Layer Skipping, instead of `layers`.
+        exit_threshold: confidence at which a token exits, with policy calm; None for the exported one.
+        max_new_tokens: the largest number of new tokens.
         temperature: 0 is greedy.
-        top_k: only the k likeliest tokens; 0 for all.
-        top_p: only the likeliest tokens that together reach this probability.
-        seed: of the random numbers; None for a fresh one each time.
+        top_k: sample from the k most likely tokens; 0: from all.
+        top_p: sample from the most likely tokens that together reach this probability.
+        seed: seed of the random numbers; None for a new one each time.
         stop: texts that end the generation; they are left out of the result.
         speculative: whether to draft and verify, which changes the speed and not the text; None: if the bundle has
             a draft.
-        draft: draft in another way than the bundle's: `exit:E`, `budget:B`, `layers:SET`, or `layers:auto` to begin
-            with the bundle's set, or an even one, and better it while generating.
+        draft: another draft than the bundle's: `exit:E`, `budget:B`, `layers:SET`, or `layers:auto` to begin with the
+            bundle's set, or an even one, and improve it while generating.
         draft_length: tokens drafted before a verification; 0 for plain decoding; None to find it while generating.
-        threads: of the runtime; None for its own choice.
-        backend: the runtime; the TensorRT ones run what `gsx build` made, PyTorch runs the weights themselves.
-        device: where PyTorch runs; None for its GPU if it has one.
-        on_text: called with each piece of new text as it comes.
+        threads: number of threads of the runtime; None for its own choice.
+        backend: the runtime; the TensorRT ones run engines from `gsx build`, PyTorch runs the weights directly.
+        device: where PyTorch runs; None for a GPU if PyTorch sees one, else the CPU.
+        on_text: called with each piece of new text as it is generated.
     Returns: the new text and tokens, why they ended, and counters and times.
     Raises:
-        GsxError: an option, a bundle or a prompt that cannot be used.
+        GsxError: an option, the bundle or the prompt cannot be used.
     Example:
         >>> result = gsx.generate("out/demo", "def main(", budget=0.5, max_new_tokens=8)
         >>> result.stats.new_tokens
@@ -155,7 +155,7 @@ def generate(
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
     keep = KeepSettings(budget, layers, exit_layer, speedup, exit_threshold)
-    controls_for(bundle.manifest, keep)  # what cannot be asked for is refused before anything is loaded
+    controls_for(bundle.manifest, keep)  # refuse bad keep settings before anything is loaded
     drafting = _drafting(bundle.manifest, speculative, draft, draft_length)
     tokenizer = None
     if prompt is not None or stop or (bundle.directory / "tokenizer.json").is_file():
@@ -199,9 +199,9 @@ def generate(
 
 
 def _check_texts(prompt: str | None, ids: Sequence[int] | None, stop: Sequence[str]) -> None:
-    """Refuse a prompt or a stop text that means nothing."""
+    """Refuse a prompt or a stop text that makes no sense."""
     if (prompt is None) == (ids is None):
-        raise UsageError("the prompt is not clear", expected="a text or --ids", found="both" if ids else "neither")
+        raise UsageError("the prompt is unclear", expected="a text or --ids", found="both" if ids else "neither")
     if "" in stop:
         raise UsageError("a stop text is empty", expected="at least one character")
     for given in (prompt or "", *stop):
@@ -211,11 +211,11 @@ def _check_texts(prompt: str | None, ids: Sequence[int] | None, stop: Sequence[s
 def _drafting(
     manifest: Manifest, speculative: bool | None, draft: str | None, draft_length: int | None
 ) -> DraftKind | None:
-    """What drafts; None for plain decoding."""
+    """The draft to use; None for plain decoding."""
     own = manifest.draft.draft if manifest.draft else None
     if (speculative is False and (draft is not None or draft_length)) or (speculative and draft_length == 0):
         raise UsageError(
-            "plain decoding and a draft were asked for",
+            "both plain decoding and a draft were requested",
             expected="one of them",
             found="--no-speculative with a draft, or --speculative with length 0",
         )

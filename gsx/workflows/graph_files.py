@@ -1,4 +1,4 @@
-"""The ONNX files of a bundle: written with references to its weights file, and described for its manifest."""
+"""The ONNX files of a bundle: written with references to its weights file, and their entries in the manifest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gsx_exporter.graph.weights import WeightsFile
 
 
 def write_graphs(work: Path, graphs: Graphs, weights: WeightsFile) -> dict[str, GraphEntry]:
-    """Write `{name}.onnx` for each graph, its initializers referring to the weights file. Returns: their entries."""
+    """Write `{name}.onnx` for each graph; initializers refer to the weights file. Returns: the manifest's entries."""
     entries = {}
     for name, model in graphs.models.items():
         read = {value for node in model.graph.node for value in node.input}

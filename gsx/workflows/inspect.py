@@ -23,19 +23,19 @@ _GATES = re.compile(r"\.(?:attn_|mlp_)?(?:gate|router|router_predictor|adapter)\
 
 @dataclass(frozen=True)
 class InspectReport:
-    """What is known of a model or a bundle.
+    """What is known about a model or a bundle.
 
     Args:
         kind: a gated or dense checkpoint, or a bundle.
-        path: as it was asked for.
+        path: as it was given.
         family: the model family.
         shape: sizes in elements: layers, hidden, heads, kv_heads, head_dim, vocabulary, positions.
         gates: kind, input and branches; None without.
         router: the entry of the checkpoint; None without.
-        exits: depths that the checkpoint was trained to leave at.
-        parameters: `dense` (a tied head counts once) and `gates`, routers among them.
+        exits: depths that the checkpoint was trained to exit at.
+        parameters: `dense` (a tied head counts once) and `gates`, which includes routers.
         types: how the weights are stored, or a bundle's precision.
-        bundle: of a bundle: source, selection, K/V policy, grid, graphs, parity; None for a checkpoint.
+        bundle: source, selection, K/V policy, grid, graphs, parity of a bundle; None for a checkpoint.
         files: file name -> bytes.
     """
 
@@ -57,11 +57,11 @@ class InspectReport:
 
 
 def inspect(path: str | Path) -> InspectReport:
-    """Look at a model directory, a hub id or a bundle, without running it.
+    """Describe a model directory, a hub id or a bundle, without running it.
 
     Args:
         path: the directory or the hub id.
-    Returns: shape, gates, exits, number of parameters, files, and of a bundle what it was exported with.
+    Returns: shape, gates, exits, number of parameters, files, and for a bundle the options that it was exported with.
     Raises:
         GsxError: it is neither a model nor a bundle, or it is damaged.
     Example:
@@ -162,13 +162,13 @@ def _bundle_facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def _engine_facts(entry: EngineEntry) -> dict[str, Any]:
-    """Of each graph's engine: products by the type that they are computed in, and quantized ones in a wider type."""
+    """For each graph's engine: products by the type they are computed in, and quantized ones in a wider type."""
     graphs = entry.graphs.items()
     return {name: {"products": dict(made.products), "widened": list(made.widened)} for name, made in graphs}
 
 
 def _parity(directory: Path) -> bool | None:
-    """Whether the last `gsx verify` passed; None where there was none."""
+    """Whether the last `gsx verify` passed; None if the bundle was not verified."""
     try:
         passed = json.loads((directory / _PARITY).read_text(encoding="utf-8")).get("passed")
     except (OSError, ValueError, AttributeError):
@@ -191,7 +191,7 @@ def _parameters(directory: Path, manifest: Manifest) -> dict[str, int]:
     entry = manifest.graphs["model"]
     try:
         graph = onnx.load(str(directory / entry.file), load_external_data=False).graph
-    except Exception as error:  # protobuf raises kinds of its own; the hash was right, so the file is ours
+    except Exception as error:  # protobuf raises errors of its own; the hash was right, so the file is ours
         raise BundleError(f"{directory / entry.file}: is not an ONNX file", found=str(error)) from error
     counts = {"dense": 0, "gates": 0}
     for tensor in graph.initializer:

@@ -1,4 +1,4 @@
-"""The types that an exported model computes in and stores, and which of them go together."""
+"""The types that an exported model computes in and stores, and which of them can be combined."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _DTYPES: dict[Precision, torch.dtype] = {
 
 @dataclass(frozen=True)
 class NumberTypes:
-    """What an export was asked for.
+    """The types requested for an export.
 
     Args:
         precision: of weights and activations.
-        quantize: what runs in 8 bits; None for nothing.
-        kv_cache: type in which K and V are kept on ONNX Runtime; None for that of the activations.
+        quantize: what runs in 8 bits; None if nothing does.
+        kv_cache: type in which ONNX Runtime stores K and V; None for that of the activations.
     """
 
     precision: Precision = "fp32"
@@ -39,23 +39,23 @@ class NumberTypes:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """Type of weights and activations."""
         return _DTYPES[self.precision]
 
     @property
-    def read_text(self) -> bool:
-        """Whether ranges are found, or a cost is measured, on text."""
+    def reads_text(self) -> bool:
+        """Whether text is needed, to find ranges or to measure a cost."""
         return self.kv_cache is not None or (self.quantize is not None and self.quantize.reads_text)
 
     def check(self, config: ModelConfig, keep: RulePlan) -> None:
-        """Refuse what the checkpoint, its keep rule or the runtimes do not take.
+        """Refuse types that the checkpoint, its keep rule or the runtimes do not support.
 
         Raises:
-            UsageError: 8-bit products beside routers; 8-bit K and V where no runtime keeps them.
+            UsageError: 8-bit products together with routers; 8-bit K and V that no runtime can store.
         """
         if self.quantize is not None and config.router is not None:
             raise UsageError(
-                "8 bits are not offered for checkpoints with routers",
+                "8 bits are not supported for checkpoints with routers",
                 expected="fp32, fp16 or bf16",
                 found="routers, whose inputs smoothing would change",
                 todo="export without --int8 and --fp8",
@@ -68,10 +68,12 @@ class NumberTypes:
         found = ""
         float8 = self.quantize is not None and SCHEMES[self.quantize.scheme].is_float8
         if self.precision != "fp32" or (self.quantize is not None and float8):
-            reason = "ONNX Runtime keeps codes beside float32 on a CPU, and TensorRT's K/V update takes only floats"
+            reason = (
+                "ONNX Runtime combines codes only with float32 on a CPU, and TensorRT's K/V update takes only floats"
+            )
             found = self.precision if self.quantize is None or not float8 else self.quantize.scheme
         elif keep.kv_policy == "none" and config.router is not None:
-            reason = "a token that was skipped is known by its zeros in the cache, and codes round to zeros"
+            reason = "a skipped token is recognized by its zeros in the cache, and other values round to zero codes"
             found = "routers"
         elif not is_supported(config.head_dim, eight_bits=True):
             reason = "this ONNX Runtime has no attention over 8-bit codes for this head size"

@@ -1,4 +1,4 @@
-"""`gsx plugins`: the native library, built and looked at."""
+"""`gsx plugins`: build and inspect the native library."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class OpRow:
 
 @dataclass(frozen=True)
 class LibraryFacts:
-    """The library that would be used. `record` is None where it is not known how it was built; `plugins` is false where
-    it has only kernels."""
+    """The library that would be used. `record` is None if it is unknown how it was built; `plugins` is false if it has
+    only kernels."""
 
     path: Path
     sha256: str
@@ -64,18 +64,18 @@ def build_plugins(
     jobs: int | None = None,
     on_progress: OnProgress = silent,
 ) -> Built:
-    """Build the library of CUDA kernels and TensorRT plugins, unless one of these sources is there already.
+    """Build the library of CUDA kernels and TensorRT plugins, unless it was already built from these sources.
 
     Args:
-        architectures: GPUs that it is for: `90` (machine code and PTX), `90-real`, `90-virtual`.
-        kernels_only: without TensorRT's plugins, which needs no TensorRT headers.
-        force: build even if the library is there.
-        jobs: compilers at a time; None for one a processor.
-        on_progress: called as it goes.
-    Returns: the library's path, how it was built, and whether it was there already.
+        architectures: GPU architectures to build for: `90` (machine code and PTX), `90-real`, `90-virtual`.
+        kernels_only: leave out the TensorRT plugins; then no TensorRT headers are needed.
+        force: build even if the library exists.
+        jobs: compilers that run in parallel; None for one per processor.
+        on_progress: called with the progress.
+    Returns: the library's path, how it was built, and whether it existed already.
     Raises:
-        UsageError: an architecture that is not known, or no jobs.
-        PluginLibraryError: what is missing, and how to get it.
+        UsageError: an architecture is unknown, or `jobs` is below 1.
+        PluginLibraryError: a tool is missing; the error says how to get it.
     Example, on a machine with nvcc and TensorRT's headers:
         >>> built = gsx.plugins.build(architectures=["90"])  # doctest: +SKIP
         >>> built.path.name  # doctest: +SKIP
@@ -89,11 +89,11 @@ def build_plugins(
 
 
 def list_plugins() -> PluginList:
-    """List the custom ops, and the library that serves them.
+    """List the custom ops, and the library that implements them.
 
-    Returns: a row for each op, and the facts of the library; None where it is not built.
+    Returns: a row per op, and the facts about the library; None if it is not built.
     Raises:
-        PluginLibraryError: the environment names a file that is not a library of gsx.
+        PluginLibraryError: the environment variable names a file that is not a library of gsx.
     Example:
         >>> [op.name for op in gsx.plugins.list().ops if op.native][:2]
         ['TopKGather', 'ThresholdGather']
@@ -113,18 +113,18 @@ def list_plugins() -> PluginList:
 
 
 def library_facts(path: Path) -> LibraryFacts:
-    """What there is to know of a library file.
+    """The facts about a library file.
 
-    Raises: PluginLibraryError where it is another kind of file.
+    Raises: PluginLibraryError if it is another kind of file.
     """
     record = record_of(path)
     content = b"" if record else path.read_bytes()
     if not record and _ANSWER not in content:
         raise PluginLibraryError(
             f"{path}: is not the library of gsx's kernels and plugins",
-            expected="a library that `gsx plugins build` made",
+            expected="a library from `gsx plugins build`",
             found=f"a file of {len(content)} bytes without {_ANSWER.decode()}",
-            todo=f"unset {LIBRARY_VARIABLE}, or let it name such a library",
+            todo=f"unset {LIBRARY_VARIABLE}, or set it to such a library",
         )
     has_plugins = record.tensorrt_headers is not None if record else b"getCreators" in content
     return LibraryFacts(path, library_hash(path), path.stat().st_size, has_plugins, record)

@@ -1,4 +1,4 @@
-"""The quantizing step of `gsx export`: statistics, plan, and what stays in full precision."""
+"""The quantization step of `gsx export`: statistics, plan, and what stays in full precision."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ if TYPE_CHECKING:  # they load ModelOpt, which takes seconds
 AUTO, NONE = "auto", "none"
 # A sensitivity pass runs the model once for every group of linear layers.
 MEASURED_WINDOWS = 4
-# Dearest groups that an error names.
+# Number of most costly groups that an error names.
 _NAMED_GROUPS = 3
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """What `gsx export` is to run in 8 bits.
+    """What `gsx export` quantizes to 8 bits.
 
     Args:
         scheme: `int8`, `fp8`: weights and activations; `int8-weights`: only weights.
-        keep_precision: matrices to leave in high precision besides those that the scheme spares by itself, by
-            name or pattern ("layers.0", "layers.*.mlp.down", "lm_head"); "none" spares nothing; "auto" spares what the
-            limits need.
+        keep_precision: matrices to leave in high precision besides those that the scheme itself leaves, by name or
+            pattern ("layers.0", "layers.*.mlp.down", "lm_head"); "none" leaves none of them in high precision; "auto"
+            leaves those that the limits require.
         max_perplexity_increase, max_flipped: limits at the exported budget on calibration text, against full precision
             (0.01 is one percent). None: 0.01 with "auto", else not measured.
-        cache: where statistics are kept between exports; None: nowhere.
+        cache: folder that keeps statistics between exports; None to keep none.
     Raises:
-        UsageError: a limit that is no share, or "auto" or "none" together with names.
+        UsageError: a limit is not a positive share, or "auto" or "none" is given together with names.
     """
 
     scheme: SchemeName
@@ -60,7 +60,7 @@ class Quantize:
                 raise UsageError(name.replace("_", " "), expected="a share above 0, e.g. 0.01", found=f"{value:g}")
         if {AUTO, NONE} & set(self.keep_precision) and len(self.keep_precision) > 1:
             raise UsageError(
-                "keep precision: a word and names together",
+                "keep precision: auto or none cannot be combined with names",
                 expected="auto, none, or names",
                 found=",".join(self.keep_precision),
             )
@@ -77,7 +77,7 @@ class Quantize:
 
     @property
     def measured(self) -> bool:
-        """Whether the cost is to be measured before anything is written."""
+        """Whether the cost is measured before anything is written."""
         return self.auto or self.max_perplexity_increase is not None or self.max_flipped is not None
 
 
@@ -92,14 +92,14 @@ def plan_for(
     *,
     unseen: TokenText | None = None,
 ) -> tuple[QuantizationPlan, Quantization]:
-    """What to quantize and with which scales, and its entry in the manifest.
+    """The quantization plan, and its entry in the manifest.
 
     Args:
-        selection: the exported one; None where the keep rule has no budget.
+        selection: the exported one; None if the keep rule has no budget.
         defaults: exported values of the keep rule's run-time inputs.
-        text: calibration text; None where only weights are quantized and nothing is measured.
-        on_progress: called as it goes.
-        unseen: what the cost is measured on; None for the end of the calibration text.
+        text: calibration text; None if only weights are quantized and nothing is measured.
+        on_progress: called with the progress.
+        unseen: text to measure the cost on; None for the end of the calibration text.
     Raises:
         GsxError: ModelOpt is not installed; a limit does not hold.
     """
@@ -112,7 +112,7 @@ def plan_for(
         from gsx_exporter.quantization.watch import statistics
 
         assert text is not None
-        # A grid at once costs little more than one budget, and the next export finds it.
+        # A whole grid costs little more than one budget, and the next export finds it in the cache.
         points = [defaults]
         if selection is not None:
             points += [
@@ -129,8 +129,8 @@ def plan_for(
         )[0]
     everything = make_plan(checkpoint, scheme, found)
     names = () if wanted.keep_precision in ((AUTO,), (NONE,)) else wanted.keep_precision
-    decides = options.rule is not None
-    plan = everything.sparing() if decides and NONE not in wanted.keep_precision else everything
+    has_rule = options.rule is not None
+    plan = everything.sparing() if has_rule and NONE not in wanted.keep_precision else everything
     plan = plan.without(named(checkpoint.config, names))
     if not plan.input_scales:
         raise UsageError("nothing is left to quantize", found=f"--keep-precision {','.join(names)}")
@@ -161,7 +161,7 @@ def _measured(
     sample: TokenText,
     on_progress: OnProgress,
 ) -> QuantizationPlan:
-    """The first plan that is seen to hold its limits; with auto, where none does, a part of the last one."""
+    """The first plan that meets the limits; with auto, if none of them does, a part of the last one."""
     from gsx_exporter.quantization.sensitivity import Limits, choose
     from gsx_exporter.quantization.simulate import Simulation
 
@@ -184,21 +184,21 @@ def _measured(
 
 
 def _not_met(wanted: Quantize, limits: Limits, chosen: Chosen) -> GsxError:
-    cost, held = chosen.everything, chosen.cost
+    cost, reduced = chosen.everything, chosen.cost
     names = [name for name in wanted.keep_precision if name != NONE]
-    dearest = ", ".join(
-        f"{name} (divergence {one.divergence:.4f}, {one.flipped:.2%} flipped)"
-        for name, one in chosen.ranking[:_NAMED_GROUPS]
+    costly = ", ".join(
+        f"{name} (divergence {group.divergence:.4f}, {group.flipped:.2%} flipped)"
+        for name, group in chosen.ranking[:_NAMED_GROUPS]
     )
     return GsxError(
-        f"--{wanted.scheme}: the quality that was asked for does not hold; most costly: {dearest}",
+        f"--{wanted.scheme}: the requested quality is not met; most costly: {costly}",
         expected=", ".join(
             f"{what} at most {100 * limit:.3g}%"
             for what, limit in (("perplexity up", limits.perplexity_increase), ("flipped", limits.flipped))
             if limit < math.inf
         ),
         found=_in_words(cost),
-        todo=f"it holds ({_in_words(held)}) with --keep-precision {','.join((*names, *chosen.kept))}",
+        todo=f"it is met ({_in_words(reduced)}) with --keep-precision {','.join((*names, *chosen.kept))}",
     )
 
 
@@ -211,7 +211,7 @@ def _need_modelopt() -> None:
         import modelopt.torch.quantization  # noqa: F401
     except ImportError as error:
         raise GsxError(
-            "quantizing needs NVIDIA ModelOpt, which is not installed",
+            "quantization needs NVIDIA ModelOpt, which is not installed",
             found=str(error),
             todo='pip install "gsx[quantize]"',
         ) from error

@@ -1,9 +1,9 @@
 """`gsx export --draft layers:auto`: which branches a draft leaves out, searched with Optuna.
 
-Draft & Verify (2309.08168) and SWIFT (2410.06916) search the set by the time of an accepted token. Measured time says
-little on a machine that does other work too (the same set, measured four times in turn with plain decoding, came out
-between 0.35 and 0.74 of its speed), so a candidate is judged by what can be counted: tokens accepted on text that the
-model wrote, and bytes read. The best candidates are then measured against plain decoding, on other prompts.
+Draft & Verify (2309.08168) and SWIFT (2410.06916) search for the set by the time per accepted token. Measured time says
+little on a machine that does other work too (the same set, measured four times in turn with plain decoding, ran at 0.35
+to 0.74 of its speed), so a candidate is judged by what can be counted: accepted tokens of text that the model
+generated, and bytes read. The best candidates are then measured against plain decoding, on other prompts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gsx_plugins.progress import OnProgress, Progress, silent
 
 # The search ends after so many candidates or seconds, whichever comes first.
 TRIALS, SECONDS = 200, 120.0
-# Of the first candidates, shares of the branches that sets in even steps through the depth leave out.
+# The first candidates are sets at even steps through the depth; these are the shares of the branches they leave out.
 _FIRST_SHARES = (0.25, 0.375, 0.5)
 _SEED = 0
 
@@ -34,8 +34,8 @@ class Candidate:
 
     Args:
         draft: the set.
-        speed: over plain decoding, counted (`counted_speed`).
-        length: the draft length that it is for.
+        speed: relative to plain decoding, computed from counts (`counted_speed`).
+        length: the draft length that this speed is for.
     """
 
     draft: LayersDraft
@@ -52,14 +52,14 @@ def search_skip_sets(
     trials: int = TRIALS,
     seconds: float = SECONDS,
 ) -> list[Candidate]:
-    """Search the branches that a draft leaves out, by a tree-structured Parzen estimator with a fixed seed.
+    """Search for the branches that a draft leaves out, by a tree-structured Parzen estimator with a fixed seed.
 
     Args:
-        replay: what candidates are tried on.
+        replay: the text that candidates are tried on.
         layers: L.
         branches: those that may be skipped.
         cost: bytes of each branch.
-        on_progress: called after each candidate; the total is the most that are tried.
+        on_progress: called after each candidate; the total is the largest number to try.
     Returns: distinct sets that leave something out, best first.
     """
     import optuna
@@ -83,7 +83,7 @@ def search_skip_sets(
         skip = tuple(trial.suggest_categorical(name, [False, True]) for name in names)
         return judge(skip).speed
 
-    def tell(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    def report(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
         on_progress(Progress("searching skip sets", trial.number + 1, trials))
 
     sampler = optuna.samplers.TPESampler(seed=_SEED, multivariate=True, n_startup_trials=max(10, trials // 10))
@@ -91,6 +91,6 @@ def search_skip_sets(
     for share in _FIRST_SHARES:
         left_out = set(evenly(places, share))
         study.enqueue_trial({name: place in left_out for name, place in zip(names, places, strict=True)})
-    study.optimize(objective, n_trials=trials, timeout=seconds, callbacks=[tell])
-    ranked = sorted(found.values(), key=lambda one: one.speed, reverse=True)
-    return [one for one in ranked if 0 < len(one.draft.skip) < len(places)]
+    study.optimize(objective, n_trials=trials, timeout=seconds, callbacks=[report])
+    ranked = sorted(found.values(), key=lambda candidate: candidate.speed, reverse=True)
+    return [candidate for candidate in ranked if 0 < len(candidate.draft.skip) < len(places)]

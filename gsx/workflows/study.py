@@ -1,4 +1,4 @@
-"""`gsx study`: how a model takes it when layers are left out, on a text, as tables and plots."""
+"""`gsx study`: what leaving out layers costs a model on a text, as tables and plots."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, silent
 
 SEQUENCE_TOKENS = 128
-# Nats per token that a sequence's loss may lie above the whole model's, for the oracle.
+# For the oracle: nats per token by which a sequence's loss may exceed the whole model's.
 TOLERANCES = (0.0, 0.02, 0.05, 0.1, 0.2)
 WORDS: dict[Family, str] = {
     "exit": "exit (the first layers)",
@@ -31,7 +31,7 @@ WORDS: dict[Family, str] = {
 
 @dataclass(frozen=True)
 class Point:
-    """Some layers: how many, which, and the perplexity with only them."""
+    """A set of layers: how many, which, and the perplexity with only these."""
 
     layers: int
     perplexity: float
@@ -40,7 +40,7 @@ class Point:
 
 @dataclass(frozen=True)
 class OracleRow:
-    """Share of the layers that sequences need on average, by the sets that are allowed; the last is all of them."""
+    """Share of the layers that sequences need on average, by the family of sets allowed; the last allows all sets."""
 
     tolerance: float
     shares: dict[str, float]
@@ -48,11 +48,11 @@ class OracleRow:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """What was found.
+    """The results of a study.
 
     Args:
         model: as it was given. depth: its layers.
-        text: name of the text. sequences, tokens: of it.
+        text: name of the text. sequences, tokens: their number in it.
         curves: by family, from all layers to few.
         oracle: by tolerance.
     """
@@ -82,7 +82,7 @@ class StudyReport:
         """Write the report as one HTML page.
 
         Raises:
-            GsxError: the place is not writable.
+            GsxError: the file cannot be written.
         """
         plots = [
             Plot(
@@ -92,7 +92,7 @@ class StudyReport:
             ),
             Plot(
                 "What the oracle would keep",
-                "Share of layers that sequences need on average, by how much loss each may gain.",
+                "Share of layers that sequences need on average, by how much the loss of each may rise.",
                 svg((7.2, 3.0), 1, lambda axes: _draw_oracle(self, axes[0])),
             ),
         ]
@@ -106,14 +106,14 @@ def study(
     tokens: int = STUDY_TOKENS,
     on_progress: OnProgress = silent,
 ) -> StudyReport:
-    """Measure what leaving layers out costs, and how few layers each sequence of a text would need.
+    """Measure what leaving out layers costs, and how few layers each sequence of a text needs.
 
     Args:
         model: a local model directory or a hub id.
         text: UTF-8 text file; None for the text that ships with gsx.
-        tokens: how much of it.
-        on_progress: called as it goes.
-    Returns: perplexity by number of layers, for each way to choose them; `write_page` writes it as one HTML page.
+        tokens: how many of its tokens to use.
+        on_progress: called with the progress.
+    Returns: perplexity by number of layers, for each way to select them; `write_page` writes it as one HTML page.
     Raises:
         GsxError: the model or the text cannot be used, or the model has only one layer.
     Example:
@@ -123,11 +123,13 @@ def study(
         >>> report.write_page("out/study.html")
     """
     if tokens < MIN_TOKENS:
-        raise UsageError("tokens to study on", expected=f"at least {MIN_TOKENS}", found=str(tokens))
+        raise UsageError("tokens to measure on", expected=f"at least {MIN_TOKENS}", found=str(tokens))
     checkpoint = open_checkpoint(model)
     depth = checkpoint.config.num_layers
     if depth < 2:
-        raise UsageError("a study of layers needs a model with some", expected="2 layers or more", found=str(depth))
+        raise UsageError(
+            "a study of layers needs a model with several layers", expected="2 layers or more", found=str(depth)
+        )
     found_text = tokenize(checkpoint, Path(text) if text else None, max_tokens=tokens, window=SEQUENCE_TOKENS)
     found = try_sets(checkpoint, found_text.ids, on_progress)
     allowed: dict[str, Sequence[Family]] = {**{family: (family,) for family in FAMILIES}, "any": FAMILIES}
@@ -169,6 +171,6 @@ def _draw_oracle(report: StudyReport, axis: Any) -> None:
         shares = np.array([row.shares[name] for row in report.oracle])
         axis.plot(tolerances, 100 * shares, marker="o", markersize=3, linewidth=1, color=colour, label=name)
     axis.set_ylim(0, 103)
-    axis.set_xlabel("loss that a sequence may gain, nats per token")
+    axis.set_xlabel("rise in loss that a sequence may have, nats per token")
     axis.set_ylabel("layers, percent")
     axis.legend()

@@ -1,4 +1,4 @@
-"""`gsx train`: gates and exits for a checkpoint, from a recipe."""
+"""`gsx train`: train gates and exits by a recipe."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def train(
     """Train gates (GateSkip) and early exits (LayerSkip), and write the model as a checkpoint.
 
     Args:
-        output: the checkpoint's directory; appears when the run has ended, whole or not at all.
-        config: the recipe, or a JSON file of it (docs/checkpoints.md); None for `gsx.TrainConfig()`.
+        output: the checkpoint's directory; it appears at the end of the run, whole or not at all.
+        config: the recipe, or a JSON file with it (docs/checkpoints.md); None for `gsx.TrainConfig()`.
         model: a checkpoint to start from, a directory or a hub id; None for a new model of the recipe's shape.
         text: a directory of text files; None for the standard library of the running Python.
         work: where snapshots are kept; it stays after the run. None for `output` with `-work` added to its name.
@@ -36,7 +36,7 @@ def train(
         overwrite: replace a checkpoint that is already at `output`.
         snapshot_every: optimizer steps between snapshots.
         on_step: called after every step.
-        on_progress: called before each longer piece of work ahead of the first step.
+        on_progress: called before each longer piece of work before the first step.
     Returns: the checkpoint's directory, steps, tokens and seconds.
     Raises:
         GsxError: the recipe, the model, the text or a snapshot cannot be used, or the run diverged.

@@ -1,7 +1,8 @@
 """`gsx triton`: a bundle as a model repository of Triton Inference Server, and the check of a server that runs it.
 
-The check asks the server for tokens that the bundle is known to give. A server may say that it is ready and still
-answer wrongly: with NumPy 2 in the environment of an older Triton, tensors arrive empty or changed, without an error.
+The check asks the server for tokens and compares them with the bundle's own. A server may report that it is ready and
+still answer wrongly: with NumPy 2 in the environment of an older Triton, tensors arrive empty or changed, without an
+error.
 """
 
 from __future__ import annotations
@@ -34,20 +35,20 @@ def triton(
     context: int | None = None,
     threads: int | None = None,
 ) -> Path:
-    """Write a model repository for Triton Inference Server: one model, which the server's Python backend runs.
+    """Write a model repository for Triton Inference Server, with one model for the server's Python backend.
 
     Args:
-        bundle: what to serve.
+        bundle: the bundle to serve.
         out: the repository; it must not be there, or be an empty directory.
         name: of the model.
         backend: the runtime; the TensorRT ones need engines in the bundle (`gsx.build`).
-        slots: requests under way at once, in steps of one batch.
+        slots: requests processed at once, in steps of one batch.
         queue: requests that may wait; more are refused.
-        context: tokens of a request, prompt and new ones; None for the model's context.
-        threads: of ONNX Runtime; None for what leaves the server a processor.
+        context: largest number of tokens of a request, prompt and new ones; None for the model's context.
+        threads: number of threads of ONNX Runtime; None for all but one processor, which is left to the server.
     Returns: the model's directory.
     Raises:
-        UsageError: `out` is occupied, or a number or name cannot be used.
+        UsageError: `out` is not empty, or a number or name cannot be used.
         EngineError: the bundle has no engines for the backend.
     Example:
         >>> gsx.triton("out/demo", "out/repository").as_posix()
@@ -67,15 +68,15 @@ def triton(
 
 
 def triton_plans(bundle: Bundle | str | Path, out: str | Path, *, name: str = "gsx") -> list[Path]:
-    """Write a bundle's engines as models of Triton's own TensorRT backend, for programs that keep K and V themselves.
+    """Write a bundle's engines as models for Triton's own TensorRT backend, for programs that keep K and V themselves.
 
     Args:
-        bundle: its engines of TensorRT with a growing K/V layout are taken.
+        bundle: has TensorRT engines with a growing K/V layout.
         out: the repository; it must not be there, or be an empty directory.
-        name: of the model; the others of a bundle with a draft are named after it.
+        name: the model's name; the further models of a bundle with a draft are named after it.
     Returns: the models' directories.
     Raises:
-        UsageError: `out` is occupied, or the name cannot be used.
+        UsageError: `out` is not empty, or the name cannot be used.
         EngineError: the bundle has no such engines, or their files are not the ones that were built.
     Example, on a machine with a GPU and TensorRT:
         >>> gsx.build("out/demo", backend="tensorrt", kv_layout="growing")  # doctest: +SKIP
@@ -89,13 +90,13 @@ def check_server(bundle: Bundle | str | Path, url: str, *, name: str = "gsx", ti
     """Compare a server's tokens with the bundle's own.
 
     Args:
-        bundle: the one that the server runs.
-        url: where the server answers HTTP, e.g. http://localhost:8000.
+        bundle: the bundle that the server runs.
+        url: the server's HTTP address, e.g. http://localhost:8000.
         name: of the model.
-        timeout_seconds: for the answer.
+        timeout_seconds: how long to wait for the answer.
     Returns: how many tokens were compared.
     Raises:
-        GsxError: no answer, an error, or other tokens.
+        GsxError: the server does not answer, or answers with an error or other tokens.
     Example, while `tritonserver --model-repository=out/repository` runs:
         >>> gsx.check_server("out/demo", "http://localhost:8000")  # doctest: +SKIP
         16
@@ -111,13 +112,13 @@ def check_server(bundle: Bundle | str | Path, url: str, *, name: str = "gsx", ti
         f"{url.rstrip('/')}/v2/models/{name}/generate", {"input_ids": prompt, "max_tokens": count}, timeout_seconds
     )
     found = answer.get("output_ids")
-    found = [found] if isinstance(found, int) else found  # Triton writes a list of one as the one
+    found = [found] if isinstance(found, int) else found  # Triton writes a list with one element as the element
     if found != expected:
         raise GsxError(
             f"{url}: the server does not answer as the bundle does",
             expected=f"tokens {expected}",
             found=str(answer.get("error", found)),
-            todo="does the server's Python have NumPy 2? pip install 'numpy<2' there; else compare the bundles",
+            todo="if the server's Python has NumPy 2: pip install 'numpy<2' there; else compare the bundles",
         )
     return len(expected)
 
@@ -132,6 +133,6 @@ def _ask(url: str, body: dict[str, Any], timeout_seconds: float) -> dict[str, An
         raise GsxError(f"{url}: the server refused", found=f"{error.code}, {reason}") from error
     except (OSError, ValueError) as error:
         raise GsxError(
-            f"{url}: no answer from the server", found=str(error), todo="is it running, and ready?"
+            f"{url}: no answer from the server", found=str(error), todo="check that it is running and ready"
         ) from error
     return found if isinstance(found, dict) else {"error": found}

@@ -36,9 +36,9 @@ from gsx_plugins.errors import UsageError
 from gsx_plugins.files import disk_error, writing_file
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-# As many tokens as have room for a label.
+# As many tokens as there is room for labels.
 _MAP_TOKENS = 60
-# The budget that a map shows where the exported one skips nothing.
+# The budget that a map shows if the exported one skips nothing.
 _USUAL_SHARE = 0.7
 
 
@@ -60,19 +60,19 @@ def verify(
     Args:
         bundle: its directory.
         reference: the checkpoint that it was exported from; None for the one that the manifest names.
-        text: UTF-8 text file to read; None for the text that ships with gsx. Of a text that the export calibrated on,
-            the part after those tokens is read; where too little is left, the report says that the two are the same.
-        tokens: how much of it.
+        text: UTF-8 text file to read; None for the text that ships with gsx. If the export calibrated on this text, the
+            part after those tokens is read; if too little is left, the report says that both texts are the same.
+        tokens: how many of its tokens to use.
         budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
         greedy_tokens: length of the greedy continuation.
-        backend: the runtime whose runner is compared beside the portable one of ONNX Runtime.
-        device: where PyTorch runs, as a backend; None for its GPU if it has one.
-        quality: limits against full precision; what it leaves open is 0.01 for perplexity and decisions of a quantized
-            bundle, and only reported otherwise.
-        on_progress: called as it goes.
+        backend: the runtime whose runner is compared too, besides the portable one of ONNX Runtime.
+        device: where PyTorch runs as a backend; None for a GPU if PyTorch sees one, else the CPU.
+        quality: limits against full precision. Limits that are not given are 0.01 for perplexity and decisions of a
+            quantized bundle; otherwise the values are only reported.
+        on_progress: called with the progress.
     Returns: the report; `report.passed` is the verdict.
     Raises:
-        GsxError: the bundle or the reference cannot be used, or is not the one that the bundle was made of.
+        GsxError: the bundle or the reference cannot be used, or the bundle was not exported from this reference.
     Example:
         >>> report = gsx.verify("out/demo", tokens=512, budgets=[0.7])
         >>> report.passed
@@ -88,14 +88,14 @@ def verify(
     manifest = opened.manifest
     if manifest.precision == "bf16" and backend != "onnxruntime":
         raise UsageError(
-            f"--backend {backend}: rounding to bfloat16 turns decisions and tokens, so what runs in it has no measure",
+            f"--backend {backend}: rounding to bfloat16 flips decisions and tokens, so a run in it cannot be judged",
             expected="a bundle in fp32 or fp16",
             found=manifest.precision,
             todo="without --backend the graph itself is verified, computed in float32",
         )
     notes: list[str] = []
     if manifest.precision == "bf16":
-        notes.append("The graph is bfloat16; it was computed in float32, so that what is compared is the graph itself.")
+        notes.append("The graph is bfloat16; it was computed in float32, so that the graph itself is compared.")
     chosen = settings_of(manifest, budgets, notes)
     checkpoint = _reference_checkpoint(opened, reference)
     windows = _held_out(checkpoint, manifest, Path(text) if text else None, tokens, notes)
@@ -149,26 +149,28 @@ def verify(
 def _held_out(
     checkpoint: Checkpoint, manifest: Manifest, path: Path | None, tokens: int, notes: list[str]
 ) -> TokenText:
-    """Text that nothing was calibrated on: quality is not measured where thresholds and scales were fitted."""
-    entries = [one.calibration for one in (manifest.selection, manifest.policy, manifest.quantization) if one]
-    entries += [manifest.kv_cache.calibration] if manifest.kv_cache else []
+    """Text that nothing was calibrated on: thresholds and scales must not be judged on the text they were fitted to."""
+    sections = (manifest.selection, manifest.policy, manifest.quantization)
+    entries = [section.calibration for section in (*sections, manifest.kv_cache) if section]
     text = tokenize(checkpoint, path, max_tokens=tokens)
-    seen = max((one.tokens for one in entries if one and one.sha256 == text.sha256), default=0)
+    seen = max((entry.tokens for entry in entries if entry and entry.sha256 == text.sha256), default=0)
     if not seen:
         return text
     rest = text_after(checkpoint, path, seen, tokens)
     if rest is None:
         notes.append(
-            f"The text is the one that the export calibrated on, and ends with those {seen:,} tokens: on other text, "
-            "quality may be worse. --text takes another."
+            f"The export calibrated on the same text, which ends after those {seen:,} tokens: on other text, quality "
+            "may be worse. Use --text to choose another."
         )
         return text
-    notes.append(f"The export calibrated on the first {seen:,} tokens of this text: those compared come after them.")
+    notes.append(
+        f"The export calibrated on the first {seen:,} tokens of this text; the compared tokens come after them."
+    )
     return rest
 
 
 def _reference_checkpoint(bundle: Bundle, reference: str | None) -> Checkpoint:
-    """Open the reference and make sure that the bundle was made of it."""
+    """Open the reference and make sure that the bundle was exported from it."""
     source = bundle.manifest.source
     name = reference or source.model
     try:
@@ -198,7 +200,7 @@ def _default_is_exported(bundle: Bundle) -> bool | None:
     if manifest.policy is None:
         return None
     model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
-    found = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer if not one.external_data}
+    found = {value.name: numpy_helper.to_array(value) for value in model.graph.initializer if not value.external_data}
     wanted = default_controls(manifest.policy, manifest.selection)
     return all(name in found and np.array_equal(found[name], value) for name, value in wanted.items())
 
@@ -206,12 +208,12 @@ def _default_is_exported(bundle: Bundle) -> bool | None:
 def _keep_map(
     first_window: dict[Setting, Observation], manifest: Manifest, ids: np.ndarray, tokenizer: Tokenizer
 ) -> KeepMap | None:
-    """The beginning of the first window, at the exported setting, or at one that skips something."""
+    """A map of the start of the first window, at the exported setting or, if that skips nothing, at one that does."""
     if manifest.policy is None:
         return None
     skipping = [setting for setting in first_window if setting.share < 1] or list(first_window)
     exported = exported_share(manifest)
-    setting = min(skipping, key=lambda one: (one.share != exported, one.share != _USUAL_SHARE))
+    setting = min(skipping, key=lambda candidate: (candidate.share != exported, candidate.share != _USUAL_SHARE))
     keep = first_window[setting].keep[..., :_MAP_TOKENS]
     labels = [tokenizer.decode([int(i)], skip_special_tokens=False) for i in ids[: keep.shape[-1]]]
     return KeepMap(

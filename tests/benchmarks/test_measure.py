@@ -17,7 +17,7 @@ def test_ratios_are_taken_within_a_round() -> None:
         ratios([1.0], [1.0, 2.0])
 
 
-def test_the_first_round_does_not_count_and_the_order_turns_around() -> None:
+def test_the_first_round_does_not_count_and_the_order_is_reversed() -> None:
     ran: list[str] = []
 
     def run(name: str) -> int:

@@ -1,4 +1,4 @@
-"""Benchmarks run: each shows its help, and the cheap ones measure a tiny model. Their figures are not looked at."""
+"""Benchmarks run: each shows its help, and the cheap ones measure a tiny model. Their figures are not checked."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A work directory that the benchmarks of this module share, and so the exports in it."""
+    """A work directory shared by the benchmarks of this module, with its exports."""
     return tmp_path_factory.mktemp("work")
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("onnxruntime_genai", reason="ONNX Runtime GenAI is not insta
 
 
 def test_genai_writes_the_same_tokens(tiny_bundle: Path) -> None:
-    """At the exported budget: GenAI feeds no thresholds, so the default in the file holds."""
+    """At the exported budget: GenAI feeds no thresholds, so the default in the file applies."""
     from examples.genai_client import greedy
 
     bundle = open_bundle(tiny_bundle)

@@ -1,4 +1,4 @@
-"""Building engines of the tiny model with TensorRT-RTX, which needs no GPU. Who imports this skips without it."""
+"""Builds engines of the tiny model with TensorRT-RTX, which needs no GPU. Without it, importing modules are skipped."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build_small(bundle: Path, **options: Any) -> tuple[str, EngineEntry]:
 
 
 def needs_plugins() -> None:
-    """Skip where there is no plugin library."""
+    """Skip if there is no plugin library."""
     if find_library() is None:
         pytest.skip("no plugin library was built: gsx plugins build")
 
@@ -44,7 +44,7 @@ def state(directory: Path) -> dict[str, str]:
 
 
 def check(directory: Path, name: str, entry: EngineEntry) -> None:
-    """What every build leaves: the files, and two equal records of them."""
+    """Check what every build must write: the files, and two equal records of them."""
     manifest = open_bundle(directory).manifest
     assert manifest.engines[name] == entry
     folder = directory / ENGINES / name

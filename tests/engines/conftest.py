@@ -1,4 +1,4 @@
-"""A copy of an export, to spoil or to build engines in."""
+"""A copy of an export, to damage or to build engines in."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A TensorRT engine's stand-in on a CPU: the same lowered graph, run by ONNX Runtime.
+"""A stand-in for a TensorRT engine on a CPU: the same lowered graph, run by ONNX Runtime.
 
-It takes and gives what `CudaEngine` does, so the runner's logic and the lowering are executed without a GPU. Two things
-differ from TensorRT: ops that would be plugins run their function bodies, and Attention is written out, since ONNX
-Runtime's refuses a query of no rows.
+It has the interface of `CudaEngine`, so the runner's logic and the lowering are executed without a GPU. Two things
+differ from TensorRT: ops that would be plugins run their function bodies, and Attention is written out in other ops,
+since ONNX Runtime's op refuses a query without rows.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class CpuEngine:
     Args:
         bundle: the graph's bundle, for its weights.
         lowered: the graph.
-        profiles: of the engine.
+        profiles: the engine's profiles.
     """
 
     def __init__(self, bundle: Bundle, lowered: Lowered, profiles: Sequence[EngineProfile]) -> None:
@@ -133,10 +133,10 @@ def cpu_stages(
     plugins: Collection[str] = (),
     rows: int | None = None,
 ) -> dict[str, tuple[TensorRTStage, CpuEngine]]:
-    """What `gsx build` would make of every graph of a bundle, to be run on a CPU.
+    """Stages of every graph of a bundle as `gsx build` would make them, to run on a CPU.
 
     Args:
-        rows: the most tokens of a call; None for what the profiles say.
+        rows: largest number of tokens of a call; None for that of the profiles.
     """
     manifest = bundle.manifest
     lowered = {

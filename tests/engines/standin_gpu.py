@@ -1,11 +1,11 @@
 """A stand-in for the GPU under `gsx_engines/tensorrt/execution.py`: CUDA's runtime and TensorRT, as far as it calls
 them.
 
-What is real is the order and the place of things. Device memory is apart from the host's, and filled with rubbish when
-it is given out; an access that is not wholly inside one block of it, or from the wrong side, fails. A stream does
-nothing before it is waited for, and what a copy reads has to be there unchanged until then. A recorded call keeps the
-addresses and shapes that it was recorded with. Every call can be made to fail. The engine itself is the lowered graph,
-run by ONNX Runtime (`cpu_engine.py`).
+Order and addresses are as on a real GPU. Device memory is separate from the host's, and filled with garbage when it is
+allocated; an access that is not entirely inside one block, or from the wrong side, fails. A stream does nothing until
+it is waited for, and what a copy reads must stay unchanged until then. A recorded call keeps the addresses and shapes
+that it was recorded with. Every call can be made to fail. The engine itself is the lowered graph, run by ONNX Runtime
+(`cpu_engine.py`).
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class StandInCuda:
 
     Attributes:
         launches: how many recorded graphs were replayed.
-        calls: calls that can fail, TensorRT's among them.
-        fail_at: number of the call that fails; 0 for none.
-        refuses_recording: recording fails, as it does where TensorRT needs the host in between.
+        calls: number of calls that can fail, including TensorRT's.
+        fail_at: number of the call that fails; 0: no call fails.
+        refuses_recording: recording fails, as it does if TensorRT needs the host in between.
     """
 
     cudaMemcpyKind = _KINDS  # noqa: N815
@@ -58,11 +58,11 @@ class StandInCuda:
 
     @property
     def held(self) -> int:
-        """Blocks of memory, streams and recordings that were not given back."""
+        """Blocks of memory, streams and recordings that were not released."""
         return len(self._blocks) + len(self._queues) + len(self._graphs)
 
     def fails(self) -> bool:
-        """Whether the call that begins is to fail."""
+        """Whether the call that begins must fail."""
         self.calls += 1
         return self.calls == self.fail_at
 
@@ -73,7 +73,7 @@ class StandInCuda:
 
     @property
     def remembers_error(self) -> bool:
-        """Kernels' launches are checked by CUDA's last error, so an old one is taken for theirs."""
+        """Kernel launches are checked by CUDA's last error, so an old error is taken for theirs."""
         return self._last_error != _SUCCESS
 
     def array(self, address: int, shape: tuple[int, ...], kind: np.dtype[Any]) -> np.ndarray:
@@ -84,7 +84,7 @@ class StandInCuda:
         return np.frombuffer(block, kind, int(np.prod(shape))).reshape(shape)
 
     def enqueue(self, stream: int, work: Work) -> None:
-        """Put work at a stream's end, or into what is being recorded."""
+        """Append work to a stream, or to the current recording."""
         (self._queues[stream] if self._recording is None else self._recording).append(work)
 
     def cudaMalloc(self, size: int) -> tuple[int, int]:  # noqa: N802
@@ -115,7 +115,7 @@ class StandInCuda:
     def cudaStreamSynchronize(self, stream: int) -> tuple[int]:  # noqa: N802
         assert self._recording is None, "waiting for a stream that is being recorded"
         if self.fails():
-            self._queues[stream].clear()  # after an error of the GPU nothing runs any more
+            self._queues[stream].clear()  # after a GPU error nothing runs
             return (self.failed(),)
         self._finish(stream)
         return (0,)
@@ -200,12 +200,12 @@ class StandInTensorRT:
     """The module `tensorrt` or `tensorrt_rtx`, for one engine.
 
     Args:
-        cuda: the runtime beside it.
+        cuda: the CUDA runtime.
         engine: what the engine computes.
     Attributes:
         config: the runtime configuration that contexts were made with.
-        calls: how often an engine was enqueued, replays not counted.
-        takes: whether it takes an engine.
+        calls: how often an engine was enqueued, not counting replays.
+        takes: whether it accepts an engine.
     """
 
     takes = True

@@ -126,7 +126,7 @@ def test_k_and_v_that_grow(
 def test_a_gpu_that_tensorrt_rtx_does_not_know(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Engines for other GPUs are built all the same; that they do not run here is said, and what does."""
+    """Engines for other GPUs are built anyway; a message says that they do not run here, and what does."""
     directory = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     monkeypatch.setattr(cuda, "device", lambda: Device("NVIDIA H200", "90", 141 << 30))
     command = ["build", str(directory), "--context", "64"]

@@ -1,4 +1,4 @@
-"""Products of quantized graphs run in 8 bits in the engine, or the build says which do not."""
+"""Products of quantized graphs run in 8 bits in the engine, or the build names those that do not."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ INT8 = Quantize("int8", ("none",))
 def test_products_run_in_8_bits(
     make_tiny_bundle: Callable[..., Path], tmp_path: Path, scheme: SchemeName, plugins: Plugins
 ) -> None:
-    """Every quantized product of the graph, by what the builder says of the engine; FP8 where the GPU has it."""
+    """Every quantized product of the graph, according to the builder's report of the engine; FP8 if the GPU has it."""
     if plugins == "auto":
         needs_plugins()
     quantize = Quantize(scheme, ("none",))
@@ -47,7 +47,7 @@ def test_products_run_in_8_bits(
 def test_a_product_that_does_not_run_in_8_bits_is_named(
     make_tiny_bundle: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Codes by a scale for each channel have to be made numbers again before they are multiplied."""
+    """Codes with a scale for each channel must be dequantized before they are multiplied."""
     directory = Path(shutil.copytree(make_tiny_bundle(precision="fp16", quantize=INT8), tmp_path / "bundle"))
     name = "layers.1.self_attn.o_proj"
 
@@ -67,7 +67,7 @@ def test_a_product_that_does_not_run_in_8_bits_is_named(
     assert loud.startswith("WARNING: 1 quantized product DOES NOT RUN IN 8 BITS")
     assert f"model: {name}.weight" in loud
     assert run(["inspect", str(directory)]) == 0
-    assert "20 int8; 1 quantized ones are not in 8 bits" in capsys.readouterr().out
+    assert "20 int8; 1 quantized ones do not run in 8 bits" in capsys.readouterr().out
 
 
 def test_a_target_without_fp8_is_refused(make_tiny_bundle: Callable[..., Path]) -> None:

@@ -1,4 +1,4 @@
-"""One build in its process: what TensorRT refuses is reported in words, and a crash stays in that process."""
+"""One build in its process: what TensorRT refuses is reported in a message, and a crash stays in that process."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_refused_op_is_named_with_its_node(tmp_path: Path, op: str, kind: int,
 def test_a_parser_that_crashes_takes_only_its_own_process_down(
     make_tiny_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """TensorRT-RTX 1.7.1 segfaults on TopK whose k only the device knows, as in the portable graph."""
+    """TensorRT-RTX 1.7.1 segfaults on a TopK whose k only the device knows, as in the portable graph."""
     directory = make_tiny_bundle(select="rank", calibration=None)
     model = onnx.load(str(directory / "model.onnx"))
     with pytest.raises(EngineError, match=r"crashed while|refuses the op|could not build"):
@@ -65,7 +65,7 @@ def test_a_parser_that_crashes_takes_only_its_own_process_down(
 
 
 def test_fewer_plugin_layers_than_meant_is_an_error(bundle: Path, tmp_path: Path) -> None:
-    """A plugin that TensorRT passes over would leave an engine that is not what its record says."""
+    """If TensorRT ignored a plugin, the engine would not match its record."""
     plain = helper.make_node("Neg", ["x"], ["y"], name="neg")
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
     graph = helper.make_graph([plain], "plain", values[:1], values[1:])
@@ -78,7 +78,7 @@ def test_fewer_plugin_layers_than_meant_is_an_error(bundle: Path, tmp_path: Path
 
 
 def test_peak_memory_is_that_of_the_process_that_builds(tmp_path: Path) -> None:
-    """And not of the one that started it, which `gsx export --build` has PyTorch in."""
+    """And not of the process that started it, which has loaded PyTorch in `gsx export --build`."""
     plain = helper.make_node("Neg", ["x"], ["y"], name="neg")
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in "xy"]
     graph = helper.make_graph([plain], "plain", values[:1], values[1:])
@@ -88,8 +88,8 @@ def test_peak_memory_is_that_of_the_process_that_builds(tmp_path: Path) -> None:
     assert 1 << 26 < built.peak_bytes < ballast.nbytes
 
 
-def test_what_a_plugin_refuses_is_told_in_its_words(tmp_path: Path) -> None:
-    """Scores must be float32 whatever the graph's precision: the plugin says so, and its words reach the user."""
+def test_what_a_plugin_refuses_is_reported_with_its_message(tmp_path: Path) -> None:
+    """Scores must be float32 whatever the graph's precision: the plugin says so, and its message reaches the user."""
     needs_plugins()
     op = OPS["ThresholdGather"]
     types = {"x": TensorProto.FLOAT16, "score": TensorProto.FLOAT16, "threshold": TensorProto.FLOAT}

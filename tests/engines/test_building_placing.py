@@ -1,4 +1,4 @@
-"""A build changes a bundle as a whole or not at all, whatever else happens to it."""
+"""A build changes a bundle completely or not at all, whatever else happens to the bundle."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_build_that_fails_leaves_the_bundle_as_it_was(
 def test_a_manifest_that_cannot_be_written_leaves_the_bundle_as_it_was(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The engines are in their place by then, and have taken that of older ones."""
+    """The engines have been moved into the bundle by then, and have replaced older ones."""
     build_small(bundle, plugins="none")
     before = state(bundle)
 
@@ -68,7 +68,7 @@ def test_two_builds_of_one_bundle_and_what_a_killed_one_left(bundle: Path) -> No
 
 
 def test_a_bundle_that_is_exported_again_while_it_is_built(bundle: Path) -> None:
-    """In place of the folder that the build works in, or with other graphs."""
+    """The export replaces the folder that the build works in, or has other graphs."""
     opened = open_bundle(bundle)
     _, entry = build_small(bundle, plugins="none")
     before = state(bundle)

@@ -1,4 +1,4 @@
-"""What is checked before a build begins: options, room, plugin library and layout of the graph."""
+"""Checks before a build begins: options, memory and disk, plugin library and layout of the graph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gsx_plugins.library import find_library
 from tests.engines.built import build_small, edit_graph, needs_plugins, state
 
 
-def test_memory_and_disk_are_asked_first(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_and_disk_are_checked_first(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = state(bundle)
     monkeypatch.setattr(building, "run_job", lambda *args: pytest.fail("a build was begun"))
     with monkeypatch.context() as patch:
@@ -34,7 +34,7 @@ def test_memory_and_disk_are_asked_first(bundle: Path, monkeypatch: pytest.Monke
 
 
 def test_what_the_system_says_about_memory_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's, or the container's where that is less; what it caches can be had."""
+    """The machine's memory, or the container's if that is less; memory used by caches counts as available."""
     found = memory.available_memory()
     assert found is None or found > 1 << 20
     (tmp_path / "memory.max").write_text("5000\n")
@@ -85,8 +85,8 @@ def test_a_graph_of_another_layout_is_refused(bundle: Path) -> None:
         build_small(bundle)
 
 
-def test_a_plugin_library_that_is_none(bundle: Path, tmp_path: Path) -> None:
-    """A file that is no library, and a library of something else: each in the words that say so."""
+def test_a_file_that_is_not_a_plugin_library(bundle: Path, tmp_path: Path) -> None:
+    """A file that is not a library, and a library of something else: each with its own message."""
     empty = tmp_path / "libnothing.so"
     empty.write_bytes(b"\x7fELF" + bytes(np.zeros(64, np.uint8)))
     reasons = {empty: "wrong ELF class", Path(onnxruntime_library()): "no getCreators: it has no TensorRT plugins"}
@@ -116,7 +116,7 @@ def test_a_plugin_library_of_others_and_half_of_one(bundle: Path, tmp_path: Path
 
 
 def onnxruntime_library() -> str:
-    """Some shared library that is installed wherever these tests run."""
+    """A shared library that is installed wherever these tests run."""
     from onnxruntime.capi import onnxruntime_pybind11_state
 
     return str(onnxruntime_pybind11_state.__file__)

@@ -1,4 +1,4 @@
-"""Opening and writing bundles: what is refused, what stays, and how thresholds follow the budget."""
+"""Opening and writing bundles: what is refused, what is kept, and how thresholds depend on the budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a request may ask of a keep rule, and the run-time inputs that come of it."""
+"""A request's keep settings, and the run-time values that they give."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = 6
 
 
 def manifest_of(policy: Policy | None, kv_policy: str = "none") -> Manifest:
-    """A manifest of which only shape and policy matter."""
+    """A manifest in which only shape and policy matter."""
     shape = DecoderShape.model_construct(num_layers=LAYERS)
     return Manifest.model_construct(decoder=shape, selection=None, gates=None, policy=policy, kv_policy=kv_policy)
 
@@ -67,7 +67,7 @@ def test_unified_keeps_as_many_as_the_target_says(layers: int, speedup: float) -
 
 
 @pytest.mark.parametrize("speedup", [0.5, 0.0, -1.0, float("nan"), float("inf")])
-def test_a_speedup_that_is_none(speedup: float) -> None:
+def test_a_speedup_that_is_refused(speedup: float) -> None:
     with pytest.raises(UsageError, match="the speed-up is out of range"):
         unified_places(30, speedup)
 
@@ -115,7 +115,7 @@ def test_two_choices_exclude_each_other() -> None:
 
 @pytest.mark.parametrize("keep", [KeepSettings(layers="0-2"), KeepSettings(exit=1), KeepSettings(speedup=2.0)])
 def test_a_dense_bundle_has_no_sets(keep: KeepSettings) -> None:
-    with pytest.raises(UsageError, match="--policy layers"):
+    with pytest.raises(UsageError, match="the policy layers"):
         controls_for(manifest_of(None), keep)
 
 
@@ -158,6 +158,6 @@ def test_a_set_reads_as_it_is_written(kept: set[tuple[int, Branch]]) -> None:
     assert set(parse_places(places_text(kept))) == kept
 
 
-def test_a_text_without_end_is_no_set() -> None:
+def test_an_endless_text_is_not_a_set() -> None:
     with pytest.raises(ValueError, match="0-999"):
         parse_places(",".join(["0-999"] * 100_000))

@@ -1,4 +1,4 @@
-"""Engines that do not fit the machine, the bundle or their own record: each difference is named, and what mends it."""
+"""Engines that do not match the machine, the bundle or their own record: the error names the difference and its fix."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MACHINE = Machine("1.7.1", platform_name(), "GeForce", "89", HASH)
 
 @pytest.fixture
 def bundle(tiny_bundle: Path, tmp_path: Path) -> Bundle:
-    """A bundle with engines on record (their bytes are no engine's, and are never given to TensorRT)."""
+    """A bundle with recorded engines (their files are not engines, and are never given to TensorRT)."""
     directory = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     opened = open_bundle(directory)
     manifest = opened.manifest
@@ -175,7 +175,7 @@ def test_an_engine_for_a_graph_that_has_none(bundle: Bundle) -> None:
 
 
 def test_of_several_versions_the_one_that_fits(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where none does, the refusal is that of the engines for this GPU and this version, whose lack is smallest."""
+    """If none fits, the error is about the engines for this GPU and this version, which are nearest to fitting."""
     made = bundle.manifest.engines[NAME].model_copy(update={"plugins": None})
     entries = {
         "other-gpu": made.model_copy(update={"targets": ("120",)}),

@@ -38,7 +38,7 @@ RANK = {"select": "rank", "calibration": None}
 
 @dataclass(frozen=True)
 class Made:
-    """A stage whose engine is a `CudaEngine`, and what it runs on."""
+    """A stage whose engine is a `CudaEngine`, and the stand-in GPU that it runs on."""
 
     stage: TensorRTStage
     trt: StandInTensorRT
@@ -148,13 +148,13 @@ def test_draft_and_verify(make_tiny_bundle: Callable[..., Path], make: Make, bac
     assert found.sequences == plain.sequences
 
 
-def test_everything_is_given_back(make_tiny_bundle: Callable[..., Path], make: Make) -> None:
+def test_everything_is_released(make_tiny_bundle: Callable[..., Path], make: Make) -> None:
     made = make(open_bundle(make_tiny_bundle()), "tensorrt")
     gpu = made["model"].gpu
     generate(WholeRunner(made["model"].stage), [PROMPT], max_new_tokens=20)
     assert gpu.held > 0
     assert gpu.launches > 0
-    made.clear()  # with no circle that Python would have to look for
+    made.clear()  # without reference cycles, which Python would have to search for
     assert gpu.held == 0
 
 
@@ -162,7 +162,7 @@ def test_everything_is_given_back(make_tiny_bundle: Callable[..., Path], make: M
 def test_it_goes_on_after_every_failure(
     make_tiny_bundle: Callable[..., Path], make: Make, options: dict[str, object]
 ) -> None:
-    """Each call of CUDA and TensorRT fails once: an error of gsx, and the next generation is as it should be."""
+    """Each call of CUDA and TensorRT fails once: gsx raises an error, and the next generation is right."""
     bundle = open_bundle(make_tiny_bundle(**options))
     gpu, entry = (made := make(bundle, "tensorrt")["model"]).gpu, made.stage._entry
 
@@ -180,7 +180,7 @@ def test_it_goes_on_after_every_failure(
         stage = None
         with contextlib.suppress(EngineError):
             stage = fresh()
-            assert text(stage) == want  # what cannot be recorded runs without
+            assert text(stage) == want  # calls that cannot be recorded run without a recording
         assert gpu.calls >= gpu.fail_at
         assert text(stage or fresh()) == want, number
 

@@ -23,7 +23,7 @@ Values = dict[str, np.ndarray]
 
 
 class Client:
-    """Somebody else's program: keeps K and V between calls, and knows only the graph's names."""
+    """Another program: keeps K and V between calls, and knows only the graph's names."""
 
     def __init__(self, bundle: Bundle, model: onnx.ModelProto) -> None:
         selection, shape = bundle.manifest.selection, bundle.manifest.decoder
@@ -67,7 +67,7 @@ def lowered(bundle: Bundle, plugins: Collection[str], batch: int) -> onnx.ModelP
 
 @pytest.mark.parametrize(("plugins", "batch"), [((), 1), (PLUGINS, 1), (PLUGINS, 2)], ids=["masks", "rows", "batch"])
 def test_the_same_numbers_as_the_graph(bundle: Bundle, plugins: Collection[str], batch: int) -> None:
-    """A prompt, and tokens behind it; and with a column in front that the mask hides, in place of no columns."""
+    """A prompt, and tokens after it; also with a first column that the mask hides, instead of no columns."""
     graph = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
     plain, engine = Client(bundle, graph), Client(bundle, lowered(bundle, plugins, batch))
     ids = [5, 60, 61, 7, 8, 9, 200, 11]
@@ -87,7 +87,7 @@ def test_the_same_numbers_as_the_graph(bundle: Bundle, plugins: Collection[str],
 
 
 def test_ranges_that_fit_together(bundle: Bundle) -> None:
-    """At the least of all axes, the usual and the most, what was there and what comes is what there is then."""
+    """At the smallest, usual and largest size of all axes, past and new columns add up to the total."""
     model = lowered(bundle, (), 2)
     for text in ("prompt:2-8-32", "step:1:1-1-4", "any:1-16-64"):
         ranges = input_ranges(model, parse_profile(text, capacity=64, batch=1))

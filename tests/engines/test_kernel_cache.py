@@ -15,7 +15,7 @@ SHA256 = "ab" * 32
 
 
 class Cache:
-    """What TensorRT-RTX's runtime cache does with bytes: it takes those of its own kind, and gives out all it has."""
+    """TensorRT-RTX's runtime cache, as far as its bytes go: it accepts its own kind, and returns everything it has."""
 
     def __init__(self, compiled: bytes = b"") -> None:
         self.content = compiled
@@ -45,7 +45,7 @@ class Config:
 
 
 class Owner:
-    """What holds an engine."""
+    """An object that owns an engine."""
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_nothing_new_is_not_written(path: Path) -> None:
     assert not path.exists()
 
 
-def test_no_room_is_no_failure(path: Path) -> None:
+def test_a_full_disk_is_not_a_failure(path: Path) -> None:
     path.parent.parent.mkdir(parents=True)
     path.parent.write_text("a file where the folder should be")
     save(Cache(b"kernels"), path, b"")
@@ -115,7 +115,7 @@ def test_tensorrt_rtx_has_these_calls() -> None:
 
 
 def test_tensorrt_rtx_says_why_it_refuses() -> None:
-    """What can be asked without a GPU: bytes that are no engine."""
+    """The part that needs no GPU: bytes that are not an engine."""
     preload_tensorrt_rtx()
     rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
     runtime = rtx.Runtime(rtx.Logger(rtx.Logger.INTERNAL_ERROR))

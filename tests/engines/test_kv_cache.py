@@ -33,7 +33,7 @@ from gsx_exporter.text import TokenText
 from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
 
-# Two orders of summation of float32 products at logits of order 10. A code that a rounding turned would be 1e-3 off.
+# Two orders of summation of float32 products at logits of order 10. A code changed by rounding would be off by 1e-3.
 LOGITS_ATOL = 5e-5
 
 
@@ -44,7 +44,7 @@ def path(
     tmp_path_factory: pytest.TempPathFactory,
     tiny_text: Path,
 ) -> Path:
-    """K and V written under gates, appended by attention itself, and not written where a layer is left out."""
+    """K and V written under gates, appended by attention itself, and not written if a layer is left out."""
     if request.param == "gated":
         return make_tiny_bundle(kv_cache="int8")
     directory = tmp_path_factory.mktemp("kv")
@@ -100,7 +100,7 @@ def test_a_quarter_of_the_memory_and_rounded_a_little(make_tiny_bundle: Callable
 
 
 def test_the_largest_value_seen_has_the_largest_code(tiny_gated: Path) -> None:
-    """Of the first layer's values, which are the projection of normed embeddings whatever is skipped."""
+    """In the first layer, whose values are the projection of normed embeddings whatever is skipped."""
     checkpoint = open_checkpoint(tiny_gated)
     text = TokenText(np.random.default_rng(0).integers(3, 97, (2, 16)), "0" * 64, "random ids")
     found = int8_kv_cache(checkpoint, text, {}, DecoderOptions())
@@ -135,7 +135,7 @@ def test_this_onnxruntime_has_attention_over_codes() -> None:
     ids=["half precision", "fp8"],
 )
 def test_export_refuses(options: dict[str, Any], found: str, tiny_gated: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=rf"--kv-cache int8: ONNX Runtime keeps codes.*\n.*, found {found}\n"):
+    with pytest.raises(UsageError, match=rf"--kv-cache int8: ONNX Runtime combines codes.*\n.*, found {found}\n"):
         export(tiny_gated, tmp_path / "out", kv_cache="int8", **options)
     assert not (tmp_path / "out").exists()
 

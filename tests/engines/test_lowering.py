@@ -1,7 +1,7 @@
-"""Rewrites of lowered graphs, on graphs of a few nodes: what they change, what they leave, and that numbers stay.
+"""Rewrites of lowered graphs, on graphs of a few nodes: what they change, what they keep, and that results stay.
 
-And of whole graphs: the passes count, and a graph that is not laid out as they expect is refused by an error that names
-pass and node, where our own mistakes stay what they are.
+And on whole graphs: the passes count, and a graph with another layout is refused with an error that names pass and
+node, while our own mistakes are raised as they are.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ X, Y = RNG.standard_normal((2, 3, WIDTH)).astype(np.float32)
 def graph_of(
     nodes: list[onnx.NodeProto], inputs: list[str], output: str, constants: dict[str, np.ndarray] | None = None
 ) -> Graph:
-    """Float inputs [any, WIDTH], but `asked`, one bool."""
+    """Make a graph. Inputs are floats [any, WIDTH], except `asked`, one bool."""
     kinds = {"asked": (TensorProto.BOOL, [])}
     values = [helper.make_tensor_value_info(n, *kinds.get(n, (TensorProto.FLOAT, [None, WIDTH]))) for n in inputs]
     out = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
@@ -66,7 +66,7 @@ def branches(then: list[onnx.NodeProto], otherwise: list[onnx.NodeProto]) -> onn
 
 
 def test_what_one_branch_reads_moves_into_it() -> None:
-    """`a` and `b` go; `both` is read by either branch, `c` by a node behind it too."""
+    """`a` and `b` move; `both` is read by both branches, `c` also by a later node."""
     nodes = [
         helper.make_node("Neg", ["x"], ["a"]),
         helper.make_node("Abs", ["a"], ["b"]),
@@ -116,7 +116,7 @@ def test_products_with_one_column() -> None:
 
 
 def test_kept_rows_are_added() -> None:
-    """With a gate by a product, with ones without; what follows of a flat index goes."""
+    """With a gate, by a product; with ones, without; reshapes of a flat index are dropped."""
     index, gate = np.array([0, 2]), np.array([[2.0], [-1.0]], np.float32)
     constants = {"index": index, "gate": gate, "one": np.array(1, np.float32), "flat": np.array([-1])}
     constants["shape"] = np.array([2, 1])
@@ -136,7 +136,7 @@ def test_kept_rows_are_added() -> None:
 
 
 def test_states_keep_the_axis_of_the_sequence() -> None:
-    """Unless something on the way looks at their shape."""
+    """Unless a node in between depends on their shape."""
     constants = {"axis": np.array([0]), "shape": np.array([1, -1, WIDTH]), "heads": np.array([-1, 2, 2])}
     for looks in (False, True):
         nodes = [
@@ -253,7 +253,7 @@ def test_another_layout_is_refused_by_pass_and_node(
 
 
 def test_our_own_mistakes_stay_what_they_are(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An exception in a pass is no message about the user's bundle, neither in the runner nor in the builder."""
+    """Neither the runner nor the builder reports an exception in a pass as a fault of the user's bundle."""
 
     def mistaken(graph: Graph) -> int:
         return len({}["no such key"])
@@ -269,7 +269,7 @@ def test_our_own_mistakes_stay_what_they_are(tiny_bundle: Path, monkeypatch: pyt
         building._lower(bundle, "model", portable(bundle), 32, "in-place", building.one_profile(32, 1), None)
 
 
-def test_the_builder_tells_the_user_in_four_parts(tiny_bundle: Path) -> None:
+def test_the_builder_reports_the_error_in_four_parts(tiny_bundle: Path) -> None:
     bundle = open_bundle(tiny_bundle)
     model = portable(bundle)
     turn_appending_round(model)
@@ -281,7 +281,7 @@ def test_the_builder_tells_the_user_in_four_parts(tiny_bundle: Path) -> None:
 
 
 def test_another_layout_is_refused_without_asserts_too(tiny_bundle: Path) -> None:
-    """`python -O` leaves asserts out; what is checked of a file is none."""
+    """`python -O` removes asserts; checks of a file do not use them."""
     code = f"""
 import sys
 import onnx

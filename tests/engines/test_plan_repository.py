@@ -1,7 +1,7 @@
-"""Engines as models of Triton's own TensorRT backend: what is written fits Triton's schema and the engine.
+"""Engines as models of Triton's own TensorRT backend: the files match Triton's schema and the engine.
 
-No TensorRT is here to build for it, so the engines are TensorRT-RTX's, with shapes that TensorRT-RTX took, and their
-record says otherwise.
+TensorRT itself is not available to build with, so the engines are TensorRT-RTX's, with shapes that TensorRT-RTX
+accepts, and their record names TensorRT.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def rtx(make_tiny_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def bundle(rtx: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The same, its engines on record as TensorRT's."""
+    """The same, with its engines recorded as TensorRT's."""
     directory = tmp_path_factory.mktemp("plans") / "bundle"
     shutil.copytree(rtx.directory, directory)
     ((name, entry),) = rtx.manifest.engines.items()
@@ -96,7 +96,7 @@ def test_models_are_the_engines(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_scalars_and_values_on_the_host(bundle: Bundle, tmp_path: Path) -> None:
-    """Rank selection's: a budget is a scalar, for which Triton has no shape; k is read before the engine runs."""
+    """With rank selection: a budget is a scalar, for which Triton has no shape; k is read before the engine runs."""
     (name, entry), *_ = bundle.manifest.engines.items()
     graph = entry.graphs["model"]
     more = [

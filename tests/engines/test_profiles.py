@@ -1,4 +1,4 @@
-"""Optimization profiles: defaults, the command line's form, and which one takes a call."""
+"""Optimization profiles: defaults, the command line's form, and which profile is used for a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running quantized bundles: the fast form computes what the portable one does, and really in 8 bits."""
+"""Running quantized bundles: the fast form computes what the portable one does, and actually in 8 bits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_both_runners_agree_and_differ_from_full_precision(bundle: Path, tiny_bu
 
 
 def test_int8_with_half_precision_activations(make_tiny_bundle: Callable[..., Path]) -> None:
-    """Scales are rounded to 11 bits, and activations: as far from full precision as with float32 beside the codes."""
+    """Scales and activations are rounded to 11 bits: as far from full precision as with float32 and the same codes."""
     ids = np.random.default_rng(0).integers(3, 259, (1, 24))
     eight = Quantize("int8", ("none",))
     bundles = [make_tiny_bundle(**o) for o in ({}, {"quantize": eight}, {"quantize": eight, "precision": "fp16"})]
@@ -68,8 +68,8 @@ def test_int8_with_half_precision_activations(make_tiny_bundle: Callable[..., Pa
     assert not np.array_equal(half, single)
 
 
-def test_int8_products_stand_inside_the_branches(make_tiny_bundle: Callable[..., Path]) -> None:
-    """Lowered: one uint8 by int8 product each, those of kept rows behind the `If`, with their quantization."""
+def test_int8_products_are_inside_the_branches(make_tiny_bundle: Callable[..., Path]) -> None:
+    """Lowered: one uint8 by int8 product each, those of kept rows inside the `If`, with their quantization."""
     bundle = open_bundle(make_tiny_bundle(quantize=Quantize("int8", ("none",))))
     portable = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
     layers = bundle.manifest.decoder.num_layers

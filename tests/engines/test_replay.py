@@ -1,4 +1,4 @@
-"""Trying skip sets on written text: the same counts as drafting for real, and the search on top."""
+"""Trying skip sets on generated text: the same counts as real drafting, and the search that uses them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 
 def drafted_right(bundle: Bundle, draft: LayersDraft, prompt: list[int]) -> int:
-    """Tokens in a row that a draft gets right behind the first one after a prompt, by drafting them."""
+    """Number of consecutive tokens that a draft gets right after the first new token, by drafting them."""
     runner = open_runner(bundle)
     controls = controls_for(bundle.manifest)
     written = generate(runner, [prompt], max_new_tokens=CHUNK + 1, stop_ids=[]).sequences[0].tokens
@@ -67,7 +67,7 @@ def test_the_model_agrees_with_itself_and_trying_leaves_no_trace(bundle: Bundle)
     own = LayersDraft(skip=())
     nothing = LayersDraft(skip=tuple((layer, branch) for layer in range(3) for branch in BRANCHES))
     first = replay.accepted(nothing)
-    assert len(first) == 2 * 3  # the last token has none behind it to compare with
+    assert len(first) == 2 * 3  # the last token has no next token to compare with
     assert first.min() < CHUNK
     assert (replay.accepted(own) == CHUNK).all()
     assert replay.accepted(nothing).tolist() == first.tolist()
@@ -90,7 +90,7 @@ def test_bytes_are_those_of_the_checkpoint(bundle: Bundle, tiny_gated: Path) -> 
     mlp = sum(size for name, size in sizes.items() if name.startswith("model.layers.1.mlp."))
     assert cost.branches[1].tolist() == [attention, mlp]
     read = sum(sizes.values()) - sizes["model.embed_tokens.weight"]
-    # Small constants of the graph come on top.
+    # The graph's small constants come in addition.
     assert read <= cost.branches.sum() + cost.rest < read + 1000
     none = np.zeros_like(cost.branches, bool)
     assert cost.share(~none) == 1
@@ -138,7 +138,7 @@ def test_tokens_in_a_row_are_counted_from_each_place() -> None:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=["greedy", "sampled"])
 def test_a_set_that_changes_meanwhile_leaves_the_text_alone(bundle: Bundle, sampling: Sampling) -> None:
-    """Looks at every other round, on batches too: the same tokens as plain decoding, and the cache as it was."""
+    """Tries sets after every other round, in batches too: the same tokens as plain decoding, and the same cache."""
     plain = open_runner(bundle)
     options: dict[str, Any] = {"max_new_tokens": 120, "stop_ids": [], "sampling": sampling}
     prompts = [list(np.random.default_rng(0).integers(3, 250, length)) for length in (WINDOW + 4, 5)]
@@ -153,7 +153,7 @@ def test_a_set_that_changes_meanwhile_leaves_the_text_alone(bundle: Bundle, samp
 
 
 def test_a_search_finds_what_was_hidden_and_ends(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a branch is as good as any other, fewer bytes win; a search that finds nothing more costs nothing more."""
+    """If branches are equally good, fewer bytes win; a search that finds nothing more costs nothing more."""
     monkeypatch.setattr(adapt, "in_a_row", lambda right: np.full(4, CHUNK))
     drafting = FullDepthDraft(open_runner(bundle), parse_draft("layers:1.attn"))
     search = SkipSetSearch(drafting, step_bytes(bundle))

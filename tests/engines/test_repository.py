@@ -1,4 +1,4 @@
-"""What `gsx triton` writes and refuses; that it runs is shown by a real server in tests/serving."""
+"""What `gsx triton` writes and refuses; tests/serving runs the result in a real server."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_docs_name_every_field() -> None:
         assert f"`{field.name}`" in page, field.name
 
 
-def test_a_request_may_ask_what_a_rule_may_be_asked() -> None:
+def test_a_request_has_every_keep_setting() -> None:
     assert {field.name for field in fields(KeepSettings)} <= {field.name for field in INPUTS}
 
 

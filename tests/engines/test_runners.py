@@ -100,7 +100,7 @@ def test_greedy_tokens_are_equal(bundle_path: Path) -> None:
 
 
 def test_a_batch_equals_its_members(bundle_path: Path) -> None:
-    """Padding and neighbours change nothing; under rank selection, which looks at the whole call, at budget 1."""
+    """Padding and other sequences change nothing; with rank selection, which depends on the whole call, at budget 1."""
     _, runner = both(bundle_path)
     budget = 1.0 if ranks(runner) else None
     prompts = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]]
@@ -112,9 +112,9 @@ def test_a_batch_equals_its_members(bundle_path: Path) -> None:
 
 
 def test_steps_of_a_batch_equal_portable_ones(bundle_path: Path) -> None:
-    """Prompts come one by one into their own rows, then rows step together: all, only neighbours, rows apart.
+    """Prompts enter one by one into their own rows, then rows step together: all, only neighbours, distant rows.
 
-    Kept rows are told by sequence. In between a sequence moves over another one and goes on there.
+    Kept rows are reported by sequence. In between, a sequence replaces another one and continues there.
     """
     portable, lowered = both(bundle_path)
     controls = controls_for(lowered.manifest, KeepSettings(budget=1.0) if ranks(lowered) else AS_EXPORTED)
@@ -162,7 +162,7 @@ def test_every_branch_is_left_out_when_nothing_is_kept(tiny_bundle: Path) -> Non
 
 
 def test_thresholds_without_bounds_and_tokens_that_must_run(tiny_bundle: Path) -> None:
-    """End-of-text runs whatever its score, unless a threshold is infinite; decided alike by both runners."""
+    """End-of-text runs whatever its score, unless a threshold is infinite; both runners decide alike."""
     bundle = open_bundle(tiny_bundle)
     end = bundle.manifest.decoder.eos_ids[0]
     thresholds = np.array([[np.inf, -np.inf], [2.0, 0.5], [0.5, np.inf]], np.float32)
@@ -186,7 +186,7 @@ def test_regions_hold_the_projections(tiny_bundle: Path) -> None:
         assert sum(node.op_type == "MatMul" for node in mlp.nodes) == 3
 
 
-def test_copy_policy_computes_k_and_v_of_kept_rows_alone(tmp_path: Path, tiny_gated: Path, tiny_text: Path) -> None:
+def test_copy_policy_computes_k_and_v_only_of_kept_rows(tmp_path: Path, tiny_gated: Path, tiny_text: Path) -> None:
     export(tiny_gated, tmp_path / "out", budget=0.5, kv_policy="copy", calibration=tiny_text)
     graph = onnx.load(str(tmp_path / "out" / "model.onnx"), load_external_data=False).graph
     rows = {name for node in graph.node if node.op_type == "ThresholdGather" for name in node.output[:1]}
@@ -252,7 +252,7 @@ def test_bad_prompts_are_refused(tiny_bundle: Path, prompt: list[int], message: 
 
 
 def test_a_graph_of_another_layout_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
-    """A graph that the lowering does not know (here without its head) gives a message, not a traceback."""
+    """A graph with another layout (here without its head) gives a message, not a traceback."""
     directory = shutil.copytree(tiny_bundle, tmp_path / "bundle")
     model = onnx.load(str(directory / "model.onnx"), load_external_data=False)
     for node in model.graph.node:

@@ -1,4 +1,4 @@
-"""Choosing a token: who may come next after temperature, top-k and top-p, and the race between them."""
+"""Choosing a token: which ones remain after temperature, top-k and top-p, and how one of them is picked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gsx_engines.sampling import Picker, Sampling, candidates, noise
 from gsx_plugins.errors import UsageError
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
-# A fixed seed makes every draw below the same each time. A true sampler would fail one such test in a million.
+# A fixed seed makes every draw below the same each time. A correct sampler would fail one such test in a million.
 P_LEAST = 1e-6
 
 
@@ -42,7 +42,7 @@ def test_distribution(sampling: Sampling, expected: list[float]) -> None:
     np.testing.assert_allclose(distribution(LOGITS, sampling), expected, atol=1e-9)
 
 
-def test_greedy_takes_the_first_of_the_likeliest() -> None:
+def test_greedy_takes_the_first_of_the_most_likely() -> None:
     assert Picker(Sampling()).pick(np.array([0.0, 2.0, 2.0]), 0, 0) == 1
 
 
@@ -61,7 +61,7 @@ def test_distribution_is_one(logits: list[float], temperature: float, top_k: int
         assert np.count_nonzero(found) <= top_k
 
 
-def test_the_seed_the_sequence_and_the_place_alone_decide() -> None:
+def test_only_the_seed_the_sequence_and_the_position_decide() -> None:
     def draws(seed: int, sequence: int) -> list[int]:
         picker = Picker(Sampling(1.0, seed=seed))
         return [picker.pick(LOGITS, sequence, place) for place in range(40)]
@@ -76,7 +76,7 @@ def test_the_seed_the_sequence_and_the_place_alone_decide() -> None:
     "sampling", [Sampling(1.0), Sampling(0.6), Sampling(1.3, top_k=3), Sampling(1.0, top_p=0.9)], ids=str
 )
 def test_tokens_come_as_often_as_they_should(sampling: Sampling) -> None:
-    """Chi-square over 20,000 places, and over 20,000 seeds at one place."""
+    """Chi-square over 20,000 positions, and over 20,000 seeds at one position."""
     wanted = distribution(LOGITS, sampling)
     over_places = Picker(Sampling(sampling.temperature, sampling.top_k, sampling.top_p, seed=1))
     draws = [[over_places.pick(LOGITS, 0, place) for place in range(20_000)]]
@@ -99,7 +99,7 @@ def test_noise_is_uniform_and_neighbours_are_independent() -> None:
 
 
 def test_picks_are_the_largest_scores() -> None:
-    """What two picks are compared by (`gsx verify`) is what decides, sampled and greedy."""
+    """The scores that `gsx verify` compares two picks by are those that decide, sampled and greedy."""
     for sampling in (Sampling(0.7, seed=3), Sampling()):
         picker = Picker(sampling)
         for place in range(200):
@@ -135,7 +135,7 @@ def test_no_token_is_chosen_by_such_logits(logits: list[float], found: str, samp
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, seed=1)], ids=["greedy", "sampled"])
 def test_a_token_may_be_ruled_out(sampling: Sampling) -> None:
-    """Minus infinity is no fault as long as another token is possible."""
+    """Minus infinity is not an error as long as another token is possible."""
     assert Picker(sampling).pick(np.array([-np.inf, 2.0, -np.inf], np.float32), 0, 0) == 1
 
 

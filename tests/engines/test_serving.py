@@ -1,4 +1,4 @@
-"""The scheduler, in this process: what it answers is what `gsx generate` writes, whoever else is served."""
+"""The scheduler, in this process: its answers are those of `gsx generate`, whatever other requests are served."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from gsx_plugins.errors import GsxError, UsageError
 
 
 class Recorder:
-    """A client that writes down what it hears."""
+    """A client that records what it receives."""
 
     def __init__(self, leaves_after: int | None = None) -> None:
         self.ids: list[int] = []
@@ -73,7 +73,7 @@ def scheduler(drafting: Bundle) -> Scheduler:
 
 @pytest.fixture(scope="module")
 def alone(drafting: Bundle) -> Callable[[Request], gsx.generate]:
-    """What a request writes with nobody beside it, by `gsx generate`; each request once."""
+    """The tokens of a request by itself, from `gsx generate`; each request once."""
     made: dict[str, object] = {}
 
     def generate(request: Request) -> object:
@@ -117,7 +117,7 @@ REQUESTS = [
 
 @settings(max_examples=12, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, len(REQUESTS) - 1), st.integers(0, 3)), min_size=1, max_size=12))
-def test_every_request_writes_what_it_writes_alone(
+def test_every_request_gets_what_it_gets_alone(
     scheduler: Scheduler, alone: Callable, arrivals: list[tuple[int, int]]
 ) -> None:
     """Any requests, in any order, with any number of turns between them: tokens, text, finish, kept rows."""
@@ -142,7 +142,7 @@ def test_every_request_writes_what_it_writes_alone(
             assert stats.decode_steps == len(expected.ids) - 1
 
 
-def test_a_request_that_leaves_is_dropped_and_changes_nobody(scheduler: Scheduler, alone: Callable) -> None:
+def test_a_cancelled_request_is_dropped_and_changes_no_other(scheduler: Scheduler, alone: Callable) -> None:
     stays, leaves = REQUESTS[4], REQUESTS[8]
     clients = [Recorder(), Recorder(leaves_after=4), Recorder()]
     for request, client in zip((stays, leaves, stays), clients, strict=True):
@@ -163,7 +163,7 @@ def test_a_request_that_leaves_is_dropped_and_changes_nobody(scheduler: Schedule
 
 
 class Faulty:
-    """A runner whose call fails when some token comes."""
+    """A runner whose call fails when a certain token comes."""
 
     def __init__(self, runner: Runner, token: int) -> None:
         self.manifest, self._runner, self._token = runner.manifest, runner, token
@@ -193,7 +193,7 @@ def test_a_request_that_fails_fails_alone(tiny_bundle: Path) -> None:
 
 
 class Poisoned(Faulty):
-    """A runner that gives a sequence no numbers when some token comes."""
+    """A runner that gives NaN for a sequence when a certain token comes."""
 
     def step(self, cache: Cache, input_ids: np.ndarray, controls: RuntimeValues, **options: Any) -> StepOutput:
         output = self._runner.step(cache, input_ids, controls, **options)
@@ -203,7 +203,7 @@ class Poisoned(Faulty):
 
 
 def test_logits_that_are_no_numbers_fail_one_request(tiny_bundle: Path) -> None:
-    """Of those that share a step, the others go on."""
+    """The other requests of the same step continue."""
     bundle = open_bundle(tiny_bundle)
     prompts = [5, 6], [7, 8], [9, 10, 11]
     wanted = [gsx.generate(bundle, ids=prompt, max_new_tokens=12).ids for prompt in prompts]
@@ -219,7 +219,7 @@ def test_logits_that_are_no_numbers_fail_one_request(tiny_bundle: Path) -> None:
     assert [clients[0].ids, clients[2].ids] == [wanted[0], wanted[2]]
 
 
-def test_a_client_that_cannot_be_told_is_dropped(tiny_bundle: Path) -> None:
+def test_a_client_that_cannot_be_reached_is_dropped(tiny_bundle: Path) -> None:
     class Broken(Recorder):
         def tokens(self, ids: Sequence[int], text: str) -> None:
             raise ConnectionError
@@ -234,7 +234,7 @@ def test_a_client_that_cannot_be_told_is_dropped(tiny_bundle: Path) -> None:
 
 
 def test_what_runs_portable_is_served_too(make_tiny_bundle: Callable[..., Path]) -> None:
-    """Rank selection chooses among a whole call, so each of its requests steps alone; others share steps."""
+    """Rank selection compares the tokens of a whole call, so its requests step one at a time; others share steps."""
     for options in ({"select": "rank", "calibration": None}, {}):
         bundle = open_bundle(make_tiny_bundle(**options))
         runner = WholeRunner(PortableStage(bundle, threads=1))

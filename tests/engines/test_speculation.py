@@ -1,4 +1,4 @@
-"""Speculative decoding on real exported bundles: the same text as plain decoding, whatever drafts, and less work."""
+"""Speculative decoding on real exported bundles: the same text as plain decoding with any draft, and less work."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def gated(tmp_path_factory: pytest.TempPathFactory, tiny_text: Path) -> Bundle:
 
 
 def test_the_halves_are_the_whole(split: Bundle) -> None:
-    """Prefill, single steps, chunks, and a cache that was rolled back: halves in a row give the whole's logits."""
+    """Prefill, single steps, chunks, and a cache that was rolled back: both halves together give the whole's logits."""
     atol = LOGITS_ATOL if split.manifest.precision == "fp32" else 2e-2
     controls = controls_for(split.manifest)
     whole, halves = open_runner(split), open_split_runner(split)
@@ -127,7 +127,7 @@ def test_every_kind_of_draft(gated: Bundle, spec: str, budget: float) -> None:
 
 
 def test_sequences_end_on_their_own(gated: Bundle) -> None:
-    """Stop ids, a callback and the limit end members of a batch at different places, drafts or not."""
+    """Stop ids, a callback and the limit end sequences of a batch at different positions, with and without drafts."""
     draft = open_draft(gated, ExitDraft(layer=2))
     free = generate(open_runner(gated), PROMPTS, max_new_tokens=30, stop_ids=[]).sequences
     stop = free[0].tokens[7]
@@ -197,7 +197,7 @@ def test_sampled_tokens_follow_the_models_distribution(gated: Bundle) -> None:
     common = expected >= 5
     found_counts = np.append(np.array(list(counts.values()))[common], np.array(list(counts.values()))[~common].sum())
     wanted = np.append(expected[common], expected[~common].sum())
-    # The seeds are fixed: this is the same number in each run. A true sampler is below it once in a million.
+    # The seeds are fixed: this is the same number in each run. A correct sampler is below it once in a million.
     assert stats.chisquare(found_counts[wanted > 0], wanted[wanted > 0]).pvalue > 1e-6
 
 
@@ -254,7 +254,7 @@ def test_drafts_are_read(text: str, draft: object) -> None:
         "layers:0-9999999999",
     ],
 )
-def test_what_is_no_draft_is_refused(text: str) -> None:
+def test_what_is_not_a_draft_is_refused(text: str) -> None:
     with pytest.raises(UsageError):
         parse_draft(text)
 
@@ -271,7 +271,7 @@ def test_what_is_no_draft_is_refused(text: str) -> None:
         ("layers:0-3", "leaves out branches that it cannot"),
     ],
 )
-def test_a_bundle_refuses_what_it_has_not(gated: Bundle, text: str, message: str) -> None:
+def test_a_bundle_refuses_what_it_does_not_have(gated: Bundle, text: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         check_draft(parse_draft(text), gated.manifest)
 
@@ -332,7 +332,7 @@ def rounds(
 
 @pytest.mark.parametrize(("easy", "draft"), [(0.95, 0.1), (0.7, 0.15), (0.5, 0.1), (0.8, 0.3)])
 def test_the_length_beats_or_equals_every_fixed_one(easy: float, draft: float) -> None:
-    """With a draft that knows what it knows, stopping in time is at least as good as the best fixed length."""
+    """If the draft knows which tokens are easy, stopping in time is at least as good as the best fixed length."""
     acceptance = 0.9 * easy + 0.1 * (1 - easy)
 
     def speed(size: int) -> float:
@@ -343,7 +343,7 @@ def test_the_length_beats_or_equals_every_fixed_one(easy: float, draft: float) -
     assert found > 0.95 * max(map(speed, range(LONGEST + 1)))
 
 
-def test_a_draft_that_loses_turns_itself_off_and_looks_again() -> None:
+def test_a_slow_draft_is_turned_off_and_tried_again() -> None:
     length = AdaptiveLength()
     _, chosen = rounds(length, easy=0.0, draft=0.8, verify=1.0)
     assert np.mean(np.array(chosen[50:]) == 0) > 1 - 2 / PROBE_EVERY

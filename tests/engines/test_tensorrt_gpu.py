@@ -47,7 +47,7 @@ def backends() -> list[Backend]:
 
 @pytest.fixture(autouse=True)
 def a_gpu() -> None:
-    """Where a GPU is promised (GSX_GPU=1), its absence is a failure and no skip."""
+    """If a GPU is promised (GSX_GPU=1), its absence is a failure, not a skip."""
     if cuda.device() is None:
         if os.environ.get("GSX_GPU") == "1":
             pytest.fail(f"GSX_GPU=1, and no GPU: {cuda.why_not()}")
@@ -103,8 +103,8 @@ def built(request: pytest.FixtureRequest, tiny_bundle: Path, tmp_path: Path) -> 
     return open_bundle(directory), backend, name
 
 
-def test_an_engine_that_tensorrt_refuses_is_an_error_in_words(built: tuple[Bundle, Backend, str]) -> None:
-    """Bytes that our own checks pass and TensorRT does not: the process lives, and the message says what to do."""
+def test_an_engine_that_tensorrt_refuses_is_an_error_with_a_message(built: tuple[Bundle, Backend, str]) -> None:
+    """Bytes that pass our own checks but not TensorRT's: the process survives, and the message says what to do."""
     bundle, backend, name = built
     folder = bundle.directory / ENGINES / name
     entry = bundle.manifest.engines[name]

@@ -41,10 +41,10 @@ class Case:
     """A bundle, and how its engine is made.
 
     Args:
-        forms: what the ops become.
+        forms: the forms that the ops take.
         options: of the export of the gated tiny model.
-        model: another tiny model in its place.
-        rows: the most tokens of a call; None for what the profiles say.
+        model: another tiny model instead.
+        rows: largest number of tokens of a call; None for that of the profiles.
     """
 
     forms: dict[str, str]
@@ -147,7 +147,7 @@ def test_ops_take_the_form_that_is_reported(pair: Pair) -> None:
 
 
 def test_logits_and_choices_equal_portable_ones(pair: Pair) -> None:
-    """Prefill, chunks and single tokens, of each sequence as many as it likes; and steps after a roll-back."""
+    """Prefill, chunks and single tokens, another number for each sequence; and steps after a roll-back."""
     batch = pair.case.batch
     caches = [runner.new_cache(batch, CAPACITY) for runner in (pair.portable, pair.runner)]
     controls = controls_for(pair.bundle.manifest)
@@ -169,7 +169,7 @@ def test_logits_and_choices_equal_portable_ones(pair: Pair) -> None:
 
 
 def test_greedy_text_equals_the_portable_runner(pair: Pair) -> None:
-    """And a decoding step keeps its shapes while the cache grows, which CUDA graphs and compiled kernels live from."""
+    """And a decoding step keeps its shapes while the cache grows, which CUDA graphs and compiled kernels need."""
     prompts = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]][: pair.case.batch]
     pair.engine.calls.clear()
     found = [generate(runner, prompts, max_new_tokens=WINDOW_STEP) for runner in (pair.portable, pair.runner)]
@@ -196,7 +196,7 @@ def test_a_sequence_moves_to_another_row(pair: Pair) -> None:
 
 
 def test_a_long_prompt_goes_through_in_pieces(pair: Pair) -> None:
-    """With rank selection, which chooses among a whole call, it is refused."""
+    """With rank selection, which compares the tokens of a whole call, it is refused."""
     profiles = [parse_profile(text, capacity=CAPACITY, batch=pair.case.batch) for text in ("prefill:2-5-7", "decode:1")]
     stage, engine = cpu_stages(
         pair.bundle, profiles, capacity=CAPACITY, plugins=pair.case.plugins, rows=pair.case.rows

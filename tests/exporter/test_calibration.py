@@ -1,4 +1,4 @@
-"""Calibration: the share kept, measured by running, meets every budget of the grid; ties; text that cannot do."""
+"""Calibration: the share kept, measured by running, meets every budget of the grid; ties; unusable text."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_short_texts_are_refused(tmp_path: Path, tiny_gated: Path, content: str)
         tokenize(open_checkpoint(tiny_gated), path, max_tokens=4096)
 
 
-def test_a_text_that_says_nothing_is_refused(tmp_path: Path, tiny_gated: Path) -> None:
+def test_a_text_without_different_scores_is_refused(tmp_path: Path, tiny_gated: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(" " * 4000 + "a few words behind blanks", encoding="utf-8")
     with pytest.raises(TextError, match="turns this text into almost nothing but one token") as error:
@@ -101,7 +101,7 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(tmp_path: Path, tiny_text:
         tokenize(open_checkpoint(small), tiny_text, max_tokens=4096)
 
 
-def test_what_stands_behind_the_text_that_was_seen(tiny_gated: Path, tiny_text: Path) -> None:
+def test_the_text_after_the_part_that_was_read(tiny_gated: Path, tiny_text: Path) -> None:
     checkpoint = open_checkpoint(tiny_gated)
     seen = tokenize(checkpoint, tiny_text, max_tokens=1024)
     tokenizer = load_tokenizer(checkpoint)

@@ -1,4 +1,4 @@
-"""CALM: what leaves and when, the traced decoder against the reference's masks, the guarantee, and what is refused."""
+"""CALM: which tokens exit and when, the traced decoder against the reference's masks, the guarantee, and refusals."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def ids() -> np.ndarray:
 
 
 def kept(checkpoint: Checkpoint, ids: np.ndarray, rule: Confident) -> tuple[np.ndarray, np.ndarray]:
-    """The reference: who runs each layer's attention, [L, M, S], and the logits."""
+    """The reference: which tokens run each layer's attention, [L, M, S], and the logits."""
     output = Reference.load(checkpoint)(torch.from_numpy(ids), rule=rule)
     return np.stack([row[0].numpy() for row in output.keep]), output.logits.numpy()
 
@@ -82,7 +82,7 @@ def test_the_traced_decoder_keeps_what_the_masks_keep(
         assert 0 < want_keep.mean() < 1
 
 
-def test_tokens_leave_at_exits_alone_and_never_come_back(checkpoint: Checkpoint, ids: np.ndarray) -> None:
+def test_tokens_leave_only_at_exits_and_never_come_back(checkpoint: Checkpoint, ids: np.ndarray) -> None:
     keep, _ = kept(checkpoint, ids, Confident(EXITS, "softmax", 0.1, FROM_THE_START, 0.0, 1))
     assert keep[0].all()
     assert (keep[1] == keep[2]).all(), "there is no exit after layer 2"
@@ -225,7 +225,7 @@ def test_a_checkpoint_without_classifiers_is_refused_by_their_names(
 
 
 @pytest.mark.parametrize(("given", "exits"), [("", EXITS), (",exits=3", (3,))])
-def test_classifiers_ask_at_their_own_exits(checkpoint: Checkpoint, given: str, exits: tuple[int, ...]) -> None:
+def test_classifiers_are_read_at_their_own_exits(checkpoint: Checkpoint, given: str, exits: tuple[int, ...]) -> None:
     plan = plan_policy(PolicyOptions(f"calm:classifier,threshold=0.5{given}"), checkpoint.config)
     assert isinstance(plan, CalmPlan)
     assert plan.rule.exit_depths() == exits
@@ -242,7 +242,7 @@ def test_too_few_prompts_for_a_guarantee_are_refused_in_numbers(
 
 def test_a_guarantee_under_which_nothing_can_be_skipped_is_refused(tiny_text: Path, tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", exits=(1,), tokenizer=True)
-    # A head a thousand times larger is sure of everything, and an untrained exit is wrong nearly everywhere.
+    # With a head a thousand times larger the model is always confident, and an untrained exit is nearly always wrong.
     tensors = load_file(model / "model.safetensors")
     tensors["lm_head.weight"] *= 1000
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})

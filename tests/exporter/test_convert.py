@@ -1,4 +1,4 @@
-"""`gsx convert`: files in the official layout, made from a tiny checkpoint, and all that is refused."""
+"""`gsx convert`: files in the official layout, made from a tiny checkpoint, and everything that is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GATES = {
 
 
 class Pair:
-    """A gated checkpoint, the plain one below it, and the gated one as the official code stores it."""
+    """A gated checkpoint, its plain base, and the gated one as the official code stores it."""
 
     def __init__(self, path: Path, gate: GateConfig, **options: Any) -> None:
         options = {"hidden": 48, "layers": 3, **options}
@@ -100,7 +100,7 @@ def test_full_state_dict(tmp_path: Path, kind: str, wrap: Callable[[State], Any]
 
 
 @pytest.mark.parametrize("kind", list(GATES))
-def test_gates_alone(tmp_path: Path, kind: str) -> None:
+def test_only_gates(tmp_path: Path, kind: str) -> None:
     pair = Pair(tmp_path, GATES[kind])
     result = convert(save(tmp_path, pair.gates()), tmp_path / "out", base=pair.base)
     assert result.layout == "gates only"

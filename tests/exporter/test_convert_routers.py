@@ -29,7 +29,7 @@ def tensors_of(directory: Path) -> dict[str, Tensor]:
 
 
 def routed(path: Path, name: str) -> dict[str, Tensor]:
-    """What should come out: a checkpoint with a method's routers."""
+    """The expected result: a checkpoint with a method's routers."""
     return tensors_of(tiny_checkpoint(path, layers=LAYERS, router=METHODS[name], tokenizer=True, seed=6))
 
 
@@ -100,7 +100,7 @@ def test_dllm(tmp_path: Path, base: Path) -> None:
         elif name in added:
             delta = added[name]
             if "v_proj" not in name:
-                # Channel 2j of a head is at j, channel 2j + 1 at j + D/2: one half turns with the other.
+                # Channel 2j of a head is at j, channel 2j + 1 at j + D/2: one half rotates with the other.
                 head = torch.arange(16).view(8, 2).T.reshape(-1)
                 rows = torch.cat([head + 16 * n for n in range(len(delta) // 16)])
                 delta = delta[rows]

@@ -1,4 +1,4 @@
-"""CALM's trained classifiers: what is fitted, what a checkpoint with them is, and parity of an export by them."""
+"""CALM's trained classifiers: how they are fitted, a checkpoint with them, and parity of an export with them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_checkpoint_gets_classifiers_and_keeps_its_weights(tmp_path: Path, tin
     names = {f"model.layers.{layer}.exit_classifier.{part}" for layer in (0, 2) for part in ("weight", "bias")}
     assert set(after) - set(before) == names
     assert json.loads((tmp_path / "out" / "config.json").read_text())["gsx"]["exit_classifiers"] == [1, 3]
-    # Again, and at other exits: the old ones go.
+    # Again, and at other exits: the old ones are removed.
     train_exit_classifiers(tmp_path / "out", tmp_path / "again", depths=[2], text=tiny_text.parent, tokens=4096)
     assert open_checkpoint(tmp_path / "again").config.exit_classifiers == (2,)
 

@@ -1,4 +1,4 @@
-"""The assembled graph: names, types and sharing of weights, and that it stands on its own."""
+"""The assembled graph: names, types and sharing of weights, and that it is self-contained."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_inputs_and_outputs_are_the_contract(tiny_bundle: Path) -> None:
 
 
 def test_the_file_checks_and_runs_without_this_project(tiny_bundle: Path) -> None:
-    """onnx's own checker with shape inference, and a plain session that is fed nothing but the ecosystem's inputs."""
+    """onnx's own checker with shape inference, and a plain session that gets only the ecosystem's usual inputs."""
     path = str(tiny_bundle / "model.onnx")
     onnx.checker.check_model(path, full_check=True)
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])

@@ -104,4 +104,4 @@ def test_the_command_writes_table_json_and_page(
     assert [row["tolerance_nats"] for row in report["oracle"]] == [0.0, 0.02, 0.05, 0.1, 0.2]
     assert page.read_text().count("<svg") == 2
     assert run(["study", str(checkpoint.directory), "--tokens", "8"]) == 2
-    assert "tokens to study on" in capsys.readouterr().err
+    assert "tokens to measure on" in capsys.readouterr().err

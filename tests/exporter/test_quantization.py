@@ -1,4 +1,4 @@
-"""Quantized graphs: scales, rounding, what is spared, and that the graph computes what the simulation says."""
+"""Quantized graphs: scales, rounding, what stays in high precision, and that the graph matches the simulation."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_what_stays_high_is_stored_in_16_bits(plan: QuantizationPlan) -> None:
 @pytest.mark.parametrize(("scheme", "high", "careful"), [("int8", 1, 0), ("int8-weights", 0, 0), ("fp8", 1, 3)])
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
 def test_a_large_model_takes_half_of_its_16_bits(scheme: SchemeName, high: int, careful: int, gate: str) -> None:
-    """What is spared by default, on the shape of 1.1 B parameters, costs at most 3 of 50 percent."""
+    """What stays in high precision by default, on the shape of 1.1 B parameters, costs at most 3 of 50 percent."""
     config = ModelConfig.from_hf(configuration("1b", gate))
     shapes_alone = Checkpoint(Path(), "", None, config, {})
     everything = QuantizationPlan(SCHEMES[scheme], shapes_alone, dict.fromkeys(matrices_of(config), 1.0))
@@ -243,10 +243,10 @@ def test_a_large_model_takes_half_of_its_16_bits(scheme: SchemeName, high: int, 
         ((), DecoderOptions(), []),
     ],
 )
-def test_who_says_what_is_spared(
+def test_what_decides_what_stays_in_high_precision(
     model: Checkpoint, text: TokenText, keep: tuple[str, ...], options: DecoderOptions, kept: list[str]
 ) -> None:
-    """Nothing is where nothing is decided; names come on top."""
+    """Nothing stays in high precision if nothing is decided; names are added."""
     controls = thresholds(0.5) if options.rule else {}
     plan, entry = plan_for(model, options, Quantize("int8", keep), None, controls, text, silent)
     assert list(plan.kept_high) == list(entry.kept_high) == kept
@@ -258,7 +258,7 @@ def test_a_shared_table_stays_as_it_is(tmp_path: Path) -> None:
     assert set(weights_alone.input_scales) == {f"layers.{n}.{name}" for n in range(LAYERS) for name in LINEARS}
 
 
-def test_a_scalar_gate_is_no_matrix(tmp_path: Path) -> None:
+def test_a_scalar_gate_is_not_a_matrix(tmp_path: Path) -> None:
     gate = GateConfig(kind="scalar")
     config = open_checkpoint(tiny_checkpoint(tmp_path / "m", gate=gate, layers=LAYERS, hidden=HIDDEN)).config
     assert not [name for name in matrices_of(config) if "_gate." in name]
@@ -344,7 +344,7 @@ def test_sensitivity_finds_the_layer_that_spoils_it(model: Checkpoint, plan: Qua
     assert limits.hold(simulation.cost(found.plan)), "what it gives was measured"
 
 
-def test_a_limit_that_does_not_hold_tells_the_nearest_setting(model: Checkpoint) -> None:
+def test_a_limit_that_is_not_met_names_the_nearest_setting(model: Checkpoint) -> None:
     text = TokenText(np.random.default_rng(1).integers(3, 97, (6, 96)), "0" * 64, "random ids")
     points = calibrate(model, text.ids, [1.0, 0.7], OPTIONS)
     grid = tuple(

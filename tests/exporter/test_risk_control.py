@@ -1,4 +1,4 @@
-"""Learn then Test: p-values, the walk, and the promise itself in simulation."""
+"""Learn then Test: p-values, the order of tests, and the guarantee itself in simulation."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def test_the_walk_ends_at_the_first_failure(means: list[float], n: int, delta: f
 @pytest.mark.parametrize("correlated", [True, False])
 @settings(deadline=None)
 @given(seed=st.integers(0, 3))
-def test_the_promise_holds_in_simulation(correlated: bool, seed: int) -> None:
-    """Thresholds whose true mean risk is just above delta are taken in at most epsilon of many draws."""
+def test_the_guarantee_holds_in_simulation(correlated: bool, seed: int) -> None:
+    """Thresholds whose true mean risk is just above delta are accepted in at most epsilon of many draws."""
     rng = np.random.default_rng(seed)
     delta, confidence, n, draws = 0.2, 0.9, 120, 400
     true_risks = np.array([0.05, 0.12, 0.2001, 0.2001, 0.2001, 0.4])
     wrong = 0
     for _ in range(draws):
-        # One number a prompt for all thresholds, or one for each: the promise needs no independence between them.
+        # One number per prompt for all thresholds, or one for each: the guarantee needs no independence between them.
         luck = rng.random((n, 1)) if correlated else rng.random((n, len(true_risks)))
         risks = (luck < true_risks).astype(float)
         outcome = fixed_sequence_test(

@@ -1,4 +1,4 @@
-"""Routers: each method's section on a small checkpoint through `gsx verify`, and all that is refused."""
+"""Routers: each method's section on a small checkpoint through `gsx verify`, and everything that is refused."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_layers_without_a_router_are_dense(bundle_of: Callable[[str], Path]) -> 
     bundle = open_bundle(bundle_of("mixture-of-depths"))
     assert bundle.manifest.skippable_places == [(1, "attn"), (1, "mlp")]
     runner = open_runner(bundle)
-    # A threshold that nothing reaches: layer 1 is left out, and only there rows are counted.
+    # A threshold that no score reaches: layer 1 is left out, and rows are counted only there.
     nothing = {"thresholds": np.full((LAYERS, 2), 1e9, np.float32)}
     output = runner.step(runner.new_cache(1, 8), np.array([[5, 60, 61, 7]]), nothing)
     assert output.kept is not None
@@ -133,7 +133,7 @@ def test_layers_without_a_router_are_dense(bundle_of: Callable[[str], Path]) -> 
 
 
 def test_a_skipped_token_leaves_no_k_and_v(bundle_of: Callable[[str], Path]) -> None:
-    """D-LLM with a threshold that nothing reaches: the first two tokens run as always, the others leave nothing."""
+    """D-LLM with a threshold that no score reaches: the first two tokens run as always, the others leave no K and V."""
     bundle = open_bundle(bundle_of("d-llm"))
     nothing = {"thresholds": np.full((LAYERS, 2), 1e9, np.float32)}
     runner = WholeRunner(PortableStage(bundle))

@@ -86,7 +86,7 @@ def test_rules_are_frozen_values(one: TracedRule, other: TracedRule) -> None:
         ("calm:state,threshold=0.9,exits=2+3,decay=1", None),
     ],
 )
-def test_what_settles_is_what_the_manifest_records(
+def test_the_calibrated_rule_is_what_the_manifest_records(
     tmp_path: Path, tiny_text: Path, policy: str, gate: GateConfig | None
 ) -> None:
     """The rule that an export traces is the one that is made of the finished bundle."""
@@ -114,7 +114,7 @@ HOME = Path(gsx_exporter.__file__).parent
 
 
 def reached_from(start: list[Path]) -> set[str]:
-    """The modules of the exporter that files import, and all that those import."""
+    """The modules of the exporter that files import, directly or through others."""
     files = {
         ".".join(("gsx_exporter", *path.relative_to(HOME).with_suffix("").parts)).removesuffix(".__init__"): path
         for path in HOME.rglob("*.py")
@@ -134,7 +134,7 @@ COMMON = {"checkpoint", "config", "errors", "router_config", "section"}
 
 
 def test_reference_and_traced_decoder_share_no_code() -> None:
-    """Parity means something only as long as the two sides are written twice."""
+    """Parity is meaningful only as long as the two sides are written independently."""
     references = [*(HOME / "reference").glob("*.py"), *HOME.glob("rules/*/reference.py")]
     traced = [*(HOME / "decoder").glob("*.py"), *HOME.glob("rules/*/traced.py")]
     assert len(references) >= 3 + 5
@@ -143,7 +143,7 @@ def test_reference_and_traced_decoder_share_no_code() -> None:
 
 
 def test_a_rule_is_named_only_in_its_folder() -> None:
-    """Nothing compares a policy's or a scheme's name with a word outside of the folder that owns it."""
+    """No code outside of the folder that owns it compares a policy's or a scheme's name with a word."""
     top = HOME.parents[1]
     owners = ("exporter/gsx_exporter/rules/", "exporter/gsx_exporter/quantization/")
     named = []

@@ -1,4 +1,4 @@
-"""Every keep rule on small checkpoints: `gsx verify` passes, K/V are as the policy says, and the work is left out."""
+"""Every keep rule on small checkpoints: `gsx verify` passes, K/V are as the policy says, and the work is skipped."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def kept_kv(bundle: Bundle, keep: KeepSettings) -> np.ndarray:
 def test_skipped_layers_have_no_k_and_v(bundle_of: Callable[[str], Path]) -> None:
     bundle = open_bundle(bundle_of("layers"))
     assert kept_kv(bundle, KeepSettings(layers="0,2,4.attn")).tolist() == [True, False, True, False, True]
-    # Where the first half of a layer is skipped, the other one runs without K and V.
+    # If the first half of a layer is skipped, the other one runs without K and V.
     assert kept_kv(bundle, KeepSettings(layers="0,2-4.mlp")).tolist() == [True, False, False, False, False]
 
 
@@ -140,7 +140,7 @@ def test_skipped_layers_have_no_k_and_v(bundle_of: Callable[[str], Path]) -> Non
     [("layers", {"TensorScatter", "GroupQueryAttention", "MatMul"}), ("ffn-skip, split", {"ScatterND"})],
 )
 def test_a_skipped_branch_is_not_entered(name: str, inside: set[str], bundle_of: Callable[[str], Path]) -> None:
-    """In the graph that ONNX Runtime runs, K and V of skipped layers and what a rule finds are behind the `If` too."""
+    """In the graph that ONNX Runtime runs, K and V of skipped layers and a rule's values are inside the `If` too."""
     bundle = open_bundle(bundle_of(name))
     portable = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
     body = lower(portable, bundle.manifest, range(LAYERS)).body

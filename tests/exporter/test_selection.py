@@ -65,7 +65,7 @@ def test_count_of_known_cases(n: int, budget: float, kept: int) -> None:
 
 
 @pytest.mark.parametrize("budget", [0, 0.0, -0.1, 1.01, float("nan"), float("inf"), "0.5", None])
-def test_what_is_no_budget(budget: Any) -> None:
+def test_what_is_not_a_budget(budget: Any) -> None:
     with pytest.raises(UsageError, match=r"the budget is out of range\n  expected a number above 0 and at most 1"):
         Rank(budget)
 
@@ -79,7 +79,7 @@ def test_what_is_no_budget(budget: Any) -> None:
         np.full((1, 2), np.nan, np.float32),
     ],
 )
-def test_thresholds_that_are_none(thresholds: np.ndarray) -> None:
+def test_what_are_not_thresholds(thresholds: np.ndarray) -> None:
     with pytest.raises(UsageError, match="thresholds"):
         Threshold(thresholds)
 

@@ -172,7 +172,7 @@ def test_a_snapshot_is_a_checkpoint_too(tmp_path: Path, text: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
 def test_gates_are_added_to_a_dense_model(tmp_path: Path, text: Path, family: str) -> None:
-    # A rate so low that nothing moves: what comes out is what went in, with open gates.
+    # A rate so low that nothing changes: the result is the initial model, with open gates.
     config = replace(TINY, learning_rate=1e-12, weight_decay=0.0, optimizer="adamw", steps=5, exits=(2,))
     overrides = {"sliding_window": 7} if family == "mistral" else {}
     dense = tiny_checkpoint(tmp_path / "dense", family, tokenizer=True, **overrides)
@@ -332,7 +332,7 @@ def test_refused_paths_and_text(tmp_path: Path, text: Path) -> None:
         train(TINY, tmp_path / "out", work=tmp_path / "w5", model=dense, text=text)
     assert (used / "mine.txt").read_text() == "keep me"
     assert not (tmp_path / "out").exists()
-    # A run that never began leaves nothing that a second try would trip over.
+    # A run that never began leaves nothing that would disturb a second try.
     assert not any(path.name.startswith("w") for path in tmp_path.iterdir())
 
 
@@ -362,7 +362,7 @@ def test_changed_text_is_noticed(tmp_path: Path, text: Path) -> None:
         _run(TINY, tmp_path, text, resume=True, overwrite=True)
 
 
-def test_divergence_is_said(tmp_path: Path, text: Path) -> None:
+def test_divergence_is_reported(tmp_path: Path, text: Path) -> None:
     with pytest.raises(GsxError, match="has a gradient that is not finite"):
         _run(replace(TINY, learning_rate=1e30, optimizer="adamw"), tmp_path, text)
 

@@ -1,23 +1,23 @@
 """Build, check and time everything that needs a GPU, in one call; the output is one table.
 
-    python -m tests.gpu                 all of it; exit code 1 where a check fails or a figure is missed
-    python -m tests.gpu --emulated      the checks alone, on the CPU, with the emulated kernels
+    python -m tests.gpu                 all of it; exit code 1 if a check fails or a figure is missed
+    python -m tests.gpu --emulated      only the checks, on the CPU, with the emulated kernels
 
-Needs a GPU, nvcc, CMake and PyTorch; compute-sanitizer, TensorRT and TensorRT-RTX where they are there, and rows that
-say so where not. A part that fails is a row, and the next part runs. Parts one by one, where a call may not take long:
-kernels (`checks`, `timing`), memory (`sanitizer`), PyTorch with the kernels (`prefill`, `torch`), `engines`.
+Needs a GPU, nvcc, CMake and PyTorch. Uses compute-sanitizer, TensorRT and TensorRT-RTX if they are installed; if not, a
+row says so. A part that fails is a row, and the next part runs. Where a call may not take long, run the parts one by
+one: kernels (`checks`, `timing`), memory (`sanitizer`), PyTorch with the kernels (`prefill`, `torch`), `engines`.
 
-On a machine that is lent for minutes, in this order, each a call of its own, so that one that hangs costs no other's:
+On a machine that is available for only minutes, use this order, each in a separate call, so that a hang loses only one:
 
-    python -m tests.gpu --parts checks timing       kernels: the least that it needs
+    python -m tests.gpu --parts checks timing       kernels: needs the least
     python -m tests.gpu --parts engines             do engines run on this GPU
     python -m tests.gpu --parts prefill torch
     GSX_GPU=1 pytest -m gpu
     python -m tests.gpu --parts sanitizer
 
 `checks`, `timing`, `prefill` and `sanitizer` need no package but PyTorch; `torch` those of a plain installation and of
-the extra `export`; `engines` also those of the extra `tensorrt`, and TensorRT-RTX, whose libraries are some 95 MB:
-where files go over in small pieces, split that wheel.
+the extra `export`; `engines` also those of the extra `tensorrt`, and TensorRT-RTX, whose libraries are about 95 MB:
+split that wheel if only small files can be copied.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SANITIZERS = {
 PARTS = ("checks", "timing", "prefill", "torch", "engines", "sanitizer")
 _SANITIZER_SECONDS = 150
 _SANITIZER_FAILED = 99
-# PyTorch's: without its cache, a read behind a tensor is one behind an allocation, which the checker sees.
+# PyTorch's setting: without its cache, a read past a tensor is one past an allocation, which the checker sees.
 _OWN_ALLOCATIONS = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 
 
@@ -116,7 +116,7 @@ def _engines() -> list[Row]:
 
 
 def _plugins_row(architecture: str) -> Row:
-    """The plugin library, which needs TensorRT's headers; without it engines are built all the same, with masks."""
+    """The plugin library, which needs TensorRT's headers; without it engines are still built, with masks."""
     try:
         return Row("plugins for engines", f"built in {build(architectures=(architecture,)).record.seconds:g} s")
     except PluginLibraryError as error:
@@ -124,7 +124,7 @@ def _plugins_row(architecture: str) -> Row:
 
 
 def rows_of(name: str, part: Callable[[], list[Row]]) -> list[Row]:
-    """The rows of a part; one row that says what happened where it fails as a whole, with the traceback on stderr."""
+    """The rows of a part; if it fails as a whole, one row that says why, with the traceback on stderr."""
     try:
         return part()
     except Exception as error:  # time on a GPU is expensive: the other parts must still run

@@ -11,7 +11,7 @@ from tests.gpu.rows import Row, Verdict
 from tests.plugins import kernel_cases as cases
 
 Check = Callable[[], None]
-# For the memory checker, which slows a kernel down by a hundred times: one size for every way through the kernels.
+# For the memory checker, which makes kernels a hundred times slower: one size for every code path of the kernels.
 QUICK_SIZES = (1, 33, 513, 8193, 20_011)
 
 
@@ -37,7 +37,7 @@ def all_checks(kernels: cases.GuardedKernels, device: str, *, quick: bool) -> It
 
 
 def run_checks(kernels: cases.GuardedKernels, device: str, *, quick: bool = False) -> list[Row]:
-    """All checks; a row a group, with the first failures."""
+    """Run all checks. Returns: one row per group, with the first failures."""
     passed: dict[str, int] = {}
     failures: dict[str, list[str]] = {}
     for group, check in all_checks(kernels, device, quick=quick):

@@ -1,4 +1,4 @@
-"""Prefill of Llama-3-8B's shape in PyTorch with the kernels, against what its FLOPs say; no package but PyTorch."""
+"""Prefill of Llama-3-8B's shape in PyTorch with the kernels, against what its FLOPs predict; no package but PyTorch."""
 
 from __future__ import annotations
 

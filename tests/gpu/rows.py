@@ -11,8 +11,8 @@ Verdict = Literal["pass", "fail", "missing", "-"]
 
 @dataclass(frozen=True)
 class Row:
-    """A thing that was checked or measured, what was found, the goal, and the verdict (`-`: nothing to reach;
-    `missing`: a tool that is not there)."""
+    """What was checked or measured, the result, the goal, and the verdict (`-`: no goal; `missing`: a tool is not
+    installed)."""
 
     what: str
     found: str

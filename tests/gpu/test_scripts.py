@@ -1,4 +1,4 @@
-"""The GPU scripts: what of them can run without a GPU does, and on a GPU the checks run as tests too."""
+"""The GPU scripts: the parts that can run without a GPU, and on a GPU the checks as tests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_wrong_arguments(arguments: list[str]) -> None:
 
 
 def test_kernels_need_no_package_but_pytorch() -> None:
-    """What a machine that is lent for minutes must have for the kernels' parts."""
+    """So that a machine that is available for only minutes needs little for the kernels' parts."""
     script = """
 import sys
 from importlib.metadata import requires

@@ -1,9 +1,8 @@
 """How fast the kernels are, next to a device copy of the same run.
 
-Every figure is a median over many replays of a CUDA graph that holds many calls in turn, on buffers that rotate and
-together exceed L2, divided by the number of calls; so launch gaps of Python do not count, the start of a graph counts
-little, and no call finds its data in L2. Bytes are those that must move: each input read once, each output written
-once.
+Every figure is a median over many replays of a CUDA graph with many calls in turn, divided by the number of calls. The
+calls use rotating buffers that together exceed L2. Therefore Python's launch gaps do not count, a graph's start counts
+little, and no call finds its data in L2. Bytes are those that must move: each input is read, each output written once.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ MAX_SELECT_US = {8192: 10.0, 131_072: 40.0}
 MIN_CHAIN_SPEEDUP = 3.0
 
 _REPLAYS = 50
-_CALLS = 32  # at least, in a graph: its start takes as long as a small selection
-_SMALL = 2.0**-10  # of gates: what is added in place again and again stays finite
+_CALLS = 32  # smallest number in a graph, whose start takes as long as a small selection
+_SMALL = 2.0**-10  # of gates, so that repeated additions in place stay finite
 _L2_MULTIPLE = 4
 _MAX_SETS = 64
 

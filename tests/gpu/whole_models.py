@@ -1,6 +1,6 @@
-"""Whole models on the GPU at hand: PyTorch with the kernels, and engines where TensorRT is there.
+"""Whole models on this machine's GPU: PyTorch with the kernels, and engines if TensorRT is installed.
 
-Everything is made on the spot from the example model, or from random weights where time is what counts.
+Everything is made on the spot from the example model, or from random weights if only time matters.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def torch_rows() -> list[Row]:
 
 
 def engine_rows() -> list[Row]:
-    """Engines of the example model on each TensorRT that is installed; FP8 beside bf16 where both can be had."""
+    """Engines of the example model on each TensorRT that is installed; FP8 and bf16 if both are supported."""
     rows = []
     for backend in BACKENDS:
         what = f"{backend}: an engine of the example model"
@@ -110,7 +110,7 @@ def same_text(what: str, bundle: Bundle, open_other: Callable[[], Runner]) -> Ro
 
 
 def _is_target(backend: Backend) -> bool:
-    """Whether a backend builds for the GPU at hand by name: TensorRT-RTX does not for all (1.7 has no 9.0)."""
+    """Whether a backend builds for this GPU by name: TensorRT-RTX does not for all GPUs (1.7 has no 9.0)."""
     device = cuda.device()
     return backend == "tensorrt" or device is None or device.capability in known_targets(load_module(backend))
 
@@ -125,8 +125,8 @@ def _for_the_gpu_at_hand() -> Iterator[None]:
 def _built(bundle: Bundle, backend: Backend) -> Runner:
     """The engine of a bundle, built now and opened here.
 
-    Where the GPU at hand is no target, the engine is given to TensorRT as it is: whether it takes and runs that is the
-    question.
+    If this GPU is not a target, the engine is given to TensorRT unchanged, to find out whether TensorRT accepts it and
+    runs it.
     """
     name, entry = build(bundle, backend=backend, context=_CONTEXT)
     opened = open_bundle(bundle.directory)

@@ -1,4 +1,4 @@
-"""What tests of the command line share: an outcome, a snapshot of a directory, ways to spoil files."""
+"""Shared by tests of the command line: an outcome, a snapshot of a directory, ways to damage files."""
 
 from __future__ import annotations
 

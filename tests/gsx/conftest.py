@@ -1,4 +1,4 @@
-"""The command line in this process, so that torch is imported once, and copies of exports, to spoil."""
+"""The command line in this process, so that torch is imported once, and copies of exports, to damage."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def gsx(capsys: pytest.CaptureFixture[str]) -> Gsx:
 
 @pytest.fixture
 def model(tmp_path: Path, tiny_gated: Path) -> Path:
-    """A copy of the tiny checkpoint, to spoil."""
+    """A copy of the tiny checkpoint, to damage."""
     return Path(shutil.copytree(tiny_gated, tmp_path / "model"))
 
 
 @pytest.fixture
 def bundle(tmp_path: Path, tiny_bundle: Path) -> Path:
-    """A copy of the tiny bundle, to spoil."""
+    """A copy of the tiny bundle, to damage."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))

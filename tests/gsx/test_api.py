@@ -1,4 +1,4 @@
-"""The public API: what there is, that commands are calls of it, that its examples run, and its reference page."""
+"""The public API: its names, that commands are calls of it, that its examples run, and its reference page."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COSTLY = {
     "gsx.verify",
     "gsx.doctor",
 }
-# Examples that need what a test machine may not have; they are written as skipped, and the rest of each page runs.
+# Examples that need what a test machine may not have; they are marked as skipped, and the other examples run.
 ELSEWHERE = {"gsx.check_server", "gsx.plugins.build", "gsx.triton_plans"}
 
 
@@ -49,7 +49,7 @@ FUNCTIONS: dict[str, Any] = {name: value for name, value in make_api().public() 
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """Every command with its public name, those of groups among them."""
+    """Every command with its public name, including those of groups."""
     for name, found in command().commands.items():
         for sub, one in getattr(found, "commands", {"": found}).items():
             yield f"gsx.{name}" + (f".{sub}" if sub else ""), one
@@ -136,7 +136,7 @@ def test_example_runs(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -
     assert results.attempted == len(found.examples) - len(skipped)
 
 
-def test_every_function_says_what_it_takes_and_gives() -> None:
+def test_every_function_documents_its_arguments_and_results() -> None:
     for name, function in FUNCTIONS.items():
         text = inspect.getdoc(function) or ""
         assert "Returns:" in text, name

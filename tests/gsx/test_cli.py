@@ -1,4 +1,4 @@
-"""The command line: help, wrong use, interruption, and errors that nobody expected."""
+"""The command line: help, wrong use, interruption, and unexpected errors."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_interrupted_export(
     assert snapshot(tmp_path) == before
 
 
-def test_reader_that_leaves(tiny_bundle: Path) -> None:
+def test_a_reader_that_closes_the_pipe(tiny_bundle: Path) -> None:
     command = [*GSX, "generate", str(tiny_bundle), "token", "--max-new-tokens", "400"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None

@@ -1,4 +1,4 @@
-"""Commands that read a bundle or make a checkpoint: generate, verify, convert, train; and spoiled bundles."""
+"""Commands that read a bundle or make a checkpoint: generate, verify, convert, train; and damaged bundles."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def test_generate_is_seeded(gsx: Gsx, tiny_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], ["the prompt is not clear", "neither"]),
-        (["hello", "--ids", "1"], ["the prompt is not clear", "both"]),
+        ([], ["the prompt is unclear", "neither"]),
+        (["hello", "--ids", "1"], ["the prompt is unclear", "both"]),
         (["--ids", "one"], ["--ids", "1,2,3"]),
         (["--ids", "999999"], ["outside the vocabulary"]),
-        (["hello", "--budget", "0.01"], ["below the calibrated grid", "--budget 0.01"]),
+        (["hello", "--budget", "0.01"], ["below the calibrated grid", "with budget 0.01"]),
         (["hello", "--budget", "2"], ["the budget is out of range"]),
         (["hello", "--max-new-tokens", "0"], ["the number of new tokens is out of range"]),
         (["hello", "--temperature=-1"], ["temperature"]),

@@ -1,4 +1,4 @@
-"""`gsx compare`: what settings measure, against the reference; what applies; bundles that are used again."""
+"""`gsx compare`: measurements against the reference; which policies apply; bundles that are reused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PERPLEXITY_RTOL = 1e-4
 
 @pytest.fixture(autouse=True, scope="module")
 def few_rounds() -> Iterator[None]:
-    """Here times need not be exact."""
+    """Few rounds of timing: here times need not be exact."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gsx.comparison.measure.SECONDS", 0.0)
         yield
@@ -127,7 +127,7 @@ def test_a_bundle_that_is_there_and_whole_is_used_again(
     assert [one.perplexity for one in again.points] == [one.perplexity for one in report.points]
 
 
-def test_the_command_tells_what_a_dense_checkpoint_lacks(
+def test_the_command_says_what_a_dense_checkpoint_lacks(
     tmp_path: Path, tiny_text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = tiny_checkpoint(tmp_path / "model", layers=3, tokenizer=True)
@@ -144,7 +144,7 @@ def test_the_command_tells_what_a_dense_checkpoint_lacks(
     assert "needs exits, and this checkpoint lists none" in text
 
 
-def test_a_checkpoint_with_routers_has_their_policy_alone(tmp_path: Path, tiny_text: Path) -> None:
+def test_a_checkpoint_with_routers_has_only_their_policy(tmp_path: Path, tiny_text: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", layers=2, router=RouterConfig(), tokenizer=True)
     report = compare(model, tmp_path / "work", text=tiny_text, tokens=LEAST_TOKENS)
     whole, *others = report.points

@@ -121,8 +121,8 @@ def test_tensorrt_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         assert _headers().status == status, version
 
 
-def test_an_old_compiler_is_no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of the tools that build the plugins, the version counts."""
+def test_an_old_compiler_is_reported_as_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tools that build the plugins need a certain version."""
     (tmp_path / "nvcc").write_text("#!/bin/sh\necho 'release 12.4'\n")
     (tmp_path / "nvcc").chmod(0o755)
     monkeypatch.setenv("CUDACXX", str(tmp_path / "nvcc"))

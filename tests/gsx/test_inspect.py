@@ -1,4 +1,4 @@
-"""`gsx inspect` and the public API's front."""
+"""`gsx inspect`, and that the public API is lazy."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def observation(seed: int = 0) -> Observation:
 
 
 def flipped(one: Observation, layer: int, column: int, position: int, margin: float) -> Observation:
-    """The same, with one decision turned; the reference's margin there is set in place."""
+    """The same, with one decision flipped; the reference's margin there is set in place."""
     assert one.margins is not None
     one.margins[layer, column, position] = margin
     keep = one.keep.copy()
@@ -130,7 +130,7 @@ def test_a_flip_is_excused_up_to_the_near_tie_limit(margin: float, near_tie: boo
     assert found.near_ties == near_tie
 
 
-def test_what_sees_a_flip_is_left_out_and_nothing_else() -> None:
+def test_only_what_depends_on_a_flip_is_left_out() -> None:
     want = observation()
     found = compare(want, flipped(want, 1, 0, 3, 0.0))
     assert found.decisions is not None
@@ -149,7 +149,7 @@ def test_with_copied_keys_a_flip_is_seen_by_its_own_layer() -> None:
     assert [key.values // H for key in found.keys] == [S, 3, 3]
 
 
-def test_with_rank_selection_a_flip_concerns_the_whole_call() -> None:
+def test_with_rank_selection_a_flip_affects_the_whole_call() -> None:
     want, other = observation(), observation(1)
     made = comparer(causal=False)
     made.add([want, other], [flipped(want, 1, 1, 3, 0.0), other])
@@ -189,7 +189,7 @@ def test_logit_limit_grows_with_the_logits() -> None:
     assert limits.logit_limit(25.0) == pytest.approx(2.5e-4)
 
 
-def test_limits_follow_what_the_reference_itself_loses_but_not_far() -> None:
+def test_limits_grow_with_the_references_own_error_but_not_far() -> None:
     limits = TOLERANCES["fp32"]
 
     def rounding(error: float) -> Compared:

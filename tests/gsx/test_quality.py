@@ -77,8 +77,8 @@ def test_limits_are_numbers(value: float) -> None:
     [
         ({"max_flipped": 0.0}, "max flipped"),
         ({"max_perplexity_increase": float("nan")}, "max perplexity increase"),
-        ({"keep_precision": ("auto", "layers.0")}, "a word and names together"),
-        ({"keep_precision": ("layers.0", "none")}, "a word and names together"),
+        ({"keep_precision": ("auto", "layers.0")}, "auto or none cannot be combined with names"),
+        ({"keep_precision": ("layers.0", "none")}, "auto or none cannot be combined with names"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
@@ -86,7 +86,7 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
         Quantize("int8", **options)
 
 
-def test_a_bundle_is_no_checkpoint(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_is_not_a_checkpoint(tiny_bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is a bundle, exported already"):
         export(tiny_bundle, tmp_path / "out", quantize=Quantize("int8"))
 

@@ -45,7 +45,7 @@ class Case:
 
     Args:
         options: of the export.
-        model: a tiny model in place of the gated one.
+        model: a tiny model instead of the gated one.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +88,7 @@ def both(bundle: Bundle) -> tuple[Runner, Runner]:
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_logits_and_choices_equal_portable_ones(bundle: Bundle, batch: int) -> None:
-    """Prefill, chunks and single tokens, of each sequence as many as it likes; and steps after a roll-back."""
+    """Prefill, chunks and single tokens, another number for each sequence; and steps after a roll-back."""
     runners = both(bundle)
     caches = [runner.new_cache(batch, CAPACITY) for runner in runners]
     controls = controls_for(bundle.manifest)
@@ -156,7 +156,7 @@ def test_the_public_function(tiny_bundle: Path) -> None:
 
 
 def test_refusals(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match=r"--device is for --backend torch alone\n  found --backend onnxruntime"):
+    with pytest.raises(UsageError, match=r"--device is only for --backend torch\n  found --backend onnxruntime"):
         open_backend("onnxruntime", "cpu")
     bundle = open_bundle(tiny_bundle)
     eight = Quantization(scheme="int8", smoothing=0.0, products=1, kept_high=(), budget=None, calibration=None)
@@ -172,7 +172,7 @@ def test_refusals(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(tiny_bundle: Path) -> None:
-    with pytest.raises(EngineError, match=r"PyTorch sees no GPU here\n  expected an NVIDIA GPU.*\n  --device cpu"):
+    with pytest.raises(EngineError, match=r"PyTorch sees no GPU here\n  expected an NVIDIA GPU.*\n  use --device cpu"):
         open_backend("torch", "cuda")
 
 

@@ -1,4 +1,4 @@
-"""`verify`: a sound bundle passes, and each kind of fault makes it fail."""
+"""`verify`: a correct bundle passes, and each kind of fault makes it fail."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def failed(report: Report) -> set[str]:
 
 
 def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Change gsx.json and bring the hashes of the files up to date, as a fault in the exporter would have."""
+    """Change gsx.json and update the hashes of the files, as if the exporter had a fault."""
     path = bundle / "gsx.json"
     manifest = json.loads(path.read_text())
     change(manifest)
@@ -186,9 +186,9 @@ def test_a_default_that_is_not_the_exported_one_fails(copied: Path, tiny_text: P
     assert failed(check(copied, tiny_text, budgets=(0.7,))) == {"default selection, wrong"}
 
 
-def test_a_mask_that_ignores_padding_fails_with_padding_alone(copied: Path, tiny_text: Path) -> None:
+def test_a_mask_that_ignores_padding_fails_only_with_padding(copied: Path, tiny_text: Path) -> None:
     def see_padding(model: onnx.ModelProto) -> None:
-        # Every reader of the attention mask but the first of them sees ones.
+        # Every reader of the attention mask except the first one sees ones.
         ones = onnx.helper.make_node("Max", ["attention_mask", "one"], ["seen_mask"], name="seen_mask")
         for node in model.graph.node:
             node.input[:] = ["seen_mask" if name == "attention_mask" else name for name in node.input]
@@ -252,7 +252,7 @@ def test_changed_weights_are_refused(copied: Path, tiny_text: Path) -> None:
         check(copied, tiny_text)
 
 
-def test_budgets_below_the_grid_are_left_out_and_said(copied: Path, tiny_text: Path) -> None:
+def test_budgets_below_the_grid_are_left_out_with_a_note(copied: Path, tiny_text: Path) -> None:
     report = check(copied, tiny_text, budgets=(1.0, 0.01))
     assert [result.budget for result in report.results] == [1.0]
     assert any("0.01" in note for note in report.notes)

@@ -1,4 +1,4 @@
-"""`gsx verify` on bundles with a draft: what is sound passes, and each kind of fault is found by its own check."""
+"""`gsx verify` on bundles with a draft: a correct one passes, and each kind of fault is found by its own check."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_sound_draft_passes(split: Path, tiny_text: Path) -> None:
 
 
 def test_a_wrong_half_is_found(split: Path, tiny_text: Path, tmp_path: Path) -> None:
-    """A verification whose norm is another one: its logits and the text, and nothing of the whole model."""
+    """A `verify` graph with another norm: its logits and the text fail, but no check of the whole model."""
     bundle = Path(shutil.copytree(split, tmp_path / "bundle"))
     model = onnx.load(bundle / "verify.onnx", load_external_data=False)
     (norm,) = (one for one in model.graph.initializer if one.name == "norm.weight")

@@ -1,8 +1,8 @@
-"""What the kernels must give, as functions over a library and a device: on a CPU they run the emulated kernels
+"""Checks of the kernels' results, as functions of a library and a device: on a CPU they run the emulated kernels
 (`test_kernels.py`), on a GPU the real ones (`tests/gpu`). The reference is plain PyTorch on the CPU: the eager ops.
 
-Every buffer that the kernels write lies between guards, and begins as garbage: a write beyond the end, a result that is
-not written, and scratch memory that is taken for cleared all show.
+Every buffer that the kernels write is between guards and filled with garbage at first. So a write beyond the end, a
+result that is not written, and scratch memory that is assumed to be cleared are all detected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BITS = {2: torch.int16, 4: torch.int32}
 
-# Around every border in the kernels: warps, tiles of 2,048, the ways for few and many tokens (512, 8,192, 16,384).
+# Around every boundary in the kernels: warps, tiles of 2,048, the paths for few and many tokens (512, 8,192, 16,384).
 SIZES = (0, 1, 2, 31, 32, 33, 127, 128, 129, 511, 512, 513, 2047, 4097, 8191, 8192, 8193, 16383, 16384, 16385, 20011)
 LARGE_SIZES = (65_536, 131_072, 262_144, 1_000_003)
 
@@ -74,7 +74,7 @@ class GuardedKernels(Kernels):
         return whole[GUARD_BYTES : GUARD_BYTES + size].view(dtype).view(tuple(shape))
 
     def verify(self) -> None:
-        """Raises: AssertionError where a kernel wrote beside its buffers."""
+        """Raises: AssertionError if a kernel wrote outside its buffers."""
         for whole, size in self._whole:
             guards = torch.cat((whole[:GUARD_BYTES], whole[GUARD_BYTES + size :]))
             assert bool((guards == GARBAGE).all()), f"a write beside a buffer of {size} bytes"
@@ -90,7 +90,7 @@ def garbage_of(dtype: torch.dtype) -> Tensor:
 
 
 def assert_same_bits(found: Tensor, expected: Tensor, what: str) -> None:
-    """Equal to the bit, but for what a NaN carries."""
+    """Check that all bits are equal, except for a NaN's payload."""
     found = found.cpu()
     same = found.view(BITS[found.element_size()]) == expected.view(BITS[expected.element_size()])
     same |= found.isnan() & expected.isnan()
@@ -135,7 +135,7 @@ def check_threshold(kernels: GuardedKernels, device: str, n: int, kind: str) -> 
 
 
 def matrix(rows: int, width: int, dtype: torch.dtype, device: str, seed: int, offset: int = 0) -> Tensor:
-    """Random rows; with an offset they begin that many elements behind an aligned address."""
+    """Random rows; with an offset they begin that many elements after an aligned address."""
     values = torch.randn(offset + rows * width, generator=seeded(seed)).to(dtype).to(device)
     return values[offset:].view(rows, width)
 
@@ -166,7 +166,7 @@ ROWS = (
 def check_gather(
     kernels: GuardedKernels, device: str, n: int, k: int, width: int, offset: int, dtype: torch.dtype
 ) -> None:
-    """The row gather: K on the host, K on the device with room for N, and places outside x."""
+    """The row gather: K on the host, K on the device with room for N, and indices outside x."""
     x = matrix(n, width, dtype, device, 1, offset)
     places = kept_places(n, k, 2, ascending=True)
     expected = x.cpu()[places]
@@ -202,7 +202,7 @@ def check_scatter(
     *,
     scalar_gate: bool,
 ) -> None:
-    """The gated scatter-add, into its own buffer and in place, with places in any order, to the bit."""
+    """The gated scatter-add, into its own buffer and in place, with indices in any order, exact to the bit."""
     residual = matrix(n, width, dtype, device, 3, offset)
     rows = matrix(k, width, dtype, device, 4, offset)
     gate = matrix(k, 1 if scalar_gate else width, dtype, device, 5, offset)

@@ -1,4 +1,4 @@
-"""Finding the tools, saying what is missing, and keeping what was built. The build itself is `plugin_library`."""
+"""Finding the tools, reporting what is missing, and caching what was built. The build itself is `plugin_library`."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def program(folder: Path, name: str, answer: str) -> Path:
 
 @pytest.fixture
 def working(bare: Path) -> Path:
-    """All tools in versions that will do, which do nothing."""
+    """All tools in accepted versions, which do nothing."""
     program(bare, "nvcc", "release 13.0\n" + "\n".join(f"compute_{number}" for number in (75, 80, 86, 89, 90, 120)))
     program(bare, "c++", "")
     program(bare, "cmake", "cmake version 3.30.0")
@@ -60,7 +60,7 @@ def working(bare: Path) -> Path:
 
 
 def cmake(folder: Path, work: str) -> None:
-    """A CMake that does this when it is to configure or build."""
+    """A CMake that does this when it is called to configure or build."""
     path = folder / "cmake"
     path.write_text(f'#!/bin/sh\ncase "$1" in --version) echo "cmake version 3.30.0";; *) {work};; esac\n')
     path.chmod(0o755)
@@ -77,7 +77,7 @@ def headers(folder: Path, major: int, minor: int) -> Path:
     return folder
 
 
-def test_all_faults_stand_in_one_message(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_faults_are_in_one_message(bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORRT_ROOT", str(headers(tmp_path / "trt" / "include", 9, 3).parent))
     with pytest.raises(
         PluginLibraryError, match=r"no nvcc.*; no cmake.*\(expected 10\.8 or later, before 12\.0, found 9\.3\)"
@@ -86,7 +86,7 @@ def test_all_faults_stand_in_one_message(bare: Path, tmp_path: Path, monkeypatch
 
 
 def test_everything_is_missing(bare: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One message names all of it, and how to get each."""
+    """One message names everything that is missing, and how to get it."""
     assert run(["plugins", "build"]) == 1
     text = capsys.readouterr().err
     for part in (
@@ -161,7 +161,7 @@ def test_no_place_for_the_library(working: Path, tmp_path: Path, monkeypatch: py
 
 
 def wait_for_the_end_of(process: int) -> None:
-    """Of a process that we cannot wait for; a zombie does not count as running."""
+    """Wait for the end of a process that is not our child; a zombie does not count as running."""
     until = time.monotonic() + 10
     while time.monotonic() < until:
         state = Path(f"/proc/{process}/stat")
@@ -173,7 +173,7 @@ def wait_for_the_end_of(process: int) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux, as the library does")
 def test_an_interrupted_build_takes_its_compilers_along(working: Path, tmp_path: Path) -> None:
-    """CMake, when it is ended, leaves what it started."""
+    """CMake, when it is ended, does not end what it started."""
     started = tmp_path / "compiler"
     cmake(working, f"/bin/sleep 60 & echo $! > {started}; echo configuring; wait")
 
@@ -187,7 +187,7 @@ def test_an_interrupted_build_takes_its_compilers_along(working: Path, tmp_path:
 
 
 def test_failed_build_leaves_nothing(working: Path, tmp_path: Path) -> None:
-    """The compiler's own words are shown, and no library or half of one is left."""
+    """The compiler's own messages are shown, and no library or part of one is left."""
     cmake(working, 'echo "fatal error: x.h"; exit 2')
     with pytest.raises(PluginLibraryError, match=r"(?s)building the plugins failed.*fatal error: x\.h"):
         build(kernels_only=True)
@@ -248,7 +248,7 @@ def test_plugins_list(
     assert library_hash(plugin_library) in capsys.readouterr().out
 
 
-def test_a_file_that_is_no_library(
+def test_a_file_that_is_not_a_library(
     bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.so").write_bytes(b"content")

@@ -1,4 +1,4 @@
-"""The emulation of the kernels notices what it is there to notice: one kernel, and mistakes that can be made in it."""
+"""The emulation of the kernels detects the mistakes that it is meant to detect: one kernel with such mistakes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.plugins.emulation import emulated_library
 from tests.plugins.test_kernels import ORDERS
 
-# In the order of mistakes.cu; the orders in which a mistake shows.
+# In the order of mistakes.cu; the thread orders in which a mistake shows.
 MISTAKES = {
     "none": None,
     "a barrier left out": "a race in shared memory",

@@ -60,7 +60,7 @@ def enqueue(tensorrt: ctypes.CDLL, name: str, inputs: Sequence[Tensor], outputs:
 @pytest.mark.parametrize("n", [1, 300, 20_011])
 @pytest.mark.parametrize("name", ["TopKGather", "ThresholdGather"])
 def test_selection(tensorrt: ctypes.CDLL, name: str, n: int, dtype: torch.dtype) -> None:
-    """K is the data's: outputs have room for all tokens, and the first K rows are written."""
+    """K depends on the data: outputs have room for all tokens, and the first K rows are written."""
     x, score = cases.matrix(n, WIDTH, dtype, "cpu", 1), torch.rand(n, generator=cases.seeded(2))
     limit = torch.tensor([n // 3]) if name == "TopKGather" else torch.tensor(0.6)
     expected = (topk_gather if name == "TopKGather" else threshold_gather)(x, score, limit)
@@ -85,7 +85,7 @@ def test_scatter(tensorrt: ctypes.CDLL, kept: int, gate_width: int, dtype: torch
 
 
 def test_refusals(tensorrt: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> None:
-    """A type and a shape that the op does not take, and an op that is not there: no call reaches a kernel."""
+    """A type and a shape that the op does not take, and an op that does not exist: no call reaches a kernel."""
     x, score, k = torch.zeros(8, 4), torch.zeros(8), torch.tensor([2])
     outputs = [torch.zeros(8, 4), torch.zeros(8, dtype=torch.int64), torch.tensor(0)]
     assert enqueue(tensorrt, "TopKGather", [x, score.half(), k], outputs) == -21

@@ -56,7 +56,7 @@ both = pytest.mark.parametrize(("write", "read"), [(file_of, read_file), (folder
 
 @both
 @pytest.mark.parametrize("fail", [KeyboardInterrupt(), FULL, RuntimeError("a bug")])
-def test_nothing_is_left_of_what_failed(tmp_path: Path, write: Write, read: Read, fail: BaseException) -> None:
+def test_a_failure_leaves_nothing(tmp_path: Path, write: Write, read: Read, fail: BaseException) -> None:
     target = tmp_path / "out"
     with pytest.raises(type(fail)):
         write(target, "new", fail)
@@ -120,7 +120,7 @@ def test_a_folder_stays_where_the_new_one_cannot_be_renamed(tmp_path: Path) -> N
 
 
 def test_modes_are_those_of_any_other_file(tmp_path: Path) -> None:
-    """A temporary file's would be for this user only."""
+    """A temporary file's mode would be for this user only."""
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "file").touch()
     folder_of(tmp_path / "folder", "text")

@@ -1,4 +1,4 @@
-"""The graph kit on graphs of a few nodes: who makes and reads a value, every edit, branches, and what is refused."""
+"""The graph kit on graphs of a few nodes: producers and users of values, every edit, branches, and what is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def chain() -> Graph:
 
 
 def branching() -> Graph:
-    """`a` is read in one branch, `b` in the other and by a node behind; `inner` is an `If` in the first branch."""
+    """`a` is read in one branch, `b` in the other and by a later node; `inner` is an `If` in the first branch."""
     inner = if_node("inner", [make_node("Neg", ["a"], "p")], [make_node("Abs", ["x"], "q")])
     nodes = [
         make_node("Neg", ["x"], "a"),
@@ -140,7 +140,7 @@ def test_renaming_and_rerouting() -> None:
 
 
 def test_what_a_branch_gives_can_be_rerouted() -> None:
-    """An output of a branch may be a value from around."""
+    """An output of a branch may be a value from the outer graph."""
     made = if_node("z", [make_node("Exp", ["x"], "s")], [make_node("Identity", ["x"], "t")])
     graph = graph_of([make_node("Neg", ["x"], "a"), made, make_node("Abs", ["z"], "y")], ("x", "asked"))
     choice = graph.nodes[1]
@@ -151,7 +151,7 @@ def test_what_a_branch_gives_can_be_rerouted() -> None:
     assert list(graph.users("a")) == [choice]
 
 
-def test_unread_nodes_and_constants_go() -> None:
+def test_unread_nodes_and_constants_are_dropped() -> None:
     nodes = [
         make_node("Neg", ["x"], "a"),
         make_node("Abs", ["a"], "unread"),
@@ -282,7 +282,7 @@ def edits(draw: st.DrawFn) -> list[tuple[str, int, int]]:
 @given(edits(), st.lists(st.integers(0, 9), min_size=2, max_size=8))
 @settings(max_examples=60, deadline=None)
 def test_links_are_right_after_any_edits(todo: list[tuple[str, int, int]], reads: list[int]) -> None:
-    """Looked at between edits, producers, users and order are what a graph that is made anew of the nodes has."""
+    """Between edits, producers, users and order are those of a graph that is made anew from the nodes."""
     nodes = [make_node("Neg", [f"v{min(read, n)}"], f"v{n + 1}") for n, read in enumerate(reads)]
     graph = graph_of(nodes, ("v0",), (f"v{len(reads)}",))
     for fresh, (kind, at, which) in enumerate(todo):

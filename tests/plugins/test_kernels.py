@@ -21,7 +21,7 @@ from gsx_plugins.topk_gather.op import topk_gather
 from tests.plugins import kernel_cases as cases
 from tests.plugins.emulation import emulated_library
 
-# The order in which threads get their turn; in the last one blocks run together, in an order that is drawn.
+# The order in which threads get their turn; in the last one blocks run together, in a random order.
 ORDERS = {"forward": 0, "reverse": 1, "together": 2}
 CPU = "cpu"
 FP32_ATOL = 2e-6  # a few roundings of float32 at values of order 1
@@ -34,7 +34,7 @@ def emulated() -> cases.GuardedKernels:
 
 @pytest.fixture(params=[(order, 1) for order in ORDERS], ids=ORDERS)
 def kernels(request: pytest.FixtureRequest, emulated: cases.GuardedKernels) -> Iterator[cases.GuardedKernels]:
-    """The kernels, run in an order, drawn from a seed."""
+    """The kernels, run in an order that depends on a seed."""
     order, seed = request.param
     emulated._library.emulation_set_order(ORDERS[order], seed)
     yield emulated
@@ -42,7 +42,7 @@ def kernels(request: pytest.FixtureRequest, emulated: cases.GuardedKernels) -> I
 
 
 @pytest.mark.parametrize("n", cases.SIZES)
-def test_topk_at_every_border(kernels: cases.GuardedKernels, n: int) -> None:
+def test_topk_at_every_boundary(kernels: cases.GuardedKernels, n: int) -> None:
     for k in {0, 1, n // 2, n}:
         cases.check_topk(kernels, CPU, n, "gate scores", k)
 
@@ -52,13 +52,13 @@ def test_topk_of_every_kind_of_score(emulated: cases.GuardedKernels, kind: str) 
     for n in (1, 200, 3000):
         for k in cases.wanted_counts(n):
             cases.check_topk(emulated, CPU, n, kind, k)
-    for n in (9000, 20_011):  # the ways for more tokens
+    for n in (9000, 20_011):  # the paths for more tokens
         for k in (0, n // 3, n):
             cases.check_topk(emulated, CPU, n, kind, k)
 
 
 @pytest.mark.parametrize("n", cases.SIZES)
-def test_threshold_at_every_border(kernels: cases.GuardedKernels, n: int) -> None:
+def test_threshold_at_every_boundary(kernels: cases.GuardedKernels, n: int) -> None:
     cases.check_threshold(kernels, CPU, n, "gate scores")
 
 
@@ -86,7 +86,7 @@ def test_topk_of_any_scores(bits: list[int], few: int, share: float) -> None:
 @pytest.mark.parametrize("kernels", [("together", seed) for seed in range(2, 6)], indirect=True, ids=str)
 @pytest.mark.parametrize("kind", ["gate scores", "ties"])
 def test_blocks_at_the_same_time(kernels: cases.GuardedKernels, kind: str) -> None:
-    """The ways in which blocks talk to each other, with more blocks than run at a time."""
+    """All ways in which blocks communicate, with more blocks than run at a time."""
     n = 24_001
     cases.check_topk(kernels, CPU, n, kind, n // 3)
     cases.check_threshold(kernels, CPU, n, kind)
@@ -104,7 +104,7 @@ def test_scatter(emulated: cases.GuardedKernels, case: tuple[int, int, int, int,
 
 
 def test_torch_ops_by_kernels(emulated: cases.GuardedKernels) -> None:
-    """What the ops return for CUDA tensors, strided ones too."""
+    """The ops' results for CUDA tensors, including strided ones."""
     x, score = cases.matrix(300, 40, torch.bfloat16, CPU, 1).t().contiguous().t(), torch.rand(600)[::2]
     k, tau = torch.tensor([77]), torch.tensor(0.4)
     for ours, theirs in (
@@ -201,7 +201,7 @@ def test_a_refused_call_raises(emulated: cases.GuardedKernels) -> None:
         emulated.gather_rows(torch.zeros(4, 0), torch.tensor([0]))
 
 
-def test_a_library_that_is_none(tmp_path: object) -> None:
+def test_a_file_that_is_not_a_library(tmp_path: object) -> None:
     path = tmp_path / "library.so"  # type: ignore[operator]
     path.write_bytes(b"not a library")
     with pytest.raises(PluginLibraryError, match="does not load"):

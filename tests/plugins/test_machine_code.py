@@ -1,4 +1,4 @@
-"""The machine code of every architecture in the library: what a kernel's speed rests on, and no test of results shows.
+"""The machine code of every architecture in the library: what a kernel's speed depends on but its results do not show.
 
 The disassembler comes with the CUDA toolkit, or from the packages nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
@@ -47,7 +47,7 @@ _ARITHMETIC = re.compile(r"FADD|FMUL|F2F")  # not HFMA2, which also loads consta
 
 
 class Disassembler:
-    """cuobjdump, wherever it is."""
+    """cuobjdump, wherever it is installed."""
 
     def __init__(self, library: Path) -> None:
         nvidia = find_spec("nvidia")
@@ -61,7 +61,7 @@ class Disassembler:
             pytest.skip("no cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
 
     def read(self, architecture: str, *options: str) -> list[tuple[str, str]]:
-        """(mangled name, what is told of it) of every kernel."""
+        """(mangled name, its description) of every kernel."""
         program = shutil.which("cuobjdump", path=self._path)
         command = [str(program), "-arch", architecture, *options, str(self._library)]
         environment = {**os.environ, "PATH": self._path}

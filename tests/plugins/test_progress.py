@@ -1,4 +1,4 @@
-"""What passes on the progress of a part of some work."""
+"""Passing on the progress of a part of some work."""
 
 from __future__ import annotations
 

@@ -54,9 +54,9 @@ def messages(logger: Messages) -> Messages:
 
 @pytest.fixture(scope="module")
 def registry(plugin_library: Path, logger: Messages) -> Iterator[Any]:
-    """TensorRT-RTX's registry with the library in it; taken out again, since other tests want the bodies."""
+    """TensorRT-RTX's registry with the library in it; removed again, since other tests need the bodies."""
     assert usable, "tensorrt_rtx was imported before preload_tensorrt_rtx(): using a plugin would end the process"
-    builder = rtx.Builder(logger)  # a plugin finds TensorRT's logger as long as somebody holds one
+    builder = rtx.Builder(logger)  # a plugin finds TensorRT's logger as long as one is referenced
     found = rtx.get_plugin_registry()
     handle = found.load_library(str(plugin_library))
     yield found
@@ -84,7 +84,7 @@ def model_of(
 
 
 def choose_and_add(op: str, kind: int, gate_width: int) -> bytes:
-    """A gated branch without the branch: choose rows, add them again times their gate."""
+    """A gated branch that computes nothing: choose rows, and add them again times their gate."""
     limit = "k" if op == "TopKGather" else "threshold"
     nodes = [
         node(OPS[op], ["x", "score", limit], ["rows", "index", "count"], "choose"),
@@ -197,7 +197,7 @@ def test_engine_with_several_profiles(registry: Any, messages: Messages, op: str
 
 
 def test_fields_round_trip(registry: Any, messages: Messages) -> None:
-    """What a plugin would write into an engine makes it again; it has no attributes, so that is nothing."""
+    """What a plugin writes into an engine recreates it; it has no attributes, so it writes nothing."""
     for name in PLUGIN_OPS:
         creator = registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE)
         assert len(creator.field_names) == 0
@@ -299,7 +299,7 @@ def test_refused_with_a_message(registry: Any, messages: Messages, case: str) ->
 
 
 def test_wrong_number_of_outputs(registry: Any, messages: Messages) -> None:
-    """An older ThresholdGather, without its count, is refused and not misread."""
+    """An older ThresholdGather, without its count, is refused, not misread."""
     nodes = [helper.make_node("ThresholdGather", ["x", "score", "threshold"], ["rows", "index"], "old", domain=DOMAIN,
                               plugin_namespace=PLUGIN_NAMESPACE, plugin_version=PLUGIN_VERSION)]  # fmt: skip
     inputs: dict[str, tuple[int, list[object]]] = {

@@ -1,6 +1,6 @@
-"""A real Triton server for the session: a model as `gsx triton` makes it, one with next to no room, two of other rules.
+"""A real Triton server for the session: a model as `gsx triton` makes it, one with a tiny queue, two of other rules.
 
-`make triton` installs it; where it is not, these tests are skipped, and say so.
+`make triton` installs it; without it, these tests are skipped, and say so.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def served(make_tiny_bundle: Callable[..., Path]) -> Bundle:
 
 @pytest.fixture(scope="session")
 def other_rules(make_tiny_bundle: Callable[..., Path]) -> dict[str, Bundle]:
-    """Bundles, by model name, whose requests choose otherwise than by a budget."""
+    """Bundles, by model name, whose requests have other keep settings than a budget."""
     policies = {"layers": "layers", "calm": "calm:threshold=0.02"}
     return {
         name: open_bundle(make_tiny_bundle(policy=policy, budget=None, calibration=None))
@@ -58,7 +58,7 @@ def server(
 
 
 def free_ports() -> int:
-    """The first of three ports in a row that nobody uses."""
+    """The first of three consecutive unused ports."""
     for first in range(18100, 18900, 3):
         try:
             for port in range(first, first + 3):

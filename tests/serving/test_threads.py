@@ -1,4 +1,4 @@
-"""Threads that leave the server a processor."""
+"""The default number of threads, which leaves one processor to the server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real Triton with what `gsx triton` wrote: every token is `gsx generate`'s, and bad requests hurt nobody."""
+"""A real Triton with what `gsx triton` wrote: every token is that of `gsx generate`, and bad requests do no harm."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def expected(served: Bundle) -> Callable[[int], GenerateResult]:
-    """What `gsx generate` writes for a request of `REQUESTS`."""
+    """The result of `gsx generate` for a request of `REQUESTS`."""
 
     @cache
     def generate(number: int) -> GenerateResult:
@@ -66,7 +66,7 @@ def post(server: Server, body: Any, model: str = "gsx", path: str = "generate") 
 
 
 def control(server: Server, model: str, action: str) -> bool:
-    """Whether the server loads or unloads a model."""
+    """Load or unload a model. Returns: whether the server did so."""
     request = urllib.request.Request(f"{server.url}/v2/repository/models/{model}/{action}", b"{}")
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
@@ -163,7 +163,7 @@ def test_server_sent_events(server: Server, expected: Callable[[int], GenerateRe
     assert events[-1]["finish_reason"] == expected(5).finish
 
 
-def test_a_cancelled_request_ends_and_changes_nobody(
+def test_a_cancelled_request_ends_and_changes_no_other(
     server: Server, grpc: Grpc, expected: Callable[[int], GenerateResult]
 ) -> None:
     before = metric(server, "gsx_cancelled")
@@ -171,7 +171,7 @@ def test_a_cancelled_request_ends_and_changes_nobody(
     answers = grpc([long, REQUESTS[0], {**long, "speculative": True}, REQUESTS[6], long], 5)
     assert [answers[1]["ids"], answers[3]["ids"]] == [expected(0).ids, expected(6).ids]
     assert [answers[n]["error"] for n in (0, 2, 4)] == ["cancelled"] * 3
-    # The draft may have been through before the word arrived; the others had hundreds of steps to go.
+    # The draft may have finished before the cancellation arrived; the others had hundreds of steps to go.
     assert until(lambda: metric(server, "gsx_cancelled") >= before + 2 and metric(server, "gsx_under_way") == 0)
 
 
@@ -222,7 +222,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_requests_are_refused_in_words(server: Server, name: str) -> None:
+def test_bad_requests_are_refused_with_a_message(server: Server, name: str) -> None:
     body, words = BAD[name]
     status, answer = post(server, body)
     assert status in (400, 500), answer
@@ -252,7 +252,7 @@ def test_a_full_queue_refuses_and_serves_the_rest(grpc: Grpc, served: Bundle) ->
     assert all(answer["ids"] == alone for answer in answers if not answer["error"])
 
 
-def test_a_killed_model_process_is_told_and_comes_back(server: Server, served: Bundle) -> None:
+def test_a_killed_model_process_is_reported_and_comes_back(server: Server, served: Bundle) -> None:
     """Triton does not start it again by itself: requests fail at once, unload and load bring it back."""
     stubs = [
         child

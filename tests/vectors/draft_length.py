@@ -1,4 +1,4 @@
-"""Vectors of `draft_length.json`: how far to draft, by the rounds that were seen."""
+"""Vectors of `draft_length.json`: how far to draft, after the rounds so far."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "nothing leaves": {"max_new_tokens": 16, "keep": {"exit_threshold": "inf"}},
     "to the context's end": {"max_new_tokens": 1000, "stop_ids": [], "long": True},
 }
-# Models that generate, and what they are asked for; the others refuse.
+# Models that generate, and their keep settings; the others refuse.
 _FEW = ("greedy", "hot", "stop ids")
 _SETS = ("greedy", "a set of layers", "an exit", "a speed-up", "a set for each")
 _CONFIDENT = ("greedy", "an exit threshold", "nothing leaves")
@@ -55,7 +55,7 @@ PROMPTS = {
 }
 
 
-# What is asked wrongly: model, draft, prompts, options.
+# Invalid requests: model, draft, prompts, options.
 REFUSED: list[tuple[str, str | None, list[list[int]], dict[str, Any]]] = [
     ("gated", None, [], {}),
     ("gated", None, [[5], []], {}),
@@ -107,7 +107,7 @@ REFUSED: list[tuple[str, str | None, list[list[int]], dict[str, Any]]] = [
 
 
 def opened(manifest: Manifest, spec: str | None, digest: Any) -> tuple[Runner, Draft | None]:
-    """The toy's runner, and what drafts on it."""
+    """The toy's runner, and its draft."""
 
     def stage(graph: str) -> TensorRTStage:
         return TensorRTStage(manifest, manifest.engines["toy"], graph, ToyEngine(manifest, graph, digest))
@@ -215,5 +215,5 @@ def _generate(
 
 
 def _keep(raw: dict[str, Any]) -> KeepSettings:
-    """A choice as the vectors have it: an exit threshold is text, since JSON has no infinity."""
+    """Keep settings as in the vectors: an exit threshold is text, since JSON has no infinity."""
     return KeepSettings(**{name: float(value) if name == "exit_threshold" else value for name, value in raw.items()})

@@ -1,6 +1,6 @@
 """Writes the vectors: `python -m tests.vectors.make`. A test makes them again and compares, so they cannot go stale.
 
-Each file holds inputs and what Python makes of them. The module of the same name says what is in it.
+Each file has inputs and the results of Python. The module of the same name says what is in it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FILES: dict[str, Callable[[], Any]] = {
 
 
 def text_of(name: str) -> str:
-    """A file of vectors: JSON, one case a line."""
+    """A file of vectors: JSON, one case per line."""
     made = FILES[name]()
     cases = made if isinstance(made, list) else made.get("cases")
     if cases is None:

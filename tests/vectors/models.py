@@ -16,10 +16,10 @@ from gsx_engines.bundle.selection import GridPoint, Selection
 from tests.vectors.toy import mix
 
 LAYERS, EXIT, VOCABULARY, CONTEXT, END = 6, 3, 97, 100, 2
-# What a rule that does not reach every layer may skip.
+# The layers of a rule that does not apply to every layer.
 ROUTED = (1, 3, 4)
 HASH = "0" * 64
-# Budget -> the least score that is kept, in 256ths; None: any.
+# Budget -> the smallest score that is kept, in 256ths; None: any.
 GRID = {1.0: None, 0.8: 51, 0.5: 127, 0.3: 180}
 # Name -> tokens (least, usual, most) and sequences of each profile.
 PROFILES = {
@@ -63,12 +63,12 @@ def toy_manifest(
     """The manifest of a toy model.
 
     Args:
-        branches: those that the rule may skip; none for a dense model.
-        mode: of the selection, with gates or routers.
+        branches: the branches that the rule may skip; empty for a dense model.
+        mode: the selection's mode, with gates or routers.
         draft: the exit that drafts.
         counted: by rank, whether the host counts how many tokens are kept, and the engine reads that.
-        profiles: of the engine, a key of `PROFILES`.
-        capacity: of the engine's K/V buffers.
+        profiles: the engine's profiles, a key of `PROFILES`.
+        capacity: capacity of the engine's K/V buffers.
     """
     gated = bool(branches) and rule == "gateskip"
     policy = toy_policy(rule, branches, mode) if branches else None
@@ -191,7 +191,7 @@ def threshold(cut: int | None, layer: int, column: int) -> float:
 
 
 def engine_inputs(policy: Policy | None, *, counted: bool) -> Shapes:
-    """What every engine reads, less K and V: tokens, and the rule's run-time inputs."""
+    """The inputs of every engine except K and V: tokens, and the rule's run-time inputs."""
     shapes: Shapes = {
         "thresholds": [LAYERS, 2],
         "budget": [],

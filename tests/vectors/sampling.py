@@ -32,7 +32,7 @@ KINDS: dict[str, tuple[int, Callable[[int], float]]] = {
     "close": (1000, lambda bits: (bits - 2**23) * 2.0**-23),
     "one ruled out": (20, lambda bits: -math.inf if bits % 3 == 0 else float(bits % 4)),
 }
-# By these no token can be chosen.
+# With these no token can be chosen.
 REFUSED_KINDS: dict[str, tuple[int, Callable[[int], float]]] = {
     "some are no numbers": (20, lambda bits: math.nan if bits % 3 == 0 else float(bits % 4)),
     "some are infinite": (20, lambda bits: math.inf if bits % 3 == 0 else float(bits % 4)),

@@ -1,10 +1,9 @@
-"""A toy model in whole numbers, behind the interface of a TensorRT engine (`gsx_engines.runners.tensorrt.Engine`).
+"""A toy model in integers, with the interface of a TensorRT engine (`gsx_engines.runners.tensorrt.Engine`).
 
-It is the same arithmetic as engines/cpp/tests/toy_engine.cpp, so two languages must agree to the bit: states are whole
-numbers below 2**16, all randomness is a hash, logits are quarters, and many of them are equal. It keeps K and V,
-attends over what the mask shows, skips by thresholds, by rank, by a set of layers or by confidence, and has an exit
-that often agrees with the model. The inputs of a call are hashed, so that vectors show every byte that a runtime would
-be given.
+Its arithmetic is that of engines/cpp/tests/toy_engine.cpp, so both languages must agree to the bit: states are integers
+below 2**16, all randomness is a hash, logits are multiples of a quarter, and many of them are equal. It stores K and V,
+attends to what the mask allows, skips by thresholds, by rank, by a set of layers or by confidence, and has an exit that
+often agrees with the model. The inputs of a call are hashed, so that vectors cover every byte that a runtime would get.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ class ToyEngine:
     Args:
         manifest: its shape, gates, and K/V policy.
         graph: `model`, `draft` or `verify`.
-        digest: takes in every call.
+        digest: updated with every call.
     """
 
     def __init__(self, manifest: Manifest, graph: str, digest: Any) -> None:
@@ -157,7 +156,7 @@ class ToyEngine:
         buffers: Mapping[str, tuple[Any, tuple[int, ...]]],
         below: Mapping[str, np.ndarray],
     ) -> dict[str, np.ndarray]:
-        """Write K and V of a layer; under the policy `copy` a skipped token has those of the layer below."""
+        """Write K and V of a layer; under the policy `copy` a skipped token takes those of the layer below."""
         copies = self.manifest.kv_policy == "copy" and layer > 0
         written = {}
         for number, kv in enumerate(("key", "value")):
@@ -191,7 +190,7 @@ class ToyEngine:
 
 
 def new_digest() -> Any:
-    """What `ToyEngine` takes its calls in by."""
+    """A new digest for `ToyEngine`'s calls."""
     return hashlib.sha256()
 
 

@@ -61,7 +61,7 @@ void checkMask(Mask const& mask, std::string const& kvPolicy) {
         throw UsageError("the set drops the first layer's attention",
                          {"a set with 0.attn: under the K/V policy copy the layers above copy its K and V",
                           {},
-                          "keep layer 0, or export with --kv-policy none or compute"});
+                          "keep layer 0, or export with the K/V policy none or compute"});
     }
 }
 
@@ -203,13 +203,13 @@ void checkRead(Manifest const& manifest, Keep const& keep) {
         if (read == nullptr) {
             throw UsageError("an exit threshold needs a bundle with confidence-based exits",
                              {{}, dense ? "a dense model" : "policy " + manifest.policy->name,
-                              "gsx export MODEL --policy calm"});
+                              "export the model with the policy calm"});
         }
         checkExitThreshold(*keep.exitThreshold, *read->least, *read->most);
     } else if (!given.empty() && (dense || manifest.policy->input(names::kLayerMask) == nullptr)) {
         throw UsageError("the setting '" + given[0] + "' needs a bundle whose keep rule reads a set of layers",
                          {{}, dense ? "a dense model" : "policy " + manifest.policy->name,
-                          "gsx export MODEL --policy layers"});
+                          "export the model with the policy layers"});
     }
 }
 

@@ -46,7 +46,7 @@ Thresholds Selection::thresholdsFor(double wanted) const {
     if (wanted < lowest) {
         throw UsageError("budget " + shortNumber(wanted) + " is below the calibrated grid",
                          {shortNumber(lowest) + " to 1", shortNumber(wanted),
-                          "export again with --budget " + shortNumber(wanted) + ", so that the grid includes it"});
+                          "export again with budget " + shortNumber(wanted) + ", so that the grid includes it"});
     }
     for (size_t i = 0; i < grid.size(); ++i) {
         GridPoint const& upper = grid[i];

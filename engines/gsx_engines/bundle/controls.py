@@ -1,4 +1,4 @@
-"""What a request asks of the keep rule, turned into run-time inputs of the graph.
+"""Turns a request's keep settings into run-time values for the graph.
 
 A bundle's manifest names the inputs that its rule reads (`policy.inputs`). They stay the same for a whole request:
 under the K/V policy `none`, K and V of a skipped layer are never computed, so a set of layers cannot grow later.
@@ -27,7 +27,7 @@ RuntimeValues = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class KeepSettings:
-    """What one request keeps; where it says nothing, the exported settings apply. At most one argument is given.
+    """The keep settings of one request; if it gives none, the exported ones apply. At most one may be given.
 
     Args:
         budget: share of skippable work to keep, for keep rules with thresholds.
@@ -90,23 +90,23 @@ def controls_for(
             expected=f"one choice for all, or {sequences}",
             found=str(len(settings)),
         )
-    for one in dict.fromkeys(settings):
-        _check_read(manifest, one)
+    for setting in dict.fromkeys(settings):
+        _check_read(manifest, setting)
     policy = manifest.policy
     if policy is None:
         return {}
     controls: dict[str, np.ndarray] = {}
     if manifest.selection is not None:
-        budget = _shared("budget", [one.budget for one in settings])
+        budget = _shared("budget", [setting.budget for setting in settings])
         controls |= selected(manifest.selection, manifest.selection.budget if budget is None else budget)
     if policy.input("layer_mask"):
-        controls["layer_mask"] = np.stack([layer_mask(manifest, one) for one in settings])
+        controls["layer_mask"] = np.stack([layer_mask(manifest, setting) for setting in settings])
     if policy.input("exit_threshold"):
-        threshold = _shared("exit threshold", [one.exit_threshold for one in settings])
+        threshold = _shared("exit threshold", [setting.exit_threshold for setting in settings])
         controls["exit_threshold"] = _exit_threshold(policy, threshold)
     if policy.input("full_until"):
         prompts = [None] * sequences if prompt_tokens is None else prompt_tokens
-        until = [_full_until(manifest, one, tokens) for one, tokens in zip(settings, prompts, strict=True)]
+        until = [_full_until(manifest, setting, tokens) for setting, tokens in zip(settings, prompts, strict=True)]
         controls["full_until"] = np.array(until, np.int64)
     return controls
 
@@ -120,7 +120,7 @@ def _shared(name: str, values: Sequence[float | None]) -> float | None:
 
 
 def layer_mask(manifest: Manifest, keep: KeepSettings) -> np.ndarray:
-    """The layer mask [L, 2] float32 that a request asks for.
+    """The layer mask [L, 2] float32 of a request.
 
     Raises:
         UsageError: a set that the model does not have, or that its K/V policy does not allow.
@@ -165,7 +165,7 @@ def _check_read(manifest: Manifest, keep: KeepSettings) -> None:
             raise UsageError(
                 "an exit threshold needs a bundle with confidence-based exits",
                 found="a dense model" if policy is None else f"policy {policy.name}",
-                todo="gsx export MODEL --policy calm",
+                todo="export the model with the policy calm",
             )
         assert read.least is not None
         assert read.most is not None
@@ -174,7 +174,7 @@ def _check_read(manifest: Manifest, keep: KeepSettings) -> None:
         raise UsageError(
             f"the setting {keep.given[0]!r} needs a bundle whose keep rule reads a set of layers",
             found="a dense model" if policy is None else f"policy {policy.name}",
-            todo="gsx export MODEL --policy layers",
+            todo="export the model with the policy layers",
         )
 
 
@@ -239,6 +239,6 @@ def _full_until(manifest: Manifest, keep: KeepSettings, prompt_tokens: int | Non
     """Position from which the rule applies to a sequence: after its prompt and the warm-up, or 0."""
     policy = manifest.policy
     assert policy is not None
-    chooses_set = keep.layers is not None or keep.exit is not None
-    warm_up = 0 if keep.speedup is not None else None if chooses_set else policy.warm_up
+    gives_set = keep.layers is not None or keep.exit is not None
+    warm_up = 0 if keep.speedup is not None else None if gives_set else policy.warm_up
     return 0 if warm_up is None or prompt_tokens is None else prompt_tokens + warm_up

@@ -63,7 +63,7 @@ def check_mask(mask: np.ndarray, kv_policy: str) -> None:
         raise UsageError(
             "the set drops the first layer's attention",
             expected="a set with 0.attn: under the K/V policy copy the layers above copy its K and V",
-            todo="keep layer 0, or export with --kv-policy none or compute",
+            todo="keep layer 0, or export with the K/V policy none or compute",
         )
 
 

@@ -151,9 +151,9 @@ class Manifest(Section):
     @model_validator(mode="before")
     @classmethod
     def _name_gateskip(cls, values: Any) -> Any:
-        """Give a bundle without a section `policy` the one that it means.
+        """Give a bundle without a section `policy` the section that it implies.
 
-        The first bundles had none, since GateSkip was the only keep rule: in such a bundle a selection means GateSkip.
+        The first bundles had no such section, since GateSkip was the only keep rule: a selection implies GateSkip.
         """
         if not isinstance(values, Mapping) or not values.get("selection") or values.get("policy"):
             return values
@@ -186,11 +186,11 @@ class Manifest(Section):
         """(layer, branch) of every branch that the keep rule may skip in some layers, in the graph's order."""
         if self.policy is None:
             return []
-        reached = layers if self.policy.layers is None else [one for one in self.policy.layers if one in layers]
+        reached = layers if self.policy.layers is None else [layer for layer in self.policy.layers if layer in layers]
         return [(layer, branch) for layer in reached for branch in BRANCHES if branch in self.policy.branches]
 
     def layers_of(self, graph: str) -> range:
-        """The layers that a graph of the bundle holds: `model`, or the halves `draft` and `verify`."""
+        """The layers in a graph of the bundle: `model`, or the halves `draft` and `verify`."""
         depth = self.decoder.num_layers
         if graph == "model":
             return range(depth)
@@ -213,7 +213,7 @@ class Manifest(Section):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Manifest:
-        reads = {one.name for one in self.policy.inputs} if self.policy else set()
+        reads = {read.name for read in self.policy.inputs} if self.policy else set()
         if (self.selection is not None) != bool(reads & {"thresholds", "budget"}):
             raise ValueError("a selection requires a policy that reads thresholds or a budget, and the other way round")
         if self.policy is not None and self.policy.needs_gates and self.gates is None:

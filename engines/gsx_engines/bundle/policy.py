@@ -62,7 +62,7 @@ class PolicySection(Section):
 
     def input(self, name: str) -> RuntimeInput | None:
         """A run-time input by name; None if the rule does not read it."""
-        return next((one for one in self.inputs if one.name == name), None)
+        return next((read for read in self.inputs if read.name == name), None)
 
 
 class NoParameters(Section):
@@ -70,7 +70,7 @@ class NoParameters(Section):
 
 
 class GateSkipPolicy(PolicySection):
-    """GateSkip: the checkpoint's gates choose."""
+    """GateSkip: the checkpoint's gates decide."""
 
     skips_any_branch = True
     needs_gates = True
@@ -86,7 +86,7 @@ class RouterParameters(Section):
 
 
 class RouterPolicy(PolicySection):
-    """Mixture-of-Depths and its like: the checkpoint's routers choose."""
+    """Mixture-of-Depths and similar methods: the checkpoint's routers decide."""
 
     name: Literal["router"] = "router"
     parameters: RouterParameters
@@ -108,7 +108,7 @@ class LayersPolicy(PolicySection):
 
 
 class UnifiedParameters(LayersParameters):
-    """The same, and the speed-up that gives the set."""
+    """The exported set of layers, and the speed-up that it comes from."""
 
     speedup: float
 
@@ -126,7 +126,7 @@ class FfnSkipParameters(Section):
     """FFN-SkipLLM's parameters.
 
     Args:
-        stride: layers that are skipped on account of one.
+        stride: number of layers that are skipped after one similar layer.
         layers: `FIRST-LAST`, the layers whose FFNs may be skipped.
         similarity: by layer, the mean cosine of the states before and after its FFN on the calibration text.
     """
@@ -149,7 +149,7 @@ class FfnSkipPolicy(PolicySection):
 
 
 class CalmPolicy(PolicySection):
-    """CALM: a token leaves at the first exit where the model is confident enough."""
+    """CALM: a token exits at the first exit where the model is confident enough."""
 
     name: Literal["calm"] = "calm"
     parameters: NoParameters = NoParameters()
@@ -157,7 +157,7 @@ class CalmPolicy(PolicySection):
 
 
 BUILT_IN = (GateSkipPolicy, RouterPolicy, LayersPolicy, UnifiedPolicy, FfnSkipPolicy, CalmPolicy)
-BUILT_IN_NAMES = tuple(str(one.model_fields["name"].default) for one in BUILT_IN)
+BUILT_IN_NAMES = tuple(str(section.model_fields["name"].default) for section in BUILT_IN)
 
 
 def _is_outside(name: str) -> str:

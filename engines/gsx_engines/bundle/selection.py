@@ -1,4 +1,4 @@
-"""The section `selection` of `gsx.json`: how GateSkip chooses tokens, and its calibrated thresholds."""
+"""The section `selection` of `gsx.json`: how tokens are selected, and the calibrated thresholds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import model_validator
 from gsx_engines.bundle.fields import Budget, Section, Sha256, Table, Threshold
 from gsx_plugins.errors import UsageError
 
-# How kept tokens are chosen: by a calibrated threshold, or the best of the call.
+# How kept tokens are selected: by a calibrated threshold, or the best of the call.
 SelectionMode = Literal["threshold", "rank"]
 
 
@@ -34,7 +34,7 @@ class GridPoint(Section):
 
 
 class Selection(Section):
-    """How kept tokens are chosen, and the exported budget.
+    """How kept tokens are selected, and the exported budget.
 
     Args:
         mode: `threshold` or `rank`.
@@ -71,7 +71,7 @@ class Selection(Section):
                 f"budget {budget:g} is below the calibrated grid",
                 expected=f"{lowest.budget:g} to 1",
                 found=f"{budget:g}",
-                todo=f"export again with --budget {budget:g}, so that the grid includes it",
+                todo=f"export again with budget {budget:g}, so that the grid includes it",
             )
         for upper, lower in zip(self.grid, self.grid[1:], strict=False):
             if lower.budget < budget < upper.budget:

@@ -1,1 +1,1 @@
-"""Rewriting a portable graph, while it is loaded, into what a runtime runs best. The file stays as it is."""
+"""Rewrites a portable graph, while it is loaded, into the form that a runtime runs best. The file is unchanged."""

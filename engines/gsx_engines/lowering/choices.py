@@ -1,4 +1,4 @@
-"""The choices of rows in a graph, by which branches are found."""
+"""The nodes that choose rows in a graph; branches are found by them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def is_choice(node: onnx.NodeProto) -> bool:
 
 
 def branch_choices(graph: Graph) -> list[onnx.NodeProto]:
-    """The choices of rows that branches run on, in order; a keep rule may choose rows to look at, or for a stand-in."""
+    """The choices of the rows that branches run on, in order; keep rules may also choose rows for other purposes."""
     ends = (".attn.index", ".mlp.index")
     choices = [node for node in graph.nodes if is_choice(node)]
     for node in choices:

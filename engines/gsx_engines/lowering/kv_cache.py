@@ -1,7 +1,7 @@
-"""K and V in 8 bits: codes by a scale for each head, where a graph has numbers of its own type.
+"""K and V in 8 bits: codes with a scale for each head, in place of numbers of the graph's own type.
 
-The portable graph knows nothing of it. Two forms are made of it when it is loaded: the fast one (`onnxruntime.py`)
-keeps codes; the portable one rounds what it appends to the cache to the same values, and keeps them in its own type.
+The portable graph has no codes. It is rewritten when it is loaded: the fast form (`onnxruntime.py`) stores codes; the
+portable form rounds what it appends to the cache to the same values, and stores them in its own type.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def quantize(new: str, layer: int, kv: str) -> onnx.NodeProto:
 
 
 def round_cache(graph: Graph, kv_cache: KvCache, layers: Iterable[int]) -> int:
-    """In a portable graph, what is appended to the cache is rounded to what its codes stand for.
+    """In a portable graph, round what is appended to the cache to the values of its codes.
 
         past, new -> Concat -> present      becomes
         past, (new -> QuantizeLinear -> DequantizeLinear) -> Concat -> present
 
-    Why: parity is measured on the portable graph, and must see the values that the codes of a lowered one have.
+    Why: parity is measured on the portable graph, and must see the values of the codes in a lowered graph.
     """
     layers = list(layers)
     add_head_scales(graph, kv_cache, layers)

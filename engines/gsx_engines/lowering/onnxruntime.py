@@ -1,31 +1,32 @@
-"""The forms that ONNX Runtime runs best on a CPU: K/V in place, skipped branches not entered.
+"""The forms that ONNX Runtime runs fastest on a CPU: K/V in place, skipped branches not entered.
 
-There are two: some tokens of one sequence, and one token of each of several sequences (a step of a batch).
+There are two forms: several tokens of one sequence, and one token of each of several sequences (a step of a batch).
 
-What changes against the portable graph (all measured, benchmarks/RESULTS.md; the passes are in `for_onnxruntime/`):
+What differs from the portable graph (all measured, benchmarks/RESULTS.md; the passes are in `for_onnxruntime/`):
 
 - the cache is a buffer of fixed capacity per layer; this call's K and V are written into it, and nothing is copied,
   since input and outputs are bound to the same memory;
 - attention is the contrib op GroupQueryAttention, which reads the buffer up to the current length, where ONNX's
-  Attention costs the whole capacity. Attention of all rows appends K and V itself. Under a gate TensorScatter does
-  that for all tokens, and the kept rows attend with an empty new key and their rows of the mask, as a bias: the op's
-  own mask is causal from the end, which allows at least what a kept row may see;
-- K and V may be codes of 8 bits (`kv_cache.py`), which the op reads and writes itself, by a scale for each channel;
+  Attention costs the whole capacity. Attention over all rows appends K and V itself. Under a gate, TensorScatter does
+  that for all tokens, and the kept rows attend with an empty new key and with their rows of the mask as a bias: the
+  op's own mask is causal from the end, which allows at least what a kept row may see;
+- K and V may be 8-bit codes (`kv_cache.py`), which the op reads and writes itself, with a scale for each channel;
 - products in 8 bits are the contrib ops that have fast kernels (`quantized.py`);
-- the nodes of a branch, and whatever it alone reads, stand inside `If`, which is not entered when no row is kept;
-- what is asked at every branch is decided for all branches together as far as it can be (`decisions.py`), and small
-  nodes are left out or made one (`trim.py`), since a single step pays for each;
-- final norm and head are a model of their own, which runs on the columns that are asked for, in generation the last
-  one, and which the two halves of a split decoder share, so that its weights are in memory once.
+- the nodes of a branch, and everything that only the branch reads, are inside `If`, which is not entered when no row is
+  kept;
+- the decisions of all branches are made together as far as possible (`decisions.py`), and small nodes are removed or
+  merged (`trim.py`), since a single step pays for each of them;
+- final norm and head are a model of their own. It runs only on the requested columns (in generation, the last one), and
+  the two halves of a split decoder share it, so that its weights are in memory once.
 
-In a step every row is the last one of its sequence, so the op's own mask by length, and by window, is all there is to
-mask. The kept rows' queries stand at their sequences' places; the other sequences attend to one column, and the result
-is not read.
+In a step every row is the last one of its sequence, so the op's own mask by length, and by window, is the whole mask.
+The kept rows' queries are at the positions of their sequences; the other sequences attend to one column, and their
+result is not read.
 
-Where a skipped token leaves no K and V and must not be seen, the mask is a layer's own, found in the written buffer.
+Where a skipped token leaves no K and V and must not be seen, each layer has its own mask, found in the written buffer.
 
-Limits: no padding, float32; in steps no mask of a layer's own, and threshold selection, since rank selection chooses
-among a whole call.
+Limits: no padding, only float32; in steps no mask per layer, and only threshold selection, since rank selection
+compares the tokens of a whole call.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ from gsx_engines.lowering.passes import Pass, of_any, run_passes
 from gsx_plugins.domain import DOMAIN, OPSET_VERSION
 from gsx_plugins.graph import Graph
 
-# What is made of the portable graph, in order.
+# The passes over the portable graph, in order.
 BODY_PASSES: tuple[Pass[Task], ...] = (
     of_any(fuse_products),
     give_state,
@@ -88,7 +89,7 @@ BODY_PASSES: tuple[Pass[Task], ...] = (
     of_any(weights_inside),
     of_any(unsigned_codes),
 )
-# And what makes the head's model of it.
+# The passes that make the head's model.
 HEAD_PASSES: tuple[Pass[Task], ...] = (take_state, of_any(fuse_products), of_any(unsigned_codes))
 
 
@@ -100,14 +101,14 @@ def cache_outputs(manifest: Manifest, layer: int, kv: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph in two models: the layers, and what comes after them.
+    """A graph as two models: the layers, and what comes after them.
 
     Args:
-        body: inputs of the portable graph, but `total_length` [B] int64, the tokens in the cache after the call, in
-            place of `attention_mask`: nothing is padded. Cache inputs and outputs have the axis `capacity`;
-            `cache_outputs` tells which outputs share the memory of an input. In place of logits it gives `state`
-            [B, S, H], of the last layer that it holds, and with gates `kept`: [P] int64, rows by gated branch, or in
-            steps [P x B] bool, which ones.
+        body: has the inputs of the portable graph, but instead of `attention_mask` it has `total_length` [B] int64, the
+            number of tokens in the cache after the call: nothing is padded. Cache inputs and outputs have the axis
+            `capacity`; `cache_outputs` returns the outputs that share the memory of an input. Instead of logits it
+            returns `state` [B, S, H], of its last layer, and with gates `kept`: [P] int64, the number of rows kept by
+            each gated branch, or in steps [P x B] bool, which rows.
         head: `state` [1, any, H] -> `logits` [1, any, V].
         counts: how often each pass applied to the body.
     """
@@ -118,13 +119,13 @@ class Lowered:
 
 
 def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range, *, steps: bool = False) -> Lowered:
-    """A lowered form of a portable graph (its weights stay external).
+    """The lowered form of a portable graph (its weights stay external).
 
     Args:
-        layers: the ones that the graph holds.
-        steps: the form for one token of each of B sequences, in place of S tokens of one.
+        layers: the layers in the graph.
+        steps: make the form for one token of each of B sequences, instead of S tokens of one sequence.
     Raises:
-        LayoutError: the graph is not laid out as the exporter of this version lays graphs out.
+        LayoutError: the graph does not have the layout of this version's exporter.
     """
     task = Task(manifest, layers, steps)
     body, head = onnx.ModelProto(), onnx.ModelProto()

@@ -1,7 +1,7 @@
-"""What a lowering consists of: named passes over one graph, in order, each counted.
+"""The parts of a lowering: named passes over one graph, in order, each with a count.
 
-A pass is a function of the graph and of what is to be lowered (the runtime's `Task`). Its docstring shows the pattern,
-the replacement, and why; it returns how often it applied. Its name is the function's.
+A pass is a function of the graph and of the lowering's task (the runtime's `Task`). Its docstring shows the pattern,
+the replacement, and the reason; it returns how often it applied. Its name is the function's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 
 
 def of_any(rewrite: Callable[[Graph], int]) -> Pass[Any]:
-    """A pass from a rewrite of any graph, which need not know what is lowered."""
+    """Make a pass of a rewrite that works on any graph and does not need the task."""
 
     @functools.wraps(rewrite)
     def apply(graph: Graph, task: object) -> int:
@@ -38,12 +38,12 @@ def run_passes(graph: Graph, passes: Sequence[Pass[T]], task: T) -> Mapping[str,
 
     Returns: how often each applied, by its name, in the order of their first runs.
     Raises:
-        LayoutError: the graph does not look as one of them expects; it names the pass.
+        LayoutError: the graph does not have the layout that a pass expects; the error names the pass.
     """
     counts: dict[str, int] = {}
-    for one in passes:
-        graph.in_pass = name = one.__name__
-        counts[name] = counts.get(name, 0) + one(graph, task)
+    for rewrite in passes:
+        graph.in_pass = name = rewrite.__name__
+        counts[name] = counts.get(name, 0) + rewrite(graph, task)
     graph.in_pass = ""
     graph.store()
     _log.debug("graph %s: %s", graph.proto.name, ", ".join(f"{name} {count}" for name, count in counts.items()))
@@ -51,7 +51,7 @@ def run_passes(graph: Graph, passes: Sequence[Pass[T]], task: T) -> Mapping[str,
 
 
 def not_as_expected(path: Path, manifest: Manifest, error: LayoutError) -> BundleError:
-    """What the user is told when a graph of a bundle cannot be lowered: another version wrote it, or somebody else."""
+    """The error for a bundle's graph that cannot be lowered: another version wrote it, or another program."""
     return BundleError(
         f"{path}: is not laid out as this version of gsx lays graphs out",
         expected=f"a graph of gsx {version('gsx')}",

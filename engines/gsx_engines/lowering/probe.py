@@ -1,4 +1,4 @@
-"""Whether this ONNX Runtime has the kernels that the lowering needs: a small model is run and compared."""
+"""Checks whether this ONNX Runtime has the kernels that the lowering needs, by running small models."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gsx_engines.lowering.for_onnxruntime.task import CONTRIB, EIGHT_BITS, MASKED, OPSET
 
-# A code's worth: random keys and values of size 1 lie within 127 of them.
+# The value of one code: random keys and values of size 1 are within 127 of them.
 _STEP = np.float32(2.0**-5)
-# Of the result, whose size is 1. Over codes ONNX Runtime 1.31 rounds more than it must (seen: 0.002).
+# Largest error of the result, whose size is 1. With codes, ONNX Runtime 1.31 rounds more than necessary (seen: 0.002).
 _ROUNDING = {False: 1e-5, True: 0.02}
 
 
@@ -20,9 +20,9 @@ _ROUNDING = {False: 1e-5, True: 0.02}
 def is_supported(head_dim: int, *, eight_bits: bool = False) -> bool:
     """Whether this ONNX Runtime has the form of GroupQueryAttention that the lowering needs.
 
-    It is run once for each head size (which must be a multiple of 8 in ONNX Runtime 1.31) and compared.
+    The op is run once for each head size (which must be a multiple of 8 in ONNX Runtime 1.31) and its result compared.
 
-    Args: eight_bits: over a cache of 8-bit codes.
+    Args: eight_bits: with a cache of 8-bit codes.
     """
     rng = np.random.default_rng(0)
     key, value = (rng.standard_normal((1, 1, 4, head_dim), np.float32) for _ in range(2))
@@ -38,7 +38,7 @@ def is_supported(head_dim: int, *, eight_bits: bool = False) -> bool:
     attributes: dict[str, int | str] = {"num_heads": 2, "kv_num_heads": 1}
     cache_type = TensorProto.FLOAT
     if eight_bits:
-        # What its codes stand for, so that nothing is left to round.
+        # Keys and values that codes represent exactly, so that nothing is rounded.
         names |= {"key": np.clip(np.rint(key / _STEP), -127, 127), "value": np.clip(np.rint(value / _STEP), -127, 127)}
         key, value = names["key"] * _STEP, names["value"] * _STEP
         names |= {"key": names["key"].astype(np.int8), "value": names["value"].astype(np.int8)}

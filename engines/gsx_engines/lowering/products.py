@@ -1,4 +1,4 @@
-"""Products of quantized values in a graph, by the pattern that docs/quantization.md describes."""
+"""Finds products of quantized values in a graph, by the pattern that docs/quantization.md describes."""
 
 from __future__ import annotations
 

@@ -1,30 +1,30 @@
-"""The form of a graph that TensorRT builds an engine from. The file in the bundle stays as it is.
+"""The form of a graph that TensorRT builds an engine from. The file in the bundle is unchanged.
 
-With K and V in place, which is what gsx runs, this changes against the portable graph:
+With K and V in place, which is what gsx runs, the form differs from the portable graph:
 
 - the cache is a buffer of fixed capacity per layer. `TensorScatter` writes this call's K and V into it, which TensorRT
   imports as its in-place cache update: `present.*` shares the memory of `past_key_values.*`, and nothing is copied;
 - the axis `total` becomes `window`: how many columns of the cache attention reads, at least those that are filled;
-  columns behind are 0 in `attention_mask`. Where the call's tokens stand is an input of its own, `write_at [B]`, for
-  each sequence. So sequences have lengths of their own without padding, a step of decoding keeps its shapes while the
+  columns after these are 0 in `attention_mask`. A separate input, `write_at [B]`, has the position of the call's tokens
+  for each sequence. So sequences have their own lengths without padding, a step of decoding keeps its shapes while the
   cache grows, and one CUDA graph serves many steps;
 - the head runs on the tokens that `logits_at [B, M]` names, numbered over the flattened batch;
-- `logits` and what passes an exit (`exit_hidden`, `exit_key`, `exit_value`) are float32 outside in every precision;
-- `kept [n]` tells how many rows each gated branch ran on;
+- `logits` and the exit state (`exit_hidden`, `exit_key`, `exit_value`) are float32 outside, in every precision;
+- `kept [n]` has the number of rows that each gated branch ran on;
 - `thresholds` and `budget` lose their default value, so that they stay inputs;
 - attention is written out for TensorRT's `Attention` (one output, explicit mask);
-- codes of an embedding or a gate go through a DequantizeLinear, that of an embedding before its rows are read:
-  TensorRT takes 8-bit constants nowhere else;
+- codes of an embedding or a gate go through a DequantizeLinear, for an embedding before its rows are read: TensorRT
+  takes 8-bit constants nowhere else;
 - an op without a plugin is rewritten; see `Form`.
 
 The passes are in `for_tensorrt/`.
 
-With K and V that grow, for other people's programs, only the last three and the lost default are done: the engine has
-the portable graph's inputs and outputs, `past_key_values.*` and `present.*` with the call's columns behind it.
+With K and V that grow, for other programs, only the last three and the removal of default values apply: the engine has
+the portable graph's inputs and outputs, `past_key_values.*` and `present.*` with the call's columns after it.
 
 Without a plugin for `ThresholdGather` the selection becomes a mask: every row goes through every branch, and a skipped
-row takes the residual as it was. The results are the same and nothing is saved. `TopKGather` has a body that TensorRT
-imports when `k [1]` is known to the host: it becomes an input in place of `budget`, which the runner counts.
+row keeps its residual. The results are the same, but nothing is saved. `TopKGather` has a body that TensorRT imports if
+the host knows `k [1]`: it becomes an input instead of `budget`, and the runner computes it.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from gsx_plugins.domain import DOMAIN
 from gsx_plugins.graph import Graph
 
 OPSET = 24  # TensorScatter
-# What is made of the portable graph, in order.
+# The passes over the portable graph, in order.
 PASSES: tuple[Pass[Task], ...] = (
-    of_any(Graph.drop_defaults),  # an initializer of an input's name would make a constant of the input
+    of_any(Graph.drop_defaults),  # an initializer with an input's name would turn the input into a constant
     place_call,
     write_cache_in_place,
     ask_for_columns,
@@ -76,8 +76,8 @@ class Lowered:
     """A graph for TensorRT.
 
     Args:
-        model: its weights stay external, in the bundle's file.
-        forms: what became of each op of domain gsx that the portable graph has.
+        model: the model; its weights stay external, in the bundle's file.
+        forms: the form that each op of domain gsx in the portable graph took.
         counts: how often each pass applied.
     """
 
@@ -96,13 +96,13 @@ def lower(
     one_sequence: bool,
     kv_layout: KvLayout = "in-place",
 ) -> Lowered:
-    """The form of a graph of a bundle that TensorRT builds an engine from.
+    """The form of a bundle's graph that TensorRT builds an engine from.
 
     Args:
         portable: `model.onnx`, `draft.onnx` or `verify.onnx`, without its weights.
         capacity, rows, plugins, one_sequence, kv_layout: as in `Task`.
     Raises:
-        LayoutError: the graph is not laid out as the exporter of this version lays graphs out.
+        LayoutError: the graph does not have the layout of this version's exporter.
     """
     model = onnx.ModelProto()
     model.CopyFrom(portable)

@@ -1,7 +1,7 @@
 """A bfloat16 graph in float32, for ONNX Runtime on a CPU, which has no bfloat16 products.
 
-Weights stay as they are stored and are widened when the graph is loaded, which loses nothing; activations are not
-rounded to bfloat16. So the graph computes what it says, only more exactly.
+Weights stay stored in bfloat16 and are widened when the graph is loaded, which is exact; activations are not rounded to
+bfloat16. So the graph computes the same, only more exactly.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from onnx import AttributeProto, ModelProto, NodeProto, TensorProto, ValueInfoPr
 from gsx_plugins.graph import Graph
 
 _NARROW, _WIDE = TensorProto.BFLOAT16, TensorProto.FLOAT
-# Attributes that name a type of element.
+# Attributes that name an element type.
 _TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype", "softmax_precision", "stash_type")
 _STORED = ".bf16"
 
 
 def in_float32(model: ModelProto) -> None:
-    """Make every bfloat16 of a model float32, in place; its functions and the graphs within its nodes too."""
+    """Turn every bfloat16 of a model into float32, in place, also in its functions and in its nodes' graphs."""
     for function in model.functions:
         _nodes(function.node)
         _values(function.value_info)

@@ -1,4 +1,4 @@
-"""`--policy norm-skip[:branch=attn|mlp]`: what is asked for, its calibration, and its section of the manifest."""
+"""`--policy norm-skip[:branch=attn|mlp]`: its parameters, its calibration, and its section of the manifest."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from norm_skip.traced import NormSkip
 
 
 class NormSkipOptions(Parameters):
-    """What is behind the colon. Args: branch: the only branch that may be skipped; None for both."""
+    """The parameters after the colon. Args: branch: the only branch that may be skipped; None for both."""
 
     branch: Literal["attn", "mlp"] | None = None
 

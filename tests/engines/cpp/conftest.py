@@ -21,7 +21,7 @@ from tests.plugins.emulation import cuda_include
 from tests.vectors import make
 
 SOURCES = Path(__file__).parents[3] / "engines" / "cpp"
-# Folders of TensorRT, of which only the headers are needed.
+# Folders of TensorRT; only their headers are needed.
 ROOTS = [
     Path(root) for root in os.environ.get("GSX_TEST_TENSORRT_ROOTS", os.environ.get("TENSORRT_ROOT", "")).split(":")
 ]
@@ -29,7 +29,7 @@ NEEDS = "needs g++, CUDA's headers and TENSORRT_ROOT (or GSX_TEST_TENSORRT_ROOTS
 
 
 def headers_of(root: Path) -> Path | None:
-    """Folder of TensorRT's headers, given it or the one above it; None where there are none."""
+    """Folder of TensorRT's headers, given that folder or the one above it; None if it has no headers."""
     return next((folder for folder in (root / "include", root) if (folder / "NvInferRuntime.h").is_file()), None)
 
 
@@ -41,7 +41,7 @@ def json_include() -> Path | None:
 
 
 def configure(build: Path, *options: str) -> None:
-    """Run CMake on the sources; skips where a tool is missing."""
+    """Run CMake on the sources; skips if a tool is missing."""
     cmake, compiler, include = shutil.which("cmake"), shutil.which("c++"), json_include()
     if cmake is None or compiler is None:
         pytest.skip("the C++ runtime needs CMake 3.24 and a C++17 compiler: pip install cmake, install g++")
@@ -57,7 +57,7 @@ def compile_all(build: Path, target: str = "all") -> None:
 
 
 def run(command: list[str], **options: object) -> str:
-    """What a command prints; it must succeed."""
+    """Run a command, which must succeed. Returns: what it prints."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload]
     assert done.returncode == 0, f"{' '.join(command)}:\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
     return str(done.stdout)
@@ -65,7 +65,7 @@ def run(command: list[str], **options: object) -> str:
 
 @pytest.fixture(scope="session")
 def cpp_build() -> Path:
-    """The core and its tests, compiled without warnings; CXXFLAGS (sanitizers, say) make a build of their own."""
+    """The core and its tests, compiled without warnings; other CXXFLAGS (e.g. sanitizers) make a separate build."""
     # CMake ties a build to the folder of its sources: two checkouts have two.
     standin = _standin_options()
     digest = hashlib.sha256("\0".join([str(SOURCES), os.environ.get("CXXFLAGS", ""), *standin]).encode())
@@ -73,7 +73,7 @@ def cpp_build() -> Path:
         if path.is_file():
             digest.update(f"{path.name}\0".encode() + path.read_bytes())
     build = cache_folder() / "cpp-tests" / digest.hexdigest()[:16]
-    # Little is gained by optimizing tests, and much time by not doing it.
+    # Optimizing tests gains little, and not optimizing them saves much time.
     configure(build, "-DGSX_BACKEND=none", "-DGSX_TESTS=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1", *standin)
     compile_all(build)
     return build
@@ -81,7 +81,7 @@ def cpp_build() -> Path:
 
 @pytest.fixture(scope="session")
 def standin_build(cpp_build: Path) -> Path:
-    """The device part on the stand-in for TensorRT and CUDA; skips where their headers are not there."""
+    """The device part on the stand-in for TensorRT and CUDA; skips if their headers are not installed."""
     if not _standin_options():
         pytest.skip(NEEDS)
     compile_all(cpp_build, "gsx_standin")
@@ -134,7 +134,7 @@ def stand_in(stand_ins: list[StandIn]) -> StandIn:
 
 
 def _standin_options() -> list[str]:
-    """What CMake has to know for the stand-in; empty where there are no headers."""
+    """CMake's options for the stand-in; empty if there are no headers."""
     headers, cuda_headers = [str(folder) for root in ROOTS if (folder := headers_of(root))], cuda_include()
     if not headers or cuda_headers is None:
         return []

@@ -1,4 +1,4 @@
-"""Opening bundles and engines in C++: the same are refused as in Python, in the same words."""
+"""Opening bundles and engines in C++: it refuses the same ones as Python, with the same messages."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLAN, LIBRARY = b"engine", b"plugins"
 
 @dataclass(frozen=True)
 class Here:
-    """The machine, as both languages are told of it."""
+    """The machine, as described to both languages."""
 
     version: str = "1.7.1.116"
     gpu: str = "GeForce"
@@ -109,7 +109,7 @@ CASES = {
 
 @pytest.fixture
 def make_bundle(tiny_bundle: Path, tmp_path: Path) -> Callable[[Case], Path]:
-    """A bundle with engines on record (their bytes are no engine's, and are never given to TensorRT)."""
+    """A bundle with recorded engines (their files are not engines, and are never given to TensorRT)."""
 
     def make(case: Case) -> Path:
         directory = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
@@ -193,7 +193,7 @@ def test_the_same_words(
 
 
 def at(*path: str | int) -> Callable[[dict[str, Any]], Any]:
-    """What the manifest has at a path of keys."""
+    """The manifest's value at a path of keys."""
 
     def reach(manifest: dict[str, Any]) -> Any:
         for step in path:
@@ -268,7 +268,7 @@ def test_an_edited_manifest(
     assert f"{directory}/gsx.json: is not a valid manifest" in found
     assert place in found
     assert "the file was edited: restore it, or run `gsx export` again" in found
-    if name != "huge":  # Python's whole numbers have no end
+    if name != "huge":  # Python's integers are unbounded
         assert "is not a valid manifest" in python_says(directory, here)
 
 
@@ -288,7 +288,7 @@ def test_a_policy_of_another_package(
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"schema_version": 1, "x": "\\ud800"}', "\x00", "null"])
-def test_a_manifest_that_is_none(
+def test_a_file_that_is_not_a_manifest(
     text: str, cpp_build: Path, make_bundle: Callable[[Case], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     directory = make_bundle(Case("", edit=lambda d: (d / "gsx.json").write_text(text)))

@@ -37,7 +37,7 @@ CONFIG = """
 
 
 class Program:
-    """What keeps kernels below a cache folder of its own."""
+    """A program that keeps kernels in a cache folder of its own."""
 
     def __init__(self, build: Path) -> None:
         self.path = kernel_cache_path(SHA256, "89")
@@ -81,14 +81,14 @@ def test_nothing_new_is_not_written(program: Program) -> None:
     assert (program.path.stat().st_ino, program.path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_no_room_is_no_failure(program: Program) -> None:
+def test_a_full_disk_is_not_a_failure(program: Program) -> None:
     program.path.parent.parent.mkdir(parents=True)
     program.path.parent.write_text("a file where the folder should be")
     assert program.run("kernels") == ""
 
 
 def test_calls_of_tensorrt_rtx(tmp_path: Path) -> None:
-    """What is compiled only with TensorRT-RTX's headers compiles without warnings."""
+    """The code that is compiled only with TensorRT-RTX's headers compiles without warnings."""
     root = next((root for root in ROOTS if root.name.startswith("11")), None)
     if root is None:
         pytest.skip(NEEDS)

@@ -54,7 +54,7 @@ def test_tensorrt_headers(root: Path) -> None:
 
 
 def compile_device_sources(root: Path, backend: str = "tensorrt") -> None:
-    """Compile what needs TensorRT's headers, without warnings; skips where a tool is missing.
+    """Compile the sources that need TensorRT's headers, without warnings; skips if a tool is missing.
 
     Args: root: folder of the headers, or of their `include`.
     """

@@ -1,7 +1,7 @@
 """The C++ runtime's TensorRT side, from `openModel` on, over a stand-in for TensorRT and CUDA: see
-engines/cpp/tests/standin/standin.h for what it is strict about, and what it cannot tell.
+engines/cpp/tests/standin/standin.h for what it checks, and what it cannot check.
 
-Without TensorRT's headers (GSX_TEST_TENSORRT_ROOTS) nothing of it can be compiled, and the tests are skipped.
+Without TensorRT's headers (GSX_TEST_TENSORRT_ROOTS) it cannot be compiled, and the tests are skipped.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def fewer(engine: dict[str, Any]) -> None:
 
 
 def more(engine: dict[str, Any]) -> None:
-    """An engine that wants an input of which its record says nothing."""
+    """An engine with an input that is not in its record."""
     unknown = {"name": "unknown", "type": "float", "shape": [1]}
     for graph in engine["manifest"]["engines"]["toy"]["graphs"].values():
         graph["inputs"].append(unknown)
@@ -91,7 +91,7 @@ def version(text: str) -> Change:
 
 @dataclass(frozen=True)
 class Row:
-    """What is not as it should be, and what is said of it."""
+    """What is wrong, and the message about it."""
 
     says: str
     settings: tuple[str, ...] = ()
@@ -143,7 +143,7 @@ def test_what_it_refuses(name: str, stand_in: StandIn, tmp_path: Path) -> None:
 
 
 def test_a_library_of_another_version(stand_in: StandIn, tmp_path: Path) -> None:
-    """No object of it is called, since its classes are laid out otherwise."""
+    """None of its objects is called, since its classes have another layout."""
     major, rest = stand_in.version.split(".", 1)
     write_bundle(tmp_path / "bundle", stand_in.manifests["dense"], stand_in.version, record=version(f"99.{rest}"))
     code, says = stand_in.check("generate", tmp_path / "bundle", "major=99", "failing=createInferRuntime")
@@ -153,7 +153,7 @@ def test_a_library_of_another_version(stand_in: StandIn, tmp_path: Path) -> None
 
 @pytest.fixture
 def generate(stand_in: StandIn, tmp_path: Path) -> Callable[..., str]:
-    """Generates with a bundle of its own. Returns: launches of CUDA graphs; the tokens are as they should be."""
+    """Generate with a separate bundle, and check the tokens. Returns: the number of CUDA graph launches."""
 
     def one(*settings: str, **changes: Change) -> str:
         write_bundle(tmp_path / "bundle", stand_in.manifests["gated"], stand_in.version, **changes)
@@ -174,7 +174,7 @@ def test_what_cannot_be_recorded_runs(generate: Callable[..., str]) -> None:
 
 
 def test_a_plugin_library(generate: Callable[..., str], tmp_path: Path) -> None:
-    """It is loaded, and an engine whose rows the GPU alone counts is never recorded."""
+    """It is loaded, and an engine whose rows only the GPU counts is never recorded."""
     library = tmp_path / "plugins.so"
     run(["g++", "-shared", "-fPIC", "-xc++", "-", "-o", str(library)], input=PLUGINS)
     used = {"sha256": hashlib.sha256(library.read_bytes()).hexdigest(), "source_hash": "0" * 64}

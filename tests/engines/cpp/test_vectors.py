@@ -15,12 +15,12 @@ NAMES = list(make.FILES)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_vectors_are_what_python_makes(name: str) -> None:
-    """Where this fails after a deliberate change: `python -m tests.vectors.make`, and see what became different."""
+    """If this fails after a deliberate change: run `python -m tests.vectors.make`, and check what changed."""
     assert (make.FOLDER / f"{name}.json").read_text(encoding="utf-8") == make.text_of(name)
 
 
 def test_schema_is_what_python_checks() -> None:
-    """Where this fails after a deliberate change: `python -m gsx_engines.bundle.schema`."""
+    """If this fails after a deliberate change: run `python -m gsx_engines.bundle.schema`."""
     assert SCHEMA_FILE.read_text(encoding="utf-8") == manifest_schema()
 
 
@@ -35,7 +35,7 @@ def test_cpp_repeats_them(cpp_build: Path, name: str) -> None:
 
 
 def test_a_difference_is_found(cpp_build: Path, tmp_path: Path) -> None:
-    """The comparison itself: one token that Python did not write."""
+    """The comparison itself finds one token that Python did not generate."""
     text = (make.FOLDER / "sampling.json").read_text(encoding="utf-8")
     changed = tmp_path / "sampling.json"
     changed.write_text(text.replace('"picks": [[0, 0, 0]', '"picks": [[0, 0, 1]', 1), encoding="utf-8")

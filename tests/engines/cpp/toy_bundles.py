@@ -16,7 +16,7 @@ from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES
 BACKEND, ENGINE_SET = "tensorrt", "toy"
 # The stand-in's GPU has compute capability 9.0.
 TARGET = "90"
-# What TensorRT wants on the host: the value that a shape depends on.
+# The inputs that TensorRT needs on the host: values that shapes depend on.
 ON_HOST = ("k",)
 
 Change = Callable[[dict[str, Any]], object]
@@ -40,10 +40,10 @@ def write_bundle(
     """Write a toy model as a bundle whose engines fit the stand-in.
 
     Args:
-        manifest: as the vectors have it: without hashes, and with engines of another backend.
-        version: TensorRT's, as the library tells it.
-        record: changes the engines' record, as gsx is told of them.
-        plan: changes every engine, as the stand-in is told of it.
+        manifest: as in the vectors: without hashes, and with engines of another backend.
+        version: TensorRT's version, as the library reports it.
+        record: changes the engines' record, which gsx reads.
+        plan: changes every engine, which the stand-in reads.
     """
     made = copy.deepcopy(dict(manifest))
     entry = made["engines"][ENGINE_SET]
@@ -63,6 +63,6 @@ def write_bundle(
 
 
 def _write(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a file. Returns: what a manifest says of it."""
+    """Write a file. Returns: its entry in a manifest."""
     path.write_bytes(content)
     return {"sha256": hashlib.sha256(content).hexdigest(), "size_bytes": len(content)}

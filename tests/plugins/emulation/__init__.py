@@ -26,7 +26,7 @@ KERNELS = (
 
 
 def cuda_include() -> Path | None:
-    """The folder of CUDA's headers; None where there is no toolkit."""
+    """The folder of CUDA's headers; None if there is no toolkit."""
     nvcc = shutil.which("nvcc")
     homes = [os.environ.get("CUDA_HOME"), str(Path(nvcc).resolve().parent.parent) if nvcc else None, "/usr/local/cuda"]
     found = (Path(home) / "include" for home in homes if home)
@@ -34,12 +34,12 @@ def cuda_include() -> Path | None:
 
 
 def emulated_library(name: str = "kernels", sources: Sequence[Path] = KERNELS, *, headers: Sequence[Path] = ()) -> Path:
-    """The emulated kernels as a shared library; built once per state of the sources. Skips where that cannot be.
+    """The emulated kernels as a shared library; built once per state of the sources. Skips if it cannot be built.
 
     Args:
-        name: of the library.
-        sources: what is in it, besides the emulation.
-        headers: folders of others' headers that they need, besides CUDA's.
+        name: the library's name.
+        sources: its sources, besides the emulation.
+        headers: folders of further headers that they need, besides CUDA's.
     """
     cuda, compiler = cuda_include(), shutil.which("g++")
     if cuda is None or compiler is None:
@@ -59,7 +59,7 @@ def emulated_library(name: str = "kernels", sources: Sequence[Path] = KERNELS, *
 
 
 def _compile(compiler: str, headers: Sequence[Path], sources: Sequence[Path], library: Path) -> None:
-    """Compile for the emulation, into a folder that holds nothing else."""
+    """Compile for the emulation, into a folder that contains nothing else."""
     flags = [compiler, "-std=c++17", "-O2", "-g", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas"]
     # Each library in a process has its own of everything, shared memory in templates too.
     flags += ["-fno-gnu-unique", "-ffp-contract=off", f"-I{_HERE}", f"-I{SOURCE_FOLDER}"]

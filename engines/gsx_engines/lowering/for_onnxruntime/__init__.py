@@ -1,1 +1,1 @@
-"""The passes of the lowering for ONNX Runtime, and what they share; `lowering/onnxruntime.py` orders them."""
+"""The lowering passes for ONNX Runtime, and what they share; `lowering/onnxruntime.py` has their order."""

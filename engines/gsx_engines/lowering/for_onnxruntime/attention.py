@@ -21,21 +21,21 @@ from gsx_engines.lowering.for_onnxruntime.task import (
 from gsx_engines.lowering.kv_cache import KINDS
 from gsx_plugins.graph import Graph, attribute, make_node
 
-# No new K or V. In steps also: axis 1; what stands for sequences whose row is not kept.
+# An empty new K or V. In steps also: axis 1, and the fillers for sequences whose row is not kept.
 _EMPTY, _SECOND = "lowered.empty", "lowered.second"
 _NO_QUERIES, _NO_COLUMNS = "lowered.no_queries", "lowered.no_columns"
-# In steps, K or V of one token a sequence, and its queries.
+# In steps, the shapes of K or V of one token per sequence, and of its queries.
 _EACH_ITS_OWN, _QUERY_OF_EACH = "lowered.each_its_own", "lowered.query_of_each"
 
 
 def attend_kept_rows(graph: Graph, task: Task) -> int:
-    """Attention of the kept rows of one sequence reads the written buffer, with an empty new key.
+    """Let attention of the kept rows of one sequence read the written buffer, with an empty new key.
 
         rows, index, key, value, mask -> GatheredAttention -> out      becomes
         rows [1, K, H], no key, no value, appended, bias[:, :, index] -> GroupQueryAttention -> Squeeze -> out
 
     Why: ONNX's Attention costs the whole capacity. The op's own mask is causal from the end, which allows at least what
-    a kept row may see; the rows of the mask, as a bias, take the rest away.
+    a kept row may see; the rows of the mask, as a bias, hide the rest.
     """
     if task.steps or not task.gated:
         return 0
@@ -54,7 +54,7 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
         nodes = []
         of_first = graph.producer(rows)
         if of_first is not None and _takes_first(graph, of_first):
-            query = of_first.input[0]  # they had a first axis before
+            query = of_first.input[0]  # the rows had a first axis before
         else:
             nodes.append(make_node("Unsqueeze", [rows, FIRST], query))
         return [
@@ -68,13 +68,13 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
 
 
 def attend_kept_rows_of_steps(graph: Graph, task: Task) -> int:
-    """The same for one token of each of several sequences: each sequence has a place, and reads its own row.
+    """The same for one token of each of several sequences: each sequence has a position, and reads its own row.
 
         rows, index, .. -> GatheredAttention -> out      becomes
         rows -> ScatterND at index (zeros elsewhere) -> [B, 1, H] -> GroupQueryAttention -> Gather(index) -> out
 
-    Every row is the last one of its sequence, so the op's mask by length, and by window, is all there is to mask. A
-    sequence that is not kept attends to one column, and the result is not read.
+    Every row is the last one of its sequence, so the op's mask by length, and by window, is the whole mask. A sequence
+    that is not kept attends to one column, and the result is not read.
     """
     if not task.steps or not task.gated:
         return 0
@@ -104,7 +104,7 @@ def attend_kept_rows_of_steps(graph: Graph, task: Task) -> int:
 
 
 def _takes_first(graph: Graph, node: onnx.NodeProto) -> bool:
-    """Whether a node takes a first axis of one away: Gather(0)."""
+    """Whether a node removes a first axis of length 1: Gather(0)."""
     if node.op_type != "Gather" or attribute(node, "axis"):
         return False
     place = graph.constants.get(node.input[1])
@@ -112,7 +112,7 @@ def _takes_first(graph: Graph, node: onnx.NodeProto) -> bool:
 
 
 def _add_fillers(graph: Graph, task: Task) -> None:
-    """No new key, and queries and last columns of sequences that keep nothing, for as many sequences as there are."""
+    """Add an empty new key, and queries and last columns for sequences that keep nothing, for the call's batch size."""
     shape = task.shape
     tails = {
         _EMPTY: (np.array([0, shape.num_kv_heads * shape.head_dim]), np.float32),
@@ -130,12 +130,12 @@ def _add_fillers(graph: Graph, task: Task) -> None:
 
 
 def attend_and_append(graph: Graph, task: Task) -> int:
-    """Attention of all rows appends K and V itself.
+    """Let attention over all rows append K and V itself.
 
         past, new -> Concat -> present; query, present, mask -> FullAttention -> out      becomes
         query, new, past, length (, bias) -> GroupQueryAttention -> out, present
 
-    Why: one op in place of two, and nothing is copied. The op's own causal mask is the whole mask, unless there is a
+    Why: one op instead of two, and nothing is copied. The op's own causal mask is the whole mask, unless there is a
     window, which becomes a bias (in steps the op's own window).
     """
     shape = task.shape
@@ -178,17 +178,17 @@ def attend_and_append(graph: Graph, task: Task) -> int:
 
 
 def add_biases(graph: Graph, task: Task) -> int:
-    """For every mask [B, 1, S, T] that some attention wants as a float bias, the node that makes it.
+    """Add a node that makes the float bias of every mask [B, 1, S, T] that some attention reads as a bias.
 
-    mask (bool)      gets beside it      mask -> Where(0, -1e9) -> bias
+    mask (bool)      is joined by      mask -> Where(0, -1e9) -> bias
     """
     graph.add_constant(TOKENS_AXIS, [2])
     seen = graph.add_constant("lowered.seen", np.float32(0))
     masked = graph.add_constant("lowered.masked", np.float32(MASKED))
 
     def with_bias(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
-        made = [make_node("Where", [mask, seen, masked], bias_of(mask)) for mask in node.output if mask in wanted]
-        return [node, *made] if made else None
+        biases = [make_node("Where", [mask, seen, masked], bias_of(mask)) for mask in node.output if mask in wanted]
+        return [node, *biases] if biases else None
 
     start = len(bias_of(""))
     read = {name for node in graph.nodes for name in node.input}

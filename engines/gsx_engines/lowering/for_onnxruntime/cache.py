@@ -1,4 +1,4 @@
-"""K and V in place: the cache is a buffer of fixed capacity that is written into."""
+"""K and V in place: the cache is a buffer of fixed capacity that the graph writes into."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _HEADS = "lowered.heads"
 
 
 def write_in_place(graph: Graph, task: Task) -> int:
-    """Under a gate, K and V of all tokens are written into the buffer, which attention then only reads.
+    """Under a gate, write K and V of all tokens into the buffer, which attention then only reads.
 
         past, new -> Concat -> present      becomes      past, new, write_at -> TensorScatter -> appended
 
     With K and V in 8 bits, `new` passes QuantizeLinear first. `appended` is an output that shares the memory of `past`.
-    Why: there are fewer kept rows than tokens, so that GroupQueryAttention, which appends as many rows as it has
-    queries, cannot append; and Concat would copy the whole cache.
+    Why: there are fewer kept rows than tokens, so GroupQueryAttention, which appends as many rows as it has queries,
+    cannot append here; and Concat would copy the whole cache.
     """
     if not task.gated:
         return 0
@@ -58,12 +58,12 @@ def write_in_place(graph: Graph, task: Task) -> int:
 def split_into_heads(graph: Graph, concat: onnx.NodeProto) -> onnx.NodeProto:
     """The Reshape that splits K or V into heads: Concat <- Transpose <- Reshape <- all tokens' rows."""
     _, new = graph.expect_inputs(concat, 2)
-    turn = graph.expect_producer(new, "Transpose")
-    return graph.expect_producer(turn.input[0], "Reshape")
+    transpose = graph.expect_producer(new, "Transpose")
+    return graph.expect_producer(transpose.input[0], "Reshape")
 
 
 def read_live_keys(graph: Graph, task: Task) -> int:
-    """Whatever else looks at the keys, to see which tokens left some, reads the live part of the written buffer.
+    """Other readers of the keys, which check which tokens have some, read the live part of the written buffer.
 
     present -> (a reader)      becomes      appended -> Slice(0 to total_length) -> (the reader)
     """
@@ -78,7 +78,7 @@ def read_live_keys(graph: Graph, task: Task) -> int:
 
 
 def name_capacity(graph: Graph, task: Task) -> int:
-    """The axis of tokens of a cache is called `capacity`, before the call and after it: the buffer's fixed length."""
+    """Name a cache's token axis `capacity`, the buffer's fixed length, in inputs and outputs."""
     caches = _caches(graph)
     for value in caches:
         value.type.tensor_type.shape.dim[2].dim_param = "capacity"
@@ -86,7 +86,7 @@ def name_capacity(graph: Graph, task: Task) -> int:
 
 
 def store_codes(graph: Graph, task: Task) -> int:
-    """A cache in 8 bits: its inputs and outputs hold codes, and attention gets a scale for each channel."""
+    """For a cache in 8 bits: make its inputs and outputs codes, and give attention a scale for each channel."""
     kv_cache = task.manifest.kv_cache
     if kv_cache is None:
         return 0

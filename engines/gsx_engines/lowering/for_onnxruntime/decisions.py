@@ -1,12 +1,12 @@
-"""What is asked at every branch, in as few nodes as it takes.
+"""The decisions of all branches, in as few nodes as possible.
 
-A node of a few numbers costs a single step some two microseconds, since the weights that are read meanwhile push all
-else out of the processor's caches (measured: benchmarks/RESULTS.md), and a branch that is skipped consists of nothing
-but what was asked. So
+A node on a few numbers costs a single step about two microseconds, since the weights that are read in between push
+everything else out of the processor's caches (measured: benchmarks/RESULTS.md), and a skipped branch consists only of
+its decision. So
 
-- a choice by threshold is spelled out, so that `trim.sink` finds what an entered branch alone reads (rows, their
-  numbers), and the `If` asks whether any row is kept;
-- bounds of all branches are made together once in a call, with the tokens that must run, or must not, put in;
+- a choice by threshold is written out in standard ops, so that `trim.sink` finds what only an entered branch reads
+  (rows, their numbers), and the `If` tests whether any row is kept;
+- the bounds of all branches are computed together once per call, including the tokens that must run, or must not;
 - where the scores themselves are known when the call begins (sets of layers), everything is decided at once.
 """
 
@@ -28,18 +28,18 @@ from gsx_plugins.graph import Graph, attribute, make_node
 # The output with the kept rows of every branch: how many, or in steps which ones.
 KEPT = "kept"
 _THRESHOLDS = "thresholds"
-# Values inside: the numbers of all rows of the call; what is decided at once.
+# Internal values: the numbers of all rows of the call; the decisions that are made at once.
 _ROWS, _TOGETHER = "lowered.rows", "lowered.together"
 
 
 @dataclass(frozen=True)
 class _Together:
-    """What is known of all branches when the call begins.
+    """What is known about all branches when the call begins.
 
     Args:
-        nodes: that make it.
-        scores: the value that each choice (by the name of its index) compares, and with which bound.
-        kept: the table [P, N] of what is kept, where that is known too.
+        nodes: the nodes that compute it.
+        scores: for each choice, by the name of its index, the value that it compares, and the bound.
+        kept: the table [P, N] of kept rows, if that is known too.
     """
 
     nodes: Sequence[onnx.NodeProto]
@@ -48,14 +48,14 @@ class _Together:
 
 
 def decide(graph: Graph, task: Task) -> int:
-    """The choices of a graph whose branches stand behind `If` are spelled out, and the kept rows are given.
+    """Write out the choices of a graph whose branches are inside `If`, and add the output of kept rows.
 
         x, score, bound -> ThresholdGather -> rows, index, count      becomes
         score > bound -> kept; kept -> ReduceMax -> any; kept -> Compress -> index; x -> Gather(index) -> rows
 
-    TopKGather stays, with count and `any` made of its index. The output `KEPT` tells how many rows each branch that may
-    be skipped keeps, [P] int64; in steps, where a row is a sequence, which ones, [P x B] bool. P: branches, in order.
-    Returns: how many choices.
+    TopKGather stays; count and `any` are computed from its index. The output `KEPT` has the number of rows that each
+    branch that may be skipped keeps, [P] int64; in steps, where a row is a sequence, which rows, [P x B] bool. P:
+    branches, in order. Returns: the number of choices.
     """
     choices = branch_choices(graph)
     if not choices:
@@ -64,16 +64,16 @@ def decide(graph: Graph, task: Task) -> int:
     depth = task.shape.num_layers
     together = None if ranked else _scores_at_once(graph, choices, depth) or _bounds_at_once(graph, choices, depth)
     numbers = {node.output[1]: number for number, node in enumerate(choices)}
-    asked = {name for node in graph.nodes for name in node.input}
+    read = {name for node in graph.nodes for name in node.input}
 
     def spelled(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         if not is_choice(node):
             return None
-        asks = any_name(node) in asked
+        needs_any = any_name(node) in read
         if node.op_type == "TopKGather":
-            return [node, *_asked_of_rank(node, asks)]
+            return [node, *_counted(node, needs_any)]
         before = together.nodes if together is not None and node is choices[0] else ()
-        return [*before, *_spelled(graph, node, asks, together, numbers.get(node.output[1]))]
+        return [*before, *_spelled(graph, node, needs_any, together, numbers.get(node.output[1]))]
 
     count = graph.rewrite(spelled)
     if not ranked:
@@ -86,20 +86,20 @@ def decide(graph: Graph, task: Task) -> int:
     return count
 
 
-def _asked_of_rank(choice: onnx.NodeProto, asks: bool) -> list[onnx.NodeProto]:
-    """How many rows a choice by rank keeps, and where some node asks, whether any."""
+def _counted(choice: onnx.NodeProto, needs_any: bool) -> list[onnx.NodeProto]:
+    """Nodes for the number of rows that a choice by rank keeps and, if some node reads it, for whether it keeps any."""
     nodes = [make_node("Shape", [choice.output[1]], _size(choice))]
-    if asks:
+    if needs_any:
         nodes.append(make_node("Cast", [_size(choice)], any_name(choice), to=TensorProto.BOOL))
     return nodes
 
 
 def _spelled(
-    graph: Graph, choice: onnx.NodeProto, asks: bool, together: _Together | None, number: int | None
+    graph: Graph, choice: onnx.NodeProto, needs_any: bool, together: _Together | None, number: int | None
 ) -> list[onnx.NodeProto]:
-    """ThresholdGather in standard ops, and where some node asks, whether any row is kept.
+    """ThresholdGather in standard ops and, if some node reads it, whether any row is kept.
 
-    Args: number: of the branch; None for a choice that is no branch's.
+    Args: number: the branch's number; None for a choice that does not belong to a branch.
     """
     x, *compared = graph.expect_inputs(choice, 3)
     rows, index, _ = choice.output
@@ -111,7 +111,7 @@ def _spelled(
         if together is not None and index in together.scores:
             compared = list(together.scores[index])
         nodes.append(make_node("Greater", compared, _kept(choice)))
-        if asks:
+        if needs_any:
             nodes.append(make_node("ReduceMax", [_kept(choice)], any_name(choice), keepdims=0))
     return [
         *nodes,
@@ -121,7 +121,7 @@ def _spelled(
 
 
 def _scores_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int) -> _Together | None:
-    """Decide all branches, if every score is a part of one table [L, 2, N], and the bound a constant."""
+    """Decide all branches at once, if every score is a part of one table [L, 2, N], and the bound is a constant."""
     tables = {_table_of(graph, choice.input[1]) for choice in choices}
     bounds = {graph.number(choice.input[2]) for choice in choices}
     table = next(iter(tables))
@@ -142,15 +142,16 @@ def _scores_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int)
 
 
 def _bounds_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int) -> _Together | None:
-    """Make the bounds of all branches, if each is a part of `thresholds`; what must run is put into them.
+    """Compute the bounds of all branches at once, if each is a part of `thresholds`; forced tokens are put into them.
 
     Where(forced, forced score, score) > threshold is score > Where(forced, -inf or inf, threshold): minus infinity
-    where the forced score is above the threshold. The same for finite scores; those compared with thresholds are.
+    where the forced score is above the threshold. Both are the same for finite scores, and scores that are compared
+    with thresholds are finite.
     """
     if {_table_of(graph, choice.input[2]) for choice in choices} != {_THRESHOLDS}:
         return None
-    judged = [graph.expect_producer(choice.input[1]) for choice in choices]
-    forced = {tuple(node.input[:2]) if node.op_type == "Where" else () for node in judged}
+    scorers = [graph.expect_producer(choice.input[1]) for choice in choices]
+    forced = {tuple(node.input[:2]) if node.op_type == "Where" else () for node in scorers}
     puts_in = len(forced) == 1 and () not in forced
     rows = graph.add_constant(f"{_TOGETHER}.shape", np.array([-1, 1] if puts_in else [-1]))
     places = graph.add_constant(f"{_TOGETHER}.places", np.array([_place(graph, choice) for choice in choices]))
@@ -174,7 +175,7 @@ def _bounds_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int)
         own = row
     names = [f"{_TOGETHER}.bound.{choice.output[1]}" for choice in choices]
     nodes.append(_split(own, names))
-    scores = [node.input[2] if puts_in else choice.input[1] for node, choice in zip(judged, choices, strict=True)]
+    scores = [node.input[2] if puts_in else choice.input[1] for node, choice in zip(scorers, choices, strict=True)]
     compared = zip(scores, names, strict=True)
     return _Together(nodes, {choice.output[1]: pair for choice, pair in zip(choices, compared, strict=True)})
 
@@ -184,7 +185,7 @@ def _split(value: str, names: Sequence[str]) -> onnx.NodeProto:
 
 
 def _table_of(graph: Graph, part: str) -> str | None:
-    """The table [L, 2, ..] that a value is the part of a layer and branch of."""
+    """The table [L, 2, ..] from which a value is gathered by layer and branch; None if it is not."""
     for _ in range(2):
         node = graph.producer(part)
         if node is None or node.op_type != "Gather" or attribute(node, "axis"):
@@ -194,7 +195,7 @@ def _table_of(graph: Graph, part: str) -> str | None:
 
 
 def _place(graph: Graph, choice: onnx.NodeProto) -> int:
-    """Where a branch stands in a flat table [L x 2]."""
+    """The position of a branch in a flat table [L x 2]."""
     parts = choice.output[1].split(".")
     known = len(parts) == 4 and parts[1].isdigit() and parts[2] in BRANCHES
     graph.expect(known, choice, "numbers of rows called `layers.NUMBER.BRANCH.index`", repr(choice.output[1]))
@@ -204,7 +205,7 @@ def _place(graph: Graph, choice: onnx.NodeProto) -> int:
 def _kept_output(
     graph: Graph, choices: Sequence[onnx.NodeProto], together: _Together | None, ranked: bool, steps: bool
 ) -> list[onnx.NodeProto]:
-    """The kept rows of every branch, in order."""
+    """Nodes for the output of the kept rows of every branch, in order."""
     if ranked:
         return [make_node("Concat", [_size(choice) for choice in choices], KEPT, axis=0)]
     line = graph.add_constant(f"{KEPT}.line", [-1])
@@ -226,10 +227,10 @@ def _kept_output(
 
 
 def _kept(choice: onnx.NodeProto) -> str:
-    """Which rows a choice keeps, [N] bool."""
+    """Name of the value that says which rows a choice keeps, [N] bool."""
     return f"{choice.output[1]}.kept"
 
 
 def _size(choice: onnx.NodeProto) -> str:
-    """How many, [1] int64."""
+    """Name of the value that says how many rows a choice keeps, [1] int64."""
     return f"{choice.output[2]}.size"

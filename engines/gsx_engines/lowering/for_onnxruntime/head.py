@@ -9,13 +9,13 @@ from gsx_plugins.graph import Graph, make_node
 
 
 def give_state(graph: Graph, task: Task) -> int:
-    """In the layers' model, the state that the head reads is given in place of what the head makes of it.
+    """In the layers' model, return the state that the head reads instead of the logits.
 
         layers.L.output -> Reshape [B, S, H] -> (norm, head) -> logits      becomes
         layers.L.output -> Reshape [B, S, H] -> Identity -> state
 
-    `exit_hidden` goes too, since it is the same state. Why: in generation the head runs on the last column only, and
-    the two halves of a split decoder share one head, so that its weights are in memory once.
+    `exit_hidden` is removed too, since it is the same state. Why: in generation the head runs only on the last column,
+    and the two halves of a split decoder share one head, so that its weights are in memory once.
     """
     shaped = _shaped_state(graph, task)
     kept = [value for value in graph.proto.output if value.name not in ("logits", "exit_hidden")]
@@ -39,7 +39,7 @@ def take_state(graph: Graph, task: Task) -> int:
 
 
 def _shaped_state(graph: Graph, task: Task) -> str:
-    """The last state as [B, S, H]: a copy of it that some node reads (one that passes an exit is only given)."""
+    """The last state as [B, S, H]: the reshaped value that some node reads (the exit's is only an output)."""
     for node in graph.users(task.last_output):
         if node.op_type == "Reshape" and node.input[0] == task.last_output and graph.users(node.output[0]):
             return node.output[0]

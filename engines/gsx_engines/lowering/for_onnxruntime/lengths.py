@@ -1,4 +1,4 @@
-"""Where a call's tokens stand in the cache, and what each may see, from the input `total_length`."""
+"""The positions of a call's tokens in the cache, and what each may see, from the input `total_length`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gsx_plugins.graph import Graph, make_node
 
 
 def count_from_total_length(graph: Graph, task: Task) -> int:
-    """The cache's lengths come from `total_length [B]`; `attention_mask` is no input any more.
+    """Take the cache's lengths from `total_length [B]`, instead of from the input `attention_mask`.
 
         attention_mask -> Slice(the call's tokens)      becomes      input_ids -> Shape -> ConstantOfShape(1)
 
-    and the lengths that the kernels ask for are made beside it. Why: nothing is padded, so that the mask says only how
-    long the cache is, and its making costs every step.
+    and the lengths that the kernels need are computed too. Why: nothing is padded, so the mask only says how long the
+    cache is, and computing it costs time in every step.
     """
     graph.keep_inputs(lambda name: name != "attention_mask")
     graph.proto.input.append(helper.make_tensor_value_info(TOTAL_LENGTH, TensorProto.INT64, ["batch"]))
@@ -28,13 +28,13 @@ def count_from_total_length(graph: Graph, task: Task) -> int:
     def whole(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         if node.op_type != "Slice" or node.input[0] != "attention_mask":
             return None
-        node.op_type, node.input[:] = "Identity", ["attention_mask"]  # the new tokens' part is all of it
+        node.op_type, node.input[:] = "Identity", ["attention_mask"]  # the mask now has only the new tokens' part
         return [node]
 
     count = graph.rewrite(whole)
     ones = numpy_helper.from_array(np.array([1], np.int64))
     graph.prepend(
-        # The new tokens' part of the mask, all that is read of it.
+        # The new tokens' part of the mask: nothing else of it is read.
         make_node("Shape", ["input_ids"], "lowered.new_shape"),
         make_node("ConstantOfShape", ["lowered.new_shape"], "attention_mask", value=ones),
         make_node("Shape", ["input_ids"], "lowered.batch", start=0, end=1),
@@ -51,7 +51,7 @@ def count_from_total_length(graph: Graph, task: Task) -> int:
 
 
 def mask_by_place(graph: Graph, task: Task) -> int:
-    """A mask of a window is made from the tokens' places only.
+    """Compute a window's mask only from the tokens' positions.
 
         (padding, causality, window) -> mask.n      becomes
         places, columns -> LessOrEqual (-> And <- Greater <- places - window) -> mask.n [B, 1, S, T] bool
@@ -61,8 +61,8 @@ def mask_by_place(graph: Graph, task: Task) -> int:
     windows = dict.fromkeys(task.shape.windows)
     masks = {f"mask.{number}": window for number, window in enumerate(windows)}
     count = graph.rewrite(lambda node: [] if node.output[0] in masks else None)
-    made = [node for mask, window in masks.items() for node in _mask_nodes(graph, mask, window)]
-    graph.insert_after(graph.expect_producer("lowered.places"), *made)
+    nodes = [node for mask, window in masks.items() for node in _mask_nodes(graph, mask, window)]
+    graph.insert_after(graph.expect_producer("lowered.places"), *nodes)
     return count
 
 

@@ -1,8 +1,8 @@
 """Products in 8 bits, in the form that ONNX Runtime has fast CPU kernels for.
 
 In the portable graph a quantized product is a MatMul between DequantizeLinear nodes, with codes of type int8. ONNX
-Runtime's x86 kernels are fast for uint8 activations alone (int8 against int8 took four times as long as float32), and
-its own rewriting gives up where several products read one quantized value. So the contrib op is written here.
+Runtime's x86 kernels are fast only for uint8 activations (int8 with int8 took four times as long as float32), and its
+own rewriting gives up where several products read one quantized value. So the contrib op is written here.
 (Measured: docs/quantization.md.)
 """
 
@@ -16,18 +16,18 @@ from gsx_engines.lowering.probe import products_saturate
 from gsx_engines.lowering.products import quantized_products
 from gsx_plugins.graph import Graph, make_node
 
-# int8 code + 128: the same number in the same place.
+# int8 code + 128 is the uint8 code of the same number.
 _MIDDLE = "lowered.middle_code"
 
 
 def fuse_products(graph: Graph) -> int:
-    """A product of 8-bit rows and 8-bit weights becomes the contrib op that has a fast kernel.
+    """Turn a product of 8-bit rows and 8-bit weights into the contrib op that has a fast kernel.
 
         MatMul(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear(codes))      becomes
         MatMulIntegerToFloat(QuantizeLinear(x) as uint8, codes, both scales)
 
-    What was replaced goes at once, or it would hold its inputs outside of a branch. Products of weights only, and of
-    types other than int8, stay as they are. Returns: how many products.
+    The replaced nodes are removed at once, since they would keep their inputs outside of a branch. Products in which
+    only weights are quantized, and types other than int8, stay as they are. Returns: the number of products.
     """
     count = 0
     for node, left, right in list(quantized_products(graph)):
@@ -59,7 +59,8 @@ def unsigned_codes(graph: Graph) -> int:
     """
     if not products_saturate():
         return 0
-    count, unsigned = 0, {}
+    count = 0
+    unsigned: dict[str, str] = {}
     for part in graph.parts():
         for node in part.nodes:
             if (node.op_type, node.domain) == ("MatMulIntegerToFloat", CONTRIB) and node.input[1] in graph.constants:
@@ -78,15 +79,15 @@ def unsigned_codes(graph: Graph) -> int:
 
 
 def weights_inside(graph: Graph) -> int:
-    """Weights that are dequantized inside a branch become constants of the branch.
+    """Turn weights that are dequantized inside a branch into constants of the branch.
 
-    Why: there ONNX Runtime makes one product of DequantizeLinear and MatMul. Returns: how many tensors moved.
+    Why: there ONNX Runtime fuses DequantizeLinear and MatMul. Returns: how many tensors moved.
     """
     moved: set[str] = set()
     for node in graph.nodes:
         for branch in graph.branches(node).values():
-            inside = [one for one in branch.nodes if one.op_type == "DequantizeLinear"]
-            names = [name for one in inside for name in one.input if name in graph.constants]
+            inside = [inner for inner in branch.nodes if inner.op_type == "DequantizeLinear"]
+            names = [name for inner in inside for name in inner.input if name in graph.constants]
             for name in names:
                 branch.add_tensor(graph.constants[name])
             moved.update(names)

@@ -1,7 +1,7 @@
-"""Branch regions: the nodes that run over kept rows alone, moved into an `If` that asks whether there are any.
+"""Branch regions: the nodes that run only over kept rows, moved into an `If` that tests whether there are any.
 
-At batch-1 decode a branch keeps one row or none. Nodes over no rows are cheap but not free, and attention refuses
-an empty query; an `If` leaves the whole branch out.
+In decoding with batch 1 a branch keeps one row or no row. Nodes over no rows are cheap but not free, and attention
+refuses an empty query; an `If` skips the whole branch.
 """
 
 from __future__ import annotations
@@ -20,24 +20,25 @@ from gsx_plugins.graph import Graph, copy_of, make_node
 
 
 def any_name(choice: onnx.NodeProto) -> str:
-    """The value that says whether a choice keeps any row, which whoever wraps its region makes: one bool."""
+    """Name of the value that says whether a choice keeps any row: one bool, computed by `decisions.decide`."""
     return f"{choice.output[2]}.any"
 
 
 def wrap_branches(graph: Graph, task: Task) -> int:
-    """The nodes of each branch stand inside `If`, which is not entered when no row is kept.
+    """Move the nodes of each branch into an `If`, which is not entered when no row is kept.
 
         choice -> rows, index; rows -> (the branch) -> GatedScatterAdd(residual) -> out      becomes
         choice -> count.any -> If (then: the branch and GatedScatterAdd; else: residual) -> out
 
-    With the branch go the states that its result is put into, and `present.*`, which attention gives: without it, it is
-    what was written (`appended.*`). Under the K/V policy `none` the writing belongs to the branch too.
+    The states that the branch's result is put into move too, and so does `present.*`, an output of attention: if the
+    branch is skipped, it is what was written (`appended.*`). Under the K/V policy `none` the write itself also belongs
+    to the branch.
     """
     before = {}
     for layer in task.layers:
         for kv in KINDS:
             before[f"present.{layer}.{kv}"] = appended(layer, kv)
-            # Where others look for a token's key, a skipped one writes zeros over what a draft may have left there.
+            # Where other nodes read a token's key, a skipped token overwrites what a draft may have left with zeros.
             if task.manifest.kv_policy == "none" and not task.manifest.hides_skipped:
                 before[appended(layer, kv)] = f"past_key_values.{layer}.{kv}"
     cache_type = TensorProto.FLOAT if task.manifest.kv_cache is None else TensorProto.INT8
@@ -60,13 +61,13 @@ def wrap_branches(graph: Graph, task: Task) -> int:
 
 @dataclass(frozen=True)
 class Region:
-    """One branch.
+    """The nodes of one branch.
 
     Args:
-        choice: of the rows.
-        nodes: what runs over them; add: what adds the result to the residual.
-        after: what looks at the result, row by row, and puts what it finds into states that go on: their values, and
-            what they are without it, are `states`.
+        choice: the node that chooses the rows.
+        nodes: the nodes that run over the rows; add: the node that adds the result to the residual.
+        after: nodes that read the result, row by row, and put values computed from it into states of the keep rule.
+            `states` has the names of the new states, each with the name of its value if the branch is skipped.
     """
 
     choice: onnx.NodeProto
@@ -77,20 +78,20 @@ class Region:
 
     @property
     def last(self) -> onnx.NodeProto:
-        """The one that comes last in the graph."""
+        """The region's last node in the graph's order."""
         return self.after[-1] if self.after else self.add
 
 
 def find_regions(graph: Graph, internal_outputs: Iterable[str] = ()) -> list[Region]:
     """All branch regions of a graph, in order.
 
-    A region holds the nodes between a choice and its GatedScatterAdd that no value outside depends on. Nodes whose
+    A region has the nodes between a choice and its GatedScatterAdd that no value outside depends on. Nodes whose
     results leave the branch (K and V of kept rows under the K/V policy `copy`) stay outside.
 
     Args:
         internal_outputs: graph outputs that may be produced inside a region.
     Raises:
-        LayoutError: rows are added that no choice gave.
+        LayoutError: rows are added that do not come from a choice.
     """
     links = _Links(graph)
     nodes = links.nodes
@@ -101,7 +102,9 @@ def find_regions(graph: Graph, internal_outputs: Iterable[str] = ()) -> list[Reg
         if add.op_type != "GatedScatterAdd":
             continue
         index = graph.expect_inputs(add, 4)[3]
-        graph.expect(index in choices, add, "rows of a choice", f"the numbers {index!r}, which no choice gives")
+        graph.expect(
+            index in choices, add, "rows of a choice", f"the numbers {index!r}, which do not come from a choice"
+        )
         start = choices[index]
         choice, span = nodes[start], range(start, end)
         members = links.behind(choice.output[:2], span) & links.before(add.input[1:], span) | {end}
@@ -123,7 +126,7 @@ def find_regions(graph: Graph, internal_outputs: Iterable[str] = ()) -> list[Reg
 
 
 class _Links:
-    """Nodes by number, and what can be reached from values, forwards and backwards."""
+    """Nodes by number, and the nodes that can be reached from values, forwards and backwards."""
 
     def __init__(self, graph: Graph) -> None:
         self.nodes = list(graph.nodes)
@@ -139,16 +142,16 @@ class _Links:
         return found
 
     def makers(self, value: str) -> list[int]:
-        """The number of the node that makes a value, if one does."""
+        """The number of the node that produces a value; empty for inputs and constants."""
         node = self._graph.producer(value)
         return [] if node is None else [self._numbers[id(node)]]
 
     def behind(self, values: Iterable[str], span: range) -> set[int]:
-        """Numbers of the nodes in a span that depend on some values, by way of nodes in it."""
+        """Numbers of the nodes in a span that depend on some values, through nodes of the span."""
         return self._reach(values, self.readers, "output", span)
 
     def before(self, values: Iterable[str], span: range) -> set[int]:
-        """Numbers of the nodes in a span that some values depend on, by way of nodes in it."""
+        """Numbers of the nodes in a span that some values depend on, through nodes of the span."""
         return self._reach(values, self.makers, "input", span)
 
     def _reach(
@@ -165,7 +168,7 @@ class _Links:
 
 
 def _states(choice: onnx.NodeProto, add: int, links: _Links) -> tuple[set[int], list[tuple[str, str]]]:
-    """Nodes behind a branch that scatter what they find of kept rows into states; the states, and what they were."""
+    """The nodes after a branch that scatter values of kept rows into states; the states, and what they were before."""
     at, scatters = [choice.output[1]], set[int]()
     for name in at:  # grows: the numbers of the rows in other shapes
         for number in links.readers(name):
@@ -186,12 +189,12 @@ def _states(choice: onnx.NodeProto, add: int, links: _Links) -> tuple[set[int], 
 
 
 def _if_around(region: Region, carried: Sequence[tuple[str, str]], name: str, carried_type: int) -> onnx.NodeProto:
-    """The `If` around a region that replaces it; it asks for `any_name`.
+    """The `If` that replaces a region; it reads `any_name`.
 
     Args:
-        carried: (value, fallback) of further values that the region gives: what they are when nothing is kept.
+        carried: (value, fallback) of further outputs of the region; the fallback is used when nothing is kept.
         name: prefix of new values.
-        carried_type: of the carried values.
+        carried_type: element type of the carried values.
     """
     residual, out = region.add.input[0], region.add.output[0]
     results = [(out, residual), *region.states, *carried]

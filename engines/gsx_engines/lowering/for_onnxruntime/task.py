@@ -1,4 +1,4 @@
-"""What all passes for ONNX Runtime know: the task, names of values inside, and the attention op."""
+"""Shared by all passes for ONNX Runtime: the task, names of internal values, and the attention op."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gsx_plugins.graph import Graph
 
 CONTRIB = "com.microsoft"
 OPSET = 24  # TensorScatter
-# Added to the attention score of what a row may not see; exp() of it is 0 in float32.
+# Added to the attention scores of columns that a row may not see; exp() of it is 0 in float32.
 MASKED = -1e9
 # Attributes of GroupQueryAttention over codes.
 EIGHT_BITS: dict[str, int | str] = {
@@ -23,9 +23,9 @@ EIGHT_BITS: dict[str, int | str] = {
     "v_quant_type": "PER_CHANNEL",
     "kv_cache_bit_width": 8,
 }
-# A further input of the lowered graph, and the output that takes the place of logits: the last state.
+# A further input of the lowered graph, and the output that replaces the logits: the last state.
 TOTAL_LENGTH, STATE = "total_length", "state"
-# Values inside: where K and V are written, the cache's last column, its length.
+# Internal values: where K and V are written, the cache's last column, its length.
 WRITE_AT, LAST, TOTAL = "lowered.write_at", "lowered.last_column", "lowered.total"
 # Constants: [0], and the axis of a cache that counts tokens, [2].
 FIRST, TOKENS_AXIS = "lowered.first", "lowered.tokens_axis"
@@ -36,7 +36,7 @@ class Task:
     """A graph to be lowered.
 
     Args:
-        layers: the ones that it holds.
+        layers: the layers in the graph.
         steps: whether each row of a call is a sequence of its own, with one token; else a call is one sequence.
     """
 
@@ -46,7 +46,7 @@ class Task:
 
     @property
     def shape(self) -> DecoderShape:
-        """The decoder's."""
+        """The decoder's shape."""
         return self.manifest.decoder
 
     @cached_property
@@ -72,12 +72,12 @@ def gates_attention(manifest: Manifest, layer: int) -> bool:
 
 
 def appended(layer: int, kv: str) -> str:
-    """Under a gate, the cache with this call's K or V written in."""
+    """Name of the cache with this call's K or V written into it, under a gate."""
     return f"appended.{layer}.{kv}"
 
 
 def bias_of(mask: str) -> str:
-    """A mask as a float bias, which `add_biases` makes where attention reads it."""
+    """Name of a mask as a float bias; `add_biases` computes it where attention reads it."""
     return f"lowered.bias.{mask}"
 
 

@@ -1,7 +1,7 @@
-"""Fewer nodes: what a single step need not run, or need not run apart.
+"""Fewer nodes: removes or merges nodes that a single step does not need.
 
-Rewrites that know nothing of skipping. Each says how many places it changed. What they are worth is in
-benchmarks/RESULTS.md: a node of a few numbers costs a step about two microseconds.
+These rewrites do not depend on skipping. Each returns how many places it changed. Their effect is measured in
+benchmarks/RESULTS.md: a node on a few numbers costs a step about two microseconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import onnx
 from gsx_engines.lowering.for_onnxruntime.task import Task
 from gsx_plugins.graph import Graph, make_node
 
-# Ops that leave the axes of their first input alone, so that states may have one more in front.
+# Ops that keep the axes of their first input, so that states may have one more axis in front.
 _ROW_BY_ROW = frozenset(
     (
         "Add",
@@ -33,11 +33,11 @@ _Reader = tuple[int, str]
 
 
 def sink(graph: Graph) -> int:
-    """What is read inside one branch of one `If` only moves into it.
+    """Move nodes whose results are read only inside one branch of one `If` into that branch.
 
         x -> (node) -> y; If(then: y -> ..)      becomes      If(then: x -> (node) -> y -> ..)
 
-    Why: it is then not run where the branch is not entered. Returns: how many nodes moved.
+    Why: they do not run if the branch is not entered. Returns: how many nodes moved.
     """
     readers: dict[str, set[_Reader]] = {}
 
@@ -66,12 +66,12 @@ def sink(graph: Graph) -> int:
 
 
 def add_rows(graph: Graph) -> int:
-    """Kept rows are added by one node, here and in branches.
+    """Add kept rows with one node, here and in branches.
 
         GatedScatterAdd(residual, rows, gate, index)      becomes
         rows, gate -> Mul -> ScatterND(residual, index, add)
 
-    and no product where the gate is ones. Why: the op's body is six nodes. Returns: how many.
+    without the product if the gate is all ones. Why: the op's body has six nodes. Returns: how many were replaced.
     """
     ones = {name for name in graph.constants if graph.number(name) == 1}
     expanded = {
@@ -98,12 +98,12 @@ def add_rows(graph: Graph) -> int:
 
 
 def spread_columns(graph: Graph) -> int:
-    """A product with one column gets a matrix of three axes.
+    """Give the matrix of a product with one column three axes.
 
         [.., H] x [H, 1] -> MatMul      becomes      [.., H] x [1, H, 1] -> MatMul -> Reshape [-1, 1]
 
-    Why: ONNX Runtime packs constant matrices of two axes into panels of 16 columns, and then computes 16: a gate's
-    score of 512 tokens took 790 microseconds, and 25 as it is written here. Returns: how many.
+    Why: ONNX Runtime packs constant matrices of two axes into panels of 16 columns, and then computes 16 columns: a
+    gate's scores of 512 tokens took 790 microseconds, and 25 in this form. Returns: how many were changed.
     """
     column = graph.add_constant("lowered.column", [-1, 1])
 
@@ -112,17 +112,17 @@ def spread_columns(graph: Graph) -> int:
         if weight is None or list(weight.dims[1:]) != [1]:
             return None
         weight.dims.insert(0, 1)
-        out, apart = node.output[0], f"{node.output[0]}.apart"
-        node.output[0] = apart
-        return [node, make_node("Reshape", [apart, column], out)]
+        out, spread_out = node.output[0], f"{node.output[0]}.apart"
+        node.output[0] = spread_out
+        return [node, make_node("Reshape", [spread_out, column], out)]
 
     return graph.rewrite(spread)
 
 
 def keep_sequence_axis(graph: Graph, task: Task) -> int:
-    """States of a dense model's sequence keep its axis, so that attention need not put it on; see `keep_axis`.
+    """Keep the sequence axis of a dense model's states, so that attention need not add it; see `keep_axis`.
 
-    Returns: how many nodes went.
+    Returns: how many nodes were removed.
     """
     if task.steps or task.indices:
         return 0
@@ -133,15 +133,15 @@ def keep_sequence_axis(graph: Graph, task: Task) -> int:
 
 
 def keep_axis(graph: Graph, first: str, last: str) -> int:
-    """States of one sequence keep its axis: [1, N, H] in place of [N, H].
+    """Keep the axis of the sequence in its states: [1, N, H] instead of [N, H].
 
-        [N, H] -> (layers, with Unsqueeze before and Reshape behind attention) -> [N, H] -> Reshape      becomes
+        [N, H] -> (layers, with Unsqueeze before and Reshape after attention) -> [N, H] -> Reshape      becomes
         [N, H] -> Unsqueeze -> (layers) -> [1, N, H]
 
     Args:
         first: the state that enters the layers, [N, H].
-        last: the one that leaves them, which is shaped [1, S, H] behind them.
-    Returns: how many nodes went; 0 where some node would have to know (norms of heads).
+        last: the state that leaves them, which is reshaped to [1, S, H] after them.
+    Returns: how many nodes were removed; 0 if some node cannot take the further axis (norms of heads).
     """
     start = next((number for number, node in enumerate(graph.nodes) if first in node.input), 0)
     lifted, attended = {first}, set[str]()
@@ -173,17 +173,17 @@ def keep_axis(graph: Graph, first: str, last: str) -> int:
 
 
 def drop_index_reshapes(graph: Graph, task: Task) -> int:
-    """The numbers of kept rows have one axis already; see `drop_flat_reshapes`."""
+    """Drop the flattening of the numbers of kept rows, which have one axis already; see `drop_flat_reshapes`."""
     return drop_flat_reshapes(graph, task.indices)
 
 
 def drop_flat_reshapes(graph: Graph, flat: Iterable[str]) -> int:
-    """Reshape([-1]) of what has one axis anyway goes, in branches too.
+    """Drop Reshape([-1]) of values that have only one axis, in branches too.
 
         index -> Reshape([-1]) -> (a reader)      becomes      index -> (the reader)
 
     Args: flat: names of such values.
-    Returns: how many.
+    Returns: how many were dropped.
     """
     has_one = set(flat)
     aliases: dict[str, str] = {}

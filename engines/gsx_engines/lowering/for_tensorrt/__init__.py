@@ -1,1 +1,1 @@
-"""The passes of the lowering for TensorRT, and what they share; `lowering/tensorrt.py` orders them."""
+"""The lowering passes for TensorRT, and what they share; `lowering/tensorrt.py` has their order."""

@@ -13,14 +13,14 @@ from gsx_plugins.graph import Graph, attribute, make_node
 
 
 def attend_kept_rows(graph: Graph, task: Task) -> int:
-    """Attention of the kept rows only where there is one sequence; else of all rows, each in its place.
+    """Attention of only the kept rows if there is one sequence; else of all rows, each at its position.
 
         query, index, key, value, mask -> GatheredAttention -> out      becomes, of one sequence
         query [1, K, ..], key, value, mask[:, :, index] -> Attention -> Squeeze -> out      and of several
         query -> ScatterND at index -> [B, S, ..] -> Attention -> Reshape -> Gather(index) -> out
 
-    Where the choice became a mask, all rows are there already, so that neither ScatterND nor Gather is needed. Why: the
-    kept rows of several sequences are no rectangle [B, K], which Attention needs.
+    If the choice became a mask, all rows are present already, so neither ScatterND nor Gather is needed. Why: the kept
+    rows of several sequences do not form a rectangle [B, K], which Attention needs.
     """
 
     def attend(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -41,7 +41,7 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
         flat = graph.add_constant("lowered.flat_rows", [-1, task.width])
         width = graph.add_constant("lowered.width", [task.width])
         every_row = index in task.masks
-        nodes = [] if every_row else _in_their_places(graph, task, query, index, name)
+        nodes = [] if every_row else _at_their_positions(graph, task, query, index, name)
         nodes += [
             make_node("Shape", ["input_ids"], f"{name}outer"),
             make_node("Concat", [f"{name}outer", width], f"{name}shape", axis=0),
@@ -59,8 +59,8 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
     return graph.rewrite(attend)
 
 
-def _in_their_places(graph: Graph, task: Task, rows: str, index: str, name: str) -> list[onnx.NodeProto]:
-    """Rows [K, width] at their places among all tokens, [N, width], with zeros elsewhere: `{name}full`."""
+def _at_their_positions(graph: Graph, task: Task, rows: str, index: str, name: str) -> list[onnx.NodeProto]:
+    """Rows [K, width] at their positions among all tokens, [N, width], with zeros elsewhere: `{name}full`."""
     zeros = np.zeros(1, helper.tensor_dtype_to_np_dtype(task.float_type))
     empty, last = graph.add_constant("lowered.empty", zeros), graph.add_constant("lowered.last", [-1])
     width = graph.add_constant("lowered.width", [task.width])
@@ -93,7 +93,7 @@ def _attention(graph: Graph, task: Task, inputs: Sequence[str], out: str, name: 
     """query [B, S, heads x D], key and value [B, kv heads, window, D], mask [B, 1, S, window] -> as query."""
     query, key, value, mask = inputs
     apart, together = _shapes(graph, task.shape.num_heads, task.shape.head_dim)
-    # Without a fused kernel (float32, some counts of kept rows) the build fails, unless TensorRT may take it apart.
+    # Without a fused kernel (float32, some counts of kept rows) the build fails, unless TensorRT may decompose the op.
     return [
         make_node("Reshape", [query, apart], f"{name}apart"),
         make_node("Transpose", [f"{name}apart"], f"{name}heads", perm=[0, 2, 1, 3]),
@@ -104,12 +104,12 @@ def _attention(graph: Graph, task: Task, inputs: Sequence[str], out: str, name: 
 
 
 def rotate_by_head(graph: Graph, task: Task) -> int:
-    """RotaryEmbedding runs over [1, heads, S, D].
+    """Let RotaryEmbedding run over [1, heads, S, D].
 
         x [1, S, heads x D] -> RotaryEmbedding -> out      becomes
         x -> Reshape -> Transpose -> RotaryEmbedding -> Transpose -> Reshape -> out
 
-    Why: TensorRT splits the heads off with a -1, which is undefined where no row is kept.
+    Why: TensorRT splits off the heads with a -1, which is undefined if no row is kept.
     """
 
     def rotate(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -131,7 +131,7 @@ def rotate_by_head(graph: Graph, task: Task) -> int:
 
 
 def _shapes(graph: Graph, heads: int, width: int) -> tuple[str, str]:
-    """Shapes that take heads apart and put them together.
+    """Shapes that split the heads and join them again.
 
     The sizes are written as "copy that axis" and numbers, never as -1: S may be a number of kept rows, and 0.
     """

@@ -12,7 +12,7 @@ from gsx_plugins.graph import Graph, make_node
 
 
 def mask_choices(graph: Graph, task: Task) -> int:
-    """A choice that TensorRT can neither import nor has a plugin for becomes a mask: every row runs every branch.
+    """Turn a choice that TensorRT cannot import and that has no plugin into a mask: every row runs every branch.
 
         x, score, bound -> ThresholdGather -> rows, index, count      becomes
         score > bound -> Unsqueeze -> mask [N, 1];  mask -> ReduceSum -> count;  rows is x
@@ -20,10 +20,10 @@ def mask_choices(graph: Graph, task: Task) -> int:
         y -> Gather(index) -> its rows                becomes      y
         z, rows -> ScatterND at index -> z with them  becomes      Where(mask, rows, z)
 
-    Why: the body of ThresholdGather needs NonZero, which TensorRT-RTX refuses. The results are the same, and nothing is
-    saved. `task.masks` and `task.forms` say what became of each choice. Returns: how many choices became masks.
+    Why: the body of ThresholdGather needs NonZero, which TensorRT-RTX refuses. The results are the same, but nothing is
+    saved. `task.masks` and `task.forms` record the form of each choice. Returns: how many choices became masks.
     """
-    same: dict[str, str] = {}  # value -> the one that it equals, now that every row is there
+    same: dict[str, str] = {}  # value -> the value that it equals, now that every row is present
     masks = task.masks
     count = 0
 
@@ -63,7 +63,7 @@ def _form_of(choice: str, task: Task) -> Form:
 
 
 def _mask(graph: Graph, op: str, score: str, bound: str, index: str, count: str) -> list[onnx.NodeProto]:
-    """Which rows a choice keeps, [N, 1] bool, and how many."""
+    """Nodes for the rows that a choice keeps, [N, 1] bool, and for their number."""
     kept, flags, column = f"{index}.kept", f"{index}.flags", f"{index}.column"
     last = graph.add_constant("lowered.flat", [-1])
     if op == "ThresholdGather":
@@ -115,7 +115,7 @@ def _best(graph: Graph, score: str, k: str, kept: str) -> list[onnx.NodeProto]:
 
 
 def add_rows(graph: Graph, task: Task) -> int:
-    """Where the choice became a mask, rows are added where it holds.
+    """If the choice became a mask, add rows where the mask is true.
 
         residual, rows, gate, index -> GatedScatterAdd -> out      becomes
         gate x rows -> Add(residual) -> Where(mask, that, residual) -> out
@@ -142,7 +142,7 @@ def add_rows(graph: Graph, task: Task) -> int:
 
 
 def count_on_host(graph: Graph, task: Task) -> int:
-    """The number of rows that a rank keeps comes from the caller, where TopKGather's body is imported.
+    """Take the number of rows that rank selection keeps from the caller, if TopKGather's body is imported.
 
         budget, tokens -> (arithmetic) -> k      becomes      the input k [1]
 

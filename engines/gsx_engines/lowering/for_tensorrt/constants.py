@@ -1,4 +1,4 @@
-"""Codes of 8 bits where TensorRT takes them: as the first input of DequantizeLinear, and nowhere else."""
+"""8-bit codes in the only place where TensorRT takes them: as the first input of DequantizeLinear."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gsx_plugins.graph import Graph, make_node
 
 
 def dequantize_constants(graph: Graph, task: Task) -> int:
-    """Codes of an embedding or a gate go through a DequantizeLinear, an embedding's before its rows are read.
+    """Pass codes of an embedding or a gate through a DequantizeLinear, an embedding's before its rows are read.
 
     codes -> Gather(ids) -> DequantizeLinear -> Mul <- Unsqueeze <- Gather(ids) <- scales      becomes
     codes, scales -> DequantizeLinear -> Gather(ids)

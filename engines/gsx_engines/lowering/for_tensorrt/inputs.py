@@ -1,4 +1,4 @@
-"""What a caller of an engine sees: where a call's tokens go, which columns get logits, counts, and float32 outside."""
+"""An engine's inputs and outputs: where a call's tokens go, which columns get logits, counts, and float32 outside."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gsx_plugins.graph import Graph, attribute, make_node
 
 
 def place_call(graph: Graph, task: Task) -> int:
-    """The call's tokens are written at `write_at [B]`, where the portable graph has them behind all others.
+    """Write the call's tokens at `write_at [B]`, where the portable graph has them after all others.
 
         Sub(length of attention_mask, length of input_ids)      becomes      Reshape(write_at)
         Slice(x, that) -> the last columns                      becomes      the columns from write_at on
 
-    `attention_mask [B, window]` covers the columns of the cache that are read. Why: sequences have lengths of their own
+    `attention_mask [B, window]` covers the columns of the cache that are read. Why: sequences have their own lengths
     without padding, and a step keeps its shapes while the cache grows.
     """
     if not task.in_place:
@@ -29,7 +29,7 @@ def place_call(graph: Graph, task: Task) -> int:
             offsets[node.output[0]] = (node.input[0], node.input[1])
             by_sequence = graph.add_constant("lowered.by_sequence", [-1, 1, 1])  # meets rows [S, 1], columns [W]
             return [make_node("Reshape", [WRITE_AT, by_sequence], node.output[0])]
-        if node.op_type == "Slice" and (offset := _behind_reshapes(graph, node.input[1])) in offsets:
+        if node.op_type == "Slice" and (offset := _before_reshapes(graph, node.input[1])) in offsets:
             return _columns_of_call(graph, node, *offsets[offset])
         return None
 
@@ -43,7 +43,7 @@ def place_call(graph: Graph, task: Task) -> int:
 
 
 def _lengths_of(graph: Graph, name: str) -> set[str]:
-    """Values that are the length of an input [B, length]."""
+    """The values that equal the length of an input [B, length]."""
     found: set[str] = set()
     for node in graph.nodes:
         if node.op_type == "Shape" and node.input[0] == name:
@@ -54,16 +54,16 @@ def _lengths_of(graph: Graph, name: str) -> set[str]:
     return found
 
 
-def _behind_reshapes(graph: Graph, name: str) -> str:
+def _before_reshapes(graph: Graph, name: str) -> str:
     while (node := graph.producer(name)) is not None and node.op_type in ("Reshape", "Unsqueeze"):
         name = node.input[0]
     return name
 
 
 def _columns_of_call(graph: Graph, node: onnx.NodeProto, window: str, length: str) -> list[onnx.NodeProto]:
-    """x[:, -S:] -> of each sequence its columns write_at to write_at + S.
+    """x[:, -S:] -> for each sequence, its columns write_at to write_at + S.
 
-    Tokens behind a sequence's count may stand behind the window, when the buffers are full; they read 0.
+    Padding after a sequence's tokens may be outside the window, when the buffers are full; it reads 0.
     """
     name = f"{node.output[0]}."
     zero, one = graph.add_constant("lowered.zero", 0), graph.add_constant("lowered.one", 1)
@@ -81,7 +81,7 @@ def _columns_of_call(graph: Graph, node: onnx.NodeProto, window: str, length: st
 
 
 def write_cache_in_place(graph: Graph, task: Task) -> int:
-    """The cache is a buffer of fixed capacity, which TensorRT updates in place.
+    """Make the cache a buffer of fixed capacity, which TensorRT updates in place.
 
         past, new -> Concat -> present -> (attention)      becomes
         past, new, write_at -> TensorScatter -> present -> Slice(0 to window) -> (attention)
@@ -118,12 +118,12 @@ def write_cache_in_place(graph: Graph, task: Task) -> int:
 
 
 def ask_for_columns(graph: Graph, task: Task) -> int:
-    """Only the wanted columns of the last state go through final norm and head.
+    """Pass only the wanted columns of the last state through final norm and head.
 
         state -> RMSNormalization -> head -> logits      becomes
         state -> Reshape [B x S, H] -> Gather(logits_at [B, M]) -> RMSNormalization -> head -> logits [B, M, V]
 
-    Why: generation wants the last column only, and the head is the largest product of a step.
+    Why: generation needs only the last column, and the head is the largest product of a step.
     """
     if not task.in_place:
         return 0
@@ -145,9 +145,9 @@ def ask_for_columns(graph: Graph, task: Task) -> int:
 
 
 def report_kept(graph: Graph, task: Task) -> int:
-    """The output `kept [n]` has the number of rows of every gated branch, in order.
+    """Add the output `kept [n]`, the number of rows of every gated branch, in order.
 
-    count (of each choice)      gets behind it      Reshape [1] -> Concat -> kept
+    count (of each choice)      is followed by      Reshape [1] -> Concat -> kept
     """
     choices = branch_choices(graph)
     if not task.in_place or not choices:
@@ -162,11 +162,11 @@ def report_kept(graph: Graph, task: Task) -> int:
 
 
 def speak_float32(graph: Graph, task: Task) -> int:
-    """Logits and what passes an exit are float32 outside, whatever the graph's type.
+    """Make logits and the exit state float32 outside, whatever the graph's type.
 
         exit_* -> (the graph) -> logits      becomes      exit_* -> Cast -> (the graph) -> Cast -> logits
 
-    Why: the host has no bfloat16, and one type for all engines is one path through the runner.
+    Why: the host has no bfloat16, and with one type for all engines the runner has one code path.
     """
     if not task.in_place or task.float_type == TensorProto.FLOAT:
         return 0
@@ -177,7 +177,7 @@ def speak_float32(graph: Graph, task: Task) -> int:
     for value in (*entering, *leaving):
         value.type.tensor_type.elem_type = TensorProto.FLOAT
     graph.prepend(*(make_node("Cast", [value.name], inside[value.name], to=task.float_type) for value in entering))
-    graph.append(*(make_node("Cast", [inside[one.name]], one.name, to=TensorProto.FLOAT) for one in leaving))
+    graph.append(*(make_node("Cast", [inside[value.name]], value.name, to=TensorProto.FLOAT) for value in leaving))
     return len(inside)
 
 

@@ -1,4 +1,4 @@
-"""What all passes for TensorRT know: the task, and names of values that a caller sees."""
+"""Shared by all passes for TensorRT: the task, and names of values that a caller sees."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from onnx import TensorProto
 from gsx_engines.bundle.engine_entry import KvLayout
 from gsx_engines.bundle.manifest import DecoderShape, Manifest
 
-# TensorRT's TopK takes at most so many.
+# The largest k that TensorRT's TopK takes.
 MAX_TOPK = 3840
-# What became of an op of domain gsx in an engine: a plugin; its function body; standard ops that run on the kept
-# rows alone; standard ops that run on all rows (right, and nothing is saved).
+# The form of an op of domain gsx in an engine. "plugin"; "body": its function body; "rows": standard ops that run only
+# on the kept rows; "mask" and "all": standard ops that run on all rows (the results are right, but nothing is saved).
 Form = Literal["plugin", "body", "rows", "mask", "all"]
-# Inputs of the lowered graph that the portable one has not, and its output of kept rows by branch.
+# Inputs that only the lowered graph has, and its output of kept rows by branch.
 WRITE_AT, LOGITS_AT, K, KEPT = "write_at", "logits_at", "k", "kept"
 # Names of dynamic axes.
 WINDOW, LOGITS_COLUMNS = "window", "logits_columns"
@@ -25,15 +25,15 @@ FLOAT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": T
 
 @dataclass(frozen=True)
 class Task:
-    """A graph to be lowered, and what its passes find out.
+    """A graph to be lowered, and what its passes record.
 
     Args:
-        capacity: columns of the K/V buffers, fixed in the engine; nothing to K and V that grow.
-        rows: the most tokens of a call, over all sequences.
-        plugins: ops of domain gsx that a plugin stands for.
-        one_sequence: the batch is 1 always, so that kept rows attend alone, without their neighbours' places.
+        capacity: columns of the K/V buffers, fixed in the engine; unused if K and V grow.
+        rows: largest number of tokens of a call, over all sequences.
+        plugins: ops of domain gsx that have a plugin.
+        one_sequence: the batch is always 1, so that attention runs only over the kept rows.
         kv_layout: whether K and V are written in place.
-        forms: what became of each op of domain gsx that the portable graph has.
+        forms: the form that each op of domain gsx in the portable graph took.
         masks: the numbers of a choice that became a mask -> which rows are kept, [N, 1] bool.
     """
 
@@ -48,7 +48,7 @@ class Task:
 
     @property
     def shape(self) -> DecoderShape:
-        """The decoder's."""
+        """The decoder's shape."""
         return self.manifest.decoder
 
     @property
@@ -58,7 +58,7 @@ class Task:
 
     @property
     def width(self) -> int:
-        """Of the queries of all heads."""
+        """Width of the queries of all heads."""
         return self.shape.num_heads * self.shape.head_dim
 
     @property
