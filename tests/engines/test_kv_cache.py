@@ -19,7 +19,7 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.errors import EngineError
-from gsx_engines.lowering.probe import is_supported
+from gsx_engines.lowering.for_onnxruntime.probe import is_supported
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner

@@ -15,9 +15,9 @@ from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.lowering.for_onnxruntime import quantized
+from gsx_engines.lowering.for_onnxruntime.probe import products_saturate
 from gsx_engines.lowering.for_onnxruntime.quantized import fuse_products
 from gsx_engines.lowering.onnxruntime import lower
-from gsx_engines.lowering.probe import products_saturate
 from gsx_engines.runners import session
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.session import session_config

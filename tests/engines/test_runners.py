@@ -16,8 +16,8 @@ from gsx_engines.bundle.bundle import MANIFEST, open_bundle, sha256_of
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, controls_for
 from gsx_engines.errors import BundleError
 from gsx_engines.generation import Generation, generate
+from gsx_engines.lowering.for_onnxruntime.probe import is_supported
 from gsx_engines.lowering.for_onnxruntime.regions import find_regions
-from gsx_engines.lowering.probe import is_supported
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner

@@ -123,7 +123,7 @@ def test_example_runs(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -
     if name == "gsx.export":
         shutil.rmtree(place / "out" / "demo")
     # One keep rule, and few rounds: `test_compare.py` has all of them.
-    monkeypatch.setattr("gsx.workflows.compare.RULES", {"layers": RULES["layers"]})
+    monkeypatch.setattr("gsx.workflows.compare.every_rule", lambda: ({"layers": RULES["layers"]}, {}))
     monkeypatch.setattr("gsx.comparison.measure.SECONDS", 0.0)
     found = doctest.DocTestFinder().find(FUNCTIONS[name], name, globs={"gsx": gsx})[0]
     assert found.examples, f"{name} has no example"

@@ -72,9 +72,9 @@ def test_a_set_is_searched_and_used(gsx: Gsx, tiny_gated: Path, tiny_text: Path,
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (("--draft", "exit:0"), "exit layer"),
-        (("--draft", "exit:-3"), "exit layer"),
-        (("--draft", "exit:3"), "exit layer"),
+        (("--draft", "exit:0"), "the exit is not between"),
+        (("--draft", "exit:-3"), "the exit is not between"),
+        (("--draft", "exit:3"), "the exit is not between"),
         (("--draft", "quick"), "is not a draft"),
         (("--draft", "exit:1", "--select", "rank"), "selection by threshold"),
         (("--draft", "auto", "--select", "rank"), "selection by threshold"),

@@ -22,9 +22,9 @@ from gsx_engines.bundle.controls import rows_of
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.lowering import onnxruntime as lowering
 from gsx_engines.lowering.for_onnxruntime.decisions import KEPT
+from gsx_engines.lowering.for_onnxruntime.probe import is_supported
 from gsx_engines.lowering.for_onnxruntime.task import STATE, TOTAL_LENGTH
 from gsx_engines.lowering.passes import not_as_expected
-from gsx_engines.lowering.probe import is_supported
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput
 from gsx_engines.runners.kept import KeptTable
 from gsx_engines.runners.portable import PortableStage

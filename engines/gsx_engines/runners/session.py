@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.errors import BundleError
-from gsx_engines.lowering.probe import products_saturate
+from gsx_engines.lowering.for_onnxruntime.probe import products_saturate
 
 
 def session_config(manifest: Manifest, *, lowered: bool = False) -> Mapping[str, str]:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto
 
+from gsx_engines.lowering.for_onnxruntime.probe import products_saturate
 from gsx_engines.lowering.for_onnxruntime.task import CONTRIB
-from gsx_engines.lowering.probe import products_saturate
 from gsx_engines.lowering.products import quantized_products
 from gsx_plugins.graph import Graph, make_node
 
