@@ -262,9 +262,9 @@ def test_what_is_not_a_draft_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("exit:0", "exit layer"),
-        ("exit:-1", "exit layer"),
-        ("exit:4", "exit layer"),
+        ("exit:0", "the exit is not between"),
+        ("exit:-1", "the exit is not between"),
+        ("exit:4", "the exit is not between"),
         ("exit:1", "cannot draft with exit:1"),
         ("budget:0.1", "below the calibrated grid"),
         ("layers:4", "leaves out branches that it cannot"),
@@ -280,7 +280,7 @@ def test_drafts_that_a_model_cannot_have_are_refused(tmp_path: Path, tiny_gated:
     dense = tiny_checkpoint(tmp_path / "dense", tokenizer=True)
     cases: list[tuple[Path, dict[str, Any], str]] = [
         (dense, {"draft": "budget:0.5"}, "needs thresholds"),
-        (dense, {"draft": "exit:3"}, "exit layer"),
+        (dense, {"draft": "exit:3"}, "the exit is not between"),
         (tiny_gated, {"draft": "exit:1", "select": "rank"}, "selection by threshold"),
         (tiny_gated, {"draft": "budget:0.01", "budget": 0.7}, "below the calibrated grid"),
         (tiny_gated, {"draft": "layers:3"}, "leaves out branches that it cannot"),

@@ -19,6 +19,7 @@ from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
+from gsx_engines.bundle.tensor_names import past
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
@@ -141,7 +142,7 @@ def test_a_skipped_token_leaves_no_k_and_v(bundle_of: Callable[[str], Path]) -> 
     output = runner.step(cache, np.array([[5, 60, 61, 7]]), nothing)
     assert output.kept is not None
     assert output.kept[1:].tolist() == [[2, 2], [2, 2]]
-    there = cache.memory["1.key"][0].any(axis=(0, 2))
+    there = cache.memory[past(1, "key")][0].any(axis=(0, 2))
     assert there.tolist() == [True, True, False, False]
 
 
