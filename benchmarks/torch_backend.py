@@ -23,9 +23,9 @@ from benchmarks.measure import Spread, Table, in_turn, parse, parser, print_head
 from benchmarks.model import SHAPES, make_large, random_text
 from gsx.backend_names import Device
 from gsx.torch_runtime import TorchRuntime
-from gsx.workflows.number_types import Precision
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings
+from gsx_engines.bundle.fields import Precision
 from gsx_engines.errors import EngineError
 from gsx_engines.generation import GenerationStats, generate
 from gsx_engines.runners.base import Runner

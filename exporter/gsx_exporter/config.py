@@ -11,15 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.section import known_keys, one_of
-
-Branch = Literal["attn", "mlp"]
-BRANCHES: tuple[Branch, Branch] = ("attn", "mlp")
-
-# K and V of skipped tokens: their own, those of the layer below, or none (docs/design.md, section 3).
-KvPolicy = Literal["compute", "copy", "none"]
 
 GateKind = Literal["vector", "scalar"]
 GateInput = Literal["post_norm", "pre_norm"]

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gsx_engines.bundle.bundle import writing
+from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_exporter.checkpoint import (
     CONFIG,
     WEIGHTS,
@@ -35,7 +36,7 @@ from gsx_exporter.checkpoint import (
     rule_module_kind,
     stored_tensors,
 )
-from gsx_exporter.config import BRANCHES, Branch, GateConfig, GateInput, ModelConfig
+from gsx_exporter.config import GateConfig, GateInput, ModelConfig
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.rules.router.layouts import convert_routers

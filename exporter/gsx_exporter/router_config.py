@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
+from gsx_engines.bundle.fields import KvPolicy
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.section import finite, flag, known_keys, one_of, whole
 
 Activation = Literal["relu", "silu", "tanh", "gelu"]
 RouterOutput = Literal["logit", "sigmoid", "softmax", "difference"]
 Multiplies = Literal["nothing", "branch", "mlp", "layer"]
-RouterKv = Literal["compute", "copy", "none"]
 
 # Range of the score, by output: a threshold outside it keeps everything or nothing.
 _RANGES: Mapping[RouterOutput, tuple[float, float]] = {"sigmoid": (0.0, 1.0), "softmax": (0.0, 1.0)}
@@ -113,7 +113,7 @@ class RouterConfig:
     threshold: float | None = None
     multiplies: Multiplies = "nothing"
     predictor: NetConfig | None = None
-    kv_policy: RouterKv = "compute"
+    kv_policy: KvPolicy = "compute"
     full_first: int = 0
     adapter: int | None = None
 

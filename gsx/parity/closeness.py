@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gsx_exporter.config import BRANCHES
+from gsx_engines.bundle.fields import BRANCHES
 
 
 @dataclass(frozen=True)

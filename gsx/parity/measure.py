@@ -15,11 +15,11 @@ from transformers import DynamicCache
 from gsx.parity.closeness import Observation
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import RuntimeValues
+from gsx_engines.bundle.fields import BRANCHES, KvPolicy
 from gsx_engines.bundle.tensor_names import past
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.whole import WholeRunner
-from gsx_exporter.config import BRANCHES, KvPolicy
 from gsx_exporter.reference.model import Reference, ReferenceOutput
 from gsx_exporter.reference.rule import ReferenceRule
 

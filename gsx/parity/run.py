@@ -19,12 +19,11 @@ from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
 from gsx.parity.windows import WindowSums
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import RuntimeValues, controls_for
-from gsx_engines.bundle.fields import Branch
+from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.select import Backend, open_runner
 from gsx_exporter.checkpoint import Checkpoint
-from gsx_exporter.config import BRANCHES
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.registry import reference_rule
 from gsx_exporter.rules.settings import Setting

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 from gsx.workflows.calibrated import Calibrated
-from gsx.workflows.number_types import Precision
+from gsx_engines.bundle.fields import Precision
 from gsx_engines.bundle.manifest import (
     SCHEMA_VERSION,
     DecoderShape,

@@ -11,13 +11,13 @@ from gsx.workflows.draft_plan import plan_draft
 from gsx.workflows.draft_search import DraftSearch
 from gsx.workflows.export_text import read_export_text
 from gsx.workflows.graph_files import write_graphs
-from gsx.workflows.number_types import KvCacheType, NumberTypes, Precision
+from gsx.workflows.number_types import KvCacheType, NumberTypes
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle, open_bundle, write_manifest, writing
+from gsx_engines.bundle.fields import KvPolicy, Precision
 from gsx_engines.bundle.manifest import WeightsEntry
 from gsx_engines.bundle.selection import SelectionMode, check_budget
 from gsx_exporter.checkpoint import open_checkpoint
-from gsx_exporter.config import KvPolicy
 from gsx_exporter.defaults import CALIBRATION_TOKENS
 from gsx_exporter.graph.weights import write_weights
 from gsx_exporter.rules.plan import PolicyOptions

@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 
 from gsx.workflows.quantize import Quantize
+from gsx_engines.bundle.fields import Precision
 from gsx_engines.lowering.for_onnxruntime.probe import is_supported
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.quantization.scheme import SCHEMES
 from gsx_exporter.rules.plan import RulePlan
 from gsx_plugins.errors import UsageError
 
-Precision = Literal["fp32", "fp16", "bf16"]
 KvCacheType = Literal["int8"]
 _DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,

@@ -96,6 +96,9 @@ def test_the_calibrated_rule_is_what_the_manifest_records(
     settled = plan.settle(found, text, lambda progress: None)
     assert settled.policy is not None
     assert settled.policy.name == policy.split(":")[0]
+    assert settled.rule is not None
+    # The graph and the runners find this out separately: `Manifest.hides_skipped`.
+    assert settled.rule.hides_skipped == (plan.kv_policy == "none" and settled.selection is not None)
     assert traced_rule(settled.policy, settled.selection, found.config) == settled.rule
 
 

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from gsx_engines.bundle.fields import FileName, Section, Sha256, TensorInfo
+from gsx_engines.bundle.fields import FileName, Precision, Section, Sha256, TensorInfo
 
 
 class Sizes(NamedTuple):
@@ -100,7 +100,7 @@ class EngineEntry(Section):
     targets: tuple[str, ...]
     platform: str
     gpu: str | None
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: Precision
     kv_layout: KvLayout = "in-place"
     capacity: int
     profiles: tuple[EngineProfile, ...]

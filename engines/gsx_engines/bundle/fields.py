@@ -11,6 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 Branch = Literal["attn", "mlp"]
 # The order of the columns in tables with one for each branch.
 BRANCHES: tuple[Branch, ...] = ("attn", "mlp")
+# K and V of skipped tokens: their own, those of the layer below, or none (docs/design.md, section 3).
+KvPolicy = Literal["compute", "copy", "none"]
+# Type of weights and activations.
+Precision = Literal["fp32", "fp16", "bf16"]
 
 Threshold = Annotated[
     float,

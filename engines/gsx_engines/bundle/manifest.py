@@ -13,7 +13,18 @@ from pydantic import Field, model_validator
 
 from gsx_engines.bundle.drafts import DraftEntry
 from gsx_engines.bundle.engine_entry import EngineEntry
-from gsx_engines.bundle.fields import BRANCHES, Branch, Budget, FileName, Scale, Section, Sha256, TensorInfo
+from gsx_engines.bundle.fields import (
+    BRANCHES,
+    Branch,
+    Budget,
+    FileName,
+    KvPolicy,
+    Precision,
+    Scale,
+    Section,
+    Sha256,
+    TensorInfo,
+)
 from gsx_engines.bundle.policy import Policy, gateskip_policy
 from gsx_engines.bundle.selection import CalibrationText, Selection
 
@@ -138,8 +149,8 @@ class Manifest(Section):
     gates: Gates | None
     selection: Selection | None
     policy: Policy | None = None
-    kv_policy: Literal["compute", "copy", "none"]
-    precision: Literal["fp32", "fp16", "bf16"]
+    kv_policy: KvPolicy
+    precision: Precision
     quantization: Quantization | None = None
     kv_cache: KvCache | None = None
     graphs: Mapping[str, GraphEntry]

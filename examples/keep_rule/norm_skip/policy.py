@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gsx_engines.bundle.controls import RuntimeValues
+from gsx_engines.bundle.fields import BRANCHES
 from gsx_engines.bundle.policy import OutsidePolicy, Policy, score_input
 from gsx_engines.bundle.selection import Selection
 from gsx_exporter.checkpoint import Checkpoint
-from gsx_exporter.config import BRANCHES, ModelConfig
+from gsx_exporter.config import ModelConfig
 from gsx_exporter.rules.parameters import Parameters, read_parameters
 from gsx_exporter.rules.plan import PolicyOptions, RulePlan, Settled, refuse_none, refuse_rank
 from gsx_exporter.rules.rule import Recorded, Rule

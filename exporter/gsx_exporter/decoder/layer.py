@@ -17,7 +17,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from gsx_exporter.config import Branch, GateConfig, KvPolicy, ModelConfig
+from gsx_engines.bundle.fields import Branch, KvPolicy
+from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.modules import Linear, Mlp
 from gsx_exporter.decoder.norm import RmsNorm
 from gsx_exporter.decoder.rule import (

@@ -16,8 +16,8 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
 from gsx_engines.bundle.controls import RuntimeValues
+from gsx_engines.bundle.fields import Branch
 from gsx_exporter.checkpoint import Checkpoint
-from gsx_exporter.config import Branch
 from gsx_exporter.decoder.ends import Entry, Exit
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.decoder.modules import Linear

@@ -12,8 +12,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from gsx_engines.bundle.fields import Branch
 from gsx_exporter.checkpoint import Checkpoint
-from gsx_exporter.config import Branch
 
 T = TypeVar("T")
 

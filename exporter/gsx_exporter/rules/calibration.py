@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_exporter.checkpoint import Checkpoint
-from gsx_exporter.config import BRANCHES, Branch
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows
 from gsx_exporter.decoder.rule import scored_branches
 from gsx_exporter.decoder.walk import Stream, Walk

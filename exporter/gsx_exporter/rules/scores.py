@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.selection import SelectionMode
-from gsx_exporter.config import BRANCHES, Branch
 from gsx_exporter.decoder.rule import FORCED, Value, Values
 
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from gsx_engines.bundle.confidence import Measure
-from gsx_exporter.config import BRANCHES, Branch, ModelConfig
+from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.ends import Exit
 from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.decoder.rule import BranchInput, BranchScore, LooksAtExits, Tokens, TracedRule, Value, Values

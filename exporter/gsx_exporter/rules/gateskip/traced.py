@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gsx_engines.bundle.fields import Branch
 from gsx_engines.bundle.selection import SelectionMode
-from gsx_exporter.config import Branch, GateConfig, ModelConfig
+from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.rule import (
     BranchInput,
     BranchScore,
