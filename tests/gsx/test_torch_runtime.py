@@ -188,7 +188,10 @@ def test_a_gpu_that_is_not_there(tiny_bundle: Path) -> None:
             {"intermediate_size": 64},
             r"weight layers.0.mlp.gate_proj.weight does not fit.*\n  expected \[64, 64\] float32",
         ),
-        ({"attention_bias": True}, r"weight layers.0.self_attn.q_proj.bias does not fit config.json\n.*found no such tensor"),
+        (
+            {"attention_bias": True},
+            r"weight layers.0.self_attn.q_proj.bias does not fit config.json\n.*found no such tensor",
+        ),
     ],
 )
 def test_a_configuration_that_was_edited(
