@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.bundles import BUDGET, Workshop, add_model_options
 from benchmarks.measure import Table, in_turn, milliseconds, parse, parser, print_header, ratios
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
-from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.bundle.words import BRANCHES
 from gsx_engines.runners.base import Cache, Runner
 from gsx_engines.runners.select import open_runner
 

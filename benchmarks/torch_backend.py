@@ -25,7 +25,7 @@ from gsx.backend_names import Device
 from gsx.torch_runtime import TorchRuntime
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings
-from gsx_engines.bundle.fields import Precision
+from gsx_engines.bundle.words import Precision
 from gsx_engines.errors import EngineError
 from gsx_engines.generation import GenerationStats, generate
 from gsx_engines.runners.base import Runner

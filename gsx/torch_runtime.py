@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from gsx.backend_names import Device
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import DecoderShape, Gates
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_engines.errors import BundleError, EngineError
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, grown
 from gsx_engines.runners.kept import KeptTable

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.section import known_keys, one_of

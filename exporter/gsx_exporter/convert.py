@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gsx_engines.bundle.bundle import writing
-from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.checkpoint import (
     CONFIG,
     WEIGHTS,

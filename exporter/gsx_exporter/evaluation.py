@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gsx_engines.bundle.fields import KvPolicy
+from gsx_engines.bundle.words import KvPolicy
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.reference.rule import ReferenceRule
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
-from gsx_engines.bundle.fields import KvPolicy
+from gsx_engines.bundle.words import KvPolicy
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.section import finite, flag, known_keys, one_of, whole
 

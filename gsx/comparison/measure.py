@@ -15,7 +15,7 @@ import numpy as np
 
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
-from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.bundle.words import BRANCHES
 from gsx_engines.runners.base import StepOutput
 from gsx_engines.runners.select import open_runner
 from gsx_exporter.evaluation import losses

@@ -15,8 +15,8 @@ from transformers import DynamicCache
 from gsx.parity.closeness import Observation
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import RuntimeValues
-from gsx_engines.bundle.fields import BRANCHES, KvPolicy
 from gsx_engines.bundle.tensor_names import past
+from gsx_engines.bundle.words import BRANCHES, KvPolicy
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.whole import WholeRunner

@@ -17,7 +17,7 @@ import numpy as np
 from gsx.pages.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, Plot, style, svg
 from gsx.parity.report import Report
 from gsx.parity.result import BudgetResult
-from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.rules.settings import LayerCurve
 
 if TYPE_CHECKING:

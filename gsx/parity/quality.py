@@ -14,7 +14,7 @@ import numpy as np
 
 from gsx.defaults import QUALITY_LIMIT
 from gsx.parity.closeness import Observation
-from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.bundle.words import BRANCHES
 from gsx_plugins.errors import UsageError
 
 

@@ -19,8 +19,8 @@ from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
 from gsx.parity.windows import WindowSums
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import RuntimeValues, controls_for
-from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.select import Backend, open_runner
 from gsx_exporter.checkpoint import Checkpoint

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from importlib.metadata import version
 
 from gsx.workflows.calibrated import Calibrated
-from gsx_engines.bundle.fields import Precision
 from gsx_engines.bundle.manifest import (
     SCHEMA_VERSION,
     DecoderShape,
@@ -17,6 +16,7 @@ from gsx_engines.bundle.manifest import (
     SourceModel,
     WeightsEntry,
 )
+from gsx_engines.bundle.words import Precision
 
 
 def manifest_of(

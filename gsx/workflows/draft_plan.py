@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from gsx.workflows.draft_search import DraftSearch
 from gsx_engines.bundle.drafts import DraftEntry, DraftKind
-from gsx_engines.bundle.fields import Precision
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.words import Precision
 from gsx_engines.draft_trials.measure import SHORTEST_CONTEXT, candidate_exits
 from gsx_engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_other, refuse_rank
 from gsx_exporter.config import ModelConfig

@@ -14,9 +14,9 @@ from gsx.workflows.graph_files import write_graphs
 from gsx.workflows.number_types import KvCacheType, NumberTypes
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle, open_bundle, write_manifest, writing
-from gsx_engines.bundle.fields import KvPolicy, Precision
 from gsx_engines.bundle.manifest import WeightsEntry
-from gsx_engines.bundle.selection import SelectionMode, check_budget
+from gsx_engines.bundle.selection import check_budget
+from gsx_engines.bundle.words import KvPolicy, Precision, SelectionMode
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.defaults import CALIBRATION_TOKENS
 from gsx_exporter.graph.weights import write_weights

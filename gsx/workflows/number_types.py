@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from gsx.workflows.quantize import Quantize
-from gsx_engines.bundle.fields import Precision
+from gsx_engines.bundle.words import Precision
 from gsx_engines.lowering.for_onnxruntime.probe import is_supported
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.quantization.scheme import SCHEMES

@@ -15,7 +15,7 @@ import numpy as np
 
 from gsx_engines.bundle.cost import StepBytes
 from gsx_engines.bundle.drafts import LayersDraft
-from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_engines.draft_trials.replay import Replay
 from gsx_engines.speculation.adapt import evenly
 from gsx_engines.speculation.length import counted_speed

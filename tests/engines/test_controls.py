@@ -10,10 +10,10 @@ from pydantic import TypeAdapter
 
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, controls_for, rows_of, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import places_text
-from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.layer_sets import exit_places, mask_of, parse_places, unified_places
 from gsx_engines.bundle.manifest import DecoderShape, Manifest
 from gsx_engines.bundle.policy import Policy, RuntimeInput
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_plugins.errors import UsageError
 
 LAYERS = 6

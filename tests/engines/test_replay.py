@@ -17,8 +17,8 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import controls_for
 from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.bundle.drafts import LayersDraft
-from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_engines.draft_trials.replay import Replay
 from gsx_engines.generation import generate
 from gsx_engines.runners.select import open_runner

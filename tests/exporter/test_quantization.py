@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks.model import configuration
 from gsx.workflows.quantize import Quantize, plan_for
 from gsx_engines.bundle.controls import RuntimeValues, selected
-from gsx_engines.bundle.fields import BRANCHES
 from gsx_engines.bundle.selection import GridPoint, Selection
+from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.checkpoint import Checkpoint, expected_tensors, open_checkpoint
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions

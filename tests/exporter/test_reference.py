@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from gsx_engines.bundle.counting import kept_count
-from gsx_engines.bundle.fields import BRANCHES, Branch, KvPolicy
+from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint import open_checkpoint
 from gsx_exporter.config import GateConfig, GateInput, GateKind
 from gsx_exporter.reference.model import Reference, ReferenceOutput

@@ -9,10 +9,11 @@ from pydantic import TypeAdapter
 
 from gsx_engines.bundle.drafts import DraftEntry, ExitDraft
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, Sizes
-from gsx_engines.bundle.fields import Branch, TensorInfo
+from gsx_engines.bundle.fields import TensorInfo
 from gsx_engines.bundle.manifest import DecoderShape, Gates, GraphEntry, Manifest, SourceModel, WeightsEntry
 from gsx_engines.bundle.policy import Policy, gateskip_policy
 from gsx_engines.bundle.selection import GridPoint, Selection
+from gsx_engines.bundle.words import Branch
 from tests.vectors.toy import mix
 
 LAYERS, EXIT, VOCABULARY, CONTEXT, END = 6, 3, 97, 100, 2

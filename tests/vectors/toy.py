@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from gsx_engines.bundle.counting import kept_count
-from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.words import BRANCHES, Branch
 
 _MASK = 0xFFFFFFFF
 

@@ -13,7 +13,7 @@ import onnx
 from onnx import helper
 
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.bundle.words import BRANCHES
 
 _BRANCH_WEIGHTS = {"attn": ("self_attn.q_proj.", "self_attn.o_proj."), "mlp": ("mlp.",)}
 # Read for every token under the K/V policy `compute`; under the others only when the branch runs.

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from gsx_engines.bundle.fields import BRANCHES, Branch, Budget, Section
+from gsx_engines.bundle.fields import Budget, Section
+from gsx_engines.bundle.words import BRANCHES, Branch
 
 
 class ExitDraft(Section):

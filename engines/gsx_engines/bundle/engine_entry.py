@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from gsx_engines.bundle.fields import FileName, Precision, Section, Sha256, TensorInfo
+from gsx_engines.bundle.fields import FileName, Section, Sha256, TensorInfo
+from gsx_engines.bundle.words import Precision
 
 
 class Sizes(NamedTuple):

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
-
-Branch = Literal["attn", "mlp"]
-# The order of the columns in tables with one for each branch.
-BRANCHES: tuple[Branch, ...] = ("attn", "mlp")
-# K and V of skipped tokens: their own, those of the layer below, or none (docs/design.md, section 3).
-KvPolicy = Literal["compute", "copy", "none"]
-# Type of weights and activations.
-Precision = Literal["fp32", "fp16", "bf16"]
 
 Threshold = Annotated[
     float,

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
-from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_plugins.errors import UsageError
 
 Places = tuple[tuple[int, Branch], ...]

@@ -13,20 +13,10 @@ from pydantic import Field, model_validator
 
 from gsx_engines.bundle.drafts import DraftEntry
 from gsx_engines.bundle.engine_entry import EngineEntry
-from gsx_engines.bundle.fields import (
-    BRANCHES,
-    Branch,
-    Budget,
-    FileName,
-    KvPolicy,
-    Precision,
-    Scale,
-    Section,
-    Sha256,
-    TensorInfo,
-)
+from gsx_engines.bundle.fields import Budget, FileName, Scale, Section, Sha256, TensorInfo
 from gsx_engines.bundle.policy import Policy, gateskip_policy
 from gsx_engines.bundle.selection import CalibrationText, Selection
+from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy, Precision
 
 SCHEMA_VERSION: Literal[1] = 1
 

@@ -12,8 +12,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Discriminator, Field, JsonValue, Tag, WithJsonSchema
 
 from gsx_engines.bundle.confidence import Confidence
-from gsx_engines.bundle.fields import Branch, Section
-from gsx_engines.bundle.selection import CalibrationText, SelectionMode
+from gsx_engines.bundle.fields import Section
+from gsx_engines.bundle.selection import CalibrationText
+from gsx_engines.bundle.words import Branch, SelectionMode
 
 
 class RuntimeInput(Section):

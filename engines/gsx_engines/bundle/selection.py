@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import numpy as np
 from pydantic import model_validator
 
 from gsx_engines.bundle.fields import Budget, Section, Sha256, Table, Threshold
+from gsx_engines.bundle.words import SelectionMode
 from gsx_plugins.errors import UsageError
-
-# How kept tokens are selected: by a calibrated threshold, or the best of the call.
-SelectionMode = Literal["threshold", "rank"]
 
 
 class CalibrationText(Section):

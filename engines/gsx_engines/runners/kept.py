@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gsx_engines.bundle.fields import BRANCHES
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.words import BRANCHES
 
 
 class KeptTable:

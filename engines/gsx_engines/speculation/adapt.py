@@ -19,8 +19,8 @@ import numpy as np
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.cost import StepBytes
 from gsx_engines.bundle.drafts import LayersDraft
-from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_engines.runners.base import Cache
 from gsx_engines.speculation.draft import FullDepthDraft, draft_controls
 from gsx_engines.speculation.length import CHUNK, counted_speed

@@ -12,8 +12,8 @@ import numpy as np
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import RuntimeValues, selected
 from gsx_engines.bundle.drafts import BudgetDraft, DraftKind, ExitDraft, LayersDraft
-from gsx_engines.bundle.fields import BRANCHES
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.words import BRANCHES
 from gsx_engines.runners.base import Cache, Runner, StepOutput
 from gsx_engines.runners.select import Backend, open_runner, open_split_runner
 from gsx_engines.runners.split import SplitRunner, joined_output

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from gsx_engines.bundle.drafts import BudgetDraft, DraftKind, ExitDraft, LayersDraft
-from gsx_engines.bundle.fields import Branch
 from gsx_engines.bundle.layer_sets import parse_places
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.selection import check_budget
+from gsx_engines.bundle.words import Branch
 from gsx_plugins.errors import UsageError
 
 _EXPECTED = "exit:E (layers), budget:B (a share), or layers:SET (e.g. 3.attn,5-7)"

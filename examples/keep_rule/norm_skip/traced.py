@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gsx_engines.bundle.fields import Branch
+from gsx_engines.bundle.words import Branch
 from gsx_exporter.decoder.rule import (
     BranchInput,
     BranchScore,

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from gsx_engines.bundle.fields import Branch, KvPolicy
+from gsx_engines.bundle.words import Branch, KvPolicy
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.modules import Linear, Mlp
 from gsx_exporter.decoder.norm import RmsNorm

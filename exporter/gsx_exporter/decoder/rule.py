@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from gsx_engines.bundle.fields import Branch
+from gsx_engines.bundle.words import Branch
 from gsx_exporter.config import ModelConfig
 
 # What a rule reads at one layer: name -> tensor.

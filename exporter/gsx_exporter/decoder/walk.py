@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gsx_engines.bundle.controls import RuntimeValues
-from gsx_engines.bundle.fields import Branch
+from gsx_engines.bundle.words import Branch
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows, KeyValue

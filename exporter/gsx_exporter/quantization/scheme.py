@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import SchemeName
+from gsx_engines.bundle.words import BRANCHES, Branch
 
 # Groups of a decoder layer's linear layers that read the same values, by name.
 GROUPS: dict[str, tuple[str, ...]] = {

@@ -16,7 +16,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
 from gsx_engines.bundle.controls import RuntimeValues
-from gsx_engines.bundle.fields import Branch
+from gsx_engines.bundle.words import Branch
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.ends import Entry, Exit
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue

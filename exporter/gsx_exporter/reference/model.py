@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from gsx_engines.bundle.fields import BRANCHES, Branch, KvPolicy
+from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint import Checkpoint, is_gate
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.reference.parts import linear

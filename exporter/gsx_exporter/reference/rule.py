@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from gsx_engines.bundle.fields import Branch
+from gsx_engines.bundle.words import Branch
 from gsx_exporter.checkpoint import Checkpoint
 
 T = TypeVar("T")

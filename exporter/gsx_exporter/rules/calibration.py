@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows
 from gsx_exporter.decoder.rule import scored_branches

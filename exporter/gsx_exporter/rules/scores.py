@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gsx_engines.bundle.fields import BRANCHES, Branch
-from gsx_engines.bundle.selection import SelectionMode
+from gsx_engines.bundle.words import BRANCHES, Branch, SelectionMode
 from gsx_exporter.decoder.rule import FORCED, Value, Values
 
 

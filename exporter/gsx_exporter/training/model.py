@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from gsx_engines.bundle.counting import kept_count
-from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.training.config import TrainConfig
 from gsx_exporter.training.schedule import exit_weight

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.bundle.words import BRANCHES
 from gsx_engines.lowering.choices import branch_choices, is_choice
 from gsx_engines.lowering.for_onnxruntime.regions import any_name
 from gsx_engines.lowering.for_onnxruntime.task import Task

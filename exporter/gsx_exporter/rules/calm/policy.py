@@ -12,10 +12,10 @@ from pydantic import AfterValidator, BeforeValidator
 
 from gsx_engines.bundle.confidence import RANGES, Confidence, Guarantee, Measure, TestedThreshold, check_threshold
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues
-from gsx_engines.bundle.fields import BRANCHES
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import CalmPolicy, Policy, RuntimeInput
 from gsx_engines.bundle.selection import Selection
+from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.checkpoint import EXIT_CLASSIFIER, Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from gsx_engines.bundle.confidence import Measure
-from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.ends import Exit
 from gsx_exporter.decoder.modules import Linear

@@ -9,10 +9,10 @@ from typing import Annotated
 from pydantic import BeforeValidator, Field
 
 from gsx_engines.bundle.controls import RuntimeValues
-from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import FfnSkipParameters, FfnSkipPolicy, Policy, RuntimeInput
 from gsx_engines.bundle.selection import Selection
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.reference.rule import ReferenceRule

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.decoder.rule import (
     FORCED,
     BranchInput,

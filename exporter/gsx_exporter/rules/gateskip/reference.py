@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from gsx_engines.bundle.counting import kept_count
-from gsx_engines.bundle.fields import BRANCHES
 from gsx_engines.bundle.selection import check_budget
+from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.reference.rule import BranchInput, Decision, MaskCall, Masker, Stateless, certain
 from gsx_exporter.reference.thresholds import check_thresholds
 from gsx_plugins.errors import UsageError

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gsx_engines.bundle.fields import Branch
-from gsx_engines.bundle.selection import SelectionMode
+from gsx_engines.bundle.words import Branch, SelectionMode
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.rule import (
     BranchInput,

@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, layer_mask
 from gsx_engines.bundle.drafts import places_text
-from gsx_engines.bundle.fields import BRANCHES
 from gsx_engines.bundle.layer_sets import Places, exit_places, mask_of, parse_places, unified_places
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import (
@@ -20,6 +19,7 @@ from gsx_engines.bundle.policy import (
     UnifiedPolicy,
 )
 from gsx_engines.bundle.selection import Selection
+from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.reference.rule import ReferenceRule

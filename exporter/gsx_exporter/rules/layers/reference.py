@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gsx_engines.bundle.fields import BRANCHES
+from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.reference.rule import BranchInput, Decision, MaskCall, Masker, Stateless, certain
 
 

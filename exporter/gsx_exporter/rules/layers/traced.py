@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gsx_engines.bundle.fields import BRANCHES, Branch
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.decoder.rule import BranchInput, BranchScore, Tokens, TracedRule, Value, Values, before
 
 # Between a mask's 0 and 1.

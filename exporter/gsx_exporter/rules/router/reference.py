@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from gsx_engines.bundle.fields import BRANCHES, Branch
 from gsx_engines.bundle.selection import check_budget
+from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.checkpoint import Checkpoint
 from gsx_exporter.reference.rule import BranchInput, Decision, MaskCall, Masker, Stateless, certain
 from gsx_exporter.reference.thresholds import check_thresholds

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gsx_engines.bundle.fields import BRANCHES, Branch
-from gsx_engines.bundle.selection import SelectionMode
+from gsx_engines.bundle.words import BRANCHES, Branch, SelectionMode
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.modules import Linear, Mlp
 from gsx_exporter.decoder.norm import RmsNorm
