@@ -31,8 +31,8 @@ PYTHON = Path(__file__).parents[2] / ".venv-triton" / "bin" / "python"
 READ = """
 import sys
 from google.protobuf import json_format, text_format
-from tritonclient.grpc.model_config_pb2 import TritonConfig
-print(json_format.MessageToJson(text_format.Parse(sys.stdin.read(), TritonConfig()), preserving_proto_field_name=True))
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+print(json_format.MessageToJson(text_format.Parse(sys.stdin.read(), ModelConfig()), preserving_proto_field_name=True))
 """
 TYPES = {"int64": "TYPE_INT64", "float": "TYPE_FP32", "float16": "TYPE_FP16"}
 
