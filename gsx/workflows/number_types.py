@@ -67,11 +67,11 @@ class NumberTypes:
         reason: str | None = None
         found = ""
         float8 = self.quantize is not None and SCHEMES[self.quantize.scheme].is_float8
-        if self.precision != "fp32" or (self.quantize is not None and float8):
+        if self.precision != "fp32" or float8:
             reason = (
                 "ONNX Runtime combines codes only with float32 on a CPU, and TensorRT's K/V update takes only floats"
             )
-            found = self.precision if self.quantize is None or not float8 else self.quantize.scheme
+            found = self.precision if self.precision != "fp32" or self.quantize is None else self.quantize.scheme
         elif keep.kv_policy == "none" and config.router is not None:
             reason = "a skipped token is recognized by its zeros in the cache, and other values round to zero codes"
             found = "routers"

@@ -69,7 +69,6 @@ def reference(policy: Policy, selection: Selection | None, controls: RuntimeValu
 
 NORM_SKIP = Rule(
     name="norm-skip",
-    doc="tokens with a small state skip; an example",
     plan=plan,
     traced=traced,
     reference=reference,

@@ -35,7 +35,7 @@ DENSE = "dense"
 
 def rule_names() -> tuple[str, ...]:
     """The names that `--policy` accepts: gsx's own rules, `dense`, and rules of installed packages."""
-    return (*RULES, DENSE, *sorted(name for name in _outside() if name not in RULES))
+    return (*RULES, DENSE, *_outside_names())
 
 
 def rule_named(name: str) -> Rule:
@@ -75,7 +75,7 @@ def rule_named(name: str) -> Rule:
 def every_rule() -> tuple[dict[str, Rule], dict[str, str]]:
     """All rules by name; and rules of other packages that cannot be used, by name, with the reason."""
     found, broken = dict(RULES), {}
-    for name in rule_names()[len(RULES) + 1 :]:
+    for name in _outside_names():
         try:
             found[name] = rule_named(name)
         except UsageError as error:
@@ -130,6 +130,10 @@ def reference_rule(manifest: Manifest, controls: RuntimeValues) -> ReferenceRule
     if policy is None:
         return KeepAll()
     return rule_of(policy).reference(policy, manifest.selection, controls)
+
+
+def _outside_names() -> list[str]:
+    return sorted(name for name in _outside() if name not in RULES)
 
 
 def _outside() -> dict[str, EntryPoint]:

@@ -40,7 +40,6 @@ class Rule:
 
     Args:
         name: as in `--policy` and gsx.json.
-        doc: what it does, in one line, for `gsx export --help`.
         plan: options -> the rule plan for a checkpoint. The text is what follows the colon after the name. Raises
             UsageError if the checkpoint lacks what the rule needs, or if options exclude each other.
         traced: the traced rule.
@@ -56,7 +55,6 @@ class Rule:
     """
 
     name: str
-    doc: str
     plan: Callable[[PolicyOptions, ModelConfig, str], RulePlan]
     traced: Callable[[Recorded], TracedRule]
     reference: Callable[[Policy, Selection | None, RuntimeValues], ReferenceRule]

@@ -337,7 +337,6 @@ def _thresholds(manifest: Manifest) -> Curve:
 
 CALM = Rule(
     name="calm",
-    doc="CALM: a token exits at the first exit where the model is confident enough, e.g. calm:softmax,tolerance=0.1",
     plan=plan_calm,
     traced=_traced,
     reference=_reference,

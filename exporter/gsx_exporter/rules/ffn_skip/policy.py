@@ -162,7 +162,6 @@ def _similarity(manifest: Manifest) -> Sequence[LayerCurve]:
 
 FFN_SKIP = Rule(
     name="ffn-skip",
-    doc="FFN-SkipLLM: after an FFN that hardly changed a token's state, the next ones are skipped; for any model",
     plan=plan_ffn_skip,
     traced=_traced,
     reference=_reference,

@@ -84,7 +84,6 @@ def _reference(policy: Policy, selection: Selection | None, controls: RuntimeVal
 
 GATESKIP = Rule(
     name="gateskip",
-    doc="the checkpoint's gates decide; the default with gates",
     plan=plan_gateskip,
     traced=_traced,
     reference=_reference,

@@ -197,7 +197,6 @@ def _speedups(manifest: Manifest) -> Curve:
 
 LAYERS = Rule(
     name="layers",
-    doc="a set of layers for each request, given at export (layers:0-5,8) or at run time",
     plan=plan_layers,
     traced=_traced,
     reference=_reference,
@@ -208,7 +207,6 @@ LAYERS = Rule(
 )
 UNIFIED = Rule(
     name="unified",
-    doc="Unified Layer Skipping: evenly spaced layers by a target speed-up, e.g. unified:1.5",
     plan=plan_unified,
     traced=_traced,
     reference=_reference,

@@ -124,7 +124,6 @@ def _reference(policy: Policy, selection: Selection | None, controls: RuntimeVal
 
 ROUTER = Rule(
     name="router",
-    doc="the checkpoint's routers decide; the default with routers",
     plan=plan_router,
     traced=_traced,
     reference=_reference,
