@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig
 
-from gsx_exporter.checkpoint import expected_tensors, is_gate, rule_module_kind
+from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate, rule_module_kind
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.router_config import NetConfig, RouterConfig
 

@@ -25,7 +25,8 @@ from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_engines.errors import BundleError, EngineError
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, grown
 from gsx_engines.runners.kept import KeptTable
-from gsx_exporter.checkpoint import CONFIG, read_config
+from gsx_exporter.checkpoint.hf_config import read_config
+from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows, KeyValue

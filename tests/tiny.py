@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
 
-from gsx_exporter.checkpoint import expected_tensors, is_gate, rule_module_kind
+from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate, rule_module_kind
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.router_config import RouterConfig
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gsx_engines.bundle.layer_sets import unified_places
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.evaluation import losses

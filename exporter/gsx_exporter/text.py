@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from gsx_exporter.checkpoint import TOKENIZER, Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.names import TOKENIZER
 from gsx_exporter.errors import CheckpointError, TextError
 
 WINDOW_TOKENS = 512

@@ -23,7 +23,7 @@ from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.select import Backend, open_runner
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.registry import reference_rule
 from gsx_exporter.rules.settings import Setting

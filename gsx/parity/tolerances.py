@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from gsx.parity.closeness import Compared
 from gsx_engines.bundle.manifest import Manifest
-from gsx_exporter.checkpoint import Checkpoint, is_gate
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.tensors import is_gate
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from gsx_engines.bundle.controls import RuntimeValues, default_controls
 from gsx_engines.bundle.manifest import KvCache, Quantization
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.graph.assemble import GraphBuilder
 from gsx_exporter.quantization.kv_cache import int8_kv_cache

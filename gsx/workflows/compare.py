@@ -23,7 +23,7 @@ from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.errors import BundleError
-from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.errors import TextError
 from gsx_exporter.rules.plan import PolicyOptions, RulePlan
 from gsx_exporter.rules.registry import DENSE, every_rule, plan_policy

@@ -17,7 +17,7 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle, write_manifest, writi
 from gsx_engines.bundle.manifest import WeightsEntry
 from gsx_engines.bundle.selection import check_budget
 from gsx_engines.bundle.words import KvPolicy, Precision, SelectionMode
-from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import open_checkpoint
 from gsx_exporter.defaults import CALIBRATION_TOKENS
 from gsx_exporter.graph.weights import write_weights
 from gsx_exporter.rules.plan import PolicyOptions

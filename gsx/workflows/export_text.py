@@ -8,7 +8,7 @@ from pathlib import Path
 from gsx.workflows.draft_plan import DraftPlan
 from gsx.workflows.number_types import NumberTypes
 from gsx.workflows.quantize import MEASURED_WINDOWS
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.rules.plan import RulePlan
 from gsx_exporter.text import WINDOW_TOKENS, TokenText, text_after, tokenize
 from gsx_plugins.errors import UsageError

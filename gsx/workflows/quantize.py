@@ -12,7 +12,7 @@ from gsx.defaults import QUALITY_LIMIT
 from gsx_engines.bundle.controls import RuntimeValues, selected
 from gsx_engines.bundle.manifest import Quantization, SchemeName
 from gsx_engines.bundle.selection import CalibrationText, Selection
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.quantization.plan import QuantizationPlan, make_plan, named
 from gsx_exporter.quantization.scheme import EMBEDDING, GATES, SCHEMES

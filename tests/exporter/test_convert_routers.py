@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gsx_exporter.checkpoint import open_checkpoint, rule_module_kind
+from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.tensors import rule_module_kind
 from gsx_exporter.convert import convert
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import RouterConfig

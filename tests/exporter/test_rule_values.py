@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import gsx_exporter
-from gsx_exporter.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.rule import TracedRule

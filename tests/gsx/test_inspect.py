@@ -11,7 +11,7 @@ import pytest
 
 import gsx
 from gsx.cli import run
-from gsx_exporter.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import open_checkpoint
 from tests.tiny import tiny_checkpoint
 
 

@@ -9,7 +9,7 @@ from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.policy import OutsidePolicy, Policy, score_input
 from gsx_engines.bundle.selection import Selection
 from gsx_engines.bundle.words import BRANCHES
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.rules.parameters import Parameters, read_parameters
 from gsx_exporter.rules.plan import PolicyOptions, RulePlan, Settled, refuse_none, refuse_rank

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.words import Branch
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows, KeyValue
 from gsx_exporter.decoder.loading import load_entry, load_exit, load_exit_modules, load_layer

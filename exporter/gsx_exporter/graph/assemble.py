@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from gsx_engines.bundle.words import BRANCHES, Branch
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.decoder.loading import Source, sources

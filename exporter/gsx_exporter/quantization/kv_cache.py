@@ -12,7 +12,7 @@ from torch import Tensor
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.manifest import KvCache
 from gsx_engines.bundle.selection import CalibrationText
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.quantization.scheme import EMBEDDING, GATES, GROUPS, HEAD, LINEARS, WEIGHTS_ONLY, Scheme
 from gsx_exporter.quantization.smoothing import smooth

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.words import Branch
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.ends import Entry, Exit
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.decoder.modules import Linear

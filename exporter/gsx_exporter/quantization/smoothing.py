@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.quantization.statistics import Statistics
 

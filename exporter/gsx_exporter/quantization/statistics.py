@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gsx_engines.bundle.controls import RuntimeValues
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_plugins.files import cache_folder, writing_file
 

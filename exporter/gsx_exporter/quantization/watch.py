@@ -16,7 +16,7 @@ from modelopt.torch.quantization.calib import MaxCalibrator
 from torch import Tensor, nn
 
 from gsx_engines.bundle.controls import RuntimeValues
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.decoder.walk import Stream, Walk

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
-from gsx_exporter.checkpoint import Checkpoint, is_gate
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.tensors import is_gate
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.reference.parts import linear
 from gsx_exporter.reference.rule import (

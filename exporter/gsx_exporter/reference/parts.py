@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 
 
 def linear(checkpoint: Checkpoint, name: str) -> nn.Linear:

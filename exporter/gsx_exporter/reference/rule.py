@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from gsx_engines.bundle.words import Branch
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 
 T = TypeVar("T")
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from gsx_engines.bundle.words import BRANCHES, Branch
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows
 from gsx_exporter.decoder.rule import scored_branches
 from gsx_exporter.decoder.walk import Stream, Walk

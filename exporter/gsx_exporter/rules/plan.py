@@ -12,7 +12,7 @@ from typing import ClassVar, NoReturn
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import CalibrationText, Selection
 from gsx_engines.bundle.words import Branch, KvPolicy, SelectionMode
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.rule import TracedRule
 from gsx_exporter.text import WINDOW_TOKENS, TokenText
 from gsx_plugins.errors import UsageError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gsx_engines.bundle.selection import GridPoint, Selection
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.rule import TracedRule
 from gsx_exporter.defaults import BUDGET_GRID

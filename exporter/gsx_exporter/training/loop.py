@@ -28,7 +28,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from gsx_exporter.checkpoint import TOKENIZER, WEIGHTS, Checkpoint, is_gate, open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.names import TOKENIZER, WEIGHTS
+from gsx_exporter.checkpoint.tensors import is_gate
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.defaults import SNAPSHOT_STEPS
 from gsx_exporter.errors import CheckpointError, TextError

@@ -14,7 +14,7 @@ import torch
 
 from gsx_engines.bundle.confidence import Measure
 from gsx_engines.bundle.controls import RuntimeValues
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.evaluation import losses

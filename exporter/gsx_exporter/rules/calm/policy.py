@@ -16,7 +16,8 @@ from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import CalmPolicy, Policy, RuntimeInput
 from gsx_engines.bundle.selection import Selection
 from gsx_engines.bundle.words import BRANCHES
-from gsx_exporter.checkpoint import EXIT_CLASSIFIER, Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.tensors import EXIT_CLASSIFIER
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.reference.rule import ReferenceRule

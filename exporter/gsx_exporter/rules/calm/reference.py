@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from gsx_engines.bundle.confidence import Measure
-from gsx_exporter.checkpoint import EXIT_CLASSIFIER, Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.tensors import EXIT_CLASSIFIER
 from gsx_exporter.reference.parts import linear
 from gsx_exporter.reference.rule import BranchInput, Decision, KeepsOrDrops, MaskCall, Masker, certain
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.rules.parameters import bad_parameters
 from gsx_exporter.rules.plan import PolicyOptions, RulePlan, Settled

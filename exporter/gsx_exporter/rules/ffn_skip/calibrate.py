@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from gsx_engines.bundle.controls import RuntimeValues
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.rules.calibration import CalibratedPoint

@@ -13,7 +13,7 @@ from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import FfnSkipParameters, FfnSkipPolicy, Policy, RuntimeInput
 from gsx_engines.bundle.selection import Selection
 from gsx_engines.bundle.words import BRANCHES, Branch
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.reference.rule import ReferenceRule
 from gsx_exporter.rules.ffn_skip.calibrate import FfnRegion, at_threshold, calibrate_ffn

@@ -8,7 +8,7 @@ from typing import ClassVar
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.policy import Policy, gateskip_policy
 from gsx_engines.bundle.selection import Selection
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.reference.rule import ReferenceRule
 from gsx_exporter.rules.gateskip.reference import Rank, Threshold

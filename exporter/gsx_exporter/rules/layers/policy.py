@@ -20,7 +20,7 @@ from gsx_engines.bundle.policy import (
 )
 from gsx_engines.bundle.selection import Selection
 from gsx_engines.bundle.words import BRANCHES
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.reference.rule import ReferenceRule
 from gsx_exporter.rules.layers.reference import LayerMask

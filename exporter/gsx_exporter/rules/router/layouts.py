@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import NetConfig, RouterConfig
 

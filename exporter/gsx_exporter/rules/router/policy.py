@@ -9,7 +9,7 @@ import numpy as np
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues
 from gsx_engines.bundle.policy import Policy, RouterParameters, RouterPolicy, score_input
 from gsx_engines.bundle.selection import Selection
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.reference.rule import ReferenceRule

@@ -11,7 +11,7 @@ from torch import nn
 
 from gsx_engines.bundle.selection import check_budget
 from gsx_engines.bundle.words import BRANCHES, Branch
-from gsx_exporter.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.reference.rule import BranchInput, Decision, MaskCall, Masker, Stateless, certain
 from gsx_exporter.reference.thresholds import check_thresholds
 from gsx_exporter.router_config import NetConfig, RouterConfig

@@ -1,0 +1,1 @@
+"""A Hugging Face model directory: finding, understanding, checking and reading it."""

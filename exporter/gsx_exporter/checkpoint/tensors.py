@@ -1,0 +1,71 @@
+"""The tensors that a checkpoint must have, by name and shape, and what each belongs to."""
+
+from __future__ import annotations
+
+from gsx_exporter.config import ModelConfig
+
+# After a layer: predicts whether the layers above would still change the model's answer (CALM).
+EXIT_CLASSIFIER = "exit_classifier"
+# Modules of a layer that belong to a keep rule, not to the plain model, and what messages call them.
+_RULE_MODULES = {
+    EXIT_CLASSIFIER: "exit classifier",
+    **dict.fromkeys(("attn_gate", "mlp_gate"), "gate"),
+    **{f"{prefix}router{suffix}": "router" for prefix in ("", "attn_", "mlp_") for suffix in ("", "_predictor")},
+    "mlp_adapter": "router",
+}
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a checkpoint with this configuration must have.
+
+    Linear weights are [out, in], as in torch.
+    """
+    H, F = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, H)}
+    for i in range(config.num_layers):
+        p = f"model.layers.{i}."
+        for name, out, width, bias in (
+            ("self_attn.q_proj", q, H, config.qkv_bias),
+            ("self_attn.k_proj", kv, H, config.qkv_bias),
+            ("self_attn.v_proj", kv, H, config.qkv_bias),
+            ("self_attn.o_proj", H, q, config.o_bias),
+            ("mlp.gate_proj", F, H, config.mlp_bias),
+            ("mlp.up_proj", F, H, config.mlp_bias),
+            ("mlp.down_proj", H, F, config.mlp_bias),
+        ):
+            shapes[f"{p}{name}.weight"] = (out, width)
+            if bias:
+                shapes[f"{p}{name}.bias"] = (out,)
+        shapes[p + "input_layernorm.weight"] = (H,)
+        shapes[p + "post_attention_layernorm.weight"] = (H,)
+        if config.qk_norm:
+            shapes[p + "self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[p + "self_attn.k_norm.weight"] = (config.head_dim,)
+        if config.gate:
+            rows = H if config.gate.kind == "vector" else 1
+            for branch in config.gate.branches:
+                shapes[f"{p}{branch}_gate.weight"] = (rows, H)
+                shapes[f"{p}{branch}_gate.bias"] = (rows,)
+        if i + 1 in config.exit_classifiers:
+            shapes[f"{p}{EXIT_CLASSIFIER}.weight"] = (1, H)
+            shapes[f"{p}{EXIT_CLASSIFIER}.bias"] = (1,)
+        if config.router and i in config.router.routed(config.num_layers):
+            shapes |= {p + name: shape for name, shape in config.router.shapes(H).items()}
+    shapes["model.norm.weight"] = (H,)
+    if not config.tied_head:
+        shapes["lm_head.weight"] = (config.vocab_size, H)
+    return shapes
+
+
+def is_gate(name: str) -> bool:
+    """Whether a tensor belongs to a gate, by its name."""
+    return rule_module_kind(name) == "gate"
+
+
+def rule_module_kind(name: str) -> str | None:
+    """Which module of a keep rule a tensor belongs to, by its name: "gate", "router" or "exit classifier".
+
+    None for tensors of the model itself.
+    """
+    return next((_RULE_MODULES[part] for part in name.split(".") if part in _RULE_MODULES), None)
