@@ -238,6 +238,15 @@ def _check_shape(hf: Any) -> None:
     if (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads) % 2:
         raise CheckpointError("config.json: head_dim is odd", expected="an even number, since RoPE rotates pairs")
     finite("rms_norm_eps", hf.rms_norm_eps)
+    if not getattr(hf, "is_causal", True):
+        raise CheckpointError(
+            "config.json: the model reads texts in both directions",
+            expected="is_causal true, or no such key",
+            found=f"is_causal {hf.is_causal!r}",
+            todo="only models that write text from left to right can be exported",
+        )
+    if getattr(hf, "is_heterogeneous", False):
+        raise CheckpointError("config.json: its layers differ in shape", expected="one shape for all layers")
     heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads or hf.num_attention_heads
     if heads % kv_heads:
         raise CheckpointError(

@@ -53,7 +53,8 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 def missing(checkpoint: Checkpoint, name: str) -> CheckpointError:
     """The refusal of a checkpoint that lacks a tensor: what is nearest to it, and what that may mean."""
     part = rule_module_kind(name)
-    near = difflib.get_close_matches(name, checkpoint.names, n=1, cutoff=0.0)
+    unknown = [n for n in checkpoint.names if n not in expected_tensors(checkpoint.config)]
+    near = difflib.get_close_matches(name, unknown, n=1)
     todo = f"the checkpoint does not fit its config.json, {checkpoint.config.num_layers} layers of its family"
     if part:
         todo = f"config.json promises {part}s in the section gsx: train them, or remove the entry"
@@ -66,7 +67,7 @@ def missing(checkpoint: Checkpoint, name: str) -> CheckpointError:
     return CheckpointError(
         f"{checkpoint.source}: {f'{part}s are incomplete' if part else 'a tensor is missing'}",
         expected=name,
-        found=f"no such tensor; the nearest name is {near[0]}" if near else "no tensors",
+        found="no such tensor" + (f"; the nearest name that gsx does not know is {near[0]}" if near else ""),
         todo=todo,
     )
 

@@ -6,13 +6,13 @@ core_model_loading.py, `rename_source_key`), so that the same tensors are found 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
 from gsx_exporter.checkpoint.folder import without_weights
+from gsx_exporter.checkpoint.hf_config import read_json
 from gsx_exporter.checkpoint.names import WEIGHTS, WEIGHTS_INDEX
 from gsx_exporter.errors import CheckpointError
 
@@ -119,10 +119,13 @@ def _sharded(directory: Path, index: Path) -> dict[str, Path]:
 
 def _shards(index: Path) -> list[str]:
     """Names of the shards that an index mentions, sorted."""
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise CheckpointError(f"{index}: is not a safetensors index", found=str(error)) from error
+    raw = read_json(index)
+    if "metadata" not in raw:
+        raise CheckpointError(
+            f"{index}: has no metadata, and transformers does not read an index without it",
+            todo='add "metadata": {}, or save the model again',
+        )
+    weight_map = raw.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(
             f"{index}: is not a safetensors index",

@@ -12,6 +12,8 @@ from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.config import FAMILIES
 from gsx_exporter.errors import CheckpointError
 
+_MOST_LAYERS = 10_000
+
 
 def read_config(directory: Path) -> Any:
     """The transformers configuration of a model directory or a bundle.
@@ -37,6 +39,11 @@ def read_config(directory: Path) -> Any:
             todo="docs/add-a-family.md explains how to add one",
         )
     check_not_quantized(directory, raw)
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > _MOST_LAYERS:  # transformers makes lists of this length
+        raise CheckpointError(
+            f"{path}: num_hidden_layers is out of range", expected=f"at most {_MOST_LAYERS}", found=str(layers)
+        )
     try:
         with quiet_transformers():
             return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
