@@ -100,6 +100,10 @@ def sharded(model: Path) -> dict[str, str]:
     return write_shards(model, tensors)
 
 
+def write_index(model: Path, weight_map: Any) -> None:
+    (model / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+
+
 def write_shards(model: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
     names = sorted(tensors)
     weight_map = {}
@@ -107,7 +111,7 @@ def write_shards(model: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str
         file = f"model-{part:05}-of-00002.safetensors"
         save_file({name: tensors[name] for name in own}, model / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(own, file)
-    (model / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    write_index(model, weight_map)
     return weight_map
 
 
@@ -120,13 +124,13 @@ def stale_shards(model: Path) -> None:
 def index_forgets(model: Path) -> None:
     weight_map = sharded(model)
     del weight_map["model.norm.weight"]
-    (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_index(model, weight_map)
 
 
 def index_promises(model: Path) -> None:
     weight_map = sharded(model)
     weight_map["model.layers.0.self_attn.rotary_emb.inv_freq"] = "model-00001-of-00002.safetensors"
-    (model / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    write_index(model, weight_map)
 
 
 def other_head(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -334,26 +338,19 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
     "an index outside": (
         lambda m: (
             sharded(m),
-            (m / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"a": "../a.safetensors"}})),
+            write_index(m, {"a": "../a.safetensors"}),
         ),
         ["outside the model directory"],
     ),
     "an index of lists": (
-        lambda m: (sharded(m), (m / INDEX).write_text('{"metadata": {}, "weight_map": [1]}')),
+        lambda m: (sharded(m), write_index(m, [1])),
         ["not a safetensors index"],
     ),
     "a tensor in two shards": (
         lambda m: (
             sharded(m),
             shutil.copy(m / "model-00001-of-00002.safetensors", m / "model-00003.safetensors"),
-            (m / INDEX).write_text(
-                json.dumps(
-                    {
-                        "metadata": {},
-                        "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00003.safetensors"},
-                    }
-                )
-            ),
+            write_index(m, {"a": "model-00001-of-00002.safetensors", "b": "model-00003.safetensors"}),
         ),
         ["two shards hold"],
     ),
@@ -371,8 +368,14 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
     ),
     "more layers than stored": (config(num_hidden_layers=10**9), ["num_hidden_layers is out of range", "10000"]),
     "three layers of two": (config(num_hidden_layers=3), ["more layers than the weights", "found 2 layers"]),
-    "a window on a Llama": (config(sliding_window=4), ["cache holds 4", "sliding_window 4", "remove the key"]),
-    "chunks on a Llama": (config(attention_chunk_size=4), ["cache holds 4", "attention_chunk_size 4"]),
+    "a window on a Llama": (
+        config(sliding_window=4),
+        ["cache forgets", "found 4 tokens", "sliding_window 4", "remove the key"],
+    ),
+    "chunks on a Llama": (
+        config(attention_chunk_size=4),
+        ["cache forgets", "found 4 tokens", "attention_chunk_size 4"],
+    ),
     "both directions": (config(is_causal=False), ["both directions", "is_causal False"]),
     "an index without metadata": (
         lambda m: (weight_map := sharded(m), (m / INDEX).write_text(json.dumps({"weight_map": weight_map}))),
