@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from gsx_exporter.checkpoint.files import open_safetensors, weight_files
 from gsx_exporter.checkpoint.folder import locate
+from gsx_exporter.checkpoint.generation import read_text_ends
 from gsx_exporter.checkpoint.hf_config import already_quantized, read_config
 from gsx_exporter.checkpoint.names import COMPANION_FILES
 from gsx_exporter.checkpoint.tensors import expected_tensors, rule_module_kind
@@ -118,7 +119,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     directory = locate(str(model))
     hf_config = read_config(directory)
     config = ModelConfig.from_hf(hf_config)
-    checkpoint = Checkpoint(directory, str(model), hf_config, config, weight_files(directory))
+    ends = read_text_ends(directory, config)
+    checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), weight_files(directory), [*ends.notes])
     _check_tensors(checkpoint)
     return checkpoint
 
