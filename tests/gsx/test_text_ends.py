@@ -1,5 +1,6 @@
 """Where a text ends, from the model's files to every door: as transformers' `generate` ends it, also inside a draft; and
-what gsx says about settings that it does not apply."""
+what gsx says about settings that it does not apply.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +109,7 @@ def test_it_ends_in_the_server(made: Model, speculative: bool) -> None:
 
 def test_without_an_end_token_only_the_limit_ends_a_text(made: Model, tmp_path: Path) -> None:
     """The family's default, 2, is no end token unless a file says so."""
-    path = tiny_checkpoint(tmp_path / "model", layers=1, hidden=32, vocab=8, seed=1)
+    path = tiny_checkpoint(tmp_path / "model", layers=1, hidden=32, vocab=8, seed=2)
     (path / "generation_config.json").unlink()
     raw = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k != "eos_token_id"}))
