@@ -1,5 +1,5 @@
-"""Where a text ends, from the model's files to every door: as transformers' `generate` ends it, also inside a draft; and
-what gsx says about settings that it does not apply.
+"""Where a text ends, from the model's files to every door, also inside a draft; and what gsx says about settings that
+it does not apply.
 """
 
 from __future__ import annotations
