@@ -188,7 +188,7 @@ def read_text_ends(directory: Path, config: ModelConfig) -> TextEnds:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         todo = None if path.name == CONFIG else f"correct it, or remove it: {CONFIG} then says where a text ends"
         raise CheckpointError(f"{path}: is not readable JSON", found=str(error), todo=todo) from error
 
@@ -202,7 +202,7 @@ def _loaded(path: Path, raw: Any) -> Any:
     try:
         return GenerationConfig.from_model_config(raw) if path.name == CONFIG else GenerationConfig.from_dict(raw)
     except Exception as error:  # transformers raises many types of error here, all about this one file
-        raise CheckpointError(f"{path}: transformers cannot read it", found=str(error).strip()) from error
+        raise CheckpointError(f"{path}: transformers cannot read it", found=" ".join(str(error).split())) from error
 
 
 def _ids(path: Path, key: str, value: Any) -> list[int]:
