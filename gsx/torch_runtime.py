@@ -9,8 +9,9 @@ Letters as in `gsx_exporter/decoder/layer.py`; C capacity of the buffers, T colu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -100,7 +101,7 @@ class TorchStage:
         self.layers = manifest.layers_of(graph)
         self._device = device
         hf_config = read_config(bundle.directory)
-        self._config = config = _checked(ModelConfig.from_hf(hf_config), bundle)
+        self._config = config = _checked(hf_config, bundle)
         self._rule = traced_rule(manifest.policy, manifest.selection, config)
         options = DecoderOptions(self._rule, manifest.kv_policy, _TYPES[manifest.precision])
         self._dtype = options.dtype
@@ -312,9 +313,11 @@ def _mask(positions: Tensor, columns: int, window: int | None) -> Tensor:
     return seen if window is None else seen & (column > position - window)
 
 
-def _checked(config: ModelConfig, bundle: Bundle) -> ModelConfig:
-    """The configuration, checked against the bundle's manifest."""
+def _checked(hf_config: Any, bundle: Bundle) -> ModelConfig:
+    """The configuration, checked against the bundle's manifest, which alone says where a text begins and ends."""
     manifest = bundle.manifest
+    ids = {name: getattr(manifest.decoder, name) for name in ("bos_id", "eos_ids", "pad_id")}
+    config = replace(ModelConfig.from_hf(hf_config), **ids)
     facts = {name: (getattr(manifest.decoder, name), getattr(config, name)) for name in DecoderShape.model_fields}
     facts["gates"] = (manifest.gates, Gates(**config.gate.to_dict()) if config.gate else None)
     for name, (expected, found) in facts.items():

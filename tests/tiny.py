@@ -93,7 +93,7 @@ def tiny_checkpoint(
     }
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (path / "generation_config.json").write_text(
-        json.dumps({"bos_token_id": BOS_ID, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID})
+        json.dumps({name: keys[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
     )
     if tokenizer:
         write_byte_tokenizer(path)

@@ -198,6 +198,8 @@ def export(
             on_progress=line.show,
         )
     summary = summary_of(bundle, time.monotonic() - started)
+    for note in summary["notes"]:
+        remark(f"note: {note}")
     if not as_json:
         print_summary(summary)
     if build is not None:

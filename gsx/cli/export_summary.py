@@ -38,6 +38,7 @@ def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "budget": selection.budget if selection else None,
         "kept_share": kept,
         "draft": _draft_of(manifest.draft) if manifest.draft else None,
+        "notes": list(manifest.source.notes),
         "files": {path.name: path.stat().st_size for path in sorted(bundle.directory.iterdir())},
         "seconds": round(seconds, 2),
     }

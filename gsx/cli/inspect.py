@@ -15,6 +15,7 @@ from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
     from gsx.workflows.inspect import InspectReport
+    from gsx.workflows.text_facts import Context, TextFacts, Token, TokenList
 
 
 def add_to(app: typer.Typer) -> None:
@@ -28,7 +29,7 @@ def inspect(
     ],
     as_json: JsonOption = False,
 ) -> None:
-    """Show what a model or a bundle is: shape, gates, exits, calibrated budgets, files.
+    """Show what a model or a bundle is: shape, gates, exits, calibrated budgets, end tokens, files.
 
     Example: gsx inspect examples/model
     """
@@ -57,6 +58,7 @@ def _print(report: InspectReport) -> None:
         ("exits", ", ".join(map(str, report.exits)) or "none"),
         ("parameters", f"{report.parameters['dense']:,} and {report.parameters['gates']:,} of gates"),
         ("type", ", ".join(report.types)),
+        *_text(report.text),
     ]
     bundle = report.bundle
     if bundle:
@@ -72,6 +74,7 @@ def _print(report: InspectReport) -> None:
             *(_engines(bundle["engines"]) or [("engines", "none (gsx build)")]),
             ("parity", parity),
         ]
+    facts += [("note", note) for note in report.notes]
     console.print(report.path)
     width = max(len(name) for name, _ in facts)
     for name, value in facts:
@@ -80,6 +83,39 @@ def _print(report: InspectReport) -> None:
         rows = [(f"{point['budget']:g}", f"{point['kept_share']:.4f}") for point in bundle["grid"]]
         console.print(table(None, ("budget", "kept"), rows, right=0))
     console.print(table(None, ("file", "size"), [(n, size(s)) for n, s in report.files.items()], right=1))
+
+
+def _text(text: TextFacts) -> list[tuple[str, str]]:
+    """How text is read, with the file that says so."""
+    lists = [(name, _tokens(one)) for name, one in (("special", text.special), ("added", text.added)) if one]
+    return [
+        ("end tokens", f"{', '.join(map(_token, text.ends)) or 'none'} ({text.ids_from})"),
+        ("begin token", f"{_token(text.begin) if text.begin else 'none'} ({text.ids_from})"),
+        *([(f"{name} tokens", found) for name, found in lists] or [("tokenizer", f"none: {text.no_tokenizer}")]),
+        ("chat template", text.chat_template or "none"),
+        ("context", _context(text.context)),
+    ]
+
+
+def _token(token: Token) -> str:
+    return str(token.id) if token.text is None else f"{token.id} {token.text!r}"
+
+
+def _tokens(tokens: TokenList) -> str:
+    if not tokens.count:
+        return "none"
+    more = ", ..." if tokens.count > len(tokens.first) else ""
+    files = ", ".join(name if len(tokens.files) == 1 else f"{name} {count}" for name, count in tokens.files.items())
+    return f"{tokens.count}: {', '.join(map(_token, tokens.first))}{more} ({files})"
+
+
+def _context(context: Context) -> str:
+    kind = context.rope.get("rope_type", context.rope.get("type", "default"))
+    scaled = ""
+    if kind != "default":
+        original = context.rope.get("original_max_position_embeddings", context.stored)
+        scaled = f", {kind} RoPE scaling with factor {context.rope.get('factor')} over {original}"
+    return f"{context.positions} positions{scaled} ({context.file})"
 
 
 def _engines(engines: Mapping[str, Any]) -> list[tuple[str, str]]:

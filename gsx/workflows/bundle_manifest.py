@@ -33,7 +33,9 @@ def manifest_of(
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
         },
-        source=SourceModel(model=checkpoint.source, weights_sha256=checkpoint.weights_sha256()),
+        source=SourceModel(
+            model=checkpoint.source, weights_sha256=checkpoint.weights_sha256(), notes=tuple(checkpoint.notes)
+        ),
         decoder=DecoderShape(
             family=config.family,
             vocab_size=config.vocab_size,

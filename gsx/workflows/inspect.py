@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from gsx.workflows.text_facts import TextFacts, facts_of_bundle, facts_of_checkpoint
 from gsx_engines.bundle.bundle import MANIFEST, open_bundle
 from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.bundle.manifest import Manifest
@@ -35,6 +36,8 @@ class InspectReport:
         exits: depths that the checkpoint was trained to exit at.
         parameters: `dense` (a tied head counts once) and `gates`, which includes routers.
         types: how the weights are stored, or a bundle's precision.
+        text: where a text ends, special and added tokens, chat template and context, and which files say so.
+        notes: what is unusual about the model's files and how they were understood.
         bundle: source, selection, K/V policy, grid, graphs, parity of a bundle; None for a checkpoint.
         files: file name -> bytes.
     """
@@ -48,6 +51,8 @@ class InspectReport:
     exits: tuple[int, ...]
     parameters: Mapping[str, int]
     types: tuple[str, ...]
+    text: TextFacts
+    notes: tuple[str, ...]
     bundle: Mapping[str, Any] | None
     files: Mapping[str, int]
 
@@ -61,7 +66,8 @@ def inspect(path: str | Path) -> InspectReport:
 
     Args:
         path: the directory or the hub id.
-    Returns: shape, gates, exits, number of parameters, files, and for a bundle the options that it was exported with.
+    Returns: shape, gates, exits, number of parameters, how text is read and where it ends, files, and for a bundle the
+        options that it was exported with.
     Raises:
         GsxError: it is neither a model nor a bundle, or it is damaged.
     Example:
@@ -104,6 +110,8 @@ def _checkpoint(path: str) -> InspectReport:
         exits=config.exits,
         parameters=counts,
         types=tuple(sorted({kind for file in set(checkpoint.files.values()) for kind in _stored_types(file)})),
+        text=facts_of_checkpoint(checkpoint),
+        notes=tuple(checkpoint.notes),
         bundle=None,
         files=_files(checkpoint.directory),
     )
@@ -117,7 +125,8 @@ def _stored_types(file: Path) -> set[str]:
 
 
 def _bundle(directory: Path, path: str) -> InspectReport:
-    manifest = open_bundle(directory).manifest
+    bundle = open_bundle(directory)
+    manifest = bundle.manifest
     decoder = manifest.decoder
     return InspectReport(
         kind="bundle",
@@ -137,6 +146,8 @@ def _bundle(directory: Path, path: str) -> InspectReport:
         exits=_exits(directory),
         parameters=_parameters(directory, manifest),
         types=(manifest.precision,),
+        text=facts_of_bundle(bundle),
+        notes=manifest.source.notes,
         bundle=_bundle_facts(directory, manifest),
         files=_files(directory),
     )

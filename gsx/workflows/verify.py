@@ -191,7 +191,19 @@ def _reference_checkpoint(bundle: Bundle, reference: str | None) -> Checkpoint:
             found=f"{found[:12]}... in {checkpoint.directory}",
             todo="give the checkpoint that it was exported from with --reference, or export again",
         )
+    ends = bundle.manifest.decoder.eos_ids
+    if set(ends) != set(checkpoint.config.eos_ids):
+        raise BundleError(
+            f"bundle {bundle.directory} ends a text at other tokens than {name}",
+            expected=_listed(checkpoint.config.eos_ids),
+            found=_listed(ends),
+            todo="the model's files, or how they are read, changed after the export: export again",
+        )
     return checkpoint
+
+
+def _listed(ids: Sequence[int]) -> str:
+    return ", ".join(map(str, ids)) or "none"
 
 
 def _default_is_exported(bundle: Bundle) -> bool | None:

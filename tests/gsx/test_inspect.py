@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 import gsx
 from gsx.cli import run
+from gsx.workflows.text_facts import Token, TokenList
 from gsx_exporter.checkpoint.checkpoint import open_checkpoint
 from tests.tiny import tiny_checkpoint
 
@@ -60,6 +63,75 @@ def test_command(tiny_bundle: Path, tiny_gated: Path, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out)["kind"] == "checkpoint"
     assert run(["inspect", str(tiny_gated / "nothing")]) == 1
     assert "no such directory" in capsys.readouterr().err
+
+
+def tokens(values: TokenList | None) -> dict[str, int]:
+    assert values is not None
+    return {token.text: token.id for token in values.first if token.text is not None}
+
+
+def edit(path: Path, **keys: Any) -> None:
+    raw = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(raw | keys))
+
+
+def test_how_text_is_read(tmp_path: Path) -> None:
+    """Each fact with the file that says so."""
+    model = tiny_checkpoint(tmp_path / "model", tokenizer=True, layers=1)
+    edit(model / "generation_config.json", eos_token_id=[2, 65], bos_token_id=1)
+    edit(model / "tokenizer_config.json", chat_template="{{ messages }}")
+    text = gsx.inspect(model).text
+    assert [(token.id, token.text) for token in text.ends] == [(2, "<|endoftext|>"), (65, "_")]
+    assert text.begin == Token(1, "<|begin|>")
+    assert text.ids_from == "generation_config.json"
+    assert tokens(text.special) == tokens(text.added) == {"<|pad|>": 0, "<|begin|>": 1, "<|endoftext|>": 2}
+    assert text.special is not None
+    assert text.special.files == {"tokenizer.json": 3}
+    assert text.chat_template == "tokenizer_config.json"
+    assert (text.context.positions, text.context.file) == (512, "config.json")
+
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "generation_config.json").unlink()
+    (model / "tokenizer.json").unlink()
+    text = gsx.inspect(model).text
+    assert (text.ends, text.ids_from) == ((Token(2, None),), "config.json")
+    assert (text.special, text.added) == (None, None)
+    assert str(text.no_tokenizer).endswith("has no tokenizer")
+    assert text.chat_template == "chat_template.jinja"
+
+
+def test_only_the_first_added_tokens_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_checkpoint(tmp_path / "model", tokenizer=True, layers=1, vocab=300)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.add_tokens([f"<tool {n}>" for n in range(20)])
+    tokenizer.save(str(model / "tokenizer.json"))
+    added = gsx.inspect(model).text.added
+    assert added is not None
+    assert (added.count, len(added.first)) == (23, 8)
+    assert run(["inspect", str(model)]) == 0
+    assert "added tokens    23: 0 '<|pad|>', " in (out := capsys.readouterr().out)
+    assert "259 '<tool 0>', 260 '<tool 1>', 261 '<tool 2>', 262 '<tool 3>', 263 '<tool 4>', ... (tokenizer.json)" in out
+
+
+def test_scaled_context(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
+    model = tiny_checkpoint(tmp_path / "model", layers=1, rope_parameters=scaling)
+    context = gsx.inspect(model).text.context
+    assert (context.positions, context.stored) == (512, 512)
+    assert context.rope["factor"] == 4
+    assert run(["inspect", str(model)]) == 0
+    assert "512 positions, yarn RoPE scaling with factor 4.0 over 128 (config.json)" in capsys.readouterr().out
+
+
+def test_a_bundle_needs_neither_transformers_nor_pytorch(tiny_bundle: Path) -> None:
+    code = (
+        "import sys, gsx; report = gsx.inspect(sys.argv[1]);"
+        "assert not {'torch', 'transformers'} & set(sys.modules);"
+        "text = report.text;"
+        "print(text.ids_from, [t.text for t in text.ends], text.begin.text, text.added.count, text.context.positions)"
+    )
+    found = subprocess.run([sys.executable, "-c", code, str(tiny_bundle)], check=True, capture_output=True, text=True)
+    assert found.stdout == "gsx.json ['<|endoftext|>'] <|begin|> 3 512\n"
 
 
 def test_api_is_lazy_and_its_functions_stay_functions() -> None:

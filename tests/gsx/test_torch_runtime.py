@@ -180,8 +180,8 @@ def test_a_gpu_that_is_not_there(tiny_bundle: Path) -> None:
     ("change", "message"),
     [
         (
-            {"eos_token_id": 7},
-            r"config.json does not match gsx.json\n  expected eos_ids \(2,\), found \(7,\)\n.*restore",
+            {"max_position_embeddings": 256},
+            r"config.json does not match gsx.json\n  expected max_positions 512, found 256\n.*restore",
         ),
         ({"gsx": {"gate": {"input": "pre_norm"}}}, r"does not match gsx.json\n  expected gates .*post_norm.*pre_norm"),
         (

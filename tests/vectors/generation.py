@@ -48,6 +48,7 @@ GENERATING = {
     "layers, copy": _SETS,
     "calm": _CONFIDENT,
     "some layers": ("greedy", "sampled", "other budget"),
+    "three ends": ("greedy", "sampled", "hot"),
 }
 PROMPTS = {
     "one": [[5, 60, 61, 7, 8, 9]],

@@ -42,6 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "some layers": {"rule": "router", "profiles": "verify"},
     "rank in pieces": {"mode": "rank", "draft": None, "profiles": "two"},
     "short": {"capacity": 32},
+    "three ends": {"mode": "rank", "draft": None, "counted": True, "ends": (END, 60, 17)},
 }
 
 RuleName = Literal["gateskip", "router", "layers", "calm"]
@@ -60,6 +61,7 @@ def toy_manifest(
     counted: bool = False,
     profiles: str = "one",
     capacity: int = CONTEXT,
+    ends: Sequence[int] = (END,),
 ) -> Manifest:
     """The manifest of a toy model.
 
@@ -70,6 +72,7 @@ def toy_manifest(
         counted: by rank, whether the host counts how many tokens are kept, and the engine reads that.
         profiles: the engine's profiles, a key of `PROFILES`.
         capacity: capacity of the engine's K/V buffers.
+        ends: the tokens that end a text.
     """
     gated = bool(branches) and rule == "gateskip"
     policy = toy_policy(rule, branches, mode) if branches else None
@@ -105,7 +108,7 @@ def toy_manifest(
             max_positions=CONTEXT,
             windows=(None,) * LAYERS,
             bos_id=None,
-            eos_ids=(END,),
+            eos_ids=tuple(ends),
             pad_id=None,
         ),
         gates=Gates(kind="scalar", input="post_norm", branches=tuple(branches)) if gated else None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from gsx_engines.bundle.drafts import DraftEntry
 from gsx_engines.bundle.engine_entry import EngineEntry
@@ -22,10 +22,23 @@ SCHEMA_VERSION: Literal[1] = 1
 
 
 class SourceModel(Section):
-    """Where the weights come from."""
+    """Where the weights come from.
+
+    Args:
+        model: the name that the user gave.
+        weights_sha256: over the bytes of the weight files.
+        notes: what was unusual about the model's files and how they were understood, each a sentence. A manifest
+            without notes does not have the key, like those of bundles that were written before it was there.
+    """
 
     model: str
     weights_sha256: Sha256
+    notes: tuple[str, ...] = ()
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_notes(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = fields(self)
+        return {name: value for name, value in values.items() if name != "notes" or value}
 
 
 class DecoderShape(Section):

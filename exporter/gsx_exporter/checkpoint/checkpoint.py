@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gsx_exporter.checkpoint.checks import check_tensors, missing
 from gsx_exporter.checkpoint.files import decoder_names, open_safetensors, weight_files
 from gsx_exporter.checkpoint.folder import locate
+from gsx_exporter.checkpoint.generation import read_text_ends
 from gsx_exporter.checkpoint.hf_config import read_config
 from gsx_exporter.checkpoint.names import COMPANION_FILES, CONFIG
 from gsx_exporter.checkpoint.skeleton import check_skeleton
@@ -118,10 +119,11 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     directory = locate(str(model))
     hf_config = read_config(directory)
     config = ModelConfig.from_hf(hf_config)
+    ends = read_text_ends(directory, config)
     files = weight_files(directory, getattr(hf_config, "transformers_weights", None))
     stored = decoder_names(files, str(model))
     by_name = {name: files[kept] for name, kept in stored.items()}
-    checkpoint = Checkpoint(directory, str(model), hf_config, config, by_name, stored)
+    checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), by_name, stored, [*ends.notes])
     if getattr(hf_config, "auto_map", None):
         checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
     _settle_head(checkpoint)

@@ -29,7 +29,8 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from gsx_exporter.checkpoint.names import TOKENIZER, WEIGHTS
+from gsx_exporter.checkpoint.generation import read_text_ends
+from gsx_exporter.checkpoint.names import GENERATION_CONFIG, TOKENIZER, WEIGHTS
 from gsx_exporter.checkpoint.tensors import is_gate
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.defaults import SNAPSHOT_STEPS
@@ -270,7 +271,7 @@ def _write_base(
         tokenizer = train_tokenizer(documents, vocab_size=config.model.vocab_size)
         write_tokenizer(tokenizer, base, max_positions=config.model.max_positions)
         generation = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
-        (base / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+        (base / GENERATION_CONFIG).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         end_of_text: int | None = END_OF_TEXT_ID
         gate = config.gate
     else:
@@ -278,6 +279,9 @@ def _write_base(
         hf = checkpoint.hf_config
         for path in checkpoint.companions():
             shutil.copyfile(path, base / path.name)
+        if not (base / GENERATION_CONFIG).is_file():
+            # Then config.json decides; the family's defaults, which are not in the file, must not be written into it.
+            hf.eos_token_id, hf.bos_token_id = list(checkpoint.config.eos_ids) or None, checkpoint.config.bos_id
         if not (base / TOKENIZER).is_file():
             raise CheckpointError(f"{model}: has no {TOKENIZER}", todo="add the model's tokenizer to the directory")
         tokenizer = Tokenizer.from_file(str(base / TOKENIZER))
@@ -330,7 +334,8 @@ def _new_config(config: TrainConfig) -> Any:
 def _build(config: TrainConfig, work: Path, *, source: Checkpoint | None) -> GatedModel:
     """The model before its first step; the weights of a snapshot are loaded later."""
     hf_config = AutoConfig.from_pretrained(work / _BASE)
-    model_config = ModelConfig.from_hf(hf_config)
+    plain = ModelConfig.from_hf(hf_config)
+    model_config = read_text_ends(work / _BASE, plain).of(plain)
     torch.manual_seed(config.seed)
     hf = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="sdpa")
     # End-of-text may also be the padding token; its embedding must be trained like any other.
