@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from gsx_exporter.checkpoint.names import TOKENIZER, WEIGHTS
+from gsx_exporter.checkpoint.names import WEIGHTS
 from gsx_exporter.checkpoint.tensors import is_gate
+from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.defaults import SNAPSHOT_STEPS
 from gsx_exporter.errors import CheckpointError, TextError
@@ -278,9 +278,7 @@ def _write_base(
         hf = checkpoint.hf_config
         for path in checkpoint.companions():
             shutil.copyfile(path, base / path.name)
-        if not (base / TOKENIZER).is_file():
-            raise CheckpointError(f"{model}: has no {TOKENIZER}", todo="add the model's tokenizer to the directory")
-        tokenizer = Tokenizer.from_file(str(base / TOKENIZER))
+        tokenizer = load_tokenizer(checkpoint)
         end_of_text = next(iter(checkpoint.config.eos_ids), None)
         gate = checkpoint.config.gate or config.gate
     depths = [depth for depth in config.exits if depth >= hf.num_hidden_layers]
