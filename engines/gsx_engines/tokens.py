@@ -20,7 +20,7 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f+][0-9A-Fa-f]>")  # a token of a ByteFallback 
 # Tokens that a piece of text is decoded behind. A character has at most four bytes, so no more of them can matter.
 _CONTEXT_TOKENS = 4
 # With so many tokens behind the context it begins anew: longer makes every step slower, shorter means more steps.
-_WINDOW_TOKENS = 24
+_WINDOW_TOKENS = 4
 
 
 class BundleTokenizer:
@@ -47,7 +47,7 @@ class BundleTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = _splits_special_tokens(bundle)
-        self._decoding = _Decoding(self._tokenizer)
+        self._decoding = Decoding(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with the tokens that the model expects at its beginning."""
@@ -89,7 +89,7 @@ def _splits_special_tokens(bundle: Bundle) -> bool:
     return isinstance(settings, dict) and settings.get("split_special_tokens") is True
 
 
-class _Decoding:
+class Decoding:
     """How a tokenizer decodes: what of a text can still change when more tokens come.
 
     A decoder is a chain of steps. Those before `Fuse` or `ByteLevel` see tokens, the later ones the whole text.
@@ -112,6 +112,7 @@ class _Decoding:
         # Whether no more than the beginning of a pattern at the end of the text can still change.
         self.is_certain = self.is_local or (early and None not in late and set(self.patterns) <= _CLEANED)
         self.context = max([_CONTEXT_TOKENS, *(step.get("start", 0) for step in steps)])
+        self.window = _WINDOW_TOKENS
 
     def token(self, number: int) -> str | None:
         """The token of an id, if it is part of the text: decoders never see special and unknown ones."""
@@ -129,7 +130,11 @@ class _Decoding:
         """Text of ids that are part of the text; empty where the library's decoder fails."""
         try:
             return str(self._tokenizer.decode(ids, skip_special_tokens=True))
-        except Exception:  # the library raises a bare Exception; a request must not end for it
+        except BaseException as error:
+            # The library raises a bare Exception, and on an error of its own a PanicException, which has no public name
+            # and is no Exception. A request must not end for it.
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
             return ""
 
     def unsure(self, text: str) -> int:
@@ -175,7 +180,7 @@ class TextStream:
     text. A piece is decoded behind a few tokens before it, since some decoders drop a space at the beginning of a text.
     """
 
-    def __init__(self, decoding: _Decoding, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, decoding: Decoding, prompt_ids: Sequence[int]) -> None:
         self._decoding = decoding
         # The last ids that are part of the text, and their tokens.
         self._window: list[int] = []
@@ -196,7 +201,7 @@ class TextStream:
         text = decoding.text(self._window)
         unsure = decoding.unsure(text)
         piece = self._give(text, len(text) - unsure)
-        if decoding.is_local and len(self._window) > decoding.context + _WINDOW_TOKENS:
+        if text and decoding.is_local and len(self._window) > decoding.context + decoding.window:
             self._begin_anew(len(text) - unsure, unsure)
         return piece
 

@@ -61,23 +61,7 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
     Raises:
         CheckpointError: as for `load_tokenizer`.
     """
-    tokenizer = load_tokenizer(checkpoint)
-    tokenizer.save(str(path))
-    again = Tokenizer.from_file(str(path))
-    wanted, found = (_tokens(one) for one in (tokenizer, again))
-    if wanted != found:
-        raise CheckpointError(
-            f"{checkpoint.source}: the tokenizer cannot be written as one {TOKENIZER}",
-            expected=f"{len(wanted)} tokens with their ids and flags",
-            found=f"{len(set(wanted) ^ set(found))} that differ when it is read again",
-            todo="give the added tokens ids without gaps, behind the vocabulary",
-        )
-
-
-def _tokens(tokenizer: Tokenizer) -> list[str]:
-    """All tokens with their ids, and the added ones with their flags."""
-    added = tokenizer.get_added_tokens_decoder().items()
-    return sorted(f"{name!r} {n}" for name, n in tokenizer.get_vocab().items()) + sorted(f"{n} {t!r}" for n, t in added)
+    load_tokenizer(checkpoint).save(str(path))
 
 
 def _load(checkpoint: Checkpoint) -> Tokenizer:
@@ -119,7 +103,28 @@ def _load(checkpoint: Checkpoint) -> Tokenizer:
     tokenizer.no_padding()
     if _cleans_up(found, tokenizer):
         tokenizer.decoder = _cleaning(tokenizer.decoder)
-    return tokenizer
+    return _as_stored(tokenizer, source)
+
+
+def _as_stored(tokenizer: Tokenizer, source: str) -> Tokenizer:
+    """The tokenizer as it is when it has been written and read again, so that gsx uses what a bundle gets."""
+    again = Tokenizer.from_str(tokenizer.to_str())
+    again.encode_special_tokens = tokenizer.encode_special_tokens  # a setting without a place in the file
+    wanted, found = _tokens(tokenizer), _tokens(again)
+    if wanted != found:
+        raise CheckpointError(
+            f"{source}: the tokenizer cannot be written as one {TOKENIZER}",
+            expected=f"{len(wanted)} tokens with their ids and flags",
+            found=f"{len(set(wanted) ^ set(found))} that differ when it is read again",
+            todo="give the added tokens ids without gaps, behind the vocabulary",
+        )
+    return again
+
+
+def _tokens(tokenizer: Tokenizer) -> list[str]:
+    """All tokens with their ids, and the added ones with their flags."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    return sorted(f"{name!r} {n}" for name, n in tokenizer.get_vocab().items()) + sorted(f"{n} {t!r}" for n, t in added)
 
 
 def _read(checkpoint: Checkpoint, *, generic: bool = False) -> Any:
