@@ -40,6 +40,13 @@ def byte_ids(tokenizer: Tokenizer, data: bytes) -> list[int]:
     return [number for value in data if (number := tokenizer.token_to_id(names[value])) is not None]
 
 
+def number_of(tokenizer: Tokenizer, token: str) -> int:
+    """The id of a token that the tokenizer has."""
+    number = tokenizer.token_to_id(token)
+    assert number is not None, token
+    return number
+
+
 def byte_level(*, begins: bool = True) -> Tokenizer:
     """As of Llama 3, Qwen and SmolLM: tokens are bytes, written as 256 printable characters.
 

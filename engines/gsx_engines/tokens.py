@@ -50,8 +50,15 @@ class BundleTokenizer:
         self._decoding = Decoding(self._tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with the tokens that the model expects at its beginning."""
-        return list(self._tokenizer.encode(text).ids)
+        """Ids of a text, with the tokens that the model expects at its beginning.
+
+        Raises:
+            UsageError: the tokenizer has no ids for it, not even for unknown words.
+        """
+        try:
+            return list(self._tokenizer.encode(text).ids)
+        except Exception as error:  # the library raises a bare Exception
+            raise UsageError("the tokenizer cannot read this text", found=str(error)) from error
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt. A model with a beginning-of-text token can continue even the empty text.

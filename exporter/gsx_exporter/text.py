@@ -80,10 +80,13 @@ def tokenize(
     tokenizer = load_tokenizer(checkpoint)
     text, name = read_text(path)
     window = min(window, checkpoint.config.max_positions)
-    prefix = tokenizer.encode("").ids
     # A token rarely has more than 16 characters: more text than this would be thrown away.
     upto = skip + max_tokens
-    ids = tokenizer.encode(text[: 16 * upto], add_special_tokens=False).ids[skip:upto]
+    try:
+        prefix = tokenizer.encode("").ids
+        ids = tokenizer.encode(text[: 16 * upto], add_special_tokens=False).ids[skip:upto]
+    except Exception as error:  # the library raises a bare Exception, for example without a token for unknown words
+        raise TextError(f"{name}: the tokenizer cannot read this text", found=str(error)) from error
     if len(ids) < MIN_TOKENS:
         raise TextError(
             f"{name}: the text is too short to calibrate on",

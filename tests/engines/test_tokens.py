@@ -11,7 +11,17 @@ from tokenizers import Tokenizer, decoders
 from transformers import PreTrainedTokenizerFast
 
 from gsx_engines.tokens import Decoding, TextStream, TextWriter
-from tests.tokenizer_kinds import MARK, byte_ids, byte_level, chain, sentencepiece, spaces_and_bytes, unigram, words
+from tests.tokenizer_kinds import (
+    MARK,
+    byte_ids,
+    byte_level,
+    chain,
+    number_of,
+    sentencepiece,
+    spaces_and_bytes,
+    unigram,
+    words,
+)
 
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
@@ -72,16 +82,16 @@ def test_the_pieces_are_the_text_behind_the_prompt(kind: str, data: st.DataObjec
 
 def test_text_is_given_out_as_soon_as_it_is_certain() -> None:
     byte, piece = KINDS["byte-level"], KINDS["sentencepiece"]
-    the, e_acute = byte.token_to_id("the"), byte_ids(byte, "\u00e9".encode())
+    the, e_acute = number_of(byte, "the"), byte_ids(byte, "\u00e9".encode())
     assert _streamed(byte, [], [the, 2, the, *e_acute, the]) == ["the", "", "the", "", "\u00e9", "the", ""]
     assert _streamed(byte, [the], [*e_acute[:1], the]) == ["", "\ufffdthe", ""], "unfinished, and then something else"
-    a, b = piece.token_to_id(f"{MARK}a"), piece.token_to_id(f"{MARK}b")
+    a, b = number_of(piece, f"{MARK}a"), number_of(piece, f"{MARK}b")
     smile = byte_ids(piece, "\U0001f600".encode())
     assert _streamed(piece, [], [a, b]) == ["a", " b", ""], "the first space of a text is no text"
     assert _streamed(piece, [1, a], [a, b, 2]) == [" a", " b", "", ""], "behind a prompt it is"
     assert _streamed(piece, [a], [*smile, b]) == ["", "", "", "", "\U0001f600 b", ""]
     cleaned = KINDS["spaces cleaned up"]
-    some = [cleaned.token_to_id(token) for token in (f"{MARK}a", MARK, ".", MARK, "b")]
+    some = [number_of(cleaned, token) for token in (f"{MARK}a", MARK, ".", MARK, "b")]
     assert _streamed(cleaned, [], some) == ["a", "", ".", "", " b", ""]
 
 
@@ -119,7 +129,7 @@ def test_a_long_run_of_bytes_is_decoded_once() -> None:
     decoding.text = lambda ids: calls.append(len(ids)) or text(ids)  # type: ignore[method-assign, func-returns-value]
     stream = TextStream(decoding, [])
     pieces = [stream.push(token) for token in byte_ids(tokenizer, "\u4f60".encode() * 500)]
-    pieces += [stream.push(tokenizer.token_to_id("."))] * 1
+    pieces.append(stream.push(number_of(tokenizer, ".")))
     assert "".join(pieces) == "\u4f60" * 500 + "."
     assert len(calls) <= 3
 
@@ -128,7 +138,7 @@ def test_a_long_run_of_bytes_is_decoded_once() -> None:
 def test_an_error_of_the_decoder_ends_nothing() -> None:
     """The library panics where `Strip` takes more from the end than there is."""
     tokenizer = sentencepiece(decoder=chain(*spaces_and_bytes(), decoders.Strip(" ", 1, 1)))
-    mark = tokenizer.token_to_id(MARK)
+    mark = number_of(tokenizer, MARK)
     with pytest.raises(BaseException, match="slice index"):
         tokenizer.decode([mark])
     assert _streamed(tokenizer, [], [mark]) == ["", ""]

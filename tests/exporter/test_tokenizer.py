@@ -150,6 +150,9 @@ SPELLINGS: dict[str, Callable[[Path, Tokenizer], Checkpoint]] = {
     "additional_special_tokens": lambda f, t: put(f, t, additional_special_tokens=list(CHAT)),
     "extra_special_tokens": lambda f, t: put(f, t, extra_special_tokens={"begin_token": CHAT[0], "end_token": CHAT[1]}),
     "end without its flag": lambda f, t: put(_unflagged(f, t), t, eos_token=CHAT[1]),
+    "flags that contradict each other": lambda f, t: put(
+        f, t, added_tokens_decoder={n: {**token, "special": False} for n, token in _decoder_section(t).items()}
+    ),
     "truncation": _stored(lambda t: t.enable_truncation(3)),
     "padding": _stored(lambda t: t.enable_padding(length=16, pad_token="<unk>")),
     "spaces cleaned up": lambda f, t: put(f, t, clean_up_tokenization_spaces=True),
@@ -220,7 +223,7 @@ def test_a_class_that_cannot_read_the_file_does_not_count(
 
 
 def test_a_bundle_needs_no_other_file(tmp_path: Path) -> None:
-    """What is read is what is written, in older transformers' sharing of files too: links to blobs, read only."""
+    """One file has it all; and the hub's own folders of links, which cannot be written to, are read like others."""
     made = byte_level()
     section = _decoder_section(made)
     real = put(tmp_path / "blobs", made, added_tokens_decoder=section)
@@ -261,7 +264,7 @@ def _only(name: str, data: bytes) -> Callable[[Path], None]:
 
 
 CONFIG_FILE, FILE = "tokenizer_config.json", "tokenizer.json"
-WRONG: dict[str, tuple[Callable[[Path], None], list[str]]] = {
+WRONG: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "cut": (_text(FILE, '{"model": {"vocab": {"a"'), [FILE, "not readable JSON"]),
     "not UTF-8": (lambda f: (f / FILE).write_bytes(b"\xff\xfe{}"), [FILE, "not readable JSON"]),
     "nested": (_text(FILE, "[" * 100_000), [FILE, "not readable JSON"]),
