@@ -88,7 +88,7 @@ class Here:
     def ask(self, request: dict[str, Any]) -> tuple[list[int], GenerationStats]:
         """Tokens and statistics of a request, named as the server's outputs; its speculation changes no token."""
         how = {key: request[key] for key in ("temperature", "top_k", "top_p", "seed") if key in request}
-        writer = TextWriter(self._tokenizer.stream(), request.get("stop", ()), lambda text: None)
+        writer = TextWriter(self._tokenizer.stream(request["input_ids"]), request.get("stop", ()), lambda text: None)
         found = generate(
             self._runner,
             [request["input_ids"]],

@@ -89,8 +89,8 @@ def main() -> None:
     args = parser.parse_args()
     bundle = open_bundle(args.bundle)
     tokenizer = BundleTokenizer(bundle)
-    tokens = greedy(bundle, tokenizer.encode(args.prompt), args.max_new_tokens)
-    print(args.prompt + tokenizer.decode(tokens))
+    prompt = tokenizer.encode(args.prompt)
+    print(tokenizer.decode(prompt + greedy(bundle, prompt, args.max_new_tokens)))
 
 
 if __name__ == "__main__":

@@ -25,13 +25,14 @@ from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.evaluation import Quality, evaluate, losses, reference_logits
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.calibration import calibrate
 from gsx_exporter.rules.gateskip.reference import Threshold
 from gsx_exporter.rules.gateskip.traced import GateSkip
-from gsx_exporter.text import WINDOW_TOKENS, load_tokenizer
+from gsx_exporter.text import WINDOW_TOKENS
 from gsx_exporter.training.corpus import Document, read_corpus, split
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,10 +11,9 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.checkpoint.names import TOKENIZER
+from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.errors import CheckpointError, TextError
 
 WINDOW_TOKENS = 512
@@ -42,26 +41,6 @@ class TokenText:
     def tokens(self) -> int:
         """Number of tokens in all windows."""
         return int(self.ids.size)
-
-
-def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """The checkpoint's tokenizer.
-
-    Raises:
-        CheckpointError: the checkpoint has no tokenizer, or it cannot be read.
-    """
-    path = checkpoint.directory / TOKENIZER
-    if not path.is_file():
-        raise CheckpointError(
-            f"{checkpoint.source}: has no tokenizer",
-            expected=TOKENIZER,
-            found="no such file",
-            todo="save it with tokenizer.save_pretrained (a fast tokenizer writes tokenizer.json)",
-        )
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception on malformed files
-        raise CheckpointError(f"{path}: cannot be read as a tokenizer", found=str(error)) from error
 
 
 def read_text(path: Path | None) -> tuple[str, str]:
@@ -101,10 +80,13 @@ def tokenize(
     tokenizer = load_tokenizer(checkpoint)
     text, name = read_text(path)
     window = min(window, checkpoint.config.max_positions)
-    prefix = tokenizer.encode("").ids
     # A token rarely has more than 16 characters: more text than this would be thrown away.
     upto = skip + max_tokens
-    ids = tokenizer.encode(text[: 16 * upto], add_special_tokens=False).ids[skip:upto]
+    try:
+        prefix = tokenizer.encode("").ids
+        ids = tokenizer.encode(text[: 16 * upto], add_special_tokens=False).ids[skip:upto]
+    except Exception as error:  # the library raises a bare Exception, for example without a token for unknown words
+        raise TextError(f"{name}: the tokenizer cannot read this text", found=str(error)) from error
     if len(ids) < MIN_TOKENS:
         raise TextError(
             f"{name}: the text is too short to calibrate on",

@@ -24,10 +24,11 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.errors import TextError
 from gsx_exporter.rules.plan import PolicyOptions, RulePlan
 from gsx_exporter.rules.registry import DENSE, every_rule, plan_policy
-from gsx_exporter.text import MIN_TOKENS, TokenText, load_tokenizer, tokenize
+from gsx_exporter.text import MIN_TOKENS, TokenText, tokenize
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, prefixed, silent
 

@@ -18,6 +18,8 @@ from gsx_engines.bundle.manifest import WeightsEntry
 from gsx_engines.bundle.selection import check_budget
 from gsx_engines.bundle.words import KvPolicy, Precision, SelectionMode
 from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.names import BUNDLE_COMPANIONS, TOKENIZER
+from gsx_exporter.checkpoint.tokenizer import has_tokenizer, write_tokenizer
 from gsx_exporter.defaults import CALIBRATION_TOKENS
 from gsx_exporter.graph.weights import write_weights
 from gsx_exporter.rules.plan import PolicyOptions
@@ -99,8 +101,10 @@ def export(
         read = calibrated.weights.tensor
         weights = write_weights(work / WEIGHTS_FILE, graphs.weights, read, on_progress)
         entries = write_graphs(work, graphs, weights)
-        for path in checkpoint.companions():
+        for path in checkpoint.companions(BUNDLE_COMPANIONS):
             shutil.copyfile(path, work / path.name)
+        if has_tokenizer(checkpoint):
+            write_tokenizer(checkpoint, work / TOKENIZER)
         on_progress(Progress("hashing the source weights"))
         weights_entry = WeightsEntry(file=WEIGHTS_FILE, sha256=weights.sha256, size_bytes=weights.size_bytes)
         manifest = manifest_of(calibrated, precision, entries, weights_entry)

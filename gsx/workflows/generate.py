@@ -165,7 +165,7 @@ def generate(
     else:
         assert tokenizer is not None
         prompt_ids = tokenizer.encode_prompt(prompt or "")
-    writer = TextWriter(tokenizer.stream(), stop, on_text) if tokenizer else None
+    writer = TextWriter(tokenizer.stream(prompt_ids), stop, on_text) if tokenizer else None
     runtime = open_backend(backend, device, threads)
     opened = open_draft(bundle, drafting, threads, runtime) if drafting else None
     search = None

@@ -28,10 +28,11 @@ from gsx_engines.bundle.controls import default_controls
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.rules.registry import rule_of
 from gsx_exporter.rules.settings import LayerCurve, Setting
-from gsx_exporter.text import MIN_TOKENS, TokenText, load_tokenizer, text_after, tokenize
+from gsx_exporter.text import MIN_TOKENS, TokenText, text_after, tokenize
 from gsx_plugins.errors import UsageError
 from gsx_plugins.files import disk_error, writing_file
 from gsx_plugins.progress import OnProgress, Progress, silent

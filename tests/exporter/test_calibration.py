@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.errors import CheckpointError, TextError
@@ -18,7 +19,7 @@ from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.calibration import NEAR_SHARE, TIE, calibrate, threshold_for
 from gsx_exporter.rules.gateskip.reference import Threshold
 from gsx_exporter.rules.gateskip.traced import GateSkip
-from gsx_exporter.text import MIN_TOKENS, load_tokenizer, text_after, tokenize
+from gsx_exporter.text import MIN_TOKENS, text_after, tokenize
 from tests.tiny import tiny_checkpoint
 
 BUDGETS = (1.0, 0.9, 0.7, 0.5)

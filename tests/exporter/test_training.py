@@ -334,7 +334,7 @@ def test_refused_paths_and_text(tmp_path: Path, text: Path) -> None:
     with pytest.raises(UsageError, match="exits names a depth that is not below the last layer"):
         train(replace(TINY, exits=(3,)), tmp_path / "out", work=tmp_path / "w4", text=text)
     dense = tiny_checkpoint(tmp_path / "dense")
-    with pytest.raises(CheckpointError, match=r"has no tokenizer.json"):
+    with pytest.raises(CheckpointError, match="has no tokenizer"):
         train(TINY, tmp_path / "out", work=tmp_path / "w5", model=dense, text=text)
     assert (used / "mine.txt").read_text() == "keep me"
     assert not (tmp_path / "out").exists()

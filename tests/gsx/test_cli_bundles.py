@@ -128,15 +128,18 @@ def test_stop_texts() -> None:
     from gsx_engines.tokens import TextWriter
 
     class Pieces:
-        def __init__(self, pieces: list[str]) -> None:
-            self.pieces = pieces
+        def __init__(self, pieces: list[str], rest: str) -> None:
+            self.pieces, self.rest = pieces, rest
 
         def push(self, token: int) -> str:
             return self.pieces[token]
 
-    def write(pieces: list[str], stops: list[str]) -> tuple[str, list[bool]]:
+        def finish(self) -> str:
+            return self.rest
+
+    def write(pieces: list[str], stops: list[str], rest: str = "") -> tuple[str, list[bool]]:
         shown: list[str] = []
-        stream: Any = Pieces(pieces)
+        stream: Any = Pieces(pieces, rest)
         writer = TextWriter(stream, stops, shown.append)
         stopped = [writer.push(token) for token in range(len(pieces))]
         assert writer.finish() == "".join(shown)
@@ -147,6 +150,8 @@ def test_stop_texts() -> None:
     assert write(["a", "EN", "C"], ["END"]) == ("aENC", [False] * 3)
     assert write(["a", "EN"], ["END"]) == ("aEN", [False] * 2)
     assert write(["x;y.z"], [".", ";"]) == ("x", [True])
+    assert write(["a", "EN"], ["END"], rest="C") == ("aENC", [False] * 2), "what the decoder held until the end"
+    assert write(["a", "EN"], ["END"], rest="D!") == ("a", [False] * 2)
 
 
 # Verify, inspect, convert, train

@@ -42,7 +42,9 @@ class _Job:
         self.controls = controls_for(runner.manifest, request.keep, [len(request.prompt)])
         self._ids: list[int] = []
         self._text: list[str] = []
-        self._writer = TextWriter(tokenizer.stream(), request.stop, self._text.append) if tokenizer else None
+        self._writer = (
+            TextWriter(tokenizer.stream(request.prompt), request.stop, self._text.append) if tokenizer else None
+        )
         self.sequence = Continuation(
             runner.manifest, request.prompt, request.max_new_tokens, Picker(request.sampling), 0, self._on_token
         )

@@ -8,7 +8,7 @@ docs/design.md, section 5.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from gsx_exporter.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
+    from tokenizers import Tokenizer
 
 
 @dataclass
@@ -39,6 +40,7 @@ class Checkpoint:
         files: tensor name, as transformers calls it -> file that holds it.
         stored: the same names -> names in the files.
         notes: what is unusual about the directory and how it was understood, each a sentence for the user.
+        tokenizer: its tokenizer, once `load_tokenizer` has read it.
     """
 
     directory: Path
@@ -48,6 +50,7 @@ class Checkpoint:
     files: dict[str, Path]
     stored: dict[str, str]
     notes: list[str] = field(default_factory=list)
+    tokenizer: Tokenizer | None = field(default=None, repr=False)
     _open: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -90,9 +93,9 @@ class Checkpoint:
                     digest.update(block)
         return digest.hexdigest()
 
-    def companions(self) -> Iterator[Path]:
-        """The configuration and tokenizer files that the model has."""
-        for name in COMPANION_FILES:
+    def companions(self, names: Iterable[str] = COMPANION_FILES) -> Iterator[Path]:
+        """The configuration and tokenizer files that the model has, of those with these names."""
+        for name in names:
             path = self.directory / name
             if path.is_file():
                 yield path

@@ -7,14 +7,13 @@ GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 TOKENIZER = "tokenizer.json"
-# Files that a bundle copies from the checkpoint, so that it can be run without it.
-COMPANION_FILES = (
-    CONFIG,
-    GENERATION_CONFIG,
-    TOKENIZER,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
+# Each of them alone makes a tokenizer, or is refused by name.
+VOCABULARIES = (TOKENIZER, "tokenizer.model", "tekken.json", "tiktoken.model", "vocab.json")
+_SETTINGS = (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, SPECIAL_TOKENS, "chat_template.jinja")
+# What a checkpoint may have beside its weights. A checkpoint that gsx makes from another one gets that one's files.
+COMPANION_FILES = (*_SETTINGS, *VOCABULARIES, "merges.txt", ADDED_TOKENS)
+# Those that a bundle copies. Its `tokenizer.json` is written (`tokenizer.py`) and complete.
+BUNDLE_COMPANIONS = _SETTINGS

@@ -27,12 +27,13 @@ from gsx_engines.bundle.bundle import writing
 from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.checkpoint.tensors import EXIT_CLASSIFIER
+from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.convert import SLACK_BYTES, write_config, write_safetensors
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.defaults import CLASSIFIER_TOKENS
 from gsx_exporter.errors import CheckpointError, TextError
-from gsx_exporter.text import WINDOW_TOKENS, load_tokenizer
+from gsx_exporter.text import WINDOW_TOKENS
 from gsx_exporter.training.corpus import read_corpus, split
 from gsx_exporter.training.tokenizer import encode_documents
 from gsx_plugins.errors import UsageError

@@ -25,13 +25,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from gsx_exporter.checkpoint.generation import read_text_ends
-from gsx_exporter.checkpoint.names import GENERATION_CONFIG, TOKENIZER, WEIGHTS
+from gsx_exporter.checkpoint.names import GENERATION_CONFIG, WEIGHTS
 from gsx_exporter.checkpoint.tensors import is_gate
+from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.defaults import SNAPSHOT_STEPS
 from gsx_exporter.errors import CheckpointError, TextError
@@ -282,9 +282,7 @@ def _write_base(
         if not (base / GENERATION_CONFIG).is_file():
             # Then config.json decides; the family's defaults, which are not in the file, must not be written into it.
             hf.eos_token_id, hf.bos_token_id = list(checkpoint.config.eos_ids) or None, checkpoint.config.bos_id
-        if not (base / TOKENIZER).is_file():
-            raise CheckpointError(f"{model}: has no {TOKENIZER}", todo="add the model's tokenizer to the directory")
-        tokenizer = Tokenizer.from_file(str(base / TOKENIZER))
+        tokenizer = load_tokenizer(checkpoint)
         end_of_text = next(iter(checkpoint.config.eos_ids), None)
         gate = checkpoint.config.gate or config.gate
     depths = [depth for depth in config.exits if depth >= hf.num_hidden_layers]
