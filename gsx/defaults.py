@@ -17,7 +17,7 @@ COMPARE_TOKENS = 4096
 COMPARE_FOLDER = "gsx-compare"
 # Limit of what 8 bits may cost: the relative change in perplexity, and the share of decisions that flip.
 QUALITY_LIMIT = 0.01
-# KL divergence in nats: where products are in 8 bits, and where only what is stored is, or all is in 16 bits.
+# KL divergence in nats: where activations, K or V are in 8 bits, and where only weights are, or all is in 16 bits.
 DIVERGENCE_LIMIT, FINE_DIVERGENCE_LIMIT = 0.02, 0.006
 # Share of tokens whose most likely next token must be the same.
 TOP1_LIMIT = 0.93

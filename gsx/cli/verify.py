@@ -51,7 +51,7 @@ class QualityOptions:
         float | None,
         typer.Option(
             help="Limit of the next-token distribution's KL divergence, in nats.",
-            show_default=f"{DIVERGENCE_LIMIT} with 8-bit products, {FINE_DIVERGENCE_LIMIT} otherwise {_ROUNDED}",
+            show_default=f"{DIVERGENCE_LIMIT} {_ROUNDED}, {FINE_DIVERGENCE_LIMIT} if only weights are or in 16 bits",
         ),
     ] = None
     min_top1: Annotated[

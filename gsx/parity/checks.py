@@ -199,8 +199,8 @@ class _Checks:
             self.estimated(name, estimate, limit, detail, judgeable=result.judgeable)
 
     def estimated(self, name: str, found: Estimate, limit: float | None, detail: str, *, judgeable: bool) -> None:
-        """A mean over tokens. Too large a value fails; one within the limit passes only if its whole interval is, and the
-        model can predict the text. Bundles whose numbers are checked too need no judge of their quality."""
+        """A mean over tokens. Too large a value fails; one within the limit passes only if its whole interval is, and
+        the model can predict the text. A bundle whose numbers have limits too does not depend on such a judge."""
         needed = None
         verdict: Verdict
         if limit is None:

@@ -65,15 +65,15 @@ class QualityLimits:
         )
 
 
-# Limits unless the user gives others. A user cannot tell a text at 1 % of perplexity from the original's, and tools that
-# people trust with 8 bits stay within it. It alone can be fooled: on one text, losses and gains may cancel. KL divergence
-# cannot, since it only grows. 0.02 nats is what 8-bit products reach with care on a real model, and goes along with
-# changing 4 to 6 % of next tokens, which 93 % leaves room for.
-PRODUCTS = QualityLimits(
+# Limits unless the user gives others. Nobody can tell a text at 1 % more perplexity from the original's, and the 8 bits
+# that people trust stay within it. It alone can be fooled: on one text, losses and gains may cancel. KL divergence
+# cannot be, since every token adds to it. 0.02 nats is what 8-bit products reach with care on a real model, and goes
+# along with changing 4 to 6 % of next tokens, which 93 % leaves room for.
+ACTIVATIONS = QualityLimits(
     perplexity_increase=QUALITY_LIMIT, flipped=QUALITY_LIMIT, divergence=DIVERGENCE_LIMIT, top1=TOP1_LIMIT
 )
 # Where activations are not rounded, there are no outliers to lose, and a third of that is reached without care.
-STORED = QualityLimits(
+WEIGHTS = QualityLimits(
     perplexity_increase=QUALITY_LIMIT, flipped=QUALITY_LIMIT, divergence=FINE_DIVERGENCE_LIMIT, top1=TOP1_LIMIT
 )
 # 16 bits have limits of their own on numbers, but these grow with the largest logit, and leave out all that follows a
@@ -82,11 +82,12 @@ HALF = QualityLimits(perplexity_increase=QUALITY_LIMIT, divergence=FINE_DIVERGEN
 
 
 def default_limits(manifest: Manifest) -> QualityLimits:
-    """Limits for what a bundle rounds: products, what is stored (weights, K and V), or everything to 16 bits."""
-    if manifest.quantization is not None and manifest.quantization.quantizes_activations:
-        return PRODUCTS
-    if manifest.rounds:
-        return STORED
+    """Limits for what a bundle rounds: activations (of products, or K and V), only weights, or all to 16 bits."""
+    quantization = manifest.quantization
+    if manifest.kv_cache is not None or (quantization is not None and quantization.quantizes_activations):
+        return ACTIVATIONS
+    if quantization is not None:
+        return WEIGHTS
     return QualityLimits() if manifest.precision == "fp32" else HALF
 
 

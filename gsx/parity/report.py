@@ -157,9 +157,9 @@ class Report:
         worst = max(blind, key=lambda result: result.reference_nats)
         return [
             f"Quality cannot be judged at {_listed([result.setting for result in blind])}: the model itself, in full "
-            f"precision, predicts this text no better (perplexity {perplexity_text(worst.reference_nats)}) than the mere "
-            f"frequencies of the text's tokens do ({perplexity_text(worst.frequency_nats)}). If its weights are random, "
-            "no text can judge it; otherwise use --text with text that it knows."
+            f"precision, predicts this text no better (perplexity {perplexity_text(worst.reference_nats)}) than the "
+            f"frequencies of the text's own tokens do ({perplexity_text(worst.frequency_nats)}). If its weights are "
+            "random, no text can judge it; otherwise use --text with text that it knows."
         ]
 
     def _too_few_tokens(self) -> list[str]:
