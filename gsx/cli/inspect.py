@@ -63,6 +63,7 @@ def _print(report: InspectReport) -> None:
     bundle = report.bundle
     if bundle:
         parity = {True: "passed", False: "failed", None: "not verified yet (gsx verify)"}[bundle["parity"]]
+        parity = bundle["verdict"] or parity  # which also tells "not decided" from "failed"
         facts += [
             ("source", bundle["source"]),
             ("policy", policy_line(bundle["policy"])),

@@ -11,12 +11,21 @@ import typer
 from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, table
 from gsx.cli.options import SHIPPED_TEXT, BackendOptions, BundleArgument, JsonOption, grouped
 from gsx.cli.signals import loading
-from gsx.defaults import GREEDY_TOKENS, QUALITY_LIMIT, VERIFY_TOKENS
+from gsx.defaults import (
+    DIVERGENCE_LIMIT,
+    FINE_DIVERGENCE_LIMIT,
+    GREEDY_TOKENS,
+    QUALITY_LIMIT,
+    QUALITY_TOKENS,
+    TOP1_LIMIT,
+    VERIFY_TOKENS,
+)
 
 if TYPE_CHECKING:
     from gsx.parity.report import Report
 
-_STYLES = {"pass": "green", "fail": "bold red", "reported": "dim"}
+_STYLES = {"pass": "green", "fail": "bold red", "reported": "dim", "too few tokens": "yellow", "not judged": "yellow"}
+_ROUNDED = "for what is rounded"
 
 
 def add_to(app: typer.Typer) -> None:
@@ -30,19 +39,27 @@ class QualityOptions:
 
     max_perplexity_increase: Annotated[
         float | None,
-        typer.Option(help="Largest relative rise in perplexity.", show_default=f"{QUALITY_LIMIT} for INT8 and FP8"),
+        typer.Option(
+            help="Largest relative change of perplexity, up or down.", show_default=f"{QUALITY_LIMIT} {_ROUNDED}"
+        ),
     ] = None
     max_flipped: Annotated[
         float | None,
-        typer.Option(
-            help="Largest share of decisions that may differ.", show_default=f"{QUALITY_LIMIT} for INT8 and FP8"
-        ),
+        typer.Option(help="Largest share of decisions that may differ.", show_default=f"{QUALITY_LIMIT} with 8 bits"),
     ] = None
     max_divergence: Annotated[
-        float | None, typer.Option(help="Limit of the next-token distribution's KL divergence, in nats.")
+        float | None,
+        typer.Option(
+            help="Limit of the next-token distribution's KL divergence, in nats.",
+            show_default=f"{DIVERGENCE_LIMIT} {_ROUNDED}, {FINE_DIVERGENCE_LIMIT} if only weights are or in 16 bits",
+        ),
     ] = None
     min_top1: Annotated[
-        float | None, typer.Option(help="Share of tokens whose most likely next token must be the same.")
+        float | None,
+        typer.Option(
+            help="Share of tokens whose most likely next token must be the same.",
+            show_default=f"{TOP1_LIMIT} {_ROUNDED}",
+        ),
     ] = None
 
 
@@ -55,11 +72,14 @@ def verify(
         typer.Option(help="The checkpoint to compare with.", show_default="the one that was exported"),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to compare on.", show_default=SHIPPED_TEXT)] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of it to use.")] = VERIFY_TOKENS,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of it to use.", show_default=f"{VERIFY_TOKENS}, with 8 bits {QUALITY_TOKENS}"),
+    ] = None,
     greedy_tokens: Annotated[int, typer.Option(help="Length of the greedy continuation.")] = GREEDY_TOKENS,
     as_json: JsonOption = False,
 ) -> None:
-    """Prove that a bundle computes what PyTorch computes; exit code 1 if a check fails.
+    """Prove that a bundle computes what PyTorch computes; exit code 1 if a check fails or cannot be decided.
 
     Writes parity.json and parity.html into the bundle.
 
@@ -100,14 +120,15 @@ def _print(report: Report, bundle: Path) -> None:
         (
             row.name,
             row.value,
+            row.interval,
             row.limit,
             Text(row.verdict, _STYLES[row.verdict]),
             row.setting,
-            row.detail if row.verdict == "fail" else "",
+            "" if row.verdict in ("pass", "reported") else row.detail,
         )
         for row in report.rows()
     ]
-    columns = ["check", "worst", "limit", "verdict", "at", "where"]
+    columns = ["check", "worst", "95 % interval", "limit", "verdict", "at", "where"]
     if not any(row[-1] for row in checks):
         columns, checks = columns[:-1], [row[:-1] for row in checks]  # type: ignore[misc]
     console.print(table("engine against PyTorch", columns, checks))
@@ -120,4 +141,7 @@ def _print(report: Report, bundle: Path) -> None:
     )
     for note in report.notes:
         console.print(note)
-    console.print(f"{'passed' if report.passed else 'FAILED'}: see {bundle / 'parity.html'}")
+    for doubt in report.doubts:
+        console.print(Text(doubt, _STYLES["not judged"]))
+    words = {"passed": "passed", "failed": "FAILED", "not decided": "NOT DECIDED"}
+    console.print(f"{words[report.verdict]}: see {bundle / 'parity.html'}")

@@ -1,6 +1,7 @@
 """Turns the measurements of one setting into checks: a value, a limit with its reason, a verdict.
 
-Limits come from `tolerances.py`. A value without a limit is only reported.
+Limits come from `tolerances.py` and `quality.py`. A value without a limit is only reported. Values that are means over
+tokens pass only if their whole confidence interval is within the limit, and only on a text that the model can predict.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gsx.parity.closeness import Compared, Comparison
+from gsx.parity.estimate import Estimate
 from gsx.parity.measure import Greedy
 from gsx.parity.quality import QualityLimits
-from gsx.parity.result import BudgetResult
+from gsx.parity.result import BudgetResult, perplexity_text
 from gsx.parity.speculation import SpeculationResult
 from gsx.parity.tolerances import P_LEAST, TAIL, Tolerances
 
-Verdict = Literal["pass", "fail", "reported"]
+# "too few tokens" and "not judged" are neither: the limit is not known to hold.
+Verdict = Literal["pass", "fail", "reported", "too few tokens", "not judged"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,10 @@ class Check:
     Args:
         name: what was checked, the same at every setting.
         setting: the setting's name.
-        value: the statistic; limit: its largest allowed value, None if it is only reported.
+        value: the statistic; limit: its largest allowed value, in either direction, None if it is only reported.
         detail: further numbers, in words; reason: why the limit is what it is.
+        interval: of a mean over tokens, the ends of its 95 % confidence interval.
+        tokens_needed: about how many would decide, where there were too few; None also where no text would.
     """
 
     name: str
@@ -38,6 +43,8 @@ class Check:
     verdict: Verdict
     detail: str
     reason: str
+    interval: tuple[float, float] | None = None
+    tokens_needed: int | None = None
 
 
 def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) -> tuple[Check, ...]:
@@ -53,7 +60,7 @@ def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) 
         difference,
         # A flipped decision rightly changes the loss of later tokens; whether it may flip is another check.
         None if left_out else limits.nats,
-        detail=f"{math.exp(result.reference_nats):.4f} and {math.exp(result.engine_nats):.4f}",
+        detail=f"{perplexity_text(result.reference_nats)} and {perplexity_text(result.engine_nats)}",
         reason="a loss changes by at most twice the error of its logits",
     )
     if result.rounding is not None:
@@ -173,22 +180,56 @@ class _Checks:
 
     def quality(self, result: BudgetResult, limits: QualityLimits) -> None:
         """The quality that the arithmetic costs; only reported without a limit."""
-        found = result.quality
+        found, estimates = result.quality, result.quality.estimates
+        over = f"over {result.scored_tokens} tokens"
+        perplexities = f"{perplexity_text(result.reference_nats)} and {perplexity_text(result.engine_nats)}"
+        differing = None if limits.top1 is None else 1 - limits.top1
+        divergence = "next-token distribution, KL divergence in nats"
         rows = [
-            ("perplexity, relative increase", result.perplexity_increase, limits.perplexity_increase),
-            ("next-token distribution, KL divergence in nats", found.divergence, limits.divergence),
-            ("next token, share that differs", 1 - found.top1, None if limits.top1 is None else 1 - limits.top1),
+            ("perplexity, relative change", estimates.perplexity, limits.perplexity_increase, perplexities),
+            (divergence, estimates.divergence, limits.divergence, over),
+            (f"fast runner: {divergence}", estimates.fast_divergence, limits.divergence, over),
+            ("next token, share that differs", estimates.differing, differing, over),
         ]
-        if found.flipped_share is not None:
-            rows.append(("decisions, share that flipped", found.flipped_share, limits.flipped))
-        for name, value, limit in rows:
-            detail = f"{math.exp(result.reference_nats):.4f} and {math.exp(result.engine_nats):.4f}"
-            if name.startswith("decisions"):
-                layer, branch, share = found.most_flipped
-                detail = f"most in layer {layer}, {branch}: {share:.2%}"
-            elif not name.startswith("perplexity"):
-                detail = f"over {result.scored_tokens} tokens"
-            self.add(name, value, limit, detail=detail, reason="the requested quality, against full precision")
+        if estimates.flipped is not None:
+            layer, branch, share = found.most_flipped
+            most = f"most in layer {layer}, {branch}: {share:.2%}"
+            rows.append(("decisions, share that flipped", estimates.flipped, limits.flipped, most))
+        for name, estimate, limit, detail in rows:
+            self.estimated(name, estimate, limit, detail, judgeable=result.judgeable)
+
+    def estimated(self, name: str, found: Estimate, limit: float | None, detail: str, *, judgeable: bool) -> None:
+        """A mean over tokens. Too large a value fails; one within the limit passes only if its whole interval is, and
+        the model can predict the text. A bundle whose numbers have limits too does not depend on such a judge."""
+        needed = None
+        verdict: Verdict
+        if limit is None:
+            verdict = "reported"
+        elif not abs(found.value) <= limit:
+            verdict = "fail"
+        elif not judgeable:
+            verdict = "not judged" if self.limits.logits is None else "reported"
+            detail += "; the model itself cannot predict this text"
+        elif found.within(limit):
+            verdict = "pass"
+        else:
+            verdict, needed = "too few tokens", found.tokens_needed(limit)
+            detail += (
+                f"; about {needed:,} tokens would decide" if needed else "; too near the limit for any text to decide"
+            )
+        self.made.append(
+            Check(
+                name,
+                self.setting,
+                found.value,
+                limit,
+                verdict,
+                detail,
+                reason="against full precision; a pass needs the whole 95 % interval within the limit",
+                interval=(found.low, found.high),
+                tokens_needed=needed,
+            )
+        )
 
     def greedy(self, name: str, found: Greedy) -> None:
         detail = f"of {found.tokens}"

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from gsx.parity.checks import Check, Verdict, checks_of, wrong_default
 from gsx.parity.quality import QualityLimits
-from gsx.parity.result import BudgetResult
+from gsx.parity.result import BudgetResult, perplexity_text
 from gsx.parity.tolerances import TOLERANCES, Tolerances
 from gsx_exporter.rules.settings import LayerCurve
+from gsx_exporter.text import WINDOW_TOKENS
+
+# Of a check at several settings, the table shows the worst.
+_WORST_LAST: tuple[Verdict, ...] = ("reported", "pass", "not judged", "too few tokens", "fail")
+# The mean over more tokens will be another one, so more are asked for than this one needs.
+_SPARE = 1.25
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a check at the setting with its worst value, as text."""
+    """A line of the table: a check at the setting with its worst value, as text. interval: "" if it has none."""
 
     name: str
     value: str
+    interval: str
     limit: str
     verdict: Verdict
     reason: str
@@ -125,9 +132,47 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether every check that has a limit holds, and there was something to check."""
-        verdicts = [check.verdict for check in self.checks]
-        return "fail" not in verdicts and "pass" in verdicts
+        """Whether every check that has a limit is known to hold, and there was something to check."""
+        return self.verdict == "passed"
+
+    @property
+    def verdict(self) -> Literal["passed", "failed", "not decided"]:
+        """Not decided: nothing fails, but the text was too short for a limit, or the model cannot predict it."""
+        verdicts = {check.verdict for check in self.checks}
+        if "fail" in verdicts:
+            return "failed"
+        if verdicts & {"too few tokens", "not judged"}:
+            return "not decided"
+        return "passed" if "pass" in verdicts else "failed"
+
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What the checks could not decide, and what to do, in sentences."""
+        return (*self._not_judged(), *self._too_few_tokens())
+
+    def _not_judged(self) -> list[str]:
+        blind = [r for r in self.results if self._quality_limits(r) != QualityLimits() and not r.judgeable]
+        if not blind:
+            return []
+        worst = max(blind, key=lambda result: result.reference_nats)
+        return [
+            f"Quality cannot be judged at {_listed([result.setting for result in blind])}: the model itself, in full "
+            f"precision, predicts this text no better (perplexity {perplexity_text(worst.reference_nats)}) than the "
+            f"frequencies of the text's own tokens do ({perplexity_text(worst.frequency_nats)}). If its weights are "
+            "random, no text can judge it; otherwise use --text with text that it knows."
+        ]
+
+    def _too_few_tokens(self) -> list[str]:
+        short = [check for check in self.checks if check.verdict == "too few tokens"]
+        if not short:
+            return []
+        names = _listed(list(dict.fromkeys(check.name for check in short)))
+        found = f"Too few tokens to decide: {names}. {self.tokens:,} were read"
+        if any(check.tokens_needed is None for check in short):
+            return [f"{found}; a value is so near its limit that hardly any number would do."]
+        most = max(check.tokens_needed or 0 for check in short)
+        tokens = WINDOW_TOKENS * math.ceil(_SPARE * most / WINDOW_TOKENS)
+        return [f"{found}, about {most:,} are needed: use --tokens {tokens} (and --text, if the text has not so many)."]
 
     def rows(self) -> list[Row]:
         """The table: each check once, at the setting with its worst value."""
@@ -140,7 +185,10 @@ class Report:
             Row(
                 name=check.name,
                 value=_shown(check.name, check.value),
-                limit="" if check.limit is None else _shown(check.name, check.limit),
+                interval=""
+                if check.interval is None
+                else " to ".join(_shown(check.name, end) for end in check.interval),
+                limit=_limit(check),
                 verdict=check.verdict,
                 reason=check.reason,
                 setting=check.setting,
@@ -158,17 +206,29 @@ class Report:
         values: dict[str, Any] = _plain(self)
         return {
             "passed": self.passed,
+            "verdict": self.verdict,
+            "doubts": list(self.doubts),
             **values,
             "tolerances": _plain(self.tolerances),
             "checks": [_plain(check) for check in self.checks],
         }
 
 
-def _badness(check: Check) -> tuple[bool, float]:
-    if check.limit is None:
-        return (False, check.value)
+def _badness(check: Check) -> tuple[int, float]:
+    size = abs(check.value)
     # With a limit of 0, the value is a number of errors.
-    return (check.verdict == "fail", check.value / check.limit if check.limit else check.value)
+    return (_WORST_LAST.index(check.verdict), size / check.limit if check.limit else size)
+
+
+def _limit(check: Check) -> str:
+    if check.limit is None:
+        return ""
+    # Of all values, only a change can be below 0.
+    return ("±" if "change" in check.name else "") + _shown(check.name, check.limit)
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _budget_row(result: BudgetResult, must_agree: bool) -> BudgetRow:
@@ -179,8 +239,8 @@ def _budget_row(result: BudgetResult, must_agree: bool) -> BudgetRow:
     return BudgetRow(
         setting=result.setting,
         kept="all" if result.kept_share is None else f"{result.kept_share:.3f}",
-        reference_perplexity=f"{math.exp(result.reference_nats):.4f}",
-        engine_perplexity=f"{math.exp(result.engine_nats):.4f}",
+        reference_perplexity=perplexity_text(result.reference_nats),
+        engine_perplexity=perplexity_text(result.engine_nats),
         decisions="nothing skips" if decisions is None else _differing(decisions.differ, decisions.total),
         quality=f"{result.perplexity_increase:+.2%}, KL {result.quality.divergence:.1e}, "
         f"{result.quality.top1:.1%} same",

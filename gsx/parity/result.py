@@ -11,6 +11,9 @@ from gsx.parity.measure import Greedy
 from gsx.parity.quality import Quality
 from gsx.parity.speculation import SpeculationResult
 
+# Weights that are not finite or far out of scale give losses that no perplexity shows.
+_MOST_NATS = 50
+
 
 @dataclass(frozen=True)
 class BudgetResult:
@@ -29,7 +32,8 @@ class BudgetResult:
             was a near tie.
         greedy: by runner, "fast" and "portable".
         speculation: results of the bundle's draft; None if it has no draft.
-        reference_nats, engine_nats: mean loss per token, over `scored_tokens` tokens.
+        reference_nats, engine_nats: mean loss per token, over `scored_tokens` tokens; frequency_nats: of a guess by how
+            often each of them occurs, which needs no model.
         quality: the quality that the engine's arithmetic costs.
     """
 
@@ -48,10 +52,22 @@ class BudgetResult:
     speculation: SpeculationResult | None
     reference_nats: float
     engine_nats: float
+    frequency_nats: float
     scored_tokens: int
     quality: Quality
 
     @property
+    def judgeable(self) -> bool:
+        """Whether the reference predicts this text better than a guess by frequencies. If not, as with random weights,
+        its next-token distribution has nothing to lose, and that an engine keeps it shows nothing."""
+        return self.reference_nats < self.frequency_nats
+
+    @property
     def perplexity_increase(self) -> float:
         """The engine's perplexity relative to the reference's, minus 1; below 0 if it fell."""
-        return math.expm1(self.engine_nats - self.reference_nats)
+        return self.quality.estimates.perplexity.value
+
+
+def perplexity_text(nats: float) -> str:
+    """The perplexity of a mean loss, in digits if they can be read."""
+    return f"{math.exp(nats):,.4f}" if nats < _MOST_NATS else f"e^{nats:.0f}"

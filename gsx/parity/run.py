@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from gsx.parity.closeness import Accumulator, Compared, Comparer, Observation
 from gsx.parity.measure import EngineSide, Greedy, ReferenceSide, follow, reference_continuation, runner_logits
-from gsx.parity.quality import QualityCounter
+from gsx.parity.quality import QualityCounter, frequency_nats
 from gsx.parity.result import BudgetResult
 from gsx.parity.speculation import SpeculationResult, SpeculationSide
 from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
@@ -116,6 +116,7 @@ class Run:
             speculation=self._speculated(setting, sums.first),
             reference_nats=reference_nats,
             engine_nats=engine_nats,
+            frequency_nats=frequency_nats(self.windows[:, 1:]),
             scored_tokens=sums.scored_tokens,
             quality=sums.quality.result(),
         )
@@ -134,8 +135,9 @@ class Run:
             self._report("whole windows", number, len(self.windows))
             ids, mask = window[None], np.ones((1, len(window)), np.int64)
             (want,), (have,) = side.observe(ids, mask), self.engine.observe(ids, mask, controls)
-            sums.add(window, want, have, None if single is None else single.observe(ids, mask))
-            clean, wrong = self._fast(want, have, ids, controls, sums.fast, number)
+            fast, counts = runner_logits(self.runners["fast"], ids, controls)
+            sums.add(window, want, have, fast[0], None if single is None else single.observe(ids, mask))
+            clean, wrong = self._fast(want, have, fast[0], counts, sums.fast, number)
             sums.wrong_counts += wrong
             if self.speculation is not None:
                 self._halves(self.speculation, side, ids, controls, clean, number)
@@ -228,12 +230,12 @@ class Run:
         self,
         want: Observation,
         portable: Observation,
-        ids: np.ndarray,
-        controls: RuntimeValues,
+        logits: np.ndarray,
+        counts: np.ndarray | None,
         found: Accumulator,
         window: int,
     ) -> tuple[np.ndarray, int]:
-        """Compare the fast runner's logits over a window; for a quantized bundle, with the portable runner's.
+        """Compare the fast runner's logits [S, V] over a window; for a quantized bundle, with the portable runner's.
 
         The fast runner does not report which rows it kept, only how many. Where decisions may flip, everything after
         the first one that did (in half precision: for the portable runner) or could have (in single) is left out.
@@ -241,7 +243,6 @@ class Run:
         Returns: the tokens [S] bool that were compared, and the branches that kept a wrong count.
         """
         assert want.margins is not None
-        logits, counts = runner_logits(self.runners["fast"], ids, controls)
         clean = np.ones(want.tokens, bool)
         base = want if self.limits.runners is None else portable
         places = [(layer, BRANCHES.index(branch)) for layer, branch in self.manifest.skippable_places]
@@ -253,7 +254,7 @@ class Run:
         flipped_at = np.flatnonzero(flipped.any(axis=(0, 1)))
         if len(flipped_at):
             clean[flipped_at[0] if self.causal else 0 :] = False
-        found.add(base.logits, logits[0], clean, window)
+        found.add(base.logits, logits, clean, window)
         return clean, 0 if len(flipped_at) else len(differ)
 
     def _halves(

@@ -35,14 +35,24 @@ class WindowSums:
     _engine_losses: list[np.ndarray] = field(default_factory=list)
 
     def add(
-        self, window: np.ndarray, reference: Observation, engine: Observation, single: Sequence[Observation] | None
+        self,
+        window: np.ndarray,
+        reference: Observation,
+        engine: Observation,
+        fast: np.ndarray,
+        single: Sequence[Observation] | None,
     ) -> None:
-        """Compare a window [S] of token ids. Args: single: the reference in float32, if it is also in float64."""
+        """Compare a window [S] of token ids.
+
+        Args:
+            fast: logits [S, V] of the runner that generates.
+            single: the reference in float32, if it is also in float64.
+        """
         self.first = self.first or reference
         self.against_reference.add([reference], [engine])
         if self.rounding is not None and single is not None:
             self.rounding.add([reference], single)
-        self.quality.add(reference, engine)
+        self.quality.add(window, reference, engine, fast)
         self._kept.append(reference.keep)
         self._reference_losses.append(losses(reference.logits, window))
         self._engine_losses.append(losses(engine.logits, window))

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from gsx.workflows.text_facts import TextFacts, facts_of_bundle, facts_of_checkpoint
 from gsx_engines.bundle.bundle import MANIFEST, open_bundle
@@ -17,6 +17,7 @@ from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import RouterPolicy
 from gsx_engines.errors import BundleError
 
+_Value = TypeVar("_Value", bool, str)
 _PARITY = "parity.json"
 # Gates and routers among a graph's weights, e.g. layers.3.mlp_gate.linear.weight.
 _GATES = re.compile(r"\.(?:attn_|mlp_)?(?:gate|router|router_predictor|adapter)\.")
@@ -169,7 +170,8 @@ def _bundle_facts(directory: Path, manifest: Manifest) -> dict[str, Any]:
         "grid": [{"budget": p.budget, "kept_share": p.kept_share} for p in selection.grid] if selection else [],
         "calibration": selection.calibration.model_dump() if selection and selection.calibration else None,
         "graphs": {name: list(entry.ops) for name, entry in manifest.graphs.items()},
-        "parity": _parity(directory),
+        "parity": _parity(directory, "passed", bool),
+        "verdict": _parity(directory, "verdict", str),
     }
 
 
@@ -179,13 +181,13 @@ def _engine_facts(entry: EngineEntry) -> dict[str, Any]:
     return {name: {"products": dict(made.products), "widened": list(made.widened)} for name, made in graphs}
 
 
-def _parity(directory: Path) -> bool | None:
-    """Whether the last `gsx verify` passed; None if the bundle was not verified."""
+def _parity(directory: Path, key: str, kind: type[_Value]) -> _Value | None:
+    """What the last `gsx verify` found; None if the bundle was not verified. (Older reports have no verdict.)"""
     try:
-        passed = json.loads((directory / _PARITY).read_text(encoding="utf-8")).get("passed")
+        value = json.loads((directory / _PARITY).read_text(encoding="utf-8")).get(key)
     except (OSError, ValueError, AttributeError):
         return None
-    return passed if isinstance(passed, bool) else None
+    return value if isinstance(value, kind) else None
 
 
 def _exits(directory: Path) -> tuple[int, ...]:

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 
 from gsx.backend_names import BackendName, Device
 from gsx.backends import open_backend
-from gsx.defaults import GREEDY_TOKENS, VERIFY_TOKENS
+from gsx.defaults import GREEDY_TOKENS, QUALITY_TOKENS, VERIFY_TOKENS
 from gsx.parity.closeness import Observation
 from gsx.parity.page import page
-from gsx.parity.quality import QUANTIZED, QualityLimits
+from gsx.parity.quality import QualityLimits, default_limits
 from gsx.parity.report import KeepMap, Report
 from gsx.parity.run import Run
 from gsx.parity.settings import exported_share, settings_of
@@ -48,7 +48,7 @@ def verify(
     *,
     reference: str | None = None,
     text: str | Path | None = None,
-    tokens: int = VERIFY_TOKENS,
+    tokens: int | None = None,
     budgets: Sequence[float] | None = None,
     greedy_tokens: int = GREEDY_TOKENS,
     backend: BackendName = "onnxruntime",
@@ -63,15 +63,17 @@ def verify(
         reference: the checkpoint that it was exported from; None for the one that the manifest names.
         text: UTF-8 text file to read; None for the text that ships with gsx. If the export calibrated on this text, the
             part after those tokens is read; if too little is left, the report says that both texts are the same.
-        tokens: how many of its tokens to use.
+        tokens: how many of its tokens to use; None for 1,024, and for 4,096 if anything is in 8 bits, since the limits
+            of quality need more.
         budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
         greedy_tokens: length of the greedy continuation.
         backend: the runtime whose runner is compared too, besides the portable one of ONNX Runtime.
         device: where PyTorch runs as a backend; None for a GPU if PyTorch sees one, else the CPU.
-        quality: limits against full precision. Limits that are not given are 0.01 for perplexity and decisions of a
-            quantized bundle; otherwise the values are only reported.
+        quality: limits against full precision. Limits that are not given are those of the bundle's kind
+            (`gsx.parity.quality.default_limits`); a float32 bundle has none, and the values are only reported.
         on_progress: called with the progress.
-    Returns: the report; `report.passed` is the verdict.
+    Returns: the report. `report.passed` is whether everything is known to hold; `report.verdict` tells what failed from
+        what could not be decided, and `report.doubts` says why.
     Raises:
         GsxError: the bundle or the reference cannot be used, or the bundle was not exported from this reference.
     Example:
@@ -80,7 +82,7 @@ def verify(
         True
     """
     started = time.perf_counter()
-    if tokens < MIN_TOKENS:
+    if tokens is not None and tokens < MIN_TOKENS:
         raise UsageError("tokens to verify on", expected=f"at least {MIN_TOKENS}", found=str(tokens))
     if greedy_tokens < 1:
         raise UsageError("greedy tokens", expected="at least 1", found=str(greedy_tokens))
@@ -94,6 +96,7 @@ def verify(
             found=manifest.precision,
             todo="without --backend the graph itself is verified, computed in float32",
         )
+    tokens = tokens or (QUALITY_TOKENS if manifest.rounds else VERIFY_TOKENS)
     notes: list[str] = []
     if manifest.precision == "bf16":
         notes.append("The graph is bfloat16; it was computed in float32, so that the graph itself is compared.")
@@ -115,7 +118,7 @@ def verify(
         precision=manifest.precision,
         quantization=manifest.quantization.scheme if manifest.quantization else None,
         kv_cache=manifest.kv_cache.type if manifest.kv_cache else None,
-        quality_limits=(quality or QualityLimits()).over(QUANTIZED if manifest.rounds else QualityLimits()),
+        quality_limits=(quality or QualityLimits()).over(default_limits(manifest)),
         reference_precision=str(run.reference_type).removeprefix("torch."),
         limits_of=run.limits_of,
         policy=manifest.policy.name if manifest.policy else None,
