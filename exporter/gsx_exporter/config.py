@@ -7,6 +7,7 @@ docs/design.md, section 5. The families are rows of one table: what differs betw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import RouterConfig
-from gsx_exporter.section import known_keys, one_of
+from gsx_exporter.section import finite, known_keys, one_of, whole
 
 GateKind = Literal["vector", "scalar"]
 GateInput = Literal["post_norm", "pre_norm"]
@@ -29,23 +30,32 @@ class Family:
         o_bias: the same for the output projection.
         mlp_bias: the same for the MLP.
         qk_norm: whether Q and K are normalized per head (RMSNorm) before RoPE.
+        windows: which layers `sliding_window` applies to: none (the key is ignored), all, or those that `layer_types`
+            names.
     """
 
     qkv_bias: str | bool
     o_bias: str | bool
     mlp_bias: str | bool
     qk_norm: bool
+    windows: Literal["none", "all", "layer_types"]
 
 
 # From the modelling code of transformers 5 (`models/<family>/modeling_<family>.py`).
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias", qk_norm=False),
-    "mistral": Family(qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False),
-    "qwen2": Family(qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False),
-    "qwen3": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias=False, qk_norm=True),
+    "llama": Family(
+        qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias", qk_norm=False, windows="none"
+    ),
+    "mistral": Family(qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False, windows="all"),
+    "qwen2": Family(qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, windows="layer_types"),
+    "qwen3": Family(
+        qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias=False, qk_norm=True, windows="layer_types"
+    ),
 }
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+# Names of x * sigmoid(x) in transformers (`activations.ACT2FN`).
+_SILU = ("silu", "swish")
 
 
 @dataclass(frozen=True)
@@ -65,14 +75,14 @@ class GateConfig:
     def __post_init__(self) -> None:
         one_of("gsx.gate.kind", self.kind, ("vector", "scalar"))
         one_of("gsx.gate.input", self.input, ("post_norm", "pre_norm"))
+        for branch in self.branches:
+            one_of("gsx.gate.branches", branch, BRANCHES)
         if not self.branches or len(set(self.branches)) != len(self.branches):
             raise CheckpointError(
                 "config.json: gsx.gate.branches is not a list of distinct branches",
                 expected='one or both of "attn", "mlp"',
                 found=repr(list(self.branches)),
             )
-        for branch in self.branches:
-            one_of("gsx.gate.branches", branch, BRANCHES)
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any]) -> GateConfig:
@@ -84,7 +94,8 @@ class GateConfig:
         known_keys("gsx.gate", section, ("kind", "input", "branches"))
         values = dict(section)
         if "branches" in values:
-            values["branches"] = tuple(values["branches"])
+            listed = values["branches"]
+            values["branches"] = tuple(listed) if isinstance(listed, list | tuple) else (listed,)
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,24 +167,12 @@ class ModelConfig:
         def trait(value: str | bool) -> bool:
             return bool(getattr(hf, value, False)) if isinstance(value, str) else value
 
-        if hf.hidden_act != "silu":
+        if hf.hidden_act not in _SILU:
             raise CheckpointError(
-                "config.json: hidden_act is not supported", expected="silu", found=repr(hf.hidden_act)
+                "config.json: hidden_act is not supported", expected=" or ".join(_SILU), found=repr(hf.hidden_act)
             )
-        rope = dict(hf.rope_parameters or {})
-        kind = rope.get("rope_type", "default")
-        if kind not in ROPE_KINDS:
-            raise CheckpointError(
-                "config.json: this kind of RoPE scaling is not supported",
-                expected="one of " + ", ".join(ROPE_KINDS),
-                found=repr(kind),
-            )
-        if rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise CheckpointError(
-                "config.json: a partial rotary embedding is not supported",
-                expected="partial_rotary_factor 1.0",
-                found=str(rope["partial_rotary_factor"]),
-            )
+        _check_shape(hf)
+        rope = _rope(hf)
         section = getattr(hf, "gsx", None) or {}
         known_keys("gsx", section, ("method", "gate", "router", "exits", "exit_classifiers"))
         num_layers = hf.num_hidden_layers
@@ -191,7 +190,7 @@ class ModelConfig:
             num_heads=hf.num_attention_heads,
             num_kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
             head_dim=head_dim,
-            max_positions=hf.max_position_embeddings,
+            max_positions=_context(hf.max_position_embeddings, rope),
             rms_norm_eps=hf.rms_norm_eps,
             tied_head=bool(hf.tie_word_embeddings),
             qkv_bias=trait(family.qkv_bias),
@@ -199,7 +198,7 @@ class ModelConfig:
             mlp_bias=trait(family.mlp_bias),
             qk_norm=family.qk_norm,
             rope=rope,
-            windows=_windows(hf),
+            windows=_windows(hf, family),
             bos_id=hf.bos_token_id,
             eos_ids=_id_list(hf.eos_token_id),
             pad_id=hf.pad_token_id,
@@ -228,12 +227,84 @@ def _depths(key: str, section: Mapping[str, Any], deepest: int) -> tuple[int, ..
     return tuple(sorted(set(depths)))
 
 
-def _windows(hf: Any) -> tuple[int | None, ...]:
+def _check_shape(hf: Any) -> None:
+    """Refuse sizes that no model has. Their types were checked by transformers."""
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    for name in (*sizes, "max_position_embeddings"):
+        whole(name, getattr(hf, name), 1)
+    for name in ("num_key_value_heads", "head_dim"):
+        if getattr(hf, name, None) is not None:
+            whole(name, getattr(hf, name), 1)
+    if (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads) % 2:
+        raise CheckpointError("config.json: head_dim is odd", expected="an even number, since RoPE rotates pairs")
+    finite("rms_norm_eps", hf.rms_norm_eps)
+    heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads or hf.num_attention_heads
+    if heads % kv_heads:
+        raise CheckpointError(
+            "config.json: the heads cannot be divided among those of K and V",
+            expected=f"num_attention_heads {heads} to be a multiple of num_key_value_heads",
+            found=str(kv_heads),
+        )
+    pad = hf.pad_token_id
+    if pad is not None and not -hf.vocab_size <= pad < hf.vocab_size:
+        raise CheckpointError(
+            "config.json: pad_token_id is not in the vocabulary, and transformers cannot build such a model",
+            expected=f"an id below {hf.vocab_size}",
+            found=str(pad),
+            todo="set it to null: gsx pads nothing with it",
+        )
+
+
+def _rope(hf: Any) -> dict[str, Any]:
+    """The RoPE parameters, checked."""
+    rope = dict(hf.rope_parameters or {})
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_KINDS:
+        raise CheckpointError(
+            "config.json: this kind of RoPE scaling is not supported",
+            expected="one of " + ", ".join(ROPE_KINDS),
+            found=repr(kind),
+        )
+    finite("rope_theta", rope.get("rope_theta"))
+    if kind in ("linear", "dynamic"):  # the other kinds find a factor themselves where there is none
+        finite("the factor of RoPE scaling", rope.get("factor"))
+    # In its plain form the supported families' RoPE does not read the share of a head that is rotated.
+    if kind != "default" and rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(
+            "config.json: a partial rotary embedding is not supported",
+            expected="partial_rotary_factor 1.0",
+            found=str(rope["partial_rotary_factor"]),
+        )
+    return rope
+
+
+def _context(positions: int, rope: Mapping[str, Any]) -> int:
+    """The number of positions that the model was made for.
+
+    Scaled RoPE extends the context over `max_position_embeddings`, which model cards advise to leave as it is: to the
+    factor times the original length (vLLM reads it so).
+    """
+    factor = rope.get("factor")
+    if not isinstance(factor, int | float) or not math.isfinite(factor):
+        return positions
+    original = rope.get("original_max_position_embeddings")
+    return max(positions, int(factor * (original if isinstance(original, int) else positions)))
+
+
+def _windows(hf: Any, family: Family) -> tuple[int | None, ...]:
     """The sliding window of each layer, as transformers' masks apply it (a window of w sees w positions)."""
     window = getattr(hf, "sliding_window", None)
-    kinds = getattr(hf, "layer_types", None)
-    if kinds is None:  # Mistral: one setting for every layer
-        return (window,) * hf.num_hidden_layers
+    layers = hf.num_hidden_layers
+    if family.windows == "none":
+        kinds = ["full_attention"] * layers
+    elif family.windows == "all":
+        kinds = ["full_attention" if window is None else "sliding_attention"] * layers
+    else:
+        kinds = hf.layer_types
+    for kind in kinds:
+        one_of("layer_types", kind, ("full_attention", "sliding_attention"))
+    if "sliding_attention" in kinds:
+        whole("sliding_window", window, 1)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 

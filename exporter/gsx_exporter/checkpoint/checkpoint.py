@@ -1,4 +1,4 @@
-"""Checkpoints on disk: finding, checking and reading a Hugging Face model directory.
+"""A checkpoint, open for reading: its configuration and its tensors, checked against each other.
 
 Weights are read only from safetensors: no pickle, no remote code. Tensors are read one at a time from the mapped
 file, so a model larger than memory can still be exported. Gate tensors and the `"gsx"` section are described in
@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gsx_exporter.checkpoint.files import open_safetensors, weight_files
+from gsx_exporter.checkpoint.checks import check_tensors, missing
+from gsx_exporter.checkpoint.files import decoder_names, open_safetensors, weight_files
 from gsx_exporter.checkpoint.folder import locate
-from gsx_exporter.checkpoint.hf_config import already_quantized, read_config
-from gsx_exporter.checkpoint.names import COMPANION_FILES
-from gsx_exporter.checkpoint.tensors import expected_tensors, rule_module_kind
+from gsx_exporter.checkpoint.hf_config import read_config
+from gsx_exporter.checkpoint.names import COMPANION_FILES, CONFIG
+from gsx_exporter.checkpoint.skeleton import check_skeleton
+from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +35,8 @@ class Checkpoint:
         source: the name that the user gave (a path or a hub id).
         hf_config: the transformers configuration object.
         config: the part of it that the exporter needs.
-        files: tensor name -> file that holds it.
+        files: tensor name, as transformers calls it -> file that holds it.
+        stored: the same names -> names in the files.
         notes: what is unusual about the directory and how it was understood, each a sentence for the user.
     """
 
@@ -43,6 +45,7 @@ class Checkpoint:
     hf_config: Any
     config: ModelConfig
     files: dict[str, Path]
+    stored: dict[str, str]
     notes: list[str] = field(default_factory=list)
     _open: dict[Path, Any] = field(default_factory=dict, repr=False)
 
@@ -53,11 +56,11 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; only the header is read."""
-        return tuple(self._handle(name).get_slice(name).get_shape())
+        return tuple(self._handle(name).get_slice(self.stored[name]).get_shape())
 
     def stored_type(self, name: str) -> str:
         """Type of a tensor as safetensors writes it ("F32", "BF16"); only the header is read."""
-        return str(self._handle(name).get_slice(name).get_dtype())
+        return str(self._handle(name).get_slice(self.stored[name]).get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in its stored type.
@@ -65,7 +68,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the checkpoint has no tensor of this name.
         """
-        return self._handle(name).get_tensor(name)
+        return self._handle(name).get_tensor(self.stored[name])
 
     def weight_bytes(self) -> int:
         """Bytes that all tensors would take as 32-bit floats."""
@@ -96,11 +99,7 @@ class Checkpoint:
     def _handle(self, name: str) -> Any:
         path = self.files.get(name)
         if path is None:
-            raise CheckpointError(
-                f"{self.source}: the weights have no tensor {name}",
-                expected=f"a {self.config.family} model with {self.config.num_layers} layers",
-                todo="the checkpoint does not fit its config.json",
-            )
+            raise missing(self, name)
         if path not in self._open:
             self._open[path] = open_safetensors(path)
         return self._open[path]
@@ -112,54 +111,47 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     Args:
         model: a local directory, or a hub id such as "org/name" (needs a connection the first time).
     Raises:
-        CheckpointError: the checkpoint is missing, empty, truncated or damaged; it has only pickled weights or an
-            unsupported family; a tensor is missing or has the wrong shape; its gates are incomplete.
+        CheckpointError: the checkpoint is missing, empty, truncated, damaged or quantized; it is something else (an
+            adapter, a GGUF file); it has only pickled weights or an unsupported family; a field of its configuration
+            has no meaning; a tensor is missing or has the wrong shape; its gates are incomplete.
     """
     directory = locate(str(model))
     hf_config = read_config(directory)
     config = ModelConfig.from_hf(hf_config)
-    checkpoint = Checkpoint(directory, str(model), hf_config, config, weight_files(directory))
-    _check_tensors(checkpoint)
+    files = weight_files(directory, getattr(hf_config, "transformers_weights", None))
+    stored = decoder_names(files, str(model))
+    by_name = {name: files[kept] for name, kept in stored.items()}
+    checkpoint = Checkpoint(directory, str(model), hf_config, config, by_name, stored)
+    if getattr(hf_config, "auto_map", None):
+        checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
+    _settle_head(checkpoint)
+    check_tensors(checkpoint)
+    check_skeleton(checkpoint)
     return checkpoint
 
 
-# Float types, as safetensors writes them.
-_FLOATS = ("F16", "BF16", "F32", "F64")
+def _settle_head(checkpoint: Checkpoint) -> None:
+    """Whether embedding and head are one table: as transformers decides it, by the flag and by what is stored.
+
+    With the flag set and both tables stored, they are one only if they are equal: a head that was trained separately
+    is often saved beside a flag that nobody changed. If only one is stored, it serves as both.
+    """
+    files, stored = checkpoint.files, checkpoint.stored
+    if not checkpoint.config.tied_head or HEAD not in files:
+        return
+    if EMBEDDING in files and not _equal(checkpoint, EMBEDDING, HEAD):
+        checkpoint.config = replace(checkpoint.config, tied_head=False)
+        checkpoint.notes.append(
+            f"{CONFIG} says that embedding and head are one table, but two different ones are stored: both are used"
+        )
+        return
+    files.setdefault(EMBEDDING, files[HEAD])
+    stored.setdefault(EMBEDDING, stored[HEAD])
+    del files[HEAD], stored[HEAD]
 
 
-def _check_tensors(checkpoint: Checkpoint) -> None:
-    """Check that every expected tensor exists and has its shape, and that gates and routers are complete and finite."""
-    config = checkpoint.config
-    expected = expected_tensors(config)
-    for kind, todo in (
-        ("gate", '{"gsx": {"gate": {"kind": ..., "branches": [...]}}}'),
-        ("router", '{"gsx": {"router": {...}}}, as docs/routers.md shows it for the method,'),
-        ("exit classifier", '{"gsx": {"exit_classifiers": [...]}} with the depths'),
-    ):
-        stray = [n for n in checkpoint.names if rule_module_kind(n) == kind and n not in expected]
-        if stray:
-            raise CheckpointError(
-                f"{checkpoint.source}: has {kind}s that config.json does not mention",
-                found=f"{len(stray)} such tensors, {stray[0]} first",
-                todo=f"add {todo} to config.json (docs/checkpoints.md)",
-            )
-    for name, shape in expected.items():
-        part = rule_module_kind(name)
-        if name not in checkpoint.files:
-            what = f"{part}s are incomplete" if part else "a tensor is missing"
-            raise CheckpointError(f"{checkpoint.source}: {what}", expected=name, found="no such tensor")
-        found = checkpoint.shape(name)
-        if found != shape:
-            raise CheckpointError(
-                f"{checkpoint.source}: {name} has the wrong shape", expected=str(list(shape)), found=str(list(found))
-            )
-        if checkpoint.stored_type(name) not in _FLOATS:
-            raise already_quantized(checkpoint.source, f"{name} in {checkpoint.stored_type(name)}")
-    for name in expected:
-        part = rule_module_kind(name)
-        if part and not bool(checkpoint.tensor(name).isfinite().all()):
-            raise CheckpointError(
-                f"{checkpoint.source}: {name} contains NaN or infinity",
-                expected=f"finite {part}s",
-                todo="the training run diverged: use an earlier checkpoint",
-            )
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    if checkpoint.shape(one) != checkpoint.shape(other):
+        return False
+    first, second = checkpoint.tensor(one), checkpoint.tensor(other)
+    return first.dtype == second.dtype and bool((first == second).all())

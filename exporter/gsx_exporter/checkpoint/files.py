@@ -1,4 +1,8 @@
-"""The weight files of a model directory: which file holds which tensor."""
+"""The weight files of a model directory: which file holds which tensor, and under which name.
+
+The rules are those of transformers' `from_pretrained` (modeling_utils.py, `_get_resolved_checkpoint_files`; names:
+core_model_loading.py, `rename_source_key`), so that the same tensors are found in the same files.
+"""
 
 from __future__ import annotations
 
@@ -8,60 +12,76 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from gsx_engines.bundle.bundle import MANIFEST
-from gsx_exporter.checkpoint.folder import listing
+from gsx_exporter.checkpoint.folder import without_weights
 from gsx_exporter.checkpoint.names import WEIGHTS, WEIGHTS_INDEX
 from gsx_exporter.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
 
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# Of the decoder without its head; a checkpoint of the decoder only stores its tensors without it.
+_DECODER = "model."
+_DECODER_PARTS = ("embed_tokens.", "layers.", "norm.")
 
 
-def weight_files(directory: Path) -> dict[str, Path]:
-    """Tensor name -> file. Only headers are read, which also finds truncated files."""
-    index = directory / WEIGHTS_INDEX
-    single = directory / WEIGHTS
-    if index.is_file():
-        try:
-            weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, OSError) as error:
-            raise CheckpointError(f"{index}: is not a safetensors index", found=str(error)) from error
-        files = {}
-        for name in sorted(set(weight_map.values())):
-            if Path(name).name != name:
-                raise CheckpointError(f"{index}: names a file outside the model directory", found=name)
-            if not (directory / name).is_file():
-                raise CheckpointError(f"{directory}: a shard of the weights is missing", expected=name)
-        stored = {name: set(open_safetensors(directory / name).keys()) for name in set(weight_map.values())}
-        for tensor, name in weight_map.items():
-            if tensor not in stored[name]:
-                raise CheckpointError(f"{directory / name}: lacks a tensor that the index promises", expected=tensor)
-            files[tensor] = directory / name
-        return files
-    if single.is_file():
-        return dict.fromkeys(open_safetensors(single).keys(), single)
-    if (directory / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{directory}: is a bundle, exported already",
-            expected=f"a checkpoint, with {WEIGHTS} or {WEIGHTS_INDEX}",
-            todo="give the model that it was exported from; gsx inspect shows it",
-        )
-    pickles = sorted(path.name for pattern in _PICKLES for path in directory.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{directory}: has only pickled weights, and unpickling runs code",
-            expected=WEIGHTS,
-            found=", ".join(pickles[:3]),
-            todo="save it as safetensors (model.save_pretrained), or use gsx convert for a GateSkip .pt",
-        )
-    raise CheckpointError(
-        f"{directory}: has no weights", expected=f"{WEIGHTS} or {WEIGHTS_INDEX}", found=listing(directory)
-    )
+def weight_files(directory: Path, only: str | None = None) -> dict[str, Path]:
+    """Tensor name, as it is stored -> file. Only headers are read, which also finds truncated files.
+
+    A single `model.safetensors` comes first: an index beside it is left over from an earlier save. Of an index only
+    the names of the shards are used: all that they hold counts, whether the index mentions it or not.
+
+    Args: only: the file or index to read (`transformers_weights` of config.json); None to look for it.
+    Raises:
+        CheckpointError: there are no weights, or a file is missing or damaged.
+    """
+    if only is not None:
+        path = directory / only
+        if Path(only).name != only or not path.is_file():
+            raise CheckpointError(
+                f"{directory}: transformers_weights of config.json names no file in this directory", found=only
+            )
+        return _sharded(directory, path) if path.suffix == ".json" else _single(path)
+    if (directory / WEIGHTS).is_file():
+        return _single(directory / WEIGHTS)
+    if (directory / WEIGHTS_INDEX).is_file():
+        return _sharded(directory, directory / WEIGHTS_INDEX)
+    raise without_weights(directory)
+
+
+def decoder_names(files: dict[str, Path], source: str) -> dict[str, str]:
+    """Tensor name, as transformers calls it -> as it is stored.
+
+    The decoder only is stored without `model.` (AutoModel, embedding models); a wrapped model with one more.
+
+    Raises:
+        CheckpointError: two tensors have the same name.
+    """
+    names: dict[str, str] = {}
+    for stored in files:
+        name = _canonical(stored)
+        if name in names:
+            raise CheckpointError(f"{source}: has two tensors for {name}", found=f"{names[name]} and {stored}")
+        names[name] = stored
+    return names
+
+
+def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, or of a directory of them, whatever the model is.
+
+    Raises:
+        CheckpointError: there is no such file, or it is damaged.
+    """
+    files = weight_files(path) if path.is_dir() else _single(path)
+    handles = {file: open_safetensors(file) for file in set(files.values())}
+    return {name: handles[file].get_tensor(name) for name, file in files.items()}
 
 
 def open_safetensors(path: Path) -> Any:
+    """A file, mapped; tensors are read when they are asked for.
+
+    Raises:
+        CheckpointError: it is not a safetensors file, or it is incomplete.
+    """
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
@@ -72,12 +92,48 @@ def open_safetensors(path: Path) -> Any:
         ) from error
 
 
-def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a safetensors file, or of a directory of them, whatever the model is.
+def _single(path: Path) -> dict[str, Path]:
+    return dict.fromkeys(open_safetensors(path).keys(), path)
 
-    Raises:
-        CheckpointError: there is no such file, or it is damaged.
-    """
-    files = weight_files(path) if path.is_dir() else dict.fromkeys(open_safetensors(path).keys(), path)
-    handles = {file: open_safetensors(file) for file in set(files.values())}
-    return {name: handles[file].get_tensor(name) for name, file in files.items()}
+
+def _sharded(directory: Path, index: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for name in _shards(index):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: names a file outside the model directory", found=name)
+        shard = directory / name
+        if not shard.is_file():
+            raise CheckpointError(
+                f"{directory}: a shard of the weights is missing",
+                expected=f"{name}, which {index.name} names",
+                todo="copy or download the model again",
+            )
+        for tensor in open_safetensors(shard).keys():  # noqa: SIM118 - a handle of safetensors, not a dict
+            if tensor in files:
+                raise CheckpointError(
+                    f"{directory}: two shards hold {tensor}", found=f"{files[tensor].name} and {name}"
+                )
+            files[tensor] = shard
+    return files
+
+
+def _shards(index: Path) -> list[str]:
+    """Names of the shards that an index mentions, sorted."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{index}: is not a safetensors index", found=str(error)) from error
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(
+            f"{index}: is not a safetensors index",
+            expected="weight_map, an object of tensor names and file names",
+            found=repr(weight_map)[:80],
+        )
+    return sorted(set(weight_map.values()))
+
+
+def _canonical(stored: str) -> str:
+    inner = stored.removeprefix(_DECODER)
+    if inner != stored and inner.startswith((_DECODER, "lm_head.")):
+        return inner
+    return _DECODER + stored if stored.startswith(_DECODER_PARTS) else stored

@@ -1,4 +1,4 @@
-"""`config.json`, read by transformers' own configuration classes."""
+"""`config.json`, read by transformers' own configuration classes, so that their defaults and legacy spellings apply."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gsx_exporter.checkpoint.folder import listing
+from gsx_exporter.checkpoint.folder import check_not_quantized, listing
 from gsx_exporter.checkpoint.names import CONFIG
+from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.config import FAMILIES
 from gsx_exporter.errors import CheckpointError
 
@@ -16,45 +17,49 @@ def read_config(directory: Path) -> Any:
     """The transformers configuration of a model directory or a bundle.
 
     Raises:
-        CheckpointError: there is no configuration, it is unreadable, or its family is not supported.
+        CheckpointError: there is no configuration, it is unreadable, its family is not supported, or the weights are
+            quantized.
     """
     from transformers import AutoConfig
 
     path = directory / CONFIG
-    if not path.is_file():
+    raw = read_json(path) if path.is_file() else None
+    if raw is None:
         raise CheckpointError(
             f"{directory}: has no {CONFIG}", expected="a Hugging Face model directory", found=listing(directory)
         )
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path}: is not readable JSON", found=str(error)) from error
-    if not isinstance(raw, dict) or "model_type" not in raw:
+    if "model_type" not in raw:
         raise CheckpointError(f"{path}: has no model_type", todo="is this a Hugging Face model directory?")
-
-    if raw["model_type"] not in FAMILIES:
+    if raw["model_type"] not in tuple(FAMILIES):
         raise CheckpointError(
             f"{path}: model_type {raw['model_type']!r} is not supported",
             expected="one of " + ", ".join(FAMILIES),
             todo="docs/add-a-family.md explains how to add one",
         )
-    quantization = raw.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise already_quantized(path, method or "a quantization_config")
+    check_not_quantized(directory, raw)
     try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        with quiet_transformers():
+            return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many types of error here, all about this one file
-        raise CheckpointError(
-            f"{path}: transformers cannot read it", found=str(error).strip().splitlines()[0]
-        ) from error
+        raise CheckpointError(f"{path}: transformers cannot read it", found=one_line(error)) from error
 
 
-def already_quantized(where: str | Path, found: str) -> CheckpointError:
-    """The refusal of weights that are not floats."""
-    return CheckpointError(
-        f"{where}: the checkpoint is already quantized",
-        expected="float weights",
-        found=found,
-        todo="export the original checkpoint: gsx quantizes it itself",
-    )
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        CheckpointError: it is not readable, or holds something else.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not readable JSON", found=str(error)) from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: is not a JSON object", found=repr(raw)[:80])
+    return raw
+
+
+def one_line(error: BaseException) -> str:
+    """The whole message of another library's error, on one line; its type where it has no message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

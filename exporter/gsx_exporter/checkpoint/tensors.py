@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gsx_exporter.config import ModelConfig
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # After a layer: predicts whether the layers above would still change the model's answer (CALM).
 EXIT_CLASSIFIER = "exit_classifier"
 # Modules of a layer that belong to a keep rule, not to the plain model, and what messages call them.
@@ -22,7 +23,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """
     H, F = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, H)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, H)}
     for i in range(config.num_layers):
         p = f"model.layers.{i}."
         for name, out, width, bias in (
@@ -54,7 +55,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes |= {p + name: shape for name, shape in config.router.shapes(H).items()}
     shapes["model.norm.weight"] = (H,)
     if not config.tied_head:
-        shapes["lm_head.weight"] = (config.vocab_size, H)
+        shapes[HEAD] = (config.vocab_size, H)
     return shapes
 
 

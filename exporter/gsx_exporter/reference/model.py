@@ -19,8 +19,10 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.checkpoint.tensors import is_gate
+from gsx_exporter.checkpoint.hf_config import one_line
+from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.reference.parts import linear
 from gsx_exporter.reference.rule import (
     BranchInput,
@@ -86,15 +88,16 @@ class Reference:
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Reference:
-        """Load the model. Weights have the given dtype; gates are float32, as scores are."""
+        """Load the model by transformers' own loader. Weights have the given dtype; gates are float32, as scores are.
+
+        Only transformers decides which files, which tensors and whether embedding and head are one table: what gsx
+        understood of the checkpoint is what parity is there to check.
+
+        Raises:
+            CheckpointError: transformers does not find all weights.
+        """
         config = checkpoint.config
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(checkpoint.hf_config, attn_implementation="eager")
-        model.to_empty(device="cpu")
-        model = model.to(dtype)
-        _load_weights(model, checkpoint)
-        # Inverse frequencies are not weights: they are computed again, in float32.
-        model.model.rotary_emb = type(model.model.rotary_emb)(config=checkpoint.hf_config)
+        model = _load_model(checkpoint, dtype)
         model.eval()
         model.requires_grad_(False)
         reference = cls(model, checkpoint)
@@ -346,13 +349,26 @@ def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.
     return note
 
 
-def _load_weights(model: Any, checkpoint: Checkpoint) -> None:
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            if name == "lm_head.weight" and checkpoint.config.tied_head:
-                continue
-            parameter.copy_(checkpoint.tensor(name))
-    if checkpoint.config.tied_head:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    assert not any(is_gate(name) for name in parameters)
+def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    with quiet_transformers():
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory,
+                dtype=dtype,
+                attn_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{checkpoint.source}: transformers cannot load it", found=one_line(error)) from error
+    if found["missing_keys"]:
+        raise CheckpointError(
+            f"{checkpoint.source}: transformers does not find all weights",
+            expected=", ".join(sorted(found["missing_keys"])[:3]),
+            found="no such tensors",
+        )
+    # Inverse frequencies are not weights: they are computed again, in float32.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    return model
