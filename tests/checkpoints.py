@@ -43,9 +43,7 @@ def piece_mistral(path: Path) -> Path:
     ids = {name: number for number, name in enumerate(("<unk>", "<s>", "</s>"))}
     keys = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None, "tie_word_embeddings": False}
     size = tokenizer.get_vocab_size()
-    write_model(
-        path, "mistral", louder=[2], vocab_size=size, seed=SEEDS["mistral"], sliding_window=6, **keys
-    )
+    write_model(path, "mistral", louder=[2], vocab_size=size, seed=SEEDS["mistral"], sliding_window=6, **keys)
     roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_tokenizer(path, tokenizer, ids, roles, special=tuple(ids))
     return path
@@ -104,7 +102,9 @@ def write_tokenizer(
 
 def piece_tokenizer() -> Tokenizer:
     """Like Llama 2's: U+2581 for a space, pieces of words, 256 bytes for the rest, a space before the first word."""
-    words = "the of and a to in is that it for on as with was he be class def return self import from model token".split()
+    words = (
+        "the of and a to in is that it for on as with was he be class def return self import from model token".split()
+    )
     letters = sorted({letter for word in words for letter in word} | set("bglpvxyz.,:()"))
     pieces, merges = [_SPACE, *letters], []
     for word in words:
@@ -116,9 +116,7 @@ def piece_tokenizer() -> Tokenizer:
             left += letter
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     vocab = {name: number for number, name in enumerate(names)}
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -84,16 +84,21 @@ def candidates() -> Iterator[Mutation]:
             for line, change in _of_file(file):
                 yield Mutation(base, file, line, _at(file, change))
                 if file in (SPECIAL_TOKENS, ADDED_TOKENS):  # read only where tokenizer_config.json has no such list
-                    yield Mutation(base, file, f"{line}, and no added_tokens_decoder", _both(_no_decoder, _at(file, change)))
+                    yield Mutation(
+                        base, file, f"{line}, and no added_tokens_decoder", _both(_no_decoder, _at(file, change))
+                    )
         for line, change in SHARDS.items():
             yield Mutation(base, WEIGHTS, line, change)
 
 
 def _of_file(file: str) -> Iterator[tuple[str, Change]]:
     """The mutations of one JSON file; a change is given the file's path."""
-    for field, odd in FIELDS[file].items():
-        for line, values in _of_field(field, odd):
+    for field, odd in FIELDS.get(file, {}).items():
+        for line, values in _of_field(field):
             yield line, partial(edit, change=values)
+        yield from _with_values(field, odd)
+    for field, odd in MORE.get(file, {}).items():
+        yield from _with_values(field, odd)
     for line, rewrite in REWRITES[file].items():
         yield line, partial(edit, change=rewrite)
     for name, keys in FOREIGN.get(file, {}).items():
@@ -126,13 +131,17 @@ def edit(path: Path, change: Callable[[Json], Any]) -> None:
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 
-def _of_field(field: str, odd: Sequence[Any]) -> Iterator[tuple[str, Callable[[Json], Any]]]:
-    """The changes of one field: removed, null, of another type, and the values of its row."""
+def _of_field(field: str) -> Iterator[tuple[str, Callable[[Json], Any]]]:
+    """A field is removed, null, of another type."""
     yield f"{field} is removed", lambda values: values.pop(field, None)
     yield f"{field} is null", lambda values: values.update({field: None})
     yield f"{field} is of another type", lambda values: values.update({field: _of_another_type(values.get(field))})
+
+
+def _with_values(field: str, odd: Sequence[Any]) -> Iterator[tuple[str, Change]]:
     for value in odd:
-        yield f"{field} is {json.dumps(value)[:60]}", lambda values, value=value: values.update({field: value})
+        line = f"{field} is {json.dumps(value)}"
+        yield line if len(line) < 90 else f"{line[:87]}...", partial(edit, change=partial(_merge, keys={field: value}))
 
 
 def _of_another_type(value: Any) -> Any:
@@ -151,7 +160,8 @@ def _of_another_type(value: Any) -> Any:
             return [[]]
 
 
-# Fields that the two families and their tokenizers have, and values that are out of range or only unusual.
+# Fields, and values that are out of range or only unusual. Those that a checkpoint has are also removed, made null, and
+# given another type; of the others (`MORE`), only the values are set.
 FIELDS: dict[str, dict[str, Sequence[Any]]] = {
     CONFIG: {
         "vocab_size": (100, 4096, 0, -1),
@@ -176,56 +186,22 @@ FIELDS: dict[str, dict[str, Sequence[Any]]] = {
             {"rope_theta": 1e4, "rope_type": "nonsense", "factor": 2.0},
             {"rope_theta": None, "rope_type": "default"},
         ),
-        "rope_scaling": ({"type": "linear", "factor": 2.0}, {"rope_type": "default"}, {"factor": 2.0}, "linear"),
-        "rope_theta": (1e6, 0, -1),
-        "attention_bias": (True,),
-        "mlp_bias": (True,),
         "attention_dropout": (0.5, 2.0),
         "tie_word_embeddings": (True, False, 1),
         "bos_token_id": (0, 5, -1, 99999, [1], True),
         "eos_token_id": (7, [2, 7], [], -1, 99999, [2, 99999], 2.0, True),
-        "pad_token_id": (5, -1, 99999, [0]),
-        "sliding_window": (4, 0, -1, 10**6),
         "initializer_range": (-1.0,),
         "use_cache": (False,),
         "model_type": ("Llama", "llama", "mistral", "qwen2", "gpt2", "nonsense", ""),
         "architectures": (["LlamaModel"], ["Nonsense"], [], "LlamaForCausalLM", ["LlamaForSequenceClassification"]),
         "dtype": ("float16", "bfloat16", "float8", "torch.float32"),
-        "torch_dtype": ("float16", "nonsense"),
         "transformers_version": ("4.30.0", "99.0"),
-        "gsx": ({}, {"gate": None}),
     },
     GENERATION: {
         "eos_token_id": (7, [2, 7], [7], [], -1, 99999, [2, 99999], 2.0, True, [[2]]),
         "bos_token_id": (0, 5, -1, 99999, [1]),
-        "pad_token_id": (5, -1, 99999),
-        "do_sample": (True,),
-        "temperature": (0.6, 0, -1.0),
-        "top_k": (50, -1),
-        "top_p": (0.9, 2.0),
-        "repetition_penalty": (1.3, 1.0, 0, -1.0),
-        "no_repeat_ngram_size": (1, 2),
-        "max_length": (5, 0),
-        "max_new_tokens": (3, 0),
-        "min_length": (40,),
-        "min_new_tokens": (9,),
-        "num_beams": (2, 0),
-        "num_return_sequences": (2,),
-        "suppress_tokens": ([7], [], [2]),
-        "begin_suppress_tokens": ([7],),
-        "bad_words_ids": ([[7]], []),
-        "forced_eos_token_id": (2,),
-        "forced_bos_token_id": (5,),
-        "stop_strings": (["a"], "e"),
-        "penalty_alpha": (0.6,),
-        "renormalize_logits": (True,),
-        "return_dict_in_generate": (True,),
         "use_cache": (False,),
-        "cache_implementation": ("static", "nonsense"),
         "transformers_version": ("4.30.0",),
-        "exponential_decay_length_penalty": ([2, 1.5],),
-        "sequence_bias": ([[[7], -10.0]],),
-        "guidance_scale": (1.5,),
     },
     TOKENIZER: {
         "version": ("2.0", "0.9"),
@@ -297,16 +273,68 @@ FIELDS: dict[str, dict[str, Sequence[Any]]] = {
         "added_tokens_decoder": ({}, {"x": {"content": "a"}}, {"5": "a"}, {"99999": {"content": "<far>"}}),
         "bos_token": ("<s>", "the", "<new>", {"content": "<s>", "__type": "AddedToken"}),
         "eos_token": ("the", "<new>", {"content": "<new>", "special": True}),
+        "additional_special_tokens": (["<new>"], ["the"], [5], ["<think>"]),
+        "clean_up_tokenization_spaces": (True,),
+        "model_max_length": (2, 1e30, -1),
+    },
+    SPECIAL_TOKENS: {
+        "bos_token": ("the", "<new>", {"content": "<new>"}),
+        "eos_token": ("the", "<new>", {"content": "the", "lstrip": True}),
+    },
+    INDEX: {
+        "metadata": ({}, {"total_size": 0}, {"total_size": "many"}),
+        "weight_map": ({}, {"model.norm.weight": "model-00001-of-00002.safetensors"}),
+    },
+}
+
+# Fields that they do not all have.
+MORE: dict[str, dict[str, Sequence[Any]]] = {
+    CONFIG: {
+        "rope_scaling": ({"type": "linear", "factor": 2.0}, {"rope_type": "default"}, {"factor": 2.0}, "linear"),
+        "rope_theta": (1e6, 0, -1),
+        "attention_bias": (True, None),
+        "mlp_bias": (True, None),
+        "pad_token_id": (None, 5, -1, 99999, [0], "0"),
+        "sliding_window": (None, 4, 0, -1, 10**6),
+        "torch_dtype": ("float16", "nonsense"),
+        "gsx": ({}, {"gate": None}),
+    },
+    GENERATION: {
+        "pad_token_id": (5, -1, 99999),
+        "do_sample": (True,),
+        "temperature": (0.6, 0, -1.0),
+        "top_k": (50, -1),
+        "top_p": (0.9, 2.0),
+        "repetition_penalty": (1.3, 1.0, 0, -1.0),
+        "no_repeat_ngram_size": (1, 2),
+        "max_length": (5, 0),
+        "max_new_tokens": (3, 0),
+        "min_length": (40,),
+        "min_new_tokens": (9,),
+        "num_beams": (2, 0),
+        "num_return_sequences": (2,),
+        "suppress_tokens": ([7], [], [2]),
+        "begin_suppress_tokens": ([7],),
+        "bad_words_ids": ([[7]], []),
+        "forced_eos_token_id": (2,),
+        "forced_bos_token_id": (5,),
+        "stop_strings": (["a"], "e"),
+        "penalty_alpha": (0.6,),
+        "renormalize_logits": (True,),
+        "return_dict_in_generate": (True,),
+        "cache_implementation": ("static", "nonsense"),
+        "exponential_decay_length_penalty": ([2, 1.5],),
+        "sequence_bias": ([[[7], -10.0]],),
+        "guidance_scale": (1.5,),
+    },
+    TOKENIZER_CONFIG: {
         "pad_token": ("<pad>", ""),
         "unk_token": ("<unk>", "<new>"),
-        "additional_special_tokens": (["<new>"], ["the"], [5], ["<think>"]),
         "extra_special_tokens": (["<new>"], {"image_token": "<image>"}),
         "add_bos_token": (True, False),
         "add_eos_token": (True, False),
         "add_prefix_space": (True, False),
-        "clean_up_tokenization_spaces": (True,),
         "legacy": (True, False),
-        "model_max_length": (2, 1e30, -1),
         "padding_side": ("left", "nowhere"),
         "truncation_side": ("left",),
         "split_special_tokens": (True,),
@@ -318,8 +346,6 @@ FIELDS: dict[str, dict[str, Sequence[Any]]] = {
         "name_or_path": ("org/name",),
     },
     SPECIAL_TOKENS: {
-        "bos_token": ("the", "<new>", {"content": "<new>"}),
-        "eos_token": ("the", "<new>", {"content": "the", "lstrip": True}),
         "pad_token": ("<pad>",),
         "unk_token": ("<unk>",),
         "additional_special_tokens": (["the"], ["<new>", "<newer>"], "the"),
@@ -331,10 +357,6 @@ FIELDS: dict[str, dict[str, Sequence[Any]]] = {
         "</s>": (2, 7),
         PLAIN_TOKEN: (9,),
         CHAT_TOKENS[0]: (9,),
-    },
-    INDEX: {
-        "metadata": ({}, {"total_size": 0}, {"total_size": "many"}),
-        "weight_map": ({}, {"model.norm.weight": "model-00001-of-00002.safetensors"}),
     },
 }
 

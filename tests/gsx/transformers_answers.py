@@ -7,7 +7,7 @@ texts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,9 +67,7 @@ def by_transformers(model: Path, prompts: Sequence[str], new_tokens: int = NEW_T
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(model)
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                model, dtype=torch.float32, output_loading_info=True
-            )
+            loaded, report = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # anything: it is about the files
             return [Refusal(f"{type(error).__name__}: {error}")] * len(prompts)
         if report["missing_keys"]:
