@@ -102,9 +102,32 @@ def write_tokenizer(
 
 def piece_tokenizer() -> Tokenizer:
     """Like Llama 2's: U+2581 for a space, pieces of words, 256 bytes for the rest, a space before the first word."""
-    words = (
-        "the of and a to in is that it for on as with was he be class def return self import from model token".split()
-    )
+    words = [
+        "the",
+        "of",
+        "and",
+        "a",
+        "to",
+        "in",
+        "is",
+        "that",
+        "it",
+        "for",
+        "on",
+        "as",
+        "with",
+        "was",
+        "he",
+        "be",
+        "class",
+        "def",
+        "return",
+        "self",
+        "import",
+        "from",
+        "model",
+        "token",
+    ]
     letters = sorted({letter for word in words for letter in word} | set("bglpvxyz.,:()"))
     pieces, merges = [_SPACE, *letters], []
     for word in words:

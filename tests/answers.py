@@ -85,7 +85,7 @@ def _continued(tokenizer: Any, model: Any, prompt: str, new_tokens: int) -> Answ
         before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, every))
     except Exception as error:
         return Refusal(f"{type(error).__name__}: {error}")
-    return Text(ids, every[len(ids) :], after.removeprefix(before))
+    return Text(ids, every[len(ids) :], after[len(before) :])
 
 
 def by_gsx(model: Path, bundle: Path, prompts: Sequence[str], new_tokens: int = NEW_TOKENS) -> list[Answer]:
