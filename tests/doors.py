@@ -1,7 +1,7 @@
 """The same prompts for every way to generate (`test_doors.py` in tests/gsx, tests/serving and tests/engines/cpp).
 
-Each gives the ids and the text that transformers gives for the checkpoint, for tokenizers of two kinds. The prompts have
-what tokenizers treat in a way of their own.
+Each gives the ids and the text that transformers gives for the checkpoint, for tokenizers of two kinds. The prompts
+have what tokenizers treat in a way of their own.
 """
 
 from __future__ import annotations
