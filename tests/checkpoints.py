@@ -20,6 +20,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "model"
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 PLAIN_TOKEN = "<think>"  # an added token that is not special
 _SPACE = "\u2581"
+_WORDS = "the of and a to in is that it for on as with was he be class def return self import from model token"
 
 
 def chat_llama(path: Path) -> Path:
@@ -102,34 +103,7 @@ def write_tokenizer(
 
 def piece_tokenizer() -> Tokenizer:
     """Like Llama 2's: U+2581 for a space, pieces of words, 256 bytes for the rest, a space before the first word."""
-    words = (
-        "the of and a to in is that it for on as with was he be class def return self import from model token"
-    ).split()
-        "the",
-        "of",
-        "and",
-        "a",
-        "to",
-        "in",
-        "is",
-        "that",
-        "it",
-        "for",
-        "on",
-        "as",
-        "with",
-        "was",
-        "he",
-        "be",
-        "class",
-        "def",
-        "return",
-        "self",
-        "import",
-        "from",
-        "model",
-        "token",
-    ]
+    words = _WORDS.split()
     letters = sorted({letter for word in words for letter in word} | set("bglpvxyz.,:()"))
     pieces, merges = [_SPACE, *letters], []
     for word in words:
