@@ -431,6 +431,16 @@ def _old_merges(values: Json) -> None:
     values["model"]["merges"] = [one if isinstance(one, str) else " ".join(one) for one in merges]
 
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
 # Changes of more than one field: spellings, repetitions, parts of one file that do not fit those of another.
 REWRITES: dict[str, dict[str, Callable[[Json], Any]]] = {
     CONFIG: {
@@ -448,7 +458,10 @@ REWRITES: dict[str, dict[str, Callable[[Json], Any]]] = {
         "max_position_embeddings is called max_seq_len": _renamed("max_position_embeddings", "max_seq_len"),
         "rope_parameters is called rope_params": _renamed("rope_parameters", "rope_params"),
         "everything is below text_config": lambda v: v.update(text_config=dict(v)),
-        "only model_type is left": lambda v: [v.pop(key) for key in list(v) if key != "model_type"],
+        # Not without the sizes: transformers would make a model of 7 billion parameters.
+        "only the sizes are left": lambda v: [
+            v.pop(key) for key in list(v) if key != "model_type" and key not in SIZES
+        ],
         "unknown fields": lambda v: v.update(my_field=1, another={"a": [1]}, nothing=None),
         "rope_parameters per kind of layer": lambda v: v.update(
             rope_parameters={"full_attention": v["rope_parameters"], "sliding_attention": v["rope_parameters"]}
