@@ -58,8 +58,9 @@ public:
             call["buffers"][name] = static_cast<PipedBuffer const&>(*bound.buffer).number;
         }
         std::cout << call << std::endl;
+        json const answer = readLine();
         gsx::Values found;
-        for (auto const& [name, value] : readLine().items()) found.emplace(name, valueOf(value));
+        for (auto const& [name, value] : answer.items()) found.emplace(name, valueOf(value));
         return found;
     }
 
