@@ -1,7 +1,7 @@
 """Two hundred mutations of a checkpoint's files: the tokens and the text of transformers, or a refusal in words.
 
-Never another exception, never other tokens, never another text. What transformers loads and gsx refuses, what it refuses
-and gsx takes, and where it contradicts itself: each is a row of a table here, with the reason.
+Never another exception, never other tokens, never another text. What transformers loads and gsx refuses, what it
+refuses and gsx takes, and where it contradicts itself: each is a row of a table here, with the reason.
 """
 
 from __future__ import annotations
