@@ -8,14 +8,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
 
 from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
 from gsx_exporter.config import GateConfig
+
+if TYPE_CHECKING:
+    from gsx_engines.bundle.bundle import Bundle
 
 # Before any test imports it, so that plugins work whatever test runs first.
 preload_tensorrt_rtx()
@@ -82,3 +86,23 @@ def make_tiny_bundle(make_once: MakeOnce, tiny_gated: Path, tiny_text: Path) -> 
         return make_once(f"bundle-{name}", lambda path: export(tiny_gated, path, **values))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def base_models(make_once: MakeOnce) -> dict[str, Path]:
+    """Checkpoints that look like downloaded ones, by name."""
+    from tests.checkpoints import BASES
+
+    return {name: make_once(f"model-{name.replace(' ', '-')}", make) for name, make in BASES.items()}
+
+
+@pytest.fixture(scope="session")
+def base_bundles(make_once: MakeOnce, base_models: dict[str, Path]) -> dict[str, Bundle]:
+    """`base_models`, exported."""
+    from gsx.workflows.export import export
+    from gsx_engines.bundle.bundle import open_bundle
+
+    return {
+        name: open_bundle(make_once(f"bundle-{name.replace(' ', '-')}", partial(export, model)))
+        for name, model in base_models.items()
+    }

@@ -133,7 +133,20 @@ def cpu_stages(
     plugins: Collection[str] = (),
     rows: int | None = None,
 ) -> dict[str, tuple[TensorRTStage, CpuEngine]]:
-    """Stages of every graph of a bundle as `gsx build` would make them, to run on a CPU.
+    """Stages of every graph of a bundle as `gsx build` would make them, to run on a CPU; see `cpu_engines`."""
+    entry, engines = cpu_engines(bundle, profiles, capacity=capacity, plugins=plugins, rows=rows)
+    return {name: (TensorRTStage(bundle.manifest, entry, name, engine), engine) for name, engine in engines.items()}
+
+
+def cpu_engines(
+    bundle: Bundle,
+    profiles: Sequence[EngineProfile],
+    *,
+    capacity: int,
+    plugins: Collection[str] = (),
+    rows: int | None = None,
+) -> tuple[EngineEntry, dict[str, CpuEngine]]:
+    """The record of a bundle's engines, and the engines by graph.
 
     Args:
         rows: largest number of tokens of a call; None for that of the profiles.
@@ -179,5 +192,4 @@ def cpu_stages(
         plugins=None,
         graphs=graphs,
     )
-    engines = {name: CpuEngine(bundle, made, profiles) for name, made in lowered.items()}
-    return {name: (TensorRTStage(manifest, entry, name, engine), engine) for name, engine in engines.items()}
+    return entry, {name: CpuEngine(bundle, made, profiles) for name, made in lowered.items()}

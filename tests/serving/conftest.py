@@ -40,21 +40,31 @@ def other_rules(make_tiny_bundle: Callable[..., Path]) -> dict[str, Bundle]:
 
 @pytest.fixture(scope="session")
 def server(
-    served: Bundle, other_rules: dict[str, Bundle], tmp_path_factory: pytest.TempPathFactory
+    served: Bundle,
+    other_rules: dict[str, Bundle],
+    base_bundles: dict[str, Bundle],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    """Models `gsx`, with four slots, `small`, with one slot and room for one more request, and those of other rules."""
+    """Models `gsx`, with four slots, `small`, with one slot and room for one more request, those of other rules, and
+    those of other tokenizers."""
     if find_server() is None:
         pytest.skip(f"no Triton server in {ENVIRONMENT.name}: `make triton` installs it")
     folder = tmp_path_factory.mktemp("triton")
     write_repository(served, folder / "models", name="gsx", slots=4, threads=1)
     write_repository(served, folder / "more", name="small", slots=1, queue=1, context=256, threads=1)
-    for name, bundle in other_rules.items():
+    others = other_rules | {model_of(name): bundle for name, bundle in base_bundles.items()}
+    for name, bundle in others.items():
         write_repository(bundle, folder / name, name=name, slots=4, threads=1)
-    repositories = [f"--model-repository={folder / name}" for name in ("more", *other_rules)]
-    models = [f"--load-model={name}" for name in ("gsx", "small", *other_rules)]
+    repositories = [f"--model-repository={folder / name}" for name in ("more", *others)]
+    models = [f"--load-model={name}" for name in ("gsx", "small", *others)]
     options = [*repositories, "--model-control-mode=explicit", *models]
     with running(folder / "models", port=free_ports(), options=options) as server:
         yield server
+
+
+def model_of(base: str) -> str:
+    """The server's name for one of `base_bundles`."""
+    return base.replace(" ", "-")
 
 
 def free_ports() -> int:

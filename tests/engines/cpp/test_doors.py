@@ -1,0 +1,26 @@
+"""The C++ runtime, given ids, gives the ids of transformers; ONNX Runtime stands in for TensorRT (`piped.py`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import gsx
+from gsx_engines.bundle.bundle import Bundle
+from tests.checkpoints import BASES
+from tests.doors import NEW_TOKENS, expected
+from tests.engines.cpp.piped import generate_in_cpp
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_ids(
+    cpp_build: Path, base_models: dict[str, Path], base_bundles: dict[str, Bundle], tmp_path: Path, base: str
+) -> None:
+    wanted = [*expected(base_models[base]).values()]
+    prompts = [one.prompt_ids for one in wanted]
+    found = generate_in_cpp(cpp_build, base_bundles[base], tmp_path / "bundle", prompts, NEW_TOKENS)
+    assert [answer["ids"] for answer in found] == [one.ids for one in wanted]
+    in_python = [gsx.generate(base_bundles[base], ids=ids, max_new_tokens=NEW_TOKENS, threads=1) for ids in prompts]
+    assert [answer["finish"] for answer in found] == [one.finish for one in in_python]
+    assert {"end-of-text", "length"} <= {answer["finish"] for answer in found}
