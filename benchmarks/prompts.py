@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.training.corpus import read_corpus, split
 

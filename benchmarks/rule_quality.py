@@ -22,7 +22,8 @@ from benchmarks.bundles import EXAMPLE
 from benchmarks.measure import Table, parse, parser, print_header
 from gsx_engines.bundle.confidence import Measure
 from gsx_engines.bundle.layer_sets import Places, exit_places, mask_of, unified_places
-from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.evaluation import losses
 from gsx_exporter.reference.model import Reference

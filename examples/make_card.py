@@ -24,7 +24,8 @@ from gsx.parity.plots import combined
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.words import BRANCHES
-from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.evaluation import Quality, evaluate, losses, reference_logits

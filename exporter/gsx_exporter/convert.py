@@ -25,9 +25,10 @@ from torch import Tensor
 
 from gsx_engines.bundle.bundle import writing
 from gsx_engines.bundle.words import BRANCHES, Branch
-from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.files import stored_tensors
 from gsx_exporter.checkpoint.names import CONFIG, WEIGHTS, WEIGHTS_INDEX
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate, rule_module_kind
 from gsx_exporter.config import GateConfig, GateInput, ModelConfig
 from gsx_exporter.errors import CheckpointError

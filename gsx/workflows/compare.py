@@ -23,7 +23,8 @@ from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.errors import BundleError
-from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.errors import TextError
 from gsx_exporter.rules.plan import PolicyOptions, RulePlan

@@ -17,8 +17,8 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle, write_manifest, writi
 from gsx_engines.bundle.manifest import WeightsEntry
 from gsx_engines.bundle.selection import check_budget
 from gsx_engines.bundle.words import KvPolicy, Precision, SelectionMode
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
 from gsx_exporter.checkpoint.names import BUNDLE_COMPANIONS, TOKENIZER
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tokenizer import has_tokenizer, write_tokenizer
 from gsx_exporter.defaults import CALIBRATION_TOKENS
 from gsx_exporter.graph.weights import write_weights

@@ -84,7 +84,7 @@ def inspect(path: str | Path) -> InspectReport:
 
 
 def _checkpoint(path: str) -> InspectReport:
-    from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+    from gsx_exporter.checkpoint.opening import open_checkpoint
     from gsx_exporter.checkpoint.tensors import rule_module_kind
 
     checkpoint = open_checkpoint(path)

@@ -12,7 +12,7 @@ import numpy as np
 from gsx.defaults import STUDY_TOKENS
 from gsx.pages.figures import COLOURS, Plot, logarithmic, svg
 from gsx.pages.render import write_page
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.layer_study import FAMILIES, Family, LayerSet, curves, oracle
 from gsx_exporter.layer_study import study as try_sets
 from gsx_exporter.text import MIN_TOKENS, tokenize

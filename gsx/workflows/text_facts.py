@@ -87,8 +87,8 @@ class TextFacts:
 def facts_of_checkpoint(checkpoint: Checkpoint) -> TextFacts:
     """How the text of a checkpoint is understood."""
     from gsx_exporter.checkpoint.generation import read_text_ends
+    from gsx_exporter.checkpoint.tokenizer import load_tokenizer
     from gsx_exporter.errors import CheckpointError
-    from gsx_exporter.text import load_tokenizer
 
     config = checkpoint.config
     tokenizer, problem = None, None

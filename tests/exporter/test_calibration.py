@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions

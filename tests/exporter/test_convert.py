@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate
 from gsx_exporter.config import GateConfig
 from gsx_exporter.convert import convert, write_safetensors

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.errors import CheckpointError, TextError
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.training.exit_classifiers import _fit, fit_exit_classifiers, train_exit_classifiers

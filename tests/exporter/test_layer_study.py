@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gsx.cli import run
-from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.evaluation import losses
 from gsx_exporter.layer_study import FAMILIES, LayerSet, SetResult, curves, oracle, study

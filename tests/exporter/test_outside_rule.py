@@ -16,7 +16,7 @@ import gsx
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.policy import OutsidePolicy
 from gsx_engines.errors import BundleError
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.rules.registry import GROUP, rule_named, rule_names, traced_rule
 from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint

@@ -170,7 +170,7 @@ def test_dynamic_rope_beyond_the_trained_length(tmp_path: Path) -> None:
     from gsx.parity.closeness import Comparer
     from gsx.parity.measure import EngineSide, ReferenceSide
     from gsx_engines.bundle.bundle import open_bundle
-    from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+    from gsx_exporter.checkpoint.opening import open_checkpoint
     from gsx_exporter.reference.model import Reference
 
     model = tiny_checkpoint(tmp_path / "model", "qwen2", max_position_embeddings=32, **DYNAMIC)

@@ -20,7 +20,8 @@ from gsx.workflows.quantize import Quantize, plan_for
 from gsx_engines.bundle.controls import RuntimeValues, selected
 from gsx_engines.bundle.selection import GridPoint, Selection
 from gsx_engines.bundle.words import BRANCHES
-from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import expected_tensors
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.config import GateConfig, GateInput, GateKind
 from gsx_exporter.reference.model import Reference, ReferenceOutput
 from gsx_exporter.reference.rule import KeepAll, ReferenceRule

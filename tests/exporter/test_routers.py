@@ -23,7 +23,7 @@ from gsx_engines.bundle.tensor_names import past
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.reference.model import Reference

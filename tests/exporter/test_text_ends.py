@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
 from gsx_exporter.checkpoint.generation import (
     CACHE,
     LIMITS,
@@ -27,6 +26,7 @@ from gsx_exporter.checkpoint.generation import (
     read_text_ends,
 )
 from gsx_exporter.checkpoint.names import CONFIG, GENERATION_CONFIG
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.errors import CheckpointError
 from tests.tiny import tiny_checkpoint
 

@@ -15,7 +15,7 @@ from gsx.cli import run
 from gsx.comparison.report import CompareReport, Point
 from gsx.workflows.compare import LEAST_TOKENS, WINDOW_TOKENS, compare
 from gsx_engines.bundle.layer_sets import exit_places, mask_of, unified_places
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import TextError
 from gsx_exporter.evaluation import losses

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 import gsx
 from gsx.cli import run
 from gsx.workflows.text_facts import Token, TokenList
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from tests.tiny import tiny_checkpoint
 
 

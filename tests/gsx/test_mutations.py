@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from gsx_exporter.checkpoint.checkpoint import open_checkpoint
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.graph import assemble
 from gsx_exporter.graph.trace import Input, Part, trace
 from tests.answers import Answer, Refusal, Text, by_gsx, by_transformers

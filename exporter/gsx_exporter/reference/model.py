@@ -79,6 +79,7 @@ class Reference:
     def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
         self.model = model
         self.config: ModelConfig = checkpoint.config
+        self._ends = _end_tokens(model)
         self._gates: dict[tuple[int, Branch], nn.Linear] = {}
         self._checkpoint = checkpoint
         self._parts: dict[Callable[[Checkpoint], Any], Any] = {}
@@ -142,7 +143,7 @@ class Reference:
         if position_ids is None:
             position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
         valid = attention_mask[:, past:].bool()
-        ended = torch.isin(input_ids, torch.tensor(self.config.eos_ids, dtype=input_ids.dtype)) & valid
+        ended = torch.isin(input_ids, self._ends) & valid
         layers = self.config.num_layers
         tokens = MaskCall(input_ids, valid, ended, position_ids, layers, self._logits_of, self._part)
         everyone = Decision(valid, None, certain(valid))
@@ -204,7 +205,6 @@ class Reference:
         """
         B = len(prompt_ids)
         mask = torch.ones_like(prompt_ids) if attention_mask is None else attention_mask
-        ends = torch.tensor(self.config.eos_ids, dtype=prompt_ids.dtype)
         cache = DynamicCache()
         ids = prompt_ids
         made: list[torch.Tensor] = []
@@ -215,7 +215,7 @@ class Reference:
             if stop_at_end and made:
                 token = torch.where(done, made[-1], token)
             made.append(token)
-            done |= torch.isin(token, ends)
+            done |= torch.isin(token, self._ends)
             if stop_at_end and bool(done.all()):
                 break
             ids = token[:, None]
@@ -347,6 +347,12 @@ def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.
         states.append(output)
 
     return note
+
+
+def _end_tokens(model: Any) -> torch.Tensor:
+    """The tokens that end a text, int64, as transformers' own `generate` would take them."""
+    ends = model.generation_config.eos_token_id
+    return torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
 
 
 def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:

@@ -24,8 +24,9 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from gsx_engines.bundle.bundle import writing
-from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.names import CONFIG
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import EXIT_CLASSIFIER
 from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.convert import SLACK_BYTES, write_config, write_safetensors

@@ -27,9 +27,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from gsx_exporter.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.generation import read_text_ends
 from gsx_exporter.checkpoint.names import GENERATION_CONFIG, WEIGHTS
+from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import is_gate
 from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.config import ModelConfig

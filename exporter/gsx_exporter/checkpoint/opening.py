@@ -1,0 +1,70 @@
+"""Opening a checkpoint: everything in its directory is read as transformers reads it, and checked, before any work."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.checks import check_tensors
+from gsx_exporter.checkpoint.files import decoder_names, weight_files
+from gsx_exporter.checkpoint.folder import locate
+from gsx_exporter.checkpoint.generation import read_text_ends
+from gsx_exporter.checkpoint.hf_config import read_config
+from gsx_exporter.checkpoint.names import CONFIG
+from gsx_exporter.checkpoint.skeleton import check_skeleton
+from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD
+from gsx_exporter.config import ModelConfig
+
+
+def open_checkpoint(model: str | Path) -> Checkpoint:
+    """Open a model directory or a hub id, and check that it is complete and of a supported family.
+
+    Args:
+        model: a local directory, or a hub id such as "org/name" (needs a connection the first time).
+    Raises:
+        CheckpointError: the checkpoint is missing, empty, truncated, damaged or quantized; it is something else (an
+            adapter, a GGUF file); it has only pickled weights or an unsupported family; a field of its configuration
+            has no meaning; a tensor is missing or has the wrong shape; its gates are incomplete.
+    """
+    directory = locate(str(model))
+    hf_config = read_config(directory)
+    config = ModelConfig.from_hf(hf_config)
+    ends = read_text_ends(directory, config)
+    files = weight_files(directory, getattr(hf_config, "transformers_weights", None))
+    stored = decoder_names(files, str(model))
+    by_name = {name: files[kept] for name, kept in stored.items()}
+    checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), by_name, stored, [*ends.notes])
+    if getattr(hf_config, "auto_map", None):
+        checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
+    _settle_head(checkpoint)
+    check_tensors(checkpoint)
+    check_skeleton(checkpoint)
+    return checkpoint
+
+
+def _settle_head(checkpoint: Checkpoint) -> None:
+    """Whether embedding and head are one table: as transformers decides it, by the flag and by what is stored.
+
+    With the flag set and both tables stored, they are one only if they are equal: a head that was trained separately
+    is often saved beside a flag that nobody changed. If only one is stored, it serves as both.
+    """
+    files, stored = checkpoint.files, checkpoint.stored
+    if not checkpoint.config.tied_head or HEAD not in files:
+        return
+    if EMBEDDING in files and not _equal(checkpoint, EMBEDDING, HEAD):
+        checkpoint.config = replace(checkpoint.config, tied_head=False)
+        checkpoint.notes.append(
+            f"{CONFIG} says that embedding and head are one table, but two different ones are stored: both are used"
+        )
+        return
+    files.setdefault(EMBEDDING, files[HEAD])
+    stored.setdefault(EMBEDDING, stored[HEAD])
+    del files[HEAD], stored[HEAD]
+
+
+def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    if checkpoint.shape(one) != checkpoint.shape(other):
+        return False
+    first, second = checkpoint.tensor(one), checkpoint.tensor(other)
+    return first.dtype == second.dtype and bool((first == second).all())
