@@ -56,14 +56,10 @@ def quiet() -> Iterator[None]:
         transformers.logging.enable_progress_bar()
 
 
-def by_transformers(
-    model: Path, prompts: Sequence[str], new_tokens: int, *, cache: bool = True, settings: bool = True
-) -> list[Answer]:
+def by_transformers(model: Path, prompts: Sequence[str], new_tokens: int, *, settings: bool = True) -> list[Answer]:
     """An answer for each prompt. Whatever transformers raises is a refusal, and so are weights that it would make up.
 
-    Args:
-        cache: whether `generate` keeps K and V, as it does by default.
-        settings: whether `generation_config.json` counts beyond its end tokens.
+    Args: settings: whether `generation_config.json` counts beyond its end tokens.
     """
     with quiet():
         try:
@@ -76,15 +72,15 @@ def by_transformers(
         if not settings:
             own = loaded.generation_config
             loaded.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
-        return [_continued(tokenizer, loaded.eval(), prompt, new_tokens, cache) for prompt in prompts]
+        return [_continued(tokenizer, loaded.eval(), prompt, new_tokens) for prompt in prompts]
 
 
-def _continued(tokenizer: Any, model: Any, prompt: str, new_tokens: int, cache: bool) -> Answer:
+def _continued(tokenizer: Any, model: Any, prompt: str, new_tokens: int) -> Answer:
     try:
         ids = tokenizer(prompt)["input_ids"]
         given = torch.tensor([ids])
         options = {"attention_mask": torch.ones_like(given), "max_new_tokens": new_tokens, "do_sample": False}
-        found = model.generate(given, **options, **({} if cache else {"use_cache": False}))
+        found = model.generate(given, **options)
         every = getattr(found, "sequences", found)[0].tolist()
         before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, every))
     except Exception as error:
