@@ -59,11 +59,16 @@ def quiet() -> Iterator[None]:
 def by_transformers(model: Path, prompts: Sequence[str], new_tokens: int, *, settings: bool = True) -> list[Answer]:
     """An answer for each prompt. Whatever transformers raises is a refusal, and so are weights that it would make up.
 
-    Args: settings: whether `generation_config.json` counts beyond its end tokens.
+    Args:
+        settings: whether `generation_config.json` counts beyond its end tokens.
+        saved_again: a folder to save the tokenizer in and load it from; None to take it as it is.
     """
     with quiet():
         try:
             tokenizer = AutoTokenizer.from_pretrained(model)
+            if saved_again is not None:
+                tokenizer.save_pretrained(saved_again)
+                tokenizer = AutoTokenizer.from_pretrained(saved_again)
             loaded, report = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # of any type: it is about the files
             return [Refusal(f"{type(error).__name__}: {error}")] * len(prompts)
