@@ -7,7 +7,7 @@ difference of two decoded texts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,19 +56,23 @@ def quiet() -> Iterator[None]:
         transformers.logging.enable_progress_bar()
 
 
-def by_transformers(model: Path, prompts: Sequence[str], new_tokens: int, *, settings: bool = True) -> list[Answer]:
+def by_transformers(
+    model: Path,
+    prompts: Sequence[str],
+    new_tokens: int,
+    *,
+    settings: bool = True,
+    read_tokenizer: Callable[[Path], Any] = AutoTokenizer.from_pretrained,
+) -> list[Answer]:
     """An answer for each prompt. Whatever transformers raises is a refusal, and so are weights that it would make up.
 
     Args:
         settings: whether `generation_config.json` counts beyond its end tokens.
-        saved_again: a folder to save the tokenizer in and load it from; None to take it as it is.
+        read_tokenizer: reads the tokenizer of a folder.
     """
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
-            if saved_again is not None:
-                tokenizer.save_pretrained(saved_again)
-                tokenizer = AutoTokenizer.from_pretrained(saved_again)
+            tokenizer = read_tokenizer(model)
             loaded, report = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # of any type: it is about the files
             return [Refusal(f"{type(error).__name__}: {error}")] * len(prompts)
