@@ -49,7 +49,8 @@ def put(folder: Path, tokenizer: Tokenizer, *, family: str = "llama", **settings
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     write(folder / "tokenizer_config.json", {key: value for key, value in {**names, **settings}.items() if value != ""})
-    config = AutoConfig.for_model(family, vocab_size=320, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    config = AutoConfig.for_model(family, vocab_size=320, **shape)
     config.save_pretrained(folder)
     return opened(folder)
 

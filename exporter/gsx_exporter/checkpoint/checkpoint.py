@@ -8,7 +8,7 @@ docs/design.md, section 5.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ class Checkpoint:
         hf_config: the transformers configuration object.
         config: the part of it that the exporter needs.
         files: tensor name, as transformers calls it -> file that holds it.
-        stored: the same names -> names in the files.
+        renamed: of the tensors that have another name in the files: the same names -> names there.
         notes: what is unusual about the directory and how it was understood, each a sentence for the user.
         tokenizer: its tokenizer, once `load_tokenizer` has read it.
     """
@@ -43,7 +43,7 @@ class Checkpoint:
     hf_config: Any
     config: ModelConfig
     files: dict[str, Path]
-    stored: dict[str, str]
+    renamed: Mapping[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     tokenizer: Tokenizer | None = field(default=None, repr=False)
     _open: dict[Path, Any] = field(default_factory=dict, repr=False)
@@ -55,11 +55,11 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; only the header is read."""
-        return tuple(self._handle(name).get_slice(self.stored[name]).get_shape())
+        return tuple(self._handle(name).get_slice(self.renamed.get(name, name)).get_shape())
 
     def stored_type(self, name: str) -> str:
         """Type of a tensor as safetensors writes it ("F32", "BF16"); only the header is read."""
-        return str(self._handle(name).get_slice(self.stored[name]).get_dtype())
+        return str(self._handle(name).get_slice(self.renamed.get(name, name)).get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in its stored type.
@@ -67,7 +67,7 @@ class Checkpoint:
         Raises:
             CheckpointError: the checkpoint has no tensor of this name.
         """
-        return self._handle(name).get_tensor(self.stored[name])
+        return self._handle(name).get_tensor(self.renamed.get(name, name))
 
     def weight_bytes(self) -> int:
         """Bytes that all tensors would take as 32-bit floats."""

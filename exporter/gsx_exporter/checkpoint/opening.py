@@ -32,9 +32,9 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     config = ModelConfig.from_hf(hf_config)
     ends = read_text_ends(directory, config)
     files = weight_files(directory, getattr(hf_config, "transformers_weights", None))
-    stored = decoder_names(files, str(model))
-    by_name = {name: files[kept] for name, kept in stored.items()}
-    checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), by_name, stored, [*ends.notes])
+    names = decoder_names(files, str(model))
+    by_name = {name: files[stored] for name, stored in names.items()}
+    checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), by_name, names, [*ends.notes])
     if getattr(hf_config, "auto_map", None):
         checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
     _settle_head(checkpoint)
@@ -49,7 +49,7 @@ def _settle_head(checkpoint: Checkpoint) -> None:
     With the flag set and both tables stored, they are one only if they are equal: a head that was trained separately
     is often saved beside a flag that nobody changed. If only one is stored, it serves as both.
     """
-    files, stored = checkpoint.files, checkpoint.stored
+    files, names = checkpoint.files, {**checkpoint.renamed}
     if not checkpoint.config.tied_head or HEAD not in files:
         return
     if EMBEDDING in files and not _equal(checkpoint, EMBEDDING, HEAD):
@@ -59,8 +59,9 @@ def _settle_head(checkpoint: Checkpoint) -> None:
         )
         return
     files.setdefault(EMBEDDING, files[HEAD])
-    stored.setdefault(EMBEDDING, stored[HEAD])
-    del files[HEAD], stored[HEAD]
+    names.setdefault(EMBEDDING, names[HEAD])
+    del files[HEAD], names[HEAD]
+    checkpoint.renamed = names
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
