@@ -87,6 +87,8 @@ def by_transformers(
 def _continued(tokenizer: Any, model: Any, prompt: str, new_tokens: int) -> Answer:
     try:
         ids = tokenizer(prompt)["input_ids"]
+        if tokenizer(prompt)["input_ids"] != ids:
+            return Refusal("the tokenizer gives other ids each time")
         given = torch.tensor([ids])
         options = {"attention_mask": torch.ones_like(given), "max_new_tokens": new_tokens, "do_sample": False}
         found = model.generate(given, **options)
