@@ -7,7 +7,7 @@ Only constants and no imports, so that a help text loads nothing. Each other flo
 NEW_TOKENS = 128
 # Tokens of text that a bundle is verified on, and of the greedy continuation. Quality limits, which bundles that round
 # have, are decided by means over tokens, and need more of them.
-VERIFY_TOKENS, QUALITY_TOKENS, GREEDY_TOKENS = 1024, 4096, 256
+VERIFY_TOKENS, QUALITY_TOKENS, GREEDY_TOKENS = 1024, 8192, 256
 # Tokens of text that a layer study reads.
 STUDY_TOKENS = 2048
 # Tokens that a comparison measures on. As many tokens before them are used for calibration: with this default, as many
@@ -17,7 +17,7 @@ COMPARE_TOKENS = 4096
 COMPARE_FOLDER = "gsx-compare"
 # Limit of what 8 bits may cost: the relative change in perplexity, and the share of decisions that flip.
 QUALITY_LIMIT = 0.01
-# KL divergence in nats: where activations, K or V are in 8 bits, and where only weights are, or all is in 16 bits.
-DIVERGENCE_LIMIT, FINE_DIVERGENCE_LIMIT = 0.02, 0.006
+# KL divergence in nats: where activations, K or V are in 8 bits; where only weights are; where all is in 16 bits.
+DIVERGENCE_LIMIT, WEIGHTS_DIVERGENCE_LIMIT, HALF_DIVERGENCE_LIMIT = 0.02, 0.012, 0.006
 # Share of tokens whose most likely next token must be the same.
 TOP1_LIMIT = 0.93

@@ -7,7 +7,7 @@ difference of two decoded texts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,17 +57,22 @@ def quiet() -> Iterator[None]:
 
 
 def by_transformers(
-    model: Path, prompts: Sequence[str], new_tokens: int, *, cache: bool = True, settings: bool = True
+    model: Path,
+    prompts: Sequence[str],
+    new_tokens: int,
+    *,
+    settings: bool = True,
+    read_tokenizer: Callable[[Path], Any] = AutoTokenizer.from_pretrained,
 ) -> list[Answer]:
     """An answer for each prompt. Whatever transformers raises is a refusal, and so are weights that it would make up.
 
     Args:
-        cache: whether `generate` keeps K and V, as it does by default.
         settings: whether `generation_config.json` counts beyond its end tokens.
+        read_tokenizer: reads the tokenizer of a folder.
     """
     with quiet():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer = read_tokenizer(model)
             loaded, report = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
         except Exception as error:  # of any type: it is about the files
             return [Refusal(f"{type(error).__name__}: {error}")] * len(prompts)
@@ -76,15 +81,17 @@ def by_transformers(
         if not settings:
             own = loaded.generation_config
             loaded.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id)
-        return [_continued(tokenizer, loaded.eval(), prompt, new_tokens, cache) for prompt in prompts]
+        return [_continued(tokenizer, loaded.eval(), prompt, new_tokens) for prompt in prompts]
 
 
-def _continued(tokenizer: Any, model: Any, prompt: str, new_tokens: int, cache: bool) -> Answer:
+def _continued(tokenizer: Any, model: Any, prompt: str, new_tokens: int) -> Answer:
     try:
         ids = tokenizer(prompt)["input_ids"]
+        if tokenizer(prompt)["input_ids"] != ids:
+            return Refusal("the tokenizer gives other ids each time")
         given = torch.tensor([ids])
         options = {"attention_mask": torch.ones_like(given), "max_new_tokens": new_tokens, "do_sample": False}
-        found = model.generate(given, **options, **({} if cache else {"use_cache": False}))
+        found = model.generate(given, **options)
         every = getattr(found, "sequences", found)[0].tolist()
         before, after = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids, every))
     except Exception as error:

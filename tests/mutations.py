@@ -329,7 +329,7 @@ MORE: dict[str, dict[str, Sequence[Any]]] = {
     },
     TOKENIZER_CONFIG: {
         "pad_token": ("<pad>", ""),
-        "unk_token": ("<unk>", "<new>"),
+        "unk_token": ("the", "<new>"),
         "extra_special_tokens": (["<new>"], {"image_token": "<image>"}),
         "add_bos_token": (True, False),
         "add_eos_token": (True, False),

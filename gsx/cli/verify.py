@@ -13,12 +13,13 @@ from gsx.cli.options import SHIPPED_TEXT, BackendOptions, BundleArgument, JsonOp
 from gsx.cli.signals import loading
 from gsx.defaults import (
     DIVERGENCE_LIMIT,
-    FINE_DIVERGENCE_LIMIT,
     GREEDY_TOKENS,
+    HALF_DIVERGENCE_LIMIT,
     QUALITY_LIMIT,
     QUALITY_TOKENS,
     TOP1_LIMIT,
     VERIFY_TOKENS,
+    WEIGHTS_DIVERGENCE_LIMIT,
 )
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ class QualityOptions:
         float | None,
         typer.Option(
             help="Limit of the next-token distribution's KL divergence, in nats.",
-            show_default=f"{DIVERGENCE_LIMIT} {_ROUNDED}, {FINE_DIVERGENCE_LIMIT} if only weights are or in 16 bits",
+            show_default=f"{DIVERGENCE_LIMIT} with 8 bits, {WEIGHTS_DIVERGENCE_LIMIT} if only of weights, "
+            f"{HALF_DIVERGENCE_LIMIT} with 16",
         ),
     ] = None
     min_top1: Annotated[

@@ -1,7 +1,7 @@
 """Turns the measurements of one setting into checks: a value, a limit with its reason, a verdict.
 
 Limits come from `tolerances.py` and `quality.py`. A value without a limit is only reported. Values that are means over
-tokens pass only if their whole confidence interval is within the limit, and only on a text that the model can predict.
+tokens pass only if there were enough of them, and only on a text that the model can predict.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class _Checks:
             self.estimated(name, estimate, limit, detail, judgeable=result.judgeable)
 
     def estimated(self, name: str, found: Estimate, limit: float | None, detail: str, *, judgeable: bool) -> None:
-        """A mean over tokens. Too large a value fails; one within the limit passes only if its whole interval is, and
+        """A mean over tokens. Too large a value fails; one within the limit passes only if its interval decides and
         the model can predict the text. A bundle whose numbers have limits too does not depend on such a judge."""
         needed = None
         verdict: Verdict
@@ -210,13 +210,11 @@ class _Checks:
         elif not judgeable:
             verdict = "not judged" if self.limits.logits is None else "reported"
             detail += "; the model itself cannot predict this text"
-        elif found.within(limit):
+        elif found.decides(limit):
             verdict = "pass"
         else:
             verdict, needed = "too few tokens", found.tokens_needed(limit)
-            detail += (
-                f"; about {needed:,} tokens would decide" if needed else "; too near the limit for any text to decide"
-            )
+            detail += f"; about {needed:,} tokens would decide" if needed else "; too small a limit for any text"
         self.made.append(
             Check(
                 name,
@@ -225,7 +223,7 @@ class _Checks:
                 limit,
                 verdict,
                 detail,
-                reason="against full precision; a pass needs the whole 95 % interval within the limit",
+                reason="against full precision; the 95 % interval must be within the limit, or narrower than it",
                 interval=(found.low, found.high),
                 tokens_needed=needed,
             )

@@ -1,7 +1,7 @@
 """A mean over the tokens of a text, how far chance may have moved it, and whether that is enough to judge a limit.
 
-A text is a sample: another text of the same kind would give another mean. The interval says by how much, and a check
-whose interval reaches over its limit has not shown that the limit holds, whatever the mean is.
+A text is a sample: another text of the same kind would give another mean. The interval says by how much, and where it
+is wide and reaches over a limit, the mean has not shown that the limit holds.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ CONFIDENCE = 0.95
 # divergence of the others, all along. So a sample is a block of neighbours: a window, or a part of one as long as gives
 # this many blocks, but no shorter than BLOCK_TOKENS.
 BLOCKS, BLOCK_TOKENS = 16, 32
-# More tokens than this cannot be asked for: the measured value lies on the limit, and no text would decide.
+# More tokens than this cannot be asked for: the limit is too small for any text.
 _MOST_NEEDED = 10_000_000
 
 
@@ -41,19 +41,29 @@ class Estimate:
         """The same in another unit. Args: change: a function that grows with its argument."""
         return Estimate(change(self.value), change(self.low), change(self.high), self.tokens)
 
-    def within(self, limit: float) -> bool:
-        """Whether the whole interval lies within the limit, on either side of 0."""
-        return max(abs(self.low), abs(self.high)) <= limit
+    def decides(self, limit: float) -> bool:
+        """Whether a value within this limit (on either side of 0) shows that the limit holds: the whole interval is
+        within it, or narrower than the limit itself. Without the second, no text would be long enough for a value near
+        the limit; with it, what is over the limit by half or more still shows."""
+        return self._reach <= limit or self.high - self.low <= limit
 
     def tokens_needed(self, limit: float) -> int | None:
-        """About how many tokens would bring the interval within a limit that the value is within; None if no text of a
-        reasonable length would: the width falls with the square root of the number of tokens."""
+        """About how many tokens would decide: the width falls with the square root of the number of tokens. None if no
+        text of a reasonable length would."""
         room = limit - abs(self.value)
-        width = max(abs(self.low), abs(self.high)) - abs(self.value)
-        if room <= 0 or not math.isfinite(width):
+        width = self.high - self.low
+        if limit <= 0 or not math.isfinite(width):
             return None
-        needed = self.tokens * (width / room) ** 2
+        shorter = [width / limit]
+        if room > 0:
+            shorter.append((self._reach - abs(self.value)) / room)
+        needed = self.tokens * min(shorter) ** 2
         return math.ceil(needed) if needed <= _MOST_NEEDED else None
+
+    @property
+    def _reach(self) -> float:
+        """How far from 0 the interval reaches."""
+        return max(abs(self.low), abs(self.high))
 
 
 def mean_of(windows: Sequence[np.ndarray]) -> Estimate:

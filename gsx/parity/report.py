@@ -169,7 +169,7 @@ class Report:
         names = _listed(list(dict.fromkeys(check.name for check in short)))
         found = f"Too few tokens to decide: {names}. {self.tokens:,} were read"
         if any(check.tokens_needed is None for check in short):
-            return [f"{found}; a value is so near its limit that hardly any number would do."]
+            return [f"{found}; no text would be long enough for so small a limit."]
         most = max(check.tokens_needed or 0 for check in short)
         tokens = WINDOW_TOKENS * math.ceil(_SPARE * most / WINDOW_TOKENS)
         return [f"{found}, about {most:,} are needed: use --tokens {tokens} (and --text, if the text has not so many)."]

@@ -64,7 +64,7 @@ def verify(
         reference: the checkpoint that it was exported from; None for the one that the manifest names.
         text: UTF-8 text file to read; None for the text that ships with gsx. If the export calibrated on this text, the
             part after those tokens is read; if too little is left, the report says that both texts are the same.
-        tokens: how many of its tokens to use; None for 1,024, and for 4,096 if anything is in 8 bits, since the limits
+        tokens: how many of its tokens to use; None for 1,024, and for 8,192 if anything is in 8 bits, since the limits
             of quality need more.
         budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
         greedy_tokens: length of the greedy continuation.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import html
+import json
+import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +19,25 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from gsx.parity.closeness import Observation
-from gsx.parity.quality import ACTIVATIONS, QualityCounter, QualityLimits, default_limits, frequency_nats
+from gsx.parity.estimate import Estimate
+from gsx.parity.page import page
+from gsx.parity.quality import ACTIVATIONS, HALF, WEIGHTS, QualityCounter, QualityLimits, default_limits, frequency_nats
+from gsx.parity.report import Report
 from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.bundle.manifest import CalibrationText, KvCache, Quantization, SchemeName
 from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError
 from gsx_plugins.errors import UsageError
+from tests.gsx.command_line import Gsx
 from tests.tiny import tiny_checkpoint
 
 WIDE = QualityLimits(1.0, 1.0, 10.0, 0.0)
-DIVERGENCE = "next-token distribution, KL divergence in nats"
+# The checks of quality.
+CHANGE, DIVERGENCE = "perplexity, relative change", "next-token distribution, KL divergence in nats"
+FAST_DIVERGENCE, DIFFERING = f"fast runner: {DIVERGENCE}", "next token, share that differs"
 
 
 def observation(logits: np.ndarray, keep: np.ndarray) -> Observation:
@@ -72,65 +83,180 @@ def test_frequencies_need_no_model() -> None:
     assert frequency_nats(np.array([[1, 1], [1, 5]])) == pytest.approx(-0.75 * np.log(0.75) - 0.25 * np.log(0.25))
 
 
-def test_limits_by_what_is_rounded(make_tiny_bundle: Callable[..., Path]) -> None:
-    """Each by itself, and the widest of two together; a limit of one's own changes only itself."""
-    rows: list[tuple[dict[str, Any], QualityLimits]] = [
-        ({}, QualityLimits()),
-        ({"precision": "fp16"}, QualityLimits(0.01, None, 0.006, 0.93)),
-        ({"quantize": Quantize("int8-weights")}, QualityLimits(0.01, 0.01, 0.006, 0.93)),
-        ({"quantize": Quantize("int8", ("none",))}, QualityLimits(0.01, 0.01, 0.02, 0.93)),
-        ({"kv_cache": "int8"}, QualityLimits(0.01, 0.01, 0.02, 0.93)),
-    ]
-    for options, limits in rows:
-        assert default_limits(open_bundle(make_tiny_bundle(**options)).manifest) == limits, options
-    assert QualityLimits(divergence=1.0).over(ACTIVATIONS) == QualityLimits(0.01, 0.01, 1.0, 0.93)
+def _products(scheme: SchemeName) -> Quantization:
+    return Quantization(scheme=scheme, smoothing=0.0, products=1, kept_high=(), budget=None, calibration=None)
 
 
-@pytest.fixture(scope="module")
-def learned(make_once: Callable[[str, Callable[[Path], Any]], Path], tiny_text: Path) -> Path:
-    """A tiny dense model that has seen a text, so that it has something to lose, with its products in 8 bits."""
-
-    def learn(path: Path) -> None:
-        model = tiny_checkpoint(path / "model", "qwen2", tokenizer=True, layers=2, hidden=32)
-        torch_model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        ids = (
-            Tokenizer.from_file(str(model / "tokenizer.json"))
-            .encode(tiny_text.read_text(), add_special_tokens=False)
-            .ids
-        )
-        starts = np.random.default_rng(0).integers(0, len(ids) - 64, (30, 8))
-        optimizer = torch.optim.AdamW(torch_model.parameters(), lr=1e-2)
-        for batch in starts:
-            windows = torch.tensor([ids[start : start + 64] for start in batch])
-            torch_model(input_ids=windows, labels=windows).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        torch_model.save_pretrained(model)
-        values = {"calibration": tiny_text, "calibration_tokens": 1024}
-        export(model, path / "bundle", quantize=Quantize("int8", ("none",)), **values)
-
-    return make_once("learned", learn)
+KV_CACHE = KvCache(type="int8", scales=(), calibration=CalibrationText(name="a", sha256="0" * 64, tokens=1))
 
 
 @pytest.mark.parametrize(
-    ("tokens", "limits", "verdict", "names"),
+    ("rounded", "limits"),
     [
-        (1024, WIDE, "passed", set()),
-        (1024, replace(WIDE, divergence=1e-9), "failed", {DIVERGENCE, f"fast runner: {DIVERGENCE}"}),
-        (1024, replace(WIDE, top1=1.0), "failed", {"next token, share that differs"}),
-        (1024, replace(WIDE, perplexity_increase=0.0), "failed", {"perplexity, relative change"}),
-        # Whatever was measured, 256 tokens do not show a tenth of a percent.
-        (256, replace(WIDE, top1=0.0, perplexity_increase=None), "passed", set()),
+        ({}, QualityLimits()),
+        ({"precision": "fp16"}, HALF),
+        ({"precision": "bf16"}, HALF),
+        ({"quantization": _products("int8-weights")}, WEIGHTS),
+        ({"quantization": _products("int8")}, ACTIVATIONS),
+        ({"quantization": _products("fp8"), "precision": "fp16"}, ACTIVATIONS),
+        ({"kv_cache": KV_CACHE}, ACTIVATIONS),
+        ({"kv_cache": KV_CACHE, "quantization": _products("int8-weights")}, ACTIVATIONS),
+    ],
+)
+def test_limits_by_what_is_rounded(tiny_bundle: Path, rounded: dict[str, Any], limits: QualityLimits) -> None:
+    """A limit that the user gives changes only itself."""
+    found = default_limits(open_bundle(tiny_bundle).manifest.model_copy(update=rounded))
+    assert found == limits
+    assert QualityLimits(divergence=1.0).over(found) == replace(limits, divergence=1.0)
+    if rounded:
+        assert None not in (found.divergence, found.top1, found.perplexity_increase)
+
+
+@pytest.fixture(scope="module")
+def report(
+    make_once: Callable[[str, Callable[[Path], Any]], Path], tiny_text: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Report:
+    """A tiny model that has learned its text, so that it has something to lose, with its products in 8 bits."""
+
+    def learn(path: Path) -> None:
+        model = tiny_checkpoint(path, "qwen2", tokenizer=True, layers=2, hidden=32)
+        learning = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+        ids = torch.tensor(tokenizer.encode(tiny_text.read_text(), add_special_tokens=False).ids)
+        optimizer = torch.optim.AdamW(learning.parameters(), lr=1e-2)
+        for starts in np.random.default_rng(0).integers(0, len(ids) - 64, (25, 8)):
+            windows = torch.stack([ids[start : start + 64] for start in starts])
+            learning(input_ids=windows, labels=windows).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        learning.save_pretrained(model)
+
+    bundle = tmp_path_factory.mktemp("learned") / "bundle"
+    values = {"calibration": tiny_text, "calibration_tokens": 1024}
+    export(make_once("learned", learn), bundle, quantize=Quantize("int8", ("none",)), **values)
+    return verify(bundle, text=tiny_text, tokens=1024, greedy_tokens=4, quality=WIDE)
+
+
+def test_a_model_that_predicts_its_text_is_judged(report: Report) -> None:
+    assert report.verdict == "passed"
+    assert report.doubts == ()
+    quality = {check.name: check for check in report.checks if check.interval is not None}
+    assert set(quality) == {CHANGE, DIVERGENCE, FAST_DIVERGENCE, DIFFERING}
+    assert {check.verdict for check in quality.values()} == {"pass"}
+    written = report.to_dict()
+    assert written["passed"] is True
+    assert written["results"][0]["quality"]["estimates"]["divergence"]["tokens"] == 1024
+    assert any(check["interval"] is not None for check in written["checks"])
+
+
+def _estimate(low: float, high: float) -> Estimate:
+    return Estimate((low + high) / 2, low, high, 1000)
+
+
+@pytest.mark.parametrize(
+    ("estimates", "judgeable", "verdict", "checks", "doubt"),
+    [
+        # The whole interval is within the limit, on either side of 0.
+        ({"perplexity": _estimate(-0.008, 0.009)}, True, "passed", {}, None),
+        # A fall is a change like a rise.
+        ({"perplexity": _estimate(-0.15, -0.13)}, True, "failed", {CHANGE: "fail"}, None),
+        ({"perplexity": _estimate(0.13, 0.15)}, True, "failed", {CHANGE: "fail"}, None),
+        ({"divergence": _estimate(2.3, 2.5)}, True, "failed", {DIVERGENCE: "fail"}, None),
+        ({"fast_divergence": _estimate(0.021, 0.022)}, True, "failed", {FAST_DIVERGENCE: "fail"}, None),
+        ({"differing": _estimate(0.84, 0.86)}, True, "failed", {DIFFERING: "fail"}, None),
+        ({"divergence": _estimate(math.nan, math.nan)}, True, "failed", {DIVERGENCE: "fail"}, None),
+        # The measured value is within the limit, and the interval reaches over it, on either side, and is wide.
+        (
+            {"perplexity": _estimate(-0.02, 0.01), "divergence": _estimate(0.0, 0.03)},
+            True,
+            "not decided",
+            {CHANGE: "too few tokens", DIVERGENCE: "too few tokens"},
+            rf"Too few tokens to decide: {CHANGE} and {DIVERGENCE}. .* about 9,000 are needed: use --tokens 11264",
+        ),
+        # Near the limit, an interval that is narrower than the limit decides.
+        ({"divergence": _estimate(0.0198, 0.0201)}, True, "passed", {}, None),
+        # Chance is beaten by nobody here: what fails still does, and what holds shows nothing.
+        (
+            {},
+            False,
+            "not decided",
+            dict.fromkeys((CHANGE, DIVERGENCE, FAST_DIVERGENCE, DIFFERING), "not judged"),
+            r"Quality cannot be judged at 1: the model itself.*no better \(perplexity .*\) than the frequencies",
+        ),
+        (
+            {"divergence": _estimate(2.3, 2.5)},
+            False,
+            "failed",
+            {DIVERGENCE: "fail", **dict.fromkeys((CHANGE, FAST_DIVERGENCE, DIFFERING), "not judged")},
+            "Quality cannot be judged",
+        ),
     ],
 )
 def test_limits_decide(
-    learned: Path, tiny_text: Path, tokens: int, limits: QualityLimits, verdict: str, names: set[str]
+    report: Report,
+    estimates: dict[str, Estimate],
+    judgeable: bool,
+    verdict: str,
+    checks: dict[str, str],
+    doubt: str | None,
 ) -> None:
-    """The same bundle passes within wide limits and fails beyond narrow ones, which name what failed."""
-    report = verify(learned / "bundle", text=tiny_text, tokens=tokens, greedy_tokens=4, quality=limits)
-    assert report.verdict == verdict
-    assert {check.name for check in report.checks if check.verdict == "fail"} == names
-    assert report.doubts == ()
+    """What is measured, against the default limits: 1 % of perplexity, 0.02 nats, 93 % of next tokens."""
+    (result,) = report.results
+    good = {name: _estimate(0.001, 0.002) for name in ("perplexity", "divergence", "fast_divergence", "differing")}
+    measured = replace(result.quality.estimates, **good | estimates)
+    result = replace(result, quality=replace(result.quality, estimates=measured))
+    if not judgeable:
+        result = replace(result, frequency_nats=result.reference_nats)
+    found = replace(report, results=(result,), quality_limits=ACTIVATIONS)
+    assert {check.name: check.verdict for check in found.checks if check.verdict not in ("pass", "reported")} == checks
+    assert (found.verdict, found.passed) == (verdict, verdict == "passed")
+    if doubt is None:
+        assert found.doubts == ()
+    else:
+        assert re.search(doubt, " ".join(found.doubts))
+    heading = {"passed": "Quality holds", "failed": "Quality fails", "not decided": "Quality is not decided"}
+    shown = html.unescape(page(found))
+    assert f"<h1>{heading[verdict]}</h1>" in shown
+    assert all(sentence in shown for sentence in found.doubts)
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["doubts"] == list(found.doubts)
+
+
+def test_limits_apply_down_to_the_exported_budget(make_tiny_bundle: Callable[..., Path], tiny_text: Path) -> None:
+    """On text that nothing was calibrated on. A limit fails on random weights too; a pass would say nothing of them."""
+    bundle = make_tiny_bundle(quantize=Quantize("int8", ("none",)))
+    limits = replace(WIDE, divergence=1e-9)
+    found = verify(bundle, text=tiny_text, tokens=256, greedy_tokens=4, budgets=(0.7, 0.5), quality=limits)
+    assert any("calibrated on the first 1,024 tokens" in note for note in found.notes), "quality is held out"
+    verdicts = {(check.name, check.setting): check.verdict for check in found.checks if check.interval is not None}
+    names = {CHANGE, DIVERGENCE, FAST_DIVERGENCE, DIFFERING, "decisions, share that flipped"}
+    failing = {DIVERGENCE, FAST_DIVERGENCE}
+    assert verdicts == {
+        **{(name, "0.7"): "fail" if name in failing else "not judged" for name in names},
+        **{(name, "0.5"): "reported" for name in names},
+    }
+    assert "Quality cannot be judged at 0.7:" in found.doubts[0]
+    assert "Flipped decisions by layer" in (bundle / "parity.html").read_text()
+
+
+def test_a_fall_of_perplexity_by_chance_does_not_pass(
+    gsx: Gsx, tmp_path: Path, tiny_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random weights whose large keys leave 8 bits no room for what differs between them."""
+    monkeypatch.setenv("COLUMNS", "240")
+    model = tiny_checkpoint(tmp_path / "model", "qwen2", tokenizer=True)
+    tensors = load_file(model / "model.safetensors")
+    keys = {name: tensor + 300 for name, tensor in tensors.items() if name.endswith("k_proj.bias")}
+    save_file({**tensors, **keys}, model / "model.safetensors", metadata={"format": "pt"})
+    bundle = tmp_path / "bundle"
+    text = ("--calibration", tiny_text, "--calibration-tokens", 1024)
+    assert gsx("export", model, "--kv-cache", "int8", *text, "-o", bundle).code == 0
+    found = gsx("verify", bundle, "--text", tiny_text, "--tokens", 1024, "--greedy-tokens", 8)
+    assert found.code == 1
+    assert "Quality cannot be judged at 1: the model itself" in " ".join(found.out.split())
+    assert re.search(rf"{DIVERGENCE}.* fail", found.out)
+    assert "FAILED" in found.out
+    assert "passed" not in found.out
+    assert json.loads(gsx("inspect", bundle, "--json").out)["bundle"]["verdict"] == "failed"
 
 
 @pytest.mark.parametrize("value", [-0.1, float("nan")])
