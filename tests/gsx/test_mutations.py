@@ -55,6 +55,7 @@ REFUSED = {
     "no finite frequencies": "the positions would be NaN",
     "no token can be chosen": "the logits are NaN, of which transformers takes the first",
     "transformers cannot build a model": "a type of weights that is none, which the reference overrides",
+    "'ministral' is not supported": "transformers reads a Mistral with layer_types as another family",
     "gsx is not a section": "a key that is gsx's own",
     "cache forgets": "a window that only transformers' cache knows: it gives other tokens with the cache than without",
 }
