@@ -271,7 +271,7 @@ FIELDS: dict[str, dict[str, Sequence[Any]]] = {
             "Nonsense",
         ),
         "added_tokens_decoder": ({}, {"x": {"content": "a"}}, {"5": "a"}, {"99999": {"content": "<far>"}}),
-        "bos_token": ("<s>", "the", "<new>", {"content": "<s>", "__type": "AddedToken"}),
+        "bos_token": ("the", "<new>", {"content": "<s>", "__type": "AddedToken"}),
         "eos_token": ("the", "<new>", {"content": "<new>", "special": True}),
         "additional_special_tokens": (["<new>"], ["the"], [5], ["<think>"]),
         "clean_up_tokenization_spaces": (True,),
@@ -354,7 +354,7 @@ MORE: dict[str, dict[str, Sequence[Any]]] = {
     ADDED_TOKENS: {
         "<new>": (9, 99999, -1, "9"),
         "the": (7,),
-        "</s>": (2, 7),
+        "</s>": (7,),
         PLAIN_TOKEN: (9,),
         CHAT_TOKENS[0]: (9,),
     },
