@@ -47,7 +47,7 @@ REFUSED = {
     "longer than the model's context": "gsx keeps to the positions that config.json gives; transformers does not",
     "is not a count": "a model without layers, or without positions",
     "is not readable JSON": "transformers takes a damaged generation_config.json for a missing one",
-    "has the wrong form": "of special_tokens_map.json, which transformers does not read beside added_tokens_decoder",
+    "is not a JSON object": "of special_tokens_map.json, which transformers does not read beside added_tokens_decoder",
     "an impossible id": "transformers gives the token another id than the file",
     "cannot be written as one": "two tokens with one id, of which the file can have one",
     "is not a token id": "an id in a list of lists",

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gsx_exporter.checkpoint.hf_config import one_line, read_json
 from gsx_exporter.checkpoint.names import CONFIG, GENERATION_CONFIG
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
@@ -185,24 +186,19 @@ def read_text_ends(directory: Path, config: ModelConfig) -> TextEnds:
     )
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        todo = None if path.name == CONFIG else f"correct it, or remove it: {CONFIG} then says where a text ends"
-        raise CheckpointError(f"{path}: is not readable JSON", found=str(error), todo=todo) from error
+def _json(path: Path) -> dict[str, Any]:
+    todo = None if path.name == CONFIG else f"correct it, or remove it: {CONFIG} then says where a text ends"
+    return read_json(path, todo)
 
 
-def _loaded(path: Path, raw: Any) -> Any:
+def _loaded(path: Path, raw: dict[str, Any]) -> Any:
     """The file as transformers understands it."""
     from transformers import GenerationConfig
 
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: is not a JSON object", expected="{...}", found=_shown(raw))
     try:
         return GenerationConfig.from_model_config(raw) if path.name == CONFIG else GenerationConfig.from_dict(raw)
     except Exception as error:  # transformers raises many types of error here, all about this one file
-        raise CheckpointError(f"{path}: transformers cannot read it", found=" ".join(str(error).split())) from error
+        raise CheckpointError(f"{path}: transformers cannot read it", found=one_line(error)) from error
 
 
 def _ids(path: Path, key: str, value: Any) -> list[int]:

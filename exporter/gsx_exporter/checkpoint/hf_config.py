@@ -51,18 +51,19 @@ def read_config(directory: Path) -> Any:
         raise CheckpointError(f"{path}: transformers cannot read it", found=one_line(error)) from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, todo: str | None = None) -> dict[str, Any]:
     """A JSON file that holds an object.
 
+    Args: todo: what to do if it is not readable.
     Raises:
         CheckpointError: it is not readable, or holds something else.
     """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not readable JSON", found=str(error)) from error
+        raise CheckpointError(f"{path}: is not readable JSON", found=str(error), todo=todo) from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: is not a JSON object", found=repr(raw)[:80])
+        raise CheckpointError(f"{path}: is not a JSON object", found=repr(raw)[:80], todo=todo)
     return raw
 
 

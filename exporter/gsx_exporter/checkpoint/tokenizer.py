@@ -9,16 +9,14 @@ So transformers' own `AutoTokenizer` reads them. What is used here, and written 
 from __future__ import annotations
 
 import json
-import logging
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.hf_config import read_json
 from gsx_exporter.checkpoint.names import (
     ADDED_TOKENS,
     CONFIG,
@@ -27,6 +25,7 @@ from gsx_exporter.checkpoint.names import (
     TOKENIZER_CONFIG,
     VOCABULARIES,
 )
+from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.errors import CheckpointError
 
 # What transformers' decode does to the text of a tokenizer with `clean_up_tokenization_spaces`, in this order.
@@ -73,14 +72,14 @@ def _load(checkpoint: Checkpoint) -> Tokenizer:
             found="no such file",
             todo="save it with tokenizer.save_pretrained (a fast tokenizer writes tokenizer.json)",
         )
-    stored = _json_object(directory / TOKENIZER)
-    settings = _json_object(directory / TOKENIZER_CONFIG)
-    _json_object(directory / SPECIAL_TOKENS)
+    stored = _json_if_there(directory / TOKENIZER)
+    settings = _json_if_there(directory / TOKENIZER_CONFIG)
+    _json_if_there(directory / SPECIAL_TOKENS)
     declared = _declared_tokens(directory, stored, settings)
     _check_class(directory / TOKENIZER_CONFIG, settings.get("tokenizer_class"))
     _check_class(directory / CONFIG, getattr(checkpoint.hf_config, "tokenizer_class", None))
     _check_converter(directory)
-    with _quietly():
+    with quiet_transformers():
         found = _read(checkpoint)
         tokenizer = _backend(found, source)
         if stored and (conflict := _conflict(stored, tokenizer)):
@@ -189,17 +188,9 @@ def _backend(found: Any, source: str) -> Tokenizer:
     return backend
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def _json_if_there(path: Path) -> dict[str, Any]:
     """The contents of a JSON file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{path}: is not readable JSON", found=str(error)) from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: has the wrong form", expected="a JSON object", found=type(raw).__name__)
-    return raw
+    return read_json(path) if path.is_file() else {}
 
 
 def _declared_tokens(
@@ -236,7 +227,7 @@ def _declared_tokens(
             content = token.get("content") if isinstance(token, dict) else token
             add(TOKENIZER_CONFIG, content, int(number) if _is_number(number) else number)
     else:
-        for content, number in _json_object(directory / ADDED_TOKENS).items():
+        for content, number in _json_if_there(directory / ADDED_TOKENS).items():
             add(ADDED_TOKENS, content, number)
     return found
 
@@ -254,7 +245,7 @@ def _check_class(path: Path, name: Any) -> None:
         return
     if not isinstance(name, str):
         raise CheckpointError(f"{path}: tokenizer_class is no name", expected="a text", found=repr(name))
-    with _quietly():
+    with quiet_transformers():
         try:
             named = tokenizer_class_from_name(name)
         except Exception:  # of a module that cannot be imported: AutoTokenizer says what is missing
@@ -340,18 +331,3 @@ def _cleaning(decoder: Any) -> Any:
     own = decoder or decoders.WordPiece(prefix=_NO_PREFIX, cleanup=False)
     replaced = [decoders.Replace(text, text.strip()) for text in _CLEANED]
     return decoders.Sequence([own, decoders.Fuse(), *replaced])
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' own warnings, which are about options of its own that gsx does not have."""
-    from transformers.utils import logging as hf_logging
-
-    before = hf_logging.get_verbosity()
-    hf_logging.set_verbosity(logging.CRITICAL + 1)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        hf_logging.set_verbosity(before)
