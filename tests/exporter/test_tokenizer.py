@@ -269,7 +269,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "cut": (_text(FILE, '{"model": {"vocab": {"a"'), [FILE, "not readable JSON"]),
     "not UTF-8": (lambda f: (f / FILE).write_bytes(b"\xff\xfe{}"), [FILE, "not readable JSON"]),
     "nested": (_text(FILE, "[" * 100_000), [FILE, "not readable JSON"]),
-    "null": (_text(FILE, "null"), [FILE, "a JSON object", "NoneType"]),
+    "null": (_text(FILE, "null"), [FILE, "not a JSON object", "null"]),
     "empty": (_text(FILE, "{}"), [FILE, "cannot be read as a tokenizer"]),
     "no model": (_json(FILE, model=None), [FILE, "cannot be read as a tokenizer"]),
     "unknown model": (_json(FILE, model={"type": "GPE", "vocab": {}}), [FILE, "cannot be read as a tokenizer"]),
@@ -288,7 +288,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a negative id": (_json("added_tokens.json", **{"<x>": -1}), ["added_tokens.json", "impossible id"]),
     "an id that is no number": (_json("added_tokens.json", **{"<x>": None}), ["added_tokens.json", "wrong form"]),
     "settings cut": (_text(CONFIG_FILE, '{"bos_token": '), [CONFIG_FILE, "not readable JSON"]),
-    "settings that are a list": (_text(CONFIG_FILE, "[]"), [CONFIG_FILE, "a JSON object", "list"]),
+    "settings that are a list": (_text(CONFIG_FILE, "[]"), [CONFIG_FILE, "not a JSON object", "found []"]),
     "a null section": (_json(CONFIG_FILE, added_tokens_decoder=None), [CONFIG_FILE, "wrong form"]),
     "a section of texts": (_json(CONFIG_FILE, added_tokens_decoder={"1": "<s>"}), ["should be a dictionary"]),
     "an id in words": (
@@ -300,7 +300,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         [CONFIG_FILE, "'<s>' with id 7", "id 1 by transformers"],
     ),
     "a number for a token": (_json(CONFIG_FILE, eos_token=2), ["eos_token has to be either str or AddedToken"]),
-    "special tokens of a wrong type": (_text("special_tokens_map.json", "3"), ["special_tokens_map.json", "int"]),
+    "special tokens of a wrong type": (_text("special_tokens_map.json", "3"), ["special_tokens_map.json", "found 3"]),
     "a class of another kind": (_json(CONFIG_FILE, tokenizer_class="LlamaForCausalLM"), [CONFIG_FILE, "no tokenizer"]),
     "a class that is no name": (_json(CONFIG_FILE, tokenizer_class=["a"]), [CONFIG_FILE, "is no name"]),
     "remote code": (

@@ -63,7 +63,7 @@ def read_json(path: Path, todo: str | None = None) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not readable JSON", found=str(error), todo=todo) from error
     if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: is not a JSON object", found=repr(raw)[:80], todo=todo)
+        raise CheckpointError(f"{path}: is not a JSON object", expected="{...}", found=json.dumps(raw)[:80], todo=todo)
     return raw
 
 
