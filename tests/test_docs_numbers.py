@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gsx.parity.quality import QUANTIZED
+from gsx.defaults import QUALITY_TOKENS, VERIFY_TOKENS
+from gsx.parity.quality import ACTIVATIONS, HALF, WEIGHTS
 from gsx.workflows import skip_set_search
 from gsx.workflows.compare import WINDOW_TOKENS
 from gsx.workflows.quantize import MEASURED_WINDOWS
@@ -39,6 +40,7 @@ WORDS = {1 / 8: "an eighth", 2: "two", 3: "three", 4: "four"}
 SLOTS, QUEUE = (signature(Scheduler).parameters[name].default for name in ("slots", "queue"))
 NEW_TOKENS = signature(Request).parameters["max_new_tokens"].default
 INT8, FP8 = SCHEMES["int8"], SCHEMES["fp8"]
+ROUNDED = (ACTIVATIONS, WEIGHTS, HALF)
 
 
 def literals(module: str) -> dict[str, int]:
@@ -58,7 +60,8 @@ def literals(module: str) -> dict[str, int]:
 TRITON = literals("engines/gsx_engines/serving/triton_model.py")
 
 
-def percent(share: float) -> str:
+def percent(share: float | None) -> str:
+    assert share is not None
     return f"{100 * share:g} %"
 
 
@@ -104,7 +107,11 @@ PHRASES = {
         f"SmoothQuant, alpha {INT8.smoothing:g}",
         f"layers {FP8.high_layers} to {FP8.high_layers + FP8.weight_only_layers - 1} have only their weights in 8 bits",
         f"on {WORDS[MEASURED_WINDOWS]} windows after the calibration text",
-        f"{percent(QUANTIZED.perplexity_increase)} more perplexity, {percent(QUANTIZED.flipped)} flipped",
+        f"| `--max-divergence` | {ACTIVATIONS.divergence} nats | {WEIGHTS.divergence} nats | {HALF.divergence} nats |",
+        f"| `--min-top1` | {' | '.join(percent(limits.top1) for limits in ROUNDED)} |",
+        f"| `--max-perplexity-increase` | {' | '.join(percent(limits.perplexity_increase) for limits in ROUNDED)} |",
+        f"| `--max-flipped` | {percent(ACTIVATIONS.flipped)} | {percent(WEIGHTS.flipped)} |",
+        f"With 8 bits {QUALITY_TOKENS:,} tokens are read by default: with {VERIFY_TOKENS:,},",
     ),
     "docs/speculation.md": (
         f"up to {skip_set_search.TRIALS} sets or {WORDS[skip_set_search.SECONDS / 60]} minutes",

@@ -132,8 +132,8 @@ def report(
         learning.save_pretrained(model)
 
     bundle = tmp_path_factory.mktemp("learned") / "bundle"
-    values = {"calibration": tiny_text, "calibration_tokens": 1024}
-    export(make_once("learned", learn), bundle, quantize=Quantize("int8", ("none",)), **values)
+    model = make_once("learned", learn)
+    export(model, bundle, quantize=Quantize("int8", ("none",)), calibration=tiny_text, calibration_tokens=1024)
     return verify(bundle, text=tiny_text, tokens=1024, greedy_tokens=4, quality=WIDE)
 
 
@@ -214,11 +214,22 @@ def test_limits_decide(
         assert found.doubts == ()
     else:
         assert re.search(doubt, " ".join(found.doubts))
-    heading = {"passed": "Quality holds", "failed": "Quality fails", "not decided": "Quality is not decided"}
+    written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert (written["verdict"], written["doubts"]) == (verdict, list(found.doubts))
+
+
+@pytest.mark.parametrize(
+    ("limits", "heading"),
+    [(ACTIVATIONS, "Quality is not decided"), (replace(ACTIVATIONS, divergence=0.0), "Quality fails")],
+)
+def test_the_page_shows_what_was_not_decided(report: Report, limits: QualityLimits, heading: str) -> None:
+    results = tuple(replace(result, frequency_nats=result.reference_nats) for result in report.results)
+    found = replace(report, results=results, quality_limits=limits)
     shown = html.unescape(page(found))
-    assert f"<h1>{heading[verdict]}</h1>" in shown
-    assert all(sentence in shown for sentence in found.doubts)
-    assert json.loads(json.dumps(found.to_dict(), allow_nan=False))["doubts"] == list(found.doubts)
+    assert f"<h1>{heading}</h1>" in shown
+    assert found.doubts[0] in shown
+    assert '<td class="not-judged">not judged</td>' in shown
+    assert "95 % interval" in shown
 
 
 def test_limits_apply_down_to_the_exported_budget(make_tiny_bundle: Callable[..., Path], tiny_text: Path) -> None:
