@@ -66,7 +66,7 @@ class Report:
         precision, quantization, kv_cache, policy, select, exported_budget, kv_policy: of the bundle. quantization and
             kv_cache are None in full precision, policy is None for a dense model, select if the rule has no thresholds.
             The exported budget of a set of layers is its share.
-        quality_limits: apply at budgets from 1 down to the exported one.
+        quality_limits: apply at budgets from 1 down to the exported one; limits_given: those that the user gave.
         reference_precision: type of the reference's weights and activations.
         limits_of: which limits apply (`tolerances.kind_of`).
         branches: the branches that the keep rule may skip.
@@ -86,6 +86,7 @@ class Report:
     quantization: str | None
     kv_cache: str | None
     quality_limits: QualityLimits
+    limits_given: QualityLimits
     reference_precision: str
     policy: str | None
     select: str | None
@@ -127,8 +128,14 @@ class Report:
         return tuple(checks)
 
     def _quality_limits(self, result: BudgetResult) -> QualityLimits:
-        """Limits at a budget. Below the exported one, which the bundle was not made for, quality is only reported."""
-        return self.quality_limits if result.budget >= self.exported_budget else QualityLimits()
+        """Limits at a budget. Below the exported one, which the bundle was not made for, quality is only reported.
+
+        In 16 bits the default limits come on top of those of numbers, and presume a model that can be judged: random
+        weights lose more than trained ones.
+        """
+        if result.budget < self.exported_budget:
+            return QualityLimits()
+        return self.quality_limits if self.rounds or result.judgeable else self.limits_given
 
     @property
     def passed(self) -> bool:

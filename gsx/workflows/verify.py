@@ -120,6 +120,7 @@ def verify(
         quantization=manifest.quantization.scheme if manifest.quantization else None,
         kv_cache=manifest.kv_cache.type if manifest.kv_cache else None,
         quality_limits=(quality or QualityLimits()).over(default_limits(manifest)),
+        limits_given=quality or QualityLimits(),
         reference_precision=str(run.reference_type).removeprefix("torch."),
         limits_of=run.limits_of,
         policy=manifest.policy.name if manifest.policy else None,

@@ -27,7 +27,8 @@ from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import open_bundle
-from gsx_engines.bundle.manifest import CalibrationText, KvCache, Quantization, SchemeName
+from gsx_engines.bundle.manifest import KvCache, Quantization, SchemeName
+from gsx_engines.bundle.selection import CalibrationText
 from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError
 from gsx_plugins.errors import UsageError

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
+from gsx.parity.quality import QualityLimits
 from gsx.parity.report import Report
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
@@ -301,6 +303,16 @@ def test_half_precision_has_limits_of_its_own(
     assert report.passed, failed(report)
     tokens = [one for one in report.checks if one.name.startswith("greedy")]
     assert {one.verdict for one in tokens} == {"reported"}
+    quality = [one for one in report.checks if one.interval is not None]
+    assert {one.verdict for one in quality} == {"reported"}, "random weights cannot be judged; their numbers are"
+    judged = replace(report, results=tuple(replace(result, frequency_nats=99.0) for result in report.results))
+    assert "next-token distribution, KL divergence in nats" in failed(judged), (
+        "a model that can be judged is held to it"
+    )
+    limited = replace(
+        report, limits_given=QualityLimits(divergence=1e-9), quality_limits=QualityLimits(divergence=1e-9)
+    )
+    assert failed(limited) == {name for name in failed(judged) if "KL" in name}, "and so is one if the user says so"
 
 
 @pytest.mark.parametrize(("stored", "limits"), [(torch.float32, "bf16"), (torch.bfloat16, "fp32")], ids=str)
