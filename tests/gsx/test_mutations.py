@@ -16,7 +16,7 @@ import pytest
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from gsx_exporter.checkpoint.opening import open_checkpoint
+from gsx_engines.bundle.bundle import open_bundle
 from gsx_exporter.graph import assemble
 from gsx_exporter.graph.trace import Input, Part, trace
 from tests.answers import Answer, Refusal, Text, by_gsx, by_transformers
@@ -108,7 +108,7 @@ def _check_words(words: str, mutation: Mutation, model: Path, right: Answer) -> 
 
 def _check_difference(found: Text, right: Answer, mutation: Mutation, model: Path, prompt: str) -> None:
     """Where gsx does not give what transformers gives, it has said so, or there is a reason for it."""
-    notes = " ".join(open_checkpoint(model).notes)
+    notes = " ".join(open_bundle(model.with_name("bundle")).manifest.source.notes)
     if "does not apply" in notes:
         (right,) = by_transformers(model, [prompt], NEW_TOKENS, settings=False)
     elif "tokenizer.json is used as it is" in notes:  # its class would make another tokenizer of it
