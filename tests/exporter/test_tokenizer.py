@@ -223,6 +223,16 @@ def test_a_class_that_cannot_read_the_file_does_not_count(
     assert [TOKENIZER in note for note in checkpoint.notes] == ([] if by_transformers else [True])
 
 
+def test_words_are_never_cut_at_random(tmp_path: Path) -> None:
+    """Dropout is for training: with it, a prompt has other ids each time, in transformers too."""
+    tokenizer = KINDS["byte-level"]()
+    tokenizer.model.dropout = 0.5
+    checkpoint = put(tmp_path, tokenizer)
+    loaded = load_tokenizer(checkpoint)
+    assert len({tuple(loaded.encode("the class of the words").ids) for _ in range(20)}) == 1
+    assert any("dropout" in note for note in checkpoint.notes)
+
+
 def test_a_bundle_needs_no_other_file(tmp_path: Path) -> None:
     """One file has it all; and the hub's own folders of links, which cannot be written to, are read like others."""
     made = byte_level()

@@ -54,7 +54,7 @@ def missing(checkpoint: Checkpoint, name: str) -> CheckpointError:
     """The refusal of a checkpoint that lacks a tensor: what is nearest to it, and what that may mean."""
     part = rule_module_kind(name)
     unknown = [n for n in checkpoint.names if n not in expected_tensors(checkpoint.config)]
-    near = difflib.get_close_matches(name, unknown, n=1)
+    near = difflib.get_close_matches(name, unknown, n=1, cutoff=0.8)
     todo = f"the checkpoint does not fit its config.json, {checkpoint.config.num_layers} layers of its family"
     if part:
         todo = f"config.json promises {part}s in the section gsx: train them, or remove the entry"

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.checkpoint.hf_config import read_json
+from gsx_exporter.checkpoint.hf_config import one_line, read_json
 from gsx_exporter.checkpoint.names import (
     ADDED_TOKENS,
     CONFIG,
@@ -100,6 +100,12 @@ def _load(checkpoint: Checkpoint) -> Tokenizer:
             )
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+        checkpoint.notes.append(
+            f"{TOKENIZER} cuts words at random (dropout), which is for training: it is off, so that a prompt always "
+            "has the same ids"
+        )
     if _cleans_up(found, tokenizer):
         tokenizer.decoder = _cleaning(tokenizer.decoder)
     return _as_stored(tokenizer, source)
@@ -107,7 +113,14 @@ def _load(checkpoint: Checkpoint) -> Tokenizer:
 
 def _as_stored(tokenizer: Tokenizer, source: str) -> Tokenizer:
     """The tokenizer as it is when it has been written and read again, so that gsx uses what a bundle gets."""
-    again = Tokenizer.from_str(_with_flags(tokenizer))
+    try:
+        again = Tokenizer.from_str(_with_flags(tokenizer))
+    except Exception as error:  # the library raises a bare Exception
+        raise CheckpointError(
+            f"{source}: the tokenizer cannot be written as one {TOKENIZER}",
+            found=one_line(error),
+            todo="correct its vocabulary: every token needs an id of its own",
+        ) from error
     again.encode_special_tokens = tokenizer.encode_special_tokens  # a setting without a place in the file
     wanted, found = tokenizer.get_vocab(), again.get_vocab()
     if wanted != found:
@@ -168,12 +181,23 @@ def _unreadable(directory: Path, error: BaseException) -> CheckpointError:
     reason = str(error).strip()
     if not isinstance(error, OSError | ValueError | ImportError) or not reason:
         reason = f"{type(error).__name__}: {reason}"
-    names = [name for name in VOCABULARIES if (directory / name).is_file()]
     return CheckpointError(
-        f"{directory / names[0]}: cannot be read as a tokenizer",
+        f"{_at_fault(directory)}: cannot be read as a tokenizer",
         found=reason,
         todo="save it again with tokenizer.save_pretrained, or remove it: token ids work without a tokenizer",
     )
+
+
+def _at_fault(directory: Path) -> Path:
+    """The file that is most likely wrong: the settings, where the vocabulary itself can be read."""
+    vocabulary = next(directory / name for name in VOCABULARIES if (directory / name).is_file())
+    if vocabulary.name != TOKENIZER or not (directory / TOKENIZER_CONFIG).is_file():
+        return vocabulary
+    try:
+        Tokenizer.from_file(str(vocabulary))
+    except Exception:  # the library raises a bare Exception on malformed files
+        return vocabulary
+    return directory / TOKENIZER_CONFIG
 
 
 def _backend(found: Any, source: str) -> Tokenizer:
