@@ -68,4 +68,4 @@ def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:
     if checkpoint.shape(one) != checkpoint.shape(other):
         return False
     first, second = checkpoint.tensor(one), checkpoint.tensor(other)
-    return first.dtype == second.dtype and bool((first == second).all())
+    return first.dtype == second.dtype and first.equal(second)
