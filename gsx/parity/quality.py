@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats
@@ -162,10 +162,10 @@ class QualityCounter:
         gated = list(self.branches)
         estimates = Estimates(
             perplexity=mean_of(self._loss_changes).map(_change),
-            divergence=mean_of(self._divergences),
-            fast_divergence=mean_of(self._fast_divergences),
+            divergence=_from_0(mean_of(self._divergences)),
+            fast_divergence=_from_0(mean_of(self._fast_divergences)),
             differing=share_of(self._differing),
-            flipped=mean_of([flips[:, gated].mean(axis=(0, 1)) for flips in self._flips]) if gated else None,
+            flipped=_from_0(mean_of([flips[:, gated].mean(axis=(0, 1)) for flips in self._flips])) if gated else None,
         )
         return Quality(
             divergence=estimates.divergence.value,
@@ -187,6 +187,11 @@ def _divergence(want: np.ndarray, have: np.ndarray) -> np.ndarray:
     """KL divergence [S] of log shares [S, V] from the wanted ones, in nats."""
     found: np.ndarray = (np.exp(want) * (want - have)).sum(axis=-1)
     return found
+
+
+def _from_0(estimate: Estimate) -> Estimate:
+    """The estimate of something that is never below 0, and whose interval need not be either."""
+    return replace(estimate, low=max(0.0, estimate.low))
 
 
 def _change(nats: float) -> float:
