@@ -159,9 +159,9 @@ def _refuse_adapter(directory: Path) -> NoReturn:
     raw = raw if isinstance(raw, dict) else {}
     base, kind = raw.get("base_model_name_or_path") or "a base that it does not name", raw.get("peft_type") or "PEFT"
     whole = (directory / WEIGHTS).is_file() or (directory / WEIGHTS_INDEX).is_file()
-    what = "is a whole model with a" if whole else "is a"
+    what = f"a whole model with a {kind} adapter beside it" if whole else f"a {kind} adapter, not a whole model"
     raise CheckpointError(
-        f"{directory}: {what} {kind} adapter" + (" beside it" if whole else ", not a whole model"),
+        f"{directory}: is {what}",
         expected="a model with all its weights",
         found=f"an adapter of {base}",
         todo=(
