@@ -29,7 +29,7 @@ from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.files import stored_tensors
 from gsx_exporter.checkpoint.names import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate, rule_module_kind
+from gsx_exporter.checkpoint.tensors import expected_tensors, is_adapter, is_gate, rule_module_kind
 from gsx_exporter.config import GateConfig, GateInput, ModelConfig
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.router_config import RouterConfig
@@ -311,7 +311,7 @@ def _full(file: Path, raw: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[s
 
 def _refuse_lora(file: Path, raw: Mapping[str, Any]) -> None:
     for key in raw:
-        if {"base_model", "lora_A", "lora_B"} & set(key.split(".")):
+        if is_adapter(key):
             raise CheckpointError(
                 f"{file}: is a LoRA checkpoint, whose weights are not merged",
                 found=key,

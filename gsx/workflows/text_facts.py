@@ -86,7 +86,7 @@ class TextFacts:
 
 def facts_of_checkpoint(checkpoint: Checkpoint) -> TextFacts:
     """How the text of a checkpoint is understood."""
-    from gsx_exporter.checkpoint.generation import read_text_ends
+    from gsx_exporter.checkpoint.generation import file_of_text_ends
     from gsx_exporter.checkpoint.tokenizer import load_tokenizer
     from gsx_exporter.errors import CheckpointError
 
@@ -98,7 +98,7 @@ def facts_of_checkpoint(checkpoint: Checkpoint) -> TextFacts:
         problem = error.what
     stored = _json(checkpoint.directory / _CONFIG).get("max_position_embeddings")
     context = Context(config.max_positions, stored, dict(config.rope), _CONFIG)
-    file = read_text_ends(checkpoint.directory, config).file
+    file = file_of_text_ends(checkpoint.directory)
     return _facts(checkpoint.directory, tokenizer, problem, (config.eos_ids, config.bos_id, file), context)
 
 

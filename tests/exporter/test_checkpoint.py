@@ -342,6 +342,8 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
         ),
         ["outside the model directory"],
     ),
+    "a file name that is none": (config(transformers_weights=[5]), ["transformers_weights", "names no file", "[5]"]),
+    "a file outside": (config(transformers_weights="../model/model.safetensors"), ["names no file in this directory"]),
     "an index of lists": (
         lambda m: (sharded(m), write_index(m, [1])),
         ["not a safetensors index"],

@@ -8,7 +8,7 @@ docs/design.md, section 5.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +43,7 @@ class Checkpoint:
     hf_config: Any
     config: ModelConfig
     files: dict[str, Path]
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     tokenizer: Tokenizer | None = field(default=None, repr=False)
     _open: dict[Path, Any] = field(default_factory=dict, repr=False)

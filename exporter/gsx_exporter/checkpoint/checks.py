@@ -6,8 +6,8 @@ import difflib
 import re
 from typing import TYPE_CHECKING
 
-from gsx_exporter.checkpoint.folder import quantized_by, refuse_quantized
-from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD, expected_tensors, rule_module_kind
+from gsx_exporter.checkpoint.quantized import quantized_by, refuse_quantized
+from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD, expected_tensors, is_adapter, rule_module_kind
 from gsx_exporter.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 # Float types, as safetensors writes them.
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-# Parts of the names of adapters' tensors, by the name of what wrote them.
-_ADAPTER_PARTS = {"lora_A": "LoRA", "lora_B": "LoRA", "base_layer": "LoRA"}
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -32,7 +30,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     _check_stray(checkpoint, expected)
     for name, shape in expected.items():
         if name not in checkpoint.files:
-            raise missing(checkpoint, name)
+            raise _missing(checkpoint, name)
         found = checkpoint.shape(name)
         if found != shape:
             raise CheckpointError(
@@ -50,11 +48,11 @@ def check_tensors(checkpoint: Checkpoint) -> None:
             )
 
 
-def missing(checkpoint: Checkpoint, name: str) -> CheckpointError:
+def _missing(checkpoint: Checkpoint, name: str) -> CheckpointError:
     """The refusal of a checkpoint that lacks a tensor: what is nearest to it, and what that may mean."""
     part = rule_module_kind(name)
-    unknown = [n for n in checkpoint.names if n not in expected_tensors(checkpoint.config)]
-    near = difflib.get_close_matches(name, unknown, n=1, cutoff=0.8)
+    unknown = set(checkpoint.names) - set(expected_tensors(checkpoint.config))
+    near = difflib.get_close_matches(name, sorted(unknown), n=1, cutoff=0.8)
     todo = f"the checkpoint does not fit its config.json, {checkpoint.config.num_layers} layers of its family"
     if part:
         todo = f"config.json promises {part}s in the section gsx: train them, or remove the entry"
@@ -77,13 +75,12 @@ def _check_kinds(checkpoint: Checkpoint) -> None:
     for name in checkpoint.names:
         if method := quantized_by(name):
             refuse_quantized(checkpoint.source, f"{name}, as {method} stores it")
-        for part, kind in _ADAPTER_PARTS.items():
-            if part in name.split("."):
-                raise CheckpointError(
-                    f"{checkpoint.source}: has {kind} weights that are not merged",
-                    found=name,
-                    todo="merge the adapter first (PEFT: merge_and_unload), then save the model again",
-                )
+        if is_adapter(name):
+            raise CheckpointError(
+                f"{checkpoint.source}: has LoRA weights that are not merged",
+                found=name,
+                todo="merge the adapter first (PEFT: merge_and_unload), then save the model again",
+            )
 
 
 def _check_depth(checkpoint: Checkpoint) -> None:

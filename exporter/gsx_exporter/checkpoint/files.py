@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from gsx_exporter.checkpoint.folder import without_weights
-from gsx_exporter.checkpoint.hf_config import read_json
+from gsx_exporter.checkpoint.json_file import read_json
+from gsx_exporter.checkpoint.kinds import without_weights
 from gsx_exporter.checkpoint.names import WEIGHTS, WEIGHTS_INDEX
 from gsx_exporter.errors import CheckpointError
 
@@ -35,10 +35,10 @@ def weight_files(directory: Path, only: str | None = None) -> dict[str, Path]:
         CheckpointError: there are no weights, or a file is missing or damaged.
     """
     if only is not None:
-        path = directory / only
-        if Path(only).name != only or not path.is_file():
+        path = directory / str(only)
+        if path.name != only or not path.is_file():
             raise CheckpointError(
-                f"{directory}: transformers_weights of config.json names no file in this directory", found=only
+                f"{directory}: transformers_weights of config.json names no file in this directory", found=repr(only)
             )
         return _sharded(directory, path) if path.suffix == ".json" else _single(path)
     if (directory / WEIGHTS).is_file():

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gsx_exporter.checkpoint.hf_config import one_line, read_json
+from gsx_exporter.checkpoint.json_file import one_line, read_json
 from gsx_exporter.checkpoint.names import CONFIG, GENERATION_CONFIG
+from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
 
@@ -131,14 +132,12 @@ class TextEnds:
     """The tokens that begin, end and pad a text.
 
     Args:
-        file: the name of the file that says so.
         eos_ids: tokens that end a text, in the order of the file; those that the vocabulary lacks are left out.
         bos_id: the token that a text begins with; None without one.
         pad_id: the token that fills up rows of a batch; None without one.
         notes: what else the file asks for and gsx does not do, each a sentence for the user.
     """
 
-    file: str
     eos_ids: tuple[int, ...]
     bos_id: int | None
     pad_id: int | None
@@ -158,7 +157,7 @@ def read_text_ends(directory: Path, config: ModelConfig) -> TextEnds:
     Raises:
         CheckpointError: the file that decides is damaged, transformers refuses it, or its ids are none.
     """
-    file = GENERATION_CONFIG if (directory / GENERATION_CONFIG).is_file() else CONFIG
+    file = file_of_text_ends(directory)
     path = directory / file
     raw = _json(path)
     loaded = _loaded(path, raw)
@@ -178,12 +177,16 @@ def read_text_ends(directory: Path, config: ModelConfig) -> TextEnds:
         *_notes_on_settings(file, raw, loaded, ends, config.max_positions),
     ]
     return TextEnds(
-        file=file,
         eos_ids=ends,
         bos_id=begin if begin in vocabulary else None,
         pad_id=pad if pad in vocabulary else None,
         notes=tuple(notes),
     )
+
+
+def file_of_text_ends(directory: Path) -> str:
+    """The name of the file that says where a text begins and ends."""
+    return GENERATION_CONFIG if (directory / GENERATION_CONFIG).is_file() else CONFIG
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -196,7 +199,8 @@ def _loaded(path: Path, raw: dict[str, Any]) -> Any:
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_model_config(raw) if path.name == CONFIG else GenerationConfig.from_dict(raw)
+        with quiet_transformers():
+            return GenerationConfig.from_model_config(raw) if path.name == CONFIG else GenerationConfig.from_dict(raw)
     except Exception as error:  # transformers raises many types of error here, all about this one file
         raise CheckpointError(f"{path}: transformers cannot read it", found=one_line(error)) from error
 

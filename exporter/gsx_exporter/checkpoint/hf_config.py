@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from gsx_exporter.checkpoint.folder import check_not_quantized, listing
+from gsx_exporter.checkpoint.json_file import one_line, read_json
+from gsx_exporter.checkpoint.kinds import listing
 from gsx_exporter.checkpoint.names import CONFIG
+from gsx_exporter.checkpoint.quantized import check_not_quantized
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.config import FAMILIES
 from gsx_exporter.errors import CheckpointError
@@ -49,25 +50,3 @@ def read_config(directory: Path) -> Any:
             return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises many types of error here, all about this one file
         raise CheckpointError(f"{path}: transformers cannot read it", found=one_line(error)) from error
-
-
-def read_json(path: Path, todo: str | None = None) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Args: todo: what to do if it is not readable.
-    Raises:
-        CheckpointError: it is not readable, or holds something else.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not readable JSON", found=str(error), todo=todo) from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: is not a JSON object", expected="{...}", found=json.dumps(raw)[:80], todo=todo)
-    return raw
-
-
-def one_line(error: BaseException) -> str:
-    """The whole message of another library's error, on one line; its type where it has no message."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

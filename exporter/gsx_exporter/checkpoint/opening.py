@@ -34,7 +34,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     files = weight_files(directory, getattr(hf_config, "transformers_weights", None))
     names = decoder_names(files, str(model))
     by_name = {name: files[stored] for name, stored in names.items()}
-    checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), by_name, names, [*ends.notes])
+    renamed = {name: stored for name, stored in names.items() if name != stored}
+    checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), by_name, renamed, [*ends.notes])
     if getattr(hf_config, "auto_map", None):
         checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
     _settle_head(checkpoint)
@@ -49,19 +50,18 @@ def _settle_head(checkpoint: Checkpoint) -> None:
     With the flag set and both tables stored, they are one only if they are equal: a head that was trained separately
     is often saved beside a flag that nobody changed. If only one is stored, it serves as both.
     """
-    files, names = checkpoint.files, {**checkpoint.renamed}
+    files, renamed = checkpoint.files, checkpoint.renamed
     if not checkpoint.config.tied_head or HEAD not in files:
         return
-    if EMBEDDING in files and not _equal(checkpoint, EMBEDDING, HEAD):
+    if EMBEDDING not in files:
+        files[EMBEDDING], renamed[EMBEDDING] = files[HEAD], renamed.get(HEAD, HEAD)
+    elif not _equal(checkpoint, EMBEDDING, HEAD):
         checkpoint.config = replace(checkpoint.config, tied_head=False)
         checkpoint.notes.append(
             f"{CONFIG} says that embedding and head are one table, but two different ones are stored: both are used"
         )
         return
-    files.setdefault(EMBEDDING, files[HEAD])
-    names.setdefault(EMBEDDING, names[HEAD])
-    del files[HEAD], names[HEAD]
-    checkpoint.renamed = names
+    del files[HEAD]
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gsx_exporter.checkpoint.hf_config import one_line
+from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.checkpoint.tensors import HEAD, expected_tensors, rule_module_kind
@@ -68,11 +68,11 @@ def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, DynamicCache
 
     try:
-        with quiet_transformers(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(checkpoint.hf_config, trust_remote_code=False)
-        with torch.device("cpu"):
+        with quiet_transformers():
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(checkpoint.hf_config, trust_remote_code=False)
             rotary = type(model.model.rotary_emb)(config=checkpoint.hf_config)
-        cache = DynamicCache(config=checkpoint.hf_config)
+            cache = DynamicCache(config=checkpoint.hf_config)
         finite = bool(rotary.inv_freq.isfinite().all())
     except Exception as error:  # whatever transformers raises is about this configuration
         raise CheckpointError(

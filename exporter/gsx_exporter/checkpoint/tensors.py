@@ -14,6 +14,7 @@ _RULE_MODULES = {
     **{f"{prefix}router{suffix}": "router" for prefix in ("", "attn_", "mlp_") for suffix in ("", "_predictor")},
     "mlp_adapter": "router",
 }
+_ADAPTER_PARTS = {"base_model", "base_layer", "lora_A", "lora_B"}
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -57,6 +58,11 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tied_head:
         shapes[HEAD] = (config.vocab_size, H)
     return shapes
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a tensor belongs to a LoRA adapter that is not merged, by its name (as PEFT gives it)."""
+    return not _ADAPTER_PARTS.isdisjoint(name.split("."))
 
 
 def is_gate(name: str) -> bool:

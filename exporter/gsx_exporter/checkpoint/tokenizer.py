@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.checkpoint.hf_config import one_line, read_json
+from gsx_exporter.checkpoint.json_file import one_line, read_json
 from gsx_exporter.checkpoint.names import (
     ADDED_TOKENS,
     CONFIG,

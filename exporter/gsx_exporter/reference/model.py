@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.checkpoint.hf_config import one_line
+from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.errors import CheckpointError
