@@ -18,6 +18,8 @@ COMPARE_FOLDER = "gsx-compare"
 # Limit of what 8 bits may cost: the relative change in perplexity, and the share of decisions that flip.
 QUALITY_LIMIT = 0.01
 # KL divergence in nats: where activations, K or V are in 8 bits; where only weights are; where all is in 16 bits.
-DIVERGENCE_LIMIT, WEIGHTS_DIVERGENCE_LIMIT, HALF_DIVERGENCE_LIMIT = 0.02, 0.012, 0.006
+DIVERGENCE_LIMIT, WEIGHTS_DIVERGENCE_LIMIT, HALF_DIVERGENCE_LIMIT = 0.02, 0.006, 0.006
 # Share of tokens whose most likely next token must be the same.
 TOP1_LIMIT = 0.93
+# The same with weights in 4 bits.
+INT4_DIVERGENCE_LIMIT, INT4_PERPLEXITY_LIMIT, INT4_TOP1_LIMIT = 0.1, 0.1, 0.85

@@ -14,7 +14,6 @@ from gsx.cli.console import ProgressLine, print_json, quiet_libraries, remark
 from gsx.cli.export_summary import print_summary, summary_of
 from gsx.cli.options import SHIPPED_TEXT, JsonOption, ModelArgument, OverwriteOption, grouped
 from gsx.cli.signals import loading
-from gsx.defaults import QUALITY_LIMIT
 from gsx_exporter.defaults import CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
@@ -60,10 +59,11 @@ class RuleOptions:
 
 
 @dataclass(frozen=True)
-class EightBitOptions:
-    """INT8 and FP8."""
+class QuantizationOptions:
+    """INT8, INT4 and FP8."""
 
     int8: Annotated[bool, typer.Option("--int8", help="Run the large products in INT8.")] = False
+    int4: Annotated[bool, typer.Option("--int4", help="Store the weights of the large products in 4 bits.")] = False
     fp8: Annotated[bool, typer.Option("--fp8", help="Run the large products in FP8 (E4M3), for GPUs.")] = False
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="With --int8: only the weights; activations stay as they are.")
@@ -71,39 +71,38 @@ class EightBitOptions:
     keep_precision: Annotated[
         str | None,
         typer.Option(
-            help="Layers to leave out of INT8 or FP8: auto (by measurement), none, or names separated by commas.",
-            show_default="with gates the first",
+            help="Layers to leave out, by names separated by commas; none: leave nothing out, whatever it costs.",
+            show_default="by measurement; with gates the first",
         ),
+    ] = None
+    max_divergence: Annotated[
+        float | None,
+        typer.Option(help="Largest mean KL divergence in nats.", show_default="as gsx verify"),
     ] = None
     max_perplexity_increase: Annotated[
         float | None,
-        typer.Option(
-            help="Largest relative rise in perplexity with INT8 or FP8.",
-            show_default=f"{QUALITY_LIMIT} with --keep-precision auto",
-        ),
+        typer.Option(help="Largest relative rise in perplexity.", show_default="as gsx verify"),
     ] = None
     max_flipped: Annotated[
         float | None,
-        typer.Option(
-            help="Largest share of decisions that INT8 or FP8 may flip.",
-            show_default=f"{QUALITY_LIMIT} with --keep-precision auto",
-        ),
+        typer.Option(help="Largest share of decisions that may flip.", show_default="as gsx verify"),
     ] = None
 
     @property
     def any(self) -> bool:
-        """Whether any product runs in 8 bits."""
-        return self.int8 or self.fp8
+        """Whether anything is quantized."""
+        return self.int8 or self.int4 or self.fp8
 
     def check(self) -> None:
         """Refuse options that cannot be combined."""
-        if self.int8 and self.fp8:
-            raise typer.BadParameter("give only one of the two", param_hint="--int8 --fp8")
+        given = [name for name in ("int8", "int4", "fp8") if getattr(self, name)]
+        if len(given) > 1:
+            raise typer.BadParameter("give only one of them", param_hint=" ".join(f"--{name}" for name in given))
         if self.weights_only and not self.int8:
             raise typer.BadParameter("belongs to --int8", param_hint="--weights-only")
-        for name in ("keep_precision", "max_perplexity_increase", "max_flipped"):
+        for name in ("keep_precision", "max_divergence", "max_perplexity_increase", "max_flipped"):
             if getattr(self, name) is not None and not self.any:
-                raise typer.BadParameter("belongs to --int8 or --fp8", param_hint=f"--{name.replace('_', '-')}")
+                raise typer.BadParameter("belongs to --int8, --int4 or --fp8", param_hint=f"--{name.replace('_', '-')}")
 
     def quantize(self) -> Quantize | None:
         """The argument of `gsx.export`, with statistics kept in the user's cache."""
@@ -115,21 +114,24 @@ class EightBitOptions:
         return Quantize(
             self._scheme(),
             keep_precision=tuple(filter(None, (self.keep_precision or "").split(","))),
+            max_divergence=self.max_divergence,
             max_perplexity_increase=self.max_perplexity_increase,
             max_flipped=self.max_flipped,
             cache=default_cache(),
         )
 
-    def _scheme(self) -> Literal["int8", "int8-weights", "fp8"]:
+    def _scheme(self) -> Literal["int8", "int8-weights", "int4", "fp8"]:
         if self.fp8:
             return "fp8"
+        if self.int4:
+            return "int4"
         return "int8-weights" if self.weights_only else "int8"
 
 
 def export(
     model: ModelArgument,
     rule: RuleOptions,
-    eight_bits: EightBitOptions,
+    numbers: QuantizationOptions,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="The bundle's directory.", show_default="MODEL's name + -gsx"),
@@ -165,7 +167,7 @@ def export(
 
     Example: gsx export examples/model --budget 0.7 -o out/demo
 
-    Example: gsx export examples/model --budget 0.7 --int8 --keep-precision auto -o out/int8
+    Example: gsx export examples/model --budget 0.7 --int8 -o out/int8
 
     Example: gsx export examples/model --budget 0.7 --precision fp16 --build tensorrt-rtx -o out/engines
     """
@@ -173,7 +175,7 @@ def export(
     started = time.monotonic()
     target = output if output is not None else default_output(model)
     rule_arguments = rule.arguments()
-    eight_bits.check()
+    numbers.check()
     if kv_cache is not None and build is not None:
         raise typer.BadParameter("engines store K and V only in 16- and 32-bit floats", param_hint="--kv-cache --build")
     with ProgressLine() as line:
@@ -192,7 +194,7 @@ def export(
             calibration=calibration,
             calibration_tokens=calibration_tokens,
             draft=draft,
-            quantize=eight_bits.quantize(),
+            quantize=numbers.quantize(),
             kv_cache=kv_cache,
             overwrite=overwrite,
             on_progress=line.show,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
     """What an export wrote, as plain values."""
     manifest = bundle.manifest
-    selection = manifest.selection
+    selection, quantization = manifest.selection, manifest.quantization
     kept = None
     if selection is not None and selection.mode == "threshold":
         kept = next(p.kept_share for p in selection.grid if p.budget == selection.budget)
@@ -29,9 +29,11 @@ def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "policy": manifest.policy.name if manifest.policy else None,
         "select": selection.mode if selection else None,
         "kv_policy": manifest.kv_policy,
-        "quantization": manifest.quantization.scheme if manifest.quantization else None,
+        "quantization": quantization.scheme if quantization else None,
         "kv_cache": manifest.kv_cache.type if manifest.kv_cache else None,
-        "kept_high": list(manifest.quantization.kept_high) if manifest.quantization else None,
+        "kept_high": list(quantization.kept_high) if quantization else None,
+        "weights_only": list(quantization.weights_only) if quantization else None,
+        "measured": quantization.measured.model_dump(mode="json") if quantization and quantization.measured else None,
         "confidence": _confidence_of(manifest.policy) if manifest.policy else None,
         "exits": list(manifest.policy.exits) if manifest.policy else None,
         "parameters": manifest.policy.model_dump(mode="json")["parameters"] if manifest.policy else None,
@@ -71,13 +73,31 @@ def print_summary(summary: dict[str, Any]) -> None:
     if summary["draft"] is not None:
         _print_draft(summary["draft"])
     if summary["quantization"] is not None:
-        kept = f", {len(summary['kept_high'])} matrices left in high precision" if summary["kept_high"] else ""
-        console.print(f"{summary['quantization']} products{kept}")
+        _print_quantization(summary)
     if summary["kv_cache"] is not None:
         console.print(f"ONNX Runtime stores K and V in {summary['kv_cache']}")
     rows = [(name, size(count)) for name, count in summary["files"].items()]
     console.print(table(None, ("file", "size"), rows, right=1))
     console.print(f"next: gsx verify {summary['bundle']}")
+
+
+def _print_quantization(summary: dict[str, Any]) -> None:
+    """What is quantized, and what it cost."""
+    console = out()
+    parts = [f"{summary['quantization']} products"]
+    spared = {"with INT8 weights only": summary["weights_only"], "in high precision": summary["kept_high"]}
+    parts += [f"{len(names)} {how}" for how, names in spared.items() if names]
+    console.print(", ".join(parts))
+    measured = summary["measured"]
+    if measured is None:
+        return
+    flipped = "" if measured["flipped"] is None else f", {measured['flipped']:.2%} of decisions flipped"
+    divergence, perplexity = measured["divergence"], measured["perplexity_increase"]
+    console.print(
+        f"on {measured['text']['tokens']:,} tokens, {measured['verdict']}: KL divergence {divergence['value']:.4f} "
+        f"nats ({divergence['low']:.4f} to {divergence['high']:.4f}), {1 - measured['differing']['value']:.1%} same next "
+        f"token, perplexity {perplexity['value']:+.1%} ({perplexity['low']:+.1%} to {perplexity['high']:+.1%}){flipped}"
+    )
 
 
 def _confidence_of(policy: Policy) -> dict[str, Any] | None:

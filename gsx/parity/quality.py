@@ -7,16 +7,25 @@ distribution moved, how well the model still predicts text, and whether tokens s
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats
 
-from gsx.defaults import DIVERGENCE_LIMIT, HALF_DIVERGENCE_LIMIT, QUALITY_LIMIT, TOP1_LIMIT, WEIGHTS_DIVERGENCE_LIMIT
+from gsx.defaults import (
+    DIVERGENCE_LIMIT,
+    HALF_DIVERGENCE_LIMIT,
+    INT4_DIVERGENCE_LIMIT,
+    INT4_PERPLEXITY_LIMIT,
+    INT4_TOP1_LIMIT,
+    QUALITY_LIMIT,
+    TOP1_LIMIT,
+    WEIGHTS_DIVERGENCE_LIMIT,
+)
 from gsx.parity.closeness import Observation
 from gsx.parity.estimate import Estimate, mean_of, share_of
-from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.manifest import Manifest, SchemeName
 from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.evaluation import losses
 from gsx_plugins.errors import UsageError
@@ -76,18 +85,36 @@ ACTIVATIONS = QualityLimits(
 WEIGHTS = QualityLimits(
     perplexity_increase=QUALITY_LIMIT, flipped=QUALITY_LIMIT, divergence=WEIGHTS_DIVERGENCE_LIMIT, top1=TOP1_LIMIT
 )
+# 4 bits are chosen for bytes and speed, by people who accept that the text changes. TODO
+FOUR_BITS = QualityLimits(
+    perplexity_increase=INT4_PERPLEXITY_LIMIT,
+    flipped=QUALITY_LIMIT,
+    divergence=INT4_DIVERGENCE_LIMIT,
+    top1=INT4_TOP1_LIMIT,
+)
 # 16 bits have limits of their own on numbers, but these grow with the largest logit, and leave out all that follows a
 # flipped decision. Decisions have a limit there.
 HALF = QualityLimits(perplexity_increase=QUALITY_LIMIT, divergence=HALF_DIVERGENCE_LIMIT, top1=TOP1_LIMIT)
 
 
+# By scheme of quantization.
+OF_SCHEMES: Mapping[SchemeName, QualityLimits] = {
+    "int8": ACTIVATIONS,
+    "fp8": ACTIVATIONS,
+    "int8-weights": WEIGHTS,
+    "int4": FOUR_BITS,
+}
+
+
 def default_limits(manifest: Manifest) -> QualityLimits:
-    """Limits for what a bundle rounds: activations (of products, or K and V), only weights, or all to 16 bits."""
+    """Limits for what a bundle rounds: products or K and V in 8 bits, only weights, or all to 16 bits."""
     quantization = manifest.quantization
-    if manifest.kv_cache is not None or (quantization is not None and quantization.quantizes_activations):
-        return ACTIVATIONS
     if quantization is not None:
-        return WEIGHTS
+        limits = OF_SCHEMES[quantization.scheme]
+        # K and V in 8 bits come on top of weights that are nearly exact.
+        return ACTIVATIONS if manifest.kv_cache is not None and limits is WEIGHTS else limits
+    if manifest.kv_cache is not None:
+        return ACTIVATIONS
     return QualityLimits() if manifest.precision == "fp32" else HALF
 
 
@@ -161,7 +188,7 @@ class QualityCounter:
         shares = np.concatenate(self._flips, axis=-1).mean(axis=-1)
         gated = list(self.branches)
         estimates = Estimates(
-            perplexity=mean_of(self._loss_changes).map(_change),
+            perplexity=mean_of(self._loss_changes).map(perplexity_change),
             divergence=_from_0(mean_of(self._divergences)),
             fast_divergence=_from_0(mean_of(self._fast_divergences)),
             differing=share_of(self._differing),
@@ -194,7 +221,7 @@ def _from_0(estimate: Estimate) -> Estimate:
     return replace(estimate, low=max(0.0, estimate.low))
 
 
-def _change(nats: float) -> float:
+def perplexity_change(nats: float) -> float:
     """A difference of losses as a relative change of perplexity."""
     return math.expm1(nats) if nats < _MOST_NATS else math.inf
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 
 from gsx.workflows.export_text import ExportText
 from gsx.workflows.number_types import NumberTypes
-from gsx.workflows.quantize import plan_for
+from gsx.workflows.quantization import plan_for
 from gsx_engines.bundle.controls import RuntimeValues, default_controls
 from gsx_engines.bundle.manifest import KvCache, Quantization
 from gsx_engines.bundle.policy import Policy
@@ -58,10 +59,11 @@ class Calibrated:
 
 
 def calibrate_all(
-    checkpoint: Checkpoint, keep: RulePlan, types: NumberTypes, text: ExportText, on_progress: OnProgress
+    checkpoint: Checkpoint, keep: RulePlan, types: NumberTypes, text: ExportText, scratch: Path, on_progress: OnProgress
 ) -> Calibrated:
-    """Find the rule's thresholds, then the scales of products, then those of K and V.
+    """Find the rule's thresholds, then the scales and codes of products, then the scales of K and V.
 
+    Args: scratch: folder for codes until the weights are written.
     Raises:
         GsxError: what was requested cannot be met on this text.
     """
@@ -71,6 +73,8 @@ def calibrate_all(
     defaults = default_controls(section, selection)
     plan = quantization = kv_cache = None
     if types.quantize is not None:
+        assert text.seen is not None
+        assert text.unseen is not None
         plan, quantization = plan_for(
             checkpoint,
             options,
@@ -78,8 +82,9 @@ def calibrate_all(
             selection,
             defaults,
             text.seen,
+            text.unseen,
+            scratch,
             on_progress,
-            unseen=text.unseen,
         )
     if types.kv_cache is not None:
         assert text.seen is not None

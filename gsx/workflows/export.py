@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from gsx.workflows.bundle_manifest import manifest_of
 from gsx.workflows.calibrated import calibrate_all
@@ -94,12 +95,12 @@ def export(
     text = read_export_text(checkpoint, keep, types, drafting, calibration, calibration_tokens)
     needed = checkpoint.weight_bytes() * types.dtype.itemsize // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
-        calibrated = calibrate_all(checkpoint, keep, types, text, on_progress)
-        on_progress(Progress("tracing"))
-        builder = calibrated.graph_builder()
-        graphs = builder.graphs(drafting.split)
-        read = calibrated.weights.tensor
-        weights = write_weights(work / WEIGHTS_FILE, graphs.weights, read, on_progress)
+        with TemporaryDirectory(dir=work) as scratch:
+            calibrated = calibrate_all(checkpoint, keep, types, text, Path(scratch), on_progress)
+            on_progress(Progress("tracing"))
+            builder = calibrated.graph_builder()
+            graphs = builder.graphs(drafting.split)
+            weights = write_weights(work / WEIGHTS_FILE, graphs.weights, calibrated.weights.tensor, on_progress)
         entries = write_graphs(work, graphs, weights)
         for path in checkpoint.companions(BUNDLE_COMPANIONS):
             shutil.copyfile(path, work / path.name)

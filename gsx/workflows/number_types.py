@@ -45,7 +45,7 @@ class NumberTypes:
     @property
     def reads_text(self) -> bool:
         """Whether text is needed, to find ranges or to measure a cost."""
-        return self.kv_cache is not None or (self.quantize is not None and self.quantize.reads_text)
+        return self.kv_cache is not None or self.quantize is not None
 
     def check(self, config: ModelConfig, keep: RulePlan) -> None:
         """Refuse types that the checkpoint, its keep rule or the runtimes do not support.
@@ -55,10 +55,10 @@ class NumberTypes:
         """
         if self.quantize is not None and config.router is not None:
             raise UsageError(
-                "8 bits are not supported for checkpoints with routers",
+                "quantization is not supported for checkpoints with routers",
                 expected="fp32, fp16 or bf16",
                 found="routers, whose inputs smoothing would change",
-                todo="export without --int8 and --fp8",
+                todo="export without --int8, --int4 and --fp8",
             )
         if self.kv_cache is not None:
             self._check_kv_cache(config, keep)

@@ -23,6 +23,7 @@ from gsx_engines.defaults import BUILD_CONTEXT
 from gsx_engines.errors import EngineError
 from gsx_engines.lowering import tensorrt as lowering
 from gsx_engines.lowering.for_tensorrt.task import LOGITS_COLUMNS, WINDOW, K
+from gsx_engines.lowering.for_tensorrt.zero_points import load_zero_points
 from gsx_engines.lowering.passes import not_as_expected
 from gsx_engines.lowering.products import quantized_products
 from gsx_engines.tensorrt import cuda
@@ -211,6 +212,7 @@ def _lower(
     profiles: Sequence[EngineProfile],
     library: Path | None,
 ) -> lowering.Lowered:
+    load_zero_points(portable, bundle.directory)
     try:
         return lowering.lower(
             portable,

@@ -67,36 +67,70 @@ class Gates(Section):
 
 
 # How a model is quantized; exporter/gsx_exporter/quantization/scheme.py has a row for each.
-SchemeName = Literal["int8", "int8-weights", "fp8"]
+SchemeName = Literal["int8", "int8-weights", "int4", "fp8"]
 # Schemes whose codes are floating-point (E4M3): ONNX Runtime only simulates them on a CPU, and not every GPU has them.
 _FLOAT8: frozenset[SchemeName] = frozenset(("fp8",))
-_WEIGHTS_ONLY: frozenset[SchemeName] = frozenset(("int8-weights",))
+_WEIGHTS_ONLY: frozenset[SchemeName] = frozenset(("int8-weights", "int4"))
+
+
+class Interval(Section):
+    """A mean over tokens and its 95 % confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class MeasuredQuality(Section):
+    """What rounding cost when the bundle was exported, against float32, at the exported budget.
+
+    Args:
+        text: what it was measured on: after the calibration text, if there is any.
+        divergence: KL divergence of the next-token distribution, in nats.
+        differing: share of tokens whose most likely next token is another.
+        perplexity_increase: relative; below 0 if it fell.
+        flipped: share of keep/skip decisions that flipped; null without decisions.
+        verdict: `within limits`, `over limits`, or `not judged`: the model itself predicts the text no better than the
+            frequencies of its tokens do, so that it has nothing to lose.
+    """
+
+    text: CalibrationText
+    divergence: Interval
+    differing: Interval
+    perplexity_increase: Interval
+    flipped: float | None
+    verdict: Literal["within limits", "over limits", "not judged"]
 
 
 class Quantization(Section):
-    """What runs in 8 bits.
+    """What runs in 8 or 4 bits.
 
     Args:
-        scheme: `int8` and `fp8` (E4M3) quantize weights and activations, `int8-weights` only weights. Weights have one
-            scale for each output channel, activations one for the whole tensor; zero-points are 0. The head's weights
-            are INT8, its input is not quantized, nor are the inputs of the layers after the first one that stays in
-            high precision (FP8); an embedding is INT8 with one scale for each row; the weights of vector gates are
-            INT8, their products float32.
+        scheme: `int8` and `fp8` (E4M3) quantize weights and activations, `int8-weights` and `int4` only weights. Where
+            activations are quantized, weights have one scale for each output channel and activations one for the whole
+            tensor; else weights are in blocks of 32 inputs with a scale each, and in 4 bits with a zero-point. A head
+            and an embedding have INT8 weights with a scale for each row of the vocabulary; vector gates have INT8
+            weights and float32 products.
         smoothing: SmoothQuant's alpha; 0: no smoothing.
         products: number of quantized matrix products in the graph `model`.
-        kept_high: matrices that stay in high precision: linear layers, vector gates, and `embed_tokens` or `lm_head`
-            where the model has a separate table for each. A table that they share is always quantized.
+        kept_high: matrices that stay in high precision: linear layers, vector gates, and `embed_tokens` (the table that
+            it shares with the head, if there is only one) or `lm_head`.
+        weights_only: linear layers of which only the weights are quantized, to INT8 in blocks, although the scheme has
+            other weights or quantizes activations: they would lose too much.
         budget: the budget at which the ranges of activations were measured; null if only weights are quantized, and
             without gates.
-        calibration: the text that the ranges were measured on; null if only weights are quantized.
+        calibration: the text that ranges were measured and codes were chosen on; null if neither was.
+        measured: what it cost; null in a bundle of a version that did not measure.
     """
 
     scheme: SchemeName
     smoothing: float
     products: int
     kept_high: tuple[str, ...]
+    weights_only: tuple[str, ...] = ()
     budget: Budget | None
     calibration: CalibrationText | None
+    measured: MeasuredQuality | None = None
 
     @property
     def is_float8(self) -> bool:

@@ -48,7 +48,7 @@ from gsx_engines.lowering.for_onnxruntime.cache import name_capacity, read_live_
 from gsx_engines.lowering.for_onnxruntime.decisions import decide
 from gsx_engines.lowering.for_onnxruntime.head import give_state, take_state
 from gsx_engines.lowering.for_onnxruntime.lengths import count_from_total_length, mask_by_place
-from gsx_engines.lowering.for_onnxruntime.quantized import fuse_products, unsigned_codes, weights_inside
+from gsx_engines.lowering.for_onnxruntime.quantized import fuse_products, shared_table, unsigned_codes, weights_inside
 from gsx_engines.lowering.for_onnxruntime.regions import wrap_branches
 from gsx_engines.lowering.for_onnxruntime.task import CONTRIB, OPSET, Task, appended, gates_attention
 from gsx_engines.lowering.for_onnxruntime.trim import (
@@ -90,7 +90,7 @@ BODY_PASSES: tuple[Pass[Task], ...] = (
     of_any(unsigned_codes),
 )
 # The passes that make the head's model.
-HEAD_PASSES: tuple[Pass[Task], ...] = (take_state, of_any(fuse_products), of_any(unsigned_codes))
+HEAD_PASSES: tuple[Pass[Task], ...] = (take_state, of_any(shared_table))
 
 
 def cache_outputs(manifest: Manifest, layer: int, kv: str) -> tuple[str, ...]:

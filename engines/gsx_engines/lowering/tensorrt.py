@@ -15,6 +15,7 @@ With K and V in place, which is what gsx runs, the form differs from the portabl
 - attention is written out for TensorRT's `Attention` (one output, explicit mask);
 - codes of an embedding or a gate go through a DequantizeLinear, for an embedding before its rows are read: TensorRT
   takes 8-bit constants nowhere else;
+- zero-points of weights in blocks become a small product of their own, since TensorRT takes only zero-points of 0;
 - an op without a plugin is rewritten; see `Form`.
 
 The passes are in `for_tensorrt/`.
@@ -47,6 +48,7 @@ from gsx_engines.lowering.for_tensorrt.inputs import (
     write_cache_in_place,
 )
 from gsx_engines.lowering.for_tensorrt.task import Form, Task
+from gsx_engines.lowering.for_tensorrt.zero_points import without_zero_points
 from gsx_engines.lowering.passes import Pass, of_any, run_passes
 from gsx_plugins.domain import DOMAIN
 from gsx_plugins.graph import Graph
@@ -66,6 +68,7 @@ PASSES: tuple[Pass[Task], ...] = (
     rotate_by_head,
     count_on_host,
     dequantize_constants,
+    without_zero_points,
     speak_float32,
     of_any(Graph.drop_unread),
 )

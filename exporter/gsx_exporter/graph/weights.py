@@ -22,11 +22,15 @@ PAGE_BYTES = 4096
 SMALL_BYTES = 1 << 20
 SMALL_ALIGNMENT_BYTES = 64
 
+# Only a name here: PyTorch computes nothing in it, and its stubs lack it.
+FOUR_BITS: torch.dtype = torch.int4  # type: ignore[attr-defined]
+
 ONNX_TYPES = {
     torch.float32: onnx.TensorProto.FLOAT,
     torch.float16: onnx.TensorProto.FLOAT16,
     torch.bfloat16: onnx.TensorProto.BFLOAT16,
     torch.int8: onnx.TensorProto.INT8,
+    FOUR_BITS: onnx.TensorProto.INT4,
     torch.float8_e4m3fn: onnx.TensorProto.FLOAT8E4M3FN,
 }
 
@@ -82,8 +86,8 @@ def write_weights(
                 tensor = tensor.t()
             if weight.encode is not None:
                 tensor = weight.encode(tensor.to(torch.float32))
-            tensor = tensor.to(weight.dtype)
-            data = tensor.contiguous().flatten().view(torch.uint8).numpy().data
+            stored = _pairs(tensor) if weight.dtype == FOUR_BITS else tensor.to(weight.dtype)
+            data = stored.contiguous().flatten().view(torch.uint8).numpy().data
             offset = _pad(stream, digest, data.nbytes)
             stream.write(data)
             digest.update(data)
@@ -93,6 +97,13 @@ def write_weights(
             on_progress(Progress("writing weights", number, len(weights)))
         size = stream.tell()
     return WeightsFile(initializers, digest.hexdigest(), size)
+
+
+def _pairs(codes: Tensor) -> Tensor:
+    """4-bit codes (int8) as ONNX stores them: two in a byte, in order, the first one in the low bits."""
+    flat = codes.contiguous().flatten().to(torch.int8).view(torch.uint8) & 0xF
+    even = torch.nn.functional.pad(flat, (0, flat.numel() % 2)).view(-1, 2)
+    return even[:, 0] | (even[:, 1] << 4)
 
 
 def _pad(stream: BinaryIO, digest: hashlib._Hash, size: int) -> int:

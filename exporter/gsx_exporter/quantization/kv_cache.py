@@ -17,7 +17,7 @@ from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.quantization.plan import scale_value
-from gsx_exporter.quantization.scheme import SCHEMES
+from gsx_exporter.quantization.scheme import INT8
 from gsx_exporter.text import TokenText
 from gsx_plugins.progress import OnProgress, Progress, silent
 
@@ -64,4 +64,4 @@ def _scales(cache: Tensor, what: str) -> tuple[float, ...]:
             found="NaN" if bool(cache.isnan().any()) else "infinity",
             todo="the model diverges there in full precision too: repair the model first",
         )
-    return tuple(float(scale_value(float(size) / SCHEMES["int8"].largest, torch.float32)) for size in largest)
+    return tuple(float(scale_value(float(size) / INT8.largest, torch.float32)) for size in largest)

@@ -1,15 +1,14 @@
-"""What is quantized, and with which scales.
+"""What is quantized, and how.
 
-A plan has the scales of activations. Those of weights are computed from the weights when they are written
-(`quantize_weight`), so a plan does not need the whole model in memory.
+A plan has the scales of activations. The codes of weights are computed when they are written (`encoded`), or were
+chosen on a text before and are in files (`ChosenCodes`), so a plan does not need the whole model in memory.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -17,13 +16,35 @@ from torch import Tensor
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.quantization.scheme import EMBEDDING, GATES, GROUPS, HEAD, LINEARS, WEIGHTS_ONLY, Scheme
+from gsx_exporter.quantization.chosen import ChosenCodes
+from gsx_exporter.quantization.codes import SMALLEST_SCALE, Encoded, round_to_nearest
+from gsx_exporter.quantization.scheme import (
+    EMBEDDING,
+    GATES,
+    GROUPS,
+    HEAD,
+    INT8,
+    INT8_BLOCKS,
+    LINEARS,
+    Scheme,
+    WeightFormat,
+)
 from gsx_exporter.quantization.smoothing import smooth
 from gsx_exporter.quantization.statistics import Statistics
 from gsx_plugins.errors import UsageError
 
-# Scale of a channel or tensor that is zero throughout: a scale must be above 0.
-_SMALLEST = 2.0**-24  # the smallest number above 0 in half precision
+
+@dataclass(frozen=True)
+class Matrix:
+    """How a matrix is quantized.
+
+    Args:
+        format: of its weights.
+        input_scale: scale of its input; None if only the weights are quantized.
+    """
+
+    format: WeightFormat
+    input_scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -33,61 +54,94 @@ class QuantizationPlan:
     Args:
         scheme: the way of quantizing.
         checkpoint: the tensors to write, smoothed if the scheme smooths.
-        input_scales: matrix in 8 bits ("layers.0.mlp.up_proj", "lm_head") -> scale of its input; None if only its
-            weights are quantized. Matrices that are not listed stay in full precision.
+        matrices: those that are quantized ("layers.0.mlp.up_proj", "lm_head"); the others stay in full precision.
+        chosen: codes that were chosen on a text; a matrix without is rounded to the nearest code.
     """
 
     scheme: Scheme
     checkpoint: Checkpoint
-    input_scales: Mapping[str, float | None]
+    matrices: Mapping[str, Matrix]
+    chosen: ChosenCodes = field(default_factory=ChosenCodes)
 
     @property
     def kept_high(self) -> tuple[str, ...]:
         """The matrices that stay in full precision, in order."""
-        return tuple(name for name in matrices_of(self.checkpoint.config) if name not in self.input_scales)
+        return tuple(name for name in matrices_of(self.checkpoint.config) if name not in self.matrices)
+
+    @property
+    def weights_only(self) -> tuple[str, ...]:
+        """The products of layers that have INT8 weights and inputs in full precision, although the scheme has other
+        weights or rounds inputs, in order."""
+        if self.scheme.weights == INT8_BLOCKS:
+            return ()
+        return tuple(n for n, one in self.matrices.items() if n.endswith(LINEARS) and one == self._spared(n))
 
     def without(self, names: Collection[str]) -> QuantizationPlan:
         """The same plan, with these matrices in full precision too."""
-        scales = {name: scale for name, scale in self.input_scales.items() if name not in names}
-        return dataclasses.replace(self, input_scales=scales)
+        return replace(self, matrices={name: one for name, one in self.matrices.items() if name not in names})
 
-    def sparing(self) -> QuantizationPlan:
+    def sparing(self, names: Collection[str]) -> QuantizationPlan:
+        """The same plan, with only the weights of these matrices quantized, to INT8."""
+        return replace(self, matrices=dict(self.matrices) | {n: self._spared(n) for n in names if n in self.matrices})
+
+    def _spared(self, linear: str) -> Matrix:
+        whole_blocks = INT8_BLOCKS.fits(input_width(self.checkpoint.config, linear))
+        return Matrix(INT8_BLOCKS if whole_blocks else INT8)
+
+    def sparing_first(self) -> QuantizationPlan:
         """The same plan with more precision in the first layers, gates included: most decisions come after them."""
         high, weight_only = self.scheme.high_layers, self.scheme.weight_only_layers
-        scales = dict(self.input_scales)
-        for layer in range(high, high + weight_only):
-            scales |= {name: None for name in (f"layers.{layer}.{linear}" for linear in LINEARS) if name in scales}
         first = {f"layers.{layer}.{name}" for layer in range(high) for name in (*LINEARS, *GATES.values())}
-        return dataclasses.replace(self, input_scales=scales).without(first)
+        after = [f"layers.{layer}.{name}" for layer in range(high, high + weight_only) for name in LINEARS]
+        return self.sparing(after).without(first)
 
-    def scheme_of(self, matrix: str) -> Scheme:
-        """The scheme that a quantized matrix uses."""
-        return WEIGHTS_ONLY if self.input_scales[matrix] is None else self.scheme
+    def encoded(self, matrix: str, weight: Tensor, dtype: torch.dtype) -> Encoded:
+        """The codes of a quantized matrix. Args: weight: [in, out] float32. dtype: of the scales."""
+        form = self.matrices[matrix].format
+        found = self.chosen.find(matrix, form)
+        return found if found is not None else round_to_nearest(weight, form, dtype)
 
 
-def make_plan(checkpoint: Checkpoint, scheme: Scheme, found: Statistics | None) -> QuantizationPlan:
+def make_plan(
+    checkpoint: Checkpoint, scheme: Scheme, found: Statistics | None, chosen: ChosenCodes | None = None
+) -> QuantizationPlan:
     """A plan that quantizes every matrix; of gates and tables, only the weights.
 
-    Args: found: statistics at the exported selection; None if the scheme quantizes only weights.
+    A product whose input is not a whole number of the format's blocks gets INT8 weights.
+
+    Args:
+        found: statistics at the exported selection; None if the scheme quantizes only weights.
+        chosen: where codes that are chosen on a text will be.
     """
     names = matrices_of(checkpoint.config)
-    if not scheme.activations:
-        return QuantizationPlan(scheme, checkpoint, dict.fromkeys(names))
-    assert found is not None
-    smoothed, inputs = smooth(checkpoint, found, scheme.smoothing)
-    scales = {name: float(inputs[name].max()) / scheme.largest if name in inputs else None for name in names}
-    return QuantizationPlan(scheme, smoothed, scales)
+    inputs: Mapping[str, np.ndarray] = {}
+    if scheme.activations:
+        assert found is not None
+        checkpoint, inputs = smooth(checkpoint, found, scheme.smoothing)
+    matrices = dict.fromkeys(names, Matrix(INT8))
+    for name in names:
+        if name.endswith(LINEARS) and scheme.weights.fits(input_width(checkpoint.config, name)):
+            scale = float(inputs[name].max()) / scheme.weights.largest if name in inputs else None
+            matrices[name] = Matrix(scheme.weights, scale)
+    return QuantizationPlan(scheme, checkpoint, matrices, chosen or ChosenCodes())
+
+
+def input_width(config: ModelConfig, linear: str) -> int:
+    """The input width of one of a layer's linear layers."""
+    if linear.endswith("o_proj"):
+        return config.num_heads * config.head_dim
+    return config.intermediate_size if linear.endswith("down_proj") else config.hidden_size
 
 
 def matrices_of(config: ModelConfig) -> list[str]:
     """All matrices that can be quantized, in order: both tables, the linear layers and the gates.
 
-    A scalar gate's weight is a vector, so it is not quantized. Nor is a table that embedding and head share: one needs
-    a scale for each row, the other reads it transposed, and two copies in 8 bits take the space of one in 16.
+    A scalar gate's weight is a vector, so it is not quantized. A table that embedding and head share counts as the
+    embedding: it is stored once, with a scale for each row, which is an output channel of the head.
     """
     names = (*_gates_of(config), *LINEARS)
     linears = [f"layers.{layer}.{name}" for layer in range(config.num_layers) for name in names]
-    return linears if config.tied_head else [EMBEDDING, *linears, HEAD]
+    return [EMBEDDING, *linears] if config.tied_head else [EMBEDDING, *linears, HEAD]
 
 
 def _gates_of(config: ModelConfig) -> tuple[str, ...]:
@@ -104,7 +158,7 @@ def groups_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         for layer in range(config.num_layers)
         for group, linears in {**gates, **GROUPS}.items()
     }
-    return groups if config.tied_head else {EMBEDDING: (EMBEDDING,), **groups, HEAD: (HEAD,)}
+    return {EMBEDDING: (EMBEDDING,), **groups, **({} if config.tied_head else {HEAD: (HEAD,)})}
 
 
 def named(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
@@ -124,7 +178,8 @@ def named(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
                 expected="e.g. layers.0, layers.*.mlp.down, layers.3.self_attn.o_proj, lm_head; or auto, or none",
                 todo=f"the model has layers.0 to layers.{config.num_layers - 1}, each with "
                 + ", ".join((*GROUPS, *(name.removesuffix(".linear") for name in _gates_of(config))))
-                + ("" if config.tied_head else f"; {EMBEDDING}; {HEAD}"),
+                + f"; {EMBEDDING}"
+                + ("" if config.tied_head else f"; {HEAD}"),
             )
         found |= dict.fromkeys(hits)
     return [name for name in matrices_of(config) if name in found]
@@ -132,18 +187,4 @@ def named(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
 
 def scale_value(scale: float, dtype: torch.dtype) -> np.float32:
     """A scale as the graph stores it: rounded to the type of the activations, never 0."""
-    return np.float32(torch.tensor(max(scale, _SMALLEST)).to(dtype).item())
-
-
-def weight_scales(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    """Scale of each output channel: weight [in, out] float32 -> [out], in the type of the activations.
-
-    For an embedding [rows, width], pass the transpose to get the scale of each row.
-    """
-    return (weight.abs().amax(dim=0) / scheme.largest).clamp(min=_SMALLEST).to(dtype)
-
-
-def quantize_weight(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    """Codes of a weight: [in, out] float32 -> the same shape in the scheme's type; scales as in `weight_scales`."""
-    codes = (weight / weight_scales(weight, scheme, dtype).float()).clamp(-scheme.largest, scheme.largest)
-    return codes.round().to(scheme.dtype) if scheme.dtype == torch.int8 else codes.to(scheme.dtype)
+    return np.float32(torch.tensor(max(scale, SMALLEST_SCALE)).to(dtype).item())

@@ -11,6 +11,14 @@ Rows of an embedding are dequantized after they are read, each with its own scal
 
     ids -> Gather <- codes -> DequantizeLinear (scale 1) -> Mul <- Unsqueeze <- Gather <- scales
 
+A head that shares the embedding's table reads the same codes, whose rows are its output channels:
+
+    codes -> DequantizeLinear -> Transpose -> MatMul
+
+Weights in 4 bits are in blocks along the inputs:
+
+    codes, scales, zero-points -> DequantizeLinear (axis 0, block_size) -> MatMul
+
 A gate's weights are stored as codes too, but its product runs in float32, since it decides. So they are dequantized by
 nodes that no runtime takes for an 8-bit product. (From Q/DQ around only the weights, ONNX Runtime makes a product that
 rounds the input.)
@@ -20,7 +28,7 @@ rounds the input.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import onnx
 import torch
@@ -29,8 +37,9 @@ from torch import Tensor
 
 from gsx_exporter.graph.assemble import Graphs
 from gsx_exporter.graph.weights import ONNX_TYPES, Weight
-from gsx_exporter.quantization.plan import QuantizationPlan, quantize_weight, scale_value, weight_scales
-from gsx_exporter.quantization.scheme import EMBEDDING, GATES, TABLES, WEIGHTS_ONLY, Scheme
+from gsx_exporter.quantization.codes import Encoded
+from gsx_exporter.quantization.plan import QuantizationPlan, scale_value
+from gsx_exporter.quantization.scheme import EMBEDDING, GATES, INT8, TABLES
 from gsx_plugins.graph import Graph, make_node
 
 _HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -47,8 +56,8 @@ def quantize_graphs(graphs: Graphs, plan: QuantizationPlan, dtype: torch.dtype) 
     for weight in graphs.weights:
         narrow = _narrow_type(weight, plan)
         matrix = weight.name.removesuffix(".weight")
-        if matrix in plan.input_scales:
-            weights |= {one.name: one for one in _stored(weight, plan.scheme_of(matrix))}
+        if matrix in plan.matrices:
+            weights |= {one.name: one for one in _stored(weight, matrix, plan)}
         elif narrow is not None:
             stored[weight.name] = f"{weight.name}.stored"
             weights[stored[weight.name]] = Weight(stored[weight.name], weight.source, weight.transpose, narrow)
@@ -58,7 +67,7 @@ def quantize_graphs(graphs: Graphs, plan: QuantizationPlan, dtype: torch.dtype) 
         graph = Graph(model.graph)
         _dequantize_gates(graph, plan)
         _quantize_products(graph, plan, dtype)
-        if EMBEDDING in plan.input_scales:
+        if EMBEDDING in plan.matrices:
             _quantize_embedding(graph, dtype)
         _read_16_bits(graph, stored)
         graph.store()
@@ -71,7 +80,7 @@ def _dequantize_gates(graph: Graph, plan: QuantizationPlan) -> None:
 
     def dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         gates = [name for name in node.input if name.removesuffix(".weight").endswith(_GATES)]
-        gates = [name for name in gates if name.removesuffix(".weight") in plan.input_scales]
+        gates = [name for name in gates if name.removesuffix(".weight") in plan.matrices]
         nodes = []
         for codes in gates:
             if codes not in made:
@@ -91,11 +100,16 @@ def _quantize_products(graph: Graph, plan: QuantizationPlan, dtype: torch.dtype)
 
     def quantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         linear = node.input[1].removesuffix(".weight") if node.op_type == "MatMul" else ""
-        if linear not in plan.input_scales or linear.endswith(_GATES):
+        if linear not in plan.matrices or linear.endswith(_GATES):
             return None
         codes, floats = node.input[1], f"{linear}.weight.dequantized"
-        nodes = [make_node("DequantizeLinear", [codes, f"{codes}_scale"], floats, axis=1)]
-        value, scale = node.input[0], plan.input_scales[linear]
+        parameters, size = [codes, f"{codes}_scale"], plan.matrices[linear].format.block_size
+        if size is None:
+            nodes = [make_node("DequantizeLinear", parameters, floats, axis=1)]
+        else:
+            parameters += [f"{codes}_zero_point"] if plan.matrices[linear].format.zero_points else []
+            nodes = [make_node("DequantizeLinear", parameters, floats, axis=0, block_size=size)]
+        value, scale = node.input[0], plan.matrices[linear].input_scale
         if scale is not None:
             if (value, scale) not in pairs:
                 pairs[value, scale] = f"{linear}.input.dequantized"
@@ -108,17 +122,20 @@ def _quantize_products(graph: Graph, plan: QuantizationPlan, dtype: torch.dtype)
 
 
 def _quantize_embedding(graph: Graph, dtype: torch.dtype) -> None:
-    """Read the embedding's rows as codes and their scales."""
+    """Read the embedding's rows as codes and their scales; for a head that shares the table, dequantize all of it."""
     one, zero, last = f"{EMBEDDING}.one", f"{EMBEDDING}.zero", f"{EMBEDDING}.last"
 
     def quantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        if node.op_type == "Transpose" and node.input[0] == EMBEDDING:
+            floats = node.input[0] = f"{EMBEDDING}.dequantized"
+            return [make_node("DequantizeLinear", [EMBEDDING, f"{EMBEDDING}_scale"], floats, axis=0), node]
         if node.op_type != "Gather" or node.input[0] != EMBEDDING:
             return None
         out, ids = node.output[0], node.input[1]
         codes, floats, scales, column = f"{out}.codes", f"{out}.unscaled", f"{out}.scales", f"{out}.column"
         graph.add_tensor(helper.make_tensor(last, onnx.TensorProto.INT64, [1], [-1]))
         graph.add_tensor(helper.make_tensor(one, ONNX_TYPES[dtype], [], [1.0]))
-        graph.add_tensor(helper.make_tensor(zero, ONNX_TYPES[WEIGHTS_ONLY.dtype], [], [0]))
+        graph.add_tensor(helper.make_tensor(zero, ONNX_TYPES[INT8.dtype], [], [0]))
         return [
             make_node("Gather", [EMBEDDING, ids], codes),
             make_node("DequantizeLinear", [codes, one, zero], floats),
@@ -163,23 +180,30 @@ def _cast(value: str, out: str) -> onnx.NodeProto:
     return make_node("Cast", [value], out, to=onnx.TensorProto.FLOAT)
 
 
-def _stored(weight: Weight, scheme: Scheme) -> tuple[Weight, Weight]:
-    """A weight as codes, under its own name, and the scales of its output channels (for an embedding, of its rows).
+def _stored(weight: Weight, matrix: str, plan: QuantizationPlan) -> list[Weight]:
+    """A weight as codes, under its own name; the scales of its output channels or blocks (for an embedding, of its
+    rows); and the zero-points if its format has them.
 
     Scales have the type that the product runs in: the graph's type, or float32 for a gate.
     """
-    by_row, dtype = weight.name == EMBEDDING, weight.dtype
+    by_row, dtype, form = weight.name == EMBEDDING, weight.dtype, plan.matrices[matrix].format
 
-    def codes(w: Tensor) -> Tensor:
-        return quantize_weight(w.t(), scheme, dtype).t() if by_row else quantize_weight(w, scheme, dtype)
+    def part(read: Callable[[Encoded], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda w: read(plan.encoded(matrix, w.t() if by_row else w, dtype))
 
-    def scales(w: Tensor) -> Tensor:
-        return weight_scales(w.t() if by_row else w, scheme, dtype)
+    def named(ending: str, kind: torch.dtype, read: Callable[[Encoded], Tensor]) -> Weight:
+        return Weight(weight.name + ending, weight.source, weight.transpose, kind, part(read))
 
-    return (
-        Weight(weight.name, weight.source, weight.transpose, scheme.dtype, codes),
-        Weight(f"{weight.name}_scale", weight.source, weight.transpose, dtype, scales),
-    )
+    stored = [named("", form.dtype, lambda one: one.codes.t() if by_row else one.codes)]
+    if form.block_size is None:
+        return [*stored, named("_scale", dtype, lambda one: one.scales[0])]
+    stored.append(named("_scale", dtype, lambda one: one.scales))
+    return [*stored, named("_zero_point", form.dtype, _zero_points)] if form.zero_points else stored
+
+
+def _zero_points(one: Encoded) -> Tensor:
+    assert one.zero_points is not None
+    return one.zero_points
 
 
 def _pair(
@@ -188,7 +212,7 @@ def _pair(
     """QuantizeLinear and DequantizeLinear of a value, with a scale of their own."""
     name = f"{linear}.input"
     graph.add_tensor(helper.make_tensor(f"{name}.scale", ONNX_TYPES[dtype], [], [scale_value(scale, dtype)]))
-    graph.add_tensor(helper.make_tensor(f"{name}.zero", ONNX_TYPES[plan.scheme.dtype], [], [0]))
+    graph.add_tensor(helper.make_tensor(f"{name}.zero", ONNX_TYPES[plan.scheme.weights.dtype], [], [0]))
     parameters = [f"{name}.scale", f"{name}.zero"]
     codes, floats = f"{name}.quantized", f"{name}.dequantized"
     return (

@@ -1,98 +1,84 @@
-"""Which linear layers cost most in 8 bits, and the fewest that must stay in full precision for a given quality.
+"""Which products must be spared for a given quality: the fewest, the worst first.
 
-Each group of linear layers that read the same values is quantized on its own and measured. Then groups are left in full
-precision, the most costly first, until the whole model is within the limits.
+What each product loses by itself is known from choosing its codes (`choose.py`), so that no product is tried on its
+own: a few measurements of the whole model find how many of the worst must be spared. A spared product has INT8 weights
+in blocks and its inputs in full precision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from gsx_exporter.quantization.plan import QuantizationPlan, groups_of
+from gsx_exporter.quantization.scheme import GROUPS
 from gsx_exporter.quantization.simulate import Cost, Simulation
-from gsx_plugins.progress import OnProgress, Progress, silent
+
+# Measurements besides those of nothing and everything spared: each halves what is still open.
+_STEPS = 4
 
 
 @dataclass(frozen=True)
-class Limits:
-    """A quality target, against float32 at the same budget.
-
-    Args:
-        perplexity_increase: largest allowed relative increase; 0.01 is one percent.
-        flipped: largest allowed share of keep/skip decisions that flip.
-    """
-
-    perplexity_increase: float = 0.01
-    flipped: float = 0.01
-
-    def hold(self, cost: Cost) -> bool:
-        """Whether a cost is within the limits."""
-        return cost.perplexity_increase <= self.perplexity_increase and cost.flipped <= self.flipped
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What the search found.
-
-    Args:
-        plan: a plan within the limits.
-        cost: of that plan.
-        everything: cost of the whole model in 8 bits.
-        ranking: (group, its cost on its own), the most costly first; empty if the whole model is within the limits.
-        kept: groups left in full precision.
-    """
+class Tried:
+    """A plan that was measured. Args: spared: groups of linear layers, the worst first."""
 
     plan: QuantizationPlan
+    spared: tuple[str, ...]
     cost: Cost
-    everything: Cost
-    ranking: tuple[tuple[str, Cost], ...]
-    kept: tuple[str, ...]
 
 
-def choose(
-    simulation: Simulation,
-    plan: QuantizationPlan,
-    limits: Limits,
-    on_progress: OnProgress = silent,
-) -> Chosen:
-    """Find a plan within the limits that leaves as few groups as possible in full precision.
+def ranking(plan: QuantizationPlan, losses: Mapping[str, float]) -> list[str]:
+    """The groups of linear layers that can be spared ("layers.0.mlp.down"), those that lose most first.
+
+    Args: losses: what each product loses; a group loses what the worst of its products does.
+    """
+    able = {
+        group: [name for name in linears if name in plan.matrices]
+        for group, linears in groups_of(plan.checkpoint.config).items()
+        if group.endswith(tuple(GROUPS))
+    }
+    spared = set(plan.weights_only)
+    worst = {
+        group: max(losses.get(name, 0.0) for name in linears)
+        for group, linears in able.items()
+        if linears and not spared.issuperset(linears)
+    }
+    return sorted(worst, key=lambda group: -worst[group])
+
+
+def spare(
+    simulation: Simulation, plan: QuantizationPlan, losses: Mapping[str, float], holds: Callable[[Cost], bool]
+) -> list[Tried]:
+    """Find a plan that holds and spares few groups.
 
     Args:
-        simulation: measures the plans.
-        plan: the whole model in 8 bits.
-        limits: the quality target.
-        on_progress: called after each group.
+        plan: with everything quantized that may be.
+        losses: what each product loses by itself.
+        holds: whether a cost is within the limits.
+    Returns: all that was measured; the last one is the answer: the cheapest that holds, or, where nothing does,
+        everything spared.
     """
-    everything = simulation.cost(plan)
-    if limits.hold(everything):
-        return Chosen(plan, everything, everything, (), ())
-    groups = {
-        name: linears
-        for name, linears in groups_of(plan.checkpoint.config).items()
-        if any(linear in plan.input_scales for linear in linears)
-    }
-    costs: dict[str, Cost] = {}
-    for name, linears in groups.items():
-        costs[name] = simulation.cost(plan, [linear for linear in linears if linear in plan.input_scales])
-        on_progress(Progress("measuring each group in 8 bits", len(costs), len(groups)))
+    groups, order = groups_of(plan.checkpoint.config), ranking(plan, losses)
 
-    def price(cost: Cost) -> float:
-        """One number to rank by. It uses the divergence, since the loss may fall by chance."""
-        return cost.divergence / limits.perplexity_increase + cost.flipped / limits.flipped
+    def measured(count: int) -> Tried:
+        spared = plan.sparing({linear for group in order[:count] for linear in groups[group]})
+        return Tried(spared, tuple(order[:count]), simulation.cost(spared))
 
-    ranking = sorted(costs.items(), key=lambda item: -price(item[1]))
-
-    def keeping(count: int) -> QuantizationPlan:
-        return plan.without({linear for name, _ in ranking[:count] for linear in groups[name]})
-
-    # The fewest groups, by bisection: with all groups in full precision the cost is 0, which is within the limits.
-    too_few, enough, cost = 0, len(ranking), Cost(0.0, 0.0, 0.0)
-    while enough - too_few > 1:
-        middle = (too_few + enough) // 2
-        found = simulation.cost(keeping(middle))
-        if limits.hold(found):
-            enough, cost = middle, found
+    tried = [measured(0)]
+    if holds(tried[0].cost) or not order:
+        return tried
+    best: Tried | None = None
+    too_few, enough = 0, len(order)  # that all of them are enough is measured only if no fewer are
+    for _ in range(_STEPS):
+        if enough - too_few <= 1:
+            break
+        # Losses fall steeply: the first few matter most, so the middle is taken on a logarithmic scale.
+        middle = min(max(round(((too_few + 1) * enough) ** 0.5), too_few + 1), enough - 1)
+        tried.append(measured(middle))
+        if holds(tried[-1].cost):
+            best, enough = tried[-1], middle
         else:
             too_few = middle
-    kept = tuple(name for name, _ in ranking[:enough])
-    return Chosen(keeping(enough), cost, everything, tuple(ranking), kept)
+    if best is None:
+        return [*tried, measured(len(order))]
+    return [*(one for one in tried if one is not best), best]

@@ -1,76 +1,48 @@
 """Measuring a plan's cost without a graph: the eager decoder with rounded weights and inputs.
 
-Weights are the codes that would be written, times their scales; ModelOpt's quantizer rounds inputs. Layers below the
-first quantized one are not run again.
+Weights are the codes that would be written, times their scales; ModelOpt's quantizer rounds inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from modelopt.torch.quantization.config import QuantizerAttributeConfig
-from modelopt.torch.quantization.nn import TensorQuantizer
-from torch import Tensor, nn
+from torch import Tensor
 
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.words import Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.ends import Entry, Exit
-from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions, KeyValue
-from gsx_exporter.decoder.modules import Linear
-from gsx_exporter.decoder.rule import Values
+from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Stream, Walk
-from gsx_exporter.quantization.plan import QuantizationPlan, quantize_weight, scale_value, weight_scales
-from gsx_exporter.quantization.scheme import EMBEDDING, HEAD, TABLES, WEIGHTS_ONLY, Scheme
+from gsx_exporter.quantization.linear import quantize_layer
+from gsx_exporter.quantization.plan import QuantizationPlan
+from gsx_exporter.quantization.scheme import EMBEDDING, HEAD
 from gsx_exporter.text import TokenText
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What 8 bits cost on a text, against the same model in float32.
+    """What rounding costs on a text, against the same model in float32.
 
     Args:
-        nats: increase of the mean loss per token; negative if the loss fell.
-        divergence: mean KL divergence of the next-token distribution, in nats.
+        divergence: KL divergence of each token's next-token distribution, in nats: one array [S] for each window.
+        same: whether each token's most likely next token is the same, [S] bool.
+        nats: increase of the loss of each token but the first, [S - 1]; negative where it fell.
+        exact_nats: the loss of the model itself, [S - 1].
         flipped: share of keep/skip decisions that flipped; 0 without decisions.
     """
 
-    nats: float
-    divergence: float
+    divergence: tuple[np.ndarray, ...]
+    same: tuple[np.ndarray, ...]
+    nats: tuple[np.ndarray, ...]
+    exact_nats: tuple[np.ndarray, ...]
     flipped: float
-
-    @property
-    def perplexity_increase(self) -> float:
-        """Relative increase; 0.01 is one percent."""
-        return float(torch.expm1(torch.tensor(self.nats, dtype=torch.float64)))
-
-
-def rounded(weight: Tensor, scheme: Scheme) -> Tensor:
-    """A weight [in, out], quantized and dequantized."""
-    codes = quantize_weight(weight, scheme, torch.float32)
-    return codes.float() * weight_scales(weight, scheme, torch.float32)
-
-
-class QuantizedLinear(nn.Module):
-    """A linear layer as the graph runs it in 8 bits, simulated in float32."""
-
-    def __init__(self, linear: Linear, scheme: Scheme, input_scale: float | None) -> None:
-        super().__init__()
-        self.weight = rounded(linear.weight, scheme)
-        self.bias = linear.bias
-        self.quantizer: nn.Module = nn.Identity()
-        if input_scale is not None:
-            self.quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=scheme.num_bits, axis=None))
-            self.quantizer.amax = torch.tensor(scale_value(input_scale, torch.float32) * scheme.largest)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., in] -> [.., out]."""
-        y = torch.matmul(self.quantizer(x) if len(x) else x, self.weight)
-        return y if self.bias is None else y + self.bias
 
 
 class Simulation:
@@ -81,7 +53,7 @@ class Simulation:
         text: the text to measure on.
         controls: run-time inputs of the keep rule.
         options: keep rule and K/V policy.
-        on_progress: called after each layer of the float32 model.
+        on_progress: called after each layer.
     """
 
     def __init__(
@@ -92,64 +64,67 @@ class Simulation:
         options: DecoderOptions,
         on_progress: OnProgress = silent,
     ) -> None:
-        self._options, self._ids = options, text.ids
-        self._layers = checkpoint.config.num_layers
-        self._controls = controls
-        self._states: list[tuple[Values, Tensor, KeyValue | None]] = []
-        self._keep: list[dict[Branch, Tensor]] = []
-        with torch.inference_mode():
-            walk = Walk(checkpoint, text.ids, options)
-            stream = walk.stream(controls)
-            for number, layer in walk.layers():
-                self._states.append((stream.entered, stream.hidden, stream.below))
-                self._keep.append(walk.through(number, layer, stream))
-                on_progress(Progress("measuring in full precision", number + 1, self._layers))
-            self._states.append((stream.entered, stream.hidden, stream.below))  # for plans that quantize only the head
-            # Half precision is exact enough to compare 8 bits with, and half as large.
-            self._logits = [F.log_softmax(logits, dim=-1).half() for _, logits in walk.logits(stream)]
+        self.checkpoint, self.text = checkpoint, text
+        self._options, self._controls = options, controls
+        self._on_progress = on_progress
+        self._walk, self._keep, self._stream = self._run(checkpoint, None, "measuring in full precision")
 
-    def cost(self, plan: QuantizationPlan, only: Collection[str] | None = None) -> Cost:
-        """The plan's cost. Args: only: quantize only these of its matrices; None for all."""
-        quantized = set(plan.input_scales) if only is None else set(only)
-        if not quantized:
-            return Cost(0.0, 0.0, 0.0)
-        layers = [int(name.split(".")[1]) for name in quantized if name not in TABLES]
-        first = 0 if EMBEDDING in quantized else min(layers, default=self._layers)
-
-        def quantize_table(end: Entry | Exit) -> None:
-            if isinstance(end, Entry) and EMBEDDING in quantized:
-                end.embed_tokens.data = rounded(end.embed_tokens.t(), WEIGHTS_ONLY).t()
-            elif isinstance(end, Exit) and HEAD in quantized:
-                end.lm_head.weight.data = rounded(end.lm_head.weight, WEIGHTS_ONLY)
-
+    def cost(self, plan: QuantizationPlan) -> Cost:
+        """The plan's cost."""
+        walk, kept, stream = self._run(plan.checkpoint, plan, "measuring what rounding costs")
         different = decisions = 0
+        for exact, rounded in zip(self._keep, kept, strict=True):
+            different += sum(int((exact[branch] != keep).sum()) for branch, keep in rounded.items())
+            decisions += sum(keep.numel() for keep in exact.values())
+        divergence, same, nats, exact_nats = [], [], [], []
         with torch.inference_mode():
-            walk = Walk(plan.checkpoint, self._ids, self._options, quantize_table)
+            # The head runs again on the exact states: its logits would take more memory than all else.
+            pairs = zip(self._walk.logits(self._stream), walk.logits(stream), strict=True)
+            for (ids, wanted_logits), (_, found_logits) in pairs:
+                wanted, found = (F.log_softmax(logits, dim=-1) for logits in (wanted_logits, found_logits))
+                divergence += list((wanted.exp() * (wanted - found)).sum(dim=-1).double().numpy())
+                same += list((wanted.argmax(dim=-1) == found.argmax(dim=-1)).numpy())
+                loss, rounded_loss = (_loss(one, ids) for one in (wanted, found))
+                nats += list((rounded_loss - loss).numpy())
+                exact_nats += list(loss.numpy())
+        flipped = different / decisions if decisions else 0.0
+        return Cost(tuple(divergence), tuple(same), tuple(nats), tuple(exact_nats), flipped)
+
+    def _run(
+        self, checkpoint: Checkpoint, plan: QuantizationPlan | None, what: str
+    ) -> tuple[Walk, list[dict[Branch, Tensor]], Stream]:
+        """The text through the model, quantized if there is a plan: the walk, the kept rows of each layer, the end."""
+        with torch.inference_mode():
+            walk = Walk(checkpoint, self.text.ids, self._options, _nothing if plan is None else _tables(plan))
             stream = walk.stream(self._controls)
-            if first:
-                stream = Stream(stream.inputs, *self._states[first])
-            for number, layer in walk.layers(first):
-                _quantize_layer(layer, number, plan, quantized)
-                for branch, keep in walk.through(number, layer, stream).items():
-                    different += int((keep != self._keep[number][branch]).sum())
-            decisions = sum(keep.numel() for row in self._keep for keep in row.values())
-            nats = divergence = 0.0
-            tokens = 0
-            for (ids, logits), stored in zip(walk.logits(stream), self._logits, strict=True):
-                found, wanted = F.log_softmax(logits, dim=-1), stored.float()
-                divergence += float((wanted.exp() * (wanted - found)).sum())
-                targets = ids[:, 1:, None]
-                nats += float((wanted - found)[:, :-1].gather(-1, targets).sum())
-                tokens += targets.numel()
-        return Cost(nats / tokens, divergence / self._ids.size, different / decisions if decisions else 0.0)
+            kept = []
+            for number, layer in walk.layers():
+                if plan is not None:
+                    quantize_layer(layer, number, plan)
+                kept.append(walk.through(number, layer, stream))
+                self._on_progress(Progress(what, number + 1, checkpoint.config.num_layers))
+        return walk, kept, stream
 
 
-def _quantize_layer(layer: DecoderLayer, number: int, plan: QuantizationPlan, names: Collection[str]) -> None:
-    prefix = f"layers.{number}."
-    for name in [name for name in names if name.startswith(prefix)]:
-        path = name.removeprefix(prefix)
-        owner, _, attribute = path.rpartition(".")
-        linear = layer.get_submodule(path)
-        assert isinstance(linear, Linear)
-        quantized = QuantizedLinear(linear, plan.scheme_of(name), plan.input_scales[name])
-        setattr(layer.get_submodule(owner), attribute, quantized)
+def _loss(log_probabilities: Tensor, ids: Tensor) -> Tensor:
+    """[m, S, V], [m, S] -> [m, S - 1] float64."""
+    return -log_probabilities[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].double()
+
+
+def _nothing(end: Entry | Exit) -> None:
+    """The tables of the model itself."""
+
+
+def _tables(plan: QuantizationPlan) -> Callable[[Entry | Exit], None]:
+    """Round the tables as a plan says."""
+
+    def rounded(name: str, table: Tensor) -> Tensor:
+        return plan.encoded(name, table, torch.float32).decoded()
+
+    def quantize(end: Entry | Exit) -> None:
+        if EMBEDDING in plan.matrices and (isinstance(end, Entry) or end.tied):
+            end.embed_tokens.data = rounded(EMBEDDING, end.embed_tokens.t()).t()
+        elif isinstance(end, Exit) and HEAD in plan.matrices:
+            end.lm_head.weight.data = rounded(HEAD, end.lm_head.weight)
+
+    return quantize

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
-from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.quantization.linear import linear_of
 from gsx_exporter.quantization.scheme import LINEARS
 from gsx_exporter.quantization.statistics import Statistics, key, load, save
 from gsx_plugins.progress import OnProgress, Progress, silent
@@ -113,17 +113,11 @@ def _watch_layer(walk: Walk, number: int, layer: DecoderLayer, stream: Stream) -
     sizes = {}
     for name, calibrator in calibrators.items():
         amax = calibrator.compute_amax()
-        width = _linear(layer, name).weight.shape[0]
+        width = linear_of(layer, name).weight.shape[0]
         sizes[f"layers.{number}.{name}"] = np.zeros(width, np.float32) if amax is None else amax.reshape(-1).numpy()
     return sizes
 
 
 def _weight_sizes(layer: DecoderLayer, name: str) -> np.ndarray:
-    sizes: np.ndarray = _linear(layer, name).weight.abs().amax(dim=1).numpy()
+    sizes: np.ndarray = linear_of(layer, name).weight.abs().amax(dim=1).numpy()
     return sizes
-
-
-def _linear(layer: DecoderLayer, name: str) -> Linear:
-    linear = layer.get_submodule(name)
-    assert isinstance(linear, Linear)
-    return linear

@@ -1,0 +1,109 @@
+"""Choosing the codes of weights on a text, and measuring what each product loses by itself.
+
+The text goes through the model once more, layer by layer. In each layer, the inputs that its linear layers get are
+recorded (on the rows that a branch keeps), GPTQ chooses the codes, and the text goes on through the quantized layer, so
+that later layers make up for what earlier ones changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from modelopt.torch.quantization.utils.calib_utils import update_hessian
+from torch import Tensor, nn
+
+from gsx_engines.bundle.controls import RuntimeValues
+from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
+from gsx_exporter.decoder.modules import Linear
+from gsx_exporter.decoder.walk import Stream, Walk
+from gsx_exporter.quantization.codes import Encoded
+from gsx_exporter.quantization.gptq import gptq
+from gsx_exporter.quantization.linear import QuantizedLinear, linear_of, quantize_layer
+from gsx_exporter.quantization.plan import QuantizationPlan
+from gsx_exporter.quantization.scheme import GROUPS, LINEARS
+from gsx_plugins.progress import OnProgress, Progress, silent
+
+# Rows of the text on which a product's loss is measured.
+_SAMPLE_ROWS = 256
+# A linear layer -> the one that gets the same rows. (Q may get fewer than K and V: skipped tokens have K and V.)
+_SAME_ROWS = {name: linears[0] for linears in GROUPS.values() for name in linears}
+_SAME_ROWS |= {"self_attn.k_proj": "self_attn.k_proj", "self_attn.v_proj": "self_attn.k_proj"}
+
+
+class _Inputs:
+    """What a linear layer got on the text.
+
+    Attributes: hessian: [in, in] float32; count: rows; rows: a sample of them, [R, in].
+    """
+
+    def __init__(self, width: int) -> None:
+        self.hessian, self.count = torch.zeros(width, width), 0
+        self.rows = torch.empty(0, width)
+
+    def collect(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """As a hook before the layer's forward pass."""
+        rows = args[0]
+        if len(rows):
+            self.hessian, self.count = update_hessian(rows, self.hessian, self.count)
+            self.rows = rows[:: -(-len(rows) // _SAMPLE_ROWS)].clone()
+
+
+def choose_codes(
+    plan: QuantizationPlan,
+    ids: np.ndarray,
+    controls: RuntimeValues,
+    options: DecoderOptions,
+    on_progress: OnProgress = silent,
+) -> Mapping[str, float]:
+    """Choose the codes of all products of the layers; `plan.chosen` has them then.
+
+    Args:
+        ids: [M, S] int64, calibration text.
+        controls: run-time inputs of the keep rule.
+        options: keep rule, K/V policy and the graph's type, in which scales are stored.
+        on_progress: called after each layer.
+    Returns: what each product loses ("layers.0.mlp.up_proj"): the mean over rows of |y - y'|^2 / |y|^2, where y' has
+        rounded weights and inputs. Products that no row went through are missing, and are rounded to nearest.
+    """
+    losses: dict[str, float] = {}
+    with torch.inference_mode():
+        walk = Walk(plan.checkpoint, ids, options)
+        stream = walk.stream(controls)
+        for number, layer in walk.layers():
+            inputs = _inputs_of(walk, number, layer, stream)
+            chosen: dict[str, Encoded] = {}
+            for name in LINEARS:
+                matrix, seen = plan.matrices.get(f"layers.{number}.{name}"), inputs[_SAME_ROWS[name]]
+                if matrix is not None and seen.count:
+                    linear = linear_of(layer, name)
+                    found = gptq(linear.weight, seen.hessian, matrix.format, options.dtype)
+                    chosen[f"layers.{number}.{name}"] = found
+                    rounded = QuantizedLinear(linear, found, matrix.input_scale, plan.scheme)
+                    losses[f"layers.{number}.{name}"] = _loss(linear, rounded, seen.rows)
+            plan.chosen.store(f"layers.{number}", chosen)
+            quantize_layer(layer, number, plan)
+            walk.through(number, layer, stream)
+            on_progress(Progress("choosing the codes of weights", number + 1, plan.checkpoint.config.num_layers))
+    return losses
+
+
+def _inputs_of(walk: Walk, number: int, layer: DecoderLayer, stream: Stream) -> dict[str, _Inputs]:
+    """What the linear layers of a layer get; the stream stays where it is."""
+    inputs = {name: _Inputs(linear_of(layer, name).weight.shape[0]) for name in set(_SAME_ROWS.values())}
+    hooks = [layer.get_submodule(name).register_forward_pre_hook(one.collect) for name, one in inputs.items()]
+    try:
+        walk.through(number, layer, dataclasses.replace(stream))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return inputs
+
+
+def _loss(linear: Linear, rounded: QuantizedLinear, rows: Tensor) -> float:
+    """See `choose_codes`. Without the biases, which are not rounded."""
+    exact = torch.matmul(rows, linear.weight)
+    lost = (rounded.product(rows) - exact).square().sum(dim=1) / exact.square().sum(dim=1).clamp(min=1e-30)
+    return float(lost.mean())

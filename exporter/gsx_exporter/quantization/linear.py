@@ -1,0 +1,59 @@
+"""Linear layers as the graph runs them quantized, in float32: for measuring without a graph."""
+
+from __future__ import annotations
+
+import torch
+from modelopt.torch.quantization.config import QuantizerAttributeConfig
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import Tensor, nn
+
+from gsx_exporter.decoder.layer import DecoderLayer
+from gsx_exporter.decoder.modules import Linear
+from gsx_exporter.quantization.codes import Encoded
+from gsx_exporter.quantization.plan import QuantizationPlan, scale_value
+from gsx_exporter.quantization.scheme import Scheme
+
+
+class QuantizedLinear(nn.Module):
+    """A linear layer with rounded weights and inputs: the codes times their scales; ModelOpt's quantizer rounds inputs.
+
+    Args: input_scale: None if inputs are not rounded.
+    """
+
+    def __init__(self, linear: Linear, codes: Encoded, input_scale: float | None, scheme: Scheme) -> None:
+        super().__init__()
+        self.weight = codes.decoded()
+        self.bias = linear.bias
+        self.quantizer: nn.Module = nn.Identity()
+        if input_scale is not None:
+            self.quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=scheme.num_bits, axis=None))
+            self.quantizer.amax = torch.tensor(scale_value(input_scale, torch.float32) * scheme.weights.largest)
+
+    def product(self, x: Tensor) -> Tensor:
+        """[.., in] -> [.., out], without the bias."""
+        return torch.matmul(self.quantizer(x) if len(x) else x, self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in] -> [.., out]."""
+        y = self.product(x)
+        return y if self.bias is None else y + self.bias
+
+
+def quantize_layer(layer: DecoderLayer, number: int, plan: QuantizationPlan) -> None:
+    """Put quantized linear layers into a layer, as the plan says."""
+    prefix = f"layers.{number}."
+    for name, matrix in plan.matrices.items():
+        if name.startswith(prefix):
+            path = name.removeprefix(prefix)
+            owner, _, attribute = path.rpartition(".")
+            linear = linear_of(layer, path)
+            codes = plan.encoded(name, linear.weight, torch.float32)
+            quantized = QuantizedLinear(linear, codes, matrix.input_scale, plan.scheme)
+            setattr(layer.get_submodule(owner), attribute, quantized)
+
+
+def linear_of(layer: DecoderLayer, name: str) -> Linear:
+    """One of a layer's linear layers."""
+    linear = layer.get_submodule(name)
+    assert isinstance(linear, Linear)
+    return linear

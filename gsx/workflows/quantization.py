@@ -1,0 +1,118 @@
+"""The quantization step of `gsx export`: ranges, codes, what they cost, and what must be spared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gsx.workflows.quantize import Quantize
+from gsx_engines.bundle.controls import RuntimeValues, selected
+from gsx_engines.bundle.manifest import MeasuredQuality, Quantization
+from gsx_engines.bundle.selection import CalibrationText, Selection
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.quantization.chosen import ChosenCodes
+from gsx_exporter.quantization.plan import QuantizationPlan, make_plan, named
+from gsx_exporter.quantization.scheme import EMBEDDING, GATES, SCHEMES
+from gsx_exporter.quantization.statistics import Statistics
+from gsx_exporter.text import TokenText
+from gsx_plugins.errors import GsxError, UsageError
+from gsx_plugins.progress import OnProgress
+
+
+def plan_for(
+    checkpoint: Checkpoint,
+    options: DecoderOptions,
+    wanted: Quantize,
+    selection: Selection | None,
+    defaults: RuntimeValues,
+    text: TokenText,
+    unseen: TokenText,
+    scratch: Path,
+    on_progress: OnProgress,
+) -> tuple[QuantizationPlan, Quantization]:
+    """The quantization plan, and its entry in the manifest.
+
+    Args:
+        selection: the exported one; None if the keep rule has no budget.
+        defaults: exported values of the keep rule's run-time inputs.
+        text: calibration text.
+        unseen: text to measure the cost on.
+        scratch: folder for codes, as large as the quantized weights; the plan reads them there.
+        on_progress: called with the progress.
+    Raises:
+        GsxError: ModelOpt is not installed; a limit does not hold.
+    """
+    _need_modelopt()
+    from gsx.workflows.quantization_cost import settle
+    from gsx_exporter.quantization.choose import choose_codes
+
+    scheme = SCHEMES[wanted.scheme]
+    found = _ranges(checkpoint, options, wanted, selection, defaults, text, on_progress) if scheme.activations else None
+    plan = make_plan(checkpoint, scheme, found, ChosenCodes(scratch))
+    if options.rule is not None and not wanted.everything:
+        plan = plan.sparing_first()
+    plan = plan.without(named(checkpoint.config, () if wanted.everything else wanted.keep_precision))
+    if not plan.matrices:
+        raise UsageError("nothing is left to quantize", found=f"--keep-precision {','.join(wanted.keep_precision)}")
+    losses = choose_codes(plan, text.ids, defaults, options, on_progress) if scheme.chosen_on_text else {}
+    plan, measured = settle(checkpoint, options, wanted, plan, losses, defaults, unseen, on_progress)
+    entry = _entry(plan, wanted, selection, text, measured)
+    return plan, entry
+
+
+def _ranges(
+    checkpoint: Checkpoint,
+    options: DecoderOptions,
+    wanted: Quantize,
+    selection: Selection | None,
+    defaults: RuntimeValues,
+    text: TokenText,
+    on_progress: OnProgress,
+) -> Statistics:
+    """The sizes of activations at the exported selection."""
+    from gsx_exporter.quantization.watch import statistics
+
+    # A whole grid costs little more than one budget, and the next export finds it in the cache.
+    points = [defaults]
+    if selection is not None:
+        others = [point.budget for point in selection.grid if point.budget != selection.budget]
+        points += [{**defaults, **selected(selection, budget)} for budget in others]
+    return statistics(
+        checkpoint,
+        text.ids,
+        points,
+        options,
+        text_sha256=text.sha256,
+        cache=wanted.cache,
+        on_progress=on_progress,
+    )[0]
+
+
+def _entry(
+    plan: QuantizationPlan, wanted: Quantize, selection: Selection | None, text: TokenText, measured: MeasuredQuality
+) -> Quantization:
+    scheme, tied = plan.scheme, plan.checkpoint.config.tied_head
+    no_product = tuple(GATES.values()) if tied else (EMBEDDING, *GATES.values())
+    return Quantization(
+        scheme=wanted.scheme,
+        smoothing=scheme.smoothing,
+        products=sum(not name.endswith(no_product) for name in plan.matrices),
+        kept_high=plan.kept_high,
+        weights_only=plan.weights_only,
+        budget=selection.budget if scheme.activations and selection is not None else None,
+        calibration=CalibrationText(name=text.name, sha256=text.sha256, tokens=text.tokens)
+        if scheme.chosen_on_text
+        else None,
+        measured=measured,
+    )
+
+
+def _need_modelopt() -> None:
+    try:
+        import modelopt.torch.quantization  # noqa: F401
+    except ImportError as error:
+        raise GsxError(
+            "quantization needs NVIDIA ModelOpt, which is not installed",
+            found=str(error),
+            todo='pip install "gsx[quantize]"',
+        ) from error
