@@ -11,11 +11,12 @@ import pytest
 from benchmarks import adaptive, branches, profile, rules, speculation
 
 SCRIPTS = (
-    *("adaptive", "branches", "decode", "engines", "export", "gpu_prefill", "kv_cache", "llama", "model", "profile"),
-    *("quantization", "rule_parity", "rule_quality", "rules", "serving", "speculation", "torch_backend"),
+    *("adaptive", "branches", "decode", "descriptions", "engines", "export", "gpu_prefill", "kv_cache", "llama"),
+    *("model", "profile", "quantization", "rule_parity", "rule_quality", "rules", "serving", "smollm2", "speculation"),
+    "torch_backend",
 )
 # Modules that scripts use, or start.
-PARTS = ("__init__", "bundles", "measure", "peers", "prompts", "speculation_process", "worker")
+PARTS = ("__init__", "bundles", "closeness", "measure", "peers", "prompts", "speculation_process", "worker")
 FOLDER = Path(branches.__file__).parent
 
 
