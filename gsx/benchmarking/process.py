@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -31,15 +31,17 @@ class Worker:
     Args:
         name: of what it runs, for messages.
         command: what to start.
+        environment: its variables; None for those of this process.
     Raises:
         GsxError: it could not load what it runs.
     """
 
-    def __init__(self, name: str, command: Sequence[str]) -> None:
+    def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+        pipe = subprocess.PIPE
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, encoding="utf-8"
+            command, stdin=pipe, stdout=pipe, stderr=self._errors, encoding="utf-8", env=environment
         )
         try:
             self._answer()

@@ -39,7 +39,9 @@ def bench(
         str | None,
         typer.Option(help="Tokens of the prompts, e.g. 32,512.", show_default=",".join(map(str, BENCH_PROMPT_TOKENS))),
     ] = None,
-    batches: Annotated[str, typer.Option(help="Prompts that are continued together, e.g. 1,4.")] = "1",
+    batches: Annotated[
+        str | None, typer.Option(help="Prompts that are continued together, e.g. 1,4.", show_default="1")
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="New tokens of each prompt.")] = BENCH_NEW_TOKENS,
     rounds: Annotated[int, typer.Option(help="How often everything runs, at most.")] = BENCH_ROUNDS,
     seconds: Annotated[
@@ -70,7 +72,7 @@ def bench(
             *(others or ()),
             settings=setting or (),
             prompt_lengths=_numbers("--prompt-lengths", prompt_lengths) if prompt_lengths is not None else None,
-            batches=_numbers("--batches", batches),
+            batches=_numbers("--batches", batches) if batches is not None else (1,),
             new_tokens=new_tokens,
             rounds=rounds,
             seconds=seconds,
