@@ -31,10 +31,10 @@ GENAI_FORMS = {
     "fp32": ("fp32", ()),
     "int8": ("int8", ()),
     "int4": ("int4", ()),
-    "int4 mixed": ("int4", ("int4_algo_config=k_quant_mixed",)),
+    "int4 zero points": ("int4", ("is_symmetric=false", "shared_embeddings=false")),
+    "int4 k-quant": ("int4", ("algo_config=k_quant",)),
+    "int4 k-quant mixed": ("int4", ("algo_config=k_quant_mixed",)),
 }
-# A peer's environment need not have gsx: this is where the worker finds what it imports of it.
-SOURCES = [str(Path(str(package.__file__)).parents[1]) for package in (gsx, gsx_plugins)]
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ def llama_peer(
 
 
 def _worker(name: str, interpreter: str, **spec: Any) -> Worker:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])}
-    return Worker(name, [interpreter, "-m", "benchmarks.worker", json.dumps(spec, default=str)], environment)
+    return Worker(name, [interpreter, "-m", "benchmarks.worker", json.dumps(spec, default=str)], environment())
 
 
 def random_prompt(workshop: Workshop) -> list[int]:
@@ -119,13 +118,16 @@ def genai_model(model: Path, work: Path, form: str) -> Path:
         partial = work / f"{output.name}.partial"
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(partial)]
         command += ["-c", str(work / "cache"), "-p", precision, "-e", "cpu"]
-        subprocess.run([*command, *_extra(options)], check=True, stdout=subprocess.DEVNULL)
+        _run([*command, *(["--extra_options", *options] if options else [])])
         partial.rename(output)
     return output
 
 
-def _extra(options: Sequence[str]) -> list[str]:
-    return ["--extra_options", *options] if options else []
+def _run(command: Sequence[str]) -> None:
+    """Run a command that says much; what it says is shown only if it fails."""
+    ran = subprocess.run(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if ran.returncode:
+        raise SystemExit(f"{' '.join(command)}: failed\n{ran.stdout[-2000:]}")
 
 
 def llama_model(model: Path, work: Path, interpreter: str, kind: str) -> Path:
@@ -133,10 +135,18 @@ def llama_model(model: Path, work: Path, interpreter: str, kind: str) -> Path:
 
     Args:
         interpreter: Python of the environment of `llama.py`.
-        kind: type of the matrices, or a mix of types (`llama.py`).
+        kind: type of the matrices, or a mix of types.
     """
     path = work / f"dense-{kind}.gguf"
     if not path.exists():
-        command = [interpreter, "-m", "benchmarks.llama", str(model), str(path), "--type", kind]
-        subprocess.run(command, check=True)
+        mixed = kind.endswith(("_S", "_M", "_L"))
+        source = llama_model(model, work, interpreter, "F32") if mixed else model
+        command = [interpreter if mixed else sys.executable, "-m", "benchmarks.llama", str(source), str(path)]
+        _run([*command, "--type", kind])
     return path
+
+
+def environment() -> dict[str, str]:
+    """Variables for an environment that need not have gsx: where the worker finds what it imports of it."""
+    folders = [str(Path(str(package.__file__)).parents[1]) for package in (gsx, gsx_plugins)]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])}

@@ -60,6 +60,8 @@ def genai(spec: dict[str, Any]) -> Runtime:
             tokens.append(int(generator.get_next_tokens()[0]))
         return first - started, time.perf_counter() - first, tokens
 
+    shape = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+
     @cache
     def session() -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -70,8 +72,7 @@ def genai(spec: dict[str, Any]) -> Runtime:
         feeds = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
         for value in session().get_inputs():
             if value.name.startswith("past_key_values."):
-                _, heads, _, size = value.shape
-                feeds[value.name] = np.zeros((1, heads, 0, size), np.float32)
+                feeds[value.name] = np.zeros((1, shape["num_key_value_heads"], 0, shape["head_size"]), np.float32)
         found: np.ndarray = session().run(["logits"], feeds)[0][0]
         return found
 

@@ -93,11 +93,12 @@ class Worker:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         said = f": {lines[-1].strip()}" if lines else ""
+        no_memory = "a system without memory kills: try fewer at once, shorter prompts or smaller batches"
         ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with code {code}"
         return GsxError(
             f"{self.name}: the process that measures it has ended",
             found=f"it ended {ended}{said}",
-            todo="SIGKILL is what a system without memory sends: try fewer at once, shorter prompts or smaller batches",
+            todo=no_memory if code == -signal.SIGKILL else None,
         )
 
 

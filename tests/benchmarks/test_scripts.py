@@ -12,7 +12,18 @@ from benchmarks import adaptive, branches, profile, rules, speculation
 
 SCRIPTS = (
     *("adaptive", "branches", "decode", "descriptions", "engines", "export", "gpu_prefill", "kv_cache", "llama"),
-    *("model", "profile", "quantization", "rule_parity", "rule_quality", "rules", "serving", "smollm2", "speculation"),
+    *(
+        "model",
+        "profile",
+        "quantization",
+        "real",
+        "rule_parity",
+        "rule_quality",
+        "rules",
+        "serving",
+        "smollm2",
+        "speculation",
+    ),
     "torch_backend",
 )
 # Modules that scripts use, or start.
