@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from gsx.benchmarking.measure import Answers, Shape
 from gsx.benchmarking.rounds import Spread, ratios, spread
 from gsx.pages.figures import COLOURS, GREY, Plot, svg
 from gsx.pages.render import write_page
+from gsx_plugins.errors import GsxError
 
 _Found = Sequence[Mapping[str, Any]]
 
@@ -108,8 +110,15 @@ class BenchReport:
         """Write the report as one HTML page.
 
         Raises:
-            GsxError: the file cannot be written.
+            GsxError: the file cannot be written, or what draws it is not installed.
         """
+        missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+        if missing:
+            raise GsxError(
+                f"{path}: a page needs packages that are not installed",
+                found=f"no {' and no '.join(missing)}",
+                todo='pip install "gsx[export]"',
+            )
         plot = Plot(
             "Time by work left",
             f"Each point is a setting at one length of prompt and one batch, relative to {self.base}; bars: smallest "

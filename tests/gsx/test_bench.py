@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -207,6 +208,19 @@ def test_refusals(case: str, gsx: Gsx, tiny_bundle: Path) -> None:
     assert outcome.code == code
     assert message in outcome.err
     assert not outcome.out
+
+
+def test_a_machine_that_only_runs_bundles(tiny_bundle: Path, tmp_path: Path) -> None:
+    """Without what exporting needs: settings must be given, and no page can be drawn."""
+    absent = ("torch", "transformers", "safetensors", "matplotlib")
+    start = f"import sys; sys.modules.update(dict.fromkeys({absent})); from gsx.cli import main; main()"
+    page = tmp_path / "page.html"
+    code, words = [sys.executable, "-c", start, "bench", str(tiny_bundle)], ["--setting", "budget:1", *SHORT]
+    done = subprocess.run([*code, *words, "-o", page], capture_output=True, text=True, check=False)
+    assert "budget 1.0" in done.stdout
+    assert f"{page}: a page needs packages that are not installed\n  found no matplotlib" in done.stderr
+    done = subprocess.run([*code, *SHORT], capture_output=True, text=True, check=False)
+    assert "or give the settings: gsx bench BUNDLE --setting budget:0.7" in done.stderr
 
 
 def test_a_process_that_ends_is_told_from_one_that_answers() -> None:
