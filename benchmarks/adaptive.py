@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.bundles import EXAMPLE, exported
-from benchmarks.measure import Table, parse, parser, print_header, ratios, repeated
+from benchmarks.measure import Table, parse, parser, print_header
+from gsx.benchmarking.rounds import ratios, repeated
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.generation import Generation, generate

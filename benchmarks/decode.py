@@ -11,8 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.bundles import BUDGET, Workshop, add_model_options
-from benchmarks.measure import Table, milliseconds, parse, parser, print_header, ratios, spread
-from benchmarks.peers import NEW_TOKENS, PROMPT_TOKENS, Peer, genai_model, random_prompt, time_in_turn
+from benchmarks.measure import Table, milliseconds, parse, parser, print_header
+from benchmarks.peers import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    genai_model,
+    genai_peer,
+    gsx_peer,
+    random_prompt,
+    time_in_turn,
+)
+from gsx.benchmarking.rounds import ratios, spread
+from gsx_engines.bundle.controls import KeepSettings
 
 GENAI, DENSE = "GenAI, dense", "gsx, dense"
 
@@ -24,18 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     made.add_argument("--gates", nargs="*", default=["scalar", "vector"], help="(default: scalar vector)")
     args = parse(made, arguments)
     workshop = Workshop.of(args.work, args.shape)
-    genai = genai_model(workshop, "fp32")
+    genai = genai_model(workshop.model(), workshop.directory, "fp32")
     bundles = {name: workshop.bundle(name).directory for name in ("dense", *args.gates)}
     if args.prepare:
         return
     print_header(made, args, arguments)
-    peers = [Peer(GENAI, kind="genai", path=genai, threads=args.threads)]
-    peers.append(Peer(DENSE, kind="gsx", path=bundles["dense"], threads=args.threads))
+    peers = {GENAI: genai_peer(GENAI, genai, args.threads), DENSE: gsx_peer(DENSE, bundles["dense"], args.threads)}
     for gate in args.gates:
         for budget in (0.7, BUDGET) if gate == "scalar" else (BUDGET,):
             name = f"gsx, {gate} gates, budget {budget:g}"
-            peers.append(Peer(name, kind="gsx", path=bundles[gate], threads=args.threads, budget=budget))
-    found = time_in_turn({peer.name: peer for peer in peers}, random_prompt(workshop), args.rounds)
+            peers[name] = gsx_peer(name, bundles[gate], args.threads, KeepSettings(budget=budget))
+    found = time_in_turn(peers, random_prompt(workshop), args.rounds)
     same = found[GENAI][-1].tokens == found[DENSE][-1].tokens
     print(f"{PROMPT_TOKENS} + {NEW_TOKENS} tokens, {args.threads} threads, {args.rounds} rounds;")
     print(f"gsx dense and GenAI wrote the same tokens: {'yes' if same else 'NO'}\n")

@@ -18,8 +18,9 @@ from pathlib import Path
 from time import perf_counter
 
 from benchmarks.bundles import GSX, Workshop
-from benchmarks.measure import Table, in_turn, parse, parser, print_header, ratios
+from benchmarks.measure import Table, parse, parser, print_header
 from benchmarks.model import SHAPES
+from gsx.benchmarking.rounds import in_turn, ratios
 
 OURS, THEIRS = "gsx export", "GenAI builder"
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Table, in_turn, parse, parser, print_header, ratios, spread, timed
+from benchmarks.measure import Table, parse, parser, print_header, timed
+from gsx.benchmarking.rounds import in_turn, ratios, spread
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.rules.gateskip.traced import GateSkip

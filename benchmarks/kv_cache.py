@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from benchmarks.bundles import Workshop, add_model_options, exported
-from benchmarks.measure import Table, in_turn, milliseconds, parse, parser, print_header, ratios, timed
+from benchmarks.measure import Table, milliseconds, parse, parser, print_header, timed
+from gsx.benchmarking.rounds import in_turn, ratios
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.runners.select import open_runner
 

@@ -1,11 +1,14 @@
-"""llama.cpp as a peer: a checkpoint written as GGUF, and its own loop over it. Runs in an environment of its own.
+"""llama.cpp as a peer: a checkpoint written as GGUF. llama.cpp itself is compiled in an environment of its own:
 
     python -m venv ENV
-    CMAKE_ARGS="-DGGML_NATIVE=ON" ENV/bin/pip install llama-cpp-python==0.3.36 gguf safetensors    (minutes)
-    ENV/bin/python -m benchmarks.llama MODEL OUT.gguf --type Q8_0
+    CMAKE_ARGS="-DGGML_NATIVE=ON" ENV/bin/pip install llama-cpp-python==0.3.36    (minutes)
 
-Only for Llama checkpoints in float32 or float16. llama.cpp rotates neighbouring channels of a head where Hugging Face
-rotates halves, so the rows of Q and K are put into that order. The file has no tokenizer: ids go in and come out.
+    python -m benchmarks.llama MODEL OUT.gguf --type Q8_0
+    ENV/bin/python -m benchmarks.llama F32.gguf OUT.gguf --type Q4_K_M
+
+Types of single matrices (F32, Q8_0, Q4_1) are written from a checkpoint of Llama's; mixes of types (Q4_K_M) are made by
+llama.cpp from such a file. llama.cpp rotates neighbouring channels of a head where Hugging Face rotates halves, so the
+rows of Q and K are put into that order. The file has no tokenizer: ids go in and come out.
 """
 
 from __future__ import annotations
@@ -67,9 +70,9 @@ def write_gguf(model: Path, path: Path, kind: str) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("no_vocab")
     matrices = gguf.GGMLQuantizationType[kind]
-    with safe_open(model / "model.safetensors", "numpy") as tensors:
+    with safe_open(model / "model.safetensors", "pt") as tensors:  # NumPy has no bfloat16
         for name in tensors.keys():  # noqa: SIM118 (a file, no dictionary)
-            value = tensors.get_tensor(name).astype(np.float32)
+            value = tensors.get_tensor(name).float().numpy()
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 value = interleaved(value, heads if "q_proj" in name else kv_heads)
             of_type = matrices if value.ndim == 2 else gguf.GGMLQuantizationType.F32
@@ -80,6 +83,16 @@ def write_gguf(model: Path, path: Path, kind: str) -> None:
     writer.close()
 
 
+def mix(source: Path, path: Path, kind: str) -> None:
+    """Quantize a file in float32 to a mix of types. Args: kind: as llama.cpp calls it, e.g. Q4_K_M."""
+    import llama_cpp
+
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
+    if code := llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), parameters):
+        raise SystemExit(f"llama.cpp could not quantize {source} to {kind}: code {code}")
+
+
 def main() -> None:
     """Write one file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,7 +101,7 @@ def main() -> None:
     parser.add_argument("--type", default="Q8_0")
     args = parser.parse_args()
     partial = args.output.with_suffix(".partial")
-    write_gguf(args.model, partial, args.type)
+    (write_gguf if args.model.is_dir() else mix)(args.model, partial, args.type)
     partial.replace(args.output)
 
 

@@ -23,7 +23,8 @@ import onnx
 import onnxruntime as ort
 
 from benchmarks.bundles import BUDGET, Workshop, add_model_options
-from benchmarks.measure import Table, in_turn, parse, parser, print_header
+from benchmarks.measure import Table, parse, parser, print_header
+from gsx.benchmarking.rounds import in_turn
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage

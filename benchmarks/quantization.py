@@ -15,8 +15,18 @@ import os
 from collections.abc import Sequence
 
 from benchmarks.bundles import BUDGET, Workshop, add_model_options
-from benchmarks.measure import Table, milliseconds, parse, parser, print_header, ratios, spread
-from benchmarks.peers import Peer, genai_model, llama_model, llama_peer, random_prompt, time_in_turn
+from benchmarks.measure import Table, milliseconds, parse, parser, print_header
+from benchmarks.peers import (
+    genai_model,
+    genai_peer,
+    gsx_peer,
+    llama_model,
+    llama_peer,
+    random_prompt,
+    time_in_turn,
+)
+from gsx.benchmarking.rounds import ratios, spread
+from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings
 
 GENAI, LLAMA = "GenAI int8, dense", "llama.cpp Q8_0, dense"
 # Form -> what is added to the name of the float32 bundle.
@@ -25,10 +35,10 @@ FORMS = {"fp32": "", "int8": "-int8", "int8 throughout": "-int8-throughout", "in
 
 def check_llama(workshop: Workshop, interpreter: str, threads: int, prompt: list[int]) -> None:
     """Stop if llama.cpp reads another model from its file than gsx from its own."""
-    path = llama_model(workshop, interpreter, "F32")
+    path = llama_model(workshop.model(), workshop.directory, interpreter, "F32")
     peers = {
         "llama.cpp": llama_peer("llama.cpp", interpreter, path, threads, exact=True),
-        "gsx": Peer("gsx", kind="gsx", path=workshop.bundle("dense").directory, threads=threads),
+        "gsx": gsx_peer("gsx", workshop.bundle("dense").directory, threads),
     }
     theirs, ours = (answers[0].tokens for answers in time_in_turn(peers, prompt, rounds=1).values())
     if theirs != ours:
@@ -48,25 +58,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     args = parse(made, arguments)
     workshop = Workshop.of(args.work, args.shape)
-    genai = genai_model(workshop, "int8")
+    genai = genai_model(workshop.model(), workshop.directory, "int8")
     paths = {}
     for gate, asked in (("dense", "dense"), ("scalar", f"budget {BUDGET:g}")):
         for form, suffix in FORMS.items():
             if (gate, form) != ("dense", "int8 throughout"):  # in a dense model nothing stays in float32 anyway
                 paths[f"gsx {form}, {asked}"] = workshop.bundle(gate + suffix).directory
-    llama = llama_model(workshop, args.llama, "Q8_0") if args.llama else None
+    llama = llama_model(workshop.model(), workshop.directory, args.llama, "Q8_0") if args.llama else None
     if args.prepare:
         return
     print_header(made, args, arguments)
     prompt = random_prompt(workshop)
     if llama:
         check_llama(workshop, args.llama, args.threads, prompt)
-    peers = {GENAI: Peer(GENAI, kind="genai", path=genai, threads=args.threads)}
+    peers = {GENAI: genai_peer(GENAI, genai, args.threads)}
     if llama:
         peers[LLAMA] = llama_peer(LLAMA, args.llama, llama, args.threads)
     for name, path in paths.items():
-        budget = None if name.endswith("dense") else BUDGET
-        peers[name] = Peer(name, kind="gsx", path=path, threads=args.threads, budget=budget)
+        keep = AS_EXPORTED if name.endswith("dense") else KeepSettings(budget=BUDGET)
+        peers[name] = gsx_peer(name, path, args.threads, keep)
     found = time_in_turn(peers, prompt, args.rounds)
     print(f"{args.threads} threads, {args.rounds} rounds;")
     print("llama.cpp: in float32 it writes the tokens of gsx\n" if llama else "llama.cpp: left out (--llama)\n")

@@ -18,7 +18,8 @@ from time import perf_counter
 import numpy as np
 
 from benchmarks.bundles import BUDGET, Workshop, add_model_options
-from benchmarks.measure import Table, in_turn, milliseconds, parse, parser, print_header, ratios
+from benchmarks.measure import Table, milliseconds, parse, parser, print_header
+from gsx.benchmarking.rounds import in_turn, ratios
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
 from gsx_engines.bundle.words import BRANCHES
 from gsx_engines.runners.base import Cache, Runner

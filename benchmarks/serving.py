@@ -28,10 +28,11 @@ import numpy as np
 import psutil
 
 from benchmarks.bundles import EXAMPLE, Workshop, exported
-from benchmarks.measure import Table, parse, parser, print_header, ratios, repeated, spread
+from benchmarks.measure import Table, parse, parser, print_header
 from benchmarks.model import SHAPES
 from benchmarks.prompts import held_out_prompts
 from examples.triton_server import ENVIRONMENT, Server, running
+from gsx.benchmarking.rounds import ratios, repeated, spread
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.generation import GenerationStats, generate

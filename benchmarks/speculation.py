@@ -20,8 +20,9 @@ from typing import Any
 
 from benchmarks import speculation_process
 from benchmarks.bundles import EXAMPLE, Workshop, exported
-from benchmarks.measure import Table, parse, parser, print_header, repeated
+from benchmarks.measure import Table, parse, parser, print_header
 from benchmarks.prompts import held_out_prompts
+from gsx.benchmarking.rounds import repeated
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import repeated, timed
+from benchmarks.measure import timed
+from gsx.benchmarking.rounds import repeated
 
 Spec = dict[str, Any]
 

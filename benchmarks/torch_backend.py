@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bundles import BUDGET, SHORT_TEXT, exported
-from benchmarks.measure import Spread, Table, in_turn, parse, parser, print_header, ratios, spread
+from benchmarks.measure import Table, parse, parser, print_header
 from benchmarks.model import SHAPES, make_large, random_text
 from gsx.backend_names import Device
+from gsx.benchmarking.rounds import Spread, in_turn, ratios, spread
 from gsx.torch_runtime import TorchRuntime
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings

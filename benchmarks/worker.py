@@ -1,8 +1,7 @@
-"""One peer in a process of its own: reads commands on standard input, answers in JSON lines.
+"""A runtime that gsx is compared with, in a process of its own: ONNX Runtime GenAI or llama.cpp.
 
-One process for each peer keeps thread pools and memory apart, so that peers can be timed in turn without disturbing
-each other. A peer may be installed in another environment (`llama.py`), so the project is imported only where it is
-needed.
+It answers as `gsx.benchmarking.worker` does for a bundle, and gives logits too. A runtime may be installed in another
+environment (`llama.py`), so of this project only the other end of the pipe is imported.
 """
 
 from __future__ import annotations
@@ -11,41 +10,43 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-# prompt ids, new tokens -> (seconds to the first token, seconds for the rest, tokens, share kept or None)
-Call = Callable[[list[int], int], tuple[float, float, list[int], float | None]]
+from gsx.benchmarking.machine import peak_mb
+from gsx.benchmarking.process import serve
+
+WARM_UP_TOKENS = 2
 
 
-def gsx_call(path: Path, threads: int, budget: float | None) -> Call:
-    """gsx's own runner and loop."""
-    from gsx_engines.bundle.bundle import open_bundle
-    from gsx_engines.bundle.controls import KeepSettings
-    from gsx_engines.generation import generate
-    from gsx_engines.runners.select import open_runner
+@dataclass(frozen=True)
+class Runtime:
+    """A loaded runtime.
 
-    runner = open_runner(open_bundle(path), threads=threads)
+    Args:
+        continued: prompt ids, number of new tokens -> seconds to the first token, seconds for the rest, tokens.
+        logits: ids [S] -> logits [S, V].
+    """
 
-    def call(prompt: list[int], new_tokens: int) -> tuple[float, float, list[int], float | None]:
-        found = generate(runner, [prompt], max_new_tokens=new_tokens, keep=KeepSettings(budget=budget), stop_ids=[])
-        stats = found.stats
-        return stats.prefill_seconds, stats.decode_seconds, found.sequences[0].tokens, stats.kept_share
-
-    return call
+    continued: Callable[[list[int], int], tuple[float, float, list[int]]]
+    logits: Callable[[list[int]], np.ndarray]
 
 
-def genai_call(path: Path, threads: int) -> Call:
-    """ONNX Runtime GenAI on a model that its own builder made."""
+def genai(spec: dict[str, Any]) -> Runtime:
+    """ONNX Runtime GenAI on a model that its own builder made; logits by ONNX Runtime on the same file."""
+    import onnxruntime as ort
     import onnxruntime_genai as og
 
+    path, threads = Path(spec["path"]), spec["threads"]
     config = og.Config(str(path))
     config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
     model = og.Model(config)
 
-    def call(prompt: list[int], new_tokens: int) -> tuple[float, float, list[int], float | None]:
+    def continued(prompt: list[int], new_tokens: int) -> tuple[float, float, list[int]]:
         parameters = og.GeneratorParams(model)
         parameters.set_search_options(max_length=len(prompt) + new_tokens, do_sample=False)
         started = time.perf_counter()
@@ -57,60 +58,78 @@ def genai_call(path: Path, threads: int) -> Call:
         for _ in range(new_tokens - 1):
             generator.generate_next_token()
             tokens.append(int(generator.get_next_tokens()[0]))
-        return first - started, time.perf_counter() - first, tokens, None
+        return first - started, time.perf_counter() - first, tokens
 
-    return call
+    shape = json.loads((path / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+
+    @cache
+    def session() -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        return ort.InferenceSession(path / "model.onnx", options, providers=["CPUExecutionProvider"])
+
+    def logits(ids: list[int]) -> np.ndarray:
+        feeds = {"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)}
+        for value in session().get_inputs():
+            if value.name.startswith("past_key_values."):
+                feeds[value.name] = np.zeros((1, shape["num_key_value_heads"], 0, shape["head_size"]), np.float32)
+        found: np.ndarray = session().run(["logits"], feeds)[0][0]
+        return found
+
+    return Runtime(continued, logits)
 
 
-def llama_call(path: Path, threads: int, context: int, exact: bool) -> Call:
-    """llama.cpp on a GGUF file (`llama.py`), with its flash attention and 16-bit K and V, or all in float32."""
+def llama(spec: dict[str, Any]) -> Runtime:
+    """llama.cpp on a GGUF file, with its flash attention and 16-bit K and V, or all in float32 (`exact`)."""
     import llama_cpp
 
-    options: dict[str, Any] = {"n_ctx": context, "n_batch": context, "n_ubatch": context}
+    threads, context, exact = spec["threads"], spec["context"], spec["exact"]
+    options: dict[str, Any] = {"n_ctx": context, "n_batch": context, "n_ubatch": context, "logits_all": spec["logits"]}
     options |= {"n_threads": threads, "n_threads_batch": threads, "flash_attn": not exact, "verbose": False}
     if exact:
         options |= {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
-    model = llama_cpp.Llama(str(path), **options)
+    model = llama_cpp.Llama(str(spec["path"]), **options)
 
     def after(tokens: list[int]) -> int:
         model.eval(tokens)
-        logits = llama_cpp.llama_get_logits_ith(model.ctx, -1)
-        return int(np.ctypeslib.as_array(logits, (model.n_vocab(),)).argmax())
+        found = llama_cpp.llama_get_logits_ith(model.ctx, -1)
+        return int(np.ctypeslib.as_array(found, (model.n_vocab(),)).argmax())
 
-    def call(prompt: list[int], new_tokens: int) -> tuple[float, float, list[int], float | None]:
+    def continued(prompt: list[int], new_tokens: int) -> tuple[float, float, list[int]]:
         model.reset()
         started = time.perf_counter()
         tokens = [after(prompt)]
         first = time.perf_counter()
         for _ in range(new_tokens - 1):
             tokens.append(after(tokens[-1:]))
-        return first - started, time.perf_counter() - first, tokens, None
+        return first - started, time.perf_counter() - first, tokens
 
-    return call
+    def logits(ids: list[int]) -> np.ndarray:
+        model.reset()
+        model.eval(ids)
+        return np.array(model.scores[: len(ids)], np.float32)
+
+    return Runtime(continued, logits)
 
 
-def peak_mb() -> float:
-    """Peak memory of this process. (`ru_maxrss` is at least that of the process that started it.)"""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM:"))) / 1024
+KINDS = {"genai": genai, "llama": llama}
 
 
-def main() -> None:
-    """Serve calls until standard input ends."""
-    spec: dict[str, Any] = json.loads(sys.argv[1])
-    path, threads = Path(spec["path"]), spec["threads"]
-    if spec["kind"] == "llama":
-        call = llama_call(path, threads, spec["context"], spec["exact"])
-    else:
-        call = genai_call(path, threads) if spec["kind"] == "genai" else gsx_call(path, threads, spec.get("budget"))
-    print(json.dumps("ready"), flush=True)
-    for line in sys.stdin:
-        request = json.loads(line)
-        call(request["prompt"], 2)  # the first call after a pause is slower, whatever the model
-        prefill, decode, tokens, kept = call(request["prompt"], request["new_tokens"])
-        answer = {"prefill": prefill, "decode": decode, "tokens": tokens, "kept": kept, "peak_mb": peak_mb()}
-        print(json.dumps(answer), flush=True)
+def load(spec: dict[str, Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Load a runtime. Args: spec: its `kind`, the `path` of its model, `threads`, and what its function reads."""
+    runtime = KINDS[spec["kind"]](spec)
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        if "ids" in request:
+            np.save(request["file"], runtime.logits(request["ids"]))
+            return {}
+        (prompt,), new_tokens = request["prompts"], request["new_tokens"]
+        runtime.continued(prompt, WARM_UP_TOKENS)
+        first, rest, tokens = runtime.continued(prompt, new_tokens)
+        return {"first": first, "token": rest / (new_tokens - 1), "tokens": [tokens], "peak_mb": peak_mb()}
+
+    return answer
 
 
 if __name__ == "__main__":
-    main()
+    serve(lambda: load(json.loads(sys.argv[1])))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gsx import plugins as plugins
     from gsx.parity.quality import QualityLimits as QualityLimits
+    from gsx.workflows.bench import bench as bench
     from gsx.workflows.compare import compare as compare
     from gsx.workflows.doctor import doctor as doctor
     from gsx.workflows.export import export as export
@@ -43,6 +44,7 @@ _HOMES = {
     "QualityLimits": "gsx.parity.quality",
     "Quantize": "gsx.workflows.quantize",
     "TrainConfig": "gsx_exporter.training.config",
+    "bench": "gsx.workflows.bench",
     "build": "gsx_engines.building.build",
     "check_server": "gsx.workflows.triton",
     "compare": "gsx.workflows.compare",
@@ -68,6 +70,7 @@ __all__ = [
     "Quantize",
     "TrainConfig",
     "__version__",
+    "bench",
     "build",
     "check_server",
     "compare",

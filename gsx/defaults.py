@@ -23,3 +23,6 @@ DIVERGENCE_LIMIT, WEIGHTS_DIVERGENCE_LIMIT, HALF_DIVERGENCE_LIMIT = 0.02, 0.006,
 TOP1_LIMIT = 0.93
 # The same with weights in 4 bits.
 INT4_DIVERGENCE_LIMIT, INT4_PERPLEXITY_LIMIT, INT4_TOP1_LIMIT = 0.1, 0.1, 0.85
+# What a benchmark times: prompts of these lengths (as far as they fit into the model's context), new tokens, rounds,
+# and the seconds after which it takes no further round.
+BENCH_PROMPT_TOKENS, BENCH_NEW_TOKENS, BENCH_ROUNDS, BENCH_SECONDS = (128, 512), 64, 5, 180.0

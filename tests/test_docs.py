@@ -44,7 +44,7 @@ COMMAND = re.compile(r"^ {4,}(gsx [a-z].*)$|`(gsx [a-z][^`]*)`", re.MULTILINE)
 # as programs include them, and the methods' page names files of others.
 PATH = re.compile(r"`((?:gsx|exporter|engines|plugins|tests|benchmarks|examples|docs|docker)/[^\s`]*)`")
 gsx = cache(command)
-MODULE = re.compile(r"python -m ((?:benchmarks|tests|gsx_engines)(?:\.[a-z_]+)+)")
+MODULE = re.compile(r"python -m ((?:benchmarks|tests|gsx_engines)(?:\.[a-z_][a-z_0-9]*)+)")
 
 
 def name_of(path: Path) -> str:

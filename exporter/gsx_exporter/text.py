@@ -9,12 +9,14 @@ import hashlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.errors import CheckpointError, TextError
+
+if TYPE_CHECKING:
+    from gsx_exporter.checkpoint.checkpoint import Checkpoint
 
 WINDOW_TOKENS = 512
 # With fewer tokens than this, a quantile at a share of 0.01 is meaningless.
@@ -77,6 +79,8 @@ def tokenize(
             of one token.
         CheckpointError: the tokenizer is missing or does not fit the model.
     """
+    from gsx_exporter.checkpoint.tokenizer import load_tokenizer  # `gsx bench` reads a text where none is installed
+
     tokenizer = load_tokenizer(checkpoint)
     text, name = read_text(path)
     window = min(window, checkpoint.config.max_positions)

@@ -7,7 +7,21 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from gsx.cli import build, compare, convert, doctor, export, generate, inspect, plugins, study, train, triton, verify
+from gsx.cli import (
+    bench,
+    build,
+    compare,
+    convert,
+    doctor,
+    export,
+    generate,
+    inspect,
+    plugins,
+    study,
+    train,
+    triton,
+    verify,
+)
 
 app = typer.Typer(
     name="gsx",
@@ -16,7 +30,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (export, build, verify, generate, inspect, study, compare, train, convert, triton, plugins, doctor):
+for module in (
+    export,
+    build,
+    verify,
+    generate,
+    bench,
+    inspect,
+    study,
+    compare,
+    train,
+    convert,
+    triton,
+    plugins,
+    doctor,
+):
     module.add_to(app)
 
 

@@ -1,33 +1,10 @@
-"""What the benchmarks share: options, rounds in turn, ratios and tables."""
+"""What the benchmarks share: options and tables."""
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.measure import Table, in_turn, parse, parser, print_header, ratios, repeated, spread
-
-
-def test_ratios_are_taken_within_a_round() -> None:
-    """The machine slowed down by ten in the second round: the ratio of medians would be 5.5."""
-    found = ratios([2.0, 20.0, 2.2], [1.0, 10.0, 1.0])
-    assert (found.median, found.least, found.most) == pytest.approx((2.0, 2.0, 2.2))
-    assert f"{found:.2f}" == "2.00 (2.00 to 2.20)"
-    assert f"{spread([3.0, 3.0]):.1f}" == "3.0"
-    with pytest.raises(ValueError, match="zip"):
-        ratios([1.0], [1.0, 2.0])
-
-
-def test_the_first_round_does_not_count_and_the_order_is_reversed() -> None:
-    ran: list[str] = []
-
-    def run(name: str) -> int:
-        ran.append(name)
-        return len(ran)
-
-    assert in_turn(["a", "b"], run, rounds=2) == {"a": [3, 6], "b": [4, 5]}
-    assert ran == ["b", "a", "a", "b", "b", "a"]
-    numbers = iter(range(4))
-    assert repeated(lambda: next(numbers), rounds=3) == [1, 2, 3]
+from benchmarks.measure import Table, parse, parser, print_header
 
 
 def test_quick_changes_only_what_is_not_given(tmp_path: object) -> None:

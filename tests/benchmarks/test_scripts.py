@@ -8,14 +8,26 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import adaptive, branches, profile, rules, speculation
+from benchmarks import adaptive, branches, profile, real, rules, speculation
 
 SCRIPTS = (
-    *("adaptive", "branches", "decode", "engines", "export", "gpu_prefill", "kv_cache", "llama", "model", "profile"),
-    *("quantization", "rule_parity", "rule_quality", "rules", "serving", "speculation", "torch_backend"),
+    *("adaptive", "branches", "decode", "descriptions", "engines", "export", "gpu_prefill", "kv_cache", "llama"),
+    *(
+        "model",
+        "profile",
+        "quantization",
+        "real",
+        "rule_parity",
+        "rule_quality",
+        "rules",
+        "serving",
+        "smollm2",
+        "speculation",
+    ),
+    "torch_backend",
 )
 # Modules that scripts use, or start.
-PARTS = ("__init__", "bundles", "measure", "peers", "prompts", "speculation_process", "worker")
+PARTS = ("__init__", "bundles", "closeness", "measure", "peers", "prompts", "speculation_process", "worker")
 FOLDER = Path(branches.__file__).parent
 
 
@@ -74,3 +86,16 @@ def test_speculation_changes_no_token(
     assert [line[:3] for line in lines_of(capsys)] == [
         [kind, "exit:1", length] for kind in ("greedy", "sampled") for length in ("2", "adaptive")
     ]
+
+
+def test_quality_of_the_model_as_it_is(
+    base_models: dict[str, Path], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Float32 is PyTorch's model, by the measures that other forms are judged by."""
+    model = base_models["chat llama"]
+    options = ["--work", str(work), "--quick", "--threads", "1", "--model", str(model), "--forms", real.BASE]
+    real.main(["quality", *options])
+    ((name, _, divergence, same, _),) = lines_of(capsys)
+    assert name == real.BASE
+    assert divergence.startswith("0.0000 (0.0000 to 0.0000)")
+    assert same.startswith("100.0%")

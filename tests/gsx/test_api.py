@@ -24,6 +24,7 @@ from tests.tiny import tiny_checkpoint
 ROOT = Path(__file__).parent.parent.parent
 # They calibrate, train, build an engine, or measure.
 COSTLY = {
+    "gsx.bench",
     "gsx.build",
     "gsx.compare",
     "gsx.export",

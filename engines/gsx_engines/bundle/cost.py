@@ -1,11 +1,14 @@
-"""Bytes of weights that a decoding step reads, counted from a bundle's graph; the time of a step follows them.
+"""What a call must do, counted from a bundle's graph: the time of a step follows the bytes that it reads, the time of a
+long prompt the floating-point operations.
 
-The K/V cache is left out: it depends on the length of the text, and for short texts it is small against the weights.
+`StepBytes` are of weights alone: K and V depend on the length of the text, and for short texts they are small against
+the weights. `Work` counts both.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +21,9 @@ from gsx_engines.bundle.words import BRANCHES
 _BRANCH_WEIGHTS = {"attn": ("self_attn.q_proj.", "self_attn.o_proj."), "mlp": ("mlp.",)}
 # Read for every token under the K/V policy `compute`; under the others only when the branch runs.
 _KV_WEIGHTS = ("self_attn.k_proj.", "self_attn.v_proj.")
+_SCALES = ("_scale", "_zero_point")
+# K and V are float32 in the caches of a CPU, whatever the graph's precision.
+_KV_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -39,12 +45,78 @@ class StepBytes:
 
 def step_bytes(bundle: Bundle) -> StepBytes:
     """Count the bytes of the weights of `model.onnx`."""
+    return StepBytes(*_by_branch(bundle, _weights(bundle), _size))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the calls of a bundle cost: bytes that a step reads, floating-point operations of a prompt.
+
+    Args:
+        weights: bytes of the weights.
+        products: [L, 2] float64, multiplications for a row of a branch; other_products: those for every row outside
+            the branches that may be skipped, without the head; head_products: those for a row of the head.
+        key_bytes: bytes of K and V that attention reads in a layer, for each token of a sequence.
+        attention_products: multiplications for a kept row and each token that it sees.
+    """
+
+    weights: StepBytes
+    products: np.ndarray
+    other_products: float
+    head_products: float
+    key_bytes: float
+    attention_products: float
+
+    def step_bytes(self, rows: np.ndarray, keys: float) -> float:
+        """Bytes that one step of a batch reads.
+
+        Args:
+            rows: [L, 2], rows that each branch ran on; a branch's weights are read if there is any.
+            keys: tokens of a sequence that attention sees.
+        """
+        read = float(self.weights.branches[rows > 0].sum()) + self.weights.rest
+        return read + float(rows[:, 0].sum()) * keys * self.key_bytes
+
+    def prompt_flops(self, rows: np.ndarray, batch: int, tokens: int) -> float:
+        """Floating-point operations of a call with prompts, of which only the last tokens reach the head.
+
+        Args:
+            rows: [L, 2], rows that each branch ran on.
+            tokens: of each prompt.
+        """
+        seen = (tokens + 1) / 2  # on average: attention is causal
+        multiplied = float((rows * self.products).sum()) + batch * (tokens * self.other_products + self.head_products)
+        return 2 * (multiplied + float(rows[:, 0].sum()) * seen * self.attention_products)
+
+
+def work_of(bundle: Bundle) -> Work:
+    """Count the work of `model.onnx`'s calls."""
+    weights, shape = _weights(bundle), bundle.manifest.decoder
+    products, rest = _by_branch(bundle, weights, _products)
+    head = float(shape.vocab_size * shape.hidden_size)
+    stored = 1 if bundle.manifest.kv_cache is not None else _KV_BYTES
+    return Work(
+        weights=StepBytes(*_by_branch(bundle, weights, _size)),
+        products=products,
+        other_products=rest - head,
+        head_products=head,
+        key_bytes=2.0 * stored * shape.num_kv_heads * shape.head_dim,
+        attention_products=2.0 * shape.num_heads * shape.head_dim,
+    )
+
+
+def _weights(bundle: Bundle) -> list[onnx.TensorProto]:
+    """The weights of `model.onnx` of which all is read for every token: without an embedding that is no head too."""
     model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
-    sizes = {tensor.name: _size(tensor) for tensor in model.graph.initializer}
-    # A tied head reads the whole embedding.
     gathered = {node.input[0] for node in model.graph.node if node.op_type == "Gather"}
     others = {name for node in model.graph.node if node.op_type != "Gather" for name in node.input}
-    total = sum(size for name, size in sizes.items() if name in others or name not in gathered)
+    return [tensor for tensor in model.graph.initializer if tensor.name in others or tensor.name not in gathered]
+
+
+def _by_branch(
+    bundle: Bundle, weights: Sequence[onnx.TensorProto], count: Callable[[onnx.TensorProto], float]
+) -> tuple[np.ndarray, float]:
+    """A count of each branch's weights, [L, 2], and of all others."""
     branches = np.zeros((bundle.manifest.decoder.num_layers, len(BRANCHES)))
     for layer in range(len(branches)):
         for column, branch in enumerate(BRANCHES):
@@ -52,9 +124,15 @@ def step_bytes(bundle: Bundle) -> StepBytes:
             if branch == "attn" and bundle.manifest.kv_policy != "compute":
                 parts += _KV_WEIGHTS
             prefixes = tuple(f"layers.{layer}.{part}" for part in parts)
-            branches[layer, column] = sum(size for name, size in sizes.items() if name.startswith(prefixes))
-    return StepBytes(branches, float(total - branches.sum()))
+            branches[layer, column] = sum(count(tensor) for tensor in weights if tensor.name.startswith(prefixes))
+    return branches, float(sum(map(count, weights)) - branches.sum())
 
 
-def _size(tensor: onnx.TensorProto) -> int:
-    return math.prod(tensor.dims) * helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+def _size(tensor: onnx.TensorProto) -> float:
+    half = tensor.data_type in (onnx.TensorProto.INT4, onnx.TensorProto.UINT4)  # two in a byte
+    return math.prod(tensor.dims) * (0.5 if half else helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+
+
+def _products(tensor: onnx.TensorProto) -> float:
+    """Multiplications for a row: one for each element of a matrix, but not of its scales."""
+    return 0.0 if len(tensor.dims) < 2 or tensor.name.endswith(_SCALES) else float(math.prod(tensor.dims))

@@ -20,7 +20,12 @@ from gsx_plugins.graph import Graph, make_node
 # int8 code + 128 is the uint8 code of the same number.
 _MIDDLE = "lowered.middle_code"
 # Constants of a row's scale: the channels' axis; the largest code; the least scale, for rows of zeros; 1.
-_CHANNELS, _LARGEST, _LEAST, _ONE = "lowered.channels", "lowered.largest_code", "lowered.least_scale", "lowered.unit_scale"
+_CHANNELS, _LARGEST, _LEAST, _ONE = (
+    "lowered.channels",
+    "lowered.largest_code",
+    "lowered.least_scale",
+    "lowered.unit_scale",
+)
 # Block sizes of a shared table, the fastest first (docs/quantization.md): one that divides the width is taken.
 _TABLE_BLOCKS = (128, 64, 32, 16)
 
