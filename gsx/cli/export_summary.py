@@ -94,9 +94,10 @@ def _print_quantization(summary: dict[str, Any]) -> None:
     flipped = "" if measured["flipped"] is None else f", {measured['flipped']:.2%} of decisions flipped"
     divergence, perplexity = measured["divergence"], measured["perplexity_increase"]
     console.print(
-        f"on {measured['text']['tokens']:,} tokens, {measured['verdict']}: KL divergence {divergence['value']:.4f} "
-        f"nats ({divergence['low']:.4f} to {divergence['high']:.4f}), {1 - measured['differing']['value']:.1%} same next "
-        f"token, perplexity {perplexity['value']:+.1%} ({perplexity['low']:+.1%} to {perplexity['high']:+.1%}){flipped}"
+        f"on {measured['text']['tokens']:,} tokens, {measured['verdict']}: "
+        f"KL divergence {divergence['value']:.4f} nats ({divergence['low']:.4f} to {divergence['high']:.4f}), "
+        f"{1 - measured['differing']['value']:.1%} same next token, "
+        f"perplexity {perplexity['value']:+.1%} ({perplexity['low']:+.1%} to {perplexity['high']:+.1%}){flipped}"
     )
 
 

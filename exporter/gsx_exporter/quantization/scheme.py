@@ -54,8 +54,8 @@ class WeightFormat:
 
 INT8 = WeightFormat(torch.int8, 127.0)
 E4M3 = WeightFormat(torch.float8_e4m3fn, 448.0)
-# Where only weights are in 8 bits: the scales take an eighth of the bytes more, and the weights of SmolLM2 have a quarter
-# of the divergence (benchmarks/RESULTS.md).
+# Where only weights are in 8 bits: the scales take an eighth of the bytes more, and the weights of SmolLM2 have a
+# quarter of the divergence (benchmarks/RESULTS.md).
 INT8_BLOCKS = WeightFormat(torch.int8, 127.0, 32)
 INT4 = WeightFormat(FOUR_BITS, 7.0, 32, zero_points=True)
 

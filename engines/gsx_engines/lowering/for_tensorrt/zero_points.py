@@ -36,8 +36,8 @@ def without_zero_points(graph: Graph, task: Task) -> int:
         MatMul(x, DequantizeLinear(codes, scales, zero-points))      becomes
         Sub(MatMul(x, DequantizeLinear(codes, scales)), MatMul(sums of x over each block, scales * zero-points))
 
-    It is the same in exact arithmetic: x (s (q - z)) = x (s q) - (sum of x) (s z) for each block. The second product has
-    one input where the first has a block of them.
+    It is the same in exact arithmetic: x (s (q - z)) = x (s q) - (sum of x) (s z) for each block. The second product
+    has one input where the first has a block of them.
 
     Returns: the number of products.
     """
