@@ -38,10 +38,21 @@ def test_products_run_in_8_bits(
     assert ("80" in entry.targets) == (scheme == "int8")
     assert {"89", "120"} <= set(entry.targets)
     graph = entry.graphs["model"]
-    # Seven a layer; gates are in float32; embedding and head share a table, which stays in half precision.
+    # Seven a layer; gates are in float32; of the head, only the weights are in 8 bits.
     assert graph.products == {{"int8": "int8", "fp8": "float8"}[scheme]: 7 * LAYERS, "float": BRANCHES, "float16": 1}
     assert graph.widened == ()
     assert not [warning for warning in warnings_of(entry) if "8 BITS" in warning]
+
+
+def test_weights_in_4_bits_are_built_without_zero_points(make_tiny_bundle: Callable[..., Path], tmp_path: Path) -> None:
+    """The engine has the 4-bit codes; what zero-points add is computed beside each product."""
+    directory = Path(
+        shutil.copytree(make_tiny_bundle(precision="fp16", quantize=Quantize("int4", ("none",))), tmp_path / "bundle")
+    )
+    name, entry = build_small(directory, plugins="none")
+    check(directory, name, entry)
+    graph = entry.graphs["model"]
+    assert graph.products == {"float16": 7 * LAYERS + 1, "float": BRANCHES}
 
 
 def test_a_product_that_does_not_run_in_8_bits_is_named(

@@ -16,9 +16,9 @@ from onnx import TensorProto
 from safetensors.torch import load_file, save_file
 
 from benchmarks.model import configuration
-from gsx.workflows.quantize import Quantize, plan_for
-from gsx_engines.bundle.controls import RuntimeValues, selected
-from gsx_engines.bundle.selection import GridPoint, Selection
+from gsx.workflows.quantization import plan_for
+from gsx.workflows.quantize import Quantize
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.opening import open_checkpoint
@@ -28,22 +28,26 @@ from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.graph.assemble import GraphBuilder, Graphs
-from gsx_exporter.quantization.plan import (
-    QuantizationPlan,
-    groups_of,
-    make_plan,
-    matrices_of,
-    named,
-    quantize_weight,
-    weight_scales,
-)
+from gsx_exporter.quantization.choose import choose_codes
+from gsx_exporter.quantization.chosen import ChosenCodes
+from gsx_exporter.quantization.codes import round_to_nearest
+from gsx_exporter.quantization.gptq import gptq
+from gsx_exporter.quantization.plan import Matrix, QuantizationPlan, make_plan, matrices_of, named
 from gsx_exporter.quantization.qdq import quantize_graphs
-from gsx_exporter.quantization.scheme import LINEARS, SCHEMES, SchemeName
-from gsx_exporter.quantization.sensitivity import Limits, choose
-from gsx_exporter.quantization.simulate import Simulation
+from gsx_exporter.quantization.scheme import (
+    E4M3,
+    INT4,
+    INT8,
+    INT8_BLOCKS,
+    LINEARS,
+    SCHEMES,
+    SchemeName,
+    WeightFormat,
+)
+from gsx_exporter.quantization.sensitivity import ranking, spare
+from gsx_exporter.quantization.simulate import Cost, Simulation
 from gsx_exporter.quantization.smoothing import smooth
 from gsx_exporter.quantization.watch import statistics
-from gsx_exporter.rules.calibration import calibrate
 from gsx_exporter.rules.gateskip.traced import GateSkip
 from gsx_exporter.text import TokenText
 from gsx_plugins.errors import GsxError, UsageError
@@ -82,30 +86,79 @@ def graph_of(plan: QuantizationPlan, dtype: torch.dtype = torch.float32) -> Grap
     return quantize_graphs(graphs, plan, dtype)
 
 
+def weight_of(seed: int, spread: float = 1.0, width: int = 64, out: int = 5) -> torch.Tensor:
+    return torch.randn(width, out, generator=torch.Generator().manual_seed(seed)) * spread
+
+
 # Rounding to a code is off by half a step at most; half precision's scale is itself rounded, and codes follow it.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("form", [INT8, INT8_BLOCKS])
 @given(seed=st.integers(0, 10_000), spread=st.floats(1e-3, 1e3))
-def test_int8_weights_are_off_by_half_a_step(dtype: torch.dtype, seed: int, spread: float) -> None:
-    weight = torch.randn(17, 5, generator=torch.Generator().manual_seed(seed)) * spread
+def test_int8_weights_are_off_by_half_a_step(form: WeightFormat, dtype: torch.dtype, seed: int, spread: float) -> None:
+    weight = weight_of(seed, spread)
     weight[:, 2] = 0
-    scales = weight_scales(weight, SCHEMES["int8"], dtype).float()
-    codes = quantize_weight(weight, SCHEMES["int8"], dtype)
-    assert codes.dtype == torch.int8
-    assert int(codes.abs().max()) == 127, "the largest weight takes the largest code"
+    found = round_to_nearest(weight, form, dtype)
+    assert found.codes.dtype == torch.int8
+    assert found.scales.shape == (1 if form == INT8 else 2, 5)
+    assert int(found.codes.abs().max()) == 127, "the largest weight takes the largest code"
+    steps = found.scales.float().repeat_interleave(64 // len(found.scales), 0)
     slack = 127 * 2.0**-11 if dtype == torch.float16 else 1e-4  # the clipped end, where the scale was rounded down
-    assert bool(((codes.float() * scales - weight).abs() <= scales * (0.5 + slack)).all())
-    assert not codes[:, 2].any()
+    assert bool(((found.decoded() - weight).abs() <= steps * (0.5 + slack)).all())
+    assert not found.codes[:, 2].any()
+
+
+@given(seed=st.integers(0, 10_000), shift=st.floats(-2, 2))
+def test_int4_blocks_hold_their_range(seed: int, shift: float) -> None:
+    """Codes and zero-points fit 4 bits, 0 is a value, and no weight is off by more than a step and what was cut off."""
+    weight = weight_of(seed) + shift
+    found = round_to_nearest(weight, INT4, torch.float32)
+    assert found.zero_points is not None
+    assert found.scales.shape == found.zero_points.shape == (2, 5)
+    for codes in (found.codes, found.zero_points):
+        assert (codes.dtype, bool((codes >= -8).all()), bool((codes <= 7).all())) == (torch.int8, True, True)
+    blocks = weight.reshape(2, 32, 5)
+    ranges = blocks.amax(1).clamp(min=0) - blocks.amin(1).clamp(max=0)
+    off = (found.decoded() - weight).abs().reshape(2, 32, 5).amax(1)
+    assert bool((off <= ranges * (0.2 + 1 / 15)).all())
 
 
 @given(seed=st.integers(0, 10_000))
 def test_fp8_weights_keep_three_bits_of_mantissa(seed: int) -> None:
-    weight = torch.randn(17, 5, generator=torch.Generator().manual_seed(seed))
-    scales = weight_scales(weight, SCHEMES["fp8"], torch.float32)
-    codes = quantize_weight(weight, SCHEMES["fp8"], torch.float32)
-    assert codes.dtype == torch.float8_e4m3fn
-    error = (codes.float() * scales - weight).abs()
+    weight = weight_of(seed)
+    found = round_to_nearest(weight, E4M3, torch.float32)
+    assert found.codes.dtype == torch.float8_e4m3fn
+    error = (found.decoded() - weight).abs()
     # 2^-4 relative; below the smallest normal code, 2^-6, half the spacing of 2^-9.
-    assert bool((error <= torch.maximum(weight.abs() * 2.0**-4, scales * 2.0**-10) * 1.001).all())
+    assert bool((error <= torch.maximum(weight.abs() * 2.0**-4, found.scales * 2.0**-10) * 1.001).all())
+
+
+@pytest.mark.parametrize("form", [INT8, INT8_BLOCKS, INT4, E4M3])
+@given(seed=st.integers(0, 1_000))
+def test_gptq_changes_outputs_less_than_rounding_does(form: WeightFormat, seed: int) -> None:
+    """On inputs whose channels go together, as a model's do; the codes are in the same range."""
+    inputs = torch.randn(256, 8, generator=torch.Generator().manual_seed(seed)) @ weight_of(seed + 1, out=64, width=8)
+    inputs = inputs + weight_of(seed + 2, 0.1, 256, 64)
+    weight = weight_of(seed + 3)
+    off = []
+    for found in (
+        round_to_nearest(weight, form, torch.float32),
+        gptq(weight, inputs.t() @ inputs, form, torch.float32),
+    ):
+        assert float(found.codes.float().abs().max()) <= max(form.largest, 8)
+        off.append(float((inputs @ (found.decoded() - weight)).square().sum()))
+    assert off[1] < off[0]
+
+
+def test_chosen_codes_are_found_by_matrix_and_format(tmp_path: Path) -> None:
+    chosen = ChosenCodes(tmp_path)
+    stored = round_to_nearest(weight_of(0), INT4, torch.float16)
+    chosen.store("layers.0", {"layers.0.mlp.up_proj": stored})
+    found = chosen.find("layers.0.mlp.up_proj", INT4)
+    assert found is not None
+    assert torch.equal(found.decoded(), stored.decoded())
+    assert found.scales.dtype == torch.float16
+    assert chosen.find("layers.0.mlp.up_proj", INT8_BLOCKS) is None, "another format is rounded to nearest"
+    assert chosen.find("layers.1.mlp.up_proj", INT4) is None
 
 
 def test_ranges_are_of_the_rows_that_ran(model: Checkpoint, text: TokenText) -> None:
@@ -208,7 +261,7 @@ def test_graph_follows_the_rules_of_fusing(plan: QuantizationPlan, dtype: torch.
 
 
 def test_what_stays_high_is_stored_in_16_bits(plan: QuantizationPlan) -> None:
-    everything, sparing = ({w.name: w.dtype for w in graph_of(one).weights} for one in (plan, plan.sparing()))
+    everything, sparing = ({w.name: w.dtype for w in graph_of(one).weights} for one in (plan, plan.sparing_first()))
     # The checkpoint's own 16 bits: nothing is rounded.
     assert sparing["layers.0.attn_gate.linear.weight.stored"] == torch.bfloat16
     assert everything["layers.0.attn_gate.linear.weight"] == sparing["layers.1.mlp_gate.linear.weight"] == torch.int8
@@ -224,14 +277,18 @@ def test_a_large_model_takes_half_of_its_16_bits(scheme: SchemeName, high: int, 
     """What stays in high precision by default, on the shape of 1.1 B parameters, costs at most 3 of 50 percent."""
     config = ModelConfig.from_hf(configuration("1b", gate))
     shapes_alone = Checkpoint(Path(), "", None, config, {})
-    everything = QuantizationPlan(SCHEMES[scheme], shapes_alone, dict.fromkeys(matrices_of(config), 1.0))
-    plan = everything.sparing()
+    scheme_row = SCHEMES[scheme]
+    everything = QuantizationPlan(
+        scheme_row, shapes_alone, dict.fromkeys(matrices_of(config), Matrix(scheme_row.weights, 1.0))
+    )
+    plan = everything.sparing_first()
     matrices = (*LINEARS, *(f"{branch}_gate.linear" for branch in BRANCHES if gate == "vector"))
     assert set(plan.kept_high) == {f"layers.{layer}.{name}" for layer in range(high) for name in matrices}
-    alone = {name for name, scale in plan.input_scales.items() if scale is None}
-    assert alone == {f"layers.{layer}.{name}" for layer in range(high, high + careful) for name in LINEARS}
+    assert set(plan.weights_only) == {
+        f"layers.{layer}.{name}" for layer in range(high, high + careful) for name in LINEARS
+    }
     sizes = expected_tensors(config)
-    names = {f"model.{name.removesuffix('.linear')}" for name in plan.input_scales}
+    names = {f"model.{name.removesuffix('.linear')}" for name in plan.matrices}
     quantized = [sizes[f"{name}.weight".replace("model.lm_head", "lm_head")] for name in names]
     saved = sum(math.prod(size) - 2 * size[0] for size in quantized)  # a byte each; and 16-bit scales
     assert 1 - saved / (2 * sum(math.prod(size) for size in sizes.values())) < 0.53
@@ -247,18 +304,50 @@ def test_a_large_model_takes_half_of_its_16_bits(scheme: SchemeName, high: int, 
     ],
 )
 def test_what_decides_what_stays_in_high_precision(
-    model: Checkpoint, text: TokenText, keep: tuple[str, ...], options: DecoderOptions, kept: list[str]
+    model: Checkpoint, text: TokenText, tmp_path: Path, keep: tuple[str, ...], options: DecoderOptions, kept: list[str]
 ) -> None:
     """Nothing stays in high precision if nothing is decided; names are added."""
     controls = thresholds(0.5) if options.rule else {}
-    plan, entry = plan_for(model, options, Quantize("int8", keep), None, controls, text, silent)
+    plan, entry = plan_for(model, options, Quantize("int8", keep), None, controls, text, text, tmp_path, silent)
     assert list(plan.kept_high) == list(entry.kept_high) == kept
+    assert entry.measured is not None
+    assert entry.measured.verdict == "not judged", "random weights predict nothing"
 
 
-def test_a_shared_table_stays_as_it_is(tmp_path: Path) -> None:
+def test_a_shared_table_is_stored_once(tmp_path: Path) -> None:
+    """Codes for both: rows that the embedding reads, and a transposed weight for the head; a scale for each row."""
     path = tiny_checkpoint(tmp_path / "m", layers=LAYERS, hidden=HIDDEN, tied=True)
-    weights_alone = make_plan(open_checkpoint(path), SCHEMES["int8-weights"], None)
-    assert set(weights_alone.input_scales) == {f"layers.{n}.{name}" for n in range(LAYERS) for name in LINEARS}
+    plan = make_plan(open_checkpoint(path), SCHEMES["int8-weights"], None)
+    assert {n for n in plan.matrices if not n.startswith("layers.")} == {"embed_tokens"}
+    graphs = quantize_graphs(GraphBuilder(plan.checkpoint, DecoderOptions(), {}).graphs(None), plan, torch.float32)
+    tables = {weight.name: weight.dtype for weight in graphs.weights if "embed" in weight.name or "head" in weight.name}
+    assert tables == {"embed_tokens": torch.int8, "embed_tokens_scale": torch.float32}
+    readers = [
+        (node.op_type, list(node.input)) for node in graphs.models["model"].graph.node if "embed_tokens" in node.input
+    ]
+    assert readers == [
+        ("Gather", ["embed_tokens", "hidden.view"]),
+        ("DequantizeLinear", ["embed_tokens", "embed_tokens_scale"]),
+    ]
+
+
+def test_int4_weights_are_blocks_with_zero_points(tmp_path: Path) -> None:
+    """A product whose input is no whole number of blocks has INT8 weights instead."""
+    path = tiny_checkpoint(tmp_path / "m", layers=LAYERS, hidden=HIDDEN, intermediate=80)
+    plan = make_plan(open_checkpoint(path), SCHEMES["int4"], None)
+    assert plan.matrices["layers.0.mlp.up_proj"].format == INT4
+    assert plan.matrices["layers.0.mlp.down_proj"].format == plan.matrices["lm_head"].format == INT8
+    graphs = quantize_graphs(GraphBuilder(plan.checkpoint, DecoderOptions(), {}).graphs(None), plan, torch.float32)
+    weights = {weight.name: weight for weight in graphs.weights}
+    assert (
+        weights["layers.0.mlp.up_proj.weight"].dtype
+        == weights["layers.0.mlp.up_proj.weight_zero_point"].dtype
+        == INT4.dtype
+    )
+    nodes = [node for node in graphs.models["model"].graph.node if "layers.0.mlp.up_proj.weight" in node.input]
+    assert [(node.op_type, {a.name: a.i for a in node.attribute}) for node in nodes] == [
+        ("DequantizeLinear", {"axis": 0, "block_size": 32})
+    ]
 
 
 def test_a_scalar_gate_is_not_a_matrix(tmp_path: Path) -> None:
@@ -318,58 +407,65 @@ def test_activations_that_are_not_finite_are_named(tmp_path: Path, text: TokenTe
         statistics(open_checkpoint(path), text.ids, [thresholds(-np.inf)], OPTIONS, text_sha256=text.sha256)
 
 
-def test_sensitivity_leaves_out_as_few_as_hold(model: Checkpoint, plan: QuantizationPlan, text: TokenText) -> None:
-    simulation = Simulation(model, text, thresholds(0.5), OPTIONS)
-    groups = groups_of(model.config)
-    nothing = simulation.cost(plan, [])
-    assert (nothing.nats, nothing.divergence, nothing.flipped) == (0.0, 0.0, 0.0)
-    everything = simulation.cost(plan)
-    assert everything.divergence > 0
-    assert choose(simulation, plan, Limits(10.0, 1.0)).kept == ()
-    all_high = choose(simulation, plan, Limits(-1.0, 1.0))  # below what any plan gives
-    assert len(all_high.kept) == len(groups)
-    assert not all_high.plan.input_scales
-
-
-def test_sensitivity_finds_the_layer_that_spoils_it(model: Checkpoint, plan: QuantizationPlan, text: TokenText) -> None:
-    """One range is set far too narrow: that layer, and what else the limit needs, is left in full precision."""
+def test_products_that_lose_most_are_spared_first(
+    model: Checkpoint, plan: QuantizationPlan, text: TokenText, tmp_path: Path
+) -> None:
+    """One range is set far too narrow: its group is the first of the ranking, and sparing it is enough."""
     bad = "layers.0.mlp.down_proj"
-    scale = plan.input_scales[bad]
+    scale = plan.matrices[bad].input_scale
     assert scale is not None
-    spoilt = dataclasses.replace(plan, input_scales={**plan.input_scales, bad: scale / 100})
-    simulation = Simulation(model, text, thresholds(0.5), OPTIONS)
-    everything = simulation.cost(spoilt)
-    assert everything.flipped > 0.01
-    limits = Limits(10.0, everything.flipped / 2)
-    found = choose(simulation, spoilt, limits)
-    assert found.kept == ("layers.0.mlp.down",)
-    assert bad not in found.plan.input_scales
-    assert limits.hold(simulation.cost(found.plan)), "what it gives was measured"
-
-
-def test_a_limit_that_is_not_met_names_the_nearest_setting(model: Checkpoint) -> None:
-    text = TokenText(np.random.default_rng(1).integers(3, 97, (6, 96)), "0" * 64, "random ids")
-    points = calibrate(model, text.ids, [1.0, 0.7], OPTIONS)
-    grid = tuple(
-        GridPoint(
-            budget=point.budget,
-            thresholds=tuple((float(a), float(b)) for a, b in point.thresholds),
-            kept_share=point.kept_share,
-            kept=tuple((float(a), float(b)) for a, b in point.kept),
-        )
-        for point in points
+    spoilt = dataclasses.replace(
+        plan, matrices={**plan.matrices, bad: Matrix(INT8, scale / 100)}, chosen=ChosenCodes(tmp_path)
     )
-    selection = Selection(mode="threshold", budget=0.7, grid=grid)
+    losses = choose_codes(spoilt, text.ids, thresholds(0.5), OPTIONS)
+    assert losses[bad] > 0.5
+    order = ranking(spoilt, losses)
+    assert order[0] == "layers.0.mlp.down"
+    assert len(order) == 4 * LAYERS, "gates and tables are never spared"
+    simulation = Simulation(model, text, thresholds(0.5), OPTIONS)
+    limit = divergence(simulation.cost(spoilt)) / 2
+    tried = spare(simulation, spoilt, losses, lambda cost: divergence(cost) <= limit)
+    assert tried[-1].spared == ("layers.0.mlp.down",)
+    assert tried[-1].plan.weights_only == (bad,)
+    assert divergence(tried[-1].cost) <= limit, "what it gives was measured"
+    everything = spare(simulation, spoilt, losses, lambda cost: False)
+    assert len(everything[-1].spared) == len(order), "where nothing is enough, all that can be spared is"
+
+
+def divergence(cost: Cost) -> float:
+    return float(np.concatenate(cost.divergence).mean())
+
+
+def test_a_plan_that_changes_nothing_costs_nothing(model: Checkpoint, plan: QuantizationPlan, text: TokenText) -> None:
+    cost = Simulation(model, text, thresholds(0.5), OPTIONS).cost(plan.without(matrices_of(model.config)))
+    assert divergence(cost) == cost.flipped == 0
+    assert all(same.all() for same in cost.same)
+    assert len(cost.nats[0]) == len(cost.exact_nats[0]) == len(cost.divergence[0]) - 1
+
+
+def counting_checkpoint(path: Path) -> Path:
+    """A model that can be judged: after token n it expects n + 1, below its width; its layers add a little noise."""
+    tiny_checkpoint(path, layers=LAYERS, hidden=HIDDEN)
+    tensors = load_file(path / "model.safetensors")
+    table = torch.zeros_like(tensors["model.embed_tokens.weight"])
+    table[:HIDDEN] = torch.eye(HIDDEN)
+    tensors["model.embed_tokens.weight"], tensors["lm_head.weight"] = table, table.roll(1, 0).contiguous()
+    for name in tensors:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensors[name] *= 0.1
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_a_limit_that_is_not_met_names_what_was_tried(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(counting_checkpoint(tmp_path / "m"))
+    text = TokenText(np.arange(96).reshape(2, 48) % HIDDEN, "0" * 64, "counting")
+    wanted = Quantize("fp8", max_divergence=1e-9)
     with pytest.raises(GsxError) as error:
-        plan_for(
-            model,
-            OPTIONS,
-            Quantize("fp8", ("none",), max_flipped=1e-9),
-            selection,
-            selected(selection, 0.7),
-            text,
-            silent,
-        )
-    assert "most costly: embed_tokens (divergence" in error.value.message
-    assert "expected flipped at most 1e-07%, found perplexity" in error.value.message
-    assert "--keep-precision embed_tokens,layers." in error.value.message
+        plan_for(checkpoint, DecoderOptions(), wanted, None, {}, text, text, tmp_path, silent)
+    message = error.value.message
+    assert message.startswith("--fp8: the requested quality is not met; what loses most: layers.")
+    assert "expected KL divergence at most 1e-09 nats, at least 0.93 of next tokens the same" in message
+    assert "found 0 groups spared: KL divergence" in message
+    assert f"; {4 * LAYERS} groups spared: KL divergence" in message
+    assert "--keep-precision none" in message

@@ -166,6 +166,7 @@ def _build_graph(
     lowered = _lower(bundle, name, portable, capacity, kv_layout, profiles, library)
     graph, engine = work / f"{name}.onnx", work / f"{name}.engine"
     graph.write_bytes(lowered.model.SerializeToString())
+    products = {node.name for node in portable.graph.node if node.op_type == "MatMul"}  # lowering may add small ones
     plugin_ops = {op for op, form in lowered.forms.items() if form == "plugin"}
     job = Job(
         backend=backend,
@@ -176,7 +177,7 @@ def _build_graph(
         profiles=tuple(input_ranges(lowered.model, profile) for profile in profiles),
         plugins=str(library) if plugin_ops and library else None,
         plugin_nodes=tuple(node.name for node in lowered.model.graph.node if node.op_type in plugin_ops),
-        products=tuple(node.name for node in lowered.model.graph.node if node.op_type == "MatMul"),
+        products=tuple(node.name for node in lowered.model.graph.node if node.name in products),
         timing_cache=str(timing_cache) if timing_cache else None,
     )
     built = run_job(job, name, on_progress)

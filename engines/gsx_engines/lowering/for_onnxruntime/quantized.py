@@ -26,8 +26,10 @@ _CHANNELS, _LARGEST, _LEAST, _ONE = (
     "lowered.least_scale",
     "lowered.unit_scale",
 )
-# Block sizes of a shared table, the fastest first (docs/quantization.md): one that divides the width is taken.
+# Block sizes of a shared table, the fastest first (docs/quantization.md): the first that divides the width is taken.
 _TABLE_BLOCKS = (128, 64, 32, 16)
+# How ONNX Runtime's blocks are padded to whole ones, if none divides it.
+_PADDED_BLOCK = 32
 
 
 def fuse_products(graph: Graph) -> int:
@@ -106,16 +108,20 @@ def shared_table(graph: Graph) -> int:
             continue
         codes, scales = (graph.constants[name] for name in dequantize.input[:2])
         rows, width = codes.dims
-        size = next((size for size in _TABLE_BLOCKS if width % size == 0), None)
-        if size is None or scales.data_type != TensorProto.FLOAT:
-            return 0  # ONNX Runtime dequantizes the table when it loads the graph
+        size = next((size for size in _TABLE_BLOCKS if width % size == 0), _PADDED_BLOCK)
+        blocks, padding = -(-width // size), list[onnx.NodeProto]()
         table = "lowered.head"
         bits = _as_unsigned(graph, codes)
-        graph.add_constant(f"{table}.blocks", np.array([rows, width // size, size], np.int64))
-        graph.add_constant(f"{table}.by_block", np.array([rows, width // size], np.int64))
+        if blocks * size > width:
+            graph.add_constant(f"{table}.pads", np.array([0, 0, 0, blocks * size - width], np.int64))
+            padding = [make_node("Pad", [bits, f"{table}.pads"], f"{table}.padded")]
+            bits = f"{table}.padded"
+        graph.add_constant(f"{table}.blocks", np.array([rows, blocks, size], np.int64))
+        graph.add_constant(f"{table}.by_block", np.array([rows, blocks], np.int64))
         graph.add_constant(f"{table}.column", np.array([-1, 1], np.int64))
         graph.add_constant(_MIDDLE, np.uint8(128))
         graph.prepend(
+            *padding,
             make_node("BitwiseXor", [bits, _MIDDLE], f"{table}.codes"),
             make_node("Reshape", [f"{table}.codes", f"{table}.blocks"], f"{table}.weights"),
             make_node("Reshape", [scales.name, f"{table}.column"], f"{table}.row_scales"),
