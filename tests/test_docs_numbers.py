@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from gsx.defaults import QUALITY_TOKENS, VERIFY_TOKENS
-from gsx.parity.quality import ACTIVATIONS, HALF, WEIGHTS
+from gsx.parity.quality import ACTIVATIONS, FOUR_BITS, HALF, WEIGHTS
 from gsx.workflows import skip_set_search
 from gsx.workflows.compare import WINDOW_TOKENS
-from gsx.workflows.quantize import MEASURED_WINDOWS
+from gsx.workflows.export_text import MEASURED_TOKENS
 from gsx.workflows.study import SEQUENCE_TOKENS
 from gsx_engines.building.profiles import DEFAULT_PREFILL_TOKENS
 from gsx_engines.defaults import BUILD_CONTEXT
@@ -39,8 +39,8 @@ ROOT = Path(__file__).parent.parent
 WORDS = {1 / 8: "an eighth", 2: "two", 3: "three", 4: "four"}
 SLOTS, QUEUE = (signature(Scheduler).parameters[name].default for name in ("slots", "queue"))
 NEW_TOKENS = signature(Request).parameters["max_new_tokens"].default
-INT8, FP8 = SCHEMES["int8"], SCHEMES["fp8"]
-ROUNDED = (ACTIVATIONS, WEIGHTS, HALF)
+INT8, INT4, FP8 = (SCHEMES[name] for name in ("int8", "int4", "fp8"))
+ROUNDED = (ACTIVATIONS, WEIGHTS, FOUR_BITS, HALF)
 
 
 def literals(module: str) -> dict[str, int]:
@@ -104,13 +104,13 @@ PHRASES = {
         f"according to a note on it | {ffn_skip.WARM_UP} |",
     ),
     "docs/quantization.md": (
-        f"SmoothQuant, alpha {INT8.smoothing:g}",
+        f"SmoothQuant, alpha {INT8.smoothing:g} for INT8 and {INT4.smoothing:g} for INT4",
         f"layers {FP8.high_layers} to {FP8.high_layers + FP8.weight_only_layers - 1} have only their weights in 8 bits",
-        f"on {WORDS[MEASURED_WINDOWS]} windows after the calibration text",
-        f"| `--max-divergence` | {ACTIVATIONS.divergence} nats | {WEIGHTS.divergence} nats | {HALF.divergence} nats |",
+        f"on {MEASURED_TOKENS:,} tokens after the calibration text",
+        f"| `--max-divergence` | {' | '.join(f'{limits.divergence} nats' for limits in ROUNDED)} |",
         f"| `--min-top1` | {' | '.join(percent(limits.top1) for limits in ROUNDED)} |",
         f"| `--max-perplexity-increase` | {' | '.join(percent(limits.perplexity_increase) for limits in ROUNDED)} |",
-        f"| `--max-flipped` | {percent(ACTIVATIONS.flipped)} | {percent(WEIGHTS.flipped)} |",
+        f"| `--max-flipped` | {' | '.join(percent(limits.flipped) for limits in ROUNDED[:3])} |",
         f"With 8 bits {QUALITY_TOKENS:,} tokens are read by default: with {VERIFY_TOKENS:,},",
     ),
     "docs/speculation.md": (

@@ -86,7 +86,10 @@ def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) 
         )
     else:
         checks.numbers(
-            "fast runner: logits, off the portable runner's", fast, fast.rms / fast.reference_rms, limits.runners
+            "fast runner: logits, off the portable runner's",
+            fast,
+            fast.rms / fast.reference_rms,
+            limits.runners if math.isfinite(limits.runners) else None,
         )
     if decisions is not None and limits.differing_share is None:
         checks.add(

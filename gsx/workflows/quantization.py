@@ -47,7 +47,9 @@ def plan_for(
     from gsx_exporter.quantization.choose import choose_codes
 
     scheme = SCHEMES[wanted.scheme]
-    found = _ranges(checkpoint, options, wanted, selection, defaults, text, on_progress) if scheme.activations else None
+    found = (
+        _ranges(checkpoint, options, wanted, selection, defaults, text, on_progress) if scheme.reads_inputs else None
+    )
     plan = make_plan(checkpoint, scheme, found, ChosenCodes(scratch))
     if options.rule is not None and not wanted.everything:
         plan = plan.sparing_first()

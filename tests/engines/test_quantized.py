@@ -11,6 +11,7 @@ import onnx
 import pytest
 
 from gsx.parity.measure import EngineSide, runner_logits
+from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
@@ -22,6 +23,7 @@ from gsx_engines.runners import session
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.session import session_config
 from gsx_plugins.graph import Graph
+from tests.tiny import tiny_checkpoint
 
 # Only weights are rounded, to the same codes; ONNX Runtime rounds inputs of its products in blocks.
 WEIGHTS_TOLERANCE = 0.05
@@ -148,15 +150,23 @@ def test_a_token_has_the_same_numbers_whatever_is_beside_it(make_tiny_bundle: Ca
     assert np.square(whole - np.array(single)).mean() < 1e-4 * np.square(whole).mean()
 
 
-def test_a_shared_table_is_one_product_in_8_bits(make_tiny_bundle: Callable[..., Path]) -> None:
-    """The tiny model's embedding and head are one table: the head reads its codes as they are stored."""
-    bundle = open_bundle(make_tiny_bundle(quantize=Quantize("int8", ("none",))))
-    layers = bundle.manifest.decoder.num_layers
+def test_a_shared_table_is_one_product_in_8_bits(tmp_path: Path, tiny_text: Path) -> None:
+    """The head reads the embedding's codes as they are stored; a width that is no whole number of blocks is padded."""
+    width = 40
+    model = tiny_checkpoint(tmp_path / "m", layers=1, hidden=width, tied=True, tokenizer=True)
+    bundle = export(model, tmp_path / "out", quantize=Quantize("int8-weights", ("none",)), calibration=tiny_text)
     portable = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
-    head = lower(portable, bundle.manifest, range(layers)).head
+    head = lower(portable, bundle.manifest, range(1)).head
     (product,) = [node for node in head.graph.node if node.op_type == "MatMulNBits"]
     form = {attribute.name: attribute.i for attribute in product.attribute}
-    assert (form["K"], form["N"], form["bits"]) == (bundle.manifest.decoder.hidden_size, 259, 8)
-    kinds = {tensor.name: tensor.data_type for tensor in head.graph.initializer}
-    assert kinds["embed_tokens.bits"] == onnx.TensorProto.UINT8
-    assert "embed_tokens" not in kinds, "it is not dequantized as a whole"
+    assert (form["K"], form["N"], form["bits"], form["block_size"]) == (
+        width,
+        bundle.manifest.decoder.vocab_size,
+        8,
+        32,
+    )
+    assert "DequantizeLinear" not in {node.op_type for node in head.graph.node}
+    ids = np.random.default_rng(0).integers(3, 259, (1, 24))
+    exact = EngineSide(bundle).observe(ids, np.ones_like(ids), {})[0].logits
+    fast, _ = runner_logits(open_runner(bundle), ids, {})
+    assert np.abs(fast[0] - exact).max() < WEIGHTS_TOLERANCE * np.abs(exact).max()

@@ -20,10 +20,10 @@ from tests.gsx.command_line import Gsx, Spoil, edit_json, edit_weights, snapshot
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (("--int8", "--fp8"), "one of the two"),
+        (("--int8", "--fp8"), "give only one of them"),
         (("--fp8", "--weights-only"), "belongs to --int8"),
-        (("--keep-precision", "auto"), "belongs to --int8 or --fp8"),
-        (("--max-flipped", "0.1"), "belongs to --int8 or --fp8"),
+        (("--keep-precision", "none"), "belongs to --int8, --int4 or --fp8"),
+        (("--max-flipped", "0.1"), "belongs to --int8, --int4 or --fp8"),
         (("--policy", "layers", "--policy", "gateskip"), "layers and gateskip exclude each other"),
         (("--policy", "layers:"), "some after the colon"),
         (("--policy", "layers:0-99"), "found 3, 4, 5, 6 and 93 more"),

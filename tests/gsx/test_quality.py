@@ -282,8 +282,8 @@ def test_limits_are_numbers(value: float) -> None:
     [
         ({"max_flipped": 0.0}, "max flipped"),
         ({"max_perplexity_increase": float("nan")}, "max perplexity increase"),
-        ({"keep_precision": ("auto", "layers.0")}, "auto or none cannot be combined with names"),
-        ({"keep_precision": ("layers.0", "none")}, "auto or none cannot be combined with names"),
+        ({"max_divergence": -1.0}, "max divergence"),
+        ({"keep_precision": ("layers.0", "none")}, "none cannot be combined with names"),
     ],
 )
 def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:

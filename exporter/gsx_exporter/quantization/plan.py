@@ -110,18 +110,18 @@ def make_plan(
     A product whose input is not a whole number of the format's blocks gets INT8 weights.
 
     Args:
-        found: statistics at the exported selection; None if the scheme quantizes only weights.
+        found: statistics at the exported selection; None if the scheme reads none.
         chosen: where codes that are chosen on a text will be.
     """
     names = matrices_of(checkpoint.config)
     inputs: Mapping[str, np.ndarray] = {}
-    if scheme.activations:
+    if scheme.reads_inputs:
         assert found is not None
         checkpoint, inputs = smooth(checkpoint, found, scheme.smoothing)
     matrices = dict.fromkeys(names, Matrix(INT8))
     for name in names:
         if name.endswith(LINEARS) and scheme.weights.fits(input_width(checkpoint.config, name)):
-            scale = float(inputs[name].max()) / scheme.weights.largest if name in inputs else None
+            scale = float(inputs[name].max()) / scheme.weights.largest if scheme.activations else None
             matrices[name] = Matrix(scheme.weights, scale)
     return QuantizationPlan(scheme, checkpoint, matrices, chosen or ChosenCodes())
 
@@ -175,7 +175,7 @@ def named(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
         if not hits:
             raise UsageError(
                 f"no layer is named {pattern!r}",
-                expected="e.g. layers.0, layers.*.mlp.down, layers.3.self_attn.o_proj, lm_head; or auto, or none",
+                expected="e.g. layers.0, layers.*.mlp.down, layers.3.self_attn.o_proj, lm_head; or none",
                 todo=f"the model has layers.0 to layers.{config.num_layers - 1}, each with "
                 + ", ".join((*GROUPS, *(name.removesuffix(".linear") for name in _gates_of(config))))
                 + f"; {EMBEDDING}"

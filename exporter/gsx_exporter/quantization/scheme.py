@@ -71,6 +71,7 @@ class Scheme:
         activations: whether activations are quantized too, in the same type; False for only weights.
         smoothing: SmoothQuant's alpha, the share of a channel's size that moves from activations to weights; 0 for no
             smoothing. FP8 needs none: its codes are dense near zero, so a large channel does not cost the others bits.
+            INT4 uses it as AWQ does: weights that read large channels are rounded with a finer step.
         high_layers: number of first layers that stay in full precision if tokens skip branches, unless the user says
             otherwise. Rounding there affects every later decision, and flips most (benchmarks/RESULTS.md).
         weight_only_layers: number of layers after them in which only weights are quantized, to INT8, for the same
@@ -90,6 +91,11 @@ class Scheme:
         return self.weights == E4M3
 
     @property
+    def reads_inputs(self) -> bool:
+        """Whether the sizes of inputs must be known: for their scales, or for smoothing."""
+        return self.activations or self.smoothing > 0
+
+    @property
     def chosen_on_text(self) -> bool:
         """Whether the codes of weights are chosen on a text. Blocks of INT8 lose next to nothing when they are rounded
         to the nearest code."""
@@ -105,5 +111,5 @@ SCHEMES: dict[SchemeName, Scheme] = {
     "int8": Scheme("int8", INT8, True, 0.8, 1, 0),
     "int8-weights": Scheme("int8-weights", INT8_BLOCKS, False, 0.0, 0, 0),
     "fp8": Scheme("fp8", E4M3, True, 0.0, 1, 3),
-    "int4": Scheme("int4", INT4, False, 0.0, 1, 0),
+    "int4": Scheme("int4", INT4, False, 0.5, 1, 0),
 }
