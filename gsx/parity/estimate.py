@@ -61,6 +61,11 @@ class Estimate:
         return math.ceil(needed) if needed <= _MOST_NEEDED else None
 
     @property
+    def nearest(self) -> float:
+        """How near to 0 the interval comes; NaN if the mean is not a number."""
+        return abs(self.value) if math.isnan(self.value) else max(0.0, self.low, -self.high)
+
+    @property
     def _reach(self) -> float:
         """How far from 0 the interval reaches."""
         return max(abs(self.low), abs(self.high))

@@ -15,12 +15,14 @@ class Progress:
         done: how many steps of the stage are done.
         total: how many steps the stage has; 0 if unknown.
         note: a remark for people who watch.
+        share: of the whole work, of which this is a stage, the share that is done; None if unknown.
     """
 
     stage: str
     done: int = 0
     total: int = 0
     note: str = ""
+    share: float | None = None
 
 
 OnProgress = Callable[[Progress], None]

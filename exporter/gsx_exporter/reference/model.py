@@ -39,7 +39,6 @@ from gsx_exporter.reference.rule import (
 )
 from gsx_plugins.errors import UsageError
 
-
 # Rows of logits that are computed at a time: with a large vocabulary, all at once would take more memory than a layer.
 _HEAD_ROWS = 64
 
@@ -435,8 +434,10 @@ def _end_tokens(model: Any) -> torch.Tensor:
 
 
 def _narrow(model: nn.Module) -> None:
-    """Keep weights in 16 bits that lose nothing by it, as those of a checkpoint in 16 bits do. Buffers stay as they are:
-    transformers computed them in float32."""
+    """Keep weights in 16 bits that lose nothing by it, as those of a checkpoint in 16 bits do.
+
+    Buffers stay as they are: transformers computed them in float32.
+    """
     for weight in model.parameters():
         for dtype in (torch.bfloat16, torch.float16):
             narrow = weight.data.to(dtype)
