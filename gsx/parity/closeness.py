@@ -21,7 +21,7 @@ from gsx_engines.bundle.words import BRANCHES
 
 # Values that are compared at a time, in float64: a window's logits are the largest, and several arrays of them at once
 # would be the largest thing in memory.
-_BLOCK_VALUES = 4_000_000
+_BLOCK_VALUES = 250_000
 
 
 @dataclass(frozen=True)

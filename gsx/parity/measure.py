@@ -65,8 +65,8 @@ class ReferenceSide:
                 Observation(
                     logits=self._logits(output.states[-1], row, valid, store),
                     states=[put(_rows(state, row, valid)) for state in output.states[1:] if states],
-                    keys=[put(_heads(_array(layer.keys[row]), valid)) for layer in layers],
-                    values=[put(_heads(_array(layer.values[row]), valid)) for layer in layers],
+                    keys=[put(_by_token(_array(layer.keys))[row][valid]) for layer in layers],
+                    values=[put(_by_token(_array(layer.values))[row][valid]) for layer in layers],
                     scores=_scores(output)[:, :, row, valid],
                     keep=_keep(output)[:, :, row, valid],
                     margins=margins[:, :, row, valid],
@@ -203,14 +203,15 @@ class EngineSide:
                 keep[layer, column, :, part] = kept.reshape(B, size)
             at += size
         assert at == S, "the chunks do not add up to the sequence"
-        whole = [np.concatenate(parts, axis=1) for parts in states]
-        all_logits = np.concatenate(logits, axis=1)
+        whole = [_joined(parts) for parts in states]
+        all_logits = _joined(logits)
+        keys, values = ([_by_token(memory.pop(past(i, kind))) for i in range(L)] for kind in ("key", "value"))
         return [
             Observation(
-                logits=all_logits[row, valid],
-                states=[state[row, valid] for state in whole],
-                keys=[_heads(memory[past(i, "key")][row], valid) for i in range(L)],
-                values=[_heads(memory[past(i, "value")][row], valid) for i in range(L)],
+                logits=_valid(all_logits[row], valid),
+                states=[_valid(state[row], valid) for state in whole],
+                keys=[_valid(layer[row], valid) for layer in keys],
+                values=[_valid(layer[row], valid) for layer in values],
                 scores=scores[:, :, row, valid],
                 keep=keep[:, :, row, valid],
             )
@@ -370,6 +371,16 @@ def _keep(output: ReferenceOutput) -> np.ndarray:
     return np.stack([np.stack([keep.numpy() for keep in row]) for row in output.keep])
 
 
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Parts [B, s, W] as one, without a copy if there is only one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _valid(rows: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """The rows that are not padding, without a copy if none is."""
+    return rows if valid.all() else rows[valid]
+
+
 def _rows(x: torch.Tensor, row: int, valid: np.ndarray) -> np.ndarray:
     return _array(x[row])[valid]
 
@@ -379,7 +390,6 @@ def _array(x: torch.Tensor) -> np.ndarray:
     return found
 
 
-def _heads(x: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """[heads, T, D] -> [S, heads x D], only valid tokens."""
-    rows = x.transpose(1, 0, 2)[valid]
-    return rows.reshape(len(rows), -1)
+def _by_token(x: np.ndarray) -> np.ndarray:
+    """[B, heads, T, D] -> [B, T, heads x D]."""
+    return x.transpose(0, 2, 1, 3).reshape(len(x), x.shape[2], -1)

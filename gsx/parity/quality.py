@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 
 from gsx.defaults import DIVERGENCE_LIMIT, HALF_DIVERGENCE_LIMIT, QUALITY_LIMIT, TOP1_LIMIT, WEIGHTS_DIVERGENCE_LIMIT
 from gsx.parity.estimate import Estimate, mean_of, share_of
@@ -24,7 +24,7 @@ from gsx_plugins.errors import UsageError
 # exp of more than this overflows.
 _MOST_NATS = 700.0
 # Tokens whose next-token distributions are in memory at a time, in float64.
-_BLOCK_TOKENS = 64
+_BLOCK_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def frequency_nats(ids: np.ndarray) -> float:
     """Mean loss of guessing each of these tokens by how often it occurs among them: all that can be known without a
     model. A model that does no better has learned nothing that this text shows."""
     counts = np.unique(ids, return_counts=True)[1]
-    return float(stats.entropy(counts))
+    return float(special.entr(counts / counts.sum()).sum())
 
 
 def _from_0(estimate: Estimate) -> Estimate:

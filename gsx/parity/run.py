@@ -6,7 +6,6 @@ and what it finds waits on disk (`store.py`); then each of the engine's runners 
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from gsx.parity.measure import (
     runner_logits,
     write,
 )
+from gsx.parity.memory import give_back, keep_blocks_apart
 from gsx.parity.quality import QualityCounter, frequency_nats, next_tokens
 from gsx.parity.result import BudgetResult, Tokens
 from gsx.parity.scope import Scope
@@ -133,6 +133,7 @@ class Run:
     def results(self) -> list[BudgetResult]:
         """Measure everything, with the rule applied to every token; only for greedy text, a rule that runs the prompt
         in full does so."""
+        keep_blocks_apart()
         # Settings that are measured on everything would fill the disk together.
         together = (
             [list(self.scopes)]
@@ -146,13 +147,13 @@ class Run:
         self._check_room(folder, settings)
         with Store(folder) as store:
             found = self._greedy_texts(settings, store)
-            gc.collect()  # a session has the weights
+            give_back()
             self._by_reference(found, store)
-            gc.collect()
+            give_back(cycles=True)  # modules of transformers refer to each other
             self._by_portable(found, store)
-            gc.collect()
+            give_back()
             self._by_fast(found)
-            gc.collect()
+            give_back()
             speculated = self._speculated(found)
             return [self._result(at, speculated.get(at.setting)) for at in found]
 
@@ -191,7 +192,7 @@ class Run:
                 at.windows.append(want)
                 if rounded and at.rounding is not None:
                     with reference.computing_in(torch.float32):
-                        at.rounding.add([want], side.observe(ids, mask))
+                        at.rounding.add([want], side.observe(ids, mask, store))
             self.first_keep[at.setting] = at.windows[0].keep
             self._pad(reference, at, store)
             text_side = self._side(reference, controls_for(self.manifest, at.setting.keep, [PROMPT_TOKENS]))
@@ -282,6 +283,7 @@ class Run:
                 at.quality.add_fast(next_tokens(window, want.logits, fast[0]).divergence)
                 if number < at.scope.compared:
                     self._compare_fast(at, number, fast[0], counts)
+                del fast
 
     def _compare_fast(self, at: _At, number: int, logits: np.ndarray, counts: np.ndarray | None) -> None:
         """Compare the fast runner's logits [S, V] over a window; for a quantized bundle, with the portable runner's.

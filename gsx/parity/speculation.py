@@ -13,7 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 
 from gsx.parity.closeness import Accumulator, Comparison, Observation
 from gsx_engines.bundle.bundle import Bundle
@@ -240,6 +240,7 @@ class SpeculationSide:
         lengths = one.texts.lengths if sampling is GREEDY else one.texts.sampled_lengths
         continuations = tokens = drafted = accepted = 0
         mismatches: list[TextMismatch] = []
+        again: Runner | None = None
         for at, group in enumerate(_groups(prompts)):
             batch = [prompts[number] for number in group]
             want = plain.sequences[str(sampling), at]
@@ -259,8 +260,8 @@ class SpeculationSide:
                     continuations += 1
                     tokens += len(expected.tokens)
                     if expected.tokens != found.tokens:
-                        runner = open_runner(self._bundle, backend=self._backend)
-                        mismatch = _mismatch(runner, Picker(sampling), row, prompts[number], expected, found, one.keep)
+                        again = again or open_runner(self._bundle, backend=self._backend)
+                        mismatch = _mismatch(again, Picker(sampling), row, prompts[number], expected, found, one.keep)
                         mismatches.append(replace(mismatch, prompt=number))
         return TextsCompared(continuations, tokens, tuple(mismatches)), accepted / drafted if drafted else None
 
@@ -379,4 +380,5 @@ def _p_value(counts: np.ndarray, expected: np.ndarray) -> float:
         return 0.0
     if cells.sum() < 2:
         return 1.0
-    return float(stats.chisquare(found[cells], wanted[cells] * found.sum() / wanted.sum()).pvalue)
+    found, wanted = found[cells], wanted[cells] * found.sum() / wanted.sum()
+    return float(special.chdtrc(len(found) - 1, ((found - wanted) ** 2 / wanted).sum()))

@@ -90,6 +90,10 @@ class _Bound:
             self._bind_output(name, bound)
         return bound
 
+    def give_away(self, name: str) -> None:
+        """Leave a result's array to the caller: a window's logits are too large to be copied."""
+        del self.arrays[name]
+
     def run(self) -> None:
         """Run the session on the bound arrays."""
         self._session.run_with_iobinding(self.binding)
@@ -236,7 +240,11 @@ class OnnxRuntimeStage:
             bound.head.feed(STATE, wanted)
             found = bound.head.result(tensor_names.LOGITS, (1, wanted.shape[1], shape.vocab_size), np.float32)
             bound.head.run()
-            scores = found.reshape(batch, -1, shape.vocab_size).copy()
+            scores = found.reshape(batch, -1, shape.vocab_size)
+            if wanted.shape[1] > batch:
+                bound.head.give_away(tensor_names.LOGITS)
+            else:
+                scores = scores.copy()
         passed = {tensor_names.EXIT_HIDDEN: hidden, **leaving} if leaves else {}
         state = {name: value.copy() for name, value in passed.items()} or None
         if kept is None:

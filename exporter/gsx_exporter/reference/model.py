@@ -119,7 +119,8 @@ class Reference:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model.model.rotary_emb.to(found)
         reference = cls(model, checkpoint, dtype, found)
-        for part in (model.model.embed_tokens, *model.model.layers, model.model.norm, model.lm_head):
+        reference._widen_rows_to_run(model.model.embed_tokens)
+        for part in (*model.model.layers, model.model.norm, model.lm_head):
             reference._widen_to_run(part)
         reference._wrap_branches()
         if config.gate is not None:
@@ -253,6 +254,21 @@ class Reference:
                 return run(*args, **kwargs)
 
         part.forward = forward
+
+    def _widen_rows_to_run(self, table: nn.Embedding) -> None:
+        """The same for the embedding, of which a text reads few rows."""
+        run = table.forward
+
+        def forward(input: torch.Tensor) -> torch.Tensor:
+            used, numbers = torch.unique(input, return_inverse=True)
+            whole = table.weight.data
+            table.weight.data = whole[used.to(whole.device)].to(self.device, self.dtype)
+            try:
+                return run(numbers)
+            finally:
+                table.weight.data = whole
+
+        table.forward = forward  # type: ignore[method-assign]
 
     def greedy(
         self,
