@@ -11,13 +11,13 @@ import gc
 import platform
 
 # `M_MMAP_THRESHOLD` of malloc.h: blocks of at least this size are mappings of their own, which end when they are freed.
-_MMAP_THRESHOLD, _BYTES = -3, 1 << 20
+_MMAP_THRESHOLD = -3
 
 
-def keep_blocks_apart() -> None:
-    """From now on, large blocks go back when they are freed."""
+def keep_apart(*, from_bytes: int) -> None:
+    """From now on, blocks of this size and more go back when they are freed, and are paid for when they are needed."""
     if library := _glibc():
-        library.mallopt(_MMAP_THRESHOLD, _BYTES)
+        library.mallopt(_MMAP_THRESHOLD, from_bytes)
 
 
 def give_back(*, cycles: bool = False) -> None:

@@ -186,6 +186,10 @@ class QualityCounter:
         """Add the KL divergence [S] of the runner that generates, over the next window."""
         self._fast_divergences.append(divergence)
 
+    def add_fast_like_portable(self) -> None:
+        """The same where that runner runs the portable graph."""
+        self.add_fast(self._windows[len(self._fast_divergences)].divergence)
+
     @property
     def nats(self) -> tuple[float, float]:
         """Mean loss per token, of the reference and of the portable graph."""

@@ -24,7 +24,7 @@ from gsx.parity.measure import (
     runner_logits,
     write,
 )
-from gsx.parity.memory import give_back, keep_blocks_apart
+from gsx.parity.memory import give_back, keep_apart
 from gsx.parity.quality import QualityCounter, frequency_nats, next_tokens
 from gsx.parity.result import BudgetResult, Tokens
 from gsx.parity.scope import Scope
@@ -34,7 +34,10 @@ from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
 from gsx_engines.bundle.words import BRANCHES, Branch
+from gsx_engines.runners.base import Runner
+from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.select import Backend, open_runner
+from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.registry import reference_rule
@@ -46,6 +49,9 @@ from gsx_plugins.progress import OnProgress, Progress
 _PADDED_TOKENS = (48, 29)
 _ATTEMPTS = 4
 PROMPT_TOKENS = 32
+# A session keeps its weights, most of which are this large, until it is closed. PyTorch asks for the same blocks again
+# in every layer: there only the largest are worth their price.
+_WEIGHT_BYTES, _ACTIVATION_BYTES = 1 << 20, 4 << 20
 
 
 @dataclass(frozen=True)
@@ -133,7 +139,7 @@ class Run:
     def results(self) -> list[BudgetResult]:
         """Measure everything, with the rule applied to every token; only for greedy text, a rule that runs the prompt
         in full does so."""
-        keep_blocks_apart()
+        keep_apart(from_bytes=_WEIGHT_BYTES)
         # Settings that are measured on everything would fill the disk together.
         together = (
             [list(self.scopes)]
@@ -149,6 +155,7 @@ class Run:
             found = self._greedy_texts(settings, store)
             give_back()
             self._by_reference(found, store)
+            keep_apart(from_bytes=_WEIGHT_BYTES)
             give_back(cycles=True)  # modules of transformers refer to each other
             self._by_portable(found, store)
             give_back()
@@ -176,6 +183,9 @@ class Run:
 
     def _by_reference(self, found: list[_At], store: Store) -> None:
         reference = Reference.load(self._checkpoint, dtype=self.reference_type)
+        give_back()
+        if self.reference_type == torch.float32:  # in float64 there are few windows, and their blocks are large
+            keep_apart(from_bytes=_ACTIVATION_BYTES)
         exit_layer = self.speculation.exit_layer if self.speculation else None
         for at in found:
             side = self._side(reference, at.controls)
@@ -193,6 +203,7 @@ class Run:
                 if rounded and at.rounding is not None:
                     with reference.computing_in(torch.float32):
                         at.rounding.add([want], side.observe(ids, mask, store))
+                give_back()
             self.first_keep[at.setting] = at.windows[0].keep
             self._pad(reference, at, store)
             text_side = self._side(reference, controls_for(self.manifest, at.setting.keep, [PROMPT_TOKENS]))
@@ -278,6 +289,9 @@ class Run:
         for at in found:
             for number, want in enumerate(at.windows):
                 self._report(f"fast runner, {at.setting.name}", self._window_work)
+                if number >= at.scope.compared and _is_portable(runner):
+                    at.quality.add_fast_like_portable()
+                    continue
                 window = self.windows[number]
                 fast, counts = runner_logits(runner, window[None], at.controls)
                 at.quality.add_fast(next_tokens(window, want.logits, fast[0]).divergence)
@@ -467,6 +481,12 @@ class Run:
         """Report a step before it begins. Args: work: that it takes."""
         self.on_progress(Progress(stage, share=self._done / self._total))
         self._done += work
+
+
+def _is_portable(runner: Runner) -> bool:
+    """Whether a runner runs the portable graph too, so that it gives the same numbers."""
+    stage = runner.stage if isinstance(runner, WholeRunner) else None
+    return isinstance(stage, OnnxRuntimeStage) and not stage.is_lowered(batch=1)
 
 
 def _call(window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

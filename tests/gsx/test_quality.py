@@ -20,7 +20,16 @@ from transformers import AutoModelForCausalLM
 
 from gsx.parity.estimate import Estimate
 from gsx.parity.page import page
-from gsx.parity.quality import ACTIVATIONS, HALF, WEIGHTS, QualityCounter, QualityLimits, default_limits, frequency_nats, next_tokens
+from gsx.parity.quality import (
+    ACTIVATIONS,
+    HALF,
+    WEIGHTS,
+    QualityCounter,
+    QualityLimits,
+    default_limits,
+    frequency_nats,
+    next_tokens,
+)
 from gsx.parity.report import Report
 from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
@@ -68,7 +77,6 @@ def test_quality_against_the_formula() -> None:
 
 def test_quality_of_the_same_is_perfect() -> None:
     logits = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
-    keep = np.ones((1, 2, 5), bool)
     counter = QualityCounter([])
     same = next_tokens(np.arange(5), logits, logits)
     counter.add(same, np.zeros((1, 2, 5), bool))
@@ -215,6 +223,24 @@ def test_limits_decide(
         assert re.search(doubt, " ".join(found.doubts))
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert (written["verdict"], written["doubts"]) == (verdict, list(found.doubts))
+
+
+@pytest.mark.parametrize(
+    ("estimate", "verdict"),
+    [
+        (_estimate(0.001, 0.002), "pass"),
+        (_estimate(0.0, 0.05), "reported"),
+        (_estimate(0.015, 0.04), "reported"),  # over the limit, perhaps by chance
+        (_estimate(0.025, 0.04), "fail"),
+        (_estimate(math.nan, math.nan), "fail"),
+    ],
+)
+def test_a_part_of_the_text_finds_faults_and_does_not_judge(report: Report, estimate: Estimate, verdict: str) -> None:
+    (result,) = report.results
+    measured = replace(result.quality.estimates, divergence=estimate)
+    result = replace(result, quality=replace(result.quality, estimates=measured), part=True)
+    found = replace(report, results=(result,), quality_limits=ACTIVATIONS)
+    assert {check.verdict for check in found.checks if check.name == DIVERGENCE} == {verdict}
 
 
 @pytest.mark.parametrize(

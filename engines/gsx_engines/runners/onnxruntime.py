@@ -157,14 +157,19 @@ class OnnxRuntimeStage:
         self._steps: _Sessions | None = None
         self._portable: PortableStage | None = None
 
-    def new_memory(self, batch: int, capacity: int) -> Any:
-        """See `Stage`."""
+    def is_lowered(self, batch: int) -> bool:
+        """Whether a batch of so many sequences runs the lowered graph; else it runs the portable one."""
         fp8 = self.manifest.quantization is not None and self.manifest.quantization.is_float8
         ranks = self.manifest.selection is not None and self.manifest.selection.mode == "rank"
         alone = ranks or self.manifest.hides_skipped
         lowered = self.manifest.precision == "fp32" and not fp8 and (batch == 1 or not alone)
         eight_bits = self.manifest.kv_cache is not None
-        if not (lowered and is_supported(self.manifest.decoder.head_dim, eight_bits=eight_bits)):
+        return lowered and is_supported(self.manifest.decoder.head_dim, eight_bits=eight_bits)
+
+    def new_memory(self, batch: int, capacity: int) -> Any:
+        """See `Stage`."""
+        eight_bits = self.manifest.kv_cache is not None
+        if not self.is_lowered(batch):
             if self._portable is None:
                 self._portable = PortableStage(self._bundle, self._graph, threads=self._threads)
             return self._portable.new_memory(batch, capacity)
