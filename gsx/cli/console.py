@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gsx_plugins.progress import Progress, TimeLeft, in_words
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
-
-    from gsx_plugins.progress import Progress
 
 # In a log file, a line this often is enough to show that a step is still running.
 _PLAIN_SECONDS = 10.0
@@ -84,7 +84,7 @@ def size(count: int) -> str:
 
 
 class ProgressLine:
-    """Progress of one long piece of work, on stderr; a context manager.
+    """Progress of one long piece of work and the time left, on stderr; a context manager.
 
     Args:
         plain_every: seconds between plain lines of one stage, when stderr is not a terminal.
@@ -96,25 +96,21 @@ class ProgressLine:
         self._stage: str | None = None
         self._last = 0.0
         self._plain_every = plain_every
+        self._left = TimeLeft()
 
     def __enter__(self) -> ProgressLine:
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                SpinnerColumn,
-                TextColumn,
-                TimeElapsedColumn,
-            )
+            from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
 
-            self._bar = Progress(
+            self._bar = Bar(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=30),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}"),
                 TextColumn("{task.fields[note]}", style="dim"),
                 console=Console(stderr=True),
                 transient=True,
@@ -128,21 +124,25 @@ class ProgressLine:
 
     def show(self, progress: Progress) -> None:
         """Show what a function reports to its `on_progress`."""
-        self.update(progress.stage, progress.done, progress.total, progress.note)
-
-    def update(self, stage: str, done: int = 0, total: int = 0, note: str = "") -> None:
-        """Show progress: `done` of `total` (0: unknown) in a stage, with a note."""
+        stage, done, total, note = progress.stage, progress.done, progress.total, progress.note
+        seconds = self._left.after(progress)
+        left = "" if seconds is None else f"about {in_words(seconds)} left"
         if self._bar is not None:
             if stage != self._stage:
                 if self._task is not None:
                     self._bar.remove_task(self._task)
-                self._task = self._bar.add_task(stage, total=total or None, note=note)
-            self._bar.update(self._task, completed=done, total=total or None, note=note)
+                self._task = self._bar.add_task(stage, total=total or None, note=note, left=left)
+            self._bar.update(self._task, completed=done, total=total or None, note=note, left=left)
         else:
             now = time.monotonic()
             new = stage != self._stage
             if new or now - self._last >= self._plain_every or (total and done == total and note):
                 count = f" {done}/{total}" if total and (done or not new) else ""
-                print(f"{stage}{count}{'  ' + note if note else ''}", file=sys.stderr, flush=True)
+                parts = [f"{stage}{count}", *(part for part in (left, note) if part)]
+                print("  ".join(parts), file=sys.stderr, flush=True)
                 self._last = now
         self._stage = stage
+
+    def update(self, stage: str, done: int = 0, total: int = 0, note: str = "") -> None:
+        """Show progress: `done` of `total` (0: unknown) in a stage, with a note."""
+        self.show(Progress(stage, done, total, note))

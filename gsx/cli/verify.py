@@ -79,6 +79,9 @@ def verify(
         typer.Option(help="Tokens of it to use.", show_default=f"{VERIFY_TOKENS}, with 8 bits {QUALITY_TOKENS}"),
     ] = None,
     greedy_tokens: Annotated[int, typer.Option(help="Length of the greedy continuation.")] = GREEDY_TOKENS,
+    full: Annotated[
+        bool, typer.Option("--full", help="Check every setting on the whole text, not only the exported one.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Prove that a bundle computes what PyTorch computes; exit code 1 if a check fails or cannot be decided.
@@ -104,6 +107,7 @@ def verify(
                 quality.max_perplexity_increase, quality.max_flipped, quality.max_divergence, quality.min_top1
             ),
             **vars(backend),
+            full=full,
             on_progress=line.show,
         )
     if as_json:
@@ -125,12 +129,13 @@ def _print(report: Report, bundle: Path) -> None:
             row.interval,
             row.limit,
             Text(row.verdict, _STYLES[row.verdict]),
+            row.tokens,
             row.setting,
             "" if row.verdict in ("pass", "reported") else row.detail,
         )
         for row in report.rows()
     ]
-    columns = ["check", "worst", "95 % interval", "limit", "verdict", "at", "where"]
+    columns = ["check", "worst", "95 % interval", "limit", "verdict", "tokens", "at", "where"]
     if not any(row[-1] for row in checks):
         columns, checks = columns[:-1], [row[:-1] for row in checks]  # type: ignore[misc]
     console.print(table("engine against PyTorch", columns, checks))

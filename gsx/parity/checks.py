@@ -34,6 +34,7 @@ class Check:
         detail: further numbers, in words; reason: why the limit is what it is.
         interval: of a mean over tokens, the ends of its 95 % confidence interval.
         tokens_needed: about how many would decide, where there were too few; None also where no text would.
+        tokens: how many were read for it; None where tokens are not what counts.
     """
 
     name: str
@@ -45,13 +46,15 @@ class Check:
     reason: str
     interval: tuple[float, float] | None = None
     tokens_needed: int | None = None
+    tokens: int | None = None
 
 
 def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) -> tuple[Check, ...]:
     """Every check at one setting."""
     checks = _Checks(result.setting, limits, result.rounding)
+    read = result.tokens
     checks.quality(result, quality)
-    checks.compared("", result.windows)
+    checks.compared("", result.windows, read.windows, read.compared)
     difference = abs(result.engine_nats - result.reference_nats)
     decisions = result.windows.decisions
     left_out = decisions is not None and decisions.tokens_left_out > 0
@@ -62,6 +65,7 @@ def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) 
         None if left_out else limits.nats,
         detail=f"{perplexity_text(result.reference_nats)} and {perplexity_text(result.engine_nats)}",
         reason="a loss changes by at most twice the error of its logits",
+        tokens=result.scored_tokens,
     )
     if result.rounding is not None:
         own = result.rounding.logits
@@ -71,25 +75,26 @@ def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) 
             None,
             detail=f"{own.worst}",
             reason=f"limits of logits and states are never below {TAIL} times PyTorch's own error",
+            tokens=read.rounded,
         )
-    for name, compared in (
-        ("cache, single steps", result.single_steps),
-        ("cache, one chunk", result.one_chunk),
-        ("left padding", result.padded),
+    for name, compared, tokens in (
+        ("cache, single steps", result.single_steps, read.cached),
+        ("cache, one chunk", result.one_chunk, read.cached),
+        ("left padding", result.padded, read.padded),
     ):
         if compared is not None:
-            checks.compared(name + ": ", compared)
+            checks.compared(name + ": ", compared, tokens, tokens)
     fast = result.fast_logits
     if limits.runners is None:
-        checks.numbers(
-            "fast runner: logits", fast, fast.max_abs, limits.logit_limit(fast.reference_max, result.rounding)
-        )
+        limit = limits.logit_limit(fast.reference_max, result.rounding)
+        checks.numbers("fast runner: logits", fast, fast.max_abs, limit, read.compared)
     else:
         checks.numbers(
             "fast runner: logits, off the portable runner's",
             fast,
             fast.rms / fast.reference_rms,
             limits.runners if math.isfinite(limits.runners) else None,
+            read.compared,
         )
     if decisions is not None and limits.differing_share is None:
         checks.add(
@@ -98,6 +103,7 @@ def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) 
             0,
             detail="rows kept by each branch in each window",
             reason="it must skip what the reference skips",
+            tokens=read.compared,
         )
     for runner, greedy in result.greedy.items():
         checks.greedy(f"greedy tokens, {runner} runner", greedy)
@@ -126,11 +132,15 @@ class _Checks:
         self.setting, self.limits, self.rounding = setting, limits, rounding
         self.made: list[Check] = []
 
-    def add(self, name: str, value: float, limit: float | None, *, detail: str, reason: str) -> None:
+    def add(
+        self, name: str, value: float, limit: float | None, *, detail: str, reason: str, tokens: int | None = None
+    ) -> None:
         verdict: Verdict = "reported" if limit is None else "pass" if value <= limit else "fail"
-        self.made.append(Check(name, self.setting, value, limit, verdict, detail, reason))
+        self.made.append(Check(name, self.setting, value, limit, verdict, detail, reason, tokens=tokens))
 
-    def numbers(self, name: str, found: Comparison, value: float, limit: float | None) -> None:
+    def numbers(
+        self, name: str, found: Comparison, value: float, limit: float | None, tokens: int | None = None
+    ) -> None:
         """A numeric check. It fails on NaN or if nothing was compared, even without a limit."""
         if not found.usable:
             value, limit = math.inf, limit or 0.0
@@ -140,22 +150,22 @@ class _Checks:
             detail = f"{found.not_finite} values are not numbers"
         else:
             detail = f"{found.worst}"
-        self.add(name, value, limit, detail=detail, reason=self.limits.reason)
+        self.add(name, value, limit, detail=detail, reason=self.limits.reason, tokens=tokens)
 
-    def compared(self, prefix: str, found: Compared) -> None:
+    def compared(self, prefix: str, found: Compared, tokens: int, state_tokens: int) -> None:
+        """Args: tokens: read for logits and decisions; state_tokens: for states, K and V."""
         limits = self.limits
         logits = found.logits
         limit = limits.logit_limit(logits.reference_max, self.rounding)
-        self.numbers(prefix + "logits, largest error", logits, logits.max_abs, limit)
+        self.numbers(prefix + "logits, largest error", logits, logits.max_abs, limit, tokens)
         if prefix:
             groups = {"states, K and V": (*found.states, *found.keys, *found.values)}
         else:
             groups = {"states": found.states, "keys": found.keys, "values": found.values}
         for name, layers in groups.items():
             worst = _worst_layer(layers)
-            self.numbers(
-                f"{prefix}{name}, error over scale", worst, worst.max_relative, limits.relative_limit(self.rounding)
-            )
+            limit = limits.relative_limit(self.rounding)
+            self.numbers(f"{prefix}{name}, error over scale", worst, worst.max_relative, limit, state_tokens)
         if found.decisions is None:
             return
         decisions = found.decisions
@@ -170,7 +180,8 @@ class _Checks:
             reason = (
                 f"float32 scores on both sides: only a decision within {limits.near_tie:g} of its threshold may flip"
             )
-            self.add(prefix + "decisions, wrong", len(decisions.wrong), 0, detail=detail, reason=reason)
+            wrong = len(decisions.wrong)
+            self.add(prefix + "decisions, wrong", wrong, 0, detail=detail, reason=reason, tokens=tokens)
         elif limits.runners is None:
             reason = "scores are compared in float32, but come from rounded states: few decisions may flip"
             self.add(
@@ -179,6 +190,7 @@ class _Checks:
                 limits.differing_share,
                 detail=detail,
                 reason=reason,
+                tokens=tokens,
             )
 
     def quality(self, result: BudgetResult, limits: QualityLimits) -> None:
@@ -199,15 +211,25 @@ class _Checks:
             most = f"most in layer {layer}, {branch}: {share:.2%}"
             rows.append(("decisions, share that flipped", estimates.flipped, limits.flipped, most))
         for name, estimate, limit, detail in rows:
-            self.estimated(name, estimate, limit, detail, judgeable=result.judgeable)
+            self.estimated(name, estimate, limit, detail, judgeable=result.judgeable, part=result.part)
 
-    def estimated(self, name: str, found: Estimate, limit: float | None, detail: str, *, judgeable: bool) -> None:
+    def estimated(
+        self, name: str, found: Estimate, limit: float | None, detail: str, *, judgeable: bool, part: bool
+    ) -> None:
         """A mean over tokens. Too large a value fails; one within the limit passes only if its interval decides and
-        the model can predict the text. A bundle whose numbers have limits too does not depend on such a judge."""
+        the model can predict the text. A bundle whose numbers have limits too does not depend on such a judge.
+
+        Where only a part of the text was read, to find faults and not to judge, what it cannot decide is reported, and
+        a value fails if its whole interval is beyond the limit.
+        """
         needed = None
         verdict: Verdict
         if limit is None:
             verdict = "reported"
+        elif part:
+            verdict = (
+                "fail" if not found.nearest <= limit else "pass" if found.decides(limit) and judgeable else "reported"
+            )
         elif not abs(found.value) <= limit:
             verdict = "fail"
         elif not judgeable:
@@ -229,6 +251,7 @@ class _Checks:
                 reason="against full precision; the 95 % interval must be within the limit, or narrower than it",
                 interval=(found.low, found.high),
                 tokens_needed=needed,
+                tokens=found.tokens,
             )
         )
 
@@ -248,9 +271,10 @@ class _Checks:
             if found.tokens == 0:
                 wrong, detail = 1, "nothing was compared"
             reason = "the same tokens, unless the reference's two best are nearer than the logits' limit"
-            self.add(name, wrong, 0, detail=detail, reason=reason)
+            self.add(name, wrong, 0, detail=detail, reason=reason, tokens=found.tokens)
         else:
-            self.add(name, len(found.mismatches), None, detail=detail, reason=self.limits.reason)
+            wrong = len(found.mismatches)
+            self.add(name, wrong, None, detail=detail, reason=self.limits.reason, tokens=found.tokens)
 
     def speculation(self, found: SpeculationResult) -> None:
         """A draft must change only the speed."""
@@ -278,6 +302,7 @@ class _Checks:
                 0,
                 detail=detail,
                 reason="the model's own picks decide; only if logits are nearer than their limit may either token win",
+                tokens=texts.tokens,
             )
         if found.sampling is not None:
             fit = found.sampling

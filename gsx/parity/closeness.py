@@ -16,7 +16,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gsx.parity.store import Rows
 from gsx_engines.bundle.words import BRANCHES
+
+# Values that are compared at a time, in float64: a window's logits are the largest, and several arrays of them at once
+# would be the largest thing in memory.
+_BLOCK_VALUES = 250_000
 
 
 @dataclass(frozen=True)
@@ -25,21 +30,24 @@ class Observation:
 
     Args:
         logits: [S, V].
-        states: L arrays [S, H], the output of every layer.
+        states: L arrays [S, H], the output of every layer; empty, as keys and values, where only logits and decisions
+            are compared.
         keys, values: L arrays [S, kv heads x head_dim], RoPE applied to keys.
         scores: [L, 2, S] float32; NaN where a branch has no gate.
         keep: [L, 2, S] bool; true where a branch has no gate.
         margins: of the reference, [L, 2, S]: how far a score is from where its decision would flip; inf where it
             cannot flip (end-of-text, no gate, budget 1).
+        exit_logits: of the reference, [S, V] after the draft's exit layer; None if it was not asked for.
     """
 
-    logits: np.ndarray
-    states: list[np.ndarray]
-    keys: list[np.ndarray]
-    values: list[np.ndarray]
+    logits: Rows
+    states: Sequence[Rows]
+    keys: Sequence[Rows]
+    values: Sequence[Rows]
     scores: np.ndarray
     keep: np.ndarray
     margins: np.ndarray | None = None
+    exit_logits: Rows | None = None
 
     @property
     def tokens(self) -> int:
@@ -120,7 +128,7 @@ class Accumulator:
     reference_squares: float = 0.0
     worst: Place | None = None
 
-    def add(self, reference: np.ndarray, found: np.ndarray, clean: np.ndarray, window: int) -> None:
+    def add(self, reference: Rows, found: Rows, clean: np.ndarray, window: int) -> None:
         """Compare the tokens that are clean.
 
         Args: reference, found [S, W]; clean [S] bool.
@@ -130,26 +138,50 @@ class Accumulator:
             raise ValueError(f"shapes differ: the reference has {reference.shape}, the engine {found.shape}")
         if not clean.any():
             return
-        want, have = reference[clean].astype(np.float64), found[clean].astype(np.float64)
-        bad = int((~np.isfinite(have) | ~np.isfinite(want)).sum())
-        self.values += want.size
-        self.not_finite += bad
-        error = np.abs(have - want)
-        if bad:
-            error = np.where(np.isfinite(error), error, np.inf)
-            want = np.where(np.isfinite(want), want, 0.0)
-        squares = (want**2).mean(axis=1)
+        length, width = reference.shape
+        step = max(1, _BLOCK_VALUES // width)
+        # Of each token: the mean square of the reference, and the largest error.
+        squares, largest = (
+            np.concatenate(parts)
+            for parts in zip(
+                *(
+                    self._add_block(
+                        reference[start : start + step], found[start : start + step], clean[start : start + step]
+                    )
+                    for start in range(0, length, step)
+                ),
+                strict=True,
+            )
+        )
         scale = np.sqrt(np.maximum(squares, squares.mean()))
-        relative = error.max(axis=1) / np.maximum(scale, np.finfo(np.float32).tiny)
+        relative = largest / np.maximum(scale, np.finfo(np.float32).tiny)
         place = int(relative.argmax())
         if self.worst is None or relative[place] > self.max_relative:
             self.max_relative = float(relative[place])
             self.worst = Place(window, int(np.flatnonzero(clean)[place]), self.layer)
-        self.max_abs = max(self.max_abs, float(error.max()))
-        self.reference_max = max(self.reference_max, float(np.abs(want).max()))
+
+    def _add_block(self, reference: np.ndarray, found: np.ndarray, clean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Add some rows. Returns: of each clean one, the mean square of the reference, and the largest error."""
+        want, have = (rows[clean].astype(np.float64) for rows in (reference, found))
+        if not len(want):
+            return np.zeros(0), np.zeros(0)
+        error = np.subtract(have, want, out=have)
+        np.abs(error, out=error)
+        # What is not finite on either side is not finite in the difference: equal infinities give NaN.
+        bad = ~np.isfinite(error)
+        self.values += want.size
+        if bad.any():
+            self.not_finite += int(bad.sum())
+            error[bad] = np.inf
+            want[~np.isfinite(want)] = 0.0
+        squares = np.einsum("sw,sw->s", want, want)
+        largest = error.max(axis=1)
+        self.max_abs = max(self.max_abs, float(largest.max()))
+        self.reference_max = max(self.reference_max, float(want.max()), -float(want.min()))
         self.sum_abs += float(error.sum())
-        self.sum_squares += float((error**2).sum())
-        self.reference_squares += float((want**2).sum())
+        self.sum_squares += float(np.einsum("sw,sw->", error, error))
+        self.reference_squares += float(squares.sum())
+        return squares / want.shape[1], largest
 
     def result(self) -> Comparison:
         """The result over everything that was added."""
@@ -288,7 +320,8 @@ class Comparer:
                 if column == 0 and self._copies:
                     self._add_kv(layer, pairs, clean, first)
             for i, (want, have) in enumerate(pairs):
-                self._states[layer].add(want.states[layer], have.states[layer], clean[i], first + i)
+                if want.states:
+                    self._states[layer].add(want.states[layer], have.states[layer], clean[i], first + i)
         for i, (want, have) in enumerate(pairs):
             self._logits.add(want.logits, have.logits, clean[i], first + i)
             self._walk.tokens += want.tokens
@@ -322,8 +355,9 @@ class Comparer:
         self, layer: int, pairs: list[tuple[Observation, Observation]], clean: list[np.ndarray], first: int
     ) -> None:
         for i, (want, have) in enumerate(pairs):
-            self._keys[layer].add(want.keys[layer], have.keys[layer], clean[i], first + i)
-            self._values[layer].add(want.values[layer], have.values[layer], clean[i], first + i)
+            if want.keys:
+                self._keys[layer].add(want.keys[layer], have.keys[layer], clean[i], first + i)
+                self._values[layer].add(want.values[layer], have.values[layer], clean[i], first + i)
 
     def _decide(
         self,

@@ -1,6 +1,7 @@
 """Running both sides: the reference, and the engine's graph with internal values as outputs.
 
-Everything is teacher-forced: both sides read the same tokens, whatever they would have generated themselves.
+Everything is teacher-forced: both sides read the same tokens. Greedy text is the one that a runner wrote, and the
+reference reads it.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch
 from transformers import DynamicCache
 
 from gsx.parity.closeness import Observation
+from gsx.parity.store import Rows, Store
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.tensor_names import past
-from gsx_engines.bundle.words import BRANCHES, KvPolicy
+from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.whole import WholeRunner
@@ -36,34 +38,121 @@ class ReferenceSide:
     def __init__(self, reference: Reference, rule: ReferenceRule, kv_policy: KvPolicy) -> None:
         self._reference, self._rule, self._kv_policy = reference, rule, kv_policy
 
-    def observe(self, ids: np.ndarray, mask: np.ndarray) -> list[Observation]:
-        """Run ids [B, S] in one call; mask [B, S] is 0 for padding. Returns one observation per sequence."""
+    def observe(
+        self,
+        ids: np.ndarray,
+        mask: np.ndarray,
+        store: Store | None = None,
+        *,
+        states: bool = True,
+        exit_layer: int | None = None,
+    ) -> list[Observation]:
+        """Run ids [B, S] in one call; mask [B, S] is 0 for padding.
+
+        Args:
+            store: keeps logits, states, K and V; None to keep them in memory.
+            states: whether states, K and V are wanted.
+            exit_layer: after which further logits are wanted.
+        Returns: one observation per sequence.
+        """
         output = self.step(ids, mask, DynamicCache())
         margins = margins_of(output)
+        put = (lambda rows: rows) if store is None else store.put
         found = []
         for row, valid in enumerate(mask.astype(bool)):
+            layers = output.cache.layers if states else []
             found.append(
                 Observation(
-                    logits=_rows(output.logits, row, valid),
-                    states=[_rows(state, row, valid) for state in output.states[1:]],
-                    keys=[_heads(layer.keys[row].numpy(), valid) for layer in output.cache.layers],
-                    values=[_heads(layer.values[row].numpy(), valid) for layer in output.cache.layers],
+                    logits=self._logits(output.states[-1], row, valid, store),
+                    states=[put(_rows(state, row, valid)) for state in output.states[1:] if states],
+                    keys=[put(_by_token(_array(layer.keys))[row][valid]) for layer in layers],
+                    values=[put(_by_token(_array(layer.values))[row][valid]) for layer in layers],
                     scores=_scores(output)[:, :, row, valid],
                     keep=_keep(output)[:, :, row, valid],
                     margins=margins[:, :, row, valid],
+                    exit_logits=None
+                    if exit_layer is None
+                    else self._logits(output.states[exit_layer], row, valid, store),
                 )
             )
         return found
 
     def step(self, ids: np.ndarray, mask: np.ndarray, cache: DynamicCache) -> ReferenceOutput:
-        """One call with a cache: ids [B, S], mask [B, past + S]."""
+        """One call with a cache, without logits: ids [B, S], mask [B, past + S]."""
         return self._reference(
             torch.from_numpy(ids),
             torch.from_numpy(mask),
             cache=cache,
             rule=self._rule,
             kv_policy=self._kv_policy,
+            logits=False,
         )
+
+    def read(self, text: GreedyText, store: Store, *, causal: bool) -> list[ReferenceStep]:
+        """What the reference says of each token of a text.
+
+        Args: causal: whether a decision depends only on a token's past, so that one call gives what steps would.
+        """
+        prompt = len(text.prompt)
+        ids = np.array([[*text.prompt, *text.tokens[:-1]]], np.int64)
+        if causal:
+            (found,) = self.observe(ids, np.ones_like(ids), store, states=False)
+            assert found.margins is not None
+            starts = [0, *range(prompt, ids.shape[1])]
+            return [
+                ReferenceStep(found.logits, stop - 1, found.keep[..., start:stop], found.margins[..., start:stop])
+                for start, stop in zip(starts, range(prompt, ids.shape[1] + 1), strict=True)
+            ]
+        steps, cache, start = [], DynamicCache(), 0
+        for stop in range(prompt, ids.shape[1] + 1):
+            output = self.step(ids[:, start:stop], np.ones((1, stop), np.int64), cache)
+            logits = self._logits(output.states[-1][:, -1:], 0, np.ones(1, bool), store)
+            steps.append(ReferenceStep(logits, 0, _keep(output)[:, :, 0], margins_of(output)[:, :, 0]))
+            start = stop
+        return steps
+
+    def _logits(self, states: torch.Tensor, row: int, valid: np.ndarray, store: Store | None) -> Rows:
+        """Logits [S, V] of one sequence's states [B, S, H]."""
+        blocks = (_array(rows) for rows in self._reference.logits_after(states[row][torch.from_numpy(valid)]))
+        return np.concatenate(list(blocks)) if store is None else store.put_blocks(blocks)
+
+
+@dataclass(frozen=True)
+class GreedyText:
+    """A text that a runner wrote greedily, or, after a prompt, the tokens that it would have written of another's text.
+
+    Args:
+        prompt: ids; tokens: those of the text after it; best: those that the runner found most likely there.
+        kept: of each step, rows kept [L, 2]; None for a dense model.
+        logits: [n, V] of each step.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    best: list[int]
+    kept: list[np.ndarray | None]
+    logits: Rows
+
+
+@dataclass(frozen=True)
+class ReferenceStep:
+    """What the reference says of one step.
+
+    Args:
+        all_logits: [n, V]; row: the step's.
+        keep, margins: [L, 2, S], decisions on the step's tokens.
+    """
+
+    all_logits: Rows
+    row: int
+    keep: np.ndarray
+    margins: np.ndarray
+
+    @property
+    def logits(self) -> np.ndarray:
+        """[V]."""
+        found: np.ndarray = self.all_logits[self.row : self.row + 1][0]
+        return found
 
 
 class EngineSide:
@@ -114,14 +203,15 @@ class EngineSide:
                 keep[layer, column, :, part] = kept.reshape(B, size)
             at += size
         assert at == S, "the chunks do not add up to the sequence"
-        whole = [np.concatenate(parts, axis=1) for parts in states]
-        all_logits = np.concatenate(logits, axis=1)
+        whole = [_joined(parts) for parts in states]
+        all_logits = _joined(logits)
+        keys, values = ([_by_token(memory.pop(past(i, kind))) for i in range(L)] for kind in ("key", "value"))
         return [
             Observation(
-                logits=all_logits[row, valid],
-                states=[state[row, valid] for state in whole],
-                keys=[_heads(memory[past(i, "key")][row], valid) for i in range(L)],
-                values=[_heads(memory[past(i, "value")][row], valid) for i in range(L)],
+                logits=_valid(all_logits[row], valid),
+                states=[_valid(state[row], valid) for state in whole],
+                keys=[_valid(layer[row], valid) for layer in keys],
+                values=[_valid(layer[row], valid) for layer in values],
                 scores=scores[:, :, row, valid],
                 keep=keep[:, :, row, valid],
             )
@@ -149,9 +239,9 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class Greedy:
-    """A greedy continuation, token by token: the reference's tokens are fed to both sides.
+    """A greedy continuation, token by token: the fast runner's tokens are fed to all sides.
 
-    As long as all tokens agree, this is what both would have generated on their own. After a difference the comparison
+    As long as all tokens agree, this is what all would have generated on their own. After a difference the comparison
     continues with the next token.
 
     Args:
@@ -174,60 +264,59 @@ class Greedy:
         return tuple(mismatch for mismatch in self.mismatches if mismatch.excused is None)
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What the reference did in one step of its greedy continuation."""
+def write(
+    runner: Runner,
+    prompt: Sequence[int],
+    new_tokens: int,
+    controls: RuntimeValues,
+    store: Store,
+    tokens: Sequence[int] = (),
+) -> GreedyText:
+    """Let a runner continue a prompt in single steps, past any end-of-text.
 
-    ids: np.ndarray
-    logits: np.ndarray
-    keep: np.ndarray
-    margins: np.ndarray
-
-
-def reference_continuation(side: ReferenceSide, prompt: np.ndarray, new_tokens: int) -> list[_Step]:
-    """The reference's own greedy continuation of prompt [1, S], with its cache, past any end-of-text."""
-    steps = []
-    cache = DynamicCache()
-    ids, length = prompt, 0
-    for _ in range(new_tokens):
-        length += ids.shape[1]
-        output = side.step(ids, np.ones((1, length), np.int64), cache)
-        logits = output.logits[0, -1].numpy().astype(np.float32)
-        keep, margins = _keep(output)[:, :, 0], margins_of(output)[:, :, 0]
-        steps.append(_Step(ids, logits, keep, margins))
-        ids = np.array([[int(logits.argmax())]], np.int64)
-    return steps
+    Args: tokens: those to feed, of a text that another runner wrote; empty to feed the runner's own.
+    """
+    cache = runner.new_cache(1, len(prompt) + new_tokens)
+    best: list[int] = []
+    fed: list[int] = list(tokens)
+    kept = []
+    logits = np.zeros((new_tokens, runner.manifest.decoder.vocab_size), np.float32)
+    ids = np.array([prompt], np.int64)
+    for number in range(new_tokens):
+        output = runner.step(cache, ids, controls)
+        logits[number] = output.logits[0, -1]
+        kept.append(output.kept)
+        best.append(int(logits[number].argmax()))
+        if len(fed) == number:
+            fed.append(best[-1])
+        ids = np.array([[fed[number]]], np.int64)
+    return GreedyText(list(prompt), fed, best, kept, store.put(logits))
 
 
 def follow(
-    runner: Runner,
-    steps: Sequence[_Step],
-    controls: RuntimeValues,
+    text: GreedyText,
+    steps: Sequence[ReferenceStep],
+    places: Sequence[tuple[int, Branch]],
     *,
     logit_tolerance: Callable[[np.ndarray], float],
     near_tie: float,
 ) -> Greedy:
-    """Feed a runner the reference's continuation and compare the tokens that it would have generated.
+    """Compare the tokens that a runner found most likely with the reference's.
 
     Args:
+        places: layers and branches that the keep rule may skip.
         logit_tolerance: from the reference's logits [V], the lead of the best token up to which another may win.
         near_tie: margin up to which a decision may flip.
     """
-    places = runner.manifest.skippable_places
-    cache = runner.new_cache(1, sum(step.ids.shape[1] for step in steps))
     mismatches: list[Mismatch] = []
     flips = wrong_flips = 0
     max_abs = 0.0
     near_tie_flip: int | None = None
-    for number, step in enumerate(steps):
-        output = runner.step(cache, step.ids, controls)
-        logits = output.logits[0, -1]
-        if output.kept is not None:
-            differ = [
-                (layer, _column(branch))
-                for layer, branch in places
-                if output.kept[layer, _column(branch)] != step.keep[layer, _column(branch)].sum()
-            ]
+    for number, (step, kept, token) in enumerate(zip(steps, text.kept, text.best, strict=True)):
+        logits, wanted_logits = text.logits[number : number + 1][0], step.logits
+        if kept is not None:
+            columns = [(layer, _column(branch)) for layer, branch in places]
+            differ = [place for place in columns if kept[place] != step.keep[place].sum()]
             flips += len(differ)
             if differ and near_tie_flip is None:
                 if step.margins[differ[0]].min() <= near_tie:
@@ -235,16 +324,16 @@ def follow(
                 else:
                     wrong_flips += 1
         if near_tie_flip is None:
-            error = float(np.abs(logits.astype(np.float64) - step.logits).max())
+            error = float(np.abs(logits.astype(np.float64) - wanted_logits).max())
             max_abs = max(max_abs, error if np.isfinite(error) else np.inf)
-        token, wanted = int(logits.argmax()), int(step.logits.argmax())
+        wanted = int(wanted_logits.argmax())
         if token != wanted:
-            best = np.partition(step.logits, -2)[-2:]
+            best = np.partition(wanted_logits, -2)[-2:]
             margin = float(best[1] - best[0])
             excused = None
             if near_tie_flip is not None:
                 excused = f"a near-tie decision flipped at token {near_tie_flip}"
-            elif margin <= logit_tolerance(step.logits):
+            elif margin <= logit_tolerance(wanted_logits):
                 excused = "the reference's two best logits are nearer than the logit tolerance"
             mismatches.append(Mismatch(number, wanted, token, margin, excused))
     return Greedy(len(steps), tuple(mismatches), flips, wrong_flips, max_abs)
@@ -282,12 +371,25 @@ def _keep(output: ReferenceOutput) -> np.ndarray:
     return np.stack([np.stack([keep.numpy() for keep in row]) for row in output.keep])
 
 
+def _joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Parts [B, s, W] as one, without a copy if there is only one."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _valid(rows: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """The rows that are not padding, without a copy if none is."""
+    return rows if valid.all() else rows[valid]
+
+
 def _rows(x: torch.Tensor, row: int, valid: np.ndarray) -> np.ndarray:
-    rows: np.ndarray = x[row].float().numpy()[valid]
-    return rows
+    return _array(x[row])[valid]
 
 
-def _heads(x: np.ndarray, valid: np.ndarray) -> np.ndarray:
-    """[heads, T, D] -> [S, heads x D], only valid tokens."""
-    rows = x.transpose(1, 0, 2)[valid]
-    return rows.reshape(len(rows), -1)
+def _array(x: torch.Tensor) -> np.ndarray:
+    found: np.ndarray = x.float().cpu().numpy()
+    return found
+
+
+def _by_token(x: np.ndarray) -> np.ndarray:
+    """[B, heads, T, D] -> [B, T, heads x D]."""
+    return x.transpose(0, 2, 1, 3).reshape(len(x), x.shape[2], -1)

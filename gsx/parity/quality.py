@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from scipy import stats
+import torch
+from scipy import special
 
 from gsx.defaults import (
     DIVERGENCE_LIMIT,
@@ -23,15 +24,16 @@ from gsx.defaults import (
     TOP1_LIMIT,
     WEIGHTS_DIVERGENCE_LIMIT,
 )
-from gsx.parity.closeness import Observation
 from gsx.parity.estimate import Estimate, mean_of, share_of
+from gsx.parity.store import Rows
 from gsx_engines.bundle.manifest import Manifest, SchemeName
 from gsx_engines.bundle.words import BRANCHES
-from gsx_exporter.evaluation import losses
 from gsx_plugins.errors import UsageError
 
 # exp of more than this overflows.
 _MOST_NATS = 700.0
+# Tokens whose next-token distributions are in memory at a time, in float64.
+_BLOCK_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -163,35 +165,78 @@ class Quality:
         return int(layer), BRANCHES[int(column)], float(shares[layer, column])
 
 
+@dataclass(frozen=True)
+class NextTokens:
+    """What two sides say of the next token, over one window of S tokens.
+
+    Args:
+        divergence: [S], KL divergence of the distribution from the reference's, in nats.
+        differing: [S] bool, whether the most likely token is another one.
+        reference_losses, losses: [S - 1] in nats, of every token but the first.
+    """
+
+    divergence: np.ndarray
+    differing: np.ndarray
+    reference_losses: np.ndarray
+    losses: np.ndarray
+
+
+def next_tokens(window: np.ndarray, reference: Rows, found: Rows) -> NextTokens:
+    """Compare logits [S, V] over a window [S] of token ids; in float64, since equal sides give differences of it."""
+    parts = []
+    for start in range(0, len(window), _BLOCK_TOKENS):
+        rows = slice(start, start + _BLOCK_TOKENS)
+        want, have = (torch.from_numpy(side[rows]).double().log_softmax(-1) for side in (reference, found))
+        ids = torch.from_numpy(window[start + 1 : start + 1 + len(want)])[:, None]
+        wanted, had = (-side[: len(ids)].gather(1, ids)[:, 0] for side in (want, have))
+        differing = want.argmax(-1) != have.argmax(-1)
+        divergence = (want.exp() * (want - have)).sum(-1)
+        parts.append((divergence, differing, wanted, had))
+    return NextTokens(*(torch.cat(column).numpy() for column in zip(*parts, strict=True)))
+
+
 @dataclass
 class QualityCounter:
     """Accumulates quality over windows. Args: branches: columns of the gated branches."""
 
     branches: Sequence[int]
-    _divergences: list[np.ndarray] = field(default_factory=list)
+    _windows: list[NextTokens] = field(default_factory=list)
     _fast_divergences: list[np.ndarray] = field(default_factory=list)
-    _differing: list[np.ndarray] = field(default_factory=list)
-    _loss_changes: list[np.ndarray] = field(default_factory=list)
     _flips: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, window: np.ndarray, reference: Observation, engine: Observation, fast: np.ndarray) -> None:
-        """Compare one window [S] of token ids. Args: fast: logits [S, V] of the runner that generates."""
-        want, have = _log_shares(reference.logits), _log_shares(engine.logits)
-        self._divergences.append(_divergence(want, have))
-        self._fast_divergences.append(_divergence(want, _log_shares(fast)))
-        self._differing.append(want.argmax(axis=-1) != have.argmax(axis=-1))
-        self._loss_changes.append(losses(engine.logits, window) - losses(reference.logits, window))
-        self._flips.append(reference.keep != engine.keep)
+    def add(self, found: NextTokens, flips: np.ndarray) -> None:
+        """Add a window of S tokens of the portable graph. Args: flips: [L, 2, S] bool, the decisions that differ."""
+        self._windows.append(found)
+        self._flips.append(flips)
+
+    def add_fast(self, divergence: np.ndarray) -> None:
+        """Add the KL divergence [S] of the runner that generates, over the next window."""
+        self._fast_divergences.append(divergence)
+
+    def add_fast_like_portable(self) -> None:
+        """The same where that runner runs the portable graph."""
+        self.add_fast(self._windows[len(self._fast_divergences)].divergence)
+
+    @property
+    def nats(self) -> tuple[float, float]:
+        """Mean loss per token, of the reference and of the portable graph."""
+        reference = np.concatenate([window.reference_losses for window in self._windows])
+        return float(reference.mean()), float(np.concatenate([window.losses for window in self._windows]).mean())
+
+    @property
+    def scored_tokens(self) -> int:
+        """Tokens that have a loss."""
+        return sum(window.losses.size for window in self._windows)
 
     def result(self) -> Quality:
         """The result over everything that was added."""
         shares = np.concatenate(self._flips, axis=-1).mean(axis=-1)
         gated = list(self.branches)
         estimates = Estimates(
-            perplexity=mean_of(self._loss_changes).map(perplexity_change),
-            divergence=_from_0(mean_of(self._divergences)),
+            perplexity=mean_of([one.losses - one.reference_losses for one in self._windows]).map(perplexity_change),
+            divergence=_from_0(mean_of([one.divergence for one in self._windows])),
             fast_divergence=_from_0(mean_of(self._fast_divergences)),
-            differing=share_of(self._differing),
+            differing=share_of([one.differing for one in self._windows]),
             flipped=_from_0(mean_of([flips[:, gated].mean(axis=(0, 1)) for flips in self._flips])) if gated else None,
         )
         return Quality(
@@ -207,13 +252,7 @@ def frequency_nats(ids: np.ndarray) -> float:
     """Mean loss of guessing each of these tokens by how often it occurs among them: all that can be known without a
     model. A model that does no better has learned nothing that this text shows."""
     counts = np.unique(ids, return_counts=True)[1]
-    return float(stats.entropy(counts))
-
-
-def _divergence(want: np.ndarray, have: np.ndarray) -> np.ndarray:
-    """KL divergence [S] of log shares [S, V] from the wanted ones, in nats."""
-    found: np.ndarray = (np.exp(want) * (want - have)).sum(axis=-1)
-    return found
+    return float(special.entr(counts / counts.sum()).sum())
 
 
 def _from_0(estimate: Estimate) -> Estimate:
@@ -224,10 +263,3 @@ def _from_0(estimate: Estimate) -> Estimate:
 def perplexity_change(nats: float) -> float:
     """A difference of losses as a relative change of perplexity."""
     return math.expm1(nats) if nats < _MOST_NATS else math.inf
-
-
-def _log_shares(logits: np.ndarray) -> np.ndarray:
-    """Log-softmax over the last axis, in float64."""
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    shares: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return shares

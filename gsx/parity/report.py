@@ -23,7 +23,7 @@ _SPARE = 1.25
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: a check at the setting with its worst value, as text. interval: "" if it has none."""
+    """A line of the table: a check at the setting with its worst value, as text; "" for what it does not have."""
 
     name: str
     value: str
@@ -33,6 +33,7 @@ class Row:
     reason: str
     setting: str
     detail: str
+    tokens: str
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ class Report:
                 reason=check.reason,
                 setting=check.setting,
                 detail=check.detail,
+                tokens="" if check.tokens is None else f"{check.tokens:,}",
             )
             for check in worst.values()
         ]

@@ -16,6 +16,26 @@ _MOST_NATS = 50
 
 
 @dataclass(frozen=True)
+class Tokens:
+    """How many tokens each kind of check read at a setting.
+
+    Args:
+        windows: logits, decisions and quality.
+        compared: of them, states, K and V, and the fast runner's logits.
+        rounded: of them, the reference's own rounding.
+        cached, padded: with the cache, and in a padded batch.
+        greedy: of greedy text.
+    """
+
+    windows: int
+    compared: int
+    rounded: int
+    cached: int
+    padded: int
+    greedy: int
+
+
+@dataclass(frozen=True)
 class BudgetResult:
     """All measurements at one setting of the keep rule.
 
@@ -24,17 +44,18 @@ class BudgetResult:
         kept: [L][attn, mlp] shares of tokens that the reference keeps; 1 where there is no gate.
         kept_share: over all gated branches; None for a dense model.
         windows: whole windows in one call.
-        rounding: the reference in float32 against itself in float64, over the same windows; None if it is in float32.
+        rounding: the reference in float32 against itself in float64; None if it is in float32.
         single_steps, one_chunk: half of a stretch, then the rest with the cache; None with rank selection.
         padded: two sequences of different lengths in one batch.
         fast_logits: logits of the runner that generates, over whole windows, against the reference's (quantized:
             the portable runner's); fast_wrong_counts: how often it kept another number of rows although no decision
             was a near tie.
-        greedy: by runner, "fast" and "portable".
+        greedy: by runner, "fast" and, if it was asked for, "portable".
         speculation: results of the bundle's draft; None if it has no draft.
         reference_nats, engine_nats: mean loss per token, over `scored_tokens` tokens; frequency_nats: of a guess by how
             often each of them occurs, which needs no model.
         quality: the quality that the engine's arithmetic costs.
+        tokens: how many each check read; part: whether they are only a part of the text, too few to judge quality.
     """
 
     setting: str
@@ -55,6 +76,8 @@ class BudgetResult:
     frequency_nats: float
     scored_tokens: int
     quality: Quality
+    tokens: Tokens
+    part: bool
 
     @property
     def judgeable(self) -> bool:

@@ -1,80 +1,131 @@
-"""Runs both sides of a parity report, and measures everything at one setting of the keep rule."""
+"""Runs both sides of a parity report, and measures everything at the settings of the keep rule.
+
+One side is in memory at a time. The fast runner writes its greedy text; the reference reads this text and the windows,
+and what it finds waits on disk (`store.py`); then each of the engine's runners reads them too, and is compared.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
-from gsx.parity.closeness import Accumulator, Compared, Comparer, Observation
-from gsx.parity.measure import EngineSide, Greedy, ReferenceSide, follow, reference_continuation, runner_logits
-from gsx.parity.quality import QualityCounter, frequency_nats
-from gsx.parity.result import BudgetResult
-from gsx.parity.speculation import SpeculationResult, SpeculationSide
+from gsx.parity.closeness import Accumulator, Compared, Comparer, Comparison, Observation
+from gsx.parity.measure import (
+    EngineSide,
+    Greedy,
+    GreedyText,
+    ReferenceSide,
+    ReferenceStep,
+    follow,
+    runner_logits,
+    write,
+)
+from gsx.parity.memory import give_back, keep_apart
+from gsx.parity.quality import QualityCounter, frequency_nats, next_tokens
+from gsx.parity.result import BudgetResult, Tokens
+from gsx.parity.scope import Scope
+from gsx.parity.speculation import HalvesInput, SpeculationResult, SpeculationSide, TextsInput
+from gsx.parity.store import Rows, Store
 from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
-from gsx.parity.windows import WindowSums
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import RuntimeValues, controls_for
-from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_engines.runners.base import Runner
+from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.select import Backend, open_runner
+from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.registry import reference_rule
 from gsx_exporter.rules.settings import Setting
+from gsx_plugins.files import check_room
 from gsx_plugins.progress import OnProgress, Progress
 
-# A stretch with a cache: half in one call, the rest in single steps or in one chunk.
-_STRETCH_TOKENS = 64
 # Two sequences of one batch, of different lengths, so that one is padded.
 _PADDED_TOKENS = (48, 29)
 _ATTEMPTS = 4
-_PROMPT_TOKENS = 32
-# Up to this width a layer's matrix fits in a core's cache.
-_SMALL_HIDDEN = 512
+PROMPT_TOKENS = 32
+# A session keeps its weights, most of which are this large, until it is closed. PyTorch asks for the same blocks again
+# in every layer: there only the largest are worth their price.
+_WEIGHT_BYTES, _ACTIVATION_BYTES = 1 << 20, 4 << 20
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """A padded batch [2, S], and what the reference finds of each of its rows."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+    want: list[Observation]
+
+
+@dataclass
+class _At:
+    """What is known so far at one setting.
+
+    Args:
+        windows: the reference's observations.
+        rounding: the reference in float32 against itself in float64; None if it is in float32.
+        padded: batches to try in turn.
+        text, steps: the fast runner's greedy text, and what the reference says of it.
+        against: the engine against the reference; fast: the fast runner's logits.
+        portable: by window, logits of the portable runner, if the fast one is compared with them.
+        clean: by window, the tokens of which the fast runner's logits were compared.
+    """
+
+    setting: Setting
+    scope: Scope
+    controls: RuntimeValues
+    text: GreedyText
+    against: Comparer
+    quality: QualityCounter
+    windows: list[Observation] = field(default_factory=list)
+    rounding: Comparer | None = None
+    padded: list[_Padded] = field(default_factory=list)
+    steps: list[ReferenceStep] = field(default_factory=list)
+    portable: list[Rows] = field(default_factory=list)
+    portable_keep: list[np.ndarray] = field(default_factory=list)
+    portable_text: GreedyText | None = None
+    cached: tuple[Compared, Compared] | None = None
+    padded_result: Compared | None = None
+    fast: Accumulator = field(default_factory=Accumulator)
+    clean: list[np.ndarray] = field(default_factory=list)
+    wrong_counts: int = 0
 
 
 class Run:
-    """Both sides, opened once, and the measurements at each setting.
+    """Measures a bundle at its settings.
 
     Args:
-        settings: all settings that will be measured; one batch has two of them at once.
+        scopes: all settings that are measured, and how much of the text each of them reads.
+        windows: [M, S] token ids.
     """
 
     def __init__(
         self,
         bundle: Bundle,
         checkpoint: Checkpoint,
-        settings: Sequence[Setting],
+        scopes: dict[Setting, Scope],
         windows: np.ndarray,
-        greedy_tokens: int,
         backend: Backend,
         notes: list[str],
         on_progress: OnProgress,
     ) -> None:
-        self.manifest, self.settings = bundle.manifest, settings
+        self.manifest, self.scopes, self.windows = bundle.manifest, scopes, windows
         self.limits_of = kind_of(self.manifest, checkpoint)
         self.limits: Tolerances = TOLERANCES[self.limits_of]
-        self.windows = windows
-        self.reference_type = _reference_type(checkpoint, self.limits_of)
-        self.reference = Reference.load(checkpoint, dtype=self.reference_type)
-        self.single = Reference.load(checkpoint) if self.reference_type == torch.float64 else None
-        self.engine = EngineSide(bundle)
-        self.runners: dict[str, Runner] = {"fast": open_runner(bundle, backend=backend), "portable": self.engine.runner}
+        # In float32 the reference's own rounding is as large as the engine's, and the two add up. Where limits leave
+        # room for nothing else, it computes in float64, so that only the engine's rounding is measured.
+        self.reference_type = torch.float64 if self.limits_of == "fp32" else torch.float32
         self.speculation = SpeculationSide(bundle, backend) if self.manifest.draft else None
-        self.stage = ""
         self.on_progress = on_progress
-        # The reference's observation of the first window, by setting.
-        self.first_window: dict[Setting, Observation] = {}
-        positions_left = self.manifest.decoder.max_positions - _PROMPT_TOKENS
-        self.greedy_tokens = min(greedy_tokens, positions_left)
-        if self.greedy_tokens < greedy_tokens:
-            notes.append(f"The model's context leaves room for {self.greedy_tokens} greedy tokens.")
+        # Which tokens of the first window keep which branch, [L, 2, S], by setting.
+        self.first_keep: dict[Setting, np.ndarray] = {}
+        self._bundle, self._checkpoint, self._backend = bundle, checkpoint, backend
         selection = self.manifest.selection
         self.causal = selection is None or selection.mode == "threshold"
         if not self.causal:
@@ -82,106 +133,83 @@ class Run:
                 "With rank selection a decision depends on the whole call, so a run with the cache is another "
                 "computation. Whole calls are compared, and greedy steps, which keep their only token."
             )
+        self._done = 0.0
+        self._total = sum(self._work(scope) for scope in scopes.values())
 
-    def at(self, setting: Setting) -> BudgetResult:
-        """Measure everything at one setting, with the rule applied to every token; only for greedy text, a rule that
-        runs the prompt in full does so."""
-        controls = controls_for(self.manifest, setting.keep)
-        sums = self._whole_windows(controls)
-        assert sums.first is not None, "a text has at least one window"
-        rounding = sums.rounding.result() if sums.rounding is not None else None
-        self.first_window[setting] = sums.first
-        single_steps = one_chunk = None
-        if self.causal:
-            self._report("with the cache")
-            single_steps, one_chunk = self._cached(sums.first, controls)
-        self._report("with padding")
-        padded = self._padded(setting)
-        kept = sums.kept
-        shares = [kept[layer, BRANCHES.index(branch)] for layer, branch in self.manifest.skippable_places]
-        reference_nats, engine_nats = sums.nats
-        return BudgetResult(
-            setting=setting.name,
-            budget=setting.share,
-            kept=tuple((float(attn), float(mlp)) for attn, mlp in kept),
-            kept_share=float(np.mean(shares)) if shares else None,
-            windows=sums.against_reference.result(),
-            rounding=rounding,
-            single_steps=single_steps,
-            one_chunk=one_chunk,
-            padded=padded,
-            fast_logits=sums.fast.result(),
-            fast_wrong_counts=sums.wrong_counts,
-            greedy=self._greedy(setting, rounding),
-            speculation=self._speculated(setting, sums.first),
-            reference_nats=reference_nats,
-            engine_nats=engine_nats,
-            frequency_nats=frequency_nats(self.windows[:, 1:]),
-            scored_tokens=sums.scored_tokens,
-            quality=sums.quality.result(),
+    def results(self) -> list[BudgetResult]:
+        """Measure everything, with the rule applied to every token; only for greedy text, a rule that runs the prompt
+        in full does so."""
+        keep_apart(from_bytes=_WEIGHT_BYTES)
+        # Settings that are measured on everything would fill the disk together.
+        together = (
+            [list(self.scopes)]
+            if not all(s.portable_greedy for s in self.scopes.values())
+            else [[setting] for setting in self.scopes]
         )
+        return [result for settings in together for result in self._together(settings)]
 
-    def _whole_windows(self, controls: RuntimeValues) -> WindowSums:
-        """All windows, each in one call: both sides, the fast runner, and the halves of a draft."""
-        side, single = self._sides(controls)
-        sums = WindowSums(
-            self._comparer(),
-            self._comparer() if single is not None else None,
-            QualityCounter([BRANCHES.index(branch) for branch in self._branches]),
-        )
-        if self.speculation is not None:
-            self.speculation.start()
-        for number, window in enumerate(self.windows):
-            self._report("whole windows", number, len(self.windows))
-            ids, mask = window[None], np.ones((1, len(window)), np.int64)
-            (want,), (have,) = side.observe(ids, mask), self.engine.observe(ids, mask, controls)
-            fast, counts = runner_logits(self.runners["fast"], ids, controls)
-            sums.add(window, want, have, fast[0], None if single is None else single.observe(ids, mask))
-            clean, wrong = self._fast(want, have, fast[0], counts, sums.fast, number)
-            sums.wrong_counts += wrong
-            if self.speculation is not None:
-                self._halves(self.speculation, side, ids, controls, clean, number)
-        return sums
+    def _together(self, settings: Sequence[Setting]) -> list[BudgetResult]:
+        folder = self._bundle.directory
+        self._check_room(folder, settings)
+        with Store(folder) as store:
+            found = self._greedy_texts(settings, store)
+            give_back()
+            self._by_reference(found, store)
+            keep_apart(from_bytes=_WEIGHT_BYTES)
+            give_back(cycles=True)  # modules of transformers refer to each other
+            self._by_portable(found, store)
+            give_back()
+            self._by_fast(found)
+            give_back()
+            speculated = self._speculated(found)
+            return [self._result(at, speculated.get(at.setting)) for at in found]
 
-    def _greedy(self, setting: Setting, rounding: Compared | None) -> dict[str, Greedy]:
-        """Compare every runner along the reference's own greedy text. Args: rounding: error of the reference itself."""
-        self._report("greedy continuation")
-        controls = controls_for(self.manifest, setting.keep, [_PROMPT_TOKENS])
-        with _torch_threads_for(self.manifest):
-            steps = reference_continuation(
-                self._sides(controls)[0], self.windows[:1, :_PROMPT_TOKENS], self.greedy_tokens
-            )
-
-        def tolerance(logits: np.ndarray) -> float:
-            return self.limits.logit_limit(float(np.abs(logits).max()), rounding) or 0.0
-
-        return {
-            name: follow(runner, steps, controls, logit_tolerance=tolerance, near_tie=self.limits.near_tie)
-            for name, runner in self.runners.items()
-        }
-
-    def _speculated(self, setting: Setting, first: Observation) -> SpeculationResult | None:
-        """Speculative text of the bundle's draft against plain text; None if it has no draft."""
-        if self.speculation is None:
-            return None
-        self._report("draft and verify")
-        # Thousands of draws are enough to show that weights were rounded to bfloat16.
-        reference_logits = None if self.limits_of == "bf16" else first.logits
-        return self.speculation.result(self.windows, setting.keep, reference_logits)
-
-    def _cached(self, want: Observation, controls: RuntimeValues) -> tuple[Compared, Compared]:
-        """Half of a stretch, then the rest with the cache: the result must be that of one call."""
-        count = min(_STRETCH_TOKENS, want.tokens)
-        half = count // 2
-        ids = self.windows[:1, :count]
+    def _greedy_texts(self, settings: Sequence[Setting], store: Store) -> list[_At]:
+        runner = open_runner(self._bundle, backend=self._backend)
         found = []
-        for chunks in ([half, *[1] * (count - half)], [half, count - half]):
-            comparer = self._comparer()
-            comparer.add([want.head(count)], self.engine.observe(ids, np.ones_like(ids), controls, chunks))
-            found.append(comparer.result())
-        return found[0], found[1]
+        for setting in settings:
+            scope, controls = self.scopes[setting], controls_for(self.manifest, setting.keep)
+            self._report(f"greedy text, {setting.name}", self._text_work(scope))
+            text = write(
+                runner,
+                self._prompt,
+                scope.greedy_tokens,
+                controls_for(self.manifest, setting.keep, [PROMPT_TOKENS]),
+                store,
+            )
+            counter = QualityCounter([BRANCHES.index(branch) for branch in self._branches])
+            found.append(_At(setting, scope, controls, text, self._comparer(), counter))
+        return found
 
-    def _padded(self, setting: Setting) -> Compared:
+    def _by_reference(self, found: list[_At], store: Store) -> None:
+        reference = Reference.load(self._checkpoint, dtype=self.reference_type)
+        give_back()
+        if self.reference_type == torch.float32:  # in float64 there are few windows, and their blocks are large
+            keep_apart(from_bytes=_ACTIVATION_BYTES)
+        exit_layer = self.speculation.exit_layer if self.speculation else None
+        for at in found:
+            side = self._side(reference, at.controls)
+            if self.reference_type == torch.float64:
+                at.rounding = self._comparer()
+            for number, window in enumerate(self.windows[: at.scope.windows]):
+                rounded = at.rounding is not None and number < at.scope.rounded
+                self._report(f"reference, {at.setting.name}", self._window_work * (1 + rounded))
+                ids, mask = _call(window)
+                compared = number < at.scope.compared
+                (want,) = side.observe(
+                    ids, mask, store, states=compared, exit_layer=exit_layer if compared and at.scope.texts else None
+                )
+                at.windows.append(want)
+                if rounded and at.rounding is not None:
+                    with reference.computing_in(torch.float32):
+                        at.rounding.add([want], side.observe(ids, mask, store))
+                give_back()
+            self.first_keep[at.setting] = at.windows[0].keep
+            self._pad(reference, at, store)
+            text_side = self._side(reference, controls_for(self.manifest, at.setting.keep, [PROMPT_TOKENS]))
+            at.steps = text_side.read(at.text, store, causal=self.causal)
+
+    def _pad(self, reference: Reference, at: _At, store: Store) -> None:
         """Two sequences of different lengths, padded on the left, in one call.
 
         Both have an end-of-text token, which running text does not have, and which GateSkip always keeps. With sets of
@@ -190,26 +218,200 @@ class Run:
         padding in float64 by a number that its softmax, always in float32, takes for infinite, and gives NaN). There,
         too, one near tie that flips affects all tokens: then another stretch of text is tried.
         """
-        policy = self.manifest.policy
-        by_sequence = policy is not None and policy.input("layer_mask") is not None
-        other = self.settings[(self.settings.index(setting) + 1) % len(self.settings)] if by_sequence else setting
-        keeps = [setting.keep, other.keep]
-        sides = [self._sides(controls_for(self.manifest, keep)) for keep in keeps]
+        sides = [self._side(reference, controls_for(self.manifest, keep)) for keep in self._padded_keeps(at.setting)]
         for attempt in range(_ATTEMPTS):
             ids, mask = self._padded_batch(attempt)
-            have = self.engine.observe(ids, mask, controls_for(self.manifest, keeps))
-            comparer = self._comparer()
             if self.causal:
-                for row, observed in enumerate(have):
-                    unpadded = ids[row : row + 1, mask[row] == 1]
-                    comparer.add(sides[row][0].observe(unpadded, np.ones_like(unpadded)), [observed])
+                rows = [ids[row : row + 1, mask[row] == 1] for row in range(len(ids))]
+                want = [side.observe(row, np.ones_like(row), store)[0] for side, row in zip(sides, rows, strict=True)]
             else:
-                side, single = sides[0]
-                comparer.add((single or side).observe(ids, mask), have)
-            result = comparer.result()
+                with reference.computing_in(torch.float32):
+                    want = sides[0].observe(ids, mask, store)
+            at.padded.append(_Padded(ids, mask, want))
+            if all(np.isinf(one.margins).all() for one in want if one.margins is not None):
+                break  # no decision can flip
+
+    def _by_portable(self, found: list[_At], store: Store) -> None:
+        engine = EngineSide(self._bundle)
+        for at in found:
+            for number, want in enumerate(at.windows):
+                self._report(f"portable runner, {at.setting.name}", self._window_work)
+                window = self.windows[number]
+                (have,) = engine.observe(*_call(window), at.controls)
+                at.against.add([want], [have])
+                at.quality.add(next_tokens(window, want.logits, have.logits), want.keep != have.keep)
+                at.portable_keep.append(have.keep)
+                if self.limits.runners is not None and number < at.scope.compared:
+                    at.portable.append(store.put(np.asarray(have.logits)))
+                del have
+            if self.causal:
+                at.cached = self._cached(engine, at)
+            self._padded(engine, at)
+            if at.scope.portable_greedy:
+                text = at.text
+                at.portable_text = write(
+                    engine.runner,
+                    text.prompt,
+                    len(text.tokens),
+                    controls_for(self.manifest, at.setting.keep, [PROMPT_TOKENS]),
+                    store,
+                    text.tokens,
+                )
+
+    def _cached(self, engine: EngineSide, at: _At) -> tuple[Compared, Compared]:
+        """Half of a stretch, then the rest with the cache: the result must be that of one call."""
+        count = min(at.scope.cached_tokens, at.windows[0].tokens)
+        half = count // 2
+        ids = self.windows[:1, :count]
+        found = []
+        for chunks in ([half, *[1] * (count - half)], [half, count - half]):
+            comparer = self._comparer()
+            comparer.add([at.windows[0].head(count)], engine.observe(ids, np.ones_like(ids), at.controls, chunks))
+            found.append(comparer.result())
+        return found[0], found[1]
+
+    def _padded(self, engine: EngineSide, at: _At) -> None:
+        controls = controls_for(self.manifest, self._padded_keeps(at.setting))
+        for batch in at.padded:
+            comparer = self._comparer()
+            have = engine.observe(batch.ids, batch.mask, controls)
+            if self.causal:
+                for want, observed in zip(batch.want, have, strict=True):
+                    comparer.add([want], [observed])
+            else:
+                comparer.add(batch.want, have)
+            result = at.padded_result = comparer.result()
             if result.decisions is None or result.decisions.wrong or result.logits.values:
                 break
-        return result
+
+    def _by_fast(self, found: list[_At]) -> None:
+        runner = open_runner(self._bundle, backend=self._backend)
+        for at in found:
+            for number, want in enumerate(at.windows):
+                self._report(f"fast runner, {at.setting.name}", self._window_work)
+                if number >= at.scope.compared and _is_portable(runner):
+                    at.quality.add_fast_like_portable()
+                    continue
+                window = self.windows[number]
+                fast, counts = runner_logits(runner, window[None], at.controls)
+                at.quality.add_fast(next_tokens(window, want.logits, fast[0]).divergence)
+                if number < at.scope.compared:
+                    self._compare_fast(at, number, fast[0], counts)
+                del fast
+
+    def _compare_fast(self, at: _At, number: int, logits: np.ndarray, counts: np.ndarray | None) -> None:
+        """Compare the fast runner's logits [S, V] over a window; for a quantized bundle, with the portable runner's.
+
+        The fast runner does not report which rows it kept, only how many. Where decisions may flip, everything after
+        the first one that did (in half precision: for the portable runner) or could have (in single) is left out.
+        """
+        want, keep = at.windows[number], at.portable_keep[number]
+        assert want.margins is not None
+        clean = np.ones(want.tokens, bool)
+        alone = self.limits.runners is None
+        base, base_keep = (want.logits, want.keep) if alone else (at.portable[number], keep)
+        places = [(layer, BRANCHES.index(branch)) for layer, branch in self.manifest.skippable_places]
+        differ = [] if counts is None else [place for place in places if counts[place] != base_keep[place].sum()]
+        if self.limits.differing_share is None:
+            flipped = (want.margins <= self.limits.near_tie) if differ else np.zeros_like(want.keep)
+        else:
+            flipped = keep != base_keep
+        flipped_at = np.flatnonzero(flipped.any(axis=(0, 1)))
+        if len(flipped_at):
+            clean[flipped_at[0] if self.causal else 0 :] = False
+        at.fast.add(base, logits, clean, number)
+        at.clean.append(clean)
+        at.wrong_counts += 0 if len(flipped_at) else len(differ)
+
+    def _speculated(self, found: list[_At]) -> dict[Setting, SpeculationResult]:
+        """Speculative text of the bundle's draft against plain text, and the halves of a split model."""
+        side = self.speculation
+        if side is None:
+            return {}
+        halves: dict[Setting, dict[str, Comparison]] = {}
+        if side.exit_layer is not None:
+            self._report("draft and verify")
+            inputs = {
+                at.setting: [
+                    HalvesInput(self.windows[number : number + 1], at.controls, at.windows[number], clean)
+                    for number, clean in enumerate(at.clean)
+                ]
+                for at in found
+                if at.scope.texts
+            }
+            halves = side.halves(inputs)
+        texts = {
+            # Thousands of draws are enough to show that weights were rounded to bfloat16.
+            at.setting: TextsInput(at.setting.keep, at.scope.texts, None if self.limits_of == "bf16" else at.windows[0])
+            for at in found
+            if at.scope.texts
+        }
+        work = sum(self._speculation_work(at.scope) for at in found) / (2 * max(1, len(texts)))
+        return side.results(self.windows, texts, halves, lambda step: self._report(step.stage, work))
+
+    def _result(self, at: _At, speculation: SpeculationResult | None) -> BudgetResult:
+        rounding = None if at.rounding is None else at.rounding.result()
+        kept = np.concatenate([want.keep for want in at.windows], axis=-1).mean(axis=-1)
+        shares = [kept[layer, BRANCHES.index(branch)] for layer, branch in self.manifest.skippable_places]
+        reference_nats, engine_nats = at.quality.nats
+        assert at.padded_result is not None, "every setting has a padded batch"
+
+        def tolerance(logits: np.ndarray) -> float:
+            return self.limits.logit_limit(float(np.abs(logits).max()), rounding) or 0.0
+
+        def followed(text: GreedyText) -> Greedy:
+            return follow(
+                text,
+                at.steps,
+                self.manifest.skippable_places,
+                logit_tolerance=tolerance,
+                near_tie=self.limits.near_tie,
+            )
+
+        greedy = {"fast": followed(at.text)}
+        if at.portable_text is not None:
+            greedy["portable"] = followed(at.portable_text)
+        single_steps, one_chunk = at.cached or (None, None)
+        return BudgetResult(
+            setting=at.setting.name,
+            budget=at.setting.share,
+            kept=tuple((float(attn), float(mlp)) for attn, mlp in kept),
+            kept_share=float(np.mean(shares)) if shares else None,
+            windows=at.against.result(),
+            rounding=rounding,
+            single_steps=single_steps,
+            one_chunk=one_chunk,
+            padded=at.padded_result,
+            fast_logits=at.fast.result(),
+            fast_wrong_counts=at.wrong_counts,
+            greedy=greedy,
+            speculation=speculation,
+            reference_nats=reference_nats,
+            engine_nats=engine_nats,
+            frequency_nats=frequency_nats(self.windows[: at.scope.windows, 1:]),
+            scored_tokens=at.quality.scored_tokens,
+            quality=at.quality.result(),
+            tokens=self._tokens(at),
+            part=at.scope.part,
+        )
+
+    def _tokens(self, at: _At) -> Tokens:
+        length = self.windows.shape[1]
+        return Tokens(
+            windows=at.scope.windows * length,
+            compared=at.scope.compared * length,
+            rounded=at.scope.rounded * length,
+            cached=at.scope.cached_tokens,
+            padded=int(at.padded[0].mask.sum()),
+            greedy=len(at.text.tokens),
+        )
+
+    def _padded_keeps(self, setting: Setting) -> list[KeepSettings]:
+        policy = self.manifest.policy
+        by_sequence = policy is not None and policy.input("layer_mask") is not None
+        settings = list(self.scopes)
+        other = settings[(settings.index(setting) + 1) % len(settings)] if by_sequence else setting
+        return [setting.keep, other.keep]
 
     def _padded_batch(self, attempt: int) -> tuple[np.ndarray, np.ndarray]:
         """Ids and mask of two stretches; they begin differently, since equal beginnings have equal scores."""
@@ -226,52 +428,8 @@ class Run:
             ids[:, long - short // 2] = self.manifest.decoder.eos_ids[0]
         return ids, mask
 
-    def _fast(
-        self,
-        want: Observation,
-        portable: Observation,
-        logits: np.ndarray,
-        counts: np.ndarray | None,
-        found: Accumulator,
-        window: int,
-    ) -> tuple[np.ndarray, int]:
-        """Compare the fast runner's logits [S, V] over a window; for a quantized bundle, with the portable runner's.
-
-        The fast runner does not report which rows it kept, only how many. Where decisions may flip, everything after
-        the first one that did (in half precision: for the portable runner) or could have (in single) is left out.
-
-        Returns: the tokens [S] bool that were compared, and the branches that kept a wrong count.
-        """
-        assert want.margins is not None
-        clean = np.ones(want.tokens, bool)
-        base = want if self.limits.runners is None else portable
-        places = [(layer, BRANCHES.index(branch)) for layer, branch in self.manifest.skippable_places]
-        differ = [] if counts is None else [p for p in places if counts[p] != base.keep[p].sum()]
-        if self.limits.differing_share is None:
-            flipped = (want.margins <= self.limits.near_tie) if differ else np.zeros_like(want.keep)
-        else:
-            flipped = portable.keep != base.keep
-        flipped_at = np.flatnonzero(flipped.any(axis=(0, 1)))
-        if len(flipped_at):
-            clean[flipped_at[0] if self.causal else 0 :] = False
-        found.add(base.logits, logits, clean, window)
-        return clean, 0 if len(flipped_at) else len(differ)
-
-    def _halves(
-        self,
-        speculation: SpeculationSide,
-        side: ReferenceSide,
-        ids: np.ndarray,
-        controls: RuntimeValues,
-        clean: np.ndarray,
-        window: int,
-    ) -> None:
-        """Compare draft and verify with the reference's exit and full logits over a window."""
-        if speculation.exit_layer is None:
-            return
-        output = side.step(ids, np.ones_like(ids), DynamicCache())
-        at_exit = self.reference.exit_logits(output, speculation.exit_layer)
-        speculation.compare(ids, controls, at_exit[0].float().numpy(), output.logits[0].float().numpy(), clean, window)
+    def _side(self, reference: Reference, controls: RuntimeValues) -> ReferenceSide:
+        return ReferenceSide(reference, reference_rule(self.manifest, controls), self.manifest.kv_policy)
 
     def _comparer(self) -> Comparer:
         return Comparer(
@@ -286,35 +444,51 @@ class Run:
     def _branches(self) -> tuple[Branch, ...]:
         return self.manifest.skippable
 
-    def _sides(self, controls: RuntimeValues) -> tuple[ReferenceSide, ReferenceSide | None]:
-        """The reference with these run-time values and, if it is in float64, the same in float32."""
-        rule = reference_rule(self.manifest, controls)
-        side = ReferenceSide(self.reference, rule, self.manifest.kv_policy)
-        return side, ReferenceSide(self.single, rule, self.manifest.kv_policy) if self.single else None
+    @property
+    def _prompt(self) -> list[int]:
+        return [int(token) for token in self.windows[0, :PROMPT_TOKENS]]
 
-    def _report(self, what: str, done: int = 0, total: int = 0) -> None:
-        self.on_progress(Progress(f"{self.stage}: {what}", done, total))
+    def _check_room(self, folder: Path, settings: Sequence[Setting]) -> None:
+        """Refuse to begin if what the reference finds would not fit on the disk."""
+        shape, length = self.manifest.decoder, self.windows.shape[1]
+        state = shape.num_layers * (shape.hidden_size + 2 * shape.num_kv_heads * shape.head_dim)
+        scopes = [self.scopes[setting] for setting in settings]
+        tokens = [
+            (scope.windows + 2 * scope.compared) * length + 2 * scope.greedy_tokens for scope in scopes
+        ]  # logits: the reference's; of some windows, those at an exit or of the portable runner; of text, both sides'
+        values = sum(tokens) * shape.vocab_size + sum(scope.compared for scope in scopes) * length * state
+        check_room(folder, 4 * values, todo="free some space, or compare fewer tokens with --tokens")
+
+    # Work in units of a window that the reference reads in float32; only its shares count.
+
+    @property
+    def _window_work(self) -> float:
+        return 2.0 if self.limits_of == "fp32" else 1.0
+
+    def _text_work(self, scope: Scope) -> float:
+        return scope.greedy_tokens / 32
+
+    def _speculation_work(self, scope: Scope) -> float:
+        texts = scope.texts if self.speculation else None
+        return 0.0 if texts is None else texts.generations * texts.new_tokens / 32
+
+    def _work(self, scope: Scope) -> float:
+        rounded = scope.rounded if self.reference_type == torch.float64 else 0
+        windows = (3 * scope.windows + rounded) * self._window_work
+        return self._text_work(scope) + windows + self._speculation_work(scope)
+
+    def _report(self, stage: str, work: float = 0.0) -> None:
+        """Report a step before it begins. Args: work: that it takes."""
+        self.on_progress(Progress(stage, share=self._done / self._total))
+        self._done += work
 
 
-def _reference_type(checkpoint: Checkpoint, limits_of: str) -> torch.dtype:
-    """Type of the reference's weights and activations.
-
-    Double precision for a float32 engine, if there is enough memory: then only the engine's rounding is measured. In
-    float32 the reference's own rounding is as large, and the two add up.
-    """
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if limits_of == "fp32" and 2 * checkpoint.weight_bytes() <= memory / 3:
-        return torch.float64
-    return torch.float32
+def _is_portable(runner: Runner) -> bool:
+    """Whether a runner runs the portable graph too, so that it gives the same numbers."""
+    stage = runner.stage if isinstance(runner, WholeRunner) else None
+    return isinstance(stage, OnnxRuntimeStage) and not stage.is_lowered(batch=1)
 
 
-@contextmanager
-def _torch_threads_for(manifest: Manifest) -> Iterator[None]:
-    """Use one thread for single tokens of a small model: waiting for others would take longer than the work."""
-    before = torch.get_num_threads()
-    small = manifest.decoder.hidden_size <= _SMALL_HIDDEN
-    torch.set_num_threads(1 if small else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _call(window: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of a window as a batch of one."""
+    return window[None], np.ones((1, len(window)), np.int64)

@@ -7,14 +7,15 @@ from the reference's logits, computed here by PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
-from scipy import stats
+from scipy import special
 
-from gsx.parity.closeness import Accumulator, Comparison
+from gsx.parity.closeness import Accumulator, Comparison, Observation
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
 from gsx_engines.generation import Generated, generate
@@ -24,11 +25,10 @@ from gsx_engines.runners.select import Backend, open_runner, open_split_runner
 from gsx_engines.runners.split import SplitRunner
 from gsx_engines.sampling import GREEDY, Picker, Sampling, candidates
 from gsx_engines.speculation.draft import Draft, open_draft
+from gsx_plugins.progress import OnProgress, Progress
 
 SAMPLED = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=7)
-# Draft lengths to try; None finds a length while generating.
-_LENGTHS = (None, 3)
-_PROMPTS, _PROMPT_TOKENS, _NEW_TOKENS, _BATCH = 8, 24, 48, 3
+_PROMPT_TOKENS, _BATCH = 24, 3
 _PLACES, _DRAWS = 6, 2000
 # Cells of a chi-square test with fewer expected draws are merged.
 _LEAST_EXPECTED = 8
@@ -99,112 +99,218 @@ class SpeculationResult:
     sampling: SamplingFit | None
 
 
+@dataclass(frozen=True)
+class Texts:
+    """Which texts are compared, each prompt by itself and some in a batch.
+
+    Args:
+        prompts: how many; new_tokens: of each.
+        lengths, sampled_lengths: draft lengths to try, greedily and with sampling; None: found while generating.
+    """
+
+    prompts: int
+    new_tokens: int
+    lengths: tuple[int | None, ...]
+    sampled_lengths: tuple[int | None, ...]
+
+    @property
+    def generations(self) -> int:
+        """How many texts are generated, plain ones and drafted ones; a batch counts as one."""
+        return (self.prompts + 1) * (2 + len(self.lengths) + len(self.sampled_lengths))
+
+
+TEXTS = Texts(prompts=3, new_tokens=32, lengths=(None, 3), sampled_lengths=(None,))
+FULL_TEXTS = Texts(prompts=8, new_tokens=48, lengths=(None, 3), sampled_lengths=(None, 3))
+
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class HalvesInput:
+    """A window on which the two halves of a split model are compared.
+
+    Args:
+        ids: [1, S]; controls: the run-time values.
+        want: the reference's observation, with logits after the exit; clean [S] bool: tokens that no near tie affected.
+    """
+
+    ids: np.ndarray
+    controls: RuntimeValues
+    want: Observation
+    clean: np.ndarray
+
+
+@dataclass(frozen=True)
+class TextsInput:
+    """Texts to compare at one setting.
+
+    Args:
+        keep: what a request asks of the keep rule.
+        texts: which.
+        want: the reference's observation of the first window, whose distribution the draws must follow; None if the
+            engine's logits are too far from it.
+    """
+
+    keep: KeepSettings
+    texts: Texts
+    want: Observation | None
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """Plain texts at one setting: by sampling and group of prompts. And the logits [places, V] that were drawn from."""
+
+    sequences: Mapping[tuple[str, int], Sequence[Generated]]
+    logits: np.ndarray
+
+
 class SpeculationSide:
-    """A bundle's draft, opened once."""
+    """A bundle's draft. One runner is open at a time."""
 
     def __init__(self, bundle: Bundle, backend: Backend = "onnxruntime") -> None:
         assert bundle.manifest.draft is not None
         self.kind = bundle.manifest.draft.draft
         self._bundle, self._backend = bundle, backend
-        self._splits: dict[str, SplitRunner] = {}
-        if self.kind.kind == "exit":
-            portable = SplitRunner(PortableStage(bundle, "draft"), PortableStage(bundle, "verify"))
-            self._splits = {"fast": open_split_runner(bundle, backend=backend), "portable": portable}
-        self._found = {f"{half}, {name} runner": Accumulator() for name in self._splits for half in ("draft", "verify")}
 
     @property
     def exit_layer(self) -> int | None:
         """Number of layers that the draft runs; None if it is not an exit."""
         return self.kind.layer if self.kind.kind == "exit" else None
 
-    def start(self) -> None:
-        """Forget the comparisons at another budget."""
-        self._found = {name: Accumulator() for name in self._found}
+    def halves(self, inputs: Mapping[K, Sequence[HalvesInput]]) -> dict[K, dict[str, Comparison]]:
+        """Compare both halves' logits over windows, by setting, with both runners."""
+        found: dict[K, dict[str, Comparison]] = {setting: {} for setting in inputs}
+        for name, opened in (("fast", self._fast), ("portable", self._portable)):
+            runner = opened()
+            for setting, windows in inputs.items():
+                draft, verify = Accumulator(), Accumulator()
+                for number, one in enumerate(windows):
+                    cache = runner.new_cache(*one.ids.shape)
+                    assert one.want.exit_logits is not None
+                    early = runner.draft(cache, one.ids, one.controls, logits="all").logits[0]
+                    draft.add(one.want.exit_logits, early, one.clean, number)
+                    del early
+                    verify.add(one.want.logits, runner.verify(cache).logits[0], one.clean, number)
+                found[setting][f"draft, {name} runner"] = draft.result()
+                found[setting][f"verify, {name} runner"] = verify.result()
+            del runner
+        return found
 
-    def compare(
+    def results(
         self,
-        ids: np.ndarray,
-        controls: RuntimeValues,
-        exit_logits: np.ndarray,
-        logits: np.ndarray,
-        clean: np.ndarray,
-        window: int,
-    ) -> None:
-        """Compare both halves' logits over a window.
+        windows: np.ndarray,
+        inputs: Mapping[K, TextsInput],
+        halves: Mapping[K, Mapping[str, Comparison]],
+        on_progress: OnProgress,
+    ) -> dict[K, SpeculationResult]:
+        """Compare texts at each setting of the keep rule.
 
-        Args: ids [1, S]; exit_logits, logits [S, V] of the reference; clean [S] bool: tokens that no near tie affected.
+        Args: windows [M, S]: prompts are taken from them; halves: what `halves` found.
         """
-        for name, runner in self._splits.items():
-            cache = runner.new_cache(*ids.shape)
-            draft = runner.draft(cache, ids, controls, logits="all").logits[0]
-            self._found[f"draft, {name} runner"].add(exit_logits, draft, clean, window)
-            self._found[f"verify, {name} runner"].add(logits, runner.verify(cache).logits[0], clean, window)
-
-    def result(self, windows: np.ndarray, keep: KeepSettings, reference_logits: np.ndarray | None) -> SpeculationResult:
-        """Compare texts at one setting of the keep rule.
-
-        Args: windows [M, S]: prompts are taken from them; reference_logits [S, V] of the first one, None if the
-            engine's are too far from them for its draws to follow them.
-        """
-        manifest = self._bundle.manifest
         plain = open_runner(self._bundle, backend=self._backend)
+        texts = {}
+        for setting, one in inputs.items():
+            on_progress(Progress("plain text"))
+            texts[setting] = _plain(plain, windows, one)
+        del plain
         draft = open_draft(self._bundle, self.kind, backend=self._backend)
-        prompts = _prompts(windows)
-        greedy, acceptance = _texts(plain, draft, prompts, GREEDY, keep)
-        sampled, _ = _texts(plain, draft, prompts, SAMPLED, keep)
-        first = windows[:1]
-        controls = controls_for(manifest, keep)
-        engine = plain.step(plain.new_cache(*first.shape), first, controls, logits="all").logits[0]
-        return SpeculationResult(
-            draft=str(self.kind),
-            acceptance=acceptance,
-            logits={name: found.result() for name, found in self._found.items()},
-            greedy=greedy,
-            sampled=sampled,
-            sampling=None if reference_logits is None else sampling_fit(reference_logits, engine),
-        )
+        found = {}
+        for setting, one in inputs.items():
+            on_progress(Progress("drafted text"))
+            greedy, acceptance = self._compared(draft, windows, one, texts[setting], GREEDY)
+            sampled, _ = self._compared(draft, windows, one, texts[setting], SAMPLED)
+            places = _places(windows.shape[1])
+            wanted = None if one.want is None else np.concatenate([one.want.logits[at : at + 1] for at in places])
+            found[setting] = SpeculationResult(
+                draft=str(self.kind),
+                acceptance=acceptance,
+                logits=dict(halves.get(setting, {})),
+                greedy=greedy,
+                sampled=sampled,
+                sampling=None if wanted is None else sampling_fit(wanted, texts[setting].logits),
+            )
+        return found
+
+    def _compared(
+        self, draft: Draft, windows: np.ndarray, one: TextsInput, plain: _Plain, sampling: Sampling
+    ) -> tuple[TextsCompared, float | None]:
+        """Compare plain and speculative text of each prompt, and of some in a batch; and the acceptance."""
+        prompts = _prompts(windows, one.texts.prompts)
+        limit = _limit(draft.runner, prompts, one.texts)
+        lengths = one.texts.lengths if sampling is GREEDY else one.texts.sampled_lengths
+        continuations = tokens = drafted = accepted = 0
+        mismatches: list[TextMismatch] = []
+        again: Runner | None = None
+        for at, group in enumerate(_groups(prompts)):
+            batch = [prompts[number] for number in group]
+            want = plain.sequences[str(sampling), at]
+            for length in lengths:
+                have = generate(
+                    draft.runner,
+                    batch,
+                    max_new_tokens=limit,
+                    keep=one.keep,
+                    sampling=sampling,
+                    stop_ids=[],
+                    draft=draft,
+                    draft_length=length,
+                )
+                drafted, accepted = drafted + sum(have.stats.drafted), accepted + sum(have.stats.accepted)
+                for row, (number, expected, found) in enumerate(zip(group, want, have.sequences, strict=True)):
+                    continuations += 1
+                    tokens += len(expected.tokens)
+                    if expected.tokens != found.tokens:
+                        again = again or open_runner(self._bundle, backend=self._backend)
+                        mismatch = _mismatch(again, Picker(sampling), row, prompts[number], expected, found, one.keep)
+                        mismatches.append(replace(mismatch, prompt=number))
+        return TextsCompared(continuations, tokens, tuple(mismatches)), accepted / drafted if drafted else None
+
+    def _fast(self) -> SplitRunner:
+        return open_split_runner(self._bundle, backend=self._backend)
+
+    def _portable(self) -> SplitRunner:
+        return SplitRunner(PortableStage(self._bundle, "draft"), PortableStage(self._bundle, "verify"))
 
 
-def _prompts(windows: np.ndarray) -> list[list[int]]:
+def _plain(runner: Runner, windows: np.ndarray, one: TextsInput) -> _Plain:
+    """The texts without a draft."""
+    prompts = _prompts(windows, one.texts.prompts)
+    limit = _limit(runner, prompts, one.texts)
+    sequences = {}
+    for sampling in (GREEDY, SAMPLED):
+        for at, group in enumerate(_groups(prompts)):
+            batch = [prompts[number] for number in group]
+            sequences[str(sampling), at] = generate(
+                runner, batch, max_new_tokens=limit, keep=one.keep, sampling=sampling, stop_ids=[]
+            ).sequences
+    first = windows[:1]
+    controls = controls_for(runner.manifest, one.keep)
+    logits = runner.step(runner.new_cache(*first.shape), first, controls, logits="all").logits[0]
+    return _Plain(sequences, logits[_places(windows.shape[1])])
+
+
+def _places(length: int) -> np.ndarray:
+    """Positions of a window at which draws are compared."""
+    return np.linspace(0, length - 1, _PLACES).astype(int)
+
+
+def _groups(prompts: Sequence[list[int]]) -> list[list[int]]:
+    """Each prompt by itself, and the first ones in a batch."""
+    return [[number] for number in range(len(prompts))] + [list(range(min(_BATCH, len(prompts))))]
+
+
+def _limit(runner: Runner, prompts: Sequence[list[int]], texts: Texts) -> int:
+    room = runner.manifest.decoder.max_positions - max(len(prompt) for prompt in prompts)
+    return min(texts.new_tokens, room)
+
+
+def _prompts(windows: np.ndarray, count: int) -> list[list[int]]:
     flat = windows.ravel()
     size = min(_PROMPT_TOKENS, max(1, windows.shape[1] // 2))
-    starts = np.linspace(0, len(flat) - size, _PROMPTS).astype(int)
+    starts = np.linspace(0, len(flat) - size, count).astype(int)
     # Different lengths, so that a batch is ragged.
     stops = [start + max(1, size - number % 4) for number, start in enumerate(starts)]
     return [[int(token) for token in flat[start:stop]] for start, stop in zip(starts, stops, strict=True)]
-
-
-def _texts(
-    plain: Runner, draft: Draft, prompts: Sequence[list[int]], sampling: Sampling, keep: KeepSettings
-) -> tuple[TextsCompared, float | None]:
-    """Compare plain and speculative text of each prompt, and of some in a batch. Returns: comparison, acceptance."""
-    room = plain.manifest.decoder.max_positions - max(len(prompt) for prompt in prompts)
-    limit = min(_NEW_TOKENS, room)
-    continuations = tokens = drafted = accepted = 0
-    mismatches: list[TextMismatch] = []
-    groups = [[number] for number in range(len(prompts))] + [list(range(min(_BATCH, len(prompts))))]
-    for group in groups:
-        batch = [prompts[number] for number in group]
-        want = generate(plain, batch, max_new_tokens=limit, keep=keep, sampling=sampling, stop_ids=[]).sequences
-        for length in _LENGTHS:
-            have = generate(
-                draft.runner,
-                batch,
-                max_new_tokens=limit,
-                keep=keep,
-                sampling=sampling,
-                stop_ids=[],
-                draft=draft,
-                draft_length=length,
-            )
-            drafted, accepted = drafted + sum(have.stats.drafted), accepted + sum(have.stats.accepted)
-            for row, (number, expected, found) in enumerate(zip(group, want, have.sequences, strict=True)):
-                continuations += 1
-                tokens += len(expected.tokens)
-                if expected.tokens != found.tokens:
-                    mismatch = _mismatch(plain, Picker(sampling), row, prompts[number], expected, found, keep)
-                    mismatches.append(replace(mismatch, prompt=number))
-    return TextsCompared(continuations, tokens, tuple(mismatches)), accepted / drafted if drafted else None
 
 
 def _mismatch(
@@ -233,7 +339,7 @@ def sampling_fit(reference: np.ndarray, engine: np.ndarray) -> SamplingFit | Non
     Returns: None if the reference's cut of top-p is too close to call at every position.
     """
     least, outside, places = 1.0, 0, 0
-    for place in np.linspace(0, len(reference) - 1, _PLACES).astype(int):
+    for place in _places(len(reference)):
         wanted = reference_probabilities(reference[place])
         if wanted is None:
             continue
@@ -274,4 +380,5 @@ def _p_value(counts: np.ndarray, expected: np.ndarray) -> float:
         return 0.0
     if cells.sum() < 2:
         return 1.0
-    return float(stats.chisquare(found[cells], wanted[cells] * found.sum() / wanted.sum()).pvalue)
+    found, wanted = found[cells], wanted[cells] * found.sum() / wanted.sum()
+    return float(special.chdtrc(len(found) - 1, ((found - wanted) ** 2 / wanted).sum()))

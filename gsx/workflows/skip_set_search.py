@@ -22,7 +22,7 @@ from gsx_engines.speculation.length import counted_speed
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 # The search ends after so many candidates or seconds, whichever comes first.
-TRIALS, SECONDS = 200, 120.0
+TRIALS, SECONDS = 200, 90.0
 # The first candidates are sets at even steps through the depth; these are the shares of the branches they leave out.
 _FIRST_SHARES = (0.25, 0.375, 0.5)
 _SEED = 0

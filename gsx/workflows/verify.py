@@ -17,11 +17,11 @@ from tokenizers import Tokenizer
 from gsx.backend_names import BackendName, Device
 from gsx.backends import open_backend
 from gsx.defaults import GREEDY_TOKENS, QUALITY_TOKENS, VERIFY_TOKENS
-from gsx.parity.closeness import Observation
 from gsx.parity.page import page
 from gsx.parity.quality import QualityLimits, default_limits
 from gsx.parity.report import KeepMap, Report
-from gsx.parity.run import Run
+from gsx.parity.run import PROMPT_TOKENS, Run
+from gsx.parity.scope import Scope, scopes
 from gsx.parity.settings import exported_share, settings_of
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import default_controls
@@ -55,6 +55,7 @@ def verify(
     backend: BackendName = "onnxruntime",
     device: Device | None = None,
     quality: QualityLimits | None = None,
+    full: bool = False,
     on_progress: OnProgress = silent,
 ) -> Report:
     """Compare a bundle with the reference, and write `parity.json` and `parity.html` into it.
@@ -66,12 +67,15 @@ def verify(
             part after those tokens is read; if too little is left, the report says that both texts are the same.
         tokens: how many of its tokens to use; None for 1,024, and for 8,192 if anything is in 8 bits, since the limits
             of quality need more.
-        budgets: to verify at; None for 1, 0.85, 0.7, 0.5 and the exported one.
+        budgets: to verify at, each on the whole text; None for 1, 0.85, 0.7, 0.5 and the exported one.
         greedy_tokens: length of the greedy continuation.
         backend: the runtime whose runner is compared too, besides the portable one of ONNX Runtime.
         device: where PyTorch runs as a backend; None for a GPU if PyTorch sees one, else the CPU.
         quality: limits against full precision. Limits that are not given are those of the bundle's kind
             (`gsx.parity.quality.default_limits`); a float32 bundle has none, and the values are only reported.
+        full: whether every setting is checked on the whole text, states, K and V too, with more speculative text, and
+            greedy text also by the portable runner. By default only the exported setting is checked on the whole text,
+            and the others on a part of it. The report says how many tokens each check read.
         on_progress: called with the progress.
     Returns: the report. `report.passed` is whether everything is known to hold; `report.verdict` tells what failed from
         what could not be decided, and `report.doubts` says why.
@@ -106,11 +110,9 @@ def verify(
     windows = _held_out(checkpoint, manifest, Path(text) if text else None, tokens, notes)
     on_progress(Progress("loading the reference and the engine"))
     runtime = open_backend(backend, device)
-    run = Run(opened, checkpoint, chosen, windows.ids, greedy_tokens, runtime, notes, on_progress)
-    results = []
-    for number, setting in enumerate(chosen):
-        run.stage = f"{setting.keep} ({number + 1} of {len(chosen)})"
-        results.append(run.at(setting))
+    scope = _scopes(manifest, chosen, budgets is not None, len(windows.ids), greedy_tokens, full, notes)
+    run = Run(opened, checkpoint, scope, windows.ids, runtime, notes, on_progress)
+    results = run.results()
     report = Report(
         bundle=opened.directory.resolve().name,
         model=checkpoint.source,
@@ -134,7 +136,7 @@ def verify(
         results=tuple(results),
         default_is_exported=_default_is_exported(opened),
         notes=tuple(notes),
-        keep_map=_keep_map(run.first_window, manifest, windows.ids[0], load_tokenizer(checkpoint)),
+        keep_map=_keep_map(run.first_keep, manifest, windows.ids[0], load_tokenizer(checkpoint)),
         layer_curves=_layer_curves(manifest),
         tools={
             "python": platform.python_version(),
@@ -223,16 +225,40 @@ def _default_is_exported(bundle: Bundle) -> bool | None:
     return all(name in found and np.array_equal(found[name], value) for name, value in wanted.items())
 
 
+def _scopes(
+    manifest: Manifest,
+    chosen: Sequence[Setting],
+    asked: bool,
+    windows: int,
+    greedy_tokens: int,
+    full: bool,
+    notes: list[str],
+) -> dict[Setting, Scope]:
+    """How much each setting is checked. Args: asked: whether the user named the settings."""
+    room = manifest.decoder.max_positions - PROMPT_TOKENS
+    if room < greedy_tokens:
+        notes.append(f"The model's context leaves room for {room} greedy tokens.")
+    exported = [one for one in chosen if one.share == exported_share(manifest)] or list(chosen[-1:])
+    main = chosen if asked else exported[:1]
+    if not full and len(main) < len(chosen):
+        notes.append(
+            f"Checked on the whole text: {main[0].name}, as exported. The other settings are checked on a part of it; "
+            "--full checks all on all of it."
+        )
+    causal = manifest.selection is None or manifest.selection.mode == "threshold"
+    return scopes(chosen, main, windows=windows, greedy_tokens=min(greedy_tokens, room), causal=causal, full=full)
+
+
 def _keep_map(
-    first_window: dict[Setting, Observation], manifest: Manifest, ids: np.ndarray, tokenizer: Tokenizer
+    first_keep: dict[Setting, np.ndarray], manifest: Manifest, ids: np.ndarray, tokenizer: Tokenizer
 ) -> KeepMap | None:
     """A map of the start of the first window, at the exported setting or, if that skips nothing, at one that does."""
     if manifest.policy is None:
         return None
-    skipping = [setting for setting in first_window if setting.share < 1] or list(first_window)
+    skipping = [setting for setting in first_keep if setting.share < 1] or list(first_keep)
     exported = exported_share(manifest)
     setting = min(skipping, key=lambda candidate: (candidate.share != exported, candidate.share != _USUAL_SHARE))
-    keep = first_window[setting].keep[..., :_MAP_TOKENS]
+    keep = first_keep[setting][..., :_MAP_TOKENS]
     labels = [tokenizer.decode([int(i)], skip_special_tokens=False) for i in ids[: keep.shape[-1]]]
     return KeepMap(
         setting=setting.name,

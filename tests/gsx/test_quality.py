@@ -18,10 +18,18 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
-from gsx.parity.closeness import Observation
 from gsx.parity.estimate import Estimate
 from gsx.parity.page import page
-from gsx.parity.quality import ACTIVATIONS, HALF, WEIGHTS, QualityCounter, QualityLimits, default_limits, frequency_nats
+from gsx.parity.quality import (
+    ACTIVATIONS,
+    HALF,
+    WEIGHTS,
+    QualityCounter,
+    QualityLimits,
+    default_limits,
+    frequency_nats,
+    next_tokens,
+)
 from gsx.parity.report import Report
 from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
@@ -41,10 +49,6 @@ CHANGE, DIVERGENCE = "perplexity, relative change", "next-token distribution, KL
 FAST_DIVERGENCE, DIFFERING = f"fast runner: {DIVERGENCE}", "next token, share that differs"
 
 
-def observation(logits: np.ndarray, keep: np.ndarray) -> Observation:
-    return Observation(logits, [], [], [], np.zeros(keep.shape, np.float32), keep)
-
-
 def test_quality_against_the_formula() -> None:
     rng = np.random.default_rng(0)
     want, have = rng.standard_normal((2, 5, 7)).astype(np.float32)
@@ -53,7 +57,8 @@ def test_quality_against_the_formula() -> None:
     other[1, 1, :2] = False
     counter = QualityCounter([0, 1])
     ids = rng.integers(0, 7, 5)
-    counter.add(ids, observation(want, keep), observation(have, other), want)
+    counter.add(next_tokens(ids, want, have), keep != other)
+    counter.add_fast(next_tokens(ids, want, want).divergence)
     found = counter.result()
     p, q = (np.exp(x - np.log(np.exp(x).sum(-1, keepdims=True))) for x in (want, have))
     assert found.divergence == pytest.approx(float((p * np.log(p / q)).sum(-1).mean()), rel=1e-5)
@@ -72,9 +77,10 @@ def test_quality_against_the_formula() -> None:
 
 def test_quality_of_the_same_is_perfect() -> None:
     logits = np.random.default_rng(0).standard_normal((5, 7)).astype(np.float32)
-    keep = np.ones((1, 2, 5), bool)
     counter = QualityCounter([])
-    counter.add(np.arange(5), observation(logits, keep), observation(logits, keep), logits)
+    same = next_tokens(np.arange(5), logits, logits)
+    counter.add(same, np.zeros((1, 2, 5), bool))
+    counter.add_fast(same.divergence)
     assert (counter.result().divergence, counter.result().top1, counter.result().flipped_share) == (0.0, 1.0, None)
 
 
@@ -217,6 +223,24 @@ def test_limits_decide(
         assert re.search(doubt, " ".join(found.doubts))
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert (written["verdict"], written["doubts"]) == (verdict, list(found.doubts))
+
+
+@pytest.mark.parametrize(
+    ("estimate", "verdict"),
+    [
+        (_estimate(0.001, 0.002), "pass"),
+        (_estimate(0.0, 0.05), "reported"),
+        (_estimate(0.015, 0.04), "reported"),  # over the limit, perhaps by chance
+        (_estimate(0.025, 0.04), "fail"),
+        (_estimate(math.nan, math.nan), "fail"),
+    ],
+)
+def test_a_part_of_the_text_finds_faults_and_does_not_judge(report: Report, estimate: Estimate, verdict: str) -> None:
+    (result,) = report.results
+    measured = replace(result.quality.estimates, divergence=estimate)
+    result = replace(result, quality=replace(result.quality, estimates=measured), part=True)
+    found = replace(report, results=(result,), quality_limits=ACTIVATIONS)
+    assert {check.verdict for check in found.checks if check.name == DIVERGENCE} == {verdict}
 
 
 @pytest.mark.parametrize(

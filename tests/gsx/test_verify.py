@@ -105,9 +105,18 @@ def weight_name(bundle: Path, part: str) -> str:
 
 def test_a_sound_bundle_passes_and_is_reported(copied: Path, tiny_text: Path) -> None:
     stages: list[Progress] = []
-    report = check(copied, tiny_text, budgets=None, on_progress=stages.append)
+    report = check(copied, tiny_text, tokens=1024, budgets=None, on_progress=stages.append)
     assert report.passed
     assert [result.budget for result in report.results] == [1.0, 0.85, 0.7, 0.5]
+    # The exported setting is checked on the whole text, and the report says how much of it the others read.
+    assert [result.tokens.windows for result in report.results] == [512, 512, 1024, 512]
+    assert [result.part for result in report.results] == [True, True, False, True]
+    assert any("0.7, as exported" in note and "--full" in note for note in report.notes)
+    assert {check.tokens for check in report.checks if check.name == "states, error over scale"} == {512, 1024}
+    shares = [stage.share for stage in stages if stage.share is not None]
+    assert shares == sorted(shares)
+    assert shares[:1] == [0]
+    assert 0 < shares[-1] < 1
     assert {row.verdict for row in report.rows()} <= {"pass", "reported"}
     assert stages
     written = json.loads((copied / "parity.json").read_text())
@@ -124,6 +133,15 @@ def test_a_sound_bundle_passes_and_is_reported(copied: Path, tiny_text: Path) ->
     assert "<link" not in page
     assert 'src="http' not in page
     assert not list(copied.glob(".*partial"))
+
+
+def test_everything_is_checked_if_asked(copied: Path, tiny_text: Path) -> None:
+    report = check(copied, tiny_text, tokens=1024, budgets=None, full=True)
+    assert report.passed
+    assert {result.tokens.windows for result in report.results} == {1024}
+    assert {result.tokens.compared for result in report.results} == {1024}
+    assert {tuple(result.greedy) for result in report.results} == {("fast", "portable")}
+    assert not any("--full" in note for note in report.notes)
 
 
 def test_kept_shares_fall_with_the_budget(copied: Path, tiny_text: Path) -> None:

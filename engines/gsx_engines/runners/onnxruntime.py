@@ -90,6 +90,10 @@ class _Bound:
             self._bind_output(name, bound)
         return bound
 
+    def give_away(self, name: str) -> None:
+        """Leave a result's array to the caller: a window's logits are too large to be copied."""
+        del self.arrays[name]
+
     def run(self) -> None:
         """Run the session on the bound arrays."""
         self._session.run_with_iobinding(self.binding)
@@ -153,14 +157,19 @@ class OnnxRuntimeStage:
         self._steps: _Sessions | None = None
         self._portable: PortableStage | None = None
 
-    def new_memory(self, batch: int, capacity: int) -> Any:
-        """See `Stage`."""
+    def is_lowered(self, batch: int) -> bool:
+        """Whether a batch of so many sequences runs the lowered graph; else it runs the portable one."""
         fp8 = self.manifest.quantization is not None and self.manifest.quantization.is_float8
         ranks = self.manifest.selection is not None and self.manifest.selection.mode == "rank"
         alone = ranks or self.manifest.hides_skipped
         lowered = self.manifest.precision == "fp32" and not fp8 and (batch == 1 or not alone)
         eight_bits = self.manifest.kv_cache is not None
-        if not (lowered and is_supported(self.manifest.decoder.head_dim, eight_bits=eight_bits)):
+        return lowered and is_supported(self.manifest.decoder.head_dim, eight_bits=eight_bits)
+
+    def new_memory(self, batch: int, capacity: int) -> Any:
+        """See `Stage`."""
+        eight_bits = self.manifest.kv_cache is not None
+        if not self.is_lowered(batch):
             if self._portable is None:
                 self._portable = PortableStage(self._bundle, self._graph, threads=self._threads)
             return self._portable.new_memory(batch, capacity)
@@ -236,7 +245,11 @@ class OnnxRuntimeStage:
             bound.head.feed(STATE, wanted)
             found = bound.head.result(tensor_names.LOGITS, (1, wanted.shape[1], shape.vocab_size), np.float32)
             bound.head.run()
-            scores = found.reshape(batch, -1, shape.vocab_size).copy()
+            scores = found.reshape(batch, -1, shape.vocab_size)
+            if wanted.shape[1] > batch:
+                bound.head.give_away(tensor_names.LOGITS)
+            else:
+                scores = scores.copy()
         passed = {tensor_names.EXIT_HIDDEN: hidden, **leaving} if leaves else {}
         state = {name: value.copy() for name, value in passed.items()} or None
         if kept is None:

@@ -102,11 +102,12 @@ def refuse_rank() -> NoReturn:
 
 def refuse_other(draft: DraftKind | str) -> NoReturn:
     """Refuse a draft for a model whose keep rule has nothing that such a draft could change."""
-    needs = "thresholds" if isinstance(draft, BudgetDraft) else "gates, or --policy layers"
+    budget = isinstance(draft, BudgetDraft)
+    needs = "thresholds" if budget else "gates, or --policy layers"
     raise UsageError(
         f"the draft {draft} needs {needs}, and this model has none",
-        expected="exit:E",
-        todo="export with --draft exit:E",
+        expected="exit:E" if budget else f"exit:E, or --policy layers with {draft}",
+        todo="export with --draft exit:E" + ("" if budget else f", or with --policy layers --draft {draft}"),
     )
 
 

@@ -7,7 +7,7 @@ Calibration, quantization statistics, the layer study and the training of exit c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -86,6 +86,15 @@ class Walk:
         self._call = tuple(rest[:shared])  # the same for every stream: it depends only on the text
         entered = dict(zip(rule.entered() if rule else (), rest[shared:], strict=True))
         return Stream(inputs, entered, hidden)
+
+    def resumed(self, stream: Stream, controls: RuntimeValues) -> Stream:
+        """The text where a stream is, with other run-time inputs from there on. The stream itself stays as it is.
+
+        This is what the inputs would have given from the beginning only if they decided nothing so far.
+        """
+        fresh = self.stream(controls)
+        carried = {name: stream.entered[name] for name in self._carried}
+        return replace(fresh, entered={**fresh.entered, **carried}, hidden=stream.hidden, below=stream.below)
 
     def layers(self, first: int = 0) -> Iterator[tuple[int, DecoderLayer]]:
         """The model's layers from number `first` on, each loaded when it is reached."""

@@ -1,14 +1,16 @@
 """The reference: defines what a model computes under a keep rule, with Hugging Face's own modules and masks.
 
-It computes every branch for every token and then masks what is skipped, so it is never fast. Parity compares the
-exported graphs with it. For that to mean something, it shares no code with the traceable decoder (`decoder/`,
+It computes every branch for every token and then masks what is skipped, so it is never fast. It holds the weights as
+narrow as they are, and widens those of one layer at a time, on the device that computes. Parity compares the exported
+graphs with it. For that to mean something, it shares no code with the traceable decoder (`decoder/`,
 `rules/*/traced.py`) except `ModelConfig` and the count of rank selection. The reference rules are in
 `rules/*/reference.py`. Semantics: docs/design.md section 3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
@@ -36,13 +39,16 @@ from gsx_exporter.reference.rule import (
 )
 from gsx_plugins.errors import UsageError
 
+# Rows of logits that are computed at a time: with a large vocabulary, all at once would take more memory than a layer.
+_HEAD_ROWS = 64
+
 
 @dataclass
 class ReferenceOutput:
-    """Results of one call. B: batch, S: tokens of this call, T: past + S, H: hidden, V: vocabulary.
+    """Results of one call, on the CPU. B: batch, S: tokens of this call, T: past + S, H: hidden, V: vocabulary.
 
     Args:
-        logits: [B, S, V].
+        logits: [B, S, V]; [B, 0, V] if they were not asked for.
         states: L + 1 tensors [B, S, H]: the input of layer 0, then the output of every layer (the last one
             before the final norm).
         scores: [L][2] -> [B, S] float32, columns in the order of `BRANCHES`; -inf for padding. None at a branch that
@@ -74,10 +80,14 @@ class _Call:
 
 
 class Reference:
-    """A model with a keep rule applied by masks. Create it with `Reference.load`."""
+    """A model with a keep rule applied by masks. Create it with `Reference.load`.
 
-    def __init__(self, model: Any, checkpoint: Checkpoint) -> None:
+    The layers, the embedding and the head run on `device` in the type `dtype`; the rule runs on the CPU.
+    """
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
         self.model = model
+        self.dtype, self.device = dtype, device
         self.config: ModelConfig = checkpoint.config
         self._ends = _end_tokens(model)
         self._gates: dict[tuple[int, Branch], nn.Linear] = {}
@@ -88,20 +98,30 @@ class Reference:
         self._has_kv: WeakKeyDictionary[DynamicCache, dict[int, torch.Tensor]] = WeakKeyDictionary()
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32) -> Reference:
-        """Load the model by transformers' own loader. Weights have the given dtype; gates are float32, as scores are.
+    def load(
+        cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | None = None
+    ) -> Reference:
+        """Load the model by transformers' own loader. It computes in the given type; gates are float32, as scores are.
 
         Only transformers decides which files, which tensors and whether embedding and head are one table: what gsx
         understood of the checkpoint is what parity is there to check.
 
+        Args:
+            device: where it computes; None for a GPU if PyTorch sees one, else the CPU.
         Raises:
             CheckpointError: transformers does not find all weights.
         """
         config = checkpoint.config
-        model = _load_model(checkpoint, dtype)
+        model = _load_model(checkpoint)
         model.eval()
         model.requires_grad_(False)
-        reference = cls(model, checkpoint)
+        _narrow(model)
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        model.model.rotary_emb.to(found)
+        reference = cls(model, checkpoint, dtype, found)
+        reference._widen_rows_to_run(model.model.embed_tokens)
+        for part in (*model.model.layers, model.model.norm, model.lm_head):
+            reference._widen_to_run(part)
         reference._wrap_branches()
         if config.gate is not None:
             reference._add_gates(checkpoint, config.gate)
@@ -116,6 +136,8 @@ class Reference:
         cache: DynamicCache | None = None,
         rule: ReferenceRule | None = None,
         kv_policy: KvPolicy = "compute",
+        *,
+        logits: bool = True,
     ) -> ReferenceOutput:
         """Run the model on S tokens of each sequence.
 
@@ -126,6 +148,7 @@ class Reference:
             cache: that of the previous call with the same K/V policy, extended in place; None to start a new one.
             rule: None to keep every token.
             kv_policy: K and V of skipped tokens.
+            logits: whether they are computed; `logits_after` gives them in parts.
         Raises:
             UsageError: attention_mask has the wrong shape.
         """
@@ -158,19 +181,20 @@ class Reference:
         hooks += [layer.register_forward_hook(_note_output(states)) for layer in self.model.model.layers]
         through = cache if kv_policy == "compute" else _SkippingCache(cache, call, copies=kv_policy == "copy")
         try:
-            logits = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
+            self.model.model(
+                input_ids=input_ids.to(self.device),
+                attention_mask=attention_mask.to(self.device),
+                position_ids=position_ids.to(self.device),
                 past_key_values=through,
                 use_cache=True,
-            ).logits
+            )
         finally:
             self._call = None
             for hook in hooks:
                 hook.remove()
+        states = [state.cpu() for state in states]
         return ReferenceOutput(
-            logits=logits,
+            logits=self._logits_of(states[-1]) if logits else torch.empty(B, 0, self.config.vocab_size),
             states=states,
             scores=[[one.score for one in row] for row in call.decisions],
             keep=[[one.keep for one in row] for row in call.decisions],
@@ -183,9 +207,68 @@ class Reference:
         """Logits [B, S, V] after the first `depth` layers: final norm and head applied to that state."""
         return self._logits_of(output.states[depth])
 
+    @torch.no_grad()
+    def logits_after(self, state: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Logits of states [S, H], some rows [m, V] at a time: final norm, and all that transformers does after it."""
+        model = self.model
+        with self._widened(model.model.norm), self._widened(model.lm_head):
+            for rows in torch.split(state, _HEAD_ROWS):
+                normed = model.model.norm(rows.to(self.device))
+                layers, model.model = model.model, _Given()
+                try:
+                    logits: torch.Tensor = model(inputs_embeds=normed[None]).logits[0].cpu()
+                finally:
+                    model.model = layers
+                yield logits
+
     def _logits_of(self, state: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model.lm_head(self.model.model.norm(state))
-        return logits
+        rows = torch.cat(list(self.logits_after(state.reshape(-1, state.shape[-1]))))
+        return rows.view(*state.shape[:-1], -1)
+
+    @contextmanager
+    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
+        """The same model in another type."""
+        before, self.dtype = self.dtype, dtype
+        try:
+            yield
+        finally:
+            self.dtype = before
+
+    @contextmanager
+    def _widened(self, part: nn.Module) -> Iterator[None]:
+        """Within it, the part's weights have the type, and are on the device, of the computation."""
+        narrow = [(weight, weight.data) for weight in part.parameters()]
+        for weight, data in narrow:
+            weight.data = data.to(self.device, self.dtype)
+        try:
+            yield
+        finally:
+            for weight, data in narrow:
+                weight.data = data
+
+    def _widen_to_run(self, part: nn.Module) -> None:
+        run = part.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self._widened(part):
+                return run(*args, **kwargs)
+
+        part.forward = forward
+
+    def _widen_rows_to_run(self, table: nn.Embedding) -> None:
+        """The same for the embedding, of which a text reads few rows."""
+        run = table.forward
+
+        def forward(input: torch.Tensor) -> torch.Tensor:
+            used, numbers = torch.unique(input, return_inverse=True)
+            whole = table.weight.data
+            table.weight.data = whole[used.to(whole.device)].to(self.device, self.dtype)
+            try:
+                return run(numbers)
+            finally:
+                table.weight.data = whole
+
+        table.forward = forward  # type: ignore[method-assign]
 
     def greedy(
         self,
@@ -242,7 +325,7 @@ class Reference:
         return torch.sigmoid(linear(x.float()))
 
     def decide(self, x: BranchInput) -> Decision:
-        """Let the rule decide, and record the decision."""
+        """Let the rule decide, and record the decision. Everything that a rule sees is on the CPU."""
         call = self._current()
         decision = call.masker.decide(x)
         call.decisions[x.layer][BRANCHES.index(x.branch)] = decision
@@ -259,7 +342,8 @@ class Reference:
             return mask
         past = has_kv.get(layer, decision.keep[:, :0])
         has_kv[layer] = torch.cat((past, decision.keep), dim=1)
-        return mask.masked_fill(~has_kv[layer][:, None, None, :], torch.finfo(mask.dtype).min)
+        hidden = ~has_kv[layer][:, None, None, :].to(mask.device)
+        return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
     def after(self, x: BranchInput, result: torch.Tensor, decision: Decision) -> None:
         """Show the rule the branch's result."""
@@ -297,20 +381,22 @@ class _Branch(nn.Module):
         self._residual = args[0]
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
-        reference, residual = self._reference[0], self._residual
-        assert residual is not None
-        g = reference.gate(self._layer, self._name, residual, hidden_states)
+        reference = self._reference[0]
+        assert self._residual is not None
+        residual, normed = self._residual.cpu(), hidden_states.cpu()
+        g = reference.gate(self._layer, self._name, residual, normed)
         score = None if g is None else g.mean(-1).masked_fill(~reference.valid(), float("-inf"))
-        x = BranchInput(self._layer, self._name, residual, hidden_states, score)
+        x = BranchInput(self._layer, self._name, residual, normed, score)
         # The decision comes first: a cache that leaves out K and V reads it inside the branch.
         decision = reference.decide(x)
         if self._name == "attn":
             kwargs["attention_mask"] = reference.seen(self._layer, decision, kwargs["attention_mask"])
         output = self.branch(hidden_states, **kwargs)
-        first = output[0] if isinstance(output, tuple) else output
+        first = (output[0] if isinstance(output, tuple) else output).cpu()
         gated = first if g is None else g.to(first.dtype) * first
         added = reference.added(x, decision, gated)
         reference.after(x, residual + added, decision)
+        added = added.to(hidden_states.device)
         return (added, *output[1:]) if isinstance(output, tuple) else added
 
 
@@ -334,12 +420,20 @@ class _SkippingCache(DynamicCache):
             self._below = (torch.zeros_like(key_states), torch.zeros_like(value_states))
         if self._below is not None:
             keep = self._call.decisions[layer_idx][BRANCHES.index("attn")].keep | ~self._call.valid
-            key_states = torch.where(keep[:, None, :, None], key_states, self._below[0])
-            value_states = torch.where(keep[:, None, :, None], value_states, self._below[1])
+            keep = keep[:, None, :, None].to(key_states.device)
+            key_states = torch.where(keep, key_states, self._below[0])
+            value_states = torch.where(keep, value_states, self._below[1])
         if self._copies:
             self._below = (key_states, value_states)
         updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx)
         return updated
+
+
+class _Given(nn.Module):
+    """In place of the layers: passes on the states that it is given."""
+
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.Tensor], None]:
@@ -355,12 +449,25 @@ def _end_tokens(model: Any) -> torch.Tensor:
     return torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
 
 
-def _load_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def _narrow(model: nn.Module) -> None:
+    """Keep weights in 16 bits that lose nothing by it, as those of a checkpoint in 16 bits do.
+
+    Buffers stay as they are: transformers computed them in float32.
+    """
+    for weight in model.parameters():
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = weight.data.to(dtype)
+            if torch.equal(narrow.float(), weight.data):
+                weight.data = narrow
+                break
+
+
+def _load_model(checkpoint: Checkpoint) -> Any:
     with quiet_transformers():
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 checkpoint.directory,
-                dtype=dtype,
+                dtype=torch.float32,
                 attn_implementation="eager",
                 use_safetensors=True,
                 local_files_only=True,

@@ -1,8 +1,9 @@
 """Calibrating the exit threshold of policy `calm` under a guarantee.
 
 The traced decoder runs the calibration text in full, and then at each threshold of a fixed grid, starting with the
-highest, until the guarantee fails (`risk_control.py`). A prompt's risk is measured on the text itself: the input tokens
-are always those of the text, and what is compared is the model's next token, or its loss, at each position.
+highest, until the guarantee fails (`risk_control.py`). What is below the first exit is run once. A prompt's risk is
+measured on the text itself: the input tokens are always those of the text, and what is compared is the model's next
+token, or its loss, at each position.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import torch
 
 from gsx_engines.bundle.confidence import Measure
 from gsx_engines.bundle.controls import RuntimeValues
+from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.decoder.rule import exit_watcher
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.evaluation import losses
 from gsx_exporter.rules.calm.risk_control import (
@@ -51,7 +54,7 @@ class CalibratedExits:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Results of one pass: most likely next tokens [n, S] int64, losses [n, S - 1], and the share that ran."""
+    """Results of one pass: most likely next tokens [n, S] int64, losses [n, S - 1] if wanted, and the share run."""
 
     tokens: np.ndarray
     nats: np.ndarray
@@ -80,21 +83,27 @@ def calibrate_exits(
     Raises:
         UsageError: too few prompts.
     """
-    walk = Walk(checkpoint, ids, options)
-    layers = [layer for _, layer in walk.layers()]
+    watcher = exit_watcher(options.rule)
+    first = min(watcher.exit_depths()) if watcher else 0
+    with torch.inference_mode():
+        walk = Walk(checkpoint, ids, options)
+        layers = [layer for _, layer in walk.layers()]
+        below = walk.stream(_controls(float("inf")))
+        for number in range(first):
+            walk.through(number, layers[number], below)
 
     def run(threshold: float) -> _Pass:
-        until = np.zeros(1, np.int64)
-        controls: RuntimeValues = {"exit_threshold": np.array(threshold, np.float32), "full_until": until}
         with torch.inference_mode():
-            stream, kept = walk.stream(controls), []
-            for number, layer in enumerate(layers):
-                kept += [float(ran.float().mean()) for ran in walk.through(number, layer, stream).values()]
+            # All run below the first exit, and the confidence there is the same at any threshold.
+            stream, kept = walk.resumed(below, _controls(threshold)), [1.0] * (len(BRANCHES) * first)
+            for number in range(first, len(layers)):
+                kept += [float(ran.float().mean()) for ran in walk.through(number, layers[number], stream).values()]
             tokens, nats = [], []
             for some, logits in walk.logits(stream):
                 tokens.append(logits.argmax(dim=-1).numpy())
-                nats.append(losses(logits.numpy(), some.numpy()))
-        return _Pass(np.concatenate(tokens), np.concatenate(nats), float(np.mean(kept)))
+                if risk == "loss":
+                    nats.append(losses(logits.numpy(), some.numpy()))
+        return _Pass(np.concatenate(tokens), np.concatenate(nats) if nats else np.zeros(0), float(np.mean(kept)))
 
     on_progress(Progress(STAGE, 0, len(grid) + 1))
     full = run(float("inf"))
@@ -110,3 +119,7 @@ def calibrate_exits(
 
     outcome = fixed_sequence_test(grid, risks_at, len(ids), guarantee)
     return CalibratedExits(outcome, tuple(shares))
+
+
+def _controls(threshold: float) -> RuntimeValues:
+    return {"exit_threshold": np.array(threshold, np.float32), "full_until": np.zeros(1, np.int64)}

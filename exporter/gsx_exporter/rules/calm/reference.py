@@ -82,7 +82,7 @@ class _Exiting(KeepsOrDrops):
         if self.rule.measure == "state":
             assert self._entering is not None
             return torch.nn.functional.cosine_similarity(state, self._entering, dim=-1).double()
-        best = self.call.logits_of(state).float().softmax(-1).sort(dim=-1, descending=True).values
+        best = self.call.logits_of(state).float().softmax(-1).topk(2, dim=-1).values
         return (best[..., 0] - best[..., 1]).double()
 
     def _score(self, lacking: torch.Tensor) -> torch.Tensor:

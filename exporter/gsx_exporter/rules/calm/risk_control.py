@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy.stats import binom
+from scipy.special import bdtr
 
 from gsx_plugins.errors import UsageError
 
@@ -104,7 +104,7 @@ def p_value(mean_risk: float, prompts: int, tolerance: float) -> float:
         divergence += mean_risk * math.log(mean_risk / tolerance)
     # A product that rounding made slightly too large must not count as one more failure.
     failures = math.ceil(round(prompts * mean_risk, 9))
-    bentkus = math.e * float(binom.cdf(failures, prompts, tolerance))
+    bentkus = math.e * float(bdtr(failures, prompts, tolerance))
     return min(math.exp(-prompts * divergence), bentkus, 1.0)
 
 

@@ -5,10 +5,12 @@ The paper gives no numbers for its cold regions, threshold and stride, so they a
 1. The text is run through the model in full, and every FFN's change, 1 - cosine of the residual stream before and
    after, is recorded for every token.
 2. For each stride, the region that may skip is the range of consecutive layers that change states least. It is half as
-   long again as the wanted share needs, and never has the first or the last layer. The stride with the lowest loss on
-   the text is used.
-3. One threshold applies to the whole region. Skipping changes later states, so some thresholds are tried on the text,
-   and those for a grid of shares are interpolated; what each of them keeps is counted.
+   long again as the wanted share needs, and never has the first or the last layer. The stride with the lowest loss is
+   used.
+3. One threshold applies to the whole region. Skipping changes later states, so some thresholds are tried, and those for
+   a grid of shares are interpolated; what each of them keeps is counted on the whole text.
+
+Trials read a part of the text, and whatever is tried or counted together shares the layers below the region.
 """
 
 from __future__ import annotations
@@ -35,6 +37,9 @@ STRIDES = (1, 2, 3)
 ROOM = 1.5
 # Number of thresholds that are tried, from keeping almost all to skipping all that the stride allows.
 _TRIED = 6
+# Tokens that trials read: strides are compared on the same ones, and the shares of thresholds between those that were
+# tried are less certain than such a part of the text makes them.
+_TRIAL_TOKENS = 2048
 # A change is never negative, so with this threshold every FFN runs; unlike minus infinity, it still records changes.
 _NEVER = np.float32(-1.0)
 
@@ -94,6 +99,7 @@ def calibrate_ffn(
         UsageError: the region is too short for the wanted share.
     """
     layers = checkpoint.config.num_layers
+    part = ids[: max(1, _TRIAL_TOKENS // ids.shape[1])]
     change = _changes(checkpoint, ids, on_progress)
     regions = [
         FfnRegion(*skipping, k) if skipping else _quietest(change, k, wanted)
@@ -112,10 +118,11 @@ def calibrate_ffn(
     for number, region in enumerate(possible):
         on_progress(Progress("trying strides", number, len(possible)))
         table = region.thresholds(layers, _simulated(change, region, wanted))
-        trials.append(_run(checkpoint, ids, region, [table], losses=True)[0][1] if len(possible) > 1 else 0.0)
+        trials.append(_run(checkpoint, part, region, [table], losses=True)[0][1] if len(possible) > 1 else 0.0)
     region = possible[int(np.argmin(trials))]
     on_progress(Progress("calibrating", 0, 2))
-    points = _points(checkpoint, ids, region, change, sorted({*budgets, wanted, 1.0}, reverse=True), on_progress)
+    every = sorted({*budgets, wanted, 1.0}, reverse=True)
+    points = _points(checkpoint, ids, part, region, change, every, on_progress)
     return Calibrated(region, 1 - change.mean(axis=1), points)
 
 
@@ -139,15 +146,17 @@ def at_threshold(
 def _points(
     checkpoint: Checkpoint,
     ids: np.ndarray,
+    part: np.ndarray,
     region: FfnRegion,
     change: np.ndarray,
     budgets: Sequence[float],
     on_progress: OnProgress,
 ) -> list[CalibratedPoint]:
+    """The points of the budgets that can be reached. Args: part: of the text, to try thresholds on."""
     layers = len(change)
     inside = change[region.first : region.last + 1]
     tried = [float(np.quantile(inside, q)) for q in np.linspace(0.05, 1.0, _TRIED)]
-    found = _run(checkpoint, ids, region, [region.thresholds(layers, t) for t in tried])
+    found = _run(checkpoint, part, region, [region.thresholds(layers, t) for t in tried])
     on_progress(Progress("calibrating", 1, 2))
     shares = [float(kept[:, 1].mean()) for kept, _ in found]
     # Shares should fall as thresholds rise; where one does not, the lower share before it is used.
@@ -160,11 +169,12 @@ def _points(
         else region.thresholds(layers, float(np.interp(-budget, -falling, changes)))
         for budget in reachable
     ]
-    counted = _run(checkpoint, ids, region, tables)
-    return [
-        CalibratedPoint(budget, table, kept, float(kept[:, 1].mean()))
-        for budget, table, (kept, _) in zip(reachable, tables, counted, strict=True)
-    ]
+    counted = iter(_run(checkpoint, ids, region, [t for b, t in zip(reachable, tables, strict=True) if b < 1.0]))
+    points = []
+    for budget, table in zip(reachable, tables, strict=True):
+        kept = next(counted)[0] if budget < 1.0 else np.ones((layers, 2))
+        points.append(CalibratedPoint(budget, table, kept, float(kept[:, 1].mean())))
+    return points
 
 
 def _changes(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress) -> np.ndarray:
@@ -186,13 +196,22 @@ def _run(
     checkpoint: Checkpoint, ids: np.ndarray, region: FfnRegion, tables: Sequence[np.ndarray], *, losses: bool = False
 ) -> list[tuple[np.ndarray, float]]:
     """The shares that each table of thresholds keeps, [L, 2] float64, and the text's mean loss (0 unless wanted)."""
+    kept = [np.ones((len(table), 2)) for table in tables]
+    if not tables:
+        return []
     with torch.inference_mode():
         walk = Walk(checkpoint, ids, DecoderOptions(FfnSkip(region.stride)))
-        streams = [walk.stream(_controls(table)) for table in tables]
-        kept = [np.ones((len(table), 2)) for table in tables]
+        below = walk.stream(_controls(tables[0]))
+        streams = [below]
         for number, layer in walk.layers():
-            for stream, shares in zip(streams, kept, strict=True):
-                shares[number, 1] = float(walk.through(number, layer, stream)["mlp"].double().mean())
+            if number > region.last and not losses:
+                break
+            if number == region.first:
+                streams = [walk.resumed(below, _controls(table)) for table in tables]
+            for at, stream in enumerate(streams):
+                share = float(walk.through(number, layer, stream)["mlp"].double().mean())
+                if number >= region.first:
+                    kept[at][number, 1] = share
         return [(shares, _loss(walk, stream) if losses else 0.0) for stream, shares in zip(streams, kept, strict=True)]
 
 
