@@ -85,6 +85,7 @@ def forms_of(layers: int) -> dict[str, Form]:
         "gsx int8 weights": Form(8, {"quantize": Quantize("int8-weights")}),
         "gsx int8": Form(8, {"quantize": Quantize("int8")}),
         "gsx fp8": Form(8, {"quantize": Quantize("fp8")}),
+        "gsx int4": Form(4, {"quantize": Quantize("int4")}),
     }
 
 

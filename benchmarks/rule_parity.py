@@ -186,7 +186,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         row = ROWS[name]
         path = args.work / f"parity-{name.replace(', ', '-').replace(' ', '-')}"
         bundle = exported(path, make_form(row.model, args.work), **row.options)
-        lines.row(name, *Line(verify(bundle.directory, tokens=args.tokens, backend=args.backend)).cells())
+        lines.row(name, *Line(verify(bundle.directory, tokens=args.tokens, backend=args.backend, full=True)).cells())
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def parity_picture(model: Path, text: str, path: Path) -> None:
         held_out = Path(place) / "held-out.txt"
         held_out.write_text(text, encoding="utf-8")
         export(model, Path(place) / "bundle", budget=0.7)
-        report = verify(Path(place) / "bundle", text=held_out)
+        report = verify(Path(place) / "bundle", text=held_out, full=True)
     if not report.passed:
         raise SystemExit("parity fails: the picture was not drawn")
     combined(report, path)

@@ -114,7 +114,7 @@ PHRASES = {
         f"With 8 bits {QUALITY_TOKENS:,} tokens are read by default: with {VERIFY_TOKENS:,},",
     ),
     "docs/speculation.md": (
-        f"up to {skip_set_search.TRIALS} sets or {WORDS[skip_set_search.SECONDS / 60]} minutes",
+        f"up to {skip_set_search.TRIALS} sets or {skip_set_search.SECONDS:g} seconds",
         f"{percent(adapt.FIRST_SHARE)} of the branches between the first layer and the last",
         f"Every {adapt.EVERY} rounds, {WORDS[adapt.CANDIDATES]} sets",
         f"read the last {adapt.WINDOW} tokens again",

@@ -10,6 +10,8 @@ A set of layers stays the same for a whole sequence, so a skipped layer has no K
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -31,6 +33,11 @@ Family = Literal["exit", "even", "greedy"]
 FAMILIES: tuple[Family, ...] = ("exit", "even", "greedy")
 
 LayerSet = tuple[int, ...]
+
+# With a limit of time, as many sequences are read as it allows, and these at least.
+_FEWEST_SEQUENCES = 4
+# A set's share of the time of the whole model: many layers are left out, and states in common are computed once.
+_USUAL_WORK = 0.4
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ def study(
     checkpoint: Checkpoint,
     ids: np.ndarray,
     on_progress: OnProgress = silent,
+    seconds: float = math.inf,
 ) -> list[SetResult]:
     """Losses of every family at every number of layers.
 
@@ -116,13 +124,18 @@ def study(
         checkpoint: gated or dense.
         ids: [M, S] int64, sequences.
         on_progress: called before each set.
+        seconds: how long it may take. The first sequences are read, as many as this allows; if it still ends too soon,
+            the greedy sets end before one layer.
     Returns: the whole model first, as `greedy`; then by family, from many layers to few.
     """
-    sets = LayerSets(checkpoint, ids)
-    depth, done = sets.depth, 0
+    ends = time.monotonic() + seconds
+    depth, done = checkpoint.config.num_layers, 0
     whole = tuple(range(depth))
     # All exits except the whole model, even sets from 2 layers up, and the sets that the greedy search tries.
     total = 1 + (depth - 1) + max(depth - 2, 0) + sum(range(2, depth + 1))
+    if math.isfinite(seconds):
+        ids = ids[: _sequences(checkpoint, ids, (ends - time.monotonic()) / (total * _USUAL_WORK))]
+    sets = LayerSets(checkpoint, ids)
 
     def nats(kept: LayerSet) -> np.ndarray:
         nonlocal done
@@ -137,13 +150,22 @@ def study(
         even = tuple(dict.fromkeys(layer for layer, _ in unified_places(depth, depth / n)))
         found.append(SetResult("even", even, nats(even)))
     kept = whole
-    while len(kept) > 1:
+    while len(kept) > 1 and time.monotonic() < ends:
         tried = [SetResult("greedy", other, nats(other)) for other in (_without(kept, layer) for layer in kept)]
         best = min(tried, key=lambda one: float(one.nats.mean()))
         found.append(best)
         kept = best.kept
         sets.remember(kept)
     return found
+
+
+def _sequences(checkpoint: Checkpoint, ids: np.ndarray, seconds: float) -> int:
+    """How many sequences the whole model reads in some seconds."""
+    few = ids[:_FEWEST_SEQUENCES]
+    sets = LayerSets(checkpoint, few)
+    began = time.monotonic()
+    sets.nats(tuple(range(sets.depth)))
+    return max(len(few), int(len(few) * seconds / (time.monotonic() - began)))
 
 
 def oracle(found: Sequence[SetResult], tolerance: float, families: Sequence[Family] = FAMILIES) -> Oracle:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gsx.cli.console import ProgressLine, out, quiet_libraries, table
-from gsx.cli.options import SHIPPED_TEXT, JsonOption, ModelArgument, PageOption
+from gsx.cli.options import SHIPPED_TEXT, JsonOption, ModelArgument, PageOption, TimeOption
 from gsx.cli.reports import show
 from gsx.cli.signals import loading
 from gsx.defaults import COMPARE_FOLDER, COMPARE_TOKENS
@@ -36,6 +36,7 @@ def compare(
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of it to measure.")] = COMPARE_TOKENS,
+    time: TimeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare all policies that a model supports: perplexity and measured time against the share kept.
@@ -53,6 +54,7 @@ def compare(
             work,
             text=text,
             tokens=tokens,
+            seconds=time,
             on_progress=line.show,
         )
     show(report, as_json, _tables, output)

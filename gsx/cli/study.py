@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gsx.cli.console import ProgressLine, out, quiet_libraries, table
-from gsx.cli.options import SHIPPED_TEXT, JsonOption, ModelArgument, PageOption
+from gsx.cli.options import SHIPPED_TEXT, JsonOption, ModelArgument, PageOption, TimeOption
 from gsx.cli.reports import show
 from gsx.cli.signals import loading
 from gsx.defaults import STUDY_TOKENS
@@ -27,6 +27,7 @@ def study(
     output: PageOption = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to measure on.", show_default=SHIPPED_TEXT)] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of it to use.")] = STUDY_TOKENS,
+    time: TimeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure what leaving out layers costs: exits against skipped layers, and how many layers each sequence needs.
@@ -43,6 +44,7 @@ def study(
             model,
             text=text,
             tokens=tokens,
+            seconds=time,
             on_progress=line.show,
         )
     show(report, as_json, _tables, output)
@@ -58,6 +60,10 @@ def _tables(report: StudyReport) -> None:
         (str(count), *(f"{found[family][count]:.4g}" if count in found[family] else "-" for family in found))
         for count in counts
     ]
+    console.print(f"{report.tokens:,} tokens in {report.sequences} sequences")
+    fewest = report.curves["greedy"][-1].layers
+    if fewest > 1:
+        console.print(f"The time was up: greedy sets are known down to {fewest} layers.")
     console.print(table("perplexity by layers kept", ("layers", *(WORDS[family] for family in found)), rows, right=0))
     oracle = [(f"{row.tolerance:g}", *(f"{share:.1%}" for share in row.shares.values())) for row in report.oracle]
     heads = ("nats per token above", *report.oracle[0].shares)

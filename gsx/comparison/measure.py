@@ -91,11 +91,17 @@ class MeasuredBundle:
         return 1 - skipped / (ids.size * self.bundle.manifest.decoder.num_layers * len(BRANCHES))
 
 
-def in_turn(timed: Sequence[tuple[MeasuredBundle, KeepSettings]], on_progress: OnProgress) -> np.ndarray:
-    """Time settings in turn. Returns: seconds [rounds, settings, 2] of a prompt and of a single token."""
+def in_turn(
+    timed: Sequence[tuple[MeasuredBundle, KeepSettings]], seconds: float, on_progress: OnProgress
+) -> np.ndarray:
+    """Time settings in turn.
+
+    Args: seconds: how long, if that is enough for the fewest rounds.
+    Returns: seconds [rounds, settings, 2] of a prompt and of a single token.
+    """
     found: list[list[np.ndarray]] = []
     began = time.perf_counter()
-    while len(found) <= FEWEST_ROUNDS or (len(found) <= MOST_ROUNDS and time.perf_counter() - began < SECONDS):
+    while len(found) <= FEWEST_ROUNDS or (len(found) <= MOST_ROUNDS and time.perf_counter() - began < seconds):
         on_progress(Progress("timing", len(found), MOST_ROUNDS + 1))
         found.append([bundle.seconds(keep, len(found)) for bundle, keep in timed])
     return np.array(found[1:])

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gsx.comparison.measure import STEPS, MeasuredBundle, Score, in_turn
+from gsx.comparison.measure import SECONDS, STEPS, MeasuredBundle, Score, in_turn
 from gsx.comparison.report import CompareReport, Point
 from gsx.defaults import COMPARE_FOLDER, COMPARE_TOKENS
 from gsx.workflows.export import export
@@ -37,6 +39,10 @@ LEAST_TOKENS = 512
 WINDOW_TOKENS = 256
 # Room for a prompt and for single tokens after it.
 _LEAST_POSITIONS = 4 * STEPS
+# With a limit of time, this share of it is for scoring and as much for timing; the rest goes into exports.
+_MEASURING_SHARE = 0.25
+# Settings that a policy has, for planning.
+_USUAL_SETTINGS = 6
 
 
 def compare(
@@ -45,6 +51,7 @@ def compare(
     *,
     text: str | Path | None = None,
     tokens: int = COMPARE_TOKENS,
+    seconds: float | None = None,
     on_progress: OnProgress = silent,
 ) -> CompareReport:
     """Compare all policies that a checkpoint supports: perplexity and measured time against the share kept.
@@ -54,6 +61,8 @@ def compare(
         work: folder for the bundles; those of the same model, policy and calibration text are reused.
         text: UTF-8 text file; None for the text that ships with gsx.
         tokens: how many of its tokens to measure; as many before them are used for calibration.
+        seconds: about how long it may take: fewer tokens are scored and settings are timed for a shorter time, and when
+            the rest is shorter than one policy took, the others are left out. None for no limit.
         on_progress: called with the progress.
     Returns: the settings of every policy, and which policies were left out, with the reason; `write_page` writes it as
         one HTML page.
@@ -65,6 +74,7 @@ def compare(
         'whole model'
         >>> report.write_page("out/compare.html")
     """
+    began, limit = time.monotonic(), math.inf if seconds is None else seconds
     if tokens < LEAST_TOKENS:
         raise UsageError("tokens to compare on", expected=f"at least {LEAST_TOKENS}", found=str(tokens))
     checkpoint = open_checkpoint(model)
@@ -88,13 +98,21 @@ def compare(
     left_out |= {_name(policy): why for policy, why in refused.items() if policy in compared}
     exports = _Exports(checkpoint, Path(work), calibration, on_progress)
     base, keep_all = next((policy, keep) for policy, keep in whole_models.items() if policy in plans)
-    whole = MeasuredBundle(exports.bundle(base, plans[base]), windows)
-    whole_score, whole_seconds = whole.score(keep_all), []
+    fitting = [policy for policy in compared if policy in plans]
+    bundle = exports.bundle(base, plans[base])
+    measuring = limit * _MEASURING_SHARE / max(1, len(fitting))
+    if seconds is not None:
+        windows = windows[: _windows_in(measuring / _USUAL_SETTINGS, bundle, windows, keep_all)]
+    whole = MeasuredBundle(bundle, windows)
+    whole_score = whole.score(keep_all)
+    whole_seconds: list[np.ndarray] = []
     points: list[Point] = []
-    for policy, curves in compared.items():
-        if policy not in plans:
+    longest = 0.0
+    for policy in fitting:
+        curves, name, started = compared[policy], _name(policy), time.monotonic()
+        if whole_seconds and started - began + longest > limit:
+            left_out[name] = "no time was left"
             continue
-        name = _name(policy)
         try:
             bundle = exports.bundle(policy, plans[policy])
         except UsageError as error:  # calibration may find that the model cannot reach the default share
@@ -106,9 +124,11 @@ def compare(
             for curve, settings_of in curves.items()
             for setting, keep in settings_of(bundle.manifest).items()
         ]
-        found, seconds = _points(measured, settings, (whole, keep_all), prefixed(on_progress, name))
+        timing = min(SECONDS, measuring)
+        found, own = _points(measured, settings, (whole, keep_all), timing, prefixed(on_progress, name))
         points += found
-        whole_seconds.append(seconds)
+        whole_seconds.append(own)
+        longest = max(longest, time.monotonic() - started)
     every = np.concatenate(whole_seconds)
     return CompareReport(
         model=checkpoint.source,
@@ -137,23 +157,34 @@ def _points(
     measured: MeasuredBundle,
     settings: Sequence[tuple[str, str, KeepSettings]],
     whole: tuple[MeasuredBundle, KeepSettings],
+    timing: float,
     on_progress: OnProgress,
 ) -> tuple[list[Point], np.ndarray]:
     """Score the settings of one bundle, then time them in turn with the whole model.
 
-    Args: settings: curve, name of the setting, and the keep settings of a request.
+    Args: settings: curve, name of the setting, and the keep settings of a request; timing: for how many seconds.
     Returns: a point for each setting, and the whole model's seconds [R, 2] in the same rounds.
     """
     scores = []
     for number, (_, _, keep) in enumerate(settings):
         on_progress(Progress("scoring", number, len(settings)))
         scores.append(measured.score(keep))
-    seconds = in_turn([whole, *((measured, keep) for _, _, keep in settings)], on_progress)
+    seconds = in_turn([whole, *((measured, keep) for _, _, keep in settings)], timing, on_progress)
     points = [
         _point(curve, setting, score, seconds[:, number], seconds[:, 0])
         for number, ((curve, setting, _), score) in enumerate(zip(settings, scores, strict=True), 1)
     ]
     return points, seconds[:, 0]
+
+
+def _windows_in(seconds: float, bundle: Bundle, windows: np.ndarray, keep: KeepSettings) -> int:
+    """How many windows are scored in some seconds, at least as many as the fewest tokens need."""
+    least = math.ceil(LEAST_TOKENS / windows.shape[1])
+    measured = MeasuredBundle(bundle, windows[:1])
+    measured.score(keep)
+    began = time.monotonic()
+    measured.score(keep)
+    return max(least, int(seconds / (time.monotonic() - began)))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,7 @@ def study(
     *,
     text: str | Path | None = None,
     tokens: int = STUDY_TOKENS,
+    seconds: float | None = None,
     on_progress: OnProgress = silent,
 ) -> StudyReport:
     """Measure what leaving out layers costs, and how few layers each sequence of a text needs.
@@ -112,6 +114,8 @@ def study(
         model: a local model directory or a hub id.
         text: UTF-8 text file; None for the text that ships with gsx.
         tokens: how many of its tokens to use.
+        seconds: about how long it may take: fewer tokens are used if they must be, and in the end the greedy sets stop
+            before one layer. None for no limit.
         on_progress: called with the progress.
     Returns: perplexity by number of layers, for each way to select them; `write_page` writes it as one HTML page.
     Raises:
@@ -131,14 +135,15 @@ def study(
             "a study of layers needs a model with several layers", expected="2 layers or more", found=str(depth)
         )
     found_text = tokenize(checkpoint, Path(text) if text else None, max_tokens=tokens, window=SEQUENCE_TOKENS)
-    found = try_sets(checkpoint, found_text.ids, on_progress)
+    found = try_sets(checkpoint, found_text.ids, on_progress, math.inf if seconds is None else seconds)
+    sequences = len(found[0].nats)
     allowed: dict[str, Sequence[Family]] = {**{family: (family,) for family in FAMILIES}, "any": FAMILIES}
     return StudyReport(
         model=checkpoint.source,
         depth=depth,
         text=found_text.name,
-        sequences=len(found_text.ids),
-        tokens=found_text.tokens,
+        sequences=sequences,
+        tokens=sequences * found_text.ids.shape[1],
         curves={family: [Point(*point) for point in points] for family, points in curves(found).items()},
         oracle=[
             OracleRow(tolerance, {name: oracle(found, tolerance, families).share for name, families in allowed.items()})

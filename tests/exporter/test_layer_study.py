@@ -106,3 +106,10 @@ def test_the_command_writes_table_json_and_page(
     assert page.read_text().count("<svg") == 2
     assert run(["study", str(checkpoint.directory), "--tokens", "8"]) == 2
     assert "tokens to measure on" in capsys.readouterr().err
+
+
+def test_with_no_time_the_fewest_sequences_are_read_and_greedy_stops(checkpoint: Checkpoint, ids: np.ndarray) -> None:
+    found = study(checkpoint, ids, seconds=0.0)
+    assert {len(one.nats) for one in found} == {min(4, len(ids))}
+    assert {len(one.kept) for one in found if one.family == "greedy"} == {LAYERS}
+    assert {len(one.kept) for one in found if one.family == "exit"} == set(range(1, LAYERS))

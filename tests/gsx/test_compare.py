@@ -35,7 +35,7 @@ PERPLEXITY_RTOL = 1e-4
 def few_rounds() -> Iterator[None]:
     """Few rounds of timing: here times need not be exact."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gsx.comparison.measure.SECONDS", 0.0)
+        patch.setattr("gsx.workflows.compare.SECONDS", 0.0)
         yield
 
 
@@ -166,3 +166,11 @@ def test_a_model_without_room_for_a_prompt_is_refused(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", tokenizer=True, max_position_embeddings=32)
     with pytest.raises(UsageError, match="expected 64 positions or more, found 32"):
         compare(model, tmp_path / "work")
+
+
+def test_with_no_time_one_policy_is_compared(work: Path, model: Path, tiny_text: Path, report: CompareReport) -> None:
+    found = compare(model, work, text=tiny_text, tokens=LEAST_TOKENS, seconds=1e-3)
+    (policy,) = {one.policy for one in found.points[1:]}
+    assert policy == "gateskip"
+    assert {why for name, why in found.left_out.items() if name != "router"} == {"no time was left"}
+    assert found.tokens == LEAST_TOKENS

@@ -1,14 +1,15 @@
-"""Groups of options: a command takes one value, and the command line sees its fields."""
+"""Groups of options: a command takes one value, and the command line sees its fields. Durations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Annotated
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
-from gsx.cli.options import grouped
+from gsx.cli.options import grouped, seconds_of
 
 
 @dataclass(frozen=True)
@@ -43,3 +44,14 @@ def test_a_wrong_value_names_the_option() -> None:
     found = CliRunner().invoke(app([]), ["wall", "--layers", "many"])
     assert found.exit_code == 2
     assert "--layers" in found.output
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400)])
+def test_durations(text: str, seconds: float) -> None:
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "10", "m", "0s", "-1m", "10 minutes", "inf"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(typer.BadParameter, match="is not a duration such as 90s"):
+        seconds_of(text)
