@@ -49,13 +49,15 @@ def test_both_runners_agree_and_differ_from_full_precision(bundle: Path, tiny_bu
     assert (kept == ids.size).all()
     scale = np.abs(exact).max()
     assert eight.manifest.quantization is not None
-    if eight.manifest.quantization.scheme == "int8":  # the fast runner has a scale for each row, the graph one for all
+    scheme = eight.manifest.quantization.scheme
+    if scheme == "int8":  # the fast runner has a scale for each row, the graph one for all
         assert np.square(fast - exact).mean() < np.square(portable - exact[0]).mean()
     else:
         assert np.abs(fast[0] - portable).max() < WEIGHTS_TOLERANCE * scale
     for logits in (fast[0], portable):
         error = np.abs(logits - exact[0]).max() / scale
-        assert 1e-3 < error < 0.5, "few bits round, and do not ruin"
+        # Random weights have no redundancy: a sixteenth of the codes leaves more than half of them off.
+        assert 1e-3 < error < (1.0 if scheme == "int4" else 0.5), "few bits round, and do not ruin"
 
 
 def test_int8_with_half_precision_activations(make_tiny_bundle: Callable[..., Path]) -> None:

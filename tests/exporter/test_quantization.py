@@ -333,8 +333,10 @@ def test_a_shared_table_is_stored_once(tmp_path: Path) -> None:
 
 def test_int4_weights_are_blocks_with_zero_points(tmp_path: Path) -> None:
     """A product whose input is no whole number of blocks has INT8 weights instead."""
-    path = tiny_checkpoint(tmp_path / "m", layers=LAYERS, hidden=HIDDEN, intermediate=80)
-    plan = make_plan(open_checkpoint(path), SCHEMES["int4"], None)
+    path = tiny_checkpoint(tmp_path / "m", layers=LAYERS, hidden=HIDDEN, intermediate_size=80)
+    checkpoint, ids = open_checkpoint(path), np.random.default_rng(0).integers(3, 97, (1, 32))
+    (found,) = statistics(checkpoint, ids, [{}], DecoderOptions(), text_sha256="0" * 64)
+    plan = make_plan(checkpoint, SCHEMES["int4"], found)
     assert plan.matrices["layers.0.mlp.up_proj"].format == INT4
     assert plan.matrices["layers.0.mlp.down_proj"].format == plan.matrices["lm_head"].format == INT8
     graphs = quantize_graphs(GraphBuilder(plan.checkpoint, DecoderOptions(), {}).graphs(None), plan, torch.float32)
