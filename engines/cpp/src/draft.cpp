@@ -27,8 +27,12 @@ std::optional<T> numberOf(std::string const& text) {
 
 // Refuse a draft for a model whose keep rule has nothing that such a draft could change.
 [[noreturn]] void refuseOther(DraftKind const& draft, std::string const& needs) {
-    throw UsageError("the draft " + toString(draft) + " needs " + needs + ", and this model has none",
-                     {"exit:E", {}, "export with --draft exit:E"});
+    bool const budget = std::holds_alternative<BudgetDraft>(draft);
+    std::string const name = toString(draft);
+    std::string const sets = budget ? "" : ", or --policy layers with " + name;
+    std::string const also = budget ? "" : ", or with --policy layers --draft " + name;
+    throw UsageError("the draft " + name + " needs " + needs + ", and this model has none",
+                     {"exit:E" + sets, {}, "export with --draft exit:E" + also});
 }
 
 void checkExit(ExitDraft const& draft, Manifest const& manifest) {
