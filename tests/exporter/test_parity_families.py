@@ -148,7 +148,8 @@ def test_family_is_exported_with_parity(row: Row, tmp_path: Path, tiny_text: Pat
         if row.select == "threshold":
             gated |= {"calibration": tiny_text, "calibration_tokens": 2048}
     export(model, tmp_path / "bundle", **gated)
-    report = verify(tmp_path / "bundle", text=tiny_text, tokens=TOKENS, budgets=BUDGETS, greedy_tokens=GREEDY_TOKENS, full=True)
+    scope = {"tokens": TOKENS, "budgets": BUDGETS, "greedy_tokens": GREEDY_TOKENS, "full": True}
+    report = verify(tmp_path / "bundle", text=tiny_text, **scope)
     for line in report.rows():
         print(f"{line.verdict:8} {line.name:55} {line.value:>9} {line.limit:>9} {line.detail}")
     assert report.passed, [check for check in report.checks if check.verdict == "fail"]
