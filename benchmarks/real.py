@@ -23,7 +23,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.bundles import exported
-from benchmarks.closeness import Closeness
 from benchmarks.descriptions import TEXT
 from benchmarks.measure import Table, milliseconds, parse, parser, print_header
 from benchmarks.peers import (
@@ -41,12 +40,13 @@ from benchmarks.peers import (
 from benchmarks.smollm2 import checkpoint
 from gsx.benchmarking.rounds import ratios, spread
 from gsx.parity.estimate import Estimate
+from gsx.parity.quality import closeness
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings
 from gsx_engines.runners.select import open_runner
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.evaluation import losses
+from gsx_exporter.evaluation import NextTokens, next_tokens
 from gsx_exporter.text import tokenize
 from gsx_plugins.errors import GsxError
 
@@ -161,22 +161,21 @@ def quality(forms: Forms, tokens: int) -> None:
     peers = {name: forms.peer(name, logits=True) for name in (*forms.of_genai, *forms.of_llama)}
     for name, peer in peers.items():
         sources[name] = lambda ids, peer=peer: peer.logits(ids, exchange)  # type: ignore[misc]
-    found = {name: Closeness() for name in sources}
-    nats = []
+    found: dict[str, list[NextTokens]] = {name: [] for name in sources}
     for window in windows:
         with torch.no_grad():
             wanted = model(torch.from_numpy(window[None])).logits[0].numpy()
-        nats.append(losses(wanted, window).mean())
         for name, logits_of in sources.items():
-            found[name].add(window, wanted, logits_of(window))
+            found[name].append(next_tokens(window, wanted, logits_of(window)))
     for peer in peers.values():
         peer.worker.stop()
     exchange.unlink(missing_ok=True)
     print(f"{windows.size:,} tokens of {TEXT.name}, in windows of {windows.shape[1]}; perplexity of PyTorch ", end="")
-    print(f"{math.exp(np.mean(nats)):.2f}\n")
-    lines = Table("form", "perplexity", "KL, nats", "same next token", "weights, MB")
-    for name, one in found.items():
-        cells = _interval(one.perplexity, "+.2%"), _interval(one.divergence, ".4f"), _interval(one.same, ".1%")
+    print(f"{math.exp(np.mean([one.reference_losses for one in next(iter(found.values()))])):.2f}\n")
+    lines = Table("form", "perplexity", "KL, nats", "next tokens that differ", "weights, MB")
+    for name, compared in found.items():
+        one = closeness(compared)
+        cells = _interval(one.perplexity, "+.2%"), _interval(one.divergence, ".4f"), _interval(one.differing, ".1%")
         lines.row(name, *cells, f"{forms.bytes(name) / 1e6:.0f}")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gsx.cli.console import ProgressLine, out, quiet_libraries, table
-from gsx.cli.options import SHIPPED_TEXT, BackendOptions, BundleArgument, JsonOption, PageOption, grouped
+from gsx.cli.options import SHIPPED_TEXT, BackendOptions, BundleArgument, JsonOption, PageOption, grouped, seconds_of
 from gsx.cli.reports import show
 from gsx.cli.signals import loading
 from gsx.defaults import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, BENCH_ROUNDS, BENCH_SECONDS
@@ -45,8 +45,15 @@ def bench(
     new_tokens: Annotated[int, typer.Option(help="New tokens of each prompt.")] = BENCH_NEW_TOKENS,
     rounds: Annotated[int, typer.Option(help="How often everything runs, at most.")] = BENCH_ROUNDS,
     seconds: Annotated[
-        float, typer.Option("--time", help="Seconds after which no further round begins.")
-    ] = BENCH_SECONDS,
+        float | None,
+        typer.Option(
+            "--time",
+            parser=seconds_of,
+            metavar="DURATION",
+            help="After it no further round begins, e.g. 90s, 10m or 1h.",
+            show_default=f"{BENCH_SECONDS:g}s",
+        ),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to take prompts from.", show_default=SHIPPED_TEXT)
     ] = None,
@@ -75,7 +82,7 @@ def bench(
             batches=_numbers("--batches", batches) if batches is not None else (1,),
             new_tokens=new_tokens,
             rounds=rounds,
-            seconds=seconds,
+            seconds=BENCH_SECONDS if seconds is None else seconds,
             text=text,
             threads=threads,
             **vars(backend),

@@ -81,7 +81,7 @@ class QuantizationOptions:
     ] = None
     max_perplexity_increase: Annotated[
         float | None,
-        typer.Option(help="Largest relative rise in perplexity.", show_default="as gsx verify"),
+        typer.Option(help="Largest relative change of perplexity, up or down.", show_default="as gsx verify"),
     ] = None
     max_flipped: Annotated[
         float | None,

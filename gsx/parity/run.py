@@ -25,7 +25,7 @@ from gsx.parity.measure import (
     write,
 )
 from gsx.parity.memory import give_back, keep_apart
-from gsx.parity.quality import QualityCounter, frequency_nats, next_tokens
+from gsx.parity.quality import QualityCounter, frequency_nats
 from gsx.parity.result import BudgetResult, Tokens
 from gsx.parity.scope import Scope
 from gsx.parity.speculation import HalvesInput, SpeculationResult, SpeculationSide, TextsInput
@@ -39,6 +39,7 @@ from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.select import Backend, open_runner
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.evaluation import next_tokens
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.registry import reference_rule
 from gsx_exporter.rules.settings import Setting

@@ -18,14 +18,13 @@ from gsx.benchmarking.measure import Shape, time_forms
 from gsx.benchmarking.report import BenchReport, rows_of
 from gsx.defaults import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, BENCH_ROUNDS, BENCH_SECONDS
 from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.cost import work_of
 from gsx_exporter.text import read_text
 from gsx_plugins.errors import GsxError, UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Packages whose versions a figure may depend on.
 _PACKAGES = ("gsx", "numpy", "onnxruntime", "torch", "tensorrt", "tensorrt-rtx")
-# K and V are float32 in the caches of a CPU.
-_KV_BYTES = 4
 
 
 def bench(
@@ -137,11 +136,12 @@ def _lengths(bundles: Sequence[Bundle], asked: Sequence[int] | None, new_tokens:
 
 def _check_memory(bundles: Sequence[Bundle], forms: Sequence[Form], shape: Shape, new_tokens: int) -> None:
     """Refuse to load what has no room: the weights of all processes, and K and V of the largest calls."""
-    needed = 0
+    needed = 0.0
     for number, _ in {form.process for form in forms}:
-        decoder = bundles[number].manifest.decoder
-        kv = 2 * decoder.num_layers * decoder.num_kv_heads * decoder.head_dim * _KV_BYTES
-        needed += bundles[number].manifest.weights.size_bytes + kv * shape.batch * (shape.prompt_tokens + new_tokens)
+        manifest = bundles[number].manifest
+        tokens = shape.batch * (shape.prompt_tokens + new_tokens)
+        kv = manifest.decoder.num_layers * work_of(bundles[number]).key_bytes * tokens
+        needed += manifest.weights.size_bytes + kv
     free = available_bytes()
     if free is not None and needed > free:
         raise GsxError(

@@ -45,11 +45,20 @@ def plan_for(
     _need_modelopt()
     from gsx.workflows.quantization_cost import settle
     from gsx_exporter.quantization.choose import choose_codes
+    from gsx_exporter.quantization.watch import statistics
 
     scheme = SCHEMES[wanted.scheme]
-    found = (
-        _ranges(checkpoint, options, wanted, selection, defaults, text, on_progress) if scheme.reads_inputs else None
-    )
+    found: Statistics | None = None
+    if scheme.reads_inputs:
+        found = statistics(
+            checkpoint,
+            text.ids,
+            [defaults, *_other_budgets(selection, defaults)],
+            options,
+            text_sha256=text.sha256,
+            cache=wanted.cache,
+            on_progress=on_progress,
+        )[0]
     plan = make_plan(checkpoint, scheme, found, ChosenCodes(scratch))
     if options.rule is not None and not wanted.everything:
         plan = plan.sparing_first()
@@ -62,32 +71,13 @@ def plan_for(
     return plan, entry
 
 
-def _ranges(
-    checkpoint: Checkpoint,
-    options: DecoderOptions,
-    wanted: Quantize,
-    selection: Selection | None,
-    defaults: RuntimeValues,
-    text: TokenText,
-    on_progress: OnProgress,
-) -> Statistics:
-    """The sizes of activations at the exported selection."""
-    from gsx_exporter.quantization.watch import statistics
-
-    # A whole grid costs little more than one budget, and the next export finds it in the cache.
-    points = [defaults]
-    if selection is not None:
-        others = [point.budget for point in selection.grid if point.budget != selection.budget]
-        points += [{**defaults, **selected(selection, budget)} for budget in others]
-    return statistics(
-        checkpoint,
-        text.ids,
-        points,
-        options,
-        text_sha256=text.sha256,
-        cache=wanted.cache,
-        on_progress=on_progress,
-    )[0]
+def _other_budgets(selection: Selection | None, defaults: RuntimeValues) -> list[RuntimeValues]:
+    """Run-time inputs at the budgets that are not exported: a whole grid costs little more than one budget, and the
+    next export finds it in the cache."""
+    if selection is None:
+        return []
+    others = [point.budget for point in selection.grid if point.budget != selection.budget]
+    return [{**defaults, **selected(selection, budget)} for budget in others]
 
 
 def _entry(

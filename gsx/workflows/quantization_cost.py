@@ -7,8 +7,8 @@ from typing import Literal
 
 import numpy as np
 
-from gsx.parity.estimate import Estimate, mean_of, share_of
-from gsx.parity.quality import OF_SCHEMES, QualityLimits, frequency_nats, perplexity_change
+from gsx.parity.estimate import Estimate
+from gsx.parity.quality import OF_SCHEMES, QualityLimits, closeness, frequency_nats
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.manifest import Interval, MeasuredQuality
@@ -52,15 +52,15 @@ def settle(
 
     tried = [Tried(plan, (), simulation.cost(plan))] if wanted.everything else spare(simulation, plan, losses, holds)
     last = tried[-1]
-    within = holds(last.cost)
+    within, close = holds(last.cost), closeness(last.cost.windows)
     asked = wanted.limits != QualityLimits()
     if not within and (asked or not wanted.everything):
         raise _not_met(wanted, tried, limits)
     return last.plan, MeasuredQuality(
         text=CalibrationText(name=unseen.name, sha256=unseen.sha256, tokens=unseen.tokens),
-        divergence=_interval(mean_of(last.cost.divergence)),
-        differing=_interval(_differing(last.cost)),
-        perplexity_increase=_interval(_perplexity(last.cost)),
+        divergence=_interval(close.divergence),
+        differing=_interval(close.differing),
+        perplexity_increase=_interval(close.perplexity),
         flipped=last.cost.flipped if options.rule is not None else None,
         verdict=_verdict(_judgeable(last.cost, unseen), within),
     )
@@ -75,17 +75,17 @@ def _verdict(judgeable: bool, within: bool) -> Literal["within limits", "over li
 def broken(cost: Cost, limits: QualityLimits) -> list[str]:
     """What is over the limits, each in words.
 
-    For perplexity and next tokens the text may be too short to decide: they are broken if the whole interval is over
-    the limit.
+    For perplexity (up or down) and next tokens the text may be too short to decide: they are broken if the whole
+    interval is beyond the limit.
     """
-    divergence, differing, perplexity = mean_of(cost.divergence), _differing(cost), _perplexity(cost)
-    found = []
-    if limits.divergence is not None and divergence.value > _MARGIN * limits.divergence:
-        found.append(f"KL divergence {divergence.value:.4f} nats")
-    if limits.top1 is not None and differing.low > 1 - limits.top1:
-        found.append(f"{1 - differing.value:.1%} same next token")
-    if limits.perplexity_increase is not None and perplexity.low > limits.perplexity_increase:
-        found.append(f"perplexity {perplexity.value:+.2%}")
+    close, found = closeness(cost.windows), list[str]()
+    # Written so that NaN is over every limit.
+    if limits.divergence is not None and not close.divergence.value <= _MARGIN * limits.divergence:
+        found.append(f"KL divergence {close.divergence.value:.4f} nats")
+    if limits.top1 is not None and not close.differing.nearest <= 1 - limits.top1:
+        found.append(f"{1 - close.differing.value:.1%} same next token")
+    if limits.perplexity_increase is not None and not close.perplexity.nearest <= limits.perplexity_increase:
+        found.append(f"perplexity {close.perplexity.value:+.2%}")
     if limits.flipped is not None and cost.flipped > limits.flipped:
         found.append(f"{cost.flipped:.2%} of decisions flipped")
     return found
@@ -93,15 +93,9 @@ def broken(cost: Cost, limits: QualityLimits) -> list[str]:
 
 def _judgeable(cost: Cost, text: TokenText) -> bool:
     """Whether the model itself predicts the text better than its tokens' frequencies do."""
-    return float(np.concatenate(cost.exact_nats).mean()) < frequency_nats(text.ids[:, 1:])
-
-
-def _differing(cost: Cost) -> Estimate:
-    return share_of([~same for same in cost.same])
-
-
-def _perplexity(cost: Cost) -> Estimate:
-    return mean_of(cost.nats).map(perplexity_change)
+    return float(np.concatenate([one.reference_losses for one in cost.windows]).mean()) < frequency_nats(
+        text.ids[:, 1:]
+    )
 
 
 def _interval(found: Estimate) -> Interval:

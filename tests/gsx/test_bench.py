@@ -193,7 +193,7 @@ REFUSED = {
     "words for numbers": (["BUNDLE", "--batches", "two"], 2, "expected whole numbers between commas, e.g. 1,4"),
     "no prompt": (["BUNDLE", "--batches", "0"], 2, "batch\n  expected at least 1, found 0"),
     "no round": (["BUNDLE", "--rounds", "0"], 2, "rounds\n  expected at least 1, found 0"),
-    "no time": (["BUNDLE", "--time", "0"], 2, "seconds to measure"),
+    "no time": (["BUNDLE", "--time", "0s"], 2, "is not a duration such as 90s, 10m or 1h"),
     "no memory": (["BUNDLE", "--batches", "1000000000"], 1, "not enough memory to load all bundles next to each other"),
     "the same bundle twice": (["BUNDLE", "BUNDLE"], 2, "a bundle is given twice"),
     "no text": (["BUNDLE", "--text", "nowhere.txt"], 1, "nowhere.txt: no such text file"),

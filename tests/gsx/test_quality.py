@@ -28,7 +28,6 @@ from gsx.parity.quality import (
     QualityLimits,
     default_limits,
     frequency_nats,
-    next_tokens,
 )
 from gsx.parity.report import Report
 from gsx.workflows.export import export
@@ -39,6 +38,7 @@ from gsx_engines.bundle.manifest import KvCache, Quantization, SchemeName
 from gsx_engines.bundle.selection import CalibrationText
 from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.evaluation import next_tokens
 from gsx_plugins.errors import UsageError
 from tests.gsx.command_line import Gsx
 from tests.tiny import tiny_checkpoint

@@ -47,8 +47,9 @@ class _Inputs:
         """As a hook before the layer's forward pass."""
         rows = args[0]
         if len(rows):
-            # Every row counts the same. Where a few tokens have activations a thousand times as large as the others',
-            # as real models do, the codes would be chosen for these alone (SmolLM2: benchmarks/RESULTS.md).
+            # Every row counts the same, as in the losses: real models have a few tokens whose activations are a
+            # thousand times as large as the others', which would count a million times as much. (For INT4 of SmolLM2
+            # it made no difference: benchmarks/RESULTS.md.)
             equal = torch.nn.functional.normalize(rows, dim=1)
             self.hessian, self.count = update_hessian(equal, self.hessian, self.count)
             self.rows = rows[:: -(-len(rows) // _SAMPLE_ROWS)].clone()
@@ -69,7 +70,7 @@ def choose_codes(
         options: keep rule, K/V policy and the graph's type, in which scales are stored.
         on_progress: called after each layer.
     Returns: what each product loses ("layers.0.mlp.up_proj"): the mean over rows of |y - y'|^2 / |y|^2, where y' has
-        rounded weights and inputs. Products that no row went through are missing, and are rounded to nearest.
+        rounded weights and inputs. Products that no row but zeros went through are missing, and rounded to nearest.
     """
     losses: dict[str, float] = {}
     with torch.inference_mode():
@@ -80,7 +81,7 @@ def choose_codes(
             chosen: dict[str, Encoded] = {}
             for name in LINEARS:
                 matrix, seen = plan.matrices.get(f"layers.{number}.{name}"), inputs[_SAME_ROWS[name]]
-                if matrix is not None and seen.count:
+                if matrix is not None and bool(seen.hessian.any()):
                     linear = linear_of(layer, name)
                     found = gptq(linear.weight, seen.hessian, matrix.format, options.dtype)
                     chosen[f"layers.{number}.{name}"] = found

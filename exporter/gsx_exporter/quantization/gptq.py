@@ -28,20 +28,20 @@ def gptq(weight: Tensor, hessian: Tensor, form: WeightFormat, dtype: torch.dtype
     left = weight.clone()
     codes = torch.empty_like(weight)
     size = form.block_size or len(weight)
-    all_scales: list[Tensor] = []
-    all_zeros: list[Tensor] = []
-    scales, zeros = ranges(weight[None, :size], form, dtype)
+    blocks: list[tuple[Tensor, Tensor | None]] = []  # scales and zero-points
     for start in range(0, len(weight), _CHUNK):
         stop = min(start + _CHUNK, len(weight))
         errors = torch.empty_like(weight[start:stop])
         for k in range(start, stop):
             if k % size == 0:  # the block as it is now, with the errors of the earlier ones
-                scales, zeros = ranges(left[None, k : k + size], form, dtype) if k else (scales, zeros)
-                all_scales.append(scales)
-                all_zeros += [] if zeros is None else [zeros]
+                blocks.append(ranges(left[None, k : k + size], form, dtype))
+            scales, zeros = blocks[-1]
             codes[k] = round_values(left[k], scales[0], None if zeros is None else zeros[0], form)
             rounded = (codes[k] if zeros is None else codes[k] - zeros[0]) * scales[0].float()
             errors[k - start] = (left[k] - rounded) / factor[k, k]
             left[k + 1 : stop].addr_(factor[k, k + 1 : stop], errors[k - start], alpha=-1)
         left[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-    return encoded(codes, torch.cat(all_scales), torch.cat(all_zeros) if all_zeros else None, form)
+    all_zeros = [zeros for _, zeros in blocks if zeros is not None]
+    return encoded(
+        codes, torch.cat([scales for scales, _ in blocks]), torch.cat(all_zeros) if all_zeros else None, form
+    )

@@ -84,6 +84,10 @@ class QuantizationPlan:
         """The same plan, with only the weights of these matrices quantized, to INT8."""
         return replace(self, matrices=dict(self.matrices) | {n: self._spared(n) for n in names if n in self.matrices})
 
+    def can_spare(self, linear: str) -> bool:
+        """Whether `sparing` would change a product of a layer."""
+        return linear in self.matrices and self.matrices[linear] != self._spared(linear)
+
     def _spared(self, linear: str) -> Matrix:
         whole_blocks = INT8_BLOCKS.fits(input_width(self.checkpoint.config, linear))
         return Matrix(INT8_BLOCKS if whole_blocks else INT8)

@@ -14,7 +14,7 @@ from gsx_exporter.quantization.plan import QuantizationPlan, groups_of
 from gsx_exporter.quantization.scheme import GROUPS
 from gsx_exporter.quantization.simulate import Cost, Simulation
 
-# Measurements besides those of nothing and everything spared: each halves what is still open.
+# Measurements besides those of nothing and everything spared: each narrows what is still open.
 _STEPS = 4
 
 
@@ -32,16 +32,10 @@ def ranking(plan: QuantizationPlan, losses: Mapping[str, float]) -> list[str]:
 
     Args: losses: what each product loses; a group loses what the worst of its products does.
     """
-    able = {
-        group: [name for name in linears if name in plan.matrices]
-        for group, linears in groups_of(plan.checkpoint.config).items()
-        if group.endswith(tuple(GROUPS))
-    }
-    spared = set(plan.weights_only)
     worst = {
         group: max(losses.get(name, 0.0) for name in linears)
-        for group, linears in able.items()
-        if linears and not spared.issuperset(linears)
+        for group, linears in groups_of(plan.checkpoint.config).items()
+        if group.endswith(tuple(GROUPS)) and any(map(plan.can_spare, linears))
     }
     return sorted(worst, key=lambda group: -worst[group])
 
