@@ -27,7 +27,7 @@ SCRIPTS = (
     "torch_backend",
 )
 # Modules that scripts use, or start.
-PARTS = ("__init__", "bundles", "closeness", "measure", "peers", "prompts", "speculation_process", "worker")
+PARTS = ("__init__", "bundles", "measure", "peers", "prompts", "speculation_process", "worker")
 FOLDER = Path(branches.__file__).parent
 
 
@@ -95,7 +95,7 @@ def test_quality_of_the_model_as_it_is(
     model = base_models["chat llama"]
     options = ["--work", str(work), "--quick", "--threads", "1", "--model", str(model), "--forms", real.BASE]
     real.main(["quality", *options])
-    ((name, _, divergence, same, _),) = lines_of(capsys)
+    ((name, _, divergence, differing, _),) = lines_of(capsys)
     assert name == real.BASE
     assert divergence.startswith("0.0000 (0.0000 to 0.0000)")
-    assert same.startswith("100.0%")
+    assert differing.startswith("0.0%")
