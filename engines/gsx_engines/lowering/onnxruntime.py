@@ -46,10 +46,13 @@ from gsx_engines.lowering.for_onnxruntime.attention import (
 )
 from gsx_engines.lowering.for_onnxruntime.cache import name_capacity, read_live_keys, store_codes, write_in_place
 from gsx_engines.lowering.for_onnxruntime.decisions import decide
+from gsx_engines.lowering.for_onnxruntime.fused import add_and_normalize
 from gsx_engines.lowering.for_onnxruntime.head import give_state, take_state
 from gsx_engines.lowering.for_onnxruntime.lengths import count_from_total_length, mask_by_place
+from gsx_engines.lowering.for_onnxruntime.packed import pack_products
 from gsx_engines.lowering.for_onnxruntime.quantized import fuse_products, shared_table, unsigned_codes, weights_inside
 from gsx_engines.lowering.for_onnxruntime.regions import wrap_branches
+from gsx_engines.lowering.for_onnxruntime.rotary import rotate_in_attention, tables_of
 from gsx_engines.lowering.for_onnxruntime.task import CONTRIB, OPSET, Task, appended, gates_attention
 from gsx_engines.lowering.for_onnxruntime.trim import (
     add_rows,
@@ -65,6 +68,7 @@ from gsx_plugins.graph import Graph
 # The passes over the portable graph, in order.
 BODY_PASSES: tuple[Pass[Task], ...] = (
     of_any(fuse_products),
+    of_any(unsigned_codes),
     give_state,
     count_from_total_length,
     mask_by_place,
@@ -81,13 +85,15 @@ BODY_PASSES: tuple[Pass[Task], ...] = (
     of_any(add_rows),
     drop_index_reshapes,
     of_any(Graph.drop_unread),
+    of_any(pack_products),
+    rotate_in_attention,
     keep_sequence_axis,
     of_any(spread_columns),
     of_any(Graph.drop_defaults),  # only plain inputs can be bound to memory
     of_any(Graph.drop_unread),
     of_any(sink),
     of_any(weights_inside),
-    of_any(unsigned_codes),
+    of_any(add_and_normalize),
 )
 # The passes that make the head's model.
 HEAD_PASSES: tuple[Pass[Task], ...] = (take_state, of_any(shared_table))
@@ -110,11 +116,14 @@ class Lowered:
             returns `state` [B, S, H], of its last layer, and with gates `kept`: [P] int64, the number of rows kept by
             each gated branch, or in steps [P x B] bool, which rows.
         head: `state` [1, any, H] -> `logits` [1, any, V].
+        tables: `position_ids` [1, N] int64 -> `cos` and `sin` [1, N, D/2], the rotary tables. If attention rotates
+            itself, the body reads them as further inputs (`rotary.TABLES`), for every position of the cache.
         counts: how often each pass applied to the body.
     """
 
     body: onnx.ModelProto
     head: onnx.ModelProto
+    tables: onnx.ModelProto | None
     counts: Mapping[str, int]
 
 
@@ -128,13 +137,21 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range, *, steps
         LayoutError: the graph does not have the layout of this version's exporter.
     """
     task = Task(manifest, layers, steps)
-    body, head = onnx.ModelProto(), onnx.ModelProto()
-    for model in (body, head):
-        model.CopyFrom(portable)
-        del model.opset_import[:]
-        opsets = (("", OPSET), (DOMAIN, OPSET_VERSION), (CONTRIB, 1))
-        model.opset_import.extend(helper.make_opsetid(domain, number) for domain, number in opsets)
-        for function in model.functions:
-            function.opset_import[0].version = OPSET
+    body, head = _model_of(portable.graph, portable), _model_of(portable.graph, portable)
     run_passes(Graph(head.graph), HEAD_PASSES, task)
-    return Lowered(body, head, run_passes(Graph(body.graph), BODY_PASSES, task))
+    counts = run_passes(Graph(body.graph), BODY_PASSES, task)
+    tables = _model_of(tables_of(portable.graph), portable) if counts[rotate_in_attention.__name__] else None
+    return Lowered(body, head, tables, counts)
+
+
+def _model_of(graph: onnx.GraphProto, portable: onnx.ModelProto) -> onnx.ModelProto:
+    """A model of a graph, with the ops that the lowered forms use."""
+    model = onnx.ModelProto()
+    model.CopyFrom(portable)
+    model.graph.CopyFrom(graph)
+    del model.opset_import[:]
+    opsets = (("", OPSET), (DOMAIN, OPSET_VERSION), (CONTRIB, 1))
+    model.opset_import.extend(helper.make_opsetid(domain, number) for domain, number in opsets)
+    for function in model.functions:
+        function.opset_import[0].version = OPSET
+    return model

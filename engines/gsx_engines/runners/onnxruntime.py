@@ -23,6 +23,7 @@ from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.lowering import onnxruntime as lowering
 from gsx_engines.lowering.for_onnxruntime.decisions import KEPT
 from gsx_engines.lowering.for_onnxruntime.probe import is_supported
+from gsx_engines.lowering.for_onnxruntime.rotary import TABLES
 from gsx_engines.lowering.for_onnxruntime.task import STATE, TOTAL_LENGTH
 from gsx_engines.lowering.passes import not_as_expected
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput
@@ -104,10 +105,11 @@ class _Bound:
 
 @dataclass(frozen=True)
 class _Sessions:
-    """Two sessions: the layers, and the final norm with the head."""
+    """Two sessions: the layers, and the final norm with the head; and one that computes rotary tables, if they are read."""
 
     body: ort.InferenceSession
     head: ort.InferenceSession
+    tables: ort.InferenceSession | None
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,13 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Memory:
-    """K/V by input name, [B, K/V heads, capacity, D], and the bindings to parts of it, by (first row, rows)."""
+    """K/V by input name, [B, K/V heads, capacity, D], and the bindings to parts of it, by (first row, rows).
+
+    Args: tables: rotary tables by input name, [capacity, D/2]; empty if attention does not read them.
+    """
 
     caches: dict[str, np.ndarray]
+    tables: dict[str, np.ndarray]
     bound: dict[tuple[int, int], _Rows]
 
 
@@ -173,12 +179,15 @@ class OnnxRuntimeStage:
             if self._portable is None:
                 self._portable = PortableStage(self._bundle, self._graph, threads=self._threads)
             return self._portable.new_memory(batch, capacity)
-        for steps in (False, True)[: 1 + (batch > 1)]:
-            self._sessions(steps=steps)  # opened now, so that no call has to wait for it
+        opened = [self._sessions(steps=steps) for steps in (False, True)[: 1 + (batch > 1)]]  # so that no call waits
         shape = self.manifest.decoder
         size = (batch, shape.num_kv_heads, capacity, shape.head_dim)
         dtype = np.int8 if eight_bits else np.float32
-        return _Memory({name: np.zeros(size, dtype) for name in tensor_names.past_of(self.layers)}, {})
+        tables = {}
+        if opened[0].tables is not None:
+            found = opened[0].tables.run(list(TABLES), {tensor_names.POSITION_IDS: np.arange(capacity)[None]})
+            tables = {name: table[0] for name, table in zip(TABLES.values(), found, strict=True)}
+        return _Memory({name: np.zeros(size, dtype) for name in tensor_names.past_of(self.layers)}, tables, {})
 
     def run(self, memory: Any, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """See `Stage`."""
@@ -266,6 +275,8 @@ class OnnxRuntimeStage:
             for name, cache in memory.caches.items():
                 outputs = lowering.cache_outputs(self.manifest, *tensor_names.layer_and_kind(name))
                 bound.body.bind_cache(name, outputs, cache[start : start + rows])
+            for name, table in memory.tables.items():
+                bound.body.feed(name, table)
             memory.bound[start, rows] = bound
         return bound
 
@@ -281,11 +292,13 @@ class OnnxRuntimeStage:
         except LayoutError as error:
             raise not_as_expected(path, self.manifest, error) from error
         if steps:
-            self._steps = _Sessions(self._open(lowered.body), self._sessions(steps=False).head)
+            sequence = self._sessions(steps=False)
+            self._steps = _Sessions(self._open(lowered.body), sequence.head, sequence.tables)
             return self._steps
         shared = self._shares_head
         head = shared._sessions(steps=False).head if shared else self._open(lowered.head)
-        self._sequence = _Sessions(self._open(lowered.body), head)
+        tables = None if lowered.tables is None else self._open(lowered.tables)
+        self._sequence = _Sessions(self._open(lowered.body), head, tables)
         return self._sequence
 
     def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:

@@ -19,13 +19,8 @@ from gsx_plugins.graph import Graph, make_node
 
 # int8 code + 128 is the uint8 code of the same number.
 _MIDDLE = "lowered.middle_code"
-# Constants of a row's scale: the channels' axis; the largest code; the least scale, for rows of zeros; 1.
-_CHANNELS, _LARGEST, _LEAST, _ONE = (
-    "lowered.channels",
-    "lowered.largest_code",
-    "lowered.least_scale",
-    "lowered.unit_scale",
-)
+# Constants of a row's scale: the channels' axis, and the number of which the largest code is 1.
+_CHANNELS, _STEP = "lowered.channels", "lowered.code_step"
 # Block sizes of a shared table, the fastest first (docs/quantization.md): the first that divides the width is taken.
 _TABLE_BLOCKS = (128, 64, 32, 16)
 # How ONNX Runtime's blocks are padded to whole ones, if none divides it.
@@ -36,11 +31,11 @@ def fuse_products(graph: Graph) -> int:
     """Turn a product of 8-bit rows and 8-bit weights into the contrib op that has a fast kernel.
 
         MatMul(DequantizeLinear(QuantizeLinear(x)), DequantizeLinear(codes))      becomes
-        Mul(MatMulIntegerToFloat(QuantizeLinear(x / s) as uint8, codes, 1, scales), s), s = max(|row of x|) / 127
+        Mul(MatMulIntegerToFloat(QuantizeLinear(x / m) as uint8, codes, 1 / 127, scales), m), m = max(|row of x|)
 
     Why a scale for each row: the graph's own scale is for the largest value of any token, as TensorRT wants it; most
     rows have far smaller ones and would use a few of the 127 steps. A row's scale depends on no other row, so that a
-    token's numbers do not depend on what else is in the call.
+    token's numbers do not depend on what else is in the call. A row of zeros gets any codes, and then m = 0.
 
     The replaced nodes are removed at once, since they would keep their inputs outside of a branch. Products in which
     only weights are quantized, and types other than int8, stay as they are. Returns: the number of products.
@@ -57,7 +52,7 @@ def fuse_products(graph: Graph) -> int:
             scales[rows] = f"{rows}.scales"
             _scale_rows(graph, quantize, scales[rows])
         unscaled = f"{node.output[0]}.unscaled"
-        inputs = [rows, codes.name, _ONE, right.input[1], _MIDDLE]
+        inputs = [rows, codes.name, _STEP, right.input[1], _MIDDLE]
         graph.replace(
             node,
             helper.make_node("MatMulIntegerToFloat", inputs, [unscaled], name=node.name, domain=CONTRIB),
@@ -67,26 +62,22 @@ def fuse_products(graph: Graph) -> int:
     if count:
         graph.add_constant(_MIDDLE, np.uint8(128))
         graph.add_constant(_CHANNELS, np.array([-1], np.int64))
-        graph.add_constant(_LARGEST, np.float32(1 / 127))
-        graph.add_constant(_LEAST, np.float32(2.0**-24))
-        graph.add_constant(_ONE, np.float32(1))
+        graph.add_constant(_STEP, np.float32(1 / 127))
         graph.drop_unread()
     return count
 
 
 def _scale_rows(graph: Graph, quantize: onnx.NodeProto, scales: str) -> None:
-    """Quantize each row with its own scale; `scales` [rows, 1] is their name."""
+    """Quantize each row as a share of its largest value; `scales` [rows, 1] is the name of these values."""
     value, _, _ = graph.expect_inputs(quantize, 3)
-    sizes, largest, steps, scaled = (f"{scales}.{part}" for part in ("sizes", "largest", "steps", "scaled"))
+    sizes, scaled = f"{scales}.sizes", f"{scales}.scaled"
     nodes = [
         make_node("Abs", [value], sizes),
-        make_node("ReduceMax", [sizes, _CHANNELS], largest, keepdims=1),
-        make_node("Mul", [largest, _LARGEST], steps),
-        make_node("Max", [steps, _LEAST], scales),
+        make_node("ReduceMax", [sizes, _CHANNELS], scales, keepdims=1),
         make_node("Div", [value, scales], scaled),
     ]
     graph.insert_before(quantize, *nodes)
-    graph.set_inputs(quantize, [scaled, _ONE, _MIDDLE])
+    graph.set_inputs(quantize, [scaled, _STEP, _MIDDLE])
 
 
 def shared_table(graph: Graph) -> int:

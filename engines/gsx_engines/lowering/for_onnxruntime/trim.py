@@ -16,15 +16,18 @@ from gsx_plugins.graph import Graph, make_node
 # Ops that keep the axes of their first input, so that states may have one more axis in front.
 _ROW_BY_ROW = frozenset(
     (
+        "Abs",
         "Add",
         "Cast",
         "DequantizeLinear",
+        "Div",
         "Identity",
         "MatMul",
         "MatMulIntegerToFloat",
         "Mul",
         "QuantizeLinear",
         "RMSNormalization",
+        "ReduceMax",  # of a row: its scale
         "Sigmoid",
     )
 )

@@ -1,0 +1,114 @@
+"""Rotary embedding inside of attention, from tables for all positions."""
+
+from __future__ import annotations
+
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from gsx_engines.bundle.tensor_names import POSITION_IDS
+from gsx_engines.lowering.for_onnxruntime.task import FIRST, Task
+from gsx_plugins.graph import Graph, attribute, make_node
+
+# Further inputs of a lowered graph: the cosines and sines of all positions that fit into the cache, [capacity, D/2].
+TABLES = {"cos": "rotary.cos", "sin": "rotary.sin"}
+# Inputs of GroupQueryAttention.
+_QUERY, _KEY, _VALUE, _COS, _SIN = 0, 1, 2, 7, 8
+# In steps, the shape of Q, K and V of one token per sequence.
+_EACH_ITS_OWN = "rotary.each_its_own"
+
+
+def rotate_in_attention(graph: Graph, task: Task) -> int:
+    """Let attention over all rows rotate queries and keys, and take them with the values as one tensor.
+
+        Split(qkv) -> q, k, v; q -> RotaryEmbedding, k -> RotaryEmbedding, v -> GroupQueryAttention      becomes
+        qkv, tables -> GroupQueryAttention
+
+    Why: four nodes of a layer go. It needs Q, K and V to be parts of one product (`packed.pack_products`), with nothing
+    between it and the rotation, and tables that depend only on the position. Returns: how many attentions.
+    """
+    if not all(depends_on_positions(graph, name) for name in TABLES):
+        return 0
+    if task.steps:
+        heads = task.shape.num_heads + 2 * task.shape.num_kv_heads
+        graph.add_constant(_EACH_ITS_OWN, [-1, 1, heads * task.shape.head_dim])
+    count = 0
+    for node in list(graph.nodes):
+        split = _packed(graph, task, node)
+        if split is None:
+            continue
+        whole, query = split.input[0], f"{node.name}.packed"
+        if task.steps:
+            made = make_node("Reshape", [whole, _EACH_ITS_OWN], query)
+        else:
+            made = make_node("Unsqueeze", [whole, FIRST], query)
+        rest = list(node.input) + [""] * (_SIN + 1 - len(node.input))
+        rest[_QUERY], rest[_KEY], rest[_VALUE] = query, "", ""
+        rest[_COS], rest[_SIN] = TABLES["cos"], TABLES["sin"]
+        graph.insert_before(node, made)
+        graph.set_inputs(node, rest)
+        node.attribute.append(helper.make_attribute("do_rotary", 1))
+        count += 1
+    for name in TABLES.values() if count else ():
+        graph.proto.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["positions", None]))
+    graph.drop_unread()
+    return count
+
+
+def tables_of(portable: onnx.GraphProto) -> onnx.GraphProto:
+    """The graph that computes the tables: position_ids [1, N] -> cos, sin [1, N, D/2]."""
+    made = onnx.GraphProto()
+    made.CopyFrom(portable)
+    graph = Graph(made)
+    graph.keep_inputs(lambda name: name == POSITION_IDS)
+    graph.set_outputs([helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, None, None]) for name in TABLES])
+    graph.drop_unread()
+    graph.store()
+    return made
+
+
+def depends_on_positions(graph: Graph, name: str) -> bool:
+    """Whether a value is computed from the tokens' positions and constants, and from nothing else."""
+    wanted, inputs = [name], {value.name for value in graph.proto.input}
+    while wanted:
+        value = wanted.pop()
+        node = graph.producer(value)
+        if node is not None:
+            wanted += graph.reads(node)
+        elif value in inputs and value != POSITION_IDS and value not in graph.constants:
+            return False
+    return True
+
+
+def _packed(graph: Graph, task: Task, node: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The Split whose three parts, queries and keys rotated, an attention reads; None if it reads anything else."""
+    if node.op_type != "GroupQueryAttention" or not node.input[_KEY]:
+        return None
+    turned = []
+    for place in (_QUERY, _KEY):
+        rotation = _behind(graph, node.input[place], "Reshape" if task.steps else "")
+        if rotation is None or rotation.op_type != "RotaryEmbedding" or attribute(rotation, "interleaved"):
+            return None
+        if attribute(rotation, "rotary_embedding_dim") or list(rotation.input[1:]) != list(TABLES):
+            return None
+        turned.append(rotation.input[0])
+    parts = [_behind(graph, name, "Unsqueeze") for name in turned]
+    parts.append(_behind(graph, node.input[_VALUE], "Reshape" if task.steps else "Unsqueeze"))
+    split = parts[0]
+    if split is None or split.op_type != "Split" or any(part is not split for part in parts):
+        return None
+    values = graph.expect_producer(node.input[_VALUE]).input[0]
+    heads = (task.shape.num_heads, task.shape.num_kv_heads, task.shape.num_kv_heads)
+    widths = [count * task.shape.head_dim for count in heads]
+    in_order = list(split.output) == [*(graph.expect_producer(name).input[0] for name in turned), values]
+    return split if in_order and numpy_helper.to_array(graph.constants[split.input[1]]).tolist() == widths else None
+
+
+def _behind(graph: Graph, value: str, shaping: str) -> onnx.NodeProto | None:
+    """What makes a value, behind a node that only shapes it."""
+    node = graph.producer(value)
+    if shaping:
+        if node is None or node.op_type != shaping:
+            return None
+        return graph.producer(node.input[0])
+    return node
+
