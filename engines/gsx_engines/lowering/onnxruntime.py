@@ -61,6 +61,7 @@ from gsx_engines.lowering.for_onnxruntime.trim import (
     sink,
     spread_columns,
 )
+from gsx_engines.lowering.for_onnxruntime.whole_calls import run_all_rows
 from gsx_engines.lowering.passes import Pass, of_any, run_passes
 from gsx_plugins.domain import DOMAIN, OPSET_VERSION
 from gsx_plugins.graph import Graph
@@ -85,13 +86,14 @@ BODY_PASSES: tuple[Pass[Task], ...] = (
     of_any(add_rows),
     drop_index_reshapes,
     of_any(Graph.drop_unread),
-    of_any(pack_products),
-    rotate_in_attention,
-    keep_sequence_axis,
     of_any(spread_columns),
     of_any(Graph.drop_defaults),  # only plain inputs can be bound to memory
     of_any(Graph.drop_unread),
     of_any(sink),
+    run_all_rows,
+    of_any(pack_products),
+    rotate_in_attention,
+    keep_sequence_axis,
     of_any(weights_inside),
     of_any(add_and_normalize),
 )

@@ -25,6 +25,7 @@ from gsx_engines.lowering.for_onnxruntime.decisions import KEPT
 from gsx_engines.lowering.for_onnxruntime.probe import is_supported
 from gsx_engines.lowering.for_onnxruntime.rotary import TABLES
 from gsx_engines.lowering.for_onnxruntime.task import STATE, TOTAL_LENGTH
+from gsx_engines.lowering.for_onnxruntime.whole_calls import chooses_whole_calls
 from gsx_engines.lowering.passes import not_as_expected
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput
 from gsx_engines.runners.kept import KeptTable
@@ -44,13 +45,16 @@ class _Bound:
         self.binding = session.io_binding()
         self.arrays: dict[str, np.ndarray] = {}
         self._fed: dict[str, np.ndarray] = {}
+        self._inputs = {value.name for value in session.get_inputs()}
+        self._outputs = {value.name for value in session.get_outputs()}
 
     def bind_cache(self, past: str, outputs: tuple[str, ...], array: np.ndarray) -> None:
         """Bind one buffer as an input and as every output that continues it."""
         self.arrays[past] = array
         self.binding.bind_input(past, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name in outputs:
-            self._bind_output(name, array)
+            if name in self._outputs:
+                self._bind_output(name, array)
 
     def feed(self, name: str, value: np.ndarray) -> None:
         """Set an input for the next run."""
@@ -60,6 +64,11 @@ class _Bound:
             return
         array = self.arrays[name] = np.array(value, order="C")
         self.binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+    def feed_if_read(self, name: str, value: np.ndarray) -> None:
+        """Set an input that not every form of a graph has."""
+        if name in self._inputs:
+            self.feed(name, value)
 
     def feed_once(self, name: str, value: np.ndarray) -> None:
         """Set an input that seldom changes: nothing is copied as long as the array is the same object."""
@@ -158,6 +167,7 @@ class OnnxRuntimeStage:
         self._exits = {name: axes for name, axes in states if name != tensor_names.EXIT_HIDDEN}
         self._table = KeptTable(bundle.manifest, self.layers)
         self._gated = len(self._table.places)
+        self._chooses_calls = chooses_whole_calls(bundle.manifest)
         self._shares_head = shares_head
         self._sequence: _Sessions | None = None
         self._steps: _Sessions | None = None
@@ -195,13 +205,14 @@ class OnnxRuntimeStage:
             assert self._portable is not None
             return self._portable.run(memory, call, state, logits)
         if len(call.counts) == 1:
-            return self._run(memory, 0, call, state, logits)
+            return self._run_sequence(memory, 0, call, state, logits)
         parts = []
         for start, stop in _parts(call.counts):
             rows = slice(start, stop)
             part = Call(call.ids[rows], call.counts[rows], call.lengths[rows], rows_of(call.controls, rows))
             entering = {name: value[rows] for name, value in state.items()} if state is not None else None
-            parts.append((rows, self._run(memory, start, part, entering, logits)))
+            run = self._run_sequence if stop - start == 1 else self._run
+            parts.append((rows, run(memory, start, part, entering, logits)))
         if len(parts) == 1 and parts[0][0] == slice(0, len(call.counts)):
             return parts[0][1]
         return _joined(parts, call, logits)
@@ -214,6 +225,24 @@ class OnnxRuntimeStage:
         for cache in memory.caches.values():
             cache[target, :, :length] = cache[source, :, :length]
         return None
+
+    def _run_sequence(
+        self, memory: _Memory, row: int, call: Call, state: ExitState | None, logits: Logits
+    ) -> StageOutput:
+        """Run tokens of one sequence, in two calls if some of them run every branch and others do not: the lowered
+        graph of a rule that chooses whole calls has one decision for all (`lowering.for_onnxruntime.whole_calls`)."""
+        count, full = call.counts[0], 0
+        if self._chooses_calls and "full_until" in call.controls:
+            full = int(call.controls["full_until"][0]) - call.lengths[0]
+        if not 0 < full < count:
+            return self._run(memory, row, call, state, logits)
+        outputs = []
+        for columns in (slice(0, full), slice(full, count)):
+            ids, before = call.ids[:, columns], call.lengths[0] + columns.start
+            part = Call(ids, [ids.shape[1]], [before], call.controls)
+            entering = None if state is None else {name: value[..., columns, :] for name, value in state.items()}
+            outputs.append(self._run(memory, row, part, entering, logits if columns.start or logits == "all" else "none"))
+        return _in_time(*outputs)
 
     def _run(self, memory: _Memory, start: int, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """Run some tokens of one sequence, or one token of each of several; start: row of the first sequence."""
@@ -276,7 +305,7 @@ class OnnxRuntimeStage:
                 outputs = lowering.cache_outputs(self.manifest, *tensor_names.layer_and_kind(name))
                 bound.body.bind_cache(name, outputs, cache[start : start + rows])
             for name, table in memory.tables.items():
-                bound.body.feed(name, table)
+                bound.body.feed_if_read(name, table)
             memory.bound[start, rows] = bound
         return bound
 
@@ -315,6 +344,23 @@ def _parts(counts: list[int]) -> list[tuple[int, int]]:
         elif count:
             parts.append((row, row + 1))
     return parts
+
+
+def _in_time(first: StageOutput, second: StageOutput) -> StageOutput:
+    """The outputs of two calls on neighbouring tokens of a sequence as one."""
+    states = None
+    if first.state is not None and second.state is not None:
+        states = {name: np.concatenate([value, second.state[name]], axis=-2) for name, value in first.state.items()}
+    return StageOutput(
+        logits=np.concatenate([first.logits, second.logits], axis=1),
+        state=states,
+        kept=None if first.kept is None or second.kept is None else first.kept + second.kept,
+        kept_by_sequence=(
+            None
+            if first.kept_by_sequence is None or second.kept_by_sequence is None
+            else first.kept_by_sequence + second.kept_by_sequence
+        ),
+    )
 
 
 def _joined(parts: list[tuple[slice, StageOutput]], call: Call, logits: Logits) -> StageOutput:

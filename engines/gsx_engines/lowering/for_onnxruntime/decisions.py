@@ -27,6 +27,8 @@ from gsx_plugins.graph import Graph, attribute, make_node
 
 # The output with the kept rows of every branch: how many, or in steps which ones.
 KEPT = "kept"
+# The table of kept rows, [P, N] bool, where all branches are decided at once.
+TOGETHER_KEPT = "lowered.together.kept"
 _THRESHOLDS = "thresholds"
 # Internal values: the numbers of all rows of the call; the decisions that are made at once.
 _ROWS, _TOGETHER = "lowered.rows", "lowered.together"
@@ -130,7 +132,8 @@ def _scores_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int)
     rows = graph.add_constant(f"{_TOGETHER}.shape", np.array([depth * len(BRANCHES), -1]))
     places = graph.add_constant(f"{_TOGETHER}.places", np.array([_place(graph, choice) for choice in choices]))
     axis = graph.add_constant(f"{_TOGETHER}.axis", np.array([1]))
-    flat, own, kept, some = (f"{_TOGETHER}.{name}" for name in ("scores", "own", "kept", "any"))
+    flat, own, some = (f"{_TOGETHER}.{name}" for name in ("scores", "own", "any"))
+    kept = TOGETHER_KEPT
     nodes = [
         make_node("Reshape", [table, rows], flat),
         make_node("Gather", [flat, places], own, axis=0),

@@ -32,8 +32,9 @@ def rotate_in_attention(graph: Graph, task: Task) -> int:
         heads = task.shape.num_heads + 2 * task.shape.num_kv_heads
         graph.add_constant(_EACH_ITS_OWN, [-1, 1, heads * task.shape.head_dim])
     count = 0
-    for node in list(graph.nodes):
-        split = _packed(graph, task, node)
+    attentions = [(part, node) for part in graph.parts() for node in part.nodes if node.op_type == "GroupQueryAttention"]
+    for part, node in attentions:
+        split = _packed(graph, part, task, node)
         if split is None:
             continue
         whole, query = split.input[0], f"{node.name}.packed"
@@ -44,8 +45,8 @@ def rotate_in_attention(graph: Graph, task: Task) -> int:
         rest = list(node.input) + [""] * (_SIN + 1 - len(node.input))
         rest[_QUERY], rest[_KEY], rest[_VALUE] = query, "", ""
         rest[_COS], rest[_SIN] = TABLES["cos"], TABLES["sin"]
-        graph.insert_before(node, made)
-        graph.set_inputs(node, rest)
+        part.insert_before(node, made)
+        part.set_inputs(node, rest)
         node.attribute.append(helper.make_attribute("do_rotary", 1))
         count += 1
     for name in TABLES.values() if count else ():
@@ -79,27 +80,27 @@ def depends_on_positions(graph: Graph, name: str) -> bool:
     return True
 
 
-def _packed(graph: Graph, task: Task, node: onnx.NodeProto) -> onnx.NodeProto | None:
+def _packed(graph: Graph, part: Graph, task: Task, node: onnx.NodeProto) -> onnx.NodeProto | None:
     """The Split whose three parts, queries and keys rotated, an attention reads; None if it reads anything else."""
-    if node.op_type != "GroupQueryAttention" or not node.input[_KEY]:
+    if not node.input[_KEY]:
         return None
     turned = []
     for place in (_QUERY, _KEY):
-        rotation = _behind(graph, node.input[place], "Reshape" if task.steps else "")
+        rotation = _behind(part, node.input[place], "Reshape" if task.steps else "")
         if rotation is None or rotation.op_type != "RotaryEmbedding" or attribute(rotation, "interleaved"):
             return None
         if attribute(rotation, "rotary_embedding_dim") or list(rotation.input[1:]) != list(TABLES):
             return None
         turned.append(rotation.input[0])
-    parts = [_behind(graph, name, "Unsqueeze") for name in turned]
-    parts.append(_behind(graph, node.input[_VALUE], "Reshape" if task.steps else "Unsqueeze"))
-    split = parts[0]
-    if split is None or split.op_type != "Split" or any(part is not split for part in parts):
+    made = [_behind(part, name, "Unsqueeze") for name in turned]
+    made.append(_behind(part, node.input[_VALUE], "Reshape" if task.steps else "Unsqueeze"))
+    split = made[0]
+    if split is None or split.op_type != "Split" or any(one is not split for one in made):
         return None
-    values = graph.expect_producer(node.input[_VALUE]).input[0]
+    values = part.expect_producer(node.input[_VALUE]).input[0]
     heads = (task.shape.num_heads, task.shape.num_kv_heads, task.shape.num_kv_heads)
     widths = [count * task.shape.head_dim for count in heads]
-    in_order = list(split.output) == [*(graph.expect_producer(name).input[0] for name in turned), values]
+    in_order = list(split.output) == [*(part.expect_producer(name).input[0] for name in turned), values]
     return split if in_order and numpy_helper.to_array(graph.constants[split.input[1]]).tolist() == widths else None
 
 
