@@ -46,6 +46,7 @@ from gsx_engines.lowering.for_onnxruntime.attention import (
 )
 from gsx_engines.lowering.for_onnxruntime.cache import name_capacity, read_live_keys, store_codes, write_in_place
 from gsx_engines.lowering.for_onnxruntime.decisions import decide
+from gsx_engines.lowering.for_onnxruntime.dots import dot_rows
 from gsx_engines.lowering.for_onnxruntime.fused import add_and_normalize
 from gsx_engines.lowering.for_onnxruntime.head import give_state, take_state
 from gsx_engines.lowering.for_onnxruntime.lengths import count_from_total_length, mask_by_place
@@ -91,6 +92,7 @@ BODY_PASSES: tuple[Pass[Task], ...] = (
     of_any(Graph.drop_unread),
     of_any(sink),
     run_all_rows,
+    of_any(dot_rows),
     of_any(pack_products),
     rotate_in_attention,
     keep_sequence_axis,

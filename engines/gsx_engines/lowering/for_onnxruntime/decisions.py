@@ -29,7 +29,8 @@ from gsx_plugins.graph import Graph, attribute, make_node
 KEPT = "kept"
 # The table of kept rows, [P, N] bool, where all branches are decided at once.
 TOGETHER_KEPT = "lowered.together.kept"
-_THRESHOLDS = "thresholds"
+# How many axes a table has by which a branch finds its part: those of layers, and of branches.
+_BY_LAYER, _BY_BRANCH = 1, 2
 # Internal values: the numbers of all rows of the call; the decisions that are made at once.
 _ROWS, _TOGETHER = "lowered.rows", "lowered.together"
 
@@ -126,8 +127,8 @@ def _scores_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int)
     """Decide all branches at once, if every score is a part of one table [L, 2, N], and the bound is a constant."""
     tables = {_table_of(graph, choice.input[1]) for choice in choices}
     bounds = {graph.number(choice.input[2]) for choice in choices}
-    table = next(iter(tables))
-    if table is None or len(tables) != 1 or len(bounds) != 1 or None in bounds:
+    table, axes = next(iter(tables))
+    if axes != _BY_BRANCH or len(tables) != 1 or len(bounds) != 1 or None in bounds:
         return None
     rows = graph.add_constant(f"{_TOGETHER}.shape", np.array([depth * len(BRANCHES), -1]))
     places = graph.add_constant(f"{_TOGETHER}.places", np.array([_place(graph, choice) for choice in choices]))
@@ -145,23 +146,27 @@ def _scores_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int)
 
 
 def _bounds_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int) -> _Together | None:
-    """Compute the bounds of all branches at once, if each is a part of `thresholds`; forced tokens are put into them.
+    """Compute the bounds of all branches at once, if each is a part of one table; forced tokens are put into them.
 
     Where(forced, forced score, score) > threshold is score > Where(forced, -inf or inf, threshold): minus infinity
-    where the forced score is above the threshold. Both are the same for finite scores, and scores that are compared
-    with thresholds are finite.
+    where the forced score is above the threshold. Both are the same for scores above minus infinity, and scores that
+    are compared with thresholds are.
     """
-    if {_table_of(graph, choice.input[2]) for choice in choices} != {_THRESHOLDS}:
+    tables = {_table_of(graph, choice.input[2]) for choice in choices}
+    table, axes = next(iter(tables))
+    if not axes or len(tables) != 1:
         return None
     scorers = [graph.expect_producer(choice.input[1]) for choice in choices]
     forced = {tuple(node.input[:2]) if node.op_type == "Where" else () for node in scorers}
     puts_in = len(forced) == 1 and () not in forced
     rows = graph.add_constant(f"{_TOGETHER}.shape", np.array([-1, 1] if puts_in else [-1]))
-    places = graph.add_constant(f"{_TOGETHER}.places", np.array([_place(graph, choice) for choice in choices]))
+    by_layer = len(BRANCHES) if axes == _BY_LAYER else 1
+    places = [_place(graph, choice) // by_layer for choice in choices]
+    graph.add_constant(f"{_TOGETHER}.places", np.array(places))
     flat, own = f"{_TOGETHER}.thresholds", f"{_TOGETHER}.own"
     nodes = [
-        make_node("Reshape", [_THRESHOLDS, rows], flat),
-        make_node("Gather", [flat, places], own, axis=0),
+        make_node("Reshape", [table, rows], flat),
+        make_node("Gather", [flat, f"{_TOGETHER}.places"], own, axis=0),
     ]
     if puts_in:
         force, score = next(iter(forced))
@@ -187,14 +192,16 @@ def _split(value: str, names: Sequence[str]) -> onnx.NodeProto:
     return helper.make_node("Split", [value], list(names), name=names[0], num_outputs=len(names))
 
 
-def _table_of(graph: Graph, part: str) -> str | None:
-    """The table [L, 2, ..] from which a value is gathered by layer and branch; None if it is not."""
-    for _ in range(2):
+def _table_of(graph: Graph, part: str) -> tuple[str, int]:
+    """The table [L, 2, ..] or [L, ..] from which a value is gathered by layer and branch, or by layer, and how many of
+    these axes it has; none if the value is not gathered."""
+    axes = 0
+    while axes < _BY_BRANCH:
         node = graph.producer(part)
         if node is None or node.op_type != "Gather" or attribute(node, "axis"):
-            return None
-        part = node.input[0]
-    return part
+            break
+        part, axes = node.input[0], axes + 1
+    return part, axes
 
 
 def _place(graph: Graph, choice: onnx.NodeProto) -> int:

@@ -187,7 +187,7 @@ def _changes(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress) -
         stream = walk.stream(_controls(table))
         for number, layer in walk.layers():
             walk.through(number, layer, stream)
-            found.append(stream.entered["verdict"].squeeze(1).double().numpy() + float(_NEVER))
+            found.append(stream.entered["verdict_1"].squeeze(1).double().numpy() + float(_NEVER))
             on_progress(Progress("comparing states", number + 1, layers))
     return np.stack(found)
 

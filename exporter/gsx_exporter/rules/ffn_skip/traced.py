@@ -36,6 +36,10 @@ _MLP = BRANCHES.index("mlp")
 class FfnSkip(TracedRule, WatchesBranches):
     """Skip the FFNs after one that hardly changed the state.
 
+    What a token needs to know is a queue of verdicts, one for each of the next `stride` layers: the last change minus its
+    threshold, with which the layer runs if it is above 0. Beyond them every layer runs. So a decision is one comparison,
+    and a token that was skipped only moves on in its queue: on a thin model more nodes cost more than they save.
+
     Args:
         stride: number of FFNs that are then skipped.
     """
@@ -51,37 +55,46 @@ class FfnSkip(TracedRule, WatchesBranches):
         return {"thresholds": Value(torch.float32, ("L", 2)), "full_until": Value(torch.int64, ("B",))}
 
     @property
+    def whole(self) -> frozenset[str]:
+        return frozenset(("thresholds",))
+
+    @property
     def call(self) -> Mapping[str, Value]:
-        return FORCED
+        """See `TracedRule`. bounds: 0, minus infinity for cold layers; similar: the cosine from which a change is within
+        the threshold; runs: the verdict of layers that no FFN decides about, infinity."""
+        own = {"bounds": Value(torch.float32, ("L",)), "similar": Value(torch.float32, ("L",))}
+        return {**FORCED, **own, "runs": Value(torch.float32, ("N", 1))}
 
     @property
     def carried(self) -> Mapping[str, Value]:
-        """See `TracedRule`. verdict: the change of the last FFN that ran, minus its threshold (above 0, the next FFN
-        runs); left: for how many more layers that applies."""
-        return {"verdict": Value(torch.float32, ("N", 1)), "left": Value(torch.float32, ("N", 1))}
+        """See `TracedRule`: the queue, for the next layer first."""
+        return {name: Value(torch.float32, ("N", 1)) for name in self._queue}
+
+    @property
+    def _queue(self) -> tuple[str, ...]:
+        return tuple(f"verdict_{number}" for number in range(1, self.stride + 1))
 
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
         """Tokens below `full_until` run in full; no FFN has run yet."""
-        values = dict(forced(tokens, before(tokens.positions, inputs["full_until"])))
-        nothing = torch.zeros_like(values["forced_score"]).unsqueeze(1)
-        return {**values, "verdict": nothing, "left": nothing.clone()}
+        values = forced(tokens, before(tokens.positions, inputs["full_until"]))
+        thresholds = inputs["thresholds"][:, _MLP]
+        bounds = torch.where(thresholds > -torch.inf, torch.tensor(0.0), torch.tensor(-torch.inf))
+        runs = torch.full_like(values["forced_score"], torch.inf).unsqueeze(1)
+        first = {name: runs.clone() for name in self._queue}
+        return {**values, "bounds": bounds, "similar": 1 - thresholds, "runs": runs, **first}
 
     def score(self, x: BranchInput, values: Values) -> BranchScore:
-        """The score is the verdict where one applies, else infinity."""
-        warm = values["thresholds"][_MLP] > -torch.inf
-        holds = (values["left"] > 0) & warm
-        score = torch.where(holds, values["verdict"], torch.tensor(torch.inf))
-        return BranchScore(apply_forced(score.squeeze(1), values), torch.tensor(0.0))
+        """The score is the verdict about this layer."""
+        return BranchScore(apply_forced(values[self._queue[0]].squeeze(1), values), values["bounds"])
 
     def after(self, branch: Branch, before: Tensor, after: Tensor, index: Tensor, values: Values) -> Values:
-        """Rows that ran get a new verdict; for the others the old one applies to one layer fewer."""
+        """The queues move on; those of rows that ran are filled with the new verdict."""
         was, now = (state.index_select(0, index).to(torch.float32) for state in (before, after))
-        found = 1 - _dot(was, now) / (_dot(was, was) * _dot(now, now)).sqrt() - values["thresholds"][_MLP]
-        left = torch.where(found > 0, 1.0, float(self.stride))
-        return {
-            "verdict": values["verdict"].index_copy(0, index, found),
-            "left": (values["left"] - 1).index_copy(0, index, left),
-        }
+        cosine = _dot(was, now) / (_dot(was, was) * _dot(now, now)).sqrt()
+        found = values["similar"] - cosine
+        moved = [*(values[name] for name in self._queue[1:]), values["runs"]]
+        queues = zip(self._queue, moved, strict=True)
+        return {name: queue.index_copy(0, index, found) for name, queue in queues}
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
