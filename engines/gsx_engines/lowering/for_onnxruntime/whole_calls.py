@@ -31,7 +31,8 @@ def run_all_rows(graph: Graph, task: Task) -> int:
         K, V -> ScatterND(zeros, index) -> TensorScatter(past) -> appended; rows, appended -> GroupQueryAttention
             becomes      rows, K, V, past -> GroupQueryAttention
 
-    The output `appended` goes: attention writes into the buffer itself. Why: a branch that runs costs what the same part
+    The last only where K and V of skipped tokens are not kept, so that the branch computes them; the output `appended`
+    goes then, since attention writes into the buffer itself. Why: a branch that runs costs what the same part
     of a dense model costs. Returns: how many branches; 0 if some node reads what attention wrote.
     """
     if task.steps or not chooses_whole_calls(task.manifest):
@@ -91,7 +92,7 @@ def _run_all(graph: Graph, task: Task, branch: _Branch) -> None:
         while same[name] in same:
             same[name] = same[same[name]]
     inside.reroute(same)
-    for node in list(inside.nodes):
+    for node in list(inside.nodes) if branch.written else ():
         if node.op_type == "GroupQueryAttention":
             inside.replace(node, *_appending(graph, task, inside, node))
     for one in graph.branches(branch.node).values():
