@@ -7,7 +7,8 @@ What differs from the portable graph (all measured, benchmarks/RESULTS.md; the p
 - the cache is a buffer of fixed capacity per layer; this call's K and V are written into it, and nothing is copied,
   since input and outputs are bound to the same memory;
 - attention is the contrib op GroupQueryAttention, which reads the buffer up to the current length, where ONNX's
-  Attention costs the whole capacity. Attention over all rows appends K and V itself. Under a gate, TensorScatter does
+  Attention costs the whole capacity. Attention over all rows takes Q, K and V as one product (`packed.py`), rotates
+  them (`rotary.py`), and appends K and V itself. Under a gate, TensorScatter does
   that for all tokens, and the kept rows attend with an empty new key and with their rows of the mask as a bias: the
   op's own mask is causal from the end, which allows at least what a kept row may see;
 - K and V may be 8-bit codes (`kv_cache.py`), which the op reads and writes itself, with a scale for each channel;
@@ -15,7 +16,9 @@ What differs from the portable graph (all measured, benchmarks/RESULTS.md; the p
 - the nodes of a branch, and everything that only the branch reads, are inside `If`, which is not entered when no row is
   kept;
 - the decisions of all branches are made together as far as possible (`decisions.py`), and small nodes are removed or
-  merged (`trim.py`), since a single step pays for each of them;
+  merged (`trim.py`, `fused.py`, `dots.py`), since a single step pays for each of them;
+- where a rule chooses for whole calls (sets of layers), an entered branch is what it is in a dense model: nothing is
+  gathered or put back (`whole_calls.py`);
 - final norm and head are a model of their own. It runs only on the requested columns (in generation, the last one), and
   the two halves of a split decoder share it, so that its weights are in memory once.
 

@@ -114,7 +114,7 @@ class _Bound:
 
 @dataclass(frozen=True)
 class _Sessions:
-    """Two sessions: the layers, and the final norm with the head; and one that computes rotary tables, if they are read."""
+    """The layers, the final norm with the head, and what computes the rotary tables, if the layers read them."""
 
     body: ort.InferenceSession
     head: ort.InferenceSession
@@ -241,7 +241,9 @@ class OnnxRuntimeStage:
             ids, before = call.ids[:, columns], call.lengths[0] + columns.start
             part = Call(ids, [ids.shape[1]], [before], call.controls)
             entering = None if state is None else {name: value[..., columns, :] for name, value in state.items()}
-            outputs.append(self._run(memory, row, part, entering, logits if columns.start or logits == "all" else "none"))
+            outputs.append(
+                self._run(memory, row, part, entering, logits if columns.start or logits == "all" else "none")
+            )
         return _in_time(*outputs)
 
     def _run(self, memory: _Memory, start: int, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:

@@ -42,4 +42,7 @@ def _as_sum(graph: Graph, part: Graph, node: onnx.NodeProto) -> list[onnx.NodePr
     out = node.output[0]
     if one == other:
         return [make_node("ReduceSumSquare", [one, _AXIS], out, keepdims=1)]
-    return [make_node("Mul", [one, other], f"{out}.parts"), make_node("ReduceSum", [f"{out}.parts", _AXIS], out, keepdims=1)]
+    return [
+        make_node("Mul", [one, other], f"{out}.parts"),
+        make_node("ReduceSum", [f"{out}.parts", _AXIS], out, keepdims=1),
+    ]

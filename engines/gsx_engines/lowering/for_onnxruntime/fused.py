@@ -6,9 +6,9 @@ import onnx
 from onnx import helper
 
 from gsx_engines.lowering.for_onnxruntime.task import CONTRIB
-from gsx_plugins.graph import Graph
+from gsx_plugins.graph import Graph, attribute
 
-_LAST_AXIS = -1
+_LAST_AXIS, _EPSILON = -1, 1e-5  # RMSNormalization's defaults
 
 
 def add_and_normalize(graph: Graph) -> int:
@@ -20,44 +20,34 @@ def add_and_normalize(graph: Graph) -> int:
     Why: one node less in each half of a layer, and the sum is read while it is in the processor's cache. Sums with a
     constant (biases) stay. Returns: how many were replaced.
     """
+    return sum(_in_part(graph, part) for part in graph.parts())
+
+
+def _in_part(graph: Graph, part: Graph) -> int:
+    norms = {node.input[0]: node for node in reversed(part.nodes) if _normalizes_rows(node)}  # the first of each value
     count = 0
-    for part in graph.parts():
-        norms: dict[str, onnx.NodeProto] = {}
-        for node in part.nodes:
-            if node.op_type == "RMSNormalization" and _normalizes_rows(node):
-                norms.setdefault(node.input[0], node)
-        sums = {
-            node.output[0]: node
-            for node in part.nodes
-            if node.op_type == "Add" and node.output[0] in norms and not _adds_constant(graph, part, node)
-        }
-        fused = {id(norms[name]) for name in sums}
-
-        def replaced(
-            node: onnx.NodeProto,
-            sums: dict[str, onnx.NodeProto] = sums,
-            norms: dict[str, onnx.NodeProto] = norms,
-            fused: set[int] = fused,
-        ) -> list[onnx.NodeProto] | None:
-            if id(node) in fused:
-                return []
-            if sums.get(node.output[0]) is not node:
-                return None
-            norm = norms[node.output[0]]
-            epsilon = next((one.f for one in norm.attribute if one.name == "epsilon"), 1e-5)
-            outputs = [norm.output[0], "", "", node.output[0]]
-            inputs = [*node.input, norm.input[1]]
-            kind = "SkipSimplifiedLayerNormalization"
-            return [helper.make_node(kind, inputs, outputs, name=norm.name, domain=CONTRIB, epsilon=epsilon)]
-
-        part.rewrite(replaced)
-        count += len(sums)
+    for node in list(part.nodes):
+        if node.op_type != "Add" or any(name in part.constants or name in graph.constants for name in node.input):
+            continue
+        norm = norms.get(node.output[0])
+        if norm is not None:
+            part.replace(norm)
+            part.replace(node, _sum_and_norm(node, norm))
+            count += 1
     return count
 
 
 def _normalizes_rows(node: onnx.NodeProto) -> bool:
-    return next((one.i for one in node.attribute if one.name == "axis"), _LAST_AXIS) == _LAST_AXIS
+    return node.op_type == "RMSNormalization" and attribute(node, "axis", _LAST_AXIS) == _LAST_AXIS
 
 
-def _adds_constant(graph: Graph, part: Graph, node: onnx.NodeProto) -> bool:
-    return any(name in part.constants or name in graph.constants for name in node.input)
+def _sum_and_norm(add: onnx.NodeProto, norm: onnx.NodeProto) -> onnx.NodeProto:
+    epsilon = next((one.f for one in norm.attribute if one.name == "epsilon"), _EPSILON)
+    return helper.make_node(
+        "SkipSimplifiedLayerNormalization",
+        [*add.input, norm.input[1]],
+        [norm.output[0], "", "", add.output[0]],
+        name=norm.name,
+        domain=CONTRIB,
+        epsilon=epsilon,
+    )

@@ -49,24 +49,30 @@ def _of_one_value(graph: Graph, part: Graph) -> list[list[onnx.NodeProto]]:
     return [products for products in found.values() if len(products) > 1]
 
 
-def _order(node: onnx.NodeProto) -> int:
-    """Where attention takes a product's result; Q comes first."""
-    return next(place for place, name in enumerate(_OF_ATTENTION) if name in node.input[1])
+def _weight(part: Graph, node: onnx.NodeProto) -> str:
+    """The name of a product's weights, or of their codes."""
+    dequantize = part.producer(node.input[1]) if node.op_type == "MatMul" else None
+    return node.input[1] if dequantize is None else dequantize.input[0]
+
+
+def _place(weight: str) -> int | None:
+    """Where attention takes the product with a weight, Q first; None for weights of other parts."""
+    return next((place for place, name in enumerate(_OF_ATTENTION) if name in weight), None)
 
 
 def _kind(graph: Graph, part: Graph, node: onnx.NodeProto) -> tuple[object, ...] | None:
     """What products must have in common to be packed; None for anything else, and for other parts of the model."""
     if node.op_type not in ("MatMul", "MatMulIntegerToFloat"):
         return None
-    weight, form = node.input[1], (node.op_type, *node.input[2:3], *node.input[4:])
-    dequantize = part.producer(weight) if node.op_type == "MatMul" else None
+    form: tuple[object, ...] = (node.op_type, *node.input[2:3], *node.input[4:])
+    dequantize = part.producer(node.input[1]) if node.op_type == "MatMul" else None
     if dequantize is not None:
         if dequantize.op_type != "DequantizeLinear":
             return None
-        weight = dequantize.input[0]
         form += (len(dequantize.input), attribute(dequantize, "axis", 1), attribute(dequantize, "block_size"))
+    weight = _weight(part, node)
     codes = _constant(graph, part, weight)
-    if codes is None or len(codes.dims) != 2 or not any(name in weight for name in _OF_ATTENTION):
+    if codes is None or len(codes.dims) != 2 or _place(weight) is None:
         return None
     four_bits = codes.data_type in (TensorProto.INT4, TensorProto.UINT4)
     return None if four_bits else (*form, codes.data_type, codes.dims[0])
@@ -83,8 +89,9 @@ def _constant(graph: Graph, part: Graph, name: str) -> TensorProto | None:
 def _pack(graph: Graph, part: Graph, products: Sequence[onnx.NodeProto], name: str) -> int:
     """Replace products by one."""
     earliest = products[0]
-    products = sorted(products, key=_order)
-    widths = [_width(graph, part, node) for node in products]
+    products = sorted(products, key=lambda node: _place(_weight(part, node)) or 0)
+    tensors = [_constant(graph, part, _weight(part, node)) for node in products]
+    widths = [tensor.dims[1] for tensor in tensors if tensor is not None]
     first, made, joined = products[0], f"{name}.product", list[onnx.NodeProto]()
 
     def together(which: Iterator[str] | Sequence[str], what: str, axis: int) -> str:
@@ -130,13 +137,6 @@ def _pack(graph: Graph, part: Graph, products: Sequence[onnx.NodeProto], name: s
     gone = {id(node) for node in replaced}
     part.rewrite(lambda node: joined if node is earliest else [] if id(node) in gone else None)
     return len(products) - 1
-
-
-def _width(graph: Graph, part: Graph, node: onnx.NodeProto) -> int:
-    dequantize = part.producer(node.input[1]) if node.op_type == "MatMul" else None
-    tensor = _constant(graph, part, node.input[1] if dequantize is None else dequantize.input[0])
-    assert tensor is not None
-    return int(tensor.dims[1])
 
 
 def _following(graph: Graph, part: Graph, ends: Sequence[str]) -> list[onnx.NodeProto] | None:

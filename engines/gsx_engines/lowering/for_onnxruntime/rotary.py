@@ -32,7 +32,9 @@ def rotate_in_attention(graph: Graph, task: Task) -> int:
         heads = task.shape.num_heads + 2 * task.shape.num_kv_heads
         graph.add_constant(_EACH_ITS_OWN, [-1, 1, heads * task.shape.head_dim])
     count = 0
-    attentions = [(part, node) for part in graph.parts() for node in part.nodes if node.op_type == "GroupQueryAttention"]
+    attentions = [
+        (part, node) for part in graph.parts() for node in part.nodes if node.op_type == "GroupQueryAttention"
+    ]
     for part, node in attentions:
         split = _packed(graph, part, task, node)
         if split is None:
@@ -112,4 +114,3 @@ def _behind(graph: Graph, value: str, shaping: str) -> onnx.NodeProto | None:
             return None
         return graph.producer(node.input[0])
     return node
-

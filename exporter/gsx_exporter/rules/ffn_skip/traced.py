@@ -36,9 +36,10 @@ _MLP = BRANCHES.index("mlp")
 class FfnSkip(TracedRule, WatchesBranches):
     """Skip the FFNs after one that hardly changed the state.
 
-    What a token needs to know is a queue of verdicts, one for each of the next `stride` layers: the last change minus its
-    threshold, with which the layer runs if it is above 0. Beyond them every layer runs. So a decision is one comparison,
-    and a token that was skipped only moves on in its queue: on a thin model more nodes cost more than they save.
+    What a token needs to know is a queue of verdicts, one for each of the next `stride` layers: the last change minus
+    its threshold; the layer runs if that is above 0. Beyond the queue every layer runs. So a decision is one
+    comparison, and a token that was skipped only moves on in its queue: on a thin model more nodes cost more than they
+    save.
 
     Args:
         stride: number of FFNs that are then skipped.
@@ -60,8 +61,8 @@ class FfnSkip(TracedRule, WatchesBranches):
 
     @property
     def call(self) -> Mapping[str, Value]:
-        """See `TracedRule`. bounds: 0, minus infinity for cold layers; similar: the cosine from which a change is within
-        the threshold; runs: the verdict of layers that no FFN decides about, infinity."""
+        """See `TracedRule`. bounds: 0, and minus infinity for cold layers; similar: the cosine from which a change is
+        within the threshold; runs: the verdict of layers that no FFN decides about, infinity."""
         own = {"bounds": Value(torch.float32, ("L",)), "similar": Value(torch.float32, ("L",))}
         return {**FORCED, **own, "runs": Value(torch.float32, ("N", 1))}
 
