@@ -19,13 +19,6 @@ def machine(packages: Sequence[str]) -> str:
     return ", ".join([*parts, *(f"{name} {found}" for name in packages if (found := _version(name)))])
 
 
-def available_bytes() -> int | None:
-    """Memory that new processes can have without swapping; None where the system does not say."""
-    lines = _lines("/proc/meminfo")
-    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    return found[0] if found else None
-
-
 def peak_mb() -> float:
     """Peak memory of this process. (`ru_maxrss` is at least that of the process that started it.)"""
     return next(int(line.split()[1]) / 1024 for line in _lines("/proc/self/status") if line.startswith("VmHWM:"))

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from gsx.backend_names import BackendName, Device
 from gsx.benchmarking.forms import Form, forms_of, parse_setting, prompts_of
-from gsx.benchmarking.machine import available_bytes, machine
+from gsx.benchmarking.machine import machine
 from gsx.benchmarking.measure import Shape, time_forms
 from gsx.benchmarking.report import BenchReport, rows_of
 from gsx.defaults import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, BENCH_ROUNDS, BENCH_SECONDS
+from gsx_engines.building.memory import available_memory
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.cost import work_of
 from gsx_exporter.text import read_text
@@ -142,7 +143,7 @@ def _check_memory(bundles: Sequence[Bundle], forms: Sequence[Form], shape: Shape
         tokens = shape.batch * (shape.prompt_tokens + new_tokens)
         kv = manifest.decoder.num_layers * work_of(bundles[number]).key_bytes * tokens
         needed += manifest.weights.size_bytes + kv
-    free = available_bytes()
+    free = available_memory()
     if free is not None and needed > free:
         raise GsxError(
             "not enough memory to load all bundles next to each other",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 
 from gsx.workflows.calibrated import Calibrated
@@ -20,9 +20,16 @@ from gsx_engines.bundle.words import Precision
 
 
 def manifest_of(
-    calibrated: Calibrated, precision: Precision, graphs: Mapping[str, GraphEntry], weights: WeightsEntry
+    calibrated: Calibrated,
+    precision: Precision,
+    graphs: Mapping[str, GraphEntry],
+    weights: WeightsEntry,
+    notes: Sequence[str],
 ) -> Manifest:
-    """The manifest, without a draft. The source's weights are hashed, which takes as long as reading them."""
+    """The manifest, without a draft. The source's weights are hashed, which takes as long as reading them.
+
+    Args: notes: what is unusual about the text that the export read.
+    """
     checkpoint = calibrated.checkpoint
     config = checkpoint.config
     gate = config.gate
@@ -34,7 +41,9 @@ def manifest_of(
             **{name: version(name) for name in ("torch", "transformers", "onnx", "onnxscript")},
         },
         source=SourceModel(
-            model=checkpoint.source, weights_sha256=checkpoint.weights_sha256(), notes=tuple(checkpoint.notes)
+            model=checkpoint.source,
+            weights_sha256=checkpoint.weights_sha256(),
+            notes=(*checkpoint.notes, *notes),
         ),
         decoder=DecoderShape(
             family=config.family,

@@ -12,6 +12,7 @@ from gsx.workflows.draft_plan import plan_draft
 from gsx.workflows.draft_search import DraftSearch
 from gsx.workflows.export_text import read_export_text
 from gsx.workflows.graph_files import write_graphs
+from gsx.workflows.memory import check_quantizing_memory
 from gsx.workflows.number_types import KvCacheType, NumberTypes
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle, open_bundle, write_manifest, writing
@@ -93,6 +94,8 @@ def export(
     types.check(checkpoint.config, keep)
     drafting = plan_draft(draft, checkpoint.config, keep, precision)
     text = read_export_text(checkpoint, keep, types, drafting, calibration, calibration_tokens)
+    if types.quantize is not None:
+        check_quantizing_memory(checkpoint.config, calibration_tokens)
     needed = checkpoint.weight_bytes() * types.dtype.itemsize // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
         with TemporaryDirectory(dir=work) as scratch:
@@ -108,7 +111,7 @@ def export(
             write_tokenizer(checkpoint, work / TOKENIZER)
         on_progress(Progress("hashing the source weights"))
         weights_entry = WeightsEntry(file=WEIGHTS_FILE, sha256=weights.sha256, size_bytes=weights.size_bytes)
-        manifest = manifest_of(calibrated, precision, entries, weights_entry)
+        manifest = manifest_of(calibrated, precision, entries, weights_entry, text.notes)
 
         def begin_search() -> DraftSearch:
             assert text.seen is not None

@@ -29,6 +29,11 @@ class ExportText:
     seen: TokenText | None = None
     unseen: TokenText | None = None
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is unusual about the text."""
+        return (self.seen.note,) if self.seen is not None and self.seen.note is not None else ()
+
 
 def read_export_text(
     checkpoint: Checkpoint,

@@ -161,6 +161,8 @@ def _held_out(
     sections = (manifest.selection, manifest.policy, manifest.quantization)
     entries = [section.calibration for section in (*sections, manifest.kv_cache) if section]
     text = tokenize(checkpoint, path, max_tokens=tokens)
+    if text.note is not None:
+        notes.append(text.note)
     seen = max((entry.tokens for entry in entries if entry and entry.sha256 == text.sha256), default=0)
     if not seen:
         return text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from importlib import import_module
@@ -14,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from gsx_engines.bundle.bundle import open_bundle
+from tests.checkpoints import EXAMPLE
 from tests.gsx.command_line import Gsx, Spoil, edit_json, edit_weights, snapshot
 
 
@@ -211,6 +214,33 @@ def test_bad_text(gsx: Gsx, model: Path, tmp_path: Path) -> None:
         assert message in found.err
         assert name in found.err
         assert snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "share"), [("人工智能是计算机科学的一个分支", "9"), ("Return the list of names in the file", None)]
+)
+def test_a_text_of_another_language_is_said(gsx: Gsx, tmp_path: Path, text: str, share: str | None) -> None:
+    """The example model's tokenizer was made for English and Python. Calibrating goes on: it may be what is wanted."""
+    (tmp_path / "text.txt").write_text(f"{text}, " * 400, encoding="utf-8")
+    options = ("--budget", "0.7", "--calibration", tmp_path / "text.txt", "--calibration-tokens", "512")
+    found = gsx("export", EXAMPLE, "-o", tmp_path / "out", *options)
+    assert found.code == 0
+    said = [line for line in (found.out + found.err).splitlines() if "pieces of words" in line]
+    assert bool(said) == (share is not None)
+    if share is not None:
+        assert re.search(r"text\.txt: \d\d% of this text's tokens are pieces of words", said[0])
+        assert open_bundle(tmp_path / "out").manifest.source.notes
+
+
+def test_quantizing_without_memory_is_refused_before_work(
+    gsx: Gsx, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gsx.workflows.memory.available_memory", lambda: 1000)
+    found = gsx("export", model, "-o", tmp_path / "out", "--int8", "--json")
+    assert found.code == 1
+    assert "not enough memory to quantize this model" in found.err
+    assert "calibrating" not in found.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_output_that_is_not_a_bundle(gsx: Gsx, model: Path, tmp_path: Path) -> None:
