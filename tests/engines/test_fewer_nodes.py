@@ -1,5 +1,5 @@
-"""Rewrites that leave a step fewer nodes: products packed into one, sums that are normalized where they are added, dot
-products, rotation inside of attention, and branches of a whole call. Results stay.
+"""Rewrites that leave a step fewer nodes: products packed into one, dot products, rotation inside of
+attention, and branches of a whole call. Results stay.
 
 On graphs of a few nodes, and on whole bundles against the portable graph.
 """
@@ -20,7 +20,6 @@ from gsx.workflows.export import export
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.lowering.for_onnxruntime.dots import dot_rows
-from gsx_engines.lowering.for_onnxruntime.fused import add_and_normalize
 from gsx_engines.lowering.for_onnxruntime.packed import pack_products
 from gsx_engines.lowering.onnxruntime import lower
 from gsx_engines.runners.base import Runner
@@ -137,31 +136,6 @@ def test_other_products_stay_apart() -> None:
     for name, width in OUTPUTS.items():
         graph.add_tensor(helper.make_tensor(weight(name), TensorProto.INT4, [WIDTH, width], [1] * (WIDTH * width)))
     assert pack_products(graph) == 0
-
-
-def test_sums_are_normalized_where_they_are_added() -> None:
-    """Here and in branches; a bias is no such sum."""
-    constants = {"scale": RNG.random(WIDTH).astype(np.float32), "bias": np.ones(WIDTH, np.float32)}
-    nodes = [
-        helper.make_node("Add", ["x", "y"], ["sum"]),
-        helper.make_node("RMSNormalization", ["sum", "scale"], ["normed"], epsilon=1e-3),
-        helper.make_node("Add", ["normed", "bias"], ["biased"]),
-        helper.make_node("RMSNormalization", ["biased", "scale"], ["again"]),
-        inside_an_if(
-            [
-                helper.make_node("Add", ["sum", "x"], ["inner"]),
-                helper.make_node("RMSNormalization", ["inner", "scale"], ["inner.normed"]),
-                helper.make_node("Sub", ["inner", "inner.normed"], ["then"]),
-            ],
-            "then",
-        ),
-    ]
-    graph = graph_of(nodes, ["sum", "again", "out"], constants)
-    before = run(graph)
-    assert add_and_normalize(graph) == 2
-    for found, expected in zip(run(graph), before, strict=True):
-        np.testing.assert_allclose(found, expected, **CLOSE)
-    assert add_and_normalize(graph) == 0
 
 
 def test_dot_products_of_rows() -> None:

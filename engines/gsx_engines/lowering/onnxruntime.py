@@ -16,7 +16,7 @@ What differs from the portable graph (all measured, benchmarks/RESULTS.md; the p
 - the nodes of a branch, and everything that only the branch reads, are inside `If`, which is not entered when no row is
   kept;
 - the decisions of all branches are made together as far as possible (`decisions.py`), and small nodes are removed or
-  merged (`trim.py`, `fused.py`, `dots.py`), since a single step pays for each of them;
+  merged (`trim.py`, `dots.py`), since a single step pays for each of them;
 - where a rule chooses for whole calls (sets of layers), an entered branch is what it is in a dense model: nothing is
   gathered or put back (`whole_calls.py`);
 - final norm and head are a model of their own. It runs only on the requested columns (in generation, the last one), and
@@ -50,7 +50,6 @@ from gsx_engines.lowering.for_onnxruntime.attention import (
 from gsx_engines.lowering.for_onnxruntime.cache import name_capacity, read_live_keys, store_codes, write_in_place
 from gsx_engines.lowering.for_onnxruntime.decisions import decide
 from gsx_engines.lowering.for_onnxruntime.dots import dot_rows
-from gsx_engines.lowering.for_onnxruntime.fused import add_and_normalize
 from gsx_engines.lowering.for_onnxruntime.head import give_state, take_state
 from gsx_engines.lowering.for_onnxruntime.lengths import count_from_total_length, mask_by_place
 from gsx_engines.lowering.for_onnxruntime.packed import pack_products
@@ -100,7 +99,6 @@ BODY_PASSES: tuple[Pass[Task], ...] = (
     rotate_in_attention,
     keep_sequence_axis,
     of_any(weights_inside),
-    of_any(add_and_normalize),
 )
 # The passes that make the head's model.
 HEAD_PASSES: tuple[Pass[Task], ...] = (take_state, of_any(shared_table))
