@@ -171,20 +171,23 @@ def body_of(bundle: Bundle) -> onnx.GraphProto:
 def bundle_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bundle]:
     """An export of a tiny checkpoint without gates."""
 
-    def make(family: str, policy: str) -> Bundle:
+    def make(family: str, policy: str, heads: int = 4) -> Bundle:
         directory = tmp_path_factory.mktemp("bundle")
-        export(tiny_checkpoint(directory / "model", family=family), directory / "out", policy=policy)
+        export(tiny_checkpoint(directory / "model", family=family, heads=heads), directory / "out", policy=policy)
         return open_bundle(directory / "out")
 
     return functools.cache(make)
 
 
 @pytest.mark.parametrize(
-    ("family", "rotation"), [("llama", 0), ("qwen2", 0), ("qwen3", 2)], ids=["llama", "biases", "norms of heads"]
+    ("family", "heads", "rotation"),
+    [("llama", 4, 0), ("qwen2", 4, 0), ("qwen3", 4, 2), ("llama", 8, 2)],
+    ids=["llama", "biases", "norms of heads", "heads of 8"],
 )
-def test_a_dense_layer(family: str, rotation: int, bundle_of: Callable[..., Bundle]) -> None:
-    """Norms of heads come before the rotation, which then stays outside of attention."""
-    bundle = bundle_of(family, "dense")
+def test_a_dense_layer(family: str, heads: int, rotation: int, bundle_of: Callable[..., Bundle]) -> None:
+    """Norms of heads come before the rotation, which then stays outside of attention; so it does for sizes of heads
+    that the op does not rotate."""
+    bundle = bundle_of(family, "dense", heads)
     layers = bundle.manifest.decoder.num_layers
     kinds = Counter(node.op_type for node in body_of(bundle).node)
     assert {kind: kinds[kind] for kind in LAYER} == {kind: count * layers for kind, count in LAYER.items()}

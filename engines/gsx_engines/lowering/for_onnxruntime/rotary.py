@@ -13,6 +13,8 @@ from gsx_plugins.graph import Graph, attribute, make_node
 TABLES = {"cos": "rotary.cos", "sin": "rotary.sin"}
 # Inputs of GroupQueryAttention.
 _QUERY, _KEY, _VALUE, _COS, _SIN = 0, 1, 2, 7, 8
+# The op rotates only heads of a multiple of this size.
+_HEAD_MULTIPLE = 16
 # In steps, the shape of Q, K and V of one token per sequence.
 _EACH_ITS_OWN = "rotary.each_its_own"
 
@@ -24,9 +26,10 @@ def rotate_in_attention(graph: Graph, task: Task) -> int:
         qkv, tables -> GroupQueryAttention
 
     Why: four nodes of a layer go. It needs Q, K and V to be parts of one product (`packed.pack_products`), with nothing
-    between it and the rotation, and tables that depend only on the position. Returns: how many attentions.
+    between it and the rotation, tables that depend only on the position, and a head size that the op rotates.
+    Returns: how many attentions.
     """
-    if not all(depends_on_positions(graph, name) for name in TABLES):
+    if task.shape.head_dim % _HEAD_MULTIPLE or not all(depends_on_positions(graph, name) for name in TABLES):
         return 0
     if task.steps:
         heads = task.shape.num_heads + 2 * task.shape.num_kv_heads
