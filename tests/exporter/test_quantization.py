@@ -315,7 +315,7 @@ def test_what_decides_what_stays_in_high_precision(
 
 
 def test_a_shared_table_is_stored_once(tmp_path: Path) -> None:
-    """Codes for both: rows that the embedding reads, and a transposed weight for the head; a scale for each row."""
+    """Codes for both: rows that the embedding reads, and a transposed weight for the head; scales for blocks of rows."""
     path = tiny_checkpoint(tmp_path / "m", layers=LAYERS, hidden=HIDDEN, tied=True)
     plan = make_plan(open_checkpoint(path), SCHEMES["int8-weights"], None)
     assert {n for n in plan.matrices if not n.startswith("layers.")} == {"embed_tokens"}
@@ -329,6 +329,12 @@ def test_a_shared_table_is_stored_once(tmp_path: Path) -> None:
         ("Gather", ["embed_tokens", "hidden.view"]),
         ("DequantizeLinear", ["embed_tokens", "embed_tokens_scale"]),
     ]
+    of_blocks = [
+        {a.name: a.i for a in node.attribute}
+        for node in graphs.models["model"].graph.node
+        if node.op_type == "DequantizeLinear" and node.output[0] in ("hidden", "embed_tokens.dequantized")
+    ]
+    assert of_blocks == [{"axis": 1, "block_size": 32}] * 2
 
 
 def test_int4_weights_are_blocks_with_zero_points(tmp_path: Path) -> None:
@@ -338,7 +344,8 @@ def test_int4_weights_are_blocks_with_zero_points(tmp_path: Path) -> None:
     (found,) = statistics(checkpoint, ids, [{}], DecoderOptions(), text_sha256="0" * 64)
     plan = make_plan(checkpoint, SCHEMES["int4"], found)
     assert plan.matrices["layers.0.mlp.up_proj"].format == INT4
-    assert plan.matrices["layers.0.mlp.down_proj"].format == plan.matrices["lm_head"].format == INT8
+    assert plan.matrices["layers.0.mlp.down_proj"].format == INT8
+    assert plan.matrices["lm_head"].format == plan.matrices["embed_tokens"].format == INT8_BLOCKS
     graphs = quantize_graphs(GraphBuilder(plan.checkpoint, DecoderOptions(), {}).graphs(None), plan, torch.float32)
     weights = {weight.name: weight for weight in graphs.weights}
     assert (
@@ -358,15 +365,20 @@ def test_a_scalar_gate_is_not_a_matrix(tmp_path: Path) -> None:
     assert not [name for name in matrices_of(config) if "_gate." in name]
 
 
-def test_embedding_rows_have_scales_of_their_own(plan: QuantizationPlan) -> None:
+@pytest.mark.parametrize(("hidden", "blocks"), [(64, 2), (48, 1)], ids=["blocks", "no whole blocks"])
+def test_embedding_rows_have_scales_of_their_own(tmp_path: Path, hidden: int, blocks: int) -> None:
+    path = tiny_checkpoint(tmp_path / "m", layers=LAYERS, hidden=hidden, gate=GateConfig())
+    plan = make_plan(open_checkpoint(path), SCHEMES["int8-weights"], None)
     weights = {weight.name: weight for weight in graph_of(plan).weights}
     table = plan.checkpoint.tensor("model.embed_tokens.weight").float()
     codes, scales = (weights[name].encode for name in ("embed_tokens", "embed_tokens_scale"))
     assert codes is not None
     assert scales is not None
-    assert scales(table).shape == (len(table),)
-    error = (codes(table).float() * scales(table)[:, None] - table).abs()
-    assert bool((error <= table.abs().amax(dim=1, keepdim=True) / 127 * 0.5001).all())
+    by_block = scales(table).reshape(len(table), blocks, 1)
+    assert codes(table).shape == table.shape
+    parts = table.reshape(len(table), blocks, -1)
+    error = (codes(table).float().reshape(parts.shape) * by_block - parts).abs()
+    assert bool((error <= parts.abs().amax(dim=2, keepdim=True) / 127 * 0.5001).all())
 
 
 def test_float32_gates_stay_float32(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from gsx_exporter.quantization.scheme import (
     INT8,
     INT8_BLOCKS,
     LINEARS,
+    TABLES,
     Scheme,
     WeightFormat,
 )
@@ -122,7 +123,8 @@ def make_plan(
     if scheme.reads_inputs:
         assert found is not None
         checkpoint, inputs = smooth(checkpoint, found, scheme.smoothing)
-    matrices = dict.fromkeys(names, Matrix(INT8))
+    tables = Matrix(INT8_BLOCKS if INT8_BLOCKS.fits(checkpoint.config.hidden_size) else INT8)
+    matrices = {name: tables if name in TABLES else Matrix(INT8) for name in names}
     for name in names:
         if name.endswith(LINEARS) and scheme.weights.fits(input_width(checkpoint.config, name)):
             scale = float(inputs[name].max()) / scheme.weights.largest if scheme.activations else None
@@ -141,7 +143,7 @@ def matrices_of(config: ModelConfig) -> list[str]:
     """All matrices that can be quantized, in order: both tables, the linear layers and the gates.
 
     A scalar gate's weight is a vector, so it is not quantized. A table that embedding and head share counts as the
-    embedding: it is stored once, with a scale for each row, which is an output channel of the head.
+    embedding: it is stored once, with scales for each row, which is an output channel of the head.
     """
     names = (*_gates_of(config), *LINEARS)
     linears = [f"layers.{layer}.{name}" for layer in range(config.num_layers) for name in names]

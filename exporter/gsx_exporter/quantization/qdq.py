@@ -7,7 +7,11 @@ the codes of weights are stored [in, out] and feed their DequantizeLinear direct
 activations, there is no Cast in between, zero-points are 0, and products that read the same value share one pair. A
 pair comes directly before its MatMul, after the gather, so that skipped rows are not quantized either.
 
-Rows of an embedding are dequantized after they are read, each with its own scale:
+Rows of an embedding are dequantized after they are read, in blocks of their channels:
+
+    ids -> Gather <- codes; ids -> Gather <- scales; both -> DequantizeLinear (axis 1, block_size)
+
+or, of a width that has no whole blocks, each with its own scale:
 
     ids -> Gather <- codes -> DequantizeLinear (scale 1) -> Mul <- Unsqueeze <- Gather <- scales
 
@@ -39,7 +43,7 @@ from gsx_exporter.graph.assemble import Graphs
 from gsx_exporter.graph.weights import ONNX_TYPES, Weight
 from gsx_exporter.quantization.codes import Encoded
 from gsx_exporter.quantization.plan import QuantizationPlan, scale_value
-from gsx_exporter.quantization.scheme import EMBEDDING, GATES, INT8, TABLES
+from gsx_exporter.quantization.scheme import EMBEDDING, GATES, INT8, TABLES, WeightFormat
 from gsx_plugins.graph import Graph, make_node
 
 _HALF = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -68,7 +72,7 @@ def quantize_graphs(graphs: Graphs, plan: QuantizationPlan, dtype: torch.dtype) 
         _dequantize_gates(graph, plan)
         _quantize_products(graph, plan, dtype)
         if EMBEDDING in plan.matrices:
-            _quantize_embedding(graph, dtype)
+            _quantize_embedding(graph, plan.matrices[EMBEDDING].format, dtype)
         _read_16_bits(graph, stored)
         graph.store()
     return Graphs(graphs.models, list(weights.values()))
@@ -121,25 +125,31 @@ def _quantize_products(graph: Graph, plan: QuantizationPlan, dtype: torch.dtype)
     graph.rewrite(quantized)
 
 
-def _quantize_embedding(graph: Graph, dtype: torch.dtype) -> None:
+def _quantize_embedding(graph: Graph, form: WeightFormat, dtype: torch.dtype) -> None:
     """Read the embedding's rows as codes and their scales; for a head that shares the table, dequantize all of it."""
-    one, zero, last = f"{EMBEDDING}.one", f"{EMBEDDING}.zero", f"{EMBEDDING}.last"
+    scale = f"{EMBEDDING}_scale"
 
     def quantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         if node.op_type == "Transpose" and node.input[0] == EMBEDDING:
             floats = node.input[0] = f"{EMBEDDING}.dequantized"
-            return [make_node("DequantizeLinear", [EMBEDDING, f"{EMBEDDING}_scale"], floats, axis=0), node]
+            blocks = {} if form.block_size is None else {"block_size": form.block_size}
+            axis = 0 if form.block_size is None else 1
+            return [make_node("DequantizeLinear", [EMBEDDING, scale], floats, axis=axis, **blocks), node]
         if node.op_type != "Gather" or node.input[0] != EMBEDDING:
             return None
         out, ids = node.output[0], node.input[1]
-        codes, floats, scales, column = f"{out}.codes", f"{out}.unscaled", f"{out}.scales", f"{out}.column"
+        codes, scales = f"{out}.codes", f"{out}.scales"
+        read = [make_node("Gather", [EMBEDDING, ids], codes), make_node("Gather", [scale, ids], scales)]
+        if form.block_size is not None:
+            return [*read, make_node("DequantizeLinear", [codes, scales], out, axis=1, block_size=form.block_size)]
+        one, zero, last = f"{EMBEDDING}.one", f"{EMBEDDING}.zero", f"{EMBEDDING}.last"
+        floats, column = f"{out}.unscaled", f"{out}.column"
         graph.add_tensor(helper.make_tensor(last, onnx.TensorProto.INT64, [1], [-1]))
         graph.add_tensor(helper.make_tensor(one, ONNX_TYPES[dtype], [], [1.0]))
         graph.add_tensor(helper.make_tensor(zero, ONNX_TYPES[INT8.dtype], [], [0]))
         return [
-            make_node("Gather", [EMBEDDING, ids], codes),
+            *read,
             make_node("DequantizeLinear", [codes, one, zero], floats),
-            make_node("Gather", [f"{EMBEDDING}_scale", ids], scales),
             make_node("Unsqueeze", [scales, last], column),
             make_node("Mul", [floats, column], out),
         ]
@@ -197,7 +207,7 @@ def _stored(weight: Weight, matrix: str, plan: QuantizationPlan) -> list[Weight]
     stored = [named("", form.dtype, lambda one: one.codes.t() if by_row else one.codes)]
     if form.block_size is None:
         return [*stored, named("_scale", dtype, lambda one: one.scales[0])]
-    stored.append(named("_scale", dtype, lambda one: one.scales))
+    stored.append(named("_scale", dtype, lambda one: one.scales.t() if by_row else one.scales))
     return [*stored, named("_zero_point", form.dtype, _zero_points)] if form.zero_points else stored
 
 

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 from gsx_engines.lowering.for_onnxruntime.probe import products_saturate
 from gsx_engines.lowering.for_onnxruntime.task import CONTRIB
 from gsx_engines.lowering.products import quantized_products
-from gsx_plugins.graph import Graph, make_node
+from gsx_plugins.graph import Graph, attribute, make_node
 
 # int8 code + 128 is the uint8 code of the same number.
 _MIDDLE = "lowered.middle_code"
@@ -87,7 +87,8 @@ def shared_table(graph: Graph) -> int:
         MatMul(x, Transpose(DequantizeLinear(codes, scales)))      becomes
         MatMulNBits(x, codes as uint8 in blocks, scales of blocks)
 
-    The table [rows, width] is the op's own layout of weights. Its scale of a row becomes that of each block.
+    The table [rows, width] is the op's own layout of weights, and so are its scales if they are those of blocks. A scale
+    of a row becomes that of each block.
 
     Returns: 1 if there is such a head.
     """
@@ -100,7 +101,8 @@ def shared_table(graph: Graph) -> int:
             continue
         codes, scales = (graph.constants[name] for name in dequantize.input[:2])
         rows, width = codes.dims
-        size = next((size for size in _TABLE_BLOCKS if width % size == 0), _PADDED_BLOCK)
+        by_block = attribute(dequantize, "block_size")
+        size = by_block or next((size for size in _TABLE_BLOCKS if width % size == 0), _PADDED_BLOCK)
         blocks, padding = -(-width // size), list[onnx.NodeProto]()
         table = "lowered.head"
         bits = _as_unsigned(graph, codes)
@@ -116,10 +118,13 @@ def shared_table(graph: Graph) -> int:
             *padding,
             make_node("BitwiseXor", [bits, _MIDDLE], f"{table}.codes"),
             make_node("Reshape", [f"{table}.codes", f"{table}.blocks"], f"{table}.weights"),
-            make_node("Reshape", [scales.name, f"{table}.column"], f"{table}.row_scales"),
-            make_node("Expand", [f"{table}.row_scales", f"{table}.by_block"], f"{table}.scales"),
         )
-        inputs = [node.input[0], f"{table}.weights", f"{table}.scales"]
+        if not by_block:
+            graph.prepend(
+                make_node("Reshape", [scales.name, f"{table}.column"], f"{table}.row_scales"),
+                make_node("Expand", [f"{table}.row_scales", f"{table}.by_block"], f"{table}.scales"),
+            )
+        inputs = [node.input[0], f"{table}.weights", scales.name if by_block else f"{table}.scales"]
         form: dict[str, int] = {"K": width, "N": rows, "bits": 8, "block_size": size, "accuracy_level": 4}
         product = helper.make_node("MatMulNBits", inputs, list(node.output), name=node.name, domain=CONTRIB, **form)
         graph.replace(node, product)
