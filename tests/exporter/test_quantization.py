@@ -315,7 +315,7 @@ def test_what_decides_what_stays_in_high_precision(
 
 
 def test_a_shared_table_is_stored_once(tmp_path: Path) -> None:
-    """Codes for both: rows that the embedding reads, and a transposed weight for the head; scales for blocks of rows."""
+    """Codes for both: rows that the embedding reads, and a transposed weight for the head; scales of blocks."""
     path = tiny_checkpoint(tmp_path / "m", layers=LAYERS, hidden=HIDDEN, tied=True)
     plan = make_plan(open_checkpoint(path), SCHEMES["int8-weights"], None)
     assert {n for n in plan.matrices if not n.startswith("layers.")} == {"embed_tokens"}

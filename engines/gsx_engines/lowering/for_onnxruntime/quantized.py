@@ -87,8 +87,8 @@ def shared_table(graph: Graph) -> int:
         MatMul(x, Transpose(DequantizeLinear(codes, scales)))      becomes
         MatMulNBits(x, codes as uint8 in blocks, scales of blocks)
 
-    The table [rows, width] is the op's own layout of weights, and so are its scales if they are those of blocks. A scale
-    of a row becomes that of each block.
+    The table [rows, width] is the op's own layout of weights, and so are its scales if they are those of blocks. A
+    row's scale becomes that of each block.
 
     Returns: 1 if there is such a head.
     """
