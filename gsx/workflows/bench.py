@@ -17,11 +17,11 @@ from gsx.benchmarking.machine import machine
 from gsx.benchmarking.measure import Shape, time_forms
 from gsx.benchmarking.report import BenchReport, rows_of
 from gsx.defaults import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, BENCH_ROUNDS, BENCH_SECONDS
-from gsx_engines.building.memory import available_memory
+from gsx.workflows.memory import check_memory
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.cost import work_of
 from gsx_exporter.text import read_text
-from gsx_plugins.errors import GsxError, UsageError
+from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Packages whose versions a figure may depend on.
@@ -143,11 +143,9 @@ def _check_memory(bundles: Sequence[Bundle], forms: Sequence[Form], shape: Shape
         tokens = shape.batch * (shape.prompt_tokens + new_tokens)
         kv = manifest.decoder.num_layers * work_of(bundles[number]).key_bytes * tokens
         needed += manifest.weights.size_bytes + kv
-    free = available_memory()
-    if free is not None and needed > free:
-        raise GsxError(
-            "not enough memory to load all bundles next to each other",
-            expected=f"{needed / 1e9:.1f} GB or more, for weights, keys and values",
-            found=f"{free / 1e9:.1f} GB available",
-            todo="give fewer bundles, smaller batches or shorter prompts",
-        )
+    check_memory(
+        "load all bundles next to each other",
+        needed,
+        "weights, keys and values",
+        "give fewer bundles, smaller batches or shorter prompts",
+    )

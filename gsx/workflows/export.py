@@ -24,6 +24,7 @@ from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tokenizer import has_tokenizer, write_tokenizer
 from gsx_exporter.defaults import CALIBRATION_TOKENS
 from gsx_exporter.graph.weights import write_weights
+from gsx_exporter.quantization.scheme import SCHEMES
 from gsx_exporter.rules.plan import PolicyOptions
 from gsx_exporter.rules.registry import plan_policy
 from gsx_plugins.errors import UsageError
@@ -94,8 +95,9 @@ def export(
     types.check(checkpoint.config, keep)
     drafting = plan_draft(draft, checkpoint.config, keep, precision)
     text = read_export_text(checkpoint, keep, types, drafting, calibration, calibration_tokens)
-    if types.quantize is not None:
-        check_quantizing_memory(checkpoint.config, calibration_tokens)
+    if types.quantize is not None and text.seen is not None:
+        chooses = SCHEMES[types.quantize.scheme].chosen_on_text
+        check_quantizing_memory(checkpoint.config, text.seen.tokens, chooses_codes=chooses)
     needed = checkpoint.weight_bytes() * types.dtype.itemsize // 4 + _SLACK_BYTES
     with writing(Path(output), overwrite=overwrite, needed_bytes=needed) as work:
         with TemporaryDirectory(dir=work) as scratch:

@@ -109,8 +109,8 @@ class Quantization(Section):
         scheme: `int8` and `fp8` (E4M3) quantize weights and activations, `int8-weights` and `int4` only weights. Where
             activations are quantized, weights have one scale for each output channel and activations one for the whole
             tensor; else weights are in blocks of 32 inputs with a scale each, and in 4 bits with a zero-point. A head
-            and an embedding have INT8 weights with a scale for each row of the vocabulary; vector gates have INT8
-            weights and float32 products.
+            and an embedding have INT8 weights in blocks of 32 channels of a row of the vocabulary (one scale for a row
+            if 32 does not divide the width); vector gates have INT8 weights and float32 products.
         smoothing: SmoothQuant's alpha; 0: no smoothing.
         products: number of quantized matrix products in the graph `model`.
         kept_high: matrices that stay in high precision: linear layers, vector gates, and `embed_tokens` (the table that

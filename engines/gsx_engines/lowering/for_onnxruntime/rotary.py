@@ -29,7 +29,7 @@ def rotate_in_attention(graph: Graph, task: Task) -> int:
     between it and the rotation, tables that depend only on the position, and a head size that the op rotates.
     Returns: how many attentions.
     """
-    if task.shape.head_dim % _HEAD_MULTIPLE or not all(depends_on_positions(graph, name) for name in TABLES):
+    if task.shape.head_dim % _HEAD_MULTIPLE or not all(_depends_on_positions(graph, name) for name in TABLES):
         return 0
     if task.steps:
         heads = task.shape.num_heads + 2 * task.shape.num_kv_heads
@@ -72,7 +72,7 @@ def tables_of(portable: onnx.GraphProto) -> onnx.GraphProto:
     return made
 
 
-def depends_on_positions(graph: Graph, name: str) -> bool:
+def _depends_on_positions(graph: Graph, name: str) -> bool:
     """Whether a value is computed from the tokens' positions and constants, and from nothing else."""
     wanted, inputs = [name], {value.name for value in graph.proto.input}
     while wanted:
