@@ -144,7 +144,7 @@ def _check_memory(bundles: Sequence[Bundle], forms: Sequence[Form], shape: Shape
         kv = manifest.decoder.num_layers * work_of(bundles[number]).key_bytes * tokens
         needed += manifest.weights.size_bytes + kv
     check_memory(
-        "load all bundles next to each other",
+        "not enough memory to load all bundles next to each other",
         needed,
         "weights, keys and values",
         "give fewer bundles, smaller batches or shorter prompts",

@@ -18,18 +18,18 @@ _OF_HESSIAN = 3
 _STATES = 3
 
 
-def check_memory(what: str, needed: float, uses: str, todo: str) -> None:
+def check_memory(message: str, needed: float, uses: str, todo: str) -> None:
     """Refuse to begin what would run out of memory.
 
     Args:
-        what: cannot be done; uses: what the memory is for; todo: how to need less.
+        message: what there is not enough memory for, in a sentence; uses: what needs it; todo: how to need less.
         needed: bytes.
     Raises: GsxError.
     """
     free = available_memory()
     if free is not None and needed > free:
         raise GsxError(
-            f"not enough memory to {what}",
+            message,
             expected=f"{needed / 1e9:.1f} GB or more, for {uses}",
             found=f"{free / 1e9:.1f} GB available",
             todo=todo,
@@ -50,7 +50,7 @@ def check_quantizing_memory(config: ModelConfig, tokens: int, *, chooses_codes: 
     states = tokens * hidden * _STATES * _FLOAT
     logits = WINDOW_TOKENS * vocabulary * 2 * _FLOAT + vocabulary * hidden * _FLOAT
     check_memory(
-        "quantize this model",
+        "not enough memory to quantize this model",
         max(2 * layer + hessians, logits) + states,
         "the largest layer, its statistics and the text",
         "give fewer --calibration-tokens, or quantize on a larger machine: the bundle runs on this one too",
