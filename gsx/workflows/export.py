@@ -105,7 +105,7 @@ def export(
             on_progress(Progress("tracing"))
             builder = calibrated.graph_builder()
             graphs = builder.graphs(drafting.split)
-            weights = write_weights(work / WEIGHTS_FILE, graphs.weights, calibrated.weights.tensor, on_progress)
+            weights = write_weights(work / WEIGHTS_FILE, graphs.weights, calibrated.weights.parameter, on_progress)
         entries = write_graphs(work, graphs, weights)
         for path in checkpoint.companions(BUNDLE_COMPANIONS):
             shutil.copyfile(path, work / path.name)

@@ -523,4 +523,4 @@ def test_a_field_means_what_it_means_to_transformers(make: Callable[..., Path], 
 def test_the_same_configuration_from_both_spellings() -> None:
     new = AutoConfig.for_model("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 5000.0, **LLAMA3})
     old = AutoConfig.for_model("llama", rope_theta=5000.0, rope_scaling={"type": "llama3", **LLAMA3})
-    assert ModelConfig.from_hf(new).rope.items() <= ModelConfig.from_hf(old).rope.items()
+    assert ModelConfig.from_hf(new).ropes["all"].items() <= ModelConfig.from_hf(old).ropes["all"].items()

@@ -56,7 +56,7 @@ def _checkpoint_name(parameter: str) -> str:
 def load_layer(checkpoint: Checkpoint, index: int, options: DecoderOptions) -> DecoderLayer:
     """Layer `index` with its weights."""
     with torch.device("meta"):
-        layer = DecoderLayer(checkpoint.config, options.of_layer(index), has_below=index > 0)
+        layer = DecoderLayer(checkpoint.config, options, index)
     _fill(layer, checkpoint, f"layers.{index}.")
     return layer
 
@@ -104,6 +104,6 @@ def filled_exit_modules(
 def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
     state = {}
     for name, source in sources(module, prefix).items():
-        tensor = checkpoint.tensor(source.name).to(source.dtype)
+        tensor = checkpoint.parameter(source.name).to(source.dtype)
         state[name.removeprefix(prefix)] = tensor.t() if source.transpose else tensor
     module.load_state_dict(state, assign=True)
