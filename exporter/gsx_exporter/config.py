@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gsx_engines.bundle.words import BRANCHES, Branch
@@ -17,14 +17,13 @@ from gsx_exporter.errors import CheckpointError
 from gsx_exporter.families import FAMILIES, SQRT_WIDTH, Family, LayerNorms, QkNorm
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.section import finite, known_keys, one_of, whole
+from gsx_plugins.errors import UsageError
 
 GateKind = Literal["vector", "scalar"]
 GateInput = Literal["post_norm", "pre_norm"]
 
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-# Those whose frequencies depend on the length of the text so far.
-LENGTH_DEPENDENT = ("dynamic", "longrope")
 Activation = Literal["silu", "gelu_tanh", "gelu"]
 # Names in transformers (`activations.ACT2FN`).
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -115,6 +114,8 @@ class ModelConfig:
         rotary: per layer, the name of its kind of RoPE; None for a layer without RoPE.
         rotary_dim: the part of a head that is rotated.
         norms, norm_offset, fused: see `Family`.
+        max_positions: the longest text, in tokens. With LongRoPE it decides which factors are used.
+        most_positions: the longest text that the model was made for.
         windows: per layer, how many positions a token sees (itself included), or None for all.
         eos_ids: end-of-text tokens, which are always kept (docs/design.md, section 3).
         gate: the gates; None without them.
@@ -133,6 +134,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
+    most_positions: int
     rms_norm_eps: float
     tied_head: bool
     qkv_bias: bool
@@ -160,6 +162,25 @@ class ModelConfig:
     def gated_branches(self) -> tuple[Branch, ...]:
         """Branches that have a gate; empty for a dense model."""
         return self.gate.branches if self.gate else ()
+
+    @property
+    def switches(self) -> bool:
+        """Whether longer texts than `max_positions` take other factors of LongRoPE."""
+        return self.max_positions in _switches(self.ropes) and self.max_positions < self.most_positions
+
+    def of_context(self, positions: int) -> ModelConfig:
+        """The same model for texts of up to this many tokens.
+
+        Raises:
+            UsageError: the model was not made for so many, or there are none.
+        """
+        if not 1 <= positions <= self.most_positions:
+            raise UsageError(
+                "--context: not a context of this model",
+                expected=f"1 to {self.most_positions} tokens",
+                found=str(positions),
+            )
+        return replace(self, max_positions=positions)
 
     @classmethod
     def from_hf(cls, hf: Any) -> ModelConfig:
@@ -196,7 +217,7 @@ class ModelConfig:
                 "config.json: gsx has gates and routers", expected='one of "gate" and "router": each is a keep rule'
             )
         head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-        rotary = _rotary(hf, family, ropes)
+        rotary, most = _rotary(hf, family, ropes), _context(hf.max_position_embeddings, ropes)
         router = RouterConfig.from_dict(section["router"], num_layers) if "router" in section else None
         if router is not None and router.adapter and any(norms.after for norms in family.norms.values()):
             raise CheckpointError(
@@ -212,7 +233,8 @@ class ModelConfig:
             num_heads=hf.num_attention_heads,
             num_kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
             head_dim=head_dim,
-            max_positions=_context(hf.max_position_embeddings, ropes),
+            max_positions=min([most, *_switches(ropes)]),
+            most_positions=most,
             rms_norm_eps=hf.rms_norm_eps,
             tied_head=bool(hf.tie_word_embeddings),
             qkv_bias=trait(family.qkv_bias),
@@ -303,9 +325,9 @@ def _check_shape(hf: Any) -> None:
 def _ropes(hf: Any, family: Family) -> dict[str, dict[str, Any]]:
     """The kinds of RoPE, checked, in order of first use."""
     given = dict(hf.rope_parameters or {})
-    by_kind = any(isinstance(value, Mapping) for value in given.values())
-    used = dict.fromkeys(hf.layer_types) if by_kind else (ONLY_ROPE,)
-    return {kind: _rope(dict(given.get(kind) or {}) if by_kind else given, family) for kind in used}
+    if not family.ropes_by_layer_type:
+        return {ONLY_ROPE: _rope(given, family)}
+    return {kind: _rope(dict(given.get(kind) or {}), family) for kind in dict.fromkeys(hf.layer_types)}
 
 
 def _rope(rope: dict[str, Any], family: Family) -> dict[str, Any]:
@@ -372,6 +394,14 @@ def _context(positions: int, ropes: Mapping[str, Mapping[str, Any]]) -> int:
     return max(_extended(positions, rope) for rope in ropes.values())
 
 
+def _switches(ropes: Mapping[str, Mapping[str, Any]]) -> list[int]:
+    """The lengths of a text above which LongRoPE takes other factors."""
+    found = [rope["original_max_position_embeddings"] for rope in ropes.values() if rope.get("rope_type") == "longrope"]
+    for length in found:
+        whole("original_max_position_embeddings", length, 2)
+    return found
+
+
 def _extended(positions: int, rope: Mapping[str, Any]) -> int:
     factor = rope.get("factor")
     if not isinstance(factor, int | float) or not math.isfinite(factor):
@@ -399,7 +429,7 @@ def _scales(hf: Any, family: Family) -> Scales:
     def cap(key: str | None) -> float | None:
         return None if key is None or getattr(hf, key) is None else positive(key)
 
-    attention = number(family.attention_scale) if family.attention_scale else None
+    attention = positive(family.attention_scale) if family.attention_scale else None
     if family.query_width:
         attention = positive(family.query_width) ** -0.5
     embedding = hf.hidden_size**0.5 if family.embedding_scale == SQRT_WIDTH else number(family.embedding_scale)

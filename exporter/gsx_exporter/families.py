@@ -55,6 +55,7 @@ class Family:
         activation: the key of the MLP's activation.
         fused: whether Q, K and V are one tensor (`qkv_proj`), and gate and up projection too (`gate_up_proj`).
         partial_rotary: whether plain RoPE reads `partial_rotary_factor`.
+        ropes_by_layer_type: whether `rope_parameters` has a section for each of `layer_types`.
         unrotated: the key that says which layers have RoPE (1) or not (0); None if all have it.
         embedding_scale: the key of the factor of the embeddings, or "sqrt(hidden_size)"; None for 1.
         attention_scale: the key of the factor of attention scores; None for 1/sqrt(D).
@@ -74,6 +75,7 @@ class Family:
     activation: str = "hidden_act"
     fused: bool = False
     partial_rotary: bool = False
+    ropes_by_layer_type: bool = False
     unrotated: str | None = None
     embedding_scale: str | None = None
     attention_scale: str | None = None
@@ -115,6 +117,7 @@ FAMILIES: Mapping[str, Family] = {
         activation="hidden_activation",
         embedding_scale=SQRT_WIDTH,
         query_width="query_pre_attn_scalar",
+        ropes_by_layer_type=True,
         logits_softcap="final_logit_softcapping",
     ),
     "phi3": Family(windows="all", fused=True, partial_rotary=True),
@@ -136,6 +139,11 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "olmo2": Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="width", norms=NORMS_AFTER),
     "olmo3": Family(
-        qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="width", norms=NORMS_AFTER, windows="layer_types"
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        qk_norm="width",
+        norms=NORMS_AFTER,
+        windows="layer_types",
+        ropes_by_layer_type=True,
     ),
 }

@@ -70,6 +70,7 @@ class Row:
     hidden: int = 64
     sharded: bool = False
     keys: dict[str, Any] = field(default_factory=dict)
+    context: int | None = None
 
     def __str__(self) -> str:
         gate = self.gate
@@ -94,7 +95,7 @@ OLMO3_SCALING = {
     "original_max_position_embeddings": 64,
 }
 PARTIAL = {"rope_parameters": {**THETA, "rope_type": "default", "partial_rotary_factor": 0.75}}
-# Its switch is within the texts here.
+# Its original context is shorter than the texts here.
 LONGROPE = {
     "rope_parameters": {
         **THETA,
@@ -135,6 +136,7 @@ ROWS = [
     Row("gemma3_text", MLP_SCALAR, "rank", tied=True, keys=WIDER),
     Row("phi3", None),
     Row("phi3", BOTH_VECTOR, kv_policy="copy", tied=True, keys={**LONGROPE, **SLIDING}),
+    Row("phi3", MLP_SCALAR, keys=LONGROPE, context=512),
     Row("phi3", MLP_SCALAR, "rank", keys=PARTIAL),
     Row("granite", None, tied=True),
     Row("granite", BOTH_VECTOR, kv_policy="copy", keys=BIASES),
@@ -189,9 +191,9 @@ def test_family_is_exported_with_parity(row: Row, tmp_path: Path, tiny_text: Pat
     )
     if row.sharded:
         shard(model)
-    gated: dict[str, Any] = {}
+    gated: dict[str, Any] = {"context": row.context}
     if row.gate is not None:
-        gated = {"budget": 0.7, "select": row.select, "kv_policy": row.kv_policy}
+        gated |= {"budget": 0.7, "select": row.select, "kv_policy": row.kv_policy}
         if row.select == "threshold":
             gated |= {"calibration": tiny_text, "calibration_tokens": 2048}
     export(model, tmp_path / "bundle", **gated)

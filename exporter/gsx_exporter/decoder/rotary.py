@@ -1,9 +1,10 @@
 """Rotary position embedding: cosines and sines of a call, computed once for all layers.
 
 The frequencies of each kind of scaling come from transformers (`modeling_rope_utils`), which defines what checkpoints
-mean. Those of `dynamic` (NTK) and `longrope` depend on the length of the sequence so far, so they are computed in the
-graph, for each sequence by itself: transformers takes the longest sequence of a batch, so that the others would depend
-on their neighbours.
+mean. Those of `dynamic` (NTK) depend on the length of the sequence so far, so they are computed in the graph, for each
+sequence by itself: transformers takes the longest of a batch, so that the others would depend on their neighbours. Those
+of `longrope` follow from the context that a bundle is made for (`ModelConfig.max_positions`): transformers takes others
+once a text exceeds the original context, and computes all of the text again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from gsx_exporter.config import LENGTH_DEPENDENT, ONLY_ROPE, ModelConfig
+from gsx_exporter.config import ONLY_ROPE, ModelConfig
 
 
 class RotaryTables(nn.Module):
@@ -42,11 +43,8 @@ class RotaryTables(nn.Module):
             if self.type in ("default", "dynamic"):
                 frequencies = 1.0 / (self.base**exponents)
             else:
-                frequencies, self.scaling = ROPE_INIT_FUNCTIONS[self.type](hf_config, cpu, **of_layers)
-            if self.type == "longrope":
-                self.original = int(rope["original_max_position_embeddings"])
-                longer, _ = ROPE_INIT_FUNCTIONS[self.type](hf_config, cpu, seq_len=self.original + 1, **of_layers)
-                self.longer: list[float] = longer.tolist()
+                seen = {"seq_len": config.max_positions} if self.type == "longrope" else {}
+                frequencies, self.scaling = ROPE_INIT_FUNCTIONS[self.type](hf_config, cpu, **seen, **of_layers)
         self.frequencies: list[float] = frequencies.tolist()
         self.exponents: list[float] = exponents.tolist()
         if self.type == "dynamic":
@@ -64,13 +62,12 @@ class RotaryTables(nn.Module):
     def _frequencies(self, position_ids: Tensor) -> Tensor:
         """[W/2], or [B, 1, W/2] if they depend on the length of each sequence so far."""
         frequencies = torch.tensor(self.frequencies, dtype=torch.float32)
-        if self.type not in LENGTH_DEPENDENT:
+        if self.type != "dynamic":
             return frequencies
-        seen = (position_ids.amax(dim=1, keepdim=True) + 1).unsqueeze(2)
-        if self.type == "longrope":
-            return torch.where(seen > self.original, torch.tensor(self.longer, dtype=torch.float32), frequencies)
         # NTK: the base grows with the length so far once that exceeds the original one.
-        seen = seen.to(torch.float32).clamp(min=float(self.original))
+        seen = (
+            (position_ids.amax(dim=1, keepdim=True) + 1).unsqueeze(2).to(torch.float32).clamp(min=float(self.original))
+        )
         growth = self.factor * seen / self.original - (self.factor - 1.0)
         base = self.base * growth ** (self.width / (self.width - 2))
         return 1.0 / base ** torch.tensor(self.exponents, dtype=torch.float32)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
@@ -501,5 +502,18 @@ def _load_model(checkpoint: Checkpoint) -> Any:
             found="no such tensors",
         )
     # Inverse frequencies are not weights: they are computed again, in float32.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    model.model.rotary_emb = rotary = type(model.model.rotary_emb)(config=model.config)
+    _long_factors(rotary, checkpoint.config)
     return model
+
+
+def _long_factors(rotary: Any, config: ModelConfig) -> None:
+    """Where the context exceeds LongRoPE's original one: take the long factors for every text, as all of a long one has.
+
+    transformers takes them by the length of a call, and keeps those for shorter ones in `original_inv_freq`.
+    """
+    original = getattr(rotary.config, "rope_parameters", {}).get("original_max_position_embeddings")
+    if getattr(rotary, "rope_type", None) != "longrope" or config.max_positions <= original:
+        return
+    longer, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, None, seq_len=config.max_positions)
+    rotary.original_inv_freq = longer

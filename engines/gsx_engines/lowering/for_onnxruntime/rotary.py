@@ -14,7 +14,7 @@ from gsx_plugins.graph import Graph, attribute, make_node
 TABLE_PREFIX = "rotary."
 # Inputs of GroupQueryAttention.
 _QUERY, _KEY, _VALUE, _COS, _SIN = 0, 1, 2, 7, 8
-# The op rotates only heads of a multiple of this size.
+# The op rotates only heads, and parts of heads, of a multiple of this size.
 _HEAD_MULTIPLE = 16
 # In steps, the shape of Q, K and V of one token per sequence.
 _EACH_ITS_OWN = "rotary.each_its_own"
@@ -113,6 +113,8 @@ def _packed(
     for place in (_QUERY, _KEY):
         rotation = _behind(part, node.input[place], "Reshape" if task.steps else "")
         if rotation is None or rotation.op_type != "RotaryEmbedding" or attribute(rotation, "interleaved"):
+            return None
+        if attribute(rotation, "rotary_embedding_dim") % _HEAD_MULTIPLE:
             return None
         cos, sin = rotation.input[1:]
         angles.add((cos, sin))
