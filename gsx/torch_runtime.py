@@ -108,7 +108,9 @@ class TorchStage:
         self._exits = manifest.exit_state
         with torch.device("meta"):
             self._entry = Entry(hf_config, config, options)
-            self._layers = [_Layer(config, options.of_layer(i), has_below=i > 0) for i in self.layers]
+            self._layers = [
+                _Layer(config, options.of_layer(i), has_below=i > 0, routed=config.is_routed(i)) for i in self.layers
+            ]
             self._exit = Exit(config, options.dtype)
         self._entered = tuple(self._rule.entered()) if self._rule else ()
         weights.fill(self._entry, "")
@@ -209,8 +211,8 @@ class TorchStage:
 class _Layer(DecoderLayer):
     """A layer that remembers how many rows each branch ran on in its last call."""
 
-    def __init__(self, config: ModelConfig, options: DecoderOptions, *, has_below: bool) -> None:
-        super().__init__(config, options, has_below=has_below)
+    def __init__(self, config: ModelConfig, options: DecoderOptions, *, has_below: bool, routed: bool) -> None:
+        super().__init__(config, options, has_below=has_below, routed=routed)
         self.kept: dict[Branch, int] = {}
 
     def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> KeptRows:

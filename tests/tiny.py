@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
 
+from gsx_exporter.checkpoint.experts import stored_name
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate, rule_module_kind
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.router_config import RouterConfig
@@ -22,7 +23,18 @@ from gsx_exporter.router_config import RouterConfig
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIALS = ("<|pad|>", "<|begin|>", "<|endoftext|>")
 TOKENIZER_VOCAB = 256 + len(SPECIALS)
-FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe")
+# Keys of a family whose defaults are those of a large model.
+_OWN_KEYS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 56,
+    },
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True},
+}
 
 
 def tiny_checkpoint(
@@ -69,6 +81,7 @@ def tiny_checkpoint(
         "pad_token_id": PAD_ID,
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,
+        **_OWN_KEYS.get(family, {}),
         **hf_overrides,
     }
     hf = AutoConfig.for_model(family, **keys)
@@ -91,6 +104,8 @@ def tiny_checkpoint(
     tensors = {
         name: _random(name, shape, rng).to(dtype).contiguous() for name, shape in expected_tensors(config).items()
     }
+    if config.experts is not None:
+        tensors = {stored_name(name, config.experts.spelling): tensor for name, tensor in tensors.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (path / "generation_config.json").write_text(
         json.dumps({name: keys[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")})

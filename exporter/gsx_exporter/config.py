@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.experts import ExpertKeys, Experts, read_experts
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.section import finite, known_keys, one_of, whole
 
@@ -32,6 +33,7 @@ class Family:
         qk_norm: whether Q and K are normalized per head (RMSNorm) before RoPE.
         windows: which layers `sliding_window` applies to: none (the key is ignored), all, or those that `layer_types`
             names.
+        experts: the keys that describe routed experts; None in a family without.
     """
 
     qkv_bias: str | bool
@@ -39,6 +41,7 @@ class Family:
     mlp_bias: str | bool
     qk_norm: bool
     windows: Literal["none", "all", "layer_types"]
+    experts: ExpertKeys | None = None
 
 
 # From the modelling code of transformers 5 (`models/<family>/modeling_<family>.py`).
@@ -50,6 +53,32 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family(qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, windows="layer_types"),
     "qwen3": Family(
         qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias=False, qk_norm=True, windows="layer_types"
+    ),
+    "mixtral": Family(
+        qkv_bias=False,
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        windows="all",
+        experts=ExpertKeys(
+            count="num_local_experts", width="intermediate_size", normalized=True, by_layer=False, spelling="mixtral"
+        ),
+    ),
+    "qwen2_moe": Family(
+        qkv_bias="qkv_bias",
+        o_bias=False,
+        mlp_bias=False,
+        qk_norm=False,
+        windows="layer_types",
+        experts=ExpertKeys(shared_width="shared_expert_intermediate_size"),
+    ),
+    "qwen3_moe": Family(
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias=False,
+        qk_norm=True,
+        windows="all",
+        experts=ExpertKeys(),
     ),
 }
 
@@ -111,6 +140,7 @@ class ModelConfig:
         family: a key of `FAMILIES`.
         rope: `rope_parameters` of the Hugging Face configuration: `rope_type`, `rope_theta`, and what that type needs.
         windows: per layer, how many positions a token sees (itself included), or None for all.
+        experts: the routed experts; None in a model without.
         eos_ids: end-of-text tokens, which are always kept (docs/design.md, section 3).
         gate: the gates; None without them.
         router: the routers; None without them. A checkpoint has gates, routers or neither.
@@ -136,6 +166,7 @@ class ModelConfig:
     qk_norm: bool
     rope: Mapping[str, Any]
     windows: tuple[int | None, ...]
+    experts: Experts | None
     bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int | None
@@ -148,6 +179,10 @@ class ModelConfig:
     def gated_branches(self) -> tuple[Branch, ...]:
         """Branches that have a gate; empty for a dense model."""
         return self.gate.branches if self.gate else ()
+
+    def is_routed(self, layer: int) -> bool:
+        """Whether a layer's MLP consists of routed experts."""
+        return self.experts is not None and layer in self.experts.layers
 
     @classmethod
     def from_hf(cls, hf: Any) -> ModelConfig:
@@ -199,6 +234,7 @@ class ModelConfig:
             qk_norm=family.qk_norm,
             rope=rope,
             windows=_windows(hf, family),
+            experts=read_experts(hf, family.experts) if family.experts else None,
             bos_id=hf.bos_token_id,
             eos_ids=_id_list(hf.eos_token_id),
             pad_id=hf.pad_token_id,

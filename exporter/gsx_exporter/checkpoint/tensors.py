@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gsx_exporter.checkpoint.experts import expert_tensors
 from gsx_exporter.config import ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -25,6 +26,11 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     H, F = config.hidden_size, config.intermediate_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, H)}
+    mlp = [
+        ("mlp.gate_proj", F, H, config.mlp_bias),
+        ("mlp.up_proj", F, H, config.mlp_bias),
+        ("mlp.down_proj", H, F, config.mlp_bias),
+    ]
     for i in range(config.num_layers):
         p = f"model.layers.{i}."
         for name, out, width, bias in (
@@ -32,13 +38,13 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             ("self_attn.k_proj", kv, H, config.qkv_bias),
             ("self_attn.v_proj", kv, H, config.qkv_bias),
             ("self_attn.o_proj", H, q, config.o_bias),
-            ("mlp.gate_proj", F, H, config.mlp_bias),
-            ("mlp.up_proj", F, H, config.mlp_bias),
-            ("mlp.down_proj", H, F, config.mlp_bias),
+            *([] if config.is_routed(i) else mlp),
         ):
             shapes[f"{p}{name}.weight"] = (out, width)
             if bias:
                 shapes[f"{p}{name}.bias"] = (out,)
+        if config.experts is not None and config.is_routed(i):
+            shapes |= {p + name: shape for name, shape in expert_tensors(config.experts, H).items()}
         shapes[p + "input_layernorm.weight"] = (H,)
         shapes[p + "post_attention_layernorm.weight"] = (H,)
         if config.qk_norm:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gsx_engines.bundle.words import Branch, KvPolicy
 from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.decoder.experts import RoutedMlp
 from gsx_exporter.decoder.modules import Linear, Mlp
 from gsx_exporter.decoder.norm import RmsNorm
 from gsx_exporter.decoder.rule import (
@@ -167,16 +168,22 @@ class DecoderLayer(nn.Module):
         config: the model.
         options: keep rule, K/V policy and type.
         has_below: whether there is a layer below to copy K and V from (K/V policy `copy`).
+        routed: whether its MLP consists of routed experts.
     """
 
-    def __init__(self, config: ModelConfig, options: DecoderOptions, *, has_below: bool) -> None:
+    def __init__(self, config: ModelConfig, options: DecoderOptions, *, has_below: bool, routed: bool = False) -> None:
         super().__init__()
         self.config, self.options, self.rule = config, options, options.rule
         dtype = options.dtype
         self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
         self.self_attn = Attention(config, dtype)
         self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype)
+        self.mlp: RoutedMlp | Mlp
+        if routed:
+            assert config.experts is not None
+            self.mlp = RoutedMlp(config.experts, config.hidden_size, dtype)
+        else:
+            self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype)
         for branch in config.gated_branches:
             assert config.gate is not None
             setattr(self, f"{branch}_gate", Gate(config, config.gate))

@@ -98,17 +98,21 @@ class GraphBuilder:
         assert set(defaults) == set(self.rule.inputs if self.rule else ()), "one default for each run-time input"
         with torch.device("meta"):
             entry = Entry(checkpoint.hf_config, config, options)
-            layers = [DecoderLayer(config, options.of_layer(i), has_below=i > 0) for i in range(config.num_layers)]
+            layers = [
+                DecoderLayer(config, options.of_layer(i), has_below=i > 0, routed=config.is_routed(i))
+                for i in range(config.num_layers)
+            ]
             leave = Exit(config, options.dtype)
         self.entry = trace(entry, self._entry_inputs(), self._entry_outputs())
         self.copies_below = any(layer.copies_below for layer in layers)
         # Layers of one kind share a trace.
-        kinds: dict[tuple[bool, bool], Part] = {}
-        for layer in layers:
-            kind = (layer.rule is not None, layer.copies_below)
+        kinds: dict[tuple[bool, bool, bool], Part] = {}
+        self.parts: list[Part] = []
+        for number, layer in enumerate(layers):
+            kind = (layer.rule is not None, layer.copies_below, config.is_routed(number))
             if kind not in kinds:
                 kinds[kind] = self._trace_layer(layer)
-        self.parts = [kinds[layer.rule is not None, layer.copies_below] for layer in layers]
+            self.parts.append(kinds[kind])
         ids = Input((_B, _S), torch.int64, (0, 1))
         self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
         self._entry_module, self._layer_modules, self._exit_module = entry, layers, leave
@@ -319,7 +323,7 @@ class GraphBuilder:
 
     def _weights(self, parameters: Mapping[str, Source]) -> list[Weight]:
         """The weights to store: each parameter of the graphs, and where the checkpoint has it."""
-        return [Weight(name, one.name, one.transpose, one.dtype) for name, one in parameters.items()]
+        return [Weight(name, one.name, one.transpose, one.dtype, stack=one.stack) for name, one in parameters.items()]
 
 
 def _name_decisions(part: Part, branches: Sequence[Branch]) -> Part:

@@ -14,7 +14,7 @@ sides a fair range. The rule is `s = max|x|^alpha / max|w|^(1 - alpha)` for each
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -100,7 +100,7 @@ def smooth(checkpoint: Checkpoint, found: Statistics, alpha: float) -> tuple[Smo
             else:
                 for part in ("weight", "bias"):
                     factors.setdefault(f"model.layers.{layer}.mlp.up_proj.{part}", []).append((0, 1 / s))
-    values = {name: getattr(checkpoint, name) for name in ("directory", "source", "hf_config", "config", "files")}
+    values = {one.name: getattr(checkpoint, one.name) for one in fields(Checkpoint)}
     return SmoothedCheckpoint(**values, factors=factors), inputs
 
 

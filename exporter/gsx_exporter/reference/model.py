@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
@@ -430,10 +430,10 @@ class _SkippingCache(DynamicCache):
 
 
 class _Given(nn.Module):
-    """In place of the layers: passes on the states that it is given."""
+    """In place of the layers: passes on the states that it is given, in the output type with most fields."""
 
-    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.Tensor], None]:
@@ -469,6 +469,7 @@ def _load_model(checkpoint: Checkpoint) -> Any:
                 checkpoint.directory,
                 dtype=torch.float32,
                 attn_implementation="eager",
+                experts_implementation="eager",
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
