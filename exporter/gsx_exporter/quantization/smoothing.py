@@ -42,16 +42,19 @@ class Site:
     norm: str | None
 
 
-def sites(config: ModelConfig) -> tuple[Site, ...]:
-    """The sites of every layer, with names within `model.layers.{i}.`."""
+def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
+    """The sites of a layer, with names within `model.layers.{i}.`. Inputs of experts are not rounded."""
     reads = config.gate is not None and config.gate.input == "post_norm"
 
     def gate(branch: str) -> str | None:
         return f"{branch}_gate" if reads and branch in config.gated_branches else None
 
     attn = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    of_attention = Site(attn, gate("attn"), "input_layernorm")
+    if config.is_routed(layer):
+        return (of_attention,)
     return (
-        Site(attn, gate("attn"), "input_layernorm"),
+        of_attention,
         Site(("mlp.gate_proj", "mlp.up_proj"), gate("mlp"), "post_attention_layernorm"),
         Site(("mlp.down_proj",), None, None),
     )
@@ -85,7 +88,7 @@ def smooth(checkpoint: Checkpoint, found: Statistics, alpha: float) -> tuple[Smo
     factors: dict[str, list[tuple[int, np.ndarray]]] = {}
     inputs = dict(found.inputs)
     for layer in range(checkpoint.config.num_layers) if alpha else ():
-        for site in sites(checkpoint.config):
+        for site in sites(checkpoint.config, layer):
             readers = [f"layers.{layer}.{name}" for name in site.readers]
             sizes = np.max([found.inputs[name] for name in readers], axis=0)
             weights = np.max([found.weights[name] for name in readers], axis=0)
