@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
 
-from gsx_exporter.checkpoint.experts import stored_name
+from gsx_exporter.checkpoint.experts import spelling_of, stored_name
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate, rule_module_kind
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.router_config import RouterConfig
@@ -104,8 +104,7 @@ def tiny_checkpoint(
     tensors = {
         name: _random(name, shape, rng).to(dtype).contiguous() for name, shape in expected_tensors(config).items()
     }
-    if config.experts is not None:
-        tensors = {stored_name(name, config.experts.spelling): tensor for name, tensor in tensors.items()}
+    tensors = {stored_name(name, spelling_of(config)): tensor for name, tensor in tensors.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (path / "generation_config.json").write_text(
         json.dumps({name: keys[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")})

@@ -431,12 +431,15 @@ READ = {
     "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
     "pad_token_id", "bos_token_id", "eos_token_id",
+    "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "qkv_bias",
+    "shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers",
 }  # fmt: skip
 WITHOUT_EFFECT = {
     "transformers_version", "architectures", "dtype", "initializer_range", "attention_dropout", "use_cache",  # training
     "output_hidden_states", "return_dict",  # what a call returns
     "chunk_size_feed_forward", "is_encoder_decoder", "pretraining_tp",  # not read by these families
     "id2label", "label2id", "problem_type",  # classification
+    "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",  # training of experts
 }  # fmt: skip
 
 
@@ -496,6 +499,17 @@ VALUES: dict[str, list[Any]] = {
     "original_max_position_embeddings": [8],
     "attn_logit_softcapping": [30.0],
     "embedding_multiplier": [12.0],
+    "num_local_experts": [3, 5, 0, None],
+    "num_experts": [3, 7, 0, None],
+    "num_experts_per_tok": [1, 9, 0, None, 2.0],
+    "moe_intermediate_size": [16, 0, None],
+    "shared_expert_intermediate_size": [16, 0, None],
+    "norm_topk_prob": [True, False, None],
+    "decoder_sparse_step": [1, 2, 0, -1, None],
+    "mlp_only_layers": [[0], [7], [], None, 1],
+    "qkv_bias": [False, None],
+    "output_router_logits": [True],
+    "router_jitter_noise": [0.5],
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import difflib
 import re
 from typing import TYPE_CHECKING
 
-from gsx_exporter.checkpoint.experts import expert_number, stored_name
+from gsx_exporter.checkpoint.experts import expert_number, spelling_of, stored_name
 from gsx_exporter.checkpoint.quantized import quantized_by, refuse_quantized
 from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD, expected_tensors, is_adapter, rule_module_kind
 from gsx_exporter.errors import CheckpointError
@@ -55,7 +55,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
 
 def _missing(checkpoint: Checkpoint, name: str) -> CheckpointError:
     """The refusal of a checkpoint that lacks a tensor: what is nearest to it, and what that may mean."""
-    part, experts = rule_module_kind(name), checkpoint.config.experts
+    part = rule_module_kind(name)
     unknown = set(checkpoint.names) - set(expected_tensors(checkpoint.config))
     near = difflib.get_close_matches(name, sorted(unknown), n=1, cutoff=0.8)
     todo = f"the checkpoint does not fit its config.json, {checkpoint.config.num_layers} layers of its family"
@@ -69,7 +69,7 @@ def _missing(checkpoint: Checkpoint, name: str) -> CheckpointError:
         todo = "save the whole model again (model.save_pretrained)"
     return CheckpointError(
         f"{checkpoint.source}: {f'{part}s are incomplete' if part else 'a tensor is missing'}",
-        expected=name if experts is None else stored_name(name, experts.spelling),
+        expected=stored_name(name, spelling_of(checkpoint.config)),
         found="no such tensor" + (f"; the nearest name that gsx does not know is {near[0]}" if near else ""),
         todo=todo,
     )

@@ -54,6 +54,11 @@ def named_by_qwen(names: Mapping[str, str], spelling: Spelling) -> dict[str, str
     return found
 
 
+def spelling_of(config: ModelConfig) -> Spelling:
+    """Whose names a model's checkpoints have for experts."""
+    return "qwen" if config.experts is None else config.experts.spelling
+
+
 def stored_name(name: str, spelling: Spelling) -> str:
     """The name of a routed layer's tensor in the family's checkpoints; other names stay."""
     if spelling == "qwen":

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.checks import check_tensors
-from gsx_exporter.checkpoint.experts import fused_tensors, named_by_qwen, pieces_of
+from gsx_exporter.checkpoint.experts import fused_tensors, named_by_qwen, pieces_of, spelling_of
 from gsx_exporter.checkpoint.files import decoder_names, weight_files
 from gsx_exporter.checkpoint.folder import locate
 from gsx_exporter.checkpoint.generation import read_text_ends
@@ -35,8 +35,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     ends = read_text_ends(directory, config)
     files = weight_files(directory, getattr(hf_config, "transformers_weights", None))
     names = decoder_names(files, str(model))
-    if config.experts is not None:
-        names = named_by_qwen(names, config.experts.spelling)
+    names = named_by_qwen(names, spelling_of(config))
     by_name = {name: files[stored] for name, stored in names.items()}
     renamed = {name: stored for name, stored in names.items() if name != stored}
     checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), by_name, renamed, notes=[*ends.notes])
