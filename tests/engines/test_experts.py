@@ -27,8 +27,8 @@ from tests.tiny import tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10; experts are added in different orders too.
 LOGITS_ATOL = 5e-5
-# The fast runner rounds inputs to 8 bits by block or row, the portable one does not, or by tensor: half of the logits, of
-# order 3, must be this close. Some are not: a rounded input may choose another expert.
+# The fast runner rounds inputs to 8 bits by block or row, the portable one does not, or by tensor: half of the logits,
+# of order 3, must be this close. Some are not: a rounded input may choose another expert.
 ROUNDED_INPUTS = 0.15
 EXPERTS = 6
 KEYS: dict[str, Any] = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 32}

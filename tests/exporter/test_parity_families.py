@@ -101,6 +101,15 @@ ROWS = [
     Row("qwen3", BOTH_VECTOR, kv_policy="copy", keys={**YARN, "head_dim": 32}),
     Row("qwen3", MLP_SCALAR, tied=True),
     Row("llama", MLP_VECTOR, keys={"head_dim": 24}),
+    Row("mixtral", None, keys={"num_experts_per_tok": 1}),
+    Row("mixtral", BOTH_VECTOR, kv_policy="copy", keys=SLIDING),
+    Row("mixtral", ATTN_SCALAR, "rank", sharded=True),
+    Row("qwen2_moe", None, tied=True, keys={"decoder_sparse_step": 2}),
+    Row("qwen2_moe", BOTH_VECTOR, keys=QWEN_SLIDING),
+    Row("qwen2_moe", MLP_SCALAR, "rank", keys={"norm_topk_prob": True}),
+    Row("qwen3_moe", None, keys={"norm_topk_prob": False, "attention_bias": True}),
+    Row("qwen3_moe", BOTH_VECTOR, kv_policy="copy", keys={"head_dim": 32, "mlp_only_layers": [1]}),
+    Row("qwen3_moe", MLP_SCALAR, tied=True),
 ]
 
 

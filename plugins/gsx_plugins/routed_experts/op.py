@@ -27,7 +27,7 @@ def routed_experts(
     if normalized:
         best = best / best.sum(dim=-1, keepdim=True)
     out = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-    for expert in experts.unique().tolist():
+    for expert in sorted(set(experts.flatten().tolist())):
         index, place = torch.where(experts == expert)
         x = rows[index]
         inner = F.silu(x @ gate[expert]) * (x @ up[expert])
