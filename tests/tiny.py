@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
 
+from gsx_exporter.checkpoint.experts import spelling_of, stored_name
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate, rule_module_kind
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.router_config import RouterConfig
@@ -28,6 +29,14 @@ FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "mistral": {},
     "qwen2": {},
     "qwen3": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 56,
+    },
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True},
     "gemma2": {
         "query_pre_attn_scalar": 24,
         "attn_logit_softcapping": 3.0,
@@ -121,6 +130,7 @@ def tiny_checkpoint(
         name: _random(name, shape, rng, config).to(dtype).contiguous()
         for name, shape in expected_tensors(config).items()
     }
+    tensors = {stored_name(name, spelling_of(config)): tensor for name, tensor in tensors.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (path / "generation_config.json").write_text(
         json.dumps({name: keys[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")})

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.experts import Experts, read_experts
 from gsx_exporter.families import FAMILIES, SQRT_WIDTH, Family, LayerNorms, QkNorm
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.section import finite, known_keys, one_of, whole
@@ -117,6 +118,7 @@ class ModelConfig:
         max_positions: the longest text, in tokens. With LongRoPE it decides which factors are used.
         most_positions: the longest text that the model was made for.
         windows: per layer, how many positions a token sees (itself included), or None for all.
+        experts: the routed experts; None in a model without.
         eos_ids: end-of-text tokens, which are always kept (docs/design.md, section 3).
         gate: the gates; None without them.
         router: the routers; None without them. A checkpoint has gates, routers or neither.
@@ -150,6 +152,7 @@ class ModelConfig:
     rotary: tuple[str | None, ...]
     rotary_dim: int
     windows: tuple[int | None, ...]
+    experts: Experts | None
     bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int | None
@@ -162,6 +165,10 @@ class ModelConfig:
     def gated_branches(self) -> tuple[Branch, ...]:
         """Branches that have a gate; empty for a dense model."""
         return self.gate.branches if self.gate else ()
+
+    def is_routed(self, layer: int) -> bool:
+        """Whether a layer's MLP consists of routed experts."""
+        return self.experts is not None and layer in self.experts.layers
 
     @property
     def switches(self) -> bool:
@@ -250,6 +257,7 @@ class ModelConfig:
             rotary=rotary,
             rotary_dim=_rotary_dim(head_dim, ropes),
             windows=_windows(hf, family),
+            experts=read_experts(hf, family.experts) if family.experts else None,
             bos_id=hf.bos_token_id,
             eos_ids=_id_list(hf.eos_token_id),
             pad_id=hf.pad_token_id,

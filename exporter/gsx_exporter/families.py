@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from gsx_engines.bundle.words import Branch
+from gsx_exporter.experts import ExpertKeys
 
 # Which norms of Q and K come before RoPE: none, one for each head, or one over the whole width of the projection.
 QkNorm = Literal["none", "head", "width"]
@@ -52,6 +53,7 @@ class Family:
         norm_offset: added to the weight of every norm that transformers computes as (1 + w).
         windows: which layers `sliding_window` applies to: none (the key is ignored), all, or those that `layer_types`
             names.
+        experts: the keys that describe routed experts; None in a family without.
         activation: the key of the MLP's activation.
         fused: whether Q, K and V are one tensor (`qkv_proj`), and gate and up projection too (`gate_up_proj`).
         partial_rotary: whether plain RoPE reads `partial_rotary_factor`.
@@ -72,6 +74,7 @@ class Family:
     norms: LayerNorms = field(default_factory=lambda: NORMS_BEFORE)
     norm_offset: float = 0.0
     windows: Literal["none", "all", "layer_types"] = "none"
+    experts: ExpertKeys | None = None
     activation: str = "hidden_act"
     fused: bool = False
     partial_rotary: bool = False
@@ -94,6 +97,20 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(windows="all"),
     "qwen2": Family(qkv_bias=True, windows="layer_types"),
     "qwen3": Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="head", windows="layer_types"),
+    "mixtral": Family(
+        windows="all",
+        experts=ExpertKeys(
+            count="num_local_experts", width="intermediate_size", normalized=True, by_layer=False, spelling="mixtral"
+        ),
+    ),
+    "qwen2_moe": Family(
+        qkv_bias="qkv_bias",
+        windows="layer_types",
+        experts=ExpertKeys(shared_width="shared_expert_intermediate_size"),
+    ),
+    "qwen3_moe": Family(
+        qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="head", windows="all", experts=ExpertKeys()
+    ),
     "gemma2": Family(
         qkv_bias="attention_bias",
         o_bias="attention_bias",

@@ -69,8 +69,8 @@ def export(
         precision: type of weights and activations.
         calibration: UTF-8 text for the thresholds; None for the text that ships with gsx.
         calibration_tokens: how many of its tokens to use.
-        context: the longest text, in tokens; None for what the model was made for. With LongRoPE it decides which factors
-            are used: the short ones up to the original context (the default), the long ones above.
+        context: the longest text, in tokens; None for what the model was made for. With LongRoPE it decides which
+            factors are used: the short ones up to the original context (the default), the long ones above.
         draft: how to draft for self-speculative decoding: `exit:E`, `budget:B` or `layers:SET` (see
             `gsx_engines.speculation.spec.parse_draft`). `auto` searches for the exit, `layers:auto` for the set of
             layers to leave out, with the largest speedup over plain decoding on this machine, on the calibration text.

@@ -60,6 +60,7 @@ THRESHOLD_PLUGINS = {"ThresholdGather": "plugin", "GatheredAttention": "rows", "
 COPY, RANK = {"kv_policy": "copy", "budget": 0.5, "draft": "exit:1"}, {"select": "rank", "calibration": None}
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 WINDOW = {"family": "mistral", "sliding_window": 6}
+EXPERTS = {"RoutedExperts": "all"}
 CASES = {
     "masks": Case(MASKS),
     "masks, batch": Case(MASKS, batch=3),
@@ -94,6 +95,11 @@ CASES = {
         model={"family": "qwen3", "gate": GateConfig("scalar", "pre_norm", ("mlp",))},
         plugins=PLUGINS,
     ),
+    "experts, batch": Case({"FullAttention": "all", **EXPERTS}, model={"family": "qwen3_moe"}, batch=3),
+    "experts, plugins": Case(
+        THRESHOLD_PLUGINS | EXPERTS, model={"family": "qwen2_moe", "gate": GateConfig("scalar")}, plugins=PLUGINS
+    ),
+    "experts, masks": Case(MASKS | EXPERTS, model={"family": "mixtral", "gate": GateConfig("vector")}),
 }
 
 

@@ -436,13 +436,19 @@ READ = {
     "original_max_position_embeddings",
     "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling",
     "no_rope_layers", "no_rope_layer_interval",
+    "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "qkv_bias",
+    "shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers",
+}  # fmt: skip
+READ_IN_TRAINING = {
+    "attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
+    "resid_pdrop", "embd_pdrop",
 }  # fmt: skip
 WITHOUT_EFFECT = {
-    "transformers_version", "architectures", "dtype", "initializer_range", "attention_dropout", "use_cache",  # training
-    "resid_pdrop", "embd_pdrop",
+    "transformers_version", "architectures", "dtype", "use_cache",
     "output_hidden_states", "return_dict",  # what a call returns
     "chunk_size_feed_forward", "is_encoder_decoder", "pretraining_tp",  # not read by these families
     "id2label", "label2id", "problem_type",  # classification
+    *READ_IN_TRAINING,
 }  # fmt: skip
 
 
@@ -467,7 +473,7 @@ def test_every_field_that_the_modelling_code_reads_is_read(family: str) -> None:
             of, name = node.args[:2]
             if getattr(of, "id", getattr(of, "attr", "")) == "config" and isinstance(name, ast.Constant):
                 found.add(str(name.value))
-    assert found - {"_attn_implementation"} <= READ | {"attention_dropout", "resid_pdrop"}
+    assert found - {"_attn_implementation"} <= READ | READ_IN_TRAINING
 
 
 def _is_of_another_model(node: ast.stmt, family: str) -> bool:
@@ -522,6 +528,17 @@ VALUES: dict[str, list[Any]] = {
     "use_bidirectional_attention": [True, False, None],
     "sliding_window_pattern": [2, 1, 0],
     "embedding_multiplier": [12.0, 0, None],
+    "num_local_experts": [3, 5, 0, None],
+    "num_experts": [3, 7, 0, None],
+    "num_experts_per_tok": [1, 9, 0, None, 2.0],
+    "moe_intermediate_size": [16, 0, None],
+    "shared_expert_intermediate_size": [16, 0, None],
+    "norm_topk_prob": [True, False, None],
+    "decoder_sparse_step": [1, 2, 0, -1, None],
+    "mlp_only_layers": [[0], [7], [], None, 1],
+    "qkv_bias": [False, None],
+    "output_router_logits": [True],
+    "router_jitter_noise": [0.5],
     "attention_multiplier": [0.5, 0.0, None],
     "residual_multiplier": [0.5, 0, "1"],
     "logits_scaling": [4.0, 0.0, None],

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gsx_exporter.checkpoint.experts import Piece
 from gsx_exporter.checkpoint.files import open_safetensors
 from gsx_exporter.checkpoint.names import COMPANION_FILES
 from gsx_exporter.checkpoint.parameters import stored_as
@@ -35,6 +36,7 @@ class Checkpoint:
         config: the part of it that the exporter needs.
         files: tensor name, as transformers calls it -> file that holds it.
         renamed: of the tensors that have another name in the files: the same names -> names there.
+        pieces: tensors that are stored as a part of another one -> which part.
         notes: what is unusual about the directory and how it was understood, each a sentence for the user.
         tokenizer: its tokenizer, once `load_tokenizer` has read it.
     """
@@ -45,6 +47,7 @@ class Checkpoint:
     config: ModelConfig
     files: dict[str, Path]
     renamed: dict[str, str] = field(default_factory=dict)
+    pieces: dict[str, Piece] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     tokenizer: Tokenizer | None = field(default=None, repr=False)
     _open: dict[Path, Any] = field(default_factory=dict, repr=False)
@@ -56,11 +59,15 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor; only the header is read."""
-        return tuple(self._handle(name).get_slice(self.renamed.get(name, name)).get_shape())
+        shape = tuple(self._slice(name).get_shape())
+        piece = self.pieces.get(name)
+        if piece is None:
+            return shape
+        return (shape[1] if piece.rows is None else piece.rows[1] - piece.rows[0], *shape[2:])
 
     def stored_type(self, name: str) -> str:
         """Type of a tensor as safetensors writes it ("F32", "BF16"); only the header is read."""
-        return str(self._handle(name).get_slice(self.renamed.get(name, name)).get_dtype())
+        return str(self._slice(name).get_dtype())
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor, in its stored type.
@@ -68,7 +75,12 @@ class Checkpoint:
         Raises:
             CheckpointError: the checkpoint has no tensor of this name.
         """
-        return self._handle(name).get_tensor(self.renamed.get(name, name))
+        piece = self.pieces.get(name)
+        if piece is None:
+            return self._handle(name).get_tensor(self.renamed.get(name, name))
+        rows = slice(None) if piece.rows is None else slice(*piece.rows)
+        part: torch.Tensor = self._slice(name)[piece.expert, rows]
+        return part
 
     def parameter(self, name: str) -> torch.Tensor:
         """One parameter of the decoder, by its name there, with the prefix of a whole model's (`parameters.py`).
@@ -110,6 +122,11 @@ class Checkpoint:
             path = self.directory / name
             if path.is_file():
                 yield path
+
+    def _slice(self, name: str) -> Any:
+        """The stored tensor that a tensor is, or is a part of; its header or parts of it can be read."""
+        piece = self.pieces.get(name)
+        return self._handle(name).get_slice(self.renamed.get(name, name) if piece is None else piece.tensor)
 
     def _handle(self, name: str) -> Any:
         path = self.files.get(name)

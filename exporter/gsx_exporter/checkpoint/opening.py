@@ -7,6 +7,7 @@ from pathlib import Path
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.checks import check_tensors
+from gsx_exporter.checkpoint.experts import fused_tensors, named_by_qwen, pieces_of, spelling_of
 from gsx_exporter.checkpoint.files import decoder_names, weight_files
 from gsx_exporter.checkpoint.folder import locate
 from gsx_exporter.checkpoint.generation import read_text_ends
@@ -15,6 +16,7 @@ from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.checkpoint.skeleton import check_skeleton
 from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD
 from gsx_exporter.config import ModelConfig
+from gsx_exporter.errors import CheckpointError
 
 
 def open_checkpoint(model: str | Path, context: int | None = None) -> Checkpoint:
@@ -37,9 +39,10 @@ def open_checkpoint(model: str | Path, context: int | None = None) -> Checkpoint
     ends = read_text_ends(directory, config)
     files = weight_files(directory, getattr(hf_config, "transformers_weights", None))
     names = decoder_names(files, str(model))
+    names = named_by_qwen(names, spelling_of(config))
     by_name = {name: files[stored] for name, stored in names.items()}
     renamed = {name: stored for name, stored in names.items() if name != stored}
-    checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), by_name, renamed, [*ends.notes])
+    checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), by_name, renamed, notes=[*ends.notes])
     if getattr(hf_config, "auto_map", None):
         checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
     if config.switches:
@@ -48,6 +51,7 @@ def open_checkpoint(model: str | Path, context: int | None = None) -> Checkpoint
             f"short ones are used; --context {config.most_positions} takes the long ones"
         )
     _settle_head(checkpoint)
+    _settle_experts(checkpoint)
     check_tensors(checkpoint)
     check_skeleton(checkpoint)
     return checkpoint
@@ -71,6 +75,27 @@ def _settle_head(checkpoint: Checkpoint) -> None:
         )
         return
     del files[HEAD]
+
+
+def _settle_experts(checkpoint: Checkpoint) -> None:
+    """Give the experts of tensors that hold all those of a layer their names: they are read one at a time."""
+    config, files = checkpoint.config, checkpoint.files
+    fused = fused_tensors(config, files)
+    for name, shape in fused.items():
+        if checkpoint.shape(name) != shape:
+            raise CheckpointError(
+                f"{checkpoint.source}: {name} has the wrong shape",
+                expected=f"{list(shape)}: experts, outputs, inputs",
+                found=str(list(checkpoint.shape(name))),
+            )
+    stored = {name: checkpoint.renamed.pop(name, name) for name in fused}
+    for name, pieces in pieces_of(stored, config.experts).items() if config.experts else ():
+        file = files.pop(name)
+        for piece in pieces:
+            if piece in files:
+                raise CheckpointError(f"{checkpoint.source}: has two tensors for {piece}", found=f"it, and {name}")
+        files |= dict.fromkeys(pieces, file)
+        checkpoint.pieces |= pieces
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gsx_exporter.checkpoint.experts import as_modules
 from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.checkpoint.quiet import quiet_transformers
@@ -31,6 +32,7 @@ def check_skeleton(checkpoint: Checkpoint) -> None:
     _check_cache(checkpoint, cache)
     built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     known = {n: shape for n, shape in expected_tensors(checkpoint.config).items() if not rule_module_kind(n)}
+    known = as_modules(known)
     for names in (built, known):
         names.pop(HEAD, None)  # present or not by what is stored: `Checkpoint.config` decides
     if built != known:

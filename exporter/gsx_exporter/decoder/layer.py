@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from gsx_engines.bundle.words import Branch, KvPolicy
 from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.decoder.experts import RoutedMlp
 from gsx_exporter.decoder.modules import Linear, Mlp
 from gsx_exporter.decoder.norm import RmsNorm
 from gsx_exporter.decoder.rule import (
@@ -186,7 +187,12 @@ class DecoderLayer(nn.Module):
             for name in filter(None, (norms.before, norms.after)):
                 setattr(self, name, RmsNorm(config.hidden_size, config.rms_norm_eps, dtype))
         self.self_attn = Attention(config, dtype, rotates=config.rotary[number] is not None)
-        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype, config.activation)
+        self.mlp: RoutedMlp | Mlp
+        if config.is_routed(number):
+            assert config.experts is not None
+            self.mlp = RoutedMlp(config.experts, config.hidden_size, dtype)
+        else:
+            self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype, config.activation)
         for branch in config.gated_branches:
             assert config.gate is not None
             setattr(self, f"{branch}_gate", Gate(config, config.gate))

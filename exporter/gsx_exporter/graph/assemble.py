@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows, table_names
+from gsx_exporter.decoder.experts import RoutedMlp
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.decoder.loading import Source, sources
 from gsx_exporter.decoder.rule import TracedRule, Value, exit_watcher
@@ -322,12 +323,12 @@ class GraphBuilder:
 
     def _weights(self, parameters: Mapping[str, Source]) -> list[Weight]:
         """The weights to store: each parameter of the graphs, and where the checkpoint has it."""
-        return [Weight(name, one.name, one.transpose, one.dtype) for name, one in parameters.items()]
+        return [Weight(name, one.name, one.transpose, one.dtype, stack=one.stack) for name, one in parameters.items()]
 
 
 def _kind(layer: DecoderLayer) -> tuple[bool, ...]:
     """What tells a layer's nodes from another's."""
-    return layer.rule is not None, layer.copies_below, layer.self_attn.rotates
+    return layer.rule is not None, layer.copies_below, layer.self_attn.rotates, isinstance(layer.mlp, RoutedMlp)
 
 
 def _name_decisions(part: Part, branches: Sequence[Branch]) -> Part:

@@ -139,12 +139,17 @@ def _translations() -> dict[Any, Any]:
         given = _given(scale=scale, softcap=softcap)
         return _GSX.FullAttention(query, key, value, mask, num_heads=num_heads, **given, **_PLUGIN)
 
+    def experts(x: Any, logits: Any, gate: Any, up: Any, down: Any, top_k: int, normalized: bool) -> Any:
+        form = {"top_k": top_k, "normalized": int(normalized)}
+        return _GSX.RoutedExperts(x, logits, gate, up, down, **form, **_PLUGIN)
+
     def norm(x: Any, weight: Any, eps: float) -> Any:
         return opset23.RMSNormalization(x, weight, epsilon=eps)
 
     return {
         torch.ops.gsx.rms_norm.default: norm,
         torch.ops.gsx.full_attention.default: every,
+        torch.ops.gsx.routed_experts.default: experts,
         torch.ops.gsx.threshold_gather.default: threshold,
         torch.ops.gsx.topk_gather.default: topk,
         torch.ops.gsx.gated_scatter_add.default: scatter,

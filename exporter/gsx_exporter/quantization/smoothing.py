@@ -14,7 +14,7 @@ sides a fair range. The rule is `s = max|x|^alpha / max|w|^(1 - alpha)` for each
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -43,24 +43,24 @@ class Site:
     divided: str
 
 
-def sites(config: ModelConfig) -> tuple[Site, ...]:
-    """The sites of every layer, with names within `model.layers.{i}.`.
+def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
+    """The sites of a layer, with names within `model.layers.{i}.`.
 
-    A branch that reads the residual stream itself, without a norm, has none before its products.
+    A branch that reads the residual stream itself, without a norm, has none before its products. Inputs of experts are
+    not rounded.
     """
     reads = config.gate is not None and config.gate.input == "post_norm"
 
     def gate(branch: Branch) -> str | None:
         return f"{branch}_gate" if reads and branch in config.gated_branches else None
 
-    readers: dict[Branch, tuple[str, ...]] = {
-        "attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "mlp": ("mlp.gate_proj", "mlp.up_proj"),
-    }
-    found = [
-        Site(readers[branch], gate(branch), norms.before) for branch, norms in config.norms.items() if norms.before
-    ]
-    return (*found, Site(("mlp.down_proj",), None, "mlp.up_proj"))
+    readers: dict[Branch, tuple[str, ...]] = {"attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+    inside: tuple[Site, ...] = ()
+    if not config.is_routed(layer):
+        readers["mlp"] = ("mlp.gate_proj", "mlp.up_proj")
+        inside = (Site(("mlp.down_proj",), None, "mlp.up_proj"),)
+    found = [(names, gate(branch), config.norms[branch].before) for branch, names in readers.items()]
+    return (*(Site(names, gated, norm) for names, gated, norm in found if norm), *inside)
 
 
 @dataclass
@@ -91,7 +91,7 @@ def smooth(checkpoint: Checkpoint, found: Statistics, alpha: float) -> tuple[Smo
     factors: dict[str, list[tuple[int, np.ndarray]]] = {}
     inputs = dict(found.inputs)
     for layer in range(checkpoint.config.num_layers) if alpha else ():
-        for site in sites(checkpoint.config):
+        for site in sites(checkpoint.config, layer):
             readers = [f"layers.{layer}.{name}" for name in site.readers]
             sizes = np.max([found.inputs[name] for name in readers], axis=0)
             weights = np.max([found.weights[name] for name in readers], axis=0)
@@ -103,7 +103,7 @@ def smooth(checkpoint: Checkpoint, found: Statistics, alpha: float) -> tuple[Smo
                 factors[f"model.layers.{layer}.{site.gate}.weight"] = [(1, s)]
             for part in ("weight", "bias"):
                 factors.setdefault(f"model.layers.{layer}.{site.divided}.{part}", []).append((0, 1 / s))
-    values = {name: getattr(checkpoint, name) for name in ("directory", "source", "hf_config", "config", "files")}
+    values = {one.name: getattr(checkpoint, one.name) for one in fields(Checkpoint)}
     return SmoothedCheckpoint(**values, factors=factors), inputs
 
 

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
@@ -449,10 +449,10 @@ class _SkippingCache(DynamicCache):
 
 
 class _Given(nn.Module):
-    """In place of the layers: passes on the states that it is given."""
+    """In place of the layers: passes on the states that it is given, in the output type with most fields."""
 
-    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.Tensor], None]:
@@ -488,6 +488,7 @@ def _load_model(checkpoint: Checkpoint) -> Any:
                 checkpoint.directory,
                 dtype=torch.float32,
                 attn_implementation="eager",
+                experts_implementation="eager",
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -508,12 +509,13 @@ def _load_model(checkpoint: Checkpoint) -> Any:
 
 
 def _long_factors(rotary: Any, config: ModelConfig) -> None:
-    """Where the context exceeds LongRoPE's original one: take the long factors for every text, as all of a long one has.
+    """Where the context exceeds LongRoPE's original one: take the long factors for every text.
 
     transformers takes them by the length of a call, and keeps those for shorter ones in `original_inv_freq`.
     """
-    original = getattr(rotary.config, "rope_parameters", {}).get("original_max_position_embeddings")
-    if getattr(rotary, "rope_type", None) != "longrope" or config.max_positions <= original:
+    if getattr(rotary, "rope_type", None) != "longrope":
+        return
+    if config.max_positions <= rotary.config.rope_parameters["original_max_position_embeddings"]:
         return
     longer, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, None, seq_len=config.max_positions)
     rotary.original_inv_freq = longer

@@ -277,6 +277,13 @@ def _write_base(
         gate = config.gate
     else:
         checkpoint = open_checkpoint(model)
+        if checkpoint.config.experts is not None:
+            raise UsageError(
+                "gsx train does not train models with routed experts, whose loads must be balanced too",
+                expected="a model whose layers have one MLP",
+                found=f"{checkpoint.config.experts.count} experts in a layer of {checkpoint.source}",
+                todo="train the gates with the method's own code; gsx convert takes them over",
+            )
         hf = checkpoint.hf_config
         for path in checkpoint.companions():
             shutil.copyfile(path, base / path.name)
