@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -140,8 +139,7 @@ def convert(
     read: Read = lambda name: tensors[name] if name in tensors else model.tensor(name)  # noqa: E731
     sizes = {name: _bytes(read(name)) for name in expected}
     with writing(output, overwrite=False, needed_bytes=sum(sizes.values()) + SLACK_BYTES) as work:
-        for path in model.companions():
-            shutil.copyfile(path, work / path.name)
+        model.copy_companions(work)
         types = {read(name).dtype for name in expected if rule_module_kind(name) is None}
         write_config(model, taken.section, types, work / CONFIG)
         write_safetensors(work, sizes, read, on_progress=on_progress)
@@ -438,7 +436,7 @@ def write_config(base: Checkpoint, section: Mapping[str, Any], types: set[torch.
 
     Args: types: of the weights; recorded if it is a single one.
     """
-    raw = json.loads((base.directory / CONFIG).read_text(encoding="utf-8"))
+    raw = base.config_values()
     if len(types) == 1:
         key = "torch_dtype" if "torch_dtype" in raw else "dtype"
         raw[key] = str(next(iter(types))).removeprefix("torch.")

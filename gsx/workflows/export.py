@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -107,8 +106,7 @@ def export(
             graphs = builder.graphs(drafting.split)
             weights = write_weights(work / WEIGHTS_FILE, graphs.weights, calibrated.weights.tensor, on_progress)
         entries = write_graphs(work, graphs, weights)
-        for path in checkpoint.companions(BUNDLE_COMPANIONS):
-            shutil.copyfile(path, work / path.name)
+        checkpoint.copy_companions(work, BUNDLE_COMPANIONS)
         if has_tokenizer(checkpoint):
             write_tokenizer(checkpoint, work / TOKENIZER)
         on_progress(Progress("hashing the source weights"))

@@ -6,6 +6,8 @@ core_model_loading.py, `rename_source_key`), so that the same tensors are found 
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +60,7 @@ def decoder_names(files: dict[str, Path], source: str) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for stored in files:
-        name = _canonical(stored)
+        name = canonical_name(stored)
         if name in names:
             raise CheckpointError(f"{source}: has two tensors for {name}", found=f"{names[name]} and {stored}")
         names[name] = stored
@@ -74,6 +76,17 @@ def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
     files = weight_files(path) if path.is_dir() else _single(path)
     handles = {file: open_safetensors(file) for file in set(files.values())}
     return {name: handles[file].get_tensor(name) for name, file in files.items()}
+
+
+def sha256_of_files(paths: Iterable[Path], more: str = "") -> str:
+    """Hash over the bytes of files, one after the other, and of a text."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    digest.update(more.encode())
+    return digest.hexdigest()
 
 
 def open_safetensors(path: Path) -> Any:
@@ -135,7 +148,8 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _canonical(stored: str) -> str:
+def canonical_name(stored: str) -> str:
+    """The name that transformers gives a tensor, from the one under which it is stored."""
     inner = stored.removeprefix(_DECODER)
     if inner != stored and inner.startswith((_DECODER, "lm_head.")):
         return inner

@@ -5,63 +5,121 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from gsx_exporter.checkpoint.adapter import Adapter, MergedTensors, read_adapter
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.checks import check_tensors
-from gsx_exporter.checkpoint.files import decoder_names, weight_files
+from gsx_exporter.checkpoint.files import decoder_names, sha256_of_files, weight_files
 from gsx_exporter.checkpoint.folder import locate
 from gsx_exporter.checkpoint.generation import read_text_ends
 from gsx_exporter.checkpoint.hf_config import read_config
-from gsx_exporter.checkpoint.names import CONFIG
+from gsx_exporter.checkpoint.names import ADAPTER, CONFIG
 from gsx_exporter.checkpoint.skeleton import check_skeleton
-from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD
+from gsx_exporter.checkpoint.stored import StoredTensors
+from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD, expected_tensors
 from gsx_exporter.config import ModelConfig
+from gsx_exporter.errors import CheckpointError
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """Open a model directory or a hub id, and check that it is complete and of a supported family.
 
     Args:
-        model: a local directory, or a hub id such as "org/name" (needs a connection the first time).
+        model: a local directory, or a hub id such as "org/name" (needs a connection the first time): a model, or a LoRA
+            adapter, which is merged into its base while that is read.
     Raises:
-        CheckpointError: the checkpoint is missing, empty, truncated, damaged or quantized; it is something else (an
-            adapter, a GGUF file); it has only pickled weights or an unsupported family; a field of its configuration
-            has no meaning; a tensor is missing or has the wrong shape; its gates are incomplete.
+        CheckpointError: the checkpoint is missing, empty, truncated, damaged or quantized; it is something else (a GGUF
+            file); it has only pickled weights or an unsupported family; a field of its configuration has no meaning; a
+            tensor is missing or has the wrong shape; its gates are incomplete; an adapter does not fit its base.
     """
     directory = locate(str(model))
-    hf_config = read_config(directory)
-    config = ModelConfig.from_hf(hf_config)
-    ends = read_text_ends(directory, config)
-    files = weight_files(directory, getattr(hf_config, "transformers_weights", None))
-    names = decoder_names(files, str(model))
-    by_name = {name: files[stored] for name, stored in names.items()}
-    renamed = {name: stored for name, stored in names.items() if name != stored}
-    checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), by_name, renamed, [*ends.notes])
-    if getattr(hf_config, "auto_map", None):
-        checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
-    _settle_head(checkpoint)
+    if not (directory / ADAPTER).is_file():
+        checkpoint = _read(directory, str(model))
+    else:
+        adapter = read_adapter(directory)
+        checkpoint = _with_adapter(_read(_base_of(adapter), str(model), adapter), adapter)
     check_tensors(checkpoint)
     check_skeleton(checkpoint)
     return checkpoint
 
 
-def _settle_head(checkpoint: Checkpoint) -> None:
+def _read(directory: Path, source: str, adapter: Adapter | None = None) -> Checkpoint:
+    """A model as it is stored. Args: adapter: it may have a section `gsx` of its own."""
+    hf_config = read_config(directory)
+    section = adapter.section if adapter is not None else None
+    if section is not None:
+        hf_config.gsx = section
+    config = ModelConfig.from_hf(hf_config)
+    files = weight_files(directory, getattr(hf_config, "transformers_weights", None))
+    places = {name: (files[stored], stored) for name, stored in decoder_names(files, source).items()}
+    checkpoint = Checkpoint(directory, source, hf_config, config, StoredTensors(places), adapter=adapter)
+    if section is not None:
+        checkpoint.own_config = {**checkpoint.config_values(), "gsx": section}
+    ends = read_text_ends(checkpoint.generation_directory, checkpoint.config_values(), config)
+    checkpoint.config = ends.of(config)
+    checkpoint.notes += ends.notes
+    if getattr(hf_config, "auto_map", None):
+        checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
+    _settle_head(checkpoint, places)
+    return checkpoint
+
+
+def _base_of(adapter: Adapter) -> Path:
+    """The directory of an adapter's base."""
+    todo = f"correct base_model_name_or_path of {ADAPTER}: a directory or a hub id"
+    try:
+        directory = locate(adapter.base, adapter.revision)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{adapter.directory}: the base of the adapter cannot be opened", found=error.what, todo=todo
+        ) from error
+    if (directory / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{adapter.directory}: the base of the adapter is an adapter itself, {adapter.base}",
+            todo="merge that one into its own base first (PEFT: merge_and_unload)",
+        )
+    return directory
+
+
+def _with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """The model with the adapter merged into it."""
+    wanted = adapter.base_sha256
+    if wanted is not None and (found := sha256_of_files(checkpoint.stored.files)) != wanted:
+        raise CheckpointError(
+            f"{adapter.directory}: the adapter was trained on another base than {adapter.base}",
+            expected=f"weights with sha256 {wanted[:12]}..., as {ADAPTER} records",
+            found=f"{found[:12]}...",
+            todo="name the base that it was trained on in base_model_name_or_path",
+        )
+    merged = MergedTensors(checkpoint.stored, adapter, checkpoint.config.tied_head)
+    checkpoint.stored = merged
+    if merged.unties:
+        checkpoint.config = replace(checkpoint.config, tied_head=False)
+        checkpoint.notes.append(
+            "the adapter changes embedding or head, which are one table in its base: they are two tables now"
+        )
+    merged.check(expected_tensors(checkpoint.config))
+    kind = "DoRA" if adapter.settings.resized else "LoRA"
+    checkpoint.notes.append(f"a {kind} adapter is merged into its base, {adapter.base}")
+    return checkpoint
+
+
+def _settle_head(checkpoint: Checkpoint, places: dict[str, tuple[Path, str]]) -> None:
     """Whether embedding and head are one table: as transformers decides it, by the flag and by what is stored.
 
     With the flag set and both tables stored, they are one only if they are equal: a head that was trained separately
     is often saved beside a flag that nobody changed. If only one is stored, it serves as both.
     """
-    files, renamed = checkpoint.files, checkpoint.renamed
-    if not checkpoint.config.tied_head or HEAD not in files:
+    if not checkpoint.config.tied_head or HEAD not in places:
         return
-    if EMBEDDING not in files:
-        files[EMBEDDING], renamed[EMBEDDING] = files[HEAD], renamed.get(HEAD, HEAD)
+    if EMBEDDING not in places:
+        places[EMBEDDING] = places[HEAD]
     elif not _equal(checkpoint, EMBEDDING, HEAD):
         checkpoint.config = replace(checkpoint.config, tied_head=False)
         checkpoint.notes.append(
             f"{CONFIG} says that embedding and head are one table, but two different ones are stored: both are used"
         )
         return
-    del files[HEAD]
+    del places[HEAD]
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:

@@ -100,7 +100,7 @@ def smooth(checkpoint: Checkpoint, found: Statistics, alpha: float) -> tuple[Smo
             else:
                 for part in ("weight", "bias"):
                     factors.setdefault(f"model.layers.{layer}.mlp.up_proj.{part}", []).append((0, 1 / s))
-    values = {name: getattr(checkpoint, name) for name in ("directory", "source", "hf_config", "config", "files")}
+    values = {name: getattr(checkpoint, name) for name in ("directory", "source", "hf_config", "config", "stored")}
     return SmoothedCheckpoint(**values, factors=factors), inputs
 
 
