@@ -41,6 +41,7 @@ class Checkpoint:
         notes: what is unusual about the directory and how it was understood, each a sentence for the user.
         adapter: the LoRA adapter that is merged into the tensors; None without one.
         own_config: what `config.json` would say of this model; None if the file in the directory says just that.
+        whole: `model_type` of the multimodal model that this is the text part of; None if it is a model itself.
         tokenizer: its tokenizer, once `load_tokenizer` has read it.
     """
 
@@ -52,6 +53,7 @@ class Checkpoint:
     notes: list[str] = field(default_factory=list)
     adapter: Adapter | None = None
     own_config: Mapping[str, Any] | None = None
+    whole: str | None = None
     tokenizer: Tokenizer | None = field(default=None, repr=False)
 
     @property

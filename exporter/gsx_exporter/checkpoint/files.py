@@ -7,7 +7,7 @@ core_model_loading.py, `rename_source_key`), so that the same tensors are found 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 # Of the decoder without its head; a checkpoint of the decoder only stores its tensors without it.
 _DECODER = "model."
 _DECODER_PARTS = ("embed_tokens.", "layers.", "norm.")
+# Where multimodal models store their text part (transformers 5, and 4), and what a decoder calls the same.
+WHOLE_TO_TEXT = {
+    "model.language_model.": _DECODER,
+    "language_model.model.": _DECODER,
+    "language_model.lm_head.": "lm_head.",
+    "model.text_model.": _DECODER,
+    "lm_head.": "lm_head.",
+}
 
 
 def weight_files(directory: Path, only: str | None = None) -> dict[str, Path]:
@@ -50,21 +58,29 @@ def weight_files(directory: Path, only: str | None = None) -> dict[str, Path]:
     raise without_weights(directory)
 
 
-def decoder_names(files: dict[str, Path], source: str) -> dict[str, str]:
+def decoder_names(files: Mapping[str, Path], source: str, *, of_whole: bool = False) -> dict[str, str]:
     """Tensor name, as transformers calls it -> as it is stored.
 
     The decoder only is stored without `model.` (AutoModel, embedding models); a wrapped model with one more.
 
+    Args: of_whole: whether the decoder is the text part of a multimodal model; only its tensors are named then.
     Raises:
         CheckpointError: two tensors have the same name.
     """
     names: dict[str, str] = {}
     for stored in files:
-        name = canonical_name(stored)
+        name = text_name(stored) if of_whole else canonical_name(stored)
+        if name is None:
+            continue
         if name in names:
             raise CheckpointError(f"{source}: has two tensors for {name}", found=f"{names[name]} and {stored}")
         names[name] = stored
     return names
+
+
+def text_name(stored: str) -> str | None:
+    """The name of a tensor of a multimodal model's text part; None if it belongs to another part."""
+    return next((new + stored.removeprefix(old) for old, new in WHOLE_TO_TEXT.items() if stored.startswith(old)), None)
 
 
 def stored_tensors(path: Path) -> dict[str, torch.Tensor]:

@@ -44,20 +44,20 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 def _read(directory: Path, source: str, adapter: Adapter | None = None) -> Checkpoint:
     """A model as it is stored. Args: adapter: it may have a section `gsx` of its own."""
-    hf_config = read_config(directory)
-    section = adapter.section if adapter is not None else None
-    if section is not None:
-        hf_config.gsx = section
-    config = ModelConfig.from_hf(hf_config)
-    files = weight_files(directory, getattr(hf_config, "transformers_weights", None))
-    places = {name: (files[stored], stored) for name, stored in decoder_names(files, source).items()}
-    checkpoint = Checkpoint(directory, source, hf_config, config, StoredTensors(places), adapter=adapter)
-    if section is not None:
-        checkpoint.own_config = {**checkpoint.config_values(), "gsx": section}
+    read = read_config(directory, adapter.section if adapter is not None else None)
+    config = ModelConfig.from_hf(read.hf)
+    files = weight_files(directory, getattr(read.hf, "transformers_weights", None))
+    names = decoder_names(files, source, of_whole=read.whole is not None)
+    places = {name: (files[stored], stored) for name, stored in names.items()}
+    checkpoint = Checkpoint(
+        directory, source, read.hf, config, StoredTensors(places), [], adapter, read.own, whole=read.whole
+    )
     ends = read_text_ends(checkpoint.generation_directory, checkpoint.config_values(), config)
     checkpoint.config = ends.of(config)
     checkpoint.notes += ends.notes
-    if getattr(hf_config, "auto_map", None):
+    if read.whole is not None:
+        checkpoint.notes.append(f"this is the text part of a multimodal model ({read.whole}): the rest is left out")
+    if getattr(read.hf, "auto_map", None):
         checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
     _settle_head(checkpoint, places)
     return checkpoint
@@ -82,6 +82,13 @@ def _base_of(adapter: Adapter) -> Path:
 
 def _with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     """The model with the adapter merged into it."""
+    if checkpoint.whole is not None:
+        raise CheckpointError(
+            f"{adapter.directory}: the adapter belongs to a multimodal model ({checkpoint.whole})",
+            expected="an adapter of a model that has only text",
+            found=f"the base {adapter.base}",
+            todo="merge it by PEFT (merge_and_unload), save the model and export that",
+        )
     wanted = adapter.base_sha256
     if wanted is not None and (found := sha256_of_files(checkpoint.stored.files)) != wanted:
         raise CheckpointError(

@@ -6,6 +6,7 @@ checkpoint is what parity is there to check.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from gsx_exporter.checkpoint.adapter import Adapter
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.files import WHOLE_TO_TEXT
 from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.checkpoint.tensors import rule_module_kind
@@ -26,10 +28,15 @@ def load_model(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: transformers cannot load it, or does not find all weights.
     """
+    whole = {}
+    if checkpoint.whole is not None:
+        names = {f"^{re.escape(old)}": new for old, new in WHOLE_TO_TEXT.items()}
+        whole = {"config": checkpoint.hf_config, "key_mapping": names}
     with quiet_transformers():
         try:
             model, found = AutoModelForCausalLM.from_pretrained(
                 checkpoint.directory,
+                **whole,
                 dtype=torch.float32,
                 attn_implementation="eager",
                 use_safetensors=True,
