@@ -209,16 +209,18 @@ class MergedTensors:
         base: the base's tensors.
         adapter: the adapter's configuration.
         tied: whether the base's embedding is its head.
+        unties: whether they are two tables with the adapter.
     """
 
     base: Tensors
     adapter: Adapter
     tied: bool
+    unties: bool = field(default=False, init=False)
     # Tensor -> what the adapter stores of it: factors A and B, DoRA's sizes, a bias.
     _parts: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
     # Tensors that the adapter replaces.
     _whole: dict[str, str] = field(default_factory=dict, repr=False)
-    _one_table: bool = field(default=False, init=False, repr=False)
+    _names: set[str] = field(init=False, repr=False)
     _own: StoredTensors = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -229,21 +231,16 @@ class MergedTensors:
             self._place(name)
         if self._stores_one_table():
             del self._whole[HEAD]
-            self._one_table = True
-
-    @property
-    def unties(self) -> bool:
-        """Whether embedding and head are two tables with the adapter, and were one without.
-
-        PEFT changes the one that it was told to, and writes down both where it kept them equal.
-        """
-        changed = {EMBEDDING, HEAD} & (self._parts.keys() | self._whole.keys())
-        return self.tied and bool(changed) and not self._one_table
+        else:
+            # PEFT changes the one that it was told to, and writes down both where it kept them equal.
+            changed = {EMBEDDING, HEAD} & (self._parts.keys() | self._whole.keys())
+            self.unties = self.tied and bool(changed)
+        self._names = {*self.base.names, *self._whole, *([HEAD] if self.unties else [])}
 
     @property
     def names(self) -> Collection[str]:
         """See `Tensors`."""
-        return {*self.base.names, *self._whole, *([HEAD] if self.unties else [])}
+        return self._names
 
     @property
     def files(self) -> Sequence[Path]:

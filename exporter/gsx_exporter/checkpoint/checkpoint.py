@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from gsx_exporter.checkpoint.adapter import Adapter
 from gsx_exporter.checkpoint.files import sha256_of_files
 from gsx_exporter.checkpoint.json_file import read_json
+from gsx_exporter.checkpoint.layouts.layout import Layout
 from gsx_exporter.checkpoint.names import COMPANION_FILES, CONFIG, GENERATION_CONFIG, has_vocabulary
 from gsx_exporter.checkpoint.stored import Tensors
 from gsx_exporter.config import ModelConfig
@@ -42,6 +43,7 @@ class Checkpoint:
         adapter: the LoRA adapter that is merged into the tensors; None without one.
         own_config: what `config.json` would say of this model; None if the file in the directory says just that.
         whole: `model_type` of the multimodal model that this is the text part of; None if it is a model itself.
+        layout: how the weights are quantized in the files; None if they are floats there too.
         tokenizer: its tokenizer, once `load_tokenizer` has read it.
     """
 
@@ -54,6 +56,7 @@ class Checkpoint:
     adapter: Adapter | None = None
     own_config: Mapping[str, Any] | None = None
     whole: str | None = None
+    layout: Layout | None = None
     tokenizer: Tokenizer | None = field(default=None, repr=False)
 
     @property

@@ -12,9 +12,10 @@ from typing import Any
 
 from gsx_exporter.checkpoint.json_file import one_line, read_json
 from gsx_exporter.checkpoint.kinds import listing
+from gsx_exporter.checkpoint.layouts.layout import Layout
 from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.checkpoint.near_miss import unknown_traits
-from gsx_exporter.checkpoint.quantized import check_not_quantized
+from gsx_exporter.checkpoint.quantized import QUANTIZATION, layout_of
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.config import FAMILIES
 from gsx_exporter.errors import CheckpointError
@@ -22,7 +23,7 @@ from gsx_exporter.errors import CheckpointError
 _MOST_LAYERS = 10_000
 _TEXT_PART = "text_config"
 # Keys that stand beside the text part and are about text. What they say comes first, as in transformers.
-_OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "gsx", "quantization_config")
+_OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "gsx", QUANTIZATION)
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,13 @@ class ReadConfig:
         hf: the transformers configuration object.
         own: what `config.json` would say of the decoder; None if the file says just that.
         whole: `model_type` of the multimodal model that the decoder is the text part of; None if it is a model itself.
+        layout: how its weights are quantized; None if they are floats.
     """
 
     hf: Any
     own: Mapping[str, Any] | None
     whole: str | None
+    layout: Layout | None
 
 
 def read_config(directory: Path, section: Mapping[str, Any] | None = None) -> ReadConfig:
@@ -46,7 +49,7 @@ def read_config(directory: Path, section: Mapping[str, Any] | None = None) -> Re
     Args: section: the section `gsx`, in place of that of the file; None to read the file's.
     Raises:
         CheckpointError: there is no configuration, it is unreadable, its family is not supported, or the weights are
-            quantized.
+            quantized in a way that is not read.
     """
     path = directory / CONFIG
     if not path.is_file():
@@ -61,15 +64,17 @@ def read_config(directory: Path, section: Mapping[str, Any] | None = None) -> Re
         values, whole = _text_part(path, raw), str(raw["model_type"])
     if section is not None:
         values = {**values, "gsx": dict(section)}
-    check_not_quantized(directory, values)
+    layout = layout_of(directory, values)
+    if QUANTIZATION in values:
+        values = {key: value for key, value in values.items() if key != QUANTIZATION}
     layers = values.get("num_hidden_layers")
     if isinstance(layers, int) and layers > _MOST_LAYERS:  # transformers makes lists of this length
         raise CheckpointError(
             f"{path}: num_hidden_layers is out of range", expected=f"at most {_MOST_LAYERS}", found=str(layers)
         )
     if values is raw:
-        return ReadConfig(_hf_config(directory), None, None)
-    return ReadConfig(_hf_config(directory, values), values, whole)
+        return ReadConfig(_hf_config(directory), None, None, layout)
+    return ReadConfig(_hf_config(directory, values), values, whole, layout)
 
 
 def _hf_config(directory: Path, values: Mapping[str, Any] | None = None) -> Any:

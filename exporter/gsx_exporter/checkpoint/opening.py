@@ -12,6 +12,7 @@ from gsx_exporter.checkpoint.files import decoder_names, sha256_of_files, weight
 from gsx_exporter.checkpoint.folder import locate
 from gsx_exporter.checkpoint.generation import read_text_ends
 from gsx_exporter.checkpoint.hf_config import read_config
+from gsx_exporter.checkpoint.layouts.layout import DequantizedTensors, Layout
 from gsx_exporter.checkpoint.names import ADAPTER, CONFIG
 from gsx_exporter.checkpoint.skeleton import check_skeleton
 from gsx_exporter.checkpoint.stored import StoredTensors
@@ -50,17 +51,32 @@ def _read(directory: Path, source: str, adapter: Adapter | None = None) -> Check
     names = decoder_names(files, source, of_whole=read.whole is not None)
     places = {name: (files[stored], stored) for name, stored in names.items()}
     checkpoint = Checkpoint(
-        directory, source, read.hf, config, StoredTensors(places), [], adapter, read.own, whole=read.whole
+        directory, source, read.hf, config, StoredTensors(places), [], adapter, read.own, read.whole, read.layout
     )
+    _settle_head(checkpoint, places)
+    if read.layout is not None:
+        _dequantize(checkpoint, read.layout)
     ends = read_text_ends(checkpoint.generation_directory, checkpoint.config_values(), config)
-    checkpoint.config = ends.of(config)
+    checkpoint.config = ends.of(checkpoint.config)
     checkpoint.notes += ends.notes
     if read.whole is not None:
         checkpoint.notes.append(f"this is the text part of a multimodal model ({read.whole}): the rest is left out")
     if getattr(read.hf, "auto_map", None):
         checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
-    _settle_head(checkpoint, places)
     return checkpoint
+
+
+def _dequantize(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Read quantized weights as floats."""
+    floats = DequantizedTensors(checkpoint.stored, layout, checkpoint.source)
+    floats.check()
+    checkpoint.stored = floats
+    checkpoint.notes.append(
+        f"the weights are quantized already ({layout.method}): they are read as the floats that they stand for, and "
+        "activations are in full precision"
+    )
+    if checkpoint.config.tied_head and HEAD in floats.names:
+        _untie(checkpoint)
 
 
 def _base_of(adapter: Adapter) -> Path:
@@ -121,12 +137,16 @@ def _settle_head(checkpoint: Checkpoint, places: dict[str, tuple[Path, str]]) ->
     if EMBEDDING not in places:
         places[EMBEDDING] = places[HEAD]
     elif not _equal(checkpoint, EMBEDDING, HEAD):
-        checkpoint.config = replace(checkpoint.config, tied_head=False)
-        checkpoint.notes.append(
-            f"{CONFIG} says that embedding and head are one table, but two different ones are stored: both are used"
-        )
+        _untie(checkpoint)
         return
     del places[HEAD]
+
+
+def _untie(checkpoint: Checkpoint) -> None:
+    checkpoint.config = replace(checkpoint.config, tied_head=False)
+    checkpoint.notes.append(
+        f"{CONFIG} says that embedding and head are one table, but two different ones are stored: both are used"
+    )
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:

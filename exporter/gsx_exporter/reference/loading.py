@@ -6,19 +6,20 @@ checkpoint is what parity is there to check.
 
 from __future__ import annotations
 
+import copy
 import re
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from gsx_exporter.checkpoint.adapter import Adapter
+from gsx_exporter.checkpoint.adapter import Adapter, MergedTensors
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.files import WHOLE_TO_TEXT
 from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.quiet import quiet_transformers
-from gsx_exporter.checkpoint.tensors import rule_module_kind
+from gsx_exporter.checkpoint.tensors import HEAD, rule_module_kind
 from gsx_exporter.errors import CheckpointError
 
 
@@ -28,21 +29,38 @@ def load_model(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: transformers cannot load it, or does not find all weights.
     """
-    whole = {}
+    layout = checkpoint.layout
+    by_transformers = layout is None or (layout.by_transformers and checkpoint.whole is None)
+    model = _stored(checkpoint) if by_transformers else _dequantized(checkpoint)
+    if checkpoint.adapter is not None:
+        model = _with_adapter(model, checkpoint.adapter)
+        model.generation_config = _generation_config(checkpoint)
+    # Inverse frequencies are not weights: they are computed again, in float32.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    return model
+
+
+def _stored(checkpoint: Checkpoint) -> Any:
+    """The model as transformers loads it: quantized weights become floats there too."""
+    options: dict[str, Any] = {}
     if checkpoint.whole is not None:
         names = {f"^{re.escape(old)}": new for old, new in WHOLE_TO_TEXT.items()}
-        whole = {"config": checkpoint.hf_config, "key_mapping": names}
+        options = {"config": checkpoint.hf_config, "key_mapping": names}
     with quiet_transformers():
         try:
+            if checkpoint.layout is not None:
+                config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+                config.quantization_config = {**config.quantization_config, "dequantize": True}
+                options = {"config": config}
             model, found = AutoModelForCausalLM.from_pretrained(
                 checkpoint.directory,
-                **whole,
                 dtype=torch.float32,
                 attn_implementation="eager",
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                **options,
             )
         except Exception as error:  # many types, all about this directory
             raise CheckpointError(f"{checkpoint.source}: transformers cannot load it", found=one_line(error)) from error
@@ -52,11 +70,23 @@ def load_model(checkpoint: Checkpoint) -> Any:
             expected=", ".join(sorted(found["missing_keys"])[:3]),
             found="no such tensors",
         )
-    if checkpoint.adapter is not None:
-        model = _with_adapter(model, checkpoint.adapter)
-        model.generation_config = _generation_config(checkpoint)
-    # Inverse frequencies are not weights: they are computed again, in float32.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    return model
+
+
+def _dequantized(checkpoint: Checkpoint) -> Any:
+    """The model with the floats that gsx reads: transformers has no dequantization of this layout that runs here.
+
+    Parity does not check these floats then; `tests/exporter/test_layouts.py` does.
+    """
+    stored = checkpoint.stored.base if isinstance(checkpoint.stored, MergedTensors) else checkpoint.stored
+    config = copy.deepcopy(checkpoint.hf_config)
+    config.tie_word_embeddings = HEAD not in stored.names
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(stored.tensor(name))
+    model.generation_config = _generation_config(checkpoint)
     return model
 
 
