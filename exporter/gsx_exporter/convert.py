@@ -209,8 +209,8 @@ def write_safetensors(
         # Tensors of a .pt may share memory (one gate for all layers), which the format cannot express.
         save_file({name: read(name).clone() for name in names}, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(names, file)
-        done += len(names)
-        on_progress(Progress("writing weights", done, len(sizes)))
+        done += sum(sizes[name] for name in names)
+        on_progress(Progress("writing weights", done, sum(sizes.values()), unit="bytes"))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -20,9 +20,10 @@ from gsx_exporter.checkpoint.files import sha256_of_files
 from gsx_exporter.checkpoint.json_file import read_json
 from gsx_exporter.checkpoint.layouts.layout import Layout
 from gsx_exporter.checkpoint.names import COMPANION_FILES, CONFIG, GENERATION_CONFIG, has_vocabulary
-from gsx_exporter.checkpoint.stored import Tensors
+from gsx_exporter.checkpoint.stored import Tensors, type_bytes
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
+from gsx_plugins.progress import OnProgress, silent
 
 if TYPE_CHECKING:
     import torch
@@ -96,14 +97,18 @@ class Checkpoint:
         """
         return self.stored.tensor(self._known(name))
 
+    def size(self, name: str) -> int:
+        """Bytes of a tensor, in the type in which it is read."""
+        return math.prod(self.shape(name)) * type_bytes(self.stored_type(name))
+
     def weight_bytes(self) -> int:
         """Bytes that all tensors would take as 32-bit floats."""
         return sum(4 * math.prod(self.shape(name)) for name in self.stored.names)
 
-    def weights_sha256(self) -> str:
+    def weights_sha256(self, on_progress: OnProgress = silent) -> str:
         """Hash over the bytes of the weight files, in the order of their names, and how an adapter is merged."""
         settings = repr(self.adapter.settings) if self.adapter is not None else ""
-        return sha256_of_files(self.stored.files, settings)
+        return sha256_of_files(self.stored.files, settings, on_progress)
 
     def companions(self, names: Iterable[str] = COMPANION_FILES) -> Iterator[Path]:
         """The configuration and tokenizer files that the model has, of those with these names."""

@@ -7,7 +7,7 @@ core_model_loading.py, `rename_source_key`), so that the same tensors are found 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from gsx_exporter.checkpoint.json_file import read_json
 from gsx_exporter.checkpoint.kinds import without_weights
 from gsx_exporter.checkpoint.names import WEIGHTS, WEIGHTS_INDEX
 from gsx_exporter.errors import CheckpointError
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 if TYPE_CHECKING:
     import torch
@@ -94,13 +95,16 @@ def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
     return {name: handles[file].get_tensor(name) for name, file in files.items()}
 
 
-def sha256_of_files(paths: Iterable[Path], more: str = "") -> str:
+def sha256_of_files(paths: Sequence[Path], more: str = "", on_progress: OnProgress = silent) -> str:
     """Hash over the bytes of files, one after the other, and of a text."""
     digest = hashlib.sha256()
+    done, total = 0, sum(path.stat().st_size for path in paths)
     for path in paths:
         with path.open("rb") as stream:
             while block := stream.read(1 << 22):
                 digest.update(block)
+                done += len(block)
+                on_progress(Progress("hashing the source weights", done, total, unit="bytes"))
     digest.update(more.encode())
     return digest.hexdigest()
 

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     import torch
 
 
+def type_bytes(stored_type: str) -> int:
+    """Bytes of a value in a float type, as safetensors calls it: "BF16"."""
+    return int(stored_type.lstrip("BF")) // 8
+
+
 class Tensors(Protocol):
     """Tensors by name. Names are those of transformers' own module, which `names` lists; others raise KeyError."""
 

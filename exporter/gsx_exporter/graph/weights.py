@@ -67,6 +67,7 @@ def write_weights(
     path: Path,
     weights: Sequence[Weight],
     read: Callable[[str], Tensor],
+    size: Callable[[str], int],
     on_progress: OnProgress = silent,
 ) -> WeightsFile:
     """Write all weights to one file.
@@ -75,12 +76,14 @@ def write_weights(
         path: file to create; the graphs refer to it by its name.
         weights: without repetition.
         read: checkpoint name -> tensor.
-        on_progress: called after each tensor.
+        size: checkpoint name -> bytes of the tensor.
+        on_progress: called after each tensor, with the bytes read.
     """
     initializers: dict[str, onnx.TensorProto] = {}
     digest = hashlib.sha256()
+    done, total = 0, sum(size(weight.source) for weight in weights)
     with path.open("wb") as stream:
-        for number, weight in enumerate(weights, start=1):
+        for weight in weights:
             tensor = read(weight.source)
             if weight.transpose:
                 tensor = tensor.t()
@@ -94,9 +97,10 @@ def write_weights(
             initializers[weight.name] = _external(
                 weight.name, ONNX_TYPES[weight.dtype], tuple(tensor.shape), path.name, offset, data.nbytes
             )
-            on_progress(Progress("writing weights", number, len(weights)))
-        size = stream.tell()
-    return WeightsFile(initializers, digest.hexdigest(), size)
+            done += size(weight.source)
+            on_progress(Progress("writing weights", done, total, unit="bytes"))
+        length = stream.tell()
+    return WeightsFile(initializers, digest.hexdigest(), length)
 
 
 def _pairs(codes: Tensor) -> Tensor:
