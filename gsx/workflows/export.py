@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -108,15 +107,15 @@ def export(
             on_progress(Progress("tracing"))
             builder = calibrated.graph_builder()
             graphs = builder.graphs(drafting.split)
-            weights = write_weights(work / WEIGHTS_FILE, graphs.weights, calibrated.weights.parameter, on_progress)
+            found = calibrated.weights
+            read, size = found.parameter, found.parameter_size
+            weights = write_weights(work / WEIGHTS_FILE, graphs.weights, read, size, on_progress)
         entries = write_graphs(work, graphs, weights)
-        for path in checkpoint.companions(BUNDLE_COMPANIONS):
-            shutil.copyfile(path, work / path.name)
+        checkpoint.copy_companions(work, BUNDLE_COMPANIONS)
         if has_tokenizer(checkpoint):
             write_tokenizer(checkpoint, work / TOKENIZER)
-        on_progress(Progress("hashing the source weights"))
         weights_entry = WeightsEntry(file=WEIGHTS_FILE, sha256=weights.sha256, size_bytes=weights.size_bytes)
-        manifest = manifest_of(calibrated, precision, entries, weights_entry, text.notes)
+        manifest = manifest_of(calibrated, precision, entries, weights_entry, text.notes, on_progress)
 
         def begin_search() -> DraftSearch:
             assert text.seen is not None
