@@ -225,6 +225,12 @@ class ModelConfig:
                 expected="one of " + ", ".join(_ACTIVATIONS),
                 found=repr(activation),
             )
+        if family.experts is not None and _ACTIVATIONS[activation] != "silu":
+            raise CheckpointError(
+                f"config.json: {family.activation} is not supported in a model with experts",
+                expected="silu",
+                found=repr(activation),
+            )
         _check_shape(hf)
         ropes = _ropes(hf, family)
         section = getattr(hf, "gsx", None) or {}

@@ -111,7 +111,7 @@ def test_weights_of_experts_are_read_one_at_a_time(tmp_path: Path) -> None:
         return checkpoint.tensor(name)
 
     weight = Weight("down", "", True, torch.float32, stack=names)
-    written = write_weights(tmp_path / "weights.bin", [weight], reading)
+    written = write_weights(tmp_path / "weights.bin", [weight], reading, checkpoint.parameter_size)
     assert tuple(read) == names
     assert list(written.initializers["down"].dims) == [6, 40, 64]
     content = torch.frombuffer(bytearray((tmp_path / "weights.bin").read_bytes()), dtype=torch.float32)
