@@ -46,6 +46,7 @@ def export(
     precision: Precision = "fp32",
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
+    context: int | None = None,
     draft: str | None = None,
     quantize: Quantize | None = None,
     kv_cache: KvCacheType | None = None,
@@ -68,6 +69,8 @@ def export(
         precision: type of weights and activations.
         calibration: UTF-8 text for the thresholds; None for the text that ships with gsx.
         calibration_tokens: how many of its tokens to use.
+        context: the longest text, in tokens; None for what the model was made for. With LongRoPE it decides which factors
+            are used: the short ones up to the original context (the default), the long ones above.
         draft: how to draft for self-speculative decoding: `exit:E`, `budget:B` or `layers:SET` (see
             `gsx_engines.speculation.spec.parse_draft`). `auto` searches for the exit, `layers:auto` for the set of
             layers to leave out, with the largest speedup over plain decoding on this machine, on the calibration text.
@@ -89,7 +92,7 @@ def export(
     if calibration_tokens < 1:
         raise UsageError("calibration tokens", expected="a positive number", found=str(calibration_tokens))
     on_progress(Progress("checking the checkpoint"))
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, context)
     keep = plan_policy(PolicyOptions(policy, select, budget, kv_policy), checkpoint.config)
     types = NumberTypes(precision, quantize, kv_cache)
     types.check(checkpoint.config, keep)
@@ -105,7 +108,7 @@ def export(
             on_progress(Progress("tracing"))
             builder = calibrated.graph_builder()
             graphs = builder.graphs(drafting.split)
-            weights = write_weights(work / WEIGHTS_FILE, graphs.weights, calibrated.weights.tensor, on_progress)
+            weights = write_weights(work / WEIGHTS_FILE, graphs.weights, calibrated.weights.parameter, on_progress)
         entries = write_graphs(work, graphs, weights)
         for path in checkpoint.companions(BUNDLE_COMPANIONS):
             shutil.copyfile(path, work / path.name)

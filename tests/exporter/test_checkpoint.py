@@ -431,18 +431,24 @@ READ = {
     "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
     "pad_token_id", "bos_token_id", "eos_token_id",
+    "hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+    "use_bidirectional_attention",
+    "original_max_position_embeddings",
+    "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling",
+    "no_rope_layers", "no_rope_layer_interval",
     "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "qkv_bias",
     "shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers",
 }  # fmt: skip
 READ_IN_TRAINING = {
-    "attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
+    "attention_dropout", "resid_pdrop", "initializer_range",
+    "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
 }  # fmt: skip
 WITHOUT_EFFECT = {
-    "transformers_version", "architectures", "dtype", "use_cache",
+    "transformers_version", "architectures", "dtype", "use_cache", "embd_pdrop",
+    *READ_IN_TRAINING,
     "output_hidden_states", "return_dict",  # what a call returns
     "chunk_size_feed_forward", "is_encoder_decoder", "pretraining_tp",  # not read by these families
     "id2label", "label2id", "problem_type",  # classification
-    *READ_IN_TRAINING,
 }  # fmt: skip
 
 
@@ -456,7 +462,9 @@ def test_every_field_is_known(family: str) -> None:
 def test_every_field_that_the_modelling_code_reads_is_read(family: str) -> None:
     """Attributes of `config` in the family's own code, also those that `getattr` looks for."""
     root = Path(transformers.__file__).parent
-    tree = ast.parse((root / "models" / family / f"modeling_{family}.py").read_text(encoding="utf-8"))
+    folder = type(AutoConfig.for_model(family)).__module__.split(".")[-2]
+    tree = ast.parse((root / "models" / folder / f"modeling_{folder}.py").read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not _is_of_another_model(node, family)]
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", getattr(node.value, "attr", "")) == "config":
@@ -467,6 +475,19 @@ def test_every_field_that_the_modelling_code_reads_is_read(family: str) -> None:
                 found.add(str(name.value))
     assert found - {"_attn_implementation"} <= READ | READ_IN_TRAINING
 
+
+def _is_of_another_model(node: ast.stmt, family: str) -> bool:
+    """Whether a class is not part of the family's language model: the multimodal ones beside Gemma 3's text model."""
+    return family == "gemma3_text" and (
+        isinstance(node, ast.FunctionDef)
+        or (isinstance(node, ast.ClassDef) and ("Image" in node.name or node.name in _MULTIMODAL))
+    )
+
+
+_MULTIMODAL = (
+    "Gemma3ForConditionalGeneration", "Gemma3ForSequenceClassification", "Gemma3Model", "Gemma3MultiModalProjector",
+    "Gemma3PreTrainedModel",
+)  # fmt: skip
 
 # Values that a field may be found with: ordinary ones, borders, other spellings, wrong types.
 VALUES: dict[str, list[Any]] = {
@@ -500,8 +521,19 @@ VALUES: dict[str, list[Any]] = {
     "is_causal": [False, True],
     "is_decoder": [False],
     "original_max_position_embeddings": [8],
-    "attn_logit_softcapping": [30.0],
-    "embedding_multiplier": [12.0],
+    "hidden_activation": ["gelu", "silu", None, 1],
+    "query_pre_attn_scalar": [8, 0, -4, None, "24"],
+    "attn_logit_softcapping": [30.0, 2.0, None, 0.0, -1.0],
+    "final_logit_softcapping": [5.0, None, 0.0],
+    "use_bidirectional_attention": [True, False, None],
+    "sliding_window_pattern": [2, 1, 0],
+    "embedding_multiplier": [12.0, 0, None],
+    "attention_multiplier": [0.5, 0.0, None],
+    "residual_multiplier": [0.5, 0, "1"],
+    "logits_scaling": [4.0, 0.0, None],
+    "no_rope_layers": [[1, 1], [0, 0], [0], None, [True, False], "10", [2, 0]],
+    "no_rope_layer_interval": [2, 1, 0],
+    "rope_local_base_freq": [50.0, 0, None],
     "num_local_experts": [3, 5, 0, None],
     "num_experts": [3, 7, 0, None],
     "num_experts_per_tok": [1, 9, 0, None, 2.0],
@@ -540,4 +572,4 @@ def test_a_field_means_what_it_means_to_transformers(make: Callable[..., Path], 
 def test_the_same_configuration_from_both_spellings() -> None:
     new = AutoConfig.for_model("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 5000.0, **LLAMA3})
     old = AutoConfig.for_model("llama", rope_theta=5000.0, rope_scaling={"type": "llama3", **LLAMA3})
-    assert ModelConfig.from_hf(new).rope.items() <= ModelConfig.from_hf(old).rope.items()
+    assert ModelConfig.from_hf(new).ropes["all"].items() <= ModelConfig.from_hf(old).ropes["all"].items()

@@ -182,6 +182,12 @@ REFUSED: dict[str, tuple[str, Callable[[Tensors], Tensors] | None, dict[str, Any
     ),
     "an expert twice": ("qwen3_moe", _both, {}, "has two tensors for"),
     "Qwen's names in a Mixtral": ("mixtral", _qwen_names, {}, r"expected .*block_sparse_moe\.experts\.0\.w1\.weight"),
+    "another activation": (
+        "mixtral",
+        None,
+        {"hidden_act": "gelu"},
+        "hidden_act is not supported in a model with routed",
+    ),
     "steps of no layer": ("qwen2_moe", None, {"decoder_sparse_step": 0}, "decoder_sparse_step is not a count"),
 }
 

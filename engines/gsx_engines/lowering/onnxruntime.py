@@ -124,8 +124,8 @@ class Lowered:
             returns `state` [B, S, H], of its last layer, and with gates `kept`: [P] int64, the number of rows kept by
             each gated branch, or in steps [P x B] bool, which rows.
         head: `state` [1, any, H] -> `logits` [1, any, V].
-        tables: `position_ids` [1, N] int64 -> `cos` and `sin` [1, N, D/2], the rotary tables. If attention rotates
-            itself, the body reads them as further inputs (`rotary.TABLES`), for every position of the cache.
+        tables: `position_ids` [1, N] int64 -> the rotary tables that the body reads as further inputs, where attention
+            rotates itself (`rotary.TABLE_PREFIX`), for every position of the cache; None if it reads none.
         counts: how often each pass applied to the body.
     """
 
@@ -148,8 +148,8 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range, *, steps
     body, head = _model_of(portable.graph, portable), _model_of(portable.graph, portable)
     run_passes(Graph(head.graph), HEAD_PASSES, task)
     counts = run_passes(Graph(body.graph), BODY_PASSES, task)
-    tables = _model_of(tables_of(portable.graph), portable) if counts[rotate_in_attention.__name__] else None
-    return Lowered(body, head, tables, counts)
+    tables = tables_of(portable.graph, body.graph)
+    return Lowered(body, head, None if tables is None else _model_of(tables, portable), counts)
 
 
 def _model_of(graph: onnx.GraphProto, portable: onnx.ModelProto) -> onnx.ModelProto:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from gsx_exporter.checkpoint.experts import Piece
 from gsx_exporter.checkpoint.files import open_safetensors
 from gsx_exporter.checkpoint.names import COMPANION_FILES
+from gsx_exporter.checkpoint.parameters import stored_as
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
 
@@ -81,6 +82,21 @@ class Checkpoint:
         part: torch.Tensor = self._slice(name)[piece.expert, rows]
         return part
 
+    def parameter(self, name: str) -> torch.Tensor:
+        """One parameter of the decoder, by its name there, with the prefix of a whole model's (`parameters.py`).
+
+        Returns: it in its stored type; in float32 at least where it is not stored as it is.
+        Raises:
+            CheckpointError: the checkpoint has no such tensor.
+        """
+        stored = stored_as(self.config, name)
+        found = self.tensor(stored.tensor)
+        if stored.rows is not None:
+            found = found[slice(*stored.rows)]
+        if (stored.offset, stored.factor) != (0.0, 1.0):
+            found = (found.to(_at_least_float32(found)) + stored.offset) * stored.factor
+        return found
+
     def weight_bytes(self) -> int:
         """Bytes that all tensors would take as 32-bit floats."""
         total = 0
@@ -123,3 +139,9 @@ class Checkpoint:
         if path not in self._open:
             self._open[path] = open_safetensors(path)
         return self._open[path]
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
+    import torch
+
+    return torch.promote_types(tensor.dtype, torch.float32)

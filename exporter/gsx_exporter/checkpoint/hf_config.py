@@ -10,8 +10,8 @@ from gsx_exporter.checkpoint.kinds import listing
 from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.checkpoint.quantized import check_not_quantized
 from gsx_exporter.checkpoint.quiet import quiet_transformers
-from gsx_exporter.config import FAMILIES
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.families import FAMILIES
 
 _MOST_LAYERS = 10_000
 

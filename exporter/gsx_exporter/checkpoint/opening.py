@@ -19,11 +19,13 @@ from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
+def open_checkpoint(model: str | Path, context: int | None = None) -> Checkpoint:
     """Open a model directory or a hub id, and check that it is complete and of a supported family.
 
     Args:
         model: a local directory, or a hub id such as "org/name" (needs a connection the first time).
+        context: the longest text, in tokens; None for what the model was made for, with LongRoPE for what its short
+            factors were made for.
     Raises:
         CheckpointError: the checkpoint is missing, empty, truncated, damaged or quantized; it is something else (an
             adapter, a GGUF file); it has only pickled weights or an unsupported family; a field of its configuration
@@ -32,6 +34,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     directory = locate(str(model))
     hf_config = read_config(directory)
     config = ModelConfig.from_hf(hf_config)
+    if context is not None:
+        config = config.of_context(context)
     ends = read_text_ends(directory, config)
     files = weight_files(directory, getattr(hf_config, "transformers_weights", None))
     names = decoder_names(files, str(model))
@@ -41,6 +45,11 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), by_name, renamed, notes=[*ends.notes])
     if getattr(hf_config, "auto_map", None):
         checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
+    if config.switches:
+        checkpoint.notes.append(
+            f"its LongRoPE has short factors, for texts of up to {config.max_positions:,} tokens, and long ones: the "
+            f"short ones are used; --context {config.most_positions} takes the long ones"
+        )
     _settle_head(checkpoint)
     _settle_experts(checkpoint)
     check_tensors(checkpoint)

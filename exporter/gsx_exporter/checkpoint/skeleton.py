@@ -75,7 +75,7 @@ def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
                 model = AutoModelForCausalLM.from_config(checkpoint.hf_config, trust_remote_code=False)
             rotary = type(model.model.rotary_emb)(config=checkpoint.hf_config)
             cache = DynamicCache(config=checkpoint.hf_config)
-        finite = bool(rotary.inv_freq.isfinite().all())
+        finite = all(bool(frequencies.isfinite().all()) for frequencies in rotary.buffers())
     except Exception as error:  # whatever transformers raises is about this configuration
         raise CheckpointError(
             f"{checkpoint.directory / CONFIG}: transformers cannot build a model from it", found=one_line(error)

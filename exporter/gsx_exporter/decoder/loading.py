@@ -65,8 +65,7 @@ def _checkpoint_name(parameter: str) -> str:
 def load_layer(checkpoint: Checkpoint, index: int, options: DecoderOptions) -> DecoderLayer:
     """Layer `index` with its weights."""
     with torch.device("meta"):
-        routed = checkpoint.config.is_routed(index)
-        layer = DecoderLayer(checkpoint.config, options.of_layer(index), has_below=index > 0, routed=routed)
+        layer = DecoderLayer(checkpoint.config, options, index)
     _fill(layer, checkpoint, f"layers.{index}.")
     return layer
 
@@ -121,7 +120,7 @@ def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
 def _read(checkpoint: Checkpoint, source: Source) -> torch.Tensor:
     """A parameter. Of a stack, one part at a time is in memory besides the result."""
     if not source.stack:
-        tensor = checkpoint.tensor(source.name).to(source.dtype)
+        tensor = checkpoint.parameter(source.name).to(source.dtype)
         return tensor.t() if source.transpose else tensor
     first = _read(checkpoint, replace(source, name=source.stack[0], stack=()))
     stacked = torch.empty((len(source.stack), *first.shape), dtype=source.dtype)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
@@ -70,13 +71,16 @@ class ReferenceOutput:
 class _Call:
     """The call in progress: its masker, and what the branches record. Masks are [B, S].
 
-    Args: has_kv: with the K/V policy `none`, layer -> [B, past] bool: which tokens have K and V there; else None.
+    Args:
+        has_kv: with the K/V policy `none`, layer -> [B, past] bool: which tokens have K and V there; else None.
+        running: the branch whose result the rule has not seen yet.
     """
 
     masker: Masker
     valid: torch.Tensor
     decisions: list[list[Decision]]
     has_kv: dict[int, torch.Tensor] | None
+    running: tuple[BranchInput, Decision] | None = None
 
 
 class Reference:
@@ -307,8 +311,14 @@ class Reference:
 
     def _wrap_branches(self) -> None:
         for i, layer in enumerate(self.model.model.layers):
-            layer.self_attn = _Branch(self, layer.self_attn, layer.input_layernorm, i, "attn")
-            layer.mlp = _Branch(self, layer.mlp, layer.post_attention_layernorm, i, "mlp")
+            attn, mlp = (self._norm_before(layer, branch) for branch in BRANCHES)
+            layer.self_attn = _Branch(self, layer.self_attn, attn, i, "attn")
+            layer.mlp = _Branch(self, layer.mlp, mlp, i, "mlp")
+            layer.register_forward_hook(lambda _layer, _args, output: self.left(output))
+
+    def _norm_before(self, layer: nn.Module, branch: Branch) -> nn.Module | None:
+        name = self.config.norms[branch].before
+        return None if name is None else layer.get_submodule(name)
 
     def _add_gates(self, checkpoint: Checkpoint, gate: GateConfig) -> None:
         for i in range(self.config.num_layers):
@@ -326,8 +336,10 @@ class Reference:
 
     def decide(self, x: BranchInput) -> Decision:
         """Let the rule decide, and record the decision. Everything that a rule sees is on the CPU."""
+        self.left(x.residual)
         call = self._current()
         decision = call.masker.decide(x)
+        call.running = x, decision
         call.decisions[x.layer][BRANCHES.index(x.branch)] = decision
         return decision
 
@@ -345,9 +357,16 @@ class Reference:
         hidden = ~has_kv[layer][:, None, None, :].to(mask.device)
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
-    def after(self, x: BranchInput, result: torch.Tensor, decision: Decision) -> None:
-        """Show the rule the branch's result."""
-        self._current().masker.after(x, result, decision)
+    def left(self, state: torch.Tensor) -> None:
+        """Show the rule the residual stream behind the last branch that ran: the next branch begins, or the layer ends.
+
+        Only transformers' layer knows what comes between a branch and the stream, a norm or a factor.
+        """
+        call = self._current()
+        if call.running is not None:
+            x, decision = call.running
+            call.running = None
+            call.masker.after(x, state.cpu(), decision)
 
     def _part(self, load: Callable[[Checkpoint], T]) -> T:
         """See `Parts`."""
@@ -368,22 +387,24 @@ class Reference:
 class _Branch(nn.Module):
     """Replaces a branch of a decoder layer: its gate multiplies its output, and skipped tokens get 0."""
 
-    def __init__(self, reference: Reference, branch: nn.Module, norm: nn.Module, layer: int, name: Branch) -> None:
+    def __init__(
+        self, reference: Reference, branch: nn.Module, norm: nn.Module | None, layer: int, name: Branch
+    ) -> None:
         super().__init__()
         self.branch = branch
         self._reference = (reference,)  # in a tuple, so that it is not registered as a submodule
         self._layer, self._name = layer, name
         self._residual: torch.Tensor | None = None
-        # The norm's input is the residual stream that the branch reads.
-        norm.register_forward_pre_hook(self._note_residual)
+        if norm is not None:  # its input is the residual stream that the branch reads
+            norm.register_forward_pre_hook(self._note_residual)
 
     def _note_residual(self, _norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self._residual = args[0]
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         reference = self._reference[0]
-        assert self._residual is not None
-        residual, normed = self._residual.cpu(), hidden_states.cpu()
+        normed = hidden_states.cpu()
+        residual = normed if self._residual is None else self._residual.cpu()
         g = reference.gate(self._layer, self._name, residual, normed)
         score = None if g is None else g.mean(-1).masked_fill(~reference.valid(), float("-inf"))
         x = BranchInput(self._layer, self._name, residual, normed, score)
@@ -394,9 +415,7 @@ class _Branch(nn.Module):
         output = self.branch(hidden_states, **kwargs)
         first = (output[0] if isinstance(output, tuple) else output).cpu()
         gated = first if g is None else g.to(first.dtype) * first
-        added = reference.added(x, decision, gated)
-        reference.after(x, residual + added, decision)
-        added = added.to(hidden_states.device)
+        added = reference.added(x, decision, gated).to(hidden_states.device)
         return (added, *output[1:]) if isinstance(output, tuple) else added
 
 
@@ -484,5 +503,18 @@ def _load_model(checkpoint: Checkpoint) -> Any:
             found="no such tensors",
         )
     # Inverse frequencies are not weights: they are computed again, in float32.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    model.model.rotary_emb = rotary = type(model.model.rotary_emb)(config=model.config)
+    _long_factors(rotary, checkpoint.config)
     return model
+
+
+def _long_factors(rotary: Any, config: ModelConfig) -> None:
+    """Where the context exceeds LongRoPE's original one: take the long factors for every text, as all of a long one has.
+
+    transformers takes them by the length of a call, and keeps those for shorter ones in `original_inv_freq`.
+    """
+    original = getattr(rotary.config, "rope_parameters", {}).get("original_max_position_embeddings")
+    if getattr(rotary, "rope_type", None) != "longrope" or config.max_positions <= original:
+        return
+    longer, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, None, seq_len=config.max_positions)
+    rotary.original_inv_freq = longer
