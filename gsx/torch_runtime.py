@@ -100,7 +100,7 @@ class TorchStage:
         self.manifest = manifest = bundle.manifest
         self.layers = manifest.layers_of(graph)
         self._device = device
-        hf_config = read_config(bundle.directory)
+        hf_config = read_config(bundle.directory).hf
         self._config = config = _checked(hf_config, bundle)
         self._rule = traced_rule(manifest.policy, manifest.selection, config)
         options = DecoderOptions(self._rule, manifest.kv_policy, _TYPES[manifest.precision])

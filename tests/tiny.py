@@ -29,6 +29,14 @@ FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "mistral": {},
     "qwen2": {},
     "qwen3": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 56,
+    },
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True},
     "gemma2": {
         "query_pre_attn_scalar": 24,
         "attn_logit_softcapping": 3.0,
@@ -46,14 +54,6 @@ FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0] * 16},
     "olmo2": {},
     "olmo3": {"sliding_window": 8},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
-    "qwen2_moe": {
-        "num_experts": 5,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
-        "shared_expert_intermediate_size": 56,
-    },
-    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True},
 }
 FAMILY_NAMES = tuple(FAMILY_KEYS)
 # Families whose layers slide and see everything in turn; a tiny model has too few layers for their own patterns.

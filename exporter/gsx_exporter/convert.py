@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import pickle
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -142,8 +141,7 @@ def convert(
     read: Read = lambda name: tensors[name] if name in tensors else model.tensor(name)  # noqa: E731
     sizes = {name: _bytes(read(name)) for name in expected}
     with writing(output, overwrite=False, needed_bytes=sum(sizes.values()) + SLACK_BYTES) as work:
-        for path in model.companions():
-            shutil.copyfile(path, work / path.name)
+        model.copy_companions(work)
         types = {read(name).dtype for name in expected if rule_module_kind(name) is None}
         write_config(model, taken.section, types, work / CONFIG)
         write_safetensors(work, sizes, read, spelling=spelling_of(config), on_progress=on_progress)
@@ -216,8 +214,8 @@ def write_safetensors(
         tensors = {stored_name(name, spelling): read(name).clone() for name in names}
         save_file(tensors, directory / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(tensors, file)
-        done += len(names)
-        on_progress(Progress("writing weights", done, len(sizes)))
+        done += sum(sizes[name] for name in names)
+        on_progress(Progress("writing weights", done, sum(sizes.values()), unit="bytes"))
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (directory / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -443,7 +441,7 @@ def write_config(base: Checkpoint, section: Mapping[str, Any], types: set[torch.
 
     Args: types: of the weights; recorded if it is a single one.
     """
-    raw = json.loads((base.directory / CONFIG).read_text(encoding="utf-8"))
+    raw = base.config_values()
     if len(types) == 1:
         key = "torch_dtype" if "torch_dtype" in raw else "dtype"
         raw[key] = str(next(iter(types))).removeprefix("torch.")

@@ -53,6 +53,7 @@ class Family:
         norm_offset: added to the weight of every norm that transformers computes as (1 + w).
         windows: which layers `sliding_window` applies to: none (the key is ignored), all, or those that `layer_types`
             names.
+        experts: the keys that describe routed experts; None in a family without.
         activation: the key of the MLP's activation.
         fused: whether Q, K and V are one tensor (`qkv_proj`), and gate and up projection too (`gate_up_proj`).
         partial_rotary: whether plain RoPE reads `partial_rotary_factor`.
@@ -63,7 +64,6 @@ class Family:
         query_width: the key of the number that takes the place of D in 1/sqrt(D); None for D.
         residual_scale: the key of the factor of what a branch adds; None for 1.
         logits_divisor: the key of the number that logits are divided by; None for 1.
-        experts: the keys that describe routed experts; None in a family without.
         attention_softcap, logits_softcap: the keys of c in c tanh(x / c) of scores and logits; None for no such cap.
     """
 
@@ -74,6 +74,7 @@ class Family:
     norms: LayerNorms = field(default_factory=lambda: NORMS_BEFORE)
     norm_offset: float = 0.0
     windows: Literal["none", "all", "layer_types"] = "none"
+    experts: ExpertKeys | None = None
     activation: str = "hidden_act"
     fused: bool = False
     partial_rotary: bool = False
@@ -86,7 +87,6 @@ class Family:
     logits_divisor: str | None = None
     attention_softcap: str | None = None
     logits_softcap: str | None = None
-    experts: ExpertKeys | None = None
 
 
 SQRT_WIDTH = "sqrt(hidden_size)"
@@ -97,6 +97,20 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(windows="all"),
     "qwen2": Family(qkv_bias=True, windows="layer_types"),
     "qwen3": Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="head", windows="layer_types"),
+    "mixtral": Family(
+        windows="all",
+        experts=ExpertKeys(
+            count="num_local_experts", width="intermediate_size", normalized=True, by_layer=False, spelling="mixtral"
+        ),
+    ),
+    "qwen2_moe": Family(
+        qkv_bias="qkv_bias",
+        windows="layer_types",
+        experts=ExpertKeys(shared_width="shared_expert_intermediate_size"),
+    ),
+    "qwen3_moe": Family(
+        qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="head", windows="all", experts=ExpertKeys()
+    ),
     "gemma2": Family(
         qkv_bias="attention_bias",
         o_bias="attention_bias",
@@ -148,23 +162,5 @@ FAMILIES: Mapping[str, Family] = {
         norms=NORMS_AFTER,
         windows="layer_types",
         ropes_by_layer_type=True,
-    ),
-    "mixtral": Family(
-        windows="all",
-        experts=ExpertKeys(
-            count="num_local_experts", width="intermediate_size", normalized=True, by_layer=False, spelling="mixtral"
-        ),
-    ),
-    "qwen2_moe": Family(
-        qkv_bias="qkv_bias",
-        windows="layer_types",
-        experts=ExpertKeys(shared_width="shared_expert_intermediate_size"),
-    ),
-    "qwen3_moe": Family(
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        qk_norm="head",
-        windows="all",
-        experts=ExpertKeys(),
     ),
 }

@@ -83,6 +83,10 @@ def size(count: int) -> str:
     raise AssertionError
 
 
+def _amount(count: int, progress: Progress) -> str:
+    return size(count) if progress.unit == "bytes" else str(count)
+
+
 class ProgressLine:
     """Progress of one long piece of work and the time left, on stderr; a context manager.
 
@@ -101,14 +105,14 @@ class ProgressLine:
     def __enter__(self) -> ProgressLine:
         if sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
             from rich.progress import Progress as Bar
 
             self._bar = Bar(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=30),
-                MofNCompleteColumn(),
+                TextColumn("{task.fields[count]}"),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[left]}"),
                 TextColumn("{task.fields[note]}", style="dim"),
@@ -127,18 +131,20 @@ class ProgressLine:
         stage, done, total, note = progress.stage, progress.done, progress.total, progress.note
         seconds = self._left.after(progress)
         left = "" if seconds is None else f"about {in_words(seconds)} left"
+        count = f"{_amount(done, progress)}/{_amount(total, progress) if total else '?'}"
+        fields = {"note": note, "left": left, "count": count}
         if self._bar is not None:
             if stage != self._stage:
                 if self._task is not None:
                     self._bar.remove_task(self._task)
-                self._task = self._bar.add_task(stage, total=total or None, note=note, left=left)
-            self._bar.update(self._task, completed=done, total=total or None, note=note, left=left)
+                self._task = self._bar.add_task(stage, total=total or None, **fields)
+            self._bar.update(self._task, completed=done, total=total or None, **fields)
         else:
             now = time.monotonic()
             new = stage != self._stage
             if new or now - self._last >= self._plain_every or (total and done == total and note):
-                count = f" {done}/{total}" if total and (done or not new) else ""
-                parts = [f"{stage}{count}", *(part for part in (left, note) if part)]
+                shown = f" {count}" if total and (done or not new) else ""
+                parts = [f"{stage}{shown}", *(part for part in (left, note) if part)]
                 print("  ".join(parts), file=sys.stderr, flush=True)
                 self._last = now
         self._stage = stage

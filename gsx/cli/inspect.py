@@ -49,6 +49,7 @@ def _print(report: InspectReport) -> None:
     gates = report.gates
     facts = [
         ("kind", f"{report.kind}, {report.family}"),
+        *([("adapter", _adapter(report.adapter))] if report.adapter else []),
         ("shape", ", ".join(f"{name} {count}" for name, count in report.shape.items())),
         (
             "gates",
@@ -127,6 +128,10 @@ def _engines(engines: Mapping[str, Any]) -> list[tuple[str, str]]:
             wide = f"; {len(built['widened'])} quantized ones do not run in 8 bits" if built["widened"] else ""
             lines.append(("engine", f"{name}, {graph}: products {products_line(built['products'])}{wide}"))
     return lines
+
+
+def _adapter(adapter: Mapping[str, Any]) -> str:
+    return f"{adapter['kind']} of rank {adapter['rank']}, alpha {adapter['alpha']:g}, over {adapter['base']}"
 
 
 def _routers(router: Mapping[str, Any] | None) -> str:

@@ -17,6 +17,7 @@ from gsx_engines.bundle.manifest import (
     WeightsEntry,
 )
 from gsx_engines.bundle.words import Precision
+from gsx_plugins.progress import OnProgress
 
 
 def manifest_of(
@@ -25,6 +26,7 @@ def manifest_of(
     graphs: Mapping[str, GraphEntry],
     weights: WeightsEntry,
     notes: Sequence[str],
+    on_progress: OnProgress,
 ) -> Manifest:
     """The manifest, without a draft. The source's weights are hashed, which takes as long as reading them.
 
@@ -42,7 +44,7 @@ def manifest_of(
         },
         source=SourceModel(
             model=checkpoint.source,
-            weights_sha256=checkpoint.weights_sha256(),
+            weights_sha256=checkpoint.weights_sha256(on_progress),
             notes=(*checkpoint.notes, *notes),
         ),
         decoder=DecoderShape(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -69,8 +68,8 @@ def export(
         precision: type of weights and activations.
         calibration: UTF-8 text for the thresholds; None for the text that ships with gsx.
         calibration_tokens: how many of its tokens to use.
-        context: the longest text, in tokens; None for what the model was made for. With LongRoPE it decides which factors
-            are used: the short ones up to the original context (the default), the long ones above.
+        context: the longest text, in tokens; None for what the model was made for. With LongRoPE it decides which
+            factors are used: the short ones up to the original context (the default), the long ones above.
         draft: how to draft for self-speculative decoding: `exit:E`, `budget:B` or `layers:SET` (see
             `gsx_engines.speculation.spec.parse_draft`). `auto` searches for the exit, `layers:auto` for the set of
             layers to leave out, with the largest speedup over plain decoding on this machine, on the calibration text.
@@ -108,15 +107,15 @@ def export(
             on_progress(Progress("tracing"))
             builder = calibrated.graph_builder()
             graphs = builder.graphs(drafting.split)
-            weights = write_weights(work / WEIGHTS_FILE, graphs.weights, calibrated.weights.parameter, on_progress)
+            found = calibrated.weights
+            read, size = found.parameter, found.parameter_size
+            weights = write_weights(work / WEIGHTS_FILE, graphs.weights, read, size, on_progress)
         entries = write_graphs(work, graphs, weights)
-        for path in checkpoint.companions(BUNDLE_COMPANIONS):
-            shutil.copyfile(path, work / path.name)
+        checkpoint.copy_companions(work, BUNDLE_COMPANIONS)
         if has_tokenizer(checkpoint):
             write_tokenizer(checkpoint, work / TOKENIZER)
-        on_progress(Progress("hashing the source weights"))
         weights_entry = WeightsEntry(file=WEIGHTS_FILE, sha256=weights.sha256, size_bytes=weights.size_bytes)
-        manifest = manifest_of(calibrated, precision, entries, weights_entry, text.notes)
+        manifest = manifest_of(calibrated, precision, entries, weights_entry, text.notes, on_progress)
 
         def begin_search() -> DraftSearch:
             assert text.seen is not None

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from gsx.workflows.text_facts import TextFacts, facts_of_bundle, facts_of_checkpoint
 from gsx_engines.bundle.bundle import MANIFEST, open_bundle
@@ -16,6 +16,9 @@ from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import RouterPolicy
 from gsx_engines.errors import BundleError
+
+if TYPE_CHECKING:
+    from gsx_exporter.checkpoint.adapter import Adapter
 
 _Value = TypeVar("_Value", bool, str)
 _PARITY = "parity.json"
@@ -35,6 +38,7 @@ class InspectReport:
         gates: kind, input and branches; None without.
         router: the entry of the checkpoint; None without.
         exits: depths that the checkpoint was trained to exit at.
+        adapter: `base`, `kind`, `rank` and `alpha` of the LoRA adapter that is merged into the model; None without one.
         parameters: `dense` (a tied head counts once) and `gates`, which includes routers.
         types: how the weights are stored, or a bundle's precision.
         text: where a text ends, special and added tokens, chat template and context, and which files say so.
@@ -50,6 +54,7 @@ class InspectReport:
     gates: Mapping[str, Any] | None
     router: Mapping[str, Any] | None
     exits: tuple[int, ...]
+    adapter: Mapping[str, Any] | None
     parameters: Mapping[str, int]
     types: tuple[str, ...]
     text: TextFacts
@@ -109,13 +114,24 @@ def _checkpoint(path: str) -> InspectReport:
         gates=config.gate.to_dict() if config.gate else None,
         router=config.router.to_dict() if config.router else None,
         exits=config.exits,
+        adapter=_adapter(checkpoint.adapter) if checkpoint.adapter else None,
         parameters=counts,
-        types=tuple(sorted({kind for file in set(checkpoint.files.values()) for kind in _stored_types(file)})),
+        types=tuple(sorted({kind for file in checkpoint.stored.files for kind in _stored_types(file)})),
         text=facts_of_checkpoint(checkpoint),
         notes=tuple(checkpoint.notes),
         bundle=None,
-        files=_files(checkpoint.directory),
+        files=_files(checkpoint.adapter.directory if checkpoint.adapter else checkpoint.directory),
     )
+
+
+def _adapter(adapter: Adapter) -> dict[str, Any]:
+    settings = adapter.settings
+    return {
+        "base": adapter.base,
+        "kind": "DoRA" if settings.resized else "LoRA",
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+    }
 
 
 def _stored_types(file: Path) -> set[str]:
@@ -145,6 +161,7 @@ def _bundle(directory: Path, path: str) -> InspectReport:
         gates=manifest.gates.model_dump(mode="json") if manifest.gates else None,
         router=_router(manifest),
         exits=_exits(directory),
+        adapter=None,
         parameters=_parameters(directory, manifest),
         types=(manifest.precision,),
         text=facts_of_bundle(bundle),

@@ -96,10 +96,10 @@ def facts_of_checkpoint(checkpoint: Checkpoint) -> TextFacts:
         tokenizer = load_tokenizer(checkpoint)
     except CheckpointError as error:
         problem = error.what
-    stored = _json(checkpoint.directory / _CONFIG).get("max_position_embeddings")
+    stored = checkpoint.config_values().get("max_position_embeddings")
     context = Context(config.max_positions, stored, _scaled(config.ropes), _CONFIG)
-    file = file_of_text_ends(checkpoint.directory)
-    return _facts(checkpoint.directory, tokenizer, problem, (config.eos_ids, config.bos_id, file), context)
+    file = file_of_text_ends(checkpoint.generation_directory)
+    return _facts(checkpoint.tokenizer_directory, tokenizer, problem, (config.eos_ids, config.bos_id, file), context)
 
 
 def facts_of_bundle(bundle: Bundle) -> TextFacts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class Progress:
         total: how many steps the stage has; 0 if unknown.
         note: a remark for people who watch.
         share: of the whole work, of which this is a stage, the share that is done; None if unknown.
+        unit: what `done` and `total` count.
     """
 
     stage: str
@@ -24,6 +26,7 @@ class Progress:
     total: int = 0
     note: str = ""
     share: float | None = None
+    unit: Literal["steps", "bytes"] = "steps"
 
 
 OnProgress = Callable[[Progress], None]

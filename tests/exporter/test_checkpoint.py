@@ -27,6 +27,8 @@ from gsx_exporter.config import FAMILIES, ModelConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.quantization.smoothing import smooth
+from gsx_exporter.quantization.statistics import Statistics
 from gsx_exporter.reference.model import Reference
 from tests.tiny import tiny_checkpoint
 
@@ -244,6 +246,13 @@ def test_read_as_transformers_reads_it(make: Callable[..., Path], form: str) -> 
     assert same(logits(model), expected(model))
 
 
+def test_quantizing_finds_tensors_of_other_names(make: Callable[..., Path]) -> None:
+    model = make("qwen3", {"tied": True}, renamed(lambda name: name.removeprefix("model.")))
+    checkpoint = open_checkpoint(model)
+    smoothed, _ = smooth(checkpoint, Statistics({}, {}), alpha=0.0)
+    assert smoothed.tensor(EMBEDDING).equal(checkpoint.tensor(EMBEDDING))
+
+
 def test_the_reference_follows_transformers_not_gsx(make: Callable[..., Path]) -> None:
     """Parity would pass a mistake of gsx's reading if the reference made it too."""
     model = make("llama", {"tied": True}, weights(other_head))
@@ -290,18 +299,7 @@ def listing_only(*names: str) -> Change:
     return change
 
 
-def adapter(model: Path) -> None:
-    (model / "adapter_config.json").write_text(
-        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "some/base", "r": 4})
-    )
-
-
 REFUSED: dict[str, tuple[Change, list[str]]] = {
-    "an adapter": (
-        together(listing_only("adapter_model.safetensors"), adapter),
-        ["is a LORA adapter", "some/base", "merge_and_unload"],
-    ),
-    "a model with an adapter": (adapter, ["a whole model with a LORA adapter beside it", "some/base"]),
     "an adapter inside": (
         renamed(lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight")),
         ["LoRA weights that are not merged", "base_layer.weight"],
@@ -440,15 +438,15 @@ READ = {
     "shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers",
 }  # fmt: skip
 READ_IN_TRAINING = {
-    "attention_dropout", "resid_pdrop", "initializer_range",
-    "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
+    "attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
+    "resid_pdrop", "embd_pdrop",
 }  # fmt: skip
 WITHOUT_EFFECT = {
-    "transformers_version", "architectures", "dtype", "use_cache", "embd_pdrop",
-    *READ_IN_TRAINING,
+    "transformers_version", "architectures", "dtype", "use_cache",
     "output_hidden_states", "return_dict",  # what a call returns
     "chunk_size_feed_forward", "is_encoder_decoder", "pretraining_tp",  # not read by these families
     "id2label", "label2id", "problem_type",  # classification
+    *READ_IN_TRAINING,
 }  # fmt: skip
 
 
@@ -528,12 +526,6 @@ VALUES: dict[str, list[Any]] = {
     "use_bidirectional_attention": [True, False, None],
     "sliding_window_pattern": [2, 1, 0],
     "embedding_multiplier": [12.0, 0, None],
-    "attention_multiplier": [0.5, 0.0, None],
-    "residual_multiplier": [0.5, 0, "1"],
-    "logits_scaling": [4.0, 0.0, None],
-    "no_rope_layers": [[1, 1], [0, 0], [0], None, [True, False], "10", [2, 0]],
-    "no_rope_layer_interval": [2, 1, 0],
-    "rope_local_base_freq": [50.0, 0, None],
     "num_local_experts": [3, 5, 0, None],
     "num_experts": [3, 7, 0, None],
     "num_experts_per_tok": [1, 9, 0, None, 2.0],
@@ -545,6 +537,12 @@ VALUES: dict[str, list[Any]] = {
     "qkv_bias": [False, None],
     "output_router_logits": [True],
     "router_jitter_noise": [0.5],
+    "attention_multiplier": [0.5, 0.0, None],
+    "residual_multiplier": [0.5, 0, "1"],
+    "logits_scaling": [4.0, 0.0, None],
+    "no_rope_layers": [[1, 1], [0, 0], [0], None, [True, False], "10", [2, 0]],
+    "no_rope_layer_interval": [2, 1, 0],
+    "rope_local_base_freq": [50.0, 0, None],
 }  # fmt: skip
 
 

@@ -177,7 +177,7 @@ def test_shards(tmp_path: Path, pair: Pair) -> None:
     files = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(files) > 2
     assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    assert steps[-1] == Progress("writing weights", len(sizes), len(sizes))
+    assert steps[-1] == Progress("writing weights", sum(sizes.values()), sum(sizes.values()), unit="bytes")
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(sizes.values())
     assert_equal(tensors_of(out), pair.tensors)

@@ -20,6 +20,7 @@ from gsx_exporter.decoder.loading import Source, sources
 from gsx_exporter.graph.assemble import GraphBuilder
 from gsx_exporter.graph.weights import Weight, write_weights
 from gsx_exporter.rules.gateskip.traced import GateSkip
+from gsx_plugins.progress import Progress
 from tests.tiny import tiny_checkpoint
 
 
@@ -99,7 +100,11 @@ def test_weights_file_round_trips(tmp_path: Path) -> None:
         Weight("b", "b", False, torch.float32),
         Weight("c", "c", False, torch.float16),
     ]
-    written = write_weights(tmp_path / "w.bin", plan, tensors.__getitem__)
+    steps: list[Progress] = []
+    size = lambda name: tensors[name].nbytes  # noqa: E731
+    written = write_weights(tmp_path / "w.bin", plan, tensors.__getitem__, size, steps.append)
+    whole = sum(tensor.nbytes for tensor in tensors.values())
+    assert steps[-1] == Progress("writing weights", whole, whole, unit="bytes")
     assert written.size_bytes == (tmp_path / "w.bin").stat().st_size
     for weight in plan:
         info = written.initializers[weight.name]

@@ -57,7 +57,8 @@ class Model:
 
     def read(self) -> TextEnds:
         """What gsx understands."""
-        return read_text_ends(self.path, open_checkpoint(self.path).config)
+        checkpoint = open_checkpoint(self.path)
+        return read_text_ends(self.path, checkpoint.config_values(), checkpoint.config)
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     expected = expected_tensors(checkpoint.config)
     _check_stray(checkpoint, expected)
     for name, shape in expected.items():
-        if name not in checkpoint.files:
+        if name not in checkpoint.stored.names:
             raise _missing(checkpoint, name)
         found = checkpoint.shape(name)
         if found != shape:

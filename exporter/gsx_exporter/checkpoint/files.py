@@ -6,6 +6,8 @@ core_model_loading.py, `rename_source_key`), so that the same tensors are found 
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from gsx_exporter.checkpoint.json_file import read_json
 from gsx_exporter.checkpoint.kinds import without_weights
 from gsx_exporter.checkpoint.names import WEIGHTS, WEIGHTS_INDEX
 from gsx_exporter.errors import CheckpointError
+from gsx_plugins.progress import OnProgress, Progress, silent
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +25,14 @@ if TYPE_CHECKING:
 # Of the decoder without its head; a checkpoint of the decoder only stores its tensors without it.
 _DECODER = "model."
 _DECODER_PARTS = ("embed_tokens.", "layers.", "norm.")
+# Where multimodal models store their text part (transformers 5, and 4), and what a decoder calls the same.
+WHOLE_TO_TEXT = {
+    "model.language_model.": _DECODER,
+    "language_model.model.": _DECODER,
+    "language_model.lm_head.": "lm_head.",
+    "model.text_model.": _DECODER,
+    "lm_head.": "lm_head.",
+}
 
 
 def weight_files(directory: Path, only: str | None = None) -> dict[str, Path]:
@@ -48,21 +59,29 @@ def weight_files(directory: Path, only: str | None = None) -> dict[str, Path]:
     raise without_weights(directory)
 
 
-def decoder_names(files: dict[str, Path], source: str) -> dict[str, str]:
+def decoder_names(files: Mapping[str, Path], source: str, *, of_whole: bool = False) -> dict[str, str]:
     """Tensor name, as transformers calls it -> as it is stored.
 
     The decoder only is stored without `model.` (AutoModel, embedding models); a wrapped model with one more.
 
+    Args: of_whole: whether the decoder is the text part of a multimodal model; only its tensors are named then.
     Raises:
         CheckpointError: two tensors have the same name.
     """
     names: dict[str, str] = {}
     for stored in files:
-        name = _canonical(stored)
+        name = text_name(stored) if of_whole else canonical_name(stored)
+        if name is None:
+            continue
         if name in names:
             raise CheckpointError(f"{source}: has two tensors for {name}", found=f"{names[name]} and {stored}")
         names[name] = stored
     return names
+
+
+def text_name(stored: str) -> str | None:
+    """The name of a tensor of a multimodal model's text part; None if it belongs to another part."""
+    return next((new + stored.removeprefix(old) for old, new in WHOLE_TO_TEXT.items() if stored.startswith(old)), None)
 
 
 def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -74,6 +93,20 @@ def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
     files = weight_files(path) if path.is_dir() else _single(path)
     handles = {file: open_safetensors(file) for file in set(files.values())}
     return {name: handles[file].get_tensor(name) for name, file in files.items()}
+
+
+def sha256_of_files(paths: Sequence[Path], more: str = "", on_progress: OnProgress = silent) -> str:
+    """Hash over the bytes of files, one after the other, and of a text."""
+    digest = hashlib.sha256()
+    done, total = 0, sum(path.stat().st_size for path in paths)
+    for path in paths:
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+                done += len(block)
+                on_progress(Progress("hashing the source weights", done, total, unit="bytes"))
+    digest.update(more.encode())
+    return digest.hexdigest()
 
 
 def open_safetensors(path: Path) -> Any:
@@ -135,7 +168,8 @@ def _shards(index: Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def _canonical(stored: str) -> str:
+def canonical_name(stored: str) -> str:
+    """The name that transformers gives a tensor, from the one under which it is stored."""
     inner = stored.removeprefix(_DECODER)
     if inner != stored and inner.startswith((_DECODER, "lm_head.")):
         return inner

@@ -148,18 +148,19 @@ class TextEnds:
         return replace(config, eos_ids=self.eos_ids, bos_id=self.bos_id, pad_id=self.pad_id)
 
 
-def read_text_ends(directory: Path, config: ModelConfig) -> TextEnds:
+def read_text_ends(directory: Path, values: Mapping[str, Any], config: ModelConfig) -> TextEnds:
     """What the files of a model directory say about beginning and end of a text.
 
     Args:
-        directory: of the model; it has a readable `config.json`.
+        directory: where `generation_config.json` may be.
+        values: what `config.json` says of the model.
         config: of the model; its own ids are not read.
     Raises:
         CheckpointError: the file that decides is damaged, transformers refuses it, or its ids are none.
     """
     file = file_of_text_ends(directory)
     path = directory / file
-    raw = _json(path)
+    raw = dict(values) if file == CONFIG else _json(path)
     loaded = _loaded(path, raw)
     named = _ids(path, "eos_token_id", loaded.eos_token_id)
     pad = _one_id(path, "pad_token_id", loaded.pad_token_id)
@@ -173,7 +174,7 @@ def read_text_ends(directory: Path, config: ModelConfig) -> TextEnds:
     ends = tuple(dict.fromkeys(token for token in named if token in vocabulary))
     begin = _one_id(path, "bos_token_id", loaded.bos_token_id)
     notes = [
-        *_notes_on_ends(directory, file, ends, [token for token in named if token not in vocabulary], vocabulary),
+        *_notes_on_ends(values, file, ends, [token for token in named if token not in vocabulary], vocabulary),
         *_notes_on_settings(file, raw, loaded, ends, config.max_positions),
     ]
     return TextEnds(
@@ -190,8 +191,7 @@ def file_of_text_ends(directory: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    todo = None if path.name == CONFIG else f"correct it, or remove it: {CONFIG} then says where a text ends"
-    return read_json(path, todo)
+    return read_json(path, f"correct it, or remove it: {CONFIG} then says where a text ends")
 
 
 def _loaded(path: Path, raw: dict[str, Any]) -> Any:
@@ -227,7 +227,7 @@ def _one_id(path: Path, key: str, value: Any) -> int | None:
 
 
 def _notes_on_ends(
-    directory: Path, file: str, ends: Sequence[int], unknown: Sequence[int], vocabulary: Sequence[int]
+    values: Mapping[str, Any], file: str, ends: Sequence[int], unknown: Sequence[int], vocabulary: Sequence[int]
 ) -> list[str]:
     notes = []
     if unknown:
@@ -237,7 +237,7 @@ def _notes_on_ends(
             "no text ends there"
         )
     if not ends:
-        other = _json(directory / CONFIG).get("eos_token_id") if file != CONFIG else None
+        other = values.get("eos_token_id") if file != CONFIG else None
         but = f"; that of {CONFIG} ({_shown(other)}) does not count beside it" if other is not None else ""
         notes.append(f"{file} names no token that ends a text{but}: a text ends at its limit, as in transformers")
     return notes

@@ -6,14 +6,11 @@ An adapter, a converted model, the hub's cache: each is called by its name, with
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NoReturn
 
 from gsx_engines.bundle.bundle import MANIFEST
-from gsx_exporter.checkpoint.json_file import read_json
-from gsx_exporter.checkpoint.names import CONFIG, WEIGHTS, WEIGHTS_INDEX
+from gsx_exporter.checkpoint.names import ADAPTER, CONFIG, WEIGHTS, WEIGHTS_INDEX
 from gsx_exporter.errors import CheckpointError
 
-ADAPTER = "adapter_config.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Files that give away what a directory without safetensors of transformers' layout is, and the way out.
 _OTHERS = (
@@ -33,8 +30,8 @@ _OTHERS = (
 def check_kind(directory: Path) -> None:
     """Refuse a directory that is recognized as something else, before anything in it is read."""
     if (directory / ADAPTER).is_file():
-        _refuse_adapter(directory)
-    if not (directory / CONFIG).is_file():
+        _check_adapter(directory)
+    elif not (directory / CONFIG).is_file():
         snapshots = sorted(path for path in (directory / "snapshots").glob("*") if (path / CONFIG).is_file())
         if snapshots:
             raise CheckpointError(
@@ -81,29 +78,18 @@ def listing(directory: Path) -> str:
     return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def _refuse_adapter(directory: Path) -> NoReturn:
-    """A LoRA or other PEFT adapter.
+def _check_adapter(directory: Path) -> None:
+    """Refuse an adapter with a whole model beside it.
 
-    With a whole model beside it, transformers would load the adapter's base and add the adapter; which of the two is
-    meant cannot be known.
+    transformers would load the adapter's base and add the adapter; which of the two models is meant cannot be known.
     """
-    try:
-        raw = read_json(directory / ADAPTER)
-    except CheckpointError:  # damaged, and still an adapter
-        raw = {}
-    base, kind = raw.get("base_model_name_or_path") or "a base that it does not name", raw.get("peft_type") or "PEFT"
-    whole = (directory / WEIGHTS).is_file() or (directory / WEIGHTS_INDEX).is_file()
-    what = f"a whole model with a {kind} adapter beside it" if whole else f"a {kind} adapter, not a whole model"
-    raise CheckpointError(
-        f"{directory}: is {what}",
-        expected="a model with all its weights",
-        found=f"an adapter of {base}",
-        todo=(
-            f"remove {ADAPTER} if the model already contains the adapter, else merge it first"
-            if whole
-            else "merge it first: PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(DIR)"
-        ),
-    )
+    if (directory / WEIGHTS).is_file() or (directory / WEIGHTS_INDEX).is_file():
+        raise CheckpointError(
+            f"{directory}: is a whole model with an adapter beside it",
+            expected="one of them",
+            found=", ".join(name for name in (WEIGHTS, WEIGHTS_INDEX, ADAPTER) if (directory / name).is_file()),
+            todo=f"remove {ADAPTER} if the model contains the adapter, else keep that in a directory of its own",
+        )
 
 
 def _refuse_other_kinds(directory: Path) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
@@ -17,3 +21,8 @@ _SETTINGS = (CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG, SPECIAL_TOKENS, "chat_
 COMPANION_FILES = (*_SETTINGS, *VOCABULARIES, "merges.txt", ADDED_TOKENS)
 # Those that a bundle copies. Its `tokenizer.json` is written (`tokenizer.py`) and complete.
 BUNDLE_COMPANIONS = _SETTINGS
+
+
+def has_vocabulary(directory: Path) -> bool:
+    """Whether a directory has a tokenizer in any of the forms that transformers reads."""
+    return any((directory / name).is_file() for name in VOCABULARIES)

@@ -5,16 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from gsx_exporter.checkpoint.adapter import Adapter, MergedTensors, read_adapter
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.checks import check_tensors
-from gsx_exporter.checkpoint.experts import fused_tensors, named_by_qwen, pieces_of, spelling_of
-from gsx_exporter.checkpoint.files import decoder_names, weight_files
+from gsx_exporter.checkpoint.experts import Piece, fused_tensors, named_by_qwen, pieces_of, spelling_of
+from gsx_exporter.checkpoint.files import decoder_names, sha256_of_files, weight_files
 from gsx_exporter.checkpoint.folder import locate
 from gsx_exporter.checkpoint.generation import read_text_ends
 from gsx_exporter.checkpoint.hf_config import read_config
-from gsx_exporter.checkpoint.names import CONFIG
+from gsx_exporter.checkpoint.layouts.layout import DequantizedTensors, Layout
+from gsx_exporter.checkpoint.names import ADAPTER, CONFIG
 from gsx_exporter.checkpoint.skeleton import check_skeleton
-from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD
+from gsx_exporter.checkpoint.stored import StoredTensors
+from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD, expected_tensors
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
 
@@ -23,64 +26,145 @@ def open_checkpoint(model: str | Path, context: int | None = None) -> Checkpoint
     """Open a model directory or a hub id, and check that it is complete and of a supported family.
 
     Args:
-        model: a local directory, or a hub id such as "org/name" (needs a connection the first time).
+        model: a local directory, or a hub id such as "org/name" (needs a connection the first time): a model, or a LoRA
+            adapter, which is merged into its base while that is read.
         context: the longest text, in tokens; None for what the model was made for, with LongRoPE for what its short
             factors were made for.
     Raises:
-        CheckpointError: the checkpoint is missing, empty, truncated, damaged or quantized; it is something else (an
-            adapter, a GGUF file); it has only pickled weights or an unsupported family; a field of its configuration
-            has no meaning; a tensor is missing or has the wrong shape; its gates are incomplete.
+        CheckpointError: the checkpoint is missing, empty, truncated, damaged or quantized; it is something else (a GGUF
+            file); it has only pickled weights or an unsupported family; a field of its configuration has no meaning; a
+            tensor is missing or has the wrong shape; its gates are incomplete; an adapter does not fit its base.
     """
     directory = locate(str(model))
-    hf_config = read_config(directory)
-    config = ModelConfig.from_hf(hf_config)
+    if not (directory / ADAPTER).is_file():
+        checkpoint = _read(directory, str(model))
+    else:
+        adapter = read_adapter(directory)
+        checkpoint = _with_adapter(_read(_base_of(adapter), str(model), adapter), adapter)
     if context is not None:
-        config = config.of_context(context)
-    ends = read_text_ends(directory, config)
-    files = weight_files(directory, getattr(hf_config, "transformers_weights", None))
-    names = decoder_names(files, str(model))
-    names = named_by_qwen(names, spelling_of(config))
-    by_name = {name: files[stored] for name, stored in names.items()}
-    renamed = {name: stored for name, stored in names.items() if name != stored}
-    checkpoint = Checkpoint(directory, str(model), hf_config, ends.of(config), by_name, renamed, notes=[*ends.notes])
-    if getattr(hf_config, "auto_map", None):
-        checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
-    if config.switches:
+        checkpoint.config = checkpoint.config.of_context(context)
+    if checkpoint.config.switches:
         checkpoint.notes.append(
-            f"its LongRoPE has short factors, for texts of up to {config.max_positions:,} tokens, and long ones: the "
-            f"short ones are used; --context {config.most_positions} takes the long ones"
+            f"its LongRoPE has short factors, for texts of up to {checkpoint.config.max_positions:,} tokens, and long "
+            f"ones: the short ones are used; --context {checkpoint.config.most_positions} takes the long ones"
         )
-    _settle_head(checkpoint)
-    _settle_experts(checkpoint)
     check_tensors(checkpoint)
     check_skeleton(checkpoint)
     return checkpoint
 
 
-def _settle_head(checkpoint: Checkpoint) -> None:
+def _read(directory: Path, source: str, adapter: Adapter | None = None) -> Checkpoint:
+    """A model as it is stored. Args: adapter: it may have a section `gsx` of its own."""
+    read = read_config(directory, adapter.section if adapter is not None else None)
+    config = ModelConfig.from_hf(read.hf)
+    files = weight_files(directory, getattr(read.hf, "transformers_weights", None))
+    names = decoder_names(files, source, of_whole=read.whole is not None)
+    names = named_by_qwen(names, spelling_of(config))
+    places = {name: (files[stored], stored) for name, stored in names.items()}
+    checkpoint = Checkpoint(
+        directory, source, read.hf, config, StoredTensors(places), [], adapter, read.own, read.whole, read.layout
+    )
+    _settle_head(checkpoint, places)
+    checkpoint.stored = _with_single_experts(checkpoint, places)
+    if read.layout is not None:
+        _dequantize(checkpoint, read.layout)
+    ends = read_text_ends(checkpoint.generation_directory, checkpoint.config_values(), config)
+    checkpoint.config = ends.of(checkpoint.config)
+    checkpoint.notes += ends.notes
+    if read.whole is not None:
+        checkpoint.notes.append(f"this is the text part of a multimodal model ({read.whole}): the rest is left out")
+    if getattr(read.hf, "auto_map", None):
+        checkpoint.notes.append(f"{CONFIG} names code of its own (auto_map), which is never run")
+    return checkpoint
+
+
+def _dequantize(checkpoint: Checkpoint, layout: Layout) -> None:
+    """Read quantized weights as floats."""
+    floats = DequantizedTensors(checkpoint.stored, layout, checkpoint.source)
+    floats.check()
+    checkpoint.stored = floats
+    checkpoint.notes.append(
+        f"the weights are quantized already ({layout.method}): they are read as the floats that they stand for, and "
+        "activations are in full precision"
+    )
+    if checkpoint.config.tied_head and HEAD in floats.names:
+        _untie(checkpoint)
+
+
+def _base_of(adapter: Adapter) -> Path:
+    """The directory of an adapter's base."""
+    todo = f"correct base_model_name_or_path of {ADAPTER}: a directory or a hub id"
+    try:
+        directory = locate(adapter.base, adapter.revision)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{adapter.directory}: the base of the adapter cannot be opened", found=error.what, todo=todo
+        ) from error
+    if (directory / ADAPTER).is_file():
+        raise CheckpointError(
+            f"{adapter.directory}: the base of the adapter is an adapter itself, {adapter.base}",
+            todo="merge that one into its own base first (PEFT: merge_and_unload)",
+        )
+    return directory
+
+
+def _with_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+    """The model with the adapter merged into it."""
+    if checkpoint.whole is not None:
+        raise CheckpointError(
+            f"{adapter.directory}: the adapter belongs to a multimodal model ({checkpoint.whole})",
+            expected="an adapter of a model that has only text",
+            found=f"the base {adapter.base}",
+            todo="merge it by PEFT (merge_and_unload), save the model and export that",
+        )
+    wanted = adapter.base_sha256
+    if wanted is not None and (found := sha256_of_files(checkpoint.stored.files)) != wanted:
+        raise CheckpointError(
+            f"{adapter.directory}: the adapter was trained on another base than {adapter.base}",
+            expected=f"weights with sha256 {wanted[:12]}..., as {ADAPTER} records",
+            found=f"{found[:12]}...",
+            todo="name the base that it was trained on in base_model_name_or_path",
+        )
+    merged = MergedTensors(checkpoint.stored, adapter, checkpoint.config.tied_head)
+    checkpoint.stored = merged
+    if merged.unties:
+        checkpoint.config = replace(checkpoint.config, tied_head=False)
+        checkpoint.notes.append(
+            "the adapter changes embedding or head, which are one table in its base: they are two tables now"
+        )
+    merged.check(expected_tensors(checkpoint.config))
+    kind = "DoRA" if adapter.settings.resized else "LoRA"
+    checkpoint.notes.append(f"a {kind} adapter is merged into its base, {adapter.base}")
+    return checkpoint
+
+
+def _settle_head(checkpoint: Checkpoint, places: dict[str, tuple[Path, str]]) -> None:
     """Whether embedding and head are one table: as transformers decides it, by the flag and by what is stored.
 
     With the flag set and both tables stored, they are one only if they are equal: a head that was trained separately
     is often saved beside a flag that nobody changed. If only one is stored, it serves as both.
     """
-    files, renamed = checkpoint.files, checkpoint.renamed
-    if not checkpoint.config.tied_head or HEAD not in files:
+    if not checkpoint.config.tied_head or HEAD not in places:
         return
-    if EMBEDDING not in files:
-        files[EMBEDDING], renamed[EMBEDDING] = files[HEAD], renamed.get(HEAD, HEAD)
+    if EMBEDDING not in places:
+        places[EMBEDDING] = places[HEAD]
     elif not _equal(checkpoint, EMBEDDING, HEAD):
-        checkpoint.config = replace(checkpoint.config, tied_head=False)
-        checkpoint.notes.append(
-            f"{CONFIG} says that embedding and head are one table, but two different ones are stored: both are used"
-        )
+        _untie(checkpoint)
         return
-    del files[HEAD]
+    del places[HEAD]
 
 
-def _settle_experts(checkpoint: Checkpoint) -> None:
+def _untie(checkpoint: Checkpoint) -> None:
+    checkpoint.config = replace(checkpoint.config, tied_head=False)
+    checkpoint.notes.append(
+        f"{CONFIG} says that embedding and head are one table, but two different ones are stored: both are used"
+    )
+
+
+def _with_single_experts(checkpoint: Checkpoint, places: dict[str, tuple[Path, str]]) -> StoredTensors:
     """Give the experts of tensors that hold all those of a layer their names: they are read one at a time."""
-    config, files = checkpoint.config, checkpoint.files
-    fused = fused_tensors(config, files)
+    config = checkpoint.config
+    fused = fused_tensors(config, places)
     for name, shape in fused.items():
         if checkpoint.shape(name) != shape:
             raise CheckpointError(
@@ -88,14 +172,16 @@ def _settle_experts(checkpoint: Checkpoint) -> None:
                 expected=f"{list(shape)}: experts, outputs, inputs",
                 found=str(list(checkpoint.shape(name))),
             )
-    stored = {name: checkpoint.renamed.pop(name, name) for name in fused}
+    stored = {name: places[name][1] for name in fused}
+    found: dict[str, Piece] = {}
     for name, pieces in pieces_of(stored, config.experts).items() if config.experts else ():
-        file = files.pop(name)
+        place = places.pop(name)
         for piece in pieces:
-            if piece in files:
+            if piece in places:
                 raise CheckpointError(f"{checkpoint.source}: has two tensors for {piece}", found=f"it, and {name}")
-        files |= dict.fromkeys(pieces, file)
-        checkpoint.pieces |= pieces
+        places |= dict.fromkeys(pieces, place)
+        found |= pieces
+    return StoredTensors(places, found)
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:

@@ -29,11 +29,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, H)}
     for i in range(config.num_layers):
         p = f"model.layers.{i}."
-        for name, out, width, bias in _products(config, i):
+        routed = config.is_routed(i)
+        for name, out, width, bias in (*_of_attention(config), *(() if routed else _of_mlp(config))):
             shapes[f"{p}{name}.weight"] = (out, width)
             if bias:
                 shapes[f"{p}{name}.bias"] = (out,)
-        if config.experts is not None and config.is_routed(i):
+        if config.experts is not None and routed:
             shapes |= {p + name: shape for name, shape in expert_tensors(config.experts, H).items()}
         for norms in config.norms.values():
             shapes |= {f"{p}{norm}.weight": (H,) for norm in (norms.before, norms.after) if norm}
@@ -57,29 +58,26 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _products(config: ModelConfig, layer: int) -> list[tuple[str, int, int, bool]]:
-    """The linear layers of a layer, without those of experts: name, outputs, inputs, and whether it has a bias."""
-    H, F = config.hidden_size, config.intermediate_size
+# A linear layer: name, outputs, inputs, and whether it has a bias.
+_Product = tuple[str, int, int, bool]
+
+
+def _of_attention(config: ModelConfig) -> list[_Product]:
+    H = config.hidden_size
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    out: _Product = ("self_attn.o_proj", H, q, config.o_bias)
     if config.fused:
-        entering = [
-            (f"self_attn.{FUSED_QKV}", q + 2 * kv, H, config.qkv_bias),
-            (f"mlp.{FUSED_GATE_UP}", 2 * F, H, config.mlp_bias),
-        ]
-    else:
-        entering = [
-            ("self_attn.q_proj", q, H, config.qkv_bias),
-            ("self_attn.k_proj", kv, H, config.qkv_bias),
-            ("self_attn.v_proj", kv, H, config.qkv_bias),
-            ("mlp.gate_proj", F, H, config.mlp_bias),
-            ("mlp.up_proj", F, H, config.mlp_bias),
-        ]
-    found = [
-        *entering,
-        ("self_attn.o_proj", H, q, config.o_bias),
-        ("mlp.down_proj", H, F, config.mlp_bias),
-    ]
-    return [one for one in found if not (config.is_routed(layer) and one[0].startswith("mlp."))]
+        return [(f"self_attn.{FUSED_QKV}", q + 2 * kv, H, config.qkv_bias), out]
+    widths = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+    return [*((name, width, H, config.qkv_bias) for name, width in widths.items()), out]
+
+
+def _of_mlp(config: ModelConfig) -> list[_Product]:
+    H, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    down: _Product = ("mlp.down_proj", H, F, bias)
+    if config.fused:
+        return [(f"mlp.{FUSED_GATE_UP}", 2 * F, H, bias), down]
+    return [("mlp.gate_proj", F, H, bias), ("mlp.up_proj", F, H, bias), down]
 
 
 def is_adapter(name: str) -> bool:

@@ -24,6 +24,7 @@ from gsx_exporter.checkpoint.names import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     VOCABULARIES,
+    has_vocabulary,
 )
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.errors import CheckpointError
@@ -36,7 +37,7 @@ _SPACE_MARK = "\u2581"
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint has a vocabulary in any of the forms that transformers reads."""
-    return any((checkpoint.directory / name).is_file() for name in VOCABULARIES)
+    return has_vocabulary(checkpoint.tokenizer_directory)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -64,7 +65,7 @@ def write_tokenizer(checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _load(checkpoint: Checkpoint) -> Tokenizer:
-    directory, source = checkpoint.directory, checkpoint.source
+    directory, source = checkpoint.tokenizer_directory, checkpoint.source
     if not has_tokenizer(checkpoint):
         raise CheckpointError(
             f"{source}: has no tokenizer",
@@ -77,7 +78,7 @@ def _load(checkpoint: Checkpoint) -> Tokenizer:
     _json_if_there(directory / SPECIAL_TOKENS)
     declared = _declared_tokens(directory, stored, settings)
     _check_class(directory / TOKENIZER_CONFIG, settings.get("tokenizer_class"))
-    _check_class(directory / CONFIG, getattr(checkpoint.hf_config, "tokenizer_class", None))
+    _check_class(checkpoint.directory / CONFIG, getattr(checkpoint.hf_config, "tokenizer_class", None))
     _check_converter(directory)
     with quiet_transformers():
         found = _read(checkpoint)
@@ -158,7 +159,7 @@ def _read(checkpoint: Checkpoint, *, generic: bool = False) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    directory = checkpoint.directory
+    directory = checkpoint.tokenizer_directory
     try:
         if generic:
             return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)

@@ -188,7 +188,8 @@ class DecoderLayer(nn.Module):
                 setattr(self, name, RmsNorm(config.hidden_size, config.rms_norm_eps, dtype))
         self.self_attn = Attention(config, dtype, rotates=config.rotary[number] is not None)
         self.mlp: RoutedMlp | Mlp
-        if config.experts is not None and config.is_routed(number):
+        if config.is_routed(number):
+            assert config.experts is not None
             self.mlp = RoutedMlp(config.experts, config.hidden_size, dtype)
         else:
             self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype, config.activation)

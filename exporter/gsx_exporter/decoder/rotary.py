@@ -2,9 +2,9 @@
 
 The frequencies of each kind of scaling come from transformers (`modeling_rope_utils`), which defines what checkpoints
 mean. Those of `dynamic` (NTK) depend on the length of the sequence so far, so they are computed in the graph, for each
-sequence by itself: transformers takes the longest of a batch, so that the others would depend on their neighbours. Those
-of `longrope` follow from the context that a bundle is made for (`ModelConfig.max_positions`): transformers takes others
-once a text exceeds the original context, and computes all of the text again.
+sequence by itself: transformers takes the longest of a batch, so that the others would depend on their neighbours.
+Those of `longrope` follow from the context that a bundle is made for (`ModelConfig.max_positions`): transformers takes
+others once a text exceeds the original context, and computes all of the text again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RotaryTables(nn.Module):
     def __init__(self, hf_config: Any, config: ModelConfig, kind: str, dtype: torch.dtype) -> None:
         super().__init__()
         rope = config.ropes[kind]
-        self.type = rope.get("rope_type", "default")
+        self.rope_type = rope.get("rope_type", "default")
         self.dtype = dtype
         self.width = width = config.rotary_dim
         self.base = float(rope["rope_theta"])
@@ -40,14 +40,14 @@ class RotaryTables(nn.Module):
         cpu = torch.device("cpu")
         with cpu:  # the modules around this one may be built on the meta device
             exponents = torch.arange(0, width, 2, dtype=torch.float32) / width
-            if self.type in ("default", "dynamic"):
+            if self.rope_type in ("default", "dynamic"):
                 frequencies = 1.0 / (self.base**exponents)
             else:
-                seen = {"seq_len": config.max_positions} if self.type == "longrope" else {}
-                frequencies, self.scaling = ROPE_INIT_FUNCTIONS[self.type](hf_config, cpu, **seen, **of_layers)
+                seen: dict[str, int] = {"seq_len": config.max_positions} if self.rope_type == "longrope" else {}
+                frequencies, self.scaling = ROPE_INIT_FUNCTIONS[self.rope_type](hf_config, cpu, **seen, **of_layers)
         self.frequencies: list[float] = frequencies.tolist()
         self.exponents: list[float] = exponents.tolist()
-        if self.type == "dynamic":
+        if self.rope_type == "dynamic":
             self.factor = float(rope["factor"])
             self.original = int(hf_config.max_position_embeddings)  # as transformers does
 
@@ -62,7 +62,7 @@ class RotaryTables(nn.Module):
     def _frequencies(self, position_ids: Tensor) -> Tensor:
         """[W/2], or [B, 1, W/2] if they depend on the length of each sequence so far."""
         frequencies = torch.tensor(self.frequencies, dtype=torch.float32)
-        if self.type != "dynamic":
+        if self.rope_type != "dynamic":
             return frequencies
         # NTK: the base grows with the length so far once that exceeds the original one.
         seen = (

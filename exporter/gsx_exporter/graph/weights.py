@@ -41,7 +41,7 @@ class Weight:
 
     Args:
         name: initializer name.
-        source: name in the checkpoint.
+        source: the parameter that it is read from, with the prefix of a whole model's (`Checkpoint.parameter`).
         transpose: whether it is a linear weight, [out, in] in the checkpoint and [in, out] in the graph.
         dtype: type to store it in.
         encode: applied to the tensor (float32, in the graph's layout) before it is stored; None to store it as it is.
@@ -70,6 +70,7 @@ def write_weights(
     path: Path,
     weights: Sequence[Weight],
     read: Callable[[str], Tensor],
+    size: Callable[[str], int],
     on_progress: OnProgress = silent,
 ) -> WeightsFile:
     """Write all weights to one file.
@@ -77,15 +78,17 @@ def write_weights(
     Args:
         path: file to create; the graphs refer to it by its name.
         weights: without repetition.
-        read: checkpoint name -> tensor.
-        on_progress: called after each tensor.
+        read: name of a parameter, as `Weight.source` has it -> tensor.
+        size: the same -> bytes that are read for it.
+        on_progress: called after each tensor, with the bytes read.
     """
     initializers: dict[str, onnx.TensorProto] = {}
     digest = hashlib.sha256()
+    done, total = 0, sum(size(part) for weight in weights for part in _parts(weight))
     with path.open("wb") as stream:
-        for number, weight in enumerate(weights, start=1):
+        for weight in weights:
             start, length = stream.tell(), 0
-            for part in weight.stack or (weight.source,):
+            for part in _parts(weight):
                 tensor = _in_layout(weight, read(part))
                 stored = _pairs(tensor) if weight.dtype == FOUR_BITS else tensor.to(weight.dtype)
                 data = stored.contiguous().flatten().view(torch.uint8).numpy().data
@@ -94,13 +97,19 @@ def write_weights(
                 stream.write(data)
                 digest.update(data)
                 length += data.nbytes
+                done += size(part)
+                on_progress(Progress("writing weights", done, total, unit="bytes"))
             shape = (*((len(weight.stack),) if weight.stack else ()), *tensor.shape)
             initializers[weight.name] = _external(
                 weight.name, ONNX_TYPES[weight.dtype], shape, path.name, start, length
             )
-            on_progress(Progress("writing weights", number, len(weights)))
-        size = stream.tell()
-    return WeightsFile(initializers, digest.hexdigest(), size)
+        written = stream.tell()
+    return WeightsFile(initializers, digest.hexdigest(), written)
+
+
+def _parts(weight: Weight) -> tuple[str, ...]:
+    """What a weight is read from, in order."""
+    return weight.stack or (weight.source,)
 
 
 def _in_layout(weight: Weight, tensor: Tensor) -> Tensor:

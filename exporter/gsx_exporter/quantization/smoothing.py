@@ -46,22 +46,21 @@ class Site:
 def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
     """The sites of a layer, with names within `model.layers.{i}.`.
 
-    A branch that reads the residual stream itself, without a norm, has none before its products; nor have experts,
-    whose inputs are never rounded.
+    A branch that reads the residual stream itself, without a norm, has none before its products. Inputs of experts are
+    not rounded.
     """
     reads = config.gate is not None and config.gate.input == "post_norm"
 
     def gate(branch: Branch) -> str | None:
         return f"{branch}_gate" if reads and branch in config.gated_branches else None
 
-    readers: dict[Branch, tuple[str, ...]] = {
-        "attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "mlp": ("mlp.gate_proj", "mlp.up_proj"),
-    }
-    branches: tuple[Branch, ...] = ("attn",) if config.is_routed(layer) else ("attn", "mlp")
-    norms = {branch: config.norms[branch].before for branch in branches}
-    found = [Site(readers[branch], gate(branch), norm) for branch, norm in norms.items() if norm]
-    return (*found, Site(("mlp.down_proj",), None, "mlp.up_proj")) if "mlp" in branches else tuple(found)
+    readers: dict[Branch, tuple[str, ...]] = {"attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+    inside: tuple[Site, ...] = ()
+    if not config.is_routed(layer):
+        readers["mlp"] = ("mlp.gate_proj", "mlp.up_proj")
+        inside = (Site(("mlp.down_proj",), None, "mlp.up_proj"),)
+    found = [(names, gate(branch), config.norms[branch].before) for branch, names in readers.items()]
+    return (*(Site(names, gated, norm) for names, gated, norm in found if norm), *inside)
 
 
 @dataclass

@@ -17,16 +17,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.checkpoint.json_file import one_line
-from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.config import GateConfig, ModelConfig
-from gsx_exporter.errors import CheckpointError
+from gsx_exporter.reference.loading import load_model
 from gsx_exporter.reference.parts import linear
 from gsx_exporter.reference.rule import (
     BranchInput,
@@ -118,7 +115,7 @@ class Reference:
             CheckpointError: transformers does not find all weights.
         """
         config = checkpoint.config
-        model = _load_model(checkpoint)
+        model = load_model(checkpoint)
         model.eval()
         model.requires_grad_(False)
         _narrow(model)
@@ -497,42 +494,3 @@ def _narrow(model: nn.Module) -> None:
             if torch.equal(narrow.float(), weight.data):
                 weight.data = narrow
                 break
-
-
-def _load_model(checkpoint: Checkpoint) -> Any:
-    with quiet_transformers():
-        try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                checkpoint.directory,
-                dtype=torch.float32,
-                attn_implementation="eager",
-                experts_implementation="eager",
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-        except Exception as error:  # many types, all about this directory
-            raise CheckpointError(f"{checkpoint.source}: transformers cannot load it", found=one_line(error)) from error
-    if found["missing_keys"]:
-        raise CheckpointError(
-            f"{checkpoint.source}: transformers does not find all weights",
-            expected=", ".join(sorted(found["missing_keys"])[:3]),
-            found="no such tensors",
-        )
-    # Inverse frequencies are not weights: they are computed again, in float32.
-    model.model.rotary_emb = rotary = type(model.model.rotary_emb)(config=model.config)
-    _long_factors(rotary, checkpoint.config)
-    return model
-
-
-def _long_factors(rotary: Any, config: ModelConfig) -> None:
-    """Where the context exceeds LongRoPE's original one: take the long factors for every text, as all of a long one has.
-
-    transformers takes them by the length of a call, and keeps those for shorter ones in `original_inv_freq`.
-    """
-    original = getattr(rotary.config, "rope_parameters", {}).get("original_max_position_embeddings")
-    if getattr(rotary, "rope_type", None) != "longrope" or config.max_positions <= original:
-        return
-    longer, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, None, seq_len=config.max_positions)
-    rotary.original_inv_freq = longer

@@ -12,7 +12,6 @@ depths, and a shared classifier can still be stored as equal tensors. Facts: doc
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,8 +267,7 @@ def _write(
     on_progress: OnProgress,
 ) -> None:
     """Write the checkpoint with these classifiers, without those that it may have had before."""
-    for path in checkpoint.companions():
-        shutil.copyfile(path, work / path.name)
+    checkpoint.copy_companions(work)
     own: dict[str, Tensor] = {}
     for one in found:
         prefix = f"model.layers.{one.depth - 1}.{EXIT_CLASSIFIER}"

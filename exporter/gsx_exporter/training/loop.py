@@ -29,7 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.generation import read_text_ends
-from gsx_exporter.checkpoint.names import GENERATION_CONFIG, WEIGHTS
+from gsx_exporter.checkpoint.json_file import read_json
+from gsx_exporter.checkpoint.names import CONFIG, GENERATION_CONFIG, WEIGHTS
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import is_gate
 from gsx_exporter.checkpoint.tokenizer import load_tokenizer
@@ -285,8 +286,7 @@ def _write_base(
                 todo="train the gates with the method's own code; gsx convert takes them over",
             )
         hf = checkpoint.hf_config
-        for path in checkpoint.companions():
-            shutil.copyfile(path, base / path.name)
+        checkpoint.copy_companions(base)
         if not (base / GENERATION_CONFIG).is_file():
             # Then config.json decides; the family's defaults, which are not in the file, must not be written into it.
             hf.eos_token_id, hf.bos_token_id = list(checkpoint.config.eos_ids) or None, checkpoint.config.bos_id
@@ -341,7 +341,7 @@ def _build(config: TrainConfig, work: Path, *, source: Checkpoint | None) -> Gat
     """The model before its first step; the weights of a snapshot are loaded later."""
     hf_config = AutoConfig.from_pretrained(work / _BASE)
     plain = ModelConfig.from_hf(hf_config)
-    model_config = read_text_ends(work / _BASE, plain).of(plain)
+    model_config = read_text_ends(work / _BASE, read_json(work / _BASE / CONFIG), plain).of(plain)
     torch.manual_seed(config.seed)
     hf = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="sdpa")
     # End-of-text may also be the padding token; its embedding must be trained like any other.

@@ -1,0 +1,142 @@
+"""Loading the reference's model: by transformers' own loader, and an adapter by PEFT's.
+
+Only they decide which files, which tensors and whether embedding and head are one table: what gsx understood of the
+checkpoint is what parity is there to check.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from gsx_exporter.checkpoint.adapter import Adapter, MergedTensors
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.files import WHOLE_TO_TEXT
+from gsx_exporter.checkpoint.json_file import one_line
+from gsx_exporter.checkpoint.quiet import quiet_transformers
+from gsx_exporter.checkpoint.tensors import HEAD, rule_module_kind
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.errors import CheckpointError
+
+
+def load_model(checkpoint: Checkpoint) -> Any:
+    """transformers' model of a checkpoint, in float32, with eager attention.
+
+    Raises:
+        CheckpointError: transformers cannot load it, or does not find all weights.
+    """
+    layout = checkpoint.layout
+    by_transformers = layout is None or (layout.by_transformers and checkpoint.whole is None)
+    model = _stored(checkpoint) if by_transformers else _dequantized(checkpoint)
+    if checkpoint.adapter is not None:
+        model = _with_adapter(model, checkpoint.adapter)
+        model.generation_config = _generation_config(checkpoint)
+    # Inverse frequencies are not weights: they are computed again, in float32.
+    model.model.rotary_emb = rotary = type(model.model.rotary_emb)(config=model.config)
+    _long_factors(rotary, checkpoint.config)
+    return model
+
+
+def _long_factors(rotary: Any, config: ModelConfig) -> None:
+    """Where the context exceeds LongRoPE's original one: take the long factors for every text.
+
+    transformers takes them by the length of a call, and keeps those for shorter ones in `original_inv_freq`.
+    """
+    if getattr(rotary, "rope_type", None) != "longrope":
+        return
+    if config.max_positions <= rotary.config.rope_parameters["original_max_position_embeddings"]:
+        return
+    longer, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, None, seq_len=config.max_positions)
+    rotary.original_inv_freq = longer
+
+
+def _stored(checkpoint: Checkpoint) -> Any:
+    """The model as transformers loads it: quantized weights become floats there too."""
+    options: dict[str, Any] = {}
+    if checkpoint.whole is not None:
+        names = {f"^{re.escape(old)}": new for old, new in WHOLE_TO_TEXT.items()}
+        options = {"config": checkpoint.hf_config, "key_mapping": names}
+    with quiet_transformers():
+        try:
+            if checkpoint.layout is not None:
+                config = AutoConfig.from_pretrained(checkpoint.directory, local_files_only=True)
+                config.quantization_config = {**config.quantization_config, "dequantize": True}
+                options = {"config": config}
+            model, found = AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory,
+                dtype=torch.float32,
+                attn_implementation="eager",
+                experts_implementation="eager",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+            )
+        except Exception as error:  # many types, all about this directory
+            raise CheckpointError(f"{checkpoint.source}: transformers cannot load it", found=one_line(error)) from error
+    if found["missing_keys"]:
+        raise CheckpointError(
+            f"{checkpoint.source}: transformers does not find all weights",
+            expected=", ".join(sorted(found["missing_keys"])[:3]),
+            found="no such tensors",
+        )
+    return model
+
+
+def _dequantized(checkpoint: Checkpoint) -> Any:
+    """The model with the floats that gsx reads: transformers has no dequantization of this layout that runs here.
+
+    Parity does not check these floats then; `tests/exporter/test_layouts.py` does.
+    """
+    stored = checkpoint.stored.base if isinstance(checkpoint.stored, MergedTensors) else checkpoint.stored
+    config = copy.deepcopy(checkpoint.hf_config)
+    config.tie_word_embeddings = HEAD not in stored.names
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(stored.tensor(name))
+    model.generation_config = _generation_config(checkpoint)
+    return model
+
+
+def _with_adapter(model: Any, adapter: Adapter) -> Any:
+    """The model with an adapter, merged by PEFT. Modules of a keep rule are no part of transformers' model."""
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise CheckpointError(
+            f"{adapter.directory}: the reference of an adapter needs PEFT", todo='pip install "gsx[formats]"'
+        ) from error
+    try:
+        with quiet_transformers():
+            settings: Any = PeftConfig.from_pretrained(str(adapter.directory))
+            for key in ("modules_to_save", "target_modules"):
+                named = getattr(settings, key)
+                if isinstance(named, list | set):
+                    setattr(settings, key, [name for name in named if not rule_module_kind(name)] or None)
+            if model.lm_head.weight is model.model.embed_tokens.weight:
+                # PEFT trains them apart from each other, but merges into the one weight that both are.
+                model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+            merged = PeftModel.from_pretrained(model, str(adapter.directory), config=settings).merge_and_unload()
+    except Exception as error:  # many types, all about this directory
+        raise CheckpointError(f"{adapter.directory}: PEFT cannot load it", found=one_line(error)) from error
+    return merged
+
+
+def _generation_config(checkpoint: Checkpoint) -> Any:
+    """As transformers reads it, from the directory whose file counts."""
+    with quiet_transformers():
+        try:
+            return GenerationConfig.from_pretrained(checkpoint.generation_directory, local_files_only=True)
+        except OSError:  # without such a file
+            return GenerationConfig.from_model_config(checkpoint.hf_config)
