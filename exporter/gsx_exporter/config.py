@@ -15,7 +15,7 @@ from typing import Any, Literal
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.experts import Experts, read_experts
-from gsx_exporter.families import FAMILIES, SQRT_WIDTH, Family, LayerNorms, QkNorm
+from gsx_exporter.families import FAMILIES, NORMS_BEFORE, SQRT_WIDTH, Family, LayerNorms, QkNorm
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.section import finite, known_keys, one_of, whole
 from gsx_plugins.errors import UsageError
@@ -165,6 +165,17 @@ class ModelConfig:
     def gated_branches(self) -> tuple[Branch, ...]:
         """Branches that have a gate; empty for a dense model."""
         return self.gate.branches if self.gate else ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layers are built like Llama's; biases, norms of heads and windows make no difference."""
+        return (
+            self.norms == NORMS_BEFORE
+            and self.experts is None
+            and self.scales == Scales()
+            and set(self.rotary) == {ONLY_ROPE}
+            and not self.fused
+        )
 
     def is_routed(self, layer: int) -> bool:
         """Whether a layer's MLP consists of routed experts."""

@@ -278,11 +278,12 @@ def _write_base(
         gate = config.gate
     else:
         checkpoint = open_checkpoint(model)
-        if checkpoint.config.experts is not None:
+        if not checkpoint.config.is_plain:
             raise UsageError(
-                "gsx train does not train models with routed experts, whose loads must be balanced too",
-                expected="a model whose layers have one MLP",
-                found=f"{checkpoint.config.experts.count} experts in a layer of {checkpoint.source}",
+                "gsx train does not train models of this family",
+                expected="a model built like Llama: norms only before the branches, one kind of RoPE in every layer, "
+                "no factors, no experts",
+                found=f"{checkpoint.config.family}, {checkpoint.source}",
                 todo="train the gates with the method's own code; gsx convert takes them over",
             )
         hf = checkpoint.hf_config
