@@ -111,7 +111,7 @@ def test_weights_of_experts_are_read_one_at_a_time(tmp_path: Path) -> None:
         return checkpoint.tensor(name)
 
     weight = Weight("down", "", True, torch.float32, stack=names)
-    written = write_weights(tmp_path / "weights.bin", [weight], reading)
+    written = write_weights(tmp_path / "weights.bin", [weight], reading, checkpoint.parameter_size)
     assert tuple(read) == names
     assert list(written.initializers["down"].dims) == [6, 40, 64]
     content = torch.frombuffer(bytearray((tmp_path / "weights.bin").read_bytes()), dtype=torch.float32)
@@ -204,6 +204,6 @@ def test_what_is_refused(tmp_path: Path, case: str) -> None:
 
 def test_training_is_refused_before_any_work(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", "qwen3_moe", tokenizer=True)
-    with pytest.raises(UsageError, match=r"(?s)does not train models with routed experts.*6 experts in a layer"):
+    with pytest.raises(UsageError, match="no experts, found qwen3_moe"):
         train(TrainConfig(), tmp_path / "out", work=tmp_path / "work", model=model)
     assert not (tmp_path / "out").exists()
