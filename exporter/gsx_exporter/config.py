@@ -232,6 +232,13 @@ class ModelConfig:
                 found=repr(activation),
             )
         _check_shape(hf)
+        experts = read_experts(hf, family.experts) if family.experts else None
+        if experts is not None and _ACTIVATIONS[activation] != "silu":
+            raise CheckpointError(
+                f"config.json: {family.activation} is not supported in a model with routed experts",
+                expected="silu",
+                found=repr(activation),
+            )
         ropes = _ropes(hf, family)
         section = getattr(hf, "gsx", None) or {}
         known_keys("gsx", section, ("method", "gate", "router", "exits", "exit_classifiers"))
@@ -274,7 +281,7 @@ class ModelConfig:
             rotary=rotary,
             rotary_dim=_rotary_dim(head_dim, ropes),
             windows=_windows(hf, family),
-            experts=read_experts(hf, family.experts) if family.experts else None,
+            experts=experts,
             bos_id=hf.bos_token_id,
             eos_ids=_id_list(hf.eos_token_id),
             pad_id=hf.pad_token_id,

@@ -182,6 +182,12 @@ REFUSED: dict[str, tuple[str, Callable[[Tensors], Tensors] | None, dict[str, Any
     ),
     "an expert twice": ("qwen3_moe", _both, {}, "has two tensors for"),
     "Qwen's names in a Mixtral": ("mixtral", _qwen_names, {}, r"expected .*block_sparse_moe\.experts\.0\.w1\.weight"),
+    "another activation": (
+        "mixtral",
+        None,
+        {"hidden_act": "gelu"},
+        "hidden_act is not supported in a model with routed",
+    ),
     "steps of no layer": ("qwen2_moe", None, {"decoder_sparse_step": 0}, "decoder_sparse_step is not a count"),
 }
 
@@ -198,6 +204,6 @@ def test_what_is_refused(tmp_path: Path, case: str) -> None:
 
 def test_training_is_refused_before_any_work(tmp_path: Path) -> None:
     model = tiny_checkpoint(tmp_path / "model", "qwen3_moe", tokenizer=True)
-    with pytest.raises(UsageError, match=r"(?s)does not train models with routed experts.*6 experts in a layer"):
+    with pytest.raises(UsageError, match="no experts, found qwen3_moe"):
         train(TrainConfig(), tmp_path / "out", work=tmp_path / "work", model=model)
     assert not (tmp_path / "out").exists()

@@ -54,6 +54,7 @@ class ReferenceOutput:
         keep: [L][2] -> [B, S] bool: which tokens ran the branch. False for padding.
         margins: [L][2] -> [B, S] float64: how far each decision was from flipping (`Decision`).
         cache: keys and values of every layer, [B, kv heads, T, head_dim], RoPE applied.
+        routers: routed layer -> [B, S, E], the logits of its router, for all tokens.
     """
 
     logits: torch.Tensor
@@ -62,6 +63,7 @@ class ReferenceOutput:
     keep: list[list[torch.Tensor]]
     margins: list[list[torch.Tensor]]
     cache: DynamicCache
+    routers: dict[int, torch.Tensor]
 
 
 @dataclass
@@ -180,6 +182,10 @@ class Reference:
         states: list[torch.Tensor] = []
         hooks = [self.model.model.layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
         hooks += [layer.register_forward_hook(_note_output(states)) for layer in self.model.model.layers]
+        routers: dict[int, torch.Tensor] = {}
+        for number in self.config.experts.layers if self.config.experts else ():
+            gate = self.model.model.layers[number].mlp.branch.gate
+            hooks.append(gate.register_forward_hook(_note_logits(routers, number, (B, S))))
         through = cache if kv_policy == "compute" else _SkippingCache(cache, call, copies=kv_policy == "copy")
         try:
             self.model.model(
@@ -201,6 +207,7 @@ class Reference:
             keep=[[one.keep for one in row] for row in call.decisions],
             margins=[[one.margin for one in row] for row in call.decisions],
             cache=cache,
+            routers=routers,
         )
 
     @torch.no_grad()
@@ -455,6 +462,17 @@ class _Given(nn.Module):
 def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.Tensor], None]:
     def note(_layer: nn.Module, _args: Any, output: torch.Tensor) -> None:
         states.append(output)
+
+    return note
+
+
+def _note_logits(
+    routers: dict[int, torch.Tensor], layer: int, shape: tuple[int, int]
+) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that keeps what transformers' router returns first: its logits, [tokens, E]."""
+
+    def note(_router: nn.Module, _args: Any, output: Any) -> None:
+        routers[layer] = output[0].reshape(*shape, -1).cpu()
 
     return note
 
