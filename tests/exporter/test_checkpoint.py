@@ -381,7 +381,7 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
         lambda m: (weight_map := sharded(m), (m / INDEX).write_text(json.dumps({"weight_map": weight_map}))),
         ["has no metadata"],
     ),
-    "another activation": (config(hidden_act="gelu"), ["hidden_act", "silu or swish", "'gelu'"]),
+    "another activation": (config(hidden_act="relu"), ["hidden_act", "gelu_pytorch_tanh", "'relu'"]),
     "RoPE without base": (
         together(without("rope_parameters"), config(rope_theta=None)),
         ["rope_theta", "finite number", "None"],
