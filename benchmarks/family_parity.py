@@ -93,8 +93,8 @@ def _row(work: Path, family: str, form: Form, tokens: int) -> list[str]:
         report = verify(work / "bundle", tokens=tokens, full=True)
     except GsxError as error:
         return ["", "", "", "", "", f"refused: {error.what}", ""]
-    settings, _, decisions, differ, error, greedy, verdict = Line(report).cells()
-    return [settings, decisions, differ, error, greedy, verdict, built(work / "bundle") if form.builds else ""]
+    settings, _, decisions, differ, off, greedy, verdict = Line(report).cells()
+    return [settings, decisions, differ, off, greedy, verdict, built(work / "bundle") if form.builds else ""]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,8 +24,15 @@ from tests.tiny import FAMILY_NAMES, tiny_checkpoint
 
 BUDGET = 0.5
 PROMPT_TOKENS = 512
-SHAPE = {"hidden": 576, "heads": 9, "kv_heads": 3, "vocab": 4096, "intermediate_size": 1536, "head_dim": 64}
-EXPERTS = {
+SHAPE: dict[str, Any] = {
+    "hidden": 576,
+    "heads": 9,
+    "kv_heads": 3,
+    "vocab": 4096,
+    "intermediate_size": 1536,
+    "head_dim": 64,
+}
+EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 512},
     "qwen2_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512},
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 512},
@@ -45,7 +53,7 @@ def bundle_of(model: Path) -> Path:
     path = model.parent / "bundle"
     if not path.exists():
         gated = model.parent.name.endswith("-gated")
-        export(model, path, **({"budget": BUDGET, "calibration_tokens": 2048} if gated else {}))
+        export(model, path, budget=BUDGET if gated else None, calibration_tokens=2048)
     return path
 
 

@@ -225,12 +225,6 @@ class ModelConfig:
                 expected="one of " + ", ".join(_ACTIVATIONS),
                 found=repr(activation),
             )
-        if family.experts is not None and _ACTIVATIONS[activation] != "silu":
-            raise CheckpointError(
-                f"config.json: {family.activation} is not supported in a model with experts",
-                expected="silu",
-                found=repr(activation),
-            )
         _check_shape(hf)
         experts = read_experts(hf, family.experts) if family.experts else None
         if experts is not None and _ACTIVATIONS[activation] != "silu":

@@ -110,7 +110,8 @@ def test_open_gates_change_nothing(tmp_path: Path, family: str, kind: GateKind) 
     gates |= {name: torch.full_like(t, 40.0) for name, t in gates.items() if name.endswith("bias")}
     _edit(gated, load_file(dense / "model.safetensors") | gates)
     ids = _ids(2, 15)
-    torch.testing.assert_close(_load(gated)(ids).logits, _load(dense)(ids).logits, atol=0, rtol=0)
+    # Weights lie elsewhere in the larger file, and products of other alignment add up in another order.
+    torch.testing.assert_close(_load(gated)(ids).logits, _load(dense)(ids).logits, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("gate_input", ["post_norm", "pre_norm"])
