@@ -22,9 +22,11 @@ from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.checkpoint.tensors import HEAD, rule_module_kind
 from gsx_exporter.errors import CheckpointError
 
+_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
+
 
 def load_model(checkpoint: Checkpoint) -> Any:
-    """transformers' model of a checkpoint, in float32, with eager attention.
+    """transformers' model of a checkpoint with eager attention, its weights in float32 or as narrow as they are stored.
 
     Raises:
         CheckpointError: transformers cannot load it, or does not find all weights.
@@ -41,7 +43,27 @@ def load_model(checkpoint: Checkpoint) -> Any:
 
 
 def _stored(checkpoint: Checkpoint) -> Any:
-    """The model as transformers loads it: quantized weights become floats there too."""
+    """The model as transformers loads it: quantized weights become floats there too.
+
+    Weights that all have one narrow type keep it: transformers then leaves them in the mapped files, where they take no
+    memory until a layer is computed.
+    """
+    dtype = _narrow_type(checkpoint)
+    model = _from_pretrained(checkpoint, dtype)
+    if dtype != torch.float32 and any("rotary" not in name for name, _ in model.named_buffers()):
+        return _from_pretrained(checkpoint, torch.float32)  # a buffer may have been rounded
+    return model
+
+
+def _narrow_type(checkpoint: Checkpoint) -> torch.dtype:
+    """The type that holds all weights as they are stored; float32 where they are computed first."""
+    if checkpoint.adapter is not None or checkpoint.layout is not None:
+        return torch.float32
+    types = {checkpoint.stored_type(name) for name in checkpoint.names if not rule_module_kind(name)}
+    return _NARROW.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
+
+
+def _from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {}
     if checkpoint.whole is not None:
         names = {f"^{re.escape(old)}": new for old, new in WHOLE_TO_TEXT.items()}
@@ -54,7 +76,7 @@ def _stored(checkpoint: Checkpoint) -> Any:
                 options = {"config": config}
             model, found = AutoModelForCausalLM.from_pretrained(
                 checkpoint.directory,
-                dtype=torch.float32,
+                dtype=dtype,
                 attn_implementation="eager",
                 use_safetensors=True,
                 local_files_only=True,
