@@ -19,6 +19,7 @@ from gsx_engines.errors import BundleError
 
 if TYPE_CHECKING:
     from gsx_exporter.checkpoint.adapter import Adapter
+    from gsx_exporter.checkpoint.checkpoint import Checkpoint
 
 _Value = TypeVar("_Value", bool, str)
 _PARITY = "parity.json"
@@ -116,11 +117,13 @@ def _checkpoint(path: str) -> InspectReport:
         exits=config.exits,
         adapter=_adapter(checkpoint.adapter) if checkpoint.adapter else None,
         parameters=counts,
-        types=tuple(sorted({kind for file in checkpoint.stored.files for kind in _stored_types(file)})),
+        types=_types(checkpoint),
         text=facts_of_checkpoint(checkpoint),
         notes=tuple(checkpoint.notes),
         bundle=None,
-        files=_files(checkpoint.adapter.directory if checkpoint.adapter else checkpoint.directory),
+        files=_files(checkpoint.adapter.directory if checkpoint.adapter else checkpoint.directory)
+        if checkpoint.gguf is None
+        else {checkpoint.gguf.path.name: checkpoint.gguf.path.stat().st_size},
     )
 
 
@@ -132,6 +135,13 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "rank": settings.rank,
         "alpha": settings.alpha,
     }
+
+
+def _types(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """How the weights are stored."""
+    if checkpoint.gguf is not None:
+        return tuple(kind.lower() for kind in checkpoint.gguf.tensors.kinds)
+    return tuple(sorted({kind for file in checkpoint.stored.files for kind in _stored_types(file)}))
 
 
 def _stored_types(file: Path) -> set[str]:

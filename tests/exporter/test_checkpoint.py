@@ -304,7 +304,6 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
         renamed(lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight")),
         ["LoRA weights that are not merged", "base_layer.weight"],
     ),
-    "GGUF": (listing_only("m.Q4_K_M.gguf"), ["is a GGUF model", "m.Q4_K_M.gguf", "export the original checkpoint"]),
     "GenAI": (listing_only("genai_config.json", "model.onnx"), ["is a model of ONNX Runtime GenAI"]),
     "Mistral's own layout": (
         listing_only("params.json", "consolidated.safetensors"),

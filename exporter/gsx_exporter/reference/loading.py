@@ -36,6 +36,7 @@ def load_model(checkpoint: Checkpoint) -> Any:
     model = _stored(checkpoint) if by_transformers else _dequantized(checkpoint)
     if checkpoint.adapter is not None:
         model = _with_adapter(model, checkpoint.adapter)
+    if checkpoint.adapter is not None or checkpoint.gguf is not None:
         model.generation_config = _generation_config(checkpoint)
     # Inverse frequencies are not weights: they are computed again, in float32.
     model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
@@ -57,7 +58,7 @@ def _stored(checkpoint: Checkpoint) -> Any:
 
 def _narrow_type(checkpoint: Checkpoint) -> torch.dtype:
     """The type that holds all weights as they are stored; float32 where they are computed first."""
-    if checkpoint.adapter is not None or checkpoint.layout is not None:
+    if checkpoint.adapter is not None or checkpoint.layout is not None or checkpoint.gguf is not None:
         return torch.float32
     types = {checkpoint.stored_type(name) for name in checkpoint.names if not rule_module_kind(name)}
     return _NARROW.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
@@ -68,6 +69,8 @@ def _from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     if checkpoint.whole is not None:
         names = {f"^{re.escape(old)}": new for old, new in WHOLE_TO_TEXT.items()}
         options = {"config": checkpoint.hf_config, "key_mapping": names}
+    if checkpoint.gguf is not None:
+        options = {"gguf_file": checkpoint.gguf.path.name}
     with quiet_transformers():
         try:
             if checkpoint.layout is not None:
