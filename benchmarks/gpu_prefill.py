@@ -20,8 +20,9 @@ from torch import Tensor
 
 from benchmarks.measure import Table, parse, parser, print_header, timed
 from gsx.benchmarking.rounds import in_turn, ratios, spread
-from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.config import ONLY_ROPE, GateConfig, ModelConfig, Scales
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
+from gsx_exporter.families import NORMS_BEFORE
 from gsx_exporter.rules.gateskip.traced import GateSkip
 from gsx_plugins.errors import PluginLibraryError
 
@@ -68,14 +69,23 @@ def config_of(shape: Shape, gate: GateConfig | None) -> ModelConfig:
         num_kv_heads=shape.kv_heads,
         head_dim=shape.head,
         max_positions=1 << 20,
+        most_positions=1 << 20,
         rms_norm_eps=1e-5,
         tied_head=False,
         qkv_bias=False,
         o_bias=False,
         mlp_bias=False,
-        qk_norm=False,
-        rope={"rope_type": "default", "rope_theta": 500_000.0},
+        qk_norm="none",
+        norms=NORMS_BEFORE,
+        norm_offset=0.0,
+        activation="silu",
+        fused=False,
+        scales=Scales(),
+        ropes={ONLY_ROPE: {"rope_type": "default", "rope_theta": 500_000.0}},
+        rotary=(ONLY_ROPE,) * shape.layers,
+        rotary_dim=shape.head,
         windows=(None,) * shape.layers,
+        experts=None,
         bos_id=None,
         eos_ids=(),
         pad_id=None,
@@ -93,7 +103,7 @@ def make_layers(shape: Shape, gate: GateConfig | None, dtype: torch.dtype, devic
     options = DecoderOptions(GateSkip(gate, (), "rank") if gate else None, "compute", dtype)
     for _ in range(shape.layers):
         with torch.device("meta"):
-            layer = DecoderLayer(config_of(shape, gate), options, has_below=False)
+            layer = DecoderLayer(config_of(shape, gate), options, 0)
         layer = layer.to_empty(device=device)
         for name, weight in layer.named_parameters():
             if name.endswith("norm.weight"):

@@ -29,7 +29,7 @@ from gsx_engines.runners.kept import KeptTable
 from gsx_exporter.checkpoint.hf_config import read_config
 from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
+from gsx_exporter.decoder.ends import Entry, Exit, shared_values
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows, KeyValue
 from gsx_exporter.decoder.loading import filled_exit_modules
 from gsx_exporter.rules.registry import traced_rule
@@ -108,7 +108,7 @@ class TorchStage:
         self._exits = manifest.exit_state
         with torch.device("meta"):
             self._entry = Entry(hf_config, config, options)
-            self._layers = [_Layer(config, options.of_layer(i), has_below=i > 0) for i in self.layers]
+            self._layers = [_Layer(config, options, i) for i in self.layers]
             self._exit = Exit(config, options.dtype)
         self._entered = tuple(self._rule.entered()) if self._rule else ()
         weights.fill(self._entry, "")
@@ -183,14 +183,14 @@ class TorchStage:
         inputs = {name: self._to_device(call.controls[name], dtype) for name, dtype in types.items()}
         with torch.device(self._device):  # the entry makes small tensors of its own
             once = [inputs[name] for name in (rule.of_call() if rule else ())]
-            hidden, cos, sin, *rest = self._entry(ids, valid, positions, *once)
-        masks = {window: _mask(positions, columns, window) for window in distinct_windows(self._config)}
-        entered = dict(zip(rule.entered() if rule else (), rest[len(masks) :], strict=True))
+            hidden, *rest = self._entry(ids, valid, positions, *once)
+        shared, own = shared_values(self._config, rest)
+        shared = shared._replace(masks={window: _mask(positions, columns, window) for window in shared.masks})
+        entered = dict(zip(rule.entered() if rule else (), own, strict=True))
         if rule is not None and rule.by_rank:
             entered["k"] = entered["k"].cpu()  # K on the host: waits for the GPU once here, so that no branch has to
         return hidden, [
-            CallState(cos, sin, masks[self._config.windows[i]], rule.values_of(i, inputs, entered) if rule else {})
-            for i in self.layers
+            shared.of_layer(self._config, i, rule.values_of(i, inputs, entered) if rule else {}) for i in self.layers
         ]
 
     def _scores(self, hidden: Tensor, ids: Tensor, call: Call, logits: Logits) -> np.ndarray:
@@ -209,8 +209,8 @@ class TorchStage:
 class _Layer(DecoderLayer):
     """A layer that remembers how many rows each branch ran on in its last call."""
 
-    def __init__(self, config: ModelConfig, options: DecoderOptions, *, has_below: bool) -> None:
-        super().__init__(config, options, has_below=has_below)
+    def __init__(self, config: ModelConfig, options: DecoderOptions, number: int) -> None:
+        super().__init__(config, options, number)
         self.kept: dict[Branch, int] = {}
 
     def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> KeptRows:
@@ -317,7 +317,7 @@ def _checked(hf_config: Any, bundle: Bundle) -> ModelConfig:
     """The configuration, checked against the bundle's manifest, which alone says where a text begins and ends."""
     manifest = bundle.manifest
     ids = {name: getattr(manifest.decoder, name) for name in ("bos_id", "eos_ids", "pad_id")}
-    config = replace(ModelConfig.from_hf(hf_config), **ids)
+    config = replace(ModelConfig.from_hf(hf_config).of_context(manifest.decoder.max_positions), **ids)
     facts = {name: (getattr(manifest.decoder, name), getattr(config, name)) for name in DecoderShape.model_fields}
     facts["gates"] = (manifest.gates, Gates(**config.gate.to_dict()) if config.gate else None)
     for name, (expected, found) in facts.items():

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
 
+from gsx_exporter.checkpoint.experts import spelling_of, stored_name
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate, rule_module_kind
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.router_config import RouterConfig
@@ -22,7 +23,41 @@ from gsx_exporter.router_config import RouterConfig
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2
 SPECIALS = ("<|pad|>", "<|begin|>", "<|endoftext|>")
 TOKENIZER_VOCAB = 256 + len(SPECIALS)
-FAMILY_NAMES = ("llama", "mistral", "qwen2", "qwen3")
+# What a tiny model of a family needs, so that each of its traits shows.
+FAMILY_KEYS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 56,
+    },
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 40, "norm_topk_prob": True},
+    "gemma2": {
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 8.0,
+        "sliding_window": 8,
+    },
+    "gemma3_text": {"query_pre_attn_scalar": 24, "sliding_window": 8},
+    "phi3": {},
+    "granite": {
+        "embedding_multiplier": 6.0,
+        "attention_multiplier": 0.1,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 0.5,
+    },
+    "smollm3": {"no_rope_layers": [1, 0] * 16},
+    "olmo2": {},
+    "olmo3": {"sliding_window": 8},
+}
+FAMILY_NAMES = tuple(FAMILY_KEYS)
+# Families whose layers slide and see everything in turn; a tiny model has too few layers for their own patterns.
+_IN_TURN = ("gemma2", "gemma3_text", "olmo3")
 
 
 def tiny_checkpoint(
@@ -69,8 +104,11 @@ def tiny_checkpoint(
         "pad_token_id": PAD_ID,
         "bos_token_id": BOS_ID,
         "eos_token_id": EOS_ID,
+        **FAMILY_KEYS[family],
         **hf_overrides,
     }
+    if family in _IN_TURN:
+        keys.setdefault("layer_types", (["sliding_attention", "full_attention"] * layers)[:layers])
     hf = AutoConfig.for_model(family, **keys)
     hf.architectures = [f"{family.title()}ForCausalLM"]
     section: dict[str, Any] = {}
@@ -89,8 +127,10 @@ def tiny_checkpoint(
     config = ModelConfig.from_hf(hf)
     rng = torch.Generator().manual_seed(seed)
     tensors = {
-        name: _random(name, shape, rng).to(dtype).contiguous() for name, shape in expected_tensors(config).items()
+        name: _random(name, shape, rng, config).to(dtype).contiguous()
+        for name, shape in expected_tensors(config).items()
     }
+    tensors = {stored_name(name, spelling_of(config)): tensor for name, tensor in tensors.items()}
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
     (path / "generation_config.json").write_text(
         json.dumps({name: keys[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
@@ -121,7 +161,7 @@ def write_byte_tokenizer(path: Path) -> None:
     )
 
 
-def _random(name: str, shape: tuple[int, ...], rng: torch.Generator) -> torch.Tensor:
+def _random(name: str, shape: tuple[int, ...], rng: torch.Generator, config: ModelConfig) -> torch.Tensor:
     noise = torch.randn(shape, generator=rng)
     if is_gate(name):
         if name.endswith("bias"):
@@ -132,7 +172,7 @@ def _random(name: str, shape: tuple[int, ...], rng: torch.Generator) -> torch.Te
     if rule_module_kind(name) == "router" and name.endswith("bias"):
         return 0.1 * noise
     if name.endswith("norm.weight"):
-        return 1 + 0.1 * noise
+        return 1 - config.norm_offset + 0.1 * noise
     if name.endswith("bias"):
         return 0.2 * noise
     if name in ("model.embed_tokens.weight", "lm_head.weight"):

@@ -9,53 +9,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.experts import Experts, read_experts
+from gsx_exporter.families import FAMILIES, NORMS_BEFORE, SQRT_WIDTH, Family, LayerNorms, QkNorm
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.section import finite, known_keys, one_of, whole
+from gsx_plugins.errors import UsageError
 
 GateKind = Literal["vector", "scalar"]
 GateInput = Literal["post_norm", "pre_norm"]
 
 
-@dataclass(frozen=True)
-class Family:
-    """Traits of a model family that its configuration does not state.
-
-    Args:
-        qkv_bias: whether Q, K and V have a bias, or the configuration key that says so.
-        o_bias: the same for the output projection.
-        mlp_bias: the same for the MLP.
-        qk_norm: whether Q and K are normalized per head (RMSNorm) before RoPE.
-        windows: which layers `sliding_window` applies to: none (the key is ignored), all, or those that `layer_types`
-            names.
-    """
-
-    qkv_bias: str | bool
-    o_bias: str | bool
-    mlp_bias: str | bool
-    qk_norm: bool
-    windows: Literal["none", "all", "layer_types"]
-
-
-# From the modelling code of transformers 5 (`models/<family>/modeling_<family>.py`).
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(
-        qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias", qk_norm=False, windows="none"
-    ),
-    "mistral": Family(qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False, windows="all"),
-    "qwen2": Family(qkv_bias=True, o_bias=False, mlp_bias=False, qk_norm=False, windows="layer_types"),
-    "qwen3": Family(
-        qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias=False, qk_norm=True, windows="layer_types"
-    ),
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+# Names in transformers (`activations.ACT2FN`).
+_ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
 }
-
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
-# Names of x * sigmoid(x) in transformers (`activations.ACT2FN`).
-_SILU = ("silu", "swish")
+# What a family with one kind of RoPE calls it; others have one for each kind of attention.
+ONLY_ROPE = "all"
 
 
 @dataclass(frozen=True)
@@ -104,13 +84,41 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
+class Scales:
+    """Constant factors of a family, and the soft caps c of c tanh(x / c); None for no cap.
+
+    Args:
+        embedding: of the embeddings, where the layers read them.
+        attention: of the attention scores; None for 1/sqrt(D).
+        residual: of what a branch adds to the residual stream.
+        logits: of the logits, before their cap.
+        attention_cap: of the scaled scores.
+        logits_cap: of the logits.
+    """
+
+    embedding: float = 1.0
+    attention: float | None = None
+    residual: float = 1.0
+    logits: float = 1.0
+    attention_cap: float | None = None
+    logits_cap: float | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape and traits of one decoder-only model. Sizes are counts of elements.
 
     Args:
         family: a key of `FAMILIES`.
-        rope: `rope_parameters` of the Hugging Face configuration: `rope_type`, `rope_theta`, and what that type needs.
+        ropes: the kinds of RoPE, by name, each with the parameters of the Hugging Face configuration (`rope_type`,
+            `rope_theta`, and what that type needs).
+        rotary: per layer, the name of its kind of RoPE; None for a layer without RoPE.
+        rotary_dim: the part of a head that is rotated.
+        norms, norm_offset, fused: see `Family`.
+        max_positions: the longest text, in tokens. With LongRoPE it decides which factors are used.
+        most_positions: the longest text that the model was made for.
         windows: per layer, how many positions a token sees (itself included), or None for all.
+        experts: the routed experts; None in a model without.
         eos_ids: end-of-text tokens, which are always kept (docs/design.md, section 3).
         gate: the gates; None without them.
         router: the routers; None without them. A checkpoint has gates, routers or neither.
@@ -128,14 +136,23 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     max_positions: int
+    most_positions: int
     rms_norm_eps: float
     tied_head: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
-    qk_norm: bool
-    rope: Mapping[str, Any]
+    qk_norm: QkNorm
+    norms: LayerNorms
+    norm_offset: float
+    activation: Activation
+    fused: bool
+    scales: Scales
+    ropes: Mapping[str, Mapping[str, Any]]
+    rotary: tuple[str | None, ...]
+    rotary_dim: int
     windows: tuple[int | None, ...]
+    experts: Experts | None
     bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int | None
@@ -148,6 +165,40 @@ class ModelConfig:
     def gated_branches(self) -> tuple[Branch, ...]:
         """Branches that have a gate; empty for a dense model."""
         return self.gate.branches if self.gate else ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the layers are built like Llama's; biases, norms of heads and windows make no difference."""
+        return (
+            self.norms == NORMS_BEFORE
+            and self.experts is None
+            and self.scales == Scales()
+            and set(self.rotary) == {ONLY_ROPE}
+            and not self.fused
+        )
+
+    def is_routed(self, layer: int) -> bool:
+        """Whether a layer's MLP consists of routed experts."""
+        return self.experts is not None and layer in self.experts.layers
+
+    @property
+    def switches(self) -> bool:
+        """Whether longer texts than `max_positions` take other factors of LongRoPE."""
+        return self.max_positions in _switches(self.ropes) and self.max_positions < self.most_positions
+
+    def of_context(self, positions: int) -> ModelConfig:
+        """The same model for texts of up to this many tokens.
+
+        Raises:
+            UsageError: the model was not made for so many, or there are none.
+        """
+        if not 1 <= positions <= self.most_positions:
+            raise UsageError(
+                "--context: not a context of this model",
+                expected=f"1 to {self.most_positions} tokens",
+                found=str(positions),
+            )
+        return replace(self, max_positions=positions)
 
     @classmethod
     def from_hf(cls, hf: Any) -> ModelConfig:
@@ -167,12 +218,22 @@ class ModelConfig:
         def trait(value: str | bool) -> bool:
             return bool(getattr(hf, value, False)) if isinstance(value, str) else value
 
-        if hf.hidden_act not in _SILU:
+        activation = getattr(hf, family.activation)
+        if activation not in _ACTIVATIONS:
             raise CheckpointError(
-                "config.json: hidden_act is not supported", expected=" or ".join(_SILU), found=repr(hf.hidden_act)
+                f"config.json: {family.activation} is not supported",
+                expected="one of " + ", ".join(_ACTIVATIONS),
+                found=repr(activation),
             )
         _check_shape(hf)
-        rope = _rope(hf)
+        experts = read_experts(hf, family.experts) if family.experts else None
+        if experts is not None and _ACTIVATIONS[activation] != "silu":
+            raise CheckpointError(
+                f"config.json: {family.activation} is not supported in a model with routed experts",
+                expected="silu",
+                found=repr(activation),
+            )
+        ropes = _ropes(hf, family)
         section = getattr(hf, "gsx", None) or {}
         known_keys("gsx", section, ("method", "gate", "router", "exits", "exit_classifiers"))
         num_layers = hf.num_hidden_layers
@@ -181,6 +242,13 @@ class ModelConfig:
                 "config.json: gsx has gates and routers", expected='one of "gate" and "router": each is a keep rule'
             )
         head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+        rotary, most = _rotary(hf, family, ropes), _context(hf.max_position_embeddings, ropes)
+        router = RouterConfig.from_dict(section["router"], num_layers) if "router" in section else None
+        if router is not None and router.adapter and any(norms.after for norms in family.norms.values()):
+            raise CheckpointError(
+                f"config.json: gsx.router has an adapter, and no method says what it adds in {hf.model_type}",
+                expected="a family without a norm after the branch",
+            )
         return cls(
             family=hf.model_type,
             vocab_size=hf.vocab_size,
@@ -190,20 +258,29 @@ class ModelConfig:
             num_heads=hf.num_attention_heads,
             num_kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
             head_dim=head_dim,
-            max_positions=_context(hf.max_position_embeddings, rope),
+            max_positions=min([most, *_switches(ropes)]),
+            most_positions=most,
             rms_norm_eps=hf.rms_norm_eps,
             tied_head=bool(hf.tie_word_embeddings),
             qkv_bias=trait(family.qkv_bias),
             o_bias=trait(family.o_bias),
             mlp_bias=trait(family.mlp_bias),
             qk_norm=family.qk_norm,
-            rope=rope,
+            norms=family.norms,
+            norm_offset=family.norm_offset,
+            activation=_ACTIVATIONS[activation],
+            fused=family.fused,
+            scales=_scales(hf, family),
+            ropes=ropes,
+            rotary=rotary,
+            rotary_dim=_rotary_dim(head_dim, ropes),
             windows=_windows(hf, family),
+            experts=experts,
             bos_id=hf.bos_token_id,
             eos_ids=_id_list(hf.eos_token_id),
             pad_id=hf.pad_token_id,
             gate=GateConfig.from_dict(section["gate"]) if section.get("gate") else None,
-            router=RouterConfig.from_dict(section["router"], num_layers) if "router" in section else None,
+            router=router,
             exits=_depths("exits", section, num_layers),
             # After the last layer there is nothing left to skip.
             exit_classifiers=_depths("exit_classifiers", section, num_layers - 1),
@@ -245,6 +322,13 @@ def _check_shape(hf: Any) -> None:
             found=f"is_causal {hf.is_causal!r}",
             todo="only models that write text from left to right can be exported",
         )
+    if getattr(hf, "use_bidirectional_attention", False):
+        raise CheckpointError(
+            "config.json: the model reads texts in both directions",
+            expected="use_bidirectional_attention false, or no such key",
+            found=f"use_bidirectional_attention {hf.use_bidirectional_attention!r}",
+            todo="only models that write text from left to right can be exported",
+        )
     if getattr(hf, "is_heterogeneous", False):
         raise CheckpointError("config.json: its layers differ in shape", expected="one shape for all layers")
     heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads or hf.num_attention_heads
@@ -264,9 +348,16 @@ def _check_shape(hf: Any) -> None:
         )
 
 
-def _rope(hf: Any) -> dict[str, Any]:
-    """The RoPE parameters, checked."""
-    rope = dict(hf.rope_parameters or {})
+def _ropes(hf: Any, family: Family) -> dict[str, dict[str, Any]]:
+    """The kinds of RoPE, checked, in order of first use."""
+    given = dict(hf.rope_parameters or {})
+    if not family.ropes_by_layer_type:
+        return {ONLY_ROPE: _rope(given, family)}
+    return {kind: _rope(dict(given.get(kind) or {}), family) for kind in dict.fromkeys(hf.layer_types)}
+
+
+def _rope(rope: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The parameters of one kind of RoPE, checked."""
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_KINDS:
         raise CheckpointError(
@@ -277,27 +368,105 @@ def _rope(hf: Any) -> dict[str, Any]:
     finite("rope_theta", rope.get("rope_theta"))
     if kind in ("linear", "dynamic"):  # the other kinds find a factor themselves where there is none
         finite("the factor of RoPE scaling", rope.get("factor"))
-    # In its plain form the supported families' RoPE does not read the share of a head that is rotated.
-    if kind != "default" and rope.get("partial_rotary_factor", 1.0) != 1.0:
+    part = rope.get("partial_rotary_factor", 1.0)
+    if kind == "default" and not family.partial_rotary:
+        return {**rope, "partial_rotary_factor": 1.0}  # transformers does not read the key either
+    if part != 1.0 and not family.partial_rotary:
         raise CheckpointError(
-            "config.json: a partial rotary embedding is not supported",
+            "config.json: a partial rotary embedding is not supported in this family",
             expected="partial_rotary_factor 1.0",
-            found=str(rope["partial_rotary_factor"]),
+            found=str(part),
         )
     return rope
 
 
-def _context(positions: int, rope: Mapping[str, Any]) -> int:
+def _rotary(hf: Any, family: Family, ropes: Mapping[str, Any]) -> tuple[str | None, ...]:
+    """Per layer, its kind of RoPE; None for a layer without."""
+    layers = hf.num_hidden_layers
+    kinds = [ONLY_ROPE] * layers if ONLY_ROPE in ropes else list(hf.layer_types)
+    if family.unrotated is None:
+        return tuple(kinds)
+    rotates = getattr(hf, family.unrotated)
+    if not isinstance(rotates, list) or len(rotates) < layers:
+        raise CheckpointError(
+            f"config.json: {family.unrotated} does not say for every layer whether it has RoPE",
+            expected=f"a list of {layers} or more numbers 0 and 1",
+            found=repr(rotates),
+        )
+    return tuple(kind if rotated else None for kind, rotated in zip(kinds, rotates, strict=False))
+
+
+def _rotary_dim(head_dim: int, ropes: Mapping[str, Mapping[str, Any]]) -> int:
+    """The part of a head that is rotated, as transformers counts it."""
+    parts = {rope.get("partial_rotary_factor", 1.0) for rope in ropes.values()}
+    part = parts.pop()
+    finite("partial_rotary_factor", part)
+    dim = int(head_dim * part)
+    if parts or not 0 < dim <= head_dim or dim % 2:
+        raise CheckpointError(
+            "config.json: partial_rotary_factor gives no part of a head that RoPE can rotate",
+            expected=f"one factor for all layers, which makes an even number of the head's {head_dim} elements",
+            found=str(part),
+        )
+    return dim
+
+
+def _context(positions: int, ropes: Mapping[str, Mapping[str, Any]]) -> int:
     """The number of positions that the model was made for.
 
     Scaled RoPE extends the context over `max_position_embeddings`, which model cards advise to leave as it is: to the
     factor times the original length (vLLM reads it so).
     """
+    return max(_extended(positions, rope) for rope in ropes.values())
+
+
+def _switches(ropes: Mapping[str, Mapping[str, Any]]) -> list[int]:
+    """The lengths of a text above which LongRoPE takes other factors."""
+    found = [rope["original_max_position_embeddings"] for rope in ropes.values() if rope.get("rope_type") == "longrope"]
+    for length in found:
+        whole("original_max_position_embeddings", length, 2)
+    return found
+
+
+def _extended(positions: int, rope: Mapping[str, Any]) -> int:
     factor = rope.get("factor")
     if not isinstance(factor, int | float) or not math.isfinite(factor):
         return positions
     original = rope.get("original_max_position_embeddings")
     return max(positions, int(factor * (original if isinstance(original, int) else positions)))
+
+
+def _scales(hf: Any, family: Family) -> Scales:
+    """The family's constant factors, with the configuration's values."""
+
+    def number(key: str | None) -> float:
+        if key is None:
+            return 1.0
+        value = getattr(hf, key)
+        finite(key, value)
+        return float(value)
+
+    def positive(key: str) -> float:
+        value = number(key)
+        if value <= 0:
+            raise CheckpointError(f"config.json: {key} is not positive", expected="a number above 0", found=str(value))
+        return value
+
+    def cap(key: str | None) -> float | None:
+        return None if key is None or getattr(hf, key) is None else positive(key)
+
+    attention = positive(family.attention_scale) if family.attention_scale else None
+    if family.query_width:
+        attention = positive(family.query_width) ** -0.5
+    embedding = hf.hidden_size**0.5 if family.embedding_scale == SQRT_WIDTH else number(family.embedding_scale)
+    return Scales(
+        embedding=embedding,
+        attention=attention,
+        residual=number(family.residual_scale),
+        logits=1 / positive(family.logits_divisor) if family.logits_divisor else 1.0,
+        attention_cap=cap(family.attention_softcap),
+        logits_cap=cap(family.logits_softcap),
+    )
 
 
 def _windows(hf: Any, family: Family) -> tuple[int | None, ...]:

@@ -25,12 +25,14 @@ from torch import Tensor
 from gsx_engines.bundle.bundle import writing
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.experts import spelling_of, stored_name
 from gsx_exporter.checkpoint.files import stored_tensors
 from gsx_exporter.checkpoint.names import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_adapter, is_gate, rule_module_kind
 from gsx_exporter.config import GateConfig, GateInput, ModelConfig
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.experts import Spelling
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.rules.router.layouts import convert_routers
 from gsx_plugins.errors import UsageError
@@ -142,7 +144,7 @@ def convert(
         model.copy_companions(work)
         types = {read(name).dtype for name in expected if rule_module_kind(name) is None}
         write_config(model, taken.section, types, work / CONFIG)
-        write_safetensors(work, sizes, read, on_progress=on_progress)
+        write_safetensors(work, sizes, read, spelling=spelling_of(config), on_progress=on_progress)
         on_progress(Progress("checking"))
         open_checkpoint(work)
     left_out = tuple(sorted(taken.left_out))
@@ -182,6 +184,7 @@ def write_safetensors(
     sizes: Mapping[str, int],
     read: Read,
     *,
+    spelling: Spelling = "qwen",
     shard_bytes: int = SHARD_BYTES,
     on_progress: OnProgress = silent,
 ) -> None:
@@ -192,6 +195,7 @@ def write_safetensors(
     Args:
         sizes: name -> bytes, in the order in which they are written.
         read: name -> tensor.
+        spelling: whose names they get in the file, if they belong to experts.
         on_progress: called after each file.
     """
     shards: list[list[str]] = [[]]
@@ -207,8 +211,9 @@ def write_safetensors(
     for number, names in enumerate(shards, start=1):
         file = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         # Tensors of a .pt may share memory (one gate for all layers), which the format cannot express.
-        save_file({name: read(name).clone() for name in names}, directory / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+        tensors = {stored_name(name, spelling): read(name).clone() for name in names}
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file)
         done += sum(sizes[name] for name in names)
         on_progress(Progress("writing weights", done, sum(sizes.values()), unit="bytes"))
     if len(shards) > 1:

@@ -152,6 +152,14 @@ def export(
             show_default="none",
         ),
     ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Longest text, in tokens. With LongRoPE: above the original context the long factors are used.",
+            show_default="what the model was made for; with LongRoPE its original context",
+        ),
+    ] = None,
     kv_cache: Annotated[
         Literal["int8"] | None,
         typer.Option(help="Type in which ONNX Runtime stores K and V.", show_default="that of the activations"),
@@ -193,6 +201,7 @@ def export(
             precision=precision,
             calibration=calibration,
             calibration_tokens=calibration_tokens,
+            context=context,
             draft=draft,
             quantize=numbers.quantize(),
             kv_cache=kv_cache,

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gsx.parity.closeness import Compared, Comparison
+from gsx.parity.closeness import Compared, Comparison, Routing
 from gsx.parity.estimate import Estimate
 from gsx.parity.measure import Greedy
 from gsx.parity.quality import QualityLimits
@@ -56,8 +56,8 @@ def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) 
     checks.quality(result, quality)
     checks.compared("", result.windows, read.windows, read.compared)
     difference = abs(result.engine_nats - result.reference_nats)
-    decisions = result.windows.decisions
-    left_out = decisions is not None and decisions.tokens_left_out > 0
+    decisions, routing = result.windows.decisions, result.windows.routing
+    left_out = any(one is not None and one.tokens_left_out > 0 for one in (decisions, routing))
     checks.add(
         "perplexity, nats per token",
         difference,
@@ -172,6 +172,8 @@ class _Checks:
             worst = _worst_layer(layers)
             limit = limits.relative_limit(self.rounding)
             self.numbers(f"{prefix}{name}, error over scale", worst, worst.max_relative, limit, state_tokens)
+        if found.routing is not None:
+            self.routing(prefix, found.routing, tokens)
         if found.decisions is None:
             return
         decisions = found.decisions
@@ -198,6 +200,23 @@ class _Checks:
                 reason=reason,
                 tokens=tokens,
             )
+
+    def routing(self, prefix: str, found: Routing, tokens: int) -> None:
+        """Tokens that went to other experts: only where two were nearly equal, if the precision has limits at all."""
+        detail = f"of {found.total:,}; {found.differ} differ"
+        if found.flips:
+            first = found.flips[0]
+            detail += (
+                f", first {first.place}, where two were {first.margin:.1e} of the logits' size apart; "
+                f"{found.tokens_left_out} of {found.tokens} tokens saw a difference and are left out"
+            )
+        relative = self.limits.relative
+        if relative is None:
+            self.add(prefix + "experts, share that differs", found.differ / found.total, None, detail=detail,
+                     reason=self.limits.reason, tokens=tokens)  # fmt: skip
+        else:
+            reason = f"a router may choose another expert only if its logits are within {relative:g} of their size"
+            self.add(prefix + "experts, wrong", len(found.wrong), 0, detail=detail, reason=reason, tokens=tokens)
 
     def quality(self, result: BudgetResult, limits: QualityLimits) -> None:
         """The quality that the arithmetic costs; only reported without a limit."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from gsx.parity.routes import Routes
 from gsx.parity.store import Rows
 from gsx_engines.bundle.words import BRANCHES
 
@@ -38,6 +39,7 @@ class Observation:
         margins: of the reference, [L, 2, S]: how far a score is from where its decision would flip; inf where it
             cannot flip (end-of-text, no gate, budget 1).
         exit_logits: of the reference, [S, V] after the draft's exit layer; None if it was not asked for.
+        routes: which experts the tokens went to.
     """
 
     logits: Rows
@@ -48,6 +50,7 @@ class Observation:
     keep: np.ndarray
     margins: np.ndarray | None = None
     exit_logits: Rows | None = None
+    routes: Routes = field(default_factory=Routes)
 
     @property
     def tokens(self) -> int:
@@ -64,6 +67,7 @@ class Observation:
             self.scores[..., :count],
             self.keep[..., :count],
             None if self.margins is None else self.margins[..., :count],
+            routes=self.routes.head(count),
         )
 
 
@@ -250,6 +254,29 @@ class Decisions:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """The choices of experts of both sides.
+
+    Args:
+        total: (token, routed layer) pairs.
+        differ: pairs with other experts, including those that only follow from an earlier difference.
+        flips: differences that do not depend on an earlier one.
+        tokens, tokens_left_out: as in `Decisions`.
+    """
+
+    total: int
+    differ: int
+    flips: tuple[Flip, ...]
+    tokens: int
+    tokens_left_out: int
+
+    @property
+    def wrong(self) -> tuple[Flip, ...]:
+        """Flips that are not near ties."""
+        return tuple(flip for flip in self.flips if not flip.near_tie)
+
+
+@dataclass(frozen=True)
 class Compared:
     """One way of running the engine, compared with the reference: numbers per layer, and decisions.
 
@@ -257,6 +284,7 @@ class Compared:
         states, keys, values: a comparison for each layer.
         scores: the same for each layer (both branches), None without gates.
         decisions: None without gates.
+        routing: None without experts.
     """
 
     logits: Comparison
@@ -265,6 +293,7 @@ class Compared:
     values: tuple[Comparison, ...]
     scores: tuple[Comparison, ...] | None
     decisions: Decisions | None
+    routing: Routing | None
 
 
 @dataclass
@@ -280,6 +309,9 @@ class _Walk:
     left_out: int = 0
     reference_kept: int = 0
     engine_kept: int = 0
+    routed: int = 0
+    routed_elsewhere: int = 0
+    route_flips: list[Flip] = field(default_factory=list)
 
 
 class Comparer:
@@ -290,13 +322,22 @@ class Comparer:
         branches: the branches with gates; empty for a dense model.
         causal: whether a decision depends only on a token's past (threshold selection). If not (rank), one difference
             affects every token of the call from there on.
-        near_tie: margin up to which a decision may flip.
+        near_tie: margin up to which a decision may flip; near_route: the same of a choice of experts (`Routes`).
         copies: whether K and V depend on the decision of their own layer (K/V policy `copy`).
     """
 
-    def __init__(self, layers: int, branches: Sequence[str], *, causal: bool, near_tie: float, copies: bool) -> None:
+    def __init__(
+        self,
+        layers: int,
+        branches: Sequence[str],
+        *,
+        causal: bool,
+        near_tie: float,
+        copies: bool,
+        near_route: float = 0.0,
+    ) -> None:
         self._branches = [BRANCHES.index(branch) for branch in BRANCHES if branch in branches]
-        self._causal, self._near_tie, self._copies = causal, near_tie, copies
+        self._causal, self._near_tie, self._near_route, self._copies = causal, near_tie, near_route, copies
         self._logits = Accumulator()
         self._states, self._keys, self._values, self._scores = (
             [Accumulator(layer) for layer in range(layers)] for _ in range(4)
@@ -319,6 +360,7 @@ class Comparer:
                     self._decide(layer, column, pairs, clean, first)
                 if column == 0 and self._copies:
                     self._add_kv(layer, pairs, clean, first)
+            self._route(layer, pairs, clean, first)
             for i, (want, have) in enumerate(pairs):
                 if want.states:
                     self._states[layer].add(want.states[layer], have.states[layer], clean[i], first + i)
@@ -349,6 +391,9 @@ class Comparer:
             values=tuple(layer.result() for layer in self._values),
             scores=tuple(layer.result() for layer in self._scores) if gated else None,
             decisions=decisions if gated else None,
+            routing=Routing(walk.routed, walk.routed_elsewhere, tuple(walk.route_flips), walk.tokens, walk.left_out)
+            if walk.routed
+            else None,
         )
 
     def _add_kv(
@@ -392,6 +437,32 @@ class Comparer:
             if len(differing):
                 flipped = True
                 clean[i][differing[0] :] = False
+        self._leave_out_all(flipped, clean)
+
+    def _route(
+        self, layer: int, pairs: list[tuple[Observation, Observation]], clean: list[np.ndarray], first: int
+    ) -> None:
+        """Compare one layer's choices of experts, and mark the tokens that depend on a difference."""
+        flipped = False
+        for i, (want, have) in enumerate(pairs):
+            if layer not in want.routes.chosen:
+                continue
+            margins = want.routes.margins[layer]
+            differ = (want.routes.chosen[layer] != have.routes.chosen[layer]).any(axis=1)
+            self._walk.routed += differ.size
+            self._walk.routed_elsewhere += int(differ.sum())
+            differing = np.flatnonzero(differ & clean[i])
+            for position in differing:
+                margin = float(margins[position])
+                place = Place(first + i, int(position), layer, "router")
+                self._walk.route_flips.append(Flip(place, True, margin, margin <= self._near_route))
+            if len(differing):
+                flipped = True
+                clean[i][differing[0] :] = False
+        self._leave_out_all(flipped, clean)
+
+    def _leave_out_all(self, flipped: bool, clean: list[np.ndarray]) -> None:
+        """After a difference, where every decision depends on all tokens of the call, none is left."""
         if flipped and not self._causal:
             for mask in clean:
                 mask[:] = False

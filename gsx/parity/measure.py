@@ -6,6 +6,7 @@ reference reads it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from gsx.parity.closeness import Observation
+from gsx.parity.routes import Routes, routers_of, routes_of
 from gsx.parity.store import Rows, Store
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import RuntimeValues
@@ -72,6 +74,7 @@ class ReferenceSide:
                     scores=_scores(output)[:, :, row, valid],
                     keep=_keep(output)[:, :, row, valid],
                     margins=margins[:, :, row, valid],
+                    routes=self._routes(output, row, valid),
                     exit_logits=None
                     if exit_layer is None
                     else self._logits(output.states[exit_layer], row, valid, store),
@@ -102,16 +105,32 @@ class ReferenceSide:
             assert found.margins is not None
             starts = [0, *range(prompt, ids.shape[1])]
             return [
-                ReferenceStep(found.logits, stop - 1, found.keep[..., start:stop], found.margins[..., start:stop])
+                ReferenceStep(
+                    found.logits,
+                    stop - 1,
+                    found.keep[..., start:stop],
+                    found.margins[..., start:stop],
+                    float(found.routes.nearest(found.tokens)[start:stop].min()),
+                )
                 for start, stop in zip(starts, range(prompt, ids.shape[1] + 1), strict=True)
             ]
         steps, cache, start = [], DynamicCache(), 0
         for stop in range(prompt, ids.shape[1] + 1):
             output = self.step(ids[:, start:stop], np.ones((1, stop), np.int64), cache)
             logits = self._logits(output.states[-1][:, -1:], 0, np.ones(1, bool), store)
-            steps.append(ReferenceStep(logits, 0, _keep(output)[:, :, 0], margins_of(output)[:, :, 0]))
+            valid = np.ones(stop - start, bool)
+            nearest = float(self._routes(output, 0, valid).nearest(stop - start).min())
+            steps.append(ReferenceStep(logits, 0, _keep(output)[:, :, 0], margins_of(output)[:, :, 0], nearest))
             start = stop
         return steps
+
+    def _routes(self, output: ReferenceOutput, row: int, valid: np.ndarray) -> Routes:
+        """The experts of one sequence's tokens."""
+        experts = self._reference.config.experts
+        if experts is None:
+            return Routes()
+        logits = {layer: found[row].double().numpy()[valid] for layer, found in output.routers.items()}
+        return routes_of(logits, _keep(output)[:, BRANCHES.index("mlp"), row, valid], experts.per_token)
 
     def _logits(self, states: torch.Tensor, row: int, valid: np.ndarray, store: Store | None) -> Rows:
         """Logits [S, V] of one sequence's states [B, S, H]."""
@@ -143,12 +162,14 @@ class ReferenceStep:
     Args:
         all_logits: [n, V]; row: the step's.
         keep, margins: [L, 2, S], decisions on the step's tokens.
+        nearest_route: the smallest margin of a choice of experts (`Routes`).
     """
 
     all_logits: Rows
     row: int
     keep: np.ndarray
     margins: np.ndarray
+    nearest_route: float = math.inf
 
     @property
     def logits(self) -> np.ndarray:
@@ -170,6 +191,8 @@ class EngineSide:
         capture = [f"layers.{i}.output" for i in range(manifest.decoder.num_layers)]
         for layer, branch, _ in self._places:
             capture += [f"layers.{layer}.{branch}.score", f"layers.{layer}.{branch}.index"]
+        self._routers = routers_of(bundle)
+        capture += [router.logits for router in self._routers.values()]
         self.stage: PortableStage | StreamedStage = (
             StreamedStage(bundle, capture=capture, on_progress=on_progress)
             if streamed
@@ -202,6 +225,7 @@ class EngineSide:
         states: list[list[np.ndarray]] = [[] for _ in range(L)]
         scores = np.full((L, 2, B, S), np.nan, np.float32)
         keep = np.ones((L, 2, B, S), bool)
+        routers: dict[int, list[np.ndarray]] = {layer: [] for layer in self._routers}
         at = 0
         for size in chunks or [S]:
             part = slice(at, at + size)
@@ -215,10 +239,17 @@ class EngineSide:
                 kept = np.zeros(B * size, bool)
                 kept[captured[f"layers.{layer}.{branch}.index"]] = True
                 keep[layer, column, :, part] = kept.reshape(B, size)
+            for layer, router in self._routers.items():
+                found = captured[router.logits]
+                spread = np.zeros((B * size, found.shape[1]), found.dtype)
+                spread[keep[layer, _column("mlp"), :, part].reshape(-1)] = found
+                routers[layer].append(spread.reshape(B, size, -1))
             at += size
         assert at == S, "the chunks do not add up to the sequence"
         whole = [_joined(parts) for parts in states]
         all_logits = _joined(logits)
+        all_routers = {layer: _joined(parts) for layer, parts in routers.items()}
+        per_token = next((router.per_token for router in self._routers.values()), 0)
         keys, values = ([_by_token(memory.pop(past(i, kind))) for i in range(L)] for kind in ("key", "value"))
         return [
             Observation(
@@ -228,6 +259,11 @@ class EngineSide:
                 values=[_valid(layer[row], valid) for layer in values],
                 scores=scores[:, :, row, valid],
                 keep=keep[:, :, row, valid],
+                routes=routes_of(
+                    {layer: found[row][valid] for layer, found in all_routers.items()},
+                    keep[:, _column("mlp"), row, valid],
+                    per_token,
+                ),
             )
             for row, valid in enumerate(mask.astype(bool))
         ]
@@ -314,18 +350,20 @@ def follow(
     *,
     logit_tolerance: Callable[[np.ndarray], float],
     near_tie: float,
+    near_route: float = 0.0,
 ) -> Greedy:
     """Compare the tokens that a runner found most likely with the reference's.
 
     Args:
         places: layers and branches that the keep rule may skip.
         logit_tolerance: from the reference's logits [V], the lead of the best token up to which another may win.
-        near_tie: margin up to which a decision may flip.
+        near_tie: margin up to which a decision may flip; near_route: the same of a choice of experts.
     """
     mismatches: list[Mismatch] = []
     flips = wrong_flips = 0
     max_abs = 0.0
     near_tie_flip: int | None = None
+    near_choice: int | None = None  # runners do not report experts: from here on another one may have been chosen
     for number, (step, kept, token) in enumerate(zip(steps, text.kept, text.best, strict=True)):
         logits, wanted_logits = text.logits[number : number + 1][0], step.logits
         if kept is not None:
@@ -337,7 +375,9 @@ def follow(
                     near_tie_flip = number
                 else:
                     wrong_flips += 1
-        if near_tie_flip is None:
+        if near_choice is None and step.nearest_route <= near_route:
+            near_choice = number
+        if near_tie_flip is None and near_choice is None:
             error = float(np.abs(logits.astype(np.float64) - wanted_logits).max())
             max_abs = max(max_abs, error if np.isfinite(error) else np.inf)
         wanted = int(wanted_logits.argmax())
@@ -347,6 +387,8 @@ def follow(
             excused = None
             if near_tie_flip is not None:
                 excused = f"a near-tie decision flipped at token {near_tie_flip}"
+            elif near_choice is not None:
+                excused = f"two experts were nearly equal at token {near_choice}"
             elif margin <= logit_tolerance(wanted_logits):
                 excused = "the reference's two best logits are nearer than the logit tolerance"
             mismatches.append(Mismatch(number, wanted, token, margin, excused))

@@ -6,6 +6,7 @@ and what it finds waits on disk (`store.py`); then each of the engine's runners 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,6 +77,7 @@ class _At:
         text, steps: the fast runner's greedy text, and what the reference says of it.
         against: the engine against the reference; fast: the fast runner's logits.
         portable: by window, logits of the portable runner, if the fast one is compared with them.
+        portable_elsewhere: by window, [S]: tokens that went to other experts there than in the reference.
         clean: by window, the tokens of which the fast runner's logits were compared.
     """
 
@@ -91,6 +93,7 @@ class _At:
     steps: list[ReferenceStep] = field(default_factory=list)
     portable: list[Rows] = field(default_factory=list)
     portable_keep: list[np.ndarray] = field(default_factory=list)
+    portable_elsewhere: list[np.ndarray] = field(default_factory=list)
     portable_text: GreedyText | None = None
     cached: tuple[Compared, Compared] | None = None
     padded_result: Compared | None = None
@@ -245,6 +248,7 @@ class Run:
                 at.against.add([want], [have])
                 at.quality.add(next_tokens(window, want.logits, have.logits), want.keep != have.keep)
                 at.portable_keep.append(have.keep)
+                at.portable_elsewhere.append(_elsewhere(want, have, like=self.limits.runners is not None))
                 if self.limits.runners is not None and number < at.scope.compared:
                     at.portable.append(store.put(np.asarray(have.logits)))
                 del have
@@ -320,7 +324,11 @@ class Run:
             flipped = (want.margins <= self.limits.near_tie) if differ else np.zeros_like(want.keep)
         else:
             flipped = keep != base_keep
-        flipped_at = np.flatnonzero(flipped.any(axis=(0, 1)))
+        # Nor does it report experts: those of the portable runner's that differ, or two that were nearly equal.
+        elsewhere = want.routes.nearest(want.tokens) <= _own_error(at)
+        if not alone or self.limits.differing_share is not None:
+            elsewhere = at.portable_elsewhere[number]
+        flipped_at = np.flatnonzero(flipped.any(axis=(0, 1)) | elsewhere)
         if len(flipped_at):
             clean[flipped_at[0] if self.causal else 0 :] = False
         at.fast.add(base, logits, clean, number)
@@ -371,6 +379,7 @@ class Run:
                 self.manifest.skippable_places,
                 logit_tolerance=tolerance,
                 near_tie=self.limits.near_tie,
+                near_route=_own_error(at),
             )
 
         greedy = {"fast": followed(at.text)}
@@ -443,6 +452,8 @@ class Run:
             causal=self.causal,
             near_tie=self.limits.near_tie,
             copies=self.manifest.kv_policy != "compute",
+            # Logits of routers may differ as the states that they are computed from.
+            near_route=math.inf if self.limits.relative is None else self.limits.relative,
         )
 
     @property
@@ -486,6 +497,21 @@ class Run:
         """Report a step before it begins. Args: work: that it takes."""
         self.on_progress(Progress(stage, share=self._done / self._total))
         self._done += work
+
+
+def _elsewhere(want: Observation, have: Observation, *, like: bool) -> np.ndarray:
+    """Which tokens went to other experts in the portable runner than in the reference, [S] bool; none where its numbers
+    are what others are compared with (`like`)."""
+    found = np.zeros(want.tokens, bool)
+    for layer, chosen in want.routes.chosen.items() if not like else ():
+        found |= (chosen != have.routes.chosen[layer]).any(axis=1)
+    return found
+
+
+def _own_error(at: _At) -> float:
+    """The portable runner's largest error of states over their scale: logits of routers that are nearer than this may
+    be in another order in another runner."""
+    return max((layer.max_relative for layer in at.against.result().states), default=0.0)
 
 
 def _is_portable(runner: Runner) -> bool:

@@ -263,6 +263,16 @@ _OP_CALLS: Mapping[str, tuple[Mapping[str, Any], list[float]]] = {
         },
         [3.0],
     ),
+    "RoutedExperts": (
+        {
+            "rows": [[1.0]],
+            "logits": [[0.0, 1.0]],
+            "gate": [[[1.0]], [[1.0]]],
+            "up": [[[2.0]], [[4.0]]],
+            "down": [[[1.0]], [[0.5]]],
+        },
+        [1.46212],  # 4 x 0.5 x 1 x sigmoid(1): the second expert
+    ),
     "GatheredAttention": (
         {
             "query": [[1.0]],

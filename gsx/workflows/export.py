@@ -45,6 +45,7 @@ def export(
     precision: Precision = "fp32",
     calibration: str | Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
+    context: int | None = None,
     draft: str | None = None,
     quantize: Quantize | None = None,
     kv_cache: KvCacheType | None = None,
@@ -67,6 +68,8 @@ def export(
         precision: type of weights and activations.
         calibration: UTF-8 text for the thresholds; None for the text that ships with gsx.
         calibration_tokens: how many of its tokens to use.
+        context: the longest text, in tokens; None for what the model was made for. With LongRoPE it decides which
+            factors are used: the short ones up to the original context (the default), the long ones above.
         draft: how to draft for self-speculative decoding: `exit:E`, `budget:B` or `layers:SET` (see
             `gsx_engines.speculation.spec.parse_draft`). `auto` searches for the exit, `layers:auto` for the set of
             layers to leave out, with the largest speedup over plain decoding on this machine, on the calibration text.
@@ -88,7 +91,7 @@ def export(
     if calibration_tokens < 1:
         raise UsageError("calibration tokens", expected="a positive number", found=str(calibration_tokens))
     on_progress(Progress("checking the checkpoint"))
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, context)
     keep = plan_policy(PolicyOptions(policy, select, budget, kv_policy), checkpoint.config)
     types = NumberTypes(precision, quantize, kv_cache)
     types.check(checkpoint.config, keep)
@@ -104,8 +107,9 @@ def export(
             on_progress(Progress("tracing"))
             builder = calibrated.graph_builder()
             graphs = builder.graphs(drafting.split)
-            tensors = calibrated.weights
-            weights = write_weights(work / WEIGHTS_FILE, graphs.weights, tensors.tensor, tensors.size, on_progress)
+            found = calibrated.weights
+            read, size = found.parameter, found.parameter_size
+            weights = write_weights(work / WEIGHTS_FILE, graphs.weights, read, size, on_progress)
         entries = write_graphs(work, graphs, weights)
         checkpoint.copy_companions(work, BUNDLE_COMPANIONS)
         if has_tokenizer(checkpoint):

@@ -20,11 +20,12 @@ from gsx_engines.errors import BundleError
 if TYPE_CHECKING:
     from gsx_exporter.checkpoint.adapter import Adapter
     from gsx_exporter.checkpoint.checkpoint import Checkpoint
+    from gsx_exporter.config import ModelConfig
 
 _Value = TypeVar("_Value", bool, str)
 _PARITY = "parity.json"
 # Gates and routers among a graph's weights, e.g. layers.3.mlp_gate.linear.weight.
-_GATES = re.compile(r"\.(?:attn_|mlp_)?(?:gate|router|router_predictor|adapter)\.")
+_GATES = re.compile(r"\.(?:(?:attn|mlp)_gate|(?:attn_|mlp_)?(?:router|router_predictor|adapter))\.")
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def _checkpoint(path: str) -> InspectReport:
             "layers": config.num_layers,
             "hidden": config.hidden_size,
             "mlp": config.intermediate_size,
+            **_experts(config),
             "heads": config.num_heads,
             "kv_heads": config.num_kv_heads,
             "head_dim": config.head_dim,
@@ -142,6 +144,16 @@ def _types(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.gguf is not None:
         return tuple(kind.lower() for kind in checkpoint.gguf.tensors.kinds)
     return tuple(sorted({kind for file in checkpoint.stored.files for kind in _stored_types(file)}))
+
+
+def _experts(config: ModelConfig) -> dict[str, int]:
+    """The sizes of routed experts; nothing in a model without."""
+    experts = config.experts
+    if experts is None:
+        return {}
+    shared = {} if experts.shared_width is None else {"shared_expert": experts.shared_width}
+    sizes = {"experts": experts.count, "experts_per_token": experts.per_token, "expert": experts.width}
+    return {**sizes, **shared, "layers_with_experts": len(experts.layers)}
 
 
 def _stored_types(file: Path) -> set[str]:

@@ -43,9 +43,13 @@ def check_quantizing_memory(config: ModelConfig, tokens: int, *, chooses_codes: 
         tokens: of the calibration text.
         chooses_codes: whether codes are chosen by Hessians of the layers' inputs.
     """
-    hidden, width, vocabulary = config.hidden_size, config.intermediate_size, config.vocab_size
+    hidden, vocabulary = config.hidden_size, config.vocab_size
+    plain = not all(map(config.is_routed, range(config.num_layers)))
+    width = config.intermediate_size if plain else 0  # no Hessian is made of what experts read
+    experts = config.experts
+    widest = max(width, experts.count * experts.width + (experts.shared_width or 0) if experts else 0)
     heads = config.num_heads * config.head_dim
-    layer = hidden * (2 * heads + 2 * config.num_kv_heads * config.head_dim + 3 * width) * _FLOAT
+    layer = hidden * (2 * heads + 2 * config.num_kv_heads * config.head_dim + 3 * widest) * _FLOAT
     hessians = (2 * hidden**2 + heads**2 + _OF_HESSIAN * width**2) * _FLOAT if chooses_codes else 0
     states = tokens * hidden * _STATES * _FLOAT
     logits = WINDOW_TOKENS * vocabulary * 2 * _FLOAT + vocabulary * hidden * _FLOAT

@@ -97,7 +97,7 @@ def facts_of_checkpoint(checkpoint: Checkpoint) -> TextFacts:
     except CheckpointError as error:
         problem = error.what
     stored = checkpoint.config_values().get("max_position_embeddings")
-    context = Context(config.max_positions, stored, dict(config.rope), _CONFIG)
+    context = Context(config.max_positions, stored, _scaled(config.ropes), _CONFIG)
     file = file_of_text_ends(checkpoint.generation_directory)
     return _facts(checkpoint.tokenizer_directory, tokenizer, problem, (config.eos_ids, config.bos_id, file), context)
 
@@ -119,10 +119,15 @@ def facts_of_bundle(bundle: Bundle) -> TextFacts:
     raw = _json(bundle.directory / _CONFIG)
     # The name of transformers 5, or that of 4.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling")
-    context = Context(
-        decoder.max_positions, raw.get("max_position_embeddings"), rope if isinstance(rope, dict) else {}, _CONFIG
-    )
+    scaled = _scaled(rope if isinstance(rope, dict) else {})
+    context = Context(decoder.max_positions, raw.get("max_position_embeddings"), scaled, _CONFIG)
     return _facts(bundle.directory, tokenizer, problem, (decoder.eos_ids, decoder.bos_id, MANIFEST), context)
+
+
+def _scaled(rope: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The parameters of RoPE; where each kind of attention has its own, those that are scaled, or else the first."""
+    kinds = [dict(value) for value in rope.values() if isinstance(value, Mapping)]
+    return next((kind for kind in kinds if "factor" in kind), kinds[0]) if kinds else rope
 
 
 def _facts(

@@ -231,6 +231,7 @@ def _reference_checkpoint(bundle: Bundle, reference: str | None, on_progress: On
             found=_listed(ends),
             todo="the model's files, or how they are read, changed after the export: export again",
         )
+    checkpoint.config = checkpoint.config.of_context(bundle.manifest.decoder.max_positions)
     return checkpoint
 
 

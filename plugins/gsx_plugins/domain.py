@@ -44,6 +44,8 @@ class OnnxOp:
         doc: one line that says what the op computes.
         attributes: int attributes of the op besides `plugin_namespace` and `plugin_version`; the body refers to them
             as `@name`.
+        numbers: float attributes that a node may leave out; the body refers to them as `@name` in attributes that then
+            have their own default.
     """
 
     name: str
@@ -52,6 +54,7 @@ class OnnxOp:
     body: str
     doc: str
     attributes: Sequence[str] = ()
+    numbers: Sequence[str] = ()
 
     def schema(self) -> defs.OpSchema:
         """The op's schema."""
@@ -71,6 +74,7 @@ class OnnxOp:
             type_constraints=[("T", _FLOATS, "floating point")] if uses_t else [],
             attributes=[
                 *(defs.OpSchema.Attribute(a, defs.OpSchema.AttrType.INT, required=True) for a in self.attributes),
+                *(defs.OpSchema.Attribute(a, defs.OpSchema.AttrType.FLOAT, required=False) for a in self.numbers),
                 defs.OpSchema.Attribute("plugin_namespace", defs.OpSchema.AttrType.STRING, required=False),
                 defs.OpSchema.Attribute("plugin_version", defs.OpSchema.AttrType.STRING, required=False),
             ],
@@ -80,7 +84,7 @@ class OnnxOp:
         """The op as a model-local function whose body consists of standard ops."""
         text = (
             f'<domain: "{DOMAIN}", opset_import: ["" : {ONNX_OPSET}]> '
-            f"{self.name} <{', '.join((*self.attributes, 'plugin_namespace', 'plugin_version'))}>"
+            f"{self.name} <{', '.join((*self.attributes, *self.numbers, 'plugin_namespace', 'plugin_version'))}>"
             f" ({', '.join(n for n, _ in self.inputs)})"
             f" => ({', '.join(n for n, _ in self.outputs)})"
             f" {{ {self.body} }}"
@@ -95,7 +99,7 @@ class OnnxOp:
             defs.register_schema(self.schema())
 
 
-def node(op: OnnxOp, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: int) -> onnx.NodeProto:
+def node(op: OnnxOp, inputs: Sequence[str], outputs: Sequence[str], name: str, **attributes: float) -> onnx.NodeProto:
     """A node of the op, with the attributes by which TensorRT finds its plugin."""
     return helper.make_node(
         op.name,

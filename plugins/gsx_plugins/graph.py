@@ -359,6 +359,11 @@ def attribute(node: onnx.NodeProto, name: str, default: int = 0) -> int:
     return next((one.i for one in node.attribute if one.name == name), default)
 
 
+def number(node: onnx.NodeProto, name: str) -> float:
+    """A float attribute of a node; 0 if it has none of this name."""
+    return next((one.f for one in node.attribute if one.name == name), 0.0)
+
+
 def _put(field: Any, names: Mapping[str, str]) -> None:
     """Rename what a node makes or reads; fields that no name concerns are left, since writing them is slow."""
     if not names.keys().isdisjoint(field):

@@ -18,15 +18,17 @@ from gsx_engines.building.build import input_ranges
 from gsx_engines.building.profiles import most_rows
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile
+from gsx_engines.bundle.manifest import DecoderShape
 from gsx_engines.bundle.tensors import tensor_info
 from gsx_engines.lowering.tensorrt import OPSET, Lowered, lower
 from gsx_engines.runners.session import open_session
 from gsx_engines.runners.tensorrt import TensorRTStage
 from gsx_engines.tensorrt.backend import platform_name
+from gsx_plugins.graph import number
 
 _ATTENTION = f"""
 <domain: "test", opset_import: ["" : {OPSET}]>
-Attention <kv_heads> (query, key, value, mask) => (out)
+Attention <kv_heads, scale> (query, key, value, mask) => (out)
 {{
     outer = Shape <start = 0, end = 1> (query)
     rows = Shape <start = 2, end = 4> (query)
@@ -41,11 +43,10 @@ Attention <kv_heads> (query, key, value, mask) => (out)
     key_5d = Unsqueeze (key, two)
     value_5d = Unsqueeze (value, two)
     key_turned = Transpose <perm = [0, 1, 2, 4, 3]> (key_5d)
-    width = Shape <start = 3, end = 4> (query)
-    width_float = CastLike (width, query)
-    root = Sqrt (width_float)
+    scale_float = Constant <value_float: float = @scale> ()
+    factor = CastLike (scale_float, query)
     products = MatMul (grouped, key_turned)
-    scores = Div (products, root)
+    scores = Mul (products, factor)
     mask_5d = Unsqueeze (mask, two)
     lowest_float = Constant <value_float = -1e9> ()
     lowest = CastLike (lowest_float, query)
@@ -58,15 +59,17 @@ Attention <kv_heads> (query, key, value, mask) => (out)
 """
 
 
-def cpu_model(lowered: Lowered, kv_heads: int) -> onnx.ModelProto:
+def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
     """A lowered graph in the form that ONNX Runtime executes."""
     model = onnx.ModelProto()
     model.CopyFrom(lowered.model)
     for node in model.graph.node:
         if node.op_type == "Attention":
             node.domain = "test"
+            scale = number(node, "scale") or shape.head_dim**-0.5
             del node.attribute[:]
-            node.attribute.append(helper.make_attribute("kv_heads", kv_heads))
+            node.attribute.append(helper.make_attribute("kv_heads", shape.num_kv_heads))
+            node.attribute.append(helper.make_attribute("scale", scale))
     model.functions.append(parser.parse_function(_ATTENTION))
     model.opset_import.append(helper.make_opsetid("test", 1))
     return model
@@ -83,7 +86,7 @@ class CpuEngine:
     """
 
     def __init__(self, bundle: Bundle, lowered: Lowered, profiles: Sequence[EngineProfile]) -> None:
-        model = cpu_model(lowered, bundle.manifest.decoder.num_kv_heads)
+        model = cpu_model(lowered, bundle.manifest.decoder)
         self.session = open_session(model.SerializeToString(), bundle.directory, 1)
         self.types = {
             value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)

@@ -62,7 +62,7 @@ def lowered(bundle: Bundle, plugins: Collection[str], batch: int) -> onnx.ModelP
     graph = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
     sizes = {"capacity": 64, "rows": 64}
     made = lower(graph, bundle.manifest, kv_layout="growing", plugins=plugins, one_sequence=batch == 1, **sizes)
-    return cpu_model(made, bundle.manifest.decoder.num_kv_heads)
+    return cpu_model(made, bundle.manifest.decoder)
 
 
 @pytest.mark.parametrize(("plugins", "batch"), [((), 1), (PLUGINS, 1), (PLUGINS, 2)], ids=["masks", "rows", "batch"])

@@ -58,7 +58,9 @@ class Case:
 MASKS = {"ThresholdGather": "mask", "GatheredAttention": "all", "GatedScatterAdd": "mask"}
 THRESHOLD_PLUGINS = {"ThresholdGather": "plugin", "GatheredAttention": "rows", "GatedScatterAdd": "plugin"}
 COPY, RANK = {"kv_policy": "copy", "budget": 0.5, "draft": "exit:1"}, {"select": "rank", "calibration": None}
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 WINDOW = {"family": "mistral", "sliding_window": 6}
+EXPERTS = {"RoutedExperts": "all"}
 CASES = {
     "masks": Case(MASKS),
     "masks, batch": Case(MASKS, batch=3),
@@ -75,11 +77,29 @@ CASES = {
         {"TopKGather": "mask", "GatheredAttention": "all", "GatedScatterAdd": "mask"}, RANK, rows=MAX_TOPK + 1
     ),
     "dense, sliding window, batch": Case({"FullAttention": "all"}, model=WINDOW, batch=3),
+    "soft caps, plugins": Case(
+        THRESHOLD_PLUGINS, model={"family": "gemma2", "gate": GateConfig("scalar", "post_norm")}, plugins=PLUGINS
+    ),
+    "soft caps, dense, batch": Case({"FullAttention": "all"}, model={"family": "gemma2"}, batch=3),
+    "two kinds of RoPE, masks": Case(MASKS, model={"family": "gemma3_text", "gate": GateConfig("scalar", "post_norm")}),
+    "part of a head rotated": Case({"FullAttention": "all"}, model={"family": "phi3", "rope_parameters": PARTIAL}),
+    "scale of attention, plugins": Case(
+        THRESHOLD_PLUGINS, model={"family": "granite", "gate": GateConfig("scalar", "post_norm")}, plugins=PLUGINS
+    ),
+    "layers without RoPE, dense, batch": Case({"FullAttention": "all"}, model={"family": "smollm3"}, batch=3),
+    "norms after the branch, plugins": Case(
+        THRESHOLD_PLUGINS, model={"family": "olmo2", "gate": GateConfig("vector", "post_norm")}, plugins=PLUGINS
+    ),
     "mlp alone, plugins": Case(
         {"ThresholdGather": "plugin", "FullAttention": "all", "GatedScatterAdd": "plugin"},
         model={"family": "qwen3", "gate": GateConfig("scalar", "pre_norm", ("mlp",))},
         plugins=PLUGINS,
     ),
+    "experts, batch": Case({"FullAttention": "all", **EXPERTS}, model={"family": "qwen3_moe"}, batch=3),
+    "experts, plugins": Case(
+        THRESHOLD_PLUGINS | EXPERTS, model={"family": "qwen2_moe", "gate": GateConfig("scalar")}, plugins=PLUGINS
+    ),
+    "experts, masks": Case(MASKS | EXPERTS, model={"family": "mixtral", "gate": GateConfig("vector")}),
 }
 
 

@@ -380,7 +380,7 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
         lambda m: (weight_map := sharded(m), (m / INDEX).write_text(json.dumps({"weight_map": weight_map}))),
         ["has no metadata"],
     ),
-    "another activation": (config(hidden_act="gelu"), ["hidden_act", "silu or swish", "'gelu'"]),
+    "another activation": (config(hidden_act="relu"), ["hidden_act", "gelu_pytorch_tanh", "'relu'"]),
     "RoPE without base": (
         together(without("rope_parameters"), config(rope_theta=None)),
         ["rope_theta", "finite number", "None"],
@@ -428,12 +428,24 @@ READ = {
     "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
     "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window", "max_window_layers", "layer_types",
     "pad_token_id", "bos_token_id", "eos_token_id",
+    "hidden_activation", "query_pre_attn_scalar", "attn_logit_softcapping", "final_logit_softcapping",
+    "use_bidirectional_attention",
+    "original_max_position_embeddings",
+    "embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling",
+    "no_rope_layers", "no_rope_layer_interval",
+    "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "qkv_bias",
+    "shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers",
+}  # fmt: skip
+READ_IN_TRAINING = {
+    "attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
+    "resid_pdrop", "embd_pdrop",
 }  # fmt: skip
 WITHOUT_EFFECT = {
-    "transformers_version", "architectures", "dtype", "initializer_range", "attention_dropout", "use_cache",  # training
+    "transformers_version", "architectures", "dtype", "use_cache",
     "output_hidden_states", "return_dict",  # what a call returns
     "chunk_size_feed_forward", "is_encoder_decoder", "pretraining_tp",  # not read by these families
     "id2label", "label2id", "problem_type",  # classification
+    *READ_IN_TRAINING,
 }  # fmt: skip
 
 
@@ -447,7 +459,9 @@ def test_every_field_is_known(family: str) -> None:
 def test_every_field_that_the_modelling_code_reads_is_read(family: str) -> None:
     """Attributes of `config` in the family's own code, also those that `getattr` looks for."""
     root = Path(transformers.__file__).parent
-    tree = ast.parse((root / "models" / family / f"modeling_{family}.py").read_text(encoding="utf-8"))
+    folder = type(AutoConfig.for_model(family)).__module__.split(".")[-2]
+    tree = ast.parse((root / "models" / folder / f"modeling_{folder}.py").read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if not _is_of_another_model(node, family)]
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and getattr(node.value, "id", getattr(node.value, "attr", "")) == "config":
@@ -456,8 +470,21 @@ def test_every_field_that_the_modelling_code_reads_is_read(family: str) -> None:
             of, name = node.args[:2]
             if getattr(of, "id", getattr(of, "attr", "")) == "config" and isinstance(name, ast.Constant):
                 found.add(str(name.value))
-    assert found - {"_attn_implementation"} <= READ | {"attention_dropout"}
+    assert found - {"_attn_implementation"} <= READ | READ_IN_TRAINING
 
+
+def _is_of_another_model(node: ast.stmt, family: str) -> bool:
+    """Whether a class is not part of the family's language model: the multimodal ones beside Gemma 3's text model."""
+    return family == "gemma3_text" and (
+        isinstance(node, ast.FunctionDef)
+        or (isinstance(node, ast.ClassDef) and ("Image" in node.name or node.name in _MULTIMODAL))
+    )
+
+
+_MULTIMODAL = (
+    "Gemma3ForConditionalGeneration", "Gemma3ForSequenceClassification", "Gemma3Model", "Gemma3MultiModalProjector",
+    "Gemma3PreTrainedModel",
+)  # fmt: skip
 
 # Values that a field may be found with: ordinary ones, borders, other spellings, wrong types.
 VALUES: dict[str, list[Any]] = {
@@ -491,8 +518,30 @@ VALUES: dict[str, list[Any]] = {
     "is_causal": [False, True],
     "is_decoder": [False],
     "original_max_position_embeddings": [8],
-    "attn_logit_softcapping": [30.0],
-    "embedding_multiplier": [12.0],
+    "hidden_activation": ["gelu", "silu", None, 1],
+    "query_pre_attn_scalar": [8, 0, -4, None, "24"],
+    "attn_logit_softcapping": [30.0, 2.0, None, 0.0, -1.0],
+    "final_logit_softcapping": [5.0, None, 0.0],
+    "use_bidirectional_attention": [True, False, None],
+    "sliding_window_pattern": [2, 1, 0],
+    "embedding_multiplier": [12.0, 0, None],
+    "num_local_experts": [3, 5, 0, None],
+    "num_experts": [3, 7, 0, None],
+    "num_experts_per_tok": [1, 9, 0, None, 2.0],
+    "moe_intermediate_size": [16, 0, None],
+    "shared_expert_intermediate_size": [16, 0, None],
+    "norm_topk_prob": [True, False, None],
+    "decoder_sparse_step": [1, 2, 0, -1, None],
+    "mlp_only_layers": [[0], [7], [], None, 1],
+    "qkv_bias": [False, None],
+    "output_router_logits": [True],
+    "router_jitter_noise": [0.5],
+    "attention_multiplier": [0.5, 0.0, None],
+    "residual_multiplier": [0.5, 0, "1"],
+    "logits_scaling": [4.0, 0.0, None],
+    "no_rope_layers": [[1, 1], [0, 0], [0], None, [True, False], "10", [2, 0]],
+    "no_rope_layer_interval": [2, 1, 0],
+    "rope_local_base_freq": [50.0, 0, None],
 }  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def test_where_parameters_come_from(
     checkpoint = open_checkpoint(tiny_checkpoint(tmp_path / "m", "qwen2", gate=GateConfig()))
     options = DecoderOptions(dtype=torch.float16)
     with torch.device("meta"):
-        layer = DecoderLayer(checkpoint.config, options, has_below=False)
+        layer = DecoderLayer(checkpoint.config, options, 0)
         parts = {"layers.3.": layer, "": Exit(checkpoint.config, options.dtype)}
         parts_found = {n: s for prefix, part in parts.items() for n, s in sources(part, prefix).items()}
         parts_found |= sources(Entry(checkpoint.hf_config, checkpoint.config, options), "")

@@ -70,21 +70,48 @@ class Row:
     hidden: int = 64
     sharded: bool = False
     keys: dict[str, Any] = field(default_factory=dict)
+    context: int | None = None
 
     def __str__(self) -> str:
         gate = self.gate
         parts = [self.family]
         parts += ["dense"] if gate is None else [gate.kind, gate.input, "+".join(gate.branches), self.select]
         parts += [self.kv_policy] if self.kv_policy == "copy" else []
-        parts += [self.keys["rope_parameters"]["rope_type"]] if "rope_parameters" in self.keys else []
+        parts += [self.keys["rope_parameters"].get("rope_type", "two ropes")] if "rope_parameters" in self.keys else []
         parts += [key for key in self.keys if key != "rope_parameters"]
         parts += ["tied"] if self.tied else []
         return "-".join(parts)
 
 
+# Different bases for the two kinds of attention, and one of them scaled, as in Gemma 3 of 4 B and above.
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+}
+OLMO3_SCALING = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "attention_factor": 1.2,
+    "original_max_position_embeddings": 64,
+}
+PARTIAL = {"rope_parameters": {**THETA, "rope_type": "default", "partial_rotary_factor": 0.75}}
+# Its original context is shorter than the texts here.
+LONGROPE = {
+    "rope_parameters": {
+        **THETA,
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+        "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 5.0],
+        "original_max_position_embeddings": 128,
+        "partial_rotary_factor": 0.75,
+    },
+    "original_max_position_embeddings": 128,
+}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 # A window shorter than any text here, so that it matters; Qwen2 slides from one layer on.
 SLIDING = {"sliding_window": 8}
+# The text repeats within 8 tokens: behind such a window many tokens have the same score, but for rounding.
+WIDER = {"sliding_window": 64}
 QWEN_SLIDING = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
 
 ROWS = [
@@ -101,6 +128,37 @@ ROWS = [
     Row("qwen3", BOTH_VECTOR, kv_policy="copy", keys={**YARN, "head_dim": 32}),
     Row("qwen3", MLP_SCALAR, tied=True),
     Row("llama", MLP_VECTOR, keys={"head_dim": 24}),
+    Row("mixtral", None, keys={"num_experts_per_tok": 1}),
+    Row("mixtral", BOTH_VECTOR, kv_policy="copy", keys=SLIDING),
+    Row("mixtral", ATTN_SCALAR, "rank", sharded=True),
+    Row("qwen2_moe", None, tied=True, keys={"decoder_sparse_step": 2}),
+    Row("qwen2_moe", BOTH_VECTOR, keys=QWEN_SLIDING),
+    Row("qwen2_moe", MLP_SCALAR, "rank", keys={"norm_topk_prob": True}),
+    Row("qwen3_moe", None, keys={"norm_topk_prob": False, "attention_bias": True}),
+    Row("qwen3_moe", BOTH_VECTOR, kv_policy="copy", keys={"head_dim": 32, "mlp_only_layers": [1]}),
+    Row("qwen3_moe", MLP_SCALAR, tied=True),
+    Row("gemma2", None, tied=True),
+    Row("gemma2", BOTH_VECTOR, kv_policy="copy", tied=True, keys={"attention_bias": True}),
+    Row("gemma2", ATTN_SCALAR, "rank", keys=WIDER),
+    Row("gemma3_text", None, tied=True, keys={"rope_parameters": GEMMA3_ROPE}),
+    Row("gemma3_text", BOTH_VECTOR, kv_policy="copy", keys={"head_dim": 32, "final_logit_softcapping": 10.0}),
+    Row("gemma3_text", MLP_SCALAR, "rank", tied=True, keys=WIDER),
+    Row("phi3", None),
+    Row("phi3", BOTH_VECTOR, kv_policy="copy", tied=True, keys={**LONGROPE, **SLIDING}),
+    Row("phi3", MLP_SCALAR, keys=LONGROPE, context=512),
+    Row("phi3", MLP_SCALAR, "rank", keys=PARTIAL),
+    Row("granite", None, tied=True),
+    Row("granite", BOTH_VECTOR, kv_policy="copy", keys=BIASES),
+    Row("granite", ATTN_SCALAR, "rank", tied=True),
+    Row("smollm3", None, tied=True),
+    Row("smollm3", BOTH_VECTOR, kv_policy="copy", keys={**YARN, **BIASES}),
+    Row("smollm3", MLP_SCALAR, "rank", tied=True),
+    Row("olmo2", None),
+    Row("olmo2", BOTH_VECTOR, kv_policy="copy", keys={"attention_bias": True}),
+    Row("olmo2", MLP_SCALAR, "rank"),
+    Row("olmo3", None),
+    Row("olmo3", BOTH_VECTOR, kv_policy="copy", keys={"rope_scaling": OLMO3_SCALING}),
+    Row("olmo3", ATTN_SCALAR, "rank", keys=WIDER),
 ]
 
 
@@ -142,9 +200,9 @@ def test_family_is_exported_with_parity(row: Row, tmp_path: Path, tiny_text: Pat
     )
     if row.sharded:
         shard(model)
-    gated: dict[str, Any] = {}
+    gated: dict[str, Any] = {"context": row.context}
     if row.gate is not None:
-        gated = {"budget": 0.7, "select": row.select, "kv_policy": row.kv_policy}
+        gated |= {"budget": 0.7, "select": row.select, "kv_policy": row.kv_policy}
         if row.select == "threshold":
             gated |= {"calibration": tiny_text, "calibration_tokens": 2048}
     export(model, tmp_path / "bundle", **gated)

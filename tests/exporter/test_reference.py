@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.opening import open_checkpoint
+from gsx_exporter.checkpoint.tensors import is_gate
 from gsx_exporter.config import GateConfig, GateInput, GateKind
 from gsx_exporter.reference.model import Reference, ReferenceOutput
 from gsx_exporter.reference.rule import KeepAll, ReferenceRule
@@ -89,7 +90,9 @@ def test_dense_is_hugging_face(tmp_path: Path, family: str, overrides: dict[str,
     tiny_checkpoint(tmp_path, family, **overrides)
     ids = _ids(2, 21)
     with torch.no_grad():
-        theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")(ids).logits
+        theirs = AutoModelForCausalLM.from_pretrained(
+            tmp_path, attn_implementation="eager", experts_implementation="eager"
+        )(ids).logits
     output = _load(tmp_path)(ids)
     torch.testing.assert_close(output.logits, theirs, atol=0, rtol=0)
     assert output.scores == [[None, None]] * LAYERS
@@ -102,12 +105,13 @@ def test_open_gates_change_nothing(tmp_path: Path, family: str, kind: GateKind) 
     dense = tiny_checkpoint(tmp_path / "dense", family)
     gated = tiny_checkpoint(tmp_path / "gated", family, gate=GateConfig(kind=kind))
     tensors = load_file(gated / "model.safetensors")
-    gates = {name: torch.zeros_like(t) for name, t in tensors.items() if "_gate." in name}
+    gates = {name: torch.zeros_like(t) for name, t in tensors.items() if is_gate(name)}
     # sigmoid(40) is 1 in float32
     gates |= {name: torch.full_like(t, 40.0) for name, t in gates.items() if name.endswith("bias")}
     _edit(gated, load_file(dense / "model.safetensors") | gates)
     ids = _ids(2, 15)
-    torch.testing.assert_close(_load(gated)(ids).logits, _load(dense)(ids).logits, atol=0, rtol=0)
+    # Weights lie elsewhere in the larger file, and products of other alignment add up in another order.
+    torch.testing.assert_close(_load(gated)(ids).logits, _load(dense)(ids).logits, atol=ATOL, rtol=0)
 
 
 @pytest.mark.parametrize("gate_input", ["post_norm", "pre_norm"])
@@ -242,7 +246,7 @@ def test_rank_keeps_the_best_of_the_call(tmp_path: Path, budget: float) -> None:
 def test_equal_scores_keep_the_earlier_token(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, gate=GateConfig())
     tensors = load_file(tmp_path / "model.safetensors")
-    _edit(tmp_path, {name: torch.zeros_like(t) for name, t in tensors.items() if "_gate." in name})
+    _edit(tmp_path, {name: torch.zeros_like(t) for name, t in tensors.items() if is_gate(name)})
     output = _load(tmp_path)(_ids(2, 6), rule=Rank(0.5))
     expected = (torch.arange(12) < kept_count(12, 0.5)).view(2, 6)
     assert all(torch.equal(keep, expected) for row in output.keep for keep in row)
@@ -251,7 +255,7 @@ def test_equal_scores_keep_the_earlier_token(tmp_path: Path) -> None:
 def test_score_equal_to_the_threshold_skips(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, gate=GateConfig(kind="scalar"))
     tensors = load_file(tmp_path / "model.safetensors")
-    _edit(tmp_path, {name: torch.zeros_like(t) for name, t in tensors.items() if "_gate." in name})
+    _edit(tmp_path, {name: torch.zeros_like(t) for name, t in tensors.items() if is_gate(name)})
     reference, ids = _load(tmp_path), _ids(1, 6)
     assert not any(bool(k.any()) for row in reference(ids, rule=_thresholds(0.5)).keep for k in row)
     below = float(np.nextafter(np.float32(0.5), np.float32(0)))

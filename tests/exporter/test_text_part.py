@@ -50,6 +50,7 @@ WHOLES = [
     ("smolvlm", "llama", "smolvlm_vision", False),
     ("idefics3", "llama", "idefics3_vision", True),
     ("internvl", "qwen2", "internvl_vision", False),
+    ("gemma3", "gemma3_text", "siglip_vision_model", True),
 ]
 
 

@@ -50,7 +50,7 @@ def put(folder: Path, tokenizer: Tokenizer, *, family: str = "llama", **settings
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     write(folder / "tokenizer_config.json", {key: value for key, value in {**names, **settings}.items() if value != ""})
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-    config = AutoConfig.for_model(family, vocab_size=320, **shape)
+    config = AutoConfig.for_model(family, vocab_size=320, pad_token_id=None, **shape)
     config.save_pretrained(folder)
     return opened(folder)
 

@@ -11,6 +11,7 @@ import pytest
 from gsx.parity.checks import Check
 from gsx.parity.closeness import Accumulator, Compared, Comparer, Observation, Place
 from gsx.parity.report import _number
+from gsx.parity.routes import Routes, routes_of
 from gsx.parity.tolerances import TOLERANCES
 
 L, S, H, V = 3, 6, 4, 5
@@ -215,3 +216,38 @@ def test_numbers_are_short(value: float, text: str) -> None:
 def test_checks_are_plain_values() -> None:
     check = Check("x", 1.0, 0.0, None, "reported", "", "")
     assert dataclasses.asdict(check)["limit"] is None
+
+
+ROUTER = np.array([[0.0, 3.0, 1.0], [2.0, 2.0, 0.0], [1.0, 0.0, 0.999], [5.0, 1.0, 1.0]])
+
+
+def test_routes_and_how_near_they_were() -> None:
+    kept = np.array([[True, True, True, False]])
+    found = routes_of({0: ROUTER}, kept, 1)
+    assert found.chosen[0].tolist() == [[False, True, False], [True, False, False], [True, False, False], [False] * 3]
+    size = np.sqrt(np.square(ROUTER).mean(axis=1))
+    wanted = np.array([2.0 / size[0], 0.0, 0.001 / size[2], np.inf])  # a token that skipped the layer chose nothing
+    np.testing.assert_allclose(found.margins[0], wanted)
+    np.testing.assert_allclose(found.nearest(4), wanted)
+    assert np.isinf(routes_of({0: ROUTER}, kept, 3).margins[0]).all(), "all experts: nothing to choose"
+    assert np.isinf(Routes().nearest(2)).all()
+
+
+@pytest.mark.parametrize(("margin", "wrong"), [(1e-4, 0), (1e-2, 1)])
+def test_a_token_that_went_to_another_expert_is_left_out_with_those_after_it(margin: float, wrong: int) -> None:
+    one = observation()
+    here, there = np.zeros((S, 3), bool), np.zeros((S, 3), bool)
+    here[:, 0] = there[:, 0] = True
+    there[3] = [False, True, False]
+    margins = np.full(S, 1.0)
+    margins[3] = margin
+    want = dataclasses.replace(one, routes=Routes({1: here}, {1: margins}))
+    have = dataclasses.replace(one, routes=Routes({1: there}))
+    made = Comparer(L, ("attn", "mlp"), causal=True, near_tie=NEAR_TIE, copies=False, near_route=3e-4)
+    made.add([want], [have])
+    found = made.result()
+    assert [state.values for state in found.states] == [S * H, 3 * H, 3 * H], "from the routed layer on"
+    assert found.routing is not None
+    assert (found.routing.total, found.routing.differ, len(found.routing.wrong)) == (S, 1, wrong)
+    assert found.routing.flips[0].place == Place(0, 3, 1, "router")
+    assert found.routing.tokens_left_out == S - 3

@@ -18,6 +18,7 @@ from gsx_plugins.full_attention.op import full_attention
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.gathered_attention.op import gathered_attention
 from gsx_plugins.registry import OPS, register_all
+from gsx_plugins.routed_experts.op import routed_experts
 from gsx_plugins.threshold_gather.op import threshold_gather
 from gsx_plugins.topk_gather.op import topk_gather
 
@@ -31,6 +32,7 @@ RANKS = {
     "GatedScatterAdd": ((2, 2, 2, 1), (2,)),
     "GatheredAttention": ((2, 1, 4, 4, 4), (2,)),
     "FullAttention": ((3, 4, 4, 4), (3,)),
+    "RoutedExperts": ((2, 2, 3, 3, 3), (2,)),
 }
 
 
@@ -194,6 +196,54 @@ def test_attention_of_kept_and_of_all_rows(kept: list[int], past: int) -> None:
         np.testing.assert_allclose(out.reshape(batch * length, -1), expected, atol=FP32_ATOL)
 
 
+def experts_reference(
+    rows: np.ndarray, logits: np.ndarray, weights: list[np.ndarray], top_k: int, normalized: bool
+) -> np.ndarray:
+    """Row by row in float64; among equal probabilities the earlier expert comes first."""
+    gate, up, down = (w.astype(np.float64) for w in weights)
+    out = np.zeros(rows.shape)
+    for row, (x, logit) in enumerate(zip(rows.astype(np.float64), logits, strict=True)):
+        p = np.exp(logit - logit.max(), dtype=np.float32)
+        p /= p.sum(dtype=np.float32)
+        chosen = sorted(range(len(p)), key=lambda e: (-p[e], e))[:top_k]
+        total = sum(float(p[e]) for e in chosen) if normalized else 1.0
+        for e in chosen:
+            inner = x @ gate[e]
+            out[row] += float(p[e]) / total * ((inner / (1 + np.exp(-inner)) * (x @ up[e])) @ down[e])
+    return out
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kept=st.integers(0, 9),
+    experts=st.integers(1, 6),
+    kind=st.sampled_from(["random", "ties", "one expert", "far apart"]),
+    normalized=st.booleans(),
+    data=st.data(),
+)
+def test_routed_experts(kept: int, experts: int, kind: str, normalized: bool, data: st.DataObject) -> None:
+    top_k = data.draw(st.integers(1, experts))
+    hidden, width = 5, 7
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    logits = rng.standard_normal((kept, experts)).astype(np.float32)
+    if kind == "ties":
+        logits = np.round(logits)
+    elif kind == "one expert":
+        logits[:, :1] += 20
+    elif kind == "far apart":  # the others' probabilities are 0
+        logits *= 200
+    shapes = (experts, hidden, width), (experts, hidden, width), (experts, width, hidden)
+    weights = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    rows = random_rows(kept, hidden)
+    expected = experts_reference(rows, logits, weights, top_k, normalized)
+    for (out,) in (
+        run_torch(routed_experts, rows, logits, *weights, top_k=top_k, normalized=normalized),
+        run_onnx("RoutedExperts", rows, logits, *weights, top_k=top_k, normalized=int(normalized)),
+    ):
+        # Values reach 100: sums over five and seven products.
+        np.testing.assert_allclose(out, expected, atol=20 * FP32_ATOL, rtol=1e-5)
+
+
 def test_gradients() -> None:
     """Autograd of the ops against finite differences, in float64."""
     torch.manual_seed(0)
@@ -217,6 +267,8 @@ def test_gradients() -> None:
                           torch.ones(1, 1, 2, 2, dtype=torch.bool), 2)),
         (gathered_attention, (torch.randn(1, 16), torch.tensor([1]), torch.randn(1, 1, 2, 8), torch.randn(1, 1, 2, 8),
                               torch.ones(1, 1, 2, 2, dtype=torch.bool), 2)),
+        (routed_experts, (torch.randn(3, 4), torch.randn(3, 2), torch.randn(2, 4, 5), torch.randn(2, 4, 5),
+                          torch.randn(2, 5, 4), 1, True)),
     ],
 )  # fmt: skip
 def test_torch_ops_are_well_formed(op: object, arguments: tuple[object, ...]) -> None:

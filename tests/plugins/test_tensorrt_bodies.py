@@ -12,9 +12,13 @@ from tests.plugins.test_ops import one_node_model
 
 rtx = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
 
-ATTRIBUTES = {"GatheredAttention": {"num_heads": 4}, "FullAttention": {"num_heads": 4}}
+ATTRIBUTES = {
+    "GatheredAttention": {"num_heads": 4},
+    "FullAttention": {"num_heads": 4},
+    "RoutedExperts": {"top_k": 2, "normalized": 1},
+}
 # Bodies that the parser refuses, and the op it stops at: there the plugin is used (docs/design.md, section 4).
-REFUSED = {"ThresholdGather": "NonZero"}
+REFUSED = {"ThresholdGather": "NonZero", "RoutedExperts": "NonZero"}
 
 
 def model_of(name: str) -> onnx.ModelProto:

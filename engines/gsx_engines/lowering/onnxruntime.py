@@ -12,6 +12,7 @@ What differs from the portable graph (all measured, benchmarks/RESULTS.md; the p
   that for all tokens, and the kept rows attend with an empty new key and with their rows of the mask as a bias: the
   op's own mask is causal from the end, which allows at least what a kept row may see;
 - K and V may be 8-bit codes (`kv_cache.py`), which the op reads and writes itself, with a scale for each channel;
+- routed experts are constants of their own, each inside an `If` (`experts.py`);
 - products in 8 bits are the contrib ops that have fast kernels (`quantized.py`);
 - the nodes of a branch, and everything that only the branch reads, are inside `If`, which is not entered when no row is
   kept;
@@ -50,6 +51,7 @@ from gsx_engines.lowering.for_onnxruntime.attention import (
 from gsx_engines.lowering.for_onnxruntime.cache import name_capacity, read_live_keys, store_codes, write_in_place
 from gsx_engines.lowering.for_onnxruntime.decisions import decide
 from gsx_engines.lowering.for_onnxruntime.dots import dot_rows
+from gsx_engines.lowering.for_onnxruntime.experts import spread_experts
 from gsx_engines.lowering.for_onnxruntime.head import give_state, take_state
 from gsx_engines.lowering.for_onnxruntime.lengths import count_from_total_length, mask_by_place
 from gsx_engines.lowering.for_onnxruntime.packed import pack_products
@@ -94,6 +96,7 @@ BODY_PASSES: tuple[Pass[Task], ...] = (
     of_any(Graph.drop_unread),
     of_any(sink),
     run_all_rows,
+    of_any(spread_experts),
     of_any(dot_rows),
     of_any(pack_products),
     rotate_in_attention,
@@ -121,8 +124,8 @@ class Lowered:
             returns `state` [B, S, H], of its last layer, and with gates `kept`: [P] int64, the number of rows kept by
             each gated branch, or in steps [P x B] bool, which rows.
         head: `state` [1, any, H] -> `logits` [1, any, V].
-        tables: `position_ids` [1, N] int64 -> `cos` and `sin` [1, N, D/2], the rotary tables. If attention rotates
-            itself, the body reads them as further inputs (`rotary.TABLES`), for every position of the cache.
+        tables: `position_ids` [1, N] int64 -> the rotary tables that the body reads as further inputs, where attention
+            rotates itself (`rotary.TABLE_PREFIX`), for every position of the cache; None if it reads none.
         counts: how often each pass applied to the body.
     """
 
@@ -145,8 +148,8 @@ def lower(portable: onnx.ModelProto, manifest: Manifest, layers: range, *, steps
     body, head = _model_of(portable.graph, portable), _model_of(portable.graph, portable)
     run_passes(Graph(head.graph), HEAD_PASSES, task)
     counts = run_passes(Graph(body.graph), BODY_PASSES, task)
-    tables = _model_of(tables_of(portable.graph), portable) if counts[rotate_in_attention.__name__] else None
-    return Lowered(body, head, tables, counts)
+    tables = tables_of(portable.graph, body.graph)
+    return Lowered(body, head, None if tables is None else _model_of(tables, portable), counts)
 
 
 def _model_of(graph: onnx.GraphProto, portable: onnx.ModelProto) -> onnx.ModelProto:

@@ -16,6 +16,7 @@ With K and V in place, which is what gsx runs, the form differs from the portabl
 - codes of an embedding or a gate go through a DequantizeLinear, for an embedding before its rows are read: TensorRT
   takes 8-bit constants nowhere else;
 - zero-points of weights in blocks become a small product of their own, since TensorRT takes only zero-points of 0;
+- routed experts are batched products of the experts that a call may use;
 - an op without a plugin is rewritten; see `Form`.
 
 The passes are in `for_tensorrt/`.
@@ -40,6 +41,7 @@ from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.lowering.for_tensorrt.attention import attend, attend_kept_rows, rotate_by_head
 from gsx_engines.lowering.for_tensorrt.choices import add_rows, count_on_host, mask_choices
 from gsx_engines.lowering.for_tensorrt.constants import dequantize_constants
+from gsx_engines.lowering.for_tensorrt.experts import run_experts
 from gsx_engines.lowering.for_tensorrt.inputs import (
     ask_for_columns,
     place_call,
@@ -67,6 +69,7 @@ PASSES: tuple[Pass[Task], ...] = (
     attend,
     rotate_by_head,
     count_on_host,
+    run_experts,
     dequantize_constants,
     without_zero_points,
     speak_float32,

@@ -23,7 +23,7 @@ from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.lowering import onnxruntime as lowering
 from gsx_engines.lowering.for_onnxruntime.decisions import KEPT
 from gsx_engines.lowering.for_onnxruntime.probe import is_supported
-from gsx_engines.lowering.for_onnxruntime.rotary import TABLES
+from gsx_engines.lowering.for_onnxruntime.rotary import TABLE_PREFIX
 from gsx_engines.lowering.for_onnxruntime.task import STATE, TOTAL_LENGTH
 from gsx_engines.lowering.for_onnxruntime.whole_calls import chooses_whole_calls
 from gsx_engines.lowering.passes import not_as_expected
@@ -195,8 +195,10 @@ class OnnxRuntimeStage:
         dtype = np.int8 if eight_bits else np.float32
         tables = {}
         if opened[0].tables is not None:
-            found = opened[0].tables.run(list(TABLES), {tensor_names.POSITION_IDS: np.arange(capacity)[None]})
-            tables = {name: table[0] for name, table in zip(TABLES.values(), found, strict=True)}
+            computed = opened[0].tables
+            found = computed.run(None, {tensor_names.POSITION_IDS: np.arange(capacity)[None]})
+            names = [TABLE_PREFIX + output.name for output in computed.get_outputs()]
+            tables = {name: table[0] for name, table in zip(names, found, strict=True)}
         return _Memory({name: np.zeros(size, dtype) for name in tensor_names.past_of(self.layers)}, tables, {})
 
     def run(self, memory: Any, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:

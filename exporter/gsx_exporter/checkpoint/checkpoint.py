@@ -21,6 +21,7 @@ from gsx_exporter.checkpoint.gguf_file import GgufFile
 from gsx_exporter.checkpoint.json_file import read_json
 from gsx_exporter.checkpoint.layouts.layout import Layout
 from gsx_exporter.checkpoint.names import COMPANION_FILES, CONFIG, GENERATION_CONFIG, has_vocabulary
+from gsx_exporter.checkpoint.parameters import stored_as
 from gsx_exporter.checkpoint.stored import Tensors, type_bytes
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
@@ -104,6 +105,29 @@ class Checkpoint:
         """Bytes of a tensor, in the type in which it is read."""
         return math.prod(self.shape(name)) * type_bytes(self.stored_type(name))
 
+    def parameter(self, name: str) -> torch.Tensor:
+        """One parameter of the decoder, by its name there, with the prefix of a whole model's (`parameters.py`).
+
+        Returns: it in its tensor's type; in float32 at least where it is not stored as it is.
+        Raises:
+            CheckpointError: the checkpoint has no such tensor.
+        """
+        stored = stored_as(self.config, name)
+        found = self.tensor(stored.tensor)
+        if stored.rows is not None:
+            found = found[slice(*stored.rows)]
+        if (stored.offset, stored.factor) != (0.0, 1.0):
+            found = (found.to(_at_least_float32(found)) + stored.offset) * stored.factor
+        return found
+
+    def parameter_size(self, name: str) -> int:
+        """Bytes of the tensor, or of the rows of one, that a parameter of the decoder is read from."""
+        stored = stored_as(self.config, name)
+        if stored.rows is None:
+            return self.size(stored.tensor)
+        first, last = stored.rows
+        return self.size(stored.tensor) * (last - first) // self.shape(stored.tensor)[0]
+
     def weight_bytes(self) -> int:
         """Bytes that all tensors would take as 32-bit floats."""
         return sum(4 * math.prod(self.shape(name)) for name in self.stored.names)
@@ -137,3 +161,9 @@ class Checkpoint:
                 todo="the checkpoint does not fit its config.json",
             )
         return name
+
+
+def _at_least_float32(tensor: torch.Tensor) -> torch.dtype:
+    import torch
+
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -6,6 +6,7 @@ import difflib
 import re
 from typing import TYPE_CHECKING
 
+from gsx_exporter.checkpoint.experts import expert_number, spelling_of, stored_name
 from gsx_exporter.checkpoint.quantized import quantized_by, refuse_quantized
 from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD, expected_tensors, is_adapter, rule_module_kind
 from gsx_exporter.errors import CheckpointError
@@ -26,6 +27,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     """
     _check_kinds(checkpoint)
     _check_depth(checkpoint)
+    _check_experts(checkpoint)
     expected = expected_tensors(checkpoint.config)
     _check_stray(checkpoint, expected)
     for name, shape in expected.items():
@@ -34,7 +36,10 @@ def check_tensors(checkpoint: Checkpoint) -> None:
         found = checkpoint.shape(name)
         if found != shape:
             raise CheckpointError(
-                f"{checkpoint.source}: {name} has the wrong shape", expected=str(list(shape)), found=str(list(found))
+                f"{checkpoint.source}: {name} has the wrong shape",
+                expected=str(list(shape)),
+                found=str(list(found)),
+                todo=None if expert_number(name) is None else "all experts of a model must have one shape",
             )
         if checkpoint.stored_type(name) not in _FLOATS:
             refuse_quantized(checkpoint.source, f"{name} in {checkpoint.stored_type(name)}")
@@ -64,7 +69,7 @@ def _missing(checkpoint: Checkpoint, name: str) -> CheckpointError:
         todo = "save the whole model again (model.save_pretrained)"
     return CheckpointError(
         f"{checkpoint.source}: {f'{part}s are incomplete' if part else 'a tensor is missing'}",
-        expected=name,
+        expected=stored_name(name, spelling_of(checkpoint.config)),
         found="no such tensor" + (f"; the nearest name that gsx does not know is {near[0]}" if near else ""),
         todo=todo,
     )
@@ -92,6 +97,19 @@ def _check_depth(checkpoint: Checkpoint) -> None:
             f"{checkpoint.source}: config.json has more layers than the weights",
             expected=f"num_hidden_layers {layers}",
             found=f"{len(stored)} layers" if stored else f"no layers; {checkpoint.names[0]} is the first tensor",
+            todo="the configuration and the weights are not of the same model",
+        )
+
+
+def _check_experts(checkpoint: Checkpoint) -> None:
+    """Refuse weights with more experts than the configuration says, of which transformers would make another model."""
+    experts = checkpoint.config.experts
+    numbers = {number: name for name in checkpoint.names if (number := expert_number(name)) is not None}
+    if experts is not None and numbers and max(numbers) >= experts.count:
+        raise CheckpointError(
+            f"{checkpoint.source}: has more experts than config.json says",
+            expected=f"{experts.count} experts in a layer",
+            found=numbers[max(numbers)],
             todo="the configuration and the weights are not of the same model",
         )
 

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.near_miss import unknown_traits
 from gsx_exporter.checkpoint.quiet import quiet_transformers
-from gsx_exporter.config import FAMILIES
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch

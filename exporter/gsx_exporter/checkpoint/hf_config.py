@@ -17,8 +17,8 @@ from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.checkpoint.near_miss import unknown_traits
 from gsx_exporter.checkpoint.quantized import QUANTIZATION, layout_of
 from gsx_exporter.checkpoint.quiet import quiet_transformers
-from gsx_exporter.config import FAMILIES
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.families import FAMILIES
 
 _MOST_LAYERS = 10_000
 _TEXT_PART = "text_config"

@@ -8,6 +8,7 @@ from pathlib import Path
 from gsx_exporter.checkpoint.adapter import Adapter, MergedTensors, read_adapter
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.checks import check_tensors
+from gsx_exporter.checkpoint.experts import Piece, fused_tensors, named_by_qwen, pieces_of, spelling_of
 from gsx_exporter.checkpoint.files import decoder_names, sha256_of_files, weight_files
 from gsx_exporter.checkpoint.folder import locate
 from gsx_exporter.checkpoint.generation import read_text_ends
@@ -22,12 +23,14 @@ from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
 
 
-def open_checkpoint(model: str | Path) -> Checkpoint:
+def open_checkpoint(model: str | Path, context: int | None = None) -> Checkpoint:
     """Open a model directory or a hub id, and check that it is complete and of a supported family.
 
     Args:
         model: a local directory, or a hub id such as "org/name" (needs a connection the first time): a model, or a LoRA
             adapter, which is merged into its base while that is read.
+        context: the longest text, in tokens; None for what the model was made for, with LongRoPE for what its short
+            factors were made for.
     Raises:
         CheckpointError: the checkpoint is missing, empty, truncated, damaged or quantized; it is something else (a GGUF
             file); it has only pickled weights or an unsupported family; a field of its configuration has no meaning; a
@@ -42,6 +45,13 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     else:
         adapter = read_adapter(directory)
         checkpoint = _with_adapter(_read(_base_of(adapter), str(model), adapter), adapter)
+    if context is not None:
+        checkpoint.config = checkpoint.config.of_context(context)
+    if checkpoint.config.switches:
+        checkpoint.notes.append(
+            f"its LongRoPE has short factors, for texts of up to {checkpoint.config.max_positions:,} tokens, and long "
+            f"ones: the short ones are used; --context {checkpoint.config.most_positions} takes the long ones"
+        )
     check_tensors(checkpoint)
     check_skeleton(checkpoint)
     return checkpoint
@@ -53,11 +63,13 @@ def _read(directory: Path, source: str, adapter: Adapter | None = None) -> Check
     config = ModelConfig.from_hf(read.hf)
     files = weight_files(directory, getattr(read.hf, "transformers_weights", None))
     names = decoder_names(files, source, of_whole=read.whole is not None)
+    names = named_by_qwen(names, spelling_of(config))
     places = {name: (files[stored], stored) for name, stored in names.items()}
     checkpoint = Checkpoint(
         directory, source, read.hf, config, StoredTensors(places), [], adapter, read.own, read.whole, read.layout
     )
     _settle_head(checkpoint, places)
+    checkpoint.stored = _with_single_experts(checkpoint, places)
     if read.layout is not None:
         _dequantize(checkpoint, read.layout)
     ends = read_text_ends(checkpoint.generation_directory, checkpoint.config_values(), config)
@@ -168,6 +180,29 @@ def _untie(checkpoint: Checkpoint) -> None:
     checkpoint.notes.append(
         f"{CONFIG} says that embedding and head are one table, but two different ones are stored: both are used"
     )
+
+
+def _with_single_experts(checkpoint: Checkpoint, places: dict[str, tuple[Path, str]]) -> StoredTensors:
+    """Give the experts of tensors that hold all those of a layer their names: they are read one at a time."""
+    config = checkpoint.config
+    fused = fused_tensors(config, places)
+    for name, shape in fused.items():
+        if checkpoint.shape(name) != shape:
+            raise CheckpointError(
+                f"{checkpoint.source}: {name} has the wrong shape",
+                expected=f"{list(shape)}: experts, outputs, inputs",
+                found=str(list(checkpoint.shape(name))),
+            )
+    stored = {name: places[name][1] for name in fused}
+    found: dict[str, Piece] = {}
+    for name, pieces in pieces_of(stored, config.experts).items() if config.experts else ():
+        place = places.pop(name)
+        for piece in pieces:
+            if piece in places:
+                raise CheckpointError(f"{checkpoint.source}: has two tensors for {piece}", found=f"it, and {name}")
+        places |= dict.fromkeys(pieces, place)
+        found |= pieces
+    return StoredTensors(places, found)
 
 
 def _equal(checkpoint: Checkpoint, one: str, other: str) -> bool:

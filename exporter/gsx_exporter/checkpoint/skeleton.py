@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from gsx_exporter.checkpoint.experts import as_modules
 from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.checkpoint.quiet import quiet_transformers
@@ -31,6 +32,7 @@ def check_skeleton(checkpoint: Checkpoint) -> None:
     _check_cache(checkpoint, cache)
     built = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     known = {n: shape for n, shape in expected_tensors(checkpoint.config).items() if not rule_module_kind(n)}
+    known = as_modules(known)
     for names in (built, known):
         names.pop(HEAD, None)  # present or not by what is stored: `Checkpoint.config` decides
     if built != known:
@@ -73,7 +75,7 @@ def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
                 model = AutoModelForCausalLM.from_config(checkpoint.hf_config, trust_remote_code=False)
             rotary = type(model.model.rotary_emb)(config=checkpoint.hf_config)
             cache = DynamicCache(config=checkpoint.hf_config)
-        finite = bool(rotary.inv_freq.isfinite().all())
+        finite = all(bool(frequencies.isfinite().all()) for frequencies in rotary.buffers())
     except Exception as error:  # whatever transformers raises is about this configuration
         raise CheckpointError(
             f"{checkpoint.directory / CONFIG}: transformers cannot build a model from it", found=one_line(error)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from gsx_exporter.checkpoint.experts import Piece
 from gsx_exporter.checkpoint.files import open_safetensors
 
 if TYPE_CHECKING:
@@ -52,10 +53,13 @@ class Tensors(Protocol):
 class StoredTensors:
     """Tensors as safetensors files hold them.
 
-    Args: places: name, as transformers calls it -> the file that holds it, and its name there.
+    Args:
+        places: name, as transformers calls it -> the file that holds it, and its name there.
+        pieces: of those that are a part of a stored tensor -> which part.
     """
 
     places: Mapping[str, tuple[Path, str]]
+    pieces: Mapping[str, Piece] = field(default_factory=dict)
     _open: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     @property
@@ -70,7 +74,11 @@ class StoredTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See `Tensors`."""
-        return tuple(self._slice(name).get_shape())
+        shape = tuple(self._slice(name).get_shape())
+        piece = self.pieces.get(name)
+        if piece is None:
+            return shape
+        return (shape[1] if piece.rows is None else piece.rows[1] - piece.rows[0], *shape[2:])
 
     def stored_type(self, name: str) -> str:
         """See `Tensors`."""
@@ -79,7 +87,13 @@ class StoredTensors:
     def tensor(self, name: str) -> torch.Tensor:
         """See `Tensors`."""
         file, stored = self.places[name]
-        found: torch.Tensor = self._handle(file).get_tensor(stored)
+        piece = self.pieces.get(name)
+        found: torch.Tensor
+        if piece is None:
+            found = self._handle(file).get_tensor(stored)
+        else:
+            rows = slice(None) if piece.rows is None else slice(*piece.rows)
+            found = self._slice(name)[piece.expert, rows]
         return found
 
     def _slice(self, name: str) -> Any:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from gsx_exporter.checkpoint.experts import expert_tensors
 from gsx_exporter.config import ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+FINAL_NORM = "norm.weight"
+FUSED_QKV, FUSED_GATE_UP = "qkv_proj", "gate_up_proj"
 # After a layer: predicts whether the layers above would still change the model's answer (CALM).
 EXIT_CLASSIFIER = "exit_classifier"
 # Modules of a layer that belong to a keep rule, not to the plain model, and what messages call them.
@@ -18,32 +21,27 @@ _ADAPTER_PARTS = {"base_model", "base_layer", "lora_A", "lora_B"}
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a checkpoint with this configuration must have.
+    """Name and shape of every tensor that a checkpoint with this configuration must have, as transformers calls it.
 
     Linear weights are [out, in], as in torch.
     """
-    H, F = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    H = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, H)}
     for i in range(config.num_layers):
         p = f"model.layers.{i}."
-        for name, out, width, bias in (
-            ("self_attn.q_proj", q, H, config.qkv_bias),
-            ("self_attn.k_proj", kv, H, config.qkv_bias),
-            ("self_attn.v_proj", kv, H, config.qkv_bias),
-            ("self_attn.o_proj", H, q, config.o_bias),
-            ("mlp.gate_proj", F, H, config.mlp_bias),
-            ("mlp.up_proj", F, H, config.mlp_bias),
-            ("mlp.down_proj", H, F, config.mlp_bias),
-        ):
+        routed = config.is_routed(i)
+        for name, out, width, bias in (*_of_attention(config), *(() if routed else _of_mlp(config))):
             shapes[f"{p}{name}.weight"] = (out, width)
             if bias:
                 shapes[f"{p}{name}.bias"] = (out,)
-        shapes[p + "input_layernorm.weight"] = (H,)
-        shapes[p + "post_attention_layernorm.weight"] = (H,)
-        if config.qk_norm:
-            shapes[p + "self_attn.q_norm.weight"] = (config.head_dim,)
-            shapes[p + "self_attn.k_norm.weight"] = (config.head_dim,)
+        if config.experts is not None and routed:
+            shapes |= {p + name: shape for name, shape in expert_tensors(config.experts, H).items()}
+        for norms in config.norms.values():
+            shapes |= {f"{p}{norm}.weight": (H,) for norm in (norms.before, norms.after) if norm}
+        if config.qk_norm != "none":
+            heads = (config.num_heads, config.num_kv_heads) if config.qk_norm == "width" else (1, 1)
+            for name, count in zip(("q_norm", "k_norm"), heads, strict=True):
+                shapes[f"{p}self_attn.{name}.weight"] = (count * config.head_dim,)
         if config.gate:
             rows = H if config.gate.kind == "vector" else 1
             for branch in config.gate.branches:
@@ -54,10 +52,32 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{p}{EXIT_CLASSIFIER}.bias"] = (1,)
         if config.router and i in config.router.routed(config.num_layers):
             shapes |= {p + name: shape for name, shape in config.router.shapes(H).items()}
-    shapes["model.norm.weight"] = (H,)
+    shapes[f"model.{FINAL_NORM}"] = (H,)
     if not config.tied_head:
         shapes[HEAD] = (config.vocab_size, H)
     return shapes
+
+
+# A linear layer: name, outputs, inputs, and whether it has a bias.
+_Product = tuple[str, int, int, bool]
+
+
+def _of_attention(config: ModelConfig) -> list[_Product]:
+    H = config.hidden_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    out: _Product = ("self_attn.o_proj", H, q, config.o_bias)
+    if config.fused:
+        return [(f"self_attn.{FUSED_QKV}", q + 2 * kv, H, config.qkv_bias), out]
+    widths = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
+    return [*((name, width, H, config.qkv_bias) for name, width in widths.items()), out]
+
+
+def _of_mlp(config: ModelConfig) -> list[_Product]:
+    H, F, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+    down: _Product = ("mlp.down_proj", H, F, bias)
+    if config.fused:
+        return [(f"mlp.{FUSED_GATE_UP}", 2 * F, H, bias), down]
+    return [("mlp.gate_proj", F, H, bias), ("mlp.up_proj", F, H, bias), down]
 
 
 def is_adapter(name: str) -> bool:

@@ -5,24 +5,26 @@ Letters as in `layer.py`.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.decoder.layer import CallState, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.decoder.norm import RmsNorm
 from gsx_exporter.decoder.rotary import RotaryTables
-from gsx_exporter.decoder.rule import Tokens
+from gsx_exporter.decoder.rule import Tokens, Values
 
 
 class Entry(nn.Module):
     """Token ids -> embeddings, and the values that every layer reads.
 
-    Returns, in order: hidden [N, H]; cos and sin [1, N, D/2]; one mask [B, 1, S, T] bool per distinct window of the
-    model (`windows`); and what the keep rule computes once per call (`TracedRule.entered`).
+    Returns, in order: hidden [N, H]; cos and sin [1, N, W/2] of each kind of RoPE (`ModelConfig.ropes`); one mask
+    [B, 1, S, T] bool per distinct window of the model (`windows`); and what the keep rule computes once per call
+    (`TracedRule.entered`).
     """
 
     def __init__(self, hf_config: Any, config: ModelConfig, options: DecoderOptions) -> None:
@@ -31,7 +33,7 @@ class Entry(nn.Module):
         self.embed_tokens = nn.Parameter(
             torch.empty(config.vocab_size, config.hidden_size, dtype=options.dtype), requires_grad=False
         )
-        self.rotary = RotaryTables(hf_config, config.head_dim, options.dtype)
+        self.rotary = nn.ModuleList(RotaryTables(hf_config, config, kind, options.dtype) for kind in config.ropes)
         self.windows = distinct_windows(config)
 
     def forward(
@@ -45,10 +47,12 @@ class Entry(nn.Module):
             inputs: the run-time inputs that the keep rule reads once per call (`TracedRule.of_call`), in order.
         """
         hidden = torch.nn.functional.embedding(input_ids.reshape(-1), self.embed_tokens)
-        cos, sin = self.rotary(position_ids.reshape(1, -1))
+        if self.config.scales.embedding != 1.0:
+            hidden = hidden * self.config.scales.embedding
+        tables = [table for kind in self.rotary for table in kind(position_ids)]
         length = input_ids.shape[1]
         masks = [attention_mask_of(attention_mask, length, window) for window in self.windows]
-        state = [hidden, cos, sin, *masks]
+        state = [hidden, *tables, *masks]
         rule = self.options.rule
         if rule is None:
             return tuple(state)
@@ -65,7 +69,7 @@ class Exit(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.tied = config.tied_head
+        self.tied, self.cap = config.tied_head, config.scales.logits_cap
         if self.tied:  # under the same name as in Entry, so that the weight is stored once
             shape = (config.vocab_size, config.hidden_size)
             self.embed_tokens = nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
@@ -80,7 +84,37 @@ class Exit(nn.Module):
         """[.., H] -> [.., V]."""
         normed = self.norm(states)
         logits: Tensor = torch.matmul(normed, self.embed_tokens.t()) if self.tied else self.lm_head(normed)
-        return logits
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+class Shared(NamedTuple):
+    """What every layer reads, apart from the keep rule's values.
+
+    Args:
+        tables: kind of RoPE -> cos and sin [1, N, W/2].
+        masks: window -> [B, 1, S, T] bool.
+    """
+
+    tables: Mapping[str, tuple[Tensor, Tensor]]
+    masks: Mapping[int | None, Tensor]
+
+    def of_layer(self, config: ModelConfig, layer: int, values: Values) -> CallState:
+        """What one layer reads. Args: values: those of the keep rule there."""
+        cos, sin = self.tables[config.rotary[layer] or next(iter(self.tables))]
+        return CallState(cos, sin, self.masks[config.windows[layer]], values)
+
+
+def shared_values(config: ModelConfig, found: Sequence[Tensor]) -> tuple[Shared, Sequence[Tensor]]:
+    """What `Entry` returns behind the embeddings, taken apart: what all layers read, and the keep rule's values."""
+    kinds, windows = tuple(config.ropes), distinct_windows(config)
+    tables = {kind: (found[2 * n], found[2 * n + 1]) for n, kind in enumerate(kinds)}
+    rest = found[2 * len(kinds) :]
+    return Shared(tables, dict(zip(windows, rest, strict=False))), rest[len(windows) :]
+
+
+def table_names(config: ModelConfig) -> dict[str, tuple[str, str]]:
+    """Kind of RoPE -> the names of its cosines and sines in the graph."""
+    return {kind: (f"cos.{n}", f"sin.{n}") if n else ("cos", "sin") for n, kind in enumerate(config.ropes)}
 
 
 def distinct_windows(config: ModelConfig) -> tuple[int | None, ...]:

@@ -6,7 +6,8 @@ eagerly, one branch at a time.
 
 States are flat, [N, H]: only K, V and attention have an axis for sequences.
 
-Letters: B batch, S tokens of the call, N = B x S, T = past + S, K kept rows, H hidden, D head, F MLP width.
+Letters: B batch, S tokens of the call, N = B x S, T = past + S, K kept rows, H hidden, D head, W its rotated part,
+F MLP width.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from gsx_engines.bundle.words import Branch, KvPolicy
 from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.decoder.experts import RoutedMlp
 from gsx_exporter.decoder.modules import Linear, Mlp
 from gsx_exporter.decoder.norm import RmsNorm
 from gsx_exporter.decoder.rule import (
@@ -62,7 +64,7 @@ class CallState(NamedTuple):
     """Values that are computed once per call and read by every layer.
 
     Args:
-        cos, sin: [1, N, D/2], the rotary tables.
+        cos, sin: [1, N, W/2], the rotary tables of the layer's kind of RoPE.
         mask: [B, 1, S, T] bool, true where a token attends to another.
         values: what the keep rule reads at this layer (`TracedRule.values_of`); empty without a rule.
     """
@@ -99,14 +101,14 @@ class KeptRows:
     Args:
         rows: [K, H], rows of the branch's input.
         index: [K] int64, ascending.
-        gate: [K, H] or [K, 1], multiplies the branch's output.
+        gate: [K, H] or [K, 1], multiplies the branch's output; None for no gate.
         residual: [N, H], what the result is added to.
         passed: values that the rule passes to the layer's next branch.
     """
 
     rows: Tensor
     index: Tensor
-    gate: Tensor
+    gate: Tensor | None
     residual: Tensor
     passed: Values = field(default_factory=dict)
 
@@ -128,22 +130,26 @@ class Gate(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention's projections and norms; the layer decides which rows go through each."""
+    """Attention's projections and norms; the layer decides which rows go through each. Args: rotates: has RoPE."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, *, rotates: bool) -> None:
         super().__init__()
+        self.rotary_dim, self.rotates = config.rotary_dim, rotates
+        self.scale, self.cap = config.scales.attention, config.scales.attention_cap
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, q, config.qkv_bias, dtype)
         self.k_proj = Linear(config.hidden_size, kv, config.qkv_bias, dtype)
         self.v_proj = Linear(config.hidden_size, kv, config.qkv_bias, dtype)
         self.o_proj = Linear(q, config.hidden_size, config.o_bias, dtype)
-        norm = config.qk_norm
-        self.q_norm = RmsNorm(config.head_dim, config.rms_norm_eps, dtype) if norm else None
-        self.k_norm = RmsNorm(config.head_dim, config.rms_norm_eps, dtype) if norm else None
+        self.q_norm: RmsNorm | None = None
+        self.k_norm: RmsNorm | None = None
+        if config.qk_norm != "none":
+            widths = (q, kv) if config.qk_norm == "width" else (config.head_dim, config.head_dim)
+            self.q_norm, self.k_norm = (RmsNorm(width, config.rms_norm_eps, dtype) for width in widths)
 
     def queries(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """rows [K, H], cos and sin [1, K, D/2] -> [1, K, heads x D], RoPE applied."""
+        """rows [K, H], cos and sin [1, K, W/2] -> [1, K, heads x D], RoPE applied if the layer has it."""
         return self._rotated(self.q_proj(rows), self.q_norm, cos, sin, self.num_heads)
 
     def keys(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -156,8 +162,11 @@ class Attention(nn.Module):
 
     def _rotated(self, x: Tensor, norm: RmsNorm | None, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         if norm is not None:
-            x = norm(x.view(x.shape[0], heads, self.head_dim)).view(x.shape)
-        return torch.onnx.ops.rotary_embedding(x.unsqueeze(0), cos, sin, num_heads=heads)
+            x = norm(x.view(x.shape[0], -1, norm.weight.shape[0])).view(x.shape)
+        if not self.rotates:
+            return x.unsqueeze(0)
+        part = self.rotary_dim if self.rotary_dim < self.head_dim else 0
+        return torch.onnx.ops.rotary_embedding(x.unsqueeze(0), cos, sin, num_heads=heads, rotary_embedding_dim=part)
 
 
 class DecoderLayer(nn.Module):
@@ -166,17 +175,24 @@ class DecoderLayer(nn.Module):
     Args:
         config: the model.
         options: keep rule, K/V policy and type.
-        has_below: whether there is a layer below to copy K and V from (K/V policy `copy`).
+        number: which of the model's layers it is.
     """
 
-    def __init__(self, config: ModelConfig, options: DecoderOptions, *, has_below: bool) -> None:
+    def __init__(self, config: ModelConfig, options: DecoderOptions, number: int) -> None:
         super().__init__()
+        options = options.of_layer(number)
         self.config, self.options, self.rule = config, options, options.rule
         dtype = options.dtype
-        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.self_attn = Attention(config, dtype)
-        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
-        self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype)
+        for norms in config.norms.values():
+            for name in filter(None, (norms.before, norms.after)):
+                setattr(self, name, RmsNorm(config.hidden_size, config.rms_norm_eps, dtype))
+        self.self_attn = Attention(config, dtype, rotates=config.rotary[number] is not None)
+        self.mlp: RoutedMlp | Mlp
+        if config.is_routed(number):
+            assert config.experts is not None
+            self.mlp = RoutedMlp(config.experts, config.hidden_size, dtype)
+        else:
+            self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype, config.activation)
         for branch in config.gated_branches:
             assert config.gate is not None
             setattr(self, f"{branch}_gate", Gate(config, config.gate))
@@ -185,7 +201,8 @@ class DecoderLayer(nn.Module):
         for name, module in self._own.items():
             setattr(self, name, module)
         skips_attention = "attn" in self.skippable
-        self.copies_below = has_below and options.kv_policy == "copy" and skips_attention
+        # Layer 0 has no layer below to copy K and V from.
+        self.copies_below = number > 0 and options.kv_policy == "copy" and skips_attention
         self.drops_kv = options.kv_policy == "none" and skips_attention
 
     def forward(
@@ -206,14 +223,16 @@ class DecoderLayer(nn.Module):
         self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None, kept: KeptRows | None = None
     ) -> tuple[Tensor, KeyValue, KeyValue, Values]:
         """The attention branch; see `forward`. `kept` replaces the rows that the rule keeps (for calibration)."""
-        normed = self.input_layernorm(hidden)
+        normed = self.normed("attn", hidden)
         attn = self.self_attn
         if "attn" not in self.skippable:
             new = self._keys_and_values(normed, call)
             present = past.append(new)
             batch, _, length, _ = call.mask.shape
             query = attn.queries(normed, call.cos, call.sin).view(batch, length, attn.num_heads * attn.head_dim)
-            rows = full_attention(query, present.key, present.value, call.mask, attn.num_heads)
+            rows = full_attention(
+                query, present.key, present.value, call.mask, attn.num_heads, attn.scale or 0.0, attn.cap or 0.0
+            )
             out = attn.o_proj(rows.view(hidden.shape[0], query.shape[2]))
             return self._add_all("attn", hidden, normed, out), present, new, call.values
 
@@ -234,7 +253,9 @@ class DecoderLayer(nn.Module):
             # The cache has zeros for skipped tokens; a computed key is never all zeros.
             has_kv = (present.key[:, 0] != 0).any(dim=-1)
             mask = mask & has_kv[:, None, None, :]
-        attended = gathered_attention(query, kept.index, present.key, present.value, mask, attn.num_heads)
+        attended = gathered_attention(
+            query, kept.index, present.key, present.value, mask, attn.num_heads, attn.scale or 0.0, attn.cap or 0.0
+        )
         hidden, values = self._add("attn", hidden, attn.o_proj(attended), kept, call)
         return hidden, present, new, values
 
@@ -245,7 +266,7 @@ class DecoderLayer(nn.Module):
 
     def mlp_branch(self, hidden: Tensor, call: CallState, kept: KeptRows | None = None) -> tuple[Tensor, Values]:
         """The MLP branch: hidden [N, H] -> the same, and what the rule reads from here on. `kept` as above."""
-        normed = self.post_attention_layernorm(hidden)
+        normed = self.normed("mlp", hidden)
         if "mlp" not in self.skippable:
             return self._add_all("mlp", hidden, normed, self.mlp(normed)), call.values
         kept = kept or self.choose("mlp", hidden, normed, call)
@@ -259,9 +280,9 @@ class DecoderLayer(nn.Module):
         return gate
 
     def normed(self, branch: Branch, hidden: Tensor) -> Tensor:
-        """The branch's normalized input, [N, H]."""
-        norm = self.input_layernorm if branch == "attn" else self.post_attention_layernorm
-        out: Tensor = norm(hidden)
+        """The branch's normalized input, [N, H]; the residual stream itself if no norm comes before the branch."""
+        name = self.config.norms[branch].before
+        out: Tensor = getattr(self, name)(hidden) if name else hidden
         return out
 
     def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> KeptRows:
@@ -281,26 +302,35 @@ class DecoderLayer(nn.Module):
         gather = topk_gather if self.rule.by_rank else threshold_gather
         rows, index, _ = gather(normed, score.score, score.bound)
         residual = self.rule.skipped(x, score, call.values) if isinstance(self.rule, ReplacesSkipped) else hidden
+        gate = None
         if score.gate is not None:
-            gate = score.gate.index_select(0, index)
+            gate = score.gate.index_select(0, index).to(rows.dtype)
         elif branch in self.config.gated_branches:
-            gate, _ = self.gate(branch, hidden.index_select(0, index), rows)
-        else:
-            gate = rows.new_ones(rows.shape[0], 1)
-        return KeptRows(rows, index, gate.to(rows.dtype), residual, score.passed)
+            gate = self.gate(branch, hidden.index_select(0, index), rows)[0].to(rows.dtype)
+        return KeptRows(rows, index, gate, residual, score.passed)
 
     def _add_all(self, branch: Branch, hidden: Tensor, normed: Tensor, out: Tensor) -> Tensor:
         """Add a branch's output for all tokens, multiplied by the checkpoint's gate if the branch has one."""
-        if branch not in self.config.gated_branches:
-            return hidden + out
-        return hidden + self.gate(branch, hidden, normed)[0].to(out.dtype) * out
+        if branch in self.config.gated_branches:
+            out = self.gate(branch, hidden, normed)[0].to(out.dtype) * out
+        return hidden + self._normed_after(branch, out)
+
+    def _normed_after(self, branch: Branch, out: Tensor) -> Tensor:
+        """What a branch adds: its output, multiplied by its gate, behind the norm after the branch if there is one."""
+        name = self.config.norms[branch].after
+        found: Tensor = getattr(self, name)(out) if name else out
+        return found
 
     def _add(
         self, branch: Branch, hidden: Tensor, rows: Tensor, kept: KeptRows, call: CallState
     ) -> tuple[Tensor, Values]:
         """Add a branch's output for the kept rows. Returns: the states, and what the rule reads from here on."""
         assert self.rule is not None
-        after = gated_scatter_add(kept.residual, rows, kept.gate, kept.index)
+        gate = kept.gate
+        if self.config.norms[branch].after:
+            rows, gate = self._normed_after(branch, rows if gate is None else gate * rows), None
+        ones = rows.new_ones(rows.shape[0], 1)
+        after = gated_scatter_add(kept.residual, rows, ones if gate is None else gate, kept.index)
         values = {**call.values, **kept.passed}
         if isinstance(self.rule, WatchesBranches):
             values |= self.rule.after(branch, hidden, after, kept.index, values)

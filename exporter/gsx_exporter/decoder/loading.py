@@ -7,7 +7,7 @@ Parameter names are those of the assembled graph: `layers.{i}.mlp.up_proj.weight
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.ends import Entry, Exit
+from gsx_exporter.decoder.experts import ExpertWeights
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.decoder.rule import exit_watcher
@@ -28,11 +29,14 @@ class Source:
         name: of the tensor in the checkpoint.
         transpose: whether it is a linear weight, [out, in] in the checkpoint and [in, out] in the graph.
         dtype: its type in the graph; parameters that score tokens are always float32.
+        stack: the tensors that it consists of, along a first axis, if it has the weights of all experts; `name` is then
+            that of none of them.
     """
 
     name: str
     transpose: bool
     dtype: torch.dtype
+    stack: tuple[str, ...] = ()
 
 
 def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
@@ -40,6 +44,11 @@ def sources(module: nn.Module, prefix: str) -> dict[str, Source]:
     found = {}
     for path, owner in module.named_modules():
         for name, parameter in owner.named_parameters(f"{prefix}{path}".rstrip("."), recurse=False):
+            if isinstance(owner, ExpertWeights):
+                place, _, product = _checkpoint_name(name).rpartition(".")
+                stack = tuple(f"{place}.{expert}.{product}.weight" for expert in range(len(parameter)))
+                found[name] = Source(f"{place}.{product}", True, parameter.dtype, stack)
+                continue
             transpose = isinstance(owner, Linear) and name.endswith("weight")
             found[name] = Source(_checkpoint_name(name), transpose, parameter.dtype)
     return found
@@ -56,7 +65,7 @@ def _checkpoint_name(parameter: str) -> str:
 def load_layer(checkpoint: Checkpoint, index: int, options: DecoderOptions) -> DecoderLayer:
     """Layer `index` with its weights."""
     with torch.device("meta"):
-        layer = DecoderLayer(checkpoint.config, options.of_layer(index), has_below=index > 0)
+        layer = DecoderLayer(checkpoint.config, options, index)
     _fill(layer, checkpoint, f"layers.{index}.")
     return layer
 
@@ -104,6 +113,18 @@ def filled_exit_modules(
 def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
     state = {}
     for name, source in sources(module, prefix).items():
-        tensor = checkpoint.tensor(source.name).to(source.dtype)
-        state[name.removeprefix(prefix)] = tensor.t() if source.transpose else tensor
+        state[name.removeprefix(prefix)] = _read(checkpoint, source)
     module.load_state_dict(state, assign=True)
+
+
+def _read(checkpoint: Checkpoint, source: Source) -> torch.Tensor:
+    """A parameter. Of a stack, one part at a time is in memory besides the result."""
+    if not source.stack:
+        tensor = checkpoint.parameter(source.name).to(source.dtype)
+        return tensor.t() if source.transpose else tensor
+    first = _read(checkpoint, replace(source, name=source.stack[0], stack=()))
+    stacked = torch.empty((len(source.stack), *first.shape), dtype=source.dtype)
+    stacked[0] = first
+    for number, name in enumerate(source.stack[1:], start=1):
+        stacked[number] = _read(checkpoint, replace(source, name=name, stack=()))
+    return stacked

@@ -5,9 +5,19 @@ Letters as in `layer.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gsx_exporter.config import Activation
+
+_ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+}
 
 
 class Linear(nn.Module):
@@ -25,14 +35,17 @@ class Linear(nn.Module):
 
 
 class Mlp(nn.Module):
-    """A gated linear unit: down(silu(gate(x)) * up(x))."""
+    """A gated linear unit: down(activation(gate(x)) * up(x))."""
 
-    def __init__(self, hidden_size: int, width: int, bias: bool, dtype: torch.dtype) -> None:
+    def __init__(
+        self, hidden_size: int, width: int, bias: bool, dtype: torch.dtype, activation: Activation = "silu"
+    ) -> None:
         super().__init__()
+        self.activation = _ACTIVATIONS[activation]
         self.gate_proj = Linear(hidden_size, width, bias, dtype)
         self.up_proj = Linear(hidden_size, width, bias, dtype)
         self.down_proj = Linear(width, hidden_size, bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, H] -> [K, H]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

@@ -16,7 +16,7 @@ from torch import Tensor
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.words import Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
+from gsx_exporter.decoder.ends import Entry, Exit, Shared, shared_values
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows, KeyValue
 from gsx_exporter.decoder.loading import load_entry, load_exit, load_exit_modules, load_layer
 from gsx_exporter.decoder.rule import Values
@@ -67,10 +67,9 @@ class Walk:
         self._on_table = on_table
         self.options = DecoderOptions(options.rule, options.kv_policy, torch.float32)
         self.ids = torch.from_numpy(ids)
-        self._windows = distinct_windows(checkpoint.config)
         self._entry = load_entry(checkpoint, self.options)
         on_table(self._entry)
-        self._call: tuple[Tensor, ...] = ()
+        self._call: Shared | None = None
         rule = self.options.rule
         self._carried = tuple(rule.carried) if rule else ()
         self._exit_modules = load_exit_modules(checkpoint, self.options)
@@ -82,9 +81,9 @@ class Walk:
         positions = torch.arange(self.ids.shape[1]).expand(self.ids.shape)
         once = [inputs[name] for name in (rule.of_call() if rule else ())]
         hidden, *rest = self._entry(self.ids, torch.ones_like(self.ids), positions, *once)
-        shared = 2 + len(self._windows)
-        self._call = tuple(rest[:shared])  # the same for every stream: it depends only on the text
-        entered = dict(zip(rule.entered() if rule else (), rest[shared:], strict=True))
+        # The same for every stream: it depends only on the text.
+        self._call, own = shared_values(self.checkpoint.config, rest)
+        entered = dict(zip(rule.entered() if rule else (), own, strict=True))
         return Stream(inputs, entered, hidden)
 
     def resumed(self, stream: Stream, controls: RuntimeValues) -> Stream:
@@ -143,8 +142,7 @@ class Walk:
             yield ids, leave(hidden, ids)
 
     def _call_state(self, number: int, stream: Stream) -> CallState:
-        cos, sin, *masks = self._call
-        mask = masks[self._windows.index(self.checkpoint.config.windows[number])]
         rule = self.options.rule
         values = rule.values_of(number, stream.inputs, stream.entered) if rule else {}
-        return CallState(cos, sin, mask, values)
+        assert self._call is not None, "no stream was made"
+        return self._call.of_layer(self.checkpoint.config, number, values)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows
+from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows, table_names
+from gsx_exporter.decoder.experts import RoutedMlp
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.decoder.loading import Source, sources
 from gsx_exporter.decoder.rule import TracedRule, Value, exit_watcher
@@ -98,17 +99,17 @@ class GraphBuilder:
         assert set(defaults) == set(self.rule.inputs if self.rule else ()), "one default for each run-time input"
         with torch.device("meta"):
             entry = Entry(checkpoint.hf_config, config, options)
-            layers = [DecoderLayer(config, options.of_layer(i), has_below=i > 0) for i in range(config.num_layers)]
+            layers = [DecoderLayer(config, options, i) for i in range(config.num_layers)]
             leave = Exit(config, options.dtype)
         self.entry = trace(entry, self._entry_inputs(), self._entry_outputs())
         self.copies_below = any(layer.copies_below for layer in layers)
         # Layers of one kind share a trace.
-        kinds: dict[tuple[bool, bool], Part] = {}
+        kinds: dict[tuple[bool, ...], Part] = {}
         for layer in layers:
-            kind = (layer.rule is not None, layer.copies_below)
+            kind = _kind(layer)
             if kind not in kinds:
                 kinds[kind] = self._trace_layer(layer)
-        self.parts = [kinds[layer.rule is not None, layer.copies_below] for layer in layers]
+        self.parts = [kinds[_kind(layer)] for layer in layers]
         ids = Input((_B, _S), torch.int64, (0, 1))
         self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
         self._entry_module, self._layer_modules, self._exit_module = entry, layers, leave
@@ -211,12 +212,14 @@ class GraphBuilder:
         """Add layer i. Returns: the names of its state, of its new K and V, and of the states that the rule carries."""
         prefix = f"layers.{i}."
         window = distinct_windows(self.config).index(self.config.windows[i])
+        tables = table_names(self.config)
+        cos, sin = tables[self.config.rotary[i] or next(iter(tables))]
         reads = {
             "hidden": hidden,
             "past_key": past[0],
             "past_value": past[1],
-            "cos": "cos",
-            "sin": "sin",
+            "cos": cos,
+            "sin": sin,
             "mask": f"mask.{window}",
             "below_key": below[0],
             "below_value": below[1],
@@ -284,12 +287,13 @@ class GraphBuilder:
 
     def _entry_outputs(self) -> list[str]:
         masks = [f"mask.{n}" for n in range(len(distinct_windows(self.config)))]
-        return ["hidden", "cos", "sin", *masks, *(self.rule.entered() if self.rule else ())]
+        tables = [name for names in table_names(self.config).values() for name in names]
+        return ["hidden", *tables, *masks, *(self.rule.entered() if self.rule else ())]
 
     def _layer_inputs(self, layer: DecoderLayer) -> dict[str, Input]:
         config, dtype = self.config, self.options.dtype
         heads, width = config.num_kv_heads, config.head_dim
-        table = Input((1, _B * _S, width // 2), dtype, (1,))
+        table = Input((1, _B * _S, config.rotary_dim // 2), dtype, (1,))
         cache = Input((_B, heads, _P, width), dtype, (0, 2))
         inputs = {
             "hidden": self._hidden(),
@@ -319,7 +323,12 @@ class GraphBuilder:
 
     def _weights(self, parameters: Mapping[str, Source]) -> list[Weight]:
         """The weights to store: each parameter of the graphs, and where the checkpoint has it."""
-        return [Weight(name, one.name, one.transpose, one.dtype) for name, one in parameters.items()]
+        return [Weight(name, one.name, one.transpose, one.dtype, stack=one.stack) for name, one in parameters.items()]
+
+
+def _kind(layer: DecoderLayer) -> tuple[bool, ...]:
+    """What tells a layer's nodes from another's."""
+    return layer.rule is not None, layer.copies_below, layer.self_attn.rotates, isinstance(layer.mlp, RoutedMlp)
 
 
 def _name_decisions(part: Part, branches: Sequence[Branch]) -> Part:

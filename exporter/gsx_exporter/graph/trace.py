@@ -120,11 +120,28 @@ def _translations() -> dict[Any, Any]:
     def scatter(residual: Any, rows: Any, gate: Any, index: Any) -> Any:
         return _GSX.GatedScatterAdd(residual, rows, gate, index, **_PLUGIN)
 
-    def attention(query: Any, index: Any, key: Any, value: Any, mask: Any, num_heads: int) -> Any:
-        return _GSX.GatheredAttention(query, index, key, value, mask, num_heads=num_heads, **_PLUGIN)
+    def attention(
+        query: Any,
+        index: Any,
+        key: Any,
+        value: Any,
+        mask: Any,
+        num_heads: int,
+        scale: float = 0.0,
+        softcap: float = 0.0,
+    ) -> Any:
+        given = _given(scale=scale, softcap=softcap)
+        return _GSX.GatheredAttention(query, index, key, value, mask, num_heads=num_heads, **given, **_PLUGIN)
 
-    def every(query: Any, key: Any, value: Any, mask: Any, num_heads: int) -> Any:
-        return _GSX.FullAttention(query, key, value, mask, num_heads=num_heads, **_PLUGIN)
+    def every(
+        query: Any, key: Any, value: Any, mask: Any, num_heads: int, scale: float = 0.0, softcap: float = 0.0
+    ) -> Any:
+        given = _given(scale=scale, softcap=softcap)
+        return _GSX.FullAttention(query, key, value, mask, num_heads=num_heads, **given, **_PLUGIN)
+
+    def experts(x: Any, logits: Any, gate: Any, up: Any, down: Any, top_k: int, normalized: bool) -> Any:
+        form = {"top_k": top_k, "normalized": int(normalized)}
+        return _GSX.RoutedExperts(x, logits, gate, up, down, **form, **_PLUGIN)
 
     def norm(x: Any, weight: Any, eps: float) -> Any:
         return opset23.RMSNormalization(x, weight, epsilon=eps)
@@ -132,11 +149,17 @@ def _translations() -> dict[Any, Any]:
     return {
         torch.ops.gsx.rms_norm.default: norm,
         torch.ops.gsx.full_attention.default: every,
+        torch.ops.gsx.routed_experts.default: experts,
         torch.ops.gsx.threshold_gather.default: threshold,
         torch.ops.gsx.topk_gather.default: topk,
         torch.ops.gsx.gated_scatter_add.default: scatter,
         torch.ops.gsx.gathered_attention.default: attention,
     }
+
+
+def _given(**numbers: float) -> dict[str, float]:
+    """Attributes that are set; 0 stands for their default."""
+    return {name: number for name, number in numbers.items() if number}
 
 
 @contextmanager

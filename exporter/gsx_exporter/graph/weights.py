@@ -1,6 +1,6 @@
 """The weights file of a bundle: every tensor is stored once, streamed from the checkpoint.
 
-One tensor is in memory at a time. Linear weights are stored [in, out], as MatMul reads them.
+One tensor is in memory at a time, of experts one expert's. Linear weights are stored [in, out], as MatMul reads them.
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ class Weight:
 
     Args:
         name: initializer name.
-        source: name in the checkpoint.
+        source: the parameter that it is read from, with the prefix of a whole model's (`Checkpoint.parameter`).
         transpose: whether it is a linear weight, [out, in] in the checkpoint and [in, out] in the graph.
         dtype: type to store it in.
         encode: applied to the tensor (float32, in the graph's layout) before it is stored; None to store it as it is.
+        stack: the tensors of the checkpoint that it consists of, along a first axis, each encoded by itself; empty if
+            it is one tensor.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Weight:
     transpose: bool
     dtype: torch.dtype
     encode: Callable[[Tensor], Tensor] | None = None
+    stack: tuple[str, ...] = ()
 
 
 @dataclass
@@ -75,32 +78,45 @@ def write_weights(
     Args:
         path: file to create; the graphs refer to it by its name.
         weights: without repetition.
-        read: checkpoint name -> tensor.
-        size: checkpoint name -> bytes of the tensor.
+        read: name of a parameter, as `Weight.source` has it -> tensor.
+        size: the same -> bytes that are read for it.
         on_progress: called after each tensor, with the bytes read.
     """
     initializers: dict[str, onnx.TensorProto] = {}
     digest = hashlib.sha256()
-    done, total = 0, sum(size(weight.source) for weight in weights)
+    done, total = 0, sum(size(part) for weight in weights for part in _parts(weight))
     with path.open("wb") as stream:
         for weight in weights:
-            tensor = read(weight.source)
-            if weight.transpose:
-                tensor = tensor.t()
-            if weight.encode is not None:
-                tensor = weight.encode(tensor.to(torch.float32))
-            stored = _pairs(tensor) if weight.dtype == FOUR_BITS else tensor.to(weight.dtype)
-            data = stored.contiguous().flatten().view(torch.uint8).numpy().data
-            offset = _pad(stream, digest, data.nbytes)
-            stream.write(data)
-            digest.update(data)
+            start, length = stream.tell(), 0
+            for part in _parts(weight):
+                tensor = _in_layout(weight, read(part))
+                stored = _pairs(tensor) if weight.dtype == FOUR_BITS else tensor.to(weight.dtype)
+                data = stored.contiguous().flatten().view(torch.uint8).numpy().data
+                if not length:
+                    start = _pad(stream, digest, data.nbytes * max(len(weight.stack), 1))
+                stream.write(data)
+                digest.update(data)
+                length += data.nbytes
+                done += size(part)
+                on_progress(Progress("writing weights", done, total, unit="bytes"))
+            shape = (*((len(weight.stack),) if weight.stack else ()), *tensor.shape)
             initializers[weight.name] = _external(
-                weight.name, ONNX_TYPES[weight.dtype], tuple(tensor.shape), path.name, offset, data.nbytes
+                weight.name, ONNX_TYPES[weight.dtype], shape, path.name, start, length
             )
-            done += size(weight.source)
-            on_progress(Progress("writing weights", done, total, unit="bytes"))
-        length = stream.tell()
-    return WeightsFile(initializers, digest.hexdigest(), length)
+        written = stream.tell()
+    return WeightsFile(initializers, digest.hexdigest(), written)
+
+
+def _parts(weight: Weight) -> tuple[str, ...]:
+    """What a weight is read from, in order."""
+    return weight.stack or (weight.source,)
+
+
+def _in_layout(weight: Weight, tensor: Tensor) -> Tensor:
+    """A tensor of the checkpoint as the graph has it."""
+    if weight.transpose:
+        tensor = tensor.t()
+    return tensor if weight.encode is None else weight.encode(tensor.to(torch.float32))
 
 
 def _pairs(codes: Tensor) -> Tensor:

@@ -19,11 +19,12 @@ from gsx_engines.bundle.controls import RuntimeValues
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.decoder.walk import Stream, Walk
-from gsx_exporter.quantization.codes import Encoded
+from gsx_exporter.quantization.codes import Encoded, round_to_nearest
 from gsx_exporter.quantization.gptq import gptq
-from gsx_exporter.quantization.linear import QuantizedLinear, linear_of, quantize_layer
+from gsx_exporter.quantization.layers import is_routed, linears_in, products_in
+from gsx_exporter.quantization.linear import QuantizedLinear, linear_of, quantize_layer, weights_of
 from gsx_exporter.quantization.plan import QuantizationPlan
-from gsx_exporter.quantization.scheme import GROUPS, LINEARS
+from gsx_exporter.quantization.scheme import GROUPS
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Rows of the text on which a product's loss is measured.
@@ -71,6 +72,7 @@ def choose_codes(
         on_progress: called after each layer.
     Returns: what each product loses ("layers.0.mlp.up_proj"): the mean over rows of |y - y'|^2 / |y|^2, where y' has
         rounded weights and inputs. Products that no row but zeros went through are missing, and rounded to nearest.
+        Experts are rounded to nearest too, and lose what inputs of any direction would.
     """
     losses: dict[str, float] = {}
     with torch.inference_mode():
@@ -78,8 +80,9 @@ def choose_codes(
         stream = walk.stream(controls)
         for number, layer in walk.layers():
             inputs = _inputs_of(walk, number, layer, stream)
+            losses |= _losses_of_experts(plan, number, layer)
             chosen: dict[str, Encoded] = {}
-            for name in LINEARS:
+            for name in linears_in(plan.checkpoint.config, number):
                 matrix, seen = plan.matrices.get(f"layers.{number}.{name}"), inputs[_SAME_ROWS[name]]
                 if matrix is not None and bool(seen.hessian.any()):
                     linear = linear_of(layer, name)
@@ -96,7 +99,8 @@ def choose_codes(
 
 def _inputs_of(walk: Walk, number: int, layer: DecoderLayer, stream: Stream) -> dict[str, _Inputs]:
     """What the linear layers of a layer get; the stream stays where it is."""
-    inputs = {name: _Inputs(linear_of(layer, name).weight.shape[0]) for name in set(_SAME_ROWS.values())}
+    names = {_SAME_ROWS[name] for name in linears_in(walk.checkpoint.config, number)}
+    inputs = {name: _Inputs(linear_of(layer, name).weight.shape[0]) for name in names}
     hooks = [layer.get_submodule(name).register_forward_pre_hook(one.collect) for name, one in inputs.items()]
     try:
         walk.through(number, layer, dataclasses.replace(stream))
@@ -104,6 +108,22 @@ def _inputs_of(walk: Walk, number: int, layer: DecoderLayer, stream: Stream) -> 
         for hook in hooks:
             hook.remove()
     return inputs
+
+
+def _losses_of_experts(plan: QuantizationPlan, number: int, layer: DecoderLayer) -> dict[str, float]:
+    """What the weights of a routed MLP lose: |W - W'|^2 / |W|^2, of all experts together."""
+    losses = {}
+    for name in filter(is_routed, products_in(plan.checkpoint.config, number)):
+        matrix = plan.matrices.get(f"layers.{number}.{name}")
+        if matrix is not None and plan.can_spare(f"layers.{number}.{name}"):
+            lost = size = 0.0
+            for weight in weights_of(layer, name):
+                lost += float(
+                    (round_to_nearest(weight, matrix.format, torch.float32).decoded() - weight).square().sum()
+                )
+                size += float(weight.square().sum())
+            losses[f"layers.{number}.{name}"] = lost / max(size, 1e-30)
+    return losses
 
 
 def _loss(linear: Linear, rounded: QuantizedLinear, rows: Tensor) -> float:

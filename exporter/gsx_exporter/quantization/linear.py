@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from gsx_exporter.decoder.layer import DecoderLayer
 from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.quantization.codes import Encoded
+from gsx_exporter.quantization.layers import is_stack
 from gsx_exporter.quantization.plan import QuantizationPlan, scale_value
 from gsx_exporter.quantization.scheme import Scheme
 
@@ -40,16 +43,28 @@ class QuantizedLinear(nn.Module):
 
 
 def quantize_layer(layer: DecoderLayer, number: int, plan: QuantizationPlan) -> None:
-    """Put quantized linear layers into a layer, as the plan says."""
+    """Put quantized linear layers into a layer, and rounded weights of experts, as the plan says."""
     prefix = f"layers.{number}."
     for name, matrix in plan.matrices.items():
         if name.startswith(prefix):
             path = name.removeprefix(prefix)
+            if is_stack(path):
+                for weight in weights_of(layer, path):
+                    weight.copy_(plan.encoded(name, weight, torch.float32).decoded())
+                continue
             owner, _, attribute = path.rpartition(".")
             linear = linear_of(layer, path)
             codes = plan.encoded(name, linear.weight, torch.float32)
             quantized = QuantizedLinear(linear, codes, matrix.input_scale, plan.scheme)
             setattr(layer.get_submodule(owner), attribute, quantized)
+
+
+def weights_of(layer: DecoderLayer, name: str) -> Sequence[Tensor]:
+    """The weights of one of a layer's products, [in, out] each: one, or one of each expert."""
+    if not is_stack(name):
+        return [linear_of(layer, name).weight]
+    stacked: Tensor = layer.get_parameter(name).data
+    return stacked.unbind()
 
 
 def linear_of(layer: DecoderLayer, name: str) -> Linear:

@@ -18,14 +18,13 @@ from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.quantization.chosen import ChosenCodes
 from gsx_exporter.quantization.codes import SMALLEST_SCALE, Encoded, round_to_nearest
+from gsx_exporter.quantization.layers import groups_in, input_width, is_routed, products_in
 from gsx_exporter.quantization.scheme import (
     EMBEDDING,
     GATES,
-    GROUPS,
     HEAD,
     INT8,
     INT8_BLOCKS,
-    LINEARS,
     TABLES,
     Scheme,
     WeightFormat,
@@ -75,7 +74,8 @@ class QuantizationPlan:
         weights or rounds inputs, in order."""
         if self.scheme.weights == INT8_BLOCKS:
             return ()
-        return tuple(n for n, one in self.matrices.items() if n.endswith(LINEARS) and one == self._spared(n))
+        products = set(_products_of(self.checkpoint.config))
+        return tuple(n for n, one in self.matrices.items() if n in products and one == self._spared(n))
 
     def without(self, names: Collection[str]) -> QuantizationPlan:
         """The same plan, with these matrices in full precision too."""
@@ -95,9 +95,10 @@ class QuantizationPlan:
 
     def sparing_first(self) -> QuantizationPlan:
         """The same plan with more precision in the first layers, gates included: most decisions come after them."""
-        high, weight_only = self.scheme.high_layers, self.scheme.weight_only_layers
-        first = {f"layers.{layer}.{name}" for layer in range(high) for name in (*LINEARS, *GATES.values())}
-        after = [f"layers.{layer}.{name}" for layer in range(high, high + weight_only) for name in LINEARS]
+        config, high = self.checkpoint.config, self.scheme.high_layers
+        last = min(high + self.scheme.weight_only_layers, config.num_layers)
+        first = {f"layers.{n}.{name}" for n in range(high) for name in (*products_in(config, n), *GATES.values())}
+        after = [f"layers.{n}.{name}" for n in range(high, last) for name in products_in(config, n)]
         return self.sparing(after).without(first)
 
     def encoded(self, matrix: str, weight: Tensor, dtype: torch.dtype) -> Encoded:
@@ -110,9 +111,10 @@ class QuantizationPlan:
 def make_plan(
     checkpoint: Checkpoint, scheme: Scheme, found: Statistics | None, chosen: ChosenCodes | None = None
 ) -> QuantizationPlan:
-    """A plan that quantizes every matrix; of gates and tables, only the weights.
+    """A plan that quantizes every matrix; of gates, tables and experts, only the weights.
 
-    A product whose input is not a whole number of the format's blocks gets INT8 weights.
+    A product whose input is not a whole number of the format's blocks gets INT8 weights. So do experts in a scheme that
+    rounds inputs.
 
     Args:
         found: statistics at the exported selection; None if the scheme reads none.
@@ -125,29 +127,30 @@ def make_plan(
         checkpoint, inputs = smooth(checkpoint, found, scheme.smoothing)
     tables = Matrix(INT8_BLOCKS if INT8_BLOCKS.fits(checkpoint.config.hidden_size) else INT8)
     matrices = {name: tables if name in TABLES else Matrix(INT8) for name in names}
-    for name in names:
-        if name.endswith(LINEARS) and scheme.weights.fits(input_width(checkpoint.config, name)):
+    for name in _products_of(checkpoint.config):
+        width = input_width(checkpoint.config, name)
+        if is_routed(name) and scheme.activations:
+            matrices[name] = Matrix(INT8_BLOCKS if INT8_BLOCKS.fits(width) else INT8)
+        elif scheme.weights.fits(width):
             scale = float(inputs[name].max()) / scheme.weights.largest if scheme.activations else None
             matrices[name] = Matrix(scheme.weights, scale)
     return QuantizationPlan(scheme, checkpoint, matrices, chosen or ChosenCodes())
 
 
-def input_width(config: ModelConfig, linear: str) -> int:
-    """The input width of one of a layer's linear layers."""
-    if linear.endswith("o_proj"):
-        return config.num_heads * config.head_dim
-    return config.intermediate_size if linear.endswith("down_proj") else config.hidden_size
-
-
 def matrices_of(config: ModelConfig) -> list[str]:
-    """All matrices that can be quantized, in order: both tables, the linear layers and the gates.
+    """All matrices that can be quantized, in order: both tables, the products of the layers and the gates.
 
     A scalar gate's weight is a vector, so it is not quantized. A table that embedding and head share counts as the
     embedding: it is stored once, with scales for each row, which is an output channel of the head.
     """
-    names = (*_gates_of(config), *LINEARS)
-    linears = [f"layers.{layer}.{name}" for layer in range(config.num_layers) for name in names]
-    return [EMBEDDING, *linears] if config.tied_head else [EMBEDDING, *linears, HEAD]
+    gates = _gates_of(config)
+    inside = [f"layers.{n}.{name}" for n in range(config.num_layers) for name in (*gates, *products_in(config, n))]
+    return [EMBEDDING, *inside] if config.tied_head else [EMBEDDING, *inside, HEAD]
+
+
+def _products_of(config: ModelConfig) -> list[str]:
+    """The products of all layers."""
+    return [f"layers.{n}.{name}" for n in range(config.num_layers) for name in products_in(config, n)]
 
 
 def _gates_of(config: ModelConfig) -> tuple[str, ...]:
@@ -162,9 +165,14 @@ def groups_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     groups = {
         f"layers.{layer}.{group}": tuple(f"layers.{layer}.{name}" for name in linears)
         for layer in range(config.num_layers)
-        for group, linears in {**gates, **GROUPS}.items()
+        for group, linears in {**gates, **groups_in(config, layer)}.items()
     }
     return {EMBEDDING: (EMBEDDING,), **groups, **({} if config.tied_head else {HEAD: (HEAD,)})}
+
+
+def group_names(config: ModelConfig) -> tuple[str, ...]:
+    """The names of the groups of products that the layers have, each once."""
+    return tuple(dict.fromkeys(name for n in range(config.num_layers) for name in groups_in(config, n)))
 
 
 def named(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
@@ -183,7 +191,7 @@ def named(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
                 f"no layer is named {pattern!r}",
                 expected="e.g. layers.0, layers.*.mlp.down, layers.3.self_attn.o_proj, lm_head; or none",
                 todo=f"the model has layers.0 to layers.{config.num_layers - 1}, each with "
-                + ", ".join((*GROUPS, *(name.removesuffix(".linear") for name in _gates_of(config))))
+                + ", ".join((*group_names(config), *(name.removesuffix(".linear") for name in _gates_of(config))))
                 + f"; {EMBEDDING}"
                 + ("" if config.tied_head else f"; {HEAD}"),
             )

@@ -23,6 +23,10 @@ Weights in 4 bits are in blocks along the inputs:
 
     codes, scales, zero-points -> DequantizeLinear (axis 0, block_size) -> MatMul
 
+Weights of experts are [E, in, out], in blocks along the inputs of each:
+
+    codes, scales, zero-points -> DequantizeLinear (axis 1, block_size) -> RoutedExperts
+
 A gate's weights are stored as codes too, but its product runs in float32, since it decides. So they are dequantized by
 nodes that no runtime takes for an 8-bit product. (From Q/DQ around only the weights, ONNX Runtime makes a product that
 rounds the input.)
@@ -33,6 +37,7 @@ rounds the input.)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 
 import onnx
 import torch
@@ -42,6 +47,7 @@ from torch import Tensor
 from gsx_exporter.graph.assemble import Graphs
 from gsx_exporter.graph.weights import ONNX_TYPES, Weight
 from gsx_exporter.quantization.codes import Encoded
+from gsx_exporter.quantization.layers import input_width
 from gsx_exporter.quantization.plan import QuantizationPlan, scale_value
 from gsx_exporter.quantization.scheme import EMBEDDING, GATES, INT8, TABLES, WeightFormat
 from gsx_plugins.graph import Graph, make_node
@@ -64,13 +70,14 @@ def quantize_graphs(graphs: Graphs, plan: QuantizationPlan, dtype: torch.dtype) 
             weights |= {one.name: one for one in _stored(weight, matrix, plan)}
         elif narrow is not None:
             stored[weight.name] = f"{weight.name}.stored"
-            weights[stored[weight.name]] = Weight(stored[weight.name], weight.source, weight.transpose, narrow)
+            weights[stored[weight.name]] = replace(weight, name=stored[weight.name], dtype=narrow)
         else:
             weights[weight.name] = weight
     for model in graphs.models.values():
         graph = Graph(model.graph)
         _dequantize_gates(graph, plan)
         _quantize_products(graph, plan, dtype)
+        _dequantize_experts(graph, plan)
         if EMBEDDING in plan.matrices:
             _quantize_embedding(graph, plan.matrices[EMBEDDING].format, dtype)
         _read_16_bits(graph, stored)
@@ -125,6 +132,27 @@ def _quantize_products(graph: Graph, plan: QuantizationPlan, dtype: torch.dtype)
     graph.rewrite(quantized)
 
 
+def _dequantize_experts(graph: Graph, plan: QuantizationPlan) -> None:
+    """Dequantize the weights of experts before the op that reads them."""
+
+    def dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        if node.op_type != "RoutedExperts":
+            return None
+        nodes = []
+        for place, codes in enumerate(node.input):
+            if codes not in plan.matrices:
+                continue
+            form, floats = plan.matrices[codes].format, f"{codes}.dequantized"
+            # One scale for all inputs is a block of all inputs: scales are [E, blocks, out].
+            size = form.block_size or input_width(plan.checkpoint.config, codes)
+            parameters = [codes, f"{codes}_scale", *([f"{codes}_zero_point"] if form.zero_points else [])]
+            nodes.append(make_node("DequantizeLinear", parameters, floats, axis=1, block_size=size))
+            node.input[place] = floats
+        return [*nodes, node]
+
+    graph.rewrite(dequantized)
+
+
 def _quantize_embedding(graph: Graph, form: WeightFormat, dtype: torch.dtype) -> None:
     """Read the embedding's rows as codes and their scales; for a head that shares the table, dequantize all of it."""
     scale = f"{EMBEDDING}_scale"
@@ -167,7 +195,8 @@ def _narrow_type(weight: Weight, plan: QuantizationPlan) -> torch.dtype | None:
     is_table = weight.name.removesuffix(".weight") in TABLES
     if weight.dtype != torch.float32 or not (is_table or weight.transpose):
         return None
-    return _HALF.get(plan.checkpoint.stored_type(weight.source), torch.float16 if is_table else None)
+    source = weight.stack[0] if weight.stack else weight.source
+    return _HALF.get(plan.checkpoint.stored_type(source), torch.float16 if is_table else None)
 
 
 def _read_16_bits(graph: Graph, stored: Mapping[str, str]) -> None:
@@ -202,10 +231,10 @@ def _stored(weight: Weight, matrix: str, plan: QuantizationPlan) -> list[Weight]
         return lambda w: read(plan.encoded(matrix, w.t() if by_row else w, dtype))
 
     def named(ending: str, kind: torch.dtype, read: Callable[[Encoded], Tensor]) -> Weight:
-        return Weight(weight.name + ending, weight.source, weight.transpose, kind, part(read))
+        return replace(weight, name=weight.name + ending, dtype=kind, encode=part(read))
 
     stored = [named("", form.dtype, lambda one: one.codes.t() if by_row else one.codes)]
-    if form.block_size is None:
+    if form.block_size is None and not weight.stack:
         return [*stored, named("_scale", dtype, lambda one: one.scales[0])]
     stored.append(named("_scale", dtype, lambda one: one.scales.t() if by_row else one.scales))
     return [*stored, named("_zero_point", form.dtype, _zero_points)] if form.zero_points else stored

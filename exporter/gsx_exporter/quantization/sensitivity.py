@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from gsx_exporter.quantization.plan import QuantizationPlan, groups_of
-from gsx_exporter.quantization.scheme import GROUPS
+from gsx_exporter.quantization.plan import QuantizationPlan, group_names, groups_of
 from gsx_exporter.quantization.simulate import Cost, Simulation
 
 # Measurements besides those of nothing and everything spared: each narrows what is still open.
@@ -32,10 +31,12 @@ def ranking(plan: QuantizationPlan, losses: Mapping[str, float]) -> list[str]:
 
     Args: losses: what each product loses; a group loses what the worst of its products does.
     """
+    config = plan.checkpoint.config
+    products = group_names(config)
     worst = {
         group: max(losses.get(name, 0.0) for name in linears)
-        for group, linears in groups_of(plan.checkpoint.config).items()
-        if group.endswith(tuple(GROUPS)) and any(map(plan.can_spare, linears))
+        for group, linears in groups_of(config).items()
+        if group.endswith(products) and any(map(plan.can_spare, linears))
     }
     return sorted(worst, key=lambda group: -worst[group])
 

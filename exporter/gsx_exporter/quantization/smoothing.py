@@ -14,11 +14,12 @@ sides a fair range. The rule is `s = max|x|^alpha / max|w|^(1 - alpha)` for each
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
 
+from gsx_engines.bundle.words import Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.quantization.statistics import Statistics
@@ -34,42 +35,47 @@ class Site:
     Args:
         readers: linear layers that read the channels; their weights are multiplied along the input axis.
         gate: a gate that reads them too; None if there is none.
-        norm: norm whose weight is divided; None to divide the output channels of `up_proj`.
+        divided: the module whose output channels are divided: a norm, or `mlp.up_proj`.
     """
 
     readers: tuple[str, ...]
     gate: str | None
-    norm: str | None
+    divided: str
 
 
-def sites(config: ModelConfig) -> tuple[Site, ...]:
-    """The sites of every layer, with names within `model.layers.{i}.`."""
+def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
+    """The sites of a layer, with names within `model.layers.{i}.`.
+
+    A branch that reads the residual stream itself, without a norm, has none before its products. Inputs of experts are
+    not rounded.
+    """
     reads = config.gate is not None and config.gate.input == "post_norm"
 
-    def gate(branch: str) -> str | None:
+    def gate(branch: Branch) -> str | None:
         return f"{branch}_gate" if reads and branch in config.gated_branches else None
 
-    attn = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    return (
-        Site(attn, gate("attn"), "input_layernorm"),
-        Site(("mlp.gate_proj", "mlp.up_proj"), gate("mlp"), "post_attention_layernorm"),
-        Site(("mlp.down_proj",), None, None),
-    )
+    readers: dict[Branch, tuple[str, ...]] = {"attn": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")}
+    inside: tuple[Site, ...] = ()
+    if not config.is_routed(layer):
+        readers["mlp"] = ("mlp.gate_proj", "mlp.up_proj")
+        inside = (Site(("mlp.down_proj",), None, "mlp.up_proj"),)
+    found = [(names, gate(branch), config.norms[branch].before) for branch, names in readers.items()]
+    return (*(Site(names, gated, norm) for names, gated, norm in found if norm), *inside)
 
 
 @dataclass
 class SmoothedCheckpoint(Checkpoint):
-    """A checkpoint that returns smoothed tensors.
+    """A checkpoint that returns smoothed parameters.
 
     Args:
-        factors: tensor name -> (axis, factors) that the tensor is multiplied by along that axis.
+        factors: parameter name -> (axis, factors) that it is multiplied by along that axis.
     """
 
     factors: Mapping[str, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """See `Checkpoint`; in its stored type, in which multiplying by powers of two is exact."""
-        found = super().tensor(name)
+    def parameter(self, name: str) -> torch.Tensor:
+        """See `Checkpoint`; multiplying by powers of two is exact in every type."""
+        found = super().parameter(name)
         for axis, factor in self.factors.get(name, ()):
             shape = [-1 if n == axis else 1 for n in range(found.ndim)]
             found = found * torch.from_numpy(factor).to(found.dtype).reshape(shape)
@@ -85,7 +91,7 @@ def smooth(checkpoint: Checkpoint, found: Statistics, alpha: float) -> tuple[Smo
     factors: dict[str, list[tuple[int, np.ndarray]]] = {}
     inputs = dict(found.inputs)
     for layer in range(checkpoint.config.num_layers) if alpha else ():
-        for site in sites(checkpoint.config):
+        for site in sites(checkpoint.config, layer):
             readers = [f"layers.{layer}.{name}" for name in site.readers]
             sizes = np.max([found.inputs[name] for name in readers], axis=0)
             weights = np.max([found.weights[name] for name in readers], axis=0)
@@ -95,12 +101,9 @@ def smooth(checkpoint: Checkpoint, found: Statistics, alpha: float) -> tuple[Smo
                 factors.setdefault(f"model.{name}.weight", []).append((1, s))
             if site.gate is not None:
                 factors[f"model.layers.{layer}.{site.gate}.weight"] = [(1, s)]
-            if site.norm is not None:
-                factors[f"model.layers.{layer}.{site.norm}.weight"] = [(0, 1 / s)]
-            else:
-                for part in ("weight", "bias"):
-                    factors.setdefault(f"model.layers.{layer}.mlp.up_proj.{part}", []).append((0, 1 / s))
-    values = {name: getattr(checkpoint, name) for name in ("directory", "source", "hf_config", "config", "stored")}
+            for part in ("weight", "bias"):
+                factors.setdefault(f"model.layers.{layer}.{site.divided}.{part}", []).append((0, 1 / s))
+    values = {one.name: getattr(checkpoint, one.name) for one in fields(Checkpoint)}
     return SmoothedCheckpoint(**values, factors=factors), inputs
 
 

@@ -20,8 +20,8 @@ from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.quantization.layers import linears_in
 from gsx_exporter.quantization.linear import linear_of
-from gsx_exporter.quantization.scheme import LINEARS
 from gsx_exporter.quantization.statistics import Statistics, key, load, save
 from gsx_plugins.progress import OnProgress, Progress, silent
 
@@ -80,7 +80,8 @@ def _watch(
         walk = Walk(checkpoint, ids, options)
         streams = [walk.stream(point) for point in points]
         for number, layer in walk.layers():
-            weights |= {f"layers.{number}.{name}": _weight_sizes(layer, name) for name in LINEARS}
+            names = linears_in(checkpoint.config, number)
+            weights |= {f"layers.{number}.{name}": _weight_sizes(layer, name) for name in names}
             for stream, sizes in zip(streams, inputs, strict=True):
                 sizes |= _watch_layer(walk, number, layer, stream)
             on_progress(Progress("measuring activations", number + 1, checkpoint.config.num_layers))
@@ -88,7 +89,8 @@ def _watch(
 
 
 def _watch_layer(walk: Walk, number: int, layer: DecoderLayer, stream: Stream) -> dict[str, np.ndarray]:
-    calibrators = {name: MaxCalibrator(num_bits=8, axis=-1) for name in LINEARS}
+    names = linears_in(walk.checkpoint.config, number)
+    calibrators = {name: MaxCalibrator(num_bits=8, axis=-1) for name in names}
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def collect(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -104,7 +106,7 @@ def _watch_layer(walk: Walk, number: int, layer: DecoderLayer, stream: Stream) -
 
         return collect
 
-    hooks = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in LINEARS]
+    hooks = [layer.get_submodule(name).register_forward_pre_hook(watch(name)) for name in names]
     try:
         walk.through(number, layer, stream)
     finally:

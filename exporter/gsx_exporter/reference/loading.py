@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gsx_exporter.checkpoint.adapter import Adapter, MergedTensors
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
@@ -20,6 +21,7 @@ from gsx_exporter.checkpoint.files import WHOLE_TO_TEXT
 from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.checkpoint.tensors import HEAD, rule_module_kind
+from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
 
 _NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
@@ -39,8 +41,22 @@ def load_model(checkpoint: Checkpoint) -> Any:
     if checkpoint.adapter is not None or checkpoint.gguf is not None:
         model.generation_config = _generation_config(checkpoint)
     # Inverse frequencies are not weights: they are computed again, in float32.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    model.model.rotary_emb = rotary = type(model.model.rotary_emb)(config=model.config)
+    _long_factors(rotary, checkpoint.config)
     return model
+
+
+def _long_factors(rotary: Any, config: ModelConfig) -> None:
+    """Where the context exceeds LongRoPE's original one: take the long factors for every text.
+
+    transformers takes them by the length of a call, and keeps those for shorter ones in `original_inv_freq`.
+    """
+    if getattr(rotary, "rope_type", None) != "longrope":
+        return
+    if config.max_positions <= rotary.config.rope_parameters["original_max_position_embeddings"]:
+        return
+    longer, _ = ROPE_INIT_FUNCTIONS["longrope"](rotary.config, None, seq_len=config.max_positions)
+    rotary.original_inv_freq = longer
 
 
 def _stored(checkpoint: Checkpoint) -> Any:
@@ -81,6 +97,7 @@ def _from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
                 checkpoint.directory,
                 dtype=dtype,
                 attn_implementation="eager",
+                experts_implementation="eager",
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
@@ -107,7 +124,9 @@ def _dequantized(checkpoint: Checkpoint) -> Any:
     config = copy.deepcopy(checkpoint.hf_config)
     config.tie_word_embeddings = HEAD not in stored.names
     with quiet_transformers():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(stored.tensor(name))

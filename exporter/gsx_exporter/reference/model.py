@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers import DynamicCache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
@@ -54,6 +54,7 @@ class ReferenceOutput:
         keep: [L][2] -> [B, S] bool: which tokens ran the branch. False for padding.
         margins: [L][2] -> [B, S] float64: how far each decision was from flipping (`Decision`).
         cache: keys and values of every layer, [B, kv heads, T, head_dim], RoPE applied.
+        routers: routed layer -> [B, S, E], the logits of its router, for all tokens.
     """
 
     logits: torch.Tensor
@@ -62,19 +63,23 @@ class ReferenceOutput:
     keep: list[list[torch.Tensor]]
     margins: list[list[torch.Tensor]]
     cache: DynamicCache
+    routers: dict[int, torch.Tensor]
 
 
 @dataclass
 class _Call:
     """The call in progress: its masker, and what the branches record. Masks are [B, S].
 
-    Args: has_kv: with the K/V policy `none`, layer -> [B, past] bool: which tokens have K and V there; else None.
+    Args:
+        has_kv: with the K/V policy `none`, layer -> [B, past] bool: which tokens have K and V there; else None.
+        running: the branch whose result the rule has not seen yet.
     """
 
     masker: Masker
     valid: torch.Tensor
     decisions: list[list[Decision]]
     has_kv: dict[int, torch.Tensor] | None
+    running: tuple[BranchInput, Decision] | None = None
 
 
 class Reference:
@@ -177,6 +182,10 @@ class Reference:
         states: list[torch.Tensor] = []
         hooks = [self.model.model.layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
         hooks += [layer.register_forward_hook(_note_output(states)) for layer in self.model.model.layers]
+        routers: dict[int, torch.Tensor] = {}
+        for number in self.config.experts.layers if self.config.experts else ():
+            gate = self.model.model.layers[number].mlp.branch.gate
+            hooks.append(gate.register_forward_hook(_note_logits(routers, number, (B, S))))
         through = cache if kv_policy == "compute" else _SkippingCache(cache, call, copies=kv_policy == "copy")
         try:
             self.model.model(
@@ -198,6 +207,7 @@ class Reference:
             keep=[[one.keep for one in row] for row in call.decisions],
             margins=[[one.margin for one in row] for row in call.decisions],
             cache=cache,
+            routers=routers,
         )
 
     @torch.no_grad()
@@ -305,8 +315,14 @@ class Reference:
 
     def _wrap_branches(self) -> None:
         for i, layer in enumerate(self.model.model.layers):
-            layer.self_attn = _Branch(self, layer.self_attn, layer.input_layernorm, i, "attn")
-            layer.mlp = _Branch(self, layer.mlp, layer.post_attention_layernorm, i, "mlp")
+            attn, mlp = (self._norm_before(layer, branch) for branch in BRANCHES)
+            layer.self_attn = _Branch(self, layer.self_attn, attn, i, "attn")
+            layer.mlp = _Branch(self, layer.mlp, mlp, i, "mlp")
+            layer.register_forward_hook(lambda _layer, _args, output: self.left(output))
+
+    def _norm_before(self, layer: nn.Module, branch: Branch) -> nn.Module | None:
+        name = self.config.norms[branch].before
+        return None if name is None else layer.get_submodule(name)
 
     def _add_gates(self, checkpoint: Checkpoint, gate: GateConfig) -> None:
         for i in range(self.config.num_layers):
@@ -324,8 +340,10 @@ class Reference:
 
     def decide(self, x: BranchInput) -> Decision:
         """Let the rule decide, and record the decision. Everything that a rule sees is on the CPU."""
+        self.left(x.residual)
         call = self._current()
         decision = call.masker.decide(x)
+        call.running = x, decision
         call.decisions[x.layer][BRANCHES.index(x.branch)] = decision
         return decision
 
@@ -343,9 +361,16 @@ class Reference:
         hidden = ~has_kv[layer][:, None, None, :].to(mask.device)
         return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
-    def after(self, x: BranchInput, result: torch.Tensor, decision: Decision) -> None:
-        """Show the rule the branch's result."""
-        self._current().masker.after(x, result, decision)
+    def left(self, state: torch.Tensor) -> None:
+        """Show the rule the residual stream behind the last branch that ran: the next branch begins, or the layer ends.
+
+        Only transformers' layer knows what comes between a branch and the stream, a norm or a factor.
+        """
+        call = self._current()
+        if call.running is not None:
+            x, decision = call.running
+            call.running = None
+            call.masker.after(x, state.cpu(), decision)
 
     def _part(self, load: Callable[[Checkpoint], T]) -> T:
         """See `Parts`."""
@@ -366,22 +391,24 @@ class Reference:
 class _Branch(nn.Module):
     """Replaces a branch of a decoder layer: its gate multiplies its output, and skipped tokens get 0."""
 
-    def __init__(self, reference: Reference, branch: nn.Module, norm: nn.Module, layer: int, name: Branch) -> None:
+    def __init__(
+        self, reference: Reference, branch: nn.Module, norm: nn.Module | None, layer: int, name: Branch
+    ) -> None:
         super().__init__()
         self.branch = branch
         self._reference = (reference,)  # in a tuple, so that it is not registered as a submodule
         self._layer, self._name = layer, name
         self._residual: torch.Tensor | None = None
-        # The norm's input is the residual stream that the branch reads.
-        norm.register_forward_pre_hook(self._note_residual)
+        if norm is not None:  # its input is the residual stream that the branch reads
+            norm.register_forward_pre_hook(self._note_residual)
 
     def _note_residual(self, _norm: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         self._residual = args[0]
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> Any:
         reference = self._reference[0]
-        assert self._residual is not None
-        residual, normed = self._residual.cpu(), hidden_states.cpu()
+        normed = hidden_states.cpu()
+        residual = normed if self._residual is None else self._residual.cpu()
         g = reference.gate(self._layer, self._name, residual, normed)
         score = None if g is None else g.mean(-1).masked_fill(~reference.valid(), float("-inf"))
         x = BranchInput(self._layer, self._name, residual, normed, score)
@@ -392,9 +419,7 @@ class _Branch(nn.Module):
         output = self.branch(hidden_states, **kwargs)
         first = (output[0] if isinstance(output, tuple) else output).cpu()
         gated = first if g is None else g.to(first.dtype) * first
-        added = reference.added(x, decision, gated)
-        reference.after(x, residual + added, decision)
-        added = added.to(hidden_states.device)
+        added = reference.added(x, decision, gated).to(hidden_states.device)
         return (added, *output[1:]) if isinstance(output, tuple) else added
 
 
@@ -428,15 +453,26 @@ class _SkippingCache(DynamicCache):
 
 
 class _Given(nn.Module):
-    """In place of the layers: passes on the states that it is given."""
+    """In place of the layers: passes on the states that it is given, in the output type with most fields."""
 
-    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=inputs_embeds)
+    def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> MoeModelOutputWithPast:
+        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
 def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.Tensor], None]:
     def note(_layer: nn.Module, _args: Any, output: torch.Tensor) -> None:
         states.append(output)
+
+    return note
+
+
+def _note_logits(
+    routers: dict[int, torch.Tensor], layer: int, shape: tuple[int, int]
+) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that keeps what transformers' router returns first: its logits, [tokens, E]."""
+
+    def note(_router: nn.Module, _args: Any, output: Any) -> None:
+        routers[layer] = output[0].reshape(*shape, -1).cpu()
 
     return note
 

@@ -24,6 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from gsx_engines.bundle.bundle import writing
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.experts import spelling_of
 from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import EXIT_CLASSIFIER
@@ -278,4 +279,4 @@ def _write(
 
     sizes = {name: read(name).numel() * read(name).element_size() for name in (*kept, *own)}
     write_config(checkpoint, {"exit_classifiers": [one.depth for one in found]}, set(), work / CONFIG)
-    write_safetensors(work, sizes, read, on_progress=on_progress)
+    write_safetensors(work, sizes, read, spelling=spelling_of(checkpoint.config), on_progress=on_progress)

@@ -278,6 +278,14 @@ def _write_base(
         gate = config.gate
     else:
         checkpoint = open_checkpoint(model)
+        if not checkpoint.config.is_plain:
+            raise UsageError(
+                "gsx train does not train models of this family",
+                expected="a model built like Llama: norms only before the branches, one kind of RoPE in every layer, "
+                "no factors, no experts",
+                found=f"{checkpoint.config.family}, {checkpoint.source}",
+                todo="train the gates with the method's own code; gsx convert takes them over",
+            )
         hf = checkpoint.hf_config
         checkpoint.copy_companions(base)
         if not (base / GENERATION_CONFIG).is_file():

@@ -11,6 +11,7 @@ FULL_ATTENTION = OnnxOp(
     inputs=[("query", "T"), ("key", "T"), ("value", "T"), ("mask", "bool")],
     outputs=[("rows", "T")],
     attributes=("num_heads",),
+    numbers=("scale", "softcap"),
     body="""
         outer = Shape <start = 0, end = 2> (query)
         heads = Constant <value_int: int = @num_heads> ()
@@ -20,7 +21,7 @@ FULL_ATTENTION = OnnxOp(
         split_shape = Concat <axis = 0> (outer, heads_1d, rest)
         split = Reshape (query, split_shape)
         query_4d = Transpose <perm = [0, 2, 1, 3]> (split)
-        attended = Attention (query_4d, key, value, mask)
+        attended = Attention <scale: float = @scale, softcap: float = @softcap> (query_4d, key, value, mask)
         merged = Transpose <perm = [0, 2, 1, 3]> (attended)
         flat_shape = Concat <axis = 0> (outer, rest)
         rows = Reshape (merged, flat_shape)

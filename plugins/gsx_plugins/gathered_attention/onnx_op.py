@@ -13,6 +13,7 @@ GATHERED_ATTENTION = OnnxOp(
     inputs=[("query", "T"), ("index", "int64"), ("key", "T"), ("value", "T"), ("mask", "bool")],
     outputs=[("rows", "T")],
     attributes=("num_heads",),
+    numbers=("scale", "softcap"),
     body="""
         batch = Shape <start = 0, end = 1> (mask)
         length = Shape <start = 2, end = 3> (mask)
@@ -30,7 +31,7 @@ GATHERED_ATTENTION = OnnxOp(
         split_shape = Concat <axis = 0> (batch, length, heads_1d, last)
         split = Reshape (full, split_shape)
         query_4d = Transpose <perm = [0, 2, 1, 3]> (split)
-        attended = Attention (query_4d, key, value, mask)
+        attended = Attention <scale: float = @scale, softcap: float = @softcap> (query_4d, key, value, mask)
         merged = Transpose <perm = [0, 2, 1, 3]> (attended)
         all_rows = Reshape (merged, flat_shape)
         rows = Gather <axis = 0> (all_rows, index)

@@ -60,7 +60,7 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
         return [
             *nodes,
             make_node("Gather", [bias_of(mask), index], bias, axis=2),
-            attention_node(task, layer, query, (_EMPTY, _EMPTY), cache, outputs, bias=bias),
+            attention_node(graph, task, node, query, (_EMPTY, _EMPTY), cache, outputs, bias=bias),
             helper.make_node("Squeeze", [out, FIRST], [node.output[0]], name=name + "rows"),
         ]
 
@@ -95,7 +95,7 @@ def attend_kept_rows_of_steps(graph: Graph, task: Task) -> int:
             make_node("ScatterND", [_NO_COLUMNS, at, name + "lasts"], last),
             make_node("ScatterND", [_NO_QUERIES, at, rows], given),
             make_node("Unsqueeze", [given, _SECOND], query),
-            attention_node(task, layer, query, (_EMPTY, _EMPTY), cache, outputs, last=last, windowed=True),
+            attention_node(graph, task, node, query, (_EMPTY, _EMPTY), cache, outputs, last=last, windowed=True),
             make_node("Squeeze", [out, _SECOND], name + "rows"),
             helper.make_node("Gather", [name + "rows", index], [node.output[0]], name=name + "kept", axis=0),
         ]
@@ -169,7 +169,9 @@ def attend_and_append(graph: Graph, task: Task) -> int:
         past = (f"past_key_values.{layer}.key", f"past_key_values.{layer}.value")
         outputs = [node.output[0], *(f"present.{layer}.{kv}" for kv in KINDS)]
         bias = "" if task.steps or shape.windows[layer] is None else bias_of(mask)
-        attention = attention_node(task, layer, query, (key, value), past, outputs, bias=bias, windowed=task.steps)
+        attention = attention_node(
+            graph, task, node, query, (key, value), past, outputs, bias=bias, windowed=task.steps
+        )
         return [*nodes, attention]
 
     count = sum(node.op_type == "FullAttention" for node in graph.nodes)

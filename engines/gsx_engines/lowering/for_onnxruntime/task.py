@@ -27,6 +27,8 @@ EIGHT_BITS: dict[str, int | str] = {
 TOTAL_LENGTH, STATE = "total_length", "state"
 # Internal values: where K and V are written, the cache's last column, its length.
 WRITE_AT, LAST, TOTAL = "lowered.write_at", "lowered.last_column", "lowered.total"
+# Attributes of attention that say how scores are computed; the contrib op has the same.
+_OF_SCORES = ("scale", "softcap")
 # Constants: [0], and the axis of a cache that counts tokens, [2].
 FIRST, TOKENS_AXIS = "lowered.first", "lowered.tokens_axis"
 
@@ -61,6 +63,11 @@ class Task:
         return [f"layers.{layer}.{branch}.index" for layer, branch in places]
 
     @property
+    def first_input(self) -> str:
+        """The state that enters the first layer, [N, H]."""
+        return "entering" if self.layers.start else "hidden"
+
+    @property
     def last_output(self) -> str:
         """The state that leaves the last layer, [N, H]."""
         return f"layers.{self.layers.stop - 1}.output"
@@ -89,8 +96,9 @@ def layer_of(graph: Graph, attention: onnx.NodeProto) -> int:
 
 
 def attention_node(
+    graph: Graph,
     task: Task,
-    layer: int,
+    replaced: onnx.NodeProto,
     query: str,
     new: tuple[str, str],
     cache: tuple[str, str],
@@ -103,13 +111,15 @@ def attention_node(
     """GroupQueryAttention of queries [B, K, heads x D] over a cache, to which new K and V are appended.
 
     Args:
+        replaced: the attention node whose place it takes.
         last: the last column that each sequence sees, [B] int32.
         bias: added to the scores, where the op's own mask is not enough.
         windowed: whether the op's own mask has the layer's window.
     """
-    shape = task.shape
+    shape, layer = task.shape, layer_of(graph, replaced)
     inputs = [query, *new, *cache, last, TOTAL, "", "", "", bias]
-    attributes: dict[str, int | str] = {"num_heads": shape.num_heads, "kv_num_heads": shape.num_kv_heads}
+    attributes: dict[str, int | float | str] = {"num_heads": shape.num_heads, "kv_num_heads": shape.num_kv_heads}
+    attributes |= {one.name: one.f for one in replaced.attribute if one.name in _OF_SCORES}
     if task.manifest.kv_cache is not None:
         inputs += ["", of_channels(layer, "key"), of_channels(layer, "value")]
         attributes |= EIGHT_BITS

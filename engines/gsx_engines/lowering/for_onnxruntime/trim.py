@@ -21,6 +21,7 @@ _ROW_BY_ROW = frozenset(
         "Cast",
         "DequantizeLinear",
         "Div",
+        "Gelu",
         "Identity",
         "MatMul",
         "MatMulIntegerToFloat",
@@ -129,10 +130,7 @@ def keep_sequence_axis(graph: Graph, task: Task) -> int:
     """
     if task.steps or task.indices:
         return 0
-    norm = f"layers.{task.layers.start}.input_layernorm.weight"
-    readers = [node for node in graph.users(norm) if node.op_type == "RMSNormalization"]
-    graph.expect(readers, f"value {norm!r}", "an RMSNormalization that reads it", "none")
-    return keep_axis(graph, readers[0].input[0], task.last_output)
+    return keep_axis(graph, task.first_input, task.last_output)
 
 
 def keep_axis(graph: Graph, first: str, last: str) -> int:

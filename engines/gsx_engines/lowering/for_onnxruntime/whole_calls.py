@@ -110,7 +110,9 @@ def _appending(graph: Graph, task: Task, inside: Graph, node: onnx.NodeProto) ->
     mask = task.shape.windows[layer] is not None
     bias = node.input[10] if mask else ""
     past = (f"past_key_values.{layer}.{KINDS[0]}", f"past_key_values.{layer}.{KINDS[1]}")
-    attention = attention_node(task, layer, node.input[0], (of_first.input[0], shaped), past, node.output, bias=bias)
+    attention = attention_node(
+        graph, task, node, node.input[0], (of_first.input[0], shaped), past, node.output, bias=bias
+    )
     return [make_node("Unsqueeze", [value, FIRST], shaped), attention]
 
 

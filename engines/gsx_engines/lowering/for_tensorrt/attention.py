@@ -9,7 +9,10 @@ import onnx
 from onnx import helper
 
 from gsx_engines.lowering.for_tensorrt.task import Task
-from gsx_plugins.graph import Graph, attribute, make_node
+from gsx_plugins.graph import Graph, attribute, make_node, number
+
+# Score of a column that a row may not see: far below any capped score, and finite in half precision.
+_UNSEEN = -30000.0
 
 
 def attend_kept_rows(graph: Graph, task: Task) -> int:
@@ -35,7 +38,7 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
             return [
                 make_node("Gather", [mask, index], f"{name}mask", axis=2),
                 make_node("Unsqueeze", [query, first], f"{name}query"),
-                *_attention(graph, task, [f"{name}query", key, value, f"{name}mask"], f"{name}attended", name),
+                *_attention(graph, task, node, [f"{name}query", key, value, f"{name}mask"], f"{name}attended", name),
                 make_node("Squeeze", [f"{name}attended", first], out),
             ]
         flat = graph.add_constant("lowered.flat_rows", [-1, task.width])
@@ -46,7 +49,7 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
             make_node("Shape", ["input_ids"], f"{name}outer"),
             make_node("Concat", [f"{name}outer", width], f"{name}shape", axis=0),
             make_node("Reshape", [query if every_row else f"{name}full", f"{name}shape"], f"{name}by_sequence"),
-            *_attention(graph, task, [f"{name}by_sequence", key, value, mask], f"{name}attended", name),
+            *_attention(graph, task, node, [f"{name}by_sequence", key, value, mask], f"{name}attended", name),
         ]
         if every_row:
             return [*nodes, make_node("Reshape", [f"{name}attended", flat], out)]
@@ -84,21 +87,66 @@ def attend(graph: Graph, task: Task) -> int:
         if node.op_type != "FullAttention":
             return None
         task.forms[node.op_type] = "all"
-        return _attention(graph, task, graph.expect_inputs(node, 4), node.output[0], f"{node.name}.")
+        return _attention(graph, task, node, graph.expect_inputs(node, 4), node.output[0], f"{node.name}.")
 
     return graph.rewrite(spelled)
 
 
-def _attention(graph: Graph, task: Task, inputs: Sequence[str], out: str, name: str) -> list[onnx.NodeProto]:
+def _attention(
+    graph: Graph, task: Task, replaced: onnx.NodeProto, inputs: Sequence[str], out: str, name: str
+) -> list[onnx.NodeProto]:
     """query [B, S, heads x D], key and value [B, kv heads, window, D], mask [B, 1, S, window] -> as query."""
+    if softcap := number(replaced, "softcap"):
+        return _capped(graph, task, softcap, number(replaced, "scale"), inputs, out, name)
     query, key, value, mask = inputs
     apart, together = _shapes(graph, task.shape.num_heads, task.shape.head_dim)
     # Without a fused kernel (float32, some counts of kept rows) the build fails, unless TensorRT may decompose the op.
+    attributes: dict[str, float] = {"TRT_decomposable": 1}
+    if scale := number(replaced, "scale"):
+        attributes["scale"] = scale
     return [
         make_node("Reshape", [query, apart], f"{name}apart"),
         make_node("Transpose", [f"{name}apart"], f"{name}heads", perm=[0, 2, 1, 3]),
-        make_node("Attention", [f"{name}heads", key, value, mask], f"{name}attention", TRT_decomposable=1),
+        make_node("Attention", [f"{name}heads", key, value, mask], f"{name}attention", **attributes),
         make_node("Transpose", [f"{name}attention"], f"{name}tokens_first", perm=[0, 2, 1, 3]),
+        make_node("Reshape", [f"{name}tokens_first", together], out),
+    ]
+
+
+def _capped(
+    graph: Graph, task: Task, softcap: float, scale: float, inputs: Sequence[str], out: str, name: str
+) -> list[onnx.NodeProto]:
+    """The same in small steps, with a soft cap of the scores, which TensorRT's op refuses.
+
+    Scores are [B, kv heads, group, S, window]: the queries of a group share a head of K and V.
+    """
+    query, key, value, mask = inputs
+    shape = task.shape
+    dtype = helper.tensor_dtype_to_np_dtype(task.float_type)
+
+    def constant(called: str, value: float) -> str:
+        return graph.add_constant(f"lowered.{called}", np.asarray(value).astype(dtype))
+
+    groups = shape.num_heads // shape.num_kv_heads
+    apart = graph.add_constant("lowered.groups_apart", [0, 0, shape.num_kv_heads, groups, shape.head_dim])
+    together = graph.add_constant("lowered.groups_together", [0, 0, shape.num_heads * shape.head_dim])
+    group = graph.add_constant("lowered.group_axis", [2])
+    factor = constant("score_factor", (scale or shape.head_dim**-0.5) / softcap)
+    return [
+        make_node("Reshape", [query, apart], f"{name}apart"),
+        make_node("Transpose", [f"{name}apart"], f"{name}groups", perm=[0, 2, 3, 1, 4]),
+        make_node("Unsqueeze", [key, group], f"{name}key"),
+        make_node("Unsqueeze", [value, group], f"{name}value"),
+        make_node("Unsqueeze", [mask, group], f"{name}seen"),
+        make_node("Transpose", [f"{name}key"], f"{name}key_columns", perm=[0, 1, 2, 4, 3]),
+        make_node("Mul", [f"{name}groups", factor], f"{name}scaled"),
+        make_node("MatMul", [f"{name}scaled", f"{name}key_columns"], f"{name}scores"),
+        make_node("Tanh", [f"{name}scores"], f"{name}bounded"),
+        make_node("Mul", [f"{name}bounded", constant("softcap", softcap)], f"{name}capped"),
+        make_node("Where", [f"{name}seen", f"{name}capped", constant("unseen", _UNSEEN)], f"{name}masked"),
+        make_node("Softmax", [f"{name}masked"], f"{name}weights", axis=-1),
+        make_node("MatMul", [f"{name}weights", f"{name}value"], f"{name}attention"),
+        make_node("Transpose", [f"{name}attention"], f"{name}tokens_first", perm=[0, 3, 1, 2, 4]),
         make_node("Reshape", [f"{name}tokens_first", together], out),
     ]
 
@@ -117,12 +165,13 @@ def rotate_by_head(graph: Graph, task: Task) -> int:
             return None
         heads = attribute(node, "num_heads")
         graph.expect(heads, node, "the attribute num_heads", "none")
-        name = f"{node.name}."
+        name, rotated = f"{node.name}.", attribute(node, "rotary_embedding_dim")
+        part = {"rotary_embedding_dim": rotated} if rotated else {}
         apart, together = _shapes(graph, heads, task.shape.head_dim)
         return [
             make_node("Reshape", [node.input[0], apart], f"{name}apart"),
             make_node("Transpose", [f"{name}apart"], f"{name}heads", perm=[0, 2, 1, 3]),
-            make_node("RotaryEmbedding", [f"{name}heads", *node.input[1:]], f"{name}rotated"),
+            make_node("RotaryEmbedding", [f"{name}heads", *node.input[1:]], f"{name}rotated", **part),
             make_node("Transpose", [f"{name}rotated"], f"{name}tokens_first", perm=[0, 2, 1, 3]),
             make_node("Reshape", [f"{name}tokens_first", together], node.output[0]),
         ]

@@ -20,7 +20,7 @@ def load_zero_points(model: onnx.ModelProto, directory: Path) -> None:
     Args: directory: where the model's external data is.
     """
     graph = Graph(model.graph)
-    for _, dequantize in _products(graph):
+    for dequantize in filter(_has_zero_points, graph.nodes):
         for name in dequantize.input[1:]:
             tensor = graph.constants[name]
             if uses_external_data(tensor):
@@ -53,7 +53,8 @@ def without_zero_points(graph: Graph, task: Task) -> int:
             sums[value, size] = summed = f"{value}.sums.{size}"
             axis, shape, blocks = f"{summed}.axis", f"{summed}.shape", f"{summed}.blocks"
             graph.add_constant(axis, np.array([-1], np.int64))
-            graph.add_constant(shape, np.array([0, len(by_block), size], np.int64))
+            outer = [0] * (by_block.ndim - 1)  # rows and, in a product of all experts, these
+            graph.add_constant(shape, np.array([*outer, by_block.shape[-2], size], np.int64))
             graph.insert_before(
                 product,
                 make_node("Reshape", [value, shape], blocks),
@@ -74,13 +75,12 @@ def _products(graph: Graph) -> Iterator[tuple[onnx.NodeProto, onnx.NodeProto]]:
     """Every MatMul whose weight has zero-points, with the node that dequantizes it."""
     for node in graph.nodes:
         dequantize = graph.producer(node.input[1]) if node.op_type == "MatMul" else None
-        if (
-            dequantize is not None
-            and dequantize.op_type == "DequantizeLinear"
-            and len(dequantize.input) == 3
-            and _block_size(dequantize)
-        ):
+        if dequantize is not None and _has_zero_points(dequantize):
             yield node, dequantize
+
+
+def _has_zero_points(node: onnx.NodeProto) -> bool:
+    return node.op_type == "DequantizeLinear" and len(node.input) == 3 and bool(_block_size(node))
 
 
 def _block_size(dequantize: onnx.NodeProto) -> int:
