@@ -20,7 +20,7 @@ from benchmarks.peers import Peer, genai_model, genai_peer, gsx_peer, time_in_tu
 from gsx.benchmarking.rounds import ratios
 from gsx.workflows.export import export
 from gsx_exporter.config import GateConfig
-from tests.tiny import FAMILY_NAMES, tiny_checkpoint
+from tests.tiny import FAMILY_KEYS, FAMILY_NAMES, tiny_checkpoint
 
 BUDGET = 0.5
 PROMPT_TOKENS = 512
@@ -43,7 +43,8 @@ def made(work: Path, family: str, layers: int, gate: GateConfig | None = None) -
     """A family's model, made once."""
     path = work / f"{family}-{layers}{'-gated' if gate else ''}" / "model"
     if not path.exists():
-        shape = {**SHAPE, **EXPERTS.get(family, {}), "max_position_embeddings": 2048, "sliding_window": 256}
+        shape = {**SHAPE, **EXPERTS.get(family, {}), "max_position_embeddings": 2048}
+        shape |= {"sliding_window": 256} if "sliding_window" in FAMILY_KEYS[family] else {}
         tiny_checkpoint(path, family, gate=gate, layers=layers, tokenizer=True, **shape)
     return path
 

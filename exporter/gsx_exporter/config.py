@@ -177,6 +177,11 @@ class ModelConfig:
             and not self.fused
         )
 
+    @property
+    def changes_weights(self) -> bool:
+        """Whether some parameters of the decoder are not what is stored (`checkpoint/parameters.py`)."""
+        return self.norm_offset != 0 or (self.scales.residual, self.scales.logits) != (1.0, 1.0)
+
     def is_routed(self, layer: int) -> bool:
         """Whether a layer's MLP consists of routed experts."""
         return self.experts is not None and layer in self.experts.layers

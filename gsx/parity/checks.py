@@ -204,13 +204,12 @@ class _Checks:
     def routing(self, prefix: str, found: Routing, tokens: int) -> None:
         """Tokens that went to other experts: only where two were nearly equal, if the precision has limits at all."""
         detail = f"of {found.total:,}; {found.differ} differ"
+        relative = self.limits.relative
         if found.flips:
             first = found.flips[0]
-            detail += (
-                f", first {first.place}, where two were {first.margin:.1e} of the logits' size apart; "
-                f"{found.tokens_left_out} of {found.tokens} tokens saw a difference and are left out"
-            )
-        relative = self.limits.relative
+            detail += f", first {first.place}, where two were {first.margin:.1e} of the logits' size apart"
+            if relative is not None:
+                detail += f"; {found.tokens_left_out} of {found.tokens} tokens saw a difference and are left out"
         if relative is None:
             self.add(prefix + "experts, share that differs", found.differ / found.total, None, detail=detail,
                      reason=self.limits.reason, tokens=tokens)  # fmt: skip

@@ -322,7 +322,9 @@ class Comparer:
         branches: the branches with gates; empty for a dense model.
         causal: whether a decision depends only on a token's past (threshold selection). If not (rank), one difference
             affects every token of the call from there on.
-        near_tie: margin up to which a decision may flip; near_route: the same of a choice of experts (`Routes`).
+        near_tie: margin up to which a decision may flip.
+        near_route: the same of a choice of experts (`Routes`); None where numbers have no limit: then every choice may
+            flip, and nothing is left out for it.
         copies: whether K and V depend on the decision of their own layer (K/V policy `copy`).
     """
 
@@ -334,7 +336,7 @@ class Comparer:
         causal: bool,
         near_tie: float,
         copies: bool,
-        near_route: float = 0.0,
+        near_route: float | None = 0.0,
     ) -> None:
         self._branches = [BRANCHES.index(branch) for branch in BRANCHES if branch in branches]
         self._causal, self._near_tie, self._near_route, self._copies = causal, near_tie, near_route, copies
@@ -453,10 +455,10 @@ class Comparer:
             self._walk.routed_elsewhere += int(differ.sum())
             differing = np.flatnonzero(differ & clean[i])
             for position in differing:
-                margin = float(margins[position])
+                margin, limit = float(margins[position]), self._near_route
                 place = Place(first + i, int(position), layer, "router")
-                self._walk.route_flips.append(Flip(place, True, margin, margin <= self._near_route))
-            if len(differing):
+                self._walk.route_flips.append(Flip(place, True, margin, limit is None or margin <= limit))
+            if len(differing) and self._near_route is not None:
                 flipped = True
                 clean[i][differing[0] :] = False
         self._leave_out_all(flipped, clean)

@@ -6,7 +6,6 @@ and what it finds waits on disk (`store.py`); then each of the engine's runners 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -453,7 +452,7 @@ class Run:
             near_tie=self.limits.near_tie,
             copies=self.manifest.kv_policy != "compute",
             # Logits of routers may differ as the states that they are computed from.
-            near_route=math.inf if self.limits.relative is None else self.limits.relative,
+            near_route=self.limits.relative,
         )
 
     @property

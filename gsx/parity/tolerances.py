@@ -60,8 +60,8 @@ class Tolerances:
 def kind_of(manifest: Manifest, checkpoint: Checkpoint) -> str:
     """Which limits apply to a bundle: a key of `TOLERANCES`.
 
-    A bfloat16 graph of a checkpoint that is stored in bfloat16 has the checkpoint's own weights, and is computed in
-    float32, so float32's limits apply. (Gates are float32 in every graph.)
+    A bfloat16 graph of a checkpoint that is stored in bfloat16 has the checkpoint's own weights (unless a factor is folded
+    into them), and is computed in float32, so float32's limits apply. (Gates are float32 in every graph.)
     """
     quantization = manifest.quantization
     if quantization is not None and quantization.quantizes_activations and not quantization.is_float8:
@@ -69,7 +69,8 @@ def kind_of(manifest: Manifest, checkpoint: Checkpoint) -> str:
     if manifest.rounds:
         return "quantized"
     weights = (name for name in checkpoint.names if not is_gate(name))
-    if manifest.precision == "bf16" and all(checkpoint.stored_type(name) == "BF16" for name in weights):
+    own = not checkpoint.config.changes_weights
+    if manifest.precision == "bf16" and own and all(checkpoint.stored_type(name) == "BF16" for name in weights):
         return "fp32"
     return manifest.precision
 

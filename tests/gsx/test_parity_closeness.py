@@ -251,3 +251,8 @@ def test_a_token_that_went_to_another_expert_is_left_out_with_those_after_it(mar
     assert (found.routing.total, found.routing.differ, len(found.routing.wrong)) == (S, 1, wrong)
     assert found.routing.flips[0].place == Place(0, 3, 1, "router")
     assert found.routing.tokens_left_out == S - 3
+    made = Comparer(L, ("attn", "mlp"), causal=True, near_tie=NEAR_TIE, copies=False, near_route=None)
+    made.add([want], [have])
+    found = made.result()
+    assert found.routing is not None
+    assert (found.logits.values, found.routing.differ, found.routing.wrong) == (S * V, 1, ()), "without limits"

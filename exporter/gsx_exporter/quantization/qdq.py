@@ -196,7 +196,7 @@ def _narrow_type(weight: Weight, plan: QuantizationPlan) -> torch.dtype | None:
     if weight.dtype != torch.float32 or not (is_table or weight.transpose):
         return None
     source = weight.stack[0] if weight.stack else weight.source
-    return _HALF.get(plan.checkpoint.stored_type(source), torch.float16 if is_table else None)
+    return _HALF.get(plan.checkpoint.parameter_type(source), torch.float16 if is_table else None)
 
 
 def _read_16_bits(graph: Graph, stored: Mapping[str, str]) -> None:
