@@ -160,7 +160,7 @@ class Line:
         kept = min((result.kept_share for result in results if result.kept_share is not None), default=1.0)
         greedy = [one for result in results for one in result.greedy.values()]
         tokens = sum(one.tokens for one in greedy)
-        error = max(one.fast_logits.max_abs for one in results)
+        error = max(one.fast_logits.max_abs for one in results if one.fast_logits is not None)
         return [
             str(len(results)),
             f"{kept:.1%}",

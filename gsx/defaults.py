@@ -8,6 +8,8 @@ NEW_TOKENS = 128
 # Tokens of text that a bundle is verified on, and of the greedy continuation. Quality limits, which bundles that round
 # have, are decided by means over tokens, and need more of them.
 VERIFY_TOKENS, QUALITY_TOKENS, GREEDY_TOKENS = 1024, 8192, 256
+# Tokens of a sample of a bundle that is larger than memory: their states in every layer are compared.
+SAMPLE_TOKENS = 64
 # Tokens of text that a layer study reads.
 STUDY_TOKENS = 2048
 # Tokens that a comparison measures on. As many tokens before them are used for calibration: with this default, as many

@@ -17,6 +17,7 @@ from gsx.defaults import (
     HALF_DIVERGENCE_LIMIT,
     QUALITY_LIMIT,
     QUALITY_TOKENS,
+    SAMPLE_TOKENS,
     TOP1_LIMIT,
     VERIFY_TOKENS,
     WEIGHTS_DIVERGENCE_LIMIT,
@@ -76,11 +77,20 @@ def verify(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to compare on.", show_default=SHIPPED_TEXT)] = None,
     tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens of it to use.", show_default=f"{VERIFY_TOKENS}, with 8 bits {QUALITY_TOKENS}"),
+        typer.Option(
+            help="Tokens of it to use.",
+            show_default=f"{VERIFY_TOKENS}, with 8 bits {QUALITY_TOKENS}, of a sample {SAMPLE_TOKENS}",
+        ),
     ] = None,
     greedy_tokens: Annotated[int, typer.Option(help="Length of the greedy continuation.")] = GREEDY_TOKENS,
     full: Annotated[
         bool, typer.Option("--full", help="Check every setting on the whole text, not only the exported one.")
+    ] = False,
+    sample: Annotated[
+        bool,
+        typer.Option(
+            "--sample", help="Check a few tokens, layer by layer: for bundles that are larger than the memory."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -108,6 +118,7 @@ def verify(
             ),
             **vars(backend),
             full=full,
+            sample=sample,
             on_progress=line.show,
         )
     if as_json:

@@ -84,7 +84,18 @@ def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) 
     ):
         if compared is not None:
             checks.compared(name + ": ", compared, tokens, tokens)
-    fast = result.fast_logits
+    if result.fast_logits is not None:
+        _fast(checks, result, result.fast_logits)
+    for runner, greedy in result.greedy.items():
+        checks.greedy(f"greedy tokens, {runner} runner", greedy)
+    if result.speculation is not None:
+        checks.speculation(result.speculation)
+    return tuple(checks.made)
+
+
+def _fast(checks: _Checks, result: BudgetResult, fast: Comparison) -> None:
+    """Checks of the runner that generates."""
+    limits, decisions, read = checks.limits, result.windows.decisions, result.tokens
     if limits.runners is None:
         limit = limits.logit_limit(fast.reference_max, result.rounding)
         checks.numbers("fast runner: logits", fast, fast.max_abs, limit, read.compared)
@@ -105,11 +116,6 @@ def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) 
             reason="it must skip what the reference skips",
             tokens=read.compared,
         )
-    for runner, greedy in result.greedy.items():
-        checks.greedy(f"greedy tokens, {runner} runner", greedy)
-    if result.speculation is not None:
-        checks.speculation(result.speculation)
-    return tuple(checks.made)
 
 
 def wrong_default(differs: bool) -> Check:
@@ -221,9 +227,10 @@ class _Checks:
         rows = [
             ("perplexity, relative change", estimates.perplexity, limits.perplexity_increase, perplexities),
             (divergence, estimates.divergence, limits.divergence, over),
-            (f"fast runner: {divergence}", estimates.fast_divergence, limits.divergence, over),
             ("next token, share that differs", estimates.differing, differing, over),
         ]
+        if estimates.fast_divergence is not None:
+            rows.insert(2, (f"fast runner: {divergence}", estimates.fast_divergence, limits.divergence, over))
         if estimates.flipped is not None:
             layer, branch, share = found.most_flipped
             most = f"most in layer {layer}, {branch}: {share:.2%}"

@@ -23,9 +23,11 @@ from gsx_engines.bundle.tensor_names import past
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_engines.runners.base import Runner
 from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.streamed import StreamedStage
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.reference.model import Reference, ReferenceOutput
 from gsx_exporter.reference.rule import ReferenceRule
+from gsx_plugins.progress import OnProgress, silent
 
 
 class ReferenceSide:
@@ -177,9 +179,12 @@ class ReferenceStep:
 
 
 class EngineSide:
-    """ONNX Runtime on the unchanged `model.onnx`, with states, scores and kept rows as further outputs."""
+    """ONNX Runtime on the unchanged `model.onnx`, with states, scores and kept rows as further outputs.
 
-    def __init__(self, bundle: Bundle) -> None:
+    Args: streamed: whether one layer at a time is in memory; then there is no cache, and no runner.
+    """
+
+    def __init__(self, bundle: Bundle, *, streamed: bool = False, on_progress: OnProgress = silent) -> None:
         manifest = bundle.manifest
         self._manifest = manifest
         self._places = [(layer, branch, _column(branch)) for layer, branch in manifest.skippable_places]
@@ -188,8 +193,17 @@ class EngineSide:
             capture += [f"layers.{layer}.{branch}.score", f"layers.{layer}.{branch}.index"]
         self._routers = routers_of(bundle)
         capture += [router.logits for router in self._routers.values()]
-        self.stage = PortableStage(bundle, capture=capture)
-        self.runner: Runner = WholeRunner(self.stage)
+        self.stage: PortableStage | StreamedStage = (
+            StreamedStage(bundle, capture=capture, on_progress=on_progress)
+            if streamed
+            else PortableStage(bundle, capture=capture)
+        )
+
+    @property
+    def runner(self) -> Runner:
+        """Runs the graph with a cache."""
+        assert isinstance(self.stage, PortableStage)
+        return WholeRunner(self.stage)
 
     def observe(
         self,

@@ -124,14 +124,15 @@ class Estimates:
 
     Args:
         perplexity: relative change, below 0 if it fell.
-        divergence: as in `Quality`, of the portable graph; fast_divergence: the same of the runner that generates.
+        divergence: as in `Quality`, of the portable graph; fast_divergence: the same of the runner that generates,
+            None if it was not run.
         differing: share of tokens whose most likely next token is not the reference's.
         flipped: share of decisions that differ; None for a dense model.
     """
 
     perplexity: Estimate
     divergence: Estimate
-    fast_divergence: Estimate
+    fast_divergence: Estimate | None
     differing: Estimate
     flipped: Estimate | None
 
@@ -225,7 +226,7 @@ class QualityCounter:
         estimates = Estimates(
             perplexity=close.perplexity,
             divergence=close.divergence,
-            fast_divergence=_from_0(mean_of(self._fast_divergences)),
+            fast_divergence=_from_0(mean_of(self._fast_divergences)) if self._fast_divergences else None,
             differing=close.differing,
             flipped=_from_0(mean_of([flips[:, gated].mean(axis=(0, 1)) for flips in self._flips])) if gated else None,
         )

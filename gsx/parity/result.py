@@ -47,10 +47,10 @@ class BudgetResult:
         rounding: the reference in float32 against itself in float64, here or, where `tokens.rounded` is 0, at another
             setting; None if it is in float32.
         single_steps, one_chunk: half of a stretch, then the rest with the cache; None with rank selection.
-        padded: two sequences of different lengths in one batch.
+        padded: two sequences of different lengths in one batch; None for a sample.
         fast_logits: logits of the runner that generates, over whole windows, against the reference's (quantized:
-            the portable runner's); fast_wrong_counts: how often it kept another number of rows although no decision
-            was a near tie.
+            the portable runner's); None for a sample. fast_wrong_counts: how often it kept another number of rows
+            although no decision was a near tie.
         greedy: by runner, "fast" and, if it was asked for, "portable".
         speculation: results of the bundle's draft; None if it has no draft.
         reference_nats, engine_nats: mean loss per token, over `scored_tokens` tokens; frequency_nats: of a guess by how
@@ -67,8 +67,8 @@ class BudgetResult:
     rounding: Compared | None
     single_steps: Compared | None
     one_chunk: Compared | None
-    padded: Compared
-    fast_logits: Comparison
+    padded: Compared | None
+    fast_logits: Comparison | None
     fast_wrong_counts: int
     greedy: Mapping[str, Greedy]
     speculation: SpeculationResult | None

@@ -19,6 +19,7 @@ from gsx_engines.errors import BundleError
 
 if TYPE_CHECKING:
     from gsx_exporter.checkpoint.adapter import Adapter
+    from gsx_exporter.checkpoint.checkpoint import Checkpoint
     from gsx_exporter.config import ModelConfig
 
 _Value = TypeVar("_Value", bool, str)
@@ -118,11 +119,13 @@ def _checkpoint(path: str) -> InspectReport:
         exits=config.exits,
         adapter=_adapter(checkpoint.adapter) if checkpoint.adapter else None,
         parameters=counts,
-        types=tuple(sorted({kind for file in checkpoint.stored.files for kind in _stored_types(file)})),
+        types=_types(checkpoint),
         text=facts_of_checkpoint(checkpoint),
         notes=tuple(checkpoint.notes),
         bundle=None,
-        files=_files(checkpoint.adapter.directory if checkpoint.adapter else checkpoint.directory),
+        files=_files(checkpoint.adapter.directory if checkpoint.adapter else checkpoint.directory)
+        if checkpoint.gguf is None
+        else {checkpoint.gguf.path.name: checkpoint.gguf.path.stat().st_size},
     )
 
 
@@ -134,6 +137,13 @@ def _adapter(adapter: Adapter) -> dict[str, Any]:
         "rank": settings.rank,
         "alpha": settings.alpha,
     }
+
+
+def _types(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """How the weights are stored."""
+    if checkpoint.gguf is not None:
+        return tuple(kind.lower() for kind in checkpoint.gguf.tensors.kinds)
+    return tuple(sorted({kind for file in checkpoint.stored.files for kind in _stored_types(file)}))
 
 
 def _experts(config: ModelConfig) -> dict[str, int]:

@@ -16,11 +16,12 @@ from tokenizers import Tokenizer
 
 from gsx.backend_names import BackendName, Device
 from gsx.backends import open_backend
-from gsx.defaults import GREEDY_TOKENS, QUALITY_TOKENS, VERIFY_TOKENS
+from gsx.defaults import GREEDY_TOKENS, QUALITY_TOKENS, SAMPLE_TOKENS, VERIFY_TOKENS
 from gsx.parity.page import page
 from gsx.parity.quality import QualityLimits, default_limits
 from gsx.parity.report import KeepMap, Report
 from gsx.parity.run import PROMPT_TOKENS, Run
+from gsx.parity.sample import SampleRun
 from gsx.parity.scope import Scope, scopes
 from gsx.parity.settings import exported_share, settings_of
 from gsx_engines.bundle.bundle import Bundle, open_bundle
@@ -40,6 +41,8 @@ from gsx_plugins.progress import OnProgress, Progress, silent
 
 # As many tokens as there is room for labels.
 _MAP_TOKENS = 60
+# The fewest tokens that show a wrong mask or position.
+LEAST_SAMPLE = 8
 # The budget that a map shows if the exported one skips nothing.
 _USUAL_SHARE = 0.7
 
@@ -56,6 +59,7 @@ def verify(
     device: Device | None = None,
     quality: QualityLimits | None = None,
     full: bool = False,
+    sample: bool = False,
     on_progress: OnProgress = silent,
 ) -> Report:
     """Compare a bundle with the reference, and write `parity.json` and `parity.html` into it.
@@ -76,6 +80,8 @@ def verify(
         full: whether every setting is checked on the whole text, states, K and V too, with more speculative text, and
             greedy text also by the portable runner. By default only the exported setting is checked on the whole text,
             and the others on a part of it. The report says how many tokens each check read.
+        sample: whether only a few tokens are read, at the exported setting, and one layer at a time is in memory: for
+            bundles that are larger than that. `tokens` then says how many; None for 64.
         on_progress: called with the progress.
     Returns: the report. `report.passed` is whether everything is known to hold; `report.verdict` tells what failed from
         what could not be decided, and `report.doubts` says why.
@@ -87,8 +93,15 @@ def verify(
         True
     """
     started = time.perf_counter()
-    if tokens is not None and tokens < MIN_TOKENS:
-        raise UsageError("tokens to verify on", expected=f"at least {MIN_TOKENS}", found=str(tokens))
+    least = LEAST_SAMPLE if sample else MIN_TOKENS
+    if tokens is not None and tokens < least:
+        raise UsageError("tokens to verify on", expected=f"at least {least}", found=str(tokens))
+    if sample and (full or budgets is not None or backend != "onnxruntime"):
+        raise UsageError(
+            "a sample is checked at the exported setting, on the portable graph",
+            expected="--sample without --full and --backend",
+            todo="leave one of them out",
+        )
     if greedy_tokens < 1:
         raise UsageError("greedy tokens", expected="at least 1", found=str(greedy_tokens))
     on_progress(Progress("checking the bundle"))
@@ -101,17 +114,26 @@ def verify(
             found=manifest.precision,
             todo="without --backend the graph itself is verified, computed in float32",
         )
-    tokens = tokens or (QUALITY_TOKENS if manifest.rounds else VERIFY_TOKENS)
+    tokens = tokens or (SAMPLE_TOKENS if sample else QUALITY_TOKENS if manifest.rounds else VERIFY_TOKENS)
     notes: list[str] = []
     if manifest.precision == "bf16":
         notes.append("The graph is bfloat16; it was computed in float32, so that the graph itself is compared.")
     chosen = settings_of(manifest, budgets, notes)
-    checkpoint = _reference_checkpoint(opened, reference)
-    windows = _held_out(checkpoint, manifest, Path(text) if text else None, tokens, notes)
+    checkpoint = _reference_checkpoint(opened, reference, on_progress)
+    windows = _held_out(checkpoint, manifest, Path(text) if text else None, max(tokens, MIN_TOKENS), notes)
     on_progress(Progress("loading the reference and the engine"))
-    runtime = open_backend(backend, device)
-    scope = _scopes(manifest, chosen, budgets is not None, len(windows.ids), greedy_tokens, full, notes)
-    run = Run(opened, checkpoint, scope, windows.ids, runtime, notes, on_progress)
+    run: Run | SampleRun
+    if sample:
+        ids = windows.ids[:1, :tokens]
+        run = SampleRun(opened, checkpoint, _exported(manifest, chosen), ids, on_progress)
+        notes.append(
+            f"A sample: {ids.shape[1]} tokens through every layer of the portable graph, at the exported setting, "
+            "without cache, padding, greedy text and draft. Without --sample, gsx verify checks them too."
+        )
+    else:
+        runtime = open_backend(backend, device)
+        scope = _scopes(manifest, chosen, budgets is not None, len(windows.ids), greedy_tokens, full, notes)
+        run = Run(opened, checkpoint, scope, windows.ids, runtime, notes, on_progress)
     results = run.results()
     report = Report(
         bundle=opened.directory.resolve().name,
@@ -132,7 +154,7 @@ def verify(
         branches=manifest.skippable,
         text=windows.name,
         text_sha256=windows.sha256,
-        tokens=windows.tokens,
+        tokens=tokens if sample else windows.tokens,
         results=tuple(results),
         default_is_exported=_default_is_exported(opened),
         notes=tuple(notes),
@@ -179,7 +201,7 @@ def _held_out(
     return rest
 
 
-def _reference_checkpoint(bundle: Bundle, reference: str | None) -> Checkpoint:
+def _reference_checkpoint(bundle: Bundle, reference: str | None, on_progress: OnProgress) -> Checkpoint:
     """Open the reference and make sure that the bundle was exported from it."""
     source = bundle.manifest.source
     name = reference or source.model
@@ -193,7 +215,7 @@ def _reference_checkpoint(bundle: Bundle, reference: str | None) -> Checkpoint:
             found=error.what + (f" (found {error.found})" if error.found else ""),
             todo="if the model is elsewhere now: gsx verify BUNDLE --reference MODEL",
         ) from error
-    found = checkpoint.weights_sha256()
+    found = checkpoint.weights_sha256(on_progress)
     if found != source.weights_sha256:
         raise BundleError(
             f"bundle {bundle.directory} was not exported from these weights of {name}",
@@ -241,8 +263,7 @@ def _scopes(
     room = manifest.decoder.max_positions - PROMPT_TOKENS
     if room < greedy_tokens:
         notes.append(f"The model's context leaves room for {room} greedy tokens.")
-    exported = [one for one in chosen if one.share == exported_share(manifest)] or list(chosen[-1:])
-    main = chosen if asked else exported[:1]
+    main = chosen if asked else [_exported(manifest, chosen)]
     if not full and len(main) < len(chosen):
         notes.append(
             f"Checked on the whole text: {main[0].name}, as exported. The other settings are checked on a part of it; "
@@ -250,6 +271,11 @@ def _scopes(
         )
     causal = manifest.selection is None or manifest.selection.mode == "threshold"
     return scopes(chosen, main, windows=windows, greedy_tokens=min(greedy_tokens, room), causal=causal, full=full)
+
+
+def _exported(manifest: Manifest, chosen: Sequence[Setting]) -> Setting:
+    """The setting that the bundle was exported for."""
+    return next((one for one in chosen if one.share == exported_share(manifest)), chosen[-1])
 
 
 def _keep_map(

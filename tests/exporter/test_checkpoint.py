@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.quiet import quiet_transformers
-from gsx_exporter.config import FAMILIES, ModelConfig
+from gsx_exporter.config import FAMILIES, ROPE_KINDS
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError
@@ -304,7 +304,6 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
         renamed(lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight")),
         ["LoRA weights that are not merged", "base_layer.weight"],
     ),
-    "GGUF": (listing_only("m.Q4_K_M.gguf"), ["is a GGUF model", "m.Q4_K_M.gguf", "export the original checkpoint"]),
     "GenAI": (listing_only("genai_config.json", "model.onnx"), ["is a model of ONNX Runtime GenAI"]),
     "Mistral's own layout": (
         listing_only("params.json", "consolidated.safetensors"),
@@ -567,7 +566,48 @@ def test_a_field_means_what_it_means_to_transformers(make: Callable[..., Path], 
         assert same(found, expected(model)), f"{family}: {field} {value!r}"
 
 
-def test_the_same_configuration_from_both_spellings() -> None:
-    new = AutoConfig.for_model("llama", rope_parameters={"rope_type": "llama3", "rope_theta": 5000.0, **LLAMA3})
-    old = AutoConfig.for_model("llama", rope_theta=5000.0, rope_scaling={"type": "llama3", **LLAMA3})
-    assert ModelConfig.from_hf(new).ropes["all"].items() <= ModelConfig.from_hf(old).ropes["all"].items()
+ROPE: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0},
+    "llama3": LLAMA3,
+}
+# As configurations of transformers 4 and 5 have been written: keys of config.json, given kind, base and the rest.
+SPELLINGS: dict[str, Callable[[str, float, dict[str, Any]], dict[str, Any]]] = {
+    "4, type": lambda kind, base, rest: {"rope_theta": base, "rope_scaling": {"type": kind, **rest}},
+    "4, rope_type": lambda kind, base, rest: {"rope_theta": base, "rope_scaling": {"rope_type": kind, **rest}},
+    "4, both": lambda kind, base, rest: {
+        "rope_theta": base,
+        "rope_scaling": {"type": kind, "rope_type": kind, **rest},
+    },
+    "5": lambda kind, base, rest: {"rope_parameters": {"rope_type": kind, "rope_theta": base, **rest}},
+    "5, base outside": lambda kind, base, rest: {
+        "rope_theta": base,
+        "rope_parameters": {"rope_type": kind, **rest},
+    },
+    "5, beside the old one": lambda kind, base, rest: {
+        "rope_theta": base,
+        "rope_scaling": {"type": kind, **rest},
+        "rope_parameters": {"rope_type": kind, "rope_theta": base, **rest},
+    },
+}
+
+
+@pytest.mark.parametrize("kind", list(ROPE))
+def test_every_spelling_of_rope_is_the_same_model(make: Callable[..., Path], kind: str) -> None:
+    assert set(ROPE) <= set(ROPE_KINDS)
+    model = make("llama", {"max_position_embeddings": 16})
+    path, found = model / "config.json", {}
+    plain = {key: value for key, value in json.loads(path.read_text()).items() if not key.startswith("rope_")}
+    for name, spelled in SPELLINGS.items():
+        path.write_text(json.dumps(plain | spelled(kind, 5000.0, ROPE[kind])))
+        found[name] = logits(model)
+        assert same(found[name], expected(model)), name
+        assert open_checkpoint(model).config.max_positions == (
+            16 if kind == "default" else 16 * int(ROPE[kind]["factor"])
+        )
+    first = found["4, type"]
+    assert all(same(one, first) for one in found.values())
+    path.write_text(json.dumps(plain | SPELLINGS["5"]("default", 10.0, {})))
+    assert not same(logits(model), first)

@@ -26,11 +26,24 @@ from gsx_engines.runners.session import open_session, session_config
 from gsx_plugins.graph import Graph
 
 # The type in which this stage runs a graph of each precision.
-_TYPES: dict[str, np.dtype[Any]] = {
+TYPES: dict[str, np.dtype[Any]] = {
     "fp32": np.dtype(np.float32),
     "fp16": np.dtype(np.float16),
     "bf16": np.dtype(np.float32),
 }
+
+
+def portable_model(bundle: Bundle, graph: str = "model") -> onnx.ModelProto:
+    """A graph of a bundle, without its weights, as it is run on a CPU: see above."""
+    manifest = bundle.manifest
+    model = onnx.load(str(bundle.graph_path(graph)), load_external_data=False)
+    if manifest.precision == "bf16":
+        in_float32(model)
+    if manifest.kv_cache is not None:
+        portable = Graph(model.graph)
+        round_cache(portable, manifest.kv_cache, manifest.layers_of(graph))
+        portable.store()
+    return model
 
 
 class PortableStage:
@@ -49,17 +62,11 @@ class PortableStage:
         self, bundle: Bundle, graph: str = "model", *, capture: Sequence[str] = (), threads: int | None = None
     ) -> None:
         self.manifest: Manifest = bundle.manifest
-        self.dtype = _TYPES[self.manifest.precision]
+        self.dtype = TYPES[self.manifest.precision]
         self.layers = self.manifest.layers_of(graph)
         self.captured: dict[str, np.ndarray] = {}
         self._capture = list(capture)
-        model = onnx.load(str(bundle.graph_path(graph)), load_external_data=False)
-        if self.manifest.precision == "bf16":
-            in_float32(model)
-        if self.manifest.kv_cache is not None:
-            portable = Graph(model.graph)
-            round_cache(portable, self.manifest.kv_cache, self.layers)
-            portable.store()
+        model = portable_model(bundle, graph)
         self._inputs = {value.name for value in model.graph.input}
         outputs = {value.name for value in model.graph.output}
         self._exits = [name for name in self.manifest.exit_state if name in outputs]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gsx_exporter.checkpoint.adapter import Adapter
 from gsx_exporter.checkpoint.files import sha256_of_files
+from gsx_exporter.checkpoint.gguf_file import GgufFile
 from gsx_exporter.checkpoint.json_file import read_json
 from gsx_exporter.checkpoint.layouts.layout import Layout
 from gsx_exporter.checkpoint.names import COMPANION_FILES, CONFIG, GENERATION_CONFIG, has_vocabulary
@@ -46,6 +47,7 @@ class Checkpoint:
         own_config: what `config.json` would say of this model; None if the file in the directory says just that.
         whole: `model_type` of the multimodal model that this is the text part of; None if it is a model itself.
         layout: how the weights are quantized in the files; None if they are floats there too.
+        gguf: the GGUF file that all is read from; None for a directory of transformers.
         tokenizer: its tokenizer, once `load_tokenizer` has read it.
     """
 
@@ -59,6 +61,7 @@ class Checkpoint:
     own_config: Mapping[str, Any] | None = None
     whole: str | None = None
     layout: Layout | None = None
+    gguf: GgufFile | None = None
     tokenizer: Tokenizer | None = field(default=None, repr=False)
 
     @property

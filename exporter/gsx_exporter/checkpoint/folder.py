@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from gsx_exporter.checkpoint.gguf_file import GGUF
 from gsx_exporter.checkpoint.kinds import PICKLES, check_kind
 from gsx_exporter.checkpoint.names import ADAPTER, COMPANION_FILES, WEIGHTS_INDEX
 from gsx_exporter.checkpoint.quantized import QUANTIZER_FILES
@@ -11,7 +12,7 @@ from gsx_exporter.errors import CheckpointError
 
 
 def locate(model: str, revision: str | None = None) -> Path:
-    """The directory of a model: as it is given, or from the hub's cache, downloaded the first time.
+    """The directory of a model, or a GGUF file: as it is given, or from the hub's cache, downloaded the first time.
 
     Args: revision: a branch, tag or commit of the hub; None for the newest.
     Raises:
@@ -20,6 +21,8 @@ def locate(model: str, revision: str | None = None) -> Path:
     directory = Path(model).expanduser()
     if directory.is_dir():
         check_kind(directory)
+        return directory
+    if directory.is_file() and directory.suffix == GGUF:
         return directory
     if directory.is_file():
         raise CheckpointError(
@@ -33,8 +36,6 @@ def locate(model: str, revision: str | None = None) -> Path:
 def _way_out_of_a_file(suffix: str) -> str:
     if suffix in PICKLES:
         return "a pickled checkpoint is converted first: gsx convert FILE.pt -o DIR"
-    if suffix == ".gguf":
-        return "a GGUF file is quantized already: export the original checkpoint"
     return "give the directory that holds config.json and model.safetensors"
 
 

@@ -73,11 +73,11 @@ def read_config(directory: Path, section: Mapping[str, Any] | None = None) -> Re
             f"{path}: num_hidden_layers is out of range", expected=f"at most {_MOST_LAYERS}", found=str(layers)
         )
     if values is raw:
-        return ReadConfig(_hf_config(directory), None, None, layout)
-    return ReadConfig(_hf_config(directory, values), values, whole, layout)
+        return ReadConfig(config_from(directory), None, None, layout)
+    return ReadConfig(config_from(directory, values), values, whole, layout)
 
 
-def _hf_config(directory: Path, values: Mapping[str, Any] | None = None) -> Any:
+def config_from(directory: Path, values: Mapping[str, Any] | None = None) -> Any:
     """transformers' configuration object. Args: values: in place of the file's."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
@@ -114,20 +114,20 @@ def _text_part(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
         **values,
         "model_type": family,
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]],
-        "tie_word_embeddings": bool(_whole_config_ties(path.parent, raw)),
+        "tie_word_embeddings": bool(_whole_ties(path.parent, raw)),
     }
 
 
 def _text_family(directory: Path, part: Mapping[str, Any]) -> str:
     """`model_type` of the text part, which a file may leave to the default of the whole."""
     named = part.get("model_type")
-    return str(named if named is not None else _hf_config(directory).text_config.model_type)
+    return str(named if named is not None else config_from(directory).text_config.model_type)
 
 
-def _whole_config_ties(directory: Path, raw: Mapping[str, Any]) -> bool:
+def _whole_ties(directory: Path, raw: Mapping[str, Any]) -> bool:
     """Whether embedding and head are one table: the whole model says so, with a default of its class."""
     from transformers import CONFIG_MAPPING
 
     if raw["model_type"] in CONFIG_MAPPING:
-        return bool(getattr(_hf_config(directory), "tie_word_embeddings", False))
+        return bool(getattr(config_from(directory), "tie_word_embeddings", False))
     return bool(raw.get("tie_word_embeddings", raw[_TEXT_PART].get("tie_word_embeddings")))

@@ -8,13 +8,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from gsx_engines.bundle.bundle import MANIFEST
+from gsx_exporter.checkpoint.gguf_file import find_gguf
 from gsx_exporter.checkpoint.names import ADAPTER, CONFIG, WEIGHTS, WEIGHTS_INDEX
 from gsx_exporter.errors import CheckpointError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # Files that give away what a directory without safetensors of transformers' layout is, and the way out.
 _OTHERS = (
-    ("*.gguf", "is a GGUF model", "export the original checkpoint: a GGUF file is quantized already"),
     ("genai_config.json", "is a model of ONNX Runtime GenAI", "export the checkpoint that it was made from"),
     ("*.onnx", "is an exported ONNX model", "export the checkpoint that it was made from"),
     ("*.engine", "is a built TensorRT engine", "export the checkpoint that it was made from"),
@@ -31,7 +31,7 @@ def check_kind(directory: Path) -> None:
     """Refuse a directory that is recognized as something else, before anything in it is read."""
     if (directory / ADAPTER).is_file():
         _check_adapter(directory)
-    elif not (directory / CONFIG).is_file():
+    elif not (directory / CONFIG).is_file() and find_gguf(directory) is None:
         snapshots = sorted(path for path in (directory / "snapshots").glob("*") if (path / CONFIG).is_file())
         if snapshots:
             raise CheckpointError(

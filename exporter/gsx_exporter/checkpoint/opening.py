@@ -12,7 +12,8 @@ from gsx_exporter.checkpoint.experts import Piece, fused_tensors, named_by_qwen,
 from gsx_exporter.checkpoint.files import decoder_names, sha256_of_files, weight_files
 from gsx_exporter.checkpoint.folder import locate
 from gsx_exporter.checkpoint.generation import read_text_ends
-from gsx_exporter.checkpoint.hf_config import read_config
+from gsx_exporter.checkpoint.gguf_file import GgufFile, find_gguf, read_gguf
+from gsx_exporter.checkpoint.hf_config import config_from, read_config
 from gsx_exporter.checkpoint.layouts.layout import DequantizedTensors, Layout
 from gsx_exporter.checkpoint.names import ADAPTER, CONFIG
 from gsx_exporter.checkpoint.skeleton import check_skeleton
@@ -36,7 +37,10 @@ def open_checkpoint(model: str | Path, context: int | None = None) -> Checkpoint
             tensor is missing or has the wrong shape; its gates are incomplete; an adapter does not fit its base.
     """
     directory = locate(str(model))
-    if not (directory / ADAPTER).is_file():
+    gguf = find_gguf(directory)
+    if gguf is not None:
+        checkpoint = _of_gguf(read_gguf(gguf), str(model))
+    elif not (directory / ADAPTER).is_file():
         checkpoint = _read(directory, str(model))
     else:
         adapter = read_adapter(directory)
@@ -91,6 +95,19 @@ def _dequantize(checkpoint: Checkpoint, layout: Layout) -> None:
         _untie(checkpoint)
 
 
+def _of_gguf(file: GgufFile, source: str) -> Checkpoint:
+    """A model in a GGUF file."""
+    directory = file.path.parent
+    hf_config = config_from(directory, file.values)
+    config = ModelConfig.from_hf(hf_config)
+    checkpoint = Checkpoint(directory, source, hf_config, config, file.tensors, own_config=file.values, gguf=file)
+    ends = read_text_ends(directory, file.values, config)
+    checkpoint.config = ends.of(config)
+    checkpoint.notes += ends.notes
+    checkpoint.notes.append(f"the weights are those of a GGUF file ({', '.join(file.tensors.kinds)}), read as floats")
+    return checkpoint
+
+
 def _base_of(adapter: Adapter) -> Path:
     """The directory of an adapter's base."""
     todo = f"correct base_model_name_or_path of {ADAPTER}: a directory or a hub id"
@@ -100,6 +117,10 @@ def _base_of(adapter: Adapter) -> Path:
         raise CheckpointError(
             f"{adapter.directory}: the base of the adapter cannot be opened", found=error.what, todo=todo
         ) from error
+    if directory.is_file():
+        raise CheckpointError(
+            f"{adapter.directory}: the base of the adapter is a GGUF file", found=str(directory), todo=todo
+        )
     if (directory / ADAPTER).is_file():
         raise CheckpointError(
             f"{adapter.directory}: the base of the adapter is an adapter itself, {adapter.base}",

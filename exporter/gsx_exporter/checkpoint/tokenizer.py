@@ -37,7 +37,7 @@ _SPACE_MARK = "\u2581"
 
 def has_tokenizer(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint has a vocabulary in any of the forms that transformers reads."""
-    return has_vocabulary(checkpoint.tokenizer_directory)
+    return has_vocabulary(checkpoint.tokenizer_directory) or bool(checkpoint.gguf and checkpoint.gguf.has_tokenizer)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
@@ -160,6 +160,9 @@ def _read(checkpoint: Checkpoint, *, generic: bool = False) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     directory = checkpoint.tokenizer_directory
+    options = {}
+    if checkpoint.gguf is not None and not has_vocabulary(directory):
+        options = {"gguf_file": checkpoint.gguf.path.name}
     try:
         if generic:
             return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
@@ -168,6 +171,7 @@ def _read(checkpoint: Checkpoint, *, generic: bool = False) -> Any:
             config=checkpoint.hf_config,
             trust_remote_code=False,
             local_files_only=True,
+            **options,
             mistral_format=False,  # else mistral-common, where it is installed, takes tekken.json before tokenizer.json
         )
     except Exception as error:  # transformers and tokenizers raise many types of error here, all about these files
@@ -191,7 +195,7 @@ def _unreadable(directory: Path, error: BaseException) -> CheckpointError:
 
 def _at_fault(directory: Path) -> Path:
     """The file that is most likely wrong: the settings, where the vocabulary itself can be read."""
-    vocabulary = next(directory / name for name in VOCABULARIES if (directory / name).is_file())
+    vocabulary = next((directory / name for name in VOCABULARIES if (directory / name).is_file()), directory)
     if vocabulary.name != TOKENIZER or not (directory / TOKENIZER_CONFIG).is_file():
         return vocabulary
     try:

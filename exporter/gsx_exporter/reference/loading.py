@@ -24,9 +24,11 @@ from gsx_exporter.checkpoint.tensors import HEAD, rule_module_kind
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
 
+_NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
+
 
 def load_model(checkpoint: Checkpoint) -> Any:
-    """transformers' model of a checkpoint, in float32, with eager attention.
+    """transformers' model of a checkpoint with eager attention, its weights in float32 or as narrow as they are stored.
 
     Raises:
         CheckpointError: transformers cannot load it, or does not find all weights.
@@ -36,6 +38,7 @@ def load_model(checkpoint: Checkpoint) -> Any:
     model = _stored(checkpoint) if by_transformers else _dequantized(checkpoint)
     if checkpoint.adapter is not None:
         model = _with_adapter(model, checkpoint.adapter)
+    if checkpoint.adapter is not None or checkpoint.gguf is not None:
         model.generation_config = _generation_config(checkpoint)
     # Inverse frequencies are not weights: they are computed again, in float32.
     model.model.rotary_emb = rotary = type(model.model.rotary_emb)(config=model.config)
@@ -57,11 +60,33 @@ def _long_factors(rotary: Any, config: ModelConfig) -> None:
 
 
 def _stored(checkpoint: Checkpoint) -> Any:
-    """The model as transformers loads it: quantized weights become floats there too."""
+    """The model as transformers loads it: quantized weights become floats there too.
+
+    Weights that all have one narrow type keep it: transformers then leaves them in the mapped files, where they take no
+    memory until a layer is computed.
+    """
+    dtype = _narrow_type(checkpoint)
+    model = _from_pretrained(checkpoint, dtype)
+    if dtype != torch.float32 and any("rotary" not in name for name, _ in model.named_buffers()):
+        return _from_pretrained(checkpoint, torch.float32)  # a buffer may have been rounded
+    return model
+
+
+def _narrow_type(checkpoint: Checkpoint) -> torch.dtype:
+    """The type that holds all weights as they are stored; float32 where they are computed first."""
+    if checkpoint.adapter is not None or checkpoint.layout is not None or checkpoint.gguf is not None:
+        return torch.float32
+    types = {checkpoint.stored_type(name) for name in checkpoint.names if not rule_module_kind(name)}
+    return _NARROW.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
+
+
+def _from_pretrained(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     options: dict[str, Any] = {}
     if checkpoint.whole is not None:
         names = {f"^{re.escape(old)}": new for old, new in WHOLE_TO_TEXT.items()}
         options = {"config": checkpoint.hf_config, "key_mapping": names}
+    if checkpoint.gguf is not None:
+        options = {"gguf_file": checkpoint.gguf.path.name}
     with quiet_transformers():
         try:
             if checkpoint.layout is not None:
@@ -70,7 +95,7 @@ def _stored(checkpoint: Checkpoint) -> Any:
                 options = {"config": config}
             model, found = AutoModelForCausalLM.from_pretrained(
                 checkpoint.directory,
-                dtype=torch.float32,
+                dtype=dtype,
                 attn_implementation="eager",
                 experts_implementation="eager",
                 use_safetensors=True,
