@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _row(work: Path, family: str, form: Form, tokens: int) -> list[str]:
     """Cells of a form."""
     shutil.rmtree(work, ignore_errors=True)
-    model = tiny_checkpoint(work / "model", family, gate=form.gate, layers=LAYERS, tokenizer=True)
+    model = tiny_checkpoint(work / "model", family, gate=form.gate, layers=LAYERS, tokenizer=True, exits=(1, 2))
     try:
         export(model, work / "bundle", calibration_tokens=4096, **form.options)
         report = verify(work / "bundle", tokens=tokens, full=True)
