@@ -11,7 +11,19 @@ import pytest
 from benchmarks import adaptive, branches, profile, real, rules, speculation
 
 SCRIPTS = (
-    *("adaptive", "branches", "decode", "descriptions", "engines", "export", "gpu_prefill", "kv_cache", "llama"),
+    *(
+        "adaptive",
+        "branches",
+        "decode",
+        "descriptions",
+        "engines",
+        "export",
+        "family_parity",
+        "family_speed",
+        "gpu_prefill",
+        "kv_cache",
+        "llama",
+    ),
     *(
         "model",
         "profile",
