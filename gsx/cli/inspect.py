@@ -116,7 +116,8 @@ def _context(context: Context) -> str:
     scaled = ""
     if kind != "default":
         original = context.rope.get("original_max_position_embeddings", context.stored)
-        scaled = f", {kind} RoPE scaling with factor {context.rope.get('factor')} over {original}"
+        factor = context.rope.get("factor")  # LongRoPE's follows from the two contexts
+        scaled = f", {kind} RoPE scaling{'' if factor is None else f' with factor {factor}'} over {original}"
     return f"{context.positions} positions{scaled} ({context.file})"
 
 
