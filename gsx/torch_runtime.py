@@ -317,7 +317,9 @@ def _checked(hf_config: Any, bundle: Bundle) -> ModelConfig:
     """The configuration, checked against the bundle's manifest, which alone says where a text begins and ends."""
     manifest = bundle.manifest
     ids = {name: getattr(manifest.decoder, name) for name in ("bos_id", "eos_ids", "pad_id")}
-    config = replace(ModelConfig.from_hf(hf_config).of_context(manifest.decoder.max_positions), **ids)
+    config = ModelConfig.from_hf(hf_config)
+    config = config.of_context(min(manifest.decoder.max_positions, config.most_positions))
+    config = replace(config, **ids)
     facts = {name: (getattr(manifest.decoder, name), getattr(config, name)) for name in DecoderShape.model_fields}
     facts["gates"] = (manifest.gates, Gates(**config.gate.to_dict()) if config.gate else None)
     for name, (expected, found) in facts.items():

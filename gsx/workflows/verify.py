@@ -231,7 +231,8 @@ def _reference_checkpoint(bundle: Bundle, reference: str | None, on_progress: On
             found=_listed(ends),
             todo="the model's files, or how they are read, changed after the export: export again",
         )
-    checkpoint.config = checkpoint.config.of_context(bundle.manifest.decoder.max_positions)
+    positions = min(bundle.manifest.decoder.max_positions, checkpoint.config.most_positions)
+    checkpoint.config = checkpoint.config.of_context(positions)
     return checkpoint
 
 
