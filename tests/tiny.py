@@ -49,7 +49,7 @@ FAMILY_KEYS: dict[str, dict[str, Any]] = {
         "embedding_multiplier": 6.0,
         "attention_multiplier": 0.1,
         "residual_multiplier": 0.3,
-        "logits_scaling": 0.5,
+        "logits_scaling": 2.0,
     },
     "smollm3": {"no_rope_layers": [1, 0] * 16},
     "olmo2": {},

@@ -95,17 +95,17 @@ OLMO3_SCALING = {
     "original_max_position_embeddings": 64,
 }
 PARTIAL = {"rope_parameters": {**THETA, "rope_type": "default", "partial_rotary_factor": 0.75}}
-# Its original context is shorter than the texts here.
+# Its original context is shorter than the model's, and longer than the generated texts.
 LONGROPE = {
     "rope_parameters": {
         **THETA,
         "rope_type": "longrope",
         "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
         "long_factor": [2.0, 2.5, 3.0, 3.5, 4.0, 5.0],
-        "original_max_position_embeddings": 128,
+        "original_max_position_embeddings": 400,
         "partial_rotary_factor": 0.75,
     },
-    "original_max_position_embeddings": 128,
+    "original_max_position_embeddings": 400,
 }
 BIASES = {"attention_bias": True, "mlp_bias": True}
 # A window shorter than any text here, so that it matters; Qwen2 slides from one layer on.
@@ -139,7 +139,8 @@ ROWS = [
     Row("qwen3_moe", MLP_SCALAR, tied=True),
     Row("gemma2", None, tied=True),
     Row("gemma2", BOTH_VECTOR, kv_policy="copy", tied=True, keys={"attention_bias": True}),
-    Row("gemma2", ATTN_SCALAR, "rank", keys=WIDER),
+    # Gates on the scaled embeddings of a random model would be near 0, and a norm behind such a gate grows rounding.
+    Row("gemma2", GateConfig("scalar", "post_norm", ("attn",)), "rank", keys=WIDER),
     Row("gemma3_text", None, tied=True, keys={"rope_parameters": GEMMA3_ROPE}),
     Row("gemma3_text", BOTH_VECTOR, kv_policy="copy", keys={"head_dim": 32, "final_logit_softcapping": 10.0}),
     Row("gemma3_text", MLP_SCALAR, "rank", tied=True, keys=WIDER),
