@@ -9,14 +9,15 @@ in turn. GenAI's builder does not take every family; where it does not, its colu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.measure import Table, parse, parser, print_header
-from benchmarks.peers import Peer, genai_model, genai_peer, gsx_peer, time_in_turn
+from benchmarks.peers import Answer, Peer, genai_model, genai_peer, gsx_peer, time_in_turn
 from gsx.benchmarking.rounds import ratios
 from gsx.workflows.export import export
 from gsx_exporter.config import GateConfig
@@ -75,26 +76,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peers = _peers(args.work, family, args.layers, args.threads, prepare=args.prepare)
         if args.prepare:
             continue
-        found = time_in_turn(peers, prompt, args.rounds)
+        lines.row(family, *_cells(time_in_turn(peers, prompt, args.rounds)))
 
-        def of(one: str, other: str, part: str) -> str:
-            if not {one, other} <= found.keys():  # noqa: B023 - used within the round
-                return ""
-            times, base = ([getattr(answer, part) for answer in found[name]] for name in (one, other))  # noqa: B023
-            return f"{ratios(times, base):.2f}"
 
-        middle = sorted(answer.prefill for answer in found["dense"])[args.rounds // 2]
-        rate = 1 / sorted(answer.decode for answer in found["dense"])[args.rounds // 2]
-        lines.row(
-            family,
-            f"{1e3 * middle:.0f}",
-            of("dense", "llama", "prefill"),
-            of("dense", "genai", "prefill"),
-            f"{rate:.1f}",
-            of("dense", "llama", "decode"),
-            of("genai", "dense", "decode"),
-            of("genai", "gated", "decode"),
-        )
+def _cells(found: Mapping[str, Sequence[Answer]]) -> list[str]:
+    """Cells of a family, from the answers of its forms."""
+
+    def of(one: str, other: str, part: str) -> str:
+        if not {one, other} <= found.keys():
+            return ""
+        times, base = ([getattr(answer, part) for answer in found[name]] for name in (one, other))
+        return f"{ratios(times, base):.2f}"
+
+    dense = found["dense"]
+    return [
+        f"{1e3 * statistics.median(answer.prefill for answer in dense):.0f}",
+        of("dense", "llama", "prefill"),
+        of("dense", "genai", "prefill"),
+        f"{1 / statistics.median(answer.decode for answer in dense):.1f}",
+        of("dense", "llama", "decode"),
+        of("genai", "dense", "decode"),
+        of("genai", "gated", "decode"),
+    ]
 
 
 def _peers(work: Path, family: str, layers: int, threads: int, *, prepare: bool) -> dict[str, Peer]:

@@ -182,6 +182,10 @@ class ModelConfig:
         """Whether some parameters of the decoder are not what is stored (`checkpoint/parameters.py`)."""
         return self.norm_offset != 0 or (self.scales.residual, self.scales.logits) != (1.0, 1.0)
 
+    def rope_of(self, layer: int) -> str:
+        """The kind of RoPE whose tables a layer is given; one without RoPE does not read them."""
+        return self.rotary[layer] or next(iter(self.ropes))
+
     def is_routed(self, layer: int) -> bool:
         """Whether a layer's MLP consists of routed experts."""
         return self.experts is not None and layer in self.experts.layers
@@ -320,20 +324,15 @@ def _check_shape(hf: Any) -> None:
     if (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads) % 2:
         raise CheckpointError("config.json: head_dim is odd", expected="an even number, since RoPE rotates pairs")
     finite("rms_norm_eps", hf.rms_norm_eps)
-    if not getattr(hf, "is_causal", True):
-        raise CheckpointError(
-            "config.json: the model reads texts in both directions",
-            expected="is_causal true, or no such key",
-            found=f"is_causal {hf.is_causal!r}",
-            todo="only models that write text from left to right can be exported",
-        )
-    if getattr(hf, "use_bidirectional_attention", False):
-        raise CheckpointError(
-            "config.json: the model reads texts in both directions",
-            expected="use_bidirectional_attention false, or no such key",
-            found=f"use_bidirectional_attention {hf.use_bidirectional_attention!r}",
-            todo="only models that write text from left to right can be exported",
-        )
+    for key, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
+        value = getattr(hf, key, causal)
+        if bool(value) != causal:
+            raise CheckpointError(
+                "config.json: the model reads texts in both directions",
+                expected=f"{key} {str(causal).lower()}, or no such key",
+                found=f"{key} {value!r}",
+                todo="only models that write text from left to right can be exported",
+            )
     if getattr(hf, "is_heterogeneous", False):
         raise CheckpointError("config.json: its layers differ in shape", expected="one shape for all layers")
     heads, kv_heads = hf.num_attention_heads, hf.num_key_value_heads or hf.num_attention_heads

@@ -7,7 +7,7 @@ configuration does state is named by its key.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from gsx_engines.bundle.words import Branch
@@ -91,6 +91,22 @@ class Family:
 
 SQRT_WIDTH = "sqrt(hidden_size)"
 
+_GEMMA2 = Family(
+    qkv_bias="attention_bias",
+    o_bias="attention_bias",
+    norms=NORMS_AROUND,
+    norm_offset=1.0,
+    windows="layer_types",
+    activation="hidden_activation",
+    embedding_scale=SQRT_WIDTH,
+    query_width="query_pre_attn_scalar",
+    attention_softcap="attn_logit_softcapping",
+    logits_softcap="final_logit_softcapping",
+)
+# Its attention does not read attn_logit_softcapping.
+_GEMMA3 = replace(_GEMMA2, qk_norm="head", ropes_by_layer_type=True, attention_softcap=None)
+_OLMO2 = Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="width", norms=NORMS_AFTER)
+
 # From the modelling code of transformers 5 (`models/<family>/modeling_<family>.py`).
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias"),
@@ -111,32 +127,8 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_moe": Family(
         qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="head", windows="all", experts=ExpertKeys()
     ),
-    "gemma2": Family(
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        norms=NORMS_AROUND,
-        norm_offset=1.0,
-        windows="layer_types",
-        activation="hidden_activation",
-        embedding_scale=SQRT_WIDTH,
-        query_width="query_pre_attn_scalar",
-        attention_softcap="attn_logit_softcapping",
-        logits_softcap="final_logit_softcapping",
-    ),
-    # Its attention does not read attn_logit_softcapping.
-    "gemma3_text": Family(
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        qk_norm="head",
-        norms=NORMS_AROUND,
-        norm_offset=1.0,
-        windows="layer_types",
-        activation="hidden_activation",
-        embedding_scale=SQRT_WIDTH,
-        query_width="query_pre_attn_scalar",
-        ropes_by_layer_type=True,
-        logits_softcap="final_logit_softcapping",
-    ),
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA3,
     "phi3": Family(windows="all", fused=True, partial_rotary=True),
     "granite": Family(
         qkv_bias="attention_bias",
@@ -154,13 +146,6 @@ FAMILIES: Mapping[str, Family] = {
         windows="layer_types",
         unrotated="no_rope_layers",
     ),
-    "olmo2": Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm="width", norms=NORMS_AFTER),
-    "olmo3": Family(
-        qkv_bias="attention_bias",
-        o_bias="attention_bias",
-        qk_norm="width",
-        norms=NORMS_AFTER,
-        windows="layer_types",
-        ropes_by_layer_type=True,
-    ),
+    "olmo2": _OLMO2,
+    "olmo3": replace(_OLMO2, windows="layer_types", ropes_by_layer_type=True),
 }

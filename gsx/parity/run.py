@@ -445,15 +445,7 @@ class Run:
         return ReferenceSide(reference, reference_rule(self.manifest, controls), self.manifest.kv_policy)
 
     def _comparer(self) -> Comparer:
-        return Comparer(
-            self.manifest.decoder.num_layers,
-            self._branches,
-            causal=self.causal,
-            near_tie=self.limits.near_tie,
-            copies=self.manifest.kv_policy != "compute",
-            # Logits of routers may differ as the states that they are computed from.
-            near_route=self.limits.relative,
-        )
+        return self.limits.comparer(self.manifest)
 
     @property
     def _branches(self) -> tuple[Branch, ...]:

@@ -119,11 +119,4 @@ class SampleRun:
             layer.register_forward_hook(report)
 
     def _comparer(self) -> Comparer:
-        selection = self.manifest.selection
-        return Comparer(
-            self.manifest.decoder.num_layers,
-            self.manifest.skippable,
-            causal=selection is None or selection.mode == "threshold",
-            near_tie=self.limits.near_tie,
-            copies=self.manifest.kv_policy != "compute",
-        )
+        return self.limits.comparer(self.manifest)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gsx.parity.closeness import Compared
+from gsx.parity.closeness import Compared, Comparer
 from gsx_engines.bundle.manifest import Manifest
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.tensors import is_gate
@@ -55,6 +55,19 @@ class Tolerances:
             return None
         layers = [] if rounding is None else [*rounding.states, *rounding.keys, *rounding.values]
         return _allowed(self.relative, [layer.max_relative for layer in layers])
+
+    def comparer(self, manifest: Manifest) -> Comparer:
+        """Compares a bundle's observations with the reference's, within these limits."""
+        selection = manifest.selection
+        return Comparer(
+            manifest.decoder.num_layers,
+            manifest.skippable,
+            causal=selection is None or selection.mode == "threshold",
+            near_tie=self.near_tie,
+            copies=manifest.kv_policy != "compute",
+            # Logits of routers may differ as the states that they are computed from.
+            near_route=self.relative,
+        )
 
 
 def kind_of(manifest: Manifest, checkpoint: Checkpoint) -> str:

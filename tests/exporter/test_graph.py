@@ -101,8 +101,9 @@ def test_weights_file_round_trips(tmp_path: Path) -> None:
         Weight("c", "c", False, torch.float16),
     ]
     steps: list[Progress] = []
-    size = lambda name: tensors[name].nbytes  # noqa: E731
-    written = write_weights(tmp_path / "w.bin", plan, tensors.__getitem__, size, steps.append)
+    written = write_weights(
+        tmp_path / "w.bin", plan, tensors.__getitem__, lambda name: tensors[name].nbytes, steps.append
+    )
     whole = sum(tensor.nbytes for tensor in tensors.values())
     assert steps[-1] == Progress("writing weights", whole, whole, unit="bytes")
     assert written.size_bytes == (tmp_path / "w.bin").stat().st_size

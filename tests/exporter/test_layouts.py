@@ -341,6 +341,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 }
 
 
+def test_quantized_experts_are_refused(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "model", "qwen3_moe", layers=2)
+    quantize(model, FP8_BLOCKS, in_blocks(2, 4, "weight_scale_inv"))
+    with pytest.raises(CheckpointError, match=r"routed experts, which are not read where they are quantized \(FP8"):
+        open_checkpoint(model)
+
+
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_refused_in_words(tmp_path: Path, case: str) -> None:
     change, parts = REFUSED[case]

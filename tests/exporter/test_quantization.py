@@ -36,10 +36,10 @@ from gsx_exporter.quantization.plan import Matrix, QuantizationPlan, make_plan, 
 from gsx_exporter.quantization.qdq import quantize_graphs
 from gsx_exporter.quantization.scheme import (
     E4M3,
+    GROUPS,
     INT4,
     INT8,
     INT8_BLOCKS,
-    LINEARS,
     SCHEMES,
     SchemeName,
     WeightFormat,
@@ -55,6 +55,7 @@ from gsx_plugins.progress import Progress, silent
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 LAYERS, HIDDEN = 2, 32
+LINEARS = tuple(name for names in GROUPS.values() for name in names)
 FIRST = [f"layers.0.{name}" for name in ("attn_gate.linear", "mlp_gate.linear", *LINEARS)]
 OPTIONS = DecoderOptions(GateSkip(GateConfig(), (EOS_ID,)))
 

@@ -68,6 +68,14 @@ def test_statistics_are_cached_by_the_configuration(tmp_path: Path) -> None:
     assert key_of(first, None) != key_of(second, None)
 
 
+def test_statistics_are_cached_by_the_context(tmp_path: Path) -> None:
+    """With LongRoPE another context has other factors, and so other activations."""
+    original = {"original_max_position_embeddings": 64}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    model = tiny_checkpoint(tmp_path / "model", "phi3", rope_parameters={**rope, **original}, **original)
+    assert key_of(open_checkpoint(model), None) != key_of(open_checkpoint(model, context=512), None)
+
+
 @pytest.mark.parametrize(("one", "other"), OTHERS, ids=lambda rule: repr(rule)[:60])
 def test_rules_are_frozen_values(one: TracedRule, other: TracedRule) -> None:
     assert one != other

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gsx.parity.measure import EngineSide
+from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import open_bundle, sha256_of
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_plugins.errors import UsageError
+from tests.tiny import tiny_checkpoint
 
 MakeBundle = Callable[..., Path]
 # Options of the export of the tiny gated model.
@@ -59,6 +62,22 @@ def test_a_sample_passes(tiny_bundle: Path, tmp_path: Path) -> None:
     assert any(note.startswith("A sample: 24 tokens through every layer") for note in report.notes)
     assert json.loads((bundle / "parity.json").read_text())["passed"] is True
     assert "A sample: 24 tokens" in (bundle / "parity.html").read_text()
+
+
+def test_a_sample_of_experts_that_are_nearly_equal(tmp_path: Path) -> None:
+    """Which of two equal experts a token goes to is left to rounding, in a sample as in a whole verification."""
+    model = tiny_checkpoint(tmp_path / "model", "qwen3_moe", layers=2, tokenizer=True)
+    tensors = load_file(model / "model.safetensors")
+    for name, router in tensors.items():
+        if name.endswith("mlp.gate.weight"):
+            router[1] = router[0] + 1e-4 * router[2]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    bundle = export(model, tmp_path / "bundle", precision="fp16")
+    report = verify(bundle.directory, sample=True, tokens=128)
+    (routing,) = [result.windows.routing for result in report.results]
+    assert routing is not None
+    assert routing.flips, "some token is at the border between the two"
+    assert report.passed, [row for row in report.rows() if row.verdict == "fail"]
 
 
 def test_a_sample_finds_a_wrong_weight(tiny_bundle: Path, tmp_path: Path) -> None:

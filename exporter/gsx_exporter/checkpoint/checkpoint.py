@@ -116,15 +116,14 @@ class Checkpoint:
         found = self.tensor(stored.tensor)
         if stored.rows is not None:
             found = found[slice(*stored.rows)]
-        if (stored.offset, stored.factor) != (0.0, 1.0):
+        if stored.is_changed:
             found = (found.to(_at_least_float32(found)) + stored.offset) * stored.factor
         return found
 
     def parameter_type(self, name: str) -> str:
         """The narrowest type that holds a parameter of the decoder, as safetensors writes it; only headers are read."""
         stored = stored_as(self.config, name)
-        changed = (stored.offset, stored.factor) != (0.0, 1.0)
-        return "F32" if changed else self.stored_type(stored.tensor)
+        return "F32" if stored.is_changed else self.stored_type(stored.tensor)
 
     def parameter_size(self, name: str) -> int:
         """Bytes of the tensor, or of the rows of one, that a parameter of the decoder is read from."""

@@ -32,9 +32,11 @@ def open_checkpoint(model: str | Path, context: int | None = None) -> Checkpoint
         context: the longest text, in tokens; None for what the model was made for, with LongRoPE for what its short
             factors were made for.
     Raises:
-        CheckpointError: the checkpoint is missing, empty, truncated, damaged or quantized; it is something else (a GGUF
-            file); it has only pickled weights or an unsupported family; a field of its configuration has no meaning; a
-            tensor is missing or has the wrong shape; its gates are incomplete; an adapter does not fit its base.
+        CheckpointError: the checkpoint is missing, empty, truncated or damaged; it is quantized in a way that is not
+            read, or is something else (an ONNX model); it has only pickled weights or an unsupported family; a field of
+            its configuration has no meaning; a tensor is missing or has the wrong shape; its gates are incomplete; an
+            adapter does not fit its base.
+        UsageError: the model was not made for this context.
     """
     directory = locate(str(model))
     gguf = find_gguf(directory)
@@ -84,6 +86,7 @@ def _read(directory: Path, source: str, adapter: Adapter | None = None) -> Check
 
 def _dequantize(checkpoint: Checkpoint, layout: Layout) -> None:
     """Read quantized weights as floats."""
+    _refuse_experts(checkpoint, f"quantized ({layout.method})")
     floats = DequantizedTensors(checkpoint.stored, layout, checkpoint.source)
     floats.check()
     checkpoint.stored = floats
@@ -95,12 +98,23 @@ def _dequantize(checkpoint: Checkpoint, layout: Layout) -> None:
         _untie(checkpoint)
 
 
+def _refuse_experts(checkpoint: Checkpoint, how: str) -> None:
+    """Refuse forms of a model in which routed experts are not read. Args: how: it is stored."""
+    if checkpoint.config.experts is not None:
+        raise CheckpointError(
+            f"{checkpoint.source}: has routed experts, which are not read where they are {how}",
+            expected="float weights in safetensors",
+            todo="export the original checkpoint",
+        )
+
+
 def _of_gguf(file: GgufFile, source: str) -> Checkpoint:
     """A model in a GGUF file."""
     directory = file.path.parent
     hf_config = config_from(directory, file.values)
     config = ModelConfig.from_hf(hf_config)
     checkpoint = Checkpoint(directory, source, hf_config, config, file.tensors, own_config=file.values, gguf=file)
+    _refuse_experts(checkpoint, "in a GGUF file")
     ends = read_text_ends(directory, file.values, config)
     checkpoint.config = ends.of(config)
     checkpoint.notes += ends.notes

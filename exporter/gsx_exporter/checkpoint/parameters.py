@@ -28,6 +28,11 @@ class Stored:
     offset: float = 0.0
     factor: float = 1.0
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether the values are others than those stored."""
+        return (self.offset, self.factor) != (0.0, 1.0)
+
 
 def stored_as(config: ModelConfig, parameter: str) -> Stored:
     """How a parameter of the decoder is stored. Args: parameter: its name, with the prefix of a whole model's."""

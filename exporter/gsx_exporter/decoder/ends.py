@@ -100,7 +100,7 @@ class Shared(NamedTuple):
 
     def of_layer(self, config: ModelConfig, layer: int, values: Values) -> CallState:
         """What one layer reads. Args: values: those of the keep rule there."""
-        cos, sin = self.tables[config.rotary[layer] or next(iter(self.tables))]
+        cos, sin = self.tables[config.rope_of(layer)]
         return CallState(cos, sin, self.masks[config.windows[layer]], values)
 
 

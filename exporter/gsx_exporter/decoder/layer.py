@@ -135,7 +135,8 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, *, rotates: bool) -> None:
         super().__init__()
         self.rotary_dim, self.rotates = config.rotary_dim, rotates
-        self.scale, self.cap = config.scales.attention, config.scales.attention_cap
+        # As the attention ops take them: 0 for their default.
+        self.scale, self.cap = config.scales.attention or 0.0, config.scales.attention_cap or 0.0
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = Linear(config.hidden_size, q, config.qkv_bias, dtype)
@@ -230,9 +231,7 @@ class DecoderLayer(nn.Module):
             present = past.append(new)
             batch, _, length, _ = call.mask.shape
             query = attn.queries(normed, call.cos, call.sin).view(batch, length, attn.num_heads * attn.head_dim)
-            rows = full_attention(
-                query, present.key, present.value, call.mask, attn.num_heads, attn.scale or 0.0, attn.cap or 0.0
-            )
+            rows = full_attention(query, present.key, present.value, call.mask, attn.num_heads, attn.scale, attn.cap)
             out = attn.o_proj(rows.view(hidden.shape[0], query.shape[2]))
             return self._add_all("attn", hidden, normed, out), present, new, call.values
 
@@ -254,7 +253,7 @@ class DecoderLayer(nn.Module):
             has_kv = (present.key[:, 0] != 0).any(dim=-1)
             mask = mask & has_kv[:, None, None, :]
         attended = gathered_attention(
-            query, kept.index, present.key, present.value, mask, attn.num_heads, attn.scale or 0.0, attn.cap or 0.0
+            query, kept.index, present.key, present.value, mask, attn.num_heads, attn.scale, attn.cap
         )
         hidden, values = self._add("attn", hidden, attn.o_proj(attended), kept, call)
         return hidden, present, new, values
@@ -329,8 +328,9 @@ class DecoderLayer(nn.Module):
         gate = kept.gate
         if self.config.norms[branch].after:
             rows, gate = self._normed_after(branch, rows if gate is None else gate * rows), None
-        ones = rows.new_ones(rows.shape[0], 1)
-        after = gated_scatter_add(kept.residual, rows, ones if gate is None else gate, kept.index)
+        if gate is None:
+            gate = rows.new_ones(rows.shape[0], 1)
+        after = gated_scatter_add(kept.residual, rows, gate, kept.index)
         values = {**call.values, **kept.passed}
         if isinstance(self.rule, WatchesBranches):
             values |= self.rule.after(branch, hidden, after, kept.index, values)

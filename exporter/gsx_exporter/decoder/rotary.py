@@ -65,9 +65,8 @@ class RotaryTables(nn.Module):
         if self.rope_type != "dynamic":
             return frequencies
         # NTK: the base grows with the length so far once that exceeds the original one.
-        seen = (
-            (position_ids.amax(dim=1, keepdim=True) + 1).unsqueeze(2).to(torch.float32).clamp(min=float(self.original))
-        )
+        length = (position_ids.amax(dim=1, keepdim=True) + 1).unsqueeze(2)
+        seen = length.to(torch.float32).clamp(min=float(self.original))
         growth = self.factor * seen / self.original - (self.factor - 1.0)
         base = self.base * growth ** (self.width / (self.width - 2))
         return 1.0 / base ** torch.tensor(self.exponents, dtype=torch.float32)

@@ -212,8 +212,7 @@ class GraphBuilder:
         """Add layer i. Returns: the names of its state, of its new K and V, and of the states that the rule carries."""
         prefix = f"layers.{i}."
         window = distinct_windows(self.config).index(self.config.windows[i])
-        tables = table_names(self.config)
-        cos, sin = tables[self.config.rotary[i] or next(iter(tables))]
+        cos, sin = table_names(self.config)[self.config.rope_of(i)]
         reads = {
             "hidden": hidden,
             "past_key": past[0],

@@ -23,7 +23,6 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "mlp.gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "mlp.down": ("mlp.down_proj",),
 }
-LINEARS = tuple(linear for linears in GROUPS.values() for linear in linears)
 # The tables before and after the layers: rows are read from one, the head multiplies by the other.
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 TABLES = (EMBEDDING, HEAD)

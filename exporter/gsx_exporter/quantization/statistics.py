@@ -50,6 +50,7 @@ def key(
     parameters and run-time inputs, and the K/V policy. Not of the graph's type: the walk computes in float32."""
     rule = options.rule
     parts: list[object] = [_VERSION, checkpoint.weights_sha256(), checkpoint.hf_config.to_json_string()]
+    parts.append(checkpoint.config.max_positions)  # decides which factors LongRoPE has
     parts += [text_sha256, ids.shape, ids.dtype, options.kv_policy]
     # A rule is a frozen dataclass, so that its repr shows every parameter.
     parts += [f"{type(rule).__module__} {rule!r}" if rule is not None else None]

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from gsx_engines.lowering.experts import choose, value_of
 from gsx_plugins.graph import Graph, attribute, copy_of, make_node
 
 # Experts, inputs, outputs.
@@ -36,7 +38,7 @@ def spread_experts(graph: Graph) -> int:
     """
     count = 0
     for part in list(graph.parts()):
-        count += part.rewrite(lambda node, part=part: _spread(graph, part, node))  # type: ignore[misc]
+        count += part.rewrite(partial(_spread, graph, part))
     if count:
         graph.add_constant(_FLAT, [-1])
         graph.add_constant(_COLUMNS, [1])
@@ -50,13 +52,11 @@ def spread_experts(graph: Graph) -> int:
 def _spread(graph: Graph, part: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
     if node.op_type != "RoutedExperts":
         return None
-    rows, logits, *stacks = graph.expect_inputs(node, 5)
+    rows, _, *stacks = graph.expect_inputs(node, 5)
     weights = [_Stack(graph, part, name) for name in stacks]
     experts, hidden, _ = weights[0].dims
     top_k, out = attribute(node, "top_k"), node.output[0]
-
-    def name(what: str) -> str:
-        return f"{out}.experts.{what}"
+    name = partial(value_of, node)
 
     def constant(what: str, value: object) -> str:
         return graph.add_constant(name(what), value)
@@ -65,21 +65,12 @@ def _spread(graph: Graph, part: Graph, node: onnx.NodeProto) -> list[onnx.NodePr
     none = f"{_NONE}.{hidden}"
     if none not in graph.constants:
         graph.add_constant(none, np.zeros((0, hidden), np.float32))
-    nodes = [
-        make_node("Softmax", [logits], name("probabilities"), axis=-1),
-        helper.make_node(
-            "TopK", [name("probabilities"), constant("k", [top_k])], [name("best"), name("chosen")], name=name("best")
-        ),
-    ]
-    shares = name("best")
-    if attribute(node, "normalized"):
-        shares = name("shares")
-        nodes.append(make_node("ReduceSum", [name("best"), _FLAT], name("total"), keepdims=1))
-        nodes.append(make_node("Div", [name("best"), name("total")], shares))
+    choice = choose(graph, node)
+    nodes = choice.nodes
     used = [name(f"{expert}.used") for expert in range(experts)]
     nodes += [
         # A pair is a row and one of its experts; numbered by row, then by share.
-        make_node("Reshape", [name("chosen"), _FLAT], name("pairs")),
+        make_node("Reshape", [choice.chosen, _FLAT], name("pairs")),
         make_node("Equal", [every, name("pairs")], name("owned")),
         make_node("ReduceMax", [name("owned"), _COLUMNS], name("used"), keepdims=0),
         helper.make_node("Split", [name("used")], used, name=name("split"), axis=0, num_outputs=experts),
@@ -107,7 +98,7 @@ def _spread(graph: Graph, part: Graph, node: onnx.NodeProto) -> list[onnx.NodePr
         make_node("ScatterElements", [name("order"), name("order"), name("numbers")], name("back"), axis=0),
         make_node("Gather", [name("results"), name("back")], name("by_pair"), axis=0),
         make_node("Reshape", [name("by_pair"), constant("by_row", [-1, top_k, hidden])], name("of_rows")),
-        make_node("Unsqueeze", [shares, _COLUMNS], name("row_shares")),
+        make_node("Unsqueeze", [choice.shares, _COLUMNS], name("row_shares")),
         make_node("MatMul", [name("row_shares"), name("of_rows")], name("sums")),
         make_node("Squeeze", [name("sums"), _COLUMNS], out),
     ]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import onnx
 from onnx import helper
 
+from gsx_engines.lowering.experts import choose, value_of
 from gsx_engines.lowering.for_tensorrt.task import Task
 from gsx_plugins.graph import Graph, attribute, make_node
 
@@ -34,7 +37,7 @@ def run_experts(graph: Graph, task: Task) -> int:
 
 
 def _spelled(graph: Graph, task: Task, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-    rows, logits, *stacks = graph.expect_inputs(node, 5)
+    rows, _, *stacks = graph.expect_inputs(node, 5)
     top_k, out = attribute(node, "top_k"), node.output[0]
     makers = [graph.producer(stack) for stack in stacks]
     experts, hidden, width = _dims(graph, stacks[0] if makers[0] is None else makers[0].input[0])
@@ -42,30 +45,19 @@ def _spelled(graph: Graph, task: Task, node: onnx.NodeProto) -> list[onnx.NodePr
     graph.add_constant(_FIRST, [0])
     graph.add_constant(_SECOND, [1])
     graph.add_constant(_LAST, [-1])
-
-    def name(what: str) -> str:
-        return f"{out}.experts.{what}"
+    name = partial(value_of, node)
 
     def constant(what: str, value: object) -> str:
         return graph.add_constant(name(what), value)
 
-    nodes = [
-        make_node("Softmax", [logits], name("probabilities"), axis=-1),
-        helper.make_node(
-            "TopK", [name("probabilities"), constant("k", [top_k])], [name("best"), name("chosen")], name=name("best")
-        ),
-    ]
-    shares = name("best")
-    if attribute(node, "normalized"):
-        shares = name("shares")
-        nodes.append(make_node("ReduceSum", [name("best"), _LAST], name("total"), keepdims=1))
-        nodes.append(make_node("Div", [name("best"), name("total")], shares))
+    choice = choose(graph, node)
+    nodes = choice.nodes
     numbers = graph.add_constant(f"lowered.experts.{experts}", np.arange(experts))
     zero = graph.add_constant("lowered.experts.zero", np.float32(0))
     nodes += [
-        make_node("Unsqueeze", [name("chosen"), _LAST], name("chosen_column")),
+        make_node("Unsqueeze", [choice.chosen, _LAST], name("chosen_column")),
         make_node("Equal", [name("chosen_column"), numbers], name("is_chosen")),
-        make_node("Unsqueeze", [shares, _LAST], name("share_column")),
+        make_node("Unsqueeze", [choice.shares, _LAST], name("share_column")),
         make_node("Where", [name("is_chosen"), name("share_column"), zero], name("spread")),
         make_node("ReduceSum", [name("spread"), _SECOND], name("by_expert"), keepdims=0),  # [K, E]
     ]
