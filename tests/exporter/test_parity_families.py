@@ -24,7 +24,8 @@ from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.slow
 
-BUDGETS = (1.0, 0.85, 0.7, 0.5)
+# The exported one, and one at which every branch runs: others differ in their thresholds only.
+BUDGETS = (1.0, 0.7)
 GREEDY_TOKENS = 256
 TOKENS = 512
 
