@@ -15,7 +15,7 @@ from gsx_exporter.quantization.scheme import WeightFormat
 
 # Share of the mean diagonal that is added to the Hessian, as in the paper; and the inputs that are rounded before their
 # errors are passed on to the rest.
-_DAMPING, _CHUNK = 0.01, 128
+DAMPING, _CHUNK = 0.01, 128
 
 
 def gptq(weight: Tensor, hessian: Tensor, form: WeightFormat, dtype: torch.dtype) -> Encoded:
@@ -23,7 +23,7 @@ def gptq(weight: Tensor, hessian: Tensor, form: WeightFormat, dtype: torch.dtype
 
     Args: hessian: [in, in] float32, a multiple of the inputs' second moments. dtype: of the scales.
     """
-    compensation = _Compensation(weight, hessian)
+    compensation = Compensation(weight, hessian)
     left = weight.clone(memory_format=torch.contiguous_format)
     codes = torch.empty_like(left)
     size = form.block_size or len(weight)
@@ -46,7 +46,7 @@ def gptq(weight: Tensor, hessian: Tensor, form: WeightFormat, dtype: torch.dtype
     )
 
 
-class _Compensation:
+class Compensation:
     """How the inputs after each input make up for its error: the upper triangular U with U^T U = H^-1.
 
     The Hessian of a wide input is the largest tensor of the work, so there is one copy of it, which LAPACK turns into
@@ -60,7 +60,7 @@ class _Compensation:
         work[:, unread] = 0
         diagonal = work.diagonal()
         diagonal[unread] = 1
-        diagonal += _DAMPING * diagonal.mean()
+        diagonal += DAMPING * diagonal.mean()
         factor, indefinite = lapack.spotrf(work.numpy().T, lower=1, clean=1, overwrite_a=1)
         if indefinite:  # rounding made it so: then no input makes up for another
             self._reversed = torch.eye(len(weight))
