@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gsx_exporter.checkpoint.experts import spelling_of, stored_name
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate, rule_module_kind
@@ -110,7 +111,7 @@ def tiny_checkpoint(
     if family in _IN_TURN:
         keys.setdefault("layer_types", (["sliding_attention", "full_attention"] * layers)[:layers])
     hf = AutoConfig.for_model(family, **keys)
-    hf.architectures = [f"{family.title()}ForCausalLM"]
+    hf.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
     section: dict[str, Any] = {}
     if gate is not None:
         section |= {"method": "gateskip", "gate": gate.to_dict()}

@@ -25,7 +25,7 @@ GateInput = Literal["post_norm", "pre_norm"]
 
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-Activation = Literal["silu", "gelu_tanh", "gelu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2"]
 # Names in transformers (`activations.ACT2FN`).
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
@@ -33,6 +33,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
+    "relu2": "relu2",
 }
 # What a family with one kind of RoPE calls it; others have one for each kind of attention.
 ONLY_ROPE = "all"
@@ -290,23 +291,42 @@ class ModelConfig:
             pad_id=hf.pad_token_id,
             gate=GateConfig.from_dict(section["gate"]) if section.get("gate") else None,
             router=router,
-            exits=_depths("exits", section, num_layers),
+            exits=_exits(hf, section, num_layers),
             # After the last layer there is nothing left to skip.
-            exit_classifiers=_depths("exit_classifiers", section, num_layers - 1),
+            exit_classifiers=_depths("gsx.exit_classifiers", section.get("exit_classifiers", ()), num_layers - 1),
         )
 
 
-def _depths(key: str, section: Mapping[str, Any], deepest: int) -> tuple[int, ...]:
-    """A list of depths from the section `gsx`, without repetition, ascending."""
-    depths = section.get(key, ())
+def _exits(hf: Any, section: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """The exits: those of the section `gsx`, else `exit_layer_indices`, as Sorted LLaMA's and Balcony's code has them.
+
+    Raises:
+        CheckpointError: the exits have layers of their own.
+    """
+    if "exits" in section:
+        return _depths("gsx.exits", section["exits"], num_layers)
+    depths = getattr(hf, "exit_layer_indices", None) or ()
+    own = [key for key in ("exit_decoder_layer", "exit_attention", "exit_mlp") if getattr(hf, key, False)]
+    if own:
+        raise CheckpointError(
+            f"config.json: its exits have layers of their own ({own[0]}), which gsx does not read",
+            expected="exits that read the model's final norm and head",
+            found=f"exit_layer_indices {depths!r}",
+            todo=f"the whole model does not need them: remove exit_layer_indices and {', '.join(own)} to export it",
+        )
+    return _depths("exit_layer_indices", depths, num_layers)
+
+
+def _depths(key: str, depths: object, deepest: int) -> tuple[int, ...]:
+    """A list of depths, without repetition, ascending."""
     if not isinstance(depths, list | tuple):
         raise CheckpointError(
-            f"config.json: gsx.{key} is not a list of depths", expected="a list of whole numbers", found=repr(depths)
+            f"config.json: {key} is not a list of depths", expected="a list of whole numbers", found=repr(depths)
         )
     for depth in depths:
         if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= deepest:
             raise CheckpointError(
-                f"config.json: gsx.{key} names a depth that the model does not have",
+                f"config.json: {key} names a depth that the model does not have",
                 expected=f"whole numbers from 1 to {deepest}",
                 found=repr(depth),
             )

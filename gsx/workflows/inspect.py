@@ -232,7 +232,8 @@ def _parity(directory: Path, key: str, kind: type[_Value]) -> _Value | None:
 def _exits(directory: Path) -> tuple[int, ...]:
     try:
         raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        return tuple(int(depth) for depth in raw.get("gsx", {}).get("exits", ()))
+        depths = raw.get("gsx", {}).get("exits", raw.get("exit_layer_indices") or ())
+        return tuple(sorted({int(depth) for depth in depths}))
     except (OSError, ValueError, AttributeError, TypeError):
         return ()
 

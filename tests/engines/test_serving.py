@@ -162,6 +162,19 @@ def test_a_cancelled_request_is_dropped_and_changes_no_other(scheduler: Schedule
     assert waiting[0].ids == alone(REQUESTS[1]).ids
 
 
+def test_other_families_are_served(family_bundle: Bundle) -> None:
+    """Two requests together and one that comes later; each gets what it gets alone."""
+    scheduler = Scheduler(open_runner(family_bundle, 1), BundleTokenizer(family_bundle), slots=2)
+    clients = [(Request([5, 60, 61][:size], max_new_tokens=12), Recorder()) for size in (3, 1, 2)]
+    for one in clients:
+        scheduler.submit(*one)
+    finish(scheduler)
+    for request, client in clients:
+        assert client.error is None
+        expected = gsx.generate(family_bundle, ids=request.prompt, max_new_tokens=request.max_new_tokens, threads=1)
+        assert client.ids == expected.ids
+
+
 class Faulty:
     """A runner whose call fails when a certain token comes."""
 

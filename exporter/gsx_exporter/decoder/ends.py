@@ -46,16 +46,24 @@ class Entry(nn.Module):
             attention_mask: [B, T] int64, 1 for tokens, 0 for padding.
             inputs: the run-time inputs that the keep rule reads once per call (`TracedRule.of_call`), in order.
         """
-        hidden = torch.nn.functional.embedding(input_ids.reshape(-1), self.embed_tokens)
-        if self.config.scales.embedding != 1.0:
-            hidden = hidden * self.config.scales.embedding
+        return self.embedded(input_ids), *self.shared(input_ids, attention_mask, position_ids, *inputs)
+
+    def embedded(self, places: Tensor) -> Tensor:
+        """places [B, S] int64, rows of the table -> hidden [N, H]."""
+        hidden = torch.nn.functional.embedding(places.reshape(-1), self.embed_tokens)
+        return hidden if self.config.scales.embedding == 1.0 else hidden * self.config.scales.embedding
+
+    def shared(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What `forward` returns behind hidden."""
         tables = [table for kind in self.rotary for table in kind(position_ids)]
         length = input_ids.shape[1]
         masks = [attention_mask_of(attention_mask, length, window) for window in self.windows]
-        state = [hidden, *tables, *masks]
+        state = (*tables, *masks)
         rule = self.options.rule
         if rule is None:
-            return tuple(state)
+            return state
         # The valid tokens of the call are the last S columns of the mask.
         valid = attention_mask[:, attention_mask.shape[1] - length :].reshape(-1) != 0
         tokens = Tokens(input_ids.reshape(-1), valid, position_ids)
@@ -84,7 +92,12 @@ class Exit(nn.Module):
         """[.., H] -> [.., V]."""
         normed = self.norm(states)
         logits: Tensor = torch.matmul(normed, self.embed_tokens.t()) if self.tied else self.lm_head(normed)
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        return capped(logits, self.cap)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits with the model's soft cap, if it has one."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class Shared(NamedTuple):

@@ -107,12 +107,8 @@ def _appending(graph: Graph, task: Task, inside: Graph, node: onnx.NodeProto) ->
     key, value = (_rows_behind(inside, name) for name in node.input[3:5])
     of_first = inside.expect_producer(key, "Gather")  # the rotated keys have the sequence's axis before it is taken off
     shaped = f"layers.{layer}.lowered.value"
-    mask = task.shape.windows[layer] is not None
-    bias = node.input[10] if mask else ""
     past = (f"past_key_values.{layer}.{KINDS[0]}", f"past_key_values.{layer}.{KINDS[1]}")
-    attention = attention_node(
-        graph, task, node, node.input[0], (of_first.input[0], shaped), past, node.output, bias=bias
-    )
+    attention = attention_node(graph, task, node, node.input[0], (of_first.input[0], shaped), past, node.output)
     return [make_node("Unsqueeze", [value, FIRST], shaped), attention]
 
 
