@@ -63,10 +63,10 @@ def _checkpoint_name(parameter: str) -> str:
 
 
 def load_layer(checkpoint: Checkpoint, index: int, options: DecoderOptions) -> DecoderLayer:
-    """Layer `index` with its weights."""
+    """Layer `index` with its weights; in a looped model, a visit."""
     with torch.device("meta"):
         layer = DecoderLayer(checkpoint.config, options, index)
-    _fill(layer, checkpoint, f"layers.{index}.")
+    _fill(layer, checkpoint, f"layers.{checkpoint.config.layer_of(index)}.")
     return layer
 
 
