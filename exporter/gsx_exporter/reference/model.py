@@ -9,6 +9,7 @@ graphs with it. For that to mean something, it shares no code with the traceable
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -97,6 +98,9 @@ class Reference:
         self.dtype, self.device = dtype, device
         self.config: ModelConfig = checkpoint.config
         self._ends = _end_tokens(model)
+        # Older versions of transformers have only the second name, and its newest models only the first.
+        named = inspect.signature(model.model.forward).parameters
+        self._cache_argument = "cache" if "cache" in named else "past_key_values"
         self._gates: dict[tuple[int, Branch], nn.Linear] = {}
         self._checkpoint = checkpoint
         self._parts: dict[Callable[[Checkpoint], Any], Any] = {}
@@ -203,8 +207,8 @@ class Reference:
                 input_ids=input_ids.to(self.device),
                 attention_mask=attention_mask.to(self.device),
                 position_ids=position_ids.to(self.device),
-                past_key_values=through,
                 use_cache=True,
+                **{self._cache_argument: through},
             )
         finally:
             self._call = None

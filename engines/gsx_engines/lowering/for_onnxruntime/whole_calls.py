@@ -20,7 +20,8 @@ from gsx_plugins.graph import Graph, make_node
 
 def chooses_whole_calls(manifest: Manifest) -> bool:
     """Whether all tokens of a sequence run the same branches, but for those below `full_until`, which run all."""
-    return manifest.policy is not None and manifest.policy.input("layer_mask") is not None
+    policy = manifest.policy
+    return policy is not None and any(policy.input(name) is not None for name in ("layer_mask", "loops"))
 
 
 def run_all_rows(graph: Graph, task: Task) -> int:
