@@ -232,7 +232,9 @@ class ModelConfig:
 
     def enters_loop(self, number: int) -> bool:
         """Whether a visit begins with another state than the one that left the visit before it (`LoopEntry`)."""
-        return self.loops is not None and self.loops.begins(number) and (self.rejoins or self.loops.loop_of(number) != 0)
+        return (
+            self.loops is not None and self.loops.begins(number) and (self.rejoins or self.loops.loop_of(number) != 0)
+        )
 
     def below(self, number: int) -> int:
         """Where a skipped token's K and V are copied from, with the K/V policy `copy`: the layer below.

@@ -34,6 +34,8 @@ READ = {
     "no_rope_layers", "no_rope_layer_interval",
     "num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "qkv_bias",
     "shared_expert_intermediate_size", "decoder_sparse_step", "mlp_only_layers",
+    "n_input_layers", "n_recurrent_layers", "n_output_layers", "n_recurrent_loops", "ngpt_alpha_init",
+    "recurrent_kv_cache_mode",
 }  # fmt: skip
 READ_IN_TRAINING = {
     "attention_dropout", "initializer_range", "router_aux_loss_coef", "router_jitter_noise", "output_router_logits",
@@ -141,6 +143,13 @@ VALUES: dict[str, list[Any]] = {
     "no_rope_layers": [[1, 1], [0, 0], [0], None, [True, False], "10", [2, 0]],
     "no_rope_layer_interval": [2, 1, 0],
     "rope_local_base_freq": [50.0, 0, None],
+    "n_input_layers": [2, 0, -2, None],
+    "n_recurrent_layers": [2, 0, 4],
+    "n_output_layers": [0, 4],
+    "n_recurrent_loops": [1, 2, 0, -1, None],
+    "recurrent_kv_cache_mode": ["last_loop", "first_loop"],
+    "ngpt_alpha_init": [0.2, 0.0, -0.1, None],
+    "initializer_range": [0.04, 0.0, -1.0, None],
 }  # fmt: skip
 
 

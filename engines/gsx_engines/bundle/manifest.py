@@ -63,6 +63,11 @@ class DecoderShape(Section):
     pad_id: int | None
     loops: Loops | None = None
 
+    @property
+    def stored_layers(self) -> int:
+        """How many layers have weights."""
+        return self.num_layers if self.loops is None else self.loops.layers
+
     @model_serializer(mode="wrap")
     def _leave_out_no_loops(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = fields(self)

@@ -14,6 +14,7 @@ from gsx_exporter.checkpoint.folder import locate
 from gsx_exporter.checkpoint.generation import read_text_ends
 from gsx_exporter.checkpoint.gguf_file import GgufFile, find_gguf, read_gguf
 from gsx_exporter.checkpoint.hf_config import config_from, read_config
+from gsx_exporter.checkpoint.layer_pairs import as_whole_layers
 from gsx_exporter.checkpoint.layouts.layout import DequantizedTensors, Layout
 from gsx_exporter.checkpoint.names import ADAPTER, CONFIG
 from gsx_exporter.checkpoint.skeleton import check_skeleton
@@ -66,6 +67,8 @@ def _read(directory: Path, source: str, adapter: Adapter | None = None) -> Check
     files = weight_files(directory, getattr(read.hf, "transformers_weights", None))
     names = decoder_names(files, source, of_whole=read.whole is not None)
     names = named_by_qwen(names, spelling_of(config))
+    if config.loops is not None:
+        names = as_whole_layers(names)
     places = {name: (files[stored], stored) for name, stored in names.items()}
     checkpoint = Checkpoint(
         directory, source, read.hf, config, StoredTensors(places), [], adapter, read.own, read.whole, read.layout

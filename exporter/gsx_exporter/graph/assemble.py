@@ -186,7 +186,9 @@ class GraphBuilder:
             entering, stream = hidden, ""
             if self.loop_entry is not None and config.enters_loop(i):
                 first, stream = first or hidden, f"layers.{i}.stream"
-                graph.add(self.loop_entry, "", {"hidden": hidden, "first": first}, {"stream": stream}, f"layers.{i}.loop.")
+                graph.add(
+                    self.loop_entry, "", {"hidden": hidden, "first": first}, {"stream": stream}, f"layers.{i}.loop."
+                )
                 found |= sources(self._loop_module, "")
                 if not self._layer_modules[i].begins_loop:
                     hidden = stream

@@ -182,9 +182,7 @@ class Reference:
         valid = attention_mask[:, past:].bool()
         ended = torch.isin(input_ids, self._ends) & valid
         layers = self.config.num_layers
-        tokens = MaskCall(
-            input_ids, valid, ended, position_ids, layers, self.config.loops, self._logits_of, self._part
-        )
+        tokens = MaskCall(input_ids, valid, ended, position_ids, layers, self.config.loops, self._logits_of, self._part)
         everyone = Decision(valid, None, certain(valid))
         self._call = call = _Call(
             masker=(rule or KeepAll()).start(tokens),
