@@ -54,7 +54,7 @@ FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0] * 16},
     "olmo2": {},
     "olmo3": {"sliding_window": 8},
-    "dory": {"sliding_window": 8, "n_input_layers": 1, "n_output_layers": 1, "n_recurrent_loops": 3},
+    "dory": {"sliding_window": 8, "n_input_layers": 1, "n_output_layers": 0, "n_recurrent_loops": 3},
 }
 FAMILY_NAMES = tuple(FAMILY_KEYS)
 # Families whose layers slide and see everything in turn; a tiny model has too few layers for their own patterns.

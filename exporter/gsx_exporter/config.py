@@ -568,6 +568,8 @@ def _loops(hf: Any, keys: LoopKeys) -> Loops:
             found=f"{before} + {looped} + {after}",
         )
     most = count(keys.count, 1)
+    if keys.caches is not None:
+        one_of(keys.caches, getattr(hf, keys.caches), ("per_loop",))
     return Loops(before=before, looped=looped, after=after, most=most, default=most)
 
 

@@ -50,6 +50,7 @@ class LoopKeys:
         before, looped, after: layers that run once, looped ones, and layers that run once after them; None for `before`
             and `after`: all layers are looped.
         count: of the loops.
+        caches: which caches loops have; None where each has its own.
         rejoins: whether a loop begins with the norm of the state plus that of the state that entered the first loop;
             else every loop but the first begins with the final norm of the state.
     """
@@ -58,6 +59,7 @@ class LoopKeys:
     looped: str
     after: str | None
     count: str
+    caches: str | None
     rejoins: bool
 
 
@@ -192,7 +194,14 @@ FAMILIES: Mapping[str, Family] = {
         norms=NORMS_AROUND,
         windows="layer_types",
         ropes_by_layer_type=True,
-        loops=LoopKeys("n_input_layers", "n_recurrent_layers", "n_output_layers", "n_recurrent_loops", rejoins=True),
+        loops=LoopKeys(
+            before="n_input_layers",
+            looped="n_recurrent_layers",
+            after="n_output_layers",
+            count="n_recurrent_loops",
+            caches="recurrent_kv_cache_mode",
+            rejoins=True,
+        ),
         sphere=SphereKeys(rate="ngpt_alpha_init", spread="initializer_range"),
     ),
 }

@@ -51,8 +51,7 @@ class NumberTypes:
         """Refuse types that the checkpoint, its keep rule or the runtimes do not support.
 
         Raises:
-            UsageError: 8-bit products together with routers; 8-bit K and V that no runtime can store; 8 bits in a looped
-                model.
+            UsageError: 8-bit products together with routers or loops; 8-bit K and V that no runtime can store.
         """
         if config.loops is not None and (self.quantize is not None or self.kv_cache is not None):
             raise UsageError(

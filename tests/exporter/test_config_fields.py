@@ -144,7 +144,7 @@ VALUES: dict[str, list[Any]] = {
     "no_rope_layer_interval": [2, 1, 0],
     "rope_local_base_freq": [50.0, 0, None],
     "n_input_layers": [2, 0, -2, None],
-    "n_recurrent_layers": [2, 0, 4],
+    "n_recurrent_layers": [2, 0, 1],
     "n_output_layers": [0, 4],
     "n_recurrent_loops": [1, 2, 0, -1, None],
     "recurrent_kv_cache_mode": ["last_loop", "first_loop"],

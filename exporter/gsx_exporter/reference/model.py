@@ -45,11 +45,12 @@ _HEAD_ROWS = 64
 
 @dataclass
 class ReferenceOutput:
-    """Results of one call, on the CPU. B: batch, S: tokens of this call, T: past + S, H: hidden, V: vocabulary.
+    """Results of one call, on the CPU. B: batch, S: tokens of this call, T: past + S, H: hidden, V: vocabulary, L:
+    layers, in a looped model visits of layers.
 
     Args:
         logits: [B, S, V]; [B, 0, V] if they were not asked for.
-        states: (in a looped model, L counts visits of layers) L + 1 tensors [B, S, H]: the input of layer 0, then the output of every layer (the last one
+        states: L + 1 tensors [B, S, H]: the input of layer 0, then the output of every layer (the last one
             before the final norm).
         scores: [L][2] -> [B, S] float32, columns in the order of `BRANCHES`; -inf for padding. None at a branch that
             has no score.
