@@ -14,7 +14,7 @@ from torch import nn
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.decoder.ends import Entry, Exit
+from gsx_exporter.decoder.ends import Entry, Exit, LoopEntry
 from gsx_exporter.decoder.experts import ExpertWeights
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
@@ -84,6 +84,14 @@ def load_exit(checkpoint: Checkpoint, options: DecoderOptions) -> Exit:
         leave = Exit(checkpoint.config, options.dtype)
     _fill(leave, checkpoint, "")
     return leave
+
+
+def load_loop_entry(checkpoint: Checkpoint, options: DecoderOptions) -> LoopEntry:
+    """The module that computes the state with which a loop of a looped model begins."""
+    with torch.device("meta"):
+        loop = LoopEntry(checkpoint.config, options.dtype)
+    _fill(loop, checkpoint, "")
+    return loop
 
 
 def load_exit_modules(checkpoint: Checkpoint, options: DecoderOptions) -> dict[int, nn.Module]:
