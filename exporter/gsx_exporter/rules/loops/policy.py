@@ -33,9 +33,9 @@ _MOST = 64
 
 
 def _count(text: object) -> int:
-    number = int(str(text))
+    number = int(str(text)) if str(text).isdecimal() else 0
     if not 1 <= number <= _MOST:
-        raise ValueError(f"numbers of loops from 1 to {_MOST}")
+        raise ValueError(f"numbers of loops from 1 to {_MOST}, as in loops:4 or loops:4,default=2")
     return number
 
 
