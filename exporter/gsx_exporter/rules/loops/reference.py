@@ -1,4 +1,4 @@
-"""The reference rule of the number of loops, one for each sequence (docs/methods.md section 16)."""
+"""The reference rule of the number of loops, one for each sequence (docs/methods.md section 11)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The number of loops of a looped model as a run-time input.
 
 `loops [B]` says for each sequence how many loops its tokens run: a visit in loop p (from 0) runs where p < loops. The
-first loop, and the layers before and after, always run. Facts: docs/methods.md section 16.
+first loop, and the layers before and after, always run. Facts: docs/methods.md section 11.
 """
 
 from __future__ import annotations
