@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
 
+from gsx_exporter.checkpoint import ouro
 from gsx_exporter.checkpoint.experts import spelling_of, stored_name
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate, rule_module_kind
 from gsx_exporter.config import GateConfig, ModelConfig
@@ -54,6 +55,7 @@ FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0] * 16},
     "olmo2": {},
     "olmo3": {"sliding_window": 8},
+    "ouro": {"total_ut_steps": 3},
     "dory": {"sliding_window": 8, "n_input_layers": 1, "n_output_layers": 0, "n_recurrent_loops": 3},
 }
 FAMILY_NAMES = tuple(FAMILY_KEYS)
@@ -110,6 +112,7 @@ def tiny_checkpoint(
     }
     if family in _IN_TURN:
         keys.setdefault("layer_types", (["sliding_attention", "full_attention"] * layers)[:layers])
+    ouro.register()
     hf = AutoConfig.for_model(family, **keys)
     hf.architectures = [f"{family.title()}ForCausalLM"]
     section: dict[str, Any] = {}

@@ -123,7 +123,7 @@ class ModelConfig:
         windows: per layer, how many positions a token sees (itself included), or None for all.
         experts: the routed experts; None in a model without.
         loops: how the layers of a looped model run; None where each runs once. All values per layer are per visit.
-        rejoins: see `LoopKeys`; False in a model without loops.
+        rejoins, loop_gate: see `LoopKeys`; False in a model without loops.
         sphere: the factors of a normalized Transformer; None in other models.
         eos_ids: end-of-text tokens, which are always kept (docs/design.md, section 3).
         gate: the gates; None without them.
@@ -161,6 +161,7 @@ class ModelConfig:
     experts: Experts | None
     loops: Loops | None
     rejoins: bool
+    loop_gate: bool
     sphere: Sphere | None
     bos_id: int | None
     eos_ids: tuple[int, ...]
@@ -341,6 +342,7 @@ class ModelConfig:
             experts=experts,
             loops=None,
             rejoins=family.loops is not None and family.loops.rejoins,
+            loop_gate=family.loops is not None and family.loops.gate,
             sphere=Sphere.of(hf, family.sphere) if family.sphere else None,
             bos_id=hf.bos_token_id,
             eos_ids=_id_list(hf.eos_token_id),

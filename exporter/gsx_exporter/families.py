@@ -51,6 +51,7 @@ class LoopKeys:
             and `after`: all layers are looped.
         count: of the loops.
         caches: which caches loops have; None where each has its own.
+        gate: whether a gate reads what each loop gives (`early_exit_gate`).
         rejoins: whether a loop begins with the norm of the state plus that of the state that entered the first loop;
             else every loop but the first begins with the final norm of the state.
     """
@@ -59,8 +60,9 @@ class LoopKeys:
     looped: str
     after: str | None
     count: str
-    caches: str | None
-    rejoins: bool
+    caches: str | None = None
+    gate: bool = False
+    rejoins: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,7 @@ class Family:
         attention_softcap, logits_softcap: the keys of c in c tanh(x / c) of scores and logits; None for no such cap.
         loops: the keys of a looped model; None in a family whose layers run once.
         sphere: the keys of a normalized Transformer; None in other families.
+        described: whether transformers has no such model, so that the reference is written from its description.
     """
 
     qkv_bias: str | bool = False
@@ -125,6 +128,7 @@ class Family:
     logits_softcap: str | None = None
     loops: LoopKeys | None = None
     sphere: SphereKeys | None = None
+    described: bool = False
 
 
 SQRT_WIDTH = "sqrt(hidden_size)"
@@ -203,5 +207,14 @@ FAMILIES: Mapping[str, Family] = {
             rejoins=True,
         ),
         sphere=SphereKeys(rate="ngpt_alpha_init", spread="initializer_range"),
+    ),
+    # `gsx_exporter/checkpoint/ouro.py`
+    "ouro": Family(
+        norms={
+            "attn": BranchNorms("input_layernorm", "input_layernorm_2"),
+            "mlp": BranchNorms("post_attention_layernorm", "post_attention_layernorm_2"),
+        },
+        loops=LoopKeys(before=None, looped="num_hidden_layers", after=None, count="total_ut_steps", gate=True),
+        described=True,
     ),
 }

@@ -101,10 +101,18 @@ def test_a_batch_gives_what_transformers_gives_each_sequence(
         np.testing.assert_allclose(np.concatenate(rows), truth(looped, text, length, count), atol=ATOL)
 
 
+@pytest.fixture(scope="module")
+def ouro(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("ouro") / "model", "ouro", layers=2, tokenizer=True)
+
+
 @pytest.mark.parametrize("kv_policy", ["compute", "copy", "none"])
-def test_the_traced_decoder_keeps_what_the_masks_keep(looped: Path, kv_policy: Any) -> None:
+@pytest.mark.parametrize("family", ["looped", "ouro"])
+def test_the_traced_decoder_keeps_what_the_masks_keep(
+    request: pytest.FixtureRequest, family: str, kv_policy: Any
+) -> None:
     """Also K and V of the loops that a token leaves out, by each policy."""
-    checkpoint = open_checkpoint(looped)
+    checkpoint = open_checkpoint(request.getfixturevalue(family))
     ids = np.random.default_rng(0).integers(3, 250, (3, 20))
     counts = np.array([2, 1, 3])
     reference = Reference.load(checkpoint)
@@ -196,6 +204,42 @@ def test_published_checkpoints_store_attention_and_mlp_apart(looped: Path, tmp_p
     assert all(torch.equal(found.tensor(name), tensor) for name, tensor in tensors.items())
     ids = np.random.default_rng(0).integers(3, 250, (1, 12))
     np.testing.assert_allclose(truth(model, ids, 12, 2), truth(looped, ids, 12, 2))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_ouro_with_fewer_loops_is_the_model_with_fewer_loops(ouro: Path, count: int) -> None:
+    checkpoint, ids = open_checkpoint(ouro), np.random.default_rng(0).integers(3, 250, (2, 16))
+    assert any("published description" in note for note in checkpoint.notes)
+    found = Reference.load(checkpoint)(torch.from_numpy(ids), rule=CountedLoops(np.array([count])), kv_policy="none")
+    with quiet_transformers(), torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(ouro, total_ut_steps=count, dtype=torch.float32)
+        want = loaded(torch.from_numpy(ids)).logits
+    torch.testing.assert_close(found.logits, want, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"early_exit_threshold": 0.7}, "early_exit_threshold must be 1"),
+        ({"use_sliding_window": True}, "use_sliding_window must be false"),
+        ({"total_ut_steps": 0}, "total_ut_steps is not a count"),
+    ],
+    ids=str,
+)
+def test_another_ouro_is_refused(ouro: Path, tmp_path: Path, keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(change(ouro, tmp_path / "changed", **keys))
+    assert said in str(caught.value)
+
+
+def test_an_exit_gate_of_another_shape_is_refused(ouro: Path, tmp_path: Path) -> None:
+    model = change(ouro, tmp_path / "changed")
+    tensors = load_file(ouro / "model.safetensors")
+    tensors["model.early_exit_gate.weight"] = torch.zeros(2, 64)
+    (model / "model.safetensors").unlink()
+    save_file(tensors, model / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.early_exit_gate\.weight has the wrong shape"):
+        open_checkpoint(model)
 
 
 def change(model: Path, folder: Path, **keys: Any) -> Path:

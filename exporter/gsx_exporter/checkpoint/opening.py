@@ -22,6 +22,7 @@ from gsx_exporter.checkpoint.stored import StoredTensors
 from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD, expected_tensors
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.families import FAMILIES
 
 
 def open_checkpoint(model: str | Path, context: int | None = None) -> Checkpoint:
@@ -80,6 +81,10 @@ def _read(directory: Path, source: str, adapter: Adapter | None = None) -> Check
     ends = read_text_ends(checkpoint.generation_directory, checkpoint.config_values(), config)
     checkpoint.config = ends.of(checkpoint.config)
     checkpoint.notes += ends.notes
+    if FAMILIES[config.family].described:
+        checkpoint.notes.append(
+            f"transformers has no {config.family}: the reference is written from its published description"
+        )
     if read.whole is not None:
         checkpoint.notes.append(f"this is the text part of a multimodal model ({read.whole}): the rest is left out")
     if getattr(read.hf, "auto_map", None):

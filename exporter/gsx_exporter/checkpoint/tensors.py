@@ -7,6 +7,7 @@ from gsx_exporter.config import ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FINAL_NORM = "norm.weight"
+LOOP_GATE = "early_exit_gate"
 LOGIT_SCALE = "lm_head.logit_scale"
 FUSED_QKV, FUSED_GATE_UP = "qkv_proj", "gate_up_proj"
 # After a layer: predicts whether the layers above would still change the model's answer (CALM).
@@ -55,6 +56,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{p}{EXIT_CLASSIFIER}.bias"] = (1,)
         if config.router and i in config.router.routed(config.num_layers):
             shapes |= {p + name: shape for name, shape in config.router.shapes(H).items()}
+    if config.loop_gate:
+        shapes |= {f"model.{LOOP_GATE}.weight": (1, H), f"model.{LOOP_GATE}.bias": (1,)}
     if config.sphere is None:
         shapes[f"model.{FINAL_NORM}"] = (H,)
     else:
