@@ -75,6 +75,10 @@ class KeepOptions:
         float | None,
         typer.Option(help="Confidence at which a token exits (policy calm).", show_default="as exported"),
     ] = None
+    loops: Annotated[
+        int | None,
+        typer.Option(help="How many loops of a looped model run (policy loops).", show_default="as exported"),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ class DraftOptions:
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Another draft: exit:E, budget:B, layers:SET, or layers:auto (searches for a set meanwhile).",
+            help="Another draft: exit:E, budget:B, loops:N, layers:SET, or layers:auto (searches for a set meanwhile).",
             show_default="the bundle's",
         ),
     ] = None

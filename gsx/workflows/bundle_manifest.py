@@ -60,6 +60,7 @@ def manifest_of(
             bos_id=config.bos_id,
             eos_ids=config.eos_ids,
             pad_id=config.pad_id,
+            loops=config.loops,
         ),
         gates=Gates(kind=gate.kind, input=gate.input, branches=gate.branches) if gate else None,
         selection=calibrated.selection,

@@ -93,6 +93,7 @@ def export(
     on_progress(Progress("checking the checkpoint"))
     checkpoint = open_checkpoint(model, context)
     keep = plan_policy(PolicyOptions(policy, select, budget, kv_policy), checkpoint.config)
+    checkpoint.config = keep.of_model(checkpoint.config)
     types = NumberTypes(precision, quantize, kv_cache)
     types.check(checkpoint.config, keep)
     drafting = plan_draft(draft, checkpoint.config, keep, precision)

@@ -100,6 +100,7 @@ def generate(
     exit_layer: int | None = None,
     speedup: float | None = None,
     exit_threshold: float | None = None,
+    loops: int | None = None,
     max_new_tokens: int = NEW_TOKENS,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -125,6 +126,7 @@ def generate(
         exit_layer: how many layers run, instead of `layers`.
         speedup: target of Unified Layer Skipping, instead of `layers`.
         exit_threshold: confidence at which a token exits, with policy calm; None for the exported one.
+        loops: how many loops of a looped model run, with policy loops; None for the exported number.
         max_new_tokens: the largest number of new tokens.
         temperature: 0 is greedy.
         top_k: sample from the k most likely tokens; 0: from all.
@@ -154,7 +156,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, seed)
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
-    keep = KeepSettings(budget, layers, exit_layer, speedup, exit_threshold)
+    keep = KeepSettings(budget, layers, exit_layer, speedup, exit_threshold, loops)
     controls_for(bundle.manifest, keep)  # refuse bad keep settings before anything is loaded
     drafting = _drafting(bundle.manifest, speculative, draft, draft_length)
     tokenizer = None

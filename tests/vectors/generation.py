@@ -31,14 +31,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a set for each": {"max_new_tokens": 16, "keep": [{"layers": "0-2,4.mlp"}, {}, {"speedup": 1.5}]},
     "an exit threshold": {"max_new_tokens": 16, "keep": {"exit_threshold": "0.4"}},
     "nothing leaves": {"max_new_tokens": 16, "keep": {"exit_threshold": "inf"}},
+    "one loop": {"max_new_tokens": 16, "keep": {"loops": 1}},
+    "loops for each": {"max_new_tokens": 16, "keep": [{"loops": 1}, {}, {"loops": 2}]},
     "to the context's end": {"max_new_tokens": 1000, "stop_ids": [], "long": True},
 }
 # Models that generate, and their keep settings; the others refuse.
 _FEW = ("greedy", "hot", "stop ids")
 _SETS = ("greedy", "a set of layers", "an exit", "a speed-up", "a set for each")
 _CONFIDENT = ("greedy", "an exit threshold", "nothing leaves")
+_LOOPS = ("greedy", "one loop", "loops for each")
 GENERATING = {
-    "gated": tuple(name for name in OPTIONS if name not in {*_SETS[1:], *_CONFIDENT[1:]}),
+    "gated": tuple(name for name in OPTIONS if name not in {*_SETS[1:], *_CONFIDENT[1:], *_LOOPS[1:]}),
     "copy": _FEW,
     "one branch": _FEW,
     "dense": _FEW,
@@ -47,6 +50,7 @@ GENERATING = {
     "layers": _SETS,
     "layers, copy": _SETS,
     "calm": _CONFIDENT,
+    "loops": _LOOPS,
     "some layers": ("greedy", "sampled", "other budget"),
     "three ends": ("greedy", "sampled", "hot"),
 }
@@ -96,6 +100,10 @@ REFUSED: list[tuple[str, str | None, list[list[int]], dict[str, Any]]] = [
     ("calm", None, [[5]], {"keep": {"exit": 3}}),
     *(("calm", None, [[5]], {"keep": {"exit_threshold": one}}) for one in ("-0.1", "1.01", "-inf", "nan")),
     *((model, None, [[5]], {"keep": {"exit_threshold": "0.5"}}) for model in ("gated", "dense", "layers")),
+    *(("loops", None, [[5]], {"keep": {"loops": one}}) for one in (0, 3)),
+    *((model, None, [[5]], {"keep": {"loops": 1}}) for model in ("gated", "dense", "layers")),
+    *(("loops", draft, [[5]], {}) for draft in ("loops:2", "loops:0", "layers:3.mlp", "budget:0.5", "exit:3")),
+    ("layers", "loops:1", [[5]], {}),
     ("calm", None, [[5], [6]], {"keep": [{"exit_threshold": "0.5"}, {}]}),
     ("gated", None, [[5], [6], [7]], {"keep": [{"budget": 0.5}, {}, {"budget": 0.5}]}),
     ("gated", None, [[5], [6], [7]], {"keep": [{"budget": 0.5}, {}]}),
@@ -136,6 +144,8 @@ def vectors() -> dict[str, Any]:
             drafts += [("layers:1.mlp,4-5.mlp", 2)]
         if manifest.draft is not None and manifest.selection is not None:
             drafts += [("budget:0.4", 4)]
+        if manifest.decoder.loops is not None:
+            drafts += [("loops:1", 3)]
         for spec, length in drafts:
             for name, options in OPTIONS.items():
                 for kind, prompts in PROMPTS.items():

@@ -26,6 +26,7 @@ space; new ids are written to standard output as they come, one per line.
   --exit N             run the first N layers (--policy layers)
   --speedup X          Unified Layer Skipping: new tokens run 1/X of the layers (--policy layers)
   --exit-threshold C   confidence at which a token exits; inf: no token exits (--policy calm)
+  --loops N            how many loops of a looped model run (--policy loops)
   --temperature T      0 is greedy (0)
   --top-k K            only the K likeliest tokens; 0 for all (0)
   --top-p P            only the likeliest tokens that together reach this probability (1)
@@ -74,6 +75,7 @@ Command parse(int count, char** arguments) {
         {"--exit", [&] { command.keep.exit = whole(); }},
         {"--speedup", [&] { command.keep.speedup = real(); }},
         {"--exit-threshold", [&] { command.keep.exitThreshold = real(); }},
+        {"--loops", [&] { command.keep.loops = whole(); }},
         {"--temperature", [&] { options.sampling.temperature = real(); }},
         {"--top-k", [&] { options.sampling.topK = whole(); }},
         {"--top-p", [&] { options.sampling.topP = real(); }},

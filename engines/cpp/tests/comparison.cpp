@@ -19,6 +19,7 @@ gsx::Keep keepOf(json const& raw) {
     if (raw.contains("exit")) keep.exit = raw["exit"].get<int64_t>();
     if (raw.contains("speedup")) keep.speedup = raw["speedup"].get<double>();
     if (raw.contains("exit_threshold")) keep.exitThreshold = std::stod(raw["exit_threshold"].get<std::string>());
+    if (raw.contains("loops")) keep.loops = raw["loops"].get<int64_t>();
     return keep;
 }
 

@@ -39,6 +39,7 @@ INPUTS = (
     Field("exit", "TYPE_INT64", False, "how many layers run; for the same rules"),
     Field("speedup", "TYPE_FP64", False, "target of Unified Layer Skipping; for the same rules"),
     Field("exit_threshold", "TYPE_FP64", False, "confidence at which a token exits; for rules that measure it"),
+    Field("loops", "TYPE_INT64", False, "how many loops of a looped model run; as exported"),
     Field("temperature", "TYPE_FP64", False, "0 always chooses the likeliest token; 0"),
     Field("top_k", "TYPE_INT64", False, "only the k likeliest tokens, 0 for all; 0"),
     Field("top_p", "TYPE_FP64", False, "only the likeliest tokens that together reach this probability; 1"),

@@ -153,6 +153,7 @@ class TritonPythonModel:
                 exit=given["exit"],
                 speedup=given["speedup"],
                 exit_threshold=given["exit_threshold"],
+                loops=given["loops"],
             ),
             sampling=Sampling(
                 0.0 if temperature is None else temperature,

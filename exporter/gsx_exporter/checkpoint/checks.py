@@ -61,7 +61,7 @@ def _missing(checkpoint: Checkpoint, name: str) -> CheckpointError:
     part = rule_module_kind(name)
     unknown = set(checkpoint.names) - set(expected_tensors(checkpoint.config))
     near = difflib.get_close_matches(name, sorted(unknown), n=1, cutoff=0.8)
-    todo = f"the checkpoint does not fit its config.json, {checkpoint.config.num_layers} layers of its family"
+    todo = f"the checkpoint does not fit its config.json, {checkpoint.config.stored_layers} layers of its family"
     if part:
         todo = f"config.json promises {part}s in the section gsx: train them, or remove the entry"
     elif name == HEAD:
@@ -94,7 +94,7 @@ def _check_kinds(checkpoint: Checkpoint) -> None:
 def _check_depth(checkpoint: Checkpoint) -> None:
     """Refuse a configuration with more layers than are stored, before a loop over them."""
     stored = {int(match[1]) for name in checkpoint.names if (match := _LAYER.match(name))}
-    layers = checkpoint.config.num_layers
+    layers = checkpoint.config.stored_layers
     if layers > len(stored):
         raise CheckpointError(
             f"{checkpoint.source}: config.json has more layers than the weights",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.layer import CallState, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
-from gsx_exporter.decoder.norm import RmsNorm
+from gsx_exporter.decoder.norm import norm_of
 from gsx_exporter.decoder.rotary import RotaryTables
 from gsx_exporter.decoder.rule import Tokens, Values
 
@@ -76,7 +76,7 @@ class Exit(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.norm = norm_of(config, config.hidden_size, dtype)
         self.tied, self.cap = config.tied_head, config.scales.logits_cap
         if self.tied:  # under the same name as in Entry, so that the weight is stored once
             shape = (config.vocab_size, config.hidden_size)
@@ -98,6 +98,20 @@ class Exit(nn.Module):
 def capped(logits: Tensor, cap: float | None) -> Tensor:
     """Logits with the model's soft cap, if it has one."""
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class LoopEntry(nn.Module):
+    """The state with which a loop begins, from the one that left the layer before it (`LoopKeys.rejoins`)."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = norm_of(config, config.hidden_size, dtype)
+        self.rejoins = config.rejoins
+
+    def forward(self, hidden: Tensor, first: Tensor) -> Tensor:
+        """hidden, and the state that entered the first loop, [N, H] -> [N, H]."""
+        normed = self.norm(hidden)
+        return normed + self.norm(first) if self.rejoins else normed
 
 
 class Shared(NamedTuple):

@@ -15,11 +15,11 @@ from torch import nn
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.tensors import EMBEDDING
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.decoder.ends import Entry
+from gsx_exporter.decoder.ends import Entry, LoopEntry
 from gsx_exporter.decoder.experts import ExpertWeights
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
-from gsx_exporter.decoder.norm import RmsNorm
+from gsx_exporter.decoder.norm import norm_of
 from gsx_exporter.decoder.rule import exit_watcher
 
 
@@ -65,10 +65,10 @@ def _checkpoint_name(parameter: str) -> str:
 
 
 def load_layer(checkpoint: Checkpoint, index: int, options: DecoderOptions) -> DecoderLayer:
-    """Layer `index` with its weights."""
+    """Layer `index` with its weights; in a looped model, a visit."""
     with torch.device("meta"):
         layer = DecoderLayer(checkpoint.config, options, index)
-    _fill(layer, checkpoint, f"layers.{index}.")
+    _fill(layer, checkpoint, f"layers.{checkpoint.config.layer_of(index)}.")
     return layer
 
 
@@ -81,13 +81,21 @@ def load_entry(checkpoint: Checkpoint, options: DecoderOptions, tokens: torch.Te
     return entry
 
 
-def load_final_norm(checkpoint: Checkpoint, options: DecoderOptions) -> RmsNorm:
+def load_final_norm(checkpoint: Checkpoint, options: DecoderOptions) -> nn.Module:
     """The norm before the head."""
     config = checkpoint.config
     with torch.device("meta"):
-        norm = RmsNorm(config.hidden_size, config.rms_norm_eps, options.dtype)
+        norm = norm_of(config, config.hidden_size, options.dtype)
     _fill(norm, checkpoint, "norm.")
     return norm
+
+
+def load_loop_entry(checkpoint: Checkpoint, options: DecoderOptions) -> LoopEntry:
+    """The module that computes the state with which a loop of a looped model begins."""
+    with torch.device("meta"):
+        loop = LoopEntry(checkpoint.config, options.dtype)
+    _fill(loop, checkpoint, "")
+    return loop
 
 
 def load_exit_modules(checkpoint: Checkpoint, options: DecoderOptions) -> dict[int, nn.Module]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD
 from gsx_exporter.decoder.ends import Shared, capped, shared_values
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows, KeyValue
-from gsx_exporter.decoder.loading import load_entry, load_exit_modules, load_final_norm, load_layer
+from gsx_exporter.decoder.loading import load_entry, load_exit_modules, load_final_norm, load_layer, load_loop_entry
 from gsx_exporter.decoder.modules import Mlp
 from gsx_exporter.decoder.rule import Values
 
@@ -45,13 +45,15 @@ class Stream:
         inputs: the keep rule's run-time inputs.
         entered: what the rule computed once for the call, and its current carried states.
         hidden: [N, H], the state that the next layer reads.
-        below: K and V of the layer below, for the K/V policy `copy`.
+        below: K and V of the last layer, by its number; in a looped model, also those that visits may still copy.
+        first: [N, H], the state that entered the first loop; None before it, and in a model without loops.
     """
 
     inputs: Values
     entered: Values
     hidden: Tensor
-    below: KeyValue | None = None
+    below: dict[int, KeyValue] = field(default_factory=dict)
+    first: Tensor | None = None
 
 
 class Walk:
@@ -84,6 +86,7 @@ class Walk:
         rule = self.options.rule
         self._carried = tuple(rule.carried) if rule else ()
         self._exit_modules = load_exit_modules(checkpoint, self.options)
+        self._loop_entry = None if checkpoint.config.loops is None else load_loop_entry(checkpoint, self.options)
 
     def stream(self, controls: RuntimeValues) -> Stream:
         """The text at the first layer. Args: controls: the keep rule's run-time inputs."""
@@ -105,7 +108,7 @@ class Walk:
         """
         fresh = self.stream(controls)
         carried = {name: stream.entered[name] for name in self._carried}
-        return replace(fresh, entered={**fresh.entered, **carried}, hidden=stream.hidden, below=stream.below)
+        return replace(fresh, entered={**fresh.entered, **carried}, hidden=stream.hidden, below=dict(stream.below))
 
     def layers(self, first: int = 0) -> Iterator[tuple[int, DecoderLayer]]:
         """The model's layers from number `first` on, each loaded when it is reached, and empty when the next one is."""
@@ -131,10 +134,19 @@ class Walk:
         """
         choose = choose or DecoderLayer.choose
         call, config, entering = self._call_state(number, stream), layer.config, stream.hidden
+        if self._loop_entry is not None and config.enters_loop(number):
+            stream.first = stream.hidden if stream.first is None else stream.first
+            begun = self._loop_entry(stream.hidden, stream.first)
+            if layer.begins_loop:
+                call = call._replace(stream=begun)
+            else:
+                stream.hidden = begun
         empty = stream.hidden.new_zeros((len(self.ids), config.num_kv_heads, 0, config.head_dim))
         attn = self._rows(layer, "attn", stream, call, choose)
         past = KeyValue(empty, empty)
-        stream.hidden, _, stream.below, values = layer.attention_branch(stream.hidden, call, past, stream.below, attn)
+        below = stream.below.pop(config.below(number), None)
+        stream.hidden, _, new, values = layer.attention_branch(stream.hidden, call, past, below, attn)
+        stream.below[number] = new
         call = call._replace(values=values)
         mlp = self._rows(layer, "mlp", stream, call, choose)
         stream.hidden, values = layer.mlp_branch(stream.hidden, call, mlp)
@@ -152,7 +164,8 @@ class Walk:
     ) -> KeptRows | None:
         if branch not in layer.skippable:
             return None
-        return choose(layer, branch, stream.hidden, layer.normed(branch, stream.hidden), call)
+        hidden = stream.hidden if call.stream is None or branch != "attn" else call.stream
+        return choose(layer, branch, stream.hidden, layer.normed(branch, hidden), call)
 
     def logits(self, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits of the text after the last layer: ids [m, S] and logits [m, S, V], a few windows at a time."""

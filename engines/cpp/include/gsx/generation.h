@@ -34,6 +34,8 @@ struct Keep {
     std::optional<double> speedup;
     // Confidence at which a token exits, for keep rules that measure it; infinity: no token exits.
     std::optional<double> exitThreshold;
+    // How many loops of a looped model run, for keep rules that read their number.
+    std::optional<int64_t> loops;
 };
 
 struct Options {
