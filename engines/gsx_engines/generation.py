@@ -22,7 +22,7 @@ import numpy as np
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, RuntimeValues, controls_for
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.runners.base import Cache, Runner, StepOutput
-from gsx_engines.sampling import GREEDY, Picker, Sampling
+from gsx_engines.sampling import GREEDY, Picker, Sampling, TokenLogprobs, adjusted, check_logprobs, logprobs_of
 from gsx_engines.speculation.draft import Draft
 from gsx_engines.speculation.length import FIRST_LENGTH, AdaptiveLength, DraftLength, FixedLength, Round
 from gsx_plugins.errors import UsageError
@@ -90,10 +90,11 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class Generated:
-    """The result of one sequence: its new tokens, and why it ended."""
+    """The result of one sequence: its new tokens, why it ended, and the tokens' log-probabilities, if wanted."""
 
     tokens: list[int]
     finish: FinishReason
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ def generate(
     draft: Draft | None = None,
     draft_length: int | None = None,
     search: SkipSetSearch | None = None,
+    logprobs: int | None = None,
     on_token: OnToken = lambda sequence, token: False,
 ) -> Generation:
     """Continue prompts.
@@ -129,6 +131,7 @@ def generate(
         draft: guesses tokens ahead; None for plain decoding.
         draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
         search: improves the draft's set of branches while generating.
+        logprobs: record each token's log-probability, and those of so many likeliest tokens; None for none.
         on_token: called with every new token; returning True ends that sequence (finish "stopped").
     Raises:
         UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, a setting that the keep rule
@@ -146,7 +149,7 @@ def generate(
     picker = Picker(sampling)
     stops = None if stop_ids is None else frozenset(stop_ids)
     sequences = [
-        Continuation(manifest, prompt, max_new_tokens, picker, number, partial(on_token, number), stops)
+        Continuation(manifest, prompt, max_new_tokens, picker, number, partial(on_token, number), stops, logprobs)
         for number, prompt in enumerate(prompts)
     ]
     controls = controls_for(manifest, keep, [len(prompt) for prompt in prompts])
@@ -154,7 +157,7 @@ def generate(
     decoding.start()
     while not decoding.ended:
         decoding.round()
-    return Generation([Generated(s.tokens, s.finish or "length") for s in sequences], decoding.stats())
+    return Generation([Generated(s.tokens, s.finish or "length", s.logprobs) for s in sequences], decoding.stats())
 
 
 class Continuation:
@@ -168,8 +171,10 @@ class Continuation:
         number: of the sequence; the picker's noise depends on it.
         on_token: called with every new token; returning True ends the sequence (finish "stopped").
         stops: tokens that end it; they stay part of it. None for the model's end-of-text tokens.
+        logprobs: how many of the likeliest tokens to record beside each chosen one; None to record nothing.
     Raises:
-        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, fewer than one new token.
+        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, fewer than one new token, too
+            many log-probabilities.
     """
 
     def __init__(
@@ -181,16 +186,21 @@ class Continuation:
         number: int,
         on_token: Callable[[int], bool],
         stops: frozenset[int] | None = None,
+        logprobs: int | None = None,
     ) -> None:
         _check(prompt, max_new_tokens, manifest)
+        picker.sampling.check_ids(manifest.decoder.vocab_size)
+        check_logprobs(logprobs)
         self.prompt, self.picker, self.number = prompt, picker, number
         room = manifest.decoder.max_positions - len(prompt)
         self.limit = min(max_new_tokens, room)
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []  # of the tokens, if they are recorded
         self.finish: FinishReason | None = None
         self._at_limit: FinishReason = "length" if max_new_tokens <= room else "context"
         self._on_token = on_token
         self._stops = frozenset(manifest.decoder.eos_ids) if stops is None else stops
+        self._likeliest = logprobs
 
     @property
     def left(self) -> int:
@@ -212,10 +222,18 @@ class Continuation:
         """The tokens that the model has to read to choose the next one: first the prompt, later the newest token."""
         return self.tokens[-1:] or self.prompt
 
+    def guess(self, logits: np.ndarray, drafted: Sequence[int]) -> tuple[int, float]:
+        """The token that would come behind drafted ones, and the draft's confidence in it; logits [V] of the draft."""
+        logits = self._adjusted(logits, drafted)
+        token = self.picker.pick(logits, self.number, self.place + len(drafted))
+        return token, self.picker.confidence(logits)
+
     def take(self, logits: np.ndarray) -> int:
         """Choose the next token from its logits [V], and append it."""
-        token = self.picker.pick(logits, self.number, self.place)
+        token = self.picker.pick(self._adjusted(logits), self.number, self.place)
         self.tokens.append(token)
+        if self._likeliest is not None:
+            self.logprobs.append(logprobs_of(logits, token, self._likeliest))
         stopped = self._on_token(token)
         if token in self._stops:
             self.finish = "end-of-text"
@@ -224,6 +242,10 @@ class Continuation:
         elif len(self.tokens) == self.limit:
             self.finish = self._at_limit
         return token
+
+    def _adjusted(self, logits: np.ndarray, drafted: Sequence[int] = ()) -> np.ndarray:
+        sampling = self.picker.sampling
+        return adjusted(logits, sampling, self.prompt, [*self.tokens, *drafted]) if sampling.adjusts else logits
 
 
 Rows = Sequence[Continuation | None]
@@ -430,9 +452,9 @@ class Decoding:
             for row, sequence in enumerate(self.sequences):
                 if not going[row]:
                     continue
-                logits = guess.logits[row, 0]
-                ids[row, step + 1] = sequence.picker.pick(logits, sequence.number, sequence.place + step)
-                confidences[row].append(sequence.picker.confidence(logits))
+                token, confidence = sequence.guess(guess.logits[row, 0], ids[row, 1 : step + 1].tolist())
+                ids[row, step + 1] = token
+                confidences[row].append(confidence)
                 together[row] *= confidences[row][-1]
                 going[row] = step + 2 < sequence.left and self.length.goes_on(step + 1, together[row])
             if not any(going):

@@ -48,6 +48,12 @@ def generate(
         str | None,
         typer.Option(help="Token ids instead of a text, e.g. 1,2,3; prints the new ids.", show_default=False),
     ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="With --json: each token's log-probability, and those of the N most likely.", show_default="none"
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of the runtime.", show_default="the runtime's choice")
     ] = None,
@@ -69,6 +75,7 @@ def generate(
         prompt,
         ids=_parse_ids(ids) if ids is not None else None,
         max_new_tokens=max_new_tokens,
+        logprobs=logprobs,
         stop=stop or (),
         threads=threads,
         on_text=_write if live else lambda text: None,

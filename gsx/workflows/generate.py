@@ -6,7 +6,7 @@ neither torch nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from gsx_engines.bundle.drafts import DraftKind, LayersDraft
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.generation import FinishReason, GenerationStats
 from gsx_engines.runners.select import open_runner
-from gsx_engines.sampling import Sampling
+from gsx_engines.sampling import Sampling, TokenLogprobs, check_logprobs
 from gsx_engines.speculation.adapt import Adaptation, SkipSetSearch, first_set
 from gsx_engines.speculation.draft import FullDepthDraft, open_draft
 from gsx_engines.speculation.spec import check_draft, check_leaves_out, check_speculation, parse_draft
@@ -42,6 +42,7 @@ class GenerateResult:
         ids: the new tokens.
         prompt_ids: the prompt as tokens.
         finish: why it ended; "stopped" for a stop text.
+        logprobs: for each new token its log-probability, and the likeliest tokens; None if they were not wanted.
         budget: the budget in use; None if the keep rule has no budget.
         keep: the keep settings, in words.
         draft: the draft in use at the end, e.g. "exit:2"; None for plain decoding.
@@ -53,6 +54,7 @@ class GenerateResult:
     ids: list[int]
     prompt_ids: list[int]
     finish: FinishReason
+    logprobs: list[TokenLogprobs] | None
     budget: float | None
     keep: str
     draft: str | None
@@ -67,6 +69,7 @@ class GenerateResult:
             "ids": self.ids,
             "prompt_ids": self.prompt_ids,
             "finish": self.finish,
+            "logprobs": None if self.logprobs is None else [asdict(one) for one in self.logprobs],
             "budget": self.budget,
             "keep": self.keep,
             "draft": self.draft,
@@ -105,6 +108,12 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    logprobs: int | None = None,
     stop: Sequence[str] = (),
     speculative: bool | None = None,
     draft: str | None = None,
@@ -130,6 +139,12 @@ def generate(
         top_k: sample from the k most likely tokens; 0: from all.
         top_p: sample from the most likely tokens that together reach this probability.
         seed: seed of the random numbers; None for a new one each time.
+        min_p: only tokens at least this share as likely as the most likely one; 0: all.
+        repetition_penalty: divides the logits of tokens of the prompt and the new text (multiplies those below 0).
+        frequency_penalty: taken off a token's logit for each time that it is in the new text.
+        presence_penalty: taken off a token's logit if it is in the new text.
+        logit_bias: added to the logits of tokens, by id.
+        logprobs: report each token's log-probability, and those of so many most likely tokens; None: none.
         stop: texts that end the generation; they are left out of the result.
         speculative: whether to draft and verify, which changes the speed and not the text; None: if the bundle has
             a draft.
@@ -151,9 +166,21 @@ def generate(
     if threads is not None and threads < 1:
         raise UsageError("threads", expected="at least 1", found=str(threads))
     _check_texts(prompt, ids, stop)
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        min_p,
+        repetition_penalty,
+        frequency_penalty,
+        presence_penalty,
+        logit_bias or {},
+    )
     if not isinstance(bundle, Bundle):
         bundle = open_bundle(bundle)
+    sampling.check_ids(bundle.manifest.decoder.vocab_size)
+    check_logprobs(logprobs)
     keep = KeepSettings(budget, layers, exit_layer, speedup, exit_threshold)
     controls_for(bundle.manifest, keep)  # refuse bad keep settings before anything is loaded
     drafting = _drafting(bundle.manifest, speculative, draft, draft_length)
@@ -181,6 +208,7 @@ def generate(
         draft=opened,
         draft_length=draft_length,
         search=search,
+        logprobs=logprobs,
         on_token=lambda _, token: writer.push(token) if writer else False,
     )
     sequence = result.sequences[0]
@@ -190,6 +218,7 @@ def generate(
         ids=sequence.tokens,
         prompt_ids=prompt_ids,
         finish=sequence.finish,
+        logprobs=None if logprobs is None else sequence.logprobs,
         budget=(selection.budget if keep.budget is None else keep.budget) if selection else None,
         keep=str(keep),
         draft=str(opened.kind) if opened else None,

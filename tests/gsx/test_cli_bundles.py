@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from gsx.workflows.generate import generate
 from tests.gsx.command_line import GSX, Gsx, Spoil, edit_json, edit_weights, snapshot
 
 # Bundles
@@ -77,6 +78,34 @@ def test_generate(gsx: Gsx, tiny_bundle: Path) -> None:
     assert streamed.out == whole.out == result["text"] + "\n"
 
 
+def test_generate_with_changed_logits(gsx: Gsx, tiny_bundle: Path) -> None:
+    options = {"--min-p": 0.1, "--repetition-penalty": 1.3, "--frequency-penalty": 0.5, "--presence-penalty": -0.25}
+    given = [str(part) for pair in options.items() for part in pair]
+    found = gsx(
+        "generate", tiny_bundle, "--ids", "5,6", "--max-new-tokens", "9", *given, "--logit-bias", "7:-100,8:1.5",
+        "--logprobs", "2", "--temperature", "1", "--seed", "3", "--json",
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    result = json.loads(found.out)
+    alone = generate(
+        tiny_bundle,
+        ids=[5, 6],
+        max_new_tokens=9,
+        temperature=1,
+        seed=3,
+        min_p=0.1,
+        repetition_penalty=1.3,
+        frequency_penalty=0.5,
+        presence_penalty=-0.25,
+        logit_bias={7: -100, 8: 1.5},
+        logprobs=2,
+    )
+    assert result["ids"] == alone.ids
+    assert alone.logprobs is not None
+    assert [one["logprob"] for one in result["logprobs"]] == [one.logprob for one in alone.logprobs]
+    assert [len(one["top"]) for one in result["logprobs"]] == [2] * len(alone.ids)
+
+
 def test_generate_is_seeded(gsx: Gsx, tiny_bundle: Path) -> None:
     def sample(seed: int) -> str:
         options = ("--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--seed", seed)
@@ -98,6 +127,14 @@ def test_generate_is_seeded(gsx: Gsx, tiny_bundle: Path) -> None:
         (["hello", "--max-new-tokens", "0"], ["the number of new tokens is out of range"]),
         (["hello", "--temperature=-1"], ["temperature"]),
         (["hello", "--top-p", "0"], ["top-p is out of range"]),
+        (["hello", "--min-p", "2"], ["min-p is out of range"]),
+        (["hello", "--repetition-penalty", "0"], ["repetition penalty is out of range", "1 for none"]),
+        (["hello", "--frequency-penalty", "3"], ["frequency penalty is out of range", "-2 to 2"]),
+        (["hello", "--presence-penalty", "nan"], ["presence penalty is out of range"]),
+        (["hello", "--logit-bias", "7:1000"], ["bias of token 7 is out of range"]),
+        (["hello", "--logit-bias", "99999999:1"], ["outside the vocabulary"]),
+        (["hello", "--logit-bias", "seven"], ["not a list of biases"]),
+        (["hello", "--logprobs", "99"], ["log-probabilities", "0 to 20"]),
         (["hello", "--threads", "0"], ["threads"]),
         (["hello", "--stop", ""], ["stop text is empty"]),
         (["bad \udcff byte"], ["not UTF-8"]),

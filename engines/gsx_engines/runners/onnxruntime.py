@@ -219,11 +219,11 @@ class OnnxRuntimeStage:
             return parts[0][1]
         return _joined(parts, call, logits)
 
-    def move(self, memory: Any, source: int, target: int, length: int) -> None:
+    def copy(self, memory: Any, source: int, target: int, length: int) -> None:
         """See `Stage`."""
         if not isinstance(memory, _Memory):
             assert self._portable is not None
-            return self._portable.move(memory, source, target, length)
+            return self._portable.copy(memory, source, target, length)
         for cache in memory.caches.values():
             cache[target, :, :length] = cache[source, :, :length]
         return None

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings
 from gsx_engines.generation import FinishReason, GenerationStats
-from gsx_engines.sampling import GREEDY, Sampling
+from gsx_engines.sampling import GREEDY, Sampling, TokenLogprobs
 from gsx_plugins.errors import GsxError
 
 
@@ -28,6 +28,7 @@ class Request:
         stop: texts that end the generation; they are left out of the text.
         speculative: draft and verify with the bundle's draft. The text is the same. It comes sooner if there are no
             other requests, but the request does not share steps with others.
+        logprobs: report each token's log-probability, and those of so many likeliest tokens; None for none.
     """
 
     prompt: Sequence[int]
@@ -36,6 +37,22 @@ class Request:
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
     speculative: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """New tokens of a request.
+
+    Args:
+        ids: the tokens.
+        text: what they complete, which may be empty.
+        logprobs: of each token, if the request wants them.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,8 +77,8 @@ class Client(Protocol):
     """The receiver of a request's results. All calls come from the scheduler's thread; the last one is `finished`,
     `failed` or `dropped`."""
 
-    def tokens(self, ids: Sequence[int], text: str) -> None:
-        """Take new tokens, and the text that they complete (which may be empty)."""
+    def tokens(self, new: NewTokens) -> None:
+        """Take new tokens."""
         ...
 
     def finished(self, result: Finished) -> None:

@@ -7,6 +7,9 @@ differ. A speculative request has its own cache, and makes its rounds between th
 depend on other requests: the keep rule decides token by token, and the noise of sampling depends only on the request's
 own seed and positions (`gsx_engines/sampling.py`).
 
+A request may have several clients, each with a continuation of its own: the prompt is read once, and its K/V are copied
+into the rows of the others.
+
 One thread makes all calls of the runner (`run`); `submit` may be called from any thread.
 """
 
@@ -17,16 +20,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from gsx_engines.bundle.controls import RuntimeValues, controls_for, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import DraftKind
-from gsx_engines.generation import Continuation, Decoding, GenerationStats, read, take
+from gsx_engines.generation import Continuation, Decoding, GenerationStats, read
 from gsx_engines.runners.base import Runner, StepOutput
 from gsx_engines.sampling import Picker
-from gsx_engines.serving.request import Client, Finished, OverloadedError, Request
+from gsx_engines.serving.request import Client, Finished, NewTokens, OverloadedError, Request
 from gsx_engines.speculation.draft import draft_on
 from gsx_engines.tokens import BundleTokenizer, TextWriter
 from gsx_plugins.errors import UsageError
@@ -34,11 +38,35 @@ from gsx_plugins.errors import UsageError
 _LOG = logging.getLogger(__name__)
 
 
-class _Job:
-    """A request that waits or runs, with results that its client has not received yet."""
+@dataclass
+class _Prompt:
+    """The prompt of a request; once a continuation has read it, the output of that call and its logits [V]."""
 
-    def __init__(self, request: Request, client: Client, runner: Runner, tokenizer: BundleTokenizer | None) -> None:
-        self.client, self.request = client, request
+    output: StepOutput | None = None
+    row: int = 0
+    logits: np.ndarray | None = None
+
+
+class _Job:
+    """A continuation that waits or runs, with results that its client has not received yet.
+
+    Args:
+        request: what is continued.
+        client: receives the continuation.
+        number: of the continuation in its request; the sampling's noise depends on it.
+        prompt: shared by the continuations of a request.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        client: Client,
+        number: int,
+        prompt: _Prompt,
+        runner: Runner,
+        tokenizer: BundleTokenizer | None,
+    ) -> None:
+        self.client, self.request, self.prompt = client, request, prompt
         self.controls = controls_for(runner.manifest, request.keep, [len(request.prompt)])
         self._ids: list[int] = []
         self._text: list[str] = []
@@ -46,7 +74,13 @@ class _Job:
             TextWriter(tokenizer.stream(request.prompt), request.stop, self._text.append) if tokenizer else None
         )
         self.sequence = Continuation(
-            runner.manifest, request.prompt, request.max_new_tokens, Picker(request.sampling), 0, self._on_token
+            runner.manifest,
+            request.prompt,
+            request.max_new_tokens,
+            Picker(request.sampling),
+            number,
+            self._on_token,
+            logprobs=request.logprobs,
         )
         self.decoding: Decoding | None = None  # of a speculative request
         self._arrived = time.perf_counter()
@@ -83,10 +117,11 @@ class _Job:
         ended = self.sequence.finish is not None
         if ended and self._writer is not None:
             self._writer.finish()
-        ids, text = tuple(self._ids), "".join(self._text)
+        logprobs = self.sequence.logprobs
+        new = NewTokens(tuple(self._ids), "".join(self._text), tuple(logprobs[len(logprobs) - len(self._ids) :]))
         self._ids.clear()
         self._text.clear()
-        self.client.tokens(ids, text)
+        self.client.tokens(new)
         if ended:
             self.client.finished(self._result())
         return ended
@@ -157,8 +192,10 @@ class Scheduler:
         """How many requests are in the queue."""
         return len(self._waiting)
 
-    def submit(self, request: Request, client: Client) -> None:
-        """Accept a request; from then on its client is informed about it.
+    def submit(self, request: Request, *clients: Client) -> None:
+        """Accept a request; from then on its clients are informed about it, each about a continuation of its own.
+
+        Continuation n is what sequence n of a batch of this prompt gets in `gsx_engines.generation.generate`.
 
         Raises:
             UsageError: the request cannot be carried out.
@@ -173,8 +210,18 @@ class Scheduler:
                 found="a speculative request",
                 todo="gsx export MODEL --draft auto, or send the request without `speculative`: the text is the same",
             )
-        job = _Job(request, client, self._runner, self._tokenizer)
-        if job.sequence.capacity > self.context:
+        if len(clients) > max(1, self.queue):
+            raise UsageError(
+                "a request asks for more continuations than may wait",
+                expected=f"at most {max(1, self.queue)}",
+                found=str(len(clients)),
+            )
+        prompt = _Prompt()
+        jobs = [
+            _Job(request, client, number, prompt, self._runner, self._tokenizer)
+            for number, client in enumerate(clients)
+        ]
+        if jobs[0].sequence.capacity > self.context:
             raise UsageError(
                 "prompt and new tokens together are longer than the context of this server",
                 expected=f"at most {self.context} tokens",
@@ -184,14 +231,14 @@ class Scheduler:
         with self._changed:
             if self._closed:
                 raise OverloadedError("the server is shutting down")
-            if len(self._waiting) >= self.queue:
+            if len(self._waiting) + len(jobs) > self.queue:
                 raise OverloadedError(
                     "the server has more requests than it can handle",
                     expected=f"at most {self.slots} running and {self.queue} waiting",
                     found=f"{self.under_way} and {len(self._waiting)}",
                     todo="send the request again later",
                 )
-            self._waiting.append(job)
+            self._waiting += jobs
             self._changed.notify()
 
     def run(self, after_turn: Callable[[], None] = lambda: None) -> None:
@@ -245,10 +292,17 @@ class Scheduler:
             self._attempt([job], partial(self._prefill, job))
 
     def _prefill(self, job: _Job) -> None:
-        rows = self._rows([job])
-        output = read(self._runner, self._cache, rows, self._controls([job]))
-        job.count(output, rows.index(job.sequence), len(job.sequence.prompt), len(job.sequence.prompt))
-        take(rows, output)
+        prompt, length = job.prompt, len(job.sequence.prompt)
+        row = self._batch.index(job)
+        source = next((at for at, one in enumerate(self._batch) if one.prompt is prompt and one is not job), None)
+        if source is not None and prompt.logits is not None:
+            self._runner.copy(self._cache, source, row, length)
+        else:
+            prompt.output, prompt.row = read(self._runner, self._cache, self._rows([job]), self._controls([job])), row
+            prompt.logits = prompt.output.logits[row, 0].copy()
+        assert prompt.output is not None
+        job.count(prompt.output, prompt.row, length, length)
+        job.sequence.take(prompt.logits)
 
     def _groups(self) -> list[list[_Job]]:
         """The jobs of the batch, grouped by the steps that they may share.
@@ -323,13 +377,12 @@ class Scheduler:
                 continue
             row, last = self._batch.index(job), len(self._batch) - 1
             if row != last:
-                self._runner.move(self._cache, last, row)
+                self._runner.copy(self._cache, last, row, self._cache.lengths[last])
                 self._batch[row] = self._batch[last]
-            else:
-                lengths = list(self._cache.lengths)
-                lengths[row] = 0
-                self._cache.roll_back(lengths)
             self._batch.pop()
+            lengths = list(self._cache.lengths)
+            lengths[last] = 0
+            self._cache.roll_back(lengths)
 
 
 def _inform(inform: Callable[[], bool | None]) -> bool:

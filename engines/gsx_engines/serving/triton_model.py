@@ -26,7 +26,7 @@ from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.sampling import Sampling
 from gsx_engines.serving.fields import INPUTS, OUTPUTS, Field
-from gsx_engines.serving.request import Finished, OverloadedError, Request
+from gsx_engines.serving.request import Finished, NewTokens, OverloadedError, Request
 from gsx_engines.serving.scheduler import Scheduler
 from gsx_engines.serving.threads import threads_beside_server
 from gsx_engines.speculation.draft import open_draft_runner
@@ -210,11 +210,11 @@ class _Client:
         self._is_waiting = False  # whether a response is in the outbox
         self._asks_at = 0.0
 
-    def tokens(self, ids: Sequence[int], text: str) -> None:
+    def tokens(self, new: NewTokens) -> None:
         """See `Client`."""
         with self._lock:
-            self._ids += ids
-            self._text += text
+            self._ids += new.ids
+            self._text += new.text
             if not self._streams or self._is_waiting:
                 return
             self._is_waiting = True
