@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import pytest
 import torch
 
 from gsx.workflows.generate import generate
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.chat import ChatTemplate
+from gsx_engines.tokens import BundleTokenizer
 from tests.gsx.command_line import GSX, Gsx, Spoil, edit_json, edit_weights, snapshot
 
 # Bundles
@@ -147,6 +151,48 @@ def test_generate_wrong_use(gsx: Gsx, tiny_bundle: Path, arguments: list[str], p
     assert found.out == ""
     for part in parts:
         assert part in found.err
+
+
+def test_a_chat(gsx: Gsx, chat_bundle: Path, tiny_bundle: Path) -> None:
+    """Each line is a message, behind all that was said before; what is refused does not end the chat."""
+    command = [*GSX, "generate", str(chat_bundle), "the class", "--chat", "--max-new-tokens", "9", "--no-speculative"]
+    told = "\nself\n" + "x" * 900 + "\nreturn\n"
+    done = subprocess.run(command, input=told, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "longer than the model's context" in done.stderr
+    assert done.stderr.count("first token after") == 3
+    bundle = open_bundle(chat_bundle)
+    template = ChatTemplate(bundle, BundleTokenizer(bundle))
+    messages: list[dict[str, str]] = []
+    wanted = ""
+    for message in ("the class", "self", "return"):
+        messages.append({"role": "user", "content": message})
+        answer = generate(bundle, ids=template.prompt(messages), max_new_tokens=9, speculative=False)
+        messages.append({"role": "assistant", "content": answer.text or ""})
+        wanted += f"{answer.text}\n"
+    assert done.stdout == wanted
+    assert "no chat template" in gsx("generate", tiny_bundle, "--chat").err
+    assert "--chat is for people" in gsx("generate", chat_bundle, "--chat", "--json").err
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(chat_bundle: Path) -> None:
+    command = [*GSX, "generate", str(chat_bundle), "--chat", "--max-new-tokens", "230", "--temperature", "3"]
+    with subprocess.Popen(
+        [*command, "--logit-bias", "0:-100,258:-100"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, bufsize=0,
+    ) as chat:  # fmt: skip
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        assert chat.stderr is not None
+        chat.stdin.write(b"the class\n")
+        chat.stdout.read(1)
+        chat.send_signal(signal.SIGINT)
+        assert chat.stderr.readline() == b"(interrupted)\n"
+        chat.stdin.write(b"self\n")
+        chat.stdout.read(1)
+        chat.send_signal(signal.SIGTERM)
+        assert chat.wait(60) == 128 + signal.SIGTERM
+        assert b"Traceback" not in chat.stderr.read()
 
 
 def test_generate_from_stdin(tiny_bundle: Path) -> None:
