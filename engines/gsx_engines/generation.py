@@ -21,7 +21,7 @@ import numpy as np
 
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, RuntimeValues, controls_for
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.runners.base import Cache, Runner, StepOutput
+from gsx_engines.runners.base import Cache, Logits, Runner, StepOutput
 from gsx_engines.sampling import GREEDY, Picker, Sampling, TokenLogprobs, adjusted, check_logprobs, logprobs_of
 from gsx_engines.speculation.draft import Draft
 from gsx_engines.speculation.length import FIRST_LENGTH, AdaptiveLength, DraftLength, FixedLength, Round
@@ -49,6 +49,7 @@ class GenerationStats:
             plain steps, and in the search for a better draft. The rest is spent in the loop itself.
         drafted, accepted: by position in the draft, from its first token on: how often a token was drafted there after
             only correct ones, and how often it was correct itself.
+        draft_rounds: of each verification of a sequence's draft, the number of drafted tokens and of those accepted.
         kept_rows, gated_rows: rows that skippable branches ran on, and rows that the keep rule decided on, in all
             layers that the model itself ran; 0 for a dense model.
     """
@@ -64,6 +65,7 @@ class GenerationStats:
     search_seconds: float = 0.0
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
+    draft_rounds: tuple[tuple[int, int], ...] = ()
     kept_rows: int = 0
     gated_rows: int = 0
 
@@ -140,12 +142,7 @@ def generate(
     manifest = runner.manifest
     if not prompts:
         raise UsageError("no prompt was given")
-    if draft_length is not None and not 0 <= draft_length <= manifest.decoder.max_positions:
-        raise UsageError(
-            "the draft length is out of range",
-            expected=f"0 (plain decoding) to {manifest.decoder.max_positions}",
-            found=str(draft_length),
-        )
+    check_draft_length(draft_length, manifest)
     picker = Picker(sampling)
     stops = None if stop_ids is None else frozenset(stop_ids)
     sequences = [
@@ -251,7 +248,7 @@ class Continuation:
 Rows = Sequence[Continuation | None]
 
 
-def read(runner: Runner, cache: Cache, rows: Rows, controls: RuntimeValues) -> StepOutput:
+def read(runner: Runner, cache: Cache, rows: Rows, controls: RuntimeValues, logits: Logits = "last") -> StepOutput:
     """Have the model read the unread tokens of each sequence; `take` then chooses their next tokens.
 
     Args:
@@ -259,13 +256,14 @@ def read(runner: Runner, cache: Cache, rows: Rows, controls: RuntimeValues) -> S
         cache: its cache.
         rows: the sequences by their rows in the cache; None, and sequences that have ended, are left out.
         controls: as in `Call`, for all rows.
+        logits: as in `Runner.step`.
     """
     unread = [sequence.unread if sequence is not None and sequence.left else () for sequence in rows]
     counts = list(map(len, unread))
     ids = np.zeros((len(counts), max(counts)), np.int64)
     for row, tokens in enumerate(unread):
         ids[row, : len(tokens)] = tokens
-    return runner.step(cache, ids, controls, counts=counts)
+    return runner.step(cache, ids, controls, counts=counts, logits=logits)
 
 
 def take(rows: Rows, output: StepOutput) -> None:
@@ -284,6 +282,7 @@ class _Counters:
     search_seconds: float = 0.0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    rounds: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, output: StepOutput) -> None:
         """Count the kept rows of a call that the model itself would have made too."""
@@ -375,6 +374,7 @@ class Decoding:
             search_seconds=counters.search_seconds,
             drafted=tuple(counters.drafted),
             accepted=tuple(counters.accepted + [0] * (len(counters.drafted) - len(counters.accepted))),
+            draft_rounds=tuple(counters.rounds),
             kept_rows=counters.kept,
             gated_rows=counters.gated,
         )
@@ -427,6 +427,8 @@ class Decoding:
             right, wrong = right + hit, wrong + missed
             confidence += sum(confidences[row][:judged])
             self.counters.count_draft(judged, hit)
+            if proposed:
+                self.counters.rounds.append((proposed, hit))
             tokens += count + 1
             stays[row] += count + 1
         cache.roll_back(stays)
@@ -460,6 +462,16 @@ class Decoding:
             if not any(going):
                 break
         return confidences, seconds
+
+
+def check_draft_length(length: int | None, manifest: Manifest) -> None:
+    """Refuse a number of drafted tokens that no round can have."""
+    if length is not None and not 0 <= length <= manifest.decoder.max_positions:
+        raise UsageError(
+            "the draft length is out of range",
+            expected=f"0 (plain decoding) to {manifest.decoder.max_positions}",
+            found=str(length),
+        )
 
 
 def _check(prompt: Sequence[int], max_new_tokens: int, manifest: Manifest) -> None:

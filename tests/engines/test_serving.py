@@ -18,7 +18,7 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
 from gsx_engines.errors import EngineError
 from gsx_engines.generation import Continuation, Decoding
-from gsx_engines.runners.base import Cache, Runner, StepOutput
+from gsx_engines.runners.base import Cache, Logits, Runner, StepOutput
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
@@ -334,9 +334,9 @@ class Counted:
         self.manifest, self._runner, self.read = runner.manifest, runner, 0
         self.new_cache, self.copy = runner.new_cache, runner.copy
 
-    def step(self, cache: Cache, input_ids: np.ndarray, controls: RuntimeValues, *, counts: list[int]) -> StepOutput:
+    def step(self, cache: Cache, ids: np.ndarray, controls: RuntimeValues, *, counts: list[int], logits: Logits):
         self.read += sum(counts)
-        return self._runner.step(cache, input_ids, controls, counts=counts)
+        return self._runner.step(cache, ids, controls, counts=counts, logits=logits)
 
 
 def test_more_continuations_than_may_wait_are_refused(tiny_bundle: Path) -> None:

@@ -63,7 +63,7 @@ class StepOutput:
             beyond a sequence's count; "none": [B, 0, V].
         kept: [L, 2] int64, rows kept by each (layer, branch) in this call; None for a dense model.
         gated_rows: rows that the keep rule decided on in this call: one for each token and skippable branch.
-        kept_by_sequence: [B] int64, kept rows of each sequence over all branches; None for a dense model, and where
+        kept_by_sequence: [B, L, 2] int64, kept rows of each sequence; None for a dense model, and where
             the runtime reports only the sum.
     """
 

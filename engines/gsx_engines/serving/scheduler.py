@@ -27,10 +27,10 @@ import numpy as np
 
 from gsx_engines.bundle.controls import RuntimeValues, controls_for, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import DraftKind
-from gsx_engines.generation import Continuation, Decoding, GenerationStats, read
+from gsx_engines.generation import Continuation, Decoding, GenerationStats, check_draft_length, read
 from gsx_engines.runners.base import Runner, StepOutput
-from gsx_engines.sampling import Picker
-from gsx_engines.serving.request import Client, Finished, NewTokens, OverloadedError, Request
+from gsx_engines.sampling import Picker, TokenLogprobs, logprobs_of
+from gsx_engines.serving.request import Client, ClosingError, Finished, NewTokens, OverloadedError, Request
 from gsx_engines.speculation.draft import draft_on
 from gsx_engines.tokens import BundleTokenizer, TextWriter
 from gsx_plugins.errors import UsageError
@@ -45,6 +45,7 @@ class _Prompt:
     output: StepOutput | None = None
     row: int = 0
     logits: np.ndarray | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class _Job:
@@ -80,11 +81,13 @@ class _Job:
             Picker(request.sampling),
             number,
             self._on_token,
-            logprobs=request.logprobs,
+            request.stop_ids,
+            request.logprobs,
         )
         self.decoding: Decoding | None = None  # of a speculative request
         self._arrived = time.perf_counter()
         self._began = self._first = 0.0
+        self._rows: list[np.ndarray] = []  # kept rows that the client has not received yet
         self._steps = self._kept = self._gated = 0
         self._all_counted = True
 
@@ -104,12 +107,17 @@ class _Job:
         if output.kept is None:
             return
         if output.kept_by_sequence is not None:
-            self._kept += int(output.kept_by_sequence[row])
+            self._kept += int(output.kept_by_sequence[row].sum())
         elif tokens == all_tokens:
             self._kept += int(output.kept.sum())
         else:
             self._all_counted = False
         self._gated += output.gated_rows * tokens // all_tokens
+        if self.request.kept and self.sequence.tokens:
+            if output.kept_by_sequence is not None:
+                self._rows.append(output.kept_by_sequence[row])
+            elif all_tokens == 1:
+                self._rows.append(output.kept)
 
     def report(self) -> bool:
         """Send the client what is new; returns whether the request has ended."""
@@ -118,9 +126,12 @@ class _Job:
         if ended and self._writer is not None:
             self._writer.finish()
         logprobs = self.sequence.logprobs
-        new = NewTokens(tuple(self._ids), "".join(self._text), tuple(logprobs[len(logprobs) - len(self._ids) :]))
+        new = NewTokens(
+            tuple(self._ids), "".join(self._text), tuple(logprobs[len(logprobs) - len(self._ids) :]), tuple(self._rows)
+        )
         self._ids.clear()
         self._text.clear()
+        self._rows.clear()
         self.client.tokens(new)
         if ended:
             self.client.finished(self._result())
@@ -128,13 +139,15 @@ class _Job:
 
     def _on_token(self, token: int) -> bool:
         self._ids.append(token)
+        if token in (self.request.stop_ids or ()):
+            return False
         return self._writer is not None and self._writer.push(token)
 
     def _result(self) -> Finished:
         stats = self.decoding.stats() if self.decoding is not None else self._stats()
         finish = self.sequence.finish
         assert finish is not None
-        return Finished(finish, self._began - self._arrived, self._first - self._arrived, stats)
+        return Finished(finish, self._began - self._arrived, self._first - self._arrived, stats, self.prompt.logprobs)
 
     def _stats(self) -> GenerationStats:
         steps = self._steps - 1  # the first one is the prefill
@@ -183,6 +196,11 @@ class Scheduler:
         self._closed = False
 
     @property
+    def closed(self) -> bool:
+        """Whether no more requests are accepted."""
+        return self._closed
+
+    @property
     def under_way(self) -> int:
         """How many requests have a slot."""
         return len(self._batch) + len(self._alone)
@@ -210,6 +228,9 @@ class Scheduler:
                 found="a speculative request",
                 todo="gsx export MODEL --draft auto, or send the request without `speculative`: the text is the same",
             )
+        check_draft_length(request.draft_length, self._manifest)
+        if request.speculative and request.prompt_logprobs:
+            raise UsageError("a speculative request reads its prompt in another way", found="log-probabilities of it")
         if len(clients) > max(1, self.queue):
             raise UsageError(
                 "a request asks for more continuations than may wait",
@@ -230,7 +251,7 @@ class Scheduler:
             )
         with self._changed:
             if self._closed:
-                raise OverloadedError("the server is shutting down")
+                raise ClosingError()
             if len(self._waiting) + len(jobs) > self.queue:
                 raise OverloadedError(
                     "the server has more requests than it can handle",
@@ -251,7 +272,7 @@ class Scheduler:
             self.work()
             after_turn()
         for job in [*self._batch, *self._alone, *self._waiting]:
-            _inform(partial(job.client.failed, OverloadedError("the server is shutting down")))
+            _inform(partial(job.client.failed, ClosingError()))
 
     def close(self) -> None:
         """End `run` after its current step; unfinished requests fail."""
@@ -298,8 +319,17 @@ class Scheduler:
         if source is not None and prompt.logits is not None:
             self._runner.copy(self._cache, source, row, length)
         else:
-            prompt.output, prompt.row = read(self._runner, self._cache, self._rows([job]), self._controls([job])), row
-            prompt.logits = prompt.output.logits[row, 0].copy()
+            whole = job.request.prompt_logprobs
+            rows, controls = self._rows([job]), self._controls([job])
+            prompt.output = read(self._runner, self._cache, rows, controls, "all" if whole else "last")
+            prompt.row = row
+            logits = prompt.output.logits[row]
+            prompt.logits = logits[length - 1 if whole else 0].copy()
+            if whole:
+                count, behind = job.request.logprobs or 0, job.sequence.prompt[1:]
+                prompt.logprobs = tuple(
+                    logprobs_of(one, token, count) for one, token in zip(logits, behind, strict=False)
+                )
         assert prompt.output is not None
         job.count(prompt.output, prompt.row, length, length)
         job.sequence.take(prompt.logits)
@@ -336,7 +366,8 @@ class Scheduler:
         if job.decoding is None:
             assert self._draft is not None
             draft = draft_on(self._runner, self._draft)
-            job.decoding = Decoding(self._runner, [job.sequence], job.controls, draft)
+            length = job.request.draft_length
+            job.decoding = Decoding(self._runner, [job.sequence], job.controls, draft, length)
             job.decoding.start()
         else:
             job.decoding.round()

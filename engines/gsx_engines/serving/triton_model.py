@@ -26,6 +26,7 @@ from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.sampling import Sampling
 from gsx_engines.serving.fields import INPUTS, OUTPUTS, Field
+from gsx_engines.serving.limits import check_ids_fit, check_layers, check_stops, check_text_size, need_tokenizer
 from gsx_engines.serving.request import Finished, NewTokens, OverloadedError, Request
 from gsx_engines.serving.scheduler import Scheduler
 from gsx_engines.serving.threads import threads_beside_server
@@ -35,13 +36,6 @@ from gsx_plugins.errors import GsxError, UsageError
 
 _LOG = logging.getLogger(__name__)
 
-# No token of any vocabulary is longer than this. A text longer than the context times this is refused before the
-# tokenizer spends time on it.
-MAX_TOKEN_BYTES = 256
-# Limited, since the stop texts are compared with the text at every token.
-MAX_STOPS, MAX_STOP_BYTES = 16, 256
-# Enough to name every branch of a model with 400 layers; limited, since an error message repeats it.
-MAX_LAYERS_BYTES = 4096
 # How often Triton is asked whether a request was cancelled, and how often gauges are updated: each takes a round trip
 # between the processes, as long as a step of a small model.
 CANCEL_SECONDS = GAUGE_SECONDS = 0.05
@@ -131,18 +125,9 @@ class TritonPythonModel:
                 found="neither" if ids is None else "both",
             )
         stop = tuple(_text(part, "stop") for part in stops) if stops is not None else ()
-        longest = max((len(part.encode()) for part in stop), default=0)
-        if "" in stop or len(stop) > MAX_STOPS or longest > MAX_STOP_BYTES:
-            raise UsageError(
-                "there are too many stop texts, or one has an invalid length",
-                expected=f"at most {MAX_STOPS}, each of 1 to {MAX_STOP_BYTES} bytes",
-                found="an empty one" if "" in stop else f"{len(stop)}, the longest with {longest} bytes",
-            )
+        check_stops(stop)
         layers = given["layers"]
-        if layers is not None and len(layers) > MAX_LAYERS_BYTES:
-            raise UsageError(
-                "layers is too long", expected=f"at most {MAX_LAYERS_BYTES} bytes", found=f"{len(layers)} bytes"
-            )
+        check_layers(len(layers or b""))
         temperature, top_k, top_p = given["temperature"], given["top_k"], given["top_p"]
         return Request(
             prompt=self._prompt(text) if text is not None else _ids(ids, self._scheduler.context),
@@ -165,12 +150,9 @@ class TritonPythonModel:
         )
 
     def _prompt(self, value: bytes) -> list[int]:
-        if self._tokenizer is None:
-            raise UsageError("this bundle has no tokenizer", expected="input_ids", found="text_input")
-        most = MAX_TOKEN_BYTES * self._scheduler.context
-        if len(value) > most:
-            raise UsageError("text_input is too long", expected=f"at most {most} bytes", found=f"{len(value)} bytes")
-        return self._tokenizer.encode_prompt(_text(value, "text_input"))
+        tokenizer = need_tokenizer(self._tokenizer, "input_ids", "text_input")
+        check_text_size("text_input", len(value), self._scheduler.context)
+        return tokenizer.encode_prompt(_text(value, "text_input"))
 
 
 class _Outbox:
@@ -354,12 +336,7 @@ def _text(value: bytes, name: str) -> str:
 
 
 def _ids(array: np.ndarray, context: int) -> list[int]:
-    if len(array) >= context:
-        raise UsageError(
-            "the prompt is longer than the context of this server",
-            expected=f"fewer than {context} tokens",
-            found=f"{len(array)} tokens",
-        )
+    check_ids_fit(len(array), context)
     return list(map(int, array))
 
 
