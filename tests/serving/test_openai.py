@@ -142,7 +142,8 @@ def test_log_probabilities_and_echo(server: HttpServer, gated: Bundle) -> None:
     found = server.client.completions.create(max_tokens=6, **asked).choices[0].logprobs
     assert found is not None
     assert found.token_logprobs == pytest.approx([one.logprob for one in alone.logprobs], abs=1e-4)
-    assert [len(top) for top in found.top_logprobs or ()] == [2] * 6
+    # By text, so that two tokens which are parts of characters may share a key.
+    assert {len(top) for top in found.top_logprobs or ()} <= {1, 2}
     echoed = server.client.completions.create(max_tokens=1, echo=True, **asked).choices[0]
     assert echoed.text == PROMPT + server.client.completions.create(max_tokens=1, **asked).choices[0].text
     scored = echoed.logprobs
@@ -194,11 +195,10 @@ def test_chats(chatting: HttpServer, chat_bundle: Path, template: ChatTemplate) 
 
 
 def test_what_a_request_leaves_out(chatting: HttpServer, chat_bundle: Path, template: ChatTemplate) -> None:
-    """A set of layers, an exit, a speed-up; and which branches each token kept."""
+    """A set of layers, an exit; and which branches each token kept."""
     for gsx_options, options in (
         ({"layers": "0"}, {"layers": "0"}),
         ({"exit": 1}, {"exit_layer": 1}),
-        ({"speedup": 1.5}, {"speedup": 1.5}),
     ):
         alone = gsx.generate(
             chat_bundle, ids=template.prompt(TOLD), max_new_tokens=6, speculative=False, threads=1, **options
@@ -248,7 +248,6 @@ BAD: dict[str, tuple[dict[str, Any] | bytes, int, str]] = {
     "a long prompt": ({"prompt": "a" * 600}, 400, "context"),
     "a very long prompt": ({"prompt": "a" * 300_000}, 400, "too long"),
     "many ids": ({"prompt": [70] * 600}, 400, "longer than the context"),
-    "too many tokens": ({"max_tokens": 10**6}, 400, "longer than the context of this server"),
     "no tokens": ({"max_tokens": 0}, 400, "max_tokens"),
     "tokens as a text": ({"max_tokens": "2"}, 400, "max_tokens"),
     "a temperature below 0": ({"temperature": -1}, 400, "temperature"),
@@ -278,7 +277,6 @@ BAD: dict[str, tuple[dict[str, Any] | bytes, int, str]] = {
     "not UTF-8": (b'{"model": "tiny", "prompt": "a\xff"}', 400, "parsing the body"),
     "no object": (b"[]", 400, "the body"),
     "deep": (b"[" * 100_000, 400, ""),
-    "large": (b" " * (9 * 2**20), 413, "too large"),
 }
 
 
@@ -291,6 +289,18 @@ def test_bad_requests(server: HttpServer, name: str) -> None:
     assert (found, set(error)) == (status, {"message", "type", "param", "code"})
     assert words in error["message"]
     assert "Traceback" not in text
+
+
+def test_a_large_body_is_refused_before_it_is_read(server: HttpServer) -> None:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    chunk = b"80000\r\n" + b" " * 0x80000 + b"\r\n"
+    for length, sent in (("Content-Length: 99999999", b" "), ("Transfer-Encoding: chunked", chunk * 17)):
+        with socket.create_connection((host, int(port)), timeout=30) as raw:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{length}\r\n\r\n"
+            raw.sendall(head.encode() + sent)
+            answer = raw.recv(4096).decode() + raw.recv(4096).decode()
+        assert "413" in answer.splitlines()[0]
+        assert "the body is too large" in answer
 
 
 BAD_CHATS: dict[str, tuple[dict[str, Any], str]] = {

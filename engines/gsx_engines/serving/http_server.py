@@ -116,7 +116,7 @@ def make_app(served: Served) -> FastAPI:
     metrics = Metrics(served.scheduler)
     api = _Api(served, metrics)
     app = FastAPI(title="gsx", version=served.version, docs_url=None, redoc_url=None)
-    app.add_middleware(_Door, api_key=served.api_key)  # type: ignore[arg-type]
+    app.add_middleware(_Door, api_key=served.api_key)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: HttpRequest, error: RequestValidationError) -> Response:
@@ -402,7 +402,7 @@ class _Door:
             message = await receive()
             read += len(message.get("body", b""))
             if read > MAX_BODY_BYTES:  # without a length, in chunks
-                raise too_large
+                raise HTTPException(413, str(too_large))  # which FastAPI does not take for a body that it cannot parse
             return message
 
         await self._app(scope, limited, send)

@@ -193,14 +193,14 @@ class Answer:
         return {
             "tokens": texts,
             "token_logprobs": [None if one is None else _finite(one.logprob) for _, one in tokens],
-            "top_logprobs": [
-                None
-                if one is None
-                else {self._tokenizer.token_text(token): _finite(logprob) for token, logprob in one.top}
-                for _, one in tokens
-            ],
+            "top_logprobs": [None if one is None else self._by_text(one) for _, one in tokens],
             "text_offset": offsets,
         }
+
+    def _by_text(self, found: TokenLogprobs) -> dict[str, float]:
+        """The likeliest tokens by their texts; of several that are parts of characters, the likeliest."""
+        named = [(self._tokenizer.token_text(token), _finite(logprob)) for token, logprob in found.top]
+        return dict(reversed(named))
 
     def _chat_token(self, token: int, found: TokenLogprobs) -> dict[str, Any]:
         top = [self._named(other, logprob) for other, logprob in found.top]

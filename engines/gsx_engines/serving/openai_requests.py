@@ -172,7 +172,7 @@ class CompletionBody(_Generating):
             return [prompt]
         if not prompt:
             raise UsageError("the prompt is empty", expected="a text, token ids, or a list of them")
-        return [prompt] if isinstance(prompt[0], int) else prompt  # type: ignore[list-item, return-value]
+        return [prompt] if isinstance(prompt[0], int) else prompt
 
 
 class TextPart(_Body):
