@@ -117,6 +117,20 @@ def base_models(make_once: MakeOnce) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def chat_bundle(make_once: MakeOnce, base_models: dict[str, Path]) -> Path:
+    """`chat llama` with a chat template and gates of sets of layers, exported with a draft."""
+    from gsx.workflows.export import export
+    from tests.checkpoints import CHAT_TEMPLATE, copy
+
+    def make(path: Path) -> None:
+        model = copy(base_models["chat llama"], path.with_name("chat-model"))
+        (model / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        export(model, path, policy="layers", draft="exit:1")
+
+    return make_once("bundle-with-a-template", make)
+
+
+@pytest.fixture(scope="session")
 def base_bundles(make_once: MakeOnce, base_models: dict[str, Path]) -> dict[str, Bundle]:
     """`base_models`, exported."""
     from gsx.workflows.export import export

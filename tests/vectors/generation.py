@@ -23,6 +23,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sampled": {"max_new_tokens": 24, "sampling": {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "seed": 7}},
     "hot": {"max_new_tokens": 24, "stop_ids": [], "sampling": {"temperature": 1.5, "seed": 2**64 - 1}},
     "other budget": {"max_new_tokens": 20, "keep": {"budget": 0.65}, "stop_ids": []},
+    "penalties": {
+        "max_new_tokens": 24,
+        "logprobs": 2,
+        "sampling": {"temperature": 0.0, "repetition_penalty": 1.5, "frequency_penalty": 0.5, "presence_penalty": 0.25},
+    },
+    "sampled, all else": {
+        "max_new_tokens": 24,
+        "logprobs": 0,
+        "stop_ids": [],
+        "sampling": {
+            "temperature": 1.2,
+            "min_p": 0.02,
+            "seed": 11,
+            "repetition_penalty": 1.2,
+            "frequency_penalty": -0.5,
+            "presence_penalty": 1.5,
+            "logit_bias": {5: 2.0, 60: -100.0},
+        },
+    },
     "one token": {"max_new_tokens": 1},
     "stop ids": {"max_new_tokens": 40, "stop_ids": list(range(0, VOCABULARY, 9))},
     "a set of layers": {"max_new_tokens": 16, "keep": {"layers": "0-2,4.mlp"}},
@@ -75,6 +94,13 @@ REFUSED: list[tuple[str, str | None, list[list[int]], dict[str, Any]]] = [
     ("gated", None, [[5]], {"sampling": {"temperature": -1.0}}),
     ("gated", None, [[5]], {"sampling": {"temperature": 1.0, "top_k": -3}}),
     ("gated", None, [[5]], {"sampling": {"temperature": 1.0, "top_p": 0.0}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 1.0, "min_p": 1.5}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 0.0, "repetition_penalty": 0.0}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 0.0, "frequency_penalty": 2.5}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 0.0, "presence_penalty": -2.25}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 0.0, "logit_bias": {5: 101.0}}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 0.0, "logit_bias": {VOCABULARY: 1.0}}}),
+    ("gated", None, [[5]], {"logprobs": 21}),
     ("gated", "exit:3", [[5]], {"draft_length": -1}),
     ("gated", "exit:3", [[5]], {"draft_length": CONTEXT + 1}),
     ("gated", "exit:2", [[5]], {}),
@@ -213,6 +239,7 @@ def _asked(options: dict[str, Any]) -> dict[str, Any]:
         "sampling": options.get("sampling", {"temperature": 0.0}),
         "stop_ids": options.get("stop_ids"),
         "draft_length": options.get("draft_length"),
+        **({"logprobs": options["logprobs"]} if "logprobs" in options else {}),
     }
 
 

@@ -183,6 +183,18 @@ class GraphEntry(Section):
     ops: tuple[str, ...]
 
 
+class ChatTemplateEntry(Section):
+    """The model's chat template.
+
+    Args:
+        file: of the bundle; the whole file, or the entry `chat_template` in `tokenizer_config.json`.
+        sha256: of the template's text in UTF-8.
+    """
+
+    file: FileName
+    sha256: Sha256
+
+
 class WeightsEntry(Section):
     """The file with the weights of all graphs."""
 
@@ -192,7 +204,7 @@ class WeightsEntry(Section):
 
 
 class Manifest(Section):
-    """The whole of `gsx.json`."""
+    """The whole of `gsx.json`. A bundle without a chat template does not have the key, like those of 0.1.0."""
 
     schema_version: Literal[1]
     gsx_version: str
@@ -209,8 +221,14 @@ class Manifest(Section):
     graphs: Mapping[str, GraphEntry]
     weights: WeightsEntry
     draft: DraftEntry | None = None
+    chat_template: ChatTemplateEntry | None = None
 
     engines: Mapping[FileName, EngineEntry] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_template(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = fields(self)
+        return {name: value for name, value in values.items() if name != "chat_template" or value}
 
     @model_validator(mode="before")
     @classmethod
