@@ -45,6 +45,7 @@ class GsxOptions(_Body):
         budget: share of (token, branch) pairs kept.
         layers, exit, speedup: instead of a budget, for policies that read a set of layers.
         exit_threshold: confidence at which a token exits, with policy calm.
+        loops: how many loops run, for a looped model with policy loops.
         speculative: draft and verify with the bundle's draft; the text is the same.
         draft_length: tokens drafted before a verification; null: found while generating.
         kept: report which branches each token kept.
@@ -55,6 +56,7 @@ class GsxOptions(_Body):
     exit: int | None = None
     speedup: float | None = None
     exit_threshold: float | None = None
+    loops: int | None = None
     speculative: bool = False
     draft_length: int | None = None
     kept: bool = False
@@ -122,7 +124,9 @@ class _Generating(_Body):
         return Request(
             prompt=prompt,
             max_new_tokens=most_new if self.max_tokens is None else self.max_tokens,
-            keep=KeepSettings(options.budget, options.layers, options.exit, options.speedup, options.exit_threshold),
+            keep=KeepSettings(
+                options.budget, options.layers, options.exit, options.speedup, options.exit_threshold, options.loops
+            ),
             sampling=self._sampling(),
             stop=stop,
             stop_ids=frozenset() if self.ignore_eos else stop_ids,
