@@ -239,11 +239,13 @@ class ModelConfig:
         )
 
     def below(self, number: int) -> int:
-        """Where a skipped token's K and V are copied from, with the K/V policy `copy`: the layer below.
+        """Where a skipped token's K and V are copied from, with the K/V policy `copy`: the layer below; -1 if nowhere.
 
         In a looped model, the visit of the same layer in the loop before.
         """
-        return number - (1 if self.loops is None else self.loops.looped)
+        if self.loops is None:
+            return number - 1
+        return number - self.loops.looped if self.loops.loop_of(number) else -1
 
     def of_loops(self, loops: Loops) -> ModelConfig:
         """The same looped model with another number of loops."""

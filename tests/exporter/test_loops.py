@@ -17,6 +17,7 @@ from gsx.workflows.export import export
 from gsx.workflows.inspect import inspect
 from gsx.workflows.study import study
 from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.confidence import Measure
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.bundle.loops import Loops
@@ -34,6 +35,8 @@ from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.reference.model import Reference
+from gsx_exporter.rules.calm.policy import CalmPlan
+from gsx_exporter.rules.calm.reference import Confident
 from gsx_exporter.rules.loops.reference import CountedLoops
 from gsx_exporter.rules.loops.traced import LoopCount
 from gsx_exporter.rules.plan import PolicyOptions
@@ -132,6 +135,29 @@ def test_the_traced_decoder_keeps_what_the_masks_keep(
             torch.testing.assert_close(stream.below[number].value, cached.values, atol=ATOL, rtol=0)
         logits = torch.cat([found for _, found in walk.logits(stream)])
     torch.testing.assert_close(logits, output.logits, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("kv_policy", ["compute", "copy"])
+@pytest.mark.parametrize(("measure", "threshold"), [("softmax", 0.2), ("state", 0.9)])
+def test_a_token_exits_between_loops(ouro: Path, measure: Measure, threshold: float, kv_policy: Any) -> None:
+    checkpoint = open_checkpoint(ouro)
+    plan = plan_policy(PolicyOptions(f"calm:{measure},threshold={threshold}", kv_policy=kv_policy), checkpoint.config)
+    assert isinstance(plan, CalmPlan)
+    assert plan.rule.exits == (2, 4)
+    ids, from_the_start = np.random.default_rng(0).integers(3, 250, (3, 20)), np.zeros(1, np.int64)
+    rule = Confident(plan.rule.exits, measure, threshold, from_the_start, 0.0, 1)
+    output = Reference.load(checkpoint)(torch.from_numpy(ids), rule=rule, kv_policy=kv_policy)
+    walk = Walk(checkpoint, ids, DecoderOptions(plan.rule, kv_policy))
+    with torch.inference_mode():
+        stream = walk.stream({"exit_threshold": np.array(threshold, np.float32), "full_until": from_the_start})
+        for number, layer in walk.layers():
+            ran = walk.through(number, layer, stream)
+            assert ran["attn"].view(ids.shape).tolist() == output.keep[number][0].tolist()
+        logits = torch.cat([found for _, found in walk.logits(stream)])
+    torch.testing.assert_close(logits, output.logits, atol=ATOL, rtol=0)
+    in_the_last_loop = int(output.keep[5][0].sum())
+    assert in_the_last_loop < ids.size
+    assert in_the_last_loop > 0 or measure == "state"  # the layers of a random model change a state too little
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -290,7 +316,7 @@ def test_the_policy(looped: Path) -> None:
         ({"policy": "loops:2,default=3"}, "a default of at most 2"),
         ({"policy": "loops:two"}, "numbers of loops from 1 to 64"),
         ({"policy": "layers:0-2"}, "loops or dense"),
-        ({"policy": "calm:threshold=0.5,exits=1"}, "loops or dense"),
+        ({"policy": "calm:threshold=0.5"}, "where no layer comes after the loops"),
         ({"budget": 0.5}, "one of them"),
         ({"draft": "exit:2"}, "loops:N"),
         ({"draft": "auto"}, "loops:N"),
@@ -319,6 +345,11 @@ def test_loops_are_for_looped_models(looped: Path, tmp_path: Path) -> None:
         plan_policy(PolicyOptions("loops"), open_checkpoint(plain).config)
     with pytest.raises(UsageError, match="layers run once"):
         study(looped, tokens=512)
+
+
+def test_exits_are_between_loops(ouro: Path) -> None:
+    with pytest.raises(UsageError, match="exits between its loops only"):
+        plan_policy(PolicyOptions("calm:threshold=0.5,exits=1+2"), open_checkpoint(ouro).config)
 
 
 def test_inspect_shows_loops_and_caches(bundle: Bundle, looped: Path) -> None:

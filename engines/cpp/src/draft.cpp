@@ -73,7 +73,7 @@ void checkLoops(LoopsDraft const& draft, Manifest const& manifest) {
                          {"a looped model, exported with --policy loops", "a model without", {}});
     }
     int64_t const most = manifest.decoder.loops->most;
-    if (draft.loops < 1 || draft.loops >= most) {
+    if (draft.loops >= most) {
         throw UsageError("the draft " + toString(draft) + " is not one with fewer loops than the model",
                          {most > 1 ? "1 to " + std::to_string(most - 1) : "a model with several loops",
                           std::to_string(draft.loops), {}});
@@ -144,7 +144,8 @@ DraftKind parseDraft(std::string const& text) {
             return BudgetDraft{*budget};
         }
     } else if (kind == "loops") {
-        if (std::optional<int64_t> const loops = numberOf<int64_t>(value)) return LoopsDraft{*loops};
+        std::optional<int64_t> const loops = numberOf<int64_t>(value);
+        if (loops && *loops >= 1) return LoopsDraft{*loops};
     } else if (kind == "layers") {
         if (std::optional<std::vector<Place>> const places = parsePlaces(value)) return LayersDraft{*places};
     }

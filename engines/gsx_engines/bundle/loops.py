@@ -63,6 +63,11 @@ class Loops(Section):
         """The visits that fewer loops leave out: those of all loops but the first."""
         return tuple(range(self.before + self.looped, self.before + self.looped * self.most))
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The numbers of visits after which a loop ends, all but the last."""
+        return tuple(self.before + self.looped * count for count in range(1, self.most))
+
     def run_by(self, loops: int) -> tuple[int, ...]:
         """The visits that a number of loops runs."""
         return tuple(n for n in range(len(self.visits)) if (self.loop_of(n) or 0) < loops)

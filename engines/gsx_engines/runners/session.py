@@ -21,7 +21,7 @@ def session_config(manifest: Manifest, *, lowered: bool = False) -> Mapping[str,
     graph is computed as it is written, in float32; the lowered graph has products that do not saturate.
 
     In a looped model many products read one weight. ONNX Runtime would pack it for each of them, a copy for every loop:
-    they read it as it is (no slower where it was measured, benchmarks/RESULTS.md).
+    they read it as it is, which costs a step nothing and a prompt a sixth of its time (benchmarks/RESULTS.md).
     """
     loops = manifest.decoder.loops
     config = {} if loops is None or loops.most == 1 else {"session.disable_prepacking": "1"}

@@ -104,7 +104,7 @@ def check_loops(draft: LoopsDraft, loops: Loops | None) -> None:
             expected="a looped model, exported with --policy loops",
             found="a model without",
         )
-    if not 1 <= draft.loops < loops.most:
+    if draft.loops >= loops.most:
         raise UsageError(
             f"the draft {draft} is not one with fewer loops than the model",
             expected=f"1 to {loops.most - 1}" if loops.most > 1 else "a model with several loops",

@@ -66,14 +66,18 @@ class OuroDecoderLayer(nn.Module):
         super().__init__()
         self.self_attn = LlamaAttention(config, layer_idx)
         self.mlp = LlamaMLP(config)
-        for name in ("input_layernorm", "input_layernorm_2", "post_attention_layernorm", "post_attention_layernorm_2"):
-            setattr(self, name, LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm, self.input_layernorm_2 = LlamaRMSNorm(width, eps), LlamaRMSNorm(width, eps)
+        self.post_attention_layernorm = LlamaRMSNorm(width, eps)
+        self.post_attention_layernorm_2 = LlamaRMSNorm(width, eps)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """hidden_states: [B, S, H] -> the same."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + self.input_layernorm_2(attended)
-        return hidden_states + self.post_attention_layernorm_2(self.mlp(self.post_attention_layernorm(hidden_states)))
+        output = self.mlp(self.post_attention_layernorm(hidden_states))
+        added: torch.Tensor = hidden_states + self.post_attention_layernorm_2(output)
+        return added
 
 
 class OuroModel(LlamaModel):

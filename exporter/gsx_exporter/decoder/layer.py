@@ -223,8 +223,7 @@ class DecoderLayer(nn.Module):
         for name, module in self._own.items():
             setattr(self, name, module)
         skips_attention = "attn" in self.skippable
-        # Layer 0 has no layer below to copy K and V from.
-        self.copies_below = number > 0 and options.kv_policy == "copy" and skips_attention
+        self.copies_below = config.below(number) >= 0 and options.kv_policy == "copy" and skips_attention
         self.drops_kv = options.kv_policy == "none" and skips_attention
         # Where a loop begins that a token may leave out, the tokens that run it have another state (`LoopEntry`).
         self.begins_loop = config.enters_loop(number) and skips_attention

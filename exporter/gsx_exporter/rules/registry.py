@@ -117,10 +117,12 @@ def plan_policy(options: PolicyOptions, config: ModelConfig) -> RulePlan:
             expected="a checkpoint without routers",
             todo="export with router, the default; --budget 1 keeps everything",
         )
-    if config.loops is not None and name not in (LOOPS.name, DENSE):
+    # With layers behind the loop, an exit would leave them out too.
+    exits = config.loops is not None and name == CALM.name and not config.loops.after
+    if config.loops is not None and name not in (LOOPS.name, DENSE) and not exits:
         raise UsageError(
             f"--policy {name}: the model is looped, and the rule does not say what it means in a loop",
-            expected=f"{LOOPS.name} or {DENSE}",
+            expected=f"{LOOPS.name} or {DENSE}; {CALM.name} where no layer comes after the loops",
             found=name,
             todo=f"export with {LOOPS.name}, the default; --loops chooses how many run",
         )
