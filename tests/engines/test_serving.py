@@ -373,6 +373,14 @@ def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
     scheduler.submit(Request([5], 3), Recorder())
 
 
+def test_a_prompt_whose_logits_do_not_fit_is_not_scored(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gsx_engines.serving.scheduler.MAX_PROMPT_LOGITS", 3 * 260)
+    scheduler = Scheduler(open_runner(open_bundle(tiny_bundle), 1), slots=1)
+    scheduler.submit(Request([5, 6], 3, logprobs=0, prompt_logprobs=True), Recorder())
+    with pytest.raises(UsageError, match="too long to be scored"):
+        scheduler.submit(Request([5] * 9, 3, logprobs=0, prompt_logprobs=True), Recorder())
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [

@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.chat import ChatTemplate
-from gsx_engines.serving.inbox import Choice, Event, Inbox
+from gsx_engines.serving.inbox import Choice, Inbox
 from gsx_engines.serving.limits import check_ids_fit, check_text_size, need_tokenizer
 from gsx_engines.serving.metrics import Metrics
 from gsx_engines.serving.openai_answers import Answer
@@ -280,32 +280,34 @@ class _Api:
         else:
             answer = await run_in_threadpool(self.completion, body)
         inbox = Inbox(self._metrics)
+        inbox.put_after(
+            self._served.seconds, ApiError(504, "the request took longer than this server allows", "timeout")
+        )
         try:
             for number, one in enumerate(answer.requests):
                 first = number * answer.choices
                 self._served.scheduler.submit(one, *(Choice(inbox, first + n) for n in range(answer.choices)))
         except BaseException:
-            inbox.gone = True  # the requests that were accepted before
+            inbox.leave()  # the requests that were accepted before
             raise
         count = len(answer.requests) * answer.choices
-        end = time.monotonic() + self._served.seconds
         if body.stream:
-            events = _stream(answer, inbox, count, end, body.includes_usage)
+            events = _stream(answer, inbox, count, body.includes_usage)
             return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        return await _whole(answer, inbox, count, end, request)
+        return await _whole(answer, inbox, count, request)
 
     def _tokenizer(self) -> BundleTokenizer:
         return need_tokenizer(self._served.tokenizer, "a bundle with tokenizer.json", "none")
 
 
-async def _whole(answer: Answer, inbox: Inbox, count: int, end: float, request: HttpRequest) -> Response:
+async def _whole(answer: Answer, inbox: Inbox, count: int, request: HttpRequest) -> Response:
     """The answer in one piece; a client that goes away ends its continuations."""
     news: list[list[NewTokens]] = [[] for _ in range(count)]
     results: dict[int, Finished] = {}
     leaving = asyncio.ensure_future(_left(request.receive, inbox))
     try:
         while len(results) < count:
-            index, event = await _next(inbox, end)
+            index, event = await inbox.get()
             if isinstance(event, Finished):
                 results[index] = event
             elif isinstance(event, NewTokens):
@@ -313,7 +315,7 @@ async def _whole(answer: Answer, inbox: Inbox, count: int, end: float, request: 
             else:
                 return api_error(event).response
     finally:
-        inbox.gone = True
+        inbox.leave()
         leaving.cancel()
     return JSONResponse(answer.whole(news, [results[index] for index in range(count)]))
 
@@ -322,18 +324,17 @@ async def _left(receive: Receive, inbox: Inbox) -> None:
     """Wait until the client goes away."""
     while (await receive())["type"] != "http.disconnect":
         pass
-    inbox.gone = True
     inbox.put(0, ApiError(499, "the client went away", None))
 
 
-async def _stream(answer: Answer, inbox: Inbox, count: int, end: float, usage: bool) -> AsyncIterator[str]:
+async def _stream(answer: Answer, inbox: Inbox, count: int, usage: bool) -> AsyncIterator[str]:
     """The answer as server-sent events."""
     results: dict[int, Finished] = {}
     try:
         for chunk in answer.first_chunks():
             yield _event(chunk)
         while len(results) < count:
-            index, event = await _next(inbox, end)
+            index, event = await inbox.get()
             if isinstance(event, NewTokens):
                 # A token whose text is not complete yet is reported only if something else is known of it.
                 if event.text or event.logprobs or event.kept:
@@ -350,22 +351,8 @@ async def _stream(answer: Answer, inbox: Inbox, count: int, end: float, usage: b
         if usage:
             yield _event(answer.usage_chunk([results[n] for n in range(count)]))
         yield "data: [DONE]\n\n"
-    except ApiError as error:  # too late
-        yield _event(error.body)
     finally:
-        inbox.gone = True
-
-
-async def _next(inbox: Inbox, end: float) -> tuple[int, Event]:
-    """The next event.
-
-    Raises:
-        ApiError: there is none before the end.
-    """
-    try:
-        return await asyncio.wait_for(inbox.get(), max(0.0, end - time.monotonic()))
-    except TimeoutError:
-        raise ApiError(504, "the request took longer than this server allows", "timeout") from None
+        inbox.leave()
 
 
 def _event(values: dict[str, Any]) -> str:

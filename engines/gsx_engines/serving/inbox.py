@@ -16,8 +16,19 @@ class Inbox:
     def __init__(self, metrics: Metrics) -> None:
         self.gone = False  # nobody waits for the answer any more
         self.metrics = metrics
+        self._timer: asyncio.TimerHandle | None = None
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
+
+    def put_after(self, seconds: float, event: Exception) -> None:
+        """Add an event after some time, unless nobody waits any more. Called in the event loop, once."""
+        self._timer = self._loop.call_later(seconds, self._events.put_nowait, (0, event))
+
+    def leave(self) -> None:
+        """Nobody waits any more: what is not finished is dropped. Called in the event loop."""
+        self.gone = True
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def get(self) -> tuple[int, Event]:
         """The next event."""

@@ -36,6 +36,8 @@ from gsx_engines.tokens import BundleTokenizer, TextWriter
 from gsx_plugins.errors import UsageError
 
 _LOG = logging.getLogger(__name__)
+# Logits of a prompt that is scored are all in memory at once: a GiB of them.
+MAX_PROMPT_LOGITS = 2**28
 
 
 @dataclass
@@ -231,6 +233,14 @@ class Scheduler:
         check_draft_length(request.draft_length, self._manifest)
         if request.speculative and request.prompt_logprobs:
             raise UsageError("a speculative request reads its prompt in another way", found="log-probabilities of it")
+        size = len(request.prompt) * self._manifest.decoder.vocab_size
+        if request.prompt_logprobs and size > MAX_PROMPT_LOGITS:
+            most = MAX_PROMPT_LOGITS // self._manifest.decoder.vocab_size
+            raise UsageError(
+                "the prompt is too long to be scored",
+                expected=f"at most {most} tokens, whose logits take a GiB",
+                found=f"{len(request.prompt)} tokens",
+            )
         if len(clients) > max(1, self.queue):
             raise UsageError(
                 "a request asks for more continuations than may wait",
