@@ -36,7 +36,7 @@ class Counted:
 
     def __init__(self, runner: Runner) -> None:
         self.manifest = runner.manifest
-        self.new_cache, self.move = runner.new_cache, runner.move
+        self.new_cache, self.copy = runner.new_cache, runner.copy
         self._runner = runner
         self.skippable = np.zeros((self.manifest.decoder.num_layers, len(BRANCHES)), bool)
         for layer, branch in self.manifest.skippable_places:
