@@ -46,6 +46,8 @@ def made(work: Path, family: str, layers: int, gate: GateConfig | None = None) -
     if not path.exists():
         shape = {**SHAPE, **EXPERTS.get(family, {}), "max_position_embeddings": 2048}
         shape |= {"sliding_window": 256} if "sliding_window" in FAMILY_KEYS[family] else {}
+        # As in the Phi models without LongRoPE; GenAI's builder takes any other for one with it.
+        shape |= {"original_max_position_embeddings": 2048} if family == "phi3" else {}
         tiny_checkpoint(path, family, gate=gate, layers=layers, tokenizer=True, **shape)
     return path
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from gsx.workflows.generate import generate as generate
     from gsx.workflows.inspect import inspect as inspect
     from gsx.workflows.quantize import Quantize as Quantize
+    from gsx.workflows.serve import serve as serve
     from gsx.workflows.study import study as study
     from gsx.workflows.train import train as train
     from gsx.workflows.triton import check_server as check_server
@@ -54,6 +55,7 @@ _HOMES = {
     "generate": "gsx.workflows.generate",
     "inspect": "gsx.workflows.inspect",
     "open_bundle": "gsx_engines.bundle.bundle",
+    "serve": "gsx.workflows.serve",
     "study": "gsx.workflows.study",
     "train": "gsx.workflows.train",
     "train_exit_classifiers": "gsx_exporter.training.exit_classifiers",
@@ -81,6 +83,7 @@ __all__ = [
     "inspect",
     "open_bundle",
     "plugins",
+    "serve",
     "study",
     "train",
     "train_exit_classifiers",

@@ -5,6 +5,10 @@ Only constants and no imports, so that a help text loads nothing. Each other flo
 
 # New tokens of `generate`.
 NEW_TOKENS = 128
+# Where `serve` listens: this machine only, and the port that clients of such servers expect. How long a request may
+# take, and how long those under way may at the end; orchestrators kill after 30 seconds.
+SERVE_HOST, SERVE_PORT = "127.0.0.1", 8000
+REQUEST_SECONDS, DRAIN_SECONDS = 600.0, 25
 # Tokens of text that a bundle is verified on, and of the greedy continuation. Quality limits, which bundles that round
 # have, are decided by means over tokens, and need more of them.
 VERIFY_TOKENS, QUALITY_TOKENS, GREEDY_TOKENS = 1024, 8192, 256

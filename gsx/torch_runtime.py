@@ -29,7 +29,7 @@ from gsx_engines.runners.kept import KeptTable
 from gsx_exporter.checkpoint.hf_config import read_config
 from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.decoder.ends import Entry, Exit, shared_values
+from gsx_exporter.decoder.ends import Entry, Exit, LoopEntry, shared_values
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows, KeyValue
 from gsx_exporter.decoder.loading import filled_exit_modules
 from gsx_exporter.rules.registry import traced_rule
@@ -110,11 +110,14 @@ class TorchStage:
             self._entry = Entry(hf_config, config, options)
             self._layers = [_Layer(config, options, i) for i in self.layers]
             self._exit = Exit(config, options.dtype)
+            self._loop_entry = LoopEntry(config, options.dtype) if config.loops is not None else None
         self._entered = tuple(self._rule.entered()) if self._rule else ()
         weights.fill(self._entry, "")
         for i, layer in zip(self.layers, self._layers, strict=True):
-            weights.fill(layer, f"layers.{i}.")
+            weights.fill(layer, f"layers.{config.layer_of(i)}.")
         weights.fill(self._exit, "")
+        if self._loop_entry is not None:
+            weights.fill(self._loop_entry, "")
         self._exit_modules = filled_exit_modules(config, options, weights.fill)
         self._table = KeptTable(manifest, self.layers)
 
@@ -140,19 +143,29 @@ class TorchStage:
         copied = torch.from_numpy(np.stack([call.ids, positions, valid, rows])).to(self._device)
         ids, device_positions, device_valid, device_rows = copied
         hidden, calls = self._enter(ids, device_valid, device_positions, max(grown(call.lengths, call.counts)), call)
-        below = None
+        new: dict[int, KeyValue] = {}  # of each layer, K and V of the call's tokens
+        first: Tensor | None = None  # the state that entered the first loop
         carried = {name: calls[0].values[name] for name in (self._rule.carried if self._rule else ())}
         if state is not None:
             hidden = self._to_device(state["exit_hidden"]).reshape(batch * length, -1)
             if "exit_key" in state:
-                below = KeyValue(self._to_device(state["exit_key"]), self._to_device(state["exit_value"]))
+                passed = KeyValue(self._to_device(state["exit_key"]), self._to_device(state["exit_value"]))
+                new[self.layers.start - 1] = passed
             carried = {n: self._to_device(state[f"exit_{n}"], torch.float32).reshape(-1, 1) for n in carried}
         counts: list[int] = []
         for number, layer, layer_call, buffers in zip(self.layers, self._layers, calls, memory, strict=True):
             past = _Past(buffers, device_rows.reshape(-1), layer_call.mask.shape[3])
             layer_call = layer_call._replace(values={**layer_call.values, **carried})
             entering = hidden
-            hidden, _, below, values = layer(hidden, layer_call, past, below)
+            if self._loop_entry is not None and self._config.enters_loop(number):
+                first = hidden if first is None else first
+                begun = self._loop_entry(hidden, first)
+                if layer.begins_loop:
+                    layer_call = layer_call._replace(stream=begun)
+                else:
+                    hidden = begun
+            below = new.pop(self._config.below(number), None)
+            hidden, _, new[number], values = layer(hidden, layer_call, past, below)
             carried = {name: values[name] for name in carried}
             if number + 1 in self._exit_modules:
                 entered = [{**values, **carried}[name] for name in self._entered]
@@ -161,13 +174,14 @@ class TorchStage:
         leaving = None
         if self.layers.stop < self._config.num_layers:
             leaving = {"exit_hidden": _to_host(hidden.view(batch, length, -1))}
-            if "exit_key" in self._exits and below is not None:
-                leaving |= {"exit_key": _to_host(below.key), "exit_value": _to_host(below.value)}
+            if "exit_key" in self._exits:
+                last = new[self.layers.stop - 1]
+                leaving |= {"exit_key": _to_host(last.key), "exit_value": _to_host(last.value)}
             leaving |= {f"exit_{n}": _to_host(value.view(batch, length, 1)) for n, value in carried.items()}
         return StageOutput(self._scores(hidden, ids, call, logits), leaving, self._table.of(counts))
 
     @torch.inference_mode()
-    def move(self, memory: list[_Buffers], source: int, target: int, length: int) -> None:
+    def copy(self, memory: list[_Buffers], source: int, target: int, length: int) -> None:
         """See `Stage`."""
         for buffers in memory:
             start, end = source * buffers.capacity, target * buffers.capacity
@@ -320,6 +334,8 @@ def _checked(hf_config: Any, bundle: Bundle) -> ModelConfig:
     config = ModelConfig.from_hf(hf_config)
     config = config.of_context(min(manifest.decoder.max_positions, config.most_positions))
     config = replace(config, **ids)
+    if config.loops is not None and manifest.decoder.loops is not None:
+        config = config.of_loops(manifest.decoder.loops)
     facts = {name: (getattr(manifest.decoder, name), getattr(config, name)) for name in DecoderShape.model_fields}
     facts["gates"] = (manifest.gates, Gates(**config.gate.to_dict()) if config.gate else None)
     for name, (expected, found) in facts.items():

@@ -18,6 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "model"
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+# A ChatML template.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 PLAIN_TOKEN = "<think>"  # an added token that is not special
 _SPACE = "\u2581"
 _WORDS = "the of and a to in is that it for on as with was he be class def return self import from model token"

@@ -88,12 +88,46 @@ def make_tiny_bundle(make_once: MakeOnce, tiny_gated: Path, tiny_text: Path) -> 
     return make
 
 
+# Families whose graphs have what no other test of the runtimes has: soft caps, windows of some layers and norms around
+# branches; routed experts.
+OTHER_FAMILIES = ("gemma2", "qwen3_moe")
+
+
+@pytest.fixture(scope="session", params=OTHER_FAMILIES)
+def family_bundle(request: pytest.FixtureRequest, make_once: MakeOnce, tiny_text: Path) -> Bundle:
+    """A tiny model of each of `OTHER_FAMILIES`, with scalar gates, exported at budget 0.7."""
+    from gsx.workflows.export import export
+    from gsx_engines.bundle.bundle import open_bundle
+    from tests.tiny import tiny_checkpoint
+
+    def make(path: Path) -> None:
+        model = path.with_suffix(".model")
+        tiny_checkpoint(model, request.param, gate=GateConfig("scalar", "pre_norm"), tokenizer=True)
+        export(model, path, budget=0.7, calibration_tokens=1024, calibration=tiny_text)
+
+    return open_bundle(make_once(f"bundle-{request.param}", make))
+
+
 @pytest.fixture(scope="session")
 def base_models(make_once: MakeOnce) -> dict[str, Path]:
     """Checkpoints that look like downloaded ones, by name."""
     from tests.checkpoints import BASES
 
     return {name: make_once(f"model-{name.replace(' ', '-')}", make) for name, make in BASES.items()}
+
+
+@pytest.fixture(scope="session")
+def chat_bundle(make_once: MakeOnce, base_models: dict[str, Path]) -> Path:
+    """`chat llama` with a chat template and gates of sets of layers, exported with a draft."""
+    from gsx.workflows.export import export
+    from tests.checkpoints import CHAT_TEMPLATE, copy
+
+    def make(path: Path) -> None:
+        model = copy(base_models["chat llama"], path.with_name("chat-model"))
+        (model / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+        export(model, path, policy="layers", draft="exit:1")
+
+    return make_once("bundle-with-a-template", make)
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from gsx_exporter.checkpoint import ouro
 from gsx_exporter.checkpoint.experts import spelling_of, stored_name
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate, rule_module_kind
 from gsx_exporter.config import GateConfig, ModelConfig
@@ -54,10 +56,12 @@ FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "smollm3": {"no_rope_layers": [1, 0] * 16},
     "olmo2": {},
     "olmo3": {"sliding_window": 8},
+    "ouro": {"total_ut_steps": 3},
+    "dory": {"sliding_window": 8, "n_input_layers": 1, "n_output_layers": 0, "n_recurrent_loops": 3},
 }
 FAMILY_NAMES = tuple(FAMILY_KEYS)
 # Families whose layers slide and see everything in turn; a tiny model has too few layers for their own patterns.
-_IN_TURN = ("gemma2", "gemma3_text", "olmo3")
+_IN_TURN = ("gemma2", "gemma3_text", "olmo3", "dory")
 
 
 def tiny_checkpoint(
@@ -109,8 +113,9 @@ def tiny_checkpoint(
     }
     if family in _IN_TURN:
         keys.setdefault("layer_types", (["sliding_attention", "full_attention"] * layers)[:layers])
+    ouro.register()
     hf = AutoConfig.for_model(family, **keys)
-    hf.architectures = [f"{family.title()}ForCausalLM"]
+    hf.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
     section: dict[str, Any] = {}
     if gate is not None:
         section |= {"method": "gateskip", "gate": gate.to_dict()}
@@ -171,6 +176,11 @@ def _random(name: str, shape: tuple[int, ...], rng: torch.Generator, config: Mod
         return (1.5 * common + noise) / shape[-1] ** 0.5
     if rule_module_kind(name) == "router" and name.endswith("bias"):
         return 0.1 * noise
+    if config.sphere is not None and len(shape) == 1 and not name.endswith("bias"):
+        # Factors that are stored in units: states move half of the way, logits are of order 1 to 10.
+        units = {"lambda": 0.5 / config.sphere.rate, "suv": 1.0, "logit": 6.0 / config.sphere.logits}
+        unit = next((one for part, one in units.items() if part in name), 1 / config.sphere.logits)
+        return unit * (1 + 0.2 * noise)
     if name.endswith("norm.weight"):
         return 1 - config.norm_offset + 0.1 * noise
     if name.endswith("bias"):

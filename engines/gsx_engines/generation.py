@@ -21,8 +21,8 @@ import numpy as np
 
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, RuntimeValues, controls_for
 from gsx_engines.bundle.manifest import Manifest
-from gsx_engines.runners.base import Cache, Runner, StepOutput
-from gsx_engines.sampling import GREEDY, Picker, Sampling
+from gsx_engines.runners.base import Cache, Logits, Runner, StepOutput
+from gsx_engines.sampling import GREEDY, Picker, Sampling, TokenLogprobs, adjusted, check_logprobs, logprobs_of
 from gsx_engines.speculation.draft import Draft
 from gsx_engines.speculation.length import FIRST_LENGTH, AdaptiveLength, DraftLength, FixedLength, Round
 from gsx_plugins.errors import UsageError
@@ -49,6 +49,7 @@ class GenerationStats:
             plain steps, and in the search for a better draft. The rest is spent in the loop itself.
         drafted, accepted: by position in the draft, from its first token on: how often a token was drafted there after
             only correct ones, and how often it was correct itself.
+        draft_rounds: of each verification of a sequence's draft, the number of drafted tokens and of those accepted.
         kept_rows, gated_rows: rows that skippable branches ran on, and rows that the keep rule decided on, in all
             layers that the model itself ran; 0 for a dense model.
     """
@@ -64,6 +65,7 @@ class GenerationStats:
     search_seconds: float = 0.0
     drafted: tuple[int, ...] = ()
     accepted: tuple[int, ...] = ()
+    draft_rounds: tuple[tuple[int, int], ...] = ()
     kept_rows: int = 0
     gated_rows: int = 0
 
@@ -90,10 +92,11 @@ class GenerationStats:
 
 @dataclass(frozen=True)
 class Generated:
-    """The result of one sequence: its new tokens, and why it ended."""
+    """The result of one sequence: its new tokens, why it ended, and the tokens' log-probabilities, if wanted."""
 
     tokens: list[int]
     finish: FinishReason
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,7 @@ def generate(
     draft: Draft | None = None,
     draft_length: int | None = None,
     search: SkipSetSearch | None = None,
+    logprobs: int | None = None,
     on_token: OnToken = lambda sequence, token: False,
 ) -> Generation:
     """Continue prompts.
@@ -129,6 +133,7 @@ def generate(
         draft: guesses tokens ahead; None for plain decoding.
         draft_length: tokens drafted at once, 0 for plain decoding; None to find it while generating.
         search: improves the draft's set of branches while generating.
+        logprobs: record each token's log-probability, and those of so many likeliest tokens; None for none.
         on_token: called with every new token; returning True ends that sequence (finish "stopped").
     Raises:
         UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, a setting that the keep rule
@@ -137,16 +142,11 @@ def generate(
     manifest = runner.manifest
     if not prompts:
         raise UsageError("no prompt was given")
-    if draft_length is not None and not 0 <= draft_length <= manifest.decoder.max_positions:
-        raise UsageError(
-            "the draft length is out of range",
-            expected=f"0 (plain decoding) to {manifest.decoder.max_positions}",
-            found=str(draft_length),
-        )
+    check_draft_length(draft_length, manifest)
     picker = Picker(sampling)
     stops = None if stop_ids is None else frozenset(stop_ids)
     sequences = [
-        Continuation(manifest, prompt, max_new_tokens, picker, number, partial(on_token, number), stops)
+        Continuation(manifest, prompt, max_new_tokens, picker, number, partial(on_token, number), stops, logprobs)
         for number, prompt in enumerate(prompts)
     ]
     controls = controls_for(manifest, keep, [len(prompt) for prompt in prompts])
@@ -154,7 +154,7 @@ def generate(
     decoding.start()
     while not decoding.ended:
         decoding.round()
-    return Generation([Generated(s.tokens, s.finish or "length") for s in sequences], decoding.stats())
+    return Generation([Generated(s.tokens, s.finish or "length", s.logprobs) for s in sequences], decoding.stats())
 
 
 class Continuation:
@@ -168,8 +168,10 @@ class Continuation:
         number: of the sequence; the picker's noise depends on it.
         on_token: called with every new token; returning True ends the sequence (finish "stopped").
         stops: tokens that end it; they stay part of it. None for the model's end-of-text tokens.
+        logprobs: how many of the likeliest tokens to record beside each chosen one; None to record nothing.
     Raises:
-        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, fewer than one new token.
+        UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, fewer than one new token, too
+            many log-probabilities.
     """
 
     def __init__(
@@ -181,16 +183,21 @@ class Continuation:
         number: int,
         on_token: Callable[[int], bool],
         stops: frozenset[int] | None = None,
+        logprobs: int | None = None,
     ) -> None:
         _check(prompt, max_new_tokens, manifest)
+        picker.sampling.check_ids(manifest.decoder.vocab_size)
+        check_logprobs(logprobs)
         self.prompt, self.picker, self.number = prompt, picker, number
         room = manifest.decoder.max_positions - len(prompt)
         self.limit = min(max_new_tokens, room)
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []  # of the tokens, if they are recorded
         self.finish: FinishReason | None = None
         self._at_limit: FinishReason = "length" if max_new_tokens <= room else "context"
         self._on_token = on_token
         self._stops = frozenset(manifest.decoder.eos_ids) if stops is None else stops
+        self._likeliest = logprobs
 
     @property
     def left(self) -> int:
@@ -212,10 +219,18 @@ class Continuation:
         """The tokens that the model has to read to choose the next one: first the prompt, later the newest token."""
         return self.tokens[-1:] or self.prompt
 
+    def guess(self, logits: np.ndarray, drafted: Sequence[int]) -> tuple[int, float]:
+        """The token that would come behind drafted ones, and the draft's confidence in it; logits [V] of the draft."""
+        logits = self._adjusted(logits, drafted)
+        token = self.picker.pick(logits, self.number, self.place + len(drafted))
+        return token, self.picker.confidence(logits)
+
     def take(self, logits: np.ndarray) -> int:
         """Choose the next token from its logits [V], and append it."""
-        token = self.picker.pick(logits, self.number, self.place)
+        token = self.picker.pick(self._adjusted(logits), self.number, self.place)
         self.tokens.append(token)
+        if self._likeliest is not None:
+            self.logprobs.append(logprobs_of(logits, token, self._likeliest))
         stopped = self._on_token(token)
         if token in self._stops:
             self.finish = "end-of-text"
@@ -225,11 +240,15 @@ class Continuation:
             self.finish = self._at_limit
         return token
 
+    def _adjusted(self, logits: np.ndarray, drafted: Sequence[int] = ()) -> np.ndarray:
+        sampling = self.picker.sampling
+        return adjusted(logits, sampling, self.prompt, [*self.tokens, *drafted]) if sampling.adjusts else logits
+
 
 Rows = Sequence[Continuation | None]
 
 
-def read(runner: Runner, cache: Cache, rows: Rows, controls: RuntimeValues) -> StepOutput:
+def read(runner: Runner, cache: Cache, rows: Rows, controls: RuntimeValues, logits: Logits = "last") -> StepOutput:
     """Have the model read the unread tokens of each sequence; `take` then chooses their next tokens.
 
     Args:
@@ -237,13 +256,14 @@ def read(runner: Runner, cache: Cache, rows: Rows, controls: RuntimeValues) -> S
         cache: its cache.
         rows: the sequences by their rows in the cache; None, and sequences that have ended, are left out.
         controls: as in `Call`, for all rows.
+        logits: as in `Runner.step`.
     """
     unread = [sequence.unread if sequence is not None and sequence.left else () for sequence in rows]
     counts = list(map(len, unread))
     ids = np.zeros((len(counts), max(counts)), np.int64)
     for row, tokens in enumerate(unread):
         ids[row, : len(tokens)] = tokens
-    return runner.step(cache, ids, controls, counts=counts)
+    return runner.step(cache, ids, controls, counts=counts, logits=logits)
 
 
 def take(rows: Rows, output: StepOutput) -> None:
@@ -262,6 +282,7 @@ class _Counters:
     search_seconds: float = 0.0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    rounds: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, output: StepOutput) -> None:
         """Count the kept rows of a call that the model itself would have made too."""
@@ -353,6 +374,7 @@ class Decoding:
             search_seconds=counters.search_seconds,
             drafted=tuple(counters.drafted),
             accepted=tuple(counters.accepted + [0] * (len(counters.drafted) - len(counters.accepted))),
+            draft_rounds=tuple(counters.rounds),
             kept_rows=counters.kept,
             gated_rows=counters.gated,
         )
@@ -405,6 +427,8 @@ class Decoding:
             right, wrong = right + hit, wrong + missed
             confidence += sum(confidences[row][:judged])
             self.counters.count_draft(judged, hit)
+            if proposed:
+                self.counters.rounds.append((proposed, hit))
             tokens += count + 1
             stays[row] += count + 1
         cache.roll_back(stays)
@@ -430,14 +454,24 @@ class Decoding:
             for row, sequence in enumerate(self.sequences):
                 if not going[row]:
                     continue
-                logits = guess.logits[row, 0]
-                ids[row, step + 1] = sequence.picker.pick(logits, sequence.number, sequence.place + step)
-                confidences[row].append(sequence.picker.confidence(logits))
+                token, confidence = sequence.guess(guess.logits[row, 0], ids[row, 1 : step + 1].tolist())
+                ids[row, step + 1] = token
+                confidences[row].append(confidence)
                 together[row] *= confidences[row][-1]
                 going[row] = step + 2 < sequence.left and self.length.goes_on(step + 1, together[row])
             if not any(going):
                 break
         return confidences, seconds
+
+
+def check_draft_length(length: int | None, manifest: Manifest) -> None:
+    """Refuse a number of drafted tokens that no round can have."""
+    if length is not None and not 0 <= length <= manifest.decoder.max_positions:
+        raise UsageError(
+            "the draft length is out of range",
+            expected=f"0 (plain decoding) to {manifest.decoder.max_positions}",
+            found=str(length),
+        )
 
 
 def _check(prompt: Sequence[int], max_new_tokens: int, manifest: Manifest) -> None:

@@ -1,16 +1,20 @@
-"""Choosing the next token from logits: greedy, or sampled after temperature, top-k and top-p.
+"""Choosing the next token from logits: greedy, or sampled after temperature, top-k, top-p and min-p.
 
 A sampled token is the winner of an exponential race (the Gumbel-max trick): token v of probability p_v arrives at time
 -log(u_v) / p_v, and the first one to arrive is chosen. The noise u depends only on the seed, the sequence, the position
 in the text and the token, so the same seed gives the same text however it is computed: alone or in a batch, with or
 without a draft. A draft that picks with the same noise is usually right where its distribution is close to the
 model's, and the model's own pick decides (drafter-invariant speculative decoding, arXiv:2408.07978).
+
+Biases and penalties change the logits before that (`adjusted`). They depend on nothing but the text so far, so all this
+still holds: the model's pick behind a drafted token is made with that token in the text.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -19,6 +23,10 @@ from gsx_plugins.errors import UsageError
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
+# The ranges of the OpenAI API.
+MOST_BIAS, MOST_PENALTY, MOST_LOGPROBS = 100.0, 2.0, 20
+# Logits times or over this stay float32 numbers.
+MOST_REPETITION = 100.0
 
 
 @dataclass(frozen=True)
@@ -30,12 +38,23 @@ class Sampling:
         top_k: only the k likeliest tokens; 0 for all.
         top_p: only the likeliest tokens that together reach this probability.
         seed: of the random numbers; None for a new one each time.
+        min_p: only tokens at least this share as likely as the likeliest one; 0 for all.
+        repetition_penalty: divides the logits above 0 of tokens in the prompt and the new text, and multiplies those
+            below; 1 for none.
+        frequency_penalty: taken off a token's logit for each time that it is in the new text.
+        presence_penalty: taken off a token's logit if it is in the new text.
+        logit_bias: added to the logits of tokens, by id.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -46,11 +65,47 @@ class Sampling:
             raise UsageError("top-k is out of range", expected="0 (all) or more", found=str(self.top_k))
         if not 0 < self.top_p <= 1:
             raise UsageError("top-p is out of range", expected="a number above 0 and at most 1", found=str(self.top_p))
+        if not 0 <= self.min_p <= 1:
+            raise UsageError("min-p is out of range", expected="a number from 0 to 1", found=str(self.min_p))
+        if not 1 / MOST_REPETITION <= self.repetition_penalty <= MOST_REPETITION:
+            raise UsageError(
+                "the repetition penalty is out of range",
+                expected=f"a number from {1 / MOST_REPETITION:g} to {MOST_REPETITION:g}; 1 for none",
+                found=str(self.repetition_penalty),
+            )
+        for name, penalty in (("frequency", self.frequency_penalty), ("presence", self.presence_penalty)):
+            if not abs(penalty) <= MOST_PENALTY:
+                raise UsageError(
+                    f"the {name} penalty is out of range",
+                    expected=f"a number from -{MOST_PENALTY:g} to {MOST_PENALTY:g}",
+                    found=str(penalty),
+                )
+        for token, bias in self.logit_bias.items():
+            if not abs(bias) <= MOST_BIAS:
+                raise UsageError(
+                    f"the bias of token {token} is out of range",
+                    expected=f"a number from -{MOST_BIAS:g} to {MOST_BIAS:g}",
+                    found=str(bias),
+                )
 
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is always chosen."""
         return self.temperature == 0
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether biases or penalties change the logits."""
+        penalties = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        return penalties or bool(self.logit_bias)
+
+    def check_ids(self, vocabulary: int) -> None:
+        """Refuse biases of tokens that a model does not have."""
+        for token in self.logit_bias:
+            if not 0 <= token < vocabulary:
+                raise UsageError(
+                    "a bias is for a token outside the vocabulary", expected=f"0 to {vocabulary - 1}", found=str(token)
+                )
 
 
 GREEDY = Sampling()
@@ -64,7 +119,7 @@ class Picker:
     """
 
     def __init__(self, sampling: Sampling) -> None:
-        self._sampling = sampling
+        self.sampling = sampling
         seed = sampling.seed
         self._seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if seed is None else seed
 
@@ -72,17 +127,17 @@ class Picker:
         """Choose a token of a sequence.
 
         Args:
-            logits: [V].
+            logits: [V], `adjusted`.
             sequence: its number in the batch.
             place: the new token's position in the text, prompt included.
         Raises:
             EngineError: no token can be chosen: some logit is NaN, or the largest is infinite.
         """
-        if self._sampling.greedy:
+        if self.sampling.greedy:
             best = int(logits.argmax())  # the first NaN, if there is one
             _check_largest(float(logits[best]))
             return best
-        ids, weights = candidates(logits, self._sampling)
+        ids, weights = candidates(logits, self.sampling)
         return int(ids[np.argmin(-np.log(noise(self._key(sequence, place), ids)) / weights)])
 
     def scores(self, logits: np.ndarray, sequence: int, place: int) -> np.ndarray:
@@ -90,10 +145,10 @@ class Picker:
 
         With sampling these are the logits with the noise of the race; top-k and top-p are ignored.
         """
-        if self._sampling.greedy:
+        if self.sampling.greedy:
             return logits.astype(np.float64)
         arrival = -np.log(noise(self._key(sequence, place), np.arange(len(logits))))
-        return logits - self._sampling.temperature * np.log(arrival)
+        return logits - self.sampling.temperature * np.log(arrival)
 
     def _key(self, sequence: int, place: int) -> int:
         return _mix(_mix(_mix(self._seed & _MASK) + sequence) + place)
@@ -105,16 +160,74 @@ class Picker:
         always pick the same token, so the probability of the token says nothing. Then only acceptance shows how good
         the draft is.
         """
-        if not self._sampling.greedy:
+        if not self.sampling.greedy:
             return 1.0
         return float(1.0 / np.exp(logits - logits.max()).sum())
+
+
+def adjusted(logits: np.ndarray, sampling: Sampling, prompt: Sequence[int], new: Sequence[int]) -> np.ndarray:
+    """Logits [V] after biases and penalties: each is computed in float64 and rounded once.
+
+    Args: logits [V]; prompt, new: the text so far, as ids.
+    Rule: bias and repetition as transformers' `SequenceBiasLogitsProcessor` and `RepetitionPenaltyLogitsProcessor`, in
+    this order; then frequency and presence, as the OpenAI API defines them for new tokens.
+    """
+    values = logits.astype(np.float64)
+    for token, bias in sampling.logit_bias.items():
+        values[token] += bias
+    if sampling.repetition_penalty != 1:
+        ids = np.unique(np.array([*prompt, *new]))
+        one, penalty = values[ids], sampling.repetition_penalty
+        values[ids] = np.where(one < 0, one * penalty, one / penalty)
+    if new:
+        ids, counts = np.unique(np.array(new), return_counts=True)
+        values[ids] -= sampling.frequency_penalty * counts
+        values[ids] -= sampling.presence_penalty
+    return values.astype(logits.dtype)
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely the model thought a token, and the tokens that it thought likeliest: natural logarithms.
+
+    These are the model's own probabilities, before biases, penalties, temperature and cuts.
+
+    Args:
+        logprob: of the chosen token.
+        top: ids and logarithms of the likeliest tokens, the likeliest first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def logprobs_of(logits: np.ndarray, token: int, count: int) -> TokenLogprobs:
+    """Log-probabilities of a token and of the `count` likeliest; of equal ones the earlier comes first. logits [V]."""
+    scores = logits.astype(np.float64)
+    scores -= scores.max()
+    scores -= np.log(np.exp(scores).sum())
+    ids = (
+        np.flatnonzero(scores >= np.partition(scores, -count)[-count])
+        if 0 < count < len(scores)
+        else np.arange(len(scores))
+    )
+    best = ids[np.argsort(-scores[ids], kind="stable")][:count]
+    return TokenLogprobs(float(scores[token]), tuple((int(one), float(scores[one])) for one in best))
+
+
+def check_logprobs(count: int | None) -> None:
+    """Refuse a number of likeliest tokens that nobody can want."""
+    if count is not None and not 0 <= count <= MOST_LOGPROBS:
+        raise UsageError(
+            "the number of log-probabilities is out of range", expected=f"0 to {MOST_LOGPROBS}", found=str(count)
+        )
 
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
     """Ids [n] int64 of the tokens that may come next, and their probabilities [n] float64; logits [V].
 
     Temperature is applied first, then top-k, then top-p, which keeps the smallest number of likeliest tokens whose
-    probabilities sum up to it. Of equally likely tokens the earlier one comes first.
+    probabilities sum up to it, then min-p. Of equally likely tokens the earlier one comes first.
 
     Raises:
         EngineError: as `Picker.pick`.
@@ -136,6 +249,9 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     if sampling.top_p < 1:
         count = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
         ids, weights = ids[:count], weights[:count] / weights[:count].sum()
+    if sampling.min_p > 0:
+        kept = weights >= sampling.min_p * weights.max()
+        ids, weights = ids[kept], weights[kept] / weights[kept].sum()
     likely = weights > 0  # a weight that underflowed can never win
     return ids[likely], weights[likely]
 

@@ -14,7 +14,7 @@ from gsx_engines.errors import BundleError
 from gsx_plugins.errors import UsageError
 
 TOKENIZER = "tokenizer.json"
-_TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 _REPLACEMENT = "\ufffd"  # what a decoder gives for bytes that are not (yet) a character
 _BYTE = re.compile(r"<0x[0-9A-Fa-f+][0-9A-Fa-f]>")  # a token of a ByteFallback decoder that stands for one byte
 # Tokens that a piece of text is decoded behind. A character has at most four bytes, so no more of them can matter.
@@ -60,6 +60,19 @@ class BundleTokenizer:
         except Exception as error:  # the library raises a bare Exception
             raise UsageError("the tokenizer cannot read this text", found=str(error)) from error
 
+    def encode_rendered(self, text: str) -> list[int]:
+        """Ids of a text that names its special tokens itself, as a chat template writes it."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are never split: special ones, and others with a meaning of their own."""
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    def token_text(self, number: int) -> str:
+        """The text of one token by itself; special tokens by their names."""
+        return str(self._tokenizer.decode([number], skip_special_tokens=False))
+
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a prompt. A model with a beginning-of-text token can continue even the empty text.
 
@@ -86,7 +99,7 @@ class BundleTokenizer:
 
 def _splits_special_tokens(bundle: Bundle) -> bool:
     """Whether a special token's name in a text is ordinary text; `tokenizer.json` has no place for this setting."""
-    path = bundle.directory / _TOKENIZER_CONFIG
+    path = bundle.directory / TOKENIZER_CONFIG
     if not path.is_file():
         return False
     try:

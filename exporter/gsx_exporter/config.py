@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.experts import Experts, read_experts
-from gsx_exporter.families import FAMILIES, NORMS_BEFORE, SQRT_WIDTH, Family, LayerNorms, QkNorm
+from gsx_exporter.families import FAMILIES, NORMS_BEFORE, SQRT_WIDTH, Family, LayerNorms, LoopKeys, QkNorm
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.section import finite, known_keys, one_of, whole
+from gsx_exporter.sphere import UNIT_NORM_EPS, Sphere
 from gsx_plugins.errors import UsageError
 
 GateKind = Literal["vector", "scalar"]
@@ -25,7 +27,7 @@ GateInput = Literal["post_norm", "pre_norm"]
 
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-Activation = Literal["silu", "gelu_tanh", "gelu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "relu2"]
 # Names in transformers (`activations.ACT2FN`).
 _ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
@@ -33,6 +35,7 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "gelu": "gelu",
+    "relu2": "relu2",
 }
 # What a family with one kind of RoPE calls it; others have one for each kind of attention.
 ONLY_ROPE = "all"
@@ -110,6 +113,7 @@ class ModelConfig:
 
     Args:
         family: a key of `FAMILIES`.
+        num_layers: how many layers run one after the other; in a looped model, visits of layers (`loops`).
         ropes: the kinds of RoPE, by name, each with the parameters of the Hugging Face configuration (`rope_type`,
             `rope_theta`, and what that type needs).
         rotary: per layer, the name of its kind of RoPE; None for a layer without RoPE.
@@ -119,6 +123,9 @@ class ModelConfig:
         most_positions: the longest text that the model was made for.
         windows: per layer, how many positions a token sees (itself included), or None for all.
         experts: the routed experts; None in a model without.
+        loops: how the layers of a looped model run; None where each runs once. All values per layer are per visit.
+        rejoins, loop_gate: see `LoopKeys`; False in a model without loops.
+        sphere: the factors of a normalized Transformer; None in other models.
         eos_ids: end-of-text tokens, which are always kept (docs/design.md, section 3).
         gate: the gates; None without them.
         router: the routers; None without them. A checkpoint has gates, routers or neither.
@@ -153,6 +160,10 @@ class ModelConfig:
     rotary_dim: int
     windows: tuple[int | None, ...]
     experts: Experts | None
+    loops: Loops | None
+    rejoins: bool
+    loop_gate: bool
+    sphere: Sphere | None
     bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int | None
@@ -175,12 +186,24 @@ class ModelConfig:
             and self.scales == Scales()
             and set(self.rotary) == {ONLY_ROPE}
             and not self.fused
+            and self.loops is None
+            and self.sphere is None
         )
 
     @property
     def changes_weights(self) -> bool:
         """Whether some parameters of the decoder are not what is stored (`checkpoint/parameters.py`)."""
-        return self.norm_offset != 0 or (self.scales.residual, self.scales.logits) != (1.0, 1.0)
+        factors = (self.scales.residual, self.scales.logits)
+        return self.norm_offset != 0 or factors != (1.0, 1.0) or self.sphere is not None
+
+    @property
+    def stored_layers(self) -> int:
+        """How many layers have weights."""
+        return self.num_layers if self.loops is None else self.loops.layers
+
+    def layer_of(self, number: int) -> int:
+        """The layer that has the weights: of a looped model's visit, the one that is visited."""
+        return number if self.loops is None else self.loops.visits[number]
 
     def rope_of(self, layer: int) -> str:
         """The kind of RoPE whose tables a layer is given; one without RoPE does not read them."""
@@ -208,6 +231,34 @@ class ModelConfig:
                 found=str(positions),
             )
         return replace(self, max_positions=positions)
+
+    def enters_loop(self, number: int) -> bool:
+        """Whether a visit begins with another state than the one that left the visit before it (`LoopEntry`)."""
+        return (
+            self.loops is not None and self.loops.begins(number) and (self.rejoins or self.loops.loop_of(number) != 0)
+        )
+
+    def below(self, number: int) -> int:
+        """Where a skipped token's K and V are copied from, with the K/V policy `copy`: the layer below; -1 if nowhere.
+
+        In a looped model, the visit of the same layer in the loop before.
+        """
+        if self.loops is None:
+            return number - 1
+        return number - self.loops.looped if self.loops.loop_of(number) else -1
+
+    def of_loops(self, loops: Loops) -> ModelConfig:
+        """The same looped model with another number of loops."""
+        assert self.loops is not None
+        assert self.loops.layers == loops.layers
+        first = [self.loops.visits.index(layer) for layer in loops.visits]
+        return replace(
+            self,
+            loops=loops,
+            num_layers=len(loops.visits),
+            rotary=tuple(self.rotary[number] for number in first),
+            windows=tuple(self.windows[number] for number in first),
+        )
 
     @classmethod
     def from_hf(cls, hf: Any) -> ModelConfig:
@@ -245,6 +296,13 @@ class ModelConfig:
         ropes = _ropes(hf, family)
         section = getattr(hf, "gsx", None) or {}
         known_keys("gsx", section, ("method", "gate", "router", "exits", "exit_classifiers"))
+        loops = _loops(hf, family.loops) if family.loops else None
+        if loops is not None and section:
+            raise CheckpointError(
+                "config.json: a looped model has a section gsx, and no method says what it means in a loop",
+                expected="no such section",
+                found=", ".join(section),
+            )
         num_layers = hf.num_hidden_layers
         if section.get("gate") and section.get("router"):
             raise CheckpointError(
@@ -258,7 +316,7 @@ class ModelConfig:
                 f"config.json: gsx.router has an adapter, and no method says what it adds in {hf.model_type}",
                 expected="a family without a norm after the branch",
             )
-        return cls(
+        once = cls(
             family=hf.model_type,
             vocab_size=hf.vocab_size,
             hidden_size=hf.hidden_size,
@@ -269,7 +327,7 @@ class ModelConfig:
             head_dim=head_dim,
             max_positions=min([most, *_switches(ropes)]),
             most_positions=most,
-            rms_norm_eps=hf.rms_norm_eps,
+            rms_norm_eps=UNIT_NORM_EPS if family.sphere else hf.rms_norm_eps,
             tied_head=bool(hf.tie_word_embeddings),
             qkv_bias=trait(family.qkv_bias),
             o_bias=trait(family.o_bias),
@@ -285,28 +343,54 @@ class ModelConfig:
             rotary_dim=_rotary_dim(head_dim, ropes),
             windows=_windows(hf, family),
             experts=experts,
+            loops=None,
+            rejoins=family.loops is not None and family.loops.rejoins,
+            loop_gate=family.loops is not None and family.loops.gate,
+            sphere=Sphere.of(hf, family.sphere) if family.sphere else None,
             bos_id=hf.bos_token_id,
             eos_ids=_id_list(hf.eos_token_id),
             pad_id=hf.pad_token_id,
             gate=GateConfig.from_dict(section["gate"]) if section.get("gate") else None,
             router=router,
-            exits=_depths("exits", section, num_layers),
+            exits=_exits(hf, section, num_layers),
             # After the last layer there is nothing left to skip.
-            exit_classifiers=_depths("exit_classifiers", section, num_layers - 1),
+            exit_classifiers=_depths("gsx.exit_classifiers", section.get("exit_classifiers", ()), num_layers - 1),
         )
+        if loops is None:
+            return once
+        return replace(once, loops=loops.model_copy(update={"most": 1, "default": 1})).of_loops(loops)
 
 
-def _depths(key: str, section: Mapping[str, Any], deepest: int) -> tuple[int, ...]:
-    """A list of depths from the section `gsx`, without repetition, ascending."""
-    depths = section.get(key, ())
+def _exits(hf: Any, section: Mapping[str, Any], num_layers: int) -> tuple[int, ...]:
+    """The exits: those of the section `gsx`, else `exit_layer_indices`, as Sorted LLaMA's and Balcony's code has them.
+
+    Raises:
+        CheckpointError: the exits have layers of their own.
+    """
+    if "exits" in section:
+        return _depths("gsx.exits", section["exits"], num_layers)
+    depths = getattr(hf, "exit_layer_indices", None) or ()
+    own = [key for key in ("exit_decoder_layer", "exit_attention", "exit_mlp") if getattr(hf, key, False)]
+    if own:
+        raise CheckpointError(
+            f"config.json: its exits have layers of their own ({own[0]}), which gsx does not read",
+            expected="exits that read the model's final norm and head",
+            found=f"exit_layer_indices {depths!r}",
+            todo=f"the whole model does not need them: remove exit_layer_indices and {', '.join(own)} to export it",
+        )
+    return _depths("exit_layer_indices", depths, num_layers)
+
+
+def _depths(key: str, depths: object, deepest: int) -> tuple[int, ...]:
+    """A list of depths, without repetition, ascending."""
     if not isinstance(depths, list | tuple):
         raise CheckpointError(
-            f"config.json: gsx.{key} is not a list of depths", expected="a list of whole numbers", found=repr(depths)
+            f"config.json: {key} is not a list of depths", expected="a list of whole numbers", found=repr(depths)
         )
     for depth in depths:
         if not isinstance(depth, int) or isinstance(depth, bool) or not 1 <= depth <= deepest:
             raise CheckpointError(
-                f"config.json: gsx.{key} names a depth that the model does not have",
+                f"config.json: {key} names a depth that the model does not have",
                 expected=f"whole numbers from 1 to {deepest}",
                 found=repr(depth),
             )
@@ -323,7 +407,8 @@ def _check_shape(hf: Any) -> None:
             whole(name, getattr(hf, name), 1)
     if (getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads) % 2:
         raise CheckpointError("config.json: head_dim is odd", expected="an even number, since RoPE rotates pairs")
-    finite("rms_norm_eps", hf.rms_norm_eps)
+    if hasattr(hf, "rms_norm_eps"):
+        finite("rms_norm_eps", hf.rms_norm_eps)
     for key, causal in (("is_causal", True), ("use_bidirectional_attention", False)):
         value = getattr(hf, key, causal)
         if bool(value) != causal:
@@ -488,6 +573,28 @@ def _windows(hf: Any, family: Family) -> tuple[int | None, ...]:
     if "sliding_attention" in kinds:
         whole("sliding_window", window, 1)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _loops(hf: Any, keys: LoopKeys) -> Loops:
+    """How the layers of a looped model run."""
+
+    def count(key: str | None, least: int) -> int:
+        if key is None:
+            return 0
+        whole(key, getattr(hf, key), least)
+        return int(getattr(hf, key))
+
+    before, looped, after = count(keys.before, 0), count(keys.looped, 1), count(keys.after, 0)
+    if before + looped + after != hf.num_hidden_layers:
+        raise CheckpointError(
+            "config.json: the layers before, in and after the loop do not add up",
+            expected=f"num_hidden_layers {hf.num_hidden_layers}",
+            found=f"{before} + {looped} + {after}",
+        )
+    most = count(keys.count, 1)
+    if keys.caches is not None:
+        one_of(keys.caches, getattr(hf, keys.caches), ("per_loop",))
+    return Loops(before=before, looped=looped, after=after, most=most, default=most)
 
 
 def _id_list(ids: int | list[int] | None) -> tuple[int, ...]:

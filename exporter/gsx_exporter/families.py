@@ -43,6 +43,42 @@ NORMS_AROUND: LayerNorms = {
 
 
 @dataclass(frozen=True)
+class LoopKeys:
+    """The keys that say how the layers of a looped model run.
+
+    Args:
+        before, looped, after: layers that run once, looped ones, and layers that run once after them; None for `before`
+            and `after`: all layers are looped.
+        count: of the loops.
+        caches: which caches loops have; None where each has its own.
+        gate: whether a gate reads what each loop gives (`early_exit_gate`).
+        rejoins: whether a loop begins with the norm of the state plus that of the state that entered the first loop;
+            else every loop but the first begins with the final norm of the state.
+    """
+
+    before: str | None
+    looped: str
+    after: str | None
+    count: str
+    caches: str | None = None
+    gate: bool = False
+    rejoins: bool = False
+
+
+@dataclass(frozen=True)
+class SphereKeys:
+    """The keys of a normalized Transformer (nGPT, arXiv:2410.01131): see `gsx_exporter.sphere`.
+
+    Args:
+        rate: of the initial interpolation rate; spread: of the standard deviation of initial weights, in which scaled
+            parameters are stored.
+    """
+
+    rate: str
+    spread: str
+
+
+@dataclass(frozen=True)
 class Family:
     """Traits of a model family. Where a trait is `str | bool` or a key, a string is a key of the configuration.
 
@@ -65,6 +101,9 @@ class Family:
         residual_scale: the key of the factor of what a branch adds; None for 1.
         logits_divisor: the key of the number that logits are divided by; None for 1.
         attention_softcap, logits_softcap: the keys of c in c tanh(x / c) of scores and logits; None for no such cap.
+        loops: the keys of a looped model; None in a family whose layers run once.
+        sphere: the keys of a normalized Transformer; None in other families.
+        described: whether transformers has no such model, so that the reference is written from its description.
     """
 
     qkv_bias: str | bool = False
@@ -87,6 +126,9 @@ class Family:
     logits_divisor: str | None = None
     attention_softcap: str | None = None
     logits_softcap: str | None = None
+    loops: LoopKeys | None = None
+    sphere: SphereKeys | None = None
+    described: bool = False
 
 
 SQRT_WIDTH = "sqrt(hidden_size)"
@@ -148,4 +190,31 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "olmo2": _OLMO2,
     "olmo3": replace(_OLMO2, windows="layer_types", ropes_by_layer_type=True),
+    "dory": Family(
+        qkv_bias="attention_bias",
+        o_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        qk_norm="head",
+        norms=NORMS_AROUND,
+        windows="layer_types",
+        ropes_by_layer_type=True,
+        loops=LoopKeys(
+            before="n_input_layers",
+            looped="n_recurrent_layers",
+            after="n_output_layers",
+            count="n_recurrent_loops",
+            caches="recurrent_kv_cache_mode",
+            rejoins=True,
+        ),
+        sphere=SphereKeys(rate="ngpt_alpha_init", spread="initializer_range"),
+    ),
+    # `gsx_exporter/checkpoint/ouro.py`
+    "ouro": Family(
+        norms={
+            "attn": BranchNorms("input_layernorm", "input_layernorm_2"),
+            "mlp": BranchNorms("post_attention_layernorm", "post_attention_layernorm_2"),
+        },
+        loops=LoopKeys(before=None, looped="num_hidden_layers", after=None, count="total_ut_steps", gate=True),
+        described=True,
+    ),
 }

@@ -84,7 +84,7 @@ class LayerSets:
         self.depth = checkpoint.config.num_layers
         self._walk = Walk(checkpoint, ids, DecoderOptions())
         with torch.inference_mode():
-            self._layers = [layer for _, layer in self._walk.layers()]
+            self._layers = [self._walk.layer(number) for number in range(self.depth)]
             self._states: dict[LayerSet, Tensor] = {(): self._walk.stream({}).hidden}
 
     def nats(self, kept: LayerSet) -> np.ndarray:

@@ -43,14 +43,15 @@ class Form:
 
 
 def parse_setting(text: str) -> KeepSettings:
-    """A keep setting as text: `budget:0.7`, `layers:0-5,8.attn`, `exit:4`, `speedup:2` or `exit-threshold:0.5`.
+    """A keep setting as text: `budget:0.7`, `layers:0-5,8.attn`, `exit:4`, `speedup:2`, `exit-threshold:0.5` or
+    `loops:2`.
 
     Raises:
         UsageError: another name, or a value that is no number.
     """
     name, _, value = text.partition(":")
     field = name.replace("-", "_")
-    kinds: dict[str, Callable[[str], Any]] = {"layers": str, "exit": int}
+    kinds: dict[str, Callable[[str], Any]] = {"layers": str, "exit": int, "loops": int}
     try:
         if field not in SETTINGS or not value:
             raise ValueError
@@ -58,7 +59,7 @@ def parse_setting(text: str) -> KeepSettings:
     except ValueError:
         raise UsageError(
             f"{text!r} is not a setting",
-            expected="budget:B, layers:SET, exit:E, speedup:R or exit-threshold:T",
+            expected="budget:B, layers:SET, exit:E, speedup:R, exit-threshold:T or loops:N",
             found=repr(text),
         ) from None
 

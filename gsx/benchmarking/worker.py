@@ -36,9 +36,11 @@ class Counted:
 
     def __init__(self, runner: Runner) -> None:
         self.manifest = runner.manifest
-        self.new_cache, self.move = runner.new_cache, runner.move
+        self.new_cache, self.copy = runner.new_cache, runner.copy
         self._runner = runner
-        self.skippable = [BRANCHES.index(branch) for branch in self.manifest.skippable]
+        self.skippable = np.zeros((self.manifest.decoder.num_layers, len(BRANCHES)), bool)
+        for layer, branch in self.manifest.skippable_places:
+            self.skippable[layer, BRANCHES.index(branch)] = True
         self.rows: list[np.ndarray] = []
 
     def step(
@@ -52,9 +54,9 @@ class Counted:
     ) -> StepOutput:
         """See `Runner`."""
         output = self._runner.step(cache, input_ids, controls, counts=counts, logits=logits)
-        rows = np.full((self.manifest.decoder.num_layers, len(BRANCHES)), input_ids.size)
+        rows = np.full(self.skippable.shape, input_ids.size)
         if output.kept is not None:
-            rows[:, self.skippable] = output.kept[:, self.skippable]  # others always run
+            rows[self.skippable] = output.kept[self.skippable]  # others always run
         self.rows.append(rows)
         return output
 
@@ -110,8 +112,8 @@ def _counts(work: Work, runner: Counted, prompts: list[list[int]]) -> dict[str, 
     values = (
         work.prompt_flops(first, batch, length),
         float(np.mean(read)) if steps else None,
-        float(first[:, gated].mean()) / (batch * length) if gated else None,
-        float(np.mean([rows[:, gated] for rows in steps])) / batch if gated and steps else None,
+        float(first[gated].mean()) / (batch * length) if gated.any() else None,
+        float(np.mean([rows[gated] for rows in steps])) / batch if gated.any() and steps else None,
     )
     return dict(zip(COUNTS, values, strict=True))
 

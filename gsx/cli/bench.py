@@ -31,7 +31,7 @@ def bench(
     setting: Annotated[
         list[str] | None,
         typer.Option(
-            help="budget:B, layers:SET, exit:E, speedup:R or exit-threshold:T; may be given several times.",
+            help="budget:B, layers:SET, exit:E, speedup:R, exit-threshold:T or loops:N; may be given several times.",
             show_default="as gsx verify",
         ),
     ] = None,

@@ -24,7 +24,8 @@ def summary_of(bundle: Bundle, seconds: float) -> dict[str, Any]:
         "bundle": str(bundle.directory),
         "source": manifest.source.model,
         "family": manifest.decoder.family,
-        "layers": manifest.decoder.num_layers,
+        "layers": manifest.decoder.stored_layers,
+        "loops": manifest.decoder.loops.model_dump() if manifest.decoder.loops else None,
         "precision": manifest.precision,
         "policy": manifest.policy.name if manifest.policy else None,
         "select": selection.mode if selection else None,
@@ -56,6 +57,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         console.print("a dense model: nothing is skipped")
     elif summary["confidence"] is not None:
         _print_confidence(summary["confidence"], summary["exits"])
+    elif summary["policy"] == "loops":
+        console.print(f"policy loops: 1 to {summary['loops']['most']} loops, {summary['loops']['default']} by default")
     elif summary["budget"] is None:
         console.print(f"policy {summary['policy']}: layers {summary['parameters']['layers']} run by default")
     elif summary["kept_share"] is None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +19,7 @@ from gsx.cli.options import (
     SamplingOptions,
     grouped,
 )
-from gsx.cli.signals import loading
+from gsx.cli.signals import forget_ctrl_c, loading
 from gsx.defaults import NEW_TOKENS
 
 if TYPE_CHECKING:
@@ -48,16 +50,31 @@ def generate(
         str | None,
         typer.Option(help="Token ids instead of a text, e.g. 1,2,3; prints the new ids.", show_default=False),
     ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="With --json: each token's log-probability, and those of the N most likely.", show_default="none"
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Threads of the runtime.", show_default="the runtime's choice")
     ] = None,
     stream: Annotated[bool, typer.Option(help="Print text as it is generated.")] = True,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Chat with the model, by its own chat template; Ctrl-D ends it.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Continue a text. New text goes to stdout, a line of statistics to stderr.
 
     Example: gsx generate out/demo "def main(" --budget 0.7 --max-new-tokens 64
+
+    With --chat, each line is a message, and the prompt is the first one. Ctrl-C ends an answer.
     """
+    if chat:
+        _check_chat(ids, as_json, logprobs)
+        _chat(bundle, prompt, keep, sampling, drafting, backend, max_new_tokens, tuple(stop or ()), threads)
+        return
     if prompt == "-":
         prompt = _stdin()
     with loading():
@@ -69,6 +86,7 @@ def generate(
         prompt,
         ids=_parse_ids(ids) if ids is not None else None,
         max_new_tokens=max_new_tokens,
+        logprobs=logprobs,
         stop=stop or (),
         threads=threads,
         on_text=_write if live else lambda text: None,
@@ -85,6 +103,73 @@ def generate(
     else:
         print("" if live else result.text, flush=True)
     remark(statistics(result))
+
+
+def _check_chat(ids: str | None, as_json: bool, logprobs: int | None) -> None:
+    from gsx_plugins.errors import UsageError
+
+    given = [name for name, value in (("--ids", ids), ("--json", as_json), ("--logprobs", logprobs)) if value]
+    if given:
+        raise UsageError("--chat is for people", expected="messages, line by line", found=", ".join(given))
+
+
+def _chat(
+    bundle: Path,
+    prompt: str | None,
+    keep: KeepOptions,
+    sampling: SamplingOptions,
+    drafting: DraftOptions,
+    backend: BackendOptions,
+    max_new_tokens: int,
+    stop: tuple[str, ...],
+    threads: int | None,
+) -> None:
+    with loading():
+        from gsx.workflows.chat import Chat
+        from gsx.workflows.generate import Generator
+        from gsx_engines.bundle.controls import KeepSettings
+        from gsx_engines.sampling import Sampling
+        from gsx_plugins.errors import UsageError
+
+    values = vars(sampling) | {"logit_bias": sampling.logit_bias or {}}
+    kept = KeepSettings(keep.budget, keep.layers, keep.exit_layer, keep.speedup, keep.exit_threshold)
+    source = Generator(bundle, kept, Sampling(**values), threads=threads, **vars(drafting), **vars(backend))
+    chat = Chat(source, max_new_tokens, stop)
+    for message in _messages(prompt):
+        try:
+            result = chat.answer(message, _write)
+        except KeyboardInterrupt:
+            print(flush=True)
+            if not forget_ctrl_c():
+                raise
+            remark("(interrupted)")
+        except UsageError as error:  # of this message: the chat goes on
+            remark(error.message)
+        else:
+            print(flush=True)
+            remark(statistics(result))
+
+
+def _messages(first: str | None) -> Iterator[str]:
+    """The messages of a user, until the input ends; Ctrl-C drops the line that is being written."""
+    if first is not None:
+        yield first
+    while True:
+        try:
+            if sys.stdin.isatty():
+                sys.stderr.write("> ")
+                sys.stderr.flush()
+            line = sys.stdin.buffer.readline()
+        except KeyboardInterrupt:
+            if not forget_ctrl_c():
+                raise
+            remark("(Ctrl-D ends the chat)")
+            continue
+        if not line:
+            return
+        message = line.decode("utf-8", errors="surrogateescape").strip()
+        if message:
+            yield message
 
 
 def statistics(result: GenerateResult) -> str:

@@ -51,6 +51,7 @@ def _print(report: InspectReport) -> None:
         ("kind", f"{report.kind}, {report.family}"),
         *([("adapter", _adapter(report.adapter))] if report.adapter else []),
         ("shape", ", ".join(f"{name} {count}" for name, count in report.shape.items())),
+        *_loops(report.loops),
         (
             "gates",
             f"{gates['kind']} on {' and '.join(gates['branches'])}, reading {gates['input']}" if gates else "none",
@@ -129,6 +130,18 @@ def _engines(engines: Mapping[str, Any]) -> list[tuple[str, str]]:
             wide = f"; {len(built['widened'])} quantized ones do not run in 8 bits" if built["widened"] else ""
             lines.append(("engine", f"{name}, {graph}: products {products_line(built['products'])}{wide}"))
     return lines
+
+
+def _loops(loops: Mapping[str, int] | None) -> list[tuple[str, str]]:
+    """How the layers of a looped model run, and what its caches hold."""
+    if loops is None:
+        return []
+    parts = (f"{loops['before']} layers once", f"{loops['looped']} in each loop", f"{loops['after']} once")
+    most = f"{loops['default']} loops by default, {loops['most']} at most"
+    return [
+        ("loops", f"{', '.join(parts)}; {most}"),
+        ("caches", f"{loops['visits']}, one for each visit of a layer: {loops['kv_values']:,} numbers a token"),
+    ]
 
 
 def _adapter(adapter: Mapping[str, Any]) -> str:

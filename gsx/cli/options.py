@@ -75,6 +75,23 @@ class KeepOptions:
         float | None,
         typer.Option(help="Confidence at which a token exits (policy calm).", show_default="as exported"),
     ] = None
+    loops: Annotated[
+        int | None,
+        typer.Option(help="How many loops of a looped model run (policy loops).", show_default="as exported"),
+    ] = None
+
+
+def biases_of(text: str) -> dict[int, float]:
+    """The biases of tokens, by id.
+
+    Raises:
+        typer.BadParameter: it is something else.
+    """
+    try:
+        pairs = [part.split(":") for part in text.split(",")]
+        return {int(token): float(bias) for token, bias in pairs}
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not a list of biases such as 11:-100,2:1.5") from None
 
 
 @dataclass(frozen=True)
@@ -87,6 +104,25 @@ class SamplingOptions:
         float, typer.Option(help="Sample from the most likely tokens that together reach this probability.")
     ] = 1.0
     seed: Annotated[int | None, typer.Option(help="Seed of the random numbers.", show_default="a new one")] = None
+    min_p: Annotated[float, typer.Option(help="Only tokens at least this share as likely as the most likely one.")] = (
+        0.0
+    )
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Divides the logits of tokens that are in the text, prompt included; 1: none.")
+    ] = 1.0
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Taken off a token's logit for each time that it is in the new text.")
+    ] = 0.0
+    presence_penalty: Annotated[float, typer.Option(help="Taken off a token's logit if it is in the new text.")] = 0.0
+    logit_bias: Annotated[
+        dict[int, float] | None,
+        typer.Option(
+            parser=biases_of,
+            metavar="ID:BIAS,...",
+            help="Added to the logits of tokens, e.g. 11:-100,2:1.5.",
+            show_default="none",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +140,7 @@ class DraftOptions:
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Another draft: exit:E, budget:B, layers:SET, or layers:auto (searches for a set meanwhile).",
+            help="Another draft: exit:E, budget:B, loops:N, layers:SET, or layers:auto (searches for a set meanwhile).",
             show_default="the bundle's",
         ),
     ] = None

@@ -41,6 +41,14 @@ def exit_code() -> int:
     return EXIT_SIGNAL + (_State.received or signal.SIGINT)
 
 
+def forget_ctrl_c() -> bool:
+    """Go on after a Ctrl-C that ended a part of the work. Returns: False for a SIGTERM, which ends the command."""
+    if _State.received != signal.SIGINT:
+        return False
+    _State.received = None
+    return True
+
+
 @contextmanager
 def loading() -> Iterator[None]:
     """While libraries are imported: a signal ends the process at once.

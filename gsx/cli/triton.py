@@ -44,6 +44,9 @@ def triton(
     threads: Annotated[
         int | None, typer.Option(help="Threads of ONNX Runtime.", show_default="all but one processor, for the server")
     ] = None,
+    openai: Annotated[
+        bool, typer.Option("--openai", help="Take requests as Triton's OpenAI front end sends them.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write a model repository for Triton Inference Server, or check a server that runs one.
@@ -65,16 +68,24 @@ def triton(
         return
     assert output is not None
     if backend == "tensorrt-plan":
-        if (slots, queue, context, threads) != (SERVED_REQUESTS, WAITING_REQUESTS, None, None):
+        if (slots, queue, context, threads, openai) != (SERVED_REQUESTS, WAITING_REQUESTS, None, None, False):
             raise UsageError(
                 "--backend tensorrt-plan: the engines are served as they were built",
-                expected="no --slots, --queue, --context and --threads",
+                expected="no --slots, --queue, --context, --threads and --openai",
                 todo="gsx build --batch and --context set what an engine takes",
             )
         _write_plans(bundle, output, name, as_json)
         return
     model = write(
-        bundle, output, name=name, backend=backend, slots=slots, queue=queue, context=context, threads=threads
+        bundle,
+        output,
+        name=name,
+        backend=backend,
+        slots=slots,
+        queue=queue,
+        context=context,
+        threads=threads,
+        openai=openai,
     )
     if as_json:
         print_json({"repository": str(output), "model": str(model)})

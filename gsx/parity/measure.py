@@ -64,7 +64,7 @@ class ReferenceSide:
         put = (lambda rows: rows) if store is None else store.put
         found = []
         for row, valid in enumerate(mask.astype(bool)):
-            layers = output.cache.layers if states else []
+            layers = self._reference.cached(output) if states else []
             found.append(
                 Observation(
                     logits=self._logits(output.states[-1], row, valid, store),

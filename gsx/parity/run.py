@@ -421,7 +421,7 @@ class Run:
 
     def _padded_keeps(self, setting: Setting) -> list[KeepSettings]:
         policy = self.manifest.policy
-        by_sequence = policy is not None and policy.input("layer_mask") is not None
+        by_sequence = policy is not None and any(policy.input(name) is not None for name in ("layer_mask", "loops"))
         settings = list(self.scopes)
         other = settings[(settings.index(setting) + 1) % len(settings)] if by_sequence else setting
         return [setting.keep, other.keep]

@@ -49,8 +49,9 @@ def bench(
         bundle: an opened bundle or its directory. Its first setting, the one that keeps most, is what all others are
             compared with.
         others: more bundles.
-        settings: keep settings, `budget:B`, `layers:SET`, `exit:E`, `speedup:R` or `exit-threshold:T`, each for the
-            bundles that can read it; none for those that `gsx verify` verifies. A bundle with a draft drafts too.
+        settings: keep settings, `budget:B`, `layers:SET`, `exit:E`, `speedup:R`, `exit-threshold:T` or `loops:N`, each
+            for the bundles that can read it; none for those that `gsx verify` verifies. A bundle with a draft drafts
+            too.
         prompt_lengths: in tokens; None for 128 and 512, as far as the models' context allows.
         batches: numbers of prompts that are continued together.
         new_tokens: of each prompt.

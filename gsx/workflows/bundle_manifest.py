@@ -9,6 +9,7 @@ from importlib.metadata import version
 from gsx.workflows.calibrated import Calibrated
 from gsx_engines.bundle.manifest import (
     SCHEMA_VERSION,
+    ChatTemplateEntry,
     DecoderShape,
     Gates,
     GraphEntry,
@@ -17,6 +18,7 @@ from gsx_engines.bundle.manifest import (
     WeightsEntry,
 )
 from gsx_engines.bundle.words import Precision
+from gsx_engines.chat import TemplateText
 from gsx_plugins.progress import OnProgress
 
 
@@ -26,11 +28,12 @@ def manifest_of(
     graphs: Mapping[str, GraphEntry],
     weights: WeightsEntry,
     notes: Sequence[str],
+    template: TemplateText | None,
     on_progress: OnProgress,
 ) -> Manifest:
     """The manifest, without a draft. The source's weights are hashed, which takes as long as reading them.
 
-    Args: notes: what is unusual about the text that the export read.
+    Args: notes: what is unusual about the text that the export read. template: the bundle's chat template.
     """
     checkpoint = calibrated.checkpoint
     config = checkpoint.config
@@ -60,6 +63,7 @@ def manifest_of(
             bos_id=config.bos_id,
             eos_ids=config.eos_ids,
             pad_id=config.pad_id,
+            loops=config.loops,
         ),
         gates=Gates(kind=gate.kind, input=gate.input, branches=gate.branches) if gate else None,
         selection=calibrated.selection,
@@ -70,4 +74,5 @@ def manifest_of(
         kv_cache=calibrated.kv_cache,
         graphs=graphs,
         weights=weights,
+        chat_template=ChatTemplateEntry(file=template.file, sha256=template.sha256) if template else None,
     )

@@ -10,7 +10,15 @@ from gsx_engines.bundle.drafts import DraftEntry, DraftKind
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.words import Precision
 from gsx_engines.draft_trials.measure import SHORTEST_CONTEXT, candidate_exits
-from gsx_engines.speculation.spec import check_draft, check_exit, check_layers, parse_draft, refuse_other, refuse_rank
+from gsx_engines.speculation.spec import (
+    check_draft,
+    check_exit,
+    check_layers,
+    check_loops,
+    parse_draft,
+    refuse_other,
+    refuse_rank,
+)
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.rules.plan import RulePlan
 from gsx_exporter.rules.thresholds import grid_with
@@ -65,6 +73,12 @@ def plan_draft(draft: str | None, config: ModelConfig, keep: RulePlan, precision
     parsed = None if draft in (BEST_EXIT, BEST_LAYERS) else parse_draft(draft)
     if keep.by_rank:
         refuse_rank()
+    if config.loops is not None and (parsed is None or parsed.kind != "loops"):
+        raise UsageError(
+            f"--draft {draft}: the model is looped, and its graph cannot be split or left out in parts",
+            expected="loops:N, with fewer loops than the model",
+            found=draft,
+        )
     if parsed is None:
         _check_search(draft, config, keep, precision)
         exits = candidate_exits(config.exits, config.num_layers) if draft == BEST_EXIT else ()
@@ -72,7 +86,9 @@ def plan_draft(draft: str | None, config: ModelConfig, keep: RulePlan, precision
     if parsed.kind == "exit":
         check_exit(parsed.layer, config.num_layers)
         return DraftPlan(parsed, exits=(parsed.layer,))
-    if parsed.kind == "layers":
+    if parsed.kind == "loops":
+        check_loops(parsed, config.loops if keep.branches else None)
+    elif parsed.kind == "layers":
         if not keep.drafts_layers:
             refuse_other(parsed)
         check_layers(parsed, config.num_layers, keep.branches)

@@ -18,6 +18,7 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle, write_manifest, writi
 from gsx_engines.bundle.manifest import WeightsEntry
 from gsx_engines.bundle.selection import check_budget
 from gsx_engines.bundle.words import KvPolicy, Precision, SelectionMode
+from gsx_engines.chat import template_in
 from gsx_exporter.checkpoint.names import BUNDLE_COMPANIONS, TOKENIZER
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tokenizer import has_tokenizer, write_tokenizer
@@ -93,6 +94,7 @@ def export(
     on_progress(Progress("checking the checkpoint"))
     checkpoint = open_checkpoint(model, context)
     keep = plan_policy(PolicyOptions(policy, select, budget, kv_policy), checkpoint.config)
+    checkpoint.config = keep.of_model(checkpoint.config)
     types = NumberTypes(precision, quantize, kv_cache)
     types.check(checkpoint.config, keep)
     drafting = plan_draft(draft, checkpoint.config, keep, precision)
@@ -115,7 +117,9 @@ def export(
         if has_tokenizer(checkpoint):
             write_tokenizer(checkpoint, work / TOKENIZER)
         weights_entry = WeightsEntry(file=WEIGHTS_FILE, sha256=weights.sha256, size_bytes=weights.size_bytes)
-        manifest = manifest_of(calibrated, precision, entries, weights_entry, text.notes, on_progress)
+        manifest = manifest_of(
+            calibrated, precision, entries, weights_entry, text.notes, template_in(work), on_progress
+        )
 
         def begin_search() -> DraftSearch:
             assert text.seen is not None

@@ -6,7 +6,7 @@ neither torch nor transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,11 @@ from gsx_engines.bundle.drafts import DraftKind, LayersDraft
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.generation import FinishReason, GenerationStats
 from gsx_engines.runners.select import open_runner
-from gsx_engines.sampling import Sampling
+from gsx_engines.sampling import Sampling, TokenLogprobs, check_logprobs
 from gsx_engines.speculation.adapt import Adaptation, SkipSetSearch, first_set
 from gsx_engines.speculation.draft import FullDepthDraft, open_draft
 from gsx_engines.speculation.spec import check_draft, check_leaves_out, check_speculation, parse_draft
-from gsx_engines.tokens import BundleTokenizer, TextWriter, check_text
+from gsx_engines.tokens import TOKENIZER, BundleTokenizer, TextWriter, check_text
 from gsx_plugins.errors import UsageError
 
 # The draft whose set of layers is searched while generating.
@@ -42,6 +42,7 @@ class GenerateResult:
         ids: the new tokens.
         prompt_ids: the prompt as tokens.
         finish: why it ended; "stopped" for a stop text.
+        logprobs: for each new token its log-probability, and the likeliest tokens; None if they were not wanted.
         budget: the budget in use; None if the keep rule has no budget.
         keep: the keep settings, in words.
         draft: the draft in use at the end, e.g. "exit:2"; None for plain decoding.
@@ -53,6 +54,7 @@ class GenerateResult:
     ids: list[int]
     prompt_ids: list[int]
     finish: FinishReason
+    logprobs: list[TokenLogprobs] | None
     budget: float | None
     keep: str
     draft: str | None
@@ -67,6 +69,7 @@ class GenerateResult:
             "ids": self.ids,
             "prompt_ids": self.prompt_ids,
             "finish": self.finish,
+            "logprobs": None if self.logprobs is None else [asdict(one) for one in self.logprobs],
             "budget": self.budget,
             "keep": self.keep,
             "draft": self.draft,
@@ -100,11 +103,18 @@ def generate(
     exit_layer: int | None = None,
     speedup: float | None = None,
     exit_threshold: float | None = None,
+    loops: int | None = None,
     max_new_tokens: int = NEW_TOKENS,
     temperature: float = 0.0,
     top_k: int = 0,
     top_p: float = 1.0,
     seed: int | None = None,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    frequency_penalty: float = 0.0,
+    presence_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    logprobs: int | None = None,
     stop: Sequence[str] = (),
     speculative: bool | None = None,
     draft: str | None = None,
@@ -125,11 +135,18 @@ def generate(
         exit_layer: how many layers run, instead of `layers`.
         speedup: target of Unified Layer Skipping, instead of `layers`.
         exit_threshold: confidence at which a token exits, with policy calm; None for the exported one.
+        loops: how many loops of a looped model run, with policy loops; None for the exported number.
         max_new_tokens: the largest number of new tokens.
         temperature: 0 is greedy.
         top_k: sample from the k most likely tokens; 0: from all.
         top_p: sample from the most likely tokens that together reach this probability.
         seed: seed of the random numbers; None for a new one each time.
+        min_p: only tokens at least this share as likely as the most likely one; 0: all.
+        repetition_penalty: divides the logits of tokens of the prompt and the new text (multiplies those below 0).
+        frequency_penalty: taken off a token's logit for each time that it is in the new text.
+        presence_penalty: taken off a token's logit if it is in the new text.
+        logit_bias: added to the logits of tokens, by id.
+        logprobs: report each token's log-probability, and those of so many most likely tokens; None: none.
         stop: texts that end the generation; they are left out of the result.
         speculative: whether to draft and verify, which changes the speed and not the text; None: if the bundle has
             a draft.
@@ -148,54 +165,129 @@ def generate(
         >>> result.stats.new_tokens
         8
     """
-    if threads is not None and threads < 1:
-        raise UsageError("threads", expected="at least 1", found=str(threads))
     _check_texts(prompt, ids, stop)
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    if not isinstance(bundle, Bundle):
-        bundle = open_bundle(bundle)
-    keep = KeepSettings(budget, layers, exit_layer, speedup, exit_threshold)
-    controls_for(bundle.manifest, keep)  # refuse bad keep settings before anything is loaded
-    drafting = _drafting(bundle.manifest, speculative, draft, draft_length)
-    tokenizer = None
-    if prompt is not None or stop or (bundle.directory / "tokenizer.json").is_file():
-        tokenizer = BundleTokenizer(bundle)
-    if ids is not None:
-        prompt_ids = list(ids)
-    else:
-        assert tokenizer is not None
-        prompt_ids = tokenizer.encode_prompt(prompt or "")
-    writer = TextWriter(tokenizer.stream(prompt_ids), stop, on_text) if tokenizer else None
-    runtime = open_backend(backend, device, threads)
-    opened = open_draft(bundle, drafting, threads, runtime) if drafting else None
-    search = None
-    if draft == ADAPTIVE and opened is not None:
-        assert isinstance(opened, FullDepthDraft)
-        search = SkipSetSearch(opened, step_bytes(bundle))
-    result = generation.generate(
-        opened.runner if opened else open_runner(bundle, threads, runtime),
-        [prompt_ids],
-        max_new_tokens=max_new_tokens,
-        keep=keep,
-        sampling=sampling,
-        draft=opened,
+    sampling = Sampling(
+        temperature,
+        top_k,
+        top_p,
+        seed,
+        min_p,
+        repetition_penalty,
+        frequency_penalty,
+        presence_penalty,
+        logit_bias or {},
+    )
+    keep = KeepSettings(budget, layers, exit_layer, speedup, exit_threshold, loops)
+    needs_text = prompt is not None or bool(stop)
+    source = Generator(
+        bundle,
+        keep,
+        sampling,
+        logprobs=logprobs,
+        speculative=speculative,
+        draft=draft,
         draft_length=draft_length,
-        search=search,
-        on_token=lambda _, token: writer.push(token) if writer else False,
+        threads=threads,
+        backend=backend,
+        device=device,
+        needs_text=needs_text,
     )
-    sequence = result.sequences[0]
-    selection = bundle.manifest.selection
-    return GenerateResult(
-        text=writer.finish() if writer else None,
-        ids=sequence.tokens,
-        prompt_ids=prompt_ids,
-        finish=sequence.finish,
-        budget=(selection.budget if keep.budget is None else keep.budget) if selection else None,
-        keep=str(keep),
-        draft=str(opened.kind) if opened else None,
-        adaptation=search.found if search else None,
-        stats=result.stats,
-    )
+    if ids is None:
+        assert source.tokenizer is not None
+        ids = source.tokenizer.encode_prompt(prompt or "")
+    return source.generate(list(ids), max_new_tokens, stop, on_text)
+
+
+class Generator:
+    """A bundle that is open for generating, with all that stays the same from prompt to prompt.
+
+    Args:
+        bundle, keep, sampling, logprobs, speculative, draft, draft_length, threads, backend, device: as in `generate`.
+        needs_text: whether a bundle without a tokenizer is refused.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle | str | Path,
+        keep: KeepSettings,
+        sampling: Sampling,
+        *,
+        logprobs: int | None = None,
+        speculative: bool | None = None,
+        draft: str | None = None,
+        draft_length: int | None = None,
+        threads: int | None = None,
+        backend: BackendName = "onnxruntime",
+        device: Device | None = None,
+        needs_text: bool = True,
+    ) -> None:
+        if threads is not None and threads < 1:
+            raise UsageError("threads", expected="at least 1", found=str(threads))
+        check_logprobs(logprobs)
+        self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        manifest = self.bundle.manifest
+        sampling.check_ids(manifest.decoder.vocab_size)
+        controls_for(manifest, keep)  # refuse bad keep settings before anything is loaded
+        drafting = _drafting(manifest, speculative, draft, draft_length)
+        self.tokenizer: BundleTokenizer | None = None
+        if needs_text or (self.bundle.directory / TOKENIZER).is_file():
+            self.tokenizer = BundleTokenizer(self.bundle)
+        self._keep, self._sampling, self._logprobs, self._draft_length = keep, sampling, logprobs, draft_length
+        runtime = open_backend(backend, device, threads)
+        self._draft = open_draft(self.bundle, drafting, threads, runtime) if drafting else None
+        self._runner = self._draft.runner if self._draft else open_runner(self.bundle, threads, runtime)
+        self._search: SkipSetSearch | None = None
+        if draft == ADAPTIVE and self._draft is not None:
+            assert isinstance(self._draft, FullDepthDraft)
+            self._search = SkipSetSearch(self._draft, step_bytes(self.bundle))
+
+    def generate(
+        self,
+        prompt_ids: list[int],
+        max_new_tokens: int,
+        stop: Sequence[str],
+        on_text: Callable[[str], None],
+        stop_ids: frozenset[int] | None = None,
+    ) -> GenerateResult:
+        """Continue a prompt.
+
+        Args:
+            prompt_ids: the prompt.
+            max_new_tokens, stop, on_text: as in `generate`.
+            stop_ids: tokens that end the text and are no part of it; None for the model's end-of-text tokens.
+        """
+        writer = TextWriter(self.tokenizer.stream(prompt_ids), stop, on_text) if self.tokenizer else None
+
+        def write(_sequence: int, token: int) -> bool:
+            return writer is not None and token not in (stop_ids or ()) and writer.push(token)
+
+        result = generation.generate(
+            self._runner,
+            [prompt_ids],
+            max_new_tokens=max_new_tokens,
+            keep=self._keep,
+            sampling=self._sampling,
+            stop_ids=None if stop_ids is None else sorted(stop_ids),
+            draft=self._draft,
+            draft_length=self._draft_length,
+            search=self._search,
+            logprobs=self._logprobs,
+            on_token=write,
+        )
+        sequence = result.sequences[0]
+        selection, budget = self.bundle.manifest.selection, self._keep.budget
+        return GenerateResult(
+            text=writer.finish() if writer else None,
+            ids=sequence.tokens,
+            prompt_ids=prompt_ids,
+            finish=sequence.finish,
+            logprobs=None if self._logprobs is None else sequence.logprobs,
+            budget=(selection.budget if budget is None else budget) if selection else None,
+            keep=str(self._keep),
+            draft=str(self._draft.kind) if self._draft else None,
+            adaptation=self._search.found if self._search else None,
+            stats=result.stats,
+        )
 
 
 def _check_texts(prompt: str | None, ids: Sequence[int] | None, stop: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from gsx.workflows.text_facts import TextFacts, facts_of_bundle, facts_of_checkpoint
 from gsx_engines.bundle.bundle import MANIFEST, open_bundle
 from gsx_engines.bundle.engine_entry import EngineEntry
+from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import RouterPolicy
 from gsx_engines.errors import BundleError
@@ -37,6 +38,8 @@ class InspectReport:
         path: as it was given.
         family: the model family.
         shape: sizes in elements: layers, hidden, heads, kv_heads, head_dim, vocabulary, positions.
+        loops: of a looped model: layers `before`, `looped` and `after`, the loops `most` and `default`, the `visits` of
+            layers with most loops, and `kv_values`, the numbers that the caches hold for a token; None of others.
         gates: kind, input and branches; None without.
         router: the entry of the checkpoint; None without.
         exits: depths that the checkpoint was trained to exit at.
@@ -53,6 +56,7 @@ class InspectReport:
     path: str
     family: str
     shape: Mapping[str, int]
+    loops: Mapping[str, int] | None
     gates: Mapping[str, Any] | None
     router: Mapping[str, Any] | None
     exits: tuple[int, ...]
@@ -104,7 +108,7 @@ def _checkpoint(path: str) -> InspectReport:
         path=path,
         family=config.family,
         shape={
-            "layers": config.num_layers,
+            "layers": config.stored_layers,
             "hidden": config.hidden_size,
             "mlp": config.intermediate_size,
             **_experts(config),
@@ -114,6 +118,7 @@ def _checkpoint(path: str) -> InspectReport:
             "vocabulary": config.vocab_size,
             "positions": config.max_positions,
         },
+        loops=_loops(config.loops, config.num_kv_heads * config.head_dim),
         gates=config.gate.to_dict() if config.gate else None,
         router=config.router.to_dict() if config.router else None,
         exits=config.exits,
@@ -127,6 +132,14 @@ def _checkpoint(path: str) -> InspectReport:
         if checkpoint.gguf is None
         else {checkpoint.gguf.path.name: checkpoint.gguf.path.stat().st_size},
     )
+
+
+def _loops(loops: Loops | None, width: int) -> dict[str, int] | None:
+    """The loops of a model. Args: width: of K, and of V, in one cache."""
+    if loops is None:
+        return None
+    visits = len(loops.visits)
+    return {**loops.model_dump(), "visits": visits, "kv_values": 2 * visits * width}
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:
@@ -172,7 +185,7 @@ def _bundle(directory: Path, path: str) -> InspectReport:
         path=path,
         family=decoder.family,
         shape={
-            "layers": decoder.num_layers,
+            "layers": decoder.stored_layers,
             "hidden": decoder.hidden_size,
             "heads": decoder.num_heads,
             "kv_heads": decoder.num_kv_heads,
@@ -180,6 +193,7 @@ def _bundle(directory: Path, path: str) -> InspectReport:
             "vocabulary": decoder.vocab_size,
             "positions": decoder.max_positions,
         },
+        loops=_loops(decoder.loops, decoder.num_kv_heads * decoder.head_dim),
         gates=manifest.gates.model_dump(mode="json") if manifest.gates else None,
         router=_router(manifest),
         exits=_exits(directory),
@@ -232,7 +246,8 @@ def _parity(directory: Path, key: str, kind: type[_Value]) -> _Value | None:
 def _exits(directory: Path) -> tuple[int, ...]:
     try:
         raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        return tuple(int(depth) for depth in raw.get("gsx", {}).get("exits", ()))
+        depths = raw.get("gsx", {}).get("exits", raw.get("exit_layer_indices") or ())
+        return tuple(sorted({int(depth) for depth in depths}))
     except (OSError, ValueError, AttributeError, TypeError):
         return ()
 

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from gsx_exporter.config import ModelConfig  # `gsx bench` checks memory where what this needs is not installed
 
 _FLOAT = 4
-# A Hessian, its inverse, and the factor of the inverse.
-_OF_HESSIAN = 3
+# A Hessian, and the factor of its inverse; the codes of its product's weights, and what is left to round.
+_OF_HESSIAN, _OF_WEIGHTS = 2, 2
+# Logits: two models', and those before.
+_OF_LOGITS = 4
 # States of the calibration text that are in memory next to each other: residual stream, norm, output of a branch.
 _STATES = 3
 
@@ -50,12 +52,13 @@ def check_quantizing_memory(config: ModelConfig, tokens: int, *, chooses_codes: 
     widest = max(width, experts.count * experts.width + (experts.shared_width or 0) if experts else 0)
     heads = config.num_heads * config.head_dim
     layer = hidden * (2 * heads + 2 * config.num_kv_heads * config.head_dim + 3 * widest) * _FLOAT
-    hessians = (2 * hidden**2 + heads**2 + _OF_HESSIAN * width**2) * _FLOAT if chooses_codes else 0
+    of_width = _OF_HESSIAN * width**2 + _OF_WEIGHTS * width * hidden
+    hessians = (2 * hidden**2 + heads**2 + of_width) * _FLOAT if chooses_codes else 0
     states = tokens * hidden * _STATES * _FLOAT
-    logits = WINDOW_TOKENS * vocabulary * 2 * _FLOAT + vocabulary * hidden * _FLOAT
+    logits = WINDOW_TOKENS * vocabulary * _OF_LOGITS * _FLOAT + vocabulary * hidden  # the head as INT8
     check_memory(
         "not enough memory to quantize this model",
-        max(2 * layer + hessians, logits) + states,
+        max(layer + hessians, logits) + states,
         "the largest layer, its statistics and the text",
         "give fewer --calibration-tokens, or quantize on a larger machine: the bundle runs on this one too",
     )

@@ -51,8 +51,15 @@ class NumberTypes:
         """Refuse types that the checkpoint, its keep rule or the runtimes do not support.
 
         Raises:
-            UsageError: 8-bit products together with routers; 8-bit K and V that no runtime can store.
+            UsageError: 8-bit products together with routers or loops; 8-bit K and V that no runtime can store.
         """
+        if config.loops is not None and (self.quantize is not None or self.kv_cache is not None):
+            raise UsageError(
+                "quantization is not supported for looped models",
+                expected="fp32, fp16 or bf16",
+                found=f"a {config.family} model, whose looped layers read other values in every loop",
+                todo="export without --int8, --int4, --fp8 and --kv-cache",
+            )
         if self.quantize is not None and config.router is not None:
             raise UsageError(
                 "quantization is not supported for checkpoints with routers",

@@ -129,6 +129,13 @@ def study(
     if tokens < MIN_TOKENS:
         raise UsageError("tokens to measure on", expected=f"at least {MIN_TOKENS}", found=str(tokens))
     checkpoint = open_checkpoint(model)
+    if checkpoint.config.loops is not None:
+        raise UsageError(
+            "a study of layers needs a model whose layers run once",
+            expected="a model without loops",
+            found=f"{checkpoint.config.family}, {checkpoint.source}",
+            todo="gsx compare measures every number of loops",
+        )
     depth = checkpoint.config.num_layers
     if depth < 2:
         raise UsageError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsx_engines.bundle.bundle import MANIFEST, Bundle
+from gsx_engines.chat import template_in
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -20,7 +21,6 @@ _CONFIG = "config.json"
 _TOKENIZER = "tokenizer.json"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
 _ADDED_TOKENS = "added_tokens.json"
-_CHAT_TEMPLATE = "chat_template.jinja"
 # A report shows no more of a list than this.
 _FIRST = 8
 
@@ -161,7 +161,7 @@ def _facts(
         special=listed([(number, one) for number, one in added if one.special]),
         added=listed(added),
         no_tokenizer=problem,
-        chat_template=_chat_template(directory),
+        chat_template=template.file if (template := template_in(directory)) else None,
         context=context,
     )
 
@@ -177,13 +177,6 @@ def _files_of_added(directory: Path) -> dict[str, set[str]]:
         found[_TOKENIZER_CONFIG] = {str(one.get("content")) for one in decoder.values() if isinstance(one, dict)}
     found[_ADDED_TOKENS] = set(_json(directory / _ADDED_TOKENS))
     return found
-
-
-def _chat_template(directory: Path) -> str | None:
-    """The file with the chat template; a file of its own comes before an entry in another, as in transformers."""
-    if (directory / _CHAT_TEMPLATE).is_file():
-        return _CHAT_TEMPLATE
-    return _TOKENIZER_CONFIG if _json(directory / _TOKENIZER_CONFIG).get("chat_template") else None
 
 
 def _json(path: Path) -> dict[str, Any]:

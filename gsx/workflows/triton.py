@@ -34,6 +34,7 @@ def triton(
     queue: int = WAITING_REQUESTS,
     context: int | None = None,
     threads: int | None = None,
+    openai: bool = False,
 ) -> Path:
     """Write a model repository for Triton Inference Server, with one model for the server's Python backend.
 
@@ -46,6 +47,7 @@ def triton(
         queue: requests that may wait; more are refused.
         context: largest number of tokens of a request, prompt and new ones; None for the model's context.
         threads: number of threads of ONNX Runtime; None for all but one processor, which is left to the server.
+        openai: take requests as Triton's OpenAI front end sends them, whose types differ.
     Returns: the model's directory.
     Raises:
         UsageError: `out` is not empty, or a number or name cannot be used.
@@ -64,6 +66,7 @@ def triton(
         queue=queue,
         context=context,
         threads=threads,
+        form="openai" if openai else "gsx",
     )
 
 

@@ -233,6 +233,8 @@ def _reference_checkpoint(bundle: Bundle, reference: str | None, on_progress: On
         )
     positions = min(bundle.manifest.decoder.max_positions, checkpoint.config.most_positions)
     checkpoint.config = checkpoint.config.of_context(positions)
+    if bundle.manifest.decoder.loops is not None:
+        checkpoint.config = checkpoint.config.of_loops(bundle.manifest.decoder.loops)
     return checkpoint
 
 

@@ -26,6 +26,7 @@ SCRIPTS = (
     ),
     *(
         "model",
+        "openai_serving",
         "profile",
         "quantization",
         "real",

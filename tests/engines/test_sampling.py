@@ -6,12 +6,15 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
+from transformers import GenerationConfig
+from transformers.generation import logits_process
 
 from gsx_engines.errors import EngineError
-from gsx_engines.sampling import Picker, Sampling, candidates, noise
+from gsx_engines.sampling import Picker, Sampling, TokenLogprobs, adjusted, candidates, logprobs_of, noise
 from gsx_plugins.errors import UsageError
 
 LOGITS = np.log(np.array([0.5, 0.3, 0.15, 0.05]))
@@ -40,6 +43,81 @@ def distribution(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
 )
 def test_distribution(sampling: Sampling, expected: list[float]) -> None:
     np.testing.assert_allclose(distribution(LOGITS, sampling), expected, atol=1e-9)
+
+
+@given(
+    st.lists(st.floats(-30, 30, width=32), min_size=4, max_size=40),
+    st.builds(
+        Sampling,
+        temperature=st.floats(0.05, 3),
+        top_k=st.integers(0, 50),
+        top_p=st.floats(0.01, 1),
+        min_p=st.floats(0, 1),
+        repetition_penalty=st.floats(0.5, 2),
+        logit_bias=st.dictionaries(st.integers(0, 3), st.floats(-5, 5)),
+    ),
+    st.lists(st.integers(0, 3), min_size=1, max_size=6),
+)
+def test_processors_of_transformers(logits: list[float], sampling: Sampling, text: list[int]) -> None:
+    """Bias, repetition, temperature, top-k, top-p and min-p in the order in which `generate` applies them there."""
+    settings = GenerationConfig(
+        do_sample=True,
+        repetition_penalty=sampling.repetition_penalty,
+        sequence_bias={(token,): bias for token, bias in sampling.logit_bias.items()} or None,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p or None,
+    )
+    scores, ids = torch.tensor([logits], dtype=torch.float64), torch.tensor([text])
+    for process in processors_of(settings):
+        scores = process(ids, scores)
+    wanted = torch.softmax(scores[0], dim=-1).numpy()
+    changed = adjusted(np.array(logits), sampling, text[:1], text[1:])
+    found = distribution(changed, sampling)
+    # A token whose probability is just at a cut may be on either side of it, by the last bits of a sum.
+    full = distribution(changed, Sampling(sampling.temperature))
+    order = np.sort(full)[::-1]
+    close = np.abs(np.cumsum(order) / order[: sampling.top_k or None].sum() - sampling.top_p).min() < 1e-9
+    ties = len(np.unique(np.round(changed, 9))) < len(changed)
+    assume(not close and not ties and np.abs(full / full.max() - sampling.min_p).min() > 1e-9)
+    np.testing.assert_allclose(found, wanted, atol=1e-9)
+
+
+def processors_of(settings: GenerationConfig) -> list:
+    """What transformers does to logits, in its order."""
+    found: list = []
+    if settings.sequence_bias:
+        found.append(logits_process.SequenceBiasLogitsProcessor(settings.sequence_bias))
+    if settings.repetition_penalty != 1:
+        found.append(logits_process.RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    found.append(logits_process.TemperatureLogitsWarper(settings.temperature))
+    if settings.top_k:
+        found.append(logits_process.TopKLogitsWarper(settings.top_k))
+    if settings.top_p < 1:
+        found.append(logits_process.TopPLogitsWarper(settings.top_p))
+    if settings.min_p:
+        found.append(logits_process.MinPLogitsWarper(settings.min_p))
+    return found
+
+
+def test_penalties_for_new_tokens() -> None:
+    """Frequency for each time, presence once; the prompt does not count."""
+    sampling = Sampling(frequency_penalty=0.5, presence_penalty=0.25)
+    found = adjusted(np.zeros(4, np.float32), sampling, [0, 1, 1], [2, 3, 2, 2])
+    np.testing.assert_array_equal(found, [0, 0, -1.75, -0.75])
+    assert found.dtype == np.float32
+
+
+def test_log_probabilities() -> None:
+    """Of the model itself, and of equally likely tokens the earlier one first."""
+    found = logprobs_of(np.array([1.0, 3.0, 2.0, 3.0], np.float32), 0, 3)
+    wanted = torch.log_softmax(torch.tensor([1.0, 3.0, 2.0, 3.0], dtype=torch.float64), 0).tolist()
+    assert found.logprob == pytest.approx(wanted[0], abs=1e-12)
+    assert [token for token, _ in found.top] == [1, 3, 2]
+    assert [logprob for _, logprob in found.top] == pytest.approx([wanted[1], wanted[3], wanted[2]], abs=1e-12)
+    assert logprobs_of(np.array([0.0, -np.inf]), 0, 0) == TokenLogprobs(0.0, ())
+    assert len(logprobs_of(np.array([0.0, 1.0]), 0, 20).top) == 2
 
 
 def test_greedy_takes_the_first_of_the_most_likely() -> None:
@@ -141,7 +219,21 @@ def test_a_token_may_be_ruled_out(sampling: Sampling) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.5}],
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"min_p": -0.1},
+        {"min_p": float("nan")},
+        {"repetition_penalty": 0},
+        {"repetition_penalty": 1000},
+        {"frequency_penalty": 2.1},
+        {"presence_penalty": float("nan")},
+        {"logit_bias": {3: 101}},
+        {"logit_bias": {3: float("nan")}},
+    ],
 )
 def test_bad_options(options: dict[str, float]) -> None:
     with pytest.raises(UsageError):

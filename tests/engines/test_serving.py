@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,15 @@ from hypothesis import strategies as st
 
 import gsx
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.bundle.controls import KeepSettings, RuntimeValues
+from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
 from gsx_engines.errors import EngineError
-from gsx_engines.runners.base import Cache, Runner, StepOutput
+from gsx_engines.generation import Continuation, Decoding
+from gsx_engines.runners.base import Cache, Logits, Runner, StepOutput
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
-from gsx_engines.sampling import Sampling
-from gsx_engines.serving.request import Finished, OverloadedError, Request
+from gsx_engines.sampling import Picker, Sampling, TokenLogprobs
+from gsx_engines.serving.request import Finished, NewTokens, OverloadedError, Request
 from gsx_engines.serving.scheduler import Scheduler
 from gsx_engines.speculation.draft import open_draft_runner
 from gsx_engines.tokens import BundleTokenizer
@@ -35,15 +36,17 @@ class Recorder:
     def __init__(self, leaves_after: int | None = None) -> None:
         self.ids: list[int] = []
         self.text = ""
+        self.logprobs: list[TokenLogprobs] = []
         self.result: Finished | None = None
         self.error: Exception | None = None
         self.was_dropped = False
         self._leaves_after = leaves_after
 
-    def tokens(self, ids: Sequence[int], text: str) -> None:
+    def tokens(self, new: NewTokens) -> None:
         assert self.result is None
-        self.ids += ids
-        self.text += text
+        self.ids += new.ids
+        self.text += new.text
+        self.logprobs += new.logprobs
 
     def finished(self, result: Finished) -> None:
         self.result = result
@@ -162,6 +165,19 @@ def test_a_cancelled_request_is_dropped_and_changes_no_other(scheduler: Schedule
     assert waiting[0].ids == alone(REQUESTS[1]).ids
 
 
+def test_other_families_are_served(family_bundle: Bundle) -> None:
+    """Two requests together and one that comes later; each gets what it gets alone."""
+    scheduler = Scheduler(open_runner(family_bundle, 1), BundleTokenizer(family_bundle), slots=2)
+    clients = [(Request([5, 60, 61][:size], max_new_tokens=12), Recorder()) for size in (3, 1, 2)]
+    for one in clients:
+        scheduler.submit(*one)
+    finish(scheduler)
+    for request, client in clients:
+        assert client.error is None
+        expected = gsx.generate(family_bundle, ids=request.prompt, max_new_tokens=request.max_new_tokens, threads=1)
+        assert client.ids == expected.ids
+
+
 class Faulty:
     """A runner whose call fails when a certain token comes."""
 
@@ -176,8 +192,8 @@ class Faulty:
             raise RuntimeError("no such luck")
         return self._runner.step(cache, input_ids, controls, **options)
 
-    def move(self, cache: Cache, source: int, target: int) -> None:
-        self._runner.move(cache, source, target)
+    def copy(self, cache: Cache, source: int, target: int, length: int) -> None:
+        self._runner.copy(cache, source, target, length)
 
 
 def test_a_request_that_fails_fails_alone(tiny_bundle: Path) -> None:
@@ -221,7 +237,7 @@ def test_logits_that_are_no_numbers_fail_one_request(tiny_bundle: Path) -> None:
 
 def test_a_client_that_cannot_be_reached_is_dropped(tiny_bundle: Path) -> None:
     class Broken(Recorder):
-        def tokens(self, ids: Sequence[int], text: str) -> None:
+        def tokens(self, new: NewTokens) -> None:
             raise ConnectionError
 
     bundle = open_bundle(tiny_bundle)
@@ -298,6 +314,54 @@ def test_what_other_rules_read_is_each_request_s_own(
         scheduler.submit(Request([5], 3, keep=KeepSettings(budget=0.5)), Recorder())
 
 
+def test_continuations_of_one_request_share_its_prompt(drafting: Bundle, scheduler: Scheduler) -> None:
+    """Each is that of a batch of this prompt; the model reads the prompt once, and other requests notice nothing."""
+    prompt, sampling = [5, 60, 61, 7, 8], Sampling(1.2, seed=7, presence_penalty=0.5)
+    runner = scheduler._runner
+    counted = Counted(runner)
+    served = Scheduler(counted, BundleTokenizer(drafting), slots=3)
+    clients, other = [Recorder() for _ in range(5)], Recorder()
+    served.submit(Request([9, 10], 9), other)
+    served.submit(Request(prompt, 12, sampling=sampling, logprobs=2), *clients)
+    finish(served)
+    for number, client in enumerate(clients):
+        sequence = Continuation(drafting.manifest, prompt, 12, Picker(sampling), number, lambda token: False, None, 2)
+        alone = Decoding(runner, [sequence], controls_for(drafting.manifest, prompt_tokens=[len(prompt)]))
+        alone.start()
+        while not alone.ended:
+            alone.round()
+        assert (client.ids, client.error) == (sequence.tokens, None)
+        logprobs = [[one.logprob for one in found] for found in (client.logprobs, sequence.logprobs)]
+        np.testing.assert_allclose(*logprobs, atol=1e-4)
+        assert client.result is not None
+        assert client.result.stats.kept_rows == alone.stats().kept_rows
+    assert len({tuple(client.ids) for client in clients}) > 1
+    assert other.ids == gsx.generate(drafting, ids=[9, 10], max_new_tokens=9, threads=1, speculative=False).ids
+    assert counted.read == 2 + len(other.ids) - 1 + sum(len(client.ids) - 1 for client in clients) + len(prompt)
+
+
+class Counted:
+    """A runner that counts the tokens that it reads."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.manifest, self._runner, self.read = runner.manifest, runner, 0
+        self.new_cache, self.copy = runner.new_cache, runner.copy
+
+    def step(self, cache: Cache, ids: np.ndarray, controls: RuntimeValues, *, counts: list[int], logits: Logits):
+        self.read += sum(counts)
+        return self._runner.step(cache, ids, controls, counts=counts, logits=logits)
+
+
+def test_more_continuations_than_may_wait_are_refused(tiny_bundle: Path) -> None:
+    scheduler = Scheduler(open_runner(open_bundle(tiny_bundle), 1), slots=1, queue=3)
+    with pytest.raises(UsageError, match="more continuations than may wait"):
+        scheduler.submit(Request([5], 3), *(Recorder() for _ in range(4)))
+    scheduler.submit(Request([5], 3), *(Recorder() for _ in range(2)))
+    with pytest.raises(OverloadedError):
+        scheduler.submit(Request([5], 3), *(Recorder() for _ in range(2)))
+    assert scheduler.waiting == 2
+
+
 def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
     scheduler = Scheduler(open_runner(open_bundle(tiny_bundle), 1), slots=1, queue=2)
     for _ in range(2):
@@ -307,6 +371,14 @@ def test_a_full_queue_refuses(tiny_bundle: Path) -> None:
     assert "again later" in refusal.value.message
     finish(scheduler)
     scheduler.submit(Request([5], 3), Recorder())
+
+
+def test_a_prompt_whose_logits_do_not_fit_is_not_scored(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gsx_engines.serving.scheduler.MAX_PROMPT_LOGITS", 3 * 260)
+    scheduler = Scheduler(open_runner(open_bundle(tiny_bundle), 1), slots=1)
+    scheduler.submit(Request([5, 6], 3, logprobs=0, prompt_logprobs=True), Recorder())
+    with pytest.raises(UsageError, match="too long to be scored"):
+        scheduler.submit(Request([5] * 9, 3, logprobs=0, prompt_logprobs=True), Recorder())
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,32 @@ def test_text_is_that_of_plain_decoding(split: Bundle, sampling: Sampling, lengt
         assert have.sequences == want.sequences
 
 
+ADJUSTED = {
+    "min-p": {"min_p": 0.02},
+    "repetition": {"repetition_penalty": 1.4},
+    "frequency": {"frequency_penalty": 1.1},
+    "presence": {"presence_penalty": 1.6},
+    "bias": {"logit_bias": {5: 3.0, 60: -100.0}},
+}
+
+
+@pytest.mark.parametrize("name", ADJUSTED)
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_text_is_that_of_plain_decoding_however_logits_are_changed(
+    gated: Bundle, name: str, temperature: float
+) -> None:
+    draft = open_draft(gated, ExitDraft(layer=2))
+    sampling = Sampling(temperature, seed=3, **ADJUSTED[name])
+    options: dict[str, Any] = {"max_new_tokens": 30, "sampling": sampling, "stop_ids": []}
+    want = generate(open_runner(gated), PROMPTS, **options)
+    have = generate(draft.runner, PROMPTS, draft=draft, draft_length=4, **options)
+    assert have.sequences == want.sequences
+    assert sum(have.stats.accepted), "the draft guesses under the same change"
+    if temperature or name != "min-p":  # which never changes the likeliest token
+        plain = generate(open_runner(gated), PROMPTS, **options | {"sampling": Sampling(temperature, seed=3)})
+        assert want.sequences != plain.sequences, "the change matters"
+
+
 @pytest.mark.parametrize("spec", ["budget:0.55", "layers:1,3.mlp", "exit:2"])
 @pytest.mark.parametrize("budget", [1.0, 0.8, 0.6])
 def test_every_kind_of_draft(gated: Bundle, spec: str, budget: float) -> None:

@@ -201,7 +201,7 @@ def test_greedy_text_equals_the_portable_runner(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("pair", [name for name, case in CASES.items() if case.batch > 1], indirect=True)
-def test_a_sequence_moves_to_another_row(pair: Pair) -> None:
+def test_a_sequence_is_copied_to_another_row(pair: Pair) -> None:
     controls = controls_for(pair.bundle.manifest, KeepSettings(budget=1.0) if pair.ranks else AS_EXPORTED)
     ids = np.random.default_rng(2).integers(3, 250, (pair.case.batch, 6))
     first, *_, last = range(pair.case.batch)
@@ -209,7 +209,7 @@ def test_a_sequence_moves_to_another_row(pair: Pair) -> None:
     for runner in (pair.portable, pair.runner):
         cache = runner.new_cache(pair.case.batch, CAPACITY)
         runner.step(cache, ids, controls)
-        runner.move(cache, last, first)
+        runner.copy(cache, last, first, 6)
         counts = [int(row == first) for row in range(pair.case.batch)]
         after.append(runner.step(cache, ids[:, :1], controls, counts=counts).logits[first])
     np.testing.assert_allclose(*after, atol=LOGITS_ATOL)

@@ -208,6 +208,8 @@ FORMS: dict[str, tuple[str, dict[str, Any], Change]] = {
         together(without("layer_types"), config(use_sliding_window=True, sliding_window=4, max_window_layers=1)),
     ),
     "swish": ("llama", {}, config(hidden_act="swish")),
+    "squared ReLU": ("llama", {}, config(hidden_act="relu2")),
+    "exits as Sorted LLaMA spells them": ("llama", {}, config(exit_layer_indices=[1])),
     "a share of the head that a Llama ignores": ("llama", {}, config(partial_rotary_factor=0.5)),
     "no kv heads": ("llama", {"kv_heads": 4}, config(num_key_value_heads=None)),
     "no head size": ("llama", {}, config(head_dim=None)),
@@ -241,6 +243,21 @@ def make(tmp_path: Path) -> Callable[..., Path]:
 def test_read_as_transformers_reads_it(make: Callable[..., Path], form: str) -> None:
     model = make(*FORMS[form])
     assert same(logits(model), expected(model))
+
+
+@pytest.mark.parametrize(
+    ("keys", "exits"),
+    [
+        ({"exit_layer_indices": [2, 1]}, (1, 2)),
+        ({"exit_layer_indices": None}, ()),
+        ({"exit_layer_indices": [1], "gsx": {"exits": [2]}}, (2,)),
+        ({"exit_layer_indices": [1], "exit_decoder_layer": False, "exit_mlp": False}, (1,)),
+    ],
+)
+def test_exits_may_be_spelled_as_sorted_llama_does(
+    make: Callable[..., Path], keys: dict[str, Any], exits: tuple[int, ...]
+) -> None:
+    assert open_checkpoint(make(change=config(**keys))).config.exits == exits
 
 
 def test_quantizing_finds_tensors_of_other_names(make: Callable[..., Path]) -> None:
@@ -300,6 +317,25 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
     "an adapter inside": (
         renamed(lambda name: name.replace("q_proj.weight", "q_proj.base_layer.weight")),
         ["LoRA weights that are not merged", "base_layer.weight"],
+    ),
+    "exits with layers of their own": (
+        config(exit_layer_indices=[1], exit_decoder_layer=True),
+        ["layers of their own (exit_decoder_layer)", "exit_layer_indices [1]", "remove exit_layer_indices"],
+    ),
+    "exits with norms of their own": (
+        together(
+            config(exit_layer_indices=[1]),
+            weights(lambda t: {**t, "model.exit_modules.0.0.weight": torch.ones(64)}),
+        ),
+        ["norms or layers of their own", "1 such tensors, model.exit_modules.0.0.weight first"],
+    ),
+    "exits outside of the model": (
+        config(exit_layer_indices=[1, 9]),
+        ["exit_layer_indices names a depth that the model does not have", "1 to 2", "9"],
+    ),
+    "Balcony": (
+        config(model_type="nested_llama", exit_layer_indices=[1], exit_decoder_layer=True),
+        ["'nested_llama' is not supported", "norms or layers of their own (Balcony) (exit_decoder_layer)"],
     ),
     "GenAI": (listing_only("genai_config.json", "model.onnx"), ["is a model of ONNX Runtime GenAI"]),
     "Mistral's own layout": (

@@ -24,14 +24,16 @@ from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import expected_tensors
 from gsx_exporter.config import GateConfig, ModelConfig
-from gsx_exporter.decoder.layer import DecoderOptions
+from gsx_exporter.decoder import walk as walking
+from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.graph.assemble import GraphBuilder, Graphs
+from gsx_exporter.quantization import choose
 from gsx_exporter.quantization.choose import choose_codes
 from gsx_exporter.quantization.chosen import ChosenCodes
 from gsx_exporter.quantization.codes import round_to_nearest
-from gsx_exporter.quantization.gptq import gptq
+from gsx_exporter.quantization.gptq import DAMPING, Compensation, gptq
 from gsx_exporter.quantization.plan import Matrix, QuantizationPlan, make_plan, matrices_of, named
 from gsx_exporter.quantization.qdq import quantize_graphs
 from gsx_exporter.quantization.scheme import (
@@ -149,6 +151,69 @@ def test_gptq_changes_outputs_less_than_rounding_does(form: WeightFormat, seed: 
         assert float(found.codes.float().abs().max()) <= max(form.largest, 8)
         off.append(float((inputs @ (found.decoded() - weight)).square().sum()))
     assert off[1] < off[0]
+
+
+@given(seed=st.integers(0, 1_000), first=st.integers(0, 63))
+def test_the_factor_is_that_of_the_inverse(seed: int, first: int) -> None:
+    """U^T U is the inverse of the damped Hessian, in which inputs that nothing reads stand alone."""
+    rows, weight = weight_of(seed, width=256, out=64), weight_of(seed + 1)
+    weight[[3, 40]] = 0
+    hessian = (rows.t() @ rows).double()
+    wanted = hessian.clone()
+    for unread in (3, 40):
+        wanted[unread], wanted[:, unread] = 0, 0
+        wanted[unread, unread] = 1
+    wanted += DAMPING * wanted.diagonal().mean() * torch.eye(64)
+    found = Compensation(weight, hessian.float())
+    factor = found.rows(0, 64).double()
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor.t() @ factor @ wanted, torch.eye(64).double(), atol=1e-4, rtol=0)
+    assert torch.equal(found.rows(first, 64), found.rows(0, 64)[first:])
+
+
+def test_a_hessian_that_rounding_spoiled_passes_no_errors_on() -> None:
+    hessian = -torch.ones(64, 64)
+    assert torch.equal(Compensation(weight_of(0), hessian).rows(0, 64), torch.eye(64))
+    found = gptq(weight_of(0), hessian, INT8, torch.float32)
+    assert torch.equal(found.codes, round_to_nearest(weight_of(0), INT8, torch.float32).codes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parts_of_a_layer_and_of_the_tables_are_the_whole(
+    tmp_path: Path, text: TokenText, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the MLP, rows of the head and windows at a time change nothing: logits, codes and losses."""
+    model = open_checkpoint(tiny_checkpoint(tmp_path / "model", layers=LAYERS, hidden=HIDDEN, tied=tied))
+    controls, options = {}, DecoderOptions()
+    layers: list[DecoderLayer] = []
+
+    def run(folder: str) -> tuple[torch.Tensor, dict[str, float], list[torch.Tensor]]:
+        with torch.inference_mode():
+            walk = Walk(model, text.ids, options)
+            stream = walk.stream(controls)
+            for number, layer in walk.layers():
+                walk.through(number, layer, stream)
+                layers.append(layer)
+            logits = torch.cat([found for _, found in walk.logits(stream)])
+        (tmp_path / folder).mkdir()
+        plan = make_plan(model, SCHEMES["fp8"], statistics(model, text.ids, [controls], options, text_sha256="")[0])
+        plan = dataclasses.replace(plan, chosen=ChosenCodes(tmp_path / folder))
+        losses = dict(choose_codes(plan, text.ids, controls, options))
+        found = [plan.chosen.find(name, E4M3) for name in losses]
+        return logits, losses, [one.decoded() for one in found if one is not None]
+
+    monkeypatch.setattr(choose, "_SAMPLE_ROWS", 7)
+    whole = run("whole")
+    for name, size in {"_MLP_ROWS": 5, "_HEAD_WEIGHTS": 10 * HIDDEN, "_LOGITS": 1}.items():
+        monkeypatch.setattr(walking, name, size)
+    parts = run("parts")
+    torch.testing.assert_close(parts[0], whole[0], atol=1e-5, rtol=1e-5)
+    assert parts[1].keys() == whole[1].keys()
+    assert all(math.isclose(parts[1][name], loss, rel_tol=1e-2) for name, loss in whole[1].items())
+    assert len(parts[2]) == len(whole[2]) == LAYERS * len(LINEARS)
+    for one, other in zip(parts[2], whole[2], strict=True):  # a code at a tie may go either way
+        assert float((one != other).float().mean()) < 0.01
+    assert all(parameter.is_meta for layer in layers for parameter in layer.parameters()), "one layer at a time"
 
 
 def test_chosen_codes_are_found_by_matrix_and_format(tmp_path: Path) -> None:

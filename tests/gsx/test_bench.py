@@ -76,7 +76,7 @@ def test_settings_as_text(text: str, keep: KeepSettings) -> None:
 def test_what_is_no_setting(text: str) -> None:
     with pytest.raises(GsxError, match="is not a setting") as caught:
         parse_setting(text)
-    assert "budget:B, layers:SET, exit:E, speedup:R or exit-threshold:T" in str(caught.value.expected)
+    assert "budget:B, layers:SET, exit:E, speedup:R, exit-threshold:T or loops:N" in str(caught.value.expected)
 
 
 @pytest.fixture

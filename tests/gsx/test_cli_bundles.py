@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from gsx.workflows.generate import generate
+from gsx_engines.bundle.bundle import open_bundle
+from gsx_engines.chat import ChatTemplate
+from gsx_engines.tokens import BundleTokenizer
 from tests.gsx.command_line import GSX, Gsx, Spoil, edit_json, edit_weights, snapshot
 
 # Bundles
@@ -77,6 +82,34 @@ def test_generate(gsx: Gsx, tiny_bundle: Path) -> None:
     assert streamed.out == whole.out == result["text"] + "\n"
 
 
+def test_generate_with_changed_logits(gsx: Gsx, tiny_bundle: Path) -> None:
+    options = {"--min-p": 0.1, "--repetition-penalty": 1.3, "--frequency-penalty": 0.5, "--presence-penalty": -0.25}
+    given = [str(part) for pair in options.items() for part in pair]
+    found = gsx(
+        "generate", tiny_bundle, "--ids", "5,6", "--max-new-tokens", "9", *given, "--logit-bias", "7:-100,8:1.5",
+        "--logprobs", "2", "--temperature", "1", "--seed", "3", "--json",
+    )  # fmt: skip
+    assert found.code == 0, found.err
+    result = json.loads(found.out)
+    alone = generate(
+        tiny_bundle,
+        ids=[5, 6],
+        max_new_tokens=9,
+        temperature=1,
+        seed=3,
+        min_p=0.1,
+        repetition_penalty=1.3,
+        frequency_penalty=0.5,
+        presence_penalty=-0.25,
+        logit_bias={7: -100, 8: 1.5},
+        logprobs=2,
+    )
+    assert result["ids"] == alone.ids
+    assert alone.logprobs is not None
+    assert [one["logprob"] for one in result["logprobs"]] == [one.logprob for one in alone.logprobs]
+    assert [len(one["top"]) for one in result["logprobs"]] == [2] * len(alone.ids)
+
+
 def test_generate_is_seeded(gsx: Gsx, tiny_bundle: Path) -> None:
     def sample(seed: int) -> str:
         options = ("--temperature", "1", "--top-k", "50", "--top-p", "0.9", "--seed", seed)
@@ -98,6 +131,14 @@ def test_generate_is_seeded(gsx: Gsx, tiny_bundle: Path) -> None:
         (["hello", "--max-new-tokens", "0"], ["the number of new tokens is out of range"]),
         (["hello", "--temperature=-1"], ["temperature"]),
         (["hello", "--top-p", "0"], ["top-p is out of range"]),
+        (["hello", "--min-p", "2"], ["min-p is out of range"]),
+        (["hello", "--repetition-penalty", "0"], ["repetition penalty is out of range", "1 for none"]),
+        (["hello", "--frequency-penalty", "3"], ["frequency penalty is out of range", "-2 to 2"]),
+        (["hello", "--presence-penalty", "nan"], ["presence penalty is out of range"]),
+        (["hello", "--logit-bias", "7:1000"], ["bias of token 7 is out of range"]),
+        (["hello", "--logit-bias", "99999999:1"], ["outside the vocabulary"]),
+        (["hello", "--logit-bias", "seven"], ["not a list of biases"]),
+        (["hello", "--logprobs", "99"], ["log-probabilities", "0 to 20"]),
         (["hello", "--threads", "0"], ["threads"]),
         (["hello", "--stop", ""], ["stop text is empty"]),
         (["bad \udcff byte"], ["not UTF-8"]),
@@ -110,6 +151,48 @@ def test_generate_wrong_use(gsx: Gsx, tiny_bundle: Path, arguments: list[str], p
     assert found.out == ""
     for part in parts:
         assert part in found.err
+
+
+def test_a_chat(gsx: Gsx, chat_bundle: Path, tiny_bundle: Path) -> None:
+    """Each line is a message, behind all that was said before; what is refused does not end the chat."""
+    command = [*GSX, "generate", str(chat_bundle), "the class", "--chat", "--max-new-tokens", "9", "--no-speculative"]
+    told = "\nself\n" + "x" * 900 + "\nreturn\n"
+    done = subprocess.run(command, input=told, capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "longer than the model's context" in done.stderr
+    assert done.stderr.count("first token after") == 3
+    bundle = open_bundle(chat_bundle)
+    template = ChatTemplate(bundle, BundleTokenizer(bundle))
+    messages: list[dict[str, str]] = []
+    wanted = ""
+    for message in ("the class", "self", "return"):
+        messages.append({"role": "user", "content": message})
+        answer = generate(bundle, ids=template.prompt(messages), max_new_tokens=9, speculative=False)
+        messages.append({"role": "assistant", "content": answer.text or ""})
+        wanted += f"{answer.text}\n"
+    assert done.stdout == wanted
+    assert "no chat template" in gsx("generate", tiny_bundle, "--chat").err
+    assert "--chat is for people" in gsx("generate", chat_bundle, "--chat", "--json").err
+
+
+def test_ctrl_c_ends_an_answer_and_not_the_chat(chat_bundle: Path) -> None:
+    command = [*GSX, "generate", str(chat_bundle), "--chat", "--max-new-tokens", "230", "--temperature", "3"]
+    with subprocess.Popen(
+        [*command, "--logit-bias", "0:-100,258:-100"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, bufsize=0,
+    ) as chat:  # fmt: skip
+        assert chat.stdin is not None
+        assert chat.stdout is not None
+        assert chat.stderr is not None
+        chat.stdin.write(b"the class\n")
+        chat.stdout.read(1)
+        chat.send_signal(signal.SIGINT)
+        assert chat.stderr.readline() == b"(interrupted)\n"
+        chat.stdin.write(b"self\n")
+        chat.stdout.read(1)
+        chat.send_signal(signal.SIGTERM)
+        assert chat.wait(60) == 128 + signal.SIGTERM
+        assert b"Traceback" not in chat.stderr.read()
 
 
 def test_generate_from_stdin(tiny_bundle: Path) -> None:

@@ -1,4 +1,5 @@
-"""A real Triton server for the session: a model as `gsx triton` makes it, one with a tiny queue, two of other rules.
+"""A real Triton server for the session: a model as `gsx triton` makes it, one with a tiny queue, one as Triton's OpenAI
+front end calls it, two of other rules.
 
 `make triton` installs it; without it, these tests are skipped, and say so.
 """
@@ -52,11 +53,12 @@ def server(
     folder = tmp_path_factory.mktemp("triton")
     write_repository(served, folder / "models", name="gsx", slots=4, threads=1)
     write_repository(served, folder / "more", name="small", slots=1, queue=1, context=256, threads=1)
+    write_repository(served, folder / "front", name="front", slots=4, threads=1, form="openai")
     others = other_rules | {model_of(name): bundle for name, bundle in base_bundles.items()}
     for name, bundle in others.items():
         write_repository(bundle, folder / name, name=name, slots=4, threads=1)
-    repositories = [f"--model-repository={folder / name}" for name in ("more", *others)]
-    models = [f"--load-model={name}" for name in ("gsx", "small", *others)]
+    repositories = [f"--model-repository={folder / name}" for name in ("more", "front", *others)]
+    models = [f"--load-model={name}" for name in ("gsx", "small", "front", *others)]
     options = [*repositories, "--model-control-mode=explicit", *models]
     with running(folder / "models", port=free_ports(), options=options) as server:
         yield server

@@ -6,18 +6,20 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
 import gsx
-from examples.triton_server import Server
+from examples.triton_server import ENVIRONMENT, Server
 from gsx.workflows.generate import GenerateResult
 from gsx.workflows.triton import check_server
 from gsx_engines.bundle.bundle import Bundle
@@ -161,6 +163,45 @@ def test_server_sent_events(server: Server, expected: Callable[[int], GenerateRe
     assert 2 < len(events) <= len(expected(5).ids) + 1
     assert all(event["output_ids"] for event in events[:-1])
     assert events[-1]["finish_reason"] == expected(5).finish
+
+
+FRONT_CLIENT = Path(__file__).parent / "front_client.py"
+# What Triton's OpenAI front end sends -> what `gsx.generate` takes.
+FRONT: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"stream": True, "max_tokens": 16}, {}),
+    ({"stream": False, "max_tokens": 9, "stop": ["e", "zz"], "top_p": 1.0, "temperature": 0.0}, {"stop": ["e", "zz"]}),
+    (
+        {"stream": True, "max_tokens": 12, "temperature": 1.5, "top_p": 0.75, "seed": 2**63 + 1},
+        {"temperature": 1.5, "top_p": 0.75, "seed": 2**63 + 1},
+    ),
+    (
+        {"stream": False, "max_tokens": 12, "frequency_penalty": 0.5, "presence_penalty": -0.25},
+        {"frequency_penalty": 0.5, "presence_penalty": -0.25},
+    ),
+    ({"stream": True, "max_tokens": 8, "echo": True}, {}),
+]
+
+
+def test_requests_of_the_openai_front_end(server: Server, served: Bundle) -> None:
+    """The shapes and types of its `_create_trtllm_inference_request`, and the outputs that it reads."""
+    command = [ENVIRONMENT / "bin" / "python", FRONT_CLIENT, f"127.0.0.1:{server.port + 1}"]
+    requests = [{"prompt": "token 7 keeps ä", **asked} for asked, _ in FRONT]
+    done = subprocess.run(command, input=json.dumps(requests), capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    for (asked, options), request, answer in zip(FRONT, requests, answers, strict=True):
+        alone = gsx.generate(
+            served, request["prompt"], max_new_tokens=asked["max_tokens"], speculative=False, threads=1, **options
+        )
+        assert answer["error"] is None
+        assert "".join(answer["texts"]) == (request["prompt"] if asked.get("echo") else "") + (alone.text or "")
+        assert sum(answer["output_tokens"]) == len(alone.ids)
+        assert set(answer["input_tokens"]) == {len(alone.prompt_ids)}
+        assert (len(answer["texts"]) > 1) == asked["stream"]
+    status, found = post(server, {"text_input": "token", "max_tokens": 3, "budget": 0.5}, model="front")
+    assert status == 200, found
+    wanted = gsx.generate(served, "token", max_new_tokens=3, budget=0.5, speculative=False).text
+    assert json.loads(found)["text_output"] == wanted
 
 
 def test_a_cancelled_request_ends_and_changes_no_other(

@@ -23,6 +23,25 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sampled": {"max_new_tokens": 24, "sampling": {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "seed": 7}},
     "hot": {"max_new_tokens": 24, "stop_ids": [], "sampling": {"temperature": 1.5, "seed": 2**64 - 1}},
     "other budget": {"max_new_tokens": 20, "keep": {"budget": 0.65}, "stop_ids": []},
+    "penalties": {
+        "max_new_tokens": 24,
+        "logprobs": 2,
+        "sampling": {"temperature": 0.0, "repetition_penalty": 1.5, "frequency_penalty": 0.5, "presence_penalty": 0.25},
+    },
+    "sampled, all else": {
+        "max_new_tokens": 24,
+        "logprobs": 0,
+        "stop_ids": [],
+        "sampling": {
+            "temperature": 1.2,
+            "min_p": 0.02,
+            "seed": 11,
+            "repetition_penalty": 1.2,
+            "frequency_penalty": -0.5,
+            "presence_penalty": 1.5,
+            "logit_bias": {5: 2.0, 60: -100.0},
+        },
+    },
     "one token": {"max_new_tokens": 1},
     "stop ids": {"max_new_tokens": 40, "stop_ids": list(range(0, VOCABULARY, 9))},
     "a set of layers": {"max_new_tokens": 16, "keep": {"layers": "0-2,4.mlp"}},
@@ -31,14 +50,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a set for each": {"max_new_tokens": 16, "keep": [{"layers": "0-2,4.mlp"}, {}, {"speedup": 1.5}]},
     "an exit threshold": {"max_new_tokens": 16, "keep": {"exit_threshold": "0.4"}},
     "nothing leaves": {"max_new_tokens": 16, "keep": {"exit_threshold": "inf"}},
+    "one loop": {"max_new_tokens": 16, "keep": {"loops": 1}},
+    "loops for each": {"max_new_tokens": 16, "keep": [{"loops": 1}, {}, {"loops": 2}]},
     "to the context's end": {"max_new_tokens": 1000, "stop_ids": [], "long": True},
 }
 # Models that generate, and their keep settings; the others refuse.
 _FEW = ("greedy", "hot", "stop ids")
 _SETS = ("greedy", "a set of layers", "an exit", "a speed-up", "a set for each")
 _CONFIDENT = ("greedy", "an exit threshold", "nothing leaves")
+_LOOPS = ("greedy", "one loop", "loops for each")
 GENERATING = {
-    "gated": tuple(name for name in OPTIONS if name not in {*_SETS[1:], *_CONFIDENT[1:]}),
+    "gated": tuple(name for name in OPTIONS if name not in {*_SETS[1:], *_CONFIDENT[1:], *_LOOPS[1:]}),
     "copy": _FEW,
     "one branch": _FEW,
     "dense": _FEW,
@@ -47,6 +69,7 @@ GENERATING = {
     "layers": _SETS,
     "layers, copy": _SETS,
     "calm": _CONFIDENT,
+    "loops": _LOOPS,
     "some layers": ("greedy", "sampled", "other budget"),
     "three ends": ("greedy", "sampled", "hot"),
 }
@@ -71,6 +94,13 @@ REFUSED: list[tuple[str, str | None, list[list[int]], dict[str, Any]]] = [
     ("gated", None, [[5]], {"sampling": {"temperature": -1.0}}),
     ("gated", None, [[5]], {"sampling": {"temperature": 1.0, "top_k": -3}}),
     ("gated", None, [[5]], {"sampling": {"temperature": 1.0, "top_p": 0.0}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 1.0, "min_p": 1.5}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 0.0, "repetition_penalty": 0.0}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 0.0, "frequency_penalty": 2.5}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 0.0, "presence_penalty": -2.25}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 0.0, "logit_bias": {5: 101.0}}}),
+    ("gated", None, [[5]], {"sampling": {"temperature": 0.0, "logit_bias": {VOCABULARY: 1.0}}}),
+    ("gated", None, [[5]], {"logprobs": 21}),
     ("gated", "exit:3", [[5]], {"draft_length": -1}),
     ("gated", "exit:3", [[5]], {"draft_length": CONTEXT + 1}),
     ("gated", "exit:2", [[5]], {}),
@@ -96,6 +126,10 @@ REFUSED: list[tuple[str, str | None, list[list[int]], dict[str, Any]]] = [
     ("calm", None, [[5]], {"keep": {"exit": 3}}),
     *(("calm", None, [[5]], {"keep": {"exit_threshold": one}}) for one in ("-0.1", "1.01", "-inf", "nan")),
     *((model, None, [[5]], {"keep": {"exit_threshold": "0.5"}}) for model in ("gated", "dense", "layers")),
+    *(("loops", None, [[5]], {"keep": {"loops": one}}) for one in (0, 3)),
+    *((model, None, [[5]], {"keep": {"loops": 1}}) for model in ("gated", "dense", "layers")),
+    *(("loops", draft, [[5]], {}) for draft in ("loops:2", "loops:0", "layers:3.mlp", "budget:0.5", "exit:3")),
+    ("layers", "loops:1", [[5]], {}),
     ("calm", None, [[5], [6]], {"keep": [{"exit_threshold": "0.5"}, {}]}),
     ("gated", None, [[5], [6], [7]], {"keep": [{"budget": 0.5}, {}, {"budget": 0.5}]}),
     ("gated", None, [[5], [6], [7]], {"keep": [{"budget": 0.5}, {}]}),
@@ -136,6 +170,8 @@ def vectors() -> dict[str, Any]:
             drafts += [("layers:1.mlp,4-5.mlp", 2)]
         if manifest.draft is not None and manifest.selection is not None:
             drafts += [("budget:0.4", 4)]
+        if manifest.decoder.loops is not None:
+            drafts += [("loops:1", 3)]
         for spec, length in drafts:
             for name, options in OPTIONS.items():
                 for kind, prompts in PROMPTS.items():
@@ -203,6 +239,7 @@ def _asked(options: dict[str, Any]) -> dict[str, Any]:
         "sampling": options.get("sampling", {"temperature": 0.0}),
         "stop_ids": options.get("stop_ids"),
         "draft_length": options.get("draft_length"),
+        **({"logprobs": options["logprobs"]} if "logprobs" in options else {}),
     }
 
 

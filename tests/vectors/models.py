@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 from gsx_engines.bundle.drafts import DraftEntry, ExitDraft
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, Sizes
 from gsx_engines.bundle.fields import TensorInfo
+from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.manifest import DecoderShape, Gates, GraphEntry, Manifest, SourceModel, WeightsEntry
 from gsx_engines.bundle.policy import Policy, gateskip_policy
 from gsx_engines.bundle.selection import GridPoint, Selection
@@ -17,6 +18,8 @@ from gsx_engines.bundle.words import Branch
 from tests.vectors.toy import mix
 
 LAYERS, EXIT, VOCABULARY, CONTEXT, END = 6, 3, 97, 100, 2
+# A layer before, two that run twice, and one after: six visits.
+LOOPS = Loops(before=1, looped=2, after=1, most=2, default=2)
 # The layers of a rule that does not apply to every layer.
 ROUTED = (1, 3, 4)
 HASH = "0" * 64
@@ -39,13 +42,14 @@ MODELS: dict[str, dict[str, Any]] = {
     "layers": {"rule": "layers"},
     "layers, copy": {"rule": "layers", "kv_policy": "copy", "profiles": "two"},
     "calm": {"rule": "calm", "kv_policy": "copy"},
+    "loops": {"rule": "loops", "draft": None},
     "some layers": {"rule": "router", "profiles": "verify"},
     "rank in pieces": {"mode": "rank", "draft": None, "profiles": "two"},
     "short": {"capacity": 32},
     "three ends": {"mode": "rank", "draft": None, "counted": True, "ends": (END, 60, 17)},
 }
 
-RuleName = Literal["gateskip", "router", "layers", "calm"]
+RuleName = Literal["gateskip", "router", "layers", "calm", "loops"]
 Mode = Literal["threshold", "rank"]
 # Names and shapes of inputs or outputs.
 Shapes = dict[str, list[int | str]]
@@ -110,6 +114,7 @@ def toy_manifest(
             bos_id=None,
             eos_ids=tuple(ends),
             pad_id=None,
+            loops=LOOPS if rule == "loops" else None,
         ),
         gates=Gates(kind="scalar", input="post_norm", branches=tuple(branches)) if gated else None,
         selection=toy_selection(mode) if gated or rule == "router" else None,
@@ -165,6 +170,9 @@ def toy_policy(rule: RuleName, branches: Sequence[Branch], mode: Mode) -> Policy
         no_mlp_in_every_third = [[1, layer % 3 > 0] for layer in range(LAYERS)]
         mask = {"name": "layer_mask", "least": 0, "most": 1, "default": no_mlp_in_every_third}
         section |= {"exits": [2, 4], "warm_up": 2, "inputs": [mask, full_until], "parameters": {"layers": "0-5"}}
+    elif rule == "loops":
+        read = {"name": "loops", "least": 1, "most": LOOPS.most, "default": LOOPS.default}
+        section |= {"layers": LOOPS.optional, "inputs": [read]}
     else:
         confidence = {"measure": "softmax", "threshold": 0.7, "decay": 4.0, "decay_tokens": 64, "guarantee": None}
         threshold = {"name": "exit_threshold", "least": 0, "most": 1}
@@ -202,6 +210,7 @@ def engine_inputs(policy: Policy | None, *, counted: bool) -> Shapes:
         "layer_mask": ["batch", LAYERS, 2],
         "full_until": ["batch"],
         "exit_threshold": [],
+        "loops": ["batch"],
     }
     read: Shapes = {"k": [1]} if counted else {one.name: shapes[one.name] for one in (policy.inputs if policy else ())}
     return {

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from gsx_engines.sampling import Picker, Sampling, candidates
+from gsx_engines.sampling import Picker, Sampling, TokenLogprobs, adjusted, candidates, logprobs_of
 from gsx_plugins.errors import GsxError
-from tests.vectors.toy import mix
+from tests.vectors.toy import float_text, mix
 
 SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 0.0},
@@ -22,6 +22,24 @@ SAMPLINGS: list[dict[str, Any]] = [
     {"temperature": 1e-6},
     {"temperature": 1e-300, "top_p": 0.9},
     {"temperature": 2.5, "top_k": 10_000, "top_p": 0.999},
+    {"temperature": 1.0, "min_p": 0.05},
+    {"temperature": 1.4, "min_p": 1.0},
+    {"temperature": 2.0, "top_k": 50, "top_p": 0.9, "min_p": 0.3},
+]
+# What changes logits, for a prompt and new tokens.
+PROMPT, NEW = [0, 3, 19, 3, 7], [7, 0, 7, 7, 11]
+ADJUSTING: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.7},
+    {"frequency_penalty": 0.37},
+    {"presence_penalty": -1.1},
+    {"logit_bias": {0: -100.0, 5: 100.0, 7: 0.3}},
+    {
+        "repetition_penalty": 1.1,
+        "frequency_penalty": 1.7,
+        "presence_penalty": 0.9,
+        "logit_bias": {1: 3.3, 3: -0.7, 19: 1e-9},
+    },
 ]
 # name -> (number of logits, the logit of a hash's 24 bits)
 KINDS: dict[str, tuple[int, Callable[[int], float]]] = {
@@ -60,7 +78,20 @@ def vectors() -> list[dict[str, Any]]:
                     "logits_seed": number,
                     "sampling": {**options, "seed": sampling.seed},
                     "candidates": None if sampling.greedy else len(candidates(logits, sampling)[0]),
+                    "logprobs": _logprobs(logprobs_of(logits, 0, min(number, len(logits)))),
                     "picks": [[*at, Picker(sampling).pick(logits, *at)] for at in places],
+                }
+            )
+    for number, options in enumerate(ADJUSTING):
+        for kind in ("wide", "one ruled out"):
+            changed = adjusted(kind_logits(kind, number), Sampling(**options), PROMPT, NEW)
+            cases.append(
+                {
+                    "kind": kind,
+                    "logits_seed": number,
+                    "sampling": {"temperature": 0.0, **options},
+                    "text": [PROMPT, NEW],
+                    "adjusted": changed.view(np.uint32).tolist(),
                 }
             )
     for kind in REFUSED_KINDS:
@@ -74,3 +105,7 @@ def vectors() -> list[dict[str, Any]]:
             else:
                 raise AssertionError(f"{kind}, {options}: nobody refused")
     return cases
+
+
+def _logprobs(found: TokenLogprobs) -> dict[str, Any]:
+    return {"logprob": float_text(found.logprob), "top": [[token, float_text(one)] for token, one in found.top]}

@@ -2,8 +2,9 @@
 
 Its arithmetic is that of engines/cpp/tests/toy_engine.cpp, so both languages must agree to the bit: states are integers
 below 2**16, all randomness is a hash, logits are multiples of a quarter, and many of them are equal. It stores K and V,
-attends to what the mask allows, skips by thresholds, by rank, by a set of layers or by confidence, and has an exit that
-often agrees with the model. The inputs of a call are hashed, so that vectors cover every byte that a runtime would get.
+attends to what the mask allows, skips by thresholds, by rank, by a set of layers, by confidence or by loops, and has an
+exit that often agrees with the model. The inputs of a call are hashed, so that vectors cover every byte that a runtime
+would get.
 """
 
 from __future__ import annotations
@@ -137,6 +138,10 @@ class ToyEngine:
             else:
                 runs = {token: scores[token] < float(feeds["exit_threshold"]) for token in tokens}
             return [(b, s) for b, s in tokens if runs[b, s] or place[b] + s < first[b] or scores[b, s] == 2.0]
+        if "loops" in feeds:
+            assert self.manifest.decoder.loops is not None
+            loop = self.manifest.decoder.loops.loop_of(layer) or 0
+            return [(b, s) for b, s in tokens if loop < feeds["loops"][b]]
         if "thresholds" in feeds:
             return [token for token in tokens if scores[token] > feeds["thresholds"][layer, column]]
         if "k" in feeds:

@@ -26,10 +26,17 @@ space; new ids are written to standard output as they come, one per line.
   --exit N             run the first N layers (--policy layers)
   --speedup X          Unified Layer Skipping: new tokens run 1/X of the layers (--policy layers)
   --exit-threshold C   confidence at which a token exits; inf: no token exits (--policy calm)
+  --loops N            how many loops of a looped model run (--policy loops)
   --temperature T      0 is greedy (0)
   --top-k K            only the K likeliest tokens; 0 for all (0)
   --top-p P            only the likeliest tokens that together reach this probability (1)
   --seed S             seed of the random numbers; default: a new one each time
+  --min-p P            only tokens at least this share as likely as the likeliest one; 0 for all (0)
+  --repetition-penalty X  divides the logits of tokens that are in the text, prompt included; 1 for none (1)
+  --frequency-penalty X   taken off a token's logit for each time that it is in the new text (0)
+  --presence-penalty X    taken off a token's logit if it is in the new text (0)
+  --logit-bias LIST    added to the logits of tokens, e.g. 11:-100,2:1.5
+  --logprobs N         with --json: each token's log-probability, and those of the N likeliest
   --draft DRAFT        use another draft than the bundle's: exit:E, budget:B or layers:SET
   --draft-length N     tokens drafted before a verification; default: found while generating
   --no-speculative     plain decoding, even if the bundle has a draft
@@ -60,6 +67,22 @@ T numberOf(std::string_view text, std::string const& name, char const* expected)
     return number;
 }
 
+// Biases such as `11:-100,2:1.5`.
+std::map<int64_t, double> biasesOf(std::string_view text, std::string const& name) {
+    std::map<int64_t, double> biases;
+    while (true) {
+        std::string_view const part = text.substr(0, text.find(','));
+        size_t const colon = part.find(':');
+        if (colon == std::string_view::npos) {
+            throw gsx::UsageError(name, {"biases such as 11:-100,2:1.5", "'" + std::string(part) + "'", {}});
+        }
+        auto const token = numberOf<int64_t>(part.substr(0, colon), name, "a token's id before ':'");
+        biases[token] = numberOf<double>(part.substr(colon + 1), name, "a number behind ':'");
+        if (part.size() == text.size()) return biases;
+        text.remove_prefix(part.size() + 1);
+    }
+}
+
 Command parse(int count, char** arguments) {
     Command command;
     gsx::Options& options = command.options;
@@ -74,10 +97,17 @@ Command parse(int count, char** arguments) {
         {"--exit", [&] { command.keep.exit = whole(); }},
         {"--speedup", [&] { command.keep.speedup = real(); }},
         {"--exit-threshold", [&] { command.keep.exitThreshold = real(); }},
+        {"--loops", [&] { command.keep.loops = whole(); }},
         {"--temperature", [&] { options.sampling.temperature = real(); }},
         {"--top-k", [&] { options.sampling.topK = whole(); }},
         {"--top-p", [&] { options.sampling.topP = real(); }},
         {"--seed", [&] { options.sampling.seed = numberOf<uint64_t>(value, name, "a whole number of at least 0"); }},
+        {"--min-p", [&] { options.sampling.minP = real(); }},
+        {"--repetition-penalty", [&] { options.sampling.repetitionPenalty = real(); }},
+        {"--frequency-penalty", [&] { options.sampling.frequencyPenalty = real(); }},
+        {"--presence-penalty", [&] { options.sampling.presencePenalty = real(); }},
+        {"--logit-bias", [&] { options.sampling.logitBias = biasesOf(value, name); }},
+        {"--logprobs", [&] { options.logprobs = whole(); }},
         {"--draft", [&] { command.drafting.draft = value; }},
         {"--draft-length", [&] { options.draftLength = whole(); }},
         {"--plugins", [&] { command.gpu.pluginLibrary = value; }},
@@ -113,6 +143,12 @@ gsx::Tokens readIds(std::istream& stream) {
     return ids;
 }
 
+nlohmann::json logprobsOf(std::vector<gsx::TokenLogprobs> const& tokens) {
+    nlohmann::json all = nlohmann::json::array();
+    for (gsx::TokenLogprobs const& one : tokens) all.push_back({{"logprob", one.logprob}, {"top", one.top}});
+    return all;
+}
+
 nlohmann::json orNull(std::optional<double> value) { return value ? nlohmann::json(*value) : nlohmann::json(); }
 
 // The same keys as `gsx generate --json`, without the text.
@@ -127,6 +163,7 @@ nlohmann::json report(gsx::Model const& model, Command const& command, gsx::Toke
     return {{"ids", made.sequences[0].tokens},
             {"prompt_ids", prompt},
             {"finish", gsx::nameOf(made.sequences[0].finish)},
+            {"logprobs", command.options.logprobs ? logprobsOf(made.sequences[0].logprobs) : nlohmann::json()},
             {"budget", orNull(budget)},
             {"draft", draft ? nlohmann::json(gsx::toString(*draft)) : nlohmann::json()},
             {"stats",

@@ -170,6 +170,7 @@ std::vector<std::string> givenOf(Keep const& keep) {
     if (keep.exit) given.emplace_back("exit");
     if (keep.speedup) given.emplace_back("speedup");
     if (keep.exitThreshold) given.emplace_back("exit_threshold");
+    if (keep.loops) given.emplace_back("loops");
     return given;
 }
 
@@ -206,6 +207,17 @@ void checkRead(Manifest const& manifest, Keep const& keep) {
                               "export the model with the policy calm"});
         }
         checkExitThreshold(*keep.exitThreshold, *read->least, *read->most);
+    } else if (keep.loops) {
+        if (dense || manifest.policy->input(names::kLoops) == nullptr) {
+            throw UsageError("a number of loops needs a bundle whose keep rule reads it",
+                             {{}, dense ? "a dense model" : "policy " + manifest.policy->name,
+                              "export a looped model with the policy loops"});
+        }
+        int64_t const most = manifest.decoder.loops->most;
+        if (*keep.loops < 1 || *keep.loops > most) {
+            throw UsageError("the number of loops is out of range",
+                             {"1 to " + std::to_string(most), std::to_string(*keep.loops), {}});
+        }
     } else if (!given.empty() && (dense || manifest.policy->input(names::kLayerMask) == nullptr)) {
         throw UsageError("the setting '" + given[0] + "' needs a bundle whose keep rule reads a set of layers",
                          {{}, dense ? "a dense model" : "policy " + manifest.policy->name,
@@ -278,6 +290,11 @@ std::shared_ptr<Controls const> controlsFor(Manifest const& manifest, std::vecto
             masks.data.insert(masks.data.end(), mask.begin(), mask.end());
         }
         (*controls)[names::kLayerMask] = std::move(masks);
+    }
+    if (policy.input(names::kLoops) != nullptr) {
+        Array<int64_t> loops({batch}, {});
+        for (Keep const& one : keep) loops.data.push_back(one.loops.value_or(manifest.decoder.loops->usual));
+        (*controls)[names::kLoops] = std::move(loops);
     }
     if (policy.input(names::kExitThreshold) != nullptr) {
         double const threshold = sharedValue(keep, &Keep::exitThreshold, "exit threshold").value_or(*policy.exitThreshold);

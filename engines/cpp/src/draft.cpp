@@ -15,7 +15,7 @@ namespace {
 
 [[noreturn]] void refuse(std::string const& text) {
     throw UsageError("'" + text + "' is not a draft",
-                     {"exit:E (layers), budget:B (a share), or layers:SET (e.g. 3.attn,5-7)", "'" + text + "'", {}});
+                     {"exit:E (layers), budget:B (a share), layers:SET (e.g. 3.attn,5-7), or loops:N", "'" + text + "'", {}});
 }
 
 template <typename T>
@@ -66,6 +66,20 @@ void checkLayers(LayersDraft const& draft, Manifest const& manifest) {
                       unknown.empty() ? "all of them" : joinedBy(", ", unknown), {}});
 }
 
+void checkLoops(LoopsDraft const& draft, Manifest const& manifest) {
+    bool const reads = manifest.policy && manifest.policy->input(names::kLoops) != nullptr;
+    if (!reads) {
+        throw UsageError("the draft " + toString(draft) + " needs a keep rule that reads the number of loops",
+                         {"a looped model, exported with --policy loops", "a model without", {}});
+    }
+    int64_t const most = manifest.decoder.loops->most;
+    if (draft.loops >= most) {
+        throw UsageError("the draft " + toString(draft) + " is not one with fewer loops than the model",
+                         {most > 1 ? "1 to " + std::to_string(most - 1) : "a model with several loops",
+                          std::to_string(draft.loops), {}});
+    }
+}
+
 }  // namespace
 
 StepOutput EarlyExitDraft::step(Cache& cache, Array<int64_t> ids, Counts counts) {
@@ -90,6 +104,8 @@ void FullDepthDraft::begin(std::shared_ptr<Controls const> controls) {
     auto made = std::make_shared<Controls>(*mControls);
     if (auto const* budget = std::get_if<BudgetDraft>(&mKind)) {
         for (auto& [name, value] : selected(*mRunner.manifest().selection, budget->budget)) (*made)[name] = value;
+    } else if (auto const* loops = std::get_if<LoopsDraft>(&mKind)) {  // of a request that asks for fewer, its own number
+        for (int64_t& count : std::get<Array<int64_t>>(made->at(names::kLoops)).data) count = std::min(count, loops->loops);
     } else {
         // A branch that is left out has 0 in the layer mask, or plus infinity as its threshold.
         bool const masked = made->count(names::kLayerMask) != 0;
@@ -127,6 +143,9 @@ DraftKind parseDraft(std::string const& text) {
             checkBudget(*budget);
             return BudgetDraft{*budget};
         }
+    } else if (kind == "loops") {
+        std::optional<int64_t> const loops = numberOf<int64_t>(value);
+        if (loops && *loops >= 1) return LoopsDraft{*loops};
     } else if (kind == "layers") {
         if (std::optional<std::vector<Place>> const places = parsePlaces(value)) return LayersDraft{*places};
     }
@@ -145,6 +164,8 @@ void checkDraft(DraftKind const& draft, Manifest const& manifest) {
     } else if (auto const* budget = std::get_if<BudgetDraft>(&draft)) {
         if (!manifest.selection) refuseOther(draft, "thresholds");
         manifest.selection->thresholdsFor(budget->budget);
+    } else if (auto const* loops = std::get_if<LoopsDraft>(&draft)) {
+        checkLoops(*loops, manifest);
     } else {
         bool const skips =
             manifest.policy &&

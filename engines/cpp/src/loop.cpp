@@ -17,11 +17,17 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr int64_t kMostLogprobs = 20;
+
 double secondsSince(Clock::time_point began) { return std::chrono::duration<double>(Clock::now() - began).count(); }
 
 void checkRequest(std::vector<Tokens> const& prompts, Options const& options, Manifest const& manifest) {
-    check(options.sampling);
     DecoderShape const& shape = manifest.decoder;
+    check(options.sampling, shape.vocabSize);
+    if (options.logprobs && (*options.logprobs < 0 || *options.logprobs > kMostLogprobs)) {
+        throw UsageError("the number of log-probabilities is out of range",
+                         {"0 to " + std::to_string(kMostLogprobs), std::to_string(*options.logprobs), {}});
+    }
     std::string const most = std::to_string(shape.maxPositions);
     if (prompts.empty()) throw UsageError("no prompt was given");
     if (options.maxNewTokens < 1) {
@@ -69,6 +75,8 @@ public:
     int64_t left() const { return mFinish ? 0 : mLimit - count(); }
     // Position of the next new token.
     int64_t place() const { return promptSize() + count(); }
+    Tokens const& prompt() const { return mPrompt; }
+    Tokens const& tokens() const { return mTokens; }
     int64_t promptSize() const { return static_cast<int64_t>(mPrompt.size()); }
     int64_t count() const { return static_cast<int64_t>(mTokens.size()); }
     int64_t newest() const { return mTokens.back(); }
@@ -87,7 +95,11 @@ public:
         }
     }
 
-    Generated result() && { return {std::move(mTokens), mFinish.value_or(FinishReason::kLength)}; }
+    void record(TokenLogprobs logprobs) { mLogprobs.push_back(std::move(logprobs)); }
+
+    Generated result() && {
+        return {std::move(mTokens), mFinish.value_or(FinishReason::kLength), std::move(mLogprobs)};
+    }
 
 private:
     size_t mRow;
@@ -95,6 +107,7 @@ private:
     int64_t mLimit;
     FinishReason mAtLimit;
     Tokens mTokens;
+    std::vector<TokenLogprobs> mLogprobs;
     std::optional<FinishReason> mFinish;
 };
 
@@ -107,6 +120,7 @@ public:
           mLength(std::move(length)),
           mPicker(options.sampling),
           mControls(controlsFor(runner.manifest(), options.keep, promptSizes(prompts))),
+          mLogprobs(options.logprobs),
           mOnToken(options.onToken) {
         Tokens const& stops = options.stopIds ? *options.stopIds : runner.manifest().decoder.eosIds;
         mStops.insert(stops.begin(), stops.end());
@@ -283,7 +297,9 @@ private:
                 size_t const row = sequence.row();
                 ids.data[row] = 0;  // arbitrary: a sequence that stops drafting has a count of 0
                 if (going[row] == 0) continue;
-                LogitsRow const logits = logitsOf(guess, row, 0);
+                LogitsRow logits = logitsOf(guess, row, 0);
+                std::vector<float> const changed = adjustedOf(sequence, logits, drafted[row]);
+                if (!changed.empty()) logits.data = changed.data();
                 ids.data[row] = mPicker.pick(logits, row, sequence.place() + step);
                 drafted[row].push_back(ids.data[row]);
                 confidences[row].push_back(mPicker.confidence(logits));
@@ -317,8 +333,19 @@ private:
         return {output.logits.data.data() + (row * tokens + token) * size, size};
     }
 
+    // The logits of a sequence's next token behind drafted ones, after biases and penalties; empty without any.
+    std::vector<float> adjustedOf(Sequence const& sequence, LogitsRow logits, Tokens const& drafted) const {
+        if (!mPicker.sampling().adjusts()) return {};
+        Tokens fresh = sequence.tokens();
+        fresh.insert(fresh.end(), drafted.begin(), drafted.end());
+        return adjusted(logits, mPicker.sampling(), sequence.prompt(), fresh);
+    }
+
     int64_t pick(Sequence& sequence, LogitsRow logits) {
-        int64_t const token = mPicker.pick(logits, sequence.row(), sequence.place());
+        std::vector<float> const changed = adjustedOf(sequence, logits, {});
+        LogitsRow const row{changed.empty() ? logits.data : changed.data(), logits.size};
+        int64_t const token = mPicker.pick(row, sequence.row(), sequence.place());
+        if (mLogprobs) sequence.record(logprobsOf(logits, token, *mLogprobs));
         sequence.add(token, mStops, mOnToken);
         return token;
     }
@@ -335,6 +362,7 @@ private:
     std::unique_ptr<DraftLength> mLength;
     Picker mPicker;
     std::shared_ptr<Controls const> mControls;
+    std::optional<int64_t> mLogprobs;
     OnToken const& mOnToken;
     std::set<int64_t> mStops;
     std::vector<Sequence> mSequences;

@@ -90,11 +90,18 @@ std::vector<Place> Manifest::skippablePlaces(int64_t first, int64_t last) const 
     return places;
 }
 
+std::optional<int64_t> Loops::loopOf(int64_t visit) const {
+    int64_t const inside = visit - before;
+    if (inside < 0 || inside >= looped * most) return std::nullopt;
+    return inside / looped;
+}
+
 bool operator==(DraftKind const& one, DraftKind const& other) { return toString(one) == toString(other); }
 
 std::string toString(DraftKind const& draft) {
     if (auto const* exit = std::get_if<ExitDraft>(&draft)) return "exit:" + std::to_string(exit->layer);
     if (auto const* budget = std::get_if<BudgetDraft>(&draft)) return "budget:" + shortNumber(budget->budget);
+    if (auto const* loops = std::get_if<LoopsDraft>(&draft)) return "loops:" + std::to_string(loops->loops);
     return "layers:" + spelled(std::get<LayersDraft>(draft));
 }
 

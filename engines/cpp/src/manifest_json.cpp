@@ -100,6 +100,7 @@ Policy gateskipPolicy(Selection const& selection, json const& gates) {
 DraftKind draftOf(json const& entry) {
     if (entry.at("kind") == "exit") return ExitDraft{entry.at("layer")};
     if (entry.at("kind") == "budget") return BudgetDraft{entry.at("budget")};
+    if (entry.at("kind") == "loops") return LoopsDraft{entry.at("loops")};
     LayersDraft draft;
     for (json const& place : entry.at("skip")) draft.skip.emplace_back(place[0].get<int64_t>(), branchOf(place[1]));
     return draft;
@@ -166,7 +167,12 @@ Manifest manifestOf(json const& raw) {
     Manifest manifest;
     json const& decoder = raw.at("decoder");
     manifest.decoder = {decoder.at("vocab_size"), decoder.at("num_layers"), decoder.at("max_positions"),
-                        decoder.at("eos_ids").get<std::vector<int64_t>>()};
+                        decoder.at("eos_ids").get<std::vector<int64_t>>(), std::nullopt};
+    json const& loops = optionalMember(decoder, "loops");
+    if (!loops.is_null()) {
+        manifest.decoder.loops = Loops{loops.at("before"), loops.at("looped"), loops.at("after"), loops.at("most"),
+                                       loops.at("default")};
+    }
     if (!raw.at("selection").is_null()) manifest.selection = selectionOf(raw["selection"]);
     json const& policy = optionalMember(raw, "policy");
     if (!policy.is_null()) {
@@ -205,6 +211,18 @@ std::string brokenRule(json const& raw, Manifest const& manifest) {
     }
     if (policy != nullptr && policy->name == kGateSkip && raw.at("gates").is_null()) {
         return "the policy gateskip needs gates";
+    }
+    if (shape.loops) {
+        Loops const& loops = *shape.loops;
+        if (loops.usual > loops.most) {
+            return std::to_string(loops.usual) + " loops by default are more than the most, " + std::to_string(loops.most);
+        }
+        int64_t const visits = loops.before + loops.looped * loops.most + loops.after;
+        if (visits != shape.numLayers) {
+            return "its loops visit " + std::to_string(visits) + " layers, the model has " + std::to_string(shape.numLayers);
+        }
+    } else if (policy != nullptr && policy->input(names::kLoops) != nullptr) {
+        return "the policy reads a number of loops, and the decoder has none";
     }
     RuntimeInput const* threshold = policy != nullptr ? policy->input(names::kExitThreshold) : nullptr;
     if (threshold != nullptr && !(policy->exitThreshold && threshold->least && threshold->most)) {

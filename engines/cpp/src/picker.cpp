@@ -7,6 +7,7 @@
 #include <limits>
 #include <numeric>
 #include <random>
+#include <set>
 #include <string>
 
 #include "gsx/error.h"
@@ -16,6 +17,10 @@ namespace gsx {
 namespace {
 
 constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
+// The ranges of gsx_engines/sampling.py.
+constexpr double kMostBias = 100;
+constexpr double kMostPenalty = 2;
+constexpr double kMostRepetition = 100;
 
 // The output function of SplitMix64.
 uint64_t scrambled(uint64_t z) {
@@ -80,9 +85,14 @@ double leastOfLargest(std::vector<double> values, size_t k) {
     return *place;
 }
 
+// Refuse a number that is not between two others; a NaN is not.
+void checkRange(char const* what, double value, double least, double most, char const* expected) {
+    if (!(value >= least && value <= most)) throw UsageError(what, {expected, exactNumber(value), {}});
+}
+
 }  // namespace
 
-void check(Sampling const& sampling) {
+void check(Sampling const& sampling, int64_t vocabulary) {
     if (!(std::isfinite(sampling.temperature) && sampling.temperature >= 0)) {
         throw UsageError("the temperature is out of range",
                          {"a number of at least 0", exactNumber(sampling.temperature), {}});
@@ -93,6 +103,69 @@ void check(Sampling const& sampling) {
     if (!(sampling.topP > 0 && sampling.topP <= 1)) {
         throw UsageError("top-p is out of range", {"a number above 0 and at most 1", exactNumber(sampling.topP), {}});
     }
+    checkRange("min-p is out of range", sampling.minP, 0, 1, "a number from 0 to 1");
+    checkRange("the repetition penalty is out of range", sampling.repetitionPenalty, 1 / kMostRepetition, kMostRepetition,
+               "a number from 0.01 to 100; 1 for none");
+    checkRange("the frequency penalty is out of range", sampling.frequencyPenalty, -kMostPenalty, kMostPenalty,
+               "a number from -2 to 2");
+    checkRange("the presence penalty is out of range", sampling.presencePenalty, -kMostPenalty, kMostPenalty,
+               "a number from -2 to 2");
+    for (auto const& [token, bias] : sampling.logitBias) {
+        std::string const what = "the bias of token " + std::to_string(token) + " is out of range";
+        checkRange(what.c_str(), bias, -kMostBias, kMostBias, "a number from -100 to 100");
+    }
+    for (auto const& [token, bias] : sampling.logitBias) {
+        if (token < 0 || token >= vocabulary) {
+            throw UsageError("a bias is for a token outside the vocabulary",
+                             {"0 to " + std::to_string(vocabulary - 1), std::to_string(token), {}});
+        }
+    }
+}
+
+std::vector<float> adjusted(LogitsRow logits, Sampling const& sampling, std::vector<int64_t> const& prompt,
+                            std::vector<int64_t> const& fresh) {
+    std::map<int64_t, double> changed;
+    auto const valueOf = [&](int64_t id) -> double& {
+        return changed.try_emplace(id, static_cast<double>(logits.data[id])).first->second;
+    };
+    for (auto const& [token, bias] : sampling.logitBias) valueOf(token) += bias;
+    if (sampling.repetitionPenalty != 1) {
+        std::set<int64_t> seen(prompt.begin(), prompt.end());
+        seen.insert(fresh.begin(), fresh.end());
+        for (int64_t const token : seen) {
+            double& value = valueOf(token);
+            value = value < 0 ? value * sampling.repetitionPenalty : value / sampling.repetitionPenalty;
+        }
+    }
+    std::map<int64_t, int64_t> counts;
+    for (int64_t const token : fresh) ++counts[token];
+    for (auto const& [token, count] : counts) {
+        double& value = valueOf(token);
+        value -= sampling.frequencyPenalty * static_cast<double>(count);
+        value -= sampling.presencePenalty;
+    }
+    std::vector<float> values(logits.data, logits.data + logits.size);
+    for (auto const& [token, value] : changed) values[static_cast<size_t>(token)] = static_cast<float>(value);
+    return values;
+}
+
+TokenLogprobs logprobsOf(LogitsRow logits, int64_t token, int64_t count) {
+    auto const best = static_cast<double>(logits.data[bestOf(logits)]);
+    std::vector<double> weights(logits.size);
+    for (size_t i = 0; i < logits.size; ++i) weights[i] = std::exp(static_cast<double>(logits.data[i]) - best);
+    double const all = std::log(sumOf(weights.data(), weights.size()));
+    auto const logprob = [&](int64_t id) { return static_cast<double>(logits.data[id]) - best - all; };
+    std::vector<int64_t> ids(logits.size);
+    std::iota(ids.begin(), ids.end(), 0);
+    auto const wanted = ids.begin() + std::min(count, static_cast<int64_t>(ids.size()));
+    std::partial_sort(ids.begin(), wanted, ids.end(), [&](int64_t one, int64_t other) {
+        float const a = logits.data[one];
+        float const b = logits.data[other];
+        return a > b || (a == b && one < other);
+    });
+    TokenLogprobs found{logprob(token), {}};
+    for (auto id = ids.begin(); id != wanted; ++id) found.top.emplace_back(*id, logprob(*id));
+    return found;
 }
 
 Candidates candidatesOf(LogitsRow logits, Sampling const& sampling) {
@@ -124,6 +197,17 @@ Candidates candidatesOf(LogitsRow logits, Sampling const& sampling) {
         found.ids.resize(count);
         found.weights.resize(count);
         divide(found.weights, sumOf(found.weights.data(), count));
+    }
+    if (sampling.minP > 0) {
+        double const leastWeight = sampling.minP * *std::max_element(found.weights.begin(), found.weights.end());
+        Candidates likely;
+        for (size_t i = 0; i < found.ids.size(); ++i) {
+            if (found.weights[i] < leastWeight) continue;
+            likely.ids.push_back(found.ids[i]);
+            likely.weights.push_back(found.weights[i]);
+        }
+        divide(likely.weights, sumOf(likely.weights.data(), likely.weights.size()));
+        return likely;
     }
     return found;
 }

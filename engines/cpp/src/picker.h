@@ -38,12 +38,22 @@ public:
     // Sampled: 1, since the probability of the token says nothing there (gsx_engines/sampling.py).
     double confidence(LogitsRow logits) const;
 
+    Sampling const& sampling() const { return mSampling; }
+
 private:
     Sampling mSampling;
     uint64_t mSeed;
 };
 
-// Temperature is applied first, then top-k, then top-p. Of equally likely tokens the earlier one comes first.
+// Logits after biases and penalties, which depend on the text so far: the prompt and the new tokens. Each is computed in
+// float64 and rounded once.
+std::vector<float> adjusted(LogitsRow logits, Sampling const& sampling, std::vector<int64_t> const& prompt,
+                            std::vector<int64_t> const& fresh);
+
+// Log-probabilities of a token and of the `count` likeliest ones. Of equally likely tokens the earlier one comes first.
+TokenLogprobs logprobsOf(LogitsRow logits, int64_t token, int64_t count);
+
+// Temperature is applied first, then top-k, then top-p, then min-p. Of equally likely tokens the earlier one comes first.
 Candidates candidatesOf(LogitsRow logits, Sampling const& sampling);
 
 }  // namespace gsx

@@ -24,6 +24,7 @@ inline constexpr char const* kCount = "k";                       // [1] int64: r
 inline constexpr char const* kLayerMask = "layer_mask";          // [B, L, 2] float32: 1 runs, 0 skips
 inline constexpr char const* kFullUntil = "full_until";          // [B] int64
 inline constexpr char const* kExitThreshold = "exit_threshold";  // [] float32
+inline constexpr char const* kLoops = "loops";                   // [B] int64: how many loops run
 
 // Outputs.
 inline constexpr char const* kLogits = "logits";  // [B, O, V] float32

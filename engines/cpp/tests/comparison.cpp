@@ -19,6 +19,7 @@ gsx::Keep keepOf(json const& raw) {
     if (raw.contains("exit")) keep.exit = raw["exit"].get<int64_t>();
     if (raw.contains("speedup")) keep.speedup = raw["speedup"].get<double>();
     if (raw.contains("exit_threshold")) keep.exitThreshold = std::stod(raw["exit_threshold"].get<std::string>());
+    if (raw.contains("loops")) keep.loops = raw["loops"].get<int64_t>();
     return keep;
 }
 
@@ -38,6 +39,7 @@ void repeatCase(json const& one, json const& manifest, gsx::Options options, Eng
         gsx::Generated const& sequence = made.sequences[i];
         sequences.push_back({{"tokens", sequence.tokens}, {"finish", gsx::nameOf(sequence.finish)}});
         compare(name + ": streamed", streamed[i], sequence.tokens);
+        compare(name + ": log-probabilities", sequence.logprobs.size(), options.logprobs ? sequence.tokens.size() : 0);
     }
     compare(name + ": sequences", sequences, one.at("sequences"));
     gsx::GenerationStats const& stats = made.stats;
@@ -80,6 +82,14 @@ gsx::Sampling samplingOf(json const& options) {
     sampling.temperature = options.at("temperature");
     sampling.topK = options.value("top_k", int64_t{0});
     sampling.topP = options.value("top_p", 1.0);
+    sampling.minP = options.value("min_p", 0.0);
+    sampling.repetitionPenalty = options.value("repetition_penalty", 1.0);
+    sampling.frequencyPenalty = options.value("frequency_penalty", 0.0);
+    sampling.presencePenalty = options.value("presence_penalty", 0.0);
+    json const biases = options.value("logit_bias", json::object());
+    for (auto const& [token, bias] : biases.items()) {
+        sampling.logitBias[std::stoll(token)] = bias.get<double>();
+    }
     if (options.contains("seed")) sampling.seed = options["seed"].get<uint64_t>();
     return sampling;
 }
@@ -91,6 +101,7 @@ gsx::Options optionsOf(json const& raw) {
     json const& keep = raw.at("keep");
     for (json const& one : keep.is_array() ? keep : json::array({keep})) options.keep.push_back(keepOf(one));
     if (!raw.at("stop_ids").is_null()) options.stopIds = raw["stop_ids"].get<gsx::Tokens>();
+    if (raw.contains("logprobs")) options.logprobs = raw["logprobs"].get<int64_t>();
     if (!raw.at("draft_length").is_null()) options.draftLength = raw["draft_length"].get<int64_t>();
     return options;
 }

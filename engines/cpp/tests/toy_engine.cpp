@@ -185,6 +185,13 @@ std::vector<ToyEngine::Token> ToyEngine::kept(int64_t layer, gsx::Branch branch,
         });
         return rows;
     }
+    if (feeds.count("loops") != 0) {
+        int64_t const loop = mManifest.decoder.loops->loopOf(layer).value_or(0);
+        std::copy_if(tokens.begin(), tokens.end(), std::back_inserter(rows), [&](Token token) {
+            return loop < ints(feeds, "loops").data[static_cast<size_t>(token.first)];
+        });
+        return rows;
+    }
     if (feeds.count("thresholds") != 0) {
         double const threshold = static_cast<double>(
             floats(feeds, "thresholds").data[static_cast<size_t>(layer) * gsx::kBranches + column]);

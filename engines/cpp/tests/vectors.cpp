@@ -55,6 +55,26 @@ std::vector<float> kindLogits(std::string const& kind, uint32_t seed) {
     return logits;
 }
 
+uint32_t bitsOf(float value) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+// The tokens are equal; the logarithms nearly, since exp and log may differ in the last bit.
+void compareLogprobs(std::string const& what, gsx::TokenLogprobs const& found, json const& wanted) {
+    auto const compareOne = [&](double one, json const& other) {
+        double const expected = number(other);
+        compare(what + " log-probability", one == expected || std::abs(one - expected) < 1e-12, true);
+    };
+    compareOne(found.logprob, wanted.at("logprob"));
+    compare(what + " likeliest", found.top.size(), wanted.at("top").size());
+    for (size_t i = 0; i < found.top.size(); ++i) {
+        compare(what + " likeliest", found.top[i].first, wanted["top"][i][0]);
+        compareOne(found.top[i].second, wanted["top"][i][1]);
+    }
+}
+
 void repeatSampling(json const& cases) {
     for (json const& one : cases) {
         gsx::Sampling const sampling = samplingOf(one.at("sampling"));
@@ -70,6 +90,15 @@ void repeatSampling(json const& cases) {
             auto const likely = std::count_if(found.weights.begin(), found.weights.end(), [](double w) { return w > 0; });
             compare(what + " candidates", likely, one.at("candidates"));
         }
+        if (one.contains("text")) {
+            auto const [prompt, fresh] = one["text"].get<std::pair<gsx::Tokens, gsx::Tokens>>();
+            std::vector<float> const changed = gsx::adjusted(row, sampling, prompt, fresh);
+            json bits = json::array();
+            for (float const value : changed) bits.push_back(bitsOf(value));
+            compare(what + " adjusted", bits, one.at("adjusted"));
+            continue;
+        }
+        compareLogprobs(what, gsx::logprobsOf(row, 0, one.at("logprobs").at("top").size()), one.at("logprobs"));
         for (json const& pick : one.at("picks")) {
             compare(what + " " + pick.dump(), gsx::Picker(sampling).pick(row, pick[0], pick[1]), pick[2]);
         }
@@ -103,9 +132,7 @@ void repeatThresholds(json const& file) {
         json bits = json::array();
         for (auto const& layer : manifest.selection->thresholdsFor(number(one.at("budget")))) {
             for (float const threshold : layer) {
-                uint32_t value = 0;
-                std::memcpy(&value, &threshold, sizeof value);
-                bits.push_back(value);
+                bits.push_back(bitsOf(threshold));
             }
         }
         compare("thresholds", bits, one.at("bits"));

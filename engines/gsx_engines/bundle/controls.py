@@ -19,7 +19,7 @@ from gsx_engines.bundle.selection import Selection, check_budget
 from gsx_plugins.errors import UsageError
 
 # Run-time inputs with a value for each sequence, on their first axis.
-BY_SEQUENCE = ("layer_mask", "full_until")
+BY_SEQUENCE = ("layer_mask", "full_until", "loops")
 
 # Run-time values: name of a run-time input (`policy.inputs` of the manifest) -> its value; empty for a dense model.
 RuntimeValues = Mapping[str, np.ndarray]
@@ -36,6 +36,7 @@ class KeepSettings:
         speedup: target of Unified Layer Skipping: the prompt runs in full, new tokens run the kept layers; for the same
             rules.
         exit_threshold: confidence at which a token exits, for rules that measure it.
+        loops: how many loops of a looped model run.
     Raises:
         UsageError: more than one is given.
     """
@@ -45,6 +46,7 @@ class KeepSettings:
     exit: int | None = None
     speedup: float | None = None
     exit_threshold: float | None = None
+    loops: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.given) > 1:
@@ -101,6 +103,8 @@ def controls_for(
         controls |= selected(manifest.selection, manifest.selection.budget if budget is None else budget)
     if policy.input("layer_mask"):
         controls["layer_mask"] = np.stack([layer_mask(manifest, setting) for setting in settings])
+    if policy.input("loops"):
+        controls["loops"] = np.array([_loops(manifest, setting) for setting in settings], np.int64)
     if policy.input("exit_threshold"):
         threshold = _shared("exit threshold", [setting.exit_threshold for setting in settings])
         controls["exit_threshold"] = _exit_threshold(policy, threshold)
@@ -170,6 +174,15 @@ def _check_read(manifest: Manifest, keep: KeepSettings) -> None:
         assert read.least is not None
         assert read.most is not None
         check_threshold(keep.exit_threshold, read.least, read.most)
+    elif keep.loops is not None:
+        loops = manifest.decoder.loops
+        if policy is None or policy.input("loops") is None or loops is None:
+            raise UsageError(
+                "a number of loops needs a bundle whose keep rule reads it",
+                found="a dense model" if policy is None else f"policy {policy.name}",
+                todo="export a looped model with the policy loops",
+            )
+        loops.check(keep.loops, "the number of loops")
     elif keep.given and (policy is None or policy.input("layer_mask") is None):
         raise UsageError(
             f"the setting {keep.given[0]!r} needs a bundle whose keep rule reads a set of layers",
@@ -178,13 +191,19 @@ def _check_read(manifest: Manifest, keep: KeepSettings) -> None:
         )
 
 
+def _loops(manifest: Manifest, keep: KeepSettings) -> int:
+    """How many loops a request runs."""
+    assert manifest.decoder.loops is not None
+    return manifest.decoder.loops.default if keep.loops is None else keep.loops
+
+
 def default_controls(policy: Policy | None, selection: Selection | None) -> RuntimeValues:
     """The exported run-time values, as they are stored in graphs; those by sequence have a first axis of 1."""
     controls: dict[str, np.ndarray] = {}
     for read in policy.inputs if policy else ():
         if read.name == "layer_mask":
             controls[read.name] = np.asarray([read.default], np.float32)
-        elif read.name == "full_until":
+        elif read.name in ("full_until", "loops"):
             controls[read.name] = np.asarray([read.default], np.int64)
         elif read.name == "exit_threshold":
             assert policy is not None

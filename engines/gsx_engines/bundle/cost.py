@@ -18,7 +18,7 @@ from onnx import helper
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.words import BRANCHES
 
-_BRANCH_WEIGHTS = {"attn": ("self_attn.q_proj.", "self_attn.o_proj."), "mlp": ("mlp.",)}
+_BRANCH_WEIGHTS = {"attn": ("self_attn.q_proj.", "self_attn.o_proj.", "self_attn.gate_proj."), "mlp": ("mlp.",)}
 # Read for every token under the K/V policy `compute`; under the others only when the branch runs.
 _KV_WEIGHTS = ("self_attn.k_proj.", "self_attn.v_proj.")
 _SCALES = ("_scale", "_zero_point")
@@ -118,14 +118,19 @@ def _by_branch(
 ) -> tuple[np.ndarray, float]:
     """A count of each branch's weights, [L, 2], and of all others."""
     branches = np.zeros((bundle.manifest.decoder.num_layers, len(BRANCHES)))
+    loops = bundle.manifest.decoder.loops
     for layer in range(len(branches)):
+        stored = layer if loops is None else loops.visits[layer]
         for column, branch in enumerate(BRANCHES):
             parts = _BRANCH_WEIGHTS[branch]
             if branch == "attn" and bundle.manifest.kv_policy != "compute":
                 parts += _KV_WEIGHTS
-            prefixes = tuple(f"layers.{layer}.{part}" for part in parts)
+            prefixes = tuple(f"layers.{stored}.{part}" for part in parts)
             branches[layer, column] = sum(count(tensor) for tensor in weights if tensor.name.startswith(prefixes))
-    return branches, float(sum(map(count, weights)) - branches.sum())
+    # A loop reads the weights of its layers again, those outside branches too.
+    again = [] if loops is None else [f"layers.{loops.visits[visit]}." for visit in loops.optional]
+    read = sum(count(tensor) * (1 + sum(map(tensor.name.startswith, again))) for tensor in weights)
+    return branches, float(read - branches.sum())
 
 
 def _size(tensor: onnx.TensorProto) -> float:

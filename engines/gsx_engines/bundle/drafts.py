@@ -42,6 +42,16 @@ class LayersDraft(Section):
         return "layers:" + places_text(self.skip)
 
 
+class LoopsDraft(Section):
+    """Draft with fewer loops of a looped model."""
+
+    kind: Literal["loops"] = "loops"
+    loops: Annotated[int, Field(ge=1)]
+
+    def __str__(self) -> str:
+        return f"loops:{self.loops}"
+
+
 def places_text(places: Collection[tuple[int, Branch]]) -> str:
     """A set of branches in the form that `layer_sets.parse_places` reads; neighbouring layers with the same branches
     become a range."""
@@ -55,7 +65,7 @@ def places_text(places: Collection[tuple[int, Branch]]) -> str:
     return ",".join(parts)
 
 
-DraftKind = Annotated[ExitDraft | BudgetDraft | LayersDraft, Field(discriminator="kind")]
+DraftKind = Annotated[ExitDraft | BudgetDraft | LayersDraft | LoopsDraft, Field(discriminator="kind")]
 
 
 DraftTokens = Annotated[int, Field(ge=1)]

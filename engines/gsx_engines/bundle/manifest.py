@@ -14,6 +14,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from gsx_engines.bundle.drafts import DraftEntry
 from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.bundle.fields import Budget, FileName, Scale, Section, Sha256, TensorInfo
+from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.policy import Policy, gateskip_policy
 from gsx_engines.bundle.selection import CalibrationText, Selection
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy, Precision
@@ -42,7 +43,11 @@ class SourceModel(Section):
 
 
 class DecoderShape(Section):
-    """Shape of the decoder. Sizes are numbers of elements; `windows` are attention windows in tokens (null: none)."""
+    """Shape of the decoder. Sizes are numbers of elements; `windows` are attention windows in tokens (null: none).
+
+    Args: loops: how the layers of a looped model run; then `num_layers` counts visits, and all that is by layer is by
+        visit. Other manifests do not have the key.
+    """
 
     family: str
     vocab_size: int
@@ -56,6 +61,17 @@ class DecoderShape(Section):
     bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int | None
+    loops: Loops | None = None
+
+    @property
+    def stored_layers(self) -> int:
+        """How many layers have weights."""
+        return self.num_layers if self.loops is None else self.loops.layers
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_loops(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = fields(self)
+        return {name: value for name, value in values.items() if name != "loops" or value is not None}
 
 
 class Gates(Section):
@@ -167,6 +183,18 @@ class GraphEntry(Section):
     ops: tuple[str, ...]
 
 
+class ChatTemplateEntry(Section):
+    """The model's chat template.
+
+    Args:
+        file: of the bundle; the whole file, or the entry `chat_template` in `tokenizer_config.json`.
+        sha256: of the template's text in UTF-8.
+    """
+
+    file: FileName
+    sha256: Sha256
+
+
 class WeightsEntry(Section):
     """The file with the weights of all graphs."""
 
@@ -176,7 +204,7 @@ class WeightsEntry(Section):
 
 
 class Manifest(Section):
-    """The whole of `gsx.json`."""
+    """The whole of `gsx.json`. A bundle without a chat template does not have the key, like those of 0.1.0."""
 
     schema_version: Literal[1]
     gsx_version: str
@@ -193,8 +221,14 @@ class Manifest(Section):
     graphs: Mapping[str, GraphEntry]
     weights: WeightsEntry
     draft: DraftEntry | None = None
+    chat_template: ChatTemplateEntry | None = None
 
     engines: Mapping[FileName, EngineEntry] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _leave_out_no_template(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = fields(self)
+        return {name: value for name, value in values.items() if name != "chat_template" or value}
 
     @model_validator(mode="before")
     @classmethod
@@ -266,6 +300,11 @@ class Manifest(Section):
             raise ValueError("a selection requires a policy that reads thresholds or a budget, and the other way round")
         if self.policy is not None and self.policy.needs_gates and self.gates is None:
             raise ValueError(f"the policy {self.policy.name} needs gates")
+        loops = self.decoder.loops
+        if loops is not None and len(loops.visits) != self.decoder.num_layers:
+            raise ValueError(f"its loops visit {len(loops.visits)} layers, the model has {self.decoder.num_layers}")
+        if "loops" in reads and loops is None:
+            raise ValueError("the policy reads a number of loops, and the decoder has none")
         exit_threshold = self.policy.input("exit_threshold") if self.policy else None
         if self.policy is not None and exit_threshold is not None:
             bounds = (exit_threshold.least, exit_threshold.most)

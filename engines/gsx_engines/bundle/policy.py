@@ -22,13 +22,13 @@ class RuntimeInput(Section):
 
     Args:
         name: of the graph's input: `thresholds` [L, 2] float32, `budget` [] float32, `layer_mask` [B, L, 2] float32
-            (1: run, 0: skip), `full_until` [B] int64 (tokens at a position below it run every branch), or
-            `exit_threshold` [] float32 (confidence at which a token exits).
+            (1: run, 0: skip), `full_until` [B] int64 (tokens at a position below it run every branch),
+            `exit_threshold` [] float32 (confidence at which a token exits), or `loops` [B] int64 (how many loops run).
         least, most: bounds of its values; null: no bound. A threshold may also be infinite.
         default: the exported value, for clients that give none; null where another section has it.
     """
 
-    name: Literal["thresholds", "budget", "layer_mask", "full_until", "exit_threshold"]
+    name: Literal["thresholds", "budget", "layer_mask", "full_until", "exit_threshold", "loops"]
     least: float | None
     most: float | None
     default: JsonValue = None
@@ -157,7 +157,14 @@ class CalmPolicy(PolicySection):
     confidence: Confidence
 
 
-BUILT_IN = (GateSkipPolicy, RouterPolicy, LayersPolicy, UnifiedPolicy, FfnSkipPolicy, CalmPolicy)
+class LoopsPolicy(PolicySection):
+    """A number of loops for each request (`decoder.loops`)."""
+
+    name: Literal["loops"] = "loops"
+    parameters: NoParameters = NoParameters()
+
+
+BUILT_IN = (GateSkipPolicy, RouterPolicy, LayersPolicy, UnifiedPolicy, FfnSkipPolicy, CalmPolicy, LoopsPolicy)
 BUILT_IN_NAMES = tuple(str(section.model_fields["name"].default) for section in BUILT_IN)
 
 
@@ -190,6 +197,7 @@ Policy = Annotated[
     | Annotated[UnifiedPolicy, Tag("unified")]
     | Annotated[FfnSkipPolicy, Tag("ffn-skip")]
     | Annotated[CalmPolicy, Tag("calm")]
+    | Annotated[LoopsPolicy, Tag("loops")]
     | Annotated[OutsidePolicy, Tag("outside")],
     Discriminator(_kind),
 ]

@@ -41,11 +41,11 @@ class Cache:
     verified: list[int]
     memory: Any
 
-    def move(self, source: int, target: int) -> None:
-        """Record that a sequence has moved to another row; its old row is then empty."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Record that the first tokens of a sequence are now in another row too."""
         for name in ("lengths", "verified"):
             numbers = list(getattr(self, name))
-            numbers[target], numbers[source] = numbers[source], 0
+            numbers[target] = min(numbers[source], length)
             setattr(self, name, numbers)
 
     def roll_back(self, lengths: Sequence[int]) -> None:
@@ -63,7 +63,7 @@ class StepOutput:
             beyond a sequence's count; "none": [B, 0, V].
         kept: [L, 2] int64, rows kept by each (layer, branch) in this call; None for a dense model.
         gated_rows: rows that the keep rule decided on in this call: one for each token and skippable branch.
-        kept_by_sequence: [B] int64, kept rows of each sequence over all branches; None for a dense model, and where
+        kept_by_sequence: [B, L, 2] int64, kept rows of each sequence; None for a dense model, and where
             the runtime reports only the sum.
     """
 
@@ -119,7 +119,7 @@ class Stage(Protocol):
         """Run a call's tokens and append their K/V at `call.lengths`; state: the exit state, for a second stage."""
         ...
 
-    def move(self, memory: Any, source: int, target: int, length: int) -> None:
+    def copy(self, memory: Any, source: int, target: int, length: int) -> None:
         """Copy the K/V of a sequence's first `length` tokens to another row, whose own K/V are lost."""
         ...
 
@@ -153,8 +153,8 @@ class Runner(Protocol):
         """
         ...
 
-    def move(self, cache: Cache, source: int, target: int) -> None:
-        """Move a sequence to another row, whose own sequence is lost; its old row is then empty."""
+    def copy(self, cache: Cache, source: int, target: int, length: int) -> None:
+        """Copy a sequence's first `length` tokens to another row, whose own sequence is lost."""
         ...
 
 

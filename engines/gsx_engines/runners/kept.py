@@ -36,3 +36,9 @@ class KeptTable:
         kept = np.zeros(self._shape, np.int64)
         kept.put(self._flat, counts)
         return kept
+
+    def of_each(self, kept: np.ndarray) -> np.ndarray:
+        """The table of each sequence, [B, L, 2] int64; kept [places, B]: rows kept at each of `places`."""
+        tables = np.zeros((kept.shape[1], self._shape[0] * self._shape[1]), np.int64)
+        tables[:, self._flat] = kept.T
+        return tables.reshape(-1, *self._shape)

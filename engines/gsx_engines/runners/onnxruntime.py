@@ -219,11 +219,11 @@ class OnnxRuntimeStage:
             return parts[0][1]
         return _joined(parts, call, logits)
 
-    def move(self, memory: Any, source: int, target: int, length: int) -> None:
+    def copy(self, memory: Any, source: int, target: int, length: int) -> None:
         """See `Stage`."""
         if not isinstance(memory, _Memory):
             assert self._portable is not None
-            return self._portable.move(memory, source, target, length)
+            return self._portable.copy(memory, source, target, length)
         for cache in memory.caches.values():
             cache[target, :, :length] = cache[source, :, :length]
         return None
@@ -297,7 +297,7 @@ class OnnxRuntimeStage:
         if kept is None:
             return StageOutput(scores, state, self._table.of(None))
         table = kept.reshape(self._gated, batch)
-        return StageOutput(scores, state, self._table.of(table.sum(axis=1)), table.sum(axis=0))
+        return StageOutput(scores, state, self._table.of(table.sum(axis=1)), self._table.of_each(table))
 
     def _bound(self, memory: _Memory, start: int, rows: int) -> _Rows:
         """The bindings for neighbouring rows of the memory."""
@@ -386,7 +386,7 @@ def _joined(parts: list[tuple[slice, StageOutput]], call: Call, logits: Logits) 
     kept = [output.kept for _, output in parts if output.kept is not None]
     kept_by_sequence = None
     if first.kept_by_sequence is not None:
-        kept_by_sequence = np.zeros(batch, np.int64)
+        kept_by_sequence = np.zeros((batch, *first.kept_by_sequence.shape[1:]), np.int64)
         for rows, output in parts:
             assert output.kept_by_sequence is not None
             kept_by_sequence[rows] = output.kept_by_sequence

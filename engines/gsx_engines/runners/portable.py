@@ -104,7 +104,7 @@ class PortableStage:
             kept=self._table.of([int(results[name]) for name in self._kept]),
         )
 
-    def move(self, memory: dict[str, np.ndarray], source: int, target: int, length: int) -> None:
+    def copy(self, memory: dict[str, np.ndarray], source: int, target: int, length: int) -> None:
         """See `Stage`."""
         for name, value in memory.items():
             moved = memory[name] = value.copy()  # the session may own the array that it returned

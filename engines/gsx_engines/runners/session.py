@@ -19,14 +19,19 @@ def session_config(manifest: Manifest, *, lowered: bool = False) -> Mapping[str,
     whose inputs are not quantized (the head's never are) become MatMulNBits; blocks of 128 were the fastest of those
     tried, in decoding and in prefill (docs/quantization.md). Where ONNX Runtime's 8-bit products saturate, the portable
     graph is computed as it is written, in float32; the lowered graph has products that do not saturate.
+
+    In a looped model many products read one weight. ONNX Runtime would pack it for each of them, a copy for every loop:
+    they read it as it is, which costs a step nothing and a prompt a sixth of its time (benchmarks/RESULTS.md).
     """
+    loops = manifest.decoder.loops
+    config = {} if loops is None or loops.most == 1 else {"session.disable_prepacking": "1"}
     if manifest.quantization is None:
-        return {}
+        return config
     if manifest.quantization.is_float8:
-        return {"session.disable_quant_qdq": "1"}
+        return config | {"session.disable_quant_qdq": "1"}
     if manifest.quantization.quantizes_activations and not lowered and products_saturate():
-        return {"session.disable_quant_qdq": "1"}
-    return {"session.qdq_matmulnbits_block_size": "128"}
+        return config | {"session.disable_quant_qdq": "1"}
+    return config | {"session.qdq_matmulnbits_block_size": "128"}
 
 
 def open_session(

@@ -71,13 +71,13 @@ class SplitRunner:
         second = self.verify(cache, logits=logits)
         return joined_output(first, second)
 
-    def move(self, cache: Cache, source: int, target: int) -> None:
+    def copy(self, cache: Cache, source: int, target: int, length: int) -> None:
         """See `Runner`; not allowed between a draft and its verification."""
         memory: _Memory = cache.memory
         assert not memory.waiting, "drafted tokens are waiting in their rows"
-        self.early.move(memory.early, source, target, cache.lengths[source])
-        self.late.move(memory.late, source, target, cache.lengths[source])
-        cache.move(source, target)
+        self.early.copy(memory.early, source, target, length)
+        self.late.copy(memory.late, source, target, length)
+        cache.copy(source, target, length)
 
     def draft(
         self,

@@ -134,7 +134,7 @@ class TensorRTStage:
             outputs.append(self._run(memory, piece, _tokens_of(state, part), logits))
         return _joined(outputs, call, most, logits)
 
-    def move(self, memory: _Memory, source: int, target: int, length: int) -> None:
+    def copy(self, memory: _Memory, source: int, target: int, length: int) -> None:
         """See `Stage`. Whole rows are copied, in one copy for each buffer."""
         for name, buffer in memory.buffers.items():
             self._engine.move(buffer, memory.shapes[name], source, target)

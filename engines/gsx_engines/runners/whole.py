@@ -34,7 +34,7 @@ class WholeRunner:
         cache.lengths = cache.verified = grown(call.lengths, call.counts)
         return step_output(self.stage, call, output)
 
-    def move(self, cache: Cache, source: int, target: int) -> None:
+    def copy(self, cache: Cache, source: int, target: int, length: int) -> None:
         """See `Runner`."""
-        self.stage.move(cache.memory, source, target, cache.lengths[source])
-        cache.move(source, target)
+        self.stage.copy(cache.memory, source, target, length)
+        cache.copy(source, target, length)

@@ -3,14 +3,20 @@
 The names are those of other generation models on Triton (`text_input`, `max_tokens`, `stream`, `text_output`), so that
 existing clients and load generators work. Numbers have 64 bits, so a budget or a temperature has exactly the value that
 it has in `gsx generate`.
+
+Triton's OpenAI front end sends what TensorRT-LLM's models take, with other types for some of these names, and each
+value in a batch of one. A repository may be written for it (`COMMON_INPUTS`): then names that both have are of its
+types, its own are added, and everything else stays.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-DataType = Literal["TYPE_STRING", "TYPE_INT64", "TYPE_FP64", "TYPE_BOOL"]
+DataType = Literal[
+    "TYPE_STRING", "TYPE_INT32", "TYPE_INT64", "TYPE_UINT32", "TYPE_UINT64", "TYPE_FP32", "TYPE_FP64", "TYPE_BOOL"
+]
 
 
 @dataclass(frozen=True)
@@ -39,9 +45,14 @@ INPUTS = (
     Field("exit", "TYPE_INT64", False, "how many layers run; for the same rules"),
     Field("speedup", "TYPE_FP64", False, "target of Unified Layer Skipping; for the same rules"),
     Field("exit_threshold", "TYPE_FP64", False, "confidence at which a token exits; for rules that measure it"),
+    Field("loops", "TYPE_INT64", False, "how many loops of a looped model run; as exported"),
     Field("temperature", "TYPE_FP64", False, "0 always chooses the likeliest token; 0"),
     Field("top_k", "TYPE_INT64", False, "only the k likeliest tokens, 0 for all; 0"),
     Field("top_p", "TYPE_FP64", False, "only the likeliest tokens that together reach this probability; 1"),
+    Field("min_p", "TYPE_FP64", False, "only tokens at least this share as likely as the likeliest; 0"),
+    Field("repetition_penalty", "TYPE_FP64", False, "divides logits of tokens in the text, prompt included; 1"),
+    Field("frequency_penalty", "TYPE_FP64", False, "off a logit for each time that the token is in the new text; 0"),
+    Field("presence_penalty", "TYPE_FP64", False, "off a logit if the token is in the new text; 0"),
     Field("seed", "TYPE_INT64", False, "of the random numbers; a new one each time"),
     Field("stop", "TYPE_STRING", True, "texts that end the generation, left out of the result; none"),
     Field("speculative", "TYPE_BOOL", False, "draft and verify with the bundle's draft; false"),
@@ -60,3 +71,48 @@ OUTPUTS = (
     Field("kept_share", "TYPE_FP64", False, "share of (token, branch) pairs kept; if the model has gates, and counts"),
     Field("acceptance", "TYPE_FP64", False, "share of drafted tokens that were correct; if any were drafted"),
 )
+
+# What Triton's OpenAI front end sends and reads: its types of names that are above, and its own names.
+_COMMON_TYPES: dict[str, DataType] = {
+    "max_tokens": "TYPE_INT32",
+    "temperature": "TYPE_FP32",
+    "top_k": "TYPE_INT32",
+    "top_p": "TYPE_FP32",
+    "frequency_penalty": "TYPE_FP32",
+    "presence_penalty": "TYPE_FP32",
+    "repetition_penalty": "TYPE_FP32",
+    "seed": "TYPE_UINT64",
+}
+COMMON_INPUTS = (
+    *(replace(field, data_type=_COMMON_TYPES.get(field.name, field.data_type)) for field in INPUTS),
+    Field("stop_words", "TYPE_STRING", True, "as stop"),
+    Field("exclude_input_in_output", "TYPE_BOOL", False, "false: the text begins with the prompt; true"),
+    Field("return_num_input_tokens", "TYPE_BOOL", False, "give num_input_tokens; false"),
+    Field("return_num_output_tokens", "TYPE_BOOL", False, "give num_output_tokens; false"),
+)
+COMMON_OUTPUTS = (
+    *OUTPUTS,
+    Field("num_input_tokens", "TYPE_UINT32", False, "tokens of the prompt, in every response"),
+    Field("num_output_tokens", "TYPE_UINT32", False, "new tokens of this response"),
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """The form of requests and responses that a repository is written for.
+
+    Args:
+        name: in the model's parameters.
+        inputs, outputs: the fields.
+        batch: Triton's `max_batch_size`; 1: each value is in a batch of one.
+    """
+
+    name: str
+    inputs: tuple[Field, ...]
+    outputs: tuple[Field, ...]
+    batch: Literal[0, 1]
+
+
+FORMS = {
+    form.name: form for form in (Form("gsx", INPUTS, OUTPUTS, 0), Form("openai", COMMON_INPUTS, COMMON_OUTPUTS, 1))
+}

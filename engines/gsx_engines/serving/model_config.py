@@ -15,7 +15,16 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 Axis = Annotated[int, Field(ge=-1)]
 DataType = Literal[
-    "TYPE_BOOL", "TYPE_INT32", "TYPE_INT64", "TYPE_FP16", "TYPE_FP32", "TYPE_FP64", "TYPE_BF16", "TYPE_STRING"
+    "TYPE_BOOL",
+    "TYPE_INT32",
+    "TYPE_INT64",
+    "TYPE_UINT32",
+    "TYPE_UINT64",
+    "TYPE_FP16",
+    "TYPE_FP32",
+    "TYPE_FP64",
+    "TYPE_BF16",
+    "TYPE_STRING",
 ]
 
 
@@ -43,6 +52,7 @@ class TritonConfig(_Checked):
     """A model of a repository.
 
     Args:
+        batch: Triton's `max_batch_size`; above 0, tensors have an axis for it in front of `dims`.
         profiles: for the backend `tensorrt`, numbers of the optimization profiles that an instance uses.
     """
 
@@ -53,11 +63,12 @@ class TritonConfig(_Checked):
     kind: Literal["KIND_CPU", "KIND_GPU"]
     decoupled: bool
     parameters: Mapping[Name, str]
+    batch: Annotated[int, Field(ge=0)] = 0
     profiles: tuple[int, ...] = ()
 
     def text(self) -> str:
         """The configuration as protobuf text."""
-        lines = [f"name: {_quoted(self.name)}", f"backend: {_quoted(self.backend)}", "max_batch_size: 0"]
+        lines = [f"name: {_quoted(self.name)}", f"backend: {_quoted(self.backend)}", f"max_batch_size: {self.batch}"]
         if self.backend == "tensorrt":
             lines.insert(1, 'platform: "tensorrt_plan"')
         for field, tensors in (("input", self.inputs), ("output", self.outputs)):

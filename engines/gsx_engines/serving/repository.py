@@ -25,7 +25,7 @@ import gsx_plugins
 from gsx_engines.bundle.bundle import Bundle, writing
 from gsx_engines.defaults import SERVED_REQUESTS, WAITING_REQUESTS
 from gsx_engines.errors import EngineError
-from gsx_engines.serving.fields import INPUTS, OUTPUTS, Field
+from gsx_engines.serving.fields import FORMS, Field, Form
 from gsx_engines.serving.model_config import Tensor, TritonConfig
 from gsx_plugins.errors import UsageError
 
@@ -61,6 +61,7 @@ def write_repository(
     queue: int = WAITING_REQUESTS,
     context: int | None = None,
     threads: int | None = None,
+    form: str = "gsx",
 ) -> Path:
     """Write a repository with one model.
 
@@ -72,6 +73,7 @@ def write_repository(
         slots: how many requests run at once.
         queue: how many requests may wait.
         context: maximum number of tokens of a request, prompt and new ones; None for the model's context.
+        form: of requests and responses, one of `fields.FORMS`.
         threads: of ONNX Runtime; None for a number that leaves a processor to the server (`threads.py`).
     Returns: the directory of the model.
     Raises:
@@ -80,7 +82,7 @@ def write_repository(
     """
     _check(bundle, slots, queue, context, threads)
     version = _engine_version(bundle, backend, slots)
-    config = _config(name, backend, slots=slots, queue=queue, context=context, threads=threads).text()
+    config = _config(name, backend, slots=slots, queue=queue, context=context, threads=threads, form=FORMS[form]).text()
     with writing(target, overwrite=False, needed_bytes=_size(bundle.directory)) as work:
         version_directory = work / name / "1"
         version_directory.mkdir(parents=True)
@@ -100,18 +102,23 @@ def write_repository(
 
 
 def _config(
-    name: str, backend: Backend, *, slots: int, queue: int, context: int | None, threads: int | None
+    name: str, backend: Backend, *, slots: int, queue: int, context: int | None, threads: int | None, form: Form
 ) -> TritonConfig:
     numbers = {"slots": slots, "queue": queue, "context": context, "threads": threads}
     try:
         return TritonConfig(
             name=name,
             backend="python",
-            inputs=tuple(_tensor(field, optional=True) for field in INPUTS),
-            outputs=tuple(_tensor(field, optional=False) for field in OUTPUTS),
+            inputs=tuple(_tensor(field, optional=True) for field in form.inputs),
+            outputs=tuple(_tensor(field, optional=False) for field in form.outputs),
             kind="KIND_CPU" if backend == "onnxruntime" else "KIND_GPU",
             decoupled=True,
-            parameters={"backend": backend, **{key: str(n) for key, n in numbers.items() if n is not None}},
+            batch=form.batch,
+            parameters={
+                "backend": backend,
+                "form": form.name,
+                **{key: str(n) for key, n in numbers.items() if n is not None},
+            },
         )
     except ValidationError as error:  # only the name comes from the user
         raise UsageError(

@@ -6,14 +6,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings
 from gsx_engines.generation import FinishReason, GenerationStats
-from gsx_engines.sampling import GREEDY, Sampling
+from gsx_engines.sampling import GREEDY, Sampling, TokenLogprobs
 from gsx_plugins.errors import GsxError
 
 
 class OverloadedError(GsxError):
-    """The queue is full: the request was not accepted, and may be sent again later."""
+    """The request was not accepted, and may be sent again later: the queue is full, or the server is shutting down."""
+
+
+class ClosingError(OverloadedError):
+    """The server is shutting down."""
+
+    def __init__(self) -> None:
+        super().__init__("the server is shutting down")
 
 
 @dataclass(frozen=True)
@@ -26,8 +35,13 @@ class Request:
         keep: what it asks of the keep rule.
         sampling: how tokens are chosen.
         stop: texts that end the generation; they are left out of the text.
+        stop_ids: tokens that end it, left out of the text too; None for the model's end-of-text tokens.
         speculative: draft and verify with the bundle's draft. The text is the same. It comes sooner if there are no
             other requests, but the request does not share steps with others.
+        draft_length: tokens drafted before a verification; None to find it while generating.
+        prompt_logprobs: report log-probabilities of the prompt's tokens too, except of the first.
+        kept: report which branches each token kept.
+        logprobs: report each token's log-probability, and those of so many likeliest tokens; None for none.
     """
 
     prompt: Sequence[int]
@@ -35,7 +49,30 @@ class Request:
     keep: KeepSettings = AS_EXPORTED
     sampling: Sampling = GREEDY
     stop: tuple[str, ...] = ()
+    stop_ids: frozenset[int] | None = None
     speculative: bool = False
+    draft_length: int | None = None
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """New tokens of a request.
+
+    Args:
+        ids: the tokens.
+        text: what they complete, which may be empty.
+        logprobs: of each token, if the request wants them.
+        kept: for each token that the model read to choose these, [L, 2] int64: 1 where that token ran the branch; if
+            the request wants it, and the runtime tells. The prompt has none.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    kept: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +83,7 @@ class Finished:
         finish: why it ended, as in `gsx generate`.
         waited_seconds: from its arrival to its prefill.
         first_token_seconds: from its arrival to its first token.
+        prompt_logprobs: of the prompt's tokens behind the first, if the request wants them.
         stats: its own counters. The decoding time is elapsed time, including the work for other requests in the same
             steps; kept and gated rows are 0 if the runtime only counts them for whole batches.
     """
@@ -54,14 +92,15 @@ class Finished:
     waited_seconds: float
     first_token_seconds: float
     stats: GenerationStats
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class Client(Protocol):
     """The receiver of a request's results. All calls come from the scheduler's thread; the last one is `finished`,
     `failed` or `dropped`."""
 
-    def tokens(self, ids: Sequence[int], text: str) -> None:
-        """Take new tokens, and the text that they complete (which may be empty)."""
+    def tokens(self, new: NewTokens) -> None:
+        """Take new tokens."""
         ...
 
     def finished(self, result: Finished) -> None:

@@ -7,6 +7,9 @@ differ. A speculative request has its own cache, and makes its rounds between th
 depend on other requests: the keep rule decides token by token, and the noise of sampling depends only on the request's
 own seed and positions (`gsx_engines/sampling.py`).
 
+A request may have several clients, each with a continuation of its own: the prompt is read once, and its K/V are copied
+into the rows of the others.
+
 One thread makes all calls of the runner (`run`); `submit` may be called from any thread.
 """
 
@@ -17,28 +20,56 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 
 from gsx_engines.bundle.controls import RuntimeValues, controls_for, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import DraftKind
-from gsx_engines.generation import Continuation, Decoding, GenerationStats, read, take
+from gsx_engines.generation import Continuation, Decoding, GenerationStats, check_draft_length, read
 from gsx_engines.runners.base import Runner, StepOutput
-from gsx_engines.sampling import Picker
-from gsx_engines.serving.request import Client, Finished, OverloadedError, Request
+from gsx_engines.sampling import Picker, TokenLogprobs, logprobs_of
+from gsx_engines.serving.request import Client, ClosingError, Finished, NewTokens, OverloadedError, Request
 from gsx_engines.speculation.draft import draft_on
 from gsx_engines.tokens import BundleTokenizer, TextWriter
 from gsx_plugins.errors import UsageError
 
 _LOG = logging.getLogger(__name__)
+# Logits of a prompt that is scored are all in memory at once: a GiB of them.
+MAX_PROMPT_LOGITS = 2**28
+
+
+@dataclass
+class _Prompt:
+    """The prompt of a request; once a continuation has read it, the output of that call and its logits [V]."""
+
+    output: StepOutput | None = None
+    row: int = 0
+    logits: np.ndarray | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
 
 
 class _Job:
-    """A request that waits or runs, with results that its client has not received yet."""
+    """A continuation that waits or runs, with results that its client has not received yet.
 
-    def __init__(self, request: Request, client: Client, runner: Runner, tokenizer: BundleTokenizer | None) -> None:
-        self.client, self.request = client, request
+    Args:
+        request: what is continued.
+        client: receives the continuation.
+        number: of the continuation in its request; the sampling's noise depends on it.
+        prompt: shared by the continuations of a request.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        client: Client,
+        number: int,
+        prompt: _Prompt,
+        runner: Runner,
+        tokenizer: BundleTokenizer | None,
+    ) -> None:
+        self.client, self.request, self.prompt = client, request, prompt
         self.controls = controls_for(runner.manifest, request.keep, [len(request.prompt)])
         self._ids: list[int] = []
         self._text: list[str] = []
@@ -46,11 +77,19 @@ class _Job:
             TextWriter(tokenizer.stream(request.prompt), request.stop, self._text.append) if tokenizer else None
         )
         self.sequence = Continuation(
-            runner.manifest, request.prompt, request.max_new_tokens, Picker(request.sampling), 0, self._on_token
+            runner.manifest,
+            request.prompt,
+            request.max_new_tokens,
+            Picker(request.sampling),
+            number,
+            self._on_token,
+            request.stop_ids,
+            request.logprobs,
         )
         self.decoding: Decoding | None = None  # of a speculative request
         self._arrived = time.perf_counter()
         self._began = self._first = 0.0
+        self._rows: list[np.ndarray] = []  # kept rows that the client has not received yet
         self._steps = self._kept = self._gated = 0
         self._all_counted = True
 
@@ -70,12 +109,17 @@ class _Job:
         if output.kept is None:
             return
         if output.kept_by_sequence is not None:
-            self._kept += int(output.kept_by_sequence[row])
+            self._kept += int(output.kept_by_sequence[row].sum())
         elif tokens == all_tokens:
             self._kept += int(output.kept.sum())
         else:
             self._all_counted = False
         self._gated += output.gated_rows * tokens // all_tokens
+        if self.request.kept and self.sequence.tokens:
+            if output.kept_by_sequence is not None:
+                self._rows.append(output.kept_by_sequence[row])
+            elif all_tokens == 1:
+                self._rows.append(output.kept)
 
     def report(self) -> bool:
         """Send the client what is new; returns whether the request has ended."""
@@ -83,23 +127,29 @@ class _Job:
         ended = self.sequence.finish is not None
         if ended and self._writer is not None:
             self._writer.finish()
-        ids, text = tuple(self._ids), "".join(self._text)
+        logprobs = self.sequence.logprobs
+        new = NewTokens(
+            tuple(self._ids), "".join(self._text), tuple(logprobs[len(logprobs) - len(self._ids) :]), tuple(self._rows)
+        )
         self._ids.clear()
         self._text.clear()
-        self.client.tokens(ids, text)
+        self._rows.clear()
+        self.client.tokens(new)
         if ended:
             self.client.finished(self._result())
         return ended
 
     def _on_token(self, token: int) -> bool:
         self._ids.append(token)
+        if token in (self.request.stop_ids or ()):
+            return False
         return self._writer is not None and self._writer.push(token)
 
     def _result(self) -> Finished:
         stats = self.decoding.stats() if self.decoding is not None else self._stats()
         finish = self.sequence.finish
         assert finish is not None
-        return Finished(finish, self._began - self._arrived, self._first - self._arrived, stats)
+        return Finished(finish, self._began - self._arrived, self._first - self._arrived, stats, self.prompt.logprobs)
 
     def _stats(self) -> GenerationStats:
         steps = self._steps - 1  # the first one is the prefill
@@ -148,6 +198,11 @@ class Scheduler:
         self._closed = False
 
     @property
+    def closed(self) -> bool:
+        """Whether no more requests are accepted."""
+        return self._closed
+
+    @property
     def under_way(self) -> int:
         """How many requests have a slot."""
         return len(self._batch) + len(self._alone)
@@ -157,8 +212,10 @@ class Scheduler:
         """How many requests are in the queue."""
         return len(self._waiting)
 
-    def submit(self, request: Request, client: Client) -> None:
-        """Accept a request; from then on its client is informed about it.
+    def submit(self, request: Request, *clients: Client) -> None:
+        """Accept a request; from then on its clients are informed about it, each about a continuation of its own.
+
+        Continuation n is what sequence n of a batch of this prompt gets in `gsx_engines.generation.generate`.
 
         Raises:
             UsageError: the request cannot be carried out.
@@ -173,8 +230,29 @@ class Scheduler:
                 found="a speculative request",
                 todo="gsx export MODEL --draft auto, or send the request without `speculative`: the text is the same",
             )
-        job = _Job(request, client, self._runner, self._tokenizer)
-        if job.sequence.capacity > self.context:
+        check_draft_length(request.draft_length, self._manifest)
+        if request.speculative and request.prompt_logprobs:
+            raise UsageError("a speculative request reads its prompt in another way", found="log-probabilities of it")
+        size = len(request.prompt) * self._manifest.decoder.vocab_size
+        if request.prompt_logprobs and size > MAX_PROMPT_LOGITS:
+            most = MAX_PROMPT_LOGITS // self._manifest.decoder.vocab_size
+            raise UsageError(
+                "the prompt is too long to be scored",
+                expected=f"at most {most} tokens, whose logits take a GiB",
+                found=f"{len(request.prompt)} tokens",
+            )
+        if len(clients) > max(1, self.queue):
+            raise UsageError(
+                "a request asks for more continuations than may wait",
+                expected=f"at most {max(1, self.queue)}",
+                found=str(len(clients)),
+            )
+        prompt = _Prompt()
+        jobs = [
+            _Job(request, client, number, prompt, self._runner, self._tokenizer)
+            for number, client in enumerate(clients)
+        ]
+        if jobs[0].sequence.capacity > self.context:
             raise UsageError(
                 "prompt and new tokens together are longer than the context of this server",
                 expected=f"at most {self.context} tokens",
@@ -183,15 +261,15 @@ class Scheduler:
             )
         with self._changed:
             if self._closed:
-                raise OverloadedError("the server is shutting down")
-            if len(self._waiting) >= self.queue:
+                raise ClosingError()
+            if len(self._waiting) + len(jobs) > self.queue:
                 raise OverloadedError(
                     "the server has more requests than it can handle",
                     expected=f"at most {self.slots} running and {self.queue} waiting",
                     found=f"{self.under_way} and {len(self._waiting)}",
                     todo="send the request again later",
                 )
-            self._waiting.append(job)
+            self._waiting += jobs
             self._changed.notify()
 
     def run(self, after_turn: Callable[[], None] = lambda: None) -> None:
@@ -204,7 +282,7 @@ class Scheduler:
             self.work()
             after_turn()
         for job in [*self._batch, *self._alone, *self._waiting]:
-            _inform(partial(job.client.failed, OverloadedError("the server is shutting down")))
+            _inform(partial(job.client.failed, ClosingError()))
 
     def close(self) -> None:
         """End `run` after its current step; unfinished requests fail."""
@@ -245,10 +323,26 @@ class Scheduler:
             self._attempt([job], partial(self._prefill, job))
 
     def _prefill(self, job: _Job) -> None:
-        rows = self._rows([job])
-        output = read(self._runner, self._cache, rows, self._controls([job]))
-        job.count(output, rows.index(job.sequence), len(job.sequence.prompt), len(job.sequence.prompt))
-        take(rows, output)
+        prompt, length = job.prompt, len(job.sequence.prompt)
+        row = self._batch.index(job)
+        source = next((at for at, one in enumerate(self._batch) if one.prompt is prompt and one is not job), None)
+        if source is not None and prompt.logits is not None:
+            self._runner.copy(self._cache, source, row, length)
+        else:
+            whole = job.request.prompt_logprobs
+            rows, controls = self._rows([job]), self._controls([job])
+            prompt.output = read(self._runner, self._cache, rows, controls, "all" if whole else "last")
+            prompt.row = row
+            logits = prompt.output.logits[row]
+            prompt.logits = logits[length - 1 if whole else 0].copy()
+            if whole:
+                count, behind = job.request.logprobs or 0, job.sequence.prompt[1:]
+                prompt.logprobs = tuple(
+                    logprobs_of(one, token, count) for one, token in zip(logits, behind, strict=False)
+                )
+        assert prompt.output is not None
+        job.count(prompt.output, prompt.row, length, length)
+        job.sequence.take(prompt.logits)
 
     def _groups(self) -> list[list[_Job]]:
         """The jobs of the batch, grouped by the steps that they may share.
@@ -282,7 +376,8 @@ class Scheduler:
         if job.decoding is None:
             assert self._draft is not None
             draft = draft_on(self._runner, self._draft)
-            job.decoding = Decoding(self._runner, [job.sequence], job.controls, draft)
+            length = job.request.draft_length
+            job.decoding = Decoding(self._runner, [job.sequence], job.controls, draft, length)
             job.decoding.start()
         else:
             job.decoding.round()
@@ -323,13 +418,12 @@ class Scheduler:
                 continue
             row, last = self._batch.index(job), len(self._batch) - 1
             if row != last:
-                self._runner.move(self._cache, last, row)
+                self._runner.copy(self._cache, last, row, self._cache.lengths[last])
                 self._batch[row] = self._batch[last]
-            else:
-                lengths = list(self._cache.lengths)
-                lengths[row] = 0
-                self._cache.roll_back(lengths)
             self._batch.pop()
+            lengths = list(self._cache.lengths)
+            lengths[last] = 0
+            self._cache.roll_back(lengths)
 
 
 def _inform(inform: Callable[[], bool | None]) -> bool:

@@ -25,8 +25,9 @@ import triton_python_backend_utils as pb_utils
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.sampling import Sampling
-from gsx_engines.serving.fields import INPUTS, OUTPUTS, Field
-from gsx_engines.serving.request import Finished, OverloadedError, Request
+from gsx_engines.serving.fields import FORMS, Field, Form
+from gsx_engines.serving.limits import check_ids_fit, check_layers, check_stops, check_text_size, need_tokenizer
+from gsx_engines.serving.request import Finished, NewTokens, OverloadedError, Request
 from gsx_engines.serving.scheduler import Scheduler
 from gsx_engines.serving.threads import threads_beside_server
 from gsx_engines.speculation.draft import open_draft_runner
@@ -35,24 +36,20 @@ from gsx_plugins.errors import GsxError, UsageError
 
 _LOG = logging.getLogger(__name__)
 
-# No token of any vocabulary is longer than this. A text longer than the context times this is refused before the
-# tokenizer spends time on it.
-MAX_TOKEN_BYTES = 256
-# Limited, since the stop texts are compared with the text at every token.
-MAX_STOPS, MAX_STOP_BYTES = 16, 256
-# Enough to name every branch of a model with 400 layers; limited, since an error message repeats it.
-MAX_LAYERS_BYTES = 4096
 # How often Triton is asked whether a request was cancelled, and how often gauges are updated: each takes a round trip
 # between the processes, as long as a step of a small model.
 CANCEL_SECONDS = GAUGE_SECONDS = 0.05
 
 _TYPES: dict[str, Any] = {
     "TYPE_STRING": np.object_,
+    "TYPE_INT32": np.int32,
     "TYPE_INT64": np.int64,
+    "TYPE_UINT32": np.uint32,
+    "TYPE_UINT64": np.uint64,
+    "TYPE_FP32": np.float32,
     "TYPE_FP64": np.float64,
     "TYPE_BOOL": np.bool_,
 }
-_OUTPUTS = {field.name: field for field in OUTPUTS}
 
 _COUNTERS = {
     "finished": "requests that ended normally",
@@ -88,6 +85,7 @@ class TritonPythonModel:
         self._thread.start()
 
     def _open(self, args: dict[str, str], parameters: dict[str, str]) -> None:
+        self._form = FORMS[parameters["form"]]
         bundle = open_bundle(Path(args["model_repository"]) / args["model_version"] / "bundle")
         own = bundle.manifest.draft.draft if bundle.manifest.draft else None
         threads = int(parameters["threads"]) if "threads" in parameters else threads_beside_server()
@@ -107,11 +105,17 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
-                _check_parameters(request)
-                given = _given(request)
+                _check_parameters(request, self._form)
+                given = _given(request, self._form)
                 wanted = frozenset(request.requested_output_names()) - self._not_there
-                client = _Client(sender, self._outbox, bool(given["stream"]), wanted, self._metrics)
-                self._scheduler.submit(self._request(given), client)
+                for number in ("num_input_tokens", "num_output_tokens"):
+                    if not given.get(f"return_{number}"):
+                        wanted -= {number}
+                asked = self._request(given)
+                text = given["text_input"]
+                echo = text.decode() if text is not None and given.get("exclude_input_in_output") is False else ""
+                sends = _Responses(sender, self._form, wanted, len(asked.prompt), echo)
+                self._scheduler.submit(asked, _Client(sends, self._outbox, bool(given["stream"]), self._metrics))
             except GsxError as error:
                 self._metrics.count("refused")
                 _fail(sender, error)
@@ -123,7 +127,8 @@ class TritonPythonModel:
         self._outbox.close()
 
     def _request(self, given: dict[str, Any]) -> Request:
-        text, ids, stops = given["text_input"], given["input_ids"], given["stop"]
+        text, ids = given["text_input"], given["input_ids"]
+        stops = given["stop"] if given.get("stop_words") is None else given["stop_words"]
         if (text is None) == (ids is None):
             raise UsageError(
                 "the prompt must be given exactly once",
@@ -131,19 +136,9 @@ class TritonPythonModel:
                 found="neither" if ids is None else "both",
             )
         stop = tuple(_text(part, "stop") for part in stops) if stops is not None else ()
-        longest = max((len(part.encode()) for part in stop), default=0)
-        if "" in stop or len(stop) > MAX_STOPS or longest > MAX_STOP_BYTES:
-            raise UsageError(
-                "there are too many stop texts, or one has an invalid length",
-                expected=f"at most {MAX_STOPS}, each of 1 to {MAX_STOP_BYTES} bytes",
-                found="an empty one" if "" in stop else f"{len(stop)}, the longest with {longest} bytes",
-            )
+        check_stops(stop)
         layers = given["layers"]
-        if layers is not None and len(layers) > MAX_LAYERS_BYTES:
-            raise UsageError(
-                "layers is too long", expected=f"at most {MAX_LAYERS_BYTES} bytes", found=f"{len(layers)} bytes"
-            )
-        temperature, top_k, top_p = given["temperature"], given["top_k"], given["top_p"]
+        check_layers(len(layers or b""))
         return Request(
             prompt=self._prompt(text) if text is not None else _ids(ids, self._scheduler.context),
             max_new_tokens=128 if given["max_tokens"] is None else given["max_tokens"],
@@ -153,24 +148,29 @@ class TritonPythonModel:
                 exit=given["exit"],
                 speedup=given["speedup"],
                 exit_threshold=given["exit_threshold"],
+                loops=given["loops"],
             ),
-            sampling=Sampling(
-                0.0 if temperature is None else temperature,
-                0 if top_k is None else top_k,
-                1.0 if top_p is None else top_p,
-                given["seed"],
-            ),
+            sampling=Sampling(**{name: given[name] for name in _SAMPLING if given[name] is not None}),
             stop=stop,
             speculative=bool(given["speculative"]),
         )
 
     def _prompt(self, value: bytes) -> list[int]:
-        if self._tokenizer is None:
-            raise UsageError("this bundle has no tokenizer", expected="input_ids", found="text_input")
-        most = MAX_TOKEN_BYTES * self._scheduler.context
-        if len(value) > most:
-            raise UsageError("text_input is too long", expected=f"at most {most} bytes", found=f"{len(value)} bytes")
-        return self._tokenizer.encode_prompt(_text(value, "text_input"))
+        tokenizer = need_tokenizer(self._tokenizer, "input_ids", "text_input")
+        check_text_size("text_input", len(value), self._scheduler.context)
+        return tokenizer.encode_prompt(_text(value, "text_input"))
+
+
+_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+    "seed",
+)
 
 
 class _Outbox:
@@ -198,23 +198,53 @@ class _Outbox:
                 _LOG.warning("a response could not be sent", exc_info=True)
 
 
-class _Client:
-    """Sends the responses of a request, with only the outputs that it wants: tensors are most of a response's cost."""
+class _Responses:
+    """The responses of a request, with only the outputs that it wants: tensors are most of a response's cost.
 
-    def __init__(self, sender: Any, outbox: _Outbox, streams: bool, wanted: frozenset[str], metrics: _Metrics) -> None:
-        self._sender, self._outbox, self._metrics = sender, outbox, metrics
-        self._streams, self._wanted = streams, wanted
+    Args:
+        sender: of Triton.
+        form: of the responses.
+        wanted: names of outputs.
+        prompt_tokens: of the request.
+        echo: comes before the first text.
+    """
+
+    def __init__(self, sender: Any, form: Form, wanted: frozenset[str], prompt_tokens: int, echo: str) -> None:
+        self.sender = sender
+        self._fields = {field.name: field for field in form.outputs if field.name in wanted}
+        self._batch, self._prompt_tokens, self._echo = form.batch, prompt_tokens, echo
+
+    def send(self, ids: list[int], text: str, more: Sequence[tuple[str, list[Any]]], *, last: bool) -> None:
+        """Send a response with new tokens, their text, and further values."""
+        text, self._echo = self._echo + text, ""
+        counts = [("num_input_tokens", [self._prompt_tokens]), ("num_output_tokens", [len(ids)])]
+        given: list[tuple[str, list[Any]]] = [("text_output", [text]), ("output_ids", ids), *counts, *more]
+        tensors = []
+        for name, values in given:
+            if name in self._fields:
+                array = np.array(values, dtype=_TYPES[self._fields[name].data_type])
+                tensors.append(pb_utils.Tensor(name, array[None] if self._batch else array))
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
+        self.sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
+
+
+class _Client:
+    """Collects what a request gets until it can be sent."""
+
+    def __init__(self, responses: _Responses, outbox: _Outbox, streams: bool, metrics: _Metrics) -> None:
+        self._responses, self._outbox, self._metrics = responses, outbox, metrics
+        self._streams = streams
         self._lock = threading.Lock()  # guards tokens and text that have not been sent
         self._ids: list[int] = []
         self._text = ""
         self._is_waiting = False  # whether a response is in the outbox
         self._asks_at = 0.0
 
-    def tokens(self, ids: Sequence[int], text: str) -> None:
+    def tokens(self, new: NewTokens) -> None:
         """See `Client`."""
         with self._lock:
-            self._ids += ids
-            self._text += text
+            self._ids += new.ids
+            self._text += new.text
             if not self._streams or self._is_waiting:
                 return
             self._is_waiting = True
@@ -240,7 +270,7 @@ class _Client:
 
     def failed(self, error: Exception) -> None:
         """See `Client`."""
-        self._outbox.put(partial(_fail, self._sender, error))
+        self._outbox.put(partial(_fail, self._responses.sender, error))
         self._outbox.put(partial(self._metrics.count, "failed"))
 
     def is_gone(self) -> bool:
@@ -249,11 +279,11 @@ class _Client:
         if now < self._asks_at:
             return False
         self._asks_at = now + CANCEL_SECONDS
-        return bool(self._sender.is_cancelled())
+        return bool(self._responses.sender.is_cancelled())
 
     def dropped(self) -> None:
         """See `Client`."""
-        end = partial(self._sender.send, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        end = partial(self._responses.sender.send, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         self._outbox.put(end)
         self._outbox.put(partial(self._metrics.count, "cancelled"))
 
@@ -262,8 +292,7 @@ class _Client:
         with self._lock:
             ids, text = self._ids, self._text
             self._ids, self._text, self._is_waiting = [], "", False
-        given: list[tuple[str, list[Any]]] = [("text_output", [text]), ("output_ids", ids), *outputs]
-        _send(self._sender, [(name, values) for name, values in given if name in self._wanted], last=last)
+        self._responses.send(ids, text, outputs, last=last)
 
 
 class _Metrics:
@@ -319,23 +348,27 @@ class _Metrics:
         self._reported, self._next_report = values, now + GAUGE_SECONDS
 
 
-def _check_parameters(request: Any) -> None:
+def _check_parameters(request: Any, form: Form) -> None:
     """Refuse unknown parameters: Triton's HTTP front end passes a misspelt input on as a parameter."""
     unknown = [name for name in json.loads(request.parameters() or "{}") if not name.startswith("triton_")]
     if unknown:
         raise UsageError(
-            "unknown fields", expected=", ".join(field.name for field in INPUTS), found=", ".join(sorted(unknown))
+            "unknown fields", expected=", ".join(field.name for field in form.inputs), found=", ".join(sorted(unknown))
         )
 
 
-def _given(request: Any) -> dict[str, Any]:
+def _given(request: Any, form: Form) -> dict[str, Any]:
     """The values of a request by input: None, one value, or an array [n]."""
     tensors = {tensor.name(): tensor for tensor in request.inputs()}
-    return {field.name: _value(tensors[field.name], field) if field.name in tensors else None for field in INPUTS}
+    return {
+        field.name: _value(tensors[field.name], field, form) if field.name in tensors else None for field in form.inputs
+    }
 
 
-def _value(tensor: Any, field: Field) -> Any:
+def _value(tensor: Any, field: Field, form: Form) -> Any:
     array = tensor.as_numpy()
+    if form.batch and array.ndim == 2 and len(array) == 1:
+        array = array[0]
     if array.ndim != 1 or (not field.many and len(array) != 1) or array.dtype != _TYPES[field.data_type]:
         raise UsageError(
             f"{field.name} has a wrong type or shape",
@@ -354,22 +387,8 @@ def _text(value: bytes, name: str) -> str:
 
 
 def _ids(array: np.ndarray, context: int) -> list[int]:
-    if len(array) >= context:
-        raise UsageError(
-            "the prompt is longer than the context of this server",
-            expected=f"fewer than {context} tokens",
-            found=f"{len(array)} tokens",
-        )
+    check_ids_fit(len(array), context)
     return list(map(int, array))
-
-
-def _send(sender: Any, outputs: Sequence[tuple[str, list[Any]]], *, last: bool = False) -> None:
-    """Send a response with the values of some outputs."""
-    tensors = [
-        pb_utils.Tensor(name, np.array(values, dtype=_TYPES[_OUTPUTS[name].data_type])) for name, values in outputs
-    ]
-    flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if last else 0
-    sender.send(pb_utils.InferenceResponse(tensors), flags=flags)
 
 
 def _fail(sender: Any, error: Exception) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import RuntimeValues, selected
-from gsx_engines.bundle.drafts import BudgetDraft, DraftKind, ExitDraft, LayersDraft
+from gsx_engines.bundle.drafts import BudgetDraft, DraftKind, ExitDraft, LayersDraft, LoopsDraft
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.words import BRANCHES
 from gsx_engines.runners.base import Cache, Runner, StepOutput
@@ -74,19 +74,20 @@ class EarlyExitDraft:
 
 
 class FullDepthDraft:
-    """Drafts with all layers but cheaper run-time values: fewer tokens pass the gates, or some branches do not run.
+    """Drafts with all layers but cheaper run-time values: fewer tokens pass the gates, or some branches do not run, or
+    fewer loops.
 
     The K/V of drafted tokens are the draft's; verification computes them again.
     """
 
-    def __init__(self, runner: Runner, kind: BudgetDraft | LayersDraft) -> None:
+    def __init__(self, runner: Runner, kind: BudgetDraft | LayersDraft | LoopsDraft) -> None:
         self.runner = runner
         self.kind: DraftKind = kind
         self._changes = kind
         self._of: RuntimeValues = {}
         self._controls: RuntimeValues = {}
 
-    def change(self, kind: BudgetDraft | LayersDraft) -> None:
+    def change(self, kind: BudgetDraft | LayersDraft | LoopsDraft) -> None:
         """Draft in another way from now on."""
         self.kind = self._changes = kind
         self._of = {}
@@ -141,7 +142,9 @@ def draft_on(runner: Runner, draft: DraftKind) -> Draft:
     return FullDepthDraft(runner, draft)
 
 
-def draft_controls(draft: BudgetDraft | LayersDraft, manifest: Manifest, controls: RuntimeValues) -> RuntimeValues:
+def draft_controls(
+    draft: BudgetDraft | LayersDraft | LoopsDraft, manifest: Manifest, controls: RuntimeValues
+) -> RuntimeValues:
     """The run-time values of a draft: those of the request, except the one that the draft changes.
 
     A branch that is left out has 0 in the layer mask, or plus infinity as its threshold.
@@ -149,6 +152,8 @@ def draft_controls(draft: BudgetDraft | LayersDraft, manifest: Manifest, control
     if isinstance(draft, BudgetDraft):
         assert manifest.selection is not None
         return {**controls, **selected(manifest.selection, draft.budget)}
+    if isinstance(draft, LoopsDraft):  # of a request that asks for fewer, its own number
+        return {**controls, "loops": np.minimum(controls["loops"], draft.loops)}
     name, out = ("layer_mask", 0.0) if "layer_mask" in controls else ("thresholds", np.inf)
     changed = controls[name].copy()
     for layer, branch in draft.skip:

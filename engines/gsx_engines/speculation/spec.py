@@ -1,35 +1,40 @@
-"""The textual form of a draft (`exit:2`, `budget:0.5`, `layers:3.attn,5-7`), and whether a bundle supports it."""
+"""The textual form of a draft (`exit:2`, `budget:0.5`, `layers:3.attn,5-7`, `loops:1`), and whether a bundle supports
+it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NoReturn
 
-from gsx_engines.bundle.drafts import BudgetDraft, DraftKind, ExitDraft, LayersDraft
+from gsx_engines.bundle.drafts import BudgetDraft, DraftKind, ExitDraft, LayersDraft, LoopsDraft
 from gsx_engines.bundle.layer_sets import parse_places
+from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.selection import check_budget
 from gsx_engines.bundle.words import Branch
 from gsx_plugins.errors import UsageError
 
-_EXPECTED = "exit:E (layers), budget:B (a share), or layers:SET (e.g. 3.attn,5-7)"
+_EXPECTED = "exit:E (layers), budget:B (a share), layers:SET (e.g. 3.attn,5-7), or loops:N"
 
 
 def parse_draft(text: str) -> DraftKind:
     """Parse a draft.
 
     `exit:E` drafts with the first E layers; `budget:B` with all layers at a lower budget; `layers:SET` without some
-    branches: `5` for both branches of layer 5 (counted from 0), `5.mlp` for one of them, `5-7` for a range.
+    branches: `5` for both branches of layer 5 (counted from 0), `5.mlp` for one of them, `5-7` for a range;
+    `loops:N` with fewer loops of a looped model.
 
     Raises:
         UsageError: the text has none of these forms.
     """
     kind, colon, value = text.partition(":")
-    if not colon or kind not in ("exit", "budget", "layers"):
+    if not colon or kind not in ("exit", "budget", "layers", "loops"):
         _refuse(text)
     try:
         if kind == "exit":
             return ExitDraft(layer=int(value))
+        if kind == "loops":
+            return LoopsDraft(loops=int(value))
         if kind == "layers":
             return LayersDraft(skip=parse_places(value))
         budget = float(value)
@@ -60,6 +65,9 @@ def check_draft(draft: DraftKind, manifest: Manifest) -> None:
         if manifest.selection is None:
             refuse_other(draft)
         manifest.selection.thresholds_for(draft.budget)
+    elif isinstance(draft, LoopsDraft):
+        reads = manifest.policy is not None and manifest.policy.input("loops") is not None
+        check_loops(draft, manifest.decoder.loops if reads else None)
     else:
         check_layers(draft, manifest.decoder.num_layers, check_leaves_out(draft, manifest))
 
@@ -82,6 +90,25 @@ def check_layers(draft: LayersDraft, layers: int, branches: Sequence[Branch]) ->
             expected=f"some, but not all, of the skippable branches of layers 0 to {layers - 1}: "
             + ", ".join(branches),
             found=", ".join(f"{layer}.{branch}" for layer, branch in unknown) or "all of them",
+        )
+
+
+def check_loops(draft: LoopsDraft, loops: Loops | None) -> None:
+    """Refuse a draft with fewer loops where nothing says how many run, or with as many as the model has.
+
+    Args: loops: of a model whose keep rule reads their number; None for any other.
+    """
+    if loops is None:
+        raise UsageError(
+            f"the draft {draft} needs a keep rule that reads the number of loops",
+            expected="a looped model, exported with --policy loops",
+            found="a model without",
+        )
+    if draft.loops >= loops.most:
+        raise UsageError(
+            f"the draft {draft} is not one with fewer loops than the model",
+            expected=f"1 to {loops.most - 1}" if loops.most > 1 else "a model with several loops",
+            found=str(draft.loops),
         )
 
 

@@ -21,7 +21,7 @@ from gsx_exporter.checkpoint.gguf_file import GgufFile
 from gsx_exporter.checkpoint.json_file import read_json
 from gsx_exporter.checkpoint.layouts.layout import Layout
 from gsx_exporter.checkpoint.names import COMPANION_FILES, CONFIG, GENERATION_CONFIG, has_vocabulary
-from gsx_exporter.checkpoint.parameters import stored_as
+from gsx_exporter.checkpoint.parameters import Stored, stored_as
 from gsx_exporter.checkpoint.stored import Tensors, type_bytes
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
@@ -112,12 +112,20 @@ class Checkpoint:
         Raises:
             CheckpointError: the checkpoint has no such tensor.
         """
-        stored = stored_as(self.config, name)
+        return self._read(stored_as(self.config, name))
+
+    def _read(self, stored: Stored) -> torch.Tensor:
         found = self.tensor(stored.tensor)
         if stored.rows is not None:
             found = found[slice(*stored.rows)]
-        if stored.is_changed:
-            found = (found.to(_at_least_float32(found)) + stored.offset) * stored.factor
+        if not stored.is_changed:
+            return found
+        found = (found.to(_at_least_float32(found)) + stored.offset) * stored.factor
+        if stored.form != "as it is":
+            found = found.square() if stored.form == "square" else found.abs()
+        if stored.channels is not None:  # rows of a matrix, or elements of its bias
+            factors = self._read(stored.channels)
+            found = found * (factors if found.ndim == 1 else factors[:, None])
         return found
 
     def parameter_type(self, name: str) -> str:
@@ -162,7 +170,7 @@ class Checkpoint:
         if name not in self.stored.names:
             raise CheckpointError(
                 f"{self.source}: the weights have no tensor {name}",
-                expected=f"a {self.config.family} model with {self.config.num_layers} layers",
+                expected=f"a {self.config.family} model with {self.config.stored_layers} layers",
                 todo="the checkpoint does not fit its config.json",
             )
         return name

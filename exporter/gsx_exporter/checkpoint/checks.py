@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Float types, as safetensors writes them.
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# Norms, layers and heads of exits, as Balcony's code names them.
+_EXIT_MODULES = "model.exit_modules."
 
 
 def check_tensors(checkpoint: Checkpoint) -> None:
@@ -28,6 +30,7 @@ def check_tensors(checkpoint: Checkpoint) -> None:
     _check_kinds(checkpoint)
     _check_depth(checkpoint)
     _check_experts(checkpoint)
+    _check_exits(checkpoint)
     expected = expected_tensors(checkpoint.config)
     _check_stray(checkpoint, expected)
     for name, shape in expected.items():
@@ -58,7 +61,7 @@ def _missing(checkpoint: Checkpoint, name: str) -> CheckpointError:
     part = rule_module_kind(name)
     unknown = set(checkpoint.names) - set(expected_tensors(checkpoint.config))
     near = difflib.get_close_matches(name, sorted(unknown), n=1, cutoff=0.8)
-    todo = f"the checkpoint does not fit its config.json, {checkpoint.config.num_layers} layers of its family"
+    todo = f"the checkpoint does not fit its config.json, {checkpoint.config.stored_layers} layers of its family"
     if part:
         todo = f"config.json promises {part}s in the section gsx: train them, or remove the entry"
     elif name == HEAD:
@@ -91,7 +94,7 @@ def _check_kinds(checkpoint: Checkpoint) -> None:
 def _check_depth(checkpoint: Checkpoint) -> None:
     """Refuse a configuration with more layers than are stored, before a loop over them."""
     stored = {int(match[1]) for name in checkpoint.names if (match := _LAYER.match(name))}
-    layers = checkpoint.config.num_layers
+    layers = checkpoint.config.stored_layers
     if layers > len(stored):
         raise CheckpointError(
             f"{checkpoint.source}: config.json has more layers than the weights",
@@ -111,6 +114,18 @@ def _check_experts(checkpoint: Checkpoint) -> None:
             expected=f"{experts.count} experts in a layer",
             found=numbers[max(numbers)],
             todo="the configuration and the weights are not of the same model",
+        )
+
+
+def _check_exits(checkpoint: Checkpoint) -> None:
+    """Refuse exits that would be run without their own norms and layers."""
+    own = [name for name in checkpoint.names if name.startswith(_EXIT_MODULES)]
+    if own and getattr(checkpoint.hf_config, "exit_layer_indices", None):
+        raise CheckpointError(
+            f"{checkpoint.source}: its exits have norms or layers of their own, which gsx does not read",
+            expected="exits that read the model's final norm and head",
+            found=f"{len(own)} such tensors, {own[0]} first",
+            todo="the whole model does not need them: remove exit_layer_indices from config.json to export it",
         )
 
 

@@ -81,6 +81,9 @@ def config_from(directory: Path, values: Mapping[str, Any] | None = None) -> Any
     """transformers' configuration object. Args: values: in place of the file's."""
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    from gsx_exporter.checkpoint.ouro import register
+
+    register()
     try:
         with quiet_transformers():
             if values is not None:

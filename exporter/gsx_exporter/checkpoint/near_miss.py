@@ -63,6 +63,7 @@ _TRAITS: Mapping[str, Callable[[_Values], str | None]] = {
         "layer_norm_epsilon", "layer_norm_eps", "layer_norm_elementwise_affine", "norm_epsilon"
     ),
     "it reads texts in both directions": _has("type_vocab_size"),
+    "its exits have norms or layers of their own (Balcony)": _has("exit_decoder_layer", "exit_layer_indices"),
     "it needs code of its own, which is never run": _has("auto_map"),
 }
 

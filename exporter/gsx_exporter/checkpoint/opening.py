@@ -14,6 +14,7 @@ from gsx_exporter.checkpoint.folder import locate
 from gsx_exporter.checkpoint.generation import read_text_ends
 from gsx_exporter.checkpoint.gguf_file import GgufFile, find_gguf, read_gguf
 from gsx_exporter.checkpoint.hf_config import config_from, read_config
+from gsx_exporter.checkpoint.layer_pairs import as_whole_layers
 from gsx_exporter.checkpoint.layouts.layout import DequantizedTensors, Layout
 from gsx_exporter.checkpoint.names import ADAPTER, CONFIG
 from gsx_exporter.checkpoint.skeleton import check_skeleton
@@ -21,6 +22,7 @@ from gsx_exporter.checkpoint.stored import StoredTensors
 from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD, expected_tensors
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.families import FAMILIES
 
 
 def open_checkpoint(model: str | Path, context: int | None = None) -> Checkpoint:
@@ -66,6 +68,8 @@ def _read(directory: Path, source: str, adapter: Adapter | None = None) -> Check
     files = weight_files(directory, getattr(read.hf, "transformers_weights", None))
     names = decoder_names(files, source, of_whole=read.whole is not None)
     names = named_by_qwen(names, spelling_of(config))
+    if config.loops is not None:
+        names = as_whole_layers(names)
     places = {name: (files[stored], stored) for name, stored in names.items()}
     checkpoint = Checkpoint(
         directory, source, read.hf, config, StoredTensors(places), [], adapter, read.own, read.whole, read.layout
@@ -77,6 +81,10 @@ def _read(directory: Path, source: str, adapter: Adapter | None = None) -> Check
     ends = read_text_ends(checkpoint.generation_directory, checkpoint.config_values(), config)
     checkpoint.config = ends.of(checkpoint.config)
     checkpoint.notes += ends.notes
+    if FAMILIES[config.family].described:
+        checkpoint.notes.append(
+            f"transformers has no {config.family}: the reference is written from its published description"
+        )
     if read.whole is not None:
         checkpoint.notes.append(f"this is the text part of a multimodal model ({read.whole}): the rest is left out")
     if getattr(read.hf, "auto_map", None):

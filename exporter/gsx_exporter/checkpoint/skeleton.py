@@ -52,7 +52,9 @@ def _check_cache(checkpoint: Checkpoint, cache: Any) -> None:
     than without, so that there are no right ones to give.
     """
     config, hf = checkpoint.config, checkpoint.hf_config
-    for number, (layer, window) in enumerate(zip(cache.layers, config.windows, strict=True)):
+    windows = {config.layer_of(number): window for number, window in enumerate(config.windows)}
+    for number, layer in enumerate(cache.layers):
+        window = windows[number]
         held = getattr(layer, "sliding_window", None)
         if held is None or held >= (window or config.max_positions):
             continue

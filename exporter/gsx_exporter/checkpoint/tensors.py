@@ -7,6 +7,8 @@ from gsx_exporter.config import ModelConfig
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FINAL_NORM = "norm.weight"
+LOOP_GATE = "early_exit_gate"
+LOGIT_SCALE = "lm_head.logit_scale"
 FUSED_QKV, FUSED_GATE_UP = "qkv_proj", "gate_up_proj"
 # After a layer: predicts whether the layers above would still change the model's answer (CALM).
 EXIT_CLASSIFIER = "exit_classifier"
@@ -27,7 +29,7 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """
     H = config.hidden_size
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, H)}
-    for i in range(config.num_layers):
+    for i in range(config.stored_layers):
         p = f"model.layers.{i}."
         routed = config.is_routed(i)
         for name, out, width, bias in (*_of_attention(config), *(() if routed else _of_mlp(config))):
@@ -36,9 +38,11 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
                 shapes[f"{p}{name}.bias"] = (out,)
         if config.experts is not None and routed:
             shapes |= {p + name: shape for name, shape in expert_tensors(config.experts, H).items()}
-        for norms in config.norms.values():
+        if config.sphere is not None:
+            shapes |= {p + name: (width,) for name, width in _of_sphere(config).items()}
+        for norms in config.norms.values() if config.sphere is None else ():
             shapes |= {f"{p}{norm}.weight": (H,) for norm in (norms.before, norms.after) if norm}
-        if config.qk_norm != "none":
+        if config.qk_norm != "none" and config.sphere is None:
             heads = (config.num_heads, config.num_kv_heads) if config.qk_norm == "width" else (1, 1)
             for name, count in zip(("q_norm", "k_norm"), heads, strict=True):
                 shapes[f"{p}self_attn.{name}.weight"] = (count * config.head_dim,)
@@ -52,7 +56,12 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{p}{EXIT_CLASSIFIER}.bias"] = (1,)
         if config.router and i in config.router.routed(config.num_layers):
             shapes |= {p + name: shape for name, shape in config.router.shapes(H).items()}
-    shapes[f"model.{FINAL_NORM}"] = (H,)
+    if config.loop_gate:
+        shapes |= {f"model.{LOOP_GATE}.weight": (1, H), f"model.{LOOP_GATE}.bias": (1,)}
+    if config.sphere is None:
+        shapes[f"model.{FINAL_NORM}"] = (H,)
+    else:
+        shapes[LOGIT_SCALE] = (config.vocab_size,)
     if not config.tied_head:
         shapes[HEAD] = (config.vocab_size, H)
     return shapes
@@ -69,7 +78,15 @@ def _of_attention(config: ModelConfig) -> list[_Product]:
     if config.fused:
         return [(f"self_attn.{FUSED_QKV}", q + 2 * kv, H, config.qkv_bias), out]
     widths = {"self_attn.q_proj": q, "self_attn.k_proj": kv, "self_attn.v_proj": kv}
-    return [*((name, width, H, config.qkv_bias) for name, width in widths.items()), out]
+    gate: list[_Product] = [("self_attn.gate_proj", q, H, False)] if config.sphere is not None else []
+    return [*((name, width, H, config.qkv_bias) for name, width in widths.items()), *gate, out]
+
+
+def _of_sphere(config: ModelConfig) -> dict[str, int]:
+    """The factors for each channel in a layer of a normalized Transformer: name -> width."""
+    H, F, q = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
+    branches = {"lambda_1": H, "lambda_2": H, "mlp.suv_gate": F, "mlp.suv_up": F}
+    return {"self_attn.sqk": q, "self_attn.s_gate": q, **branches}
 
 
 def _of_mlp(config: ModelConfig) -> list[_Product]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.layer import CallState, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
-from gsx_exporter.decoder.norm import RmsNorm
+from gsx_exporter.decoder.norm import norm_of
 from gsx_exporter.decoder.rotary import RotaryTables
 from gsx_exporter.decoder.rule import Tokens, Values
 
@@ -46,16 +46,24 @@ class Entry(nn.Module):
             attention_mask: [B, T] int64, 1 for tokens, 0 for padding.
             inputs: the run-time inputs that the keep rule reads once per call (`TracedRule.of_call`), in order.
         """
-        hidden = torch.nn.functional.embedding(input_ids.reshape(-1), self.embed_tokens)
-        if self.config.scales.embedding != 1.0:
-            hidden = hidden * self.config.scales.embedding
+        return self.embedded(input_ids), *self.shared(input_ids, attention_mask, position_ids, *inputs)
+
+    def embedded(self, places: Tensor) -> Tensor:
+        """places [B, S] int64, rows of the table -> hidden [N, H]."""
+        hidden = torch.nn.functional.embedding(places.reshape(-1), self.embed_tokens)
+        return hidden if self.config.scales.embedding == 1.0 else hidden * self.config.scales.embedding
+
+    def shared(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What `forward` returns behind hidden."""
         tables = [table for kind in self.rotary for table in kind(position_ids)]
         length = input_ids.shape[1]
         masks = [attention_mask_of(attention_mask, length, window) for window in self.windows]
-        state = [hidden, *tables, *masks]
+        state = (*tables, *masks)
         rule = self.options.rule
         if rule is None:
-            return tuple(state)
+            return state
         # The valid tokens of the call are the last S columns of the mask.
         valid = attention_mask[:, attention_mask.shape[1] - length :].reshape(-1) != 0
         tokens = Tokens(input_ids.reshape(-1), valid, position_ids)
@@ -68,7 +76,7 @@ class Exit(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps, dtype)
+        self.norm = norm_of(config, config.hidden_size, dtype)
         self.tied, self.cap = config.tied_head, config.scales.logits_cap
         if self.tied:  # under the same name as in Entry, so that the weight is stored once
             shape = (config.vocab_size, config.hidden_size)
@@ -84,7 +92,26 @@ class Exit(nn.Module):
         """[.., H] -> [.., V]."""
         normed = self.norm(states)
         logits: Tensor = torch.matmul(normed, self.embed_tokens.t()) if self.tied else self.lm_head(normed)
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        return capped(logits, self.cap)
+
+
+def capped(logits: Tensor, cap: float | None) -> Tensor:
+    """Logits with the model's soft cap, if it has one."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class LoopEntry(nn.Module):
+    """The state with which a loop begins, from the one that left the layer before it (`LoopKeys.rejoins`)."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = norm_of(config, config.hidden_size, dtype)
+        self.rejoins = config.rejoins
+
+    def forward(self, hidden: Tensor, first: Tensor) -> Tensor:
+        """hidden, and the state that entered the first loop, [N, H] -> [N, H]."""
+        normed = self.norm(hidden)
+        return normed + self.norm(first) if self.rejoins else normed
 
 
 class Shared(NamedTuple):

@@ -18,11 +18,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from gsx_engines.bundle.words import Branch, KvPolicy
+from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.config import GateConfig, ModelConfig
 from gsx_exporter.decoder.experts import RoutedMlp
 from gsx_exporter.decoder.modules import Linear, Mlp
-from gsx_exporter.decoder.norm import RmsNorm
+from gsx_exporter.decoder.norm import RmsNorm, UnitNorm, norm_of
 from gsx_exporter.decoder.rule import (
     BranchInput,
     BranchScore,
@@ -67,12 +67,15 @@ class CallState(NamedTuple):
         cos, sin: [1, N, W/2], the rotary tables of the layer's kind of RoPE.
         mask: [B, 1, S, T] bool, true where a token attends to another.
         values: what the keep rule reads at this layer (`TracedRule.values_of`); empty without a rule.
+        stream: [N, H], where a loop begins that a token may leave out: the state of the tokens that run it
+            (`LoopEntry`); None elsewhere.
     """
 
     cos: Tensor
     sin: Tensor
     mask: Tensor
     values: Values
+    stream: Tensor | None = None
 
 
 class KeyValue(NamedTuple):
@@ -143,15 +146,21 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, kv, config.qkv_bias, dtype)
         self.v_proj = Linear(config.hidden_size, kv, config.qkv_bias, dtype)
         self.o_proj = Linear(q, config.hidden_size, config.o_bias, dtype)
-        self.q_norm: RmsNorm | None = None
-        self.k_norm: RmsNorm | None = None
+        self.q_norm: RmsNorm | UnitNorm | None = None
+        self.k_norm: RmsNorm | UnitNorm | None = None
         if config.qk_norm != "none":
             widths = (q, kv) if config.qk_norm == "width" else (config.head_dim, config.head_dim)
-            self.q_norm, self.k_norm = (RmsNorm(width, config.rms_norm_eps, dtype) for width in widths)
+            self.q_norm, self.k_norm = (norm_of(config, width, dtype) for width in widths)
+        self.gated = config.sphere is not None
+        if self.gated:
+            self.query_scale = nn.Parameter(torch.empty(q, dtype=dtype), requires_grad=False)
+            self.gate_proj = Linear(config.hidden_size, q, False, dtype)
+            self.sub_norm = norm_of(config, q, dtype)
 
     def queries(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """rows [K, H], cos and sin [1, K, W/2] -> [1, K, heads x D], RoPE applied if the layer has it."""
-        return self._rotated(self.q_proj(rows), self.q_norm, cos, sin, self.num_heads)
+        found = self._rotated(self.q_proj(rows), self.q_norm, cos, sin, self.num_heads)
+        return found * self.query_scale if self.gated else found
 
     def keys(self, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """The same for keys: [1, K, kv heads x D]."""
@@ -161,9 +170,15 @@ class Attention(nn.Module):
         """K or V of all tokens (N x kv heads x D elements) in the cache's layout, [B, kv heads, S, D]."""
         return x.view(mask.shape[0], mask.shape[2], self.num_kv_heads, self.head_dim).transpose(1, 2)
 
-    def _rotated(self, x: Tensor, norm: RmsNorm | None, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+    def output(self, attended: Tensor, rows: Tensor) -> Tensor:
+        """What the branch gives for attended heads [K, heads x D]. Args: rows: [K, H], the branch's input."""
+        if self.gated:
+            attended = self.sub_norm(attended * torch.sigmoid(self.gate_proj(rows)))
+        return self.o_proj(attended)
+
+    def _rotated(self, x: Tensor, norm: RmsNorm | UnitNorm | None, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         if norm is not None:
-            x = norm(x.view(x.shape[0], -1, norm.weight.shape[0])).view(x.shape)
+            x = norm(x.view(x.shape[0], -1, norm.width)).view(x.shape)
         if not self.rotates:
             return x.unsqueeze(0)
         part = self.rotary_dim if self.rotary_dim < self.head_dim else 0
@@ -186,14 +201,20 @@ class DecoderLayer(nn.Module):
         dtype = options.dtype
         for norms in config.norms.values():
             for name in filter(None, (norms.before, norms.after)):
-                setattr(self, name, RmsNorm(config.hidden_size, config.rms_norm_eps, dtype))
+                setattr(self, name, norm_of(config, config.hidden_size, dtype))
         self.self_attn = Attention(config, dtype, rotates=config.rotary[number] is not None)
         self.mlp: RoutedMlp | Mlp
         if config.is_routed(number):
             assert config.experts is not None
             self.mlp = RoutedMlp(config.experts, config.hidden_size, dtype)
         else:
-            self.mlp = Mlp(config.hidden_size, config.intermediate_size, config.mlp_bias, dtype, config.activation)
+            width = config.intermediate_size
+            inner = norm_of(config, width, dtype) if config.sphere is not None else None
+            self.mlp = Mlp(config.hidden_size, width, config.mlp_bias, dtype, config.activation, inner)
+        if config.sphere is not None:
+            for branch in BRANCHES:
+                rate = nn.Parameter(torch.empty(config.hidden_size, dtype=dtype), requires_grad=False)
+                self.register_parameter(f"{branch}_rate", rate)
         for branch in config.gated_branches:
             assert config.gate is not None
             setattr(self, f"{branch}_gate", Gate(config, config.gate))
@@ -202,9 +223,10 @@ class DecoderLayer(nn.Module):
         for name, module in self._own.items():
             setattr(self, name, module)
         skips_attention = "attn" in self.skippable
-        # Layer 0 has no layer below to copy K and V from.
-        self.copies_below = number > 0 and options.kv_policy == "copy" and skips_attention
+        self.copies_below = config.below(number) >= 0 and options.kv_policy == "copy" and skips_attention
         self.drops_kv = options.kv_policy == "none" and skips_attention
+        # Where a loop begins that a token may leave out, the tokens that run it have another state (`LoopEntry`).
+        self.begins_loop = config.enters_loop(number) and skips_attention
 
     def forward(
         self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None = None
@@ -224,7 +246,7 @@ class DecoderLayer(nn.Module):
         self, hidden: Tensor, call: CallState, past: Past, below: KeyValue | None, kept: KeptRows | None = None
     ) -> tuple[Tensor, KeyValue, KeyValue, Values]:
         """The attention branch; see `forward`. `kept` replaces the rows that the rule keeps (for calibration)."""
-        normed = self.normed("attn", hidden)
+        normed = self.normed("attn", hidden if call.stream is None else call.stream)
         attn = self.self_attn
         if "attn" not in self.skippable:
             new = self._keys_and_values(normed, call)
@@ -232,7 +254,7 @@ class DecoderLayer(nn.Module):
             batch, _, length, _ = call.mask.shape
             query = attn.queries(normed, call.cos, call.sin).view(batch, length, attn.num_heads * attn.head_dim)
             rows = full_attention(query, present.key, present.value, call.mask, attn.num_heads, attn.scale, attn.cap)
-            out = attn.o_proj(rows.view(hidden.shape[0], query.shape[2]))
+            out = attn.output(rows.view(hidden.shape[0], query.shape[2]), normed)
             return self._add_all("attn", hidden, normed, out), present, new, call.values
 
         kept = kept or self.choose("attn", hidden, normed, call)
@@ -255,7 +277,7 @@ class DecoderLayer(nn.Module):
         attended = gathered_attention(
             query, kept.index, present.key, present.value, mask, attn.num_heads, attn.scale, attn.cap
         )
-        hidden, values = self._add("attn", hidden, attn.o_proj(attended), kept, call)
+        hidden, values = self._add("attn", hidden, attn.output(attended, kept.rows), kept, call)
         return hidden, present, new, values
 
     def _keys_and_values(self, normed: Tensor, call: CallState) -> KeyValue:
@@ -301,6 +323,9 @@ class DecoderLayer(nn.Module):
         gather = topk_gather if self.rule.by_rank else threshold_gather
         rows, index, _ = gather(normed, score.score, score.bound)
         residual = self.rule.skipped(x, score, call.values) if isinstance(self.rule, ReplacesSkipped) else hidden
+        stream = self._stream(branch, hidden, normed, call)
+        if stream is not hidden:
+            residual = torch.where((score.score > score.bound).unsqueeze(1), stream, residual)
         gate = None
         if score.gate is not None:
             gate = score.gate.index_select(0, index).to(rows.dtype)
@@ -312,13 +337,26 @@ class DecoderLayer(nn.Module):
         """Add a branch's output for all tokens, multiplied by the checkpoint's gate if the branch has one."""
         if branch in self.config.gated_branches:
             out = self.gate(branch, hidden, normed)[0].to(out.dtype) * out
-        return hidden + self._normed_after(branch, out)
+        stream = hidden if self.config.sphere is None else normed
+        return stream + self._normed_after(branch, out, normed)
 
-    def _normed_after(self, branch: Branch, out: Tensor) -> Tensor:
-        """What a branch adds: its output, multiplied by its gate, behind the norm after the branch if there is one."""
+    def _stream(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> Tensor:
+        """The state that a kept token's result is added to, [N, H]; for a skipped one it stays `hidden`."""
+        if self.config.sphere is not None:
+            return normed
+        return call.stream if call.stream is not None and branch == "attn" else hidden
+
+    def _normed_after(self, branch: Branch, out: Tensor, normed: Tensor) -> Tensor:
+        """What a branch adds: its output, multiplied by its gate, behind the norm after the branch if there is one.
+
+        In a normalized Transformer, what takes the state a part of the way to that. Args: normed: the branch's input.
+        """
         name = self.config.norms[branch].after
         found: Tensor = getattr(self, name)(out) if name else out
-        return found
+        if self.config.sphere is None:
+            return found
+        rate: Tensor = getattr(self, f"{branch}_rate")
+        return rate * (found - normed)
 
     def _add(
         self, branch: Branch, hidden: Tensor, rows: Tensor, kept: KeptRows, call: CallState
@@ -327,7 +365,7 @@ class DecoderLayer(nn.Module):
         assert self.rule is not None
         gate = kept.gate
         if self.config.norms[branch].after:
-            rows, gate = self._normed_after(branch, rows if gate is None else gate * rows), None
+            rows, gate = self._normed_after(branch, rows if gate is None else gate * rows, kept.rows), None
         if gate is None:
             gate = rows.new_ones(rows.shape[0], 1)
         after = gated_scatter_add(kept.residual, rows, gate, kept.index)

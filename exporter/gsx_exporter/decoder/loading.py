@@ -13,11 +13,13 @@ import torch
 from torch import nn
 
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.tensors import EMBEDDING
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.decoder.ends import Entry, Exit
+from gsx_exporter.decoder.ends import Entry, LoopEntry
 from gsx_exporter.decoder.experts import ExpertWeights
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
+from gsx_exporter.decoder.norm import norm_of
 from gsx_exporter.decoder.rule import exit_watcher
 
 
@@ -58,32 +60,42 @@ def _checkpoint_name(parameter: str) -> str:
     """The checkpoint's name for a parameter of the graph, without the `linear` inside a gate or router."""
     name = parameter.replace(".linear.", ".")
     if name == "embed_tokens":
-        return "model.embed_tokens.weight"
+        return EMBEDDING
     return name if name.startswith("lm_head.") else "model." + name
 
 
 def load_layer(checkpoint: Checkpoint, index: int, options: DecoderOptions) -> DecoderLayer:
-    """Layer `index` with its weights."""
+    """Layer `index` with its weights; in a looped model, a visit."""
     with torch.device("meta"):
         layer = DecoderLayer(checkpoint.config, options, index)
-    _fill(layer, checkpoint, f"layers.{index}.")
+    _fill(layer, checkpoint, f"layers.{checkpoint.config.layer_of(index)}.")
     return layer
 
 
-def load_entry(checkpoint: Checkpoint, options: DecoderOptions) -> Entry:
-    """The embeddings, and the module that computes what every layer reads."""
+def load_entry(checkpoint: Checkpoint, options: DecoderOptions, tokens: torch.Tensor) -> Entry:
+    """The module that computes what every layer reads, with the embeddings of some tokens [n] only, as its table."""
     with torch.device("meta"):
         entry = Entry(checkpoint.hf_config, checkpoint.config, options)
-    _fill(entry, checkpoint, "")
+    rows = checkpoint.parameter(EMBEDDING)[tokens].to(options.dtype)
+    entry.embed_tokens = nn.Parameter(rows, requires_grad=False)
     return entry
 
 
-def load_exit(checkpoint: Checkpoint, options: DecoderOptions) -> Exit:
-    """The final norm and the head."""
+def load_final_norm(checkpoint: Checkpoint, options: DecoderOptions) -> nn.Module:
+    """The norm before the head."""
+    config = checkpoint.config
     with torch.device("meta"):
-        leave = Exit(checkpoint.config, options.dtype)
-    _fill(leave, checkpoint, "")
-    return leave
+        norm = norm_of(config, config.hidden_size, options.dtype)
+    _fill(norm, checkpoint, "norm.")
+    return norm
+
+
+def load_loop_entry(checkpoint: Checkpoint, options: DecoderOptions) -> LoopEntry:
+    """The module that computes the state with which a loop of a looped model begins."""
+    with torch.device("meta"):
+        loop = LoopEntry(checkpoint.config, options.dtype)
+    _fill(loop, checkpoint, "")
+    return loop
 
 
 def load_exit_modules(checkpoint: Checkpoint, options: DecoderOptions) -> dict[int, nn.Module]:

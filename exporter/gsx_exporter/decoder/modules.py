@@ -17,6 +17,7 @@ _ACTIVATIONS: Mapping[Activation, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
@@ -35,17 +36,25 @@ class Linear(nn.Module):
 
 
 class Mlp(nn.Module):
-    """A gated linear unit: down(activation(gate(x)) * up(x))."""
+    """A gated linear unit: down(norm(activation(gate(x)) * up(x))). Args: norm: of the inner state; None for none."""
 
     def __init__(
-        self, hidden_size: int, width: int, bias: bool, dtype: torch.dtype, activation: Activation = "silu"
+        self,
+        hidden_size: int,
+        width: int,
+        bias: bool,
+        dtype: torch.dtype,
+        activation: Activation = "silu",
+        norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.activation = _ACTIVATIONS[activation]
         self.gate_proj = Linear(hidden_size, width, bias, dtype)
         self.up_proj = Linear(hidden_size, width, bias, dtype)
+        self.norm = norm
         self.down_proj = Linear(width, hidden_size, bias, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, H] -> [K, H]."""
-        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+        inner = self.activation(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(inner if self.norm is None else self.norm(inner))

@@ -1,4 +1,4 @@
-"""Root-mean-square norm, as one op that tracing does not take apart.
+"""Norms of states: the root-mean-square norm, as one op that tracing does not take apart.
 
 `torch.nn.functional.rms_norm` cannot be traced when the number of rows depends on the data (its implementation checks
 whether there are any). So the call is wrapped in a custom op, which becomes ONNX's RMSNormalization.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from gsx_exporter.config import ModelConfig
 
 
 @torch.library.custom_op("gsx::rms_norm", mutates_args=())
@@ -32,8 +34,31 @@ class RmsNorm(nn.Module):
     def __init__(self, width: int, eps: float, dtype: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, dtype=dtype), requires_grad=False)
-        self.eps = eps
+        self.width, self.eps = width, eps
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., width] -> the same shape."""
         return rms_norm(x, self.weight, self.eps)
+
+
+class UnitNorm(nn.Module):
+    """x divided by its norm over the last axis: a root-mean-square norm with a constant weight. It has no parameters.
+
+    Computed in float32, and rounded once: the constant is no number of 16 bits.
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.width, self.eps = width, eps / width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., width] -> the same shape."""
+        weight = torch.full((self.width,), self.width**-0.5)
+        return rms_norm(x.to(torch.float32), weight, self.eps).to(x.dtype)
+
+
+def norm_of(config: ModelConfig, width: int, dtype: torch.dtype) -> RmsNorm | UnitNorm:
+    """A norm as the model has them."""
+    if config.sphere is not None:
+        return UnitNorm(width, config.rms_norm_eps)
+    return RmsNorm(width, config.rms_norm_eps, dtype)

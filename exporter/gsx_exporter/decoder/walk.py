@@ -1,13 +1,16 @@
 """Running the traceable decoder eagerly on text, layer by layer, on kept rows only, as the graph will.
 
 One layer's weights are in memory at a time, and several streams (one for each budget, say) go through a layer together.
+Of the tables before and after the layers only the rows that occur, or a block of rows at a time, are widened to
+float32, and the MLP runs over some rows at a time: in a large model all of it would take more memory than a layer.
 Calibration, quantization statistics, the layer study and the training of exit classifiers use it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -16,16 +19,22 @@ from torch import Tensor
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.words import Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.decoder.ends import Entry, Exit, Shared, shared_values
+from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD
+from gsx_exporter.decoder.ends import Shared, capped, shared_values
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows, KeyValue
-from gsx_exporter.decoder.loading import load_entry, load_exit, load_exit_modules, load_layer
+from gsx_exporter.decoder.loading import load_entry, load_exit_modules, load_final_norm, load_layer, load_loop_entry
+from gsx_exporter.decoder.modules import Mlp
 from gsx_exporter.decoder.rule import Values
 
 # Layer, branch, residual stream and branch input [N, H], the call's state -> the rows that the branch runs on.
 Choose = Callable[[DecoderLayer, Branch, Tensor, Tensor, CallState], KeptRows]
+# Some rows of a table, [in, rows] float32 -> a function that gives them rounded, or None to leave them as they are.
+RoundRows = Callable[[Tensor], Callable[[], Tensor] | None]
 
-# Number of windows that the head processes at a time: logits are the largest values of a walk.
-_HEAD_WINDOWS = 2
+# Numbers that the head gives at a time (whole windows, at least one), and those of its weights that are widened for it.
+_LOGITS, _HEAD_WEIGHTS = 1 << 26, 1 << 25
+# Rows that the MLP runs over at a time: what is between its products is the widest state of a layer.
+_MLP_ROWS = 1024
 
 
 @dataclass
@@ -36,13 +45,15 @@ class Stream:
         inputs: the keep rule's run-time inputs.
         entered: what the rule computed once for the call, and its current carried states.
         hidden: [N, H], the state that the next layer reads.
-        below: K and V of the layer below, for the K/V policy `copy`.
+        below: K and V of the last layer, by its number; in a looped model, also those that visits may still copy.
+        first: [N, H], the state that entered the first loop; None before it, and in a model without loops.
     """
 
     inputs: Values
     entered: Values
     hidden: Tensor
-    below: KeyValue | None = None
+    below: dict[int, KeyValue] = field(default_factory=dict)
+    first: Tensor | None = None
 
 
 class Walk:
@@ -52,8 +63,7 @@ class Walk:
         checkpoint: the model.
         ids: [M, S] int64, without padding.
         options: keep rule and K/V policy; the computation is in float32.
-        on_table: called with the module that has the embedding, and with the one that has the head, once their weights
-            are loaded.
+        round_rows: rounds the embedding's rows, and the head's; the model's own if not given.
     """
 
     def __init__(
@@ -61,18 +71,22 @@ class Walk:
         checkpoint: Checkpoint,
         ids: np.ndarray,
         options: DecoderOptions,
-        on_table: Callable[[Entry | Exit], None] = lambda end: None,
+        round_rows: tuple[RoundRows, RoundRows] = (lambda rows: None, lambda rows: None),
     ) -> None:
         self.checkpoint = checkpoint
-        self._on_table = on_table
         self.options = DecoderOptions(options.rule, options.kv_policy, torch.float32)
         self.ids = torch.from_numpy(ids)
-        self._entry = load_entry(checkpoint, self.options)
-        on_table(self._entry)
+        round_embedding, self._round_head = round_rows
+        occurring, self._places = torch.unique(self.ids, return_inverse=True)
+        self._entry = load_entry(checkpoint, self.options, occurring)
+        rounded = round_embedding(self._entry.embed_tokens.t())
+        if rounded is not None:
+            self._entry.embed_tokens.data = rounded().t()
         self._call: Shared | None = None
         rule = self.options.rule
         self._carried = tuple(rule.carried) if rule else ()
         self._exit_modules = load_exit_modules(checkpoint, self.options)
+        self._loop_entry = None if checkpoint.config.loops is None else load_loop_entry(checkpoint, self.options)
 
     def stream(self, controls: RuntimeValues) -> Stream:
         """The text at the first layer. Args: controls: the keep rule's run-time inputs."""
@@ -80,7 +94,8 @@ class Walk:
         inputs = {name: torch.from_numpy(np.asarray(controls[name])) for name in (rule.inputs if rule else ())}
         positions = torch.arange(self.ids.shape[1]).expand(self.ids.shape)
         once = [inputs[name] for name in (rule.of_call() if rule else ())]
-        hidden, *rest = self._entry(self.ids, torch.ones_like(self.ids), positions, *once)
+        hidden = self._entry.embedded(self._places)
+        rest = self._entry.shared(self.ids, torch.ones_like(self.ids), positions, *once)
         # The same for every stream: it depends only on the text.
         self._call, own = shared_values(self.checkpoint.config, rest)
         entered = dict(zip(rule.entered() if rule else (), own, strict=True))
@@ -93,12 +108,21 @@ class Walk:
         """
         fresh = self.stream(controls)
         carried = {name: stream.entered[name] for name in self._carried}
-        return replace(fresh, entered={**fresh.entered, **carried}, hidden=stream.hidden, below=stream.below)
+        return replace(fresh, entered={**fresh.entered, **carried}, hidden=stream.hidden, below=dict(stream.below))
 
     def layers(self, first: int = 0) -> Iterator[tuple[int, DecoderLayer]]:
-        """The model's layers from number `first` on, each loaded when it is reached."""
+        """The model's layers from number `first` on, each loaded when it is reached, and empty when the next one is."""
         for number in range(first, self.checkpoint.config.num_layers):
-            yield number, load_layer(self.checkpoint, number, self.options)
+            layer = self.layer(number)
+            yield number, layer
+            layer.to_empty(device="meta")  # whoever takes the layers in a loop still has a name for this one
+
+    def layer(self, number: int) -> DecoderLayer:
+        """One layer, to be kept."""
+        layer = load_layer(self.checkpoint, number, self.options)
+        if isinstance(layer.mlp, Mlp):
+            _in_blocks(layer.mlp)
+        return layer
 
     def through(
         self, number: int, layer: DecoderLayer, stream: Stream, choose: Choose | None = None
@@ -110,10 +134,19 @@ class Walk:
         """
         choose = choose or DecoderLayer.choose
         call, config, entering = self._call_state(number, stream), layer.config, stream.hidden
+        if self._loop_entry is not None and config.enters_loop(number):
+            stream.first = stream.hidden if stream.first is None else stream.first
+            begun = self._loop_entry(stream.hidden, stream.first)
+            if layer.begins_loop:
+                call = call._replace(stream=begun)
+            else:
+                stream.hidden = begun
         empty = stream.hidden.new_zeros((len(self.ids), config.num_kv_heads, 0, config.head_dim))
         attn = self._rows(layer, "attn", stream, call, choose)
         past = KeyValue(empty, empty)
-        stream.hidden, _, stream.below, values = layer.attention_branch(stream.hidden, call, past, stream.below, attn)
+        below = stream.below.pop(config.below(number), None)
+        stream.hidden, _, new, values = layer.attention_branch(stream.hidden, call, past, below, attn)
+        stream.below[number] = new
         call = call._replace(values=values)
         mlp = self._rows(layer, "mlp", stream, call, choose)
         stream.hidden, values = layer.mlp_branch(stream.hidden, call, mlp)
@@ -131,18 +164,52 @@ class Walk:
     ) -> KeptRows | None:
         if branch not in layer.skippable:
             return None
-        return choose(layer, branch, stream.hidden, layer.normed(branch, stream.hidden), call)
+        hidden = stream.hidden if call.stream is None or branch != "attn" else call.stream
+        return choose(layer, branch, stream.hidden, layer.normed(branch, hidden), call)
 
     def logits(self, stream: Stream) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits of the text after the last layer: ids [m, S] and logits [m, S, V], a few windows at a time."""
-        leave = load_exit(self.checkpoint, self.options)
-        self._on_table(leave)
-        rows = self.ids.shape[1] * _HEAD_WINDOWS
-        for ids, hidden in zip(torch.split(self.ids, _HEAD_WINDOWS), torch.split(stream.hidden, rows), strict=True):
-            yield ids, leave(hidden, ids)
+        norm, head = load_final_norm(self.checkpoint, self.options), self._head()
+        length = self.ids.shape[1]
+        windows = max(1, _LOGITS // (length * self.checkpoint.config.vocab_size))
+        for ids, hidden in zip(
+            torch.split(self.ids, windows), torch.split(stream.hidden, windows * length), strict=True
+        ):
+            yield ids, self._logits(norm(hidden), head).view(*ids.shape, -1)
+
+    def _head(self) -> list[Callable[[], Tensor]]:
+        """The head in blocks, each a function that gives it as [H, rows] float32."""
+        config = self.checkpoint.config
+        table = self.checkpoint.parameter(EMBEDDING if config.tied_head else HEAD)
+
+        def widened(rows: Tensor) -> Tensor:
+            return rows.to(torch.float32).t()
+
+        blocks = torch.split(table, max(1, _HEAD_WEIGHTS // config.hidden_size))
+        return [self._round_head(widened(rows)) or functools.partial(widened, rows) for rows in blocks]
+
+    def _logits(self, normed: Tensor, head: list[Callable[[], Tensor]]) -> Tensor:
+        """Normed states [n, H] -> [n, V]."""
+        config, found = self.checkpoint.config, normed.new_empty((len(normed), self.checkpoint.config.vocab_size))
+        start = 0
+        for block in head:
+            logits = capped(torch.matmul(normed, block()), config.scales.logits_cap)
+            found[:, start : start + logits.shape[1]] = logits
+            start += logits.shape[1]
+        return found
 
     def _call_state(self, number: int, stream: Stream) -> CallState:
         rule = self.options.rule
         values = rule.values_of(number, stream.inputs, stream.entered) if rule else {}
         assert self._call is not None, "no stream was made"
         return self._call.of_layer(self.checkpoint.config, number, values)
+
+
+def _in_blocks(mlp: Mlp) -> None:
+    """Make an MLP run over some rows at a time. Its products keep their names."""
+    whole = mlp.forward
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.cat([whole(rows) for rows in torch.split(x, _MLP_ROWS)])
+
+    mlp.forward = forward  # type: ignore[method-assign]

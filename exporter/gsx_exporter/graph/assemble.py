@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.decoder.ends import Entry, Exit, distinct_windows, table_names
+from gsx_exporter.decoder.ends import Entry, Exit, LoopEntry, distinct_windows, table_names
 from gsx_exporter.decoder.experts import RoutedMlp
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.decoder.loading import Source, sources
@@ -46,14 +46,16 @@ class LayerPart(nn.Module):
 
         Args:
             hidden: [N, H].
-            rest: key and value of the past, cos, sin, mask; the values that the keep rule reads (`rule_inputs`); with
-                the K/V policy `copy`, key and value of the layer below. Shapes as in `decoder/layer.py`.
+            rest: key and value of the past, cos, sin, mask; where a loop begins that a token may leave out, the state
+                that enters it; the values that the keep rule reads (`rule_inputs`); with the K/V policy `copy`, key and
+                value of the layer below. Shapes as in `decoder/layer.py`.
         Returns: hidden, present key and value, new key and value, and the states that the rule carries.
         """
         past_key, past_value, cos, sin, mask, *more = rest
         rule = self.layer.rule
+        stream = more.pop(0) if self.layer.begins_loop else None
         names = list(rule_inputs(rule))
-        call = CallState(cos, sin, mask, dict(zip(names, more, strict=False)))
+        call = CallState(cos, sin, mask, dict(zip(names, more, strict=False)), stream)
         below = KeyValue(*more[len(names) :]) if self.layer.copies_below else None
         hidden, present, new, values = self.layer(hidden, call, KeyValue(past_key, past_value), below)
         return (hidden, *present, *new, *(values[name] for name in (rule.carried if rule else ())))
@@ -101,6 +103,7 @@ class GraphBuilder:
             entry = Entry(checkpoint.hf_config, config, options)
             layers = [DecoderLayer(config, options, i) for i in range(config.num_layers)]
             leave = Exit(config, options.dtype)
+            loop = LoopEntry(config, options.dtype)
         self.entry = trace(entry, self._entry_inputs(), self._entry_outputs())
         self.copies_below = any(layer.copies_below for layer in layers)
         # Layers of one kind share a trace.
@@ -112,7 +115,11 @@ class GraphBuilder:
         self.parts = [kinds[_kind(layer)] for layer in layers]
         ids = Input((_B, _S), torch.int64, (0, 1))
         self.exit = trace(leave, {"hidden": self._hidden(), "input_ids": ids}, ["logits"])
+        self.loop_entry: Part | None = None
+        if config.loops is not None:
+            self.loop_entry = trace(loop, {"hidden": self._hidden(), "first": self._hidden()}, ["stream"])
         self._entry_module, self._layer_modules, self._exit_module = entry, layers, leave
+        self._loop_module = loop
         self._watcher = exit_watcher(self.rule)
         self._exit_depths = self._watcher.exit_depths() if self._watcher else ()
         self.exit_check: Part | None = None
@@ -164,9 +171,10 @@ class GraphBuilder:
             below_values = []
         carried = {n: n for n in (self.rule.carried if self.rule else ())}
         carried_values = {n: _value(f"exit_{n}", TensorProto.FLOAT, ["batch", "sequence", 1]) for n in carried}
-        hidden, below = "hidden", ("", "")
+        hidden, first = "hidden", ""
+        new: dict[int, tuple[str, str]] = {}  # of each layer, K and V of the call's tokens
         if layers.start:
-            hidden, below = "entering", ("exit_key", "exit_value")
+            hidden, new[layers.start - 1] = "entering", ("exit_key", "exit_value")
             graph.reshape("exit_hidden", [-1, config.hidden_size], hidden)
             for n, value in carried_values.items():
                 carried[n] = f"entering_{n}"
@@ -175,13 +183,22 @@ class GraphBuilder:
         for i in layers:
             past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
             present = (f"present.{i}.key", f"present.{i}.value")
-            entering = hidden
-            hidden, below, carried = self._layer(graph, i, hidden, below, carried, past, present)
+            entering, stream = hidden, ""
+            if self.loop_entry is not None and config.enters_loop(i):
+                first, stream = first or hidden, f"layers.{i}.stream"
+                graph.add(
+                    self.loop_entry, "", {"hidden": hidden, "first": first}, {"stream": stream}, f"layers.{i}.loop."
+                )
+                found |= sources(self._loop_module, "")
+                if not self._layer_modules[i].begins_loop:
+                    hidden = stream
+            below = new.get(config.below(i), ("", ""))
+            hidden, new[i], carried = self._layer(graph, i, hidden, stream, below, carried, past, present)
             if self._watcher is not None and self.exit_check is not None and i + 1 in self._exit_depths:
                 reads = {"hidden": hidden, "entering": entering, **carried}
                 carried = self._check_exit(graph, self.exit_check, i + 1, reads)
                 found |= sources(self._exit_check_module, self._watcher.exit_prefix(i + 1))
-            found |= sources(self._layer_modules[i], f"layers.{i}.")
+            found |= sources(self._layer_modules[i], f"layers.{config.layer_of(i)}.")
             inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
             outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
         graph.add(self.exit, "", {"hidden": hidden}, {"logits": "logits"})
@@ -189,7 +206,7 @@ class GraphBuilder:
         if layers.stop < config.num_layers:
             outputs[1:1] = [state]
             graph.shaped_like_ids(hidden, config.hidden_size, "exit_hidden")
-            for source, value in zip(below, below_values, strict=False):
+            for source, value in zip(new[layers.stop - 1], below_values, strict=False):
                 outputs.append(value)
                 graph.name_output(source, value.name)
             for n, value in carried_values.items():
@@ -204,6 +221,7 @@ class GraphBuilder:
         graph: Layout,
         i: int,
         hidden: str,
+        stream: str,
         below: tuple[str, str],
         carried: dict[str, str],
         past: tuple[str, str],
@@ -220,6 +238,7 @@ class GraphBuilder:
             "cos": cos,
             "sin": sin,
             "mask": f"mask.{window}",
+            "stream": stream,
             "below_key": below[0],
             "below_value": below[1],
             **carried,
@@ -234,7 +253,7 @@ class GraphBuilder:
             **{f"next_{name}": prefix + name for name in carried},
         }
         part = self.parts[i]
-        graph.add(part, prefix, reads, writes)
+        graph.add(part, f"layers.{self.config.layer_of(i)}.", reads, writes, scope=prefix)
         passed = [name for name in carried if f"next_{name}" in part.outputs]
         leaving = {**carried, **{name: writes[f"next_{name}"] for name in passed}}
         return writes["output"], (writes["new_key"], writes["new_value"]), leaving
@@ -301,8 +320,10 @@ class GraphBuilder:
             "cos": table,
             "sin": table,
             "mask": Input((_B, 1, _S, _P + _S), torch.bool, (0, 2, 3)),
-            **{name: self._example(value) for name, value in rule_inputs(layer.rule).items()},
         }
+        if layer.begins_loop:
+            inputs["stream"] = self._hidden()
+        inputs |= {name: self._example(value) for name, value in rule_inputs(layer.rule).items()}
         if layer.copies_below:
             below = Input((_B, heads, _S, width), dtype, (0, 2))
             inputs |= {"below_key": below, "below_value": below}
@@ -327,7 +348,8 @@ class GraphBuilder:
 
 def _kind(layer: DecoderLayer) -> tuple[bool, ...]:
     """What tells a layer's nodes from another's."""
-    return layer.rule is not None, layer.copies_below, layer.self_attn.rotates, isinstance(layer.mlp, RoutedMlp)
+    mlp = isinstance(layer.mlp, RoutedMlp)
+    return layer.rule is not None, layer.copies_below, layer.self_attn.rotates, mlp, layer.begins_loop
 
 
 def _name_decisions(part: Part, branches: Sequence[Branch]) -> Part:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from modelopt.torch.quantization.utils.calib_utils import update_hessian
 from torch import Tensor, nn
 
 from gsx_engines.bundle.controls import RuntimeValues
@@ -35,14 +34,15 @@ _SAME_ROWS |= {"self_attn.k_proj": "self_attn.k_proj", "self_attn.v_proj": "self
 
 
 class _Inputs:
-    """What a linear layer got on the text.
+    """What a linear layer got on a text of some tokens.
 
-    Attributes: hessian: [in, in] float32; count: rows; rows: a sample of them, [R, in].
+    Attributes: hessian: [in, in] float32, the sum over rows; count: rows; rows: a sample of them, [R, in].
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, tokens: int) -> None:
         self.hessian, self.count = torch.zeros(width, width), 0
         self.rows = torch.empty(0, width)
+        self._step = -(-tokens // _SAMPLE_ROWS)
 
     def collect(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """As a hook before the layer's forward pass."""
@@ -52,8 +52,9 @@ class _Inputs:
             # thousand times as large as the others', which would count a million times as much. (For INT4 of SmolLM2
             # it made no difference: benchmarks/RESULTS.md.)
             equal = torch.nn.functional.normalize(rows, dim=1)
-            self.hessian, self.count = update_hessian(equal, self.hessian, self.count)
-            self.rows = rows[:: -(-len(rows) // _SAMPLE_ROWS)].clone()
+            self.hessian.addmm_(equal.t(), equal)
+            self.rows = torch.cat((self.rows, rows[-self.count % self._step :: self._step]))
+            self.count += len(rows)
 
 
 def choose_codes(
@@ -81,26 +82,36 @@ def choose_codes(
         for number, layer in walk.layers():
             inputs = _inputs_of(walk, number, layer, stream)
             losses |= _losses_of_experts(plan, number, layer)
-            chosen: dict[str, Encoded] = {}
-            for name in linears_in(plan.checkpoint.config, number):
-                matrix, seen = plan.matrices.get(f"layers.{number}.{name}"), inputs[_SAME_ROWS[name]]
-                if matrix is not None and bool(seen.hessian.any()):
-                    linear = linear_of(layer, name)
-                    found = gptq(linear.weight, seen.hessian, matrix.format, options.dtype)
-                    chosen[f"layers.{number}.{name}"] = found
-                    rounded = QuantizedLinear(linear, found, matrix.input_scale, plan.scheme)
-                    losses[f"layers.{number}.{name}"] = _loss(linear, rounded, seen.rows)
-            plan.chosen.store(f"layers.{number}", chosen)
+            while inputs:  # a Hessian is gone when its products are done: the next one may be as large as the layer
+                first = next(iter(inputs))
+                losses |= _choose(plan, number, layer, first, inputs.pop(first), options.dtype)
             quantize_layer(layer, number, plan)
             walk.through(number, layer, stream)
             on_progress(Progress("choosing the codes of weights", number + 1, plan.checkpoint.config.num_layers))
     return losses
 
 
+def _choose(
+    plan: QuantizationPlan, number: int, layer: DecoderLayer, first: str, seen: _Inputs, dtype: torch.dtype
+) -> dict[str, float]:
+    """Choose the codes of the products that get the same rows as `first`. Returns: their losses."""
+    losses: dict[str, float] = {}
+    chosen: dict[str, Encoded] = {}
+    for path in linears_in(plan.checkpoint.config, number):
+        name = f"layers.{number}.{path}"
+        matrix = plan.matrices.get(name)
+        if _SAME_ROWS[path] == first and matrix is not None and bool(seen.hessian.any()):
+            linear = linear_of(layer, path)
+            found = chosen[name] = gptq(linear.weight, seen.hessian, matrix.format, dtype)
+            losses[name] = _loss(linear, QuantizedLinear(linear, found, matrix.input_scale, plan.scheme), seen.rows)
+    plan.chosen.store(f"layers.{number}.{first}", chosen)
+    return losses
+
+
 def _inputs_of(walk: Walk, number: int, layer: DecoderLayer, stream: Stream) -> dict[str, _Inputs]:
     """What the linear layers of a layer get; the stream stays where it is."""
-    names = {_SAME_ROWS[name] for name in linears_in(walk.checkpoint.config, number)}
-    inputs = {name: _Inputs(linear_of(layer, name).weight.shape[0]) for name in names}
+    names = dict.fromkeys(_SAME_ROWS[name] for name in linears_in(walk.checkpoint.config, number))
+    inputs = {name: _Inputs(linear_of(layer, name).weight.shape[0], walk.ids.numel()) for name in names}
     hooks = [layer.get_submodule(name).register_forward_pre_hook(one.collect) for name, one in inputs.items()]
     try:
         walk.through(number, layer, dataclasses.replace(stream))

@@ -7,7 +7,7 @@ as the inputs on a text show it, into the channels that are still to come.
 from __future__ import annotations
 
 import torch
-from modelopt.torch.quantization.utils.calib_utils import compute_hessian_inverse
+from scipy.linalg import lapack
 from torch import Tensor
 
 from gsx_exporter.quantization.codes import Encoded, encoded, ranges, round_values
@@ -15,7 +15,7 @@ from gsx_exporter.quantization.scheme import WeightFormat
 
 # Share of the mean diagonal that is added to the Hessian, as in the paper; and the inputs that are rounded before their
 # errors are passed on to the rest.
-_DAMPING, _CHUNK = 0.01, 128
+DAMPING, _CHUNK = 0.01, 128
 
 
 def gptq(weight: Tensor, hessian: Tensor, form: WeightFormat, dtype: torch.dtype) -> Encoded:
@@ -23,25 +23,52 @@ def gptq(weight: Tensor, hessian: Tensor, form: WeightFormat, dtype: torch.dtype
 
     Args: hessian: [in, in] float32, a multiple of the inputs' second moments. dtype: of the scales.
     """
-    # [in, in], upper triangular: row k says how the error of input k is made up for by the inputs after it.
-    factor = compute_hessian_inverse(hessian, weight.t(), _DAMPING)
-    left = weight.clone()
-    codes = torch.empty_like(weight)
+    compensation = Compensation(weight, hessian)
+    left = weight.clone(memory_format=torch.contiguous_format)
+    codes = torch.empty_like(left)
     size = form.block_size or len(weight)
     blocks: list[tuple[Tensor, Tensor | None]] = []  # scales and zero-points
     for start in range(0, len(weight), _CHUNK):
         stop = min(start + _CHUNK, len(weight))
-        errors = torch.empty_like(weight[start:stop])
+        errors, factor = torch.empty_like(left[start:stop]), compensation.rows(start, stop)
         for k in range(start, stop):
             if k % size == 0:  # the block as it is now, with the errors of the earlier ones
                 blocks.append(ranges(left[None, k : k + size], form, dtype))
             scales, zeros = blocks[-1]
             codes[k] = round_values(left[k], scales[0], None if zeros is None else zeros[0], form)
             rounded = (codes[k] if zeros is None else codes[k] - zeros[0]) * scales[0].float()
-            errors[k - start] = (left[k] - rounded) / factor[k, k]
-            left[k + 1 : stop].addr_(factor[k, k + 1 : stop], errors[k - start], alpha=-1)
-        left[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+            errors[k - start] = (left[k] - rounded) / factor[k - start, k]
+            left[k + 1 : stop].addr_(factor[k - start, k + 1 : stop], errors[k - start], alpha=-1)
+        left[stop:].addmm_(factor[:, stop:].t(), errors, alpha=-1)
     all_zeros = [zeros for _, zeros in blocks if zeros is not None]
     return encoded(
         codes, torch.cat([scales for scales, _ in blocks]), torch.cat(all_zeros) if all_zeros else None, form
     )
+
+
+class Compensation:
+    """How the inputs after each input make up for its error: the upper triangular U with U^T U = H^-1.
+
+    The Hessian of a wide input is the largest tensor of the work, so there is one copy of it, which LAPACK turns into
+    the factor in place. With the inputs in reverse order it is H = L L^T, and U is L^-1 in reverse order again.
+    """
+
+    def __init__(self, weight: Tensor, hessian: Tensor) -> None:
+        work = hessian.flip(0, 1)
+        unread = (weight == 0).all(dim=1).flip(0)  # inputs that nothing reads: they make up for nothing
+        work[unread] = 0
+        work[:, unread] = 0
+        diagonal = work.diagonal()
+        diagonal[unread] = 1
+        diagonal += DAMPING * diagonal.mean()
+        factor, indefinite = lapack.spotrf(work.numpy().T, lower=1, clean=1, overwrite_a=1)
+        if indefinite:  # rounding made it so: then no input makes up for another
+            self._reversed = torch.eye(len(weight))
+            return
+        inverse, _ = lapack.strtri(factor, lower=1, overwrite_c=1)
+        self._reversed = torch.from_numpy(inverse)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Some rows of U, [stop - start, in]."""
+        last = len(self._reversed)
+        return self._reversed[last - stop : last - start].flip(0, 1)

@@ -46,8 +46,7 @@ def int8_kv_cache(
         stream = walk.stream(controls)
         for number, layer in walk.layers():
             walk.through(number, layer, stream)
-            assert stream.below is not None, "a layer stores its K and V in the stream"
-            key, value = stream.below
+            key, value = stream.below[number]
             source = f"{checkpoint.source}: layers.{number}.self_attn"
             scales.append((_scales(key, f"{source}: a key"), _scales(value, f"{source}: a value")))
             on_progress(Progress("measuring K and V", number + 1, checkpoint.config.num_layers))

@@ -25,7 +25,8 @@ class QuantizedLinear(nn.Module):
 
     def __init__(self, linear: Linear, codes: Encoded, input_scale: float | None, scheme: Scheme) -> None:
         super().__init__()
-        self.weight = codes.decoded()
+        self.weight: Tensor
+        self.register_buffer("weight", codes.decoded())
         self.bias = linear.bias
         self.quantizer: nn.Module = nn.Identity()
         if input_scale is not None:

@@ -14,9 +14,8 @@ from torch import Tensor
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.words import Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.decoder.ends import Entry, Exit
 from gsx_exporter.decoder.layer import DecoderOptions
-from gsx_exporter.decoder.walk import Stream, Walk
+from gsx_exporter.decoder.walk import RoundRows, Stream, Walk
 from gsx_exporter.evaluation import NextTokens, next_tokens
 from gsx_exporter.quantization.linear import quantize_layer
 from gsx_exporter.quantization.plan import QuantizationPlan
@@ -81,8 +80,9 @@ class Simulation:
         self, checkpoint: Checkpoint, plan: QuantizationPlan | None, what: str
     ) -> tuple[Walk, list[dict[Branch, Tensor]], Stream]:
         """The text through the model, quantized if there is a plan: the walk, the kept rows of each layer, the end."""
+        head = EMBEDDING if checkpoint.config.tied_head else HEAD
         with torch.inference_mode():
-            walk = Walk(checkpoint, self._ids, self._options, _tables(plan))
+            walk = Walk(checkpoint, self._ids, self._options, (_rounding(plan, EMBEDDING), _rounding(plan, head)))
             stream = walk.stream(self._controls)
             kept = []
             for number, layer in walk.layers():
@@ -93,15 +93,12 @@ class Simulation:
         return walk, kept, stream
 
 
-def _tables(plan: QuantizationPlan | None) -> Callable[[Entry | Exit], None]:
-    """Round the tables as a plan says, if there is one."""
+def _rounding(plan: QuantizationPlan | None, table: str) -> RoundRows:
+    """How a plan rounds some rows of a table: each row has its scales. As it is without a plan."""
 
-    def quantize(end: Entry | Exit) -> None:
-        if plan is None:
-            return
-        if EMBEDDING in plan.matrices and (isinstance(end, Entry) or end.tied):
-            end.embed_tokens.data = plan.encoded(EMBEDDING, end.embed_tokens.t(), torch.float32).decoded().t()
-        elif isinstance(end, Exit) and HEAD in plan.matrices:
-            end.lm_head.weight.data = plan.encoded(HEAD, end.lm_head.weight, torch.float32).decoded()
+    def rounded(rows: Tensor) -> Callable[[], Tensor] | None:
+        if plan is None or table not in plan.matrices:
+            return None
+        return plan.encoded(table, rows, torch.float32).decoded
 
-    return quantize
+    return rounded

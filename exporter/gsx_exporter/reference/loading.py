@@ -23,6 +23,7 @@ from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.checkpoint.tensors import HEAD, rule_module_kind
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.families import FAMILIES
 
 _NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -40,6 +41,10 @@ def load_model(checkpoint: Checkpoint) -> Any:
         model = _with_adapter(model, checkpoint.adapter)
     if checkpoint.adapter is not None or checkpoint.gguf is not None:
         model.generation_config = _generation_config(checkpoint)
+    if checkpoint.config.loops is not None:
+        keys = FAMILIES[checkpoint.config.family].loops
+        assert keys is not None
+        setattr(model.model.config, keys.count, checkpoint.config.loops.most)
     # Inverse frequencies are not weights: they are computed again, in float32.
     model.model.rotary_emb = rotary = type(model.model.rotary_emb)(config=model.config)
     _long_factors(rotary, checkpoint.config)

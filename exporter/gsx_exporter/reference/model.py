@@ -9,6 +9,7 @@ graphs with it. For that to mean something, it shares no code with the traceable
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
+from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import GateConfig, ModelConfig
@@ -43,7 +45,8 @@ _HEAD_ROWS = 64
 
 @dataclass
 class ReferenceOutput:
-    """Results of one call, on the CPU. B: batch, S: tokens of this call, T: past + S, H: hidden, V: vocabulary.
+    """Results of one call, on the CPU. B: batch, S: tokens of this call, T: past + S, H: hidden, V: vocabulary, L:
+    layers, in a looped model visits of layers.
 
     Args:
         logits: [B, S, V]; [B, 0, V] if they were not asked for.
@@ -73,6 +76,7 @@ class _Call:
     Args:
         has_kv: with the K/V policy `none`, layer -> [B, past] bool: which tokens have K and V there; else None.
         running: the branch whose result the rule has not seen yet.
+        visit, left: in a looped model, the number of the visit that runs next, and the state that left the last one.
     """
 
     masker: Masker
@@ -80,6 +84,8 @@ class _Call:
     decisions: list[list[Decision]]
     has_kv: dict[int, torch.Tensor] | None
     running: tuple[BranchInput, Decision] | None = None
+    visit: int = 0
+    left: torch.Tensor | None = None
 
 
 class Reference:
@@ -93,6 +99,9 @@ class Reference:
         self.dtype, self.device = dtype, device
         self.config: ModelConfig = checkpoint.config
         self._ends = _end_tokens(model)
+        # Older versions of transformers have only the second name, and its newest models only the first.
+        named = inspect.signature(model.model.forward).parameters
+        self._cache_argument = "cache" if "cache" in named else "past_key_values"
         self._gates: dict[tuple[int, Branch], nn.Linear] = {}
         self._checkpoint = checkpoint
         self._parts: dict[Callable[[Checkpoint], Any], Any] = {}
@@ -125,7 +134,10 @@ class Reference:
         reference._widen_rows_to_run(model.model.embed_tokens)
         for part in (*model.model.layers, model.model.norm, model.lm_head):
             reference._widen_to_run(part)
-        reference._wrap_branches()
+        if config.loops is None:
+            reference._wrap_branches()
+        else:
+            reference._wrap_visits(config.loops)
         if config.gate is not None:
             reference._add_gates(checkpoint, config.gate)
         return reference
@@ -171,7 +183,7 @@ class Reference:
         valid = attention_mask[:, past:].bool()
         ended = torch.isin(input_ids, self._ends) & valid
         layers = self.config.num_layers
-        tokens = MaskCall(input_ids, valid, ended, position_ids, layers, self._logits_of, self._part)
+        tokens = MaskCall(input_ids, valid, ended, position_ids, layers, self.config.loops, self._logits_of, self._part)
         everyone = Decision(valid, None, certain(valid))
         self._call = call = _Call(
             masker=(rule or KeepAll()).start(tokens),
@@ -180,20 +192,22 @@ class Reference:
             has_kv=self._has_kv.setdefault(cache, {}) if kv_policy == "none" else None,
         )
         states: list[torch.Tensor] = []
-        hooks = [self.model.model.layers[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
+        hooks = [self.model.model.layers[0].register_forward_pre_hook(_note_first(states))]
         hooks += [layer.register_forward_hook(_note_output(states)) for layer in self.model.model.layers]
         routers: dict[int, torch.Tensor] = {}
         for number in self.config.experts.layers if self.config.experts else ():
             gate = self.model.model.layers[number].mlp.branch.gate
             hooks.append(gate.register_forward_hook(_note_logits(routers, number, (B, S))))
-        through = cache if kv_policy == "compute" else _SkippingCache(cache, call, copies=kv_policy == "copy")
+        through = cache
+        if kv_policy != "compute":
+            through = _SkippingCache(cache, call, self.config, copies=kv_policy == "copy")
         try:
             self.model.model(
                 input_ids=input_ids.to(self.device),
                 attention_mask=attention_mask.to(self.device),
                 position_ids=position_ids.to(self.device),
-                past_key_values=through,
                 use_cache=True,
+                **{self._cache_argument: through},
             )
         finally:
             self._call = None
@@ -209,6 +223,17 @@ class Reference:
             cache=cache,
             routers=routers,
         )
+
+    def cached(self, output: ReferenceOutput) -> list[Any]:
+        """The cache of every layer, with `keys` and `values`; in a looped model, of every visit, in order.
+
+        transformers appends the caches of all loops but the first to those of the layers.
+        """
+        layers, loops = output.cache.layers, self.config.loops
+        if loops is None:
+            return list(layers)
+        later = iter(layers[loops.layers :])
+        return [next(later) if loops.loop_of(n) else layers[layer] for n, layer in enumerate(loops.visits)]
 
     @torch.no_grad()
     def exit_logits(self, output: ReferenceOutput, depth: int) -> torch.Tensor:
@@ -320,6 +345,32 @@ class Reference:
             layer.mlp = _Branch(self, layer.mlp, mlp, i, "mlp")
             layer.register_forward_hook(lambda _layer, _args, output: self.left(output))
 
+    def _wrap_visits(self, loops: Loops) -> None:
+        """Make each run of a layer a visit, with a decision of its own: a skipped token keeps its state.
+
+        Where a loop begins, that is the state that left the loop before: transformers has changed what the layer reads.
+        """
+        for layer in self.model.model.layers:
+            layer.forward = self._visiting(layer.forward, loops)
+            layer.register_forward_hook(lambda _layer, _args, output: self.left(output))
+
+    def _visiting(self, run: Callable[..., torch.Tensor], loops: Loops) -> Callable[..., torch.Tensor]:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            call = self._current()
+            unchanged = hidden_states
+            if loops.loop_of(call.visit) and loops.begins(call.visit):
+                assert call.left is not None
+                unchanged = call.left
+            seen = unchanged.cpu()
+            attn, mlp = (self.decide(BranchInput(call.visit, branch, seen, seen, None)) for branch in BRANCHES)
+            assert torch.equal(attn.keep, mlp.keep), "a visit of a layer runs or is skipped as a whole"
+            output = run(hidden_states, *args, **kwargs)
+            call.left = torch.where(attn.keep[..., None].to(output.device), output, unchanged)
+            call.visit += 1
+            return call.left
+
+        return forward
+
     def _norm_before(self, layer: nn.Module, branch: Branch) -> nn.Module | None:
         name = self.config.norms[branch].before
         return None if name is None else layer.get_submodule(name)
@@ -430,24 +481,27 @@ class _SkippingCache(DynamicCache):
     It shares the layers of the caller's cache, which therefore receives the result.
     """
 
-    def __init__(self, target: DynamicCache, call: _Call, *, copies: bool) -> None:
+    def __init__(self, target: DynamicCache, call: _Call, config: ModelConfig, *, copies: bool) -> None:
         super().__init__()
         self.layers = target.layers
-        self._call, self._copies = call, copies
-        self._below: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._call, self._config, self._copies = call, config, copies
+        # By number of the layer, or of the visit: K and V that another one may copy.
+        self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        number = layer_idx if self._config.loops is None else self._call.visit
+        below = self._made.pop(self._config.below(number), None)
         if not self._copies:
-            self._below = (torch.zeros_like(key_states), torch.zeros_like(value_states))
-        if self._below is not None:
-            keep = self._call.decisions[layer_idx][BRANCHES.index("attn")].keep | ~self._call.valid
+            below = (torch.zeros_like(key_states), torch.zeros_like(value_states))
+        if below is not None:
+            keep = self._call.decisions[number][BRANCHES.index("attn")].keep | ~self._call.valid
             keep = keep[:, None, :, None].to(key_states.device)
-            key_states = torch.where(keep, key_states, self._below[0])
-            value_states = torch.where(keep, value_states, self._below[1])
+            key_states = torch.where(keep, key_states, below[0])
+            value_states = torch.where(keep, value_states, below[1])
         if self._copies:
-            self._below = (key_states, value_states)
+            self._made[number] = (key_states, value_states)
         updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx)
         return updated
 
@@ -457,6 +511,16 @@ class _Given(nn.Module):
 
     def forward(self, inputs_embeds: torch.Tensor, **_: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+
+
+def _note_first(states: list[torch.Tensor]) -> Callable[[nn.Module, Any], None]:
+    """A hook that keeps what the first layer reads, when it runs for the first time."""
+
+    def note(_layer: nn.Module, args: Any) -> None:
+        if not states:
+            states.append(args[0])
+
+    return note
 
 
 def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.Tensor], None]:

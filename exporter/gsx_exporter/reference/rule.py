@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.words import Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 
@@ -35,7 +36,8 @@ class MaskCall:
         valid: bool, false for padding.
         ended: bool, true for end-of-text.
         positions: int64, padding not counted.
-        layers: number of layers of the model.
+        layers: number of layers of the model; in a looped one, of visits.
+        loops: how the layers of a looped model run; None where each runs once.
         logits_of: states [B, S, H] -> logits [B, S, V], by the model's final norm and head.
         parts: of the checkpoint, loaded once.
     """
@@ -45,6 +47,7 @@ class MaskCall:
     ended: torch.Tensor
     positions: torch.Tensor
     layers: int
+    loops: Loops | None
     logits_of: Callable[[torch.Tensor], torch.Tensor]
     parts: Parts
 

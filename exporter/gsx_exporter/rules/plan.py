@@ -13,6 +13,7 @@ from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import CalibrationText, Selection
 from gsx_engines.bundle.words import Branch, KvPolicy, SelectionMode
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.rule import TracedRule
 from gsx_exporter.text import WINDOW_TOKENS, TokenText
 from gsx_plugins.errors import UsageError
@@ -75,6 +76,10 @@ class RulePlan(ABC):
     budget: float | None = None
     calibrates: bool = False
     by_rank: bool = False
+
+    def of_model(self, config: ModelConfig) -> ModelConfig:
+        """The model as the rule needs it."""
+        return config
 
     @abstractmethod
     def settle(self, checkpoint: Checkpoint, text: TokenText | None, on_progress: OnProgress) -> Settled:

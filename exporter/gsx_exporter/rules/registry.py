@@ -21,6 +21,7 @@ from gsx_exporter.rules.dense.policy import plan_dense
 from gsx_exporter.rules.ffn_skip.policy import FFN_SKIP
 from gsx_exporter.rules.gateskip.policy import GATESKIP
 from gsx_exporter.rules.layers.policy import LAYERS, UNIFIED
+from gsx_exporter.rules.loops.policy import LOOPS
 from gsx_exporter.rules.parameters import bad_parameters
 from gsx_exporter.rules.plan import PolicyOptions, RulePlan
 from gsx_exporter.rules.router.policy import ROUTER
@@ -28,7 +29,7 @@ from gsx_exporter.rules.rule import Recorded, Rule
 from gsx_plugins.errors import UsageError
 
 GROUP = "gsx.keep_rules"
-RULES = {rule.name: rule for rule in (GATESKIP, ROUTER, LAYERS, UNIFIED, FFN_SKIP, CALM)}
+RULES = {rule.name: rule for rule in (GATESKIP, ROUTER, LAYERS, UNIFIED, FFN_SKIP, CALM, LOOPS)}
 # A policy without a rule: every token runs every branch.
 DENSE = "dense"
 
@@ -116,6 +117,15 @@ def plan_policy(options: PolicyOptions, config: ModelConfig) -> RulePlan:
             expected="a checkpoint without routers",
             todo="export with router, the default; --budget 1 keeps everything",
         )
+    # With layers behind the loop, an exit would leave them out too.
+    exits = config.loops is not None and name == CALM.name and not config.loops.after
+    if config.loops is not None and name not in (LOOPS.name, DENSE) and not exits:
+        raise UsageError(
+            f"--policy {name}: the model is looped, and the rule does not say what it means in a loop",
+            expected=f"{LOOPS.name} or {DENSE}; {CALM.name} where no layer comes after the loops",
+            found=name,
+            todo=f"export with {LOOPS.name}, the default; --loops chooses how many run",
+        )
     return plan(options, config, parameters)
 
 
@@ -141,4 +151,5 @@ def _outside() -> dict[str, EntryPoint]:
 
 
 def _default(config: ModelConfig) -> str:
-    return GATESKIP.name if config.gate else ROUTER.name if config.router else DENSE
+    trained = {GATESKIP.name: config.gate, ROUTER.name: config.router, LOOPS.name: config.loops}
+    return next((name for name, found in trained.items() if found), DENSE)

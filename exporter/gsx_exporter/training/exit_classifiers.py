@@ -114,6 +114,12 @@ def train_exit_classifiers(
     out = Path(out)
     on_progress(Progress("checking the checkpoint"))
     checkpoint = open_checkpoint(model)
+    if checkpoint.config.loops is not None:
+        raise UsageError(
+            "exit classifiers are not trained for looped models",
+            expected="a model whose layers run once",
+            found=f"{checkpoint.config.family}, {checkpoint.source}",
+        )
     exits = _exits(checkpoint, depths)
     with writing(out, overwrite=False, needed_bytes=checkpoint.weight_bytes() + SLACK_BYTES) as work:
         on_progress(Progress("reading the text"))

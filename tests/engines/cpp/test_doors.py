@@ -24,3 +24,11 @@ def test_ids(
     in_python = [gsx.generate(base_bundles[base], ids=ids, max_new_tokens=NEW_TOKENS, threads=1) for ids in prompts]
     assert [answer["finish"] for answer in found] == [one.finish for one in in_python]
     assert {"end-of-text", "length"} <= {answer["finish"] for answer in found}
+
+
+def test_other_families(cpp_build: Path, family_bundle: Bundle, tmp_path: Path) -> None:
+    """The C++ runtime needs to know nothing of a family: it reads the bundle, and decodes what its engines say."""
+    prompts = [[5, 60, 61], [7, 8]]
+    found = generate_in_cpp(cpp_build, family_bundle, tmp_path / "bundle", prompts, 12)
+    in_python = [gsx.generate(family_bundle, ids=ids, max_new_tokens=12, threads=1) for ids in prompts]
+    assert [answer["ids"] for answer in found] == [one.ids for one in in_python]

@@ -34,6 +34,8 @@ struct Keep {
     std::optional<double> speedup;
     // Confidence at which a token exits, for keep rules that measure it; infinity: no token exits.
     std::optional<double> exitThreshold;
+    // How many loops of a looped model run, for keep rules that read their number.
+    std::optional<int64_t> loops;
 };
 
 struct Options {
@@ -46,6 +48,8 @@ struct Options {
     std::optional<Tokens> stopIds;
     // Tokens drafted at once, 0 for plain decoding. Unset: found while generating.
     std::optional<int64_t> draftLength;
+    // Record each token's log-probability, and those of so many likeliest tokens. Unset: none.
+    std::optional<int64_t> logprobs;
     OnToken onToken;
 };
 
@@ -80,10 +84,11 @@ struct GenerationStats {
     std::optional<double> acceptance() const;
 };
 
-// The result of one sequence: its new tokens, and why it ended.
+// The result of one sequence: its new tokens, why it ended, and the tokens' log-probabilities, if wanted.
 struct Generated {
     Tokens tokens;
     FinishReason finish = FinishReason::kLength;
+    std::vector<TokenLogprobs> logprobs;
 };
 
 // All sequences, in the order of the prompts, and the counters.

@@ -22,11 +22,25 @@ char const* nameOf(Branch branch) noexcept;
 // A skippable branch: its layer, counted from 0, and which of the two branches.
 using Place = std::pair<int64_t, Branch>;
 
+// How the layers of a looped model run (gsx_engines/bundle/loops.py): visits of layers count as layers.
+struct Loops {
+    int64_t before = 0;
+    int64_t looped = 1;
+    int64_t after = 0;
+    int64_t most = 1;
+    int64_t usual = 1;
+
+    // The loop that a visit belongs to, counted from 0; unset for layers that run once.
+    std::optional<int64_t> loopOf(int64_t visit) const;
+};
+
 struct DecoderShape {
     int64_t vocabSize = 0;
     int64_t numLayers = 0;
     int64_t maxPositions = 0;
     std::vector<int64_t> eosIds;
+    // Unset: each layer runs once.
+    std::optional<Loops> loops;
 };
 
 // Thresholds of all layers, [L][attn, mlp].
@@ -88,9 +102,12 @@ struct BudgetDraft {
 struct LayersDraft {
     std::vector<Place> skip;
 };
-using DraftKind = std::variant<ExitDraft, BudgetDraft, LayersDraft>;
+struct LoopsDraft {
+    int64_t loops = 1;
+};
+using DraftKind = std::variant<ExitDraft, BudgetDraft, LayersDraft, LoopsDraft>;
 bool operator==(DraftKind const& one, DraftKind const& other);
-// As people write it: `exit:2`, `budget:0.5`, `layers:3.attn,5.mlp`.
+// As people write it: `exit:2`, `budget:0.5`, `layers:3.attn,5.mlp`, `loops:1`.
 std::string toString(DraftKind const& draft);
 
 struct DraftEntry {

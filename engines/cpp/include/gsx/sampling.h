@@ -1,9 +1,12 @@
-// How the next token is chosen: greedy, or sampled after temperature, top-k and top-p.
+// How the next token is chosen: greedy, or sampled after temperature, top-k, top-p and min-p.
 
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
+#include <utility>
+#include <vector>
 
 namespace gsx {
 
@@ -17,11 +20,31 @@ struct Sampling {
     double topP = 1;
     // Seed of the random numbers; unset: a new one each time.
     std::optional<uint64_t> seed;
+    // Only tokens at least this share as likely as the likeliest one; 0 for all.
+    double minP = 0;
+    // Divides the logits above 0 of tokens in the prompt and the new text, and multiplies those below; 1 for none.
+    double repetitionPenalty = 1;
+    // Taken off a token's logit for each time that it is in the new text, and if it is there at all.
+    double frequencyPenalty = 0;
+    double presencePenalty = 0;
+    // Added to the logits of tokens, by id.
+    std::map<int64_t, double> logitBias;
 
     bool greedy() const noexcept { return temperature == 0; }
+    // Whether biases or penalties change the logits.
+    bool adjusts() const noexcept {
+        return repetitionPenalty != 1 || frequencyPenalty != 0 || presencePenalty != 0 || !logitBias.empty();
+    }
 };
 
-// Throws UsageError for a temperature below 0, a negative top-k, or a top-p outside (0, 1].
-void check(Sampling const& sampling);
+// How likely the model thought a token, and the tokens that it thought likeliest (the likeliest first): natural logarithms
+// of its own probabilities, before biases, penalties, temperature and cuts.
+struct TokenLogprobs {
+    double logprob = 0;
+    std::vector<std::pair<int64_t, double>> top;
+};
+
+// Throws UsageError for a number outside its range, and for a bias of a token that the model does not have.
+void check(Sampling const& sampling, int64_t vocabulary);
 
 }  // namespace gsx

@@ -95,7 +95,7 @@ def attend_kept_rows_of_steps(graph: Graph, task: Task) -> int:
             make_node("ScatterND", [_NO_COLUMNS, at, name + "lasts"], last),
             make_node("ScatterND", [_NO_QUERIES, at, rows], given),
             make_node("Unsqueeze", [given, _SECOND], query),
-            attention_node(graph, task, node, query, (_EMPTY, _EMPTY), cache, outputs, last=last, windowed=True),
+            attention_node(graph, task, node, query, (_EMPTY, _EMPTY), cache, outputs, last=last),
             make_node("Squeeze", [out, _SECOND], name + "rows"),
             helper.make_node("Gather", [name + "rows", index], [node.output[0]], name=name + "kept", axis=0),
         ]
@@ -133,10 +133,10 @@ def attend_and_append(graph: Graph, task: Task) -> int:
     """Let attention over all rows append K and V itself.
 
         past, new -> Concat -> present; query, present, mask -> FullAttention -> out      becomes
-        query, new, past, length (, bias) -> GroupQueryAttention -> out, present
+        query, new, past, length -> GroupQueryAttention -> out, present
 
-    Why: one op instead of two, and nothing is copied. The op's own causal mask is the whole mask, unless there is a
-    window, which becomes a bias (in steps the op's own window).
+    Why: one op instead of two, and nothing is copied. The op's own mask, causal and by the layer's window, is the whole
+    mask: it leaves out what a bias would only hide.
     """
     shape = task.shape
     if len(task.gated) == len(task.layers):
@@ -154,7 +154,6 @@ def attend_and_append(graph: Graph, task: Task) -> int:
         name = f"layers.{layer}.lowered."
         concats = [graph.expect_producer(f"present.{layer}.{kv}", "Concat") for kv in KINDS]
         new_key, new_value = (split_into_heads(graph, concat).input[0] for concat in concats)
-        mask = graph.expect_inputs(node, 4)[3]
         query, value = graph.expect_producer(node.input[0], "Reshape").input[0], name + "value"
         nodes = []
         if task.steps:
@@ -168,11 +167,7 @@ def attend_and_append(graph: Graph, task: Task) -> int:
             nodes.append(make_node("Unsqueeze", [new_value, FIRST], value))
         past = (f"past_key_values.{layer}.key", f"past_key_values.{layer}.value")
         outputs = [node.output[0], *(f"present.{layer}.{kv}" for kv in KINDS)]
-        bias = "" if task.steps or shape.windows[layer] is None else bias_of(mask)
-        attention = attention_node(
-            graph, task, node, query, (key, value), past, outputs, bias=bias, windowed=task.steps
-        )
-        return [*nodes, attention]
+        return [*nodes, attention_node(graph, task, node, query, (key, value), past, outputs)]
 
     count = sum(node.op_type == "FullAttention" for node in graph.nodes)
     graph.rewrite(attend)

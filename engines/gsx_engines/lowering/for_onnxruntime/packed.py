@@ -32,9 +32,10 @@ def pack_products(graph: Graph) -> int:
     Why: starting a product costs a step more than the columns of K and V. Returns: how many products went into others.
     """
     count = 0
+    shared: dict[tuple[str, ...], str] = {}
     for part in graph.parts():
         for number, products in enumerate(_of_one_value(graph, part)):
-            count += _pack(graph, part, products, f"lowered.packed.{part.proto.name}.{number}")
+            count += _pack(graph, part, products, f"lowered.packed.{part.proto.name}.{number}", shared)
     graph.drop_unread()
     return count
 
@@ -86,8 +87,10 @@ def _constant(graph: Graph, part: Graph, name: str) -> TensorProto | None:
     return part.constants.get(name) or graph.constants.get(name)
 
 
-def _pack(graph: Graph, part: Graph, products: Sequence[onnx.NodeProto], name: str) -> int:
-    """Replace products by one."""
+def _pack(
+    graph: Graph, part: Graph, products: Sequence[onnx.NodeProto], name: str, shared: dict[tuple[str, ...], str]
+) -> int:
+    """Replace products by one. Args: shared: weights that were put together already, by what they consist of."""
     earliest = products[0]
     products = sorted(products, key=lambda node: _place(_weight(part, node)) or 0)
     tensors = [_constant(graph, part, _weight(part, node)) for node in products]
@@ -107,13 +110,20 @@ def _pack(graph: Graph, part: Graph, products: Sequence[onnx.NodeProto], name: s
         spread = [part.producer(node.input[1]) for node in products]
         dequantize = spread[0]
         if dequantize is None:
-            weights = together([node.input[1] for node in products], "weights", 1)
+            names = tuple(node.input[1] for node in products)
+            weights = shared.get(names, f"{name}.weights")
+            if names not in shared and all(one in graph.constants for one in names):
+                # Outside of all branches: in a looped model, those of other loops read it too.
+                graph.prepend(make_node("Concat", names, weights, axis=1))
+                shared[names] = weights
+            elif names not in shared:
+                together(names, "weights", 1)
         else:
             columns = 1 if attribute(dequantize, "block_size") else 0  # of the scales: [blocks, out], or [out]
-            names = ("codes", "scales", "zeros")[: len(dequantize.input)]
+            kinds = ("codes", "scales", "zeros")[: len(dequantize.input)]
             parts = [
                 together([one.input[place] for one in spread if one is not None], what, columns if place else 1)
-                for place, what in enumerate(names)
+                for place, what in enumerate(kinds)
             ]
             weights = f"{name}.weights"
             joined.append(helper.make_node("DequantizeLinear", parts, [weights], name=weights))

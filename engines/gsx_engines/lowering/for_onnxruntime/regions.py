@@ -52,7 +52,8 @@ def wrap_branches(graph: Graph, task: Task) -> int:
             written = [name for member in region.nodes for name in member.output if name in before]
             inside = {name: before[name] for name in written}
             carried = [(name, inside.get(fallback, fallback)) for name, fallback in inside.items()]
-            return [_if_around(region, carried, f"{region.choice.output[2]}.", cache_type)]
+            unchanged = _unchanged(graph, region)
+            return [_if_around(region, unchanged, carried, f"{region.choice.output[2]}.", cache_type)]
         return [] if node.name in members else None
 
     graph.rewrite(wrapped)
@@ -188,16 +189,38 @@ def _states(choice: onnx.NodeProto, add: int, links: _Links) -> tuple[set[int], 
     return found, states
 
 
-def _if_around(region: Region, carried: Sequence[tuple[str, str]], name: str, carried_type: int) -> onnx.NodeProto:
+def changed_state(graph: Graph, residual: str) -> onnx.NodeProto | None:
+    """The node that gives kept rows another state than the one that a skipped token keeps, if there is one.
+
+    score > bound -> Unsqueeze -> Where(changed, unchanged) -> residual
+    """
+    node = graph.producer(residual)
+    if node is None or node.op_type != "Where":
+        return None
+    column = graph.producer(node.input[0])
+    kept = graph.producer(column.input[0]) if column is not None and column.op_type == "Unsqueeze" else None
+    return node if kept is not None and kept.op_type == "Greater" else None
+
+
+def _unchanged(graph: Graph, region: Region) -> str:
+    """The state that leaves a branch which keeps no row."""
+    residual: str = region.add.input[0]
+    changed = changed_state(graph, residual)
+    return residual if changed is None else str(changed.input[2])
+
+
+def _if_around(
+    region: Region, unchanged: str, carried: Sequence[tuple[str, str]], name: str, carried_type: int
+) -> onnx.NodeProto:
     """The `If` that replaces a region; it reads `any_name`.
 
     Args:
+        unchanged: the state that leaves it when nothing is kept.
         carried: (value, fallback) of further outputs of the region; the fallback is used when nothing is kept.
         name: prefix of new values.
         carried_type: element type of the carried values.
     """
-    residual, out = region.add.input[0], region.add.output[0]
-    results = [(out, residual), *region.states, *carried]
+    results = [(region.add.output[0], unchanged), *region.states, *carried]
     then_names = {result: f"{name}then.{result}" for result, _ in results}
     then_nodes = []
     for node in [*region.nodes, region.add, *region.after]:

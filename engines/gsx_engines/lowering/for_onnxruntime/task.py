@@ -106,15 +106,13 @@ def attention_node(
     *,
     last: str = LAST,
     bias: str = "",
-    windowed: bool = False,
 ) -> onnx.NodeProto:
     """GroupQueryAttention of queries [B, K, heads x D] over a cache, to which new K and V are appended.
 
     Args:
         replaced: the attention node whose place it takes.
         last: the last column that each sequence sees, [B] int32.
-        bias: added to the scores, where the op's own mask is not enough.
-        windowed: whether the op's own mask has the layer's window.
+        bias: added to the scores, where the op's own mask, causal and by the layer's window, is not that of the rows.
     """
     shape, layer = task.shape, layer_of(graph, replaced)
     inputs = [query, *new, *cache, last, TOTAL, "", "", "", bias]
@@ -126,7 +124,7 @@ def attention_node(
     while not inputs[-1]:
         inputs.pop()
     window = shape.windows[layer]
-    if windowed and window is not None:
+    if window is not None and not bias:
         attributes["local_window_size"] = window
     name = f"layers.{layer}.lowered.attention"
     return helper.make_node("GroupQueryAttention", inputs, list(outputs), name=name, domain=CONTRIB, **attributes)

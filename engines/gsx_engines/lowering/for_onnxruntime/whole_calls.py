@@ -13,6 +13,7 @@ import onnx
 
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.lowering.for_onnxruntime.decisions import TOGETHER_KEPT
+from gsx_engines.lowering.for_onnxruntime.regions import changed_state
 from gsx_engines.lowering.for_onnxruntime.task import FIRST, Task, attention_node, layer_of
 from gsx_engines.lowering.kv_cache import KINDS
 from gsx_plugins.graph import Graph, make_node
@@ -20,7 +21,8 @@ from gsx_plugins.graph import Graph, make_node
 
 def chooses_whole_calls(manifest: Manifest) -> bool:
     """Whether all tokens of a sequence run the same branches, but for those below `full_until`, which run all."""
-    return manifest.policy is not None and manifest.policy.input("layer_mask") is not None
+    policy = manifest.policy
+    return policy is not None and any(policy.input(name) is not None for name in ("layer_mask", "loops"))
 
 
 def run_all_rows(graph: Graph, task: Task) -> int:
@@ -28,6 +30,7 @@ def run_all_rows(graph: Graph, task: Task) -> int:
 
         Gather(x, index) -> rows      becomes      x
         ScatterND(residual, index, rows, add)      becomes      Add(residual, rows)
+        Where(kept, changed, unchanged) -> residual      becomes      changed
         K, V -> ScatterND(zeros, index) -> TensorScatter(past) -> appended; rows, appended -> GroupQueryAttention
             becomes      rows, K, V, past -> GroupQueryAttention
 
@@ -82,7 +85,9 @@ def _run_all(graph: Graph, task: Task, branch: _Branch) -> None:
             return []
         if node.op_type == "ScatterND" and node.input[1] in places:
             if any(one.name == "reduction" for one in node.attribute):
-                return [make_node("Add", [node.input[0], node.input[2]], node.output[0])]
+                changed = changed_state(inside, node.input[0])
+                state = node.input[0] if changed is None else changed.input[1]
+                return [make_node("Add", [state, node.input[2]], node.output[0])]
             same[node.output[0]] = node.input[2]
             return []
         return None
@@ -107,12 +112,8 @@ def _appending(graph: Graph, task: Task, inside: Graph, node: onnx.NodeProto) ->
     key, value = (_rows_behind(inside, name) for name in node.input[3:5])
     of_first = inside.expect_producer(key, "Gather")  # the rotated keys have the sequence's axis before it is taken off
     shaped = f"layers.{layer}.lowered.value"
-    mask = task.shape.windows[layer] is not None
-    bias = node.input[10] if mask else ""
     past = (f"past_key_values.{layer}.{KINDS[0]}", f"past_key_values.{layer}.{KINDS[1]}")
-    attention = attention_node(
-        graph, task, node, node.input[0], (of_first.input[0], shaped), past, node.output, bias=bias
-    )
+    attention = attention_node(graph, task, node, node.input[0], (of_first.input[0], shaped), past, node.output)
     return [make_node("Unsqueeze", [value, FIRST], shaped), attention]
 
 

@@ -87,7 +87,7 @@ def calibrate_exits(
     first = min(watcher.exit_depths()) if watcher else 0
     with torch.inference_mode():
         walk = Walk(checkpoint, ids, options)
-        layers = [layer for _, layer in walk.layers()]
+        layers = [walk.layer(number) for number in range(checkpoint.config.num_layers)]
         below = walk.stream(_controls(float("inf")))
         for number in range(first):
             walk.through(number, layers[number], below)

@@ -266,6 +266,15 @@ def _exits(given: tuple[int, ...] | None, config: ModelConfig, measure: Measure)
     if given is None and measure == "classifier" and trained:
         return trained
     exits = given
+    loops = config.loops
+    if loops is not None:
+        if exits is not None and not set(exits) <= set(loops.ends):
+            raise UsageError(
+                "--policy calm: a looped model has exits between its loops only",
+                expected=", ".join(map(str, loops.ends)) or "a model with several loops",
+                found=", ".join(map(str, exits)),
+            )
+        exits = exits or loops.ends
     if exits is None:
         exits = tuple(sorted({depth for depth in config.exits if depth in inside}))
         if not exits:

@@ -1,0 +1,1 @@
+"""The number of loops as a run-time input."""
