@@ -36,7 +36,7 @@ class Counted:
 
     def __init__(self, runner: Runner) -> None:
         self.manifest = runner.manifest
-        self.new_cache, self.move = runner.new_cache, runner.move
+        self.new_cache, self.copy = runner.new_cache, runner.copy
         self._runner = runner
         self.skippable = [BRANCHES.index(branch) for branch in self.manifest.skippable]
         self.rows: list[np.ndarray] = []
