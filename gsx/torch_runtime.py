@@ -167,7 +167,7 @@ class TorchStage:
         return StageOutput(self._scores(hidden, ids, call, logits), leaving, self._table.of(counts))
 
     @torch.inference_mode()
-    def move(self, memory: list[_Buffers], source: int, target: int, length: int) -> None:
+    def copy(self, memory: list[_Buffers], source: int, target: int, length: int) -> None:
         """See `Stage`."""
         for buffers in memory:
             start, end = source * buffers.capacity, target * buffers.capacity
