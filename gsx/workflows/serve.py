@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-import gsx
 from gsx.backend_names import BackendName, Device
 from gsx.backends import open_backend
 from gsx.defaults import DRAIN_SECONDS, REQUEST_SECONDS, SERVE_HOST, SERVE_PORT
@@ -92,7 +92,7 @@ def serve(
         runner = open_draft_runner(opened, own, threads or threads_beside_server(), runtime)
         served = http_server.Served(
             name=name or opened.directory.resolve().name,
-            version=gsx.__version__,
+            version=version("gsx"),
             manifest=manifest,
             scheduler=Scheduler(runner, tokenizer, slots=slots, queue=queue, context=context),
             tokenizer=tokenizer,
