@@ -267,7 +267,7 @@ def test_names_of_the_glossary_exist() -> None:
 def test_lists_of_ops_agree() -> None:
     """Every list that docs/add-an-op.md sends an author to."""
     assert set(_OP_CALLS) == set(OPS)
-    trace = (ROOT / "exporter" / "gsx_exporter" / "graph" / "trace.py").read_text(encoding="utf-8")
+    trace = (ROOT / "exporter" / "gsx_exporter" / "graph" / "translation.py").read_text(encoding="utf-8")
     assert set(re.findall(r"_GSX\.(\w+)\(", trace)) == set(OPS)
     header, adapter = (PLUGINS / "native" / name for name in ("plugin.h", "plugin.cpp"))
     declared = re.findall(r"^extern Op const k(\w+);", header.read_text(encoding="utf-8"), re.MULTILINE)
