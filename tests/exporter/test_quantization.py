@@ -184,7 +184,8 @@ def test_parts_of_a_layer_and_of_the_tables_are_the_whole(
 ) -> None:
     """Rows of the MLP, rows of the head and windows at a time change nothing: logits, codes and losses."""
     model = open_checkpoint(tiny_checkpoint(tmp_path / "model", layers=LAYERS, hidden=HIDDEN, tied=tied))
-    controls, options = {}, DecoderOptions()
+    controls: RuntimeValues = {}
+    options = DecoderOptions()
     layers: list[DecoderLayer] = []
 
     def run(folder: str) -> tuple[torch.Tensor, dict[str, float], list[torch.Tensor]]:

@@ -75,7 +75,7 @@ class Walk:
         self.options = DecoderOptions(options.rule, options.kv_policy, torch.float32)
         self.ids = torch.from_numpy(ids)
         round_embedding, self._round_head = round_rows
-        occurring, self._places = self.ids.unique(return_inverse=True)
+        occurring, self._places = torch.unique(self.ids, return_inverse=True)
         self._entry = load_entry(checkpoint, self.options, occurring)
         rounded = round_embedding(self._entry.embed_tokens.t())
         if rounded is not None:
@@ -159,7 +159,9 @@ class Walk:
         norm, head = load_final_norm(self.checkpoint, self.options), self._head()
         length = self.ids.shape[1]
         windows = max(1, _LOGITS // (length * self.checkpoint.config.vocab_size))
-        for ids, hidden in zip(self.ids.split(windows), stream.hidden.split(windows * length), strict=True):
+        for ids, hidden in zip(
+            torch.split(self.ids, windows), torch.split(stream.hidden, windows * length), strict=True
+        ):
             yield ids, self._logits(norm(hidden), head).view(*ids.shape, -1)
 
     def _head(self) -> list[Callable[[], Tensor]]:
@@ -170,7 +172,7 @@ class Walk:
         def widened(rows: Tensor) -> Tensor:
             return rows.to(torch.float32).t()
 
-        blocks = table.split(max(1, _HEAD_WEIGHTS // config.hidden_size))
+        blocks = torch.split(table, max(1, _HEAD_WEIGHTS // config.hidden_size))
         return [self._round_head(widened(rows)) or functools.partial(widened, rows) for rows in blocks]
 
     def _logits(self, normed: Tensor, head: list[Callable[[], Tensor]]) -> Tensor:
@@ -195,6 +197,6 @@ def _in_blocks(mlp: Mlp) -> None:
     whole = mlp.forward
 
     def forward(x: Tensor) -> Tensor:
-        return torch.cat([whole(rows) for rows in x.split(_MLP_ROWS)])
+        return torch.cat([whole(rows) for rows in torch.split(x, _MLP_ROWS)])
 
     mlp.forward = forward  # type: ignore[method-assign]
