@@ -30,6 +30,7 @@ from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.graph.assemble import GraphBuilder, Graphs
 from gsx_exporter.quantization import choose
+from gsx_exporter.quantization import codes as coding
 from gsx_exporter.quantization.choose import choose_codes
 from gsx_exporter.quantization.chosen import ChosenCodes
 from gsx_exporter.quantization.codes import round_to_nearest
@@ -125,6 +126,16 @@ def test_int4_blocks_hold_their_range(seed: int, shift: float) -> None:
     assert bool((off <= ranges * (0.2 + 1 / 15)).all())
 
 
+@pytest.mark.parametrize("form", [INT8, INT8_BLOCKS, INT4, E4M3])
+def test_channels_may_be_rounded_some_at_a_time(form: WeightFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weight_of(0).to(torch.bfloat16)
+    whole = round_to_nearest(weight, form, torch.float32)
+    monkeypatch.setattr(coding, "_AT_A_TIME", 2 * 64)
+    parts = round_to_nearest(weight, form, torch.float32)
+    assert (parts.codes.dtype, parts.scales.shape) == (whole.codes.dtype, whole.scales.shape)
+    assert torch.equal(parts.decoded(), whole.decoded())
+
+
 @given(seed=st.integers(0, 10_000))
 def test_fp8_weights_keep_three_bits_of_mantissa(seed: int) -> None:
     weight = weight_of(seed)
@@ -184,7 +195,8 @@ def test_parts_of_a_layer_and_of_the_tables_are_the_whole(
 ) -> None:
     """Rows of the MLP, rows of the head and windows at a time change nothing: logits, codes and losses."""
     model = open_checkpoint(tiny_checkpoint(tmp_path / "model", layers=LAYERS, hidden=HIDDEN, tied=tied))
-    controls, options = {}, DecoderOptions()
+    controls: RuntimeValues = {}
+    options = DecoderOptions()
     layers: list[DecoderLayer] = []
 
     def run(folder: str) -> tuple[torch.Tensor, dict[str, float], list[torch.Tensor]]:

@@ -44,7 +44,7 @@ class Weight:
         source: the parameter that it is read from, with the prefix of a whole model's (`Checkpoint.parameter`).
         transpose: whether it is a linear weight, [out, in] in the checkpoint and [in, out] in the graph.
         dtype: type to store it in.
-        encode: applied to the tensor (float32, in the graph's layout) before it is stored; None to store it as it is.
+        encode: applied to the tensor (in the graph's layout) before it is stored; None to store it as it is.
         stack: the tensors of the checkpoint that it consists of, along a first axis, each encoded by itself; empty if
             it is one tensor.
     """
@@ -116,7 +116,7 @@ def _in_layout(weight: Weight, tensor: Tensor) -> Tensor:
     """A tensor of the checkpoint as the graph has it."""
     if weight.transpose:
         tensor = tensor.t()
-    return tensor if weight.encode is None else weight.encode(tensor.to(torch.float32))
+    return tensor if weight.encode is None else weight.encode(tensor)
 
 
 def _pairs(codes: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from gsx_exporter.quantization.scheme import WeightFormat
 SMALLEST_SCALE = 2.0**-24  # the smallest number above 0 in half precision
 # INT4 codes with zero-points.
 _LOWEST, _HIGHEST = -8.0, 7.0
+# Weights that are widened and rounded at a time: a table of a large model would take several times its size.
+_AT_A_TIME = 1 << 25
 # Shares of a block's range that are tried for its scale: the ends may cost less than a finer step gains.
 _RANGES = (1.0, 0.95, 0.9, 0.85, 0.8)
 
@@ -48,10 +50,22 @@ class Encoded:
 
 
 def round_to_nearest(weight: Tensor, form: WeightFormat, dtype: torch.dtype) -> Encoded:
-    """Codes of a weight [in, out] float32. For an embedding [rows, width], pass the transpose: each row has its scale.
+    """Codes of a weight [in, out], of any float type. For an embedding [rows, width], pass the transpose: each row has
+    its scale.
 
     Args: dtype: of the scales.
     """
+    channels = torch.split(weight, max(1, _AT_A_TIME // len(weight)), dim=1)
+    parts = [_rounded(some.to(torch.float32), form, dtype) for some in channels]
+    if len(parts) == 1:
+        return parts[0]
+    zeros = [one.zero_points for one in parts if one.zero_points is not None]
+    codes, scales = torch.cat([one.codes for one in parts], 1), torch.cat([one.scales for one in parts], 1)
+    return Encoded(form, codes, scales, torch.cat(zeros, 1) if zeros else None)
+
+
+def _rounded(weight: Tensor, form: WeightFormat, dtype: torch.dtype) -> Encoded:
+    """Codes of some output channels."""
     blocks = weight.reshape(-1, form.block_size or len(weight), weight.shape[1])
     scales, zeros = ranges(blocks, form, dtype)
     codes = round_values(blocks, scales[:, None], None if zeros is None else zeros[:, None], form).flatten(0, 1)

@@ -102,7 +102,7 @@ class QuantizationPlan:
         return self.sparing(after).without(first)
 
     def encoded(self, matrix: str, weight: Tensor, dtype: torch.dtype) -> Encoded:
-        """The codes of a quantized matrix. Args: weight: [in, out] float32. dtype: of the scales."""
+        """The codes of a quantized matrix. Args: weight: [in, out]. dtype: of the scales."""
         form = self.matrices[matrix].format
         found = self.chosen.find(matrix, form)
         return found if found is not None else round_to_nearest(weight, form, dtype)
