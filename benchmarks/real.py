@@ -86,6 +86,9 @@ def forms_of(layers: int) -> dict[str, Form]:
         "gsx int8": Form(8, {"quantize": Quantize("int8")}),
         "gsx fp8": Form(8, {"quantize": Quantize("fp8")}),
         "gsx int4": Form(4, {"quantize": Quantize("int4")}),
+        "gsx int8 weights, half of the layers": Form(
+            8, {"policy": "layers", "quantize": Quantize("int8-weights")}, half
+        ),
         "gsx int8, half of the layers": Form(8, {"policy": "layers", "quantize": Quantize("int8")}, half),
         "gsx int4, half of the layers": Form(4, {"policy": "layers", "quantize": Quantize("int4")}, half),
     }
