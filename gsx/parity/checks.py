@@ -67,7 +67,7 @@ def checks_of(result: BudgetResult, limits: Tolerances, quality: QualityLimits) 
         reason="a loss changes by at most twice the error of its logits",
         tokens=result.scored_tokens,
     )
-    if result.rounding is not None and read.rounded:
+    if result.rounding is not None:
         own = result.rounding.logits
         checks.add(
             "PyTorch's own float32: logits, largest error",

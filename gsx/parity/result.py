@@ -22,7 +22,7 @@ class Tokens:
     Args:
         windows: logits, decisions and quality.
         compared: of them, states, K and V, and the fast runner's logits.
-        rounded: of them, the reference's own rounding; 0 where another setting's counts.
+        rounded: of them, the reference's own rounding.
         cached, padded: with the cache, and in a padded batch.
         greedy: of greedy text.
     """
@@ -44,8 +44,7 @@ class BudgetResult:
         kept: [L][attn, mlp] shares of tokens that the reference keeps; 1 where there is no gate.
         kept_share: over all gated branches; None for a dense model.
         windows: whole windows in one call.
-        rounding: the reference in float32 against itself in float64, here or, where `tokens.rounded` is 0, at another
-            setting; None if it is in float32.
+        rounding: the reference in float32 against itself in float64; None if it is in float32.
         single_steps, one_chunk: half of a stretch, then the rest with the cache; None with rank selection.
         padded: two sequences of different lengths in one batch; None for a sample.
         fast_logits: logits of the runner that generates, over whole windows, against the reference's (quantized:

@@ -70,8 +70,7 @@ class _At:
 
     Args:
         windows: the reference's observations.
-        rounding: the reference in float32 against itself in float64; None if it is in float32, or at a setting where
-            that is not measured.
+        rounding: the reference in float32 against itself in float64; None if it is in float32.
         padded: batches to try in turn.
         text, steps: the fast runner's greedy text, and what the reference says of it.
         against: the engine against the reference; fast: the fast runner's logits.
@@ -166,9 +165,7 @@ class Run:
             self._by_fast(found)
             give_back()
             speculated = self._speculated(found)
-            measured = [at.rounding for at in found if at.rounding is not None]
-            usual = measured[0].result() if measured else None
-            return [self._result(at, usual, speculated.get(at.setting)) for at in found]
+            return [self._result(at, speculated.get(at.setting)) for at in found]
 
     def _greedy_texts(self, settings: Sequence[Setting], store: Store) -> list[_At]:
         runner = open_runner(self._bundle, backend=self._backend)
@@ -195,7 +192,7 @@ class Run:
         exit_layer = self.speculation.exit_layer if self.speculation else None
         for at in found:
             side = self._side(reference, at.controls)
-            if self.reference_type == torch.float64 and at.scope.rounded:
+            if self.reference_type == torch.float64:
                 at.rounding = self._comparer()
             for number, window in enumerate(self.windows[: at.scope.windows]):
                 rounded = at.rounding is not None and number < at.scope.rounded
@@ -360,9 +357,8 @@ class Run:
         work = sum(self._speculation_work(at.scope) for at in found) / (2 * max(1, len(texts)))
         return side.results(self.windows, texts, halves, lambda step: self._report(step.stage, work))
 
-    def _result(self, at: _At, usual: Compared | None, speculation: SpeculationResult | None) -> BudgetResult:
-        """The result at one setting. Args: usual: the reference's own rounding, where it was not measured here."""
-        rounding = usual if at.rounding is None else at.rounding.result()
+    def _result(self, at: _At, speculation: SpeculationResult | None) -> BudgetResult:
+        rounding = at.rounding.result() if at.rounding is not None else None
         kept = np.concatenate([want.keep for want in at.windows], axis=-1).mean(axis=-1)
         shares = [kept[layer, BRANCHES.index(branch)] for layer, branch in self.manifest.skippable_places]
         reference_nats, engine_nats = at.quality.nats

@@ -30,8 +30,8 @@ class Scope:
     Args:
         windows: number of windows of text on which logits, decisions and quality are compared.
         compared: how many of them on which states, K and V are compared too, by both runners.
-        rounded: on how many the reference's own rounding is measured, if it is in float64; at a setting without, that
-            of the first setting with some counts.
+        rounded: on how many the reference's own rounding is measured, if it is in float64. At every setting: what is
+            left of a model that was not trained to skip may round ten times as much as the whole.
         greedy_tokens: length of the greedy text.
         portable_greedy: whether the portable runner reads that text too, token by token.
         cached_tokens: length of the stretch that is read with the cache.
@@ -66,5 +66,5 @@ def scopes(
     compared = min(windows, _COMPARED_WINDOWS)
     whole = Scope(windows, compared, 1, min(longest, greedy_tokens), False, _CACHED_TOKENS, TEXTS, False)
     few = min(windows, _OTHER_WINDOWS)
-    part = Scope(few, few, 0, min(other, greedy_tokens), False, _OTHER_CACHED_TOKENS, None, few < windows)
+    part = Scope(few, few, few, min(other, greedy_tokens), False, _OTHER_CACHED_TOKENS, None, few < windows)
     return {setting: everything if full else whole if setting in main else part for setting in settings}

@@ -58,6 +58,10 @@ CASES = {
     "copy, split": Case({"kv_policy": "copy", "budget": 0.5, "draft": "exit:1"}),
     "rank": Case({"select": "rank", "calibration": None}),
     "dense, sliding window": Case(model={"family": "mistral", "sliding_window": 6}),
+    "looped, copy": Case(
+        {"policy": "loops:3,default=2", "kv_policy": "copy"}, {"family": "dory", "layers": 4, "n_output_layers": 1}
+    ),
+    "looped, rejoining": Case({"policy": "loops:2"}, {"family": "ouro"}),
     "a set of layers": Case({"policy": "layers:0,2.mlp"}, {"family": "llama"}),
     "mlp alone, tied head": Case(
         {"budget": 0.6}, {"family": "qwen3", "tied": True, "gate": GateConfig("scalar", "pre_norm", ("mlp",))}
