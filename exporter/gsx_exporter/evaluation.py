@@ -17,8 +17,9 @@ from gsx_exporter.reference.rule import ReferenceRule
 
 # Windows [B, S] int64 -> logits [B, S, V].
 LogitsOf = Callable[[np.ndarray], np.ndarray]
-# Tokens whose next-token distributions are in memory at a time, in float64.
-_BLOCK_TOKENS = 8
+# Tokens whose next-token distributions are in memory at a time, in float64. With a large vocabulary, blocks of fewer than
+# 32 MB would be from glibc's heap, which kept 2 GB of them.
+_BLOCK_TOKENS = 64
 
 
 class Rows(Protocol):
