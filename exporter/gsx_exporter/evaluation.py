@@ -17,8 +17,8 @@ from gsx_exporter.reference.rule import ReferenceRule
 
 # Windows [B, S] int64 -> logits [B, S, V].
 LogitsOf = Callable[[np.ndarray], np.ndarray]
-# Tokens whose next-token distributions are in memory at a time, in float64. With a large vocabulary, blocks of fewer than
-# 32 MB would be from glibc's heap, which kept 2 GB of them.
+# Tokens whose next-token distributions are in memory at a time, in float64. Of a large vocabulary, blocks below
+# 32 MB are from glibc's heap, which kept 2 GB of them.
 _BLOCK_TOKENS = 64
 
 
