@@ -115,7 +115,7 @@ def tiny_checkpoint(
         keys.setdefault("layer_types", (["sliding_attention", "full_attention"] * layers)[:layers])
     ouro.register()
     hf = AutoConfig.for_model(family, **keys)
-    hf.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]]
+    hf.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family, f"{family.title()}ForCausalLM")]
     section: dict[str, Any] = {}
     if gate is not None:
         section |= {"method": "gateskip", "gate": gate.to_dict()}
