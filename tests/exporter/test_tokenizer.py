@@ -14,11 +14,13 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import is_sentencepiece_available
 
+from gsx_exporter.checkpoint import ouro
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.names import TOKENIZER
 from gsx_exporter.checkpoint.tokenizer import has_tokenizer, load_tokenizer, write_tokenizer
 from gsx_exporter.config import FAMILIES, ModelConfig
 from gsx_exporter.errors import CheckpointError
+from tests.tiny import FAMILY_KEYS
 from tests.tokenizer_kinds import BYTES, WORDS, byte_level, sentencepiece, unigram, words
 
 KINDS: dict[str, Callable[[], Tokenizer]] = {
@@ -49,8 +51,9 @@ def put(folder: Path, tokenizer: Tokenizer, *, family: str = "llama", **settings
     tokenizer.save(str(folder / "tokenizer.json"))
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
     write(folder / "tokenizer_config.json", {key: value for key, value in {**names, **settings}.items() if value != ""})
-    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
-    config = AutoConfig.for_model(family, vocab_size=320, pad_token_id=None, **shape)
+    shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 1, "num_key_value_heads": 1}
+    ouro.register()
+    config = AutoConfig.for_model(family, vocab_size=320, pad_token_id=None, **{**shape, **FAMILY_KEYS[family]})
     config.save_pretrained(folder)
     return opened(folder)
 
