@@ -178,7 +178,7 @@ class Attention(nn.Module):
 
     def _rotated(self, x: Tensor, norm: RmsNorm | UnitNorm | None, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
         if norm is not None:
-            x = norm(x.view(x.shape[0], -1, norm.width)).view(x.shape)
+            x = norm(x.view(x.shape[0], x.shape[1] // norm.width, norm.width)).view(x.shape)
         if not self.rotates:
             return x.unsqueeze(0)
         part = self.rotary_dim if self.rotary_dim < self.head_dim else 0
