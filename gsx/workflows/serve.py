@@ -56,11 +56,12 @@ def serve(
         backend: the runtime.
         device: where PyTorch runs; None for a GPU if PyTorch sees one, else the CPU.
         on_start: called with the server's address when it accepts requests.
+    Returns: nothing, when the server has ended.
     Raises:
         UsageError: an option or the address cannot be used, or packages are missing.
         GsxError: the bundle cannot be used.
     Example:
-        >>> gsx.serve("out/demo", port=8000)
+        >>> gsx.serve("out/demo", port=8000)  # doctest: +SKIP
     """
     missing = [package for package in _NEEDS if find_spec(package) is None]
     if missing:
