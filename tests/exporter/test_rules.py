@@ -232,7 +232,7 @@ def test_the_reference_runs_the_published_loop(
     table = region.thresholds(layers, threshold)
     one = torch.ones(1, 1, dtype=torch.bool)
     zeros = torch.zeros(1, 1, dtype=torch.int64)
-    call = MaskCall(zeros, one, ~one, zeros, layers, torch.clone, unread)
+    call = MaskCall(zeros, one, ~one, zeros, layers, None, torch.clone, unread)
     masker = FfnStride(table, stride, np.zeros(1, np.int64)).start(call)
     before = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
     found = []
