@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.experts import Experts, read_experts
@@ -21,6 +20,9 @@ from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.section import finite, known_keys, one_of, whole
 from gsx_exporter.sphere import UNIT_NORM_EPS, Sphere
 from gsx_plugins.errors import UsageError
+
+if TYPE_CHECKING:
+    from gsx_engines.bundle.loops import Loops
 
 GateKind = Literal["vector", "scalar"]
 GateInput = Literal["post_norm", "pre_norm"]
@@ -577,6 +579,7 @@ def _windows(hf: Any, family: Family) -> tuple[int | None, ...]:
 
 def _loops(hf: Any, keys: LoopKeys) -> Loops:
     """How the layers of a looped model run."""
+    from gsx_engines.bundle.loops import Loops  # it needs Pydantic, which `benchmarks.gpu_prefill` does without
 
     def count(key: str | None, least: int) -> int:
         if key is None:
