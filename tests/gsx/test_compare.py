@@ -64,7 +64,7 @@ def test_every_policy_of_a_gated_checkpoint_is_there(report: CompareReport) -> N
     assert (whole.policy, whole.setting, whole.kept, whole.token_ratio) == ("whole model", "layers", 1, 1)
     others = {one.policy for one in report.points[1:]}
     assert others == {"gateskip", "even layers", "exits", "unified", "ffn-skip", "calm"}
-    assert set(report.left_out) == {"router"}
+    assert set(report.left_out) == {"loops", "router"}
     assert "this checkpoint has none" in report.left_out["router"]
     for one in report.points:
         assert min(one.prefill_ms, one.prefill_ratio, one.token_ms, one.token_ratio) > 0
@@ -137,7 +137,7 @@ def test_the_command_says_what_a_dense_checkpoint_lacks(
     found = json.loads(capsys.readouterr().out)
     assert found["points"][0]["setting"] == "dense"
     assert {one["policy"] for one in found["points"][1:]} == {"even layers", "exits", "unified"}
-    assert set(found["left_out"]) == {"gateskip", "router", "ffn-skip", "calm"}
+    assert set(found["left_out"]) == {"gateskip", "router", "ffn-skip", "calm", "loops"}
     assert "cannot reach budget" in found["left_out"]["ffn-skip"]  # which calibration finds
     text = page.read_text(encoding="utf-8")
     assert text.count("<svg") == 1
@@ -172,5 +172,5 @@ def test_with_no_time_one_policy_is_compared(work: Path, model: Path, tiny_text:
     found = compare(model, work, text=tiny_text, tokens=LEAST_TOKENS, seconds=1e-3)
     (policy,) = {one.policy for one in found.points[1:]}
     assert policy == "gateskip"
-    assert {why for name, why in found.left_out.items() if name != "router"} == {"no time was left"}
+    assert {why for name, why in found.left_out.items() if name not in ("loops", "router")} == {"no time was left"}
     assert found.tokens == LEAST_TOKENS
