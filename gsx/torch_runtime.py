@@ -159,11 +159,7 @@ class TorchStage:
             entering = hidden
             if self._loop_entry is not None and self._config.enters_loop(number):
                 first = hidden if first is None else first
-                begun = self._loop_entry(hidden, first)
-                if layer.begins_loop:
-                    layer_call = layer_call._replace(stream=begun)
-                else:
-                    hidden = begun
+                hidden, layer_call = self._loop_entry.before(layer, hidden, first, layer_call)
             below = new.pop(self._config.below(number), None)
             hidden, _, new[number], values = layer(hidden, layer_call, past, below)
             carried = {name: values[name] for name in carried}

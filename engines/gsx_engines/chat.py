@@ -157,7 +157,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks answers for training; here it is only its body."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}  # noqa: RUF012 (Jinja2 declares it so)
 
     def parse(self, parser: Any) -> Any:
         """See Jinja2."""

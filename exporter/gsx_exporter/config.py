@@ -7,7 +7,6 @@ docs/design.md, section 5. The families are rows of one table: what differs betw
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,14 @@ from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.experts import Experts, read_experts
 from gsx_exporter.families import FAMILIES, NORMS_BEFORE, SQRT_WIDTH, Family, LayerNorms, LoopKeys, QkNorm
+from gsx_exporter.rope_config import (
+    ONLY_ROPE,
+    extended_context,
+    read_ropes,
+    rotary_dim,
+    rotary_kinds,
+    switch_lengths,
+)
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.section import finite, known_keys, one_of, whole
 from gsx_exporter.sphere import UNIT_NORM_EPS, Sphere
@@ -28,7 +35,6 @@ GateKind = Literal["vector", "scalar"]
 GateInput = Literal["post_norm", "pre_norm"]
 
 
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2"]
 # Names in transformers (`activations.ACT2FN`).
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -39,8 +45,6 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
     "relu2": "relu2",
 }
-# What a family with one kind of RoPE calls it; others have one for each kind of attention.
-ONLY_ROPE = "all"
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ class ModelConfig:
     @property
     def switches(self) -> bool:
         """Whether longer texts than `max_positions` take other factors of LongRoPE."""
-        return self.max_positions in _switches(self.ropes) and self.max_positions < self.most_positions
+        return self.max_positions in switch_lengths(self.ropes) and self.max_positions < self.most_positions
 
     def of_context(self, positions: int) -> ModelConfig:
         """The same model for texts of up to this many tokens.
@@ -295,7 +299,7 @@ class ModelConfig:
                 expected="silu",
                 found=repr(activation),
             )
-        ropes = _ropes(hf, family)
+        ropes = read_ropes(hf, family)
         section = getattr(hf, "gsx", None) or {}
         known_keys("gsx", section, ("method", "gate", "router", "exits", "exit_classifiers"))
         loops = _loops(hf, family.loops) if family.loops else None
@@ -311,7 +315,7 @@ class ModelConfig:
                 "config.json: gsx has gates and routers", expected='one of "gate" and "router": each is a keep rule'
             )
         head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-        rotary, most = _rotary(hf, family, ropes), _context(hf.max_position_embeddings, ropes)
+        rotary, most = rotary_kinds(hf, family, ropes), extended_context(hf.max_position_embeddings, ropes)
         router = RouterConfig.from_dict(section["router"], num_layers) if "router" in section else None
         if router is not None and router.adapter and any(norms.after for norms in family.norms.values()):
             raise CheckpointError(
@@ -327,7 +331,7 @@ class ModelConfig:
             num_heads=hf.num_attention_heads,
             num_kv_heads=hf.num_key_value_heads or hf.num_attention_heads,
             head_dim=head_dim,
-            max_positions=min([most, *_switches(ropes)]),
+            max_positions=min([most, *switch_lengths(ropes)]),
             most_positions=most,
             rms_norm_eps=UNIT_NORM_EPS if family.sphere else hf.rms_norm_eps,
             tied_head=bool(hf.tie_word_embeddings),
@@ -342,7 +346,7 @@ class ModelConfig:
             scales=_scales(hf, family),
             ropes=ropes,
             rotary=rotary,
-            rotary_dim=_rotary_dim(head_dim, ropes),
+            rotary_dim=rotary_dim(head_dim, ropes),
             windows=_windows(hf, family),
             experts=experts,
             loops=None,
@@ -437,94 +441,6 @@ def _check_shape(hf: Any) -> None:
             found=str(pad),
             todo="set it to null: gsx pads nothing with it",
         )
-
-
-def _ropes(hf: Any, family: Family) -> dict[str, dict[str, Any]]:
-    """The kinds of RoPE, checked, in order of first use."""
-    given = dict(hf.rope_parameters or {})
-    if not family.ropes_by_layer_type:
-        return {ONLY_ROPE: _rope(given, family)}
-    return {kind: _rope(dict(given.get(kind) or {}), family) for kind in dict.fromkeys(hf.layer_types)}
-
-
-def _rope(rope: dict[str, Any], family: Family) -> dict[str, Any]:
-    """The parameters of one kind of RoPE, checked."""
-    kind = rope.get("rope_type", "default")
-    if kind not in ROPE_KINDS:
-        raise CheckpointError(
-            "config.json: this kind of RoPE scaling is not supported",
-            expected="one of " + ", ".join(ROPE_KINDS),
-            found=repr(kind),
-        )
-    finite("rope_theta", rope.get("rope_theta"))
-    if kind in ("linear", "dynamic"):  # the other kinds find a factor themselves where there is none
-        finite("the factor of RoPE scaling", rope.get("factor"))
-    part = rope.get("partial_rotary_factor", 1.0)
-    if kind == "default" and not family.partial_rotary:
-        return {**rope, "partial_rotary_factor": 1.0}  # transformers does not read the key either
-    if part != 1.0 and not family.partial_rotary:
-        raise CheckpointError(
-            "config.json: a partial rotary embedding is not supported in this family",
-            expected="partial_rotary_factor 1.0",
-            found=str(part),
-        )
-    return rope
-
-
-def _rotary(hf: Any, family: Family, ropes: Mapping[str, Any]) -> tuple[str | None, ...]:
-    """Per layer, its kind of RoPE; None for a layer without."""
-    layers = hf.num_hidden_layers
-    kinds = [ONLY_ROPE] * layers if ONLY_ROPE in ropes else list(hf.layer_types)
-    if family.unrotated is None:
-        return tuple(kinds)
-    rotates = getattr(hf, family.unrotated)
-    if not isinstance(rotates, list) or len(rotates) < layers:
-        raise CheckpointError(
-            f"config.json: {family.unrotated} does not say for every layer whether it has RoPE",
-            expected=f"a list of {layers} or more numbers 0 and 1",
-            found=repr(rotates),
-        )
-    return tuple(kind if rotated else None for kind, rotated in zip(kinds, rotates, strict=False))
-
-
-def _rotary_dim(head_dim: int, ropes: Mapping[str, Mapping[str, Any]]) -> int:
-    """The part of a head that is rotated, as transformers counts it."""
-    parts = {rope.get("partial_rotary_factor", 1.0) for rope in ropes.values()}
-    part = parts.pop()
-    finite("partial_rotary_factor", part)
-    dim = int(head_dim * part)
-    if parts or not 0 < dim <= head_dim or dim % 2:
-        raise CheckpointError(
-            "config.json: partial_rotary_factor gives no part of a head that RoPE can rotate",
-            expected=f"one factor for all layers, which makes an even number of the head's {head_dim} elements",
-            found=str(part),
-        )
-    return dim
-
-
-def _context(positions: int, ropes: Mapping[str, Mapping[str, Any]]) -> int:
-    """The number of positions that the model was made for.
-
-    Scaled RoPE extends the context over `max_position_embeddings`, which model cards advise to leave as it is: to the
-    factor times the original length (vLLM reads it so).
-    """
-    return max(_extended(positions, rope) for rope in ropes.values())
-
-
-def _switches(ropes: Mapping[str, Mapping[str, Any]]) -> list[int]:
-    """The lengths of a text above which LongRoPE takes other factors."""
-    found = [rope["original_max_position_embeddings"] for rope in ropes.values() if rope.get("rope_type") == "longrope"]
-    for length in found:
-        whole("original_max_position_embeddings", length, 2)
-    return found
-
-
-def _extended(positions: int, rope: Mapping[str, Any]) -> int:
-    factor = rope.get("factor")
-    if not isinstance(factor, int | float) or not math.isfinite(factor):
-        return positions
-    original = rope.get("original_max_position_embeddings")
-    return max(positions, int(factor * (original if isinstance(original, int) else positions)))
 
 
 def _scales(hf: Any, family: Family) -> Scales:

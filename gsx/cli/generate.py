@@ -127,13 +127,11 @@ def _chat(
     with loading():
         from gsx.workflows.chat import Chat
         from gsx.workflows.generate import Generator
-        from gsx_engines.bundle.controls import KeepSettings
         from gsx_engines.sampling import Sampling
         from gsx_plugins.errors import UsageError
 
     values = vars(sampling) | {"logit_bias": sampling.logit_bias or {}}
-    kept = KeepSettings(keep.budget, keep.layers, keep.exit_layer, keep.speedup, keep.exit_threshold)
-    source = Generator(bundle, kept, Sampling(**values), threads=threads, **vars(drafting), **vars(backend))
+    source = Generator(bundle, keep.settings(), Sampling(**values), threads=threads, **vars(drafting), **vars(backend))
     chat = Chat(source, max_new_tokens, stop)
     for message in _messages(prompt):
         try:

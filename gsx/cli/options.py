@@ -13,9 +13,12 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
+
+if TYPE_CHECKING:
+    from gsx_engines.bundle.controls import KeepSettings
 
 BundleArgument = Annotated[Path, typer.Argument(help="A bundle's directory.", show_default=False)]
 ModelArgument = Annotated[str, typer.Argument(help="A model directory or a hub id.", show_default=False)]
@@ -79,6 +82,13 @@ class KeepOptions:
         int | None,
         typer.Option(help="How many loops of a looped model run (policy loops).", show_default="as exported"),
     ] = None
+
+    def settings(self) -> KeepSettings:
+        """The options as an engine takes them."""
+        from gsx_engines.bundle.controls import KeepSettings
+
+        values = dict(vars(self))
+        return KeepSettings(exit=values.pop("exit_layer"), **values)
 
 
 def biases_of(text: str) -> dict[int, float]:

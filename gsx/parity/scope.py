@@ -31,7 +31,7 @@ class Scope:
         windows: number of windows of text on which logits, decisions and quality are compared.
         compared: how many of them on which states, K and V are compared too, by both runners.
         rounded: on how many the reference's own rounding is measured, if it is in float64. At every setting: what is
-            left of a model that was not trained to skip may round ten times as much as the whole.
+            left of a model that was not trained to skip rounds more than the whole (measured: 3.6 times).
         greedy_tokens: length of the greedy text.
         portable_greedy: whether the portable runner reads that text too, token by token.
         cached_tokens: length of the stretch that is read with the cache.

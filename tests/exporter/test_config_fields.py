@@ -15,9 +15,9 @@ from transformers import AutoConfig
 
 from gsx_exporter.checkpoint import ouro
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import ROPE_KINDS
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.families import FAMILIES
+from gsx_exporter.rope_config import ROPE_KINDS
 from tests.exporter.test_checkpoint import LLAMA3, YARN, config, expected, legacy_rope, logits, same
 from tests.tiny import tiny_checkpoint
 

@@ -129,7 +129,7 @@ def test_the_traced_decoder_keeps_what_the_masks_keep(
             ran = walk.through(number, layer, stream)
             for branch, column in (("attn", 0), ("mlp", 1)):
                 if branch in ran:
-                    assert ran[branch].view(ids.shape).tolist() == output.keep[number][column].tolist()  # type: ignore[index]
+                    assert ran[branch].view(ids.shape).tolist() == output.keep[number][column].tolist()
             cached = reference.cached(output)[number]
             torch.testing.assert_close(stream.below[number].key, cached.keys, atol=ATOL, rtol=0)
             torch.testing.assert_close(stream.below[number].value, cached.values, atol=ATOL, rtol=0)

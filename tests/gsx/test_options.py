@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from gsx.cli.options import grouped, seconds_of
+from gsx.cli.options import KeepOptions, grouped, seconds_of
+from gsx_engines.bundle.controls import KeepSettings
+from gsx_engines.serving.fields import INPUTS
+from gsx_engines.serving.openai_requests import GsxOptions
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,12 @@ def test_durations(text: str, seconds: float) -> None:
 def test_what_is_no_duration_is_refused(text: str) -> None:
     with pytest.raises(typer.BadParameter, match="is not a duration such as 90s"):
         seconds_of(text)
+
+
+@pytest.mark.parametrize("setting", [field.name for field in fields(KeepSettings)])
+def test_a_keep_setting_can_be_given_in_every_way(setting: str) -> None:
+    option = "exit_layer" if setting == "exit" else setting
+    given: dict[str, Any] = {option: 3}
+    assert KeepOptions(**given).settings() == KeepSettings(**{setting: given[option]})
+    assert setting in GsxOptions.model_fields
+    assert setting in {field.name for field in INPUTS}

@@ -14,6 +14,7 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 import gsx
 from gsx_engines.bundle.bundle import Bundle, open_bundle
@@ -66,6 +67,12 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 FINISH = {"length": "length", "end-of-text": "stop", "stopped": "stop", "context": "length"}
 
 
+def extra(answer: BaseModel) -> dict[str, Any]:
+    """What an answer has beside OpenAI's own fields."""
+    assert answer.model_extra is not None
+    return answer.model_extra
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_completions(server: HttpServer, gated: Bundle, way: str) -> None:
     asked, options = WAYS[way]
@@ -75,7 +82,7 @@ def test_completions(server: HttpServer, gated: Bundle, way: str) -> None:
     assert found.choices[0].finish_reason == FINISH[alone.finish]
     assert found.usage is not None
     assert (found.usage.prompt_tokens, found.usage.completion_tokens) == (len(alone.prompt_ids), len(alone.ids))
-    figures = found.model_extra["gsx"]  # type: ignore[index]
+    figures = extra(found)["gsx"]
     if way == "speculative":
         return
     assert figures["kept_share"] == alone.stats.kept_share
@@ -106,7 +113,7 @@ def test_speculative_figures_are_those_that_load_generators_read(server: HttpSer
     found = server.client.completions.create(
         model="tiny", prompt=PROMPT, max_tokens=30, temperature=0, extra_body={"gsx": {"speculative": True}}
     )
-    figures = found.model_extra["metrics"]["speculative_decoding"]  # type: ignore[index]
+    figures = extra(found)["metrics"]["speculative_decoding"]
     histogram, steps = figures["acceptance_histogram"], figures["num_spec_steps"]
     assert len(histogram) == figures["num_spec_tokens"] + 1
     assert sum(histogram) == steps == len(figures["per_step_accepted"]) == len(figures["per_step_drafted"]) > 0
@@ -155,7 +162,9 @@ def test_log_probabilities_and_echo(server: HttpServer, gated: Bundle) -> None:
     prefix = gsx.generate(gated, ids=alone.prompt_ids[:5], max_new_tokens=1, logprobs=20, speculative=False)
     assert prefix.logprobs is not None
     top = dict(prefix.logprobs[0].top)
-    best = max(scored.top_logprobs[5].values())  # type: ignore[index, union-attr]
+    assert scored.top_logprobs is not None
+    assert scored.top_logprobs[5] is not None
+    best = max(scored.top_logprobs[5].values())
     assert best == pytest.approx(max(top.values()), abs=1e-4)
 
 
@@ -191,7 +200,7 @@ def test_chats(chatting: HttpServer, chat_bundle: Path, template: ChatTemplate) 
     assert stream[0].choices[0].delta.role == "assistant"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == alone.text
     assert stream[-1].choices[0].finish_reason == FINISH[alone.finish]
-    assert stream[-1].model_extra["gsx"]["layers"] == 2  # type: ignore[index]
+    assert extra(stream[-1])["gsx"]["layers"] == 2
 
 
 def test_what_a_request_leaves_out(chatting: HttpServer, chat_bundle: Path, template: ChatTemplate) -> None:
@@ -207,13 +216,13 @@ def test_what_a_request_leaves_out(chatting: HttpServer, chat_bundle: Path, temp
             model="tiny", messages=TOLD, temperature=0, max_tokens=6, extra_body={"gsx": {**gsx_options, "kept": True}}
         )
         assert found.choices[0].message.content == alone.text
-        kept = found.model_extra["kept"][0]  # type: ignore[index]
+        kept = extra(found)["kept"][0]
         assert kept == [[[1, 1], [0, 0]]] * (len(alone.ids) - 1)
 
 
 def test_models_health_version_and_the_page(server: HttpServer, chatting: HttpServer) -> None:
     assert [model.id for model in server.client.models.list()] == ["tiny"]
-    assert server.client.models.retrieve("tiny").model_extra["gsx"]["draft"] == "exit:2"  # type: ignore[index]
+    assert extra(server.client.models.retrieve("tiny"))["gsx"]["draft"] == "exit:2"
     for path, words in (("/health", "ok"), ("/health/ready", "ready"), ("/version", gsx.__version__), ("/", "<html")):
         status, text, _ = chatting.ask(path, headers={"Authorization": ""})
         assert status == 200

@@ -30,7 +30,7 @@ KEPT = """() => {
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="the page needs a browser: pip install playwright")
     if BROWSER is None:
-        pytest.skip("the page needs a browser: install chromium")
+        pytest.skip("the page needs a browser: apt-get install chromium")
     with sync_api.sync_playwright() as play:
         opened = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
         yield opened

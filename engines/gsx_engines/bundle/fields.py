@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SerializerFunctionWrapHandler,
+    WithJsonSchema,
+    model_serializer,
+)
 
 Threshold = Annotated[
     float,
@@ -26,6 +35,18 @@ class Section(BaseModel):
     """A part of the manifest. Unknown keys and wrong types are refused; a section is immutable."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=True)
+
+
+class SparseSection(Section):
+    """A section without the keys that have nothing to say: readers of bundles that were made before these keys were
+    there refuse unknown ones. `sparse` names them."""
+
+    sparse: ClassVar[frozenset[str]]
+
+    @model_serializer(mode="wrap")
+    def _leave_out(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = fields(self)
+        return {name: value for name, value in values.items() if value or name not in self.sparse}
 
 
 class TensorInfo(Section):

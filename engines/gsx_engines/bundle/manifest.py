@@ -7,13 +7,13 @@ of null means minus infinity (keep everything), since JSON has no infinities.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import Field, model_validator
 
 from gsx_engines.bundle.drafts import DraftEntry
 from gsx_engines.bundle.engine_entry import EngineEntry
-from gsx_engines.bundle.fields import Budget, FileName, Scale, Section, Sha256, TensorInfo
+from gsx_engines.bundle.fields import Budget, FileName, Scale, Section, Sha256, SparseSection, TensorInfo
 from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.policy import Policy, gateskip_policy
 from gsx_engines.bundle.selection import CalibrationText, Selection
@@ -22,7 +22,7 @@ from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy, Precision
 SCHEMA_VERSION: Literal[1] = 1
 
 
-class SourceModel(Section):
+class SourceModel(SparseSection):
     """Where the weights come from.
 
     Args:
@@ -32,22 +32,21 @@ class SourceModel(Section):
             without notes does not have the key, like those of bundles that were written before it was there.
     """
 
+    sparse: ClassVar[frozenset[str]] = frozenset({"notes"})
+
     model: str
     weights_sha256: Sha256
     notes: tuple[str, ...] = ()
 
-    @model_serializer(mode="wrap")
-    def _leave_out_no_notes(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = fields(self)
-        return {name: value for name, value in values.items() if name != "notes" or value}
 
-
-class DecoderShape(Section):
+class DecoderShape(SparseSection):
     """Shape of the decoder. Sizes are numbers of elements; `windows` are attention windows in tokens (null: none).
 
     Args: loops: how the layers of a looped model run; then `num_layers` counts visits, and all that is by layer is by
         visit. Other manifests do not have the key.
     """
+
+    sparse: ClassVar[frozenset[str]] = frozenset({"loops"})
 
     family: str
     vocab_size: int
@@ -67,11 +66,6 @@ class DecoderShape(Section):
     def stored_layers(self) -> int:
         """How many layers have weights."""
         return self.num_layers if self.loops is None else self.loops.layers
-
-    @model_serializer(mode="wrap")
-    def _leave_out_no_loops(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = fields(self)
-        return {name: value for name, value in values.items() if name != "loops" or value is not None}
 
 
 class Gates(Section):
@@ -203,8 +197,10 @@ class WeightsEntry(Section):
     size_bytes: int
 
 
-class Manifest(Section):
+class Manifest(SparseSection):
     """The whole of `gsx.json`. A bundle without a chat template does not have the key, like those of 0.1.0."""
+
+    sparse: ClassVar[frozenset[str]] = frozenset({"chat_template"})
 
     schema_version: Literal[1]
     gsx_version: str
@@ -224,11 +220,6 @@ class Manifest(Section):
     chat_template: ChatTemplateEntry | None = None
 
     engines: Mapping[FileName, EngineEntry] = Field(default_factory=dict)
-
-    @model_serializer(mode="wrap")
-    def _leave_out_no_template(self, fields: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = fields(self)
-        return {name: value for name, value in values.items() if name != "chat_template" or value}
 
     @model_validator(mode="before")
     @classmethod

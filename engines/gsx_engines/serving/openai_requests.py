@@ -6,6 +6,7 @@ about the user or the bill are accepted. What only gsx has is in one object, `gs
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -124,9 +125,7 @@ class _Generating(_Body):
         return Request(
             prompt=prompt,
             max_new_tokens=most_new if self.max_tokens is None else self.max_tokens,
-            keep=KeepSettings(
-                options.budget, options.layers, options.exit, options.speedup, options.exit_threshold, options.loops
-            ),
+            keep=KeepSettings(**options.model_dump(include={field.name for field in fields(KeepSettings)})),
             sampling=self._sampling(),
             stop=stop,
             stop_ids=frozenset() if self.ignore_eos else stop_ids,

@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -42,7 +42,8 @@ MAX_PROMPT_LOGITS = 2**28
 
 @dataclass
 class _Prompt:
-    """The prompt of a request; once a continuation has read it, the output of that call and its logits [V]."""
+    """The prompt of a request; once a continuation has read it, the output of that call, without logits, and the last
+    token's logits [V]."""
 
     output: StepOutput | None = None
     row: int = 0
@@ -331,9 +332,10 @@ class Scheduler:
         else:
             whole = job.request.prompt_logprobs
             rows, controls = self._rows([job]), self._controls([job])
-            prompt.output = read(self._runner, self._cache, rows, controls, "all" if whole else "last")
-            prompt.row = row
-            logits = prompt.output.logits[row]
+            output = read(self._runner, self._cache, rows, controls, "all" if whole else "last")
+            logits = output.logits[row]
+            # The continuations need its counts; the logits of a scored prompt may be a GiB.
+            prompt.output, prompt.row = replace(output, logits=output.logits[:, :0]), row
             prompt.logits = logits[length - 1 if whole else 0].copy()
             if whole:
                 count, behind = job.request.logprobs or 0, job.sequence.prompt[1:]

@@ -15,6 +15,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -139,17 +140,13 @@ class TritonPythonModel:
         check_stops(stop)
         layers = given["layers"]
         check_layers(len(layers or b""))
+        keep = {field.name: given[field.name] for field in fields(KeepSettings)}
+        if layers is not None:
+            keep["layers"] = _text(layers, "layers")
         return Request(
             prompt=self._prompt(text) if text is not None else _ids(ids, self._scheduler.context),
             max_new_tokens=128 if given["max_tokens"] is None else given["max_tokens"],
-            keep=KeepSettings(
-                budget=given["budget"],
-                layers=_text(layers, "layers") if layers is not None else None,
-                exit=given["exit"],
-                speedup=given["speedup"],
-                exit_threshold=given["exit_threshold"],
-                loops=given["loops"],
-            ),
+            keep=KeepSettings(**keep),
             sampling=Sampling(**{name: given[name] for name in _SAMPLING if given[name] is not None}),
             stop=stop,
             speculative=bool(given["speculative"]),

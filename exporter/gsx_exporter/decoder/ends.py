@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gsx_exporter.config import ModelConfig
-from gsx_exporter.decoder.layer import CallState, DecoderOptions
+from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.decoder.norm import norm_of
 from gsx_exporter.decoder.rotary import RotaryTables
@@ -112,6 +112,11 @@ class LoopEntry(nn.Module):
         """hidden, and the state that entered the first loop, [N, H] -> [N, H]."""
         normed = self.norm(hidden)
         return normed + self.norm(first) if self.rejoins else normed
+
+    def before(self, layer: DecoderLayer, hidden: Tensor, first: Tensor, call: CallState) -> tuple[Tensor, CallState]:
+        """What a layer that begins a loop reads: where a token may leave the loop out, its own state stays as it is."""
+        begun = self(hidden, first)
+        return (hidden, call._replace(stream=begun)) if layer.begins_loop else (begun, call)
 
 
 class Shared(NamedTuple):

@@ -36,7 +36,11 @@ class Linear(nn.Module):
 
 
 class Mlp(nn.Module):
-    """A gated linear unit: down(norm(activation(gate(x)) * up(x))). Args: norm: of the inner state; None for none."""
+    """A gated linear unit: down(norm(activation(gate(x)) * up(x))).
+
+    Args: norm: of the inner state; None for none.
+    Attributes: rows_at_a_time: None for all; fewer where memory counts, since the inner state is a layer's widest.
+    """
 
     def __init__(
         self,
@@ -53,8 +57,14 @@ class Mlp(nn.Module):
         self.up_proj = Linear(hidden_size, width, bias, dtype)
         self.norm = norm
         self.down_proj = Linear(width, hidden_size, bias, dtype)
+        self.rows_at_a_time: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """[K, H] -> [K, H]."""
+        if self.rows_at_a_time is None:
+            return self._of(x)
+        return torch.cat([self._of(rows) for rows in torch.split(x, self.rows_at_a_time)])
+
+    def _of(self, x: Tensor) -> Tensor:
         inner = self.activation(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(inner if self.norm is None else self.norm(inner))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from gsx_exporter.config import ONLY_ROPE, ModelConfig
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.rope_config import ONLY_ROPE
 
 
 class RotaryTables(nn.Module):

@@ -33,7 +33,6 @@ RoundRows = Callable[[Tensor], Callable[[], Tensor] | None]
 
 # Numbers that the head gives at a time (whole windows, at least one), and those of its weights that are widened for it.
 _LOGITS, _HEAD_WEIGHTS = 1 << 26, 1 << 25
-# Rows that the MLP runs over at a time: what is between its products is the widest state of a layer.
 _MLP_ROWS = 1024
 
 
@@ -121,7 +120,7 @@ class Walk:
         """One layer, to be kept."""
         layer = load_layer(self.checkpoint, number, self.options)
         if isinstance(layer.mlp, Mlp):
-            _in_blocks(layer.mlp)
+            layer.mlp.rows_at_a_time = _MLP_ROWS
         return layer
 
     def through(
@@ -136,11 +135,7 @@ class Walk:
         call, config, entering = self._call_state(number, stream), layer.config, stream.hidden
         if self._loop_entry is not None and config.enters_loop(number):
             stream.first = stream.hidden if stream.first is None else stream.first
-            begun = self._loop_entry(stream.hidden, stream.first)
-            if layer.begins_loop:
-                call = call._replace(stream=begun)
-            else:
-                stream.hidden = begun
+            stream.hidden, call = self._loop_entry.before(layer, stream.hidden, stream.first, call)
         empty = stream.hidden.new_zeros((len(self.ids), config.num_kv_heads, 0, config.head_dim))
         attn = self._rows(layer, "attn", stream, call, choose)
         past = KeyValue(empty, empty)
@@ -203,13 +198,3 @@ class Walk:
         values = rule.values_of(number, stream.inputs, stream.entered) if rule else {}
         assert self._call is not None, "no stream was made"
         return self._call.of_layer(self.checkpoint.config, number, values)
-
-
-def _in_blocks(mlp: Mlp) -> None:
-    """Make an MLP run over some rows at a time. Its products keep their names."""
-    whole = mlp.forward
-
-    def forward(x: Tensor) -> Tensor:
-        return torch.cat([whole(rows) for rows in torch.split(x, _MLP_ROWS)])
-
-    mlp.forward = forward  # type: ignore[method-assign]
