@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from inspect import signature
 from pathlib import Path
@@ -19,6 +18,7 @@ from gsx_engines.building.profiles import DEFAULT_PREFILL_TOKENS
 from gsx_engines.defaults import BUILD_CONTEXT
 from gsx_engines.lowering.for_tensorrt.task import MAX_TOPK
 from gsx_engines.runners.tensorrt import WINDOW_STEP
+from gsx_engines.serving import limits
 from gsx_engines.serving.request import Request
 from gsx_engines.serving.scheduler import Scheduler
 from gsx_engines.speculation import adapt
@@ -41,23 +41,6 @@ SLOTS, QUEUE = (signature(Scheduler).parameters[name].default for name in ("slot
 NEW_TOKENS = signature(Request).parameters["max_new_tokens"].default
 INT8, INT4, FP8 = (SCHEMES[name] for name in ("int8", "int4", "fp8"))
 ROUNDED = (ACTIVATIONS, WEIGHTS, FOUR_BITS, HALF)
-
-
-def literals(module: str) -> dict[str, int]:
-    """The numbers that a module gives names to, read from its source: Triton's model imports only inside Triton."""
-    found: dict[str, int] = {}
-    for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign):
-            target = node.targets[0]
-            names = target.elts if isinstance(target, ast.Tuple) else [target]
-            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
-            for name, value in zip(names, values, strict=False):
-                if isinstance(name, ast.Name) and isinstance(value, ast.Constant) and isinstance(value.value, int):
-                    found[name.id] = value.value
-    return found
-
-
-TRITON = literals("engines/gsx_engines/serving/triton_model.py")
 
 
 def percent(share: float | None) -> str:
@@ -107,10 +90,10 @@ PHRASES = {
         f"SmoothQuant, alpha {INT8.smoothing:g} for INT8 and {INT4.smoothing:g} for INT4",
         f"layers {FP8.high_layers} to {FP8.high_layers + FP8.weight_only_layers - 1} have only their weights in 8 bits",
         f"on {MEASURED_TOKENS:,} tokens after the calibration text",
-        f"| `--max-divergence` | {' | '.join(f'{limits.divergence} nats' for limits in ROUNDED)} |",
-        f"| `--min-top1` | {' | '.join(percent(limits.top1) for limits in ROUNDED)} |",
-        f"| `--max-perplexity-increase` | {' | '.join(percent(limits.perplexity_increase) for limits in ROUNDED)} |",
-        f"| `--max-flipped` | {' | '.join(percent(limits.flipped) for limits in ROUNDED[:3])} |",
+        f"| `--max-divergence` | {' | '.join(f'{rounded.divergence} nats' for rounded in ROUNDED)} |",
+        f"| `--min-top1` | {' | '.join(percent(rounded.top1) for rounded in ROUNDED)} |",
+        f"| `--max-perplexity-increase` | {' | '.join(percent(rounded.perplexity_increase) for rounded in ROUNDED)} |",
+        f"| `--max-flipped` | {' | '.join(percent(rounded.flipped) for rounded in ROUNDED[:3])} |",
         f"With 8 bits {QUALITY_TOKENS:,} tokens are read by default: with {VERIFY_TOKENS:,},",
     ),
     "docs/speculation.md": (
@@ -126,8 +109,8 @@ PHRASES = {
         f"whose steps share one batch; {SLOTS}.",
         f"requests that may wait; {QUEUE}.",
         f"the most new tokens; {NEW_TOKENS}",
-        f"at most {TRITON['MAX_STOPS']}, of at most {TRITON['MAX_STOP_BYTES']} bytes",
-        f"`layers` has at most {TRITON['MAX_LAYERS_BYTES']:,} bytes",
+        f"at most {limits.MAX_STOPS}, of at most {limits.MAX_STOP_BYTES} bytes",
+        f"`layers` has at most {limits.MAX_LAYERS_BYTES:,} bytes",
     ),
     "plugins/gsx_plugins/topk_gather/README.md": (f"K is at most {MAX_TOPK:,}",),
 }

@@ -10,7 +10,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from gsx_engines.bundle.manifest import Manifest
@@ -34,13 +33,6 @@ _OBJECTS: dict[Kind, tuple[str, str, str]] = {  # of a whole answer, of a chunk,
     "completion": ("text_completion", "text_completion", "cmpl-"),
     "chat": ("chat.completion", "chat.completion.chunk", "chatcmpl-"),
 }
-
-
-@dataclass
-class _Written:
-    """What a choice has so far: its text's length, for offsets of log-probabilities."""
-
-    length: int = 0
 
 
 class Answer:
@@ -71,7 +63,8 @@ class Answer:
         whole, chunk, prefix = _OBJECTS[kind]
         self._head = {"id": prefix + uuid.uuid4().hex, "created": int(time.time()), "model": model}
         self._whole, self._chunk = whole, chunk
-        self._written = [_Written() for _ in range(len(requests) * choices)]
+        # Of each choice: the length of its text so far, for offsets of log-probabilities.
+        self._lengths = [0] * (len(requests) * choices)
 
     def request_of(self, index: int) -> Request:
         """The request of a choice."""
@@ -105,9 +98,9 @@ class Answer:
     def first_chunks(self) -> list[dict[str, Any]]:
         """The chunks before any token: a chat's role, a completion's echo."""
         if self._kind == "chat":
-            roles = range(len(self._written))
+            roles = range(len(self._lengths))
             return [self._chunk_of(index, {"delta": {"role": "assistant", "content": ""}}) for index in roles]
-        echoed = [(index, self._echo[index // self.choices]) for index in range(len(self._written)) if self._echo]
+        echoed = [(index, self._echo[index // self.choices]) for index in range(len(self._lengths)) if self._echo]
         return [self._chunk_of(index, {"text": text}) for index, text in echoed]
 
     def chunk(self, index: int, new: NewTokens) -> dict[str, Any]:
@@ -188,8 +181,8 @@ class Answer:
         texts = [self._tokenizer.token_text(token) for token, _ in tokens]
         offsets = []
         for text in texts:
-            offsets.append(self._written[index].length)
-            self._written[index].length += len(text)
+            offsets.append(self._lengths[index])
+            self._lengths[index] += len(text)
         return {
             "tokens": texts,
             "token_logprobs": [None if one is None else _finite(one.logprob) for _, one in tokens],
