@@ -9,6 +9,7 @@ from typing import Any
 
 from gsx.pages.figures import COLOURS, GREY, Plot, logarithmic, svg
 from gsx.pages.render import write_page
+from gsx.parity.estimate import Estimate
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class Point:
     Args:
         policy, setting: names.
         prompt_kept, kept: share of all (token, branch) pairs that ran, in prompts and in the tokens after them.
-        perplexity: of the tokens after the prompts.
+        perplexity: of the tokens after the prompts. divergence: mean KL divergence of their next-token distributions
+            from the whole model's, in nats; differing: share of these whose most likely token is another one.
         prefill_ms: of a prompt, median of the rounds; prefill_ratio: over the whole model's, median of ratios within a
             round.
         token_ms, token_ratio: the same for a single token.
@@ -29,6 +31,8 @@ class Point:
     prompt_kept: float
     kept: float
     perplexity: float
+    divergence: Estimate
+    differing: Estimate
     prefill_ms: float
     prefill_ratio: float
     token_ms: float
