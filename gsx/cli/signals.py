@@ -22,6 +22,7 @@ class _State:
     received: int | None = None
     at = 0.0
     nothing_begun = False
+    kept: str | None = None
 
 
 def install() -> None:
@@ -47,6 +48,19 @@ def forget_ctrl_c() -> bool:
         return False
     _State.received = None
     return True
+
+
+@contextmanager
+def kept_on_interrupt(what: str) -> Iterator[None]:
+    """While something is under way that leaves parts of value: an interruption says what was kept."""
+    _State.kept = what
+    yield
+    _State.kept = None  # after an interruption it stays, to be said
+
+
+def interrupted() -> str:
+    """What to say of an interruption."""
+    return INTERRUPTED if _State.kept is None else f"{INTERRUPTED}; {_State.kept}"
 
 
 @contextmanager

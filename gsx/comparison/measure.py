@@ -22,8 +22,10 @@ from gsx_engines.bundle.words import BRANCHES
 from gsx_engines.runners.base import StepOutput
 from gsx_engines.runners.select import open_runner
 from gsx_exporter.evaluation import next_tokens
-from gsx_plugins.progress import OnProgress, Progress
+from gsx_plugins.progress import OnProgress, Progress, silent
 
+# The fewest tokens that say anything, prompts included.
+LEAST_TOKENS = 512
 # Number of single tokens of a window that are timed.
 STEPS = 16
 # Rounds that count: at least, and at most while time is left. One round before them is a warm-up.
@@ -83,13 +85,22 @@ class MeasuredBundle:
         # One cache for all calls, so that its bindings are made once.
         self._cache = self._runner.new_cache(1, windows.shape[1])
 
-    def score(self, keep: KeepSettings, whole: WholeModel, windows: slice = slice(None)) -> Score:
+    def score(
+        self,
+        keep: KeepSettings,
+        whole: WholeModel,
+        windows: slice = slice(None),
+        *,
+        on_progress: OnProgress = silent,
+    ) -> Score:
         """Run windows with a setting, and compare it with the whole model.
 
         Args: windows: which of them, from the first on.
         """
         prompts, rests, tokens = [], [], []
+        total = len(self._windows[windows])
         for number, (prompt_kept, kept, logits, rest) in enumerate(self.run(keep, windows)):
+            on_progress(Progress("scoring", number, total))
             prompts.append(prompt_kept)
             rests.append(kept)
             tokens.append(next_tokens(rest, whole.of(number, logits), logits))
@@ -131,6 +142,15 @@ class MeasuredBundle:
         """Share of all (token, branch) pairs of a call that ran. Branches that no rule may skip always run."""
         skipped = 0 if output.kept is None else output.gated_rows - int(output.kept.sum())
         return 1 - skipped / (ids.size * self.bundle.manifest.decoder.num_layers * len(BRANCHES))
+
+
+def windows_in(seconds: float, bundle: Bundle, windows: np.ndarray, keep: KeepSettings) -> int:
+    """How many windows are scored in some seconds, at least as many as the fewest tokens need."""
+    measured = MeasuredBundle(bundle, windows[:1])
+    list(measured.run(keep))
+    began = time.monotonic()
+    list(measured.run(keep))
+    return max(math.ceil(LEAST_TOKENS / windows.shape[1]), int(seconds / (time.monotonic() - began)))
 
 
 def in_turn(

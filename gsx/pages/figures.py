@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,11 +68,25 @@ def logarithmic(axis: Axes) -> None:
     axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
-def svg(size: tuple[float, float], panels: int, draw: Callable[[list[Axes]], None], *, rows: bool = False) -> str:
-    """Draw panels next to (or below) each other and return an SVG element in the page's colours."""
+def svg(
+    size: tuple[float, float],
+    panels: int,
+    draw: Callable[[list[Axes]], None],
+    *,
+    rows: bool = False,
+    label: str = "",
+    tips: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Draw panels next to (or below) each other and return an SVG element in the page's colours.
+
+    Args:
+        label: what it shows, for who cannot see it.
+        tips: id that `draw` gave an artist -> what the page shows when the pointer rests on it.
+    """
     from matplotlib.figure import Figure
 
-    with style(_INK, _FAINT):
+    # Ids are made from this and the content: two figures of a page must not share any.
+    with style(_INK, _FAINT), _settings({"svg.hashsalt": f"{size} {label}"}):
         figure = Figure(figsize=size, layout="constrained", facecolor="none")
         shape = (panels, 1) if rows else (1, panels)
         axes = figure.subplots(*shape, sharex=rows, sharey=not rows and panels > 1, squeeze=False)
@@ -78,6 +95,23 @@ def svg(size: tuple[float, float], panels: int, draw: Callable[[list[Axes]], Non
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor").replace(_FAINT, "var(--rule)")
+    # Figures of a page have artists of the same names.
+    unique = hashlib.sha256(f"{size} {label}".encode()).hexdigest()[:6]
+    for name, tip in tips.items():
+        text = text.replace(f'<g id="{name}">', f'<g id="{name}-{unique}" class="point"><title>{escape(tip)}</title>')
+    text = re.sub(r'id="((?:figure|axes|patch|matplotlib|xtick|ytick|line2d|text|legend)[^"]*)"', rf'id="\1-{unique}"', text)
     # At most its natural size, so that text has the same size in all figures; smaller on a narrow screen.
     natural = f'style="width:100%;height:auto;max-width:{size[0] * 96:.0f}px"'
-    return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', rf"<svg \1\2{natural}", text, count=1)
+    named = f' role="img" aria-label="{escape(label, {chr(34): "&quot;"})}"' if label else ' aria-hidden="true"'
+    return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', rf"<svg{_literal(named)} \1\2{natural}", text, count=1)
+
+
+def _literal(text: str) -> str:
+    """Text as `re.sub` writes it unchanged."""
+    return text.replace("\\", r"\\")
+
+
+def _settings(values: dict[str, Any]) -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context(values)

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from gsx.comparison.measure import SECONDS, STEPS, MeasuredBundle, Score, WholeModel, in_turn
+from gsx.comparison.measure import LEAST_TOKENS, SECONDS, STEPS, MeasuredBundle, Score, WholeModel, in_turn, windows_in
+from gsx.comparison.options import ExportOptions
 from gsx.comparison.report import CompareReport, Point
 from gsx.defaults import COMPARE_FOLDER, COMPARE_TOKENS
 from gsx.parity.store import Store
 from gsx.workflows.fitting import fitting_policies, name_of
-from gsx.workflows.kept_exports import LEAST_TOKENS, ExportOptions, KeptExports, halves
+from gsx.workflows.kept_exports import KeptExports, halves
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_exporter.checkpoint.opening import open_checkpoint
@@ -81,7 +82,7 @@ def compare(
     bundle = exports.bundle(ExportOptions(base))
     measuring = limit * _MEASURING_SHARE / max(1, len(fit.curves))
     if seconds is not None:
-        windows = windows[: _windows_in(measuring / _USUAL_SETTINGS, bundle, windows, keep_all)]
+        windows = windows[: windows_in(measuring / _USUAL_SETTINGS, bundle, windows, keep_all)]
     with Store(Path(work)) as store:
         logits = WholeModel(store)
         whole = MeasuredBundle(bundle, windows)
@@ -148,16 +149,6 @@ def _points(
         for number, ((curve, setting, _), score) in enumerate(zip(settings, scores, strict=True), 1)
     ]
     return points, seconds[:, 0]
-
-
-def _windows_in(seconds: float, bundle: Bundle, windows: np.ndarray, keep: KeepSettings) -> int:
-    """How many windows are scored in some seconds, at least as many as the fewest tokens need."""
-    least = math.ceil(LEAST_TOKENS / windows.shape[1])
-    measured = MeasuredBundle(bundle, windows[:1])
-    list(measured.run(keep))
-    began = time.monotonic()
-    list(measured.run(keep))
-    return max(least, int(seconds / (time.monotonic() - began)))
 
 
 def _point(curve: str, setting: str, score: Score, seconds: np.ndarray, whole: np.ndarray) -> Point:

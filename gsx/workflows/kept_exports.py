@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 
+from gsx.comparison.measure import LEAST_TOKENS
+from gsx.comparison.options import ExportOptions
 from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
-from gsx_engines.bundle.manifest import SchemeName
 from gsx_engines.errors import BundleError
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.tokenizer import load_tokenizer
@@ -24,31 +26,7 @@ from gsx_exporter.rules.registry import plan_policy
 from gsx_exporter.text import MIN_TOKENS, TokenText, tokenize
 from gsx_plugins.progress import OnProgress, prefixed
 
-LEAST_TOKENS = 512
 WINDOW_TOKENS = 256
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What a bundle is exported with.
-
-    Args:
-        policy: as `--policy` takes it.
-        budget: None for the rule's default.
-        scheme: of quantization; None for none.
-        draft: as `--draft` takes it; None for none.
-    """
-
-    policy: str
-    budget: float | None = None
-    scheme: SchemeName | None = None
-    draft: str | None = None
-
-    @property
-    def name(self) -> str:
-        """In a few words, for messages and for folders' names."""
-        parts = [self.policy.partition(":")[0], self.scheme, self.draft and f"draft {self.draft.partition(':')[0]}"]
-        return " ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -100,14 +78,11 @@ class KeptExports:
 
     def place(self, options: ExportOptions) -> Path:
         """The folder of a bundle, whether it is there or not. Its name is made from all that the bundle depends on."""
-        ingredients = [self._source, options.policy, *self._model]
-        extra = [value for value in (options.budget, options.scheme, options.draft) if value is not None]
-        if extra:
-            ingredients.append(json.dumps(vars(options)))
+        ingredients = [self._source, vars(options), *self._model]
         if self.reads_text(options):
-            ingredients += [self._calibration.text.sha256, str(self._calibration.tokens)]
+            ingredients += [self._calibration.text.sha256, self._calibration.tokens]
         key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
-        return self._folder / f"{options.name.replace(' ', '-')}-{key[:12]}"
+        return self._folder / f"{re.sub('[^a-z0-9-]+', '-', options.name)}-{key[:12]}"
 
     def reads_text(self, options: ExportOptions) -> bool:
         """Whether an export reads calibration text.
