@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 
 # Placeholders that are replaced with the page's own colours: `currentColor` follows its light or dark scheme.
 _INK, _FAINT = "#010203", "#040506"
-BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#e0803a", "#3d9970", "#8a94a0"
+# Ids that Matplotlib gives to parts of a figure, the same in each.
+_IDS, _QUOTE = "(?:figure|axes|patch|matplotlib|xtick|ytick|line2d|text|legend)", '"'
+BLUE, ORANGE, GREEN, GREY, RED = "#3b82c4", "#e0803a", "#3d9970", "#8a94a0", "#c9566b"
 # Of medium lightness, so that they are visible on light and dark pages.
-COLOURS = (BLUE, GREEN, "#b8860b", "#c9566b", "#8b6fc0", GREY)
+COLOURS = (BLUE, GREEN, "#b8860b", RED, "#8b6fc0", GREY)
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,12 @@ def svg(
     unique = hashlib.sha256(f"{size} {label}".encode()).hexdigest()[:6]
     for name, tip in tips.items():
         text = text.replace(f'<g id="{name}">', f'<g id="{name}-{unique}" class="point"><title>{escape(tip)}</title>')
-    text = re.sub(r'id="((?:figure|axes|patch|matplotlib|xtick|ytick|line2d|text|legend)[^"]*)"', rf'id="\1-{unique}"', text)
+    text = re.sub(rf'id="({_IDS}[^"]*)"', rf'id="\1-{unique}"', text)
     # At most its natural size, so that text has the same size in all figures; smaller on a narrow screen.
     natural = f'style="width:100%;height:auto;max-width:{size[0] * 96:.0f}px"'
-    named = f' role="img" aria-label="{escape(label, {chr(34): "&quot;"})}"' if label else ' aria-hidden="true"'
-    return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', rf"<svg{_literal(named)} \1\2{natural}", text, count=1)
-
-
-def _literal(text: str) -> str:
-    """Text as `re.sub` writes it unchanged."""
-    return text.replace("\\", r"\\")
+    named = f'role="img" aria-label="{escape(label, {_QUOTE: "&quot;"})}"' if label else 'aria-hidden="true"'
+    pattern = r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"'
+    return re.sub(pattern, lambda found: f"<svg {named} {found[1]}{found[2]}{natural}", text, count=1)
 
 
 def _settings(values: dict[str, Any]) -> Any:

@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from gsx.tuning.limit import Limit
 from gsx.tuning.report import Times, TunePoint
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings
-from gsx_plugins.progress import OnProgress, Progress, prefixed
+from gsx_plugins.progress import OnProgress, prefixed
 
 # Over this many times the limit, the first part of the text is enough to drop a setting. Below it, what a little more
 # loss would give is worth seeing.
@@ -67,6 +66,7 @@ class Bench:
     _base: tuple[Bundle, KeepSettings] | None = None
     _loaded: MeasuredBundle | None = None
     _has_logits: bool = False
+    _whole_times: Times | None = None
     _machine: str = field(default_factory=lambda: machine(("onnxruntime",)))
 
     def begin(self, bundle: Bundle, keep: KeepSettings) -> float:
@@ -80,14 +80,16 @@ class Bench:
         self.windows = self.windows[: known["windows"]]
         began = time.monotonic()
         self._score(bundle, keep, len(self.windows), "")
+        known_times = self.ledger.get("time", *self._of_times(bundle, keep))
+        self._whole_times = None if known_times is None else _times(known_times)
         return time.monotonic() - began
 
     def whole(self, options: ExportOptions) -> TunePoint:
-        """The point of the whole model, timed against itself: how far the clock can be trusted."""
+        """The point of the whole model; its times are those that it had next to the others."""
         bundle, keep = self._known_base
         point = self.scored(bundle, options, keep, "", None)
         assert point is not None
-        return self.timed(bundle, [point])[0]
+        return replace(point, times=self._whole_times)
 
     def scored(
         self, bundle: Bundle, options: ExportOptions, keep: KeepSettings, setting: str, like: TunePoint | None
@@ -125,17 +127,19 @@ class Bench:
 
     def timed(self, bundle: Bundle, points: Sequence[TunePoint]) -> list[TunePoint]:
         """Points of one bundle with their times, taken in turn with the whole model's."""
-        base, _ = self._known_base
-        key = (base.directory.name, self.prompt_tokens, self.new_tokens, self._machine)
-        known = {id(point): self.ledger.get("time", bundle.directory.name, point.keep, *key) for point in points}
-        self.taken_over += sum(found is not None for found in known.values())
+        known = {id(point): self._known_times(bundle, point) for point in points}
         missing = [point for point in points if known[id(point)] is None]
         if missing:
-            self._loaded = None  # no more than two bundles in memory
-            for point, times in zip(missing, self._time(bundle, missing), strict=True):
-                known[id(point)] = asdict(times)
-                self.ledger.put(asdict(times), "time", bundle.directory.name, point.keep, *key)
-        return [replace(point, times=_times(known[id(point)])) for point in points]
+            found = self._time(bundle, missing, max(_LEAST_TIMING, _TIMING * self.seconds))
+            known |= {id(point): times for point, times in zip(missing, found, strict=True)}
+        return [replace(point, times=known[id(point)]) for point in points]
+
+    def timed_surely(self, bundle: Bundle, point: TunePoint) -> TunePoint:
+        """A point with times of all rounds, however long they take."""
+        known = self._known_times(bundle, point)
+        if known is None or known.rounds < BENCH_ROUNDS:
+            (known,) = self._time(bundle, [point], math.inf)
+        return replace(point, times=known)
 
     def is_far(self, nats: float) -> bool:
         """Whether a rise of the loss is so far over the limit that no more than this need be tried."""
@@ -194,11 +198,22 @@ class Bench:
             self._loaded = MeasuredBundle(bundle, self.windows)
         return self._loaded
 
-    def _time(self, bundle: Bundle, points: Sequence[TunePoint]) -> list[Times]:
+    def _known_times(self, bundle: Bundle, point: TunePoint) -> Times | None:
+        found = self.ledger.get("time", *self._of_times(bundle, point.keep))
+        self.taken_over += found is not None
+        return None if found is None else _times(found)
+
+    def _of_times(self, bundle: Bundle, keep: KeepSettings) -> tuple[object, ...]:
+        base = self._known_base[0].directory.name
+        return bundle.directory.name, keep, base, self.prompt_tokens, self.new_tokens, self._machine
+
+    def _time(self, bundle: Bundle, points: Sequence[TunePoint], seconds: float) -> list[Times]:
+        """Time points of one bundle, and keep the result. Args: seconds: when to stop."""
+        self._loaded = None  # no more than two bundles in memory
         base, base_keep = self._known_base
         draft = None if bundle.manifest.draft is None else str(bundle.manifest.draft.draft)
         forms = [Form(_WHOLE, 0, base_keep)]
-        forms += [Form(point.name, 1, point.keep, draft) for point in points]
+        forms += [Form(f"{point.name} {number}", 1, point.keep, draft) for number, point in enumerate(points)]
         shape = Shape(1, self.prompt_tokens)
         bundles = [base, bundle]
         prompts = {shape: [prompts_of(one, self.prompts, 1, self.prompt_tokens) for one in bundles]}
@@ -208,23 +223,28 @@ class Bench:
             [{"bundle": one.directory.resolve()} for one in bundles],
             new_tokens=self.new_tokens,
             rounds=BENCH_ROUNDS,
-            seconds=max(_LEAST_TIMING, _TIMING * self.seconds),
+            seconds=seconds,
             on_progress=prefixed(self.on_progress, bundle.directory.name.rpartition("-")[0]),
         )[shape]
-        whole = [self._answer(one) for one in found[_WHOLE]]
-        return [
-            Times(
-                first_ms=1000 * spread([one["first"] for one in found[form.name]]).median,
-                token_ms=1000 * spread([one["token"] for one in found[form.name]]).median,
-                ratio=ratios([self._answer(one) for one in found[form.name]], whole),
-                peak_mb=found[form.name][-1]["peak_mb"],
-            )
-            for form in forms[1:]
-        ]
+        self._whole_times, *result = (self._times_of(found[form.name], found[_WHOLE]) for form in forms)
+        self.ledger.put(asdict(self._whole_times), "time", *self._of_times(base, base_keep))
+        for point, times in zip(points, result, strict=True):
+            self.ledger.put(asdict(times), "time", *self._of_times(bundle, point.keep))
+        return result
 
-    def _answer(self, one: Mapping[str, Any]) -> float:
-        """Seconds of a whole answer."""
-        return float(one["first"] + one["token"] * (self.new_tokens - 1))
+    def _times_of(self, answers: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]]) -> Times:
+        """The times of answers, one of each round. Args: whole: the whole model's."""
+
+        def seconds(one: Mapping[str, Any]) -> float:
+            return float(one["first"] + one["token"] * (self.new_tokens - 1))
+
+        return Times(
+            first_ms=1000 * spread([one["first"] for one in answers]).median,
+            token_ms=1000 * spread([one["token"] for one in answers]).median,
+            ratio=ratios([seconds(one) for one in answers], [seconds(one) for one in whole]),
+            rounds=len(answers),
+            peak_mb=answers[-1]["peak_mb"],
+        )
 
 
 def _score_of(values: dict[str, Any]) -> Score:

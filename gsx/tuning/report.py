@@ -9,7 +9,7 @@ from typing import Any, Literal
 from gsx.benchmarking.rounds import Spread
 from gsx.comparison.front import front
 from gsx.comparison.options import ExportOptions
-from gsx.pages.charts import Chart, Mark, chart
+from gsx.pages.charts import Chart, Mark, scatter
 from gsx.pages.render import write_page
 from gsx.parity.estimate import Estimate
 from gsx.tuning.limit import Limit
@@ -24,13 +24,14 @@ class Times:
 
     Args:
         first_ms: to the first token, and token_ms: for each later one; medians of the rounds.
-        ratio: of the whole answer, to the whole model's in the same round; below 1 is faster.
+        ratio: of the whole answer, to the whole model's in the same round; below 1 is faster. rounds: how many.
         peak_mb: peak memory of the process.
     """
 
     first_ms: float
     token_ms: float
     ratio: Spread
+    rounds: int
     peak_mb: float
 
 
@@ -66,7 +67,7 @@ class TunePoint:
 
     @property
     def speed(self) -> float:
-        """How many times as fast as the whole model it is; NaN if it was not timed."""
+        """How many times as fast as the whole model it is, as a whole answer; NaN if it was not timed."""
         return float("nan") if self.times is None else 1 / self.times.ratio.median
 
 
@@ -138,7 +139,7 @@ class TuneReport:
                 f"{self._figures(self.nearest)}, {self._times_over(self.nearest)}."
             )
         best = self.points[self.best]
-        return f"{best.name}: {self._figures(best)}, within {self.limit}."
+        return f"{best.name}: {self._figures(best)} (limit: {self.limit})."
 
     def _times_over(self, point: TunePoint) -> str:
         if point.verdict == "too few tokens":
@@ -183,12 +184,15 @@ class TuneReport:
             for point in self.points
             if point.times is not None
         ]
-        return chart(
+        most = self.limit.divergence if not self.by_tokens else None
+        if self.by_tokens and self.limit.same is not None:
+            most = 1 - self.limit.same
+        assert most is not None
+        return scatter(
             marks,
             x="times as fast as the whole model",
             y="next tokens that differ, share" if self.by_tokens else "KL divergence, nats",
-            limit=(1 - self.limit.same if self.limit.same is not None else None)
-            if self.by_tokens
-            else self.limit.divergence,
+            limit=most,
+            least=most / 4,
             summary=f"Loss against speed of {len(marks)} settings. {self.sentence}",
         )

@@ -21,7 +21,6 @@ from gsx.defaults import COMPARE_FOLDER, COMPARE_TOKENS
 from gsx.parity.store import Store
 from gsx.workflows.fitting import fitting_policies, name_of
 from gsx.workflows.kept_exports import KeptExports, halves
-from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_plugins.errors import UsageError

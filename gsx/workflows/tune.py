@@ -174,9 +174,7 @@ def _check_model(checkpoint: Checkpoint, answer_tokens: int) -> None:
     )
 
 
-def _words(
-    checkpoint: Checkpoint, exports: KeptExports, point: TunePoint, calibration: CalibrationPart
-) -> list[str]:
+def _words(checkpoint: Checkpoint, exports: KeptExports, point: TunePoint, calibration: CalibrationPart) -> list[str]:
     """The options of `gsx export` that make a bundle which does by default what a point does."""
     options = point.options.by_default(point.keep)
     if options.draft is not None and options.draft.endswith("auto"):
