@@ -80,7 +80,7 @@ class Bench:
         self.windows = self.windows[: known["windows"]]
         began = time.monotonic()
         self._score(bundle, keep, len(self.windows), "")
-        known_times = self.ledger.get("time", *self._of_times(bundle, keep))
+        known_times = self.ledger.get("time", *self._of_times(bundle, keep, sure=False))
         self._whole_times = None if known_times is None else _times(known_times)
         return time.monotonic() - began
 
@@ -127,18 +127,21 @@ class Bench:
 
     def timed(self, bundle: Bundle, points: Sequence[TunePoint]) -> list[TunePoint]:
         """Points of one bundle with their times, taken in turn with the whole model's."""
-        known = {id(point): self._known_times(bundle, point) for point in points}
+        known = {id(point): self._known_times(bundle, point, sure=False) for point in points}
         missing = [point for point in points if known[id(point)] is None]
         if missing:
-            found = self._time(bundle, missing, max(_LEAST_TIMING, _TIMING * self.seconds))
+            found = self._time(bundle, missing, max(_LEAST_TIMING, _TIMING * self.seconds), sure=False)
             known |= {id(point): times for point, times in zip(missing, found, strict=True)}
         return [replace(point, times=known[id(point)]) for point in points]
 
     def timed_surely(self, bundle: Bundle, point: TunePoint) -> TunePoint:
-        """A point with times of all rounds, however long they take."""
-        known = self._known_times(bundle, point)
-        if known is None or known.rounds < BENCH_ROUNDS:
-            (known,) = self._time(bundle, [point], math.inf)
+        """A point with times of all rounds, however long they take.
+
+        They are kept apart from the first ones: by those a second run chooses what to try, and it shall try the same.
+        """
+        known = self._known_times(bundle, point, sure=True)
+        if known is None:
+            (known,) = self._time(bundle, [point], math.inf, sure=True)
         return replace(point, times=known)
 
     def is_far(self, nats: float) -> bool:
@@ -198,17 +201,18 @@ class Bench:
             self._loaded = MeasuredBundle(bundle, self.windows)
         return self._loaded
 
-    def _known_times(self, bundle: Bundle, point: TunePoint) -> Times | None:
-        found = self.ledger.get("time", *self._of_times(bundle, point.keep))
+    def _known_times(self, bundle: Bundle, point: TunePoint, *, sure: bool) -> Times | None:
+        found = self.ledger.get("time", *self._of_times(bundle, point.keep, sure))
         self.taken_over += found is not None
         return None if found is None else _times(found)
 
-    def _of_times(self, bundle: Bundle, keep: KeepSettings) -> tuple[object, ...]:
+    def _of_times(self, bundle: Bundle, keep: KeepSettings, sure: bool) -> tuple[object, ...]:
         base = self._known_base[0].directory.name
-        return bundle.directory.name, keep, base, self.prompt_tokens, self.new_tokens, self._machine
+        rounds = "all rounds" if sure else "some rounds"
+        return bundle.directory.name, keep, base, self.prompt_tokens, self.new_tokens, self._machine, rounds
 
-    def _time(self, bundle: Bundle, points: Sequence[TunePoint], seconds: float) -> list[Times]:
-        """Time points of one bundle, and keep the result. Args: seconds: when to stop."""
+    def _time(self, bundle: Bundle, points: Sequence[TunePoint], seconds: float, *, sure: bool) -> list[Times]:
+        """Time points of one bundle, and keep the result. Args: seconds: when to stop; sure: as what to keep them."""
         self._loaded = None  # no more than two bundles in memory
         base, base_keep = self._known_base
         draft = None if bundle.manifest.draft is None else str(bundle.manifest.draft.draft)
@@ -227,9 +231,9 @@ class Bench:
             on_progress=prefixed(self.on_progress, bundle.directory.name.rpartition("-")[0]),
         )[shape]
         self._whole_times, *result = (self._times_of(found[form.name], found[_WHOLE]) for form in forms)
-        self.ledger.put(asdict(self._whole_times), "time", *self._of_times(base, base_keep))
+        self.ledger.put(asdict(self._whole_times), "time", *self._of_times(base, base_keep, sure))
         for point, times in zip(points, result, strict=True):
-            self.ledger.put(asdict(times), "time", *self._of_times(bundle, point.keep))
+            self.ledger.put(asdict(times), "time", *self._of_times(bundle, point.keep, sure))
         return result
 
     def _times_of(self, answers: Sequence[Mapping[str, Any]], whole: Sequence[Mapping[str, Any]]) -> Times:

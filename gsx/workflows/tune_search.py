@@ -141,7 +141,7 @@ class Search:
             self.points[best] = self.bench.timed_surely(self.exports.bundle(point.options), point)
 
     def _time_nearest(self) -> None:
-        """Where all is far over the limit, time the nearest: what the limit would have to be for it is worth knowing."""
+        """Where all is far over the limit, time the nearest: it is worth knowing what it would give."""
         others = self.points[1:]
         if others and all(point.times is None for point in others):
             nearest = min(others, key=lambda one: self.bench.limit.times(one.divergence, one.differing))

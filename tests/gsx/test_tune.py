@@ -25,6 +25,7 @@ from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, controls_for
 from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
 
+pytestmark = pytest.mark.slow
 # Short answers: here times need not be exact.
 ANSWERS = {"prompt_tokens": 32, "new_tokens": 24}
 # Of random weights, every form is far from the whole model in tokens; any loss is within this.
