@@ -70,11 +70,11 @@ def drawn_twice(
         heights: of the wide and the narrow one, in inches.
         tips: as for `svg`.
     """
-    wide, narrow = (
-        svg((width, height), 1, lambda axes, is_narrow=is_narrow: draw(axes[0], is_narrow), label=summary, tips=tips)
-        for width, height, is_narrow in ((_WIDE[0], heights[0], False), (_NARROW[0], heights[1], True))
-    )
-    return Chart(wide, narrow, summary)
+
+    def drawn(width: float, height: float, narrow: bool) -> str:
+        return svg((width, height), 1, lambda axes: draw(axes[0], narrow), label=summary, tips=tips)
+
+    return Chart(drawn(_WIDE[0], heights[0], False), drawn(_NARROW[0], heights[1], True), summary)
 
 
 def scatter(
@@ -163,7 +163,9 @@ def _by_factors(axis: Axes, values: Sequence[float], least: float) -> None:
 
 def _label(axis: Axes, marks: Sequence[Mark], letters: int | None) -> None:
     """Write labels beside their points, moved apart where they would cover each other."""
-    axis.figure.draw_without_rendering()  # settles the limits and the layout, which labels do not change
+    figure = axis.get_figure(root=True)
+    assert figure is not None
+    figure.draw_without_rendering()  # settles the limits and the layout, which labels do not change
     place = axis.transData + axis.transAxes.inverted()
     taken: list[float] = []
     for mark in sorted(marks, key=lambda one: one.y):

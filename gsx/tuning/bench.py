@@ -178,8 +178,8 @@ class Bench:
     def _score(self, bundle: Bundle, keep: KeepSettings, count: int, setting: str) -> Score:
         """The score on the first windows, as many as asked for or more."""
         base, base_keep = self._known_base
-        key = ("quality", bundle.directory.name, keep, self.of_text, base.directory.name)
-        known = self.ledger.get(*key)
+        key = (bundle.directory.name, keep, self.of_text, base.directory.name)
+        known = self.ledger.get("quality", *key)
         if known is not None and known["windows"] >= count:
             self.taken_over += 1
             return _score_of(known["score"])
@@ -192,7 +192,7 @@ class Bench:
         if score is None:
             shown = prefixed(self.on_progress, title)
             score = self._open(bundle).score(keep, self.logits, slice(count), on_progress=shown)
-        self.ledger.put({"windows": count, "score": asdict(score)}, *key)
+        self.ledger.put({"windows": count, "score": asdict(score)}, "quality", *key)
         return score
 
     def _open(self, bundle: Bundle) -> MeasuredBundle:

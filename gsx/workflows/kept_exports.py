@@ -80,7 +80,7 @@ class KeptExports:
         """The folder of a bundle, whether it is there or not. Its name is made from all that the bundle depends on."""
         ingredients = [self._source, vars(options), *self._model]
         if self.reads_text(options):
-            ingredients += [self._calibration.text.sha256, self._calibration.tokens]
+            ingredients += [self._calibration.text.sha256, str(self._calibration.tokens)]
         key = hashlib.sha256(json.dumps(ingredients).encode()).hexdigest()
         return self._folder / f"{re.sub('[^a-z0-9-]+', '-', options.name)}-{key[:12]}"
 
