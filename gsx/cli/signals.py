@@ -50,12 +50,9 @@ def forget_ctrl_c() -> bool:
     return True
 
 
-@contextmanager
-def kept_on_interrupt(what: str) -> Iterator[None]:
-    """While something is under way that leaves parts of value: an interruption says what was kept."""
+def keeps(what: str | None) -> None:
+    """From now on, an interruption says that this was kept; None: nothing is."""
     _State.kept = what
-    yield
-    _State.kept = None  # after an interruption it stays, to be said
 
 
 def interrupted() -> str:

@@ -114,7 +114,9 @@ def train(
         return
     if tokens is not None:
         raise typer.BadParameter("belongs to --exit-classifiers", param_hint="--tokens")
-    with ProgressLine(plain_every=_PLAIN_SECONDS) as line:
+    place = work if work is not None else output.parent / f"{output.name}-work"
+    kept = f"snapshots are in {place}: --resume goes on from the newest"
+    with ProgressLine(plain_every=_PLAIN_SECONDS, kept=kept) as line:
         line.update("starting")
         with loading():
             from gsx import train as run

@@ -10,7 +10,7 @@ import typer
 from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, table
 from gsx.cli.export import default_output
 from gsx.cli.options import SHIPPED_TEXT, JsonOption, ModelArgument, OverwriteOption, seconds_of
-from gsx.cli.signals import kept_on_interrupt, loading
+from gsx.cli.signals import loading
 from gsx.defaults import DIVERGENCE_LIMIT, TUNE_FOLDER, TUNE_NEW_TOKENS, TUNE_PROMPT_TOKENS, TUNE_SECONDS, TUNE_TOKENS
 
 if TYPE_CHECKING:
@@ -75,10 +75,7 @@ def tune(
     """
     quiet_libraries()
     target = output if output is not None else default_output(model)
-    with (
-        kept_on_interrupt(f"bundles and measurements stay in {work}: the same command goes on from there"),
-        ProgressLine() as line,
-    ):
+    with ProgressLine(kept=f"bundles and measurements stay in {work}: the same command goes on from there") as line:
         line.update("starting")
         with loading():
             from gsx import tune as tune_model

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,12 @@ def compare(
     calibration, windows = halves(checkpoint, Path(text) if text else None, tokens)
     fit = fitting_policies(checkpoint.config)
     base, keep_all, left_out = fit.whole, fit.keep_all, dict(fit.refused)
-    exports = KeptExports(checkpoint, Path(work), calibration, on_progress)
+    done = 0
+
+    def shown(progress: Progress) -> None:
+        on_progress(replace(progress, share=done / len(fit.curves)))
+
+    exports = KeptExports(checkpoint, Path(work), calibration, shown)
     bundle = exports.bundle(ExportOptions(base))
     measuring = limit * _MEASURING_SHARE / max(1, len(fit.curves))
     if seconds is not None:
@@ -106,10 +112,10 @@ def compare(
                 for setting, keep in settings_of(bundle.manifest).items()
             ]
             timing = min(SECONDS, measuring)
-            found, own = _points(measured, settings, logits, (whole, keep_all), timing, prefixed(on_progress, name))
+            found, own = _points(measured, settings, logits, (whole, keep_all), timing, prefixed(shown, name))
             points += found
             whole_seconds.append(own)
-            longest = max(longest, time.monotonic() - started)
+            longest, done = max(longest, time.monotonic() - started), done + 1
     every = np.concatenate(whole_seconds)
     return CompareReport(
         model=checkpoint.source,

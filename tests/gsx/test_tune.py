@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from gsx.comparison.front import front
 from gsx.comparison.measure import LEAST_TOKENS
 from gsx.comparison.options import ExportOptions
 from gsx.parity.estimate import Estimate
+from gsx.tuning.ledger import FILE
 from gsx.tuning.limit import Limit
 from gsx.tuning.report import TuneReport
 from gsx_engines.bundle.bundle import open_bundle
@@ -135,6 +139,24 @@ def test_a_time_that_is_too_short(tmp_path: Path, model: Path, tiny_text: Path) 
     with pytest.raises(UsageError, match="--time is too short for one measurement"):
         tuned(tmp_path, model, tiny_text, "out", seconds=1e-3)
     assert list((tmp_path / "work").glob("dense-*/gsx.json")), "the whole model is kept for the next run"
+
+
+def test_an_interruption_says_what_is_kept(tmp_path: Path, model: Path, tiny_text: Path) -> None:
+    work = tmp_path / "work"
+    options = ["--work", str(work), "--text", str(tiny_text), "--tokens", str(LEAST_TOKENS)]
+    command = [sys.executable, "-m", "gsx", "tune", str(model), "-o", str(tmp_path / "out"), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "timing" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert f"bundles and measurements stay in {work}" in err.strip().splitlines()[-1]
+    assert "Traceback" not in err
+    assert (work / FILE).is_file()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_model_that_is_too_large_is_refused_before_work(
