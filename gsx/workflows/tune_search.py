@@ -248,16 +248,15 @@ class Search:
         }
 
     def _find_sets(self) -> list[list[int]]:
-        until = time.monotonic() + _SETS_SHARE * self.seconds
         ids = self.sets_text.ids[: max(1, _SETS_TOKENS // self.sets_text.ids.shape[1])]
-        search = least_harm(self.checkpoint, ids, self.on_progress)
+        search = least_harm(self.checkpoint, ids, self.on_progress, _SETS_SHARE * self.seconds)
         whole = next(search)
         found: list[list[int]] = []
         for one in search:
             if self.bench.is_far(float(one.nats.mean() - whole.nats.mean())):
                 break
             found.append(list(one.kept))
-            if len(found) == _MOST_SETS or time.monotonic() > until:
+            if len(found) == _MOST_SETS:
                 break
         self.bench.keep_sets(found)
         return found

@@ -151,7 +151,7 @@ def test_an_interruption_says_what_is_kept(tmp_path: Path, model: Path, tiny_tex
             if "timing" in line:
                 process.send_signal(signal.SIGINT)
                 break
-        out, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
     assert f"bundles and measurements stay in {work}" in err.strip().splitlines()[-1]
     assert "Traceback" not in err
