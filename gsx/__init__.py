@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gsx.workflows.quantize import Quantize as Quantize
     from gsx.workflows.serve import serve as serve
     from gsx.workflows.study import study as study
+    from gsx.workflows.train import plan_training as plan_training
     from gsx.workflows.train import train as train
     from gsx.workflows.triton import check_server as check_server
     from gsx.workflows.triton import triton as triton
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from gsx_engines.bundle.bundle import Bundle as Bundle
     from gsx_engines.bundle.bundle import open_bundle as open_bundle
     from gsx_exporter.convert import convert as convert
-    from gsx_exporter.training.config import TrainConfig as TrainConfig
     from gsx_exporter.training.exit_classifiers import train_exit_classifiers as train_exit_classifiers
+    from gsx_exporter.training.settings import TrainSettings as TrainSettings
     from gsx_plugins.errors import GsxError as GsxError
     from gsx_plugins.progress import Progress as Progress
 
@@ -44,7 +45,7 @@ _HOMES = {
     "Progress": "gsx_plugins.progress",
     "QualityLimits": "gsx.parity.quality",
     "Quantize": "gsx.workflows.quantize",
-    "TrainConfig": "gsx_exporter.training.config",
+    "TrainSettings": "gsx_exporter.training.settings",
     "bench": "gsx.workflows.bench",
     "build": "gsx_engines.building.build",
     "check_server": "gsx.workflows.triton",
@@ -55,6 +56,7 @@ _HOMES = {
     "generate": "gsx.workflows.generate",
     "inspect": "gsx.workflows.inspect",
     "open_bundle": "gsx_engines.bundle.bundle",
+    "plan_training": "gsx.workflows.train",
     "serve": "gsx.workflows.serve",
     "study": "gsx.workflows.study",
     "train": "gsx.workflows.train",
@@ -70,7 +72,7 @@ __all__ = [
     "Progress",
     "QualityLimits",
     "Quantize",
-    "TrainConfig",
+    "TrainSettings",
     "__version__",
     "bench",
     "build",
@@ -82,6 +84,7 @@ __all__ = [
     "generate",
     "inspect",
     "open_bundle",
+    "plan_training",
     "plugins",
     "serve",
     "study",
