@@ -117,7 +117,7 @@ class Learner(nn.Module):
         where, targets = _predicted(labels)
         counts = where.sum(1)
         items = counts.sum() if num_items_in_batch is None else num_items_in_batch
-        wanted = self._dense(input_ids, attention_mask, where)
+        wanted = self._dense(input_ids, attention_mask, where) if self.distill is not None else None
         normed = self._run(input_ids, attention_mask, call)
         logits = self.logits(normed[:, :-1][where])
         whole = nn.functional.cross_entropy(logits, targets, reduction="sum") / items
@@ -180,6 +180,19 @@ class Learner(nn.Module):
             {depth: nats(found) for depth, found in exits.items()},
             {depth: by_row(found.argmax(-1) == best) for depth, found in exits.items()},
         ), call
+
+    @torch.no_grad()
+    def dense_nats(
+        self, input_ids: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> Any:
+        """Sums [B] of the dense model's loss over the predicted tokens of rows; None if it is not here any more."""
+        where, targets = _predicted(labels)
+        logits = self._dense(input_ids, attention_mask, where)
+        if logits is None:
+            return None
+        found = torch.zeros(where.shape, device=logits.device)
+        found[where] = nn.functional.cross_entropy(logits, targets, reduction="none")
+        return found.sum(1)
 
     def run(self, ids: torch.Tensor) -> torch.Tensor:
         """Normed states [B, S, H] with every branch run."""
@@ -248,10 +261,10 @@ class Learner(nn.Module):
     def _dense(
         self, ids: torch.Tensor, attention_mask: torch.Tensor | None, where: torch.Tensor
     ) -> torch.Tensor | None:
-        """What the dense model predicts, [N, V]; None if nobody learns from it."""
-        if self.distill is None:
-            return None
+        """What the dense model predicts, [N, V]; None if its weights are being trained, and no copy is there."""
         adapted, teacher = self._adapted[0], self._teacher[0]
+        if teacher is None and any(p.requires_grad for p in self.hf.lm_head.parameters()):
+            return None
         call = self._call(ids, attention_mask, 1.0)
         call.gated = False
         with torch.no_grad():

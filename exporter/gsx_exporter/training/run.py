@@ -21,10 +21,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.names import CONFIG
@@ -32,11 +34,11 @@ from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.errors import CheckpointError
-from gsx_exporter.training.card import write_card
+from gsx_exporter.training.card import SAMPLE_TOKENS, CardFacts, Sample, write_card
 from gsx_exporter.training.data import Rows, collate, read_rows
 from gsx_exporter.training.fresh import write_base
 from gsx_exporter.training.model import Subject, check_trainable, load_subject, new_subject
-from gsx_exporter.training.result import HISTORY, SETTINGS, history_json, write_adapter, write_checkpoint
+from gsx_exporter.training.result import HISTORY, SETTINGS, base_name, history_json, write_adapter, write_checkpoint
 from gsx_exporter.training.settings import TrainSettings, settings_of
 from gsx_exporter.training.trainer import DivergedError, GateTrainer, Steps, stopping
 from gsx_plugins.errors import GsxError, UsageError
@@ -188,6 +190,7 @@ class _Run:
         self.rows: Rows
         self.learner: Any
         self._pad = 0
+        self._tokenizer: Any = None
 
     def prepare(self) -> None:
         """Read model and text, and check that they fit each other."""
@@ -224,7 +227,7 @@ class _Run:
             self.rows = read_rows(
                 data, tokenizer, end_of_text=end, seed=seed, held_out_rows=self.settings.evaluation.rows
             )
-        self._pad = end or 0
+        self._pad, self._tokenizer = end or 0, tokenizer
         if len(tokenizer) > vocabulary and self._highest() >= vocabulary:
             raise CheckpointError(
                 f"{self.settings.model}: the tokenizer does not fit the model",
@@ -320,9 +323,41 @@ class _Run:
                     write_adapter(self.subject, self.checkpoint, self.checkpoint.weights_sha256(), dtype, folder)
                 (folder / SETTINGS).write_text(self.settings.to_yaml(), encoding="utf-8")
                 (folder / HISTORY).write_text(history_json(trainer.state.log_history), encoding="utf-8")
-                write_card(folder, self.settings, self.facts(trainer), trainer, self.rows, command)
+                write_card(folder, self.settings, self.subject.config, self._card(trainer, command))
         except OSError as error:
             raise disk_error(out, error) from error
+
+    def _card(self, trainer: GateTrainer, command: str) -> CardFacts:
+        facts, log = self.facts(trainer), trainer.state.log_history
+        base, revision = base_name(self.checkpoint) if self.checkpoint is not None else ("a new model", None)
+        return CardFacts(
+            base=Path(base).name if Path(base).is_dir() else base,
+            revision=revision,
+            data=f"{Path(self.rows.source).name}, {self.rows.column}"
+            if self.settings.data.source
+            else self.rows.source,
+            command=command,
+            trained=facts.trained,
+            parameters=facts.parameters,
+            steps=trainer.state.global_step,
+            tokens=trainer.state.global_step * facts.step_tokens,
+            log=log,
+            metrics=next(one for one in reversed(log) if "eval_loss" in one),
+            held_out=len(trainer.eval_dataset),
+            length=self.settings.data.length,
+            sample=self._sample(trainer) if self.subject.config.gate is not None else None,
+        )
+
+    def _sample(self, trainer: GateTrainer) -> Sample:
+        """The gates over the beginning of the first held-out row."""
+        ids = torch.tensor(trainer.eval_dataset[0]["input_ids"][:SAMPLE_TOKENS], device=trainer.args.device)[None]
+        _, call = self.learner.eval().figures(ids, ids)
+        scores: dict[str, Any] = {}
+        for branch in BRANCHES:
+            of_branch = [score[0].cpu().numpy() for (_, name), score in sorted(call.scores.items()) if name == branch]
+            if of_branch:
+                scores[branch] = np.stack(of_branch)
+        return Sample([self._tokenizer.decode([token]) for token in ids[0].tolist()], scores)
 
     @contextmanager
     def first_process_alone(self) -> Iterator[None]:

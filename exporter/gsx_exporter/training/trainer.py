@@ -50,6 +50,7 @@ class GateTrainer(Trainer):
     ) -> None:
         super().__init__(model=learner, **options)
         self.learner, self.evaluation, self.gate_rate, self.muon = learner, evaluation, gate_rate, muon
+        self._dense: float | None = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """See `Trainer`."""
@@ -72,9 +73,9 @@ class GateTrainer(Trainer):
     ) -> dict[str, float]:
         """Perplexity on the held-out text at every budget and exit, and the mean score of every gate.
 
-        Returns: `eval_loss` in nats per token, `eval_perplexity` and, with gates, `eval_perplexity_at_{budget}`,
-            `eval_score_{branch}_{layer}`; with exits `eval_exit_{depth}_perplexity`, `_agreement`. Budget 1 counts for
-            exits and scores.
+        Returns: `eval_loss` in nats per token, `eval_perplexity`, the base's `eval_dense_perplexity` and, with gates,
+            `eval_perplexity_at_{budget}`, `eval_score_{branch}_{layer}`; with exits `eval_exit_{depth}_perplexity`,
+            `_agreement`. Budget 1 counts for exits and scores.
         """
         config = self.learner.gsx_config
         budgets = sorted({1.0, *(self.evaluation.budgets if config.gate is not None else ())}, reverse=True)
@@ -82,9 +83,12 @@ class GateTrainer(Trainer):
         training = self.learner.training
         self.learner.eval()
         totals: dict[str, float] = {}
+        first = self._dense is None  # the base does not change
         scores: dict[str, list[float]] = {}
         for batch in self.get_eval_dataloader(eval_dataset):
             rows = {name: value for name, value in self._prepare_inputs(batch).items() if name != "row"}
+            if first and (dense := self.learner.dense_nats(**rows)) is not None:
+                totals["dense"] = totals.get("dense", 0.0) + self._sum(dense)
             for budget in budgets:
                 with self.compute_loss_context_manager(), self._autocast():
                     found, call = self.learner.figures(
@@ -96,12 +100,15 @@ class GateTrainer(Trainer):
                     sums |= {f"agrees_{depth}": count for depth, count in found.exit_agrees.items()}
                     self._keep_scores(call, scores)
                 for name, values in sums.items():
-                    gathered = self.accelerator.gather_for_metrics(values)
-                    totals[name] = totals.get(name, 0.0) + float(gathered.double().sum())
+                    totals[name] = totals.get(name, 0.0) + self._sum(values)
         self.learner.train(training)
         tokens = max(1.0, totals["tokens"])
         metrics = {f"{metric_key_prefix}_loss": totals["nats"] / tokens}
         metrics[f"{metric_key_prefix}_perplexity"] = _perplexity(totals["nats"] / tokens)
+        if first and "dense" in totals:
+            self._dense = _perplexity(totals["dense"] / tokens)
+        if self._dense is not None:
+            metrics[f"{metric_key_prefix}_dense_perplexity"] = self._dense
         for budget in budgets[1:]:
             metrics[f"{metric_key_prefix}_perplexity_at_{budget:g}"] = _perplexity(totals[f"{budget:g}"] / tokens)
         for depth in sorted(depths):
@@ -113,6 +120,10 @@ class GateTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _sum(self, values: torch.Tensor) -> float:
+        """Over all processes, without the rows that are there twice to fill the last batch."""
+        return float(self.accelerator.gather_for_metrics(values).double().sum())
 
     def save_now(self) -> None:
         """Write a checkpoint of the last finished step."""
