@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from gsx.workflows.quantize import Quantize as Quantize
     from gsx.workflows.serve import serve as serve
     from gsx.workflows.study import study as study
-    from gsx.workflows.train import plan_training as plan_training
     from gsx.workflows.train import train as train
     from gsx.workflows.triton import check_server as check_server
     from gsx.workflows.triton import triton as triton
@@ -56,7 +55,6 @@ _HOMES = {
     "generate": "gsx.workflows.generate",
     "inspect": "gsx.workflows.inspect",
     "open_bundle": "gsx_engines.bundle.bundle",
-    "plan_training": "gsx.workflows.train",
     "serve": "gsx.workflows.serve",
     "study": "gsx.workflows.study",
     "train": "gsx.workflows.train",
@@ -84,7 +82,6 @@ __all__ = [
     "generate",
     "inspect",
     "open_bundle",
-    "plan_training",
     "plugins",
     "serve",
     "study",

@@ -77,7 +77,9 @@ class RecipeOptions:
 
 def train(
     options: RecipeOptions,
-    output: Annotated[Path, typer.Option("-o", "--output", help="The result's directory.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The result's directory.", show_default=False)
+    ] = None,
     work: Annotated[
         Path | None, typer.Option(help="Where checkpoints are kept.", show_default="OUTPUT + -work")
     ] = None,
@@ -87,7 +89,7 @@ def train(
         bool, typer.Option("--dry-run", help="Only say what would be trained, and how long it takes.")
     ] = False,
     print_recipe: Annotated[
-        bool, typer.Option("--print-recipe", help="Print the settings as YAML, to edit, and stop.")
+        bool, typer.Option("--print-recipe", help="Print the recipe's file, to read and edit, and stop.")
     ] = False,
     exit_classifiers: Annotated[
         str | None,
@@ -114,12 +116,20 @@ def train(
     Example: gsx train --model my-model --exit-classifiers auto -o with-classifiers
     """
     quiet_libraries()
+    if print_recipe:
+        from gsx.workflows.train import recipe_file
+
+        print(recipe_file(options.recipe), end="")
+        return
+    if output is None and not dry_run:
+        raise typer.BadParameter("where the result goes", param_hint="--output")
     if exit_classifiers is not None:
         others = {"work": work, "resume": resume, "overwrite": overwrite, "dry-run": dry_run, "lora": options.lora}
         others |= {"full": options.full, "freeze-base": options.freeze_base, "max-steps": options.max_steps}
         for name, value in {**others, "set": options.changes}.items():
             if value:
                 raise typer.BadParameter("cannot be combined with --exit-classifiers", param_hint=f"--{name}")
+        assert output is not None
         _exit_classifiers(output, options, exit_classifiers, tokens, as_json)
         return
     if tokens is not None:
@@ -135,14 +145,12 @@ def train(
 
             check_packages()
         chosen = settings(options.recipe, options.to_changes())
-        if print_recipe:
-            print(chosen.to_yaml(), end="")
-            return
         if first:
             remark(chosen.to_yaml().rstrip())
         if dry_run:
             facts = plan_training(recipe=chosen, on_progress=show)
         else:
+            assert output is not None
             result = run(
                 output,
                 recipe=chosen,

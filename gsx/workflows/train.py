@@ -99,6 +99,17 @@ def settings(recipe: TrainSettings | str | Path, changes: Mapping[str, Any] | Se
     return recipe
 
 
+def recipe_file(recipe: str | Path) -> str:
+    """The YAML text of a recipe, with its comments.
+
+    Raises:
+        UsageError: no such recipe or file.
+    """
+    from gsx_exporter.training.settings import recipe_source
+
+    return recipe_source(recipe)[1]
+
+
 def check_packages() -> None:
     """Refuse to train without the packages that training needs.
 

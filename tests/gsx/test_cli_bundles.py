@@ -287,9 +287,25 @@ def test_train(gsx: Gsx, tmp_path: Path) -> None:
     text.write_text("\n\n".join(f"paragraph {n} has a few words" for n in range(60)))
     out = tmp_path / "out"
     recipe = tmp_path / "mine.yaml"
-    recipe.write_text(gsx("train", "--model", model, "-o", out, "--print-recipe").out)
+    recipe.write_text(gsx("train", "--print-recipe").out)
     small = ("--set", "data.length=32", "--set", "trainer.gradient_accumulation_steps=1", "--set", "evaluation.rows=2")
-    arguments = ("train", "--recipe", recipe, "--data", text, "--lora", "4", "--max-steps", "3", *small, "-o", out)
+    small += ("--set", "data.held_out=0.2")
+    arguments = (
+        "train",
+        "--recipe",
+        recipe,
+        "--model",
+        model,
+        "--data",
+        text,
+        "--lora",
+        "4",
+        "--max-steps",
+        "3",
+        *small,
+        "-o",
+        out,
+    )
     planned = gsx(*arguments, "--dry-run", "--json")
     assert json.loads(planned.out)["steps"] == 3
     assert not out.exists()

@@ -83,7 +83,7 @@ class Learner(nn.Module):
         self._plan: Plan | None = None
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}
         self._no_split_modules = getattr(hf, "_no_split_modules", None)  # how FSDP divides it
-        self.register_state_dict_post_hook(_only_trained)
+        self.register_state_dict_post_hook(_only_trained)  # type: ignore[no-untyped-call]
 
     def begin(self, step: int) -> None:
         """Say which step the next training passes belong to."""

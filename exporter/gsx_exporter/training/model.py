@@ -243,7 +243,7 @@ def _with_adapters(hf: Any, lora: LoraSettings, seed: int) -> Any:
     torch.manual_seed(seed)
     config = LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha or 2 * lora.rank,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha or 2 * lora.rank,
         target_modules=_all_linear(hf) if lora.targets == "all-linear" else list(lora.targets),
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,

@@ -274,9 +274,23 @@ def recipes() -> tuple[str, ...]:
     return tuple(sorted(file.name.removesuffix(".yaml") for file in files if file.name.endswith(".yaml")))
 
 
-def recipe_text(name: str) -> str:
-    """A recipe's file, to read and edit."""
-    return resources.files(_RECIPES).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+def recipe_source(recipe: str | Path) -> tuple[str, str]:
+    """What messages call a recipe, and its YAML text. Args: recipe: the name of one that ships, or a file.
+
+    Raises:
+        UsageError: no such recipe or file.
+    """
+    if str(recipe) in recipes():
+        file = resources.files(_RECIPES).joinpath(f"{recipe}.yaml")
+        return f"recipe {recipe}", file.read_text(encoding="utf-8")
+    try:
+        return str(recipe), Path(recipe).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{recipe}: no such recipe or file",
+            expected=f"a YAML file, or one of {', '.join(recipes())}",
+            found=str(getattr(error, "strerror", None) or error),
+        ) from error
 
 
 def read_settings(recipe: str | Path, changes: Mapping[str, Any] | Sequence[str] = ()) -> TrainSettings:
@@ -289,19 +303,7 @@ def read_settings(recipe: str | Path, changes: Mapping[str, Any] | Sequence[str]
     """
     import yaml
 
-    path = Path(recipe)
-    if str(recipe) in recipes():
-        source, text = f"recipe {recipe}", recipe_text(str(recipe))
-    else:
-        source = str(recipe)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"{recipe}: no such recipe or file",
-                expected=f"a YAML file, or one of {', '.join(recipes())}",
-                found=str(getattr(error, "strerror", None) or error),
-            ) from error
+    source, text = recipe_source(recipe)
     try:
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:

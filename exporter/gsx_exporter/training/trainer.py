@@ -39,6 +39,9 @@ class GateTrainer(Trainer):
         options: of transformers' Trainer.
     """
 
+    optimizer: Any
+    control: Any
+
     def __init__(
         self,
         learner: Learner,
@@ -54,13 +57,14 @@ class GateTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """See `Trainer`."""
-        if self.muon is not None and self.optimizer is None:
-            self.optimizer = MuonWithAdamW.of(self.learner, self.args)
-            return self.optimizer
         if self.optimizer is None:
-            optimizer: torch.optim.Optimizer = super().create_optimizer(model)
-            _apart(optimizer, [p for name, p in self.learner.named_parameters() if is_gate(name)], self.gate_rate)
-        return self.optimizer
+            if self.muon is not None:
+                self.optimizer = MuonWithAdamW.of(self.learner, self.args)
+            else:
+                super().create_optimizer(model)
+                gates = [p for name, p in self.learner.named_parameters() if is_gate(name)]
+                _apart(self.optimizer, gates, self.gate_rate)
+        return self.optimizer  # type: ignore[no-any-return]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer`: with the parts of the loss."""
@@ -99,8 +103,8 @@ class GateTrainer(Trainer):
                     sums |= {f"exit_{depth}": nats for depth, nats in found.exit_nats.items()}
                     sums |= {f"agrees_{depth}": count for depth, count in found.exit_agrees.items()}
                     self._keep_scores(call, scores)
-                for name, values in sums.items():
-                    totals[name] = totals.get(name, 0.0) + self._sum(values)
+                for name, total in sums.items():
+                    totals[name] = totals.get(name, 0.0) + self._sum(total)
         self.learner.train(training)
         tokens = max(1.0, totals["tokens"])
         metrics = {f"{metric_key_prefix}_loss": totals["nats"] / tokens}
