@@ -35,7 +35,7 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     "gsx_topk_select_workspace": (_SIZE, (_INT64,)),
     "gsx_topk_select": (_INT, (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, *_SCRATCH_AND_STREAM)),
     "gsx_threshold_select_workspace": (_SIZE, (_INT64,)),
-    "gsx_threshold_select": (_INT, (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, *_SCRATCH_AND_STREAM)),
+    "gsx_threshold_select": (_INT, (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, *_SCRATCH_AND_STREAM)),
     "gsx_gather_rows": (
         _INT,
         (_POINTER, _INT64, _INT64, _INT, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
@@ -74,11 +74,11 @@ class Kernels:
 
         Only the first `count` elements of index are set, in ascending order.
         """
-        return self._select("gsx_topk_select", score, k)
+        return self._select("gsx_topk_select", score, k.data_ptr())
 
     def threshold_select(self, score: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of the scores above a threshold [] float32; the results are like those of `topk_select`."""
-        return self._select("gsx_threshold_select", score, threshold)
+        """Positions of the scores above a threshold, [] or [N] float32; the results are like those of `topk_select`."""
+        return self._select("gsx_threshold_select", score, threshold.data_ptr(), threshold.numel())
 
     def gather_rows(self, x: Tensor, index: Tensor, count: Tensor | None = None) -> Tensor:
         """x [N, H], index [capacity] int64 -> rows [capacity, H], of which the first `count` are set (None: all)."""
@@ -110,11 +110,11 @@ class Kernels:
         )
         return out
 
-    def _select(self, name: str, score: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    def _select(self, name: str, score: Tensor, *limit: int) -> tuple[Tensor, Tensor]:
         index = self.empty(score, score.shape, torch.int64)
         count = self.empty(score, (), torch.int64)
         scratch = self._scratch(name, score, score.shape[0])
-        pointers = (score.data_ptr(), limit.data_ptr(), score.shape[0], index.data_ptr(), count.data_ptr())
+        pointers = (score.data_ptr(), *limit, score.shape[0], index.data_ptr(), count.data_ptr())
         self._call(name, score, *pointers, scratch.data_ptr(), scratch.numel())
         return index, count
 
@@ -183,7 +183,7 @@ def run_threshold_gather(
     kernels: Kernels, x: Tensor, score: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `threshold_gather` on the kernels."""
-    index, count = kernels.threshold_select(score.contiguous(), _beside(threshold, x))
+    index, count = kernels.threshold_select(score.contiguous(), _beside(threshold.contiguous(), x))
     return _gathered(kernels, x, index, count)
 
 

@@ -1,11 +1,12 @@
 """Continuous batching: requests come and go, and every step continues all running requests.
 
 A request waits in a queue of limited length, is prefilled by itself into a free row of one K/V cache, and from then on
-takes part in every step of the batch until it ends; then the last row of the batch moves into its place. Requests share
-a step if their run-time values for the whole call (a budget) are equal; values for each sequence (a set of layers) may
-differ. A speculative request has its own cache, and makes its rounds between the steps. The text of a request does not
-depend on other requests: the keep rule decides token by token, and the noise of sampling depends only on the request's
-own seed and positions (`gsx_engines/sampling.py`).
+takes part in every step of the batch until it ends; then the last row of the batch moves into its place. Requests of
+different budgets, sets of layers, exits or loops share a step, since these are run-time values of each sequence; only
+those of a whole call (selection by rank; the budget of a bundle of 0.1.0) must be equal. A speculative request has its
+own cache, and makes its rounds between the steps. The text of a request does not depend on other requests: the keep
+rule decides token by token, and the noise of sampling depends only on the request's own seed and positions
+(`gsx_engines/sampling.py`).
 
 A request may have several clients, each with a continuation of its own: the prompt is read once, and its K/V are copied
 into the rows of the others.

@@ -122,4 +122,4 @@ def calibrate_exits(
 
 
 def _controls(threshold: float) -> RuntimeValues:
-    return {"exit_threshold": np.array(threshold, np.float32), "full_until": np.zeros(1, np.int64)}
+    return {"exit_threshold": np.array([threshold], np.float32), "full_until": np.zeros(1, np.int64)}

@@ -312,8 +312,9 @@ def _traced(recorded: Recorded) -> Calm:
 def _reference(policy: Policy, selection: Selection | None, controls: RuntimeValues) -> ReferenceRule:
     found = policy.confidence
     assert found is not None
-    threshold = float(controls["exit_threshold"])
-    return Confident(policy.exits, found.measure, threshold, controls["full_until"], found.decay, found.decay_tokens)
+    return Confident(
+        policy.exits, found.measure, controls["exit_threshold"], controls["full_until"], found.decay, found.decay_tokens
+    )
 
 
 def _settings(manifest: Manifest, asked: Sequence[float] | None, notes: list[str]) -> list[Setting]:

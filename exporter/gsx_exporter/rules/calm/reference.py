@@ -22,7 +22,7 @@ class Confident:
     Args:
         exits: depths, ascending.
         measure: `softmax`, `state` or `classifier`.
-        threshold: lambda; with infinity nothing exits.
+        threshold: lambda, or [B] float32 with one for each sequence; with infinity nothing exits.
         full_until: [B or 1] int64: tokens at a position below it never exit; the token at that position is number 0.
         decay: tau in 0.9 lambda + 0.1 lambda exp(-tau t / N), where t is the token's number; 0 for no decay.
         decay_tokens: N.
@@ -30,7 +30,7 @@ class Confident:
 
     exits: tuple[int, ...]
     measure: Measure
-    threshold: float
+    threshold: float | np.ndarray
     full_until: np.ndarray
     decay: float
     decay_tokens: int
@@ -41,7 +41,9 @@ class Confident:
         share = torch.ones_like(number)
         if self.decay:
             share = 0.9 + 0.1 * torch.exp(-self.decay * number.clamp(min=0) / self.decay_tokens)
-        threshold = torch.where(number < 0, torch.inf, self.threshold * share)
+        threshold = torch.where(
+            number < 0, torch.inf, torch.as_tensor(self.threshold, dtype=torch.float64).reshape(-1, 1) * share
+        )
         return _Exiting(self, call, threshold)
 
 

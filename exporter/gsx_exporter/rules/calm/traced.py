@@ -53,7 +53,7 @@ class Calm(TracedRule, LooksAtExits):
 
     @property
     def inputs(self) -> Mapping[str, Value]:
-        return {"exit_threshold": Value(torch.float32, ()), "full_until": Value(torch.int64, ("B",))}
+        return {"exit_threshold": Value(torch.float32, ("B",)), "full_until": Value(torch.int64, ("B",))}
 
     @property
     def call(self) -> Mapping[str, Value]:
@@ -66,7 +66,7 @@ class Calm(TracedRule, LooksAtExits):
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
         """Each token's own threshold: decayed by its number in the generation, infinite if it runs in full."""
         number = tokens.positions - inputs["full_until"].unsqueeze(1)
-        threshold = inputs["exit_threshold"].expand(number.shape)
+        threshold = inputs["exit_threshold"].unsqueeze(1).expand(number.shape)
         if self.decay:
             late = torch.exp(number.clamp(min=0).to(torch.float32) * (-self.decay / self.decay_tokens))
             threshold = threshold * ((1 - DECAYING) + DECAYING * late)
