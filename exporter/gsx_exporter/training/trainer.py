@@ -57,14 +57,15 @@ class GateTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """See `Trainer`."""
-        if self.optimizer is None:
-            if self.muon is not None:
-                self.optimizer = MuonWithAdamW.of(self.learner, self.args)
-            else:
-                super().create_optimizer(model)
-                gates = [p for name, p in self.learner.named_parameters() if is_gate(name)]
-                _apart(self.optimizer, gates, self.gate_rate)
-        return self.optimizer  # type: ignore[no-any-return]
+        if self.optimizer is not None:
+            made: torch.optim.Optimizer = self.optimizer
+        elif self.muon is not None:
+            made = self.optimizer = MuonWithAdamW.of(self.learner, self.args)
+        else:
+            made = super().create_optimizer(model)
+            gates = [p for name, p in self.learner.named_parameters() if is_gate(name)]
+            _apart(made, gates, self.gate_rate)
+        return made
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """See `Trainer`: with the parts of the loss."""
