@@ -9,6 +9,7 @@ all.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,15 @@ from gsx_exporter.training.settings import TrainSettings
 SETTINGS, HISTORY = "training.yaml", "training.json"
 
 
-def write_adapter(subject: Subject, checkpoint: Checkpoint, base_sha256: str, dtype: torch.dtype, folder: Path) -> None:
+Weights = Mapping[str, torch.Tensor]  # by the names of transformers' model
+
+
+def write_adapter(
+    subject: Subject, weights: Weights, checkpoint: Checkpoint, base_sha256: str, dtype: torch.dtype, folder: Path
+) -> None:
     """Write adapter, gates and section.
 
-    Args: checkpoint: the base; base_sha256: the hash of its weights.
+    Args: weights: of the whole model; checkpoint: the base; base_sha256: the hash of its weights.
     """
     from peft import LoraConfig, PeftModel, get_peft_model_state_dict
     from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -40,7 +46,8 @@ def write_adapter(subject: Subject, checkpoint: Checkpoint, base_sha256: str, dt
             adapted = PeftModel(subject.hf, config)
     config = adapted.peft_config["default"]
     config.base_model_name_or_path, config.revision = base_name(checkpoint)
-    state = {name: tensor.to(dtype) for name, tensor in get_peft_model_state_dict(adapted).items()}
+    named = {f"base_model.model.{name}": tensor for name, tensor in weights.items()}
+    state = {name: tensor.to(dtype) for name, tensor in get_peft_model_state_dict(adapted, named).items()}
     with quiet_transformers():
         adapted.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's; the card takes its place
@@ -48,25 +55,21 @@ def write_adapter(subject: Subject, checkpoint: Checkpoint, base_sha256: str, dt
     raw = json.loads(path.read_text(encoding="utf-8"))
     raw["gsx"] = {**section_of(subject.config), "base_sha256": base_sha256}
     path.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    gates = {
-        name: parameter.detach().to("cpu", dtype).contiguous()
-        for name, parameter in subject.hf.named_parameters()
-        if is_gate(name)
-    }
+    gates = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in weights.items() if is_gate(name)}
     if gates:
         save_file(gates, folder / GATES, metadata={"format": "pt"})
 
 
-def write_checkpoint(subject: Subject, base: Path, settings: TrainSettings, folder: Path) -> None:
+def write_checkpoint(subject: Subject, weights: Weights, base: Path, settings: TrainSettings, folder: Path) -> None:
     """Write a whole model.
 
-    Args: base: a directory with configuration and tokenizer of the result.
+    Args: weights: of it; base: a directory with configuration and tokenizer of the result.
     """
     dtype = getattr(torch, settings.save_dtype)
     hf = subject.hf
     hf.config.gsx = section_of(subject.config)
     hf.config.dtype = settings.save_dtype
-    state = {name: tensor.to(dtype) for name, tensor in hf.state_dict().items()}
+    state = {name: tensor.to(dtype) for name, tensor in weights.items()}
     with quiet_transformers():
         hf.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
     for path in sorted(base.iterdir()):

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
@@ -155,9 +156,10 @@ def train(
         raise KeyboardInterrupt
     on_progress(Progress("evaluating"))
     metrics = trainer.evaluate()
+    on_progress(Progress("writing the result"))
+    weights, sample = trainer.weights(), run.sample(trainer)  # every process has a part of them
     if trainer.args.should_save:
-        on_progress(Progress("writing the result"))
-        run.write(out, trainer, command)
+        run.write(out, trainer, weights, sample, command)
     trainer.accelerator.wait_for_everyone()
     return TrainResult(
         out, run.facts(trainer), trainer.state.global_step, resumed_at, time.monotonic() - began, metrics
@@ -304,7 +306,9 @@ class _Run:
         (self.work / "settings.yaml").write_text(self.settings.to_yaml(), encoding="utf-8")
         path.write_text(digest + "\n", encoding="utf-8")
 
-    def write(self, out: Path, trainer: GateTrainer, command: str) -> None:
+    def write(
+        self, out: Path, trainer: GateTrainer, weights: Mapping[str, Tensor], sample: Sample | None, command: str
+    ) -> None:
         """Write the result with its card."""
         out = out.absolute()
         try:
@@ -316,18 +320,19 @@ class _Run:
                         shutil.rmtree(base, ignore_errors=True)
                         base.mkdir()
                         self.checkpoint.copy_companions(base)
-                    write_checkpoint(self.subject, base, self.settings, folder)
+                    write_checkpoint(self.subject, weights, base, self.settings, folder)
                 else:
                     assert self.checkpoint is not None
                     dtype = getattr(torch, self.settings.save_dtype)
-                    write_adapter(self.subject, self.checkpoint, self.checkpoint.weights_sha256(), dtype, folder)
+                    base_sha256 = self.checkpoint.weights_sha256()
+                    write_adapter(self.subject, weights, self.checkpoint, base_sha256, dtype, folder)
                 (folder / SETTINGS).write_text(self.settings.to_yaml(), encoding="utf-8")
                 (folder / HISTORY).write_text(history_json(trainer.state.log_history), encoding="utf-8")
-                write_card(folder, self.settings, self.subject.config, self._card(trainer, command))
+                write_card(folder, self.settings, self.subject.config, self._card(trainer, sample, command))
         except OSError as error:
             raise disk_error(out, error) from error
 
-    def _card(self, trainer: GateTrainer, command: str) -> CardFacts:
+    def _card(self, trainer: GateTrainer, sample: Sample | None, command: str) -> CardFacts:
         facts, log = self.facts(trainer), trainer.state.log_history
         base, revision = base_name(self.checkpoint) if self.checkpoint is not None else ("a new model", None)
         return CardFacts(
@@ -345,11 +350,13 @@ class _Run:
             metrics=next(one for one in reversed(log) if "eval_loss" in one),
             held_out=len(trainer.eval_dataset),
             length=self.settings.data.length,
-            sample=self._sample(trainer) if self.subject.config.gate is not None else None,
+            sample=sample,
         )
 
-    def _sample(self, trainer: GateTrainer) -> Sample:
-        """The gates over the beginning of the first held-out row."""
+    def sample(self, trainer: GateTrainer) -> Sample | None:
+        """The gates over the beginning of the first held-out row; None without gates."""
+        if self.subject.config.gate is None:
+            return None
         ids = torch.tensor(trainer.eval_dataset[0]["input_ids"][:SAMPLE_TOKENS], device=trainer.args.device)[None]
         _, call = self.learner.eval().figures(ids, ids)
         scores: dict[str, Any] = {}

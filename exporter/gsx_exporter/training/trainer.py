@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gsx_exporter.checkpoint.tensors import is_gate
@@ -130,6 +131,11 @@ class GateTrainer(Trainer):
         """Over all processes, without the rows that are there twice to fill the last batch."""
         return float(self.accelerator.gather_for_metrics(values).double().sum())
 
+    def weights(self) -> dict[str, torch.Tensor]:
+        """All weights by their names in transformers' model; where they are divided (FSDP), every process must ask."""
+        named = self.learner.hf.named_parameters()
+        return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for name, p in named}
+
     def save_now(self) -> None:
         """Write a checkpoint of the last finished step."""
         self._save_checkpoint(self.model, trial=None)
@@ -173,6 +179,13 @@ class Steps(TrainerCallback):
         self.trainer: GateTrainer | None = None
         self.stopped = False
         self._note = ""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Where the weights are divided (FSDP), they are put together in these methods as in a forward pass."""
+        assert self.trainer is not None
+        if self.trainer.is_fsdp_enabled:
+            for name in ("figures", "dense_nats", "run"):
+                register_fsdp_forward_method(self.learner, name)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The step's plan."""
