@@ -90,7 +90,8 @@ def settings(recipe: TrainSettings | str | Path, changes: Mapping[str, Any] | Se
     Raises:
         UsageError: no such recipe, an unknown setting, or a value that does not fit.
     """
-    from gsx_exporter.training.settings import TrainSettings, read_settings
+    from gsx_exporter.training.reading import read_settings
+    from gsx_exporter.training.settings import TrainSettings
 
     if not isinstance(recipe, TrainSettings):
         return read_settings(recipe, changes)
@@ -105,7 +106,7 @@ def recipe_file(recipe: str | Path) -> str:
     Raises:
         UsageError: no such recipe or file.
     """
-    from gsx_exporter.training.settings import recipe_source
+    from gsx_exporter.training.reading import recipe_source
 
     return recipe_source(recipe)[1]
 

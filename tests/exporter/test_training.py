@@ -21,8 +21,9 @@ from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError, TextError
 from gsx_exporter.training import trainer
+from gsx_exporter.training.reading import read_settings
 from gsx_exporter.training.run import TrainResult, plan_training, train
-from gsx_exporter.training.settings import TrainSettings, read_settings
+from gsx_exporter.training.settings import TrainSettings
 from gsx_plugins.errors import GsxError, UsageError
 from gsx_plugins.progress import Progress
 from tests.tiny import tiny_checkpoint
@@ -148,6 +149,19 @@ def test_a_new_model(tmp_path: Path) -> None:
     again = settings(data__source=folder, data__held_out=0.3, model=result.directory, mode="full", muon={})
     second = run(again, tmp_path / "second")
     assert second.metrics["eval_loss"] < result.metrics["eval_loss"]
+
+
+def test_half_precision_and_recomputed_layers(tmp_path: Path, model: Path, text: Path) -> None:
+    plain = run(settings(model=model, data__source=text, trainer__seed=5), tmp_path / "plain")
+    options = {
+        "trainer__bf16": True,
+        "trainer__gradient_checkpointing": True,
+        "trainer__gradient_accumulation_steps": 2,
+    }
+    options["trainer__per_device_train_batch_size"] = 1
+    other = run(settings(model=model, data__source=text, trainer__seed=5, **options), tmp_path / "other")
+    # bfloat16 has 8 significant bits.
+    assert other.metrics["eval_loss"] == pytest.approx(plain.metrics["eval_loss"], rel=2**-5)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])

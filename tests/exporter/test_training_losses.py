@@ -20,8 +20,9 @@ from gsx_exporter.training import schedule
 from gsx_exporter.training.learner import IGNORED, Learner
 from gsx_exporter.training.model import load_subject
 from gsx_exporter.training.muon import clip_attention
+from gsx_exporter.training.reading import settings_of
 from gsx_exporter.training.schedule import Plan, Schedule
-from gsx_exporter.training.settings import ExitSettings, GateSettings, TrainSettings, settings_of
+from gsx_exporter.training.settings import ExitSettings, GateSettings, TrainSettings
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 CLOSE = 1e-5  # float32 sums in another order

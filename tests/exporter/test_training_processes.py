@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gsx_exporter.training.reading import read_settings
 from gsx_exporter.training.run import train
-from gsx_exporter.training.settings import TrainSettings, read_settings
+from gsx_exporter.training.settings import TrainSettings
 from tests.tiny import tiny_checkpoint
 
 ROUNDING = 1e-5  # float32 sums in another order, over a few steps
@@ -21,7 +22,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from gsx_exporter.training.run import train
-from gsx_exporter.training.settings import read_settings
+from gsx_exporter.training.reading import read_settings
 
 def on_progress(progress):
     if os.environ.get("KILL") and os.environ["RANK"] == "1" and (progress.stage, progress.done) == ("training", 3):

@@ -7,14 +7,8 @@ from typing import Any
 
 import pytest
 
-from gsx_exporter.training.settings import (
-    ExitSettings,
-    TrainSettings,
-    read_settings,
-    recipe_source,
-    recipes,
-    settings_of,
-)
+from gsx_exporter.training.reading import read_settings, recipe_source, recipes, settings_of
+from gsx_exporter.training.settings import ExitSettings, TrainSettings
 from gsx_plugins.errors import UsageError
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

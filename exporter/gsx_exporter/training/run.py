@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainingArguments
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.trainer_callback import PrinterCallback
 
 from gsx_engines.bundle.words import BRANCHES
@@ -35,32 +34,19 @@ from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.training.arguments import SETTINGS_FILE, arguments_of, check_free, newest_checkpoint, step_of
 from gsx_exporter.training.card import SAMPLE_TOKENS, CardFacts, Sample, write_card
 from gsx_exporter.training.data import Rows, collate, read_rows
 from gsx_exporter.training.fresh import write_base
 from gsx_exporter.training.model import Subject, check_trainable, load_subject, new_subject
 from gsx_exporter.training.result import HISTORY, SETTINGS, base_name, history_json, write_adapter, write_checkpoint
-from gsx_exporter.training.settings import TrainSettings, settings_of
+from gsx_exporter.training.settings import TrainSettings
 from gsx_exporter.training.trainer import DivergedError, GateTrainer, Steps, stopping
 from gsx_plugins.errors import GsxError, UsageError
 from gsx_plugins.files import check_room, disk_error, writing_folder
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 _BASE, _DATA = "base", "data.sha256"
-_CHECKPOINT, _STATE = "checkpoint-", "trainer_state.json"
-# Fields of TrainingArguments that are this module's, and those that a resumed run may change.
-_OURS = ("output_dir", "remove_unused_columns", "label_names", "disable_tqdm", "resume_from_checkpoint", "do_train")
-_FREE = ("logging_steps", "save_steps", "save_total_limit", "eval_steps", "eval_strategy", "report_to", "run_name")
-_DEFAULTS: Mapping[str, Any] = {
-    "logging_steps": 10,
-    "save_steps": 200,
-    "save_total_limit": 2,
-    "eval_strategy": "steps",
-    "eval_steps": 200,
-    "report_to": "none",
-    "num_train_epochs": 1,
-    "per_device_eval_batch_size": 4,
-}
 
 
 @dataclass(frozen=True)
@@ -138,10 +124,10 @@ def train(
     """
     began = time.monotonic()
     run = _Run(settings, work, on_progress)
-    _check_free(out, overwrite=overwrite, todo="or overwrite=True (--overwrite) to replace it")
-    newest = _newest(work, settings) if resume else None
+    check_free(out, overwrite=overwrite, todo="or overwrite=True (--overwrite) to replace it")
+    newest = newest_checkpoint(work, settings) if resume else None
     if not resume:
-        _check_free(work, overwrite=False, todo="or resume=True (--resume) to continue the run in it")
+        check_free(work, overwrite=False, todo="or resume=True (--resume) to continue the run in it")
     run.prepare()
     stop = threading.Event()
     steps = Steps(run.learner, on_progress, stop)
@@ -149,7 +135,7 @@ def train(
     with run.first_process_alone():
         if trainer.args.should_save:
             run.keep_settings(resumed=resume)
-    resumed_at = int(newest.name.removeprefix(_CHECKPOINT)) if newest is not None else 0
+    resumed_at = step_of(newest)
     with stopping(stop), _saving_what_was_learnt(trainer, work):
         trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
     if steps.stopped:
@@ -186,7 +172,7 @@ class _Run:
 
     def __init__(self, settings: TrainSettings, work: Path, on_progress: OnProgress) -> None:
         self.settings, self.work, self.on_progress = settings, work, on_progress
-        self.arguments = _arguments(settings, work)
+        self.arguments = arguments_of(settings, work)
         self.checkpoint: Checkpoint | None = None
         self.subject: Subject
         self.rows: Rows
@@ -303,7 +289,7 @@ class _Run:
         trained = sum(p.numel() for p in self.learner.parameters() if p.requires_grad)
         kept = (self.arguments.save_total_limit or 1) + 1
         check_room(self.work, 3 * 4 * trained * kept, todo="free some space, or give another place with --work")
-        (self.work / "settings.yaml").write_text(self.settings.to_yaml(), encoding="utf-8")
+        (self.work / SETTINGS_FILE).write_text(self.settings.to_yaml(), encoding="utf-8")
         path.write_text(digest + "\n", encoding="utf-8")
 
     def write(
@@ -402,82 +388,6 @@ def _tokenizer(directory: Path) -> Any:
             return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
 
 
-def _arguments(settings: TrainSettings, work: Path) -> TrainingArguments:
-    """transformers' arguments.
-
-    Raises:
-        UsageError: an unknown field, one that gsx sets itself, or a value that transformers refuses.
-    """
-    known = {field.name for field in fields(TrainingArguments) if field.init} - set(_OURS)
-    for name in settings.trainer:
-        if name not in known:
-            raise UsageError(
-                f"trainer.{name} is not a setting",
-                expected="a field of transformers' TrainingArguments that gsx does not set itself",
-                todo="https://huggingface.co/docs/transformers/main_classes/trainer lists them",
-            )
-    values = {**_DEFAULTS, **settings.trainer}
-    if settings.trainer.get("eval_strategy") == "no":
-        values.pop("eval_steps")
-    if not torch.cuda.is_available():
-        values.setdefault("use_cpu", True)
-        values.setdefault("dataloader_pin_memory", False)
-        if "WORLD_SIZE" in os.environ:
-            values.setdefault("ddp_backend", "gloo")
-    try:
-        return TrainingArguments(
-            output_dir=str(work), remove_unused_columns=False, label_names=["labels"], disable_tqdm=True, **values
-        )
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError("the section trainer cannot be used", found=one_line(error)) from error
-
-
-def _newest(work: Path, settings: TrainSettings) -> Path:
-    """The newest complete checkpoint, after checking that the run had the same settings."""
-    found = sorted(
-        (path for path in work.glob(_CHECKPOINT + "*") if (path / _STATE).is_file()),
-        key=lambda path: int(path.name.removeprefix(_CHECKPOINT)),
-    )
-    if not found:
-        raise UsageError(
-            f"{work}: has no checkpoint to resume from", todo="start the run without --resume, in an empty directory"
-        )
-    import yaml
-
-    path = work / "settings.yaml"
-    try:
-        before = settings_of(yaml.safe_load(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{path}: cannot be read", found=one_line(error)) from error
-    old, new = (_flat(_lasting(one)) for one in (before, settings))
-    differing = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    if differing:
-        name = differing[0]
-        raise UsageError(
-            f"{work}: the run was started with other settings",
-            expected=f"{name} {old.get(name)!r}",
-            found=repr(new.get(name)),
-            todo=f"give {path} as the recipe, or start a new run in an empty directory",
-        )
-    return found[-1]
-
-
-def _lasting(settings: TrainSettings) -> dict[str, Any]:
-    """The settings that a resumed run may not change."""
-    values = settings.model_dump(mode="json")
-    values["trainer"] = {name: value for name, value in values["trainer"].items() if name not in _FREE}
-    values.pop("evaluation")
-    values.pop("save_dtype")
-    return values
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return found
-
-
 @contextmanager
 def _saving_what_was_learnt(trainer: GateTrainer, work: Path) -> Iterator[None]:
     try:
@@ -510,10 +420,3 @@ def _trial_seconds(trainer: GateTrainer) -> float:
         loss.backward()
         seconds = time.perf_counter() - began
     return seconds * trainer.args.gradient_accumulation_steps
-
-
-def _check_free(directory: Path, *, overwrite: bool, todo: str) -> None:
-    if directory.is_file():
-        raise UsageError(f"{directory}: is a file", expected="a directory")
-    if not overwrite and directory.is_dir() and any(directory.iterdir()):
-        raise UsageError(f"{directory}: exists and is not empty", todo=f"give another directory, {todo}")
