@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from gsx_engines.bundle.bundle import Bundle as Bundle
     from gsx_engines.bundle.bundle import open_bundle as open_bundle
     from gsx_exporter.convert import convert as convert
-    from gsx_exporter.training.config import TrainConfig as TrainConfig
     from gsx_exporter.training.exit_classifiers import train_exit_classifiers as train_exit_classifiers
+    from gsx_exporter.training.settings import TrainSettings as TrainSettings
     from gsx_plugins.errors import GsxError as GsxError
     from gsx_plugins.progress import Progress as Progress
 
@@ -45,7 +45,7 @@ _HOMES = {
     "Progress": "gsx_plugins.progress",
     "QualityLimits": "gsx.parity.quality",
     "Quantize": "gsx.workflows.quantize",
-    "TrainConfig": "gsx_exporter.training.config",
+    "TrainSettings": "gsx_exporter.training.settings",
     "bench": "gsx.workflows.bench",
     "build": "gsx_engines.building.build",
     "check_server": "gsx.workflows.triton",
@@ -72,7 +72,7 @@ __all__ = [
     "Progress",
     "QualityLimits",
     "Quantize",
-    "TrainConfig",
+    "TrainSettings",
     "__version__",
     "bench",
     "build",
