@@ -138,7 +138,7 @@ def train(
     kept = None
     if not dry_run and output is not None:
         place = work if work is not None else output.parent / f"{output.name}-work"
-        kept = f"snapshots are in {place}: --resume goes on from the newest"
+        kept = f"checkpoints are in {place}: --resume goes on from the newest"
     with ProgressLine(plain_every=_PLAIN_SECONDS, kept=kept) as line:
         show: OnProgress = line.show if first else silent
         if first:

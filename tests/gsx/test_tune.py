@@ -26,6 +26,7 @@ from gsx.tuning.limit import Limit
 from gsx.tuning.report import TuneReport
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, controls_for
+from gsx_exporter.rules.registry import RULES
 from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
 
@@ -38,11 +39,13 @@ ANY_LOSS = 50.0
 
 @pytest.fixture(autouse=True, scope="module")
 def little_work() -> Iterator[None]:
-    """One scheme of quantization that chooses no codes, no search for drafts, and few rounds of timing."""
+    """One rule, one scheme of quantization that chooses no codes, no search for drafts, and few rounds of timing."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gsx.workflows.fitting.every_rule", lambda: ({"layers": RULES["layers"]}, {}))
+        patch.setattr("gsx.workflows.tune_search._FINALISTS", 1)
         patch.setattr("gsx.workflows.tune_search._SCHEMES", {None: 1, "int8-weights": 3})
         patch.setattr("gsx.workflows.tune_search.Search._drafts", lambda self, best: iter(()))
-        patch.setattr("gsx.workflows.tune_search._MOST_SETS", 2)
+        patch.setattr("gsx.workflows.tune_search._MOST_SETS", 1)
         patch.setattr("gsx.tuning.bench.BENCH_ROUNDS", 3)
         yield
 
