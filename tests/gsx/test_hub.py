@@ -56,12 +56,16 @@ class Hub(BaseHTTPRequestHandler):
         if self.path.startswith(f"/api/models/{REPO}/revision/main"):
             self._json({"id": REPO, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]})
             return
+        if self.path.startswith(f"/api/models/{REPO}/tree/{COMMIT}"):
+            rows = [{"type": "file", "path": n, "size": len(c), "oid": _sha(c)[:40]} for n, c in self.files.items()]
+            self._json(rows)
+            return
         content = self.files.get(self.path.partition(f"/{REPO}/resolve/{COMMIT}/")[2])
         if content is None:
             self._json({"error": "Repository not found"}, 404)
             return
         self.send_response(200)
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("ETag", f'"{_sha(content)}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -95,6 +99,10 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+
+def _sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @pytest.fixture(scope="module")
