@@ -11,8 +11,8 @@ import pytest
 from gsx.defaults import QUALITY_TOKENS, VERIFY_TOKENS
 from gsx.parity.quality import ACTIVATIONS, FOUR_BITS, HALF, WEIGHTS
 from gsx.workflows import skip_set_search
-from gsx.workflows.compare import WINDOW_TOKENS
 from gsx.workflows.export_text import MEASURED_TOKENS
+from gsx.workflows.kept_exports import WINDOW_TOKENS
 from gsx.workflows.study import SEQUENCE_TOKENS
 from gsx_engines.building.profiles import DEFAULT_PREFILL_TOKENS
 from gsx_engines.defaults import BUILD_CONTEXT
