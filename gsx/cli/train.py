@@ -136,7 +136,7 @@ def train(
         raise typer.BadParameter("belongs to --exit-classifiers", param_hint="--tokens")
     first = os.environ.get("RANK", "0") == "0"
     kept = None
-    if not dry_run and output is not None:
+    if output is not None and not dry_run:
         place = work if work is not None else output.parent / f"{output.name}-work"
         kept = f"checkpoints are in {place}: --resume goes on from the newest"
     with ProgressLine(plain_every=_PLAIN_SECONDS, kept=kept) as line:
