@@ -121,8 +121,8 @@ class Search:
             point = self.points[best]
             options = point.options.by_default(point.keep)
             if options == point.options:
-                point = replace(point, keep=AS_EXPORTED)  # which asks for the same
-                self.points[best] = self.bench.timed_surely(self.exports.bundle(options), point)
+                point = self.bench.timed_surely(self.exports.bundle(options), point)
+                self.points[best] = replace(point, keep=AS_EXPORTED)  # which asks for the same
                 if self.best() == best:
                     return best
                 continue
