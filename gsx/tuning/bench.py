@@ -231,7 +231,7 @@ class Bench:
             on_progress=prefixed(self.on_progress, bundle.directory.name.rpartition("-")[0]),
         )[shape]
         self._whole_times, *result = (self._times_of(found[form.name], found[_WHOLE]) for form in forms)
-        self.ledger.put(asdict(self._whole_times), "time", *self._of_times(base, base_keep, sure))
+        self.ledger.put(asdict(self._whole_times), "time", *self._of_times(base, base_keep, sure=False))
         for point, times in zip(points, result, strict=True):
             self.ledger.put(asdict(times), "time", *self._of_times(bundle, point.keep, sure))
         return result
