@@ -42,6 +42,7 @@ from gsx_exporter.training.model import Subject, check_trainable, load_subject, 
 from gsx_exporter.training.result import HISTORY, SETTINGS, base_name, history_json, write_adapter, write_checkpoint
 from gsx_exporter.training.settings import TrainSettings
 from gsx_exporter.training.trainer import DivergedError, GateTrainer, Steps, stopping
+from gsx_exporter.training.warm_start import TOKENS, predict_changes
 from gsx_plugins.errors import GsxError, UsageError
 from gsx_plugins.files import check_room, disk_error, writing_folder
 from gsx_plugins.progress import OnProgress, Progress, silent
@@ -228,7 +229,20 @@ class _Run:
         else:
             assert self.settings.new is not None
             self.subject = new_subject(self.settings.new, self.settings, seed=seed)
+        self._warm_start()
         self.learner = self.subject.learner(self.settings, steps=self._steps(), seed=seed)
+
+    def _warm_start(self) -> None:
+        """Let new gates begin with a guess, if they are to."""
+        gate, config = self.settings.gate, self.subject.config
+        known = self.checkpoint is not None and self.checkpoint.config.gate is not None
+        if gate is None or gate.start != "change" or known:
+            return
+        length = self.settings.data.length
+        rows = [row["input_ids"] for row in self.rows.train.take(8 * TOKENS // length + 8)]
+        whole = [row for row in rows if len(row) == length][: max(1, TOKENS // length)] or [max(rows, key=len)]
+        self.on_progress(Progress("fitting the gates"))
+        predict_changes(self.subject.hf, config, torch.tensor(whole), bias=gate.bias)
 
     def trainer(self, steps: Steps) -> GateTrainer:
         """The Trainer of the run."""
