@@ -103,6 +103,7 @@ def train(
     *,
     work: Path,
     resume: bool = False,
+    finish: bool = False,
     overwrite: bool = False,
     command: str = "",
     on_progress: OnProgress = silent,
@@ -114,6 +115,7 @@ def train(
         out: the result's directory; written at the end of the run, completely or not at all.
         work: the directory for checkpoints; it is not removed after the run.
         resume: continue from the newest checkpoint in `work`.
+        finish: write what was learnt until the newest checkpoint, without further steps; the run may go on afterwards.
         overwrite: replace the contents of out.
         command: what the card names as the command.
         on_progress: called before each stage, and after every step.
@@ -126,8 +128,8 @@ def train(
     began = time.monotonic()
     run = _Run(settings, work, on_progress)
     check_free(out, overwrite=overwrite, todo="or overwrite=True (--overwrite) to replace it")
-    newest = newest_checkpoint(work, settings) if resume else None
-    if not resume:
+    newest = newest_checkpoint(work, settings) if resume or finish else None
+    if newest is None:
         check_free(work, overwrite=False, todo="or resume=True (--resume) to continue the run in it")
     run.prepare()
     stop = threading.Event()
@@ -135,10 +137,13 @@ def train(
     trainer = run.trainer(steps)
     with run.first_process_alone():
         if trainer.args.should_save:
-            run.keep_settings(resumed=resume)
+            run.keep_settings(resumed=newest is not None)
     resumed_at = step_of(newest)
-    with stopping(stop), _saving_what_was_learnt(trainer, work):
-        trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
+    if finish and newest is not None:
+        trainer.take(newest)
+    else:
+        with stopping(stop), _saving_what_was_learnt(trainer, work):
+            trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
     if steps.stopped:
         raise KeyboardInterrupt
     on_progress(Progress("evaluating"))
