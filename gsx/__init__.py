@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from gsx.workflows.triton import check_server as check_server
     from gsx.workflows.triton import triton as triton
     from gsx.workflows.triton import triton_plans as triton_plans
+    from gsx.workflows.tune import tune as tune
     from gsx.workflows.verify import verify as verify
     from gsx_engines.building.build import build as build
     from gsx_engines.bundle.bundle import Bundle as Bundle
@@ -61,6 +62,7 @@ _HOMES = {
     "train_exit_classifiers": "gsx_exporter.training.exit_classifiers",
     "triton": "gsx.workflows.triton",
     "triton_plans": "gsx.workflows.triton",
+    "tune": "gsx.workflows.tune",
     "verify": "gsx.workflows.verify",
 }
 
@@ -89,6 +91,7 @@ __all__ = [
     "train_exit_classifiers",
     "triton",
     "triton_plans",
+    "tune",
     "verify",
 ]
 

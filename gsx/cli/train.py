@@ -145,7 +145,11 @@ def train(
     if tokens is not None:
         raise typer.BadParameter("belongs to --exit-classifiers", param_hint="--tokens")
     first = os.environ.get("RANK", "0") == "0"
-    with ProgressLine(plain_every=_PLAIN_SECONDS) as line:
+    kept = None
+    if output is not None and not dry_run:
+        place = work if work is not None else output.parent / f"{output.name}-work"
+        kept = f"checkpoints are in {place}: --resume goes on from the newest"
+    with ProgressLine(plain_every=_PLAIN_SECONDS, kept=kept) as line:
         show: OnProgress = line.show if first else silent
         if first:
             line.update("starting")

@@ -261,6 +261,13 @@ def _guaranteed(
 
 def _exits(given: tuple[int, ...] | None, config: ModelConfig, measure: Measure) -> tuple[int, ...]:
     """The exits: those given, or the checkpoint's, below the model's depth."""
+    if measure == "gate" and not config.loop_gate:
+        raise UsageError(
+            "--policy calm:gate needs a looped model with an exit gate",
+            expected="an Ouro checkpoint",
+            found=config.family,
+            todo="use another measure: softmax, state",
+        )
     inside = range(1, config.num_layers)
     trained = config.exit_classifiers
     if given is None and measure == "classifier" and trained:
