@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gsx.workflows.doctor import doctor as doctor
     from gsx.workflows.export import export as export
     from gsx.workflows.generate import generate as generate
+    from gsx.workflows.hub import push as push
     from gsx.workflows.inspect import inspect as inspect
     from gsx.workflows.quantize import Quantize as Quantize
     from gsx.workflows.serve import serve as serve
@@ -56,6 +57,7 @@ _HOMES = {
     "generate": "gsx.workflows.generate",
     "inspect": "gsx.workflows.inspect",
     "open_bundle": "gsx_engines.bundle.bundle",
+    "push": "gsx.workflows.hub",
     "serve": "gsx.workflows.serve",
     "study": "gsx.workflows.study",
     "train": "gsx.workflows.train",
@@ -85,6 +87,7 @@ __all__ = [
     "inspect",
     "open_bundle",
     "plugins",
+    "push",
     "serve",
     "study",
     "train",

@@ -155,11 +155,14 @@ def study(
     return found
 
 
-def least_harm(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress = silent) -> Iterator[SetResult]:
+def least_harm(
+    checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress = silent, seconds: float = math.inf
+) -> Iterator[SetResult]:
     """The whole model, then the sets that are left when the layer whose removal costs least is removed again and again.
 
-    Args: as for `study`. A set is searched when it is asked for.
+    Args: as for `study`. A set is searched when it is asked for; when the time is up, there are no more.
     """
+    ends = time.monotonic() + seconds
     sets = LayerSets(checkpoint, ids)
     whole = tuple(range(sets.depth))
     tried = 0
@@ -172,13 +175,23 @@ def least_harm(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress 
 
     sets.remember(whole)
     yield SetResult("greedy", whole, nats(whole))
-    yield from _removals(sets, whole, nats)
+    yield from _removals(sets, whole, nats, ends)
 
 
-def _removals(sets: LayerSets, kept: LayerSet, nats: Callable[[LayerSet], np.ndarray]) -> Iterator[SetResult]:
-    """Sets with one layer fewer each, down to one layer. Args: kept: the set to begin with; nats: measures a set."""
+def _removals(
+    sets: LayerSets, kept: LayerSet, nats: Callable[[LayerSet], np.ndarray], ends: float = math.inf
+) -> Iterator[SetResult]:
+    """Sets with one layer fewer each, down to one layer.
+
+    Args: kept: the set to begin with; nats: measures a set; ends: on the monotonic clock, when to stop.
+    """
     while len(kept) > 1:
-        tried = [SetResult("greedy", other, nats(other)) for other in (_without(kept, layer) for layer in kept)]
+        tried = []
+        for layer in kept:
+            if time.monotonic() > ends:
+                return
+            other = _without(kept, layer)
+            tried.append(SetResult("greedy", other, nats(other)))
         best = min(tried, key=lambda one: float(one.nats.mean()))
         kept = best.kept
         sets.remember(kept)

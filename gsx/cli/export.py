@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from gsx.cli.build import build_engines, print_engines
-from gsx.cli.console import ProgressLine, print_json, quiet_libraries, remark
+from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, remark
 from gsx.cli.export_summary import print_summary, summary_of
 from gsx.cli.options import SHIPPED_TEXT, JsonOption, ModelArgument, OverwriteOption, grouped
 from gsx.cli.signals import loading
@@ -168,6 +168,10 @@ def export(
         Literal["tensorrt", "tensorrt-rtx"] | None,
         typer.Option(help="Also build engines, with gsx build's defaults.", show_default="none"),
     ] = None,
+    push: Annotated[
+        str | None,
+        typer.Option(help="Also write it to this repository of the Hugging Face hub.", show_default="none"),
+    ] = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -216,6 +220,8 @@ def export(
         print_summary(summary)
     if build is not None:
         summary["engines"] = _build(target, build, as_json)
+    if push is not None:
+        summary["pushed"] = _push(target, push, as_json)
     if as_json:
         print_json(summary)
 
@@ -232,6 +238,17 @@ def _build(bundle: Path, backend: Backend, as_json: bool) -> dict[str, Any]:
     if not as_json:
         print_engines(bundle, entry)
     return {name: entry.model_dump(mode="json")}
+
+
+def _push(bundle: Path, repo: str, as_json: bool) -> str:
+    """Write a bundle that was just exported to the hub. Returns: the commit's address."""
+    from gsx import push
+
+    with ProgressLine(kept=f"the bundle {bundle} is complete") as line:
+        address = push(bundle, repo, on_progress=line.show)
+    if not as_json:
+        out().print(f"pushed to {address}")
+    return address
 
 
 def default_output(model: str) -> Path:

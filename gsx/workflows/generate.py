@@ -14,8 +14,9 @@ from typing import Any
 from gsx.backend_names import BackendName, Device
 from gsx.backends import open_backend
 from gsx.defaults import NEW_TOKENS
+from gsx.workflows.hub import open_named
 from gsx_engines import generation
-from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.cost import step_bytes
 from gsx_engines.bundle.drafts import DraftKind, LayersDraft
@@ -224,7 +225,7 @@ class Generator:
         if threads is not None and threads < 1:
             raise UsageError("threads", expected="at least 1", found=str(threads))
         check_logprobs(logprobs)
-        self.bundle = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
+        self.bundle = open_named(bundle)
         manifest = self.bundle.manifest
         sampling.check_ids(manifest.decoder.vocab_size)
         controls_for(manifest, keep)  # refuse bad keep settings before anything is loaded

@@ -53,11 +53,13 @@ class Job:
         options: what it is exported with.
         settings: to try; None for those of the policy's curves.
         like: the point whose text it writes, only faster: it drafts for it.
+        sure: whether it is timed with all rounds.
     """
 
     options: ExportOptions
     settings: Settings | None = None
     like: TunePoint | None = None
+    sure: bool = False
 
 
 @dataclass
@@ -119,14 +121,14 @@ class Search:
             point = self.points[best]
             options = point.options.by_default(point.keep)
             if options == point.options:
-                point = replace(point, keep=AS_EXPORTED)  # which asks for the same
-                self.points[best] = self.bench.timed_surely(self.exports.bundle(options), point)
+                point = self.bench.timed_surely(self.exports.bundle(options), point)
+                self.points[best] = replace(point, keep=AS_EXPORTED)  # which asks for the same
                 if self.best() == best:
                     return best
                 continue
             self.points.remove(point)
             self._seen.add(options)
-            self._try(Job(options, {"": {point.setting: AS_EXPORTED}}))
+            self._try(Job(options, {"": {point.setting: AS_EXPORTED}}, sure=True))
         return None
 
     def _time_again(self) -> None:
@@ -221,7 +223,9 @@ class Search:
                     self.points.append(point)
                     break
                 found.append(point)
-        self.points += self.bench.timed(bundle, found)
+        self.points += (
+            [self.bench.timed_surely(bundle, point) for point in found] if job.sure else self.bench.timed(bundle, found)
+        )
         if found:
             self._measuring = max(self._measuring, (time.monotonic() - began) / len(found))
 
@@ -248,16 +252,15 @@ class Search:
         }
 
     def _find_sets(self) -> list[list[int]]:
-        until = time.monotonic() + _SETS_SHARE * self.seconds
         ids = self.sets_text.ids[: max(1, _SETS_TOKENS // self.sets_text.ids.shape[1])]
-        search = least_harm(self.checkpoint, ids, self.on_progress)
+        search = least_harm(self.checkpoint, ids, self.on_progress, _SETS_SHARE * self.seconds)
         whole = next(search)
         found: list[list[int]] = []
         for one in search:
             if self.bench.is_far(float(one.nats.mean() - whole.nats.mean())):
                 break
             found.append(list(one.kept))
-            if len(found) == _MOST_SETS or time.monotonic() > until:
+            if len(found) == _MOST_SETS:
                 break
         self.bench.keep_sets(found)
         return found

@@ -35,7 +35,7 @@ COSTLY = {
     "gsx.doctor",
 }
 # Examples that need what a test machine may not have, or do not end; they are marked as skipped, and the others run.
-ELSEWHERE = {"gsx.check_server", "gsx.plugins.build", "gsx.serve", "gsx.triton_plans"}
+ELSEWHERE = {"gsx.check_server", "gsx.plugins.build", "gsx.push", "gsx.serve", "gsx.triton_plans"}
 
 
 def make_api() -> ModuleType:

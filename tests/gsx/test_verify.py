@@ -129,7 +129,7 @@ def test_a_sound_bundle_passes_and_is_reported(copied: Path, tiny_text: Path) ->
     for title in ("Error by layer", "Kept share by layer", "Which token keeps which layer", "Perplexity"):
         assert title in page
     # Self-contained: nothing is fetched from anywhere (SVG's namespaces are names, not addresses).
-    assert "<script" not in page
+    assert "<script src" not in page
     assert "<link" not in page
     assert 'src="http' not in page
     assert not list(copied.glob(".*partial"))
