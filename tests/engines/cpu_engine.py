@@ -162,7 +162,6 @@ def cpu_engines(
             capacity=capacity,
             rows=most_rows(profiles) if rows is None else rows,
             plugins=plugins,
-            one_sequence=max(profile.batch.most for profile in profiles) == 1,
         )
         for name in manifest.graphs
     }

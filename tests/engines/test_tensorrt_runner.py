@@ -56,7 +56,7 @@ class Case:
 
 
 MASKS = {"ThresholdGather": "mask", "GatheredAttention": "all", "GatedScatterAdd": "mask"}
-THRESHOLD_PLUGINS = {"ThresholdGather": "plugin", "GatheredAttention": "rows", "GatedScatterAdd": "plugin"}
+THRESHOLD_PLUGINS = {"ThresholdGather": "plugin", "GatheredAttention": "all", "GatedScatterAdd": "plugin"}
 COPY, RANK = {"kv_policy": "copy", "budget": 0.5, "draft": "exit:1"}, {"select": "rank", "calibration": None}
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
 WINDOW = {"family": "mistral", "sliding_window": 6}
@@ -65,13 +65,13 @@ CASES = {
     "masks": Case(MASKS),
     "masks, batch": Case(MASKS, batch=3),
     "plugins": Case(THRESHOLD_PLUGINS, plugins=PLUGINS),
-    "plugins, batch": Case(THRESHOLD_PLUGINS | {"GatheredAttention": "all"}, plugins=PLUGINS, batch=3),
+    "plugins, batch": Case(THRESHOLD_PLUGINS, plugins=PLUGINS, batch=3),
     "only one plugin": Case(THRESHOLD_PLUGINS | {"GatedScatterAdd": "body"}, plugins=["ThresholdGather"]),
     "copy, masks": Case(MASKS, COPY),
     "copy, plugins": Case(THRESHOLD_PLUGINS, COPY, plugins=PLUGINS),
-    "rank, k from the host": Case({"TopKGather": "body", "GatheredAttention": "rows", "GatedScatterAdd": "body"}, RANK),
+    "rank, k from the host": Case({"TopKGather": "body", "GatheredAttention": "all", "GatedScatterAdd": "body"}, RANK),
     "rank, plugins": Case(
-        {"TopKGather": "plugin", "GatheredAttention": "rows", "GatedScatterAdd": "plugin"}, RANK, plugins=PLUGINS
+        {"TopKGather": "plugin", "GatheredAttention": "all", "GatedScatterAdd": "plugin"}, RANK, plugins=PLUGINS
     ),
     "rank, more rows than TopK takes": Case(
         {"TopKGather": "mask", "GatheredAttention": "all", "GatedScatterAdd": "mask"}, RANK, rows=MAX_TOPK + 1
@@ -156,7 +156,6 @@ def test_ops_take_the_form_that_is_reported(pair: Pair) -> None:
         capacity=CAPACITY,
         rows=pair.case.rows or max(p.batch.most * p.tokens.most for p in profiles),
         plugins=pair.case.plugins,
-        one_sequence=pair.case.batch == 1,
     )
     assert lowered.forms == pair.case.forms
     left = {node.op_type for node in lowered.model.graph.node if node.domain == "gsx"}

@@ -221,7 +221,6 @@ def _lower(
             capacity=capacity,
             rows=most_rows(profiles),
             plugins=PLUGIN_OPS if library is not None else (),
-            one_sequence=max(profile.batch.most for profile in profiles) == 1,
             kv_layout=kv_layout,
         )
     except LayoutError as error:

@@ -99,20 +99,19 @@ def lower(
     capacity: int,
     rows: int,
     plugins: Collection[str],
-    one_sequence: bool,
     kv_layout: KvLayout = "in-place",
 ) -> Lowered:
     """The form of a bundle's graph that TensorRT builds an engine from.
 
     Args:
         portable: `model.onnx`, `draft.onnx` or `verify.onnx`, without its weights.
-        capacity, rows, plugins, one_sequence, kv_layout: as in `Task`.
+        capacity, rows, plugins, kv_layout: as in `Task`.
     Raises:
         LayoutError: the graph does not have the layout of this version's exporter.
     """
     model = onnx.ModelProto()
     model.CopyFrom(portable)
-    task = Task(manifest, capacity, rows, frozenset(plugins), one_sequence, kv_layout)
+    task = Task(manifest, capacity, rows, frozenset(plugins), kv_layout)
     counts = run_passes(Graph(model.graph), PASSES, task)
     used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
     functions = [function for function in model.functions if function.name in used]

@@ -16,14 +16,15 @@ _UNSEEN = -30000.0
 
 
 def attend_kept_rows(graph: Graph, task: Task) -> int:
-    """Attention of only the kept rows if there is one sequence; else of all rows, each at its position.
+    """Attention of all rows, each at its position, of which the kept ones are read.
 
-        query, index, key, value, mask -> GatheredAttention -> out      becomes, of one sequence
-        query [1, K, ..], key, value, mask[:, :, index] -> Attention -> Squeeze -> out      and of several
+        query, index, key, value, mask -> GatheredAttention -> out      becomes
         query -> ScatterND at index -> [B, S, ..] -> Attention -> Reshape -> Gather(index) -> out
 
     If the choice became a mask, all rows are present already, so neither ScatterND nor Gather is needed. Why: the kept
-    rows of several sequences do not form a rectangle [B, K], which Attention needs.
+    rows of several sequences do not form a rectangle [B, K], which Attention needs; nobody promises that Attention takes
+    a query without rows, which a skipped branch of one token would be; and one mask for all layers is prepared once, where
+    masks of kept rows cost 7 kernels and a copy to the GPU in each layer (counted on plans of TensorRT-RTX 1.7.1).
     """
 
     def attend(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -31,16 +32,7 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
             return None
         query, index, key, value, mask = graph.expect_inputs(node, 5)
         name, out = f"{node.name}.", node.output[0]
-        rows_only = task.one_sequence and index not in task.masks
-        task.forms[node.op_type] = "rows" if rows_only else "all"
-        if rows_only:
-            first = graph.add_constant("lowered.first", [0])
-            return [
-                make_node("Gather", [mask, index], f"{name}mask", axis=2),
-                make_node("Unsqueeze", [query, first], f"{name}query"),
-                *_attention(graph, task, node, [f"{name}query", key, value, f"{name}mask"], f"{name}attended", name),
-                make_node("Squeeze", [f"{name}attended", first], out),
-            ]
+        task.forms[node.op_type] = "all"
         flat = graph.add_constant("lowered.flat_rows", [-1, task.width])
         width = graph.add_constant("lowered.width", [task.width])
         every_row = index in task.masks

@@ -31,7 +31,6 @@ class Task:
         capacity: columns of the K/V buffers, fixed in the engine; unused if K and V grow.
         rows: largest number of tokens of a call, over all sequences.
         plugins: ops of domain gsx that have a plugin.
-        one_sequence: the batch is always 1, so that attention runs only over the kept rows.
         kv_layout: whether K and V are written in place.
         forms: the form that each op of domain gsx in the portable graph took.
         masks: the numbers of a choice that became a mask -> which rows are kept, [N, 1] bool.
@@ -41,7 +40,6 @@ class Task:
     capacity: int
     rows: int
     plugins: Collection[str]
-    one_sequence: bool
     kv_layout: KvLayout
     forms: dict[str, Form] = field(default_factory=dict)
     masks: dict[str, str] = field(default_factory=dict)
