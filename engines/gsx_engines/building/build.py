@@ -15,6 +15,7 @@ from gsx_engines.building.job import Job, Ranges, run_job
 from gsx_engines.building.layer_information import EIGHT_BITS
 from gsx_engines.building.memory import check_memory
 from gsx_engines.building.placing import writing_engines
+from gsx_engines.building.plan import step_from, write_plan
 from gsx_engines.building.profiles import default_profiles, most_rows, one_profile, parse_profile
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
@@ -182,6 +183,7 @@ def _build_graph(
     )
     built = run_job(job, name, on_progress)
     graph.unlink()
+    write_plan(engine, [step_from(step) for step in built.steps])
     entry = EngineGraph(
         file=engine.name,
         sha256=sha256_of(engine),

@@ -14,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,6 +57,7 @@ def main() -> int:
 def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
     from gsx_engines.building.job import LOADING_PLUGINS
     from gsx_engines.building.layer_information import product_types
+    from gsx_engines.building.plan import steps_of
     from gsx_engines.errors import EngineError
     from gsx_engines.tensorrt.backend import load_module
     from gsx_engines.tensorrt.plugins import load_plugins
@@ -123,6 +125,7 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
         "tensorrt_version": trt.__version__,
         "layers": dict(layers),
         "products": product_types("\n".join(logger.layers), job["products"]),
+        "steps": [asdict(step) for step in steps_of("\n".join(logger.layers))],
         "peak_bytes": _peak_bytes(),
         "seconds": seconds,
     }

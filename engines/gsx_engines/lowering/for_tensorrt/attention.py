@@ -22,8 +22,8 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
         query -> ScatterND at index -> [B, S, ..] -> Attention -> Reshape -> Gather(index) -> out
 
     If the choice became a mask, all rows are present already, so neither ScatterND nor Gather is needed. Why: the kept
-    rows of several sequences do not form a rectangle [B, K], which Attention needs; nobody promises that Attention takes
-    a query without rows, which a skipped branch of one token would be; and one mask for all layers is prepared once, where
+    rows of several sequences do not form a rectangle [B, K], which Attention needs; nobody promises that it takes a
+    query without rows, which a skipped branch of one token would be; and one mask for all layers is prepared once, where
     masks of kept rows cost 7 kernels and a copy to the GPU in each layer (counted on plans of TensorRT-RTX 1.7.1).
     """
 
