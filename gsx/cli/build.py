@@ -131,10 +131,6 @@ def warnings_of(entry: EngineEntry, device: Device | None = None) -> list[str]:
             "WARNING: without the plugins, selection became a mask: the results are right, but NOTHING IS SAVED.\n"
             "  gsx plugins build makes the plugin library; then run gsx build again"
         )
-    elif {"rows", "all"} <= forms or (forms & {"plugin", "body"} and "all" in forms):
-        warnings.append(
-            "note: with more than one sequence, attention itself runs over all rows (its projections do not)"
-        )
     return warnings
 
 

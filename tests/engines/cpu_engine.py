@@ -15,7 +15,6 @@ import onnx
 from onnx import helper, parser
 
 from gsx_engines.building.build import input_ranges
-from gsx_engines.building.profiles import most_rows
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile
 from gsx_engines.bundle.manifest import DecoderShape
@@ -24,6 +23,7 @@ from gsx_engines.lowering.tensorrt import OPSET, Lowered, lower
 from gsx_engines.runners.session import open_session
 from gsx_engines.runners.tensorrt import TensorRTStage
 from gsx_engines.tensorrt.backend import platform_name
+from gsx_engines.tensorrt.profile_choice import most_rows
 from gsx_plugins.graph import number
 
 _ATTENTION = f"""
@@ -104,6 +104,11 @@ class CpuEngine:
         assert buffer.shape == shape
         buffer[target] = buffer[source]
 
+    def rows(self, buffer: np.ndarray, shape: tuple[int, ...], rows: slice) -> np.ndarray:
+        """A view."""
+        assert buffer.shape == shape
+        return buffer[rows]
+
     def run(
         self,
         profile: int,
@@ -113,7 +118,7 @@ class CpuEngine:
     ) -> dict[str, np.ndarray]:
         """One call; outputs that share memory with an input are written there."""
         inputs = {value.name for value in self.session.get_inputs()}
-        given = {**feeds, **{name: array for name, (array, _) in buffers.items() if name in inputs}}
+        given = {**feeds, **{name: array[: shape[0]] for name, (array, shape) in buffers.items() if name in inputs}}
         assert given.keys() == inputs
         for name, (least, _, most) in self.ranges[profile].items():
             found = tuple(given[name]) if name == "k" else given[name].shape

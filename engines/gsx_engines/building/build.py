@@ -16,14 +16,14 @@ from gsx_engines.building.layer_information import EIGHT_BITS
 from gsx_engines.building.memory import check_memory
 from gsx_engines.building.placing import writing_engines
 from gsx_engines.building.plan import step_from, write_plan
-from gsx_engines.building.profiles import default_profiles, most_rows, one_profile, parse_profile
+from gsx_engines.building.profiles import default_profiles, one_profile, parse_profile
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
 from gsx_engines.bundle.tensors import tensor_info
 from gsx_engines.defaults import BUILD_CONTEXT
 from gsx_engines.errors import EngineError
 from gsx_engines.lowering import tensorrt as lowering
-from gsx_engines.lowering.for_tensorrt.task import LOGITS_COLUMNS, WINDOW, K
+from gsx_engines.lowering.for_tensorrt.task import LOGITS_COLUMNS, RUN, WINDOW, K
 from gsx_engines.lowering.for_tensorrt.zero_points import load_zero_points
 from gsx_engines.lowering.passes import not_as_expected
 from gsx_engines.lowering.products import quantized_products
@@ -37,6 +37,7 @@ from gsx_engines.tensorrt.backend import (
     load_module,
     platform_name,
 )
+from gsx_engines.tensorrt.profile_choice import most_rows
 from gsx_plugins.errors import UsageError
 from gsx_plugins.files import cache_folder
 from gsx_plugins.graph import Graph, LayoutError
@@ -245,6 +246,8 @@ def input_ranges(model: onnx.ModelProto, profile: EngineProfile) -> Ranges:
         if value.name == K:
             most = profile.batch.most * profile.tokens.most
             ranges[value.name] = ((0,), (profile.batch.usual * profile.tokens.usual,), (most,))
+        elif value.name.startswith(RUN):  # no rows, or all
+            ranges[value.name] = ((0,), (profile.batch.usual * profile.tokens.usual,), (most_rows([profile]),))
         elif any(axis.dim_param for axis in axes):
             least, usual, most_shape = (
                 tuple(named[axis.dim_param][end] if axis.dim_param else axis.dim_value for axis in axes)

@@ -1,8 +1,8 @@
 """What an engine launches, and what it asks of the host: its plan, as the builder describes it.
 
 A call of an engine is a list of steps. Counted here is what a decode step costs besides the bytes that it reads:
-kernels, waits of the host for the GPU, computations of shapes on the host, copies to and from the host, and copies of all
-columns of K and V. A plan can be recorded as a CUDA graph if nothing in it waits for the GPU.
+kernels, waits of the host for the GPU, computations of shapes on the host, copies to and from the host, and copies of
+all columns of K and V. A plan can be recorded as a CUDA graph if nothing in it waits for the GPU.
 
 The builder lists its steps at the end of its log, one a line, if the build keeps the details (seen with TensorRT-RTX
 1.7.1, which needs no GPU for it; `layer_information.py` shows a line). `gsx build` keeps them beside the engine as

@@ -50,6 +50,7 @@ from gsx_engines.lowering.for_tensorrt.inputs import (
     write_cache_in_place,
 )
 from gsx_engines.lowering.for_tensorrt.task import Form, Task
+from gsx_engines.lowering.for_tensorrt.whole_calls import run_whole_calls
 from gsx_engines.lowering.for_tensorrt.zero_points import without_zero_points
 from gsx_engines.lowering.passes import Pass, of_any, run_passes
 from gsx_plugins.domain import DOMAIN
@@ -62,6 +63,7 @@ PASSES: tuple[Pass[Task], ...] = (
     place_call,
     write_cache_in_place,
     ask_for_columns,
+    run_whole_calls,
     report_kept,
     mask_choices,
     add_rows,

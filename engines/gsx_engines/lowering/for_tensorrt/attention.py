@@ -23,8 +23,8 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
 
     If the choice became a mask, all rows are present already, so neither ScatterND nor Gather is needed. Why: the kept
     rows of several sequences do not form a rectangle [B, K], which Attention needs; nobody promises that it takes a
-    query without rows, which a skipped branch of one token would be; and one mask for all layers is prepared once, where
-    masks of kept rows cost 7 kernels and a copy to the GPU in each layer (counted on plans of TensorRT-RTX 1.7.1).
+    query without rows, which a skipped branch of one token would be; and one mask for all layers is prepared once,
+    where masks of kept rows cost 7 kernels and a copy to the GPU in each layer (plans of TensorRT-RTX 1.7.1).
     """
 
     def attend(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -41,7 +41,7 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
             make_node("Shape", ["input_ids"], f"{name}outer"),
             make_node("Concat", [f"{name}outer", width], f"{name}shape", axis=0),
             make_node("Reshape", [query if every_row else f"{name}full", f"{name}shape"], f"{name}by_sequence"),
-            *_attention(graph, task, node, [f"{name}by_sequence", key, value, mask], f"{name}attended", name),
+            *attention_nodes(graph, task, node, [f"{name}by_sequence", key, value, mask], f"{name}attended", name),
         ]
         if every_row:
             return [*nodes, make_node("Reshape", [f"{name}attended", flat], out)]
@@ -79,12 +79,12 @@ def attend(graph: Graph, task: Task) -> int:
         if node.op_type != "FullAttention":
             return None
         task.forms[node.op_type] = "all"
-        return _attention(graph, task, node, graph.expect_inputs(node, 4), node.output[0], f"{node.name}.")
+        return attention_nodes(graph, task, node, graph.expect_inputs(node, 4), node.output[0], f"{node.name}.")
 
     return graph.rewrite(spelled)
 
 
-def _attention(
+def attention_nodes(
     graph: Graph, task: Task, replaced: onnx.NodeProto, inputs: Sequence[str], out: str, name: str
 ) -> list[onnx.NodeProto]:
     """query [B, S, heads x D], key and value [B, kv heads, window, D], mask [B, 1, S, window] -> as query."""

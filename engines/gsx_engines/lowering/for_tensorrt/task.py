@@ -13,11 +13,14 @@ from gsx_engines.bundle.manifest import DecoderShape, Manifest
 
 # The largest k that TensorRT's TopK takes.
 MAX_TOPK = 3840
-# The form of an op of domain gsx in an engine. "plugin"; "body": its function body; "rows": standard ops that run only
-# on the kept rows; "mask" and "all": standard ops that run on all rows (the results are right, but nothing is saved).
+# The form of an op of domain gsx in an engine. "plugin"; "body": its function body; "rows": standard ops on as many
+# rows as the host says; "mask" and "all": standard ops that run on all rows (the results are right, but nothing is
+# saved).
 Form = Literal["plugin", "body", "rows", "mask", "all"]
 # Inputs that only the lowered graph has, and its output of kept rows by branch.
 WRITE_AT, LOGITS_AT, K, KEPT = "write_at", "logits_at", "k", "kept"
+# Inputs whose size is the number of rows of a branch, by layer and branch: `run.3.mlp`.
+RUN = "run."
 # Names of dynamic axes.
 WINDOW, LOGITS_COLUMNS = "window", "logits_columns"
 FLOAT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
