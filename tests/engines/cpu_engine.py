@@ -126,9 +126,9 @@ class CpuEngine:
         self.calls.append((profile, {name: array.shape for name, array in feeds.items()}))
         names = [value.name for value in self.session.get_outputs()]
         found_all = dict(zip(names, self.session.run(names, given), strict=True))
-        for name, (array, _) in buffers.items():
+        for name, (array, shape) in buffers.items():
             if name in found_all:
-                array[...] = found_all.pop(name)
+                array[: shape[0]] = found_all.pop(name)
         assert {name: array.shape for name, array in found_all.items()} == dict(results)
         return found_all
 

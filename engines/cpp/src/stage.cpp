@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -60,17 +62,12 @@ std::string spanOf(Sizes const& sizes) {
 
 bool fits(Sizes const& sizes, int64_t size) { return sizes.least <= size && size <= sizes.most; }
 
-// The outputs of the pieces of a call as one; each piece has `most` tokens, except the last.
-StageOutput joinedPieces(std::vector<StageOutput> const& pieces, Call const& call, int64_t most, Logits logits) {
+// The outputs of calls on neighbouring tokens as one.
+StageOutput joinedPieces(std::vector<StageOutput> const& pieces) {
     StageOutput joined;
     std::vector<Array<float> const*> scores;
     for (StageOutput const& piece : pieces) scores.push_back(&piece.logits);
     joined.logits = joinedTokens(scores);
-    if (logits == Logits::kLast) {  // for each sequence, from the piece that holds its last token
-        std::vector<int64_t> piece;
-        for (int64_t const count : call.counts) piece.push_back(std::max<int64_t>(count - 1, 0) / most);
-        joined.logits = tokenOfEach(joined.logits, piece);
-    }
     for (auto const& [name, first] : pieces.front().state) {
         std::vector<Array<float> const*> parts;
         for (StageOutput const& piece : pieces) parts.push_back(&piece.state.at(name));
@@ -78,6 +75,17 @@ StageOutput joinedPieces(std::vector<StageOutput> const& pieces, Call const& cal
     }
     joined.kept = pieces.front().kept;
     for (size_t i = 1; i < pieces.size(); ++i) addKept(joined.kept, pieces[i].kept);
+    return joined;
+}
+
+// The outputs of calls on neighbouring sequences as one.
+StageOutput joinedRows(std::vector<StageOutput> const& parts) {
+    StageOutput joined = parts.front();
+    for (size_t i = 1; i < parts.size(); ++i) {
+        appendRows(joined.logits, parts[i].logits);
+        for (auto& [name, array] : joined.state) appendRows(array, parts[i].state.at(name));
+        addKept(joined.kept, parts[i].kept);
+    }
     return joined;
 }
 
@@ -151,6 +159,10 @@ Stage::Stage(Manifest const& manifest, EngineEntry const& entry, std::string con
                           {std::string("an input ") + names::kLogitsAt + " and an output " + names::kLogits, {},
                            "build it again with gsx build of this version"});
     }
+    for (Place const& place : mSkippable) {
+        std::string const name = names::kRun + std::to_string(place.first) + "." + nameOf(place.second);
+        if (has(mGraph.inputs, name)) mRuns.emplace_back(place, name);
+    }
 }
 
 StageMemory Stage::newMemory(int64_t batch, int64_t capacity) {
@@ -179,12 +191,17 @@ StageMemory Stage::newMemory(int64_t batch, int64_t capacity) {
         std::string const present = names::presentAfter(input.name);
         if (has(mGraph.outputs, present)) memory.buffers[present] = bound;
     }
+    if (!mRuns.empty()) {
+        int64_t most = 0;
+        for (EngineProfile const& profile : mEntry.profiles) most = std::max(most, profile.batch.most * profile.tokens.most);
+        memory.unread = mEngine->buffer({most}, mRuns.front().second);
+    }
     return memory;
 }
 
 StageOutput Stage::run(StageMemory& memory, Call const& call, ExitState const& state, Logits logits) {
     int64_t const most = mostTokens(mEntry.profiles, call.batch());
-    if (call.size() <= most) return runOnce(memory, call, state, logits);
+    if (call.size() <= most) return runParts(memory, call, state, logits);
     if (mManifest.selection && mManifest.selection->mode == SelectionMode::kRank) {
         std::string const size = std::to_string(call.size());
         throw EngineError(
@@ -202,12 +219,87 @@ StageOutput Stage::run(StageMemory& memory, Call const& call, ExitState const& s
         }
         ExitState part;
         for (auto const& [name, array] : state) part[name] = someTokens(array, start, stop);
-        pieces.push_back(runOnce(memory, piece, part, logits));
+        pieces.push_back(runParts(memory, piece, part, logits));
     }
-    return joinedPieces(pieces, call, most, logits);
+    StageOutput joined = joinedPieces(pieces);
+    if (logits == Logits::kLast) {  // for each sequence, from the piece that holds its last token; each has `most` tokens
+        std::vector<int64_t> piece;
+        for (int64_t const count : call.counts) piece.push_back(std::max<int64_t>(count - 1, 0) / most);
+        joined.logits = tokenOfEach(joined.logits, piece);
+    }
+    return joined;
 }
 
-StageOutput Stage::runOnce(StageMemory& memory, Call const& call, ExitState const& state, Logits logits) {
+StageOutput Stage::runParts(StageMemory& memory, Call const& call, ExitState const& state, Logits logits) {
+    if (mRuns.empty()) return runOnce(memory, 0, false, call, state, logits);
+    // Neighbours run together if all their tokens run the same branches.
+    std::vector<std::pair<int64_t, int64_t>> parts;
+    std::optional<std::vector<bool>> last;
+    for (int64_t row = 0; row < call.batch(); ++row) {
+        int64_t const full = fullOf(call, 0, row);
+        bool const mixed = 0 < full && full < call.counts[static_cast<size_t>(row)];
+        std::optional<std::vector<bool>> chosen;
+        if (!mixed) chosen = chosenOf(*call.controls, row, full > 0);
+        if (!parts.empty() && chosen && chosen == last) {
+            parts.back().second = row + 1;
+        } else {
+            parts.emplace_back(row, row + 1);
+        }
+        last = chosen;
+    }
+    if (parts.size() == 1) return runPart(memory, 0, call, state, logits);
+    std::vector<StageOutput> outputs;
+    for (auto const& [start, stop] : parts) {
+        Call const part{someRows(call.ids, start, stop),
+                        {call.counts.begin() + start, call.counts.begin() + stop},
+                        {call.lengths.begin() + start, call.lengths.begin() + stop},
+                        call.controls};
+        ExitState entering;
+        for (auto const& [name, array] : state) entering[name] = someRows(array, start, stop);
+        outputs.push_back(runPart(memory, start, part, entering, logits));
+    }
+    return joinedRows(outputs);
+}
+
+StageOutput Stage::runPart(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits) {
+    int64_t const full = mRuns.empty() ? 0 : fullOf(call, start, 0);
+    if (full == 0 || full >= call.counts[0]) return runOnce(memory, start, full > 0, call, state, logits);
+    std::vector<StageOutput> outputs;
+    for (auto const& [from, to] : {std::pair(int64_t{0}, full), std::pair(full, call.size())}) {
+        Call const piece{someTokens(call.ids, from, to),
+                         {std::min(call.counts[0], to) - from},
+                         {call.lengths[0] + from},
+                         call.controls};
+        ExitState entering;
+        for (auto const& [name, array] : state) entering[name] = someTokens(array, from, to);
+        Logits const wanted = from == 0 && logits == Logits::kLast ? Logits::kNone : logits;
+        outputs.push_back(runOnce(memory, start, from == 0, piece, entering, wanted));
+    }
+    return joinedPieces(outputs);
+}
+
+int64_t Stage::fullOf(Call const& call, int64_t start, int64_t row) {
+    auto const found = call.controls->find(names::kFullUntil);
+    if (found == call.controls->end()) return 0;
+    std::vector<int64_t> const& until = std::get<Array<int64_t>>(found->second).data;
+    int64_t const own = until[std::min(static_cast<size_t>(start + row), until.size() - 1)];
+    auto const at = static_cast<size_t>(row);
+    return std::min(std::max<int64_t>(own - call.lengths[at], 0), call.counts[at]);
+}
+
+std::vector<bool> Stage::chosenOf(Controls const& controls, int64_t row, bool full) const {
+    Array<float> const& mask = std::get<Array<float>>(controls.at(names::kLayerMask));
+    int64_t const own = std::min(row, mask.shape[0] - 1);
+    std::vector<bool> chosen;
+    for (auto const& [place, name] : mRuns) {
+        int64_t const at = (own * mask.shape[1] + place.first) * kBranches + static_cast<int64_t>(place.second);
+        chosen.push_back(full || mask.data[static_cast<size_t>(at)] > 0.5F);
+    }
+    return chosen;
+}
+
+StageOutput Stage::runOnce(StageMemory& memory, int64_t start, bool full, Call const& call, ExitState const& state,
+                           Logits logits) {
     // The window covers the rows beyond a sequence's count too: while there is room, no row of the mask is empty.
     int64_t const longest = *std::max_element(call.lengths.begin(), call.lengths.end());
     int64_t const window = windowOf(longest + call.size(), mEntry.capacity);
@@ -221,7 +313,16 @@ StageOutput Stage::runOnce(StageMemory& memory, Call const& call, ExitState cons
         if (memory.buffers.count(output.name) == 0) results[output.name] = shapeOf(output, sizes);
     }
     size_t const profile = chooseProfile(mEntry.profiles, call.batch(), call.size(), window);
-    Values found = mEngine->run(profile, feeds, memory.buffers, results);
+    Buffers buffers = memory.buffers;
+    for (auto& [name, bound] : buffers) {
+        bound.shape[0] = call.batch();
+        bound.row = start;
+    }
+    std::vector<bool> const chosen = mRuns.empty() ? std::vector<bool>() : chosenOf(*call.controls, start, full);
+    for (size_t i = 0; i < mRuns.size(); ++i) {
+        buffers[mRuns[i].second] = {memory.unread, {chosen[i] ? call.batch() * call.size() : 0}};
+    }
+    Values found = mEngine->run(profile, feeds, buffers, results);
     StageOutput output;
     output.logits = std::get<Array<float>>(std::move(found.at(names::kLogits)));
     if (logits == Logits::kNone) output.logits = someTokens(output.logits, 0, 0);
@@ -230,6 +331,14 @@ StageOutput Stage::runOnce(StageMemory& memory, Call const& call, ExitState cons
         if (part != found.end()) output.state[name] = std::get<Array<float>>(std::move(part->second));
     }
     output.kept = keptOf(found);
+    if (!mRuns.empty()) {  // padding is no token
+        output.kept.resize(static_cast<size_t>(mManifest.decoder.numLayers));
+        int64_t const tokens = std::accumulate(call.counts.begin(), call.counts.end(), int64_t{0});
+        for (size_t i = 0; i < mRuns.size(); ++i) {
+            auto const& [layer, branch] = mRuns[i].first;
+            output.kept[static_cast<size_t>(layer)][static_cast<size_t>(branch)] = chosen[i] ? tokens : 0;
+        }
+    }
     return output;
 }
 
@@ -270,7 +379,7 @@ Values Stage::feedsOf(Call const& call, ExitState const& state, Logits logits, i
             if (found == call.controls->end()) throw EngineError("the engine needs k, but the bundle has no budget");
             auto const budget = static_cast<double>(std::get<Array<float>>(found->second).data[0]);
             feeds[names::kCount] = Array<int64_t>({1}, {keptCountOf(call, budget)});
-        } else if (!names::isPast(input.name)) {
+        } else if (!names::isPast(input.name) && input.name.rfind(names::kRun, 0) != 0) {
             throw EngineError("the engine has an unknown input",
                               {{}, input.name, "build it again with gsx build of this version"});
         }

@@ -1,4 +1,4 @@
-// Cutting and joining arrays along their token axis, which is the last axis but one, and adding up counts of rows.
+// Cutting and joining arrays along their token axis, which is the last axis but one, or by sequence; adding up counts of rows.
 
 #pragma once
 
@@ -74,6 +74,24 @@ Array<T> tokenOfEach(Array<T> const& array, std::vector<int64_t> const& tokens) 
         copyTokens(array, row, tokens[static_cast<size_t>(row)], picked, 0, 1);
     }
     return picked;
+}
+
+// Sequences [start, stop), which are the first axis.
+template <typename T>
+Array<T> someRows(Array<T> const& array, int64_t start, int64_t stop) {
+    Array<T> some;
+    some.shape = array.shape;
+    some.shape[0] = stop - start;
+    auto const size = array.shape[0] == 0 ? 0 : static_cast<int64_t>(array.data.size()) / array.shape[0];
+    some.data.assign(array.data.begin() + start * size, array.data.begin() + stop * size);
+    return some;
+}
+
+// Append the sequences of another array, whose other axes are the same.
+template <typename T>
+void appendRows(Array<T>& array, Array<T> const& more) {
+    array.shape[0] += more.shape[0];
+    array.data.insert(array.data.end(), more.data.begin(), more.data.end());
 }
 
 // Add counts of rows by (layer, branch). If either table is empty, the sum is empty.
