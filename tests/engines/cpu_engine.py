@@ -16,7 +16,7 @@ from onnx import helper, parser
 
 from gsx_engines.building.build import input_ranges
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile
+from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, Sizes
 from gsx_engines.bundle.manifest import DecoderShape
 from gsx_engines.bundle.tensors import tensor_info
 from gsx_engines.lowering.tensorrt import OPSET, Lowered, lower
@@ -153,12 +153,18 @@ def cpu_engines(
     capacity: int,
     plugins: Collection[str] = (),
     rows: int | None = None,
+    step: tuple[int, int] | None = None,
 ) -> tuple[EngineEntry, dict[str, CpuEngine]]:
     """The record of a bundle's engines, and the engines by graph.
 
     Args:
         rows: largest number of tokens of a call; None for that of the profiles.
+        step: sequences, and tokens of each, of engines for calls of one size; the profile is theirs.
     """
+    kv_layout: KvLayout = "in-place" if step is None else "step"
+    if step is not None:
+        sizes = [Sizes(size, size, size) for size in (*step, capacity)]
+        profiles = [EngineProfile(name="step", batch=sizes[0], tokens=sizes[1], window=sizes[2])]
     manifest = bundle.manifest
     lowered = {
         name: lower(
@@ -167,6 +173,8 @@ def cpu_engines(
             capacity=capacity,
             rows=most_rows(profiles) if rows is None else rows,
             plugins=plugins,
+            kv_layout=kv_layout,
+            step=step,
         )
         for name in manifest.graphs
     }
@@ -194,6 +202,7 @@ def cpu_engines(
         platform=platform_name(),
         gpu=None,
         precision=manifest.precision,
+        kv_layout=kv_layout,
         capacity=capacity,
         profiles=tuple(profiles),
         plugins=None,

@@ -18,6 +18,9 @@ namespace {
 // The window is a multiple of this many columns (gsx_engines/runners/tensorrt.py).
 constexpr int64_t kWindowStep = 64;
 
+// Sequences run together while their numbers of tokens differ by no more than this (gsx_engines/runners/tensorrt.py).
+constexpr int64_t kMostPadding = 32;
+
 EngineGraph const& graphOf(EngineEntry const& entry, std::string const& name) {
     auto const found = entry.graphs.find(name);
     if (found == entry.graphs.end()) throw EngineError("there is no engine of " + name);
@@ -78,14 +81,42 @@ StageOutput joinedPieces(std::vector<StageOutput> const& pieces) {
     return joined;
 }
 
-// The outputs of calls on neighbouring sequences as one.
-StageOutput joinedRows(std::vector<StageOutput> const& parts) {
-    StageOutput joined = parts.front();
-    for (size_t i = 1; i < parts.size(); ++i) {
-        appendRows(joined.logits, parts[i].logits);
-        for (auto& [name, array] : joined.state) appendRows(array, parts[i].state.at(name));
-        addKept(joined.kept, parts[i].kept);
+// The run-time values of some neighbouring sequences of a call. (One value may stand for all sequences.)
+std::shared_ptr<Controls const> controlsOf(Call const& call, int64_t start, int64_t stop) {
+    auto made = std::make_shared<Controls>(*call.controls);
+    for (char const* const name : {names::kLayerMask, names::kFullUntil, names::kLoops}) {
+        auto const found = made->find(name);
+        if (found == made->end()) continue;
+        std::visit(
+            [&](auto& array) {
+                if (array.shape[0] > 1) array = someRows(array, start, stop);
+            },
+            found->second);
     }
+    return made;
+}
+
+// The outputs of calls on parts of a batch, which begin at these rows, as one; rows of no part are zero.
+StageOutput joinedRows(std::vector<std::pair<int64_t, StageOutput>> const& parts, Call const& call, Logits logits) {
+    StageOutput const& first = parts.front().second;
+    StageOutput joined;
+    auto const whole = [&](auto const& arrayOf, int64_t tokens) {
+        Shape shape = arrayOf(first).shape;
+        shape[0] = call.batch();
+        shape[shape.size() - 2] = tokens;
+        Array<float> all(shape);
+        for (auto const& [row, output] : parts) putRows(arrayOf(output), all, row);
+        return all;
+    };
+    int64_t const columns = logits == Logits::kNone ? 0 : logits == Logits::kLast ? 1 : call.size();
+    joined.logits = whole([](StageOutput const& output) -> Array<float> const& { return output.logits; }, columns);
+    for (auto const& entry : first.state) {
+        std::string const& name = entry.first;
+        joined.state[name] =
+            whole([&](StageOutput const& output) -> Array<float> const& { return output.state.at(name); }, call.size());
+    }
+    joined.kept = first.kept;
+    for (size_t i = 1; i < parts.size(); ++i) addKept(joined.kept, parts[i].second.kept);
     return joined;
 }
 
@@ -231,39 +262,62 @@ StageOutput Stage::run(StageMemory& memory, Call const& call, ExitState const& s
 }
 
 StageOutput Stage::runParts(StageMemory& memory, Call const& call, ExitState const& state, Logits logits) {
-    if (mRuns.empty()) return runOnce(memory, 0, false, call, state, logits);
-    // Neighbours run together if all their tokens run the same branches.
+    std::vector<std::pair<int64_t, int64_t>> const parts = partsOf(call);
+    if (parts.size() == 1 && parts[0].second - parts[0].first == call.batch()) {
+        return runPart(memory, 0, call, state, logits);
+    }
+    std::vector<std::pair<int64_t, StageOutput>> outputs;
+    for (auto const& [start, stop] : parts) {
+        Counts const counts(call.counts.begin() + start, call.counts.begin() + stop);
+        int64_t const tokens = *std::max_element(counts.begin(), counts.end());
+        Call const part{someTokens(someRows(call.ids, start, stop), 0, tokens),
+                        counts,
+                        {call.lengths.begin() + start, call.lengths.begin() + stop},
+                        controlsOf(call, start, stop)};
+        ExitState entering;
+        for (auto const& [name, array] : state) entering[name] = someTokens(someRows(array, start, stop), 0, tokens);
+        outputs.emplace_back(start, runPart(memory, start, part, entering, logits));
+    }
+    return joinedRows(outputs, call, logits);
+}
+
+std::vector<std::pair<int64_t, int64_t>> Stage::partsOf(Call const& call) const {
+    std::vector<std::pair<int64_t, int64_t>> const everything = {{0, call.batch()}};
+    bool const any = std::any_of(call.counts.begin(), call.counts.end(), [](int64_t count) { return count > 0; });
+    if (!any || (mManifest.selection && mManifest.selection->mode == SelectionMode::kRank)) return everything;
     std::vector<std::pair<int64_t, int64_t>> parts;
     std::optional<std::vector<bool>> last;
     for (int64_t row = 0; row < call.batch(); ++row) {
-        int64_t const full = fullOf(call, 0, row);
-        bool const mixed = 0 < full && full < call.counts[static_cast<size_t>(row)];
+        int64_t const count = call.counts[static_cast<size_t>(row)];
         std::optional<std::vector<bool>> chosen;
-        if (!mixed) chosen = chosenOf(*call.controls, row, full > 0);
-        if (!parts.empty() && chosen && chosen == last) {
-            parts.back().second = row + 1;
-        } else {
-            parts.emplace_back(row, row + 1);
+        if (int64_t const full = mRuns.empty() ? 0 : fullOf(call, row); !mRuns.empty() && (full == 0 || full >= count)) {
+            chosen = chosenOf(*call.controls, row, full > 0);
         }
+        bool const same = mRuns.empty() || (chosen && chosen == last);
         last = chosen;
+        if (count == 0) continue;
+        if (same && !parts.empty() && parts.back().second == row) {
+            auto const first = call.counts.begin() + parts.back().first;
+            auto const [least, most] = std::minmax_element(first, call.counts.begin() + row + 1);
+            if (*most - *least <= kMostPadding) {
+                parts.back().second = row + 1;
+                continue;
+            }
+        }
+        parts.emplace_back(row, row + 1);
     }
-    if (parts.size() == 1) return runPart(memory, 0, call, state, logits);
-    std::vector<StageOutput> outputs;
-    for (auto const& [start, stop] : parts) {
-        Call const part{someRows(call.ids, start, stop),
-                        {call.counts.begin() + start, call.counts.begin() + stop},
-                        {call.lengths.begin() + start, call.lengths.begin() + stop},
-                        call.controls};
-        ExitState entering;
-        for (auto const& [name, array] : state) entering[name] = someRows(array, start, stop);
-        outputs.push_back(runPart(memory, start, part, entering, logits));
-    }
-    return joinedRows(outputs);
+    auto const fitsProfile = [&](std::pair<int64_t, int64_t> const& part) {
+        int64_t const tokens = *std::max_element(call.counts.begin() + part.first, call.counts.begin() + part.second);
+        return std::any_of(mEntry.profiles.begin(), mEntry.profiles.end(), [&](EngineProfile const& profile) {
+            return fits(profile.batch, part.second - part.first) && fits(profile.tokens, tokens);
+        });
+    };
+    return !mRuns.empty() || std::all_of(parts.begin(), parts.end(), fitsProfile) ? parts : everything;
 }
 
 StageOutput Stage::runPart(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits) {
-    int64_t const full = mRuns.empty() ? 0 : fullOf(call, start, 0);
-    if (full == 0 || full >= call.counts[0]) return runOnce(memory, start, full > 0, call, state, logits);
+    int64_t const full = mRuns.empty() || call.batch() > 1 ? 0 : fullOf(call, 0);
+    if (full == 0 || full >= call.counts[0]) return runOnce(memory, start, call, state, logits);
     std::vector<StageOutput> outputs;
     for (auto const& [from, to] : {std::pair(int64_t{0}, full), std::pair(full, call.size())}) {
         Call const piece{someTokens(call.ids, from, to),
@@ -273,16 +327,16 @@ StageOutput Stage::runPart(StageMemory& memory, int64_t start, Call const& call,
         ExitState entering;
         for (auto const& [name, array] : state) entering[name] = someTokens(array, from, to);
         Logits const wanted = from == 0 && logits == Logits::kLast ? Logits::kNone : logits;
-        outputs.push_back(runOnce(memory, start, from == 0, piece, entering, wanted));
+        outputs.push_back(runOnce(memory, start, piece, entering, wanted));
     }
     return joinedPieces(outputs);
 }
 
-int64_t Stage::fullOf(Call const& call, int64_t start, int64_t row) {
+int64_t Stage::fullOf(Call const& call, int64_t row) {
     auto const found = call.controls->find(names::kFullUntil);
     if (found == call.controls->end()) return 0;
     std::vector<int64_t> const& until = std::get<Array<int64_t>>(found->second).data;
-    int64_t const own = until[std::min(static_cast<size_t>(start + row), until.size() - 1)];
+    int64_t const own = until[std::min(static_cast<size_t>(row), until.size() - 1)];
     auto const at = static_cast<size_t>(row);
     return std::min(std::max<int64_t>(own - call.lengths[at], 0), call.counts[at]);
 }
@@ -298,8 +352,7 @@ std::vector<bool> Stage::chosenOf(Controls const& controls, int64_t row, bool fu
     return chosen;
 }
 
-StageOutput Stage::runOnce(StageMemory& memory, int64_t start, bool full, Call const& call, ExitState const& state,
-                           Logits logits) {
+StageOutput Stage::runOnce(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits) {
     // The window covers the rows beyond a sequence's count too: while there is room, no row of the mask is empty.
     int64_t const longest = *std::max_element(call.lengths.begin(), call.lengths.end());
     int64_t const window = windowOf(longest + call.size(), mEntry.capacity);
@@ -318,7 +371,8 @@ StageOutput Stage::runOnce(StageMemory& memory, int64_t start, bool full, Call c
         bound.shape[0] = call.batch();
         bound.row = start;
     }
-    std::vector<bool> const chosen = mRuns.empty() ? std::vector<bool>() : chosenOf(*call.controls, start, full);
+    std::vector<bool> chosen;
+    if (!mRuns.empty()) chosen = chosenOf(*call.controls, 0, fullOf(call, 0) > 0);
     for (size_t i = 0; i < mRuns.size(); ++i) {
         buffers[mRuns[i].second] = {memory.unread, {chosen[i] ? call.batch() * call.size() : 0}};
     }

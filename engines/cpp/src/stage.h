@@ -90,12 +90,13 @@ private:
     StageOutput runParts(StageMemory& memory, Call const& call, ExitState const& state, Logits logits);
     // Run sequences together from row `start` on; in two calls if a single one has tokens that run every branch, and others.
     StageOutput runPart(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits);
-    // One call of the engine. `start`: row of the first sequence; `full`: its tokens run every branch.
-    StageOutput runOnce(StageMemory& memory, int64_t start, bool full, Call const& call, ExitState const& state,
-                        Logits logits);
-    // How many of a sequence's tokens run every branch; `row` in the call, `start` as above.
-    static int64_t fullOf(Call const& call, int64_t start, int64_t row);
-    // Which of the branches in mRuns run for a sequence (its row in the memory).
+    // One call of the engine. `start`: row of the first sequence in the memory.
+    StageOutput runOnce(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits);
+    // Rows that run together, as [start, stop): neighbours that have tokens, about as many, and run the same branches.
+    std::vector<std::pair<int64_t, int64_t>> partsOf(Call const& call) const;
+    // How many of a sequence's tokens run every branch.
+    static int64_t fullOf(Call const& call, int64_t row);
+    // Which of the branches in mRuns run for a sequence.
     std::vector<bool> chosenOf(Controls const& controls, int64_t row, bool full) const;
     Values feedsOf(Call const& call, ExitState const& state, Logits logits, int64_t window) const;
     int64_t keptCountOf(Call const& call, double budget) const;

@@ -87,11 +87,18 @@ Array<T> someRows(Array<T> const& array, int64_t start, int64_t stop) {
     return some;
 }
 
-// Append the sequences of another array, whose other axes are the same.
+// Put the sequences of an array into another one from a row on; the other may have more tokens.
 template <typename T>
-void appendRows(Array<T>& array, Array<T> const& more) {
-    array.shape[0] += more.shape[0];
-    array.data.insert(array.data.end(), more.data.begin(), more.data.end());
+void putRows(Array<T> const& some, Array<T>& all, int64_t row) {
+    if (some.data.empty()) return;
+    int64_t const inner = TokenView::of(some.shape, tokenAxis(some.shape)).outer / some.shape[0];
+    int64_t const count = some.shape[0] * inner;
+    for (int64_t i = 0; i < count; ++i) {
+        TokenView const in = TokenView::of(some.shape, tokenAxis(some.shape));
+        TokenView const out = TokenView::of(all.shape, tokenAxis(all.shape));
+        auto const begin = some.data.begin() + i * in.tokens * in.inner;
+        std::copy(begin, begin + in.tokens * in.inner, all.data.begin() + (row * inner + i) * out.tokens * out.inner);
+    }
 }
 
 // Add counts of rows by (layer, branch). If either table is empty, the sum is empty.

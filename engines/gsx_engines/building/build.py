@@ -44,6 +44,8 @@ from gsx_plugins.graph import Graph, LayoutError
 from gsx_plugins.library import PLUGIN_OPS, find_library, library_hash, record_of
 from gsx_plugins.progress import OnProgress, Progress, silent
 
+# The most tokens of a step over all sequences: beyond, products of matrices are no longer products with vectors.
+MOST_STEP_ROWS = 8
 # Disk space for an engine beyond its weights (which it may hold once for every profile): mostly kernels.
 _DISK_SLACK = 128 << 20
 
@@ -58,6 +60,7 @@ def build(
     profiles: Sequence[str] = (),
     plugins: Literal["auto", "none"] | Path = "auto",
     kv_layout: KvLayout = "in-place",
+    step: int | None = None,
     timing_cache: Path | None = None,
     on_progress: OnProgress = silent,
 ) -> tuple[str, EngineEntry]:
@@ -75,6 +78,7 @@ def build(
             TensorRT-RTX a single one for both.
         plugins: `auto` uses the library that was built on this machine, if there is one; `none` uses no plugins.
         kv_layout: `in-place` for gsx; `growing` for programs that manage K and V themselves.
+        step: build engines for steps of exactly `batch` sequences with so many tokens each, beside those for all calls.
         timing_cache: file for TensorRT's timings; None for one in the user's cache folder. Not used by TensorRT-RTX.
         on_progress: called with the progress; the note is TensorRT's phase.
     Returns: the name of the engines in the bundle, and their entry in its manifest.
@@ -103,13 +107,17 @@ def build(
     chosen, gpu = _targets(module, backend, targets)
     if opened.manifest.quantization is not None and opened.manifest.quantization.is_float8:
         chosen = _with_fp8(opened, module, backend, targets, chosen)
-    capacity, shapes = _shapes(opened, backend, context, batch, profiles)
+    if step is None:
+        capacity, shapes = _shapes(opened, backend, context, batch, profiles)
+    else:
+        kv_layout, capacity, shapes = _step(opened, backend, context, batch, profiles, kv_layout, step)
     library = _library(plugins)
     portable = {name: _load(opened, name) for name in opened.manifest.graphs}
     sizes = {name: _weight_bytes(model) for name, model in portable.items()}
     check_memory(max(sizes.values()), len(shapes))
     version = module.__version__
-    name = f"{backend}-{version}-sm{'-'.join(chosen)}" + ("-growing" if kv_layout == "growing" else "")
+    suffix = {"in-place": "", "growing": "-growing", "step": f"-step-{batch}x{step}-{capacity}"}[kv_layout]
+    name = f"{backend}-{version}-sm{'-'.join(chosen)}{suffix}"
     with writing_engines(opened, name, len(shapes) * sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
         graphs, used = {}, False
         for graph, model in portable.items():
@@ -225,6 +233,7 @@ def _lower(
             rows=most_rows(profiles),
             plugins=PLUGIN_OPS if library is not None else (),
             kv_layout=kv_layout,
+            step=(profiles[0].batch.most, profiles[0].tokens.most) if kv_layout == "step" else None,
         )
     except LayoutError as error:
         raise not_as_expected(bundle.graph_path(name), bundle.manifest, error) from error
@@ -355,6 +364,47 @@ def _shapes(
     if len(set(names)) < len(names):
         raise UsageError("--profile: two profiles have the same name", found=", ".join(names))
     return capacity, made
+
+
+def _step(
+    bundle: Bundle,
+    backend: Backend,
+    context: int | None,
+    batch: int,
+    profiles: Sequence[str],
+    kv_layout: KvLayout,
+    tokens: int,
+) -> tuple[KvLayout, int, tuple[EngineProfile, ...]]:
+    """Layout, capacity and the only profile of engines for steps of one size.
+
+    Raises:
+        UsageError: a size that no step has, other options that do not go with it, or a capacity that the engines for
+            all other calls do not have, since both use the same buffers.
+    """
+    if profiles or kv_layout == "growing":
+        raise UsageError(
+            "--step has a profile and a K/V layout of its own",
+            expected="--step with --batch and --context",
+            found="--profile" if profiles else "--kv-layout growing",
+        )
+    if tokens < 1 or tokens * batch > MOST_STEP_ROWS:
+        raise UsageError(
+            "--step is for few tokens",
+            expected=f"1 to {MOST_STEP_ROWS} of all sequences together",
+            found=f"{batch} x {tokens}",
+            todo="leave it out: the other engines take calls of any size",
+        )
+    capacity, _ = _shapes(bundle, backend, context, batch, ())
+    others = [one.capacity for one in bundle.manifest.engines.values() if one.backend == backend]
+    if others and capacity not in others:
+        raise UsageError(
+            "--step: the engines for other calls use the same K/V buffers, and have another capacity",
+            expected=" or ".join(map(str, dict.fromkeys(others))),
+            found=str(capacity),
+            todo=f"--context {others[0]}",
+        )
+    sizes = [Sizes(size, size, size) for size in (batch, tokens, capacity)]
+    return "step", capacity, (EngineProfile(name="step", batch=sizes[0], tokens=sizes[1], window=sizes[2]),)
 
 
 def _load(bundle: Bundle, name: str) -> onnx.ModelProto:

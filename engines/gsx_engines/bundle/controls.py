@@ -231,8 +231,8 @@ def stacked(rows: Sequence[RuntimeValues | None]) -> RuntimeValues:
 
 
 def rows_of(controls: RuntimeValues, rows: slice) -> RuntimeValues:
-    """The run-time values of some neighbouring sequences of a batch."""
-    return {name: value[rows] if name in BY_SEQUENCE else value for name, value in controls.items()}
+    """The run-time values of some neighbouring sequences of a batch. (One value may stand for all sequences.)"""
+    return {name: value[rows] if name in BY_SEQUENCE and len(value) > 1 else value for name, value in controls.items()}
 
 
 def shared_by_batch(controls: RuntimeValues) -> bytes:

@@ -35,7 +35,7 @@ class EngineProfile(Section):
         return self
 
 
-KvLayout = Literal["in-place", "growing"]
+KvLayout = Literal["in-place", "step", "growing"]
 
 
 class PluginLibrary(Section):
@@ -89,8 +89,9 @@ class EngineEntry(Section):
         targets: compute capabilities, e.g. "89".
         platform: operating system and processor.
         gpu: the GPU that it was built on, if the backend ties an engine to it.
-        kv_layout: `in-place`: K and V are written into buffers of a fixed length; `growing`: they come in as `past` and
-            go out as `present`, as in the graph. gsx runs the first; the second is for other programs.
+        kv_layout: `in-place`: K and V are written into buffers of a fixed length; `step`: the same for calls of exactly
+            one size, which read the buffers as they are; `growing`: K and V come in as `past` and go out as `present`,
+            as in the graph. gsx runs the first, and the second for calls of that size; the third is for other programs.
         capacity: columns of the K/V buffers, or the most tokens that K and V may grow to.
         plugins: null if no plugin is used.
     """

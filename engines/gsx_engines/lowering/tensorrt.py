@@ -21,6 +21,8 @@ With K and V in place, which is what gsx runs, the form differs from the portabl
 
 The passes are in `for_tensorrt/`.
 
+In a step, for calls of one size, all sizes are numbers: the window is the whole buffer, and all tokens get logits.
+
 With K and V that grow, for other programs, only the last three and the removal of default values apply: the engine has
 the portable graph's inputs and outputs, `past_key_values.*` and `present.*` with the call's columns after it.
 
@@ -44,6 +46,7 @@ from gsx_engines.lowering.for_tensorrt.constants import dequantize_constants
 from gsx_engines.lowering.for_tensorrt.experts import run_experts
 from gsx_engines.lowering.for_tensorrt.inputs import (
     ask_for_columns,
+    fix_sizes,
     place_call,
     report_kept,
     speak_float32,
@@ -75,6 +78,7 @@ PASSES: tuple[Pass[Task], ...] = (
     dequantize_constants,
     without_zero_points,
     speak_float32,
+    fix_sizes,
     of_any(Graph.drop_unread),
 )
 
@@ -102,18 +106,19 @@ def lower(
     rows: int,
     plugins: Collection[str],
     kv_layout: KvLayout = "in-place",
+    step: tuple[int, int] | None = None,
 ) -> Lowered:
     """The form of a bundle's graph that TensorRT builds an engine from.
 
     Args:
         portable: `model.onnx`, `draft.onnx` or `verify.onnx`, without its weights.
-        capacity, rows, plugins, kv_layout: as in `Task`.
+        capacity, rows, plugins, kv_layout, step: as in `Task`.
     Raises:
         LayoutError: the graph does not have the layout of this version's exporter.
     """
     model = onnx.ModelProto()
     model.CopyFrom(portable)
-    task = Task(manifest, capacity, rows, frozenset(plugins), kv_layout)
+    task = Task(manifest, capacity, rows, frozenset(plugins), kv_layout, step)
     counts = run_passes(Graph(model.graph), PASSES, task)
     used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
     functions = [function for function in model.functions if function.name in used]

@@ -7,7 +7,7 @@ is how it is tested without a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,6 +73,23 @@ class _Memory:
     unread: Any = None
 
 
+class _Plan:
+    """An engine and its description.
+
+    Args:
+        entry: the set of engines that it belongs to.
+        graph: that it is of.
+        engine: the engine.
+    """
+
+    def __init__(self, entry: EngineEntry, graph: str, engine: Engine) -> None:
+        self.engine, self.profiles = engine, entry.profiles
+        self.inputs = {value.name: value for value in entry.graphs[graph].inputs}
+        self.outputs = {value.name: value for value in entry.graphs[graph].outputs}
+        # Of an engine for steps of one size: sequences, tokens of each.
+        self.size = (entry.profiles[0].batch.most, entry.profiles[0].tokens.most) if entry.kv_layout == "step" else None
+
+
 class TensorRTStage:
     """Runs the engine of a graph; see `Stage`.
 
@@ -81,14 +98,25 @@ class TensorRTStage:
         entry: the set of engines that this one belongs to.
         graph: `model`, `draft` or `verify`.
         engine: the engine.
+        steps: engines of the same graph for steps of one size each, with the sets that they belong to. They share the
+            K/V buffers, so their capacity is the same.
     """
 
-    def __init__(self, manifest: Manifest, entry: EngineEntry, graph: str, engine: Engine) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        entry: EngineEntry,
+        graph: str,
+        engine: Engine,
+        steps: Sequence[tuple[EngineEntry, Engine]] = (),
+    ) -> None:
         self.manifest = manifest
         self.layers = manifest.layers_of(graph)
         self._entry, self._engine = entry, engine
-        self._inputs = {value.name: value for value in entry.graphs[graph].inputs}
-        self._outputs = {value.name: value for value in entry.graphs[graph].outputs}
+        self._plan = _Plan(entry, graph, engine)
+        plans = [_Plan(own, graph, one) for own, one in steps]
+        self._steps = {plan.size: plan for plan in plans}
+        self._inputs, self._outputs = self._plan.inputs, self._plan.outputs
         self._exits = [name for name in manifest.exit_state if name in self._outputs]
         self._table = KeptTable(manifest, self.layers)
         # Of rules that the host decides for: the input of each branch that may be skipped, by layer and branch.
@@ -158,18 +186,23 @@ class TensorRTStage:
 
     def _run_parts(self, memory: _Memory, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """Run a call's sequences, those together that can be."""
+        rows_together = self._parts_of(call)
+        if rows_together == [slice(0, len(call.counts))]:
+            return self._run_part(memory, 0, call, state, logits)
         parts = []
-        for rows in self._parts_of(call):
-            part = Call(call.ids[rows], call.counts[rows], call.lengths[rows], rows_of(call.controls, rows))
-            entering = {name: value[rows] for name, value in state.items()} if state is not None else None
+        for rows in rows_together:
+            counts = call.counts[rows]
+            tokens = slice(max(counts))
+            part = Call(call.ids[rows, tokens], counts, call.lengths[rows], rows_of(call.controls, rows))
+            entering = None if state is None else {name: value[rows, ..., tokens, :] for name, value in state.items()}
             parts.append((rows, self._run_part(memory, rows.start, part, entering, logits)))
-        if len(parts) == 1 and parts[0][0] == slice(0, len(call.counts)):
-            return parts[0][1]
         return joined_rows(parts, call, logits)
 
     def _parts_of(self, call: Call) -> list[slice]:
         """Rows that run together: neighbours that have tokens, about as many, and run the same branches."""
         everything = [slice(0, len(call.counts))]
+        if not any(call.counts):
+            return everything
         if self.manifest.selection is not None and self.manifest.selection.mode == "rank":
             return everything  # which is among the tokens of a whole call
         parts: list[slice] = []
@@ -184,8 +217,15 @@ class TensorRTStage:
                 parts[-1] = slice(last.start, row + 1)
             else:
                 parts.append(slice(row, row + 1))
-        fits = [any(p.batch.least <= part.stop - part.start for p in self._entry.profiles) for part in parts]
-        return parts if parts and (all(fits) or self._runs) else everything
+        return parts if self._runs or all(self._fits(call, part) for part in parts) else everything
+
+    def _fits(self, call: Call, rows: slice) -> bool:
+        """Whether a profile takes these rows of a call by themselves."""
+        sizes = rows.stop - rows.start, max(call.counts[rows])
+        return any(
+            p.batch.least <= sizes[0] <= p.batch.most and p.tokens.least <= sizes[1] <= p.tokens.most
+            for p in self._entry.profiles
+        )
 
     def _branches_of(self, call: Call, row: int) -> bytes | None:
         """The branches that all tokens of a sequence run; None if some of them run all, and others do not."""
@@ -219,13 +259,15 @@ class TensorRTStage:
         return in_time(*outputs)
 
     def _run(self, memory: _Memory, start: int, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
-        """One call of the engine. Args: start: row of the first sequence."""
+        """One call of an engine. Args: start: row of the first sequence."""
         batch, length = call.ids.shape
+        plan = self._steps.get((batch, length), self._plan)
         lengths, counts = np.array(call.lengths), np.array(call.counts)
         steps = np.arange(length)
         filled = lengths + counts
         # The window covers the rows beyond a sequence's count too: while there is room, no row of the mask is empty.
-        window = window_of(int(lengths.max()) + length, self._entry.capacity)
+        capacity = self._entry.capacity
+        window = capacity if plan.size else window_of(int(lengths.max()) + length, capacity)
         last = np.maximum(counts - 1, 0)[:, None]
         rows = np.arange(batch)[:, None] * length
         given: dict[str, np.ndarray] = {
@@ -233,13 +275,13 @@ class TensorRTStage:
             tensor_names.ATTENTION_MASK: np.arange(window) < filled[:, None],
             tensor_names.POSITION_IDS: lengths[:, None] + steps,
             WRITE_AT: lengths,
-            LOGITS_AT: rows + (steps if logits == "all" else last),
+            LOGITS_AT: rows + (steps if logits == "all" or plan.size else last),
         }
-        if K in self._inputs:
+        if K in plan.inputs:
             valid = call.ids[steps < counts[:, None]]
             given[K] = np.array([self._count(valid, float(call.controls["budget"]))])
-        feeds = {name: np.asarray(value, np.int64) for name, value in given.items() if name in self._inputs}
-        feeds |= {name: value for name, value in call.controls.items() if name in self._inputs}
+        feeds = {name: np.asarray(value, np.int64) for name, value in given.items() if name in plan.inputs}
+        feeds |= {name: value for name, value in call.controls.items() if name in plan.inputs}
         feeds |= state or {}
         buffers: dict[str, tuple[Any, tuple[int, ...]]] = {}
         for name, buffer in memory.buffers.items():
@@ -253,12 +295,14 @@ class TensorRTStage:
         sizes = {"batch": batch, "sequence": length, "logits_columns": feeds[LOGITS_AT].shape[1]}
         results = {
             name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in value.shape)
-            for name, value in self._outputs.items()
+            for name, value in plan.outputs.items()
             if name not in buffers
         }
-        profile = choose_profile(self._entry.profiles, batch, length, window)
-        found = self._engine.run(profile, feeds, buffers, results)
+        profile = choose_profile(plan.profiles, batch, length, window)
+        found = plan.engine.run(profile, feeds, buffers, results)
         scores = found[tensor_names.LOGITS]
+        if plan.size and logits == "last":
+            scores = np.take_along_axis(scores, last[:, :, None], axis=1)
         kept = self._table.of(found.get(KEPT))
         kept_by_sequence = None
         if self._runs:
@@ -325,14 +369,19 @@ def open_stage(bundle: Bundle, backend: Backend, graph: str = "model", *, cuda_g
     from gsx_engines.tensorrt import cuda
     from gsx_engines.tensorrt.execution import CudaEngine
     from gsx_engines.tensorrt.kernel_cache import kernel_cache_path
-    from gsx_engines.tensorrt.loading import find_engines, read_engine
+    from gsx_engines.tensorrt.loading import EngineSet, find_engines, find_steps, read_engine
+
+    def opened(engines: EngineSet, beside: CudaEngine | None) -> CudaEngine:
+        plan = read_engine(engines, graph, f"gsx build {bundle.directory} --backend {backend}")
+        made = engines.entry.graphs[graph]
+        recordable = not any(made.forms.get(choice) == "plugin" for choice in CHOICES)
+        kernels = None
+        if (device := cuda.device()) is not None and backend == "tensorrt-rtx":
+            kernels = kernel_cache_path(made.sha256, device.capability)
+        graphs = cuda_graphs and recordable
+        return CudaEngine(backend, plan, library=engines.library, cuda_graphs=graphs, kernels=kernels, beside=beside)
 
     found = find_engines(bundle, backend)
-    plan = read_engine(found, graph, f"gsx build {bundle.directory} --backend {backend}")
-    forms = found.entry.graphs[graph].forms
-    recordable = not any(forms.get(choice) == "plugin" for choice in CHOICES)
-    kernels = None
-    if (device := cuda.device()) is not None and backend == "tensorrt-rtx":
-        kernels = kernel_cache_path(found.entry.graphs[graph].sha256, device.capability)
-    engine = CudaEngine(backend, plan, library=found.library, cuda_graphs=cuda_graphs and recordable, kernels=kernels)
-    return TensorRTStage(bundle.manifest, found.entry, graph, engine)
+    engine = opened(found, None)
+    steps = [(own.entry, opened(own, engine)) for own in find_steps(bundle, found)]
+    return TensorRTStage(bundle.manifest, found.entry, graph, engine, steps)

@@ -79,12 +79,20 @@ class CudaEngine:
         library: the plugin library that it needs, if any.
         cuda_graphs: record repeated calls of the same shapes, and replay them.
         kernels: file for the kernels that TensorRT-RTX compiles, or None; TensorRT's engines contain their kernels.
+        beside: an engine that shares memory with this one; the calls of both are in one order.
     Raises:
         EngineError: no GPU, or TensorRT cannot load the engine.
     """
 
     def __init__(
-        self, backend: Backend, plan: bytes, *, library: Path | None, cuda_graphs: bool, kernels: Path | None
+        self,
+        backend: Backend,
+        plan: bytes,
+        *,
+        library: Path | None,
+        cuda_graphs: bool,
+        kernels: Path | None,
+        beside: CudaEngine | None = None,
     ) -> None:
         self._runtime = cuda.runtime()
         self._trt = load_module(backend)
@@ -101,8 +109,12 @@ class CudaEngine:
                 found=reason or "see TensorRT's own message above",
                 todo="gsx build builds it again for this machine",
             )
-        self.stream = int(cuda.check(self._runtime.cudaStreamCreate(), "making a stream"))
-        weakref.finalize(self, self._runtime.cudaStreamDestroy, self.stream).atexit = False
+        self._beside = beside  # whose stream lives as long as it does
+        if beside is None:
+            self.stream = int(cuda.check(self._runtime.cudaStreamCreate(), "making a stream"))
+            weakref.finalize(self, self._runtime.cudaStreamDestroy, self.stream).atexit = False
+        else:
+            self.stream = beside.stream
         self._config = None
         if is_rtx:
             self._config = runtime_config(self._trt, self._engine, kernels=kernels, cuda_graphs=cuda_graphs, owner=self)

@@ -34,7 +34,8 @@ class Task:
         capacity: columns of the K/V buffers, fixed in the engine; unused if K and V grow.
         rows: largest number of tokens of a call, over all sequences.
         plugins: ops of domain gsx that have a plugin.
-        kv_layout: whether K and V are written in place.
+        kv_layout: how K and V are stored.
+        step: sequences and tokens of each, of engines for calls of one size; else None.
         forms: the form that each op of domain gsx in the portable graph took.
         masks: the numbers of a choice that became a mask -> which rows are kept, [N, 1] bool.
     """
@@ -44,6 +45,7 @@ class Task:
     rows: int
     plugins: Collection[str]
     kv_layout: KvLayout
+    step: tuple[int, int] | None = None
     forms: dict[str, Form] = field(default_factory=dict)
     masks: dict[str, str] = field(default_factory=dict)
 
@@ -55,7 +57,7 @@ class Task:
     @property
     def in_place(self) -> bool:
         """Whether K and V are written in place, which is what gsx runs."""
-        return self.kv_layout == "in-place"
+        return self.kv_layout != "growing"
 
     @property
     def width(self) -> int:
