@@ -41,11 +41,9 @@ from gsx_engines.tensorrt.profile_choice import most_rows
 from gsx_plugins.errors import UsageError
 from gsx_plugins.files import cache_folder
 from gsx_plugins.graph import Graph, LayoutError
-from gsx_plugins.library import PLUGIN_OPS, find_library, library_hash, record_of
+from gsx_plugins.library import MOST_STEP_ROWS, PLUGIN_OPS, STEP_OPS, find_library, library_hash, record_of
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-# The most tokens of a step over all sequences: beyond, products of matrices are no longer products with vectors.
-MOST_STEP_ROWS = 8
 # Disk space for an engine beyond its weights (which it may hold once for every profile): mostly kernels.
 _DISK_SLACK = 128 << 20
 
@@ -178,6 +176,7 @@ def _build_graph(
     graph.write_bytes(lowered.model.SerializeToString())
     products = {node.name for node in portable.graph.node if node.op_type == "MatMul"}  # lowering may add small ones
     plugin_ops = {op for op, form in lowered.forms.items() if form == "plugin"}
+    plugin_ops |= {node.op_type for node in lowered.model.graph.node} & set(STEP_OPS)
     job = Job(
         backend=backend,
         graph=str(graph),
@@ -231,7 +230,7 @@ def _lower(
             bundle.manifest,
             capacity=capacity,
             rows=most_rows(profiles),
-            plugins=PLUGIN_OPS if library is not None else (),
+            plugins=(*PLUGIN_OPS, *STEP_OPS) if library is not None else (),
             kv_layout=kv_layout,
             step=(profiles[0].batch.most, profiles[0].tokens.most) if kv_layout == "step" else None,
         )

@@ -40,7 +40,7 @@ _SHAPES = {"shape_call"}
 _TO_HOST, _TO_DEVICE = {"DeviceToShapeHost"}, {"ShapeHostToDevice"}
 _PLUGINS = {"PluginV3", "PluginV2", "custom_layer"}
 # Kernels that one call of a plugin launches for up to 512 tokens (`plugins/gsx_plugins/<op>/kernel.cu`).
-_LAUNCHES = {"threshold_gather": 2, "topk_gather": 2, "gated_scatter_add": 2}
+_LAUNCHES = {"threshold_gather": 2, "topk_gather": 2, "gated_scatter_add": 2}  # those of a step launch one
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,18 @@ def steps_of(information: str) -> tuple[Step, ...]:
                 name=name,
                 kind=kind,
                 profile=profile,
-                layer=max((layer for layer in layers if last is None or layer <= last + 1), default=last),
+                layer=_layer_of(layers, last),
                 nodes=nodes,
                 copies_window=_copies_window(name, kind, read, written),
             )
         )
     return tuple(steps)
+
+
+def _layer_of(found: Sequence[int], last: int | None) -> int | None:
+    """The layer of most of a step's names; not one that comes much later, of which something is prepared early."""
+    counts = Counter(layer for layer in found if last is None or layer <= last + 1)
+    return max(counts, key=lambda layer: (counts[layer], -layer), default=last)
 
 
 def _copies_window(name: str, kind: str, read: Sequence[str], written: Sequence[str]) -> bool:

@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from gsx_plugins.library import PLUGIN_OPS
+from gsx_plugins.library import PLUGIN_OPS, STEP_OPS
 
 # Least time between two messages about one phase.
 _QUIET_SECONDS = 0.1
@@ -187,7 +187,7 @@ def _logger(trt: Any) -> Any:
 
         def of_plugin(self) -> str:
             """The first message of a plugin; these begin with the plugin's name."""
-            return next((_line(text) for text in self.errors if text.partition(":")[0] in PLUGIN_OPS), "")
+            return next((_line(text) for text in self.errors if text.partition(":")[0] in (*PLUGIN_OPS, *STEP_OPS)), "")
 
     return Logger()
 

@@ -56,8 +56,8 @@ class EngineGraph(Section):
     Args:
         file, sha256, size_bytes: of the engine.
         graph_sha256, weights_sha256: of the graph and the weights that it was built from.
-        forms: op of domain gsx -> what the engine runs in its place: `plugin`, `body`, `rows`, `mask` or `all`
-            (docs/engines.md).
+        forms: op of domain gsx -> what the engine runs in its place: `plugin`, `predicated`, `body`, `rows`,
+            `mask` or `all` (docs/engines.md).
         layers: type of TensorRT layer -> how many there were before TensorRT fused them.
         products: type -> how many matrix products of the graph the engine computes in it.
         widened: weights of the products that are quantized in the graph but computed in a wider type by the engine.
@@ -71,7 +71,7 @@ class EngineGraph(Section):
     size_bytes: int
     graph_sha256: Sha256
     weights_sha256: Sha256
-    forms: Mapping[str, Literal["plugin", "body", "rows", "mask", "all"]]
+    forms: Mapping[str, Literal["plugin", "predicated", "body", "rows", "mask", "all"]]
     layers: Mapping[str, int]
     products: Mapping[str, int] = Field(default_factory=dict)
     widened: tuple[str, ...] = ()

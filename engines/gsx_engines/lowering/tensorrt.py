@@ -52,6 +52,7 @@ from gsx_engines.lowering.for_tensorrt.inputs import (
     speak_float32,
     write_cache_in_place,
 )
+from gsx_engines.lowering.for_tensorrt.predicated import predicate_branches
 from gsx_engines.lowering.for_tensorrt.task import Form, Task
 from gsx_engines.lowering.for_tensorrt.whole_calls import run_whole_calls
 from gsx_engines.lowering.for_tensorrt.zero_points import without_zero_points
@@ -70,6 +71,7 @@ PASSES: tuple[Pass[Task], ...] = (
     report_kept,
     mask_choices,
     add_rows,
+    predicate_branches,
     attend_kept_rows,
     attend,
     rotate_by_head,

@@ -148,7 +148,10 @@ def test_a_library_of_another_version(stand_in: StandIn, tmp_path: Path) -> None
     write_bundle(tmp_path / "bundle", stand_in.manifests["dense"], stand_in.version, record=version(f"99.{rest}"))
     code, says = stand_in.check("generate", tmp_path / "bundle", "major=99", "failing=createInferRuntime")
     assert code == 1
-    assert f"is not the one that gsx was built for\n  expected major version {major}, that of the headers, found 99." in says
+    assert (
+        f"is not the one that gsx was built for\n  expected major version {major}, that of the headers, found 99."
+        in says
+    )
 
 
 @pytest.fixture

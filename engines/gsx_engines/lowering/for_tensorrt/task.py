@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,10 +12,10 @@ from gsx_engines.bundle.manifest import DecoderShape, Manifest
 
 # The largest k that TensorRT's TopK takes.
 MAX_TOPK = 3840
-# The form of an op of domain gsx in an engine. "plugin"; "body": its function body; "rows": standard ops on as many
-# rows as the host says; "mask" and "all": standard ops that run on all rows (the results are right, but nothing is
-# saved).
-Form = Literal["plugin", "body", "rows", "mask", "all"]
+# The form of an op of domain gsx in an engine. "plugin"; "predicated": plugins for a few rows, which read the decision
+# on the GPU; "body": its function body; "rows": standard ops on as many rows as the host says; "mask" and "all":
+# standard ops that run on all rows (the results are right, but nothing is saved).
+Form = Literal["plugin", "predicated", "body", "rows", "mask", "all"]
 # Inputs that only the lowered graph has, and its output of kept rows by branch.
 WRITE_AT, LOGITS_AT, K, KEPT = "write_at", "logits_at", "k", "kept"
 # Inputs whose size is the number of rows of a branch, by layer and branch: `run.3.mlp`.
@@ -38,16 +37,18 @@ class Task:
         step: sequences and tokens of each, of engines for calls of one size; else None.
         forms: the form that each op of domain gsx in the portable graph took.
         masks: the numbers of a choice that became a mask -> which rows are kept, [N, 1] bool.
+        products_of_kept: names of the products of rows that such a choice keeps -> which rows these are, the same.
     """
 
     manifest: Manifest
     capacity: int
     rows: int
-    plugins: Collection[str]
+    plugins: frozenset[str]
     kv_layout: KvLayout
     step: tuple[int, int] | None = None
     forms: dict[str, Form] = field(default_factory=dict)
     masks: dict[str, str] = field(default_factory=dict)
+    products_of_kept: dict[str, str] = field(default_factory=dict)
 
     @property
     def shape(self) -> DecoderShape:
