@@ -71,8 +71,36 @@ def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
             node.attribute.append(helper.make_attribute("kv_heads", shape.num_kv_heads))
             node.attribute.append(helper.make_attribute("scale", scale))
     model.functions.append(parser.parse_function(_ATTENTION))
+    used = {node.op_type for node in model.graph.node}
+    model.functions.extend(
+        parser.parse_function(f'<domain: "gsx", opset_import: ["" : {OPSET}]> {head} {{ {_KEPT} {body} }}')
+        for op, (head, body) in _STEP_OPS.items()
+        if op in used
+    )
     model.opset_import.append(helper.make_opsetid("test", 1))
     return model
+
+
+_ATTRIBUTES = "<plugin_namespace, plugin_version>"
+# Of kept rows, as a column.
+_KEPT = "keeps = Greater (score, bound) last = Constant <value_ints = [-1]> () kept = Unsqueeze (keeps, last)"
+# The plugins of a step as `plugins/gsx_plugins/skip_branch/kernel.h` defines them: what a function computes, and how.
+# What the rule leaves open is 7 here.
+_STEP_OPS = {
+    "SkipLinear": (
+        f"SkipLinear {_ATTRIBUTES} (x, score, bound, w) => (out)",
+        "y = MatMul (x, w) zero = Sub (y, y) out = Where (kept, y, zero)",
+    ),
+    "SkipGateUp": (
+        f"SkipGateUp {_ATTRIBUTES} (x, score, bound, g, u) => (out)",
+        "a = MatMul (x, g) s = Sigmoid (a) silu = Mul (a, s) b = MatMul (x, u) y = Mul (silu, b) "
+        "open = Constant <value_float = 7.0> () other = CastLike (open, y) out = Where (kept, y, other)",
+    ),
+    "SkipLinearAdd": (
+        f"SkipLinearAdd {_ATTRIBUTES} (residual, x, gate, score, bound, w) => (out)",
+        "y = MatMul (x, w) gated = Mul (gate, y) sum = Add (residual, gated) out = Where (kept, sum, residual)",
+    ),
+}
 
 
 class CpuEngine:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,18 @@ import numpy as np
 import onnx
 import pytest
 
+from gsx.workflows.export import export
 from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import controls_for
-from gsx_engines.lowering.tensorrt import lower
+from gsx_engines.lowering.tensorrt import Lowered, lower
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.tensorrt import TensorRTStage
 from gsx_engines.runners.whole import WholeRunner
+from gsx_exporter.config import GateConfig
+from gsx_plugins.library import STEP_OPS
 from tests.engines.cpu_engine import CpuEngine, cpu_engines
+from tests.tiny import tiny_checkpoint
 
 # Two orders of summation of float32 products at logits of order 10.
 LOGITS_ATOL = 5e-5
@@ -35,19 +41,22 @@ def bundle(request: pytest.FixtureRequest, make_tiny_bundle: Callable[..., Path]
     return open_bundle(make_tiny_bundle(**BUNDLES[request.param]))
 
 
-def with_steps(bundle: Bundle, batch: int, *sizes: tuple[int, int]) -> tuple[TensorRTStage, CpuEngine, list[CpuEngine]]:
+def with_steps(
+    bundle: Bundle, batch: int, *sizes: tuple[int, int], plugins: Collection[str]
+) -> tuple[TensorRTStage, CpuEngine, list[CpuEngine]]:
     """A stage, its engine for all calls, and those for steps."""
     entry, engines = cpu_engines(bundle, default_profiles(CAPACITY, batch), capacity=CAPACITY)
-    made = [cpu_engines(bundle, (), capacity=CAPACITY, step=size, rows=8) for size in sizes]
+    made = [cpu_engines(bundle, (), capacity=CAPACITY, step=size, rows=8, plugins=plugins) for size in sizes]
     steps = [(own, one["model"]) for own, one in made]
     stage = TensorRTStage(bundle.manifest, entry, "model", engines["model"], steps)
     return stage, engines["model"], [engine for _, engine in steps]
 
 
+@pytest.mark.parametrize("plugins", [(), STEP_OPS], ids=["masks", "plugins"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_calls_of_their_size_and_no_others(bundle: Bundle, batch: int) -> None:
+def test_calls_of_their_size_and_no_others(bundle: Bundle, batch: int, plugins: Collection[str]) -> None:
     """Up to the last column of the buffers, with fewer tokens of a sequence, and logits of all and of the last."""
-    stage, general, steps = with_steps(bundle, batch, (batch, 1), (batch, 3))
+    stage, general, steps = with_steps(bundle, batch, (batch, 1), (batch, 3), plugins=plugins)
     portable, runner = WholeRunner(PortableStage(bundle)), WholeRunner(stage)
     caches = [one.new_cache(batch, CAPACITY) for one in (portable, runner)]
     controls = controls_for(bundle.manifest)
@@ -72,10 +81,54 @@ def test_calls_of_their_size_and_no_others(bundle: Bundle, batch: int) -> None:
 
 def test_all_sizes_are_numbers(bundle: Bundle) -> None:
     """But for those that say which branches run; and the cache is read as it is."""
-    model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
-    made = lower(
-        model, bundle.manifest, capacity=CAPACITY, rows=2, plugins=(), kv_layout="step", step=(1, 2)
-    ).model.graph
+    made = lowered(bundle, 2, ()).model.graph
     open_axes = {axis.dim_param for value in (*made.input, *made.output) for axis in value.type.tensor_type.shape.dim}
     assert all(name.startswith("run.") for name in open_axes if name)
     assert not [node for node in made.node if node.op_type == "Slice" and node.input[0].startswith("present.")]
+
+
+def lowered(bundle: Bundle, tokens: int, plugins: Collection[str]) -> Lowered:
+    model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
+    size = {"kv_layout": "step", "step": (1, tokens)}
+    return lower(model, bundle.manifest, capacity=CAPACITY, rows=tokens, plugins=plugins, **size)
+
+
+def products(made: Lowered) -> Counter[str]:
+    """How often each weight is read, without the layer's number."""
+    nodes = [node for node in made.model.graph.node if node.op_type == "MatMul"]
+    return Counter(re.sub(r"layers\.\d+\.", "", node.input[1]) for node in nodes)
+
+
+def test_products_of_skipped_branches_are_plugins(make_tiny_bundle: Callable[..., Path]) -> None:
+    """All but K and V, which are computed for every token, the gates and the head."""
+    bundle = open_bundle(make_tiny_bundle())
+    layers = bundle.manifest.decoder.num_layers
+    made = lowered(bundle, 3, STEP_OPS)
+    assert made.forms["ThresholdGather"] == made.forms["GatedScatterAdd"] == "predicated"
+    ops = Counter(node.op_type for node in made.model.graph.node if node.domain == "gsx")
+    assert ops == {"SkipLinear": layers, "SkipGateUp": layers, "SkipLinearAdd": 2 * layers}
+    left = products(made)
+    assert all(left[f"self_attn.{name}_proj.weight"] == layers for name in "kv")
+    assert not [name for name in left if name.startswith("mlp.") or "q_proj" in name or "o_proj" in name]
+    masks = lowered(bundle, 3, STEP_OPS[:2])
+    assert masks.forms["ThresholdGather"] == "mask", "a library without all of them"
+    assert lowered(bundle, 9, STEP_OPS).forms["ThresholdGather"] == "mask", "more rows than the kernels take"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "qwen2_moe", "granite"])
+def test_other_families(tmp_path: Path, tiny_text: Path, family: str) -> None:
+    """What is not a plain product stays masked: norms behind a branch, experts, biases, another activation."""
+    checkpoint = tiny_checkpoint(tmp_path / "model", family, gate=GateConfig("scalar", "post_norm"), tokenizer=True)
+    export(checkpoint, tmp_path / "out", budget=0.6, calibration=tiny_text)
+    bundle = open_bundle(tmp_path / "out")
+    stage, _, steps = with_steps(bundle, 1, (1, 2), plugins=STEP_OPS)
+    portable, runner = WholeRunner(PortableStage(bundle)), WholeRunner(stage)
+    caches = [one.new_cache(1, CAPACITY) for one in (portable, runner)]
+    for token in range(4):
+        want, found = (
+            one.step(cache, np.array([[9 + token, 80 + token]]), controls_for(bundle.manifest), logits="all")
+            for one, cache in zip((portable, runner), caches, strict=True)
+        )
+        np.testing.assert_allclose(found.logits, want.logits, atol=LOGITS_ATOL)
+        np.testing.assert_array_equal(found.kept, want.kept)
+    assert len(steps[0].calls) == 4
