@@ -91,6 +91,8 @@ def attention_nodes(
     if softcap := number(replaced, "softcap"):
         return _capped(graph, task, softcap, number(replaced, "scale"), inputs, out, name)
     query, key, value, mask = inputs
+    if task.step is not None and task.step[1] > 1:
+        return _tokens_as_heads(graph, task, replaced, inputs, out, name)
     apart, together = _shapes(graph, task.shape.num_heads, task.shape.head_dim)
     # Without a fused kernel (float32, some counts of kept rows) the build fails, unless TensorRT may decompose the op.
     attributes: dict[str, float] = {"TRT_decomposable": 1}
@@ -102,6 +104,48 @@ def attention_nodes(
         make_node("Attention", [f"{name}heads", key, value, mask], f"{name}attention", **attributes),
         make_node("Transpose", [f"{name}attention"], f"{name}tokens_first", perm=[0, 2, 1, 3]),
         make_node("Reshape", [f"{name}tokens_first", together], out),
+    ]
+
+
+def _tokens_as_heads(
+    graph: Graph, task: Task, replaced: onnx.NodeProto, inputs: Sequence[str], out: str, name: str
+) -> list[onnx.NodeProto]:
+    """The same in a step of several tokens: each token of a head as a head of its own, with one token.
+
+        query [B, S, heads x D], mask [B, 1, S, T] -> [B, heads x S, 1, D], [B, heads x S, 1, T] -> Attention
+
+    A head and its tokens are neighbours, so that they share the head of K and V that the head had. Why: for one token
+    TensorRT-RTX 1.7.1 reads K and V in place; for several it first copies both, repeated for all heads, in every layer.
+    """
+    assert task.step is not None
+    query, key, value, mask = inputs
+    heads, width = task.shape.num_heads, task.shape.head_dim
+    batch, tokens = task.step
+    size = [batch, heads * tokens, 1]
+    attributes: dict[str, float] = {"TRT_decomposable": 1}
+    if scale := number(replaced, "scale"):
+        attributes["scale"] = scale
+
+    def shape(called: str, value: list[int]) -> str:
+        return graph.add_constant(f"lowered.step_{called}", value)
+
+    by_head = f"{mask}.by_head"
+    masks = []
+    if not any(node.output[0] == by_head for node in task.made):
+        masks = [
+            make_node("Expand", [mask, shape("every_head", [batch, heads, tokens, task.capacity])], f"{by_head}.each"),
+            make_node("Reshape", [f"{by_head}.each", shape("masks", [*size, task.capacity])], by_head),
+        ]
+        task.made.extend(masks)
+    return [
+        *masks,
+        make_node("Reshape", [query, shape("apart", [batch, tokens, heads, width])], f"{name}apart"),
+        make_node("Transpose", [f"{name}apart"], f"{name}heads", perm=[0, 2, 1, 3]),
+        make_node("Reshape", [f"{name}heads", shape("queries", [*size, width])], f"{name}queries"),
+        make_node("Attention", [f"{name}queries", key, value, by_head], f"{name}attention", **attributes),
+        make_node("Reshape", [f"{name}attention", shape("joined", [batch, heads, tokens, width])], f"{name}joined"),
+        make_node("Transpose", [f"{name}joined"], f"{name}tokens_first", perm=[0, 2, 1, 3]),
+        make_node("Reshape", [f"{name}tokens_first", shape("flat", [batch, tokens, heads * width])], out),
     ]
 
 

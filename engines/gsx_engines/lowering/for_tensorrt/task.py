@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+import onnx
 from onnx import TensorProto
 
 from gsx_engines.bundle.engine_entry import KvLayout
@@ -37,6 +38,7 @@ class Task:
         step: sequences and tokens of each, of engines for calls of one size; else None.
         forms: the form that each op of domain gsx in the portable graph took.
         masks: the numbers of a choice that became a mask -> which rows are kept, [N, 1] bool.
+        made: nodes that several layers read, made for the first of them.
         products_of_kept: names of the products of rows that such a choice keeps -> which rows these are, the same.
     """
 
@@ -49,6 +51,7 @@ class Task:
     forms: dict[str, Form] = field(default_factory=dict)
     masks: dict[str, str] = field(default_factory=dict)
     products_of_kept: dict[str, str] = field(default_factory=dict)
+    made: list[onnx.NodeProto] = field(default_factory=list)
 
     @property
     def shape(self) -> DecoderShape:
