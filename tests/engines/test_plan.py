@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,13 +47,13 @@ def wide(make_once: MakeOnce) -> Callable[[str], Bundle]:
         SHAPES["quarter"] = SHAPE
         model = make_large(path.with_suffix(".model"), "quarter", "scalar" if kind == "gates" else None)
         text = random_text(path.with_suffix(".txt"), SHAPE["vocab_size"], words=800)
-        options = {"budget": 0.5, "calibration": text, "calibration_tokens": 256} if kind == "gates" else {}
+        options: dict[str, Any] = {"budget": 0.5, "calibration": text, "calibration_tokens": 256} if kind == "gates" else {}
         export(model, path, precision="fp16", policy="layers" if kind == "sets" else None, **options)
 
     return lambda kind: open_bundle(make_once(f"wide-{kind}", lambda path: make(path, kind)))
 
 
-def plan_of(bundle: Bundle, **options: object) -> EnginePlan:
+def plan_of(bundle: Bundle, **options: Any) -> EnginePlan:
     """The plan of engines that are built for a step or, without one, for single tokens."""
     profiles = () if "step" in options else ("decode:1",)
     name, _ = build(bundle, targets=["8.9"], context=CAPACITY, profiles=profiles, **options)

@@ -21,6 +21,9 @@ constexpr int64_t kWindowStep = 64;
 // Sequences run together while their numbers of tokens differ by no more than this (gsx_engines/runners/tensorrt.py).
 constexpr int64_t kMostPadding = 32;
 
+// A sequence's K or V must be a multiple of so many elements for TensorRT to take its address.
+constexpr size_t kAlignedElements = 128;
+
 EngineGraph const& graphOf(EngineEntry const& entry, std::string const& name) {
     auto const found = entry.graphs.find(name);
     if (found == entry.graphs.end()) throw EngineError("there is no engine of " + name);
@@ -190,6 +193,10 @@ Stage::Stage(Manifest const& manifest, EngineEntry const& entry, std::string con
                           {std::string("an input ") + names::kLogitsAt + " and an output " + names::kLogits, {},
                            "build it again with gsx build of this version"});
     }
+    for (TensorInfo const& input : mGraph.inputs) {
+        if (!names::isPast(input.name)) continue;
+        if (countOf(shapeOf(input, {{"batch", 1}})) % kAlignedElements != 0) mSplits = false;
+    }
     for (Place const& place : mSkippable) {
         std::string const name = names::kRun + std::to_string(place.first) + "." + nameOf(place.second);
         if (has(mGraph.inputs, name)) mRuns.emplace_back(place, name);
@@ -284,7 +291,8 @@ StageOutput Stage::runParts(StageMemory& memory, Call const& call, ExitState con
 std::vector<std::pair<int64_t, int64_t>> Stage::partsOf(Call const& call) const {
     std::vector<std::pair<int64_t, int64_t>> const everything = {{0, call.batch()}};
     bool const any = std::any_of(call.counts.begin(), call.counts.end(), [](int64_t count) { return count > 0; });
-    if (!any || (mManifest.selection && mManifest.selection->mode == SelectionMode::kRank)) return everything;
+    if (!any || (!mSplits && mRuns.empty())) return everything;
+    if (mManifest.selection && mManifest.selection->mode == SelectionMode::kRank) return everything;
     std::vector<std::pair<int64_t, int64_t>> parts;
     std::optional<std::vector<bool>> last;
     for (int64_t row = 0; row < call.batch(); ++row) {

@@ -107,6 +107,8 @@ private:
     EngineGraph const& mGraph;
     Layers mLayers;
     std::vector<Place> mSkippable;
+    // Whether a call may run some of the rows of the memory.
+    bool mSplits = true;
     // Where the host decides: the branches, in order, and their inputs.
     std::vector<std::pair<Place, std::string>> mRuns;
     std::unique_ptr<Engine> mEngine;

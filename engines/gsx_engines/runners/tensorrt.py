@@ -7,6 +7,7 @@ is how it is tested without a GPU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -35,6 +36,8 @@ WINDOW_STEP = 64
 # Sequences of a call run together while their numbers of tokens differ by no more than this. Below, a call's time is
 # that of reading the weights, and padding is free; above, a long prompt would make a prompt of every other sequence.
 _MOST_PADDING = 32
+# A sequence's K or V must be a multiple of so many elements for TensorRT to take its address, which is one of 256 bytes.
+_ALIGNED_ELEMENTS = 128
 
 
 class Engine(Protocol):
@@ -119,6 +122,9 @@ class TensorRTStage:
         self._inputs, self._outputs = self._plan.inputs, self._plan.outputs
         self._exits = [name for name in manifest.exit_state if name in self._outputs]
         self._table = KeptTable(manifest, self.layers)
+        # Whether a call may run some of the rows of the memory.
+        caches = [value.shape[1:] for name, value in self._inputs.items() if name.startswith(tensor_names.PAST)]
+        self._splits = all(math.prod(map(int, sizes)) % _ALIGNED_ELEMENTS == 0 for sizes in caches)
         # Of rules that the host decides for: the input of each branch that may be skipped, by layer and branch.
         places = [(f"{RUN}{layer}.{branch}", layer, BRANCHES.index(branch)) for layer, branch in self._table.places]
         self._runs = [place for place in places if place[0] in self._inputs]
@@ -201,7 +207,7 @@ class TensorRTStage:
     def _parts_of(self, call: Call) -> list[slice]:
         """Rows that run together: neighbours that have tokens, about as many, and run the same branches."""
         everything = [slice(0, len(call.counts))]
-        if not any(call.counts):
+        if not any(call.counts) or not (self._splits or self._runs):
             return everything
         if self.manifest.selection is not None and self.manifest.selection.mode == "rank":
             return everything  # which is among the tokens of a whole call
