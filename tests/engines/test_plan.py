@@ -47,7 +47,9 @@ def wide(make_once: MakeOnce) -> Callable[[str], Bundle]:
         SHAPES["quarter"] = SHAPE
         model = make_large(path.with_suffix(".model"), "quarter", "scalar" if kind == "gates" else None)
         text = random_text(path.with_suffix(".txt"), SHAPE["vocab_size"], words=800)
-        options: dict[str, Any] = {"budget": 0.5, "calibration": text, "calibration_tokens": 256} if kind == "gates" else {}
+        options: dict[str, Any] = (
+            {"budget": 0.5, "calibration": text, "calibration_tokens": 256} if kind == "gates" else {}
+        )
         export(model, path, precision="fp16", policy="layers" if kind == "sets" else None, **options)
 
     return lambda kind: open_bundle(make_once(f"wide-{kind}", lambda path: make(path, kind)))

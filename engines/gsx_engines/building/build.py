@@ -44,6 +44,8 @@ from gsx_plugins.graph import Graph, LayoutError
 from gsx_plugins.library import MOST_STEP_ROWS, PLUGIN_OPS, STEP_OPS, find_library, library_hash, record_of
 from gsx_plugins.progress import OnProgress, Progress, silent
 
+# TensorScatter, RotaryEmbedding and RMSNormalization came with it (NVIDIA's changelog).
+OLDEST_TENSORRT = (10, 15)
 # Disk space for an engine beyond its weights (which it may hold once for every profile): mostly kernels.
 _DISK_SLACK = 128 << 20
 
@@ -295,7 +297,16 @@ def check_backend(backend: Backend) -> Any:
             expected="the package polygraphy",
             todo='pip install "gsx[tensorrt]"',
         )
-    return load_module(backend)
+    module = load_module(backend)
+    found = tuple(int(part) for part in module.__version__.split(".")[:2])
+    if backend == "tensorrt" and found < OLDEST_TENSORRT:
+        raise EngineError(
+            "backend tensorrt: this TensorRT lacks ops that engines consist of",
+            expected=f"TensorRT {OLDEST_TENSORRT[0]}.{OLDEST_TENSORRT[1]} or later (TensorScatter, RMSNormalization)",
+            found=module.__version__,
+            todo="pip install --upgrade tensorrt; or gsx build --backend tensorrt-rtx",
+        )
+    return module
 
 
 def _targets(module: ModuleType, backend: Backend, targets: Sequence[str]) -> tuple[tuple[str, ...], str | None]:

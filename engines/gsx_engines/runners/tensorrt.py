@@ -36,7 +36,7 @@ WINDOW_STEP = 64
 # Sequences of a call run together while their numbers of tokens differ by no more than this. Below, a call's time is
 # that of reading the weights, and padding is free; above, a long prompt would make a prompt of every other sequence.
 _MOST_PADDING = 32
-# A sequence's K or V must be a multiple of so many elements for TensorRT to take its address, which is one of 256 bytes.
+# A sequence's K or V must be a multiple of so many elements for TensorRT to take its address: of 256 bytes, in 16 bits.
 _ALIGNED_ELEMENTS = 128
 
 
@@ -384,8 +384,15 @@ def open_stage(bundle: Bundle, backend: Backend, graph: str = "model", *, cuda_g
         kernels = None
         if (device := cuda.device()) is not None and backend == "tensorrt-rtx":
             kernels = kernel_cache_path(made.sha256, device.capability)
-        graphs = cuda_graphs and recordable
-        return CudaEngine(backend, plan, library=engines.library, cuda_graphs=graphs, kernels=kernels, beside=beside)
+        return CudaEngine(
+            backend,
+            plan,
+            library=engines.library,
+            cuda_graphs=cuda_graphs and recordable,
+            kernels=kernels,
+            fixed_rows=recordable,
+            beside=beside,
+        )
 
     found = find_engines(bundle, backend)
     engine = opened(found, None)

@@ -79,6 +79,7 @@ class CudaEngine:
         library: the plugin library that it needs, if any.
         cuda_graphs: record repeated calls of the same shapes, and replay them.
         kernels: file for the kernels that TensorRT-RTX compiles, or None; TensorRT's engines contain their kernels.
+        fixed_rows: the host knows how many rows each branch runs on (`rtx.runtime_config`).
         beside: an engine that shares memory with this one; the calls of both are in one order.
     Raises:
         EngineError: no GPU, or TensorRT cannot load the engine.
@@ -92,6 +93,7 @@ class CudaEngine:
         library: Path | None,
         cuda_graphs: bool,
         kernels: Path | None,
+        fixed_rows: bool = True,
         beside: CudaEngine | None = None,
     ) -> None:
         self._runtime = cuda.runtime()
@@ -117,7 +119,9 @@ class CudaEngine:
             self.stream = beside.stream
         self._config = None
         if is_rtx:
-            self._config = runtime_config(self._trt, self._engine, kernels=kernels, cuda_graphs=cuda_graphs, owner=self)
+            self._config = runtime_config(
+                self._trt, self._engine, kernels=kernels, cuda_graphs=cuda_graphs, fixed_rows=fixed_rows, owner=self
+            )
         self._contexts: dict[int, _Context] = {}
         # A recording would keep the old value of an input on the host.
         names = [self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)]
@@ -309,7 +313,9 @@ class _Context:
     def _kind_of_call(self) -> _Kind:
         """What is known of calls with the current shapes and addresses."""
         key = frozenset(self._bound.items())
-        kind = self._kinds[key] = self._kinds.pop(key, None) or _Kind()
+        kind = self._kinds.get(key) or _Kind()
+        self._kinds[key] = kind
+        self._kinds.move_to_end(key)
         if len(self._kinds) > _MOST_RECORDINGS:
             self._kinds.popitem(last=False)
         return kind
