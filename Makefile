@@ -49,12 +49,14 @@ clean: ## remove the environment, caches and what the demo made
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"gsx needs Python 3.11 or later, found {v[0]}.{v[1]}: make PYTHON=python3.12 ...")'
+	@echo "Setting up .venv: about 130 packages and 2.4 GB, some minutes"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	$(BIN)/python -m pip install --no-warn-script-location --editable ".[dev]"
 	@touch $@
 
 $(TRITON_STAMP): examples/triton_requirements.txt
+	@echo "Setting up $(TRITON), which Triton Inference Server needs"
 	$(PYTHON) -m venv $(TRITON)
-	$(TRITON)/bin/python -m pip install --quiet --requirement examples/triton_requirements.txt
-	$(TRITON)/bin/python -m pip install --quiet --no-deps nvidia-pytriton==0.7.0
+	$(TRITON)/bin/python -m pip install --requirement examples/triton_requirements.txt
+	$(TRITON)/bin/python -m pip install --no-deps nvidia-pytriton==0.7.0
 	@touch $@

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     print_header(made, args, arguments)
     dense, gated = (open_runner(bundle, threads=args.threads) for bundle in bundles)
-    table = (workshop.layers, 2)
+    table = (1, workshop.layers, 2)
     forms = {
         "dense": (dense, {}),
         "half kept": (gated, controls_for(gated.manifest, KeepSettings(budget=BUDGET))),

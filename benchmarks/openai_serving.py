@@ -1,4 +1,5 @@
-"""`gsx serve` on a CPU against `gsx generate`: first token, time of a token, and what eight streams gain over one.
+"""`gsx serve` on a CPU against `gsx generate`: first token, time of a token, what eight streams gain over one, what it
+costs that they have different budgets, and what a prompt costs that was read before.
 
     python -m benchmarks.openai_serving --work DIR [--bundle BUNDLE]
 
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -30,6 +32,9 @@ from gsx_engines.bundle.bundle import open_bundle
 
 STREAMS = (1, 2, 4, 8)
 PROMPT, NEW = 64, 64
+BUDGETS = (1.0, 0.85, 0.7, 0.5)
+# Tokens of a prompt that is asked twice.
+LONG = 512
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ def serving(bundle: Path, threads: int) -> Iterator[tuple[int, psutil.Process]]:
 def ask(port: int, request: dict[str, Any]) -> Times:
     """Stream one request; every token that completes a text is an event."""
     body = {"model": "model", "prompt": request["input_ids"], "max_tokens": request["max_tokens"], "temperature": 0}
+    body |= {"gsx": {"budget": request.get("budget")}}
     body |= {"stream": True, "stream_options": {"include_usage": True}, "ignore_eos": True}
     connection = http.client.HTTPConnection("127.0.0.1", port)
     began = perf_counter()
@@ -123,6 +129,44 @@ def speed(port: int, server: psutil.Process, here: Here, prompts: Sequence[list[
     print(f"\na token in this process: {1e3 * median(one[2] for one in found):.2f} ms")
 
 
+def mixed(port: int, prompts: Sequence[list[int]], rounds: int) -> None:
+    """Time of eight streams with different budgets, over the mean of their times with one budget for all."""
+    most = max(STREAMS)
+    requests = [{"input_ids": prompt[:PROMPT], "max_tokens": NEW} for prompt in prompts[:most]]
+
+    def seconds(budgets: Sequence[float]) -> float:
+        asked = [{**one, "budget": budgets[n % len(budgets)]} for n, one in enumerate(requests)]
+        began = perf_counter()
+        with ThreadPoolExecutor(most) as pool:
+            list(pool.map(lambda one: ask(port, one), asked))
+        return perf_counter() - began
+
+    def one_round() -> tuple[float, float]:
+        return seconds(BUDGETS), sum(seconds([budget]) for budget in BUDGETS) / len(BUDGETS)
+
+    one_round()
+    found = repeated(one_round, rounds)
+    apart = ratios([one[0] for one in found], [one[1] for one in found])
+    print(f"\n{most} streams with budgets {', '.join(map(str, BUDGETS))}: {apart:.3f} of the time with one budget")
+
+
+def again(port: int, prompts: Sequence[list[int]], rounds: int) -> None:
+    """First token of a prompt whose first tokens were read before, over that of one that is new."""
+    text = [token for prompt in prompts for token in prompt]
+    numbers = count()
+
+    def one_round() -> tuple[float, float]:
+        start = next(numbers) * 7
+        prompt = text[start : start + LONG]
+        first = ask(port, {"input_ids": prompt, "max_tokens": 2}).first
+        return ask(port, {"input_ids": [*prompt, *text[:8]], "max_tokens": 2}).first, first
+
+    one_round()
+    found = repeated(one_round, rounds)
+    share = ratios([one[0] for one in found], [one[1] for one in found])
+    print(f"first token of a prompt of {LONG} tokens that was read before: {share:.3f} of its time when it was new")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve, measure, and print the tables."""
     made = parser("openai_serving", __doc__, work="the bundle", rounds=5, quick={"threads": 1})
@@ -136,6 +180,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_header(made, args, arguments)
     with serving(bundle.directory, args.threads) as (port, server):
         speed(port, server, Here(bundle, args.threads), prompts, args.rounds)
+        if bundle.manifest.selection is not None:
+            mixed(port, prompts, args.rounds)
+        again(port, prompts, args.rounds)
 
 
 if __name__ == "__main__":

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
     from gsx.workflows.triton import check_server as check_server
     from gsx.workflows.triton import triton as triton
     from gsx.workflows.triton import triton_plans as triton_plans
+    from gsx.workflows.tune import tune as tune
     from gsx.workflows.verify import verify as verify
     from gsx_engines.building.build import build as build
     from gsx_engines.bundle.bundle import Bundle as Bundle
     from gsx_engines.bundle.bundle import open_bundle as open_bundle
     from gsx_exporter.convert import convert as convert
-    from gsx_exporter.training.config import TrainConfig as TrainConfig
     from gsx_exporter.training.exit_classifiers import train_exit_classifiers as train_exit_classifiers
+    from gsx_exporter.training.settings import TrainSettings as TrainSettings
     from gsx_plugins.errors import GsxError as GsxError
     from gsx_plugins.progress import Progress as Progress
 
@@ -44,7 +45,7 @@ _HOMES = {
     "Progress": "gsx_plugins.progress",
     "QualityLimits": "gsx.parity.quality",
     "Quantize": "gsx.workflows.quantize",
-    "TrainConfig": "gsx_exporter.training.config",
+    "TrainSettings": "gsx_exporter.training.settings",
     "bench": "gsx.workflows.bench",
     "build": "gsx_engines.building.build",
     "check_server": "gsx.workflows.triton",
@@ -61,6 +62,7 @@ _HOMES = {
     "train_exit_classifiers": "gsx_exporter.training.exit_classifiers",
     "triton": "gsx.workflows.triton",
     "triton_plans": "gsx.workflows.triton",
+    "tune": "gsx.workflows.tune",
     "verify": "gsx.workflows.verify",
 }
 
@@ -70,7 +72,7 @@ __all__ = [
     "Progress",
     "QualityLimits",
     "Quantize",
-    "TrainConfig",
+    "TrainSettings",
     "__version__",
     "bench",
     "build",
@@ -89,6 +91,7 @@ __all__ = [
     "train_exit_classifiers",
     "triton",
     "triton_plans",
+    "tune",
     "verify",
 ]
 

@@ -21,6 +21,10 @@ STUDY_TOKENS = 2048
 COMPARE_TOKENS = 4096
 # Where a comparison keeps its bundles.
 COMPARE_FOLDER = "gsx-compare"
+# Where tuning keeps bundles and measurements, how long it may take, and how many tokens it measures on; and the answers
+# that it times.
+TUNE_FOLDER, TUNE_SECONDS, TUNE_TOKENS = "gsx-tune", 600.0, 4096
+TUNE_PROMPT_TOKENS, TUNE_NEW_TOKENS = 128, 64
 # Limit of what 8 bits may cost: the relative change in perplexity, and the share of decisions that flip.
 QUALITY_LIMIT = 0.01
 # KL divergence in nats: where activations, K or V are in 8 bits; where only weights are; where all is in 16 bits.

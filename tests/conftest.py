@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,3 +141,16 @@ def base_bundles(make_once: MakeOnce, base_models: dict[str, Path]) -> dict[str,
         name: open_bundle(make_once(f"bundle-{name.replace(' ', '-')}", partial(export, model)))
         for name, model in base_models.items()
     }
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium, by Playwright: what shows a page."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="the page needs a browser: pip install playwright")
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("the page needs a browser: apt-get install chromium")
+    with sync_api.sync_playwright() as play:
+        opened = play.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield opened
+        opened.close()

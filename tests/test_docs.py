@@ -8,9 +8,11 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import shutil
 import tomllib
 from collections.abc import Iterator, Sequence
 from functools import cache
+from importlib.util import find_spec
 from itertools import takewhile
 from pathlib import Path
 from typing import get_args
@@ -103,6 +105,30 @@ def test_commands_exist(page: Path) -> None:
         for word in words[2:]:
             if word.startswith("-") and word != "-":
                 assert word.split("=")[0].rstrip("]") in options_of(*words[1:3]) | {"--help"}, " ".join(words)
+
+
+@pytest.mark.slow
+def test_commands_of_the_readme_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_gated: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All blocks from top to bottom, on a tiny model in place of the reader's."""
+    from gsx.cli import run
+
+    shutil.copytree(tiny_gated, tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    # `test_tune.py` has these: another scheme of quantization, the search for drafts, all rounds.
+    monkeypatch.setattr("gsx.workflows.tune_search._SCHEMES", {None: 1, "int8-weights": 3})
+    monkeypatch.setattr("gsx.workflows.tune_search.Search._drafts", lambda self, best: iter(()))
+    monkeypatch.setattr("gsx.tuning.bench.BENCH_ROUNDS", 1)
+    lines = re.findall(r"^ {4}(gsx [a-z].*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(lines) > 8
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        if words[0] == "tune":  # random weights lose more by every form than trained ones do
+            words[words.index("--max-loss") + 1] = "50"
+        if "--build" in words and find_spec("tensorrt_rtx") is None:
+            continue
+        assert run(words) == 0, f"{line}: {capsys.readouterr().err}"
 
 
 def test_readme_shows_every_command() -> None:

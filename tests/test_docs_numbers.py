@@ -11,16 +11,17 @@ import pytest
 from gsx.defaults import QUALITY_TOKENS, VERIFY_TOKENS
 from gsx.parity.quality import ACTIVATIONS, FOUR_BITS, HALF, WEIGHTS
 from gsx.workflows import skip_set_search
-from gsx.workflows.compare import WINDOW_TOKENS
 from gsx.workflows.export_text import MEASURED_TOKENS
+from gsx.workflows.kept_exports import WINDOW_TOKENS
 from gsx.workflows.study import SEQUENCE_TOKENS
 from gsx_engines.building.profiles import DEFAULT_PREFILL_TOKENS
 from gsx_engines.defaults import BUILD_CONTEXT
 from gsx_engines.lowering.for_tensorrt.task import MAX_TOPK
 from gsx_engines.runners.tensorrt import WINDOW_STEP
 from gsx_engines.serving import limits
+from gsx_engines.serving.cache_rows import LEAST_SHARED
 from gsx_engines.serving.request import Request
-from gsx_engines.serving.scheduler import Scheduler
+from gsx_engines.serving.scheduler import PIECE, Scheduler
 from gsx_engines.speculation import adapt
 from gsx_exporter.defaults import BUDGET_GRID, CALIBRATION_TOKENS, CLASSIFIER_TOKENS
 from gsx_exporter.quantization.scheme import SCHEMES
@@ -108,6 +109,8 @@ PHRASES = {
     "docs/triton.md": (
         f"whose steps share one batch; {SLOTS}.",
         f"requests that may wait; {QUEUE}.",
+        f"read in pieces of {PIECE} tokens between",
+        f"if at least {LEAST_SHARED} tokens are the same",
         f"the most new tokens; {NEW_TOKENS}",
         f"at most {limits.MAX_STOPS}, of at most {limits.MAX_STOP_BYTES} bytes",
         f"`layers` has at most {limits.MAX_LAYERS_BYTES:,} bytes",

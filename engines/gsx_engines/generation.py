@@ -259,6 +259,13 @@ def read(runner: Runner, cache: Cache, rows: Rows, controls: RuntimeValues, logi
         logits: as in `Runner.step`.
     """
     unread = [sequence.unread if sequence is not None and sequence.left else () for sequence in rows]
+    return read_tokens(runner, cache, unread, controls, logits)
+
+
+def read_tokens(
+    runner: Runner, cache: Cache, unread: Sequence[Sequence[int]], controls: RuntimeValues, logits: Logits
+) -> StepOutput:
+    """Have the model read some tokens of each row; the rest is as for `read`."""
     counts = list(map(len, unread))
     ids = np.zeros((len(counts), max(counts)), np.int64)
     for row, tokens in enumerate(unread):

@@ -9,5 +9,3 @@ BUDGET_GRID = (1.0, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5)
 CALIBRATION_TOKENS = 4096
 # Length of the text that exit classifiers are trained on.
 CLASSIFIER_TOKENS = 32_768
-# Optimizer steps between two snapshots of a training run.
-SNAPSHOT_STEPS = 200

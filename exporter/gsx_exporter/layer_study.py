@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -149,14 +149,40 @@ def study(
     for n in range(depth - 1, 1, -1):
         even = tuple(dict.fromkeys(layer for layer, _ in unified_places(depth, depth / n)))
         found.append(SetResult("even", even, nats(even)))
-    kept = whole
-    while len(kept) > 1 and time.monotonic() < ends:
+    removals = _removals(sets, whole, nats)
+    while time.monotonic() < ends and (best := next(removals, None)) is not None:
+        found.append(best)
+    return found
+
+
+def least_harm(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress = silent) -> Iterator[SetResult]:
+    """The whole model, then the sets that are left when the layer whose removal costs least is removed again and again.
+
+    Args: as for `study`. A set is searched when it is asked for.
+    """
+    sets = LayerSets(checkpoint, ids)
+    whole = tuple(range(sets.depth))
+    tried = 0
+
+    def nats(kept: LayerSet) -> np.ndarray:
+        nonlocal tried
+        on_progress(Progress(f"trying sets of {len(kept)} layers", tried % sets.depth, sets.depth))
+        tried += 1
+        return sets.nats(kept)
+
+    sets.remember(whole)
+    yield SetResult("greedy", whole, nats(whole))
+    yield from _removals(sets, whole, nats)
+
+
+def _removals(sets: LayerSets, kept: LayerSet, nats: Callable[[LayerSet], np.ndarray]) -> Iterator[SetResult]:
+    """Sets with one layer fewer each, down to one layer. Args: kept: the set to begin with; nats: measures a set."""
+    while len(kept) > 1:
         tried = [SetResult("greedy", other, nats(other)) for other in (_without(kept, layer) for layer in kept)]
         best = min(tried, key=lambda one: float(one.nats.mean()))
-        found.append(best)
         kept = best.kept
         sets.remember(kept)
-    return found
+        yield best
 
 
 def _sequences(checkpoint: Checkpoint, ids: np.ndarray, seconds: float) -> int:

@@ -65,7 +65,7 @@ def _report(error: BaseException) -> int:
 
         traceback.print_exception(error)
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-        _say(signals.INTERRUPTED)
+        _say(signals.interrupted())
         return signals.exit_code()
     if isinstance(error, GsxError):
         _say(error.message)

@@ -21,6 +21,7 @@ from gsx.cli import (
     study,
     train,
     triton,
+    tune,
     verify,
 )
 
@@ -38,6 +39,7 @@ for module in (
     generate,
     bench,
     inspect,
+    tune,
     study,
     compare,
     train,

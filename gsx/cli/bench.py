@@ -69,7 +69,7 @@ def bench(
     Example: gsx bench out/demo --setting budget:1 --setting budget:0.5 -o out/bench.html
     """
     quiet_libraries()
-    with ProgressLine() as line:
+    with ProgressLine(kept="no figures are kept: --time ends it sooner, with an answer") as line:
         line.update("starting")
         with loading():
             from gsx import bench as bench_bundles

@@ -44,7 +44,7 @@ def compare(
     Example: gsx compare examples/model -o out/compare.html
     """
     quiet_libraries()
-    with ProgressLine() as line:
+    with ProgressLine(kept=f"bundles stay in {work}: the same command uses them again") as line:
         line.update("starting")
         with loading():
             from gsx import compare as compare_policies
@@ -68,6 +68,8 @@ def _tables(report: CompareReport) -> None:
             point.setting,
             f"{point.kept:.1%}",
             f"{point.prompt_kept:.1%}",
+            f"{point.divergence.value:.2g}",
+            f"{1 - point.differing.value:.1%}",
             f"{point.perplexity:.4g}",
             f"{point.prefill_ms:.2f}",
             f"{point.prefill_ratio:.2f}",
@@ -76,7 +78,9 @@ def _tables(report: CompareReport) -> None:
         )
         for point in report.points
     ]
-    heads = ("policy", "setting", "kept", "of prompts", "perplexity", "prefill ms", "ratio", "token ms", "ratio")
+    shares = ("kept", "of prompts", "KL, nats", "same next", "perplexity")
+    heads = ("policy", "setting", *shares, "prefill ms", "ratio", "token ms", "ratio")
     console.print(table(None, heads, rows, right=2))
     for name, why in report.left_out.items():
         console.print(f"left out: {name}. {why}")
+    console.print(report.sentence)

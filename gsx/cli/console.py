@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from gsx.cli import signals
 from gsx_plugins.progress import Progress, TimeLeft, in_words
 
 if TYPE_CHECKING:
@@ -92,9 +93,11 @@ class ProgressLine:
 
     Args:
         plain_every: seconds between plain lines of one stage, when stderr is not a terminal.
+        kept: what an interruption leaves behind that is of use, to be said then.
     """
 
-    def __init__(self, *, plain_every: float = _PLAIN_SECONDS) -> None:
+    def __init__(self, *, plain_every: float = _PLAIN_SECONDS, kept: str | None = None) -> None:
+        self._kept = kept
         self._bar: Any = None
         self._task: Any = None
         self._stage: str | None = None
@@ -103,6 +106,7 @@ class ProgressLine:
         self._left = TimeLeft()
 
     def __enter__(self) -> ProgressLine:
+        signals.keeps(self._kept)
         if sys.stderr.isatty():
             from rich.console import Console
             from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -122,7 +126,9 @@ class ProgressLine:
             self._bar.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            signals.keeps(None)
         if self._bar is not None:
             self._bar.stop()
 

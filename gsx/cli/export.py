@@ -186,7 +186,8 @@ def export(
     numbers.check()
     if kv_cache is not None and build is not None:
         raise typer.BadParameter("engines store K and V only in 16- and 32-bit floats", param_hint="--kv-cache --build")
-    with ProgressLine() as line:
+    kept = f"{target} is as it was" + (", and statistics that were complete are kept" if numbers.any else "")
+    with ProgressLine(kept=kept) as line:
         line.update("starting")
         with loading():
             from gsx import export as export_bundle

@@ -22,6 +22,7 @@ class _State:
     received: int | None = None
     at = 0.0
     nothing_begun = False
+    kept: str | None = None
 
 
 def install() -> None:
@@ -47,6 +48,16 @@ def forget_ctrl_c() -> bool:
         return False
     _State.received = None
     return True
+
+
+def keeps(what: str | None) -> None:
+    """From now on, an interruption says that this was kept; None: nothing is."""
+    _State.kept = what
+
+
+def interrupted() -> str:
+    """What to say of an interruption."""
+    return INTERRUPTED if _State.kept is None else f"{INTERRUPTED}; {_State.kept}"
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def study(
     Example: gsx study examples/model -o out/study.html
     """
     quiet_libraries()
-    with ProgressLine() as line:
+    with ProgressLine(kept="no figures are kept: --time gives the best answer in a given time") as line:
         line.update("starting")
         with loading():
             from gsx import study as study_model
@@ -67,4 +67,5 @@ def _tables(report: StudyReport) -> None:
     console.print(table("perplexity by layers kept", ("layers", *(WORDS[family] for family in found)), rows, right=0))
     oracle = [(f"{row.tolerance:g}", *(f"{share:.1%}" for share in row.shares.values())) for row in report.oracle]
     heads = ("nats per token above", *report.oracle[0].shares)
+    console.print(report.sentence)
     console.print(table("fewest layers that a sequence needs, mean share", heads, oracle, right=0))

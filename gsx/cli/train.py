@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import os
+import shlex
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, table
+from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, remark, size, table
 from gsx.cli.options import JsonOption, OverwriteOption, grouped
 from gsx.cli.signals import loading
-from gsx_exporter.defaults import CLASSIFIER_TOKENS, SNAPSHOT_STEPS
+from gsx_exporter.defaults import CLASSIFIER_TOKENS
+from gsx_plugins.progress import OnProgress, in_words, silent
 
 if TYPE_CHECKING:
-    from gsx import TrainConfig
-    from gsx_exporter.training import StepReport
+    from gsx_exporter.training.run import TrainFacts
 
 # Seconds between lines when stderr is not a terminal.
 _PLAIN_SECONDS = 30.0
@@ -28,57 +31,66 @@ def add_to(app: typer.Typer) -> None:
 
 @dataclass(frozen=True)
 class RecipeOptions:
-    """Changes to the recipe."""
+    """What is trained, and how. Everything else: --set."""
 
-    steps: Annotated[
-        int | None,
-        typer.Option(help="Optimizer steps; schedules keep their proportions.", show_default="as configured"),
+    recipe: Annotated[
+        str,
+        typer.Option(help="gateskip, layerskip, gateskip+layerskip, sorted, or a YAML file; --print-recipe shows it."),
+    ] = "gateskip"
+    model: Annotated[
+        str | None, typer.Option(help="The model: a directory or a hub id.", show_default="the recipe's")
     ] = None
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per step.", show_default="as configured")] = None
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.", show_default="as configured")] = (
-        None
-    )
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="as configured")] = (
-        None
-    )
-    budget_end: Annotated[float | None, typer.Option(help="Budget at the end.", show_default="as configured")] = None
-    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers.", show_default="as configured")] = None
+    lora: Annotated[
+        int | None,
+        typer.Option(metavar="RANK", help="Train with adapters of this rank, on a frozen model.", show_default="8"),
+    ] = None
+    full: Annotated[bool, typer.Option("--full", help="Train all weights.")] = False
+    freeze_base: Annotated[bool, typer.Option("--freeze-base", help="Train gates alone.")] = False
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text: a JSONL, Parquet or text file, a directory, or a data set of the hub.",
+            show_default="Python's standard library",
+        ),
+    ] = None
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.", show_default="one pass")] = None
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Change a setting, e.g. trainer.learning_rate=1e-4."),
+    ] = None
 
-    def over(self, config: Path | None, *, resumed: bool) -> TrainConfig:
-        """The recipe from a file, or the default one, with these changes."""
-        from gsx import TrainConfig
-
-        recipe = TrainConfig() if config is None else TrainConfig.from_json(config)
-        if self.steps is not None:
-            if self.steps < 1:
-                raise typer.BadParameter(f"{self.steps} is not a positive number", param_hint="--steps")
-            recipe = recipe.with_steps(self.steps, resumed=resumed)
-        return replace(recipe, **{name: value for name, value in vars(self).items() if value is not None})
+    def to_changes(self) -> list[str]:
+        """The options as changes of the recipe's settings."""
+        modes = {"lora": self.lora is not None, "full": self.full, "frozen": self.freeze_base}
+        if sum(modes.values()) > 1:
+            raise typer.BadParameter("one of --lora, --full and --freeze-base", param_hint="--lora")
+        values: dict[str, Any] = {
+            "model": self.model,
+            "mode": next((name for name, given in modes.items() if given), None),
+            "lora.rank": self.lora,
+            "data.source": self.data,
+            "trainer.max_steps": self.max_steps,
+        }
+        given = [f"{name}={_quoted(value)}" for name, value in values.items() if value is not None]
+        return [*given, *(self.changes or [])]
 
 
 def train(
-    recipe: RecipeOptions,
+    options: RecipeOptions,
     output: Annotated[
-        Path, typer.Option("-o", "--output", help="The finished checkpoint's directory.", show_default=False)
-    ],
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="Training configuration (JSON, see docs/checkpoints.md).", show_default="the recipe's values"
-        ),
+        Path | None, typer.Option("-o", "--output", help="The result's directory.", show_default=False)
     ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="A checkpoint to start from: a directory or a hub id.", show_default="a new model"),
+    work: Annotated[
+        Path | None, typer.Option(help="Where checkpoints are kept.", show_default="OUTPUT + -work")
     ] = None,
-    text: Annotated[
-        Path | None,
-        typer.Option(help="A directory of text files.", show_default="Python's standard library"),
-    ] = None,
-    work: Annotated[Path | None, typer.Option(help="Where snapshots are kept.", show_default="OUTPUT + -work")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest snapshot.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
     overwrite: OverwriteOption = False,
-    snapshot_every: Annotated[int, typer.Option(help="Steps between snapshots.", min=1)] = SNAPSHOT_STEPS,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be trained, and how long it takes.")
+    ] = False,
+    print_recipe: Annotated[
+        bool, typer.Option("--print-recipe", help="Print the recipe's file, to read and edit, and stop.")
+    ] = False,
     exit_classifiers: Annotated[
         str | None,
         typer.Option(
@@ -94,66 +106,109 @@ def train(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train gates (GateSkip) and early exits (LayerSkip), from a plain checkpoint or from scratch.
+    """Train gates (GateSkip) and early exits (LayerSkip, Sorted LLaMA) on a model.
 
-    Ctrl-C finishes the step and writes a snapshot; --resume continues from there.
+    Ctrl-C finishes the step and writes a checkpoint; --resume continues from there. Several GPUs: put torchrun or
+    accelerate launch in front of `-m gsx train`.
 
-    Example: gsx train --config examples/train_example.json -o my-model
+    Example: gsx train --model HuggingFaceTB/SmolLM2-135M --recipe gateskip --lora 8 --data my-text.jsonl -o my-gates
 
     Example: gsx train --model my-model --exit-classifiers auto -o with-classifiers
     """
     quiet_libraries()
+    if print_recipe:
+        from gsx.workflows.train import recipe_file
+
+        print(recipe_file(options.recipe), end="")
+        return
+    if output is None and not dry_run:
+        raise typer.BadParameter("where the result goes", param_hint="--output")
     if exit_classifiers is not None:
-        others = {"config": config, "work": work, "resume": resume or None, "overwrite": overwrite or None}
-        for name, value in {**others, **vars(recipe)}.items():
-            if value is not None:
-                raise typer.BadParameter(
-                    "cannot be combined with --exit-classifiers", param_hint=f"--{name.replace('_', '-')}"
-                )
-        _exit_classifiers(output, model, exit_classifiers, text, tokens, as_json)
+        others = {"work": work, "resume": resume, "overwrite": overwrite, "dry-run": dry_run, "lora": options.lora}
+        others |= {"full": options.full, "freeze-base": options.freeze_base, "max-steps": options.max_steps}
+        for name, value in {**others, "set": options.changes}.items():
+            if value:
+                raise typer.BadParameter("cannot be combined with --exit-classifiers", param_hint=f"--{name}")
+        assert output is not None
+        _exit_classifiers(output, options, exit_classifiers, tokens, as_json)
         return
     if tokens is not None:
         raise typer.BadParameter("belongs to --exit-classifiers", param_hint="--tokens")
-    with ProgressLine(plain_every=_PLAIN_SECONDS) as line:
-        line.update("starting")
+    first = os.environ.get("RANK", "0") == "0"
+    kept = None
+    if output is not None and not dry_run:
+        place = work if work is not None else output.parent / f"{output.name}-work"
+        kept = f"checkpoints are in {place}: --resume goes on from the newest"
+    with ProgressLine(plain_every=_PLAIN_SECONDS, kept=kept) as line:
+        show: OnProgress = line.show if first else silent
+        if first:
+            line.update("starting")
         with loading():
-            from gsx import train as run
+            from gsx.workflows.train import check_packages, plan_training, settings
+            from gsx.workflows.train import train as run
 
-        speed = _Speed()
-        result = run(
-            output,
-            config=recipe.over(config, resumed=resume),
-            model=model,
-            text=text,
-            work=work,
-            resume=resume,
-            overwrite=overwrite,
-            snapshot_every=snapshot_every,
-            on_progress=line.show,
-            on_step=lambda report: line.update("training", report.step, report.steps, speed.note(report)),
-        )
+            check_packages()
+        chosen = settings(options.recipe, options.to_changes())
+        if first:
+            remark(chosen.to_yaml().rstrip())
+        if dry_run:
+            facts = plan_training(recipe=chosen, on_progress=show)
+        else:
+            assert output is not None
+            result = run(
+                output,
+                recipe=chosen,
+                work=work,
+                resume=resume,
+                overwrite=overwrite,
+                command=shlex.join(["gsx", *sys.argv[1:]]),
+                on_progress=show,
+            )
+            facts = result.facts
+    if not first:
+        return
+    if dry_run:
+        print_json(vars(facts)) if as_json else _show(facts)
+        return
     if as_json:
-        summary = {
-            "directory": str(result.directory),
-            "steps": result.steps,
-            "tokens": result.tokens,
-            "resumed_at": result.resumed_at,
-            "seconds": round(result.seconds, 2),
-        }
-        print_json(summary)
+        figures = {name: value for name, value in result.metrics.items() if "_score_" not in name}
+        summary = {"directory": str(result.directory), "steps": result.steps, "resumed_at": result.resumed_at}
+        print_json({**summary, "seconds": round(result.seconds, 2), "metrics": figures})
         return
     console = out()
-    console.print(
-        f"{result.directory}: {result.steps} steps, {result.tokens:,} tokens, {result.seconds:.0f} s in this call"
-    )
-    console.print(f"next: gsx export {result.directory} --budget 0.7")
+    rows = [
+        (name.removeprefix("eval_").replace("_", " "), f"{value:.4g}")
+        for name, value in result.metrics.items()
+        if "_score_" not in name and name != "epoch"
+    ]
+    console.print(table("on held-out text", ("", ""), rows, right=1))
+    console.print(f"{result.directory}: {result.steps} steps, {result.seconds:.0f} s in this call")
+    console.print(f"next: gsx export {result.directory}" + (" --budget 0.8" if chosen.gate is not None else ""))
 
 
-def _exit_classifiers(
-    output: Path, model: str | None, depths: str, text: Path | None, tokens: int | None, as_json: bool
-) -> None:
+def _quoted(value: Any) -> str:
+    """A value as YAML reads it: names of files and models are texts."""
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _show(facts: TrainFacts) -> None:
+    rows = [
+        ("parameters", f"{facts.parameters:,}, {facts.trained:,} of them trained"),
+        ("memory", f"{size(facts.memory_bytes)} of weights, gradients and optimizer, and the activations"),
+        ("steps", f"{facts.steps:,} of {facts.step_tokens:,} tokens"),
+        ("held out", f"{facts.held_out:,} rows"),
+    ]
+    if facts.tokens is not None and facts.predicted is not None:
+        learnt = f"{facts.predicted / max(1, facts.tokens):.0%} of them are learnt"
+        rows.insert(2, ("text", f"{facts.rows:,} rows, {facts.tokens:,} tokens, {learnt}"))
+    if facts.seconds is not None:
+        rows.append(("time", f"about {in_words(facts.seconds)} here, without evaluations"))
+    out().print(table(None, ("", ""), rows))
+
+
+def _exit_classifiers(output: Path, options: RecipeOptions, depths: str, tokens: int | None, as_json: bool) -> None:
     """`--exit-classifiers`."""
-    if model is None:
+    if options.model is None:
         raise typer.BadParameter("needs the model whose exits they are for: --model", param_hint="--exit-classifiers")
     try:
         named = None if depths == "auto" else [int(part) for part in depths.split(",")]
@@ -167,7 +222,9 @@ def _exit_classifiers(
             from gsx import train_exit_classifiers
 
         wanted = CLASSIFIER_TOKENS if tokens is None else tokens
-        result = train_exit_classifiers(model, output, depths=named, text=text, tokens=wanted, on_progress=line.show)
+        result = train_exit_classifiers(
+            options.model, output, depths=named, text=options.data, tokens=wanted, on_progress=line.show
+        )
     exits = [{"exit": one.depth, "agreement": one.agreement, "ranking": one.ranking} for one in result.exits]
     if as_json:
         print_json({"directory": str(result.directory), "tokens": result.tokens, "exits": exits})
@@ -177,32 +234,3 @@ def _exit_classifiers(
     heads = ("exit", "agrees with the model", "ranking (0.5: a guess)")
     console.print(table(f"exit classifiers, on held-out tokens of {result.tokens:,}", heads, rows, right=1))
     console.print(f"next: gsx export {result.directory} --policy calm:classifier,tolerance=0.1")
-
-
-class _Speed:
-    """Smooths the time of a step, for tokens/s and the time left."""
-
-    def __init__(self) -> None:
-        self._seconds: float | None = None
-
-    def note(self, report: StepReport) -> str:
-        """A step's figures in one line."""
-        old = self._seconds
-        self._seconds = report.seconds if old is None else 0.9 * old + 0.1 * report.seconds
-        left = (report.steps - report.step) * self._seconds
-        parts = [f"loss {report.cross_entropy:.3f}"]
-        if report.exit_cross_entropy is not None:
-            parts.append(f"exit {report.exit_depth} {report.exit_cross_entropy:.3f}")
-        parts += [
-            f"budget {report.budget:.2f}",
-            f"gate^2 {report.gate_square:.3f}",
-            f"{report.tokens / self._seconds:.0f} tokens/s",
-            f"{_clock(left)} left",
-        ]
-        return ", ".join(parts)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

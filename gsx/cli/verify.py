@@ -101,7 +101,7 @@ def verify(
     Example: gsx verify out/demo
     """
     quiet_libraries()
-    with ProgressLine() as line:
+    with ProgressLine(kept=f"{bundle} and its last report are as they were") as line:
         line.update("starting")
         with loading():
             from gsx import QualityLimits

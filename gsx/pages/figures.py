@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import escape
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Placeholders that are replaced with the page's own colours: `currentColor` follows its light or dark scheme.
 _INK, _FAINT = "#010203", "#040506"
-BLUE, ORANGE, GREEN, GREY = "#3b82c4", "#e0803a", "#3d9970", "#8a94a0"
+# Ids that Matplotlib gives to parts of a figure, the same in each.
+_IDS, _QUOTE = "(?:figure|axes|patch|matplotlib|xtick|ytick|line2d|text|legend)", '"'
+BLUE, ORANGE, GREEN, GREY, RED = "#3b82c4", "#e0803a", "#3d9970", "#8a94a0", "#c9566b"
 # Of medium lightness, so that they are visible on light and dark pages.
-COLOURS = (BLUE, GREEN, "#b8860b", "#c9566b", "#8b6fc0", GREY)
+COLOURS = (BLUE, GREEN, "#b8860b", RED, "#8b6fc0", GREY)
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,25 @@ def logarithmic(axis: Axes) -> None:
     axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
 
 
-def svg(size: tuple[float, float], panels: int, draw: Callable[[list[Axes]], None], *, rows: bool = False) -> str:
-    """Draw panels next to (or below) each other and return an SVG element in the page's colours."""
+def svg(
+    size: tuple[float, float],
+    panels: int,
+    draw: Callable[[list[Axes]], None],
+    *,
+    rows: bool = False,
+    label: str = "",
+    tips: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """Draw panels next to (or below) each other and return an SVG element in the page's colours.
+
+    Args:
+        label: what it shows, for who cannot see it.
+        tips: id that `draw` gave an artist -> what the page shows when the pointer rests on it.
+    """
     from matplotlib.figure import Figure
 
-    with style(_INK, _FAINT):
+    # Ids are made from this and the content: two figures of a page must not share any.
+    with style(_INK, _FAINT), _settings({"svg.hashsalt": f"{size} {label}"}):
         figure = Figure(figsize=size, layout="constrained", facecolor="none")
         shape = (panels, 1) if rows else (1, panels)
         axes = figure.subplots(*shape, sharex=rows, sharey=not rows and panels > 1, squeeze=False)
@@ -78,6 +97,19 @@ def svg(size: tuple[float, float], panels: int, draw: Callable[[list[Axes]], Non
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor").replace(_FAINT, "var(--rule)")
+    # Figures of a page have artists of the same names.
+    unique = hashlib.sha256(f"{size} {label}".encode()).hexdigest()[:6]
+    for name, tip in tips.items():
+        text = text.replace(f'<g id="{name}">', f'<g id="{name}-{unique}" class="point"><title>{escape(tip)}</title>')
+    text = re.sub(rf'id="({_IDS}[^"]*)"', rf'id="\1-{unique}"', text)
     # At most its natural size, so that text has the same size in all figures; smaller on a narrow screen.
     natural = f'style="width:100%;height:auto;max-width:{size[0] * 96:.0f}px"'
-    return re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', rf"<svg \1\2{natural}", text, count=1)
+    named = f'role="img" aria-label="{escape(label, {_QUOTE: "&quot;"})}"' if label else 'aria-hidden="true"'
+    pattern = r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"'
+    return re.sub(pattern, lambda found: f"<svg {named} {found[1]}{found[2]}{natural}", text, count=1)
+
+
+def _settings(values: dict[str, Any]) -> Any:
+    import matplotlib
+
+    return matplotlib.rc_context(values)

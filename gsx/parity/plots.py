@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gsx.pages.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, Plot, style, svg
+from gsx.pages.charts import Chart, drawn_twice
+from gsx.pages.figures import BLUE, COLOURS, GREEN, GREY, ORANGE, RED, Plot, style, svg
+from gsx.parity.checks import Check
 from gsx.parity.report import Report
 from gsx.parity.result import BudgetResult
 from gsx_engines.bundle.words import BRANCHES
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 # Labels of points that are nearer than this would overlap.
 _LABEL_PERCENT = 6.0
+# A check that exceeds its limit is drawn up to so many times it; and letters of a check's name on a narrow screen.
+_MOST_USED, _SHORT_LETTERS = 1.5, 26
 _BRANCH_WORDS = {"attn": "attention", "mlp": "MLP"}
 
 
@@ -85,6 +89,53 @@ def page_plots(report: Report) -> list[Plot]:
             )
         )
     return plots
+
+
+def limits_used(report: Report) -> Chart | None:
+    """The picture that the page answers with: how much of each limit is used; None if nothing has a limit."""
+    worst: dict[str, Check] = {}
+    for check in report.checks:
+        if check.limit is not None and _used(check) >= _used(worst.get(check.name, check)):
+            worst[check.name] = check
+    checks = sorted(worst.values(), key=_used)
+    if not checks:
+        return None
+    tips = {
+        f"check-{number}": f"{check.name}, {check.setting}: {check.value:.3g}, limit {check.limit:.3g}, {check.verdict}"
+        for number, check in enumerate(checks)
+    }
+    failed = sum(check.verdict == "fail" for check in checks)
+    summary = f"Of {len(checks)} limits, {failed} are exceeded."
+    height = 0.9 + 0.22 * len(checks)
+    return drawn_twice(
+        lambda axis, narrow: _bars(axis, checks, narrow), summary, heights=(height, height + 0.2), tips=tips
+    )
+
+
+def _used(check: Check) -> float:
+    """The share of its limit that a check uses, up to what the picture shows; of a limit of 0, all or nothing."""
+    assert check.limit is not None
+    if not math.isfinite(check.value):
+        return _MOST_USED
+    used = abs(check.value) / check.limit if check.limit else _MOST_USED * (check.value != 0)
+    return min(used, _MOST_USED)
+
+
+def _bars(axis: Axes, checks: Sequence[Check], narrow: bool) -> None:
+    colours = {"pass": GREEN, "fail": RED}
+    for number, check in enumerate(checks):
+        (bar,) = axis.barh(number, max(100 * _used(check), 0.6), height=0.6, color=colours.get(check.verdict, ORANGE))
+        bar.set_gid(f"check-{number}")
+    names = [check.name if not narrow else _short(check.name) for check in checks]
+    axis.set_yticks(range(len(names)), names)
+    axis.axvline(100, color=ORANGE, linewidth=1.2, linestyle="--")
+    axis.set_xlim(0, 115 if all(_used(check) <= 1 for check in checks) else 100 * _MOST_USED)
+    axis.set_xlabel("percent of the limit" if narrow else "share of the limit that the worst value uses, percent")
+    axis.tick_params(length=0)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _SHORT_LETTERS else name[: _SHORT_LETTERS - 1] + "…"
 
 
 def combined(report: Report, path: Path) -> None:

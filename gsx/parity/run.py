@@ -416,10 +416,11 @@ class Run:
         )
 
     def _padded_keeps(self, setting: Setting) -> list[KeepSettings]:
-        policy = self.manifest.policy
-        by_sequence = policy is not None and any(policy.input(name) is not None for name in ("layer_mask", "loops"))
-        settings = list(self.scopes)
-        other = settings[(settings.index(setting) + 1) % len(settings)] if by_sequence else setting
+        policy, settings = self.manifest.policy, list(self.scopes)
+        apart = policy is not None and any(
+            self.manifest.by_sequence(read.name) for read in policy.inputs if read.name != "full_until"
+        )
+        other = settings[(settings.index(setting) + 1) % len(settings)] if apart else setting
         return [setting.keep, other.keep]
 
     def _padded_batch(self, attempt: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gsx.workflows.quantize import Quantize
-from gsx_engines.bundle.controls import RuntimeValues, selected
+from gsx_engines.bundle.controls import RuntimeValues, at_budget
 from gsx_engines.bundle.manifest import MeasuredQuality, Quantization
 from gsx_engines.bundle.selection import CalibrationText, Selection
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
@@ -77,7 +77,7 @@ def _other_budgets(selection: Selection | None, defaults: RuntimeValues) -> list
     if selection is None:
         return []
     others = [point.budget for point in selection.grid if point.budget != selection.budget]
-    return [{**defaults, **selected(selection, budget)} for budget in others]
+    return [at_budget(defaults, selection, budget) for budget in others]
 
 
 def _entry(

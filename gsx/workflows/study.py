@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from gsx.defaults import STUDY_TOKENS
+from gsx.pages.charts import drawn_twice
 from gsx.pages.figures import COLOURS, Plot, logarithmic, svg
 from gsx.pages.render import write_page
 from gsx_exporter.checkpoint.opening import open_checkpoint
@@ -23,6 +24,8 @@ from gsx_plugins.progress import OnProgress, silent
 SEQUENCE_TOKENS = 128
 # For the oracle: nats per token by which a sequence's loss may exceed the whole model's.
 TOLERANCES = (0.0, 0.02, 0.05, 0.1, 0.2)
+# Rises of perplexity that the answer names.
+_RISES = (0.02, 0.1)
 WORDS: dict[Family, str] = {
     "exit": "exit (the first layers)",
     "even": "even steps (unified)",
@@ -69,6 +72,7 @@ class StudyReport:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
+            "answer": self.sentence,
             "model": self.model,
             "layers": self.depth,
             "text": {"name": self.text, "sequences": self.sequences, "tokens": self.tokens},
@@ -85,19 +89,35 @@ class StudyReport:
         Raises:
             GsxError: the file cannot be written.
         """
-        plots = [
-            Plot(
-                "Perplexity by number of layers",
-                "With only some of the layers, the same ones for every token.",
-                svg((7.2, 3.4), 1, lambda axes: _draw_curves(self, axes[0])),
-            ),
-            Plot(
-                "What the oracle would keep",
-                "Share of layers that sequences need on average, by how much the loss of each may rise.",
-                svg((7.2, 3.0), 1, lambda axes: _draw_oracle(self, axes[0])),
-            ),
-        ]
-        write_page(path, "study.html.j2", report=self, plots=plots, words=WORDS)
+        oracle = Plot(
+            "What the oracle would keep",
+            "Share of layers that sequences need on average, by how much the loss of each may rise.",
+            svg((7.2, 3.0), 1, lambda axes: _draw_oracle(self, axes[0]), label="What the oracle would keep"),
+        )
+        tips = {
+            _tip_id(family, number): f"{WORDS[family]}, {point.layers} layers: perplexity {point.perplexity:.4g}"
+            for family, points in self.curves.items()
+            for number, point in enumerate(points)
+        }
+        picture = drawn_twice(lambda axis, _: _draw_curves(self, axis), self.sentence, heights=(3.6, 3.4), tips=tips)
+        write_page(path, "study.html.j2", report=self, picture=picture, oracle=oracle, words=WORDS)
+
+    @property
+    def sentence(self) -> str:
+        """The answer: how many layers may go, and how they are best chosen."""
+        whole = next(iter(self.curves.values()))[0].perplexity
+        parts = []
+        for rise in _RISES:
+            within = [
+                (point.layers, point.perplexity, family)
+                for family, points in self.curves.items()
+                for point in points
+                if point.perplexity <= (1 + rise) * whole
+            ]
+            layers, _, family = min(within)
+            way = "" if layers == self.depth else f" ({family})"
+            parts.append(f"{self.depth - layers} for at most {rise:.0%} more perplexity{way}")
+        return f"Of {self.depth} layers, this text can do without {' and '.join(parts)}."
 
 
 def study(
@@ -159,17 +179,22 @@ def study(
     )
 
 
+def _tip_id(family: Family, number: int) -> str:
+    return f"{family}-{number}"
+
+
 def _draw_curves(report: StudyReport, axis: Any) -> None:
     for (family, points), colour in zip(report.curves.items(), COLOURS, strict=False):
         axis.plot(
             [point.layers for point in points],
             [point.perplexity for point in points],
-            marker="o",
-            markersize=3,
             linewidth=1,
             color=colour,
             label=WORDS[family],
         )
+        for number, point in enumerate(points):
+            (drawn,) = axis.plot([point.layers], [point.perplexity], "o", markersize=3.5, color=colour)
+            drawn.set_gid(_tip_id(family, number))
     logarithmic(axis)
     axis.invert_xaxis()
     axis.set_xlabel("layers kept")

@@ -35,7 +35,7 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     "gsx_topk_select_workspace": (_SIZE, (_INT64,)),
     "gsx_topk_select": (_INT, (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, *_SCRATCH_AND_STREAM)),
     "gsx_threshold_select_workspace": (_SIZE, (_INT64,)),
-    "gsx_threshold_select": (_INT, (_POINTER, _POINTER, _INT64, _POINTER, _POINTER, *_SCRATCH_AND_STREAM)),
+    "gsx_threshold_select": (_INT, (_POINTER, _POINTER, _INT64, _INT64, _POINTER, _POINTER, *_SCRATCH_AND_STREAM)),
     "gsx_gather_rows": (
         _INT,
         (_POINTER, _INT64, _INT64, _INT, _POINTER, _POINTER, _INT64, _POINTER, _POINTER),
@@ -45,9 +45,9 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
         _INT,
         (*(_POINTER,) * 5, *(_INT64,) * 4, _INT, _POINTER, *_SCRATCH_AND_STREAM),
     ),
-    "gsx_skip_linear": (_INT, (*(_POINTER,) * 4, *(_INT64,) * 3, _INT, _POINTER, _POINTER)),
-    "gsx_skip_gate_up": (_INT, (*(_POINTER,) * 5, *(_INT64,) * 3, _INT, _POINTER, _POINTER)),
-    "gsx_skip_linear_add": (_INT, (*(_POINTER,) * 6, *(_INT64,) * 4, _INT, _POINTER, _POINTER)),
+    "gsx_skip_linear": (_INT, (*(_POINTER,) * 4, *(_INT64,) * 4, _INT, _POINTER, _POINTER)),
+    "gsx_skip_gate_up": (_INT, (*(_POINTER,) * 5, *(_INT64,) * 4, _INT, _POINTER, _POINTER)),
+    "gsx_skip_linear_add": (_INT, (*(_POINTER,) * 6, *(_INT64,) * 5, _INT, _POINTER, _POINTER)),
 }
 
 
@@ -77,11 +77,11 @@ class Kernels:
 
         Only the first `count` elements of index are set, in ascending order.
         """
-        return self._select("gsx_topk_select", score, k)
+        return self._select("gsx_topk_select", score, k.data_ptr())
 
     def threshold_select(self, score: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions of the scores above a threshold [] float32; the results are like those of `topk_select`."""
-        return self._select("gsx_threshold_select", score, threshold)
+        """Positions of the scores above a threshold, [] or [N] float32; the results are like those of `topk_select`."""
+        return self._select("gsx_threshold_select", score, threshold.data_ptr(), threshold.numel())
 
     def gather_rows(self, x: Tensor, index: Tensor, count: Tensor | None = None) -> Tensor:
         """x [N, H], index [capacity] int64 -> rows [capacity, H], of which the first `count` are set (None: all)."""
@@ -114,32 +114,36 @@ class Kernels:
         return out
 
     def skip_linear(self, x: Tensor, score: Tensor, threshold: Tensor, weight: Tensor) -> Tensor:
-        """x [N, I], score [N] and threshold [] float32, weight [I, O] -> x W [N, O], 0 in rows that are not kept."""
-        return self._skip("gsx_skip_linear", [x, score, threshold, weight], weight)
+        """x [N, I], score [N] and threshold [] or [N] float32, weight [I, O] -> x W [N, O], 0 in rows that are not kept."""
+        return self._skip("gsx_skip_linear", [x, score, threshold, weight], threshold, weight)
 
     def skip_gate_up(self, x: Tensor, score: Tensor, threshold: Tensor, gate: Tensor, up: Tensor) -> Tensor:
         """silu(x G) * (x U) [N, O]; rows that are not kept are not written."""
-        return self._skip("gsx_skip_gate_up", [x, score, threshold, gate, up], gate)
+        return self._skip("gsx_skip_gate_up", [x, score, threshold, gate, up], threshold, gate)
 
     def skip_linear_add(
         self, residual: Tensor, x: Tensor, gate: Tensor, score: Tensor, threshold: Tensor, weight: Tensor
     ) -> Tensor:
         """residual [N, O] + gate [N, O or 1] * (x W); rows that are not kept stay as they are."""
-        return self._skip("gsx_skip_linear_add", [residual, x, gate, score, threshold, weight], weight, gate.shape[1])
+        tensors = [residual, x, gate, score, threshold, weight]
+        return self._skip("gsx_skip_linear_add", tensors, threshold, weight, gate.shape[1])
 
-    def _skip(self, name: str, tensors: Sequence[Tensor], weight: Tensor, *gate_width: int) -> Tensor:
+    def _skip(
+        self, name: str, tensors: Sequence[Tensor], threshold: Tensor, weight: Tensor, *gate_width: int
+    ) -> Tensor:
         """A product of `skip_branch/kernel.h`."""
         rows, kind = tensors[0].shape[0], TYPES[weight.dtype]
         out = self.empty(weight, (rows, weight.shape[1]), weight.dtype)
         pointers = (tensor.data_ptr() for tensor in tensors)
-        self._call(name, weight, *pointers, rows, *weight.shape, *gate_width, kind, out.data_ptr())
+        sizes = (threshold.numel(), rows, *weight.shape, *gate_width)
+        self._call(name, weight, *pointers, *sizes, kind, out.data_ptr())
         return out
 
-    def _select(self, name: str, score: Tensor, limit: Tensor) -> tuple[Tensor, Tensor]:
+    def _select(self, name: str, score: Tensor, *limit: int) -> tuple[Tensor, Tensor]:
         index = self.empty(score, score.shape, torch.int64)
         count = self.empty(score, (), torch.int64)
         scratch = self._scratch(name, score, score.shape[0])
-        pointers = (score.data_ptr(), limit.data_ptr(), score.shape[0], index.data_ptr(), count.data_ptr())
+        pointers = (score.data_ptr(), *limit, score.shape[0], index.data_ptr(), count.data_ptr())
         self._call(name, score, *pointers, scratch.data_ptr(), scratch.numel())
         return index, count
 
@@ -208,7 +212,7 @@ def run_threshold_gather(
     kernels: Kernels, x: Tensor, score: Tensor, threshold: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op `threshold_gather` on the kernels."""
-    index, count = kernels.threshold_select(score.contiguous(), _beside(threshold, x))
+    index, count = kernels.threshold_select(score.contiguous(), _beside(threshold.contiguous(), x))
     return _gathered(kernels, x, index, count)
 
 

@@ -79,7 +79,7 @@ def same(runners: list[Runner], atol: float) -> None:
     """A prompt, single tokens and a batch of steps give the same logits in both runners."""
     rng = np.random.default_rng(0)
     ids = rng.integers(3, 250, (2, 20))
-    controls = {"thresholds": np.full((2, 2), 0.45, np.float32)}
+    controls = {"thresholds": np.full((1, 2, 2), 0.45, np.float32)}
     found = []
     for runner in runners:
         cache = runner.new_cache(2, 32)

@@ -28,7 +28,7 @@ class Client:
     def __init__(self, bundle: Bundle, model: onnx.ModelProto) -> None:
         selection, shape = bundle.manifest.selection, bundle.manifest.decoder
         assert selection is not None
-        self.thresholds = selection.thresholds_for(0.7)
+        self.thresholds = selection.thresholds_for(0.7)[None]
         self.session = open_session(model.SerializeToString(), bundle.directory, 1)
         self.names = [value.name for value in self.session.get_outputs()]
         self.empty = np.zeros((1, shape.num_kv_heads, 0, shape.head_dim), np.float32)

@@ -90,7 +90,7 @@ def test_models_are_the_engines(bundle: Bundle, tmp_path: Path) -> None:
         selection = bundle.manifest.selection
         assert selection is not None
         given = json.loads(config["parameters"]["thresholds"]["string_value"])
-        assert given == selection.thresholds_for(0.5).tolist()
+        assert given == [selection.thresholds_for(0.5).tolist()]
     names = {value.name for value in entry.graphs["model"].inputs}
     assert {"input_ids", "attention_mask", "position_ids", "past_key_values.0.key", "thresholds"} <= names
 

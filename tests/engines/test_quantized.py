@@ -67,7 +67,7 @@ def test_int8_with_half_precision_activations(make_tiny_bundle: Callable[..., Pa
     bundles = [make_tiny_bundle(**o) for o in ({}, {"quantize": eight}, {"quantize": eight, "precision": "fp16"})]
     selection = open_bundle(bundles[0]).manifest.selection
     assert selection is not None
-    controls = {"thresholds": selection.thresholds_for(1.0)}
+    controls = {"thresholds": selection.thresholds_for(1.0)[None]}
     exact, single, half = (
         EngineSide(open_bundle(one)).observe(ids, np.ones_like(ids), controls)[0].logits.astype(np.float32)
         for one in bundles

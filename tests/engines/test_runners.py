@@ -151,7 +151,7 @@ def ranks(runner: WholeRunner) -> bool:
 def test_every_branch_is_left_out_when_nothing_is_kept(tiny_bundle: Path) -> None:
     """At a threshold above every score no branch runs, and the logits are those of the embeddings by themselves."""
     bundle = open_bundle(tiny_bundle)
-    above = np.full((3, 2), 2.0, np.float32)
+    above = np.full((1, 3, 2), 2.0, np.float32)
     outputs = []
     for stage in (PortableStage(bundle), OnnxRuntimeStage(bundle)):
         runner = WholeRunner(stage)
@@ -165,7 +165,7 @@ def test_thresholds_without_bounds_and_tokens_that_must_run(tiny_bundle: Path) -
     """End-of-text runs whatever its score, unless a threshold is infinite; both runners decide alike."""
     bundle = open_bundle(tiny_bundle)
     end = bundle.manifest.decoder.eos_ids[0]
-    thresholds = np.array([[np.inf, -np.inf], [2.0, 0.5], [0.5, np.inf]], np.float32)
+    thresholds = np.array([[[np.inf, -np.inf], [2.0, 0.5], [0.5, np.inf]]], np.float32)
     kept = []
     for stage in (PortableStage(bundle), OnnxRuntimeStage(bundle)):
         runner = WholeRunner(stage)

@@ -29,6 +29,9 @@ from gsx_engines.speculation.draft import open_draft_runner
 from gsx_engines.tokens import BundleTokenizer
 from gsx_plugins.errors import GsxError, UsageError
 
+# Its thresholds are one table for all sequences.
+OLD_BUNDLE = Path(__file__).parents[1] / "data" / "bundles-0.1.0" / "ffn-skip"
+
 
 class Recorder:
     """A client that records what it receives."""
@@ -59,6 +62,20 @@ class Recorder:
 
     def dropped(self) -> None:
         self.was_dropped = True
+
+
+class Counted:
+    """A runner that counts its calls, and the tokens that it reads."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.manifest, self._runner, self.read = runner.manifest, runner, 0
+        self.calls = 0
+        self.new_cache, self.copy = runner.new_cache, runner.copy
+
+    def step(self, cache: Cache, ids: np.ndarray, controls: RuntimeValues, *, counts: list[int], logits: Logits):
+        self.calls += 1
+        self.read += sum(counts)
+        return self._runner.step(cache, ids, controls, counts=counts, logits=logits)
 
 
 @pytest.fixture(scope="module")
@@ -287,6 +304,20 @@ OTHER_RULES = [
 ]
 
 
+@pytest.mark.parametrize(("path", "calls"), [(None, 1), (OLD_BUNDLE, 3)])
+def test_requests_of_different_budgets_share_their_steps(tiny_bundle: Path, path: Path | None, calls: int) -> None:
+    """In bundles of 0.1.0 the budget is one for a whole call."""
+    runner = Counted(open_runner(open_bundle(path or tiny_bundle), 1))
+    scheduler = Scheduler(runner, slots=3)
+    for budget in (None, 0.9, 1.0):
+        scheduler.submit(Request([5, 60, 61], 12, keep=KeepSettings(budget=budget)), Recorder())
+    while scheduler.waiting:
+        scheduler.work()
+    before = runner.calls
+    scheduler.work()
+    assert runner.calls - before == calls
+
+
 @pytest.mark.parametrize(("policy", "keeps"), OTHER_RULES)
 def test_what_other_rules_read_is_each_request_s_own(
     make_tiny_bundle: Callable[..., Path], policy: str, keeps: list[KeepSettings]
@@ -338,18 +369,6 @@ def test_continuations_of_one_request_share_its_prompt(drafting: Bundle, schedul
     assert len({tuple(client.ids) for client in clients}) > 1
     assert other.ids == gsx.generate(drafting, ids=[9, 10], max_new_tokens=9, threads=1, speculative=False).ids
     assert counted.read == 2 + len(other.ids) - 1 + sum(len(client.ids) - 1 for client in clients) + len(prompt)
-
-
-class Counted:
-    """A runner that counts the tokens that it reads."""
-
-    def __init__(self, runner: Runner) -> None:
-        self.manifest, self._runner, self.read = runner.manifest, runner, 0
-        self.new_cache, self.copy = runner.new_cache, runner.copy
-
-    def step(self, cache: Cache, ids: np.ndarray, controls: RuntimeValues, *, counts: list[int], logits: Logits):
-        self.read += sum(counts)
-        return self._runner.step(cache, ids, controls, counts=counts, logits=logits)
 
 
 def test_more_continuations_than_may_wait_are_refused(tiny_bundle: Path) -> None:

@@ -190,7 +190,7 @@ def test_the_context_ends_each_sequence_at_its_own_length(tmp_path: Path) -> Non
 
 def test_end_of_text_inside_a_draft_is_kept_by_the_gates(gated: Bundle) -> None:
     """End-of-text passes every gate, in the later half too, which reads ids only for that."""
-    nothing = {"thresholds": np.full((4, 2), 2.0, np.float32)}
+    nothing = {"thresholds": np.full((1, 4, 2), 2.0, np.float32)}
     whole, halves = open_runner(gated), open_split_runner(gated)
     outputs = [r.step(r.new_cache(1, 8), np.array([[5, EOS_ID, 7]]), nothing) for r in (whole, halves)]
     for output in outputs:

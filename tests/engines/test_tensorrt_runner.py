@@ -250,7 +250,7 @@ def test_nothing_kept_leaves_the_state_alone(pair: Pair) -> None:
     manifest = pair.bundle.manifest
     if manifest.selection is None or pair.ranks:
         pytest.skip("needs threshold selection")
-    above = np.full((manifest.decoder.num_layers, 2), 2.0, np.float32)
+    above = np.full((pair.case.batch, manifest.decoder.num_layers, 2), 2.0, np.float32)
     batch = pair.case.batch
     caches = [runner.new_cache(batch, CAPACITY) for runner in (pair.portable, pair.runner)]
     for size in (4, 1):

@@ -70,7 +70,7 @@ def test_the_traced_decoder_keeps_what_the_masks_keep(
     want_keep, want = kept(checkpoint, ids, Confident(EXITS, measure, threshold, FROM_THE_START, decay, 16))
     walk = Walk(checkpoint, ids, DecoderOptions(Calm(EXITS, measure, decay, 16)))
     with torch.inference_mode():
-        stream = walk.stream({"exit_threshold": np.array(threshold, np.float32), "full_until": FROM_THE_START})
+        stream = walk.stream({"exit_threshold": np.array([threshold], np.float32), "full_until": FROM_THE_START})
         ran = [walk.through(number, layer, stream) for number, layer in walk.layers()]
         logits = np.concatenate([found.numpy() for _, found in walk.logits(stream)])
     for layer, found in enumerate(ran):
@@ -110,7 +110,7 @@ def test_a_decaying_threshold_lets_more_leave_later(checkpoint: Checkpoint, ids:
     tokens = Calm(EXITS, "softmax", decay=4.0, decay_tokens=8)
     positions = torch.arange(20)[None]
     call = Tokens(torch.zeros(20, dtype=torch.int64), torch.ones(20, dtype=torch.bool), positions)
-    inputs = {"exit_threshold": torch.tensor(0.8), "full_until": torch.tensor([4])}
+    inputs = {"exit_threshold": torch.tensor([0.8]), "full_until": torch.tensor([4])}
     found = tokens.enter(call, inputs)["leaves_at"].numpy()
     assert np.isinf(found[:4]).all()
     # 0.9 lambda + 0.1 lambda exp(-tau t / N), t from 0 (docs/methods.md section 9).

@@ -19,9 +19,6 @@ from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.loading import load_layer
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.graph.weights import Weight, write_weights
-from gsx_exporter.training.config import TrainConfig
-from gsx_exporter.training.loop import train
-from gsx_plugins.errors import UsageError
 from tests.exporter.test_checkpoint import expected, logits, same
 from tests.tiny import tiny_checkpoint
 
@@ -200,10 +197,3 @@ def test_what_is_refused(tmp_path: Path, case: str) -> None:
         rewritten(model, edit)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(model)
-
-
-def test_training_is_refused_before_any_work(tmp_path: Path) -> None:
-    model = tiny_checkpoint(tmp_path / "model", "qwen3_moe", tokenizer=True)
-    with pytest.raises(UsageError, match="no experts, found qwen3_moe"):
-        train(TrainConfig(), tmp_path / "out", work=tmp_path / "work", model=model)
-    assert not (tmp_path / "out").exists()

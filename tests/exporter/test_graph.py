@@ -71,7 +71,7 @@ def test_weights_are_stored_once(tmp_path: Path, tied: bool, exit_layer: int | N
     checkpoint = open_checkpoint(path)
     assert checkpoint.config.gate is not None
     options = DecoderOptions(GateSkip(checkpoint.config.gate, checkpoint.config.eos_ids))
-    graphs = GraphBuilder(checkpoint, options, {"thresholds": np.zeros((3, 2), np.float32)}).graphs(exit_layer)
+    graphs = GraphBuilder(checkpoint, options, {"thresholds": np.zeros((1, 3, 2), np.float32)}).graphs(exit_layer)
     sources = [weight.source for weight in graphs.weights]
     assert len(sources) == len(set(sources))
     assert set(sources) == set(load_file(path / "model.safetensors"))

@@ -138,7 +138,7 @@ def test_the_traced_decoder_keeps_what_the_masks_keep(
 
 
 @pytest.mark.parametrize("kv_policy", ["compute", "copy"])
-@pytest.mark.parametrize(("measure", "threshold"), [("softmax", 0.2), ("state", 0.9)])
+@pytest.mark.parametrize(("measure", "threshold"), [("softmax", 0.2), ("state", 0.9), ("gate", 0.75)])
 def test_a_token_exits_between_loops(ouro: Path, measure: Measure, threshold: float, kv_policy: Any) -> None:
     checkpoint = open_checkpoint(ouro)
     plan = plan_policy(PolicyOptions(f"calm:{measure},threshold={threshold}", kv_policy=kv_policy), checkpoint.config)
@@ -149,7 +149,7 @@ def test_a_token_exits_between_loops(ouro: Path, measure: Measure, threshold: fl
     output = Reference.load(checkpoint)(torch.from_numpy(ids), rule=rule, kv_policy=kv_policy)
     walk = Walk(checkpoint, ids, DecoderOptions(plan.rule, kv_policy))
     with torch.inference_mode():
-        stream = walk.stream({"exit_threshold": np.array(threshold, np.float32), "full_until": from_the_start})
+        stream = walk.stream({"exit_threshold": np.array([threshold], np.float32), "full_until": from_the_start})
         for number, layer in walk.layers():
             ran = walk.through(number, layer, stream)
             assert ran["attn"].view(ids.shape).tolist() == output.keep[number][0].tolist()
@@ -158,6 +158,26 @@ def test_a_token_exits_between_loops(ouro: Path, measure: Measure, threshold: fl
     in_the_last_loop = int(output.keep[5][0].sum())
     assert in_the_last_loop < ids.size
     assert in_the_last_loop > 0 or measure == "state"  # the layers of a random model change a state too little
+
+
+def test_the_exit_gate_decides_in_a_bundle(ouro: Path) -> None:
+    """Its weights are read after each loop, and laid out anew once."""
+    made = export(ouro, ouro.parent / "by-gate", policy="calm:gate,threshold=0.7")
+    ids = np.random.default_rng(2).integers(3, 250, (2, 12))
+    controls = controls_for(made.manifest, [KeepSettings(exit_threshold=0.55), KeepSettings()])
+    outputs = []
+    for stage in (PortableStage(made), OnnxRuntimeStage(made)):
+        runner = WholeRunner(stage)
+        outputs.append(runner.step(runner.new_cache(2, 16), ids, controls, logits="all"))
+    np.testing.assert_allclose(outputs[0].logits, outputs[1].logits, atol=ATOL)
+    assert outputs[0].kept is not None
+    assert (outputs[0].kept == outputs[1].kept).all()
+    assert len({int(rows) for rows in outputs[0].kept[:, 0]}) == 3, "tokens leave after the first and the second loop"
+
+
+def test_another_family_has_no_exit_gate(tiny_gated: Path) -> None:
+    with pytest.raises(UsageError, match="needs a looped model with an exit gate"):
+        plan_policy(PolicyOptions("calm:gate,threshold=0.7"), open_checkpoint(tiny_gated).config)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

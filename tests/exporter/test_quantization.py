@@ -75,7 +75,7 @@ def text() -> TokenText:
 
 
 def thresholds(value: float) -> RuntimeValues:
-    return {"thresholds": np.full((LAYERS, 2), value, np.float32)}
+    return {"thresholds": np.full((1, LAYERS, 2), value, np.float32)}
 
 
 @pytest.fixture(scope="module")

@@ -126,7 +126,7 @@ def test_layers_without_a_router_are_dense(bundle_of: Callable[[str], Path]) -> 
     assert bundle.manifest.skippable_places == [(1, "attn"), (1, "mlp")]
     runner = open_runner(bundle)
     # A threshold that no score reaches: layer 1 is left out, and rows are counted only there.
-    nothing = {"thresholds": np.full((LAYERS, 2), 1e9, np.float32)}
+    nothing = {"thresholds": np.full((1, LAYERS, 2), 1e9, np.float32)}
     output = runner.step(runner.new_cache(1, 8), np.array([[5, 60, 61, 7]]), nothing)
     assert output.kept is not None
     assert output.kept.sum() == 0
@@ -136,7 +136,7 @@ def test_layers_without_a_router_are_dense(bundle_of: Callable[[str], Path]) -> 
 def test_a_skipped_token_leaves_no_k_and_v(bundle_of: Callable[[str], Path]) -> None:
     """D-LLM with a threshold that no score reaches: the first two tokens run as always, the others leave no K and V."""
     bundle = open_bundle(bundle_of("d-llm"))
-    nothing = {"thresholds": np.full((LAYERS, 2), 1e9, np.float32)}
+    nothing = {"thresholds": np.full((1, LAYERS, 2), 1e9, np.float32)}
     runner = WholeRunner(PortableStage(bundle))
     cache = runner.new_cache(1, 8)
     output = runner.step(cache, np.array([[5, 60, 61, 7]]), nothing)

@@ -30,6 +30,7 @@ COSTLY = {
     "gsx.export",
     "gsx.train",
     "gsx.train_exit_classifiers",
+    "gsx.tune",
     "gsx.verify",
     "gsx.doctor",
 }
@@ -123,9 +124,11 @@ def examples() -> list[Any]:
 def test_example_runs(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "gsx.export":
         shutil.rmtree(place / "out" / "demo")
-    # One keep rule, and few rounds: `test_compare.py` has all of them.
-    monkeypatch.setattr("gsx.workflows.compare.every_rule", lambda: ({"layers": RULES["layers"]}, {}))
-    monkeypatch.setattr("gsx.comparison.measure.SECONDS", 0.0)
+    # One keep rule, and few rounds: `test_compare.py` and `test_tune.py` have more of them.
+    monkeypatch.setattr("gsx.workflows.fitting.every_rule", lambda: ({"layers": RULES["layers"]}, {}))
+    monkeypatch.setattr("gsx.workflows.compare.SECONDS", 0.0)
+    monkeypatch.setattr("gsx.workflows.tune_search._SCHEMES", {None: 1})
+    monkeypatch.setattr("gsx.tuning.bench.BENCH_ROUNDS", 1)
     found = doctest.DocTestFinder().find(FUNCTIONS[name], name, globs={"gsx": gsx})[0]
     assert found.examples, f"{name} has no example"
     skipped = [one for one in found.examples if doctest.SKIP in one.options]

@@ -17,6 +17,7 @@ from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.chat import ChatTemplate
 from gsx_engines.tokens import BundleTokenizer
 from tests.gsx.command_line import GSX, Gsx, Spoil, edit_json, edit_weights, snapshot
+from tests.tiny import tiny_checkpoint
 
 # Bundles
 
@@ -281,30 +282,44 @@ def test_convert(gsx: Gsx, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_train(gsx: Gsx, tmp_path: Path) -> None:
-    text = tmp_path / "text"
-    text.mkdir()
-    for number in range(40):
-        (text / f"{number}.txt").write_text("\n".join(f"line {n} of file {number}" for n in range(60)))
-    config = tmp_path / "train.json"
-    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_layers": 2}
-    shape |= {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "max_positions": 64}
-    values = {"model": shape, "batch_size": 2, "sequence_length": 32}
-    config.write_text(json.dumps({**values, "warmup_steps": 1, "decay_steps": 0, "budget_steps": 2, "steps": 3}))
+    model = tiny_checkpoint(tmp_path / "model", tokenizer=True)
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"paragraph {n} has a few words" for n in range(60)))
     out = tmp_path / "out"
-    arguments = ("train", "--config", config, "--text", text, "-o", out)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(gsx("train", "--print-recipe").out)
+    small = ("--set", "data.length=32", "--set", "trainer.gradient_accumulation_steps=1", "--set", "evaluation.rows=2")
+    small += ("--set", "data.held_out=0.2")
+    arguments = (
+        "train",
+        "--recipe",
+        recipe,
+        "--model",
+        model,
+        "--data",
+        text,
+        "--lora",
+        "4",
+        "--max-steps",
+        "3",
+        *small,
+        "-o",
+        out,
+    )
+    planned = gsx(*arguments, "--dry-run", "--json")
+    assert json.loads(planned.out)["steps"] == 3
+    assert not out.exists()
     found = gsx(*arguments, "--json")
     assert found.code == 0, found.err
     assert json.loads(found.out)["steps"] == 3
-    assert "loss" in found.err
-    assert "left" in found.err
-    assert gsx("inspect", out).code == 0
+    assert "rank: 4" in found.err
+    assert "training" in found.err
+    shown = gsx("inspect", out)
+    assert shown.code == 0
+    assert "LoRA" in shown.out
     again = gsx(*arguments)
     assert again.code == 2
     assert "not empty" in again.err
-    more = gsx(*arguments, "--resume", "--overwrite", "--steps", "4", "--json")
-    assert more.code == 0, more.err
-    assert json.loads(more.out)["resumed_at"] == 3
-    config.write_text(json.dumps({"stepz": 3}))
-    wrong = gsx("train", "--config", config, "-o", tmp_path / "other")
-    assert wrong.code == 2
-    assert "unknown key" in wrong.err
+    other = gsx(*arguments, "--resume", "--overwrite", "--set", "trainer.learning_rate=1e-3")
+    assert other.code == 2
+    assert "other settings" in other.err

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from gsx.cli import run
+from gsx.comparison.measure import LEAST_TOKENS
 from gsx.comparison.report import CompareReport, Point
-from gsx.workflows.compare import LEAST_TOKENS, WINDOW_TOKENS, compare
+from gsx.workflows.compare import compare
+from gsx.workflows.kept_exports import WINDOW_TOKENS
 from gsx_engines.bundle.layer_sets import exit_places, mask_of, unified_places
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.config import GateConfig

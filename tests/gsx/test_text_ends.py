@@ -137,7 +137,7 @@ def test_what_is_not_applied_is_said(gsx: Gsx, model: Path, tiny_text: Path, tmp
         report = json.loads(gsx("inspect", path, "--json").out)
         assert [one.startswith(note) for one in report["notes"]] == [True]
     runner = WholeRunner(PortableStage(open_bundle(out)))
-    above = np.full((3, 2), 2.0, np.float32)
+    above = np.full((1, 3, 2), 2.0, np.float32)
     kept = runner.step(runner.new_cache(1, 8), np.array([[5, 65, 9, EOS_ID]]), {"thresholds": above}).kept
     assert kept is not None
     assert kept.tolist() == [[2, 2]] * 3

@@ -141,7 +141,7 @@ def test_draft_and_verify_write_the_same_text(make_tiny_bundle: Callable[..., Pa
 def test_bfloat16_runs_on_a_cpu(make_tiny_bundle: Callable[..., Path]) -> None:
     """ONNX Runtime has no such products; nothing is skipped here, so that no choice can fall to its other side."""
     ids = np.array([PROMPTS[0]])
-    keep_all = {"thresholds": np.full((3, 2), -np.inf, np.float32)}
+    keep_all = {"thresholds": np.full((1, 3, 2), -np.inf, np.float32)}
     outputs = []
     for options in ({}, {"precision": "bf16"}):
         runner = open_runner(open_bundle(make_tiny_bundle(**options)), backend=TorchRuntime("cpu"))

@@ -124,7 +124,7 @@ def thresholds_for(score: Tensor) -> list[float]:
 
 
 def check_threshold(kernels: GuardedKernels, device: str, n: int, kind: str) -> None:
-    """Threshold selection at several thresholds, one of them equal to a score."""
+    """Threshold selection at several thresholds, one of them equal to a score, and with one for each."""
     score = SCORES[kind](n, seeded(n))
     for threshold in thresholds_for(score):
         tau = torch.tensor(threshold)
@@ -132,6 +132,12 @@ def check_threshold(kernels: GuardedKernels, device: str, n: int, kind: str) -> 
         kernels.verify()
         expected = threshold_gather(score[:, None], score, tau)[1]
         assert_places(index, count, expected, f"threshold {threshold} of {n} {kind}")
+    some = thresholds_for(score)
+    each = torch.tensor([some[place % len(some)] for place in range(n)], dtype=torch.float32)
+    index, count = kernels.threshold_select(score.to(device), each.to(device))
+    kernels.verify()
+    expected = threshold_gather(score[:, None], score, each)[1]
+    assert_places(index, count, expected, f"a threshold for each of {n} {kind}")
 
 
 def matrix(rows: int, width: int, dtype: torch.dtype, device: str, seed: int, offset: int = 0) -> Tensor:

@@ -142,6 +142,10 @@ def test_choices_agree_with_the_rule(values: list[float], threshold: float, data
     x = random_rows(len(score), 3)
     tau = np.array(threshold, np.float32)
     assert run_onnx("ThresholdGather", x, score, tau)[1].tolist() == rows_above(score, float(tau))
+    each = score[::-1].copy()
+    above = [row for row, (one, limit) in enumerate(zip(score, each, strict=True)) if one > limit]
+    assert run_onnx("ThresholdGather", x, score, each)[1].tolist() == above
+    assert run_torch(threshold_gather, x, score, each)[1].tolist() == above
     k = data.draw(st.integers(0, len(score)))
     assert run_onnx("TopKGather", x, score, np.array([k]))[1].tolist() == best_rows(score, k)
     assert run_torch(topk_gather, x, score, np.array([k]))[1].tolist() == best_rows(score, k)

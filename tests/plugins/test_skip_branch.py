@@ -43,7 +43,9 @@ class Case:
 
     @property
     def threshold(self) -> Tensor:
-        return torch.tensor(THRESHOLD)
+        """One for all rows, or one for each."""
+        count = len(self.score)
+        return torch.full((count,), THRESHOLD) if count in (3, 8) else torch.tensor(THRESHOLD)
 
 
 def case(rows: int, inner: int, width: int, decisions: int, dtype: torch.dtype, gate_width: int = 1) -> Case:
@@ -71,8 +73,10 @@ def ordered(request: pytest.FixtureRequest, library: ctypes.CDLL) -> Iterator[ct
 
 def call(library: ctypes.CDLL, name: str, tensors: list[Tensor], sizes: list[int], out: Tensor) -> int:
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    thresholds = tensors[4 if name == "linear_add" else 2].numel()
     status: int = getattr(library, f"gsx_skip_{name}")(
         *pointers,
+        ctypes.c_int64(thresholds),
         *(ctypes.c_int64(size) for size in sizes),
         TYPES[out.dtype],
         ctypes.c_void_p(out.data_ptr()),
@@ -186,6 +190,7 @@ def test_refusals(library: ctypes.CDLL) -> None:
     out = torch.zeros(2, 8)
     tensors = [one.x, one.score, one.threshold, one.weight]
     assert call(library, "linear", tensors, [9, 8, 8], out) == -4
+    assert call(library, "linear", [*tensors[:2], torch.zeros(3), tensors[3]], [2, 8, 8], out) == -3
     assert call(library, "linear", tensors, [-1, 8, 8], out) == -3
     assert call(library, "linear", tensors, [2, 0, 8], out) == -3
     assert call(library, "linear", tensors, [0, 8, 8], out) == 0

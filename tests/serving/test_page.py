@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import gsx
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from tests.serving.openai_server import HttpServer, serving
 
-BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 # The colours of a column of the picture, from the first layer on: whether each branch is painted as one that ran.
 KEPT = """() => {
   const canvas = document.getElementById("kept"), paint = canvas.getContext("2d"), found = [];
@@ -24,17 +22,6 @@ KEPT = """() => {
   }
   return found;
 }"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    sync_api = pytest.importorskip("playwright.sync_api", reason="the page needs a browser: pip install playwright")
-    if BROWSER is None:
-        pytest.skip("the page needs a browser: apt-get install chromium")
-    with sync_api.sync_playwright() as play:
-        opened = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

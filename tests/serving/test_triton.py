@@ -101,8 +101,10 @@ def test_tokens_are_those_of_generate(grpc: Grpc, expected: Callable[[int], Gene
         assert (answer["ids"], answer["text"]) == (alone.ids, alone.text)
         assert answer["finish_reason"] == alone.finish
         assert (answer["prompt_tokens"], answer["new_tokens"]) == (len(alone.prompt_ids), len(alone.ids))
+        assert 0 <= answer["cached_tokens"] < answer["prompt_tokens"]
         if not REQUESTS[number]["speculative"]:
-            assert answer["kept_share"] == alone.stats.kept_share
+            # The share is of the tokens that were read.
+            assert answer["kept_share"] == alone.stats.kept_share or answer["cached_tokens"]
             # One for each token, fewer where sending lags, and the statistics.
             assert 1 < answer["responses"] <= len(alone.ids) + 1
         assert 0 <= answer["waited_seconds"] <= answer["first_token_seconds"] <= answer["first_seconds"]

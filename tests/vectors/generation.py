@@ -23,6 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sampled": {"max_new_tokens": 24, "sampling": {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "seed": 7}},
     "hot": {"max_new_tokens": 24, "stop_ids": [], "sampling": {"temperature": 1.5, "seed": 2**64 - 1}},
     "other budget": {"max_new_tokens": 20, "keep": {"budget": 0.65}, "stop_ids": []},
+    "budgets for each": {"max_new_tokens": 20, "keep": [{"budget": 0.4}, {}, {"budget": 1.0}]},
     "penalties": {
         "max_new_tokens": 24,
         "logprobs": 2,
@@ -49,6 +50,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "a speed-up": {"max_new_tokens": 16, "keep": {"speedup": 1.5}},
     "a set for each": {"max_new_tokens": 16, "keep": [{"layers": "0-2,4.mlp"}, {}, {"speedup": 1.5}]},
     "an exit threshold": {"max_new_tokens": 16, "keep": {"exit_threshold": "0.4"}},
+    "a threshold for each": {
+        "max_new_tokens": 16,
+        "keep": [{"exit_threshold": "0.4"}, {}, {"exit_threshold": "inf"}],
+    },
     "nothing leaves": {"max_new_tokens": 16, "keep": {"exit_threshold": "inf"}},
     "one loop": {"max_new_tokens": 16, "keep": {"loops": 1}},
     "loops for each": {"max_new_tokens": 16, "keep": [{"loops": 1}, {}, {"loops": 2}]},
@@ -57,7 +62,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # Models that generate, and their keep settings; the others refuse.
 _FEW = ("greedy", "hot", "stop ids")
 _SETS = ("greedy", "a set of layers", "an exit", "a speed-up", "a set for each")
-_CONFIDENT = ("greedy", "an exit threshold", "nothing leaves")
+_CONFIDENT = ("greedy", "an exit threshold", "a threshold for each", "nothing leaves")
 _LOOPS = ("greedy", "one loop", "loops for each")
 GENERATING = {
     "gated": tuple(name for name in OPTIONS if name not in {*_SETS[1:], *_CONFIDENT[1:], *_LOOPS[1:]}),
@@ -70,7 +75,9 @@ GENERATING = {
     "layers, copy": _SETS,
     "calm": _CONFIDENT,
     "loops": _LOOPS,
-    "some layers": ("greedy", "sampled", "other budget"),
+    "some layers": ("greedy", "sampled", "other budget", "budgets for each"),
+    "gated, one table": ("greedy", "other budget"),
+    "calm, one threshold": ("greedy", "an exit threshold"),
     "three ends": ("greedy", "sampled", "hot"),
 }
 PROMPTS = {
@@ -130,8 +137,9 @@ REFUSED: list[tuple[str, str | None, list[list[int]], dict[str, Any]]] = [
     *((model, None, [[5]], {"keep": {"loops": 1}}) for model in ("gated", "dense", "layers")),
     *(("loops", draft, [[5]], {}) for draft in ("loops:2", "loops:0", "layers:3.mlp", "budget:0.5", "exit:3")),
     ("layers", "loops:1", [[5]], {}),
-    ("calm", None, [[5], [6]], {"keep": [{"exit_threshold": "0.5"}, {}]}),
-    ("gated", None, [[5], [6], [7]], {"keep": [{"budget": 0.5}, {}, {"budget": 0.5}]}),
+    ("calm, one threshold", None, [[5], [6]], {"keep": [{"exit_threshold": "0.5"}, {}]}),
+    ("gated, one table", None, [[5], [6], [7]], {"keep": [{"budget": 0.5}, {}, {"budget": 0.5}]}),
+    ("rank", None, [[5], [6]], {"keep": [{"budget": 0.5}, {}]}),
     ("gated", None, [[5], [6], [7]], {"keep": [{"budget": 0.5}, {}]}),
     ("layers", None, [[5], [6]], {"keep": [{"exit": 2}, {"exit": 3}]}),
     ("layers", None, [[5]], {"keep": {"exit": 2, "exit_threshold": "0.5"}}),

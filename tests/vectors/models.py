@@ -46,6 +46,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "some layers": {"rule": "router", "profiles": "verify"},
     "rank in pieces": {"mode": "rank", "draft": None, "profiles": "two"},
     "short": {"capacity": 32},
+    "gated, one table": {"by_sequence": False, "draft": None},
+    "calm, one threshold": {"rule": "calm", "kv_policy": "copy", "by_sequence": False, "draft": None},
     "three ends": {"mode": "rank", "draft": None, "counted": True, "ends": (END, 60, 17)},
 }
 
@@ -66,6 +68,7 @@ def toy_manifest(
     profiles: str = "one",
     capacity: int = CONTEXT,
     ends: Sequence[int] = (END,),
+    by_sequence: bool = True,
 ) -> Manifest:
     """The manifest of a toy model.
 
@@ -77,6 +80,7 @@ def toy_manifest(
         profiles: the engine's profiles, a key of `PROFILES`.
         capacity: capacity of the engine's K/V buffers.
         ends: the tokens that end a text.
+        by_sequence: whether thresholds have a value for each sequence; False for those of 0.1.0.
     """
     gated = bool(branches) and rule == "gateskip"
     policy = toy_policy(rule, branches, mode) if branches else None
@@ -86,12 +90,12 @@ def toy_manifest(
     graphs = {"model": range(LAYERS)}
     if draft is not None:
         graphs |= {"draft": range(draft), "verify": range(draft, LAYERS)}
-    reads = engine_inputs(policy, counted=counted)
+    reads = rule_inputs(policy, by_sequence)
     reached = policy.layers if policy and policy.layers else range(LAYERS)
     engines = {}
     for name, layers in graphs.items():
         chosen = sum(layer in reached for layer in layers) * len(branches)
-        inputs = {**reads, **(passed if name == "verify" else {})}
+        inputs = {**engine_inputs(reads, counted=counted), **(passed if name == "verify" else {})}
         outputs = {**(passed if name == "draft" else {}), **({"kept": [chosen]} if branches else {})}
         engines[name] = engine_graph(name, layers, capacity, inputs, outputs)
     return Manifest(
@@ -123,7 +127,7 @@ def toy_manifest(
             name: GraphEntry(
                 file=f"{name}.onnx",
                 sha256=HASH,
-                inputs=tensors(passed if name == "verify" else {}),
+                inputs=tensors({**reads, **(passed if name == "verify" else {})}),
                 outputs=tensors(passed if name == "draft" else {}),
                 ops=(),
             )
@@ -202,17 +206,23 @@ def threshold(cut: int | None, layer: int, column: int) -> float:
     return float("-inf") if cut is None else (cut + mix(layer, column) % 20) / 256
 
 
-def engine_inputs(policy: Policy | None, *, counted: bool) -> Shapes:
-    """The inputs of every engine except K and V: tokens, and the rule's run-time inputs."""
+def rule_inputs(policy: Policy | None, by_sequence: bool) -> Shapes:
+    """The rule's run-time inputs. Args: by_sequence: whether thresholds have a value for each sequence."""
+    first: list[int | str] = ["batch"] if by_sequence else []
     shapes: Shapes = {
-        "thresholds": [LAYERS, 2],
+        "thresholds": [*first, LAYERS, 2],
         "budget": [],
         "layer_mask": ["batch", LAYERS, 2],
         "full_until": ["batch"],
-        "exit_threshold": [],
+        "exit_threshold": first,
         "loops": ["batch"],
     }
-    read: Shapes = {"k": [1]} if counted else {one.name: shapes[one.name] for one in (policy.inputs if policy else ())}
+    return {one.name: shapes[one.name] for one in (policy.inputs if policy else ())}
+
+
+def engine_inputs(reads: Shapes, *, counted: bool) -> Shapes:
+    """The inputs of every engine except K and V: tokens, and the rule's run-time inputs."""
+    read: Shapes = {"k": [1]} if counted else reads
     return {
         "input_ids": ["batch", "sequence"],
         "attention_mask": ["batch", "window"],

@@ -140,14 +140,16 @@ class ToyEngine:
             if "layer_mask" in feeds:
                 runs = {(b, s): feeds["layer_mask"][b, layer, column] for b, s in tokens}
             else:
-                runs = {token: scores[token] < float(feeds["exit_threshold"]) for token in tokens}
+                limits = np.broadcast_to(feeds["exit_threshold"], len(state))
+                runs = {(b, s): scores[b, s] < limits[b] for b, s in tokens}
             return [(b, s) for b, s in tokens if runs[b, s] or place[b] + s < first[b] or scores[b, s] == 2.0]
         if "loops" in feeds:
             assert self.manifest.decoder.loops is not None
             loop = self.manifest.decoder.loops.loop_of(layer) or 0
             return [(b, s) for b, s in tokens if loop < feeds["loops"][b]]
         if "thresholds" in feeds:
-            return [token for token in tokens if scores[token] > feeds["thresholds"][layer, column]]
+            limits = np.broadcast_to(feeds["thresholds"][..., layer, column], len(state))
+            return [(b, s) for b, s in tokens if scores[b, s] > limits[b]]
         if "k" in feeds:
             k = int(feeds["k"][0])
         else:

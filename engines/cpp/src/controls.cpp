@@ -225,8 +225,8 @@ void checkRead(Manifest const& manifest, Keep const& keep) {
     }
 }
 
-// The value that all sequences of a batch must agree on, since the input has no batch axis. `name` is for the message.
-std::optional<double> sharedValue(std::vector<Keep> const& keep, std::optional<double> Keep::*value, std::string const& name) {
+// Refuse different values for the sequences of a batch, where the input has no batch axis. `name` is for the message.
+void checkShared(std::vector<Keep> const& keep, std::optional<double> Keep::*value, std::string const& name) {
     std::vector<std::string> found;
     for (Keep const& one : keep) {
         std::string const text = one.*value ? exactNumber(*(one.*value)) : "as exported";
@@ -235,7 +235,33 @@ std::optional<double> sharedValue(std::vector<Keep> const& keep, std::optional<d
     if (found.size() > 1) {
         throw UsageError("the sequences of a batch must share one " + name, {{}, joinedBy(", ", found), {}});
     }
-    return keep.front().*value;
+}
+
+// The rows of the thresholds of a budget, [L, 2].
+std::vector<float> thresholdRows(Selection const& selection, double budget) {
+    std::vector<float> rows;
+    for (auto const& layer : selection.thresholdsFor(budget)) rows.insert(rows.end(), layer.begin(), layer.end());
+    return rows;
+}
+
+// The value of `thresholds`, or of `budget` with selection by rank.
+void select(Controls& controls, Manifest const& manifest, std::vector<Keep> const& keep) {
+    Selection const& selection = *manifest.selection;
+    RuntimeInput const* read = manifest.policy->input(names::kThresholds);
+    bool const apart = read != nullptr && read->bySequence;
+    if (!apart) checkShared(keep, &Keep::budget, "budget");
+    if (selection.mode == SelectionMode::kRank) {
+        double const budget = keep.front().budget.value_or(selection.budget);
+        controls[names::kBudget] = Array<float>({}, {static_cast<float>(budget)});
+        return;
+    }
+    Array<float> table({manifest.decoder.numLayers, kBranches}, {});
+    if (apart) table.shape.insert(table.shape.begin(), static_cast<int64_t>(keep.size()));
+    for (size_t i = 0; i < (apart ? keep.size() : 1); ++i) {
+        std::vector<float> const rows = thresholdRows(selection, keep[i].budget.value_or(selection.budget));
+        table.data.insert(table.data.end(), rows.begin(), rows.end());
+    }
+    controls[names::kThresholds] = std::move(table);
 }
 
 // Position from which the rule applies to a sequence: after its prompt and the warm-up, or 0.
@@ -256,15 +282,10 @@ std::optional<std::vector<Place>> parsePlaces(std::string const& text) {
     return places;
 }
 
-Controls selected(Selection const& selection, double budget) {
-    checkBudget(budget);
-    if (selection.mode == SelectionMode::kRank) {
-        return {{names::kBudget, Array<float>({}, {static_cast<float>(budget)})}};
-    }
-    Thresholds const thresholds = selection.thresholdsFor(budget);
-    Array<float> array({static_cast<int64_t>(thresholds.size()), kBranches}, {});
-    for (auto const& layer : thresholds) array.data.insert(array.data.end(), layer.begin(), layer.end());
-    return {{names::kThresholds, std::move(array)}};
+void setBudget(Controls& controls, Selection const& selection, double budget) {
+    std::vector<float> const rows = thresholdRows(selection, budget);
+    std::vector<float>& data = std::get<Array<float>>(controls.at(names::kThresholds)).data;
+    for (size_t at = 0; at < data.size(); at += rows.size()) std::copy(rows.begin(), rows.end(), data.begin() + at);
 }
 
 std::shared_ptr<Controls const> controlsFor(Manifest const& manifest, std::vector<Keep> keep, Counts const& promptSizes) {
@@ -279,10 +300,7 @@ std::shared_ptr<Controls const> controlsFor(Manifest const& manifest, std::vecto
     if (!manifest.policy) return controls;
     Policy const& policy = *manifest.policy;
     auto const batch = static_cast<int64_t>(sequences);
-    if (manifest.selection) {
-        std::optional<double> const budget = sharedValue(keep, &Keep::budget, "budget");
-        *controls = selected(*manifest.selection, budget.value_or(manifest.selection->budget));
-    }
+    if (manifest.selection) select(*controls, manifest, keep);
     if (RuntimeInput const* read = policy.input(names::kLayerMask)) {
         Array<float> masks({batch, manifest.decoder.numLayers, kBranches}, {});
         for (Keep const& one : keep) {
@@ -296,9 +314,15 @@ std::shared_ptr<Controls const> controlsFor(Manifest const& manifest, std::vecto
         for (Keep const& one : keep) loops.data.push_back(one.loops.value_or(manifest.decoder.loops->usual));
         (*controls)[names::kLoops] = std::move(loops);
     }
-    if (policy.input(names::kExitThreshold) != nullptr) {
-        double const threshold = sharedValue(keep, &Keep::exitThreshold, "exit threshold").value_or(*policy.exitThreshold);
-        (*controls)[names::kExitThreshold] = Array<float>({}, {static_cast<float>(threshold)});
+    if (RuntimeInput const* read = policy.input(names::kExitThreshold)) {
+        if (!read->bySequence) checkShared(keep, &Keep::exitThreshold, "exit threshold");
+        Array<float> thresholds({}, {});
+        if (read->bySequence) thresholds.shape = {batch};
+        for (Keep const& one : keep) {
+            thresholds.data.push_back(static_cast<float>(one.exitThreshold.value_or(*policy.exitThreshold)));
+        }
+        if (!read->bySequence) thresholds.data.resize(1);
+        (*controls)[names::kExitThreshold] = std::move(thresholds);
     }
     if (policy.input(names::kFullUntil) != nullptr) {
         Array<int64_t> until({batch}, {});

@@ -16,8 +16,8 @@ namespace gsx {
 // Throws UsageError: a setting that the bundle's rule does not read, or a value that it does not accept.
 std::shared_ptr<Controls const> controlsFor(Manifest const& manifest, std::vector<Keep> keep, Counts const& promptSizes);
 
-// The run-time input for a budget: `thresholds`, or `budget` with selection by rank.
-Controls selected(Selection const& selection, double budget);
+// Put the thresholds of a budget in place of `thresholds`, for all sequences.
+void setBudget(Controls& controls, Selection const& selection, double budget);
 
 // Parse a set of branches, in the order of the text: `5` is both branches of layer 5 (counted from 0), `5.mlp` one of them,
 // `0-7` a range. Unset: the text is not a set.

@@ -103,7 +103,7 @@ void FullDepthDraft::begin(std::shared_ptr<Controls const> controls) {
     mControls = std::move(controls);
     auto made = std::make_shared<Controls>(*mControls);
     if (auto const* budget = std::get_if<BudgetDraft>(&mKind)) {
-        for (auto& [name, value] : selected(*mRunner.manifest().selection, budget->budget)) (*made)[name] = value;
+        setBudget(*made, *mRunner.manifest().selection, budget->budget);
     } else if (auto const* loops = std::get_if<LoopsDraft>(&mKind)) {  // of a request that asks for fewer, its own number
         for (int64_t& count : std::get<Array<int64_t>>(made->at(names::kLoops)).data) count = std::min(count, loops->loops);
     } else {

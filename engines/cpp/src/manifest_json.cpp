@@ -92,7 +92,10 @@ Policy policyOf(json const& entry) {
 Policy gateskipPolicy(Selection const& selection, json const& gates) {
     Policy policy;
     policy.name = kGateSkip;
-    policy.inputs.push_back({selection.mode == SelectionMode::kRank ? names::kBudget : names::kThresholds, 0, 1, {}});
+    RuntimeInput& read = policy.inputs.emplace_back();
+    read.name = selection.mode == SelectionMode::kRank ? names::kBudget : names::kThresholds;
+    read.least = 0;
+    read.most = 1;
     if (!gates.is_null()) policy.branches = branchesOf(gates.at("branches"));
     return policy;
 }
@@ -134,6 +137,17 @@ std::vector<std::string> exitStateOf(json const& graphs) {
         if (given.count(input.name) != 0) passed.push_back(input.name);
     }
     return passed;
+}
+
+// Mark the run-time inputs that have a value for each sequence in the graph.
+void markBySequence(std::vector<RuntimeInput>& inputs, json const& graphs) {
+    if (!graphs.contains("model")) return;
+    std::set<std::string> found;
+    for (TensorInfo const& input : tensorsOf(graphs["model"].at("inputs"))) {
+        auto const* first = input.shape.empty() ? nullptr : std::get_if<std::string>(&input.shape.front());
+        if (first != nullptr && *first == "batch") found.insert(input.name);
+    }
+    for (RuntimeInput& read : inputs) read.bySequence = found.count(read.name) != 0;
 }
 
 EngineEntry engineOf(json const& entry) {
@@ -180,6 +194,7 @@ Manifest manifestOf(json const& raw) {
     } else if (manifest.selection) {
         manifest.policy = gateskipPolicy(*manifest.selection, raw.at("gates"));
     }
+    if (manifest.policy) markBySequence(manifest.policy->inputs, raw.at("graphs"));
     manifest.kvPolicy = raw.at("kv_policy");
     manifest.exitState = exitStateOf(raw.at("graphs"));
     for (auto const& [name, graph] : raw.at("graphs").items()) manifest.graphs[name] = fileOf(graph);

@@ -87,14 +87,16 @@ StageOutput joinedPieces(std::vector<StageOutput> const& pieces) {
 // The run-time values of some neighbouring sequences of a call. (One value may stand for all sequences.)
 std::shared_ptr<Controls const> controlsOf(Call const& call, int64_t start, int64_t stop) {
     auto made = std::make_shared<Controls>(*call.controls);
-    for (char const* const name : {names::kLayerMask, names::kFullUntil, names::kLoops}) {
-        auto const found = made->find(name);
-        if (found == made->end()) continue;
+    std::map<std::string, size_t> const axes = {
+        {names::kThresholds, 3}, {names::kExitThreshold, 1}, {names::kLayerMask, 3}, {names::kFullUntil, 1}, {names::kLoops, 1}};
+    for (auto& [name, value] : *made) {
+        auto const bySequence = axes.find(name);
+        if (bySequence == axes.end()) continue;
         std::visit(
             [&](auto& array) {
-                if (array.shape[0] > 1) array = someRows(array, start, stop);
+                if (array.shape.size() == bySequence->second && array.shape[0] > 1) array = someRows(array, start, stop);
             },
-            found->second);
+            value);
     }
     return made;
 }

@@ -18,12 +18,12 @@ inline constexpr char const* kWriteAt = "write_at";              // [B] int64: c
 inline constexpr char const* kLogitsAt = "logits_at";            // [B, O] int64: rows of [B x S] whose logits are wanted
 
 // Run-time inputs of keep rules.
-inline constexpr char const* kThresholds = "thresholds";         // [L, 2] float32: attn, mlp
+inline constexpr char const* kThresholds = "thresholds";         // [B, L, 2] float32: attn, mlp
 inline constexpr char const* kBudget = "budget";                 // [] float32
 inline constexpr char const* kCount = "k";                       // [1] int64: replaces the budget where the host counts K
 inline constexpr char const* kLayerMask = "layer_mask";          // [B, L, 2] float32: 1 runs, 0 skips
 inline constexpr char const* kFullUntil = "full_until";          // [B] int64
-inline constexpr char const* kExitThreshold = "exit_threshold";  // [] float32
+inline constexpr char const* kExitThreshold = "exit_threshold";  // [B] float32
 inline constexpr char const* kLoops = "loops";                   // [B] int64: how many loops run
 
 // Where the host decides on the branches of whole calls: `run.3.mlp`, whose size is the number of rows that the branch runs

@@ -163,6 +163,16 @@ bool ToyEngine::skippable(int64_t layer, gsx::Branch branch) const {
     return std::find(places.begin(), places.end(), gsx::Place(layer, branch)) != places.end();
 }
 
+namespace {
+
+// A value of a sequence in a table with a row of `size` values for each sequence, or with one row for all.
+double ofSequence(gsx::Array<float> const& table, int64_t sequence, int64_t size, int64_t place) {
+    int64_t const row = static_cast<int64_t>(table.data.size()) == size ? 0 : sequence;
+    return static_cast<double>(table.data[static_cast<size_t>(row * size + place)]);
+}
+
+}  // namespace
+
 std::vector<ToyEngine::Token> ToyEngine::kept(int64_t layer, gsx::Branch branch, std::vector<Token> const& tokens,
                                               Values const& feeds) const {
     if (!skippable(layer, branch)) return tokens;
@@ -185,7 +195,7 @@ std::vector<ToyEngine::Token> ToyEngine::kept(int64_t layer, gsx::Branch branch,
             auto const b = static_cast<size_t>(token.first);
             int64_t const place = ints(feeds, "write_at").data[b] + token.second;
             if (place < ints(feeds, "full_until").data[b] || scores[token] >= kEndScore) return true;
-            if (!masked) return scores[token] < static_cast<double>(floats(feeds, "exit_threshold").data[0]);
+            if (!masked) return scores[token] < ofSequence(floats(feeds, "exit_threshold"), token.first, 1, 0);
             int64_t const at = token.first * table + layer * gsx::kBranches + column;
             return floats(feeds, "layer_mask").data[static_cast<size_t>(at)] != 0;
         });
@@ -199,10 +209,11 @@ std::vector<ToyEngine::Token> ToyEngine::kept(int64_t layer, gsx::Branch branch,
         return rows;
     }
     if (feeds.count("thresholds") != 0) {
-        double const threshold = static_cast<double>(
-            floats(feeds, "thresholds").data[static_cast<size_t>(layer) * gsx::kBranches + column]);
-        std::copy_if(tokens.begin(), tokens.end(), std::back_inserter(rows),
-                     [&](Token token) { return scores[token] > threshold; });
+        gsx::Array<float> const& thresholds = floats(feeds, "thresholds");
+        int64_t const place = layer * gsx::kBranches + column;
+        std::copy_if(tokens.begin(), tokens.end(), std::back_inserter(rows), [&](Token token) {
+            return scores[token] > ofSequence(thresholds, token.first, mManifest.decoder.numLayers * gsx::kBranches, place);
+        });
         return rows;
     }
     if (feeds.count("k") != 0) {

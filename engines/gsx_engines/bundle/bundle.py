@@ -104,7 +104,7 @@ def writing(target: Path, *, overwrite: bool, needed_bytes: int = 0) -> Iterator
         GsxError: the disk is full or not writable.
     """
     target = Path(os.path.abspath(target))
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         check_room(target.parent, needed_bytes, todo="free some space, or give another place with -o")
@@ -166,7 +166,13 @@ def _check_hash(directory: Path, name: str, expected: str) -> None:
         )
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a place for a bundle that is occupied: only a bundle or an empty directory is ever replaced.
+
+    Args: overwrite: whether a bundle may be replaced.
+    Raises:
+        UsageError: something else is there.
+    """
     if target.is_dir():
         empty = not any(target.iterdir())
         if empty or (overwrite and (target / MANIFEST).is_file()):

@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from gsx_engines.bundle.fields import Section
 from gsx_plugins.errors import UsageError
 
-Measure = Literal["softmax", "state", "classifier"]
+Measure = Literal["softmax", "state", "classifier", "gate"]
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
@@ -25,6 +25,7 @@ RANGES: dict[Measure, Range] = {
     "softmax": Range(0.0, 1.0),
     "state": Range(-1.0, 1.0),
     "classifier": Range(0.0, 1.0),
+    "gate": Range(0.0, 1.0),
 }
 
 

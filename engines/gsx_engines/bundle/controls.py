@@ -18,8 +18,9 @@ from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection, check_budget
 from gsx_plugins.errors import UsageError
 
-# Run-time inputs with a value for each sequence, on their first axis.
-BY_SEQUENCE = ("layer_mask", "full_until", "loops")
+# Run-time inputs with a value for each sequence, on their first axis, and how many axes they have with it. Thresholds
+# of a bundle of 0.1.0 lack the axis, and apply to all sequences.
+BY_SEQUENCE = {"thresholds": 3, "exit_threshold": 1, "layer_mask": 3, "full_until": 1, "loops": 1}
 
 # Run-time values: name of a run-time input (`policy.inputs` of the manifest) -> its value; empty for a dense model.
 RuntimeValues = Mapping[str, np.ndarray]
@@ -99,15 +100,17 @@ def controls_for(
         return {}
     controls: dict[str, np.ndarray] = {}
     if manifest.selection is not None:
-        budget = _shared("budget", [setting.budget for setting in settings])
-        controls |= selected(manifest.selection, manifest.selection.budget if budget is None else budget)
+        controls |= _selected(manifest, manifest.selection, [setting.budget for setting in settings])
     if policy.input("layer_mask"):
         controls["layer_mask"] = np.stack([layer_mask(manifest, setting) for setting in settings])
     if policy.input("loops"):
         controls["loops"] = np.array([_loops(manifest, setting) for setting in settings], np.int64)
     if policy.input("exit_threshold"):
-        threshold = _shared("exit threshold", [setting.exit_threshold for setting in settings])
-        controls["exit_threshold"] = _exit_threshold(policy, threshold)
+        wanted = [setting.exit_threshold for setting in settings]
+        if not manifest.by_sequence("exit_threshold"):
+            _check_shared("exit threshold", wanted)
+        found = np.array([_exit_threshold(policy, threshold) for threshold in wanted], np.float32)
+        controls["exit_threshold"] = found if manifest.by_sequence("exit_threshold") else found[0]
     if policy.input("full_until"):
         prompts = [None] * sequences if prompt_tokens is None else prompt_tokens
         until = [_full_until(manifest, setting, tokens) for setting, tokens in zip(settings, prompts, strict=True)]
@@ -115,12 +118,23 @@ def controls_for(
     return controls
 
 
-def _shared(name: str, values: Sequence[float | None]) -> float | None:
-    """The value that all sequences of a batch must agree on, since the input has no batch axis."""
+def _selected(manifest: Manifest, selection: Selection, budgets: Sequence[float | None]) -> RuntimeValues:
+    """The run-time value for the budget of each sequence; None for the exported one."""
+    wanted = [selection.budget if budget is None else budget for budget in budgets]
+    apart = manifest.by_sequence("thresholds")
+    if not apart:
+        _check_shared("budget", budgets)
+    if selection.mode == "rank":
+        return {"budget": np.array(wanted[0], np.float32)}
+    tables = {budget: selection.thresholds_for(budget) for budget in dict.fromkeys(wanted)}
+    return {"thresholds": np.stack([tables[budget] for budget in wanted]) if apart else tables[wanted[0]]}
+
+
+def _check_shared(name: str, values: Sequence[float | None]) -> None:
+    """Refuse different values for the sequences of a batch, where the input has no batch axis."""
     found = dict.fromkeys("as exported" if value is None else str(float(value)) for value in values)
     if len(found) > 1:
         raise UsageError(f"the sequences of a batch must share one {name}", found=", ".join(found))
-    return values[0]
 
 
 def layer_mask(manifest: Manifest, keep: KeepSettings) -> np.ndarray:
@@ -207,10 +221,14 @@ def default_controls(policy: Policy | None, selection: Selection | None) -> Runt
             controls[read.name] = np.asarray([read.default], np.int64)
         elif read.name == "exit_threshold":
             assert policy is not None
-            controls[read.name] = _exit_threshold(policy, None)
+            controls[read.name] = np.array([_exit_threshold(policy, None)], np.float32)
         else:
             assert selection is not None
-            controls |= selected(selection, selection.budget)
+            controls[read.name] = (
+                np.array(selection.budget, np.float32)
+                if read.name == "budget"
+                else selection.thresholds_for(selection.budget)[None]
+            )
     return controls
 
 
@@ -221,37 +239,41 @@ def stacked(rows: Sequence[RuntimeValues | None]) -> RuntimeValues:
         rows: the values of each row's sequence; None for a row that is not in use (it gets those of another row).
     """
     used = next(row for row in rows if row is not None)
-    if not any(name in used for name in BY_SEQUENCE):
-        return used
     given = [used if row is None else row for row in rows]
     return {
-        name: np.concatenate([row[name] for row in given]) if name in BY_SEQUENCE else value
+        name: np.concatenate([row[name] for row in given]) if is_by_sequence(name, value) else value
         for name, value in used.items()
     }
 
 
 def rows_of(controls: RuntimeValues, rows: slice) -> RuntimeValues:
-    """The run-time values of some neighbouring sequences of a batch. (One value may stand for all sequences.)"""
-    return {name: value[rows] if name in BY_SEQUENCE and len(value) > 1 else value for name, value in controls.items()}
+    """The run-time values of some neighbouring sequences of a batch; one row applies to all."""
+    return {
+        name: value[rows] if is_by_sequence(name, value) and len(value) > 1 else value
+        for name, value in controls.items()
+    }
 
 
 def shared_by_batch(controls: RuntimeValues) -> bytes:
     """The run-time values that the sequences of a batch must share, in a form that can be compared."""
-    return b"".join(value.tobytes() for name, value in sorted(controls.items()) if name not in BY_SEQUENCE)
+    return b"".join(value.tobytes() for name, value in sorted(controls.items()) if not is_by_sequence(name, value))
 
 
-def selected(selection: Selection, budget: float) -> RuntimeValues:
-    """The run-time value for a budget: `thresholds [L, 2]`, or `budget []` with selection by rank."""
-    check_budget(budget)
-    if selection.mode == "rank":
-        return {"budget": np.array(budget, np.float32)}
-    return {"thresholds": selection.thresholds_for(budget)}
+def is_by_sequence(name: str, value: np.ndarray) -> bool:
+    """Whether a run-time value has a row for each sequence."""
+    return value.ndim == BY_SEQUENCE.get(name)
 
 
-def _exit_threshold(policy: Policy, threshold: float | None) -> np.ndarray:
-    """The run-time value of an exit threshold, [] float32; None: the exported one."""
+def at_budget(controls: RuntimeValues, selection: Selection, budget: float) -> RuntimeValues:
+    """Run-time values with the thresholds of another budget, for all sequences."""
+    thresholds = np.broadcast_to(selection.thresholds_for(budget), controls["thresholds"].shape)
+    return {**controls, "thresholds": np.ascontiguousarray(thresholds)}
+
+
+def _exit_threshold(policy: Policy, threshold: float | None) -> float:
+    """An exit threshold; None: the exported one."""
     assert policy.confidence is not None
-    return np.array(policy.confidence.threshold if threshold is None else threshold, np.float32)
+    return policy.confidence.threshold if threshold is None else threshold
 
 
 def _full_until(manifest: Manifest, keep: KeepSettings, prompt_tokens: int | None) -> int:

@@ -272,6 +272,10 @@ class Manifest(SparseSection):
         split = self.draft.draft.layer
         return range(split) if graph == "draft" else range(split, depth)
 
+    def by_sequence(self, name: str) -> bool:
+        """Whether a run-time input has a value for each sequence. Thresholds in bundles of 0.1.0 have one for all."""
+        return any(value.name == name and value.shape[:1] == ("batch",) for value in self.graphs["model"].inputs)
+
     @property
     def exit_state(self) -> dict[str, tuple[int | str, ...]]:
         """What passes from `draft` to `verify`: names and axes; empty without an exit.

@@ -21,9 +21,9 @@ class RuntimeInput(Section):
     """A run-time input of the keep rule: an input of every graph with branches that the rule may skip.
 
     Args:
-        name: of the graph's input: `thresholds` [L, 2] float32, `budget` [] float32, `layer_mask` [B, L, 2] float32
-            (1: run, 0: skip), `full_until` [B] int64 (tokens at a position below it run every branch),
-            `exit_threshold` [] float32 (confidence at which a token exits), or `loops` [B] int64 (how many loops run).
+        name: of the graph's input: `thresholds` [B, L, 2] float32, `budget` [] float32, `layer_mask` [B, L, 2]
+            float32 (1: run, 0: skip), `full_until` [B] int64 (tokens at a position below it run every branch),
+            `exit_threshold` [B] float32 (confidence at which a token exits), or `loops` [B] int64 (how many loops run).
         least, most: bounds of its values; null: no bound. A threshold may also be infinite.
         default: the exported value, for clients that give none; null where another section has it.
     """

@@ -16,7 +16,7 @@ import numpy as np
 
 from gsx_engines.bundle import tensor_names
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import RuntimeValues, rows_of
+from gsx_engines.bundle.controls import RuntimeValues, is_by_sequence, rows_of
 from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.bundle.manifest import Manifest
@@ -288,6 +288,10 @@ class TensorRTStage:
             given[K] = np.array([self._count(valid, float(call.controls["budget"]))])
         feeds = {name: np.asarray(value, np.int64) for name, value in given.items() if name in plan.inputs}
         feeds |= {name: value for name, value in call.controls.items() if name in plan.inputs}
+        if plan.size:  # which has no open axis for values that stand for all sequences
+            for name, value in call.controls.items():
+                if name in feeds and is_by_sequence(name, value) and len(value) < batch:
+                    feeds[name] = np.repeat(value, batch, axis=0)
         feeds |= state or {}
         buffers: dict[str, tuple[Any, tuple[int, ...]]] = {}
         for name, buffer in memory.buffers.items():

@@ -63,6 +63,7 @@ OUTPUTS = (
     Field("output_ids", "TYPE_INT64", True, "new tokens of this response"),
     Field("finish_reason", "TYPE_STRING", False, "end-of-text, length, context or stopped; only in the last response"),
     Field("prompt_tokens", "TYPE_INT64", False, "only in the last response, as all below"),
+    Field("cached_tokens", "TYPE_INT64", False, "of the prompt, whose K and V were there already"),
     Field("new_tokens", "TYPE_INT64", False, "in all responses together"),
     Field("decode_steps", "TYPE_INT64", False, "steps, or rounds of draft and verification, after the first token"),
     Field("waited_seconds", "TYPE_FP64", False, "from arrival to prefill"),

@@ -30,6 +30,7 @@ class Metrics:
             "refused": counter("refused", "requests that were not accepted"),
         }
         self._prompt = counter("prompt_tokens", "tokens of prompts of finished continuations")
+        self._cached = counter("cached_tokens", "those of them whose K and V were there already")
         self._new = counter("new_tokens", "new tokens of finished continuations")
         self._kept = counter("kept_rows", "(token, branch) pairs that were kept")
         self._gated = counter("gated_rows", "(token, branch) pairs that the keep rule decided on")
@@ -54,6 +55,7 @@ class Metrics:
         stats = result.stats
         self.count("finished")
         self._prompt.inc(stats.prompt_tokens)
+        self._cached.inc(result.cached_tokens)
         self._new.inc(stats.new_tokens)
         self._kept.inc(stats.kept_rows)
         self._gated.inc(stats.gated_rows)

@@ -128,11 +128,17 @@ class Answer:
             **self.figures(results),
         }
 
-    def usage(self, results: Sequence[Finished]) -> dict[str, int]:
+    def usage(self, results: Sequence[Finished]) -> dict[str, Any]:
         """Counts of tokens; a prompt counts once, however many choices it has."""
         prompt = sum(len(request.prompt) for request in self.requests)
         new = sum(result.stats.new_tokens for result in results)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        cached = sum(result.cached_tokens for result in results[:: self.choices])
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": new,
+            "total_tokens": prompt + new,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
 
     def figures(self, results: Sequence[Finished]) -> dict[str, Any]:
         """What drafts and keep rules did, over all choices."""

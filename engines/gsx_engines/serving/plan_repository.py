@@ -91,7 +91,8 @@ def _config(bundle: Bundle, entry: EngineEntry, made: EngineGraph, name: str) ->
     parameters = {"most_tokens": str(entry.capacity)}
     if selection is not None and any(value.name == "thresholds" for value in made.inputs):
         # For clients: the value of the input of this name that corresponds to the exported budget.
-        parameters["thresholds"] = json.dumps(selection.thresholds_for(selection.budget).tolist())
+        table = selection.thresholds_for(selection.budget).tolist()
+        parameters["thresholds"] = json.dumps([table] if bundle.manifest.by_sequence("thresholds") else table)
     try:
         return TritonConfig(
             name=name,

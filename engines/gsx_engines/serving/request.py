@@ -85,7 +85,9 @@ class Finished:
         first_token_seconds: from its arrival to its first token.
         prompt_logprobs: of the prompt's tokens behind the first, if the request wants them.
         stats: its own counters. The decoding time is elapsed time, including the work for other requests in the same
-            steps; kept and gated rows are 0 if the runtime only counts them for whole batches.
+            steps; kept and gated rows are 0 if the runtime only counts them for whole batches, and are those of tokens
+            that were read for this request.
+        cached_tokens: how many tokens of the prompt were not read, since their K/V were there already.
     """
 
     finish: FinishReason
@@ -93,6 +95,7 @@ class Finished:
     first_token_seconds: float
     stats: GenerationStats
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    cached_tokens: int = 0
 
 
 class Client(Protocol):

@@ -1,14 +1,16 @@
 """Continuous batching: requests come and go, and every step continues all running requests.
 
 A request waits in a queue of limited length, is prefilled by itself into a free row of one K/V cache, and from then on
-takes part in every step of the batch until it ends; then the last row of the batch moves into its place. Requests share
-a step if their run-time values for the whole call (a budget) are equal; values for each sequence (a set of layers) may
-differ. A speculative request has its own cache, and makes its rounds between the steps. The text of a request does not
-depend on other requests: the keep rule decides token by token, and the noise of sampling depends only on the request's
-own seed and positions (`gsx_engines/sampling.py`).
+takes part in every step of the batch until it ends; then the last row of the batch moves into its place. Requests of
+different budgets, sets of layers, exits or loops share a step, since these are run-time values of each sequence; only
+those of a whole call (selection by rank; the budget of a bundle of 0.1.0) must be equal. A speculative request has its
+own cache, and makes its rounds between the steps. The text of a request does not depend on other requests: the keep
+rule decides token by token, and the noise of sampling depends only on the request's own seed and positions
+(`gsx_engines/sampling.py`).
 
-A request may have several clients, each with a continuation of its own: the prompt is read once, and its K/V are copied
-into the rows of the others.
+A long prompt is read in pieces between the steps of the others, and not from its start where K/V of its first tokens
+are there already (`cache_rows`). A request may have several clients, each with a continuation of its own: the prompt is
+read once, and its K/V are copied into the rows of the others.
 
 One thread makes all calls of the runner (`run`); `submit` may be called from any thread.
 """
@@ -20,16 +22,17 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
 from gsx_engines.bundle.controls import RuntimeValues, controls_for, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import DraftKind
-from gsx_engines.generation import Continuation, Decoding, GenerationStats, check_draft_length, read
-from gsx_engines.runners.base import Runner, StepOutput
+from gsx_engines.generation import Continuation, Decoding, GenerationStats, check_draft_length, read, read_tokens
+from gsx_engines.runners.base import Logits, Runner, StepOutput
 from gsx_engines.sampling import Picker, TokenLogprobs, logprobs_of
+from gsx_engines.serving.cache_rows import CacheRows
 from gsx_engines.serving.request import Client, ClosingError, Finished, NewTokens, OverloadedError, Request
 from gsx_engines.speculation.draft import draft_on
 from gsx_engines.tokens import BundleTokenizer, TextWriter
@@ -38,15 +41,28 @@ from gsx_plugins.errors import UsageError
 _LOG = logging.getLogger(__name__)
 # Logits of a prompt that is scored are all in memory at once: a GiB of them.
 MAX_PROMPT_LOGITS = 2**28
+# Tokens of a prompt that are read between two steps of other requests: at most so many tokens long do these wait.
+PIECE = 256
+
+
+@dataclass
+class _Counts:
+    """Rows that a request's tokens kept, of those that the keep rule decided on.
+
+    Args: complete: whether all calls told.
+    """
+
+    kept: int = 0
+    gated: int = 0
+    complete: bool = True
 
 
 @dataclass
 class _Prompt:
-    """The prompt of a request; once a continuation has read it, the output of that call, without logits, and the last
-    token's logits [V]."""
+    """The prompt of a request; once a continuation has read it, what it counted, and the last token's logits [V]."""
 
-    output: StepOutput | None = None
-    row: int = 0
+    counts: _Counts = field(default_factory=_Counts)
+    cached: int = 0
     logits: np.ndarray | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
 
@@ -91,8 +107,13 @@ class _Job:
         self._arrived = time.perf_counter()
         self._began = self._first = 0.0
         self._rows: list[np.ndarray] = []  # kept rows that the client has not received yet
-        self._steps = self._kept = self._gated = 0
-        self._all_counted = True
+        self.counts = _Counts()
+        self._steps = 0
+
+    @property
+    def reading(self) -> bool:
+        """Whether it is still reading its prompt."""
+        return not self.sequence.tokens
 
     def begin(self) -> None:
         """Record that it leaves the queue."""
@@ -106,17 +127,18 @@ class _Job:
             row: of the request.
             tokens, all_tokens: tokens of the request, and of all sequences in the call.
         """
-        self._steps += 1
+        self._steps += not self.reading
         if output.kept is None:
             return
+        counts = self.counts
         if output.kept_by_sequence is not None:
-            self._kept += int(output.kept_by_sequence[row].sum())
+            counts.kept += int(output.kept_by_sequence[row].sum())
         elif tokens == all_tokens:
-            self._kept += int(output.kept.sum())
+            counts.kept += int(output.kept.sum())
         else:
-            self._all_counted = False
-        self._gated += output.gated_rows * tokens // all_tokens
-        if self.request.kept and self.sequence.tokens:
+            counts.complete = False
+        counts.gated += output.gated_rows * tokens // all_tokens
+        if self.request.kept and not self.reading:
             if output.kept_by_sequence is not None:
                 self._rows.append(output.kept_by_sequence[row])
             elif all_tokens == 1:
@@ -150,18 +172,18 @@ class _Job:
         stats = self.decoding.stats() if self.decoding is not None else self._stats()
         finish = self.sequence.finish
         assert finish is not None
-        return Finished(finish, self._began - self._arrived, self._first - self._arrived, stats, self.prompt.logprobs)
+        waited, first = self._began - self._arrived, self._first - self._arrived
+        return Finished(finish, waited, first, stats, self.prompt.logprobs, self.prompt.cached)
 
     def _stats(self) -> GenerationStats:
-        steps = self._steps - 1  # the first one is the prefill
         return GenerationStats(
             prompt_tokens=len(self.sequence.prompt),
             new_tokens=len(self.sequence.tokens),
             prefill_seconds=self._first - self._began,
-            decode_seconds=time.perf_counter() - self._first if steps else 0.0,
-            decode_steps=steps,
-            kept_rows=self._kept if self._all_counted else 0,
-            gated_rows=self._gated if self._all_counted else 0,
+            decode_seconds=time.perf_counter() - self._first if self._steps else 0.0,
+            decode_steps=self._steps,
+            kept_rows=self.counts.kept if self.counts.complete else 0,
+            gated_rows=self.counts.gated if self.counts.complete else 0,
         )
 
 
@@ -174,6 +196,7 @@ class Scheduler:
         slots: how many requests run at once, including speculative ones.
         queue: how many requests may wait for a slot.
         context: how many tokens a request may have, prompt and new ones; None for the model's context.
+        piece: how many tokens of a prompt are read between two steps of other requests.
     """
 
     def __init__(
@@ -184,6 +207,7 @@ class Scheduler:
         slots: int = 8,
         queue: int = 64,
         context: int | None = None,
+        piece: int = PIECE,
     ) -> None:
         manifest = runner.manifest
         self.slots, self.queue = slots, queue
@@ -191,7 +215,8 @@ class Scheduler:
         self._runner, self._tokenizer, self._manifest = runner, tokenizer, manifest
         self._draft: DraftKind | None = manifest.draft.draft if manifest.draft else None
         self._chooses_by_call = manifest.selection is not None and manifest.selection.mode == "rank"
-        self._cache = runner.new_cache(slots, self.context)
+        self._cache_rows = CacheRows(runner, slots, self.context, shares=not self._chooses_by_call)
+        self._cache, self._piece = self._cache_rows.cache, piece
         self._batch: list[_Job] = []  # job n uses row n of the cache
         self._alone: list[_Job] = []  # speculative jobs
         self._waiting: deque[_Job] = deque()
@@ -292,9 +317,12 @@ class Scheduler:
             self._changed.notify()
 
     def work(self) -> None:
-        """One turn: admit a request, and continue all running requests by a step or a round."""
+        """One turn: admit a request if no prompt is being read, read a piece of the prompt, and continue all other
+        running requests by a step or a round."""
         self._drop_gone()
         self._admit()
+        for job in [job for job in self._batch if job.reading]:  # at most one
+            self._attempt([job], partial(self._read_piece, job))
         for rows in self._groups():
             self._step(rows)
         for job in list(self._alone):
@@ -311,9 +339,9 @@ class Scheduler:
             _inform(job.client.dropped)
 
     def _admit(self) -> None:
-        """Admit one request per turn, so that running requests never wait for more than one prompt."""
+        """Admit a request, one at a time, so that running requests never wait for more than one piece of a prompt."""
         with self._changed:
-            if not self._waiting or self.under_way >= self.slots:
+            if not self._waiting or self.under_way >= self.slots or any(job.reading for job in self._batch):
                 return
             job = self._waiting.popleft()
         job.begin()
@@ -321,29 +349,44 @@ class Scheduler:
             self._alone.append(job)
         else:
             self._batch.append(job)
-            self._attempt([job], partial(self._prefill, job))
+            self._works([job], partial(self._enter, job))
 
-    def _prefill(self, job: _Job) -> None:
-        prompt, length = job.prompt, len(job.sequence.prompt)
-        row = self._batch.index(job)
-        source = next((at for at, one in enumerate(self._batch) if one.prompt is prompt and one is not job), None)
-        if source is not None and prompt.logits is not None:
-            self._runner.copy(self._cache, source, row, length)
+    def _enter(self, job: _Job) -> None:
+        """Give a request its row, with what is there already of its prompt."""
+        afresh = job.request.prompt_logprobs or self._source_of(job) is not None
+        shared = self._cache_rows.enter(self._batch.index(job), job.sequence, job.controls, afresh=afresh)
+        if job.prompt.logits is None:
+            job.prompt.cached = shared
+
+    def _source_of(self, job: _Job) -> int | None:
+        """The row of another continuation of the same request, if it has read the prompt."""
+        rows = (row for row, one in enumerate(self._batch) if one.prompt is job.prompt and one is not job)
+        return None if job.prompt.logits is None else next(rows, None)
+
+    def _read_piece(self, job: _Job) -> None:
+        """Read the next tokens of a prompt, or all that are left if nobody waits for a step meanwhile; after the last
+        one, choose the first new token."""
+        prompt, tokens, row = job.prompt, job.sequence.prompt, self._batch.index(job)
+        if (source := self._source_of(job)) is not None:
+            self._cache_rows.copy(source, row, len(tokens))
         else:
-            whole = job.request.prompt_logprobs
-            rows, controls = self._rows([job]), self._controls([job])
-            output = read(self._runner, self._cache, rows, controls, "all" if whole else "last")
-            logits = output.logits[row]
-            # The continuations need its counts; the logits of a scored prompt may be a GiB.
-            prompt.output, prompt.row = replace(output, logits=output.logits[:, :0]), row
-            prompt.logits = logits[length - 1 if whole else 0].copy()
+            done, whole = self._cache.lengths[row], job.request.prompt_logprobs
+            at_once = whole or self._chooses_by_call or self.under_way == 1
+            piece = tokens[done:] if at_once else tokens[done : done + self._piece]
+            last = done + len(piece) == len(tokens)
+            unread = [piece if at == row else () for at in range(self._cache.batch)]
+            logits: Logits = "all" if whole else "last" if last else "none"
+            output = read_tokens(self._runner, self._cache, unread, self._controls([job]), logits)
+            job.count(output, row, len(piece), len(piece))
+            if not last:
+                return
+            prompt.counts, prompt.logits = replace(job.counts), output.logits[row, -1].copy()
             if whole:
-                count, behind = job.request.logprobs or 0, job.sequence.prompt[1:]
-                prompt.logprobs = tuple(
-                    logprobs_of(one, token, count) for one, token in zip(logits, behind, strict=False)
-                )
-        assert prompt.output is not None
-        job.count(prompt.output, prompt.row, length, length)
+                count, behind = job.request.logprobs or 0, tokens[1:]
+                scores = zip(output.logits[row], behind, strict=False)
+                prompt.logprobs = tuple(logprobs_of(one, token, count) for one, token in scores)
+        job.counts = replace(prompt.counts)
+        assert prompt.logits is not None
         job.sequence.take(prompt.logits)
 
     def _groups(self) -> list[list[_Job]]:
@@ -353,7 +396,7 @@ class Scheduler:
         since their tokens would compete with each other.
         """
         groups: dict[object, list[_Job]] = {}
-        for job in self._batch:
+        for job in (job for job in self._batch if not job.reading):
             same = shared_by_batch(job.controls)
             groups.setdefault(id(job) if self._chooses_by_call else same, []).append(job)
         return list(groups.values())
@@ -396,9 +439,9 @@ class Scheduler:
         return stacked([*rows, *[None] * (self._cache.batch - len(rows))])
 
     def _attempt(self, jobs: list[_Job], work: Callable[[], object]) -> None:
-        """Do the work of some jobs, and report to their clients."""
+        """Do the work of some jobs, and report to the clients of those that have tokens."""
         if self._works(jobs, work):
-            self._leave([job for job in jobs if _inform(job.report)])
+            self._leave([job for job in jobs if not job.reading and _inform(job.report)])
 
     def _works(self, jobs: list[_Job], work: Callable[[], object]) -> bool:
         """Do the work of some jobs; returns whether it succeeded. A failure affects only these jobs."""
@@ -408,24 +451,20 @@ class Scheduler:
             _LOG.exception("a step failed")
             for job in jobs:
                 _inform(partial(job.client.failed, error))
-            self._leave(jobs)
+            self._leave(jobs, failed=True)
             return False
         return True
 
-    def _leave(self, jobs: list[_Job]) -> None:
+    def _leave(self, jobs: list[_Job], *, failed: bool = False) -> None:
         """Free the slots of some jobs; the last row of the batch moves into each freed row."""
         for job in jobs:
             if job in self._alone:
                 self._alone.remove(job)
                 continue
             row, last = self._batch.index(job), len(self._batch) - 1
-            if row != last:
-                self._runner.copy(self._cache, last, row, self._cache.lengths[last])
-                self._batch[row] = self._batch[last]
+            self._cache_rows.leave(row, last, failed=failed)
+            self._batch[row] = self._batch[last]
             self._batch.pop()
-            lengths = list(self._cache.lengths)
-            lengths[last] = 0
-            self._cache.roll_back(lengths)
 
 
 def _inform(inform: Callable[[], bool | None]) -> bool:

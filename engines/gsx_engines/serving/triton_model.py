@@ -60,6 +60,7 @@ _COUNTERS = {
     "cancelled": "requests whose client went away",
     "refused": "requests that were not accepted",
     "prompt_tokens": "tokens of prompts of finished requests",
+    "cached_tokens": "those of them whose K and V were there already",
     "new_tokens": "new tokens of finished requests",
     "kept_rows": "(token, branch) pairs that were kept",
     "gated_rows": "(token, branch) pairs that the keep rule decided on",
@@ -256,6 +257,7 @@ class _Client:
         values = {
             "finish_reason": result.finish,
             "prompt_tokens": stats.prompt_tokens,
+            "cached_tokens": result.cached_tokens,
             "new_tokens": stats.new_tokens,
             "decode_steps": stats.decode_steps,
             "waited_seconds": result.waited_seconds,
@@ -326,6 +328,7 @@ class _Metrics:
         for name, number in {
             "finished": 1,
             "prompt_tokens": stats.prompt_tokens,
+            "cached_tokens": result.cached_tokens,
             "new_tokens": stats.new_tokens,
             "kept_rows": stats.kept_rows,
             "gated_rows": stats.gated_rows,

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.controls import RuntimeValues, selected
+from gsx_engines.bundle.controls import RuntimeValues, at_budget
 from gsx_engines.bundle.drafts import BudgetDraft, DraftKind, ExitDraft, LayersDraft, LoopsDraft
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.words import BRANCHES
@@ -151,7 +151,7 @@ def draft_controls(
     """
     if isinstance(draft, BudgetDraft):
         assert manifest.selection is not None
-        return {**controls, **selected(manifest.selection, draft.budget)}
+        return at_budget(controls, manifest.selection, draft.budget)
     if isinstance(draft, LoopsDraft):  # of a request that asks for fewer, its own number
         return {**controls, "loops": np.minimum(controls["loops"], draft.loops)}
     name, out = ("layer_mask", 0.0) if "layer_mask" in controls else ("thresholds", np.inf)

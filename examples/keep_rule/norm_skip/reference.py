@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gsx_engines.bundle.words import BRANCHES, Branch
+from gsx_engines.bundle.words import Branch
 from gsx_exporter.reference.rule import BranchInput, Decision, MaskCall, Masker, Stateless, certain
+from gsx_exporter.reference.thresholds import thresholds_at
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class LargeStates:
     """Keep the states above a threshold.
 
     Args:
-        thresholds: [L, 2] float32, columns attn and mlp; minus infinity keeps all.
+        thresholds: [L, 2], or [B, L, 2] with a table for each sequence, float32, columns attn and mlp; minus infinity
+            keeps all.
         skipped: the branches that may be skipped.
     """
 
@@ -38,7 +40,7 @@ class _Masker(Stateless):
         valid = self.call.valid
         if x.branch not in self.rule.skipped:
             return Decision(valid, None, certain(valid))
-        threshold = float(self.rule.thresholds[x.layer, BRANCHES.index(x.branch)])
+        threshold = thresholds_at(self.rule.thresholds, x.layer, x.branch)
         size = torch.linalg.vector_norm(x.residual.double(), dim=-1) / x.residual.shape[-1] ** 0.5
         score = size.masked_fill(~valid, -torch.inf)
         margin = (score - threshold).abs().masked_fill(~valid, torch.inf)

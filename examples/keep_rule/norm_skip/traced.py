@@ -18,7 +18,7 @@ from gsx_exporter.decoder.rule import (
     apply_forced,
     forced,
 )
-from gsx_exporter.rules.scores import bound_of, call_values, selection_inputs
+from gsx_exporter.rules.scores import bound_of, by_token, call_values, selection_inputs, whole_inputs
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,17 @@ class NormSkip(TracedRule):
         return selection_inputs("threshold")
 
     @property
+    def whole(self) -> frozenset[str]:
+        return whole_inputs("threshold")
+
+    @property
     def call(self) -> Mapping[str, Value]:
         return call_values("threshold")
 
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
         """Padding is never kept; nothing must run."""
-        return forced(tokens, torch.zeros_like(tokens.valid))
+        nothing = torch.zeros_like(tokens.valid)
+        return {**forced(tokens, nothing), "bounds": by_token(tokens, inputs["thresholds"])}
 
     def score(self, x: BranchInput, values: Values) -> BranchScore:
         """hidden [N, H] -> score [N] float32."""

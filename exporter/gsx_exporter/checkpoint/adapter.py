@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gsx_exporter.checkpoint.files import canonical_name, open_safetensors
 from gsx_exporter.checkpoint.json_file import read_json
-from gsx_exporter.checkpoint.names import ADAPTER, ADAPTER_WEIGHTS
+from gsx_exporter.checkpoint.names import ADAPTER, ADAPTER_WEIGHTS, GATES
 from gsx_exporter.checkpoint.stored import StoredTensors, Tensors
 from gsx_exporter.checkpoint.tensors import EMBEDDING, HEAD
 from gsx_exporter.errors import CheckpointError
@@ -224,10 +224,10 @@ class MergedTensors:
     _own: StoredTensors = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        path = self._weights()
-        names = list(open_safetensors(path).keys())
-        self._own = StoredTensors({name: (path, name) for name in names})
-        for name in names:
+        gates = self.adapter.directory / GATES
+        files = [self._weights(), *([gates] if gates.is_file() else [])]
+        self._own = StoredTensors({name: (path, name) for path in files for name in open_safetensors(path).keys()})  # noqa: SIM118
+        for name in self._own.names:
             self._place(name)
         if self._stores_one_table():
             del self._whole[HEAD]

@@ -6,7 +6,7 @@ facts only). So parity of an Ouro bundle shows that it computes this description
 
 All layers run `total_ut_steps` times. A layer has norms around both branches, and the final norm follows each loop:
 what it gives enters the next one, and the head. Each loop has K/V caches of its own. The exit gate reads what each loop
-gives; with the published `early_exit_threshold` of 1 it decides nothing.
+gives; with the published `early_exit_threshold` of 1 it decides nothing (`--policy calm:gate` makes it decide).
 """
 
 from __future__ import annotations

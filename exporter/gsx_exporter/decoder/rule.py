@@ -84,8 +84,8 @@ class BranchScore:
 
     Args:
         score: [N] float32, whatever the graph's type is.
-        bound: [] float32: rows with a higher score are kept; with selection by rank, [1] int64: the number of kept
-            rows.
+        bound: [] or [N] float32: rows with a higher score are kept; with selection by rank, [1] int64: the number of
+            kept rows.
         gate: [N, H] or [N, 1] float32, multiplies the branch's output; None to use the checkpoint's gate if the branch
             has one.
         passed: values for the next branch of the same layer, which reads them like its other values.

@@ -122,7 +122,7 @@ class _Thresholds:
         shape = (self._walk.checkpoint.config.num_layers, 2)
         with torch.inference_mode():
             # The rule needs thresholds as input, but they are not used: `_choose` replaces the bound.
-            stream = self._walk.stream({"thresholds": np.zeros(shape, np.float32)})
+            stream = self._walk.stream({"thresholds": np.zeros((1, *shape), np.float32)})
         return _Run(stream, np.full(shape, -np.inf, np.float32), np.ones(shape), budget, constant)
 
     def through(self, runs: Sequence[_Run], stage: str, on_progress: OnProgress) -> None:

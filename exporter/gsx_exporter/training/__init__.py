@@ -1,6 +1,1 @@
-"""Training gated checkpoints: the recipes of GateSkip and LayerSkip combined, as a library."""
-
-from gsx_exporter.training.config import ModelShape, TrainConfig
-from gsx_exporter.training.loop import StepReport, TrainResult, export_snapshot, train
-
-__all__ = ["ModelShape", "StepReport", "TrainConfig", "TrainResult", "export_snapshot", "train"]
+"""Training gates and exits by published recipes, on transformers' Trainer, accelerate, PEFT and datasets."""

@@ -1,279 +1,253 @@
-"""The model that is trained: Hugging Face's layers with gates that skip, and losses at several depths.
-
-The gates follow GateSkip as its authors train it (methods.md 3.1, 3.2): a gate reads a detached input, its output
-multiplies the branch, and the tokens with the lowest scores of the batch are skipped, by the (1 - budget) quantile.
-They are skipped by a mask, which gives the same result as real skipping but saves nothing.
-"""
+"""The model of a run: loaded or new, with its gates, and with what is trained set apart from what is frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from gsx_engines.bundle.counting import kept_count
-from gsx_engines.bundle.words import BRANCHES, Branch
-from gsx_exporter.config import GateConfig, ModelConfig
-from gsx_exporter.training.config import TrainConfig
-from gsx_exporter.training.schedule import exit_weight
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.json_file import one_line
+from gsx_exporter.checkpoint.quiet import quiet_transformers
+from gsx_exporter.checkpoint.tensors import is_gate
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.errors import CheckpointError
+from gsx_exporter.training.gated import add_gates
+from gsx_exporter.training.learner import Learner
+from gsx_exporter.training.schedule import Schedule
+from gsx_exporter.training.settings import LoraSettings, ModelShape, TrainSettings
+from gsx_exporter.training.tokenizer import END_OF_TEXT_ID
+from gsx_plugins.errors import UsageError
 
-
-@dataclass(frozen=True)
-class Losses:
-    """The losses of one batch, all scalars.
-
-    Args:
-        total: the loss to minimize; the only one with a gradient.
-        cross_entropy: at the last layer, in nats per token.
-        exit_cross_entropy: at this step's exit, against the configuration's exit_target; None without exits.
-        gate_square: mean of g^2 over all gates.
-    """
-
-    total: torch.Tensor
-    cross_entropy: torch.Tensor
-    exit_cross_entropy: torch.Tensor | None
-    gate_square: torch.Tensor
-
-
-class GatedModel(nn.Module):
-    """A Hugging Face causal model and its gates.
-
-    Args:
-        hf: a model of a supported family.
-        config: its configuration; `config.gate` defines the gates.
-        compile_layers: run the layers and the loss through torch.compile.
-    """
-
-    def __init__(self, hf: Any, config: ModelConfig, *, compile_layers: bool = False) -> None:
-        super().__init__()
-        self.hf = hf
-        self.config = config
-        gate = config.gate or GateConfig()
-        rows = config.hidden_size if gate.kind == "vector" else 1
-        self.gates = nn.ModuleDict(
-            {
-                _gate_key(branch, layer): nn.Linear(config.hidden_size, rows)
-                for layer in range(config.num_layers)
-                for branch in gate.branches
-            }
-        )
-        self._layer: Callable[..., tuple[torch.Tensor, torch.Tensor]] = _layer
-        self._cross_entropy: Callable[..., torch.Tensor] = _cross_entropy
-        self._distillation: Callable[..., torch.Tensor] = _distillation
-        if compile_layers:
-            self._layer = torch.compile(_layer)
-            self._cross_entropy = torch.compile(_cross_entropy)
-            self._distillation = torch.compile(_distillation)
-
-    def reset_gates(self, *, bias: float, std: float, generator: torch.Generator) -> None:
-        """Initialize the gates: nearly open, with the same bias and small random weights."""
-        with torch.no_grad():
-            for key in self.gates:
-                gate = self._gate(key)
-                gate.weight.normal_(0.0, std, generator=generator)
-                gate.bias.fill_(bias)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """All parameters, by their names in a gated checkpoint (docs/design.md section 5), except a tied head."""
-        named = {name: p for name, p in self.hf.named_parameters() if not _is_tied_head(name, self.config)}
-        for key in self.gates:
-            prefix = _gate_prefix(key)
-            named[prefix + ".weight"] = self._gate(key).weight
-            named[prefix + ".bias"] = self._gate(key).bias
-        return dict(sorted(named.items()))
-
-    def _gate(self, key: str) -> nn.Linear:
-        gate = self.gates[key]
-        assert isinstance(gate, nn.Linear)
-        return gate
-
-    def losses(
-        self,
-        ids: torch.Tensor,
-        *,
-        train: TrainConfig,
-        budget: float,
-        exit_depth: int | None,
-        live: torch.Tensor,
-    ) -> Losses:
-        """The losses of one batch.
-
-        Args:
-            ids: [B, S + 1] int64, inputs and, one position later, targets.
-            train: the recipe.
-            budget: share of tokens that each gated branch keeps.
-            exit_depth: depth of the early-exit loss; None for no such loss.
-            live: [L, B] bool, which sequences run which layer.
-        """
-        inputs, targets = ids[:, :-1], ids[:, 1:]
-        decoder = self.hf.model
-        call = self._begin(inputs, budget)
-        h = call.hidden
-        squares = []
-        exit_state = None
-        for i in range(len(decoder.layers)):
-            h, square = self._run(self._layer, i, h, call, live[i])
-            squares.append(square)
-            if exit_depth == i + 1:
-                exit_state = h
-        weight = exit_weight(self.config.num_layers)
-        final = self._cross_entropy(decoder.norm, self.hf.lm_head, h, targets)
-        total = weight * final
-        at_exit = None
-        if exit_state is not None and exit_depth is not None:
-            if train.exit_target == "model":
-                at_exit = self._distillation(decoder.norm, self.hf.lm_head, exit_state, h.detach())
-                exit_share = train.exit_scale * weight
-            else:
-                at_exit = self._cross_entropy(decoder.norm, self.hf.lm_head, exit_state, targets)
-                exit_share = train.exit_scale * exit_weight(exit_depth)
-            total = total + exit_share * at_exit
-            weight += exit_share
-        gate_square = torch.stack(squares).sum() / max(1, len(self.gates))
-        return Losses(
-            total=total / weight + train.sparsity * gate_square,
-            cross_entropy=final.detach(),
-            exit_cross_entropy=None if at_exit is None else at_exit.detach(),
-            gate_square=gate_square.detach(),
-        )
-
-    @torch.no_grad()
-    def clip_attention(self, ids: torch.Tensor, limit: float) -> None:
-        """Scale down the queries of every head whose attention logits may exceed a limit (TrainConfig.qk_clip).
-
-        Families that normalize Q and K have bounded logits and are not changed.
-
-        Args: ids [B, S]: the sample on which norms are measured, at budget 1.
-        """
-        call = self._begin(ids, budget=1.0)
-        h = call.hidden
-        every = torch.ones(len(ids), dtype=torch.bool)
-        for i, layer in enumerate(self.hf.model.layers):
-            attention = layer.self_attn
-            if not hasattr(attention, "q_norm"):
-                x = layer.input_layernorm(h)
-                # RoPE, which is applied next, does not change the norms.
-                q, k = (_head_norms(project(x), attention.head_dim) for project in (attention.q_proj, attention.k_proj))
-                bound = q * k.repeat_interleave(len(q) // len(k)) * attention.scaling
-                factor = (limit / bound).clamp(max=1.0).repeat_interleave(attention.head_dim)
-                attention.q_proj.weight.mul_(factor[:, None])
-                if attention.q_proj.bias is not None:
-                    attention.q_proj.bias.mul_(factor)
-            h, _ = self._run(_layer, i, h, call, every)
-
-    def _begin(self, inputs: torch.Tensor, budget: float) -> _Call:
-        h = self.hf.model.embed_tokens(inputs)
-        rope = self.hf.model.rotary_emb(h, torch.arange(inputs.shape[1])[None])
-        ended = torch.isin(inputs, torch.tensor(self.config.eos_ids, dtype=inputs.dtype))
-        return _Call(h, rope, ended, torch.tensor(_last_skipped(int((~ended).sum()), budget)))
-
-    def _run(
-        self,
-        layer: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-        i: int,
-        h: torch.Tensor,
-        call: _Call,
-        live: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        gates = [self.gates[key] if (key := _gate_key(b, i)) in self.gates else None for b in BRANCHES]
-        mask = _window_mask(h.shape[1], self.config.windows[i])
-        pre_norm = self.config.gate is not None and self.config.gate.input == "pre_norm"
-        return layer(self.hf.model.layers[i], *gates, h, call.rope, mask, call.ended, call.last_skipped, live, pre_norm)
+_FROZEN_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 
 
 @dataclass(frozen=True)
-class _Call:
-    """The values that all layers of one call read."""
+class Subject:
+    """What a run trains.
 
-    hidden: torch.Tensor
-    rope: tuple[torch.Tensor, torch.Tensor]
-    ended: torch.Tensor
-    last_skipped: torch.Tensor
+    Args:
+        hf: transformers' model, with gates and, in mode "lora", with adapters in its layers.
+        config: the result's: with the run's gates and exits.
+        adapted: PEFT's model around hf; None without adapters.
+        teacher: the dense model to learn from, where hf cannot become it again.
+    """
 
+    hf: Any
+    config: ModelConfig
+    adapted: Any = None
+    teacher: Any = None
 
-def _head_norms(x: torch.Tensor, width: int) -> torch.Tensor:
-    """The largest 2-norm of each head over all tokens: x [B, S, heads * width] -> [heads]."""
-    return x.float().reshape(-1, x.shape[-1] // width, width).norm(dim=-1).amax(0)
-
-
-def _layer(
-    layer: Any,
-    attn_gate: nn.Linear | None,
-    mlp_gate: nn.Linear | None,
-    h: torch.Tensor,
-    rope: tuple[torch.Tensor, torch.Tensor],
-    mask: torch.Tensor | None,
-    ended: torch.Tensor,
-    last_skipped: torch.Tensor,
-    live: torch.Tensor,
-    pre_norm: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One decoder layer: h [B, S, H] -> the next h, and the sum of mean(g^2) over its gates."""
-    live = live[:, None, None]
-    x = layer.input_layernorm(h)
-    factor, square = _gate_factor(attn_gate, h if pre_norm else x, ended, last_skipped)
-    branch, _ = layer.self_attn(hidden_states=x, position_embeddings=rope, attention_mask=mask)
-    h = h + torch.where(live, factor * branch, 0)
-    x = layer.post_attention_layernorm(h)
-    factor, mlp_square = _gate_factor(mlp_gate, h if pre_norm else x, ended, last_skipped)
-    h = h + torch.where(live, factor * layer.mlp(x), 0)
-    return h, square + mlp_square
+    def learner(self, settings: TrainSettings, *, steps: int, seed: int) -> Learner:
+        """The module that a Trainer trains."""
+        return Learner(
+            self.hf,
+            self.config,
+            schedule=Schedule(self.config.num_layers, settings.gate, settings.exits, steps=steps, seed=seed),
+            sparsity=settings.gate.sparsity if settings.gate else 0.0,
+            exit_target=settings.exits.target if settings.exits else "text",
+            distill=settings.distill,
+            adapted=self.adapted,
+            teacher=self.teacher,
+        )
 
 
-def _gate_factor(
-    gate: nn.Linear | None, x: torch.Tensor, ended: torch.Tensor, last_skipped: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The factor for the branch's output, [B, S, H] or [B, S, 1] (0 for skipped tokens), and mean(g^2)."""
-    if gate is None:
-        return x.new_ones(1), torch.zeros(())
-    g = torch.sigmoid(gate(x.detach()).float())
-    with torch.no_grad():
-        score = torch.where(ended, float("inf"), g.mean(-1))
-        ordered = score.flatten().sort().values
-        tau = ordered[last_skipped.clamp(min=0)]
-        keep = (score > tau) | (last_skipped < 0)
-    return torch.where(keep[..., None], g, 0), g.square().mean()
+def check_trainable(checkpoint: Checkpoint, settings: TrainSettings) -> None:
+    """Refuse a model that cannot be trained in this way.
+
+    Raises:
+        UsageError: of which kind it is.
+    """
+    config = checkpoint.config
+    reasons = {
+        "its layers run several times (a looped model), and no method says what gates or exits do there": config.loops,
+        "it has routers, which decide what runs": config.router,
+        "it is the text part of a multimodal model": checkpoint.whole,
+        "its weights are quantized, and gradients do not pass them": checkpoint.layout or checkpoint.gguf,
+        "it is a model with an adapter": checkpoint.adapter,
+    }
+    for reason, found in reasons.items():
+        if found:
+            raise UsageError(
+                f"{checkpoint.source}: cannot be trained: {reason}",
+                expected="float weights of a supported family, in safetensors",
+                todo="train its base, or merge the adapter by PEFT (merge_and_unload) first"
+                if checkpoint.adapter
+                else None,
+            )
+    if settings.mode == "lora":
+        targets = settings.lora.targets
+        if targets != "all-linear" and (missing := [one for one in targets if not _linear_named(checkpoint, one)]):
+            raise UsageError(
+                f"{checkpoint.source}: lora.targets names no layer of the model",
+                expected="names of linear layers, e.g. q_proj",
+                found=missing[0],
+            )
+        least, name = min((min(checkpoint.shape(name)), name) for name in _linear_named(checkpoint, *_names(targets)))
+        if settings.lora.rank > least:
+            raise UsageError(
+                f"{checkpoint.source}: the rank is larger than a matrix",
+                expected=f"at most {least}, for {name} {list(checkpoint.shape(name))}",
+                found=f"rank {settings.lora.rank}",
+            )
 
 
-def _cross_entropy(norm: nn.Module, head: nn.Module, h: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    logits = head(norm(h)).float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+def _names(targets: Any) -> tuple[str, ...]:
+    return () if targets == "all-linear" else tuple(targets)
 
 
-def _distillation(norm: nn.Module, head: nn.Module, h: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the prediction from an exit's state h against that from the last layer's, both [B, S, H]."""
-    with torch.no_grad():
-        wanted = head(norm(last)).float().softmax(-1)
-    logits = head(norm(h)).float()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
+def _linear_named(checkpoint: Checkpoint, *targets: str) -> list[str]:
+    """The matrices of the layers with these names, of all branches without any."""
+    found = [
+        name
+        for name in checkpoint.names
+        if ".layers." in name and name.endswith("_proj.weight") and ".experts." not in name
+    ]
+    return [name for name in found if not targets or name.split(".")[-2] in targets]
 
 
-def _last_skipped(tokens: int, budget: float) -> int:
-    """Index of the threshold in the ascending scores (scores `<=` it are skipped); -1 to skip nothing."""
-    return tokens - 1 - kept_count(tokens, budget)
+def load_subject(checkpoint: Checkpoint, settings: TrainSettings, *, seed: int) -> Subject:
+    """The model of a checkpoint, ready to train.
+
+    Raises:
+        UsageError, CheckpointError: it cannot be trained in this way, or transformers cannot load it.
+    """
+    check_trainable(checkpoint, settings)
+    config = checkpoint.config
+    if settings.gate is not None and config.gate is None:
+        config = replace(config, gate=settings.gate.config)
+    exits = settings.exits.of(config.num_layers) if settings.exits is not None else ()
+    config = replace(config, exits=exits or config.exits)
+    hf = _load(checkpoint, _weights_type(checkpoint, settings))
+    teacher = None
+    if settings.distill is not None and settings.mode == "full":
+        teacher = copy.deepcopy(hf).requires_grad_(False).eval()
+    adapted = _divided(hf, settings, seed)
+    if config.gate is not None:
+        _gated(hf, config, settings, seed)
+        if checkpoint.config.gate is not None:
+            parameters = dict(hf.named_parameters())
+            with torch.no_grad():
+                for name in filter(is_gate, checkpoint.names):
+                    parameters[name].copy_(checkpoint.tensor(name))
+    return Subject(hf, config, adapted, teacher)
 
 
-def _window_mask(length: int, window: int | None) -> torch.Tensor | None:
-    """An additive mask [1, 1, S, S]; None for plain causal attention."""
-    if window is None or window >= length:
+def new_subject(shape: ModelShape, settings: TrainSettings, *, seed: int) -> Subject:
+    """A new Llama model with random weights."""
+    torch.manual_seed(seed)
+    hf_config = new_config(shape)
+    with quiet_transformers():
+        hf = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32, attn_implementation="sdpa")
+    hf.model.embed_tokens.padding_idx = None  # end-of-text pads too, and is trained like any other token
+    config = ModelConfig.from_hf(hf_config)
+    if settings.gate is not None:
+        config = replace(config, gate=settings.gate.config)
+        _gated(hf, config, settings, seed)
+    if settings.exits is not None:
+        config = replace(config, exits=settings.exits.of(config.num_layers))
+    return Subject(hf, config)
+
+
+def new_config(shape: ModelShape) -> LlamaConfig:
+    """transformers' configuration of a new model."""
+    hf = LlamaConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=shape.max_positions,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=shape.tied_head,
+        bos_token_id=END_OF_TEXT_ID,
+        eos_token_id=END_OF_TEXT_ID,
+        pad_token_id=END_OF_TEXT_ID,
+    )
+    hf.architectures = ["LlamaForCausalLM"]
+    return hf
+
+
+def section_of(config: ModelConfig) -> dict[str, Any]:
+    """The section `gsx` of a result (docs/design.md, section 5)."""
+    found: dict[str, Any] = {}
+    if config.gate is not None:
+        found |= {"method": "gateskip", "gate": config.gate.to_dict()}
+    if config.exits:
+        found["exits"] = list(config.exits)
+    return found
+
+
+def _load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    # Only eager attention knows a cap on scores.
+    attention = "eager" if checkpoint.config.scales.attention_cap is not None else "sdpa"
+    with quiet_transformers():
+        try:
+            return AutoModelForCausalLM.from_pretrained(
+                checkpoint.directory,
+                dtype=dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # many types, all about this directory
+            raise CheckpointError(f"{checkpoint.source}: transformers cannot load it", found=one_line(error)) from error
+
+
+def _weights_type(checkpoint: Checkpoint, settings: TrainSettings) -> torch.dtype:
+    """What is trained is float32; what is frozen stays as narrow as it is stored, where products are in bfloat16."""
+    if settings.mode == "full" or not settings.trainer.get("bf16"):
+        return torch.float32
+    types = {checkpoint.stored_type(name) for name in checkpoint.names if not is_gate(name)}
+    return _FROZEN_TYPES.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
+
+
+def _divided(hf: Any, settings: TrainSettings, seed: int) -> Any:
+    """Freeze what the mode does not train. Returns: PEFT's model around hf; None without adapters."""
+    if settings.mode == "full":
         return None
-    place = torch.arange(length)
-    distance = place[:, None] - place[None, :]
-    seen = (distance >= 0) & (distance < window)
-    return torch.zeros(length, length).masked_fill(~seen, float("-inf"))[None, None]
+    hf.requires_grad_(False)
+    return _with_adapters(hf, settings.lora, seed) if settings.mode == "lora" else None
 
 
-def _is_tied_head(name: str, config: ModelConfig) -> bool:
-    return config.tied_head and name == "lm_head.weight"
+def _all_linear(hf: Any) -> list[str]:
+    """The names of the branches' linear layers, without those of experts, which PEFT would adapt as parameters."""
+    found = [
+        name.split(".")
+        for name, module in hf.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name and name.endswith("_proj")
+    ]
+    # Where a name means different things, with that of the module around it.
+    routed = any("expert" in part for name, _ in hf.named_modules() for part in name.split("."))
+    return sorted({".".join(name[-2:]) if routed else name[-1] for name in found})
 
 
-def _gate_key(branch: Branch, layer: int) -> str:
-    return f"{branch}_{layer}"
+def _gated(hf: Any, config: ModelConfig, settings: TrainSettings, seed: int) -> None:
+    """Add the gates: after the adapters, which would take them for layers of the model."""
+    gate = settings.gate
+    assert config.gate is not None
+    add_gates(hf, config.gate, bias=gate.bias if gate else 0.0, std=gate.std if gate else 0.0, seed=seed)
 
 
-def _gate_prefix(key: str) -> str:
-    branch, layer = key.split("_")
-    return f"model.layers.{layer}.{branch}_gate"
+def _with_adapters(hf: Any, lora: LoraSettings, seed: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or 2 * lora.rank,
+        target_modules=_all_linear(hf) if lora.targets == "all-linear" else list(lora.targets),
+        lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        task_type="CAUSAL_LM",
+    )
+    with quiet_transformers():
+        return get_peft_model(hf, config)

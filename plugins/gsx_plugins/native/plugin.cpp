@@ -72,12 +72,14 @@ private:
     int64_t mSizes[kLetters];
 };
 
-// Check the known sizes against each other; unknown ones are negative. `sizeAt(input, axis)` returns a size.
-template <typename SizeAt>
-bool sizesFit(Op const& op, SizeAt sizeAt) noexcept {
+// Check the known sizes against each other; unknown ones are negative. `rankOf(input)` returns the number of dimensions,
+// `sizeAt(input, axis)` a size.
+template <typename RankOf, typename SizeAt>
+bool sizesFit(Op const& op, RankOf rankOf, SizeAt sizeAt) noexcept {
     Sizes sizes;
     for (int32_t input = 0; input < op.inputs; ++input) {
         Tensor const& tensor = op.tensors[input];
+        if (rankOf(input) == 0) continue;
         for (int32_t axis = 0; tensor.shape[axis] != '\0'; ++axis) {
             int64_t const found = sizeAt(input, axis);
             if (found < 0) continue;
@@ -104,7 +106,7 @@ bool sizesFit(Op const& op, SizeAt sizeAt) noexcept {
 
 bool ranksFit(Op const& op, int32_t input, int32_t found) noexcept {
     auto const expected = static_cast<int32_t>(std::strlen(op.tensors[input].shape));
-    if (found == expected) return true;
+    if (found == expected || (found == 0 && op.tensors[input].orNumber)) return true;
     logError("%s: input %s has %d dimensions, expected %d", op.name, op.tensors[input].name, found, expected);
     return false;
 }
@@ -170,11 +172,12 @@ public:
         for (int32_t input = 0; input < nbInputs; ++input) {
             if (!ranksFit(mOp, input, inputs[input].nbDims)) return kFailed;
         }
+        auto const rank = [&](int32_t input) { return inputs[input].nbDims; };
         auto const constant = [&](int32_t input, int32_t axis) {
             IDimensionExpr const* size = inputs[input].d[axis];
             return size->isConstant() ? size->getConstantValue() : Sizes::kUnknown;
         };
-        if (!sizesFit(mOp, constant)) return kFailed;
+        if (!sizesFit(mOp, rank, constant)) return kFailed;
         IDimensionExpr const* kept = nullptr;  // the number of kept rows, if it depends on the data
         for (int32_t output = 0; output < nbOutputs; ++output) {
             char const* shape = mOp.tensors[nbInputs + output].shape;
@@ -209,8 +212,9 @@ public:
         for (int32_t input = 0; input < nbInputs; ++input) {
             if (!ranksFit(mOp, input, inputs[input].desc.dims.nbDims)) return kFailed;
         }
+        auto const rank = [&](int32_t input) { return inputs[input].desc.dims.nbDims; };
         auto const size = [&](int32_t input, int32_t axis) { return inputs[input].desc.dims.d[axis]; };
-        return sizesFit(mOp, size) ? 0 : kFailed;
+        return sizesFit(mOp, rank, size) ? 0 : kFailed;
     }
 
     size_t getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t, DynamicPluginTensorDesc const*,
@@ -227,8 +231,9 @@ public:
         for (int32_t input = 0; input < nbInputs; ++input) {
             if (!ranksFit(mOp, input, inputs[input].dims.nbDims)) return kFailed;
         }
+        auto const rank = [&](int32_t input) { return inputs[input].dims.nbDims; };
         auto const size = [&](int32_t input, int32_t axis) { return inputs[input].dims.d[axis]; };
-        return sizesFit(mOp, size) ? 0 : kFailed;
+        return sizesFit(mOp, rank, size) ? 0 : kFailed;
     }
 
     int32_t enqueue(PluginTensorDesc const* inputDesc, PluginTensorDesc const*, void const* const* inputs,

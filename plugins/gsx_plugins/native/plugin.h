@@ -27,6 +27,7 @@ struct Tensor {
     char const* name;
     Element element;
     char const* shape;
+    bool orNumber = false;  // a single number may take its place
 };
 
 // What TensorRT passes to an op to run it.

@@ -31,17 +31,17 @@ struct Operands {
     const T* residual;  // of kAdd
     const T* gate;      // of kAdd
     int64_t gateStride, gateStep;  // from row to row, from column to column
+    int thresholdStep;  // 0: one for all rows
     int rows, inner, width;
     T* out;
 };
 
 // Bit n: row n is kept.
 template <int ROWS>
-__device__ unsigned keptRows(const float* score, const float* threshold, int rows) {
-    const float limit = *threshold;
+__device__ unsigned keptRows(const float* score, const float* threshold, int thresholdStep, int rows) {
     unsigned kept = 0;
 #pragma unroll
-    for (int row = 0; row < ROWS; ++row) kept |= static_cast<unsigned>(row < rows && score[row] > limit) << row;
+    for (int row = 0; row < ROWS; ++row) kept |= static_cast<unsigned>(row < rows && score[row] > threshold[row * thresholdStep]) << row;
     return kept;
 }
 
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) skipProduct(Operands<T> of) {
     constexpr int kSteps = ROWS > 4 ? 4 : 8;
     __shared__ float partial[kSlices][kColumns];
 
-    const unsigned kept = keptRows<ROWS>(of.score, of.threshold, of.rows);
+    const unsigned kept = keptRows<ROWS>(of.score, of.threshold, of.thresholdStep, of.rows);
     if (KIND == Kind::kGateUp && kept == 0) return;
     const int lane = static_cast<int>(threadIdx.x) % LANES;
     const int slice = static_cast<int>(threadIdx.x) / LANES;
@@ -188,7 +188,7 @@ struct Given {
     const float* threshold;
     const void* weight;
     const void* second;
-    int64_t rows, inner, width, gateWidth;
+    int64_t thresholds, rows, inner, width, gateWidth;
     void* out;
 };
 
@@ -198,7 +198,7 @@ gsx_status run(const Given& given, cudaStream_t stream) {
     return skipProductOf<T, KIND>(
         {static_cast<const T*>(given.x), given.score, given.threshold, static_cast<const T*>(given.weight),
          static_cast<const T*>(given.second), static_cast<const T*>(given.residual), static_cast<const T*>(given.gate),
-         scalar ? 1 : given.gateWidth, scalar ? 0 : 1, static_cast<int>(given.rows), static_cast<int>(given.inner),
+         scalar ? 1 : given.gateWidth, scalar ? 0 : 1, given.thresholds == 1 ? 0 : 1, static_cast<int>(given.rows), static_cast<int>(given.inner),
          static_cast<int>(given.width), static_cast<T*>(given.out)},
         stream);
 }
@@ -206,14 +206,14 @@ gsx_status run(const Given& given, cudaStream_t stream) {
 template <Kind KIND>
 gsx_status run(const Given& given, gsx_type type, cudaStream_t stream) {
     if (const gsx_status bad = firstFailure({checkRow(given.inner, type), checkRow(given.width, type)})) return bad;
-    if (given.rows < 0) return GSX_BAD_SIZE;
+    if (given.rows < 0 || (given.thresholds != 1 && given.thresholds != given.rows)) return GSX_BAD_SIZE;
     if (given.rows > GSX_MOST_SKIP_ROWS) return GSX_TOO_LARGE;
     const auto bytes = static_cast<size_t>(elementBytes(type));
     const bool adds = KIND == Kind::kAdd;
     const gsx_status refused = firstFailure({
         checkBuffer(given.x, given.rows, bytes),
         checkBuffer(given.score, given.rows, sizeof(float)),
-        checkBuffer(given.threshold, 1, sizeof(float)),
+        checkBuffer(given.threshold, given.thresholds, sizeof(float)),
         checkBuffer(given.weight, 1, bytes),
         checkBuffer(given.second, KIND == Kind::kGateUp ? 1 : 0, bytes),
         checkBuffer(given.residual, adds ? given.rows : 0, bytes),
@@ -233,24 +233,29 @@ gsx_status run(const Given& given, gsx_type type, cudaStream_t stream) {
 }  // namespace
 }  // namespace gsx
 
-gsx_status gsx_skip_linear(const void* x, const float* score, const float* threshold, const void* weight, int64_t rows,
-                           int64_t inner, int64_t width, gsx_type type, void* out, cudaStream_t stream) {
+gsx_status gsx_skip_linear(const void* x, const float* score, const float* threshold, const void* weight,
+                           int64_t thresholds, int64_t rows, int64_t inner, int64_t width, gsx_type type, void* out,
+                           cudaStream_t stream) {
     using namespace gsx;
-    return run<Kind::kLinear>({nullptr, x, nullptr, score, threshold, weight, nullptr, rows, inner, width, 1, out}, type,
-                              stream);
+    return run<Kind::kLinear>(
+        {nullptr, x, nullptr, score, threshold, weight, nullptr, thresholds, rows, inner, width, 1, out}, type, stream);
 }
 
 gsx_status gsx_skip_gate_up(const void* x, const float* score, const float* threshold, const void* gate, const void* up,
-                            int64_t rows, int64_t inner, int64_t width, gsx_type type, void* out, cudaStream_t stream) {
+                            int64_t thresholds, int64_t rows, int64_t inner, int64_t width, gsx_type type, void* out,
+                            cudaStream_t stream) {
     using namespace gsx;
-    return run<Kind::kGateUp>({nullptr, x, nullptr, score, threshold, gate, up, rows, inner, width, 1, out}, type, stream);
+    return run<Kind::kGateUp>({nullptr, x, nullptr, score, threshold, gate, up, thresholds, rows, inner, width, 1, out},
+                              type, stream);
 }
 
 gsx_status gsx_skip_linear_add(const void* residual, const void* x, const void* gate, const float* score,
-                               const float* threshold, const void* weight, int64_t rows, int64_t inner, int64_t width,
-                               int64_t gate_width, gsx_type type, void* out, cudaStream_t stream) {
+                               const float* threshold, const void* weight, int64_t thresholds, int64_t rows,
+                               int64_t inner, int64_t width, int64_t gate_width, gsx_type type, void* out,
+                               cudaStream_t stream) {
     using namespace gsx;
     if (gate_width != 1 && gate_width != width) return GSX_BAD_SIZE;
-    return run<Kind::kAdd>({residual, x, gate, score, threshold, weight, nullptr, rows, inner, width, gate_width, out},
-                           type, stream);
+    return run<Kind::kAdd>(
+        {residual, x, gate, score, threshold, weight, nullptr, thresholds, rows, inner, width, gate_width, out}, type,
+        stream);
 }

@@ -22,19 +22,24 @@ int64_t tilesOf(int64_t tokens) { return (tokens + kTile - 1) / kTile; }
 constexpr size_t kWordsAt = 16;
 
 template <int THREADS, int ITEMS>
-__device__ Choice chooseAbove(const float* score, const float* threshold, int64_t first, int64_t tokens) {
-    float scores[ITEMS];
+__device__ Choice chooseAbove(const float* score, const float* threshold, bool each, int64_t first, int64_t tokens) {
+    float scores[ITEMS], limits[ITEMS];
     loadScores<ITEMS>(score, first, tokens, -INFINITY, scores);  // -inf is not above any threshold
-    const float limit = *threshold;
+    if (each) {
+        loadScores<ITEMS>(threshold, first, tokens, INFINITY, limits);
+    } else {
+        for (float& limit : limits) limit = *threshold;
+    }
     Choice choice{0, 0};
-    for (int item = 0; item < ITEMS; ++item) choice.sure |= static_cast<uint32_t>(scores[item] > limit) << item;
+    for (int item = 0; item < ITEMS; ++item) choice.sure |= static_cast<uint32_t>(scores[item] > limits[item]) << item;
     return choice;
 }
 
 template <int THREADS, int ITEMS>
 __global__ void __launch_bounds__(THREADS)
-    selectInOneBlock(const float* score, const float* threshold, int64_t tokens, int64_t* index, int64_t* count) {
-    const Choice choice = chooseAbove<THREADS, ITEMS>(score, threshold, int64_t{threadIdx.x} * ITEMS, tokens);
+    selectInOneBlock(const float* score, const float* threshold, bool each, int64_t tokens, int64_t* index,
+                     int64_t* count) {
+    const Choice choice = chooseAbove<THREADS, ITEMS>(score, threshold, each, int64_t{threadIdx.x} * ITEMS, tokens);
     uint32_t total = 0;
     const uint32_t before = exclusiveSum<THREADS>(packed(choice), total);
     writeKept<THREADS, ITEMS>(choice, unpacked(before), unpacked(total), {0, 0}, 0, 0, index);
@@ -42,12 +47,12 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 __global__ void __launch_bounds__(kTileThreads)
-    selectInTiles(const float* score, const float* threshold, int64_t tokens, TileState state, int64_t* index,
-                  int64_t* count) {
+    selectInTiles(const float* score, const float* threshold, bool each, int64_t tokens, TileState state,
+                  int64_t* index, int64_t* count) {
     const uint32_t tile = drawTile(state);
     const int64_t firstToken = tile * kTile;
     const int64_t first = firstToken + int64_t{threadIdx.x} * kTileItems;
-    const Choice choice = chooseAbove<kTileThreads, kTileItems>(score, threshold, first, tokens);
+    const Choice choice = chooseAbove<kTileThreads, kTileItems>(score, threshold, each, first, tokens);
     uint32_t word = 0;
     const Counts before = unpacked(exclusiveSum<kTileThreads>(packed(choice), word));
     const Counts total = unpacked(word);
@@ -64,22 +69,25 @@ size_t gsx_threshold_select_workspace(int64_t tokens) {
     return tokens <= kOneBlock ? 0 : kWordsAt + static_cast<size_t>(tilesOf(tokens)) * sizeof(unsigned long long);
 }
 
-gsx_status gsx_threshold_select(const float* score, const float* threshold, int64_t tokens, int64_t* index,
-                                int64_t* count, void* workspace, size_t workspace_bytes, cudaStream_t stream) {
+gsx_status gsx_threshold_select(const float* score, const float* threshold, int64_t thresholds, int64_t tokens,
+                                int64_t* index, int64_t* count, void* workspace, size_t workspace_bytes,
+                                cudaStream_t stream) {
     using namespace gsx;
     const gsx_status refused = firstFailure({
         checkTokens(tokens),
         checkBuffer(score, tokens, sizeof(float)),
-        checkBuffer(threshold, 1, sizeof(float)),
+        thresholds == 1 || thresholds == tokens ? GSX_OK : GSX_BAD_SIZE,
+        checkBuffer(threshold, thresholds, sizeof(float)),
         checkBuffer(index, tokens, sizeof(int64_t)),
         checkBuffer(count, 1, sizeof(int64_t)),
     });
     if (refused != GSX_OK) return refused;
+    const bool each = thresholds != 1;
     if (tokens <= kFewTokens) {
-        return launch(selectInOneBlock<128, 4>, 1, 128, stream, score, threshold, tokens, index, count);
+        return launch(selectInOneBlock<128, 4>, 1, 128, stream, score, threshold, each, tokens, index, count);
     }
     if (tokens <= kOneBlock) {
-        return launch(selectInOneBlock<1024, 8>, 1, 1024, stream, score, threshold, tokens, index, count);
+        return launch(selectInOneBlock<1024, 8>, 1, 1024, stream, score, threshold, each, tokens, index, count);
     }
     const size_t needed = gsx_threshold_select_workspace(tokens);
     if (const gsx_status bad = checkWorkspace(workspace, workspace_bytes, needed)) return bad;
@@ -87,5 +95,6 @@ gsx_status gsx_threshold_select(const float* score, const float* threshold, int6
     const TileState state{static_cast<uint32_t*>(workspace),
                           reinterpret_cast<unsigned long long*>(static_cast<char*>(workspace) + kWordsAt)};
     const auto tiles = static_cast<unsigned>(tilesOf(tokens));
-    return launch(selectInTiles, tiles, kTileThreads, stream, score, threshold, tokens, state, index, count);
+    return launch(selectInTiles, tiles, kTileThreads, stream, score, threshold, each, tokens, state, index,
+                  count);
 }

@@ -18,5 +18,5 @@ THRESHOLD_GATHER = OnnxOp(
         rows = Gather <axis = 0> (x, index)
         count = Size (index)
     """,
-    doc="rows of x whose score exceeds the threshold, in token order",
+    doc="rows of x whose score exceeds their threshold, in token order",
 )

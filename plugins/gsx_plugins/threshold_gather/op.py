@@ -10,14 +10,14 @@ from torch import Tensor
 
 @torch.library.custom_op("gsx::threshold_gather", mutates_args=())
 def threshold_gather(x: Tensor, score: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of x whose score exceeds the threshold, in token order.
+    """Rows of x whose score exceeds their threshold, in token order.
 
     A NaN score is not kept. The rule is that of docs/design.md, section 3, GateSkip `threshold`.
 
     Args:
         x: [N, H], where N is batch x sequence tokens.
         score: [N] float32.
-        threshold: [] float32, in the unit of score.
+        threshold: [] float32 for all rows, or [N] with one for each, in the unit of score.
     Returns: rows [K, H] of x's type; index [K] int64, ascending; count [] int64, equal to K. K may be 0.
     """
     index = torch.nonzero(score > threshold).reshape(-1)

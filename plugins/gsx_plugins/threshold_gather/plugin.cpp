@@ -12,11 +12,12 @@ enum Output { kRows, kIndex, kCount };
 
 gsx_status run(Call const& call) {
     int64_t const tokens = call.size(kX, 0);
+    int64_t const thresholds = call.shapes[kThreshold].dims.nbDims == 0 ? 1 : tokens;
     auto* index = static_cast<int64_t*>(call.outputs[kIndex]);
     auto* count = static_cast<int64_t*>(call.outputs[kCount]);
     gsx_status const failed = gsx_threshold_select(
-        static_cast<float const*>(call.inputs[kScore]), static_cast<float const*>(call.inputs[kThreshold]), tokens,
-        index, count, call.workspace, gsx_threshold_select_workspace(tokens), call.stream);
+        static_cast<float const*>(call.inputs[kScore]), static_cast<float const*>(call.inputs[kThreshold]),
+        thresholds, tokens, index, count, call.workspace, gsx_threshold_select_workspace(tokens), call.stream);
     if (failed != GSX_OK) return failed;
     return gsx_gather_rows(call.inputs[kX], tokens, call.size(kX, 1), rowType(call.shapes[kX].type), index, count,
                            tokens, call.outputs[kRows], call.stream);
@@ -31,7 +32,7 @@ Op const kThresholdGather{
     {
         {"x", Element::kRow, "NH"},
         {"score", Element::kScore, "N"},
-        {"threshold", Element::kScore, ""},
+        {"threshold", Element::kScore, "N", true},
         {"rows", Element::kRow, "KH"},
         {"index", Element::kPlace, "K"},
         {"count", Element::kPlace, ""},

@@ -72,6 +72,8 @@ struct RuntimeInput {
     std::optional<double> most;
     // The default of `layer_mask`: 1 for a branch that runs.
     Thresholds defaultMask;
+    // Whether it has a value for each sequence. Thresholds in bundles of 0.1.0 have one for all.
+    bool bySequence = false;
 };
 
 // The policy: a keep rule, which decides which tokens run which branch, with its parameters.

@@ -146,7 +146,8 @@ def _scores_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int)
 
 
 def _bounds_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int) -> _Together | None:
-    """Compute the bounds of all branches at once, if each is a part of one table; forced tokens are put into them.
+    """Compute the bounds of all branches at once, if each is a part of one table [L, 2, N] or [L, N]; forced tokens are
+    put into them.
 
     Where(forced, forced score, score) > threshold is score > Where(forced, -inf or inf, threshold): minus infinity
     where the forced score is above the threshold. Both are the same for scores above minus infinity, and scores that
@@ -159,8 +160,8 @@ def _bounds_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int)
     scorers = [graph.expect_producer(choice.input[1]) for choice in choices]
     forced = {tuple(node.input[:2]) if node.op_type == "Where" else () for node in scorers}
     puts_in = len(forced) == 1 and () not in forced
-    rows = graph.add_constant(f"{_TOGETHER}.shape", np.array([-1, 1] if puts_in else [-1]))
     by_layer = len(BRANCHES) if axes == _BY_LAYER else 1
+    rows = graph.add_constant(f"{_TOGETHER}.shape", np.array([depth * len(BRANCHES) // by_layer, -1]))
     places = [_place(graph, choice) // by_layer for choice in choices]
     graph.add_constant(f"{_TOGETHER}.places", np.array(places))
     flat, own = f"{_TOGETHER}.thresholds", f"{_TOGETHER}.own"
@@ -170,19 +171,18 @@ def _bounds_at_once(graph: Graph, choices: Sequence[onnx.NodeProto], depth: int)
     ]
     if puts_in:
         force, score = next(iter(forced))
-        over, always, bounds, row = (f"{_TOGETHER}.{name}" for name in ("over", "always", "bounds", "row"))
+        over, always, bounds = (f"{_TOGETHER}.{name}" for name in ("over", "always", "bounds"))
         below = graph.add_constant(f"{_TOGETHER}.below", np.array(-np.inf, np.float32))
         above = graph.add_constant(f"{_TOGETHER}.above", np.array(np.inf, np.float32))
-        line = graph.add_constant(f"{_TOGETHER}.line", np.array([-1]))
         nodes += [
             make_node("Greater", [score, own], over),
             make_node("Where", [over, below, above], always),
             make_node("Where", [force, always, own], bounds),
-            make_node("Reshape", [bounds, line], row),
         ]
-        own = row
+        own = bounds
+    line, row = graph.add_constant(f"{_TOGETHER}.line", np.array([-1])), f"{_TOGETHER}.row"
     names = [f"{_TOGETHER}.bound.{choice.output[1]}" for choice in choices]
-    nodes.append(_split(own, names))
+    nodes += [make_node("Reshape", [own, line], row), _split(row, names)]
     scores = [node.input[2] if puts_in else choice.input[1] for node, choice in zip(scorers, choices, strict=True)]
     compared = zip(scores, names, strict=True)
     return _Together(nodes, {choice.output[1]: pair for choice, pair in zip(choices, compared, strict=True)})

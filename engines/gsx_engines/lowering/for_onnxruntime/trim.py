@@ -113,9 +113,10 @@ def spread_columns(graph: Graph) -> int:
 
     def spread(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         weight = graph.constants.get(node.input[1]) if node.op_type == "MatMul" else None
-        if weight is None or list(weight.dims[1:]) != [1]:
+        if weight is None or list(weight.dims[-1:]) != [1]:
             return None
-        weight.dims.insert(0, 1)
+        if len(weight.dims) == 2:  # a looped model's gate is read after each loop
+            weight.dims.insert(0, 1)
         out, spread_out = node.output[0], f"{node.output[0]}.apart"
         node.output[0] = spread_out
         return [node, make_node("Reshape", [spread_out, column], out)]

@@ -82,21 +82,19 @@ def _counted_at_once(graph: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto]
         if made is None or made.op_type != "Greater":
             return None
         decisions.append(_Decision(*made.input))
-    first, flat, last = (
-        graph.add_constant(f"lowered.{name}", [at]) for name, at in (("first", 0), ("flat", -1), ("axis_1", 1))
-    )
+    first, last = graph.add_constant("lowered.first", [0]), graph.add_constant("lowered.axis_1", [1])
+    by_row = graph.add_constant("lowered.by_row", [1, -1])
     nodes, scores, bounds = [], [], []
     for number, one in enumerate(decisions):
         scores.append(f"lowered.score.{number}")
         bounds.append(f"lowered.bound.{number}")
         nodes.append(make_node("Unsqueeze", [one.score, first], scores[-1]))
-        nodes.append(make_node("Reshape", [one.bound, flat], bounds[-1]))
+        nodes.append(make_node("Reshape", [one.bound, by_row], bounds[-1]))  # one for all rows, or one for each
     return [
         *nodes,
         make_node("Concat", scores, "lowered.scores", axis=0),
         make_node("Concat", bounds, "lowered.bounds", axis=0),
-        make_node("Unsqueeze", ["lowered.bounds", last], "lowered.bounds_by_branch"),
-        make_node("Greater", ["lowered.scores", "lowered.bounds_by_branch"], "lowered.keeps"),
+        make_node("Greater", ["lowered.scores", "lowered.bounds"], "lowered.keeps"),
         make_node("Cast", ["lowered.keeps"], "lowered.keep_flags", to=TensorProto.INT64),
         make_node("ReduceSum", ["lowered.keep_flags", last], KEPT, keepdims=0),
     ]

@@ -40,6 +40,7 @@ GRIDS: dict[Measure, tuple[float, ...]] = {
     # Tokens that may exit and tokens that may not had equal weight in training, however rare the latter are, so most
     # probabilities are high.
     "classifier": (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.925, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.2, 0.0),
+    "gate": (0.99, 0.975, 0.95, 0.925, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0),
     "state": (0.9999, 0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.96, 0.95, 0.9, 0.8, 0.7, 0.5, 0.0, -1.0),
 }
 
@@ -122,4 +123,4 @@ def calibrate_exits(
 
 
 def _controls(threshold: float) -> RuntimeValues:
-    return {"exit_threshold": np.array(threshold, np.float32), "full_until": np.zeros(1, np.int64)}
+    return {"exit_threshold": np.array([threshold], np.float32), "full_until": np.zeros(1, np.int64)}

@@ -261,6 +261,13 @@ def _guaranteed(
 
 def _exits(given: tuple[int, ...] | None, config: ModelConfig, measure: Measure) -> tuple[int, ...]:
     """The exits: those given, or the checkpoint's, below the model's depth."""
+    if measure == "gate" and not config.loop_gate:
+        raise UsageError(
+            "--policy calm:gate needs a looped model with an exit gate",
+            expected="an Ouro checkpoint",
+            found=config.family,
+            todo="use another measure: softmax, state",
+        )
     inside = range(1, config.num_layers)
     trained = config.exit_classifiers
     if given is None and measure == "classifier" and trained:
@@ -312,8 +319,9 @@ def _traced(recorded: Recorded) -> Calm:
 def _reference(policy: Policy, selection: Selection | None, controls: RuntimeValues) -> ReferenceRule:
     found = policy.confidence
     assert found is not None
-    threshold = float(controls["exit_threshold"])
-    return Confident(policy.exits, found.measure, threshold, controls["full_until"], found.decay, found.decay_tokens)
+    return Confident(
+        policy.exits, found.measure, controls["exit_threshold"], controls["full_until"], found.decay, found.decay_tokens
+    )
 
 
 def _settings(manifest: Manifest, asked: Sequence[float] | None, notes: list[str]) -> list[Setting]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from gsx_engines.bundle.confidence import Measure
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.checkpoint.tensors import EXIT_CLASSIFIER
+from gsx_exporter.checkpoint.tensors import EXIT_CLASSIFIER, LOOP_GATE
 from gsx_exporter.reference.parts import linear
 from gsx_exporter.reference.rule import BranchInput, Decision, KeepsOrDrops, MaskCall, Masker, certain
 
@@ -21,8 +21,8 @@ class Confident:
 
     Args:
         exits: depths, ascending.
-        measure: `softmax`, `state` or `classifier`.
-        threshold: lambda; with infinity nothing exits.
+        measure: `softmax`, `state`, `classifier` or `gate`.
+        threshold: lambda, or [B] float32 with one for each sequence; with infinity nothing exits.
         full_until: [B or 1] int64: tokens at a position below it never exit; the token at that position is number 0.
         decay: tau in 0.9 lambda + 0.1 lambda exp(-tau t / N), where t is the token's number; 0 for no decay.
         decay_tokens: N.
@@ -30,7 +30,7 @@ class Confident:
 
     exits: tuple[int, ...]
     measure: Measure
-    threshold: float
+    threshold: float | np.ndarray
     full_until: np.ndarray
     decay: float
     decay_tokens: int
@@ -41,7 +41,9 @@ class Confident:
         share = torch.ones_like(number)
         if self.decay:
             share = 0.9 + 0.1 * torch.exp(-self.decay * number.clamp(min=0) / self.decay_tokens)
-        threshold = torch.where(number < 0, torch.inf, self.threshold * share)
+        threshold = torch.where(
+            number < 0, torch.inf, torch.as_tensor(self.threshold, dtype=torch.float64).reshape(-1, 1) * share
+        )
         return _Exiting(self, call, threshold)
 
 
@@ -79,6 +81,10 @@ class _Exiting(KeepsOrDrops):
     def _measured(self, depth: int, state: torch.Tensor) -> torch.Tensor:
         if self.rule.measure == "classifier":
             return self.call.parts(load_classifiers)[depth](state.float())[..., 0].sigmoid().double()
+        if self.rule.measure == "gate":
+            norm, gate = self.call.parts(load_loop_gate)
+            leaving = gate(norm(state.float()))[..., 0].sigmoid().double()
+            return 1 - (1 - self.confidence.clamp(min=0)) * (1 - leaving)
         if self.rule.measure == "state":
             assert self._entering is not None
             return torch.nn.functional.cosine_similarity(state, self._entering, dim=-1).double()
@@ -95,3 +101,11 @@ def load_classifiers(checkpoint: Checkpoint) -> dict[int, nn.Linear]:
         depth: linear(checkpoint, f"model.layers.{depth - 1}.{EXIT_CLASSIFIER}")
         for depth in checkpoint.config.exit_classifiers
     }
+
+
+def load_loop_gate(checkpoint: Checkpoint) -> tuple[nn.Module, nn.Linear]:
+    """The norm behind each loop, and the exit gate: states [B, S, H] float32 -> logits [B, S, 1]."""
+    weight = checkpoint.tensor("model.norm.weight").float()
+    norm = nn.RMSNorm(len(weight), eps=checkpoint.config.rms_norm_eps)
+    norm.weight = nn.Parameter(weight, requires_grad=False)
+    return norm, linear(checkpoint, f"model.{LOOP_GATE}")

@@ -19,6 +19,7 @@ from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.ends import Exit
 from gsx_exporter.decoder.modules import Linear
+from gsx_exporter.decoder.norm import norm_of
 from gsx_exporter.decoder.rule import BranchInput, BranchScore, LooksAtExits, Tokens, TracedRule, Value, Values
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.threshold_gather.op import threshold_gather
@@ -37,7 +38,8 @@ class Calm(TracedRule, LooksAtExits):
         exits: numbers of layers after which tokens may exit, below the model's depth.
         measure: `softmax`, the difference in probability of the two most likely next tokens, by the model's own norm
             and head; `state`, the cosine of the states before and after the exit's layer, with which no token exits at
-            the first exit; `classifier`, the checkpoint's trained classifier after the exit's layer.
+            the first exit; `classifier`, the checkpoint's trained classifier after the exit's layer; `gate`, the
+            probability of having left that a looped model's own exit gate gives (Ouro).
         decay: tau; 0 for a constant threshold.
         decay_tokens: N, the number of tokens over which the threshold decays.
     """
@@ -53,7 +55,7 @@ class Calm(TracedRule, LooksAtExits):
 
     @property
     def inputs(self) -> Mapping[str, Value]:
-        return {"exit_threshold": Value(torch.float32, ()), "full_until": Value(torch.int64, ("B",))}
+        return {"exit_threshold": Value(torch.float32, ("B",)), "full_until": Value(torch.int64, ("B",))}
 
     @property
     def call(self) -> Mapping[str, Value]:
@@ -66,7 +68,7 @@ class Calm(TracedRule, LooksAtExits):
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
         """Each token's own threshold: decayed by its number in the generation, infinite if it runs in full."""
         number = tokens.positions - inputs["full_until"].unsqueeze(1)
-        threshold = inputs["exit_threshold"].expand(number.shape)
+        threshold = inputs["exit_threshold"].unsqueeze(1).expand(number.shape)
         if self.decay:
             late = torch.exp(number.clamp(min=0).to(torch.float32) * (-self.decay / self.decay_tokens))
             threshold = threshold * ((1 - DECAYING) + DECAYING * late)
@@ -89,6 +91,8 @@ class Calm(TracedRule, LooksAtExits):
         """See `LooksAtExits`."""
         if self.measure == "softmax":
             return SoftmaxGap(config, dtype)
+        if self.measure == "gate":
+            return LoopGate(config, dtype)
         return Saturation() if self.measure == "state" else ExitClassifier(config)
 
     def exit_prefix(self, depth: int) -> str:
@@ -133,3 +137,21 @@ class ExitClassifier(nn.Module):
         """hidden [N, H], the exit state -> confidence [N, 1] float32; unchanged for tokens that have exited."""
         probability = torch.sigmoid(self.exit_classifier(hidden.to(torch.float32)))
         return (torch.where(leaves_at.unsqueeze(1) > confidence, probability, confidence),)
+
+
+class LoopGate(nn.Module):
+    """The probability of having left by this loop: Ouro's exit gate on what each loop gives (arXiv:2510.25741).
+
+    The gate gives the probability of leaving now, for those that are still there: 1 - (1 - before)(1 - now).
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.norm = norm_of(config, config.hidden_size, dtype)
+        self.early_exit_gate = Linear(config.hidden_size, 1, True, torch.float32)
+
+    def forward(self, hidden: Tensor, entering: Tensor, leaves_at: Tensor, confidence: Tensor) -> tuple[Tensor]:
+        """hidden [N, H], the loop's last state -> confidence [N, 1] float32; unchanged for tokens that have left."""
+        leaving = torch.sigmoid(self.early_exit_gate(self.norm(hidden).to(torch.float32)))
+        left = 1 - (1 - confidence.clamp(min=0)) * (1 - leaving)
+        return (torch.where(leaves_at.unsqueeze(1) > confidence, left, confidence),)

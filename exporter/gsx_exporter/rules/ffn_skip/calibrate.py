@@ -263,4 +263,4 @@ def _share(change: np.ndarray, region: FfnRegion, threshold: float) -> float:
 
 
 def _controls(table: np.ndarray) -> RuntimeValues:
-    return {"thresholds": table, "full_until": np.zeros(1, np.int64)}
+    return {"thresholds": table[None], "full_until": np.zeros(1, np.int64)}

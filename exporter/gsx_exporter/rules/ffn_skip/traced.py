@@ -28,6 +28,7 @@ from gsx_exporter.decoder.rule import (
     before,
     forced,
 )
+from gsx_exporter.rules.scores import by_token
 
 _MLP = BRANCHES.index("mlp")
 
@@ -53,7 +54,7 @@ class FfnSkip(TracedRule, WatchesBranches):
 
     @property
     def inputs(self) -> Mapping[str, Value]:
-        return {"thresholds": Value(torch.float32, ("L", 2)), "full_until": Value(torch.int64, ("B",))}
+        return {"thresholds": Value(torch.float32, ("B", "L", 2)), "full_until": Value(torch.int64, ("B",))}
 
     @property
     def whole(self) -> frozenset[str]:
@@ -63,7 +64,7 @@ class FfnSkip(TracedRule, WatchesBranches):
     def call(self) -> Mapping[str, Value]:
         """See `TracedRule`. bounds: 0, and minus infinity for cold layers; similar: the cosine from which a change is
         within the threshold; runs: the verdict of layers that no FFN decides about, infinity."""
-        own = {"bounds": Value(torch.float32, ("L",)), "similar": Value(torch.float32, ("L",))}
+        own = {"bounds": Value(torch.float32, ("L", "N")), "similar": Value(torch.float32, ("L", "N"))}
         return {**FORCED, **own, "runs": Value(torch.float32, ("N", 1))}
 
     @property
@@ -78,7 +79,7 @@ class FfnSkip(TracedRule, WatchesBranches):
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
         """Tokens below `full_until` run in full; no FFN has run yet."""
         values = forced(tokens, before(tokens.positions, inputs["full_until"]))
-        thresholds = inputs["thresholds"][:, _MLP]
+        thresholds = by_token(tokens, inputs["thresholds"][:, :, _MLP])
         bounds = torch.where(thresholds > -torch.inf, torch.tensor(0.0), torch.tensor(-torch.inf))
         runs = torch.full_like(values["forced_score"], torch.inf).unsqueeze(1)
         first = {name: runs.clone() for name in self._queue}
@@ -92,7 +93,7 @@ class FfnSkip(TracedRule, WatchesBranches):
         """The queues move on; those of rows that ran are filled with the new verdict."""
         was, now = (state.index_select(0, index).to(torch.float32) for state in (before, after))
         cosine = _dot(was, now) / (_dot(was, was) * _dot(now, now)).sqrt()
-        found = values["similar"] - cosine
+        found = values["similar"].index_select(0, index).unsqueeze(1) - cosine
         moved = [*(values[name] for name in self._queue[1:]), values["runs"]]
         queues = zip(self._queue, moved, strict=True)
         return {name: queue.index_copy(0, index, found) for name, queue in queues}

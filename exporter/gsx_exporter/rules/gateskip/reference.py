@@ -9,9 +9,8 @@ import torch
 
 from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.selection import check_budget
-from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.reference.rule import BranchInput, Decision, MaskCall, Masker, Stateless, certain
-from gsx_exporter.reference.thresholds import check_thresholds
+from gsx_exporter.reference.thresholds import check_thresholds, thresholds_at
 from gsx_plugins.errors import UsageError
 
 
@@ -20,7 +19,8 @@ class Threshold:
     """Keep a token at a branch when its gate's score exceeds the branch's threshold.
 
     Args:
-        thresholds: [L, 2] float32, columns in the order of `BRANCHES`; -inf keeps all.
+        thresholds: [L, 2], or [B, L, 2] with a table for each sequence, float32, columns in the order of
+            `BRANCHES`; -inf keeps all.
     """
 
     thresholds: np.ndarray
@@ -30,11 +30,11 @@ class Threshold:
 
     def start(self, call: MaskCall) -> Masker:
         """See `ReferenceRule`."""
-        if len(self.thresholds) != call.layers:
+        if self.thresholds.shape[-2] != call.layers:
             raise UsageError(
                 "reference: the thresholds do not fit the model",
                 expected=f"{call.layers} rows",
-                found=str(len(self.thresholds)),
+                found=str(self.thresholds.shape[-2]),
             )
         return _ByThreshold(self.thresholds, call)
 
@@ -67,7 +67,7 @@ class _ByThreshold(Stateless):
         call = self.call
         if x.score is None:
             return Decision(call.valid, None, certain(call.valid))
-        tau = float(self.thresholds[x.layer, BRANCHES.index(x.branch)])
+        tau = thresholds_at(self.thresholds, x.layer, x.branch)
         keep = ((_ranked(x.score) > tau) | call.ended) & call.valid
         return Decision(keep, x.score, _open(torch.abs(x.score.double() - tau), call))
 

@@ -23,7 +23,7 @@ from gsx_exporter.decoder.rule import (
     apply_forced,
     forced,
 )
-from gsx_exporter.rules.scores import bound_of, call_values, selection_inputs
+from gsx_exporter.rules.scores import bound_of, by_token, call_values, selection_inputs, whole_inputs
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class GateSkip(TracedRule):
     Args:
         gate: the checkpoint's gates.
         eos_ids: end-of-text tokens, which are always kept.
-        selection: by `threshold` (run-time input `thresholds [L, 2]`) or by `rank` (`budget []`).
+        selection: by `threshold` (run-time input `thresholds [B, L, 2]`) or by `rank` (`budget []`).
     """
 
     gate: GateConfig
@@ -59,6 +59,10 @@ class GateSkip(TracedRule):
         return selection_inputs(self.selection)
 
     @property
+    def whole(self) -> frozenset[str]:
+        return whole_inputs(self.selection)
+
+    @property
     def call(self) -> Mapping[str, Value]:
         return call_values(self.selection)
 
@@ -68,6 +72,8 @@ class GateSkip(TracedRule):
         values = dict(forced(tokens, ends))
         if self.by_rank:
             values["k"] = rank_count(tokens.valid, ends, inputs["budget"])
+        else:
+            values["bounds"] = by_token(tokens, inputs["thresholds"])
         return values
 
     def score(self, x: BranchInput, values: Values) -> BranchScore:

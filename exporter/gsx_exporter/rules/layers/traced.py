@@ -15,6 +15,7 @@ import torch
 
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.decoder.rule import BranchInput, BranchScore, Tokens, TracedRule, Value, Values, before
+from gsx_exporter.rules.scores import by_token
 
 # Between a mask's 0 and 1.
 _BOUND = 0.5
@@ -43,12 +44,9 @@ class Layers(TracedRule):
 
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
         """The mask's entries are the scores; tokens below `full_until` always run, padding never."""
-        sequences, length = tokens.positions.shape
-        mask = inputs["layer_mask"].permute(1, 2, 0).unsqueeze(3)
-        # A mask with one sequence applies to all; the exported default is such a mask.
-        scores = mask.expand(mask.shape[0], mask.shape[1], sequences, length).reshape(mask.shape[0], mask.shape[1], -1)
         infinity = torch.tensor(float("inf"))
-        scores = torch.where(before(tokens.positions, inputs["full_until"]), infinity, scores)
+        full = before(tokens.positions, inputs["full_until"])
+        scores = torch.where(full, infinity, by_token(tokens, inputs["layer_mask"]))
         return {"scores": torch.where(tokens.valid, scores, -infinity)}
 
     def score(self, x: BranchInput, values: Values) -> BranchScore:

@@ -14,6 +14,7 @@ import torch
 from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.decoder.rule import BranchInput, BranchScore, Tokens, TracedRule, Value, Values
+from gsx_exporter.rules.scores import by_token
 
 # Between the scores of a visit that runs, 1, and of one that does not, 0.
 _BOUND = 0.5
@@ -43,12 +44,9 @@ class LoopCount(TracedRule):
 
     def enter(self, tokens: Tokens, inputs: Values) -> Values:
         """All decisions at once, since every node costs time in a step; padding never runs."""
-        sequences, length = tokens.positions.shape
-        visits = range(len(self.shape.visits))
-        needed = torch.tensor([self.shape.loop_of(visit) or 0 for visit in visits]).view(-1, 1, 1, 1)
-        runs = (needed < inputs["loops"].view(1, 1, -1, 1)).to(torch.float32)
-        # A number for one sequence applies to all; the exported default is such a number.
-        scores = runs.expand(len(visits), len(BRANCHES), sequences, length).reshape(len(visits), len(BRANCHES), -1)
+        needed = torch.tensor([self.shape.loop_of(visit) or 0 for visit in range(len(self.shape.visits))])
+        runs = (needed < inputs["loops"].unsqueeze(1)).to(torch.float32)
+        scores = by_token(tokens, runs.unsqueeze(2).expand(-1, -1, len(BRANCHES)))
         return {"scores": torch.where(tokens.valid, scores, -torch.tensor(float("inf")))}
 
     def score(self, x: BranchInput, values: Values) -> BranchScore:

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from gsx_engines.bundle.selection import check_budget
-from gsx_engines.bundle.words import BRANCHES, Branch
+from gsx_engines.bundle.words import Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.reference.rule import BranchInput, Decision, MaskCall, Masker, Stateless, certain
-from gsx_exporter.reference.thresholds import check_thresholds
+from gsx_exporter.reference.thresholds import check_thresholds, thresholds_at
 from gsx_exporter.router_config import NetConfig, RouterConfig
 
 _ACTIVATIONS: Mapping[str, Callable[[], nn.Module]] = {
@@ -75,7 +75,8 @@ class RoutedByThreshold:
     """A token runs a branch if its router's score is above the threshold.
 
     Args:
-        thresholds: [L, 2] float32; with one router for a layer, the first column is used.
+        thresholds: [L, 2], or [B, L, 2] with a table for each sequence, float32; with one router for a
+            layer, the first column is used.
     """
 
     thresholds: np.ndarray
@@ -90,7 +91,7 @@ class RoutedByThreshold:
         def keep(
             layer: int, branch: Branch, score: torch.Tensor, free: torch.Tensor
         ) -> tuple[torch.Tensor, torch.Tensor]:
-            tau = float(thresholds[layer, BRANCHES.index(branch)])
+            tau = thresholds_at(thresholds, layer, branch)
             return score > tau, (score.double() - tau).abs()
 
         return _Routed(call, keep)

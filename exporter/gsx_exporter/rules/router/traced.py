@@ -32,7 +32,7 @@ from gsx_exporter.decoder.rule import (
     forced,
 )
 from gsx_exporter.router_config import NetConfig, RouterConfig
-from gsx_exporter.rules.scores import bound_of, call_values, selection_inputs
+from gsx_exporter.rules.scores import bound_of, by_token, call_values, selection_inputs, whole_inputs
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.threshold_gather.op import threshold_gather
 
@@ -78,8 +78,8 @@ class Router(TracedRule, HasModules, SharesScore, ReplacesSkipped):
     Args:
         router: the checkpoint's routers.
         num_layers: of the model.
-        selection: by `threshold` (run-time input `thresholds [L, 2]`; with one router for a layer, the first column is
-            used), or by `rank`: the best tokens of the call (`budget []`), as Mixture-of-Depths is trained.
+        selection: by `threshold` (run-time input `thresholds [B, L, 2]`; with one router for a layer, the first column
+            is used), or by `rank`: the best tokens of the call (`budget []`), as Mixture-of-Depths is trained.
     """
 
     router: RouterConfig
@@ -105,6 +105,10 @@ class Router(TracedRule, HasModules, SharesScore, ReplacesSkipped):
     @property
     def inputs(self) -> Mapping[str, Value]:
         return selection_inputs(self.selection)
+
+    @property
+    def whole(self) -> frozenset[str]:
+        return whole_inputs(self.selection)
 
     @property
     def call(self) -> Mapping[str, Value]:
@@ -134,6 +138,8 @@ class Router(TracedRule, HasModules, SharesScore, ReplacesSkipped):
         values = dict(forced(tokens, first))
         if self.by_rank:
             values["k"] = capacity(tokens.valid, first, inputs["budget"])
+        else:
+            values["bounds"] = by_token(tokens, inputs["thresholds"])
         return values
 
     def score(self, x: BranchInput, values: Values) -> BranchScore:
