@@ -114,7 +114,7 @@ class Kernels:
         return out
 
     def skip_linear(self, x: Tensor, score: Tensor, threshold: Tensor, weight: Tensor) -> Tensor:
-        """x [N, I], score [N] and threshold [] or [N] float32, weight [I, O] -> x W [N, O], 0 in rows that are not kept."""
+        """x [N, I], score [N], threshold [] or [N], weight [I, O] -> x W [N, O], 0 in rows that are not kept."""
         return self._skip("gsx_skip_linear", [x, score, threshold, weight], threshold, weight)
 
     def skip_gate_up(self, x: Tensor, score: Tensor, threshold: Tensor, gate: Tensor, up: Tensor) -> Tensor:

@@ -18,15 +18,16 @@ int64_t thresholdsOf(Call const& call, int32_t threshold, int32_t rows) noexcept
 gsx_status runLinear(Call const& call) {
     enum Input { kX, kScore, kThreshold, kWeight };
     return gsx_skip_linear(call.inputs[kX], floats(call.inputs[kScore]), floats(call.inputs[kThreshold]),
-                           call.inputs[kWeight], thresholdsOf(call, kThreshold, kX), call.size(kX, 0), call.size(kX, 1), call.size(kWeight, 1),
-                           rowType(call.shapes[kX].type), call.outputs[0], call.stream);
+                           call.inputs[kWeight], thresholdsOf(call, kThreshold, kX), call.size(kX, 0), call.size(kX, 1),
+                           call.size(kWeight, 1), rowType(call.shapes[kX].type), call.outputs[0], call.stream);
 }
 
 gsx_status runGateUp(Call const& call) {
     enum Input { kX, kScore, kThreshold, kGate, kUp };
     return gsx_skip_gate_up(call.inputs[kX], floats(call.inputs[kScore]), floats(call.inputs[kThreshold]),
                             call.inputs[kGate], call.inputs[kUp], thresholdsOf(call, kThreshold, kX), call.size(kX, 0),
-                            call.size(kX, 1), call.size(kGate, 1), rowType(call.shapes[kX].type), call.outputs[0], call.stream);
+                            call.size(kX, 1), call.size(kGate, 1), rowType(call.shapes[kX].type), call.outputs[0],
+                            call.stream);
 }
 
 gsx_status runLinearAdd(Call const& call) {

@@ -118,7 +118,7 @@ ROWS = {
     ),
     "an address": Row("does not accept the memory for attention_mask", ("failing=setTensorAddress",)),
     "an address on the host": Row(
-        "does not take the memory of", ("failing=setTensorAddress",), model="rank, counted by the host"
+        "does not accept the memory for", ("failing=setTensorAddress",), model="rank, counted by the host"
     ),
     "an input more": Row("could not run the engine\n  found stand-in: unknown: has no address", plan=more),
     "no K and V": Row("found stand-in: present.0.key: has no address", record=no_present),
