@@ -108,6 +108,7 @@ def test_commands_exist(page: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_commands_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_gated: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -172,7 +172,7 @@ def test_another_budget_at_run_time(tmp_path: Path, model_of: Callable[[str], Pa
 def test_one_router_for_a_layer_has_one_threshold(tmp_path: Path, model_of: Callable[[str], Path]) -> None:
     export(model_of("d-llm"), tmp_path / "out", budget=0.6, calibration_tokens=256)
     manifest = open_bundle(tmp_path / "out").manifest
-    thresholds = controls_for(manifest, KeepSettings(budget=0.6))["thresholds"]
+    (thresholds,) = controls_for(manifest, KeepSettings(budget=0.6))["thresholds"]
     assert (thresholds[1:, 0] == thresholds[1:, 1]).all()
     assert np.isneginf(thresholds[0]).all()
 
