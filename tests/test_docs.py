@@ -24,7 +24,7 @@ from gsx.workflows.doctor import _OP_CALLS
 from gsx_engines.bundle.policy import RuntimeInput
 from gsx_exporter.config import FAMILIES
 from gsx_plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION
-from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, PLUGIN_VERSION
+from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, PLUGIN_VERSION, STEP_FOLDER, STEP_OPS
 from gsx_plugins.registry import OPS
 from tests.plugins.emulation import KERNELS
 
@@ -256,7 +256,7 @@ def test_design_shows_the_layout() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
     assert sorted(row[1].strip("`/") for row in table(text, "floor", "package")) == sorted(packages)
-    ops = {PLUGINS / folder_of(op) for op in OPS}
+    ops = {PLUGINS / folder for folder in (STEP_FOLDER, *map(folder_of, OPS))}
     folders = {
         name_of(path)
         for package in packages
@@ -299,14 +299,18 @@ def test_lists_of_ops_agree() -> None:
     header, adapter = (PLUGINS / "native" / name for name in ("plugin.h", "plugin.cpp"))
     declared = re.findall(r"^extern Op const k(\w+);", header.read_text(encoding="utf-8"), re.MULTILINE)
     text = adapter.read_text(encoding="utf-8")
-    assert set(declared) == set(PLUGIN_OPS)
-    assert set(re.findall(r"^Creator g(\w+)\(k\1\);", text, re.MULTILINE)) == set(PLUGIN_OPS)
-    assert set(re.findall(r"&gsx::g(\w+)", text)) == set(PLUGIN_OPS)
+    native = {*PLUGIN_OPS, *STEP_OPS}
+    assert set(declared) == native
+    assert set(re.findall(r"^Creator g(\w+)\(k\1\);", text, re.MULTILINE)) == native
+    assert set(re.findall(r"&gsx::g(\w+)", text)) == native
     folders = {folder_of(op) for op in PLUGIN_OPS}
     cmake = (PLUGINS / "CMakeLists.txt").read_text(encoding="utf-8")
     for name in ("kernel.cu", "plugin.cpp"):
-        assert set(re.findall(rf"^ +(\w+)/{re.escape(name)}$", cmake, re.MULTILINE)) - {"native"} == folders
-    assert {kernel.parent.name for kernel in KERNELS} - {"native"} == folders
+        assert set(re.findall(rf"^ +(\w+)/{re.escape(name)}$", cmake, re.MULTILINE)) - {"native"} == {
+            *folders,
+            STEP_FOLDER,
+        }
+    assert {kernel.parent.name for kernel in KERNELS} - {"native"} == {*folders, STEP_FOLDER}
     bound = (PLUGINS / "cuda.py").read_text(encoding="utf-8")
     assert folders <= set(re.findall(r"(\w+)\.register_kernel\(", bound))
 

@@ -57,6 +57,13 @@ def build(
             help="in-place: K/V are written in place, for gsx. growing: past in, present out, for other programs."
         ),
     ] = "in-place",
+    step: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of each sequence in a step: engines for calls of exactly this size, beside the others.",
+            show_default="engines for calls of all sizes",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Build TensorRT engines from a bundle's graphs and store them in the bundle.
@@ -72,6 +79,7 @@ def build(
         profiles=profile or (),
         plugins=plugins if plugins in ("auto", "none") else Path(plugins),
         kv_layout=kv_layout,
+        step=step,
     )
     if as_json:
         print_json({"name": name, **entry.model_dump(mode="json")})
@@ -131,10 +139,6 @@ def warnings_of(entry: EngineEntry, device: Device | None = None) -> list[str]:
             "WARNING: without the plugins, selection became a mask: the results are right, but NOTHING IS SAVED.\n"
             "  gsx plugins build makes the plugin library; then run gsx build again"
         )
-    elif {"rows", "all"} <= forms or (forms & {"plugin", "body"} and "all" in forms):
-        warnings.append(
-            "note: with more than one sequence, attention itself runs over all rows (its projections do not)"
-        )
     return warnings
 
 
@@ -173,6 +177,8 @@ def print_engines(bundle: Path, entry: EngineEntry) -> None:
     if entry.kv_layout == "in-place":
         where = "" if cuda.device() else ", on a machine with a GPU"
         console.print(f"next{where}: gsx generate {bundle} PROMPT --backend {entry.backend}")
+    elif entry.kv_layout == "step":
+        console.print("gsx generate and gsx serve take them for calls of this size, beside engines for all others")
     elif entry.backend == "tensorrt":
         console.print(f"next: gsx triton {bundle} -o REPOSITORY --backend tensorrt-plan")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +15,7 @@ from gsx.cli.policies import policy_line
 from gsx.cli.signals import loading
 
 if TYPE_CHECKING:
-    from gsx.workflows.inspect import InspectReport
+    from gsx.workflows.inspect import EnginePlan, InspectReport
     from gsx.workflows.text_facts import Context, TextFacts, Token, TokenList
 
 
@@ -27,6 +28,9 @@ def inspect(
     path: Annotated[
         str, typer.Argument(metavar="MODEL|BUNDLE", help="A model, a hub id or a bundle.", show_default=False)
     ],
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Also count what calls of a bundle's engines do: kernels, waits, copies.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a model or a bundle is: shape, gates, exits, calibrated budgets, end tokens, files.
@@ -37,7 +41,7 @@ def inspect(
     with loading():
         from gsx import inspect as look
 
-    report = look(path)
+    report = look(path, plan=plan)
     if as_json:
         print_json(report.to_dict())
     else:
@@ -86,6 +90,19 @@ def _print(report: InspectReport) -> None:
         rows = [(f"{point['budget']:g}", f"{point['kept_share']:.4f}") for point in bundle["grid"]]
         console.print(table(None, ("budget", "kept"), rows, right=0))
     console.print(table(None, ("file", "size"), [(n, size(s)) for n, s in report.files.items()], right=1))
+    for one in report.plans or ():
+        console.print(_plan(one))
+
+
+def _plan(plan: EnginePlan) -> Any:
+    """What the calls of one profile of an engine do, by layer."""
+    names = [field.name for field in fields(plan.total)]
+    head = ("layer", *(name.replace("_", " ") for name in names))
+    counts = {**plan.layers, "all": plan.total}
+    rows = [(layer, *(str(getattr(one, name)) for name in names)) for layer, one in counts.items()]
+    graph = "fits into" if plan.capturable else "does not fit into"
+    title = f"{plan.engines}, {plan.graph}, profile {plan.profile}: a call {graph} a CUDA graph"
+    return table(title, head, rows, right=1)
 
 
 def _text(text: TextFacts) -> list[tuple[str, str]]:

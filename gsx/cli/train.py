@@ -84,6 +84,9 @@ def train(
         Path | None, typer.Option(help="Where checkpoints are kept.", show_default="OUTPUT + -work")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Write the result of the newest checkpoint, without further steps.")
+    ] = False,
     overwrite: OverwriteOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be trained, and how long it takes.")
@@ -124,7 +127,14 @@ def train(
     if output is None and not dry_run:
         raise typer.BadParameter("where the result goes", param_hint="--output")
     if exit_classifiers is not None:
-        others = {"work": work, "resume": resume, "overwrite": overwrite, "dry-run": dry_run, "lora": options.lora}
+        others = {
+            "work": work,
+            "resume": resume,
+            "finish": finish,
+            "overwrite": overwrite,
+            "dry-run": dry_run,
+            "lora": options.lora,
+        }
         others |= {"full": options.full, "freeze-base": options.freeze_base, "max-steps": options.max_steps}
         for name, value in {**others, "set": options.changes}.items():
             if value:
@@ -160,6 +170,7 @@ def train(
                 recipe=chosen,
                 work=work,
                 resume=resume,
+                finish=finish,
                 overwrite=overwrite,
                 command=shlex.join(["gsx", *sys.argv[1:]]),
                 on_progress=show,

@@ -6,17 +6,20 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from gsx.workflows.text_facts import TextFacts, facts_of_bundle, facts_of_checkpoint
+from gsx_engines.building.plan import PlanCounts, by_layer, count, read_plan
 from gsx_engines.bundle.bundle import MANIFEST, open_bundle
 from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.policy import RouterPolicy
-from gsx_engines.errors import BundleError
+from gsx_engines.errors import BundleError, EngineError
+from gsx_engines.tensorrt.loading import ENGINES
+from gsx_plugins.errors import UsageError
 
 if TYPE_CHECKING:
     from gsx_exporter.checkpoint.adapter import Adapter
@@ -27,6 +30,26 @@ _Value = TypeVar("_Value", bool, str)
 _PARITY = "parity.json"
 # Gates and routers among a graph's weights, e.g. layers.3.mlp_gate.linear.weight.
 _GATES = re.compile(r"\.(?:(?:attn|mlp)_gate|(?:attn_|mlp_)?(?:router|router_predictor|adapter))\.")
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What the calls of one profile of an engine do.
+
+    Args:
+        engines: name of the set of engines.
+        graph, profile: of the engine.
+        total: the counts of a whole call (`gsx_engines.building.plan.PlanCounts`).
+        layers: the same for each decoder layer, by its number; `-` for what comes before the first one.
+        capturable: whether a CUDA graph can hold a call.
+    """
+
+    engines: str
+    graph: str
+    profile: str
+    total: PlanCounts
+    layers: Mapping[str, PlanCounts]
+    capturable: bool
 
 
 @dataclass(frozen=True)
@@ -49,6 +72,7 @@ class InspectReport:
         text: where a text ends, special and added tokens, chat template and context, and which files say so.
         notes: what is unusual about the model's files and how they were understood.
         bundle: source, selection, K/V policy, grid, graphs, parity of a bundle; None for a checkpoint.
+        plans: what calls of its engines do (`EnginePlan`); None unless asked for.
         files: file name -> bytes.
     """
 
@@ -67,21 +91,23 @@ class InspectReport:
     notes: tuple[str, ...]
     bundle: Mapping[str, Any] | None
     files: Mapping[str, int]
+    plans: tuple[EnginePlan, ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
 
 
-def inspect(path: str | Path) -> InspectReport:
+def inspect(path: str | Path, *, plan: bool = False) -> InspectReport:
     """Describe a model directory, a hub id or a bundle, without running it.
 
     Args:
         path: the directory or the hub id.
+        plan: also count what the calls of a bundle's engines do.
     Returns: shape, gates, exits, number of parameters, how text is read and where it ends, files, and for a bundle the
         options that it was exported with.
     Raises:
-        GsxError: it is neither a model nor a bundle, or it is damaged.
+        GsxError: it is neither a model nor a bundle, or it is damaged; or plans are asked for and there are none.
     Example:
         >>> gsx.inspect("my-model").gates["kind"]
         'vector'
@@ -90,8 +116,32 @@ def inspect(path: str | Path) -> InspectReport:
     """
     directory = Path(path)
     if (directory / MANIFEST).is_file():
-        return _bundle(directory, str(path))
+        report = _bundle(directory, str(path))
+        return replace(report, plans=_plans(directory)) if plan else report
+    if plan:
+        raise UsageError(
+            "--plan: only engines have plans, and this is not a bundle",
+            expected="a bundle in which gsx build has put engines",
+            found=str(path),
+            todo="gsx export, then gsx build",
+        )
     return _checkpoint(str(path))
+
+
+def _plans(directory: Path) -> tuple[EnginePlan, ...]:
+    """The plans of all engines of a bundle. Raises: EngineError if there are no engines or one has no plan."""
+    found = []
+    for name, entry in open_bundle(directory).manifest.engines.items():
+        rebuild = f"gsx build {directory} --backend {entry.backend}"
+        for graph, engine in entry.graphs.items():
+            steps = read_plan(directory / ENGINES / name / engine.file, rebuild)
+            for number, profile in enumerate(entry.profiles):
+                own = [step for step in steps if step.profile == number]
+                total = count(own)
+                found.append(EnginePlan(name, graph, profile.name, total, by_layer(own), total.capturable))
+    if not found:
+        raise EngineError(f"bundle {directory}: has no engines", todo=f"gsx build {directory}")
+    return tuple(found)
 
 
 def _checkpoint(path: str) -> InspectReport:

@@ -25,6 +25,7 @@ def train(
     changes: Mapping[str, Any] | Sequence[str] = (),
     work: str | Path | None = None,
     resume: bool = False,
+    finish: bool = False,
     overwrite: bool = False,
     command: str = "",
     on_progress: OnProgress = silent,
@@ -40,6 +41,7 @@ def train(
         changes: settings that differ from the recipe's: dotted name -> value, or texts such as "gate.kind=scalar".
         work: where checkpoints are kept; it stays after the run. None for `output` with `-work` added to its name.
         resume: continue from the newest checkpoint in `work`.
+        finish: write what was learnt until that checkpoint, without further steps.
         overwrite: replace what is at `output`.
         command: what the card of the result names as its command.
         on_progress: called before each longer piece of work, and after every step.
@@ -61,6 +63,7 @@ def train(
         output,
         work=output.parent / f"{output.name}-work" if work is None else Path(work),
         resume=resume,
+        finish=finish,
         overwrite=overwrite,
         command=command,
         on_progress=on_progress,

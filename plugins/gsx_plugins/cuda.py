@@ -45,6 +45,9 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
         _INT,
         (*(_POINTER,) * 5, *(_INT64,) * 4, _INT, _POINTER, *_SCRATCH_AND_STREAM),
     ),
+    "gsx_skip_linear": (_INT, (*(_POINTER,) * 4, *(_INT64,) * 4, _INT, _POINTER, _POINTER)),
+    "gsx_skip_gate_up": (_INT, (*(_POINTER,) * 5, *(_INT64,) * 4, _INT, _POINTER, _POINTER)),
+    "gsx_skip_linear_add": (_INT, (*(_POINTER,) * 6, *(_INT64,) * 5, _INT, _POINTER, _POINTER)),
 }
 
 
@@ -108,6 +111,32 @@ class Kernels:
             scratch.data_ptr(),
             scratch.numel(),
         )
+        return out
+
+    def skip_linear(self, x: Tensor, score: Tensor, threshold: Tensor, weight: Tensor) -> Tensor:
+        """x [N, I], score [N], threshold [] or [N], weight [I, O] -> x W [N, O], 0 in rows that are not kept."""
+        return self._skip("gsx_skip_linear", [x, score, threshold, weight], threshold, weight)
+
+    def skip_gate_up(self, x: Tensor, score: Tensor, threshold: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(x G) * (x U) [N, O]; rows that are not kept are not written."""
+        return self._skip("gsx_skip_gate_up", [x, score, threshold, gate, up], threshold, gate)
+
+    def skip_linear_add(
+        self, residual: Tensor, x: Tensor, gate: Tensor, score: Tensor, threshold: Tensor, weight: Tensor
+    ) -> Tensor:
+        """residual [N, O] + gate [N, O or 1] * (x W); rows that are not kept stay as they are."""
+        tensors = [residual, x, gate, score, threshold, weight]
+        return self._skip("gsx_skip_linear_add", tensors, threshold, weight, gate.shape[1])
+
+    def _skip(
+        self, name: str, tensors: Sequence[Tensor], threshold: Tensor, weight: Tensor, *gate_width: int
+    ) -> Tensor:
+        """A product of `skip_branch/kernel.h`."""
+        rows, kind = tensors[0].shape[0], TYPES[weight.dtype]
+        out = self.empty(weight, (rows, weight.shape[1]), weight.dtype)
+        pointers = (tensor.data_ptr() for tensor in tensors)
+        sizes = (threshold.numel(), rows, *weight.shape, *gate_width)
+        self._call(name, weight, *pointers, *sizes, kind, out.data_ptr())
         return out
 
     def _select(self, name: str, score: Tensor, *limit: int) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,9 @@ PLUGIN_LIBRARY_NAME = "libgsx_plugins.so"
 KERNEL_LIBRARY_NAME = "libgsx_kernels.so"
 # Ops with a kernel and a plugin; the other ops always run as standard ops.
 PLUGIN_OPS = ("TopKGather", "ThresholdGather", "GatedScatterAdd")
+# Ops that only lowering for TensorRT makes, for steps of a few rows; all in the folder `skip_branch`.
+STEP_OPS = ("SkipLinear", "SkipGateUp", "SkipLinearAdd")
+STEP_FOLDER, MOST_STEP_ROWS = "skip_branch", 8
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "gsx", "1"
 
 SOURCE_FOLDER = Path(__file__).parent

@@ -36,6 +36,7 @@ SCRIPTS = (
         "serving",
         "smollm2",
         "speculation",
+        "step_cost",
     ),
     "torch_backend",
 )

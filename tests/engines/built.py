@@ -49,7 +49,8 @@ def check(directory: Path, name: str, entry: EngineEntry) -> None:
     assert manifest.engines[name] == entry
     folder = directory / ENGINES / name
     assert EngineEntry.model_validate(json.loads((folder / ENGINE_FILE).read_text())) == entry
-    assert {path.name for path in folder.iterdir()} == {ENGINE_FILE, *(f"{graph}.engine" for graph in manifest.graphs)}
+    files = (f"{graph}.{kind}" for graph in manifest.graphs for kind in ("engine", "plan.json"))
+    assert {path.name for path in folder.iterdir()} == {ENGINE_FILE, *files}
     for key, graph in entry.graphs.items():
         assert sha256_of(folder / graph.file) == graph.sha256
         assert graph.graph_sha256 == manifest.graphs[key].sha256

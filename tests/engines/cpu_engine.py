@@ -15,15 +15,15 @@ import onnx
 from onnx import helper, parser
 
 from gsx_engines.building.build import input_ranges
-from gsx_engines.building.profiles import most_rows
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile
+from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, Sizes
 from gsx_engines.bundle.manifest import DecoderShape
 from gsx_engines.bundle.tensors import tensor_info
 from gsx_engines.lowering.tensorrt import OPSET, Lowered, lower
 from gsx_engines.runners.session import open_session
 from gsx_engines.runners.tensorrt import TensorRTStage
 from gsx_engines.tensorrt.backend import platform_name
+from gsx_engines.tensorrt.profile_choice import most_rows
 from gsx_plugins.graph import number
 
 _ATTENTION = f"""
@@ -47,7 +47,12 @@ Attention <kv_heads, scale> (query, key, value, mask) => (out)
     factor = CastLike (scale_float, query)
     products = MatMul (grouped, key_turned)
     scores = Mul (products, factor)
-    mask_5d = Unsqueeze (mask, two)
+    batch_heads = Shape <start = 0, end = 2> (query)
+    columns = Shape <start = 2, end = 4> (mask)
+    mask_shape = Concat <axis = 0> (batch_heads, columns)
+    mask_of_heads = Expand (mask, mask_shape)
+    mask_grouped = Concat <axis = 0> (outer, heads_1d, shared, columns)
+    mask_5d = Reshape <allowzero = 1> (mask_of_heads, mask_grouped)
     lowest_float = Constant <value_float = -1e9> ()
     lowest = CastLike (lowest_float, query)
     seen = Where (mask_5d, scores, lowest)
@@ -71,8 +76,36 @@ def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
             node.attribute.append(helper.make_attribute("kv_heads", shape.num_kv_heads))
             node.attribute.append(helper.make_attribute("scale", scale))
     model.functions.append(parser.parse_function(_ATTENTION))
+    used = {node.op_type for node in model.graph.node}
+    model.functions.extend(
+        parser.parse_function(f'<domain: "gsx", opset_import: ["" : {OPSET}]> {head} {{ {_KEPT} {body} }}')
+        for op, (head, body) in _STEP_OPS.items()
+        if op in used
+    )
     model.opset_import.append(helper.make_opsetid("test", 1))
     return model
+
+
+_ATTRIBUTES = "<plugin_namespace, plugin_version>"
+# Of kept rows, as a column.
+_KEPT = "keeps = Greater (score, bound) last = Constant <value_ints = [-1]> () kept = Unsqueeze (keeps, last)"
+# The plugins of a step as `plugins/gsx_plugins/skip_branch/kernel.h` defines them: what a function computes, and how.
+# What the rule leaves open is 7 here.
+_STEP_OPS = {
+    "SkipLinear": (
+        f"SkipLinear {_ATTRIBUTES} (x, score, bound, w) => (out)",
+        "y = MatMul (x, w) zero = Sub (y, y) out = Where (kept, y, zero)",
+    ),
+    "SkipGateUp": (
+        f"SkipGateUp {_ATTRIBUTES} (x, score, bound, g, u) => (out)",
+        "a = MatMul (x, g) s = Sigmoid (a) silu = Mul (a, s) b = MatMul (x, u) y = Mul (silu, b) "
+        "open = Constant <value_float = 7.0> () other = CastLike (open, y) out = Where (kept, y, other)",
+    ),
+    "SkipLinearAdd": (
+        f"SkipLinearAdd {_ATTRIBUTES} (residual, x, gate, score, bound, w) => (out)",
+        "y = MatMul (x, w) gated = Mul (gate, y) sum = Add (residual, gated) out = Where (kept, sum, residual)",
+    ),
+}
 
 
 class CpuEngine:
@@ -104,6 +137,11 @@ class CpuEngine:
         assert buffer.shape == shape
         buffer[target] = buffer[source]
 
+    def rows(self, buffer: np.ndarray, shape: tuple[int, ...], rows: slice) -> np.ndarray:
+        """A view."""
+        assert buffer.shape == shape
+        return buffer[rows]
+
     def run(
         self,
         profile: int,
@@ -113,7 +151,7 @@ class CpuEngine:
     ) -> dict[str, np.ndarray]:
         """One call; outputs that share memory with an input are written there."""
         inputs = {value.name for value in self.session.get_inputs()}
-        given = {**feeds, **{name: array for name, (array, _) in buffers.items() if name in inputs}}
+        given = {**feeds, **{name: array[: shape[0]] for name, (array, shape) in buffers.items() if name in inputs}}
         assert given.keys() == inputs
         for name, (least, _, most) in self.ranges[profile].items():
             found = tuple(given[name]) if name == "k" else given[name].shape
@@ -121,9 +159,9 @@ class CpuEngine:
         self.calls.append((profile, {name: array.shape for name, array in feeds.items()}))
         names = [value.name for value in self.session.get_outputs()]
         found_all = dict(zip(names, self.session.run(names, given), strict=True))
-        for name, (array, _) in buffers.items():
+        for name, (array, shape) in buffers.items():
             if name in found_all:
-                array[...] = found_all.pop(name)
+                array[: shape[0]] = found_all.pop(name)
         assert {name: array.shape for name, array in found_all.items()} == dict(results)
         return found_all
 
@@ -148,12 +186,18 @@ def cpu_engines(
     capacity: int,
     plugins: Collection[str] = (),
     rows: int | None = None,
+    step: tuple[int, int] | None = None,
 ) -> tuple[EngineEntry, dict[str, CpuEngine]]:
     """The record of a bundle's engines, and the engines by graph.
 
     Args:
         rows: largest number of tokens of a call; None for that of the profiles.
+        step: sequences, and tokens of each, of engines for calls of one size; the profile is theirs.
     """
+    kv_layout: KvLayout = "in-place" if step is None else "step"
+    if step is not None:
+        sizes = [Sizes(size, size, size) for size in (*step, capacity)]
+        profiles = [EngineProfile(name="step", batch=sizes[0], tokens=sizes[1], window=sizes[2])]
     manifest = bundle.manifest
     lowered = {
         name: lower(
@@ -162,7 +206,8 @@ def cpu_engines(
             capacity=capacity,
             rows=most_rows(profiles) if rows is None else rows,
             plugins=plugins,
-            one_sequence=max(profile.batch.most for profile in profiles) == 1,
+            kv_layout=kv_layout,
+            step=step,
         )
         for name in manifest.graphs
     }
@@ -190,6 +235,7 @@ def cpu_engines(
         platform=platform_name(),
         gpu=None,
         precision=manifest.precision,
+        kv_layout=kv_layout,
         capacity=capacity,
         profiles=tuple(profiles),
         plugins=None,

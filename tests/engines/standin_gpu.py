@@ -214,6 +214,7 @@ class StandInTensorRT:
     TensorLocation = SimpleNamespace(HOST="host", DEVICE="device")
     TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
     CudaGraphStrategy = SimpleNamespace(DISABLED="disabled", WHOLE_GRAPH_CAPTURE="whole")
+    DynamicShapesKernelSpecializationStrategy = SimpleNamespace(NONE="none", LAZY="lazy")
     EngineInvalidityDiagnostics = SimpleNamespace(__members__={"VERSION_MISMATCH": 1, "UNSUPPORTED_CC": 2})
 
     class Logger:

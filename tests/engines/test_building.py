@@ -42,7 +42,7 @@ def test_threshold_selection_with_and_without_plugins(
         assert not any(layer.startswith("PLUGIN") for layer in graph.layers)
         assert entry.plugins is None
     else:
-        assert graph.forms == {"ThresholdGather": "plugin", "GatheredAttention": "rows", "GatedScatterAdd": "plugin"}
+        assert graph.forms == {"ThresholdGather": "plugin", "GatheredAttention": "all", "GatedScatterAdd": "plugin"}
         assert graph.layers["PLUGIN_V3"] == 2 * BRANCHES  # a choice and an addition each
         assert entry.plugins is not None
     assert {value.type for value in graph.inputs if value.name.startswith("past")} == {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ import pytest
 
 from gsx_engines.building import build as building
 from gsx_engines.building import memory
-from gsx_engines.building.build import build
+from gsx_engines.building.build import build, check_backend
 from gsx_engines.errors import BundleError, EngineError
 from gsx_engines.tensorrt.loading import ENGINES
 from gsx_plugins.errors import GsxError, UsageError
@@ -120,3 +121,15 @@ def onnxruntime_library() -> str:
     from onnxruntime.capi import onnxruntime_pybind11_state
 
     return str(onnxruntime_pybind11_state.__file__)
+
+
+def test_a_tensorrt_without_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gsx_engines.building.build.cuda.device", lambda: object())
+    for version, taken in (("10.14.1.48", False), ("9.3", False), ("10.15.0", True), ("11.1.0.106", True)):
+        module = SimpleNamespace(__version__=version)
+        monkeypatch.setattr("gsx_engines.building.build.load_module", lambda _, module=module: module)
+        if taken:
+            assert check_backend("tensorrt") is module
+        else:
+            with pytest.raises(EngineError, match=rf"lacks ops .*\n  expected TensorRT 10.15 .*, found {version}"):
+                check_backend("tensorrt")

@@ -12,7 +12,7 @@ import pytest
 
 from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle, open_bundle
-from gsx_engines.bundle.controls import controls_for
+from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.errors import EngineError
 from gsx_engines.generation import generate
 from gsx_engines.runners.portable import PortableStage
@@ -146,6 +146,24 @@ def test_draft_and_verify(make_tiny_bundle: Callable[..., Path], make: Make, bac
     found = generate(draft.runner, PROMPTS[:1], max_new_tokens=60, draft=draft, draft_length=3)
     plain = generate(WholeRunner(PortableStage(bundle)), PROMPTS[:1], max_new_tokens=60)
     assert found.sequences == plain.sequences
+
+
+def test_each_set_of_layers_has_its_recording(make_tiny_bundle: Callable[..., Path], make: Make) -> None:
+    """Sets that alternate, as those of a draft and of its verification do: each is recorded once, and then replayed."""
+    bundle = open_bundle(make_tiny_bundle(policy="layers", budget=None, calibration=None))
+    made = make(bundle, "tensorrt")["model"]
+    portable, runner = WholeRunner(PortableStage(bundle)), WholeRunner(made.stage)
+    sets = [controls_for(bundle.manifest, KeepSettings(layers=text)) for text in ("0,2", "0-2", "1,2")]
+    caches = [one.new_cache(1, CAPACITY) for one in (portable, runner)]
+    for step in range(18):
+        ids = np.array([[7 + step]])
+        want, found = (
+            one.step(cache, ids, sets[step % 3]) for one, cache in zip((portable, runner), caches, strict=True)
+        )
+        np.testing.assert_allclose(found.logits, want.logits, atol=LOGITS_ATOL)
+        np.testing.assert_array_equal(found.kept, want.kept)
+    assert made.gpu.launches == 18 - 2 * 3, "all but the first two calls of each set are replayed"
+    assert made.trt.calls == 3 * 3, "two calls and a recording for each set"
 
 
 def test_everything_is_released(make_tiny_bundle: Callable[..., Path], make: Make) -> None:

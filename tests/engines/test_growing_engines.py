@@ -61,7 +61,7 @@ def bundle(tiny_bundle: Path) -> Bundle:
 def lowered(bundle: Bundle, plugins: Collection[str], batch: int) -> onnx.ModelProto:
     graph = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
     sizes = {"capacity": 64, "rows": 64}
-    made = lower(graph, bundle.manifest, kv_layout="growing", plugins=plugins, one_sequence=batch == 1, **sizes)
+    made = lower(graph, bundle.manifest, kv_layout="growing", plugins=plugins, **sizes)
     return cpu_model(made, bundle.manifest.decoder)
 
 

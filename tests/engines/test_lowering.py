@@ -165,7 +165,7 @@ def for_onnxruntime(bundle: Bundle, model: onnx.ModelProto) -> onnxruntime.Lower
 
 
 def for_tensorrt(bundle: Bundle, model: onnx.ModelProto) -> tensorrt.Lowered:
-    return tensorrt.lower(model, bundle.manifest, capacity=32, rows=16, plugins=(), one_sequence=True)
+    return tensorrt.lower(model, bundle.manifest, capacity=32, rows=16, plugins=())
 
 
 def test_how_often_each_pass_applied(tiny_bundle: Path) -> None:

@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from gsx_engines.building.profiles import (
     DEFAULT_PREFILL_TOKENS,
     default_profiles,
-    most_rows,
     one_profile,
     parse_profile,
 )
 from gsx_engines.errors import EngineError
-from gsx_engines.tensorrt.profile_choice import choose_profile, most_tokens
+from gsx_engines.tensorrt.profile_choice import choose_profile, most_rows, most_tokens
 from gsx_plugins.errors import UsageError
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,13 +14,17 @@ import pytest
 from pydantic import ValidationError
 
 from gsx.cli import run
+from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.errors import EngineError
+from gsx_engines.serving.device import show_own_device
 from gsx_engines.serving.fields import INPUTS, OUTPUTS
 from gsx_engines.serving.model_config import Tensor, TritonConfig
 from gsx_engines.serving.repository import write_repository
 from gsx_plugins.errors import UsageError
+from gsx_plugins.library import source_hash
+from tests.engines.cpu_engine import cpu_engines
 
 
 @pytest.fixture
@@ -38,6 +45,42 @@ def test_a_repository_is_whole(bundle: Bundle, tmp_path: Path) -> None:
     assert "numpy>=1.26,<2" in (model / "requirements.txt").read_text().splitlines()
     assert (model / "1" / "gsx_engines" / "serving" / "triton_model.py").is_file()
     assert not list(model.rglob("__pycache__"))
+    code = "from gsx_plugins.library import source_hash; print(source_hash())"
+    told = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=model / "1",
+        env={**os.environ, "PYTHONPATH": str(model / "1")},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert told.stdout.strip() == source_hash(), "it finds the plugin library of these sources"
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "visible", "shown"),
+    [
+        ("GPU", "2", None, "2"),
+        ("GPU", "1", "GPU-a, GPU-b", "GPU-b"),
+        ("GPU", "0", "5", "5"),
+        ("CPU", "0", "5,6", "5,6"),
+        ("CPU", "0", None, None),
+    ],
+)
+def test_an_instance_sees_its_own_gpu(kind: str, number: str, visible: str | None, shown: str | None) -> None:
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    show_own_device({"model_instance_kind": kind, "model_instance_device_id": number}, environment)
+    assert environment.get("CUDA_VISIBLE_DEVICES") == shown
+
+
+def test_the_context_is_what_the_engines_hold(tiny_bundle: Path, tmp_path: Path) -> None:
+    opened = open_bundle(tiny_bundle)
+    entry, _ = cpu_engines(opened, default_profiles(64, 3), capacity=64)
+    bundle = Bundle(opened.directory, opened.manifest.model_copy(update={"engines": {"cpu": entry}}))
+    model = write_repository(bundle, tmp_path / "a", name="tiny", backend="tensorrt-rtx", slots=3)
+    assert 'key: "context"\n  value { string_value: "64" }' in (model / "config.pbtxt").read_text()
+    with pytest.raises(EngineError, match=r"context of at most 64, found 100\n.*--context 100"):
+        write_repository(bundle, tmp_path / "b", name="tiny", backend="tensorrt-rtx", slots=3, context=100)
 
 
 def test_the_docs_name_every_field() -> None:

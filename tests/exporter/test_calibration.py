@@ -60,6 +60,9 @@ def test_a_threshold_keeps_the_nearest_share_that_ties_allow(values: list[float]
     score = np.array(values, np.float32)
     n = len(score)
     kept = float((score > threshold_for(score, share)).mean())
+    if np.ptp(score.astype(np.float64)) < TIE:
+        assert kept == 1.0
+        return
     gaps = np.diff(np.sort(score.astype(np.float64)), prepend=-np.inf, append=np.inf)
     possible = [(n - cut) / n for cut in np.flatnonzero(gaps >= TIE)]
     assert abs(kept - share) <= max(NEAR_SHARE, min(abs(p - share) for p in possible)) + 1e-9
@@ -69,6 +72,12 @@ def test_equal_scores_are_kept_or_skipped_together() -> None:
     score = np.array([0.5] * 6 + [0.9] * 4, np.float32)
     assert (score > threshold_for(score, 0.45)).sum() == 4
     assert (score > threshold_for(score, 0.9)).sum() == 10
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_a_gate_that_cannot_choose_keeps_all(share: float) -> None:
+    score = np.full(9, 0.25, np.float32)
+    assert (score > threshold_for(score, share)).all()
 
 
 @pytest.mark.parametrize("content", ["", "too short", "é" * 10])

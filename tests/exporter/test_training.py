@@ -91,7 +91,10 @@ def interrupt() -> None:
 def test_a_result_is_exported_and_proved(tmp_path: Path, model: Path, text: Path, tiny_text: Path, mode: str) -> None:
     phases: list[Progress] = []
     recipe = "gateskip" if mode == "frozen" else "gateskip+layerskip"
-    result = run(settings(recipe, model=model, data__source=text, mode=mode), tmp_path, on_progress=phases.append)
+    # The branches of layer 0 always run, in the engine too: their gates give every token the same score.
+    start = {"gate__start": "change", "gate__open_layers": [0]} if mode == "lora" else {}
+    chosen = settings(recipe, model=model, data__source=text, mode=mode, **start)
+    result = run(chosen, tmp_path, on_progress=phases.append)
     assert [p.done for p in phases if p.stage == "training"] == list(range(1, 7))
     assert (result.steps, result.resumed_at) == (6, 0)
     assert result.metrics["eval_perplexity_at_0.5"] > 1
@@ -176,12 +179,23 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(tmp_path: Path, model: Path
     broken = tmp_path / "parts" / "work" / "checkpoint-5"  # written when the process was killed
     shutil.copytree(tmp_path / "parts" / "work" / "checkpoint-3", broken)
     (broken / "trainer_state.json").unlink()
+    early = run(chosen, tmp_path / "parts", finish=True)
+    assert (early.steps, early.resumed_at) == (3, 3)
+    shutil.rmtree(early.directory)
     result = run(chosen, tmp_path / "parts", resume=True)
     assert result.resumed_at == 3
     parts = tensors(result.directory)
     assert whole.keys() == parts.keys()
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
+
+
+def test_a_stream_is_trained_on_and_needs_a_length(tmp_path: Path, model: Path, text: Path) -> None:
+    chosen = {"model": model, "data__source": text, "data__streaming": True, "data__held_out": 0.005}
+    result = run(settings(**chosen, gate__start="change", trainer__max_steps=2), tmp_path)
+    assert result.facts.tokens is None
+    with pytest.raises(UsageError, match=r"how long is a run on a stream\?\n.*trainer\.max_steps"):
+        plan_training(settings(**chosen, trainer__max_steps=-1))
 
 
 def test_divergence_keeps_the_last_good_state(tmp_path: Path, model: Path, text: Path) -> None:

@@ -17,12 +17,14 @@ from gsx_exporter.reference.model import Reference
 from gsx_exporter.reference.rule import KeepAll
 from gsx_exporter.rules.gateskip.reference import Rank
 from gsx_exporter.training import schedule
+from gsx_exporter.training.gated import is_constant
 from gsx_exporter.training.learner import IGNORED, Learner
 from gsx_exporter.training.model import load_subject
 from gsx_exporter.training.muon import clip_attention
 from gsx_exporter.training.reading import settings_of
 from gsx_exporter.training.schedule import Plan, Schedule
 from gsx_exporter.training.settings import ExitSettings, GateSettings, TrainSettings
+from gsx_exporter.training.warm_start import predict_changes
 from tests.tiny import EOS_ID, tiny_checkpoint
 
 CLOSE = 1e-5  # float32 sums in another order
@@ -159,7 +161,7 @@ def test_straight_through_also_learns_from_skipped_tokens(tmp_path: Path) -> Non
 def test_the_dense_model_is_the_teacher(tmp_path: Path, mode: str) -> None:
     """With open gates and adapters that do nothing yet, the model is its own teacher: their divergence is 0."""
     model = tiny_checkpoint(tmp_path, tokenizer=True)
-    made = learner(model, mode=mode, gate={"bias": 40.0, "std": 0.0, "sparsity": 0.0}, distill={"weight": 1.0})
+    made = learner(model, mode=mode, gate={"bias": 40.0, "std": 1e-3, "sparsity": 0.0}, distill={"weight": 1.0})
     ids = ids_of(2)
     plan(made)
     assert float(made(input_ids=ids, labels=ids)["loss"]) == pytest.approx(0.0, abs=1e-6)
@@ -246,6 +248,39 @@ def test_clipping_bounds_attention_and_touches_nothing_else(tmp_path: Path) -> N
     assert largest_logit() <= limit * (1 + 1e-5)
     changed = {name for name, p in made.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"hf.model.layers.0.self_attn.q_proj.weight"}
+
+
+def test_open_layers_always_run_and_the_others_make_up_for_it(tmp_path: Path) -> None:
+    made = learner(
+        tiny_checkpoint(tmp_path, tokenizer=True), gate={"kind": "scalar", "std": 0.5, "bias": 0.0, "open_layers": [0]}
+    )
+    gates = {name: p for name, p in made.named_parameters() if "_gate." in name}
+    assert {name.split(".")[3] for name, p in gates.items() if p.requires_grad} == {"1", "2"}
+    ids = ids_of(1, 40)
+    _, call = made.figures(ids, ids, budget=0.8)
+    assert {layer for layer, _ in call.scores} == {1, 2}
+    assert call.budget == pytest.approx(1 - 0.2 * 6 / 4)
+    constant = made.hf.model.layers[0].mlp_gate
+    assert is_constant(constant)
+    assert float(constant.bias) == 0.0
+
+
+def test_gates_begin_as_predictions_of_what_a_branch_changes(tmp_path: Path) -> None:
+    """Their ranks agree with the changes, measured by hand, far better than chance."""
+    model = tiny_checkpoint(tmp_path, tokenizer=True)
+    made = learner(model, gate={"kind": "scalar", "std": 1e-3, "bias": 3.0, "open_layers": [0]})
+    ids = torch.randint(EOS_ID + 1, 259, (4, 64), generator=torch.Generator().manual_seed(2))
+    predict_changes(made.hf, made.gsx_config, ids, bias=3.0)
+    layer, seen = made.hf.model.layers[2], {}
+    layer.post_attention_layernorm.register_forward_hook(lambda _m, args, out: seen.update(h=args[0], x=out))
+    layer.mlp.register_forward_hook(lambda _m, _args, out: seen.update(f=out))
+    with torch.no_grad():
+        made.run(ids)
+        logits = layer.mlp_gate(seen["x"]).flatten()
+    change = (seen["f"].norm(dim=-1) / seen["h"].norm(dim=-1)).flatten()
+    assert float(logits.mean()) == pytest.approx(3.0, abs=0.2)
+    assert float(torch.corrcoef(torch.stack([logits, change.log()]))[0, 1]) > 0.5
+    assert is_constant(made.hf.model.layers[0].attn_gate)
 
 
 def test_gates_of_a_model_are_kept(tmp_path: Path) -> None:

@@ -9,15 +9,17 @@ one: kernels (`checks`, `timing`), memory (`sanitizer`), PyTorch with the kernel
 
 On a machine that is available for only minutes, use this order, each in a separate call, so that a hang loses only one:
 
+    python -m tests.gpu --quick --parts checks      does a kernel fail? seconds
+    python -m tests.gpu --parts step                what decides: products that skip against cuBLAS, and a whole step
     python -m tests.gpu --parts checks timing       kernels: needs the least
     python -m tests.gpu --parts engines             do engines run on this GPU
     python -m tests.gpu --parts prefill torch
-    GSX_GPU=1 pytest -m gpu
+    GSX_GPU=1 pytest -m gpu tests/gpu tests/gsx/test_torch_runtime.py
     python -m tests.gpu --parts sanitizer
 
-`checks`, `timing`, `prefill` and `sanitizer` need no package but PyTorch; `torch` those of a plain installation and of
-the extra `export`; `engines` also those of the extra `tensorrt`, and TensorRT-RTX, whose libraries are about 95 MB:
-split that wheel if only small files can be copied.
+`checks`, `step`, `timing`, `prefill` and `sanitizer` need no package but PyTorch; `torch` those of a plain installation
+and of the extra `export`; `engines` also those of the extra `tensorrt`, and TensorRT-RTX, whose libraries are about
+95 MB: split that wheel if only small files can be copied.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -38,6 +40,7 @@ from gsx_plugins.cuda import Kernels
 from gsx_plugins.errors import PluginLibraryError
 from tests.gpu.checks import check_graph, run_checks
 from tests.gpu.rows import Row, goal_row, table
+from tests.gpu.step import step_checks, step_measurements
 from tests.gpu.timing import measurements
 from tests.plugins.kernel_cases import GuardedKernels
 
@@ -48,7 +51,7 @@ SANITIZERS = {
     "racecheck": "races in shared memory",
     "synccheck": "wrong barriers",
 }
-PARTS = ("checks", "timing", "prefill", "torch", "engines", "sanitizer")
+PARTS = ("checks", "step", "timing", "prefill", "torch", "engines", "sanitizer")
 _SANITIZER_SECONDS = 150
 _SANITIZER_FAILED = 99
 # PyTorch's setting: without its cache, a read past a tensor is one past an allocation, which the checker sees.
@@ -60,8 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.emulated:
         from tests.plugins.emulation import emulated_library
 
-        rows = run_checks(GuardedKernels(emulated_library()), "cpu", quick=options.quick)
-        return _finish(rows)
+        kernels = GuardedKernels(emulated_library())
+        return _finish([*run_checks(kernels, "cpu", quick=options.quick), *step_checks(kernels, "cpu")])
     if not torch.cuda.is_available():
         print("tests.gpu: PyTorch sees no GPU here; --emulated runs the checks on the CPU", file=sys.stderr)
         return 1
@@ -76,9 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
     parts: dict[str, Callable[[], list[Row]]] = {
         "checks": lambda: [
             *run_checks(kernels, "cuda", quick=options.quick),
+            *rows_of("products that skip", lambda: step_checks(kernels, "cuda")),
             *rows_of("graph", lambda: _graph(kernels)),
         ],
-        "timing": lambda: [build_row, *_timing(Kernels(built.path))],
+        "step": lambda: _measured(step_measurements(Kernels(built.path))),
+        "timing": lambda: [build_row, *_measured(measurements(Kernels(built.path)))],
         "prefill": _prefill,
         "torch": _torch,
         "engines": lambda: [_plugins_row(f"{major}{minor}"), *_engines()],
@@ -92,8 +97,8 @@ def _graph(kernels: GuardedKernels) -> list[Row]:
     return [] if os.environ.get(_OWN_ALLOCATIONS) else [check_graph(kernels)]
 
 
-def _timing(kernels: Kernels) -> list[Row]:
-    return [row for name, measurement in measurements(kernels) for row in rows_of(name, measurement)]
+def _measured(measurements: Iterator[tuple[str, Callable[[], list[Row]]]]) -> list[Row]:
+    return [row for name, measurement in measurements for row in rows_of(name, measurement)]
 
 
 # What needs more than PyTorch is imported when its turn comes.

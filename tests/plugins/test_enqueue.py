@@ -84,6 +84,27 @@ def test_scatter(tensorrt: ctypes.CDLL, kept: int, gate_width: int, dtype: torch
     cases.assert_same_bits(out, gated_scatter_add(residual, rows, gate, index), "out")
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_products_of_a_step(tensorrt: ctypes.CDLL, dtype: torch.dtype) -> None:
+    """The adapters pass the right tensors and sizes; what the kernels compute is checked in test_skip_branch.py."""
+    x, residual = (cases.matrix(3, width, dtype, "cpu", width) for width in (WIDTH, 24))
+    weight, up = (cases.matrix(WIDTH, 24, dtype, "cpu", seed) / 8 for seed in (1, 2))
+    gate, score, limit = cases.matrix(3, 1, dtype, "cpu", 3), torch.tensor([0.9, 0.2, 0.8]), torch.tensor(0.5)
+    kept = score > limit
+    product, other = (x.double() @ matrix.double() for matrix in (weight, up))
+    loose = {"rtol": 2**-6, "atol": 2**-6} if dtype == torch.bfloat16 else {"rtol": 2**-9, "atol": 2**-9}
+    out = torch.full_like(residual, 7.0)
+    assert enqueue(tensorrt, "SkipLinear", [x, score, limit, weight], [out]) == 0
+    torch.testing.assert_close(out.double(), product * kept[:, None], **loose)
+    out.fill_(7.0)
+    assert enqueue(tensorrt, "SkipGateUp", [x, score, limit, weight, up], [out]) == 0
+    torch.testing.assert_close(out[kept].double(), (product * product.sigmoid() * other)[kept], **loose)
+    assert (out[~kept] == 7.0).all()
+    assert enqueue(tensorrt, "SkipLinearAdd", [residual, x, gate, score, limit, weight], [out]) == 0
+    torch.testing.assert_close(out.double(), residual.double() + gate.double() * product * kept[:, None], **loose)
+    assert enqueue(tensorrt, "SkipLinear", [x, score, limit, weight[:-1].clone()], [out]) == -50
+
+
 def test_refusals(tensorrt: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> None:
     """A type and a shape that the op does not take, and an op that does not exist: no call reaches a kernel."""
     x, score, k = torch.zeros(8, 4), torch.zeros(8), torch.tensor([2])

@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
 from gsx_plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION, node
-from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, PLUGIN_VERSION
+from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, PLUGIN_VERSION, STEP_OPS
 from gsx_plugins.registry import OPS, register_all
 
 usable = preload_tensorrt_rtx()
@@ -123,8 +123,8 @@ class Parsed:
 
 def test_registered(registry: Any) -> None:
     found = {c.name for c in registry.all_creators if c.plugin_namespace == PLUGIN_NAMESPACE}
-    assert found == set(PLUGIN_OPS)
-    for name in PLUGIN_OPS:
+    assert found == {*PLUGIN_OPS, *STEP_OPS}
+    for name in (*PLUGIN_OPS, *STEP_OPS):
         assert registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE) is not None
 
 
@@ -198,7 +198,7 @@ def test_engine_with_several_profiles(registry: Any, messages: Messages, op: str
 
 def test_fields_round_trip(registry: Any, messages: Messages) -> None:
     """What a plugin writes into an engine recreates it; it has no attributes, so it writes nothing."""
-    for name in PLUGIN_OPS:
+    for name in (*PLUGIN_OPS, *STEP_OPS):
         creator = registry.get_creator(name, PLUGIN_VERSION, PLUGIN_NAMESPACE)
         assert len(creator.field_names) == 0
         for phase in (rtx.TensorRTPhase.BUILD, rtx.TensorRTPhase.RUNTIME):

@@ -59,6 +59,10 @@ class ToyEngine:
         """Zeros."""
         return np.zeros(shape, np.float32)
 
+    def rows(self, buffer: np.ndarray, shape: tuple[int, ...], rows: slice) -> np.ndarray:
+        """A view."""
+        return buffer[rows]
+
     def run(
         self,
         profile: int,

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+#include <optional>
 #include <tuple>
 #include <utility>
 
@@ -15,6 +17,12 @@ namespace {
 
 // The window is a multiple of this many columns (gsx_engines/runners/tensorrt.py).
 constexpr int64_t kWindowStep = 64;
+
+// Sequences run together while their numbers of tokens differ by no more than this (gsx_engines/runners/tensorrt.py).
+constexpr int64_t kMostPadding = 32;
+
+// A sequence's K or V must be a multiple of so many elements for TensorRT to take its address.
+constexpr size_t kAlignedElements = 128;
 
 EngineGraph const& graphOf(EngineEntry const& entry, std::string const& name) {
     auto const found = entry.graphs.find(name);
@@ -60,17 +68,12 @@ std::string spanOf(Sizes const& sizes) {
 
 bool fits(Sizes const& sizes, int64_t size) { return sizes.least <= size && size <= sizes.most; }
 
-// The outputs of the pieces of a call as one; each piece has `most` tokens, except the last.
-StageOutput joinedPieces(std::vector<StageOutput> const& pieces, Call const& call, int64_t most, Logits logits) {
+// The outputs of calls on neighbouring tokens as one.
+StageOutput joinedPieces(std::vector<StageOutput> const& pieces) {
     StageOutput joined;
     std::vector<Array<float> const*> scores;
     for (StageOutput const& piece : pieces) scores.push_back(&piece.logits);
     joined.logits = joinedTokens(scores);
-    if (logits == Logits::kLast) {  // for each sequence, from the piece that holds its last token
-        std::vector<int64_t> piece;
-        for (int64_t const count : call.counts) piece.push_back(std::max<int64_t>(count - 1, 0) / most);
-        joined.logits = tokenOfEach(joined.logits, piece);
-    }
     for (auto const& [name, first] : pieces.front().state) {
         std::vector<Array<float> const*> parts;
         for (StageOutput const& piece : pieces) parts.push_back(&piece.state.at(name));
@@ -78,6 +81,47 @@ StageOutput joinedPieces(std::vector<StageOutput> const& pieces, Call const& cal
     }
     joined.kept = pieces.front().kept;
     for (size_t i = 1; i < pieces.size(); ++i) addKept(joined.kept, pieces[i].kept);
+    return joined;
+}
+
+// The run-time values of some neighbouring sequences of a call. (One value may stand for all sequences.)
+std::shared_ptr<Controls const> controlsOf(Call const& call, int64_t start, int64_t stop) {
+    auto made = std::make_shared<Controls>(*call.controls);
+    std::map<std::string, size_t> const axes = {
+        {names::kThresholds, 3}, {names::kExitThreshold, 1}, {names::kLayerMask, 3}, {names::kFullUntil, 1}, {names::kLoops, 1}};
+    for (auto& [name, value] : *made) {
+        auto const bySequence = axes.find(name);
+        if (bySequence == axes.end()) continue;
+        std::visit(
+            [&](auto& array) {
+                if (array.shape.size() == bySequence->second && array.shape[0] > 1) array = someRows(array, start, stop);
+            },
+            value);
+    }
+    return made;
+}
+
+// The outputs of calls on parts of a batch, which begin at these rows, as one; rows of no part are zero.
+StageOutput joinedRows(std::vector<std::pair<int64_t, StageOutput>> const& parts, Call const& call, Logits logits) {
+    StageOutput const& first = parts.front().second;
+    StageOutput joined;
+    auto const whole = [&](auto const& arrayOf, int64_t tokens) {
+        Shape shape = arrayOf(first).shape;
+        shape[0] = call.batch();
+        shape[shape.size() - 2] = tokens;
+        Array<float> all(shape);
+        for (auto const& [row, output] : parts) putRows(arrayOf(output), all, row);
+        return all;
+    };
+    int64_t const columns = logits == Logits::kNone ? 0 : logits == Logits::kLast ? 1 : call.size();
+    joined.logits = whole([](StageOutput const& output) -> Array<float> const& { return output.logits; }, columns);
+    for (auto const& entry : first.state) {
+        std::string const& name = entry.first;
+        joined.state[name] =
+            whole([&](StageOutput const& output) -> Array<float> const& { return output.state.at(name); }, call.size());
+    }
+    joined.kept = first.kept;
+    for (size_t i = 1; i < parts.size(); ++i) addKept(joined.kept, parts[i].second.kept);
     return joined;
 }
 
@@ -151,6 +195,14 @@ Stage::Stage(Manifest const& manifest, EngineEntry const& entry, std::string con
                           {std::string("an input ") + names::kLogitsAt + " and an output " + names::kLogits, {},
                            "build it again with gsx build of this version"});
     }
+    for (TensorInfo const& input : mGraph.inputs) {
+        if (!names::isPast(input.name)) continue;
+        if (countOf(shapeOf(input, {{"batch", 1}})) % kAlignedElements != 0) mSplits = false;
+    }
+    for (Place const& place : mSkippable) {
+        std::string const name = names::kRun + std::to_string(place.first) + "." + nameOf(place.second);
+        if (has(mGraph.inputs, name)) mRuns.emplace_back(place, name);
+    }
 }
 
 StageMemory Stage::newMemory(int64_t batch, int64_t capacity) {
@@ -179,12 +231,17 @@ StageMemory Stage::newMemory(int64_t batch, int64_t capacity) {
         std::string const present = names::presentAfter(input.name);
         if (has(mGraph.outputs, present)) memory.buffers[present] = bound;
     }
+    if (!mRuns.empty()) {
+        int64_t most = 0;
+        for (EngineProfile const& profile : mEntry.profiles) most = std::max(most, profile.batch.most * profile.tokens.most);
+        memory.unread = mEngine->buffer({most}, mRuns.front().second);
+    }
     return memory;
 }
 
 StageOutput Stage::run(StageMemory& memory, Call const& call, ExitState const& state, Logits logits) {
     int64_t const most = mostTokens(mEntry.profiles, call.batch());
-    if (call.size() <= most) return runOnce(memory, call, state, logits);
+    if (call.size() <= most) return runParts(memory, call, state, logits);
     if (mManifest.selection && mManifest.selection->mode == SelectionMode::kRank) {
         std::string const size = std::to_string(call.size());
         throw EngineError(
@@ -202,12 +259,110 @@ StageOutput Stage::run(StageMemory& memory, Call const& call, ExitState const& s
         }
         ExitState part;
         for (auto const& [name, array] : state) part[name] = someTokens(array, start, stop);
-        pieces.push_back(runOnce(memory, piece, part, logits));
+        pieces.push_back(runParts(memory, piece, part, logits));
     }
-    return joinedPieces(pieces, call, most, logits);
+    StageOutput joined = joinedPieces(pieces);
+    if (logits == Logits::kLast) {  // for each sequence, from the piece that holds its last token; each has `most` tokens
+        std::vector<int64_t> piece;
+        for (int64_t const count : call.counts) piece.push_back(std::max<int64_t>(count - 1, 0) / most);
+        joined.logits = tokenOfEach(joined.logits, piece);
+    }
+    return joined;
 }
 
-StageOutput Stage::runOnce(StageMemory& memory, Call const& call, ExitState const& state, Logits logits) {
+StageOutput Stage::runParts(StageMemory& memory, Call const& call, ExitState const& state, Logits logits) {
+    std::vector<std::pair<int64_t, int64_t>> const parts = partsOf(call);
+    if (parts.size() == 1 && parts[0].second - parts[0].first == call.batch()) {
+        return runPart(memory, 0, call, state, logits);
+    }
+    std::vector<std::pair<int64_t, StageOutput>> outputs;
+    for (auto const& [start, stop] : parts) {
+        Counts const counts(call.counts.begin() + start, call.counts.begin() + stop);
+        int64_t const tokens = *std::max_element(counts.begin(), counts.end());
+        Call const part{someTokens(someRows(call.ids, start, stop), 0, tokens),
+                        counts,
+                        {call.lengths.begin() + start, call.lengths.begin() + stop},
+                        controlsOf(call, start, stop)};
+        ExitState entering;
+        for (auto const& [name, array] : state) entering[name] = someTokens(someRows(array, start, stop), 0, tokens);
+        outputs.emplace_back(start, runPart(memory, start, part, entering, logits));
+    }
+    return joinedRows(outputs, call, logits);
+}
+
+std::vector<std::pair<int64_t, int64_t>> Stage::partsOf(Call const& call) const {
+    std::vector<std::pair<int64_t, int64_t>> const everything = {{0, call.batch()}};
+    bool const any = std::any_of(call.counts.begin(), call.counts.end(), [](int64_t count) { return count > 0; });
+    if (!any || (!mSplits && mRuns.empty())) return everything;
+    if (mManifest.selection && mManifest.selection->mode == SelectionMode::kRank) return everything;
+    std::vector<std::pair<int64_t, int64_t>> parts;
+    std::optional<std::vector<bool>> last;
+    for (int64_t row = 0; row < call.batch(); ++row) {
+        int64_t const count = call.counts[static_cast<size_t>(row)];
+        std::optional<std::vector<bool>> chosen;
+        if (int64_t const full = mRuns.empty() ? 0 : fullOf(call, row); !mRuns.empty() && (full == 0 || full >= count)) {
+            chosen = chosenOf(*call.controls, row, full > 0);
+        }
+        bool const same = mRuns.empty() || (chosen && chosen == last);
+        last = chosen;
+        if (count == 0) continue;
+        if (same && !parts.empty() && parts.back().second == row) {
+            auto const first = call.counts.begin() + parts.back().first;
+            auto const [least, most] = std::minmax_element(first, call.counts.begin() + row + 1);
+            if (*most - *least <= kMostPadding) {
+                parts.back().second = row + 1;
+                continue;
+            }
+        }
+        parts.emplace_back(row, row + 1);
+    }
+    auto const fitsProfile = [&](std::pair<int64_t, int64_t> const& part) {
+        int64_t const tokens = *std::max_element(call.counts.begin() + part.first, call.counts.begin() + part.second);
+        return std::any_of(mEntry.profiles.begin(), mEntry.profiles.end(), [&](EngineProfile const& profile) {
+            return fits(profile.batch, part.second - part.first) && fits(profile.tokens, tokens);
+        });
+    };
+    return !mRuns.empty() || std::all_of(parts.begin(), parts.end(), fitsProfile) ? parts : everything;
+}
+
+StageOutput Stage::runPart(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits) {
+    int64_t const full = mRuns.empty() || call.batch() > 1 ? 0 : fullOf(call, 0);
+    if (full == 0 || full >= call.counts[0]) return runOnce(memory, start, call, state, logits);
+    std::vector<StageOutput> outputs;
+    for (auto const& [from, to] : {std::pair(int64_t{0}, full), std::pair(full, call.size())}) {
+        Call const piece{someTokens(call.ids, from, to),
+                         {std::min(call.counts[0], to) - from},
+                         {call.lengths[0] + from},
+                         call.controls};
+        ExitState entering;
+        for (auto const& [name, array] : state) entering[name] = someTokens(array, from, to);
+        Logits const wanted = from == 0 && logits == Logits::kLast ? Logits::kNone : logits;
+        outputs.push_back(runOnce(memory, start, piece, entering, wanted));
+    }
+    return joinedPieces(outputs);
+}
+
+int64_t Stage::fullOf(Call const& call, int64_t row) {
+    auto const found = call.controls->find(names::kFullUntil);
+    if (found == call.controls->end()) return 0;
+    std::vector<int64_t> const& until = std::get<Array<int64_t>>(found->second).data;
+    int64_t const own = until[std::min(static_cast<size_t>(row), until.size() - 1)];
+    auto const at = static_cast<size_t>(row);
+    return std::min(std::max<int64_t>(own - call.lengths[at], 0), call.counts[at]);
+}
+
+std::vector<bool> Stage::chosenOf(Controls const& controls, int64_t row, bool full) const {
+    Array<float> const& mask = std::get<Array<float>>(controls.at(names::kLayerMask));
+    int64_t const own = std::min(row, mask.shape[0] - 1);
+    std::vector<bool> chosen;
+    for (auto const& [place, name] : mRuns) {
+        int64_t const at = (own * mask.shape[1] + place.first) * kBranches + static_cast<int64_t>(place.second);
+        chosen.push_back(full || mask.data[static_cast<size_t>(at)] > 0.5F);
+    }
+    return chosen;
+}
+
+StageOutput Stage::runOnce(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits) {
     // The window covers the rows beyond a sequence's count too: while there is room, no row of the mask is empty.
     int64_t const longest = *std::max_element(call.lengths.begin(), call.lengths.end());
     int64_t const window = windowOf(longest + call.size(), mEntry.capacity);
@@ -221,7 +376,17 @@ StageOutput Stage::runOnce(StageMemory& memory, Call const& call, ExitState cons
         if (memory.buffers.count(output.name) == 0) results[output.name] = shapeOf(output, sizes);
     }
     size_t const profile = chooseProfile(mEntry.profiles, call.batch(), call.size(), window);
-    Values found = mEngine->run(profile, feeds, memory.buffers, results);
+    Buffers buffers = memory.buffers;
+    for (auto& [name, bound] : buffers) {
+        bound.shape[0] = call.batch();
+        bound.row = start;
+    }
+    std::vector<bool> chosen;
+    if (!mRuns.empty()) chosen = chosenOf(*call.controls, 0, fullOf(call, 0) > 0);
+    for (size_t i = 0; i < mRuns.size(); ++i) {
+        buffers[mRuns[i].second] = {memory.unread, {chosen[i] ? call.batch() * call.size() : 0}};
+    }
+    Values found = mEngine->run(profile, feeds, buffers, results);
     StageOutput output;
     output.logits = std::get<Array<float>>(std::move(found.at(names::kLogits)));
     if (logits == Logits::kNone) output.logits = someTokens(output.logits, 0, 0);
@@ -230,6 +395,14 @@ StageOutput Stage::runOnce(StageMemory& memory, Call const& call, ExitState cons
         if (part != found.end()) output.state[name] = std::get<Array<float>>(std::move(part->second));
     }
     output.kept = keptOf(found);
+    if (!mRuns.empty()) {  // padding is no token
+        output.kept.resize(static_cast<size_t>(mManifest.decoder.numLayers));
+        int64_t const tokens = std::accumulate(call.counts.begin(), call.counts.end(), int64_t{0});
+        for (size_t i = 0; i < mRuns.size(); ++i) {
+            auto const& [layer, branch] = mRuns[i].first;
+            output.kept[static_cast<size_t>(layer)][static_cast<size_t>(branch)] = chosen[i] ? tokens : 0;
+        }
+    }
     return output;
 }
 
@@ -270,7 +443,7 @@ Values Stage::feedsOf(Call const& call, ExitState const& state, Logits logits, i
             if (found == call.controls->end()) throw EngineError("the engine needs k, but the bundle has no budget");
             auto const budget = static_cast<double>(std::get<Array<float>>(found->second).data[0]);
             feeds[names::kCount] = Array<int64_t>({1}, {keptCountOf(call, budget)});
-        } else if (!names::isPast(input.name)) {
+        } else if (!names::isPast(input.name) && input.name.rfind(names::kRun, 0) != 0) {
             throw EngineError("the engine has an unknown input",
                               {{}, input.name, "build it again with gsx build of this version"});
         }

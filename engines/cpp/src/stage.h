@@ -54,6 +54,8 @@ struct StageOutput {
 // K/V of a batch of sequences: each buffer is [B, K/V heads, capacity, D].
 struct StageMemory {
     Buffers buffers;
+    // Behind the inputs of which only the size is read; null if there are none.
+    std::shared_ptr<Buffer> unread;
 };
 
 // Layers [first, last) of the model.
@@ -84,7 +86,18 @@ public:
     StageOutput run(StageMemory& memory, Call const& call, ExitState const& state, Logits logits);
 
 private:
-    StageOutput runOnce(StageMemory& memory, Call const& call, ExitState const& state, Logits logits);
+    // Run a call's sequences, those together that may be.
+    StageOutput runParts(StageMemory& memory, Call const& call, ExitState const& state, Logits logits);
+    // Run sequences together from row `start` on; in two calls if a single one has tokens that run every branch, and others.
+    StageOutput runPart(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits);
+    // One call of the engine. `start`: row of the first sequence in the memory.
+    StageOutput runOnce(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits);
+    // Rows that run together, as [start, stop): neighbours that have tokens, about as many, and run the same branches.
+    std::vector<std::pair<int64_t, int64_t>> partsOf(Call const& call) const;
+    // How many of a sequence's tokens run every branch.
+    static int64_t fullOf(Call const& call, int64_t row);
+    // Which of the branches in mRuns run for a sequence.
+    std::vector<bool> chosenOf(Controls const& controls, int64_t row, bool full) const;
     Values feedsOf(Call const& call, ExitState const& state, Logits logits, int64_t window) const;
     int64_t keptCountOf(Call const& call, double budget) const;
     KeptTable keptOf(Values const& found) const;
@@ -94,6 +107,10 @@ private:
     EngineGraph const& mGraph;
     Layers mLayers;
     std::vector<Place> mSkippable;
+    // Whether a call may run some of the rows of the memory.
+    bool mSplits = true;
+    // Where the host decides: the branches, in order, and their inputs.
+    std::vector<std::pair<Place, std::string>> mRuns;
     std::unique_ptr<Engine> mEngine;
 };
 

@@ -26,6 +26,10 @@ inline constexpr char const* kFullUntil = "full_until";          // [B] int64
 inline constexpr char const* kExitThreshold = "exit_threshold";  // [B] float32
 inline constexpr char const* kLoops = "loops";                   // [B] int64: how many loops run
 
+// Where the host decides on the branches of whole calls: `run.3.mlp`, whose size is the number of rows that the branch runs
+// on, all or none. Nobody reads its content.
+inline constexpr char const* kRun = "run.";
+
 // Outputs.
 inline constexpr char const* kLogits = "logits";  // [B, O, V] float32
 inline constexpr char const* kKept = "kept";      // [skippable branches of the graph] int64: rows that each of them kept

@@ -1,4 +1,4 @@
-// Cutting and joining arrays along their token axis, which is the last axis but one, and adding up counts of rows.
+// Cutting and joining arrays along their token axis, which is the last axis but one, or by sequence; adding up counts of rows.
 
 #pragma once
 
@@ -74,6 +74,31 @@ Array<T> tokenOfEach(Array<T> const& array, std::vector<int64_t> const& tokens) 
         copyTokens(array, row, tokens[static_cast<size_t>(row)], picked, 0, 1);
     }
     return picked;
+}
+
+// Sequences [start, stop), which are the first axis.
+template <typename T>
+Array<T> someRows(Array<T> const& array, int64_t start, int64_t stop) {
+    Array<T> some;
+    some.shape = array.shape;
+    some.shape[0] = stop - start;
+    auto const size = array.shape[0] == 0 ? 0 : static_cast<int64_t>(array.data.size()) / array.shape[0];
+    some.data.assign(array.data.begin() + start * size, array.data.begin() + stop * size);
+    return some;
+}
+
+// Put the sequences of an array into another one from a row on; the other may have more tokens.
+template <typename T>
+void putRows(Array<T> const& some, Array<T>& all, int64_t row) {
+    if (some.data.empty()) return;
+    int64_t const inner = TokenView::of(some.shape, tokenAxis(some.shape)).outer / some.shape[0];
+    int64_t const count = some.shape[0] * inner;
+    for (int64_t i = 0; i < count; ++i) {
+        TokenView const in = TokenView::of(some.shape, tokenAxis(some.shape));
+        TokenView const out = TokenView::of(all.shape, tokenAxis(all.shape));
+        auto const begin = some.data.begin() + i * in.tokens * in.inner;
+        std::copy(begin, begin + in.tokens * in.inner, all.data.begin() + (row * inner + i) * out.tokens * out.inner);
+    }
 }
 
 // Add counts of rows by (layer, branch). If either table is empty, the sum is empty.

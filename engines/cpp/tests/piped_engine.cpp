@@ -3,8 +3,8 @@
 //
 // It reads and writes lines of JSON. A request is `{"prompt": ids, "max_new_tokens": n}`, its answer
 // `{"ids": ids, "finish": reason}`. In between the engines are called: `{"buffer": number, "name": ..., "shape": ...}`
-// makes K/V memory and has no answer; `{"profile": ..., "feeds": ..., "buffers": {name: number}, "results": {name: shape}}`
-// is one call, answered by its results. An array is `{"type": "float32" or "int64", "shape": ..., "data": ...}`.
+// makes K/V memory and has no answer; `{"profile": ..., "feeds": ..., "buffers": {name: [number, row,
+// shape]}, "results": {name: shape}}` is one call, answered by its results. An array is `{"type": "float32" or "int64", "shape": ..., "data": ...}`.
 
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -55,7 +55,7 @@ public:
         json call = {{"profile", profile}, {"results", results}, {"feeds", json::object()}, {"buffers", json::object()}};
         for (auto const& [name, value] : feeds) call["feeds"][name] = written(value);
         for (auto const& [name, bound] : buffers) {
-            call["buffers"][name] = static_cast<PipedBuffer const&>(*bound.buffer).number;
+            call["buffers"][name] = {static_cast<PipedBuffer const&>(*bound.buffer).number, bound.row, bound.shape};
         }
         std::cout << call << std::endl;
         json const answer = readLine();

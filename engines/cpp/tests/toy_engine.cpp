@@ -23,9 +23,15 @@ Array<float> const& floats(Values const& feeds, std::string const& name) {
     return std::get<Array<float>>(feeds.at(name));
 }
 
-Array<float>& bufferOf(Buffers const& buffers, int64_t layer, char const* kv) {
-    std::string const name = gsx::names::kPast + std::to_string(layer) + "." + kv;
-    return static_cast<ToyBuffer&>(*buffers.at(name).buffer).array;
+// K or V of a layer, of the rows that a call runs.
+struct Rows {
+    Array<float>& array;
+    int64_t first;
+};
+
+Rows bufferOf(Buffers const& buffers, int64_t layer, char const* kv) {
+    gsx::BoundBuffer const& bound = buffers.at(gsx::names::kPast + std::to_string(layer) + "." + kv);
+    return {static_cast<ToyBuffer&>(*bound.buffer).array, bound.row};
 }
 
 // Element [sequence, 0, column, 0].
@@ -227,7 +233,7 @@ void ToyEngine::write(int64_t layer, std::vector<Token> const& tokens, std::set<
                       Buffers const& buffers, Pair& below) const {
     bool const copies = mManifest.kvPolicy == "copy" && layer > 0;
     for (uint32_t number = 0; number < 2; ++number) {
-        Array<float>& buffer = bufferOf(buffers, layer, number == 0 ? "key" : "value");
+        Rows const buffer = bufferOf(buffers, layer, number == 0 ? "key" : "value");
         Array<float>& old = number == 0 ? below.key : below.value;
         Array<float> fresh(old.shape);
         for (Token const& token : tokens) {
@@ -235,7 +241,7 @@ void ToyEngine::write(int64_t layer, std::vector<Token> const& tokens, std::set<
             float const own =
                 static_cast<float>(mix({state(token), static_cast<uint32_t>(layer), number}) & 0xFFFF);
             element(fresh, b, s) = copies && kept.count(token) == 0 ? element(old, b, s) : own;
-            element(buffer, b, ints(feeds, "write_at").data[static_cast<size_t>(b)] + s) = element(fresh, b, s);
+            element(buffer.array, buffer.first + b, ints(feeds, "write_at").data[static_cast<size_t>(b)] + s) = element(fresh, b, s);
         }
         old = std::move(fresh);
     }
@@ -244,13 +250,13 @@ void ToyEngine::write(int64_t layer, std::vector<Token> const& tokens, std::set<
 uint32_t ToyEngine::attend(int64_t layer, int64_t sequence, int64_t place, Values const& feeds,
                            Buffers const& buffers) const {
     Array<int64_t> const& mask = ints(feeds, "attention_mask");
-    Array<float>& key = bufferOf(buffers, layer, "key");
-    Array<float>& value = bufferOf(buffers, layer, "value");
+    Rows const key = bufferOf(buffers, layer, "key");
+    Rows const value = bufferOf(buffers, layer, "value");
     uint32_t seen = 0;
     for (int64_t column = 0; column <= place; ++column) {
         if (mask.data[static_cast<size_t>(sequence * mask.shape[1] + column)] == 0) continue;
-        seen = mix({seen, static_cast<uint32_t>(element(key, sequence, column)),
-                    static_cast<uint32_t>(element(value, sequence, column))});
+        seen = mix({seen, static_cast<uint32_t>(element(key.array, key.first + sequence, column)),
+                    static_cast<uint32_t>(element(value.array, value.first + sequence, column))});
     }
     return seen;
 }

@@ -15,14 +15,15 @@ from gsx_engines.building.job import Job, Ranges, run_job
 from gsx_engines.building.layer_information import EIGHT_BITS
 from gsx_engines.building.memory import check_memory
 from gsx_engines.building.placing import writing_engines
-from gsx_engines.building.profiles import default_profiles, most_rows, one_profile, parse_profile
+from gsx_engines.building.plan import step_from, write_plan
+from gsx_engines.building.profiles import default_profiles, one_profile, parse_profile
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
 from gsx_engines.bundle.tensors import tensor_info
 from gsx_engines.defaults import BUILD_CONTEXT
 from gsx_engines.errors import EngineError
 from gsx_engines.lowering import tensorrt as lowering
-from gsx_engines.lowering.for_tensorrt.task import LOGITS_COLUMNS, WINDOW, K
+from gsx_engines.lowering.for_tensorrt.task import LOGITS_COLUMNS, RUN, WINDOW, K
 from gsx_engines.lowering.for_tensorrt.zero_points import load_zero_points
 from gsx_engines.lowering.passes import not_as_expected
 from gsx_engines.lowering.products import quantized_products
@@ -36,12 +37,15 @@ from gsx_engines.tensorrt.backend import (
     load_module,
     platform_name,
 )
+from gsx_engines.tensorrt.profile_choice import most_rows
 from gsx_plugins.errors import UsageError
 from gsx_plugins.files import cache_folder
 from gsx_plugins.graph import Graph, LayoutError
-from gsx_plugins.library import PLUGIN_OPS, find_library, library_hash, record_of
+from gsx_plugins.library import MOST_STEP_ROWS, PLUGIN_OPS, STEP_OPS, find_library, library_hash, record_of
 from gsx_plugins.progress import OnProgress, Progress, silent
 
+# TensorScatter, RotaryEmbedding and RMSNormalization came with it (NVIDIA's changelog).
+OLDEST_TENSORRT = (10, 15)
 # Disk space for an engine beyond its weights (which it may hold once for every profile): mostly kernels.
 _DISK_SLACK = 128 << 20
 
@@ -56,6 +60,7 @@ def build(
     profiles: Sequence[str] = (),
     plugins: Literal["auto", "none"] | Path = "auto",
     kv_layout: KvLayout = "in-place",
+    step: int | None = None,
     timing_cache: Path | None = None,
     on_progress: OnProgress = silent,
 ) -> tuple[str, EngineEntry]:
@@ -73,6 +78,7 @@ def build(
             TensorRT-RTX a single one for both.
         plugins: `auto` uses the library that was built on this machine, if there is one; `none` uses no plugins.
         kv_layout: `in-place` for gsx; `growing` for programs that manage K and V themselves.
+        step: build engines for steps of exactly `batch` sequences with so many tokens each, beside those for all calls.
         timing_cache: file for TensorRT's timings; None for one in the user's cache folder. Not used by TensorRT-RTX.
         on_progress: called with the progress; the note is TensorRT's phase.
     Returns: the name of the engines in the bundle, and their entry in its manifest.
@@ -101,13 +107,17 @@ def build(
     chosen, gpu = _targets(module, backend, targets)
     if opened.manifest.quantization is not None and opened.manifest.quantization.is_float8:
         chosen = _with_fp8(opened, module, backend, targets, chosen)
-    capacity, shapes = _shapes(opened, backend, context, batch, profiles)
+    if step is None:
+        capacity, shapes = _shapes(opened, backend, context, batch, profiles)
+    else:
+        kv_layout, capacity, shapes = _step(opened, backend, context, batch, profiles, kv_layout, step)
     library = _library(plugins)
     portable = {name: _load(opened, name) for name in opened.manifest.graphs}
     sizes = {name: _weight_bytes(model) for name, model in portable.items()}
     check_memory(max(sizes.values()), len(shapes))
     version = module.__version__
-    name = f"{backend}-{version}-sm{'-'.join(chosen)}" + ("-growing" if kv_layout == "growing" else "")
+    suffix = {"in-place": "", "growing": "-growing", "step": f"-step-{batch}x{step}-{capacity}"}[kv_layout]
+    name = f"{backend}-{version}-sm{'-'.join(chosen)}{suffix}"
     with writing_engines(opened, name, len(shapes) * sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
         graphs, used = {}, False
         for graph, model in portable.items():
@@ -168,6 +178,7 @@ def _build_graph(
     graph.write_bytes(lowered.model.SerializeToString())
     products = {node.name for node in portable.graph.node if node.op_type == "MatMul"}  # lowering may add small ones
     plugin_ops = {op for op, form in lowered.forms.items() if form == "plugin"}
+    plugin_ops |= {node.op_type for node in lowered.model.graph.node} & set(STEP_OPS)
     job = Job(
         backend=backend,
         graph=str(graph),
@@ -182,6 +193,7 @@ def _build_graph(
     )
     built = run_job(job, name, on_progress)
     graph.unlink()
+    write_plan(engine, [step_from(step) for step in built.steps])
     entry = EngineGraph(
         file=engine.name,
         sha256=sha256_of(engine),
@@ -220,9 +232,9 @@ def _lower(
             bundle.manifest,
             capacity=capacity,
             rows=most_rows(profiles),
-            plugins=PLUGIN_OPS if library is not None else (),
-            one_sequence=max(profile.batch.most for profile in profiles) == 1,
+            plugins=(*PLUGIN_OPS, *STEP_OPS) if library is not None else (),
             kv_layout=kv_layout,
+            step=(profiles[0].batch.most, profiles[0].tokens.most) if kv_layout == "step" else None,
         )
     except LayoutError as error:
         raise not_as_expected(bundle.graph_path(name), bundle.manifest, error) from error
@@ -244,6 +256,8 @@ def input_ranges(model: onnx.ModelProto, profile: EngineProfile) -> Ranges:
         if value.name == K:
             most = profile.batch.most * profile.tokens.most
             ranges[value.name] = ((0,), (profile.batch.usual * profile.tokens.usual,), (most,))
+        elif value.name.startswith(RUN):  # no rows, or all
+            ranges[value.name] = ((0,), (profile.batch.usual * profile.tokens.usual,), (most_rows([profile]),))
         elif any(axis.dim_param for axis in axes):
             least, usual, most_shape = (
                 tuple(named[axis.dim_param][end] if axis.dim_param else axis.dim_value for axis in axes)
@@ -283,7 +297,16 @@ def check_backend(backend: Backend) -> Any:
             expected="the package polygraphy",
             todo='pip install "gsx[tensorrt]"',
         )
-    return load_module(backend)
+    module = load_module(backend)
+    found = tuple(int(part) for part in module.__version__.split(".")[:2])
+    if backend == "tensorrt" and found < OLDEST_TENSORRT:
+        raise EngineError(
+            "backend tensorrt: this TensorRT lacks ops that engines consist of",
+            expected=f"TensorRT {OLDEST_TENSORRT[0]}.{OLDEST_TENSORRT[1]} or later (TensorScatter, RMSNormalization)",
+            found=module.__version__,
+            todo="pip install --upgrade tensorrt; or gsx build --backend tensorrt-rtx",
+        )
+    return module
 
 
 def _targets(module: ModuleType, backend: Backend, targets: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
@@ -351,6 +374,47 @@ def _shapes(
     if len(set(names)) < len(names):
         raise UsageError("--profile: two profiles have the same name", found=", ".join(names))
     return capacity, made
+
+
+def _step(
+    bundle: Bundle,
+    backend: Backend,
+    context: int | None,
+    batch: int,
+    profiles: Sequence[str],
+    kv_layout: KvLayout,
+    tokens: int,
+) -> tuple[KvLayout, int, tuple[EngineProfile, ...]]:
+    """Layout, capacity and the only profile of engines for steps of one size.
+
+    Raises:
+        UsageError: a size that no step has, other options that do not go with it, or a capacity that the engines for
+            all other calls do not have, since both use the same buffers.
+    """
+    if profiles or kv_layout == "growing":
+        raise UsageError(
+            "--step has a profile and a K/V layout of its own",
+            expected="--step with --batch and --context",
+            found="--profile" if profiles else "--kv-layout growing",
+        )
+    if tokens < 1 or tokens * batch > MOST_STEP_ROWS:
+        raise UsageError(
+            "--step is for few tokens",
+            expected=f"1 to {MOST_STEP_ROWS} of all sequences together",
+            found=f"{batch} x {tokens}",
+            todo="leave it out: the other engines take calls of any size",
+        )
+    capacity, _ = _shapes(bundle, backend, context, batch, ())
+    others = [one.capacity for one in bundle.manifest.engines.values() if one.backend == backend]
+    if others and capacity not in others:
+        raise UsageError(
+            "--step: the engines for other calls use the same K/V buffers, and have another capacity",
+            expected=" or ".join(map(str, dict.fromkeys(others))),
+            found=str(capacity),
+            todo=f"--context {others[0]}",
+        )
+    sizes = [Sizes(size, size, size) for size in (batch, tokens, capacity)]
+    return "step", capacity, (EngineProfile(name="step", batch=sizes[0], tokens=sizes[1], window=sizes[2]),)
 
 
 def _load(bundle: Bundle, name: str) -> onnx.ModelProto:

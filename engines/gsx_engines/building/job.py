@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -69,6 +69,7 @@ class Built:
         tensorrt_version: of the builder.
         layers: type of TensorRT layer -> how many, before TensorRT fuses them.
         products: matrix product -> the type in which it is computed (`layer_information.product_types`).
+        steps: what a call of the engine does, as `plan.Step` in JSON.
         peak_bytes: peak memory of the process.
         seconds: time of the build itself.
     """
@@ -76,6 +77,7 @@ class Built:
     tensorrt_version: str
     layers: Mapping[str, int]
     products: Mapping[str, str]
+    steps: Sequence[Mapping[str, Any]]
     peak_bytes: int
     seconds: float
 

@@ -72,11 +72,6 @@ def parse_profile(text: str, *, capacity: int, batch: int) -> EngineProfile:
     return _profile(name, tokens, sequences, capacity)
 
 
-def most_rows(profiles: Sequence[EngineProfile]) -> int:
-    """The most tokens of a call, summed over all sequences."""
-    return max(profile.batch.most * profile.tokens.most for profile in profiles)
-
-
 def _profile(name: str, tokens: Sizes, batch: Sizes, capacity: int) -> EngineProfile:
     usual = max(tokens.usual, min(capacity, max(capacity // 4, tokens.usual)))
     return EngineProfile(name=name, batch=batch, tokens=tokens, window=Sizes(tokens.least, usual, capacity))

@@ -14,10 +14,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from gsx_plugins.library import PLUGIN_OPS
+from gsx_plugins.library import PLUGIN_OPS, STEP_OPS
 
 # Least time between two messages about one phase.
 _QUIET_SECONDS = 0.1
@@ -56,6 +57,7 @@ def main() -> int:
 def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
     from gsx_engines.building.job import LOADING_PLUGINS
     from gsx_engines.building.layer_information import product_types
+    from gsx_engines.building.plan import steps_of
     from gsx_engines.errors import EngineError
     from gsx_engines.tensorrt.backend import load_module
     from gsx_engines.tensorrt.plugins import load_plugins
@@ -123,6 +125,7 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
         "tensorrt_version": trt.__version__,
         "layers": dict(layers),
         "products": product_types("\n".join(logger.layers), job["products"]),
+        "steps": [asdict(step) for step in steps_of("\n".join(logger.layers))],
         "peak_bytes": _peak_bytes(),
         "seconds": seconds,
     }
@@ -184,7 +187,7 @@ def _logger(trt: Any) -> Any:
 
         def of_plugin(self) -> str:
             """The first message of a plugin; these begin with the plugin's name."""
-            return next((_line(text) for text in self.errors if text.partition(":")[0] in PLUGIN_OPS), "")
+            return next((_line(text) for text in self.errors if text.partition(":")[0] in (*PLUGIN_OPS, *STEP_OPS)), "")
 
     return Logger()
 

@@ -35,7 +35,7 @@ class EngineProfile(Section):
         return self
 
 
-KvLayout = Literal["in-place", "growing"]
+KvLayout = Literal["in-place", "step", "growing"]
 
 
 class PluginLibrary(Section):
@@ -56,8 +56,8 @@ class EngineGraph(Section):
     Args:
         file, sha256, size_bytes: of the engine.
         graph_sha256, weights_sha256: of the graph and the weights that it was built from.
-        forms: op of domain gsx -> what the engine runs in its place: `plugin`, `body`, `rows`, `mask` or `all`
-            (docs/engines.md).
+        forms: op of domain gsx -> what the engine runs in its place: `plugin`, `predicated`, `body`, `rows`,
+            `mask` or `all` (docs/engines.md).
         layers: type of TensorRT layer -> how many there were before TensorRT fused them.
         products: type -> how many matrix products of the graph the engine computes in it.
         widened: weights of the products that are quantized in the graph but computed in a wider type by the engine.
@@ -71,7 +71,7 @@ class EngineGraph(Section):
     size_bytes: int
     graph_sha256: Sha256
     weights_sha256: Sha256
-    forms: Mapping[str, Literal["plugin", "body", "rows", "mask", "all"]]
+    forms: Mapping[str, Literal["plugin", "predicated", "body", "rows", "mask", "all"]]
     layers: Mapping[str, int]
     products: Mapping[str, int] = Field(default_factory=dict)
     widened: tuple[str, ...] = ()
@@ -89,8 +89,9 @@ class EngineEntry(Section):
         targets: compute capabilities, e.g. "89".
         platform: operating system and processor.
         gpu: the GPU that it was built on, if the backend ties an engine to it.
-        kv_layout: `in-place`: K and V are written into buffers of a fixed length; `growing`: they come in as `past` and
-            go out as `present`, as in the graph. gsx runs the first; the second is for other programs.
+        kv_layout: `in-place`: K and V are written into buffers of a fixed length; `step`: the same for calls of exactly
+            one size, which read the buffers as they are; `growing`: K and V come in as `past` and go out as `present`,
+            as in the graph. gsx runs the first, and the second for calls of that size; the third is for other programs.
         capacity: columns of the K/V buffers, or the most tokens that K and V may grow to.
         plugins: null if no plugin is used.
     """

@@ -21,6 +21,8 @@ With K and V in place, which is what gsx runs, the form differs from the portabl
 
 The passes are in `for_tensorrt/`.
 
+In a step, for calls of one size, all sizes are numbers: the window is the whole buffer, and all tokens get logits.
+
 With K and V that grow, for other programs, only the last three and the removal of default values apply: the engine has
 the portable graph's inputs and outputs, `past_key_values.*` and `present.*` with the call's columns after it.
 
@@ -44,12 +46,15 @@ from gsx_engines.lowering.for_tensorrt.constants import dequantize_constants
 from gsx_engines.lowering.for_tensorrt.experts import run_experts
 from gsx_engines.lowering.for_tensorrt.inputs import (
     ask_for_columns,
+    fix_sizes,
     place_call,
     report_kept,
     speak_float32,
     write_cache_in_place,
 )
+from gsx_engines.lowering.for_tensorrt.predicated import predicate_branches
 from gsx_engines.lowering.for_tensorrt.task import Form, Task
+from gsx_engines.lowering.for_tensorrt.whole_calls import run_whole_calls
 from gsx_engines.lowering.for_tensorrt.zero_points import without_zero_points
 from gsx_engines.lowering.passes import Pass, of_any, run_passes
 from gsx_plugins.domain import DOMAIN
@@ -62,9 +67,11 @@ PASSES: tuple[Pass[Task], ...] = (
     place_call,
     write_cache_in_place,
     ask_for_columns,
+    run_whole_calls,
     report_kept,
     mask_choices,
     add_rows,
+    predicate_branches,
     attend_kept_rows,
     attend,
     rotate_by_head,
@@ -73,6 +80,7 @@ PASSES: tuple[Pass[Task], ...] = (
     dequantize_constants,
     without_zero_points,
     speak_float32,
+    fix_sizes,
     of_any(Graph.drop_unread),
 )
 
@@ -99,20 +107,20 @@ def lower(
     capacity: int,
     rows: int,
     plugins: Collection[str],
-    one_sequence: bool,
     kv_layout: KvLayout = "in-place",
+    step: tuple[int, int] | None = None,
 ) -> Lowered:
     """The form of a bundle's graph that TensorRT builds an engine from.
 
     Args:
         portable: `model.onnx`, `draft.onnx` or `verify.onnx`, without its weights.
-        capacity, rows, plugins, one_sequence, kv_layout: as in `Task`.
+        capacity, rows, plugins, kv_layout, step: as in `Task`.
     Raises:
         LayoutError: the graph does not have the layout of this version's exporter.
     """
     model = onnx.ModelProto()
     model.CopyFrom(portable)
-    task = Task(manifest, capacity, rows, frozenset(plugins), one_sequence, kv_layout)
+    task = Task(manifest, capacity, rows, frozenset(plugins), kv_layout, step)
     counts = run_passes(Graph(model.graph), PASSES, task)
     used = {node.op_type for node in model.graph.node if node.domain == DOMAIN}
     functions = [function for function in model.functions if function.name in used]

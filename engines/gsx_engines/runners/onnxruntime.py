@@ -28,6 +28,7 @@ from gsx_engines.lowering.for_onnxruntime.task import STATE, TOTAL_LENGTH
 from gsx_engines.lowering.for_onnxruntime.whole_calls import chooses_whole_calls
 from gsx_engines.lowering.passes import not_as_expected
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput
+from gsx_engines.runners.joining import in_time, joined_rows
 from gsx_engines.runners.kept import KeptTable
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.session import open_session, session_config
@@ -217,7 +218,7 @@ class OnnxRuntimeStage:
             parts.append((rows, run(memory, start, part, entering, logits)))
         if len(parts) == 1 and parts[0][0] == slice(0, len(call.counts)):
             return parts[0][1]
-        return _joined(parts, call, logits)
+        return joined_rows(parts, call, logits)
 
     def copy(self, memory: Any, source: int, target: int, length: int) -> None:
         """See `Stage`."""
@@ -246,7 +247,7 @@ class OnnxRuntimeStage:
             outputs.append(
                 self._run(memory, row, part, entering, logits if columns.start or logits == "all" else "none")
             )
-        return _in_time(*outputs)
+        return in_time(*outputs)
 
     def _run(self, memory: _Memory, start: int, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """Run some tokens of one sequence, or one token of each of several; start: row of the first sequence."""
@@ -348,51 +349,3 @@ def _parts(counts: list[int]) -> list[tuple[int, int]]:
         elif count:
             parts.append((row, row + 1))
     return parts
-
-
-def _in_time(first: StageOutput, second: StageOutput) -> StageOutput:
-    """The outputs of two calls on neighbouring tokens of a sequence as one."""
-    states = None
-    if first.state is not None and second.state is not None:
-        states = {name: np.concatenate([value, second.state[name]], axis=-2) for name, value in first.state.items()}
-    return StageOutput(
-        logits=np.concatenate([first.logits, second.logits], axis=1),
-        state=states,
-        kept=None if first.kept is None or second.kept is None else first.kept + second.kept,
-        kept_by_sequence=(
-            None
-            if first.kept_by_sequence is None or second.kept_by_sequence is None
-            else first.kept_by_sequence + second.kept_by_sequence
-        ),
-    )
-
-
-def _joined(parts: list[tuple[slice, StageOutput]], call: Call, logits: Logits) -> StageOutput:
-    """The outputs of calls on parts of a batch as one; rows of no part are zero."""
-    batch, length = call.ids.shape
-    columns = {"none": 0, "last": 1, "all": length}[logits]
-    first = parts[0][1]
-
-    def whole(arrays: list[np.ndarray], columns: int) -> np.ndarray:
-        """Arrays whose last axis but one is the tokens, put at the rows of their sequences."""
-        tail = arrays[0].shape
-        out = np.zeros((batch, *tail[1:-2], columns, tail[-1]), arrays[0].dtype)
-        for (rows, _), array in zip(parts, arrays, strict=True):
-            out[rows, ..., : array.shape[-2], :] = array
-        return out
-
-    states = [output.state for _, output in parts if output.state is not None]
-    leaving = {name: whole([state[name] for state in states], length) for name in first.state or ()}
-    kept = [output.kept for _, output in parts if output.kept is not None]
-    kept_by_sequence = None
-    if first.kept_by_sequence is not None:
-        kept_by_sequence = np.zeros((batch, *first.kept_by_sequence.shape[1:]), np.int64)
-        for rows, output in parts:
-            assert output.kept_by_sequence is not None
-            kept_by_sequence[rows] = output.kept_by_sequence
-    return StageOutput(
-        logits=whole([output.logits for _, output in parts], columns),
-        state=leaving or None,
-        kept=np.sum(kept, axis=0) if kept else None,
-        kept_by_sequence=kept_by_sequence,
-    )

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -23,11 +24,13 @@ from pydantic import ValidationError
 import gsx_engines
 import gsx_plugins
 from gsx_engines.bundle.bundle import Bundle, writing
+from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.defaults import SERVED_REQUESTS, WAITING_REQUESTS
 from gsx_engines.errors import EngineError
 from gsx_engines.serving.fields import FORMS, Field, Form
 from gsx_engines.serving.model_config import Tensor, TritonConfig
 from gsx_plugins.errors import UsageError
+from gsx_plugins.library import native_sources
 
 Backend = Literal["onnxruntime", "tensorrt", "tensorrt-rtx"]
 MODEL = '''"""gsx on Triton's Python backend: the model is in the packages beside this file."""
@@ -72,7 +75,8 @@ def write_repository(
         backend: the runtime; the TensorRT backends need engines in the bundle.
         slots: how many requests run at once.
         queue: how many requests may wait.
-        context: maximum number of tokens of a request, prompt and new ones; None for the model's context.
+        context: maximum number of tokens of a request, prompt and new ones; None for the model's context, or for as
+            many as the engines hold.
         form: of requests and responses, one of `fields.FORMS`.
         threads: of ONNX Runtime; None for a number that leaves a processor to the server (`threads.py`).
     Returns: the directory of the model.
@@ -81,7 +85,10 @@ def write_repository(
         EngineError: the bundle has no engines for the backend.
     """
     _check(bundle, slots, queue, context, threads)
-    version = _engine_version(bundle, backend, slots)
+    entries = _engines(bundle, backend, slots)
+    version = entries[0].tensorrt_version if entries else None
+    if entries:
+        context = _context_of(bundle, entries, context)
     config = _config(name, backend, slots=slots, queue=queue, context=context, threads=threads, form=FORMS[form]).text()
     with writing(target, overwrite=False, needed_bytes=_size(bundle.directory)) as work:
         version_directory = work / name / "1"
@@ -143,10 +150,23 @@ def _check(bundle: Bundle, slots: int, queue: int, context: int | None, threads:
         )
 
 
-def _engine_version(bundle: Bundle, backend: Backend, slots: int) -> str | None:
-    """The version of TensorRT that the bundle's engines were built with; None for ONNX Runtime."""
+def _context_of(bundle: Bundle, entries: Sequence[EngineEntry], context: int | None) -> int:
+    """How many tokens a request may have: no more than the K/V buffers of the engines hold."""
+    most = min(entry.capacity for entry in entries)
+    if context is not None and context > most:
+        raise EngineError(
+            f"bundle {bundle.directory}: its engines hold fewer tokens than a request may have",
+            expected=f"a context of at most {most}",
+            found=str(context),
+            todo=f"gsx build {bundle.directory} --backend {entries[0].backend} --context {context}",
+        )
+    return context or most
+
+
+def _engines(bundle: Bundle, backend: Backend, slots: int) -> list[EngineEntry]:
+    """The bundle's engines for a backend; none for ONNX Runtime."""
     if backend == "onnxruntime":
-        return None
+        return []
     own = {name: entry for name, entry in bundle.manifest.engines.items() if entry.backend == backend}
     entries = [entry for entry in own.values() if entry.kv_layout == "in-place"]
     build = f"gsx build {bundle.directory} --backend {backend} --batch {slots}"
@@ -162,14 +182,16 @@ def _engine_version(bundle: Bundle, backend: Backend, slots: int) -> str | None:
             found=f"batches of at most {most}",
             todo=f"gsx triton --slots {most}, or {build}",
         )
-    return entries[0].tensorrt_version
+    return entries
 
 
 def _copy_package(package: Path, target: Path) -> None:
-    """Copy a package's Python code."""
+    """Copy a package's code; that of the kernels too, since its hash says which plugin library belongs to it."""
+    native = {path.name for path in native_sources()}
 
     def others(place: str, names: list[str]) -> list[str]:
-        return [name for name in names if not (name.endswith(".py") or os.path.isdir(os.path.join(place, name)))]
+        wanted = [name for name in names if name.endswith(".py") or name in native]
+        return [name for name in names if name not in wanted and not os.path.isdir(os.path.join(place, name))]
 
     shutil.copytree(package, target / package.name, ignore=lambda place, names: {*others(place, names), "__pycache__"})
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import queue
 import threading
 import time
@@ -26,6 +27,7 @@ import triton_python_backend_utils as pb_utils
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.sampling import Sampling
+from gsx_engines.serving.device import show_own_device
 from gsx_engines.serving.fields import FORMS, Field, Form
 from gsx_engines.serving.limits import check_ids_fit, check_layers, check_stops, check_text_size, need_tokenizer
 from gsx_engines.serving.request import Finished, NewTokens, OverloadedError, Request
@@ -75,6 +77,7 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the bundle beside `model.py`, and start the scheduler's thread."""
+        show_own_device(args, os.environ)
         config = json.loads(args["model_config"])
         parameters = {name: value["string_value"] for name, value in config["parameters"].items()}
         try:

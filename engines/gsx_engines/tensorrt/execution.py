@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +26,9 @@ from gsx_engines.tensorrt.rtx import runtime_config, why_refused
 _ALIGNMENT = 256
 # A CUDA graph is recorded after this many identical calls: TensorRT allocates and initializes in the first ones.
 _CALLS_BEFORE_RECORDING = 2
+# Kinds of calls that are remembered, with a recording each: sets of layers that alternate, such as those of a draft and
+# of its verification, and the last windows.
+_MOST_RECORDINGS = 32
 
 
 class DeviceArray:
@@ -47,6 +52,14 @@ class DeviceArray:
             self._runtime.cudaFree(self.address)
 
 
+@dataclass(frozen=True)
+class DeviceRows:
+    """Some rows of device memory, which live as long as all of it."""
+
+    whole: DeviceArray
+    address: int
+
+
 class _RecordedGraph:
     """A CUDA graph that can be launched, freed with the object."""
 
@@ -66,12 +79,22 @@ class CudaEngine:
         library: the plugin library that it needs, if any.
         cuda_graphs: record repeated calls of the same shapes, and replay them.
         kernels: file for the kernels that TensorRT-RTX compiles, or None; TensorRT's engines contain their kernels.
+        fixed_rows: the host knows how many rows each branch runs on (`rtx.runtime_config`).
+        beside: an engine that shares memory with this one; the calls of both are in one order.
     Raises:
         EngineError: no GPU, or TensorRT cannot load the engine.
     """
 
     def __init__(
-        self, backend: Backend, plan: bytes, *, library: Path | None, cuda_graphs: bool, kernels: Path | None
+        self,
+        backend: Backend,
+        plan: bytes,
+        *,
+        library: Path | None,
+        cuda_graphs: bool,
+        kernels: Path | None,
+        fixed_rows: bool = True,
+        beside: CudaEngine | None = None,
     ) -> None:
         self._runtime = cuda.runtime()
         self._trt = load_module(backend)
@@ -88,13 +111,22 @@ class CudaEngine:
                 found=reason or "see TensorRT's own message above",
                 todo="gsx build builds it again for this machine",
             )
-        self.stream = int(cuda.check(self._runtime.cudaStreamCreate(), "making a stream"))
-        weakref.finalize(self, self._runtime.cudaStreamDestroy, self.stream).atexit = False
+        self._beside = beside  # whose stream lives as long as it does
+        if beside is None:
+            self.stream = int(cuda.check(self._runtime.cudaStreamCreate(), "making a stream"))
+            weakref.finalize(self, self._runtime.cudaStreamDestroy, self.stream).atexit = False
+        else:
+            self.stream = beside.stream
         self._config = None
         if is_rtx:
-            self._config = runtime_config(self._trt, self._engine, kernels=kernels, cuda_graphs=cuda_graphs, owner=self)
+            self._config = runtime_config(
+                self._trt, self._engine, kernels=kernels, cuda_graphs=cuda_graphs, fixed_rows=fixed_rows, owner=self
+            )
         self._contexts: dict[int, _Context] = {}
-        self._records = cuda_graphs and not is_rtx
+        # A recording would keep the old value of an input on the host.
+        names = [self._engine.get_tensor_name(number) for number in range(self._engine.num_io_tensors)]
+        on_host = any(self._engine.get_tensor_location(name) == self._trt.TensorLocation.HOST for name in names)
+        self._records = cuda_graphs and not is_rtx and not on_host
 
     def buffer(self, shape: tuple[int, ...], name: str) -> DeviceArray:
         """Zeroed device memory for an input or output."""
@@ -114,11 +146,27 @@ class CudaEngine:
         )
         cuda.check(copied, "moving a sequence")
 
+    def rows(self, buffer: DeviceArray, shape: tuple[int, ...], rows: slice) -> DeviceRows:
+        """Some neighbouring rows of a buffer [rows, ..].
+
+        Raises:
+            EngineError: they begin at an address that TensorRT does not take.
+        """
+        start = rows.start * (buffer.size // shape[0])
+        if start % _ALIGNMENT:
+            raise EngineError(
+                f"sequences of a batch do not begin at multiples of {_ALIGNMENT} bytes",
+                expected=f"K/V buffers [{', '.join(map(str, shape))}] whose rows are multiples of it",
+                found=f"{buffer.size // shape[0]} bytes a row",
+                todo="gsx build --context with a multiple of 64",
+            )
+        return DeviceRows(buffer, buffer.address + start)
+
     def run(
         self,
         profile: int,
         feeds: Mapping[str, np.ndarray],
-        buffers: Mapping[str, tuple[DeviceArray, tuple[int, ...]]],
+        buffers: Mapping[str, tuple[DeviceArray | DeviceRows, tuple[int, ...]]],
         results: Mapping[str, tuple[int, ...]],
     ) -> dict[str, np.ndarray]:
         """One call.
@@ -146,6 +194,14 @@ class CudaEngine:
         return math.prod(shape) * int(self._engine.get_tensor_dtype(name).itemsize)
 
 
+@dataclass
+class _Kind:
+    """Calls with the same shapes and addresses: how many there were, and their recording."""
+
+    calls: int = 0
+    graph: _RecordedGraph | None = None
+
+
 class _Context:
     """An execution context for one profile, with memory for its small inputs and its results."""
 
@@ -166,14 +222,14 @@ class _Context:
         self._memory: dict[str, DeviceArray] = {}
         self._host_memory: dict[str, np.ndarray] = {}
         self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
-        self._graph: _RecordedGraph | None = None
-        # How many calls were enqueued with the current shapes and addresses.
-        self._calls_alike = 0
+        # By shapes and addresses, the latest last; and the one of the current bindings, once it is looked up.
+        self._kinds: OrderedDict[frozenset[tuple[str, tuple[int, tuple[int, ...]]]], _Kind] = OrderedDict()
+        self._kind: _Kind | None = None
 
     def run(
         self,
         feeds: Mapping[str, np.ndarray],
-        buffers: Mapping[str, tuple[DeviceArray, tuple[int, ...]]],
+        buffers: Mapping[str, tuple[DeviceArray | DeviceRows, tuple[int, ...]]],
         results: Mapping[str, tuple[int, ...]],
     ) -> dict[str, np.ndarray]:
         """See `CudaEngine.run`."""
@@ -193,7 +249,7 @@ class _Context:
     def _call(
         self,
         host: Mapping[str, np.ndarray],
-        buffers: Mapping[str, tuple[DeviceArray, tuple[int, ...]]],
+        buffers: Mapping[str, tuple[DeviceArray | DeviceRows, tuple[int, ...]]],
         found: Mapping[str, np.ndarray],
     ) -> None:
         for name, value in host.items():
@@ -203,7 +259,6 @@ class _Context:
         for name, value in found.items():
             self._bind(name, self._room(name, value.nbytes).address, value.shape)
         self._enqueue()
-        self._calls_alike += 1
         to_host = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
         for name, value in found.items():
             copied = self._runtime.cudaMemcpyAsync(
@@ -224,8 +279,7 @@ class _Context:
         cuda.check(copied, f"copying {name} to the GPU")
 
     def _give_on_host(self, name: str, value: np.ndarray) -> None:
-        """Pass an input on the host. It is read while the call is prepared, so a recording would keep its old value."""
-        self._forget_calls()
+        """Pass an input on the host, which is read while the call is prepared."""
         room = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
         start = -room.ctypes.data % _ALIGNMENT
         memory = self._host_memory[name] = room[start : start + value.nbytes]
@@ -244,7 +298,7 @@ class _Context:
         if self._bound.get(name) == (address, shape):
             return
         # First of all: if a part of this fails, the next call starts from scratch.
-        self._forget_calls()
+        self._kind = None
         self._bound.pop(name, None)
         is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
         if is_input and not self._context.set_input_shape(name, shape):
@@ -256,23 +310,34 @@ class _Context:
     def _refuse_memory(self, name: str) -> NoReturn:
         raise EngineError(f"the engine does not accept the memory for {name}", found="see TensorRT's own message above")
 
-    def _forget_calls(self) -> None:
-        """Drop the recording and the count of identical calls: they hold only for the former shapes and addresses."""
-        self._graph = None
-        self._calls_alike = 0
+    def _kind_of_call(self) -> _Kind:
+        """What is known of calls with the current shapes and addresses."""
+        key = frozenset(self._bound.items())
+        kind = self._kinds.get(key) or _Kind()
+        self._kinds[key] = kind
+        self._kinds.move_to_end(key)
+        if len(self._kinds) > _MOST_RECORDINGS:
+            self._kinds.popitem(last=False)
+        return kind
 
     def _enqueue(self) -> None:
-        """Run the call, or replay its recording."""
-        if self._graph is None and self._wants_graph():
-            self._graph = self._record()
-        if self._graph is not None:
-            launched = self._runtime.cudaGraphLaunch(self._graph.handle, self._stream)
-            cuda.check(launched, "replaying a CUDA graph")
-        elif not self._context.execute_async_v3(self._stream):
-            raise EngineError("TensorRT could not run the engine", found="see TensorRT's own message above")
+        """Run the call, or replay its recording.
 
-    def _wants_graph(self) -> bool:
-        return self._owner._records and self._calls_alike >= _CALLS_BEFORE_RECORDING
+        A recording is made just after a call of its kind was run: with new shapes, TensorRT prepares things in the
+        first call that a recording must not hold.
+        """
+        if self._kind is None:
+            self._kind = self._kind_of_call()
+        kind = self._kind
+        if kind.graph is not None:
+            launched = self._runtime.cudaGraphLaunch(kind.graph.handle, self._stream)
+            cuda.check(launched, "replaying a CUDA graph")
+            return
+        if not self._context.execute_async_v3(self._stream):
+            raise EngineError("TensorRT could not run the engine", found="see TensorRT's own message above")
+        kind.calls += 1
+        if self._owner._records and kind.calls >= _CALLS_BEFORE_RECORDING:
+            kind.graph = self._record()
 
     def _record(self) -> _RecordedGraph | None:
         """Record the call as a CUDA graph, without running it. If that fails, None, and nothing is recorded again."""

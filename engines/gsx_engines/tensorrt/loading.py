@@ -10,11 +10,12 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from gsx_engines.bundle.bundle import Bundle, sha256_of
-from gsx_engines.bundle.engine_entry import EngineEntry
+from gsx_engines.bundle.engine_entry import EngineEntry, KvLayout
 from gsx_engines.errors import EngineError
 from gsx_engines.tensorrt import cuda
 from gsx_engines.tensorrt.backend import Backend, dotted, load_module, platform_name
@@ -64,7 +65,8 @@ def find_engines(bundle: Bundle, backend: Backend) -> EngineSet:
         PluginLibraryError: the environment names a plugin library that is not there.
     """
     command = f"gsx build {bundle.directory} --backend {backend}"
-    choices = {name: entry for name, entry in bundle.manifest.engines.items() if entry.backend == backend}
+    of_backend = {name: entry for name, entry in bundle.manifest.engines.items() if entry.backend == backend}
+    choices = {name: entry for name, entry in of_backend.items() if entry.kv_layout != "step"}
     if not choices:
         others = ", ".join(bundle.manifest.engines) or "none"
         raise EngineError(f"bundle {bundle.directory}: has no engines for {backend}", found=others, todo=command)
@@ -72,14 +74,7 @@ def find_engines(bundle: Bundle, backend: Backend) -> EngineSet:
     cuda.runtime()
     device = cuda.device()
     assert device is not None
-    library = find_library()
-    machine = Machine(
-        module.__version__,
-        platform_name(),
-        device.name,
-        device.capability,
-        library_hash(library) if library is not None else None,
-    )
+    machine, library = _this_machine(module, device)
     problems = {name: difference(bundle, name, entry, machine, command) for name, entry in choices.items()}
     for name, problem in problems.items():
         if problem is None:
@@ -98,7 +93,35 @@ def find_engines(bundle: Bundle, backend: Backend) -> EngineSet:
     raise problem
 
 
-def difference(bundle: Bundle, name: str, entry: EngineEntry, machine: Machine, command: str) -> EngineError | None:
+def find_steps(bundle: Bundle, found: EngineSet) -> list[EngineSet]:
+    """The engines for steps of one size that run on this machine and share K/V buffers with those for all calls."""
+    device = cuda.device()
+    assert device is not None
+    machine, library = _this_machine(load_module(found.entry.backend), device)
+    return [
+        EngineSet(bundle.directory / ENGINES / name, entry, library if entry.plugins else None)
+        for name, entry in bundle.manifest.engines.items()
+        if (entry.backend, entry.kv_layout, entry.capacity) == (found.entry.backend, "step", found.entry.capacity)
+        and difference(bundle, name, entry, machine, "gsx build", kv_layout="step") is None
+    ]
+
+
+def _this_machine(module: Any, device: cuda.Device) -> tuple[Machine, Path | None]:
+    """What engines depend on here, and the plugin library."""
+    library = find_library()
+    made = Machine(
+        module.__version__,
+        platform_name(),
+        device.name,
+        device.capability,
+        library_hash(library) if library is not None else None,
+    )
+    return made, library
+
+
+def difference(
+    bundle: Bundle, name: str, entry: EngineEntry, machine: Machine, command: str, kv_layout: KvLayout = "in-place"
+) -> EngineError | None:
     """The first property in which engines and machine differ, as an error; None if they fit.
 
     Args:
@@ -106,6 +129,7 @@ def difference(bundle: Bundle, name: str, entry: EngineEntry, machine: Machine, 
         name, entry: of the engines.
         machine: this machine.
         command: the command that builds the engines again.
+        kv_layout: that they must have.
     """
     directory = bundle.directory / ENGINES / name
     what = f"engines {directory}"
@@ -123,7 +147,7 @@ def difference(bundle: Bundle, name: str, entry: EngineEntry, machine: Machine, 
             f"{what}: {field} in {ENGINE_FILE} does not match gsx.json", expected=wanted, found=written, todo=command
         )
     facts: list[tuple[str, object, object, str]] = [
-        ("kv_layout", "in-place", entry.kv_layout, command),
+        ("kv_layout", kv_layout, entry.kv_layout, command),
         ("platform", entry.platform, machine.platform, command),
         ("tensorrt_version", entry.tensorrt_version, machine.tensorrt_version, command),
     ]

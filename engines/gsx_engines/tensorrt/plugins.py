@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gsx_engines.errors import EngineError
-from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS
+from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, STEP_OPS
 
 # The function through which TensorRT finds the plugins of a library.
 _ENTRY = "getCreators"
@@ -27,7 +27,7 @@ def load_plugins(registry: Any, library: Path) -> None:
         reason = "TensorRT refuses it"
     if not reason:
         there = {creator.name for creator in registry.all_creators if creator.plugin_namespace == PLUGIN_NAMESPACE}
-        if missing := [op for op in PLUGIN_OPS if op not in there]:
+        if missing := [op for op in (*PLUGIN_OPS, *STEP_OPS) if op not in there]:
             reason = f"it has no plugin for {', '.join(missing)}: it is from another version of gsx, or not from gsx"
     if reason:
         raise EngineError(

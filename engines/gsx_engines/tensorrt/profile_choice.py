@@ -49,5 +49,10 @@ def most_tokens(profiles: Sequence[EngineProfile], batch: int) -> int:
     return max(fits, default=0)
 
 
+def most_rows(profiles: Sequence[EngineProfile]) -> int:
+    """The most tokens of a call, summed over all sequences."""
+    return max(profile.batch.most * profile.tokens.most for profile in profiles)
+
+
 def _span(sizes: Sizes) -> str:
     return str(sizes.least) if sizes.least == sizes.most else f"{sizes.least} to {sizes.most}"

@@ -14,7 +14,9 @@ from typing import Any
 from gsx_engines.tensorrt import kernel_cache
 
 
-def runtime_config(trt: Any, engine: Any, *, kernels: Path | None, cuda_graphs: bool, owner: object) -> Any:
+def runtime_config(
+    trt: Any, engine: Any, *, kernels: Path | None, cuda_graphs: bool, fixed_rows: bool, owner: object
+) -> Any:
     """A runtime configuration for the execution contexts of an engine.
 
     Args:
@@ -23,6 +25,8 @@ def runtime_config(trt: Any, engine: Any, *, kernels: Path | None, cuda_graphs: 
         kernels: file to load compiled kernels from and save them to; None to compile them each time.
         cuda_graphs: have TensorRT-RTX record calls and replay them. Ignored for engines with an input on the host: it
             is read while a call is prepared, and a replay skips that.
+        fixed_rows: the host knows how many rows each branch runs on. Where the GPU counts them, nearly every prompt has
+            new numbers in every layer: compiling kernels for these would take the processor that waits for the GPU.
         owner: kernels are saved when this object is deleted, or when the process ends.
     """
     config = engine.create_runtime_config()
@@ -31,6 +35,8 @@ def runtime_config(trt: Any, engine: Any, *, kernels: Path | None, cuda_graphs: 
     names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
     if cuda_graphs and not any(engine.get_tensor_location(name) == trt.TensorLocation.HOST for name in names):
         config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    if not fixed_rows:
+        config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.NONE
     return config
 
 

@@ -176,7 +176,8 @@ def threshold_for(scores: np.ndarray, share: float) -> np.float32:
 
     With a threshold equal to a score, rounding would decide about that token, and at the first branch about every token
     with the same id. So the threshold is in the middle of the widest gap near the quantile. If the quantile is among
-    equal scores, either all of them are kept or all are skipped, whichever is closer to the share.
+    equal scores, either all of them are kept or all are skipped, whichever is closer to the share. Where all scores are
+    equal, the rule cannot choose, and keeps all.
 
     Args: scores [n] float32; share: wanted share of scores above the threshold.
     """
@@ -188,6 +189,8 @@ def threshold_for(scores: np.ndarray, share: float) -> np.float32:
     distance = np.abs(np.arange(n + 1) - wanted)
     near = np.flatnonzero(distance <= max(NEAR_SHARE * n, distance.min()))
     cut = near[gaps[near].argmax()]
+    if n and ordered[-1] - ordered[0] < TIE:
+        return np.float32(ordered[0] - TIE)
     if gaps[cut] < TIE:
         clear = np.flatnonzero(gaps >= TIE)
         cut = clear[distance[clear].argmin()]

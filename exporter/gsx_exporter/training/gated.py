@@ -11,6 +11,7 @@ The layer dropout of LayerSkip is here too: a dropped layer's branches add nothi
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.config import GateConfig, ModelConfig
 
-_MODULES: dict[Branch, str] = {"attn": "self_attn", "mlp": "mlp"}
+MODULES: dict[Branch, str] = {"attn": "self_attn", "mlp": "mlp"}
 
 
 @dataclass
@@ -63,16 +64,26 @@ def gate_name(branch: Branch) -> str:
     return f"{branch}_gate"
 
 
-def add_gates(hf: Any, gate: GateConfig, *, bias: float, std: float, seed: int) -> None:
-    """Give every layer its gates, nearly open: the same bias, and small random weights."""
+def is_constant(gate: nn.Linear) -> bool:
+    """Whether a gate gives every token the same score: it cannot choose, so its branch always runs."""
+    return not bool(gate.weight.any())
+
+
+def add_gates(
+    hf: Any, gate: GateConfig, *, bias: float, std: float, seed: int, open_layers: Collection[int] = ()
+) -> None:
+    """Give every layer its gates, nearly open: the same bias, and small random weights.
+
+    Args: open_layers: those whose gates get no weights, and so stay open.
+    """
     generator = torch.Generator().manual_seed(seed)
     width = hf.config.hidden_size
-    for layer in hf.model.layers:
+    for number, layer in enumerate(hf.model.layers):
         device = next(layer.parameters()).device
         for branch in gate.branches:
             made = nn.Linear(width, width if gate.kind == "vector" else 1, dtype=torch.float32)
             with torch.no_grad():
-                made.weight.normal_(0.0, std, generator=generator)
+                made.weight.normal_(0.0, 0.0 if number in open_layers else std, generator=generator)
                 made.bias.fill_(bias)
             setattr(layer, gate_name(branch), made.to(device))
 
@@ -90,13 +101,26 @@ class Hooks:
 
     def __init__(self, hf: Any, config: ModelConfig) -> None:
         self.call: Call | None = None
+        gates = [
+            getattr(layer, gate_name(branch))
+            for layer in hf.model.layers
+            for branch in (config.gate.branches if config.gate is not None else ())
+        ]
+        # Branches that always run count as kept: the others keep less, so that a budget is a share of all.
+        self._all, self._choosing = len(gates), sum(not is_constant(gate) for gate in gates)
         for number, layer in enumerate(hf.model.layers):
             layer.register_forward_hook(self._keeps(number + 1))
             for branch in BRANCHES:
                 hook = _Branch(self, layer, number, branch, config)
-                module = getattr(layer, _MODULES[branch])
+                module = getattr(layer, MODULES[branch])
                 module.register_forward_pre_hook(hook.before, with_kwargs=True)
                 module.register_forward_hook(hook.after)
+
+    def share(self, budget: float) -> float:
+        """What the gates that choose keep at a budget."""
+        if not self._choosing:
+            return 1.0
+        return max(0.0, 1.0 - (1.0 - budget) * self._all / self._choosing)
 
     def _keeps(self, depth: int) -> Any:
         def keep(_layer: nn.Module, _args: Any, output: Any) -> None:
@@ -112,6 +136,7 @@ class _Branch:
     def __init__(self, hooks: Hooks, layer: nn.Module, number: int, branch: Branch, config: ModelConfig) -> None:
         self._hooks, self._layer, self._number, self._branch = hooks, layer, number, branch
         self._gate = config.gate if config.gate is not None and branch in config.gate.branches else None
+        self._constant = self._gate is not None and is_constant(getattr(layer, gate_name(branch)))
         self._input: torch.Tensor | None = None
         self._factor: torch.Tensor | None = None
         norm = config.norms[branch].before
@@ -150,6 +175,8 @@ class _Branch:
         with torch.autocast(x.device.type, enabled=False):
             g = torch.sigmoid(gate(x.detach().to(gate.weight.dtype)).float())
             score = g.mean(-1)
+            if self._constant:
+                return g
             with torch.no_grad():
                 ranked = score.masked_fill(call.ended, float("inf"))
                 tau = ranked.sort(dim=1).values.gather(1, call.last_skipped.clamp(min=0))

@@ -250,7 +250,7 @@ class Learner(nn.Module):
         ended = torch.isin(ids, ends)
         if attention_mask is not None:
             ended = ended | (attention_mask == 0)
-        return Call(budget, ended)
+        return Call(self._hooks.share(budget), ended)
 
     def _run(self, ids: torch.Tensor, attention_mask: torch.Tensor | None, call: Call) -> torch.Tensor:
         self._hooks.call = call

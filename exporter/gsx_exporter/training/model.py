@@ -16,7 +16,7 @@ from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.checkpoint.tensors import is_gate
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
-from gsx_exporter.training.gated import add_gates
+from gsx_exporter.training.gated import add_gates, gate_name, is_constant
 from gsx_exporter.training.learner import Learner
 from gsx_exporter.training.schedule import Schedule
 from gsx_exporter.training.settings import LoraSettings, ModelShape, TrainSettings
@@ -134,6 +134,7 @@ def load_subject(checkpoint: Checkpoint, settings: TrainSettings, *, seed: int) 
             with torch.no_grad():
                 for name in filter(is_gate, checkpoint.names):
                     parameters[name].copy_(checkpoint.tensor(name))
+        _freeze_constant(hf, config)
     return Subject(hf, config, adapted, teacher)
 
 
@@ -148,6 +149,7 @@ def new_subject(shape: ModelShape, settings: TrainSettings, *, seed: int) -> Sub
     if settings.gate is not None:
         config = replace(config, gate=settings.gate.config)
         _gated(hf, config, settings, seed)
+        _freeze_constant(hf, config)
     if settings.exits is not None:
         config = replace(config, exits=settings.exits.of(config.num_layers))
     return Subject(hf, config)
@@ -234,7 +236,26 @@ def _gated(hf: Any, config: ModelConfig, settings: TrainSettings, seed: int) -> 
     """Add the gates: after the adapters, which would take them for layers of the model."""
     gate = settings.gate
     assert config.gate is not None
-    add_gates(hf, config.gate, bias=gate.bias if gate else 0.0, std=gate.std if gate else 0.0, seed=seed)
+    if gate is None:  # the model's own take their place
+        add_gates(hf, config.gate, bias=0.0, std=0.0, seed=seed)
+        return
+    outside = [layer for layer in gate.open_layers if layer >= config.num_layers]
+    if outside or len(gate.open_layers) >= config.num_layers:
+        raise UsageError(
+            "training: gate.open_layers are not layers of the model, or all of them",
+            expected=f"some of 0 to {config.num_layers - 1}",
+            found=", ".join(map(str, gate.open_layers)),
+        )
+    add_gates(hf, config.gate, bias=gate.bias, std=gate.std, seed=seed, open_layers=gate.open_layers)
+
+
+def _freeze_constant(hf: Any, config: ModelConfig) -> None:
+    assert config.gate is not None
+    for layer in hf.model.layers:
+        for branch in config.gate.branches:
+            gate = getattr(layer, gate_name(branch))
+            if is_constant(gate):
+                gate.requires_grad_(False)
 
 
 def _with_adapters(hf: Any, lora: LoraSettings, seed: int) -> Any:

@@ -42,6 +42,7 @@ from gsx_exporter.training.model import Subject, check_trainable, load_subject, 
 from gsx_exporter.training.result import HISTORY, SETTINGS, base_name, history_json, write_adapter, write_checkpoint
 from gsx_exporter.training.settings import TrainSettings
 from gsx_exporter.training.trainer import DivergedError, GateTrainer, Steps, stopping
+from gsx_exporter.training.warm_start import TOKENS, predict_changes
 from gsx_plugins.errors import GsxError, UsageError
 from gsx_plugins.files import check_room, disk_error, writing_folder
 from gsx_plugins.progress import OnProgress, Progress, silent
@@ -102,6 +103,7 @@ def train(
     *,
     work: Path,
     resume: bool = False,
+    finish: bool = False,
     overwrite: bool = False,
     command: str = "",
     on_progress: OnProgress = silent,
@@ -113,6 +115,7 @@ def train(
         out: the result's directory; written at the end of the run, completely or not at all.
         work: the directory for checkpoints; it is not removed after the run.
         resume: continue from the newest checkpoint in `work`.
+        finish: write what was learnt until the newest checkpoint, without further steps; the run may go on afterwards.
         overwrite: replace the contents of out.
         command: what the card names as the command.
         on_progress: called before each stage, and after every step.
@@ -125,8 +128,8 @@ def train(
     began = time.monotonic()
     run = _Run(settings, work, on_progress)
     check_free(out, overwrite=overwrite, todo="or overwrite=True (--overwrite) to replace it")
-    newest = newest_checkpoint(work, settings) if resume else None
-    if not resume:
+    newest = newest_checkpoint(work, settings) if resume or finish else None
+    if newest is None:
         check_free(work, overwrite=False, todo="or resume=True (--resume) to continue the run in it")
     run.prepare()
     stop = threading.Event()
@@ -134,10 +137,13 @@ def train(
     trainer = run.trainer(steps)
     with run.first_process_alone():
         if trainer.args.should_save:
-            run.keep_settings(resumed=resume)
+            run.keep_settings(resumed=newest is not None)
     resumed_at = step_of(newest)
-    with stopping(stop), _saving_what_was_learnt(trainer, work):
-        trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
+    if finish and newest is not None:
+        trainer.take(newest)
+    else:
+        with stopping(stop), _saving_what_was_learnt(trainer, work):
+            trainer.train(resume_from_checkpoint=str(newest) if newest is not None else None)
     if steps.stopped:
         raise KeyboardInterrupt
     on_progress(Progress("evaluating"))
@@ -228,7 +234,20 @@ class _Run:
         else:
             assert self.settings.new is not None
             self.subject = new_subject(self.settings.new, self.settings, seed=seed)
+        self._warm_start()
         self.learner = self.subject.learner(self.settings, steps=self._steps(), seed=seed)
+
+    def _warm_start(self) -> None:
+        """Let new gates begin with a guess, if they are to."""
+        gate, config = self.settings.gate, self.subject.config
+        known = self.checkpoint is not None and self.checkpoint.config.gate is not None
+        if gate is None or gate.start != "change" or known:
+            return
+        length = self.settings.data.length
+        rows = [row["input_ids"] for row in self.rows.train.take(8 * TOKENS // length + 8)]
+        whole = [row for row in rows if len(row) == length][: max(1, TOKENS // length)] or [max(rows, key=len)]
+        self.on_progress(Progress("fitting the gates"))
+        predict_changes(self.subject.hf, config, torch.tensor(whole), bias=gate.bias)
 
     def trainer(self, steps: Steps) -> GateTrainer:
         """The Trainer of the run."""

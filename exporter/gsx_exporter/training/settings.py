@@ -30,7 +30,11 @@ class GateSettings(_Section):
 
     Args:
         kind, input, branches: see `GateConfig`. A model that has gates keeps its own.
-        bias, std: of the new gates: their bias (5.0 means sigmoid 0.993), and the spread of their weights.
+        start: "random" (the published recipe), or "change": each new gate begins as a prediction of how much its branch
+            changes a token (`warm_start.py`), so that fewer of the wrong tokens are skipped in the beginning.
+        bias, std: of the new gates: their bias (5.0 means sigmoid 0.993), and the spread of their random weights.
+        open_layers: layers, from 0, whose gates are held open: their branches always run, and the others make up for
+        it.
         rate: factor on the learning rate of the gates; new ones learn faster than what is already trained.
         estimator: how a gate learns from being closed. "kept": only kept tokens teach it (the published recipe).
             "straight-through": a skipped token also does, by what its branch would have added; the decision then has
@@ -46,8 +50,10 @@ class GateSettings(_Section):
     kind: Literal["vector", "scalar"] = "vector"
     input: Literal["post_norm", "pre_norm"] = "post_norm"
     branches: tuple[Branch, ...] = Field(default=BRANCHES, strict=False)
+    start: Literal["random", "change"] = "random"
     bias: float = 5.0
-    std: Annotated[float, Field(ge=0)] = 0.01
+    std: Annotated[float, Field(gt=0)] = 0.01
+    open_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False)
     rate: Annotated[float, Field(gt=0)] = 1.0
     estimator: Literal["kept", "straight-through"] = "kept"
     sparsity: Annotated[float, Field(ge=0)] = 0.1

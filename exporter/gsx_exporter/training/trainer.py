@@ -7,13 +7,18 @@ import math
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.tensors import is_gate
+from gsx_exporter.errors import CheckpointError
 from gsx_exporter.training.gated import Call
 from gsx_exporter.training.learner import Learner, gate_scores
 from gsx_exporter.training.muon import MuonWithAdamW, clip_attention
@@ -136,6 +141,24 @@ class GateTrainer(Trainer):
         named = self.learner.hf.named_parameters()
         return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for name, p in named}
 
+    def take(self, checkpoint: Path) -> None:
+        """Take weights and log from a checkpoint, without training on.
+
+        Raises:
+            CheckpointError: it was written by FSDP or DeepSpeed, or is damaged.
+        """
+        try:
+            weights = load_file(checkpoint / "model.safetensors")
+            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{checkpoint}: cannot be read as weights",
+                expected="model.safetensors, as a run without FSDP and DeepSpeed writes it",
+                found=one_line(error),
+                todo="finish the run with --resume",
+            ) from error
+        self.learner.load_state_dict(weights)
+
     def save_now(self) -> None:
         """Write a checkpoint of the last finished step."""
         self._save_checkpoint(self.model, trial=None)
@@ -240,7 +263,7 @@ class Steps(TrainerCallback):
     def _sample(self) -> torch.Tensor:
         """One row of the text, the same in every process."""
         assert self.trainer is not None
-        row = self.trainer.train_dataset[0]["input_ids"]
+        row = next(iter(self.trainer.train_dataset))["input_ids"]
         return torch.tensor(row, device=self.trainer.args.device)[None]
 
 

@@ -7,10 +7,9 @@
 
 #include "gated_scatter_add/kernel.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <string.h>
 
+#include "native/numbers.cuh"
 #include "native/rows.cuh"
 
 namespace gsx {
@@ -19,24 +18,6 @@ namespace {
 constexpr int kUnroll = 2;  // each thread reads two or three streams, so more would only cost registers
 
 // Results are rounded to the element type after each operation, as by Mul and Add in the function body.
-__device__ inline float asFloat(float value) { return value; }
-__device__ inline float asFloat(__half value) { return __half2float(value); }
-__device__ inline float asFloat(__nv_bfloat16 value) { return __bfloat162float(value); }
-template <typename T>
-__device__ T rounded(float value);
-template <>
-__device__ inline float rounded<float>(float value) {
-    return value;
-}
-template <>
-__device__ inline __half rounded<__half>(float value) {
-    return __float2half_rn(value);
-}
-template <>
-__device__ inline __nv_bfloat16 rounded<__nv_bfloat16>(float value) {
-    return __float2bfloat16_rn(value);
-}
-
 // __fmul_rn and __fadd_rn are never fused, so the product is always rounded.
 template <typename T>
 __device__ T addGated(T residual, T row, T gate) {

@@ -274,6 +274,9 @@ private:
 Creator gTopKGather(kTopKGather);
 Creator gThresholdGather(kThresholdGather);
 Creator gGatedScatterAdd(kGatedScatterAdd);
+Creator gSkipLinear(kSkipLinear);
+Creator gSkipGateUp(kSkipGateUp);
+Creator gSkipLinearAdd(kSkipLinearAdd);
 
 }  // namespace
 
@@ -304,7 +307,8 @@ extern "C" GSX_API void setLoggerFinder(ILoggerFinder* finder) {
 
 extern "C" GSX_API IPluginCreatorInterface* const* getCreators(int32_t& count) {
     static IPluginCreatorInterface* const creators[] = {&gsx::gTopKGather, &gsx::gThresholdGather,
-                                                        &gsx::gGatedScatterAdd};
+                                                        &gsx::gGatedScatterAdd, &gsx::gSkipLinear,
+                                                        &gsx::gSkipGateUp, &gsx::gSkipLinearAdd};
     count = static_cast<int32_t>(sizeof(creators) / sizeof(creators[0]));
     return creators;
 }

@@ -74,5 +74,8 @@ private:
 extern Op const kTopKGather;
 extern Op const kThresholdGather;
 extern Op const kGatedScatterAdd;
+extern Op const kSkipLinear;
+extern Op const kSkipGateUp;
+extern Op const kSkipLinearAdd;
 
 }  // namespace gsx

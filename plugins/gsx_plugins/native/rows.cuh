@@ -25,6 +25,10 @@ struct Bits<16> {
     using Type = uint4;
 };
 template <>
+struct Bits<8> {
+    using Type = uint2;
+};
+template <>
 struct Bits<4> {
     using Type = uint32_t;
 };

@@ -47,19 +47,18 @@ def _answer(
     assert process.stdin is not None
     assert process.stdout is not None
     print(json.dumps({"prompt": list(prompt), "max_new_tokens": max_new_tokens}), file=process.stdin, flush=True)
-    buffers: dict[int, tuple[np.ndarray, tuple[int, ...]]] = {}
+    buffers: dict[int, np.ndarray] = {}
     for line in process.stdout:
         message = json.loads(line)
         if "ids" in message:
             return dict(message)
         if "buffer" in message:
-            shape = tuple(message["shape"])
-            buffers[message["buffer"]] = engine.buffer(shape, message["name"]), shape
+            buffers[message["buffer"]] = engine.buffer(tuple(message["shape"]), message["name"])
             continue
         results = engine.run(
             message["profile"],
             {name: _array(value) for name, value in message["feeds"].items()},
-            {name: buffers[number] for name, number in message["buffers"].items()},
+            {name: (buffers[at][row:], tuple(shape)) for name, (at, row, shape) in message["buffers"].items()},
             {name: tuple(shape) for name, shape in message["results"].items()},
         )
         print(json.dumps({name: _written(array) for name, array in results.items()}), file=process.stdin, flush=True)

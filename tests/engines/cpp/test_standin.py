@@ -118,7 +118,7 @@ ROWS = {
     ),
     "an address": Row("does not accept the memory for attention_mask", ("failing=setTensorAddress",)),
     "an address on the host": Row(
-        "does not take the memory of", ("failing=setTensorAddress",), model="rank, counted by the host"
+        "does not accept the memory for", ("failing=setTensorAddress",), model="rank, counted by the host"
     ),
     "an input more": Row("could not run the engine\n  found stand-in: unknown: has no address", plan=more),
     "no K and V": Row("found stand-in: present.0.key: has no address", record=no_present),
@@ -148,7 +148,10 @@ def test_a_library_of_another_version(stand_in: StandIn, tmp_path: Path) -> None
     write_bundle(tmp_path / "bundle", stand_in.manifests["dense"], stand_in.version, record=version(f"99.{rest}"))
     code, says = stand_in.check("generate", tmp_path / "bundle", "major=99", "failing=createInferRuntime")
     assert code == 1
-    assert f"is not the one that gsx was built for\n  expected major version {major}, as its headers, found 99." in says
+    assert (
+        f"is not the one that gsx was built for\n  expected major version {major}, that of the headers, found 99."
+        in says
+    )
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ KERNELS = (
     SOURCE_FOLDER / "topk_gather/kernel.cu",
     SOURCE_FOLDER / "threshold_gather/kernel.cu",
     SOURCE_FOLDER / "gated_scatter_add/kernel.cu",
+    SOURCE_FOLDER / "skip_branch/kernel.cu",
 )
 
 

@@ -44,11 +44,13 @@ public:
     virtual ~Buffer() = default;
 };
 
-// A buffer and its shape. `Buffers` has them by the names of the inputs and outputs that use them; an output that continues
-// an input (`present.*`) shares the input's buffer.
+// Rows of a buffer, and their shape. `Buffers` has them by the names of the inputs and outputs that use them; an output
+// that continues an input (`present.*`) shares the input's buffer.
 struct BoundBuffer {
     std::shared_ptr<Buffer> buffer;
     Shape shape;
+    // The first row of the buffer that is used: where a call runs some of a batch's sequences.
+    int64_t row = 0;
 };
 using Buffers = std::map<std::string, BoundBuffer>;
 

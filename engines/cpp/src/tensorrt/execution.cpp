@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <new>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -20,6 +21,9 @@ constexpr int32_t kHeadersMajor = NV_TENSORRT_MAJOR;
 #endif
 // A CUDA graph is recorded after this many identical calls: TensorRT allocates and initializes in the first ones.
 constexpr int kCallsBeforeRecording = 2;
+// Kinds of calls that are remembered, with a recording each: sets of layers that alternate, such as those of a draft and of
+// its verification, and the last windows.
+constexpr size_t kMostRecordings = 32;
 constexpr size_t kLongestError = 600;
 
 bool isRtx() { return std::string(backendName()) == "tensorrt-rtx"; }
@@ -93,6 +97,14 @@ HostView viewOf(Value const& value) {
     }
     auto const& ints = std::get<Array<int64_t>>(value);
     return {ints.data.data(), ints.data.size() * sizeof(int64_t), ints.shape, nvinfer1::DataType::kINT64};
+}
+
+// Whether an engine has an input on the host. It is read while a call is prepared, so a recording would keep its old value.
+bool readsHost(nvinfer1::ICudaEngine const& engine) {
+    for (int32_t i = 0; i < engine.getNbIOTensors(); ++i) {
+        if (engine.getTensorLocation(engine.getIOTensorName(i)) == nvinfer1::TensorLocation::kHOST) return true;
+    }
+    return false;
 }
 
 }  // namespace
@@ -182,13 +194,6 @@ public:
     }
 
 private:
-    static bool readsHost(nvinfer1::ICudaEngine const& engine) {
-        for (int32_t i = 0; i < engine.getNbIOTensors(); ++i) {
-            if (engine.getTensorLocation(engine.getIOTensorName(i)) == nvinfer1::TensorLocation::kHOST) return true;
-        }
-        return false;
-    }
-
     std::filesystem::path mPath;
     std::unique_ptr<nvinfer1::IRuntimeConfig> mConfig;
     std::unique_ptr<nvinfer1::IRuntimeCache> mCache;
@@ -248,6 +253,17 @@ private:
     struct Binding {
         void* address;
         Shape shape;
+
+        bool operator<(Binding const& other) const {
+            return std::tie(address, shape) < std::tie(other.address, other.shape);
+        }
+    };
+
+    // Calls with the same shapes and addresses: how many there were, their recording, and when one was last made.
+    struct Kind {
+        int calls = 0;
+        RecordedGraph graph;
+        uint64_t lastUse = 0;
     };
 
     Logger& logger() const { return mOwner.mTensorrt->logger(); }
@@ -264,14 +280,13 @@ private:
     void call(Values const& feeds, Buffers const& buffers, Values& found) {
         for (auto const& [name, value] : feeds) give(name, viewOf(value));
         for (auto const& [name, bound] : buffers) {
-            bind(name, static_cast<DeviceMemory&>(*bound.buffer).address(), bound.shape);
+            bind(name, rowsOf(name, bound), bound.shape);
         }
         for (auto const& [name, value] : found) {
             HostView const view = viewOf(value);
             bind(name, room(name, view.bytes).address(), view.shape);
         }
         enqueue();
-        ++mCallsAlike;
         for (auto& [name, value] : found) {
             std::visit(
                 [&, &named = name](auto& array) {
@@ -297,9 +312,8 @@ private:
                   "copying " + name + " to the GPU");
     }
 
-    // An input on the host is read while the call is prepared, so a recording would keep its old value.
+    // An input on the host is read while the call is prepared.
     void giveOnHost(std::string const& name, HostView const& view) {
-        forgetCalls();
         HostMemory& memory = mHostMemory[name];
         memory = makeHostMemory(view.bytes);
         std::memcpy(memory.get(), view.data, view.bytes);
@@ -317,7 +331,7 @@ private:
         auto const bound = mBound.find(name);
         if (bound != mBound.end() && bound->second.address == address && bound->second.shape == shape) return;
         // First of all: if a part of this fails, the next call starts from scratch.
-        forgetCalls();
+        mKind = nullptr;
         mBound.erase(name);
         bool const isInput = mOwner.mEngine->getTensorIOMode(name.c_str()) == nvinfer1::TensorIOMode::kINPUT;
         if (isInput && !mContext->setInputShape(name.c_str(), dimsOf(shape, name))) {
@@ -332,24 +346,50 @@ private:
         throw EngineError("the engine does not accept the memory for " + name, {{}, logger().takeError(), {}});
     }
 
-    // A recording, and the number of identical calls before it, are valid only for the shapes and addresses of that time.
-    void forgetCalls() {
-        mGraph.reset();
-        mCallsAlike = 0;
+    // Where the rows of a buffer begin.
+    void* rowsOf(std::string const& name, BoundBuffer const& bound) const {
+        void* const address = static_cast<DeviceMemory&>(*bound.buffer).address();
+        if (bound.row == 0) return address;
+        Shape const inner(bound.shape.begin() + 1, bound.shape.end());
+        size_t const bytes = countOf(inner) * bytesOf(typeOf(name), name);
+        size_t const start = static_cast<size_t>(bound.row) * bytes;
+        if (start % static_cast<size_t>(kAlignment) != 0) {
+            throw EngineError("sequences of a batch do not begin at multiples of " + std::to_string(static_cast<size_t>(kAlignment)) + " bytes",
+                              {"K/V buffers whose rows are multiples of it", std::to_string(bytes) + " bytes a row",
+                               "gsx build --context with a multiple of 64"});
+        }
+        return static_cast<char*>(address) + start;
     }
 
-    // Run the call, or replay its recording.
+    // What is known of calls with the current shapes and addresses. The kinds that were not used for longest are forgotten.
+    Kind& kindOfCall() {
+        Kind& kind = mKinds[mBound];
+        kind.lastUse = ++mUses;
+        if (mKinds.size() > kMostRecordings) {
+            mKinds.erase(std::min_element(mKinds.begin(), mKinds.end(), [](auto const& one, auto const& other) {
+                return one.second.lastUse < other.second.lastUse;
+            }));
+        }
+        return kind;
+    }
+
+    // Run the call, or replay its recording. A recording is made just after a call of its kind was run: with new shapes,
+    // TensorRT prepares things in the first call that a recording must not hold.
     void enqueue() {
-        if (!mGraph && mOwner.mRecords && mCallsAlike >= kCallsBeforeRecording) record();
-        if (mGraph) {
-            checkCuda(cudaGraphLaunch(mGraph.get(), mStream), "replaying a CUDA graph");
-        } else if (!mContext->enqueueV3(mStream)) {
+        if (mKind == nullptr) mKind = &kindOfCall();
+        Kind& kind = *mKind;
+        if (kind.graph) {
+            checkCuda(cudaGraphLaunch(kind.graph.get(), mStream), "replaying a CUDA graph");
+            return;
+        }
+        if (!mContext->enqueueV3(mStream)) {
             throw EngineError("TensorRT could not run the engine", {{}, logger().takeError(), {}});
         }
+        if (++kind.calls >= kCallsBeforeRecording && mOwner.mRecords) record(kind);
     }
 
     // Record the call, without running it. If that fails, recording is given up for good.
-    void record() {
+    void record(Kind& kind) {
         checkCuda(cudaStreamBeginCapture(mStream, cudaStreamCaptureModeThreadLocal), "recording a CUDA graph");
         bool const enqueued = mContext->enqueueV3(mStream);
         cudaGraph_t recording = nullptr;
@@ -358,14 +398,14 @@ private:
             if (recording != nullptr) cudaGraphDestroy(recording);
             mOwner.mRecords = false;
             forgetError(ended);
-            logger().takeError();  // the call still has to run, and may fail for a reason of its own
+            logger().takeError();  // the call itself was run before
             return;
         }
         cudaGraphExec_t made = nullptr;
         cudaError_t const instantiated = cudaGraphInstantiate(&made, recording, 0);
         cudaGraphDestroy(recording);
         checkCuda(instantiated, "making a CUDA graph");
-        mGraph.reset(made);
+        kind.graph.reset(made);
     }
 
     CudaEngine& mOwner;
@@ -374,9 +414,10 @@ private:
     std::map<std::string, std::unique_ptr<DeviceMemory>> mMemory;
     std::map<std::string, HostMemory> mHostMemory;
     std::map<std::string, Binding> mBound;
-    RecordedGraph mGraph;
-    // How many calls were enqueued with the current shapes and addresses.
-    int mCallsAlike = 0;
+    // By shapes and addresses; and the one of the current bindings, once it is looked up.
+    std::map<std::map<std::string, Binding>, Kind> mKinds;
+    Kind* mKind = nullptr;
+    uint64_t mUses = 0;
 };
 
 CudaEngine::CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& plan, bool cudaGraphs,
@@ -385,7 +426,7 @@ CudaEngine::CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& pl
       mEngine(mTensorrt->deserialize(plan)),
       mConfig(std::make_unique<ContextConfig>(*mEngine, kernels, cudaGraphs, mTensorrt->logger())),
       mStream(makeStream()),
-      mRecords(cudaGraphs && !isRtx()) {}
+      mRecords(cudaGraphs && !isRtx() && !readsHost(*mEngine)) {}
 
 CudaEngine::~CudaEngine() = default;
 

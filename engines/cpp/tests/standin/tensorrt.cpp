@@ -277,6 +277,12 @@ public:
         return tensor != nullptr && tensor->onHost ? TensorLocation::kHOST : TensorLocation::kDEVICE;
     }
 
+    int32_t getNbIOTensors() const noexcept override { return static_cast<int32_t>(mPlan->tensors().size()); }
+
+    char const* getIOTensorName(int32_t number) const noexcept override {
+        return std::next(mPlan->tensors().begin(), number)->first.c_str();
+    }
+
     TensorIOMode getTensorIOMode(char const* name) const noexcept override {
         Tensor const* const tensor = find(name);
         if (tensor == nullptr) return TensorIOMode::kNONE;

@@ -16,14 +16,15 @@ _UNSEEN = -30000.0
 
 
 def attend_kept_rows(graph: Graph, task: Task) -> int:
-    """Attention of only the kept rows if there is one sequence; else of all rows, each at its position.
+    """Attention of all rows, each at its position, of which the kept ones are read.
 
-        query, index, key, value, mask -> GatheredAttention -> out      becomes, of one sequence
-        query [1, K, ..], key, value, mask[:, :, index] -> Attention -> Squeeze -> out      and of several
+        query, index, key, value, mask -> GatheredAttention -> out      becomes
         query -> ScatterND at index -> [B, S, ..] -> Attention -> Reshape -> Gather(index) -> out
 
     If the choice became a mask, all rows are present already, so neither ScatterND nor Gather is needed. Why: the kept
-    rows of several sequences do not form a rectangle [B, K], which Attention needs.
+    rows of several sequences do not form a rectangle [B, K], which Attention needs; nobody promises that it takes a
+    query without rows, which a skipped branch of one token would be; and one mask for all layers is prepared once,
+    where masks of kept rows cost 7 kernels and a copy to the GPU in each layer (plans of TensorRT-RTX 1.7.1).
     """
 
     def attend(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -31,16 +32,7 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
             return None
         query, index, key, value, mask = graph.expect_inputs(node, 5)
         name, out = f"{node.name}.", node.output[0]
-        rows_only = task.one_sequence and index not in task.masks
-        task.forms[node.op_type] = "rows" if rows_only else "all"
-        if rows_only:
-            first = graph.add_constant("lowered.first", [0])
-            return [
-                make_node("Gather", [mask, index], f"{name}mask", axis=2),
-                make_node("Unsqueeze", [query, first], f"{name}query"),
-                *_attention(graph, task, node, [f"{name}query", key, value, f"{name}mask"], f"{name}attended", name),
-                make_node("Squeeze", [f"{name}attended", first], out),
-            ]
+        task.forms[node.op_type] = "all"
         flat = graph.add_constant("lowered.flat_rows", [-1, task.width])
         width = graph.add_constant("lowered.width", [task.width])
         every_row = index in task.masks
@@ -49,7 +41,7 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
             make_node("Shape", ["input_ids"], f"{name}outer"),
             make_node("Concat", [f"{name}outer", width], f"{name}shape", axis=0),
             make_node("Reshape", [query if every_row else f"{name}full", f"{name}shape"], f"{name}by_sequence"),
-            *_attention(graph, task, node, [f"{name}by_sequence", key, value, mask], f"{name}attended", name),
+            *attention_nodes(graph, task, node, [f"{name}by_sequence", key, value, mask], f"{name}attended", name),
         ]
         if every_row:
             return [*nodes, make_node("Reshape", [f"{name}attended", flat], out)]
@@ -87,18 +79,20 @@ def attend(graph: Graph, task: Task) -> int:
         if node.op_type != "FullAttention":
             return None
         task.forms[node.op_type] = "all"
-        return _attention(graph, task, node, graph.expect_inputs(node, 4), node.output[0], f"{node.name}.")
+        return attention_nodes(graph, task, node, graph.expect_inputs(node, 4), node.output[0], f"{node.name}.")
 
     return graph.rewrite(spelled)
 
 
-def _attention(
+def attention_nodes(
     graph: Graph, task: Task, replaced: onnx.NodeProto, inputs: Sequence[str], out: str, name: str
 ) -> list[onnx.NodeProto]:
     """query [B, S, heads x D], key and value [B, kv heads, window, D], mask [B, 1, S, window] -> as query."""
     if softcap := number(replaced, "softcap"):
         return _capped(graph, task, softcap, number(replaced, "scale"), inputs, out, name)
     query, key, value, mask = inputs
+    if task.step is not None and task.step[1] > 1:
+        return _tokens_as_heads(graph, task, replaced, inputs, out, name)
     apart, together = _shapes(graph, task.shape.num_heads, task.shape.head_dim)
     # Without a fused kernel (float32, some counts of kept rows) the build fails, unless TensorRT may decompose the op.
     attributes: dict[str, float] = {"TRT_decomposable": 1}
@@ -110,6 +104,48 @@ def _attention(
         make_node("Attention", [f"{name}heads", key, value, mask], f"{name}attention", **attributes),
         make_node("Transpose", [f"{name}attention"], f"{name}tokens_first", perm=[0, 2, 1, 3]),
         make_node("Reshape", [f"{name}tokens_first", together], out),
+    ]
+
+
+def _tokens_as_heads(
+    graph: Graph, task: Task, replaced: onnx.NodeProto, inputs: Sequence[str], out: str, name: str
+) -> list[onnx.NodeProto]:
+    """The same in a step of several tokens: each token of a head as a head of its own, with one token.
+
+        query [B, S, heads x D], mask [B, 1, S, T] -> [B, heads x S, 1, D], [B, heads x S, 1, T] -> Attention
+
+    A head and its tokens are neighbours, so that they share the head of K and V that the head had. Why: for one token
+    TensorRT-RTX 1.7.1 reads K and V in place; for several it first copies both, repeated for all heads, in every layer.
+    """
+    assert task.step is not None
+    query, key, value, mask = inputs
+    heads, width = task.shape.num_heads, task.shape.head_dim
+    batch, tokens = task.step
+    size = [batch, heads * tokens, 1]
+    attributes: dict[str, float] = {"TRT_decomposable": 1}
+    if scale := number(replaced, "scale"):
+        attributes["scale"] = scale
+
+    def shape(called: str, value: list[int]) -> str:
+        return graph.add_constant(f"lowered.step_{called}", value)
+
+    by_head = f"{mask}.by_head"
+    masks = []
+    if not any(node.output[0] == by_head for node in task.made):
+        masks = [
+            make_node("Expand", [mask, shape("every_head", [batch, heads, tokens, task.capacity])], f"{by_head}.each"),
+            make_node("Reshape", [f"{by_head}.each", shape("masks", [*size, task.capacity])], by_head),
+        ]
+        task.made.extend(masks)
+    return [
+        *masks,
+        make_node("Reshape", [query, shape("apart", [batch, tokens, heads, width])], f"{name}apart"),
+        make_node("Transpose", [f"{name}apart"], f"{name}heads", perm=[0, 2, 1, 3]),
+        make_node("Reshape", [f"{name}heads", shape("queries", [*size, width])], f"{name}queries"),
+        make_node("Attention", [f"{name}queries", key, value, by_head], f"{name}attention", **attributes),
+        make_node("Reshape", [f"{name}attention", shape("joined", [batch, heads, tokens, width])], f"{name}joined"),
+        make_node("Transpose", [f"{name}joined"], f"{name}tokens_first", perm=[0, 2, 1, 3]),
+        make_node("Reshape", [f"{name}tokens_first", shape("flat", [batch, tokens, heads * width])], out),
     ]
 
 

@@ -24,12 +24,15 @@ def mask_choices(graph: Graph, task: Task) -> int:
     saved. `task.masks` and `task.forms` record the form of each choice. Returns: how many choices became masks.
     """
     same: dict[str, str] = {}  # value -> the value that it equals, now that every row is present
+    kept_by: dict[str, str] = {}  # the chosen rows -> their mask
     masks = task.masks
     count = 0
 
     def masked(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         nonlocal count
         if not same.keys().isdisjoint(node.input):
+            if node.op_type == "MatMul" and node.input[0] in kept_by:
+                task.products_of_kept[node.name] = kept_by[node.input[0]]
             node.input[:] = [same.get(name, name) for name in node.input]
         op = node.op_type
         if is_choice(node):
@@ -40,6 +43,7 @@ def mask_choices(graph: Graph, task: Task) -> int:
             x, score, bound = graph.expect_inputs(node, 3)
             rows, index, kept = node.output
             same[rows], masks[index] = x, f"{index}.column"
+            kept_by[rows] = masks[index]
             return _mask(graph, op, score, bound, index, kept)
         if op in ("Reshape", "Unsqueeze") and node.input[0] in masks:
             masks[node.output[0]] = masks[node.input[0]]
@@ -57,6 +61,8 @@ def mask_choices(graph: Graph, task: Task) -> int:
 
 
 def _form_of(choice: str, task: Task) -> Form:
+    if task.step is not None:
+        return "mask"  # the decision stays on the GPU (`predicated.py`)
     if choice in task.plugins:
         return "plugin"
     return "body" if choice == "TopKGather" and task.rows <= MAX_TOPK else "mask"

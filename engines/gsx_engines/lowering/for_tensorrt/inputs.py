@@ -85,8 +85,11 @@ def write_cache_in_place(graph: Graph, task: Task) -> int:
 
         past, new -> Concat -> present -> (attention)      becomes
         past, new, write_at -> TensorScatter -> present -> Slice(0 to window) -> (attention)
+    and in a step, whose window is the whole buffer,
+        past, new, write_at -> TensorScatter -> present -> (attention)
 
-    Why: `present.*` shares the memory of `past_key_values.*`, and nothing is copied.
+    Why: `present.*` shares the memory of `past_key_values.*`. TensorRT-RTX 1.7.1 makes a copy of what is cut off, in
+    every layer; of a whole buffer it makes none in plans of fixed sizes.
     """
     if not task.in_place:
         return 0
@@ -100,20 +103,22 @@ def write_cache_in_place(graph: Graph, task: Task) -> int:
     concats = [node for node in graph.nodes if node.op_type == "Concat" and node.input[0] in caches]
     graph.expect(len(concats) == len(caches), "the cache", f"{len(caches)} Concat that append to it", str(len(concats)))
     live = {node.output[0]: f"lowered.live.{node.output[0]}" for node in concats}
-    graph.reroute(live)
+    if task.step is None:
+        graph.reroute(live)
 
     def in_place(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         present = node.output[0]
         if present not in live:
             return None
+        written = make_node("TensorScatter", [*node.input, WRITE_AT], present, axis=2)
+        if task.step is not None:
+            return [written]
         first, axis = graph.add_constant("lowered.first", [0]), graph.add_constant("lowered.axis_2", [2])
-        return [
-            make_node("TensorScatter", [*node.input, WRITE_AT], present, axis=2),
-            make_node("Slice", [present, first, window, axis], live[present]),
-        ]
+        return [written, make_node("Slice", [present, first, window, axis], live[present])]
 
     count = graph.rewrite(in_place)
-    graph.prepend(make_node("Shape", ["attention_mask"], window, start=1, end=2))
+    if task.step is None:
+        graph.prepend(make_node("Shape", ["attention_mask"], window, start=1, end=2))
     return count
 
 
@@ -142,6 +147,25 @@ def ask_for_columns(graph: Graph, task: Task) -> int:
     graph.proto.input.append(helper.make_tensor_value_info(LOGITS_AT, TensorProto.INT64, ["batch", LOGITS_COLUMNS]))
     graph.expect_output("logits").type.tensor_type.shape.dim[1].dim_param = LOGITS_COLUMNS
     return 1
+
+
+def fix_sizes(graph: Graph, task: Task) -> int:
+    """In a step, write the sizes of a call in the places of the names of its axes.
+
+    Why: TensorRT then prepares everything when it builds; nothing is left to compute on the host. Returns: how many
+    axes. (Sizes that say which branches run stay open.)
+    """
+    if task.step is None:
+        return 0
+    batch, tokens = task.step
+    sizes = {"batch": batch, "sequence": tokens, WINDOW: task.capacity, LOGITS_COLUMNS: tokens}
+    count = 0
+    for value in (*graph.proto.input, *graph.proto.output):
+        for axis in value.type.tensor_type.shape.dim:
+            if axis.dim_param in sizes:
+                axis.dim_value = sizes[axis.dim_param]
+                count += 1
+    return count
 
 
 def report_kept(graph: Graph, task: Task) -> int:

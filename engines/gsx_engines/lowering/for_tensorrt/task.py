@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
+import onnx
 from onnx import TensorProto
 
 from gsx_engines.bundle.engine_entry import KvLayout
@@ -13,11 +13,14 @@ from gsx_engines.bundle.manifest import DecoderShape, Manifest
 
 # The largest k that TensorRT's TopK takes.
 MAX_TOPK = 3840
-# The form of an op of domain gsx in an engine. "plugin"; "body": its function body; "rows": standard ops that run only
-# on the kept rows; "mask" and "all": standard ops that run on all rows (the results are right, but nothing is saved).
-Form = Literal["plugin", "body", "rows", "mask", "all"]
+# The form of an op of domain gsx in an engine. "plugin"; "predicated": plugins for a few rows, which read the decision
+# on the GPU; "body": its function body; "rows": standard ops on as many rows as the host says; "mask" and "all":
+# standard ops that run on all rows (the results are right, but nothing is saved).
+Form = Literal["plugin", "predicated", "body", "rows", "mask", "all"]
 # Inputs that only the lowered graph has, and its output of kept rows by branch.
 WRITE_AT, LOGITS_AT, K, KEPT = "write_at", "logits_at", "k", "kept"
+# Inputs whose size is the number of rows of a branch, by layer and branch: `run.3.mlp`.
+RUN = "run."
 # Names of dynamic axes.
 WINDOW, LOGITS_COLUMNS = "window", "logits_columns"
 FLOAT_TYPES = {"fp32": TensorProto.FLOAT, "fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -31,20 +34,24 @@ class Task:
         capacity: columns of the K/V buffers, fixed in the engine; unused if K and V grow.
         rows: largest number of tokens of a call, over all sequences.
         plugins: ops of domain gsx that have a plugin.
-        one_sequence: the batch is always 1, so that attention runs only over the kept rows.
-        kv_layout: whether K and V are written in place.
+        kv_layout: how K and V are stored.
+        step: sequences and tokens of each, of engines for calls of one size; else None.
         forms: the form that each op of domain gsx in the portable graph took.
         masks: the numbers of a choice that became a mask -> which rows are kept, [N, 1] bool.
+        made: nodes that several layers read, made for the first of them.
+        products_of_kept: names of the products of rows that such a choice keeps -> which rows these are, the same.
     """
 
     manifest: Manifest
     capacity: int
     rows: int
-    plugins: Collection[str]
-    one_sequence: bool
+    plugins: frozenset[str]
     kv_layout: KvLayout
+    step: tuple[int, int] | None = None
     forms: dict[str, Form] = field(default_factory=dict)
     masks: dict[str, str] = field(default_factory=dict)
+    products_of_kept: dict[str, str] = field(default_factory=dict)
+    made: list[onnx.NodeProto] = field(default_factory=list)
 
     @property
     def shape(self) -> DecoderShape:
@@ -54,7 +61,7 @@ class Task:
     @property
     def in_place(self) -> bool:
         """Whether K and V are written in place, which is what gsx runs."""
-        return self.kv_layout == "in-place"
+        return self.kv_layout != "growing"
 
     @property
     def width(self) -> int:

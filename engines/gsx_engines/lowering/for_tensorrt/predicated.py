@@ -1,0 +1,173 @@
+"""Products of a step that read the decision on the GPU: what a token skips is not read.
+
+In a step every branch is masked (`choices.py`): all shapes are fixed, nothing waits, and one CUDA graph holds a call.
+So that masks save something, the products of a masked branch become plugins that first compare score and bound, and
+return without having read weights or rows where no row is kept (`plugins/gsx_plugins/skip_branch`). What is not a
+product stays masked: attention itself, RoPE, norms. K and V of a skipped token are computed where the K/V policy wants
+them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+from onnx import TensorProto
+
+from gsx_engines.lowering.for_tensorrt.task import KEPT, Task
+from gsx_plugins.domain import DOMAIN
+from gsx_plugins.graph import Graph, make_node
+from gsx_plugins.library import MOST_STEP_ROWS, PLUGIN_NAMESPACE, PLUGIN_VERSION, STEP_OPS
+
+_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """What a plugin compares: a row is kept if its score exceeds the bound."""
+
+    score: str
+    bound: str
+
+
+def predicate_branches(graph: Graph, task: Task) -> int:
+    """Let plugins do the products of masked branches.
+
+        Where(score > bound, residual + gate x (h W), residual)      becomes      SkipLinearAdd(residual, h, gate, W)
+        silu(x G) x (x U)      becomes      SkipGateUp(x, G, U)      if only the above reads it
+        x W      becomes      SkipLinear(x, W), 0 in skipped rows      of all other products of kept rows
+        (score > bound -> ReduceSum) of each branch -> Concat -> kept      becomes
+        (score of each -> Concat) > (bound of each -> Concat) -> ReduceSum -> kept
+
+    Only in a step of few rows, and where the library has the plugins. Products with codes, biases or norms behind them
+    stay as they are. Returns: how many branches no longer read the weights of their last product for nothing.
+    """
+    if task.step is None or not task.plugins.issuperset(STEP_OPS) or task.step[0] * task.step[1] > MOST_STEP_ROWS:
+        return 0
+    ends = {node.output[0]: made for node in graph.nodes if (made := _end_of_branch(graph, task, node)) is not None}
+    hidden = {made.input[1]: _decision_of(made) for made in ends.values()}
+    gates = {name: made for name, decision in hidden.items() if (made := _gate_up(graph, task, name, decision))}
+    fused = {product for made in gates.values() for product in _products_of(graph, made.output[0])}
+
+    def predicated(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+        out = node.output[0]
+        if out in ends:
+            return [ends[out]]
+        if out in gates:
+            return [gates[out]]
+        if out == KEPT:
+            return _counted_at_once(graph, node)
+        kept = task.products_of_kept.get(node.name)
+        decision = _decision(graph, kept) if kept is not None and out not in fused else None
+        if decision is None or not _is_plain(graph, task, node):
+            return None
+        x, weight = node.input
+        return [_plugin("SkipLinear", [x, decision.score, decision.bound, weight], out)]
+
+    graph.rewrite(predicated)
+    graph.drop_unread()
+    if ends:
+        task.forms.update({op: "predicated" for op in ("ThresholdGather", "TopKGather") if op in task.forms})
+        task.forms["GatedScatterAdd"] = "predicated"
+    return len(ends)
+
+
+def _counted_at_once(graph: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
+    """Kept rows of all branches by one comparison: TensorRT would make a kernel of each branch's own."""
+    decisions: list[_Decision] = []
+    for size in node.input:
+        at: str = size
+        while (made := graph.producer(at)) is not None and made.op_type in ("Reshape", "ReduceSum", "Cast"):
+            at = made.input[0]
+        if made is None or made.op_type != "Greater":
+            return None
+        decisions.append(_Decision(*made.input))
+    first, last = graph.add_constant("lowered.first", [0]), graph.add_constant("lowered.axis_1", [1])
+    by_row = graph.add_constant("lowered.by_row", [1, -1])
+    nodes, scores, bounds = [], [], []
+    for number, one in enumerate(decisions):
+        scores.append(f"lowered.score.{number}")
+        bounds.append(f"lowered.bound.{number}")
+        nodes.append(make_node("Unsqueeze", [one.score, first], scores[-1]))
+        nodes.append(make_node("Reshape", [one.bound, by_row], bounds[-1]))  # one for all rows, or one for each
+    return [
+        *nodes,
+        make_node("Concat", scores, "lowered.scores", axis=0),
+        make_node("Concat", bounds, "lowered.bounds", axis=0),
+        make_node("Greater", ["lowered.scores", "lowered.bounds"], "lowered.keeps"),
+        make_node("Cast", ["lowered.keeps"], "lowered.keep_flags", to=TensorProto.INT64),
+        make_node("ReduceSum", ["lowered.keep_flags", last], KEPT, keepdims=0),
+    ]
+
+
+def _plugin(op: str, inputs: list[str], out: str) -> onnx.NodeProto:
+    return onnx.helper.make_node(
+        op,
+        inputs,
+        [out],
+        name=f"{out}.{op}",
+        domain=DOMAIN,
+        plugin_namespace=PLUGIN_NAMESPACE,
+        plugin_version=PLUGIN_VERSION,
+    )
+
+
+def _decision(graph: Graph, column: str) -> _Decision | None:
+    """What a mask [N, 1] compares; None if it is not a comparison of scores with a bound."""
+    unsqueezed = graph.producer(column)
+    compared = graph.producer(unsqueezed.input[0]) if unsqueezed is not None else None
+    if compared is None or compared.op_type != "Greater":
+        return None
+    return _Decision(*compared.input)
+
+
+def _decision_of(made: onnx.NodeProto) -> _Decision:
+    """The decision that a SkipLinearAdd reads."""
+    return _Decision(made.input[3], made.input[4])
+
+
+def _end_of_branch(graph: Graph, task: Task, node: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The plugin for the end of a masked branch, or None."""
+    if node.op_type != "Where" or node.input[0] not in task.masks.values():
+        return None
+    column, changed, residual = node.input
+    decision = _decision(graph, column)
+    added = graph.producer(changed)
+    gated = graph.producer(added.input[1]) if added is not None and added.op_type == "Add" else None
+    if decision is None or added is None or gated is None or gated.op_type != "Mul" or added.input[0] != residual:
+        return None
+    gate, rows = gated.input
+    product = graph.producer(rows)
+    if product is None or not _is_plain(graph, task, product):
+        return None
+    h, weight = product.input
+    inputs = [residual, h, gate, decision.score, decision.bound, weight]
+    return _plugin("SkipLinearAdd", inputs, node.output[0])
+
+
+def _gate_up(graph: Graph, task: Task, name: str, decision: _Decision) -> onnx.NodeProto | None:
+    """The plugin for what a down projection reads, silu(x G) x (x U), or None."""
+    multiplied = graph.producer(name)
+    if multiplied is None or multiplied.op_type != "Mul" or len(graph.users(name)) != 1:
+        return None
+    silu, up = (graph.producer(value) for value in multiplied.input)
+    if silu is None or up is None or silu.op_type != "Mul":
+        return None
+    gate, sigmoid = (graph.producer(value) for value in silu.input)
+    if gate is None or sigmoid is None or sigmoid.op_type != "Sigmoid" or sigmoid.input[0] != silu.input[0]:
+        return None
+    if not (_is_plain(graph, task, gate) and _is_plain(graph, task, up)) or gate.input[0] != up.input[0]:
+        return None
+    return _plugin("SkipGateUp", [gate.input[0], decision.score, decision.bound, gate.input[1], up.input[1]], name)
+
+
+def _products_of(graph: Graph, name: str) -> list[str]:
+    """The two products behind what `_gate_up` found."""
+    multiplied = graph.expect_producer(name, "Mul")
+    return [graph.expect_producer(multiplied.input[0], "Mul").input[0], multiplied.input[1]]
+
+
+def _is_plain(graph: Graph, task: Task, node: onnx.NodeProto) -> bool:
+    """Whether a node is a product with a matrix of weights in the graph's own type."""
+    weight = graph.constants.get(node.input[1]) if node.op_type == "MatMul" else None
+    return weight is not None and weight.data_type == task.float_type and weight.data_type in _FLOATS

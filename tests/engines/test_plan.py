@@ -1,0 +1,159 @@
+"""What calls of engines launch, wait for and copy, counted on plans that TensorRT-RTX builds without a GPU.
+
+The models have 2 layers, heads of 128 and the proportions of an 8B model at a quarter of its width; random weights.
+TensorRT-RTX 1.7.1 made the same plans of the full width, by kinds of steps (2026-11-30).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.model import SHAPES, make_large, random_text
+from gsx.workflows.export import export
+from gsx.workflows.inspect import EnginePlan, inspect
+from gsx_engines.building.build import build
+from gsx_engines.building.plan import PlanCounts, count, plan_file, steps_of
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.errors import EngineError
+from gsx_engines.tensorrt.loading import ENGINES
+from gsx_plugins.errors import UsageError
+from tests.conftest import MakeOnce
+from tests.engines.built import needs_plugins
+
+SHAPE = {
+    "num_hidden_layers": 2,
+    "hidden_size": 1024,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "intermediate_size": 3584,
+    "vocab_size": 4096,
+}
+CAPACITY = 1024
+# Kernels before the first layer's own and after the last one's: thresholds and masks; final norm, head, and counts.
+OUTSIDE = 4
+
+
+@pytest.fixture(scope="module")
+def wide(make_once: MakeOnce) -> Callable[[str], Bundle]:
+    """A bundle with 2 layers: `gates` (scalar), `sets` of layers or `dense`."""
+
+    def make(path: Path, kind: str) -> None:
+        SHAPES["quarter"] = SHAPE
+        model = make_large(path.with_suffix(".model"), "quarter", "scalar" if kind == "gates" else None)
+        text = random_text(path.with_suffix(".txt"), SHAPE["vocab_size"], words=800)
+        options: dict[str, Any] = (
+            {"budget": 0.5, "calibration": text, "calibration_tokens": 256} if kind == "gates" else {}
+        )
+        export(model, path, precision="fp16", policy="layers" if kind == "sets" else None, **options)
+
+    return lambda kind: open_bundle(make_once(f"wide-{kind}", lambda path: make(path, kind)))
+
+
+def plan_of(bundle: Bundle, **options: Any) -> EnginePlan:
+    """The plan of engines that are built for a step or, without one, for single tokens."""
+    profiles = () if "step" in options else ("decode:1",)
+    name, _ = build(bundle, targets=["8.9"], context=CAPACITY, profiles=profiles, **options)
+    return next(plan for plan in inspect(bundle.directory, plan=True).plans or () if plan.engines == name)
+
+
+def test_a_step_of_a_dense_model(wide: Callable[[str], Bundle]) -> None:
+    plan = plan_of(wide("dense"), step=1)
+    assert plan.total == PlanCounts(kernels=21)
+    assert plan.capturable
+
+
+def test_a_step_that_skips(wide: Callable[[str], Bundle]) -> None:
+    """No wait, nothing computed on the host, no copy: as a dense step, with one more kernel a layer."""
+    needs_plugins()
+    for tokens in (1, 3):
+        plan = plan_of(wide("gates"), step=tokens)
+        assert plan.total == PlanCounts(kernels=plan.total.kernels)
+        assert plan.capturable
+    plan = plan_of(wide("gates"), step=1)
+    assert plan.total.kernels <= 2 * 10 + OUTSIDE
+
+
+def test_what_it_takes_the_place_of(wide: Callable[[str], Bundle]) -> None:
+    """Rows that the GPU counts: two waits a layer, and every call copies the window of K and of V."""
+    needs_plugins()
+    plan = plan_of(wide("gates"))
+    assert not plan.capturable
+    assert (plan.total.host_syncs, plan.total.to_host, plan.total.window_copies) == (4, 4, 4)
+    assert plan.total.kernels > 50
+    assert [layer for layer in plan.layers if layer != "-"] == ["0", "1"]
+    assert all(plan.layers[layer].host_syncs == 2 for layer in ("0", "1"))
+
+
+@pytest.mark.parametrize("step", [None, 1])
+def test_sets_of_layers_ask_the_gpu_for_nothing(wide: Callable[[str], Bundle], step: int | None) -> None:
+    plan = plan_of(wide("sets"), **({} if step is None else {"step": step}), plugins="none")
+    assert plan.capturable
+    assert (plan.total.host_syncs, plan.total.to_host, plan.total.to_device) == (0, 0, 0)
+    assert plan.total.shape_calls == 1, "which sizes are empty, once for a call"
+    assert plan.total.window_copies == (4 if step is None else 0)
+    assert plan.total.kernels <= (30 if step is None else 26)
+
+
+def test_steps_that_do_not_fit(wide: Callable[[str], Bundle]) -> None:
+    bundle = wide("dense")
+    with pytest.raises(UsageError, match=r"--step is for few tokens\n  expected 1 to 8 .*, found 2 x 5"):
+        build(bundle, targets=["8.9"], context=CAPACITY, step=5, batch=2)
+    with pytest.raises(UsageError, match=r"--step has a profile .* of its own"):
+        build(bundle, targets=["8.9"], context=CAPACITY, step=1, profiles=["decode:1"])
+    build(bundle, targets=["8.9"], context=CAPACITY, step=1)
+    with pytest.raises(
+        UsageError, match=rf"another capacity\n  expected {CAPACITY}, found 512\n  --context {CAPACITY}"
+    ):
+        build(bundle, targets=["8.9"], context=512, step=2)
+
+
+def test_plans_that_cannot_be_read(wide: Callable[[str], Bundle], tmp_path: Path) -> None:
+    bundle = open_bundle(Path(shutil.copytree(wide("dense").directory, tmp_path / "bundle")))
+    name, entry = build(bundle, targets=["8.9"], context=CAPACITY, step=1)
+    file = plan_file(bundle.directory / ENGINES / name / entry.graphs["model"].file)
+    steps = json.loads(file.read_text())["steps"]
+    damaged = json.dumps({"steps": [{**steps[0], "kind": None}, {"name": "?"}]})
+    for content, reason in ((damaged, "damaged"), ("{", "damaged"), (None, "no such file")):
+        file.unlink() if content is None else file.write_text(content)
+        with pytest.raises(EngineError, match=rf"(?s)has no plan that can be read.*found .*{reason}.*gsx build"):
+            inspect(bundle.directory, plan=True)
+    with pytest.raises(UsageError, match="--plan: only engines have plans"):
+        inspect("examples/model", plan=True)
+
+
+def line(name: str, kind: str, read: str = "", written: str = "") -> str:
+    sides = [f"[ {{ Name: {value}, Dimensions: [1], Datatype: Half }}]" if value else "[]" for value in (read, written)]
+    return f"Name: {name}, LayerType: {kind}, Inputs: {sides[0]}, Outputs: {sides[1]}, TacticName: , Metadata: "
+
+
+def test_kinds_of_steps() -> None:
+    """Also those that no engine of ours has: jumps, two profiles, and a kind that is not known."""
+    cache = "present.0.key"
+    found = steps_of(
+        "\n".join(
+            [
+                line("[trainStation1]", "TrainStation"),
+                line("__mye1_myl0_0", "shape_call"),
+                line("copy_d2h_myl0_1", "copy"),
+                line("cbr_myl0_2", "cjmp"),
+                line("__myl_Slic_myl0_3", "kgen", cache, "window"),
+                line("_gemv_mha_v1_myl0_4", "kgen", cache, "out"),
+                line("__myl_Scat_myl0_5", "kgen", cache, cache),
+                line("new_myl0_6", "something_new"),
+                line("__mye2_myl1_0", "shape_call"),
+                line("__myl_Add_myl1_1", "kgen", "thresholds [profile 1]", "x"),
+                line("[h2d] [profile 1]", "ShapeHostToDevice"),
+            ]
+        )
+    )
+    first, second = ([step for step in found if step.profile == profile] for profile in (0, 1))
+    counted = count(first)
+    assert counted == PlanCounts(kernels=4, host_syncs=1, shape_calls=1, to_host=1, window_copies=1)
+    assert not counted.capturable
+    assert count(second) == PlanCounts(kernels=1, shape_calls=1, to_device=1)

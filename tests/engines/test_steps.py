@@ -1,0 +1,134 @@
+"""Engines for steps of one size, beside those for all calls: on a CPU, against the portable runner."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from gsx.workflows.export import export
+from gsx_engines.building.profiles import default_profiles
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.controls import controls_for
+from gsx_engines.lowering.tensorrt import Lowered, lower
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.tensorrt import TensorRTStage
+from gsx_engines.runners.whole import WholeRunner
+from gsx_exporter.config import GateConfig
+from gsx_plugins.library import STEP_OPS
+from tests.engines.cpu_engine import CpuEngine, cpu_engines
+from tests.tiny import tiny_checkpoint
+
+# Two orders of summation of float32 products at logits of order 10.
+LOGITS_ATOL = 5e-5
+CAPACITY = 160
+BUNDLES: dict[str, dict[str, Any]] = {
+    "thresholds": {},
+    "ranks": {"select": "rank", "calibration": None},
+    "sets": {"policy": "layers:0,2", "budget": None, "calibration": None},
+    "copied K and V": {"kv_policy": "copy", "budget": 0.5},
+}
+
+
+@pytest.fixture(params=BUNDLES)
+def bundle(request: pytest.FixtureRequest, make_tiny_bundle: Callable[..., Path]) -> Bundle:
+    return open_bundle(make_tiny_bundle(**BUNDLES[request.param]))
+
+
+def with_steps(
+    bundle: Bundle, batch: int, *sizes: tuple[int, int], plugins: Collection[str]
+) -> tuple[TensorRTStage, CpuEngine, list[CpuEngine]]:
+    """A stage, its engine for all calls, and those for steps."""
+    entry, engines = cpu_engines(bundle, default_profiles(CAPACITY, batch), capacity=CAPACITY)
+    made = [cpu_engines(bundle, (), capacity=CAPACITY, step=size, rows=8, plugins=plugins) for size in sizes]
+    steps = [(own, one["model"]) for own, one in made]
+    stage = TensorRTStage(bundle.manifest, entry, "model", engines["model"], steps)
+    return stage, engines["model"], [engine for _, engine in steps]
+
+
+@pytest.mark.parametrize("plugins", [(), STEP_OPS], ids=["masks", "plugins"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_calls_of_their_size_and_no_others(bundle: Bundle, batch: int, plugins: Collection[str]) -> None:
+    """Up to the last column of the buffers, with fewer tokens of a sequence, and logits of all and of the last."""
+    stage, general, steps = with_steps(bundle, batch, (batch, 1), (batch, 3), plugins=plugins)
+    portable, runner = WholeRunner(PortableStage(bundle)), WholeRunner(stage)
+    caches = [one.new_cache(batch, CAPACITY) for one in (portable, runner)]
+    controls = controls_for(bundle.manifest)
+    rng = np.random.default_rng(0)
+    sizes = [7, 1, 3, 2, 3, 1, 60, 3, 60, 1, 1, CAPACITY - 143, 1]
+    for number, size in enumerate(sizes):
+        ids = rng.integers(3, 250, (batch, size))
+        counts = [size - (row > 0 and number == 4) for row in range(batch)]
+        want, found = (
+            one.step(cache, ids, controls, counts=counts, logits="all" if number % 2 else "last")
+            for one, cache in zip((portable, runner), caches, strict=True)
+        )
+        assert found.logits.shape == want.logits.shape
+        for row, count in enumerate(counts):
+            columns = slice(count) if number % 2 else slice(None)
+            np.testing.assert_allclose(found.logits[row, columns], want.logits[row, columns], atol=LOGITS_ATOL)
+        np.testing.assert_array_equal(found.kept, want.kept)
+    calls = [[shapes["input_ids"] for _, shapes in engine.calls] for engine in (general, *steps)]
+    of_size = [[(batch, size) for size in sizes if size == wanted] for wanted in (1, 3)]
+    assert calls == [[(batch, size) for size in sizes if size not in (1, 3)], *of_size]
+
+
+def test_all_sizes_are_numbers(bundle: Bundle) -> None:
+    """But for those that say which branches run; and the cache is read as it is."""
+    made = lowered(bundle, 2, ()).model.graph
+    open_axes = {axis.dim_param for value in (*made.input, *made.output) for axis in value.type.tensor_type.shape.dim}
+    assert all(name.startswith("run.") for name in open_axes if name)
+    assert not [node for node in made.node if node.op_type == "Slice" and node.input[0].startswith("present.")]
+
+
+def lowered(bundle: Bundle, tokens: int, plugins: Collection[str]) -> Lowered:
+    model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
+    size = {"kv_layout": "step", "step": (1, tokens)}
+    return lower(model, bundle.manifest, capacity=CAPACITY, rows=tokens, plugins=plugins, **size)
+
+
+def products(made: Lowered) -> Counter[str]:
+    """How often each weight is read, without the layer's number."""
+    nodes = [node for node in made.model.graph.node if node.op_type == "MatMul"]
+    return Counter(re.sub(r"layers\.\d+\.", "", node.input[1]) for node in nodes)
+
+
+def test_products_of_skipped_branches_are_plugins(make_tiny_bundle: Callable[..., Path]) -> None:
+    """All but K and V, which are computed for every token, the gates and the head."""
+    bundle = open_bundle(make_tiny_bundle())
+    layers = bundle.manifest.decoder.num_layers
+    made = lowered(bundle, 3, STEP_OPS)
+    assert made.forms["ThresholdGather"] == made.forms["GatedScatterAdd"] == "predicated"
+    ops = Counter(node.op_type for node in made.model.graph.node if node.domain == "gsx")
+    assert ops == {"SkipLinear": layers, "SkipGateUp": layers, "SkipLinearAdd": 2 * layers}
+    left = products(made)
+    assert all(left[f"self_attn.{name}_proj.weight"] == layers for name in "kv")
+    assert not [name for name in left if name.startswith("mlp.") or "q_proj" in name or "o_proj" in name]
+    masks = lowered(bundle, 3, STEP_OPS[:2])
+    assert masks.forms["ThresholdGather"] == "mask", "a library without all of them"
+    assert lowered(bundle, 9, STEP_OPS).forms["ThresholdGather"] == "mask", "more rows than the kernels take"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2", "qwen2_moe", "granite"])
+def test_other_families(tmp_path: Path, tiny_text: Path, family: str) -> None:
+    """What is not a plain product stays masked: norms behind a branch, experts, biases, another activation."""
+    checkpoint = tiny_checkpoint(tmp_path / "model", family, gate=GateConfig("scalar", "post_norm"), tokenizer=True)
+    export(checkpoint, tmp_path / "out", budget=0.6, calibration=tiny_text)
+    bundle = open_bundle(tmp_path / "out")
+    stage, _, steps = with_steps(bundle, 1, (1, 2), plugins=STEP_OPS)
+    portable, runner = WholeRunner(PortableStage(bundle)), WholeRunner(stage)
+    caches = [one.new_cache(1, CAPACITY) for one in (portable, runner)]
+    for token in range(4):
+        want, found = (
+            one.step(cache, np.array([[9 + token, 80 + token]]), controls_for(bundle.manifest), logits="all")
+            for one, cache in zip((portable, runner), caches, strict=True)
+        )
+        np.testing.assert_allclose(found.logits, want.logits, atol=LOGITS_ATOL)
+        np.testing.assert_array_equal(found.kept, want.kept)
+    assert len(steps[0].calls) == 4
