@@ -1,9 +1,8 @@
 """Text to train on that any machine with gsx has: the documentation strings of installed Python packages.
 
 Each package is either trained on or held out, by a hash of its name, so nothing held out was seen. A row is one
-module's
-documentation: its docstrings in the order of the file, and the signatures that they belong to. The text is under the
-licences of the packages.
+module's documentation: its docstrings in the order of the file, and the names that they belong to. The text is under
+the licences of the packages.
 
     python -m benchmarks.documentation OUT        # OUT/train.jsonl, OUT/heldout.jsonl, OUT/heldout.txt
 """
@@ -18,7 +17,7 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-# Packages of which a part is in each file are large; a sample of each is enough, and none drowns the others.
+# Of one package: a sample is enough, and none drowns the others.
 MOST_CHARACTERS = 3_000_000
 LEAST_CHARACTERS = 400
 # One package in 12 is held out.

@@ -113,10 +113,14 @@ class Search:
                 self._maybe(draft)
         if len(self.points) == 1:
             self._refuse_time()
-        self.points[0] = self.bench.whole(base)
 
     def settle(self) -> int | None:
         """The index of the fastest point that holds, as a bundle that does so by default."""
+        best = self._settled()
+        self.points[0] = self.bench.whole(self.points[0].options)  # with its times next to the last ones
+        return best
+
+    def _settled(self) -> int | None:
         while (best := self.best()) is not None:
             point = self.points[best]
             options = point.options.by_default(point.keep)

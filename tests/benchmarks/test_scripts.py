@@ -41,7 +41,7 @@ SCRIPTS = (
     "torch_backend",
 )
 # Modules that scripts use, or start.
-PARTS = ("__init__", "bundles", "measure", "peers", "prompts", "speculation_process", "worker")
+PARTS = ("__init__", "bundles", "documentation", "measure", "peers", "prompts", "speculation_process", "worker")
 FOLDER = Path(branches.__file__).parent
 
 

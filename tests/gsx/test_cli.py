@@ -138,7 +138,7 @@ def test_a_reader_that_closes_the_pipe(tiny_bundle: Path) -> None:
 
 
 def test_bug_is_one_line(gsx: Gsx, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: str) -> None:
+    def fail(path: str, **_: object) -> None:
         raise RuntimeError("the moon is full\nand more")
 
     monkeypatch.setattr(import_module("gsx"), "inspect", fail)
@@ -153,7 +153,7 @@ def test_bug_is_one_line(gsx: Gsx, monkeypatch: pytest.MonkeyPatch) -> None:
     [(MemoryError(), "out of memory"), (OSError(errno.EIO, "Input/output error", "/x"), "/x: Input/output error")],
 )
 def test_machine_errors(gsx: Gsx, monkeypatch: pytest.MonkeyPatch, error: Exception, part: str) -> None:
-    def fail(path: str) -> None:
+    def fail(path: str, **_: object) -> None:
         raise error
 
     monkeypatch.setattr(import_module("gsx"), "inspect", fail)

@@ -110,7 +110,7 @@ def controls_for(
         if not manifest.by_sequence("exit_threshold"):
             _check_shared("exit threshold", wanted)
         found = np.array([_exit_threshold(policy, threshold) for threshold in wanted], np.float32)
-        controls["exit_threshold"] = found if manifest.by_sequence("exit_threshold") else found[0]
+        controls["exit_threshold"] = found if manifest.by_sequence("exit_threshold") else found[:1].reshape(())
     if policy.input("full_until"):
         prompts = [None] * sequences if prompt_tokens is None else prompt_tokens
         until = [_full_until(manifest, setting, tokens) for setting, tokens in zip(settings, prompts, strict=True)]
