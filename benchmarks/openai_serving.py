@@ -88,6 +88,14 @@ def processor_seconds(process: psutil.Process) -> float:
     return float(times.user + times.system)
 
 
+def unread(prompts: Sequence[list[int]], tokens: int) -> Iterator[list[int]]:
+    """Prompts that begin differently, so that the server has read none of them: windows of the joined ones."""
+    text = [token for prompt in prompts for token in prompt]
+    for number in count():
+        start = 17 * number % (len(text) - tokens)
+        yield text[start : start + tokens]
+
+
 def speed(port: int, server: psutil.Process, here: Here, prompts: Sequence[list[int]], rounds: int) -> None:
     """Throughput by streams; first token, time and processor time with one stream, against this process, in turn.
 
@@ -95,20 +103,21 @@ def speed(port: int, server: psutil.Process, here: Here, prompts: Sequence[list[
     """
     own = psutil.Process()
     each = 2
-    requests = [{"input_ids": prompt[:PROMPT], "max_tokens": NEW} for prompt in prompts[: max(STREAMS) * each]]
+    new = unread(prompts, PROMPT)
 
     def one_round() -> tuple[dict[int, float], dict[str, float], float]:
         """Tokens per second by streams; server over this process; seconds per token in this process."""
         rates = {}
         for streams in reversed(STREAMS):
+            requests = [{"input_ids": next(new), "max_tokens": NEW} for _ in range(streams * each)]
             used = processor_seconds(server)
             began = perf_counter()
             with ThreadPoolExecutor(streams) as pool:
-                found = list(pool.map(lambda one: ask(port, one), requests[: streams * each]))
+                found = list(pool.map(lambda one: ask(port, one), requests))
             rates[streams] = sum(one.tokens for one in found) / (perf_counter() - began)
         used = processor_seconds(server) - used
         used_here = processor_seconds(own)
-        alone = [here.ask(request)[1] for request in requests[:each]]  # those of one stream, which was the last
+        alone = [here.ask(request)[1] for request in requests]  # those of one stream, which was the last
         used_here = processor_seconds(own) - used_here
         step = sum(one.decode_seconds for one in alone) / sum(one.decode_steps for one in alone)
         against = {
@@ -131,11 +140,10 @@ def speed(port: int, server: psutil.Process, here: Here, prompts: Sequence[list[
 
 def mixed(port: int, prompts: Sequence[list[int]], rounds: int) -> None:
     """Time of eight streams with different budgets, over the mean of their times with one budget for all."""
-    most = max(STREAMS)
-    requests = [{"input_ids": prompt[:PROMPT], "max_tokens": NEW} for prompt in prompts[:most]]
+    most, new = max(STREAMS), unread(prompts, PROMPT)
 
     def seconds(budgets: Sequence[float]) -> float:
-        asked = [{**one, "budget": budgets[n % len(budgets)]} for n, one in enumerate(requests)]
+        asked = [{"input_ids": next(new), "max_tokens": NEW, "budget": budgets[n % len(budgets)]} for n in range(most)]
         began = perf_counter()
         with ThreadPoolExecutor(most) as pool:
             list(pool.map(lambda one: ask(port, one), asked))
@@ -152,14 +160,12 @@ def mixed(port: int, prompts: Sequence[list[int]], rounds: int) -> None:
 
 def again(port: int, prompts: Sequence[list[int]], rounds: int) -> None:
     """First token of a prompt whose first tokens were read before, over that of one that is new."""
-    text = [token for prompt in prompts for token in prompt]
-    numbers = count()
+    new = unread(prompts, LONG)
 
     def one_round() -> tuple[float, float]:
-        start = next(numbers) * 7
-        prompt = text[start : start + LONG]
+        prompt = next(new)
         first = ask(port, {"input_ids": prompt, "max_tokens": 2}).first
-        return ask(port, {"input_ids": [*prompt, *text[:8]], "max_tokens": 2}).first, first
+        return ask(port, {"input_ids": [*prompt, *prompts[0][:8]], "max_tokens": 2}).first, first
 
     one_round()
     found = repeated(one_round, rounds)
