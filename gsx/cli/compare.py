@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from gsx.cli.console import ProgressLine, out, quiet_libraries, table
-from gsx.cli.options import SHIPPED_TEXT, JsonOption, ModelArgument, PageOption, TimeOption
+from gsx.cli.options import HalvesOption, JsonOption, ModelArgument, PageOption, TimeOption
 from gsx.cli.reports import show
 from gsx.cli.signals import loading
 from gsx.defaults import COMPARE_FOLDER, COMPARE_TOKENS
@@ -28,13 +28,7 @@ def compare(
     work: Annotated[
         Path, typer.Option(help="Folder for one bundle per policy; bundles already there are reused.")
     ] = Path(COMPARE_FOLDER),
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="UTF-8 text: the first half is for calibration, the second half is measured.",
-            show_default=SHIPPED_TEXT,
-        ),
-    ] = None,
+    text: HalvesOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens of it to measure.")] = COMPARE_TOKENS,
     time: TimeOption = None,
     as_json: JsonOption = False,

@@ -37,6 +37,12 @@ TimeOption = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 SHIPPED_TEXT = "a text that ships with gsx"
+HalvesOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="UTF-8 text: the first half is for calibration, the second half is measured.", show_default=SHIPPED_TEXT
+    ),
+]
 
 
 @dataclass(frozen=True)

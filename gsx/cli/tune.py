@@ -9,7 +9,7 @@ import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, table
 from gsx.cli.export import default_output
-from gsx.cli.options import SHIPPED_TEXT, JsonOption, ModelArgument, OverwriteOption, seconds_of
+from gsx.cli.options import HalvesOption, JsonOption, ModelArgument, OverwriteOption, seconds_of
 from gsx.cli.signals import loading
 from gsx.defaults import DIVERGENCE_LIMIT, TUNE_FOLDER, TUNE_NEW_TOKENS, TUNE_PROMPT_TOKENS, TUNE_SECONDS, TUNE_TOKENS
 
@@ -54,13 +54,7 @@ def tune(
     work: Annotated[
         Path, typer.Option(help="Folder for bundles, measurements and the page; what is there is used again.")
     ] = Path(TUNE_FOLDER),
-    text: Annotated[
-        Path | None,
-        typer.Option(
-            help="UTF-8 text: the first half is for calibration, the second half is measured.",
-            show_default=SHIPPED_TEXT,
-        ),
-    ] = None,
+    text: HalvesOption = None,
     tokens: Annotated[int, typer.Option(help="Tokens of it to measure.")] = TUNE_TOKENS,
     prompt_tokens: Annotated[int, typer.Option(help="Prompt of the answers that are timed.")] = TUNE_PROMPT_TOKENS,
     new_tokens: Annotated[int, typer.Option(help="New tokens of these answers.")] = TUNE_NEW_TOKENS,
