@@ -120,13 +120,14 @@ class Learner(nn.Module):
         wanted = self._dense(input_ids, attention_mask, where) if self.distill is not None else None
         normed = self._run(input_ids, attention_mask, call)
         logits = self.logits(normed[:, :-1][where])
-        whole = nn.functional.cross_entropy(logits, targets, reduction="sum") / items
+        predicted = logits.log_softmax(-1)  # once: over a vocabulary it costs as much as a layer
+        whole = nn.functional.nll_loss(predicted, targets, reduction="sum") / items
         loss = plan.whole * whole
         self._note("cross_entropy", whole.detach() * items, counts)
         for depth, weight in plan.exits.items():
             at_exit = self.logits(self.norm(call.states[depth][:, :-1][where]))
             if self.exit_target == "model":
-                target: torch.Tensor = logits.detach().softmax(-1)
+                target: torch.Tensor = predicted.detach().exp()
                 found = nn.functional.cross_entropy(at_exit, target, reduction="sum") / items
             else:
                 found = nn.functional.cross_entropy(at_exit, targets, reduction="sum") / items
@@ -134,7 +135,8 @@ class Learner(nn.Module):
             self._note(f"exit_{depth}", found.detach() * items, counts)
         if wanted is not None and self.distill is not None:
             T, share = self.distill.temperature, self.distill.weight
-            pair = (logits / T).log_softmax(-1), (wanted / T).log_softmax(-1)
+            ours = predicted if T == 1.0 else (logits / T).log_softmax(-1)
+            pair = ours, (wanted if T == 1.0 else wanted / T).log_softmax(-1)
             apart = nn.functional.kl_div(*pair, reduction="sum", log_target=True) / items
             loss = (1 - share) * loss + share * T * T * apart
             self._note("divergence", apart.detach() * items, counts)
