@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from gsx_engines.bundle.manifest import Gates
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.section import known_keys, one_of
 
 GateKind = Literal["vector", "scalar"]
 GateInput = Literal["post_norm", "pre_norm"]
+GateScore = Literal["mean", "logit"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,9 @@ class GateConfig:
         kind: `vector` (W [H, H]) or `scalar` (W [1, H]).
         input: what the gate reads: the branch's normalized input (`post_norm`) or the residual stream (`pre_norm`).
         branches: which branches of every layer have a gate.
+        score: what is compared with a threshold: the `mean` of the gate's values, or of a scalar gate the `logit`
+            before the sigmoid. The ranks are the same, but a gate that is nearly open for all tokens has no room in
+            float32 between values just below 1.
         skip_weights: for every layer, how much of the skipping the gate of each branch takes (`gate_shares.py`); None
             for all the same.
     """
@@ -30,11 +35,19 @@ class GateConfig:
     kind: GateKind = "vector"
     input: GateInput = "post_norm"
     branches: tuple[Branch, ...] = BRANCHES
+    score: GateScore = "mean"
     skip_weights: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         one_of("gsx.gate.kind", self.kind, ("vector", "scalar"))
         one_of("gsx.gate.input", self.input, ("post_norm", "pre_norm"))
+        one_of("gsx.gate.score", self.score, ("mean", "logit"))
+        if self.score == "logit" and self.kind != "scalar":
+            raise CheckpointError(
+                "config.json: gsx.gate.score is logit, and a vector gate has many",
+                expected='"mean", or the kind scalar',
+                found=f"kind {self.kind}",
+            )
         for branch in self.branches:
             one_of("gsx.gate.branches", branch, BRANCHES)
         if not self.branches or len(set(self.branches)) != len(self.branches):
@@ -59,7 +72,7 @@ class GateConfig:
         Raises:
             CheckpointError: an unknown key, or a value that is not allowed.
         """
-        known_keys("gsx.gate", section, ("kind", "input", "branches", "skip_weights"))
+        known_keys("gsx.gate", section, ("kind", "input", "branches", "score", "skip_weights"))
         values = dict(section)
         if "branches" in values:
             listed = values["branches"]
@@ -75,9 +88,16 @@ class GateConfig:
             )
         return found
 
+    @property
+    def recorded(self) -> Gates:
+        """What a bundle's manifest says of them; how they share a budget is in its thresholds."""
+        return Gates(kind=self.kind, input=self.input, branches=self.branches, score=self.score)
+
     def to_dict(self) -> dict[str, Any]:
         """The section as `config.json` stores it."""
         found: dict[str, Any] = {"kind": self.kind, "input": self.input, "branches": list(self.branches)}
+        if self.score != "mean":
+            found["score"] = self.score
         if self.skip_weights is not None:
             found["skip_weights"] = [list(row) for row in self.skip_weights]
         return found

@@ -48,18 +48,21 @@ def inspect(
         _print(report)
 
 
+def _gates(gates: Mapping[str, Any] | None) -> str:
+    if not gates:
+        return "none"
+    uneven = ", sharing a budget unevenly" if gates.get("skip_weights") else ""
+    return f"{gates['kind']} on {' and '.join(gates['branches'])}, reading {gates['input']}{uneven}"
+
+
 def _print(report: InspectReport) -> None:
     console = out()
-    gates = report.gates
     facts = [
         ("kind", f"{report.kind}, {report.family}"),
         *([("adapter", _adapter(report.adapter))] if report.adapter else []),
         ("shape", ", ".join(f"{name} {count}" for name, count in report.shape.items())),
         *_loops(report.loops),
-        (
-            "gates",
-            f"{gates['kind']} on {' and '.join(gates['branches'])}, reading {gates['input']}" if gates else "none",
-        ),
+        ("gates", _gates(report.gates)),
         ("routers", _routers(report.router)),
         ("exits", ", ".join(map(str, report.exits)) or "none"),
         ("parameters", f"{report.parameters['dense']:,} and {report.parameters['gates']:,} of gates"),

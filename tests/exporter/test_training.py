@@ -102,7 +102,7 @@ def test_a_result_is_exported_and_proved(tmp_path: Path, model: Path, text: Path
     checkpoint = open_checkpoint(result.directory)
     gate = checkpoint.config.gate
     assert gate is not None
-    assert replace(gate, skip_weights=None) == GateConfig(kind="scalar")
+    assert replace(gate, skip_weights=None) == GateConfig(kind="scalar", score="logit")
     if gate.skip_weights is not None:
         assert gate.skip_weights[0] == (0.0, 0.0)
         assert all(0 < weight <= 1 for row in gate.skip_weights[1:] for weight in row)

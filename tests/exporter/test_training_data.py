@@ -64,6 +64,7 @@ SOURCES = {
     "Parquet": lambda path: (Dataset.from_list(texts()).to_parquet(str(path / "a.parquet")), str(path / "a.parquet"))[
         1
     ],
+    "CSV": lambda path: (Dataset.from_list(texts()).to_csv(str(path / "a.csv")), str(path / "a.csv"))[1],
     "saved by datasets": lambda path: (Dataset.from_list(texts()).save_to_disk(str(path / "d")), str(path / "d"))[1],
     "a directory of Parquet": lambda path: (Dataset.from_list(texts()).to_parquet(str(path / "x.parquet")), str(path))[
         1

@@ -125,11 +125,14 @@ class Gate(nn.Module):
         self.linear = Linear(
             config.hidden_size, config.hidden_size if gate.kind == "vector" else 1, True, torch.float32
         )
-        self.scalar = gate.kind == "scalar"
+        self.scalar, self.by_logit = gate.kind == "scalar", gate.score == "logit"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, H] -> gate [N, H] or [N, 1] float32, score [N] float32."""
-        gate = torch.sigmoid(self.linear(x.to(torch.float32)))
+        logit = self.linear(x.to(torch.float32))
+        gate = torch.sigmoid(logit)
+        if self.by_logit:
+            return gate, logit.reshape(-1)
         return gate, gate.reshape(-1) if self.scalar else gate.mean(dim=-1)
 
 

@@ -381,14 +381,18 @@ class Reference:
             for branch in gate.branches:
                 self._gates[i, branch] = linear(checkpoint, f"model.layers.{i}.{branch}_gate")
 
-    def gate(self, layer: int, branch: Branch, residual: torch.Tensor, normed: torch.Tensor) -> torch.Tensor | None:
-        """The checkpoint's gate for all tokens, [B, S, H or 1] float32; None if the branch has no gate."""
+    def gate(
+        self, layer: int, branch: Branch, residual: torch.Tensor, normed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The checkpoint's gate for all tokens, [B, S, H or 1] float32, and its score [B, S]; None without a gate."""
         linear = self._gates.get((layer, branch))
         if linear is None:
             return None
         assert self.config.gate is not None
         x = residual if self.config.gate.input == "pre_norm" else normed
-        return torch.sigmoid(linear(x.float()))
+        logits = linear(x.float())
+        g = torch.sigmoid(logits)
+        return g, (logits if self.config.gate.score == "logit" else g).mean(-1)
 
     def decide(self, x: BranchInput) -> Decision:
         """Let the rule decide, and record the decision. Everything that a rule sees is on the CPU."""
@@ -461,8 +465,10 @@ class _Branch(nn.Module):
         reference = self._reference[0]
         normed = hidden_states.cpu()
         residual = normed if self._residual is None else self._residual.cpu()
-        g = reference.gate(self._layer, self._name, residual, normed)
-        score = None if g is None else g.mean(-1).masked_fill(~reference.valid(), float("-inf"))
+        gated_by = reference.gate(self._layer, self._name, residual, normed)
+        g, score = (None, None) if gated_by is None else gated_by
+        if score is not None:
+            score = score.masked_fill(~reference.valid(), float("-inf"))
         x = BranchInput(self._layer, self._name, residual, normed, score)
         # The decision comes first: a cache that leaves out K and V reads it inside the branch.
         decision = reference.decide(x)

@@ -183,8 +183,9 @@ class _Branch:
         """[B, S, H] or [B, S, 1] float32, 0 for skipped tokens."""
         gate: Any = getattr(self._layer, gate_name(self._branch))
         with torch.autocast(x.device.type, enabled=False):
-            g = torch.sigmoid(gate(x.detach().to(gate.weight.dtype)).float())
-            score = g.mean(-1)
+            logits = gate(x.detach().to(gate.weight.dtype)).float()
+            g = torch.sigmoid(logits)
+            score = (logits if self._gate is not None and self._gate.score == "logit" else g).mean(-1)
             if self._constant:
                 return g
             with torch.no_grad():

@@ -67,8 +67,8 @@ class GateSettings(_Section):
 
     @property
     def config(self) -> GateConfig:
-        """The gates alone."""
-        return GateConfig(self.kind, self.input, self.branches)
+        """The gates alone. Scalar ones are ranked by their logits, which do not run out of room near 1."""
+        return GateConfig(self.kind, self.input, self.branches, "logit" if self.kind == "scalar" else "mean")
 
 
 class ExitSettings(_Section):
