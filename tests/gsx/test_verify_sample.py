@@ -17,7 +17,7 @@ from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import open_bundle, sha256_of
 from gsx_engines.bundle.controls import KeepSettings, controls_for
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 from gsx_plugins.errors import UsageError
 from tests.tiny import tiny_checkpoint
 
