@@ -101,7 +101,8 @@ def make(path: Path, hf: PretrainedConfig) -> Path:
         parts = name.split(".")
         shards.setdefault(f"layer-{parts[2]}" if "layers" in parts else parts[-2], {})[name] = size
     path.mkdir(parents=True)
-    places, number = {}, 0
+    places: dict[str, str] = {}
+    number = 0
     for shard, tensors in shards.items():
         values = {}
         for name, size in tensors.items():

@@ -289,8 +289,8 @@ class Reference:
             for weight, data in narrow:
                 weight.data = data
 
-    def _values(self, weight: nn.Parameter) -> torch.Tensor:
-        read = self._unread.get(weight)
+    def _values(self, weight: torch.Tensor) -> torch.Tensor:
+        read = self._unread.get(weight) if isinstance(weight, nn.Parameter) else None
         return weight.data if read is None else read()
 
     def _widen_to_run(self, part: nn.Module) -> None:

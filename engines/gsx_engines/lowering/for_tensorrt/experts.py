@@ -153,7 +153,7 @@ def _of_one_token(graph: Graph, task: Task, node: onnx.NodeProto, choice: Choice
         make_node("Unsqueeze", [name("row"), axes[2]], name("column")),  # [1, H, 1]
     ]
 
-    def product(stack: str, left: str, over: list[str] | str, called: str) -> list[onnx.NodeProto]:
+    def product(stack: str, left: str, over: str, called: str) -> list[onnx.NodeProto]:
         return [
             make_node("Gather", [stack, name("picked")], name(f"{called}_stored"), axis=0),
             make_node("Cast", [name(f"{called}_stored")], name(f"{called}_weight"), to=onnx.TensorProto.FLOAT),
