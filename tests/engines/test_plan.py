@@ -133,9 +133,11 @@ def test_every_family_has_a_row() -> None:
 def test_a_step_of_a_family(tmp_path: Path, family: str) -> None:
     """No wait, nothing on the host, no copy of K and V; and no more kernels than its traits ask for."""
     layers, (in_layer, once, why) = 2, FAMILIES[family]
-    sizes: dict[str, Any] = {"layers": layers, "hidden": 256, "heads": 4, "kv_heads": 2, "max_position_embeddings": CAPACITY}
+    sizes: dict[str, Any] = {"layers": layers, "hidden": 256, "heads": 4, "kv_heads": 2}
     bundle = export(
-        tiny_checkpoint(tmp_path / "model", family, tokenizer=True, **sizes), tmp_path / "out", precision="fp16"
+        tiny_checkpoint(tmp_path / "model", family, tokenizer=True, max_position_embeddings=CAPACITY, **sizes),
+        tmp_path / "out",
+        precision="fp16",
     )
     plan = plan_of(bundle, step=1, plugins="none")
     assert plan.total == PlanCounts(kernels=plan.total.kernels)
