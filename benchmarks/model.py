@@ -92,7 +92,7 @@ def make_model(
         else:
             tensors[name] = torch.randn(size, generator=backbone) * 0.02
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    _write_companions(path, hf)
+    write_companions(path, hf)
     return path
 
 
@@ -111,7 +111,7 @@ def make_large(path: Path, shape: str = "1b", gate: str | None = None) -> Path:
         tensors[name] = np.ones(size, np.float16) if "norm" in name else np.resize(np.roll(block, 1009 * place), size)
     path.mkdir(parents=True, exist_ok=True)
     save_arrays(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    _write_companions(path, hf)
+    write_companions(path, hf)
     return path
 
 
@@ -125,7 +125,7 @@ def configuration(shape: str, gate: str | None, positions: int = POSITIONS) -> L
     return hf
 
 
-def _write_companions(path: Path, hf: LlamaConfig) -> None:
+def write_companions(path: Path, hf: LlamaConfig) -> None:
     """Write the configuration, and a tokenizer with one word per token."""
     (path / "config.json").write_text(json.dumps(hf.to_dict(), indent=2))
     vocabulary = {f"w{n}": n for n in range(hf.vocab_size)}

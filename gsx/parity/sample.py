@@ -92,7 +92,7 @@ class SampleRun:
 
     def _by_reference(self, mask: np.ndarray) -> tuple[Observation, Comparer | None]:
         """What the reference finds, and its own rounding where it is in float64."""
-        reference = Reference.load(self._checkpoint, dtype=self.reference_type)
+        reference = Reference.load(self._checkpoint, dtype=self.reference_type, streamed=True)
         rule = reference_rule(self.manifest, controls_for(self.manifest, self.setting.keep))
         side = ReferenceSide(reference, rule, self.manifest.kv_policy)
         self._report_layers(reference)

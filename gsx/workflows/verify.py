@@ -130,6 +130,11 @@ def verify(
             f"A sample: {ids.shape[1]} tokens through every layer of the portable graph, at the exported setting, "
             "without cache, padding, greedy text and draft. Without --sample, gsx verify checks them too."
         )
+        if checkpoint.layout is not None or checkpoint.gguf is not None:
+            notes.append(
+                "The model's weights are read as gsx reads them, one layer at a time. Without --sample the library "
+                "that defines their form reads them, where it can."
+            )
     else:
         runtime = open_backend(backend, device)
         scope = _scopes(manifest, chosen, budgets is not None, len(windows.ids), greedy_tokens, full, notes)

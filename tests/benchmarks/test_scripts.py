@@ -34,6 +34,7 @@ SCRIPTS = (
         "rule_quality",
         "rules",
         "serving",
+        "size",
         "smollm2",
         "speculation",
         "step_cost",

@@ -22,9 +22,11 @@ from gsx_engines.building.plan import PlanCounts, count, plan_file, steps_of
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.errors import EngineError
 from gsx_engines.tensorrt.loading import ENGINES
+from gsx_exporter import families as gsx_families
 from gsx_plugins.errors import UsageError
 from tests.conftest import MakeOnce
 from tests.engines.built import needs_plugins
+from tests.tiny import tiny_checkpoint
 
 SHAPE = {
     "num_hidden_layers": 2,
@@ -37,6 +39,8 @@ SHAPE = {
 CAPACITY = 1024
 # Kernels before the first layer's own and after the last one's: thresholds and masks; final norm, head, and counts.
 OUTSIDE = 4
+# Kernels of a step of a tiny Llama.
+LLAMA = 20
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,46 @@ def test_sets_of_layers_ask_the_gpu_for_nothing(wide: Callable[[str], Bundle], s
     assert plan.total.shape_calls == 1, "which sizes are empty, once for a call"
     assert plan.total.window_copies == (4 if step is None else 0)
     assert plan.total.kernels <= (30 if step is None else 26)
+
+
+# Kernels of a step of one token that a family has more than Llama, by layer and once for a call, and why.
+FAMILIES: dict[str, tuple[int, int, str]] = {
+    "llama": (0, 0, ""),
+    "mistral": (0, 2, "the window's mask"),
+    "qwen2": (0, 0, "biases, within the product"),
+    "qwen3": (2, 0, "a norm of Q and one of K"),
+    "mixtral": (3, 0, "the router's product, its softmax and its choice"),
+    "qwen2_moe": (6, 0, "the same, and the expert of all tokens"),
+    "qwen3_moe": (6, 0, "as Mixtral, the sum of the shares, and the norms of Q and K"),
+    "gemma2": (4, 0, "two norms more, and attention in three kernels for its cap"),
+    "gemma3_text": (4, 1, "two norms more, norms of Q and K; the window's mask"),
+    "phi3": (0, 0, ""),
+    "granite": (0, 0, "factors, within other kernels"),
+    "smollm3": (0, 0, "one less where a layer has no RoPE"),
+    "olmo2": (3, 0, "norms over Q and K, which take two kernels each"),
+    "olmo3": (3, 2, "the same; the window's mask"),
+}
+
+
+def test_every_family_has_a_row() -> None:
+    looped = {name for name, family in gsx_families.FAMILIES.items() if family.loops}
+    assert set(FAMILIES) == {"gemma3_text" if name == "gemma3" else name for name in gsx_families.FAMILIES} - looped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_step_of_a_family(tmp_path: Path, family: str) -> None:
+    """No wait, nothing on the host, no copy of K and V; and no more kernels than its traits ask for."""
+    layers, (in_layer, once, why) = 2, FAMILIES[family]
+    sizes: dict[str, Any] = {"layers": layers, "hidden": 256, "heads": 4, "kv_heads": 2}
+    bundle = export(
+        tiny_checkpoint(tmp_path / "model", family, tokenizer=True, max_position_embeddings=CAPACITY, **sizes),
+        tmp_path / "out",
+        precision="fp16",
+    )
+    plan = plan_of(bundle, step=1, plugins="none")
+    assert plan.total == PlanCounts(kernels=plan.total.kernels)
+    assert plan.total.kernels <= LLAMA + layers * in_layer + once, f"{family}: {why}"
 
 
 def test_steps_that_do_not_fit(wide: Callable[[str], Bundle]) -> None:

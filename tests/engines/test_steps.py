@@ -121,14 +121,30 @@ def test_other_families(tmp_path: Path, tiny_text: Path, family: str) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model", family, gate=GateConfig("scalar", "post_norm"), tokenizer=True)
     export(checkpoint, tmp_path / "out", budget=0.6, calibration=tiny_text)
     bundle = open_bundle(tmp_path / "out")
-    stage, _, steps = with_steps(bundle, 1, (1, 2), plugins=STEP_OPS)
+    stays_equal(bundle, STEP_OPS)
+
+
+def stays_equal(bundle: Bundle, plugins: Collection[str]) -> None:
+    """Steps of one token and of two, in turn."""
+    stage, _, steps = with_steps(bundle, 1, (1, 1), (1, 2), plugins=plugins)
     portable, runner = WholeRunner(PortableStage(bundle)), WholeRunner(stage)
     caches = [one.new_cache(1, CAPACITY) for one in (portable, runner)]
-    for token in range(4):
+    for token in range(8):
         want, found = (
-            one.step(cache, np.array([[9 + token, 80 + token]]), controls_for(bundle.manifest), logits="all")
+            one.step(cache, np.array([[9 + token, 80 + token][: 1 + token % 2]]), controls_for(bundle.manifest))
             for one, cache in zip((portable, runner), caches, strict=True)
         )
         np.testing.assert_allclose(found.logits, want.logits, atol=LOGITS_ATOL)
         np.testing.assert_array_equal(found.kept, want.kept)
-    assert len(steps[0].calls) == 4
+    assert [len(engine.calls) for engine in steps] == [4, 4]
+
+
+@pytest.mark.parametrize("options", [{}, {"policy": "layers:0,2"}], ids=["dense", "sets of layers"])
+def test_experts(tmp_path: Path, options: dict[str, Any]) -> None:
+    """One row goes through its experts alone; where a set of layers may leave the branch without rows, it does not."""
+    checkpoint = tiny_checkpoint(tmp_path / "model", "mixtral", tokenizer=True)
+    bundle = export(checkpoint, tmp_path / "out", **options)
+    stays_equal(bundle, ())
+    ops = {token: Counter(node.op_type for node in lowered(bundle, token, ()).model.graph.node) for token in (1, 2)}
+    alone = ops[1]["ReduceSum"] != ops[2]["ReduceSum"]
+    assert alone is not bool(options)

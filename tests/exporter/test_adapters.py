@@ -96,7 +96,9 @@ def test_merged_as_peft_computes_it(tmp_path: Path, kind: str) -> None:
     want = make_adapter(base, adapter, **settings)
     assert same(logits(adapter), want)
     with torch.no_grad():
-        assert same(Reference.load(open_checkpoint(adapter))(torch.from_numpy(IDS)).logits, want)
+        for streamed in (False, True):
+            reference = Reference.load(open_checkpoint(adapter), streamed=streamed)
+            assert same(reference(torch.from_numpy(IDS)).logits, want)
 
 
 @pytest.fixture

@@ -301,6 +301,19 @@ def test_scaling_extends_the_context(make: Callable[..., Path], scaling: dict[st
     assert open_checkpoint(model).config.max_positions == positions
 
 
+def test_a_balcony_without_its_exits(tmp_path: Path) -> None:
+    """What its refusal says: the whole model is a Llama, and the tensors of its exits are not read."""
+    model = tiny_checkpoint(tmp_path / "model", layers=2)
+    exit_layer = {
+        name.replace("layers.1", "exit_modules.0.0"): tensor.clone()
+        for name, tensor in load_file(model / WEIGHTS).items()
+        if ".layers.1." in name
+    }
+    plain = logits(model)
+    weights(lambda t: {**t, **exit_layer, "model.exit_modules.0.1.weight": torch.ones(64)})(model)
+    assert same(logits(model), plain)
+
+
 def listing_only(*names: str) -> Change:
     """Leave empty files of these names only."""
 
@@ -335,7 +348,11 @@ REFUSED: dict[str, tuple[Change, list[str]]] = {
     ),
     "Balcony": (
         config(model_type="nested_llama", exit_layer_indices=[1], exit_decoder_layer=True),
-        ["'nested_llama' is not supported", "norms or layers of their own (Balcony) (exit_decoder_layer)"],
+        [
+            "'nested_llama' is not supported",
+            "norms or layers of their own (Balcony) (exit_decoder_layer)",
+            "set model_type to llama and remove exit_layer_indices, exit_decoder_layer",
+        ],
     ),
     "GenAI": (listing_only("genai_config.json", "model.onnx"), ["is a model of ONNX Runtime GenAI"]),
     "Mistral's own layout": (

@@ -88,7 +88,8 @@ def test_read_as_transformers_reads_it(tmp_path: Path, file: tuple[str, dict[str
     checkpoint = open_checkpoint(path)
     assert checkpoint.config.tied_head is bool(keys.get("tied"))
     assert (checkpoint.config.eos_ids, checkpoint.config.bos_id) == ((2,), 1)
-    assert same(logits(path), Reference.load(checkpoint)(torch.from_numpy(IDS)).logits)
+    for streamed in (False, True):
+        assert same(logits(path), Reference.load(checkpoint, streamed=streamed)(torch.from_numpy(IDS)).logits)
     original = logits(model)
     assert float((logits(path) - original).norm() / original.norm()) < tolerance
     assert kind in next(note for note in checkpoint.notes if "GGUF" in note)
@@ -108,6 +109,9 @@ def test_a_bundle_of_a_gguf_file(tmp_path: Path) -> None:
     bundle = export(folder, tmp_path / "bundle")
     assert json.loads((bundle.directory / "config.json").read_text())["model_type"] == "llama"
     assert verify(bundle.directory, tokens=256, greedy_tokens=8).passed
+    sample = verify(bundle.directory, tokens=16, sample=True)
+    assert sample.passed
+    assert any("read as gsx reads them" in note for note in sample.notes)
     assert inspect(path).types == ("f32", "q8_0")
     assert inspect(folder).files == {"file.gguf": path.stat().st_size}
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from gsx.workflows.export import export
 from gsx.workflows.inspect import inspect
@@ -133,8 +134,8 @@ def test_read_as_transformers_dequantizes(tmp_path: Path, case: str) -> None:
     section, parts = BY_TRANSFORMERS[case]()
     model = quantize(tiny_checkpoint(tmp_path / "model", layers=2), section, parts)
     checkpoint = open_checkpoint(model)
-    want = Reference.load(checkpoint)(torch.from_numpy(IDS)).logits
-    assert same(logits(model), want)
+    for streamed in (False, True):
+        assert same(logits(model), Reference.load(checkpoint, streamed=streamed)(torch.from_numpy(IDS)).logits)
     assert any("are quantized already" in note for note in checkpoint.notes)
     assert near_the_original(checkpoint, tmp_path)
 
@@ -250,6 +251,28 @@ def test_a_bundle_of_a_quantized_checkpoint(tmp_path: Path, tiny_text: Path) -> 
     assert any("quantized already (FP8)" in note for note in bundle.manifest.source.notes)
     assert verify(bundle.directory, tokens=256, greedy_tokens=8, budgets=[0.7]).passed
     assert inspect(model).parameters["dense"] == inspect(tmp_path / "bundle").parameters["dense"]
+
+
+def test_streamed_weights_stay_in_their_files(tmp_path: Path) -> None:
+    """An adapter over FP8: the reference has only the adapter in memory, and gives what it gives whole."""
+    peft = pytest.importorskip("peft", reason='pip install "gsx[dev]"')
+    base = quantize(
+        tiny_checkpoint(tmp_path / "base", "gemma2", layers=2), FP8_BLOCKS, in_blocks(2, 4, "weight_scale_inv")
+    )
+    plain = AutoModelForCausalLM.from_config(open_checkpoint(base).hf_config)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    peft.get_peft_model(plain, settings).save_pretrained(str(tmp_path / "adapter"))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(base)}))
+    checkpoint = open_checkpoint(tmp_path / "adapter")
+    whole, streamed = (Reference.load(checkpoint, streamed=one) for one in (False, True))
+    assert same(*(reference(torch.from_numpy(IDS)).logits for reference in (whole, streamed)))
+    held = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in _weights(streamed)}
+    assert sum(held.values()) < 0.05 * sum(weight.nbytes for weight in _weights(whole))
+
+
+def _weights(reference: Reference) -> list[torch.Tensor]:
+    return list(reference.model.parameters())
 
 
 def test_modelopt_s_fp8(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_the_factor_is_that_of_the_inverse(seed: int, first: int) -> None:
 
 def test_a_hessian_that_rounding_spoiled_passes_no_errors_on() -> None:
     hessian = -torch.ones(64, 64)
-    assert torch.equal(Compensation(weight_of(0), hessian).rows(0, 64), torch.eye(64))
+    assert torch.equal(Compensation(weight_of(0), hessian.clone()).rows(0, 64), torch.eye(64))
     found = gptq(weight_of(0), hessian, INT8, torch.float32)
     assert torch.equal(found.codes, round_to_nearest(weight_of(0), INT8, torch.float32).codes)
 

@@ -39,6 +39,8 @@ _ORDER = {"signal", "wait", "TrainStation", "jmp", "cjmp", "reshape", "Constant"
 _SHAPES = {"shape_call"}
 _TO_HOST, _TO_DEVICE = {"DeviceToShapeHost"}, {"ShapeHostToDevice"}
 _PLUGINS = {"PluginV3", "PluginV2", "custom_layer"}
+# Parts of the names of kernels that read a cache to compute with it: attention, and products with their sums.
+_USES_CACHE = ("_mha", "MulSum")
 # Kernels that one call of a plugin launches for up to 512 tokens (`plugins/gsx_plugins/<op>/kernel.cu`).
 _LAUNCHES = {"threshold_gather": 2, "topk_gather": 2, "gated_scatter_add": 2}  # those of a step launch one
 
@@ -125,9 +127,10 @@ def _layer_of(found: Sequence[int], last: int | None) -> int | None:
 
 
 def _copies_window(name: str, kind: str, read: Sequence[str], written: Sequence[str]) -> bool:
-    """Whether a step reads a cache and neither attends to it nor writes new columns into it."""
+    """Whether a step reads a cache and neither attends to it, sums it up nor writes new columns into it."""
     caches = {value for value in read if value.startswith((PAST, PRESENT))}
-    return kind == "kgen" and bool(caches) and "_mha" not in name and not caches & set(written)
+    used = any(part in name for part in _USES_CACHE)
+    return kind == "kgen" and bool(caches) and not used and not caches & set(written)
 
 
 def count(steps: Iterable[Step]) -> PlanCounts:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gsx_exporter.checkpoint.json_file import one_line
-from gsx_exporter.checkpoint.near_miss import unknown_traits
+from gsx_exporter.checkpoint.near_miss import unknown_traits, way_out
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.families import FAMILIES
@@ -142,7 +142,7 @@ def read_gguf(path: Path) -> GgufFile:
             f"{path}: model_type {config.model_type!r} is not supported",
             expected="one of " + ", ".join(FAMILIES),
             found="; ".join(unknown_traits(values)) or None,
-            todo="docs/add-a-family.md says what a family must be like, and how to add one",
+            todo=way_out(values),
         )
     _check_left_out(path, reader)
     ends = [number for key in _ENDS if (number := _number(reader, key)) is not None]

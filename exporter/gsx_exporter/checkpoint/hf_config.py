@@ -14,7 +14,7 @@ from gsx_exporter.checkpoint.json_file import one_line, read_json
 from gsx_exporter.checkpoint.kinds import listing
 from gsx_exporter.checkpoint.layouts.layout import Layout
 from gsx_exporter.checkpoint.names import CONFIG
-from gsx_exporter.checkpoint.near_miss import unknown_traits
+from gsx_exporter.checkpoint.near_miss import unknown_traits, way_out
 from gsx_exporter.checkpoint.quantized import QUANTIZATION, layout_of
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.errors import CheckpointError
@@ -110,7 +110,7 @@ def _text_part(path: Path, raw: Mapping[str, Any]) -> dict[str, Any]:
             f"{path}: {what} is not supported",
             expected="one of " + ", ".join(FAMILIES),
             found="; ".join(traits) or None,
-            todo="docs/add-a-family.md says what a family must be like, and how to add one",
+            todo=way_out(raw),
         )
     values = {**part, **{key: raw[key] for key in _OF_THE_WHOLE if raw.get(key) is not None}}
     return {

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _Values = Mapping[str, Any]
+# What a Balcony checkpoint says of its exits.
+_BALCONY = ("exit_layer_indices", "exit_decoder_layer", "exit_attention", "exit_mlp")
 
 
 def _has(*names: str) -> Callable[[_Values], str | None]:
@@ -75,3 +77,11 @@ def unknown_traits(values: Mapping[str, Any]) -> list[str]:
     """
     found = ((trait, key(values)) for trait, key in _TRAITS.items())
     return [f"{trait} ({key})" for trait, key in found if key is not None]
+
+
+def way_out(values: Mapping[str, Any]) -> str:
+    """What to do about a model of no supported family. Args: values: `config.json`."""
+    if values.get("model_type") == "nested_llama":
+        own = [key for key in _BALCONY if values.get(key)]
+        return f"without its exits it is a Llama: set model_type to llama and remove {', '.join(own)} to export it"
+    return "docs/add-a-family.md says what a family must be like, and how to add one"

@@ -120,8 +120,11 @@ class KeptRows:
 class Gate(nn.Module):
     """A branch's gate: a factor for the branch's output, and the token's score."""
 
-    def __init__(self, config: ModelConfig, gate: GateConfig) -> None:
+    def __init__(self, config: ModelConfig, gate: GateConfig, branch: Branch) -> None:
         super().__init__()
+        # A norm behind the branch makes a small factor large again, with its relative error. That of ONNX Runtime's
+        # Sigmoid is 0.002 at -10 and 1 at -20.
+        self.relative = config.norms[branch].after is not None
         self.linear = Linear(
             config.hidden_size, config.hidden_size if gate.kind == "vector" else 1, True, torch.float32
         )
@@ -129,10 +132,10 @@ class Gate(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [N, H] -> gate [N, H] or [N, 1] float32, score [N] float32."""
-        logit = self.linear(x.to(torch.float32))
-        gate = torch.sigmoid(logit)
+        logits = self.linear(x.to(torch.float32))
+        gate = torch.reciprocal(1 + torch.exp(-logits)) if self.relative else torch.sigmoid(logits)
         if self.by_logit:
-            return gate, logit.reshape(-1)
+            return gate, logits.reshape(-1)
         return gate, gate.reshape(-1) if self.scalar else gate.mean(dim=-1)
 
 
@@ -221,7 +224,7 @@ class DecoderLayer(nn.Module):
                 self.register_parameter(f"{branch}_rate", rate)
         for branch in config.gated_branches:
             assert config.gate is not None
-            setattr(self, f"{branch}_gate", Gate(config, config.gate))
+            setattr(self, f"{branch}_gate", Gate(config, config.gate, branch))
         self.skippable = options.rule.branches if options.rule is not None else ()
         self._own = own_modules(options.rule, config) if options.rule is not None else {}
         for name, module in self._own.items():

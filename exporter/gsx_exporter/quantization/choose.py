@@ -97,13 +97,14 @@ def _choose(
     """Choose the codes of the products that get the same rows as `first`. Returns: their losses."""
     losses: dict[str, float] = {}
     chosen: dict[str, Encoded] = {}
-    for path in linears_in(plan.checkpoint.config, number):
-        name = f"layers.{number}.{path}"
-        matrix = plan.matrices.get(name)
-        if _SAME_ROWS[path] == first and matrix is not None and bool(seen.hessian.any()):
-            linear = linear_of(layer, path)
-            found = chosen[name] = gptq(linear.weight, seen.hessian, matrix.format, dtype)
-            losses[name] = _loss(linear, QuantizedLinear(linear, found, matrix.input_scale, plan.scheme), seen.rows)
+    paths = {f"layers.{number}.{path}": path for path in linears_in(plan.checkpoint.config, number)}
+    products = [name for name, path in paths.items() if _SAME_ROWS[path] == first and name in plan.matrices]
+    for name in products if bool(seen.hessian.any()) else ():
+        linear, matrix = linear_of(layer, paths[name]), plan.matrices[name]
+        # The last one overwrites it.
+        hessian = seen.hessian if name == products[-1] else seen.hessian.clone()
+        found = chosen[name] = gptq(linear.weight, hessian, matrix.format, dtype)
+        losses[name] = _loss(linear, QuantizedLinear(linear, found, matrix.input_scale, plan.scheme), seen.rows)
     plan.chosen.store(f"layers.{number}.{first}", chosen)
     return losses
 

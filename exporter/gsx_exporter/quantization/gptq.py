@@ -16,12 +16,14 @@ from gsx_exporter.quantization.scheme import WeightFormat
 # Share of the mean diagonal that is added to the Hessian, as in the paper; and the inputs that are rounded before their
 # errors are passed on to the rest.
 DAMPING, _CHUNK = 0.01, 128
+# Numbers that are put in reverse order at a time.
+_REVERSED = 1 << 20
 
 
 def gptq(weight: Tensor, hessian: Tensor, form: WeightFormat, dtype: torch.dtype) -> Encoded:
     """Codes of a weight [in, out] float32 whose outputs change as little as possible on a text.
 
-    Args: hessian: [in, in] float32, a multiple of the inputs' second moments. dtype: of the scales.
+    Args: hessian: [in, in] float32, a multiple of the inputs' second moments; it is overwritten. dtype: of the scales.
     """
     compensation = Compensation(weight, hessian)
     left = weight.clone(memory_format=torch.contiguous_format)
@@ -49,12 +51,13 @@ def gptq(weight: Tensor, hessian: Tensor, form: WeightFormat, dtype: torch.dtype
 class Compensation:
     """How the inputs after each input make up for its error: the upper triangular U with U^T U = H^-1.
 
-    The Hessian of a wide input is the largest tensor of the work, so there is one copy of it, which LAPACK turns into
-    the factor in place. With the inputs in reverse order it is H = L L^T, and U is L^-1 in reverse order again.
+    The Hessian of a wide input is the largest tensor of the work, so it is not copied: it is reversed in place, and
+    LAPACK turns it into the factor in place. With the inputs in reverse order it is H = L L^T, and U is L^-1 in reverse
+    order again.
     """
 
     def __init__(self, weight: Tensor, hessian: Tensor) -> None:
-        work = hessian.flip(0, 1)
+        work = _reverse(hessian)
         unread = (weight == 0).all(dim=1).flip(0)  # inputs that nothing reads: they make up for nothing
         work[unread] = 0
         work[:, unread] = 0
@@ -72,3 +75,15 @@ class Compensation:
         """Some rows of U, [stop - start, in]."""
         last = len(self._reversed)
         return self._reversed[last - stop : last - start].flip(0, 1)
+
+
+def _reverse(matrix: Tensor) -> Tensor:
+    """Put rows and columns of a matrix in reverse order, in place."""
+    flat = matrix.view(-1)
+    for first in range(0, len(flat) // 2, _REVERSED):
+        last = min(first + _REVERSED, len(flat) // 2)
+        low, high = flat[first:last], flat[len(flat) - last : len(flat) - first]
+        turned = low.flip(0)
+        low.copy_(high.flip(0))
+        high.copy_(turned)
+    return matrix

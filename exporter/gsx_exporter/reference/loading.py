@@ -7,7 +7,9 @@ checkpoint is what parity is there to check.
 from __future__ import annotations
 
 import copy
+import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,12 +22,17 @@ from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.files import WHOLE_TO_TEXT
 from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.quiet import quiet_transformers
+from gsx_exporter.checkpoint.stored import Tensors
 from gsx_exporter.checkpoint.tensors import HEAD, rule_module_kind
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.families import FAMILIES
 
 _NARROW = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+# A parameter whose values are not in memory -> a function that reads them, float32.
+Unread = dict[nn.Parameter, Callable[[], torch.Tensor]]
 
 
 def load_model(checkpoint: Checkpoint) -> Any:
@@ -36,9 +43,36 @@ def load_model(checkpoint: Checkpoint) -> Any:
     """
     layout = checkpoint.layout
     by_transformers = layout is None or (layout.by_transformers and checkpoint.whole is None)
-    model = _stored(checkpoint) if by_transformers else _dequantized(checkpoint)
+    model = _stored(checkpoint, _narrow_type(checkpoint)) if by_transformers else _dequantized(checkpoint)
     if checkpoint.adapter is not None:
-        model = _with_adapter(model, checkpoint.adapter)
+        _untie(model, {})
+        model = _with_adapter(model, checkpoint.adapter, merge=True)
+    return _completed(model, checkpoint)
+
+
+def load_streamed(checkpoint: Checkpoint) -> tuple[Any, Unread]:
+    """The same model, for a checkpoint that is larger than memory.
+
+    Stored floats stay in the mapped files. Weights that transformers could only dequantize all at once are read when
+    they are needed, as gsx reads them. PEFT leaves an adapter beside its base, except at embedding and head.
+
+    Returns: the model, and those of its parameters that have no values yet.
+    """
+    unread: Unread = {}
+    if checkpoint.layout is None and checkpoint.gguf is None:
+        model = _stored(checkpoint, _stored_type(checkpoint))
+    else:
+        model, unread = _unread(checkpoint)
+    if checkpoint.adapter is not None:
+        _untie(model, unread)
+        model = _with_adapter(model, checkpoint.adapter, merge=False)
+        for place, name in ((model.model, "embed_tokens"), (model, "lm_head")):
+            _merge_table(place, name, unread)
+    return _completed(model, checkpoint), unread
+
+
+def _completed(model: Any, checkpoint: Checkpoint) -> Any:
+    """The model with what is not a weight."""
     if checkpoint.adapter is not None or checkpoint.gguf is not None:
         model.generation_config = _generation_config(checkpoint)
     if checkpoint.config.loops is not None:
@@ -64,13 +98,12 @@ def _long_factors(rotary: Any, config: ModelConfig) -> None:
     rotary.original_inv_freq = longer
 
 
-def _stored(checkpoint: Checkpoint) -> Any:
+def _stored(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     """The model as transformers loads it: quantized weights become floats there too.
 
     Weights that all have one narrow type keep it: transformers then leaves them in the mapped files, where they take no
     memory until a layer is computed.
     """
-    dtype = _narrow_type(checkpoint)
     model = _from_pretrained(checkpoint, dtype)
     if dtype != torch.float32 and any("rotary" not in name for name, _ in model.named_buffers()):
         return _from_pretrained(checkpoint, torch.float32)  # a buffer may have been rounded
@@ -81,6 +114,11 @@ def _narrow_type(checkpoint: Checkpoint) -> torch.dtype:
     """The type that holds all weights as they are stored; float32 where they are computed first."""
     if checkpoint.adapter is not None or checkpoint.layout is not None or checkpoint.gguf is not None:
         return torch.float32
+    return _stored_type(checkpoint)
+
+
+def _stored_type(checkpoint: Checkpoint) -> torch.dtype:
+    """The type that all weights of the model, or of an adapter's base, have in their files; float32 if several."""
     types = {checkpoint.stored_type(name) for name in checkpoint.names if not rule_module_kind(name)}
     return _NARROW.get(types.pop(), torch.float32) if len(types) == 1 else torch.float32
 
@@ -125,13 +163,8 @@ def _dequantized(checkpoint: Checkpoint) -> Any:
 
     Parity does not check these floats then; `tests/exporter/test_layouts.py` does.
     """
-    stored = checkpoint.stored.base if isinstance(checkpoint.stored, MergedTensors) else checkpoint.stored
-    config = copy.deepcopy(checkpoint.hf_config)
-    config.tie_word_embeddings = HEAD not in stored.names
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
-        )
+    stored = _base(checkpoint)
+    model = _from_config(checkpoint, stored)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(stored.tensor(name))
@@ -139,8 +172,51 @@ def _dequantized(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _with_adapter(model: Any, adapter: Adapter) -> Any:
-    """The model with an adapter, merged by PEFT. Modules of a keep rule are no part of transformers' model."""
+def _unread(checkpoint: Checkpoint) -> tuple[Any, Unread]:
+    """The model without its weights: each has the memory of one number for all of its values."""
+    try:
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise CheckpointError(
+            f"{checkpoint.source}: the reference needs accelerate to stream this form of weights",
+            todo='pip install "gsx[formats]"',
+        ) from error
+    stored, unread = _base(checkpoint), Unread()
+    with init_empty_weights(include_buffers=False):
+        model = _from_config(checkpoint, stored)
+    for name, parameter in list(model.named_parameters()):
+        place, _, last = name.rpartition(".")
+        setattr(model.get_submodule(place), last, _empty(parameter.shape))
+        unread[model.get_parameter(name)] = functools.partial(stored.tensor, name)
+    if HEAD not in stored.names:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    model.generation_config = _generation_config(checkpoint)
+    return model, unread
+
+
+def _empty(shape: torch.Size) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(1).expand(shape), requires_grad=False)
+
+
+def _base(checkpoint: Checkpoint) -> Tensors:
+    """The tensors as floats, without an adapter."""
+    return checkpoint.stored.base if isinstance(checkpoint.stored, MergedTensors) else checkpoint.stored
+
+
+def _from_config(checkpoint: Checkpoint, stored: Tensors) -> Any:
+    config = copy.deepcopy(checkpoint.hf_config)
+    config.tie_word_embeddings = HEAD not in stored.names
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+        )
+
+
+def _with_adapter(model: Any, adapter: Adapter, *, merge: bool) -> Any:
+    """The model with an adapter, by PEFT. Modules of a keep rule are no part of transformers' model.
+
+    Args: merge: into the weights of its base; else it stays beside them.
+    """
     try:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
@@ -154,13 +230,40 @@ def _with_adapter(model: Any, adapter: Adapter) -> Any:
                 named = getattr(settings, key)
                 if isinstance(named, list | set):
                     setattr(settings, key, [name for name in named if not rule_module_kind(name)] or None)
-            if model.lm_head.weight is model.model.embed_tokens.weight:
-                # PEFT trains them apart from each other, but merges into the one weight that both are.
-                model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-            merged = PeftModel.from_pretrained(model, str(adapter.directory), config=settings).merge_and_unload()
+            # With `low_cpu_mem_usage` a module that the adapter has whole gets its weights, and none of its base's.
+            found = PeftModel.from_pretrained(
+                model, str(adapter.directory), config=settings, low_cpu_mem_usage=not merge
+            )
+            return found.merge_and_unload() if merge else found.get_base_model()
     except Exception as error:  # many types, all about this directory
         raise CheckpointError(f"{adapter.directory}: PEFT cannot load it", found=one_line(error)) from error
-    return merged
+
+
+def _untie(model: Any, unread: Unread) -> None:
+    """Make two tables of a shared one: PEFT trains them apart from each other, but merges into the one weight."""
+    shared = model.lm_head.weight
+    if shared is model.model.embed_tokens.weight:
+        read = unread.get(shared)
+        own = nn.Parameter(shared.detach().clone()) if read is None else _empty(shared.shape)
+        model.lm_head.weight = own
+        if read is not None:
+            unread[own] = read
+
+
+def _merge_table(place: Any, name: str, unread: Unread) -> None:
+    """Merge what an adapter has for embedding or head, of which the reference reads some rows at a time."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    module = getattr(place, name)
+    if isinstance(module, AuxiliaryTrainingWrapper):
+        setattr(place, name, module.modules_to_save[module.active_adapter])
+    elif isinstance(module, BaseTunerLayer):
+        table = module.get_base_layer()
+        read = unread.pop(table.weight, None)
+        table.weight.data = table.weight.data.float() if read is None else read().float()
+        module.merge()
+        setattr(place, name, table)
 
 
 def _generation_config(checkpoint: Checkpoint) -> Any:

@@ -26,7 +26,7 @@ from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.gate_config import GateConfig
-from gsx_exporter.reference.loading import load_model
+from gsx_exporter.reference.loading import Unread, load_model, load_streamed
 from gsx_exporter.reference.parts import linear
 from gsx_exporter.reference.rule import (
     BranchInput,
@@ -95,8 +95,10 @@ class Reference:
     The layers, the embedding and the head run on `device` in the type `dtype`; the rule runs on the CPU.
     """
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-        self.model = model
+    def __init__(
+        self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, unread: Unread | None = None
+    ) -> None:
+        self.model, self._unread = model, unread or {}
         self.dtype, self.device = dtype, device
         self.config: ModelConfig = checkpoint.config
         self._ends = _end_tokens(model)
@@ -112,7 +114,12 @@ class Reference:
 
     @classmethod
     def load(
-        cls, checkpoint: Checkpoint, *, dtype: torch.dtype = torch.float32, device: str | None = None
+        cls,
+        checkpoint: Checkpoint,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: str | None = None,
+        streamed: bool = False,
     ) -> Reference:
         """Load the model by transformers' own loader. It computes in the given type; gates are float32, as scores are.
 
@@ -121,17 +128,19 @@ class Reference:
 
         Args:
             device: where it computes; None for a GPU if PyTorch sees one, else the CPU.
+            streamed: whether weights stay in their files until a layer is computed (`load_streamed`).
         Raises:
             CheckpointError: transformers does not find all weights.
         """
         config = checkpoint.config
-        model = load_model(checkpoint)
+        model, unread = load_streamed(checkpoint) if streamed else (load_model(checkpoint), {})
         model.eval()
         model.requires_grad_(False)
-        _narrow(model)
+        if not streamed:
+            _narrow(model)
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model.model.rotary_emb.to(found)
-        reference = cls(model, checkpoint, dtype, found)
+        reference = cls(model, checkpoint, dtype, found, unread)
         reference._widen_rows_to_run(model.model.embed_tokens)
         for part in (*model.model.layers, model.model.norm, model.lm_head):
             reference._widen_to_run(part)
@@ -272,13 +281,17 @@ class Reference:
     def _widened(self, part: nn.Module) -> Iterator[None]:
         """Within it, the part's weights have the type, and are on the device, of the computation."""
         narrow = [(weight, weight.data) for weight in part.parameters()]
-        for weight, data in narrow:
-            weight.data = data.to(self.device, self.dtype)
+        for weight, _ in narrow:
+            weight.data = self._values(weight).to(self.device, self.dtype)
         try:
             yield
         finally:
             for weight, data in narrow:
                 weight.data = data
+
+    def _values(self, weight: torch.Tensor) -> torch.Tensor:
+        read = self._unread.get(weight) if isinstance(weight, nn.Parameter) else None
+        return weight.data if read is None else read()
 
     def _widen_to_run(self, part: nn.Module) -> None:
         run = part.forward
@@ -295,12 +308,12 @@ class Reference:
 
         def forward(input: torch.Tensor) -> torch.Tensor:
             used, numbers = torch.unique(input, return_inverse=True)
-            whole = table.weight.data
+            stored, whole = table.weight.data, self._values(table.weight)
             table.weight.data = whole[used.to(whole.device)].to(self.device, self.dtype)
             try:
                 return run(numbers)
             finally:
-                table.weight.data = whole
+                table.weight.data = stored
 
         table.forward = forward  # type: ignore[method-assign]
 

@@ -156,6 +156,8 @@ def _capped(
 
     Scores are [B, kv heads, group, S, window]: the queries of a group share a head of K and V.
     """
+    if task.step is not None and task.step[1] == 1:
+        return _capped_by_sums(graph, task, softcap, scale, inputs, out, name)
     query, key, value, mask = inputs
     shape = task.shape
     dtype = helper.tensor_dtype_to_np_dtype(task.float_type)
@@ -184,6 +186,49 @@ def _capped(
         make_node("MatMul", [f"{name}weights", f"{name}value"], f"{name}attention"),
         make_node("Transpose", [f"{name}attention"], f"{name}tokens_first", perm=[0, 3, 1, 2, 4]),
         make_node("Reshape", [f"{name}tokens_first", together], out),
+    ]
+
+
+def _capped_by_sums(
+    graph: Graph, task: Task, softcap: float, scale: float, inputs: Sequence[str], out: str, name: str
+) -> list[onnx.NodeProto]:
+    """The same in a step of one token: products and their sums, in float32.
+
+    Scores are [B, kv heads, group, window]. Why: a matrix product of a cache is preceded by a copy of the cache, K's
+    transposed; a sum reads it in place (plans of TensorRT-RTX 1.7.1).
+    """
+    query, key, value, mask = inputs
+    shape, FLOAT = task.shape, onnx.TensorProto.FLOAT
+
+    def constant(called: str, value: float) -> str:
+        return graph.add_constant(f"lowered.float_{called}", np.asarray(value, np.float32))
+
+    def axis(number: int) -> str:
+        return graph.add_constant(f"lowered.axis_{number}", [number])
+
+    groups = shape.num_heads // shape.num_kv_heads
+    apart = graph.add_constant("lowered.token_groups", [-1, shape.num_kv_heads, groups, 1, shape.head_dim])
+    together = graph.add_constant("lowered.token_together", [-1, 1, shape.num_heads * shape.head_dim])
+    factor = constant("score_factor", (scale or shape.head_dim**-0.5) / softcap)
+    return [
+        make_node("Cast", [query], f"{name}query", to=FLOAT),
+        make_node("Mul", [f"{name}query", factor], f"{name}scaled"),
+        make_node("Reshape", [f"{name}scaled", apart], f"{name}groups"),
+        make_node("Cast", [key], f"{name}key", to=FLOAT),
+        make_node("Unsqueeze", [f"{name}key", axis(2)], f"{name}keys"),
+        make_node("Mul", [f"{name}groups", f"{name}keys"], f"{name}by_key"),
+        make_node("ReduceSum", [f"{name}by_key", axis(4)], f"{name}scores", keepdims=0),
+        make_node("Tanh", [f"{name}scores"], f"{name}bounded"),
+        make_node("Mul", [f"{name}bounded", constant("softcap", softcap)], f"{name}capped"),
+        make_node("Where", [mask, f"{name}capped", constant("unseen", _UNSEEN)], f"{name}masked"),
+        make_node("Softmax", [f"{name}masked"], f"{name}weights", axis=-1),
+        make_node("Unsqueeze", [f"{name}weights", axis(4)], f"{name}weight"),
+        make_node("Cast", [value], f"{name}value", to=FLOAT),
+        make_node("Unsqueeze", [f"{name}value", axis(2)], f"{name}values"),
+        make_node("Mul", [f"{name}weight", f"{name}values"], f"{name}by_value"),
+        make_node("ReduceSum", [f"{name}by_value", axis(3)], f"{name}sums", keepdims=0),
+        make_node("Cast", [f"{name}sums"], f"{name}attention", to=task.float_type),
+        make_node("Reshape", [f"{name}attention", together], out),
     ]
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from gsx_engines.lowering.experts import choose, value_of
-from gsx_engines.lowering.for_tensorrt.task import Task
+from gsx_engines.lowering.experts import Choice, choose, value_of
+from gsx_engines.lowering.for_tensorrt.task import RUN, Task
 from gsx_plugins.graph import Graph, attribute, make_node
 
 _FIRST, _SECOND, _LAST = "lowered.first", "lowered.axis_1", "lowered.last"
@@ -24,7 +24,8 @@ def run_experts(graph: Graph, task: Task) -> int:
 
     Why: the rows of an expert are as many as the data says, and the body's Loop over them is refused. In a step of
     decoding m is the number of experts that it runs through, so that only their weights are read; in prefill it is all
-    of them. Codes are not picked from: TensorRT takes them only where they are dequantized. Returns: how many.
+    of them. For a single row see `_of_one_token`. Codes are not picked from: TensorRT takes them only where they are
+    dequantized. Returns: how many.
     """
 
     def spelled(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
@@ -52,6 +53,8 @@ def _spelled(graph: Graph, task: Task, node: onnx.NodeProto) -> list[onnx.NodePr
 
     choice = choose(graph, node)
     nodes = choice.nodes
+    if not codes and _is_one_row(graph, task):
+        return [*nodes, *_of_one_token(graph, task, node, choice)]
     numbers = graph.add_constant(f"lowered.experts.{experts}", np.arange(experts))
     zero = graph.add_constant("lowered.experts.zero", np.float32(0))
     nodes += [
@@ -124,3 +127,50 @@ def _join(graph: Graph, dequantize: onnx.NodeProto, experts: int) -> None:
     for one in dequantize.attribute:
         if one.name == "axis":
             one.i = 0
+
+
+def _is_one_row(graph: Graph, task: Task) -> bool:
+    """Whether every call has one row: a step of one token, which no branch is called without."""
+    some = {task.forms.get(op) for op in ("ThresholdGather", "TopKGather")} & {"plugin", "body", "rows"}
+    return task.step == (1, 1) and not some and not any(value.name.startswith(RUN) for value in graph.proto.input)
+
+
+def _of_one_token(graph: Graph, task: Task, node: onnx.NodeProto, choice: Choice) -> list[onnx.NodeProto]:
+    """The experts of a single row: those that it chose, by products and their sums, in float32.
+
+    Why: a matrix product of picked weights is preceded by a copy of them; a sum reads them where they are (plans of
+    TensorRT-RTX 1.7.1).
+    """
+    rows, _, *stacks = graph.expect_inputs(node, 5)
+    name = partial(value_of, node)
+    axes = [graph.add_constant(f"lowered.axis_{axis}", [axis]) for axis in range(3)]
+    flat = graph.add_constant(_LAST, [-1])
+    nodes = [
+        make_node("Reshape", [choice.chosen, flat], name("picked")),
+        make_node("Reshape", [choice.shares, flat], name("picked_shares")),
+        make_node("Unsqueeze", [name("picked_shares"), axes[1]], name("share_rows")),  # [k, 1]
+        make_node("Cast", [rows], name("row"), to=onnx.TensorProto.FLOAT),
+        make_node("Unsqueeze", [name("row"), axes[2]], name("column")),  # [1, H, 1]
+    ]
+
+    def product(stack: str, left: str, over: str, called: str) -> list[onnx.NodeProto]:
+        return [
+            make_node("Gather", [stack, name("picked")], name(f"{called}_stored"), axis=0),
+            make_node("Cast", [name(f"{called}_stored")], name(f"{called}_weight"), to=onnx.TensorProto.FLOAT),
+            make_node("Mul", [left, name(f"{called}_weight")], name(f"{called}_products")),
+            make_node("ReduceSum", [name(f"{called}_products"), over], name(called), keepdims=0),
+        ]
+
+    return [
+        *nodes,
+        *product(stacks[0], name("column"), axes[1], "gated"),  # [k, F]
+        *product(stacks[1], name("column"), axes[1], "raised"),
+        make_node("Sigmoid", [name("gated")], name("slope")),
+        make_node("Mul", [name("gated"), name("slope")], name("activated")),
+        make_node("Mul", [name("activated"), name("raised")], name("inner")),
+        make_node("Mul", [name("inner"), name("share_rows")], name("weighted")),
+        make_node("Unsqueeze", [name("weighted"), axes[2]], name("weighted_column")),  # [k, F, 1]
+        *product(stacks[2], name("weighted_column"), graph.add_constant("lowered.axes_0_1", [0, 1]), "sums"),
+        make_node("Unsqueeze", [name("sums"), axes[0]], name("sum_row")),
+        make_node("Cast", [name("sum_row")], node.output[0], to=task.float_type),
+    ]
