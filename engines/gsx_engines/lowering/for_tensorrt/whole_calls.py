@@ -1,6 +1,6 @@
 """Branches that the host decides on for a whole call: their number of rows is the size of an input, all rows or none.
 
-A set of layers is chosen for a sequence, not for a token. Within a sequence only the tokens below `full_until` differ,
+A set of layers, or a number of loops, is chosen for a sequence, not for a token. Within a sequence only the tokens below `full_until` differ,
 which run every branch; the runner never mixes these with others in one call, nor sequences with different sets. So
 the host knows before the call how many rows each branch runs on, and nothing has to ask the GPU. The number is the
 *size* of an input `run.<layer>.<branch>`, whose content nobody reads. TensorRT knows sizes when it prepares a call, so
@@ -26,13 +26,13 @@ from gsx_plugins.graph import Graph, attribute, make_node
 # Makes the node that cuts rows: (value, n, output).
 Cut = Callable[[str, str, str], onnx.NodeProto]
 # What a rule may read for its decisions to be the host's: all of it is the same for a sequence, but for `full_until`.
-_OF_A_SEQUENCE = {"layer_mask", "full_until"}
+_OF_A_SEQUENCE = {"layer_mask", "full_until", "loops"}
 
 
 def is_decided_by_host(manifest: Manifest) -> bool:
     """Whether a bundle's rule decides for whole sequences, by what the host gives it."""
     names = {value.name for value in manifest.policy.inputs} if manifest.policy is not None else set()
-    return "layer_mask" in names and names <= _OF_A_SEQUENCE
+    return bool(names & {"layer_mask", "loops"}) and names <= _OF_A_SEQUENCE
 
 
 def run_whole_calls(graph: Graph, task: Task) -> int:
