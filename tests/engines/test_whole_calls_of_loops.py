@@ -1,4 +1,4 @@
-"""Numbers of loops on engines: the host gives the number of rows of each branch, on a CPU against the portable runner."""
+"""Numbers of loops on engines: the host gives the rows of each branch; on a CPU against the portable runner."""
 
 from __future__ import annotations
 

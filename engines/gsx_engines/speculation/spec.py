@@ -134,7 +134,7 @@ def refuse_shared_cache() -> NoReturn:
     raise UsageError(
         "speculation needs a model whose loops have caches of their own",
         expected="recurrent_kv_cache_mode per_loop",
-        found="last_loop: in all loops but the last, what a token sees of another depends on whether both are in a call",
+        found="last_loop: in all loops but the last, what tokens see of each other depends on which are in one call",
         todo="decode plainly (no --draft; --no-speculative)",
     )
 

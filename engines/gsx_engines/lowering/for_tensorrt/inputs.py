@@ -91,7 +91,7 @@ def write_cache_in_place(graph: Graph, task: Task) -> int:
 
     Why: `present.*` shares the memory of `past_key_values.*`. TensorRT-RTX 1.7.1 makes a copy of what is cut off, in
     every layer; of a whole buffer it makes none in plans of fixed sizes. Where a later visit of a looped model replaces
-    K and V in the same cache, a visit attends to a copy with its own ones: TensorRT updates a cache only once in a call.
+    K and V in the same cache, a visit attends to a copy with its own: TensorRT updates a cache only once in a call.
     """
     if not task.in_place:
         return 0
