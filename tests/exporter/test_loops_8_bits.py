@@ -46,7 +46,7 @@ def test_a_layer_is_measured_in_every_loop(looped: Path) -> None:
     options = DecoderOptions(LoopCount(checkpoint.config.loops), "none")
     points = [{"loops": np.array([count])} for count in (1, 2, 3)]
     found = [one.inputs for one in statistics(checkpoint, ids, points, options, text_sha256="")]
-    assert set(found[0]) < {name for name in matrices_of(checkpoint.config)}
+    assert set(found[0]) < set(matrices_of(checkpoint.config))
     assert {name.split(".")[1] for name in found[0]} == {str(n) for n in range(checkpoint.config.stored_layers)}
     for fewer, more in itertools.pairwise(found):
         larger = [name for name in more if (more[name] > fewer[name]).any()]
