@@ -22,6 +22,7 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.confidence import Measure
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.cost import step_bytes
+from gsx_engines.bundle.drafts import LoopsDraft
 from gsx_engines.bundle.loops import Loops
 from gsx_engines.generation import generate
 from gsx_engines.lowering.onnxruntime import lower
@@ -31,6 +32,7 @@ from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.session import session_config
 from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.speculation.draft import open_draft
+from gsx_engines.speculation.spec import check_draft
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.decoder.layer import DecoderOptions
@@ -397,7 +399,7 @@ def test_the_policy(looped: Path) -> None:
         ({"draft": "exit:2"}, "loops:N"),
         ({"draft": "auto"}, "loops:N"),
         ({"draft": "loops:3"}, "1 to 2"),
-        ({"kv_cache": "int8"}, "fp32, fp16 or bf16"),
+        ({"kv_cache": "int8"}, "K and V in fp32"),
     ],
     ids=str,
 )
@@ -407,6 +409,26 @@ def test_an_export_that_makes_no_sense_is_refused(
     with pytest.raises(UsageError) as caught:
         export(looped, tmp_path / "bundle", **options)
     assert said in str(caught.value.expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kv_policy": "none"}, "copy, which is the default here"),
+        ({"kv_policy": "compute"}, "copy, which is the default here"),
+        ({"draft": "loops:1"}, "recurrent_kv_cache_mode per_loop"),
+    ],
+    ids=str,
+)
+def test_what_one_cache_excludes_is_refused(shared: Path, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        export(shared, tmp_path / "bundle", **options)
+    assert said in str(caught.value.expected)
+
+
+def test_drafts_of_a_request_need_a_cache_for_each_loop(shared_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="needs a model whose loops have caches of their own"):
+        check_draft(LoopsDraft(loops=1), shared_bundle.manifest)
 
 
 @pytest.mark.parametrize("count", [0, 4, -1])
@@ -431,8 +453,14 @@ def test_exits_are_between_loops(ouro: Path) -> None:
 def test_inspect_shows_loops_and_caches(bundle: Bundle, looped: Path) -> None:
     for found in (inspect(looped), inspect(bundle.directory)):
         assert found.shape["layers"] == 4
-        sizes = {"before": 1, "looped": 2, "after": 1, "most": 3, "default": 3}
+        sizes = {"before": 1, "looped": 2, "after": 1, "most": 3, "default": 3, "caches": "per_loop"}
         assert found.loops == sizes | {"visits": 8, "kv_values": 2 * 8 * 2 * 16}
+
+
+def test_one_cache_holds_what_one_pass_does(shared: Path, shared_bundle: Bundle) -> None:
+    for found in (inspect(shared), inspect(shared_bundle.directory)):
+        assert found.loops is not None
+        assert (found.loops["caches"], found.loops["kv_values"]) == ("last_loop", 2 * 4 * 2 * 16)
 
 
 def test_a_bundle_whose_loops_do_not_fit_is_refused(bundle: Bundle, tmp_path: Path) -> None:
