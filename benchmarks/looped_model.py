@@ -1,6 +1,6 @@
 """A small looped model, trained here: what figures on looped models need, since a random one predicts nothing.
 
-    python -m benchmarks.looped_model -o MODEL [--steps 1200]
+    python -m benchmarks.looped_model -o MODEL [--steps 600]
 
 It is shaped like Dory (a normalized Transformer, nGPT): 1 layer, 3 looped ones, 1 layer; up to 4 loops; hidden 96. Each
 step draws a number of loops, so that the model reads and writes with each of them, and a draft of fewer loops guesses
@@ -132,7 +132,7 @@ def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=600)
     given = parser.parse_args()
     train(given.out, given.steps)
 
