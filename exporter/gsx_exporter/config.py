@@ -480,7 +480,7 @@ def _loops(hf: Any, keys: LoopKeys) -> Loops:
             found=f"{before} + {looped} + {after}",
         )
     most = count(keys.count, 1)
-    caches = "per_loop" if keys.caches is None else getattr(hf, keys.caches)
+    caches: LoopCaches = "per_loop" if keys.caches is None else getattr(hf, keys.caches)
     one_of(keys.caches or "", caches, get_args(LoopCaches))
     return Loops(before=before, looped=looped, after=after, most=most, default=most, caches=caches)
 
