@@ -121,20 +121,20 @@ class TorchStage:
         self._exit_modules = filled_exit_modules(config, options, weights.fill)
         self._table = KeptTable(manifest, self.layers)
 
-    def new_memory(self, batch: int, capacity: int) -> list[_Buffers]:
-        """See `Stage`: buffers of every layer, for all the tokens that may come."""
+    def new_memory(self, batch: int, capacity: int) -> dict[int, _Buffers]:
+        """See `Stage`: buffers of every cache, for all the tokens that may come."""
         size = (batch * capacity + 1, self._config.num_kv_heads, self._config.head_dim)
 
         def zeros() -> Tensor:
             return torch.zeros(size, dtype=self._dtype, device=self._device)
 
-        return [_Buffers(zeros(), zeros(), batch) for _ in self.layers]
+        return {cache: _Buffers(zeros(), zeros(), batch) for cache in self.manifest.decoder.caches_of(self.layers)}
 
     @torch.inference_mode()
-    def run(self, memory: list[_Buffers], call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
+    def run(self, memory: dict[int, _Buffers], call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """See `Stage`."""
         batch, length = call.ids.shape
-        capacity = memory[0].capacity
+        capacity = next(iter(memory.values())).capacity
         steps = np.arange(length)
         valid = steps < np.array(call.counts)[:, None]
         positions = np.array(call.lengths)[:, None] + steps
@@ -153,8 +153,8 @@ class TorchStage:
                 new[self.layers.start - 1] = passed
             carried = {n: self._to_device(state[f"exit_{n}"], torch.float32).reshape(-1, 1) for n in carried}
         counts: list[int] = []
-        for number, layer, layer_call, buffers in zip(self.layers, self._layers, calls, memory, strict=True):
-            past = _Past(buffers, device_rows.reshape(-1), layer_call.mask.shape[3])
+        for number, layer, layer_call in zip(self.layers, self._layers, calls, strict=True):
+            past = _Past(memory[self._config.cache_of(number)], device_rows.reshape(-1), layer_call.mask.shape[3])
             layer_call = layer_call._replace(values={**layer_call.values, **carried})
             entering = hidden
             if self._loop_entry is not None and self._config.enters_loop(number):
@@ -177,9 +177,9 @@ class TorchStage:
         return StageOutput(self._scores(hidden, ids, call, logits), leaving, self._table.of(counts))
 
     @torch.inference_mode()
-    def copy(self, memory: list[_Buffers], source: int, target: int, length: int) -> None:
+    def copy(self, memory: dict[int, _Buffers], source: int, target: int, length: int) -> None:
         """See `Stage`."""
-        for buffers in memory:
+        for buffers in memory.values():
             start, end = source * buffers.capacity, target * buffers.capacity
             for kv in (buffers.key, buffers.value):
                 kv[end : end + length] = kv[start : start + length]

@@ -89,6 +89,28 @@ def make_tiny_bundle(make_once: MakeOnce, tiny_gated: Path, tiny_text: Path) -> 
     return make
 
 
+@pytest.fixture(scope="session")
+def make_looped_bundle(make_once: MakeOnce) -> Callable[[str], Bundle]:
+    """Exports a tiny looped model, up to 3 loops, whose caches are of each loop (`per_loop`) or one (`last_loop`)."""
+    from gsx.workflows.export import export
+    from gsx_engines.bundle.bundle import open_bundle
+    from tests.tiny import tiny_checkpoint
+
+    def make(caches: str) -> Bundle:
+        def write(path: Path) -> None:
+            keys = {
+                "layers": 4,
+                "n_output_layers": 1,
+                "recurrent_kv_cache_mode": caches,
+                "max_position_embeddings": 1024,
+            }
+            export(tiny_checkpoint(path.with_suffix(".model"), "dory", tokenizer=True, **keys), path)
+
+        return open_bundle(make_once(f"bundle-looped-{caches}", write))
+
+    return make
+
+
 # Families whose graphs have what no other test of the runtimes has: soft caps, windows of some layers and norms around
 # branches; routed experts.
 OTHER_FAMILIES = ("gemma2", "qwen3_moe")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from gsx_engines.bundle.words import Branch
 from gsx_exporter.errors import CheckpointError
@@ -195,6 +195,20 @@ class ModelConfig:
         return (
             self.loops is not None and self.loops.begins(number) and (self.rejoins or self.loops.loop_of(number) != 0)
         )
+
+    def cache_of(self, number: int) -> int:
+        """The number of a layer's K/V cache; several visits of a looped model may share one."""
+        return number if self.loops is None else self.loops.cache_of(number)
+
+    @property
+    def num_caches(self) -> int:
+        """How many K/V caches there are."""
+        return len({self.cache_of(number) for number in range(self.num_layers)})
+
+    @property
+    def shares_caches(self) -> bool:
+        """Whether the loops of a looped model share their caches."""
+        return self.loops is not None and self.loops.share_caches
 
     def below(self, number: int) -> int:
         """Where a skipped token's K and V are copied from, with the K/V policy `copy`: the layer below; -1 if nowhere.
@@ -447,7 +461,10 @@ def _windows(hf: Any, family: Family) -> tuple[int | None, ...]:
 
 def _loops(hf: Any, keys: LoopKeys) -> Loops:
     """How the layers of a looped model run."""
-    from gsx_engines.bundle.loops import Loops  # it needs Pydantic, which `benchmarks.gpu_prefill` does without
+    from gsx_engines.bundle.loops import (
+        LoopCaches,
+        Loops,
+    )  # it needs Pydantic, which `benchmarks.gpu_prefill` does without
 
     def count(key: str | None, least: int) -> int:
         if key is None:
@@ -463,9 +480,9 @@ def _loops(hf: Any, keys: LoopKeys) -> Loops:
             found=f"{before} + {looped} + {after}",
         )
     most = count(keys.count, 1)
-    if keys.caches is not None:
-        one_of(keys.caches, getattr(hf, keys.caches), ("per_loop",))
-    return Loops(before=before, looped=looped, after=after, most=most, default=most)
+    caches: LoopCaches = "per_loop" if keys.caches is None else getattr(hf, keys.caches)
+    one_of(keys.caches or "", caches, get_args(LoopCaches))
+    return Loops(before=before, looped=looped, after=after, most=most, default=most, caches=caches)
 
 
 def _id_list(ids: int | list[int] | None) -> tuple[int, ...]:

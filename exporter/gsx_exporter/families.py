@@ -50,7 +50,7 @@ class LoopKeys:
         before, looped, after: layers that run once, looped ones, and layers that run once after them; None for `before`
             and `after`: all layers are looped.
         count: of the loops.
-        caches: which caches loops have; None where each has its own.
+        caches: which caches loops have (`Loops.caches`); None where each has its own.
         gate: whether a gate reads what each loop gives (`early_exit_gate`).
         rejoins: whether a loop begins with the norm of the state plus that of the state that entered the first loop;
             else every loop but the first begins with the final norm of the state.

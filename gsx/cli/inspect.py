@@ -152,15 +152,18 @@ def _engines(engines: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines
 
 
-def _loops(loops: Mapping[str, int] | None) -> list[tuple[str, str]]:
+def _loops(loops: Mapping[str, int | str] | None) -> list[tuple[str, str]]:
     """How the layers of a looped model run, and what its caches hold."""
     if loops is None:
         return []
     parts = (f"{loops['before']} layers once", f"{loops['looped']} in each loop", f"{loops['after']} once")
     most = f"{loops['default']} loops by default, {loops['most']} at most"
+    each = f"{loops['visits']}, one for each visit of a layer"
+    if loops["caches"] == "last_loop":
+        each = "one for each layer, of the last loop"
     return [
         ("loops", f"{', '.join(parts)}; {most}"),
-        ("caches", f"{loops['visits']}, one for each visit of a layer: {loops['kv_values']:,} numbers a token"),
+        ("caches", f"{each}: {loops['kv_values']:,} numbers a token"),
     ]
 
 

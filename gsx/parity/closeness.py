@@ -11,7 +11,7 @@ positions of that sequence, from that branch on) are left out of the numbers and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,7 +33,7 @@ class Observation:
         logits: [S, V].
         states: L arrays [S, H], the output of every layer; empty, as keys and values, where only logits and decisions
             are compared.
-        keys, values: L arrays [S, kv heads x head_dim], RoPE applied to keys.
+        keys, values: of each cache [S, kv heads x head_dim], RoPE applied to keys.
         scores: [L, 2, S] float32; NaN where a branch has no gate.
         keep: [L, 2, S] bool; true where a branch has no gate.
         margins: of the reference, [L, 2, S]: how far a score is from where its decision would flip; inf where it
@@ -326,6 +326,7 @@ class Comparer:
         near_route: the same of a choice of experts (`Routes`); None where numbers have no limit: then every choice may
             flip, and nothing is left out for it.
         copies: whether K and V depend on the decision of their own layer (K/V policy `copy`).
+        caches: layer -> the number of the cache in which its K and V stay; None where each layer has its own.
     """
 
     def __init__(
@@ -337,13 +338,14 @@ class Comparer:
         near_tie: float,
         copies: bool,
         near_route: float | None = 0.0,
+        caches: Mapping[int, int] | None = None,
     ) -> None:
         self._branches = [BRANCHES.index(branch) for branch in BRANCHES if branch in branches]
         self._causal, self._near_tie, self._near_route, self._copies = causal, near_tie, near_route, copies
         self._logits = Accumulator()
-        self._states, self._keys, self._values, self._scores = (
-            [Accumulator(layer) for layer in range(layers)] for _ in range(4)
-        )
+        self._states, self._scores = ([Accumulator(layer) for layer in range(layers)] for _ in range(2))
+        self._caches = {layer: layer for layer in range(layers)} if caches is None else caches
+        self._keys, self._values = ([Accumulator(cache) for cache in self._caches.values()] for _ in range(2))
         self._walk = _Walk()
         self._windows = 0
 
@@ -401,10 +403,11 @@ class Comparer:
     def _add_kv(
         self, layer: int, pairs: list[tuple[Observation, Observation]], clean: list[np.ndarray], first: int
     ) -> None:
+        cache = self._caches.get(layer)
         for i, (want, have) in enumerate(pairs):
-            if want.keys:
-                self._keys[layer].add(want.keys[layer], have.keys[layer], clean[i], first + i)
-                self._values[layer].add(want.values[layer], have.values[layer], clean[i], first + i)
+            if want.keys and cache is not None:
+                self._keys[cache].add(want.keys[cache], have.keys[cache], clean[i], first + i)
+                self._values[cache].add(want.values[cache], have.values[cache], clean[i], first + i)
 
     def _decide(
         self,

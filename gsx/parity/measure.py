@@ -250,7 +250,8 @@ class EngineSide:
         all_logits = _joined(logits)
         all_routers = {layer: _joined(parts) for layer, parts in routers.items()}
         per_token = next((router.per_token for router in self._routers.values()), 0)
-        keys, values = ([_by_token(memory.pop(past(i, kind))) for i in range(L)] for kind in ("key", "value"))
+        caches = range(self._manifest.decoder.num_caches)
+        keys, values = ([_by_token(memory.pop(past(i, kind))) for i in caches] for kind in ("key", "value"))
         return [
             Observation(
                 logits=_valid(all_logits[row], valid),

@@ -136,6 +136,11 @@ class Run:
                 "With rank selection a decision depends on the whole call, so a run with the cache is another "
                 "computation. Whole calls are compared, and greedy steps, which keep their only token."
             )
+        elif self.manifest.depends_on_call:
+            notes.append(
+                "The loops share a cache, so a text in one call and the same in several are two computations. Whole "
+                "calls are compared, and a prompt with single steps behind it."
+            )
         self._done = 0.0
         self._total = sum(self._work(scope) for scope in scopes.values())
 
@@ -210,7 +215,7 @@ class Run:
             self.first_keep[at.setting] = at.windows[0].keep
             self._pad(reference, at, store)
             text_side = self._side(reference, controls_for(self.manifest, at.setting.keep, [PROMPT_TOKENS]))
-            at.steps = text_side.read(at.text, store, causal=self.causal)
+            at.steps = text_side.read(at.text, store, causal=not self.manifest.depends_on_call)
 
     def _pad(self, reference: Reference, at: _At, store: Store) -> None:
         """Two sequences of different lengths, padded on the left, in one call.
@@ -248,7 +253,7 @@ class Run:
                 if self.limits.runners is not None and number < at.scope.compared:
                     at.portable.append(store.put(np.asarray(have.logits)))
                 del have
-            if self.causal:
+            if not self.manifest.depends_on_call:
                 at.cached = self._cached(engine, at)
             self._padded(engine, at)
             if at.scope.portable_greedy:

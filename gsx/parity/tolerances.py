@@ -67,6 +67,7 @@ class Tolerances:
             copies=manifest.kv_policy != "compute",
             # Logits of routers may differ as the states that they are computed from.
             near_route=self.relative,
+            caches=manifest.decoder.left_caches,
         )
 
 

@@ -142,7 +142,7 @@ def _check_memory(bundles: Sequence[Bundle], forms: Sequence[Form], shape: Shape
     for number, _ in {form.process for form in forms}:
         manifest = bundles[number].manifest
         tokens = shape.batch * (shape.prompt_tokens + new_tokens)
-        kv = manifest.decoder.num_layers * work_of(bundles[number]).key_bytes * tokens
+        kv = manifest.decoder.num_caches * work_of(bundles[number]).key_bytes * tokens
         needed += manifest.weights.size_bytes + kv
     check_memory(
         "not enough memory to load all bundles next to each other",

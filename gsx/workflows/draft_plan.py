@@ -18,6 +18,7 @@ from gsx_engines.speculation.spec import (
     parse_draft,
     refuse_other,
     refuse_rank,
+    refuse_shared_cache,
 )
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.rules.plan import RulePlan
@@ -73,6 +74,8 @@ def plan_draft(draft: str | None, config: ModelConfig, keep: RulePlan, precision
     parsed = None if draft in (BEST_EXIT, BEST_LAYERS) else parse_draft(draft)
     if keep.by_rank:
         refuse_rank()
+    if keep.of_model(config).shares_caches:
+        refuse_shared_cache()
     if config.loops is not None and (parsed is None or parsed.kind != "loops"):
         raise UsageError(
             f"--draft {draft}: the model is looped, and its graph cannot be split or left out in parts",

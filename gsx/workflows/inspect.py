@@ -61,8 +61,9 @@ class InspectReport:
         path: as it was given.
         family: the model family.
         shape: sizes in elements: layers, hidden, heads, kv_heads, head_dim, vocabulary, positions.
-        loops: of a looped model: layers `before`, `looped` and `after`, the loops `most` and `default`, the `visits` of
-            layers with most loops, and `kv_values`, the numbers that the caches hold for a token; None of others.
+        loops: of a looped model: layers `before`, `looped` and `after`, the loops `most` and `default`, `caches` (whose
+            K and V stay, `Loops.caches`), the `visits` of layers with most loops, and `kv_values`, the numbers that the
+            caches hold for a token; None of others.
         gates: kind, input and branches; None without.
         router: the entry of the checkpoint; None without.
         exits: depths that the checkpoint was trained to exit at.
@@ -80,7 +81,7 @@ class InspectReport:
     path: str
     family: str
     shape: Mapping[str, int]
-    loops: Mapping[str, int] | None
+    loops: Mapping[str, int | str] | None
     gates: Mapping[str, Any] | None
     router: Mapping[str, Any] | None
     exits: tuple[int, ...]
@@ -184,12 +185,13 @@ def _checkpoint(path: str) -> InspectReport:
     )
 
 
-def _loops(loops: Loops | None, width: int) -> dict[str, int] | None:
+def _loops(loops: Loops | None, width: int) -> dict[str, int | str] | None:
     """The loops of a model. Args: width: of K, and of V, in one cache."""
     if loops is None:
         return None
     visits = len(loops.visits)
-    return {**loops.model_dump(), "visits": visits, "kv_values": 2 * visits * width}
+    held = loops.layers if loops.share_caches else visits
+    return {**loops.model_dump(), "visits": visits, "kv_values": 2 * held * width}
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:

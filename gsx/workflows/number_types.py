@@ -51,14 +51,14 @@ class NumberTypes:
         """Refuse types that the checkpoint, its keep rule or the runtimes do not support.
 
         Raises:
-            UsageError: 8-bit products together with routers or loops; 8-bit K and V that no runtime can store.
+            UsageError: 8-bit products together with routers; 8-bit K and V of loops, or that no runtime can store.
         """
-        if config.loops is not None and (self.quantize is not None or self.kv_cache is not None):
+        if config.loops is not None and self.kv_cache is not None:
             raise UsageError(
-                "quantization is not supported for looped models",
-                expected="fp32, fp16 or bf16",
-                found=f"a {config.family} model, whose looped layers read other values in every loop",
-                todo="export without --int8, --int4, --fp8 and --kv-cache",
+                "K and V in 8 bits are not supported for looped models",
+                expected=f"K and V in {self.precision}",
+                found=f"a {config.family} model, whose caches of later loops have ranges of their own",
+                todo="export without --kv-cache",
             )
         if self.quantize is not None and config.router is not None:
             raise UsageError(

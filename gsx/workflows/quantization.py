@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.controls import RuntimeValues, at_budget
 from gsx_engines.bundle.manifest import MeasuredQuality, Quantization
@@ -43,6 +45,7 @@ def plan_for(
         GsxError: ModelOpt is not installed; a limit does not hold.
     """
     _need_modelopt()
+    defaults = _every_loop(checkpoint, defaults)
     from gsx.workflows.quantization_cost import settle
     from gsx_exporter.quantization.choose import choose_codes
     from gsx_exporter.quantization.watch import statistics
@@ -69,6 +72,14 @@ def plan_for(
     plan, measured = settle(checkpoint, options, wanted, plan, losses, defaults, unseen, on_progress)
     entry = _entry(plan, wanted, selection, text, measured)
     return plan, entry
+
+
+def _every_loop(checkpoint: Checkpoint, defaults: RuntimeValues) -> RuntimeValues:
+    """Run-time inputs with which a looped model runs all its loops: a request may ask for them."""
+    loops = checkpoint.config.loops
+    if loops is None or "loops" not in defaults:
+        return defaults
+    return {**defaults, "loops": np.full_like(defaults["loops"], loops.most)}
 
 
 def _other_budgets(selection: Selection | None, defaults: RuntimeValues) -> list[RuntimeValues]:

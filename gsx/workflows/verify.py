@@ -278,7 +278,7 @@ def _scopes(
             f"Checked on the whole text: {main[0].name}, as exported. The other settings are checked on a part of it; "
             "--full checks all on all of it."
         )
-    causal = manifest.selection is None or manifest.selection.mode == "threshold"
+    causal = not manifest.depends_on_call
     return scopes(chosen, main, windows=windows, greedy_tokens=min(greedy_tokens, room), causal=causal, full=full)
 
 

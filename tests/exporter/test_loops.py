@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from gsx.torch_runtime import TorchRuntime, TorchStage
 from gsx.workflows.export import export
 from gsx.workflows.inspect import inspect
 from gsx.workflows.study import study
@@ -20,6 +22,7 @@ from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.confidence import Measure
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.bundle.cost import step_bytes
+from gsx_engines.bundle.drafts import LoopsDraft
 from gsx_engines.bundle.loops import Loops
 from gsx_engines.generation import generate
 from gsx_engines.lowering.onnxruntime import lower
@@ -29,6 +32,7 @@ from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.session import session_config
 from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.speculation.draft import open_draft
+from gsx_engines.speculation.spec import check_draft
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.decoder.layer import DecoderOptions
@@ -63,6 +67,18 @@ def bundle(looped: Path) -> Bundle:
 
 
 @pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, whose loops share a cache."""
+    keys = KEYS | {"recurrent_kv_cache_mode": "last_loop"}
+    return tiny_checkpoint(tmp_path_factory.mktemp("shared") / "model", "dory", **keys)
+
+
+@pytest.fixture(scope="module")
+def shared_bundle(shared: Path) -> Bundle:
+    return export(shared, shared.parent / "bundle")
+
+
+@pytest.fixture(scope="module")
 def texts() -> list[np.ndarray]:
     rng = np.random.default_rng(1)
     return [rng.integers(3, 250, (1, length + STEPS)) for length in PROMPTS]
@@ -80,11 +96,18 @@ def truth(model: Path, ids: np.ndarray, prompt: int, loops: int) -> np.ndarray:
     return torch.cat(found).numpy()
 
 
-@pytest.mark.parametrize("stage", [PortableStage, OnnxRuntimeStage])
+def torch_stage(bundle: Bundle) -> TorchStage:
+    return TorchRuntime("cpu").stage(bundle, "model")
+
+
+@pytest.mark.parametrize("stage", [PortableStage, OnnxRuntimeStage, torch_stage])
 @pytest.mark.parametrize("loops", [(1, 1, 1), (2, 2, 2), (3, 3, 3), (3, 1, 2)], ids=str)
+@pytest.mark.parametrize("caches", ["per_loop", "last_loop"])
 def test_a_batch_gives_what_transformers_gives_each_sequence(
-    bundle: Bundle, looped: Path, texts: list[np.ndarray], stage: type, loops: tuple[int, ...]
+    request: pytest.FixtureRequest, texts: list[np.ndarray], stage: Any, loops: tuple[int, ...], caches: str
 ) -> None:
+    names = ("bundle", "looped") if caches == "per_loop" else ("shared_bundle", "shared")
+    bundle, looped = map(request.getfixturevalue, names)
     runner: Runner = WholeRunner(stage(bundle))
     cache = runner.new_cache(len(texts), max(PROMPTS) + STEPS)
     controls = controls_for(bundle.manifest, [KeepSettings(loops=count) for count in loops], PROMPTS)
@@ -104,13 +127,45 @@ def test_a_batch_gives_what_transformers_gives_each_sequence(
         np.testing.assert_allclose(np.concatenate(rows), truth(looped, text, length, count), atol=ATOL)
 
 
+@pytest.mark.parametrize("side", [PortableStage, OnnxRuntimeStage, torch_stage, "reference"])
+def test_with_one_cache_the_number_of_loops_may_change_from_call_to_call(
+    shared: Path, shared_bundle: Bundle, texts: list[np.ndarray], side: Any
+) -> None:
+    """A token sees what the last loop gave those before it, however many it was."""
+    ids, counts = texts[0][:, :16], [3, 1, 2, 3, 1, 3]
+    calls = np.split(ids, [10, 11, 12, 13, 14], axis=1)
+    with quiet_transformers(), torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(shared, dtype=torch.float64, attn_implementation="eager")
+        cache, want = DynamicCache(config=model.config), []
+        for call, count in zip(calls, counts, strict=True):
+            model.model.config.n_recurrent_loops = count
+            want.append(model(torch.from_numpy(call), cache=cache, use_cache=True).logits[0])
+    found = []
+    if side == "reference":
+        reference, kept = Reference.load(open_checkpoint(shared), dtype=torch.float64), DynamicCache()
+        for call, count in zip(calls, counts, strict=True):
+            rule = CountedLoops(np.array([count]))
+            output = reference(torch.from_numpy(call), cache=kept, rule=rule, kv_policy="copy")
+            found.append(output.logits[0].numpy())
+    else:
+        runner = WholeRunner(side(shared_bundle))
+        rows = runner.new_cache(1, 16)
+        for call, count in zip(calls, counts, strict=True):
+            controls = controls_for(shared_bundle.manifest, KeepSettings(loops=count))
+            found.append(runner.step(rows, call, controls, logits="all").logits[0])
+    # Rounding of one call enters the next by the cache.
+    np.testing.assert_allclose(np.concatenate(found), torch.cat(want).numpy(), atol=3 * ATOL)
+
+
 @pytest.fixture(scope="module")
 def ouro(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("ouro") / "model", "ouro", layers=2, tokenizer=True)
 
 
-@pytest.mark.parametrize("kv_policy", ["compute", "copy", "none"])
-@pytest.mark.parametrize("family", ["looped", "ouro"])
+@pytest.mark.parametrize(
+    ("family", "kv_policy"),
+    [*itertools.product(["looped", "ouro"], ["compute", "copy", "none"]), ("shared", "copy")],
+)
 def test_the_traced_decoder_keeps_what_the_masks_keep(
     request: pytest.FixtureRequest, family: str, kv_policy: Any
 ) -> None:
@@ -130,7 +185,10 @@ def test_the_traced_decoder_keeps_what_the_masks_keep(
             for branch, column in (("attn", 0), ("mlp", 1)):
                 if branch in ran:
                     assert ran[branch].view(ids.shape).tolist() == output.keep[number][column].tolist()
-            cached = reference.cached(output)[number]
+            cache = checkpoint.config.cache_of(number)
+            if not checkpoint.config.loops.leaves_cache(number):
+                continue
+            cached = reference.cached(output)[cache]
             torch.testing.assert_close(stream.below[number].key, cached.keys, atol=ATOL, rtol=0)
             torch.testing.assert_close(stream.below[number].value, cached.values, atol=ATOL, rtol=0)
         logits = torch.cat([found for _, found in walk.logits(stream)])
@@ -341,7 +399,7 @@ def test_the_policy(looped: Path) -> None:
         ({"draft": "exit:2"}, "loops:N"),
         ({"draft": "auto"}, "loops:N"),
         ({"draft": "loops:3"}, "1 to 2"),
-        ({"kv_cache": "int8"}, "fp32, fp16 or bf16"),
+        ({"kv_cache": "int8"}, "K and V in fp32"),
     ],
     ids=str,
 )
@@ -351,6 +409,26 @@ def test_an_export_that_makes_no_sense_is_refused(
     with pytest.raises(UsageError) as caught:
         export(looped, tmp_path / "bundle", **options)
     assert said in str(caught.value.expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kv_policy": "none"}, "copy, which is the default here"),
+        ({"kv_policy": "compute"}, "copy, which is the default here"),
+        ({"draft": "loops:1"}, "recurrent_kv_cache_mode per_loop"),
+    ],
+    ids=str,
+)
+def test_what_one_cache_excludes_is_refused(shared: Path, tmp_path: Path, options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        export(shared, tmp_path / "bundle", **options)
+    assert said in str(caught.value.expected)
+
+
+def test_drafts_of_a_request_need_a_cache_for_each_loop(shared_bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="needs a model whose loops have caches of their own"):
+        check_draft(LoopsDraft(loops=1), shared_bundle.manifest)
 
 
 @pytest.mark.parametrize("count", [0, 4, -1])
@@ -375,8 +453,14 @@ def test_exits_are_between_loops(ouro: Path) -> None:
 def test_inspect_shows_loops_and_caches(bundle: Bundle, looped: Path) -> None:
     for found in (inspect(looped), inspect(bundle.directory)):
         assert found.shape["layers"] == 4
-        sizes = {"before": 1, "looped": 2, "after": 1, "most": 3, "default": 3}
+        sizes = {"before": 1, "looped": 2, "after": 1, "most": 3, "default": 3, "caches": "per_loop"}
         assert found.loops == sizes | {"visits": 8, "kv_values": 2 * 8 * 2 * 16}
+
+
+def test_one_cache_holds_what_one_pass_does(shared: Path, shared_bundle: Bundle) -> None:
+    for found in (inspect(shared), inspect(shared_bundle.directory)):
+        assert found.loops is not None
+        assert (found.loops["caches"], found.loops["kv_values"]) == ("last_loop", 2 * 4 * 2 * 16)
 
 
 def test_a_bundle_whose_loops_do_not_fit_is_refused(bundle: Bundle, tmp_path: Path) -> None:

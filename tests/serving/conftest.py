@@ -30,13 +30,16 @@ def served(make_tiny_bundle: Callable[..., Path]) -> Bundle:
 
 
 @pytest.fixture(scope="session")
-def other_rules(make_tiny_bundle: Callable[..., Path]) -> dict[str, Bundle]:
+def other_rules(
+    make_tiny_bundle: Callable[..., Path], make_looped_bundle: Callable[[str], Bundle]
+) -> dict[str, Bundle]:
     """Bundles, by model name, whose requests have other keep settings than a budget."""
     policies = {"layers": "layers", "calm": "calm:threshold=0.02"}
-    return {
+    found = {
         name: open_bundle(make_tiny_bundle(policy=policy, budget=None, calibration=None))
         for name, policy in policies.items()
     }
+    return found | {"loops": make_looped_bundle("per_loop"), "one-cache": make_looped_bundle("last_loop")}
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,8 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "stop": ({"temperature": 0, "stop": ["e", "zz"]}, {"stop": ["e", "zz"]}),
     "speculative": ({"temperature": 0, "extra_body": {"gsx": {"speculative": True, "draft_length": 3}}}, {}),
 }
+# Tokens of a long prompt, and of the one that others continue: more than the scheduler reads between two steps.
+LONG = 400
 FINISH = {"length": "length", "end-of-text": "stop", "stopped": "stop", "context": "length"}
 
 
@@ -433,3 +435,25 @@ def test_without_its_packages(monkeypatch: pytest.MonkeyPatch, gated: Bundle) ->
 def test_bad_options(gated: Bundle, options: dict[str, Any], words: str) -> None:
     with pytest.raises(gsx.GsxError, match=words):
         gsx.serve(gated, **options)
+
+
+@pytest.mark.parametrize("caches", ["per_loop", "last_loop"])
+def test_requests_with_numbers_of_loops(make_looped_bundle: Callable[[str], Bundle], caches: str) -> None:
+    """At the same time, of different numbers and lengths; the second half begins as the first did."""
+    bundle = make_looped_bundle(caches)
+    prompts = ["token " * (LONG // 6), PROMPT, "def main(", "token " * 30]
+    asked = [(prompt, loops) for prompt in prompts for loops in (1, 3)] + [(prompts[0] + "keeps", 2), (prompts[3], 3)]
+    with serving(bundle.directory, "--slots", 3) as server, ThreadPoolExecutor(5) as pool:
+
+        def answer(prompt: str, loops: int) -> str:
+            keep = {"gsx": {"loops": loops}}
+            found = server.client.completions.create(
+                model="tiny", prompt=prompt, max_tokens=12, temperature=0, extra_body=keep
+            )
+            return found.choices[0].text
+
+        texts = list(pool.map(lambda one: answer(*one), asked))
+        status, refusal, _ = server.ask("/v1/completions", {"model": "tiny", "prompt": PROMPT, "gsx": {"loops": 4}})
+    assert (status, "number of loops is out of range" in refusal) == (400, True)
+    for (prompt, loops), text in zip(asked, texts, strict=True):
+        assert text == gsx.generate(bundle, prompt, max_new_tokens=12, threads=1, loops=loops).text

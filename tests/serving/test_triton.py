@@ -138,6 +138,8 @@ def test_outputs_that_a_client_wants(grpc: Grpc, expected: Callable[[int], Gener
 KEEPS: dict[str, list[dict[str, Any]]] = {
     "layers": [{}, {"layers": "0,2"}, {"exit": 2}, {"speedup": 1.5}],
     "calm": [{}, {"exit_threshold": 0.0}, {"exit_threshold": 1.0}],
+    "loops": [{}, {"loops": 1}, {"loops": 2}, {"loops": 3}],
+    "one-cache": [{}, {"loops": 1}, {"loops": 2}],
 }
 
 

@@ -159,6 +159,13 @@ void checkDraft(DraftKind const& draft, Manifest const& manifest) {
                           "rank: whether a token is kept depends on the other tokens of the call, including drafted ones",
                           "export with --select threshold, or decode plainly (no --draft; --no-speculative)"});
     }
+    if (manifest.decoder.loops && manifest.decoder.loops->shareCaches) {
+        throw UsageError("speculation needs a model whose loops have caches of their own",
+                         {"recurrent_kv_cache_mode per_loop",
+                          "last_loop: in all loops but the last, what a token sees of another depends on whether both are "
+                          "in a call",
+                          "decode plainly (no --draft; --no-speculative)"});
+    }
     if (auto const* exit = std::get_if<ExitDraft>(&draft)) {
         checkExit(*exit, manifest);
     } else if (auto const* budget = std::get_if<BudgetDraft>(&draft)) {

@@ -185,7 +185,7 @@ Manifest manifestOf(json const& raw) {
     json const& loops = optionalMember(decoder, "loops");
     if (!loops.is_null()) {
         manifest.decoder.loops = Loops{loops.at("before"), loops.at("looped"), loops.at("after"), loops.at("most"),
-                                       loops.at("default")};
+                                       loops.at("default"), loops.value("caches", "per_loop") == "last_loop" && loops.at("most") > 1};
     }
     if (!raw.at("selection").is_null()) manifest.selection = selectionOf(raw["selection"]);
     json const& policy = optionalMember(raw, "policy");

@@ -242,12 +242,14 @@ StageMemory Stage::newMemory(int64_t batch, int64_t capacity) {
 StageOutput Stage::run(StageMemory& memory, Call const& call, ExitState const& state, Logits logits) {
     int64_t const most = mostTokens(mEntry.profiles, call.batch());
     if (call.size() <= most) return runParts(memory, call, state, logits);
-    if (mManifest.selection && mManifest.selection->mode == SelectionMode::kRank) {
+    bool const ranks = mManifest.selection && mManifest.selection->mode == SelectionMode::kRank;
+    if (ranks || (mManifest.decoder.loops && mManifest.decoder.loops->shareCaches)) {
         std::string const size = std::to_string(call.size());
-        throw EngineError(
-            "the prompt does not fit into one call of the engine, and rank selection needs all tokens in one call",
-            {"at most " + std::to_string(most) + " tokens", size,
-             "gsx build --profile prefill:2-" + size + " --profile decode:1, or export with --select threshold"});
+        std::string const needs = ranks ? "rank selection needs" : "loops that share a cache need";
+        throw EngineError("the prompt does not fit into one call of the engine, and " + needs + " all tokens in one call",
+                          {"at most " + std::to_string(most) + " tokens", size,
+                           "gsx build --profile prefill:2-" + size + " --profile decode:1" +
+                               (ranks ? ", or export with --select threshold" : "")});
     }
     std::vector<StageOutput> pieces;
     for (int64_t start = 0; start < call.size(); start += most) {
@@ -352,6 +354,15 @@ int64_t Stage::fullOf(Call const& call, int64_t row) {
 }
 
 std::vector<bool> Stage::chosenOf(Controls const& controls, int64_t row, bool full) const {
+    if (auto const found = controls.find(names::kLoops); found != controls.end()) {
+        std::vector<int64_t> const& loops = std::get<Array<int64_t>>(found->second).data;
+        int64_t const count = loops[std::min(static_cast<size_t>(row), loops.size() - 1)];
+        std::vector<bool> chosen;
+        for (auto const& [place, name] : mRuns) {
+            chosen.push_back(mManifest.decoder.loops->loopOf(place.first).value_or(0) < count);
+        }
+        return chosen;
+    }
     Array<float> const& mask = std::get<Array<float>>(controls.at(names::kLayerMask));
     int64_t const own = std::min(row, mask.shape[0] - 1);
     std::vector<bool> chosen;

@@ -8,12 +8,15 @@ one layer share them.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from gsx_engines.bundle.fields import Section
 from gsx_plugins.errors import UsageError
+
+# Which K/V caches looped layers have: one for each loop, or one, which holds what the last loop that a token ran gave.
+LoopCaches = Literal["per_loop", "last_loop"]
 
 
 class Loops(Section):
@@ -23,6 +26,8 @@ class Loops(Section):
         before, looped, after: layers that run once, that each loop runs, and that run once after the last loop.
         most: the largest number of loops.
         default: how many run if a request says nothing.
+        caches: the K/V caches of looped layers. With `last_loop`, earlier loops of a call see what the last loop gave
+            the tokens before the call, and what they themselves give the tokens of the call.
     """
 
     before: Annotated[int, Field(ge=0)]
@@ -30,6 +35,7 @@ class Loops(Section):
     after: Annotated[int, Field(ge=0)]
     most: Annotated[int, Field(ge=1)]
     default: Annotated[int, Field(ge=1)]
+    caches: LoopCaches = "per_loop"
 
     @model_validator(mode="after")
     def _default_is_possible(self) -> Loops:
@@ -48,6 +54,19 @@ class Loops(Section):
         first = self.before + self.looped
         again = tuple(range(self.before, first)) * self.most
         return (*range(self.before), *again, *range(first, self.layers))
+
+    @property
+    def share_caches(self) -> bool:
+        """Whether several visits use one cache."""
+        return self.caches == "last_loop" and self.most > 1
+
+    def cache_of(self, visit: int) -> int:
+        """The number of a visit's K/V cache: its own, or that of its layer."""
+        return self.visits[visit] if self.share_caches else visit
+
+    def leaves_cache(self, visit: int) -> bool:
+        """Whether K and V of a visit stay in its cache: no later loop replaces them."""
+        return not self.share_caches or self.loop_of(visit) in (None, self.most - 1)
 
     def loop_of(self, visit: int) -> int | None:
         """The loop that a visit belongs to, counted from 0; None for layers that run once."""

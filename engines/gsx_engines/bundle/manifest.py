@@ -6,7 +6,7 @@ of null means minus infinity (keep everything), since JSON has no infinities.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -17,6 +17,7 @@ from gsx_engines.bundle.fields import Budget, FileName, Scale, Section, Sha256, 
 from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.policy import Policy, gateskip_policy
 from gsx_engines.bundle.selection import CalibrationText, Selection
+from gsx_engines.bundle.tensor_names import passing, past, present
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy, Precision
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -66,6 +67,35 @@ class DecoderShape(SparseSection):
     def stored_layers(self) -> int:
         """How many layers have weights."""
         return self.num_layers if self.loops is None else self.loops.layers
+
+    @property
+    def num_caches(self) -> int:
+        """How many K/V caches there are: one for each layer, in a looped model for each visit or for each layer."""
+        return self.loops.layers if self.loops is not None and self.loops.share_caches else self.num_layers
+
+    def cache_of(self, layer: int) -> int:
+        """The number of a layer's K/V cache."""
+        return layer if self.loops is None else self.loops.cache_of(layer)
+
+    def caches_of(self, layers: Iterable[int]) -> list[int]:
+        """The K/V caches of some layers, each once, ascending."""
+        return sorted({self.cache_of(layer) for layer in layers})
+
+    def past_of(self, layer: int, kind: str) -> str:
+        """Name of the graph's input with the K or V that a layer's tokens see of tokens before the call."""
+        return past(self.cache_of(layer), kind)
+
+    def present_of(self, layer: int, kind: str) -> str:
+        """Name of the value with all K or V that a layer's tokens see: an output, unless a later visit replaces it."""
+        cache = self.cache_of(layer)
+        leaves = self.loops is None or self.loops.leaves_cache(layer)
+        return present(cache, kind) if leaves else passing(cache, kind, layer)
+
+    @property
+    def left_caches(self) -> dict[int, int]:
+        """Layer -> its cache, where its K and V stay in it: no later visit replaces them."""
+        kept = [n for n in range(self.num_layers) if self.loops is None or self.loops.leaves_cache(n)]
+        return {layer: self.cache_of(layer) for layer in kept}
 
 
 class Gates(Section):
@@ -255,6 +285,13 @@ class Manifest(SparseSection):
         return self.kv_policy == "none" and self.selection is not None
 
     @property
+    def depends_on_call(self) -> bool:
+        """Whether what a token gives depends on which tokens are in its call: with selection by rank, and where the
+        loops of a looped model share a cache."""
+        ranks = self.selection is not None and self.selection.mode == "rank"
+        return ranks or (self.decoder.loops is not None and self.decoder.loops.share_caches)
+
+    @property
     def skippable_places(self) -> list[tuple[int, Branch]]:
         """(layer, branch) of every branch that the keep rule may skip, in the graph's order."""
         return self.skippable_in(range(self.decoder.num_layers))
@@ -304,6 +341,8 @@ class Manifest(SparseSection):
             raise ValueError(f"its loops visit {len(loops.visits)} layers, the model has {self.decoder.num_layers}")
         if "loops" in reads and loops is None:
             raise ValueError("the policy reads a number of loops, and the decoder has none")
+        if loops is not None and loops.share_caches and self.policy is not None and self.kv_policy != "copy":
+            raise ValueError(f"its loops share a cache, which needs the K/V policy copy, not {self.kv_policy}")
         exit_threshold = self.policy.input("exit_threshold") if self.policy else None
         if self.policy is not None and exit_threshold is not None:
             bounds = (exit_threshold.least, exit_threshold.most)

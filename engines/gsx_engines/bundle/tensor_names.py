@@ -22,7 +22,8 @@ LOGITS = "logits"  # [B, S, V] float
 EXIT_HIDDEN = "exit_hidden"  # [B, S, H] float
 EXIT_KEY, EXIT_VALUE = "exit_key", "exit_value"  # [B, K/V heads, S, D] float; K/V policy `copy` only
 
-# K and V of one layer: `past_key_values.3.key` goes in, `present.3.key` comes out.
+# K and V of one cache: `past_key_values.3.key` goes in, `present.3.key` comes out. Layers have a cache each, of the
+# same number; visits of a looped model may share some (`DecoderShape.cache_of`).
 PAST = "past_key_values."  # [B, K/V heads, P, D] float
 PRESENT = "present."  # [B, K/V heads, P + S, D] float
 
@@ -30,19 +31,24 @@ KeyOrValue = Literal["key", "value"]
 KINDS: tuple[KeyOrValue, KeyOrValue] = ("key", "value")
 
 
-def past(layer: int, kind: str) -> str:
-    """Name of the input with a layer's K or V; kind: `key` or `value`."""
-    return f"{PAST}{layer}.{kind}"
+def past(cache: int, kind: str) -> str:
+    """Name of the input with a cache's K or V; kind: `key` or `value`."""
+    return f"{PAST}{cache}.{kind}"
 
 
-def present(layer: int, kind: str) -> str:
-    """Name of the output with a layer's K or V; kind: `key` or `value`."""
-    return f"{PRESENT}{layer}.{kind}"
+def present(cache: int, kind: str) -> str:
+    """Name of the output with a cache's K or V; kind: `key` or `value`."""
+    return f"{PRESENT}{cache}.{kind}"
 
 
-def past_of(layers: Iterable[int]) -> list[str]:
-    """Names of the K/V inputs of some layers, K before V."""
-    return [past(layer, kind) for layer in layers for kind in KINDS]
+def passing(cache: int, kind: str, visit: int) -> str:
+    """Name of a cache's K or V during a visit whose own ones a later visit replaces: a value inside the graph."""
+    return f"{PRESENT}{cache}.{kind}.visit.{visit}"
+
+
+def past_of(caches: Iterable[int]) -> list[str]:
+    """Names of the K/V inputs of some caches, K before V."""
+    return [past(cache, kind) for cache in caches for kind in KINDS]
 
 
 def present_after(name: str) -> str:
@@ -50,10 +56,10 @@ def present_after(name: str) -> str:
     return PRESENT + name.removeprefix(PAST)
 
 
-def layer_and_kind(name: str) -> tuple[int, str]:
-    """The layer, and `key` or `value`, of a K/V input or output."""
-    _, layer, kind = name.split(".")
-    return int(layer), kind
+def cache_and_kind(name: str) -> tuple[int, str]:
+    """The cache, and `key` or `value`, of a K/V input or output."""
+    _, cache, kind = name.split(".")
+    return int(cache), kind
 
 
 def exit_state(name: str) -> str:

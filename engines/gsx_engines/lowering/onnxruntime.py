@@ -48,7 +48,14 @@ from gsx_engines.lowering.for_onnxruntime.attention import (
     attend_kept_rows,
     attend_kept_rows_of_steps,
 )
-from gsx_engines.lowering.for_onnxruntime.cache import name_capacity, read_live_keys, store_codes, write_in_place
+from gsx_engines.lowering.for_onnxruntime.cache import (
+    forget_loops_before,
+    name_capacity,
+    read_live_keys,
+    store_codes,
+    write_each_visit,
+    write_in_place,
+)
 from gsx_engines.lowering.for_onnxruntime.decisions import decide
 from gsx_engines.lowering.for_onnxruntime.dots import dot_rows
 from gsx_engines.lowering.for_onnxruntime.experts import spread_experts
@@ -78,7 +85,9 @@ BODY_PASSES: tuple[Pass[Task], ...] = (
     give_state,
     count_from_total_length,
     mask_by_place,
+    write_each_visit,
     write_in_place,
+    forget_loops_before,
     attend_kept_rows,
     attend_kept_rows_of_steps,
     read_live_keys,
@@ -107,10 +116,12 @@ BODY_PASSES: tuple[Pass[Task], ...] = (
 HEAD_PASSES: tuple[Pass[Task], ...] = (take_state, of_any(shared_table))
 
 
-def cache_outputs(manifest: Manifest, layer: int, kv: str) -> tuple[str, ...]:
-    """Outputs of the lowered graph that must be bound to the memory of a layer's K or V input."""
-    present = f"present.{layer}.{kv}"
-    return (appended(layer, kv), present) if gates_attention(manifest, layer) else (present,)
+def cache_outputs(manifest: Manifest, cache: int, kv: str) -> tuple[str, ...]:
+    """Outputs of the lowered graph that must be bound to the memory of a cache's K or V input."""
+    shape = manifest.decoder
+    layers = [layer for layer in range(shape.num_layers) if shape.cache_of(layer) == cache]
+    gated = [appended(layer, kv) for layer in layers if gates_attention(manifest, layer)]
+    return (*gated, *(shape.present_of(layer, kv) for layer in layers))
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,7 @@ from gsx_engines.lowering import onnxruntime as lowering
 from gsx_engines.lowering.for_onnxruntime.decisions import KEPT
 from gsx_engines.lowering.for_onnxruntime.probe import is_supported
 from gsx_engines.lowering.for_onnxruntime.rotary import TABLE_PREFIX
-from gsx_engines.lowering.for_onnxruntime.task import STATE, TOTAL_LENGTH
-from gsx_engines.lowering.for_onnxruntime.whole_calls import chooses_whole_calls
+from gsx_engines.lowering.for_onnxruntime.task import STATE, TOTAL_LENGTH, chooses_whole_calls
 from gsx_engines.lowering.passes import not_as_expected
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput
 from gsx_engines.runners.joining import in_time, joined_rows
@@ -200,7 +199,9 @@ class OnnxRuntimeStage:
             found = computed.run(None, {tensor_names.POSITION_IDS: np.arange(capacity)[None]})
             names = [TABLE_PREFIX + output.name for output in computed.get_outputs()]
             tables = {name: table[0] for name, table in zip(names, found, strict=True)}
-        return _Memory({name: np.zeros(size, dtype) for name in tensor_names.past_of(self.layers)}, tables, {})
+        return _Memory(
+            {name: np.zeros(size, dtype) for name in tensor_names.past_of(shape.caches_of(self.layers))}, tables, {}
+        )
 
     def run(self, memory: Any, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """See `Stage`."""
@@ -307,7 +308,7 @@ class OnnxRuntimeStage:
             sessions = self._sessions(steps=rows > 1)
             bound = _Rows(_Bound(sessions.body), _Bound(sessions.head))
             for name, cache in memory.caches.items():
-                outputs = lowering.cache_outputs(self.manifest, *tensor_names.layer_and_kind(name))
+                outputs = lowering.cache_outputs(self.manifest, *tensor_names.cache_and_kind(name))
                 bound.body.bind_cache(name, outputs, cache[start : start + rows])
             for name, table in memory.tables.items():
                 bound.body.feed_if_read(name, table)

@@ -81,7 +81,7 @@ class PortableStage:
         """K and V by input name, [B, K/V heads, T, D]: T is no longer than needed, and every call gives new arrays."""
         shape = self.manifest.decoder
         empty = np.zeros((batch, shape.num_kv_heads, 0, shape.head_dim), self.dtype)
-        return dict.fromkeys(tensor_names.past_of(self.layers), empty)
+        return dict.fromkeys(tensor_names.past_of(shape.caches_of(self.layers)), empty)
 
     def run(self, memory: dict[str, np.ndarray], call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """See `Stage`."""

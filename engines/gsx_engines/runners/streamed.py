@@ -80,7 +80,7 @@ class StreamedStage:
         """
         shape = self.manifest.decoder
         empty = np.zeros((len(input_ids), shape.num_kv_heads, 0, shape.head_dim), self.dtype)
-        past = tensor_names.past_of(range(shape.num_layers))
+        past = tensor_names.past_of(range(shape.num_caches))
         values: Values = {
             tensor_names.INPUT_IDS: input_ids,
             tensor_names.POSITION_IDS: position_ids,
@@ -161,7 +161,7 @@ class StreamedStage:
         """What is wanted of a layer, besides what later ones read."""
         own = f"layers.{layer}."
         return [
-            *(tensor_names.present(layer, kind) for kind in tensor_names.KINDS),
+            *(self.manifest.decoder.present_of(layer, kind) for kind in tensor_names.KINDS),
             *(name for name in self._capture if name.startswith(own)),
         ]
 

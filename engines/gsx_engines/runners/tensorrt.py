@@ -169,12 +169,15 @@ class TensorRTStage:
         most = most_tokens(self._entry.profiles, len(call.ids))
         if length <= most:
             return self._run_parts(memory, call, state, logits)
-        if self.manifest.selection is not None and self.manifest.selection.mode == "rank":
+        if self.manifest.depends_on_call:
+            ranks = self.manifest.selection is not None
+            needs = "rank selection needs" if ranks else "loops that share a cache need"
             raise EngineError(
-                "the prompt does not fit into one call of the engine, and rank selection needs all tokens in one call",
+                f"the prompt does not fit into one call of the engine, and {needs} all tokens in one call",
                 expected=f"at most {most} tokens",
                 found=str(length),
-                todo=f"gsx build --profile prefill:2-{length} --profile decode:1, or export with --select threshold",
+                todo=f"gsx build --profile prefill:2-{length} --profile decode:1"
+                + (", or export with --select threshold" if ranks else ""),
             )
         outputs = []
         for start in range(0, length, most):
@@ -242,6 +245,10 @@ class TensorRTStage:
 
     def _chosen(self, controls: RuntimeValues, row: int, full: bool) -> np.ndarray:
         """Which of the branches that may be skipped run, [n] bool."""
+        if "loops" in controls:
+            loops, count = self.manifest.decoder.loops, controls["loops"][min(row, len(controls["loops"]) - 1)]
+            assert loops is not None
+            return np.array([(loops.loop_of(layer) or 0) < count for _, layer, _ in self._runs])
         mask = controls["layer_mask"][min(row, len(controls["layer_mask"]) - 1)]
         return np.array([full or mask[layer, branch] > 0.5 for _, layer, branch in self._runs])
 

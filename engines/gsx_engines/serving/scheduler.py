@@ -215,7 +215,8 @@ class Scheduler:
         self._runner, self._tokenizer, self._manifest = runner, tokenizer, manifest
         self._draft: DraftKind | None = manifest.draft.draft if manifest.draft else None
         self._chooses_by_call = manifest.selection is not None and manifest.selection.mode == "rank"
-        self._cache_rows = CacheRows(runner, slots, self.context, shares=not self._chooses_by_call)
+        self._whole_prompts = manifest.depends_on_call
+        self._cache_rows = CacheRows(runner, slots, self.context, shares=not self._whole_prompts)
         self._cache, self._piece = self._cache_rows.cache, piece
         self._batch: list[_Job] = []  # job n uses row n of the cache
         self._alone: list[_Job] = []  # speculative jobs
@@ -371,7 +372,7 @@ class Scheduler:
             self._cache_rows.copy(source, row, len(tokens))
         else:
             done, whole = self._cache.lengths[row], job.request.prompt_logprobs
-            at_once = whole or self._chooses_by_call or self.under_way == 1
+            at_once = whole or self._whole_prompts or self.under_way == 1
             piece = tokens[done:] if at_once else tokens[done : done + self._piece]
             last = done + len(piece) == len(tokens)
             unread = [piece if at == row else () for at in range(self._cache.batch)]

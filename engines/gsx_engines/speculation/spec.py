@@ -116,6 +116,8 @@ def check_speculation(manifest: Manifest) -> None:
     """Refuse a bundle that cannot speculate at all."""
     if manifest.selection is not None and manifest.selection.mode == "rank":
         refuse_rank()
+    if manifest.depends_on_call:
+        refuse_shared_cache()
 
 
 def refuse_rank() -> NoReturn:
@@ -124,6 +126,16 @@ def refuse_rank() -> NoReturn:
         "speculation needs selection by threshold",
         found="rank: whether a token is kept depends on the other tokens of the call, including drafted ones",
         todo="export with --select threshold, or decode plainly (no --draft; --no-speculative)",
+    )
+
+
+def refuse_shared_cache() -> NoReturn:
+    """Refuse a looped model with one cache for all loops: a verification in one call would not be the model's text."""
+    raise UsageError(
+        "speculation needs a model whose loops have caches of their own",
+        expected="recurrent_kv_cache_mode per_loop",
+        found="last_loop: in all loops but the last, what tokens see of each other depends on which are in one call",
+        todo="decode plainly (no --draft; --no-speculative)",
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
+from gsx_engines.bundle import tensor_names
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.ends import Entry, Exit, LoopEntry, distinct_windows, table_names
@@ -171,7 +172,7 @@ class GraphBuilder:
             below_values = []
         carried = {n: n for n in (self.rule.carried if self.rule else ())}
         carried_values = {n: _value(f"exit_{n}", TensorProto.FLOAT, ["batch", "sequence", 1]) for n in carried}
-        hidden, first = "hidden", ""
+        hidden, first, caches = "hidden", "", set[int]()
         new: dict[int, tuple[str, str]] = {}  # of each layer, K and V of the call's tokens
         if layers.start:
             hidden, new[layers.start - 1] = "entering", ("exit_key", "exit_value")
@@ -181,8 +182,11 @@ class GraphBuilder:
                 graph.reshape(value.name, [-1, 1], carried[n])
             inputs = [state, *below_values, *carried_values.values(), *inputs]
         for i in layers:
-            past = (f"past_key_values.{i}.key", f"past_key_values.{i}.value")
-            present = (f"present.{i}.key", f"present.{i}.value")
+            cache, leaves = config.cache_of(i), config.loops is None or config.loops.leaves_cache(i)
+            past = (tensor_names.past(cache, "key"), tensor_names.past(cache, "value"))
+            present = (tensor_names.present(cache, "key"), tensor_names.present(cache, "value"))
+            if not leaves:
+                present = (tensor_names.passing(cache, "key", i), tensor_names.passing(cache, "value", i))
             entering, stream = hidden, ""
             if self.loop_entry is not None and config.enters_loop(i):
                 first, stream = first or hidden, f"layers.{i}.stream"
@@ -199,8 +203,11 @@ class GraphBuilder:
                 carried = self._check_exit(graph, self.exit_check, i + 1, reads)
                 found |= sources(self._exit_check_module, self._watcher.exit_prefix(i + 1))
             found |= sources(self._layer_modules[i], f"layers.{config.layer_of(i)}.")
-            inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
-            outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
+            if cache not in caches:
+                caches.add(cache)
+                inputs += [self._float(name, ["batch", heads, "past", width]) for name in past]
+            if leaves:
+                outputs += [self._float(name, ["batch", heads, "total", width]) for name in present]
         graph.add(self.exit, "", {"hidden": hidden}, {"logits": "logits"})
         found |= sources(self._exit_module, "")
         if layers.stop < config.num_layers:

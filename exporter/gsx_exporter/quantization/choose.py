@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.quantization.codes import Encoded, round_to_nearest
 from gsx_exporter.quantization.gptq import gptq
-from gsx_exporter.quantization.layers import is_routed, linears_in, products_in
+from gsx_exporter.quantization.layers import is_routed, linears_in, prefix_of, products_in
 from gsx_exporter.quantization.linear import QuantizedLinear, linear_of, quantize_layer, weights_of
 from gsx_exporter.quantization.plan import QuantizationPlan
 from gsx_exporter.quantization.scheme import GROUPS
@@ -31,6 +32,7 @@ _SAMPLE_ROWS = 256
 # A linear layer -> the one that gets the same rows. (Q may get fewer than K and V: skipped tokens have K and V.)
 _SAME_ROWS = {name: linears[0] for linears in GROUPS.values() for name in linears}
 _SAME_ROWS |= {"self_attn.k_proj": "self_attn.k_proj", "self_attn.v_proj": "self_attn.k_proj"}
+_SAME_ROWS["self_attn.gate_proj"] = "self_attn.q_proj"
 
 
 class _Inputs:
@@ -43,6 +45,10 @@ class _Inputs:
         self.hessian, self.count = torch.zeros(width, width), 0
         self.rows = torch.empty(0, width)
         self._step = -(-tokens // _SAMPLE_ROWS)
+
+    def add_rows(self, other: _Inputs) -> None:
+        """Add the rows that the layer got in other visits."""
+        self.rows, self.count = torch.cat((self.rows, other.rows)), self.count + other.count
 
     def collect(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """As a hook before the layer's forward pass."""
@@ -78,13 +84,17 @@ def choose_codes(
     losses: dict[str, float] = {}
     with torch.inference_mode():
         walk = Walk(plan.checkpoint, ids, options)
+        later = _LaterVisits(plan, walk, controls, on_progress)
         stream = walk.stream(controls)
         for number, layer in walk.layers():
-            inputs = _inputs_of(walk, number, layer, stream)
-            losses |= _losses_of_experts(plan, number, layer)
-            while inputs:  # a Hessian is gone when its products are done: the next one may be as large as the layer
-                first = next(iter(inputs))
-                losses |= _choose(plan, number, layer, first, inputs.pop(first), options.dtype)
+            if not later.is_one(number):
+                inputs = _inputs_of(walk, number, layer, stream)
+                losses |= _losses_of_experts(plan, number, layer)
+                while inputs:  # a Hessian is gone when its products are done: the next one may be as large as the layer
+                    first = next(iter(inputs))
+                    seen = inputs.pop(first)
+                    later.add_to(seen, number, first)
+                    losses |= _choose(plan, number, layer, first, seen, options.dtype)
             quantize_layer(layer, number, plan)
             walk.through(number, layer, stream)
             on_progress(Progress("choosing the codes of weights", number + 1, plan.checkpoint.config.num_layers))
@@ -97,7 +107,8 @@ def _choose(
     """Choose the codes of the products that get the same rows as `first`. Returns: their losses."""
     losses: dict[str, float] = {}
     chosen: dict[str, Encoded] = {}
-    paths = {f"layers.{number}.{path}": path for path in linears_in(plan.checkpoint.config, number)}
+    prefix = prefix_of(plan.checkpoint.config, number)
+    paths = {prefix + path: path for path in linears_in(plan.checkpoint.config, number)}
     products = [name for name, path in paths.items() if _SAME_ROWS[path] == first and name in plan.matrices]
     for name in products if bool(seen.hessian.any()) else ():
         linear, matrix = linear_of(layer, paths[name]), plan.matrices[name]
@@ -105,7 +116,7 @@ def _choose(
         hessian = seen.hessian if name == products[-1] else seen.hessian.clone()
         found = chosen[name] = gptq(linear.weight, hessian, matrix.format, dtype)
         losses[name] = _loss(linear, QuantizedLinear(linear, found, matrix.input_scale, plan.scheme), seen.rows)
-    plan.chosen.store(f"layers.{number}.{first}", chosen)
+    plan.chosen.store(prefix + first, chosen)
     return losses
 
 
@@ -115,26 +126,68 @@ def _inputs_of(walk: Walk, number: int, layer: DecoderLayer, stream: Stream) -> 
     inputs = {name: _Inputs(linear_of(layer, name).weight.shape[0], walk.ids.numel()) for name in names}
     hooks = [layer.get_submodule(name).register_forward_pre_hook(one.collect) for name, one in inputs.items()]
     try:
-        walk.through(number, layer, dataclasses.replace(stream))
+        walk.through(number, layer, dataclasses.replace(stream, below=dict(stream.below)))
     finally:
         for hook in hooks:
             hook.remove()
     return inputs
 
 
+class _LaterVisits:
+    """What looped layers get in all loops but the first, of the model in full precision.
+
+    The codes of a looped layer are chosen at its first visit, and serve all of them. So the text goes through the whole
+    model once before. Hessians of many layers may be larger than the memory: they wait in files beside the codes.
+    """
+
+    def __init__(self, plan: QuantizationPlan, walk: Walk, controls: RuntimeValues, on_progress: OnProgress) -> None:
+        self._config, self._folder = walk.checkpoint.config, plan.chosen.folder
+        self._seen: dict[Path, _Inputs] = {}
+        if not any(map(self.is_one, range(self._config.num_layers))):
+            return
+        stream = walk.stream(controls)
+        for number, layer in walk.layers():
+            for first, seen in (_inputs_of(walk, number, layer, stream) if self.is_one(number) else {}).items():
+                path = self._path(number, first)
+                if path in self._seen:
+                    seen.hessian += torch.from_numpy(np.load(path, allow_pickle=False))
+                    seen.add_rows(self._seen[path])
+                np.save(path, seen.hessian.numpy())
+                seen.hessian = seen.hessian[:0]
+                self._seen[path] = seen
+            walk.through(number, layer, stream)
+            on_progress(Progress("measuring inputs of all loops", number + 1, self._config.num_layers))
+
+    def is_one(self, number: int) -> bool:
+        """Whether a visit is in another loop than the first."""
+        return self._config.loops is not None and bool(self._config.loops.loop_of(number))
+
+    def add_to(self, seen: _Inputs, number: int, first: str) -> None:
+        """Add what the later visits of a layer got to what its first visit got."""
+        path = self._path(number, first)
+        if path in self._seen:
+            seen.hessian += torch.from_numpy(np.load(path, allow_pickle=False))
+            seen.add_rows(self._seen.pop(path))
+            path.unlink()
+
+    def _path(self, number: int, first: str) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{prefix_of(self._config, number)}{first}.later.npy"
+
+
 def _losses_of_experts(plan: QuantizationPlan, number: int, layer: DecoderLayer) -> dict[str, float]:
     """What the weights of a routed MLP lose: |W - W'|^2 / |W|^2, of all experts together."""
     losses = {}
     for name in filter(is_routed, products_in(plan.checkpoint.config, number)):
-        matrix = plan.matrices.get(f"layers.{number}.{name}")
-        if matrix is not None and plan.can_spare(f"layers.{number}.{name}"):
+        matrix = plan.matrices.get(prefix_of(plan.checkpoint.config, number) + name)
+        if matrix is not None and plan.can_spare(prefix_of(plan.checkpoint.config, number) + name):
             lost = size = 0.0
             for weight in weights_of(layer, name):
                 lost += float(
                     (round_to_nearest(weight, matrix.format, torch.float32).decoded() - weight).square().sum()
                 )
                 size += float(weight.square().sum())
-            losses[f"layers.{number}.{name}"] = lost / max(size, 1e-30)
+            losses[prefix_of(plan.checkpoint.config, number) + name] = lost / max(size, 1e-30)
     return losses
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.quantization.scheme import GROUPS
 
+_QKV, _HEAD_GATE = "self_attn.qkv", ("self_attn.gate_proj",)
 _PLAIN_MLP = ("mlp.gate_up", "mlp.down")
 # Groups of a routed layer's MLP: of all experts, and of the one that runs for every token.
 _EXPERTS: dict[str, tuple[str, ...]] = {
@@ -24,8 +25,15 @@ _OF_ALL_EXPERTS = tuple(name for names in _EXPERTS.values() for name in names)
 _ROUTED = (*_OF_ALL_EXPERTS, *(name for names in _SHARED_EXPERT.values() for name in names))
 
 
+def prefix_of(config: ModelConfig, number: int) -> str:
+    """What the names of a layer's matrices begin with; visits of a looped layer share them."""
+    return f"layers.{config.layer_of(number)}."
+
+
 def groups_in(config: ModelConfig, layer: int) -> dict[str, tuple[str, ...]]:
     """A layer's groups of products that read the same values, in order."""
+    if config.sphere is not None:  # which has a gate on attention's heads
+        return {name: (*names, *_HEAD_GATE) if name == _QKV else names for name, names in GROUPS.items()}
     if not config.is_routed(layer):
         return dict(GROUPS)
     assert config.experts is not None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gsx_exporter.decoder.layer import DecoderLayer
 from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.quantization.codes import Encoded
-from gsx_exporter.quantization.layers import is_stack
+from gsx_exporter.quantization.layers import is_stack, prefix_of
 from gsx_exporter.quantization.plan import QuantizationPlan, scale_value
 from gsx_exporter.quantization.scheme import Scheme
 
@@ -45,7 +45,7 @@ class QuantizedLinear(nn.Module):
 
 def quantize_layer(layer: DecoderLayer, number: int, plan: QuantizationPlan) -> None:
     """Put quantized linear layers into a layer, and rounded weights of experts, as the plan says."""
-    prefix = f"layers.{number}."
+    prefix = prefix_of(layer.config, number)
     for name, matrix in plan.matrices.items():
         if name.startswith(prefix):
             path = name.removeprefix(prefix)

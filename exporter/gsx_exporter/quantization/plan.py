@@ -96,7 +96,7 @@ class QuantizationPlan:
     def sparing_first(self) -> QuantizationPlan:
         """The same plan with more precision in the first layers, gates included: most decisions come after them."""
         config, high = self.checkpoint.config, self.scheme.high_layers
-        last = min(high + self.scheme.weight_only_layers, config.num_layers)
+        last = min(high + self.scheme.weight_only_layers, config.stored_layers)
         first = {f"layers.{n}.{name}" for n in range(high) for name in (*products_in(config, n), *GATES.values())}
         after = [f"layers.{n}.{name}" for n in range(high, last) for name in products_in(config, n)]
         return self.sparing(after).without(first)
@@ -144,13 +144,13 @@ def matrices_of(config: ModelConfig) -> list[str]:
     embedding: it is stored once, with scales for each row, which is an output channel of the head.
     """
     gates = _gates_of(config)
-    inside = [f"layers.{n}.{name}" for n in range(config.num_layers) for name in (*gates, *products_in(config, n))]
+    inside = [f"layers.{n}.{name}" for n in range(config.stored_layers) for name in (*gates, *products_in(config, n))]
     return [EMBEDDING, *inside] if config.tied_head else [EMBEDDING, *inside, HEAD]
 
 
 def _products_of(config: ModelConfig) -> list[str]:
     """The products of all layers."""
-    return [f"layers.{n}.{name}" for n in range(config.num_layers) for name in products_in(config, n)]
+    return [f"layers.{n}.{name}" for n in range(config.stored_layers) for name in products_in(config, n)]
 
 
 def _gates_of(config: ModelConfig) -> tuple[str, ...]:
@@ -164,7 +164,7 @@ def groups_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     gates = {name.removesuffix(".linear"): (name,) for name in _gates_of(config)}
     groups = {
         f"layers.{layer}.{group}": tuple(f"layers.{layer}.{name}" for name in linears)
-        for layer in range(config.num_layers)
+        for layer in range(config.stored_layers)
         for group, linears in {**gates, **groups_in(config, layer)}.items()
     }
     return {EMBEDDING: (EMBEDDING,), **groups, **({} if config.tied_head else {HEAD: (HEAD,)})}
@@ -172,7 +172,7 @@ def groups_of(config: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 def group_names(config: ModelConfig) -> tuple[str, ...]:
     """The names of the groups of products that the layers have, each once."""
-    return tuple(dict.fromkeys(name for n in range(config.num_layers) for name in groups_in(config, n)))
+    return tuple(dict.fromkeys(name for n in range(config.stored_layers) for name in groups_in(config, n)))
 
 
 def named(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
@@ -190,7 +190,7 @@ def named(config: ModelConfig, patterns: Sequence[str]) -> list[str]:
             raise UsageError(
                 f"no layer is named {pattern!r}",
                 expected="e.g. layers.0, layers.*.mlp.down, layers.3.self_attn.o_proj, lm_head; or none",
-                todo=f"the model has layers.0 to layers.{config.num_layers - 1}, each with "
+                todo=f"the model has layers.0 to layers.{config.stored_layers - 1}, each with "
                 + ", ".join((*group_names(config), *(name.removesuffix(".linear") for name in _gates_of(config))))
                 + f"; {EMBEDDING}"
                 + ("" if config.tied_head else f"; {HEAD}"),

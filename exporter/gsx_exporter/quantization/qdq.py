@@ -36,6 +36,7 @@ rounds the input.)
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
@@ -108,12 +109,15 @@ def _dequantize_gates(graph: Graph, plan: QuantizationPlan) -> None:
 def _quantize_products(graph: Graph, plan: QuantizationPlan, dtype: torch.dtype) -> None:
     """Insert Q/DQ before the products that the plan quantizes."""
     pairs: dict[tuple[str, float], str] = {}  # (value, scale) -> the value quantized and dequantized
+    read: Counter[str] = Counter()  # how often each matrix was read so far: a looped layer's in every loop
 
     def quantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         linear = node.input[1].removesuffix(".weight") if node.op_type == "MatMul" else ""
         if linear not in plan.matrices or linear.endswith(_GATES):
             return None
-        codes, floats = node.input[1], f"{linear}.weight.dequantized"
+        visit = f".{read[linear]}" if read[linear] else ""
+        read[linear] += 1
+        codes, floats = node.input[1], f"{linear}.weight.dequantized{visit}"
         parameters, size = [codes, f"{codes}_scale"], plan.matrices[linear].format.block_size
         if size is None:
             nodes = [make_node("DequantizeLinear", parameters, floats, axis=1)]
@@ -123,8 +127,8 @@ def _quantize_products(graph: Graph, plan: QuantizationPlan, dtype: torch.dtype)
         value, scale = node.input[0], plan.matrices[linear].input_scale
         if scale is not None:
             if (value, scale) not in pairs:
-                pairs[value, scale] = f"{linear}.input.dequantized"
-                nodes += _pair(graph, linear, value, scale, plan, dtype)
+                nodes += _pair(graph, f"{linear}.input{visit}", value, scale, plan, dtype)
+                pairs[value, scale] = nodes[-1].output[0]
             node.input[0] = pairs[value, scale]
         node.input[1] = floats
         return [*nodes, node]
@@ -246,10 +250,9 @@ def _zero_points(one: Encoded) -> Tensor:
 
 
 def _pair(
-    graph: Graph, linear: str, value: str, scale: float, plan: QuantizationPlan, dtype: torch.dtype
+    graph: Graph, name: str, value: str, scale: float, plan: QuantizationPlan, dtype: torch.dtype
 ) -> Iterable[onnx.NodeProto]:
     """QuantizeLinear and DequantizeLinear of a value, with a scale of their own."""
-    name = f"{linear}.input"
     graph.add_tensor(helper.make_tensor(f"{name}.scale", ONNX_TYPES[dtype], [], [scale_value(scale, dtype)]))
     graph.add_tensor(helper.make_tensor(f"{name}.zero", ONNX_TYPES[plan.scheme.weights.dtype], [], [0]))
     parameters = [f"{name}.scale", f"{name}.zero"]

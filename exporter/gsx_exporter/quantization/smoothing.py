@@ -47,8 +47,10 @@ def sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
     """The sites of a layer, with names within `model.layers.{i}.`.
 
     A branch that reads the residual stream itself, without a norm, has none before its products. Inputs of experts are
-    not rounded.
+    not rounded. A normalized Transformer has norms without weights everywhere, so that nothing can be divided.
     """
+    if config.sphere is not None:
+        return ()
     reads = config.gate is not None and config.gate.input == "post_norm"
 
     def gate(branch: Branch) -> str | None:
@@ -90,7 +92,7 @@ def smooth(checkpoint: Checkpoint, found: Statistics, alpha: float) -> tuple[Smo
     """
     factors: dict[str, list[tuple[int, np.ndarray]]] = {}
     inputs = dict(found.inputs)
-    for layer in range(checkpoint.config.num_layers) if alpha else ():
+    for layer in range(checkpoint.config.stored_layers) if alpha else ():
         for site in sites(checkpoint.config, layer):
             readers = [f"layers.{layer}.{name}" for name in site.readers]
             sizes = np.max([found.inputs[name] for name in readers], axis=0)

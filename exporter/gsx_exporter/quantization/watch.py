@@ -20,7 +20,7 @@ from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.errors import CheckpointError
-from gsx_exporter.quantization.layers import linears_in
+from gsx_exporter.quantization.layers import linears_in, prefix_of
 from gsx_exporter.quantization.linear import linear_of
 from gsx_exporter.quantization.statistics import Statistics, key, load, save
 from gsx_plugins.progress import OnProgress, Progress, silent
@@ -81,9 +81,12 @@ def _watch(
         streams = [walk.stream(point) for point in points]
         for number, layer in walk.layers():
             names = linears_in(checkpoint.config, number)
-            weights |= {f"layers.{number}.{name}": _weight_sizes(layer, name) for name in names}
+            prefix = prefix_of(checkpoint.config, number)
+            weights |= {f"{prefix}{name}": _weight_sizes(layer, name) for name in names}
             for stream, sizes in zip(streams, inputs, strict=True):
-                sizes |= _watch_layer(walk, number, layer, stream)
+                for name, found in _watch_layer(walk, number, layer, stream).items():
+                    # Every visit of a looped layer has inputs of its own.
+                    sizes[name] = np.maximum(found, sizes.get(name, found))
             on_progress(Progress("measuring activations", number + 1, checkpoint.config.num_layers))
     return [Statistics(sizes, weights) for sizes in inputs]
 
@@ -116,7 +119,8 @@ def _watch_layer(walk: Walk, number: int, layer: DecoderLayer, stream: Stream) -
     for name, calibrator in calibrators.items():
         amax = calibrator.compute_amax()
         width = linear_of(layer, name).weight.shape[0]
-        sizes[f"layers.{number}.{name}"] = np.zeros(width, np.float32) if amax is None else amax.reshape(-1).numpy()
+        seen = np.zeros(width, np.float32) if amax is None else amax.reshape(-1).numpy()
+        sizes[prefix_of(walk.checkpoint.config, number) + name] = seen
     return sizes
 
 

@@ -209,8 +209,8 @@ class Reference:
             gate = self.model.model.layers[number].mlp.branch.gate
             hooks.append(gate.register_forward_hook(_note_logits(routers, number, (B, S))))
         through = cache
-        if kv_policy != "compute":
-            through = _SkippingCache(cache, call, self.config, copies=kv_policy == "copy")
+        if kv_policy != "compute" or self.config.shares_caches:
+            through = _SkippingCache(cache, call, self.config, kv_policy)
         try:
             self.model.model(
                 input_ids=input_ids.to(self.device),
@@ -235,12 +235,12 @@ class Reference:
         )
 
     def cached(self, output: ReferenceOutput) -> list[Any]:
-        """The cache of every layer, with `keys` and `values`; in a looped model, of every visit, in order.
+        """The K/V caches, with `keys` and `values`, in order: of every layer, or of every visit of a looped model.
 
         transformers appends the caches of all loops but the first to those of the layers.
         """
         layers, loops = output.cache.layers, self.config.loops
-        if loops is None:
+        if loops is None or loops.share_caches:
             return list(layers)
         later = iter(layers[loops.layers :])
         return [next(later) if loops.loop_of(n) else layers[layer] for n, layer in enumerate(loops.visits)]
@@ -372,6 +372,9 @@ class Reference:
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             call = self._current()
             unchanged = hidden_states
+            if kwargs.pop("shared_kv_states", None) is not None:
+                # Not the last loop: transformers' attention would join past and own K and V, and keep none of them.
+                kwargs["cache"] = _Passing(kwargs["cache"])
             if loops.loop_of(call.visit) and loops.begins(call.visit):
                 assert call.left is not None
                 unchanged = call.left
@@ -501,19 +504,38 @@ class _SkippingCache(DynamicCache):
     It shares the layers of the caller's cache, which therefore receives the result.
     """
 
-    def __init__(self, target: DynamicCache, call: _Call, config: ModelConfig, *, copies: bool) -> None:
+    def __init__(self, target: DynamicCache, call: _Call, config: ModelConfig, kv_policy: KvPolicy) -> None:
         super().__init__()
         self.layers = target.layers
-        self._call, self._config, self._copies = call, config, copies
+        self._call, self._config = call, config
+        self._copies, self._drops = kv_policy == "copy", kv_policy == "none"
         # By number of the layer, or of the visit: K and V that another one may copy.
         self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        key_states, value_states = self.own(key_states, value_states, layer_idx)
+        updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx)
+        return updated
+
+    def passed(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same as `update`, but nothing stays in the cache."""
+        new = self.own(key_states, value_states, layer_idx)
+        past = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if past is None or not past.is_initialized:
+            return new
+        return torch.cat((past.keys, new[0]), dim=-2), torch.cat((past.values, new[1]), dim=-2)
+
+    def own(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the call's tokens, with those of skipped tokens replaced."""
         number = layer_idx if self._config.loops is None else self._call.visit
         below = self._made.pop(self._config.below(number), None)
-        if not self._copies:
+        if self._drops:
             below = (torch.zeros_like(key_states), torch.zeros_like(value_states))
         if below is not None:
             keep = self._call.decisions[number][BRANCHES.index("attn")].keep | ~self._call.valid
@@ -522,8 +544,20 @@ class _SkippingCache(DynamicCache):
             value_states = torch.where(keep, value_states, below[1])
         if self._copies:
             self._made[number] = (key_states, value_states)
-        updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx)
-        return updated
+        return key_states, value_states
+
+
+class _Passing:
+    """The cache of a visit whose K and V do not stay, where the loops share a cache."""
+
+    def __init__(self, cache: _SkippingCache) -> None:
+        self._cache = cache
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the tokens of the call see."""
+        return self._cache.passed(key_states, value_states, layer_idx)
 
 
 class _Given(nn.Module):

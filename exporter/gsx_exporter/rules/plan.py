@@ -112,6 +112,16 @@ def refuse_budget(name: str, options: PolicyOptions, why: str) -> None:
         refuse_both(name, "--budget", why)
 
 
+def refuse_kv_policy(name: str, kv_policy: KvPolicy, config: ModelConfig) -> None:
+    """Refuse what is not one cache for all loops, where a looped model has that (`Loops.caches`)."""
+    if config.shares_caches and kv_policy != "copy":
+        raise UsageError(
+            f"--policy {name} --kv-policy {kv_policy}: the loops share a cache, which keeps what the last one gave",
+            expected="copy, which is the default here",
+            found=kv_policy,
+        )
+
+
 def refuse_none(kv_policy: KvPolicy, expected: str) -> None:
     """Refuse the K/V policy `none` with a rule whose decisions may change within a request."""
     if kv_policy == "none":

@@ -29,6 +29,8 @@ struct Loops {
     int64_t after = 0;
     int64_t most = 1;
     int64_t usual = 1;
+    // Whether all loops use one K/V cache (`caches` is `last_loop`, and there are several).
+    bool shareCaches = false;
 
     // The loop that a visit belongs to, counted from 0; unset for layers that run once.
     std::optional<int64_t> loopOf(int64_t visit) const;

@@ -50,7 +50,7 @@ def attend_kept_rows(graph: Graph, task: Task) -> int:
         rows, index, _, _, mask = graph.expect_inputs(node, 5)
         query, bias, out = name + "query", name + "bias", name + "attended"
         cache = (appended(layer, "key"), appended(layer, "value"))
-        outputs = [out, *(f"present.{layer}.{kv}" for kv in KINDS)]
+        outputs = [out, *(task.shape.present_of(layer, kv) for kv in KINDS)]
         nodes = []
         of_first = graph.producer(rows)
         if of_first is not None and _takes_first(graph, of_first):
@@ -88,7 +88,7 @@ def attend_kept_rows_of_steps(graph: Graph, task: Task) -> int:
         rows, index, *_ = graph.expect_inputs(node, 5)
         query, out, at, last, given = (name + end for end in ("query", "attended", "at", "last_column", "given"))
         cache = (appended(layer, "key"), appended(layer, "value"))
-        outputs = [out, *(f"present.{layer}.{kv}" for kv in KINDS)]
+        outputs = [out, *(task.shape.present_of(layer, kv) for kv in KINDS)]
         return [
             make_node("Unsqueeze", [index, _SECOND], at),
             make_node("Gather", [LAST, index], name + "lasts", axis=0),
@@ -152,7 +152,7 @@ def attend_and_append(graph: Graph, task: Task) -> int:
             return None
         layer = layer_of(graph, node)
         name = f"layers.{layer}.lowered."
-        concats = [graph.expect_producer(f"present.{layer}.{kv}", "Concat") for kv in KINDS]
+        concats = [graph.expect_producer(shape.present_of(layer, kv), "Concat") for kv in KINDS]
         new_key, new_value = (split_into_heads(graph, concat).input[0] for concat in concats)
         query, value = graph.expect_producer(node.input[0], "Reshape").input[0], name + "value"
         nodes = []
@@ -165,8 +165,8 @@ def attend_and_append(graph: Graph, task: Task) -> int:
         else:
             key = new_key
             nodes.append(make_node("Unsqueeze", [new_value, FIRST], value))
-        past = (f"past_key_values.{layer}.key", f"past_key_values.{layer}.value")
-        outputs = [node.output[0], *(f"present.{layer}.{kv}" for kv in KINDS)]
+        past = (shape.past_of(layer, "key"), shape.past_of(layer, "value"))
+        outputs = [node.output[0], *(task.shape.present_of(layer, kv) for kv in KINDS)]
         return [*nodes, attention_node(graph, task, node, query, (key, value), past, outputs)]
 
     count = sum(node.op_type == "FullAttention" for node in graph.nodes)

@@ -5,12 +5,29 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
+from gsx_engines.bundle import tensor_names
 from gsx_engines.lowering.for_onnxruntime.task import FIRST, TOKENS_AXIS, TOTAL_LENGTH, WRITE_AT, Task, appended
 from gsx_engines.lowering.kv_cache import KINDS, add_channel_scales, add_head_scales, quantize
 from gsx_plugins.graph import Graph, make_node
 
 # The shape of K or V of the call's tokens, split into heads.
 _HEADS = "lowered.heads"
+
+
+def write_each_visit(graph: Graph, task: Task) -> int:
+    """Where the loops of a looped model share a cache, make what each visit attends to an output.
+
+    Why: every visit writes K and V of the call's tokens to the same places of the one buffer, where attention reads
+    them, and the next visit, which needs what attention gave, writes its own there.
+    """
+    shape = task.shape
+    passing = [layer for layer in task.layers if layer not in shape.left_caches]
+    for layer in passing:
+        for kv in KINDS:
+            added = graph.proto.output.add()
+            added.CopyFrom(graph.expect_output(tensor_names.present(shape.cache_of(layer), kv)))
+            added.name = shape.present_of(layer, kv)
+    return len(passing)
 
 
 def write_in_place(graph: Graph, task: Task) -> int:
@@ -33,15 +50,15 @@ def write_in_place(graph: Graph, task: Task) -> int:
     written: dict[str, tuple[int, str]] = {}
     for layer in task.gated:
         for kv in KINDS:
-            present = f"present.{layer}.{kv}"
-            concat = graph.expect_producer(present, "Concat")
+            joined = shape.present_of(layer, kv)
+            concat = graph.expect_producer(joined, "Concat")
             split = split_into_heads(graph, concat)
             graph.set_inputs(split, [split.input[0], _HEADS])
-            graph.expect(present in outputs, concat, "its result to be an output", "none of this name")
+            graph.expect(joined in outputs, concat, "its result to be an output", "none of this name")
             added = graph.proto.output.add()
-            added.CopyFrom(outputs[present])
+            added.CopyFrom(outputs[joined])
             added.name = appended(layer, kv)
-            written[present] = (layer, kv)
+            written[joined] = (layer, kv)
 
     def in_place(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         if node.output[0] not in written:
@@ -53,6 +70,31 @@ def write_in_place(graph: Graph, task: Task) -> int:
         return [*nodes, helper.make_node("TensorScatter", inputs, out, name=node.name, axis=2)]
 
     return graph.rewrite(in_place)
+
+
+def forget_loops_before(graph: Graph, task: Task) -> int:
+    """Where a branch writes K and V itself, take none of the loop before: they are in the buffer already.
+
+        new K of the loop before -> Transpose, Shape -> (those of skipped tokens)      becomes
+        new K of the first loop -> the same, which nothing reads in the end (`run_all_rows`)
+
+    Why: values that leave a branch keep what computes them outside of it.
+    """
+    if task.manifest.kv_policy != "copy" or not task.writes_in_branch:
+        return 0
+    shape = task.shape
+    first = {shape.cache_of(layer): layer for layer in reversed(task.layers)}
+    new = {
+        f"layers.{layer}.new_{kv}": f"layers.{first[shape.cache_of(layer)]}.new_{kv}"
+        for layer in task.gated
+        for kv in KINDS
+    }
+    count = 0
+    for node in list(graph.nodes):
+        if node.op_type in ("Transpose", "Shape") and node.input[0] in new:
+            graph.set_inputs(node, [new[node.input[0]]])
+            count += 1
+    return count
 
 
 def split_into_heads(graph: Graph, concat: onnx.NodeProto) -> onnx.NodeProto:
@@ -67,7 +109,7 @@ def read_live_keys(graph: Graph, task: Task) -> int:
 
     present -> (a reader)      becomes      appended -> Slice(0 to total_length) -> (the reader)
     """
-    buffers = {f"present.{layer}.{kv}": appended(layer, kv) for layer in task.gated for kv in KINDS}
+    buffers = {task.shape.present_of(layer, kv): appended(layer, kv) for layer in task.gated for kv in KINDS}
     live = {present: f"lowered.live.{present}" for present in buffers if graph.users(present)}
     for present, name in live.items():
         buffer = buffers[present]

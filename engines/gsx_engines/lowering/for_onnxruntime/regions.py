@@ -31,16 +31,15 @@ def wrap_branches(graph: Graph, task: Task) -> int:
         choice -> count.any -> If (then: the branch and GatedScatterAdd; else: residual) -> out
 
     The states that the branch's result is put into move too, and so does `present.*`, an output of attention: if the
-    branch is skipped, it is what was written (`appended.*`). Under the K/V policy `none` the write itself also belongs
-    to the branch.
+    branch is skipped, it is what was written (`appended.*`). The write itself may belong to the branch too
+    (`Task.writes_in_branch`).
     """
     before = {}
     for layer in task.layers:
         for kv in KINDS:
-            before[f"present.{layer}.{kv}"] = appended(layer, kv)
-            # Where other nodes read a token's key, a skipped token overwrites what a draft may have left with zeros.
-            if task.manifest.kv_policy == "none" and not task.manifest.hides_skipped:
-                before[appended(layer, kv)] = f"past_key_values.{layer}.{kv}"
+            before[task.shape.present_of(layer, kv)] = appended(layer, kv)
+            if task.writes_in_branch:
+                before[appended(layer, kv)] = task.shape.past_of(layer, kv)
     cache_type = TensorProto.FLOAT if task.manifest.kv_cache is None else TensorProto.INT8
     regions = find_regions(graph, before)
     ends = {region.last.output[0]: region for region in regions}

@@ -63,6 +63,18 @@ class Task:
         return [f"layers.{layer}.{branch}.index" for layer, branch in places]
 
     @property
+    def writes_in_branch(self) -> bool:
+        """Whether K and V are written where a branch runs, and a skipped one leaves the buffer as it is."""
+        manifest = self.manifest
+        if manifest.kv_policy == "none":
+            # Where other nodes read a token's key, a skipped token overwrites what a draft may have left with zeros.
+            return not manifest.hides_skipped
+        # A call of one sequence that leaves a loop out: what the loop before has written is what stays.
+        loops = self.shape.loops
+        one_cache = loops is not None and loops.share_caches
+        return one_cache and not self.steps and chooses_whole_calls(manifest)
+
+    @property
     def first_input(self) -> str:
         """The state that enters the first layer, [N, H]."""
         return "entering" if self.layers.start else "hidden"
@@ -71,6 +83,12 @@ class Task:
     def last_output(self) -> str:
         """The state that leaves the last layer, [N, H]."""
         return f"layers.{self.layers.stop - 1}.output"
+
+
+def chooses_whole_calls(manifest: Manifest) -> bool:
+    """Whether all tokens of a sequence run the same branches, but for those below `full_until`, which run all."""
+    policy = manifest.policy
+    return policy is not None and any(policy.input(name) is not None for name in ("layer_mask", "loops"))
 
 
 def gates_attention(manifest: Manifest, layer: int) -> bool:

@@ -11,18 +11,11 @@ from dataclasses import dataclass
 
 import onnx
 
-from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.lowering.for_onnxruntime.decisions import TOGETHER_KEPT
 from gsx_engines.lowering.for_onnxruntime.regions import changed_state
-from gsx_engines.lowering.for_onnxruntime.task import FIRST, Task, attention_node, layer_of
+from gsx_engines.lowering.for_onnxruntime.task import FIRST, Task, attention_node, chooses_whole_calls, layer_of
 from gsx_engines.lowering.kv_cache import KINDS
 from gsx_plugins.graph import Graph, make_node
-
-
-def chooses_whole_calls(manifest: Manifest) -> bool:
-    """Whether all tokens of a sequence run the same branches, but for those below `full_until`, which run all."""
-    policy = manifest.policy
-    return policy is not None and any(policy.input(name) is not None for name in ("layer_mask", "loops"))
 
 
 def run_all_rows(graph: Graph, task: Task) -> int:
@@ -34,7 +27,7 @@ def run_all_rows(graph: Graph, task: Task) -> int:
         K, V -> ScatterND(zeros, index) -> TensorScatter(past) -> appended; rows, appended -> GroupQueryAttention
             becomes      rows, K, V, past -> GroupQueryAttention
 
-    The last only where K and V of skipped tokens are not kept, so that the branch computes them; the output `appended`
+    The last only where the branch writes K and V (`Task.writes_in_branch`); the output `appended`
     goes then, since attention writes into the buffer itself. Why: a branch that runs costs what the same part
     of a dense model costs. Returns: how many branches; 0 if some node reads what attention wrote.
     """
@@ -112,7 +105,7 @@ def _appending(graph: Graph, task: Task, inside: Graph, node: onnx.NodeProto) ->
     key, value = (_rows_behind(inside, name) for name in node.input[3:5])
     of_first = inside.expect_producer(key, "Gather")  # the rotated keys have the sequence's axis before it is taken off
     shaped = f"layers.{layer}.lowered.value"
-    past = (f"past_key_values.{layer}.{KINDS[0]}", f"past_key_values.{layer}.{KINDS[1]}")
+    past = (task.shape.past_of(layer, KINDS[0]), task.shape.past_of(layer, KINDS[1]))
     attention = attention_node(graph, task, node, node.input[0], (of_first.input[0], shaped), past, node.output)
     return [make_node("Unsqueeze", [value, FIRST], shaped), attention]
 

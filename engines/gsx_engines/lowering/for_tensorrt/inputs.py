@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
@@ -89,7 +90,8 @@ def write_cache_in_place(graph: Graph, task: Task) -> int:
         past, new, write_at -> TensorScatter -> present -> (attention)
 
     Why: `present.*` shares the memory of `past_key_values.*`. TensorRT-RTX 1.7.1 makes a copy of what is cut off, in
-    every layer; of a whole buffer it makes none in plans of fixed sizes.
+    every layer; of a whole buffer it makes none in plans of fixed sizes. Where a later visit of a looped model replaces
+    K and V in the same cache, a visit attends to a copy with its own: TensorRT updates a cache only once in a call.
     """
     if not task.in_place:
         return 0
@@ -101,13 +103,18 @@ def write_cache_in_place(graph: Graph, task: Task) -> int:
             axis.dim_value = task.capacity
     window = "lowered.window"
     concats = [node for node in graph.nodes if node.op_type == "Concat" and node.input[0] in caches]
-    graph.expect(len(concats) == len(caches), "the cache", f"{len(caches)} Concat that append to it", str(len(concats)))
-    live = {node.output[0]: f"lowered.live.{node.output[0]}" for node in concats}
+    live = {
+        node.output[0]: f"lowered.live.{node.output[0]}" for node in concats if node.output[0] in graph.output_names
+    }
+    graph.expect(len(live) == len(caches), "the cache", f"{len(caches)} Concat that append to it", str(len(live)))
+    passing = {node.output[0] for node in concats} - live.keys()
     if task.step is None:
         graph.reroute(live)
 
     def in_place(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         present = node.output[0]
+        if present in passing:
+            return _copy_with(graph, task, *node.input, present, window)
         if present not in live:
             return None
         written = make_node("TensorScatter", [*node.input, WRITE_AT], present, axis=2)
@@ -117,9 +124,51 @@ def write_cache_in_place(graph: Graph, task: Task) -> int:
         return [written, make_node("Slice", [present, first, window, axis], live[present])]
 
     count = graph.rewrite(in_place)
-    if task.step is None:
+    if passing:
+        graph.prepend(*_columns_of_own(graph))
+    if task.step is None or passing:
         graph.prepend(make_node("Shape", ["attention_mask"], window, start=1, end=2))
     return count
+
+
+# Of each column of the window: whether a token of the call is there, and which one. Both are [B, 1, window, 1].
+_OWN, _TOKEN = "lowered.own_columns", "lowered.own_tokens"
+
+
+def _columns_of_own(graph: Graph) -> list[onnx.NodeProto]:
+    """Nodes that compute `_OWN` and `_TOKEN` from `write_at` and the shapes of the call."""
+    zero, one = graph.add_constant("lowered.zero", 0), graph.add_constant("lowered.one", 1)
+    rows, others = graph.add_constant("lowered.axis_1", [1]), graph.add_constant("lowered.axes_1_3", [1, 3])
+    scalar = graph.add_constant("lowered.no_axes", np.zeros(0, np.int64))
+    name = f"{_OWN}."
+    return [
+        make_node("Shape", ["attention_mask"], f"{name}window_1", start=1, end=2),
+        make_node("Reshape", [f"{name}window_1", scalar], f"{name}window"),
+        make_node("Shape", ["input_ids"], f"{name}length_1", start=1, end=2),
+        make_node("Reshape", [f"{name}length_1", scalar], f"{name}length"),
+        make_node("Range", [zero, f"{name}window", one], f"{name}columns"),
+        make_node("Unsqueeze", [WRITE_AT, rows], f"{name}starts"),
+        make_node("Sub", [f"{name}columns", f"{name}starts"], f"{name}offsets"),
+        make_node("GreaterOrEqual", [f"{name}offsets", zero], f"{name}behind"),
+        make_node("Less", [f"{name}offsets", f"{name}length"], f"{name}before"),
+        make_node("And", [f"{name}behind", f"{name}before"], f"{name}inside"),
+        make_node("Unsqueeze", [f"{name}inside", others], _OWN),
+        make_node("Where", [f"{name}inside", f"{name}offsets", zero], f"{name}tokens"),
+        make_node("Unsqueeze", [f"{name}tokens", others], _TOKEN),
+    ]
+
+
+def _copy_with(graph: Graph, task: Task, past: str, new: str, out: str, window: str) -> list[onnx.NodeProto]:
+    """K or V of the window's columns, with those of the call's tokens in their places, as a value of its own."""
+    first, axis = graph.add_constant("lowered.first", [0]), graph.add_constant("lowered.axis_2", [2])
+    shape = task.shape
+    sizes = graph.add_constant("lowered.every_channel", [1, shape.num_kv_heads, 1, shape.head_dim])
+    return [
+        make_node("Expand", [_TOKEN, sizes], f"{out}.tokens"),
+        make_node("GatherElements", [new, f"{out}.tokens"], f"{out}.own", axis=2),
+        make_node("Slice", [past, first, window, axis], f"{out}.past"),
+        make_node("Where", [_OWN, f"{out}.own", f"{out}.past"], out),
+    ]
 
 
 def ask_for_columns(graph: Graph, task: Task) -> int:

@@ -1,12 +1,12 @@
 """Branches that the host decides on for a whole call: their number of rows is the size of an input, all rows or none.
 
-A set of layers is chosen for a sequence, not for a token. Within a sequence only the tokens below `full_until` differ,
-which run every branch; the runner never mixes these with others in one call, nor sequences with different sets. So
-the host knows before the call how many rows each branch runs on, and nothing has to ask the GPU. The number is the
-*size* of an input `run.<layer>.<branch>`, whose content nobody reads. TensorRT knows sizes when it prepares a call, so
-the call needs no plugin, waits for nothing, and can be recorded as a CUDA graph, one for each set. (An `If` does not
-do: even with its condition on the host TensorRT-RTX 1.7.1 copies it back from the GPU and jumps, which no CUDA graph
-holds.)
+A set of layers, or a number of loops, is chosen for a sequence, not for a token. Within a sequence only the tokens
+below `full_until` differ, which run every branch; the runner never mixes these with others in one call, nor sequences
+with different sets. So the host knows before the call how many rows each branch runs on, and nothing has to ask the
+GPU. The number is the *size* of an input `run.<layer>.<branch>`, whose content nobody reads. TensorRT knows sizes when
+it prepares a call, so the call needs no plugin, waits for nothing, and can be recorded as a CUDA graph, one for each
+set. (An `If` does not do: even with its condition on the host TensorRT-RTX 1.7.1 copies it back from the GPU and jumps,
+which no CUDA graph holds.)
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from gsx_plugins.graph import Graph, attribute, make_node
 # Makes the node that cuts rows: (value, n, output).
 Cut = Callable[[str, str, str], onnx.NodeProto]
 # What a rule may read for its decisions to be the host's: all of it is the same for a sequence, but for `full_until`.
-_OF_A_SEQUENCE = {"layer_mask", "full_until"}
+_OF_A_SEQUENCE = {"layer_mask", "full_until", "loops"}
 
 
 def is_decided_by_host(manifest: Manifest) -> bool:
     """Whether a bundle's rule decides for whole sequences, by what the host gives it."""
     names = {value.name for value in manifest.policy.inputs} if manifest.policy is not None else set()
-    return "layer_mask" in names and names <= _OF_A_SEQUENCE
+    return bool(names & {"layer_mask", "loops"}) and names <= _OF_A_SEQUENCE
 
 
 def run_whole_calls(graph: Graph, task: Task) -> int:
@@ -83,7 +83,7 @@ def run_whole_calls(graph: Graph, task: Task) -> int:
             return [tail(below, n, f"{out}.others"), make_node("Concat", [rows, f"{out}.others"], out, axis=0)]
         if op == "GatedScatterAdd":
             task.forms[op] = "rows"
-            return _added(graph, node, head, tail, n)
+            return _added(graph, task, node, head, tail, n)
         if op == "GatheredAttention":
             return _attended(graph, task, node, head, n)
         raise graph.error(node, "a node that takes rows, or puts them back", op)
@@ -94,8 +94,8 @@ def run_whole_calls(graph: Graph, task: Task) -> int:
     return len(choices)
 
 
-def _added(graph: Graph, node: onnx.NodeProto, head: Cut, tail: Cut, n: str) -> list[onnx.NodeProto]:
-    """The residual with the rows of a branch added to its first ones."""
+def _added(graph: Graph, task: Task, node: onnx.NodeProto, head: Cut, tail: Cut, n: str) -> list[onnx.NodeProto]:
+    """The residual with the rows of a branch added to its first ones; in a step, its size is said again."""
     residual, rows, gate, _ = graph.expect_inputs(node, 4)
     out = node.output[0]
     nodes = []
@@ -107,8 +107,17 @@ def _added(graph: Graph, node: onnx.NodeProto, head: Cut, tail: Cut, n: str) -> 
         head(residual, n, f"{out}.before"),
         make_node("Add", [f"{out}.before", rows], f"{out}.changed"),
         tail(residual, n, f"{out}.others"),
-        make_node("Concat", [f"{out}.changed", f"{out}.others"], out, axis=0),
+        *_of_all_rows(graph, task, [f"{out}.changed", f"{out}.others"], out),
     ]
+
+
+def _of_all_rows(graph: Graph, task: Task, parts: list[str], out: str) -> list[onnx.NodeProto]:
+    """States [N, H] joined from two parts. In a step, TensorRT does not see that they are as many as the tokens."""
+    if task.step is None:
+        return [make_node("Concat", parts, out, axis=0)]
+    batch, tokens = task.step
+    size = graph.add_constant("lowered.step_states", [batch * tokens, task.shape.hidden_size])
+    return [make_node("Concat", parts, f"{out}.joined", axis=0), make_node("Reshape", [f"{out}.joined", size], out)]
 
 
 def _is_ones(graph: Graph, value: str) -> bool:

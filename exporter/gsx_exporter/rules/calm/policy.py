@@ -31,6 +31,7 @@ from gsx_exporter.rules.plan import (
     RulePlan,
     Settled,
     refuse_budget,
+    refuse_kv_policy,
     refuse_none,
     refuse_rank,
     text_entry,
@@ -201,7 +202,8 @@ def plan_calm(options: PolicyOptions, config: ModelConfig, parameters: str) -> R
     """
     refuse_budget("calm", options, "the exit threshold sets how much is kept: calm:threshold=T, or calm:tolerance=D")
     refuse_rank("calm", options)
-    kv_policy = options.kv_policy or "compute"
+    kv_policy = options.kv_policy or ("copy" if config.shares_caches else "compute")
+    refuse_kv_policy("calm", kv_policy, config)
     refuse_none(kv_policy, "compute (K and V of the layers above, from the exit state) or copy with calm")
     given = read_calm(parameters)
     return CalmPlan(

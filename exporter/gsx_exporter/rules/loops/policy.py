@@ -20,7 +20,7 @@ from gsx_exporter.reference.rule import ReferenceRule
 from gsx_exporter.rules.loops.reference import CountedLoops
 from gsx_exporter.rules.loops.traced import LoopCount
 from gsx_exporter.rules.parameters import Parameters, bad_parameters, read_parameters
-from gsx_exporter.rules.plan import PolicyOptions, RulePlan, Settled, refuse_budget, refuse_rank
+from gsx_exporter.rules.plan import PolicyOptions, RulePlan, Settled, refuse_budget, refuse_kv_policy, refuse_rank
 from gsx_exporter.rules.rule import Recorded, Rule
 from gsx_exporter.rules.settings import Curve, Setting, note_unused_budgets
 from gsx_exporter.text import TokenText
@@ -95,7 +95,8 @@ def plan_loops(options: PolicyOptions, config: ModelConfig, parameters: str) -> 
         bad_parameters("loops", f"a default of at most {most}", str(default))
     loops = Loops(**{**config.loops.model_dump(), "most": most, "default": default})
     branches = BRANCHES if most > 1 else ()  # with one loop there is nothing to choose
-    kv_policy = options.kv_policy or "none"
+    kv_policy = options.kv_policy or ("copy" if loops.share_caches else "none")
+    refuse_kv_policy("loops", kv_policy, config.of_loops(loops))
     return LoopsPlan("loops", branches, kv_policy if branches else "compute", loops=loops)
 
 

@@ -1,0 +1,64 @@
+"""Numbers of loops on engines: the host gives the rows of each branch; on a CPU against the portable runner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gsx.workflows.export import export
+from gsx_engines.building.profiles import default_profiles
+from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.controls import KeepSettings, controls_for
+from gsx_engines.errors import EngineError
+from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.whole import WholeRunner
+from tests.engines.cpu_engine import cpu_stages
+from tests.tiny import tiny_checkpoint
+
+# Two orders of summation of float32 products at logits of order 10, and what enters later calls by the cache.
+LOGITS_ATOL = 3e-4
+CAPACITY, BATCH = 96, 3
+
+
+@pytest.fixture(scope="module", params=["per_loop", "last_loop"])
+def looped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder: Path = tmp_path_factory.mktemp(request.param)
+    keys = {"layers": 4, "n_output_layers": 1, "recurrent_kv_cache_mode": request.param}
+    return export(tiny_checkpoint(folder / "model", "dory", tokenizer=True, **keys), folder / "bundle")
+
+
+@pytest.mark.parametrize("loops", [(1, 1, 1), (2, 2, 2), (3, 3, 3), (3, 1, 2)], ids=str)
+def test_a_batch(looped: Bundle, loops: tuple[int, ...]) -> None:
+    """Prompts of different lengths, then steps; each sequence with a number of its own."""
+    profiles = default_profiles(CAPACITY, BATCH)
+    stages = cpu_stages(looped, profiles, capacity=CAPACITY, plugins=["ThresholdGather"])
+    stage, _ = stages["model"]
+    assert stage._entry.graphs["model"].forms["ThresholdGather"] == "rows", "the engine asks for no decision"
+    runners = WholeRunner(PortableStage(looped)), WholeRunner(stage)
+    caches = [runner.new_cache(BATCH, CAPACITY) for runner in runners]
+    controls = controls_for(looped.manifest, [KeepSettings(loops=count) for count in loops])
+    rng = np.random.default_rng(0)
+    for counts in [(9, 2, 40), (1, 1, 1), (0, 1, 1), (3, 0, 1)]:
+        ids = rng.integers(3, 250, (BATCH, max(counts)))
+        want, found = (
+            runner.step(cache, ids, controls, counts=list(counts), logits="all")
+            for runner, cache in zip(runners, caches, strict=True)
+        )
+        for row, count in enumerate(counts):
+            np.testing.assert_allclose(found.logits[row, :count], want.logits[row, :count], atol=LOGITS_ATOL)
+        np.testing.assert_array_equal(found.kept, want.kept)
+
+
+def test_a_prompt_that_must_be_one_call_is_not_split(looped: Bundle) -> None:
+    profiles = [one for one in default_profiles(CAPACITY, 1) if one.tokens.most == 1]
+    stage, _ = cpu_stages(looped, profiles or default_profiles(CAPACITY, 1), capacity=CAPACITY)["model"]
+    most = max(one.tokens.most for one in stage._entry.profiles)
+    runner = WholeRunner(stage)
+    ids, controls = np.full((1, most + 1), 7), controls_for(looped.manifest, KeepSettings())
+    if looped.manifest.depends_on_call:
+        with pytest.raises(EngineError, match="loops that share a cache need all tokens in one call"):
+            runner.step(runner.new_cache(1, CAPACITY), ids, controls)
+    else:
+        assert np.isfinite(runner.step(runner.new_cache(1, CAPACITY), ids, controls).logits).all()
