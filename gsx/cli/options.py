@@ -88,6 +88,9 @@ class KeepOptions:
         int | None,
         typer.Option(help="How many loops of a looped model run (policy loops).", show_default="as exported"),
     ] = None
+    hold: Annotated[
+        bool, typer.Option("--hold", help="Move the thresholds of new tokens so that the budget holds on this text.")
+    ] = False
 
     def settings(self) -> KeepSettings:
         """The options as an engine takes them."""
