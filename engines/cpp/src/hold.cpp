@@ -11,7 +11,7 @@ namespace {
 // New tokens that share their thresholds; tokens in which what is owed is made up for; the unit of budgets, and of the
 // settings between two blocks (gsx_engines/bundle/hold.py).
 constexpr int64_t kBlock = 16;
-constexpr int64_t kWindow = 32;
+constexpr int64_t kWindow = 64;
 constexpr int64_t kMillion = 1'000'000;
 constexpr int64_t kStep = 1000;
 

@@ -21,7 +21,7 @@ from gsx_engines.bundle.selection import Selection
 # shorter than a block: as long as the longest draft of `AdaptiveLength`.
 BLOCK = 16
 # Tokens in which the branches that are owed, or were kept beyond the budget, are to be made up for.
-WINDOW = 32
+WINDOW = 64
 # Budgets are whole millionths here, and settings between two blocks whole thousandths.
 MILLION, STEP = 10**6, 1000
 
