@@ -23,7 +23,7 @@ from gsx_engines.tokens import BundleTokenizer
 
 PROMPT = 64
 # Settings of the curve of fixed thresholds, on which an equal share is looked up.
-FIXED = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
+FIXED = (1.0, 0.9, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hot": {"max_new_tokens": 24, "stop_ids": [], "sampling": {"temperature": 1.5, "seed": 2**64 - 1}},
     "other budget": {"max_new_tokens": 20, "keep": {"budget": 0.65}, "stop_ids": []},
     "budgets for each": {"max_new_tokens": 20, "keep": [{"budget": 0.4}, {}, {"budget": 1.0}]},
-    "held": {"max_new_tokens": 72, "keep": {"budget": 0.6, "hold": True}, "stop_ids": []},
+    "held": {"max_new_tokens": 36, "keep": {"budget": 0.6, "hold": True}, "stop_ids": []},
     "held, each its own": {
-        "max_new_tokens": 44,
+        "max_new_tokens": 36,
         "keep": [{"budget": 0.5, "hold": True}, {"budget": 0.9}, {"hold": True}],
         "stop_ids": [],
         "sampling": {"temperature": 0.8, "seed": 5},
