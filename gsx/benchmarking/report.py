@@ -63,7 +63,7 @@ class BenchReport:
             )
         shapes = self.shapes
         picture, plot = speeds(shapes[0][1], self.sentence), work_and_time(shapes)
-        write_page(path, "bench.html.j2", report=self, shapes=shapes, picture=picture, plot=plot)
+        write_page(path, "bench.html.j2", report=self, shapes=shapes, picture=picture, plot=plot, fastest=fastest)
 
     @property
     def shapes(self) -> list[tuple[Shape, list[BenchRow]]]:
@@ -73,20 +73,19 @@ class BenchReport:
 
     @property
     def sentence(self) -> str:
-        """The answer: what is fastest at each shape, by later tokens if there are any."""
-        parts = [f"With {shape}, {_fastest(rows)}" for shape, rows in self.shapes]
-        return "; ".join(parts).replace("; With", "; with") + "."
+        """The answer, at the first shape."""
+        return fastest(*self.shapes[0])
 
 
-def _fastest(rows: Sequence[BenchRow]) -> str:
+def fastest(shape: Shape, rows: Sequence[BenchRow]) -> str:
+    """What is fastest at a shape, by later tokens if there are any."""
     base = rows[0]
     if len(rows) == 1:
         later = f" and {base.tokens_per_second:.1f} tokens/s" if base.tokens_per_second is not None else ""
-        return f"{base.form} takes {base.first.milliseconds.median:.1f} ms to the first token{later}"
+        return f"{base.form} takes {base.first.milliseconds.median:.1f} ms to the first token of {shape}{later}."
     best = min(rows[1:], key=lambda row: (row.token or row.first).ratio.median)
     if (best.token or best.first).ratio.median >= 1:
-        return f"nothing is faster than {base.form}"
-    first = f"the first token {1 / best.first.ratio.median:.2f} times as fast as {base.form}'s"
-    if best.token is None:
-        return f"the fastest is {best.form}: {first}"
-    return f"the fastest is {best.form}: later tokens {1 / best.token.ratio.median:.2f} times, {first}"
+        return f"With prompts of {shape}, nothing is faster than {base.form}."
+    first = f"the first {1 / best.first.ratio.median:.2f} times as fast as {base.form}'s"
+    later = f"later tokens {1 / best.token.ratio.median:.2f} times, " if best.token is not None else ""
+    return f"With prompts of {shape}, the fastest is {best.form}: {later}{first}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,13 +95,15 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def _tables(report: BenchReport) -> None:
+    from gsx.benchmarking.report import fastest
+
     console = out()
     heads = ["setting", "kept", "of prompts", "first token, ms", "relative", "FLOPs left"]
     heads += ["tokens/s", "time, relative", "bytes left", "peak MB"]
-    for (prompt, batch), rows in groupby(report.rows, lambda row: (row.prompt_tokens, row.batch)):
-        title = f"{prompt} tokens of prompt, {report.new_tokens} new ones, batch {batch}"
+    for shape, rows in report.shapes:
+        title = f"{shape.prompt_tokens} tokens of prompt, {report.new_tokens} new ones, batch {shape.batch}"
         console.print(table(title, heads, [_cells(row) for row in rows], right=1))
-    console.print(report.sentence)
+        console.print(fastest(shape, rows))
     console.print(f"relative: to {report.base}, median of the rounds (smallest to largest)")
     for note in report.notes:
         console.print(note)

@@ -27,9 +27,10 @@ from gsx_exporter.text import TokenText
 from gsx_plugins.errors import GsxError, UsageError
 from gsx_plugins.progress import OnProgress, in_words
 
-# What an export takes, in plain exports, as long as none of its kind was made in this work folder: where only weights are
-# in 8 bits; where codes are chosen on text; where thresholds are calibrated; where a draft is searched. Orders of
-# magnitude, seen in work folders of SmolLM2 and the example model; a guess that is too low only makes a run longer.
+# What an export takes, in plain exports, as long as none of its kind was made in this work folder: where only weights
+# are in 8 bits; where codes are chosen on text; where thresholds are calibrated; where a draft is searched. Orders of
+# magnitude, seen in work folders of SmolLM2 and small models (weights in 8 bits: 2.5 to 18 plain exports on a busy
+# machine); a guess that is too low makes a run longer, one that is too high tries less.
 _SCHEMES: dict[SchemeName | None, float] = {None: 1, "int8-weights": 3, "int8": 12, "int4": 12}
 _CALIBRATING, _SEARCHING = 10, 15
 # Of the time, for finding the layers that do least harm; and how many such sets are tried.
