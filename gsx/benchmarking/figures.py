@@ -50,8 +50,8 @@ def work_and_time(shapes: Shapes) -> Plot:
     return Plot(
         "Time by work left",
         f"Each point is a setting at one length of prompt and one batch, relative to {shapes[0][1][0].form}; bars: "
-        "smallest and largest ratio of a round. On the dashed line, time follows the work: floating-point operations of a prompt, "
-        "bytes of a step. Rest the pointer on a point for its figures.",
+        "smallest and largest ratio of a round. On the dashed line, time follows the work: floating-point operations "
+        "of a prompt, bytes of a step. Rest the pointer on a point for its figures.",
         svg(
             (9.6, 4.2),
             2,
