@@ -87,13 +87,13 @@ def main() -> None:
         ids = np.array(tokenizer.encode_prompt(Path(path).read_text(encoding="utf-8")), np.int64)
         windows = ids[: len(ids) // asked.size * asked.size].reshape(-1, asked.size)[: asked.windows]
         curve = {budget: read(runner, windows, KeepSettings(budget=budget)) for budget in FIXED if budget >= least}
-        points = sorted((one.share, one.nats) for one in curve.values())
+        shares, losses = zip(*sorted((one.share, one.nats) for one in curve.values()), strict=True)
         for budget in map(float, asked.budgets.split(",")):
             found = read(runner, windows, KeepSettings(budget=budget, hold=True))
-            equal = np.interp(found.share, *zip(*points, strict=True))
-            shares = f"{curve[budget].share:.3f} | {found.share:.3f} | {found.worst:.3f}"
+            equal = np.interp(found.share, shares, losses)
+            kept = f"{curve[budget].share:.3f} | {found.share:.3f} | {found.worst:.3f}"
             text = f"{name}, {len(windows)} x {asked.size}"
-            print(f"| {text} | {budget:g} | {shares} | {found.nats:.4f} | {equal:.4f} |", flush=True)
+            print(f"| {text} | {budget:g} | {kept} | {found.nats:.4f} | {equal:.4f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ Kind = Literal["first", "token"]
 # In the order of the columns of the tables.
 _KINDS: dict[Kind, str] = {"first": "first token", "token": "later tokens"}
 _KIND_COLOURS: dict[Kind, str] = {"first": ORANGE, "token": BLUE}
+# How far above its line a kind is drawn, in lines.
+_UP: dict[Kind, float] = {"first": 0.12, "token": -0.12}
 # Of a line with a setting, and of what is around them, in inches; letters that fit beside the narrow picture.
 _LINE_HEIGHT, _AROUND, _NARROW_LETTERS = 0.3, 1.0, 16
 
@@ -73,7 +75,7 @@ def _tip(rows: Sequence[BenchRow], row: BenchRow, kind: Kind) -> str:
 
 def _draw_speeds(axis: Axes, rows: Sequence[BenchRow], letters: int | None) -> None:
     axis.axvline(1, color=GREY, linewidth=1, linestyle="--")
-    for kind, up in (("first", 0.12), ("token", -0.12)):
+    for kind, up in _UP.items():
         for number, row in enumerate(rows):
             timing = getattr(row, kind)
             if timing is None:
