@@ -9,6 +9,7 @@ thresholds that the rule of `gsx_engines/bundle/hold.py` gives. The text is give
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,15 +70,18 @@ def read(runner: Runner, windows: np.ndarray, keep: KeepSettings) -> Reading:
     return Reading(float(shares.mean()), float(np.abs(shares - budget).max()), float(np.mean(nats)))
 
 
-def main() -> None:
-    """Print a table for each text."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print a table of all texts and budgets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--budgets", default="0.9,0.8,0.7,0.6")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--size", type=int, default=384)
-    asked = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="two short windows: only whether it works")
+    asked = parser.parse_args(arguments)
+    if asked.quick:
+        asked.windows, asked.size, asked.budgets = 2, PROMPT + 40, "0.7"
     bundle = open_bundle(asked.bundle)
     runner, tokenizer = open_runner(bundle), BundleTokenizer(bundle)
     least = bundle.manifest.selection.grid[-1].budget if bundle.manifest.selection else 1.0
