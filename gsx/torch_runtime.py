@@ -120,6 +120,7 @@ class TorchStage:
             weights.fill(self._loop_entry, "")
         self._exit_modules = filled_exit_modules(config, options, weights.fill)
         self._table = KeptTable(manifest, self.layers)
+        self.counts_tokens = True
 
     def new_memory(self, batch: int, capacity: int) -> dict[int, _Buffers]:
         """See `Stage`: buffers of every cache, for all the tokens that may come."""
@@ -152,7 +153,7 @@ class TorchStage:
                 passed = KeyValue(self._to_device(state["exit_key"]), self._to_device(state["exit_value"]))
                 new[self.layers.start - 1] = passed
             carried = {n: self._to_device(state[f"exit_{n}"], torch.float32).reshape(-1, 1) for n in carried}
-        counts: list[int] = []
+        kept: list[Tensor] = []  # the rows of each branch that may be skipped
         for number, layer, layer_call in zip(self.layers, self._layers, calls, strict=True):
             past = _Past(memory[self._config.cache_of(number)], device_rows.reshape(-1), layer_call.mask.shape[3])
             layer_call = layer_call._replace(values={**layer_call.values, **carried})
@@ -166,7 +167,7 @@ class TorchStage:
             if number + 1 in self._exit_modules:
                 entered = [{**values, **carried}[name] for name in self._entered]
                 carried = dict(zip(carried, self._exit_modules[number + 1](hidden, entering, *entered), strict=True))
-            counts += [layer.kept[branch] for branch in BRANCHES if branch in layer.skippable]
+            kept += [layer.kept[branch] for branch in BRANCHES if branch in layer.skippable]
         leaving = None
         if self.layers.stop < self._config.num_layers:
             leaving = {"exit_hidden": _to_host(hidden.view(batch, length, -1))}
@@ -174,7 +175,12 @@ class TorchStage:
                 last = new[self.layers.stop - 1]
                 leaving |= {"exit_key": _to_host(last.key), "exit_value": _to_host(last.value)}
             leaving |= {f"exit_{n}": _to_host(value.view(batch, length, 1)) for n, value in carried.items()}
-        return StageOutput(self._scores(hidden, ids, call, logits), leaving, self._table.of(counts))
+        scores = self._scores(hidden, ids, call, logits)
+        # One copy for all branches.
+        indices = torch.cat(kept or [torch.empty(0, dtype=torch.int64)]).cpu().numpy()
+        ends = np.cumsum([len(index) for index in kept])[:-1]
+        rows = self._table.rows(np.split(indices, ends)[: len(kept)], batch, length)
+        return StageOutput(scores, leaving, *self._table.counts(rows))
 
     @torch.inference_mode()
     def copy(self, memory: dict[int, _Buffers], source: int, target: int, length: int) -> None:
@@ -217,16 +223,16 @@ class TorchStage:
 
 
 class _Layer(DecoderLayer):
-    """A layer that remembers how many rows each branch ran on in its last call."""
+    """A layer that remembers which rows each branch ran on in its last call."""
 
     def __init__(self, config: ModelConfig, options: DecoderOptions, number: int) -> None:
         super().__init__(config, options, number)
-        self.kept: dict[Branch, int] = {}
+        self.kept: dict[Branch, Tensor] = {}
 
     def choose(self, branch: Branch, hidden: Tensor, normed: Tensor, call: CallState) -> KeptRows:
         """See `DecoderLayer`."""
         kept = super().choose(branch, hidden, normed, call)
-        self.kept[branch] = len(kept.index)
+        self.kept[branch] = kept.index
         return kept
 
 

@@ -132,6 +132,39 @@ def test_commands_of_the_readme_run(
         assert run(words) == 0, f"{line}: {capsys.readouterr().err}"
 
 
+# Numbers before a unit of time: they differ from run to run.
+TIMING = re.compile(r"\d[\d,.]*(?= (?:m?s|min|tokens/s)\b)")
+
+
+def transcripts(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Every `$ command` of the console blocks of a page, with the lines below it."""
+    for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            line, *printed = part.splitlines()
+            yield line, printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_commands_of_the_readme_print_what_it_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The lines that are shown are among those that are printed, in order, but for times."""
+    from gsx.cli import run
+
+    shutil.copytree(ROOT / "examples" / "model", tmp_path / "examples" / "model")
+    monkeypatch.chdir(tmp_path)
+    shown = list(transcripts((ROOT / "README.md").read_text(encoding="utf-8")))
+    assert len(shown) >= 3
+    for line, wanted in shown:
+        assert wanted, f"{line}: nothing is shown"
+        assert run(shlex.split(line)[1:]) == 0
+        streams = capfd.readouterr()
+        printed = iter([TIMING.sub("#", one.rstrip()) for one in (streams.out + streams.err).splitlines()])
+        for one in wanted:
+            assert TIMING.sub("#", one) in printed, f"{line}: {one!r} is not among\n{streams.out}\n{streams.err}"
+
+
 def test_readme_shows_every_command() -> None:
     shown = {words[1] for words in commands((ROOT / "README.md").read_text(encoding="utf-8"))}
     assert set(gsx().commands) <= shown

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, RuntimeValues, controls_for
+from gsx_engines.bundle.hold import Hold, hold_of, with_thresholds
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.runners.base import Cache, Logits, Runner, StepOutput
 from gsx_engines.sampling import GREEDY, Picker, Sampling, TokenLogprobs, adjusted, check_logprobs, logprobs_of
@@ -52,6 +53,8 @@ class GenerationStats:
         draft_rounds: of each verification of a sequence's draft, the number of drafted tokens and of those accepted.
         kept_rows, gated_rows: rows that skippable branches ran on, and rows that the keep rule decided on, in all
             layers that the model itself ran; 0 for a dense model.
+        held_kept_rows, held_gated_rows: the same of the new tokens alone whose budget was held; drafted tokens that
+            were wrong do not count.
     """
 
     prompt_tokens: int = 0
@@ -68,11 +71,18 @@ class GenerationStats:
     draft_rounds: tuple[tuple[int, int], ...] = ()
     kept_rows: int = 0
     gated_rows: int = 0
+    held_kept_rows: int = 0
+    held_gated_rows: int = 0
 
     @property
     def kept_share(self) -> float | None:
         """Share of (token, branch) pairs kept; None for a dense model."""
         return self.kept_rows / self.gated_rows if self.gated_rows else None
+
+    @property
+    def held_share(self) -> float | None:
+        """Share of (token, branch) pairs that new tokens kept; None where no budget was held."""
+        return self.held_kept_rows / self.held_gated_rows if self.held_gated_rows else None
 
     @property
     def decode_tokens_per_second(self) -> float | None:
@@ -145,11 +155,22 @@ def generate(
     check_draft_length(draft_length, manifest)
     picker = Picker(sampling)
     stops = None if stop_ids is None else frozenset(stop_ids)
+    controls = controls_for(manifest, keep, [len(prompt) for prompt in prompts])
+    settings = [keep] * len(prompts) if isinstance(keep, KeepSettings) else keep
     sequences = [
-        Continuation(manifest, prompt, max_new_tokens, picker, number, partial(on_token, number), stops, logprobs)
+        Continuation(
+            manifest,
+            prompt,
+            max_new_tokens,
+            picker,
+            number,
+            partial(on_token, number),
+            stops,
+            logprobs,
+            held(runner, settings[number]),
+        )
         for number, prompt in enumerate(prompts)
     ]
-    controls = controls_for(manifest, keep, [len(prompt) for prompt in prompts])
     decoding = Decoding(runner, sequences, controls, draft, draft_length, search)
     decoding.start()
     while not decoding.ended:
@@ -169,6 +190,7 @@ class Continuation:
         on_token: called with every new token; returning True ends the sequence (finish "stopped").
         stops: tokens that end it; they stay part of it. None for the model's end-of-text tokens.
         logprobs: how many of the likeliest tokens to record beside each chosen one; None to record nothing.
+        hold: holds its budget; None for thresholds that stay.
     Raises:
         UsageError: an empty prompt, one beyond the context, ids outside the vocabulary, fewer than one new token, too
             many log-probabilities.
@@ -184,11 +206,12 @@ class Continuation:
         on_token: Callable[[int], bool],
         stops: frozenset[int] | None = None,
         logprobs: int | None = None,
+        hold: Hold | None = None,
     ) -> None:
         _check(prompt, max_new_tokens, manifest)
         picker.sampling.check_ids(manifest.decoder.vocab_size)
         check_logprobs(logprobs)
-        self.prompt, self.picker, self.number = prompt, picker, number
+        self.prompt, self.picker, self.number, self.hold = prompt, picker, number, hold
         room = manifest.decoder.max_positions - len(prompt)
         self.limit = min(max_new_tokens, room)
         self.tokens: list[int] = []
@@ -203,6 +226,12 @@ class Continuation:
     def left(self) -> int:
         """How many more tokens it may get."""
         return 0 if self.finish else self.limit - len(self.tokens)
+
+    @property
+    def most_drafts(self) -> int:
+        """How many tokens may be drafted now: verification adds one by itself, and reads them all with the same
+        thresholds."""
+        return self.left - 1 if self.hold is None else min(self.left, self.hold.left_in_block) - 1
 
     @property
     def place(self) -> int:
@@ -243,6 +272,23 @@ class Continuation:
     def _adjusted(self, logits: np.ndarray, drafted: Sequence[int] = ()) -> np.ndarray:
         sampling = self.picker.sampling
         return adjusted(logits, sampling, self.prompt, [*self.tokens, *drafted]) if sampling.adjusts else logits
+
+
+def held(runner: Runner, keep: KeepSettings) -> Hold | None:
+    """What holds a request's budget; None if it does not ask for that.
+
+    Raises:
+        UsageError: the runtime does not tell what each token kept.
+    """
+    hold = hold_of(runner.manifest, keep)
+    if hold is not None and not runner.counts_tokens:
+        raise UsageError(
+            "these engines do not tell how many branches each token kept, so no budget can be held",
+            expected="engines with the output kept_by_token",
+            found="engines that an older gsx built",
+            todo="build them again with gsx build, or leave out the hold",
+        )
+    return hold
 
 
 Rows = Sequence[Continuation | None]
@@ -355,8 +401,8 @@ class Decoding:
         """Give at least one token to every sequence that has not ended."""
         began = time.perf_counter()
         wanted = self.length.next() if self.draft is not None else 0
-        # No more than some sequence can still use; verification adds one token by itself.
-        size = min(wanted, max(s.left for s in self.sequences) - 1)
+        # No more than some sequence can still use.
+        size = min(wanted, max(s.most_drafts for s in self.sequences))
         if size and self.draft is not None:
             self._speculate(self._cache, self.draft, size)
         else:
@@ -384,7 +430,26 @@ class Decoding:
             draft_rounds=tuple(counters.rounds),
             kept_rows=counters.kept,
             gated_rows=counters.gated,
+            held_kept_rows=sum(s.hold.kept for s in sequences if s.hold is not None),
+            held_gated_rows=sum(s.hold.gated for s in sequences if s.hold is not None),
         )
+
+    def _hold(self, output: StepOutput, read: Sequence[int]) -> None:
+        """Count what the new tokens of a call kept, and set the thresholds of the next ones.
+
+        Args:
+            output: of the call.
+            read: for each sequence, how many of its tokens stay.
+        """
+        holds = [sequence.hold for sequence in self.sequences]
+        changed = False
+        for row, hold in enumerate(holds):
+            for token in range(read[row] if hold is not None else 0):
+                assert hold is not None
+                assert output.kept_by_token is not None
+                changed |= hold.read(int(output.kept_by_token[row, token]))
+        if changed:
+            self.controls = with_thresholds(self.controls, holds)
 
     def _search(self, search: SkipSetSearch) -> None:
         began = time.perf_counter()
@@ -399,6 +464,7 @@ class Decoding:
         self.counters.verify_seconds += seconds
         self.counters.add(output)
         self.length.learn(Round(0, 1.0, 0, 0, 0.0, 0.0, seconds))
+        self._hold(output, [int(sequence.left > 0) for sequence in self.sequences])
         take(self.sequences, output)
 
     def _speculate(self, cache: Cache, draft: Draft, size: int) -> None:
@@ -439,6 +505,7 @@ class Decoding:
             tokens += count + 1
             stays[row] += count + 1
         cache.roll_back(stays)
+        self._hold(output, [after - before for after, before in zip(stays, start, strict=True)])
         self.counters.draft_seconds += draft_seconds
         self.counters.verify_seconds += verify_seconds
         self.length.learn(Round(longest, tokens / alive, right, wrong, confidence, draft_seconds, verify_seconds))
@@ -449,8 +516,8 @@ class Decoding:
         Returns: for each sequence the draft's confidence in each drafted token; the time of the draft steps in seconds.
         """
         confidences: list[list[float]] = [[] for _ in self.sequences]
-        # Sequences near their limit draft fewer tokens, since verification adds one.
-        going = [s.left > 1 for s in self.sequences]
+        # Sequences near their limit, or a change of their thresholds, draft fewer tokens.
+        going = [s.most_drafts > 0 for s in self.sequences]
         together = [1.0] * len(going)
         seconds = 0.0
         for step in range(ids.shape[1] - 1):
@@ -465,7 +532,7 @@ class Decoding:
                 ids[row, step + 1] = token
                 confidences[row].append(confidence)
                 together[row] *= confidences[row][-1]
-                going[row] = step + 2 < sequence.left and self.length.goes_on(step + 1, together[row])
+                going[row] = step + 1 < sequence.most_drafts and self.length.goes_on(step + 1, together[row])
             if not any(going):
                 break
         return confidences, seconds

@@ -2,76 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from itertools import cycle, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from gsx.benchmarking.measure import Answers, Shape
-from gsx.benchmarking.rounds import Spread, ratios, spread
-from gsx.pages.figures import COLOURS, GREY, Plot, svg
+from gsx.benchmarking.figures import speeds, work_and_time
+from gsx.benchmarking.measure import Shape
+from gsx.benchmarking.rows import BenchRow
 from gsx.pages.render import write_page
 from gsx_plugins.errors import GsxError
-
-_Found = Sequence[Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Timing:
-    """One kind of call of one form.
-
-    Args:
-        milliseconds: over the rounds.
-        ratio: to the first form's time in the same round; below 1 is faster.
-        left: the work of this call as a share of the first form's, which the time cannot fall below if nothing else
-            changes; None with a draft.
-    """
-
-    milliseconds: Spread
-    ratio: Spread
-    left: float | None
-
-    @property
-    def over(self) -> float | None:
-        """How much longer it takes than the work that is left, relative to that."""
-        return None if self.left is None else self.ratio.median / self.left - 1
-
-
-@dataclass(frozen=True)
-class BenchRow:
-    """A form at one shape of calls.
-
-    Args:
-        form: its name. bundle: its directory. setting: the keep settings in words. draft: the draft in use.
-        prompt_tokens, batch: of the calls.
-        rounds: how many counted.
-        prompt_kept, kept: share of skippable work that ran, in prompts and for the tokens after them; None for a dense
-            model and with a draft.
-        first: of the prompts, until the first tokens are chosen; its work is floating-point operations.
-        token: of each later token of all sequences together; its work is bytes. None without later tokens.
-        tokens_per_second: new tokens of all sequences.
-        accepted: tokens in a verification; None without a draft.
-        peak_mb: peak memory of the bundle's process by the end of these calls.
-        same_text: whether it wrote the tokens of the first form.
-    """
-
-    form: str
-    bundle: str
-    setting: str
-    draft: str | None
-    prompt_tokens: int
-    batch: int
-    rounds: int
-    prompt_kept: float | None
-    kept: float | None
-    first: Timing
-    token: Timing | None
-    tokens_per_second: float | None
-    accepted: float | None
-    peak_mb: float
-    same_text: bool
 
 
 @dataclass(frozen=True)
@@ -104,7 +46,7 @@ class BenchReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return {"answer": self.sentence, **asdict(self)}
 
     def write_page(self, path: str | Path) -> None:
         """Write the report as one HTML page.
@@ -119,81 +61,31 @@ class BenchReport:
                 found=f"no {' and no '.join(missing)}",
                 todo='pip install "gsx[export]"',
             )
-        plot = Plot(
-            "Time by work left",
-            f"Each point is a setting at one length of prompt and one batch, relative to {self.base}; bars: smallest "
-            "and largest ratio of a round. On the dashed line, time follows the work: floating-point operations of a "
-            "prompt, bytes of a step.",
-            svg((9.6, 4.2), 2, lambda axes: _draw(self, axes)),
-        )
-        shapes = [(shape, list(rows)) for shape, rows in groupby(self.rows, _shape)]
-        write_page(path, "bench.html.j2", report=self, shapes=shapes, plot=plot)
+        shapes = self.shapes
+        picture, plot = speeds(shapes[0][1], self.sentence), work_and_time(shapes)
+        write_page(path, "bench.html.j2", report=self, shapes=shapes, picture=picture, plot=plot, fastest=fastest)
+
+    @property
+    def shapes(self) -> list[tuple[Shape, list[BenchRow]]]:
+        """The rows of each shape of calls, in order."""
+        by_shape = groupby(self.rows, lambda row: Shape(row.batch, row.prompt_tokens))
+        return [(shape, list(rows)) for shape, rows in by_shape]
+
+    @property
+    def sentence(self) -> str:
+        """The answer, at the first shape."""
+        return fastest(*self.shapes[0])
 
 
-def rows_of(shape: Shape, answers: Answers, labels: Mapping[str, tuple[str, str, str | None]]) -> list[BenchRow]:
-    """The rows of one shape. Args: labels: of each form its bundle, setting and draft."""
-    base = next(iter(answers.values()))
-    rows = []
-    for name, found in answers.items():
-        token = _timing(found, base, "token", "bytes") if found[-1]["token"] is not None else None
-        bundle, setting, draft = labels[name]
-        rows.append(
-            BenchRow(
-                form=name,
-                bundle=bundle,
-                setting=setting,
-                draft=draft,
-                prompt_tokens=shape.prompt_tokens,
-                batch=shape.batch,
-                rounds=len(found),
-                prompt_kept=found[-1]["prompt_kept"],
-                kept=found[-1]["kept"],
-                first=_timing(found, base, "first", "flops"),
-                token=token,
-                tokens_per_second=1000 * shape.batch / token.milliseconds.median if token else None,
-                accepted=found[-1]["accepted"],
-                peak_mb=found[-1]["peak_mb"],
-                same_text=found[-1]["tokens"] == base[-1]["tokens"],
-            )
-        )
-    return rows
-
-
-def _timing(found: _Found, base: _Found, seconds: str, work: str) -> Timing:
-    times, others = ([one[seconds] for one in answers] for answers in (found, base))
-    mine, first = found[-1][work], base[-1][work]
-    left = mine / first if mine is not None and first is not None else None
-    return Timing(spread([1000 * one for one in times]), ratios(times, others), left)
-
-
-def _shape(row: BenchRow) -> tuple[int, int]:
-    return row.prompt_tokens, row.batch
-
-
-def _draw(report: BenchReport, axes: list[Any]) -> None:
-    shapes = list(dict.fromkeys(map(_shape, report.rows)))
-    for axis, kind, title in zip(axes, ("first", "token"), ("first token", "later tokens"), strict=True):
-        lefts = []
-        for shape, colour in zip(shapes, cycle(COLOURS)):
-            timings = [getattr(row, kind) for row in report.rows if _shape(row) == shape]
-            points = [one for one in timings if one is not None and one.left is not None]
-            lefts += [one.left for one in points]
-            axis.errorbar(
-                [one.left for one in points],
-                [one.ratio.median for one in points],
-                yerr=[
-                    [one.ratio.median - one.ratio.least for one in points],
-                    [one.ratio.most - one.ratio.median for one in points],
-                ],
-                fmt="o",
-                markersize=3.5,
-                linewidth=1,
-                color=colour,
-                label=str(Shape(shape[1], shape[0])),
-            )
-        ends = [min(lefts, default=0.0), max(lefts, default=1.0)]
-        axis.plot(ends, ends, color=GREY, linewidth=1, linestyle="--")
-        axis.set_title(title)
-        axis.set_xlabel("work left, relative")
-    axes[0].set_ylabel("time, relative")
-    axes[0].legend()
+def fastest(shape: Shape, rows: Sequence[BenchRow]) -> str:
+    """What is fastest at a shape, by later tokens if there are any."""
+    base = rows[0]
+    if len(rows) == 1:
+        later = f" and {base.tokens_per_second:.1f} tokens/s" if base.tokens_per_second is not None else ""
+        return f"{base.form} takes {base.first.milliseconds.median:.1f} ms to the first token of {shape}{later}."
+    best = min(rows[1:], key=lambda row: (row.token or row.first).ratio.median)
+    if (best.token or best.first).ratio.median >= 1:
+        return f"With prompts of {shape}, nothing is faster than {base.form}."
+    first = f"the first {1 / best.first.ratio.median:.2f} times as fast as {base.form}'s"
+    later = f"later tokens {1 / best.token.ratio.median:.2f} times, " if best.token is not None else ""
+    return f"With prompts of {shape}, the fastest is {best.form}: {later}{first}."

@@ -35,7 +35,7 @@ class Counted:
     """A runner that remembers how many rows each branch ran on, call by call."""
 
     def __init__(self, runner: Runner) -> None:
-        self.manifest = runner.manifest
+        self.manifest, self.counts_tokens = runner.manifest, runner.counts_tokens
         self.new_cache, self.copy = runner.new_cache, runner.copy
         self._runner = runner
         self.skippable = np.zeros((self.manifest.decoder.num_layers, len(BRANCHES)), bool)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gsx.cli.console import ProgressLine, out, quiet_libraries, table
-from gsx.cli.options import SHIPPED_TEXT, BackendOptions, BundleArgument, JsonOption, PageOption, grouped, seconds_of
+from gsx.cli.options import SHIPPED_TEXT, BackendOptions, BundleArgument, JsonOption, PageOption, grouped, time_option
 from gsx.cli.reports import show
 from gsx.cli.signals import loading
 from gsx.defaults import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, BENCH_ROUNDS, BENCH_SECONDS
 
 if TYPE_CHECKING:
-    from gsx.benchmarking.report import BenchReport, BenchRow, Timing
+    from gsx.benchmarking.report import BenchReport
+    from gsx.benchmarking.rows import BenchRow, Timing
 
 
 def add_to(app: typer.Typer) -> None:
@@ -46,13 +46,7 @@ def bench(
     rounds: Annotated[int, typer.Option(help="How often everything runs, at most.")] = BENCH_ROUNDS,
     seconds: Annotated[
         float | None,
-        typer.Option(
-            "--time",
-            parser=seconds_of,
-            metavar="DURATION",
-            help="After it no further round begins, e.g. 90s, 10m or 1h.",
-            show_default=f"{BENCH_SECONDS:g}s",
-        ),
+        time_option("After it no further round begins", BENCH_SECONDS),
     ] = None,
     text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to take prompts from.", show_default=SHIPPED_TEXT)
@@ -101,12 +95,15 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def _tables(report: BenchReport) -> None:
+    from gsx.benchmarking.report import fastest
+
     console = out()
     heads = ["setting", "kept", "of prompts", "first token, ms", "relative", "FLOPs left"]
     heads += ["tokens/s", "time, relative", "bytes left", "peak MB"]
-    for (prompt, batch), rows in groupby(report.rows, lambda row: (row.prompt_tokens, row.batch)):
-        title = f"{prompt} tokens of prompt, {report.new_tokens} new ones, batch {batch}"
+    for shape, rows in report.shapes:
+        title = f"{shape.prompt_tokens} tokens of prompt, {report.new_tokens} new ones, batch {shape.batch}"
         console.print(table(title, heads, [_cells(row) for row in rows], right=1))
+        console.print(fastest(shape, rows))
     console.print(f"relative: to {report.base}, median of the rounds (smallest to largest)")
     for note in report.notes:
         console.print(note)

@@ -177,7 +177,9 @@ def statistics(result: GenerateResult) -> str:
     if stats.decode_tokens_per_second is not None:
         parts.append(f"{stats.decode_tokens_per_second:.1f} tokens/s")
     parts.append(f"first token after {stats.prefill_seconds * 1000:.0f} ms")
-    if stats.kept_share is not None:
+    if stats.held_share is not None:
+        parts.append(f"new tokens kept {stats.held_share:.1%} at budget {result.budget:g}, held")
+    elif stats.kept_share is not None:
         at = result.keep if result.budget is None else f"budget {result.budget:g}"
         parts.append(
             f"kept {stats.kept_share:.1%}, {at}" if result.budget is None else f"kept {stats.kept_share:.1%} at {at}"

@@ -24,16 +24,37 @@ BundleArgument = Annotated[Path, typer.Argument(help="A bundle's directory.", sh
 ModelArgument = Annotated[str, typer.Argument(help="A model directory or a hub id.", show_default=False)]
 PageOption = Annotated[Path | None, typer.Option("-o", "--output", help="HTML page to write.", show_default="none")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-TimeOption = Annotated[
-    float | None,
-    typer.Option(
+
+
+def seconds_of(text: str) -> float:
+    """The seconds of a duration: a number with s, m or h.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    if found is None or not float(found[1]):
+        raise typer.BadParameter(f"{text!r} is not a duration such as 90s, 10m or 1h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
+
+
+def duration_of(seconds: float) -> str:
+    """A duration as `seconds_of` reads it."""
+    return f"{seconds / 60:g}m" if seconds % 60 == 0 else f"{seconds:g}s"
+
+
+def time_option(what: str, usual: float | None = None) -> Any:
+    """The option `--time`. Args: what: it limits; usual: the default in seconds, None for no limit."""
+    return typer.Option(
         "--time",
-        parser=lambda text: seconds_of(text),
+        parser=seconds_of,
         metavar="DURATION",
-        help="About how long it may take, e.g. 90s, 10m or 1h: the best answer in it.",
-        show_default="no limit",
-    ),
-]
+        help=f"{what}, e.g. 90s, 10m or 1h.",
+        show_default="no limit" if usual is None else duration_of(usual),
+    )
+
+
+TimeOption = Annotated[float | None, time_option("About how long it may take, for the best answer in it")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 SHIPPED_TEXT = "a text that ships with gsx"
@@ -88,6 +109,9 @@ class KeepOptions:
         int | None,
         typer.Option(help="How many loops of a looped model run (policy loops).", show_default="as exported"),
     ] = None
+    hold: Annotated[
+        bool, typer.Option("--hold", help="Move the thresholds of new tokens so that the budget holds on this text.")
+    ] = False
 
     def settings(self) -> KeepSettings:
         """The options as an engine takes them."""
@@ -166,18 +190,6 @@ class DraftOptions:
             help="Tokens drafted before a verification; 0: no drafting.", show_default="found while generating"
         ),
     ] = None
-
-
-def seconds_of(text: str) -> float:
-    """The seconds of a duration: a number with s, m or h.
-
-    Raises:
-        typer.BadParameter: it is none.
-    """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
-    if found is None or not float(found[1]):
-        raise typer.BadParameter(f"{text!r} is not a duration such as 90s, 10m or 1h")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:

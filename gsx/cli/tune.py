@@ -9,7 +9,7 @@ import typer
 
 from gsx.cli.console import ProgressLine, out, print_json, quiet_libraries, table
 from gsx.cli.export import default_output
-from gsx.cli.options import HalvesOption, JsonOption, ModelArgument, OverwriteOption, seconds_of
+from gsx.cli.options import HalvesOption, JsonOption, ModelArgument, OverwriteOption, time_option
 from gsx.cli.signals import loading
 from gsx.defaults import DIVERGENCE_LIMIT, TUNE_FOLDER, TUNE_NEW_TOKENS, TUNE_PROMPT_TOKENS, TUNE_SECONDS, TUNE_TOKENS
 
@@ -43,13 +43,7 @@ def tune(
     ] = None,
     seconds: Annotated[
         float | None,
-        typer.Option(
-            "--time",
-            parser=seconds_of,
-            metavar="DURATION",
-            help="About how long it may take, e.g. 90s, 10m or 1h.",
-            show_default=f"{TUNE_SECONDS / 60:g}m",
-        ),
+        time_option("About how long it may take", TUNE_SECONDS),
     ] = None,
     work: Annotated[
         Path, typer.Option(help="Folder for bundles, measurements and the page; what is there is used again.")

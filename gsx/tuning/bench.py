@@ -157,6 +157,15 @@ class Bench:
         """Keep how long an export took."""
         self.ledger.put(seconds, "export", bundle.directory.name)
 
+    def exports_of(self, kind: str) -> float | None:
+        """How many plain exports the last one of a kind took, in an earlier run too; None if there was none."""
+        found: float | None = self.ledger.get("export of a kind", kind)
+        return found
+
+    def note_export_of(self, kind: str, plain_ones: float) -> None:
+        """Keep how many plain exports one of a kind took."""
+        self.ledger.put(plain_ones, "export of a kind", kind)
+
     def kept_sets(self) -> list[list[int]] | None:
         """Sets of layers that an earlier run found."""
         found: list[list[int]] | None = self.ledger.get("sets", *self._of_sets)

@@ -12,7 +12,7 @@ from gsx_plugins.files import disk_error, writing_file
 FILE = "measurements.json"
 _VERSION = 1
 
-Kind = Literal["quality", "time", "export", "sets"]
+Kind = Literal["quality", "time", "export", "export of a kind", "sets"]
 
 
 class Ledger:

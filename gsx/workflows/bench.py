@@ -15,7 +15,8 @@ from gsx.backend_names import BackendName, Device
 from gsx.benchmarking.forms import Form, forms_of, parse_setting, prompts_of
 from gsx.benchmarking.machine import machine
 from gsx.benchmarking.measure import Shape, time_forms
-from gsx.benchmarking.report import BenchReport, rows_of
+from gsx.benchmarking.report import BenchReport
+from gsx.benchmarking.rows import rows_of
 from gsx.defaults import BENCH_NEW_TOKENS, BENCH_PROMPT_TOKENS, BENCH_ROUNDS, BENCH_SECONDS
 from gsx.workflows.memory import check_memory
 from gsx_engines.bundle.bundle import Bundle, open_bundle

@@ -90,6 +90,7 @@ class GenerateResult:
                 "acceptance": stats.acceptance,
                 "tokens_per_verification": stats.tokens_per_verification,
                 "kept_share": stats.kept_share,
+                "held_share": stats.held_share,
             },
         }
 
@@ -105,6 +106,7 @@ def generate(
     speedup: float | None = None,
     exit_threshold: float | None = None,
     loops: int | None = None,
+    hold: bool = False,
     max_new_tokens: int = NEW_TOKENS,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -137,6 +139,7 @@ def generate(
         speedup: target of Unified Layer Skipping, instead of `layers`.
         exit_threshold: confidence at which a token exits, with policy calm; None for the exported one.
         loops: how many loops of a looped model run, with policy loops; None for the exported number.
+        hold: move the thresholds of new tokens so that these keep the budget's share on this text too.
         max_new_tokens: the largest number of new tokens.
         temperature: 0 is greedy.
         top_k: sample from the k most likely tokens; 0: from all.
@@ -178,7 +181,7 @@ def generate(
         presence_penalty,
         logit_bias or {},
     )
-    keep = KeepSettings(budget, layers, exit_layer, speedup, exit_threshold, loops)
+    keep = KeepSettings(budget, layers, exit_layer, speedup, exit_threshold, loops, hold)
     needs_text = prompt is not None or bool(stop)
     source = Generator(
         bundle,

@@ -27,8 +27,10 @@ from gsx_exporter.text import TokenText
 from gsx_plugins.errors import GsxError, UsageError
 from gsx_plugins.progress import OnProgress, in_words
 
-# What an export takes, in plain exports: where only weights are in 8 bits; where codes are chosen on text; where
-# thresholds are calibrated; where a draft is searched. Measured on SmolLM2 (benchmarks/RESULTS.md).
+# What an export takes, in plain exports, as long as none of its kind was made in this work folder: where only weights
+# are in 8 bits; where codes are chosen on text; where thresholds are calibrated; where a draft is searched. Orders of
+# magnitude, seen in work folders of SmolLM2 and small models (weights in 8 bits: 2.5 to 18 plain exports on a busy
+# machine); a guess that is too low makes a run longer, one that is too high tries less.
 _SCHEMES: dict[SchemeName | None, float] = {None: 1, "int8-weights": 3, "int8": 12, "int4": 12}
 _CALIBRATING, _SEARCHING = 10, 15
 # Of the time, for finding the layers that do least harm; and how many such sets are tried.
@@ -196,11 +198,19 @@ class Search:
         measuring = self._measuring * settings
         if self.exports.place(options).is_dir():
             return measuring
-        plain = options.scheme is None and options.draft is None
-        units = _SCHEMES[options.scheme]
-        units += _CALIBRATING if plain and self.exports.reads_text(options) else 0
-        units += _SEARCHING if options.draft else 0
+        units = self.bench.exports_of(self._kind(options))
+        if units is None:
+            plain = options.scheme is None and options.draft is None
+            units = _SCHEMES[options.scheme]
+            units += _CALIBRATING if plain and self.exports.reads_text(options) else 0
+            units += _SEARCHING if options.draft else 0
         return self._unit * units + measuring
+
+    def _kind(self, options: ExportOptions) -> str:
+        """What an export takes depends on: whether it reads text, the scheme, and the draft."""
+        calibrates = options.scheme is None and self.exports.reads_text(options)
+        parts = (f"thresholds of {options.rule}" if calibrates else None, options.scheme, options.draft)
+        return ", ".join(filter(None, parts)) or "plain"
 
     def _maybe(self, job: Job) -> None:
         """Try it, if the time is enough."""
@@ -237,7 +247,10 @@ class Search:
         began, kept = time.monotonic(), self.exports.place(options).is_dir()
         bundle = self.exports.bundle(options)
         if not kept:
-            self.bench.note_export(bundle, time.monotonic() - began)
+            seconds = time.monotonic() - began
+            self.bench.note_export(bundle, seconds)
+            if self._unit:
+                self.bench.note_export_of(self._kind(options), seconds / self._unit)
         return bundle
 
     def _settings(self, options: ExportOptions, bundle: Bundle) -> Settings:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import adaptive, branches, profile, real, rules, speculation
+from benchmarks import adaptive, branches, hold, profile, real, rules, speculation
 
 SCRIPTS = (
     *(
@@ -21,6 +21,7 @@ SCRIPTS = (
         "family_parity",
         "family_speed",
         "gpu_prefill",
+        "hold",
         "kv_cache",
         "llama",
     ),
@@ -90,6 +91,12 @@ def test_on_the_tiny_model(
 def test_a_search_while_generating(tiny_bundle: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adaptive.main(["--work", str(work), "--quick", "--threads", "1", "--bundle", str(tiny_bundle)])
     assert lines_of(capsys)[0][0] == "plain"
+
+
+def test_holding_a_budget(tiny_bundle: Path, tiny_text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hold.main([str(tiny_bundle), "--text", f"tiny={tiny_text}", "--quick"])
+    ((text, budget, *_),) = lines_of(capsys)
+    assert (text, budget) == ("tiny, 2 x 104", "0.7")
 
 
 def test_speculation_changes_no_token(

@@ -69,7 +69,7 @@ class Counted:
 
     def __init__(self, runner: Runner) -> None:
         self.manifest, self._runner, self.read = runner.manifest, runner, 0
-        self.calls = 0
+        self.calls, self.counts_tokens = 0, runner.counts_tokens
         self.new_cache, self.copy = runner.new_cache, runner.copy
 
     def step(self, cache: Cache, ids: np.ndarray, controls: RuntimeValues, *, counts: list[int], logits: Logits):
@@ -104,6 +104,7 @@ def alone(drafting: Bundle) -> Callable[[Request], gsx.generate]:
                 drafting,
                 ids=request.prompt,
                 budget=request.keep.budget,
+                hold=request.keep.hold,
                 max_new_tokens=request.max_new_tokens,
                 temperature=how.temperature,
                 top_k=how.top_k,
@@ -126,7 +127,7 @@ REQUESTS = [
     Request(
         prompt=[5 + n, 60, 61, 7 * n % 90 + 3][: 1 + n % 4],
         max_new_tokens=3 + 5 * n,
-        keep=KeepSettings(budget=(None, 0.5, 1.0)[n % 3]),
+        keep=KeepSettings(budget=(None, 0.55, 1.0)[n % 3], hold=n in (4, 7, 8)),
         sampling=Sampling(1.2, 40, 1.0, n) if n % 2 else Sampling(),
         stop=("a", "\n") if n % 4 == 2 else (),
         speculative=n % 3 == 2,
@@ -156,6 +157,7 @@ def test_every_request_gets_what_it_gets_alone(
         assert client.result.finish == expected.finish
         stats = client.result.stats
         assert (stats.prompt_tokens, stats.new_tokens) == (len(request.prompt), len(expected.ids))
+        assert stats.held_share == expected.stats.held_share
         if not request.speculative:
             assert stats.kept_rows == expected.stats.kept_rows
             assert stats.gated_rows == expected.stats.gated_rows

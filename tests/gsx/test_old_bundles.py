@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import gsx
+from gsx_plugins.errors import UsageError
 
 DATA = Path(__file__).parents[1] / "data" / "bundles-0.1.0"
 EXPECTED: dict[str, list[dict[str, Any]]] = json.loads((DATA / "expected.json").read_text(encoding="utf-8"))
@@ -50,3 +51,9 @@ def test_a_bundle_from_before_policies_is_gateskip(tmp_path: Path) -> None:
     found = gsx.open_bundle(bundle).manifest.policy
     assert found is not None
     assert found.model_dump(mode="json") == policy
+
+
+def test_their_budget_cannot_be_held() -> None:
+    with pytest.raises(UsageError, match="the same for all sequences") as raised:
+        gsx.generate(DATA / "gateskip", "token 12 keeps", hold=True)
+    assert raised.value.todo == "export the model again"

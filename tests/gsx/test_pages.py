@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 import gsx
+from gsx.benchmarking.report import BenchReport
 from gsx.benchmarking.rounds import Spread
+from gsx.benchmarking.rows import BenchRow, Timing
 from gsx.comparison.options import ExportOptions
 from gsx.comparison.report import CompareReport, Point
 from gsx.parity.estimate import Estimate
@@ -89,15 +91,47 @@ def tuned(path: Path) -> None:
     ).write_page(path)
 
 
+def benched(path: Path) -> None:
+    forms = {"my-model, budget 1": 1.0, "my-model, budget 0.7": 0.78, "my-model, budget 0.5": 0.63, "int8": 0.41}
+
+    def timing(base: float, ratio: float, left: float | None) -> Timing:
+        return Timing(Spread(base * ratio, base, base), Spread(ratio, 0.9 * ratio, 1.1 * ratio), left)
+
+    rows = [
+        BenchRow(
+            name,
+            "out/my-model",
+            "as exported",
+            None,
+            prompt,
+            1,
+            5,
+            1.0,
+            left,
+            timing(prompt * 2, left + 0.1, left),
+            timing(30, left, None if name == "int8" else left),
+            33 / left,
+            None,
+            600 * left,
+            left == 1.0,
+        )
+        for prompt in (128, 512)
+        for name, left in forms.items()
+    ]
+    notes = ("1024 tokens of prompt are left out: the context ends before",)
+    BenchReport(tuple(rows), 64, 1, "onnxruntime", "text.txt", "2026-11-30", "2 cores", notes).write_page(path)
+
+
 @pytest.fixture(scope="session")
 def pages(
     tmp_path_factory: pytest.TempPathFactory, tiny_gated: Path, tiny_bundle: Path, tiny_text: Path
 ) -> dict[str, Path]:
     """Every page by its name; parity and study are of real runs."""
     folder = tmp_path_factory.mktemp("pages")
-    found = {name: folder / f"{name}.html" for name in ("compare", "tune", "study")}
+    found = {name: folder / f"{name}.html" for name in ("compare", "tune", "study", "bench")}
     compared(found["compare"])
     tuned(found["tune"])
+    benched(found["bench"])
     gsx.study(tiny_gated, text=tiny_text, tokens=256).write_page(found["study"])
     bundle = copytree(tiny_bundle, folder / "bundle")
     gsx.verify(bundle, text=tiny_text, tokens=256, greedy_tokens=4)
@@ -115,7 +149,7 @@ def opened(browser: Any, path: Path, width: int, **options: Any) -> tuple[Any, l
     return page, problems
 
 
-NAMES = ("compare", "tune", "study", "parity")
+NAMES = ("compare", "tune", "study", "parity", "bench")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -186,6 +220,21 @@ def test_a_table_sorts_by_its_headings(browser: Any, pages: dict[str, Path]) -> 
     numbers = [float(cell.split()[0]) for cell in speeds[:-1]]
     assert numbers == sorted(numbers, reverse=True)
     assert page.locator("th[aria-sort=descending]").count() == 1
+    page.close()
+
+
+def test_bench_sorts_and_tells_figures_outside_the_answer_too(browser: Any, pages: dict[str, Path]) -> None:
+    page, _ = opened(browser, pages["bench"], WIDTHS[0])
+    assert (
+        "With prompts of 128 tokens, the fastest is int8: later tokens 2.44 times" in page.locator("h1").text_content()
+    )
+    table = page.locator("table").first
+    table.get_by_role("button", name="tokens/s").click()
+    speeds = [float(text) for text in table.locator("tbody tr > :nth-child(8)").all_text_contents()]
+    assert len(speeds) == 4
+    assert speeds == sorted(speeds)
+    evidence = page.locator("section", has_text="Time by work left").locator(".point title").all_text_contents()
+    assert any("512 tokens, my-model, budget 0.5, later tokens: 18.90 ms, 0.630" in tip for tip in evidence)
     page.close()
 
 

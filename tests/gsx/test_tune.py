@@ -21,7 +21,7 @@ from gsx.comparison.front import front
 from gsx.comparison.measure import LEAST_TOKENS
 from gsx.comparison.options import ExportOptions
 from gsx.parity.estimate import Estimate
-from gsx.tuning.ledger import FILE
+from gsx.tuning.ledger import FILE, Ledger
 from gsx.tuning.limit import Limit
 from gsx.tuning.report import TuneReport
 from gsx_engines.bundle.bundle import open_bundle
@@ -122,6 +122,13 @@ def test_a_second_run_measures_nothing_again(
     assert {path: path.stat().st_mtime_ns for path in (folder / "work").glob("*/gsx.json")} == made
     assert again.taken_over >= len(again.points) - 1
     assert (again.sentence, again.front) == (report.sentence, report.front)
+
+
+def test_what_an_export_of_a_kind_takes_is_kept(report: TuneReport, folder: Path) -> None:
+    assert report.points
+    ledger = Ledger(folder / "work")
+    for kind in ("int8-weights", "plain"):
+        assert ledger.get("export of a kind", kind) > 0, kind
 
 
 def test_a_limit_that_nothing_meets(

@@ -61,6 +61,10 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"repetition_penalty": 1.3},
     ),
     "budget": ({"temperature": 0, "extra_body": {"gsx": {"budget": 0.5}}}, {"budget": 0.5}),
+    "held": (
+        {"temperature": 0, "extra_body": {"gsx": {"budget": 0.6, "hold": True}}},
+        {"budget": 0.6, "hold": True},
+    ),
     "stop": ({"temperature": 0, "stop": ["e", "zz"]}, {"stop": ["e", "zz"]}),
     "speculative": ({"temperature": 0, "extra_body": {"gsx": {"speculative": True, "draft_length": 3}}}, {}),
 }
@@ -90,7 +94,9 @@ def test_completions(server: HttpServer, gated: Bundle, way: str) -> None:
     assert figures["kept_share"] == alone.stats.kept_share
     assert figures["layers"] == gated.manifest.decoder.num_layers
     assert figures["layers_per_token"] == pytest.approx(figures["layers"] * figures["kept_share"])
-    assert figures["budget"] == (0.5 if way == "budget" else 0.7)
+    assert figures["budget"] == options.get("budget", 0.7)
+    assert figures["held_share"] == alone.stats.held_share
+    assert (figures["held_share"] is not None) == (way == "held")
 
 
 @pytest.mark.parametrize("way", WAYS)

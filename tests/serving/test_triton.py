@@ -33,6 +33,7 @@ REQUESTS: list[dict[str, Any]] = [
         **({"budget": (0.5, 1.0)[n % 2]} if n % 3 else {}),
         **({"temperature": 1.1, "top_k": 30, "top_p": 0.95, "seed": n} if n % 4 == 1 else {}),
         **({"stop": ["e", "zz"]} if n % 6 == 2 else {}),
+        **({"hold": True} if n % 7 == 6 else {}),
         "speculative": n % 5 == 3,
     }
     for n in range(24)
@@ -47,7 +48,9 @@ def expected(served: Bundle) -> Callable[[int], GenerateResult]:
     def generate(number: int) -> GenerateResult:
         request = dict(REQUESTS[number])
         options = {
-            key: request[key] for key in ("budget", "temperature", "top_k", "top_p", "seed", "stop") if key in request
+            key: request[key]
+            for key in ("budget", "hold", "temperature", "top_k", "top_p", "seed", "stop")
+            if key in request
         }
         return gsx.generate(
             served, request["text_input"], max_new_tokens=request["max_tokens"], speculative=False, threads=1, **options

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.vectors import draft_length, generation, sampling, thresholds
+from tests.vectors import draft_length, generation, hold, sampling, thresholds
 
 FOLDER = Path(__file__).parent
 FILES: dict[str, Callable[[], Any]] = {
     "sampling": sampling.vectors,
     "draft_length": draft_length.vectors,
     "thresholds": thresholds.vectors,
+    "hold": hold.vectors,
     "generation": generation.vectors,
 }
 

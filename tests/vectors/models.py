@@ -46,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "some layers": {"rule": "router", "profiles": "verify"},
     "rank in pieces": {"mode": "rank", "draft": None, "profiles": "two"},
     "short": {"capacity": 32},
+    "old engines": {"told": False, "draft": None},
     "gated, one table": {"by_sequence": False, "draft": None},
     "calm, one threshold": {"rule": "calm", "kv_policy": "copy", "by_sequence": False, "draft": None},
     "three ends": {"mode": "rank", "draft": None, "counted": True, "ends": (END, 60, 17)},
@@ -69,6 +70,7 @@ def toy_manifest(
     capacity: int = CONTEXT,
     ends: Sequence[int] = (END,),
     by_sequence: bool = True,
+    told: bool = True,
 ) -> Manifest:
     """The manifest of a toy model.
 
@@ -81,6 +83,7 @@ def toy_manifest(
         capacity: capacity of the engine's K/V buffers.
         ends: the tokens that end a text.
         by_sequence: whether thresholds have a value for each sequence; False for those of 0.1.0.
+        told: whether the engines tell what each token kept; False for those of 0.1.0.
     """
     gated = bool(branches) and rule == "gateskip"
     policy = toy_policy(rule, branches, mode) if branches else None
@@ -96,7 +99,10 @@ def toy_manifest(
     for name, layers in graphs.items():
         chosen = sum(layer in reached for layer in layers) * len(branches)
         inputs = {**engine_inputs(reads, counted=counted), **(passed if name == "verify" else {})}
-        outputs = {**(passed if name == "draft" else {}), **({"kept": [chosen]} if branches else {})}
+        counts: Shapes = {"kept": [chosen]} if branches else {}
+        if branches and mode == "threshold" and told:
+            counts["kept_by_token"] = ["batch", "sequence"]
+        outputs = {**(passed if name == "draft" else {}), **counts}
         engines[name] = engine_graph(name, layers, capacity, inputs, outputs)
     return Manifest(
         schema_version=1,

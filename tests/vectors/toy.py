@@ -87,6 +87,7 @@ class ToyEngine:
             for b, s in tokens:
                 state[b, s] = mix(int(ids[b, s])) & 0xFFFF
         kept = []
+        by_token = np.zeros((batch, size), np.int64)
         for layer in self.layers:
             rows = {branch: self._kept(layer, branch, state, tokens, feeds) for branch in BRANCHES}
             below = self._write(layer, state, tokens, write_at, rows["attn"], buffers, below)
@@ -99,13 +100,17 @@ class ToyEngine:
                 change = mix(int(state[b, s]), layer, 3)
                 if change % 6 == 0:
                     state[b, s] = change >> 8 & 0xFFFF
-            kept += [len(rows[branch]) for place, branch in self.places if place == layer]
+            chosen = [rows[branch] for place, branch in self.places if place == layer]
+            kept += [len(one) for one in chosen]
+            for b, s in (token for one in chosen for token in one):
+                by_token[b, s] += 1
         found = {
             "logits": self._logits(state, set(tokens), feeds["logits_at"]),
             "exit_hidden": state[:, :, None].astype(np.float32),
             "exit_key": below["key"],
             "exit_value": below["value"],
             "kept": np.array(kept, np.int64),
+            "kept_by_token": by_token,
         }
         assert all(found[name].shape == tuple(shape) for name, shape in results.items())
         return {name: found[name] for name in results}

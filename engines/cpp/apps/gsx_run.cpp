@@ -27,6 +27,7 @@ space; new ids are written to standard output as they come, one per line.
   --speedup X          Unified Layer Skipping: new tokens run 1/X of the layers (--policy layers)
   --exit-threshold C   confidence at which a token exits; inf: no token exits (--policy calm)
   --loops N            how many loops of a looped model run (--policy loops)
+  --hold               move the thresholds of new tokens so that the budget holds on this text
   --temperature T      0 is greedy (0)
   --top-k K            only the K likeliest tokens; 0 for all (0)
   --top-p P            only the likeliest tokens that together reach this probability (1)
@@ -114,6 +115,7 @@ Command parse(int count, char** arguments) {
     };
     std::map<std::string, std::function<void()>> const flags = {
         {"--no-speculative", [&] { command.drafting.speculative = false; }},
+        {"--hold", [&] { command.keep.hold = true; }},
         {"--json", [&] { command.json = true; }},
         {"--help", [&] { command.help = true; }},
     };
@@ -179,7 +181,8 @@ nlohmann::json report(gsx::Model const& model, Command const& command, gsx::Toke
               {"accepted_by_place", stats.accepted},
               {"acceptance", orNull(stats.acceptance())},
               {"tokens_per_verification", orNull(stats.tokensPerVerification())},
-              {"kept_share", orNull(stats.keptShare())}}}};
+              {"kept_share", orNull(stats.keptShare())},
+              {"held_share", orNull(stats.heldShare())}}}};
 }
 
 void run(Command command) {

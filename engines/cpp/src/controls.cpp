@@ -183,6 +183,23 @@ void checkExitThreshold(double threshold, double least, double most) {
                       {}});
 }
 
+// Refuse to hold what is not a budget of thresholds, or has none for each sequence.
+void checkHold(Manifest const& manifest) {
+    if (!manifest.selection) {
+        throw UsageError("there is no budget to hold",
+                         {"a bundle whose keep rule has thresholds",
+                          manifest.policy ? "policy " + manifest.policy->name : "a dense model", {}});
+    }
+    if (manifest.selection->mode == SelectionMode::kRank) {
+        throw UsageError("holding a budget needs selection by threshold",
+                         {{}, "rank, which keeps the budget's share of every call", "export with --select threshold"});
+    }
+    if (!manifest.policy->input(names::kThresholds)->bySequence) {
+        throw UsageError("the thresholds of this bundle are the same for all sequences, so none can hold a budget of its own",
+                         {"thresholds with a batch axis", "a bundle of gsx 0.1.0", "export the model again"});
+    }
+}
+
 // Refuse settings that the bundle's rule does not read.
 void checkRead(Manifest const& manifest, Keep const& keep) {
     std::vector<std::string> const given = givenOf(keep);
@@ -190,6 +207,7 @@ void checkRead(Manifest const& manifest, Keep const& keep) {
         throw UsageError("only one setting may decide what is kept", {"one of them", joinedBy(" and ", given), {}});
     }
     bool const dense = !manifest.policy;
+    if (keep.hold) checkHold(manifest);
     if (keep.budget) {
         if (dense && *keep.budget == 1) return;
         if (!manifest.selection) {

@@ -16,7 +16,7 @@ class Draft {
 public:
     virtual ~Draft() = default;
 
-    // Begin a request, whose run-time inputs are `controls`.
+    // Begin a request, or a part of one, whose run-time inputs are `controls`.
     virtual void begin(std::shared_ptr<Controls const> controls) = 0;
 
     // Read one more token (or none) of each sequence, ids [B, 1]. Kept rows are counted only if the model itself would have

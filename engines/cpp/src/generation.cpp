@@ -19,6 +19,11 @@ std::optional<double> GenerationStats::keptShare() const {
     return static_cast<double>(keptRows) / static_cast<double>(gatedRows);
 }
 
+std::optional<double> GenerationStats::heldShare() const {
+    if (heldGatedRows == 0) return std::nullopt;
+    return static_cast<double>(heldKeptRows) / static_cast<double>(heldGatedRows);
+}
+
 std::optional<double> GenerationStats::decodeTokensPerSecond() const {
     if (decodeSeconds == 0) return std::nullopt;
     return static_cast<double>(newTokens - sequences) / decodeSeconds;

@@ -10,6 +10,7 @@
 #include "controls.h"
 #include "draft_length.h"
 #include "gsx/error.h"
+#include "hold.h"
 #include "picker.h"
 
 namespace gsx {
@@ -62,8 +63,8 @@ Counts promptSizes(std::vector<Tokens> const& prompts) {
 // One sequence as it grows.
 class Sequence {
 public:
-    Sequence(size_t row, Tokens const& prompt, int64_t maxNewTokens, Manifest const& manifest)
-        : mRow(row), mPrompt(prompt) {
+    Sequence(size_t row, Tokens const& prompt, int64_t maxNewTokens, Manifest const& manifest, std::optional<Hold> hold)
+        : mRow(row), mPrompt(prompt), mHold(std::move(hold)) {
         int64_t const room = manifest.decoder.maxPositions - promptSize();
         mLimit = std::min(maxNewTokens, room);
         mAtLimit = maxNewTokens <= room ? FinishReason::kLength : FinishReason::kContext;
@@ -73,6 +74,10 @@ public:
     int64_t limit() const { return mLimit; }
     // How many more tokens it may get.
     int64_t left() const { return mFinish ? 0 : mLimit - count(); }
+    // How many tokens may be drafted now: verification adds one by itself, and reads them all with the same thresholds.
+    int64_t mostDrafts() const { return (mHold ? std::min(left(), mHold->leftInBlock()) : left()) - 1; }
+    // Holds its budget; unset for thresholds that stay.
+    std::optional<Hold>& hold() { return mHold; }
     // Position of the next new token.
     int64_t place() const { return promptSize() + count(); }
     Tokens const& prompt() const { return mPrompt; }
@@ -104,6 +109,7 @@ public:
 private:
     size_t mRow;
     Tokens const& mPrompt;
+    std::optional<Hold> mHold;
     int64_t mLimit;
     FinishReason mAtLimit;
     Tokens mTokens;
@@ -125,7 +131,7 @@ public:
         Tokens const& stops = options.stopIds ? *options.stopIds : runner.manifest().decoder.eosIds;
         mStops.insert(stops.begin(), stops.end());
         for (size_t row = 0; row < prompts.size(); ++row) {
-            mSequences.emplace_back(row, prompts[row], options.maxNewTokens, runner.manifest());
+            mSequences.emplace_back(row, prompts[row], options.maxNewTokens, runner.manifest(), heldOf(options.keep, row));
         }
         if (mDraft != nullptr) mDraft->begin(mControls);
     }
@@ -140,8 +146,10 @@ public:
         auto const prefilled = Clock::now();
         while (mostLeft() > 0) {
             int64_t const wanted = mDraft != nullptr ? mLength->next() : 0;
-            // No more than some sequence can still use; verification adds one token by itself.
-            int64_t const size = std::min(wanted, mostLeft() - 1);
+            // No more than some sequence can still use.
+            int64_t most = 0;
+            for (Sequence const& sequence : mSequences) most = std::max(most, sequence.mostDrafts());
+            int64_t const size = std::min(wanted, most);
             if (size > 0) {
                 speculate(cache, size);
             } else {
@@ -154,6 +162,18 @@ public:
     }
 
 private:
+    // What holds the budget of a sequence; unset if its request does not ask for that.
+    std::optional<Hold> heldOf(std::vector<Keep> const& keep, size_t row) const {
+        if (keep.empty()) return std::nullopt;
+        std::optional<Hold> hold = holdOf(mRunner.manifest(), keep.size() == 1 ? keep.front() : keep[row]);
+        if (hold && !mRunner.countsTokens()) {
+            throw UsageError("these engines do not tell how many branches each token kept, so no budget can be held",
+                             {"engines with the output kept_by_token", "engines that an older gsx built",
+                              "build them again with gsx build, or leave out the hold"});
+        }
+        return hold;
+    }
+
     int64_t mostLeft() const {
         int64_t most = 0;
         for (Sequence const& sequence : mSequences) most = std::max(most, sequence.left());
@@ -166,6 +186,10 @@ private:
         for (Sequence& sequence : mSequences) {
             mStats.promptTokens += sequence.promptSize();
             mStats.newTokens += sequence.count();
+            if (auto const& hold = sequence.hold()) {
+                mStats.heldKeptRows += hold->kept();
+                mStats.heldGatedRows += hold->gated();
+            }
             made.sequences.push_back(std::move(sequence).result());
         }
         mStats.accepted.resize(mStats.drafted.size());
@@ -186,6 +210,9 @@ private:
         mStats.verifySeconds += seconds;
         count(output);
         mLength->learn({0, 1, 0, 0, 0, 0, seconds});
+        Counts read;
+        for (Sequence const& sequence : mSequences) read.push_back(sequence.left() > 0 ? 1 : 0);
+        hold(output, read);
         take(output);
     }
 
@@ -247,6 +274,9 @@ private:
             stays[sequence.row()] += taken;
         }
         cache.rollBack(stays);
+        Counts read;
+        for (size_t row = 0; row < batch; ++row) read.push_back(stays[row] - start[row]);
+        hold(output, read);
         mStats.draftSeconds += draftSeconds;
         mStats.verifySeconds += verifySeconds;
         round.tokens = static_cast<double>(tokens) / static_cast<double>(alive);
@@ -283,8 +313,8 @@ private:
                        std::vector<std::vector<double>>& confidences) {
         Array<int64_t> ids = newest();
         Counts going;
-        // Sequences near their limit draft fewer tokens, since verification adds one.
-        for (Sequence const& sequence : mSequences) going.push_back(sequence.left() > 1 ? 1 : 0);
+        // Sequences near their limit, or a change of their thresholds, draft fewer tokens.
+        for (Sequence const& sequence : mSequences) going.push_back(sequence.mostDrafts() > 0 ? 1 : 0);
         std::vector<double> together(mSequences.size(), 1.0);
         double seconds = 0;
         for (int64_t step = 0; step < size; ++step) {
@@ -304,7 +334,7 @@ private:
                 drafted[row].push_back(ids.data[row]);
                 confidences[row].push_back(mPicker.confidence(logits));
                 together[row] *= confidences[row].back();
-                bool const goes = step + 2 < sequence.left() && mLength->goesOn(step + 1, together[row]);
+                bool const goes = step + 1 < sequence.mostDrafts() && mLength->goesOn(step + 1, together[row]);
                 going[row] = goes ? 1 : 0;
                 anyGoes = anyGoes || goes;
             }
@@ -316,6 +346,25 @@ private:
     static void countPlaces(std::vector<int64_t>& counts, size_t number) {
         if (counts.size() < number) counts.resize(number);
         for (size_t place = 0; place < number; ++place) ++counts[place];
+    }
+
+    // Count what the new tokens of a call kept, and set the thresholds of the next ones; of each sequence the first `read`
+    // tokens stay.
+    void hold(StepOutput const& output, Counts const& read) {
+        std::vector<Hold const*> holds(mSequences.size(), nullptr);
+        bool changed = false;
+        for (Sequence& sequence : mSequences) {
+            std::optional<Hold>& own = sequence.hold();
+            if (!own) continue;
+            holds[sequence.row()] = &*own;
+            auto const first = static_cast<int64_t>(sequence.row()) * output.keptByToken.shape[1];
+            for (int64_t token = 0; token < read[sequence.row()]; ++token) {
+                if (own->read(output.keptByToken.data[static_cast<size_t>(first + token)])) changed = true;
+            }
+        }
+        if (!changed) return;
+        mControls = withThresholds(*mControls, holds);
+        if (mDraft != nullptr) mDraft->begin(mControls);
     }
 
     // Count the kept rows of a call that the model itself would have made too.

@@ -17,7 +17,7 @@ Counts grown(Counts lengths, Counts const& counts) {
 
 Cache emptyCache(int64_t batch, int64_t capacity) {
     Counts const none(static_cast<size_t>(batch));
-    return {batch, capacity, none, none, {}, {}};
+    return {batch, capacity, none, none, {}, {}, {}};
 }
 
 // The call that appends tokens to a cache. The caller ensures that they fit.
@@ -32,7 +32,34 @@ Call callOf(Cache const& cache, Array<int64_t> ids, Counts counts, std::shared_p
 StepOutput stepOutput(Stage const& stage, Call const& call, StageOutput output) {
     auto const branches = static_cast<int64_t>(stage.skippable().size());
     int64_t const tokens = std::accumulate(call.counts.begin(), call.counts.end(), int64_t{0});
-    return {std::move(output.logits), std::move(output.kept), tokens * branches};
+    return {std::move(output.logits), std::move(output.kept), tokens * branches, std::move(output.keptByToken)};
+}
+
+// Call `copy(number, row, start, count)` for the waiting tokens of each call and row that have not been rolled back: the
+// first `count` ones, which become those from `start` on of the joined call, whose counts are `counts`.
+template <typename Copy>
+void eachWaiting(Cache const& cache, Counts const& counts, Copy const& copy) {
+    for (size_t number = 0; number < cache.waiting.size(); ++number) {
+        Call const& drafted = cache.waiting[number].first;
+        for (int64_t row = 0; row < cache.batch; ++row) {
+            auto const at = static_cast<size_t>(row);
+            int64_t const start = drafted.lengths[at] - cache.verified[at];
+            int64_t const count = std::min(start + drafted.counts[at], counts[at]) - start;
+            if (count > 0) copy(number, row, start, count);
+        }
+    }
+}
+
+// How many of the early layers' branches kept each waiting token, as in the joined call; empty if that is not known.
+Array<int64_t> joinedKept(Cache const& cache, Call const& joined) {
+    for (Array<int64_t> const& kept : cache.waitingKept) {
+        if (kept.data.empty()) return {};
+    }
+    Array<int64_t> all({joined.batch(), joined.size()});
+    eachWaiting(cache, joined.counts, [&](size_t number, int64_t row, int64_t start, int64_t count) {
+        copyTokens(cache.waitingKept[number], row, 0, all, start, count);
+    });
+    return all;
 }
 
 // Waiting tokens that have not been rolled back as one call; those of each sequence are at the front of its row.
@@ -48,22 +75,15 @@ std::pair<Call, ExitState> joinedWaiting(Cache const& cache) {
         shape[tokenAxis(shape)] = size;
         joined[name] = Array<float>(shape);
     }
-    for (auto const& [drafted, state] : waiting) {
-        for (int64_t row = 0; row < cache.batch; ++row) {
-            auto const at = static_cast<size_t>(row);
-            int64_t const start = drafted.lengths[at] - cache.verified[at];
-            int64_t const count = std::min(start + drafted.counts[at], call.counts[at]) - start;
-            if (count <= 0) continue;
-            copyTokens(drafted.ids, row, 0, call.ids, start, count);
-            for (auto& [name, part] : joined) {
-                // Any axes between the batch and the tokens (K/V heads) belong to the sequence.
-                int64_t const rows = TokenView::of(part.shape, tokenAxis(part.shape)).outer / cache.batch;
-                for (int64_t i = row * rows; i < (row + 1) * rows; ++i) {
-                    copyTokens(state.at(name), i, 0, part, start, count);
-                }
-            }
+    eachWaiting(cache, call.counts, [&](size_t number, int64_t row, int64_t start, int64_t count) {
+        auto const& [drafted, state] = waiting[number];
+        copyTokens(drafted.ids, row, 0, call.ids, start, count);
+        for (auto& [name, part] : joined) {
+            // Any axes between the batch and the tokens (K/V heads) belong to the sequence.
+            int64_t const rows = TokenView::of(part.shape, tokenAxis(part.shape)).outer / cache.batch;
+            for (int64_t i = row * rows; i < (row + 1) * rows; ++i) copyTokens(state.at(name), i, 0, part, start, count);
         }
-    }
+    });
     return {std::move(call), std::move(joined)};
 }
 
@@ -110,16 +130,23 @@ StepOutput SplitRunner::draft(Cache& cache, Array<int64_t> ids, Counts counts, s
     cache.lengths = grown(call.lengths, call.counts);
     ExitState state = std::move(output.state);
     StepOutput step = stepOutput(*mEarly, call, std::move(output));
+    cache.waitingKept.push_back(step.keptByToken);
     cache.waiting.emplace_back(std::move(call), std::move(state));
     return step;
 }
 
 StepOutput SplitRunner::verify(Cache& cache, Logits logits) {
     auto const [call, state] = joinedWaiting(cache);
+    Array<int64_t> const early = joinedKept(cache, call);
     cache.waiting.clear();
+    cache.waitingKept.clear();
     StageOutput output = mLate->run(cache.memory[1], call, state, logits);
     cache.verified = cache.lengths;
-    return stepOutput(*mLate, call, std::move(output));
+    StepOutput step = stepOutput(*mLate, call, std::move(output));
+    std::vector<int64_t>& kept = step.keptByToken.data;
+    if (early.data.empty()) kept.clear();
+    std::transform(kept.begin(), kept.end(), early.data.begin(), kept.begin(), std::plus<>());
+    return step;
 }
 
 StepOutput joinedOutput(StepOutput early, StepOutput late) {

@@ -24,6 +24,8 @@ struct Cache {
     std::vector<StageMemory> memory;
     // In a split runner: the calls whose exit states the later layers have not processed yet.
     std::vector<std::pair<Call, ExitState>> waiting;
+    // Of these calls, how many of the early layers' branches kept each token, [B, S]; empty if the engine does not tell.
+    std::vector<Array<int64_t>> waitingKept;
 
     // Forget all tokens beyond these lengths.
     void rollBack(Counts const& to);
@@ -35,6 +37,8 @@ struct StepOutput {
     KeptTable kept;
     // Rows that the keep rule decided on in this call: one for each token and skippable branch.
     int64_t gatedRows = 0;
+    // [B, S], how many branches kept each token; empty if the engines do not tell.
+    Array<int64_t> keptByToken;
 };
 
 class Runner {
@@ -45,6 +49,9 @@ public:
     virtual ~Runner() = default;
 
     virtual Manifest const& manifest() const = 0;
+
+    // Whether its outputs tell how many branches kept each token.
+    virtual bool countsTokens() const = 0;
 
     // An empty cache for `batch` sequences of up to `capacity` tokens.
     virtual Cache newCache(int64_t batch, int64_t capacity) = 0;
@@ -60,6 +67,7 @@ public:
     explicit WholeRunner(std::unique_ptr<Stage> stage) : mStage(std::move(stage)) {}
 
     Manifest const& manifest() const override { return mStage->manifest(); }
+    bool countsTokens() const override { return mStage->countsTokens(); }
     Cache newCache(int64_t batch, int64_t capacity) override;
     StepOutput step(Cache& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<Controls const> controls,
                     Logits logits) override;
@@ -79,6 +87,7 @@ public:
     int64_t exitLayer() const { return mEarly->layers().last; }
 
     Manifest const& manifest() const override { return mEarly->manifest(); }
+    bool countsTokens() const override { return mEarly->countsTokens() && mLate->countsTokens(); }
     Cache newCache(int64_t batch, int64_t capacity) override;
     // A draft without logits, then its verification.
     StepOutput step(Cache& cache, Array<int64_t> ids, Counts counts, std::shared_ptr<Controls const> controls,
@@ -89,7 +98,7 @@ public:
                      Logits logits);
 
     // Run the later layers on all tokens that were drafted since the last verification and not rolled back. S of the
-    // logits is the largest number of such tokens in any sequence.
+    // logits is the largest number of such tokens in any sequence. Of the kept rows, those by token are of all layers.
     StepOutput verify(Cache& cache, Logits logits);
 
 private:
@@ -97,7 +106,7 @@ private:
     std::unique_ptr<Stage> mLate;
 };
 
-// The outputs of both halves on the same tokens as one, with the logits of the later half.
+// The outputs of both halves as one, with the logits and the kept rows by token of the later half.
 StepOutput joinedOutput(StepOutput early, StepOutput late);
 
 }  // namespace gsx

@@ -81,6 +81,10 @@ StageOutput joinedPieces(std::vector<StageOutput> const& pieces) {
     }
     joined.kept = pieces.front().kept;
     for (size_t i = 1; i < pieces.size(); ++i) addKept(joined.kept, pieces[i].kept);
+    if (pieces.front().keptByToken.data.empty()) return joined;
+    std::vector<Array<int64_t> const*> byToken;
+    for (StageOutput const& piece : pieces) byToken.push_back(&piece.keptByToken);
+    joined.keptByToken = joinedTokens(byToken);
     return joined;
 }
 
@@ -122,6 +126,9 @@ StageOutput joinedRows(std::vector<std::pair<int64_t, StageOutput>> const& parts
     }
     joined.kept = first.kept;
     for (size_t i = 1; i < parts.size(); ++i) addKept(joined.kept, parts[i].second.kept);
+    if (first.keptByToken.data.empty()) return joined;
+    joined.keptByToken = Array<int64_t>({call.batch(), call.size()});
+    for (auto const& [row, output] : parts) putRows(output.keptByToken, joined.keptByToken, row);
     return joined;
 }
 
@@ -406,6 +413,11 @@ StageOutput Stage::runOnce(StageMemory& memory, int64_t start, Call const& call,
         if (part != found.end()) output.state[name] = std::get<Array<float>>(std::move(part->second));
     }
     output.kept = keptOf(found);
+    if (auto const part = found.find(names::kKeptByToken); part != found.end()) {
+        output.keptByToken = std::get<Array<int64_t>>(std::move(part->second));
+    } else if (mSkippable.empty()) {
+        output.keptByToken = Array<int64_t>({call.batch(), call.size()});
+    }
     if (!mRuns.empty()) {  // padding is no token
         output.kept.resize(static_cast<size_t>(mManifest.decoder.numLayers));
         int64_t const tokens = std::accumulate(call.counts.begin(), call.counts.end(), int64_t{0});
@@ -476,6 +488,11 @@ int64_t Stage::keptCountOf(Call const& call, double budget) const {
         }
     }
     return keptCount(valid - kept, budget) + kept;
+}
+
+bool Stage::countsTokens() const {
+    auto const tells = [](TensorInfo const& output) { return output.name == names::kKeptByToken; };
+    return mSkippable.empty() || std::any_of(mGraph.outputs.begin(), mGraph.outputs.end(), tells);
 }
 
 KeptTable Stage::keptOf(Values const& found) const {

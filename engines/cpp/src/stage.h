@@ -49,6 +49,8 @@ struct StageOutput {
     Array<float> logits;
     ExitState state;
     KeptTable kept;
+    // [B, S], how many branches kept each token; empty if the engine does not tell.
+    Array<int64_t> keptByToken;
 };
 
 // K/V of a batch of sequences: each buffer is [B, K/V heads, capacity, D].
@@ -73,6 +75,8 @@ public:
 
     Manifest const& manifest() const { return mManifest; }
     Layers layers() const { return mLayers; }
+    // Whether it tells how many branches kept each token.
+    bool countsTokens() const;
     // The branches of these layers that the keep rule may skip.
     std::vector<Place> const& skippable() const { return mSkippable; }
 

@@ -33,6 +33,7 @@ inline constexpr char const* kRun = "run.";
 // Outputs.
 inline constexpr char const* kLogits = "logits";  // [B, O, V] float32
 inline constexpr char const* kKept = "kept";      // [skippable branches of the graph] int64: rows that each of them kept
+inline constexpr char const* kKeptByToken = "kept_by_token";  // [B, S] int64: how many of these branches kept each token
 
 // K and V of one layer, `past_key_values.3.key` and `present.3.key`: [B, K/V heads, C, D], sharing one buffer.
 inline constexpr char const* kPast = "past_key_values.";

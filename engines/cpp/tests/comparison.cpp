@@ -20,6 +20,7 @@ gsx::Keep keepOf(json const& raw) {
     if (raw.contains("speedup")) keep.speedup = raw["speedup"].get<double>();
     if (raw.contains("exit_threshold")) keep.exitThreshold = std::stod(raw["exit_threshold"].get<std::string>());
     if (raw.contains("loops")) keep.loops = raw["loops"].get<int64_t>();
+    keep.hold = raw.value("hold", false);
     return keep;
 }
 
@@ -46,7 +47,8 @@ void repeatCase(json const& one, json const& manifest, gsx::Options options, Eng
     json const counters = {{"prompt_tokens", stats.promptTokens}, {"new_tokens", stats.newTokens},
                            {"sequences", stats.sequences},        {"decode_steps", stats.decodeSteps},
                            {"drafted", stats.drafted},            {"accepted", stats.accepted},
-                           {"kept_rows", stats.keptRows},         {"gated_rows", stats.gatedRows}};
+                           {"kept_rows", stats.keptRows},         {"gated_rows", stats.gatedRows},
+                           {"held_kept_rows", stats.heldKeptRows}, {"held_gated_rows", stats.heldGatedRows}};
     compare(name + ": stats", counters, one.at("stats"));
     // The same model again, with what the first generation left in its engines. The draft length now depends on measured
     // times, which may change the calls but never the text.

@@ -105,6 +105,7 @@ gsx::Values ToyEngine::run(size_t profile, Values const& feeds, Buffers const& b
         }
     }
     Array<int64_t> counts(Shape{0});
+    Array<int64_t> byToken({batch, mSize});
     for (int64_t layer = mFirst; layer < mLast; ++layer) {
         auto const number = static_cast<uint32_t>(layer);
         std::vector<Token> const attention = kept(layer, gsx::Branch::kAttention, tokens, feeds);
@@ -121,7 +122,9 @@ gsx::Values ToyEngine::run(size_t profile, Values const& feeds, Buffers const& b
         }
         for (auto const& [skippable, branch] : mManifest.skippablePlaces(layer, layer + 1)) {
             static_cast<void>(skippable);
-            counts.data.push_back(static_cast<int64_t>((branch == gsx::Branch::kAttention ? attention : mlp).size()));
+            std::vector<Token> const& rows = branch == gsx::Branch::kAttention ? attention : mlp;
+            counts.data.push_back(static_cast<int64_t>(rows.size()));
+            for (auto const& [b, s] : rows) ++byToken.data[static_cast<size_t>(b * mSize + s)];
         }
     }
     counts.shape[0] = static_cast<int64_t>(counts.data.size());
@@ -131,7 +134,8 @@ gsx::Values ToyEngine::run(size_t profile, Values const& feeds, Buffers const& b
                     {"exit_hidden", std::move(hidden)},
                     {"exit_key", std::move(below.key)},
                     {"exit_value", std::move(below.value)},
-                    {"kept", std::move(counts)}};
+                    {"kept", std::move(counts)},
+                    {"kept_by_token", std::move(byToken)}};
     Values wanted;
     for (auto const& [name, size] : results) {
         auto value = found.extract(name);

@@ -14,6 +14,7 @@
 
 #include "comparison.h"
 #include "draft_length.h"
+#include "hold.h"
 #include "manifest_json.h"
 #include "picker.h"
 #include "toy_engine.h"
@@ -139,6 +140,18 @@ void repeatThresholds(json const& file) {
     }
 }
 
+void repeatHold(json const& file) {
+    gsx::Manifest const manifest = gsx::parseManifest(file.at("manifest").dump(), "vectors");
+    for (json const& one : file.at("sequences")) {
+        gsx::Hold hold(*manifest.selection, number(one.at("budget")), one.at("branches"));
+        json settings = json::array();
+        for (int64_t const kept : one.at("kept")) {
+            if (hold.read(kept)) settings.push_back(hold.setting());
+        }
+        compare("settings held", settings, one.at("settings"));
+    }
+}
+
 // The toy model behind the engine interface: only decoding, without a runtime.
 EnginesUnderTest toyEngines() {
     struct Toys {
@@ -167,5 +180,6 @@ int main(int count, char** arguments) {
     return compareFile(arguments[1], {{"sampling.json", repeatSampling},
                                       {"draft_length.json", repeatDraftLength},
                                       {"thresholds.json", repeatThresholds},
+                                      {"hold.json", repeatHold},
                                       {"generation.json", [](json const& file) { repeatGeneration(file, toyEngines()); }}});
 }

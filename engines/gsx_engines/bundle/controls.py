@@ -28,7 +28,8 @@ RuntimeValues = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class KeepSettings:
-    """The keep settings of one request; if it gives none, the exported ones apply. At most one may be given.
+    """The keep settings of one request; if it gives none, the exported ones apply. At most one may be given, but for
+    `hold`.
 
     Args:
         budget: share of skippable work to keep, for keep rules with thresholds.
@@ -38,6 +39,7 @@ class KeepSettings:
             rules.
         exit_threshold: confidence at which a token exits, for rules that measure it.
         loops: how many loops of a looped model run.
+        hold: whether the thresholds of new tokens move so that the budget holds (`bundle/hold.py`).
     Raises:
         UsageError: more than one is given.
     """
@@ -48,6 +50,7 @@ class KeepSettings:
     speedup: float | None = None
     exit_threshold: float | None = None
     loops: int | None = None
+    hold: bool = False
 
     def __post_init__(self) -> None:
         if len(self.given) > 1:
@@ -57,12 +60,14 @@ class KeepSettings:
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Names of the settings that are given."""
-        return tuple(field.name for field in fields(self) if getattr(self, field.name) is not None)
+        """Names of the settings that are given, but for `hold`."""
+        names = (field.name for field in fields(self) if field.name != "hold")
+        return tuple(name for name in names if getattr(self, name) is not None)
 
     def __str__(self) -> str:
         """For example `budget 0.7`; `as exported` if nothing is given."""
-        return " ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in self.given) or "as exported"
+        asked = " ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in self.given) or "as exported"
+        return f"{asked}, held" if self.hold else asked
 
 
 AS_EXPORTED = KeepSettings()
@@ -167,6 +172,8 @@ def layer_mask(manifest: Manifest, keep: KeepSettings) -> np.ndarray:
 def _check_read(manifest: Manifest, keep: KeepSettings) -> None:
     """Refuse settings that the bundle's rule does not read."""
     policy = manifest.policy
+    if keep.hold:
+        _check_hold(manifest, keep)
     if keep.budget is not None:
         if policy is None and keep.budget == 1:
             return
@@ -202,6 +209,29 @@ def _check_read(manifest: Manifest, keep: KeepSettings) -> None:
             f"the setting {keep.given[0]!r} needs a bundle whose keep rule reads a set of layers",
             found="a dense model" if policy is None else f"policy {policy.name}",
             todo="export the model with the policy layers",
+        )
+
+
+def _check_hold(manifest: Manifest, keep: KeepSettings) -> None:
+    """Refuse to hold what is not a budget of thresholds, or has none for each sequence."""
+    if manifest.selection is None:
+        raise UsageError(
+            "there is no budget to hold",
+            expected="a bundle whose keep rule has thresholds",
+            found="a dense model" if manifest.policy is None else f"policy {manifest.policy.name}",
+        )
+    if manifest.selection.mode == "rank":
+        raise UsageError(
+            "holding a budget needs selection by threshold",
+            found="rank, which keeps the budget's share of every call",
+            todo="export with --select threshold",
+        )
+    if not manifest.by_sequence("thresholds"):
+        raise UsageError(
+            "the thresholds of this bundle are the same for all sequences, so none can hold a budget of its own",
+            expected="thresholds with a batch axis",
+            found="a bundle of gsx 0.1.0",
+            todo="export the model again",
         )
 
 

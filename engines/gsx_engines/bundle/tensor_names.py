@@ -67,6 +67,6 @@ def exit_state(name: str) -> str:
     return f"exit_{name}"
 
 
-def kept_count(layer: int, branch: str) -> str:
-    """Name of the value inside a graph that counts the rows kept by a branch, [] int64."""
-    return f"layers.{layer}.{branch}.count"
+def kept_index(layer: int, branch: str) -> str:
+    """Name of the value inside a graph that has the numbers of the rows kept by a branch, [K] int64."""
+    return f"layers.{layer}.{branch}.index"

@@ -65,12 +65,15 @@ class StepOutput:
         gated_rows: rows that the keep rule decided on in this call: one for each token and skippable branch.
         kept_by_sequence: [B, L, 2] int64, kept rows of each sequence; None for a dense model, and where
             the runtime reports only the sum.
+        kept_by_token: [B, S] int64, how many branches kept each token, 0 beyond a sequence's count; None for a dense
+            model, and where the runtime does not tell (`Stage.counts_tokens`).
     """
 
     logits: np.ndarray
     kept: np.ndarray | None
     gated_rows: int = 0
     kept_by_sequence: np.ndarray | None = None
+    kept_by_token: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,21 @@ class StageOutput:
     state: ExitState | None
     kept: np.ndarray | None
     kept_by_sequence: np.ndarray | None = None
+    kept_by_token: np.ndarray | None = None
 
 
 class Stage(Protocol):
-    """One graph of a bundle on one runtime."""
+    """One graph of a bundle on one runtime.
+
+    Attributes:
+        manifest: of the bundle.
+        layers: the layers that it runs.
+        counts_tokens: whether it tells how many branches kept each token.
+    """
 
     manifest: Manifest
     layers: range
+    counts_tokens: bool
 
     def new_memory(self, batch: int, capacity: int) -> Any:
         """Memory for the K/V of these layers."""
@@ -125,9 +136,15 @@ class Stage(Protocol):
 
 
 class Runner(Protocol):
-    """Makes whole steps: every layer either runs on a token or is skipped by the keep rule."""
+    """Makes whole steps: every layer either runs on a token or is skipped by the keep rule.
+
+    Attributes:
+        manifest: of the bundle.
+        counts_tokens: whether its outputs tell how many branches kept each token.
+    """
 
     manifest: Manifest
+    counts_tokens: bool
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache for `batch` sequences of up to `capacity` tokens."""
@@ -147,7 +164,7 @@ class Runner(Protocol):
         Args:
             cache: its lengths grow by `counts`.
             input_ids: [B, S] int64.
-            controls: as in `Call`; they must not change until the cache is rolled back to nothing.
+            controls: as in `Call`; until the cache is rolled back to nothing only thresholds may change.
             counts: tokens of each sequence; None for S tokens of every sequence.
             logits: of each sequence's last token, of all tokens, or none.
         """
@@ -185,4 +202,4 @@ def grown(lengths: list[int], counts: list[int]) -> list[int]:
 def step_output(stage: Stage, call: Call, output: StageOutput) -> StepOutput:
     """A stage's output as a decoding loop sees it."""
     gated_rows = sum(call.counts) * len(stage.manifest.skippable_in(stage.layers))
-    return StepOutput(output.logits, output.kept, gated_rows, output.kept_by_sequence)
+    return StepOutput(output.logits, output.kept, gated_rows, output.kept_by_sequence, output.kept_by_token)

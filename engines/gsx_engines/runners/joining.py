@@ -21,6 +21,11 @@ def in_time(first: StageOutput, second: StageOutput) -> StageOutput:
             if first.kept_by_sequence is None or second.kept_by_sequence is None
             else first.kept_by_sequence + second.kept_by_sequence
         ),
+        kept_by_token=(
+            None
+            if first.kept_by_token is None or second.kept_by_token is None
+            else np.concatenate([first.kept_by_token, second.kept_by_token], axis=1)
+        ),
     )
 
 
@@ -47,9 +52,16 @@ def joined_rows(parts: list[tuple[slice, StageOutput]], call: Call, logits: Logi
         for rows, output in parts:
             assert output.kept_by_sequence is not None
             kept_by_sequence[rows] = output.kept_by_sequence
+    kept_by_token = None
+    if first.kept_by_token is not None:
+        kept_by_token = np.zeros((batch, length), np.int64)
+        for rows, output in parts:
+            assert output.kept_by_token is not None
+            kept_by_token[rows, : output.kept_by_token.shape[1]] = output.kept_by_token
     return StageOutput(
         logits=whole([output.logits for _, output in parts], columns),
         state=leaving or None,
         kept=np.sum(kept, axis=0) if kept else None,
         kept_by_sequence=kept_by_sequence,
+        kept_by_token=kept_by_token,
     )

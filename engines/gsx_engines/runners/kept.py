@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.words import BRANCHES
+
+
+class KeptCounts(NamedTuple):
+    """Kept rows of a call, as in `StepOutput`."""
+
+    kept: np.ndarray | None
+    kept_by_sequence: np.ndarray | None
+    kept_by_token: np.ndarray | None
 
 
 class KeptTable:
@@ -42,3 +51,17 @@ class KeptTable:
         tables = np.zeros((kept.shape[1], self._shape[0] * self._shape[1]), np.int64)
         tables[:, self._flat] = kept.T
         return tables.reshape(-1, *self._shape)
+
+    def counts(self, rows: np.ndarray) -> KeptCounts:
+        """All that can be counted; rows [places, B, S] bool: whether each of `places` kept each token."""
+        if self._is_dense:
+            return KeptCounts(None, None, None)
+        each = self.of_each(rows.sum(axis=2))
+        return KeptCounts(each.sum(axis=0), each, rows.sum(axis=0))
+
+    def rows(self, indices: Sequence[np.ndarray], batch: int, tokens: int) -> np.ndarray:
+        """The kept rows as `counts` takes them; indices: for each of `places` the numbers of its rows, [K]."""
+        rows = np.zeros((len(self.places), batch * tokens), np.bool_)
+        for place, index in enumerate(indices):
+            rows[place, index] = True
+        return rows.reshape(-1, batch, tokens)

@@ -167,6 +167,8 @@ class OnnxRuntimeStage:
         self._exits = {name: axes for name, axes in states if name != tensor_names.EXIT_HIDDEN}
         self._table = KeptTable(bundle.manifest, self.layers)
         self._gated = len(self._table.places)
+        self._ranks = bundle.manifest.selection is not None and bundle.manifest.selection.mode == "rank"
+        self.counts_tokens = not self._ranks
         self._chooses_calls = chooses_whole_calls(bundle.manifest)
         self._shares_head = shares_head
         self._sequence: _Sessions | None = None
@@ -176,8 +178,7 @@ class OnnxRuntimeStage:
     def is_lowered(self, batch: int) -> bool:
         """Whether a batch of so many sequences runs the lowered graph; else it runs the portable one."""
         fp8 = self.manifest.quantization is not None and self.manifest.quantization.is_float8
-        ranks = self.manifest.selection is not None and self.manifest.selection.mode == "rank"
-        alone = ranks or self.manifest.hides_skipped
+        alone = self._ranks or self.manifest.hides_skipped
         lowered = self.manifest.precision == "fp32" and not fp8 and (batch == 1 or not alone)
         eight_bits = self.manifest.kv_cache is not None
         return lowered and is_supported(self.manifest.decoder.head_dim, eight_bits=eight_bits)
@@ -271,10 +272,10 @@ class OnnxRuntimeStage:
             body.feed(name, value[..., :count, :])
         hidden = body.result(STATE, (batch, count, shape.hidden_size), np.float32)
         kept = None
-        if self._gated and batch == 1:
+        if self._gated and self._ranks:
             kept = body.result(KEPT, (self._gated,), np.int64)
         elif self._gated:
-            kept = body.result(KEPT, (self._gated * batch,), np.bool_)
+            kept = body.result(KEPT, (self._gated * batch * count,), np.bool_)
         leaves = self.layers.stop < shape.num_layers
         sizes: dict[int | str, int] = {"batch": batch, "sequence": count}
         leaving = {
@@ -296,10 +297,10 @@ class OnnxRuntimeStage:
                 scores = scores.copy()
         passed = {tensor_names.EXIT_HIDDEN: hidden, **leaving} if leaves else {}
         state = {name: value.copy() for name, value in passed.items()} or None
-        if kept is None:
-            return StageOutput(scores, state, self._table.of(None))
-        table = kept.reshape(self._gated, batch)
-        return StageOutput(scores, state, self._table.of(table.sum(axis=1)), self._table.of_each(table))
+        if kept is not None and self._ranks:
+            return StageOutput(scores, state, self._table.of(kept), self._table.of_each(kept[:, None]))
+        rows = np.zeros(0, np.bool_) if kept is None else kept
+        return StageOutput(scores, state, *self._table.counts(rows.reshape(self._gated, batch, count)))
 
     def _bound(self, memory: _Memory, start: int, rows: int) -> _Rows:
         """The bindings for neighbouring rows of the memory."""

@@ -71,7 +71,8 @@ class PortableStage:
         outputs = {value.name for value in model.graph.output}
         self._exits = [name for name in self.manifest.exit_state if name in outputs]
         self._table = KeptTable(self.manifest, self.layers)
-        self._kept = [tensor_names.kept_count(layer, branch) for layer, branch in self._table.places]
+        self.counts_tokens = True
+        self._kept = [tensor_names.kept_index(layer, branch) for layer, branch in self._table.places]
         for name in dict.fromkeys([*self._kept, *capture]):
             model.graph.output.append(onnx.ValueInfoProto(name=name))
         config = session_config(self.manifest)
@@ -98,11 +99,10 @@ class PortableStage:
         )
         for name, value in memory.items():
             memory[name] = _closed_up(value, call, past)
-        return StageOutput(
-            logits=self._logits(results.get(tensor_names.LOGITS), call, logits),
-            state={name: results[name] for name in self._exits} or None,
-            kept=self._table.of([int(results[name]) for name in self._kept]),
-        )
+        scores = self._logits(results.get(tensor_names.LOGITS), call, logits)
+        state = {name: results[name] for name in self._exits} or None
+        kept = self._table.rows([results[name] for name in self._kept], *call.ids.shape)
+        return StageOutput(scores, state, *self._table.counts(kept))
 
     def copy(self, memory: dict[str, np.ndarray], source: int, target: int, length: int) -> None:
         """See `Stage`."""

@@ -6,7 +6,7 @@ layer runs twice on an accepted token, and rejected tokens are forgotten by roll
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,10 @@ class _Memory:
     waiting: list[tuple[Call, ExitState]] = field(default_factory=list)
 
 
+# Beside the exit states that wait: how many branches of the early layers kept each token, [B, S, 1].
+_KEPT = "kept of the early layers"
+
+
 class SplitRunner:
     """Runs `draft.onnx` and `verify.onnx`, or engines built from them; see `Runner` for whole steps.
 
@@ -46,6 +50,7 @@ class SplitRunner:
     def __init__(self, early: Stage, late: Stage) -> None:
         self.early, self.late = early, late
         self.manifest = early.manifest
+        self.counts_tokens = early.counts_tokens and late.counts_tokens
 
     @property
     def exit_layer(self) -> int:
@@ -93,33 +98,41 @@ class SplitRunner:
         call = call_of(cache, input_ids, counts, controls)
         output = self.early.run(memory.early, call, None, logits)
         assert output.state is not None
-        memory.waiting.append((call, output.state))
+        waits = dict(output.state)
+        if output.kept_by_token is not None:
+            waits[_KEPT] = output.kept_by_token[..., None]
+        memory.waiting.append((call, waits))
         cache.lengths = grown(call.lengths, call.counts)
         return step_output(self.early, call, output)
 
     def verify(self, cache: Cache, *, logits: Logits = "all") -> StepOutput:
         """Run the later layers on all tokens that were drafted since the last verification and not rolled back.
 
-        Returns: logits as in `StepOutput`, where S is the largest number of such tokens in any sequence.
+        Returns: logits as in `StepOutput`, where S is the largest number of such tokens in any sequence. The kept
+            rows are those of the later layers, but `kept_by_token` has those of all layers.
         """
         memory: _Memory = cache.memory
         call, state = _joined(memory.waiting, cache)
         memory.waiting.clear()
+        early = state.pop(_KEPT, None)
         output = self.late.run(memory.late, call, state, logits)
         cache.verified = list(cache.lengths)
-        return step_output(self.late, call, output)
+        step = step_output(self.late, call, output)
+        if early is None or step.kept_by_token is None:
+            return replace(step, kept_by_token=None)
+        return replace(step, kept_by_token=step.kept_by_token + early[..., 0])
 
 
 def joined_output(early: StepOutput, late: StepOutput) -> StepOutput:
-    """The outputs of both halves on the same tokens as one."""
+    """The outputs of both halves as one; late: as `SplitRunner.verify` returns it."""
     kept = None if early.kept is None or late.kept is None else early.kept + late.kept
     each = None
     if early.kept_by_sequence is not None and late.kept_by_sequence is not None:
         each = early.kept_by_sequence + late.kept_by_sequence
-    return StepOutput(late.logits, kept, early.gated_rows + late.gated_rows, each)
+    return StepOutput(late.logits, kept, early.gated_rows + late.gated_rows, each, late.kept_by_token)
 
 
-def _joined(waiting: list[tuple[Call, ExitState]], cache: Cache) -> tuple[Call, ExitState]:
+def _joined(waiting: list[tuple[Call, ExitState]], cache: Cache) -> tuple[Call, dict[str, np.ndarray]]:
     """All waiting tokens as one call; those of each sequence are at the front of its row."""
     counts = [length - verified for length, verified in zip(cache.lengths, cache.verified, strict=True)]
     controls = waiting[-1][0].controls
@@ -127,7 +140,7 @@ def _joined(waiting: list[tuple[Call, ExitState]], cache: Cache) -> tuple[Call, 
     if min(counts) == size == sum(call.ids.shape[1] for call, _ in waiting):
         # Every sequence has all of them, so they only have to be concatenated.
         if len(waiting) == 1:
-            return Call(waiting[0][0].ids, counts, cache.verified, controls), waiting[0][1]
+            return Call(waiting[0][0].ids, counts, cache.verified, controls), dict(waiting[0][1])
         ids = np.concatenate([call.ids for call, _ in waiting], axis=1)
         joined = {n: np.concatenate([state[n] for _, state in waiting], axis=-2) for n in waiting[0][1]}
     else:

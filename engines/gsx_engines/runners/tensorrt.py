@@ -22,7 +22,7 @@ from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.words import BRANCHES
 from gsx_engines.errors import EngineError
-from gsx_engines.lowering.for_tensorrt.task import KEPT, LOGITS_AT, RUN, WRITE_AT, K
+from gsx_engines.lowering.for_tensorrt.task import KEPT, KEPT_BY_TOKEN, LOGITS_AT, RUN, WRITE_AT, K
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput
 from gsx_engines.runners.joining import in_time, joined_rows
 from gsx_engines.runners.kept import KeptTable
@@ -128,6 +128,9 @@ class TensorRTStage:
         # Of rules that the host decides for: the input of each branch that may be skipped, by layer and branch.
         places = [(f"{RUN}{layer}.{branch}", layer, BRANCHES.index(branch)) for layer, branch in self._table.places]
         self._runs = [place for place in places if place[0] in self._inputs]
+        # Engines that gsx 0.1.0 built do not.
+        told = all(KEPT_BY_TOKEN in one.outputs for one in (self._plan, *plans))
+        self.counts_tokens = told or not self._table.places
 
     def new_memory(self, batch: int, capacity: int) -> _Memory:
         """See `Stage`. The buffers always have the engine's own capacity.
@@ -322,6 +325,9 @@ class TensorRTStage:
             scores = np.take_along_axis(scores, last[:, :, None], axis=1)
         kept = self._table.of(found.get(KEPT))
         kept_by_sequence = None
+        kept_by_token = found.get(KEPT_BY_TOKEN)
+        if not self._table.places:
+            kept, kept_by_sequence, kept_by_token = self._table.counts(np.zeros((0, batch, length), np.bool_))
         if self._runs:
             kept_by_sequence = self._table.of_each(runs[:, None] * np.array(call.counts))
             kept = kept_by_sequence.sum(axis=0)
@@ -330,6 +336,7 @@ class TensorRTStage:
             state={name: found[name] for name in self._exits} or None,
             kept=kept,
             kept_by_sequence=kept_by_sequence,
+            kept_by_token=kept_by_token,
         )
 
     def _count(self, ids: np.ndarray, budget: float) -> int:
@@ -367,10 +374,12 @@ def _joined(outputs: list[StageOutput], call: Call, most: int, logits: Logits) -
     states = [output.state for output in outputs if output.state is not None]
     joined = {name: np.concatenate([state[name] for state in states], axis=-2) for name in (states or [{}])[0]}
     kept = [output.kept for output in outputs if output.kept is not None]
+    by_token = [output.kept_by_token for output in outputs if output.kept_by_token is not None]
     return StageOutput(
         logits=scores,
         state=joined or None,
         kept=np.sum(kept, axis=0) if kept else None,
+        kept_by_token=np.concatenate(by_token, axis=1) if len(by_token) == len(outputs) else None,
     )
 
 

@@ -14,6 +14,7 @@ class WholeRunner:
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.manifest = stage.manifest
+        self.counts_tokens = stage.counts_tokens
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """See `Runner`."""

@@ -95,7 +95,9 @@ class CacheRows:
         others = (held.controls.keys() | controls.keys()) - {of_prompt}
         if any(not np.array_equal(held.controls[name], controls[name]) for name in others):
             return 0
-        there = [*held.sequence.prompt, *held.sequence.tokens][: self.cache.lengths[row]]
+        # The new tokens of a held budget had other thresholds.
+        written = held.sequence.tokens if held.sequence.hold is None else ()
+        there = [*held.sequence.prompt, *written][: self.cache.lengths[row]]
         common = _common_start(there, sequence.prompt[:-1])
         if of_prompt in controls:
             until = {int(held.controls[of_prompt][0]), int(controls[of_prompt][0])}

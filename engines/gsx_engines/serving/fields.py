@@ -46,6 +46,7 @@ INPUTS = (
     Field("speedup", "TYPE_FP64", False, "target of Unified Layer Skipping; for the same rules"),
     Field("exit_threshold", "TYPE_FP64", False, "confidence at which a token exits; for rules that measure it"),
     Field("loops", "TYPE_INT64", False, "how many loops of a looped model run; as exported"),
+    Field("hold", "TYPE_BOOL", False, "move the thresholds of new tokens so that the budget holds; false"),
     Field("temperature", "TYPE_FP64", False, "0 always chooses the likeliest token; 0"),
     Field("top_k", "TYPE_INT64", False, "only the k likeliest tokens, 0 for all; 0"),
     Field("top_p", "TYPE_FP64", False, "only the likeliest tokens that together reach this probability; 1"),
@@ -70,6 +71,7 @@ OUTPUTS = (
     Field("first_token_seconds", "TYPE_FP64", False, "from arrival to the first token"),
     Field("decode_seconds", "TYPE_FP64", False, "from the first token to the last"),
     Field("kept_share", "TYPE_FP64", False, "share of (token, branch) pairs kept; if the model has gates, and counts"),
+    Field("held_share", "TYPE_FP64", False, "the same of new tokens alone; if the budget is held"),
     Field("acceptance", "TYPE_FP64", False, "share of drafted tokens that were correct; if any were drafted"),
 )
 

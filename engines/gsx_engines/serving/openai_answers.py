@@ -152,6 +152,7 @@ class Answer:
         kept = sum(result.stats.kept_rows for result in results)
         gated = sum(result.stats.gated_rows for result in results)
         share = kept / gated if gated else None
+        held = sum(result.stats.held_gated_rows for result in results)
         branches = manifest.decoder.num_layers * len(BRANCHES)
         left_out = len(manifest.skippable_places) * (1 - share) if share is not None else 0.0
         budget = keep.budget
@@ -161,6 +162,7 @@ class Answer:
             "budget": budget,
             "keep": str(keep),
             "kept_share": share,
+            "held_share": sum(result.stats.held_kept_rows for result in results) / held if held else None,
             "layers_per_token": None if share is None and manifest.policy else (branches - left_out) / len(BRANCHES),
             "layers": manifest.decoder.num_layers,
             "waited_seconds": max(result.waited_seconds for result in results),

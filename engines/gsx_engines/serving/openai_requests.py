@@ -47,6 +47,7 @@ class GsxOptions(_Body):
         layers, exit, speedup: instead of a budget, for policies that read a set of layers.
         exit_threshold: confidence at which a token exits, with policy calm.
         loops: how many loops run, for a looped model with policy loops.
+        hold: the thresholds of new tokens move so that the budget holds.
         speculative: draft and verify with the bundle's draft; the text is the same.
         draft_length: tokens drafted before a verification; null: found while generating.
         kept: report which branches each token kept.
@@ -58,6 +59,7 @@ class GsxOptions(_Body):
     speedup: float | None = None
     exit_threshold: float | None = None
     loops: int | None = None
+    hold: bool = False
     speculative: bool = False
     draft_length: int | None = None
     kept: bool = False

@@ -29,7 +29,16 @@ import numpy as np
 
 from gsx_engines.bundle.controls import RuntimeValues, controls_for, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import DraftKind
-from gsx_engines.generation import Continuation, Decoding, GenerationStats, check_draft_length, read, read_tokens
+from gsx_engines.bundle.hold import with_thresholds
+from gsx_engines.generation import (
+    Continuation,
+    Decoding,
+    GenerationStats,
+    check_draft_length,
+    held,
+    read,
+    read_tokens,
+)
 from gsx_engines.runners.base import Logits, Runner, StepOutput
 from gsx_engines.sampling import Picker, TokenLogprobs, logprobs_of
 from gsx_engines.serving.cache_rows import CacheRows
@@ -102,6 +111,7 @@ class _Job:
             self._on_token,
             request.stop_ids,
             request.logprobs,
+            held(runner, request.keep),
         )
         self.decoding: Decoding | None = None  # of a speculative request
         self._arrived = time.perf_counter()
@@ -128,6 +138,11 @@ class _Job:
             tokens, all_tokens: tokens of the request, and of all sequences in the call.
         """
         self._steps += not self.reading
+        hold = self.sequence.hold
+        if hold is not None and not self.reading:
+            assert output.kept_by_token is not None
+            if hold.read(int(output.kept_by_token[row, 0])):
+                self.controls = with_thresholds(self.controls, [hold])
         if output.kept is None:
             return
         counts = self.counts
@@ -176,6 +191,7 @@ class _Job:
         return Finished(finish, waited, first, stats, self.prompt.logprobs, self.prompt.cached)
 
     def _stats(self) -> GenerationStats:
+        hold = self.sequence.hold
         return GenerationStats(
             prompt_tokens=len(self.sequence.prompt),
             new_tokens=len(self.sequence.tokens),
@@ -184,6 +200,8 @@ class _Job:
             decode_steps=self._steps,
             kept_rows=self.counts.kept if self.counts.complete else 0,
             gated_rows=self.counts.gated if self.counts.complete else 0,
+            held_kept_rows=hold.kept if hold is not None else 0,
+            held_gated_rows=hold.gated if hold is not None else 0,
         )
 
 

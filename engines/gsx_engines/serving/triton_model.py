@@ -145,6 +145,7 @@ class TritonPythonModel:
         layers = given["layers"]
         check_layers(len(layers or b""))
         keep = {field.name: given[field.name] for field in fields(KeepSettings)}
+        keep["hold"] = bool(given["hold"])
         if layers is not None:
             keep["layers"] = _text(layers, "layers")
         return Request(
@@ -264,6 +265,7 @@ class _Client:
             "first_token_seconds": result.first_token_seconds,
             "decode_seconds": stats.decode_seconds,
             "kept_share": stats.kept_share,
+            "held_share": stats.held_share,
             "acceptance": stats.acceptance,
         }
         outputs = [(name, [value]) for name, value in values.items() if value is not None]

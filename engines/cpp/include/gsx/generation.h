@@ -22,7 +22,7 @@ char const* nameOf(FinishReason reason) noexcept;
 // "stopped").
 using OnToken = std::function<bool(size_t, int64_t)>;
 
-// What a request keeps; where it says nothing, the exported settings apply. At most one member is set.
+// What a request keeps; where it says nothing, the exported settings apply. At most one member is set, but for `hold`.
 struct Keep {
     // Share of skippable work to keep, for keep rules with thresholds.
     std::optional<double> budget;
@@ -36,12 +36,14 @@ struct Keep {
     std::optional<double> exitThreshold;
     // How many loops of a looped model run, for keep rules that read their number.
     std::optional<int64_t> loops;
+    // Move the thresholds of new tokens so that these keep the budget's share on this text too.
+    bool hold = false;
 };
 
 struct Options {
     // For each sequence; the model's context may end it earlier.
     int64_t maxNewTokens = 128;
-    // One for all prompts, or one for each; empty: as exported. A batch has one budget and one exit threshold.
+    // One for all prompts, or one for each; empty: as exported.
     std::vector<Keep> keep;
     Sampling sampling;
     // Tokens that end a sequence; they stay part of it. Unset: the model's end-of-text tokens.
@@ -73,9 +75,14 @@ struct GenerationStats {
     // Rows that skippable branches ran on, and rows that the keep rule decided on, in all layers that the model itself ran.
     int64_t keptRows = 0;
     int64_t gatedRows = 0;
+    // The same of the new tokens alone whose budget was held; drafted tokens that were wrong do not count.
+    int64_t heldKeptRows = 0;
+    int64_t heldGatedRows = 0;
 
     // Share of (token, branch) pairs kept; unset without a keep rule.
     std::optional<double> keptShare() const;
+    // The same of new tokens alone; unset where no budget was held.
+    std::optional<double> heldShare() const;
     // New tokens after the first of each sequence, divided by the time that they took.
     std::optional<double> decodeTokensPerSecond() const;
     // New tokens of a sequence per round; above 1 where drafts were accepted.

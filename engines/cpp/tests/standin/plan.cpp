@@ -17,7 +17,7 @@ namespace names = gsx::names;
 // Inputs and outputs of type int64; the manifests of the vectors do not have types.
 std::set<std::string> const kWhole = {names::kInputIds, names::kAttentionMask, names::kPositionIds, names::kWriteAt,
                                       names::kLogitsAt, names::kFullUntil,     names::kCount,       names::kKept,
-                                      names::kLoops};
+                                      names::kLoops,    names::kKeptByToken};
 
 }  // namespace
 

@@ -25,7 +25,7 @@ from gsx_engines.lowering.for_onnxruntime.regions import any_name
 from gsx_engines.lowering.for_onnxruntime.task import Task
 from gsx_plugins.graph import Graph, attribute, make_node
 
-# The output with the kept rows of every branch: how many, or in steps which ones.
+# The output with the kept rows of every branch: which ones, or with selection by rank how many.
 KEPT = "kept"
 # The table of kept rows, [P, N] bool, where all branches are decided at once.
 TOGETHER_KEPT = "lowered.together.kept"
@@ -56,9 +56,9 @@ def decide(graph: Graph, task: Task) -> int:
         x, score, bound -> ThresholdGather -> rows, index, count      becomes
         score > bound -> kept; kept -> ReduceMax -> any; kept -> Compress -> index; x -> Gather(index) -> rows
 
-    TopKGather stays; count and `any` are computed from its index. The output `KEPT` has the number of rows that each
-    branch that may be skipped keeps, [P] int64; in steps, where a row is a sequence, which rows, [P x B] bool. P:
-    branches, in order. Returns: the number of choices.
+    TopKGather stays; count and `any` are computed from its index. The output `KEPT` says which rows each branch that
+    may be skipped keeps, [P x N] bool; with selection by rank how many, [P] int64. P: branches, in order. Returns: the
+    number of choices.
     """
     choices = branch_choices(graph)
     if not choices:
@@ -83,8 +83,8 @@ def decide(graph: Graph, task: Task) -> int:
         first, step = graph.add_constant(f"{_ROWS}.first", 0), graph.add_constant(f"{_ROWS}.step", 1)
         size = f"{_ROWS}.count"
         graph.prepend(make_node("Size", ["input_ids"], size), make_node("Range", [first, size, step], _ROWS))
-    graph.append(*_kept_output(graph, choices, together, ranked, task.steps))
-    dtype = TensorProto.BOOL if task.steps else TensorProto.INT64
+    graph.append(*_kept_output(graph, choices, together, ranked))
+    dtype = TensorProto.INT64 if ranked else TensorProto.BOOL
     graph.proto.output.append(helper.make_tensor_value_info(KEPT, dtype, [None]))
     return count
 
@@ -213,27 +213,14 @@ def _place(graph: Graph, choice: onnx.NodeProto) -> int:
 
 
 def _kept_output(
-    graph: Graph, choices: Sequence[onnx.NodeProto], together: _Together | None, ranked: bool, steps: bool
+    graph: Graph, choices: Sequence[onnx.NodeProto], together: _Together | None, ranked: bool
 ) -> list[onnx.NodeProto]:
     """Nodes for the output of the kept rows of every branch, in order."""
     if ranked:
         return [make_node("Concat", [_size(choice) for choice in choices], KEPT, axis=0)]
-    line = graph.add_constant(f"{KEPT}.line", [-1])
-    table = together.kept if together is not None else None
-    joined = make_node("Concat", [_kept(c) for c in choices], KEPT if steps else f"{KEPT}.line.all", axis=0)
-    if steps:
-        return [joined] if table is None else [make_node("Reshape", [table, line], KEPT)]
-    nodes = []
-    if table is None:
-        shape = graph.add_constant(f"{KEPT}.shape", [len(choices), -1])
-        table = f"{KEPT}.table"
-        nodes = [joined, make_node("Reshape", [*joined.output, shape], table)]
-    axis = graph.add_constant(f"{KEPT}.axis", [1])
-    return [
-        *nodes,
-        make_node("Cast", [table], f"{KEPT}.numbers", to=TensorProto.INT64),
-        make_node("ReduceSum", [f"{KEPT}.numbers", axis], KEPT, keepdims=0),
-    ]
+    if together is not None and together.kept is not None:
+        return [make_node("Reshape", [together.kept, graph.add_constant(f"{KEPT}.line", [-1])], KEPT)]
+    return [make_node("Concat", [_kept(choice) for choice in choices], KEPT, axis=0)]
 
 
 def _kept(choice: onnx.NodeProto) -> str:

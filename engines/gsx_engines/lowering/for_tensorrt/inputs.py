@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from gsx_engines.lowering.choices import branch_choices
-from gsx_engines.lowering.for_tensorrt.task import KEPT, LOGITS_AT, LOGITS_COLUMNS, WINDOW, WRITE_AT, Task
+from gsx_engines.lowering.for_tensorrt.task import (
+    KEPT,
+    KEPT_BY_TOKEN,
+    LOGITS_AT,
+    LOGITS_COLUMNS,
+    WINDOW,
+    WRITE_AT,
+    Task,
+)
 from gsx_plugins.graph import Graph, attribute, make_node
 
 
@@ -114,7 +124,7 @@ def write_cache_in_place(graph: Graph, task: Task) -> int:
     def in_place(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         present = node.output[0]
         if present in passing:
-            return _copy_with(graph, task, *node.input, present, window)
+            return _copy_with(graph, task, node.input[0], node.input[1], present, window)
         if present not in live:
             return None
         written = make_node("TensorScatter", [*node.input, WRITE_AT], present, axis=2)
@@ -218,20 +228,53 @@ def fix_sizes(graph: Graph, task: Task) -> int:
 
 
 def report_kept(graph: Graph, task: Task) -> int:
-    """Add the output `kept [n]`, the number of rows of every gated branch, in order.
+    """Add the output `kept [n]`, the number of rows of every branch that may be skipped, in order; and where scores are
+    compared with bounds `kept_by_token [B, S]`, how many of these branches keep each token.
 
-    count (of each choice)      is followed by      Reshape [1] -> Concat -> kept
+    score, bound (of each choice) -> Concat -> Greater      becomes      kept, kept_by_token
+    count (of each choice by rank)      is followed by      Reshape [1] -> Concat -> kept
+
+    One comparison for all branches, since TensorRT would make a kernel of each branch's own.
     """
     choices = branch_choices(graph)
     if not task.in_place or not choices:
         return 0
-    flat = graph.add_constant("lowered.flat", [-1])
-    sizes = [f"lowered.size.{choice.output[2]}" for choice in choices]
-    for choice, size in zip(choices, sizes, strict=True):
-        graph.append(make_node("Reshape", [choice.output[2], flat], size))
-    graph.append(make_node("Concat", sizes, KEPT, axis=0))
-    graph.proto.output.append(helper.make_tensor_value_info(KEPT, TensorProto.INT64, [len(sizes)]))
-    return len(sizes)
+    outputs: dict[str, list[int | str]] = {KEPT: [len(choices)]}
+    if any(choice.op_type == "TopKGather" for choice in choices):
+        flat = graph.add_constant("lowered.flat", [-1])
+        sizes = [f"lowered.size.{choice.output[2]}" for choice in choices]
+        for choice, size in zip(choices, sizes, strict=True):
+            graph.append(make_node("Reshape", [choice.output[2], flat], size))
+        graph.append(make_node("Concat", sizes, KEPT, axis=0))
+    else:
+        _compare_all(graph, choices)
+        outputs[KEPT_BY_TOKEN] = ["batch", "sequence"]
+    for name, shape in outputs.items():
+        graph.proto.output.append(helper.make_tensor_value_info(name, TensorProto.INT64, shape))
+    return len(choices)
+
+
+def _compare_all(graph: Graph, choices: Sequence[onnx.NodeProto]) -> None:
+    """Compare the scores of all branches with their bounds, and count: by branch, and by token."""
+    first, last = graph.add_constant("lowered.first", [0]), graph.add_constant("lowered.axis_1", [1])
+    by_row = graph.add_constant("lowered.by_row", [1, -1])
+    scores = [f"lowered.score.{number}" for number in range(len(choices))]
+    bounds = [f"lowered.bound.{number}" for number in range(len(choices))]
+    for choice, score, bound in zip(choices, scores, bounds, strict=True):
+        graph.append(
+            make_node("Unsqueeze", [choice.input[1], first], score),
+            make_node("Reshape", [choice.input[2], by_row], bound),  # one for all rows, or one for each
+        )
+    graph.append(
+        make_node("Concat", scores, "lowered.scores", axis=0),
+        make_node("Concat", bounds, "lowered.bounds", axis=0),
+        make_node("Greater", ["lowered.scores", "lowered.bounds"], "lowered.keeps"),
+        make_node("Cast", ["lowered.keeps"], "lowered.keep_flags", to=TensorProto.INT64),
+        make_node("ReduceSum", ["lowered.keep_flags", last], KEPT, keepdims=0),
+        make_node("ReduceSum", ["lowered.keep_flags", first], "lowered.kept_of_rows", keepdims=0),
+        make_node("Shape", ["input_ids"], "lowered.kept_shape"),
+        make_node("Reshape", ["lowered.kept_of_rows", "lowered.kept_shape"], KEPT_BY_TOKEN),
+    )
 
 
 def speak_float32(graph: Graph, task: Task) -> int:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto
 
-from gsx_engines.lowering.for_tensorrt.task import KEPT, Task
+from gsx_engines.lowering.for_tensorrt.task import Task
 from gsx_plugins.domain import DOMAIN
-from gsx_plugins.graph import Graph, make_node
+from gsx_plugins.graph import Graph
 from gsx_plugins.library import MOST_STEP_ROWS, PLUGIN_NAMESPACE, PLUGIN_VERSION, STEP_OPS
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -36,8 +36,6 @@ def predicate_branches(graph: Graph, task: Task) -> int:
         Where(score > bound, residual + gate x (h W), residual)      becomes      SkipLinearAdd(residual, h, gate, W)
         silu(x G) x (x U)      becomes      SkipGateUp(x, G, U)      if only the above reads it
         x W      becomes      SkipLinear(x, W), 0 in skipped rows      of all other products of kept rows
-        (score > bound -> ReduceSum) of each branch -> Concat -> kept      becomes
-        (score of each -> Concat) > (bound of each -> Concat) -> ReduceSum -> kept
 
     Only in a step of few rows, and where the library has the plugins. Products with codes, biases or norms behind them
     stay as they are. Returns: how many branches no longer read the weights of their last product for nothing.
@@ -55,8 +53,6 @@ def predicate_branches(graph: Graph, task: Task) -> int:
             return [ends[out]]
         if out in gates:
             return [gates[out]]
-        if out == KEPT:
-            return _counted_at_once(graph, node)
         kept = task.products_of_kept.get(node.name)
         decision = _decision(graph, kept) if kept is not None and out not in fused else None
         if decision is None or not _is_plain(graph, task, node):
@@ -70,34 +66,6 @@ def predicate_branches(graph: Graph, task: Task) -> int:
         task.forms.update({op: "predicated" for op in ("ThresholdGather", "TopKGather") if op in task.forms})
         task.forms["GatedScatterAdd"] = "predicated"
     return len(ends)
-
-
-def _counted_at_once(graph: Graph, node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
-    """Kept rows of all branches by one comparison: TensorRT would make a kernel of each branch's own."""
-    decisions: list[_Decision] = []
-    for size in node.input:
-        at: str = size
-        while (made := graph.producer(at)) is not None and made.op_type in ("Reshape", "ReduceSum", "Cast"):
-            at = made.input[0]
-        if made is None or made.op_type != "Greater":
-            return None
-        decisions.append(_Decision(*made.input))
-    first, last = graph.add_constant("lowered.first", [0]), graph.add_constant("lowered.axis_1", [1])
-    by_row = graph.add_constant("lowered.by_row", [1, -1])
-    nodes, scores, bounds = [], [], []
-    for number, one in enumerate(decisions):
-        scores.append(f"lowered.score.{number}")
-        bounds.append(f"lowered.bound.{number}")
-        nodes.append(make_node("Unsqueeze", [one.score, first], scores[-1]))
-        nodes.append(make_node("Reshape", [one.bound, by_row], bounds[-1]))  # one for all rows, or one for each
-    return [
-        *nodes,
-        make_node("Concat", scores, "lowered.scores", axis=0),
-        make_node("Concat", bounds, "lowered.bounds", axis=0),
-        make_node("Greater", ["lowered.scores", "lowered.bounds"], "lowered.keeps"),
-        make_node("Cast", ["lowered.keeps"], "lowered.keep_flags", to=TensorProto.INT64),
-        make_node("ReduceSum", ["lowered.keep_flags", last], KEPT, keepdims=0),
-    ]
 
 
 def _plugin(op: str, inputs: list[str], out: str) -> onnx.NodeProto:

@@ -17,8 +17,8 @@ MAX_TOPK = 3840
 # on the GPU; "body": its function body; "rows": standard ops on as many rows as the host says; "mask" and "all":
 # standard ops that run on all rows (the results are right, but nothing is saved).
 Form = Literal["plugin", "predicated", "body", "rows", "mask", "all"]
-# Inputs that only the lowered graph has, and its output of kept rows by branch.
-WRITE_AT, LOGITS_AT, K, KEPT = "write_at", "logits_at", "k", "kept"
+# Inputs that only the lowered graph has, and its outputs of kept rows: by branch, and by token.
+WRITE_AT, LOGITS_AT, K, KEPT, KEPT_BY_TOKEN = "write_at", "logits_at", "k", "kept", "kept_by_token"
 # Inputs whose size is the number of rows of a branch, by layer and branch: `run.3.mlp`.
 RUN = "run."
 # Names of dynamic axes.
