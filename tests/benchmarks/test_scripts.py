@@ -27,6 +27,7 @@ SCRIPTS = (
     *(
         "model",
         "openai_serving",
+        "openai_soak",
         "profile",
         "quantization",
         "real",
