@@ -1,4 +1,4 @@
-// `gsx-run BUNDLE`: continues a prompt of token ids with a bundle's engines. See docs/cpp.md.
+// `gsx-run BUNDLE`: continues a prompt with a bundle's engines, or on a CPU. See docs/cpp.md.
 
 #include <charconv>
 #include <functional>
@@ -8,8 +8,15 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
+#include "gsx/gsx.h"
+#if GSX_HAS_TENSORRT
 #include "gsx/tensorrt.h"
+#endif
+#if GSX_HAS_ONNXRUNTIME
+#include "gsx/onnxruntime.h"
+#endif
 
 namespace {
 
@@ -17,7 +24,7 @@ constexpr int kUsedWrongly = 2;
 
 constexpr char const* kHelp = R"(Usage: gsx-run BUNDLE [OPTIONS] < IDS
 
-Continue a prompt with the engines of a bundle. The prompt is read from standard input as token ids separated by white
+Continue a prompt with a bundle, on the runtime that this program was built for. The prompt is read from standard input as token ids separated by white
 space; new ids are written to standard output as they come, one per line.
 
   --max-new-tokens N   maximum number of new tokens (128)
@@ -40,19 +47,35 @@ space; new ids are written to standard output as they come, one per line.
   --draft DRAFT        use another draft than the bundle's: exit:E, budget:B or layers:SET
   --draft-length N     tokens drafted before a verification; default: found while generating
   --no-speculative     plain decoding, even if the bundle has a draft
-  --plugins FILE       the plugin library that the engines were built with
+  --backend NAME       onnxruntime (a CPU), tensorrt or tensorrt-rtx; default: an engine's, if this program was built for one
+  --threads N          with onnxruntime: threads within an op; default: ONNX Runtime's own choice
+  --plugins FILE       with engines: the plugin library that they were built with
   --json               print ids and statistics as one line of JSON at the end, like `gsx generate --json`
   --help               show this help
 
   echo 1 15 20 | gsx-run out/my-model --temperature 0.8 --seed 1
 )";
 
+// The runtimes that this program was built for; the first is the default.
+std::vector<std::string> backends() {
+    std::vector<std::string> names;
+#if GSX_HAS_TENSORRT
+    names.emplace_back(gsx::backendName());
+#endif
+#if GSX_HAS_ONNXRUNTIME
+    names.emplace_back("onnxruntime");
+#endif
+    return names;
+}
+
 struct Command {
     std::string bundle;
     gsx::Keep keep;
     gsx::Options options;
     gsx::Drafting drafting;
-    gsx::GpuOptions gpu;
+    std::string backend = backends().front();
+    std::optional<int> threads;
+    std::optional<std::string> plugins;
     bool json = false;
     bool help = false;
 };
@@ -110,7 +133,9 @@ Command parse(int count, char** arguments) {
         {"--logprobs", [&] { options.logprobs = whole(); }},
         {"--draft", [&] { command.drafting.draft = value; }},
         {"--draft-length", [&] { options.draftLength = whole(); }},
-        {"--plugins", [&] { command.gpu.pluginLibrary = value; }},
+        {"--backend", [&] { command.backend = value; }},
+        {"--threads", [&] { command.threads = numberOf<int>(value, name, "a whole number"); }},
+        {"--plugins", [&] { command.plugins = value; }},
     };
     std::map<std::string, std::function<void()>> const flags = {
         {"--no-speculative", [&] { command.drafting.speculative = false; }},
@@ -135,6 +160,22 @@ Command parse(int count, char** arguments) {
         throw gsx::UsageError("no bundle was named", {"gsx-run BUNDLE", {}, "gsx-run --help"});
     }
     return command;
+}
+
+gsx::Model open(Command const& command) {
+#if GSX_HAS_TENSORRT
+    if (command.backend == gsx::backendName()) {
+        gsx::GpuOptions options;
+        if (command.plugins) options.pluginLibrary = *command.plugins;
+        return gsx::openModel(command.bundle, command.drafting, options);
+    }
+#endif
+#if GSX_HAS_ONNXRUNTIME
+    if (command.backend == "onnxruntime") return gsx::openModelOnCpu(command.bundle, command.drafting, {command.threads});
+#endif
+    std::string known;
+    for (std::string const& name : backends()) known += (known.empty() ? "" : " or ") + name;
+    throw gsx::UsageError("--backend", {known, "'" + command.backend + "'", "build gsx-run for it (docs/cpp.md)"});
 }
 
 gsx::Tokens readIds(std::istream& stream) {
@@ -183,7 +224,7 @@ nlohmann::json report(gsx::Model const& model, Command const& command, gsx::Toke
 }
 
 void run(Command command) {
-    gsx::Model model = gsx::openModel(command.bundle, command.drafting, command.gpu);
+    gsx::Model model = open(command);
     gsx::Tokens const prompt = readIds(std::cin);
     command.options.keep = {command.keep};
     if (!command.json) {
