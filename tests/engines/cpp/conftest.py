@@ -95,7 +95,8 @@ def cpu_build(cpp_build: Path) -> Path:
 def cpp_build() -> Path:
     """The core and its tests, compiled without warnings; other CXXFLAGS (e.g. sanitizers) make a separate build."""
     # CMake ties a build to the folder of its sources: two checkouts have two.
-    options = [*_standin_options(), *onnxruntime_options()]
+    text = os.environ.get("GSX_TEST_CPP_TEXT", "").split()  # where PyTorch's tokenizers and minja are (docs/cpp.md)
+    options = [*_standin_options(), *onnxruntime_options(), *(["-DGSX_TEXT=ON", *text] if text else [])]
     digest = hashlib.sha256("\0".join([str(SOURCES), os.environ.get("CXXFLAGS", ""), *options]).encode())
     for path in [*sorted(SOURCES.rglob("*")), SCHEMA_FILE]:
         if path.is_file():
