@@ -22,7 +22,7 @@ from benchmarks.rule_parity import Line
 from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
 from gsx.workflows.verify import verify
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 from gsx_plugins.errors import GsxError
 from tests.tiny import FAMILY_NAMES, tiny_checkpoint
 

@@ -20,7 +20,7 @@ from benchmarks.measure import Table, parse, parser, print_header
 from benchmarks.peers import Answer, Peer, genai_model, genai_peer, gsx_peer, time_in_turn
 from gsx.benchmarking.rounds import ratios
 from gsx.workflows.export import export
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 from tests.tiny import FAMILY_KEYS, FAMILY_NAMES, tiny_checkpoint
 
 BUDGET = 0.5

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from benchmarks.measure import Table, parse, parser, print_header, timed
 from gsx.benchmarking.rounds import in_turn, ratios, spread
-from gsx_exporter.config import GateConfig, ModelConfig, Scales
+from gsx_exporter.config import ModelConfig, Scales
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeyValue
 from gsx_exporter.families import NORMS_BEFORE
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.rope_config import ONLY_ROPE
 from gsx_exporter.rules.gateskip.traced import GateSkip
 from gsx_plugins.errors import PluginLibraryError

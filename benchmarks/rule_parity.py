@@ -26,7 +26,7 @@ from gsx.workflows.verify import verify
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.names import CONFIG, WEIGHTS
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.router_config import NetConfig, RouterConfig
 from gsx_exporter.training.exit_classifiers import train_exit_classifiers
 

@@ -17,7 +17,7 @@ import pytest
 from filelock import FileLock
 
 from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 
 if TYPE_CHECKING:
     from gsx_engines.bundle.bundle import Bundle

@@ -19,7 +19,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from gsx_exporter.checkpoint import ouro
 from gsx_exporter.checkpoint.experts import spelling_of, stored_name
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate, rule_module_kind
-from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.router_config import RouterConfig
 
 PAD_ID, BOS_ID, EOS_ID = 0, 1, 2

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from gsx_engines.bundle.words import BRANCHES, Branch
+from gsx_engines.bundle.words import Branch
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.experts import Experts, read_experts
 from gsx_exporter.families import FAMILIES, NORMS_BEFORE, SQRT_WIDTH, Family, LayerNorms, LoopKeys, QkNorm
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.rope_config import (
     ONLY_ROPE,
     extended_context,
@@ -31,10 +32,6 @@ from gsx_plugins.errors import UsageError
 if TYPE_CHECKING:
     from gsx_engines.bundle.loops import Loops
 
-GateKind = Literal["vector", "scalar"]
-GateInput = Literal["post_norm", "pre_norm"]
-
-
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2"]
 # Names in transformers (`activations.ACT2FN`).
 _ACTIVATIONS: Mapping[str, Activation] = {
@@ -45,51 +42,6 @@ _ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",
     "relu2": "relu2",
 }
-
-
-@dataclass(frozen=True)
-class GateConfig:
-    """The gates of a checkpoint: `config.json`, section `"gsx"`, key `"gate"`.
-
-    Args:
-        kind: `vector` (W [H, H]) or `scalar` (W [1, H]).
-        input: what the gate reads: the branch's normalized input (`post_norm`) or the residual stream (`pre_norm`).
-        branches: which branches of every layer have a gate.
-    """
-
-    kind: GateKind = "vector"
-    input: GateInput = "post_norm"
-    branches: tuple[Branch, ...] = BRANCHES
-
-    def __post_init__(self) -> None:
-        one_of("gsx.gate.kind", self.kind, ("vector", "scalar"))
-        one_of("gsx.gate.input", self.input, ("post_norm", "pre_norm"))
-        for branch in self.branches:
-            one_of("gsx.gate.branches", branch, BRANCHES)
-        if not self.branches or len(set(self.branches)) != len(self.branches):
-            raise CheckpointError(
-                "config.json: gsx.gate.branches is not a list of distinct branches",
-                expected='one or both of "attn", "mlp"',
-                found=repr(list(self.branches)),
-            )
-
-    @classmethod
-    def from_dict(cls, section: Mapping[str, Any]) -> GateConfig:
-        """Read the section.
-
-        Raises:
-            CheckpointError: an unknown key, or a value that is not allowed.
-        """
-        known_keys("gsx.gate", section, ("kind", "input", "branches"))
-        values = dict(section)
-        if "branches" in values:
-            listed = values["branches"]
-            values["branches"] = tuple(listed) if isinstance(listed, list | tuple) else (listed,)
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The section as `config.json` stores it."""
-        return {"kind": self.kind, "input": self.input, "branches": list(self.branches)}
 
 
 @dataclass(frozen=True)
@@ -356,7 +308,7 @@ class ModelConfig:
             bos_id=hf.bos_token_id,
             eos_ids=_id_list(hf.eos_token_id),
             pad_id=hf.pad_token_id,
-            gate=GateConfig.from_dict(section["gate"]) if section.get("gate") else None,
+            gate=GateConfig.from_dict(section["gate"], num_layers) if section.get("gate") else None,
             router=router,
             exits=_exits(hf, section, num_layers),
             # After the last layer there is nothing left to skip.

@@ -30,9 +30,10 @@ from gsx_exporter.checkpoint.files import stored_tensors
 from gsx_exporter.checkpoint.names import CONFIG, WEIGHTS, WEIGHTS_INDEX
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_adapter, is_gate, rule_module_kind
-from gsx_exporter.config import GateConfig, GateInput, ModelConfig
+from gsx_exporter.config import ModelConfig
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.experts import Spelling
+from gsx_exporter.gate_config import GateConfig, GateInput
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.rules.router.layouts import convert_routers
 from gsx_plugins.errors import UsageError

@@ -21,7 +21,7 @@ from gsx_engines.runners.base import Runner
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.whole import WholeRunner
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 from gsx_plugins.graph import Graph
 from tests.tiny import tiny_checkpoint
 

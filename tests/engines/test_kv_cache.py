@@ -25,9 +25,9 @@ from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.quantization.kv_cache import int8_kv_cache
 from gsx_exporter.text import TokenText
 from gsx_plugins.errors import UsageError

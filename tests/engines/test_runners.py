@@ -23,7 +23,7 @@ from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.sampling import Sampling
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 from gsx_plugins.errors import UsageError
 from gsx_plugins.graph import Graph
 from tests.tiny import tiny_checkpoint

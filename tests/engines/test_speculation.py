@@ -24,7 +24,7 @@ from gsx_engines.speculation.draft import open_draft
 from gsx_engines.speculation.length import LONGEST, PROBE_EVERY, AdaptiveLength, Round
 from gsx_engines.speculation.spec import check_draft, parse_draft
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.reference.model import Reference
 from gsx_plugins.errors import UsageError
 from tests.tiny import EOS_ID, tiny_checkpoint

@@ -20,7 +20,7 @@ from gsx_engines.lowering.tensorrt import Lowered, lower
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.tensorrt import TensorRTStage
 from gsx_engines.runners.whole import WholeRunner
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 from gsx_plugins.library import STEP_OPS
 from tests.engines.cpu_engine import CpuEngine, cpu_engines
 from tests.tiny import tiny_checkpoint

@@ -25,7 +25,7 @@ from gsx_engines.runners.split import SplitRunner
 from gsx_engines.runners.tensorrt import WINDOW_STEP, window_of
 from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.speculation.draft import EarlyExitDraft
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 from tests.engines.cpu_engine import CpuEngine, cpu_stages
 from tests.tiny import tiny_checkpoint
 

@@ -19,8 +19,8 @@ from gsx.workflows.verify import verify
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.checkpoint.tokenizer import load_tokenizer
-from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.reference.model import Reference
 from tests.exporter.test_checkpoint import HEAD, IDS, logits, same
 from tests.tiny import tiny_checkpoint

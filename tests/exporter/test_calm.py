@@ -17,10 +17,10 @@ from gsx_engines.bundle.confidence import RANGES, Guarantee, Measure
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.rule import Tokens
 from gsx_exporter.decoder.walk import Walk
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.calm.calibrate import GRIDS, calibrate_exits
 from gsx_exporter.rules.calm.policy import CalmPlan

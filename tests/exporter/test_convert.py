@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import expected_tensors, is_gate
-from gsx_exporter.config import GateConfig
 from gsx_exporter.convert import convert, write_safetensors
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.gate_config import GateConfig
 from gsx_plugins.errors import GsxError, UsageError
 from gsx_plugins.progress import Progress
 from tests.tiny import tiny_checkpoint

@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from gsx.workflows.export import export
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.ends import Entry, Exit
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.loading import Source, sources
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.graph.assemble import GraphBuilder
 from gsx_exporter.graph.weights import Weight, write_weights
 from gsx_exporter.rules.gateskip.traced import GateSkip

@@ -13,8 +13,8 @@ import torch
 from gsx.cli import run
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig
 from gsx_exporter.evaluation import losses
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.layer_study import FAMILIES, LayerSet, SetResult, curves, oracle, study
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.layers.reference import LayerMask

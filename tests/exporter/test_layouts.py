@@ -21,8 +21,8 @@ from gsx.workflows.inspect import inspect
 from gsx.workflows.verify import verify
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.reference.model import Reference
 from tests.exporter.test_checkpoint import IDS, logits, same
 from tests.tiny import tiny_checkpoint

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
-from gsx_exporter.config import GateConfig
 from gsx_exporter.families import FAMILIES
+from gsx_exporter.gate_config import GateConfig
 from tests.tiny import tiny_checkpoint
 
 pytestmark = pytest.mark.slow

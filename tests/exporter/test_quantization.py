@@ -23,11 +23,12 @@ from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import expected_tensors
-from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder import walk as walking
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.graph.assemble import GraphBuilder, Graphs
 from gsx_exporter.quantization import choose
 from gsx_exporter.quantization import codes as coding

@@ -14,8 +14,8 @@ from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import is_gate
-from gsx_exporter.config import GateConfig, GateInput, GateKind
 from gsx_exporter.families import FAMILIES
+from gsx_exporter.gate_config import GateConfig, GateInput, GateKind
 from gsx_exporter.reference.model import Reference, ReferenceOutput
 from gsx_exporter.reference.rule import KeepAll, ReferenceRule
 from gsx_exporter.rules.gateskip.reference import Rank, Threshold

@@ -24,8 +24,8 @@ from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.router_config import NetConfig, RouterConfig
 from gsx_exporter.rules.router.reference import RoutedByThreshold

@@ -12,9 +12,9 @@ import pytest
 import gsx_exporter
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.rule import TracedRule
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.quantization.statistics import key
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.rules.calm.traced import Calm

@@ -25,7 +25,7 @@ from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.reference.rule import BranchInput, MaskCall
 from gsx_exporter.rules.ffn_skip.calibrate import FfnRegion, calibrate_ffn
 from gsx_exporter.rules.ffn_skip.reference import FfnStride

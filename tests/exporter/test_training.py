@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from gsx.workflows.export import export
 from gsx.workflows.verify import verify
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError, TextError
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.training import trainer
 from gsx_exporter.training.reading import read_settings
 from gsx_exporter.training.run import TrainResult, plan_training, train
@@ -92,14 +93,20 @@ def test_a_result_is_exported_and_proved(tmp_path: Path, model: Path, text: Path
     phases: list[Progress] = []
     recipe = "gateskip" if mode == "frozen" else "gateskip+layerskip"
     # The branches of layer 0 always run, in the engine too: their gates give every token the same score.
-    start = {"gate__start": "change", "gate__open_layers": [0]} if mode == "lora" else {}
+    start = {"gate__start": "change", "gate__open_layers": [0], "gate__weights": "measured"} if mode == "lora" else {}
     chosen = settings(recipe, model=model, data__source=text, mode=mode, **start)
     result = run(chosen, tmp_path, on_progress=phases.append)
     assert [p.done for p in phases if p.stage == "training"] == list(range(1, 7))
     assert (result.steps, result.resumed_at) == (6, 0)
     assert result.metrics["eval_perplexity_at_0.5"] > 1
     checkpoint = open_checkpoint(result.directory)
-    assert checkpoint.config.gate == GateConfig(kind="scalar")
+    gate = checkpoint.config.gate
+    assert gate is not None
+    assert replace(gate, skip_weights=None) == GateConfig(kind="scalar")
+    if gate.skip_weights is not None:
+        assert gate.skip_weights[0] == (0.0, 0.0)
+        assert all(0 < weight <= 1 for row in gate.skip_weights[1:] for weight in row)
+    assert (gate.skip_weights is None) is (mode != "lora")
     assert checkpoint.config.exits == (() if mode == "frozen" else (1, 2))
     assert (checkpoint.adapter is None) is (mode == "full")
     before = open_checkpoint(model)

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from gsx_engines.bundle.words import BRANCHES
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig, GateInput, GateKind
+from gsx_exporter.gate_config import GateConfig, GateInput, GateKind
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.reference.rule import KeepAll
 from gsx_exporter.rules.gateskip.reference import Rank
@@ -259,7 +260,7 @@ def test_open_layers_always_run_and_the_others_make_up_for_it(tmp_path: Path) ->
     ids = ids_of(1, 40)
     _, call = made.figures(ids, ids, budget=0.8)
     assert {layer for layer, _ in call.scores} == {1, 2}
-    assert call.budget == pytest.approx(1 - 0.2 * 6 / 4)
+    assert call.shares == pytest.approx({(n, b): 1 - 0.2 * 6 / 4 if n else 1.0 for n in range(3) for b in BRANCHES})
     constant = made.hf.model.layers[0].mlp_gate
     assert is_constant(constant)
     assert float(constant.bias) == 0.0

@@ -15,7 +15,7 @@ from benchmarks import gpu_prefill, torch_backend
 from gsx.torch_runtime import TorchRuntime
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.runners.select import open_runner
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 from tests.gpu.__main__ import main, rows_of, sanitize
 from tests.gpu.rows import Row, goal_row, table
 from tests.gpu.whole_models import same_text

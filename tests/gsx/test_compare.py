@@ -18,9 +18,9 @@ from gsx.workflows.compare import compare
 from gsx.workflows.kept_exports import WINDOW_TOKENS
 from gsx_engines.bundle.layer_sets import exit_places, mask_of, unified_places
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import TextError
 from gsx_exporter.evaluation import losses
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.reference.model import Reference
 from gsx_exporter.router_config import RouterConfig
 from gsx_exporter.rules.layers.reference import LayerMask

@@ -36,9 +36,9 @@ from gsx.workflows.verify import verify
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.manifest import KvCache, Quantization, SchemeName
 from gsx_engines.bundle.selection import CalibrationText
-from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.evaluation import next_tokens
+from gsx_exporter.gate_config import GateConfig
 from gsx_plugins.errors import UsageError
 from tests.gsx.command_line import Gsx
 from tests.tiny import tiny_checkpoint

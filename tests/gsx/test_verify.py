@@ -27,8 +27,8 @@ from gsx_engines.errors import BundleError
 from gsx_engines.runners.base import Cache, StepOutput
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.whole import WholeRunner
-from gsx_exporter.config import GateConfig
 from gsx_exporter.errors import CheckpointError, TextError
+from gsx_exporter.gate_config import GateConfig
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import Progress
 from tests.tiny import tiny_checkpoint

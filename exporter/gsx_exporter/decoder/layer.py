@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
-from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.experts import RoutedMlp
 from gsx_exporter.decoder.modules import Linear, Mlp
 from gsx_exporter.decoder.norm import RmsNorm, UnitNorm, norm_of
@@ -32,6 +32,7 @@ from gsx_exporter.decoder.rule import (
     WatchesBranches,
     own_modules,
 )
+from gsx_exporter.gate_config import GateConfig
 from gsx_plugins.full_attention.op import full_attention
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.gathered_attention.op import gathered_attention

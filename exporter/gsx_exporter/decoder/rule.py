@@ -187,6 +187,14 @@ class HasModules(ABC):
         """Name -> module; the checkpoint stores its parameters under that name (`model.layers.{i}.{name}`)."""
 
 
+class DividesBudget(ABC):
+    """A rule whose branches keep different shares at one budget."""
+
+    @abstractmethod
+    def skip_weight(self, layer: int, branch: Branch) -> float:
+        """How much of the skipping a branch takes, at least 0 (`gate_shares.py`); 0 if it always runs."""
+
+
 class SharesScore(ABC):
     """A rule that scores only some of its branches; any other branch follows the decision of the branch before it."""
 

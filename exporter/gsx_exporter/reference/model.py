@@ -24,7 +24,8 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.reference.loading import load_model
 from gsx_exporter.reference.parts import linear
 from gsx_exporter.reference.rule import (

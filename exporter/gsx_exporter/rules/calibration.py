@@ -1,7 +1,8 @@
 """Thresholds for a grid of budgets, in one walk through the model.
 
 Skipping changes the inputs of later layers, and so their scores. The calibration therefore goes layer by layer: a
-branch's threshold is the (1 - budget) quantile of its scores, on states from earlier branches that already skip. Equal
+branch's threshold is the quantile of its scores that keeps its share of the budget (the same for all branches, or as
+the rule divides it), on states from earlier branches that already skip. Equal
 scores (at the first branch a score depends only on the token's id, and texts repeat tokens) can make a share impossible
 to meet at one branch. Later branches make up for the difference, so that the share kept over all branches meets the
 budget; that share is counted, not assumed. Rule: docs/design.md, section 3, GateSkip `threshold`.
@@ -23,8 +24,9 @@ from torch import Tensor
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import CallState, DecoderLayer, DecoderOptions, KeptRows
-from gsx_exporter.decoder.rule import scored_branches
+from gsx_exporter.decoder.rule import DividesBudget, scored_branches
 from gsx_exporter.decoder.walk import Stream, Walk
+from gsx_exporter.gate_shares import kept_shares
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Scores closer than this may be the same score, rounded differently: they are kept or skipped together.
@@ -58,10 +60,11 @@ class _Run:
     stream: Stream
     thresholds: np.ndarray
     kept: np.ndarray
+    shares: list[float]
     budget: float = 1.0
     constant: float | None = None
     owed: float = 0.0
-    """By how much the shares kept so far fall short of the budget, summed over the branches."""
+    """By how much the shares kept so far fall short of what they were to be, summed over the branches."""
 
 
 def calibrate(
@@ -113,6 +116,7 @@ class _Thresholds:
         assert rule is not None, "calibration is for rules with scores"
         layers = range(checkpoint.config.num_layers) if rule.layers is None else rule.layers
         self._places = [(layer, branch) for layer in layers for branch in BRANCHES if branch in rule.branches]
+        self._weights = [rule.skip_weight(*place) if isinstance(rule, DividesBudget) else 1.0 for place in self._places]
         self._rule = rule
         with torch.inference_mode():
             self._walk = Walk(checkpoint, ids, options)
@@ -120,10 +124,11 @@ class _Thresholds:
     def run(self, budget: float = 1.0, constant: float | None = None) -> _Run:
         """A run at the first layer."""
         shape = (self._walk.checkpoint.config.num_layers, 2)
+        shares = kept_shares(self._weights, budget)
         with torch.inference_mode():
             # The rule needs thresholds as input, but they are not used: `_choose` replaces the bound.
             stream = self._walk.stream({"thresholds": np.zeros((1, *shape), np.float32)})
-        return _Run(stream, np.full(shape, -np.inf, np.float32), np.ones(shape), budget, constant)
+        return _Run(stream, np.full(shape, -np.inf, np.float32), np.ones(shape), shares, budget, constant)
 
     def through(self, runs: Sequence[_Run], stage: str, on_progress: OnProgress) -> None:
         """Take runs through all layers, one layer's weights in memory at a time."""
@@ -155,20 +160,21 @@ class _Thresholds:
         scores = found.score[~call.values["forced"]].numpy()
         place = (number, BRANCHES.index(branch))
         if branch in scored_branches(self._rule):
-            left = len(self._places) - self._places.index((number, branch))
-            run.thresholds[place] = self._threshold(scores, run, left)
+            run.thresholds[place] = self._threshold(scores, run, self._places.index((number, branch)))
         else:  # it follows the branch before it
             run.thresholds[place] = run.thresholds[number, 0]
         tau = float(run.thresholds[place])
         run.kept[place] = float((scores > tau).mean())
-        run.owed += run.budget - run.kept[place]
+        run.owed += run.shares[self._places.index((number, branch))] - run.kept[place]
         return layer.kept_by(replace(found, bound=torch.tensor(tau)), x, call)
 
-    @staticmethod
-    def _threshold(scores: np.ndarray, run: _Run, left: int) -> float:
+    def _threshold(self, scores: np.ndarray, run: _Run, number: int) -> float:
         if run.constant is not None:
             return run.constant
-        return float(threshold_for(scores, run.budget + run.owed / left)) if run.budget < 1.0 else -math.inf
+        if run.budget >= 1.0 or not self._weights[number]:
+            return -math.inf
+        left = sum(weight > 0.0 for weight in self._weights[number:])
+        return float(threshold_for(scores, run.shares[number] + run.owed / left))
 
 
 def threshold_for(scores: np.ndarray, share: float) -> np.float32:

@@ -11,8 +11,9 @@ The layer dropout of LayerSkip is here too: a dropped layer's branches add nothi
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +21,9 @@ from torch import nn
 
 from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.words import BRANCHES, Branch
-from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.config import ModelConfig
+from gsx_exporter.gate_config import GateConfig
+from gsx_exporter.gate_shares import kept_shares
 
 MODULES: dict[Branch, str] = {"attn": "self_attn", "mlp": "mlp"}
 
@@ -30,33 +33,36 @@ class Call:
     """One call of the model: what its layers read, and what they leave behind.
 
     Args:
-        budget: share of the tokens of a row that each gated branch keeps.
+        shares: (layer, branch) -> share of the tokens of a row that it keeps; all where there is none.
         ended: [B, S] bool, end-of-text and padding: always kept, and not counted.
         live: [L, B] bool, which rows run which layer; None for all.
         depths: the layers whose results are wanted, counted from 1.
         gated: whether gates act; without them the model is the dense one.
         straight_through: whether skipped tokens teach a gate, too (`GateSettings.estimator`).
-        last_skipped: [B, 1] int64, in a row's ascending scores the last one that is skipped; -1 to skip nothing.
         scores: (layer, branch) -> [B, S] float32.
         squares: (layer, branch) -> [B, S] float32, the mean of g^2 of each token.
         states: depth -> [B, S, H], the residual stream after so many layers.
     """
 
-    budget: float
+    shares: Mapping[tuple[int, Branch], float]
     ended: torch.Tensor
     live: torch.Tensor | None = None
     depths: frozenset[int] = frozenset()
     gated: bool = True
     straight_through: bool = False
-    last_skipped: torch.Tensor = field(init=False)
     scores: dict[tuple[int, Branch], torch.Tensor] = field(default_factory=dict)
     squares: dict[tuple[int, Branch], torch.Tensor] = field(default_factory=dict)
     states: dict[int, torch.Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        counted = (~self.ended).sum(1).tolist()
-        last = [n - 1 - kept_count(n, self.budget) for n in counted]
-        self.last_skipped = torch.tensor(last, device=self.ended.device)[:, None]
+    def last_skipped(self, layer: int, branch: Branch) -> torch.Tensor:
+        """[B, 1] int64, in a row's ascending scores the last one that is skipped; -1 to skip nothing."""
+        share = self.shares.get((layer, branch), 1.0)
+        last = [n - 1 - kept_count(n, share) for n in self._counted]
+        return torch.tensor(last, device=self.ended.device)[:, None]
+
+    @cached_property
+    def _counted(self) -> list[int]:
+        return (~self.ended).sum(1).tolist()
 
 
 def gate_name(branch: Branch) -> str:
@@ -101,13 +107,13 @@ class Hooks:
 
     def __init__(self, hf: Any, config: ModelConfig) -> None:
         self.call: Call | None = None
-        gates = [
-            getattr(layer, gate_name(branch))
-            for layer in hf.model.layers
-            for branch in (config.gate.branches if config.gate is not None else ())
-        ]
-        # Branches that always run count as kept: the others keep less, so that a budget is a share of all.
-        self._all, self._choosing = len(gates), sum(not is_constant(gate) for gate in gates)
+        gates = config.gate.branches if config.gate is not None else ()
+        self._choosing = {
+            (number, branch): not is_constant(getattr(layer, gate_name(branch)))
+            for number, layer in enumerate(hf.model.layers)
+            for branch in gates
+        }
+        self.weigh(config.gate.skip_weights if config.gate is not None else None)
         for number, layer in enumerate(hf.model.layers):
             layer.register_forward_hook(self._keeps(number + 1))
             for branch in BRANCHES:
@@ -116,11 +122,15 @@ class Hooks:
                 module.register_forward_pre_hook(hook.before, with_kwargs=True)
                 module.register_forward_hook(hook.after)
 
-    def share(self, budget: float) -> float:
-        """What the gates that choose keep at a budget."""
-        if not self._choosing:
-            return 1.0
-        return max(0.0, 1.0 - (1.0 - budget) * self._all / self._choosing)
+    def weigh(self, skip_weights: Sequence[Sequence[float]] | None) -> None:
+        """Say how much of the skipping each gate takes (`GateConfig.skip_weights`)."""
+        # Branches that always run count as kept: the others keep less, so that a budget is a share of all.
+        each = iter([weight for layer in skip_weights for weight in layer] if skip_weights else [])
+        self._weights = {key: next(each, 1.0) * choosing for key, choosing in self._choosing.items()}
+
+    def shares(self, budget: float) -> dict[tuple[int, Branch], float]:
+        """What each gate keeps at a budget."""
+        return dict(zip(self._weights, kept_shares(list(self._weights.values()), budget), strict=True))
 
     def _keeps(self, depth: int) -> Any:
         def keep(_layer: nn.Module, _args: Any, output: Any) -> None:
@@ -179,8 +189,9 @@ class _Branch:
                 return g
             with torch.no_grad():
                 ranked = score.masked_fill(call.ended, float("inf"))
-                tau = ranked.sort(dim=1).values.gather(1, call.last_skipped.clamp(min=0))
-                keep = (ranked > tau) | (call.last_skipped < 0)
+                last = call.last_skipped(self._number, self._branch)
+                tau = ranked.sort(dim=1).values.gather(1, last.clamp(min=0))
+                keep = (ranked > tau) | (last < 0)
             key = self._number, self._branch
             call.scores[key] = score.detach()
             call.squares[key] = g.square().mean(-1)

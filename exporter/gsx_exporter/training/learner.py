@@ -10,7 +10,7 @@ L_e is an exit's cross-entropy against the text, or against what the last layer 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +84,10 @@ class Learner(nn.Module):
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}
         self._no_split_modules = getattr(hf, "_no_split_modules", None)  # how FSDP divides it
         self.register_state_dict_post_hook(_only_trained)  # type: ignore[no-untyped-call]
+
+    def weigh(self, skip_weights: Sequence[Sequence[float]]) -> None:
+        """Say how much of the skipping each gate takes (`GateConfig.skip_weights`)."""
+        self._hooks.weigh(skip_weights)
 
     def begin(self, step: int) -> None:
         """Say which step the next training passes belong to."""
@@ -159,9 +163,14 @@ class Learner(nn.Module):
         *,
         budget: float = 1.0,
         depths: frozenset[int] = frozenset(),
+        shares: Mapping[tuple[int, Branch], float] | None = None,
     ) -> tuple[Figures, Call]:
-        """How well the model predicts some rows, at a budget and at exits; and the call, with the gates' scores."""
+        """How well the model predicts some rows, at a budget and at exits; and the call, with the gates' scores.
+
+        Args: shares: what each gate keeps, in place of what the budget gives it.
+        """
         call = self._call(input_ids, attention_mask, budget)
+        call.shares = call.shares if shares is None else shares
         call.depths = depths
         where, targets = _predicted(labels)
         logits = self.logits(self._run(input_ids, attention_mask, call)[:, :-1][where])
@@ -252,7 +261,7 @@ class Learner(nn.Module):
         ended = torch.isin(ids, ends)
         if attention_mask is not None:
             ended = ended | (attention_mask == 0)
-        return Call(self._hooks.share(budget), ended)
+        return Call(self._hooks.shares(budget), ended)
 
     def _run(self, ids: torch.Tensor, attention_mask: torch.Tensor | None, call: Call) -> torch.Tensor:
         self._hooks.call = call

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from gsx_exporter.checkpoint.quiet import quiet_transformers
 from gsx_exporter.checkpoint.tokenizer import load_tokenizer
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.training.arguments import SETTINGS_FILE, arguments_of, check_free, newest_checkpoint, step_of
+from gsx_exporter.training.branch_costs import keep_weights, kept_weights, measured_weights
 from gsx_exporter.training.card import SAMPLE_TOKENS, CardFacts, Sample, write_card
 from gsx_exporter.training.data import Rows, collate, read_rows
 from gsx_exporter.training.fresh import write_base
@@ -48,6 +49,7 @@ from gsx_plugins.files import check_room, disk_error, writing_folder
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 _BASE, _DATA = "base", "data.sha256"
+_COST_TOKENS = 512  # that the costs of branches are measured on
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,7 @@ class _Run:
             self.subject = new_subject(self.settings.new, self.settings, seed=seed)
         self._warm_start()
         self.learner = self.subject.learner(self.settings, steps=self._steps(), seed=seed)
+        self._weigh()
 
     def _warm_start(self) -> None:
         """Let new gates begin with a guess, if they are to."""
@@ -243,11 +246,34 @@ class _Run:
         known = self.checkpoint is not None and self.checkpoint.config.gate is not None
         if gate is None or gate.start != "change" or known:
             return
-        length = self.settings.data.length
-        rows = [row["input_ids"] for row in self.rows.train.take(8 * TOKENS // length + 8)]
-        whole = [row for row in rows if len(row) == length][: max(1, TOKENS // length)] or [max(rows, key=len)]
         self.on_progress(Progress("fitting the gates"))
-        predict_changes(self.subject.hf, config, torch.tensor(whole), bias=gate.bias)
+        predict_changes(self.subject.hf, config, self._first_rows(TOKENS), bias=gate.bias)
+
+    def _weigh(self) -> None:
+        """Measure how much of the skipping each gate should take, if it is to be."""
+        gate, config = self.settings.gate, self.subject.config
+        if gate is None or gate.weights != "measured" or config.gate is None or config.gate.skip_weights is not None:
+            return
+        with self.first_process_alone():  # the others read what it found
+            weights = kept_weights(self.work)
+            if weights is None:
+                self.learner.to(self.arguments.device)
+                narrow = torch.bfloat16 if self.arguments.bf16 else None
+                autocast = partial(torch.autocast, self.arguments.device.type, dtype=narrow, enabled=narrow is not None)
+                ids = self._first_rows(_COST_TOKENS).to(self.arguments.device)
+                weights = measured_weights(self.learner, ids, autocast, self.on_progress)
+                keep_weights(self.work, weights)
+        self.learner.weigh(weights)
+        weighted = replace(config, gate=replace(config.gate, skip_weights=weights))
+        self.subject = replace(self.subject, config=weighted)
+
+    def _first_rows(self, tokens: int) -> torch.Tensor:
+        """[B, S] int64, whole rows of the text with about so many tokens."""
+        length = self.settings.data.length
+        rows = [row["input_ids"] for row in self.rows.train.take(8 * tokens // length + 8)]
+        return torch.tensor(
+            [row for row in rows if len(row) == length][: max(1, tokens // length)] or [max(rows, key=len)]
+        )
 
     def trainer(self, steps: Steps) -> GateTrainer:
         """The Trainer of the run."""

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gsx_engines.bundle.words import BRANCHES, Branch
-from gsx_exporter.config import GateConfig
+from gsx_exporter.gate_config import GateConfig
 from gsx_plugins.errors import UsageError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -35,6 +35,8 @@ class GateSettings(_Section):
         bias, std: of the new gates: their bias (5.0 means sigmoid 0.993), and the spread of their random weights.
         open_layers: layers, from 0, whose gates are held open: their branches always run, and the others make up for
         it.
+        weights: "equal": every gate keeps the same share of tokens (the published recipe). "measured": a branch takes
+            the more of the skipping, the less its skipping costs before training (`branch_costs.py`).
         rate: factor on the learning rate of the gates; new ones learn faster than what is already trained.
         estimator: how a gate learns from being closed. "kept": only kept tokens teach it (the published recipe).
             "straight-through": a skipped token also does, by what its branch would have added; the decision then has
@@ -54,6 +56,7 @@ class GateSettings(_Section):
     bias: float = 5.0
     std: Annotated[float, Field(gt=0)] = 0.01
     open_layers: tuple[Annotated[int, Field(ge=0)], ...] = Field(default=(), strict=False)
+    weights: Literal["equal", "measured"] = "equal"
     rate: Annotated[float, Field(gt=0)] = 1.0
     estimator: Literal["kept", "straight-through"] = "kept"
     sparsity: Annotated[float, Field(ge=0)] = 0.1

@@ -61,6 +61,13 @@ def plan_gateskip(options: PolicyOptions, config: ModelConfig, parameters: str) 
             "--kv-policy copy needs gates on the attention branch", found="gates on " + ", ".join(gate.branches)
         )
     by_rank = options.select == "rank"
+    if by_rank and gate.skip_weights is not None:
+        raise UsageError(
+            "--select rank keeps the same share at every branch, and this checkpoint's gates were trained to share a "
+            "budget unevenly",
+            found="gsx.gate.skip_weights in its configuration",
+            todo="leave --select out",
+        )
     return GateSkipPlan(
         "gateskip",
         gate.branches,

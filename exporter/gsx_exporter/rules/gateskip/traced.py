@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from gsx_engines.bundle.words import Branch, SelectionMode
-from gsx_exporter.config import GateConfig, ModelConfig
+from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.rule import (
     BranchInput,
     BranchScore,
+    DividesBudget,
     Tokens,
     TracedRule,
     Value,
@@ -23,11 +24,12 @@ from gsx_exporter.decoder.rule import (
     apply_forced,
     forced,
 )
+from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.rules.scores import bound_of, by_token, call_values, selection_inputs, whole_inputs
 
 
 @dataclass(frozen=True)
-class GateSkip(TracedRule):
+class GateSkip(TracedRule, DividesBudget):
     """Keep tokens by the checkpoint's gates: those above a threshold, or the best K of the call.
 
     Args:
@@ -49,6 +51,11 @@ class GateSkip(TracedRule):
     @property
     def branches(self) -> tuple[Branch, ...]:
         return self.gate.branches
+
+    def skip_weight(self, layer: int, branch: Branch) -> float:
+        """See `GateConfig`."""
+        weights = self.gate.skip_weights
+        return 1.0 if weights is None else weights[layer][self.gate.branches.index(branch)]
 
     @property
     def by_rank(self) -> bool:
