@@ -14,6 +14,7 @@ SCRIPTS = (
     *(
         "adaptive",
         "branches",
+        "cpp_on_cpu",
         "decode",
         "descriptions",
         "engines",
