@@ -110,7 +110,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a decoder": (lambda t: t.update(decoder={"type": "Fuse"}), "a decoder"),
     "words": (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "a pre-tokenizer"),
     "a stripped token": (lambda t: t["added_tokens"][0].update(lstrip=True), "an added token with lstrip"),
-    "no JSON": (lambda t: t.clear(), "a model of type"),
+    "nothing in it": (lambda t: t.clear(), "a model of type"),
 }
 
 
