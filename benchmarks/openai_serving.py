@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from statistics import median
+from threading import Thread
 from time import perf_counter
 from typing import Any
 
@@ -53,6 +54,7 @@ def serving(bundle: Path, threads: int) -> Iterator[tuple[int, psutil.Process]]:
     with subprocess.Popen([*command, "--threads", str(threads)], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
+        Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop the server
         try:
             yield int(line.split("http://")[1].split("/")[0].rpartition(":")[2]), psutil.Process(process.pid)
         finally:

@@ -35,7 +35,7 @@ from examples.triton_server import ENVIRONMENT, Server, running
 from gsx.benchmarking.rounds import ratios, repeated, spread
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings
-from gsx_engines.generation import GenerationStats, generate
+from gsx_engines.generation import Generation, GenerationStats, generate
 from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import Sampling
 from gsx_engines.serving.repository import write_repository
@@ -88,6 +88,15 @@ class Here:
 
     def ask(self, request: dict[str, Any]) -> tuple[list[int], GenerationStats]:
         """Tokens and statistics of a request, named as the server's outputs; its speculation changes no token."""
+        found, _ = self._made(request)
+        return found.sequences[0].tokens, found.stats
+
+    def text(self, request: dict[str, Any]) -> str:
+        """The text of a request."""
+        return self._made(request)[1].finish()
+
+    def _made(self, request: dict[str, Any]) -> tuple[Generation, TextWriter]:
+        """What is generated, and the writer that has read it."""
         how = {key: request[key] for key in ("temperature", "top_k", "top_p", "seed") if key in request}
         writer = TextWriter(self._tokenizer.stream(request["input_ids"]), request.get("stop", ()), lambda text: None)
         found = generate(
@@ -98,7 +107,7 @@ class Here:
             sampling=Sampling(**how),
             on_token=lambda _, token: writer.push(token),
         )
-        return found.sequences[0].tokens, found.stats
+        return found, writer
 
 
 def mixed(prompts: Sequence[list[int]], count: int) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ SCRIPTS = (
     *(
         "adaptive",
         "branches",
+        "cpp_on_cpu",
         "decode",
         "descriptions",
         "engines",
@@ -28,6 +29,7 @@ SCRIPTS = (
     *(
         "model",
         "openai_serving",
+        "openai_soak",
         "profile",
         "quantization",
         "real",

@@ -1,149 +1,23 @@
-// `gsx-run BUNDLE`: continues a prompt of token ids with a bundle's engines. See docs/cpp.md.
+// `gsx-run BUNDLE`: continues a prompt with a bundle's engines, or on a CPU. See docs/cpp.md.
 
-#include <charconv>
-#include <functional>
+#include <unistd.h>
+
+#include <csignal>
 #include <iostream>
-#include <map>
 #include <nlohmann/json.hpp>
-#include <optional>
+#include <set>
 #include <string>
-#include <string_view>
+#include <vector>
 
-#include "gsx/tensorrt.h"
+#include "command.h"
+#include "gsx/gsx.h"
+#if GSX_HAS_TEXT
+#include "gsx/language.h"
+#endif
 
 namespace {
 
 constexpr int kUsedWrongly = 2;
-
-constexpr char const* kHelp = R"(Usage: gsx-run BUNDLE [OPTIONS] < IDS
-
-Continue a prompt with the engines of a bundle. The prompt is read from standard input as token ids separated by white
-space; new ids are written to standard output as they come, one per line.
-
-  --max-new-tokens N   maximum number of new tokens (128)
-  --budget B           share of skippable work to keep; default: as exported
-  --layers SET         branches that run, e.g. 0-3,6,8.attn (--policy layers)
-  --exit N             run the first N layers (--policy layers)
-  --speedup X          Unified Layer Skipping: new tokens run 1/X of the layers (--policy layers)
-  --exit-threshold C   confidence at which a token exits; inf: no token exits (--policy calm)
-  --loops N            how many loops of a looped model run (--policy loops)
-  --hold               move the thresholds of new tokens so that the budget holds on this text
-  --temperature T      0 is greedy (0)
-  --top-k K            only the K likeliest tokens; 0 for all (0)
-  --top-p P            only the likeliest tokens that together reach this probability (1)
-  --seed S             seed of the random numbers; default: a new one each time
-  --min-p P            only tokens at least this share as likely as the likeliest one; 0 for all (0)
-  --repetition-penalty X  divides the logits of tokens that are in the text, prompt included; 1 for none (1)
-  --frequency-penalty X   taken off a token's logit for each time that it is in the new text (0)
-  --presence-penalty X    taken off a token's logit if it is in the new text (0)
-  --logit-bias LIST    added to the logits of tokens, e.g. 11:-100,2:1.5
-  --logprobs N         with --json: each token's log-probability, and those of the N likeliest
-  --draft DRAFT        use another draft than the bundle's: exit:E, budget:B or layers:SET
-  --draft-length N     tokens drafted before a verification; default: found while generating
-  --no-speculative     plain decoding, even if the bundle has a draft
-  --plugins FILE       the plugin library that the engines were built with
-  --json               print ids and statistics as one line of JSON at the end, like `gsx generate --json`
-  --help               show this help
-
-  echo 1 15 20 | gsx-run out/my-model --temperature 0.8 --seed 1
-)";
-
-struct Command {
-    std::string bundle;
-    gsx::Keep keep;
-    gsx::Options options;
-    gsx::Drafting drafting;
-    gsx::GpuOptions gpu;
-    bool json = false;
-    bool help = false;
-};
-
-template <typename T>
-T numberOf(std::string_view text, std::string const& name, char const* expected) {
-    T number{};
-    auto const [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
-    if (error != std::errc() || end != text.data() + text.size()) {
-        throw gsx::UsageError(name, {expected, "'" + std::string(text) + "'", {}});
-    }
-    return number;
-}
-
-// Biases such as `11:-100,2:1.5`.
-std::map<int64_t, double> biasesOf(std::string_view text, std::string const& name) {
-    std::map<int64_t, double> biases;
-    while (true) {
-        std::string_view const part = text.substr(0, text.find(','));
-        size_t const colon = part.find(':');
-        if (colon == std::string_view::npos) {
-            throw gsx::UsageError(name, {"biases such as 11:-100,2:1.5", "'" + std::string(part) + "'", {}});
-        }
-        auto const token = numberOf<int64_t>(part.substr(0, colon), name, "a token's id before ':'");
-        biases[token] = numberOf<double>(part.substr(colon + 1), name, "a number behind ':'");
-        if (part.size() == text.size()) return biases;
-        text.remove_prefix(part.size() + 1);
-    }
-}
-
-Command parse(int count, char** arguments) {
-    Command command;
-    gsx::Options& options = command.options;
-    std::string name;
-    std::string value;
-    auto const whole = [&] { return numberOf<int64_t>(value, name, "a whole number"); };
-    auto const real = [&] { return numberOf<double>(value, name, "a number"); };
-    std::map<std::string, std::function<void()>> const withValue = {
-        {"--max-new-tokens", [&] { options.maxNewTokens = whole(); }},
-        {"--budget", [&] { command.keep.budget = real(); }},
-        {"--layers", [&] { command.keep.layers = value; }},
-        {"--exit", [&] { command.keep.exit = whole(); }},
-        {"--speedup", [&] { command.keep.speedup = real(); }},
-        {"--exit-threshold", [&] { command.keep.exitThreshold = real(); }},
-        {"--loops", [&] { command.keep.loops = whole(); }},
-        {"--temperature", [&] { options.sampling.temperature = real(); }},
-        {"--top-k", [&] { options.sampling.topK = whole(); }},
-        {"--top-p", [&] { options.sampling.topP = real(); }},
-        {"--seed", [&] { options.sampling.seed = numberOf<uint64_t>(value, name, "a whole number of at least 0"); }},
-        {"--min-p", [&] { options.sampling.minP = real(); }},
-        {"--repetition-penalty", [&] { options.sampling.repetitionPenalty = real(); }},
-        {"--frequency-penalty", [&] { options.sampling.frequencyPenalty = real(); }},
-        {"--presence-penalty", [&] { options.sampling.presencePenalty = real(); }},
-        {"--logit-bias", [&] { options.sampling.logitBias = biasesOf(value, name); }},
-        {"--logprobs", [&] { options.logprobs = whole(); }},
-        {"--draft", [&] { command.drafting.draft = value; }},
-        {"--draft-length", [&] { options.draftLength = whole(); }},
-        {"--plugins", [&] { command.gpu.pluginLibrary = value; }},
-    };
-    std::map<std::string, std::function<void()>> const flags = {
-        {"--no-speculative", [&] { command.drafting.speculative = false; }},
-        {"--hold", [&] { command.keep.hold = true; }},
-        {"--json", [&] { command.json = true; }},
-        {"--help", [&] { command.help = true; }},
-    };
-    for (int i = 1; i < count; ++i) {
-        name = arguments[i];
-        if (auto const option = flags.find(name); option != flags.end()) {
-            option->second();
-        } else if (auto const setter = withValue.find(name); setter != withValue.end()) {
-            if (i + 1 == count) throw gsx::UsageError(name, {"a value", "none", "gsx-run --help"});
-            value = arguments[++i];
-            setter->second();
-        } else if (name.substr(0, 2) == "--" || !command.bundle.empty()) {
-            throw gsx::UsageError("'" + name + "' is not an option", {{}, {}, "gsx-run --help"});
-        } else {
-            command.bundle = name;
-        }
-    }
-    if (command.bundle.empty() && !command.help) {
-        throw gsx::UsageError("no bundle was named", {"gsx-run BUNDLE", {}, "gsx-run --help"});
-    }
-    return command;
-}
-
-gsx::Tokens readIds(std::istream& stream) {
-    gsx::Tokens ids;
-    for (std::string word; stream >> word;) ids.push_back(numberOf<int64_t>(word, "the prompt", "token ids"));
-    return ids;
-}
 
 nlohmann::json logprobsOf(std::vector<gsx::TokenLogprobs> const& tokens) {
     nlohmann::json all = nlohmann::json::array();
@@ -153,16 +27,17 @@ nlohmann::json logprobsOf(std::vector<gsx::TokenLogprobs> const& tokens) {
 
 nlohmann::json orNull(std::optional<double> value) { return value ? nlohmann::json(*value) : nlohmann::json(); }
 
-// The same keys as `gsx generate --json`, without the text.
+// The same keys as `gsx generate --json`; `text` is null where ids were given.
 nlohmann::json report(gsx::Model const& model, Command const& command, gsx::Tokens const& prompt,
-                      gsx::Generation const& made) {
+                      gsx::Generation const& made, nlohmann::json text) {
     gsx::GenerationStats const& stats = made.stats;
     std::optional<double> budget;
     if (auto const& selection = model.bundle().manifest.selection) {
         budget = command.keep.budget.value_or(selection->budget);
     }
     std::optional<gsx::DraftKind> const draft = model.draft();
-    return {{"ids", made.sequences[0].tokens},
+    return {{"text", std::move(text)},
+            {"ids", made.sequences[0].tokens},
             {"prompt_ids", prompt},
             {"finish", gsx::nameOf(made.sequences[0].finish)},
             {"logprobs", command.options.logprobs ? logprobsOf(made.sequences[0].logprobs) : nlohmann::json()},
@@ -185,10 +60,9 @@ nlohmann::json report(gsx::Model const& model, Command const& command, gsx::Toke
               {"held_share", orNull(stats.heldShare())}}}};
 }
 
-void run(Command command) {
-    gsx::Model model = gsx::openModel(command.bundle, command.drafting, command.gpu);
-    gsx::Tokens const prompt = readIds(std::cin);
-    command.options.keep = {command.keep};
+// Continue token ids.
+void continueIds(gsx::Model& model, Command command) {
+    gsx::Tokens const prompt = parseIds(std::cin);
     if (!command.json) {
         command.options.onToken = [](size_t, int64_t token) {
             std::cout << token << std::endl;
@@ -196,7 +70,85 @@ void run(Command command) {
         };
     }
     gsx::Generation const made = model.generate({prompt}, command.options);
-    if (command.json) std::cout << report(model, command, prompt, made).dump() << std::endl;
+    if (command.json) std::cout << report(model, command, prompt, made, nullptr).dump() << std::endl;
+}
+
+#if GSX_HAS_TEXT
+
+volatile std::sig_atomic_t gInterrupted = 0;
+
+// Generate, and write the text as it comes. Returns the whole of it.
+std::string write(gsx::Model& model, gsx::Tokenizer const& tokenizer, gsx::Tokens const& prompt, gsx::Options options,
+                  bool shown, gsx::Generation& made) {
+    gsx::TextStream stream(tokenizer);
+    std::string text;
+    std::set<int64_t> const stops = options.stopIds ? std::set<int64_t>(options.stopIds->begin(), options.stopIds->end())
+                                                    : std::set<int64_t>();
+    auto const add = [&](std::string const& piece) {
+        text += piece;
+        if (shown) std::cout << piece << std::flush;
+    };
+    options.onToken = [&](size_t, int64_t token) {
+        if (stops.count(token) == 0) add(stream.push(token));
+        return gInterrupted != 0 || (shown && !std::cout);
+    };
+    made = model.generate({prompt}, options);
+    add(stream.finish());
+    if (shown) std::cout << std::endl;
+    return text;
+}
+
+void continueText(gsx::Model& model, Command const& command) {
+    gsx::Tokenizer const tokenizer(model.bundle());
+    gsx::Tokens const prompt = tokenizer.encode(*command.prompt);
+    gsx::Generation made;
+    std::string const text = write(model, tokenizer, prompt, command.options, !command.json, made);
+    if (command.json) std::cout << report(model, command, prompt, made, text).dump() << std::endl;
+}
+
+// Answer the messages on standard input. An answer that is interrupted stays in the history as far as it got; a message that
+// the template or the model refuses does not.
+void chat(gsx::Model& model, Command const& command) {
+    gsx::Tokenizer const tokenizer(model.bundle());
+    gsx::ChatTemplate const chatTemplate(model.bundle(), tokenizer);
+    gsx::Options options = command.options;
+    options.stopIds = chatTemplate.stopIds();
+    bool const terminal = isatty(STDIN_FILENO) != 0;
+    std::signal(SIGINT, [](int) { gInterrupted = 1; });
+    std::vector<gsx::Message> messages;
+    for (std::string line; terminal && std::cout << "> " << std::flush, std::getline(std::cin, line);) {
+        if (line.empty()) continue;
+        gInterrupted = 0;
+        messages.push_back({"user", line});
+        try {
+            gsx::Generation made;
+            std::string answer = write(model, tokenizer, chatTemplate.prompt(messages), options, true, made);
+            messages.push_back({"assistant", std::move(answer)});
+        } catch (gsx::UsageError const& error) {
+            messages.pop_back();
+            std::cerr << "gsx-run: " << error.what() << "\n";
+        }
+        if (!std::cout) return;
+    }
+}
+
+#endif
+
+void run(Command command) {
+    command.options.keep = {command.keep};
+#if !GSX_HAS_TEXT
+    if (command.chat || command.prompt) {
+        throw gsx::UsageError("this gsx-run was built without text",
+                              {"token ids on standard input", command.chat ? "--chat" : "a prompt",
+                               "build it with GSX_TEXT (docs/cpp.md)"});
+    }
+#endif
+    gsx::Model model = open(command);
+#if GSX_HAS_TEXT
+    if (command.chat) return chat(model, command);
+    if (command.prompt) return continueText(model, command);
+#endif
+    continueIds(model, std::move(command));
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ Bundle openBundle(std::filesystem::path const& directory) {
     std::optional<std::string> const text = contentOf(path);
     if (!text) throw BundleError(path.string() + ": cannot be read");
     Bundle bundle{directory, parseManifest(*text, path)};
-    for (auto const& [name, graph] : bundle.manifest.graphs) checkHash(directory, graph);
+    for (auto const& [name, graph] : bundle.manifest.graphs) checkHash(directory, graph.file);
     checkSize(directory, bundle.manifest.weights);
     return bundle;
 }

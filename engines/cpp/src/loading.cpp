@@ -83,7 +83,7 @@ std::optional<EngineError> difference(Bundle const& bundle, std::string const& n
     for (auto const& [key, graph] : entry.graphs) {
         auto const own = bundle.manifest.graphs.find(key);
         if (own == bundle.manifest.graphs.end()) continue;
-        facts.push_back({key + ".onnx sha256", shown(own->second.sha256) + "...", shown(graph.graphSha256) + "..."});
+        facts.push_back({key + ".onnx sha256", shown(own->second.file.sha256) + "...", shown(graph.graphSha256) + "..."});
     }
     for (auto const& [key, graph] : entry.graphs) {
         facts.push_back({"weights of " + key, shown(bundle.manifest.weights.sha256), shown(graph.weightsSha256)});

@@ -75,6 +75,12 @@ RuntimeInput const* Policy::input(std::string const& wanted) const {
     return found == inputs.end() ? nullptr : &*found;
 }
 
+std::pair<int64_t, int64_t> Manifest::layersOf(std::string const& graph) const {
+    auto const* exit = draft ? std::get_if<ExitDraft>(&draft->draft) : nullptr;
+    if (graph == "model" || exit == nullptr) return {0, decoder.numLayers};
+    return graph == "draft" ? std::pair(int64_t{0}, exit->layer) : std::pair(exit->layer, decoder.numLayers);
+}
+
 std::vector<Place> Manifest::skippablePlaces(int64_t first, int64_t last) const {
     std::vector<Place> places;
     if (!policy) return places;

@@ -196,9 +196,21 @@ Manifest manifestOf(json const& raw) {
     }
     if (manifest.policy) markBySequence(manifest.policy->inputs, raw.at("graphs"));
     manifest.kvPolicy = raw.at("kv_policy");
+    manifest.precision = raw.at("precision");
+    if (json const& quantization = optionalMember(raw, "quantization"); !quantization.is_null()) {
+        std::string const scheme = quantization.at("scheme");
+        bool const weightsOnly = scheme == "int8-weights" || scheme == "int4";
+        manifest.quantization = Quantization{scheme == "fp8", !weightsOnly};
+    }
+    manifest.hasKvCache = !optionalMember(raw, "kv_cache").is_null();
     manifest.exitState = exitStateOf(raw.at("graphs"));
-    for (auto const& [name, graph] : raw.at("graphs").items()) manifest.graphs[name] = fileOf(graph);
+    for (auto const& [name, graph] : raw.at("graphs").items()) {
+        manifest.graphs[name] = {fileOf(graph), tensorsOf(graph.at("inputs")), tensorsOf(graph.at("outputs"))};
+    }
     manifest.weights = fileOf(raw.at("weights"));
+    if (json const& chat = optionalMember(raw, "chat_template"); !chat.is_null()) {
+        manifest.chatTemplateSha256 = chat.at("sha256").get<std::string>();
+    }
     json const& draft = optionalMember(raw, "draft");
     if (!draft.is_null()) {
         DraftEntry& entry = manifest.draft.emplace();

@@ -31,12 +31,9 @@ EngineGraph const& graphOf(EngineEntry const& entry, std::string const& name) {
 }
 
 Layers layersOf(Manifest const& manifest, std::string const& graph) {
-    int64_t const depth = manifest.decoder.numLayers;
-    auto const* exit = manifest.draft ? std::get_if<ExitDraft>(&manifest.draft->draft) : nullptr;
-    if (graph == "model" || exit == nullptr) return {0, depth};
-    return graph == "draft" ? Layers{0, exit->layer} : Layers{exit->layer, depth};
+    auto const [first, last] = manifest.layersOf(graph);
+    return {first, last};
 }
-
 
 bool has(std::vector<TensorInfo> const& tensors, std::string const& name) {
     return std::any_of(tensors.begin(), tensors.end(), [&](TensorInfo const& tensor) { return tensor.name == name; });
@@ -202,6 +199,7 @@ Stage::Stage(Manifest const& manifest, EngineEntry const& entry, std::string con
                           {std::string("an input ") + names::kLogitsAt + " and an output " + names::kLogits, {},
                            "build it again with gsx build of this version"});
     }
+    mSplits = mEngine->runsSomeRows();
     for (TensorInfo const& input : mGraph.inputs) {
         if (!names::isPast(input.name)) continue;
         if (countOf(shapeOf(input, {{"batch", 1}})) % kAlignedElements != 0) mSplits = false;

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace gsx::names {
@@ -38,6 +39,11 @@ inline constexpr char const* kKeptByToken = "kept_by_token";  // [B, S] int64: h
 // K and V of one layer, `past_key_values.3.key` and `present.3.key`: [B, K/V heads, C, D], sharing one buffer.
 inline constexpr char const* kPast = "past_key_values.";
 inline constexpr char const* kPresent = "present.";
+
+// Name of the value inside a graph that counts the rows kept by a branch, [] int64: `layers.3.mlp.count`.
+inline std::string keptCount(int64_t layer, char const* branch) {
+    return "layers." + std::to_string(layer) + "." + branch + ".count";
+}
 
 inline bool isPast(std::string const& name) { return name.rfind(kPast, 0) == 0; }
 inline bool isPresent(std::string const& name) { return name.rfind(kPresent, 0) == 0; }

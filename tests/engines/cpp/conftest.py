@@ -63,18 +63,47 @@ def run(command: list[str], **options: object) -> str:
     return str(done.stdout)
 
 
+def onnxruntime_options() -> list[str]:
+    """CMake's options for the CPU: ONNX Runtime's headers where ONNXRUNTIME_ROOT says or the system has them, and the
+    library of the Python package; empty if there are no headers."""
+    places = [Path(place) for place in (os.environ.get("ONNXRUNTIME_ROOT", ""), "/usr") if place]
+    folders = [place / folder for place in places for folder in ("include", "include/onnxruntime")]
+    headers = next((folder for folder in folders if (folder / "onnxruntime_c_api.h").is_file()), None)
+    wheel = find_spec("onnxruntime")
+    package = [Path(place) for place in (wheel.submodule_search_locations if wheel else None) or ()]
+    library = next((path for place in package for path in (place / "capi").glob("libonnxruntime.so.*")), None)
+    if headers is None or library is None:
+        return []
+    # The loader asks for the name without the minor version, which the wheel does not have.
+    link = cache_folder() / "cpp-tests" / library.name / "libonnxruntime.so.1"
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.unlink(missing_ok=True)
+    link.symlink_to(library)
+    library = link
+    return ["-DGSX_ONNXRUNTIME=ON", f"-DGSX_ONNXRUNTIME_INCLUDE={headers}", f"-DGSX_ONNXRUNTIME_LIBRARY={library}"]
+
+
+@pytest.fixture(scope="session")
+def cpu_build(cpp_build: Path) -> Path:
+    """The build with ONNX Runtime; skips if its headers are not installed."""
+    if not onnxruntime_options():
+        pytest.skip("the C++ runtime on a CPU needs ONNX Runtime's headers: set ONNXRUNTIME_ROOT to a release")
+    return cpp_build
+
+
 @pytest.fixture(scope="session")
 def cpp_build() -> Path:
     """The core and its tests, compiled without warnings; other CXXFLAGS (e.g. sanitizers) make a separate build."""
     # CMake ties a build to the folder of its sources: two checkouts have two.
-    standin = _standin_options()
-    digest = hashlib.sha256("\0".join([str(SOURCES), os.environ.get("CXXFLAGS", ""), *standin]).encode())
+    text = os.environ.get("GSX_TEST_CPP_TEXT", "").split()  # where PyTorch's tokenizers and minja are (docs/cpp.md)
+    options = [*_standin_options(), *onnxruntime_options(), *(["-DGSX_TEXT=ON", *text] if text else [])]
+    digest = hashlib.sha256("\0".join([str(SOURCES), os.environ.get("CXXFLAGS", ""), *options]).encode())
     for path in [*sorted(SOURCES.rglob("*")), SCHEMA_FILE]:
         if path.is_file():
             digest.update(f"{path.name}\0".encode() + path.read_bytes())
     build = cache_folder() / "cpp-tests" / digest.hexdigest()[:16]
     # Optimizing tests gains little, and not optimizing them saves much time.
-    configure(build, "-DGSX_BACKEND=none", "-DGSX_TESTS=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1", *standin)
+    configure(build, "-DGSX_BACKEND=none", "-DGSX_TESTS=ON", "-DCMAKE_CXX_FLAGS_RELEASE=-O1", *options)
     compile_all(build)
     return build
 

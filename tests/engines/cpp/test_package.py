@@ -63,9 +63,10 @@ def compile_device_sources(root: Path, backend: str = "tensorrt") -> None:
         pytest.skip(NEEDS)
     command = [compiler, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror"]
     command += [f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'src'}", f'-DGSX_BACKEND="{backend}"']
+    command += ["-DGSX_HAS_TENSORRT=1", "-DGSX_HAS_ONNXRUNTIME=0", "-DGSX_HAS_TEXT=0"]
     for folder in (headers, cuda_headers, json):
         command += ["-isystem", str(folder)]
-    for source in [*sorted((SOURCES / "src/tensorrt").glob("*.cpp")), SOURCES / "apps/gsx_run.cpp"]:
+    for source in [*sorted((SOURCES / "src/tensorrt").glob("*.cpp")), *sorted((SOURCES / "apps").glob("*.cpp"))]:
         run([*command, str(source)])
 
 

@@ -65,6 +65,9 @@ public:
     // Memory for the input or output of this name, filled with zeros.
     virtual std::shared_ptr<Buffer> buffer(Shape const& shape, std::string const& name) = 0;
 
+    // Whether a call may use some rows of the buffers; if not, all sequences of a batch run together.
+    virtual bool runsSomeRows() const { return true; }
+
     // One call.
     //   profile: number of the optimization profile.
     //   feeds: inputs from the host.

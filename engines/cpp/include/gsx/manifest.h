@@ -126,7 +126,7 @@ struct FileEntry {
     std::optional<int64_t> sizeBytes;
 };
 
-// An input or output of an engine; a dynamic axis has a name in place of a size.
+// An input or output of a graph or an engine; a dynamic axis has a name in place of a size.
 struct TensorInfo {
     std::string name;
     std::vector<std::variant<int64_t, std::string>> shape;
@@ -137,6 +137,19 @@ struct Sizes {
     int64_t least = 1;
     int64_t usual = 1;
     int64_t most = 1;
+};
+
+// A graph of the bundle: its ONNX file, with its inputs and outputs.
+struct GraphEntry {
+    FileEntry file;
+    std::vector<TensorInfo> inputs;
+    std::vector<TensorInfo> outputs;
+};
+
+// What runs in 8 or 4 bits: whether the codes are FP8, and whether activations are quantized too.
+struct Quantization {
+    bool isFloat8 = false;
+    bool quantizesActivations = false;
 };
 
 // The calls that an engine accepts: number of sequences, tokens of each in the call, and cache columns that are read.
@@ -185,13 +198,22 @@ struct Manifest {
     std::optional<Policy> policy;
     // `compute`, `copy` or `none`.
     std::string kvPolicy;
-    std::map<std::string, FileEntry> graphs;
+    // `fp32`, `fp16` or `bf16`.
+    std::string precision;
+    std::optional<Quantization> quantization;
+    // Whether the bundle says how K and V are stored in 8 bits.
+    bool hasKvCache = false;
+    std::map<std::string, GraphEntry> graphs;
     FileEntry weights;
+    // Hash of the exported chat template; unset without one.
+    std::optional<std::string> chatTemplateSha256;
     // What passes from `draft` to `verify`: the outputs of the one that are inputs of the other. Empty without an exit.
     std::vector<std::string> exitState;
     std::optional<DraftEntry> draft;
     std::map<std::string, EngineEntry> engines;
 
+    // The layers [first, last) that a graph runs.
+    std::pair<int64_t, int64_t> layersOf(std::string const& graph) const;
     // (layer, branch) of every branch of layers [first, last) that the keep rule may skip, in the graphs' order.
     std::vector<Place> skippablePlaces(int64_t first, int64_t last) const;
 };
