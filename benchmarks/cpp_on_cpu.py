@@ -12,6 +12,7 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 from benchmarks.measure import Table, parse, parser, print_header
 from gsx.benchmarking.rounds import ratios, repeated
@@ -24,8 +25,14 @@ from gsx_engines.runners.whole import WholeRunner
 
 PROMPT = list(range(20, 84))
 NEW = 48
-# First token and a later token, in seconds, and the tokens.
-Measured = tuple[float, float, list[int]]
+
+
+class Measured(NamedTuple):
+    """Seconds of the first token and of a later one, and the tokens."""
+
+    first: float
+    later: float
+    tokens: list[int]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,13 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         done = subprocess.run(command, input=" ".join(map(str, PROMPT)), capture_output=True, text=True, check=True)
         found = json.loads(done.stdout)
         stats = found["stats"]
-        return stats["prefill_seconds"], stats["decode_seconds"] / stats["decode_steps"], found["ids"]
+        return Measured(stats["prefill_seconds"], stats["decode_seconds"] / stats["decode_steps"], found["ids"])
 
     def on(runner: Runner) -> Callable[[], Measured]:
         def measured() -> Measured:
             found = generate(runner, [PROMPT], max_new_tokens=NEW)
             stats = found.stats
-            return stats.prefill_seconds, stats.decode_seconds / stats.decode_steps, found.sequences[0].tokens
+            return Measured(stats.prefill_seconds, stats.decode_seconds / stats.decode_steps, found.sequences[0].tokens)
 
         return measured
 
@@ -59,11 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "Python, fast": on(open_runner(bundle, args.threads)),
     }
     rounds = repeated(lambda: {name: run() for name, run in forms.items()}, args.rounds)
-    assert all(one[name][2] == rounds[0]["C++"][2] for one in rounds for name in forms), "the tokens differ"
+    assert all(one[name].tokens == rounds[0]["C++"].tokens for one in rounds for name in forms), "the tokens differ"
     lines = Table("", "first token, ms", "a later token, ms", "first, of C++'s", "later, of C++'s")
     for name in forms:
-        first, later = ([one[name][part] for one in rounds] for part in (0, 1))
-        against = [ratios(own, [one["C++"][part] for one in rounds]) for part, own in ((0, first), (1, later))]
+        first, later = [one[name].first for one in rounds], [one[name].later for one in rounds]
+        against = [
+            ratios(first, [one["C++"].first for one in rounds]),
+            ratios(later, [one["C++"].later for one in rounds]),
+        ]
         lines.row(name, *(f"{1e3 * median(own):.1f}" for own in (first, later)), *(f"{ratio:.2f}" for ratio in against))
 
 

@@ -168,7 +168,7 @@ private:
         std::optional<Hold> hold = holdOf(mRunner.manifest(), keep.size() == 1 ? keep.front() : keep[row]);
         if (hold && !mRunner.countsTokens()) {
             throw UsageError("these engines do not tell how many branches each token kept, so no budget can be held",
-                             {"engines with the output kept_by_token", "engines of an older gsx, or ONNX Runtime",
+                             {"engines with the output kept_by_token", "engines that an older gsx built",
                               "build them again with gsx build, or leave out the hold"});
         }
         return hold;

@@ -40,9 +40,9 @@ inline constexpr char const* kKeptByToken = "kept_by_token";  // [B, S] int64: h
 inline constexpr char const* kPast = "past_key_values.";
 inline constexpr char const* kPresent = "present.";
 
-// Name of the value inside a graph that counts the rows kept by a branch, [] int64: `layers.3.mlp.count`.
-inline std::string keptCount(int64_t layer, char const* branch) {
-    return "layers." + std::to_string(layer) + "." + branch + ".count";
+// Name of the value inside a graph with the numbers of the rows kept by a branch, [K] int64: `layers.3.mlp.index`.
+inline std::string keptIndex(int64_t layer, char const* branch) {
+    return "layers." + std::to_string(layer) + "." + branch + ".index";
 }
 
 inline bool isPast(std::string const& name) { return name.rfind(kPast, 0) == 0; }

@@ -162,11 +162,11 @@ std::string withOutputs(std::string const& model, std::vector<std::string> const
     return values.empty() ? model : model + field(7, outputs);
 }
 
-std::vector<std::string> countNames(Manifest const& manifest, std::string const& graph) {
+std::vector<std::string> indexNames(Manifest const& manifest, std::string const& graph) {
     std::vector<std::string> values;
     auto const [first, last] = manifest.layersOf(graph);
     for (auto const& [layer, branch] : manifest.skippablePlaces(first, last)) {
-        values.push_back(names::keptCount(layer, nameOf(branch)));
+        values.push_back(names::keptIndex(layer, nameOf(branch)));
     }
     return values;
 }
@@ -191,15 +191,18 @@ EngineEntry entryForOnnxRuntime(Manifest const& manifest) {
                 if (tensor.name == names::kLogits) tensor.shape.at(1) = std::string("logits_columns");
             }
         }
-        auto const counted = static_cast<int64_t>(countNames(manifest, name).size());
-        if (counted > 0) made.outputs.push_back({names::kKept, {counted}});
+        auto const places = static_cast<int64_t>(indexNames(manifest, name).size());
+        if (places > 0) {
+            made.outputs.push_back({names::kKept, {places}});
+            made.outputs.push_back({names::kKeptByToken, {std::string("batch"), std::string("sequence")}});
+        }
     }
     return entry;
 }
 
 OnnxRuntimeEngine::OnnxRuntimeEngine(Manifest const& manifest, std::string const& graph, std::string const& content,
                                      std::filesystem::path const& directory, SessionSettings const& settings)
-    : mCounts(countNames(manifest, graph)), mSession(withOutputs(content, mCounts), directory, settings) {}
+    : mIndices(indexNames(manifest, graph)), mSession(withOutputs(content, mIndices), directory, settings) {}
 
 std::shared_ptr<Buffer> OnnxRuntimeEngine::buffer(Shape const&, std::string const&) { return std::make_shared<Columns>(); }
 
@@ -220,14 +223,14 @@ Values OnnxRuntimeEngine::run(size_t, Values const& feeds, Buffers const& buffer
     }
     std::vector<std::string> wanted;
     for (auto const& [name, shape] : results) {
-        if (name != names::kKept) wanted.push_back(name);
+        if (name != names::kKept && name != names::kKeptByToken) wanted.push_back(name);
     }
     size_t const onHost = wanted.size();
     for (auto const& bound : buffers) {
         if (names::isPresent(bound.first)) wanted.push_back(bound.first);
     }
-    size_t const counted = wanted.size();
-    wanted.insert(wanted.end(), mCounts.begin(), mCounts.end());
+    size_t const indices = wanted.size();
+    wanted.insert(wanted.end(), mIndices.begin(), mIndices.end());
     std::vector<Tensor> outputs = mSession.run(given.all(), wanted);
     Values found;
     for (size_t i = 0; i < onHost; ++i) {
@@ -235,14 +238,21 @@ Values OnnxRuntimeEngine::run(size_t, Values const& feeds, Buffers const& buffer
         found[wanted[i]] = wanted[i] == names::kLogits ? someLogits(*outputs[i], type, intsOf(feeds, names::kLogitsAt))
                                                        : floatsOf(*outputs[i], type);
     }
-    for (size_t i = onHost; i < counted; ++i) {
+    for (size_t i = onHost; i < indices; ++i) {
         closeUp(*outputs[i], mSession.outputs().at(wanted[i]), past, lengths, counts);
         static_cast<Columns&>(*buffers.at(wanted[i]).buffer).tensor = std::move(outputs[i]);
     }
-    if (results.count(names::kKept) != 0) {
-        Array<int64_t> kept({static_cast<int64_t>(mCounts.size())});
-        for (size_t i = 0; i < mCounts.size(); ++i) kept.data[i] = *static_cast<int64_t*>(dataOf(*outputs[counted + i]));
+    if (!mIndices.empty()) {
+        Array<int64_t> kept({static_cast<int64_t>(mIndices.size())});
+        Array<int64_t> byToken(intsOf(feeds, names::kInputIds).shape);
+        for (size_t i = 0; i < mIndices.size(); ++i) {
+            OrtValue& index = *outputs[indices + i];
+            kept.data[i] = shapeOf(index).at(0);
+            auto const* const rows = static_cast<int64_t const*>(dataOf(index));
+            for (int64_t k = 0; k < kept.data[i]; ++k) ++byToken.data[static_cast<size_t>(rows[k])];
+        }
         found[names::kKept] = std::move(kept);
+        found[names::kKeptByToken] = std::move(byToken);
     }
     return found;
 }

@@ -32,7 +32,7 @@ public:
 
 private:
     // Values of the graph that count the rows that a branch kept.
-    std::vector<std::string> mCounts;
+    std::vector<std::string> mIndices;
     Session mSession;
 };
 
