@@ -31,7 +31,7 @@ public:
                std::map<std::string, Shape> const& results) override;
 
 private:
-    // Values of the graph that count the rows that a branch kept.
+    // Values of the graph with the numbers of the rows that a branch kept.
     std::vector<std::string> mIndices;
     Session mSession;
 };
