@@ -242,6 +242,7 @@ def test_refused(tmp_path: Path, model: Path, text: Path) -> None:
         ({"data__length": 1000}, UsageError, "rows are longer than the model's texts"),
         ({"trainer__learning_rat": 1.0}, UsageError, r"trainer\.learning_rat is not a setting"),
         ({"trainer__lr_scheduler_type": "bumpy"}, UsageError, "the section trainer cannot be used"),
+        ({"trainer__report_to": "paper"}, UsageError, "paper is not supported"),
         ({"data__text": "body"}, TextError, "no column 'body'"),
     ]
     for changes, error, message in cases:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
 from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.errors import CheckpointError
@@ -59,11 +60,14 @@ def arguments_of(settings: TrainSettings, work: Path) -> TrainingArguments:
         if "WORLD_SIZE" in os.environ:
             values.setdefault("ddp_backend", "gloo")
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(work), remove_unused_columns=False, label_names=["labels"], disable_tqdm=True, **values
         )
-    except (ValueError, TypeError, ImportError) as error:
+        for reporter in get_reporting_integration_callbacks(arguments.report_to):
+            reporter()  # refuses where its package is not installed
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UsageError("the section trainer cannot be used", found=one_line(error)) from error
+    return arguments
 
 
 def newest_checkpoint(work: Path, settings: TrainSettings) -> Path:
