@@ -25,6 +25,7 @@ SCRIPTS = (
         "hold",
         "kv_cache",
         "llama",
+        "looped_model",
     ),
     *(
         "model",

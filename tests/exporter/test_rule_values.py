@@ -142,7 +142,18 @@ def reached_from(start: list[Path]) -> set[str]:
 
 
 # What both sides may read: the model's configuration and weights, and errors. Nothing that computes.
-COMMON = {"checkpoint", "config", "errors", "experts", "families", "rope_config", "router_config", "section", "sphere"}
+COMMON = {
+    "checkpoint",
+    "config",
+    "errors",
+    "experts",
+    "families",
+    "gate_config",
+    "rope_config",
+    "router_config",
+    "section",
+    "sphere",
+}
 
 
 def test_reference_and_traced_decoder_share_no_code() -> None:
