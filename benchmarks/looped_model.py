@@ -107,10 +107,11 @@ def run(model: Any, text: Any, steps: int) -> None:
             group["lr"] = RATE * min(1.0, (step + 1) / WARM_UP) * left
         loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        # A gradient that is not finite, as one in some hundred steps has, would end in every weight.
+        if bool(nn.utils.clip_grad_norm_(model.parameters(), 1.0).isfinite()):
+            optimizer.step()
+            norm_weights(model)
         optimizer.zero_grad(set_to_none=True)
-        norm_weights(model)
         losses.append(float(loss.detach()))
         if (step + 1) % EVERY == 0:
             spent = time.monotonic() - began

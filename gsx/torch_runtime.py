@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gsx.backend_names import Device
 from gsx_engines.bundle.bundle import Bundle
-from gsx_engines.bundle.manifest import DecoderShape
+from gsx_engines.bundle.manifest import DecoderShape, Gates
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_engines.errors import BundleError, EngineError
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, grown
@@ -339,7 +339,11 @@ def _checked(hf_config: Any, bundle: Bundle) -> ModelConfig:
     if config.loops is not None and manifest.decoder.loops is not None:
         config = config.of_loops(manifest.decoder.loops)
     facts = {name: (getattr(manifest.decoder, name), getattr(config, name)) for name in DecoderShape.model_fields}
-    facts["gates"] = (manifest.gates, config.gate.recorded if config.gate else None)
+    gate = config.gate
+    facts["gates"] = (
+        manifest.gates,
+        Gates(kind=gate.kind, input=gate.input, branches=gate.branches) if gate else None,
+    )
     for name, (expected, found) in facts.items():
         if expected != found:
             raise BundleError(

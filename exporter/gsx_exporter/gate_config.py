@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gsx_engines.bundle.manifest import Gates
 from gsx_engines.bundle.words import BRANCHES, Branch
 from gsx_exporter.errors import CheckpointError
 from gsx_exporter.section import known_keys, one_of
@@ -87,11 +86,6 @@ class GateConfig:
                 found=str(len(found.skip_weights)),
             )
         return found
-
-    @property
-    def recorded(self) -> Gates:
-        """What a bundle's manifest says of them; how they share a budget is in its thresholds."""
-        return Gates(kind=self.kind, input=self.input, branches=self.branches, score=self.score)
 
     def to_dict(self) -> dict[str, Any]:
         """The section as `config.json` stores it."""

@@ -99,15 +99,11 @@ class DecoderShape(SparseSection):
 
 
 class Gates(Section):
-    """The gates of the checkpoint.
-
-    Args: score: what thresholds are compared with: the mean of a gate's values, or a scalar gate's logit.
-    """
+    """The gates of the checkpoint."""
 
     kind: Literal["vector", "scalar"]
     input: Literal["post_norm", "pre_norm"]
     branches: tuple[Branch, ...]
-    score: Literal["mean", "logit"] = "mean"
 
 
 # How a model is quantized; exporter/gsx_exporter/quantization/scheme.py has a row for each.
