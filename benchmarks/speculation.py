@@ -4,6 +4,7 @@
     python -m benchmarks.speculation speed  --work DIR    each exit against plain decoding, and where its time goes
     python -m benchmarks.speculation gates  --work DIR    the same at lower budgets: do the speeds multiply?
     python -m benchmarks.speculation memory --work DIR    a speculative process's memory over a plain one's
+    python -m benchmarks.speculation loops  --work DIR --model MODEL   drafts of fewer loops (looped_model.py makes one)
     python -m benchmarks.speculation peer   --work DIR    Hugging Face's assistant_early_exit, in PyTorch
 
 The example model (or --model) continues held-out files of the standard library. Plain and speculative runs take turns
@@ -31,6 +32,7 @@ from gsx_engines.runners.select import open_runner
 from gsx_engines.sampling import GREEDY, Sampling
 from gsx_engines.speculation.draft import open_draft
 from gsx_engines.speculation.spec import parse_draft
+from gsx_exporter.checkpoint.opening import open_checkpoint
 
 PROMPT_TOKENS = 128
 SAMPLED = Sampling(temperature=0.8, top_k=40, top_p=0.95, seed=1)
@@ -120,7 +122,7 @@ def measure(
     length: int | None,
     prompts: Sequence[list[int]],
     *,
-    budget: float = 1.0,
+    budget: float | None = 1.0,
     sampling: Sampling = GREEDY,
 ) -> tuple[Account, Account]:
     """Measure plain and speculative decoding in turn. Args: length: length of drafts; None: adaptive."""
@@ -190,6 +192,22 @@ def gates(args: Namespace) -> None:
             lines.row(name, f"{budget:g}", *figures, f"{found.speed / base:.2f}")
 
 
+def loops(args: Namespace) -> None:
+    """Plain decoding of a looped model with all of its loops, and drafts of fewer, greedily."""
+    prompts = held_out_prompts(args.model, args.prompts, PROMPT_TOKENS)
+    lines = Table("draft", "length", "right", "tokens/round", "tok/s", "plain", "ratio")
+    most = open_checkpoint(args.model).config.loops
+    assert most is not None, f"{args.model} is not looped"
+    for count in range(1, most.most):
+        spec = f"loops:{count}"
+        bundle = exported(args.work / spec.replace(":", "_"), args.model, policy="loops", draft=spec)
+        for length in (*args.lengths, None):
+            plain, found = measure(args, bundle, spec, length, prompts, budget=None)
+            figures = (f"{found.right / max(found.tried, 1):.1%}", f"{found.tokens / found.rounds:.2f}")
+            speeds = (f"{found.speed:.0f}", f"{plain.speed:.0f}", f"{found.speed / plain.speed:.2f}")
+            lines.row(spec, "adaptive" if length is None else length, *figures, *speeds)
+
+
 def memory(args: Namespace) -> None:
     """Whole processes that generate plainly and speculatively, one after the other."""
     workshop = Workshop.of(args.work, args.shape)
@@ -223,6 +241,7 @@ PARTS: dict[str, Callable[[Namespace], None]] = {
     "equal": equal,
     "speed": speed,
     "gates": gates,
+    "loops": loops,
     "memory": memory,
     "peer": peer,
 }

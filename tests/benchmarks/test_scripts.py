@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import adaptive, branches, hold, profile, real, rules, speculation
+from gsx_exporter.checkpoint.opening import open_checkpoint
+from tests.tiny import tiny_checkpoint
 
 SCRIPTS = (
     *(
@@ -111,6 +113,16 @@ def test_speculation_changes_no_token(
     assert [line[:3] for line in lines_of(capsys)] == [
         [kind, "exit:1", length] for kind in ("greedy", "sampled") for length in ("2", "adaptive")
     ]
+
+
+def test_drafts_of_fewer_loops_change_no_token(tmp_path: Path, work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_checkpoint(tmp_path / "model", "dory", tokenizer=True)
+    loops = open_checkpoint(model).config.loops
+    assert loops is not None
+    quick = ["--quick", "--threads", "1", "--prompts", "2"]
+    speculation.main(["loops", "--work", str(work), "--model", str(model), *quick])
+    drafts = [f"loops:{count}" for count in range(1, loops.most)]
+    assert [line[:2] for line in lines_of(capsys)] == [[one, length] for one in drafts for length in ("2", "adaptive")]
 
 
 def test_quality_of_the_model_as_it_is(
