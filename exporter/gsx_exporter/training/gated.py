@@ -25,6 +25,8 @@ from gsx_exporter.config import ModelConfig
 from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.gate_shares import kept_shares
 
+# Of logits that are ranked: well above the rounding of a logit, well below what tells tokens apart.
+_STEP = 2.0**-16
 MODULES: dict[Branch, str] = {"attn": "self_attn", "mlp": "mlp"}
 
 
@@ -185,11 +187,14 @@ class _Branch:
         with torch.autocast(x.device.type, enabled=False):
             logits = gate(x.detach().to(gate.weight.dtype)).float()
             g = torch.sigmoid(logits)
-            score = (logits if self._gate is not None and self._gate.score == "logit" else g).mean(-1)
+            by_logit = self._gate is not None and self._gate.score == "logit"
+            score = (logits if by_logit else g).mean(-1)
             if self._constant:
                 return g
             with torch.no_grad():
-                ranked = score.masked_fill(call.ended, float("inf"))
+                # Equal tokens get equal logits but for rounding, which must not choose between them.
+                ranked = (score / _STEP).round() * _STEP if by_logit else score
+                ranked = ranked.masked_fill(call.ended, float("inf"))
                 last = call.last_skipped(self._number, self._branch)
                 tau = ranked.sort(dim=1).values.gather(1, last.clamp(min=0))
                 keep = (ranked > tau) | (last < 0)
