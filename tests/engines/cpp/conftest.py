@@ -91,11 +91,16 @@ def cpu_build(cpp_build: Path) -> Path:
     return cpp_build
 
 
+def text_options() -> list[str]:
+    """Where PyTorch's tokenizers and minja are (docs/cpp.md); empty if that is not said."""
+    return os.environ.get("GSX_TEST_CPP_TEXT", "").split()
+
+
 @pytest.fixture(scope="session")
 def cpp_build() -> Path:
     """The core and its tests, compiled without warnings; other CXXFLAGS (e.g. sanitizers) make a separate build."""
     # CMake ties a build to the folder of its sources: two checkouts have two.
-    text = os.environ.get("GSX_TEST_CPP_TEXT", "").split()  # where PyTorch's tokenizers and minja are (docs/cpp.md)
+    text = text_options()
     options = [*_standin_options(), *onnxruntime_options(), *(["-DGSX_TEXT=ON", *text] if text else [])]
     digest = hashlib.sha256("\0".join([str(SOURCES), os.environ.get("CXXFLAGS", ""), *options]).encode())
     for path in [*sorted(SOURCES.rglob("*")), SCHEMA_FILE]:

@@ -11,7 +11,17 @@ import pytest
 
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.tensorrt import cuda
-from tests.engines.cpp.conftest import NEEDS, ROOTS, SOURCES, compile_all, configure, headers_of, json_include, run
+from tests.engines.cpp.conftest import (
+    NEEDS,
+    ROOTS,
+    SOURCES,
+    compile_all,
+    configure,
+    headers_of,
+    json_include,
+    run,
+    text_options,
+)
 from tests.plugins.emulation import cuda_include
 
 CONSUMER = {
@@ -41,7 +51,8 @@ def test_another_project_finds_it(cpp_build: Path, tiny_bundle: Path, tmp_path: 
     run(["cmake", "--install", str(cpp_build), "--prefix", str(prefix)])
     for name, text in CONSUMER.items():
         (tmp_path / name).write_text(text)
-    run(["cmake", "-S", str(tmp_path), "-B", str(build), f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-O0"])
+    options = [f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-O0", *text_options()]
+    run(["cmake", "-S", str(tmp_path), "-B", str(build), *options])
     compile_all(build)
     vocabulary = open_bundle(tiny_bundle).manifest.decoder.vocab_size
     assert run([str(build / "consumer"), str(tiny_bundle)]) == f"{vocabulary} 0.7\n"
