@@ -18,7 +18,7 @@ def kept_shares(weights: Sequence[float], budget: float) -> list[float]:
     Args:
         weights: of each gate, at least 0; 0 keeps all. Equal weights give the budget itself to each.
         budget: in (0, 1].
-    Returns: shares. Where even no token at every gate of a weight above 0 keeps more than the budget, that.
+    Returns: shares. If the gates of weight 0 keep more than the budget by themselves, the others keep nothing.
     """
     positive = [weight for weight in weights if weight > 0.0]
     wanted = (1.0 - budget) * len(weights)

@@ -7,7 +7,7 @@ since ONNX Runtime's op refuses a query without rows.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,12 +16,16 @@ from onnx import helper, parser
 
 from gsx_engines.building.build import input_ranges
 from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, Sizes
 from gsx_engines.bundle.manifest import DecoderShape
 from gsx_engines.bundle.tensors import tensor_info
 from gsx_engines.lowering.tensorrt import OPSET, Lowered, lower
+from gsx_engines.runners.base import StepOutput
+from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.session import open_session
 from gsx_engines.runners.tensorrt import TensorRTStage
+from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.tensorrt.backend import platform_name
 from gsx_engines.tensorrt.profile_choice import most_rows
 from gsx_plugins.graph import number
@@ -242,3 +246,29 @@ def cpu_engines(
         graphs=graphs,
     )
     return entry, {name: CpuEngine(bundle, made, profiles) for name, made in lowered.items()}
+
+
+def equal_steps(
+    bundle: Bundle,
+    stage: TensorRTStage,
+    controls: RuntimeValues,
+    sizes: Sequence[tuple[int, ...]],
+    capacity: int,
+    atol: float,
+) -> Iterator[StepOutput]:
+    """Take the portable runner and one on `stage` through calls with so many tokens of each sequence, and compare their
+    logits and kept rows. Yields: what the latter gave."""
+    batch = len(sizes[0])
+    runners = WholeRunner(PortableStage(bundle)), WholeRunner(stage)
+    caches = [runner.new_cache(batch, capacity) for runner in runners]
+    rng = np.random.default_rng(0)
+    for counts in sizes:
+        ids = rng.integers(3, 250, (batch, max(counts)))
+        want, found = (
+            runner.step(cache, ids, controls, counts=list(counts), logits="all")
+            for runner, cache in zip(runners, caches, strict=True)
+        )
+        for row, count in enumerate(counts):
+            np.testing.assert_allclose(found.logits[row, :count], want.logits[row, :count], atol=atol)
+        np.testing.assert_array_equal(found.kept, want.kept)
+        yield found

@@ -158,23 +158,23 @@ class _Thresholds:
         x = layer.branch_input(branch, hidden, normed)
         found = self._rule.score(x, call.values)
         scores = found.score[~call.values["forced"]].numpy()
-        place = (number, BRANCHES.index(branch))
+        place, which = (number, BRANCHES.index(branch)), self._places.index((number, branch))
         if branch in scored_branches(self._rule):
-            run.thresholds[place] = self._threshold(scores, run, self._places.index((number, branch)))
+            run.thresholds[place] = self._threshold(scores, run, which)
         else:  # it follows the branch before it
             run.thresholds[place] = run.thresholds[number, 0]
         tau = float(run.thresholds[place])
         run.kept[place] = float((scores > tau).mean())
-        run.owed += run.shares[self._places.index((number, branch))] - run.kept[place]
+        run.owed += run.shares[which] - run.kept[place]
         return layer.kept_by(replace(found, bound=torch.tensor(tau)), x, call)
 
-    def _threshold(self, scores: np.ndarray, run: _Run, number: int) -> float:
+    def _threshold(self, scores: np.ndarray, run: _Run, which: int) -> float:
         if run.constant is not None:
             return run.constant
-        if run.budget >= 1.0 or not self._weights[number]:
+        if run.budget >= 1.0 or not self._weights[which]:
             return -math.inf
-        left = sum(weight > 0.0 for weight in self._weights[number:])
-        return float(threshold_for(scores, run.shares[number] + run.owed / left))
+        left = sum(weight > 0.0 for weight in self._weights[which:])
+        return float(threshold_for(scores, run.shares[which] + run.owed / left))
 
 
 def threshold_for(scores: np.ndarray, share: float) -> np.float32:

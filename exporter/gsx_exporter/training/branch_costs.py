@@ -2,8 +2,8 @@
 
 One branch at a time skips half of the tokens, those that its new gate gives the lowest scores, and the loss on some
 rows is compared with that of the whole model. If a branch's cost grows with the share s that it skips as c s^p, the sum
-of the costs is least where shares are proportional to c^(-1 / (p - 1)). On SmolLM2-135M skipping half costs about three
-times as much as a quarter, so p is near 1.5 and the weights (`GateConfig.skip_weights`) are proportional to 1 / c^2.
+of the costs is least where shares are proportional to c^(-1 / (p - 1)). On SmolLM2-135M skipping half costs two to
+three times as much as a quarter, so p is 1 to 1.6; with 1.5 weights (`GateConfig.skip_weights`) go with 1 / c^2.
 """
 
 from __future__ import annotations
