@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from gsx.workflows.export import export
@@ -12,7 +13,9 @@ from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.errors import EngineError
+from gsx_engines.lowering.tensorrt import lower
 from gsx_engines.runners.whole import WholeRunner
+from gsx_plugins.graph import Graph
 from tests.engines.cpu_engine import cpu_stages, equal_steps
 from tests.tiny import tiny_checkpoint
 
@@ -51,3 +54,33 @@ def test_a_prompt_that_must_be_one_call_is_not_split(looped: Bundle) -> None:
             runner.step(runner.new_cache(1, CAPACITY), ids, controls)
     else:
         assert np.isfinite(runner.step(runner.new_cache(1, CAPACITY), ids, controls).logits).all()
+
+
+def lowered_graph(bundle: Bundle) -> Graph:
+    portable = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
+    return Graph(lower(portable, bundle.manifest, capacity=CAPACITY, rows=64, plugins=[]).model.graph)
+
+
+def test_visits_of_a_layer_read_the_same_joined_weights(looped: Bundle) -> None:
+    """What TensorRT would put together by itself, it would store for each order that it finds."""
+    graph = lowered_graph(looped)
+    joined = [node for node in graph.nodes if node.op_type == "Concat" and node.output[0].endswith(".joined")]
+    parts = [[name.split(".")[3] for name in node.input] for node in joined]
+    attention, mlp = ["q_proj", "k_proj", "v_proj", "gate_proj"], ["gate_proj", "up_proj"]
+    assert sorted(parts) == [mlp, mlp, attention, attention], "of both looped layers"
+    assert {len(graph.users(node.output[0])) for node in joined} == {3}
+    once = {name for name in graph.constants if name.startswith(("layers.0.", "layers.3.")) and "_proj.weight" in name}
+    assert all(len(graph.users(name)) == 1 for name in once), "others stay as they are"
+
+
+@pytest.mark.parametrize("policy", ["loops", "calm:gate,threshold=0.7"])
+def test_only_products_of_one_value_at_all_visits_are_joined(tmp_path: Path, policy: str) -> None:
+    """In later loops K and V are of all rows and Q of the kept ones, so they stay apart in the first loop too."""
+    model = tiny_checkpoint(tmp_path / "model", "ouro", layers=2, tokenizer=True)
+    made = export(model, tmp_path / "bundle", policy=policy, kv_policy="compute")
+    graph = lowered_graph(made)
+    names = ("layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight.joined")
+    of_query, of_both = ([graph.producer(node.input[0]) for node in graph.users(name)] for name in names)
+    firsts = {made[0].op_type for made in (of_query, of_both) if made[0] is not None}
+    assert firsts == {"Max", "RMSNormalization"}
+    assert len(of_query) == len(of_both) == 3
