@@ -58,7 +58,7 @@ def test_a_prompt_that_must_be_one_call_is_not_split(looped: Bundle) -> None:
 
 def lowered_graph(bundle: Bundle) -> Graph:
     portable = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
-    return Graph(lower(portable, bundle.manifest, capacity=CAPACITY, rows=64, plugins=[]).model.graph)
+    return Graph(lower(portable, bundle.manifest, capacity=CAPACITY, rows=64, plugins=["ThresholdGather"]).model.graph)
 
 
 def test_visits_of_a_layer_read_the_same_joined_weights(looped: Bundle) -> None:

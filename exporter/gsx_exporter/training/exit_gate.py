@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,7 @@ def going_on(losses: Sequence[Tensor]) -> list[Tensor]:
 
     Args: losses: nats of the next tokens after each loop, [N] each.
     """
-    gains = [(before - after).clamp(min=0) for before, after in zip(losses, losses[1:], strict=False)]
+    gains = [(before - after).clamp(min=0) for before, after in pairwise(losses)]
     return [torch.sigmoid(SHARPNESS * (gain - LEAST_GAIN)) for gain in gains]
 
 

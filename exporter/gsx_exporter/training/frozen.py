@@ -1,4 +1,4 @@
-"""What is fitted to a model whose weights stay: the text that it is fitted on, and the checkpoint that it is added to."""
+"""Shared by what is fitted to a frozen model: the text that it is fitted on, and writing the checkpoint with it."""
 
 from __future__ import annotations
 

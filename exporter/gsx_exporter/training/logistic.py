@@ -1,8 +1,7 @@
-"""Logistic regression on states, solved and not trained step by step: the problem is convex, so a text has one answer."""
+"""Logistic regression on states: convex, so it is solved, not trained step by step, and a text has one answer."""
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
