@@ -73,11 +73,10 @@ def test_visits_of_a_layer_read_the_same_joined_weights(looped: Bundle) -> None:
     assert all(len(graph.users(name)) == 1 for name in once), "others stay as they are"
 
 
-@pytest.mark.parametrize("policy", ["loops", "calm:gate,threshold=0.7"])
-def test_only_products_of_one_value_at_all_visits_are_joined(tmp_path: Path, policy: str) -> None:
+def test_only_products_of_one_value_at_all_visits_are_joined(tmp_path: Path) -> None:
     """In later loops K and V are of all rows and Q of the kept ones, so they stay apart in the first loop too."""
     model = tiny_checkpoint(tmp_path / "model", "ouro", layers=2, tokenizer=True)
-    made = export(model, tmp_path / "bundle", policy=policy, kv_policy="compute")
+    made = export(model, tmp_path / "bundle", kv_policy="compute")
     graph = lowered_graph(made)
     names = ("layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight.joined")
     of_query, of_both = ([graph.producer(node.input[0]) for node in graph.users(name)] for name in names)
