@@ -34,7 +34,7 @@ the host knows `k [1]`: it becomes an input instead of `budget`, and the runner 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -96,11 +96,13 @@ class Lowered:
         model: the model; its weights stay external, in the bundle's file.
         forms: the form that each op of domain gsx in the portable graph took.
         counts: how often each pass applied.
+        joined: constants that must be written beside the weights (`write_joined`) -> their parts.
     """
 
     model: onnx.ModelProto
     forms: Mapping[str, Form]
     counts: Mapping[str, int]
+    joined: Mapping[str, Sequence[onnx.TensorProto]]
 
 
 def lower(
@@ -133,4 +135,4 @@ def lower(
         for entry in opsets:
             if not entry.domain:
                 entry.version = OPSET
-    return Lowered(model, task.forms, counts)
+    return Lowered(model, task.forms, counts, task.joined)
