@@ -262,6 +262,7 @@ def test_weights_of_looped_layers_are_stored_and_read_once(bundle: Bundle) -> No
     assert sorted(names[0].split(".")[1] for names in weights) == ["0", "1", "2", "3"]
     # ONNX Runtime packs a weight for each node that reads it.
     assert session_config(bundle.manifest, lowered=True)["session.disable_prepacking"] == "1"
+    assert not session_config(bundle.manifest, lowered=True, layers=False), "the head is read once"
     # A step reads the weights of a layer in each loop.
     branches = step_bytes(bundle).branches
     assert (branches[1:3] == branches[3:5]).all()
