@@ -13,7 +13,7 @@ from typing import Literal
 
 from gsx.parity.closeness import Compared, Comparison, Routing
 from gsx.parity.estimate import Estimate
-from gsx.parity.measure import Greedy
+from gsx.parity.greedy import Greedy
 from gsx.parity.quality import QualityLimits
 from gsx.parity.result import BudgetResult, perplexity_text
 from gsx.parity.speculation import SpeculationResult

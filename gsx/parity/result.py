@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gsx.parity.closeness import Compared, Comparison
-from gsx.parity.measure import Greedy
+from gsx.parity.greedy import Greedy
 from gsx.parity.quality import Quality
 from gsx.parity.speculation import SpeculationResult
 
