@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gsx.parity.closeness import Compared, Comparison, Routing
+from gsx.parity.closeness import Compared, Routing
+from gsx.parity.difference import Comparison
 from gsx.parity.estimate import Estimate
 from gsx.parity.greedy import Greedy
 from gsx.parity.quality import QualityLimits

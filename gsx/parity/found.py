@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gsx.parity.closeness import Accumulator, Compared, Comparer, Observation
+from gsx.parity.closeness import Compared, Comparer, Observation
+from gsx.parity.difference import Accumulator
 from gsx.parity.greedy import Greedy, GreedyText, ReferenceStep, follow
 from gsx.parity.quality import QualityCounter, frequency_nats
 from gsx.parity.result import BudgetResult, Tokens

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gsx.parity.closeness import Compared, Comparer, Comparison, Observation
+from gsx.parity.closeness import Compared, Comparer, Observation
+from gsx.parity.difference import Comparison
 from gsx.parity.found import Found, Padded
 from gsx.parity.greedy import write
 from gsx.parity.measure import EngineSide, ReferenceSide, runner_logits
