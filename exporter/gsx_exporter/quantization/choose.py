@@ -27,6 +27,7 @@ from gsx_exporter.quantization.plan import QuantizationPlan
 from gsx_exporter.quantization.scheme import GROUPS
 from gsx_plugins.progress import OnProgress, Progress, silent
 
+_CHOOSING = "choosing the codes of weights"
 # Rows of the text on which a product's loss is measured.
 _SAMPLE_ROWS = 256
 # A linear layer -> the one that gets the same rows. (Q may get fewer than K and V: skipped tokens have K and V.)
@@ -99,10 +100,12 @@ def choose_codes(
                     first = next(iter(inputs))
                     seen = inputs.pop(first)
                     later.add_to(seen, number, first)
+                    note = f"{prefix_of(plan.checkpoint.config, number)}{first}"  # one of them may take minutes
+                    on_progress(Progress(_CHOOSING, number, plan.checkpoint.config.num_layers, note))
                     losses |= _choose(plan, number, layer, first, seen, options.dtype)
             quantize_layer(layer, number, plan)
             walk.through(number, layer, stream)
-            on_progress(Progress("choosing the codes of weights", number + 1, plan.checkpoint.config.num_layers))
+            on_progress(Progress(_CHOOSING, number + 1, plan.checkpoint.config.num_layers))
     return losses
 
 
