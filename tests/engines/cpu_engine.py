@@ -8,6 +8,8 @@ since ONNX Runtime's op refuses a query without rows.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, Sizes
 from gsx_engines.bundle.manifest import DecoderShape
 from gsx_engines.bundle.tensors import tensor_info
+from gsx_engines.lowering.for_tensorrt.shared_weights import write_joined
 from gsx_engines.lowering.tensorrt import OPSET, Lowered, lower
 from gsx_engines.runners.base import StepOutput
 from gsx_engines.runners.portable import PortableStage
@@ -124,7 +127,9 @@ class CpuEngine:
 
     def __init__(self, bundle: Bundle, lowered: Lowered, profiles: Sequence[EngineProfile]) -> None:
         model = cpu_model(lowered, bundle.manifest.decoder)
-        self.session = open_session(model.SerializeToString(), bundle.directory, 1)
+        with TemporaryDirectory(dir=bundle.directory) as folder:
+            write_joined(model, lowered.joined, bundle.directory, Path(folder) / "joined")
+            self.session = open_session(model.SerializeToString(), bundle.directory, 1)
         self.types = {
             value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             for value in (*lowered.model.graph.input, *lowered.model.graph.output)
