@@ -151,6 +151,10 @@ class CpuEngine:
         assert buffer.shape == shape
         return buffer[rows]
 
+    def read(self, buffer: np.ndarray, shape: tuple[int, ...], row: int) -> np.ndarray:
+        """A copy."""
+        return buffer.reshape(shape)[row].copy()
+
     def run(
         self,
         profile: int,
