@@ -79,6 +79,7 @@ def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
             del node.attribute[:]
             node.attribute.append(helper.make_attribute("kv_heads", shape.num_kv_heads))
             node.attribute.append(helper.make_attribute("scale", scale))
+    _unpack_codes(model)
     model.functions.append(parser.parse_function(_ATTENTION))
     used = {node.op_type for node in model.graph.node}
     model.functions.extend(
@@ -88,6 +89,36 @@ def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
     )
     model.opset_import.append(helper.make_opsetid("test", 1))
     return model
+
+
+def _unpack_codes(model: onnx.ModelProto) -> None:
+    """Dequantize the codes of a step's products, which are int32 constants, before the op for weights of the rows' type."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    kinds = {"Int8": onnx.TensorProto.INT8, "E4M3": onnx.TensorProto.FLOAT8E4M3FN}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        ending = next((ending for ending in kinds if node.domain == "gsx" and node.op_type.endswith(ending)), None)
+        if ending is not None:
+            first = len(node.input) - (4 if "GateUp" in node.op_type else 2)
+            pairs = [node.input[at : at + 2] for at in range(first, len(node.input), 2)]
+            for codes, scales in pairs:
+                packed, blocks = constants[codes], constants[scales].dims[0]
+                if packed.data_type == onnx.TensorProto.INT32:
+                    packed.data_type, packed.dims[1] = kinds[ending], packed.dims[1] * 4
+                nodes.append(
+                    helper.make_node(
+                        "DequantizeLinear",
+                        [codes, scales],
+                        [f"{node.name}.{codes}"],
+                        axis=0,
+                        block_size=packed.dims[0] // blocks,
+                    )
+                )
+            node.input[first:] = [f"{node.name}.{codes}" for codes, _ in pairs]
+            node.op_type = node.op_type.removesuffix(ending)
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 _ATTRIBUTES = "<plugin_namespace, plugin_version>"

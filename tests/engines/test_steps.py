@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from gsx.workflows.export import export
+from gsx.workflows.quantize import Quantize
 from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import controls_for
@@ -122,6 +123,35 @@ def test_other_families(tmp_path: Path, tiny_text: Path, family: str) -> None:
     export(checkpoint, tmp_path / "out", budget=0.6, calibration=tiny_text)
     bundle = open_bundle(tmp_path / "out")
     stays_equal(bundle, STEP_OPS)
+
+
+# Weights of 8 bits in a graph of 16: how they are exported, and the forms that the products of the last layer take.
+QUANTIZED: dict[str, tuple[Quantize, str]] = {
+    "int8": (Quantize("int8", ("none",)), "Int8"),
+    "int8 weights": (Quantize("int8-weights", ("none",)), "Int8"),
+    "fp8": (Quantize("fp8", ("none",)), "E4M3"),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_codes(make_tiny_bundle: Callable[..., Path], kind: str) -> None:
+    """Every product of a skipped branch reads the codes themselves, and gives what the portable graph gives."""
+    quantize, ending = QUANTIZED[kind]
+    bundle = open_bundle(make_tiny_bundle(precision="fp16", quantize=quantize))
+    layers = bundle.manifest.decoder.num_layers
+    made = lowered(bundle, 1, STEP_OPS)
+    assert made.forms["ThresholdGather"] == made.forms["GatedScatterAdd"] == "predicated"
+    ops = Counter(node.op_type for node in made.model.graph.node if node.domain == "gsx" and "Gate" not in node.op_type[:4])
+    assert ops == {f"SkipLinear{ending}": layers, f"SkipGateUp{ending}": layers, f"SkipLinearAdd{ending}": 2 * layers}
+    constants = {tensor.name: tensor for tensor in made.model.graph.initializer}
+    packed = constants["layers.0.mlp.down_proj.weight.packed"]
+    plain = next(one for one in portable_constants(bundle) if one.name == "layers.0.mlp.down_proj.weight")
+    assert packed.external_data == plain.external_data, "the bytes are those of the bundle's file"
+    stays_equal(bundle, STEP_OPS)
+
+
+def portable_constants(bundle: Bundle) -> Sequence[onnx.TensorProto]:
+    return onnx.load(str(bundle.graph_path("model")), load_external_data=False).graph.initializer
 
 
 def stays_equal(bundle: Bundle, plugins: Collection[str]) -> None:
