@@ -20,6 +20,7 @@ from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, Sizes
 from gsx_engines.bundle.manifest import DecoderShape
 from gsx_engines.bundle.tensors import tensor_info
+from gsx_engines.lowering.widen import in_float32
 from gsx_engines.lowering.tensorrt import OPSET, Lowered, lower
 from gsx_engines.runners.base import StepOutput
 from gsx_engines.runners.portable import PortableStage
@@ -151,14 +152,23 @@ class CpuEngine:
         bundle: the graph's bundle, for its weights.
         lowered: the graph.
         profiles: the engine's profiles.
+        config: of ONNX Runtime's session.
     """
 
-    def __init__(self, bundle: Bundle, lowered: Lowered, profiles: Sequence[EngineProfile]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        lowered: Lowered,
+        profiles: Sequence[EngineProfile],
+        config: Mapping[str, str] | None = None,
+    ) -> None:
         model = cpu_model(lowered, bundle.manifest.decoder)
-        self.session = open_session(model.SerializeToString(), bundle.directory, 1)
+        if bundle.manifest.precision == "bf16":
+            in_float32(model)  # as the portable stage
+        self.session = open_session(model.SerializeToString(), bundle.directory, 1, config)
         self.types = {
             value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            for value in (*lowered.model.graph.input, *lowered.model.graph.output)
+            for value in (*model.graph.input, *model.graph.output)
         }
         self.ranges = [input_ranges(lowered.model, profile) for profile in profiles]
         self.calls: list[tuple[int, dict[str, tuple[int, ...]]]] = []
@@ -222,12 +232,14 @@ def cpu_engines(
     plugins: Collection[str] = (),
     rows: int | None = None,
     step: tuple[int, int] | None = None,
+    config: Mapping[str, str] | None = None,
 ) -> tuple[EngineEntry, dict[str, CpuEngine]]:
     """The record of a bundle's engines, and the engines by graph.
 
     Args:
         rows: largest number of tokens of a call; None for that of the profiles.
         step: sequences, and tokens of each, of engines for calls of one size; the profile is theirs.
+        config: of ONNX Runtime's sessions.
     """
     kv_layout: KvLayout = "in-place" if step is None else "step"
     if step is not None:
@@ -276,7 +288,7 @@ def cpu_engines(
         plugins=None,
         graphs=graphs,
     )
-    return entry, {name: CpuEngine(bundle, made, profiles) for name, made in lowered.items()}
+    return entry, {name: CpuEngine(bundle, made, profiles, config) for name, made in lowered.items()}
 
 
 def equal_steps(
