@@ -66,7 +66,7 @@ class Codes:
 
     Args:
         values: [I, O], int8 or float8_e4m3fn.
-        scales: [B, O], each of I / B inputs of a column, in the rows' type; B is 1 for float8. Of gates float32, [1, O].
+        scales: [B, O], each of I / B inputs of a column, in the rows' type; B is 1 for float8. Of gates [1, O] float32.
     """
 
     values: Tensor
@@ -185,7 +185,7 @@ class Kernels:
     def _skip(
         self, name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor | Codes], *gate_width: int
     ) -> Tensor:
-        """A product of `skip_branch/kernel.h`. Args: tensors: the first has the rows' type, the last is the threshold."""
+        """A product of `skip_branch/kernel.h`. Args: tensors: the first of the rows' type, the last the threshold."""
         rows, threshold, shape = tensors[0], tensors[-1], _shape(weights[0])
         out = self.empty(rows, (len(rows), shape[1]), rows.dtype)
         matrices = [matrix_of(weight) for weight in weights]

@@ -20,8 +20,8 @@ from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, Sizes
 from gsx_engines.bundle.manifest import DecoderShape
 from gsx_engines.bundle.tensors import tensor_info
-from gsx_engines.lowering.widen import in_float32
 from gsx_engines.lowering.tensorrt import OPSET, Lowered, lower
+from gsx_engines.lowering.widen import in_float32
 from gsx_engines.runners.base import StepOutput
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.session import open_session

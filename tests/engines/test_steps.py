@@ -149,7 +149,9 @@ def test_codes(make_tiny_bundle: Callable[..., Path], monkeypatch: pytest.Monkey
     layers = bundle.manifest.decoder.num_layers
     made = lowered(bundle, 1, STEP_OPS)
     assert made.forms["ThresholdGather"] == made.forms["GatedScatterAdd"] == "predicated"
-    ops = Counter(node.op_type for node in made.model.graph.node if node.domain == "gsx" and "Gate" not in node.op_type[:4])
+    ops = Counter(
+        node.op_type for node in made.model.graph.node if node.domain == "gsx" and "Gate" not in node.op_type[:4]
+    )
     assert ops == {f"SkipLinear{ending}": layers, f"SkipGateUp{ending}": layers, f"SkipLinearAdd{ending}": 2 * layers}
     constants = {tensor.name: tensor for tensor in made.model.graph.initializer}
     packed = constants["layers.0.mlp.down_proj.weight.packed"]

@@ -140,7 +140,10 @@ def test_products_of_codes(
     assert enqueue(tensorrt, f"GateLinear{ending}", [x, packed[0], scales[0].float()], [logits]) == 0
     torch.testing.assert_close(logits.double(), product, rtol=1e-5, atol=1e-5)
     # Codes in their own type; as many codes as other scales; rows that no kernel takes with codes.
-    assert enqueue(tensorrt, f"SkipLinear{ending}", [x, score, limit, scales[0].view(torch.int64), scales[0]], [out]) == -23
+    assert (
+        enqueue(tensorrt, f"SkipLinear{ending}", [x, score, limit, scales[0].view(torch.int64), scales[0]], [out])
+        == -23
+    )
     assert enqueue(tensorrt, f"SkipLinear{ending}", [x, score, limit, packed[0][:, 4:].clone(), scales[0]], [out]) == -1
     assert "sizes do not fit each other" in capfd.readouterr().err
     floats = [x.float(), score, limit, packed[0], scales[0].float()]

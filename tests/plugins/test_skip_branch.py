@@ -8,6 +8,7 @@ and all bits in every order of threads and blocks.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -23,8 +24,8 @@ from tests.plugins.test_kernels import ORDERS
 
 # One rounding of a number to an element type, relative to it; float32's also covers the sums (below).
 ROUNDING = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# A sum of n float32 products, each fused: at most n roundings, relative to the sum of the products' sizes. Two more where
-# codes are multiplied by their scale, before or after the sum.
+# A sum of n float32 products, each fused: at most n roundings, relative to the sum of the products' sizes. Two more
+# where codes are multiplied by their scale, before or after the sum.
 SUM_ROUNDING = 2.0**-24
 # Inner and outer sizes: 16-byte loads with few and with many columns, a rest in both, and what allows no such loads.
 SIZES = [(64, 40), (37, 64), (1000, 24), (40, 12_904), (37, 23), (1, 1)]
@@ -240,15 +241,45 @@ def test_gates(kernels: cases.GuardedKernels, rows: int, form: str, dtype: torch
     assert ((kernels.gate_linear(x, weight).double() - wanted).abs() <= within).all()
 
 
+@pytest.fixture
+def nowhere() -> Iterator[Tensor]:
+    """Memory that nobody may read, as bytes: a read ends the process."""
+    size = 1 << 16
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    no_access, private_and_anonymous = 0, 0x22
+    sizes = ctypes.c_size_t(size), no_access, private_and_anonymous, -1, ctypes.c_long(0)
+    start = libc.mmap(None, *sizes)
+    assert start != ctypes.c_void_p(-1).value
+    yield torch.frombuffer((ctypes.c_uint8 * size).from_address(start), dtype=torch.uint8)
+    libc.munmap(ctypes.c_void_p(start), ctypes.c_size_t(size))
+
+
 @pytest.mark.parametrize("form", ["", *FORMS])
-def test_a_skipped_branch_reads_nothing(kernels: cases.GuardedKernels, form: str) -> None:
-    """Its weights may be anything, and anywhere."""
-    one = case(3, 64, 48, 0, torch.float16, form)
-    for weight in (one.weight, one.other):
-        (weight.scales if isinstance(weight, Codes) else weight).fill_(float("nan"))
-    assert torch.equal(linear(kernels, one), torch.zeros(3, 48, dtype=torch.float16))
-    assert untouched(gate_up(kernels, one))
-    assert torch.equal(linear_add(kernels, one), one.residual)
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_a_skipped_branch_reads_nothing(kernels: cases.GuardedKernels, nowhere: Tensor, rows: int, form: str) -> None:
+    """Neither weights nor scales, rows or gates: in a process of its own, which a read would end."""
+    one = case(rows, 64, 48, 0, torch.float16, form)
+
+    def hidden(tensor: Tensor) -> Tensor:
+        return nowhere[: tensor.numel() * tensor.itemsize].view(tensor.dtype).view(tensor.shape)
+
+    def hidden_matrix(weight: Weight) -> Weight:
+        return Codes(hidden(weight.values), hidden(weight.scales)) if isinstance(weight, Codes) else hidden(weight)
+
+    one = replace(
+        one,
+        x=hidden(one.x),
+        gate=hidden(one.gate),
+        weight=hidden_matrix(one.weight),
+        other=hidden_matrix(one.other),
+    )
+    child = os.fork()
+    if child == 0:
+        right = torch.equal(linear(kernels, one), torch.zeros(rows, 48, dtype=torch.float16))
+        right &= untouched(gate_up(kernels, one)) and torch.equal(linear_add(kernels, one), one.residual)
+        os._exit(not right)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("form", ["", *FORMS])

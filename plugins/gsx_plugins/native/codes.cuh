@@ -45,9 +45,9 @@ __device__ inline void widenWord(uint32_t word, E4m3, float* out) {
     }
 }
 
-// The elements of one load.
+// The elements of one load. (By value: from a reference, the compiler would load them byte by byte.)
 template <typename W, typename Vector, int COUNT>
-__device__ void widen(const Vector& held, float (&out)[COUNT]) {
+__device__ void widen(Vector held, float (&out)[COUNT]) {
     static_assert(sizeof(Vector) == COUNT * sizeof(W), "all of them");
     if constexpr (kIsCode<W>) {
         uint32_t words[COUNT / 4];

@@ -37,8 +37,8 @@ struct Operands {
     int64_t gateStride, gateStep;  // from row to row, from column to column
     int thresholdStep;             // 0: one for all rows
     int rows, inner, width;
-    int lanes;   // threads that cover the columns of a block
-    void* out;   // of T; float32 if `wide`
+    int lanes;  // threads that cover the columns of a block
+    void* out;  // of T; float32 if `wide`
     bool wide;
 };
 
@@ -142,9 +142,9 @@ __global__ void __launch_bounds__(kThreads, ROWS == 1 ? 2 : 1) skipProduct(Opera
                     }
                 }
                 if constexpr (SCALES == Scales::kBlocks) {
-                    const auto& matrix = of.matrices[product];
-                    const T* const ofBlocks = static_cast<const T*>(matrix.scales);
-                    loadScales(ofBlocks + int64_t{first / matrix.blockRows} * of.width + column, scales[product]);
+                    const Matrix<W>& matrix = of.matrices[product];
+                    const int64_t start = int64_t{first / matrix.blockRows} * of.width + column;
+                    loadScales(static_cast<const T*>(matrix.scales) + start, scales[product]);
                 }
             }
             float factors[ROWS][kSteps];
@@ -193,7 +193,8 @@ __global__ void __launch_bounds__(kThreads, ROWS == 1 ? 2 : 1) skipProduct(Opera
             for (int product = 0; product < PRODUCTS; ++product) {
                 total[product] = columnTotal(sums[product][row], columns);
                 if constexpr (SCALES == Scales::kColumn) {
-                    if (writes) total[product] = __fmul_rn(total[product], scaleOf<T>(of.matrices[product].scales, own, of.wide));
+                    const void* const ofColumns = of.matrices[product].scales;
+                    if (writes) total[product] = __fmul_rn(total[product], scaleOf<T>(ofColumns, own, of.wide));
                 }
             }
         }

@@ -102,7 +102,9 @@ def _end_of_branch(graph: Graph, task: Task, node: onnx.NodeProto) -> onnx.NodeP
 def _before_rounding(graph: Graph, name: str) -> str:
     """What was rounded to 8 bits, for a value that such a pair gives; else the value itself."""
     rounded = graph.producer(name)
-    quantized = graph.producer(rounded.input[0]) if rounded is not None and rounded.op_type == "DequantizeLinear" else None
+    quantized = (
+        graph.producer(rounded.input[0]) if rounded is not None and rounded.op_type == "DequantizeLinear" else None
+    )
     return quantized.input[0] if quantized is not None and quantized.op_type == "QuantizeLinear" else name
 
 
@@ -127,4 +129,3 @@ def _products_of(graph: Graph, name: str) -> list[str]:
     """The two products behind what `_gate_up` found."""
     multiplied = graph.expect_producer(name, "Mul")
     return [graph.expect_producer(multiplied.input[0], "Mul").input[0], multiplied.input[1]]
-

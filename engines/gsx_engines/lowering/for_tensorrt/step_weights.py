@@ -80,7 +80,8 @@ def as_codes(graph: Graph, codes: TensorProto, scales: TensorProto) -> StepWeigh
     packed = _again(graph, codes, f"{codes.name}.packed", TensorProto.INT32, (inner, width // _IN_ONE_INT32))
     blocks = scales.dims[0] if len(scales.dims) > 1 else 1
     return StepWeights(
-        _CODES[codes.data_type], (packed, _again(graph, scales, f"{scales.name}.rows", scales.data_type, (blocks, width)))
+        _CODES[codes.data_type],
+        (packed, _again(graph, scales, f"{scales.name}.rows", scales.data_type, (blocks, width))),
     )
 
 
