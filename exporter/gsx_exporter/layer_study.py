@@ -265,7 +265,7 @@ def curves(found: Sequence[SetResult]) -> Mapping[Family, list[tuple[int, float,
     def point(one: SetResult) -> tuple[int, float, LayerSet]:
         return len(one.kept), float(np.exp(one.nats.mean())), one.kept
 
-    families = ["loops"] if whole.family == "loops" else FAMILIES
+    families: Sequence[Family] = ["loops"] if whole.family == "loops" else FAMILIES
     return {f: [point(whole)] + [point(one) for one in found[1:] if one.family == f] for f in families}
 
 

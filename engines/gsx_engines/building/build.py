@@ -12,7 +12,7 @@ from typing import Any, Literal
 import onnx
 
 from gsx_engines.building.job import Job, Ranges, run_job
-from gsx_engines.building.layer_information import EIGHT_BITS
+from gsx_engines.building.layer_information import EIGHT_BITS, UNKNOWN
 from gsx_engines.building.memory import check_memory
 from gsx_engines.building.placing import writing_engines
 from gsx_engines.building.plan import step_from, write_plan
@@ -209,7 +209,7 @@ def _build_graph(
         widened=tuple(
             weights.input[0]
             for product, _, weights in quantized_products(Graph(lowered.model.graph))
-            if built.products[product.name] not in EIGHT_BITS
+            if built.products[product.name] not in (*EIGHT_BITS, UNKNOWN)
         ),
         inputs=tuple(tensor_info(value) for value in lowered.model.graph.input),
         outputs=tuple(tensor_info(value) for value in lowered.model.graph.output),

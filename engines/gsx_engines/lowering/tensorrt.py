@@ -22,7 +22,8 @@ With K and V in place, which is what gsx runs, the form differs from the portabl
 
 The passes are in `for_tensorrt/`.
 
-In a step, for calls of one size, all sizes are numbers: the window is the whole buffer, and all tokens get logits.
+In a step, for calls of one size, all sizes are numbers: the window is the whole buffer, and all tokens get logits. The
+likeliest tokens are outputs of their own (`likely_ids`, `likely_logits`, `likely_total`).
 
 With K and V that grow, for other programs, only the last three and the removal of default values apply: the engine has
 the portable graph's inputs and outputs, `past_key_values.*` and `present.*` with the call's columns after it.
@@ -53,6 +54,7 @@ from gsx_engines.lowering.for_tensorrt.inputs import (
     speak_float32,
     write_cache_in_place,
 )
+from gsx_engines.lowering.for_tensorrt.likeliest import offer_likeliest
 from gsx_engines.lowering.for_tensorrt.predicated import predicate_branches
 from gsx_engines.lowering.for_tensorrt.shared_weights import join_shared_weights
 from gsx_engines.lowering.for_tensorrt.task import Form, Task
@@ -83,6 +85,7 @@ PASSES: tuple[Pass[Task], ...] = (
     dequantize_constants,
     without_zero_points,
     speak_float32,
+    offer_likeliest,
     fix_sizes,
     of_any(Graph.drop_unread),
 )

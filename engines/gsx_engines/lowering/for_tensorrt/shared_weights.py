@@ -128,7 +128,7 @@ def _again(graph: Graph, product: onnx.NodeProto) -> tuple[str, list[onnx.NodePr
         chain.insert(0, copy_of(node))
         value = node.input[0]
     kind = graph.constants[chain[0].input[1] if chain else product.input[1]].data_type
-    lowest = ml_dtypes.finfo(helper.tensor_dtype_to_np_dtype(kind)).min
+    lowest = ml_dtypes.finfo(helper.tensor_dtype_to_np_dtype(kind)).min  # type: ignore[no-untyped-call]
     made = [make_node("Max", [value, graph.add_constant("lowered.lowest", lowest)], name)]
     for place, node in enumerate(chain):
         node.input[0], node.output[0] = made[-1].output[0], f"{name}.{place}"

@@ -19,6 +19,8 @@ MAX_TOPK = 3840
 Form = Literal["plugin", "predicated", "body", "rows", "mask", "all"]
 # Inputs that only the lowered graph has, and its outputs of kept rows: by branch, and by token.
 WRITE_AT, LOGITS_AT, K, KEPT, KEPT_BY_TOKEN = "write_at", "logits_at", "k", "kept", "kept_by_token"
+# Outputs of a step: the likeliest tokens, their logits, and a sum over all.
+LIKELY_IDS, LIKELY_LOGITS, LIKELY_TOTAL = "likely_ids", "likely_logits", "likely_total"
 # Inputs whose size is the number of rows of a branch, by layer and branch: `run.3.mlp`.
 RUN = "run."
 # Names of dynamic axes.
