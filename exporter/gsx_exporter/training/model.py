@@ -64,7 +64,7 @@ def check_trainable(checkpoint: Checkpoint, settings: TrainSettings) -> None:
     """
     config = checkpoint.config
     reasons = {
-        "its layers run several times (a looped model), and no method says what gates or exits of layers do there": config.loops,
+        "its layers run several times (a looped model), and no method says what gates or exits do there": config.loops,
         "it has routers, which decide what runs": config.router,
         "it is the text part of a multimodal model": checkpoint.whole,
         "its weights are quantized, and gradients do not pass them": checkpoint.layout or checkpoint.gguf,
