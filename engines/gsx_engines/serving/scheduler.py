@@ -42,6 +42,7 @@ from gsx_engines.generation import (
 from gsx_engines.runners.base import Logits, Runner, StepOutput
 from gsx_engines.sampling import Picker, TokenLogprobs, logprobs_of
 from gsx_engines.serving.cache_rows import CacheRows
+from gsx_engines.serving.memory import Trimmer
 from gsx_engines.serving.request import Client, ClosingError, Finished, NewTokens, OverloadedError, Request
 from gsx_engines.speculation.draft import draft_on
 from gsx_engines.tokens import BundleTokenizer, TextWriter
@@ -319,6 +320,7 @@ class Scheduler:
 
     def run(self, after_turn: Callable[[], None] = lambda: None) -> None:
         """Work until `close` is called, in a thread of its own; after_turn is called after every turn."""
+        trimmer = Trimmer()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._waiting or self.under_way)
@@ -326,6 +328,7 @@ class Scheduler:
                     break
             self.work()
             after_turn()
+            trimmer.turn()
         for job in [*self._batch, *self._alone, *self._waiting]:
             _inform(partial(job.client.failed, ClosingError()))
 
