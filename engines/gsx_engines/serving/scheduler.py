@@ -39,6 +39,7 @@ from gsx_engines.generation import (
     read,
     read_tokens,
 )
+from gsx_engines.likeliest import Likeliest
 from gsx_engines.runners.base import Logits, Runner, StepOutput
 from gsx_engines.sampling import Picker, TokenLogprobs, logprobs_of
 from gsx_engines.serving.cache_rows import CacheRows
@@ -424,7 +425,7 @@ class Scheduler:
         return list(groups.values())
 
     def _step(self, jobs: list[_Job]) -> None:
-        logits: dict[_Job, np.ndarray] = {}
+        logits: dict[_Job, np.ndarray | Likeliest] = {}
 
         def step() -> None:
             rows = self._rows(jobs)
@@ -432,7 +433,7 @@ class Scheduler:
             for row, sequence in enumerate(rows):
                 if sequence is not None:
                     self._batch[row].count(output, row, 1, len(jobs))
-                    logits[self._batch[row]] = output.logits[row, 0]
+                    logits[self._batch[row]] = output.behind(row, 0)
 
         if self._works(jobs, step):
             # Each job chooses its token separately: logits that no token can be chosen from must not fail other jobs.
