@@ -462,7 +462,13 @@ def test_freed_memory_is_given_back() -> None:
     kept = blocks[::20]
     del blocks
     before = own.memory_info().rss
+    assert not trimmer.turn(), "nothing has worked"
+    trimmer.worked()
     assert trimmer.turn()
+    assert trimmer.wait is None
     assert before - own.memory_info().rss > 20e6
     assert len(kept) == 100
-    assert not Trimmer(seconds=100.0).turn()
+    later = Trimmer(seconds=100.0)
+    later.worked()
+    assert not later.turn()
+    assert later.wait == pytest.approx(100.0, abs=5.0)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import time
 
-SECONDS = 30.0
+SECONDS = 10.0
 
 
 class Trimmer:
-    """Gives free pages back, at most once in a while. Does nothing where the C library cannot (only glibc can).
+    """Gives free pages back, at most once in a while, and only after work. Only glibc can; elsewhere it does nothing.
 
     Args: seconds: between two times.
     """
@@ -21,12 +21,22 @@ class Trimmer:
     def __init__(self, seconds: float = SECONDS) -> None:
         self._trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         self._seconds, self._next = seconds, time.monotonic() + seconds
+        self._has_worked = False
+
+    @property
+    def wait(self) -> float | None:
+        """Seconds until the next time; None if there is nothing to give back."""
+        return max(0.0, self._next - time.monotonic()) if self._has_worked and self._trim is not None else None
+
+    def worked(self) -> None:
+        """There was work, which may have freed memory."""
+        self._has_worked = True
 
     def turn(self) -> bool:
         """Give back what is free, if it is time. Returns: whether it was."""
-        now = time.monotonic()
-        if self._trim is None or now < self._next:
+        if self._trim is None or self.wait != 0.0:
             return False
         self._trim(0)
-        self._next = now + self._seconds
+        self._next = time.monotonic() + self._seconds
+        self._has_worked = False
         return True

@@ -324,11 +324,13 @@ class Scheduler:
         trimmer = Trimmer()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting or self.under_way)
+                woken = self._changed.wait_for(lambda: self._closed or self._waiting or self.under_way, trimmer.wait)
                 if self._closed:
                     break
-            self.work()
-            after_turn()
+            if woken:
+                self.work()
+                after_turn()
+                trimmer.worked()
             trimmer.turn()
         for job in [*self._batch, *self._alone, *self._waiting]:
             _inform(partial(job.client.failed, ClosingError()))
