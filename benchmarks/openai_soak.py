@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import psutil
@@ -24,6 +24,7 @@ import psutil
 from benchmarks.measure import Table, parse, parser, print_header
 from benchmarks.openai_serving import serving
 from benchmarks.serving import Here, filling, mixed, served_bundle
+from gsx_engines.serving.memory import SECONDS
 
 CLIENTS = 16
 KINDS = 90
@@ -126,6 +127,7 @@ def soak(port: int, server: psutil.Process, asked: Sequence[Asked], minutes: flo
             ended = perf_counter()
             if (ended - began) / 60 >= min(next_line, minutes):
                 known = [ends[name] for name in KNOWN]
+                sleep(1.1 * SECONDS)  # what an idle server keeps, not what requests use
                 size = f"{server.memory_info().rss / 1e6:.1f}"
                 lines.row(f"{(ended - began) / 60:.1f}", ends.total(), *known, ends.total() - sum(known), size)
                 next_line += minutes / 10

@@ -43,6 +43,7 @@ from gsx_engines.likeliest import Likeliest
 from gsx_engines.runners.base import Logits, Runner, StepOutput
 from gsx_engines.sampling import Picker, TokenLogprobs, logprobs_of
 from gsx_engines.serving.cache_rows import CacheRows
+from gsx_engines.serving.memory import Trimmer
 from gsx_engines.serving.request import Client, ClosingError, Finished, NewTokens, OverloadedError, Request
 from gsx_engines.speculation.draft import draft_on
 from gsx_engines.tokens import BundleTokenizer, TextWriter
@@ -320,13 +321,17 @@ class Scheduler:
 
     def run(self, after_turn: Callable[[], None] = lambda: None) -> None:
         """Work until `close` is called, in a thread of its own; after_turn is called after every turn."""
+        trimmer = Trimmer()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting or self.under_way)
+                woken = self._changed.wait_for(lambda: self._closed or self._waiting or self.under_way, trimmer.wait)
                 if self._closed:
                     break
-            self.work()
-            after_turn()
+            if woken:
+                self.work()
+                after_turn()
+                trimmer.worked()
+            trimmer.turn()
         for job in [*self._batch, *self._alone, *self._waiting]:
             _inform(partial(job.client.failed, ClosingError()))
 
