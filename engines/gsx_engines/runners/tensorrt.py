@@ -127,8 +127,8 @@ class _Plan:
             return self.engine.read(buffer, (batch * length, size), row * length + int(tokens[row, token]))
 
         rows = np.arange(batch)[:, None]
-        likely = (found[name][rows, tokens] for name in (LIKELY_IDS, LIKELY_LOGITS, LIKELY_TOTAL))
-        return LikelyLogits(*likely, size, fetch)
+        ids, logits, totals = (found[name][rows, tokens] for name in (LIKELY_IDS, LIKELY_LOGITS, LIKELY_TOTAL))
+        return LikelyLogits(ids, logits, totals, size, fetch)
 
 
 class TensorRTStage:
