@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -48,7 +49,41 @@ _SIGNATURES: dict[str, tuple[type, tuple[type, ...]]] = {
     "gsx_skip_linear": (_INT, (*(_POINTER,) * 4, *(_INT64,) * 4, _INT, _POINTER, _POINTER)),
     "gsx_skip_gate_up": (_INT, (*(_POINTER,) * 5, *(_INT64,) * 4, _INT, _POINTER, _POINTER)),
     "gsx_skip_linear_add": (_INT, (*(_POINTER,) * 6, *(_INT64,) * 5, _INT, _POINTER, _POINTER)),
+    "gsx_gate_linear": (_INT, (*(_POINTER,) * 2, *(_INT64,) * 3, _INT, _POINTER, _POINTER)),
 }
+_CODES = {torch.int8: 1, torch.float8_e4m3fn: 2}
+
+
+class _Matrix(ctypes.Structure):
+    """`gsx_matrix`."""
+
+    _fields_ = (("values", _POINTER), ("scales", _POINTER), ("blocks", _INT64), ("type", _INT))
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A matrix in 8 bits, code x scale.
+
+    Args:
+        values: [I, O], int8 or float8_e4m3fn.
+        scales: [B, O], each of I / B inputs of a column, in the rows' type; B is 1 for float8. Of gates [1, O] float32.
+    """
+
+    values: Tensor
+    scales: Tensor
+
+
+def matrix_of(weight: Tensor | Codes) -> _Matrix:
+    """A matrix as `skip_branch/kernel.h` takes it; it must outlive the call."""
+    if isinstance(weight, Codes):
+        return _Matrix(
+            weight.values.data_ptr(), weight.scales.data_ptr(), len(weight.scales), _CODES[weight.values.dtype]
+        )
+    return _Matrix(weight.data_ptr(), None, 0, 0)
+
+
+def _shape(weight: Tensor | Codes) -> torch.Size:
+    return weight.values.shape if isinstance(weight, Codes) else weight.shape
 
 
 class Kernels:
@@ -113,30 +148,50 @@ class Kernels:
         )
         return out
 
-    def skip_linear(self, x: Tensor, score: Tensor, threshold: Tensor, weight: Tensor) -> Tensor:
+    def skip_linear(self, x: Tensor, score: Tensor, threshold: Tensor, weight: Tensor | Codes) -> Tensor:
         """x [N, I], score [N], threshold [] or [N], weight [I, O] -> x W [N, O], 0 in rows that are not kept."""
-        return self._skip("gsx_skip_linear", [x, score, threshold, weight], threshold, weight)
+        return self._skip("gsx_skip_linear", [x, score, threshold], [weight])
 
-    def skip_gate_up(self, x: Tensor, score: Tensor, threshold: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    def skip_gate_up(
+        self, x: Tensor, score: Tensor, threshold: Tensor, gate: Tensor | Codes, up: Tensor | Codes
+    ) -> Tensor:
         """silu(x G) * (x U) [N, O]; rows that are not kept are not written."""
-        return self._skip("gsx_skip_gate_up", [x, score, threshold, gate, up], threshold, gate)
+        return self._skip("gsx_skip_gate_up", [x, score, threshold], [gate, up])
 
     def skip_linear_add(
-        self, residual: Tensor, x: Tensor, gate: Tensor, score: Tensor, threshold: Tensor, weight: Tensor
+        self, residual: Tensor, x: Tensor, gate: Tensor, score: Tensor, threshold: Tensor, weight: Tensor | Codes
     ) -> Tensor:
         """residual [N, O] + gate [N, O or 1] * (x W); rows that are not kept stay as they are."""
-        tensors = [residual, x, gate, score, threshold, weight]
-        return self._skip("gsx_skip_linear_add", tensors, threshold, weight, gate.shape[1])
+        return self._skip("gsx_skip_linear_add", [residual, x, gate, score, threshold], [weight], gate.shape[1])
+
+    def gate_linear(self, x: Tensor, weight: Tensor | Codes) -> Tensor:
+        """x [N, I], weight [I, O] -> x W [N, O] float32."""
+        inner, width = _shape(weight)
+        out = self.empty(x, (len(x), width), torch.float32)
+        matrix = matrix_of(weight)
+        self._call(
+            "gsx_gate_linear",
+            x,
+            x.data_ptr(),
+            ctypes.addressof(matrix),
+            len(x),
+            inner,
+            width,
+            TYPES[x.dtype],
+            out.data_ptr(),
+        )
+        return out
 
     def _skip(
-        self, name: str, tensors: Sequence[Tensor], threshold: Tensor, weight: Tensor, *gate_width: int
+        self, name: str, tensors: Sequence[Tensor], weights: Sequence[Tensor | Codes], *gate_width: int
     ) -> Tensor:
-        """A product of `skip_branch/kernel.h`."""
-        rows, kind = tensors[0].shape[0], TYPES[weight.dtype]
-        out = self.empty(weight, (rows, weight.shape[1]), weight.dtype)
-        pointers = (tensor.data_ptr() for tensor in tensors)
-        sizes = (threshold.numel(), rows, *weight.shape, *gate_width)
-        self._call(name, weight, *pointers, *sizes, kind, out.data_ptr())
+        """A product of `skip_branch/kernel.h`. Args: tensors: the first of the rows' type, the last the threshold."""
+        rows, threshold, shape = tensors[0], tensors[-1], _shape(weights[0])
+        out = self.empty(rows, (len(rows), shape[1]), rows.dtype)
+        matrices = [matrix_of(weight) for weight in weights]
+        pointers = [tensor.data_ptr() for tensor in tensors] + [ctypes.addressof(matrix) for matrix in matrices]
+        sizes = (threshold.numel(), len(rows), *shape, *gate_width)
+        self._call(name, rows, *pointers, *sizes, TYPES[rows.dtype], out.data_ptr())
         return out
 
     def _select(self, name: str, score: Tensor, *limit: int) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,10 @@ KERNEL_LIBRARY_NAME = "libgsx_kernels.so"
 # Ops with a kernel and a plugin; the other ops always run as standard ops.
 PLUGIN_OPS = ("TopKGather", "ThresholdGather", "GatedScatterAdd")
 # Ops that only lowering for TensorRT makes, for steps of a few rows; all in the folder `skip_branch`.
-STEP_OPS = ("SkipLinear", "SkipGateUp", "SkipLinearAdd")
+_SKIP_OPS = ("SkipLinear", "SkipGateUp", "SkipLinearAdd", "GateLinear")
+# How the weights of a step's product are stored -> the ending of the op's name: in the rows' type, or as 8-bit codes.
+STEP_WEIGHTS = {"rows": "", "int8": "Int8", "e4m3": "E4M3"}
+STEP_OPS = tuple(op + ending for ending in STEP_WEIGHTS.values() for op in _SKIP_OPS)
 STEP_FOLDER, MOST_STEP_ROWS = "skip_branch", 8
 PLUGIN_NAMESPACE, PLUGIN_VERSION = "gsx", "1"
 

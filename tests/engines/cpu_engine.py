@@ -8,6 +8,8 @@ since ONNX Runtime's op refuses a query without rows.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,9 @@ from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, Sizes
 from gsx_engines.bundle.manifest import DecoderShape
 from gsx_engines.bundle.tensors import tensor_info
+from gsx_engines.lowering.for_tensorrt.shared_weights import write_joined
 from gsx_engines.lowering.tensorrt import OPSET, Lowered, lower
+from gsx_engines.lowering.widen import in_float32
 from gsx_engines.runners.base import StepOutput
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.session import open_session
@@ -79,6 +83,7 @@ def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
             del node.attribute[:]
             node.attribute.append(helper.make_attribute("kv_heads", shape.num_kv_heads))
             node.attribute.append(helper.make_attribute("scale", scale))
+    _unpack_codes(model)
     model.functions.append(parser.parse_function(_ATTENTION))
     used = {node.op_type for node in model.graph.node}
     model.functions.extend(
@@ -88,6 +93,36 @@ def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
     )
     model.opset_import.append(helper.make_opsetid("test", 1))
     return model
+
+
+def _unpack_codes(model: onnx.ModelProto) -> None:
+    """Dequantize the codes of a step's products, int32 constants, before the op for weights of the rows' type."""
+    constants = {tensor.name: tensor for tensor in model.graph.initializer}
+    kinds = {"Int8": onnx.TensorProto.INT8, "E4M3": onnx.TensorProto.FLOAT8E4M3FN}
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        ending = next((ending for ending in kinds if node.domain == "gsx" and node.op_type.endswith(ending)), None)
+        if ending is not None:
+            first = len(node.input) - (4 if "GateUp" in node.op_type else 2)
+            pairs = [node.input[at : at + 2] for at in range(first, len(node.input), 2)]
+            for codes, scales in pairs:
+                packed, blocks = constants[codes], constants[scales].dims[0]
+                if packed.data_type == onnx.TensorProto.INT32:
+                    packed.data_type, packed.dims[1] = kinds[ending], packed.dims[1] * 4
+                nodes.append(
+                    helper.make_node(
+                        "DequantizeLinear",
+                        [codes, scales],
+                        [f"{node.name}.{codes}"],
+                        axis=0,
+                        block_size=packed.dims[0] // blocks,
+                    )
+                )
+            node.input[first:] = [f"{node.name}.{codes}" for codes, _ in pairs]
+            node.op_type = node.op_type.removesuffix(ending)
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
 
 
 _ATTRIBUTES = "<plugin_namespace, plugin_version>"
@@ -120,14 +155,25 @@ class CpuEngine:
         bundle: the graph's bundle, for its weights.
         lowered: the graph.
         profiles: the engine's profiles.
+        config: of ONNX Runtime's session.
     """
 
-    def __init__(self, bundle: Bundle, lowered: Lowered, profiles: Sequence[EngineProfile]) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        lowered: Lowered,
+        profiles: Sequence[EngineProfile],
+        config: Mapping[str, str] | None = None,
+    ) -> None:
         model = cpu_model(lowered, bundle.manifest.decoder)
-        self.session = open_session(model.SerializeToString(), bundle.directory, 1)
+        with TemporaryDirectory(dir=bundle.directory) as folder:
+            write_joined(model, lowered.joined, bundle.directory, Path(folder) / "joined")
+            if bundle.manifest.precision == "bf16":
+                in_float32(model)  # as the portable stage
+            self.session = open_session(model.SerializeToString(), bundle.directory, 1, config)
         self.types = {
             value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-            for value in (*lowered.model.graph.input, *lowered.model.graph.output)
+            for value in (*model.graph.input, *model.graph.output)
         }
         self.ranges = [input_ranges(lowered.model, profile) for profile in profiles]
         self.calls: list[tuple[int, dict[str, tuple[int, ...]]]] = []
@@ -195,12 +241,14 @@ def cpu_engines(
     plugins: Collection[str] = (),
     rows: int | None = None,
     step: tuple[int, int] | None = None,
+    config: Mapping[str, str] | None = None,
 ) -> tuple[EngineEntry, dict[str, CpuEngine]]:
     """The record of a bundle's engines, and the engines by graph.
 
     Args:
         rows: largest number of tokens of a call; None for that of the profiles.
         step: sequences, and tokens of each, of engines for calls of one size; the profile is theirs.
+        config: of ONNX Runtime's sessions.
     """
     kv_layout: KvLayout = "in-place" if step is None else "step"
     if step is not None:
@@ -249,7 +297,7 @@ def cpu_engines(
         plugins=None,
         graphs=graphs,
     )
-    return entry, {name: CpuEngine(bundle, made, profiles) for name, made in lowered.items()}
+    return entry, {name: CpuEngine(bundle, made, profiles, config) for name, made in lowered.items()}
 
 
 def equal_steps(

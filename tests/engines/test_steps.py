@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from gsx.workflows.export import export
+from gsx.workflows.quantize import Quantize
 from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import controls_for
@@ -42,11 +43,17 @@ def bundle(request: pytest.FixtureRequest, make_tiny_bundle: Callable[..., Path]
 
 
 def with_steps(
-    bundle: Bundle, batch: int, *sizes: tuple[int, int], plugins: Collection[str]
+    bundle: Bundle,
+    batch: int,
+    *sizes: tuple[int, int],
+    plugins: Collection[str],
+    config: Mapping[str, str] | None = None,
 ) -> tuple[TensorRTStage, CpuEngine, list[CpuEngine]]:
     """A stage, its engine for all calls, and those for steps."""
-    entry, engines = cpu_engines(bundle, default_profiles(CAPACITY, batch), capacity=CAPACITY)
-    made = [cpu_engines(bundle, (), capacity=CAPACITY, step=size, rows=8, plugins=plugins) for size in sizes]
+    entry, engines = cpu_engines(bundle, default_profiles(CAPACITY, batch), capacity=CAPACITY, config=config)
+    made = [
+        cpu_engines(bundle, (), capacity=CAPACITY, step=size, rows=8, plugins=plugins, config=config) for size in sizes
+    ]
     steps = [(own, one["model"]) for own, one in made]
     stage = TensorRTStage(bundle.manifest, entry, "model", engines["model"], steps)
     return stage, engines["model"], [engine for _, engine in steps]
@@ -124,9 +131,45 @@ def test_other_families(tmp_path: Path, tiny_text: Path, family: str) -> None:
     stays_equal(bundle, STEP_OPS)
 
 
-def stays_equal(bundle: Bundle, plugins: Collection[str]) -> None:
+# Weights of 8 bits in a graph of 16: how they are exported, and the forms that the products of the last layer take.
+QUANTIZED: dict[str, tuple[Quantize, str]] = {
+    "int8": (Quantize("int8", ("none",)), "Int8"),
+    "int8 weights": (Quantize("int8-weights", ("none",)), "Int8"),
+    "fp8": (Quantize("fp8", ("none",)), "E4M3"),
+}
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_codes(make_tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Every product of a skipped branch reads the codes themselves, and gives what the graph gives as it is written."""
+    quantize, ending = QUANTIZED[kind]
+    as_written = {"session.disable_quant_qdq": "1"}
+    monkeypatch.setattr("gsx_engines.runners.portable.session_config", lambda manifest: as_written)
+    bundle = open_bundle(make_tiny_bundle(precision="bf16", quantize=quantize))
+    layers = bundle.manifest.decoder.num_layers
+    made = lowered(bundle, 1, STEP_OPS)
+    assert made.forms["ThresholdGather"] == made.forms["GatedScatterAdd"] == "predicated"
+    ops = Counter(
+        node.op_type for node in made.model.graph.node if node.domain == "gsx" and "Gate" not in node.op_type[:4]
+    )
+    assert ops == {f"SkipLinear{ending}": layers, f"SkipGateUp{ending}": layers, f"SkipLinearAdd{ending}": 2 * layers}
+    constants = {tensor.name: tensor for tensor in made.model.graph.initializer}
+    packed = constants["layers.0.mlp.down_proj.weight.packed"]
+    plain = next(one for one in portable_constants(bundle) if one.name == "layers.0.mlp.down_proj.weight")
+    assert packed.external_data == plain.external_data, "the bytes are those of the bundle's file"
+    # An input that another order of summation takes over the border of a code changes logits by part of a step.
+    stays_equal(bundle, STEP_OPS, as_written, LOGITS_ATOL if kind == "int8 weights" else 0.02)
+
+
+def portable_constants(bundle: Bundle) -> Sequence[onnx.TensorProto]:
+    return onnx.load(str(bundle.graph_path("model")), load_external_data=False).graph.initializer
+
+
+def stays_equal(
+    bundle: Bundle, plugins: Collection[str], config: Mapping[str, str] | None = None, atol: float = LOGITS_ATOL
+) -> None:
     """Steps of one token and of two, in turn."""
-    stage, _, steps = with_steps(bundle, 1, (1, 1), (1, 2), plugins=plugins)
+    stage, _, steps = with_steps(bundle, 1, (1, 1), (1, 2), plugins=plugins, config=config)
     portable, runner = WholeRunner(PortableStage(bundle)), WholeRunner(stage)
     caches = [one.new_cache(1, CAPACITY) for one in (portable, runner)]
     for token in range(8):
@@ -134,7 +177,7 @@ def stays_equal(bundle: Bundle, plugins: Collection[str]) -> None:
             one.step(cache, np.array([[9 + token, 80 + token][: 1 + token % 2]]), controls_for(bundle.manifest))
             for one, cache in zip((portable, runner), caches, strict=True)
         )
-        np.testing.assert_allclose(found.logits, want.logits, atol=LOGITS_ATOL)
+        np.testing.assert_allclose(found.logits, want.logits, atol=atol)
         np.testing.assert_array_equal(found.kept, want.kept)
     assert [len(engine.calls) for engine in steps] == [4, 4]
 

@@ -24,7 +24,7 @@ from tests.plugins import kernel_cases as cases
 from tests.plugins.emulation import KERNELS, emulated_library
 
 # TensorRT's numbers of element types.
-TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 7, torch.int64: 8}
+TYPES = {torch.float32: 0, torch.float16: 1, torch.int32: 3, torch.bfloat16: 7, torch.int64: 8}
 WIDTH = 40
 MORE_TOKENS = 5000  # that the profile allows
 
@@ -102,7 +102,53 @@ def test_products_of_a_step(tensorrt: ctypes.CDLL, dtype: torch.dtype) -> None:
     assert (out[~kept] == 7.0).all()
     assert enqueue(tensorrt, "SkipLinearAdd", [residual, x, gate, score, limit, weight], [out]) == 0
     torch.testing.assert_close(out.double(), residual.double() + gate.double() * product * kept[:, None], **loose)
+    logits = torch.full((3, 24), 7.0)
+    assert enqueue(tensorrt, "GateLinear", [x, weight], [logits]) == 0
+    torch.testing.assert_close(logits.double(), product, rtol=1e-5, atol=1e-5)
     assert enqueue(tensorrt, "SkipLinear", [x, score, limit, weight[:-1].clone()], [out]) == -50
+
+
+@pytest.mark.parametrize(("ending", "kind"), [("Int8", torch.int8), ("E4M3", torch.float8_e4m3fn)])
+def test_products_of_codes(
+    tensorrt: ctypes.CDLL, ending: str, kind: torch.dtype, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Codes come as int32, four in each; the scales of gate and up may have different blocks if they are INT8."""
+    dtype, width = torch.float16, 32
+    x, residual = (cases.matrix(3, size, dtype, "cpu", size) for size in (WIDTH, width))
+    gate, score, limit = cases.matrix(3, 1, dtype, "cpu", 3), torch.tensor([0.9, 0.2, 0.8]), torch.tensor(0.5)
+    kept = score > limit
+    codes = [(cases.matrix(WIDTH, width, torch.float32, "cpu", seed) * 20).to(kind) for seed in (1, 2)]
+    blocks = (1, 5 if kind == torch.int8 else 1)
+    scales = [torch.rand(count, width, generator=cases.seeded(4)).add(0.5).div(200).to(dtype) for count in blocks]
+    packed = [one.view(torch.int32) for one in codes]
+    product, other = (
+        x.double() @ (one.double() * scale.double().repeat_interleave(WIDTH // len(scale), 0))
+        for one, scale in zip(codes, scales, strict=True)
+    )
+    loose = {"rtol": 2**-9, "atol": 2**-9}
+    pair, out = [packed[0], scales[0]], torch.full_like(residual, 7.0)
+    assert enqueue(tensorrt, f"SkipLinear{ending}", [x, score, limit, *pair], [out]) == 0
+    torch.testing.assert_close(out.double(), product * kept[:, None], **loose)
+    out.fill_(7.0)
+    both = [*pair, packed[1], scales[1]]
+    assert enqueue(tensorrt, f"SkipGateUp{ending}", [x, score, limit, *both], [out]) == 0
+    torch.testing.assert_close(out[kept].double(), (product * product.sigmoid() * other)[kept], **loose)
+    assert (out[~kept] == 7.0).all()
+    assert enqueue(tensorrt, f"SkipLinearAdd{ending}", [residual, x, gate, score, limit, *pair], [out]) == 0
+    torch.testing.assert_close(out.double(), residual.double() + gate.double() * product * kept[:, None], **loose)
+    logits = torch.full((3, width), 7.0)
+    assert enqueue(tensorrt, f"GateLinear{ending}", [x, packed[0], scales[0].float()], [logits]) == 0
+    torch.testing.assert_close(logits.double(), product, rtol=1e-5, atol=1e-5)
+    # Codes in their own type; as many codes as other scales; rows that no kernel takes with codes.
+    assert (
+        enqueue(tensorrt, f"SkipLinear{ending}", [x, score, limit, scales[0].view(torch.int64), scales[0]], [out])
+        == -23
+    )
+    assert enqueue(tensorrt, f"SkipLinear{ending}", [x, score, limit, packed[0][:, 4:].clone(), scales[0]], [out]) == -1
+    assert "sizes do not fit each other" in capfd.readouterr().err
+    floats = [x.float(), score, limit, packed[0], scales[0].float()]
+    assert enqueue(tensorrt, f"SkipLinear{ending}", floats, [out.float()]) == -1
+    assert f"SkipLinear{ending}: no kernel for weights of this type" in capfd.readouterr().err
 
 
 def test_refusals(tensorrt: ctypes.CDLL, capfd: pytest.CaptureFixture[str]) -> None:

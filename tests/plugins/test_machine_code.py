@@ -35,7 +35,14 @@ BLOCKS = {
     "skipProduct": (256, 1),
 }
 # A product of one row needs fewer registers: two blocks, so that one loads while the other waits.
-_ONE_ROW = re.compile(r"skipProductI\w+?Li\d+ELi\d+ELi1ELNS")
+_ONE_ROW = re.compile(r"skipProductI\w+?Li\d+ELi1ELi\dEE")
+# Of the same kernels with wide loads, by the start of the mangled name: what a thread has in flight, of each matrix.
+# (Scales ..E2: INT8 in blocks, which takes half as many columns of two matrices.)
+_PRODUCTS = {
+    r"skipProductI\w+?ELi16ELi1ELi1EE": ("LDG.E.128", 8),
+    r"skipProductI\w+?ELi16ELi1ELi2EE": ("LDG.E.128", 16),
+    r"skipProductI\w+?E2ELi8ELi1ELi2EE": ("LDG.E.64", 16),
+}
 # Of the kernels that move 16 bytes at a time: loads and stores of a thread, by the kernel's start in its mangled name.
 # (Gates: Lb0, a row as wide as the others; Lb1, one element.)
 VECTORS = {
@@ -116,4 +123,24 @@ def test_loads_in_flight(disassembler: Disassembler, architecture: str) -> None:
         work = [at for at, operation in enumerate(operations) if _ARITHMETIC.match(operation)]
         assert loads[-1] < min([*work, *stores]), f"{name}: a load waits for what another one brought"
         assert sum(operation.startswith("STG") for operation in operations) == len(stores), name
+    assert not named
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_120"])
+def test_products_have_their_loads_in_flight(disassembler: Disassembler, architecture: str) -> None:
+    """Of a step's product with one row: as many rows of each matrix as a thread can hold, before it adds anything; and
+    nothing is read byte by byte."""
+    named = {
+        name: wanted
+        for name, _ in disassembler.read(architecture, "-res-usage")
+        for pattern, wanted in _PRODUCTS.items()
+        if re.search(pattern, name)
+    }
+    # Three types of rows; of 16 bits, with weights in INT8 (two kinds of scales) and E4M3 too; one matrix or two.
+    assert len(named) == 2 * (3 + 2 * 3)
+    for name, text in disassembler.read(architecture, "-sass", "-fun", ",".join(named)):
+        operations, (load, count) = _INSTRUCTION.findall(text), named.pop(name)
+        first_sum = operations.index("FFMA")
+        assert sum(operation.startswith(load) for operation in operations[:first_sum]) >= count, name
+        assert not [operation for operation in operations if operation.startswith(("LDG.E.U8", "LDG.E.S8"))], name
     assert not named

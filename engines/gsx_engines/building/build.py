@@ -23,6 +23,7 @@ from gsx_engines.bundle.tensors import tensor_info
 from gsx_engines.defaults import BUILD_CONTEXT
 from gsx_engines.errors import EngineError
 from gsx_engines.lowering import tensorrt as lowering
+from gsx_engines.lowering.for_tensorrt.shared_weights import write_joined
 from gsx_engines.lowering.for_tensorrt.task import LOGITS_COLUMNS, RUN, WINDOW, K
 from gsx_engines.lowering.for_tensorrt.zero_points import load_zero_points
 from gsx_engines.lowering.passes import not_as_expected
@@ -174,7 +175,8 @@ def _build_graph(
     """Build one engine. Returns: its entry, and whether it uses plugins."""
     manifest = bundle.manifest
     lowered = _lower(bundle, name, portable, capacity, kv_layout, profiles, library)
-    graph, engine = work / f"{name}.onnx", work / f"{name}.engine"
+    graph, joined, engine = (work / f"{name}.{kind}" for kind in ("onnx", "joined", "engine"))
+    write_joined(lowered.model, lowered.joined, bundle.directory, joined)
     graph.write_bytes(lowered.model.SerializeToString())
     products = {node.name for node in portable.graph.node if node.op_type == "MatMul"}  # lowering may add small ones
     plugin_ops = {op for op, form in lowered.forms.items() if form == "plugin"}
@@ -193,6 +195,7 @@ def _build_graph(
     )
     built = run_job(job, name, on_progress)
     graph.unlink()
+    joined.unlink(missing_ok=True)
     write_plan(engine, [step_from(step) for step in built.steps])
     entry = EngineGraph(
         file=engine.name,

@@ -16,6 +16,7 @@ With K and V in place, which is what gsx runs, the form differs from the portabl
 - codes of an embedding or a gate go through a DequantizeLinear, for an embedding before its rows are read: TensorRT
   takes 8-bit constants nowhere else;
 - zero-points of weights in blocks become a small product of their own, since TensorRT takes only zero-points of 0;
+- products of one value in several visits of a layer are one product over joined weights, which are stored once;
 - routed experts are batched products of the experts that a call may use;
 - an op without a plugin is rewritten; see `Form`.
 
@@ -34,7 +35,7 @@ the host knows `k [1]`: it becomes an input instead of `budget`, and the runner 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -55,6 +56,7 @@ from gsx_engines.lowering.for_tensorrt.inputs import (
 )
 from gsx_engines.lowering.for_tensorrt.likeliest import offer_likeliest
 from gsx_engines.lowering.for_tensorrt.predicated import predicate_branches
+from gsx_engines.lowering.for_tensorrt.shared_weights import join_shared_weights
 from gsx_engines.lowering.for_tensorrt.task import Form, Task
 from gsx_engines.lowering.for_tensorrt.whole_calls import run_whole_calls
 from gsx_engines.lowering.for_tensorrt.zero_points import without_zero_points
@@ -79,6 +81,7 @@ PASSES: tuple[Pass[Task], ...] = (
     rotate_by_head,
     count_on_host,
     run_experts,
+    join_shared_weights,
     dequantize_constants,
     without_zero_points,
     speak_float32,
@@ -96,11 +99,13 @@ class Lowered:
         model: the model; its weights stay external, in the bundle's file.
         forms: the form that each op of domain gsx in the portable graph took.
         counts: how often each pass applied.
+        joined: constants that must be written beside the weights (`write_joined`) -> their parts.
     """
 
     model: onnx.ModelProto
     forms: Mapping[str, Form]
     counts: Mapping[str, int]
+    joined: Mapping[str, Sequence[onnx.TensorProto]]
 
 
 def lower(
@@ -133,4 +138,4 @@ def lower(
         for entry in opsets:
             if not entry.domain:
                 entry.version = OPSET
-    return Lowered(model, task.forms, counts)
+    return Lowered(model, task.forms, counts, task.joined)

@@ -44,7 +44,7 @@ from gsx_engines.serving.triton_model import TritonPythonModel  # noqa: E402, F4
 '''
 # Triton's Python backend uses the C interface of NumPy 1, at least up to release 2.51: with NumPy 2, tensors arrive
 # empty or wrong, without an error (docs/triton.md).
-_REQUIREMENTS = ("numpy>=1.26,<2", "onnx>=1.20", "pydantic>=2.7", "tokenizers>=0.20")
+_REQUIREMENTS = ("numpy>=1.26,<2", "jinja2>=3.1.6", "onnx>=1.20", "pydantic>=2.7", "tokenizers>=0.20")
 _RUNTIME = {
     "onnxruntime": ("onnxruntime>=1.24",),
     "tensorrt": ("onnxruntime>=1.24", "cuda-bindings>=12.6", "tensorrt=={version}"),

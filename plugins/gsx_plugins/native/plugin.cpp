@@ -5,7 +5,9 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
+#include <iterator>
 #include <new>
+#include <vector>
 
 using namespace nvinfer1;
 
@@ -53,6 +55,7 @@ bool allowed(Element element, DataType type, DataType rows) noexcept {
     case Element::kRow: return isRowType(type) && type == rows;
     case Element::kScore: return type == DataType::kFLOAT;
     case Element::kPlace: return type == DataType::kINT64;
+    case Element::kCodes: return type == DataType::kINT32;
     }
     return false;
 }
@@ -152,6 +155,7 @@ public:
             if (allowed(tensor.element, inputTypes[input], rows)) continue;
             char const* expected = tensor.element == Element::kScore   ? "float32"
                                    : tensor.element == Element::kPlace ? "int64"
+                                   : tensor.element == Element::kCodes ? "int32"
                                    : input > 0 && isRowType(rows)      ? nameOf(rows)
                                                                        : "float32, float16 or bfloat16";
             logError("%s: input %s is %s, expected %s", mOp.name, tensor.name, nameOf(inputTypes[input]), expected);
@@ -271,12 +275,21 @@ private:
     PluginFieldCollection mNoFields{};
 };
 
-Creator gTopKGather(kTopKGather);
-Creator gThresholdGather(kThresholdGather);
-Creator gGatedScatterAdd(kGatedScatterAdd);
-Creator gSkipLinear(kSkipLinear);
-Creator gSkipGateUp(kSkipGateUp);
-Creator gSkipLinearAdd(kSkipLinearAdd);
+constexpr int32_t kOwnOps = 3;
+
+// All creators, which live as long as the library.
+struct Creators {
+    Creator own[kOwnOps] = {Creator(kTopKGather), Creator(kThresholdGather), Creator(kGatedScatterAdd)};
+    std::vector<Creator> steps{std::begin(kStepOps), std::end(kStepOps)};
+    std::vector<IPluginCreatorInterface*> all;
+
+    Creators() {
+        for (Creator& creator : own) all.push_back(&creator);
+        for (Creator& creator : steps) all.push_back(&creator);
+    }
+};
+
+Creators const gCreators;
 
 }  // namespace
 
@@ -306,9 +319,6 @@ extern "C" GSX_API void setLoggerFinder(ILoggerFinder* finder) {
 }
 
 extern "C" GSX_API IPluginCreatorInterface* const* getCreators(int32_t& count) {
-    static IPluginCreatorInterface* const creators[] = {&gsx::gTopKGather, &gsx::gThresholdGather,
-                                                        &gsx::gGatedScatterAdd, &gsx::gSkipLinear,
-                                                        &gsx::gSkipGateUp, &gsx::gSkipLinearAdd};
-    count = static_cast<int32_t>(sizeof(creators) / sizeof(creators[0]));
-    return creators;
+    count = static_cast<int32_t>(gsx::gCreators.all.size());
+    return gsx::gCreators.all.data();
 }

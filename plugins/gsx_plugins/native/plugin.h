@@ -18,6 +18,7 @@ enum class Element {
     kRow,    // float32, float16 or bfloat16, as the op's first input
     kScore,  // float32
     kPlace,  // int64
+    kCodes,  // int32: four codes of 8 bits, the first in the lowest byte (TensorRT takes 8-bit constants only before DQ)
 };
 
 // One tensor of an op. `shape` has a letter for each dimension. The same letter means the same size in all tensors of a
@@ -41,7 +42,7 @@ struct Call {
     int64_t size(int32_t input, int32_t axis) const noexcept { return shapes[input].dims.d[axis]; }
 };
 
-constexpr int32_t kMaxTensors = 8;
+constexpr int32_t kMaxTensors = 8;  // of an op
 
 struct Op {
     char const* name;
@@ -74,8 +75,7 @@ private:
 extern Op const kTopKGather;
 extern Op const kThresholdGather;
 extern Op const kGatedScatterAdd;
-extern Op const kSkipLinear;
-extern Op const kSkipGateUp;
-extern Op const kSkipLinearAdd;
+// The ops of a step, by the type of their weights.
+extern Op const kStepOps[12];
 
 }  // namespace gsx

@@ -32,6 +32,7 @@ enum {
     GSX_TOO_LARGE = -4,           /* more than GSX_MAX_TOKENS tokens, or a row of more than 32 MiB */
     GSX_MISALIGNED = -5,          /* a pointer that is not aligned to its element type (scratch memory: 16 bytes) */
     GSX_WORKSPACE_TOO_SMALL = -6, /* the scratch memory is smaller than `..._workspace` requires */
+    GSX_UNKNOWN_WEIGHTS = -7,     /* a type of weights that the kernel lacks for rows of this type */
 };
 
 /* Element types of rows. Scores are always float32. */

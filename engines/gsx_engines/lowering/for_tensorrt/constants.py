@@ -30,7 +30,7 @@ def dequantize_constants(graph: Graph, task: Task) -> int:
             scales = graph.expect_producer(node.input[1], "Gather").input[0]
             table, ids = graph.expect_inputs(rows, 2)
             out, whole = node.output[0], f"lowered.{table}"
-            node.input[:], node.output[0] = [table, scales], whole
+            node.input[:], node.output[0], node.name = [table, scales], whole, whole
             return [node, make_node("Gather", [whole, ids], out, axis=0)]
         floats = graph.producer(node.input[0]) if node.op_type == "Mul" else None
         if floats is None:

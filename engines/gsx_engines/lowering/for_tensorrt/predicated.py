@@ -12,14 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx
-from onnx import TensorProto
 
+from gsx_engines.lowering.for_tensorrt.step_weights import step_plugin, weights_of
 from gsx_engines.lowering.for_tensorrt.task import Task
-from gsx_plugins.domain import DOMAIN
 from gsx_plugins.graph import Graph
-from gsx_plugins.library import MOST_STEP_ROWS, PLUGIN_NAMESPACE, PLUGIN_VERSION, STEP_OPS
-
-_FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
+from gsx_plugins.library import MOST_STEP_ROWS, STEP_OPS
 
 
 @dataclass(frozen=True)
@@ -37,13 +34,15 @@ def predicate_branches(graph: Graph, task: Task) -> int:
         silu(x G) x (x U)      becomes      SkipGateUp(x, G, U)      if only the above reads it
         x W      becomes      SkipLinear(x, W), 0 in skipped rows      of all other products of kept rows
 
-    Only in a step of few rows, and where the library has the plugins. Products with codes, biases or norms behind them
-    stay as they are. Returns: how many branches no longer read the weights of their last product for nothing.
+    Only in a step of few rows, and where the library has the plugins. Weights may be codes of 8 bits
+    (`step_weights.py`); rows that a graph rounds to 8 bits before a product (x -> QuantizeLinear -> DequantizeLinear)
+    stay rounded. Products with 4-bit weights, biases or norms behind them stay as they are. Returns: how many branches
+    no longer read the weights of their last product for nothing.
     """
     if task.step is None or not task.plugins.issuperset(STEP_OPS) or task.step[0] * task.step[1] > MOST_STEP_ROWS:
         return 0
     ends = {node.output[0]: made for node in graph.nodes if (made := _end_of_branch(graph, task, node)) is not None}
-    hidden = {made.input[1]: _decision_of(made) for made in ends.values()}
+    hidden = {_before_rounding(graph, made.input[1]): _decision_of(made) for made in ends.values()}
     gates = {name: made for name, decision in hidden.items() if (made := _gate_up(graph, task, name, decision))}
     fused = {product for made in gates.values() for product in _products_of(graph, made.output[0])}
 
@@ -55,10 +54,10 @@ def predicate_branches(graph: Graph, task: Task) -> int:
             return [gates[out]]
         kept = task.products_of_kept.get(node.name)
         decision = _decision(graph, kept) if kept is not None and out not in fused else None
-        if decision is None or not _is_plain(graph, task, node):
+        weights = weights_of(graph, task, node)
+        if decision is None or weights is None:
             return None
-        x, weight = node.input
-        return [_plugin("SkipLinear", [x, decision.score, decision.bound, weight], out)]
+        return [step_plugin("SkipLinear", [node.input[0], decision.score, decision.bound], [weights], out)]
 
     graph.rewrite(predicated)
     graph.drop_unread()
@@ -66,18 +65,6 @@ def predicate_branches(graph: Graph, task: Task) -> int:
         task.forms.update({op: "predicated" for op in ("ThresholdGather", "TopKGather") if op in task.forms})
         task.forms["GatedScatterAdd"] = "predicated"
     return len(ends)
-
-
-def _plugin(op: str, inputs: list[str], out: str) -> onnx.NodeProto:
-    return onnx.helper.make_node(
-        op,
-        inputs,
-        [out],
-        name=f"{out}.{op}",
-        domain=DOMAIN,
-        plugin_namespace=PLUGIN_NAMESPACE,
-        plugin_version=PLUGIN_VERSION,
-    )
 
 
 def _decision(graph: Graph, column: str) -> _Decision | None:
@@ -106,11 +93,20 @@ def _end_of_branch(graph: Graph, task: Task, node: onnx.NodeProto) -> onnx.NodeP
         return None
     gate, rows = gated.input
     product = graph.producer(rows)
-    if product is None or not _is_plain(graph, task, product):
+    weights = weights_of(graph, task, product) if product is not None else None
+    if product is None or weights is None:
         return None
-    h, weight = product.input
-    inputs = [residual, h, gate, decision.score, decision.bound, weight]
-    return _plugin("SkipLinearAdd", inputs, node.output[0])
+    inputs = [residual, product.input[0], gate, decision.score, decision.bound]
+    return step_plugin("SkipLinearAdd", inputs, [weights], node.output[0])
+
+
+def _before_rounding(graph: Graph, name: str) -> str:
+    """What was rounded to 8 bits, for a value that such a pair gives; else the value itself."""
+    rounded = graph.producer(name)
+    quantized = (
+        graph.producer(rounded.input[0]) if rounded is not None and rounded.op_type == "DequantizeLinear" else None
+    )
+    return quantized.input[0] if quantized is not None and quantized.op_type == "QuantizeLinear" else name
 
 
 def _gate_up(graph: Graph, task: Task, name: str, decision: _Decision) -> onnx.NodeProto | None:
@@ -124,18 +120,13 @@ def _gate_up(graph: Graph, task: Task, name: str, decision: _Decision) -> onnx.N
     gate, sigmoid = (graph.producer(value) for value in silu.input)
     if gate is None or sigmoid is None or sigmoid.op_type != "Sigmoid" or sigmoid.input[0] != silu.input[0]:
         return None
-    if not (_is_plain(graph, task, gate) and _is_plain(graph, task, up)) or gate.input[0] != up.input[0]:
+    both = [weights for product in (gate, up) if (weights := weights_of(graph, task, product)) is not None]
+    if len(both) != 2 or both[0].form != both[1].form or gate.input[0] != up.input[0]:
         return None
-    return _plugin("SkipGateUp", [gate.input[0], decision.score, decision.bound, gate.input[1], up.input[1]], name)
+    return step_plugin("SkipGateUp", [gate.input[0], decision.score, decision.bound], both, name)
 
 
 def _products_of(graph: Graph, name: str) -> list[str]:
     """The two products behind what `_gate_up` found."""
     multiplied = graph.expect_producer(name, "Mul")
     return [graph.expect_producer(multiplied.input[0], "Mul").input[0], multiplied.input[1]]
-
-
-def _is_plain(graph: Graph, task: Task, node: onnx.NodeProto) -> bool:
-    """Whether a node is a product with a matrix of weights in the graph's own type."""
-    weight = graph.constants.get(node.input[1]) if node.op_type == "MatMul" else None
-    return weight is not None and weight.data_type == task.float_type and weight.data_type in _FLOATS

@@ -41,6 +41,7 @@ class Task:
         forms: the form that each op of domain gsx in the portable graph took.
         masks: the numbers of a choice that became a mask -> which rows are kept, [N, 1] bool.
         made: nodes that several layers read, made for the first of them.
+        joined: constants whose data must be written (`shared_weights.py`) -> their parts, side by side.
         products_of_kept: names of the products of rows that such a choice keeps -> which rows these are, the same.
     """
 
@@ -54,6 +55,7 @@ class Task:
     masks: dict[str, str] = field(default_factory=dict)
     products_of_kept: dict[str, str] = field(default_factory=dict)
     made: list[onnx.NodeProto] = field(default_factory=list)
+    joined: dict[str, list[TensorProto]] = field(default_factory=dict)
 
     @property
     def shape(self) -> DecoderShape:
