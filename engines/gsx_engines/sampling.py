@@ -151,8 +151,8 @@ class Picker:
             _check_largest(float(logits[best]))
         else:
             ids, weights = candidates(logits, self.sampling)
-            first = _first(self._key(sequence, place), ids if names is None else names[ids], weights)
-            best = int(ids[first])
+            uniform = noise(self._key(sequence, place), ids if names is None else names[ids])
+            best = int(ids[np.argmin(-np.log(uniform) / weights)])
         return best if names is None else int(names[best])
 
     def scores(self, logits: np.ndarray, sequence: int, place: int) -> np.ndarray:
@@ -299,18 +299,6 @@ def _best(values: np.ndarray, count: int) -> np.ndarray:
     if count < len(values):
         places = np.flatnonzero(values >= np.partition(values, -count)[-count])
     return places[np.argsort(-values[places], kind="stable")][:count]
-
-
-def _first(key: int, ids: np.ndarray, weights: np.ndarray) -> int:
-    """Place of the token that arrives first in the race; ids [n] and their weights.
-
-    The likeliest token's time bounds the others': -log(u) is at least 1 - u, which costs no logarithm.
-    """
-    uniform = noise(key, ids)
-    best = int(weights.argmax())
-    bound = -math.log(uniform[best]) / float(weights[best]) * (1 + _ROUNDING)
-    early = np.flatnonzero(1 - uniform <= bound * weights)
-    return int(early[np.argmin(-np.log(uniform[early]) / weights[early])])
 
 
 def _check_largest(logit: float) -> None:

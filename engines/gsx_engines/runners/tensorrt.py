@@ -105,7 +105,7 @@ class _Plan:
     """
 
     def __init__(self, entry: EngineEntry, graph: str, engine: Engine) -> None:
-        self.engine, self.profiles = engine, entry.profiles
+        self.entry, self.engine, self.profiles = entry, engine, entry.profiles
         self.inputs = {value.name: value for value in entry.graphs[graph].inputs}
         self.outputs = {value.name: value for value in entry.graphs[graph].outputs}
         # Of an engine for steps of one size: sequences, tokens of each.
