@@ -23,6 +23,7 @@ from gsx_engines.bundle.tensors import tensor_info
 from gsx_engines.defaults import BUILD_CONTEXT
 from gsx_engines.errors import EngineError
 from gsx_engines.lowering import tensorrt as lowering
+from gsx_engines.lowering.for_tensorrt.gates import exact_in_tf32
 from gsx_engines.lowering.for_tensorrt.task import LOGITS_COLUMNS, RUN, WINDOW, K
 from gsx_engines.lowering.for_tensorrt.zero_points import load_zero_points
 from gsx_engines.lowering.passes import not_as_expected
@@ -190,6 +191,7 @@ def _build_graph(
         plugin_nodes=tuple(node.name for node in lowered.model.graph.node if node.op_type in plugin_ops),
         products=tuple(node.name for node in lowered.model.graph.node if node.name in products),
         timing_cache=str(timing_cache) if timing_cache else None,
+        tf32=exact_in_tf32(Graph(lowered.model.graph)),
     )
     built = run_job(job, name, on_progress)
     graph.unlink()
