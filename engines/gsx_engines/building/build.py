@@ -16,6 +16,7 @@ from gsx_engines.building.layer_information import EIGHT_BITS
 from gsx_engines.building.memory import check_memory
 from gsx_engines.building.placing import writing_engines
 from gsx_engines.building.plan import step_from, write_plan
+from gsx_engines.building.plugin_targets import with_kernels
 from gsx_engines.building.profiles import default_profiles, one_profile, parse_profile
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
@@ -114,6 +115,8 @@ def build(
         kv_layout, capacity, shapes = _step(opened, backend, context, batch, profiles, kv_layout, step)
     library = _library(plugins)
     portable = {name: _load(opened, name) for name in opened.manifest.graphs}
+    if any(node.op_type in PLUGIN_OPS for model in portable.values() for node in model.graph.node):
+        chosen = with_kernels(library, targets, chosen)
     sizes = {name: _weight_bytes(model) for name, model in portable.items()}
     check_memory(max(sizes.values()), len(shapes))
     version = module.__version__

@@ -87,24 +87,24 @@ def quantize_graphs(graphs: Graphs, plan: QuantizationPlan, dtype: torch.dtype) 
 
 
 def _dequantize_gates(graph: Graph, plan: QuantizationPlan) -> None:
-    """Convert the codes of gates to float32 weights."""
+    """Convert the codes of gates to float32 weights, in the place of what widens 16-bit weights."""
     made: dict[str, str] = {}
+    same: dict[str, str] = {}  # a widened weight -> the weight from the codes
 
     def dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         gates = [name for name in node.input if name.removesuffix(".weight").endswith(_GATES)]
         gates = [name for name in gates if name.removesuffix(".weight") in plan.matrices]
-        if gates and node.op_type == "Cast":  # of a 16-bit weight, in whose place the codes are
-            (codes,) = gates
-            unscaled = f"{node.output[0]}.unscaled"
-            return [_cast(codes, unscaled), make_node("Mul", [unscaled, f"{codes}_scale"], node.output[0])]
         nodes = []
         for codes in gates:
             if codes not in made:
                 made[codes], unscaled = f"{codes}.dequantized", f"{codes}.unscaled"
                 nodes += [_cast(codes, unscaled), make_node("Mul", [unscaled, f"{codes}_scale"], made[codes])]
-        if not gates:
+        if gates and node.op_type == "Cast":
+            same[node.output[0]] = made[gates[0]]
+            return nodes
+        if not gates and same.keys().isdisjoint(node.input):
             return None
-        node.input[:] = [made.get(name, name) for name in node.input]
+        node.input[:] = [same.get(name, made.get(name, name)) for name in node.input]
         return [*nodes, node]
 
     graph.rewrite(dequantized)
