@@ -3,7 +3,8 @@
     python -m benchmarks.step_cost
     python -m benchmarks.step_cost --plan BUNDLE    with the kernels a layer of the bundle's own plans
 
-One token of a model of Llama-3-8B's shape in 16 bits, K and V of `--context` tokens before it. The time of a form is
+One token of a model of Llama-3-8B's shape, with activations and K and V (of `--context` tokens before it) in 16 bits.
+The time of a form is
 
     bytes / bandwidth  +  kernels x gap  +  host syncs x sync
 
@@ -13,7 +14,8 @@ and nothing overlaps. Assumptions, none of them measured here:
 - between two kernels of a CUDA graph 1.2 us pass, between launches from the host 2.75 us; a wait of the host for the
   GPU costs 25 us;
 - a kept branch reads all its weights, a skipped one none; K and V projections always run (K/V policy `compute`), and so
-  does attention, over the whole context; scalar gates and norms weigh nothing;
+  do attention, over the whole context, and vector gates; scalar gates and norms weigh nothing;
+- weights of 8 bits take 1 byte, in blocks of 32 with a 16-bit scale 1.0625; the head has them too;
 - activations stay in the cache.
 """
 
@@ -27,7 +29,7 @@ from benchmarks.measure import Table, parse, parser, print_header
 from gsx.workflows.inspect import inspect
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD, MLP, VOCABULARY = 32, 4096, 32, 8, 128, 14336, 128256
-BYTES = 2
+BYTES, INT8_BLOCKS = 2.0, 1.0625  # of a weight
 GPUS = {"H200": 4.3e12, "RTX 5090": 1.62e12, "RTX 4090": 0.92e12}
 REACHED = 0.85
 GRAPH_GAP, LAUNCH_GAP, SYNC = 1.2e-6, 2.75e-6, 25e-6
@@ -45,6 +47,8 @@ class Form:
         copies: how often K and V of all columns are copied, each a read and a write.
         recorded: whether a CUDA graph holds it.
         skips: whether it skips at all.
+        weights: bytes of a weight.
+        gates: bytes of a weight of vector gates; 0 without them.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Form:
     copies: int = 0
     recorded: bool = True
     skips: bool = True
+    weights: float = BYTES
+    gates: float = 0.0
 
 
 # Counted on plans of TensorRT-RTX 1.7.1 for sm_89, fp16, one sequence (tests/engines/test_plan.py).
@@ -62,6 +68,8 @@ FORMS = (
     Form("dense, step", 9, 3, skips=False),
     Form("gates, rows that the GPU counts (as before)", 28, 3, syncs=2, copies=1, recorded=False),
     Form("gates, step", 10, 3),
+    Form("gates, step, INT8 weights", 11, 5, weights=INT8_BLOCKS),
+    Form("gates, step, FP8", 12, 5, weights=1.0),
     Form("set of layers", 14, 2, copies=1),
     Form("set of layers, step", 12, 2),
 )
@@ -73,8 +81,9 @@ def moved(form: Form, budget: float, context: int) -> float:
     always = 2 * HIDDEN * KV_HEADS * HEAD
     cache = 2 * KV_HEADS * HEAD * context
     share = budget if form.skips else 1.0
-    layer = skippable * share + always + cache * (1 + 2 * form.copies)
-    return float((LAYERS * layer + HIDDEN * VOCABULARY) * BYTES)
+    weights = (LAYERS * (skippable * share + always) + HIDDEN * VOCABULARY) * form.weights
+    gates = LAYERS * 2 * HIDDEN * HIDDEN * form.gates
+    return weights + gates + LAYERS * cache * (1 + 2 * form.copies) * BYTES
 
 
 def seconds(form: Form, budget: float, context: int, bandwidth: float) -> float:

@@ -14,6 +14,7 @@ from gsx_engines.bundle.manifest import KvCache, Quantization
 from gsx_engines.bundle.policy import Policy
 from gsx_engines.bundle.selection import Selection
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.rounded_gates import with_rounded_gates
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.graph.assemble import GraphBuilder
 from gsx_exporter.quantization.kv_cache import int8_kv_cache
@@ -67,6 +68,7 @@ def calibrate_all(
     Raises:
         GsxError: what was requested cannot be met on this text.
     """
+    checkpoint = with_rounded_gates(checkpoint, types.dtype)
     settled = keep.settle(checkpoint, text.seen, on_progress)
     section, selection = settled.policy, settled.selection
     options = DecoderOptions(settled.rule, keep.kv_policy, types.dtype)

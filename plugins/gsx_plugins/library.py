@@ -57,6 +57,20 @@ class BuildRecord:
     tensorrt_headers: str | None
     seconds: float
 
+    def runs_on(self, capability: str) -> bool:
+        """Whether a GPU of a compute capability (e.g. "89") has code in the library: machine code of its own generation
+        and no later version, or PTX of any earlier one. Code of one architecture (`90a`) runs there only, that of a
+        family (`120f`) on its generation."""
+        wanted = int(capability)
+        for name in self.architectures:
+            number, _, kind = name.partition("-")
+            own, bound = int(number.rstrip("af")), number[-1] if number[-1] in "af" else ""
+            machine = kind != "virtual" and own // 10 == wanted // 10
+            later = machine if bound == "f" else not bound and (machine or kind != "real")
+            if own == wanted or (own < wanted and later):
+                return True
+        return False
+
 
 def native_sources() -> Sequence[Path]:
     """The files that the library is built from."""

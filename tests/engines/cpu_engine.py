@@ -87,7 +87,7 @@ def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
     model.functions.append(parser.parse_function(_ATTENTION))
     used = {node.op_type for node in model.graph.node}
     model.functions.extend(
-        parser.parse_function(f'<domain: "gsx", opset_import: ["" : {OPSET}]> {head} {{ {_KEPT} {body} }}')
+        parser.parse_function(f'<domain: "gsx", opset_import: ["" : {OPSET}]> {head} {{ {body} }}')
         for op, (head, body) in _STEP_OPS.items()
         if op in used
     )
@@ -96,14 +96,14 @@ def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
 
 
 def _unpack_codes(model: onnx.ModelProto) -> None:
-    """Dequantize the codes of a step's products, int32 constants, before the op for weights of the rows' type."""
+    """Dequantize the codes of a step's products, which are int32 constants, before the op for the rows' type."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     kinds = {"Int8": onnx.TensorProto.INT8, "E4M3": onnx.TensorProto.FLOAT8E4M3FN}
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         ending = next((ending for ending in kinds if node.domain == "gsx" and node.op_type.endswith(ending)), None)
         if ending is not None:
-            first = len(node.input) - (4 if "GateUp" in node.op_type else 2)
+            first = len(node.input) - (4 if node.op_type.startswith("SkipGateUp") else 2)
             pairs = [node.input[at : at + 2] for at in range(first, len(node.input), 2)]
             for codes, scales in pairs:
                 packed, blocks = constants[codes], constants[scales].dims[0]
@@ -127,22 +127,26 @@ def _unpack_codes(model: onnx.ModelProto) -> None:
 
 _ATTRIBUTES = "<plugin_namespace, plugin_version>"
 # Of kept rows, as a column.
-_KEPT = "keeps = Greater (score, bound) last = Constant <value_ints = [-1]> () kept = Unsqueeze (keeps, last)"
+_KEPT = "keeps = Greater (score, bound) last = Constant <value_ints = [-1]> () kept = Unsqueeze (keeps, last) "
 # The plugins of a step as `plugins/gsx_plugins/skip_branch/kernel.h` defines them: what a function computes, and how.
 # What the rule leaves open is 7 here.
 _STEP_OPS = {
+    "GateLinear": (
+        f"GateLinear {_ATTRIBUTES} (x, w) => (out)",
+        "x_wide = Cast <to = 1> (x) w_wide = Cast <to = 1> (w) out = MatMul (x_wide, w_wide)",
+    ),
     "SkipLinear": (
         f"SkipLinear {_ATTRIBUTES} (x, score, bound, w) => (out)",
-        "y = MatMul (x, w) zero = Sub (y, y) out = Where (kept, y, zero)",
+        _KEPT + "y = MatMul (x, w) zero = Sub (y, y) out = Where (kept, y, zero)",
     ),
     "SkipGateUp": (
         f"SkipGateUp {_ATTRIBUTES} (x, score, bound, g, u) => (out)",
-        "a = MatMul (x, g) s = Sigmoid (a) silu = Mul (a, s) b = MatMul (x, u) y = Mul (silu, b) "
+        _KEPT + "a = MatMul (x, g) s = Sigmoid (a) silu = Mul (a, s) b = MatMul (x, u) y = Mul (silu, b) "
         "open = Constant <value_float = 7.0> () other = CastLike (open, y) out = Where (kept, y, other)",
     ),
     "SkipLinearAdd": (
         f"SkipLinearAdd {_ATTRIBUTES} (residual, x, gate, score, bound, w) => (out)",
-        "y = MatMul (x, w) gated = Mul (gate, y) sum = Add (residual, gated) out = Where (kept, sum, residual)",
+        _KEPT + "y = MatMul (x, w) gated = Mul (gate, y) sum = Add (residual, gated) out = Where (kept, sum, residual)",
     ),
 }
 

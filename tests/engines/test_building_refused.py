@@ -11,12 +11,12 @@ import onnx
 import pytest
 
 from gsx_engines.building import build as building
-from gsx_engines.building import memory
+from gsx_engines.building import memory, plugin_targets
 from gsx_engines.building.build import build, check_backend
 from gsx_engines.errors import BundleError, EngineError
 from gsx_engines.tensorrt.loading import ENGINES
 from gsx_plugins.errors import GsxError, UsageError
-from gsx_plugins.library import find_library
+from gsx_plugins.library import BuildRecord, find_library
 from tests.engines.built import build_small, edit_graph, needs_plugins, state
 
 
@@ -133,3 +133,18 @@ def test_a_tensorrt_without_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
         else:
             with pytest.raises(EngineError, match=rf"lacks ops .*\n  expected TensorRT 10.15 .*, found {version}"):
                 check_backend("tensorrt")
+
+
+def test_a_library_without_code_for_a_target(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A requested one is refused, others are left out; a bundle without plugins does not ask."""
+    needs_plugins()
+    monkeypatch.setattr(building, "run_job", lambda *args: pytest.fail("a build was begun"))
+    record = BuildRecord("0", ("80-real", "89-real"), "13.0", "11.1", 1.0)
+    monkeypatch.setattr(plugin_targets, "record_of", lambda library: record)
+    with pytest.raises(
+        EngineError, match=r"(?s)has no code for compute capability 12\.0\n.*found one for 80-real, 89-real"
+    ):
+        build(bundle, targets=["8.9", "12.0"])
+    library = find_library()
+    assert plugin_targets.with_kernels(library, [], ("80", "86", "89", "120")) == ("80", "86", "89")
+    assert plugin_targets.with_kernels(None, ["12.0"], ("120",)) == ("120",)

@@ -17,6 +17,7 @@ import pytest
 from benchmarks.model import SHAPES, make_large, random_text
 from gsx.workflows.export import export
 from gsx.workflows.inspect import EnginePlan, inspect
+from gsx.workflows.quantize import Quantize
 from gsx_engines.building.build import build
 from gsx_engines.building.plan import PlanCounts, count, plan_file, steps_of
 from gsx_engines.bundle.bundle import Bundle, open_bundle
@@ -40,21 +41,28 @@ CAPACITY = 1024
 # Kernels before the first layer's own and after the last one's: thresholds and masks; final norm, head, and counts; the
 # likeliest tokens, and the sum over all.
 OUTSIDE = 6
+# Kernels of a layer with vector gates.
+VECTOR_GATES = 12
 # Kernels of a step of a tiny Llama.
 LLAMA = 22
 
 
 @pytest.fixture(scope="module")
 def wide(make_once: MakeOnce) -> Callable[[str], Bundle]:
-    """A bundle with 2 layers: `gates` (scalar), `sets` of layers or `dense`."""
+    """A bundle with 2 layers: `gates` (scalar), these with weights of a scheme, `vector gates`, `sets` of layers or
+    `dense`."""
 
     def make(path: Path, kind: str) -> None:
         SHAPES["quarter"] = SHAPE
-        model = make_large(path.with_suffix(".model"), "quarter", "scalar" if kind == "gates" else None)
+        scheme = {"gates, int8-weights": "int8-weights", "gates, fp8": "fp8"}.get(kind)
+        gate = "vector" if kind == "vector gates" else "scalar" if kind.startswith("gates") else None
+        model = make_large(path.with_suffix(".model"), "quarter", gate)
         text = random_text(path.with_suffix(".txt"), SHAPE["vocab_size"], words=800)
         options: dict[str, Any] = (
-            {"budget": 0.5, "calibration": text, "calibration_tokens": 256} if kind == "gates" else {}
+            {"budget": 0.5, "calibration": text, "calibration_tokens": 256} if gate is not None else {}
         )
+        if scheme is not None:
+            options["quantize"] = Quantize(scheme, ("none",))
         export(model, path, precision="fp16", policy="layers" if kind == "sets" else None, **options)
 
     return lambda kind: open_bundle(make_once(f"wide-{kind}", lambda path: make(path, kind)))
@@ -82,6 +90,25 @@ def test_a_step_that_skips(wide: Callable[[str], Bundle]) -> None:
         assert plan.capturable
     plan = plan_of(wide("gates"), step=1)
     assert plan.total.kernels <= 2 * 10 + OUTSIDE
+
+
+@pytest.mark.parametrize(("scheme", "layer"), [("int8-weights", 11), ("fp8", 12)])
+def test_a_step_with_weights_of_8_bits(wide: Callable[[str], Bundle], scheme: str, layer: int) -> None:
+    """As one of 16 bits, with a kernel more in a layer where inputs are rounded; two more for embedding and head."""
+    needs_plugins()
+    plan = plan_of(wide(f"gates, {scheme}"), step=1)
+    assert plan.total == PlanCounts(kernels=plan.total.kernels)
+    assert plan.capturable
+    assert plan.total.kernels <= 2 * layer + OUTSIDE + 2
+
+
+def test_a_step_with_vector_gates(wide: Callable[[str], Bundle]) -> None:
+    """A gate is its product and what makes a score of it."""
+    needs_plugins()
+    plan = plan_of(wide("vector gates"), step=1)
+    assert plan.total == PlanCounts(kernels=plan.total.kernels)
+    assert plan.capturable
+    assert plan.total.kernels <= 2 * VECTOR_GATES + OUTSIDE
 
 
 def test_what_it_takes_the_place_of(wide: Callable[[str], Bundle]) -> None:

@@ -17,11 +17,13 @@ from gsx.workflows.quantize import Quantize
 from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.controls import controls_for
+from gsx_engines.lowering.for_tensorrt.gates import exact_in_tf32
 from gsx_engines.lowering.tensorrt import Lowered, lower
 from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.tensorrt import TensorRTStage
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.gate_config import GateConfig
+from gsx_plugins.graph import Graph
 from gsx_plugins.library import STEP_OPS
 from tests.engines.cpu_engine import CpuEngine, cpu_engines
 from tests.tiny import tiny_checkpoint
@@ -157,8 +159,32 @@ def test_codes(make_tiny_bundle: Callable[..., Path], monkeypatch: pytest.Monkey
     packed = constants["layers.0.mlp.down_proj.weight.packed"]
     plain = next(one for one in portable_constants(bundle) if one.name == "layers.0.mlp.down_proj.weight")
     assert packed.external_data == plain.external_data, "the bytes are those of the bundle's file"
-    # An input that another order of summation takes over the border of a code changes logits by part of a step.
+    # An input that another order of summation takes over the border of a code changes logits by a part of its step.
     stays_equal(bundle, STEP_OPS, as_written, LOGITS_ATOL if kind == "int8 weights" else 0.02)
+
+
+def weight_types(made: Lowered) -> set[int]:
+    """Of gates."""
+    return {tensor.data_type for tensor in made.model.graph.initializer if "_gate.linear.weight" in tensor.name}
+
+
+def test_vector_gates_of_16_bits(make_tiny_bundle: Callable[..., Path]) -> None:
+    """A step reads a gate's weights as they are stored; elsewhere TensorFloat-32 has the same factors."""
+    bundle = open_bundle(make_tiny_bundle(precision="bf16"))
+    step = lowered(bundle, 1, STEP_OPS)
+    gates = [node for node in step.model.graph.node if node.op_type == "GateLinear"]
+    assert len(gates) == 2 * bundle.manifest.decoder.num_layers
+    assert weight_types(step) == {onnx.TensorProto.BFLOAT16}
+    stays_equal(bundle, STEP_OPS)
+    for options, exact in (
+        ({}, True),
+        ({"quantize": QUANTIZED["int8 weights"][0]}, True),
+        ({"precision": "fp32"}, False),
+    ):
+        bundle = open_bundle(make_tiny_bundle(**{"precision": "bf16", **options}))
+        model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
+        whole = lower(model, bundle.manifest, capacity=CAPACITY, rows=64, plugins=())
+        assert exact_in_tf32(Graph(whole.model.graph)) is exact, options
 
 
 def portable_constants(bundle: Bundle) -> Sequence[onnx.TensorProto]:

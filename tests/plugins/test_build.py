@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from gsx_plugins.errors import GsxError, PluginLibraryError
 from gsx_plugins.library import (
     PLUGIN_OPS,
     SOURCE_FOLDER,
+    BuildRecord,
     find_kernels,
     find_library,
     library_hash,
@@ -281,3 +283,20 @@ def test_adapters_compile_without_warnings(root: Path, source: Path, monkeypatch
     command += ["-isystem", str(find_headers().folder), "-isystem", str(cuda), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("architectures", "there", "missing"),
+    [
+        (("80-real", "86-real"), ("80", "86", "89"), ("75", "90", "120")),
+        (("86-real",), ("86", "89"), ("80", "90")),
+        (("90",), ("90", "100", "120"), ("89",)),
+        (("90-virtual",), ("90", "120"), ("89",)),
+        (("90a-real",), ("90",), ("89", "100")),
+        (("120f",), ("120", "121"), ("90", "130")),
+    ],
+)
+def test_gpus_that_have_code(architectures: tuple[str, ...], there: Sequence[str], missing: Sequence[str]) -> None:
+    record = BuildRecord("0", architectures, "13.0", None, 1.0)
+    assert all(record.runs_on(one) for one in there)
+    assert not any(record.runs_on(one) for one in missing)

@@ -16,6 +16,7 @@ from gsx_engines.building.layer_information import EIGHT_BITS, UNKNOWN
 from gsx_engines.building.memory import check_memory
 from gsx_engines.building.placing import writing_engines
 from gsx_engines.building.plan import step_from, write_plan
+from gsx_engines.building.plugin_targets import with_kernels
 from gsx_engines.building.profiles import default_profiles, one_profile, parse_profile
 from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, PluginLibrary, Sizes
@@ -23,6 +24,7 @@ from gsx_engines.bundle.tensors import tensor_info
 from gsx_engines.defaults import BUILD_CONTEXT
 from gsx_engines.errors import EngineError
 from gsx_engines.lowering import tensorrt as lowering
+from gsx_engines.lowering.for_tensorrt.gates import exact_in_tf32
 from gsx_engines.lowering.for_tensorrt.shared_weights import write_joined
 from gsx_engines.lowering.for_tensorrt.task import LOGITS_COLUMNS, RUN, WINDOW, K
 from gsx_engines.lowering.for_tensorrt.zero_points import load_zero_points
@@ -114,6 +116,8 @@ def build(
         kv_layout, capacity, shapes = _step(opened, backend, context, batch, profiles, kv_layout, step)
     library = _library(plugins)
     portable = {name: _load(opened, name) for name in opened.manifest.graphs}
+    if any(node.op_type in PLUGIN_OPS for model in portable.values() for node in model.graph.node):
+        chosen = with_kernels(library, targets, chosen)
     sizes = {name: _weight_bytes(model) for name, model in portable.items()}
     check_memory(max(sizes.values()), len(shapes))
     version = module.__version__
@@ -192,6 +196,7 @@ def _build_graph(
         plugin_nodes=tuple(node.name for node in lowered.model.graph.node if node.op_type in plugin_ops),
         products=tuple(node.name for node in lowered.model.graph.node if node.name in products),
         timing_cache=str(timing_cache) if timing_cache else None,
+        tf32=exact_in_tf32(Graph(lowered.model.graph)),
     )
     built = run_job(job, name, on_progress)
     graph.unlink()

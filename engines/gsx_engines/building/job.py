@@ -47,6 +47,7 @@ class Job:
         plugin_nodes: names of the nodes that must become plugins.
         products: names of the graph's matrix products.
         timing_cache: file for timings, if the backend uses them.
+        tf32: whether float32 products may use TensorFloat-32.
     """
 
     backend: Backend
@@ -59,6 +60,7 @@ class Job:
     plugin_nodes: tuple[str, ...]
     products: tuple[str, ...]
     timing_cache: str | None
+    tf32: bool = False
 
 
 @dataclass(frozen=True)

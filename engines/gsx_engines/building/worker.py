@@ -103,10 +103,11 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
 
         capabilities = [(int(target[:-1]), int(target[-1])) for target in job["targets"]]
         config = CreateConfigRTX(compute_capabilities=capabilities or None, use_gpu=not capabilities, **options)
-        # float32 must not become TensorFloat-32. (CreateConfig disables that by itself.)
-        config = PostprocessConfig(config, lambda builder, network, made: made.clear_flag(trt.BuilderFlag.TF32))
+        # float32 must not become TensorFloat-32, unless it says just the same. (CreateConfig disables it by itself.)
+        if not job["tf32"]:
+            config = PostprocessConfig(config, lambda builder, network, made: made.clear_flag(trt.BuilderFlag.TF32))
     else:
-        config = CreateConfig(load_timing_cache=job["timing_cache"], **options)
+        config = CreateConfig(load_timing_cache=job["timing_cache"], tf32=job["tf32"], **options)
     started = time.monotonic()
     try:
         with Path(job["engine"]).open("wb") as file:

@@ -13,6 +13,7 @@ With K and V in place, which is what gsx runs, the form differs from the portabl
 - `kept [n]` has the number of rows that each gated branch ran on;
 - `thresholds` and `budget` lose their default value, so that they stay inputs;
 - attention is written out for TensorRT's `Attention` (one output, explicit mask);
+- the product of a vector gate multiplies 16-bit numbers and codes as they are stored, in float32;
 - codes of an embedding or a gate go through a DequantizeLinear, for an embedding before its rows are read: TensorRT
   takes 8-bit constants nowhere else;
 - zero-points of weights in blocks become a small product of their own, since TensorRT takes only zero-points of 0;
@@ -46,6 +47,7 @@ from gsx_engines.lowering.for_tensorrt.attention import attend, attend_kept_rows
 from gsx_engines.lowering.for_tensorrt.choices import add_rows, count_on_host, mask_choices
 from gsx_engines.lowering.for_tensorrt.constants import dequantize_constants
 from gsx_engines.lowering.for_tensorrt.experts import run_experts
+from gsx_engines.lowering.for_tensorrt.gates import multiply_gates
 from gsx_engines.lowering.for_tensorrt.inputs import (
     ask_for_columns,
     fix_sizes,
@@ -76,6 +78,7 @@ PASSES: tuple[Pass[Task], ...] = (
     mask_choices,
     add_rows,
     predicate_branches,
+    multiply_gates,
     attend_kept_rows,
     attend,
     rotate_by_head,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.experts import RoutedMlp
-from gsx_exporter.decoder.modules import Linear, Mlp
+from gsx_exporter.decoder.modules import Linear, Mlp, WidenedLinear
 from gsx_exporter.decoder.norm import RmsNorm, UnitNorm, norm_of
 from gsx_exporter.decoder.rule import (
     BranchInput,
@@ -48,7 +48,7 @@ class DecoderOptions:
         rule: decides which tokens run which branch; None to run everything.
         kv_policy: K and V of skipped tokens: `compute` their own, `copy` those of the layer below, or `none` (zeros
             that are never read).
-        dtype: type of weights and activations. Gates are always float32 (docs/design.md, section 3).
+        dtype: type of weights and activations. Gates are computed in float32 (docs/design.md, section 3).
     """
 
     rule: TracedRule | None = None
@@ -118,16 +118,20 @@ class KeptRows:
 
 
 class Gate(nn.Module):
-    """A branch's gate: a factor for the branch's output, and the token's score."""
+    """A branch's gate: a factor for the branch's output, and the token's score.
 
-    def __init__(self, config: ModelConfig, gate: GateConfig, branch: Branch) -> None:
+    Args: dtype: of a vector gate's weight, which is as large as one of attention's; all is computed in float32.
+    """
+
+    def __init__(self, config: ModelConfig, gate: GateConfig, branch: Branch, dtype: torch.dtype) -> None:
         super().__init__()
         # A norm behind the branch makes a small factor large again, with its relative error. That of ONNX Runtime's
         # Sigmoid is 0.002 at -10 and 1 at -20.
         self.relative = config.norms[branch].after is not None
-        self.linear = Linear(
-            config.hidden_size, config.hidden_size if gate.kind == "vector" else 1, True, torch.float32
-        )
+        width, out = config.hidden_size, config.hidden_size if gate.kind == "vector" else 1
+        self.linear = WidenedLinear(width, out, True, torch.float32)
+        if gate.kind == "vector":
+            self.linear.weight = nn.Parameter(torch.empty(width, out, dtype=dtype), requires_grad=False)
         self.scalar, self.by_logit = gate.kind == "scalar", gate.score == "logit"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -224,7 +228,7 @@ class DecoderLayer(nn.Module):
                 self.register_parameter(f"{branch}_rate", rate)
         for branch in config.gated_branches:
             assert config.gate is not None
-            setattr(self, f"{branch}_gate", Gate(config, config.gate, branch))
+            setattr(self, f"{branch}_gate", Gate(config, config.gate, branch, dtype))
         self.skippable = options.rule.branches if options.rule is not None else ()
         self._own = own_modules(options.rule, config) if options.rule is not None else {}
         for name, module in self._own.items():

@@ -30,7 +30,7 @@ class Source:
     Args:
         name: of the tensor in the checkpoint.
         transpose: whether it is a linear weight, [out, in] in the checkpoint and [in, out] in the graph.
-        dtype: its type in the graph; parameters that score tokens are always float32.
+        dtype: its type in the graph; of what scores tokens, only a vector gate's weight is not float32.
         stack: the tensors that it consists of, along a first axis, if it has the weights of all experts; `name` is then
             that of none of them.
     """

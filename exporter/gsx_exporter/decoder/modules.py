@@ -35,6 +35,15 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class WidenedLinear(Linear):
+    """A linear layer whose weight is widened to float32, for inputs in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in] float32 -> [.., out] float32."""
+        y = torch.matmul(x, self.weight.to(torch.float32))
+        return y if self.bias is None else y + self.bias
+
+
 class Mlp(nn.Module):
     """A gated linear unit: down(norm(activation(gate(x)) * up(x))).
 

@@ -87,8 +87,9 @@ def quantize_graphs(graphs: Graphs, plan: QuantizationPlan, dtype: torch.dtype) 
 
 
 def _dequantize_gates(graph: Graph, plan: QuantizationPlan) -> None:
-    """Convert the codes of gates to float32 weights."""
+    """Convert the codes of gates to float32 weights, in the place of what widens 16-bit weights."""
     made: dict[str, str] = {}
+    same: dict[str, str] = {}  # a widened weight -> the weight from the codes
 
     def dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         gates = [name for name in node.input if name.removesuffix(".weight").endswith(_GATES)]
@@ -98,9 +99,12 @@ def _dequantize_gates(graph: Graph, plan: QuantizationPlan) -> None:
             if codes not in made:
                 made[codes], unscaled = f"{codes}.dequantized", f"{codes}.unscaled"
                 nodes += [_cast(codes, unscaled), make_node("Mul", [unscaled, f"{codes}_scale"], made[codes])]
-        if not gates:
+        if gates and node.op_type == "Cast":
+            same[node.output[0]] = made[gates[0]]
+            return nodes
+        if not gates and same.keys().isdisjoint(node.input):
             return None
-        node.input[:] = [made.get(name, name) for name in node.input]
+        node.input[:] = [same.get(name, made.get(name, name)) for name in node.input]
         return [*nodes, node]
 
     graph.rewrite(dequantized)
@@ -192,7 +196,7 @@ def _quantize_embedding(graph: Graph, form: WeightFormat, dtype: torch.dtype) ->
 def _narrow_type(weight: Weight, plan: QuantizationPlan) -> torch.dtype | None:
     """The 16-bit type that a float32 matrix is stored in; None if it is not.
 
-    Gates in full precision are stored in 16 bits only if the checkpoint has them in 16 bits, so that no decision
+    Gates of a float32 graph are stored in 16 bits only if the checkpoint has them in 16 bits, so that no decision
     changes. Tables (embedding and head) of a float32 checkpoint are rounded to half precision, which rounds a sixteenth
     as much as 8 bits do.
     """
@@ -229,7 +233,8 @@ def _stored(weight: Weight, matrix: str, plan: QuantizationPlan) -> list[Weight]
 
     Scales have the type that the product runs in: the graph's type, or float32 for a gate.
     """
-    by_row, dtype, form = weight.name == EMBEDDING, weight.dtype, plan.matrices[matrix].format
+    by_row, form = weight.name == EMBEDDING, plan.matrices[matrix].format
+    dtype = torch.float32 if matrix.endswith(_GATES) else weight.dtype
 
     def part(read: Callable[[Encoded], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda w: read(plan.encoded(matrix, w.t() if by_row else w, dtype))

@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import onnx
 
-from gsx_engines.lowering.for_tensorrt.step_weights import step_plugin, weights_of
+from gsx_engines.lowering.for_tensorrt.step_weights import has_step_plugins, step_plugin, weights_of
 from gsx_engines.lowering.for_tensorrt.task import Task
 from gsx_plugins.graph import Graph
-from gsx_plugins.library import MOST_STEP_ROWS, STEP_OPS
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,11 @@ def predicate_branches(graph: Graph, task: Task) -> int:
 
     Only in a step of few rows, and where the library has the plugins. Weights may be codes of 8 bits
     (`step_weights.py`); rows that a graph rounds to 8 bits before a product (x -> QuantizeLinear -> DequantizeLinear)
-    stay rounded. Products with 4-bit weights, biases or norms behind them stay as they are. Returns: how many branches
-    no longer read the weights of their last product for nothing.
+    stay rounded. Products with 4-bit weights, biases or norms behind them stay as they are.
+
+    Returns: how many branches no longer read the weights of their last product for nothing.
     """
-    if task.step is None or not task.plugins.issuperset(STEP_OPS) or task.step[0] * task.step[1] > MOST_STEP_ROWS:
+    if not has_step_plugins(task):
         return 0
     ends = {node.output[0]: made for node in graph.nodes if (made := _end_of_branch(graph, task, node)) is not None}
     hidden = {_before_rounding(graph, made.input[1]): _decision_of(made) for made in ends.values()}

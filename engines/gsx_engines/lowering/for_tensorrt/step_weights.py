@@ -16,7 +16,7 @@ from onnx.external_data_helper import uses_external_data
 from gsx_engines.lowering.for_tensorrt.task import Task
 from gsx_plugins.domain import DOMAIN
 from gsx_plugins.graph import Graph, attribute
-from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_VERSION, STEP_WEIGHTS
+from gsx_plugins.library import MOST_STEP_ROWS, PLUGIN_NAMESPACE, PLUGIN_VERSION, STEP_OPS, STEP_WEIGHTS
 
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _CODES = {TensorProto.INT8: "int8", TensorProto.FLOAT8E4M3FN: "e4m3"}
@@ -36,6 +36,12 @@ class StepWeights:
 
     form: str
     inputs: tuple[str, ...]
+
+
+def has_step_plugins(task: Task) -> bool:
+    """Whether a task is a step of few rows, and the library has its plugins."""
+    few = task.step is not None and task.step[0] * task.step[1] <= MOST_STEP_ROWS
+    return few and task.plugins.issuperset(STEP_OPS)
 
 
 def weights_of(graph: Graph, task: Task, product: onnx.NodeProto) -> StepWeights | None:
