@@ -59,9 +59,9 @@ class _Profiled(OnnxRuntimeStage):
         self.sessions: list[ort.InferenceSession] = []
         self._prefix = prefix
 
-    def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
+    def _open(self, model: onnx.ModelProto, *, layers: bool = True) -> ort.InferenceSession:
         profile = self._prefix.with_name(f"{self._prefix.name}-{len(self.sessions)}")
-        config = session_config(self.manifest)
+        config = session_config(self.manifest, lowered=True, layers=layers)
         data = model.SerializeToString()
         session = open_session(data, self._bundle.directory, self._threads, config, profile=profile)
         self.sessions.append(session)
