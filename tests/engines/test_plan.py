@@ -41,7 +41,7 @@ CAPACITY = 1024
 # Kernels before the first layer's own and after the last one's: thresholds and masks; final norm, head, and counts.
 OUTSIDE = 4
 # Kernels of a layer with vector gates.
-VECTOR_GATES = 12
+VECTOR_GATES = 14
 # Kernels of a step of a tiny Llama.
 LLAMA = 20
 
