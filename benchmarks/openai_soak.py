@@ -4,7 +4,8 @@
 
 16 clients ask again and again for the requests of `serving.mixed`: other lengths, budgets, seeds and stop texts, with
 and without the draft, streamed and whole. Every 9th client goes away after three events, and every 13th request is a
-bad one. Every text is compared with what `gsx generate` writes, in this process.
+bad one. Every text is compared with what `gsx generate` writes, in this process. Before, longer requests use every row
+of the cache once, since it takes its memory then.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any
 
 import psutil
 
 from benchmarks.measure import Table, parse, parser, print_header
 from benchmarks.openai_serving import serving
-from benchmarks.serving import Here, mixed, served_bundle
+from benchmarks.serving import Here, filling, mixed, served_bundle
+from gsx_engines.serving.memory import SECONDS
 
 CLIENTS = 16
 KINDS = 90
@@ -54,8 +56,7 @@ def bodies(here: Here, prompts: Sequence[list[int]]) -> list[Asked]:
     """The requests, with the texts that this process writes for them."""
     made = []
     for number, request in enumerate(mixed(prompts, KINDS)):
-        body = {"model": "model", "prompt": request["input_ids"], "max_tokens": request["max_tokens"]}
-        body |= {"temperature": 0.0, "stream": number % 2 == 0, "gsx": {"speculative": request["speculative"]}}
+        body = _body(request) | {"stream": number % 2 == 0}
         body |= {key: request[key] for key in ("temperature", "top_k", "top_p", "seed", "stop") if key in request}
         if "budget" in request:
             body["gsx"]["budget"] = request["budget"]
@@ -64,6 +65,20 @@ def bodies(here: Here, prompts: Sequence[list[int]]) -> list[Asked]:
         if number % 13 == 0:
             made.append(Asked(body | BAD[number // 13 % len(BAD)], "", bad=True))
     return made
+
+
+def _body(request: dict[str, Any]) -> dict[str, Any]:
+    """A greedy request for the API."""
+    body = {"model": "model", "prompt": request["input_ids"], "max_tokens": request["max_tokens"], "temperature": 0.0}
+    return body | {"stream": False, "gsx": {"speculative": request["speculative"]}}
+
+
+def fill(port: int, prompts: Sequence[list[int]]) -> None:
+    """Use every row of the cache once, and every client's connection."""
+    longest = [Asked(_body(one), "") for one in filling(prompts, 3 * CLIENTS)]
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        ends = Counter(pool.map(lambda one: outcome(port, one), longest))
+    assert ends.keys() <= {"right", "wrong"}, ends  # whatever the text
 
 
 def outcome(port: int, asked: Asked) -> str:
@@ -112,6 +127,7 @@ def soak(port: int, server: psutil.Process, asked: Sequence[Asked], minutes: flo
             ended = perf_counter()
             if (ended - began) / 60 >= min(next_line, minutes):
                 known = [ends[name] for name in KNOWN]
+                sleep(1.1 * SECONDS)  # what an idle server keeps, not what requests use
                 size = f"{server.memory_info().rss / 1e6:.1f}"
                 lines.row(f"{(ended - began) / 60:.1f}", ends.total(), *known, ends.total() - sum(known), size)
                 next_line += minutes / 10
@@ -129,6 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_header(made, args, arguments)
     asked = bodies(Here(bundle, args.threads), prompts)
     with serving(bundle.directory, args.threads) as (port, server):
+        fill(port, prompts)
         soak(port, server, asked, args.minutes)
 
 

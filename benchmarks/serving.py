@@ -130,6 +130,17 @@ def mixed(prompts: Sequence[list[int]], count: int) -> list[dict[str, Any]]:
     return requests
 
 
+def filling(prompts: Sequence[list[int]], count: int) -> list[dict[str, Any]]:
+    """Requests that are longer than those of `mixed`, half of them speculative.
+
+    A cache takes its memory when its rows are first used. After these requests, memory that grows is lost.
+    """
+    return [
+        {"input_ids": (prompts[n % len(prompts)] * 2)[: 16 + 100 + 64], "max_tokens": 64, "speculative": n % 2 == 1}
+        for n in range(count)
+    ]
+
+
 def equal(server: Server, here: Here, prompts: Sequence[list[int]], count: int) -> None:
     """Every token of a set of requests, at several concurrencies."""
     requests = mixed(prompts, count)
@@ -188,7 +199,10 @@ def speed(server: Server, here: Here, prompts: Sequence[list[int]], rounds: int)
 
 
 def soak(server: Server, here: Here, prompts: Sequence[list[int]], minutes: float) -> None:
-    """Mixed requests at 16 streams, every 9th cancelled: tokens, errors, memory of the server and its model process."""
+    """Mixed requests at 16 streams, every 9th cancelled: tokens, errors, memory of the server and its model process.
+
+    Every row of the cache is used once before.
+    """
     requests = mixed(prompts, 90)
     expected = [here.ask(request)[0] for request in requests]
     for number in range(0, len(requests), 9):
@@ -196,6 +210,7 @@ def soak(server: Server, here: Here, prompts: Sequence[list[int]], minutes: floa
     processes = [psutil.Process(server.process.pid)]
     processes += processes[0].children(recursive=True)
     clients = Clients(server, 16)
+    clients.ask(filling(prompts, 48))
     lines = Table("minute", "requests", "tokens that differ", "errors", "server MB", "model MB")
     ended = began = perf_counter()
     sent = differ = errors = 0

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gsx_engines.bundle.bundle import open_bundle as open_bundle
     from gsx_exporter.convert import convert as convert
     from gsx_exporter.training.exit_classifiers import train_exit_classifiers as train_exit_classifiers
+    from gsx_exporter.training.exit_gate import train_exit_gate as train_exit_gate
     from gsx_exporter.training.settings import TrainSettings as TrainSettings
     from gsx_plugins.errors import GsxError as GsxError
     from gsx_plugins.progress import Progress as Progress
@@ -62,6 +63,7 @@ _HOMES = {
     "study": "gsx.workflows.study",
     "train": "gsx.workflows.train",
     "train_exit_classifiers": "gsx_exporter.training.exit_classifiers",
+    "train_exit_gate": "gsx_exporter.training.exit_gate",
     "triton": "gsx.workflows.triton",
     "triton_plans": "gsx.workflows.triton",
     "tune": "gsx.workflows.tune",
@@ -92,6 +94,7 @@ __all__ = [
     "study",
     "train",
     "train_exit_classifiers",
+    "train_exit_gate",
     "triton",
     "triton_plans",
     "tune",

@@ -26,6 +26,7 @@ from gsx_exporter.config import FAMILIES
 from gsx_plugins.domain import DOMAIN, ONNX_OPSET, OPSET_VERSION
 from gsx_plugins.library import PLUGIN_NAMESPACE, PLUGIN_OPS, PLUGIN_VERSION, STEP_FOLDER, STEP_OPS
 from gsx_plugins.registry import OPS
+from tests import families_page
 from tests.plugins.emulation import KERNELS
 
 ROOT = Path(__file__).parent.parent
@@ -249,6 +250,11 @@ def test_the_page_of_families_has_them_all() -> None:
     rows = [cells(line) for line in first_table.splitlines()]
     named = [re.findall(r"`(\w+)`", row[1])[0] for row in rows[2:]]
     assert sorted(named) == sorted(FAMILIES)
+
+
+def test_the_page_of_families_says_what_is_tested() -> None:
+    page = families_page.PAGE.read_text(encoding="utf-8")
+    assert families_page.shown(page) == families_page.table(), "python -m tests.families_page"
 
 
 def test_design_shows_every_op() -> None:

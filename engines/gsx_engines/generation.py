@@ -22,6 +22,7 @@ import numpy as np
 from gsx_engines.bundle.controls import AS_EXPORTED, KeepSettings, RuntimeValues, controls_for
 from gsx_engines.bundle.hold import Hold, hold_of, with_thresholds
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.likeliest import Likeliest, all_of
 from gsx_engines.runners.base import Cache, Logits, Runner, StepOutput
 from gsx_engines.sampling import GREEDY, Picker, Sampling, TokenLogprobs, adjusted, check_logprobs, logprobs_of
 from gsx_engines.speculation.draft import Draft
@@ -248,18 +249,19 @@ class Continuation:
         """The tokens that the model has to read to choose the next one: first the prompt, later the newest token."""
         return self.tokens[-1:] or self.prompt
 
-    def guess(self, logits: np.ndarray, drafted: Sequence[int]) -> tuple[int, float]:
+    def guess(self, logits: np.ndarray | Likeliest, drafted: Sequence[int]) -> tuple[int, float]:
         """The token that would come behind drafted ones, and the draft's confidence in it; logits [V] of the draft."""
         logits = self._adjusted(logits, drafted)
         token = self.picker.pick(logits, self.number, self.place + len(drafted))
         return token, self.picker.confidence(logits)
 
-    def take(self, logits: np.ndarray) -> int:
+    def take(self, logits: np.ndarray | Likeliest) -> int:
         """Choose the next token from its logits [V], and append it."""
-        token = self.picker.pick(self._adjusted(logits), self.number, self.place)
+        whole = None if self._likeliest is None else all_of(logits)
+        token = self.picker.pick(self._adjusted(logits if whole is None else whole), self.number, self.place)
         self.tokens.append(token)
-        if self._likeliest is not None:
-            self.logprobs.append(logprobs_of(logits, token, self._likeliest))
+        if whole is not None and self._likeliest is not None:
+            self.logprobs.append(logprobs_of(whole, token, self._likeliest))
         stopped = self._on_token(token)
         if token in self._stops:
             self.finish = "end-of-text"
@@ -269,9 +271,11 @@ class Continuation:
             self.finish = self._at_limit
         return token
 
-    def _adjusted(self, logits: np.ndarray, drafted: Sequence[int] = ()) -> np.ndarray:
+    def _adjusted(self, logits: np.ndarray | Likeliest, drafted: Sequence[int] = ()) -> np.ndarray | Likeliest:
         sampling = self.picker.sampling
-        return adjusted(logits, sampling, self.prompt, [*self.tokens, *drafted]) if sampling.adjusts else logits
+        if not sampling.adjusts:
+            return logits
+        return adjusted(all_of(logits), sampling, self.prompt, [*self.tokens, *drafted])
 
 
 def held(runner: Runner, keep: KeepSettings) -> Hold | None:
@@ -323,7 +327,7 @@ def take(rows: Rows, output: StepOutput) -> None:
     """Choose the next token of every sequence that has not ended; output: of `read` with the same rows."""
     for row, sequence in enumerate(rows):
         if sequence is not None and sequence.left:
-            sequence.take(output.logits[row, 0])
+            sequence.take(output.behind(row, 0))
 
 
 @dataclass
@@ -489,7 +493,7 @@ class Decoding:
                 continue
             count, proposed = 0, drafts[row]
             while True:
-                token = sequence.take(output.logits[row, count])
+                token = sequence.take(output.behind(row, count))
                 if not sequence.left or count == proposed or token != ids[row, count + 1]:
                     break
                 count += 1
@@ -528,7 +532,7 @@ class Decoding:
             for row, sequence in enumerate(self.sequences):
                 if not going[row]:
                     continue
-                token, confidence = sequence.guess(guess.logits[row, 0], ids[row, 1 : step + 1].tolist())
+                token, confidence = sequence.guess(guess.behind(row, 0), ids[row, 1 : step + 1].tolist())
                 ids[row, step + 1] = token
                 confidences[row].append(confidence)
                 together[row] *= confidences[row][-1]

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gsx_engines.errors import EngineError
+from gsx_engines.likeliest import Likeliest
 from gsx_plugins.errors import UsageError
 
 _MASK = (1 << 64) - 1
@@ -109,6 +110,10 @@ class Sampling:
 
 
 GREEDY = Sampling()
+# Tokens that are sorted first to find those of top-p.
+_FIRST_SORTED = 512
+# More than the rounding of a few operations in float64.
+_ROUNDING = 1e-12
 
 
 class Picker:
@@ -123,22 +128,32 @@ class Picker:
         seed = sampling.seed
         self._seed = int(np.random.SeedSequence().generate_state(1, np.uint64)[0]) if seed is None else seed
 
-    def pick(self, logits: np.ndarray, sequence: int, place: int) -> int:
+    def pick(self, logits: np.ndarray | Likeliest, sequence: int, place: int) -> int:
         """Choose a token of a sequence.
 
         Args:
-            logits: [V], `adjusted`.
+            logits: [V], `adjusted`; of the likeliest ones alone, where these suffice to choose the same token.
             sequence: its number in the batch.
             place: the new token's position in the text, prompt included.
         Raises:
             EngineError: no token can be chosen: some logit is NaN, or the largest is infinite.
         """
+        if isinstance(logits, Likeliest):
+            if not suffices(logits, self.sampling):
+                return self.pick(logits.whole(), sequence, place)
+            return self._pick(logits.logits, logits.ids, sequence, place)
+        return self._pick(logits, None, sequence, place)
+
+    def _pick(self, logits: np.ndarray, names: np.ndarray | None, sequence: int, place: int) -> int:
+        """The same; names: the ids of the tokens [n], ascending; None if the logits are those of all."""
         if self.sampling.greedy:
             best = int(logits.argmax())  # the first NaN, if there is one
             _check_largest(float(logits[best]))
-            return best
-        ids, weights = candidates(logits, self.sampling)
-        return int(ids[np.argmin(-np.log(noise(self._key(sequence, place), ids)) / weights)])
+        else:
+            ids, weights = candidates(logits, self.sampling)
+            uniform = noise(self._key(sequence, place), ids if names is None else names[ids])
+            best = int(ids[np.argmin(-np.log(uniform) / weights)])
+        return best if names is None else int(names[best])
 
     def scores(self, logits: np.ndarray, sequence: int, place: int) -> np.ndarray:
         """The scores of which `pick` chooses the largest, [V] in units of logits, to see how close two tokens are.
@@ -153,7 +168,7 @@ class Picker:
     def _key(self, sequence: int, place: int) -> int:
         return _mix(_mix(_mix(self._seed & _MASK) + sequence) + place)
 
-    def confidence(self, logits: np.ndarray) -> float:
+    def confidence(self, logits: np.ndarray | Likeliest) -> float:
         """The draft's own probability that the model picks the same token; logits [V] of the draft.
 
         Greedy: the probability of the draft's choice. Sampled: 1, since with the same noise two equal distributions
@@ -162,6 +177,8 @@ class Picker:
         """
         if not self.sampling.greedy:
             return 1.0
+        if isinstance(logits, Likeliest):
+            return 1.0 / logits.total
         return float(1.0 / np.exp(logits - logits.max()).sum())
 
 
@@ -237,23 +254,51 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     with np.errstate(over="ignore"):  # at a temperature close to 0 all but the best become minus infinity
         scaled = (logits.astype(np.float64) - largest) / sampling.temperature
     ids = np.arange(len(scaled))
-    if 0 < sampling.top_k < len(scaled):
-        least = np.partition(scaled, -sampling.top_k)[-sampling.top_k]
-        ids = np.flatnonzero(scaled >= least)
-    if sampling.top_k or sampling.top_p < 1:
-        ids = ids[np.argsort(-scaled[ids], kind="stable")]
     if sampling.top_k:
-        ids = ids[: sampling.top_k]
-    weights = np.exp(scaled[ids] - scaled[ids].max())
-    weights /= weights.sum()
+        ids = _best(scaled, sampling.top_k)
+    weights = np.exp(scaled[ids])  # that of the likeliest is 1
     if sampling.top_p < 1:
-        count = int(np.searchsorted(np.cumsum(weights), sampling.top_p)) + 1
-        ids, weights = ids[:count], weights[:count] / weights[:count].sum()
+        bound = sampling.top_p * float(weights.sum())
+        count = 0
+        while count < len(ids):  # a few tokens nearly always reach the bound: sorting all takes ten times as long
+            count = min(len(ids), max(16 * count, _FIRST_SORTED))
+            best = _best(scaled[ids], count)
+            reached = int(np.searchsorted(np.cumsum(weights[best]), bound)) + 1
+            if reached <= count:
+                break
+        ids, weights = ids[best[:reached]], weights[best[:reached]]
     if sampling.min_p > 0:
-        kept = weights >= sampling.min_p * weights.max()
-        ids, weights = ids[kept], weights[kept] / weights[kept].sum()
+        kept = weights >= sampling.min_p
+        ids, weights = ids[kept], weights[kept]
     likely = weights > 0  # a weight that underflowed can never win
-    return ids[likely], weights[likely]
+    ids, weights = ids[likely], weights[likely]
+    return ids, weights / weights.sum()
+
+
+def suffices(likeliest: Likeliest, sampling: Sampling) -> bool:
+    """Whether the likeliest tokens alone give what all logits would: the same candidates, with the same weights.
+
+    With top-p alone, or without any cut, the choice is among all tokens.
+    """
+    if not math.isfinite(likeliest.total):
+        return False  # so that the message says what is wrong with the logits
+    order = np.sort(likeliest.logits)[::-1]
+    if sampling.greedy:
+        return likeliest.has_all_of(float(order[0]))
+    if 0 < sampling.top_k < likeliest.size:
+        return sampling.top_k <= len(order) and likeliest.has_all_of(float(order[sampling.top_k - 1]))
+    if sampling.min_p > 0 and sampling.top_p == 1:
+        below = (float(order[-1]) - float(order[0])) / sampling.temperature
+        return len(order) == likeliest.size or math.exp(below) < sampling.min_p * (1 - _ROUNDING)
+    return len(order) == likeliest.size
+
+
+def _best(values: np.ndarray, count: int) -> np.ndarray:
+    """Places of the `count` largest values, the largest first; of equal ones the earlier comes first."""
+    places = np.arange(len(values))
+    if count < len(values):
+        places = np.flatnonzero(values >= np.partition(values, -count)[-count])
+    return places[np.argsort(-values[places], kind="stable")][:count]
 
 
 def _check_largest(logit: float) -> None:

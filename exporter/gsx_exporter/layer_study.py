@@ -5,7 +5,8 @@ layers, is it better to exit early or to skip layers in between? And how few lay
 as the whole model does? The second is an oracle: it knows the loss, so it bounds what any method that picks one set of
 layers per sequence can save.
 
-A set of layers stays the same for a whole sequence, so a skipped layer has no K and V, and nothing reads them.
+A set of layers stays the same for a whole sequence, so a skipped layer has no K and V, and nothing reads them. In a
+looped model the sets are those that it was made for: the visits of the first n loops, and the layers around the loops.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Stream, Walk
 from gsx_exporter.evaluation import losses
+from gsx_exporter.rules.loops.traced import LoopCount
 from gsx_plugins.progress import OnProgress, Progress, silent
 
 # Ways to pick n layers: the first n; n evenly spaced ones, with the first and the last (Unified Layer Skipping); those
-# left when the layer whose removal costs least is removed again and again.
-Family = Literal["exit", "even", "greedy"]
+# left when the layer whose removal costs least is removed again and again. In a looped model, the visits of n loops.
+Family = Literal["exit", "even", "greedy", "loops"]
 FAMILIES: tuple[Family, ...] = ("exit", "even", "greedy")
 
 LayerSet = tuple[int, ...]
@@ -155,6 +157,44 @@ def study(
     return found
 
 
+def study_loops(
+    checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress = silent, seconds: float = math.inf
+) -> list[SetResult]:
+    """Losses of a looped model at every number of loops.
+
+    Args: as for `study`; layers are visits.
+    Returns: all loops first, then fewer.
+    """
+    if math.isfinite(seconds):
+        few = ids[:_FEWEST_SEQUENCES]
+        began = time.monotonic()
+        _nats_by_loops(checkpoint, few, silent)
+        ids = ids[: max(len(few), int(len(few) * seconds / (time.monotonic() - began)) - len(few))]
+    loops, found = checkpoint.config.loops, _nats_by_loops(checkpoint, ids, on_progress)
+    assert loops is not None
+    return [SetResult("loops", loops.run_by(count), nats) for count, nats in found.items()]
+
+
+def _nats_by_loops(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress) -> dict[int, np.ndarray]:
+    """The mean loss of each sequence by number of loops, all of them first; one layer's weights are in memory."""
+    loops = checkpoint.config.loops
+    assert loops is not None
+    # The number stays the same for a sequence, so only a shared cache reads what a loop that is left out would give.
+    options = DecoderOptions(LoopCount(loops), "copy" if loops.share_caches else "none")
+    walk, total = Walk(checkpoint, ids, options), len(loops.visits)
+    found = {}
+    with torch.inference_mode():
+        streams = {count: walk.stream({"loops": np.array([count])}) for count in range(loops.most, 0, -1)}
+        for number, layer in walk.layers():
+            on_progress(Progress("running the loops", number, total))
+            for stream in streams.values():
+                walk.through(number, layer, stream)
+        for count, stream in streams.items():
+            nats = [losses(logits.numpy(), rows.numpy()).mean(axis=-1) for rows, logits in walk.logits(stream)]
+            found[count] = np.concatenate(nats)
+    return found
+
+
 def least_harm(
     checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress = silent, seconds: float = math.inf
 ) -> Iterator[SetResult]:
@@ -225,7 +265,8 @@ def curves(found: Sequence[SetResult]) -> Mapping[Family, list[tuple[int, float,
     def point(one: SetResult) -> tuple[int, float, LayerSet]:
         return len(one.kept), float(np.exp(one.nats.mean())), one.kept
 
-    return {f: [point(whole)] + [point(one) for one in found[1:] if one.family == f] for f in FAMILIES}
+    families: Sequence[Family] = ["loops"] if whole.family == "loops" else FAMILIES
+    return {f: [point(whole)] + [point(one) for one in found[1:] if one.family == f] for f in families}
 
 
 def _without(kept: LayerSet, layer: int) -> LayerSet:

@@ -30,7 +30,7 @@ def study(
     time: TimeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what leaving out layers costs: exits against skipped layers, and how many layers each sequence needs.
+    """Measure what leaving out layers or loops costs: exits against skipped layers, and how many each sequence needs.
 
     Example: gsx study examples/model -o out/study.html
     """
@@ -61,11 +61,13 @@ def _tables(report: StudyReport) -> None:
         for count in counts
     ]
     console.print(f"{report.tokens:,} tokens in {report.sequences} sequences")
-    fewest = report.curves["greedy"][-1].layers
-    if fewest > 1:
-        console.print(f"The time was up: greedy sets are known down to {fewest} layers.")
-    console.print(table("perplexity by layers kept", ("layers", *(WORDS[family] for family in found)), rows, right=0))
+    greedy = report.curves.get("greedy")
+    if greedy is not None and greedy[-1].layers > 1:
+        console.print(f"The time was up: greedy sets are known down to {greedy[-1].layers} layers.")
+    console.print(
+        table(f"perplexity by {report.unit} kept", (report.unit, *(WORDS[family] for family in found)), rows, right=0)
+    )
     oracle = [(f"{row.tolerance:g}", *(f"{share:.1%}" for share in row.shares.values())) for row in report.oracle]
     heads = ("nats per token above", *report.oracle[0].shares)
     console.print(report.sentence)
-    console.print(table("fewest layers that a sequence needs, mean share", heads, oracle, right=0))
+    console.print(table(f"fewest {report.unit} that a sequence needs, mean share", heads, oracle, right=0))

@@ -101,10 +101,15 @@ def train(
             show_default="no",
         ),
     ] = None,
+    exit_gate: Annotated[
+        bool, typer.Option("--exit-gate", help="Train only the exit gate between the loops of a finished MODEL (Ouro).")
+    ] = False,
     tokens: Annotated[
         int | None,
         typer.Option(
-            help="With --exit-classifiers: tokens of text to use.", min=1, show_default=str(CLASSIFIER_TOKENS)
+            help="With --exit-classifiers or --exit-gate: tokens of text to use.",
+            min=1,
+            show_default=str(CLASSIFIER_TOKENS),
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -117,6 +122,8 @@ def train(
     Example: gsx train --model HuggingFaceTB/SmolLM2-135M --recipe gateskip --lora 8 --data my-text.jsonl -o my-gates
 
     Example: gsx train --model my-model --exit-classifiers auto -o with-classifiers
+
+    Example: gsx train --model my-ouro --exit-gate -o with-gate
     """
     quiet_libraries()
     if print_recipe:
@@ -126,7 +133,8 @@ def train(
         return
     if output is None and not dry_run:
         raise typer.BadParameter("where the result goes", param_hint="--output")
-    if exit_classifiers is not None:
+    if exit_classifiers is not None or exit_gate:
+        option = "--exit-classifiers" if exit_classifiers is not None else "--exit-gate"
         others = {
             "work": work,
             "resume": resume,
@@ -134,16 +142,25 @@ def train(
             "overwrite": overwrite,
             "dry-run": dry_run,
             "lora": options.lora,
+            "full": options.full,
+            "freeze-base": options.freeze_base,
+            "max-steps": options.max_steps,
+            "set": options.changes,
+            "exit-gate": exit_gate and exit_classifiers is not None,
         }
-        others |= {"full": options.full, "freeze-base": options.freeze_base, "max-steps": options.max_steps}
-        for name, value in {**others, "set": options.changes}.items():
+        for name, value in others.items():
             if value:
-                raise typer.BadParameter("cannot be combined with --exit-classifiers", param_hint=f"--{name}")
+                raise typer.BadParameter(f"cannot be combined with {option}", param_hint=f"--{name}")
+        if options.model is None:
+            raise typer.BadParameter("needs the model that is trained: --model", param_hint=option)
         assert output is not None
-        _exit_classifiers(output, options, exit_classifiers, tokens, as_json)
+        if exit_classifiers is not None:
+            _exit_classifiers(output, options, exit_classifiers, tokens, as_json)
+        else:
+            _exit_gate(output, options, tokens, as_json)
         return
     if tokens is not None:
-        raise typer.BadParameter("belongs to --exit-classifiers", param_hint="--tokens")
+        raise typer.BadParameter("belongs to --exit-classifiers and --exit-gate", param_hint="--tokens")
     first = os.environ.get("RANK", "0") == "0"
     kept = None
     if output is not None and not dry_run:
@@ -219,8 +236,7 @@ def _show(facts: TrainFacts) -> None:
 
 def _exit_classifiers(output: Path, options: RecipeOptions, depths: str, tokens: int | None, as_json: bool) -> None:
     """`--exit-classifiers`."""
-    if options.model is None:
-        raise typer.BadParameter("needs the model whose exits they are for: --model", param_hint="--exit-classifiers")
+    assert options.model is not None
     try:
         named = None if depths == "auto" else [int(part) for part in depths.split(",")]
     except ValueError:
@@ -245,3 +261,29 @@ def _exit_classifiers(output: Path, options: RecipeOptions, depths: str, tokens:
     heads = ("exit", "agrees with the model", "ranking (0.5: a guess)")
     console.print(table(f"exit classifiers, on held-out tokens of {result.tokens:,}", heads, rows, right=1))
     console.print(f"next: gsx export {result.directory} --policy calm:classifier,tolerance=0.1")
+
+
+def _exit_gate(output: Path, options: RecipeOptions, tokens: int | None, as_json: bool) -> None:
+    """`--exit-gate`."""
+    assert options.model is not None
+    with ProgressLine() as line:
+        line.update("starting")
+        with loading():
+            from gsx import train_exit_gate
+
+        wanted = CLASSIFIER_TOKENS if tokens is None else tokens
+        result = train_exit_gate(options.model, output, text=options.data, tokens=wanted, on_progress=line.show)
+    if as_json:
+        last = {"helped": None, "leaving": None, "ranking": None}
+        gains = [vars(one) for one in result.gains[:-1]] + [vars(result.gains[-1]) | last]
+        print_json({"directory": str(result.directory), "tokens": result.tokens, "loops": gains})
+        return
+    console = out()
+    rows = [
+        (str(one.loops), f"{one.loss:.3f}", f"{one.helped:.1%}", f"{one.leaving:.1%}", f"{one.ranking:.3f}")
+        for one in result.gains[:-1]
+    ]
+    rows.append((str(result.gains[-1].loops), f"{result.gains[-1].loss:.3f}", "", "", ""))
+    heads = ("loops", "nats a token", "another helps", "leaves, on average", "ranking (0.5: a guess)")
+    console.print(table(f"exit gate, on held-out tokens of {result.tokens:,}", heads, rows, right=1))
+    console.print(f"next: gsx export {result.directory} --policy calm:gate,tolerance=0.1")

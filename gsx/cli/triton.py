@@ -47,6 +47,12 @@ def triton(
     openai: Annotated[
         bool, typer.Option("--openai", help="Take requests as Triton's OpenAI front end sends them.")
     ] = False,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            help="GPUs that get an instance each, e.g. 0,2; with TensorRT.", show_default="all", metavar="LIST"
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write a model repository for Triton Inference Server, or check a server that runs one.
@@ -68,10 +74,11 @@ def triton(
         return
     assert output is not None
     if backend == "tensorrt-plan":
-        if (slots, queue, context, threads, openai) != (SERVED_REQUESTS, WAITING_REQUESTS, None, None, False):
+        others = (slots, queue, context, threads, openai, gpus)
+        if others != (SERVED_REQUESTS, WAITING_REQUESTS, None, None, False, None):
             raise UsageError(
                 "--backend tensorrt-plan: the engines are served as they were built",
-                expected="no --slots, --queue, --context, --threads and --openai",
+                expected="no --slots, --queue, --context, --threads, --openai and --gpus",
                 todo="gsx build --batch and --context set what an engine takes",
             )
         _write_plans(bundle, output, name, as_json)
@@ -86,6 +93,7 @@ def triton(
         context=context,
         threads=threads,
         openai=openai,
+        gpus=_numbers(gpus),
     )
     if as_json:
         print_json({"repository": str(output), "model": str(model)})
@@ -94,6 +102,15 @@ def triton(
     typer.echo(f"its Python needs:  pip install -r {model / 'requirements.txt'}")
     check_it = f"gsx triton {bundle} --check http://localhost:8000" + (f" --name {name}" if name != "gsx" else "")
     typer.echo(f"next: tritonserver --model-repository={output.resolve()}   then   {check_it}")
+
+
+def _numbers(text: str | None) -> list[int]:
+    from gsx_plugins.errors import UsageError
+
+    try:
+        return [] if text is None else [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise UsageError("--gpus", expected="numbers of GPUs, e.g. 0,2", found=repr(text)) from error
 
 
 def _write_plans(bundle: Path, output: Path, name: str, as_json: bool) -> None:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gsx.parity.closeness import Compared, Comparison, Routing
+from gsx.parity.closeness import Compared, Routing
+from gsx.parity.difference import Comparison
 from gsx.parity.estimate import Estimate
-from gsx.parity.measure import Greedy
+from gsx.parity.greedy import Greedy
 from gsx.parity.quality import QualityLimits
 from gsx.parity.result import BudgetResult, perplexity_text
 from gsx.parity.speculation import SpeculationResult

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gsx.parity.closeness import Compared, Comparison
-from gsx.parity.measure import Greedy
+from gsx.parity.closeness import Compared
+from gsx.parity.difference import Comparison
+from gsx.parity.greedy import Greedy
 from gsx.parity.quality import Quality
 from gsx.parity.speculation import SpeculationResult
 

@@ -7,30 +7,25 @@ and what it finds waits on disk (`store.py`); then each of the engine's runners 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from gsx.parity.closeness import Accumulator, Compared, Comparer, Comparison, Observation
-from gsx.parity.measure import (
-    EngineSide,
-    Greedy,
-    GreedyText,
-    ReferenceSide,
-    ReferenceStep,
-    follow,
-    runner_logits,
-    write,
-)
+from gsx.parity.closeness import Compared, Comparer, Observation
+from gsx.parity.difference import Comparison
+from gsx.parity.found import Found, Padded
+from gsx.parity.greedy import write
+from gsx.parity.measure import EngineSide, ReferenceSide, runner_logits
 from gsx.parity.memory import give_back, keep_apart
-from gsx.parity.quality import QualityCounter, frequency_nats
-from gsx.parity.result import BudgetResult, Tokens
+from gsx.parity.padding import padded_batch, padded_keeps
+from gsx.parity.quality import QualityCounter
+from gsx.parity.result import BudgetResult
 from gsx.parity.scope import Scope
 from gsx.parity.speculation import HalvesInput, SpeculationResult, SpeculationSide, TextsInput
-from gsx.parity.store import Rows, Store
+from gsx.parity.store import Store
 from gsx.parity.tolerances import TOLERANCES, Tolerances, kind_of
+from gsx.parity.work import Work
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
 from gsx_engines.bundle.words import BRANCHES, Branch
@@ -44,60 +39,13 @@ from gsx_exporter.reference.model import Reference
 from gsx_exporter.rules.registry import reference_rule
 from gsx_exporter.rules.settings import Setting
 from gsx_plugins.files import check_room
-from gsx_plugins.progress import OnProgress, Progress
+from gsx_plugins.progress import OnProgress
 
-# Two sequences of one batch, of different lengths, so that one is padded.
-_PADDED_TOKENS = (48, 29)
 _ATTEMPTS = 4
 PROMPT_TOKENS = 32
 # A session keeps its weights, most of which are this large, until it is closed. PyTorch asks for the same blocks again
 # in every layer: there only the largest are worth their price.
 _WEIGHT_BYTES, _ACTIVATION_BYTES = 1 << 20, 4 << 20
-
-
-@dataclass(frozen=True)
-class _Padded:
-    """A padded batch [2, S], and what the reference finds of each of its rows."""
-
-    ids: np.ndarray
-    mask: np.ndarray
-    want: list[Observation]
-
-
-@dataclass
-class _At:
-    """What is known so far at one setting.
-
-    Args:
-        windows: the reference's observations.
-        rounding: the reference in float32 against itself in float64; None if it is in float32.
-        padded: batches to try in turn.
-        text, steps: the fast runner's greedy text, and what the reference says of it.
-        against: the engine against the reference; fast: the fast runner's logits.
-        portable: by window, logits of the portable runner, if the fast one is compared with them.
-        portable_elsewhere: by window, [S]: tokens that went to other experts there than in the reference.
-        clean: by window, the tokens of which the fast runner's logits were compared.
-    """
-
-    setting: Setting
-    scope: Scope
-    controls: RuntimeValues
-    text: GreedyText
-    against: Comparer
-    quality: QualityCounter
-    windows: list[Observation] = field(default_factory=list)
-    rounding: Comparer | None = None
-    padded: list[_Padded] = field(default_factory=list)
-    steps: list[ReferenceStep] = field(default_factory=list)
-    portable: list[Rows] = field(default_factory=list)
-    portable_keep: list[np.ndarray] = field(default_factory=list)
-    portable_elsewhere: list[np.ndarray] = field(default_factory=list)
-    portable_text: GreedyText | None = None
-    cached: tuple[Compared, Compared] | None = None
-    padded_result: Compared | None = None
-    fast: Accumulator = field(default_factory=Accumulator)
-    clean: list[np.ndarray] = field(default_factory=list)
-    wrong_counts: int = 0
 
 
 class Run:
@@ -125,7 +73,6 @@ class Run:
         # room for nothing else, it computes in float64, so that only the engine's rounding is measured.
         self.reference_type = torch.float64 if self.limits_of == "fp32" else torch.float32
         self.speculation = SpeculationSide(bundle, backend) if self.manifest.draft else None
-        self.on_progress = on_progress
         # Which tokens of the first window keep which branch, [L, 2, S], by setting.
         self.first_keep: dict[Setting, np.ndarray] = {}
         self._bundle, self._checkpoint, self._backend = bundle, checkpoint, backend
@@ -141,8 +88,12 @@ class Run:
                 "The loops share a cache, so a text in one call and the same in several are two computations. Whole "
                 "calls are compared, and a prompt with single steps behind it."
             )
-        self._done = 0.0
-        self._total = sum(self._work(scope) for scope in scopes.values())
+        self._work = Work(
+            scopes.values(),
+            on_progress,
+            double=self.reference_type == torch.float64,
+            speculates=self.speculation is not None,
+        )
 
     def results(self) -> list[BudgetResult]:
         """Measure everything, with the rule applied to every token; only for greedy text, a rule that runs the prompt
@@ -170,14 +121,14 @@ class Run:
             self._by_fast(found)
             give_back()
             speculated = self._speculated(found)
-            return [self._result(at, speculated.get(at.setting)) for at in found]
+            return [at.result(self.manifest, self.limits, self.windows, speculated.get(at.setting)) for at in found]
 
-    def _greedy_texts(self, settings: Sequence[Setting], store: Store) -> list[_At]:
+    def _greedy_texts(self, settings: Sequence[Setting], store: Store) -> list[Found]:
         runner = open_runner(self._bundle, backend=self._backend)
         found = []
         for setting in settings:
             scope, controls = self.scopes[setting], controls_for(self.manifest, setting.keep)
-            self._report(f"greedy text, {setting.name}", self._text_work(scope))
+            self._work.begin(f"greedy text, {setting.name}", self._work.text(scope))
             text = write(
                 runner,
                 self._prompt,
@@ -186,10 +137,10 @@ class Run:
                 store,
             )
             counter = QualityCounter([BRANCHES.index(branch) for branch in self._branches])
-            found.append(_At(setting, scope, controls, text, self._comparer(), counter))
+            found.append(Found(setting, scope, controls, text, self._comparer(), counter))
         return found
 
-    def _by_reference(self, found: list[_At], store: Store) -> None:
+    def _by_reference(self, found: list[Found], store: Store) -> None:
         reference = Reference.load(self._checkpoint, dtype=self.reference_type)
         give_back()
         if self.reference_type == torch.float32:  # in float64 there are few windows, and their blocks are large
@@ -201,7 +152,7 @@ class Run:
                 at.rounding = self._comparer()
             for number, window in enumerate(self.windows[: at.scope.windows]):
                 rounded = at.rounding is not None and number < at.scope.rounded
-                self._report(f"reference, {at.setting.name}", self._window_work * (1 + rounded))
+                self._work.begin(f"reference, {at.setting.name}", self._work.window * (1 + rounded))
                 ids, mask = _call(window)
                 compared = number < at.scope.compared
                 (want,) = side.observe(
@@ -217,33 +168,32 @@ class Run:
             text_side = self._side(reference, controls_for(self.manifest, at.setting.keep, [PROMPT_TOKENS]))
             at.steps = text_side.read(at.text, store, causal=not self.manifest.depends_on_call)
 
-    def _pad(self, reference: Reference, at: _At, store: Store) -> None:
+    def _pad(self, reference: Reference, at: Found, store: Store) -> None:
         """Two sequences of different lengths, padded on the left, in one call.
 
-        Both have an end-of-text token, which running text does not have, and which GateSkip always keeps. With sets of
-        layers the second sequence has the set of the next setting. Each must give what it gives by itself. Rank
-        selection depends on the whole call, so there the reference sees the same batch (in float32: transformers masks
-        padding in float64 by a number that its softmax, always in float32, takes for infinite, and gives NaN). There,
-        too, one near tie that flips affects all tokens: then another stretch of text is tried.
+        Each must give what it gives by itself. Rank selection depends on the whole call, so there the reference sees
+        the same batch (in float32: transformers masks padding in float64 by a number that its softmax, always in
+        float32, takes for infinite, and gives NaN). There, too, one near tie that flips affects all tokens: then
+        another stretch of text is tried.
         """
-        sides = [self._side(reference, controls_for(self.manifest, keep)) for keep in self._padded_keeps(at.setting)]
+        sides = [self._side(reference, controls_for(self.manifest, keep)) for keep in self._padded_keeps(at)]
         for attempt in range(_ATTEMPTS):
-            ids, mask = self._padded_batch(attempt)
+            ids, mask = padded_batch(self.windows, self.manifest.decoder.eos_ids, attempt)
             if self.causal:
                 rows = [ids[row : row + 1, mask[row] == 1] for row in range(len(ids))]
                 want = [side.observe(row, np.ones_like(row), store)[0] for side, row in zip(sides, rows, strict=True)]
             else:
                 with reference.computing_in(torch.float32):
                     want = sides[0].observe(ids, mask, store)
-            at.padded.append(_Padded(ids, mask, want))
+            at.padded.append(Padded(ids, mask, want))
             if all(np.isinf(one.margins).all() for one in want if one.margins is not None):
                 break  # no decision can flip
 
-    def _by_portable(self, found: list[_At], store: Store) -> None:
+    def _by_portable(self, found: list[Found], store: Store) -> None:
         engine = EngineSide(self._bundle)
         for at in found:
             for number, want in enumerate(at.windows):
-                self._report(f"portable runner, {at.setting.name}", self._window_work)
+                self._work.begin(f"portable runner, {at.setting.name}", self._work.window)
                 window = self.windows[number]
                 (have,) = engine.observe(*_call(window), at.controls)
                 at.against.add([want], [have])
@@ -267,7 +217,7 @@ class Run:
                     text.tokens,
                 )
 
-    def _cached(self, engine: EngineSide, at: _At) -> tuple[Compared, Compared]:
+    def _cached(self, engine: EngineSide, at: Found) -> tuple[Compared, Compared]:
         """Half of a stretch, then the rest with the cache: the result must be that of one call."""
         count = min(at.scope.cached_tokens, at.windows[0].tokens)
         half = count // 2
@@ -279,8 +229,8 @@ class Run:
             found.append(comparer.result())
         return found[0], found[1]
 
-    def _padded(self, engine: EngineSide, at: _At) -> None:
-        controls = controls_for(self.manifest, self._padded_keeps(at.setting))
+    def _padded(self, engine: EngineSide, at: Found) -> None:
+        controls = controls_for(self.manifest, self._padded_keeps(at))
         for batch in at.padded:
             comparer = self._comparer()
             have = engine.observe(batch.ids, batch.mask, controls)
@@ -293,11 +243,11 @@ class Run:
             if result.decisions is None or result.decisions.wrong or result.logits.values:
                 break
 
-    def _by_fast(self, found: list[_At]) -> None:
+    def _by_fast(self, found: list[Found]) -> None:
         runner = open_runner(self._bundle, backend=self._backend)
         for at in found:
             for number, want in enumerate(at.windows):
-                self._report(f"fast runner, {at.setting.name}", self._window_work)
+                self._work.begin(f"fast runner, {at.setting.name}", self._work.window)
                 if number >= at.scope.compared and _is_portable(runner):
                     at.quality.add_fast_like_portable()
                     continue
@@ -308,7 +258,7 @@ class Run:
                     self._compare_fast(at, number, fast[0], counts)
                 del fast
 
-    def _compare_fast(self, at: _At, number: int, logits: np.ndarray, counts: np.ndarray | None) -> None:
+    def _compare_fast(self, at: Found, number: int, logits: np.ndarray, counts: np.ndarray | None) -> None:
         """Compare the fast runner's logits [S, V] over a window; for a quantized bundle, with the portable runner's.
 
         The fast runner does not report which rows it kept, only how many. Where decisions may flip, everything after
@@ -326,7 +276,7 @@ class Run:
         else:
             flipped = keep != base_keep
         # Nor does it report experts: those of the portable runner's that differ, or two that were nearly equal.
-        elsewhere = want.routes.nearest(want.tokens) <= _own_error(at)
+        elsewhere = want.routes.nearest(want.tokens) <= at.own_error
         if not alone or self.limits.differing_share is not None:
             elsewhere = at.portable_elsewhere[number]
         flipped_at = np.flatnonzero(flipped.any(axis=(0, 1)) | elsewhere)
@@ -336,14 +286,14 @@ class Run:
         at.clean.append(clean)
         at.wrong_counts += 0 if len(flipped_at) else len(differ)
 
-    def _speculated(self, found: list[_At]) -> dict[Setting, SpeculationResult]:
+    def _speculated(self, found: list[Found]) -> dict[Setting, SpeculationResult]:
         """Speculative text of the bundle's draft against plain text, and the halves of a split model."""
         side = self.speculation
         if side is None:
             return {}
         halves: dict[Setting, dict[str, Comparison]] = {}
         if side.exit_layer is not None:
-            self._report("draft and verify")
+            self._work.begin("draft and verify")
             inputs = {
                 at.setting: [
                     HalvesInput(self.windows[number : number + 1], at.controls, at.windows[number], clean)
@@ -359,89 +309,11 @@ class Run:
             for at in found
             if at.scope.texts
         }
-        work = sum(self._speculation_work(at.scope) for at in found) / (2 * max(1, len(texts)))
-        return side.results(self.windows, texts, halves, lambda step: self._report(step.stage, work))
+        work = sum(self._work.speculation(at.scope) for at in found) / (2 * max(1, len(texts)))
+        return side.results(self.windows, texts, halves, lambda step: self._work.begin(step.stage, work))
 
-    def _result(self, at: _At, speculation: SpeculationResult | None) -> BudgetResult:
-        rounding = at.rounding.result() if at.rounding is not None else None
-        kept = np.concatenate([want.keep for want in at.windows], axis=-1).mean(axis=-1)
-        shares = [kept[layer, BRANCHES.index(branch)] for layer, branch in self.manifest.skippable_places]
-        reference_nats, engine_nats = at.quality.nats
-        assert at.padded_result is not None, "every setting has a padded batch"
-
-        def tolerance(logits: np.ndarray) -> float:
-            return self.limits.logit_limit(float(np.abs(logits).max()), rounding) or 0.0
-
-        def followed(text: GreedyText) -> Greedy:
-            return follow(
-                text,
-                at.steps,
-                self.manifest.skippable_places,
-                logit_tolerance=tolerance,
-                near_tie=self.limits.near_tie,
-                near_route=_own_error(at),
-            )
-
-        greedy = {"fast": followed(at.text)}
-        if at.portable_text is not None:
-            greedy["portable"] = followed(at.portable_text)
-        single_steps, one_chunk = at.cached or (None, None)
-        return BudgetResult(
-            setting=at.setting.name,
-            budget=at.setting.share,
-            kept=tuple((float(attn), float(mlp)) for attn, mlp in kept),
-            kept_share=float(np.mean(shares)) if shares else None,
-            windows=at.against.result(),
-            rounding=rounding,
-            single_steps=single_steps,
-            one_chunk=one_chunk,
-            padded=at.padded_result,
-            fast_logits=at.fast.result(),
-            fast_wrong_counts=at.wrong_counts,
-            greedy=greedy,
-            speculation=speculation,
-            reference_nats=reference_nats,
-            engine_nats=engine_nats,
-            frequency_nats=frequency_nats(self.windows[: at.scope.windows, 1:]),
-            scored_tokens=at.quality.scored_tokens,
-            quality=at.quality.result(),
-            tokens=self._tokens(at),
-            part=at.scope.part,
-        )
-
-    def _tokens(self, at: _At) -> Tokens:
-        length = self.windows.shape[1]
-        return Tokens(
-            windows=at.scope.windows * length,
-            compared=at.scope.compared * length,
-            rounded=at.scope.rounded * length,
-            cached=at.scope.cached_tokens,
-            padded=int(at.padded[0].mask.sum()),
-            greedy=len(at.text.tokens),
-        )
-
-    def _padded_keeps(self, setting: Setting) -> list[KeepSettings]:
-        policy, settings = self.manifest.policy, list(self.scopes)
-        apart = policy is not None and any(
-            self.manifest.by_sequence(read.name) for read in policy.inputs if read.name != "full_until"
-        )
-        other = settings[(settings.index(setting) + 1) % len(settings)] if apart else setting
-        return [setting.keep, other.keep]
-
-    def _padded_batch(self, attempt: int) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and mask of two stretches; they begin differently, since equal beginnings have equal scores."""
-        first, last = self.windows[0], self.windows[-1]
-        # At most this long, so that another attempt can begin at another position.
-        long, short = (min(count, len(first) - 1) for count in _PADDED_TOKENS)
-        ids, mask = np.zeros((2, long), np.int64), np.zeros((2, long), np.int64)
-        start = long * attempt % (len(first) - long)
-        ids[0], mask[0] = first[start : start + long], 1
-        differing = np.flatnonzero(last[: len(last) - short] != ids[0, 0])
-        start = int(differing[-1 - attempt]) if len(differing) > attempt else len(last) - short
-        ids[1, long - short :], mask[1, long - short :] = last[start : start + short], 1
-        if self.manifest.decoder.eos_ids:
-            ids[:, long - short // 2] = self.manifest.decoder.eos_ids[0]
-        return ids, mask
+    def _padded_keeps(self, at: Found) -> list[KeepSettings]:
+        return padded_keeps(self.manifest, list(self.scopes), at.setting)
 
     def _side(self, reference: Reference, controls: RuntimeValues) -> ReferenceSide:
         return ReferenceSide(reference, reference_rule(self.manifest, controls), self.manifest.kv_policy)
@@ -468,29 +340,6 @@ class Run:
         values = sum(tokens) * shape.vocab_size + sum(scope.compared for scope in scopes) * length * state
         check_room(folder, 4 * values, todo="free some space, or compare fewer tokens with --tokens")
 
-    # Work in units of a window that the reference reads in float32; only its shares count.
-
-    @property
-    def _window_work(self) -> float:
-        return 2.0 if self.limits_of == "fp32" else 1.0
-
-    def _text_work(self, scope: Scope) -> float:
-        return scope.greedy_tokens / 32
-
-    def _speculation_work(self, scope: Scope) -> float:
-        texts = scope.texts if self.speculation else None
-        return 0.0 if texts is None else texts.generations * texts.new_tokens / 32
-
-    def _work(self, scope: Scope) -> float:
-        rounded = scope.rounded if self.reference_type == torch.float64 else 0
-        windows = (3 * scope.windows + rounded) * self._window_work
-        return self._text_work(scope) + windows + self._speculation_work(scope)
-
-    def _report(self, stage: str, work: float = 0.0) -> None:
-        """Report a step before it begins. Args: work: that it takes."""
-        self.on_progress(Progress(stage, share=self._done / self._total))
-        self._done += work
-
 
 def _elsewhere(want: Observation, have: Observation, *, like: bool) -> np.ndarray:
     """Which tokens went to other experts in the portable runner than in the reference, [S] bool; none where its numbers
@@ -499,12 +348,6 @@ def _elsewhere(want: Observation, have: Observation, *, like: bool) -> np.ndarra
     for layer, chosen in want.routes.chosen.items() if not like else ():
         found |= (chosen != have.routes.chosen[layer]).any(axis=1)
     return found
-
-
-def _own_error(at: _At) -> float:
-    """The portable runner's largest error of states over their scale: logits of routers that are nearer than this may
-    be in another order in another runner."""
-    return max((layer.max_relative for layer in at.against.result().states), default=0.0)
 
 
 def _is_portable(runner: Runner) -> bool:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from scipy import special
 
-from gsx.parity.closeness import Accumulator, Comparison, Observation
+from gsx.parity.closeness import Observation
+from gsx.parity.difference import Accumulator, Comparison
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, RuntimeValues, controls_for
 from gsx_engines.generation import Generated, generate

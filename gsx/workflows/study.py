@@ -15,7 +15,7 @@ from gsx.pages.charts import drawn_twice
 from gsx.pages.figures import COLOURS, Plot, logarithmic, svg
 from gsx.pages.render import write_page
 from gsx_exporter.checkpoint.opening import open_checkpoint
-from gsx_exporter.layer_study import FAMILIES, Family, LayerSet, curves, oracle
+from gsx_exporter.layer_study import FAMILIES, Family, LayerSet, curves, oracle, study_loops
 from gsx_exporter.layer_study import study as try_sets
 from gsx_exporter.text import MIN_TOKENS, tokenize
 from gsx_plugins.errors import UsageError
@@ -30,6 +30,7 @@ WORDS: dict[Family, str] = {
     "exit": "exit (the first layers)",
     "even": "even steps (unified)",
     "greedy": "greedy (least harm first)",
+    "loops": "loops (the first ones)",
 }
 
 
@@ -55,7 +56,7 @@ class StudyReport:
     """The results of a study.
 
     Args:
-        model: as it was given. depth: its layers.
+        model: as it was given. depth: its layers; of a looped model, the visits of them.
         text: name of the text. sequences, tokens: their number in it.
         curves: by family, from all layers to few.
         oracle: by tolerance.
@@ -68,6 +69,11 @@ class StudyReport:
     tokens: int
     curves: dict[Family, list[Point]]
     oracle: list[OracleRow]
+
+    @property
+    def unit(self) -> str:
+        """What sets consist of: layers, or visits of layers where these run several times."""
+        return "visits" if "loops" in self.curves else "layers"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -91,11 +97,11 @@ class StudyReport:
         """
         oracle = Plot(
             "What the oracle would keep",
-            "Share of layers that sequences need on average, by how much the loss of each may rise.",
+            f"Share of {self.unit} that sequences need on average, by how much the loss of each may rise.",
             svg((7.2, 3.0), 1, lambda axes: _draw_oracle(self, axes[0]), label="What the oracle would keep"),
         )
         tips = {
-            _tip_id(family, number): f"{WORDS[family]}, {point.layers} layers: perplexity {point.perplexity:.4g}"
+            _tip_id(family, number): f"{WORDS[family]}, {point.layers} {self.unit}: perplexity {point.perplexity:.4g}"
             for family, points in self.curves.items()
             for number, point in enumerate(points)
         }
@@ -117,7 +123,7 @@ class StudyReport:
             layers, _, family = min(within)
             way = "" if layers == self.depth else f" ({family})"
             parts.append(f"{self.depth - layers} for at most {rise:.0%} more perplexity{way}")
-        return f"Of {self.depth} layers, this text can do without {' and '.join(parts)}."
+        return f"Of {self.depth} {self.unit}, this text can do without {' and '.join(parts)}."
 
 
 def study(
@@ -128,7 +134,7 @@ def study(
     seconds: float | None = None,
     on_progress: OnProgress = silent,
 ) -> StudyReport:
-    """Measure what leaving out layers costs, and how few layers each sequence of a text needs.
+    """Measure what leaving out layers, or loops, costs, and how few of them each sequence of a text needs.
 
     Args:
         model: a local model directory or a hub id.
@@ -139,7 +145,7 @@ def study(
         on_progress: called with the progress.
     Returns: perplexity by number of layers, for each way to select them; `write_page` writes it as one HTML page.
     Raises:
-        GsxError: the model or the text cannot be used, or the model has only one layer.
+        GsxError: the model or the text cannot be used, or the model has only one layer or loop.
     Example:
         >>> report = gsx.study("my-model", tokens=512)
         >>> sorted(report.curves)
@@ -149,22 +155,17 @@ def study(
     if tokens < MIN_TOKENS:
         raise UsageError("tokens to measure on", expected=f"at least {MIN_TOKENS}", found=str(tokens))
     checkpoint = open_checkpoint(model)
-    if checkpoint.config.loops is not None:
-        raise UsageError(
-            "a study of layers needs a model whose layers run once",
-            expected="a model without loops",
-            found=f"{checkpoint.config.family}, {checkpoint.source}",
-            todo="gsx compare measures every number of loops",
-        )
-    depth = checkpoint.config.num_layers
-    if depth < 2:
-        raise UsageError(
-            "a study of layers needs a model with several layers", expected="2 layers or more", found=str(depth)
-        )
+    loops, depth = checkpoint.config.loops, checkpoint.config.num_layers
+    if (depth if loops is None else loops.most) < 2:
+        what = "layers" if loops is None else "loops"
+        raise UsageError(f"a study needs a model with several {what}", expected=f"2 {what} or more", found="1")
     found_text = tokenize(checkpoint, Path(text) if text else None, max_tokens=tokens, window=SEQUENCE_TOKENS)
-    found = try_sets(checkpoint, found_text.ids, on_progress, math.inf if seconds is None else seconds)
+    measure = try_sets if loops is None else study_loops
+    found = measure(checkpoint, found_text.ids, on_progress, math.inf if seconds is None else seconds)
     sequences = len(found[0].nats)
-    allowed: dict[str, Sequence[Family]] = {**{family: (family,) for family in FAMILIES}, "any": FAMILIES}
+    allowed: dict[str, Sequence[Family]] = {"loops": ("loops",)}
+    if loops is None:
+        allowed = {**{family: (family,) for family in FAMILIES}, "any": FAMILIES}
     return StudyReport(
         model=checkpoint.source,
         depth=depth,
@@ -197,7 +198,7 @@ def _draw_curves(report: StudyReport, axis: Any) -> None:
             drawn.set_gid(_tip_id(family, number))
     logarithmic(axis)
     axis.invert_xaxis()
-    axis.set_xlabel("layers kept")
+    axis.set_xlabel(f"{report.unit} kept")
     axis.set_ylabel("perplexity")
     axis.legend()
 
@@ -209,5 +210,5 @@ def _draw_oracle(report: StudyReport, axis: Any) -> None:
         axis.plot(tolerances, 100 * shares, marker="o", markersize=3, linewidth=1, color=colour, label=name)
     axis.set_ylim(0, 103)
     axis.set_xlabel("rise in loss that a sequence may have, nats per token")
-    axis.set_ylabel("layers, percent")
+    axis.set_ylabel(f"{report.unit}, percent")
     axis.legend()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,6 +36,7 @@ def triton(
     context: int | None = None,
     threads: int | None = None,
     openai: bool = False,
+    gpus: Sequence[int] = (),
 ) -> Path:
     """Write a model repository for Triton Inference Server, with one model for the server's Python backend.
 
@@ -48,6 +50,7 @@ def triton(
         context: largest number of tokens of a request, prompt and new ones; None for the model's context.
         threads: number of threads of ONNX Runtime; None for all but one processor, which is left to the server.
         openai: take requests as Triton's OpenAI front end sends them, whose types differ.
+        gpus: numbers of the GPUs that get an instance of their own, with TensorRT; none: all that Triton sees.
     Returns: the model's directory.
     Raises:
         UsageError: `out` is not empty, or a number or name cannot be used.
@@ -67,6 +70,7 @@ def triton(
         context=context,
         threads=threads,
         form="openai" if openai else "gsx",
+        gpus=gpus,
     )
 
 

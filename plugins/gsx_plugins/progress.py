@@ -63,11 +63,11 @@ class TimeLeft:
         self._start = (0.0, 0.0)
 
     def after(self, progress: Progress) -> float | None:
-        """Seconds left after a report; None if too little is known."""
+        """Seconds left after a report; None if too little is known, or nothing is left of what is reported."""
         of, share = progress.stage, progress.done / progress.total if progress.total else None
         if progress.share is not None:
             of, share = "", progress.share
-        if share is None:
+        if share is None or share >= 1:
             return None
         now = self._clock()
         if of != self._of:

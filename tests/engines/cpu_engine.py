@@ -8,6 +8,8 @@ since ONNX Runtime's op refuses a query without rows.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, Sizes
 from gsx_engines.bundle.manifest import DecoderShape
 from gsx_engines.bundle.tensors import tensor_info
+from gsx_engines.lowering.for_tensorrt.shared_weights import write_joined
 from gsx_engines.lowering.tensorrt import OPSET, Lowered, lower
 from gsx_engines.lowering.widen import in_float32
 from gsx_engines.runners.base import StepOutput
@@ -93,7 +96,7 @@ def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
 
 
 def _unpack_codes(model: onnx.ModelProto) -> None:
-    """Dequantize the codes of a step's products, which are int32 constants, before the op for the rows' type."""
+    """Dequantize the codes of a step's products, int32 constants, before the op for weights of the rows' type."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     kinds = {"Int8": onnx.TensorProto.INT8, "E4M3": onnx.TensorProto.FLOAT8E4M3FN}
     nodes: list[onnx.NodeProto] = []
@@ -167,9 +170,11 @@ class CpuEngine:
         config: Mapping[str, str] | None = None,
     ) -> None:
         model = cpu_model(lowered, bundle.manifest.decoder)
-        if bundle.manifest.precision == "bf16":
-            in_float32(model)  # as the portable stage
-        self.session = open_session(model.SerializeToString(), bundle.directory, 1, config)
+        with TemporaryDirectory(dir=bundle.directory) as folder:
+            write_joined(model, lowered.joined, bundle.directory, Path(folder) / "joined")
+            if bundle.manifest.precision == "bf16":
+                in_float32(model)  # as the portable stage
+            self.session = open_session(model.SerializeToString(), bundle.directory, 1, config)
         self.types = {
             value.name: helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
             for value in (*model.graph.input, *model.graph.output)
@@ -190,6 +195,10 @@ class CpuEngine:
         """A view."""
         assert buffer.shape == shape
         return buffer[rows]
+
+    def read(self, buffer: np.ndarray, shape: tuple[int, ...], row: int) -> np.ndarray:
+        """A copy."""
+        return buffer.reshape(shape)[row].copy()
 
     def run(
         self,

@@ -19,12 +19,14 @@ from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.split import SplitRunner
 from gsx_engines.runners.tensorrt import TensorRTStage
 from gsx_engines.runners.whole import WholeRunner
+from gsx_engines.sampling import GREEDY, Sampling
 from gsx_engines.speculation.draft import EarlyExitDraft
 from gsx_engines.tensorrt import cuda, execution
 from gsx_engines.tensorrt.backend import Backend
 from gsx_engines.tensorrt.execution import CudaEngine
 from tests.engines.cpu_engine import cpu_stages
 from tests.engines.standin_gpu import StandInCuda, StandInTensorRT
+from tests.engines.test_steps import with_steps
 
 CAPACITY = 160
 PROMPT = [5, 60, 61, 7, 8, 9, 200, 11]
@@ -97,6 +99,28 @@ def test_text_equals_the_portable_runner(
     else:
         assert made.gpu.launches == 0, "TensorRT-RTX records by itself"
         assert made.strategy == ("disabled" if k_on_host else "whole")
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(1.1, top_p=0.9, seed=2)], ids=["likeliest", "all logits"])
+def test_steps(make_tiny_bundle: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, sampling: Sampling) -> None:
+    """An engine for single tokens beside the one for all calls: one recording, whatever thresholds a token has."""
+    bundle, gpu = open_bundle(make_tiny_bundle()), StandInCuda()
+    monkeypatch.setattr(cuda, "runtime", lambda: gpu)
+    stage, general, (step,) = with_steps(bundle, 1, (1, 1), plugins=())
+    made: list[CudaEngine] = []
+    loaded = []
+    for engine in (general, step):
+        loaded.append(StandInTensorRT(gpu, engine))
+        monkeypatch.setattr(execution, "load_module", lambda _: loaded[-1])
+        beside = made[0] if made else None
+        made.append(CudaEngine("tensorrt", bytes(100), library=None, cuda_graphs=True, kernels=None, beside=beside))
+    (entry,) = (plan.entry for plan in stage._steps.values())
+    on_gpu = TensorRTStage(bundle.manifest, stage._entry, "model", made[0], [(entry, made[1])])
+    options = {"max_new_tokens": 60, "sampling": sampling, "stop_ids": [], "keep": KeepSettings(budget=0.7, hold=True)}
+    found, want = (generate(WholeRunner(one), [PROMPT], **options) for one in (on_gpu, PortableStage(bundle)))
+    assert found.sequences == want.sequences
+    assert (loaded[0].calls, loaded[1].calls) == (1, 3), "a prompt; two calls, and what is recorded"
+    assert gpu.launches == 57
 
 
 def test_logits_of_calls_of_every_size(make_tiny_bundle: Callable[..., Path], make: Make) -> None:

@@ -77,7 +77,8 @@ def test_the_context_is_what_the_engines_hold(tiny_bundle: Path, tmp_path: Path)
     opened = open_bundle(tiny_bundle)
     entry, _ = cpu_engines(opened, default_profiles(64, 3), capacity=64)
     bundle = Bundle(opened.directory, opened.manifest.model_copy(update={"engines": {"cpu": entry}}))
-    model = write_repository(bundle, tmp_path / "a", name="tiny", backend="tensorrt-rtx", slots=3)
+    model = write_repository(bundle, tmp_path / "a", name="tiny", backend="tensorrt-rtx", slots=3, gpus=[0, 2])
+    assert "kind: KIND_GPU\n  gpus: [0, 2]\n}" in (model / "config.pbtxt").read_text()
     assert 'key: "context"\n  value { string_value: "64" }' in (model / "config.pbtxt").read_text()
     with pytest.raises(EngineError, match=r"context of at most 64, found 100\n.*--context 100"):
         write_repository(bundle, tmp_path / "b", name="tiny", backend="tensorrt-rtx", slots=3, context=100)
@@ -103,6 +104,9 @@ def test_a_request_has_every_keep_setting() -> None:
         ({"threads": 0}, UsageError, "threads"),
         ({"context": 1}, UsageError, "context"),
         ({"context": 10**6}, UsageError, "context"),
+        ({"gpus": [0]}, UsageError, "runs on the CPU"),
+        ({"gpus": [1, 1], "backend": "tensorrt"}, UsageError, "GPUs are not valid"),
+        ({"gpus": [-1], "backend": "tensorrt"}, UsageError, "GPUs are not valid"),
         ({"backend": "tensorrt"}, EngineError, "has no engines for tensorrt"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from gsx_engines.runners.portable import PortableStage
 from gsx_engines.runners.select import open_runner
 from gsx_engines.runners.whole import WholeRunner
 from gsx_engines.sampling import Picker, Sampling, TokenLogprobs
+from gsx_engines.serving.memory import Trimmer
 from gsx_engines.serving.request import Finished, NewTokens, OverloadedError, Request
 from gsx_engines.serving.scheduler import Scheduler
 from gsx_engines.speculation.draft import open_draft_runner
@@ -448,3 +451,24 @@ def test_the_thread_works_while_there_is_work_and_closes(tiny_bundle: Path) -> N
     assert cut.result is not None or isinstance(cut.error, GsxError)
     with pytest.raises(OverloadedError, match="shutting down"):
         scheduler.submit(Request([5], 3), Recorder())
+
+
+def test_freed_memory_is_given_back() -> None:
+    """Blocks between kept ones: the heap cannot shrink by itself."""
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("only glibc can: nothing to test with another C library")
+    own, trimmer = psutil.Process(), Trimmer(seconds=0.0)
+    blocks = [bytes(30_000) for _ in range(2000)]
+    kept = blocks[::20]
+    del blocks
+    before = own.memory_info().rss
+    assert not trimmer.turn(), "nothing has worked"
+    trimmer.worked()
+    assert trimmer.turn()
+    assert trimmer.wait is None
+    assert before - own.memory_info().rss > 20e6
+    assert len(kept) == 100
+    later = Trimmer(seconds=100.0)
+    later.worked()
+    assert not later.turn()
+    assert later.wait == pytest.approx(100.0, abs=5.0)

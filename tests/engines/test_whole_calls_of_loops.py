@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from gsx.workflows.export import export
+from gsx.workflows.quantize import Quantize
 from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
+from gsx_engines.bundle.words import KvPolicy
 from gsx_engines.errors import EngineError
+from gsx_engines.lowering import tensorrt
+from gsx_engines.lowering.for_tensorrt.shared_weights import join_shared_weights
+from gsx_engines.lowering.tensorrt import Lowered, lower
 from gsx_engines.runners.whole import WholeRunner
+from gsx_plugins.graph import Graph
 from tests.engines.cpu_engine import cpu_stages, equal_steps
 from tests.tiny import tiny_checkpoint
 
@@ -51,3 +58,54 @@ def test_a_prompt_that_must_be_one_call_is_not_split(looped: Bundle) -> None:
             runner.step(runner.new_cache(1, CAPACITY), ids, controls)
     else:
         assert np.isfinite(runner.step(runner.new_cache(1, CAPACITY), ids, controls).logits).all()
+
+
+def lowered(bundle: Bundle) -> Lowered:
+    portable = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
+    return lower(portable, bundle.manifest, capacity=CAPACITY, rows=64, plugins=["ThresholdGather"])
+
+
+def test_visits_of_a_layer_read_the_same_joined_weights(looped: Bundle) -> None:
+    """What TensorRT would put together by itself, it would store for each order that it finds."""
+    made = lowered(looped)
+    graph = Graph(made.model.graph)
+    parts = [[part.name.split(".")[3] for part in parts] for parts in made.joined.values()]
+    attention, mlp = ["q_proj", "k_proj", "v_proj", "gate_proj"], ["gate_proj", "up_proj"]
+    assert sorted(parts) == [mlp, mlp, attention, attention], "of both looped layers"
+    assert {len(graph.users(name)) for name in made.joined} == {3}
+    once = {name for name in graph.constants if name.startswith(("layers.0.", "layers.3.")) and "_proj.weight" in name}
+    assert all(len(graph.users(name)) == 1 for name in once), "others stay as they are"
+
+
+def test_only_products_of_one_value_at_all_visits_are_joined(tmp_path: Path) -> None:
+    """In later loops K and V are of all rows and Q of the kept ones, so they stay apart in the first loop too."""
+    model = tiny_checkpoint(tmp_path / "model", "ouro", layers=2, tokenizer=True)
+    made = export(model, tmp_path / "bundle", kv_policy="compute")
+    graph = Graph(lowered(made).model.graph)
+    names = ("layers.0.self_attn.q_proj.weight", "layers.0.self_attn.k_proj.weight.joined")
+    of_query, of_both = ([graph.producer(node.input[0]) for node in graph.users(name)] for name in names)
+    firsts = {made[0].op_type for made in (of_query, of_both) if made[0] is not None}
+    assert firsts == {"Max", "RMSNormalization"}
+    assert len(of_query) == len(of_both) == 3
+
+
+@pytest.mark.parametrize("kv_policy", ["none", "compute"])
+def test_codes_are_joined_too(tmp_path: Path, kv_policy: KvPolicy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The joined graph computes what the one in which each product has its own weights does."""
+    model = tiny_checkpoint(tmp_path / "model", "ouro", layers=2, tokenizer=True)
+    quantize = Quantize("int8", keep_precision=("none",))
+    made = export(model, tmp_path / "bundle", kv_policy=kv_policy, quantize=quantize, calibration_tokens=256)
+    found = lowered(made)
+    joins = {"+".join(part.name.split(".")[3] for part in parts) for parts in found.joined.values()}
+    assert joins == {"k_proj+v_proj" if kv_policy == "compute" else "q_proj+k_proj+v_proj", "gate_proj+up_proj"}
+    assert {name.split(".")[-2] for name in found.joined} == {"weight", "weight_scale"}
+    graph = Graph(found.model.graph)
+    assert {len(graph.users(name)) for name in found.joined} == {3}
+    logits = []
+    for passes in (tensorrt.PASSES, [one for one in tensorrt.PASSES if one is not join_shared_weights]):
+        monkeypatch.setattr(tensorrt, "PASSES", passes)
+        stages = cpu_stages(made, default_profiles(CAPACITY, 1), capacity=CAPACITY, plugins=["ThresholdGather"])
+        runner = WholeRunner(stages["model"][0])
+        ids, controls = np.arange(3, 12)[None], controls_for(made.manifest, KeepSettings(loops=2))
+        logits.append(runner.step(runner.new_cache(1, CAPACITY), ids, controls).logits)
+    np.testing.assert_allclose(*logits, atol=LOGITS_ATOL)

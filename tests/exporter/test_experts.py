@@ -15,6 +15,7 @@ from transformers import AutoConfig
 
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.config import ModelConfig
+from gsx_exporter.decoder.experts import RoutedMlp, StoredExperts
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.loading import load_layer
 from gsx_exporter.errors import CheckpointError
@@ -112,8 +113,11 @@ def test_weights_of_experts_are_read_one_at_a_time(tmp_path: Path) -> None:
     assert tuple(read) == names
     assert list(written.initializers["down"].dims) == [6, 40, 64]
     content = torch.frombuffer(bytearray((tmp_path / "weights.bin").read_bytes()), dtype=torch.float32)
-    loaded = load_layer(checkpoint, 1, DecoderOptions()).get_parameter("mlp.experts.down_proj")
-    assert torch.equal(content.view(6, 40, 64), loaded)
+    routed = load_layer(checkpoint, 1, DecoderOptions()).mlp
+    assert isinstance(routed, RoutedMlp)
+    assert isinstance(routed.experts, StoredExperts)
+    assert not list(routed.experts.parameters())
+    assert torch.equal(content.view(6, 40, 64), torch.stack(list(routed.experts.weights("down_proj"))))
 
 
 def _without(name: str) -> Callable[[Tensors], Tensors]:

@@ -7,6 +7,8 @@ AWQ, whose libraries need a GPU, with their formulas, one code at a time.
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,19 +28,21 @@ from gsx_exporter.errors import CheckpointError
 from gsx_exporter.gate_config import GateConfig
 from gsx_exporter.reference.model import Reference
 from tests.exporter.test_checkpoint import IDS, logits, same
+from tests.exporter.test_experts import fused, rewritten
 from tests.tiny import tiny_checkpoint
 
 WEIGHTS = "model.safetensors"
 Tensors = dict[str, torch.Tensor]
 FP8 = torch.float8_e4m3fn
 GROUP = 16
+LINEAR = re.compile(r"(_proj|\.w[123])\.weight$")
 
 
 def quantize(model: Path, section: dict[str, Any] | None, parts: Callable[[torch.Tensor], Tensors]) -> Path:
     """Store the linear layers of every layer in another way. Args: parts: of a weight [out, in], by their names."""
     found: Tensors = {}
     for name, tensor in load_file(model / WEIGHTS).items():
-        if "_proj." in name and name.endswith("weight"):
+        if LINEAR.search(name):
             stem = name.removesuffix("weight")
             found |= {stem + part: value.contiguous() for part, value in parts(tensor).items()}
         else:
@@ -364,10 +368,41 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
 }
 
 
-def test_quantized_experts_are_refused(tmp_path: Path) -> None:
-    model = tiny_checkpoint(tmp_path / "model", "qwen3_moe", layers=2)
-    quantize(model, FP8_BLOCKS, in_blocks(2, 4, "weight_scale_inv"))
-    with pytest.raises(CheckpointError, match=r"routed experts, which are not read where they are quantized \(FP8"):
+# Widths that every layout here divides.
+EXPERTS: dict[str, Any] = {
+    "intermediate_size": 144,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 48,
+    "layers": 2,
+}
+WITH_EXPERTS: dict[str, tuple[str, Callable[[], tuple[dict[str, Any], Any]]]] = {
+    "FP8 in blocks": ("qwen3_moe", lambda: (FP8_BLOCKS, in_blocks(2, 4, "weight_scale_inv"))),
+    "FP8 in blocks, Mixtral's names": ("mixtral", lambda: (FP8_BLOCKS, in_blocks(2, 4, "weight_scale_inv"))),
+    "packed INT4": ("qwen2_moe", lambda: compressed(weights(4, "group"), "pack-quantized", torch.bfloat16)),
+    "GPTQ": ("qwen3_moe", lambda: gptq(4)),
+    "AWQ": ("mixtral", awq),
+}
+
+
+@pytest.mark.parametrize("case", list(WITH_EXPERTS))
+def test_experts_are_read_by_themselves(tmp_path: Path, case: str) -> None:
+    family, made = WITH_EXPERTS[case]
+    original = tiny_checkpoint(tmp_path / "original", family, **EXPERTS)
+    model = quantize(Path(shutil.copytree(original, tmp_path / "model")), *made())
+    checkpoint, whole = open_checkpoint(model), open_checkpoint(original)
+    experts = [name for name in whole.names if ".experts." in name]
+    assert len(experts) > 12
+    for name in experts:
+        found, want = checkpoint.tensor(name).float(), whole.tensor(name)
+        assert 0 < float((found - want).norm() / want.norm()) < 0.3, name
+    for streamed in (False, True):
+        assert same(logits(model), Reference.load(checkpoint, streamed=streamed)(torch.from_numpy(IDS)).logits)
+
+
+def test_quantized_experts_in_one_tensor_are_refused(tmp_path: Path) -> None:
+    model = rewritten(tiny_checkpoint(tmp_path / "model", "qwen3_moe", layers=2), fused)
+    section(**FP8_BLOCKS)(model)
+    with pytest.raises(CheckpointError, match=r"experts, which are not read where they are quantized \(FP8\), all"):
         open_checkpoint(model)
 
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from gsx.torch_runtime import TorchRuntime, TorchStage
 from gsx.workflows.export import export
 from gsx.workflows.inspect import inspect
-from gsx.workflows.study import study
+from gsx.workflows.study import SEQUENCE_TOKENS, study
 from gsx_engines.bundle.bundle import Bundle, open_bundle
 from gsx_engines.bundle.confidence import Measure
 from gsx_engines.bundle.controls import KeepSettings, controls_for
@@ -45,6 +45,7 @@ from gsx_exporter.rules.loops.reference import CountedLoops
 from gsx_exporter.rules.loops.traced import LoopCount
 from gsx_exporter.rules.plan import PolicyOptions
 from gsx_exporter.rules.registry import plan_policy
+from gsx_exporter.text import tokenize
 from gsx_plugins.errors import UsageError
 from gsx_plugins.graph import Graph
 from tests.tiny import tiny_checkpoint
@@ -261,6 +262,7 @@ def test_weights_of_looped_layers_are_stored_and_read_once(bundle: Bundle) -> No
     assert sorted(names[0].split(".")[1] for names in weights) == ["0", "1", "2", "3"]
     # ONNX Runtime packs a weight for each node that reads it.
     assert session_config(bundle.manifest, lowered=True)["session.disable_prepacking"] == "1"
+    assert not session_config(bundle.manifest, lowered=True, layers=False), "the head is read once"
     # A step reads the weights of a layer in each loop.
     branches = step_bytes(bundle).branches
     assert (branches[1:3] == branches[3:5]).all()
@@ -441,8 +443,27 @@ def test_loops_are_for_looped_models(looped: Path, tmp_path: Path) -> None:
     plain = tiny_checkpoint(tmp_path / "model", layers=2)
     with pytest.raises(UsageError, match="the model is not looped"):
         plan_policy(PolicyOptions("loops"), open_checkpoint(plain).config)
-    with pytest.raises(UsageError, match="layers run once"):
-        study(looped, tokens=512)
+
+
+@pytest.mark.parametrize("caches", ["looped", "shared"])
+def test_a_study_goes_through_the_numbers_of_loops(caches: str, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(caches)
+    report = study(model, tokens=512)
+    assert [point.layers for point in report.curves["loops"]] == [8, 6, 4]
+    assert set(report.oracle[0].shares) == {"loops"}
+    assert report.sentence.startswith("Of 8 visits, this text can do without")
+    checkpoint = open_checkpoint(model)
+    ids = torch.from_numpy(tokenize(checkpoint, None, max_tokens=512, window=SEQUENCE_TOKENS).ids)
+    for point, count in zip(report.curves["loops"], (3, 2, 1), strict=True):
+        logits = torch.from_numpy(np.stack([truth(model, row[None].numpy(), len(row), count) for row in ids]))
+        nats = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        assert point.perplexity == pytest.approx(float(nats.exp()), rel=1e-4)
+
+
+def test_a_study_needs_several_loops(tmp_path: Path) -> None:
+    once = tiny_checkpoint(tmp_path / "model", "dory", **(KEYS | {"n_recurrent_loops": 1}))
+    with pytest.raises(UsageError, match="several loops"):
+        study(once, tokens=512)
 
 
 def test_exits_are_between_loops(ouro: Path) -> None:

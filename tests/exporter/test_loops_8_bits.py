@@ -17,6 +17,7 @@ from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.runners.onnxruntime import OnnxRuntimeStage
 from gsx_engines.runners.portable import PortableStage
+from gsx_engines.runners.session import session_config
 from gsx_engines.runners.whole import WholeRunner
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.decoder.layer import DecoderOptions
@@ -107,6 +108,8 @@ def test_a_bundle(looped: Path, tmp_path: Path, scheme: SchemeName) -> None:
     codes = {one.name for one in graph.initializer if one.name.endswith("proj.weight")}
     layers = open_checkpoint(looped).config.stored_layers
     assert {name.split(".")[1] for name in codes} == {str(n) for n in range(layers)}
+    # Without packing, products of codes dequantize their weights in every step.
+    assert "session.disable_prepacking" not in session_config(made.manifest, lowered=True)
     portable, fast = step(made, PortableStage), step(made, OnnxRuntimeStage)
     if scheme == "int8":  # rows have scales of their own in the fast form
         agree = (portable.argmax(-1) == fast.argmax(-1)).mean()

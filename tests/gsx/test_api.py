@@ -30,6 +30,7 @@ COSTLY = {
     "gsx.export",
     "gsx.train",
     "gsx.train_exit_classifiers",
+    "gsx.train_exit_gate",
     "gsx.tune",
     "gsx.verify",
     "gsx.doctor",

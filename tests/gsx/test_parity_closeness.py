@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from gsx.parity.checks import Check
-from gsx.parity.closeness import Accumulator, Compared, Comparer, Observation, Place
+from gsx.parity.closeness import Compared, Comparer, Observation
+from gsx.parity.difference import Accumulator, Place
 from gsx.parity.report import _number
 from gsx.parity.routes import Routes, routes_of
 from gsx.parity.tolerances import TOLERANCES

@@ -66,6 +66,10 @@ CASES = {
     "mlp alone, tied head": Case(
         {"budget": 0.6}, {"family": "qwen3", "tied": True, "gate": GateConfig("scalar", "pre_norm", ("mlp",))}
     ),
+    "norms around branches, soft caps": Case({"budget": 0.6}, {"family": "gemma2", "gate": GateConfig("scalar")}),
+    "norms behind branches": Case({"budget": 0.6}, {"family": "olmo3", "gate": GateConfig("vector")}),
+    "routed experts": Case({"budget": 0.6}, {"family": "qwen3_moe", "gate": GateConfig("scalar")}),
+    "fused tensors": Case(model={"family": "phi3"}),
 }
 
 

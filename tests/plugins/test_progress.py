@@ -30,6 +30,7 @@ def test_a_part_is_shown_as_the_step_that_it_belongs_to() -> None:
         ([(0, Progress("a", 0, 10)), (1, Progress("a", 2, 10))], None),  # too early
         ([(0, Progress("a", 0, 1000)), (20, Progress("a", 1, 1000))], None),  # too little
         ([(0, Progress("a")), (20, Progress("a"))], None),  # unknown
+        ([(0, Progress("a", 0, 10)), (20, Progress("a", 10, 10))], None),  # done: what comes next is not known
         ([(0, Progress("a", 0, 10)), (20, Progress("b", 2, 10))], None),  # another stage
         # The share of the whole work counts, whatever its stages are.
         ([(0, Progress("a", 0, 10, share=0.0)), (30, Progress("b", 1, 2, share=0.25))], 90),

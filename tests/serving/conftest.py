@@ -47,17 +47,22 @@ def server(
     served: Bundle,
     other_rules: dict[str, Bundle],
     base_bundles: dict[str, Bundle],
+    chat_bundle: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
-    """Models `gsx`, with four slots, `small`, with one slot and room for one more request, those of other rules, and
-    those of other tokenizers."""
+    """Models `gsx`, with four slots, `small`, with one slot and room for one more request, `chat`, with a chat
+    template, those of other rules, and those of other tokenizers."""
     if find_server() is None:
         pytest.skip(f"no Triton server in {ENVIRONMENT.name}: `make triton` installs it")
     folder = tmp_path_factory.mktemp("triton")
     write_repository(served, folder / "models", name="gsx", slots=4, threads=1)
     write_repository(served, folder / "more", name="small", slots=1, queue=1, context=256, threads=1)
     write_repository(served, folder / "front", name="front", slots=4, threads=1, form="openai")
-    others = other_rules | {model_of(name): bundle for name, bundle in base_bundles.items()}
+    others = (
+        other_rules
+        | {"chat": open_bundle(chat_bundle)}
+        | {model_of(name): bundle for name, bundle in base_bundles.items()}
+    )
     for name, bundle in others.items():
         write_repository(bundle, folder / name, name=name, slots=4, threads=1)
     repositories = [f"--model-repository={folder / name}" for name in ("more", "front", *others)]

@@ -22,7 +22,9 @@ import gsx
 from examples.triton_server import ENVIRONMENT, Server
 from gsx.workflows.generate import GenerateResult
 from gsx.workflows.triton import check_server
-from gsx_engines.bundle.bundle import Bundle
+from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.chat import ChatTemplate
+from gsx_engines.tokens import BundleTokenizer
 from gsx_plugins.errors import GsxError
 from tests.serving.conftest import Grpc
 
@@ -172,6 +174,45 @@ def test_server_sent_events(server: Server, expected: Callable[[int], GenerateRe
     assert events[-1]["finish_reason"] == expected(5).finish
 
 
+CHAT = [
+    {"role": "system", "content": "self"},
+    {"role": "user", "content": [{"type": "text", "text": "the "}, {"type": "text", "text": "clâss"}]},
+]
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_a_chat_by_the_models_own_template(server: Server, grpc: Grpc, chat_bundle: Path, speculative: bool) -> None:
+    bundle = open_bundle(chat_bundle)
+    template = ChatTemplate(bundle, BundleTokenizer(bundle))
+    prompt = template.prompt([CHAT[0], {"role": "user", "content": "the clâss"}])
+    alone = gsx.generate(bundle, ids=prompt, max_new_tokens=14, speculative=False, threads=1)
+    request = {"messages": json.dumps(CHAT), "max_tokens": 14, "speculative": speculative}
+    status, text = post(server, request, model="chat")
+    assert status == 200, text
+    assert json.loads(text)["text_output"] == alone.text
+    answer = grpc([request], model="chat")[0]
+    assert (answer["error"], answer["text"], answer["prompt_tokens"]) == (None, alone.text, len(prompt))
+
+
+BAD_CHATS = {
+    "no JSON": ("[", "messages are not a chat"),
+    "no list": ('{"role": "user"}', "messages are not a chat"),
+    "no messages": ("[]", "at least 1 item"),
+    "no role": ('[{"content": "a"}]', "0.role"),
+    "an image": ('[{"role": "user", "content": [{"type": "image_url"}]}]', "messages are not a chat"),
+    "half a character": (r'[{"role": "user", "content": "\udcff"}]', "messages"),
+    "a long chat": (json.dumps([{"role": "user", "content": "the class " * 400}]), "longer than the context"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CHATS)
+def test_bad_chats(server: Server, name: str) -> None:
+    text, words = BAD_CHATS[name]
+    status, answer = post(server, {"messages": text}, model="chat")
+    assert status in (400, 500), answer
+    assert words in json.loads(answer)["error"]
+
+
 FRONT_CLIENT = Path(__file__).parent / "front_client.py"
 # What Triton's OpenAI front end sends -> what `gsx.generate` takes.
 FRONT: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -238,8 +279,9 @@ def test_a_client_that_goes_away_frees_its_slot(server: Server) -> None:
 
 
 BAD = {
-    "no prompt": ({"max_tokens": 3}, "neither"),
-    "two prompts": ({"text_input": "a", "input_ids": [70]}, "both"),
+    "no prompt": ({"max_tokens": 3}, "none of them"),
+    "two prompts": ({"text_input": "a", "input_ids": [70]}, "text_input and input_ids"),
+    "no template": ({"messages": '[{"role": "user", "content": "a"}]'}, "no chat template"),
     "unknown field": ({"text_input": "a", "max_new_tokens": 3}, "max_new_tokens"),
     "text for a number": ({"text_input": "a", "max_tokens": "three"}, "Unable to parse"),
     "number for a text": ({"text_input": 5}, "Unable to parse"),

@@ -21,6 +21,8 @@ from tests.vectors.toy import ToyEngine, new_digest
 OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": {"max_new_tokens": 24},
     "sampled": {"max_new_tokens": 24, "sampling": {"temperature": 0.8, "top_k": 12, "top_p": 0.9, "seed": 7}},
+    "few": {"max_new_tokens": 24, "stop_ids": [], "sampling": {"temperature": 2.0, "top_k": 4, "seed": 3}},
+    "likely": {"max_new_tokens": 24, "stop_ids": [], "sampling": {"temperature": 0.5, "min_p": 0.4, "seed": 9}},
     "hot": {"max_new_tokens": 24, "stop_ids": [], "sampling": {"temperature": 1.5, "seed": 2**64 - 1}},
     "other budget": {"max_new_tokens": 20, "keep": {"budget": 0.65}, "stop_ids": []},
     "budgets for each": {"max_new_tokens": 20, "keep": [{"budget": 0.4}, {}, {"budget": 1.0}]},
@@ -66,13 +68,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "loops for each": {"max_new_tokens": 16, "keep": [{"loops": 1}, {}, {"loops": 2}]},
     "to the context's end": {"max_new_tokens": 1000, "stop_ids": [], "long": True},
 }
+# Of steps: what the likeliest tokens alone may decide.
+_STEPS = ("few", "likely")
 # Models that generate, and their keep settings; the others refuse.
 _FEW = ("greedy", "hot", "stop ids")
 _SETS = ("greedy", "a set of layers", "an exit", "a speed-up", "a set for each")
 _CONFIDENT = ("greedy", "an exit threshold", "a threshold for each", "nothing leaves")
 _LOOPS = ("greedy", "one loop", "loops for each")
 GENERATING = {
-    "gated": tuple(name for name in OPTIONS if name not in {*_SETS[1:], *_CONFIDENT[1:], *_LOOPS[1:]}),
+    "gated": tuple(name for name in OPTIONS if name not in {*_SETS[1:], *_CONFIDENT[1:], *_LOOPS[1:], *_STEPS}),
     "copy": _FEW,
     "one branch": _FEW,
     "dense": _FEW,
@@ -84,6 +88,18 @@ GENERATING = {
     "loops": _LOOPS,
     "some layers": ("greedy", "sampled", "other budget", "budgets for each", "held"),
     "gated, one table": ("greedy", "other budget"),
+    "steps": (
+        "greedy",
+        "sampled",
+        "few",
+        "likely",
+        "penalties",
+        "hot",
+        "budgets for each",
+        "held",
+        "to the context's end",
+    ),
+    "steps, sets of layers": ("greedy", "a set of layers", "a set for each"),
     "calm, one threshold": ("greedy", "an exit threshold"),
     "three ends": ("greedy", "sampled", "hot"),
 }
@@ -163,7 +179,9 @@ def opened(manifest: Manifest, spec: str | None, digest: Any) -> tuple[Runner, D
     """The toy's runner, and its draft."""
 
     def stage(graph: str) -> TensorRTStage:
-        return TensorRTStage(manifest, manifest.engines["toy"], graph, ToyEngine(manifest, graph, digest))
+        engine = ToyEngine(manifest, graph, digest)
+        steps = [(entry, engine) for entry in manifest.engines.values() if entry.kv_layout == "step"]
+        return TensorRTStage(manifest, manifest.engines["toy"], graph, engine, steps)
 
     if spec is None:
         return WholeRunner(stage("model")), None

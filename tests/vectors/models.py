@@ -1,21 +1,21 @@
-"""Manifests of the toy models, each with the engine entry `toy`."""
+"""Manifests of the toy models, each with the engine entry `toy`, and those for steps with more."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
 from gsx_engines.bundle.drafts import DraftEntry, ExitDraft
-from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, Sizes
+from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, EngineProfile, KvLayout, Sizes
 from gsx_engines.bundle.fields import TensorInfo
 from gsx_engines.bundle.loops import Loops
 from gsx_engines.bundle.manifest import DecoderShape, Gates, GraphEntry, Manifest, SourceModel, WeightsEntry
 from gsx_engines.bundle.policy import Policy, gateskip_policy
 from gsx_engines.bundle.selection import GridPoint, Selection
 from gsx_engines.bundle.words import Branch
-from tests.vectors.toy import mix
+from tests.vectors.toy import LIKELY, mix
 
 LAYERS, EXIT, VOCABULARY, CONTEXT, END = 6, 3, 97, 100, 2
 # A layer before, two that run twice, and one after: six visits.
@@ -48,6 +48,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "short": {"capacity": 32},
     "old engines": {"told": False, "draft": None},
     "gated, one table": {"by_sequence": False, "draft": None},
+    "steps": {"steps": [(1, 1), (1, 4), (3, 1)]},
+    "steps, sets of layers": {"rule": "layers", "steps": [(1, 1), (3, 1)]},
     "calm, one threshold": {"rule": "calm", "kv_policy": "copy", "by_sequence": False, "draft": None},
     "three ends": {"mode": "rank", "draft": None, "counted": True, "ends": (END, 60, 17)},
 }
@@ -71,6 +73,7 @@ def toy_manifest(
     ends: Sequence[int] = (END,),
     by_sequence: bool = True,
     told: bool = True,
+    steps: Sequence[tuple[int, int]] = (),
 ) -> Manifest:
     """The manifest of a toy model.
 
@@ -84,6 +87,7 @@ def toy_manifest(
         ends: the tokens that end a text.
         by_sequence: whether thresholds have a value for each sequence; False for those of 0.1.0.
         told: whether the engines tell what each token kept; False for those of 0.1.0.
+        steps: sequences, and tokens of each, of engines for calls of one size beside those for all calls.
     """
     gated = bool(branches) and rule == "gateskip"
     policy = toy_policy(rule, branches, mode) if branches else None
@@ -142,17 +146,10 @@ def toy_manifest(
         weights=WeightsEntry(file="weights.bin", sha256=HASH, size_bytes=0),
         draft=None if draft is None else DraftEntry(draft=ExitDraft(layer=draft), length=3),
         engines={
-            "toy": EngineEntry(
-                schema_version=1,
-                backend="tensorrt-rtx",
-                tensorrt_version="0",
-                targets=("89",),
-                platform="any",
-                gpu=None,
-                precision="fp32",
-                capacity=capacity,
-                plugins=None,
-                profiles=tuple(
+            "toy": engine_entry(
+                capacity,
+                engines,
+                [
                     EngineProfile(
                         name=name,
                         batch=Sizes(*batch),
@@ -160,11 +157,59 @@ def toy_manifest(
                         window=Sizes(1, min(64, capacity), capacity),
                     )
                     for name, tokens, batch in PROFILES[profiles]
-                ),
-                graphs=engines,
-            )
+                ],
+            ),
+            **{f"toy-step-{batch}x{tokens}": step_entry(capacity, engines, batch, tokens) for batch, tokens in steps},
         },
     )
+
+
+def engine_entry(
+    capacity: int,
+    graphs: Mapping[str, EngineGraph],
+    profiles: Sequence[EngineProfile],
+    kv_layout: KvLayout = "in-place",
+) -> EngineEntry:
+    """The record of a set of engines."""
+    return EngineEntry(
+        schema_version=1,
+        backend="tensorrt-rtx",
+        tensorrt_version="0",
+        targets=("89",),
+        platform="any",
+        gpu=None,
+        precision="fp32",
+        kv_layout=kv_layout,
+        capacity=capacity,
+        plugins=None,
+        profiles=tuple(profiles),
+        graphs=graphs,
+    )
+
+
+def step_entry(capacity: int, graphs: Mapping[str, EngineGraph], batch: int, tokens: int) -> EngineEntry:
+    """The record of engines for calls of one size: those for all calls with numbers in place of the axes' names."""
+    sizes: dict[int | str, int] = {"batch": batch, "sequence": tokens, "window": capacity, "logits_columns": tokens}
+
+    def fixed(values: Sequence[TensorInfo]) -> tuple[TensorInfo, ...]:
+        return tuple(
+            one.model_copy(update={"shape": tuple(sizes.get(axis, axis) for axis in one.shape)}) for one in values
+        )
+
+    one_size = [Sizes(size, size, size) for size in (batch, tokens, capacity)]
+    profile = EngineProfile(name="step", batch=one_size[0], tokens=one_size[1], window=one_size[2])
+    likeliest: Shapes = {
+        "likely_ids": [batch, tokens, LIKELY],
+        "likely_logits": [batch, tokens, LIKELY],
+        "likely_total": [batch, tokens],
+    }
+    made = {
+        name: graph.model_copy(
+            update={"inputs": fixed(graph.inputs), "outputs": (*fixed(graph.outputs), *tensors(likeliest))}
+        )
+        for name, graph in graphs.items()
+    }
+    return engine_entry(capacity, made, [profile], "step")
 
 
 def toy_policy(rule: RuleName, branches: Sequence[Branch], mode: Mode) -> Policy:

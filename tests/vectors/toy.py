@@ -21,6 +21,8 @@ from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.words import BRANCHES, Branch
 
+# How many of the likeliest tokens engines for steps give.
+LIKELY = 8
 _MASK = 0xFFFFFFFF
 
 
@@ -62,6 +64,10 @@ class ToyEngine:
     def rows(self, buffer: np.ndarray, shape: tuple[int, ...], rows: slice) -> np.ndarray:
         """A view."""
         return buffer[rows]
+
+    def read(self, buffer: np.ndarray, shape: tuple[int, ...], row: int) -> np.ndarray:
+        """A copy."""
+        return buffer.reshape(shape)[row].copy()
 
     def run(
         self,
@@ -112,6 +118,9 @@ class ToyEngine:
             "kept": np.array(kept, np.int64),
             "kept_by_token": by_token,
         }
+        found |= _likeliest(found["logits"])
+        if "logits" in buffers:
+            buffers["logits"][0][:] = found["logits"]
         assert all(found[name].shape == tuple(shape) for name, shape in results.items())
         return {name: found[name] for name in results}
 
@@ -213,6 +222,17 @@ def new_digest() -> Any:
 @functools.lru_cache(maxsize=4096)
 def _logits_of(state: int, vocabulary: int) -> np.ndarray:
     return np.array([(mix(state, v, 7) % 61 - 30) / 4 for v in range(vocabulary)], np.float32)
+
+
+def _likeliest(logits: np.ndarray) -> dict[str, np.ndarray]:
+    """The likeliest tokens behind [B, O, V] as an engine for steps gives them: of equal ones the last, out of order."""
+    order = np.argsort(logits, axis=-1, kind="stable")[..., -LIKELY:]
+    largest = logits.max(axis=-1, keepdims=True)
+    return {
+        "likely_ids": order,
+        "likely_logits": np.take_along_axis(logits, order, axis=-1),
+        "likely_total": np.exp(logits - largest).sum(axis=-1),
+    }
 
 
 def _spell(shape: Sequence[int]) -> str:

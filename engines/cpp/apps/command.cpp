@@ -24,6 +24,7 @@ line.
 
   --chat               answer messages, one on each line, by the bundle's chat template; Ctrl-C ends an answer, Ctrl-D the chat
   --max-new-tokens N   maximum number of new tokens (128)
+  --stop TEXT          a text that ends the generation, and is left out; more than once for several
   --budget B           share of skippable work to keep; default: as exported
   --layers SET         branches that run, e.g. 0-3,6,8.attn (--policy layers)
   --exit N             run the first N layers (--policy layers)
@@ -106,6 +107,7 @@ Command parse(int count, char** arguments) {
     auto const real = [&] { return numberOf<double>(value, name, "a number"); };
     std::map<std::string, std::function<void()>> const withValue = {
         {"--max-new-tokens", [&] { options.maxNewTokens = whole(); }},
+        {"--stop", [&] { command.stops.push_back(value); }},
         {"--budget", [&] { command.keep.budget = real(); }},
         {"--layers", [&] { command.keep.layers = value; }},
         {"--exit", [&] { command.keep.exit = whole(); }},
@@ -153,6 +155,9 @@ Command parse(int count, char** arguments) {
     }
     if (command.chat && (command.prompt || command.json)) {
         throw gsx::UsageError("--chat reads messages from standard input", {{}, command.prompt ? "a prompt" : "--json", {}});
+    }
+    if (!command.stops.empty() && !command.prompt && !command.chat) {
+        throw gsx::UsageError("--stop", {"a prompt, or --chat", "token ids on standard input", {}});
     }
     if (command.bundle.empty() && !command.help) {
         throw gsx::UsageError("no bundle was named", {"gsx-run BUNDLE", {}, "gsx-run --help"});

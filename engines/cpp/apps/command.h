@@ -13,6 +13,8 @@ struct Command {
     std::string bundle;
     // Unset: token ids from standard input.
     std::optional<std::string> prompt;
+    // Texts that end a text, and are no part of it.
+    std::vector<std::string> stops;
     gsx::Keep keep;
     gsx::Options options;
     gsx::Drafting drafting;

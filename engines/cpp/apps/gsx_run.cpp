@@ -78,9 +78,10 @@ void continueIds(gsx::Model& model, Command command) {
 volatile std::sig_atomic_t gInterrupted = 0;
 
 // Generate, and write the text as it comes. Returns the whole of it.
-std::string write(gsx::Model& model, gsx::Tokenizer const& tokenizer, gsx::Tokens const& prompt, gsx::Options options,
-                  bool shown, gsx::Generation& made) {
-    gsx::TextStream stream(tokenizer);
+std::string write(gsx::Model& model, gsx::Tokenizer const& tokenizer, gsx::Tokens const& prompt, Command const& command,
+                  gsx::Options options, gsx::Generation& made) {
+    gsx::TextWriter writer(tokenizer, command.stops);
+    bool const shown = !command.json;
     std::string text;
     std::set<int64_t> const stops = options.stopIds ? std::set<int64_t>(options.stopIds->begin(), options.stopIds->end())
                                                     : std::set<int64_t>();
@@ -89,11 +90,12 @@ std::string write(gsx::Model& model, gsx::Tokenizer const& tokenizer, gsx::Token
         if (shown) std::cout << piece << std::flush;
     };
     options.onToken = [&](size_t, int64_t token) {
-        if (stops.count(token) == 0) add(stream.push(token));
-        return gInterrupted != 0 || (shown && !std::cout);
+        bool const ends = stops.count(token) == 0 && writer.push(token);
+        add(writer.take());
+        return ends || gInterrupted != 0 || (shown && !std::cout);
     };
     made = model.generate({prompt}, options);
-    add(stream.finish());
+    add(writer.finish());
     if (shown) std::cout << std::endl;
     return text;
 }
@@ -102,7 +104,7 @@ void continueText(gsx::Model& model, Command const& command) {
     gsx::Tokenizer const tokenizer(model.bundle());
     gsx::Tokens const prompt = tokenizer.encode(*command.prompt);
     gsx::Generation made;
-    std::string const text = write(model, tokenizer, prompt, command.options, !command.json, made);
+    std::string const text = write(model, tokenizer, prompt, command, command.options, made);
     if (command.json) std::cout << report(model, command, prompt, made, text).dump() << std::endl;
 }
 
@@ -122,7 +124,7 @@ void chat(gsx::Model& model, Command const& command) {
         messages.push_back({"user", line});
         try {
             gsx::Generation made;
-            std::string answer = write(model, tokenizer, chatTemplate.prompt(messages), options, true, made);
+            std::string answer = write(model, tokenizer, chatTemplate.prompt(messages), command, options, made);
             messages.push_back({"assistant", std::move(answer)});
         } catch (gsx::UsageError const& error) {
             messages.pop_back();

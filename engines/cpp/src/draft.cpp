@@ -123,7 +123,7 @@ void FullDepthDraft::begin(std::shared_ptr<Controls const> controls) {
 
 StepOutput FullDepthDraft::step(Cache& cache, Array<int64_t> ids, Counts counts) {
     StepOutput output = mRunner.step(cache, std::move(ids), std::move(counts), mDraftControls, Logits::kLast);
-    return {std::move(output.logits), {}, 0, {}};
+    return {std::move(output.logits), std::move(output.likely), {}, 0, {}};
 }
 
 StepOutput FullDepthDraft::verify(Cache& cache, Counts const& start, Array<int64_t> ids, Counts counts) {

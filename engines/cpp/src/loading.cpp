@@ -62,7 +62,7 @@ struct Fact {
 // The first property in which engines and machine differ; unset if they fit.
 std::optional<EngineError> difference(Bundle const& bundle, std::string const& name, EngineEntry const& entry,
                                       Machine const& machine, std::optional<fs::path> const& library,
-                                      std::string const& command) {
+                                      std::string const& command, char const* kvLayout) {
     fs::path const directory = bundle.directory / kEngines / name;
     std::string const what = "engines " + directory.string();
     std::optional<std::string> const text = contentOf(directory / kEngineFile);
@@ -76,7 +76,7 @@ std::optional<EngineError> difference(Bundle const& bundle, std::string const& n
         return EngineError(what + ": " + first.field + " in " + kEngineFile + " does not match gsx.json",
                            {first.expected, first.found, command});
     }
-    std::vector<Fact> facts = {{"kv_layout", "in-place", entry.kvLayout},
+    std::vector<Fact> facts = {{"kv_layout", kvLayout, entry.kvLayout},
                                {"platform", entry.platform, machine.platform},
                                {"tensorrt_version", entry.tensorrtVersion, machine.tensorrtVersion}};
     if (entry.gpu) facts.push_back({"gpu", *entry.gpu, machine.gpu});
@@ -115,6 +115,11 @@ std::optional<EngineError> difference(Bundle const& bundle, std::string const& n
     return std::nullopt;
 }
 
+// Whether a set of engines is for all calls of a backend.
+bool isFor(EngineEntry const& entry, std::string const& backend) {
+    return entry.backend == backend && entry.kvLayout != kStepLayout;
+}
+
 }  // namespace
 
 std::string buildCommand(Bundle const& bundle, std::string const& backend) {
@@ -124,7 +129,7 @@ std::string buildCommand(Bundle const& bundle, std::string const& backend) {
 void requireEngines(Bundle const& bundle, std::string const& backend) {
     std::vector<std::string> others;
     for (auto const& [name, entry] : bundle.manifest.engines) {
-        if (entry.backend == backend) return;
+        if (isFor(entry, backend)) return;
         others.push_back(name);
     }
     throw EngineError("bundle " + bundle.directory.string() + ": has no engines for " + backend,
@@ -138,10 +143,10 @@ EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine 
     std::optional<EngineError> nearest;
     std::pair<bool, bool> least;
     for (auto const& [name, entry] : bundle.manifest.engines) {
-        if (entry.backend != backend) continue;
+        if (!isFor(entry, backend)) continue;
         std::optional<fs::path> const library =
             entry.plugins ? findLibrary(plugins, *entry.plugins) : std::optional<fs::path>();
-        std::optional<EngineError> problem = difference(bundle, name, entry, machine, library, command);
+        std::optional<EngineError> problem = difference(bundle, name, entry, machine, library, command, kInPlaceLayout);
         if (!problem) return {bundle.directory / kEngines / name, &entry, library};
         // Report the engines for this GPU and this TensorRT, if there are any: their message says most.
         bool const here = std::find(entry.targets.begin(), entry.targets.end(), machine.capability) != entry.targets.end();
@@ -152,6 +157,21 @@ EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine 
         }
     }
     throw *nearest;
+}
+
+std::vector<EngineSet> findSteps(Bundle const& bundle, EngineSet const& engines, Machine const& machine,
+                                 std::optional<fs::path> const& plugins) {
+    EngineEntry const& general = *engines.entry;
+    std::string const command = buildCommand(bundle, general.backend);
+    std::vector<EngineSet> found;
+    for (auto const& [name, entry] : bundle.manifest.engines) {
+        if (entry.backend != general.backend || entry.kvLayout != kStepLayout || entry.capacity != general.capacity) continue;
+        std::optional<fs::path> const library =
+            entry.plugins ? findLibrary(plugins, *entry.plugins) : std::optional<fs::path>();
+        if (difference(bundle, name, entry, machine, library, command, kStepLayout)) continue;
+        found.push_back({bundle.directory / kEngines / name, &entry, library});
+    }
+    return found;
 }
 
 std::string readEngine(EngineSet const& engines, std::string const& graph, std::string const& command) {

@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "gsx/bundle.h"
 
@@ -25,7 +26,7 @@ struct EngineSet {
     std::optional<std::filesystem::path> library;
 };
 
-// Refuse a bundle that has no engines for a backend. Throws EngineError, which names those that the bundle has.
+// Refuse a bundle that has no engines of a backend for all calls. Throws EngineError, which names those that the bundle has.
 void requireEngines(Bundle const& bundle, std::string const& backend);
 
 // Find the engines of a bundle for a machine, and check everything except the content of their files.
@@ -35,6 +36,10 @@ void requireEngines(Bundle const& bundle, std::string const& backend);
 // to fix it.
 EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine const& machine,
                       std::optional<std::filesystem::path> const& plugins);
+
+// The engines for steps of one size that run on this machine and share K/V buffers with those for all calls.
+std::vector<EngineSet> findSteps(Bundle const& bundle, EngineSet const& engines, Machine const& machine,
+                                 std::optional<std::filesystem::path> const& plugins);
 
 // An engine's content, checked by size and hash. Throws EngineError: no such engine, a missing or changed file.
 std::string readEngine(EngineSet const& engines, std::string const& graph, std::string const& command);

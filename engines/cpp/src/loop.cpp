@@ -236,7 +236,7 @@ private:
     // Choose the next token of every sequence that has not ended.
     void take(StepOutput const& output) {
         for (Sequence& sequence : mSequences) {
-            if (sequence.left() > 0) pick(sequence, logitsOf(output, sequence.row(), 0));
+            if (sequence.left() > 0) pick(sequence, Behind(output, sequence.row(), 0));
         }
     }
 
@@ -289,7 +289,7 @@ private:
         size_t right = 0;
         int64_t token = 0;
         while (true) {
-            token = pick(sequence, logitsOf(output, sequence.row(), right));
+            token = pick(sequence, Behind(output, sequence.row(), right));
             if (sequence.left() == 0 || right == drafted.size() || token != drafted[right]) break;
             ++right;
         }
@@ -327,12 +327,11 @@ private:
                 size_t const row = sequence.row();
                 ids.data[row] = 0;  // arbitrary: a sequence that stops drafting has a count of 0
                 if (going[row] == 0) continue;
-                LogitsRow logits = logitsOf(guess, row, 0);
-                std::vector<float> const changed = adjustedOf(sequence, logits, drafted[row]);
-                if (!changed.empty()) logits.data = changed.data();
-                ids.data[row] = mPicker.pick(logits, row, sequence.place() + step);
+                Behind logits(guess, row, 0);
+                ids.data[row] = choose(logits, sequence, drafted[row]);
                 drafted[row].push_back(ids.data[row]);
-                confidences[row].push_back(mPicker.confidence(logits));
+                confidences[row].push_back(logits.likely ? mPicker.confidence(*logits.likely)
+                                                         : mPicker.confidence(logits.row()));
                 together[row] *= confidences[row].back();
                 bool const goes = step + 1 < sequence.mostDrafts() && mLength->goesOn(step + 1, together[row]);
                 going[row] = goes ? 1 : 0;
@@ -376,25 +375,59 @@ private:
         mStats.gatedRows += output.gatedRows;
     }
 
-    static LogitsRow logitsOf(StepOutput const& output, size_t row, size_t token) {
-        auto const tokens = static_cast<size_t>(output.logits.shape[1]);
-        auto const size = static_cast<size_t>(output.logits.shape[2]);
-        return {output.logits.data.data() + (row * tokens + token) * size, size};
+    // What is known of the logits behind one token of a call.
+    struct Behind {
+        Behind(StepOutput const& output, size_t row, size_t token) {
+            if (output.likely) {
+                likely = output.likely->of(static_cast<int64_t>(row), static_cast<int64_t>(token));
+                return;
+            }
+            auto const tokens = static_cast<size_t>(output.logits.shape[1]);
+            auto const size = static_cast<size_t>(output.logits.shape[2]);
+            all = {output.logits.data.data() + (row * tokens + token) * size, size};
+        }
+
+        // All logits.
+        LogitsRow row() {
+            if (likely) set(likely->whole());
+            return all;
+        }
+
+        void set(std::vector<float> logits) {
+            own = std::move(logits);
+            all = {own.data(), own.size()};
+            likely.reset();
+        }
+
+        std::optional<Likeliest> likely;
+        std::vector<float> own;
+        LogitsRow all{nullptr, 0};
+    };
+
+    // A token behind drafted ones, from the logits after biases and penalties, which take their place.
+    int64_t choose(Behind& logits, Sequence const& sequence, Tokens const& drafted) const {
+        Sampling const& sampling = mPicker.sampling();
+        int64_t const place = sequence.place() + static_cast<int64_t>(drafted.size());
+        if (sampling.adjusts()) {
+            Tokens fresh = sequence.tokens();
+            fresh.insert(fresh.end(), drafted.begin(), drafted.end());
+            logits.set(adjusted(logits.row(), sampling, sequence.prompt(), fresh));
+        }
+        if (logits.likely && suffices(*logits.likely, sampling)) {
+            return mPicker.pick(*logits.likely, sequence.row(), place);
+        }
+        return mPicker.pick(logits.row(), sequence.row(), place);
     }
 
-    // The logits of a sequence's next token behind drafted ones, after biases and penalties; empty without any.
-    std::vector<float> adjustedOf(Sequence const& sequence, LogitsRow logits, Tokens const& drafted) const {
-        if (!mPicker.sampling().adjusts()) return {};
-        Tokens fresh = sequence.tokens();
-        fresh.insert(fresh.end(), drafted.begin(), drafted.end());
-        return adjusted(logits, mPicker.sampling(), sequence.prompt(), fresh);
-    }
-
-    int64_t pick(Sequence& sequence, LogitsRow logits) {
-        std::vector<float> const changed = adjustedOf(sequence, logits, {});
-        LogitsRow const row{changed.empty() ? logits.data : changed.data(), logits.size};
-        int64_t const token = mPicker.pick(row, sequence.row(), sequence.place());
-        if (mLogprobs) sequence.record(logprobsOf(logits, token, *mLogprobs));
+    int64_t pick(Sequence& sequence, Behind logits) {
+        if (!mLogprobs) {
+            int64_t const token = choose(logits, sequence, {});
+            sequence.add(token, mStops, mOnToken);
+            return token;
+        }
+        std::vector<float> const own(logits.row().data, logits.row().data + logits.row().size);
+        int64_t const token = choose(logits, sequence, {});
+        sequence.record(logprobsOf({own.data(), own.size()}, token, *mLogprobs));
         sequence.add(token, mStops, mOnToken);
         return token;
     }

@@ -26,30 +26,38 @@ std::optional<DraftKind> chosenDraft(Manifest const& manifest, Drafting const& d
 
 }  // namespace
 
-// The stages refer to the bundle and the entry, so all are kept together and never move.
+// The stages refer to the bundle and the entries, so all are kept together and never move.
 struct Model::Parts {
     Bundle bundle;
     EngineEntry entry;
+    std::vector<EngineEntry> stepEntries;
     std::optional<DraftKind> kind;
     std::unique_ptr<Runner> runner;
     std::unique_ptr<Draft> draft;
 
-    std::unique_ptr<Stage> stage(std::string const& graph, MakeEngine const& makeEngine) const {
-        return std::make_unique<Stage>(bundle.manifest, entry, graph, makeEngine(graph));
+    std::unique_ptr<Stage> stage(std::string const& graph, MakeEngine const& makeEngine,
+                                 std::vector<Engines> const& steps) const {
+        std::unique_ptr<Engine> engine = makeEngine(graph);
+        std::vector<StepEngine> made;
+        for (size_t i = 0; i < steps.size(); ++i) made.push_back({stepEntries[i], steps[i].make(graph)});
+        return std::make_unique<Stage>(bundle.manifest, entry, graph, std::move(engine), std::move(made));
     }
 };
 
-Model::Model(Bundle bundle, EngineEntry entry, MakeEngine const& makeEngine, Drafting const& drafting)
-    : mParts(std::make_unique<Parts>(Parts{std::move(bundle), std::move(entry), {}, {}, {}})) {
+Model::Model(Bundle bundle, EngineEntry entry, MakeEngine const& makeEngine, Drafting const& drafting,
+             std::vector<Engines> const& steps)
+    : mParts(std::make_unique<Parts>(Parts{std::move(bundle), std::move(entry), {}, {}, {}, {}})) {
     Parts& parts = *mParts;
+    for (Engines const& set : steps) parts.stepEntries.push_back(set.entry);
+    auto const stage = [&](char const* graph) { return parts.stage(graph, makeEngine, steps); };
     parts.kind = chosenDraft(parts.bundle.manifest, drafting);
     if (parts.kind && std::holds_alternative<ExitDraft>(*parts.kind)) {
-        auto runner = std::make_unique<SplitRunner>(parts.stage("draft", makeEngine), parts.stage("verify", makeEngine));
+        auto runner = std::make_unique<SplitRunner>(stage("draft"), stage("verify"));
         parts.draft = std::make_unique<EarlyExitDraft>(*runner);
         parts.runner = std::move(runner);
         return;
     }
-    parts.runner = std::make_unique<WholeRunner>(parts.stage("model", makeEngine));
+    parts.runner = std::make_unique<WholeRunner>(stage("model"));
     if (parts.kind) parts.draft = std::make_unique<FullDepthDraft>(*parts.runner, *parts.kind);
 }
 

@@ -21,6 +21,10 @@ constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
 constexpr double kMostBias = 100;
 constexpr double kMostPenalty = 2;
 constexpr double kMostRepetition = 100;
+// Tokens that are sorted first to find those of top-p.
+constexpr size_t kFirstSorted = 512;
+// More than the rounding of a few operations in float64.
+constexpr double kRounding = 1e-12;
 
 // The output function of SplitMix64.
 uint64_t scrambled(uint64_t z) {
@@ -78,11 +82,14 @@ size_t bestOf(LogitsRow logits) {
     return best;
 }
 
-// The least of the k largest values.
-double leastOfLargest(std::vector<double> values, size_t k) {
-    auto const place = values.begin() + static_cast<std::ptrdiff_t>(k) - 1;
-    std::nth_element(values.begin(), place, values.end(), std::greater<>());
-    return *place;
+// Put the first `count` of some ids in order: the largest value first, and of equal ones the earlier.
+void sortFirst(std::vector<int64_t>& ids, size_t count, std::vector<double> const& values) {
+    std::partial_sort(ids.begin(), ids.begin() + static_cast<std::ptrdiff_t>(count), ids.end(),
+                      [&](int64_t one, int64_t other) {
+                          double const a = values[static_cast<size_t>(one)];
+                          double const b = values[static_cast<size_t>(other)];
+                          return a > b || (a == b && one < other);
+                      });
 }
 
 // Refuse a number that is not between two others; a NaN is not.
@@ -174,42 +181,66 @@ Candidates candidatesOf(LogitsRow logits, Sampling const& sampling) {
     for (size_t i = 0; i < logits.size; ++i) {
         scaled[i] = (static_cast<double>(logits.data[i]) - static_cast<double>(best)) / sampling.temperature;
     }
-    auto const k = static_cast<size_t>(sampling.topK);
-    double least = -std::numeric_limits<double>::infinity();
-    if (k > 0 && k < scaled.size()) least = leastOfLargest(scaled, k);
     Candidates found;
-    for (size_t i = 0; i < scaled.size(); ++i) {
-        if (scaled[i] >= least) found.ids.push_back(static_cast<int64_t>(i));
+    found.ids.resize(scaled.size());
+    std::iota(found.ids.begin(), found.ids.end(), 0);
+    if (sampling.topK > 0) {
+        size_t const k = std::min(static_cast<size_t>(sampling.topK), scaled.size());
+        sortFirst(found.ids, k, scaled);
+        found.ids.resize(k);
     }
-    auto const scaledOf = [&](int64_t id) { return scaled[static_cast<size_t>(id)]; };
-    if (k > 0 || sampling.topP < 1) {
-        std::stable_sort(found.ids.begin(), found.ids.end(),
-                         [&](int64_t one, int64_t other) { return scaledOf(one) > scaledOf(other); });
-    }
-    if (k > 0 && found.ids.size() > k) found.ids.resize(k);
-    for (int64_t const id : found.ids) found.weights.push_back(std::exp(scaledOf(id)));  // that of the best is 0
-    divide(found.weights, sumOf(found.weights.data(), found.weights.size()));
+    auto const weightOf = [&](int64_t id) { return std::exp(scaled[static_cast<size_t>(id)]); };  // that of the best is 1
+    auto const weigh = [&] {
+        found.weights.clear();
+        for (int64_t const id : found.ids) found.weights.push_back(weightOf(id));
+    };
+    weigh();
     if (sampling.topP < 1) {
-        size_t count = 0;
-        for (double reached = 0; count < found.weights.size() && reached < sampling.topP; ++count) {
-            reached += found.weights[count];
+        double const bound = sampling.topP * sumOf(found.weights.data(), found.weights.size());
+        size_t kept = 0;
+        // A few tokens nearly always reach the bound: sorting all takes much longer.
+        for (size_t sorted = 0; kept == 0;) {
+            sorted = std::min(found.ids.size(), std::max(16 * sorted, kFirstSorted));
+            sortFirst(found.ids, sorted, scaled);
+            double reached = 0;
+            for (size_t i = 0; i < sorted && kept == 0; ++i) {
+                reached += weightOf(found.ids[i]);
+                if (reached >= bound || i + 1 == found.ids.size()) kept = i + 1;
+            }
         }
-        found.ids.resize(count);
-        found.weights.resize(count);
-        divide(found.weights, sumOf(found.weights.data(), count));
+        found.ids.resize(kept);
+        weigh();
     }
     if (sampling.minP > 0) {
-        double const leastWeight = sampling.minP * *std::max_element(found.weights.begin(), found.weights.end());
         Candidates likely;
         for (size_t i = 0; i < found.ids.size(); ++i) {
-            if (found.weights[i] < leastWeight) continue;
+            if (found.weights[i] < sampling.minP) continue;
             likely.ids.push_back(found.ids[i]);
             likely.weights.push_back(found.weights[i]);
         }
-        divide(likely.weights, sumOf(likely.weights.data(), likely.weights.size()));
-        return likely;
+        found = std::move(likely);
     }
+    divide(found.weights, sumOf(found.weights.data(), found.weights.size()));
     return found;
+}
+
+bool Likeliest::hasAllOf(float logit) const {
+    return ids.size() == size || *std::min_element(logits.begin(), logits.end()) < logit;
+}
+
+bool suffices(Likeliest const& likeliest, Sampling const& sampling) {
+    if (!std::isfinite(likeliest.total)) return false;  // so that the message says what is wrong with the logits
+    std::vector<float> order = likeliest.logits;
+    std::sort(order.begin(), order.end(), std::greater<>());
+    if (sampling.greedy()) return likeliest.hasAllOf(order.front());
+    auto const k = static_cast<size_t>(sampling.topK);
+    if (k > 0 && k < likeliest.size) return k <= order.size() && likeliest.hasAllOf(order[k - 1]);
+    bool const complete = order.size() == likeliest.size;
+    if (sampling.minP > 0 && sampling.topP == 1) {
+        double const below = (static_cast<double>(order.back()) - static_cast<double>(order.front())) / sampling.temperature;
+        return complete || std::exp(below) < sampling.minP * (1 - kRounding);
+    }
+    return complete;
 }
 
 Picker::Picker(Sampling const& sampling) : mSampling(sampling) {
@@ -218,21 +249,36 @@ Picker::Picker(Sampling const& sampling) : mSampling(sampling) {
 }
 
 int64_t Picker::pick(LogitsRow logits, size_t sequence, int64_t place) const {
-    if (mSampling.greedy()) return static_cast<int64_t>(bestOf(logits));
+    return pickOf(logits, nullptr, sequence, place);
+}
+
+int64_t Picker::pick(Likeliest const& likeliest, size_t sequence, int64_t place) const {
+    return pickOf({likeliest.logits.data(), likeliest.logits.size()}, likeliest.ids.data(), sequence, place);
+}
+
+int64_t Picker::pickOf(LogitsRow logits, int64_t const* names, size_t sequence, int64_t place) const {
+    auto const nameOf = [&](int64_t id) { return names == nullptr ? id : names[id]; };
+    if (mSampling.greedy()) return nameOf(static_cast<int64_t>(bestOf(logits)));
     Candidates const found = candidatesOf(logits, mSampling);
     uint64_t const key = mixed(mixed(mixed(mSeed) + sequence) + static_cast<uint64_t>(place));
     int64_t winner = 0;
     double first = std::numeric_limits<double>::infinity();
     for (size_t i = 0; i < found.ids.size(); ++i) {
-        if (found.weights[i] <= 0) continue;  // underflowed, so it can never win
-        double const arrival = -std::log(noise(key, found.ids[i])) / found.weights[i];
+        double const weight = found.weights[i];
+        if (weight <= 0) continue;  // underflowed, so it can never win
+        double const uniform = noise(key, nameOf(found.ids[i]));
+        // -log(u) is at least 1 - u, so that few tokens need the logarithm.
+        if (1 - uniform > first * weight * (1 + kRounding)) continue;
+        double const arrival = -std::log(uniform) / weight;
         if (arrival < first) {
             first = arrival;
-            winner = found.ids[i];
+            winner = nameOf(found.ids[i]);
         }
     }
     return winner;
 }
+
+double Picker::confidence(Likeliest const& likeliest) const { return mSampling.greedy() ? 1 / likeliest.total : 1; }
 
 double Picker::confidence(LogitsRow logits) const {
     if (!mSampling.greedy()) return 1;

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "gsx/sampling.h"
@@ -18,6 +19,23 @@ namespace gsx {
 struct LogitsRow {
     float const* data;
     size_t size;
+};
+
+// What is known of the logits of one token where a GPU found the likeliest tokens: as in gsx_engines/likeliest.py.
+struct Likeliest {
+    // [C], the likeliest tokens, ascending, and their logits. Which of the least likely of them are here and which equally
+    // likely ones are not is open.
+    std::vector<int64_t> ids;
+    std::vector<float> logits;
+    // The sum of exp(logit - largest) over all tokens; no finite number if some logit is none.
+    double total;
+    // V.
+    size_t size;
+    // Fetches all logits [V], until the engine's next call.
+    std::function<std::vector<float>()> whole;
+
+    // Whether all tokens with a logit of at least this are here.
+    bool hasAllOf(float logit) const;
 };
 
 // The tokens that may come next, and their probabilities.
@@ -33,14 +51,20 @@ public:
 
     // Choose a token of a sequence; place is the new token's position in the text, prompt included.
     int64_t pick(LogitsRow logits, size_t sequence, int64_t place) const;
+    // The same token from the likeliest ones, which must suffice.
+    int64_t pick(Likeliest const& likeliest, size_t sequence, int64_t place) const;
 
     // The draft's own probability that the model picks the same token. Greedy: the probability of the draft's choice.
     // Sampled: 1, since the probability of the token says nothing there (gsx_engines/sampling.py).
     double confidence(LogitsRow logits) const;
+    double confidence(Likeliest const& likeliest) const;
 
     Sampling const& sampling() const { return mSampling; }
 
 private:
+    // `names`: the tokens' ids, ascending; null if the logits are those of all tokens.
+    int64_t pickOf(LogitsRow logits, int64_t const* names, size_t sequence, int64_t place) const;
+
     Sampling mSampling;
     uint64_t mSeed;
 };
@@ -52,6 +76,9 @@ std::vector<float> adjusted(LogitsRow logits, Sampling const& sampling, std::vec
 
 // Log-probabilities of a token and of the `count` likeliest ones. Of equally likely tokens the earlier one comes first.
 TokenLogprobs logprobsOf(LogitsRow logits, int64_t token, int64_t count);
+
+// Whether the likeliest tokens alone give what all logits would: the same candidates, with the same weights.
+bool suffices(Likeliest const& likeliest, Sampling const& sampling);
 
 // Temperature is applied first, then top-k, then top-p, then min-p. Of equally likely tokens the earlier one comes first.
 Candidates candidatesOf(LogitsRow logits, Sampling const& sampling);

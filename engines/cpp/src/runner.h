@@ -33,7 +33,9 @@ struct Cache {
 
 // The result of one call, as the decoding loop sees it.
 struct StepOutput {
+    // As in StageOutput.
     Array<float> logits;
+    std::shared_ptr<LikelyLogits const> likely;
     KeptTable kept;
     // Rows that the keep rule decided on in this call: one for each token and skippable branch.
     int64_t gatedRows = 0;

@@ -4,19 +4,20 @@
 #include <cmath>
 #include <numeric>
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 
 #include "gsx/error.h"
+#include "joining.h"
+#include "profile_choice.h"
+#include "sequence_values.h"
 #include "tensor_names.h"
 #include "text.h"
 #include "token_axis.h"
 
 namespace gsx {
 namespace {
-
-// The window is a multiple of this many columns (gsx_engines/runners/tensorrt.py).
-constexpr int64_t kWindowStep = 64;
 
 // Sequences run together while their numbers of tokens differ by no more than this (gsx_engines/runners/tensorrt.py).
 constexpr int64_t kMostPadding = 32;
@@ -39,6 +40,13 @@ bool has(std::vector<TensorInfo> const& tensors, std::string const& name) {
     return std::any_of(tensors.begin(), tensors.end(), [&](TensorInfo const& tensor) { return tensor.name == name; });
 }
 
+// Of each sequence, the number of its last token in a call.
+Counts lastOf(Call const& call) {
+    Counts last;
+    for (int64_t const count : call.counts) last.push_back(std::max<int64_t>(count - 1, 0));
+    return last;
+}
+
 // The shape of an input or output, its named axes filled in.
 Shape shapeOf(TensorInfo const& tensor, std::map<std::string, int64_t> const& sizes) {
     Shape shape;
@@ -58,87 +66,16 @@ Shape shapeOf(TensorInfo const& tensor, std::map<std::string, int64_t> const& si
     return shape;
 }
 
-std::string spanOf(Sizes const& sizes) {
-    std::string const least = std::to_string(sizes.least);
-    return sizes.least == sizes.most ? least : least + " to " + std::to_string(sizes.most);
-}
-
-bool fits(Sizes const& sizes, int64_t size) { return sizes.least <= size && size <= sizes.most; }
-
-// The outputs of calls on neighbouring tokens as one.
-StageOutput joinedPieces(std::vector<StageOutput> const& pieces) {
-    StageOutput joined;
-    std::vector<Array<float> const*> scores;
-    for (StageOutput const& piece : pieces) scores.push_back(&piece.logits);
-    joined.logits = joinedTokens(scores);
-    for (auto const& [name, first] : pieces.front().state) {
-        std::vector<Array<float> const*> parts;
-        for (StageOutput const& piece : pieces) parts.push_back(&piece.state.at(name));
-        joined.state[name] = joinedTokens(parts);
-    }
-    joined.kept = pieces.front().kept;
-    for (size_t i = 1; i < pieces.size(); ++i) addKept(joined.kept, pieces[i].kept);
-    if (pieces.front().keptByToken.data.empty()) return joined;
-    std::vector<Array<int64_t> const*> byToken;
-    for (StageOutput const& piece : pieces) byToken.push_back(&piece.keptByToken);
-    joined.keptByToken = joinedTokens(byToken);
-    return joined;
-}
-
-// The run-time values of some neighbouring sequences of a call. (One value may stand for all sequences.)
-std::shared_ptr<Controls const> controlsOf(Call const& call, int64_t start, int64_t stop) {
-    auto made = std::make_shared<Controls>(*call.controls);
-    std::map<std::string, size_t> const axes = {
-        {names::kThresholds, 3}, {names::kExitThreshold, 1}, {names::kLayerMask, 3}, {names::kFullUntil, 1}, {names::kLoops, 1}};
-    for (auto& [name, value] : *made) {
-        auto const bySequence = axes.find(name);
-        if (bySequence == axes.end()) continue;
-        std::visit(
-            [&](auto& array) {
-                if (array.shape.size() == bySequence->second && array.shape[0] > 1) array = someRows(array, start, stop);
-            },
-            value);
-    }
-    return made;
-}
-
-// The outputs of calls on parts of a batch, which begin at these rows, as one; rows of no part are zero.
-StageOutput joinedRows(std::vector<std::pair<int64_t, StageOutput>> const& parts, Call const& call, Logits logits) {
-    StageOutput const& first = parts.front().second;
-    StageOutput joined;
-    auto const whole = [&](auto const& arrayOf, int64_t tokens) {
-        Shape shape = arrayOf(first).shape;
-        shape[0] = call.batch();
-        shape[shape.size() - 2] = tokens;
-        Array<float> all(shape);
-        for (auto const& [row, output] : parts) putRows(arrayOf(output), all, row);
-        return all;
-    };
-    int64_t const columns = logits == Logits::kNone ? 0 : logits == Logits::kLast ? 1 : call.size();
-    joined.logits = whole([](StageOutput const& output) -> Array<float> const& { return output.logits; }, columns);
-    for (auto const& entry : first.state) {
-        std::string const& name = entry.first;
-        joined.state[name] =
-            whole([&](StageOutput const& output) -> Array<float> const& { return output.state.at(name); }, call.size());
-    }
-    joined.kept = first.kept;
-    for (size_t i = 1; i < parts.size(); ++i) addKept(joined.kept, parts[i].second.kept);
-    if (first.keptByToken.data.empty()) return joined;
-    joined.keptByToken = Array<int64_t>({call.batch(), call.size()});
-    for (auto const& [row, output] : parts) putRows(output.keptByToken, joined.keptByToken, row);
-    return joined;
-}
-
 }  // namespace
+
+Array<float> Engine::read(BoundBuffer const&, std::string const& name) {
+    throw EngineError("this runtime does not read " + name + " from its memory");
+}
 
 size_t countOf(Shape const& shape) {
     size_t count = 1;
     for (int64_t const size : shape) count *= static_cast<size_t>(size);
     return count;
-}
-
-int64_t windowOf(int64_t filled, int64_t capacity) {
-    return std::min((filled + kWindowStep - 1) / kWindowStep * kWindowStep, capacity);
 }
 
 int64_t keptCount(int64_t n, double budget) {
@@ -149,64 +86,42 @@ int64_t keptCount(int64_t n, double budget) {
     return n - 1 - (kMillion - millionths) * (n - 1) / kMillion;
 }
 
-size_t chooseProfile(std::vector<EngineProfile> const& profiles, int64_t batch, int64_t tokens, int64_t window) {
-    size_t chosen = profiles.size();
-    for (size_t i = 0; i < profiles.size(); ++i) {
-        EngineProfile const& profile = profiles[i];
-        if (!fits(profile.batch, batch) || !fits(profile.tokens, tokens) || !fits(profile.window, window)) continue;
-        if (chosen == profiles.size() || profile.tokens.most < profiles[chosen].tokens.most) chosen = i;
-    }
-    if (chosen < profiles.size()) return chosen;
-    std::vector<std::string> outside;
-    for (auto const& [name, axis, size] : {std::tuple("batch", &EngineProfile::batch, batch),
-                                           std::tuple("tokens", &EngineProfile::tokens, tokens),
-                                           std::tuple("window", &EngineProfile::window, window)}) {
-        auto const takes = [axis = axis, size = size](EngineProfile const& profile) { return fits(profile.*axis, size); };
-        if (std::none_of(profiles.begin(), profiles.end(), takes)) outside.emplace_back(name);
-    }
-    std::string const why =
-        outside.empty() ? "each has some axis out of range" : joinedBy(" and ", outside) + " out of range in each";
-    std::vector<std::string> ranges;
-    for (EngineProfile const& profile : profiles) {
-        ranges.push_back(profile.name + ": batch " + spanOf(profile.batch) + ", tokens " + spanOf(profile.tokens) +
-                         ", window " + spanOf(profile.window));
-    }
-    throw EngineError("no profile of the engine fits this call: " + why,
-                      {joinedBy("; ", ranges),
-                       "batch " + std::to_string(batch) + ", tokens " + std::to_string(tokens) + ", window " +
-                           std::to_string(window),
-                       "build with wider ranges: gsx build --context, --batch or --profile"});
-}
-
-int64_t mostTokens(std::vector<EngineProfile> const& profiles, int64_t batch) {
-    int64_t most = 0;
-    for (EngineProfile const& profile : profiles) {
-        if (fits(profile.batch, batch)) most = std::max(most, profile.tokens.most);
-    }
-    return most;
-}
-
-Stage::Stage(Manifest const& manifest, EngineEntry const& entry, std::string const& graph,
-             std::unique_ptr<Engine> engine)
-    : mManifest(manifest),
-      mEntry(entry),
-      mGraph(graphOf(entry, graph)),
-      mLayers(layersOf(manifest, graph)),
-      mSkippable(manifest.skippablePlaces(mLayers.first, mLayers.last)),
-      mEngine(std::move(engine)) {
-    if (!has(mGraph.inputs, names::kLogitsAt) || !has(mGraph.outputs, names::kLogits)) {
-        throw EngineError("the engine of " + graph + " was not built by gsx",
+Stage::Plan::Plan(EngineEntry const& ofEntry, std::string const& ofGraph, std::unique_ptr<Engine> ofEngine)
+    : entry(ofEntry), graph(graphOf(ofEntry, ofGraph)), engine(std::move(ofEngine)), isStep(ofEntry.kvLayout == kStepLayout) {
+    if (!has(graph.inputs, names::kLogitsAt) || !has(graph.outputs, names::kLogits)) {
+        throw EngineError("the engine of " + ofGraph + " was not built by gsx",
                           {std::string("an input ") + names::kLogitsAt + " and an output " + names::kLogits, {},
                            "build it again with gsx build of this version"});
     }
-    mSplits = mEngine->runsSomeRows();
-    for (TensorInfo const& input : mGraph.inputs) {
+    if (!tells(names::kLikelyIds)) return;
+    for (TensorInfo const& output : graph.outputs) {
+        if (output.name != names::kLogits) continue;
+        Shape const shape = shapeOf(output, {});
+        logits = BoundBuffer{engine->buffer(shape, output.name), shape};
+    }
+}
+
+bool Stage::Plan::tells(std::string const& output) const { return has(graph.outputs, output); }
+
+Stage::Stage(Manifest const& manifest, EngineEntry const& entry, std::string const& graph,
+             std::unique_ptr<Engine> engine, std::vector<StepEngine> steps)
+    : mManifest(manifest),
+      mEntry(entry),
+      mLayers(layersOf(manifest, graph)),
+      mSkippable(manifest.skippablePlaces(mLayers.first, mLayers.last)),
+      mPlan(entry, graph, std::move(engine)) {
+    for (StepEngine& step : steps) {
+        EngineProfile const& only = step.entry.profiles.front();
+        mSteps.emplace(std::pair(only.batch.most, only.tokens.most), Plan(step.entry, graph, std::move(step.engine)));
+    }
+    mSplits = mPlan.engine->runsSomeRows();
+    for (TensorInfo const& input : mPlan.graph.inputs) {
         if (!names::isPast(input.name)) continue;
         if (countOf(shapeOf(input, {{"batch", 1}})) % kAlignedElements != 0) mSplits = false;
     }
     for (Place const& place : mSkippable) {
         std::string const name = names::kRun + std::to_string(place.first) + "." + nameOf(place.second);
-        if (has(mGraph.inputs, name)) mRuns.emplace_back(place, name);
+        if (has(mPlan.graph.inputs, name)) mRuns.emplace_back(place, name);
     }
 }
 
@@ -228,18 +143,18 @@ StageMemory Stage::newMemory(int64_t batch, int64_t capacity) {
                            build + " --batch " + std::to_string(batch)});
     }
     StageMemory memory;
-    for (TensorInfo const& input : mGraph.inputs) {
+    for (TensorInfo const& input : mPlan.graph.inputs) {
         if (!names::isPast(input.name)) continue;
         Shape const shape = shapeOf(input, {{"batch", batch}});
-        BoundBuffer const bound{mEngine->buffer(shape, input.name), shape};
+        BoundBuffer const bound{mPlan.engine->buffer(shape, input.name), shape};
         memory.buffers[input.name] = bound;
         std::string const present = names::presentAfter(input.name);
-        if (has(mGraph.outputs, present)) memory.buffers[present] = bound;
+        if (mPlan.tells(present)) memory.buffers[present] = bound;
     }
     if (!mRuns.empty()) {
         int64_t most = 0;
         for (EngineProfile const& profile : mEntry.profiles) most = std::max(most, profile.batch.most * profile.tokens.most);
-        memory.unread = mEngine->buffer({most}, mRuns.front().second);
+        memory.unread = mPlan.engine->buffer({most}, mRuns.front().second);
     }
     return memory;
 }
@@ -267,6 +182,7 @@ StageOutput Stage::run(StageMemory& memory, Call const& call, ExitState const& s
         ExitState part;
         for (auto const& [name, array] : state) part[name] = someTokens(array, start, stop);
         pieces.push_back(runParts(memory, piece, part, logits));
+        load(pieces.back());
     }
     StageOutput joined = joinedPieces(pieces);
     if (logits == Logits::kLast) {  // for each sequence, from the piece that holds its last token; each has `most` tokens
@@ -289,10 +205,11 @@ StageOutput Stage::runParts(StageMemory& memory, Call const& call, ExitState con
         Call const part{someTokens(someRows(call.ids, start, stop), 0, tokens),
                         counts,
                         {call.lengths.begin() + start, call.lengths.begin() + stop},
-                        controlsOf(call, start, stop)};
+                        std::make_shared<Controls>(valuesOfRows(*call.controls, start, stop))};
         ExitState entering;
         for (auto const& [name, array] : state) entering[name] = someTokens(someRows(array, start, stop), 0, tokens);
         outputs.emplace_back(start, runPart(memory, start, part, entering, logits));
+        load(outputs.back().second);
     }
     return joinedRows(outputs, call, logits);
 }
@@ -345,6 +262,7 @@ StageOutput Stage::runPart(StageMemory& memory, int64_t start, Call const& call,
         for (auto const& [name, array] : state) entering[name] = someTokens(array, from, to);
         Logits const wanted = from == 0 && logits == Logits::kLast ? Logits::kNone : logits;
         outputs.push_back(runOnce(memory, start, piece, entering, wanted));
+        load(outputs.back());
     }
     return joinedPieces(outputs);
 }
@@ -379,19 +297,22 @@ std::vector<bool> Stage::chosenOf(Controls const& controls, int64_t row, bool fu
 }
 
 StageOutput Stage::runOnce(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits) {
+    auto const ofSize = mSteps.find({call.batch(), call.size()});
+    Plan& plan = ofSize == mSteps.end() ? mPlan : ofSize->second;
     // The window covers the rows beyond a sequence's count too: while there is room, no row of the mask is empty.
     int64_t const longest = *std::max_element(call.lengths.begin(), call.lengths.end());
-    int64_t const window = windowOf(longest + call.size(), mEntry.capacity);
-    Values const feeds = feedsOf(call, state, logits, window);
+    int64_t const window = plan.isStep ? mEntry.capacity : windowOf(longest + call.size(), mEntry.capacity);
+    Values const feeds = feedsOf(plan, call, state, logits, window);
     std::map<std::string, int64_t> const sizes = {
         {"batch", call.batch()},
         {"sequence", call.size()},
         {"logits_columns", std::get<Array<int64_t>>(feeds.at(names::kLogitsAt)).shape[1]}};
     std::map<std::string, Shape> results;
-    for (TensorInfo const& output : mGraph.outputs) {
-        if (memory.buffers.count(output.name) == 0) results[output.name] = shapeOf(output, sizes);
+    for (TensorInfo const& output : plan.graph.outputs) {
+        bool const stays = memory.buffers.count(output.name) != 0 || (plan.logits && output.name == names::kLogits);
+        if (!stays) results[output.name] = shapeOf(output, sizes);
     }
-    size_t const profile = chooseProfile(mEntry.profiles, call.batch(), call.size(), window);
+    size_t const profile = chooseProfile(plan.entry.profiles, call.batch(), call.size(), window);
     Buffers buffers = memory.buffers;
     for (auto& [name, bound] : buffers) {
         bound.shape[0] = call.batch();
@@ -402,10 +323,25 @@ StageOutput Stage::runOnce(StageMemory& memory, int64_t start, Call const& call,
     for (size_t i = 0; i < mRuns.size(); ++i) {
         buffers[mRuns[i].second] = {memory.unread, {chosen[i] ? call.batch() * call.size() : 0}};
     }
-    Values found = mEngine->run(profile, feeds, buffers, results);
+    if (plan.logits) buffers[names::kLogits] = *plan.logits;
+    Values found = plan.engine->run(profile, feeds, buffers, results);
+    ++plan.calls;
     StageOutput output;
-    output.logits = std::get<Array<float>>(std::move(found.at(names::kLogits)));
-    if (logits == Logits::kNone) output.logits = someTokens(output.logits, 0, 0);
+    if (plan.logits && logits == Logits::kNone) {
+        output.logits = Array<float>({call.batch(), 0, plan.logits->shape.back()});
+    } else if (plan.logits) {
+        std::vector<Counts> tokens(static_cast<size_t>(call.batch()), Counts(static_cast<size_t>(call.size())));
+        for (Counts& row : tokens) std::iota(row.begin(), row.end(), 0);
+        if (logits == Logits::kLast) {
+            Counts const last = lastOf(call);
+            for (size_t row = 0; row < tokens.size(); ++row) tokens[row] = {last[row]};
+        }
+        output.likely = likelyOf(plan, found, std::move(tokens));
+    } else {
+        output.logits = std::get<Array<float>>(std::move(found.at(names::kLogits)));
+        if (plan.isStep && logits == Logits::kLast) output.logits = tokenOfEach(output.logits, lastOf(call));
+        if (logits == Logits::kNone) output.logits = someTokens(output.logits, 0, 0);
+    }
     for (std::string const& name : mManifest.exitState) {
         auto const part = found.find(name);
         if (part != found.end()) output.state[name] = std::get<Array<float>>(std::move(part->second));
@@ -427,12 +363,73 @@ StageOutput Stage::runOnce(StageMemory& memory, int64_t start, Call const& call,
     return output;
 }
 
-Values Stage::feedsOf(Call const& call, ExitState const& state, Logits logits, int64_t window) const {
+Likeliest LikelyLogits::of(int64_t row, int64_t token) const {
+    int64_t const count = ids.shape[2];
+    int64_t const at = row * ids.shape[1] + token;
+    std::vector<std::pair<int64_t, float>> both;
+    for (int64_t i = at * count; i < (at + 1) * count; ++i) {
+        both.emplace_back(ids.data[static_cast<size_t>(i)], logits.data[static_cast<size_t>(i)]);
+    }
+    std::sort(both.begin(), both.end());
+    Likeliest found{{}, {}, totals.data[static_cast<size_t>(at)], static_cast<size_t>(size), [fetch = fetch, row, token] { return fetch(row, token); }};
+    for (auto const& [id, logit] : both) {
+        found.ids.push_back(id);
+        found.logits.push_back(logit);
+    }
+    return found;
+}
+
+Array<float> LikelyLogits::whole() const {
+    Array<float> all({totals.shape[0], totals.shape[1], size});
+    for (int64_t at = 0; at < static_cast<int64_t>(totals.data.size()); ++at) {
+        std::vector<float> const row = fetch(at / totals.shape[1], at % totals.shape[1]);
+        std::copy(row.begin(), row.end(), all.data.begin() + at * size);
+    }
+    return all;
+}
+
+void Stage::load(StageOutput& output) {
+    if (!output.likely) return;
+    output.logits = output.likely->whole();
+    output.likely.reset();
+}
+
+std::shared_ptr<LikelyLogits const> Stage::likelyOf(Plan& plan, Values const& found, std::vector<Counts> tokens) {
+    // Of an output [B, S, ..] the numbers behind these tokens, [B, O, ..].
+    auto const pick = [&](auto const& array, int64_t width) {
+        auto some = array;
+        some.data.clear();
+        some.shape[1] = static_cast<int64_t>(tokens.front().size());
+        for (size_t row = 0; row < tokens.size(); ++row) {
+            for (int64_t const token : tokens[row]) {
+                auto const begin = array.data.begin() + (static_cast<int64_t>(row) * array.shape[1] + token) * width;
+                some.data.insert(some.data.end(), begin, begin + width);
+            }
+        }
+        return some;
+    };
+    auto const& ids = std::get<Array<int64_t>>(found.at(names::kLikelyIds));
+    auto const& logits = std::get<Array<float>>(found.at(names::kLikelyLogits));
+    auto const& totals = std::get<Array<float>>(found.at(names::kLikelyTotal));
+    Shape const shape = plan.logits->shape;
+    auto made = std::make_shared<LikelyLogits>(
+        LikelyLogits{pick(ids, ids.shape[2]), pick(logits, logits.shape[2]), pick(totals, 1), shape[2], {}});
+    made->fetch = [&plan, shape, call = plan.calls, tokens = std::move(tokens)](int64_t row, int64_t token) {
+        if (plan.calls != call) throw std::logic_error("the logits of a call are asked for after the next one");
+        int64_t const at = row * shape[1] + tokens[static_cast<size_t>(row)][static_cast<size_t>(token)];
+        return plan.engine->read({plan.logits->buffer, {1, shape[2]}, at}, names::kLogits).data;
+    };
+    return made;
+}
+
+Values Stage::feedsOf(Plan const& plan, Call const& call, ExitState const& state, Logits logits, int64_t window) const {
     int64_t const batch = call.batch();
     int64_t const size = call.size();
     Array<int64_t> mask({batch, window});
     Array<int64_t> positions({batch, size});
-    Array<int64_t> wanted({batch, logits == Logits::kAll ? size : 1});
+    bool const all = logits == Logits::kAll || plan.isStep;
+    Array<int64_t> wanted({batch, all ? size : 1});
+    Counts const last = lastOf(call);
     for (int64_t row = 0; row < batch; ++row) {
         auto const at = static_cast<size_t>(row);
         int64_t const filled = std::min(call.lengths[at] + call.counts[at], window);
@@ -442,7 +439,7 @@ Values Stage::feedsOf(Call const& call, ExitState const& state, Logits logits, i
             positions.data[static_cast<size_t>(row * size + token)] = call.lengths[at] + token;
         }
         for (int64_t column = 0; column < wanted.shape[1]; ++column) {
-            int64_t const token = logits == Logits::kAll ? column : std::max<int64_t>(call.counts[at] - 1, 0);
+            int64_t const token = all ? column : last[at];
             wanted.data[static_cast<size_t>(row * wanted.shape[1] + column)] = row * size + token;
         }
     }
@@ -451,10 +448,11 @@ Values Stage::feedsOf(Call const& call, ExitState const& state, Logits logits, i
                     {names::kPositionIds, std::move(positions)},
                     {names::kWriteAt, Array<int64_t>({batch}, call.lengths)},
                     {names::kLogitsAt, std::move(wanted)}};
-    for (auto const& [name, value] : *call.controls) given[name] = value;
+    // A step has no open axis for values that stand for all sequences.
+    for (auto& [name, value] : plan.isStep ? valuesOfEach(*call.controls, batch) : *call.controls) given[name] = value;
     for (auto const& [name, value] : state) given[name] = value;
     Values feeds;
-    for (TensorInfo const& input : mGraph.inputs) {
+    for (TensorInfo const& input : plan.graph.inputs) {
         auto const value = given.find(input.name);
         if (value != given.end()) {
             feeds.insert(given.extract(value));
@@ -489,8 +487,9 @@ int64_t Stage::keptCountOf(Call const& call, double budget) const {
 }
 
 bool Stage::countsTokens() const {
-    auto const tells = [](TensorInfo const& output) { return output.name == names::kKeptByToken; };
-    return mSkippable.empty() || std::any_of(mGraph.outputs.begin(), mGraph.outputs.end(), tells);
+    auto const told = [](auto const& step) { return step.second.tells(names::kKeptByToken); };
+    return mSkippable.empty() ||
+           (mPlan.tells(names::kKeptByToken) && std::all_of(mSteps.begin(), mSteps.end(), told));
 }
 
 KeptTable Stage::keptOf(Values const& found) const {

@@ -4,14 +4,17 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "gsx/engine.h"
 #include "gsx/manifest.h"
+#include "picker.h"
 
 namespace gsx {
 
@@ -44,9 +47,25 @@ using ExitState = std::map<std::string, Array<float>>;
 // Rows kept by each (layer, branch) of the model in a call; empty if they are not counted.
 using KeptTable = std::vector<std::array<int64_t, kBranches>>;
 
-struct StageOutput {
-    // [B, 1 or S, V], or [B, 0, V].
+// The likeliest tokens behind tokens [B, O] of a call, where an engine for steps gives them: ids and logits [B, O, C], and
+// the sums of `Likeliest`, [B, O]. As in gsx_engines/likeliest.py.
+struct LikelyLogits {
+    Array<int64_t> ids;
     Array<float> logits;
+    Array<float> totals;
+    int64_t size;
+    // Gives all logits [V] behind a token, by its place in [B, O]; until the engine's next call.
+    std::function<std::vector<float>(int64_t, int64_t)> fetch;
+
+    Likeliest of(int64_t row, int64_t token) const;
+    // All logits, [B, O, V].
+    Array<float> whole() const;
+};
+
+struct StageOutput {
+    // [B, 1 or S, V], or [B, 0, V]; unset where `likely` is set.
+    Array<float> logits;
+    std::shared_ptr<LikelyLogits const> likely;
     ExitState state;
     KeptTable kept;
     // [B, S], how many branches kept each token; empty if the engine does not tell.
@@ -68,10 +87,18 @@ struct Layers {
     int64_t count() const { return last - first; }
 };
 
+// An engine for calls of one size, and the set that it belongs to. It uses the K/V buffers of the engine for all calls.
+struct StepEngine {
+    EngineEntry const& entry;
+    std::unique_ptr<Engine> engine;
+};
+
 class Stage {
 public:
-    // `graph` is `model`, `draft` or `verify`. The manifest and the entry must outlive the stage.
-    Stage(Manifest const& manifest, EngineEntry const& entry, std::string const& graph, std::unique_ptr<Engine> engine);
+    // `graph` is `model`, `draft` or `verify`; `steps` are engines of the same graph. The manifest and the entries must
+    // outlive the stage.
+    Stage(Manifest const& manifest, EngineEntry const& entry, std::string const& graph, std::unique_ptr<Engine> engine,
+          std::vector<StepEngine> steps = {});
 
     Manifest const& manifest() const { return mManifest; }
     Layers layers() const { return mLayers; }
@@ -90,11 +117,33 @@ public:
     StageOutput run(StageMemory& memory, Call const& call, ExitState const& state, Logits logits);
 
 private:
+    // An engine and its description.
+    struct Plan {
+        // Throws EngineError: gsx did not build it.
+        Plan(EngineEntry const& ofEntry, std::string const& ofGraph, std::unique_ptr<Engine> ofEngine);
+
+        bool tells(std::string const& output) const;
+
+        EngineEntry const& entry;
+        EngineGraph const& graph;
+        std::unique_ptr<Engine> engine;
+        // For calls of one size.
+        bool isStep;
+        // Where it gives the likeliest tokens, all logits stay in this memory. (Steps of gsx 0.1.0 give all.)
+        std::optional<BoundBuffer> logits;
+        int64_t calls = 0;
+    };
+
+    // Put an output's likeliest tokens, if it has any, in the form of all logits: the next call may overwrite these.
+    static void load(StageOutput& output);
+    // The likeliest tokens of a step, behind tokens of each sequence.
+    static std::shared_ptr<LikelyLogits const> likelyOf(Plan& plan, Values const& found, std::vector<Counts> tokens);
+
     // Run a call's sequences, those together that may be.
     StageOutput runParts(StageMemory& memory, Call const& call, ExitState const& state, Logits logits);
     // Run sequences together from row `start` on; in two calls if a single one has tokens that run every branch, and others.
     StageOutput runPart(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits);
-    // One call of the engine. `start`: row of the first sequence in the memory.
+    // One call of an engine. `start`: row of the first sequence in the memory.
     StageOutput runOnce(StageMemory& memory, int64_t start, Call const& call, ExitState const& state, Logits logits);
     // Rows that run together, as [start, stop): neighbours that have tokens, about as many, and run the same branches.
     std::vector<std::pair<int64_t, int64_t>> partsOf(Call const& call) const;
@@ -102,31 +151,22 @@ private:
     static int64_t fullOf(Call const& call, int64_t row);
     // Which of the branches in mRuns run for a sequence.
     std::vector<bool> chosenOf(Controls const& controls, int64_t row, bool full) const;
-    Values feedsOf(Call const& call, ExitState const& state, Logits logits, int64_t window) const;
+    Values feedsOf(Plan const& plan, Call const& call, ExitState const& state, Logits logits, int64_t window) const;
     int64_t keptCountOf(Call const& call, double budget) const;
     KeptTable keptOf(Values const& found) const;
 
     Manifest const& mManifest;
     EngineEntry const& mEntry;
-    EngineGraph const& mGraph;
     Layers mLayers;
     std::vector<Place> mSkippable;
     // Whether a call may run some of the rows of the memory.
     bool mSplits = true;
     // Where the host decides: the branches, in order, and their inputs.
     std::vector<std::pair<Place, std::string>> mRuns;
-    std::unique_ptr<Engine> mEngine;
+    Plan mPlan;
+    // By their sequences, and tokens of each.
+    std::map<std::pair<int64_t, int64_t>, Plan> mSteps;
 };
-
-// Number of the profile for a call: of those that fit, the one with the lowest maximum of tokens.
-// Throws EngineError: none fits; it says which axis is out of which range.
-size_t chooseProfile(std::vector<EngineProfile> const& profiles, int64_t batch, int64_t tokens, int64_t window);
-
-// The most tokens of each sequence that fit into one call; 0 if no profile allows so many sequences.
-int64_t mostTokens(std::vector<EngineProfile> const& profiles, int64_t batch);
-
-// How many columns of the cache a call reads: the filled ones, rounded up, so that shapes seldom change.
-int64_t windowOf(int64_t filled, int64_t capacity);
 
 // K of rank selection for n valid tokens that are not end-of-text (gsx_engines/bundle/counting.py).
 int64_t keptCount(int64_t n, double budget);

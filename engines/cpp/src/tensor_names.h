@@ -36,6 +36,11 @@ inline constexpr char const* kLogits = "logits";  // [B, O, V] float32
 inline constexpr char const* kKept = "kept";      // [skippable branches of the graph] int64: rows that each of them kept
 inline constexpr char const* kKeptByToken = "kept_by_token";  // [B, S] int64: how many of these branches kept each token
 
+// Of a step: the C likeliest tokens, their logits, and the sum of exp(logit - largest) over all tokens.
+inline constexpr char const* kLikelyIds = "likely_ids";        // [B, S, C] int64
+inline constexpr char const* kLikelyLogits = "likely_logits";  // [B, S, C] float32
+inline constexpr char const* kLikelyTotal = "likely_total";    // [B, S] float32
+
 // K and V of one layer, `past_key_values.3.key` and `present.3.key`: [B, K/V heads, C, D], sharing one buffer.
 inline constexpr char const* kPast = "past_key_values.";
 inline constexpr char const* kPresent = "present.";

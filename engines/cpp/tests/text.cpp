@@ -24,6 +24,19 @@ json answer(gsx::Bundle const& bundle, gsx::Tokenizer const& tokenizer, json con
         pieces.push_back(stream.finish());
         return {tokenizer.decode(ids), pieces};
     }
+    if (request.contains("stop")) {
+        gsx::TextWriter writer(tokenizer, request["stop"]);
+        std::string text;
+        bool stopped = false;
+        size_t read = 0;
+        for (auto const& id : request["ids"]) {
+            stopped = writer.push(id);
+            text += writer.take();
+            ++read;
+            if (stopped) break;
+        }
+        return {text + writer.finish(), stopped, read};
+    }
     std::vector<gsx::Message> messages;
     for (json const& message : request.at("chat")) messages.push_back({message.at("role"), message.at("content")});
     gsx::ChatTemplate const chat(bundle, tokenizer);

@@ -1,6 +1,8 @@
 #include "toy_engine.h"
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <stdexcept>
 
 #include "stage.h"
@@ -45,6 +47,30 @@ std::string spelled(Shape const& shape) {
     return text;
 }
 
+// The likeliest tokens as an engine for steps gives them (_likeliest of tests/vectors/toy.py): of equal ones the last.
+void addLikeliest(Values& found) {
+    constexpr int64_t kLikely = 8;
+    auto const& logits = std::get<Array<float>>(found.at("logits"));
+    Array<int64_t> ids({logits.shape[0], logits.shape[1], kLikely});
+    Array<float> likely(ids.shape);
+    Array<float> totals({logits.shape[0], logits.shape[1]});
+    auto const size = static_cast<size_t>(logits.shape[2]);
+    for (size_t at = 0; at < totals.data.size(); ++at) {
+        float const* const row = logits.data.data() + at * size;
+        std::vector<int64_t> order(size);
+        std::iota(order.begin(), order.end(), 0);
+        std::stable_sort(order.begin(), order.end(), [&](int64_t one, int64_t other) { return row[one] < row[other]; });
+        for (size_t i = 0; i < size; ++i) totals.data[at] += std::exp(row[i] - row[order.back()]);
+        for (size_t i = 0; i < kLikely; ++i) {
+            ids.data[at * kLikely + i] = order[size - kLikely + i];
+            likely.data[at * kLikely + i] = row[order[size - kLikely + i]];
+        }
+    }
+    found["likely_ids"] = std::move(ids);
+    found["likely_logits"] = std::move(likely);
+    found["likely_total"] = std::move(totals);
+}
+
 }  // namespace
 
 uint32_t mix(std::vector<uint32_t> const& values) {
@@ -68,6 +94,14 @@ ToyEngine::ToyEngine(gsx::Manifest const& manifest, std::string graph, gsx::Sha2
 
 std::shared_ptr<gsx::Buffer> ToyEngine::buffer(Shape const& shape, std::string const&) {
     return std::make_shared<ToyBuffer>(shape);
+}
+
+gsx::Array<float> ToyEngine::read(gsx::BoundBuffer const& rows, std::string const&) {
+    gsx::Array<float> found(rows.shape);
+    auto const& all = static_cast<ToyBuffer&>(*rows.buffer).array.data;
+    auto const count = static_cast<int64_t>(found.data.size());
+    std::copy_n(all.begin() + rows.row * count, count, found.data.begin());
+    return found;
 }
 
 gsx::Values ToyEngine::run(size_t profile, Values const& feeds, Buffers const& buffers,
@@ -136,6 +170,10 @@ gsx::Values ToyEngine::run(size_t profile, Values const& feeds, Buffers const& b
                     {"exit_value", std::move(below.value)},
                     {"kept", std::move(counts)},
                     {"kept_by_token", std::move(byToken)}};
+    addLikeliest(found);
+    if (auto const stays = buffers.find("logits"); stays != buffers.end()) {
+        static_cast<ToyBuffer&>(*stays->second.buffer).array = std::get<Array<float>>(found.at("logits"));
+    }
     Values wanted;
     for (auto const& [name, size] : results) {
         auto value = found.extract(name);

@@ -15,7 +15,7 @@
 // A 32-bit hash of whole numbers.
 uint32_t mix(std::vector<uint32_t> const& values);
 
-// K or V of a layer, [B, 1, capacity, 1].
+// K or V of a layer, [B, 1, capacity, 1]; or all logits of a step.
 struct ToyBuffer final : gsx::Buffer {
     explicit ToyBuffer(gsx::Shape const& shape) : array(shape) {}
     gsx::Array<float> array;
@@ -27,6 +27,7 @@ public:
     ToyEngine(gsx::Manifest const& manifest, std::string graph, gsx::Sha256& digest);
 
     std::shared_ptr<gsx::Buffer> buffer(gsx::Shape const& shape, std::string const& name) override;
+    gsx::Array<float> read(gsx::BoundBuffer const& rows, std::string const& name) override;
     gsx::Values run(size_t profile, gsx::Values const& feeds, gsx::Buffers const& buffers,
                     std::map<std::string, gsx::Shape> const& results) override;
 

@@ -165,7 +165,11 @@ EnginesUnderTest toyEngines() {
         auto const engine = [&](std::string const& graph) {
             return std::make_unique<ToyEngine>(manifest, graph, toys->digest);
         };
-        return gsx::Model({"toy", manifest}, manifest.engines.at("toy"), engine, drafting);
+        std::vector<gsx::Model::Engines> steps;
+        for (auto const& [set, entry] : manifest.engines) {
+            if (entry.kvLayout == gsx::kStepLayout) steps.push_back({entry, engine});
+        }
+        return gsx::Model({"toy", manifest}, manifest.engines.at("toy"), engine, drafting, steps);
     };
     return {open, [toys] { return std::exchange(toys->digest, {}).finish(); }};
 }

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import onnx
 
 from gsx_engines.building.job import Job, Ranges, run_job
-from gsx_engines.building.layer_information import EIGHT_BITS
+from gsx_engines.building.layer_information import EIGHT_BITS, UNKNOWN
 from gsx_engines.building.memory import check_memory
 from gsx_engines.building.placing import writing_engines
 from gsx_engines.building.plan import step_from, write_plan
@@ -25,6 +25,7 @@ from gsx_engines.defaults import BUILD_CONTEXT
 from gsx_engines.errors import EngineError
 from gsx_engines.lowering import tensorrt as lowering
 from gsx_engines.lowering.for_tensorrt.gates import exact_in_tf32
+from gsx_engines.lowering.for_tensorrt.shared_weights import write_joined
 from gsx_engines.lowering.for_tensorrt.task import LOGITS_COLUMNS, RUN, WINDOW, K
 from gsx_engines.lowering.for_tensorrt.zero_points import load_zero_points
 from gsx_engines.lowering.passes import not_as_expected
@@ -178,7 +179,8 @@ def _build_graph(
     """Build one engine. Returns: its entry, and whether it uses plugins."""
     manifest = bundle.manifest
     lowered = _lower(bundle, name, portable, capacity, kv_layout, profiles, library)
-    graph, engine = work / f"{name}.onnx", work / f"{name}.engine"
+    graph, joined, engine = (work / f"{name}.{kind}" for kind in ("onnx", "joined", "engine"))
+    write_joined(lowered.model, lowered.joined, bundle.directory, joined)
     graph.write_bytes(lowered.model.SerializeToString())
     products = {node.name for node in portable.graph.node if node.op_type == "MatMul"}  # lowering may add small ones
     plugin_ops = {op for op, form in lowered.forms.items() if form == "plugin"}
@@ -198,6 +200,7 @@ def _build_graph(
     )
     built = run_job(job, name, on_progress)
     graph.unlink()
+    joined.unlink(missing_ok=True)
     write_plan(engine, [step_from(step) for step in built.steps])
     entry = EngineGraph(
         file=engine.name,
@@ -211,7 +214,7 @@ def _build_graph(
         widened=tuple(
             weights.input[0]
             for product, _, weights in quantized_products(Graph(lowered.model.graph))
-            if built.products[product.name] not in EIGHT_BITS
+            if built.products[product.name] not in (*EIGHT_BITS, UNKNOWN)
         ),
         inputs=tuple(tensor_info(value) for value in lowered.model.graph.input),
         outputs=tuple(tensor_info(value) for value in lowered.model.graph.output),

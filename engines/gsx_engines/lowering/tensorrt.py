@@ -17,12 +17,14 @@ With K and V in place, which is what gsx runs, the form differs from the portabl
 - codes of an embedding or a gate go through a DequantizeLinear, for an embedding before its rows are read: TensorRT
   takes 8-bit constants nowhere else;
 - zero-points of weights in blocks become a small product of their own, since TensorRT takes only zero-points of 0;
+- products of one value in several visits of a layer are one product over joined weights, which are stored once;
 - routed experts are batched products of the experts that a call may use;
 - an op without a plugin is rewritten; see `Form`.
 
 The passes are in `for_tensorrt/`.
 
-In a step, for calls of one size, all sizes are numbers: the window is the whole buffer, and all tokens get logits.
+In a step, for calls of one size, all sizes are numbers: the window is the whole buffer, and all tokens get logits. The
+likeliest tokens are outputs of their own (`likely_ids`, `likely_logits`, `likely_total`).
 
 With K and V that grow, for other programs, only the last three and the removal of default values apply: the engine has
 the portable graph's inputs and outputs, `past_key_values.*` and `present.*` with the call's columns after it.
@@ -34,7 +36,7 @@ the host knows `k [1]`: it becomes an input instead of `budget`, and the runner 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -54,7 +56,9 @@ from gsx_engines.lowering.for_tensorrt.inputs import (
     speak_float32,
     write_cache_in_place,
 )
+from gsx_engines.lowering.for_tensorrt.likeliest import offer_likeliest
 from gsx_engines.lowering.for_tensorrt.predicated import predicate_branches
+from gsx_engines.lowering.for_tensorrt.shared_weights import join_shared_weights
 from gsx_engines.lowering.for_tensorrt.task import Form, Task
 from gsx_engines.lowering.for_tensorrt.whole_calls import run_whole_calls
 from gsx_engines.lowering.for_tensorrt.zero_points import without_zero_points
@@ -80,9 +84,11 @@ PASSES: tuple[Pass[Task], ...] = (
     rotate_by_head,
     count_on_host,
     run_experts,
+    join_shared_weights,
     dequantize_constants,
     without_zero_points,
     speak_float32,
+    offer_likeliest,
     fix_sizes,
     of_any(Graph.drop_unread),
 )
@@ -96,11 +102,13 @@ class Lowered:
         model: the model; its weights stay external, in the bundle's file.
         forms: the form that each op of domain gsx in the portable graph took.
         counts: how often each pass applied.
+        joined: constants that must be written beside the weights (`write_joined`) -> their parts.
     """
 
     model: onnx.ModelProto
     forms: Mapping[str, Form]
     counts: Mapping[str, int]
+    joined: Mapping[str, Sequence[onnx.TensorProto]]
 
 
 def lower(
@@ -133,4 +141,4 @@ def lower(
         for entry in opsets:
             if not entry.domain:
                 entry.version = OPSET
-    return Lowered(model, task.forms, counts)
+    return Lowered(model, task.forms, counts, task.joined)

@@ -18,6 +18,7 @@ import numpy as np
 
 from gsx_engines.bundle.controls import RuntimeValues
 from gsx_engines.bundle.manifest import Manifest
+from gsx_engines.likeliest import Likeliest, Scores, logits_behind, whole_logits
 
 Logits = Literal["none", "last", "all"]
 
@@ -59,8 +60,8 @@ class StepOutput:
     """The result of one call.
 
     Args:
-        logits: float32; "last": [B, 1, V], for each sequence's last token in the call; "all": [B, S, V], meaningless
-            beyond a sequence's count; "none": [B, 0, V].
+        scores: of the logits float32; "last": [B, 1, V], for each sequence's last token in the call; "all": [B, S, V],
+            meaningless beyond a sequence's count; "none": [B, 0, V]. Where an engine gives the likeliest tokens, these.
         kept: [L, 2] int64, rows kept by each (layer, branch) in this call; None for a dense model.
         gated_rows: rows that the keep rule decided on in this call: one for each token and skippable branch.
         kept_by_sequence: [B, L, 2] int64, kept rows of each sequence; None for a dense model, and where
@@ -69,11 +70,20 @@ class StepOutput:
             model, and where the runtime does not tell (`Stage.counts_tokens`).
     """
 
-    logits: np.ndarray
+    scores: Scores
     kept: np.ndarray | None
     gated_rows: int = 0
     kept_by_sequence: np.ndarray | None = None
     kept_by_token: np.ndarray | None = None
+
+    @property
+    def logits(self) -> np.ndarray:
+        """All logits, while this is the runner's latest call."""
+        return whole_logits(self.scores)
+
+    def behind(self, row: int, token: int) -> np.ndarray | Likeliest:
+        """What is known of the logits [V] behind one token, while this is the runner's latest call."""
+        return logits_behind(self.scores, row, token)
 
 
 @dataclass(frozen=True)
@@ -100,13 +110,18 @@ ExitState = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class StageOutput:
-    """The result of a stage: logits and kept rows as in `StepOutput`, and the exit state if it ends at an exit."""
+    """The result of a stage: scores and kept rows as in `StepOutput`, and the exit state if it ends at an exit."""
 
-    logits: np.ndarray
+    scores: Scores
     state: ExitState | None
     kept: np.ndarray | None
     kept_by_sequence: np.ndarray | None = None
     kept_by_token: np.ndarray | None = None
+
+    @property
+    def logits(self) -> np.ndarray:
+        """All logits, while this is the stage's latest call."""
+        return whole_logits(self.scores)
 
 
 class Stage(Protocol):
@@ -202,4 +217,4 @@ def grown(lengths: list[int], counts: list[int]) -> list[int]:
 def step_output(stage: Stage, call: Call, output: StageOutput) -> StepOutput:
     """A stage's output as a decoding loop sees it."""
     gated_rows = sum(call.counts) * len(stage.manifest.skippable_in(stage.layers))
-    return StepOutput(output.logits, output.kept, gated_rows, output.kept_by_sequence, output.kept_by_token)
+    return StepOutput(output.scores, output.kept, gated_rows, output.kept_by_sequence, output.kept_by_token)

@@ -13,7 +13,7 @@ def in_time(first: StageOutput, second: StageOutput) -> StageOutput:
     if first.state is not None and second.state is not None:
         states = {name: np.concatenate([value, second.state[name]], axis=-2) for name, value in first.state.items()}
     return StageOutput(
-        logits=np.concatenate([first.logits, second.logits], axis=1),
+        scores=np.concatenate([first.logits, second.logits], axis=1),
         state=states,
         kept=None if first.kept is None or second.kept is None else first.kept + second.kept,
         kept_by_sequence=(
@@ -59,7 +59,7 @@ def joined_rows(parts: list[tuple[slice, StageOutput]], call: Call, logits: Logi
             assert output.kept_by_token is not None
             kept_by_token[rows, : output.kept_by_token.shape[1]] = output.kept_by_token
     return StageOutput(
-        logits=whole([output.logits for _, output in parts], columns),
+        scores=whole([output.logits for _, output in parts], columns),
         state=leaving or None,
         kept=np.sum(kept, axis=0) if kept else None,
         kept_by_sequence=kept_by_sequence,

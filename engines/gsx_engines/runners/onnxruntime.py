@@ -332,13 +332,13 @@ class OnnxRuntimeStage:
             self._steps = _Sessions(self._open(lowered.body), sequence.head, sequence.tables)
             return self._steps
         shared = self._shares_head
-        head = shared._sessions(steps=False).head if shared else self._open(lowered.head)
-        tables = None if lowered.tables is None else self._open(lowered.tables)
+        head = shared._sessions(steps=False).head if shared else self._open(lowered.head, layers=False)
+        tables = None if lowered.tables is None else self._open(lowered.tables, layers=False)
         self._sequence = _Sessions(self._open(lowered.body), head, tables)
         return self._sequence
 
-    def _open(self, model: onnx.ModelProto) -> ort.InferenceSession:
-        config = session_config(self.manifest, lowered=True)
+    def _open(self, model: onnx.ModelProto, *, layers: bool = True) -> ort.InferenceSession:
+        config = session_config(self.manifest, lowered=True, layers=layers)
         return open_session(model.SerializeToString(), self._bundle.directory, self._threads, config)
 
 

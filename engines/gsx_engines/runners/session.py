@@ -12,7 +12,7 @@ from gsx_engines.errors import BundleError
 from gsx_engines.lowering.for_onnxruntime.probe import products_saturate
 
 
-def session_config(manifest: Manifest, *, lowered: bool = False) -> Mapping[str, str]:
+def session_config(manifest: Manifest, *, lowered: bool = False, layers: bool = True) -> Mapping[str, str]:
     """Session configuration that a bundle's graphs need on ONNX Runtime, or run faster with.
 
     FP8: ONNX Runtime's rewriting of Q/DQ picks kernels that have no FP8, and the session does not load. INT8 weights
@@ -20,18 +20,24 @@ def session_config(manifest: Manifest, *, lowered: bool = False) -> Mapping[str,
     tried, in decoding and in prefill (docs/quantization.md). Where ONNX Runtime's 8-bit products saturate, the portable
     graph is computed as it is written, in float32; the lowered graph has products that do not saturate.
 
-    In a looped model many products read one weight. ONNX Runtime would pack it for each of them, a copy for every loop:
-    they read it as it is, which costs a step nothing and a prompt a sixth of its time (benchmarks/RESULTS.md).
+    In a looped model many products read one weight. ONNX Runtime would pack it for each of them, a copy for every loop,
+    and Python's interface has nothing to share it by. So floats are read as they are, which costs a step nothing and a
+    prompt a sixth of its time. Codes are packed: in 4 bits, a step without that took 37 times as long, since each
+    product dequantizes its weights anew (benchmarks/RESULTS.md).
+
+    Args:
+        lowered: the graph was lowered for ONNX Runtime.
+        layers: the graph has layers; else only the head, or tables, which nothing reads twice.
     """
     loops = manifest.decoder.loops
-    config = {} if loops is None or loops.most == 1 else {"session.disable_prepacking": "1"}
     if manifest.quantization is None:
-        return config
+        shared = layers and loops is not None and loops.most > 1
+        return {"session.disable_prepacking": "1"} if shared else {}
     if manifest.quantization.is_float8:
-        return config | {"session.disable_quant_qdq": "1"}
+        return {"session.disable_quant_qdq": "1"}
     if manifest.quantization.quantizes_activations and not lowered and products_saturate():
-        return config | {"session.disable_quant_qdq": "1"}
-    return config | {"session.qdq_matmulnbits_block_size": "128"}
+        return {"session.disable_quant_qdq": "1"}
+    return {"session.qdq_matmulnbits_block_size": "128"}
 
 
 def open_session(

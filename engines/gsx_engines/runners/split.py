@@ -129,7 +129,7 @@ def joined_output(early: StepOutput, late: StepOutput) -> StepOutput:
     each = None
     if early.kept_by_sequence is not None and late.kept_by_sequence is not None:
         each = early.kept_by_sequence + late.kept_by_sequence
-    return StepOutput(late.logits, kept, early.gated_rows + late.gated_rows, each, late.kept_by_token)
+    return StepOutput(late.scores, kept, early.gated_rows + late.gated_rows, each, late.kept_by_token)
 
 
 def _joined(waiting: list[tuple[Call, ExitState]], cache: Cache) -> tuple[Call, dict[str, np.ndarray]]:

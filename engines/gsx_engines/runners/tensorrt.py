@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,11 +22,23 @@ from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.words import BRANCHES
 from gsx_engines.errors import EngineError
-from gsx_engines.lowering.for_tensorrt.task import KEPT, KEPT_BY_TOKEN, LOGITS_AT, RUN, WRITE_AT, K
+from gsx_engines.likeliest import LikelyLogits, Scores
+from gsx_engines.lowering.for_tensorrt.task import (
+    KEPT,
+    KEPT_BY_TOKEN,
+    LIKELY_IDS,
+    LIKELY_LOGITS,
+    LIKELY_TOTAL,
+    LOGITS_AT,
+    RUN,
+    WRITE_AT,
+    K,
+)
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput
 from gsx_engines.runners.joining import in_time, joined_rows
 from gsx_engines.runners.kept import KeptTable
 from gsx_engines.tensorrt.backend import Backend
+from gsx_engines.tensorrt.bound import BoundBuffers
 from gsx_engines.tensorrt.profile_choice import choose_profile, most_rows, most_tokens
 from gsx_plugins.domain import CHOICES
 
@@ -36,6 +48,8 @@ WINDOW_STEP = 64
 # Sequences of a call run together while their numbers of tokens differ by no more than this. Below, a call's time is
 # that of reading the weights, and padding is free; above, a long prompt would make a prompt of every other sequence.
 _MOST_PADDING = 32
+# Kinds of calls whose bound memory is remembered: putting it together takes longer than a call's other preparations.
+_MOST_BOUND = 64
 # A sequence's K or V must be a multiple of so many elements for TensorRT to take its address: of 256 bytes, in 16 bits.
 _ALIGNED_ELEMENTS = 128
 
@@ -55,6 +69,10 @@ class Engine(Protocol):
         """Some neighbouring rows of a buffer [rows, ..], to be used as one."""
         ...
 
+    def read(self, buffer: Any, shape: tuple[int, ...], row: int) -> np.ndarray:
+        """A row of a buffer [rows, ..] of float32."""
+        ...
+
     def run(
         self,
         profile: int,
@@ -68,12 +86,13 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class _Memory:
-    """K/V buffers by input name, each [B, K/V heads, capacity, D]; and what is behind the inputs of which only the size
-    is read."""
+    """K/V buffers by input name, each [B, K/V heads, capacity, D]; what is behind the inputs of which only the size is
+    read; and what calls of one kind have bound."""
 
     buffers: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
     unread: Any = None
+    bound: dict[object, BoundBuffers] = field(default_factory=dict)
 
 
 class _Plan:
@@ -86,11 +105,30 @@ class _Plan:
     """
 
     def __init__(self, entry: EngineEntry, graph: str, engine: Engine) -> None:
-        self.engine, self.profiles = engine, entry.profiles
+        self.entry, self.engine, self.profiles = entry, engine, entry.profiles
         self.inputs = {value.name: value for value in entry.graphs[graph].inputs}
         self.outputs = {value.name: value for value in entry.graphs[graph].outputs}
         # Of an engine for steps of one size: sequences, tokens of each.
         self.size = (entry.profiles[0].batch.most, entry.profiles[0].tokens.most) if entry.kv_layout == "step" else None
+        # Where it gives the likeliest tokens, all logits stay in memory of its own. (Steps of gsx 0.1.0 give all.)
+        self.logits = None
+        if LIKELY_IDS in self.outputs:
+            shape = tuple(map(int, self.outputs[tensor_names.LOGITS].shape))
+            self.logits = (engine.buffer(shape, tensor_names.LOGITS), shape)
+        self.calls = 0
+
+    def likely(self, found: Mapping[str, np.ndarray], tokens: np.ndarray) -> LikelyLogits:
+        """The likeliest tokens of a call, behind those with these numbers in their sequences, [B, O]."""
+        assert self.logits is not None
+        (buffer, (batch, length, size)), call = self.logits, self.calls
+
+        def fetch(row: int, token: int) -> np.ndarray:
+            assert self.calls == call, "the logits of a call are asked for after the next one"
+            return self.engine.read(buffer, (batch * length, size), row * length + int(tokens[row, token]))
+
+        rows = np.arange(batch)[:, None]
+        ids, logits, totals = (found[name][rows, tokens] for name in (LIKELY_IDS, LIKELY_LOGITS, LIKELY_TOTAL))
+        return LikelyLogits(ids, logits, totals, size, fetch)
 
 
 class TensorRTStage:
@@ -188,7 +226,8 @@ class TensorRTStage:
             counts = [min(max(count - start, 0), most) for count in call.counts]
             lengths = [length + min(count, start) for length, count in zip(call.lengths, call.counts, strict=True)]
             piece = Call(call.ids[:, part], counts, lengths, call.controls)
-            outputs.append(self._run_parts(memory, piece, _tokens_of(state, part), logits))
+            output = self._run_parts(memory, piece, _tokens_of(state, part), logits)
+            outputs.append(replace(output, scores=output.logits))
         return _joined(outputs, call, most, logits)
 
     def copy(self, memory: _Memory, source: int, target: int, length: int) -> None:
@@ -207,7 +246,8 @@ class TensorRTStage:
             tokens = slice(max(counts))
             part = Call(call.ids[rows, tokens], counts, call.lengths[rows], rows_of(call.controls, rows))
             entering = None if state is None else {name: value[rows, ..., tokens, :] for name, value in state.items()}
-            parts.append((rows, self._run_part(memory, rows.start, part, entering, logits)))
+            output = self._run_part(memory, rows.start, part, entering, logits)
+            parts.append((rows, replace(output, scores=output.logits)))  # which the next part may overwrite
         return joined_rows(parts, call, logits)
 
     def _parts_of(self, call: Call) -> list[slice]:
@@ -271,7 +311,8 @@ class TensorRTStage:
                 call.controls,
             )
             wanted = logits if columns.start or logits == "all" else "none"
-            outputs.append(self._run(memory, start, part, _tokens_of(state, columns), wanted))
+            output = self._run(memory, start, part, _tokens_of(state, columns), wanted)
+            outputs.append(replace(output, scores=output.logits))  # which the next call may overwrite
         return in_time(*outputs)
 
     def _run(self, memory: _Memory, start: int, call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
@@ -303,15 +344,8 @@ class TensorRTStage:
                 if name in feeds and is_by_sequence(name, value) and len(value) < batch:
                     feeds[name] = np.repeat(value, batch, axis=0)
         feeds |= state or {}
-        buffers: dict[str, tuple[Any, tuple[int, ...]]] = {}
-        for name, buffer in memory.buffers.items():
-            shape = memory.shapes[name]
-            used = buffer if batch == shape[0] else self._engine.rows(buffer, shape, slice(start, start + batch))
-            for shared in (name, tensor_names.present_after(name)):
-                buffers[shared] = (used, (batch, *shape[1:]))
         runs = self._chosen(call.controls, 0, _full(call, 0) > 0) if self._runs else np.empty(0, bool)
-        for (name, _, _), run in zip(self._runs, runs, strict=True):
-            buffers[name] = (memory.unread, (batch * length if run else 0,))
+        buffers = self._bound(memory, plan, slice(start, start + batch), length, runs)
         sizes = {"batch": batch, "sequence": length, "logits_columns": feeds[LOGITS_AT].shape[1]}
         results = {
             name: tuple(sizes[axis] if isinstance(axis, str) else axis for axis in value.shape)
@@ -320,9 +354,17 @@ class TensorRTStage:
         }
         profile = choose_profile(plan.profiles, batch, length, window)
         found = plan.engine.run(profile, feeds, buffers, results)
-        scores = found[tensor_names.LOGITS]
-        if plan.size and logits == "last":
-            scores = np.take_along_axis(scores, last[:, :, None], axis=1)
+        plan.calls += 1
+        scores: Scores
+        if plan.logits is not None and logits != "none":
+            scores = plan.likely(found, last if logits == "last" else np.broadcast_to(steps, (batch, length)))
+        elif plan.logits is not None:
+            scores = np.empty((batch, 0, plan.logits[1][-1]), np.float32)
+        else:
+            scores = found[tensor_names.LOGITS]
+            if plan.size and logits == "last":
+                scores = np.take_along_axis(scores, last[:, :, None], axis=1)
+            scores = scores[:, :0] if logits == "none" else scores
         kept = self._table.of(found.get(KEPT))
         kept_by_sequence = None
         kept_by_token = found.get(KEPT_BY_TOKEN)
@@ -332,12 +374,32 @@ class TensorRTStage:
             kept_by_sequence = self._table.of_each(runs[:, None] * np.array(call.counts))
             kept = kept_by_sequence.sum(axis=0)
         return StageOutput(
-            logits=scores[:, :0] if logits == "none" else scores,
+            scores=scores,
             state={name: found[name] for name in self._exits} or None,
             kept=kept,
             kept_by_sequence=kept_by_sequence,
             kept_by_token=kept_by_token,
         )
+
+    def _bound(self, memory: _Memory, plan: _Plan, rows: slice, length: int, runs: np.ndarray) -> BoundBuffers:
+        """The memory of a call that stays on the device: the same object for the same rows, sizes and branches."""
+        key = (plan.size, rows.start, rows.stop, length if self._runs else 0, runs.tobytes())
+        if (known := memory.bound.get(key)) is not None:
+            return known
+        batch, buffers = rows.stop - rows.start, BoundBuffers()
+        for name, buffer in memory.buffers.items():
+            shape = memory.shapes[name]
+            used = buffer if batch == shape[0] else self._engine.rows(buffer, shape, rows)
+            for shared in (name, tensor_names.present_after(name)):
+                buffers[shared] = (used, (batch, *shape[1:]))
+        for (name, _, _), run in zip(self._runs, runs, strict=True):
+            buffers[name] = (memory.unread, (batch * length if run else 0,))
+        if plan.logits is not None:
+            buffers[tensor_names.LOGITS] = plan.logits
+        if len(memory.bound) == _MOST_BOUND:
+            memory.bound.clear()
+        memory.bound[key] = buffers
+        return buffers
 
     def _count(self, ids: np.ndarray, budget: float) -> int:
         """K of rank selection for the valid tokens of a call: the best ones, plus all end-of-text tokens."""
@@ -376,7 +438,7 @@ def _joined(outputs: list[StageOutput], call: Call, most: int, logits: Logits) -
     kept = [output.kept for output in outputs if output.kept is not None]
     by_token = [output.kept_by_token for output in outputs if output.kept_by_token is not None]
     return StageOutput(
-        logits=scores,
+        scores=scores,
         state=joined or None,
         kept=np.sum(kept, axis=0) if kept else None,
         kept_by_token=np.concatenate(by_token, axis=1) if len(by_token) == len(outputs) else None,

@@ -37,8 +37,9 @@ class Field:
 
 
 INPUTS = (
-    Field("text_input", "TYPE_STRING", False, "the text to continue; this or input_ids"),
+    Field("text_input", "TYPE_STRING", False, "the text to continue; this, input_ids or messages"),
     Field("input_ids", "TYPE_INT64", True, "the prompt as token ids"),
+    Field("messages", "TYPE_STRING", False, "a chat, as the OpenAI API has it: a JSON list with role and content"),
     Field("max_tokens", "TYPE_INT64", False, "maximum number of new tokens; 128"),
     Field("budget", "TYPE_FP64", False, "share of (token, branch) pairs kept, above 0 and at most 1; as exported"),
     Field("layers", "TYPE_STRING", False, "branches that run, e.g. 0-3,6,8.attn; for rules that read a set of layers"),

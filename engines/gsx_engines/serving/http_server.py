@@ -33,6 +33,7 @@ from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.chat import ChatTemplate
 from gsx_engines.serving.inbox import Choice, Inbox
 from gsx_engines.serving.limits import check_ids_fit, check_text_size, need_tokenizer
+from gsx_engines.serving.messages import chat_prompt
 from gsx_engines.serving.metrics import Metrics
 from gsx_engines.serving.openai_answers import Answer
 from gsx_engines.serving.openai_requests import COMPLETION_TOKENS, MAX_CHOICES, ChatBody, CompletionBody
@@ -256,19 +257,10 @@ class _Api:
     def chat(self, body: ChatBody) -> Answer:
         """The request of a chat."""
         tokenizer, template = self._tokenizer(), self._served.template
-        if template is None:
-            raise UsageError(
-                "this model has no chat template",
-                expected="POST /v1/completions",
-                found="messages",
-                todo="serve a model that was trained for chats, or send a prompt",
-            )
-        messages = [message.for_template() for message in body.messages]
         context = self._served.scheduler.context
-        check_text_size("the chat", sum(len(str(one["content"] or "").encode()) for one in messages), context)
-        prompt = template.prompt(messages)
-        check_ids_fit(len(prompt), context)
-        request = body.request(prompt, context - len(prompt), logprobs=body.likeliest, stop_ids=template.stop_ids)
+        prompt = chat_prompt(template, body.messages, context, "POST /v1/completions")
+        stop_ids = template.stop_ids if template else None
+        request = body.request(prompt, context - len(prompt), logprobs=body.likeliest, stop_ids=stop_ids)
         return Answer("chat", self._served.name, [request], body.n or 1, [], tokenizer, self._served.manifest)
 
     async def answer(self, body: CompletionBody | ChatBody, request: HttpRequest) -> Response:

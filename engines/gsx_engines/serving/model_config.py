@@ -53,6 +53,7 @@ class TritonConfig(_Checked):
 
     Args:
         batch: Triton's `max_batch_size`; above 0, tensors have an axis for it in front of `dims`.
+        gpus: numbers of the GPUs that get an instance; all if there are none.
         profiles: for the backend `tensorrt`, numbers of the optimization profiles that an instance uses.
     """
 
@@ -64,6 +65,7 @@ class TritonConfig(_Checked):
     decoupled: bool
     parameters: Mapping[Name, str]
     batch: Annotated[int, Field(ge=0)] = 0
+    gpus: tuple[Annotated[int, Field(ge=0)], ...] = ()
     profiles: tuple[int, ...] = ()
 
     def text(self) -> str:
@@ -84,7 +86,8 @@ class TritonConfig(_Checked):
                     "}",
                 ]
         profiles = [f"  profile: {_quoted(str(number))}" for number in self.profiles]
-        lines += ["instance_group {", "  count: 1", f"  kind: {self.kind}", *profiles, "}"]
+        gpus = [f"  gpus: [{', '.join(map(str, self.gpus))}]"] if self.gpus else []
+        lines += ["instance_group {", "  count: 1", f"  kind: {self.kind}", *gpus, *profiles, "}"]
         if self.decoupled:
             lines += ["model_transaction_policy {", "  decoupled: true", "}"]
         for name, value in self.parameters.items():

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.sampling import MOST_BIAS, MOST_LOGPROBS, MOST_PENALTY, Sampling
 from gsx_engines.serving.limits import check_layers, check_stops
+from gsx_engines.serving.messages import Message
 from gsx_engines.serving.request import Request
 from gsx_engines.tokens import check_text
 from gsx_plugins.errors import UsageError
@@ -178,29 +179,6 @@ class CompletionBody(_Generating):
         if not prompt:
             raise UsageError("the prompt is empty", expected="a text, token ids, or a list of them")
         return [prompt] if isinstance(prompt[0], int) else prompt
-
-
-class TextPart(_Body):
-    """A part of a message's content."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(BaseModel):
-    """A message of a chat; what else it has is passed on to the template."""
-
-    model_config = ConfigDict(extra="allow", strict=True)
-    role: str
-    content: str | list[TextPart] | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """As a template takes it, with its parts as one text."""
-        values: dict[str, Any] = self.model_dump()
-        if isinstance(self.content, list):
-            values["content"] = "".join(part.text for part in self.content)
-        check_text(f"{self.role}{values['content'] or ''}")
-        return values
 
 
 class TextFormat(_Body):

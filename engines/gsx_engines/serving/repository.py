@@ -44,7 +44,7 @@ from gsx_engines.serving.triton_model import TritonPythonModel  # noqa: E402, F4
 '''
 # Triton's Python backend uses the C interface of NumPy 1, at least up to release 2.51: with NumPy 2, tensors arrive
 # empty or wrong, without an error (docs/triton.md).
-_REQUIREMENTS = ("numpy>=1.26,<2", "onnx>=1.20", "pydantic>=2.7", "tokenizers>=0.20")
+_REQUIREMENTS = ("numpy>=1.26,<2", "jinja2>=3.1.6", "onnx>=1.20", "pydantic>=2.7", "tokenizers>=0.20")
 _RUNTIME = {
     "onnxruntime": ("onnxruntime>=1.24",),
     "tensorrt": ("onnxruntime>=1.24", "cuda-bindings>=12.6", "tensorrt=={version}"),
@@ -65,6 +65,7 @@ def write_repository(
     context: int | None = None,
     threads: int | None = None,
     form: str = "gsx",
+    gpus: Sequence[int] = (),
 ) -> Path:
     """Write a repository with one model.
 
@@ -78,6 +79,7 @@ def write_repository(
         context: maximum number of tokens of a request, prompt and new ones; None for the model's context, or for as
             many as the engines hold.
         form: of requests and responses, one of `fields.FORMS`.
+        gpus: numbers of the GPUs that get an instance, with the TensorRT backends; none: all that Triton sees.
         threads: of ONNX Runtime; None for a number that leaves a processor to the server (`threads.py`).
     Returns: the directory of the model.
     Raises:
@@ -85,15 +87,18 @@ def write_repository(
         EngineError: the bundle has no engines for the backend.
     """
     _check(bundle, slots, queue, context, threads)
+    _check_gpus(gpus, backend)
     entries = _engines(bundle, backend, slots)
     version = entries[0].tensorrt_version if entries else None
     if entries:
         context = _context_of(bundle, entries, context)
-    config = _config(name, backend, slots=slots, queue=queue, context=context, threads=threads, form=FORMS[form]).text()
+    config = _config(
+        name, backend, slots=slots, queue=queue, context=context, threads=threads, form=FORMS[form], gpus=tuple(gpus)
+    )
     with writing(target, overwrite=False, needed_bytes=_size(bundle.directory)) as work:
         version_directory = work / name / "1"
         version_directory.mkdir(parents=True)
-        (work / name / "config.pbtxt").write_text(config, encoding="utf-8")
+        (work / name / "config.pbtxt").write_text(config.text(), encoding="utf-8")
         lines = [line.format(version=version) for line in (*_REQUIREMENTS, *_RUNTIME[backend])]
         (work / name / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
         (version_directory / "model.py").write_text(MODEL, encoding="utf-8")
@@ -109,7 +114,15 @@ def write_repository(
 
 
 def _config(
-    name: str, backend: Backend, *, slots: int, queue: int, context: int | None, threads: int | None, form: Form
+    name: str,
+    backend: Backend,
+    *,
+    slots: int,
+    queue: int,
+    context: int | None,
+    threads: int | None,
+    form: Form,
+    gpus: tuple[int, ...],
 ) -> TritonConfig:
     numbers = {"slots": slots, "queue": queue, "context": context, "threads": threads}
     try:
@@ -121,6 +134,7 @@ def _config(
             kind="KIND_CPU" if backend == "onnxruntime" else "KIND_GPU",
             decoupled=True,
             batch=form.batch,
+            gpus=gpus,
             parameters={
                 "backend": backend,
                 "form": form.name,
@@ -147,6 +161,19 @@ def _check(bundle: Bundle, slots: int, queue: int, context: int | None, threads:
     if context is not None and not 2 <= context <= most:
         raise UsageError(
             "context is out of range", expected=f"2 to {most} tokens, the model's context", found=str(context)
+        )
+
+
+def _check_gpus(gpus: Sequence[int], backend: Backend) -> None:
+    if gpus and backend == "onnxruntime":
+        raise UsageError(
+            "GPUs are named, but this model runs on the CPU", expected="--backend tensorrt or tensorrt-rtx"
+        )
+    if len(set(gpus)) != len(gpus) or min(gpus, default=0) < 0:
+        raise UsageError(
+            "the GPUs are not valid",
+            expected="different numbers from 0 on, as nvidia-smi shows them",
+            found=", ".join(map(str, gpus)),
         )
 
 

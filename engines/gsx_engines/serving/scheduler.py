@@ -39,9 +39,11 @@ from gsx_engines.generation import (
     read,
     read_tokens,
 )
+from gsx_engines.likeliest import Likeliest
 from gsx_engines.runners.base import Logits, Runner, StepOutput
 from gsx_engines.sampling import Picker, TokenLogprobs, logprobs_of
 from gsx_engines.serving.cache_rows import CacheRows
+from gsx_engines.serving.memory import Trimmer
 from gsx_engines.serving.request import Client, ClosingError, Finished, NewTokens, OverloadedError, Request
 from gsx_engines.speculation.draft import draft_on
 from gsx_engines.tokens import BundleTokenizer, TextWriter
@@ -319,13 +321,17 @@ class Scheduler:
 
     def run(self, after_turn: Callable[[], None] = lambda: None) -> None:
         """Work until `close` is called, in a thread of its own; after_turn is called after every turn."""
+        trimmer = Trimmer()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting or self.under_way)
+                woken = self._changed.wait_for(lambda: self._closed or self._waiting or self.under_way, trimmer.wait)
                 if self._closed:
                     break
-            self.work()
-            after_turn()
+            if woken:
+                self.work()
+                after_turn()
+                trimmer.worked()
+            trimmer.turn()
         for job in [*self._batch, *self._alone, *self._waiting]:
             _inform(partial(job.client.failed, ClosingError()))
 
@@ -421,7 +427,7 @@ class Scheduler:
         return list(groups.values())
 
     def _step(self, jobs: list[_Job]) -> None:
-        logits: dict[_Job, np.ndarray] = {}
+        logits: dict[_Job, np.ndarray | Likeliest] = {}
 
         def step() -> None:
             rows = self._rows(jobs)
@@ -429,7 +435,7 @@ class Scheduler:
             for row, sequence in enumerate(rows):
                 if sequence is not None:
                     self._batch[row].count(output, row, 1, len(jobs))
-                    logits[self._batch[row]] = output.logits[row, 0]
+                    logits[self._batch[row]] = output.behind(row, 0)
 
         if self._works(jobs, step):
             # Each job chooses its token separately: logits that no token can be chosen from must not fail other jobs.

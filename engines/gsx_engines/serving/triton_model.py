@@ -26,10 +26,12 @@ import triton_python_backend_utils as pb_utils
 
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings
+from gsx_engines.chat import ChatTemplate, template_in
 from gsx_engines.sampling import Sampling
 from gsx_engines.serving.device import show_own_device
 from gsx_engines.serving.fields import FORMS, Field, Form
 from gsx_engines.serving.limits import check_ids_fit, check_layers, check_stops, check_text_size, need_tokenizer
+from gsx_engines.serving.messages import chat_prompt, messages_of
 from gsx_engines.serving.request import Finished, NewTokens, OverloadedError, Request
 from gsx_engines.serving.scheduler import Scheduler
 from gsx_engines.serving.threads import threads_beside_server
@@ -96,6 +98,8 @@ class TritonPythonModel:
         threads = int(parameters["threads"]) if "threads" in parameters else threads_beside_server()
         runner = open_draft_runner(bundle, own, threads, parameters["backend"])  # type: ignore[arg-type]
         self._tokenizer = BundleTokenizer(bundle) if (bundle.directory / TOKENIZER).is_file() else None
+        chats = self._tokenizer is not None and template_in(bundle.directory) is not None
+        self._template = ChatTemplate(bundle, self._tokenizer) if self._tokenizer and chats else None
         self._not_there = frozenset() if self._tokenizer is not None else frozenset({"text_output"})
         self._scheduler = Scheduler(
             runner,
@@ -132,14 +136,14 @@ class TritonPythonModel:
         self._outbox.close()
 
     def _request(self, given: dict[str, Any]) -> Request:
-        text, ids = given["text_input"], given["input_ids"]
-        stops = given["stop"] if given.get("stop_words") is None else given["stop_words"]
-        if (text is None) == (ids is None):
+        prompts = [name for name in _PROMPTS if given[name] is not None]
+        if len(prompts) != 1:
             raise UsageError(
                 "the prompt must be given exactly once",
-                expected="text_input or input_ids",
-                found="neither" if ids is None else "both",
+                expected="text_input, input_ids or messages",
+                found=" and ".join(prompts) or "none of them",
             )
+        stops = given["stop"] if given.get("stop_words") is None else given["stop_words"]
         stop = tuple(_text(part, "stop") for part in stops) if stops is not None else ()
         check_stops(stop)
         layers = given["layers"]
@@ -149,20 +153,29 @@ class TritonPythonModel:
         if layers is not None:
             keep["layers"] = _text(layers, "layers")
         return Request(
-            prompt=self._prompt(text) if text is not None else _ids(ids, self._scheduler.context),
+            prompt=self._prompt(prompts[0], given[prompts[0]]),
             max_new_tokens=128 if given["max_tokens"] is None else given["max_tokens"],
             keep=KeepSettings(**keep),
             sampling=Sampling(**{name: given[name] for name in _SAMPLING if given[name] is not None}),
             stop=stop,
+            stop_ids=self._template.stop_ids if self._template and prompts == ["messages"] else None,
             speculative=bool(given["speculative"]),
         )
 
-    def _prompt(self, value: bytes) -> list[int]:
-        tokenizer = need_tokenizer(self._tokenizer, "input_ids", "text_input")
-        check_text_size("text_input", len(value), self._scheduler.context)
-        return tokenizer.encode_prompt(_text(value, "text_input"))
+    def _prompt(self, name: str, value: Any) -> list[int]:
+        context = self._scheduler.context
+        if name == "input_ids":
+            check_ids_fit(len(value), context)
+            return list(map(int, value))
+        tokenizer = need_tokenizer(self._tokenizer, "input_ids", name)
+        check_text_size(name, len(value), context)
+        text = _text(value, name)
+        if name == "messages":
+            return chat_prompt(self._template, messages_of(text), context, "text_input or input_ids")
+        return tokenizer.encode_prompt(text)
 
 
+_PROMPTS = ("text_input", "input_ids", "messages")
 _SAMPLING = (
     "temperature",
     "top_k",
@@ -389,11 +402,6 @@ def _text(value: bytes, name: str) -> str:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise UsageError(f"{name} is not UTF-8 text", found=f"byte 0x{byte:02x} at {error.start}") from error
-
-
-def _ids(array: np.ndarray, context: int) -> list[int]:
-    check_ids_fit(len(array), context)
-    return list(map(int, array))
 
 
 def _fail(sender: Any, error: Exception) -> None:

@@ -97,7 +97,7 @@ class FullDepthDraft:
         if controls is not self._of:  # the same object for a whole request, and a runner copies inputs that change
             self._of, self._controls = controls, draft_controls(self._changes, self.runner.manifest, controls)
         output = self.runner.step(cache, ids, self._controls, counts=counts)
-        return StepOutput(output.logits, None)
+        return StepOutput(output.scores, None)
 
     def verify(
         self, cache: Cache, start: list[int], ids: np.ndarray, controls: RuntimeValues, counts: list[int]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ import numpy as np
 from gsx_engines.errors import EngineError
 from gsx_engines.tensorrt import cuda
 from gsx_engines.tensorrt.backend import Backend, load_module
+from gsx_engines.tensorrt.bound import BoundBuffers
 from gsx_engines.tensorrt.plugins import load_plugins
 from gsx_engines.tensorrt.rtx import runtime_config, why_refused
 
@@ -162,6 +163,17 @@ class CudaEngine:
             )
         return DeviceRows(buffer, buffer.address + start)
 
+    def read(self, buffer: DeviceArray, shape: tuple[int, ...], row: int) -> np.ndarray:
+        """A row of a buffer [rows, ..] of float32, after all calls so far."""
+        found = np.empty(shape[1:], np.float32)
+        to_host = self._runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        copied = self._runtime.cudaMemcpyAsync(
+            found.ctypes.data, buffer.address + row * found.nbytes, found.nbytes, to_host, self.stream
+        )
+        cuda.check(copied, "copying logits from the GPU")
+        cuda.check(self._runtime.cudaStreamSynchronize(self.stream), "copying logits from the GPU")
+        return found
+
     def run(
         self,
         profile: int,
@@ -222,6 +234,8 @@ class _Context:
         self._memory: dict[str, DeviceArray] = {}
         self._host_memory: dict[str, np.ndarray] = {}
         self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
+        # What the latest call bound. (Weakly: a context must not keep the memory of a cache that is gone.)
+        self._latest: Callable[[], object] = lambda: None
         # By shapes and addresses, the latest last; and the one of the current bindings, once it is looked up.
         self._kinds: OrderedDict[frozenset[tuple[str, tuple[int, tuple[int, ...]]]], _Kind] = OrderedDict()
         self._kind: _Kind | None = None
@@ -254,8 +268,11 @@ class _Context:
     ) -> None:
         for name, value in host.items():
             self._give(name, value)
-        for name, (memory, shape) in buffers.items():
-            self._bind(name, memory.address, shape)
+        if buffers is not self._latest():
+            for name, (memory, shape) in buffers.items():
+                self._bind(name, memory.address, shape)
+            if isinstance(buffers, BoundBuffers):
+                self._latest = weakref.ref(buffers)
         for name, value in found.items():
             self._bind(name, self._room(name, value.nbytes).address, value.shape)
         self._enqueue()
@@ -298,7 +315,7 @@ class _Context:
         if self._bound.get(name) == (address, shape):
             return
         # First of all: if a part of this fails, the next call starts from scratch.
-        self._kind = None
+        self._kind, self._latest = None, lambda: None
         self._bound.pop(name, None)
         is_input = self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT
         if is_input and not self._context.set_input_shape(name, shape):

@@ -6,6 +6,7 @@ differs, both values, and the command that fixes it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gsx_engines.bundle.bundle import Bundle, sha256_of
+from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.engine_entry import EngineEntry, KvLayout
 from gsx_engines.errors import EngineError
 from gsx_engines.tensorrt import cuda
@@ -209,7 +210,8 @@ def read_engine(engines: EngineSet, graph: str, command: str) -> bytes:
             found="no such file" if size is None else f"{size} bytes",
             todo=f"copy it again, or {command}",
         )
-    found = sha256_of(path)
+    content = path.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
     if found != made.sha256:
         raise EngineError(
             f"{path}: sha256 differs",
@@ -217,7 +219,7 @@ def read_engine(engines: EngineSet, graph: str, command: str) -> bytes:
             found=f"{found[:12]}...",
             todo=f"the file changed after it was built: {command}",
         )
-    return path.read_bytes()
+    return content
 
 
 def _recorded(directory: Path) -> EngineEntry | None:

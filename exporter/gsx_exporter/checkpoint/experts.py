@@ -9,17 +9,22 @@ with their names, have `mlp.experts.gate_up_proj` [E, 2F, H], each expert's gate
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.experts import Experts, Spelling
+
+if TYPE_CHECKING:
+    import torch
 
 GATE_UP, DOWN = "gate_up_proj", "down_proj"
 _MIXTRAL_BLOCK, _BLOCK = ".block_sparse_moe.", ".mlp."
 _FROM_MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _TO_MIXTRAL = {product: name for name, product in _FROM_MIXTRAL.items()}
-_MIXTRAL_EXPERT = re.compile(r"(\.mlp\.experts\.\d+)\.(w[123])\.weight$")
+# The last word is "weight", or a part of a quantized one.
+_MIXTRAL_EXPERT = re.compile(r"(\.mlp\.experts\.\d+)\.(w[123])\.(\w+)$")
 _EXPERT = re.compile(r"(model\.layers\.(\d+)\.mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
 _FUSED = re.compile(rf"model\.layers\.(\d+)\.mlp\.experts\.({GATE_UP}|{DOWN})$")
 
@@ -50,7 +55,7 @@ def named_by_qwen(names: Mapping[str, str], spelling: Spelling) -> dict[str, str
     for name, stored in names.items():
         if _EXPERT.match(name) is None:  # transformers does not know Qwen's names in a Mixtral
             block = name.replace(_MIXTRAL_BLOCK, _BLOCK)
-            found[_MIXTRAL_EXPERT.sub(lambda at: f"{at[1]}.{_FROM_MIXTRAL[at[2]]}.weight", block)] = stored
+            found[_MIXTRAL_EXPERT.sub(lambda at: f"{at[1]}.{_FROM_MIXTRAL[at[2]]}.{at[3]}", block)] = stored
     return found
 
 
@@ -102,6 +107,21 @@ def as_modules(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, .
         rows = shape[0] if expert[4] == "down_proj" else 2 * shape[0]
         found[fused] = (counts[fused], rows, shape[1])
     return found
+
+
+def of_module(name: str, read: Callable[[str], torch.Tensor], experts: Experts | None) -> torch.Tensor:
+    """A tensor by its name in transformers' module, where that of all experts of a layer is one.
+
+    Args: read: gives the tensors of single experts, and all others.
+    """
+    import torch
+
+    if experts is None or _FUSED.match(name) is None:
+        return read(name)
+    prefix, _, kind = name.rpartition(".")
+    products = (DOWN,) if kind == DOWN else ("gate_proj", "up_proj")
+    each = ([read(f"{prefix}.{expert}.{product}.weight") for product in products] for expert in range(experts.count))
+    return torch.stack([torch.cat(parts) for parts in each])
 
 
 def fused_tensors(config: ModelConfig, names: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -94,7 +94,8 @@ def _read(directory: Path, source: str, adapter: Adapter | None = None) -> Check
 
 def _dequantize(checkpoint: Checkpoint, layout: Layout) -> None:
     """Read quantized weights as floats."""
-    _refuse_experts(checkpoint, f"quantized ({layout.method})")
+    if isinstance(checkpoint.stored, StoredTensors) and checkpoint.stored.pieces:
+        _refuse_experts(checkpoint, f"quantized ({layout.method}), all experts of a layer in one tensor")
     floats = DequantizedTensors(checkpoint.stored, layout, checkpoint.source)
     floats.check()
     checkpoint.stored = floats

@@ -16,7 +16,7 @@ from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.tensors import EMBEDDING
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.decoder.ends import Entry, LoopEntry
-from gsx_exporter.decoder.experts import ExpertWeights
+from gsx_exporter.decoder.experts import ExpertWeights, RoutedMlp, StoredExperts
 from gsx_exporter.decoder.layer import DecoderLayer, DecoderOptions
 from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.decoder.norm import norm_of
@@ -65,11 +65,25 @@ def _checkpoint_name(parameter: str) -> str:
 
 
 def load_layer(checkpoint: Checkpoint, index: int, options: DecoderOptions) -> DecoderLayer:
-    """Layer `index` with its weights; in a looped model, a visit."""
+    """Layer `index` with its weights, but for those of routed experts, which are read when they are used; in a looped
+    model, a visit."""
     with torch.device("meta"):
         layer = DecoderLayer(checkpoint.config, options, index)
-    _fill(layer, checkpoint, f"layers.{checkpoint.config.layer_of(index)}.")
+    prefix = f"layers.{checkpoint.config.layer_of(index)}."
+    if isinstance(layer.mlp, RoutedMlp):
+        layer.mlp.experts = _stored_experts(layer.mlp.experts, checkpoint, f"{prefix}mlp.experts.")
+    _fill(layer, checkpoint, prefix)
     return layer
+
+
+def _stored_experts(experts: nn.Module, checkpoint: Checkpoint, prefix: str) -> StoredExperts:
+    found = {name.removeprefix(prefix): source for name, source in sources(experts, prefix).items()}
+
+    def read(product: str, expert: int) -> torch.Tensor:
+        source = found[product]
+        return _read(checkpoint, replace(source, name=source.stack[expert], stack=()))
+
+    return StoredExperts(min(len(source.stack) for source in found.values()), read)
 
 
 def load_entry(checkpoint: Checkpoint, options: DecoderOptions, tokens: torch.Tensor) -> Entry:
@@ -130,13 +144,5 @@ def _fill(module: nn.Module, checkpoint: Checkpoint, prefix: str) -> None:
 
 
 def _read(checkpoint: Checkpoint, source: Source) -> torch.Tensor:
-    """A parameter. Of a stack, one part at a time is in memory besides the result."""
-    if not source.stack:
-        tensor = checkpoint.parameter(source.name).to(source.dtype)
-        return tensor.t() if source.transpose else tensor
-    first = _read(checkpoint, replace(source, name=source.stack[0], stack=()))
-    stacked = torch.empty((len(source.stack), *first.shape), dtype=source.dtype)
-    stacked[0] = first
-    for number, name in enumerate(source.stack[1:], start=1):
-        stacked[number] = _read(checkpoint, replace(source, name=name, stack=()))
-    return stacked
+    tensor = checkpoint.parameter(source.name).to(source.dtype)
+    return tensor.t() if source.transpose else tensor

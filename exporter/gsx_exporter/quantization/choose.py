@@ -27,6 +27,7 @@ from gsx_exporter.quantization.plan import QuantizationPlan
 from gsx_exporter.quantization.scheme import GROUPS
 from gsx_plugins.progress import OnProgress, Progress, silent
 
+_CHOOSING = "choosing the codes of weights"
 # Rows of the text on which a product's loss is measured.
 _SAMPLE_ROWS = 256
 # A linear layer -> the one that gets the same rows. (Q may get fewer than K and V: skipped tokens have K and V.)
@@ -49,6 +50,11 @@ class _Inputs:
     def add_rows(self, other: _Inputs) -> None:
         """Add the rows that the layer got in other visits."""
         self.rows, self.count = torch.cat((self.rows, other.rows)), self.count + other.count
+
+    def take_hessian(self) -> Tensor:
+        """The Hessian, which is then not kept here."""
+        taken, self.hessian = self.hessian, torch.empty(0)
+        return taken
 
     def collect(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         """As a hook before the layer's forward pass."""
@@ -94,10 +100,12 @@ def choose_codes(
                     first = next(iter(inputs))
                     seen = inputs.pop(first)
                     later.add_to(seen, number, first)
+                    note = f"{prefix_of(plan.checkpoint.config, number)}{first}"  # one of them may take minutes
+                    on_progress(Progress(_CHOOSING, number, plan.checkpoint.config.num_layers, note))
                     losses |= _choose(plan, number, layer, first, seen, options.dtype)
             quantize_layer(layer, number, plan)
             walk.through(number, layer, stream)
-            on_progress(Progress("choosing the codes of weights", number + 1, plan.checkpoint.config.num_layers))
+            on_progress(Progress(_CHOOSING, number + 1, plan.checkpoint.config.num_layers))
     return losses
 
 
@@ -112,9 +120,13 @@ def _choose(
     products = [name for name, path in paths.items() if _SAME_ROWS[path] == first and name in plan.matrices]
     for name in products if bool(seen.hessian.any()) else ():
         linear, matrix = linear_of(layer, paths[name]), plan.matrices[name]
-        # The last one overwrites it.
-        hessian = seen.hessian if name == products[-1] else seen.hessian.clone()
-        found = chosen[name] = gptq(linear.weight, hessian, matrix.format, dtype)
+        # The last product overwrites the Hessian, which may be as large as the layer, and then nothing keeps it.
+        found = chosen[name] = gptq(
+            linear.weight,
+            seen.take_hessian() if name == products[-1] else seen.hessian.clone(),
+            matrix.format,
+            dtype,
+        )
         losses[name] = _loss(linear, QuantizedLinear(linear, found, matrix.input_scale, plan.scheme), seen.rows)
     plan.chosen.store(prefix + first, chosen)
     return losses
@@ -152,8 +164,7 @@ class _LaterVisits:
                 if path in self._seen:
                     seen.hessian += torch.from_numpy(np.load(path, allow_pickle=False))
                     seen.add_rows(self._seen[path])
-                np.save(path, seen.hessian.numpy())
-                seen.hessian = seen.hessian[:0]
+                np.save(path, seen.take_hessian().numpy())
                 self._seen[path] = seen
             walk.through(number, layer, stream)
             on_progress(Progress("measuring inputs of all loops", number + 1, self._config.num_layers))

@@ -42,11 +42,12 @@ class Encoded:
 
     def decoded(self) -> Tensor:
         """The weight that the codes stand for, [in, out] float32."""
-        codes = self.codes.float()
-        per_block = len(codes) // len(self.scales)
+        weight = self.codes.to(torch.float32, memory_format=torch.contiguous_format)
+        blocks = weight.view(len(self.scales), -1, weight.shape[1])
         if self.zero_points is not None:
-            codes = codes - self.zero_points.float().repeat_interleave(per_block, 0)
-        return codes * self.scales.float().repeat_interleave(per_block, 0)
+            blocks.sub_(self.zero_points[:, None])
+        blocks.mul_(self.scales[:, None])
+        return weight
 
 
 def round_to_nearest(weight: Tensor, form: WeightFormat, dtype: torch.dtype) -> Encoded:

@@ -27,7 +27,6 @@ def gptq(weight: Tensor, hessian: Tensor, form: WeightFormat, dtype: torch.dtype
     """
     compensation = Compensation(weight, hessian)
     left = weight.clone(memory_format=torch.contiguous_format)
-    codes = torch.empty_like(left)
     size = form.block_size or len(weight)
     blocks: list[tuple[Tensor, Tensor | None]] = []  # scales and zero-points
     for start in range(0, len(weight), _CHUNK):
@@ -37,15 +36,14 @@ def gptq(weight: Tensor, hessian: Tensor, form: WeightFormat, dtype: torch.dtype
             if k % size == 0:  # the block as it is now, with the errors of the earlier ones
                 blocks.append(ranges(left[None, k : k + size], form, dtype))
             scales, zeros = blocks[-1]
-            codes[k] = round_values(left[k], scales[0], None if zeros is None else zeros[0], form)
-            rounded = (codes[k] if zeros is None else codes[k] - zeros[0]) * scales[0].float()
+            codes = round_values(left[k], scales[0], None if zeros is None else zeros[0], form)
+            rounded = (codes if zeros is None else codes - zeros[0]) * scales[0].float()
             errors[k - start] = (left[k] - rounded) / factor[k - start, k]
+            left[k] = codes  # which are kept in place of the weights that are done
             left[k + 1 : stop].addr_(factor[k - start, k + 1 : stop], errors[k - start], alpha=-1)
         left[stop:].addmm_(factor[:, stop:].t(), errors, alpha=-1)
     all_zeros = [zeros for _, zeros in blocks if zeros is not None]
-    return encoded(
-        codes, torch.cat([scales for scales, _ in blocks]), torch.cat(all_zeros) if all_zeros else None, form
-    )
+    return encoded(left, torch.cat([scales for scales, _ in blocks]), torch.cat(all_zeros) if all_zeros else None, form)
 
 
 class Compensation:

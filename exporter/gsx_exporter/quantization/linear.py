@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import partial
 
 import torch
 from modelopt.torch.quantization.config import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
+from gsx_exporter.decoder.experts import RoutedMlp, StoredExperts
 from gsx_exporter.decoder.layer import DecoderLayer
 from gsx_exporter.decoder.modules import Linear
 from gsx_exporter.quantization.codes import Encoded
@@ -49,23 +51,31 @@ def quantize_layer(layer: DecoderLayer, number: int, plan: QuantizationPlan) -> 
     for name, matrix in plan.matrices.items():
         if name.startswith(prefix):
             path = name.removeprefix(prefix)
-            if is_stack(path):
-                for weight in weights_of(layer, path):
-                    weight.copy_(plan.encoded(name, weight, torch.float32).decoded())
-                continue
             owner, _, attribute = path.rpartition(".")
+            if is_stack(path):
+                _experts_of(layer).round_weights(attribute, partial(_rounded, plan, name))
+                continue
             linear = linear_of(layer, path)
             codes = plan.encoded(name, linear.weight, torch.float32)
             quantized = QuantizedLinear(linear, codes, matrix.input_scale, plan.scheme)
             setattr(layer.get_submodule(owner), attribute, quantized)
 
 
-def weights_of(layer: DecoderLayer, name: str) -> Sequence[Tensor]:
+def _rounded(plan: QuantizationPlan, name: str, weight: Tensor) -> Tensor:
+    return plan.encoded(name, weight, torch.float32).decoded()
+
+
+def weights_of(layer: DecoderLayer, name: str) -> Iterable[Tensor]:
     """The weights of one of a layer's products, [in, out] each: one, or one of each expert."""
     if not is_stack(name):
         return [linear_of(layer, name).weight]
-    stacked: Tensor = layer.get_parameter(name).data
-    return stacked.unbind()
+    return _experts_of(layer).weights(name.rpartition(".")[2])
+
+
+def _experts_of(layer: DecoderLayer) -> StoredExperts:
+    assert isinstance(layer.mlp, RoutedMlp)
+    assert isinstance(layer.mlp.experts, StoredExperts)
+    return layer.mlp.experts
 
 
 def linear_of(layer: DecoderLayer, name: str) -> Linear:

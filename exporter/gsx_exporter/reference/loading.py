@@ -19,6 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gsx_exporter.checkpoint.adapter import Adapter, MergedTensors
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
+from gsx_exporter.checkpoint.experts import of_module
 from gsx_exporter.checkpoint.files import WHOLE_TO_TEXT
 from gsx_exporter.checkpoint.json_file import one_line
 from gsx_exporter.checkpoint.quiet import quiet_transformers
@@ -167,7 +168,7 @@ def _dequantized(checkpoint: Checkpoint) -> Any:
     model = _from_config(checkpoint, stored)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(stored.tensor(name))
+            parameter.copy_(of_module(name, stored.tensor, checkpoint.config.experts))
     model.generation_config = _generation_config(checkpoint)
     return model
 
@@ -187,7 +188,8 @@ def _unread(checkpoint: Checkpoint) -> tuple[Any, Unread]:
     for name, parameter in list(model.named_parameters()):
         place, _, last = name.rpartition(".")
         setattr(model.get_submodule(place), last, _empty(parameter.shape))
-        unread[model.get_parameter(name)] = functools.partial(stored.tensor, name)
+        read = functools.partial(of_module, name, stored.tensor, checkpoint.config.experts)
+        unread[model.get_parameter(name)] = read
     if HEAD not in stored.names:
         model.lm_head.weight = model.model.embed_tokens.weight
     model.generation_config = _generation_config(checkpoint)

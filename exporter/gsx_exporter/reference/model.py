@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -26,18 +26,21 @@ from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.config import ModelConfig
 from gsx_exporter.gate_config import GateConfig
-from gsx_exporter.reference.loading import Unread, load_model, load_streamed
+from gsx_exporter.reference.cache import PassingCache, SkippingCache
+from gsx_exporter.reference.call import Call
+from gsx_exporter.reference.hooks import note_first, note_logits, note_output
+from gsx_exporter.reference.loading import load_model, load_streamed
 from gsx_exporter.reference.parts import linear
 from gsx_exporter.reference.rule import (
     BranchInput,
     Decision,
     KeepAll,
     MaskCall,
-    Masker,
     ReferenceRule,
     T,
     certain,
 )
+from gsx_exporter.reference.widening import Widening, hold_narrow
 from gsx_plugins.errors import UsageError
 
 # Rows of logits that are computed at a time: with a large vocabulary, all at once would take more memory than a layer.
@@ -70,36 +73,14 @@ class ReferenceOutput:
     routers: dict[int, torch.Tensor]
 
 
-@dataclass
-class _Call:
-    """The call in progress: its masker, and what the branches record. Masks are [B, S].
-
-    Args:
-        has_kv: with the K/V policy `none`, layer -> [B, past] bool: which tokens have K and V there; else None.
-        running: the branch whose result the rule has not seen yet.
-        visit, left: in a looped model, the number of the visit that runs next, and the state that left the last one.
-    """
-
-    masker: Masker
-    valid: torch.Tensor
-    decisions: list[list[Decision]]
-    has_kv: dict[int, torch.Tensor] | None
-    running: tuple[BranchInput, Decision] | None = None
-    visit: int = 0
-    left: torch.Tensor | None = None
-
-
 class Reference:
     """A model with a keep rule applied by masks. Create it with `Reference.load`.
 
     The layers, the embedding and the head run on `device` in the type `dtype`; the rule runs on the CPU.
     """
 
-    def __init__(
-        self, model: Any, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, unread: Unread | None = None
-    ) -> None:
-        self.model, self._unread = model, unread or {}
-        self.dtype, self.device = dtype, device
+    def __init__(self, model: Any, checkpoint: Checkpoint, widening: Widening) -> None:
+        self.model, self._widening = model, widening
         self.config: ModelConfig = checkpoint.config
         self._ends = _end_tokens(model)
         # Older versions of transformers have only the second name, and its newest models only the first.
@@ -108,7 +89,7 @@ class Reference:
         self._gates: dict[tuple[int, Branch], nn.Linear] = {}
         self._checkpoint = checkpoint
         self._parts: dict[Callable[[Checkpoint], Any], Any] = {}
-        self._call: _Call | None = None
+        self._call: Call | None = None
         # With the K/V policy `none`: for each cache, layer -> which of its columns have K and V.
         self._has_kv: WeakKeyDictionary[DynamicCache, dict[int, torch.Tensor]] = WeakKeyDictionary()
 
@@ -137,13 +118,14 @@ class Reference:
         model.eval()
         model.requires_grad_(False)
         if not streamed:
-            _narrow(model)
+            hold_narrow(model)
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model.model.rotary_emb.to(found)
-        reference = cls(model, checkpoint, dtype, found, unread)
-        reference._widen_rows_to_run(model.model.embed_tokens)
+        widening = Widening(dtype, found, unread)
+        reference = cls(model, checkpoint, widening)
+        widening.rows_to_run(model.model.embed_tokens)
         for part in (*model.model.layers, model.model.norm, model.lm_head):
-            reference._widen_to_run(part)
+            widening.to_run(part)
         if config.loops is None:
             reference._wrap_branches()
         else:
@@ -195,27 +177,28 @@ class Reference:
         layers = self.config.num_layers
         tokens = MaskCall(input_ids, valid, ended, position_ids, layers, self.config.loops, self._logits_of, self._part)
         everyone = Decision(valid, None, certain(valid))
-        self._call = call = _Call(
+        self._call = call = Call(
             masker=(rule or KeepAll()).start(tokens),
             valid=valid,
             decisions=[[everyone, everyone] for _ in range(self.config.num_layers)],
             has_kv=self._has_kv.setdefault(cache, {}) if kv_policy == "none" else None,
         )
         states: list[torch.Tensor] = []
-        hooks = [self.model.model.layers[0].register_forward_pre_hook(_note_first(states))]
-        hooks += [layer.register_forward_hook(_note_output(states)) for layer in self.model.model.layers]
+        hooks = [self.model.model.layers[0].register_forward_pre_hook(note_first(states))]
+        hooks += [layer.register_forward_hook(note_output(states)) for layer in self.model.model.layers]
         routers: dict[int, torch.Tensor] = {}
         for number in self.config.experts.layers if self.config.experts else ():
             gate = self.model.model.layers[number].mlp.branch.gate
-            hooks.append(gate.register_forward_hook(_note_logits(routers, number, (B, S))))
+            hooks.append(gate.register_forward_hook(note_logits(routers, number, (B, S))))
         through = cache
         if kv_policy != "compute" or self.config.shares_caches:
-            through = _SkippingCache(cache, call, self.config, kv_policy)
+            through = SkippingCache(cache, call, self.config, kv_policy)
+        device = self._widening.device
         try:
             self.model.model(
-                input_ids=input_ids.to(self.device),
-                attention_mask=attention_mask.to(self.device),
-                position_ids=position_ids.to(self.device),
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                position_ids=position_ids.to(device),
                 use_cache=True,
                 **{self._cache_argument: through},
             )
@@ -254,9 +237,9 @@ class Reference:
     def logits_after(self, state: torch.Tensor) -> Iterator[torch.Tensor]:
         """Logits of states [S, H], some rows [m, V] at a time: final norm, and all that transformers does after it."""
         model = self.model
-        with self._widened(model.model.norm), self._widened(model.lm_head):
+        with self._widening.widened(model.model.norm), self._widening.widened(model.lm_head):
             for rows in torch.split(state, _HEAD_ROWS):
-                normed = model.model.norm(rows.to(self.device))
+                normed = model.model.norm(rows.to(self._widening.device))
                 layers, model.model = model.model, _Given()
                 try:
                     logits: torch.Tensor = model(inputs_embeds=normed[None]).logits[0].cpu()
@@ -268,54 +251,9 @@ class Reference:
         rows = torch.cat(list(self.logits_after(state.reshape(-1, state.shape[-1]))))
         return rows.view(*state.shape[:-1], -1)
 
-    @contextmanager
-    def computing_in(self, dtype: torch.dtype) -> Iterator[None]:
-        """The same model in another type."""
-        before, self.dtype = self.dtype, dtype
-        try:
-            yield
-        finally:
-            self.dtype = before
-
-    @contextmanager
-    def _widened(self, part: nn.Module) -> Iterator[None]:
-        """Within it, the part's weights have the type, and are on the device, of the computation."""
-        narrow = [(weight, weight.data) for weight in part.parameters()]
-        for weight, _ in narrow:
-            weight.data = self._values(weight).to(self.device, self.dtype)
-        try:
-            yield
-        finally:
-            for weight, data in narrow:
-                weight.data = data
-
-    def _values(self, weight: torch.Tensor) -> torch.Tensor:
-        read = self._unread.get(weight) if isinstance(weight, nn.Parameter) else None
-        return weight.data if read is None else read()
-
-    def _widen_to_run(self, part: nn.Module) -> None:
-        run = part.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            with self._widened(part):
-                return run(*args, **kwargs)
-
-        part.forward = forward
-
-    def _widen_rows_to_run(self, table: nn.Embedding) -> None:
-        """The same for the embedding, of which a text reads few rows."""
-        run = table.forward
-
-        def forward(input: torch.Tensor) -> torch.Tensor:
-            used, numbers = torch.unique(input, return_inverse=True)
-            stored, whole = table.weight.data, self._values(table.weight)
-            table.weight.data = whole[used.to(whole.device)].to(self.device, self.dtype)
-            try:
-                return run(numbers)
-            finally:
-                table.weight.data = stored
-
-        table.forward = forward  # type: ignore[method-assign]
+    def computing_in(self, dtype: torch.dtype) -> AbstractContextManager[None]:
+        """The same model in another type, for a while."""
+        return self._widening.computing_in(dtype)
 
     def greedy(
         self,
@@ -374,7 +312,7 @@ class Reference:
             unchanged = hidden_states
             if kwargs.pop("shared_kv_states", None) is not None:
                 # Not the last loop: transformers' attention would join past and own K and V, and keep none of them.
-                kwargs["cache"] = _Passing(kwargs["cache"])
+                kwargs["cache"] = PassingCache(kwargs["cache"])
             if loops.loop_of(call.visit) and loops.begins(call.visit):
                 assert call.left is not None
                 unchanged = call.left
@@ -455,7 +393,7 @@ class Reference:
         """Which tokens of the call are not padding, [B, S] bool."""
         return self._current().valid
 
-    def _current(self) -> _Call:
+    def _current(self) -> Call:
         assert self._call is not None, "a branch ran outside a call of the reference"
         return self._call
 
@@ -497,69 +435,6 @@ class _Branch(nn.Module):
         return (added, *output[1:]) if isinstance(output, tuple) else added
 
 
-class _SkippingCache(DynamicCache):
-    """K/V policies `copy` and `none`: if attention is skipped, K and V are those of the layer below (layer 0 computes
-    its own), or zeros.
-
-    It shares the layers of the caller's cache, which therefore receives the result.
-    """
-
-    def __init__(self, target: DynamicCache, call: _Call, config: ModelConfig, kv_policy: KvPolicy) -> None:
-        super().__init__()
-        self.layers = target.layers
-        self._call, self._config = call, config
-        self._copies, self._drops = kv_policy == "copy", kv_policy == "none"
-        # By number of the layer, or of the visit: K and V that another one may copy.
-        self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        key_states, value_states = self.own(key_states, value_states, layer_idx)
-        updated: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, layer_idx)
-        return updated
-
-    def passed(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same as `update`, but nothing stays in the cache."""
-        new = self.own(key_states, value_states, layer_idx)
-        past = self.layers[layer_idx] if layer_idx < len(self.layers) else None
-        if past is None or not past.is_initialized:
-            return new
-        return torch.cat((past.keys, new[0]), dim=-2), torch.cat((past.values, new[1]), dim=-2)
-
-    def own(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the call's tokens, with those of skipped tokens replaced."""
-        number = layer_idx if self._config.loops is None else self._call.visit
-        below = self._made.pop(self._config.below(number), None)
-        if self._drops:
-            below = (torch.zeros_like(key_states), torch.zeros_like(value_states))
-        if below is not None:
-            keep = self._call.decisions[number][BRANCHES.index("attn")].keep | ~self._call.valid
-            keep = keep[:, None, :, None].to(key_states.device)
-            key_states = torch.where(keep, key_states, below[0])
-            value_states = torch.where(keep, value_states, below[1])
-        if self._copies:
-            self._made[number] = (key_states, value_states)
-        return key_states, value_states
-
-
-class _Passing:
-    """The cache of a visit whose K and V do not stay, where the loops share a cache."""
-
-    def __init__(self, cache: _SkippingCache) -> None:
-        self._cache = cache
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the tokens of the call see."""
-        return self._cache.passed(key_states, value_states, layer_idx)
-
-
 class _Given(nn.Module):
     """In place of the layers: passes on the states that it is given, in the output type with most fields."""
 
@@ -567,48 +442,7 @@ class _Given(nn.Module):
         return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
 
 
-def _note_first(states: list[torch.Tensor]) -> Callable[[nn.Module, Any], None]:
-    """A hook that keeps what the first layer reads, when it runs for the first time."""
-
-    def note(_layer: nn.Module, args: Any) -> None:
-        if not states:
-            states.append(args[0])
-
-    return note
-
-
-def _note_output(states: list[torch.Tensor]) -> Callable[[nn.Module, Any, torch.Tensor], None]:
-    def note(_layer: nn.Module, _args: Any, output: torch.Tensor) -> None:
-        states.append(output)
-
-    return note
-
-
-def _note_logits(
-    routers: dict[int, torch.Tensor], layer: int, shape: tuple[int, int]
-) -> Callable[[nn.Module, Any, Any], None]:
-    """A hook that keeps what transformers' router returns first: its logits, [tokens, E]."""
-
-    def note(_router: nn.Module, _args: Any, output: Any) -> None:
-        routers[layer] = output[0].reshape(*shape, -1).cpu()
-
-    return note
-
-
 def _end_tokens(model: Any) -> torch.Tensor:
     """The tokens that end a text, int64, as transformers' own `generate` would take them."""
     ends = model.generation_config.eos_token_id
     return torch.tensor([] if ends is None else ends, dtype=torch.int64).reshape(-1)
-
-
-def _narrow(model: nn.Module) -> None:
-    """Keep weights in 16 bits that lose nothing by it, as those of a checkpoint in 16 bits do.
-
-    Buffers stay as they are: transformers computed them in float32.
-    """
-    for weight in model.parameters():
-        for dtype in (torch.bfloat16, torch.float16):
-            narrow = weight.data.to(dtype)
-            if torch.equal(narrow.float(), weight.data):
-                weight.data = narrow
-                break

@@ -18,36 +18,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 from gsx_engines.bundle.bundle import writing
 from gsx_exporter.checkpoint.checkpoint import Checkpoint
-from gsx_exporter.checkpoint.experts import spelling_of
-from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import EXIT_CLASSIFIER
-from gsx_exporter.checkpoint.tokenizer import load_tokenizer
-from gsx_exporter.convert import SLACK_BYTES, write_config, write_safetensors
+from gsx_exporter.convert import SLACK_BYTES
 from gsx_exporter.decoder.layer import DecoderOptions
 from gsx_exporter.decoder.walk import Walk
 from gsx_exporter.defaults import CLASSIFIER_TOKENS
-from gsx_exporter.errors import CheckpointError, TextError
-from gsx_exporter.text import WINDOW_TOKENS
-from gsx_exporter.training.corpus import read_corpus, split
-from gsx_exporter.training.tokenizer import encode_documents
+from gsx_exporter.training.frozen import learnt_windows, text_windows, write_with
+from gsx_exporter.training.logistic import logistic_regression, ranking
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
-
-# Share of the text that is held out to evaluate the classifiers.
-HELD_OUT = 1 / 8
-FEWEST_WINDOWS = 4
-# Factor of half the squared weights (for standardized states), added to the mean loss: keeps weights finite even if the
-# labels are separable.
-PENALTY = 1e-3
-_STEPS = 200
-_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -119,11 +103,14 @@ def train_exit_classifiers(
             "exit classifiers are not trained for looped models",
             expected="a model whose layers run once",
             found=f"{checkpoint.config.family}, {checkpoint.source}",
+            todo="gsx train --exit-gate fits Ouro's own gate, which decides between loops"
+            if checkpoint.config.loop_gate
+            else None,
         )
     exits = _exits(checkpoint, depths)
     with writing(out, overwrite=False, needed_bytes=checkpoint.weight_bytes() + SLACK_BYTES) as work:
         on_progress(Progress("reading the text"))
-        ids = _windows(checkpoint, None if text is None else Path(text), tokens)
+        ids = text_windows(checkpoint, None if text is None else Path(text), tokens)
         found = fit_exit_classifiers(checkpoint, ids, exits, on_progress)
         _write(checkpoint, found, work, on_progress)
     return ClassifierResult(out, int(ids.size), found)
@@ -150,7 +137,7 @@ def fit_exit_classifiers(
     total = layers + depths[-1]
     next_tokens: dict[int, Tensor] = {}
     fitted = []
-    fit_on = (len(ids) - max(1, int(len(ids) * HELD_OUT))) * ids.shape[1]
+    fit_on = learnt_windows(len(ids)) * ids.shape[1]
     with torch.inference_mode():
         stream = walk.stream({})
         for number, layer in walk.layers():
@@ -170,7 +157,7 @@ def fit_exit_classifiers(
             weight, bias = _fit(stream.hidden[:fit_on].clone(), agrees[:fit_on].clone(), depth)
             held, labels = stream.hidden[fit_on:], agrees[fit_on:]
             scores = (held @ weight.t() + bias)[:, 0]
-            fitted.append(ExitClassifier(depth, weight, bias, float(labels.float().mean()), _ranking(scores, labels)))
+            fitted.append(ExitClassifier(depth, weight, bias, float(labels.float().mean()), ranking(scores, labels)))
         if depth == depths[-1]:
             break
     return tuple(fitted)
@@ -186,36 +173,8 @@ def _fit(states: Tensor, agrees: Tensor, depth: int) -> tuple[Tensor, Tensor]:
             found=f"its next token is {'always' if share else 'never'} the whole model's, on {len(agrees)} tokens",
             todo="give more text, or leave this exit out",
         )
-    mean, spread = states.mean(dim=0), states.std(dim=0).clamp(min=1e-6)
     # Weights as in the released code: 1 minus the share of tokens with the same label.
-    each = torch.where(agrees, 1 - share, share)
-    labels = agrees.float()
-    weight, bias = (torch.zeros(size, requires_grad=True) for size in (states.shape[1], 1))
-    solver = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        scaled = weight / spread
-        scores = states @ scaled + (bias - mean @ scaled)
-        found = binary_cross_entropy_with_logits(scores, labels, each, reduction="sum") / each.sum()
-        found = found + PENALTY / 2 * weight.square().sum()
-        found.backward()  # type: ignore[no-untyped-call]
-        return found
-
-    solver.step(loss)  # type: ignore[no-untyped-call]
-    with torch.no_grad():
-        scaled = weight / spread
-        return scaled[None], bias - mean @ scaled
-
-
-def _ranking(scores: Tensor, agrees: Tensor) -> float:
-    """Area under the ROC curve: scores [N], labels [N] bool."""
-    positive = agrees.numpy()
-    n = int(positive.sum())
-    if n in (0, len(positive)):
-        return float("nan")
-    ranks = rankdata(scores.numpy())
-    return float((ranks[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
+    return logistic_regression(states, agrees.float(), torch.where(agrees, 1 - share, share))
 
 
 def _exits(checkpoint: Checkpoint, depths: Sequence[int] | None) -> list[int]:
@@ -239,50 +198,11 @@ def _exits(checkpoint: Checkpoint, depths: Sequence[int] | None) -> list[int]:
     return sorted(set(wanted))
 
 
-def _windows(checkpoint: Checkpoint, text: Path | None, tokens: int) -> np.ndarray:
-    """Windows [M, S] of the training part of a corpus."""
-    documents = split(read_corpus(text))["train"]
-    # A random sample of the files; a token rarely has more than 16 characters.
-    order = np.random.default_rng(_SEED).permutation(len(documents))
-    sizes = np.cumsum([len(documents[n].text) for n in order])
-    some = [documents[n] for n in order[: 1 + int(np.searchsorted(sizes, 16 * tokens))]]
-    end = next(iter(checkpoint.config.eos_ids), None)
-    ids = encode_documents(load_tokenizer(checkpoint), some, end_of_text=end)[:tokens]
-    width = min(WINDOW_TOKENS, checkpoint.config.max_positions)
-    count = len(ids) // width
-    if count < FEWEST_WINDOWS:
-        raise TextError(
-            "the text is too short to fit exit classifiers",
-            expected=f"{FEWEST_WINDOWS * width} tokens or more",
-            found=f"{len(ids)} tokens",
-        )
-    highest = int(ids.max())
-    if highest >= checkpoint.config.vocab_size:
-        raise CheckpointError(
-            f"{checkpoint.source}: the tokenizer does not fit the model",
-            expected=f"token ids below {checkpoint.config.vocab_size}",
-            found=str(highest),
-        )
-    return ids[: count * width].astype(np.int64).reshape(count, width)
-
-
-def _write(
-    checkpoint: Checkpoint,
-    found: Sequence[ExitClassifier],
-    work: Path,
-    on_progress: OnProgress,
-) -> None:
+def _write(checkpoint: Checkpoint, found: Sequence[ExitClassifier], work: Path, on_progress: OnProgress) -> None:
     """Write the checkpoint with these classifiers, without those that it may have had before."""
-    checkpoint.copy_companions(work)
     own: dict[str, Tensor] = {}
     for one in found:
         prefix = f"model.layers.{one.depth - 1}.{EXIT_CLASSIFIER}"
         own |= {f"{prefix}.weight": one.weight.contiguous(), f"{prefix}.bias": one.bias}
-    kept = [name for name in checkpoint.names if f".{EXIT_CLASSIFIER}." not in name]
-
-    def read(name: str) -> Tensor:
-        return own[name] if name in own else checkpoint.tensor(name)
-
-    sizes = {name: read(name).numel() * read(name).element_size() for name in (*kept, *own)}
-    write_config(checkpoint, {"exit_classifiers": [one.depth for one in found]}, set(), work / CONFIG)
-    write_safetensors(work, sizes, read, spelling=spelling_of(checkpoint.config), on_progress=on_progress)
+    section = {"exit_classifiers": [one.depth for one in found]}
+    write_with(checkpoint, own, work, on_progress, section=section, without=f".{EXIT_CLASSIFIER}.")

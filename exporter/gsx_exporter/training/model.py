@@ -75,9 +75,7 @@ def check_trainable(checkpoint: Checkpoint, settings: TrainSettings) -> None:
             raise UsageError(
                 f"{checkpoint.source}: cannot be trained: {reason}",
                 expected="float weights of a supported family, in safetensors",
-                todo="train its base, or merge the adapter by PEFT (merge_and_unload) first"
-                if checkpoint.adapter
-                else None,
+                todo=_instead(checkpoint),
             )
     if settings.mode == "lora":
         targets = settings.lora.targets
@@ -94,6 +92,15 @@ def check_trainable(checkpoint: Checkpoint, settings: TrainSettings) -> None:
                 expected=f"at most {least}, for {name} {list(checkpoint.shape(name))}",
                 found=f"rank {settings.lora.rank}",
             )
+
+
+def _instead(checkpoint: Checkpoint) -> str | None:
+    """What to do about a model that cannot be trained."""
+    if checkpoint.adapter:
+        return "train its base, or merge the adapter by PEFT (merge_and_unload) first"
+    if checkpoint.config.loop_gate:
+        return "gsx train --exit-gate trains the gate between its loops; docs/training.md says what else there is"
+    return "docs/training.md says how looped models are trained" if checkpoint.config.loops else None
 
 
 def _names(targets: Any) -> tuple[str, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,6 +24,22 @@ def routed_experts(
     Returns: [K, H], type of rows. Results are added in float32. Among equal probabilities the expert of
         the lower number comes first.
     """
+    return through_experts(rows, logits, lambda expert: (gate[expert], up[expert], down[expert]), top_k, normalized)
+
+
+@routed_experts.register_fake
+def _(rows: Tensor, logits: Tensor, gate: Tensor, up: Tensor, down: Tensor, top_k: int, normalized: bool) -> Tensor:
+    return torch.empty_like(rows)
+
+
+def through_experts(
+    rows: Tensor,
+    logits: Tensor,
+    weights: Callable[[int], tuple[Tensor, Tensor, Tensor]],
+    top_k: int,
+    normalized: bool,
+) -> Tensor:
+    """As `routed_experts`. Args: weights: gives those of one expert: gate, up [H, F] and down [F, H]."""
     probabilities = logits.softmax(dim=-1)
     best, experts = (part[:, :top_k] for part in probabilities.sort(dim=-1, descending=True, stable=True))
     if normalized:
@@ -29,12 +47,7 @@ def routed_experts(
     out = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
     for expert in sorted(set(experts.flatten().tolist())):
         index, place = torch.where(experts == expert)
-        x = rows[index]
-        inner = F.silu(x @ gate[expert]) * (x @ up[expert])
-        out.index_add_(0, index, (inner @ down[expert]).float() * best[index, place, None])
+        x, (gate, up, down) = rows[index], weights(expert)
+        inner = F.silu(x @ gate) * (x @ up)
+        out.index_add_(0, index, (inner @ down).float() * best[index, place, None])
     return out.to(rows.dtype)
-
-
-@routed_experts.register_fake
-def _(rows: Tensor, logits: Tensor, gate: Tensor, up: Tensor, down: Tensor, top_k: int, normalized: bool) -> Tensor:
-    return torch.empty_like(rows)

@@ -39,10 +39,13 @@ def test_it_repeats_them_otherwise(stand_in: StandIn, setting: str) -> None:
     assert code == 0, says
 
 
-@pytest.mark.parametrize("case", ["gated, plain", "copy, exit:3", "rank, counted by the host, plain"])
+CASES = [f"{case}, stop ids" for case in ("gated, plain", "copy, exit:3", "rank, counted by the host, plain")]
+
+
+@pytest.mark.parametrize("case", [*CASES, "steps, plain, few"])
 def test_it_goes_on_after_every_failure(stand_in: StandIn, case: str) -> None:
     """Each call of CUDA and TensorRT fails once: an error of gsx, nothing lost, and the next generation is right."""
-    code, says = stand_in.check("failures", stand_in.vectors, stand_in.vectors.parent, f"{case}, stop ids")
+    code, says = stand_in.check("failures", stand_in.vectors, stand_in.vectors.parent, case)
     assert code == 0, says
 
 

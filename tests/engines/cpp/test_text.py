@@ -14,7 +14,7 @@ import pytest
 
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.chat import ChatTemplate
-from gsx_engines.tokens import BundleTokenizer
+from gsx_engines.tokens import BundleTokenizer, TextWriter
 from tests.gsx.command_line import edit_json
 
 SOURCES = Path(__file__)
@@ -35,6 +35,7 @@ TEXTS = [
     "x" * 300,
 ]
 CHAT = [{"role": "user", "content": "Who is it?"}, {"role": "assistant", "content": "The model."}]
+NFC = {"type": "NFC"}
 SYSTEM = {"role": "system", "content": " Be brief.\n"}
 
 
@@ -73,6 +74,29 @@ def test_ids(ask: Callable[..., Any], chat_bundle: Path) -> None:
     ]
 
 
+@pytest.fixture(scope="module")
+def composing(chat_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose tokenizer composes characters, as Qwen's do."""
+    bundle = Path(shutil.copytree(chat_bundle, tmp_path_factory.mktemp("nfc") / "bundle"))
+    edit_json(bundle / "tokenizer.json", lambda t: t.update(normalizer={"type": "Sequence", "normalizers": [NFC]}))
+    edit_json(bundle / "tokenizer.json", lambda t: [one.update(normalized=False) for one in t["added_tokens"]])
+    return bundle
+
+
+def test_ids_of_composed_texts(ask: Callable[..., Any], composing: Path) -> None:
+    """NFC: marks behind letters, in another order, behind an added token; Hangul; signs that are another character."""
+    tokenizer = BundleTokenizer(open_bundle(composing))
+    rng = random.Random(2)
+    marks = "\u0300\u0301\u0308\u0323\u0327\u0338\u3099"
+    letters = "aeEoc<>=\u304b\u1100\u1161\u11a8\uac00\u212b\u2126\u00e9\u1e9b \n"
+    texts = ["".join(rng.choice(letters + marks) for _ in range(12)) for _ in range(200)]
+    texts += [*TEXTS, *varied(100), "<|im_start|>\u0338 a<think>\u0301", "e\u0301<|im_end|>e\u0301"]
+    assert ask(composing, [{"rendered": text} for text in texts]) == [tokenizer.encode_rendered(one) for one in texts]
+    edit_json(composing / "tokenizer.json", lambda t: t["added_tokens"][-1].update(content="<\u00c5>"))
+    (found,) = ask(composing, [{"encode": "<\u212b>"}])
+    assert "cannot read this text" in found["error"]
+
+
 def test_texts(ask: Callable[..., Any], chat_bundle: Path) -> None:
     """Whole texts, and piece by piece as tokens come: also where a character is cut, and of any ids at all."""
     bundle = open_bundle(chat_bundle)
@@ -84,6 +108,25 @@ def test_texts(ask: Callable[..., Any], chat_bundle: Path) -> None:
         stream = tokenizer.stream()
         wanted = [*(stream.push(token) for token in ids), stream.finish()]
         assert "".join(pieces) == "".join(wanted) == text
+
+
+STOPS = [["e"], ["zz", "\n"], ["in ", "n '"], ["世界"], ["\u00e4", "ns"], ["absent"], []]
+
+
+def test_stop_texts(ask: Callable[..., Any], chat_bundle: Path) -> None:
+    """Over the borders of tokens and within characters; what only begins like one is written in the end."""
+    tokenizer = BundleTokenizer(open_bundle(chat_bundle))
+    asked = [(tokenizer.encode(text), stops) for text in [*TEXTS, *varied(20)] for stops in STOPS]
+    found = ask(chat_bundle, [{"ids": ids, "stop": stops} for ids, stops in asked])
+    for (ids, stops), answer in zip(asked, found, strict=True):
+        writer, read, stopped = TextWriter(tokenizer.stream(), stops, lambda _: None), 0, False
+        for token in ids:
+            stopped, read = writer.push(token), read + 1
+            if stopped:
+                break
+        assert answer == [writer.finish(), stopped, read]
+    (refused,) = ask(chat_bundle, [{"ids": [], "stop": [""]}])
+    assert "a stop text is empty" in refused["error"]
 
 
 def test_chats(ask: Callable[..., Any], chat_bundle: Path) -> None:
@@ -107,6 +150,10 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another model": (lambda t: t["model"].update(type="Unigram"), "a model of type"),
     "byte fallback": (lambda t: t["model"].update(byte_fallback=True), "a model with byte_fallback"),
     "a normalizer": (lambda t: t.update(normalizer={"type": "Lowercase"}), "a normalizer"),
+    "a normalized token": (
+        lambda t: [t.update(normalizer=NFC), t["added_tokens"][0].update(normalized=True)],
+        "an added token with normalized",
+    ),
     "a decoder": (lambda t: t.update(decoder={"type": "Fuse"}), "a decoder"),
     "words": (lambda t: t.update(pre_tokenizer={"type": "Whitespace"}), "a pre-tokenizer"),
     "a stripped token": (lambda t: t["added_tokens"][0].update(lstrip=True), "an added token with lstrip"),

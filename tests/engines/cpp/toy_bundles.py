@@ -13,7 +13,7 @@ from typing import Any
 from gsx_engines.tensorrt.backend import platform_name
 from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES
 
-BACKEND, ENGINE_SET = "tensorrt", "toy"
+BACKEND = "tensorrt"
 # The stand-in's GPU has compute capability 9.0.
 TARGET = "90"
 # The inputs that TensorRT needs on the host: values that shapes depend on.
@@ -46,19 +46,21 @@ def write_bundle(
         plan: changes every engine, which the stand-in reads.
     """
     made = copy.deepcopy(dict(manifest))
-    entry = made["engines"][ENGINE_SET]
-    folder = directory / ENGINES / ENGINE_SET
-    folder.mkdir(parents=True)
+    directory.mkdir(parents=True)
     made["weights"] |= _write(directory / made["weights"]["file"], b"weights")
     for name, graph in made["graphs"].items():
         graph["sha256"] = _write(directory / graph["file"], name.encode())["sha256"]
-        engine = {"manifest": manifest, "graph": name, "on_host": ON_HOST, "plugins": False}
-        plan(engine)
-        entry["graphs"][name] |= _write(folder / entry["graphs"][name]["file"], json.dumps(engine).encode())
-        entry["graphs"][name] |= {"graph_sha256": graph["sha256"], "weights_sha256": made["weights"]["sha256"]}
-    entry |= {"backend": BACKEND, "tensorrt_version": version, "targets": [TARGET], "platform": platform_name()}
-    record(entry)
-    (folder / ENGINE_FILE).write_text(json.dumps(entry), encoding="utf-8")
+    for engines, entry in made["engines"].items():
+        folder = directory / ENGINES / engines
+        folder.mkdir(parents=True)
+        for name, one in entry["graphs"].items():
+            engine = {"manifest": manifest, "set": engines, "graph": name, "on_host": ON_HOST, "plugins": False}
+            plan(engine)
+            one |= _write(folder / one["file"], json.dumps(engine).encode())
+            one |= {"graph_sha256": made["graphs"][name]["sha256"], "weights_sha256": made["weights"]["sha256"]}
+        entry |= {"backend": BACKEND, "tensorrt_version": version, "targets": [TARGET], "platform": platform_name()}
+        record(entry)
+        (folder / ENGINE_FILE).write_text(json.dumps(entry), encoding="utf-8")
     (directory / "gsx.json").write_text(json.dumps(made), encoding="utf-8")
 
 

@@ -55,6 +55,28 @@ private:
     std::string mHeld;
 };
 
+// The text of ids up to a stop text. What may be the beginning of one is held back until more of the text is known.
+class TextWriter {
+public:
+    // Throws UsageError: a stop text that is empty, or not UTF-8.
+    TextWriter(Tokenizer const& tokenizer, std::vector<std::string> stops);
+    // Whether a stop text is complete.
+    bool push(int64_t id);
+    // The new text since the last call.
+    std::string take();
+    // What is left at the end, up to a stop text.
+    std::string finish();
+
+private:
+    bool add(std::string const& text);
+
+    TextStream mStream;
+    std::vector<std::string> mStops;
+    std::string mReady;
+    std::string mHeld;
+    bool mStopped = false;
+};
+
 struct Message {
     std::string role;
     std::string content;

@@ -175,6 +175,9 @@ struct PluginRecord {
     std::string sourceHash;
 };
 
+inline constexpr char const* kInPlaceLayout = "in-place";
+inline constexpr char const* kStepLayout = "step";
+
 // One set of engines, as in `gsx.json` and in `engines/<name>/engine.json`.
 struct EngineEntry {
     std::string backend;
@@ -182,8 +185,8 @@ struct EngineEntry {
     std::vector<std::string> targets;
     std::string platform;
     std::optional<std::string> gpu;
-    // `in-place`; or `growing`, which this library does not run.
-    std::string kvLayout = "in-place";
+    // `in-place`; `step`, for calls of one size beside those; or `growing`, which this library does not run.
+    std::string kvLayout = kInPlaceLayout;
     int64_t capacity = 0;
     std::vector<EngineProfile> profiles;
     std::optional<PluginRecord> plugins;

@@ -29,9 +29,17 @@ public:
     // Makes the engine of a graph; called with `model`, or with `draft` and with `verify`.
     using MakeEngine = std::function<std::unique_ptr<Engine>(std::string const&)>;
 
-    // `entry` describes the engines (gsx/tensorrt.h opens those of TensorRT).
+    // A set of engines: its description, and what makes them.
+    struct Engines {
+        EngineEntry entry;
+        MakeEngine make;
+    };
+
+    // `entry` describes the engines (gsx/tensorrt.h opens those of TensorRT). `steps` are sets for calls of one size each
+    // (`gsx build --step`), which use the K/V buffers of the others.
     // Throws UsageError: the bundle cannot draft in this way. Passes on what `makeEngine` throws.
-    Model(Bundle bundle, EngineEntry entry, MakeEngine const& makeEngine, Drafting const& drafting = {});
+    Model(Bundle bundle, EngineEntry entry, MakeEngine const& makeEngine, Drafting const& drafting = {},
+          std::vector<Engines> const& steps = {});
     Model(Model&&) noexcept;
     Model& operator=(Model&&) noexcept;
     ~Model();

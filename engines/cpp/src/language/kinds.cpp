@@ -29,6 +29,8 @@ std::vector<json> stepsOf(json const& part, char const* list) {
     return steps;
 }
 
+std::vector<json> normalizers(json const& tokenizer) { return stepsOf(member(tokenizer, "normalizer"), "normalizers"); }
+
 std::string unreadModel(json const& model) {
     json const& type = member(model, "type");
     if (type != "BPE") return "a model of type " + type.dump();
@@ -38,10 +40,11 @@ std::string unreadModel(json const& model) {
     return "";
 }
 
-std::string unreadTokens(json const& added) {
+std::string unreadTokens(json const& added, bool normalizes) {
     std::vector<std::string> names;
     for (json const& token : added) {
-        for (char const* flag : {"lstrip", "rstrip", "single_word"}) {
+        for (char const* flag : {"lstrip", "rstrip", "single_word", "normalized"}) {
+            if (flag == std::string("normalized") && !normalizes) continue;
             if (isSet(member(token, flag))) return "an added token with " + std::string(flag) + ": " + token.at("content").dump();
         }
         names.push_back(token.at("content"));
@@ -57,8 +60,8 @@ std::string unreadTokens(json const& added) {
 
 std::string unreadPart(json const& tokenizer) {
     if (std::string const model = unreadModel(member(tokenizer, "model")); !model.empty()) return model;
-    if (json const& normalizer = member(tokenizer, "normalizer"); !normalizer.is_null()) {
-        return "a normalizer, " + typeOf(normalizer);
+    for (json const& step : normalizers(tokenizer)) {
+        if (member(step, "type") != "NFC") return "a normalizer, " + typeOf(step);
     }
     std::vector<json> const splits = stepsOf(member(tokenizer, "pre_tokenizer"), "pretokenizers");
     for (json const& step : splits) {
@@ -73,8 +76,10 @@ std::string unreadPart(json const& tokenizer) {
         json const& type = member(step, "type");
         if (type != "ByteLevel" && type != "TemplateProcessing") return "a post-processor, " + type.dump();
     }
-    return unreadTokens(member(tokenizer, "added_tokens"));
+    return unreadTokens(member(tokenizer, "added_tokens"), composes(tokenizer));
 }
+
+bool composes(json const& tokenizer) { return !normalizers(tokenizer).empty(); }
 
 Around aroundText(json const& tokenizer) {
     Around around;

@@ -1,5 +1,10 @@
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <functional>  // which the next header needs and does not include
 #include <map>
+#include <set>
 
 #include <pytorch/tokenizers/hf_tokenizer.h>
 
@@ -9,6 +14,7 @@
 #include "gsx/error.h"
 #include "gsx/language.h"
 #include "language/kinds.h"
+#include "language/segments.h"
 #include "language/utf8.h"
 
 namespace gsx {
@@ -40,6 +46,26 @@ std::map<std::string, char> byteTable() {
     return table;
 }
 
+// The library reads only files: this one is in memory.
+tokenizers::Error load(tokenizers::HFTokenizer& library, std::string const& content) {
+    int const file = memfd_create("tokenizer.json", MFD_CLOEXEC);
+    size_t written = 0;
+    while (file >= 0 && written < content.size()) {
+        ssize_t const size = ::write(file, content.data() + written, content.size() - written);
+        if (size <= 0) break;
+        written += static_cast<size_t>(size);
+    }
+    bool const whole = file >= 0 && written == content.size();
+    tokenizers::Error const error =
+        whole ? library.load("/proc/self/fd/" + std::to_string(file)) : tokenizers::Error::LoadFailure;
+    if (file >= 0) ::close(file);
+    return error;
+}
+
+bool hasToken(std::vector<Segment> const& segments) {
+    return std::any_of(segments.begin(), segments.end(), [](Segment const& one) { return one.token.has_value(); });
+}
+
 }  // namespace
 
 struct Tokenizer::Parts {
@@ -47,7 +73,9 @@ struct Tokenizer::Parts {
     Around around;
     // The bytes of tokens, by id; those of special tokens are missing.
     std::map<int64_t, std::string> bytes;
-    std::set<int64_t> added;
+    std::map<std::string, int64_t> added;
+    std::set<int64_t> addedIds;
+    bool composes = false;
 };
 
 Tokenizer::Tokenizer(Bundle const& bundle) : mParts(std::make_unique<Parts>()) {
@@ -57,12 +85,14 @@ Tokenizer::Tokenizer(Bundle const& bundle) : mParts(std::make_unique<Parts>()) {
         throw BundleError("bundle " + bundle.directory.string() + ": has no tokenizer",
                           {kTokenizer, {}, "put the model's tokenizer.json into the bundle, or give token ids in place of text"});
     }
+    std::string library;
     try {
-        json const raw = json::parse(*content);
+        json raw = json::parse(*content);
         if (std::string const unread = unreadPart(raw); !unread.empty()) refuse(path, unread);
         json const settings = json::parse(contentOf(bundle.directory / kSettings).value_or("{}"), nullptr, false);
         if (settings.is_object() && settings.value("split_special_tokens", json()) == true) refuse(path, "split_special_tokens");
         mParts->around = aroundText(raw);
+        mParts->composes = composes(raw);
         std::map<std::string, char> const table = byteTable();
         for (auto const& [token, id] : raw.at("model").at("vocab").items()) {
             std::string& bytes = mParts->bytes[id.get<int64_t>()];
@@ -75,14 +105,17 @@ Tokenizer::Tokenizer(Bundle const& bundle) : mParts(std::make_unique<Parts>()) {
         }
         for (json const& token : raw.at("added_tokens")) {
             auto const id = token.at("id").get<int64_t>();
-            mParts->added.insert(id);
+            mParts->added[token.at("content")] = id;
+            mParts->addedIds.insert(id);
             mParts->bytes[id] = token.at("content");
             if (token.at("special") == true) mParts->bytes.erase(id);
         }
+        raw["normalizer"] = nullptr;  // the library's own NFC drops accents
+        library = raw.dump();
     } catch (json::exception const& error) {
         throw BundleError(path.string() + ": cannot be read as a tokenizer", {{}, error.what(), {}});
     }
-    tokenizers::Error const error = mParts->library.load(path.string());
+    tokenizers::Error const error = load(mParts->library, library);
     if (error != tokenizers::Error::Ok) refuse(path, "error " + std::to_string(static_cast<int>(error)) + " of the library");
 }
 
@@ -100,10 +133,20 @@ Tokens Tokenizer::encode(std::string const& text) const {
 
 Tokens Tokenizer::encodeRendered(std::string const& text) const {
     if (!isUtf8(text)) throw UsageError("the prompt is not UTF-8 text");
-    if (text.empty()) return {};
-    auto const found = mParts->library.encode(text, 0, 0);
-    if (!found.ok()) throw UsageError("the tokenizer cannot read this text");
-    return {found.get().begin(), found.get().end()};
+    Tokens ids;
+    for (Segment const& segment : segmentsOf(text, mParts->added)) {
+        if (segment.token) {
+            ids.push_back(*segment.token);
+            continue;
+        }
+        std::string const part = mParts->composes ? composed(segment.text) : std::string(segment.text);
+        // A text that names an added token only after it was composed has no such token, but the library would see one.
+        bool const named = mParts->composes && hasToken(segmentsOf(part, mParts->added));
+        auto const found = mParts->library.encode(part, 0, 0);
+        if (named || !found.ok()) throw UsageError("the tokenizer cannot read this text");
+        ids.insert(ids.end(), found.get().begin(), found.get().end());
+    }
+    return ids;
 }
 
 std::string Tokenizer::decode(Tokens const& ids) const {
@@ -117,13 +160,6 @@ std::string Tokenizer::bytesOf(int64_t id) const {
     return found == mParts->bytes.end() ? "" : found->second;
 }
 
-bool Tokenizer::isAdded(int64_t id) const { return mParts->added.count(id) != 0; }
-
-std::string TextStream::push(int64_t id) {
-    mHeld += mTokenizer->bytesOf(id);
-    return takeCharacters(mHeld, false);
-}
-
-std::string TextStream::finish() { return takeCharacters(mHeld, true); }
+bool Tokenizer::isAdded(int64_t id) const { return mParts->addedIds.count(id) != 0; }
 
 }  // namespace gsx

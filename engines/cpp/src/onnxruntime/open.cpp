@@ -20,8 +20,10 @@ bool productsSaturate() {
 // As in gsx_engines/runners/session.py, which says why.
 std::map<std::string, std::string> configOf(Manifest const& manifest) {
     std::map<std::string, std::string> config;
-    if (manifest.decoder.loops && manifest.decoder.loops->most > 1) config["session.disable_prepacking"] = "1";
-    if (!manifest.quantization) return config;
+    if (!manifest.quantization) {
+        if (manifest.decoder.loops && manifest.decoder.loops->most > 1) config["session.disable_prepacking"] = "1";
+        return config;
+    }
     if (manifest.quantization->isFloat8 || (manifest.quantization->quantizesActivations && productsSaturate())) {
         config["session.disable_quant_qdq"] = "1";
     } else {

@@ -142,6 +142,7 @@ TensorRT::TensorRT(std::optional<std::filesystem::path> const& plugins) {
         throw EngineError("the plugin library " + plugins->string() + " does not load",
                           {{}, mLogger.takeError(), "gsx plugins build makes one for this machine"});
     }
+    mStream = makeStream();
 }
 
 std::unique_ptr<nvinfer1::ICudaEngine> TensorRT::deserialize(std::string const& plan) {
@@ -216,7 +217,7 @@ public:
 class CudaEngine::Context {
 public:
     Context(CudaEngine& owner, size_t profile)
-        : mOwner(owner), mStream(owner.mStream.get()), mContext(owner.newContext()) {
+        : mOwner(owner), mStream(owner.mTensorrt->stream()), mContext(owner.newContext()) {
         if (!mContext) {
             throw EngineError("there is not enough memory for an execution context",
                               {{}, logger().takeError(), "gsx build with a smaller --context"});
@@ -425,7 +426,6 @@ CudaEngine::CudaEngine(std::shared_ptr<TensorRT> tensorrt, std::string const& pl
     : mTensorrt(std::move(tensorrt)),
       mEngine(mTensorrt->deserialize(plan)),
       mConfig(std::make_unique<ContextConfig>(*mEngine, kernels, cudaGraphs, mTensorrt->logger())),
-      mStream(makeStream()),
       mRecords(cudaGraphs && !isRtx() && !readsHost(*mEngine)) {}
 
 CudaEngine::~CudaEngine() = default;
@@ -437,8 +437,21 @@ std::unique_ptr<nvinfer1::IExecutionContext> CudaEngine::newContext() {
 std::shared_ptr<Buffer> CudaEngine::buffer(Shape const& shape, std::string const& name) {
     auto memory =
         std::make_shared<DeviceMemory>(countOf(shape) * bytesOf(mEngine->getTensorDataType(name.c_str()), name));
-    checkCuda(cudaMemsetAsync(memory->address(), 0, memory->size(), mStream.get()), "clearing memory");
+    checkCuda(cudaMemsetAsync(memory->address(), 0, memory->size(), mTensorrt->stream()), "clearing memory");
     return memory;
+}
+
+Array<float> CudaEngine::read(BoundBuffer const& rows, std::string const& name) {
+    Array<float> found(rows.shape);
+    size_t const bytes = found.data.size() * sizeof(float);
+    Shape const row(rows.shape.begin() + 1, rows.shape.end());
+    auto const* const start = static_cast<char const*>(static_cast<DeviceMemory&>(*rows.buffer).address());
+    size_t const first = static_cast<size_t>(rows.row) * countOf(row) * sizeof(float);
+    cudaStream_t const stream = mTensorrt->stream();
+    checkCuda(cudaMemcpyAsync(found.data.data(), start + first, bytes, cudaMemcpyDeviceToHost, stream),
+              "copying " + name + " from the GPU");
+    checkCuda(cudaStreamSynchronize(stream), "copying " + name + " from the GPU");
+    return found;
 }
 
 Values CudaEngine::run(size_t profile, Values const& feeds, Buffers const& buffers,

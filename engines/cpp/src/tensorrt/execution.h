@@ -31,21 +31,25 @@ private:
     std::string mError;
 };
 
-// TensorRT's runtime with the plugins of a library registered, shared by the engines of a model.
+// TensorRT's runtime with the plugins of a library registered, and a stream, shared by the engines of a model.
 class TensorRT {
 public:
-    // Throws EngineError: this is not the TensorRT that the library was built for, or it cannot load the plugins.
+    // Throws EngineError: this is not the TensorRT that the library was built for, it cannot load the plugins, or CUDA
+    // gives no stream.
     explicit TensorRT(std::optional<std::filesystem::path> const& plugins);
 
     std::unique_ptr<nvinfer1::ICudaEngine> deserialize(std::string const& plan);
     Logger& logger() noexcept { return mLogger; }
+    // Engines share K/V buffers, so the calls of all of them are in one order.
+    cudaStream_t stream() const noexcept { return mStream.get(); }
 
 private:
     Logger mLogger;
     std::unique_ptr<nvinfer1::IRuntime> mRuntime;
+    Stream mStream;
 };
 
-// A deserialized engine with a stream, and a context for each profile that has been used.
+// A deserialized engine, and a context for each profile that has been used.
 class CudaEngine final : public Engine {
 public:
     // `cudaGraphs`: record calls of the same shapes and replay them. TensorRT-RTX records by itself if it was built with its
@@ -57,6 +61,7 @@ public:
     ~CudaEngine() override;
 
     std::shared_ptr<Buffer> buffer(Shape const& shape, std::string const& name) override;
+    Array<float> read(BoundBuffer const& rows, std::string const& name) override;
     Values run(size_t profile, Values const& feeds, Buffers const& buffers,
                std::map<std::string, Shape> const& results) override;
 
@@ -69,7 +74,6 @@ private:
     std::shared_ptr<TensorRT> mTensorrt;
     std::unique_ptr<nvinfer1::ICudaEngine> mEngine;
     std::unique_ptr<ContextConfig> mConfig;
-    Stream mStream;
     bool mRecords;
     std::map<size_t, std::unique_ptr<Context>> mContexts;
 };

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <array>
 #include <string>
+#include <vector>
 
 #include "gsx/tensorrt.h"
 #include "kernel_cache.h"
@@ -31,15 +32,24 @@ Model openModel(std::filesystem::path const& directory, Drafting const& drafting
     Device const device = firstDevice();
     Machine const machine{tensorrtVersion(), platformName(), device.name, device.capability};
     EngineSet const engines = findEngines(bundle, backendName(), machine, options.pluginLibrary);
+    std::vector<EngineSet> const steps = findSteps(bundle, engines, machine, options.pluginLibrary);
     std::string const command = buildCommand(bundle, backendName());
-    auto const tensorrt = std::make_shared<TensorRT>(engines.library);
-    auto const makeEngine = [&](std::string const& graph) {
-        std::string const plan = readEngine(engines, graph, command);
-        EngineGraph const& record = engines.entry->graphs.at(graph);
-        return std::make_unique<CudaEngine>(tensorrt, plan, options.cudaGraphs && recordable(record),
-                                            kernelCachePath(record.file.sha256, device.capability));
+    std::optional<std::filesystem::path> library = engines.library;
+    for (EngineSet const& one : steps) {
+        if (!library) library = one.library;
+    }
+    auto const tensorrt = std::make_shared<TensorRT>(library);
+    auto const engineOf = [&](EngineSet const& set) {
+        return [&set, &command, &options, &device, tensorrt](std::string const& graph) -> std::unique_ptr<Engine> {
+            std::string const plan = readEngine(set, graph, command);
+            EngineGraph const& record = set.entry->graphs.at(graph);
+            return std::make_unique<CudaEngine>(tensorrt, plan, options.cudaGraphs && recordable(record),
+                                                kernelCachePath(record.file.sha256, device.capability));
+        };
     };
-    return Model(bundle, *engines.entry, makeEngine, drafting);
+    std::vector<Model::Engines> made;
+    for (EngineSet const& one : steps) made.push_back({*one.entry, engineOf(one)});
+    return Model(bundle, *engines.entry, engineOf(engines), drafting, made);
 }
 
 }  // namespace gsx

@@ -17,7 +17,7 @@ namespace names = gsx::names;
 // Inputs and outputs of type int64; the manifests of the vectors do not have types.
 std::set<std::string> const kWhole = {names::kInputIds, names::kAttentionMask, names::kPositionIds, names::kWriteAt,
                                       names::kLogitsAt, names::kFullUntil,     names::kCount,       names::kKept,
-                                      names::kLoops,    names::kKeptByToken};
+                                      names::kLoops,    names::kKeptByToken, names::kLikelyIds};
 
 }  // namespace
 
@@ -29,7 +29,7 @@ std::shared_ptr<Plan const> Plan::of(std::string const& bytes) {
     plan->mGraph = raw.at("graph");
     plan->mNeedsPlugins = raw.at("plugins");
     auto const onHost = raw.at("on_host").get<std::set<std::string>>();
-    gsx::EngineEntry const& entry = plan->mManifest.engines.begin()->second;
+    gsx::EngineEntry const& entry = plan->mManifest.engines.at(raw.at("set").get<std::string>());
     plan->mProfiles = entry.profiles;
     gsx::EngineGraph const& graph = entry.graphs.at(plan->mGraph);
     auto const add = [&](gsx::TensorInfo const& tensor, bool isInput) {
@@ -64,7 +64,15 @@ gsx::Values Plan::run(size_t profile, gsx::Values const& inputs, std::map<std::s
         buffer->array = std::move(content);
         buffers[name] = {buffer, buffer->array.shape};
     }
-    gsx::Values found = ToyEngine(mManifest, mGraph, digest()).run(profile, inputs, buffers, outputs);
+    // Where the likeliest tokens are given, gsx leaves all logits on the device.
+    std::map<std::string, gsx::Shape> results = outputs;
+    auto const logits = std::make_shared<ToyBuffer>(gsx::Shape());
+    if (outputs.count(names::kLikelyIds) != 0) {
+        buffers[names::kLogits] = {logits, outputs.at(names::kLogits)};
+        results.erase(names::kLogits);
+    }
+    gsx::Values found = ToyEngine(mManifest, mGraph, digest()).run(profile, inputs, buffers, results);
+    if (results.size() < outputs.size()) found[names::kLogits] = std::move(logits->array);
     for (auto& [name, content] : caches) content = std::move(static_cast<ToyBuffer&>(*buffers.at(name).buffer).array);
     return found;
 }

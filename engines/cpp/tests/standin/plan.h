@@ -1,7 +1,7 @@
 // An engine of the stand-in: a graph of the toy model, made from the bytes that tests write in place of a plan.
 //
-// The bytes are JSON: {"manifest": the model's, "graph": "model", "on_host": ["k"], "plugins": false}. Inputs and outputs
-// are those of the manifest's engines, with the ranges of its profiles, as `gsx build` passes them to TensorRT.
+// The bytes are JSON: {"manifest": the model's, "set": "toy", "graph": "model", "on_host": ["k"], "plugins": false}. Inputs
+// and outputs are those of the set of engines, with the ranges of its profiles, as `gsx build` passes them to TensorRT.
 
 #pragma once
 

@@ -19,6 +19,8 @@ MAX_TOPK = 3840
 Form = Literal["plugin", "predicated", "body", "rows", "mask", "all"]
 # Inputs that only the lowered graph has, and its outputs of kept rows: by branch, and by token.
 WRITE_AT, LOGITS_AT, K, KEPT, KEPT_BY_TOKEN = "write_at", "logits_at", "k", "kept", "kept_by_token"
+# Outputs of a step: the likeliest tokens, their logits, and a sum over all.
+LIKELY_IDS, LIKELY_LOGITS, LIKELY_TOTAL = "likely_ids", "likely_logits", "likely_total"
 # Inputs whose size is the number of rows of a branch, by layer and branch: `run.3.mlp`.
 RUN = "run."
 # Names of dynamic axes.
@@ -39,6 +41,7 @@ class Task:
         forms: the form that each op of domain gsx in the portable graph took.
         masks: the numbers of a choice that became a mask -> which rows are kept, [N, 1] bool.
         made: nodes that several layers read, made for the first of them.
+        joined: constants whose data must be written (`shared_weights.py`) -> their parts, side by side.
         products_of_kept: names of the products of rows that such a choice keeps -> which rows these are, the same.
     """
 
@@ -52,6 +55,7 @@ class Task:
     masks: dict[str, str] = field(default_factory=dict)
     products_of_kept: dict[str, str] = field(default_factory=dict)
     made: list[onnx.NodeProto] = field(default_factory=list)
+    joined: dict[str, list[TensorProto]] = field(default_factory=dict)
 
     @property
     def shape(self) -> DecoderShape:
