@@ -96,7 +96,7 @@ def cpu_model(lowered: Lowered, shape: DecoderShape) -> onnx.ModelProto:
 
 
 def _unpack_codes(model: onnx.ModelProto) -> None:
-    """Dequantize the codes of a step's products, which are int32 constants, before the op for the rows' type."""
+    """Dequantize the codes of a step's products, int32 constants, before the op for weights of the rows' type."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     kinds = {"Int8": onnx.TensorProto.INT8, "E4M3": onnx.TensorProto.FLOAT8E4M3FN}
     nodes: list[onnx.NodeProto] = []

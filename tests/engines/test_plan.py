@@ -42,7 +42,7 @@ CAPACITY = 1024
 # likeliest tokens, and the sum over all.
 OUTSIDE = 6
 # Kernels of a layer with vector gates.
-VECTOR_GATES = 12
+VECTOR_GATES = 14
 # Kernels of a step of a tiny Llama.
 LLAMA = 22
 

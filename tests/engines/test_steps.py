@@ -159,7 +159,7 @@ def test_codes(make_tiny_bundle: Callable[..., Path], monkeypatch: pytest.Monkey
     packed = constants["layers.0.mlp.down_proj.weight.packed"]
     plain = next(one for one in portable_constants(bundle) if one.name == "layers.0.mlp.down_proj.weight")
     assert packed.external_data == plain.external_data, "the bytes are those of the bundle's file"
-    # An input that another order of summation takes over the border of a code changes logits by a part of its step.
+    # An input that another order of summation takes over the border of a code changes logits by part of a step.
     stays_equal(bundle, STEP_OPS, as_written, LOGITS_ATOL if kind == "int8 weights" else 0.02)
 
 

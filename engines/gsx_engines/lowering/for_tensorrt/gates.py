@@ -44,8 +44,8 @@ def multiply_gates(graph: Graph, task: Task) -> int:
             return None
         if weight.op_type == "Cast":
             stored = graph.constants.get(weight.input[0])
-            if not steps or stored is None or stored.data_type != task.float_type or len(stored.dims) != 2:
-                return None
+            if not steps or stored is None or stored.data_type != task.float_type or stored.dims[1] == 1:
+                return None  # a scalar gate's product joins its neighbours
             return [step_plugin("GateLinear", [rows], [StepWeights("rows", (stored.name,))], out)]
         floats = graph.producer(weight.input[0]) if weight.op_type == "Mul" else None
         codes = graph.constants.get(floats.input[0]) if floats is not None and floats.op_type == "Cast" else None
