@@ -65,7 +65,8 @@ def write_card(folder: Path, settings: TrainSettings, config: ModelConfig, facts
     plots = folder / PLOTS
     plots.mkdir()
     budgets, exits = budgets_of(facts.metrics), exits_of(facts.metrics)
-    pictures = [_quality(budgets, exits, config, plots / "quality.png")] if budgets or exits else []
+    dense = facts.metrics.get("eval_dense_perplexity")
+    pictures = [_quality(budgets, exits, dense, plots / "quality.png")] if budgets or exits else []
     pictures.append(_curves(facts.log, plots / "training.png"))
     if config.gate is not None:
         pictures.append(_layers(facts.metrics, config, plots / "gates.png"))
@@ -176,15 +177,41 @@ def _line(axis: Any, x: Sequence[float], y: Sequence[float], across: str, up: st
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def _perplexity_axis(axis: Any) -> None:
+    """A logarithmic axis with plain numbers, not powers of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _quality(
-    budgets: Sequence[tuple[float, float]], exits: Sequence[tuple[int, float, float]], config: ModelConfig, path: Path
+    budgets: Sequence[tuple[float, float]],
+    exits: Sequence[tuple[int, float, float]],
+    dense: float | None,
+    path: Path,
 ) -> str:
+    """Perplexity by budget and exit. Args: dense: the base's."""
     figure, axes = _figure(bool(budgets) + 2 * bool(exits))
     if budgets:
         axis = axes.pop(0)
         _line(axis, [one[0] for one in budgets], [one[1] for one in budgets], "budget", "perplexity")
         axis.invert_xaxis()
-        axis.set_yscale("log")
+        _perplexity_axis(axis)
+        if dense is not None:
+            axis.axhline(dense, color="grey", linestyle="--", linewidth=1)
+            axis.annotate(
+                "the base",
+                (1, dense),
+                xytext=(-2, 3),
+                textcoords="offset points",
+                ha="right",
+                color="grey",
+                fontsize=8,
+                xycoords=("axes fraction", "data"),
+            )
         axis.set_title("What skipping costs")
     if exits:
         depths = [one[0] for one in exits]
@@ -202,12 +229,13 @@ def _curves(log: Sequence[dict[str, Any]], path: Path) -> str:
     _line(axes[0], steps, [one["loss"] for one in log if "loss" in one], "step", "training loss")
     evaluations = [one for one in log if "eval_loss" in one]
     for name in sorted({name for one in evaluations for name in one if "perplexity" in name}):
-        shown = name.removeprefix("eval_").replace("perplexity_at_", "budget ").replace("_perplexity", "")
+        short = name.removeprefix("eval_").replace("perplexity_at_", "budget ").replace("_perplexity", "")
+        shown = {"dense": "the base", "perplexity": "whole model"}.get(short, short.replace("_", " "))
         points = [(one["step"], one[name]) for one in evaluations if name in one]
         axes[1].plot(
             [step for step, _ in points], [value for _, value in points], marker="o", markersize=3, label=shown
         )
-    axes[1].set_yscale("log")
+    _perplexity_axis(axes[1])
     axes[1].set_xlabel("step")
     axes[1].set_ylabel("perplexity, held out")
     axes[1].grid(color="#e3e7ec")
