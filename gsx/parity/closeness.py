@@ -216,6 +216,7 @@ class Comparer:
         first = self._windows
         self._windows += len(reference)
         clean = [np.ones(observed.tokens, bool) for observed in reference]
+        largest = [np.zeros(observed.tokens) for observed in reference]
         pairs = list(zip(reference, found, strict=True))
         for layer in range(len(self._states)):
             for column in (0, 1):
@@ -228,7 +229,7 @@ class Comparer:
             self._route(layer, pairs, clean, first)
             for i, (want, have) in enumerate(pairs):
                 if want.states:
-                    self._states[layer].add(want.states[layer], have.states[layer], clean[i], first + i)
+                    self._states[layer].add(want.states[layer], have.states[layer], clean[i], first + i, largest[i])
         for i, (want, have) in enumerate(pairs):
             self._logits.add(want.logits, have.logits, clean[i], first + i)
             self._walk.tokens += want.tokens

@@ -43,7 +43,8 @@ class Comparison:
         reference_rms, reference_max: of the reference.
         max_relative: largest difference over its own scale, which is the larger of two root mean squares of the
             reference: of the token's vector, and of the whole tensor. So neither a token with huge states (as
-            attention sinks have) nor one whose values nearly cancel is judged by a wrong scale.
+            attention sinks have) nor one whose values nearly cancel is judged by a wrong scale. A state is a running
+            sum over the layers, so that of its token is the largest of the layers so far (`Accumulator.add`).
         worst: where max_relative was.
     """
 
@@ -78,10 +79,16 @@ class Accumulator:
     reference_squares: float = 0.0
     worst: Place | None = None
 
-    def add(self, reference: Rows, found: Rows, clean: np.ndarray, window: int) -> None:
+    def add(
+        self, reference: Rows, found: Rows, clean: np.ndarray, window: int, largest_before: np.ndarray | None = None
+    ) -> None:
         """Compare the tokens that are clean.
 
-        Args: reference, found [S, W]; clean [S] bool.
+        Args:
+            reference, found: [S, W]; clean: [S] bool.
+            largest_before: [S] float64, of a running sum: each token's largest mean square in earlier layers; this one
+                is taken into it. The last layers take the huge states of attention sinks away again; what is left has
+                the rounding error of what was there.
         Raises: ValueError if the two have different shapes: that is not a numerical difference.
         """
         if reference.shape != found.shape:
@@ -91,7 +98,7 @@ class Accumulator:
         length, width = reference.shape
         step = max(1, _BLOCK_VALUES // width)
         # Of each token: the mean square of the reference, and the largest error.
-        squares, largest = (
+        squares, errors = (
             np.concatenate(parts)
             for parts in zip(
                 *(
@@ -103,8 +110,11 @@ class Accumulator:
                 strict=True,
             )
         )
-        scale = np.sqrt(np.maximum(squares, squares.mean()))
-        relative = largest / np.maximum(scale, np.finfo(np.float32).tiny)
+        mean = squares.mean()
+        if largest_before is not None:
+            squares = largest_before[clean] = np.maximum(squares, largest_before[clean])
+        scale = np.sqrt(np.maximum(squares, mean))
+        relative = errors / np.maximum(scale, np.finfo(np.float32).tiny)
         place = int(relative.argmax())
         if self.worst is None or relative[place] > self.max_relative:
             self.max_relative = float(relative[place])

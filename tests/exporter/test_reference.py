@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.words import BRANCHES, Branch, KvPolicy
+from gsx_exporter.checkpoint.checkpoint import Checkpoint
 from gsx_exporter.checkpoint.opening import open_checkpoint
 from gsx_exporter.checkpoint.tensors import is_gate
 from gsx_exporter.families import FAMILIES
 from gsx_exporter.gate_config import GateConfig, GateInput, GateKind
 from gsx_exporter.reference.model import Reference, ReferenceOutput
-from gsx_exporter.reference.rule import KeepAll, ReferenceRule
+from gsx_exporter.reference.rule import BranchInput, KeepAll, MaskCall, ReferenceRule, T
 from gsx_exporter.rules.gateskip.reference import Rank, Threshold
 from gsx_plugins.errors import UsageError
 from tests.tiny import EOS_ID, FAMILY_NAMES, PAD_ID, tiny_checkpoint
@@ -38,6 +40,10 @@ def _ids(rows: int, length: int, seed: int = 0, vocab: int = 97) -> torch.Tensor
 
 def _thresholds(value: float) -> Threshold:
     return Threshold(np.full((LAYERS, 2), value, np.float32))
+
+
+def _no_part(load: Callable[[Checkpoint], T]) -> T:
+    raise AssertionError("GateSkip's rules read no part")
 
 
 def _edit(path: Path, change: dict[str, torch.Tensor]) -> None:
@@ -374,3 +380,15 @@ def test_refused_input(tmp_path: Path) -> None:
         reference(ids, torch.ones(1, 5))
     with pytest.raises(UsageError, match=r"thresholds do not fit the model\n  expected 3 rows, found 4"):
         reference(ids, rule=Threshold(np.zeros((4, 2), np.float32)))
+
+
+@pytest.mark.parametrize(("score", "margin"), [(0.25, 0.25), (-0.25, 0.75), (200.0, 199.5 / 200), (-8.0, 8.5 / 8)])
+@pytest.mark.parametrize("rank", [False, True])
+def test_margins_of_large_scores_are_relative(score: float, margin: float, rank: bool) -> None:
+    """Scores before the sigmoid have no bound, and their rounding error grows with them."""
+    valid = torch.ones(1, 2, dtype=torch.bool)
+    call = MaskCall(valid.long(), valid, ~valid, valid.long(), 1, None, lambda _: torch.empty(0), _no_part)
+    other = torch.zeros(1, 2, 4)
+    rule = Rank(0.5) if rank else Threshold(np.full((1, 2), 0.5, np.float32))
+    decision = rule.start(call).decide(BranchInput(0, "mlp", other, other, torch.tensor([[score, 0.5]])))
+    assert decision.margin[0, 0].item() == pytest.approx(margin)

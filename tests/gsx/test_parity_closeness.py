@@ -94,6 +94,21 @@ def test_a_huge_token_does_not_hide_a_small_one() -> None:
     assert made.result().max_relative == pytest.approx(0.014, rel=0.01)
 
 
+def test_what_is_left_of_a_huge_state_has_its_rounding_error() -> None:
+    """Attention sinks: the last layers take a huge state away again, and the rounding error of what was there stays."""
+    want, have = observation(), observation()
+    states = [np.ones((S, H), np.float32) for _ in range(L)]
+    states[1][2] = 1e4
+    found = [state.copy() for state in states]
+    for layer in (1, 2):
+        found[layer][2, 0] += 1.0
+    result = compare(dataclasses.replace(want, states=states), dataclasses.replace(have, states=found))
+    assert [state.max_relative for state in result.states] == pytest.approx([0, 1e-4, 1e-4], rel=1e-3)
+    found[2][3, 0] += 1.0  # another token has no such excuse
+    result = compare(dataclasses.replace(want, states=states), dataclasses.replace(have, states=found))
+    assert result.states[2].max_relative == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_a_number_is_counted_and_unusable(value: float) -> None:
     for side in (0, 1):  # of the engine, or of the reference

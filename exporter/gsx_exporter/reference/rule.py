@@ -76,8 +76,8 @@ class Decision:
     Args:
         keep: [B, S] bool.
         score: [B, S] float32, the score that decided; None if no score did.
-        margin: [B, S] float64, how far the score is from the point where the decision flips; infinite if no score
-            decides.
+        margin: [B, S] float64, how far the score is from the point where the decision flips, of the score's size where
+            that can be above 1; infinite if no score decides.
     """
 
     keep: torch.Tensor

@@ -69,7 +69,7 @@ class _ByThreshold(Stateless):
             return Decision(call.valid, None, certain(call.valid))
         tau = thresholds_at(self.thresholds, x.layer, x.branch)
         keep = ((_ranked(x.score) > tau) | call.ended) & call.valid
-        return Decision(keep, x.score, _open(torch.abs(x.score.double() - tau), call))
+        return Decision(keep, x.score, _open(_apart(x.score, tau), call))
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class _ByRank(Stateless):
         kept, skipped = score[best].double(), score[ranked & ~best].double()
         margin = certain(score)
         if len(kept) and len(skipped):
-            margin = torch.abs(score.double() - torch.where(best, skipped.max(), kept.min()))
+            margin = _apart(score, torch.where(best, skipped.max(), kept.min()))
         keep = (best | call.ended.flatten()).view_as(call.valid)
         return Decision(keep, x.score, _open(margin.view_as(call.valid), call))
 
@@ -100,6 +100,13 @@ class _ByRank(Stateless):
 def _ranked(score: torch.Tensor) -> torch.Tensor:
     """The score to compare: NaN counts as the lowest."""
     return score.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+
+
+def _apart(score: torch.Tensor, border: torch.Tensor) -> torch.Tensor:
+    """How far scores are from where the decision flips, float64; of the score where that is above 1, as logits are:
+    a float's rounding error grows with the float."""
+    exact = score.double()
+    return (exact - border).abs() / exact.abs().clamp(min=1)
 
 
 def _open(margin: torch.Tensor, call: MaskCall) -> torch.Tensor:
