@@ -116,7 +116,7 @@ TOLERANCES: dict[str, Tolerances] = {
         differing_share=None,
         nats=2e-4,
         tokens_must_agree=True,
-        reason="float32 rounding, up to 1e-5 of the scale; the largest of many values, and gates. Real errors show at 1e-2",
+        reason="float32 rounding, up to 1e-5 of the scale; the largest of many; gates. Real errors show at 1e-2",
     ),
     # The reference stays in float32, so weights and activations are each rounded once to 11 significant bits
     # (2^-11 = 5e-4 of their scale) per layer; the largest of many errors is about ten times that.
