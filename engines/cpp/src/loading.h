@@ -26,7 +26,7 @@ struct EngineSet {
     std::optional<std::filesystem::path> library;
 };
 
-// Refuse a bundle that has no engines of a backend for all calls. Throws EngineError, which names those that the bundle has.
+// Refuse a bundle that has no engines of a backend but for steps. Throws EngineError, which names those that the bundle has.
 void requireEngines(Bundle const& bundle, std::string const& backend);
 
 // Find the engines of a bundle for a machine, and check everything except the content of their files.
