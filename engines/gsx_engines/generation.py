@@ -221,7 +221,7 @@ class Continuation:
         self._at_limit: FinishReason = "length" if max_new_tokens <= room else "context"
         self._on_token = on_token
         self._stops = frozenset(manifest.decoder.eos_ids) if stops is None else stops
-        self._likeliest = logprobs
+        self._logprobs_count = logprobs
 
     @property
     def left(self) -> int:
@@ -257,11 +257,11 @@ class Continuation:
 
     def take(self, logits: np.ndarray | Likeliest) -> int:
         """Choose the next token from its logits [V], and append it."""
-        whole = None if self._likeliest is None else all_of(logits)
+        whole = None if self._logprobs_count is None else all_of(logits)
         token = self.picker.pick(self._adjusted(logits if whole is None else whole), self.number, self.place)
         self.tokens.append(token)
-        if whole is not None and self._likeliest is not None:
-            self.logprobs.append(logprobs_of(whole, token, self._likeliest))
+        if whole is not None and self._logprobs_count is not None:
+            self.logprobs.append(logprobs_of(whole, token, self._logprobs_count))
         stopped = self._on_token(token)
         if token in self._stops:
             self.finish = "end-of-text"

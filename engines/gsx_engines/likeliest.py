@@ -1,8 +1,8 @@
 """The likeliest tokens of a step, which an engine finds on the GPU, in place of the logits of all tokens.
 
-So that some 2 KB cross to the host for each token and not all of V numbers, an engine for steps gives the likeliest
-tokens with their logits, and a sum over all tokens (`gsx_engines/lowering/for_tensorrt/likeliest.py`). All logits stay
-in the engine's memory until its next call, for requests that read more of them.
+An engine for steps gives the likeliest tokens with their logits, and a sum over all tokens, so that 1.5 KB a token
+cross to the host in place of V numbers (`gsx_engines/lowering/for_tensorrt/likeliest.py`). All logits stay in the
+engine's memory until its next call, for requests that need more of them.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ class Likeliest:
     """What is known of one token's logits [V].
 
     Args:
-        ids: [C] int64, the likeliest tokens, ascending. Which of the least likely of them are here and which equally
-            likely ones are not is open.
+        ids: [C] int64, the likeliest tokens, in ascending order of id. If the least likely of them has equals, it is
+            open which of these are here.
         logits: [C] float32, theirs.
-        total: the sum of exp(logit - largest) over all tokens; no finite number if some logit is none.
+        total: the sum of exp(logit - largest) over all tokens; not finite if some logit is NaN or plus infinity.
         size: V.
         whole: fetches all logits [V] float32.
     """
@@ -58,7 +58,7 @@ class LikelyLogits:
         self._ids, self._logits, self._totals, self._size, self._fetch = ids, logits, totals, size, fetch
 
     def of(self, row: int, token: int) -> Likeliest:
-        """Behind one token of a sequence."""
+        """What is known of the logits behind one token of a sequence."""
         ids = self._ids[row, token]
         order = np.argsort(ids)
         return Likeliest(

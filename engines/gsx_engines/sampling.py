@@ -110,9 +110,9 @@ class Sampling:
 
 
 GREEDY = Sampling()
-# Tokens that are sorted first to find those of top-p.
+# How many tokens top-p sorts at first: they nearly always reach its bound.
 _FIRST_SORTED = 512
-# More than the rounding of a few operations in float64.
+# An upper bound of the relative rounding of a few operations in float64.
 _ROUNDING = 1e-12
 
 
@@ -132,7 +132,8 @@ class Picker:
         """Choose a token of a sequence.
 
         Args:
-            logits: [V], `adjusted`; of the likeliest ones alone, where these suffice to choose the same token.
+            logits: [V], `adjusted`; or the likeliest ones, from which the same token is chosen: where they do not
+                suffice, all logits are fetched.
             sequence: its number in the batch.
             place: the new token's position in the text, prompt included.
         Raises:
@@ -145,7 +146,7 @@ class Picker:
         return self._pick(logits, None, sequence, place)
 
     def _pick(self, logits: np.ndarray, names: np.ndarray | None, sequence: int, place: int) -> int:
-        """The same; names: the ids of the tokens [n], ascending; None if the logits are those of all."""
+        """As `pick`, from the logits [n] of some tokens. Args: names: their ids, ascending; None: of all tokens."""
         if self.sampling.greedy:
             best = int(logits.argmax())  # the first NaN, if there is one
             _check_largest(float(logits[best]))

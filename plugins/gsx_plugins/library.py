@@ -58,9 +58,11 @@ class BuildRecord:
     seconds: float
 
     def runs_on(self, capability: str) -> bool:
-        """Whether a GPU of a compute capability (e.g. "89") has code in the library: machine code of its own generation
-        and no later version, or PTX of any earlier one. Code of one architecture (`90a`) runs there only, that of a
-        family (`120f`) on its generation."""
+        """Whether the library has code for a GPU of a compute capability (e.g. "89").
+
+        Machine code runs on GPUs of the same major version whose minor version is not lower; PTX on all that are not
+        older. Code for one architecture (`90a`) runs on that one only, code for a family (`120f`) on its major version.
+        """
         wanted = int(capability)
         for name in self.architectures:
             number, _, kind = name.partition("-")

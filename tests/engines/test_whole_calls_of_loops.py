@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
@@ -17,6 +20,7 @@ from gsx_engines.bundle.words import KvPolicy
 from gsx_engines.errors import EngineError
 from gsx_engines.lowering import tensorrt
 from gsx_engines.lowering.for_tensorrt.shared_weights import join_shared_weights
+from gsx_engines.lowering.for_tensorrt.task import Task
 from gsx_engines.lowering.tensorrt import Lowered, lower
 from gsx_engines.runners.whole import WholeRunner
 from gsx_plugins.graph import Graph
@@ -87,6 +91,30 @@ def test_only_products_of_one_value_at_all_visits_are_joined(tmp_path: Path) -> 
     firsts = {made[0].op_type for made in (of_query, of_both) if made[0] is not None}
     assert firsts == {"Max", "RMSNormalization"}
     assert len(of_query) == len(of_both) == 3
+
+
+def test_codes_of_a_value_that_is_not_rounded() -> None:
+    """At the first visit both products read x; later ones do not, so they stay apart: one of them reads Max(x, ..)."""
+    nodes = []
+    for place, (codes, value) in enumerate([("a", "x"), ("b", "x"), ("a", "y"), ("b", "z")]):
+        nodes.append(
+            helper.make_node("DequantizeLinear", [codes, f"{codes}_scale"], [f"w{place}"], f"dequantize{place}")
+        )
+        nodes.append(helper.make_node("MatMul", [value, f"w{place}"], [f"out{place}"], f"product{place}"))
+    constants = [
+        numpy_helper.from_array(content, f"{codes}{ending}")
+        for codes in "ab"
+        for content, ending in ((np.ones((4, 4), np.int8), ""), (np.ones(4, np.float16), "_scale"))
+    ]
+    values = [
+        [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT16, [1, 4]) for name in names]
+        for names in (("x", "y", "z"), [f"out{place}" for place in range(4)])
+    ]
+    graph = Graph(helper.make_graph(nodes, "visits", *values, constants))
+    assert join_shared_weights(graph, cast(Task, SimpleNamespace(joined={}))) == 0
+    (again,) = (node for node in graph.nodes if node.op_type == "Max")
+    assert graph.constants[again.input[1]].data_type == onnx.TensorProto.FLOAT16
+    assert [node.input[0] for node in graph.nodes if node.op_type == "MatMul"] == ["x", again.output[0], "y", "z"]
 
 
 @pytest.mark.parametrize("kv_policy", ["none", "compute"])

@@ -139,7 +139,7 @@ def test_products_of_codes(
     logits = torch.full((3, width), 7.0)
     assert enqueue(tensorrt, f"GateLinear{ending}", [x, packed[0], scales[0].float()], [logits]) == 0
     torch.testing.assert_close(logits.double(), product, rtol=1e-5, atol=1e-5)
-    # Codes in their own type; as many codes as other scales; rows that no kernel takes with codes.
+    # Codes of a wrong type; codes and scales of different widths; float32 rows, for which no kernel takes codes.
     assert (
         enqueue(tensorrt, f"SkipLinear{ending}", [x, score, limit, scales[0].view(torch.int64), scales[0]], [out])
         == -23

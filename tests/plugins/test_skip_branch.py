@@ -276,9 +276,12 @@ def test_a_skipped_branch_reads_nothing(kernels: cases.GuardedKernels, nowhere: 
     )
     child = os.fork()
     if child == 0:
-        right = torch.equal(linear(kernels, one), torch.zeros(rows, 48, dtype=torch.float16))
-        right &= untouched(gate_up(kernels, one)) and torch.equal(linear_add(kernels, one), one.residual)
-        os._exit(not right)
+        right = False
+        try:
+            right = torch.equal(linear(kernels, one), torch.zeros(rows, 48, dtype=torch.float16))
+            right &= untouched(gate_up(kernels, one)) and torch.equal(linear_add(kernels, one), one.residual)
+        finally:
+            os._exit(not right)  # whatever is raised: the child must not go on as a second run of the tests
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 

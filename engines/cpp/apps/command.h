@@ -13,7 +13,7 @@ struct Command {
     std::string bundle;
     // Unset: token ids from standard input.
     std::optional<std::string> prompt;
-    // Texts that end a text, and are no part of it.
+    // Texts that end the generation, and are left out of what is written.
     std::vector<std::string> stops;
     gsx::Keep keep;
     gsx::Options options;

@@ -115,7 +115,7 @@ std::optional<EngineError> difference(Bundle const& bundle, std::string const& n
     return std::nullopt;
 }
 
-// Whether a set of engines is for all calls of a backend.
+// Whether a set of engines is for a backend, and for calls of all sizes.
 bool isFor(EngineEntry const& entry, std::string const& backend) {
     return entry.backend == backend && entry.kvLayout != kStepLayout;
 }
@@ -164,11 +164,16 @@ std::vector<EngineSet> findSteps(Bundle const& bundle, EngineSet const& engines,
     EngineEntry const& general = *engines.entry;
     std::string const command = buildCommand(bundle, general.backend);
     std::vector<EngineSet> found;
+    std::optional<fs::path> loaded = engines.library;
     for (auto const& [name, entry] : bundle.manifest.engines) {
-        if (entry.backend != general.backend || entry.kvLayout != kStepLayout || entry.capacity != general.capacity) continue;
+        bool const shares = entry.backend == general.backend && entry.capacity == general.capacity;
+        if (entry.kvLayout != kStepLayout || !shares) continue;
         std::optional<fs::path> const library =
             entry.plugins ? findLibrary(plugins, *entry.plugins) : std::optional<fs::path>();
         if (difference(bundle, name, entry, machine, library, command, kStepLayout)) continue;
+        // A process loads one library: plugins of another have the same names.
+        if (library && loaded && *library != *loaded) continue;
+        if (library) loaded = library;
         found.push_back({bundle.directory / kEngines / name, &entry, library});
     }
     return found;

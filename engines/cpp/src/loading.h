@@ -26,7 +26,7 @@ struct EngineSet {
     std::optional<std::filesystem::path> library;
 };
 
-// Refuse a bundle that has no engines of a backend for all calls. Throws EngineError, which names those that the bundle has.
+// Refuse a bundle that has no engines of a backend but for steps. Throws EngineError, which names those that the bundle has.
 void requireEngines(Bundle const& bundle, std::string const& backend);
 
 // Find the engines of a bundle for a machine, and check everything except the content of their files.
@@ -37,7 +37,8 @@ void requireEngines(Bundle const& bundle, std::string const& backend);
 EngineSet findEngines(Bundle const& bundle, std::string const& backend, Machine const& machine,
                       std::optional<std::filesystem::path> const& plugins);
 
-// The engines for steps of one size that run on this machine and share K/V buffers with those for all calls.
+// The engines for steps of one size that run on this machine, share K/V buffers with those for all calls, and use the
+// same plugin library.
 std::vector<EngineSet> findSteps(Bundle const& bundle, EngineSet const& engines, Machine const& machine,
                                  std::optional<std::filesystem::path> const& plugins);
 

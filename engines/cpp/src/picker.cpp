@@ -21,9 +21,9 @@ constexpr uint64_t kGolden = 0x9E3779B97F4A7C15;
 constexpr double kMostBias = 100;
 constexpr double kMostPenalty = 2;
 constexpr double kMostRepetition = 100;
-// Tokens that are sorted first to find those of top-p.
+// How many tokens top-p sorts at first: they nearly always reach its bound.
 constexpr size_t kFirstSorted = 512;
-// More than the rounding of a few operations in float64.
+// An upper bound of the relative rounding of a few operations in float64.
 constexpr double kRounding = 1e-12;
 
 // The output function of SplitMix64.

@@ -23,11 +23,11 @@ struct LogitsRow {
 
 // What is known of the logits of one token where a GPU found the likeliest tokens: as in gsx_engines/likeliest.py.
 struct Likeliest {
-    // [C], the likeliest tokens, ascending, and their logits. Which of the least likely of them are here and which equally
-    // likely ones are not is open.
+    // [C], the likeliest tokens in ascending order of id, and their logits. If the least likely of them has equals, it is
+    // open which of these are here.
     std::vector<int64_t> ids;
     std::vector<float> logits;
-    // The sum of exp(logit - largest) over all tokens; no finite number if some logit is none.
+    // The sum of exp(logit - largest) over all tokens; not finite if some logit is NaN or plus infinity.
     double total;
     // V.
     size_t size;

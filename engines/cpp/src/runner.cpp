@@ -32,7 +32,8 @@ Call callOf(Cache const& cache, Array<int64_t> ids, Counts counts, std::shared_p
 StepOutput stepOutput(Stage const& stage, Call const& call, StageOutput output) {
     auto const branches = static_cast<int64_t>(stage.skippable().size());
     int64_t const tokens = std::accumulate(call.counts.begin(), call.counts.end(), int64_t{0});
-    return {std::move(output.logits), std::move(output.likely), std::move(output.kept), tokens * branches, std::move(output.keptByToken)};
+    return {std::move(output.logits), std::move(output.likely), std::move(output.kept), tokens * branches,
+            std::move(output.keptByToken)};
 }
 
 // Call `copy(number, row, start, count)` for the waiting tokens of each call and row that have not been rolled back: the

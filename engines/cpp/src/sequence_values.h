@@ -1,4 +1,4 @@
-// Run-time values by sequence: those of some sequences of a batch, or one value written out for all. As the functions of
+// Run-time values by sequence: those of some sequences of a batch, or one value repeated for all. As in
 // gsx_engines/bundle/controls.py.
 
 #pragma once
@@ -9,7 +9,7 @@
 
 namespace gsx {
 
-// The values of sequences [start, stop). One value may stand for all sequences; it stays.
+// The values of sequences [start, stop). A value that stands for all sequences stays as it is.
 Controls valuesOfRows(Controls const& controls, int64_t start, int64_t stop);
 
 // The values with one for each of `batch` sequences, where one stood for all.

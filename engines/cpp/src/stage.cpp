@@ -324,8 +324,8 @@ StageOutput Stage::runOnce(StageMemory& memory, int64_t start, Call const& call,
         buffers[mRuns[i].second] = {memory.unread, {chosen[i] ? call.batch() * call.size() : 0}};
     }
     if (plan.logits) buffers[names::kLogits] = *plan.logits;
+    ++plan.calls;  // first: a call that fails may have overwritten the logits of the one before
     Values found = plan.engine->run(profile, feeds, buffers, results);
-    ++plan.calls;
     StageOutput output;
     if (plan.logits && logits == Logits::kNone) {
         output.logits = Array<float>({call.batch(), 0, plan.logits->shape.back()});
@@ -371,7 +371,11 @@ Likeliest LikelyLogits::of(int64_t row, int64_t token) const {
         both.emplace_back(ids.data[static_cast<size_t>(i)], logits.data[static_cast<size_t>(i)]);
     }
     std::sort(both.begin(), both.end());
-    Likeliest found{{}, {}, totals.data[static_cast<size_t>(at)], static_cast<size_t>(size), [fetch = fetch, row, token] { return fetch(row, token); }};
+    Likeliest found{{},
+                    {},
+                    totals.data[static_cast<size_t>(at)],
+                    static_cast<size_t>(size),
+                    [fetch = fetch, row, token] { return fetch(row, token); }};
     for (auto const& [id, logit] : both) {
         found.ids.push_back(id);
         found.logits.push_back(logit);

@@ -134,7 +134,7 @@ private:
         int64_t calls = 0;
     };
 
-    // Put an output's likeliest tokens, if it has any, in the form of all logits: the next call may overwrite these.
+    // Fetch all logits of an output that has only the likeliest tokens, since the next call may overwrite them.
     static void load(StageOutput& output);
     // The likeliest tokens of a step, behind tokens of each sequence.
     static std::shared_ptr<LikelyLogits const> likelyOf(Plan& plan, Values const& found, std::vector<Counts> tokens);

@@ -47,7 +47,7 @@ class Job:
         plugin_nodes: names of the nodes that must become plugins.
         products: names of the graph's matrix products.
         timing_cache: file for timings, if the backend uses them.
-        tf32: whether float32 products may use TensorFloat-32.
+        tf32: whether float32 products may use TensorFloat-32: only where it holds all their factors exactly.
     """
 
     backend: Backend

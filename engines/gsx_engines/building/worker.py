@@ -103,7 +103,7 @@ def _build(job: Mapping[str, Any], events: _Events) -> dict[str, Any]:
 
         capabilities = [(int(target[:-1]), int(target[-1])) for target in job["targets"]]
         config = CreateConfigRTX(compute_capabilities=capabilities or None, use_gpu=not capabilities, **options)
-        # float32 must not become TensorFloat-32, unless it says just the same. (CreateConfig disables it by itself.)
+        # float32 must not become TensorFloat-32, unless that holds every factor exactly. (The flag is set by default.)
         if not job["tf32"]:
             config = PostprocessConfig(config, lambda builder, network, made: made.clear_flag(trt.BuilderFlag.TF32))
     else:

@@ -17,7 +17,8 @@ With K and V in place, which is what gsx runs, the form differs from the portabl
 - codes of an embedding or a gate go through a DequantizeLinear, for an embedding before its rows are read: TensorRT
   takes 8-bit constants nowhere else;
 - zero-points of weights in blocks become a small product of their own, since TensorRT takes only zero-points of 0;
-- products of one value in several visits of a layer are one product over joined weights, which are stored once;
+- in a looped model, products of the same value at every visit of a layer are one product with joined weights, which
+  are stored once;
 - routed experts are batched products of the experts that a call may use;
 - an op without a plugin is rewritten; see `Form`.
 
@@ -26,8 +27,8 @@ The passes are in `for_tensorrt/`.
 In a step, for calls of one size, all sizes are numbers: the window is the whole buffer, and all tokens get logits. The
 likeliest tokens are outputs of their own (`likely_ids`, `likely_logits`, `likely_total`).
 
-With K and V that grow, for other programs, only the last three and the removal of default values apply: the engine has
-the portable graph's inputs and outputs, `past_key_values.*` and `present.*` with the call's columns after it.
+With K and V that grow, for other programs, the first five do not apply: the engine has the portable graph's inputs and
+outputs, `past_key_values.*` and `present.*` with the call's columns after it.
 
 Without a plugin for `ThresholdGather` the selection becomes a mask: every row goes through every branch, and a skipped
 row keeps its residual. The results are the same, but nothing is saved. `TopKGather` has a body that TensorRT imports if

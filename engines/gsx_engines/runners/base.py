@@ -60,8 +60,8 @@ class StepOutput:
     """The result of one call.
 
     Args:
-        scores: of the logits float32; "last": [B, 1, V], for each sequence's last token in the call; "all": [B, S, V],
-            meaningless beyond a sequence's count; "none": [B, 0, V]. Where an engine gives the likeliest tokens, these.
+        scores: the logits, float32; "last": [B, 1, V], for each sequence's last token in the call; "all": [B, S, V],
+            meaningless beyond a sequence's count; "none": [B, 0, V]. Or the likeliest, of an engine that gives those.
         kept: [L, 2] int64, rows kept by each (layer, branch) in this call; None for a dense model.
         gated_rows: rows that the keep rule decided on in this call: one for each token and skippable branch.
         kept_by_sequence: [B, L, 2] int64, kept rows of each sequence; None for a dense model, and where

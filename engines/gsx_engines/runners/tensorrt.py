@@ -48,7 +48,7 @@ WINDOW_STEP = 64
 # Sequences of a call run together while their numbers of tokens differ by no more than this. Below, a call's time is
 # that of reading the weights, and padding is free; above, a long prompt would make a prompt of every other sequence.
 _MOST_PADDING = 32
-# Kinds of calls whose bound memory is remembered: putting it together takes longer than a call's other preparations.
+# Kinds of calls whose bindings are kept: making them takes longer than all else before a call.
 _MOST_BOUND = 64
 # A sequence's K or V must be a multiple of so many elements for TensorRT to take its address: of 256 bytes, in 16 bits.
 _ALIGNED_ELEMENTS = 128
@@ -87,7 +87,7 @@ class Engine(Protocol):
 @dataclass(frozen=True)
 class _Memory:
     """K/V buffers by input name, each [B, K/V heads, capacity, D]; what is behind the inputs of which only the size is
-    read; and what calls of one kind have bound."""
+    read; and by kind of call, what the engine binds."""
 
     buffers: Mapping[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
@@ -118,7 +118,7 @@ class _Plan:
         self.calls = 0
 
     def likely(self, found: Mapping[str, np.ndarray], tokens: np.ndarray) -> LikelyLogits:
-        """The likeliest tokens of a call, behind those with these numbers in their sequences, [B, O]."""
+        """The likeliest tokens of a call. Args: tokens: [B, O], behind which tokens of their sequences."""
         assert self.logits is not None
         (buffer, (batch, length, size)), call = self.logits, self.calls
 
@@ -353,8 +353,8 @@ class TensorRTStage:
             if name not in buffers
         }
         profile = choose_profile(plan.profiles, batch, length, window)
+        plan.calls += 1  # first: a call that fails may have overwritten the logits of the one before
         found = plan.engine.run(profile, feeds, buffers, results)
-        plan.calls += 1
         scores: Scores
         if plan.logits is not None and logits != "none":
             scores = plan.likely(found, last if logits == "last" else np.broadcast_to(steps, (batch, length)))

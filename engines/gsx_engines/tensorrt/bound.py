@@ -1,4 +1,4 @@
-"""What a call of an engine leaves on the device, as the runner says it to the engine."""
+"""The memory on the device that a runner lets an engine use in a call."""
 
 from __future__ import annotations
 
@@ -6,5 +6,8 @@ from typing import Any
 
 
 class BoundBuffers(dict[str, tuple[Any, tuple[int, ...]]]):
-    """Memory and shapes of inputs and outputs that stay on the device, by name. Nothing may be changed in it: a call
-    with the same object as the one before it binds none of them again."""
+    """Memory and shapes of inputs and outputs that stay on the device, by name.
+
+    Must not be changed once a call has used it: a call with the object of the call before does not bind it again.
+    (A class of its own, since a plain dict has no weak references.)
+    """

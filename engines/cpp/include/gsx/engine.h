@@ -66,7 +66,7 @@ public:
     virtual std::shared_ptr<Buffer> buffer(Shape const& shape, std::string const& name) = 0;
 
     // Rows of a buffer of float32, after all calls so far. Only needed where engines for steps leave their logits on the
-    // device. Throws EngineError: not from this engine.
+    // device. Throws EngineError: this engine cannot.
     virtual Array<float> read(BoundBuffer const& rows, std::string const& name);
 
     // Whether a call may use some rows of the buffers; if not, all sequences of a batch run together.

@@ -60,11 +60,11 @@ class TextWriter {
 public:
     // Throws UsageError: a stop text that is empty, or not UTF-8.
     TextWriter(Tokenizer const& tokenizer, std::vector<std::string> stops);
-    // Whether a stop text is complete.
+    // Add a token. Returns: whether the text now has a stop text.
     bool push(int64_t id);
     // The new text since the last call.
     std::string take();
-    // What is left at the end, up to a stop text.
+    // At the end: what has not been taken, up to a stop text.
     std::string finish();
 
 private:

@@ -8,7 +8,7 @@
 namespace gsx {
 namespace {
 
-// How many characters at the end of a text may be the beginning of a stop text.
+// How many bytes at the end of a text may be the beginning of a stop text. (Whole characters: a stop text is UTF-8.)
 size_t beginning(std::string const& text, std::vector<std::string> const& stops) {
     size_t most = 0;
     for (std::string const& stop : stops) {

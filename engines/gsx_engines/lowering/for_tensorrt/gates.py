@@ -1,8 +1,8 @@
 """The products of vector gates: 16-bit rows with 16-bit weights or INT8 codes, in float32.
 
-A vector gate has as many weights as a projection of attention, and every token reads them. Its product is written in
-float32, since it decides; but what it multiplies has 16 or 8 bits. So a step reads the weights as they are stored, and
-other calls may use TensorFloat-32: its 10 bits of a factor hold these numbers exactly, and its sums are float32.
+A vector gate has as many weights as a projection of attention, and every token reads them. Its product is in float32,
+since it decides which rows run; but its factors have 16 or 8 bits. So a step reads the weights as they are stored, and
+other calls may use TensorFloat-32: its 10 bits of mantissa hold these factors exactly, and its sums are float32.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def multiply_gates(graph: Graph, task: Task) -> int:
 
 
 def exact_in_tf32(graph: Graph) -> bool:
-    """Whether there are float32 products, and all of them are of 16-bit numbers, or of these with codes."""
+    """Whether a graph has float32 products, and TensorFloat-32 holds all their factors: 16-bit numbers, or codes.
+
+    Products of two computed values are not looked at: those that lowering makes are in the graph's own type.
+    """
     found = False
     for node in graph.nodes:
         if node.op_type != "MatMul":
@@ -86,7 +89,7 @@ def exact_in_tf32(graph: Graph) -> bool:
 
 
 def _is_wide(graph: Graph, weight: onnx.NodeProto) -> bool:
-    """Whether a weight that a node makes is float32."""
+    """Whether the weight that a Cast or a DequantizeLinear makes is float32."""
     if weight.op_type == "Cast":
         return attribute(weight, "to") == TensorProto.FLOAT
     scales = graph.constants.get(weight.input[1]) if weight.op_type == "DequantizeLinear" else None

@@ -7,18 +7,20 @@ from onnx import TensorProto, helper
 from gsx_engines.lowering.for_tensorrt.task import LIKELY_IDS, LIKELY_LOGITS, LIKELY_TOTAL, Task
 from gsx_plugins.graph import Graph, make_node
 
-# Tokens that are given: all that top-k of 100 and a few equal ones need, in 1.5 KB. (TensorRT takes up to `MAX_TOPK`.)
+# Enough for top-k of 100 with a few equal logits, in 1.5 KB. (TensorRT allows up to `MAX_TOPK`.)
 MOST_LIKELY = 128
 
 
 def offer_likeliest(graph: Graph, task: Task) -> int:
     """Add the outputs `likely_ids`, `likely_logits` [B, S, C] and `likely_total` [B, S] to a step.
 
-        logits      is followed by      TopK -> likely_logits, likely_ids
+        logits -> TopK -> likely_logits, likely_ids
         logits - the largest -> Exp -> ReduceSum -> likely_total
 
-    Why: logits are half a megabyte for each token of a large vocabulary, and a token is picked from a few of them. The
-    sum tells whether a logit is no number, and how sure a draft is.
+    Why: with a large vocabulary the logits of one token take half a megabyte, and the token is picked from a few of
+    them. The sum tells whether a logit is NaN or infinite, and how confident a draft is.
+
+    C is `MOST_LIKELY`, or the whole vocabulary if that is smaller. Returns: 1 in a step, else 0.
     """
     if task.step is None:
         return 0

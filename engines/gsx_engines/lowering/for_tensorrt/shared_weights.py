@@ -21,16 +21,17 @@ from gsx_plugins.graph import Graph, attribute, copy_of, make_node
 
 
 def join_shared_weights(graph: Graph, task: Task) -> int:
-    """Make one product of products that read one value at every visit of their layer.
+    """Join products that read the same value at every visit of their layer.
 
         x, W1 -> MatMul -> y1; x, W2 -> MatMul -> y2      becomes      x, [W1 W2] -> MatMul -> Split -> y1, y2
         and if x has been read by other products          x is         Max(x, the lowest number) -> the same numbers
 
     Only for weights that several products read, in floats, or as 8-bit codes with a scale for each column. [W1 W2] is a
-    constant that has to be written (`write_joined`; `task.joined`), since TensorRT puts no codes together. Without the
-    Max, which goes into the kernel that makes x, it would join further, where others read x at this visit only.
+    constant that has to be written (`write_joined`; `task.joined`), since TensorRT does not concatenate codes. Without
+    the Max, which is fused into the kernel that makes x, TensorRT would also join products that read x at this visit
+    only.
 
-    Returns: how many products went into others.
+    Returns: how many products were merged into others.
     """
     groups, instead, read = _groups(graph), dict[int, list[onnx.NodeProto]](), set[str]()
     for visits in groups:
@@ -69,7 +70,7 @@ def write_joined(
     with at.open("wb") as file:
         for name in wanted:
             parts = [numpy_helper.to_array(part, str(directory)) for part in joined[name]]
-            where = {"location": str(at.relative_to(directory)), "offset": str(file.tell())}
+            where = {"location": at.relative_to(directory).as_posix(), "offset": str(file.tell())}
             where["length"] = str(file.write(np.concatenate(parts, axis=-1).tobytes()))
             tensor = constants[name]
             tensor.data_location = TensorProto.EXTERNAL
@@ -89,19 +90,21 @@ def _products(graph: Graph, weight: str) -> list[onnx.NodeProto]:
     """The products that read a weight or its codes, in order; none if it is no matrix, or other nodes read it too."""
     users = list(graph.users(weight)) if len(graph.constants[weight].dims) == 2 else []
     values = [weight] * len(users)
-    if users and all(map(_gives_columns, users)):
+    if users and all(_gives_columns(graph, node) for node in users):
         values = [node.output[0] for node in users]
         users = [reader for value in values for reader in graph.users(value)]
-    right = len(users) == len(values) and all(
+    matches = len(users) == len(values) and all(
         node.op_type == "MatMul" and node.input[1] == value for node, value in zip(users, values, strict=True)
     )
-    return users if right else []
+    return users if matches else []
 
 
-def _gives_columns(node: onnx.NodeProto) -> bool:
-    """Whether a node dequantizes codes with a scale for each column."""
-    whole = len(node.input) == 2 and not attribute(node, "block_size") and attribute(node, "axis", 1) == 1
-    return node.op_type == "DequantizeLinear" and whole
+def _gives_columns(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether a node dequantizes codes with a scale for each column (those of gates have one scale for all)."""
+    if node.op_type != "DequantizeLinear" or len(node.input) != 2 or attribute(node, "block_size"):
+        return False
+    scales = graph.constants.get(node.input[1])
+    return attribute(node, "axis", 1) == 1 and scales is not None and len(scales.dims) == 1
 
 
 def _constants(graph: Graph, product: onnx.NodeProto) -> list[str]:
@@ -111,7 +114,7 @@ def _constants(graph: Graph, product: onnx.NodeProto) -> list[str]:
 
 
 def _joined_constant(graph: Graph, task: Task, names: Sequence[str]) -> str:
-    """A constant of several ones side by side, [in, out] or [out]. Its data are written later."""
+    """Several constants, [in, out] or [out], side by side in one. Its data are written later."""
     parts = [graph.constants[name] for name in names]
     dims = [*parts[0].dims[:-1], sum(part.dims[-1] for part in parts)]
     tensor = TensorProto(name=f"{names[0]}.joined", data_type=parts[0].data_type, dims=dims)
@@ -121,13 +124,13 @@ def _joined_constant(graph: Graph, task: Task, names: Sequence[str]) -> str:
 
 
 def _again(graph: Graph, product: onnx.NodeProto) -> tuple[str, list[onnx.NodeProto]]:
-    """What a product reads, made once more of values that are the same; TensorRT does not see that they are."""
+    """What a product reads, computed once more. The numbers are the same, but TensorRT does not see that."""
     value, name = product.input[0], f"{product.output[0]}.again"
     chain: list[onnx.NodeProto] = []
     while (node := graph.producer(value)) is not None and node.op_type in ("QuantizeLinear", "DequantizeLinear"):
         chain.insert(0, copy_of(node))
         value = node.input[0]
-    kind = graph.constants[chain[0].input[1] if chain else product.input[1]].data_type
+    kind = graph.constants[chain[0].input[1] if chain else _constants(graph, product)[-1]].data_type
     lowest = ml_dtypes.finfo(helper.tensor_dtype_to_np_dtype(kind)).min  # type: ignore[no-untyped-call]
     made = [make_node("Max", [value, graph.add_constant("lowered.lowest", lowest)], name)]
     for place, node in enumerate(chain):

@@ -1,7 +1,7 @@
 """The weights of a step's product as its plugin takes them: in the rows' type, or as codes of 8 bits with scales.
 
-TensorRT takes constants of 8 bits only before a DequantizeLinear, so codes are given as int32, four in each: another
-type and shape for the same bytes of the bundle's file.
+TensorRT takes 8-bit constants only before a DequantizeLinear, so codes are declared as int32, four in each: the same
+bytes of the bundle's file, with another type and shape.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class StepWeights:
 
     Args:
         form: a key of `STEP_WEIGHTS`.
-        inputs: the matrix; or int32 [I, O / 4], which are codes, and scales [B, O].
+        inputs: the names of the matrix; or of the codes, int32 [I, O / 4], and their scales [B, O].
     """
 
     form: str
@@ -69,8 +69,10 @@ def weights_of(graph: Graph, task: Task, product: onnx.NodeProto) -> StepWeights
 
 
 def has_codes(graph: Graph, name: str, block_size: int = 0) -> bool:
-    """Whether a constant is a matrix of codes that the kernels can read, with scales for blocks of so many inputs (0:
-    for whole columns)."""
+    """Whether a constant is a matrix of codes that the kernels can read.
+
+    Args: block_size: how many inputs of a column share a scale; 0: all.
+    """
     codes = graph.constants.get(name)
     if codes is None or codes.data_type not in _CODES or len(codes.dims) != 2 or codes.dims[1] % CODES_AT_A_TIME:
         return False
@@ -92,7 +94,8 @@ def as_codes(graph: Graph, codes: TensorProto, scales: TensorProto) -> StepWeigh
 
 
 def step_plugin(op: str, before: Sequence[str], weights: Sequence[StepWeights], out: str) -> onnx.NodeProto:
-    """A node of a plugin for weights of one form. Args: before: its inputs before the weights."""
+    """A node of a step's plugin. Args: op: without the ending for the weights' form; before: its inputs before them;
+    weights: all of one form."""
     (form,) = {one.form for one in weights}
     name = op + STEP_WEIGHTS[form]
     return onnx.helper.make_node(
