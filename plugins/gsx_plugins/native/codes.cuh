@@ -1,4 +1,4 @@
-// Weights as floats: elements of a row type, or codes of 8 bits, as they lie in one load.
+// Converts the weights of one load to floats: elements of a row type, or codes of 8 bits.
 
 #pragma once
 
@@ -20,15 +20,15 @@ struct E4m3 {
 template <typename W>
 constexpr bool kIsCode = std::is_same_v<W, int8_t> || std::is_same_v<W, E4m3>;
 
-// Four INT8 codes. A GPU converts integers to floats at an eighth of the speed at which it adds: so a code + 128 becomes the
-// lowest byte of a float from 2^23 on, where neighbours are 1 apart, and both numbers are taken off again.
+// Four INT8 codes. A GPU converts integers to floats at an eighth of the speed at which it adds floats. So code + 128 is put
+// into the lowest byte of the float 2^23, where neighbouring floats are 1 apart; then 2^23 + 128 is subtracted.
 __device__ inline void widenWord(uint32_t word, int8_t, float* out) {
     constexpr uint32_t kSignBits = 0x80808080u;  // adds 128 to each
     constexpr uint32_t kFloat = 0x4b000000u;     // 2^23
-    constexpr float kTaken = 8388608.0f + 128.0f;
+    constexpr float kOffset = 8388608.0f + 128.0f;
 #pragma unroll
     for (unsigned i = 0; i < 4; ++i) {
-        out[i] = __fadd_rn(__uint_as_float(__byte_perm(word ^ kSignBits, kFloat, 0x7440u + i)), -kTaken);
+        out[i] = __fadd_rn(__uint_as_float(__byte_perm(word ^ kSignBits, kFloat, 0x7440u + i)), -kOffset);
     }
 }
 

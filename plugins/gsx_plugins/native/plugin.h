@@ -42,7 +42,7 @@ struct Call {
     int64_t size(int32_t input, int32_t axis) const noexcept { return shapes[input].dims.d[axis]; }
 };
 
-constexpr int32_t kMaxTensors = 8;  // of an op
+constexpr int32_t kMaxTensors = 8;  // inputs and outputs of an op
 
 struct Op {
     char const* name;

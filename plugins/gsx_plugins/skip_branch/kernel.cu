@@ -1,4 +1,4 @@
-// What a product of a step is given, checked; and the kernel that fits it (product.cuh).
+// Checks what a product of a step is given, and launches the kernel that fits it (product.cuh).
 
 #include "skip_branch/kernel.h"
 

@@ -22,7 +22,7 @@ extern "C" {
 #define GSX_MOST_SKIP_ROWS 8
 /* Codes are read 16 at a time: O must be a multiple of this, and the codes and scales aligned to 16 bytes. */
 #define GSX_CODES_AT_A_TIME 16
-/* A block of inputs that share a scale has a multiple of so many, so that those that a thread reads together share it. */
+/* The inputs that share a scale, of a block, must be a multiple of this, so that those that a thread reads at once share it. */
 #define GSX_LEAST_BLOCK 8
 
 typedef enum {
@@ -31,11 +31,12 @@ typedef enum {
     GSX_E4M3_WEIGHTS = 2, /* codes must not be NaN */
 } gsx_weights;
 
-/* A matrix W [I, O]. Codes [I, O] stand for code x scale: x W is the float32 sum of x times codes (of a block, if there are
- * several), times the scale; nothing is rounded before the sum is complete. Codes are for rows of 16 bits.
+/* A matrix W [I, O]. Codes [I, O] stand for code x scale. With one block, x W is the float32 sum of x times codes, times the
+ * scale; with several, the float32 sum of x times (code x scale). Nothing is rounded to x's type before the sum is complete.
+ * Codes are for rows of 16 bits.
  *
- * scales [B, O], each for I / B inputs of a column: of x's type, for gsx_gate_linear float32; null without codes. B is 1
- * for E4M3.
+ * scales [B, O], each for I / B inputs of a column: of x's type, for gsx_gate_linear float32; null without codes. `blocks` is
+ * B, which is 1 for E4M3 and in gsx_gate_linear; without codes it is not read.
  */
 typedef struct {
     const void* values;

@@ -25,7 +25,7 @@ gsx_matrix matrixOf(Call const& call, int32_t first, gsx_weights weights) noexce
     return {call.inputs[first], call.inputs[first + 1], call.size(first + 1, 0), weights};
 }
 
-// Its columns; -1 if it has not four codes for each int32.
+// The number of its columns; -1 if codes and scales do not agree on it.
 int64_t widthOf(Call const& call, int32_t first, gsx_weights weights) noexcept {
     if (weights == GSX_ROW_WEIGHTS) return call.size(first, 1);
     int64_t const width = call.size(first + 1, 1);
@@ -79,7 +79,12 @@ constexpr Tensor kScales{"scale", Element::kRow, "BO"};
 
 template <gsx_weights WEIGHTS>
 constexpr Op codesLinear(char const* name) {
-    return {name, 5, 1, {kX, kScores, kBound, kCodes, kScales, {"out", Element::kRow, "NO"}}, noWorkspace, runLinear<WEIGHTS>};
+    return {name,
+            5,
+            1,
+            {kX, kScores, kBound, kCodes, kScales, {"out", Element::kRow, "NO"}},
+            noWorkspace,
+            runLinear<WEIGHTS>};
 }
 
 template <gsx_weights WEIGHTS>
@@ -118,7 +123,12 @@ constexpr Op codesLinearAdd(char const* name) {
 
 template <gsx_weights WEIGHTS>
 constexpr Op codesGate(char const* name) {
-    return {name, 3, 1, {kX, kCodes, {"scale", Element::kScore, "BO"}, {"out", Element::kScore, "NO"}}, noWorkspace, runGate<WEIGHTS>};
+    return {name,
+            3,
+            1,
+            {kX, kCodes, {"scale", Element::kScore, "BO"}, {"out", Element::kScore, "NO"}},
+            noWorkspace,
+            runGate<WEIGHTS>};
 }
 
 }  // namespace
