@@ -15,12 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 from gsx_engines.tensorrt.preload import preload_tensorrt_rtx
 from gsx_exporter.gate_config import GateConfig
 
 if TYPE_CHECKING:
     from gsx_engines.bundle.bundle import Bundle
+
+# A busy machine is no failure.
+settings.register_profile("gsx", deadline=None)
+settings.load_profile("gsx")
 
 # Before any test imports it, so that plugins work whatever test runs first.
 preload_tensorrt_rtx()

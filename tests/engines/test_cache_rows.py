@@ -98,7 +98,7 @@ ARRIVALS = st.tuples(
 )
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(ARRIVALS, min_size=1, max_size=8))
 def test_what_others_left_changes_no_token(served: Any, arrivals: list[tuple[int, int, int, int, int]]) -> None:
     scheduler, keeps, alone = served

@@ -35,7 +35,7 @@ def gated(make_tiny_bundle: Callable[..., Path]) -> Bundle:
     return open_bundle(make_tiny_bundle(draft="exit:2"))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     budget=st.integers(550, 950).map(lambda n: n / 1000),
     slope=st.floats(0.5, 2.0),

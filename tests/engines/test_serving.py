@@ -139,7 +139,7 @@ REQUESTS = [
 ]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.lists(st.tuples(st.integers(0, len(REQUESTS) - 1), st.integers(0, 3)), min_size=1, max_size=12))
 def test_every_request_gets_what_it_gets_alone(
     scheduler: Scheduler, alone: Callable, arrivals: list[tuple[int, int]]

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto
 from safetensors.torch import load_file, save_file
@@ -148,7 +148,6 @@ def test_fp8_weights_keep_three_bits_of_mantissa(seed: int) -> None:
 
 
 @pytest.mark.parametrize("form", [INT8, INT8_BLOCKS, INT4, E4M3])
-@settings(deadline=None)
 @given(seed=st.integers(0, 1_000))
 def test_gptq_changes_outputs_less_than_rounding_does(form: WeightFormat, seed: int) -> None:
     """On inputs whose channels go together, as a model's do; the codes are in the same range."""

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from gsx_exporter.rules.calm.risk_control import RiskTarget, agreement_risk, fixed_sequence_test, loss_risk, p_value
@@ -64,7 +64,6 @@ def test_the_walk_ends_at_the_first_failure(means: list[float], n: int, delta: f
 
 
 @pytest.mark.parametrize("correlated", [True, False])
-@settings(deadline=None)
 @given(seed=st.integers(0, 3))
 def test_the_guarantee_holds_in_simulation(correlated: bool, seed: int) -> None:
     """Thresholds whose true mean risk is just above delta are accepted in at most epsilon of many draws."""

@@ -221,7 +221,7 @@ def published(change: np.ndarray, region: FfnRegion, threshold: float) -> np.nda
     return np.array(ran)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.floats(0.01, 0.99), min_size=6, max_size=10), st.integers(1, 4), st.floats(0.02, 0.98), st.data())
 def test_the_reference_runs_the_published_loop(
     change: list[float], stride: int, threshold: float, data: st.DataObject

@@ -155,7 +155,7 @@ def keys(values: st.SearchStrategy[Any], one: st.SearchStrategy[Any]) -> st.Sear
     return st.fixed_dictionaries({}, optional={"eos_token_id": values, "bos_token_id": one, "pad_token_id": one})
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     keys(IDS, st.none() | st.integers(0, VOCABULARY - 1)),
     st.none() | keys(IDS | ODD_IDS, st.none() | A_TOKEN),

@@ -234,7 +234,7 @@ def test_a_setting_as_the_default(keep: KeepSettings, policy: str, model: Path, 
     assert {name: value.tolist() for name, value in asked.items()} == {n: v.tolist() for n, v in given.items()}
 
 
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)  # where the machine is busy
+@settings(suppress_health_check=[HealthCheck.too_slow])  # where the machine is busy
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=30))
 def test_front_by_its_definition(points: list[tuple[int, int]]) -> None:
     found = front(points, lambda one: one[0], lambda one: one[1])

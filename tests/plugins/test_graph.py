@@ -280,7 +280,7 @@ def edits(draw: st.DrawFn) -> list[tuple[str, int, int]]:
 
 
 @given(edits(), st.lists(st.integers(0, 9), min_size=2, max_size=8))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_links_are_right_after_any_edits(todo: list[tuple[str, int, int]], reads: list[int]) -> None:
     """Between edits, producers, users and order are those of a graph that is made anew from the nodes."""
     nodes = [make_node("Neg", [f"v{min(read, n)}"], f"v{n + 1}") for n, read in enumerate(reads)]
@@ -309,7 +309,7 @@ def test_links_are_right_after_any_edits(todo: list[tuple[str, int, int]], reads
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=7), st.integers(1, 7))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_what_is_left_is_what_the_output_depends_on(reads: list[tuple[int, int]], end: int) -> None:
     nodes = [make_node("Add", [f"v{min(a, n)}", f"v{min(b, n)}"], f"v{n + 1}") for n, (a, b) in enumerate(reads)]
     out = f"v{min(end, len(reads))}"

@@ -68,7 +68,7 @@ def test_threshold_of_every_kind_of_score(emulated: cases.GuardedKernels, kind: 
         cases.check_threshold(emulated, CPU, n, kind)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=700),
     few=st.integers(1, 2**32 - 1),

@@ -135,7 +135,7 @@ def test_topk_gather_for_every_k(case: str) -> None:
 scores = st.lists(st.one_of(st.floats(0, 1, width=32), st.sampled_from([NAN, INF, -INF, 0.5])), min_size=1, max_size=64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=scores, threshold=st.one_of(st.floats(0, 1, width=32), st.sampled_from([-INF, INF])), data=st.data())
 def test_choices_agree_with_the_rule(values: list[float], threshold: float, data: st.DataObject) -> None:
     score = np.array(values, np.float32)
@@ -217,7 +217,7 @@ def experts_reference(
     return out
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kept=st.integers(0, 9),
     experts=st.integers(1, 6),
