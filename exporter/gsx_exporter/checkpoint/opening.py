@@ -112,7 +112,7 @@ def _refuse_experts(checkpoint: Checkpoint, how: str) -> None:
     if checkpoint.config.experts is not None:
         raise CheckpointError(
             f"{checkpoint.source}: has routed experts, which are not read where they are {how}",
-            expected="float weights in safetensors",
+            expected="float weights in safetensors, or quantized ones with each expert by itself",
             todo="export the original checkpoint",
         )
 
