@@ -4,8 +4,8 @@
 
 16 clients ask again and again for the requests of `serving.mixed`: other lengths, budgets, seeds and stop texts, with
 and without the draft, streamed and whole. Every 9th client goes away after three events, and every 13th request is a
-bad one. Every text is compared with what `gsx generate` writes, in this process. Before, longer requests use every row
-of the cache once, since it takes its memory then.
+bad one. Every text is compared with what `gsx generate` writes, in this process. Before that, longer requests use every
+row of the cache once, since rows take their memory when they are first used.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _body(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def fill(port: int, prompts: Sequence[list[int]]) -> None:
-    """Use every row of the cache once, and every client's connection."""
+    """Use every row of the cache once."""
     longest = [Asked(_body(one), "") for one in filling(prompts, 3 * CLIENTS)]
     with ThreadPoolExecutor(CLIENTS) as pool:
         ends = Counter(pool.map(lambda one: outcome(port, one), longest))
@@ -127,7 +127,7 @@ def soak(port: int, server: psutil.Process, asked: Sequence[Asked], minutes: flo
             ended = perf_counter()
             if (ended - began) / 60 >= min(next_line, minutes):
                 known = [ends[name] for name in KNOWN]
-                sleep(1.1 * SECONDS)  # what an idle server keeps, not what requests use
+                sleep(1.1 * SECONDS)  # until an idle server has given back what requests used
                 size = f"{server.memory_info().rss / 1e6:.1f}"
                 lines.row(f"{(ended - began) / 60:.1f}", ends.total(), *known, ends.total() - sum(known), size)
                 next_line += minutes / 10

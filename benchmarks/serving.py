@@ -110,6 +110,10 @@ class Here:
         return found, writer
 
 
+# More tokens than any request of `mixed` has, prompt and new ones.
+LONGEST = 180
+
+
 def mixed(prompts: Sequence[list[int]], count: int) -> list[dict[str, Any]]:
     """Requests of all kinds: lengths, budgets, greedy and sampled, stop texts, speculative."""
     requests: list[dict[str, Any]] = []
@@ -133,10 +137,10 @@ def mixed(prompts: Sequence[list[int]], count: int) -> list[dict[str, Any]]:
 def filling(prompts: Sequence[list[int]], count: int) -> list[dict[str, Any]]:
     """Requests that are longer than those of `mixed`, half of them speculative.
 
-    A cache takes its memory when its rows are first used. After these requests, memory that grows is lost.
+    A cache takes its memory when its rows are first used. What a server grows by after these requests is a leak.
     """
     return [
-        {"input_ids": (prompts[n % len(prompts)] * 2)[: 16 + 100 + 64], "max_tokens": 64, "speculative": n % 2 == 1}
+        {"input_ids": (prompts[n % len(prompts)] * 2)[:LONGEST], "max_tokens": 64, "speculative": n % 2 == 1}
         for n in range(count)
     ]
 

@@ -15,7 +15,7 @@ and nothing overlaps. Assumptions, none of them measured here:
   GPU costs 25 us;
 - a kept branch reads all its weights, a skipped one none; K and V projections always run (K/V policy `compute`), and so
   do attention, over the whole context, and vector gates; scalar gates and norms weigh nothing;
-- weights of 8 bits take 1 byte, in blocks of 32 with a 16-bit scale 1.0625; the head has them too;
+- a weight in 8 bits takes 1 byte, or 1.0625 with a 16-bit scale for 32 weights; those of the head too;
 - activations stay in the cache.
 """
 
@@ -47,8 +47,8 @@ class Form:
         copies: how often K and V of all columns are copied, each a read and a write.
         recorded: whether a CUDA graph holds it.
         skips: whether it skips at all.
-        weights: bytes of a weight.
-        gates: bytes of a weight of vector gates; 0 without them.
+        weights: bytes per weight.
+        gates: bytes per weight of vector gates; 0 without them.
     """
 
     name: str
@@ -68,8 +68,9 @@ FORMS = (
     Form("dense, step", 9, 3, skips=False),
     Form("gates, rows that the GPU counts (as before)", 28, 3, syncs=2, copies=1, recorded=False),
     Form("gates, step", 10, 3),
-    Form("gates, step, INT8 weights", 11, 5, weights=INT8_BLOCKS),
+    Form("gates, step, INT8 weights in blocks", 11, 5, weights=INT8_BLOCKS),
     Form("gates, step, FP8", 12, 5, weights=1.0),
+    Form("vector gates, step", 14, 3, gates=BYTES),
     Form("set of layers", 14, 2, copies=1),
     Form("set of layers, step", 12, 2),
 )

@@ -37,9 +37,10 @@ from gsx_engines.speculation.draft import open_draft_runner
 from gsx_plugins.errors import UsageError
 
 _SAMPLING = ("top_p", "top_k", "min_p", "seed", "repetition_penalty", "frequency_penalty", "presence_penalty")
-# gsx's words for the end of a text, in Dynamo's.
+# Why a text ended: gsx's word -> Dynamo's.
 _FINISH = {"end-of-text": "stop", "stopped": "stop", "length": "length", "context": "length"}
-Event = NewTokens | Finished | Exception
+# None: the request was cancelled.
+Event = NewTokens | Finished | Exception | None
 
 
 class GsxEngine(LLMEngine):
@@ -96,19 +97,21 @@ class GsxEngine(LLMEngine):
         client = _Client(context)
         try:
             self._scheduler.submit(self._request(request), client)
-        except UsageError as error:
-            raise InvalidArgument(error.message) from error
-        except OverloadedError as error:
-            raise WorkerUnavailable(error.message) from error
-        try:
             while True:
                 event = await client.events.get()
                 if isinstance(event, Exception):
                     raise event
+                if event is None:
+                    yield {"token_ids": [], "index": 0, "finish_reason": "cancelled"}
+                    return
                 if isinstance(event, Finished):
                     yield _last(event)
                     return
                 yield {"token_ids": list(event.ids), "index": 0}
+        except UsageError as error:
+            raise InvalidArgument(error.message) from error
+        except OverloadedError as error:
+            raise WorkerUnavailable(error.message) from error
         finally:
             client.left = True
 
@@ -122,22 +125,25 @@ class GsxEngine(LLMEngine):
         assert self._scheduler is not None
         sampling, stops = asked.get("sampling_options") or {}, asked.get("stop_conditions") or {}
         if sampling.get("n") not in (None, 1):
-            raise UsageError("n is not possible here", expected="1", found=str(sampling["n"]))
+            raise UsageError("several choices (n) are not supported", expected="1", found=str(sampling["n"]))
         if sampling.get("guided_decoding"):
-            raise UsageError("guided decoding is not possible here")
+            raise UsageError("guided decoding is not supported")
+        if stops.get("min_tokens"):
+            raise UsageError("min_tokens is not supported", expected="0", found=str(stops["min_tokens"]))
         prompt = asked["token_ids"]
         given = {name: sampling[name] for name in _SAMPLING if sampling.get(name) is not None}
         if given.get("top_k", 0) < 0:
             del given["top_k"]  # -1: all
         temperature, most = sampling.get("temperature"), stops.get("max_tokens")
-        own_stops = [*(stops.get("stop_token_ids_hidden") or ()), *(stops.get("stop_token_ids") or ())]
-        stop_ids = frozenset() if stops.get("ignore_eos") else frozenset(own_stops) or None
+        # The hidden ones are the model's end-of-text tokens; without any, the bundle's own apply.
+        ends = () if stops.get("ignore_eos") else stops.get("stop_token_ids_hidden") or ()
+        stop_ids = frozenset([*ends, *(stops.get("stop_token_ids") or ())])
         return Request(
             prompt=prompt,
             max_new_tokens=max(1, self._scheduler.context - len(prompt)) if most is None else most,
             keep=KeepSettings(budget=self._options.budget),
             sampling=Sampling(temperature=1.0 if temperature is None else temperature, **given),
-            stop_ids=stop_ids,
+            stop_ids=stop_ids if stop_ids or stops.get("ignore_eos") else None,
             speculative=self._options.speculative,
         )
 
@@ -163,7 +169,7 @@ class _Client:
         return self.left or bool(self._context.is_stopped())
 
     def dropped(self) -> None:
-        """The request was cancelled, so nobody reads its events."""
+        self._put(None)
 
     def _put(self, event: Event) -> None:
         self._loop.call_soon_threadsafe(self.events.put_nowait, event)

@@ -33,7 +33,7 @@ from gsx_exporter.rules.ffn_skip import calibrate as similarity
 from gsx_exporter.rules.ffn_skip import policy as ffn_skip
 from gsx_exporter.rules.layers import policy as layers
 from gsx_exporter.text import MIN_TOKENS
-from gsx_exporter.training import exit_classifiers
+from gsx_exporter.training import frozen
 from gsx_plugins.build import MIN_CMAKE, MIN_NVCC
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +59,7 @@ PHRASES = {
         f"`confidence` is {calm.DEFAULT_CONFIDENCE:g} by default",
         f"a number of tokens ({calm.DEFAULT_DECAY_TOKENS} by default)",
         f"`threshold x ({1 - DECAYING:g} + {DECAYING:g} exp(-t n / tokens))`",
-        f"{CLASSIFIER_TOKENS:,} by default, of which {WORDS[exit_classifiers.HELD_OUT]} is held out",
+        f"{CLASSIFIER_TOKENS:,} by default, of which {WORDS[frozen.HELD_OUT]} is held out",
         f"cut into prompts of {exit_calibration.PROMPT_TOKENS} tokens",
         f"({math.ceil(math.log(0.05) / math.log(0.9))} for D 0.1 and C 0.95)",
     ),

@@ -6,7 +6,7 @@ as the whole model does? The second is an oracle: it knows the loss, so it bound
 layers per sequence can save.
 
 A set of layers stays the same for a whole sequence, so a skipped layer has no K and V, and nothing reads them. In a
-looped model the sets are those that it was made for: the visits of the first n loops, and the layers around the loops.
+looped model the sets are those that it was made for: the visits of the first n loops, with the layers around them.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def study_loops(
 ) -> list[SetResult]:
     """Losses of a looped model at every number of loops.
 
-    Args: as for `study`; layers are visits.
-    Returns: all loops first, then fewer.
+    Args: as for `study`.
+    Returns: a result for each number of loops, all of them first; its layers are visits.
     """
     if math.isfinite(seconds):
         few = ids[:_FEWEST_SEQUENCES]
@@ -179,7 +179,7 @@ def _nats_by_loops(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgr
     """The mean loss of each sequence by number of loops, all of them first; one layer's weights are in memory."""
     loops = checkpoint.config.loops
     assert loops is not None
-    # The number stays the same for a sequence, so only a shared cache reads what a loop that is left out would give.
+    # A sequence keeps its number of loops, so only a cache that the loops share needs K and V of a loop left out.
     options = DecoderOptions(LoopCount(loops), "copy" if loops.share_caches else "none")
     walk, total = Walk(checkpoint, ids, options), len(loops.visits)
     found = {}

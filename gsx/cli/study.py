@@ -30,7 +30,7 @@ def study(
     time: TimeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure what leaving out layers or loops costs: exits against skipped layers, and how many each sequence needs.
+    """Measure what leaving out layers, or loops, costs, and how few of them each sequence of a text needs.
 
     Example: gsx study examples/model -o out/study.html
     """

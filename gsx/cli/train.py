@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import sys
@@ -252,7 +253,7 @@ def _exit_classifiers(output: Path, options: RecipeOptions, depths: str, tokens:
         result = train_exit_classifiers(
             options.model, output, depths=named, text=options.data, tokens=wanted, on_progress=line.show
         )
-    exits = [{"exit": one.depth, "agreement": one.agreement, "ranking": one.ranking} for one in result.exits]
+    exits = [{"exit": one.depth, "agreement": one.agreement, "ranking": _number(one.ranking)} for one in result.exits]
     if as_json:
         print_json({"directory": str(result.directory), "tokens": result.tokens, "exits": exits})
         return
@@ -274,8 +275,7 @@ def _exit_gate(output: Path, options: RecipeOptions, tokens: int | None, as_json
         wanted = CLASSIFIER_TOKENS if tokens is None else tokens
         result = train_exit_gate(options.model, output, text=options.data, tokens=wanted, on_progress=line.show)
     if as_json:
-        last = {"helped": None, "leaving": None, "ranking": None}
-        gains = [vars(one) for one in result.gains[:-1]] + [vars(result.gains[-1]) | last]
+        gains = [{name: _number(value) for name, value in vars(one).items()} for one in result.gains]
         print_json({"directory": str(result.directory), "tokens": result.tokens, "loops": gains})
         return
     console = out()
@@ -287,3 +287,8 @@ def _exit_gate(output: Path, options: RecipeOptions, tokens: int | None, as_json
     heads = ("loops", "nats a token", "another helps", "leaves, on average", "ranking (0.5: a guess)")
     console.print(table(f"exit gate, on held-out tokens of {result.tokens:,}", heads, rows, right=1))
     console.print(f"next: gsx export {result.directory} --policy calm:gate,tolerance=0.1")
+
+
+def _number(value: float) -> float | None:
+    """A number for JSON, which has no NaN."""
+    return None if math.isnan(value) else value

@@ -105,12 +105,15 @@ def triton(
 
 
 def _numbers(text: str | None) -> list[int]:
+    """The value of `--gpus`."""
     from gsx_plugins.errors import UsageError
 
     try:
         return [] if text is None else [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UsageError("--gpus", expected="numbers of GPUs, e.g. 0,2", found=repr(text)) from error
+        raise UsageError(
+            "--gpus is not a list of numbers", expected="numbers of GPUs, e.g. 0,2", found=repr(text)
+        ) from error
 
 
 def _write_plans(bundle: Path, output: Path, name: str, as_json: bool) -> None:

@@ -50,7 +50,7 @@ def triton(
         context: largest number of tokens of a request, prompt and new ones; None for the model's context.
         threads: number of threads of ONNX Runtime; None for all but one processor, which is left to the server.
         openai: take requests as Triton's OpenAI front end sends them, whose types differ.
-        gpus: numbers of the GPUs that get an instance of their own, with TensorRT; none: all that Triton sees.
+        gpus: numbers of the GPUs that get an instance of their own, with TensorRT; empty for all that Triton sees.
     Returns: the model's directory.
     Raises:
         UsageError: `out` is not empty, or a number or name cannot be used.

@@ -1,4 +1,4 @@
-"""The messages of a chat, as the OpenAI API has them, checked and turned into a prompt by the bundle's own template."""
+"""Messages of a chat in the form of the OpenAI API: checks them, and makes a prompt by the bundle's chat template."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gsx_plugins.errors import UsageError
 
 
 class TextPart(BaseModel):
-    """A part of a message's content."""
+    """A part of a message's content; only texts are taken."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     type: Literal["text"]
@@ -22,14 +22,14 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """A message of a chat; what else it has is passed on to the template."""
+    """A message of a chat; further keys are passed on to the template."""
 
     model_config = ConfigDict(extra="allow", strict=True)
     role: str
     content: str | list[TextPart] | None = None
 
     def for_template(self) -> dict[str, Any]:
-        """As a template takes it, with its parts as one text."""
+        """The message for a template, its content as one text."""
         values: dict[str, Any] = self.model_dump()
         if isinstance(self.content, list):
             values["content"] = "".join(part.text for part in self.content)
@@ -44,7 +44,7 @@ def messages_of(text: str) -> list[Message]:
     """Messages from JSON.
 
     Raises:
-        UsageError: it is no list of messages.
+        UsageError: it is not a list of messages.
     """
     try:
         return _MESSAGES.validate_json(text)
@@ -62,10 +62,10 @@ def chat_prompt(template: ChatTemplate | None, messages: Sequence[Message], cont
     """Ids of a chat, up to where the answer begins.
 
     Args:
-        template: of the bundle.
+        template: of the bundle; None if it has none.
         messages: the chat.
-        context: how many tokens a request may have.
-        instead: what a model without a template takes, for the error's message.
+        context: how many tokens a request may have, prompt and new ones.
+        instead: what to send to a model without a template, for the error's message.
     Raises:
         UsageError: there is no template, it refuses the messages, or they are too long.
     """

@@ -53,7 +53,7 @@ class TritonConfig(_Checked):
 
     Args:
         batch: Triton's `max_batch_size`; above 0, tensors have an axis for it in front of `dims`.
-        gpus: numbers of the GPUs that get an instance; all if there are none.
+        gpus: numbers of the GPUs that get an instance each; empty for all that Triton sees.
         profiles: for the backend `tensorrt`, numbers of the optimization profiles that an instance uses.
     """
 

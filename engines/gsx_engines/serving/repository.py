@@ -78,9 +78,9 @@ def write_repository(
         queue: how many requests may wait.
         context: maximum number of tokens of a request, prompt and new ones; None for the model's context, or for as
             many as the engines hold.
-        form: of requests and responses, one of `fields.FORMS`.
-        gpus: numbers of the GPUs that get an instance, with the TensorRT backends; none: all that Triton sees.
         threads: of ONNX Runtime; None for a number that leaves a processor to the server (`threads.py`).
+        form: of requests and responses, one of `fields.FORMS`.
+        gpus: numbers of the GPUs that get an instance each, with the TensorRT backends; empty for all that Triton sees.
     Returns: the directory of the model.
     Raises:
         UsageError: the target is occupied, or a number or name cannot be used.
@@ -165,15 +165,18 @@ def _check(bundle: Bundle, slots: int, queue: int, context: int | None, threads:
 
 
 def _check_gpus(gpus: Sequence[int], backend: Backend) -> None:
+    named = ", ".join(map(str, gpus))
     if gpus and backend == "onnxruntime":
         raise UsageError(
-            "GPUs are named, but this model runs on the CPU", expected="--backend tensorrt or tensorrt-rtx"
+            "the backend onnxruntime runs on the CPU and takes no GPUs",
+            expected="--backend tensorrt or tensorrt-rtx with --gpus",
+            found=named,
         )
     if len(set(gpus)) != len(gpus) or min(gpus, default=0) < 0:
         raise UsageError(
             "the GPUs are not valid",
             expected="different numbers from 0 on, as nvidia-smi shows them",
-            found=", ".join(map(str, gpus)),
+            found=named,
         )
 
 

@@ -110,9 +110,13 @@ def as_modules(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, .
 
 
 def of_module(name: str, read: Callable[[str], torch.Tensor], experts: Experts | None) -> torch.Tensor:
-    """A tensor by its name in transformers' module, where that of all experts of a layer is one.
+    """A parameter of transformers' module, in which a layer's experts share a tensor; of others, the tensor itself.
 
-    Args: read: gives the tensors of single experts, and all others.
+    Args:
+        name: of the parameter.
+        read: gives the tensors of single experts, and all others.
+        experts: of the model; None if it has none.
+    Returns: [E, 2F, H] or [E, H, F] of all experts, gate before up; otherwise as read.
     """
     import torch
 

@@ -95,7 +95,7 @@ def _read(directory: Path, source: str, adapter: Adapter | None = None) -> Check
 def _dequantize(checkpoint: Checkpoint, layout: Layout) -> None:
     """Read quantized weights as floats."""
     if isinstance(checkpoint.stored, StoredTensors) and checkpoint.stored.pieces:
-        _refuse_experts(checkpoint, f"quantized ({layout.method}), all experts of a layer in one tensor")
+        _refuse_experts(checkpoint, f"in one quantized tensor for each layer ({layout.method})")
     floats = DequantizedTensors(checkpoint.stored, layout, checkpoint.source)
     floats.check()
     checkpoint.stored = floats
@@ -108,11 +108,11 @@ def _dequantize(checkpoint: Checkpoint, layout: Layout) -> None:
 
 
 def _refuse_experts(checkpoint: Checkpoint, how: str) -> None:
-    """Refuse forms of a model in which routed experts are not read. Args: how: it is stored."""
+    """Refuse forms of a model in which routed experts are not read. Args: how: they are stored."""
     if checkpoint.config.experts is not None:
         raise CheckpointError(
             f"{checkpoint.source}: has routed experts, which are not read where they are {how}",
-            expected="float weights in safetensors",
+            expected="float weights in safetensors, or quantized ones with each expert by itself",
             todo="export the original checkpoint",
         )
 

@@ -1,9 +1,8 @@
 """A checkpoint whose vector gates are rounded to the graph's 16-bit type, before anything is calibrated on them.
 
-The product of a vector gate is as large as one of attention's, and a decode step reads its weights for every token. In
-a graph of 16 bits they have 16 bits too; products and sums stay in float32, so the score is that of the rounded
-weights. Rounding them first gives thresholds of the same arithmetic. A scalar gate's weight is a vector, and stays in
-float32.
+A vector gate's weight is as large as one of attention's, and every decode step reads it, so it has 16 bits in a graph
+of 16 bits. Products and sums stay in float32: scores are those of the rounded weights. Thresholds must come from the
+same scores, so rounding comes first. A scalar gate's weight is a vector, and stays in float32.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from gsx_exporter.checkpoint.tensors import is_gate
 
 @dataclass
 class RoundedGates(Checkpoint):
-    """A checkpoint whose tensors are rounded when they are read.
+    """A checkpoint whose vector gates are rounded when they are read.
 
-    Args: gate_type: of the weights of vector gates.
+    Args: gate_type: what their weights are rounded to; they keep the type in which they are stored.
     """
 
     gate_type: torch.dtype = torch.float32

@@ -37,13 +37,13 @@ class ExpertWeights(nn.Module):
 
 
 class StoredExperts(nn.Module):
-    """The same, of a layer that text goes through eagerly: an expert's weights are read when rows go to it.
+    """The same for a layer that runs eagerly, to calibrate it: an expert's weights are read when rows go to it.
 
     All experts of a large model's layer, in float32, would take more memory than all else.
 
     Args:
-        count: of experts.
-        read: product ("up_proj") and expert -> its weight, [in, out], in the type of the rows.
+        count: number of experts.
+        read: from a product ("up_proj") and an expert's number, its weight [in, out] in the type of the rows.
     """
 
     def __init__(self, count: int, read: Callable[[str, int], Tensor]) -> None:

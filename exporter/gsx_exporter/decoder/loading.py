@@ -65,8 +65,8 @@ def _checkpoint_name(parameter: str) -> str:
 
 
 def load_layer(checkpoint: Checkpoint, index: int, options: DecoderOptions) -> DecoderLayer:
-    """Layer `index` with its weights, but for those of routed experts, which are read when they are used; in a looped
-    model, a visit."""
+    """Layer `index` with its weights; in a looped model, a visit. Weights of routed experts are read when rows go to
+    them."""
     with torch.device("meta"):
         layer = DecoderLayer(checkpoint.config, options, index)
     prefix = f"layers.{checkpoint.config.layer_of(index)}."

@@ -52,7 +52,7 @@ class _Inputs:
         self.rows, self.count = torch.cat((self.rows, other.rows)), self.count + other.count
 
     def take_hessian(self) -> Tensor:
-        """The Hessian, which is then not kept here."""
+        """The Hessian, which is not kept here any longer: it may be as large as the layer."""
         taken, self.hessian = self.hessian, torch.empty(0)
         return taken
 
@@ -100,7 +100,8 @@ def choose_codes(
                     first = next(iter(inputs))
                     seen = inputs.pop(first)
                     later.add_to(seen, number, first)
-                    note = f"{prefix_of(plan.checkpoint.config, number)}{first}"  # one of them may take minutes
+                    # One product may take minutes, so each is shown.
+                    note = f"{prefix_of(plan.checkpoint.config, number)}{first}"
                     on_progress(Progress(_CHOOSING, number, plan.checkpoint.config.num_layers, note))
                     losses |= _choose(plan, number, layer, first, seen, options.dtype)
             quantize_layer(layer, number, plan)
@@ -120,7 +121,7 @@ def _choose(
     products = [name for name, path in paths.items() if _SAME_ROWS[path] == first and name in plan.matrices]
     for name in products if bool(seen.hessian.any()) else ():
         linear, matrix = linear_of(layer, paths[name]), plan.matrices[name]
-        # The last product overwrites the Hessian, which may be as large as the layer, and then nothing keeps it.
+        # The last product may overwrite the Hessian, and nothing else keeps it.
         found = chosen[name] = gptq(
             linear.weight,
             seen.take_hessian() if name == products[-1] else seen.hessian.clone(),

@@ -39,7 +39,7 @@ def gptq(weight: Tensor, hessian: Tensor, form: WeightFormat, dtype: torch.dtype
             codes = round_values(left[k], scales[0], None if zeros is None else zeros[0], form)
             rounded = (codes if zeros is None else codes - zeros[0]) * scales[0].float()
             errors[k - start] = (left[k] - rounded) / factor[k - start, k]
-            left[k] = codes  # which are kept in place of the weights that are done
+            left[k] = codes  # in place of the weights, which are done: no second tensor of their size
             left[k + 1 : stop].addr_(factor[k - start, k + 1 : stop], errors[k - start], alpha=-1)
         left[stop:].addmm_(factor[:, stop:].t(), errors, alpha=-1)
     all_zeros = [zeros for _, zeros in blocks if zeros is not None]

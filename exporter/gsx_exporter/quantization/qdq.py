@@ -87,9 +87,9 @@ def quantize_graphs(graphs: Graphs, plan: QuantizationPlan, dtype: torch.dtype) 
 
 
 def _dequantize_gates(graph: Graph, plan: QuantizationPlan) -> None:
-    """Convert the codes of gates to float32 weights, in the place of what widens 16-bit weights."""
+    """Convert the codes of gates to float32 weights; where a Cast widened 16-bit weights, this replaces it."""
     made: dict[str, str] = {}
-    same: dict[str, str] = {}  # a widened weight -> the weight from the codes
+    same: dict[str, str] = {}  # output of such a Cast -> the weight from the codes
 
     def dequantized(node: onnx.NodeProto) -> list[onnx.NodeProto] | None:
         gates = [name for name in node.input if name.removesuffix(".weight").endswith(_GATES)]

@@ -1,10 +1,10 @@
 """Ouro's exit gate: after each loop, the probability that a token should leave (arXiv:2510.25741, stage II).
 
-The model is frozen. A token should go on after a loop if the next one lowers the loss of its next token: with I the
-gain in nats, and none below 0, the label of going on is sigmoid(k (I - gamma)), k = 50 and gamma = 0.005 as published;
-the gate, one for all loops, learns it by cross-entropy. Two things differ from the paper. It pairs what loop t gives
-with the gain of loop t itself, from the second on; here the gate after loop t learns the gain of loop t + 1, which is
-what it decides on, also after the first. And the problem is convex, so it is solved and not trained step by step.
+The model is frozen. A token should go on after a loop if the next loop lowers the loss of its next token. With I that
+gain in nats, or 0 if the loss rises, the label of going on is sigmoid(k (I - gamma)); k = 50 and gamma = 0.005 as
+published. The gate, one for all loops, learns it by cross-entropy. Two things differ from the paper. It pairs the state
+after loop t with the gain of loop t itself, from the second loop on; here the gate after loop t learns the gain of loop
+t + 1, on which it decides, and so after the first loop too. And the problem is convex, so it is solved, not trained.
 
 The rule that reads the gate is `--policy calm:gate`. Facts: docs/methods.md section 11.
 """
@@ -35,7 +35,7 @@ from gsx_exporter.training.logistic import logistic_regression, ranking
 from gsx_plugins.errors import UsageError
 from gsx_plugins.progress import OnProgress, Progress, silent
 
-# How sharply a gain tells going on from leaving, and the gain in nats at which both are as good (as published).
+# As published: how sharply a gain separates going on from leaving, and the gain in nats at which both are as good.
 SHARPNESS, LEAST_GAIN = 50.0, 0.005
 
 
@@ -134,7 +134,7 @@ def train_exit_gate(
 
 
 def fit_exit_gate(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgress = silent) -> ExitGate:
-    """Fit the gate in one pass over a text; one layer's weights are in memory at a time, and what each loop gives.
+    """Fit the gate in one pass over a text. In memory are one layer's weights, and the states after each loop.
 
     Args:
         checkpoint: a looped model with an exit gate.
@@ -156,7 +156,7 @@ def fit_exit_gate(checkpoint: Checkpoint, ids: np.ndarray, on_progress: OnProgre
                 # The last token of a window has no next one.
                 states.append(norm(stream.hidden).view(*ids.shape, -1)[:, :-1].flatten(0, 1))
     on_progress(Progress("fitting"))
-    return _fit([one.clone() for one in states[:-1]], losses, learnt_windows(len(ids)) * (ids.shape[1] - 1))
+    return _fit(states[:-1], losses, learnt_windows(len(ids)) * (ids.shape[1] - 1))
 
 
 def _losses(ids: Tensor, logits: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def going_on(losses: Sequence[Tensor]) -> list[Tensor]:
 
 def _fit(states: Sequence[Tensor], losses: Sequence[Tensor], learnt: int) -> ExitGate:
     """states: what each loop but the last gives, [N, H]; losses: after each loop, [N]; learnt: tokens to learn from."""
-    labels = [label.clone() for label in going_on(losses)]
+    labels = going_on(losses)
     leave = torch.cat([1 - label[:learnt] for label in labels])
     weight, bias = logistic_regression(torch.cat([one[:learnt] for one in states]), leave)
     gains = []

@@ -1,4 +1,4 @@
-"""Shared by what is fitted to a frozen model: the text that it is fitted on, and writing the checkpoint with it."""
+"""What all fits to a frozen model share: the text to fit on, and writing the checkpoint with the result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gsx_exporter.training.corpus import read_corpus, split
 from gsx_exporter.training.tokenizer import encode_documents
 from gsx_plugins.progress import OnProgress
 
-# Share of the windows that is held out, to say how good the result is.
+# Share of the windows that is held out, to measure the result on.
 HELD_OUT = 1 / 8
 FEWEST_WINDOWS = 4
 _SEED = 0
@@ -32,9 +32,9 @@ def text_windows(checkpoint: Checkpoint, text: Path | None, tokens: int) -> np.n
 
     Args:
         text: a directory of text files; None for the standard library of the running Python.
-        tokens: the most to take.
+        tokens: the largest number to take.
     Raises:
-        TextError: there are too few.
+        TextError: the text has too few.
         CheckpointError: the tokenizer does not fit the model.
     """
     documents = split(read_corpus(text))["train"]
@@ -48,9 +48,10 @@ def text_windows(checkpoint: Checkpoint, text: Path | None, tokens: int) -> np.n
     count = len(ids) // width
     if count < FEWEST_WINDOWS:
         raise TextError(
-            "the text is too short to fit anything to",
+            "the text is too short to fit on",
             expected=f"{FEWEST_WINDOWS * width} tokens or more",
             found=f"{len(ids)} tokens",
+            todo="give more text, or allow more tokens",
         )
     highest = int(ids.max())
     if highest >= checkpoint.config.vocab_size:
@@ -63,7 +64,7 @@ def text_windows(checkpoint: Checkpoint, text: Path | None, tokens: int) -> np.n
 
 
 def learnt_windows(windows: int) -> int:
-    """How many windows are learnt from; those behind them are held out."""
+    """How many of the windows are learnt from: the first ones. The rest is held out."""
     return windows - max(1, int(windows * HELD_OUT))
 
 
@@ -76,13 +77,13 @@ def write_with(
     section: Mapping[str, Any] | None = None,
     without: str | None = None,
 ) -> None:
-    """Write a checkpoint with other tensors beside its own, or in their place.
+    """Write a checkpoint with further tensors, or with others in place of its own.
 
     Args:
-        own: the tensors, by name.
+        own: these tensors, by name.
         work: the folder to write to.
-        section: what its section `gsx` says about them; None for nothing, as its configuration knows them.
-        without: leave out tensors that have this in their names.
+        section: what the section `gsx` of `config.json` says about them; None if `config.json` implies them already.
+        without: tensors with this in their names are left out.
     """
     checkpoint.copy_companions(work)
     kept = [name for name in checkpoint.names if name not in own and (without is None or without not in name)]

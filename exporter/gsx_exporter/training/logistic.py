@@ -1,4 +1,4 @@
-"""Logistic regression on states: convex, so it is solved, not trained step by step, and a text has one answer."""
+"""Logistic regression on states. It is convex, so it is solved rather than trained: a text has one answer."""
 
 from __future__ import annotations
 
