@@ -103,6 +103,7 @@ def place(
     shutil.copytree(tiny_gated, tmp_path / "my-model")
     shutil.copytree(tiny_bundle, tmp_path / "out" / "demo")
     tiny_checkpoint(tmp_path / "my-dense-model", tokenizer=True)
+    tiny_checkpoint(tmp_path / "my-ouro", "ouro", layers=2, tokenizer=True, total_ut_steps=4)
     gates: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in load_file(tiny_gated / "model.safetensors").items():
         parts = key.split(".")
