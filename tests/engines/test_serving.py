@@ -237,7 +237,7 @@ class Poisoned(Faulty):
         output = self._runner.step(cache, input_ids, controls, **options)
         logits = output.logits.copy()
         logits[(input_ids == self._token).any(axis=1)] = np.nan
-        return replace(output, logits=logits)
+        return replace(output, scores=logits)
 
 
 def test_logits_that_are_no_numbers_fail_one_request(tiny_bundle: Path) -> None:

@@ -78,7 +78,7 @@ def test_weights_are_stored_once(tmp_path: Path, tied: bool, exit_layer: int | N
 
 
 @pytest.mark.parametrize(("precision", "onnx_type"), [("fp16", "float16"), ("bf16", "bfloat16")])
-def test_half_precision_keeps_gates_in_float32(
+def test_half_precision_keeps_scores_in_float32(
     tmp_path: Path, tiny_gated: Path, precision: str, onnx_type: str
 ) -> None:
     text = Path(__file__).parents[2] / "docs" / "design.md"
@@ -86,7 +86,8 @@ def test_half_precision_keeps_gates_in_float32(
     model = onnx.load(str(bundle.graph_path("model")), load_external_data=False)
     onnx.checker.check_model(str(bundle.graph_path("model")))
     kinds = {t.name: onnx.TensorProto.DataType.Name(t.data_type).lower() for t in model.graph.initializer}
-    assert {kind for name, kind in kinds.items() if "_gate.linear." in name} == {"float"}
+    gates = {(name.rpartition(".")[2], kind) for name, kind in kinds.items() if "_gate.linear." in name}
+    assert gates == {("weight", onnx_type), ("bias", "float")}  # the product of a vector gate is in float32
     assert kinds["layers.0.mlp.up_proj.weight"] == onnx_type
     logits = next(value for value in bundle.manifest.graphs["model"].outputs if value.name == "logits")
     assert logits.type == onnx_type
@@ -124,7 +125,7 @@ def test_weights_file_round_trips(tmp_path: Path) -> None:
         ("norm.weight", "model.norm.weight", False, torch.float16),
         ("lm_head.weight", "lm_head.weight", True, torch.float16),
         ("layers.3.mlp.gate_proj.weight", "model.layers.3.mlp.gate_proj.weight", True, torch.float16),
-        ("layers.3.mlp_gate.linear.weight", "model.layers.3.mlp_gate.weight", True, torch.float32),
+        ("layers.3.mlp_gate.linear.weight", "model.layers.3.mlp_gate.weight", True, torch.float16),
         ("layers.3.attn_gate.linear.bias", "model.layers.3.attn_gate.bias", False, torch.float32),
         ("layers.3.self_attn.q_proj.bias", "model.layers.3.self_attn.q_proj.bias", False, torch.float16),
     ],

@@ -111,7 +111,7 @@ def test_a_bundle(looped: Path, tmp_path: Path, scheme: SchemeName) -> None:
     # Without packing, products of codes dequantize their weights in every step.
     assert "session.disable_prepacking" not in session_config(made.manifest, lowered=True)
     portable, fast = step(made, PortableStage), step(made, OnnxRuntimeStage)
-    if scheme == "int8":  # rows have scales of their own in the fast form
+    if scheme in ("int8", "int4"):  # the fast form rounds rows to 8 bits, with scales of their own
         agree = (portable.argmax(-1) == fast.argmax(-1)).mean()
         assert agree > 0.5
     else:
