@@ -105,9 +105,8 @@ def _allowed(base: float, own: Sequence[float]) -> float:
 TOLERANCES: dict[str, Tolerances] = {
     # A rounding error is 6e-8 of its number. Sums of thousands, tens of layers, and attention that depends on small
     # differences of large products make it 1e-6 to 1e-5 of the scale, and the largest of 10^5 errors is about ten
-    # times the usual one. Trained gates have large weights: their scores round as sums of hundreds do, and a branch's
-    # output is multiplied by what the sigmoid makes of them (4.5e-4 at one token of SmolLM2 with gates of 3,200 steps).
-    # A wrong weight, mask or position shows at 1e-2 and above. Here the reference is in float64, so that only the
+    # times the usual one. MLPs of a real model's last layers add much larger numbers than the state that is left: 4.5e-4
+    # was seen at one token of SmolLM2 with gates, where its scores agreed to rounding. A wrong weight, mask or position shows at 1e-2 and above. Here the reference is in float64, so that only the
     # engine's rounding counts; the other limits are so much coarser that one in float32 will do.
     "fp32": Tolerances(
         logits=1e-4,
@@ -116,7 +115,7 @@ TOLERANCES: dict[str, Tolerances] = {
         differing_share=None,
         nats=2e-4,
         tokens_must_agree=True,
-        reason="float32 rounding, up to 1e-5 of the scale; the largest of many; gates. Real errors show at 1e-2",
+        reason="float32 rounding, up to 1e-5 of the scale; the largest of many values. Real errors show at 1e-2",
     ),
     # The reference stays in float32, so weights and activations are each rounded once to 11 significant bits
     # (2^-11 = 5e-4 of their scale) per layer; the largest of many errors is about ten times that.

@@ -11,6 +11,7 @@ import onnx
 import pytest
 import torch
 
+from gsx.parity.tolerances import TOLERANCES
 from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
 from gsx_engines.bundle.bundle import Bundle
@@ -114,5 +115,9 @@ def test_a_bundle(looped: Path, tmp_path: Path, scheme: SchemeName) -> None:
     if scheme in ("int8", "int4"):  # the fast form rounds rows to 8 bits, with scales of their own
         agree = (portable.argmax(-1) == fast.argmax(-1)).mean()
         assert agree > 0.5
+        if scheme == "int4":  # the limit between the two runners (gsx/parity/tolerances.py)
+            limit = TOLERANCES["quantized"].runners
+            assert limit is not None
+            assert np.square(fast - portable).mean() <= limit**2 * np.square(portable).mean()
     else:
         np.testing.assert_allclose(fast, portable, atol=ATOL)
