@@ -9,6 +9,8 @@ Letters as in `gsx_exporter/decoder/layer.py`; C capacity of the buffers, T colu
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,10 @@ from gsx.backend_names import Device
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.manifest import DecoderShape, Gates
 from gsx_engines.bundle.words import BRANCHES, Branch
-from gsx_engines.errors import BundleError, EngineError
+from gsx_engines.errors import BundleError, EngineError, LostGpuError
 from gsx_engines.runners.base import Call, ExitState, Logits, StageOutput, grown
 from gsx_engines.runners.kept import KeptTable
+from gsx_engines.tensorrt.cuda import ENDS_PROCESS, START_AGAIN
 from gsx_exporter.checkpoint.hf_config import read_config
 from gsx_exporter.checkpoint.names import CONFIG
 from gsx_exporter.config import ModelConfig
@@ -86,6 +89,21 @@ class TorchRuntime:
         return TorchStage(bundle, graph, self._weights[key], self.device)
 
 
+@contextmanager
+def _lost_gpu() -> Iterator[None]:
+    """Turn PyTorch's error after which nothing works on the GPU into ours."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        if getattr(error, "error_code", None) not in ENDS_PROCESS:
+            raise
+        raise LostGpuError(
+            "PyTorch failed on the GPU, and this process cannot use it any more",
+            found=str(error).splitlines()[0],
+            todo=START_AGAIN,
+        ) from error
+
+
 class TorchStage:
     """Runs some layers of the decoder; see `Stage`.
 
@@ -131,6 +149,7 @@ class TorchStage:
 
         return {cache: _Buffers(zeros(), zeros(), batch) for cache in self.manifest.decoder.caches_of(self.layers)}
 
+    @_lost_gpu()
     @torch.inference_mode()
     def run(self, memory: dict[int, _Buffers], call: Call, state: ExitState | None, logits: Logits) -> StageOutput:
         """See `Stage`."""
@@ -182,6 +201,7 @@ class TorchStage:
         rows = self._table.rows(np.split(indices, ends)[: len(kept)], batch, length)
         return StageOutput(scores, leaving, *self._table.counts(rows))
 
+    @_lost_gpu()
     @torch.inference_mode()
     def copy(self, memory: dict[int, _Buffers], source: int, target: int, length: int) -> None:
         """See `Stage`."""

@@ -11,3 +11,8 @@ class BundleError(GsxError):
 
 class EngineError(GsxError):
     """An engine that cannot be built, loaded or run here: its runtime, its GPU, its profiles or its plugins."""
+
+
+class LostGpuError(EngineError):
+    """A GPU that this process can no longer use: its memory and its engines are gone, and only a new process gets
+    others. A server ends; everybody else starts again."""

@@ -59,6 +59,7 @@ def serve(
     Returns: nothing, when the server has ended.
     Raises:
         UsageError: an option or the address cannot be used, or packages are missing.
+        LostGpuError: the GPU was lost while serving; start again.
         GsxError: the bundle cannot be used.
     Example:
         >>> gsx.serve("out/demo", port=8000)  # doctest: +SKIP
@@ -91,11 +92,13 @@ def serve(
         own = manifest.draft.draft if manifest.draft else None
         runtime = open_backend(backend, device, threads)
         runner = open_draft_runner(opened, own, threads or threads_beside_server(), runtime)
+        scheduler = Scheduler(runner, tokenizer, slots=slots, queue=queue, context=context)
+        scheduler.warm_up()
         served = http_server.Served(
             name=name or opened.directory.resolve().name,
             version=version("gsx"),
             manifest=manifest,
-            scheduler=Scheduler(runner, tokenizer, slots=slots, queue=queue, context=context),
+            scheduler=scheduler,
             tokenizer=tokenizer,
             template=template,
             api_key=api_key,

@@ -22,13 +22,15 @@ from tests.engines.cpu_engine import CpuEngine
 
 _RUBBISH = 0xFF  # NaN in every float type
 _ALIGNMENT = 256  # of device memory, and of every address that TensorRT takes
-_SUCCESS, _FAILURE = 0, 999  # cudaErrorUnknown
+_SUCCESS, _FAILURE, _LOST = 0, 999, 700  # cudaErrorUnknown, cudaErrorIllegalAddress
 _KINDS = SimpleNamespace(
     cudaMemcpyHostToDevice=("host", "device"),
     cudaMemcpyDeviceToHost=("device", "host"),
     cudaMemcpyDeviceToDevice=("device", "device"),
 )
 Work = Callable[[], None]
+# Columns of the K/V buffers of engines on it.
+CAPACITY = 160
 
 
 class StandInCuda:
@@ -38,6 +40,7 @@ class StandInCuda:
         launches: how many recorded graphs were replayed.
         calls: number of calls that can fail, including TensorRT's.
         fail_at: number of the call that fails; 0: no call fails.
+        dies_at: number of the call from which on all fail, as after an illegal address; 0: none.
         refuses_recording: recording fails, as it does if TensorRT needs the host in between.
     """
 
@@ -50,7 +53,7 @@ class StandInCuda:
         self._queues: dict[int, list[Work]] = {}
         self._handles = itertools.count(1)
         self._last_error = _SUCCESS
-        self.calls = self.fail_at = 0
+        self.calls = self.fail_at = self.dies_at = 0
         self._recording: list[Work] | None = None
         self._graphs: dict[int, list[Work]] = {}
         self.launches = 0
@@ -61,15 +64,20 @@ class StandInCuda:
         """Blocks of memory, streams and recordings that were not released."""
         return len(self._blocks) + len(self._queues) + len(self._graphs)
 
+    @property
+    def is_dead(self) -> bool:
+        """Whether nothing works any more."""
+        return 0 < self.dies_at <= self.calls
+
     def fails(self) -> bool:
         """Whether the call that begins must fail."""
         self.calls += 1
-        return self.calls == self.fail_at
+        return self.is_dead or self.calls == self.fail_at
 
     def failed(self) -> int:
         """The code of a call that fails, which CUDA also remembers."""
-        self._last_error = _FAILURE
-        return _FAILURE
+        self._last_error = _LOST if self.is_dead else _FAILURE
+        return self._last_error
 
     @property
     def remembers_error(self) -> bool:
@@ -185,7 +193,7 @@ class StandInCuda:
         return (0,)
 
     def cudaGetLastError(self) -> tuple[int]:  # noqa: N802
-        error, self._last_error = self._last_error, _SUCCESS
+        error, self._last_error = self._last_error, _LOST if self.is_dead else _SUCCESS
         return (error,)
 
     def cudaGetErrorString(self, error: int) -> tuple[int, bytes]:  # noqa: N802

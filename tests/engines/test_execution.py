@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gsx_engines.building.profiles import default_profiles
-from gsx_engines.bundle.bundle import Bundle, open_bundle
+from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
 from gsx_engines.errors import EngineError
 from gsx_engines.generation import generate
@@ -24,11 +22,10 @@ from gsx_engines.speculation.draft import EarlyExitDraft
 from gsx_engines.tensorrt import cuda, execution
 from gsx_engines.tensorrt.backend import Backend
 from gsx_engines.tensorrt.execution import CudaEngine
-from tests.engines.cpu_engine import cpu_stages
-from tests.engines.standin_gpu import StandInCuda, StandInTensorRT
+from tests.engines.conftest import Make
+from tests.engines.standin_gpu import CAPACITY, StandInCuda, StandInTensorRT
 from tests.engines.test_steps import with_steps
 
-CAPACITY = 160
 PROMPT = [5, 60, 61, 7, 8, 9, 200, 11]
 PROMPTS = [PROMPT, PROMPT[2:4], [*PROMPT, 30, 31, 32]]
 PLUGINS = ("ThresholdGather", "TopKGather", "GatedScatterAdd")
@@ -36,43 +33,6 @@ PLUGINS = ("ThresholdGather", "TopKGather", "GatedScatterAdd")
 LOGITS_ATOL = 5e-5
 BACKENDS: tuple[Backend, ...] = ("tensorrt", "tensorrt-rtx")
 RANK = {"select": "rank", "calibration": None}
-
-
-@dataclass(frozen=True)
-class Made:
-    """A stage whose engine is a `CudaEngine`, and the stand-in GPU that it runs on."""
-
-    stage: TensorRTStage
-    trt: StandInTensorRT
-    gpu: StandInCuda
-
-    @property
-    def strategy(self) -> str:
-        return str(self.trt.config.cuda_graph_strategy)
-
-
-Make = Callable[..., dict[str, Made]]
-
-
-@pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Stages of a bundle by graph, on one stand-in GPU."""
-    gpu = StandInCuda()
-    monkeypatch.setattr(cuda, "runtime", lambda: gpu)
-
-    def made(
-        bundle: Bundle, backend: Backend, *, plugins: Collection[str] = (), batch: int = 1, graphs: bool = True
-    ) -> dict[str, Made]:
-        profiles = default_profiles(CAPACITY, batch)
-        stages = {}
-        for name, (stage, engine) in cpu_stages(bundle, profiles, capacity=CAPACITY, plugins=plugins).items():
-            trt = StandInTensorRT(gpu, engine)
-            monkeypatch.setattr(execution, "load_module", lambda _, trt=trt: trt)
-            on_gpu = CudaEngine(backend, bytes(100), library=None, cuda_graphs=graphs, kernels=None)
-            stages[name] = Made(TensorRTStage(bundle.manifest, stage._entry, name, on_gpu), trt, gpu)
-        return stages
-
-    return made
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

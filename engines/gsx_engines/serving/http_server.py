@@ -31,6 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.chat import ChatTemplate
+from gsx_engines.errors import LostGpuError
 from gsx_engines.serving.inbox import Choice, Inbox
 from gsx_engines.serving.limits import check_ids_fit, check_text_size, need_tokenizer
 from gsx_engines.serving.messages import chat_prompt
@@ -104,6 +105,8 @@ def api_error(error: Exception) -> ApiError:
         return ApiError(400, error.message, None)
     if isinstance(error, ClosingError):
         return ApiError(503, error.message, "shutting_down")
+    if isinstance(error, LostGpuError):
+        return ApiError(503, error.message, "gpu_lost")
     if isinstance(error, OverloadedError):
         return ApiError(429, error.message, "queue_full")
     if isinstance(error, GsxError):
@@ -169,6 +172,8 @@ def make_app(served: Served) -> FastAPI:
     @app.get("/health/ready")
     async def ready() -> Response:
         """Whether requests are accepted."""
+        if served.scheduler.failure is not None:
+            return JSONResponse({"status": "the GPU is lost"}, 503)
         if served.scheduler.closed or not api.is_working():
             return JSONResponse({"status": "shutting down"}, 503)
         return JSONResponse({"status": "ready"})
@@ -420,10 +425,10 @@ def serve(served: Served, listening: socket.socket, drain_seconds: int, on_start
     Args:
         listening: of `bind`.
         on_start: called when requests are accepted.
+    Raises:
+        LostGpuError: the GPU was lost; the clients were told, and only a new process can serve.
     """
     scheduler = served.scheduler
-    worker = threading.Thread(target=scheduler.run, name=_SCHEDULER, daemon=True)
-    worker.start()
     config = uvicorn.Config(
         make_app(served),
         log_level="warning",
@@ -432,6 +437,13 @@ def serve(served: Served, listening: socket.socket, drain_seconds: int, on_start
         timeout_graceful_shutdown=drain_seconds,
     )
     server = _Server(config, on_start)
+
+    def work() -> None:
+        scheduler.run()
+        server.should_exit = True  # if it ended by itself
+
+    worker = threading.Thread(target=work, name=_SCHEDULER, daemon=True)
+    worker.start()
     try:
         with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after its clean end
             server.run(sockets=[listening])
@@ -439,6 +451,8 @@ def serve(served: Served, listening: socket.socket, drain_seconds: int, on_start
         scheduler.close()
         worker.join()
         listening.close()
+    if scheduler.failure is not None:
+        raise scheduler.failure
 
 
 class _Server(uvicorn.Server):

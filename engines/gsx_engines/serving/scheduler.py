@@ -30,6 +30,7 @@ import numpy as np
 from gsx_engines.bundle.controls import RuntimeValues, controls_for, shared_by_batch, stacked
 from gsx_engines.bundle.drafts import DraftKind
 from gsx_engines.bundle.hold import with_thresholds
+from gsx_engines.errors import LostGpuError
 from gsx_engines.generation import (
     Continuation,
     Decoding,
@@ -54,6 +55,8 @@ _LOG = logging.getLogger(__name__)
 MAX_PROMPT_LOGITS = 2**28
 # Tokens of a prompt that are read between two steps of other requests: at most so many tokens long do these wait.
 PIECE = 256
+# The request that warms up: a call is recorded when its kind has been made twice, and then replayed.
+_WARM_UP_PROMPT, _WARM_UP_TOKENS = 16, 4
 
 
 @dataclass
@@ -243,6 +246,12 @@ class Scheduler:
         self._waiting: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._failure: LostGpuError | None = None
+
+    @property
+    def failure(self) -> LostGpuError | None:
+        """Why no request can be carried out in this process any more; None while all is well."""
+        return self._failure
 
     @property
     def closed(self) -> bool:
@@ -267,6 +276,7 @@ class Scheduler:
         Raises:
             UsageError: the request cannot be carried out.
             OverloadedError: the queue is full.
+            LostGpuError: the process has to end.
         """
         if request.stop and self._tokenizer is None:
             raise UsageError("stop texts need a tokenizer", found="a bundle without tokenizer.json")
@@ -308,7 +318,7 @@ class Scheduler:
             )
         with self._changed:
             if self._closed:
-                raise ClosingError()
+                raise self._failure or ClosingError()
             if len(self._waiting) + len(jobs) > self.queue:
                 raise OverloadedError(
                     "the server has more requests than it can handle",
@@ -319,21 +329,50 @@ class Scheduler:
             self._waiting += jobs
             self._changed.notify()
 
+    def warm_up(self) -> None:
+        """Make the calls that requests make, so that the first request does not wait for what a runtime does once:
+        memory and kernels of each size of call, recordings, the draft's engines. Before `run`.
+
+        Raises:
+            GsxError: the runtime cannot make these calls.
+        """
+        length = max(1, min(_WARM_UP_PROMPT, self.context - _WARM_UP_TOKENS))
+        ids = [number % self._manifest.decoder.vocab_size for number in range(length)]
+        request = Request(ids, min(_WARM_UP_TOKENS, self.context - length), stop_ids=())
+        asked = [(request, number) for number in sorted({1, min(self.slots, max(1, self.queue))})]
+        if self._draft is not None:
+            asked.append((replace(request, speculative=True), 1))
+        for one, number in asked:
+            nobody = _Nobody()
+            self.submit(one, *[nobody] * number)
+            while self.under_way or self.waiting:
+                self.work()
+            if nobody.error is not None:
+                raise nobody.error
+
     def run(self, after_turn: Callable[[], None] = lambda: None) -> None:
-        """Work until `close` is called, in a thread of its own; after_turn is called after every turn."""
+        """Work until `close` is called or the GPU is lost (`failure`), in a thread of its own; after_turn is called
+        after every turn. Unfinished requests fail."""
+        try:
+            self._run(after_turn)
+        except LostGpuError as error:
+            with self._changed:
+                self._failure, self._closed = error, True
+        for job in [*self._batch, *self._alone, *self._waiting]:
+            _inform(partial(job.client.failed, self._failure or ClosingError()))
+
+    def _run(self, after_turn: Callable[[], None]) -> None:
         trimmer = Trimmer()
         while True:
             with self._changed:
                 woken = self._changed.wait_for(lambda: self._closed or self._waiting or self.under_way, trimmer.wait)
                 if self._closed:
-                    break
+                    return
             if woken:
                 self.work()
                 after_turn()
                 trimmer.worked()
             trimmer.turn()
-        for job in [*self._batch, *self._alone, *self._waiting]:
-            _inform(partial(job.client.failed, ClosingError()))
 
     def close(self) -> None:
         """End `run` after its current step; unfinished requests fail."""
@@ -469,9 +508,13 @@ class Scheduler:
             self._leave([job for job in jobs if not job.reading and _inform(job.report)])
 
     def _works(self, jobs: list[_Job], work: Callable[[], object]) -> bool:
-        """Do the work of some jobs; returns whether it succeeded. A failure affects only these jobs."""
+        """Do the work of some jobs; returns whether it succeeded. A failure affects only these jobs, unless nothing
+        works any more."""
         try:
             work()
+        except LostGpuError:
+            _LOG.exception("the GPU is lost")
+            raise
         except Exception as error:
             _LOG.exception("a step failed")
             for job in jobs:
@@ -490,6 +533,29 @@ class Scheduler:
             self._cache_rows.leave(row, last, failed=failed)
             self._batch[row] = self._batch[last]
             self._batch.pop()
+
+
+class _Nobody:
+    """The client of a request that warms up."""
+
+    error: Exception | None = None
+
+    def tokens(self, new: NewTokens) -> None:
+        """See `Client`."""
+
+    def finished(self, result: Finished) -> None:
+        """See `Client`."""
+
+    def failed(self, error: Exception) -> None:
+        """See `Client`."""
+        self.error = error
+
+    def is_gone(self) -> bool:
+        """See `Client`."""
+        return False
+
+    def dropped(self) -> None:
+        """See `Client`."""
 
 
 def _inform(inform: Callable[[], bool | None]) -> bool:

@@ -27,6 +27,7 @@ import triton_python_backend_utils as pb_utils
 from gsx_engines.bundle.bundle import open_bundle
 from gsx_engines.bundle.controls import KeepSettings
 from gsx_engines.chat import ChatTemplate, template_in
+from gsx_engines.errors import LostGpuError
 from gsx_engines.sampling import Sampling
 from gsx_engines.serving.device import show_own_device
 from gsx_engines.serving.fields import FORMS, Field, Form
@@ -44,6 +45,8 @@ _LOG = logging.getLogger(__name__)
 # How often Triton is asked whether a request was cancelled, and how often gauges are updated: each takes a round trip
 # between the processes, as long as a step of a small model.
 CANCEL_SECONDS = GAUGE_SECONDS = 0.05
+# Status of a process whose GPU is lost, and how long its last answers may take.
+LOST_GPU, FAREWELL_SECONDS = 1, 10.0
 
 _TYPES: dict[str, Any] = {
     "TYPE_STRING": np.object_,
@@ -88,8 +91,16 @@ class TritonPythonModel:
             raise pb_utils.TritonModelException(error.message) from error
         self._metrics = _Metrics(config["name"], self._scheduler)
         self._outbox = _Outbox()
-        self._thread = threading.Thread(target=self._scheduler.run, args=(self._metrics.update,), daemon=True)
+        self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
+
+    def _work(self) -> None:
+        """Make all steps. Without its GPU this process ends: Triton keeps calling a model for as long as it lives."""
+        self._scheduler.run(self._metrics.update)
+        if self._scheduler.failure is not None:
+            self._outbox.close(FAREWELL_SECONDS)
+            _LOG.critical("the model's process ends: %s", self._scheduler.failure.message)
+            os._exit(LOST_GPU)
 
     def _open(self, args: dict[str, str], parameters: dict[str, str]) -> None:
         self._form = FORMS[parameters["form"]]
@@ -108,6 +119,7 @@ class TritonPythonModel:
             queue=int(parameters["queue"]),
             context=int(parameters["context"]) if "context" in parameters else None,
         )
+        self._scheduler.warm_up()
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Pass requests to the scheduler; those that cannot be carried out are answered at once."""
@@ -200,10 +212,10 @@ class _Outbox:
         """Queue a response to be sent."""
         self._waiting.put(send)
 
-    def close(self) -> None:
-        """Send all queued responses, and end the thread."""
+    def close(self, seconds: float | None = None) -> None:
+        """Send all queued responses, and end the thread. Args: seconds: how long that may take."""
         self._waiting.put(None)
-        self._thread.join()
+        self._thread.join(seconds)
 
     def _run(self) -> None:
         while (send := self._waiting.get()) is not None:
@@ -406,7 +418,7 @@ def _text(value: bytes, name: str) -> str:
 
 def _fail(sender: Any, error: Exception) -> None:
     """Answer a request with an error, which ends it."""
-    if isinstance(error, OverloadedError):
+    if isinstance(error, (OverloadedError, LostGpuError)):
         code = pb_utils.TritonError.UNAVAILABLE
     elif isinstance(error, UsageError):
         code = pb_utils.TritonError.INVALID_ARG

@@ -6,9 +6,15 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from gsx_engines.errors import EngineError
+from gsx_engines.errors import EngineError, LostGpuError
 
 _PACKAGE = "cuda-bindings"
+# Errors after which every call of the process fails. CUDA's header (driver_types.h, 13.0) says of all but the first two
+# that the process must be terminated: contained, illegal address, launch timeout, assert, hardware stack, illegal
+# instruction, misaligned address, address space, program counter, launch failure, tensor memory leak, the MPS client's
+# end, external device. Of ECC and NVLink it says that the error cannot be corrected.
+ENDS_PROCESS = frozenset({214, 220, 226, 700, 702, 710, *range(714, 720), 721, 810, 911})
+START_AGAIN = "start the process again; if that happens again, look for the GPU's errors with dmesg and nvidia-smi"
 
 
 @dataclass(frozen=True)
@@ -86,11 +92,19 @@ def check(answer: tuple[Any, ...], doing: str) -> Any:
         doing: what the call was for, for the message.
     Raises:
         EngineError: the code is not success.
+        LostGpuError: it is one after which nothing works in this process.
     """
     error, *values = answer
     if int(error) != 0:
-        forget_error(answer)
-        raise EngineError(f"CUDA failed while {doing}", found=_text(runtime(), error))
+        module = runtime()
+        module.cudaGetLastError()  # see `forget_error`
+        if int(error) in ENDS_PROCESS:
+            raise LostGpuError(
+                f"CUDA failed while {doing}, and this process cannot use the GPU any more",
+                found=_text(module, error),
+                todo=START_AGAIN,
+            )
+        raise EngineError(f"CUDA failed while {doing}", found=_text(module, error))
     return values[0] if len(values) == 1 else tuple(values) if values else None
 
 
@@ -105,8 +119,13 @@ def forget_error(answer: tuple[Any, ...]) -> None:
 
     Otherwise it would be taken for an error of the next kernel, whose launch is checked by CUDA's last error (CUB,
     plugins).
+
+    Raises:
+        LostGpuError: it cannot be ignored.
     """
-    if int(answer[0]) != 0:
+    if int(answer[0]) in ENDS_PROCESS:
+        check(answer, "ending a failed call")
+    elif int(answer[0]) != 0:
         runtime().cudaGetLastError()
 
 

@@ -190,11 +190,20 @@ class CudaEngine:
                 uses the same memory.
             results: shapes of the outputs that are wanted on the host.
         Returns: the results, float32 or int64.
+        Raises:
+            EngineError: the call failed; another may succeed.
+            LostGpuError: none will in this process.
         """
-        context = self._contexts.get(profile)
-        if context is None:
-            context = self._contexts[profile] = _Context(self, profile)
-        return context.run(feeds, buffers, results)
+        try:
+            context = self._contexts.get(profile)
+            if context is None:
+                context = self._contexts[profile] = _Context(self, profile)
+            return context.run(feeds, buffers, results)
+        except BaseException:
+            # Copies that were queued before the failure may still read the inputs and write the results. And what
+            # TensorRT only refused may be the end of the GPU.
+            cuda.forget_error(self._runtime.cudaStreamSynchronize(self.stream))
+            raise
 
     def new_context(self) -> Any:
         """Create an execution context; None if there is not enough memory."""
@@ -252,12 +261,7 @@ class _Context:
             name: np.empty(shape, np.float32 if self._engine.get_tensor_dtype(name) == self._trt.float32 else np.int64)
             for name, shape in results.items()
         }
-        try:
-            self._call(host, buffers, found)
-        except BaseException:
-            # Copies that were queued before the failure may still read the inputs and write the results.
-            cuda.forget_error(self._runtime.cudaStreamSynchronize(self._stream))
-            raise
+        self._call(host, buffers, found)
         return found
 
     def _call(
