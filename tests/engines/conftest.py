@@ -43,7 +43,7 @@ Make = Callable[..., dict[str, Made]]
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Stages of a bundle by graph, on one stand-in GPU."""
+    """Stages of a bundle by graph, on one stand-in GPU, each beside the first."""
     gpu = StandInCuda()
     monkeypatch.setattr(cuda, "runtime", lambda: gpu)
 
@@ -51,11 +51,13 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Make:
         bundle: Bundle, backend: Backend, *, plugins: Collection[str] = (), batch: int = 1, graphs: bool = True
     ) -> dict[str, Made]:
         profiles = default_profiles(CAPACITY, batch)
-        stages = {}
+        stages: dict[str, Made] = {}
+        first: CudaEngine | None = None
         for name, (stage, engine) in cpu_stages(bundle, profiles, capacity=CAPACITY, plugins=plugins).items():
             trt = StandInTensorRT(gpu, engine)
             monkeypatch.setattr(execution, "load_module", lambda _, trt=trt: trt)
-            on_gpu = CudaEngine(backend, bytes(100), library=None, cuda_graphs=graphs, kernels=None)
+            on_gpu = CudaEngine(backend, bytes(100), library=None, cuda_graphs=graphs, kernels=None, beside=first)
+            first = first or on_gpu
             stages[name] = Made(TensorRTStage(bundle.manifest, stage._entry, name, on_gpu), trt, gpu)
         return stages
 

@@ -50,6 +50,7 @@ class StandInCuda:
     def __init__(self) -> None:
         # Address -> size, and what keeps it.
         self._blocks: dict[int, tuple[int, ctypes.Array[ctypes.c_char]]] = {}
+        self._pinned: dict[int, ctypes.Array[ctypes.c_char]] = {}
         self._queues: dict[int, list[Work]] = {}
         self._handles = itertools.count(1)
         self._last_error = _SUCCESS
@@ -62,7 +63,7 @@ class StandInCuda:
     @property
     def held(self) -> int:
         """Blocks of memory, streams and recordings that were not released."""
-        return len(self._blocks) + len(self._queues) + len(self._graphs)
+        return len(self._blocks) + len(self._pinned) + len(self._queues) + len(self._graphs)
 
     @property
     def is_dead(self) -> bool:
@@ -102,6 +103,19 @@ class StandInCuda:
         address = -(-ctypes.addressof(block) // _ALIGNMENT) * _ALIGNMENT
         self._blocks[address] = size, block
         return 0, address
+
+    def cudaMallocHost(self, size: int) -> tuple[int, int]:  # noqa: N802
+        if self.fails():
+            return self.failed(), 0
+        block = ctypes.create_string_buffer(bytes([_RUBBISH]) * size, size)
+        self._pinned[ctypes.addressof(block)] = block
+        return 0, ctypes.addressof(block)
+
+    def cudaFreeHost(self, address: int) -> tuple[int]:  # noqa: N802
+        for stream in self._queues:  # CUDA waits for the device, too
+            self._finish(stream)
+        del self._pinned[address]
+        return (0,)
 
     def cudaFree(self, address: int) -> tuple[int]:  # noqa: N802
         for stream in self._queues:  # CUDA waits for the device, too
@@ -214,11 +228,13 @@ class StandInTensorRT:
         config: the runtime configuration that contexts were made with.
         calls: how often an engine was enqueued, not counting replays.
         takes: whether it accepts an engine.
+        scratch: the memory that contexts were given to compute in, by address, each once.
     """
 
     takes = True
     __version__ = "0"
     float32 = np.dtype(np.float32)
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
     TensorLocation = SimpleNamespace(HOST="host", DEVICE="device")
     TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
     CudaGraphStrategy = SimpleNamespace(DISABLED="disabled", WHOLE_GRAPH_CAPTURE="whole")
@@ -235,6 +251,7 @@ class StandInTensorRT:
         self.cuda, self.engine = cuda, engine
         self.config: Any = None
         self.calls = 0
+        self.scratch: dict[int, int] = {}
 
     def Runtime(self, logger: Any) -> Any:  # noqa: N802
         return SimpleNamespace(
@@ -269,10 +286,16 @@ class _Engine:
         return self.trt.TensorLocation.HOST if name == "k" else self.trt.TensorLocation.DEVICE
 
     def create_runtime_config(self) -> Any:
-        return SimpleNamespace(cuda_graph_strategy=self.trt.CudaGraphStrategy.DISABLED)
+        config = SimpleNamespace(cuda_graph_strategy=self.trt.CudaGraphStrategy.DISABLED)
+        config.set_execution_context_allocation_strategy = lambda strategy: setattr(config, "memory", strategy)
+        return config
 
-    def create_execution_context(self, runtime_config: Any = None) -> _Context | None:
+    # Of the largest call of any profile.
+    device_memory_size_v2 = 1000
+
+    def create_execution_context(self, strategy: str = "static", runtime_config: Any = None) -> _Context | None:
         self.trt.config = runtime_config
+        assert (strategy if runtime_config is None else runtime_config.memory) == "user"
         return None if self.trt.cuda.fails() else _Context(self)
 
 
@@ -284,11 +307,18 @@ class _Context:
         self._ranges: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] | None = None
         self._addresses: dict[str, int] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._scratch = 0
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         known = self._trt.engine.ranges
         self._ranges = known[profile] if profile < len(known) else None
         return self._ranges is not None and not self._trt.cuda.fails()
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert address % _ALIGNMENT == 0
+        assert size >= self._engine.device_memory_size_v2
+        self._scratch = address
+        self._trt.scratch[address] = size
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self._ranges is not None
@@ -321,6 +351,7 @@ class _Context:
         self, addresses: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], on_host: Mapping[str, int]
     ) -> None:
         cuda, engine = self._trt.cuda, self._engine
+        cuda.array(self._scratch, (engine.device_memory_size_v2,), np.dtype(np.uint8))[:] = _RUBBISH
         given = {
             name: np.array([on_host[name]])
             if name in on_host

@@ -81,6 +81,7 @@ def test_steps(make_tiny_bundle: Callable[..., Path], monkeypatch: pytest.Monkey
     assert found.sequences == want.sequences
     assert (loaded[0].calls, loaded[1].calls) == (1, 3), "a prompt; two calls, and what is recorded"
     assert gpu.launches == 57
+    assert len({address for one in loaded for address in one.scratch}) == 1, "both compute in the same memory"
 
 
 def test_logits_of_calls_of_every_size(make_tiny_bundle: Callable[..., Path], make: Make) -> None:
@@ -130,6 +131,7 @@ def test_draft_and_verify(make_tiny_bundle: Callable[..., Path], make: Make, bac
     found = generate(draft.runner, PROMPTS[:1], max_new_tokens=60, draft=draft, draft_length=3)
     plain = generate(WholeRunner(PortableStage(bundle)), PROMPTS[:1], max_new_tokens=60)
     assert found.sequences == plain.sequences
+    assert len({address for one in made.values() for address in one.trt.scratch}) == 1, "all compute in one memory"
 
 
 def test_each_set_of_layers_has_its_recording(make_tiny_bundle: Callable[..., Path], make: Make) -> None:

@@ -42,6 +42,9 @@ def open_split_runner(bundle: Bundle, threads: int | None = None, backend: Backe
         BundleError: the bundle has no such graphs.
         EngineError: as in `open_runner`.
     """
+    if isinstance(backend, str) and backend != "onnxruntime":
+        early = open_stage(bundle, backend, "draft")
+        return SplitRunner(early, open_stage(bundle, backend, "verify", beside=early))
     if backend != "onnxruntime":
         return SplitRunner(_stage(bundle, "draft", threads, backend), _stage(bundle, "verify", threads, backend))
     late = OnnxRuntimeStage(bundle, "verify", threads=threads)

@@ -445,10 +445,18 @@ def _joined(outputs: list[StageOutput], call: Call, most: int, logits: Logits) -
     )
 
 
-def open_stage(bundle: Bundle, backend: Backend, graph: str = "model", *, cuda_graphs: bool = True) -> TensorRTStage:
+def open_stage(
+    bundle: Bundle,
+    backend: Backend,
+    graph: str = "model",
+    *,
+    cuda_graphs: bool = True,
+    beside: TensorRTStage | None = None,
+) -> TensorRTStage:
     """The engine of a bundle's graph on this machine's GPU.
 
     Args:
+        beside: a stage that never runs at the same time; both compute in the same memory of the GPU.
         cuda_graphs: record calls of the same shapes and replay them. Engines in which only the GPU knows how many
             rows a plugin keeps cannot be recorded; they run without.
     Raises:
@@ -477,6 +485,7 @@ def open_stage(bundle: Bundle, backend: Backend, graph: str = "model", *, cuda_g
         )
 
     found = find_engines(bundle, backend)
-    engine = opened(found, None)
+    other = None if beside is None else beside._engine
+    engine = opened(found, other if isinstance(other, CudaEngine) else None)
     steps = [(own.entry, opened(own, engine)) for own in find_steps(bundle, found)]
     return TensorRTStage(bundle.manifest, found.entry, graph, engine, steps)

@@ -6,6 +6,7 @@ recorded as a CUDA graph and replayed: for TensorRT this is done here, TensorRT-
 
 from __future__ import annotations
 
+import ctypes
 import math
 import weakref
 from collections import OrderedDict
@@ -30,6 +31,9 @@ _CALLS_BEFORE_RECORDING = 2
 # Kinds of calls that are remembered, with a recording each: sets of layers that alternate, such as those of a draft and
 # of its verification, and the last windows.
 _MOST_RECORDINGS = 32
+# What is larger crosses to the host seldom (a long prompt's exit state, the logits of all its tokens), and would pin
+# memory for good.
+_MOST_PINNED = 4 << 20
 
 
 class DeviceArray:
@@ -51,6 +55,51 @@ class DeviceArray:
     def __del__(self) -> None:
         if hasattr(self, "address"):
             self._runtime.cudaFree(self.address)
+
+
+class PinnedArray:
+    """Host memory of a fixed size that the GPU copies from and to by itself, freed with the object.
+
+    Copies of other memory wait for the stream before they begin, and copies to it until they are done.
+
+    Args:
+        size: bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = max(size, 1)
+        self._runtime = cuda.runtime()
+        self._address = int(cuda.check(self._runtime.cudaMallocHost(self.size), f"pinning {self.size} bytes"))
+        self._bytes = np.frombuffer((ctypes.c_char * self.size).from_address(self._address), np.uint8)
+
+    def array(self, shape: tuple[int, ...], kind: np.dtype[Any]) -> np.ndarray:
+        """Its beginning as an array."""
+        return self._bytes[: math.prod(shape) * kind.itemsize].view(kind).reshape(shape)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_address"):
+            self._runtime.cudaFreeHost(self._address)
+
+
+class Scratch:
+    """Device memory in which contexts compute, one block for all that never run at the same time.
+
+    By itself each context has a block of its own, as large as the largest call of any profile needs.
+    """
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._memory: DeviceArray | None = None
+
+    def reserve(self, size: int) -> None:
+        """Make room for an engine. Contexts made before keep the block that they have."""
+        self._size = max(self._size, size)
+
+    def memory(self) -> DeviceArray:
+        """The block, for a new context."""
+        if self._memory is None or self._memory.size < self._size:
+            self._memory = DeviceArray(self._size)
+        return self._memory
 
 
 @dataclass(frozen=True)
@@ -81,7 +130,8 @@ class CudaEngine:
         cuda_graphs: record repeated calls of the same shapes, and replay them.
         kernels: file for the kernels that TensorRT-RTX compiles, or None; TensorRT's engines contain their kernels.
         fixed_rows: the host knows how many rows each branch runs on (`rtx.runtime_config`).
-        beside: an engine that shares memory with this one; the calls of both are in one order.
+        beside: an engine that shares memory with this one, K and V or what both compute in; the calls of both are in
+            one order.
     Raises:
         EngineError: no GPU, or TensorRT cannot load the engine.
     """
@@ -118,6 +168,8 @@ class CudaEngine:
             weakref.finalize(self, self._runtime.cudaStreamDestroy, self.stream).atexit = False
         else:
             self.stream = beside.stream
+        self.scratch: Scratch = Scratch() if beside is None else beside.scratch
+        self.scratch.reserve(int(self._engine.device_memory_size_v2))
         self._config = None
         if is_rtx:
             self._config = runtime_config(
@@ -206,9 +258,9 @@ class CudaEngine:
             raise
 
     def new_context(self) -> Any:
-        """Create an execution context; None if there is not enough memory."""
+        """Create an execution context, which needs `scratch`; None if there is not enough memory."""
         if self._config is None:
-            return self._engine.create_execution_context()
+            return self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         return self._engine.create_execution_context(runtime_config=self._config)
 
     def _bytes(self, name: str, shape: tuple[int, ...]) -> int:
@@ -238,10 +290,13 @@ class _Context:
             )
         if not self._context.set_optimization_profile_async(profile, self._stream):
             raise EngineError(f"the engine has no profile {profile}", todo="build it again with gsx build")
+        self._scratch = owner.scratch.memory()
+        self._context.set_device_memory(self._scratch.address, self._scratch.size)
         # Wait here, so that a context whose profile could not be set is never kept.
         cuda.check(self._runtime.cudaStreamSynchronize(self._stream), "choosing a profile")
         self._memory: dict[str, DeviceArray] = {}
         self._host_memory: dict[str, np.ndarray] = {}
+        self._pinned: dict[str, PinnedArray] = {}
         self._bound: dict[str, tuple[int, tuple[int, ...]]] = {}
         # What the latest call bound. (Weakly: a context must not keep the memory of a cache that is gone.)
         self._latest: Callable[[], object] = lambda: None
@@ -256,27 +311,14 @@ class _Context:
         results: Mapping[str, tuple[int, ...]],
     ) -> dict[str, np.ndarray]:
         """See `CudaEngine.run`."""
-        host = {name: np.asarray(value, order="C") for name, value in feeds.items()}  # scalars keep their shape []
-        found = {
-            name: np.empty(shape, np.float32 if self._engine.get_tensor_dtype(name) == self._trt.float32 else np.int64)
-            for name, shape in results.items()
-        }
-        self._call(host, buffers, found)
-        return found
-
-    def _call(
-        self,
-        host: Mapping[str, np.ndarray],
-        buffers: Mapping[str, tuple[DeviceArray | DeviceRows, tuple[int, ...]]],
-        found: Mapping[str, np.ndarray],
-    ) -> None:
-        for name, value in host.items():
-            self._give(name, value)
+        # What is copied must live until the call has ended. (Scalars keep their shape [].)
+        given = [self._give(name, np.asarray(value, order="C")) for name, value in feeds.items()]
         if buffers is not self._latest():
             for name, (memory, shape) in buffers.items():
                 self._bind(name, memory.address, shape)
             if isinstance(buffers, BoundBuffers):
                 self._latest = weakref.ref(buffers)
+        found = {name: self._on_host(name, shape, self._type(name)) for name, shape in results.items()}
         for name, value in found.items():
             self._bind(name, self._room(name, value.nbytes).address, value.shape)
         self._enqueue()
@@ -287,17 +329,25 @@ class _Context:
             )
             cuda.check(copied, f"copying {name} from the GPU")
         cuda.check(self._runtime.cudaStreamSynchronize(self._stream), "running the engine")
+        given.clear()
+        # The next call uses the pinned memory again.
+        return {name: value.copy() if value.nbytes <= _MOST_PINNED else value for name, value in found.items()}
 
-    def _give(self, name: str, value: np.ndarray) -> None:
-        """Pass an input to the engine."""
+    def _give(self, name: str, value: np.ndarray) -> np.ndarray:
+        """Pass an input to the engine. Returns: what the GPU will copy."""
         if self._engine.get_tensor_location(name) == self._trt.TensorLocation.HOST:
             self._give_on_host(name, value)
-            return
+            return value
         memory = self._room(name, value.nbytes)
         self._bind(name, memory.address, value.shape)
+        if value.nbytes <= _MOST_PINNED:
+            given = self._on_host(name, value.shape, value.dtype)
+            np.copyto(given, value)
+            value = given
         to_device = self._runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
         copied = self._runtime.cudaMemcpyAsync(memory.address, value.ctypes.data, value.nbytes, to_device, self._stream)
         cuda.check(copied, f"copying {name} to the GPU")
+        return value
 
     def _give_on_host(self, name: str, value: np.ndarray) -> None:
         """Pass an input on the host, which is read while the call is prepared."""
@@ -308,11 +358,26 @@ class _Context:
         if not self._context.set_tensor_address(name, memory.ctypes.data):
             self._refuse_memory(name)
 
+    def _type(self, name: str) -> np.dtype[Any]:
+        """The type on the host of a result."""
+        is_float = self._engine.get_tensor_dtype(name) == self._trt.float32
+        return np.dtype(np.float32 if is_float else np.int64)
+
+    def _on_host(self, name: str, shape: tuple[int, ...], kind: np.dtype[Any]) -> np.ndarray:
+        """Host memory for a copy of a tensor: pinned and used again, unless it is large."""
+        size = math.prod(shape) * kind.itemsize
+        if size > _MOST_PINNED:
+            return np.empty(shape, kind)
+        memory = self._pinned.get(name)
+        if memory is None or memory.size < size:
+            memory = self._pinned[name] = PinnedArray(_rounded(size))
+        return memory.array(shape, kind)
+
     def _room(self, name: str, size: int) -> DeviceArray:
         """Memory for a tensor, kept across calls. It grows in powers of two, so a growing window seldom moves it."""
         memory = self._memory.get(name)
         if memory is None or memory.size < size:
-            memory = self._memory[name] = DeviceArray(1 << (max(size, 1) - 1).bit_length())
+            memory = self._memory[name] = DeviceArray(_rounded(size))
         return memory
 
     def _bind(self, name: str, address: int, shape: tuple[int, ...]) -> None:
@@ -376,3 +441,8 @@ class _Context:
         instantiated = runtime.cudaGraphInstantiate(graph, 0)
         runtime.cudaGraphDestroy(graph)
         return _RecordedGraph(cuda.check(instantiated, "making a CUDA graph"))
+
+
+def _rounded(size: int) -> int:
+    """The next power of two."""
+    return 1 << (max(size, 1) - 1).bit_length()

@@ -30,6 +30,7 @@ def runtime_config(
         owner: kernels are saved when this object is deleted, or when the process ends.
     """
     config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     if kernels is not None:
         kernel_cache.attach(config, kernels, owner)
     names = [engine.get_tensor_name(number) for number in range(engine.num_io_tensors)]
