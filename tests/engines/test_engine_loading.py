@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,13 +14,16 @@ from typing import Any
 import pytest
 
 from gsx_engines.building.profiles import default_profiles
-from gsx_engines.bundle.bundle import Bundle, open_bundle, write_manifest
+from gsx_engines.bundle.bundle import Bundle, open_bundle, sha256_of, write_manifest
 from gsx_engines.bundle.engine_entry import EngineEntry, EngineGraph, PluginLibrary
 from gsx_engines.errors import EngineError
+from gsx_engines.generation import generate
 from gsx_engines.runners.select import open_runner
-from gsx_engines.tensorrt import cuda, loading
+from gsx_engines.tensorrt import cuda, execution, loading
 from gsx_engines.tensorrt.backend import platform_name
 from gsx_engines.tensorrt.loading import ENGINE_FILE, ENGINES, EngineSet, Machine, difference, find_engines, read_engine
+from tests.engines.cpu_engine import cpu_engines
+from tests.engines.standin_gpu import CAPACITY, StandInCuda, StandInTensorRT
 
 NAME = "tensorrt-rtx-sm89"
 COMMAND = "gsx build OUT --backend tensorrt-rtx"
@@ -206,3 +211,68 @@ def test_a_machine_without_a_gpu(bundle: Bundle) -> None:
     pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed: pip install tensorrt-rtx")
     with pytest.raises(EngineError, match=r"no NVIDIA GPU can be used\n.*\n.*ONNX Runtime runs the bundle"):
         open_runner(bundle, backend="tensorrt-rtx")
+
+
+def damaged(file: Path, trt: StandInTensorRT) -> None:
+    """A file that was not copied whole."""
+    file.write_bytes(b"engin")
+
+
+def refused(file: Path, trt: StandInTensorRT) -> None:
+    """An engine that TensorRT does not load, such as for want of memory."""
+    trt.takes = False
+
+
+def built_elsewhere(file: Path, trt: StandInTensorRT) -> None:
+    """Engines whose record does not fit."""
+    (file.parent / ENGINE_FILE).write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (damaged, "model.engine: is incomplete"),
+        (refused, "cannot load the engine"),
+        (built_elsewhere, "does not match gsx.json"),
+        (None, None),
+    ],
+)
+def test_steps_that_cannot_be_used_are_left_out_with_a_warning(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    harm: Callable[[Path, StandInTensorRT], None] | None,
+    reason: str | None,
+) -> None:
+    """They are only faster: the others write the same text."""
+    opened = open_bundle(Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")))
+    gpu, sets = StandInCuda(), {}
+    general, engines = cpu_engines(opened, default_profiles(CAPACITY, 1), capacity=CAPACITY)
+    step, faster = cpu_engines(opened, (), capacity=CAPACITY, step=(1, 1), rows=8)
+    made = [StandInTensorRT(gpu, one["model"]) for one in (engines, faster)]
+    for name, entry in (("general", general), ("step", step)):
+        folder = opened.directory / ENGINES / name
+        folder.mkdir(parents=True)
+        (folder / "model.engine").write_bytes(b"engine")
+        file = {"sha256": sha256_of(folder / "model.engine"), "size_bytes": 6}
+        graphs = {"model": entry.graphs["model"].model_copy(update=file)}
+        sets[name] = entry.model_copy(update={"backend": "tensorrt", "graphs": graphs})
+        (folder / ENGINE_FILE).write_text(sets[name].model_dump_json())
+    bundle = Bundle(opened.directory, opened.manifest.model_copy(update={"engines": sets}))
+    if harm is not None:
+        harm(bundle.directory / ENGINES / "step/model.engine", made[1])
+    waiting = list(made)
+    monkeypatch.setattr(loading, "load_module", lambda _: made[0])
+    monkeypatch.setattr(execution, "load_module", lambda _: waiting.pop(0))
+    monkeypatch.setattr(loading, "find_library", lambda: None)
+    monkeypatch.setattr(cuda, "runtime", lambda: gpu)
+    monkeypatch.setattr(cuda, "device", lambda: cuda.Device("GeForce", "89", 1 << 34))
+    found = generate(open_runner(bundle, backend="tensorrt"), [[5, 60, 61]], max_new_tokens=8, stop_ids=[])
+    want = generate(open_runner(opened, 1), [[5, 60, 61]], max_new_tokens=8, stop_ids=[])
+    assert found.sequences == want.sequences
+    assert (made[1].calls > 0) == (harm is None)
+    warned = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert bool(warned) == (reason is not None)
+    if reason is not None:
+        assert re.search(rf"(?s)engines for all calls, which are slower: .*{re.escape(reason)}.*gsx build", warned[0])

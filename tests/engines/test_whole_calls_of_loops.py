@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -13,6 +14,7 @@ from onnx import helper, numpy_helper
 
 from gsx.workflows.export import export
 from gsx.workflows.quantize import Quantize
+from gsx_engines.building.build import joined_bytes, weight_bytes, widened_weights
 from gsx_engines.building.profiles import default_profiles
 from gsx_engines.bundle.bundle import Bundle
 from gsx_engines.bundle.controls import KeepSettings, controls_for
@@ -21,6 +23,7 @@ from gsx_engines.errors import EngineError
 from gsx_engines.lowering import tensorrt
 from gsx_engines.lowering.for_tensorrt.shared_weights import join_shared_weights
 from gsx_engines.lowering.for_tensorrt.task import Task
+from gsx_engines.lowering.products import quantized_products
 from gsx_engines.lowering.tensorrt import Lowered, lower
 from gsx_engines.runners.whole import WholeRunner
 from gsx_plugins.graph import Graph
@@ -30,6 +33,7 @@ from tests.tiny import tiny_checkpoint
 # Two orders of summation of float32 products at logits of order 10, and what enters later calls by the cache.
 LOGITS_ATOL = 3e-4
 CAPACITY, BATCH = 96, 3
+NONE = onnx.TensorProto()
 
 
 @pytest.fixture(scope="module", params=["per_loop", "last_loop"])
@@ -79,6 +83,11 @@ def test_visits_of_a_layer_read_the_same_joined_weights(looped: Bundle) -> None:
     assert {len(graph.users(name)) for name in made.joined} == {3}
     once = {name for name in graph.constants if name.startswith(("layers.0.", "layers.3.")) and "_proj.weight" in name}
     assert all(len(graph.users(name)) == 1 for name in once), "others stay as they are"
+    portable = onnx.load(str(looped.graph_path("model")), load_external_data=False).graph.initializer
+    stored = sum(int(entry.value) for one in portable for entry in one.external_data if entry.key == "length")
+    assert weight_bytes(made) == stored, "each weight counts once, whether it is joined or not"
+    sizes = [math.prod(graph.constants[name].dims) * np.dtype(np.float32).itemsize for name in made.joined]
+    assert joined_bytes(made) == sum(sizes)
 
 
 def test_only_products_of_one_value_at_all_visits_are_joined(tmp_path: Path) -> None:
@@ -129,6 +138,11 @@ def test_codes_are_joined_too(tmp_path: Path, kv_policy: KvPolicy, monkeypatch: 
     assert {name.split(".")[-2] for name in found.joined} == {"weight", "weight_scale"}
     graph = Graph(found.model.graph)
     assert {len(graph.users(name)) for name in found.joined} == {3}
+    products = {product.name: weights.input[0] for product, _, weights in quantized_products(graph)}
+    wide = next(name for name, codes in products.items() if "v_proj" in found.joined.get(codes, [NONE])[-1].name)
+    types = dict.fromkeys(products, "int8") | {wide: "float16"}
+    projections = ["k_proj", "v_proj"] if kv_policy == "compute" else ["q_proj", "k_proj", "v_proj"]
+    assert [name.split(".")[3] for name in widened_weights(found, types)] == projections, "names of the bundle"
     logits = []
     for passes in (tensorrt.PASSES, [one for one in tensorrt.PASSES if one is not join_shared_weights]):
         monkeypatch.setattr(tensorrt, "PASSES", passes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -118,12 +118,16 @@ def build(
     portable = {name: _load(opened, name) for name in opened.manifest.graphs}
     if any(node.op_type in PLUGIN_OPS for model in portable.values() for node in model.graph.node):
         chosen = with_kernels(library, targets, chosen)
-    sizes = {name: _weight_bytes(model) for name, model in portable.items()}
+    lowered = {
+        name: _lower(opened, name, model, capacity, kv_layout, shapes, library) for name, model in portable.items()
+    }
+    sizes = {name: weight_bytes(graph) for name, graph in lowered.items()}
     check_memory(max(sizes.values()), len(shapes))
+    disk = len(shapes) * sum(sizes.values()) + max(map(joined_bytes, lowered.values())) + _DISK_SLACK * len(sizes)
     version = module.__version__
     suffix = {"in-place": "", "growing": "-growing", "step": f"-step-{batch}x{step}-{capacity}"}[kv_layout]
     name = f"{backend}-{version}-sm{'-'.join(chosen)}{suffix}"
-    with writing_engines(opened, name, len(shapes) * sum(sizes.values()) + _DISK_SLACK * len(sizes)) as (work, finish):
+    with writing_engines(opened, name, disk) as (work, finish):
         graphs, used = {}, False
         for graph, model in portable.items():
             on_progress(Progress(f"building {graph}"))
@@ -131,11 +135,10 @@ def build(
                 opened,
                 graph,
                 model,
+                lowered[graph],
                 work,
                 backend=backend,
                 targets=() if backend == "tensorrt" else chosen,
-                capacity=capacity,
-                kv_layout=kv_layout,
                 profiles=shapes,
                 library=library,
                 timing_cache=timing_cache or _timing_cache(version, gpu) if backend == "tensorrt" else None,
@@ -165,12 +168,11 @@ def _build_graph(
     bundle: Bundle,
     name: str,
     portable: onnx.ModelProto,
+    lowered: lowering.Lowered,
     work: Path,
     *,
     backend: Backend,
     targets: tuple[str, ...],
-    capacity: int,
-    kv_layout: KvLayout,
     profiles: Sequence[EngineProfile],
     library: Path | None,
     timing_cache: Path | None,
@@ -178,7 +180,6 @@ def _build_graph(
 ) -> tuple[EngineGraph, bool]:
     """Build one engine. Returns: its entry, and whether it uses plugins."""
     manifest = bundle.manifest
-    lowered = _lower(bundle, name, portable, capacity, kv_layout, profiles, library)
     graph, joined, engine = (work / f"{name}.{kind}" for kind in ("onnx", "joined", "engine"))
     write_joined(lowered.model, lowered.joined, bundle.directory, joined)
     graph.write_bytes(lowered.model.SerializeToString())
@@ -211,11 +212,7 @@ def _build_graph(
         forms=dict(lowered.forms),
         layers=dict(built.layers),
         products=dict(Counter(built.products.values())),
-        widened=tuple(
-            weights.input[0]
-            for product, _, weights in quantized_products(Graph(lowered.model.graph))
-            if built.products[product.name] not in (*EIGHT_BITS, UNKNOWN)
-        ),
+        widened=widened_weights(lowered, built.products),
         inputs=tuple(tensor_info(value) for value in lowered.model.graph.input),
         outputs=tuple(tensor_info(value) for value in lowered.model.graph.output),
         build_seconds=round(built.seconds, 2),
@@ -429,14 +426,34 @@ def _load(bundle: Bundle, name: str) -> onnx.ModelProto:
     return onnx.load(str(bundle.graph_path(name)), load_external_data=False)
 
 
-def _weight_bytes(model: onnx.ModelProto) -> int:
-    """Bytes of the external weights that a graph reads."""
-    return sum(
-        int(entry.value)
-        for tensor in model.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "length"
-    )
+def widened_weights(lowered: lowering.Lowered, products: Mapping[str, str]) -> tuple[str, ...]:
+    """The bundle's weights of 8 bits whose products an engine computes in a wider type.
+
+    Args: products: the type of each product, by its node; `UNKNOWN` is no sign of it.
+    """
+    found = [
+        weights.input[0]
+        for product, _, weights in quantized_products(Graph(lowered.model.graph))
+        if products[product.name] not in (*EIGHT_BITS, UNKNOWN)
+    ]
+    parts = {name: [part.name for part in tensors] for name, tensors in lowered.joined.items()}
+    return tuple(part for name in found for part in parts.get(name, [name]))
+
+
+def weight_bytes(lowered: lowering.Lowered) -> int:
+    """Bytes of the weights outside a graph that it reads, those that are put together for it included."""
+    return sum(map(_length, lowered.model.graph.initializer)) + joined_bytes(lowered)
+
+
+def joined_bytes(lowered: lowering.Lowered) -> int:
+    """Bytes of the constants that are put together for a graph, and written beside it while it is built."""
+    read = {tensor.name for tensor in lowered.model.graph.initializer}
+    return sum(_length(part) for name, parts in lowered.joined.items() if name in read for part in parts)
+
+
+def _length(tensor: onnx.TensorProto) -> int:
+    """Bytes of a tensor that are outside the graph."""
+    return sum(int(entry.value) for entry in tensor.external_data if entry.key == "length")
 
 
 def _timing_cache(version: str, gpu: str | None) -> Path | None:

@@ -21,7 +21,7 @@ from gsx_engines.bundle.counting import kept_count
 from gsx_engines.bundle.engine_entry import EngineEntry
 from gsx_engines.bundle.manifest import Manifest
 from gsx_engines.bundle.words import BRANCHES
-from gsx_engines.errors import EngineError
+from gsx_engines.errors import EngineError, LostGpuError
 from gsx_engines.likeliest import LikelyLogits, Scores
 from gsx_engines.lowering.for_tensorrt.task import (
     KEPT,
@@ -461,11 +461,12 @@ def open_stage(
             rows a plugin keeps cannot be recorded; they run without.
     Raises:
         EngineError: no engines, no GPU, or engines that do not fit this machine; says what differs and how to fix it.
+            Engines for steps that cannot be used are left out with a warning: the others do their work.
     """
     from gsx_engines.tensorrt import cuda
     from gsx_engines.tensorrt.execution import CudaEngine
     from gsx_engines.tensorrt.kernel_cache import kernel_cache_path
-    from gsx_engines.tensorrt.loading import EngineSet, find_engines, find_steps, read_engine
+    from gsx_engines.tensorrt.loading import EngineSet, find_engines, find_steps, left_out, read_engine
 
     def opened(engines: EngineSet, beside: CudaEngine | None) -> CudaEngine:
         plan = read_engine(engines, graph, f"gsx build {bundle.directory} --backend {backend}")
@@ -487,5 +488,12 @@ def open_stage(
     found = find_engines(bundle, backend)
     other = None if beside is None else beside._engine
     engine = opened(found, other if isinstance(other, CudaEngine) else None)
-    steps = [(own.entry, opened(own, engine)) for own in find_steps(bundle, found)]
+    steps = []
+    for own in find_steps(bundle, found):
+        try:
+            steps.append((own.entry, opened(own, engine)))
+        except LostGpuError:
+            raise
+        except EngineError as error:  # a damaged file, or no memory for the weights once more
+            left_out(error)
     return TensorRTStage(bundle.manifest, found.entry, graph, engine, steps)

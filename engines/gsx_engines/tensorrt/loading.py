@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from gsx_engines.tensorrt.backend import Backend, dotted, load_module, platform_
 from gsx_plugins.library import find_library, library_hash
 
 ENGINES, ENGINE_FILE = "engines", "engine.json"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -95,16 +97,34 @@ def find_engines(bundle: Bundle, backend: Backend) -> EngineSet:
 
 
 def find_steps(bundle: Bundle, found: EngineSet) -> list[EngineSet]:
-    """The engines for steps of one size that run on this machine and share K/V buffers with those for all calls."""
+    """The engines for steps of one size that run on this machine and share K/V buffers with those for all calls.
+
+    Where none of a size does, a warning says why: the others do its work, but slower.
+    """
     device = cuda.device()
     assert device is not None
     machine, library = _this_machine(load_module(found.entry.backend), device)
-    return [
-        EngineSet(bundle.directory / ENGINES / name, entry, library if entry.plugins else None)
-        for name, entry in bundle.manifest.engines.items()
-        if (entry.backend, entry.kv_layout, entry.capacity) == (found.entry.backend, "step", found.entry.capacity)
-        and difference(bundle, name, entry, machine, "gsx build", kv_layout="step") is None
-    ]
+    fitting: dict[tuple[int, int], EngineSet] = {}
+    problems: dict[tuple[int, int], EngineError] = {}
+    for name, entry in bundle.manifest.engines.items():
+        if (entry.backend, entry.kv_layout, entry.capacity) != (found.entry.backend, "step", found.entry.capacity):
+            continue
+        size = entry.profiles[0].batch.most, entry.profiles[0].tokens.most
+        command = f"gsx build {bundle.directory} --backend {entry.backend} --batch {size[0]} --step {size[1]}"
+        problem = difference(bundle, name, entry, machine, command, kv_layout="step")
+        if problem is None:
+            fitting[size] = EngineSet(bundle.directory / ENGINES / name, entry, library if entry.plugins else None)
+        else:
+            problems[size] = problem
+    for size, problem in problems.items():
+        if size not in fitting:
+            left_out(problem)
+    return list(fitting.values())
+
+
+def left_out(problem: EngineError) -> None:
+    """Warn that engines for steps are not used."""
+    _LOG.warning("steps run on the engines for all calls, which are slower: %s", problem.message)
 
 
 def _this_machine(module: Any, device: cuda.Device) -> tuple[Machine, Path | None]:

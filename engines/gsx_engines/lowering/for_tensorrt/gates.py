@@ -22,6 +22,14 @@ from gsx_engines.lowering.for_tensorrt.task import Task
 from gsx_plugins.graph import Graph, attribute, make_node
 
 _ONE = "lowered.one_float"
+_NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+# Ops that give some numbers of their first input; and which input of an op has its output's type.
+_MOVES = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Slice", "Gather", "Split", "Expand")
+_TYPED_BY = {
+    **dict.fromkeys((*_MOVES, "Add", "Concat", "Div", "MatMul", "Max", "Mul", "Neg", "RMSNormalization"), 0),
+    **dict.fromkeys(("RotaryEmbedding", "Sigmoid", "Softmax", "Sub", "Tanh", "TensorScatter"), 0),
+    **dict.fromkeys(("DequantizeLinear", "Where"), 1),
+}
 
 
 def multiply_gates(graph: Graph, task: Task) -> int:
@@ -69,31 +77,42 @@ def multiply_gates(graph: Graph, task: Task) -> int:
 def exact_in_tf32(graph: Graph) -> bool:
     """Whether a graph has float32 products, and TensorFloat-32 holds all their factors: 16-bit numbers, or codes.
 
-    Products of two computed values are not looked at: those that lowering makes are in the graph's own type.
+    Both factors of a product have one type, so it is enough to know one of 16 bits. Where neither is known, the product
+    counts as one of float32.
     """
     found = False
     for node in graph.nodes:
-        if node.op_type != "MatMul":
+        if node.op_type != "MatMul" or not {_type_of(graph, name) for name in node.input}.isdisjoint(_NARROW):
             continue
-        constant, weight = graph.constants.get(node.input[1]), graph.producer(node.input[1])
-        if constant is not None and constant.data_type == TensorProto.FLOAT:
-            return False
-        if weight is None or not _is_wide(graph, weight):
-            continue
-        exact = weight.op_type == "Cast" or _ONE in weight.input
-        rows = graph.producer(node.input[0])
-        if not exact or rows is None or rows.op_type != "Cast":
+        if not all(_is_exact(graph, name) for name in node.input):
             return False
         found = True
     return found
 
 
-def _is_wide(graph: Graph, weight: onnx.NodeProto) -> bool:
-    """Whether the weight that a Cast or a DequantizeLinear makes is float32."""
-    if weight.op_type == "Cast":
-        return attribute(weight, "to") == TensorProto.FLOAT
-    scales = graph.constants.get(weight.input[1]) if weight.op_type == "DequantizeLinear" else None
-    return scales is not None and scales.data_type == TensorProto.FLOAT
+def _type_of(graph: Graph, value: str) -> int | None:
+    """The type of a value, as far as its producers tell."""
+    while (node := graph.producer(value)) is not None:
+        if node.op_type == "Cast":
+            return attribute(node, "to")
+        if node.op_type not in _TYPED_BY:
+            return None
+        value = node.input[_TYPED_BY[node.op_type]]
+    constant = graph.constants.get(value)
+    return None if constant is None else constant.data_type
+
+
+def _is_exact(graph: Graph, value: str) -> bool:
+    """Whether the numbers of a float32 value have 16 bits, or are codes."""
+    while (node := graph.producer(value)) is not None and node.op_type in _MOVES:
+        value = node.input[0]
+    if node is None:
+        return False
+    if node.op_type == "Cast":
+        kind = _type_of(graph, node.input[0])
+        # Rows whose type is not known are the graph's own, of 16 bits, or the Cast would not be there.
+        return kind in (None, *_NARROW, TensorProto.INT8, TensorProto.FLOAT8E4M3FN)
+    return node.op_type == "DequantizeLinear" and _ONE in node.input
 
 
 def _narrow(graph: Graph, task: Task, node: onnx.NodeProto) -> str | None:
