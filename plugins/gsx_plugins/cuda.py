@@ -16,11 +16,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from gsx_plugins.attention import attend
 from gsx_plugins.errors import PluginLibraryError
-from gsx_plugins.full_attention.op import full_attention
 from gsx_plugins.gated_scatter_add.op import gated_scatter_add
 from gsx_plugins.gathered_attention.op import gathered_attention
 from gsx_plugins.library import find_kernels
@@ -249,7 +248,6 @@ def bind() -> Kernels:
         topk_gather.register_kernel("cuda")(lambda *tensors: run_topk_gather(kernels, *tensors))
         threshold_gather.register_kernel("cuda")(lambda *tensors: run_threshold_gather(kernels, *tensors))
         gated_scatter_add.register_kernel("cuda")(lambda *tensors: run_gated_scatter_add(kernels, *tensors))
-        full_attention.register_kernel("cuda")(run_full_attention)
         gathered_attention.register_kernel("cuda")(run_gathered_attention)
     return kernels
 
@@ -276,16 +274,15 @@ def run_gated_scatter_add(kernels: Kernels, residual: Tensor, rows: Tensor, gate
     return kernels.gated_scatter_add(*(tensor.contiguous() for tensor in (residual, rows, gate, index)))
 
 
-def run_full_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int) -> Tensor:
-    """The op `full_attention` as one call of PyTorch's fused attention."""
-    batch, length, width = query.shape
-    split = query.view(batch, length, num_heads, width // num_heads).transpose(1, 2)
-    rows = F.scaled_dot_product_attention(split, _repeated(key, num_heads), _repeated(value, num_heads), attn_mask=mask)
-    return rows.transpose(1, 2).reshape(batch, length, width)
-
-
 def run_gathered_attention(
-    query: Tensor, index: Tensor, key: Tensor, value: Tensor, mask: Tensor, num_heads: int
+    query: Tensor,
+    index: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    num_heads: int,
+    scale: float = 0.0,
+    softcap: float = 0.0,
 ) -> Tensor:
     """The op `gathered_attention` as one call of fused attention per sequence; a single sequence needs no waiting."""
     batch, _, length, _ = mask.shape
@@ -298,16 +295,10 @@ def run_gathered_attention(
         if end > first:
             split = query[first:end].view(end - first, num_heads, -1).transpose(0, 1).unsqueeze(0)
             seen = mask[b, 0].index_select(0, index[first:end] - b * length)[None, None]
-            keys, values = _repeated(key[b : b + 1], num_heads), _repeated(value[b : b + 1], num_heads)
-            rows = F.scaled_dot_product_attention(split, keys, values, attn_mask=seen)
+            rows = attend(split, key[b : b + 1], value[b : b + 1], seen, scale, softcap)
             parts.append(rows[0].transpose(0, 1).reshape(end - first, -1))
         first = end
     return torch.cat(parts) if parts else torch.zeros_like(query)
-
-
-def _repeated(heads: Tensor, num_heads: int) -> Tensor:
-    """K or V with one head for every query head."""
-    return heads.repeat_interleave(num_heads // heads.shape[1], dim=1)
 
 
 def _beside(limit: Tensor, x: Tensor) -> Tensor:
